@@ -1,0 +1,49 @@
+"""Errors a user can act on: what was asked, what was seen, what would work."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HooklensError(Exception):
+    """Base of every error that hooklens raises on purpose; catch it to catch them all."""
+
+
+class InputError(HooklensError, ValueError):
+    """A value that cannot be used: the message says which would be."""
+
+
+class NameNotFound(HooklensError, KeyError):
+    """A name that does not exist; the message lists the closest ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the repr, quotes and all
+
+
+class WrongType(HooklensError, TypeError):
+    """An object of a kind that cannot be used here."""
+
+
+class HookError(HooklensError, ValueError):
+    """A hook that broke its contract: wrong shape, wrong dtype, or an in-place edit that it did not return."""
+
+
+class FileRefused(HooklensError, ValueError):
+    """A damaged, truncated or foreign file, refused before any tensor of it is used."""
+
+
+class Unavailable(HooklensError, RuntimeError):
+    """Something outside the program is missing: the network, an extra package, disk space."""
+
+
+def did_you_mean(what: str, name: str, known: Iterable[str], *, many: int = 3) -> NameNotFound:
+    """The error for an unknown name, with its nearest neighbours.
+
+    >>> print(did_you_mean("site", "resid_pos", ["resid_post", "resid_pre", "z"]))
+    no site named 'resid_pos'; closest: resid_post, resid_pre
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=many, cutoff=0.5)
+    if close:
+        return NameNotFound(f"no {what} named {name!r}; closest: {', '.join(close)}")
+    shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
+    return NameNotFound(f"no {what} named {name!r}; there are: {shown or 'none'}")
