@@ -1,0 +1,181 @@
+"""What every method returns: a frozen record that shows shapes, draws itself and can be saved and read back."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType
+from hooklens.table import Table, format_number
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["Result", "Table", "plain", "summary"]
+
+_CLASSES: dict[tuple[str, str], type["Result"]] = {}
+_KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "complex": "Complex", "bool": "Bool"}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Base of every result: declare fields, get a compact repr, a table, a file and JSON.
+
+    >>> @dataclass(frozen=True, eq=False)
+    ... class HeadScores(Result):
+    ...     scores: Tensor
+    ...     clean: float
+    ...     site: str = "z"
+    >>> result = HeadScores(torch.zeros(12, 9), clean=3.2123456)
+    >>> result
+    HeadScores(scores=Float[12 9], clean=3.212, site='z')
+    >>> print(result.table())
+    field   value
+    scores  Float[12 9]
+    clean   3.212
+    site    'z'
+
+    Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
+    A subclass overrides `table`, `top` and `figure` where they mean something.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Result.__repr__  # else @dataclass would write one that prints whole tensors
+        _CLASSES[cls.__module__, cls.__qualname__] = cls
+
+    def __repr__(self) -> str:
+        shown = (f"{field.name}={summary(getattr(self, field.name))}" for field in fields(self) if field.repr)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def table(self, n: int | None = None) -> Table:
+        """What does it say, in rows? At most `n` of them; here one row a field, which subclasses replace."""
+        return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in fields(self)]).head(n)
+
+    def top(self, k: int = 10) -> Any:
+        """Which `k` entries matter most? Only results that rank something answer."""
+        raise self._has_no("top(k)", "nothing in it is ranked", "table()")
+
+    def figure(self) -> "Figure":
+        """The result as a Plotly figure. Only results that have a picture answer."""
+        raise self._has_no("figure()", "it defines no picture", "table(), or hooklens.viz on its fields")
+
+    def _has_no(self, asked: str, seen: str, instead: str) -> WrongType:
+        return WrongType(f"{asked} was asked of a {type(self).__name__}, but {seen}; use {instead}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain numbers, for `json.dumps`.
+
+        >>> Result().to_json()
+        {'class': 'Result'}
+        """
+        return plain(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the result as one safetensors file, whole or not at all; `Result.load` reads it back."""
+        from hooklens.result_file import write_result
+
+        write_result(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Read a result that `save` wrote. Its class is looked up among the registered plugins, never imported by name.
+
+        A damaged or foreign file raises FileRefused before any of its tensors is used.
+        """
+        from hooklens.result_file import read_result
+
+        result = read_result(path)
+        if not isinstance(result, cls):
+            raise WrongType(
+                f"{cls.__name__}.load({str(path)!r}) was asked, but the file holds a {type(result).__name__}; "
+                f"use {type(result).__name__}.load or Result.load"
+            )
+        return result
+
+
+def result_classes() -> Mapping[tuple[str, str], type[Result]]:
+    """Every Result subclass defined so far, by module and qualified name: what a file may be matched against."""
+    return _CLASSES
+
+
+def summary(value: Any) -> str:
+    """A value in a few characters: shapes instead of numbers, counts instead of elements.
+
+    >>> summary(torch.zeros(2, 3, dtype=torch.int64)), summary([1, 2]), summary("a" * 99)
+    ('Int[2 3]', 'list of 2', "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'")
+    """
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and not value.is_meta:
+            return summary(value.item())
+        return f"{_kind(value.dtype)}[{' '.join(map(str, value.shape))}]"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 38 else value[:35] + "...")
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return format_number(value)
+    if isinstance(value, list | tuple | dict):
+        kind = next(kind.__name__ for kind in (list, tuple, dict) if isinstance(value, kind))
+        return f"{kind} of {len(value)}"
+    if isinstance(value, Result) or value is None or isinstance(value, bool):
+        return repr(value)
+    return type(value).__name__
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """jaxtyping's word for a dtype, with the width where it is not the usual one: Float, Float64, BFloat16, Int."""
+    name = str(dtype).removeprefix("torch.")
+    word = name.rstrip("0123456789")
+    usual = {torch.float32, torch.int64, torch.complex64, torch.bool}
+    return _KINDS.get(word, name) + ("" if dtype in usual or word not in _KINDS else name[len(word) :])
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON can hold it: tensors as nested lists, results as dicts, no NaN literals.
+
+    >>> plain({5: torch.tensor([1.5, float("nan")]), "site": ("z", None)})
+    {'5': [1.5, 'NaN'], 'site': ['z', None]}
+
+    NaN and the infinities become the strings "NaN", "Infinity" and "-Infinity", which `float()` reads.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Result):
+        return {"class": type(value).__name__} | {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return _plain_dict(value)
+    if isinstance(value, complex):
+        return [plain(value.real), plain(value.imag)]
+    if hasattr(value, "tolist"):  # tensors and NumPy arrays
+        return plain(value.tolist())
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return _plain_float(float(value))
+    if isinstance(value, Sequence):
+        return [plain(item) for item in value]
+    raise WrongType(
+        f"a {type(value).__name__} was to be written as JSON, which holds only numbers, strings, booleans, None, "
+        "lists and dicts (and tensors and results as those); convert it first"
+    )
+
+
+def _plain_float(value: float) -> float | str:
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _plain_dict(value: Mapping) -> dict[str, Any]:
+    named = {str(key): plain(item) for key, item in value.items()}
+    if len(named) != len(value):
+        raise InputError(
+            f"a dict with keys {list(value)[:6]} was to be written as JSON, where keys are strings and some of these "
+            "become equal; rename them"
+        )
+    return named

@@ -1,0 +1,192 @@
+"""A small table: columns and rows, as aligned text, Markdown, HTML or a rich table."""
+
+import html
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from hooklens.core.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows of values under named columns: `print` it, or ask for another form.
+
+    >>> table = Table(["head", "effect", "token"], [("L9H6", 0.51234, " Mary"), ("L10H0", -0.0871, "\\n")])
+    >>> print(table)
+    head    effect  token
+    L9H6    0.5123   Mary
+    L10H0  -0.0871  \\n
+    >>> print(table.to_markdown())
+    | head | effect | token |
+    |:---|---:|:---|
+    | L9H6 | 0.5123 |  Mary |
+    | L10H0 | -0.0871 | \\\\n |
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(str(column) for column in self.columns))
+        object.__setattr__(self, "rows", tuple(tuple(_scalar(cell) for cell in row) for row in self.rows))
+        for index, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise InputError(
+                    f"a table with {len(self.columns)} columns ({', '.join(self.columns)}) needs as many cells in "
+                    f"each row, got {len(row)} in row {index}; give None for a cell that has no value"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def head(self, n: int | None) -> "Table":
+        """The first `n` rows (None: all).
+
+        >>> len(Table(["n"], [(1,), (2,), (3,)]).head(2))
+        2
+        """
+        return self if n is None else Table(self.columns, self.rows[: max(n, 0)])
+
+    def texts(self) -> list[list[str]]:
+        """Every cell as it is shown: numbers of a column share their decimals, control characters are visible.
+
+        >>> Table(["p"], [(0.5,), (3e-9,), (None,), (float("nan"),)]).texts()
+        [['0.5000'], ['3.0e-09'], [''], ['nan']]
+        """
+        by_column = [_column_texts([row[i] for row in self.rows]) for i in range(len(self.columns))]
+        return [list(cells) for cells in zip(*by_column, strict=True)] if self.columns else []
+
+    def is_numeric(self) -> list[bool]:
+        """Which columns hold only numbers (and are set flush right).
+
+        >>> Table(["head", "effect"], [("L0H1", 2.0), ("L0H2", None)]).is_numeric()
+        [False, True]
+        """
+        columns = ([row[i] for row in self.rows if row[i] is not None] for i in range(len(self.columns)))
+        return [bool(cells) and all(_is_number(cell) for cell in cells) for cells in columns]
+
+    def __str__(self) -> str:
+        lines = [[visible(column) for column in self.columns], *self.texts()]
+        numeric = self.is_numeric()
+        widths = [max(_width(line[i]) for line in lines) for i in range(len(self.columns))]
+        return "\n".join(_aligned(line, widths, numeric) for line in lines)
+
+    def to_markdown(self) -> str:
+        """The table as GitHub Markdown, with everything that Markdown would interpret escaped.
+
+        >>> print(Table(["token"], [("a|b <i>",)]).to_markdown())
+        | token |
+        |:---|
+        | a\\|b &lt;i&gt; |
+        """
+        rule = "|".join("---:" if number else ":---" for number in self.is_numeric())
+        header = " | ".join(_markdown(visible(column)) for column in self.columns)
+        body = [" | ".join(map(_markdown, row)) for row in self.texts()]
+        return "\n".join([f"| {header} |", f"|{rule}|", *(f"| {row} |" for row in body)])
+
+    def to_html(self) -> str:
+        """The table as an HTML element, escaped; number cells carry the class "number".
+
+        >>> print(Table(["token"], [("<b>",)]).to_html())
+        <table><thead><tr><th>token</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table>
+        """
+        kinds = [' class="number"' if number else "" for number in self.is_numeric()]
+        head = _html_row("th", [visible(column) for column in self.columns], kinds)
+        body = "".join(_html_row("td", row, kinds) for row in self.texts())
+        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+    _repr_html_ = to_html
+
+    def __rich__(self) -> "RichTable":
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table as RichTable
+        from rich.text import Text  # as Text: a token such as "[bold]" must not be read as markup
+
+        table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+        for column, number in zip(self.columns, self.is_numeric(), strict=True):
+            table.add_column(Text(visible(column)), justify="right" if number else "left")
+        for row in self.texts():
+            table.add_row(*map(Text, row))
+        return table
+
+
+def visible(text: str) -> str:
+    """Text with characters that do not print (newlines, terminal escapes, direction marks) written out.
+
+    >>> visible("a\\tb\\x1b[31m")
+    'a\\\\tb\\\\x1b[31m'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def format_number(value: float, decimals: int | None = None) -> str:
+    """A number in as many digits as help: about four significant ones.
+
+    >>> [format_number(x) for x in (3.2, 12, 1234.567, 0.00012, -1e-9, float("inf"))]
+    ['3.200', '12', '1235', '0.0001200', '-1.0e-09', 'inf']
+    """
+    if isinstance(value, Integral):
+        return str(int(value))
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.{decimals or 0}f}" if value == 0 else str(float(value))
+    if decimals is None:
+        decimals = min(_decimals(value), 7)
+    if abs(value) >= 1e7 or abs(value) < 0.5 * 10.0**-decimals:
+        return f"{value:.1e}" if abs(value) < 1 else f"{value:.3e}"
+    return f"{value:.{decimals}f}"
+
+
+def _decimals(value: float) -> int:
+    return max(0, 3 - math.floor(math.log10(abs(value))))
+
+
+def _column_texts(cells: list[Any]) -> list[str]:
+    """Decimals by the column's largest number, so that points line up; a number that would vanish gets an exponent."""
+    floats = [abs(c) for c in cells if _is_number(c) and not isinstance(c, Integral) and math.isfinite(c) and c != 0]
+    decimals = min(_decimals(max(floats)), 4) if floats else 1
+    if floats and max(floats) < 0.001:
+        decimals = min(_decimals(max(floats)), 7)
+    return [_cell_text(cell, decimals) for cell in cells]
+
+
+def _cell_text(cell: Any, decimals: int) -> str:
+    if cell is None:
+        return ""
+    return format_number(cell, decimals) if _is_number(cell) else visible(str(cell))
+
+
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, Real) and not isinstance(cell, bool)
+
+
+def _scalar(cell: Any) -> Any:
+    """A 0-d tensor or NumPy number as the Python number that it holds."""
+    return cell.item() if hasattr(cell, "item") and getattr(cell, "ndim", 0) == 0 else cell
+
+
+def _width(text: str) -> int:
+    """How many terminal columns the text takes: wide (East Asian) characters two, combining marks none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def _aligned(line: list[str], widths: list[int], numeric: list[bool]) -> str:
+    gaps = [" " * (width - _width(text)) for text, width in zip(line, widths, strict=True)]
+    cells = zip(line, gaps, numeric, strict=True)
+    return "  ".join(gap + text if number else text + gap for text, gap, number in cells).rstrip()
+
+
+def _markdown(text: str) -> str:
+    escaped = html.escape(text, quote=False)
+    return "".join("\\" + c if c in "\\|`*_[]~$" else c for c in escaped)
+
+
+def _html_row(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
+    parts = (f"<{tag}{kind}>{html.escape(text)}</{tag}>" for text, kind in zip(cells, kinds, strict=True))
+    return f"<tr>{''.join(parts)}</tr>"

@@ -1,0 +1,131 @@
+"""Files are whole or not there, and what stops a write is said in words."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from hooklens.core.errors import InputError, Unavailable
+from hooklens.core.files import check_writable, write_atomically
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_the_file_appears_at_the_end_only(tmp_path):
+    with write_atomically(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+        assert not (tmp_path / "a.txt").exists()
+        assert temporary.parent == tmp_path and temporary.suffix == ".txt"
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, interruption):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(interruption), write_atomically(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise interruption
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_relative_path_is_written_where_it_pointed_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with write_atomically("a.txt") as temporary:
+        temporary.write_text("x")
+        os.chdir(tmp_path / "elsewhere")
+    assert names(tmp_path) == ["a.txt", "elsewhere"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real" / "a.txt")
+    with write_atomically(tmp_path / "link.txt") as temporary:
+        temporary.write_text("x")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real" / "a.txt").read_text() == "x"
+
+
+def test_permissions_follow_the_umask_even_if_the_writer_made_a_private_file(tmp_path):
+    old = os.umask(0o022)
+    try:
+        with write_atomically(tmp_path / "a") as temporary:
+            temporary.write_text("x")
+            os.chmod(temporary, 0o600)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("missing/a.txt", "there is no folder"),
+        ("file/a.txt", "is a file, not a folder"),
+        ("folder", "it is a folder"),
+        ("pipe", "not a regular file"),
+    ],
+)
+def test_a_path_that_cannot_be_a_file_is_refused_before_the_body_runs(tmp_path, path, says):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = names(tmp_path)
+    with pytest.raises(InputError, match=says):
+        check_writable(tmp_path / path)
+    with pytest.raises(InputError, match=says), write_atomically(tmp_path / path):
+        pytest.fail("the body ran")
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", [".", "", "/"])
+def test_a_path_without_a_name_is_refused(path):
+    with pytest.raises(InputError, match="add a file name"):
+        check_writable(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+    ],
+)
+def test_a_write_that_fails_half_way_says_why(tmp_path, error, says):
+    with pytest.raises(Unavailable, match=says) as caught, write_atomically(tmp_path / "a.txt"):
+        raise error
+    assert caught.value.__cause__ is error
+    assert names(tmp_path) == []
+
+
+def test_an_error_about_another_file_passes_through(tmp_path):
+    with pytest.raises(PermissionError), write_atomically(tmp_path / "a.txt"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/another/file")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_read_only_folder_is_known_before_the_body_runs(tmp_path, monkeypatch, code):
+    def refuse(path, *_):
+        raise OSError(code, os.strerror(code), str(path))
+
+    # a folder that even the superuser cannot write to needs a read-only mount, hence the stand-in
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(Unavailable, match="read-only"):
+        check_writable(tmp_path / "a.txt")
+    with pytest.raises(Unavailable, match="read-only"), write_atomically(tmp_path / "a.txt"):
+        pytest.fail("the body ran")
+
+
+def test_a_body_that_writes_nothing_of_its_own_leaves_an_empty_file_and_one_that_removes_it_is_told(tmp_path):
+    with write_atomically(tmp_path / "empty"):
+        pass
+    assert (tmp_path / "empty").read_bytes() == b""
+    with pytest.raises(InputError, match="nothing is there"), write_atomically(tmp_path / "gone") as temporary:
+        temporary.unlink()

@@ -1,0 +1,69 @@
+"""Tables: what is shown is legible, and nothing in a cell is interpreted."""
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from hooklens.core.errors import InputError
+from hooklens.table import Table, format_number
+
+NASTY = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&amp;", "<b>", "a|b", "[red]x[/red]"]
+
+
+def test_columns_line_up_also_with_wide_characters():
+    lines = str(Table(["token", "p"], [("日本", 0.5), ("é", 0.25), ("e\u0301", 0.25)])).split("\n")
+    assert lines == ["token       p", "日本   0.5000", "é      0.2500", "e\u0301      0.2500"]
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    text = str(Table(["token"], [("\x1b[31mred\n\u202egnol",)]))
+    assert text.split("\n")[1] == r"\x1b[31mred\n\u202egnol"
+
+
+def test_html_is_escaped():
+    markup = Table(NASTY, [NASTY]).to_html()
+    assert "<script" not in markup and "<img" not in markup and "<b>" not in markup
+    assert "&amp;amp;" in markup
+
+
+def test_markdown_is_escaped():
+    line = Table(["token"], [("<b> a|b *c* `d`",)]).to_markdown().split("\n")[2]
+    assert line == r"| &lt;b&gt; a\|b \*c\* \`d\` |"
+
+
+def test_rich_shows_brackets_as_they_are():
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(Table(["token", "p"], [("[red]x[/red]", 1.0)]))
+    assert "[red]x[/red]" in console.export_text()
+
+
+def test_numbers_of_a_column_share_their_decimals():
+    table = Table(["x"], [(123.456,), (-0.5,), (0.0,), (1e-12,), (float("nan"),), (float("-inf"),)])
+    assert [row[0] for row in table.texts()] == ["123.5", "-0.5", "0.0", "1.0e-12", "nan", "-inf"]
+
+
+def test_scalars_of_torch_and_numpy_are_numbers():
+    table = Table(["x", "n"], [(torch.tensor(0.5), np.int64(3)), (np.float32(0.25), torch.tensor(4))])
+    assert table.rows == ((0.5, 3), (0.25, 4))
+    assert table.is_numeric() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(True, "1"), (10**12, "1000000000000"), (12345678.0, "1.235e+07"), (0.0, "0"), (-3.21, "-3.210")],
+)
+def test_single_numbers(value, text):
+    assert format_number(value) == text
+
+
+def test_a_ragged_row_is_refused():
+    with pytest.raises(InputError, match="got 1 in row 1"):
+        Table(["a", "b"], [(1, 2), (1,)])
+
+
+@pytest.mark.parametrize("form", [str, Table.to_html, Table.to_markdown, Table.texts])
+def test_an_empty_table_still_prints(form):
+    form(Table(["a", "b"], []))
+    form(Table([], []))
