@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch import Tensor
 from hooklens.core.errors import InputError, WrongType
 from hooklens.table import Table, format_number
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 __all__ = ["Result", "Table", "plain", "summary"]
 
+R = TypeVar("R", bound="Result")
 _CLASSES: dict[tuple[str, str], type["Result"]] = {}
 _KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "complex": "Complex", "bool": "Bool"}
 
@@ -47,7 +45,7 @@ class Result:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__repr__" not in vars(cls):
-            cls.__repr__ = Result.__repr__  # else @dataclass would write one that prints whole tensors
+            cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # else @dataclass would write one that prints whole tensors
         _CLASSES[cls.__module__, cls.__qualname__] = cls
 
     def __repr__(self) -> str:
@@ -62,7 +60,7 @@ class Result:
         """Which `k` entries matter most? Only results that rank something answer."""
         raise self._has_no("top(k)", "nothing in it is ranked", "table()")
 
-    def figure(self) -> "Figure":
+    def figure(self) -> Any:  # a plotly Figure, which only viz may import
         """The result as a Plotly figure. Only results that have a picture answer."""
         raise self._has_no("figure()", "it defines no picture", "table(), or hooklens.viz on its fields")
 
@@ -84,7 +82,7 @@ class Result:
         write_result(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
+    def load(cls: type[R], path: str | os.PathLike) -> R:
         """Read a result that `save` wrote. Its class is looked up among the registered plugins, never imported by name.
 
         A damaged or foreign file raises FileRefused before any of its tensors is used.
@@ -118,7 +116,7 @@ def summary(value: Any) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= 38 else value[:35] + "...")
     if isinstance(value, Real) and not isinstance(value, bool):
-        return format_number(value)
+        return format_number(int(value) if isinstance(value, Integral) else float(value))
     if isinstance(value, list | tuple | dict):
         kind = next(kind.__name__ for kind in (list, tuple, dict) if isinstance(value, kind))
         return f"{kind} of {len(value)}"

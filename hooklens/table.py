@@ -6,12 +6,9 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooklens.core.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +101,7 @@ class Table:
 
     _repr_html_ = to_html
 
-    def __rich__(self) -> "RichTable":
+    def __rich__(self) -> Any:  # a rich Table, imported only when one is asked for
         from rich.box import SIMPLE_HEAD
         from rich.table import Table as RichTable
         from rich.text import Text  # as Text: a token such as "[bold]" must not be read as markup
@@ -126,7 +123,7 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def format_number(value: float, decimals: int | None = None) -> str:
+def format_number(value: int | float, decimals: int | None = None) -> str:
     """A number in as many digits as help: about four significant ones.
 
     >>> [format_number(x) for x in (3.2, 12, 1234.567, 0.00012, -1e-9, float("inf"))]
