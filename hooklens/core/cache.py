@@ -1,0 +1,390 @@
+"""The activations of one forward pass, by name: slice them, stack them, take the residual stream apart."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import FileRefused, InputError, NameNotFound
+from hooklens.core.names import Where, axes, parse, resolve
+
+if TYPE_CHECKING:
+    from hooklens.core.hooks import HookedModule
+
+Index = int | slice | Sequence[int] | Tensor
+Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
+_FORMAT = "hooklens-cache-1"
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """What the points of a model held in one forward pass.
+
+    A mapping from full names; short forms work too: `cache["z", 5]`, `cache["resid_post", -1]`, `cache["embed"]`.
+    Two points that held one tensor share its memory, here and in a saved file.
+
+    >>> from hooklens.testing import tiny_model
+    >>> logits, cache = tiny_model().run_with_cache([[1, 2, 3]])
+    >>> cache["pattern", 0].shape            # batch head query_pos key_pos
+    torch.Size([1, 2, 3, 3])
+    """
+
+    def __init__(self, entries: dict[str, Tensor], model: "HookedModule | None" = None):
+        self._entries, self.model = entries, model
+
+    def __getitem__(self, key: Where) -> Tensor:
+        if isinstance(key, str) and key in self._entries:
+            return self._entries[key]
+        found = self._find(key)
+        if len(found) > 1:
+            raise NameNotFound(f"{key!r} is {len(found)} activations ({', '.join(found[:4])}, ...); name one of them")
+        return self._entries[found[0]]
+
+    def _find(self, key: Where) -> list[str]:
+        """The full names that `key` asks for, negative layers counted in the model, not in what was kept of it."""
+        names = list(self._entries)
+        asked = key if isinstance(key, str) else key[0] if isinstance(key, tuple) else getattr(key, "name", "")
+        if self.model is None or str(asked).endswith("_grad"):
+            return resolve(key, names)
+        wanted = resolve(key, self.model.hook_names())
+        kept = [name for name in wanted if name in self._entries]
+        if not kept:
+            raise NameNotFound(
+                f"{key!r} was not captured; this cache holds {len(names)} activations "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); ask for it in run_with_cache(names=...)"
+            )
+        return kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]  # type: ignore[index]
+        except KeyError:
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({len(self)} activations, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held: every distinct storage once."""
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._entries.values()}.values())
+
+    # -- moving and slicing: a new cache, this one stays as it is
+
+    def map(self, change) -> "ActivationCache":
+        """A cache of `change(name, tensor)`; entries that are one tensor are changed once and stay one."""
+        done: dict[tuple, Tensor] = {}
+        entries = {}
+        for name, act in self._entries.items():
+            key = (_identity(act), axes_or_none(name))
+            if key not in done:
+                done[key] = change(name, act)
+            entries[name] = done[key]
+        return ActivationCache(entries, self.model)
+
+    def to(self, device=None, dtype: torch.dtype | None = None) -> "ActivationCache":
+        """The cache on another device, or its floating-point entries in another dtype."""
+        return self.map(lambda name, act: act.to(device=device, dtype=dtype if act.is_floating_point() else None))
+
+    def slice(
+        self, *, batch: Index | None = None, pos: Index | None = None, layers: int | Sequence[int] | None = None
+    ) -> "ActivationCache":
+        """Part of the cache: some batch rows, some positions (of the query, where there are two), some layers.
+
+        An integer drops its axis. Points outside the blocks stay whatever the layers.
+        """
+        kept = self if layers is None else self._of_layers([layers] if isinstance(layers, int) else list(layers))
+        return kept.map(lambda name, act: _sliced(name, act, batch, pos))
+
+    def _of_layers(self, layers: Sequence[int]) -> "ActivationCache":
+        n_layers = self._n_layers()
+        wrong = [layer for layer in layers if not -n_layers <= layer < n_layers]
+        if wrong:
+            raise InputError(f"layers {wrong} asked for; this cache has layers 0 to {n_layers - 1}")
+        chosen = {layer % n_layers for layer in layers}
+        entries = {name: act for name, act in self._entries.items() if (_layer_of(name) in chosen | {None})}
+        return ActivationCache(entries, self.model)
+
+    def stack(self, where: Where) -> Float[Tensor, "layer ..."]:
+        """One site at every layer, stacked: `cache.stack("resid_post")` is layer batch pos d_model."""
+        found = self._find(where)
+        kinds = {(p.name, p.part) for p in map(parse, found) if p is not None}
+        if len(kinds) > 1:
+            raise InputError(f"{where!r} is several sites, {sorted(map(str, kinds))}; stack one of them")
+        return torch.stack([self._entries[name] for name in found])
+
+    def _n_layers(self) -> int:
+        if self.model is not None and hasattr(self.model, "cfg"):
+            return self.model.cfg.n_layers
+        return 1 + max((layer for layer in map(_layer_of, self._entries) if layer is not None), default=-1)
+
+    # -- the residual stream, taken apart
+
+    def accumulated_resid(
+        self, layer: int | None = None, *, incl_mid: bool = False, apply_ln: bool = False, pos: Index | None = None
+    ) -> tuple[Float[Tensor, "component ..."], list[str]]:
+        """The residual stream before each block up to `layer` (None: to the end), and a label for each.
+
+        With `incl_mid` also between attention and MLP.
+        """
+        end = self._end(layer)
+        names = []
+        for n in range(end):
+            names.append((f"{n}_pre", f"blocks.{n}.hook_resid_pre"))
+            if incl_mid and f"blocks.{n}.hook_resid_mid" in self._points():
+                names.append((f"{n}_mid", f"blocks.{n}.hook_resid_mid"))
+        if end == self._n_layers():
+            names.append(("final_post", f"blocks.{end - 1}.hook_resid_post"))
+        else:
+            names.append((f"{end}_pre", f"blocks.{end}.hook_resid_pre"))
+        return self._stacked([(label, self._sliced_entry(name, pos)) for label, name in names], layer, apply_ln, pos)
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        *,
+        mode: str = "all",
+        incl_embeds: bool = True,
+        apply_ln: bool = False,
+        pos: Index | None = None,
+    ) -> tuple[Float[Tensor, "component ..."], list[str]]:
+        """What each component added to the stream that enters `layer` (None: that leaves the last block), with labels.
+
+        The sum over components is that stream. `mode` is "all", "attn" or "mlp".
+        """
+        if mode not in ("all", "attn", "mlp"):
+            raise InputError(f"mode must be 'all', 'attn' or 'mlp', got {mode!r}")
+        self._additive("decompose_resid")
+        points = self._points()
+        names = [(n, f"hook_{n}") for n in ("embed", "pos_embed") if incl_embeds and f"hook_{n}" in points]
+        for n in range(self._end(layer)):
+            names += [(f"{n}_attn_out", f"blocks.{n}.hook_attn_out")] if mode != "mlp" else []
+            has_mlp = f"blocks.{n}.hook_mlp_out" in points
+            names += [(f"{n}_mlp_out", f"blocks.{n}.hook_mlp_out")] if mode != "attn" and has_mlp else []
+        return self._stacked([(label, self._sliced_entry(name, pos)) for label, name in names], layer, apply_ln, pos)
+
+    def stack_head_results(
+        self,
+        layer: int | None = None,
+        *,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        pos: Index | None = None,
+    ) -> tuple[Float[Tensor, "component ..."], list[str]]:
+        """What every head of the layers below `layer` (None: of all) wrote to the stream, labelled L0H0, L0H1, ...
+
+        Taken from the cached `result` or else computed from `z`. With `incl_remainder` a last component holds the rest
+        of the stream: embeddings, MLPs and biases.
+        """
+        self._additive("stack_head_results")
+        labelled = []
+        for n in range(self._end(layer)):
+            result = self._head_result(n, pos)
+            labelled += [(f"L{n}H{head}", act) for head, act in enumerate(result.unbind(-2))]
+        if incl_remainder:
+            labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
+        return self._stacked(labelled, layer, apply_ln, pos)
+
+    def stack_neuron_results(
+        self,
+        layer: int | None = None,
+        *,
+        neurons: Index | None = None,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+        pos: Index | None = None,
+    ) -> tuple[Float[Tensor, "component ..."], list[str]]:
+        """What every MLP neuron of the layers below `layer` (None: of all) wrote to the stream, labelled L0N0, ...
+
+        Large: d_mlp vectors a layer and position. `neurons` and `pos` narrow it.
+        """
+        self._additive("stack_neuron_results")
+        labelled = []
+        for n in range(self._end(layer)):
+            if f"blocks.{n}.mlp.hook_post" not in self._points():
+                continue
+            post = self._sliced_entry(f"blocks.{n}.mlp.hook_post", pos)
+            chosen = torch.arange(post.shape[-1])[_as_index(neurons)]
+            added = post[..., chosen, None] * self._block(n).mlp.W_out.detach()[chosen].to(post)
+            added = self._after_post_norm(n, "ln2_post", added, pos)
+            labelled += [(f"L{n}N{int(i)}", act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
+        if incl_remainder:
+            labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
+        return self._stacked(labelled, layer, apply_ln, pos)
+
+    def apply_ln_to_stack(
+        self,
+        stack: Float[Tensor, "component ... d_model"],
+        layer: int | None = None,
+        *,
+        mlp_input: bool = False,
+        pos: Index | None = None,
+    ) -> Float[Tensor, "component ... d_model"]:
+        """The stack through the norm that reads `layer` (None: the final norm), its scale frozen at the cached one.
+
+        Linear in the stack: centred where the norm centres, divided by the scale, times the norm's weight, without its
+        bias. So the sum over components of a full decomposition is the norm's output minus its bias.
+        """
+        norm, name = self._norm(layer, mlp_input)
+        if norm is None:
+            return stack
+        scale = self._sliced_entry(f"{name}.hook_scale", pos)
+        return norm.linearised(stack, scale.to(stack))
+
+    def logit_attrs(
+        self,
+        stack: Float[Tensor, "component ... d_model"],
+        tokens: Tokens,
+        incorrect_tokens: Tokens | None = None,
+        *,
+        pos: Index | None = None,
+    ) -> Float[Tensor, "component ..."]:
+        """How much each component of a stack adds to the logit of `tokens` (minus that of `incorrect_tokens`).
+
+        Direct effect only, with the final norm's scale frozen. Over a full decomposition it sums to the logit before
+        any soft cap, minus b_U and minus the final norm's bias through W_U.
+        """
+        model: Any = self._need_model()
+        directions = model.tokens_to_residual_directions(tokens)
+        if incorrect_tokens is not None:
+            directions = directions - model.tokens_to_residual_directions(incorrect_tokens)
+        scaled = self.apply_ln_to_stack(stack, None, pos=pos)
+        if directions.ndim == 2 and scaled.ndim == 4:  # one direction a prompt, every position kept
+            directions = directions[:, None]
+        return (scaled * directions.to(scaled)).sum(-1)
+
+    # -- saving
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache as safetensors: every tensor once, written aside and renamed. Read it with `load`."""
+        from safetensors.torch import save_file
+
+        from hooklens.core.files import write_atomically
+
+        first: dict[tuple, str] = {}
+        same = {name: first.setdefault(_identity(act), name) for name, act in self._entries.items()}
+        tensors = {name: self._entries[name].detach().cpu().contiguous().clone() for name in first.values()}
+        with write_atomically(path) as aside:
+            save_file(tensors, aside, metadata={"format": _FORMAT, "entries": json.dumps(same)})
+
+    @classmethod
+    def load(cls, path: str | Path, model: "HookedModule | None" = None) -> "ActivationCache":
+        """The cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise FileRefused(f"{path} is not a saved activation cache; ActivationCache.save writes one")
+                same = json.loads(metadata["entries"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return cls({name: tensors[stored] for name, stored in same.items()}, model)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise FileRefused(f"{path} cannot be read as a saved activation cache, it is damaged: {error}") from error
+
+    # -- helpers
+
+    def _need_model(self):
+        if self.model is None:
+            raise InputError("this cache knows no model; load it with ActivationCache.load(path, model)")
+        return self.model
+
+    def _block(self, layer: int):
+        return self._need_model().blocks[layer]
+
+    def _points(self) -> Sequence[str]:
+        return self._need_model().hook_points().keys() if self.model is not None else list(self._entries)
+
+    def _end(self, layer: int | None) -> int:
+        n_layers = self._n_layers()
+        if layer is None:
+            return n_layers
+        if not -n_layers <= layer <= n_layers:
+            raise InputError(f"layer {layer} asked for; this model has layers 0 to {n_layers - 1}")
+        return layer + n_layers if layer < 0 else layer
+
+    def _sliced_entry(self, name: str, pos: Index | None) -> Tensor:
+        return _sliced(name, self[name], None, pos)
+
+    def _stream(self, layer: int | None, pos: Index | None) -> Tensor:
+        end = self._end(layer)
+        last = end == self._n_layers()
+        return self._sliced_entry(f"blocks.{end - 1}.hook_resid_post" if last else f"blocks.{end}.hook_resid_pre", pos)
+
+    def _head_result(self, layer: int, pos: Index | None) -> Tensor:
+        attn = f"blocks.{layer}.attn"
+        if f"{attn}.hook_result" in self._entries:
+            result = self._sliced_entry(f"{attn}.hook_result", pos)
+        else:
+            z = self._sliced_entry(f"{attn}.hook_z", pos)
+            result = torch.einsum("...hd,hdm->...hm", z, self._block(layer).attn.W_O.detach().to(z))
+        return self._after_post_norm(layer, "ln1_post", result, pos)
+
+    def _after_post_norm(self, layer: int, name: str, added: Tensor, pos: Index | None) -> Tensor:
+        """In sandwich-norm blocks a part of the branch reaches the stream through the post-norm, its scale frozen."""
+        norm = getattr(self._block(layer), name, None)
+        if norm is None:
+            return added
+        scale = self._sliced_entry(f"blocks.{layer}.{name}.hook_scale", pos)
+        return norm.linearised(added, scale.unsqueeze(-2).to(added))
+
+    def _additive(self, asker: str) -> None:
+        if self.model is not None and getattr(self.model.blocks[0], "renorms_stream", False):
+            raise InputError(
+                f"{asker} needs a stream that is the sum of what was added to it; in post-norm blocks each layer "
+                "normalises the stream itself. accumulated_resid works there"
+            )
+
+    def _norm(self, layer: int | None, mlp_input: bool):
+        if layer is None or self._end(layer) == self._n_layers():
+            return getattr(self._need_model(), "ln_final", None), "ln_final"
+        name = "ln2" if mlp_input else "ln1"
+        return getattr(self._block(self._end(layer)), name, None), f"blocks.{self._end(layer)}.{name}"
+
+    def _stacked(self, labelled, layer, apply_ln: bool, pos) -> tuple[Tensor, list[str]]:
+        stack = torch.stack([act for _, act in labelled])
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, pos=pos)
+        return stack, [label for label, _ in labelled]
+
+
+def axes_or_none(name: str) -> tuple[str, ...] | None:
+    """The axes of a known site, None for a point of a wrapped module."""
+    try:
+        return axes(name.removesuffix("_grad"))
+    except KeyError:
+        return None
+
+
+def _identity(act: Tensor) -> tuple:
+    return (act.untyped_storage().data_ptr(), act.storage_offset(), tuple(act.shape), act.stride(), act.dtype)
+
+
+def _layer_of(name: str) -> int | None:
+    found = parse(name.removesuffix("_grad"))
+    return None if found is None else found.layer
+
+
+def _as_index(index: Index | None) -> Any:
+    return slice(None) if index is None else list(index) if isinstance(index, Sequence) else index
+
+
+def _sliced(name: str, act: Tensor, batch: Index | None, pos: Index | None) -> Tensor:
+    names = axes_or_none(name)
+    if names is None or act.ndim != len(names):
+        raise InputError(f"{name} has shape {list(act.shape)}, whose axes are not known or already sliced")
+    if pos is not None:
+        axis = next(i for i, axis in enumerate(names) if axis in ("pos", "query_pos", "key_pos"))
+        act = act[(slice(None),) * axis + (_as_index(pos),)]
+    return act if batch is None else act[_as_index(batch)]

@@ -1,0 +1,170 @@
+"""Names of sites: "blocks.5.attn.hook_z" is the point, ("z", 5) the short form, `site("z", 5)` what both parse to."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Union
+
+from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
+
+_POINT = re.compile(r"^(?:blocks\.(?P<layer>\d+)\.)?(?:(?P<part>.+)\.)?hook_(?P<name>\w+)(?:#\d+)?$")
+
+_STREAM = ("batch", "pos", "d_model")
+_HEAD = ("batch", "pos", "head", "d_head")
+_SCORES = ("batch", "head", "query_pos", "key_pos")
+_PER_HEAD = ("batch", "pos", "head", "d_model")
+_NEURON = ("batch", "pos", "d_mlp")
+
+#: The axes of every site, by short name; norms inside attention have a head axis more.
+AXES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("embed", "pos_embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), _STREAM),
+    **dict.fromkeys(("mlp_in", "normalized", "in"), _STREAM),
+    **dict.fromkeys(("q", "z"), _HEAD),
+    **dict.fromkeys(("k", "v"), ("batch", "pos", "kv_head", "d_head")),
+    "rot_q": ("batch", "query_pos", "head", "d_head"),
+    "rot_k": ("batch", "key_pos", "kv_head", "d_head"),
+    **dict.fromkeys(("attn_scores", "pattern"), _SCORES),
+    **dict.fromkeys(("attn_in", "q_input", "result"), _PER_HEAD),
+    **dict.fromkeys(("k_input", "v_input"), ("batch", "pos", "kv_head", "d_model")),
+    **dict.fromkeys(("pre", "pre_linear", "post"), _NEURON),
+    "scale": ("batch", "pos", "one"),
+    "out": ("batch", "pos", "d_vocab"),
+}
+
+#: Points that cost something extra and are left out when a cache is asked for without names.
+LAZY = frozenset({"attn_in", "q_input", "k_input", "v_input", "mlp_in", "result"})
+
+_ALIASES = {"attn": "pattern", "attn_logits": "attn_scores"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A kind of activation, at one layer or at every layer; `part` tells apart points of one name (("scale", 4, "ln1"))."""
+
+    name: str
+    layer: int | None = None
+    part: str | None = None
+
+    def matches(self, point: "Site") -> bool:
+        """Is the point one of those that this site asks for?"""
+        if self.name != point.name or (self.layer is not None and self.layer != point.layer):
+            return False
+        return self.part is None or point.part == self.part or (point.part or "").split(".")[-1] == self.part
+
+    def __str__(self) -> str:
+        return f"{self.part + '.' if self.part else ''}{self.name}" + ("" if self.layer is None else f" at {self.layer}")
+
+
+#: What may stand wherever points are asked for: a full name, a short name (every layer), a tuple ("z", 5), a Site,
+#: a predicate on full names, or a list of these.
+Where = Union[str, tuple, Site, Callable[[str], bool], Sequence["Where"]]
+
+
+def site(name: str, layer: int | None = None, part: str | None = None) -> Site:
+    """The site of that short name, at one layer (negative counts from the last) or, without layer, at every layer.
+
+    >>> site("z", 5)
+    Site(name='z', layer=5, part=None)
+    >>> site("blocks.3.ln1.hook_scale")
+    Site(name='scale', layer=3, part='ln1')
+    """
+    if not isinstance(name, str):
+        raise WrongType(f"a site is named by a string such as 'resid_pre' or 'z', got {name!r}")
+    parsed = parse(name)
+    if parsed is not None:
+        return parsed
+    if layer is not None and (isinstance(layer, bool) or not hasattr(layer, "__index__")):
+        raise WrongType(f"site({name!r}) takes its layer as an integer, got {layer!r}")
+    return Site(_ALIASES.get(name, name), None if layer is None else int(layer), part)
+
+
+def parse(name: str) -> Site | None:
+    """What a full point name says, or None if it is not one.
+
+    >>> parse("blocks.5.attn.hook_z")
+    Site(name='z', layer=5, part='attn')
+    >>> parse("z") is None
+    True
+    """
+    found = _POINT.match(name)
+    if found is None:
+        return None
+    layer = found["layer"]
+    return Site(found["name"], None if layer is None else int(layer), found["part"])
+
+
+def axes(name: str) -> tuple[str, ...]:
+    """The axes of the activation at a point or site, in order.
+
+    >>> axes("blocks.0.attn.hook_pattern")
+    ('batch', 'head', 'query_pos', 'key_pos')
+    >>> axes("resid_post")
+    ('batch', 'pos', 'd_model')
+    """
+    asked = parse(name) or site(name)
+    if asked.name not in AXES:
+        raise did_you_mean("site", asked.name, AXES)
+    found = AXES[asked.name]
+    in_head = (asked.part or "").split(".")[-1]
+    if in_head in ("q_norm", "k_norm"):
+        head = "head" if in_head == "q_norm" else "kv_head"
+        return ("batch", "pos", head, "one" if asked.name == "scale" else "d_head")
+    return found
+
+
+def resolve(where: Where, names: Sequence[str]) -> list[str]:
+    """The full names, in firing order, of every point that `where` asks for; unknown ones raise with the nearest.
+
+    >>> resolve(("z", -1), ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"])
+    ['blocks.1.attn.hook_z']
+    """
+    chosen: set[str] = set()
+    for one in _flatten(where):
+        chosen.update(_resolve_one(one, names))
+    return [name for name in names if name in chosen]
+
+
+def _flatten(where: Where) -> Iterable:
+    is_short_tuple = isinstance(where, tuple) and len(where) in (2, 3) and isinstance(where[0], str)
+    if is_short_tuple and all(x is None or hasattr(x, "__index__") or i == 2 for i, x in enumerate(where) if i):
+        yield where
+    elif isinstance(where, list | tuple | set | frozenset):
+        for one in where:
+            yield from _flatten(one)
+    else:
+        yield where
+
+
+def _resolve_one(where, names: Sequence[str]) -> list[str]:
+    if isinstance(where, str) and where in names:
+        return [where]
+    if callable(where) and not isinstance(where, Site):
+        found = [name for name in names if where(name)]
+        if not found:
+            raise InputError(f"the predicate {where!r} is true for none of the {len(names)} hook points")
+        return found
+    if isinstance(where, str) and (parse(where) is not None or "." in where):
+        raise did_you_mean("hook point", where, names)
+    if isinstance(where, str | tuple):
+        where = site(*((where,) if isinstance(where, str) else where))
+    if not isinstance(where, Site):
+        raise WrongType(f"hook points are asked for by name, ('z', 5), site('z', 5) or a predicate; got {where!r}")
+    return _resolve_site(where, names)
+
+
+def _resolve_site(asked: Site, names: Sequence[str]) -> list[str]:
+    points = {name: parse(name) for name in names}
+    layers = {p.layer for p in points.values() if p is not None and p.layer is not None}
+    n_layers = 1 + max(layers, default=-1)
+    if asked.layer is not None and asked.layer < 0 and asked.layer >= -n_layers:
+        asked = replace(asked, layer=asked.layer % n_layers)
+    found = [name for name, p in points.items() if p is not None and asked.matches(p)]
+    if found:
+        return found
+    kinds = dict.fromkeys(p.name for p in points.values() if p is not None)
+    if asked.name not in kinds:
+        raise did_you_mean("site", asked.name, kinds)
+    has = sorted({str(replace(p, layer=None)) for p in points.values() if p is not None and p.name == asked.name})
+    raise NameNotFound(
+        f"no site {asked}: this model has {', '.join(has)} and layers 0 to {n_layers - 1} (or -{n_layers} to -1)"
+    )

@@ -1,0 +1,219 @@
+"""Attention: q k v, scores, pattern, z, result. One class; positions, mask, score function and q/k norm are parts."""
+
+from contextvars import ContextVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hooklens.core.hooks import HookPoint
+from hooklens.model.config import HookedTransformerConfig
+from hooklens.model.embed import rotate, soft_cap
+from hooklens.model.factored import FactoredMatrix
+from hooklens.model.kv_cache import Context, View
+from hooklens.model.linear import Linear
+from hooklens.model.norms import make_norm
+
+Stream = Float[Tensor, "batch pos d_model"]
+Queries = Float[Tensor, "batch query_pos head d_head"]
+Keys = Float[Tensor, "batch key_pos kv_head d_head"]
+Scores = Float[Tensor, "batch head query_pos key_pos"]
+PerHead = Float[Tensor, "batch pos head d_model"]
+OwnInputs = tuple[PerHead | None, PerHead | None, PerHead | None]
+
+_fused_off: ContextVar[bool] = ContextVar("hooklens_fused_off", default=False)
+_open_blocks = 0  # looked at before the context variable, so that a plain forward compiles whole
+
+
+class differentiable_attention:
+    """A `with` block in which attention is written out, so that it can be differentiated twice or in forward mode.
+
+    The fused CPU kernel has neither. Numbers are the same to rounding.
+    """
+
+    def __enter__(self) -> None:
+        global _open_blocks
+        self.before = _fused_off.get()
+        _fused_off.set(True)
+        _open_blocks += 1
+
+    def __exit__(self, *exc: object) -> None:
+        global _open_blocks
+        _open_blocks -= 1
+        _fused_off.set(self.before)
+
+
+class Attention(nn.Module):
+    """softmax(q k / scale) v, or whatever the parts make of it."""
+
+    def __init__(self, cfg: HookedTransformerConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_heads, self.n_kv_heads, self.d_head = layer, cfg.n_heads, cfg.n_key_value_heads, cfg.d_head
+        self.scale, self.soft_cap = cfg.attn_scale, cfg.attn_scores_soft_cap
+        self.mask, self.score, self.rotary = cfg.mask_at(layer), cfg.score_fn, cfg.rotary_at(layer)
+        d_q, d_kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
+        self.q = Linear(cfg.d_model, d_q, bias=cfg.biases.qkv)
+        self.k = Linear(cfg.d_model, d_kv, bias=cfg.biases.qkv)
+        self.v = Linear(cfg.d_model, d_kv, bias=cfg.biases.qkv)
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        self.q_norm, self.k_norm = make_norm(cfg.d_head, cfg.qk_norm), make_norm(cfg.d_head, cfg.qk_norm)
+        if self.rotary is not None:
+            self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+        self.o = Linear(d_q, cfg.d_model, bias=cfg.biases.o)
+
+    def forward(self, x: Stream, ctx: Context, own: OwnInputs = (None, None, None)) -> Stream:
+        q, k, v = self.project(x, ctx, own)
+        z = self.hook_z(ctx.attend(self, q, k, v))
+        return self.output(z)
+
+    def project(self, x: Stream, ctx: Context, own: OwnInputs) -> tuple[Queries, Keys, Keys]:
+        """Queries, keys and values, normed and turned where the parts say so. A head's own input takes x's place."""
+        q = self.hook_q(self.heads(self.q, ctx.select(x), own[0]))
+        k = self.hook_k(self.heads(self.k, x, own[1]))
+        v = self.hook_v(self.heads(self.v, x, own[2]))
+        return *self.place(q, k, ctx), v
+
+    def heads(self, linear: nn.Module, x: Stream, own: PerHead | None) -> Float[Tensor, "batch pos any_head d_head"]:
+        if own is None:
+            return linear(x).unflatten(-1, (-1, self.d_head))
+        n = own.shape[2]
+        if is_plain(linear):
+            weight = linear.weight.view(n, self.d_head, -1)
+            out = torch.einsum("bphm,hdm->bphd", own, weight)
+            return out if linear.bias is None else out + linear.bias.view(n, self.d_head)
+        each = [linear(own[:, :, h]).unflatten(-1, (n, self.d_head))[:, :, h] for h in range(n)]
+        return torch.stack(each, dim=2)
+
+    def place(self, q: Queries, k: Keys, ctx: Context) -> tuple[Queries, Keys]:
+        """q/k norm, then rotary."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is None:
+            return q, k
+        cos, sin = ctx.tables(self.rotary, self.d_head, q.dtype)
+        q = self.hook_rot_q(rotate(q, *ctx.query_tables(cos, sin, q.shape[0]), self.rotary.interleaved))
+        return q, rotate(k, cos, sin, self.rotary.interleaved)
+
+    def see_keys(self, k: Keys) -> Keys:
+        """The point at which all keys, the cached ones included, are seen in rotary models."""
+        return self.hook_rot_k(k) if self.rotary is not None else k
+
+    def mix(self, q: Queries, k: Keys, v: Keys, view: View) -> Queries:
+        """z: values weighed by the pattern; by the fused kernel where nobody looks at scores or pattern."""
+        if self.fusable(q):
+            return self.fused(q, k, v, view)
+        scores = self.hook_attn_scores(self.scores(q, k, view))
+        pattern = self.hook_pattern(self.score.pattern(scores, view.seen if view.blank else None))
+        return self.weigh(pattern, v)
+
+    def fusable(self, q: Queries) -> bool:
+        if not self.score.fusable or self.soft_cap is not None or under_transform(q):
+            return False
+        if _open_blocks and _fused_off.get():
+            return False
+        return not (self.hook_attn_scores.listening() or self.hook_pattern.listening())
+
+    def scores(self, q: Queries, k: Keys, view: View) -> Scores:
+        """q k / scale, capped, masked with -inf."""
+        batch, n_q, n_k = q.shape[0], q.shape[1], k.shape[1]
+        grouped = q.transpose(1, 2).reshape(batch, self.n_kv_heads, -1, self.d_head)  # heads of a group share keys
+        raw = (grouped @ k.permute(0, 2, 3, 1)).view(batch, self.n_heads, n_q, n_k) / self.scale
+        raw = soft_cap(raw, self.soft_cap)
+        if view.causal:
+            seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril()
+            return raw.masked_fill(~seen, -torch.inf)
+        return raw if view.seen is None else raw.masked_fill(~view.seen, -torch.inf)
+
+    def weigh(self, pattern: Scores, v: Keys) -> Queries:
+        batch, _, n_q, n_k = pattern.shape
+        grouped = pattern.reshape(batch, self.n_kv_heads, -1, n_k)
+        return (grouped @ v.transpose(1, 2)).view(batch, self.n_heads, n_q, self.d_head).transpose(1, 2)
+
+    def fused(self, q: Queries, k: Keys, v: Keys, view: View) -> Queries:
+        seen = view.seen
+        blank = None if seen is None or not view.blank else ~seen.any(-1, keepdim=True)
+        z = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=seen if blank is None or seen is None else seen | blank,
+            is_causal=view.causal,
+            scale=1 / self.scale,
+            enable_gqa=self.n_heads != self.n_kv_heads,
+        )
+        return (z if blank is None else z.masked_fill(blank, 0.0)).transpose(1, 2)
+
+    def output(self, z: Queries) -> Stream:
+        """What the heads write: W_O z + b_O, head by head where somebody listens to `result`."""
+        if not self.hook_result.listening():
+            return self.o(z.flatten(2))
+        result = self.results(z)
+        used = self.hook_result(result)
+        if used is result:
+            return self.o(z.flatten(2))
+        summed = used.sum(2)
+        return summed if self.b_O is None else summed + self.b_O
+
+    def results(self, z: Queries) -> PerHead:
+        """z W_O a head, without b_O."""
+        if is_plain(self.o):
+            return torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
+        bias = self.o(torch.zeros_like(z[:1, :1]).flatten(2))
+        eye = torch.eye(self.n_heads, dtype=z.dtype, device=z.device)
+        each = [self.o((z * eye[h, :, None]).flatten(2)) - bias for h in range(self.n_heads)]
+        return torch.stack(each, dim=2)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        return self.q.weight.unflatten(0, (-1, self.d_head)).mT
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return self.k.weight.unflatten(0, (-1, self.d_head)).mT
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        return self.v.weight.unflatten(0, (-1, self.d_head)).mT
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        return self.o.weight.T.unflatten(0, (-1, self.d_head))
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"] | None:
+        return None if self.q.bias is None else self.q.bias.view(-1, self.d_head)
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"] | None:
+        return None if self.k.bias is None else self.k.bias.view(-1, self.d_head)
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"] | None:
+        return None if self.v.bias is None else self.v.bias.view(-1, self.d_head)
+
+    @property
+    def b_O(self) -> Float[Tensor, "d_model"] | None:
+        return self.o.bias
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of every head, keys of a group repeated for its heads."""
+        return FactoredMatrix(self.W_Q, self.W_K.repeat_interleave(self.n_heads // self.n_kv_heads, 0).mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every head, values of a group repeated for its heads."""
+        return FactoredMatrix(self.W_V.repeat_interleave(self.n_heads // self.n_kv_heads, 0), self.W_O)
+
+
+def under_transform(x: Tensor) -> bool:
+    """Is the tensor inside vmap or grad of torch.func, where the fused kernel has no rule and values cannot be read?"""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Is the layer an nn.Linear and nothing more, so that reading its weight says all (LoRA and torch hooks say more)?"""
+    return type(linear) in (Linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)

@@ -1,0 +1,226 @@
+"""A block: attention and an MLP on the residual stream. Four kinds, by where the norms stand.
+
+The methods besides `forward` are its seams: exact sweeps enter a block there, in the middle, with edited values.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooklens.core.hooks import HookPoint
+from hooklens.model.attention import Attention, OwnInputs
+from hooklens.model.config import HookedTransformerConfig
+from hooklens.model.kv_cache import Context
+from hooklens.model.mlp import MLP, GatedMLP
+from hooklens.model.norms import Norm, make_norm
+
+Stream = Float[Tensor, "batch pos d_model"]
+
+
+class Block(nn.Module):
+    """Pre-norm: mid = pre + attn(ln1(pre)), post = mid + mlp(ln2(mid)) (Xiong et al. 2020, figure 1b)."""
+
+    #: Does the MLP read what attention wrote? Do later blocks read a normalised stream?
+    mlp_reads_attn, renorms_stream = True, False
+    ln1: Norm | None
+    ln2: Norm | None
+    ln1_post: Norm | None
+    ln2_post: Norm | None
+
+    def __init__(self, cfg: HookedTransformerConfig, layer: int):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_key_value_heads
+        self.hook_resid_pre = HookPoint()
+        if self.n_heads == self.n_kv_heads:
+            self.hook_attn_in = HookPoint()
+        self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
+        self.ln1_post = self.ln2_post = None
+        self.build(cfg, layer)
+
+    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
+        """Modules in the order in which their points fire."""
+        self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
+        self.attn = Attention(cfg, layer)
+        self.hook_attn_out = HookPoint()
+        if not cfg.attn_only:
+            self.hook_resid_mid = HookPoint()
+            self.hook_mlp_in = HookPoint()
+            self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
+        self.build_mlp(cfg)
+        self.hook_resid_post = HookPoint()
+
+    def build_mlp(self, cfg: HookedTransformerConfig) -> None:
+        self.mlp: MLP | None = None
+        if not cfg.attn_only:
+            self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+            self.hook_mlp_out = HookPoint()
+
+    def forward(self, x: Stream, ctx: Context) -> Stream:
+        x = self.hook_resid_pre(x)
+        own = self.own_inputs(x, ctx)
+        raw = self.attn(self.before_attn(x), ctx, own)
+        return self.finish(ctx.select(x), self.hook_attn_out(self.attn_adds(raw)))
+
+    def finish(self, x: Stream, attn_out: Stream) -> Stream:
+        """Everything after `attn_out`, from the stream `x` that entered the block."""
+        if self.mlp is None:
+            return self.leave(x + attn_out)
+        return self.finish_mid(self.hook_resid_mid(x + attn_out))
+
+    def finish_mid(self, mid: Stream) -> Stream:
+        """Everything after `resid_mid`."""
+        stream = self.after_mid(mid)
+        return self.leave(stream + self.mlp_out(stream))
+
+    def mlp_base(self, x: Stream, attn_out: Stream) -> Stream:
+        """The stream to which the block adds `mlp_out`."""
+        return self.after_mid(x + attn_out)
+
+    def mlp_out(self, stream: Stream) -> Stream:
+        """What the MLP adds, given the stream that it reads."""
+        assert self.mlp is not None
+        return self.hook_mlp_out(self.mlp_adds(self.mlp(self.before_mlp(self.hook_mlp_in(stream)))))
+
+    def leave(self, post: Stream) -> Stream:
+        """`resid_post`, and what the next block gets of it."""
+        return self.hook_resid_post(post)
+
+    def before_attn(self, x: Stream) -> Stream:
+        return x if self.ln1 is None else self.ln1(x)
+
+    def before_mlp(self, x: Stream) -> Stream:
+        return x if self.ln2 is None else self.ln2(x)
+
+    def attn_adds(self, raw: Stream) -> Stream:
+        """`attn_out`, from what the heads wrote."""
+        return raw
+
+    def mlp_adds(self, raw: Stream) -> Stream:
+        """`mlp_out`, from what the neurons wrote."""
+        return raw
+
+    def after_mid(self, mid: Stream) -> Stream:
+        return mid
+
+    def quiet_norm(self, x: Float[Tensor, "batch pos head d_model"]) -> Float[Tensor, "batch pos head d_model"]:
+        """The norm that attention reads through, without its points."""
+        return x if self.ln1 is None else self.ln1.fused(x)
+
+    def own_inputs(self, x: Stream, ctx: Context) -> OwnInputs:
+        """A head's own q, k or v input, normalised on its own path, where somebody edits it; else None."""
+        shared = getattr(self, "hook_attn_in", None)
+        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        if not any(point.listening() for point in points) and not (shared is not None and shared.listening()):
+            return (None, None, None)
+        copies = _per_head(x, self.n_heads)
+        attn_in = copies if shared is None else shared(copies)
+        own = []
+        for point, n in zip(points, (self.n_heads, self.n_kv_heads, self.n_kv_heads), strict=True):
+            given = attn_in if attn_in is not copies else _per_head(x, n)
+            used = point(given)
+            own.append(None if used is given and attn_in is copies else self.quiet_norm(used))
+        return (None if own[0] is None else ctx.select(own[0]), own[1], own[2])
+
+    def query_points(self) -> list[HookPoint]:
+        """The points that see every query position: all but those of the stream that enters, keys and values."""
+        early = {"hook_resid_pre", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"}
+        early |= {"attn.hook_k", "attn.hook_v", "attn.hook_rot_k", "attn.k_norm.hook_scale", "attn.k_norm.hook_normalized"}
+        return [m for name, m in self.named_modules() if isinstance(m, HookPoint) and name not in early]
+
+
+class SandwichBlock(Block):
+    """Pre-norm, and each branch normalised again before it is added (Gemma 2): mid = pre + ln1_post(attn(ln1(pre)))."""
+
+    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
+        self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
+        self.attn = Attention(cfg, layer)
+        self.ln1_post = make_norm(cfg.d_model, cfg.normalization_type)
+        self.hook_attn_out = HookPoint()
+        if not cfg.attn_only:
+            self.hook_resid_mid = HookPoint()
+            self.hook_mlp_in = HookPoint()
+            self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
+        self.build_mlp(cfg)
+        self.hook_resid_post = HookPoint()
+
+    def build_mlp(self, cfg: HookedTransformerConfig) -> None:
+        self.mlp = None
+        if not cfg.attn_only:
+            self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+            self.ln2_post = make_norm(cfg.d_model, cfg.normalization_type)
+            self.hook_mlp_out = HookPoint()
+
+    def attn_adds(self, raw: Stream) -> Stream:
+        return raw if self.ln1_post is None else self.ln1_post(raw)
+
+    def mlp_adds(self, raw: Stream) -> Stream:
+        return raw if self.ln2_post is None else self.ln2_post(raw)
+
+
+class PostNormBlock(Block):
+    """The norms stand after the sums (Vaswani et al. 2017): mid = pre + attn(pre), post = ln1(mid) + mlp(ln1(mid)).
+
+    `resid_mid` and `resid_post` are the sums, before their norm; the next block reads ln2(resid_post).
+    """
+
+    renorms_stream = True
+
+    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
+        self.attn = Attention(cfg, layer)
+        self.hook_attn_out = HookPoint()
+        if not cfg.attn_only:
+            self.hook_resid_mid = HookPoint()
+            self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
+            self.hook_mlp_in = HookPoint()
+        self.build_mlp(cfg)
+        self.hook_resid_post = HookPoint()
+        self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
+
+    def before_attn(self, x: Stream) -> Stream:
+        return x
+
+    def before_mlp(self, x: Stream) -> Stream:
+        return x
+
+    def after_mid(self, mid: Stream) -> Stream:
+        return mid if self.ln1 is None else self.ln1(mid)
+
+    def leave(self, post: Stream) -> Stream:
+        post = self.hook_resid_post(post)
+        return post if self.ln2 is None else self.ln2(post)
+
+    def quiet_norm(self, x: Float[Tensor, "batch pos head d_model"]) -> Float[Tensor, "batch pos head d_model"]:
+        return x
+
+
+class ParallelBlock(Block):
+    """Attention and MLP both read the stream that enters (Wang and Komatsuzaki 2021): post = pre + attn + mlp."""
+
+    mlp_reads_attn = False
+
+    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
+        self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
+        self.attn = Attention(cfg, layer)
+        self.hook_attn_out = HookPoint()
+        if not cfg.attn_only:
+            self.hook_mlp_in = HookPoint()
+            self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
+        self.build_mlp(cfg)
+        self.hook_resid_post = HookPoint()
+
+    def finish(self, x: Stream, attn_out: Stream) -> Stream:
+        return self.leave(x + attn_out if self.mlp is None else x + attn_out + self.mlp_out(x))
+
+    def mlp_base(self, x: Stream, attn_out: Stream) -> Stream:
+        return x + attn_out
+
+
+BLOCKS: dict[str, type[Block]] = {
+    "pre": Block,
+    "post": PostNormBlock,
+    "sandwich": SandwichBlock,
+    "parallel": ParallelBlock,
+}
+
+
+def _per_head(x: Stream, n: int) -> Float[Tensor, "batch pos head d_model"]:
+    return x.unsqueeze(2).expand(-1, -1, n, -1)

@@ -1,0 +1,470 @@
+"""What a model is made of: a short list of sizes, and parts that are injected rather than switched."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+
+from hooklens.core.errors import InputError, did_you_mean
+
+_PARTS: dict[str, dict[str, type]] = {}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component choice, written to JSON by its registered name so that a checkpoint rebuilds the model."""
+
+    slot: ClassVar[str]
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            _PARTS.setdefault(cls.slot, {})[cls.name] = cls
+
+    def to_json(self) -> dict[str, Any]:
+        """The part as plain values, its registered name under "part"."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"part": self.name} | {k: v.to_json() if isinstance(v, Part) else v for k, v in values.items()}
+
+
+def part(slot: str, value: Any) -> Any:
+    """The part that a name, a dict from JSON or a part itself stands for.
+
+    >>> part("position", "rotary")
+    Rotary(base=10000.0, dim=None, scaling=None, interleaved=False)
+    """
+    if isinstance(value, Part) or value is None:
+        if value is not None and value.slot != slot:
+            raise InputError(f"{value!r} is a {value.slot} part, asked for as {slot}")
+        return value
+    if isinstance(value, dict):
+        return _find(slot, value.get("part", "")).from_json({k: v for k, v in value.items() if k != "part"})
+    return _find(slot, value)()
+
+
+def _find(slot: str, name: str) -> Any:
+    if name not in _PARTS[slot]:
+        raise did_you_mean(f"{slot} part", str(name), _PARTS[slot])
+    return _PARTS[slot][name]
+
+
+class _FromJson:
+    @classmethod
+    def from_json(cls, values: dict[str, Any]):
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# -- positions
+
+
+@dataclass(frozen=True)
+class PositionPart(_FromJson, Part):
+    """How a model knows where a token stands."""
+
+    slot = "position"
+
+
+@dataclass(frozen=True)
+class Learned(PositionPart):
+    """A trained vector per position, added to the embedding."""
+
+    name = "learned"
+
+
+@dataclass(frozen=True)
+class Sinusoidal(PositionPart):
+    """Fixed sines and cosines, added to the embedding (Vaswani et al. 2017, section 3.5)."""
+
+    name = "sinusoidal"
+    base: float = 10000.0
+
+
+@dataclass(frozen=True)
+class NoPositions(PositionPart):
+    """No position signal but the causal mask."""
+
+    name = "none"
+
+
+@dataclass(frozen=True)
+class ScalingPart(_FromJson, Part):
+    """How rotary frequencies are changed to reach a longer context."""
+
+    slot = "scaling"
+
+
+@dataclass(frozen=True)
+class LinearScaling(ScalingPart):
+    """Every frequency divided by a factor (Chen et al. 2023, position interpolation)."""
+
+    name = "linear"
+    factor: float = 1.0
+
+    def scale(self, freq: torch.Tensor) -> torch.Tensor:
+        return freq / self.factor
+
+
+@dataclass(frozen=True)
+class Llama3Scaling(ScalingPart):
+    """Long wavelengths divided by a factor, short ones kept, a linear blend between (Llama 3.1)."""
+
+    name = "llama3"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_n_ctx: int = 8192
+
+    def scale(self, freq: torch.Tensor) -> torch.Tensor:
+        turns = self.original_n_ctx * freq / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return kept * freq + (1 - kept) * freq / self.factor
+
+
+@dataclass(frozen=True)
+class DividedScaling(ScalingPart):
+    """Every frequency divided by a number of its own (Phi-3 long rope), sines and cosines times `magnitude`.
+
+    `long` is used instead of `short` where the sequence is longer than `original_n_ctx`.
+    """
+
+    name = "divided"
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    original_n_ctx: int = 4096
+    magnitude: float = 1.0
+
+    def scale(self, freq: torch.Tensor, length: int = 0) -> torch.Tensor:
+        chosen = self.long if length > self.original_n_ctx else self.short
+        return freq / torch.tensor(chosen, dtype=freq.dtype, device=freq.device)
+
+
+@dataclass(frozen=True)
+class Rotary(PositionPart):
+    """Queries and keys turned by an angle proportional to position (Su et al. 2021, equation 34).
+
+    `dim` of each head's dimensions are turned (None: all). Pairs are (i, i + dim/2), or (2i, 2i + 1) if interleaved.
+    """
+
+    name = "rotary"
+    base: float = 10000.0
+    dim: int | None = None
+    scaling: ScalingPart | None = None
+    interleaved: bool = False
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]):
+        return cls(**values | {"scaling": part("scaling", values.get("scaling"))})
+
+
+# -- what a query may see
+
+
+@dataclass(frozen=True)
+class MaskPart(_FromJson, Part):
+    """Which keys a query may see, by absolute position. `causal` says that none lies after it."""
+
+    slot = "mask"
+    causal: ClassVar[bool] = True
+
+    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+        raise InputError(f"{type(self).__name__} does not say what it allows; a mask part defines allows()")
+
+
+@dataclass(frozen=True)
+class Causal(MaskPart):
+    """A query sees itself and what came before."""
+
+    name = "causal"
+
+    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+        return key_pos <= query_pos
+
+
+@dataclass(frozen=True)
+class SlidingWindow(MaskPart):
+    """A query sees itself and the `window` - 1 tokens before it."""
+
+    name = "sliding_window"
+    window: int = 4096
+
+    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+        return (key_pos <= query_pos) & (key_pos > query_pos - self.window)
+
+
+@dataclass(frozen=True)
+class NoMask(MaskPart):
+    """Every query sees every key."""
+
+    name = "none"
+    causal = False
+
+    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+        return (key_pos == key_pos) & (query_pos == query_pos)
+
+
+# -- from scores to a pattern
+
+
+@dataclass(frozen=True)
+class ScorePart(_FromJson, Part):
+    """What turns masked scores into a pattern. `row_sums_to_one` says whether rows are averages."""
+
+    slot = "score"
+    row_sums_to_one: ClassVar[bool] = True
+    fusable: ClassVar[bool] = False
+
+    def pattern(self, scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        raise InputError(f"{type(self).__name__} does not say how to weigh; a score part defines pattern()")
+
+
+@dataclass(frozen=True)
+class Softmax(ScorePart):
+    """exp(score), normalised over keys; a row that sees nothing is 0."""
+
+    name = "softmax"
+    fusable = True
+
+    def pattern(self, scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        if seen is None:
+            return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
+        # A row of -inf would be NaN, and its gradient with it: give it zeros to normalise, then blank it.
+        blank = ~seen.any(dim=-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(blank, 0.0), dim=-1, dtype=wide)
+        return weights.masked_fill(blank, 0.0).to(scores.dtype)
+
+
+@dataclass(frozen=True)
+class LinearScore(ScorePart):
+    """The score itself, masked with 0: unnormalised linear attention."""
+
+    name = "linear"
+    row_sums_to_one = False
+
+    def pattern(self, scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        return scores.masked_fill(scores == -torch.inf, 0.0)
+
+
+# -- norms
+
+
+@dataclass(frozen=True)
+class NormPart(_FromJson, Part):
+    """How a vector is brought to scale."""
+
+    slot = "norm"
+
+
+@dataclass(frozen=True)
+class LayerNormPart(NormPart):
+    """Centred and divided by the standard deviation (Ba et al. 2016, equation 4)."""
+
+    name = "LN"
+    eps: float = 1e-5
+    affine: bool = True
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class RMSNormPart(NormPart):
+    """Divided by the root mean square (Zhang and Sennrich 2019). The weight is stored minus `weight_offset` (Gemma: 1)."""
+
+    name = "RMS"
+    eps: float = 1e-5
+    affine: bool = True
+    weight_offset: float = 0.0
+
+
+# -- what enters
+
+
+@dataclass(frozen=True)
+class EmbedPart(_FromJson, Part):
+    """What the model reads."""
+
+    slot = "embed"
+
+
+@dataclass(frozen=True)
+class TokenEmbed(EmbedPart):
+    """One row of W_E a token, times `scale` (Gemma: sqrt d_model)."""
+
+    name = "tokens"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class VectorEmbed(EmbedPart):
+    """Vectors `batch pos d_in` through a linear map, for in-context regression and the like."""
+
+    name = "vectors"
+    d_in: int = 1
+    bias: bool = False
+
+
+# -- initial weights
+
+
+@dataclass(frozen=True)
+class InitPart(_FromJson, Part):
+    """The standard deviations of the initial weights; biases start at 0, norm weights at 1."""
+
+    slot = "init"
+    std: float | None = None
+    unembed_std: float | None = None
+    residual_scale: bool = False
+
+
+@dataclass(frozen=True)
+class NormalInit(InitPart):
+    """N(0, std^2), std = 0.8 / sqrt d_model if not given; with residual_scale W_O and W_out shrink by sqrt(2 n_layers)."""
+
+    name = "normal"
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Which linear maps have a bias."""
+
+    qkv: bool = True
+    o: bool = True
+    mlp: bool = True
+    unembed: bool = False
+
+
+PerLayer = Any  # a part, its name, or a tuple of one a layer
+
+_SLOTS = {
+    "positional_embedding_type": "position",
+    "mask": "mask",
+    "score_fn": "score",
+    "normalization_type": "norm",
+    "final_norm": "norm",
+    "qk_norm": "norm",
+    "embed": "embed",
+    "init": "init",
+}
+_MAY_VARY = ("positional_embedding_type", "mask")
+_BLOCKS = ("pre", "post", "sandwich", "parallel")
+
+
+@dataclass(frozen=True)
+class HookedTransformerConfig:
+    """Sizes and parts of a HookedTransformer. Names follow TransformerLens 3; parts may be given by name.
+
+    >>> cfg = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, n_heads=4, d_vocab=50)
+    >>> cfg.d_head, cfg.d_mlp, cfg.mask
+    (4, 64, Causal())
+    """
+
+    n_layers: int
+    d_model: int
+    n_ctx: int
+    n_heads: int
+    d_vocab: int
+    d_head: int = -1
+    n_key_value_heads: int | None = None
+    d_mlp: int | None = None
+    d_vocab_out: int = -1
+    act_fn: str = "gelu_new"
+    gated_mlp: bool = False
+    attn_only: bool = False
+    block: str = "pre"
+    normalization_type: Any = "LN"
+    final_norm: Any = "same"
+    qk_norm: Any = None
+    positional_embedding_type: PerLayer = "learned"
+    mask: PerLayer = "causal"
+    score_fn: Any = "softmax"
+    embed: Any = "tokens"
+    attn_scale: float | None = None
+    attn_scores_soft_cap: float | None = None
+    output_logits_soft_cap: float | None = None
+    biases: Biases = field(default_factory=Biases)
+    tie_word_embeddings: bool = False
+    init: Any = "normal"
+    model_name: str = "custom"
+    family: str | None = None
+    default_prepend_bos: bool = False
+    folded: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        settle = object.__setattr__
+        if self.d_head == -1:
+            if self.d_model % self.n_heads:
+                raise InputError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; give d_head")
+            settle(self, "d_head", self.d_model // self.n_heads)
+        settle(self, "n_key_value_heads", self.n_key_value_heads or self.n_heads)
+        settle(self, "d_mlp", 0 if self.attn_only else self.d_mlp or 4 * self.d_model)
+        settle(self, "d_vocab_out", self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out)
+        settle(self, "attn_scale", self.attn_scale or math.sqrt(self.d_head))
+        if self.final_norm == "same":
+            settle(self, "final_norm", None if self.block == "post" else self.normalization_type)
+        for name, slot in _SLOTS.items():
+            settle(self, name, self._settled(name, slot))
+        self._check()
+
+    def _settled(self, name: str, slot: str) -> Any:
+        value = getattr(self, name)
+        if isinstance(value, list | tuple):
+            if name not in _MAY_VARY or len(value) != self.n_layers:
+                raise InputError(f"{name} takes one part, or a tuple of {self.n_layers} for mask and rotary; got {value!r}")
+            parts = tuple(part(slot, one) for one in value)
+            return parts[0] if len(set(parts)) == 1 else parts
+        return part(slot, value)
+
+    def _check(self) -> None:
+        for name in ("n_layers", "d_model", "n_ctx", "n_heads", "d_head", "n_key_value_heads", "d_vocab"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_heads % self.n_key_value_heads:
+            raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
+        if self.block not in _BLOCKS:
+            raise did_you_mean("block", self.block, _BLOCKS)
+        if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:
+            raise InputError(f"tied embeddings need d_vocab_out {self.d_vocab_out} equal to d_vocab {self.d_vocab}")
+
+    def mask_at(self, layer: int) -> MaskPart:
+        """The mask of one layer."""
+        return self.mask[layer] if isinstance(self.mask, tuple) else self.mask
+
+    def rotary_at(self, layer: int) -> Rotary | None:
+        """The rotary part of one layer, None where it has none."""
+        positions = self.positional_embedding_type
+        here = positions[layer] if isinstance(positions, tuple) else positions
+        return here if isinstance(here, Rotary) else None
+
+    @property
+    def causal(self) -> bool:
+        """Can no position see a later one, at any layer?"""
+        return all(self.mask_at(layer).causal for layer in range(self.n_layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as plain values; `from_json` rebuilds it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: _plain(value) for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "HookedTransformerConfig":
+        """The configuration that `to_json` wrote; an unknown field is refused."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise did_you_mean("configuration field", name, known)
+        biases = Biases(**values["biases"]) if "biases" in values else Biases()
+        return cls(**values | {"biases": biases, "folded": tuple(values.get("folded", ()))})
+
+    def replace(self, **changes: Any) -> "HookedTransformerConfig":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Part):
+        return value.to_json()
+    if isinstance(value, Biases):
+        return asdict(value)
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value

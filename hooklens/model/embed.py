@@ -1,0 +1,126 @@
+"""Into the residual stream and out of it: embeddings, positions, the unembedding."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooklens.core.errors import InputError
+from hooklens.core.hooks import HookPoint
+from hooklens.model.config import DividedScaling, HookedTransformerConfig, Rotary, VectorEmbed
+from hooklens.model.linear import Linear
+
+Stream = Float[Tensor, "batch pos d_model"]
+Angles = Float[Tensor, "*batch pos half"]
+
+
+class TokenEmbedding(nn.Embedding):
+    """One row of W_E a token, times the part's scale."""
+
+    def __init__(self, cfg: HookedTransformerConfig):
+        super().__init__(cfg.d_vocab, cfg.d_model)
+        self.scale = cfg.embed.scale
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Stream:
+        rows = super().forward(tokens)
+        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+
+
+class VectorEmbedding(Linear):
+    """Vectors `batch pos d_in` mapped linearly into the stream."""
+
+    def __init__(self, cfg: HookedTransformerConfig):
+        made: VectorEmbed = cfg.embed
+        super().__init__(made.d_in, cfg.d_model, bias=made.bias)
+
+
+class Unembedding(nn.Module):
+    """From the stream to logits, a soft cap last. `hook_out` is before the cap."""
+
+    def __init__(self, cfg: HookedTransformerConfig):
+        super().__init__()
+        self.soft_cap = cfg.output_logits_soft_cap
+        self.hook_in = HookPoint()
+        self.linear = Linear(cfg.d_model, cfg.d_vocab_out, bias=cfg.biases.unembed)
+        self.hook_out = HookPoint()
+
+    def forward(self, x: Stream) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.cap(self.hook_out(self.linear(self.hook_in(x))))
+
+    def cap(self, logits: Float[Tensor, "*lead k"]) -> Float[Tensor, "*lead k"]:
+        return soft_cap(logits, self.soft_cap)
+
+
+def soft_cap(x: Float[Tensor, "*lead k"], cap: float | None) -> Float[Tensor, "*lead k"]:
+    """cap * tanh(x / cap), which stays inside +-cap (Bello et al. 2016, section 5.1); unchanged for None.
+
+    >>> round(float(soft_cap(torch.tensor([1000.0]), 30.0)), 3)
+    30.0
+    """
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def sinusoidal_table(n_ctx: int, d_model: int, base: float = 10000.0) -> Float[Tensor, "n_ctx d_model"]:
+    """Sines in even columns, cosines in odd ones (Vaswani et al. 2017, section 3.5), in float64.
+
+    >>> sinusoidal_table(2, 4)[1].tolist()
+    [0.841..., 0.540..., 0.0099..., 0.9999...]
+    """
+    freq = base ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)
+    angle = torch.arange(n_ctx, dtype=torch.float64)[:, None] * freq
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d_model]
+
+
+class SinusoidalPositions(nn.Module):
+    """The fixed table, as a buffer that is rebuilt rather than saved."""
+
+    def __init__(self, cfg: HookedTransformerConfig):
+        super().__init__()
+        self.base, self.shape = cfg.positional_embedding_type.base, (cfg.n_ctx, cfg.d_model)
+
+    @property
+    def weight(self) -> Float[Tensor, "n_ctx d_model"]:
+        return sinusoidal_table(*self.shape, self.base)
+
+    def forward(self, positions: Int[Tensor, "*batch pos"]) -> Float[Tensor, "*batch pos d_model"]:
+        return self.weight.to(positions.device)[positions]
+
+
+def rotary_tables(
+    made: Rotary, d_head: int, positions: Int[Tensor, "*batch pos"], dtype: torch.dtype
+) -> tuple[Angles, Angles]:
+    """Cosines and sines of position times frequency, frequency base^(-2i/dim) (Su et al. 2021, equation 15).
+
+    >>> cos, sin = rotary_tables(Rotary(), 4, torch.tensor([0, 1]), torch.float32)
+    >>> cos[0].tolist(), sin[0].tolist()
+    ([1.0, 1.0], [0.0, 0.0])
+    """
+    dim = made.dim or d_head
+    if dim > d_head or dim % 2:
+        raise InputError(f"rotary turns an even number of at most d_head {d_head} dimensions, got {dim}")
+    wide = torch.promote_types(dtype, torch.float32)
+    freq = 1.0 / made.base ** (torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim)
+    magnitude = 1.0
+    if isinstance(made.scaling, DividedScaling):
+        length = int(positions.max()) + 1 if positions.numel() else 0
+        freq, magnitude = made.scaling.scale(freq, length), made.scaling.magnitude
+    elif made.scaling is not None:
+        freq = made.scaling.scale(freq)
+    angle = positions[..., None].to(wide) * freq
+    return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
+
+
+def rotate(
+    x: Float[Tensor, "batch pos head d_head"], cos: Angles, sin: Angles, interleaved: bool
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Each pair of dimensions turned by its angle (Su et al. 2021, equation 34); dimensions past the tables stay."""
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+        pair = (first * cos - second * sin, second * cos + first * sin)
+        out = torch.stack(pair, dim=-1).flatten(-2)
+    else:
+        first, second = turned[..., :half], turned[..., half:]
+        out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out

@@ -1,0 +1,143 @@
+"""What the blocks share in one forward pass: where each token stands, what it may see, keys and values from before."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.model.config import Causal, MaskPart, NoMask, Rotary
+from hooklens.model.embed import rotary_tables
+
+Keys = Float[Tensor, "batch key_pos kv_head d_head"]
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, as attention uses them (keys after rotary).
+
+    >>> from hooklens.testing import tiny_model
+    >>> model, past = tiny_model(), KVCache()
+    >>> whole = model([[1, 2, 3]])
+    >>> _ = model([[1, 2]], kv_cache=past)
+    >>> torch.allclose(model([[3]], kv_cache=past)[:, -1], whole[:, -1], atol=1e-5), past.length, past.step
+    (True, 3, 2)
+    """
+
+    def __init__(self) -> None:
+        self.length = self.step = 0
+        self.seen: Bool[Tensor, "batch key"] | None = None
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Keys, v: Keys) -> tuple[Keys, Keys]:
+        """Keep the new keys and values of a layer; return them after those from before."""
+        end = self.length + k.shape[1]
+        if torch.is_grad_enabled():
+            old = self._layers.get(layer)
+            kept = (k, v) if old is None else tuple(torch.cat((o[:, : self.length], n), 1) for o, n in zip(old, (k, v)))
+            self._layers[layer] = kept
+            return kept
+        stores = self._layers.get(layer)
+        if stores is None or stores[0].shape[1] < end:
+            stores = self._layers[layer] = tuple(self._grown(stores and stores[i], new, end) for i, new in enumerate((k, v)))
+        for store, new in zip(stores, (k, v), strict=True):
+            store[:, self.length : end] = new
+        return stores[0][:, :end], stores[1][:, :end]
+
+    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
+        room = end if old is None else max(end, 2 * old.shape[1])  # doubling: each key is copied twice at most
+        store = new.new_empty((new.shape[0], room, *new.shape[2:]))
+        if old is not None:
+            store[:, : self.length] = old[:, : self.length]
+        return store
+
+    def of_layer(self, layer: int) -> tuple[Keys, Keys]:
+        """The keys and values of one layer."""
+        if layer not in self._layers:
+            raise InputError(f"this KV cache holds no layer {layer}; it has seen {self.length} tokens")
+        k, v = self._layers[layer]
+        return k[:, : self.length], v[:, : self.length]
+
+    def advance(self, n_new: int, seen: Bool[Tensor, "batch key"] | None) -> None:
+        """A forward pass over `n_new` tokens is complete."""
+        self.length, self.step, self.seen = self.length + n_new, self.step + 1, seen
+
+    def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
+        """Keep some rows of the batch, in that order: finished prompts leave, beams are reordered."""
+        self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
+        self.seen = None if self.seen is None else self.seen[rows]
+
+
+class View(NamedTuple):
+    """What queries may see. `seen` None: everything, or a square lower triangle if `causal`. `blank`: some see nothing."""
+
+    seen: Bool[Tensor, "batch 1 query_pos key_pos"] | None
+    causal: bool = False
+    blank: bool = False
+
+
+@dataclass
+class Context:
+    """Positions, masks and cache of one forward pass. The sweep engine passes one of its own kind."""
+
+    positions: Int[Tensor, "*batch pos"]
+    offset: int = 0
+    key_seen: Bool[Tensor, "batch key"] | None = None
+    cache: KVCache | None = None
+    chosen: Int[Tensor, "batch"] | None = None
+    _tables: dict = field(default_factory=dict)
+    _views: dict = field(default_factory=dict)
+
+    def narrowed(self, chosen: Int[Tensor, "batch"]) -> "Context":
+        """The same pass, working only for one chosen query position a row."""
+        return replace(self, chosen=chosen, _views={}, _tables=self._tables)
+
+    def select(self, x: Tensor) -> Tensor:
+        """The rows of `x` (batch pos ...) that queries are worked for: all, or the chosen one of each."""
+        if self.chosen is None:
+            return x
+        return x[torch.arange(x.shape[0], device=x.device), self.chosen][:, None]
+
+    def tables(self, made: Rotary, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at the positions of this pass, computed once for all layers."""
+        key = (made, d_head, dtype)
+        if key not in self._tables:
+            cos, sin = rotary_tables(made, d_head, self.positions, dtype)
+            self._tables[key] = (cos, sin) if cos.ndim == 3 else (cos[None], sin[None])
+        return self._tables[key]
+
+    def query_tables(self, cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """The rows of the tables that belong to the queries."""
+        if self.chosen is None:
+            return cos, sin
+        return self.select(cos.expand(batch, -1, -1)), self.select(sin.expand(batch, -1, -1))
+
+    def view(self, mask: MaskPart) -> View:
+        """What this pass's queries may see under a mask; made once for all layers that share it."""
+        if mask not in self._views:
+            self._views[mask] = self._make_view(mask)
+        return self._views[mask]
+
+    def _make_view(self, mask: MaskPart) -> View:
+        n_new = self.positions.shape[-1]
+        if self.key_seen is None and isinstance(mask, NoMask):
+            return View(None)
+        if self.key_seen is None and self.chosen is None and isinstance(mask, Causal):
+            if n_new == 1:
+                return View(None)
+            if self.offset == 0:
+                return View(None, causal=True)
+        # Masks count slots, not positions: padding shifts both of a pair alike, and pads are masked as keys.
+        keys = torch.arange(self.offset + n_new, device=self.positions.device)
+        queries = keys[None, self.offset :] if self.chosen is None else self.offset + self.chosen[:, None]
+        seen = mask.allows(queries[:, None, :, None], keys)
+        if self.key_seen is not None:
+            seen = seen & self.key_seen[:, None, None, :]
+        return View(seen, blank=self.key_seen is not None)
+
+    def attend(self, attn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Each query's mixture of values, the cached ones included."""
+        if self.cache is not None:
+            k, v = self.cache.extend(attn.layer, k, v)
+        return attn.mix(q, attn.see_keys(k), v, self.view(attn.mask))

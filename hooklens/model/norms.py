@@ -1,0 +1,127 @@
+"""LayerNorm and RMSNorm, by hand where somebody looks inside, by torch's kernel where nobody does."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hooklens.core.hooks import HookPoint
+from hooklens.model.config import LayerNormPart, NormPart, RMSNormPart
+
+Vector = Float[Tensor, "*lead width"]
+Scale = Float[Tensor, "*lead 1"]
+
+
+class Norm(nn.Module):
+    """normalized = centred(x) / scale, then the weight and bias. Subclasses say what is centred and what scales.
+
+    The points are served beside torch's fused kernel; only an edit or a gradient there sends the values through them.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+        self.weight = self.bias = None
+
+    def forward(self, x: Vector) -> Vector:
+        if not (self.hook_scale.listening() or self.hook_normalized.listening()):
+            return self.fused(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = self.centred(wide)
+        scale = self.rms(centred).to(x.dtype)
+        scale_used = self.hook_scale(scale)
+        normalized = (centred / scale_used).to(x.dtype)
+        used = self.hook_normalized(normalized)
+        if scale_used is scale and used is normalized:
+            return self.fused(x)
+        return self.affine(used)
+
+    def rms(self, centred: Vector) -> Scale:
+        return (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def centred(self, x: Vector) -> Vector:
+        return x
+
+    def gain(self) -> Float[Tensor, "width"] | None:
+        """What the normalised vector is multiplied by."""
+        return self.weight
+
+    def affine(self, normalized: Vector) -> Vector:
+        gain = self.gain()
+        out = normalized if gain is None else normalized * gain
+        return out if self.bias is None else out + self.bias
+
+    def fused(self, x: Vector) -> Vector:
+        raise NotImplementedError
+
+    def linearised(self, stack: Float[Tensor, "*lead width"], scale: Float[Tensor, "*scales 1"]) -> Tensor:
+        """The norm with its scale frozen and its bias left out: linear in the stack."""
+        gain = self.gain()
+        out = self.centred(stack) / scale
+        return out if gain is None else out * gain.detach().to(out)
+
+
+class LayerNorm(Norm):
+    """Subtract the mean, divide by the standard deviation (Ba et al. 2016, equation 4).
+
+    >>> LayerNorm(4, LayerNormPart(eps=0.0))(torch.tensor([[1.0, 1.0, 3.0, 3.0]])).tolist()
+    [[-1.0, -1.0, 1.0, 1.0]]
+    """
+
+    def __init__(self, width: int, made: LayerNormPart):
+        super().__init__(width, made.eps)
+        self.weight = nn.Parameter(torch.ones(width)) if made.affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if made.affine and made.bias else None
+
+    def centred(self, x: Vector) -> Vector:
+        return x - x.mean(-1, keepdim=True)
+
+    def fused(self, x: Vector) -> Vector:
+        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Norm):
+    """Divide by the root mean square (Zhang and Sennrich 2019, equation 4).
+
+    >>> RMSNorm(2, RMSNormPart(eps=0.0))(torch.tensor([[3.0, 3.0]])).tolist()
+    [[1.0, 1.0]]
+    """
+
+    def __init__(self, width: int, made: RMSNormPart):
+        super().__init__(width, made.eps)
+        self.offset = made.weight_offset
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - made.weight_offset)) if made.affine else None
+
+    def gain(self) -> Float[Tensor, "width"] | None:
+        if self.weight is None or not self.offset:
+            return self.weight
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+
+    def affine(self, normalized: Vector) -> Vector:
+        gain = self.gain()
+        return normalized if gain is None else (normalized * gain).to(normalized.dtype)
+
+    def fused(self, x: Vector) -> Vector:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        gain = self.gain()
+        if gain is None:
+            return scaled.to(x.dtype)
+        # Llama rounds before the weight, Gemma (whose weight is an offset) after it.
+        return (scaled * gain).to(x.dtype) if self.offset else scaled.to(x.dtype) * gain
+
+
+def make_norm(width: int, made: NormPart | None) -> Norm | None:
+    """The norm that a part describes; None for None.
+
+    >>> make_norm(8, None) is None
+    True
+    """
+    if made is None:
+        return None
+    return LayerNorm(width, made) if isinstance(made, LayerNormPart) else RMSNorm(width, made)

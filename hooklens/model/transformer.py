@@ -1,0 +1,372 @@
+"""HookedTransformer: tokens to logits, every activation on the way by name."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hooklens.core.cache import ActivationCache
+from hooklens.core.errors import InputError, WrongType
+from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, moment
+from hooklens.core.names import Where
+from hooklens.model.attention import under_transform
+from hooklens.model.block import BLOCKS
+from hooklens.model.config import HookedTransformerConfig, Learned, RMSNormPart, Sinusoidal, TokenEmbed
+from hooklens.model.embed import SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
+from hooklens.model.factored import FactoredMatrix
+from hooklens.model.kv_cache import Context, KVCache
+from hooklens.model.norms import make_norm
+from hooklens.model.views import StackedWeight, write_all
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+Stream = Float[Tensor, "batch pos d_model"]
+Logits = Float[Tensor, "batch pos d_vocab"]
+Text = str | Sequence[str]
+Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+class HookedTransformer(HookedModule):
+    """A transformer whose activations can be seen and edited by name; hook names as in TransformerLens 3.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model()
+    >>> model([[1, 2, 3]]).shape             # batch pos d_vocab
+    torch.Size([1, 3, 11])
+    >>> logits = model.run_with_hooks([[1, 2, 3]], fwd_hooks=[(("z", 0), lambda z, hook: z * 0)])
+    """
+
+    def __init__(
+        self,
+        cfg: HookedTransformerConfig,
+        *,
+        tokenizer: "Tokenizer | None" = None,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        with torch.device("meta"):  # nothing is drawn yet, and the global generator is left alone
+            self._build()
+        self.name_points()
+        self.to(dtype or torch.get_default_dtype())
+        if device is None or torch.device(device).type != "meta":
+            self.to_empty(device=device or "cpu")
+            initialise(self, seed)
+        self.tie()
+
+    def _build(self) -> None:
+        cfg = self.cfg
+        self.embed = TokenEmbedding(cfg) if isinstance(cfg.embed, TokenEmbed) else VectorEmbedding(cfg)
+        self.hook_embed = HookPoint()
+        self.pos_embed: nn.Module | None = None
+        if isinstance(cfg.positional_embedding_type, Learned):
+            self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        elif isinstance(cfg.positional_embedding_type, Sinusoidal):
+            self.pos_embed = SinusoidalPositions(cfg)
+        if self.pos_embed is not None:
+            self.hook_pos_embed = HookPoint()
+        self.blocks = nn.ModuleList(BLOCKS[cfg.block](cfg, layer) for layer in range(cfg.n_layers))
+        self.ln_final = make_norm(cfg.d_model, cfg.final_norm)
+        self.unembed = Unembedding(cfg)
+
+    def tie(self) -> None:
+        """Make the unembedding the embedding's own weight, where the configuration says so."""
+        if self.cfg.tie_word_embeddings:
+            self.unembed.linear.weight = self.embed.weight
+
+    # -- forward
+
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        kv_cache: KVCache | None = None,
+        attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+        logits_at: int | Int[Tensor, "batch"] | None = None,
+    ) -> Logits | Stream:
+        """Logits of every position; with `stop_at_layer` the residual stream that enters that layer.
+
+        With `start_at_layer` the input is the residual stream there. With a `kv_cache` the tokens follow those already
+        in it. `logits_at` asks for one position a row (negative: from its last real token), and the last block then
+        works only for it; the result keeps a position axis of size 1. `attention_mask` is 0 at padding, left or right.
+        """
+        start, stop = self._layers(start_at_layer, stop_at_layer)
+        x, attention_mask = self._input(tokens, attention_mask, start_at_layer is not None)
+        ctx = self._context(x, attention_mask, kv_cache)
+        chosen = None if logits_at is None or stop_at_layer is not None else self._chosen(logits_at, x, ctx)
+        if kv_cache is None:
+            return self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
+        with moment(kv_cache.step, kv_cache.length):
+            out = self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
+        kv_cache.advance(x.shape[1], ctx.key_seen)
+        return out
+
+    def _run(self, x, ctx: Context, start: int, stop: int, stop_at, start_at, chosen) -> Tensor:
+        if start_at is None:
+            x = self.embed_input(x, ctx)
+        late = stop_at is None and chosen is not None and start < self.cfg.n_layers
+        narrow = late and not edited_elsewhere(self._late_points())
+        for layer in range(start, stop):
+            last = narrow and layer == self.cfg.n_layers - 1
+            x = self.blocks[layer](x, ctx.narrowed(chosen) if last else ctx)
+        if stop_at is not None:
+            return x
+        if chosen is not None and narrow:
+            return self.read_out(x)
+        return self.read_out(x, None if chosen is None else ctx.narrowed(chosen))
+
+    def embed_input(self, x: Tensor, ctx: Context) -> Stream:
+        """The residual stream that enters block 0."""
+        stream = self.hook_embed(self.embed(x))
+        if self.pos_embed is None:
+            return stream
+        positions = self.pos_embed(ctx.positions).to(stream.dtype)
+        return stream + self.hook_pos_embed(positions.expand(stream.shape[0], -1, -1))
+
+    def read_out(self, x: Stream, ctx: Context | None = None) -> Logits:
+        """Final norm and unembedding; a context says which position of each row is unembedded."""
+        x = x if self.ln_final is None else self.ln_final(x)
+        return self.unembed(x if ctx is None else ctx.select(x))
+
+    def _late_points(self) -> list[HookPoint]:
+        final = [] if self.ln_final is None else [self.ln_final.hook_scale, self.ln_final.hook_normalized]
+        return self.blocks[-1].query_points() + final
+
+    def _layers(self, start_at: int | None, stop_at: int | None) -> tuple[int, int]:
+        n = self.cfg.n_layers
+        for name, value in (("start_at_layer", start_at), ("stop_at_layer", stop_at)):
+            if value is not None and not -n <= value <= n:
+                raise InputError(f"{name}={value} is out of range: this model has layers 0 to {n - 1} (or -{n} to -1)")
+        start = 0 if start_at is None else start_at + n if start_at < 0 else start_at
+        stop = n if stop_at is None else stop_at + n if stop_at < 0 else stop_at
+        if stop < start:
+            raise InputError(f"stop_at_layer={stop_at} lies before start_at_layer={start_at}")
+        return start, stop
+
+    def _input(self, tokens: Tokens, mask: Tensor | None, is_stream: bool) -> tuple[Tensor, Tensor | None]:
+        if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str)):
+            tokens, real = self._need_tokenizer().to_tokens(tokens, return_mask=True, device=self.device)
+            mask = real if mask is None and not bool(real.all()) else mask
+        if not isinstance(tokens, Tensor):
+            tokens = torch.as_tensor(tokens, device=self.device)
+        if not is_stream and isinstance(self.cfg.embed, TokenEmbed):
+            self._check_tokens(tokens)
+            tokens = tokens[None] if tokens.ndim == 1 else tokens
+        elif tokens.ndim != 3:
+            raise InputError(f"expected vectors of shape [batch pos width], got {list(tokens.shape)}")
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=tokens.device).bool()
+        return tokens, mask
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise WrongType(f"tokens are integers [batch pos], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.ndim not in (1, 2) or 0 in tokens.shape:
+            raise InputError(f"tokens have shape [batch pos] and at least one token, got {list(tokens.shape)}: is the prompt empty?")
+        if not (torch.compiler.is_compiling() or tokens.is_meta or under_transform(tokens)):
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.cfg.d_vocab:
+                raise InputError(f"token ids lie between 0 and {self.cfg.d_vocab - 1} in this model, got {low} to {high}")
+
+    def _context(self, x: Tensor, mask: Tensor | None, past: KVCache | None) -> Context:
+        n_new, offset = x.shape[1], 0 if past is None else past.length
+        if offset + n_new > self.cfg.n_ctx and self.pos_embed is not None:
+            raise InputError(f"{offset + n_new} tokens do not fit this model's n_ctx of {self.cfg.n_ctx}; shorten the prompt")
+        before = None if past is None else past.seen
+        if mask is None and before is None:
+            return Context(torch.arange(offset, offset + n_new, device=x.device), offset, cache=past)
+        batch = x.shape[0]
+        real = torch.ones((batch, n_new), dtype=torch.bool, device=x.device) if mask is None else mask[:, -n_new:]
+        if real.shape != (batch, n_new):
+            raise InputError(f"attention_mask has shape {list(mask.shape)}; the input is {batch} x {n_new}")  # type: ignore[union-attr]
+        if offset and before is None:
+            before = torch.ones((batch, offset), dtype=torch.bool, device=x.device)
+        seen = real if before is None else torch.cat((before, real), dim=1)
+        positions = (seen.long().cumsum(1) - 1).clamp_min(0)[:, offset:]
+        return Context(positions, offset, key_seen=seen, cache=past)
+
+    def _chosen(self, at: int | Tensor, x: Tensor, ctx: Context) -> Int[Tensor, "batch"]:
+        batch, n_new = x.shape[:2]
+        index = torch.as_tensor(at, device=x.device).expand(batch)
+        if ctx.key_seen is None:
+            last = torch.full_like(index, n_new - 1)
+        else:
+            slots = torch.arange(n_new, device=x.device)
+            last = torch.where(ctx.key_seen[:, ctx.offset :], slots, 0).amax(1)
+        index = torch.where(index < 0, last + 1 + index, index)
+        if bool(((index < 0) | (index >= n_new)).any()):
+            raise InputError(f"logits_at={at} is out of range for {n_new} tokens")
+        return index
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        tokens: Tokens,
+        names: Where | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        grads: bool = False,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        kv_cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, ActivationCache]:
+        """The output, and what the named points held on the way (None: every point but the lazy ones).
+
+        Entries are detached, moved to `device` and cast to `dtype` on capture. With `grads=True` they stay in the graph
+        and the caller's backward fills `<name>_grad`.
+
+        >>> from hooklens.testing import tiny_model
+        >>> logits, cache = tiny_model().run_with_cache([[1, 2, 3]], names=["pattern", "resid_post"])
+        >>> list(cache)[:2]
+        ['blocks.0.attn.hook_pattern', 'blocks.0.hook_resid_post']
+        """
+        return super().run_with_cache(
+            tokens,
+            names=names,
+            device=device,
+            dtype=dtype,
+            grads=grads,
+            start_at_layer=start_at_layer,
+            stop_at_layer=stop_at_layer,
+            kv_cache=kv_cache,
+            attention_mask=attention_mask,
+        )
+
+    # -- tokens
+
+    def to_tokens(self, text: Text, *, prepend_bos: bool | None = None, padding_side: str = "right") -> Int[Tensor, "batch pos"]:
+        """Token ids, one row a text. `prepend_bos=None` adds BOS only where the model was trained with it."""
+        return self._need_tokenizer().to_tokens(
+            text, prepend_bos=prepend_bos, padding_side=padding_side, device=self.device
+        )
+
+    def to_string(self, tokens: Tensor | Sequence) -> str | list[str]:
+        """The text of token ids; a list of texts for a batch."""
+        return self._need_tokenizer().to_string(tokens)
+
+    def to_str_tokens(self, text: str | Tensor, *, prepend_bos: bool | None = None) -> list[str]:
+        """Each token's text on its own."""
+        return self._need_tokenizer().to_str_tokens(text, prepend_bos=prepend_bos)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is one token; an error shows the tokens where it is several."""
+        return self._need_tokenizer().to_single_token(text)
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "... d_model"]:
+        """The column of W_U for each token (text, id or ids): the stream direction that raises its logit."""
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        elif isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str):
+            tokens = [self.to_single_token(token) for token in tokens]
+        return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
+
+    def _need_tokenizer(self) -> "Tokenizer":
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer, so it reads token ids only; pass a tensor [batch pos], or "
+                             "HookedTransformer(cfg, tokenizer=...)")
+        return self.tokenizer
+
+    def generate(self, prompt: Tokens, max_new_tokens: int = 20, **options: Any) -> Any:
+        """Continue one prompt or a batch; see `hooklens.model.sampling.generate` for every option."""
+        from hooklens.model.sampling import generate
+
+        return generate(self, prompt, max_new_tokens, **options)
+
+    # -- weights, with TransformerLens's shapes
+
+    @property
+    def device(self) -> torch.device:
+        return self.unembed.linear.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unembed.linear.weight.dtype
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.weight
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        if self.pos_embed is None:
+            raise InputError("this model has no position embedding (rotary, or no positions)")
+        return self.pos_embed.weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.linear.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"] | None:
+        return self.unembed.linear.bias
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of every layer and head."""
+        parts = [block.attn.QK for block in self.blocks]
+        return FactoredMatrix(torch.stack([p.A for p in parts]), torch.stack([p.B for p in parts]))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of every layer and head."""
+        parts = [block.attn.OV for block in self.blocks]
+        return FactoredMatrix(torch.stack([p.A for p in parts]), torch.stack([p.B for p in parts]))
+
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        size = sum(p.numel() for p in self.parameters())
+        return (
+            f"HookedTransformer({cfg.model_name}: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads of "
+            f"{cfg.d_head}, d_mlp {cfg.d_mlp}, {size / 1e6:.1f}M parameters)"
+        )
+
+
+def _stacked(part: str, name: str) -> property:
+    def views(model: HookedTransformer) -> list[Tensor]:
+        found = [getattr(getattr(block, part, None), name, None) for block in model.blocks]
+        if any(view is None for view in found):
+            raise InputError(f"this model has no {name}")
+        return found
+
+    def read(self: HookedTransformer) -> StackedWeight:
+        return StackedWeight.of(views(self))
+
+    def write(self: HookedTransformer, value: Tensor) -> None:
+        if not isinstance(value, StackedWeight):  # `model.W_Q[5] = x` ends here too, its write already done
+            write_all(views(self), value)
+
+    return property(read, write, doc=f"{name} of every layer, stacked; assignment and [layer, ...] = write through.")
+
+
+for _name in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O"):
+    setattr(HookedTransformer, _name, _stacked("attn", _name))
+for _name in ("W_in", "W_gate", "W_out", "b_in", "b_out"):
+    setattr(HookedTransformer, _name, _stacked("mlp", _name))
+
+
+def initialise(model: HookedTransformer, seed: int) -> None:
+    """Draw the initial weights from a generator of their own: N(0, std^2) weights, zero biases, unit norms."""
+    cfg = model.cfg
+    generator = torch.Generator().manual_seed(seed)
+    std = cfg.init.std or 0.8 / math.sqrt(cfg.d_model)
+    shrink = 1 / math.sqrt(2 * cfg.n_layers) if cfg.init.residual_scale else 1.0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif p.ndim == 1:
+                offset = cfg.normalization_type
+                p.fill_(1.0 - (offset.weight_offset if isinstance(offset, RMSNormPart) else 0.0))
+            else:
+                here = cfg.init.unembed_std if name.startswith("unembed") and cfg.init.unembed_std else std
+                here *= shrink if name.endswith(("attn.o.weight", "mlp.out.weight")) else 1.0
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * here)
