@@ -73,7 +73,7 @@ class packed_linears:
         state = (weight.data_ptr(), weight._version)
         known = self.packs.get(layer)
         if known is None or known[:2] != state:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to_mkldnn(), self.rows)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows)
             known = self.packs[layer] = (*state, packed)
         return known[2]
 
@@ -101,7 +101,7 @@ def _measured() -> tuple[bool, float]:
     x, weight = (torch.randn(rows, 768, generator=generator) for rows in (240, 768))
     try:
         with torch.no_grad():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), 240)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 240)
 
             def ours() -> Tensor:
                 return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
