@@ -1,0 +1,86 @@
+"""Lines and scatter plots of results."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Num
+from torch import Tensor
+
+from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
+from hooklens.viz.inputs import as_array, as_labels
+from hooklens.viz.text import label
+from hooklens.viz.theme import POSITIVE, SEQUENTIAL, SERIES, plotly_scale
+
+
+def lines(
+    values: Mapping[str, Num[Tensor, " point"]],
+    x: Num[Tensor, " point"] | None = None,
+    bands: Mapping[str, tuple[Num[Tensor, " point"], Num[Tensor, " point"]]] | None = None,
+    title: str = "",
+    *,
+    x_title: str = "",
+    y_title: str = "",
+    marks: Mapping[str, float] | None = None,
+) -> go.Figure:
+    """How do these change along x? One line a name; `bands` are (low, high) for the names that have an interval.
+
+    >>> import torch
+    >>> len(lines({"loss": torch.rand(3)}, bands={"loss": (torch.zeros(3), torch.ones(3))}).data)
+    2
+    """
+    figure = new_figure([], title, x_title, y_title)
+    for index, (name, series) in enumerate(values.items()):
+        array, colour = as_array(series, "point", "lines"), SERIES[index % len(SERIES)]
+        at = np.arange(len(array)) if x is None else as_array(x, "point", "lines")
+        if bands and name in bands:
+            low, high = (as_array(end, "point", "lines") for end in bands[name])
+            figure.add_trace(_band(at, low, high, colour))
+        boxes = [box(("", label(name)), (x_title, a), (y_title, b)) for a, b in zip(at, array, strict=True)]
+        line = {"color": colour, "width": 2, "dash": ("solid", "dash", "dot")[index // len(SERIES) % 3]}
+        figure.add_scatter(x=at, y=array, name=label(name), line=line, text=boxes, hoverinfo="text", mode="lines")
+    figure.update_layout(showlegend=len(values) > 1, margin_t=(76 if title else 36) + 24 * (len(values) > 1))
+    return mark(figure, marks)
+
+
+def scatter(
+    x: Num[Tensor, " point"],
+    y: Num[Tensor, " point"],
+    labels: Sequence[object] | None = None,
+    title: str = "",
+    *,
+    x_title: str = "",
+    y_title: str = "",
+    colour: Num[Tensor, " point"] | None = None,
+    colourbar: str = "",
+) -> go.Figure:
+    """How do two numbers go together? `labels` appear in the hover box; `colour` shows a third number.
+
+    >>> import torch
+    >>> scatter(torch.rand(4), torch.rand(4), ["a", "b", "c", "<i>"]).data[0].text[3].split("<br>")[0]
+    '&lt;i&gt;'
+    """
+    across, up = as_array(x, "point", "scatter"), as_array(y, "point", "scatter")
+    names = as_labels(labels, len(across), "point", "scatter")
+    boxes = [box(("", n), (x_title, a), (y_title, b)) for n, a, b in zip(names, across, up, strict=True)]
+    marker: dict = {"size": 7, "opacity": 0.8, "color": POSITIVE}
+    if colour is not None:
+        third = as_array(colour, "point", "scatter")
+        low, high = span(third, False, 0.0)
+        boxes = [f"{box}<br>{label(colourbar)} {number(c)}" for box, c in zip(boxes, third, strict=True)]
+        bar = colour_bar(colourbar)
+        marker |= {
+            "color": third,
+            "cmin": low,
+            "cmax": high,
+            "colorscale": plotly_scale(SEQUENTIAL[1:]),
+            "colorbar": bar,
+        }
+    drawn = go.Scatter(x=across, y=up, mode="markers", marker=marker, text=boxes, hoverinfo="text")
+    return new_figure([drawn], title, x_title, y_title, height=440)
+
+
+def _band(at: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> go.Scatter:
+    around = {"x": np.concatenate([at, at[::-1]]), "y": np.concatenate([high, low[::-1]])}
+    look = {"fill": "toself", "fillcolor": colour, "opacity": 0.18, "mode": "none"}
+    return go.Scatter(**around, **look, hoverinfo="skip", showlegend=False)

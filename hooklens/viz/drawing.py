@@ -1,0 +1,57 @@
+"""The pieces that every figure is put together from."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import plotly.graph_objects as go
+
+from hooklens.table import format_number
+from hooklens.viz.text import label
+from hooklens.viz.theme import NEUTRAL, limits, template
+
+
+def new_figure(traces: list, title: str, x_title: str, y_title: str, height: int = 380) -> go.Figure:
+    figure = go.Figure(traces, layout={"template": template(), "height": height})
+    figure.update_layout(title={"text": label(title, 160)}, margin_t=76 if title else 36)
+    return figure.update_xaxes(title_text=label(x_title)).update_yaxes(title_text=label(y_title))
+
+
+def colour_bar(title: str) -> dict:
+    """The colour scale beside a figure."""
+    return {
+        "title": {"text": label(title), "side": "right", "font": {"size": 12.5}},
+        "thickness": 12,
+        "outlinewidth": 0,
+        "tickfont": {"size": 11},
+        "ypad": 0,
+        "ticks": "outside",
+        "ticklen": 4,
+        "tickcolor": "rgba(0,0,0,0)",
+    }
+
+
+def span(array: np.ndarray, diverging: bool, middle: float) -> tuple[float, float]:
+    seen = array[np.isfinite(array)]
+    ends = (float(seen.min()), float(seen.max())) if seen.size else (middle, middle)
+    return limits(*ends, diverging=diverging, middle=middle)
+
+
+def box(*lines: tuple[str, object]) -> str:
+    """A hover box: one "name value" a line. Values that are text have been escaped already."""
+    shown = ((label(name), value if isinstance(value, str) else number(value)) for name, value in lines)
+    return "<br>".join(f"{name} <b>{value}</b>" if name else str(value) for name, value in shown)
+
+
+def number(value: object) -> str:
+    return format_number(float(value)).removesuffix(".0000")  # type: ignore[arg-type]
+
+
+def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:
+    for name, value in (marks or {}).items():
+        figure.add_hline(
+            y=float(value),
+            line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
+            annotation={"text": label(name), "font": {"size": 11, "color": NEUTRAL}},
+            annotation_position="top right",
+        )
+    return figure

@@ -1,0 +1,104 @@
+"""Heat maps and bars of results: they draw what they are given and compute nothing."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Num
+from torch import Tensor
+
+from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
+from hooklens.viz.inputs import as_array, as_labels, ticks
+from hooklens.viz.theme import DIVERGING, NEGATIVE, NEUTRAL, POSITIVE, SEQUENTIAL, plotly_scale
+
+
+def heatmap(
+    values: Num[Tensor, "y x"],
+    *,
+    x: Sequence[object] | None = None,
+    y: Sequence[object] | None = None,
+    title: str = "",
+    x_title: str = "",
+    y_title: str = "",
+    hover: Sequence[Sequence[object]] | None = None,
+    diverging: bool = True,
+    colourbar: str = "",
+    zmid: float = 0.0,
+) -> go.Figure:
+    """Where in the grid are the large values? Row 0 on top; `hover` adds a line of text to each cell's box.
+
+    >>> import torch
+    >>> figure = heatmap(torch.tensor([[1.0, -2.0]]), x=["the", "the"], y_title="layer")
+    >>> figure.data[0].zmin, figure.data[0].zmax, list(figure.layout.xaxis.ticktext)
+    (-2.0, 2.0, ['the', 'the'])
+
+    A diverging scale is centred at `zmid` and reaches equally far to both sides; else colours span the values.
+    Cells that are NaN or infinite stay empty.
+    """
+    array = as_array(values, "y x", "heatmap")
+    rows, columns = as_labels(y, len(array), "y", "heatmap"), as_labels(x, array.shape[1], "x", "heatmap")
+    low, high = span(array, diverging, zmid)
+    boxes = [
+        [box((y_title, row), (x_title, column), (colourbar, z)) for column, z in zip(columns, line, strict=True)]
+        for row, line in zip(rows, array, strict=True)
+    ]
+    if hover is not None:
+        extra = [as_labels(line, array.shape[1], "x", "hover") for line in hover]
+        boxes = [[f"{a}<br>{b}" for a, b in zip(*pair, strict=True)] for pair in zip(boxes, extra, strict=True)]
+    colours = plotly_scale(DIVERGING if diverging else SEQUENTIAL)
+    bar = colour_bar(colourbar)
+    drawn = go.Heatmap(z=array, zmin=low, zmax=high, colorscale=colours, text=boxes, hoverinfo="text", colorbar=bar)
+    figure = new_figure([drawn], title, x_title, y_title, height=_height(len(array)))
+    figure.update_traces(xgap=1, ygap=1, selector=lambda _: array.size <= 4000)
+    figure.update_xaxes(**ticks(columns), showgrid=False, zeroline=False, range=[-0.5, array.shape[1] - 0.5])
+    return figure.update_yaxes(**ticks(rows, 40), showgrid=False, zeroline=False, range=[len(array) - 0.5, -0.5])
+
+
+def bars(
+    values: Num[Tensor, " bar"],
+    low: Num[Tensor, " bar"] | None = None,
+    high: Num[Tensor, " bar"] | None = None,
+    labels: Sequence[object] | None = None,
+    title: str = "",
+    *,
+    x_title: str = "",
+    y_title: str = "",
+    marks: Mapping[str, float] | None = None,
+) -> go.Figure:
+    """How large is each, and how sure is that? `low` and `high` are the ends of the intervals, drawn as whiskers.
+
+    >>> import torch
+    >>> figure = bars(torch.tensor([1.0, -2.0]), torch.tensor([0.5, -3.0]), torch.tensor([1.5, -1.0]), ["L0", "L1"])
+    >>> [trace.type for trace in figure.data]
+    ['bar', 'scatter']
+
+    `marks` are named horizontal lines, such as the clean and the corrupted baseline.
+    """
+    array = as_array(values, "bar", "bars")
+    names = as_labels(labels, len(array), "bar", "bars")
+    boxes = [box((x_title, name), (y_title, value)) for name, value in zip(names, array, strict=True)]
+    traces: list = [go.Bar(y=array, marker={"color": _signs(array)}, hovertext=boxes, hoverinfo="text")]
+    if low is not None and high is not None:
+        ends = as_array(low, "bar", "bars"), as_array(high, "bar", "bars")
+        boxes = [f"{box}<br>[{number(a)}, {number(b)}]" for box, a, b in zip(boxes, *ends, strict=True)]
+        traces = [traces[0].update(hovertext=boxes), _whiskers(*ends)]
+    figure = new_figure(traces, title, x_title, y_title)
+    figure.update_layout(showlegend=False, bargap=0.25)
+    figure.update_xaxes(**ticks(names), showgrid=False, zeroline=False, range=[-0.6, len(array) - 0.4])
+    return mark(figure, marks)
+
+
+def _height(rows: int) -> int:
+    """Rows of readable height, within what fits a screen."""
+    return 130 + int(min(max(rows * (28 if rows <= 16 else 20), 110), 620))
+
+
+def _signs(array: np.ndarray) -> list[str]:
+    return [NEGATIVE if value < 0 else POSITIVE for value in array]
+
+
+def _whiskers(low: np.ndarray, high: np.ndarray) -> go.Scatter:
+    """Intervals around their own middle, so that they are true also where the value lies outside."""
+    error = {"type": "data", "array": (high - low) / 2, "thickness": 1.5, "width": 4, "color": NEUTRAL}
+    invisible = {"opacity": 0}
+    return go.Scatter(y=(high + low) / 2, error_y=error, mode="markers", marker=invisible, hoverinfo="skip")

@@ -1,0 +1,87 @@
+"""Attention patterns of several heads side by side."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Num
+from plotly.subplots import make_subplots
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.table import format_number
+from hooklens.viz.drawing import colour_bar
+from hooklens.viz.inputs import as_array, as_labels, ticks
+from hooklens.viz.text import label, token_labels
+from hooklens.viz.theme import SEQUENTIAL, limits, plotly_scale, template
+
+_GAP = 44  # pixels between two rows: room for a head's name
+
+
+def attention_heads(
+    patterns: Num[Tensor, "head query_pos key_pos"],
+    str_tokens: Sequence[str],
+    names: Sequence[str] | None = None,
+    ncols: int = 3,
+    *,
+    title: str = "",
+) -> go.Figure:
+    """Where does each of these heads look? A grid of heat maps, query down and key across, on one colour scale.
+
+    >>> import torch
+    >>> figure = attention_heads(torch.eye(3).expand(2, 3, 3), ["<s>", " a", " a"], ["L0H1", "L5H3"])
+    >>> len(figure.data), list(figure.layout.xaxis.ticktext)
+    (2, ['&lt;s&gt;', '·a', '·a'])
+
+    When there are more keys than tokens given (or fewer), that is an error; queries are the last tokens.
+    """
+    array = as_array(patterns, "head query_pos key_pos", "attention_heads")
+    heads, queries, keys = array.shape
+    if keys != len(str_tokens) or queries > keys or ncols < 1 or heads == 0:
+        raise InputError(
+            f"attention_heads draws one token a key in at least one column and head, got patterns {list(array.shape)} "
+            f"[head query_pos key_pos], {len(str_tokens)} tokens, ncols={ncols}; pass the tokens that the model ran on"
+        )
+    names = as_labels(names, heads, "head", "attention_heads")
+    ncols = min(ncols, heads)
+    nrows = -(-heads // ncols)
+    side = {1: 480, 2: 400}.get(ncols, 800 // ncols)  # about square on a page of usual width
+    inside = nrows * side + (nrows - 1) * _GAP
+    spacing = {"horizontal_spacing": 0.03, "vertical_spacing": _GAP / inside}
+    figure = make_subplots(nrows, ncols, subplot_titles=names, **spacing)
+    tokens = token_labels(str_tokens)
+    for index, pattern in enumerate(array):
+        place = {"row": index // ncols + 1, "col": index % ncols + 1}
+        figure.add_trace(_map(pattern, tokens, names[index]), **place)
+        _axes(figure, tokens, queries, place, has_below=index + ncols < heads)
+    top = 88 if title else 40
+    figure.update_layout(template=template(), coloraxis=_colours(array), height=inside + top + 96)
+    figure.update_layout(title={"text": label(title, 160)}, margin_t=top)
+    return figure.update_annotations(font_size=13)
+
+
+def _colours(array: np.ndarray) -> dict:
+    """One scale for all heads: from 0, or below where unnormalised attention goes there."""
+    seen = array[np.isfinite(array)]
+    low, high = limits(float(seen.min(initial=0.0)), float(seen.max(initial=0.0)), diverging=False)
+    return {"colorscale": plotly_scale(SEQUENTIAL), "cmin": low, "cmax": high, "colorbar": colour_bar("attention")}
+
+
+def _map(pattern: np.ndarray, tokens: list[str], name: str) -> go.Heatmap:
+    queries = tokens[len(tokens) - len(pattern) :]
+    boxes = [
+        [f"{name}<br>from {query} ({i})<br>to {key} ({j})<br><b>{format_number(float(a))}</b>" for j, (key, a) in row]
+        for i, (query, row) in enumerate(
+            ((query, enumerate(zip(tokens, line, strict=True))) for query, line in zip(queries, pattern, strict=True)),
+            start=len(tokens) - len(pattern),
+        )
+    ]
+    return go.Heatmap(z=pattern, coloraxis="coloraxis", text=boxes, hoverinfo="text")
+
+
+def _axes(figure: go.Figure, tokens: list[str], queries: int, place: dict, has_below: bool) -> None:
+    """Tokens are written once: beside the first column and under the lowest map of each column."""
+    look = {"showgrid": False, "zeroline": False, "tickfont": {"size": 11 if len(tokens) <= 16 else 9}}
+    figure.update_xaxes(**ticks(tokens, 48), **look, **place, tickangle=-90, showticklabels=not has_below)
+    rows = {"range": [queries - 0.5, -0.5], "showticklabels": place["col"] == 1}
+    figure.update_yaxes(**ticks(tokens[len(tokens) - queries :], 48), **look, **rows, **place)

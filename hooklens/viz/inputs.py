@@ -1,0 +1,56 @@
+"""What figures take: tensors of any dtype and device, and labels that must match them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType
+from hooklens.viz.text import label
+
+
+def as_array(values: Shaped[Tensor, "..."], axes: str, what: str) -> np.ndarray:
+    """Values as float64, checked to have the axes named ("y x"); infinities become NaN, which is drawn as a gap.
+
+    >>> as_array(torch.ones(2, 3), "y x", "heatmap").shape
+    (2, 3)
+    """
+    try:
+        array = torch.as_tensor(values).detach().to("cpu", torch.float64).numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(values).__name__
+        raise WrongType(
+            f"{what} draws a tensor of real numbers [{axes}], got a {kind} ({error}); convert it"
+        ) from error
+    if array.ndim != len(axes.split()):
+        raise InputError(
+            f"{what} draws values with the axes [{axes}], got shape {list(array.shape)}; pick or average the rest"
+        )
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def as_labels(labels: Sequence[object] | None, count: int, axis: str, what: str) -> list[str]:
+    """One label an entry, escaped; the entries' numbers where none are given.
+
+    >>> as_labels(None, 2, "x", "heatmap"), as_labels(["<b>", 5], 2, "x", "heatmap")
+    (['0', '1'], ['&lt;b&gt;', '5'])
+    """
+    shown = [str(i) for i in range(count)] if labels is None else [label(text) for text in labels]
+    if len(shown) != count:
+        raise InputError(
+            f"{what} needs one label for each entry along {axis}, got {len(shown)} labels for {count} entries; "
+            "give as many, or None to number them"
+        )
+    return shown
+
+
+def ticks(labels: Sequence[str], most: int = 64) -> dict:
+    """Axis settings that put each label at its position. Equal labels stay apart; of very many, every k-th is shown.
+
+    >>> ticks(["the", "the"])
+    {'tickmode': 'array', 'tickvals': [0, 1], 'ticktext': ['the', 'the']}
+    """
+    shown = range(0, len(labels), -(-len(labels) // most) or 1)
+    return {"tickmode": "array", "tickvals": list(shown), "ticktext": [labels[i] for i in shown]}

@@ -1,0 +1,158 @@
+"""A report: one HTML file that opens without a network, and its numbers as JSON beside it."""
+
+import html
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from hooklens import __version__
+from hooklens.core.errors import InputError
+from hooklens.core.files import write_atomically
+from hooklens.result import plain
+from hooklens.table import Table, format_number
+from hooklens.viz.page import page
+from hooklens.viz.text import Html, escape, shown_token, token_markup
+
+
+class Report:
+    """Put text, numbers, tables and figures in order, then save them as one page.
+
+    >>> import tempfile
+    >>> report = Report("Indirect objects").text("One pair.").numbers({"clean": 3.2})
+    >>> path = report.save(Path(tempfile.mkdtemp()) / "ioi.html")
+    >>> path.name, path.with_suffix(".json").read_text()[:27]
+    ('ioi.html', '{"title": "Indirect objects')
+
+    Every method returns the report. All text is shown as it is: nothing in it is taken for markup.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._parts: list[Html] = []
+        self._figures: list[str] = []
+        self._numbers: dict[str, Any] = {}
+        self._tables: list[dict[str, Any]] = []
+
+    def heading(self, text: str) -> "Report":
+        """A heading above what follows."""
+        return self._add(f"<h2>{escape(text)}</h2>")
+
+    def text(self, paragraph: str) -> "Report":
+        """A paragraph of plain text."""
+        return self._add(f"<p>{escape(paragraph)}</p>")
+
+    def numbers(self, numbers: Mapping[str, Any]) -> "Report":
+        """A few named numbers (or words), large enough to be read first."""
+        self._numbers |= {str(name): plain(value) for name, value in numbers.items()}
+        cells = (
+            f"<div><dt>{escape(name)}</dt><dd>{escape(_shown(value))}</dd></div>" for name, value in numbers.items()
+        )
+        return self._card(f'<dl class="numbers">{"".join(cells)}</dl>')
+
+    def table(self, table: Table, caption: str = "") -> "Report":
+        """A table; its values also go into the JSON."""
+        self._tables.append({"caption": caption, "columns": list(table.columns), "rows": _plain_rows(table)})
+        return self._card(f'<div class="wide">{table.to_html()}</div>', caption)
+
+    def figure(self, figure: go.Figure, caption: str = "") -> "Report":
+        """A Plotly figure. Its title becomes a heading of the page, which wraps where a figure's would be cut."""
+        figure = go.Figure(figure)
+        title, margin = figure.layout.title.text, figure.layout.margin.t
+        if title:
+            figure.update_layout(title_text=None, margin_t=None if margin is None else max(36, margin - 40))
+        heading = f"<h3>{escape(_words(title))}</h3>" if title else ""
+        height = f"{int(figure.layout.height or 450)}px"
+        place = f'<div class="plot" id="figure-{len(self._figures)}" style="height:{height}"></div>'
+        self._figures.append(figure.to_json())
+        return self._card(f'{heading}<div class="wide">{place}</div>', caption)
+
+    def tokens(self, strip: Html, caption: str = "") -> "Report":
+        """A text coloured by one number a token: what `token_strip` returns."""
+        return self._card(escape(strip), caption)
+
+    def prompts(
+        self,
+        clean: Sequence[str],
+        corrupted: Sequence[str],
+        *,
+        clean_top: Sequence[tuple[str, float]] = (),
+        corrupted_top: Sequence[tuple[str, float]] = (),
+        caption: str = "",
+    ) -> "Report":
+        """Two prompts token by token, where they differ, and what the model says after each.
+
+        The tops are (token, probability), most probable first.
+        """
+        differs = SequenceMatcher(None, clean, corrupted, autojunk=False).get_opcodes()
+        ours = {i for kind, start, stop, _, _ in differs if kind != "equal" for i in range(start, stop)}
+        theirs = {i for kind, _, _, start, stop in differs if kind != "equal" for i in range(start, stop)}
+        if len(clean) == len(corrupted):  # compared by position, as a patch does
+            ours = theirs = {i for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b}
+        rows = [_prompt("Clean", clean, ours, clean_top), _prompt("Corrupted", corrupted, theirs, corrupted_top)]
+        return self._card("".join(rows), caption)
+
+    def to_html(self) -> Html:
+        """The whole page."""
+        footer = f"Made by hooklens {__version__}. This page is complete: it loads nothing."
+        return page(self.title, self._parts, self._figures, footer)
+
+    def save(self, path: str | os.PathLike, *, data: Any = None) -> Path:
+        """Write the page to `path`, and the title, numbers, tables and `data` as JSON beside it (same stem)."""
+        path = Path(path)
+        beside = path.with_suffix(".json") if path.name else path
+        if path == beside and path.name:
+            raise InputError(
+                f"the page was to be written to {str(path)!r}, the name of the JSON beside it; choose {path.stem}.html"
+            )
+        held = {"title": self.title, "numbers": self._numbers, "tables": self._tables, "data": plain(data)}
+        text = json.dumps(held, allow_nan=False)
+        with write_atomically(path) as page_path, write_atomically(beside) as json_path:
+            page_path.write_text(self.to_html(), encoding="utf-8", newline="\n")
+            json_path.write_text(text + "\n", encoding="utf-8")
+        return path
+
+    def _add(self, markup: str) -> "Report":
+        self._parts.append(Html(markup))
+        return self
+
+    def _card(self, markup: str, caption: str = "") -> "Report":
+        below = f'<p class="caption">{escape(caption)}</p>' if caption else ""
+        return self._add(f"<section>{markup}{below}</section>")
+
+
+def _shown(value: Any) -> str:
+    value = plain(value)
+    return format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _plain_rows(table: Table) -> list[list[Any]]:
+    simple = (int, float, str, bool, type(None))
+    return [[plain(cell) if isinstance(cell, simple) else str(cell) for cell in row] for row in table.rows]
+
+
+def _words(title: str) -> str:
+    """A Plotly title without its markup."""
+    return html.unescape(re.sub(r"</?[a-z][^<>]*>", " ", title))
+
+
+def _prompt(name: str, str_tokens: Sequence[str], differs: set[int], top: Sequence[tuple[str, float]]) -> str:
+    tokens = "<wbr>".join(
+        f'<span class="token{" differs" * (i in differs)}" title="position {i}">{token_markup(token)}</span>'
+        + "<br>" * ("\n" in token)
+        for i, token in enumerate(str_tokens)
+    )
+    guesses = "".join(
+        f'<b title="{escape(shown_token(token))}">{token_markup(token)}</b>'
+        f'<i style="width:{100 * min(max(float(share), 0.0), 1.0):.2f}%"></i><span class="share">{share:.1%}</span>'
+        for token, share in top
+    )
+    said = f'<div class="guesses">{guesses}</div>' if guesses else ""
+    return (
+        f'<div class="prompt"><h3>{name}, {len(str_tokens)} tokens</h3><div class="tokens">{tokens}</div>{said}</div>'
+    )

@@ -1,0 +1,89 @@
+"""Words of models and users inside pages and figures: shown as they are, interpreted never."""
+
+import html
+from collections.abc import Sequence
+
+from hooklens.table import visible
+
+_SIGNS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
+
+
+class Html(str):
+    """Markup that is safe to put on a page as it stands; a notebook shows it rendered."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def escape(text: object) -> Html:
+    """Any text as HTML that shows exactly that text; what is Html already stays.
+
+    >>> escape("<b>&amp;")
+    '&lt;b&gt;&amp;amp;'
+    """
+    if isinstance(text, Html):
+        return text
+    # half of a surrogate pair (a token cut inside an emoji) cannot be written as UTF-8
+    return Html(html.escape(str(text).encode("utf-8", "backslashreplace").decode()))
+
+
+def shown_token(token: str) -> str:
+    """A token with its white space made visible.
+
+    >>> shown_token(" Mary"), shown_token("\\n\\n"), shown_token(""), shown_token("\\x00")
+    ('·Mary', '↵↵', '∅', '\\\\x00')
+    """
+    return "".join(_SIGNS.get(c) or visible(c) for c in token) or "∅"
+
+
+def token_markup(token: str) -> Html:
+    """A token as HTML, the signs for white space paler than its letters.
+
+    >>> token_markup(" <i>")
+    '<span style="opacity:.55">·</span>&lt;i&gt;'
+    """
+    shown = shown_token(token)
+    faint = [i < len(token) and token[i] in _SIGNS and len(shown) == len(token) for i in range(len(shown))]
+    parts = (
+        f'<span style="opacity:.55">{c}</span>' if f else html.escape(c) for c, f in zip(shown, faint, strict=True)
+    )
+    return Html("".join(parts))
+
+
+def label(text: object, longest: int = 60) -> str:
+    """Text for a Plotly title, tick or hover box, which would take <b>, <a href> and &amp; for markup.
+
+    >>> label(" <b>&amp;"), label("layer 3\\n")
+    ('·&lt;b&gt;&amp;amp;', 'layer 3↵')
+
+    Control characters and spaces at either end are written as signs.
+    """
+    text = str(text)
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    shown = "".join(_SIGNS[c] if c in _SIGNS and c != " " else visible(c) for c in inner)
+    shown = "·" * before + shown + "·" * (len(text) - before - len(inner))
+    shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
+    return html.escape(shown, quote=False)
+
+
+def token_labels(str_tokens: Sequence[str]) -> list[str]:
+    """Tick labels for tokens: white space visible, long ones cut.
+
+    >>> token_labels([" Mary", "\\n", "<b>"])
+    ['·Mary', '↵', '&lt;b&gt;']
+    """
+    return [label(shown_token(token), 18) for token in str_tokens]
+
+
+def script_safe(json_text: str) -> str:
+    """JSON that can stand inside a <script> element: no `</script>`, no `<!--`, nothing that ends a line in JavaScript.
+
+    >>> script_safe('["</script>"]')
+    '["\\\\u003c/script\\\\u003e"]'
+    """
+    for sign in "<>&\u2028\u2029":
+        json_text = json_text.replace(sign, f"\\u{ord(sign):04x}")
+    return json_text
