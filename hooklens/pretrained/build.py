@@ -1,0 +1,139 @@
+"""From a config and a stream of weights to a model: everything is compared first, then assigned one tensor at a time."""
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hooklens.core.errors import FileRefused, InputError
+from hooklens.model.config import HookedTransformerConfig
+from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.families import find_family
+from hooklens.pretrained.hf_config import HFConfig
+from hooklens.pretrained.weight_map import Family, Piece
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+_EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
+
+
+class Weights(Protocol):
+    """Named tensors of a model on the hub, read when they are asked for. A shape may be unknown (None) until then."""
+
+    where: str
+    shapes: dict[str, tuple[int, ...] | None]
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names, one at a time, each in memory of its own."""
+        ...
+
+
+def build(
+    values: dict,
+    weights: Weights,
+    *,
+    name: str,
+    tokenizer: "Tokenizer | None" = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> HookedTransformer:
+    """The model that a Hugging Face config and weights describe, after every name and shape was found right."""
+    config = HFConfig(values, f"the config of {weights.where}")
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{weights.where} is quantised ({config.get('quantization_config').get('quant_method', 'unnamed method')}); "
+            "unquantised safetensors and GGUF files can be loaded"
+        )
+    family = find_family(values, config.where)
+    usual = family.usual_names(weights.shapes)
+    cfg = family.config(config).replace(
+        model_name=name,
+        family=family.name,
+        default_prepend_bos=bool(tokenizer is not None and tokenizer.default_prepend_bos),
+    )
+    cfg, usual = _tied(cfg, family, usual, weights)
+    model = HookedTransformer(cfg, tokenizer=tokenizer, device="meta", dtype=dtype)
+    pieces = family.pieces(cfg, parameter_shapes(model))
+    check_names(usual.values(), pieces, weights.where, f"a {family.name} model")
+    _check_shapes({name: weights.shapes[name] for name in usual}, usual, pieces, weights.where)
+    for theirs, tensor in weights.read(usual):
+        piece = pieces[usual[theirs]]
+        _check_shapes({theirs: tuple(tensor.shape)}, usual, pieces, weights.where)
+        for ours, part in piece.cut(tensor, cfg.n_heads).items():
+            assign(model, ours, part.to(device=device or "cpu", dtype=dtype))
+    model.tie()
+    return model
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, a tied one once."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make the tensor itself the model's parameter of that name; nothing is copied."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(value))
+
+
+def check_names(seen: Collection[str], wanted: Collection[str], where: str, what: str) -> None:
+    """Refuse a set of weights of which some are missing or left over."""
+    missing, extra = sorted(set(wanted) - set(seen)), sorted(set(seen) - set(wanted))
+    if missing:
+        also = f" (and it holds {listed(extra)}, which belong to no part of it)" if extra else ""
+        raise FileRefused(
+            f"{where} lacks {len(missing)} of the weights of {what}: {listed(missing)}{also}; is every file of it there?"
+        )
+    if extra:
+        raise FileRefused(
+            f"{where} holds {len(extra)} weights that are no part of {what} with its configuration: {listed(extra)}; "
+            "is it a variant of the architecture, or an adapter?"
+        )
+
+
+def check_shapes(wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> None:
+    """Refuse weights whose shape is not the one that the configuration says."""
+    if wrong:
+        shown = [f"{name} is {list(seen)} instead of {list(wanted)}" for name, (seen, wanted) in wrong.items()]
+        raise FileRefused(
+            f"{where} holds {len(wrong)} weights of another shape than its configuration says: {listed(shown)}; "
+            "do the configuration and the weights belong together?"
+        )
+
+
+def listed(names: Collection[str], most: int = 6) -> str:
+    """The first few names, and how many more there are.
+
+    >>> listed("abc", most=2)
+    'a, b, ... (3 in all)'
+    """
+    shown = ", ".join(list(names)[:most])
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+
+
+def _check_shapes(
+    shapes: dict[str, tuple[int, ...] | None], usual: dict[str, str], pieces: dict[str, Piece], where: str
+) -> None:
+    wrong = {
+        name: (shape, pieces[usual[name]].shape)
+        for name, shape in shapes.items()
+        if shape is not None and shape != pieces[usual[name]].shape
+    }
+    check_shapes(wrong, where)
+
+
+def _tied(
+    cfg: HookedTransformerConfig, family: Family, usual: dict[str, str], weights: Weights
+) -> tuple[HookedTransformerConfig, dict[str, str]]:
+    """A tied model whose file holds the unembedding as well: drop that, or untie if it differs, as transformers does."""
+    if not cfg.tie_word_embeddings or family.head not in usual.values():
+        return cfg, usual
+    theirs = {name: original for original, name in usual.items()}
+    embed = f"{family.outside['embed']}.weight"
+    if embed in theirs:
+        pair = dict(weights.read((theirs[embed], theirs[family.head])))
+        if not torch.equal(*pair.values()):
+            return cfg.replace(tie_word_embeddings=False), usual
+    return cfg, {original: name for original, name in usual.items() if name != family.head}

@@ -1,0 +1,50 @@
+"""Phi 3 and 3.5, Phi 4 mini: a Llama with fused q k v and fused gate and up, long rotary positions, part of a head turned."""
+
+from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
+from hooklens.pretrained.hf_config import HFConfig
+from hooklens.pretrained.weight_map import Family, From
+
+
+def config(hf: HFConfig) -> HookedTransformerConfig:
+    """A Phi 3's config.json as ours."""
+    width, n_heads = hf.size("hidden_size"), hf.size("num_attention_heads")
+    d_head = hf.size("head_dim", width // n_heads)
+    rope = hf.rope_settings()
+    if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):  # what early files called longrope
+        rope["rope_type"] = "longrope"
+    rope.setdefault("original_max_position_embeddings", 4096)
+    return HookedTransformerConfig(
+        n_layers=hf.size("num_hidden_layers"),
+        d_model=width,
+        n_ctx=hf.size("max_position_embeddings", 4096),
+        n_heads=n_heads,
+        n_key_value_heads=hf.size("num_key_value_heads", n_heads),
+        d_head=d_head,
+        d_mlp=hf.size("intermediate_size"),
+        d_vocab=hf.size("vocab_size"),
+        act_fn=hf.activation("hidden_act"),
+        gated_mlp=True,
+        normalization_type=RMSNormPart(hf.number("rms_norm_eps", 1e-5)),
+        positional_embedding_type=hf.rotary(d_head, rope),
+        mask=hf.masks(hf.get("sliding_window")),
+        biases=Biases(qkv=False, o=False, mlp=False),
+        tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+    )
+
+
+FAMILY = Family(
+    name="phi3",
+    model_types=("phi3",),
+    architectures=("Phi3ForCausalLM", "Phi3Model"),
+    config=config,
+    layer="model.layers.{}.",
+    outside={"embed": "model.embed_tokens", "ln_final": "model.norm", "unembed.linear": "lm_head"},
+    inside={
+        "ln1": "input_layernorm",
+        ("attn.q", "attn.k", "attn.v"): From("self_attn.qkv_proj"),
+        "attn.o": "self_attn.o_proj",
+        "ln2": "post_attention_layernorm",
+        ("mlp.gate", "mlp.in_"): From("mlp.gate_up_proj"),
+        "mlp.out": "mlp.down_proj",
+    },
+)

@@ -1,0 +1,52 @@
+"""Qwen 2 and 2.5: a Llama with biases on q, k and v only, and a window on its later layers where that is switched on."""
+
+from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
+from hooklens.pretrained.hf_config import HFConfig
+from hooklens.pretrained.weight_map import Family
+
+
+def config(hf: HFConfig) -> HookedTransformerConfig:
+    """A Qwen 2's config.json as ours."""
+    n_heads, n_layers, width = hf.size("num_attention_heads"), hf.size("num_hidden_layers"), hf.size("hidden_size")
+    d_head = hf.size("head_dim", width // n_heads)
+    windowed = hf.flag("use_sliding_window", False)
+    first = hf.get("max_window_layers", 28)
+    kinds = ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(n_layers)]
+    return HookedTransformerConfig(
+        n_layers=n_layers,
+        d_model=width,
+        n_ctx=hf.size("max_position_embeddings", 32768),
+        n_heads=n_heads,
+        n_key_value_heads=hf.size("num_key_value_heads", n_heads),
+        d_head=d_head,
+        d_mlp=hf.size("intermediate_size"),
+        d_vocab=hf.size("vocab_size"),
+        act_fn=hf.activation("hidden_act"),
+        gated_mlp=True,
+        normalization_type=RMSNormPart(hf.number("rms_norm_eps", 1e-6)),
+        positional_embedding_type=hf.rotary(d_head),
+        mask=hf.masks(hf.size("sliding_window", 4096) if windowed else None, hf.layer_types(kinds)),
+        biases=Biases(qkv=True, o=False, mlp=False),
+        tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+    )
+
+
+FAMILY = Family(
+    name="qwen2",
+    model_types=("qwen2",),
+    architectures=("Qwen2ForCausalLM", "Qwen2Model"),
+    config=config,
+    layer="model.layers.{}.",
+    outside={"embed": "model.embed_tokens", "ln_final": "model.norm", "unembed.linear": "lm_head"},
+    inside={
+        "ln1": "input_layernorm",
+        "attn.q": "self_attn.q_proj",
+        "attn.k": "self_attn.k_proj",
+        "attn.v": "self_attn.v_proj",
+        "attn.o": "self_attn.o_proj",
+        "ln2": "post_attention_layernorm",
+        "mlp.gate": "mlp.gate_proj",
+        "mlp.in_": "mlp.up_proj",
+        "mlp.out": "mlp.down_proj",
+    },
+)

@@ -1,0 +1,220 @@
+"""Models of the Hugging Face kind: a local folder, a hub id, a transformers model in memory, a GGUF file."""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.build import build
+from hooklens.pretrained.safetensors_file import SafetensorsFile, read_header
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.gguf import GGUFFile
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+Device = str | torch.device | None
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+#: What is fetched from the hub: weights in safetensors, and settings. Nothing that could hold code.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+)
+
+
+class FolderWeights:
+    """The tensors of a folder's safetensors files."""
+
+    def __init__(self, folder: Path):
+        self.where = str(folder)
+        self.files = {name: file for file in _shards(folder) for name in file.entries}
+        self.shapes = {name: file.entries[name].shape for name, file in self.files.items()}
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            yield name, self.files[name].tensor(name)
+
+
+class MemoryWeights:
+    """The tensors of a module in memory, copied."""
+
+    def __init__(self, module: nn.Module):
+        self.where = f"the {type(module).__name__} in memory"
+        self.tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            yield name, self.tensors[name].clone()
+
+
+class GGUFWeights:
+    """The tensors of a GGUF file, dequantised; their shapes on the hub are known once they are read."""
+
+    def __init__(self, file: "GGUFFile"):
+        from hooklens.pretrained.gguf_to_hf import hf_names
+
+        self.where, self.file = str(file.path), file
+        self.shapes = dict.fromkeys(hf_names(file).values())
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in self.file.hf_tensors() if name in names)
+
+
+def load_folder(
+    folder: Path,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    device: Device = None,
+    dtype: torch.dtype = torch.float32,
+    name: str | None = None,
+) -> HookedTransformer:
+    """The model in a Hugging Face folder: config.json, safetensors (one file or shards), tokenizer.json if it is there."""
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+    values = read_json(folder / "config.json")
+    weights = FolderWeights(folder)
+    if tokenizer is None and (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(folder)
+    return build(values, weights, name=name or folder.name, tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def load_gguf(
+    path: Path,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    device: Device = None,
+    dtype: torch.dtype,
+    name: str | None = None,
+) -> HookedTransformer:
+    """The model in a GGUF file, with the tokenizer that its metadata describes."""
+    from hooklens.pretrained.gguf import read_gguf
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+    file = read_gguf(path)
+    weights = GGUFWeights(file)
+    if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
+        tokenizer = Tokenizer.from_gguf(file.metadata)
+    return build(file.hf_config(), weights, name=name or path.stem, tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def load_module(
+    module: Any, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype | None = None
+) -> HookedTransformer:
+    """A copy of a transformers model in memory, on its device and in its dtype unless others are asked for."""
+    first = next(module.parameters())
+    values = module.config.to_dict()
+    name = str(values.get("_name_or_path") or getattr(module.config, "_name_or_path", "") or type(module).__name__)
+    return build(
+        values | {"architectures": [type(module).__name__]},
+        MemoryWeights(module),
+        name=name,
+        tokenizer=tokenizer,
+        device=first.device if device is None else device,
+        dtype=dtype or first.dtype,
+    )
+
+
+def load_hub(
+    repo: str, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype = torch.float32
+) -> HookedTransformer:
+    """The model of a hub id, through huggingface_hub and its cache."""
+    folder = fetch_from_hub(repo)
+    return load_folder(folder, tokenizer=tokenizer, device=device, dtype=dtype, name=repo)
+
+
+def fetch_from_hub(repo: str) -> Path:
+    """The folder with a hub model's configuration, safetensors and tokenizer; nothing else is downloaded."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise Unavailable(
+            f"{repo!r} looks like a hub id, and loading one needs the package huggingface_hub, which is not installed; "
+            "run `pip install 'hooklens[hub]'`, or give the path of a folder or a GGUF file"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # its own, requests', httpx' and the system's errors, by version
+        raise _hub_failed(repo, error) from error
+
+
+def _hub_failed(repo: str, error: Exception) -> Exception:
+    kind, first = type(error).__name__, (str(error).strip() or "no further word").splitlines()[0]
+    if kind in ("RepositoryNotFoundError", "HFValidationError"):
+        return InputError(
+            f"the hub has no model {repo!r} ({kind}: {first}); check its spelling, or log in if it is private"
+        )
+    if kind == "GatedRepoError":
+        return Unavailable(f"{repo!r} is gated: accept its terms on its hub page and run `hf auth login`")
+    return Unavailable(
+        f"{repo!r} could not be fetched from the hub ({kind}: {first}); check the network, or give the path of a folder "
+        "or a GGUF file on this machine"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or an error that says what is there instead."""
+    if not path.is_file():
+        there = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
+        raise FileRefused(f"{path.parent} has no {path.name} (it has {there}); is it a Hugging Face model's folder?")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileRefused(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise FileRefused(f"{path} should hold a JSON object, it holds a {type(values).__name__}; download it again")
+    return values
+
+
+def _shards(folder: Path) -> list[SafetensorsFile]:
+    """The folder's safetensors files: those of its index, or the only one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [read_header(_only_file(folder))]
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in where.values()
+    ):
+        raise FileRefused(f"{index} has no weight_map from names to files beside it; download it again")
+    names = sorted(set(where.values()))
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise FileRefused(f"{folder} lacks {len(absent)} of its {len(names)} weight files: {', '.join(absent[:4])}")
+    files = [read_header(folder / name) for name in names]
+    held = {name: file.path.name for file in files for name in file.entries}
+    if moved := sorted(name for name in held.keys() | where.keys() if held.get(name) != where.get(name)):
+        raise FileRefused(
+            f"{index.name} and the files disagree on where {len(moved)} weights are: {', '.join(moved[:4])}; "
+            "download the folder again"
+        )
+    return files
+
+
+def _only_file(folder: Path) -> Path:
+    if (folder / "model.safetensors").is_file():
+        return folder / "model.safetensors"
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FileRefused(
+            f"{folder} has {len(found)} safetensors files ({', '.join(f.name for f in found[:4])}) and no "
+            "model.safetensors.index.json that says which belong to the model; add the index"
+        )
+    pickled = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLED)
+    if pickled:
+        raise FileRefused(
+            f"{folder} holds its weights as {', '.join(pickled[:4])}, which are pickles: opening one runs the code in it; "
+            "safetensors can be loaded: save the model again with transformers' save_pretrained"
+        )
+    raise FileRefused(f"{folder} has no safetensors file; the model's weights are expected beside its config.json")

@@ -1,0 +1,178 @@
+"""Reading a Hugging Face config.json: sizes, activation, rotary positions and windows, each checked before use."""
+
+import math
+from typing import Any
+
+from hooklens.core.errors import InputError
+from hooklens.model.config import (
+    Causal,
+    DividedScaling,
+    LinearScaling,
+    Llama3Scaling,
+    MaskPart,
+    Rotary,
+    ScalingPart,
+    SlidingWindow,
+)
+
+#: Hugging Face's names of activation functions, and ours.
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "quick_gelu": "gelu_quick",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+    "linear": "identity",
+}
+ROPE_TYPES = ("default", "linear", "llama3", "longrope")
+_WINDOWED = {"sliding_attention": True, "full_attention": False}
+
+
+class HFConfig:
+    """The values of a config.json, and where they came from for the errors.
+
+    >>> config = HFConfig({"hidden_size": 64, "hidden_act": "silu"}, "config.json")
+    >>> config.size("hidden_size"), config.activation("hidden_act")
+    (64, 'silu')
+    """
+
+    def __init__(self, values: dict[str, Any], where: str):
+        self.values, self.where = values, where
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or the default where the key is absent or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.get(key, default)
+        if value is None:
+            raise InputError(
+                f"{self.where} has no {key!r}, which is needed to build the model; it has {', '.join(self.values)}"
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{self.where}: {key} is {value!r}; a whole number of at least 1 is needed")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A real number."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{self.where}: {key} is {value!r}; a number is needed")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false; anything else (a variant of the architecture) is refused."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise InputError(f"{self.where}: {key} is {value!r}; the variants that can be loaded are true and false")
+        return value
+
+    def refuse(self, key: str, *, allowed: Any, why: str) -> None:
+        """Refuse a setting that this library's parts do not express."""
+        value = self.get(key, allowed)
+        if value != allowed:
+            raise InputError(f"{self.where}: {key} is {value!r}: {why}; {allowed!r} can be loaded")
+
+    def activation(self, key: str, default: str = "silu") -> str:
+        """Our name of an activation function."""
+        name = self.get(key, default)
+        if name not in ACTIVATIONS:
+            raise InputError(
+                f"{self.where}: {key} is {name!r}, an activation function that cannot be loaded; "
+                f"those that can: {', '.join(ACTIVATIONS)}"
+            )
+        return ACTIVATIONS[name]
+
+    def rope_settings(self) -> dict[str, Any]:
+        """The rotary settings, from where transformers 5 writes them or from where transformers 4 did."""
+        settings = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
+        if self.get("rope_theta") is not None:
+            settings.setdefault("rope_theta", self.get("rope_theta"))
+        if self.get("partial_rotary_factor") is not None:
+            settings.setdefault("partial_rotary_factor", self.get("partial_rotary_factor"))
+        return settings
+
+    def rotary(self, d_head: int, settings: dict[str, Any] | None = None, *, theta: float = 10000.0) -> Rotary:
+        """The rotary part that the settings describe."""
+        settings = self.rope_settings() if settings is None else settings
+        nested = [key for key, value in settings.items() if isinstance(value, dict)]
+        if nested:
+            raise InputError(
+                f"{self.where}: rotary settings by kind of layer ({', '.join(nested)}) are not known for this family; "
+                "one setting for all layers can be loaded"
+            )
+        dim = int(d_head * float(settings.get("partial_rotary_factor") or 1.0))
+        if dim < 2 or dim > d_head or dim % 2:
+            raise InputError(
+                f"{self.where}: rotary positions would turn {dim} of {d_head} dimensions a head; an even number is needed"
+            )
+        base = float(settings.get("rope_theta") or theta)
+        return Rotary(base, None if dim == d_head else dim, self._scaling(settings, dim))
+
+    def _scaling(self, settings: dict[str, Any], dim: int) -> ScalingPart | None:
+        kind = settings.get("rope_type") or settings.get("type") or "default"
+        if kind not in ROPE_TYPES:
+            raise InputError(
+                f"{self.where}: the rope type {kind!r} cannot be loaded; those that can: {', '.join(ROPE_TYPES)}"
+            )
+        try:
+            if kind == "linear":
+                return LinearScaling(float(settings["factor"]))
+            if kind == "llama3":
+                return Llama3Scaling(
+                    float(settings["factor"]),
+                    float(settings["low_freq_factor"]),
+                    float(settings["high_freq_factor"]),
+                    self._original(settings),
+                )
+            return self._long(settings, dim) if kind == "longrope" else None
+        except KeyError as error:
+            raise InputError(
+                f"{self.where}: the rope type {kind!r} needs {error}; its settings are {sorted(settings)}"
+            ) from None
+
+    def _original(self, settings: dict[str, Any]) -> int:
+        fallback = settings.get("original_max_position_embeddings") or self.get("max_position_embeddings")
+        return self.size("original_max_position_embeddings", fallback)
+
+    def _long(self, settings: dict[str, Any], dim: int) -> DividedScaling:
+        """A divisor a frequency, in two sets (Ding et al. 2024, LongRoPE); cosines and sines grow by `magnitude`."""
+        original = self._original(settings)
+        short, long = (tuple(map(float, settings[f"{name}_factor"])) for name in ("short", "long"))
+        if not len(short) == len(long) == dim // 2:
+            raise InputError(
+                f"{self.where}: longrope needs {dim // 2} factors, one a frequency; "
+                f"it has {len(short)} short and {len(long)} long ones"
+            )
+        stretch = settings.get("factor") or self.size("max_position_embeddings") / original
+        grown = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        return DividedScaling(short, long, original, float(settings.get("attention_factor") or grown))
+
+    def masks(self, window: int | None, layer_types: list[str] | None = None) -> MaskPart | tuple[MaskPart, ...]:
+        """The mask of every layer: windowed where `layer_types` says so, or everywhere if it is None."""
+        if window is None:
+            return Causal()
+        if layer_types is None:
+            return SlidingWindow(window)
+        unknown = sorted(set(layer_types) - set(_WINDOWED))
+        if unknown:
+            raise InputError(
+                f"{self.where}: layers of the kind {', '.join(unknown)} cannot be loaded; "
+                f"those that can: {', '.join(_WINDOWED)}"
+            )
+        return tuple(SlidingWindow(window) if _WINDOWED[kind] else Causal() for kind in layer_types)
+
+    def layer_types(self, default: list[str]) -> list[str]:
+        """Which kind of attention each layer has."""
+        kinds = list(self.get("layer_types", default))
+        if len(kinds) != len(default):
+            raise InputError(f"{self.where}: layer_types names {len(kinds)} layers; the model has {len(default)}")
+        return kinds

