@@ -1,0 +1,68 @@
+"""Chat templates: small Jinja programs that come with instruct models, run in a sandbox."""
+
+import json
+import re
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from hooklens.core.errors import InputError, WrongType
+
+_EXAMPLE = "{'role': 'user', 'content': 'Hello'}"
+
+
+def render(template: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **tokens: str) -> str:
+    """The text that a template makes of a conversation.
+
+    >>> template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\\n{% endfor %}"
+    >>> render(template, [{"role": "user", "content": "Hi"}], add_generation_prompt=False)
+    '[user] Hi\\n'
+    """
+    from jinja2 import TemplateError
+
+    _check(messages)
+    try:
+        return _compiled(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"the model's chat template refuses this conversation: {error}; roles given: "
+            f"{', '.join(message['role'] for message in messages)}"
+        ) from error
+
+
+def _check(messages: list[dict[str, Any]]) -> None:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise WrongType(f"messages must be a list of dicts like {_EXAMPLE}, got {messages!r:.80}")
+    if not messages:
+        raise InputError(f"messages is empty; give at least one, like {_EXAMPLE}")
+    for i, message in enumerate(messages):
+        if "role" not in message or "content" not in message:
+            raise InputError(f"message {i} is {message!r:.80}; a message looks like {_EXAMPLE}")
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Any:
+    from jinja2 import TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)  # Jinja's own escapes for HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    # transformers marks the assistant's words with a tag of its own, which changes nothing in the text.
+    plain = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    plain = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", plain)
+    try:
+        return environment.from_string(plain)
+    except TemplateSyntaxError as error:
+        raise InputError(f"the model's chat template is not valid Jinja, line {error.lineno}: {error}") from error

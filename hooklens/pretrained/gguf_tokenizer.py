@@ -1,0 +1,237 @@
+"""A tokenizer rebuilt from a GGUF file's metadata, in the shape the model's own tokenizer.json has.
+
+The file stores the vocabulary, merges or scores, and two names: `tokenizer.ggml.model` ("gpt2": byte-level BPE,
+"llama": SentencePiece BPE) and `tokenizer.ggml.pre`, which says how text is split before merging. transformers knows
+some of the latter and silently splits as GPT-2 did for the others (so for smollm, which splits digits one by one);
+here each known name has its rule and an unknown one is refused.
+
+Reference: llama.cpp's `llama-vocab.cpp` for the names; the tokenizer.json of each model for its rule.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hooklens.core.errors import FileRefused
+from hooklens.pretrained.tokenizer import byte_values
+
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
+_QWEN2 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _cased(ending: str, digits: str) -> str:
+    """The rule of Tekken and GPT-4o: words part where lower case meets upper case."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}"
+    return words + rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*" + _TAIL
+
+
+@dataclass(frozen=True)
+class Split:
+    """How text is cut before merging: by GPT-2's expression, or another; single digits first; characters composed."""
+
+    pattern: str | None = None
+    digits: bool = False
+    compose: bool = False
+    whole_words: bool = False  # a piece that is in the vocabulary is taken whole, merges or not
+    bos: bool = False  # add BOS where the file does not say
+
+
+PRE_TOKENIZERS: dict[str, Split] = {
+    "default": Split(),
+    "gpt-2": Split(),
+    "mpt": Split(),
+    "olmo": Split(compose=True),  # also Pythia's
+    "smollm": Split(digits=True),
+    "starcoder": Split(digits=True),
+    "refact": Split(digits=True),
+    "llama-bpe": Split(_LLAMA3, whole_words=True, bos=True),
+    "llama3": Split(_LLAMA3, whole_words=True, bos=True),
+    "llama-v3": Split(_LLAMA3, whole_words=True, bos=True),
+    "dbrx": Split(_LLAMA3),
+    "smaug-bpe": Split(_LLAMA3),
+    "qwen2": Split(_QWEN2, compose=True),
+    "deepseek-r1-qwen": Split(_QWEN2, compose=True),
+    "tekken": Split(_cased("", r"\p{N}"), whole_words=True, bos=True),
+    "gpt-4o": Split(_cased(_CONTRACTION + "?", r"\p{N}{1,3}")),
+}
+
+
+def rebuild(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Tokenizer's fields, from a GGUF file's metadata."""
+    kind = _need(metadata, "model")
+    if kind not in ("gpt2", "llama"):
+        raise FileRefused(
+            f"the file's tokenizer is of the kind {kind!r}; kinds that can be rebuilt: 'gpt2' (byte-level BPE) and "
+            "'llama' (SentencePiece BPE); load the tokenizer from a folder instead"
+        )
+    backend = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
+    ids = {name: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _NAMED.items()}
+    _add_special(backend, metadata, ids)
+    # Older files have no flag: llama.cpp adds BOS to every SentencePiece vocabulary, and where the rule says so.
+    usual = kind == "llama" or PRE_TOKENIZERS[metadata.get("tokenizer.ggml.pre", "default")].bos
+    eot = metadata.get("tokenizer.ggml.eot_token_id")
+    return {
+        "backend": backend,
+        **{f"{name}_id": i for name, i in ids.items()},
+        "default_prepend_bos": ids["bos"] is not None and bool(metadata.get("tokenizer.ggml.add_bos_token", usual)),
+        "chat_template": metadata.get("tokenizer.chat_template"),
+        "stop_ids": tuple(dict.fromkeys(i for i in (ids["eos"], eot) if i is not None)),
+    }
+
+
+_NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def _need(metadata: dict[str, Any], key: str) -> Any:
+    if f"tokenizer.ggml.{key}" not in metadata:
+        known = [k.removeprefix("tokenizer.ggml.") for k in metadata if k.startswith("tokenizer.ggml.")]
+        raise FileRefused(
+            f"the file has no tokenizer.ggml.{key}, which is needed to rebuild its tokenizer; it has "
+            f"{', '.join(known) or 'no tokenizer at all'}; load the tokenizer from a folder instead"
+        )
+    return metadata[f"tokenizer.ggml.{key}"]
+
+
+def _types(metadata: dict[str, Any]) -> list[int]:
+    tokens = _need(metadata, "tokens")
+    return metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+
+
+def _model(vocab: dict[str, int], merges: list[tuple[str, str]], size: int, **options: Any) -> Any:
+    from tokenizers import Tokenizer, models
+
+    if len(vocab) != size:
+        raise FileRefused(f"the file's vocabulary has {size} entries but {len(vocab)} different ones; convert it again")
+    try:
+        return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+    except Exception as error:  # the library raises bare Exception
+        raise FileRefused(f"the file's merges do not fit its vocabulary: {error}; convert it again") from error
+
+
+def _byte_level(metadata: dict[str, Any]) -> Any:
+    """Byte-level BPE: every byte is a letter, text is cut by the rule named in the file and merged within pieces."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise FileRefused(
+            f"the file's tokenizer splits text as {name!r} (tokenizer.ggml.pre), which is not known; known: "
+            f"{', '.join(PRE_TOKENIZERS)}; load the tokenizer from a folder instead"
+        )
+    split = PRE_TOKENIZERS[name]
+    tokens = _need(metadata, "tokens")
+    letter_of = {value: letter for letter, value in byte_values().items()}
+    vocab = {
+        # Some converters write added words as plain text; a merged token is always in the byte alphabet.
+        token if kind in (_CONTROL, _USER_DEFINED) or in_byte_alphabet(token) else _in_letters(token, letter_of): i
+        for i, (token, kind) in enumerate(zip(tokens, _types(metadata), strict=True))
+    }
+    backend = _model(vocab, _merges(_need(metadata, "merges")), len(tokens), ignore_merges=split.whole_words)
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    if split.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.decoder = decoders.ByteLevel()
+    if split.compose:
+        backend.normalizer = normalizers.NFC()
+    return backend
+
+
+def in_byte_alphabet(token: str) -> bool:
+    """Whether a token is written in the byte alphabet.
+
+    >>> in_byte_alphabet("Ġthe"), in_byte_alphabet(" the")
+    (True, False)
+    """
+    return all(letter in byte_values() for letter in token)
+
+
+def _in_letters(token: str, letter_of: dict[int, str]) -> str:
+    return "".join(letter_of[byte] for byte in token.encode())
+
+
+def _merges(lines: list[str]) -> list[tuple[str, str]]:
+    pairs = [tuple(line.split(" ")) for line in lines]
+    bad = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
+    if bad is not None:
+        raise FileRefused(f"merge {bad} of the file is {lines[bad]!r}; it should be two tokens with a space between")
+    return pairs  # type: ignore[return-value]
+
+
+def _sentencepiece(metadata: dict[str, Any]) -> Any:
+    """SentencePiece BPE: spaces are `▁`, what is not in the vocabulary falls back to bytes.
+
+    Where the space in front comes from differs by model and is not in the file: Gemma has none, Phi-3 puts one before
+    every stretch of text, the others before the first.
+    """
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    arch = metadata.get("general.architecture", "")
+    gemma = arch.startswith("gemma")
+    # Gemma's runs of spaces are stored as spaces, its merges look for runs of `▁`.
+    tokens = ["▁" * len(t) if gemma and t and not t.strip(" ") else t for t in _need(metadata, "tokens")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unk = metadata.get("tokenizer.ggml.unknown_token_id")
+    options = {"fuse_unk": True, "byte_fallback": True, "unk_token": None if unk is None else tokens[unk]}
+    backend = _model(vocab, _merges_of(metadata, tokens, vocab, gemma), len(tokens), **options)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) and not gemma
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    backend.decoder = decoders.Sequence(steps)
+    if gemma:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    elif arch == "phi3" and prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        scheme = "first" if prefix else "never"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    return backend
+
+
+def _merges_of(
+    metadata: dict[str, Any], tokens: list[str], vocab: dict[str, int], by_position: bool
+) -> list[tuple[str, str]]:
+    """The merges of a SentencePiece vocabulary, best first: every way to put a token together from two others.
+
+    SentencePiece stores no merges, it joins the pair whose result has the highest score; Gemma's scores do not follow
+    its merges, the order of its tokens does. Ties: the longer left part first, then the longer right part.
+    """
+    if "tokenizer.ggml.merges" in metadata:
+        return _merges(metadata["tokenizer.ggml.merges"])
+    scores = [-i for i in range(len(tokens))] if by_position else _need(metadata, "scores")
+    found = []
+    for i, token in enumerate(tokens):
+        parts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [(left, right) for left, right in parts if left in vocab and right in vocab]
+        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(-scores[i], -len(left), -len(right), left, right) for left, right in known]
+    found.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in found]
+
+
+def _add_special(backend: Any, metadata: dict[str, Any], ids: dict[str, int | None]) -> None:
+    """Tokens that are matched whole in the text: control tokens and the named ones, and words the user defined."""
+    from tokenizers import AddedToken
+
+    tokens, types = _need(metadata, "tokens"), _types(metadata)
+    outside = next((f"{name}_token_id = {i}" for name, i in ids.items() if i is not None and i >= len(tokens)), None)
+    if outside is not None:
+        raise FileRefused(f"the file's {outside} lies outside its vocabulary of {len(tokens)}; convert it again")
+    named = {i for i in ids.values() if i is not None}
+    special = [
+        token for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL or i in named
+    ]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    plain = [
+        t for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _USER_DEFINED and i not in named
+    ]
+    backend.add_tokens(
+        [AddedToken(token, normalized=False) for token in plain if backend.token_to_id(token) is not None]
+    )

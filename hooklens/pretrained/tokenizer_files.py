@@ -1,0 +1,109 @@
+"""Reading a tokenizer from a Hugging Face folder or from a transformers object, into the fields of Tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hooklens.core.errors import FileRefused, WrongType
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """Tokenizer's fields, from tokenizer.json and the settings beside it."""
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        raise FileRefused(
+            f"no tokenizer.json in {folder} (there: {there or 'nothing'}); transformers writes one with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise FileRefused(f"{path} cannot be read as a tokenizer: {error}; download it again") from error
+    backend.no_truncation()
+    backend.no_padding()
+    settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    numbers = _json(folder / "config.json") | _json(folder / "generation_config.json")
+    ids = {name: _id(backend, settings, numbers, name) for name in ("bos", "eos", "pad", "unk")}
+    return {
+        "backend": backend,
+        **{f"{name}_id": i for name, i in ids.items()},
+        "default_prepend_bos": _trained_with_bos(backend, ids["bos"], settings.get("add_bos_token")),
+        "chat_template": _template(folder, settings),
+        "stop_ids": _stops(settings.get("stop_token_ids") or numbers.get("eos_token_id"), ids["eos"]),
+    }
+
+
+def read_transformers(tokenizer: Any) -> dict[str, Any]:
+    """Tokenizer's fields, from a transformers tokenizer that stands on the tokenizers library."""
+    import tokenizers
+
+    if not isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
+        raise WrongType(
+            f"a {type(tokenizer).__name__} has no backend_tokenizer of the tokenizers library; load it with "
+            "AutoTokenizer.from_pretrained(...), which gives one that has"
+        )
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    template = tokenizer.chat_template
+    return {
+        "backend": backend,
+        "bos_id": tokenizer.bos_token_id,
+        "eos_id": tokenizer.eos_token_id,
+        "pad_id": tokenizer.pad_token_id,
+        "unk_id": tokenizer.unk_token_id,
+        "default_prepend_bos": _trained_with_bos(backend, tokenizer.bos_token_id, None),
+        "chat_template": template.get("default") if isinstance(template, dict) else template,
+        "stop_ids": _stops(None, tokenizer.eos_token_id),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileRefused(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise FileRefused(f"{path} should hold a JSON object, it holds a {type(content).__name__}; download it again")
+    return content
+
+
+def _id(backend: Any, settings: dict[str, Any], numbers: dict[str, Any], name: str) -> int | None:
+    """A special token's id: by its text in the tokenizer's settings, else by number in the model's."""
+    entry = settings.get(f"{name}_token")
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if text is not None:
+        return backend.token_to_id(text)
+    number = numbers.get(f"{name}_token_id")
+    return number[0] if isinstance(number, list) and number else number or (0 if number == 0 else None)
+
+
+def _stops(given: Any, eos: int | None) -> tuple[int, ...]:
+    ids = given if isinstance(given, list) else [given]
+    return tuple(dict.fromkeys(i for i in (*ids, eos) if i is not None))
+
+
+def _trained_with_bos(backend: Any, bos: int | None, stated: Any) -> bool:
+    """Whether BOS belongs in front: as the settings state, else as the tokenizer's own post-processor does it."""
+    if bos is None:
+        return False
+    if isinstance(stated, bool):
+        return stated
+    return backend.encode("", add_special_tokens=True).ids[:1] == [bos]
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template: in a file of its own, or in the settings, where several may be named."""
+    alone = folder / "chat_template.jinja"
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template

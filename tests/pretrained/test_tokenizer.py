@@ -1,0 +1,262 @@
+"""Tokens and strings: nothing is lost, nothing is added, and every refusal says what would work."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from gguf_metadata import byte_level, sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from odd_strings import odd_strings
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hooklens.core.errors import FileRefused, InputError, WrongType
+from hooklens.pretrained.tokenizer import Tokenizer, byte_values, tiny_tokenizer
+
+TINY = tiny_tokenizer("the he Mary", extra=("<bos>", "<eos>"))
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(TEXT)
+@settings(max_examples=200, deadline=None)
+def test_what_goes_in_comes_out(text):
+    assert TINY.to_string(TINY.encode(text)) == text
+    if text:
+        assert TINY.to_string(TINY.to_tokens(text)) == [text]
+        assert TINY.to_string(TINY.to_tokens(text)[0]) == text
+
+
+@given(TEXT)
+@settings(max_examples=50, deadline=None)
+def test_ascii_str_tokens_join_to_the_text(text):
+    text = text.encode("ascii", "ignore").decode()
+    if text:
+        assert "".join(TINY.to_str_tokens(text)) == text
+
+
+@given(st.lists(TEXT.filter(bool), min_size=1, max_size=4), st.sampled_from(["left", "right"]))
+@settings(max_examples=50, deadline=None)
+def test_a_batch_is_its_rows_padded(texts, side):
+    tokens, mask = TINY.to_tokens(texts, padding_side=side, return_mask=True)
+    for row, kept, text in zip(tokens, mask, texts, strict=True):
+        assert row[kept].tolist() == TINY.encode(text)
+        assert kept.tolist() == sorted(kept.tolist(), reverse=side == "right")
+        assert set(row[~kept].tolist()) <= {0}
+
+
+def test_padding_uses_pad_then_eos_then_zero():
+    for tokenizer, pad in [
+        (Tokenizer(TINY.backend, pad_id=5, eos_id=6), 5),
+        (Tokenizer(TINY.backend, eos_id=6), 6),
+        (Tokenizer(TINY.backend), 0),
+        (Tokenizer(TINY.backend, pad_id=0, eos_id=6), 0),
+    ]:
+        assert tokenizer.to_tokens(["the", "x"])[1].tolist()[-1:] == [pad] or len(TINY.encode("the")) == 1
+        assert tokenizer.to_tokens(["xy", "x"])[1, 1] == pad
+
+
+def test_bos_is_added_only_as_asked():
+    bos = TINY.bos_id
+    trained = Tokenizer(TINY.backend, bos_id=bos, default_prepend_bos=True)
+    assert TINY.to_tokens("x").tolist() == [TINY.encode("x")]
+    assert TINY.to_tokens("x", prepend_bos=True).tolist() == [[bos, *TINY.encode("x")]]
+    assert trained.to_tokens("x").tolist() == [[bos, *TINY.encode("x")]]
+    assert trained.to_tokens("x", prepend_bos=False).tolist() == [TINY.encode("x")]
+    assert trained.to_tokens("<bos>x").tolist() == [[bos, *TINY.encode("x")]], "one that is written is not doubled"
+    assert trained.to_tokens("<bos>x", prepend_bos=True).tolist() == [[bos, bos, *TINY.encode("x")]]
+    assert trained.to_tokens("").tolist() == [[bos]]
+
+
+def test_str_tokens_of_ids_of_text_and_of_a_batch_of_one():
+    ids = TINY.to_tokens("the é<eos>", prepend_bos=True)
+    expected = ["<bos>", "the", " ", "�", "�", "<eos>"]
+    assert TINY.to_str_tokens("the é<eos>", prepend_bos=True) == expected
+    assert TINY.to_str_tokens(ids) == TINY.to_str_tokens(ids[0]) == TINY.to_str_tokens(ids[0].tolist()) == expected
+    with pytest.raises(InputError, match="got a batch of 2"):
+        TINY.to_str_tokens(ids.repeat(2, 1))
+
+
+def test_to_string_takes_what_tokens_come_as():
+    ids = TINY.encode("the he")
+    assert TINY.to_string(ids) == TINY.to_string(torch.tensor(ids)) == "the he"
+    assert TINY.to_string([ids, ids]) == TINY.to_string(torch.tensor([ids, ids])) == ["the he", "the he"]
+    assert TINY.to_string(torch.tensor(ids[0])) == TINY.to_string(ids[0]) == "the"
+    assert TINY.to_string([]) == ""
+
+
+def test_sentencepiece_str_tokens_keep_their_spaces():
+    tokenizer = Tokenizer.from_gguf(sentencepiece())
+    pieces = tokenizer.to_str_tokens("a the 𝔘", prepend_bos=False)
+    assert "".join(pieces).startswith(" a the ") and pieces[-4:] == ["�"] * 4
+    assert tokenizer.to_string(tokenizer.encode("a the 𝔘")) == "a the 𝔘"
+
+
+def test_single_tokens():
+    assert TINY.to_single_token("the") == TINY.encode("the")[0]
+    assert TINY.to_single_token("<eos>") == TINY.backend.token_to_id("<eos>")
+    with pytest.raises(InputError, match=r"'Mary!' is 2 tokens \['Mary', '!'\], one is needed; use 'Mary', its first"):
+        TINY.to_single_token("Mary!")
+    with pytest.raises(InputError, match="'' is no token at all"):
+        TINY.to_single_token("")
+
+
+def test_single_tokens_of_sentencepiece_with_a_leading_space():
+    """Its own space in front makes two tokens of ' a'; the vocabulary's '▁a' is what is meant."""
+    metadata = sentencepiece()
+    metadata["tokenizer.ggml.tokens"] += ["▁Mary"]
+    metadata["tokenizer.ggml.scores"] += [0.0]
+    metadata["tokenizer.ggml.token_type"] += [1]
+    assert Tokenizer.from_gguf(metadata).to_single_token(" Mary") == len(metadata["tokenizer.ggml.tokens"]) - 1
+
+
+def test_refusals():
+    with pytest.raises(InputError, match=r"the prompt '' \(number 1\) is empty"):
+        TINY.to_tokens(["x", ""])
+    with pytest.raises(InputError, match="got an empty list"):
+        TINY.to_tokens([])
+    with pytest.raises(InputError, match="has no BOS token"):
+        Tokenizer(TINY.backend).to_tokens("x", prepend_bos=True)
+    with pytest.raises(
+        (InputError, TypeError), match=r"padding_side must be 'left' or 'right', got 'top'|Type-check error"
+    ):
+        TINY.to_tokens("x", padding_side="top")
+    with pytest.raises(TypeError, match=r"got int|Type-check error"):
+        TINY.to_tokens(["x", 3])
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        TINY.to_tokens("a\ud800b")
+    with pytest.raises(
+        InputError, match=f"99999 is no token id; this tokenizer's ids go from 0 to {TINY.vocab_size - 1}"
+    ):
+        TINY.to_string([0, 99999])
+    with pytest.raises(InputError, match="-1 is no token id"):
+        TINY.to_str_tokens([-1])
+
+
+def test_copies_and_pickles():
+    assert copy.deepcopy(TINY) is TINY
+    again = pickle.loads(pickle.dumps(TINY))
+    assert again.encode("the 🙂 <eos>") == TINY.encode("the 🙂 <eos>") and again.bos_id == TINY.bos_id
+
+
+def test_special_ids():
+    assert TINY.special_ids == {TINY.backend.token_to_id("<bos>"), TINY.backend.token_to_id("<eos>")}
+    assert Tokenizer(TINY.backend, eos_id=7).special_ids == TINY.special_ids | {7}
+
+
+def test_save_and_read_back(tmp_path):
+    one = Tokenizer.from_gguf(
+        byte_level("smollm", **{"tokenizer.chat_template": "{{ bos_token }}", "tokenizer.ggml.eot_token_id": 4})
+    )
+    one.save(tmp_path / "new")
+    two = Tokenizer.from_folder(tmp_path / "new")
+    for name in (
+        "bos_id",
+        "eos_id",
+        "pad_id",
+        "unk_id",
+        "default_prepend_bos",
+        "chat_template",
+        "stop_ids",
+        "vocab_size",
+    ):
+        assert getattr(one, name) == getattr(two, name), name
+    assert [one.encode(text) for text in odd_strings()] == [two.encode(text) for text in odd_strings()]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert (
+        theirs.encode("the 12", add_special_tokens=False) == one.encode("the 12") and theirs.bos_token_id == one.bos_id
+    )
+
+
+def fast(**options) -> PreTrainedTokenizerFast:
+    backend = copy.deepcopy(TINY.backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", **options)
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Llama 3's way: BOS comes from the post-processor of tokenizer.json, no setting says so."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", TINY.bos_id)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_from_transformers_and_from_its_folder(tmp_path, trained):
+    theirs = with_template(fast()) if trained else fast()
+    theirs.chat_template = "hello"
+    theirs.save_pretrained(tmp_path)
+    for ours in (Tokenizer.from_transformers(theirs), Tokenizer.from_folder(tmp_path)):
+        assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, None)
+        assert ours.default_prepend_bos is trained and ours.chat_template == "hello" and ours.stop_ids == (ours.eos_id,)
+        for text in odd_strings():
+            if text and not (trained and text.startswith("<bos>")):  # transformers puts a second one in front
+                assert ours.to_tokens(text)[0].tolist() == theirs(text)["input_ids"], text
+
+
+def test_truncation_and_padding_of_the_original_do_not_follow():
+    theirs = fast(pad_token="<eos>")
+    theirs.backend_tokenizer.enable_truncation(2)
+    theirs.backend_tokenizer.enable_padding(length=9)
+    assert len(Tokenizer.from_transformers(theirs).encode("x y z")) == 5
+
+
+def test_settings_overrule_the_post_processor_and_numbers_fill_in(tmp_path):
+    TINY.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": True, "bos_token": {"content": "<bos>"}})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3, "bos_token_id": 0}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    (tmp_path / "chat_template.jinja").write_text("from a file")
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.default_prepend_bos and tokenizer.bos_id == TINY.bos_id
+    assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.chat_template) == (7, (7, 8), "from a file")
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileRefused, match=r"no tokenizer.json in .*there: nothing.*save_pretrained"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(FileRefused, match="no such folder"):
+        Tokenizer.from_folder(tmp_path / "none")
+    (tmp_path / "tokenizer.json").write_text('{"model"')
+    with pytest.raises(FileRefused, match="cannot be read as a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    TINY.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(FileRefused, match="should hold a JSON object, it holds a list"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(FileRefused, match="is not JSON"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(WrongType, match="a str has no backend_tokenizer"):
+        Tokenizer.from_transformers("gpt2")
+
+
+def test_chat_template_gets_the_special_tokens():
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = Tokenizer(
+        TINY.backend, bos_id=TINY.bos_id, eos_id=TINY.backend.token_to_id("<eos>"), chat_template=template
+    )
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "<bos>user:hi<eos>"
+    with pytest.raises(InputError, match="has no chat template; instruct models have one"):
+        TINY.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+def test_the_byte_alphabet_is_the_librarys():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    assert set(byte_values()) == set(ByteLevel.alphabet()) and sorted(byte_values().values()) == list(range(256))
+
+
+def test_importing_it_imports_neither_transformers_nor_tokenizers():
+    code = (
+        "import sys, hooklens.pretrained.tokenizer\n"
+        "print([name for name in ('transformers', 'tokenizers', 'gguf', 'rich') if name in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
