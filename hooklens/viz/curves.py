@@ -8,7 +8,7 @@ from jaxtyping import Num
 from torch import Tensor
 
 from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
-from hooklens.viz.inputs import as_array, as_labels
+from hooklens.viz.inputs import as_array, as_labels, same_length
 from hooklens.viz.text import label
 from hooklens.viz.theme import POSITIVE, SEQUENTIAL, SERIES, plotly_scale
 
@@ -33,12 +33,15 @@ def lines(
     for index, (name, series) in enumerate(values.items()):
         array, colour = as_array(series, "point", "lines"), SERIES[index % len(SERIES)]
         at = np.arange(len(array)) if x is None else as_array(x, "point", "lines")
+        same_length("lines", x=at, values=array)
         if bands and name in bands:
             low, high = (as_array(end, "point", "lines") for end in bands[name])
+            same_length("lines", x=at, low=low, high=high)
             figure.add_trace(_band(at, low, high, colour))
-        boxes = [box(("", label(name)), (x_title, a), (y_title, b)) for a, b in zip(at, array, strict=True)]
+        shown = label(name) or "∅"
+        boxes = [box(("", shown), (x_title, a), (y_title, b)) for a, b in zip(at, array, strict=True)]
         line = {"color": colour, "width": 2, "dash": ("solid", "dash", "dot")[index // len(SERIES) % 3]}
-        figure.add_scatter(x=at, y=array, name=label(name), line=line, text=boxes, hoverinfo="text", mode="lines")
+        figure.add_scatter(x=at, y=array, name=shown, line=line, text=boxes, hoverinfo="text", mode="lines")
     figure.update_layout(showlegend=len(values) > 1, margin_t=(76 if title else 36) + 24 * (len(values) > 1))
     return mark(figure, marks)
 
@@ -61,21 +64,17 @@ def scatter(
     '&lt;i&gt;'
     """
     across, up = as_array(x, "point", "scatter"), as_array(y, "point", "scatter")
+    same_length("scatter", x=across, y=up)
     names = as_labels(labels, len(across), "point", "scatter")
     boxes = [box(("", n), (x_title, a), (y_title, b)) for n, a, b in zip(names, across, up, strict=True)]
     marker: dict = {"size": 7, "opacity": 0.8, "color": POSITIVE}
     if colour is not None:
         third = as_array(colour, "point", "scatter")
+        same_length("scatter", x=across, colour=third)
         low, high = span(third, False, 0.0)
-        boxes = [f"{box}<br>{label(colourbar)} {number(c)}" for box, c in zip(boxes, third, strict=True)]
-        bar = colour_bar(colourbar)
-        marker |= {
-            "color": third,
-            "cmin": low,
-            "cmax": high,
-            "colorscale": plotly_scale(SEQUENTIAL[1:]),
-            "colorbar": bar,
-        }
+        boxes = [f"{text}<br>{label(colourbar)} {number(c)}" for text, c in zip(boxes, third, strict=True)]
+        marker |= {"color": third, "cmin": low, "cmax": high}
+        marker |= {"colorscale": plotly_scale(SEQUENTIAL[1:]), "colorbar": colour_bar(colourbar)}
     drawn = go.Scatter(x=across, y=up, mode="markers", marker=marker, text=boxes, hoverinfo="text")
     return new_figure([drawn], title, x_title, y_title, height=440)
 

@@ -8,8 +8,10 @@ from jaxtyping import Num
 from torch import Tensor
 
 from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
-from hooklens.viz.inputs import as_array, as_labels, ticks
+from hooklens.viz.inputs import as_array, as_labels, same_length, ticks
 from hooklens.viz.theme import DIVERGING, NEGATIVE, NEUTRAL, POSITIVE, SEQUENTIAL, plotly_scale
+
+_LONGEST = 24  # characters of a tick label: a longer one would take the drawing's room
 
 
 def heatmap(
@@ -36,13 +38,15 @@ def heatmap(
     Cells that are NaN or infinite stay empty.
     """
     array = as_array(values, "y x", "heatmap")
-    rows, columns = as_labels(y, len(array), "y", "heatmap"), as_labels(x, array.shape[1], "x", "heatmap")
+    rows = as_labels(y, len(array), "y", "heatmap", _LONGEST)
+    columns = as_labels(x, array.shape[1], "x", "heatmap", _LONGEST)
     low, high = span(array, diverging, zmid)
     boxes = [
         [box((y_title, row), (x_title, column), (colourbar, z)) for column, z in zip(columns, line, strict=True)]
         for row, line in zip(rows, array, strict=True)
     ]
     if hover is not None:
+        same_length("heatmap", rows=array, hover=hover)
         extra = [as_labels(line, array.shape[1], "x", "hover") for line in hover]
         boxes = [[f"{a}<br>{b}" for a, b in zip(*pair, strict=True)] for pair in zip(boxes, extra, strict=True)]
     colours = plotly_scale(DIVERGING if diverging else SEQUENTIAL)
@@ -75,12 +79,13 @@ def bars(
     `marks` are named horizontal lines, such as the clean and the corrupted baseline.
     """
     array = as_array(values, "bar", "bars")
-    names = as_labels(labels, len(array), "bar", "bars")
+    names = as_labels(labels, len(array), "bar", "bars", _LONGEST)
     boxes = [box((x_title, name), (y_title, value)) for name, value in zip(names, array, strict=True)]
     traces: list = [go.Bar(y=array, marker={"color": _signs(array)}, hovertext=boxes, hoverinfo="text")]
     if low is not None and high is not None:
         ends = as_array(low, "bar", "bars"), as_array(high, "bar", "bars")
-        boxes = [f"{box}<br>[{number(a)}, {number(b)}]" for box, a, b in zip(boxes, *ends, strict=True)]
+        same_length("bars", values=array, low=ends[0], high=ends[1])
+        boxes = [f"{text}<br>[{number(a)}, {number(b)}]" for text, a, b in zip(boxes, *ends, strict=True)]
         traces = [traces[0].update(hovertext=boxes), _whiskers(*ends)]
     figure = new_figure(traces, title, x_title, y_title)
     figure.update_layout(showlegend=False, bargap=0.25)

@@ -1,6 +1,6 @@
 """What figures take: tensors of any dtype and device, and labels that must match them."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 import torch
@@ -31,19 +31,33 @@ def as_array(values: Shaped[Tensor, "..."], axes: str, what: str) -> np.ndarray:
     return np.where(np.isfinite(array), array, np.nan)
 
 
-def as_labels(labels: Sequence[object] | None, count: int, axis: str, what: str) -> list[str]:
+def as_labels(labels: Sequence[object] | None, count: int, axis: str, what: str, longest: int = 60) -> list[str]:
     """One label an entry, escaped; the entries' numbers where none are given.
 
     >>> as_labels(None, 2, "x", "heatmap"), as_labels(["<b>", 5], 2, "x", "heatmap")
     (['0', '1'], ['&lt;b&gt;', '5'])
     """
-    shown = [str(i) for i in range(count)] if labels is None else [label(text) for text in labels]
+    shown = [str(i) for i in range(count)] if labels is None else [label(text, longest) or "∅" for text in labels]
     if len(shown) != count:
         raise InputError(
             f"{what} needs one label for each entry along {axis}, got {len(shown)} labels for {count} entries; "
             "give as many, or None to number them"
         )
     return shown
+
+
+def same_length(what: str, **counted: Sized) -> None:
+    """Refuse inputs of different length that belong together entry by entry.
+
+    >>> same_length("bars", values=[1, 2], low=[0])
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: bars needs as many values as low, got 2 values, 1 low; give one entry for each
+    """
+    counts = {name: len(each) for name, each in counted.items()}
+    if len(set(counts.values())) > 1:
+        seen = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise InputError(f"{what} needs as many {' as '.join(counts)}, got {seen}; give one entry for each")
 
 
 def ticks(labels: Sequence[str], most: int = 64) -> dict:
