@@ -54,7 +54,9 @@ def heatmap(
     drawn = go.Heatmap(z=array, zmin=low, zmax=high, colorscale=colours, text=boxes, hoverinfo="text", colorbar=bar)
     figure = new_figure([drawn], title, x_title, y_title, height=_height(len(array)))
     figure.update_traces(xgap=1, ygap=1, selector=lambda _: array.size <= 4000)
-    figure.update_xaxes(**ticks(columns), showgrid=False, zeroline=False, range=[-0.5, array.shape[1] - 0.5])
+    figure.update_xaxes(
+        **ticks(columns), **_slant(columns), showgrid=False, zeroline=False, range=[-0.5, array.shape[1] - 0.5]
+    )
     return figure.update_yaxes(**ticks(rows, 40), showgrid=False, zeroline=False, range=[len(array) - 0.5, -0.5])
 
 
@@ -89,13 +91,18 @@ def bars(
         traces = [traces[0].update(hovertext=boxes), _whiskers(*ends)]
     figure = new_figure(traces, title, x_title, y_title)
     figure.update_layout(showlegend=False, bargap=0.25)
-    figure.update_xaxes(**ticks(names), showgrid=False, zeroline=False, range=[-0.6, len(array) - 0.4])
+    figure.update_xaxes(**ticks(names), **_slant(names), showgrid=False, zeroline=False, range=[-0.6, len(array) - 0.4])
     return mark(figure, marks)
 
 
 def _height(rows: int) -> int:
     """Rows of readable height, within what fits a screen."""
     return 130 + int(min(max(rows * (28 if rows <= 16 else 20), 110), 620))
+
+
+def _slant(labels: list[str]) -> dict:
+    """Long labels stand upright: a slanted one at the left edge would not fit, and Plotly would leave it out."""
+    return {"autotickangles": [0, -90] if max(map(len, labels), default=0) > 12 else [0, -45, -90]}
 
 
 def _signs(array: np.ndarray) -> list[str]:
