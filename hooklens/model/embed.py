@@ -13,7 +13,15 @@ Stream = Float[Tensor, "batch pos d_model"]
 Angles = Float[Tensor, "*batch pos half"]
 
 
-class TokenEmbedding(nn.Embedding):
+class Embedding(nn.Embedding):
+    """A row of the weight for each index; on the meta device nothing is drawn."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # see Linear
+            super().reset_parameters()
+
+
+class TokenEmbedding(Embedding):
     """One row of W_E a token, times the part's scale."""
 
     def __init__(self, cfg: HookedTransformerConfig):

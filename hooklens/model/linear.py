@@ -6,7 +6,6 @@ and dropped at its end.
 """
 
 import os
-import statistics
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -25,6 +24,10 @@ ENV = "HOOKLENS_PACKED_LINEARS"
 
 class Linear(nn.Linear):
     """nn.Linear, multiplied with packed weights inside a `packed_linears` scope and by torch everywhere else."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # drawing nothing on the meta device makes torch import its compiler, for a second
+            super().reset_parameters()
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         if _open_packs and (scope := _scope.get()) is not None:
@@ -122,4 +125,4 @@ def _seconds(work: Callable[[], Tensor]) -> float:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)  # the least disturbed run: other work on the machine only ever adds

@@ -14,18 +14,18 @@ from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, momen
 from hooklens.core.names import Where
 from hooklens.model.attention import under_transform
 from hooklens.model.block import BLOCKS
-from hooklens.model.config import HookedTransformerConfig, Learned, RMSNormPart, Sinusoidal, TokenEmbed
-from hooklens.model.embed import SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
+from hooklens.model.config import HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
+from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, KVCache
-from hooklens.model.norms import make_norm
+from hooklens.model.norms import Norm, make_norm
 from hooklens.model.views import StackedWeight, write_all
 
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer
 
 Stream = Float[Tensor, "batch pos d_model"]
-Logits = Float[Tensor, "batch pos d_vocab"]
+Logits = Float[Tensor, "batch out_pos d_vocab"]
 Text = str | Sequence[str]
 Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -66,7 +66,7 @@ class HookedTransformer(HookedModule):
         self.hook_embed = HookPoint()
         self.pos_embed: nn.Module | None = None
         if isinstance(cfg.positional_embedding_type, Learned):
-            self.pos_embed = nn.Embedding(cfg.n_ctx, cfg.d_model)
+            self.pos_embed = Embedding(cfg.n_ctx, cfg.d_model)
         elif isinstance(cfg.positional_embedding_type, Sinusoidal):
             self.pos_embed = SinusoidalPositions(cfg)
         if self.pos_embed is not None:
@@ -80,6 +80,11 @@ class HookedTransformer(HookedModule):
         if self.cfg.tie_word_embeddings:
             self.unembed.linear.weight = self.embed.weight
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "HookedTransformer":
+        super()._apply(fn, recurse)
+        self.tie()  # leaving the meta device makes two parameters of one
+        return self
+
     # -- forward
 
     def forward(
@@ -89,7 +94,7 @@ class HookedTransformer(HookedModule):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         kv_cache: KVCache | None = None,
-        attention_mask: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None = None,
+        attention_mask: Bool[Tensor, "*batch key_pos"] | Int[Tensor, "*batch key_pos"] | None = None,
         logits_at: int | Int[Tensor, "batch"] | None = None,
     ) -> Logits | Stream:
         """Logits of every position; with `stop_at_layer` the residual stream that enters that layer.
@@ -164,29 +169,33 @@ class HookedTransformer(HookedModule):
             raise InputError(f"expected vectors of shape [batch pos width], got {list(tokens.shape)}")
         if mask is not None:
             mask = torch.as_tensor(mask, device=tokens.device).bool()
+            mask = mask[None] if mask.ndim == 1 else mask
         return tokens, mask
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise WrongType(f"tokens are integers [batch pos], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.ndim not in (1, 2) or 0 in tokens.shape:
-            raise InputError(f"tokens have shape [batch pos] and at least one token, got {list(tokens.shape)}: is the prompt empty?")
+            raise InputError(
+                f"tokens have shape [batch pos] with at least one token, got {list(tokens.shape)}: is the prompt empty?"
+            )
         if not (torch.compiler.is_compiling() or tokens.is_meta or under_transform(tokens)):
             low, high = (int(x) for x in tokens.aminmax())
             if low < 0 or high >= self.cfg.d_vocab:
-                raise InputError(f"token ids lie between 0 and {self.cfg.d_vocab - 1} in this model, got {low} to {high}")
+                raise InputError(f"token ids lie between 0 and {self.cfg.d_vocab - 1} here, got {low} to {high}")
 
     def _context(self, x: Tensor, mask: Tensor | None, past: KVCache | None) -> Context:
         n_new, offset = x.shape[1], 0 if past is None else past.length
         if offset + n_new > self.cfg.n_ctx and self.pos_embed is not None:
-            raise InputError(f"{offset + n_new} tokens do not fit this model's n_ctx of {self.cfg.n_ctx}; shorten the prompt")
+            n_ctx = self.cfg.n_ctx
+            raise InputError(f"{offset + n_new} tokens do not fit this model's n_ctx of {n_ctx}; shorten the prompt")
         before = None if past is None else past.seen
         if mask is None and before is None:
             return Context(torch.arange(offset, offset + n_new, device=x.device), offset, cache=past)
         batch = x.shape[0]
         real = torch.ones((batch, n_new), dtype=torch.bool, device=x.device) if mask is None else mask[:, -n_new:]
-        if real.shape != (batch, n_new):
-            raise InputError(f"attention_mask has shape {list(mask.shape)}; the input is {batch} x {n_new}")  # type: ignore[union-attr]
+        if mask is not None and (len(mask) != batch or mask.shape[1] not in (n_new, offset + n_new)):
+            raise InputError(f"attention_mask has shape {list(mask.shape)}; the input is {batch} x {n_new}")
         if offset and before is None:
             before = torch.ones((batch, offset), dtype=torch.bool, device=x.device)
         seen = real if before is None else torch.cat((before, real), dim=1)
@@ -243,7 +252,9 @@ class HookedTransformer(HookedModule):
 
     # -- tokens
 
-    def to_tokens(self, text: Text, *, prepend_bos: bool | None = None, padding_side: str = "right") -> Int[Tensor, "batch pos"]:
+    def to_tokens(
+        self, text: Text, *, prepend_bos: bool | None = None, padding_side: str = "right"
+    ) -> Int[Tensor, "batch pos"]:
         """Token ids, one row a text. `prepend_bos=None` adds BOS only where the model was trained with it."""
         return self._need_tokenizer().to_tokens(
             text, prepend_bos=prepend_bos, padding_side=padding_side, device=self.device
@@ -271,8 +282,10 @@ class HookedTransformer(HookedModule):
 
     def _need_tokenizer(self) -> "Tokenizer":
         if self.tokenizer is None:
-            raise InputError("this model has no tokenizer, so it reads token ids only; pass a tensor [batch pos], or "
-                             "HookedTransformer(cfg, tokenizer=...)")
+            raise InputError(
+                "this model has no tokenizer, so it reads token ids only; pass a tensor [batch pos], or "
+                "HookedTransformer(cfg, tokenizer=...)"
+            )
         return self.tokenizer
 
     def generate(self, prompt: Tokens, max_new_tokens: int = 20, **options: Any) -> Any:
@@ -341,8 +354,7 @@ def _stacked(part: str, name: str) -> property:
         return StackedWeight.of(views(self))
 
     def write(self: HookedTransformer, value: Tensor) -> None:
-        if not isinstance(value, StackedWeight):  # `model.W_Q[5] = x` ends here too, its write already done
-            write_all(views(self), value)
+        write_all(views(self), value)
 
     return property(read, write, doc=f"{name} of every layer, stacked; assignment and [layer, ...] = write through.")
 
@@ -363,10 +375,10 @@ def initialise(model: HookedTransformer, seed: int) -> None:
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.zero_()
-            elif p.ndim == 1:
-                offset = cfg.normalization_type
-                p.fill_(1.0 - (offset.weight_offset if isinstance(offset, RMSNormPart) else 0.0))
-            else:
+            elif p.ndim > 1:
                 here = cfg.init.unembed_std if name.startswith("unembed") and cfg.init.unembed_std else std
                 here *= shrink if name.endswith(("attn.o.weight", "mlp.out.weight")) else 1.0
                 p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float32) * here)
+        for module in model.modules():
+            if isinstance(module, Norm) and module.weight is not None:
+                module.weight.fill_(module.unit_weight)
