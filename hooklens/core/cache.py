@@ -46,10 +46,11 @@ class ActivationCache(Mapping[str, Tensor]):
     def _find(self, key: Where) -> list[str]:
         """The full names that `key` asks for, negative layers counted in the model, not in what was kept of it."""
         names = list(self._entries)
-        asked = key if isinstance(key, str) else key[0] if isinstance(key, tuple) else getattr(key, "name", "")
-        if self.model is None or str(asked).endswith("_grad"):
+        if self.model is None:
             return resolve(key, names)
-        wanted = resolve(key, self.model.hook_names())
+        asked = key if isinstance(key, str) else key[0] if isinstance(key, tuple) else getattr(key, "name", "")
+        ending = "_grad" if str(asked).endswith("_grad") else ""
+        wanted = resolve(key, [name + ending for name in self.model.hook_names()])
         kept = [name for name in wanted if name in self._entries]
         if not kept:
             raise NameNotFound(
@@ -67,7 +68,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         try:
             self[key]  # type: ignore[index]
-        except KeyError:
+        except (KeyError, ValueError, TypeError):
             return False
         return True
 
@@ -77,7 +78,8 @@ class ActivationCache(Mapping[str, Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of memory held: every distinct storage once."""
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._entries.values()}.values())
+        storages = [act.untyped_storage() for act in self._entries.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     # -- moving and slicing: a new cache, this one stays as it is
 
@@ -214,7 +216,7 @@ class ActivationCache(Mapping[str, Tensor]):
             if f"blocks.{n}.mlp.hook_post" not in self._points():
                 continue
             post = self._sliced_entry(f"blocks.{n}.mlp.hook_post", pos)
-            chosen = torch.arange(post.shape[-1])[_as_index(neurons)]
+            chosen = torch.arange(post.shape[-1])[_as_index(neurons)].reshape(-1)
             added = post[..., chosen, None] * self._block(n).mlp.W_out.detach()[chosen].to(post)
             added = self._after_post_norm(n, "ln2_post", added, pos)
             labelled += [(f"L{n}N{int(i)}", act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
@@ -255,9 +257,9 @@ class ActivationCache(Mapping[str, Tensor]):
         any soft cap, minus b_U and minus the final norm's bias through W_U.
         """
         model: Any = self._need_model()
-        directions = model.tokens_to_residual_directions(tokens)
+        directions = model.tokens_to_residual_directions(tokens).detach()
         if incorrect_tokens is not None:
-            directions = directions - model.tokens_to_residual_directions(incorrect_tokens)
+            directions = directions - model.tokens_to_residual_directions(incorrect_tokens).detach()
         scaled = self.apply_ln_to_stack(stack, None, pos=pos)
         if directions.ndim == 2 and scaled.ndim == 4:  # one direction a prompt, every position kept
             directions = directions[:, None]
@@ -290,7 +292,7 @@ class ActivationCache(Mapping[str, Tensor]):
                 same = json.loads(metadata["entries"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return cls({name: tensors[stored] for name, stored in same.items()}, model)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise FileRefused(f"{path} cannot be read as a saved activation cache, it is damaged: {error}") from error
 
     # -- helpers
@@ -347,12 +349,21 @@ class ActivationCache(Mapping[str, Tensor]):
             )
 
     def _norm(self, layer: int | None, mlp_input: bool):
-        if layer is None or self._end(layer) == self._n_layers():
-            return getattr(self._need_model(), "ln_final", None), "ln_final"
-        name = "ln2" if mlp_input else "ln1"
-        return getattr(self._block(self._end(layer)), name, None), f"blocks.{self._end(layer)}.{name}"
+        model: Any = self._need_model()
+        end = self._end(layer)
+        if getattr(model.blocks[0], "renorms_stream", False):  # the norm stands at the end of the block before
+            block, name = (end, "ln1") if mlp_input else (end - 1, "ln2")
+        elif end == self._n_layers():
+            return getattr(model, "ln_final", None), "ln_final"
+        else:
+            block, name = end, "ln2" if mlp_input else "ln1"
+        if not 0 <= block < self._n_layers():
+            raise InputError(f"no norm of this model reads the stream at layer {layer}; leave apply_ln out")
+        return getattr(model.blocks[block], name, None), f"blocks.{block}.{name}"
 
     def _stacked(self, labelled, layer, apply_ln: bool, pos) -> tuple[Tensor, list[str]]:
+        if not labelled:
+            raise InputError(f"no component of that kind lies below layer {layer}: nothing to stack")
         stack = torch.stack([act for _, act in labelled])
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, pos=pos)
@@ -381,6 +392,8 @@ def _as_index(index: Index | None) -> Any:
 
 
 def _sliced(name: str, act: Tensor, batch: Index | None, pos: Index | None) -> Tensor:
+    if batch is None and pos is None:
+        return act
     names = axes_or_none(name)
     if names is None or act.ndim != len(names):
         raise InputError(f"{name} has shape {list(act.shape)}, whose axes are not known or already sliced")

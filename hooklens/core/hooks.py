@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache
-from hooklens.core.errors import HookError, InputError, NameNotFound
+from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
 from hooklens.core.names import LAZY, Where, parse, resolve
 
 HookFn = Callable[[Tensor, "HookCall"], Tensor | None]
@@ -45,8 +45,13 @@ class HookCall(NamedTuple):
         return found.layer
 
 
+def this_moment(name: str) -> HookCall:
+    """What hooks at a point are told in the forward pass under way."""
+    return HookCall(name, *_moment.get())
+
+
 class _Hook:
-    """One function at one point. It fires while its owner (a scope or a handle) is open."""
+    """One function, or one capture, at one point. It fires while its owner (a scope or a handle) is open."""
 
     __slots__ = ("backward", "capture", "fn", "order", "owner")
 
@@ -58,15 +63,13 @@ class _Hook:
 class _Capture:
     """Where captured activations go, and how: detached unless gradients are asked for, cast on arrival."""
 
-    def __init__(self, entries: dict[str, Tensor], device, dtype, grads: bool, *, clone: bool = False):
-        self.entries, self.device, self.dtype, self.grads, self.clone = entries, device, dtype, grads, clone
+    def __init__(self, entries: dict[str, Tensor], device, dtype, grads: bool, asked: bool):
+        self.entries, self.device, self.dtype, self.grads, self.asked = entries, device, dtype, grads, asked
         self.moved: dict[int, tuple[weakref.ref, Tensor]] = {}
 
-    def take(self, name: str, act: Tensor) -> None:
+    def take(self, name: str, act: Tensor, copy: bool) -> None:
         kept = act if self.grads else act.detach()
-        if self.clone:
-            kept = kept.clone()
-        self.entries[name] = self._cast(act, kept)
+        self.entries[name] = self._cast(act, kept.clone() if copy else kept)
         if self.grads and act.requires_grad:
             act.register_hook(lambda grad: self.entries.__setitem__(name + "_grad", grad.detach()))
 
@@ -89,6 +92,9 @@ class HookPoint(nn.Module):
     [1.0, 1.0]
     """
 
+    #: May what comes after the point write into its activation? Then what is kept of it is copied.
+    overwritten = False
+
     def __init__(self) -> None:
         super().__init__()
         self.name = ""
@@ -101,16 +107,23 @@ class HookPoint(nn.Module):
         return self.forward(act)
 
     def forward(self, act: Tensor) -> Tensor:
-        hooks = self._active()
-        return _dispatch(self.name, hooks, act) if hooks else act
+        hooks = self.active()
+        return dispatch(this_moment(self.name), hooks, act, self.overwritten) if hooks else act
+
+    def hold(self) -> None:
+        """Somebody begins to listen: a scope opens or a handle is made."""
+
+    def release(self) -> None:
+        """Who began to listen ends."""
 
     def listening(self) -> bool:
         """Does anybody, in this thread or task, see this point? Lazy points are computed only then."""
         if _open_scopes == 0 and not self.handles:
             return False
-        return bool(self._active())
+        return bool(self.active())
 
-    def _active(self) -> list[_Hook]:
+    def active(self) -> list[_Hook]:
+        """The hooks that fire here in this thread or task, in order of registration."""
         hooks = list(self.handles)
         for scope in _scopes.get():
             if scope.open:
@@ -122,20 +135,21 @@ class HookPoint(nn.Module):
         return {**self.__dict__, "handles": ()}  # a copy of a model carries no hooks
 
 
-def _dispatch(name: str, hooks: Sequence[_Hook], act: Tensor) -> Tensor:
-    call = HookCall(name, *_moment.get())
+def dispatch(call: HookCall, hooks: Sequence[_Hook], act: Tensor, overwritten: bool) -> Tensor:
+    """The edits in their order, then backward hooks and captures on what the edits left."""
     for hook in hooks:
         if hook.fn is not None and not hook.backward:
-            act = run_hook(hook.fn, act, call)
+            act = run_hook(hook.fn, act, call, copy=overwritten)
     backward = [hook for hook in hooks if hook.backward]
     captures = [hook.capture for hook in hooks if hook.capture is not None]
     if backward or any(capture.grads for capture in captures):
         act = _own_node(act)
+        act = act.clone() if overwritten else act  # torch forbids writing into a leaf and its views
     for hook in backward:
         if act.requires_grad:
             act.register_hook(_backward_hook(hook, call))
     for capture in captures:
-        capture.take(name, act)
+        capture.take(call.name, act, overwritten)
     return act
 
 
@@ -153,8 +167,11 @@ def _backward_hook(hook: _Hook, call: HookCall) -> Callable[[Tensor], Tensor | N
     return fire
 
 
-def run_hook(fn: HookFn, act: Tensor, call: HookCall) -> Tensor:
-    """Give a hook an activation of its own and check what comes back: None leaves the activation as it is."""
+def run_hook(fn: HookFn, act: Tensor, call: HookCall, *, copy: bool = False) -> Tensor:
+    """Give a hook an activation of its own and check what comes back: None leaves the activation as it is.
+
+    With `copy` what the hook returned is copied, so that nobody writes into a tensor that the hook still holds.
+    """
     own = act.clone()
     before = _version(own)
     try:
@@ -165,8 +182,8 @@ def run_hook(fn: HookFn, act: Tensor, call: HookCall) -> Tensor:
     if result is None:
         if _version(own) != before:
             raise HookError(
-                f"the hook {_name_of(fn)} at {call.name} edited its activation in place and returned None, which leaves "
-                "the model unchanged; return the tensor to make the edit count"
+                f"the hook {_name_of(fn)} at {call.name} edited its activation in place and returned None, which "
+                "leaves the model unchanged; return the tensor to make the edit count"
             )
         return act
     same = isinstance(result, Tensor) and result.shape == act.shape and result.dtype == act.dtype
@@ -175,7 +192,7 @@ def run_hook(fn: HookFn, act: Tensor, call: HookCall) -> Tensor:
             f"the hook {_name_of(fn)} at {call.name} returned {_look(result)}; expected {_look(act)}, or None to leave "
             "the activation as it is"
         )
-    return result
+    return result.clone() if copy and result is not own else result
 
 
 def _version(act: Tensor) -> int | None:
@@ -206,7 +223,10 @@ class HookScope:
         if self.open:
             raise InputError("this hook scope is already open; make a new one with model.hooks(...)")
         self.open = True
-        _scopes.set((*_scopes.get(), self))
+        # Scopes that ended in another context are still listed in this one: they go now.
+        _scopes.set((*(scope for scope in _scopes.get() if scope.open and scope is not self), self))
+        for point in self.entries:
+            point.hold()
         with _count_lock:
             _open_scopes += 1
         return self.subject
@@ -216,6 +236,8 @@ class HookScope:
         if not self.open:
             return
         self.open = False
+        for point in self.entries:
+            point.release()
         # By identity, not by token: the block may end in another context than the one it began in.
         _scopes.set(tuple(scope for scope in _scopes.get() if scope is not self))
         with _count_lock:
@@ -229,13 +251,19 @@ class Handle:
         self.points, self.open = tuple(points), True
         hook = _Hook(self, fn, backward=backward)
         for point in self.points:
-            point.handles = (*point.handles, hook)
+            with _count_lock:
+                point.handles = (*point.handles, hook)
+            point.hold()
 
     def remove(self) -> None:
         """Take the hook off; doing so twice is harmless."""
+        if not self.open:
+            return
         self.open = False
         for point in self.points:
-            point.handles = tuple(hook for hook in point.handles if hook.owner is not self)
+            with _count_lock:
+                point.handles = tuple(hook for hook in point.handles if hook.owner is not self)
+            point.release()
 
     def __enter__(self) -> "Handle":
         return self
@@ -313,14 +341,15 @@ class HookedModule(nn.Module):
         """Attach a hook until its handle's `remove()`, in every thread. `dir` is "fwd" or "bwd"."""
         if dir not in ("fwd", "bwd"):
             raise InputError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
+        if not callable(fn):
+            raise WrongType(f"a hook is a function (act, hook) -> Tensor | None, got {fn!r}")
         return Handle(self.resolve(where), fn, dir == "bwd")
 
     def reset_hooks(self) -> None:
         """Remove every hook that `add_hook` put on this model. Open `with` blocks keep theirs."""
         for point in self._points.values():
             for hook in point.handles:
-                hook.owner.open = False
-            point.handles = ()
+                hook.owner.remove()
 
     def run_with_hooks(
         self,
@@ -343,15 +372,17 @@ class HookedModule(nn.Module):
         `None` asks for every point except the lazy ones. A second forward pass inside the scope overwrites the first.
         """
         if grads and not torch.is_grad_enabled():
-            raise InputError("grads=True needs gradients, and they are switched off here; leave the torch.no_grad() block")
-        names = self.hook_names()
-        chosen = [n for n in names if _site_name(n) not in LAZY] if where is None else resolve(where, names)
+            raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
+        chosen = self._plain_points() if where is None else self.resolve(where)
         entries: dict[str, Tensor] = {}
         scope = HookScope(self, {})
-        taker = _Capture(entries, device, dtype, grads)
-        for name in chosen:
-            scope.entries[self._points[name]] = [_Hook(scope, None, capture=taker)]
+        taker = _Capture(entries, device, dtype, grads, asked=where is not None)
+        for point in chosen:
+            scope.entries[point] = [_Hook(scope, None, capture=taker)]
         return scope, ActivationCache(entries, self)
+
+    def _plain_points(self) -> list[HookPoint]:
+        return [point for name, point in self.hook_points().items() if _site_name(name) not in LAZY]
 
     def run_with_cache(
         self,

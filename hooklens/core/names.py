@@ -39,7 +39,7 @@ _ALIASES = {"attn": "pattern", "attn_logits": "attn_scores"}
 
 @dataclass(frozen=True)
 class Site:
-    """A kind of activation, at one layer or at every layer; `part` tells apart points of one name (("scale", 4, "ln1"))."""
+    """A kind of activation, at one layer or at each; `part` tells points of one name apart: ("scale", 4, "ln1")."""
 
     name: str
     layer: int | None = None
@@ -52,12 +52,13 @@ class Site:
         return self.part is None or point.part == self.part or (point.part or "").split(".")[-1] == self.part
 
     def __str__(self) -> str:
-        return f"{self.part + '.' if self.part else ''}{self.name}" + ("" if self.layer is None else f" at {self.layer}")
+        where = "" if self.layer is None else f" at {self.layer}"
+        return f"{self.part + '.' if self.part else ''}{self.name}{where}"
 
 
 #: What may stand wherever points are asked for: a full name, a short name (every layer), a tuple ("z", 5), a Site,
 #: a predicate on full names, or a list of these.
-Where = Union[str, tuple, Site, Callable[[str], bool], Sequence["Where"]]
+Where = Union[str, tuple, Site, Callable[[str], bool], Sequence["Where"]]  # noqa: UP007 (it names itself)
 
 
 def site(name: str, layer: int | None = None, part: str | None = None) -> Site:
@@ -72,6 +73,8 @@ def site(name: str, layer: int | None = None, part: str | None = None) -> Site:
         raise WrongType(f"a site is named by a string such as 'resid_pre' or 'z', got {name!r}")
     parsed = parse(name)
     if parsed is not None:
+        if layer is not None or part is not None:
+            raise InputError(f"{name!r} is one point's full name; give it alone, or site({parsed.name!r}, {layer})")
         return parsed
     if layer is not None and (isinstance(layer, bool) or not hasattr(layer, "__index__")):
         raise WrongType(f"site({name!r}) takes its layer as an integer, got {layer!r}")
@@ -106,6 +109,8 @@ def axes(name: str) -> tuple[str, ...]:
         raise did_you_mean("site", asked.name, AXES)
     found = AXES[asked.name]
     in_head = (asked.part or "").split(".")[-1]
+    if asked.name in ("in", "out") and in_head not in ("", "unembed"):
+        raise NameNotFound(f"the axes of {name!r} are not known: it is a point of a wrapped module")
     if in_head in ("q_norm", "k_norm"):
         head = "head" if in_head == "q_norm" else "kv_head"
         return ("batch", "pos", head, "one" if asked.name == "scale" else "d_head")
@@ -119,18 +124,23 @@ def resolve(where: Where, names: Sequence[str]) -> list[str]:
     ['blocks.1.attn.hook_z']
     """
     chosen: set[str] = set()
-    for one in _flatten(where):
+    for one in flatten(where):
         chosen.update(_resolve_one(one, names))
     return [name for name in names if name in chosen]
 
 
-def _flatten(where: Where) -> Iterable:
+def flatten(where: Where) -> Iterable:
+    """What lists in `where` ask for, one by one.
+
+    >>> list(flatten(["z", ("q", 5), ["k", "v"]]))
+    ['z', ('q', 5), 'k', 'v']
+    """
     is_short_tuple = isinstance(where, tuple) and len(where) in (2, 3) and isinstance(where[0], str)
     if is_short_tuple and all(x is None or hasattr(x, "__index__") or i == 2 for i, x in enumerate(where) if i):
         yield where
     elif isinstance(where, list | tuple | set | frozenset):
         for one in where:
-            yield from _flatten(one)
+            yield from flatten(one)
     else:
         yield where
 

@@ -20,7 +20,13 @@ Queries = Float[Tensor, "batch query_pos head d_head"]
 Keys = Float[Tensor, "batch key_pos kv_head d_head"]
 Scores = Float[Tensor, "batch head query_pos key_pos"]
 PerHead = Float[Tensor, "batch pos head d_model"]
-OwnInputs = tuple[PerHead | None, PerHead | None, PerHead | None]
+Queried = Float[Tensor, "batch query_pos d_model"]
+#: What each head reads as query, key and value, where somebody edits it.
+OwnInputs = tuple[
+    Float[Tensor, "batch query_pos head d_model"] | None,
+    Float[Tensor, "batch pos kv_head d_model"] | None,
+    Float[Tensor, "batch pos kv_head d_model"] | None,
+]
 
 _fused_off: ContextVar[bool] = ContextVar("hooklens_fused_off", default=False)
 _open_blocks = 0  # looked at before the context variable, so that a plain forward compiles whole
@@ -64,7 +70,7 @@ class Attention(nn.Module):
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
         self.o = Linear(d_q, cfg.d_model, bias=cfg.biases.o)
 
-    def forward(self, x: Stream, ctx: Context, own: OwnInputs = (None, None, None)) -> Stream:
+    def forward(self, x: Stream, ctx: Context, own: OwnInputs = (None, None, None)) -> Queried:
         q, k, v = self.project(x, ctx, own)
         z = self.hook_z(ctx.attend(self, q, k, v))
         return self.output(z)
@@ -146,7 +152,7 @@ class Attention(nn.Module):
         )
         return (z if blank is None else z.masked_fill(blank, 0.0)).transpose(1, 2)
 
-    def output(self, z: Queries) -> Stream:
+    def output(self, z: Queries) -> Queried:
         """What the heads write: W_O z + b_O, head by head where somebody listens to `result`."""
         if not self.hook_result.listening():
             return self.o(z.flatten(2))
@@ -157,7 +163,7 @@ class Attention(nn.Module):
         summed = used.sum(2)
         return summed if self.b_O is None else summed + self.b_O
 
-    def results(self, z: Queries) -> PerHead:
+    def results(self, z: Queries) -> Float[Tensor, "batch query_pos head d_model"]:
         """z W_O a head, without b_O."""
         if is_plain(self.o):
             return torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
@@ -215,5 +221,5 @@ def under_transform(x: Tensor) -> bool:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Is the layer an nn.Linear and nothing more, so that reading its weight says all (LoRA and torch hooks say more)?"""
+    """Is the layer an nn.Linear and nothing more, so that its weight says all (LoRA and torch hooks say more)?"""
     return type(linear) in (Linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)

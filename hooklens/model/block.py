@@ -3,6 +3,8 @@
 The methods besides `forward` are its seams: exact sweeps enter a block there, in the middle, with edited values.
 """
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from hooklens.model.mlp import MLP, GatedMLP
 from hooklens.model.norms import Norm, make_norm
 
 Stream = Float[Tensor, "batch pos d_model"]
+Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the chosen one
 
 
 class Block(nn.Module):
@@ -25,6 +28,11 @@ class Block(nn.Module):
     ln2: Norm | None
     ln1_post: Norm | None
     ln2_post: Norm | None
+    #: Points that see the stream that enters, keys or values, and so every position, whatever queries are chosen.
+    early: ClassVar[tuple[str, ...]] = (
+        *("hook_resid_pre", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),
+        *("attn.hook_k", "attn.hook_v", "attn.hook_rot_k", "attn.k_norm.hook_scale", "attn.k_norm.hook_normalized"),
+    )
 
     def __init__(self, cfg: HookedTransformerConfig, layer: int):
         super().__init__()
@@ -54,7 +62,7 @@ class Block(nn.Module):
             self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
             self.hook_mlp_out = HookPoint()
 
-    def forward(self, x: Stream, ctx: Context) -> Stream:
+    def forward(self, x: Stream, ctx: Context) -> Queried:
         x = self.hook_resid_pre(x)
         own = self.own_inputs(x, ctx)
         raw = self.attn(self.before_attn(x), ctx, own)
@@ -122,9 +130,7 @@ class Block(nn.Module):
 
     def query_points(self) -> list[HookPoint]:
         """The points that see every query position: all but those of the stream that enters, keys and values."""
-        early = {"hook_resid_pre", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"}
-        early |= {"attn.hook_k", "attn.hook_v", "attn.hook_rot_k", "attn.k_norm.hook_scale", "attn.k_norm.hook_normalized"}
-        return [m for name, m in self.named_modules() if isinstance(m, HookPoint) and name not in early]
+        return [m for name, m in self.named_modules() if isinstance(m, HookPoint) and name not in self.early]
 
 
 class SandwichBlock(Block):
@@ -163,6 +169,7 @@ class PostNormBlock(Block):
     """
 
     renorms_stream = True
+    early = tuple(name for name in Block.early if not name.startswith("ln1."))  # here it reads what attention added to
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
         self.attn = Attention(cfg, layer)

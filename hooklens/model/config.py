@@ -270,7 +270,7 @@ class LayerNormPart(NormPart):
 
 @dataclass(frozen=True)
 class RMSNormPart(NormPart):
-    """Divided by the root mean square (Zhang and Sennrich 2019). The weight is stored minus `weight_offset` (Gemma: 1)."""
+    """Divided by the root mean square (Zhang and Sennrich 2019). The stored weight lacks `weight_offset` (Gemma: 1)."""
 
     name = "RMS"
     eps: float = 1e-5
@@ -320,7 +320,7 @@ class InitPart(_FromJson, Part):
 
 @dataclass(frozen=True)
 class NormalInit(InitPart):
-    """N(0, std^2), std = 0.8 / sqrt d_model if not given; with residual_scale W_O and W_out shrink by sqrt(2 n_layers)."""
+    """N(0, std^2), std 0.8 / sqrt d_model if not given; `residual_scale` divides W_O and W_out by sqrt(2 n_layers)."""
 
     name = "normal"
 
@@ -411,7 +411,7 @@ class HookedTransformerConfig:
         value = getattr(self, name)
         if isinstance(value, list | tuple):
             if name not in _MAY_VARY or len(value) != self.n_layers:
-                raise InputError(f"{name} takes one part, or a tuple of {self.n_layers} for mask and rotary; got {value!r}")
+                raise InputError(f"{name} takes one part (mask, rotary: or a tuple of {self.n_layers}); got {value!r}")
             parts = tuple(part(slot, one) for one in value)
             return parts[0] if len(set(parts)) == 1 else parts
         return part(slot, value)

@@ -66,7 +66,7 @@ class FactoredMatrix:
         lead = self.A.ndim - 2
         batch, rows, cols = index[:lead], index[lead : lead + 1], index[lead + 1 :]
         if any(isinstance(i, int) for i in (*rows, *cols)):
-            raise InputError("rows and columns of a FactoredMatrix are taken by slices or lists; m.AB[...] gives numbers")
+            raise InputError("rows and columns of a FactoredMatrix are slices or lists; m.AB[...] gives numbers")
         A, B = self.A[batch], self.B[batch]
         A = A[..., rows[0], :] if rows else A
         return FactoredMatrix(A, B[..., cols[0]] if cols else B)

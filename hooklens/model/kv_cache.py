@@ -12,6 +12,7 @@ from hooklens.model.config import Causal, MaskPart, NoMask, Rotary
 from hooklens.model.embed import rotary_tables
 
 Keys = Float[Tensor, "batch key_pos kv_head d_head"]
+NewKeys = Float[Tensor, "batch new_pos kv_head d_head"]
 
 
 class KVCache:
@@ -30,20 +31,34 @@ class KVCache:
         self.seen: Bool[Tensor, "batch key"] | None = None
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def extend(self, layer: int, k: Keys, v: Keys) -> tuple[Keys, Keys]:
+    def extend(self, layer: int, k: NewKeys, v: NewKeys) -> tuple[Keys, Keys]:
         """Keep the new keys and values of a layer; return them after those from before."""
+        stores = self._layers.get(layer)
+        self._check(layer, k, stores)
         end = self.length + k.shape[1]
         if torch.is_grad_enabled():
-            old = self._layers.get(layer)
-            kept = (k, v) if old is None else tuple(torch.cat((o[:, : self.length], n), 1) for o, n in zip(old, (k, v)))
-            self._layers[layer] = kept
-            return kept
-        stores = self._layers.get(layer)
+            if self.length:
+                before = self.of_layer(layer)
+                k, v = torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
+            self._layers[layer] = (k, v)
+            return k, v
         if stores is None or stores[0].shape[1] < end:
-            stores = self._layers[layer] = tuple(self._grown(stores and stores[i], new, end) for i, new in enumerate((k, v)))
+            old_k, old_v = stores or (None, None)
+            stores = self._layers[layer] = (self._grown(old_k, k, end), self._grown(old_v, v, end))
         for store, new in zip(stores, (k, v), strict=True):
             store[:, self.length : end] = new
         return stores[0][:, :end], stores[1][:, :end]
+
+    def _check(self, layer: int, k: Tensor, stores: tuple[Tensor, Tensor] | None) -> None:
+        if self.length and stores is None:
+            raise InputError(
+                f"this KV cache holds {self.length} tokens but not layer {layer}: an earlier pass stopped below it or "
+                "started above it; use a KV cache with one range of layers only"
+            )
+        if self.length and stores is not None and stores[0].shape[0] != k.shape[0]:
+            raise InputError(
+                f"this KV cache holds {stores[0].shape[0]} rows and was given {k.shape[0]}; keep_rows() chooses rows"
+            )
 
     def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
         room = end if old is None else max(end, 2 * old.shape[1])  # doubling: each key is copied twice at most
@@ -70,7 +85,7 @@ class KVCache:
 
 
 class View(NamedTuple):
-    """What queries may see. `seen` None: everything, or a square lower triangle if `causal`. `blank`: some see nothing."""
+    """What queries may see: with `seen` None all, or a lower triangle if `causal`. `blank`: some see nothing."""
 
     seen: Bool[Tensor, "batch 1 query_pos key_pos"] | None
     causal: bool = False
@@ -128,10 +143,14 @@ class Context:
                 return View(None)
             if self.offset == 0:
                 return View(None, causal=True)
-        # Masks count slots, not positions: padding shifts both of a pair alike, and pads are masked as keys.
-        keys = torch.arange(self.offset + n_new, device=self.positions.device)
-        queries = keys[None, self.offset :] if self.chosen is None else self.offset + self.chosen[:, None]
-        seen = mask.allows(queries[:, None, :, None], keys)
+        if self.key_seen is None:
+            keys = torch.arange(self.offset + n_new, device=self.positions.device)[None]
+        else:  # padding takes no place, or a window would reach less far across it; before the first token it is -1
+            keys = self.key_seen.long().cumsum(1) - 1
+        queries = keys[:, self.offset :]
+        if self.chosen is not None:
+            queries = queries.expand(len(self.chosen), -1).gather(1, self.chosen[:, None])
+        seen = mask.allows(queries[:, None, :, None], keys[:, None, None, :])
         if self.key_seen is not None:
             seen = seen & self.key_seen[:, None, None, :]
         return View(seen, blank=self.key_seen is not None)

@@ -20,6 +20,7 @@ class Norm(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    unit_weight = 1.0  # the stored weight that multiplies by 1
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -69,7 +70,7 @@ class Norm(nn.Module):
 class LayerNorm(Norm):
     """Subtract the mean, divide by the standard deviation (Ba et al. 2016, equation 4).
 
-    >>> LayerNorm(4, LayerNormPart(eps=0.0))(torch.tensor([[1.0, 1.0, 3.0, 3.0]])).tolist()
+    >>> LayerNorm(4, LayerNormPart(eps=0.0))(torch.tensor([[1.0, 1.0, 3.0, 3.0]])).round(decimals=4).tolist()
     [[-1.0, -1.0, 1.0, 1.0]]
     """
 
@@ -94,8 +95,8 @@ class RMSNorm(Norm):
 
     def __init__(self, width: int, made: RMSNormPart):
         super().__init__(width, made.eps)
-        self.offset = made.weight_offset
-        self.weight = nn.Parameter(torch.full((width,), 1.0 - made.weight_offset)) if made.affine else None
+        self.offset, self.unit_weight = made.weight_offset, 1.0 - made.weight_offset
+        self.weight = nn.Parameter(torch.full((width,), self.unit_weight)) if made.affine else None
 
     def gain(self) -> Float[Tensor, "width"] | None:
         if self.weight is None or not self.offset:

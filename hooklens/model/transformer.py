@@ -1,7 +1,7 @@
 """HookedTransformer: tokens to logits, every activation on the way by name."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -288,11 +288,32 @@ class HookedTransformer(HookedModule):
             )
         return self.tokenizer
 
-    def generate(self, prompt: Tokens, max_new_tokens: int = 20, **options: Any) -> Any:
-        """Continue one prompt or a batch; see `hooklens.model.sampling.generate` for every option."""
-        from hooklens.model.sampling import generate
-
-        return generate(self, prompt, max_new_tokens, **options)
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 20,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Generator | None = None,
+        stop: int | str | Sequence[int | str] | None = None,
+        stream: bool | OnPiece = False,
+        capture: Mapping[int, Where | None] | None = None,
+    ) -> Generation:
+        """What does the model say next? See `hooklens.model.sampling.generate`, which this is."""
+        return generate(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            stream=stream,
+            capture=capture,
+        )
 
     # -- weights, with TransformerLens's shapes
 

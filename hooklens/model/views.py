@@ -8,9 +8,11 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")}
+
 
 class StackedWeight(Tensor):
-    """`model.W_Q`: the layers' weights, stacked. `model.W_Q[5, 3] = 0` writes to the model; results are plain tensors."""
+    """`model.W_Q`: the layers' weights, stacked. `model.W_Q[5]` is the layer's own; results are plain tensors."""
 
     views: Sequence[Tensor]
 
@@ -25,7 +27,8 @@ class StackedWeight(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "retain_grad_")
-        if (in_place or name.startswith("__i")) and isinstance(args[0], cls) and name not in ("__index__", "__invert__"):
+        target = (kwargs or {}).get("out", args[0] if in_place or name in _IN_PLACE else None)
+        if isinstance(target, cls):
             raise InputError(
                 f"{name} on a stacked weight would change this copy, not the model; write by layer "
                 "(model.W_Q[5, 3] = value), assign the whole (model.W_Q = value), or edit model.blocks[5].attn.W_Q"
@@ -33,6 +36,12 @@ class StackedWeight(Tensor):
         plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args] if name != "as_subclass" else args
         with torch._C.DisableTorchFunctionSubclass():
             return func(*plain, **(kwargs or {}))
+
+    def __getitem__(self, index: Any) -> Any:
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        if isinstance(first, bool) or not isinstance(first, int):
+            return self.as_subclass(Tensor)[index]
+        return self.views[first][tuple(rest)]  # not of the copy: an in-place write to it must count
 
     def __setitem__(self, index: Any, value: Any) -> None:
         first, *rest = index if isinstance(index, tuple) else (index,)
@@ -49,7 +58,7 @@ def write_all(views: Sequence[Tensor], value: Tensor) -> None:
     """Assign a stacked tensor to the layers' own weights."""
     expected = (len(views), *views[0].shape)
     if tuple(value.shape) != expected:
-        raise InputError(f"a stacked weight of shape {list(expected)} was assigned a value of shape {list(value.shape)}")
+        raise InputError(f"a stacked weight of shape {list(expected)} was assigned one of shape {list(value.shape)}")
     with torch.no_grad():
         for view, layer in zip(views, value, strict=True):
             view.copy_(layer)
