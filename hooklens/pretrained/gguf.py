@@ -25,7 +25,9 @@ from hooklens.pretrained.dequantize import DEQUANTISERS, can_dequantise, dequant
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_CHUNK = 1 << 18  # values dequantised at a time: 1 MB of float32, which stays in the cache
+# Values dequantised at a time. Below torch's threshold for using threads (32,768) on purpose: thousands of tiny
+# parallel regions cost nothing on an idle machine, and 10 to 30 s where another process keeps the cores busy.
+_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
