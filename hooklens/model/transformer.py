@@ -15,10 +15,12 @@ from hooklens.core.names import Where
 from hooklens.model.attention import under_transform
 from hooklens.model.block import BLOCKS
 from hooklens.model.config import HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
+from hooklens.model.continuation import OnPiece
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.norms import Norm, make_norm
+from hooklens.model.sampling import Generation, Prompt, generate
 from hooklens.model.views import StackedWeight, write_all
 
 if TYPE_CHECKING:

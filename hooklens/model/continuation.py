@@ -1,0 +1,103 @@
+"""What has been generated for one prompt so far: its ids, its text as it grows, and whether a stop was met."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType
+
+#: Given the number of the prompt and the next piece of its text.
+OnPiece = Callable[[int, str], None]
+# Tokens of the prompt that are decoded along with what follows: whether a token begins with a space can depend on them.
+_CONTEXT = 8
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends a continuation: a token of `ids`, or one of `texts` anywhere in the new text.
+
+    >>> Stops.of([5, "END"], None)
+    Stops(ids=frozenset({5}), texts=('END',))
+    """
+
+    ids: frozenset[int] = frozenset()
+    texts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, stop: int | str | Sequence[int | str] | None, tokenizer: Any) -> "Stops":
+        """From ids and strings; None is what the tokenizer ends a text with, an empty sequence never stops."""
+        if stop is None:
+            ids = {*getattr(tokenizer, "stop_ids", ()), getattr(tokenizer, "eos_id", None)} - {None}
+            return cls(frozenset(ids))
+        given = [stop] if isinstance(stop, int | str) else list(stop)
+        wrong = [one for one in given if isinstance(one, bool) or not isinstance(one, int | str)]
+        if wrong:
+            raise WrongType(f"stop takes token ids and strings, got {wrong[0]!r}; give one or a list of these")
+        if "" in given:
+            raise InputError("stop holds the empty string, which every text contains; stop=() never stops")
+        return cls(frozenset(s for s in given if isinstance(s, int)), tuple(s for s in given if isinstance(s, str)))
+
+
+class Continuation:
+    """The new tokens of one prompt, and their text, handed on in pieces that are whole characters.
+
+    >>> from hooklens.pretrained.tokenizer import tiny_tokenizer
+    >>> tokenizer, pieces = tiny_tokenizer(), []
+    >>> row = Continuation(tokenizer.to_tokens("a")[0], tokenizer, Stops(texts=("!",)), pieces.append)
+    >>> for token in tokenizer.encode("bü!c"): row.add(token)
+    >>> pieces, row.text(), row.stopped
+    (['b', 'ü'], 'bü', True)
+    """
+
+    def __init__(
+        self, prompt: Int[Tensor, "pos"], tokenizer: Any, stops: Stops, emit: Callable[[str], None] | None = None
+    ):
+        self.prompt, self.tokenizer, self.stops, self.emit = prompt, tokenizer, stops, emit
+        self.ids: list[int] = []
+        self.stopped, self.shown = False, 0
+        if tokenizer is None and (emit is not None or stops.texts):
+            asked = "stream=" if emit is not None else f"the stop text {stops.texts[0]!r}"
+            raise InputError(f"{asked} needs a tokenizer, which this model does not have; stop on token ids instead")
+
+    def add(self, token: int) -> None:
+        """One token more; after a stop nothing is added."""
+        if self.stopped:
+            return
+        self.ids.append(token)
+        self.stopped = token in self.stops.ids
+        if self.stops.texts and not self.stopped:
+            decoded = self._decoded()
+            self.stopped = any(stop in decoded for stop in self.stops.texts)
+        if self.emit is not None:
+            text = self.text()
+            self._show(text if self.stopped else text[: self._settled(text)])
+
+    def text(self) -> str:
+        """The new text, without the stop that ended it."""
+        text = self._decoded()
+        return text[: min([text.index(stop) for stop in self.stops.texts if stop in text], default=None)]
+
+    def finish(self) -> None:
+        """Nothing follows: hand on what was held back."""
+        if self.emit is not None:
+            self._show(self.text())
+
+    def _decoded(self) -> str:
+        ids = self.ids[:-1] if self.ids and self.ids[-1] in self.stops.ids else self.ids
+        context = self.prompt[-_CONTEXT:].tolist()
+        before, whole = self.tokenizer.to_string(context), self.tokenizer.to_string([*context, *ids])
+        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.to_string(ids)
+
+    def _settled(self, text: str) -> int:
+        """How far the text is sure to stay: not half a character, not what may become a stop text."""
+        end = len(text.rstrip("\ufffd"))
+        starts = (stop[:n] for stop in self.stops.texts for n in range(1, len(stop)))
+        return end - max([len(start) for start in starts if text[:end].endswith(start)], default=0)
+
+    def _show(self, text: str) -> None:
+        if self.emit is not None and len(text) > self.shown:
+            self.emit(text[self.shown :])
+            self.shown = len(text)

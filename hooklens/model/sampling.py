@@ -1,0 +1,337 @@
+"""Generation: one token after the other through the KV cache, hooks and captures active at every step."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.core.cache import ActivationCache
+from hooklens.core.errors import InputError, WrongType
+from hooklens.core.hooks import HookScope, edited_elsewhere
+from hooklens.core.names import Where
+from hooklens.model.config import TokenEmbed
+from hooklens.model.continuation import Continuation, OnPiece, Stops
+from hooklens.model.kv_cache import KVCache
+from hooklens.model.linear import packed_linears
+from hooklens.result import Result
+from hooklens.table import Table, visible
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Prompt = Any  # text, ids, a tensor [pos] or [batch pos], or a list of texts or of id rows of any lengths
+Row = Int[Tensor, "pos"]
+Logits = Float[Tensor, "batch d_vocab"]
+# Packing the weights takes about as long as it saves in this many steps.
+_PACKING_PAYS_FROM = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Generation(Result):
+    """What was generated, a prompt at a time.
+
+    `new_tokens` end with the stop token where one was met; `texts` (without a tokenizer: None) leave every stop out.
+    `caches` are those asked for, by step; a row of theirs is a prompt. `seed` repeats the draw.
+    """
+
+    prompts: list[Tensor]
+    new_tokens: list[Tensor]
+    texts: list[str] | None
+    stopped: list[bool]
+    seed: int | None
+    caches: dict[int, ActivationCache]
+
+    @property
+    def text(self) -> str:
+        """The new text of the only prompt."""
+        if self.texts is None:
+            raise InputError("text was asked of a generation without a tokenizer; read its new_tokens")
+        if len(self.texts) != 1:
+            raise InputError(f"text was asked of a generation from {len(self.texts)} prompts; read its texts")
+        return self.texts[0]
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """Prompt and new tokens of each."""
+        return [torch.cat(pair) for pair in zip(self.prompts, self.new_tokens, strict=True)]
+
+    def padded(self, pad: int = 0) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+        """`tokens` as one tensor, padded on the right, and the attention mask that `model(...)` takes with it."""
+        rows = self.tokens
+        real = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+        stack = torch.nn.utils.rnn.pad_sequence
+        return stack(rows, batch_first=True, padding_value=pad), stack(real, batch_first=True)
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a prompt."""
+        texts = self.texts or [" ".join(map(str, row.tolist())) for row in self.new_tokens]
+        counts = map(len, self.new_tokens)
+        rows = zip(range(len(texts)), texts, counts, self.stopped, strict=True)
+        return Table(("prompt", "continuation", "new tokens", "stopped"), list(rows)).head(n)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits. At temperature 0 the largest logit wins; else softmax(logits / temperature).
+
+    `top_k` keeps the k likeliest tokens, then `top_p` the smallest set of likeliest ones whose mass reaches p
+    (Holtzman et al. 2020, equation 2): always at least one.
+
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
+    >>> Sampling().choose(logits).tolist(), Sampling(1.0, top_p=0.9).probabilities(logits)[0]
+    ([1], tensor([[0.7311, 0.2689, 0.0000]], dtype=torch.float64))
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k keeps that many tokens and must be at least 1, got {self.top_k}; None keeps all")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is a probability mass, above 0 and at most 1, got {self.top_p}; None keeps all")
+
+    def choose(self, logits: Logits, draws: Float[Tensor, "batch"] | None = None) -> Int[Tensor, "batch"]:
+        """One token a row. `draws` are uniform on [0, 1), one a row, so that no row's token depends on another row."""
+        if draws is None or self.temperature == 0:
+            return logits.argmax(-1)
+        probs, ids = self.probabilities(logits)
+        mass = probs.cumsum(-1)
+        # Inverse of the distribution function: the first token at which the mass passes the draw.
+        at = torch.searchsorted(mass, draws[:, None].to(mass) * mass[:, -1:], right=True)
+        return at[:, 0] if ids is None else ids.gather(-1, at)[:, 0]
+
+    def probabilities(self, logits: Logits) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"] | None]:
+        """Probabilities and the tokens that they belong to, likeliest first; (all, None) where nothing is cut."""
+        scaled = (logits.double() - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0: no overflow
+        ids = None
+        if self.top_k is not None:
+            scaled, ids = scaled.topk(min(self.top_k, logits.shape[-1]))
+        elif self.top_p is not None:
+            scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
+        probs = scaled.softmax(-1)
+        if self.top_p is not None and self.top_p < 1:
+            before = probs.cumsum(-1) - probs
+            probs = probs.masked_fill(before >= self.top_p, 0.0)
+            probs = probs / probs.sum(-1, keepdim=True)
+        return probs, ids
+
+
+def generate(
+    model: "HookedTransformer",
+    prompt: Prompt,
+    max_new_tokens: int = 20,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | torch.Generator | None = None,
+    stop: int | str | Sequence[int | str] | None = None,
+    stream: bool | OnPiece = False,
+    capture: Mapping[int, Where | None] | None = None,
+) -> Generation:
+    """What does the model say next? Prompts of different lengths go as a list and come out as they would one by one.
+
+    Hooks see every step (`hook.step`: 0 is the prompt, each later step one new token); `capture` says what to cache at
+    which steps. Weights, hooks and torch's global generator stay as they are.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model()
+    >>> model.generate([[1, 2, 3], [4]], 3).new_tokens
+    [tensor([..., ..., ...]), tensor([..., ..., ...])]
+    >>> def at_step_1(z, hook):
+    ...     return z * 0 if hook.step == 1 else None
+    >>> with model.hooks(fwd_hooks=[("z", at_step_1)]):
+    ...     out = model.generate([1, 2, 3], 3, capture={0: "resid_post", 2: ["z", "pattern"]})
+    >>> out.caches[2]["pattern", 0].shape            # batch head query_pos key_pos
+    torch.Size([1, 2, 1, 5])
+
+    `temperature` 0 is greedy, `top_k` and `top_p` cut the tail; `seed` may be a generator (None: a fresh one, which the
+    result names). `stop` takes token ids and strings (None: the tokenizer's end of text; (): never). `stream=True`
+    prints the text as it comes; a function is given the prompt's number and each piece. Ctrl-C raises
+    KeyboardInterrupt as always, with what there was so far as its `.generation`.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    prompts = prompt_rows(model, prompt)
+    _check_room(model, prompts, max_new_tokens)
+    stops, emit = Stops.of(stop, model.tokenizer), _emitter(stream, len(prompts))
+    rows = [Continuation(p, model.tokenizer, stops, emit and _to(emit, i)) for i, p in enumerate(prompts)]
+    scopes = _captures(model, capture or {}, max_new_tokens)
+    generator, named = _generator(seed) if temperature else (None, None)
+    reached: dict[int, ActivationCache] = {}
+
+    def so_far() -> Generation:
+        new = [torch.tensor(row.ids, dtype=torch.long, device=row.prompt.device) for row in rows]
+        texts = None if model.tokenizer is None else [row.text() for row in rows]
+        return Generation(prompts, new, texts, [row.stopped for row in rows], named, reached)
+
+    try:
+        _run(model, rows, sampling, generator, scopes, reached, max_new_tokens)
+    except KeyboardInterrupt as interrupt:
+        interrupt.generation = so_far()  # type: ignore[attr-defined]
+        interrupt.add_note(f"the {len(rows[0].ids)} tokens generated so far are this exception's .generation")
+        raise
+    for row in rows:
+        row.finish()
+    if stream is True:
+        print(flush=True)
+    return so_far()
+
+
+def _run(
+    model: "HookedTransformer",
+    rows: list[Continuation],
+    sampling: Sampling,
+    generator: torch.Generator | None,
+    scopes: Mapping[int, tuple[HookScope, ActivationCache]],
+    reached: dict[int, ActivationCache],
+    n_steps: int,
+) -> None:
+    batch = _Batch(model, [row.prompt for row in rows])
+    pack = packed_linears(rows=len(rows)) if n_steps >= _PACKING_PAYS_FROM else nullcontext()
+    # no_grad, not inference_mode: what is captured here may go into a probe's training later.
+    with torch.no_grad(), pack:
+        for step in range(n_steps):
+            scope, cache = scopes.get(step, (nullcontext(), None))
+            with scope:
+                logits = batch.logits()
+            if cache is not None:
+                reached[step] = cache
+            _check_logits(logits, step)
+            # A number a prompt, finished ones included: a row's draws do not depend on when others end.
+            draws = None if generator is None else torch.rand(len(rows), generator=generator, dtype=torch.float64)
+            chosen = sampling.choose(logits, None if draws is None else draws[batch.rows].to(logits.device))
+            for row, token in zip(batch.rows, chosen.tolist(), strict=True):
+                rows[row].add(token)
+            if all(row.stopped for row in rows):
+                return
+            batch.feed(chosen, [not rows[row].stopped for row in batch.rows])
+
+
+class _Batch:
+    """The prompts still being continued: rows of one KV cache. `rows` says which prompt each is."""
+
+    def __init__(self, model: "HookedTransformer", prompts: Sequence[Row]):
+        self.model, self.past, self.rows = model, KVCache(), list(range(len(prompts)))
+        longest = max(map(len, prompts))
+        # On the left, so that every row's last token stands in the last column and new ones follow it.
+        self.tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompts])
+        self.mask: Tensor | None = None
+        if any(len(row) < longest for row in prompts):
+            starts = torch.tensor([longest - len(row) for row in prompts], device=self.tokens.device)
+            self.mask = torch.arange(longest, device=self.tokens.device) >= starts[:, None]
+
+    def logits(self) -> Logits:
+        """What follows the tokens that were fed last."""
+        out = self.model(self.tokens, attention_mask=self.mask, kv_cache=self.past, logits_at=-1)
+        return out[:, -1]
+
+    def feed(self, chosen: Int[Tensor, "batch"], going: list[bool]) -> None:
+        """Each row's next token. Finished rows leave unless somebody listens: hooks see one batch throughout."""
+        self.tokens, self.mask = chosen[:, None], None
+        if not all(going) and not edited_elsewhere(self.model.hook_points().values()):
+            kept = [i for i, goes_on in enumerate(going) if goes_on]
+            index = torch.tensor(kept, device=chosen.device)
+            self.rows, self.tokens = [self.rows[i] for i in kept], self.tokens[index]
+            self.past.keep_rows(index)
+
+
+def prompt_rows(model: "HookedTransformer", prompt: Prompt) -> list[Row]:
+    """One row of ids a prompt, from text, ids, or a list of either.
+
+    >>> from hooklens.testing import tiny_model
+    >>> [row.tolist() for row in prompt_rows(tiny_model(), [[1, 2], [3]])]
+    [[1, 2], [3]]
+    """
+    given = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(given, Tensor | list | tuple):
+        raise WrongType(f"a prompt is text, token ids or a list of these, got {type(prompt).__name__}")
+    if len(given) == 0:
+        raise InputError("the prompt is empty; give some text, or at least one token id")
+    if isinstance(given[0], int) or (isinstance(given, Tensor) and given.ndim == 1):
+        given = [given]
+    return [_row(model, one) for one in given]
+
+
+def _row(model: "HookedTransformer", one: Any) -> Row:
+    if isinstance(one, str):
+        return model.to_tokens(one)[0]
+    ids = torch.as_tensor(one, device=model.device)
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim != 1 or len(ids) == 0:
+        raise InputError(f"each prompt is one row of at least one token id, got shape {list(ids.shape)}")
+    model._check_tokens(ids)
+    return ids.long()
+
+
+def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_tokens: int) -> None:
+    cfg = model.cfg
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is the number of tokens to generate, at least 1, got {max_new_tokens!r}")
+    if not isinstance(cfg.embed, TokenEmbed) or cfg.d_vocab_out > cfg.d_vocab:
+        raise InputError("generation feeds the model its own tokens, which this model cannot read; step it by hand")
+    if not cfg.causal:
+        raise InputError("generation needs a causal mask: in this model earlier positions would see the new tokens")
+    needed = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not read again
+    if model.pos_embed is not None and needed > cfg.n_ctx:
+        raise InputError(
+            f"{max(map(len, prompts))} prompt tokens and {max_new_tokens} new ones do not fit this model's n_ctx of "
+            f"{cfg.n_ctx}; shorten the prompt or generate at most {max(cfg.n_ctx - needed + max_new_tokens, 0)}"
+        )
+
+
+def _check_logits(logits: Logits, step: int) -> None:
+    largest = logits.amax(-1)  # NaN wins a maximum
+    if not bool(largest.isfinite().all()):
+        row = int((~largest.isfinite()).nonzero()[0])
+        raise InputError(
+            f"the largest logit of row {row} is {float(largest[row])} at step {step}, so no token can be chosen; look "
+            "for a hook that divides by zero or forbids every token, or for weights that are not finite"
+        )
+
+
+def _captures(
+    model: "HookedTransformer", capture: Mapping[int, Where | None], n_steps: int
+) -> dict[int, tuple[HookScope, ActivationCache]]:
+    if not isinstance(capture, Mapping):
+        raise WrongType(f"capture maps steps to what is cached there, such as {{0: 'resid_post'}}; got {capture!r}")
+    wrong = [step for step in capture if not isinstance(step, int) or not 0 <= step < n_steps]
+    if wrong:
+        last = n_steps - 1
+        raise InputError(f"capture asks for step {wrong[0]!r}; with max_new_tokens={n_steps} the steps are 0 to {last}")
+    return {step: model.capture(where) for step, where in capture.items()}
+
+
+def _generator(seed: int | torch.Generator | None) -> tuple[torch.Generator, int]:
+    if isinstance(seed, torch.Generator):
+        return seed, seed.initial_seed()
+    generator = torch.Generator()
+    if seed is None:
+        return generator, generator.seed()
+    return generator.manual_seed(seed), seed
+
+
+def _emitter(stream: bool | OnPiece, n_prompts: int) -> OnPiece | None:
+    if stream is True and n_prompts > 1:
+        raise InputError(
+            f"stream=True prints one continuation, and there are {n_prompts} prompts; pass a function that takes the "
+            "prompt's number and a piece"
+        )
+    return _print if stream is True else stream or None
+
+
+def _to(emit: OnPiece, number: int) -> Callable[[str], None]:
+    return lambda piece: emit(number, piece)
+
+
+def _print(number: int, piece: str) -> None:
+    # A model may write terminal escapes; only line breaks and tabs go to the terminal as they are.
+    print("".join(c if c in "\n\t" else visible(c) for c in piece), end="", flush=True)
