@@ -1,6 +1,6 @@
 """What has been generated for one prompt so far: its ids, its text as it grows, and whether a stop was met."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,12 @@ class Stops:
     texts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, stop: int | str | Sequence[int | str] | None, tokenizer: Any) -> "Stops":
+    def of(cls, stop: int | str | Collection[int | str] | None, tokenizer: Any) -> "Stops":
         """From ids and strings; None is what the tokenizer ends a text with, an empty sequence never stops."""
         if stop is None:
             ids = {*getattr(tokenizer, "stop_ids", ()), getattr(tokenizer, "eos_id", None)} - {None}
             return cls(frozenset(ids))
-        given = [stop] if isinstance(stop, int | str) else list(stop)
+        given = list(stop) if isinstance(stop, Collection) and not isinstance(stop, str) else [stop]
         wrong = [one for one in given if isinstance(one, bool) or not isinstance(one, int | str)]
         if wrong:
             raise WrongType(f"stop takes token ids and strings, got {wrong[0]!r}; give one or a list of these")

@@ -1,7 +1,7 @@
 """Generation: one token after the other through the KV cache, hooks and captures active at every step."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | torch.Generator | None = None,
-    stop: int | str | Sequence[int | str] | None = None,
+    stop: int | str | Collection[int | str] | None = None,
     stream: bool | OnPiece = False,
     capture: Mapping[int, Where | None] | None = None,
 ) -> Generation:

@@ -1,7 +1,7 @@
 """HookedTransformer: tokens to logits, every activation on the way by name."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -299,7 +299,7 @@ class HookedTransformer(HookedModule):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | torch.Generator | None = None,
-        stop: int | str | Sequence[int | str] | None = None,
+        stop: int | str | Collection[int | str] | None = None,
         stream: bool | OnPiece = False,
         capture: Mapping[int, Where | None] | None = None,
     ) -> Generation:
