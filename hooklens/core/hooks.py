@@ -333,7 +333,7 @@ class HookedModule(nn.Module):
     def _attach(self, scope: HookScope, hooks: Iterable[tuple[Where, HookFn]], owner, *, backward: bool) -> None:
         for pair in hooks:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
-                raise InputError(f"a hook is given as (where, function), for example (('z', 5), fn); got {pair!r}")
+                raise WrongType(f"a hook is given as (where, function), for example (('z', 5), fn); got {pair!r}")
             for point in self.resolve(pair[0]):
                 scope.entries.setdefault(point, []).append(_Hook(owner, pair[1], backward=backward))
 
