@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Prompt = Any  # text, ids, a tensor [pos] or [batch pos], or a list of texts or of id rows of any lengths
-Row = Int[Tensor, "pos"]
+Row = Int[Tensor, "_pos"]  # rows of one call differ in length
 Logits = Float[Tensor, "batch d_vocab"]
 # Packing the weights takes about as long as it saves in this many steps.
 _PACKING_PAYS_FROM = 16
