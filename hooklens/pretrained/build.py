@@ -1,4 +1,4 @@
-"""From a config and a stream of weights to a model: everything is compared first, then assigned one tensor at a time."""
+"""From a config and a stream of weights to a model: names and shapes are compared, then tensors assigned one by one."""
 
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -41,9 +41,9 @@ def build(
 ) -> HookedTransformer:
     """The model that a Hugging Face config and weights describe, after every name and shape was found right."""
     config = HFConfig(values, f"the config of {weights.where}")
-    if config.get("quantization_config"):
+    if quantised := config.get("quantization_config"):
         raise InputError(
-            f"{weights.where} is quantised ({config.get('quantization_config').get('quant_method', 'unnamed method')}); "
+            f"{weights.where} is quantised ({dict(quantised).get('quant_method', 'unnamed method')}); "
             "unquantised safetensors and GGUF files can be loaded"
         )
     family = find_family(values, config.where)
@@ -72,6 +72,18 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
+def own_parameters(model: HookedTransformer, what: str) -> dict[str, nn.Parameter]:
+    """The parameters by name, a tied one once, after it was checked that the configuration alone describes them."""
+    found = dict(model.named_parameters())
+    wanted = parameter_shapes(HookedTransformer(model.cfg, device="meta"))
+    if odd := sorted(name for name in wanted.keys() | found.keys() if (name in wanted) != (name in found)):
+        raise InputError(
+            f"{what} needs a model whose parameters are those of its configuration; these differ: {listed(odd)}; "
+            "merge adapters into the weights first, and tie weights where cfg says so"
+        )
+    return found
+
+
 def assign(model: nn.Module, name: str, value: Tensor) -> None:
     """Make the tensor itself the model's parameter of that name; nothing is copied."""
     path, _, leaf = name.rpartition(".")
@@ -84,7 +96,8 @@ def check_names(seen: Collection[str], wanted: Collection[str], where: str, what
     if missing:
         also = f" (and it holds {listed(extra)}, which belong to no part of it)" if extra else ""
         raise FileRefused(
-            f"{where} lacks {len(missing)} of the weights of {what}: {listed(missing)}{also}; is every file of it there?"
+            f"{where} lacks {len(missing)} of the weights of {what}: {listed(missing)}{also}; "
+            "is every file of it there?"
         )
     if extra:
         raise FileRefused(
@@ -127,7 +140,7 @@ def _check_shapes(
 def _tied(
     cfg: HookedTransformerConfig, family: Family, usual: dict[str, str], weights: Weights
 ) -> tuple[HookedTransformerConfig, dict[str, str]]:
-    """A tied model whose file holds the unembedding as well: drop that, or untie if it differs, as transformers does."""
+    """Where a tied model's file holds the unembedding too: drop that, or untie if it differs, as transformers does."""
     if not cfg.tie_word_embeddings or family.head not in usual.values():
         return cfg, usual
     theirs = {name: original for original, name in usual.items()}

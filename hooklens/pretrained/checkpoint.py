@@ -17,7 +17,7 @@ from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.files import write_atomically
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.build import assign, check_names, check_shapes, listed, parameter_shapes
+from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
 from hooklens.pretrained.safetensors_file import DTYPES, SafetensorsFile, is_safetensors, read_header
 
 if TYPE_CHECKING:
@@ -102,13 +102,7 @@ def _assign_all(
 
 def _savable(model: HookedTransformer) -> dict[str, Tensor]:
     """The parameters by name, after it was checked that the configuration alone describes them."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    wanted = parameter_shapes(HookedTransformer(model.cfg, device="meta"))
-    if odd := sorted(name for name in wanted.keys() | tensors.keys() if (name in wanted) != (name in tensors)):
-        raise InputError(
-            f"the model's parameters are not those of its configuration ({listed(odd)} differ), so a checkpoint could not "
-            "be loaded again; merge adapters into the weights first, and see that tied weights are what cfg says"
-        )
+    tensors = {name: p.detach().cpu().contiguous() for name, p in own_parameters(model, "a checkpoint").items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise InputError(
@@ -133,15 +127,15 @@ def _described(name: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> 
 def _config(file: SafetensorsFile) -> HookedTransformerConfig:
     if file.metadata.get("format") != FORMAT:
         raise FileRefused(
-            f"{file.path} is a safetensors file, but no checkpoint that hooklens saved (format {FORMAT!r}, this one has "
+            f"{file.path} is a safetensors file, but no checkpoint that hooklens saved (format {FORMAT!r}, this has "
             f"{file.metadata.get('format')!r}); a Hugging Face model is loaded by its folder, config.json included"
         )
     try:
         return HookedTransformerConfig.from_json(json.loads(file.metadata["config"]))
     except (HooklensError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileRefused(
-            f"{file.path} holds a configuration that cannot be read ({type(error).__name__}: {error}); if it has a part of "
-            "your own, import the module that defines it first"
+            f"{file.path} holds a configuration that cannot be read ({type(error).__name__}: {error}); if it "
+            "has a part of your own, import the module that defines it first"
         ) from error
 
 

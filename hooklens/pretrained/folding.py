@@ -1,13 +1,217 @@
-"""Foldings: pure functions from a model to a model with the same log-probabilities."""
+"""Foldings: pure functions from a model to a new one that computes the same log-probabilities with simpler weights.
 
-from hooklens.core.errors import did_you_mean
+Each copies the weights, leaves the model it was given untouched, records its name in `cfg.folded`, and is refused where
+it could not be exact.
 
-FOLDS = {}
+Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", appendix; TransformerLens's
+`fold_ln` and friends.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError, did_you_mean
+from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart, Sinusoidal
+from hooklens.model.norms import Norm
+from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.build import assign, own_parameters, parameter_shapes
+
+Weights = dict[str, Tensor]
+_READERS = {"ln1": ("attn.q", "attn.k", "attn.v"), "ln2": ("mlp.in_", "mlp.gate")}
+_GROUPS = {
+    "qkv": ("attn.q.bias", "attn.k.bias", "attn.v.bias"),
+    "o": ("attn.o.bias",),
+    "mlp": ("mlp.in_.bias", "mlp.gate.bias", "mlp.out.bias"),
+    "unembed": ("unembed.linear.bias",),
+}
+_EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
 
 
-def fold_all(model, names):
-    for name in names:
-        if name not in FOLDS:
-            raise did_you_mean("folding", name, FOLDS)
-        model = FOLDS[name](model)
+def fold_ln(model: HookedTransformer) -> HookedTransformer:
+    """Move each norm's weight and bias into the layers that read it: W (g x + s) = (W g) x + W s.
+
+    Norms keep their place and divide as before, with weight 1 and bias 0. Tied embeddings come apart, as the final
+    norm's weight goes into the unembedding alone. Norms inside attention (q/k) and after a branch (sandwich) have no
+    layer behind them and stay as they are.
+
+    >>> from hooklens.testing import tiny_model
+    >>> folded = fold_ln(tiny_model())
+    >>> folded.ln_final.weight.unique(), folded.cfg.folded
+    (tensor([1.], grad_fn=<...>), ('fold_ln',))
+    """
+    if model.cfg.block == "post":
+        raise _refused(
+            "fold_ln", "in a post-norm block the norm's output is the residual stream itself, which is added to"
+        )
+    weights = _copied(model, "fold_ln")
+    for layer, block in enumerate(model.blocks):
+        for norm, linears in _READERS.items():
+            at = f"blocks.{layer}."
+            _absorb(weights, getattr(block, norm, None), at + norm, [at + linear for linear in linears])
+    _untie(weights)
+    _absorb(weights, model.ln_final, "ln_final", ["unembed.linear"])
+    return _made(model, weights, "fold_ln")
+
+
+def center_writing_weights(model: HookedTransformer) -> HookedTransformer:
+    """Take the mean over d_model out of everything that is written to the residual stream.
+
+    Every reader is a LayerNorm, which subtracts that mean anyway, so no number after it changes. Tied embeddings come
+    apart: the unembedding keeps the old rows.
+
+    >>> from hooklens.testing import tiny_model
+    >>> bool(center_writing_weights(tiny_model()).W_E.mean(-1).abs().max() < 1e-6)
+    True
+    """
+    _check_centring(model.cfg)
+    weights = _copied(model, "center_writing_weights")
+    _untie(weights)
+    for name, weight in weights.items():
+        if name in (_EMBED, "pos_embed.weight") and weight.shape[-1] == model.cfg.d_model:
+            weights[name] = _less_mean(weight, -1)
+        elif name.startswith("embed.") or name.endswith(_WRITERS):  # (d_model, in), or a bias
+            weights[name] = _less_mean(weight, 0)
+    return _made(model, weights, "center_writing_weights")
+
+
+def center_unembed(model: HookedTransformer) -> HookedTransformer:
+    """Take the mean over the vocabulary out of W_U and b_U: every logit of a position falls by the same amount.
+
+    Log-probabilities stay; logits do not.
+
+    >>> from hooklens.testing import tiny_model
+    >>> bool(center_unembed(tiny_model()).W_U.mean(-1).abs().max() < 1e-6)
+    True
+    """
+    if model.cfg.output_logits_soft_cap is not None:
+        raise _refused("center_unembed", "the logits pass a soft cap, so that a shift before it changes probabilities")
+    weights = _copied(model, "center_unembed")
+    _untie(weights)
+    for name in (_HEAD, "unembed.linear.bias"):
+        if name in weights:
+            weights[name] = _less_mean(weights[name], 0)
+    return _made(model, weights, "center_unembed")
+
+
+def fold_value_biases(model: HookedTransformer) -> HookedTransformer:
+    """Move b_V into b_O: rows of a pattern sum to 1, so that every query receives b_V whole, whatever it attends to.
+
+    >>> from hooklens.testing import tiny_model
+    >>> int(fold_value_biases(tiny_model()).b_V.count_nonzero())
+    0
+    """
+    if not model.cfg.score_fn.row_sums_to_one:
+        raise _refused(
+            "fold_value_biases",
+            f"rows of a pattern of the {model.cfg.score_fn.name!r} score function need not sum to 1",
+        )
+    weights = _copied(model, "fold_value_biases")
+    for layer, block in enumerate(model.blocks):
+        if block.attn.b_V is None:
+            continue
+        at = f"blocks.{layer}.attn."
+        shared = model.cfg.n_heads // block.attn.n_kv_heads
+        per_head = block.attn.b_V.detach().double().repeat_interleave(shared, 0)
+        moved = weights[at + "o.weight"].double() @ per_head.flatten()
+        _add(weights, at + "o", moved)
+        weights[at + "v.bias"] = torch.zeros_like(weights[at + "v.bias"])
+    return _made(model, weights, "fold_value_biases")
+
+
+FOLDINGS: dict[str, Callable[[HookedTransformer], HookedTransformer]] = {
+    fold.__name__: fold for fold in (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
+}
+_WRITERS = ("attn.o.weight", "attn.o.bias", "mlp.out.weight", "mlp.out.bias")
+
+
+def fold_all(model: HookedTransformer, names: Sequence[str]) -> HookedTransformer:
+    """The model after each of the named foldings, in that order.
+
+    >>> from hooklens.testing import tiny_model
+    >>> fold_all(tiny_model(), ["fold_ln", "center_unembed"]).cfg.folded
+    ('fold_ln', 'center_unembed')
+    """
+    for name in [names] if isinstance(names, str) else names:
+        if name not in FOLDINGS:
+            raise did_you_mean("folding", name, FOLDINGS)
+        model = FOLDINGS[name](model)
     return model
+
+
+def _refused(name: str, why: str) -> InputError:
+    return InputError(f"{name} would not be exact on this model: {why}; use the raw weights")
+
+
+def _copied(model: HookedTransformer, name: str) -> Weights:
+    return {key: p.detach().clone() for key, p in own_parameters(model, name).items()}
+
+
+def _untie(weights: Weights) -> None:
+    if _HEAD not in weights:
+        weights[_HEAD] = weights[_EMBED].clone()
+
+
+def _less_mean(weight: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
+    wide = weight.double()
+    return (wide - wide.mean(dim, keepdim=True)).to(weight.dtype)
+
+
+def _add(weights: Weights, linear: str, shift: Float[Tensor, "d_out"]) -> None:
+    """Add to a layer's bias, which it may not have yet."""
+    old = weights.get(f"{linear}.bias")
+    total = shift if old is None else old.double() + shift
+    weights[f"{linear}.bias"] = total.to(weights[f"{linear}.weight"].dtype)
+
+
+def _absorb(weights: Weights, norm: Norm | None, name: str, linears: list[str]) -> None:
+    """Put a norm's weight and bias into the layers behind it."""
+    if norm is None or norm.weight is None:
+        return
+    gain = norm.gain().detach().double()  # type: ignore[union-attr]
+    for linear in (linear for linear in linears if f"{linear}.weight" in weights):
+        weight = weights[f"{linear}.weight"]
+        if norm.bias is not None:
+            _add(weights, linear, weight.double() @ norm.bias.detach().double())
+        weights[f"{linear}.weight"] = (weight.double() * gain).to(weight.dtype)
+    weights[f"{name}.weight"] = torch.full_like(weights[f"{name}.weight"], norm.unit_weight)
+    if norm.bias is not None:
+        weights[f"{name}.bias"] = torch.zeros_like(weights[f"{name}.bias"])
+
+
+def _check_centring(cfg: HookedTransformerConfig) -> None:
+    name = "center_writing_weights"
+    if cfg.block not in ("pre", "parallel"):
+        raise _refused(name, f"in a {cfg.block}-norm block a norm writes to the residual stream, and its mean stays")
+    for norm in (cfg.normalization_type, cfg.final_norm):
+        if not isinstance(norm, LayerNormPart):
+            what = (
+                "no norm" if norm is None else f"{type(norm).__name__.removesuffix('Part')}, which does not subtract it"
+            )
+            raise _refused(name, f"the stream's mean is read through {what}")
+    if isinstance(cfg.positional_embedding_type, Sinusoidal):
+        raise _refused(name, "the fixed sinusoidal positions write to the residual stream, and their mean stays")
+
+
+def _made(model: HookedTransformer, weights: Weights, name: str) -> HookedTransformer:
+    """A model with these weights: untied or with more biases than before, where there are such weights now."""
+    cfg = model.cfg
+    present = {f: any(key.endswith(names) for key in weights) for f, names in _GROUPS.items()}
+    made = HookedTransformer(
+        cfg.replace(
+            tie_word_embeddings=cfg.tie_word_embeddings and _HEAD not in weights,
+            biases=Biases(**present),
+            folded=cfg.folded if name in cfg.folded else (*cfg.folded, name),
+        ),
+        tokenizer=model.tokenizer,
+        device="meta",
+        dtype=model.dtype,
+    )
+    for key, shape in parameter_shapes(made).items():
+        if key not in weights:  # a bias whose group has others now
+            weights[key] = weights[key.removesuffix("bias") + "weight"].new_zeros(shape)
+        assign(made, key, weights[key])
+    made.tie()
+    return made.train(model.training)

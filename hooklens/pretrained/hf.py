@@ -80,7 +80,7 @@ def load_folder(
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
 ) -> HookedTransformer:
-    """The model in a Hugging Face folder: config.json, safetensors (one file or shards), tokenizer.json if it is there."""
+    """The model in a Hugging Face folder: config.json, safetensors (one file or shards), tokenizer.json if present."""
     from hooklens.pretrained.tokenizer import Tokenizer
 
     values = read_json(folder / "config.json")
@@ -158,8 +158,8 @@ def _hub_failed(repo: str, error: Exception) -> Exception:
     if kind == "GatedRepoError":
         return Unavailable(f"{repo!r} is gated: accept its terms on its hub page and run `hf auth login`")
     return Unavailable(
-        f"{repo!r} could not be fetched from the hub ({kind}: {first}); check the network, or give the path of a folder "
-        "or a GGUF file on this machine"
+        f"{repo!r} could not be fetched from the hub ({kind}: {first}); check the network, or give the path of a "
+        "folder or a GGUF file on this machine"
     )
 
 
@@ -214,7 +214,7 @@ def _only_file(folder: Path) -> Path:
     pickled = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLED)
     if pickled:
         raise FileRefused(
-            f"{folder} holds its weights as {', '.join(pickled[:4])}, which are pickles: opening one runs the code in it; "
-            "safetensors can be loaded: save the model again with transformers' save_pretrained"
+            f"{folder} holds pickled weights ({', '.join(pickled[:4])}): opening a pickle runs the code in it, "
+            "so hooklens never does; save the model again as safetensors, with transformers' save_pretrained"
         )
     raise FileRefused(f"{folder} has no safetensors file; the model's weights are expected beside its config.json")

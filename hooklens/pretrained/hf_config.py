@@ -112,7 +112,8 @@ class HFConfig:
         dim = int(d_head * float(settings.get("partial_rotary_factor") or 1.0))
         if dim < 2 or dim > d_head or dim % 2:
             raise InputError(
-                f"{self.where}: rotary positions would turn {dim} of {d_head} dimensions a head; an even number is needed"
+                f"{self.where}: rotary positions would turn {dim} of {d_head} dimensions a head; "
+                "an even number of them can be turned"
             )
         base = float(settings.get("rope_theta") or theta)
         return Rotary(base, None if dim == d_head else dim, self._scaling(settings, dim))

@@ -171,8 +171,8 @@ def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -
         return load_checkpoint(path, dtype=dtype, **options)
     if begin.startswith(_PICKLE_STARTS):
         raise FileRefused(
-            f"{path} looks like a pickle (it begins with {begin!r}): opening one runs the code in it, so hooklens never "
-            "does; GGUF and safetensors files can be loaded"
+            f"{path} looks like a pickle (it begins with {begin!r}): opening one runs the code in it, so hooklens "
+            "never does; GGUF and safetensors files can be loaded"
         )
     raise FileRefused(
         f"{path} begins with {begin!r}; a GGUF file begins with b'GGUF', a safetensors file with a length and '{{'"

@@ -56,7 +56,8 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.kind not in DTYPES:
             raise FileRefused(
-                f"{self.path.name}: the tensor {name!r} is stored as {entry.kind}; types that can be read: {', '.join(DTYPES)}"
+                f"{self.path.name}: the tensor {name!r} is stored as {entry.kind}; "
+                f"types that can be read: {', '.join(DTYPES)}"
             )
         raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         with open(self.path, "rb") as file:
@@ -102,7 +103,8 @@ def _parse(path: Path, raw: bytes, base: int) -> tuple[dict[str, Entry], dict[st
         return {name: _entry(described, base) for name, described in header.items()}, metadata
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileRefused(
-            f"{path.name} is not a whole safetensors file: its header cannot be read ({error}); download or save it again"
+            f"{path.name} is not a whole safetensors file: its header cannot be read ({error}); "
+            "download or save it again"
         ) from error
 
 

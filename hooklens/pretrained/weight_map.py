@@ -38,7 +38,7 @@ class Piece:
 
     def cut(self, weight: Float[Tensor, "..."], n_heads: int) -> dict[str, Float[Tensor, "..."]]:
         """Our parameters, each in memory of its own."""
-        weight = weight.T if self.how.transposed else weight
+        weight = weight.T if self.how.transposed and weight.ndim == 2 else weight
         if len(self.ours) == 1:
             return {self.ours[0]: weight.contiguous()}
         if self.how.by_head:
@@ -52,7 +52,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything that is particular to one family of models on the hub: how its config reads, what its layers are called.
+    """All that is particular to one family of models on the hub: how its config reads, what its layers are called.
 
     `outside` and `inside` (a block) map our layers to the hub's, without `.weight` and `.bias`. `ignored` are patterns
     of buffers that hold no weights; `renames` bring other spellings of a name to the usual one.

@@ -1,4 +1,4 @@
-"""Phi 3 and 3.5, Phi 4 mini: a Llama with fused q k v and fused gate and up, long rotary positions, part of a head turned."""
+"""Phi 3 and 3.5, Phi 4 mini: a Llama with fused q k v and gate and up; long rotary positions; part of a head turned."""
 
 from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
 from hooklens.pretrained.hf_config import HFConfig

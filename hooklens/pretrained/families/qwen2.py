@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: a Llama with biases on q, k and v only, and a window on its later layers where that is switched on."""
+"""Qwen 2 and 2.5: a Llama with biases on q, k and v only, and a window on later layers where that is switched on."""
 
 from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
 from hooklens.pretrained.hf_config import HFConfig

@@ -1,0 +1,153 @@
+"""A model's self check: are its weights finite, do its identities hold, do its several ways to one number agree?"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.core.hooks import HookPoint
+from hooklens.model.attention import differentiable_attention
+from hooklens.model.config import TokenEmbed
+from hooklens.model.kv_cache import KVCache
+from hooklens.model.transformer import HookedTransformer
+from hooklens.result import Result
+from hooklens.table import Table
+
+Inputs = Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_in"]
+Row = tuple[str, float, float, bool]
+
+#: How far two ways to one number may part, as a share of the largest: rounding, summed over the layers.
+BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+_RESIDUAL_BOUND = 1e-6
+_ROOM = 3  # positions of padding
+
+
+@dataclass(frozen=True, eq=False)
+class CheckReport(Result):
+    """What was checked: name, what was measured, how large it may be, and whether it is."""
+
+    model: str
+    rows: list[Row]
+
+    @property
+    def ok(self) -> bool:
+        """Did every check pass?"""
+        return all(row[3] for row in self.rows)
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a check."""
+        shown = [
+            (name, f"{measured:.3g}", f"{bound:.3g}", "ok" if ok else "FAILED")
+            for name, measured, bound, ok in self.rows
+        ]
+        return Table(("check", "measured", "at most", ""), shown).head(n)
+
+
+def check(model: HookedTransformer, *, n_tokens: int = 12, seed: int = 0) -> CheckReport:
+    """Does this model keep what every HookedTransformer promises? Some nine forward passes on random tokens.
+
+    >>> from hooklens.testing import tiny_model
+    >>> check(tiny_model()).ok
+    True
+    """
+    x = random_inputs(model, batch=2, pos=max(1, min(n_tokens, model.cfg.n_ctx - _ROOM)), seed=seed)
+    rows = [_row("values in the weights that are not finite", _not_finite(model), 0)]
+    with torch.no_grad():
+        rows += _identities(model, x)
+        rows.append(_row("hook points that are missing or out of order", _out_of_order(model, x), 0))
+        whole = model(x)
+        bound = BOUNDS.get(model.dtype, 1e-4)
+        for name, other in _other_ways(model, x, whole).items():
+            rows.append(_row(name, _apart(other, whole), bound))
+    if model.tokenizer is not None:
+        rows.append(_row("the tokenizer's largest id", model.tokenizer.vocab_size - 1, model.cfg.d_vocab - 1))
+    return CheckReport(model.cfg.model_name, rows)
+
+
+def random_inputs(model: HookedTransformer, *, batch: int, pos: int, seed: int) -> Inputs:
+    """Random tokens, or vectors where the model reads these."""
+    cfg, generator = model.cfg, torch.Generator().manual_seed(seed)
+    if isinstance(cfg.embed, TokenEmbed):
+        return torch.randint(cfg.d_vocab, (batch, pos), generator=generator).to(model.device)
+    return torch.randn(batch, pos, cfg.embed.d_in, generator=generator).to(model.device, model.dtype)
+
+
+def _row(name: str, measured: float, bound: float) -> Row:
+    return name, float(measured), float(bound), bool(measured <= bound)  # NaN is not
+
+
+def _apart(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
+    """The largest difference, as a share of the largest number."""
+    return float((a.double() - b.double()).abs().amax() / b.double().abs().amax().clamp_min(1e-30))
+
+
+def _not_finite(model: HookedTransformer) -> int:
+    return sum(int((~p.isfinite()).sum()) for p in model.parameters())
+
+
+def _identities(model: HookedTransformer, x: Inputs) -> list[Row]:
+    """The two sums that the residual stream is made of, at the layer where they are worst."""
+    _, cache = model.run_with_cache(x, names=["resid_pre", "attn_out", "resid_post", *_optional(model)])
+    worst: dict[str, float] = {}
+    for layer, block in enumerate(model.blocks):
+        before, attn = cache["resid_pre", layer], cache["attn_out", layer]
+        stream = before + attn
+        if ("resid_mid", layer) in cache:
+            name = "resid_mid against resid_pre + attn_out"
+            worst[name] = max(worst.get(name, 0.0), _apart(cache["resid_mid", layer], stream))
+            stream = block.after_mid(cache["resid_mid", layer])
+        if ("mlp_out", layer) in cache:
+            stream = stream + cache["mlp_out", layer]
+        name = "resid_post against the stream + mlp_out"
+        worst[name] = max(worst.get(name, 0.0), _apart(cache["resid_post", layer], stream))
+    return [_row(name, apart, _RESIDUAL_BOUND) for name, apart in worst.items()]
+
+
+def _optional(model: HookedTransformer) -> list[str]:
+    names = model.hook_names()
+    return [site for site in ("resid_mid", "mlp_out") if any(name.endswith(f".hook_{site}") for name in names)]
+
+
+def _out_of_order(model: HookedTransformer, x: Inputs) -> int:
+    fired: list[str] = []
+
+    def note(act: Tensor, hook: HookPoint) -> None:
+        fired.append(hook.name)
+
+    with model.hooks(fwd_hooks=[(model.hook_names(), note)]):
+        model(x)
+    wanted = model.hook_names()
+    return sum(a != b for a, b in zip(fired, wanted, strict=False)) + abs(len(fired) - len(wanted))
+
+
+def _other_ways(
+    model: HookedTransformer, x: Inputs, whole: Float[Tensor, "batch pos d_vocab"]
+) -> dict[str, Float[Tensor, "batch pos d_vocab"]]:
+    """The same logits, reached differently."""
+    ways = {"every point listened to": model.run_with_hooks(x, fwd_hooks=[(model.hook_names(), _leave)])}
+    with differentiable_attention():
+        ways["attention written out, not fused"] = model(x)
+    half = model(x, stop_at_layer=model.cfg.n_layers // 2)
+    ways["stopped half way and started again"] = model(half, start_at_layer=model.cfg.n_layers // 2)
+    ways["left padding"] = _padded(model, x, left=True)
+    ways["right padding"] = _padded(model, x, left=False)
+    if model.cfg.causal:
+        past = KVCache()
+        steps = [model(x[:, i : i + 1], kv_cache=past) for i in range(x.shape[1])]
+        ways["step by step through the KV cache"] = torch.cat(steps, dim=1)
+    return ways
+
+
+def _leave(act: Tensor, hook: HookPoint) -> Tensor:
+    return act.clone()
+
+
+def _padded(model: HookedTransformer, x: Inputs, *, left: bool) -> Float[Tensor, "batch pos d_vocab"]:
+    """The logits of the real positions, with padding before or after them."""
+    room = x[:, : min(_ROOM, model.cfg.n_ctx - x.shape[1])]
+    joined = torch.cat((room, x) if left else (x, room), dim=1)
+    mask: Bool[Tensor, "batch pos"] = torch.ones(joined.shape[:2], dtype=torch.bool, device=x.device)
+    mask[:, slice(0, room.shape[1]) if left else slice(x.shape[1], None)] = False
+    logits = model(joined, attention_mask=mask)
+    return logits[:, room.shape[1] :] if left else logits[:, : x.shape[1]]

@@ -1,0 +1,83 @@
+"""Every family computes what transformers computes, on tiny random configurations, in float32 and in float64."""
+
+import pytest
+import torch
+from families import FAMILIES, tiny, tiny_hf, tiny_tokens
+from reference import InFloat64, reference_logits
+from tiny_gguf import hf_model, write_gguf
+
+from hooklens.model.kv_cache import KVCache
+from hooklens.pretrained.load import load
+
+BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+both_dtypes = pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "float64"])
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+@every_family
+@both_dtypes
+@pytest.mark.parametrize("pos", [1, 12, 28])  # phi3's tiny model goes over to its long factors at 25
+def test_logits_are_those_of_transformers(name, dtype, pos):
+    tokens = tiny_tokens(2, pos)
+    expected = reference_logits(tiny_hf(name, dtype=dtype), tokens)
+    with torch.no_grad():
+        assert apart(tiny(name, dtype)(tokens), expected) < BOUNDS[dtype]
+
+
+@every_family
+@both_dtypes
+def test_logits_with_left_padding(name, dtype):
+    tokens, mask = tiny_tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :5], mask[2, :1] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    expected = reference_logits(tiny_hf(name, dtype=dtype), tokens, attention_mask=mask, position_ids=positions)
+    with torch.no_grad():
+        ours = tiny(name, dtype)(tokens, attention_mask=mask)
+    real = mask.bool()
+    assert apart(ours[real], expected[real]) < BOUNDS[dtype]
+    assert ours.isfinite().all()
+
+
+@every_family
+@both_dtypes
+def test_logits_step_by_step_through_the_cache(name, dtype):
+    tokens = tiny_tokens(2, 12)
+    expected = reference_logits(tiny_hf(name, dtype=dtype), tokens)
+    model, past = tiny(name, dtype), KVCache()
+    with torch.no_grad():
+        steps = [model(tokens[:, :4], kv_cache=past)]
+        steps += [model(tokens[:, i : i + 1], kv_cache=past) for i in range(4, 12)]
+    assert apart(torch.cat(steps, 1), expected) < BOUNDS[dtype]
+
+
+@every_family
+def test_gradients_are_those_of_transformers(name):
+    tokens, theirs, ours = tiny_tokens(2, 8), tiny_hf(name, dtype=torch.float64), tiny(name, torch.float64)
+    with InFloat64():
+        reference_logits(theirs, tokens)  # its rotary tables are made again in float64
+        theirs(tokens).logits.square().mean().backward()
+    ours(tokens).square().mean().backward()
+    embedded = theirs.get_input_embeddings().weight.grad
+    assert apart(ours.embed.weight.grad, embedded) < 1e-9
+
+
+@every_family
+def test_every_parameter_was_used(name):
+    """A weight that were loaded into the wrong place of the same shape would show in the logits; one unused, only here."""
+    model = tiny(name, torch.float64)
+    model(tiny_tokens(2, 8)).square().mean().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptneox", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"])
+def test_gguf_files_compute_what_transformers_does(family, tmp_path):
+    theirs = hf_model(family).eval()
+    model = load(write_gguf(tmp_path / "tiny.gguf", family, theirs))
+    tokens = torch.randint(model.cfg.d_vocab, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert apart(model(tokens), theirs(tokens).logits) < 1e-4
