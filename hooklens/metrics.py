@@ -1,0 +1,205 @@
+"""Metrics: functions of logits, one value a prompt pair, higher meaning more like clean.
+
+Any function of logits `[pair pos d_vocab]` is a metric. The ones here also say what they read, which lets a sweep skip
+the rest of the unembedding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Read = Float[Tensor, "row read token"]
+Values = Float[Tensor, "row"]
+MetricFn = Callable[[Float[Tensor, "pair pos d_vocab"]], Tensor]
+Answers = str | int | Sequence[str] | Sequence[int] | Tensor
+
+
+class Reads(NamedTuple):
+    """What a metric reads: positions `[pair read]` (negative: from the end), tokens `[pair token]` or None for all."""
+
+    pos: Int[Tensor, "pair read"]
+    tokens: Int[Tensor, "pair token"] | None
+
+
+@runtime_checkable
+class ReadingMetric(Protocol):
+    """A metric that says what it reads; `pairs(index)` is the same metric for these pairs, one row each."""
+
+    @property
+    def reads(self) -> Reads: ...
+    def on_read(self, logits: Read) -> Values: ...
+    def pairs(self, index: Int[Tensor, "row"]) -> "ReadingMetric": ...
+
+
+@dataclass(frozen=True, eq=False)
+class _AtPosition:
+    """A metric of the logits at one position of each prompt (default: the last)."""
+
+    pos: Int[Tensor, "pair"]
+
+    def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
+        """One value a pair, from full logits."""
+        this = self.pairs(torch.arange(logits.shape[0]) if len(self.pos) > 1 else torch.zeros(logits.shape[0]).long())
+        pos, tokens = (None if part is None else part.to(logits.device) for part in this.reads)
+        rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
+        read = logits[rows, pos]
+        return this.on_read(read if tokens is None else read.gather(2, tokens[:, None].expand(-1, read.shape[1], -1)))
+
+    def pairs(self, index: Int[Tensor, "row"]) -> Any:
+        """The same metric with one row for each of these pairs; a metric of one pair serves any number."""
+        changed = {name: value[index] if len(value) > 1 else value.expand(len(index), *value.shape[1:])
+                   for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(self.pos[:, None], self._tokens())
+
+    def _tokens(self) -> Int[Tensor, "pair token"] | None:
+        return None
+
+    def on_read(self, logits: Read) -> Values:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class LogitDiff(_AtPosition):
+    """logit(answer) - logit(wrong_answer), in nats of log odds."""
+
+    answer: Int[Tensor, "pair"]
+    wrong_answer: Int[Tensor, "pair"]
+
+    def _tokens(self) -> Int[Tensor, "pair token"]:
+        return torch.stack([self.answer, self.wrong_answer], dim=1)
+
+    def on_read(self, logits: Read) -> Values:
+        return logits[:, 0, 0] - logits[:, 0, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Prob(_AtPosition):
+    """The probability of the answer."""
+
+    answer: Int[Tensor, "pair"]
+
+    def on_read(self, logits: Read) -> Values:
+        return logits[:, 0].softmax(-1).gather(1, self.answer.to(logits.device)[:, None])[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class LogProb(_AtPosition):
+    """The log-probability of the answer, in nats: minus the loss."""
+
+    answer: Int[Tensor, "pair"]
+
+    def on_read(self, logits: Read) -> Values:
+        return logits[:, 0].log_softmax(-1).gather(1, self.answer.to(logits.device)[:, None])[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class MinusKL(_AtPosition):
+    """-KL(reference || model) at one position, in nats; 0 where the model predicts as the reference does."""
+
+    log_probs: Float[Tensor, "pair d_vocab"]
+
+    def on_read(self, logits: Read) -> Values:
+        target = self.log_probs.to(logits)
+        return -(target.exp() * (target - logits[:, 0].log_softmax(-1))).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class MinusLoss(_AtPosition):
+    """Minus the mean next-token cross-entropy over the whole prompt, in nats a token."""
+
+    tokens: Int[Tensor, "pair pos"]
+
+    @property
+    def reads(self) -> Reads:
+        n = self.tokens.shape[1] - 1
+        return Reads(torch.arange(n).expand(len(self.tokens), n), None)
+
+    def on_read(self, logits: Read) -> Values:
+        targets = self.tokens[:, 1:].to(logits.device)
+        return logits.log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
+
+
+def logit_diff(
+    model: "HookedTransformer", *, answer: Answers, wrong_answer: Answers, pos: int | Sequence[int] = -1
+) -> LogitDiff:
+    """How much more the model says `answer` than `wrong_answer`, as a difference of logits; one answer or one a pair.
+
+    >>> from hooklens.testing import tiny_model
+    >>> metric = logit_diff(tiny_model(), answer=3, wrong_answer=4)
+    >>> logits = torch.zeros(1, 5, 11); logits[0, -1, 3] = 2.0
+    >>> metric(logits)
+    tensor([2.])
+
+    Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.
+    """
+    right, wrong = answer_ids(model, answer, "answer"), answer_ids(model, wrong_answer, "wrong_answer")
+    n = max(len(right), len(wrong))
+    return LogitDiff(_positions(pos, n), _fit(right, n), _fit(wrong, n))
+
+
+def prob(model: "HookedTransformer", *, answer: Answers, pos: int | Sequence[int] = -1) -> Prob:
+    """The probability that the model gives `answer`, between 0 and 1."""
+    ids = answer_ids(model, answer, "answer")
+    return Prob(_positions(pos, len(ids)), ids)
+
+
+def log_prob(model: "HookedTransformer", *, answer: Answers, pos: int | Sequence[int] = -1) -> LogProb:
+    """The log-probability that the model gives `answer`, in nats."""
+    ids = answer_ids(model, answer, "answer")
+    return LogProb(_positions(pos, len(ids)), ids)
+
+
+def kl(model: "HookedTransformer", reference: Any, *, pos: int = -1) -> MinusKL:
+    """Minus the KL divergence, in nats, from the model's own prediction on the `reference` prompts (usually clean).
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model(); tokens = torch.tensor([[1, 2, 3]])
+    >>> abs(float(kl(model, tokens)(model(tokens)))) < 1e-6
+    True
+    """
+    with torch.no_grad():
+        log_probs = model(reference, logits_at=pos)[:, 0].log_softmax(-1)
+    return MinusKL(_positions(pos, len(log_probs)), log_probs)
+
+
+def loss(model: "HookedTransformer", tokens: Any) -> MinusLoss:
+    """Minus the mean next-token cross-entropy on `tokens`, in nats a token (minus, so that higher is better)."""
+    ids = model.to_tokens(tokens) if not isinstance(tokens, Tensor) else tokens
+    return MinusLoss(_positions(-1, len(ids)), torch.atleast_2d(ids))
+
+
+def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
+    """The share of the clean-corrupted difference that a value restores: 0 at corrupted, 1 at clean."""
+    return (values - corrupted) / (clean - corrupted)
+
+
+def answer_ids(model: "HookedTransformer", answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
+    """Token ids of one answer or several; a text of several tokens is refused, with its tokens shown."""
+    many = list(answer) if isinstance(answer, list | tuple | Tensor) and getattr(answer, "ndim", 1) else [answer]
+    ids = torch.tensor([model.to_single_token(one) if isinstance(one, str) else int(one) for one in many])
+    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab_out:
+        raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r}")
+    return ids
+
+
+def _fit(ids: Tensor, n: int) -> Tensor:
+    if len(ids) not in (1, n):
+        raise InputError(f"answer and wrong_answer are one for all pairs or one a pair, got {len(ids)} and {n}")
+    return ids.expand(n)
+
+
+def _positions(pos: int | Sequence[int], n: int) -> Int[Tensor, "pair"]:
+    return torch.as_tensor(pos).expand(n) if isinstance(pos, int) else torch.as_tensor(pos)

@@ -1,0 +1,239 @@
+"""Run a plan: only the rows that can change, only the layers above, many patches in one matrix."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.model.linear import packed_linears
+from hooklens.progress import progress
+from hooklens.sweeps.entry import entering
+from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.naive import plain_value, refuse_nan, why_plain
+from hooklens.sweeps.plan import Patch, Plan
+from hooklens.sweeps.resume import Progressed, key_of
+from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
+from hooklens.sweeps.settings import Settings, current
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The metric of every patch and pair, and how it was come by."""
+
+    values: Float[Tensor, "patch pair"]
+    base: Float[Tensor, "pair"]
+    computed: float  # share of the plain loop's token-layers that were worked out
+    largest_error: float  # between patches run both ways; NaN if none was
+    n_verified: int
+    how: str
+
+
+@dataclass
+class Item:
+    """One patch of one pair that has to be run: its rows begin at `start`."""
+
+    patch: int
+    pair: int
+    start: int
+
+
+def execute(plan: Plan, metric: Any, *, resume: str | Path | None = None) -> Outcome:
+    """The metric of every patch of a plan, exactly as a hooked forward pass a patch would give it."""
+    settings = current()
+    with torch.no_grad():
+        reason = "asked for" if settings.plain else why_plain(plan.model)
+        reader = Reader(plan.model, metric, plan.base.streams[-1])
+        values = reader.base.repeat(len(plan.patches), 1)
+        kept = None if resume is None else Progressed(resume, key_of(plan, metric, reader.base), values)
+        if reason is not None:
+            _run_plain(plan, reader, values, kept, settings)
+            refuse_nan(plan, values, reader.base)
+            return Outcome(values, reader.base, 1.0, float("nan"), 0, f"plain loop: {reason}")
+        items = live_items(plan, reader)
+        with packed_linears(rows=1024):
+            _run_bins(plan, reader, items, values, kept, settings)
+        refuse_nan(plan, values, reader.base)
+        error, n = _verify(plan, reader, items, values, settings)
+    return Outcome(values, reader.base, _share(plan, items), error, n, "engine")
+
+
+def live_items(plan: Plan, reader: Reader) -> list[Item]:
+    """Every (patch, pair) that can move the metric; the others' answer is the base run's."""
+    n_pos, last = plan.tokens.shape[1], plan.model.cfg.n_layers - 1
+    reach = None if reader.read is None else reader.read.amax(1)
+    same, items = _Same(plan), []
+    for number, patch in enumerate(plan.patches):
+        starts = plan.start(patch)
+        dead = same(patch) | (starts >= n_pos)
+        if plan.model.cfg.causal:
+            dead = dead | (plan.first_change >= n_pos)
+            if patch.pos is not None:
+                dead = dead | (plan.first_change > patch.pos)
+            dead = dead if reach is None else dead | (starts > reach)
+            stays = patch.layer == last and patch.pos is not None and plan.site not in ("k", "v", "resid_pre")
+            if stays and reader.read is not None:
+                dead = dead | (reader.read != patch.pos).all(1)
+        for pair in (~dead).nonzero().flatten().tolist():
+            items.append(Item(number, pair, int(starts[pair])))
+    return items
+
+
+class _Same:
+    """For which pairs a patch writes what is there already; compared once a layer, looked up a patch."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.tables = plan, {}
+
+    def __call__(self, patch: Patch) -> Tensor:
+        region = self.plan.region(patch)
+        kept = tuple(axis for axis, index in enumerate(region) if not isinstance(index, slice))
+        key = (patch.layer, kept)
+        if key not in self.tables:
+            equal = self.plan.base.acts[patch.layer] == self.plan.values[patch.layer]
+            others = [axis + 1 for axis in range(len(region)) if axis not in kept]
+            for axis in reversed(others):
+                equal = equal.all(axis)
+            self.tables[key] = equal
+        return self.tables[key][(slice(None), *(region[axis] for axis in kept))]
+
+
+def _run_plain(plan: Plan, reader: Reader, values: Tensor, kept: Progressed | None, settings: Settings) -> None:
+    todo = [i for i in range(len(plan.patches)) if kept is None or not kept.done[i]]
+    with progress(f"patching {plan.site}", len(todo), unit="patches", show=settings.progress) as advance:
+        for i in todo:
+            values[i] = plain_value(plan, plan.patches[i], reader)
+            advance()
+            if kept is not None:
+                kept.save([i])
+
+
+def _run_bins(
+    plan: Plan, reader: Reader, items: list[Item], values: Tensor, kept: Progressed | None, settings: Settings
+) -> None:
+    rows = max(1, settings.memory // _bytes_per_row(plan))
+    bins = make_bins(plan, [item for item in items if kept is None or not kept.done[item.patch]], rows)
+    n = sum(len({item.patch for item in one}) for one in bins)
+    with progress(f"patching {plan.site}", n, unit="patches", show=settings.progress) as advance:
+        for one in bins:
+            _run_bin(plan, reader, one, values, rows)
+            finished = sorted({item.patch for item in one})
+            advance(len(finished))
+            if kept is not None:
+                kept.save(finished)
+
+
+def _bytes_per_row(plan: Plan) -> int:
+    """What one token position of one row needs at its widest: a few streams, q k v, the MLP's hidden layer."""
+    cfg = plan.model.cfg
+    hidden = (3 if cfg.gated_mlp else 2) * cfg.d_mlp
+    heads = 2 * (cfg.n_heads + cfg.n_key_value_heads) * cfg.d_head
+    return plan.base.streams[0].element_size() * (4 * cfg.d_model + max(hidden, heads))
+
+
+def make_bins(plan: Plan, items: list[Item], rows: int) -> list[list[Item]]:
+    """Items in bins of about `rows` token rows. A bin holds whole patches, near in position and then in layer."""
+    n_pos = plan.tokens.shape[1]
+    by_patch: dict[int, list[Item]] = defaultdict(list)
+    for item in items:
+        by_patch[item.patch].append(item)
+    order = sorted(by_patch, key=lambda i: (min(x.start for x in by_patch[i]), plan.patches[i].layer, i))
+    total = sum(n_pos - item.start for item in items)
+    size = total / max(1, -(-total // rows))  # balanced: no small bin is left over
+    bins: list[list[Item]] = [[]]
+    filled = 0
+    for patch in order:
+        weight = sum(n_pos - item.start for item in by_patch[patch])
+        if bins[-1] and filled + weight / 2 > size:
+            bins.append([])
+            filled = 0
+        bins[-1] += by_patch[patch]
+        filled += weight
+    return [one for one in bins if one]
+
+
+def _run_bin(plan: Plan, reader: Reader, items: list[Item], values: Tensor, rows: int) -> None:
+    """Values of a bin's patches; one patch with more rows than fit is pushed through in pieces."""
+    n_pos, pieces, filled = plan.tokens.shape[1], [[]], 0
+    for item in items:
+        if pieces[-1] and filled > 1.5 * rows:
+            pieces.append([])
+            filled = 0
+        pieces[-1].append(item)
+        filled += n_pos - item.start
+    finals = [x for piece in pieces for x in _propagate(plan, reader, piece)]
+    if reader.rowwise():
+        pair, start = (torch.tensor(column, device=values.device) for column in zip(*((i.pair, i.start) for i in items)))
+        found = reader.values_of_rows(torch.stack(finals), pair, start)
+        values[[i.patch for i in items], [i.pair for i in items]] = found
+        return
+    by_patch: dict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
+    for item, x in zip(items, finals, strict=True):
+        by_patch[item.patch].append((item.pair, item.start, x))
+    for patch, rows_of in by_patch.items():
+        values[patch] = reader.values_of_patch(rows_of)
+
+
+def _propagate(plan: Plan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
+    """Walk the layers once: rows enter where their patch is, and pass through every block above."""
+    joining = _joining(plan, items)
+    n_layers, n_pos = plan.model.cfg.n_layers, plan.tokens.shape[1]
+    before = plan.site == "resid_pre"  # enters before its block, every other site after it
+    groups: list[Group] = []
+    out: dict[int, Tensor] = {}
+    for layer in range(min(layer for layer, _ in joining), n_layers):
+        new = [entering(plan, layer, start, one) for (at, (start, *_)), one in joining.items() if at == layer]
+        if before:
+            groups = merge(groups + new)
+        last = layer == n_layers - 1
+        if groups:
+            read = reader.read if last and plan.model.cfg.causal else None
+            ctx = PackedContext(plan.base.past, n_pos, groups, read)
+            flat = plan.model.blocks[layer](pack(groups), ctx)
+            groups = unpack(flat, groups, None if read is None else read.shape[1])
+            if last:
+                _collect(out, groups, reader, read is not None)
+                groups = []
+        if not before:
+            groups = merge(groups + new)
+    _collect(out, groups, reader, False)
+    return [out[i] for i in range(len(items))]
+
+
+def _joining(plan: Plan, items: Sequence[Item]) -> dict[tuple, list[tuple[int, Patch, int]]]:
+    """Items that enter together: one layer, one start, regions of one kind."""
+    joining: dict[tuple, list[tuple[int, Patch, int]]] = defaultdict(list)
+    for number, item in enumerate(items):
+        patch = plan.patches[item.patch]
+        kind = (item.start, patch.pos, patch.head is None, patch.neuron is None)
+        joining[patch.layer, kind].append((number, patch, item.pair))
+    return joining
+
+
+def _collect(out: dict[int, Tensor], groups: list[Group], reader: Reader, read_only: bool) -> None:
+    for group in groups:
+        finals = reader.finals(group, read_only)
+        for row, item in enumerate(group.item.tolist()):
+            out[item] = finals[row]
+
+
+def _share(plan: Plan, items: list[Item]) -> float:
+    n_layers, n_pos = plan.model.cfg.n_layers, plan.tokens.shape[1]
+    done = sum((n_layers - plan.patches[item.patch].layer) * (n_pos - item.start) for item in items)
+    return done / max(1, len(plan.patches) * len(plan.tokens) * n_layers * n_pos)
+
+
+def _verify(plan: Plan, reader: Reader, items: list[Item], values: Tensor, settings: Settings) -> tuple[float, int]:
+    """Run a few patches the plain way, drawn by seed from those that were worked out; the largest difference."""
+    worked = sorted({item.patch for item in items})
+    n = min(settings.verify, len(worked))
+    if n == 0:
+        return (float("nan"), 0) if worked else (0.0, 0)
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = [worked[i] for i in torch.randperm(len(worked), generator=generator)[:n]]
+    errors = [(plain_value(plan, plan.patches[i], reader) - values[i]).abs().max() for i in drawn]
+    return float(torch.stack(errors).max()), n

@@ -1,0 +1,153 @@
+"""A metric, asked about patched streams: unembed only what it reads, and give it pairs in the order it expects."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType
+from hooklens.metrics import ReadingMetric
+from hooklens.model.attention import is_plain
+from hooklens.sweeps.rows import Group
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_LOGITS_AT_ONCE = 32 * 2**20  # numbers, not bytes: a chunk of full logits
+
+
+class Reader:
+    """A metric bound to a model and the streams of the base run.
+
+    `read` is the positions `[pair read]` that it reads, None if it may read any.
+    """
+
+    def __init__(self, model: "HookedTransformer", metric: Any, stream: Float[Tensor, "pair pos d_model"]):
+        if not callable(metric):
+            raise WrongType(f"a metric is a function of logits [pair pos d_vocab], got {metric!r}")
+        self.model, self.metric, self.stream = model, metric, stream
+        self.n_pairs, self.n_pos = stream.shape[:2]
+        self.read: Int[Tensor, "pair read"] | None = None
+        self.tokens: Int[Tensor, "pair token"] | None = None
+        self.by_pair = False
+        self.base_logits: Tensor | None = None
+        if getattr(metric, "reads", None) is not None:
+            self._bind_reads(stream.device)
+        self.base = self._base_values()
+
+    def _bind_reads(self, device: torch.device) -> None:
+        if isinstance(self.metric, ReadingMetric):
+            self._check_pairs(len(self.metric.reads.pos))
+            self.metric = self.metric.pairs(torch.arange(self.n_pairs)) if self.n_pairs > 1 else self.metric
+        reads = self.metric.reads
+        pos = torch.as_tensor(reads.pos, device=device)
+        pos = torch.where(pos < 0, pos + self.n_pos, pos)
+        if bool(((pos < 0) | (pos >= self.n_pos)).any()):
+            raise InputError(f"the metric reads position {int(reads.pos.min())} to {int(reads.pos.max())} of {self.n_pos} tokens")
+        self._check_pairs(len(pos))
+        self.read = pos.expand(self.n_pairs, -1)
+        if reads.tokens is not None:
+            self.tokens = torch.as_tensor(reads.tokens, device=device).expand(self.n_pairs, -1)
+
+    def _check_pairs(self, n: int) -> None:
+        if n not in (1, self.n_pairs):
+            raise InputError(f"the metric was made for {n} pairs, the prompts are {self.n_pairs}; give one answer a pair")
+
+    # -- streams to logits
+
+    def finals(self, group: Group, read_only: bool) -> Tensor:
+        """What of a group's rows is unembedded: the read positions, or all from its start."""
+        if self.read is None or read_only:
+            return group.x
+        at = (self.read[group.pair] - group.start).clamp_min(0)
+        return group.x[torch.arange(len(at), device=at.device)[:, None], at]
+
+    def logits(self, x: Float[Tensor, "row read d_model"], pair: Int[Tensor, "row"]) -> Float[Tensor, "row read token"]:
+        """Logits of the tokens that are read (of all, if the metric does not say)."""
+        model = self.model
+        linear = model.unembed.linear
+        if self.tokens is None or not is_plain(linear):
+            full = model.read_out(x)
+            return full if self.tokens is None else full.gather(2, self.tokens[pair][:, None].expand(-1, x.shape[1], -1))
+        normed = x if model.ln_final is None else model.ln_final(x)
+        tokens = self.tokens[pair]
+        out = torch.einsum("nrd,nkd->nrk", normed, linear.weight[tokens])
+        out = out if linear.bias is None else out + linear.bias[tokens][:, None]
+        return model.unembed.cap(out)
+
+    # -- metric values
+
+    def _base_values(self) -> Float[Tensor, "pair"]:
+        every = torch.arange(self.n_pairs, device=self.stream.device)
+        if self.read is not None:
+            x = self.stream[every[:, None], self.read]
+            self.base_read = torch.cat([self.logits(x[i : i + 1], every[i : i + 1]) for i in range(self.n_pairs)])
+            return self._checked(self.metric.on_read(self.base_read))
+        self.base_logits = torch.cat([self.model.read_out(self.stream[i : i + 1]) for i in range(self.n_pairs)])
+        return self.on_full(self.base_logits)
+
+    def on_full(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
+        """The metric on full logits of all pairs; one that returns a single number is asked pair by pair."""
+        value = None if self.by_pair else torch.as_tensor(self.metric(logits))
+        if value is None or (value.ndim == 0 and self.n_pairs > 1):
+            self.by_pair = True
+            value = torch.stack([torch.as_tensor(self.metric(logits[i : i + 1])).squeeze() for i in range(self.n_pairs)])
+        return self._checked(value)
+
+    def on_logits(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
+        """The metric on full logits, whether or not it says what it reads."""
+        return self.on_full(logits) if self.read is None else self._checked(self.metric.on_read(self._gathered(logits)))
+
+    def _gathered(self, logits: Tensor) -> Tensor:
+        assert self.read is not None
+        read = logits[torch.arange(self.n_pairs, device=logits.device)[:, None], self.read]
+        return read if self.tokens is None else read.gather(2, self.tokens[:, None].expand(-1, read.shape[1], -1))
+
+    def _checked(self, value: Any) -> Float[Tensor, "pair"]:
+        value = torch.as_tensor(value, device=self.stream.device)
+        value = value[None] if value.ndim == 0 and self.n_pairs == 1 else value
+        if value.shape != (self.n_pairs,):
+            raise InputError(
+                f"the metric returned shape {list(value.shape)} for {self.n_pairs} prompt pairs; "
+                "a metric returns one value a pair, or a single number"
+            )
+        return value.detach().to(self.stream.dtype)
+
+    def rowwise(self) -> bool:
+        """Can values be worked out for any rows, in any order?"""
+        return self.read is not None and isinstance(self.metric, ReadingMetric)
+
+    def values_of_rows(self, x: Tensor, pair: Int[Tensor, "row"], start: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
+        """The metric of single rows; read positions before a row's start are the base run's."""
+        width = self.model.cfg.d_vocab_out if self.tokens is None else self.tokens.shape[1]
+        at_once = max(1, _LOGITS_AT_ONCE // (width * x.shape[1]))
+        out = []
+        for i in range(0, len(x), at_once):
+            rows = slice(i, i + at_once)
+            read = self._with_base(self.logits(x[rows], pair[rows]), pair[rows], start[rows])
+            metric = self.metric if self.n_pairs == 1 and len(read) == 1 else self.metric.pairs(pair[rows].cpu())
+            out.append(metric.on_read(read).to(x.dtype))
+        return torch.cat(out)
+
+    def _with_base(self, read: Tensor, pair: Tensor, start: Tensor) -> Tensor:
+        before = self.read[pair] < start[:, None]
+        return torch.where(before[..., None], self.base_read[pair], read) if bool(before.any()) else read
+
+    def values_of_patch(self, rows: list[tuple[int, int, Tensor]]) -> Float[Tensor, "pair"]:
+        """The metric of one patch from its rows (pair, start, streams); pairs without a row keep the base run's logits."""
+        if self.read is not None:
+            read = self.base_read.clone()
+            for pair, start, x in rows:
+                one = torch.tensor([pair], device=x.device)
+                read[pair] = self._with_base(self.logits(x[None], one), one, torch.tensor([start], device=x.device))[0]
+            return self._checked(self.metric.on_read(read))
+        assert self.base_logits is not None
+        logits = self.base_logits.clone()
+        for pair, start, x in rows:
+            logits[pair, start:] = self.model.read_out(x[None])[0]
+        return self.on_full(logits)
+
+
+Metric = Callable[[Tensor], Tensor]

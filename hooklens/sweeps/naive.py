@@ -1,0 +1,71 @@
+"""The plain loop: one hooked forward pass a patch. The reference that the engine is held to, and its fallback."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooklens.core.errors import InputError
+from hooklens.core.hooks import edited_elsewhere
+from hooklens.sweeps.plan import Patch, Plan
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.sweeps.measure import Reader
+
+
+def plain_value(plan: Plan, patch: Patch, reader: "Reader") -> Float[Tensor, "pair"]:
+    """The metric of one patch, from a whole forward pass with one hook."""
+    region = (slice(None), *plan.region(patch))
+    value = plan.values[patch.layer]
+
+    def write(act: Tensor, hook: Any) -> Tensor:
+        act[region] = value[region]
+        return act
+
+    logits = plan.model.run_with_hooks(plan.tokens, fwd_hooks=[(plan.point(patch.layer), write)])
+    return reader.on_logits(logits)
+
+
+def why_plain(model: "HookedTransformer") -> str | None:
+    """Why the engine must not be used now: hooks of others would be skipped, or every pass draws new dropout masks."""
+    if edited_elsewhere(model.hook_points().values()):
+        return "other hooks are active on this model"
+    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
+        return "dropout is on (model.eval() turns it off)"
+    return None
+
+
+def first_nonfinite(model: "HookedTransformer", tokens: Tensor) -> str | None:
+    """The first hook point that holds NaN or an infinity (masked scores apart), None if all are finite.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model(); model.W_in[1] = float("nan")
+    >>> first_nonfinite(model, torch.tensor([[1, 2]]))
+    'blocks.1.mlp.hook_pre'
+    """
+    found: list[str] = []
+
+    def look(act: Tensor, hook: Any) -> None:
+        bad = act.isnan() if hook.name.endswith("hook_attn_scores") else ~act.isfinite()
+        if not found and bool(bad.any()):
+            found.append(hook.name)
+
+    with torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=[(lambda name: not name.endswith(("_input", "attn_in", "result")), look)])
+    return found[0] if found else None
+
+
+def refuse_nan(plan: Plan, values: Float[Tensor, "patch pair"], base: Float[Tensor, "pair"]) -> None:
+    """A metric that comes out NaN is an error that names where it began."""
+    if not bool(values.isnan().any() | base.isnan().any()):
+        return
+    point = first_nonfinite(plan.model, plan.tokens)
+    if point is not None:
+        raise InputError(f"the metric is NaN: the model's own activations are not finite from {point} on; hooklens check shows more")
+    for layer, value in plan.values.items():
+        if not bool(value.isfinite().all()):
+            raise InputError(f"the metric is NaN: the values to write at {plan.point(layer)} are not finite")
+    n = int(values.isnan().any(1).sum())
+    raise InputError(f"the metric is NaN for {n} of {len(values)} patches, though every activation is finite: look at the metric")

@@ -1,0 +1,258 @@
+"""What a sweep overwrites: a list of patches on a grid, the run they go into, and the values they write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.names import axes
+from hooklens.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+class SiteKind(NamedTuple):
+    """How a site enters a block: where its point stands, and which axis of its activation is the position."""
+
+    point: str
+    entry: str  # "stream", "attn", "mid", "mlp"
+    default_by: tuple[str, ...]
+
+
+_BY_POS, _BY_HEAD = ("layer", "pos"), ("layer", "head")
+
+#: The sites that a sweep can overwrite.
+SITES: dict[str, SiteKind] = {
+    "resid_pre": SiteKind("hook_resid_pre", "stream", _BY_POS),
+    "resid_mid": SiteKind("hook_resid_mid", "mid", _BY_POS),
+    "resid_post": SiteKind("hook_resid_post", "stream", _BY_POS),
+    "attn_out": SiteKind("hook_attn_out", "attn", _BY_POS),
+    "mlp_out": SiteKind("hook_mlp_out", "mlp", _BY_POS),
+    "post": SiteKind("mlp.hook_post", "mlp", _BY_POS),
+    "q": SiteKind("attn.hook_q", "attn", _BY_HEAD),
+    "k": SiteKind("attn.hook_k", "attn", _BY_HEAD),
+    "v": SiteKind("attn.hook_v", "attn", _BY_HEAD),
+    "z": SiteKind("attn.hook_z", "attn", _BY_HEAD),
+    "pattern": SiteKind("attn.hook_pattern", "attn", _BY_HEAD),
+    "result": SiteKind("attn.hook_result", "attn", _BY_HEAD),
+}
+
+_ALIASES = {"mlp_post": "post", "mlp.post": "post", "attn": "pattern"}
+_HEAD_AXES = ("head", "kv_head")
+
+
+class Patch(NamedTuple):
+    """One overwritten region: a layer, and one position, head or neuron of it (None: all)."""
+
+    layer: int
+    pos: int | None = None
+    head: int | None = None
+    neuron: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything a sweep needs before it knows its metric: see `plan`."""
+
+    model: "HookedTransformer"
+    site: str
+    by: tuple[str, ...]
+    shape: tuple[int, ...]
+    patches: tuple[Patch, ...]
+    tokens: Int[Tensor, "pair pos"]
+    base: "BaseRun"
+    values: dict[int, Tensor]
+    first_change: Int[Tensor, "pair"]
+
+    def point(self, layer: int) -> str:
+        """The hook point that this sweep overwrites at a layer."""
+        return f"blocks.{layer}.{SITES[self.site].point}"
+
+    def start(self, patch: Patch) -> Int[Tensor, "pair"]:
+        """The first position at which a patch can change anything, for every pair."""
+        if not self.model.cfg.causal:
+            return torch.zeros_like(self.first_change)
+        if patch.pos is not None:
+            return torch.full_like(self.first_change, patch.pos)
+        return self.first_change
+
+    def region(self, patch: Patch) -> tuple:
+        """The index, behind the pair axis, of what the patch overwrites in its point's activation."""
+        names = axes(self.point(patch.layer))[1:]
+        chosen = {"pos": patch.pos, "query_pos": patch.pos, "d_mlp": patch.neuron}
+        chosen |= dict.fromkeys(_HEAD_AXES, patch.head)
+        return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in names)
+
+    def same(self, patch: Patch) -> Bool[Tensor, "pair"]:
+        """For which pairs does the patch write exactly what is there?"""
+        region = (slice(None), *self.region(patch))
+        old, new = self.base.acts[patch.layer][region], self.values[patch.layer][region]
+        return (old == new).flatten(1).all(1) if old.ndim > 1 else old == new
+
+
+@dataclass(eq=False)
+class BaseRun:
+    """The run that is patched: streams between blocks, keys and values, and the site's own activations."""
+
+    streams: list[Tensor]
+    past: KVCache
+    acts: dict[int, Tensor]
+    attn_out: dict[int, Tensor]
+    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    z: dict[int, Tensor] = field(default_factory=dict)
+
+
+Value = str | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
+
+
+def site_kind(site: str) -> str:
+    """The canonical name of a site that can be swept; unknown ones raise with the nearest.
+
+    >>> site_kind("mlp_post")
+    'post'
+    """
+    site = _ALIASES.get(site, site)
+    if site not in SITES:
+        raise did_you_mean("site to sweep", site, SITES)
+    return site
+
+
+def settle_by(model: "HookedTransformer", site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The axes of a sweep's grid, layer first; checked against what the site has.
+
+    >>> from hooklens.testing import tiny_model
+    >>> settle_by(tiny_model(), "z", "layer x head x pos")
+    ('layer', 'head', 'pos')
+    """
+    if by is None:
+        return SITES[site].default_by
+    names = tuple(part.strip() for part in by.replace("×", "x").split(" x ")) if isinstance(by, str) else tuple(by)
+    names = tuple({"position": "pos", "kv_head": "head", "d_mlp": "neuron"}.get(name, name) for name in names)
+    has = {"layer", "pos"}
+    site_axes = axes(f"blocks.0.{SITES[site].point}")
+    has |= {"head"} if any(axis in site_axes for axis in _HEAD_AXES) else set()
+    has |= {"neuron"} if "d_mlp" in site_axes else set()
+    wrong = [name for name in names if name not in has]
+    if wrong or names[:1] != ("layer",) or len(set(names)) != len(names):
+        raise InputError(
+            f"{site} can be swept by layer and any of {', '.join(sorted(has - {'layer'}))}, for example "
+            f"by='layer x {sorted(has - {'layer'})[0]}'; got {by!r}"
+        )
+    return names
+
+
+def grid(model: "HookedTransformer", site: str, by: tuple[str, ...], n_pos: int) -> tuple[tuple[int, ...], list[Patch]]:
+    """The shape of a sweep's grid and its patches in order."""
+    cfg = model.cfg
+    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
+    sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
+    shape = tuple(sizes[name] for name in by)
+    patches = []
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)).tolist():
+        patches.append(Patch(**dict(zip(by, index, strict=True))))
+    return shape, patches
+
+
+def check_patches(model: "HookedTransformer", site: str, patches: Sequence[Patch], n_pos: int) -> None:
+    """A layer, head, neuron or position that does not exist raises with what does."""
+    cfg = model.cfg
+    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
+    sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
+    for patch in patches:
+        for name, size in sizes.items():
+            value = getattr(patch, name)
+            if value is not None and not 0 <= value < size:
+                raise InputError(f"{name} {value} of {site} asked for; there are {name}s 0 to {size - 1}")
+
+
+def plan(
+    model: "HookedTransformer",
+    tokens: Int[Tensor, "pair pos"],
+    site: str,
+    value: "Int[Tensor, 'pair pos'] | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]",
+    *,
+    by: str | Sequence[str] | None = None,
+    patches: Sequence[Patch] | None = None,
+) -> Plan:
+    """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid or at the patches given.
+
+    `value` is what is written: other tokens (their run's activations), activations by point name, or a function of
+    (activation, point name).
+    """
+    site = site_kind(site)
+    missing = f"blocks.0.{SITES[site].point}"
+    if missing not in model.hook_points():
+        raise InputError(f"this model has no {site} (no point {missing}): an attention-only or parallel block lacks it")
+    names = settle_by(model, site, by)
+    shape, made = grid(model, site, names, tokens.shape[1])
+    if patches is not None:
+        names, shape, made = ("patch",), (len(patches),), list(patches)
+        check_patches(model, site, made, tokens.shape[1])
+    layers = sorted({patch.layer for patch in made})
+    base = base_run(model, tokens, site, layers)
+    values = _values(model, site, layers, value, base)
+    first = _first_change(tokens, value)
+    return Plan(model, site, names, shape, tuple(made), tokens, base, values, first)
+
+
+def base_run(model: "HookedTransformer", tokens: Tensor, site: str, layers: Sequence[int]) -> BaseRun:
+    """Run the model once and keep what patches of this site start from."""
+    past, n = KVCache(), model.cfg.n_layers
+    points = [f"blocks.{layer}.hook_resid_pre" for layer in range(n)]
+    points += [f"blocks.{layer}.{SITES[site].point}" for layer in layers]
+    entry = SITES[site].entry
+    points += [f"blocks.{layer}.hook_attn_out" for layer in layers if entry == "mlp"]
+    points += [f"blocks.{layer}.attn.hook_{x}" for layer in layers for x in _also(site)]
+    last, cache = model.run_with_cache(tokens, names=points, stop_at_layer=n, kv_cache=past)
+    streams = [cache[name] for name in points[:n]] + [last]
+    acts = {layer: cache[f"blocks.{layer}.{SITES[site].point}"] for layer in layers}
+    base = BaseRun(streams, past, acts, {})
+    for layer in layers:
+        attn = f"blocks.{layer}.attn.hook_"
+        if entry == "mlp":
+            base.attn_out[layer] = cache[f"blocks.{layer}.hook_attn_out"]
+        if site in ("q", "k", "v"):
+            base.qkv[layer] = (cache[attn + "q"], cache[attn + "k"], cache[attn + "v"])
+        if site == "result":
+            base.z[layer] = cache[attn + "z"]
+    return base
+
+
+def _also(site: str) -> tuple[str, ...]:
+    return {"q": ("q", "k", "v"), "k": ("q", "k", "v"), "v": ("q", "k", "v"), "result": ("z",)}.get(site, ())
+
+
+def _values(model: "HookedTransformer", site: str, layers: Sequence[int], value: Any, base: BaseRun) -> dict[int, Tensor]:
+    names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        _, cache = model.run_with_cache(value, names=list(names.values()), stop_at_layer=max(layers) + 1)
+        found: Mapping[str, Any] = cache
+    elif isinstance(value, Mapping):
+        found = value
+    else:
+        found = {name: value(base.acts[layer].clone(), name) for layer, name in names.items()}
+    return {layer: _fitted(found[name], base.acts[layer], name) for layer, name in names.items()}
+
+
+def _fitted(value: Any, act: Tensor, name: str) -> Tensor:
+    value = torch.as_tensor(value, dtype=act.dtype, device=act.device)
+    try:
+        return value.expand_as(act)
+    except RuntimeError as error:
+        raise InputError(
+            f"the value to write at {name} has shape {list(value.shape)}; the activation is {list(act.shape)}"
+        ) from error
+
+
+def _first_change(tokens: Tensor, value: Any) -> Int[Tensor, "pair"]:
+    """The first position at which the written values can differ from what is there."""
+    if not (isinstance(value, Tensor) and not value.is_floating_point()):
+        return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    differs = tokens != value
+    end = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    return torch.where(differs.any(1), differs.long().argmax(1), end)

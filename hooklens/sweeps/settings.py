@@ -1,0 +1,49 @@
+"""How sweeps run: memory, progress, how much is checked; set for a `with` block."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+from hooklens.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`memory`: bytes of activations alive at once. `verify`: patches run again the plain way. `plain`: only that way."""
+
+    memory: int = 256 * 2**20
+    verify: int = 2
+    seed: int = 0
+    plain: bool = False
+    progress: bool | None = None
+
+
+_settings: ContextVar[Settings] = ContextVar("hooklens_sweep_settings", default=Settings())
+
+
+class engine:
+    """A `with` block in which sweeps run with other settings.
+
+    >>> with engine(verify=0, memory=64 * 2**20):
+    ...     current().memory
+    67108864
+    """
+
+    def __init__(self, **changes: int | bool | None):
+        known = Settings.__dataclass_fields__
+        wrong = [name for name in changes if name not in known]
+        if wrong:
+            raise InputError(f"sweeps have no setting {wrong[0]!r}; there are {', '.join(known)}")
+        self.changes = changes
+
+    def __enter__(self) -> Settings:
+        self.before = _settings.get()
+        _settings.set(replace(self.before, **self.changes))  # type: ignore[arg-type]
+        return _settings.get()
+
+    def __exit__(self, *exc: object) -> None:
+        _settings.set(self.before)
+
+
+def current() -> Settings:
+    """The settings in force here."""
+    return _settings.get()
