@@ -167,8 +167,10 @@ class HookedTransformer(HookedModule):
         if not is_stream and isinstance(self.cfg.embed, TokenEmbed):
             self._check_tokens(tokens)
             tokens = tokens[None] if tokens.ndim == 1 else tokens
-        elif tokens.ndim != 3:
-            raise InputError(f"expected vectors of shape [batch pos width], got {list(tokens.shape)}")
+        else:
+            width = self.cfg.d_model if is_stream else self.cfg.embed.d_in
+            if tokens.ndim != 3 or tokens.shape[-1] != width:
+                raise InputError(f"expected vectors [batch pos {width}], got {list(tokens.shape)}")
         if mask is not None:
             mask = torch.as_tensor(mask, device=tokens.device).bool()
             mask = mask[None] if mask.ndim == 1 else mask
