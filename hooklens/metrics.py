@@ -56,8 +56,11 @@ class _AtPosition:
 
     def pairs(self, index: Int[Tensor, "row"]) -> Any:
         """The same metric with one row for each of these pairs; a metric of one pair serves any number."""
-        changed = {name: value[index] if len(value) > 1 else value.expand(len(index), *value.shape[1:])
-                   for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed = {
+            name: value[index] if len(value) > 1 else value.expand(len(index), *value.shape[1:])
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
         return replace(self, **changed)
 
     @property

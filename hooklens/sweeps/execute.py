@@ -167,7 +167,9 @@ def _run_bin(plan: Plan, reader: Reader, items: list[Item], values: Tensor, rows
         filled += n_pos - item.start
     finals = [x for piece in pieces for x in _propagate(plan, reader, piece)]
     if reader.rowwise():
-        pair, start = (torch.tensor(column, device=values.device) for column in zip(*((i.pair, i.start) for i in items)))
+        pair, start = (
+            torch.tensor(column, device=values.device) for column in zip(*((i.pair, i.start) for i in items))
+        )
         found = reader.values_of_rows(torch.stack(finals), pair, start)
         values[[i.patch for i in items], [i.pair for i in items]] = found
         return

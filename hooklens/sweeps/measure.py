@@ -45,7 +45,9 @@ class Reader:
         pos = torch.as_tensor(reads.pos, device=device)
         pos = torch.where(pos < 0, pos + self.n_pos, pos)
         if bool(((pos < 0) | (pos >= self.n_pos)).any()):
-            raise InputError(f"the metric reads position {int(reads.pos.min())} to {int(reads.pos.max())} of {self.n_pos} tokens")
+            raise InputError(
+                f"the metric reads position {int(reads.pos.min())} to {int(reads.pos.max())} of {self.n_pos} tokens"
+            )
         self._check_pairs(len(pos))
         self.read = pos.expand(self.n_pairs, -1)
         if reads.tokens is not None:
@@ -53,7 +55,9 @@ class Reader:
 
     def _check_pairs(self, n: int) -> None:
         if n not in (1, self.n_pairs):
-            raise InputError(f"the metric was made for {n} pairs, the prompts are {self.n_pairs}; give one answer a pair")
+            raise InputError(
+                f"the metric was made for {n} pairs, the prompts are {self.n_pairs}; give one answer a pair"
+            )
 
     # -- streams to logits
 
@@ -70,7 +74,9 @@ class Reader:
         linear = model.unembed.linear
         if self.tokens is None or not is_plain(linear):
             full = model.read_out(x)
-            return full if self.tokens is None else full.gather(2, self.tokens[pair][:, None].expand(-1, x.shape[1], -1))
+            return (
+                full if self.tokens is None else full.gather(2, self.tokens[pair][:, None].expand(-1, x.shape[1], -1))
+            )
         normed = x if model.ln_final is None else model.ln_final(x)
         tokens = self.tokens[pair]
         out = torch.einsum("nrd,nkd->nrk", normed, linear.weight[tokens])
@@ -93,7 +99,9 @@ class Reader:
         value = None if self.by_pair else torch.as_tensor(self.metric(logits))
         if value is None or (value.ndim == 0 and self.n_pairs > 1):
             self.by_pair = True
-            value = torch.stack([torch.as_tensor(self.metric(logits[i : i + 1])).squeeze() for i in range(self.n_pairs)])
+            value = torch.stack(
+                [torch.as_tensor(self.metric(logits[i : i + 1])).squeeze() for i in range(self.n_pairs)]
+            )
         return self._checked(value)
 
     def on_logits(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:

@@ -53,7 +53,9 @@ def first_nonfinite(model: "HookedTransformer", tokens: Tensor) -> str | None:
             found.append(hook.name)
 
     with torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[(lambda name: not name.endswith(("_input", "attn_in", "result")), look)])
+        model.run_with_hooks(
+            tokens, fwd_hooks=[(lambda name: not name.endswith(("_input", "attn_in", "result")), look)]
+        )
     return found[0] if found else None
 
 
@@ -63,9 +65,13 @@ def refuse_nan(plan: Plan, values: Float[Tensor, "patch pair"], base: Float[Tens
         return
     point = first_nonfinite(plan.model, plan.tokens)
     if point is not None:
-        raise InputError(f"the metric is NaN: the model's own activations are not finite from {point} on; hooklens check shows more")
+        raise InputError(
+            f"the metric is NaN: the model's own activations are not finite from {point} on; hooklens check shows more"
+        )
     for layer, value in plan.values.items():
         if not bool(value.isfinite().all()):
             raise InputError(f"the metric is NaN: the values to write at {plan.point(layer)} are not finite")
     n = int(values.isnan().any(1).sum())
-    raise InputError(f"the metric is NaN for {n} of {len(values)} patches, though every activation is finite: look at the metric")
+    raise InputError(
+        f"the metric is NaN for {n} of {len(values)} patches, though every activation is finite: look at the metric"
+    )

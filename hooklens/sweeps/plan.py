@@ -227,7 +227,9 @@ def _also(site: str) -> tuple[str, ...]:
     return {"q": ("q", "k", "v"), "k": ("q", "k", "v"), "v": ("q", "k", "v"), "result": ("z",)}.get(site, ())
 
 
-def _values(model: "HookedTransformer", site: str, layers: Sequence[int], value: Any, base: BaseRun) -> dict[int, Tensor]:
+def _values(
+    model: "HookedTransformer", site: str, layers: Sequence[int], value: Any, base: BaseRun
+) -> dict[int, Tensor]:
     names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
     if isinstance(value, Tensor) and not value.is_floating_point():
         _, cache = model.run_with_cache(value, names=list(names.values()), stop_at_layer=max(layers) + 1)

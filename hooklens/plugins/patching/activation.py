@@ -1,0 +1,365 @@
+"""Activation patching: overwrite one site at a time and see how far the metric moves, exactly and for a whole grid."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.metrics import ReadingMetric
+from hooklens.plugins.patching.bootstrap import ratio_interval
+from hooklens.plugins.patching.prompts import Pairs, Prompts, common_ends, read_pairs, rows_of, show
+from hooklens.result import Result, Table
+from hooklens.sweeps.execute import Outcome, execute
+from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.plan import SITES, base_run, plan, settle_by, site_kind
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_WORDS = ("clean", "corrupted", "zero", "mean")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A value to write: the mean activation over reference prompts, at each position or (one number of tokens) overall."""
+
+    reference: Any
+
+
+Value = str | Mean | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class PatchSweep(Result):
+    """The metric after every patch of a grid, beside the metric of the two runs that are needed to read it."""
+
+    per_pair: Float[Tensor, "pair *grid"]
+    clean_per_pair: Float[Tensor, "pair"]
+    corrupted_per_pair: Float[Tensor, "pair"]
+    site: str
+    by: tuple[str, ...]
+    into: str
+    value: str
+    labels: dict[str, list[str]]
+    computed: float
+    largest_error: float
+    n_verified: int
+    how: str
+
+    @property
+    def values(self) -> Float[Tensor, "*grid"]:
+        """The metric after each patch, mean over pairs."""
+        return self.per_pair.mean(0)
+
+    @property
+    def clean(self) -> float:
+        """The metric of the clean run, mean over pairs."""
+        return float(self.clean_per_pair.mean())
+
+    @property
+    def corrupted(self) -> float:
+        """The metric of the corrupted run, mean over pairs."""
+        return float(self.corrupted_per_pair.mean())
+
+    @property
+    def recovered(self) -> Float[Tensor, "*grid"]:
+        """(value - corrupted) / (clean - corrupted), each a mean over pairs: 0 as corrupted, 1 as clean.
+
+        NaN everywhere where clean and corrupted do not differ, or differ by no more than chance over pairs.
+        """
+        if not self.defined:
+            return torch.full_like(self.values, float("nan"))
+        return (self.values - self.corrupted) / (self.clean - self.corrupted)
+
+    @property
+    def defined(self) -> bool:
+        """Does the interval of clean minus corrupted exclude 0? With one pair: do they differ?"""
+        gap = self.clean_per_pair - self.corrupted_per_pair
+        if len(gap) == 1:
+            return bool(gap[0] != 0)
+        low, high = ratio_interval(gap[:, None], torch.ones_like(gap))
+        return not bool(low[0] <= 0 <= high[0])
+
+    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Lower and upper end of `recovered`, by a bootstrap over pairs that recomputes both means; NaN for one pair."""
+        gap = self.clean_per_pair - self.corrupted_per_pair
+        if len(gap) < 2 or not self.defined:
+            nothing = torch.full_like(self.values, float("nan"))
+            return nothing, nothing.clone()
+        moved = self.per_pair - self.corrupted_per_pair.view(-1, *[1] * len(self.by))
+        low, high = ratio_interval(moved.flatten(1), gap, level=level, draws=draws, seed=seed)
+        return low.view_as(self.values), high.view_as(self.values)
+
+    @property
+    def effect(self) -> Float[Tensor, "*grid"]:
+        """How far each patch moved the metric from the run it went into."""
+        return self.values - (self.corrupted if self.into == "corrupted" else self.clean)
+
+    def order(self) -> list[tuple[int, ...]]:
+        """Every grid index, the largest effect first."""
+        flat = self.effect.flatten().abs().nan_to_num(-1).argsort(descending=True, stable=True)
+        return [tuple(int(i) for i in torch.unravel_index(index, self.values.shape)) for index in flat]
+
+    def name_of(self, index: tuple[int, ...]) -> str:
+        """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
+        parts = dict(zip(self.by, index, strict=True))
+        name = f"L{parts['layer']}" if "layer" in parts else f"patch {index[0]}"
+        name += f"H{parts['head']}" if "head" in parts else ""
+        name += f"N{parts['neuron']}" if "neuron" in parts else ""
+        return name + (f" {self.labels['pos'][parts['pos']]!r} ({parts['pos']})" if "pos" in parts else "")
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` patches that moved the metric most."""
+        return self._rows(self.order()[:k])
+
+    def table(self, n: int | None = 20) -> Table:
+        """The patches that moved the metric most, with what they restored; every one for `n=None`."""
+        return self._rows(self.order()[:n])
+
+    def _rows(self, chosen: Sequence[tuple[int, ...]]) -> Table:
+        values, shares, (low, high) = self.values, self.recovered, self.interval()
+        rows = []
+        for index in chosen:
+            row = [self.name_of(index), float(values[index]), float(shares[index])]
+            rows.append((*row, float(low[index]), float(high[index])) if len(self.per_pair) > 1 else tuple(row))
+        columns = (self.site, "metric", "recovered", "95% low", "95% high")
+        return Table(columns[: len(rows[0])] if rows else columns[:3], rows)
+
+    def figure(self) -> Any:
+        """A heat map over two axes, bars with their interval over one; rows of L0H0, L0H1, ... where there are three."""
+        from hooklens.viz.figures import bars, heatmap
+
+        shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
+        title = f"{self.site}: {name} ({self.value} into {self.into})"
+        names = [self.labels[axis] for axis in self.by]
+        if shown.ndim == 1:
+            low, high = self.interval()
+            have = bool(low.isfinite().all())
+            return bars(
+                shown, low if have else None, high if have else None, names[0], title, x_title=self.by[0], y_title=name
+            )
+        rows = names[0] if shown.ndim == 2 else [f"{a}{b}" for a in names[0] for b in names[1]]
+        return heatmap(
+            shown.reshape(len(rows), -1),
+            x=names[-1],
+            y=rows,
+            title=title,
+            x_title=_AXIS[self.by[-1]],
+            y_title=" x ".join(self.by[:-1]),
+            colourbar=name,
+        )
+
+
+_AXIS = {"pos": "token (clean | corrupted where they differ)", "head": "head", "neuron": "neuron", "layer": "layer"}
+
+
+def patch(
+    model: "HookedTransformer",
+    clean: Prompts,
+    corrupted: Prompts,
+    metric: Any,
+    *,
+    site: str = "resid_pre",
+    by: str | Sequence[str] | None = None,
+    value: Value = "clean",
+    resume: str | Path | None = None,
+) -> PatchSweep:
+    """Which activations carry the difference between clean and corrupted? One exact patch for every cell of a grid.
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.metrics import logit_diff
+    >>> model = tiny_model(); clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+    >>> sweep = patch(model, clean, corrupted, logit_diff(model, answer=5, wrong_answer=6))
+    >>> sweep.values.shape                    # layer pos
+    torch.Size([2, 3])
+    >>> bool(torch.isclose(sweep.values[0, 1], torch.tensor(sweep.clean), atol=1e-5))
+    True
+
+    `site` is resid_pre/mid/post, attn_out, mlp_out, post (neurons), z, q, k, v, pattern or result. `by` is the grid:
+    "layer x pos", "layer x head", "layer x head x pos", "layer x neuron", "layer". `value` is "clean" (written into the
+    corrupted run) or, written into the clean run, "corrupted" (noising), "zero", "mean" over the clean prompts,
+    Mean(reference=prompts), a tensor, a cache, or a function of (activation, point). `resume` names a file in which
+    finished parts are kept, so that an interrupted sweep goes on.
+
+    Clean and corrupted prompts of different length can be swept by layer or head: positions are matched at the shared
+    beginning and end, and those between keep their own value. Memory, checks and the plain loop: `hl.engine(...)`.
+
+    Reference: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
+    """
+    site = site_kind(site)
+    axes = settle_by(model, site, by)
+    into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
+    groups = read_pairs(model, clean, corrupted, axes)
+    _check_metric(metric, groups)
+    with torch.no_grad():
+        parts = [
+            _patch_group(model, group, metric, site, axes, value, resume if len(groups) == 1 else None)
+            for group in groups
+        ]
+        if resume is not None and len(groups) > 1:
+            raise InputError("resume= needs prompts of one length; patch each length on its own")
+        clean_values = _other_run(model, groups, metric, into, parts)
+    ends = (clean_values, _in_order(groups, [p.base for p in parts]))
+    clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
+    shape = _shape(model, site, axes, groups)
+    per_pair = _in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
+    errors = torch.tensor([p.largest_error for p in parts])
+    return PatchSweep(
+        per_pair,
+        clean_end,
+        corrupted_end,
+        site,
+        axes,
+        into,
+        _word(value),
+        _labels(model, axes, shape, groups[0]),
+        sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(per_pair),
+        float(errors.max()),
+        sum(p.n_verified for p in parts),
+        parts[0].how,
+    )
+
+
+def _check_metric(metric: Any, groups: list[Pairs]) -> None:
+    if not callable(metric):
+        raise WrongType(
+            f"a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got {metric!r}"
+        )
+    if len(groups) > 1 and not isinstance(metric, ReadingMetric):
+        raise InputError(
+            f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one tensor; "
+            "use a built-in metric, or prompts of one length"
+        )
+
+
+def _patch_group(model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], value: Value, resume) -> Outcome:
+    into, other = (
+        (group.corrupted, group.clean) if value is _CLEAN or _word(value) == "clean" else (group.clean, group.corrupted)
+    )
+    written = _written(model, group, into, other, site, value)
+    made = plan(model, into, site, written, by=by)
+    return execute(made, _for(metric, group), resume=resume)
+
+
+_CLEAN = "clean"
+
+
+def _for(metric: Any, group: Pairs) -> Any:
+    """The metric for a group's pairs, where there are several groups."""
+    if not isinstance(metric, ReadingMetric) or len(metric.reads.pos) == 1 or len(metric.reads.pos) == len(group.index):
+        return metric
+    if max(group.index) >= len(metric.reads.pos):
+        return metric  # too few answers: the reader says so
+    return metric.pairs(torch.tensor(group.index))
+
+
+def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:
+    """What a plan takes as values: other tokens, activations by point, or a function."""
+    if isinstance(value, str):
+        if value not in _WORDS:
+            raise did_you_mean("value to write", value, _WORDS)
+        if value in ("clean", "corrupted"):
+            return other if group.aligned else _aligned(model, into, other, site)
+        if value == "zero":
+            return lambda act, name: torch.zeros_like(act)
+        if len(into) < 2:
+            raise InputError(
+                "value='mean' is the mean over the pairs, and there is one pair; give more, or "
+                "value=hl.Mean(reference=prompts)"
+            )
+        return lambda act, name: act.mean(0, keepdim=True)
+    if isinstance(value, Mean):
+        return _mean_of(model, value, into, site)
+    if isinstance(value, Tensor):
+        return lambda act, name: value
+    return value
+
+
+def _mean_of(model, value: Mean, into: Tensor, site: str) -> dict[str, Tensor]:
+    """Position by position where the reference prompts have the patched prompts' length, else over all positions."""
+    names = [f"blocks.{layer}.{SITES[site].point}" for layer in range(model.cfg.n_layers)]
+    rows = rows_of(model, value.reference, "reference")
+    caches = [model.run_with_cache(row[None], names=names)[1] for row in rows]
+    if all(len(row) == into.shape[1] for row in rows):
+        return {name: torch.stack([cache[name][0] for cache in caches]).mean(0, keepdim=True) for name in names}
+    if site == "pattern":
+        raise InputError("a mean pattern needs reference prompts of the patched prompts' length")
+    return {name: torch.cat([cache[name][0] for cache in caches]).mean(0)[None, None] for name in names}
+
+
+def _aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]:
+    """The other run's activations at the positions that both prompts share, the base run's own between."""
+    if site == "pattern":
+        raise InputError("patterns of prompts of different length cannot be matched; patch z, or re-word the prompts")
+    layers = range(model.cfg.n_layers)
+    mine, theirs = (base_run(model, tokens, site, layers).acts for tokens in (into, other))
+    names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
+    out = {}
+    for layer, name in names.items():
+        out[name] = mine[layer].clone()
+        for pair in range(len(into)):
+            first, last = common_ends(into[pair], other[pair])
+            out[name][pair, :first] = theirs[layer][pair, :first]
+            if last:
+                out[name][pair, -last:] = theirs[layer][pair, -last:]
+    return out
+
+
+def _other_run(model, groups: list[Pairs], metric: Any, into: str, parts: list[Outcome]) -> Float[Tensor, "pair"]:
+    """The metric of the run that is not patched."""
+    found = []
+    for group in groups:
+        tokens: Int[Tensor, "pair pos"] = group.clean if into == "corrupted" else group.corrupted
+        stream = model(tokens, stop_at_layer=model.cfg.n_layers)
+        found.append(Reader(model, _for(metric, group), stream).base)
+    return _in_order(groups, found)
+
+
+def _in_order(groups: list[Pairs], parts: list[Tensor]) -> Tensor:
+    """Rows of all groups in the order in which the pairs were given."""
+    index = torch.tensor([i for group in groups for i in group.index])
+    return torch.cat(parts)[index.argsort().to(parts[0].device)]
+
+
+def _shape(model, site: str, by: tuple[str, ...], groups: list[Pairs]) -> tuple[int, ...]:
+    cfg = model.cfg
+    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
+    sizes = {"layer": cfg.n_layers, "pos": groups[0].clean.shape[1], "head": heads, "neuron": cfg.d_mlp}
+    return tuple(sizes[axis] for axis in by)
+
+
+def _labels(model, by: tuple[str, ...], shape: tuple[int, ...], group: Pairs) -> dict[str, list[str]]:
+    prefix = {"layer": "L", "head": "H", "neuron": "N"}
+    labels = {
+        axis: [f"{prefix[axis]}{i}" for i in range(n)] for axis, n in zip(by, shape, strict=True) if axis != "pos"
+    }
+    if "pos" in by:
+        pairs = zip(show(model, group.clean[0]), show(model, group.corrupted[0]), strict=True)
+        labels["pos"] = [a if a == b else f"{a} |{b}" for a, b in pairs]
+    return labels
+
+
+def _word(value: Value) -> str:
+    if isinstance(value, str):
+        return value
+    return "mean of reference" if isinstance(value, Mean) else "given value"
+
+
+def demo(model: "HookedTransformer") -> PatchSweep:
+    """A resid_pre sweep on two short prompts that differ in one token; any model, no tokenizer needed."""
+    n = min(8, model.cfg.n_ctx)
+    clean = torch.arange(1, n + 1, device=model.device)[None] % model.cfg.d_vocab
+    corrupted = clean.clone()
+    corrupted[0, n // 2] = (clean[0, n // 2] + 1) % model.cfg.d_vocab
+    with torch.no_grad():
+        best = int(model(clean, logits_at=-1)[0, 0].argmax())
+
+    def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
+        return logits[:, -1, best]
+
+    return patch(model, clean, corrupted, logit)

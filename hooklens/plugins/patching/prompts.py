@@ -1,0 +1,102 @@
+"""Prompt pairs: texts or tokens, brought to tensors, grouped by length, with errors that say where they part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Prompts = str | Sequence[str] | Sequence[int] | Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Prompt pairs of one length: `index` says which of the user's pairs they are."""
+
+    index: tuple[int, ...]
+    clean: Int[Tensor, "pair pos"]
+    corrupted: Int[Tensor, "pair other_pos"]
+
+    @property
+    def aligned(self) -> bool:
+        """Has every clean prompt as many tokens as its corrupted one?"""
+        return self.clean.shape == self.corrupted.shape
+
+
+def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, by: Sequence[str]) -> list[Pairs]:
+    """The pairs grouped by their two lengths; by position there must be one group, and both lengths equal."""
+    left, right = rows_of(model, clean, "clean"), rows_of(model, corrupted, "corrupted")
+    if len(left) != len(right):
+        raise InputError(
+            f"clean and corrupted are patched pair by pair, got {len(left)} clean and {len(right)} corrupted prompts"
+        )
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        if len(a) != len(b) and "pos" in by:
+            raise InputError(_part(model, a, b))
+        groups.setdefault((len(a), len(b)), []).append(i)
+    if "pos" in by and len(groups) > 1:
+        lengths = sorted(n for n, _ in groups)
+        raise InputError(
+            f"prompts patched by position must all have the same number of tokens, got {lengths}; "
+            "patch each length on its own, or sweep by layer or by head"
+        )
+    return [
+        Pairs(tuple(index), torch.stack([left[i] for i in index]), torch.stack([right[i] for i in index]))
+        for index in groups.values()
+    ]
+
+
+def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int[Tensor, "pos"]]:
+    """Each prompt's token ids."""
+    if isinstance(prompts, Tensor):
+        if prompts.is_floating_point() or prompts.ndim not in (1, 2):
+            raise WrongType(f"{name} tokens are integers [pair pos], got {prompts.dtype} {list(prompts.shape)}")
+        return list(torch.atleast_2d(prompts).to(model.device))
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, Sequence) and len(prompts) and all(isinstance(p, str) for p in prompts):
+        return [model.to_tokens(p)[0] for p in prompts]
+    try:
+        rows = [torch.as_tensor(row, device=model.device) for row in prompts]
+    except (TypeError, ValueError) as error:
+        raise WrongType(f"{name} is a text, a list of texts, or token ids; got {prompts!r:.80}") from error
+    if rows and all(row.ndim == 0 for row in rows):
+        rows = [torch.stack(rows)]
+    if not rows or any(row.ndim != 1 or not len(row) for row in rows):
+        raise InputError(f"{name} must hold at least one prompt of at least one token, got {prompts!r:.80}")
+    return rows
+
+
+def common_ends(a: Int[Tensor, "pos"], b: Int[Tensor, "other_pos"]) -> tuple[int, int]:
+    """How many tokens two prompts share at their beginning, and at their end without counting any twice.
+
+    >>> common_ends(torch.tensor([1, 2, 3, 9]), torch.tensor([1, 2, 4, 5, 9]))
+    (2, 1)
+    """
+    n = min(len(a), len(b))
+    first = next((i for i in range(n) if a[i] != b[i]), n)
+    last = next((i for i in range(n - first) if a[-1 - i] != b[-1 - i]), n - first)
+    return first, last
+
+
+def show(model: "HookedTransformer", ids: Any) -> list[str]:
+    """Each token as text, or as its number where the model has no tokenizer."""
+    ids = torch.as_tensor(ids)
+    return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)
+
+
+def _part(model: "HookedTransformer", a: Tensor, b: Tensor) -> str:
+    at = common_ends(a, b)[0]
+    shown = " | ".join(repr(show(model, row[at : at + 1])[0]) if at < len(row) else "(end)" for row in (a, b))
+    return (
+        f"clean and corrupted must tokenise to the same length to be patched by position, got {len(a)} and {len(b)} "
+        f"tokens (first difference at {at}: {shown}); re-word the prompts or patch by layer only (by='layer')"
+    )
