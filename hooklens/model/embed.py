@@ -10,7 +10,7 @@ from hooklens.model.config import DividedScaling, HookedTransformerConfig, Rotar
 from hooklens.model.linear import Linear
 
 Stream = Float[Tensor, "batch pos d_model"]
-Angles = Float[Tensor, "*batch pos half"]
+Angles = Float[Tensor, "*batch pos turned"]
 
 
 class Embedding(nn.Embedding):
@@ -96,11 +96,11 @@ class SinusoidalPositions(nn.Module):
 def rotary_tables(
     made: Rotary, d_head: int, positions: Int[Tensor, "*batch pos"], dtype: torch.dtype
 ) -> tuple[Angles, Angles]:
-    """Cosines and sines of position times frequency, frequency base^(-2i/dim) (Su et al. 2021, equation 15).
+    """Cosines and signed sines of position times frequency, frequency base^(-2i/dim) (Su et al. 2021, equation 15).
 
     >>> cos, sin = rotary_tables(Rotary(), 4, torch.tensor([0, 1]), torch.float32)
-    >>> cos[0].tolist(), sin[0].tolist()
-    ([1.0, 1.0], [0.0, 0.0])
+    >>> cos[0].tolist(), sin[1].tolist()
+    ([1.0, 1.0, 1.0, 1.0], [-0.841..., -0.0099..., 0.841..., 0.0099...])
     """
     dim = made.dim or d_head
     if dim > d_head or dim % 2:
@@ -114,21 +114,19 @@ def rotary_tables(
     elif made.scaling is not None:
         freq = made.scaling.scale(freq)
     angle = positions[..., None].to(wide) * freq
-    return (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
+    cos, sin = (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
+    if made.interleaved:
+        return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(
     x: Float[Tensor, "batch pos head d_head"], cos: Angles, sin: Angles, interleaved: bool
 ) -> Float[Tensor, "batch pos head d_head"]:
     """Each pair of dimensions turned by its angle (Su et al. 2021, equation 34); dimensions past the tables stay."""
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-        pair = (first * cos - second * sin, second * cos + first * sin)
-        out = torch.stack(pair, dim=-1).flatten(-2)
-    else:
-        first, second = turned[..., :half], turned[..., half:]
-        out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
+    dim = cos.shape[-1]
+    turned = x if dim == x.shape[-1] else x[..., :dim]
+    # (a, b) becomes (a cos - b sin, b cos + a sin): each number times cos, plus its partner times the signed sine.
+    partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else turned.roll(dim // 2, -1)
+    out = torch.addcmul(turned * cos.unsqueeze(-2), partner, sin.unsqueeze(-2))
+    return out if turned is x else torch.cat((out, x[..., dim:]), dim=-1)

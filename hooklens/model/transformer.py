@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,7 +121,7 @@ class HookedTransformer(HookedModule):
         if start_at is None:
             x = self.embed_input(x, ctx)
         late = stop_at is None and chosen is not None and start < self.cfg.n_layers
-        narrow = late and not edited_elsewhere(self._late_points())
+        narrow = late and not edited_elsewhere(self._late_points)
         for layer in range(start, stop):
             last = narrow and layer == self.cfg.n_layers - 1
             x = self.blocks[layer](x, ctx.narrowed(chosen) if last else ctx)
@@ -143,6 +144,7 @@ class HookedTransformer(HookedModule):
         x = x if self.ln_final is None else self.ln_final(x)
         return self.unembed(x if ctx is None else ctx.select(x))
 
+    @cached_property  # looked at in every step of a generation
     def _late_points(self) -> list[HookPoint]:
         final = [] if self.ln_final is None else [self.ln_final.hook_scale, self.ln_final.hook_normalized]
         return self.blocks[-1].query_points() + final
