@@ -1,1 +1,90 @@
+"""The methods, and the registry in which ours and other people's are found: the entry-point group hooklens.plugins."""
 
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import Any
+
+from hooklens.core.errors import InputError, Unavailable, did_you_mean
+
+__all__ = ["PluginInfo", "available", "find"]
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One registered plugin: what it is called, where it lives, and why it cannot be used, if it cannot."""
+
+    name: str
+    module: str
+    package: str
+    summary: str
+    error: str | None = None
+
+    def load(self) -> ModuleType:
+        """The plugin's module; one that does not import raises with what its import raised."""
+        try:
+            return importlib.import_module(self.module)
+        except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+            raise Unavailable(
+                f"the plugin {self.name!r} was asked for, but importing {self.module!r} raised "
+                f"{type(error).__name__}: {error}; repair or uninstall the package {self.package!r}"
+            ) from error
+
+    def demo(self) -> Callable[[Any], Any]:
+        """The plugin's `demo(model) -> Result`."""
+        found = getattr(self.load(), "demo", None)
+        if not callable(found):
+            raise InputError(
+                f"the plugin {self.name!r} has no demo(model) in {self.module}; add one that returns a Result"
+            )
+        return found
+
+
+def available() -> list[PluginInfo]:
+    """Every registered plugin, by name; one that does not import is listed with its error and stops nobody.
+
+    >>> [info.name for info in available() if info.package == "hooklens"]
+    ['patching'...]
+    """
+    return sorted(map(_info, _entries()), key=lambda info: (info.name, info.package))
+
+
+def find(name: str) -> PluginInfo:
+    """The plugin of that name; an unknown one raises with the nearest, a name that two packages use with both.
+
+    >>> find("patching").module
+    'hooklens.plugins.patching.activation'
+    """
+    entries = _entries()
+    found = [_info(entry) for entry in entries if entry.name == name]
+    if not found:
+        raise did_you_mean("plugin", name, sorted({entry.name for entry in entries}))
+    if len(found) > 1:
+        raise InputError(
+            f"the plugin {name!r} is declared by {len(found)} packages ({', '.join(info.package for info in found)}); "
+            "uninstall all but one"
+        )
+    return found[0]
+
+
+def _entries() -> list[EntryPoint]:
+    from hooklens.result_file import GROUP  # it writes and reads files, which a list of names should not wait for
+
+    return list(importlib.metadata.entry_points(group=GROUP))
+
+
+def _info(entry: EntryPoint) -> PluginInfo:
+    package = entry.dist.name if entry.dist else entry.module.partition(".")[0]
+    info = PluginInfo(entry.name, entry.module, package, summary="")
+    if entry.attr:
+        return replace(info, error=f"its entry point {entry.value!r} names an object; it must name a module")
+    try:
+        lines = (inspect.getdoc(info.load()) or "").splitlines()
+    except Unavailable as error:
+        cause = error.__cause__
+        return replace(info, error=f"{type(cause).__name__}: {cause}")
+    return replace(info, summary=lines[0] if lines else "")
