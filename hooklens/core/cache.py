@@ -96,7 +96,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "ActivationCache":
         """The cache on another device, or its floating-point entries in another dtype."""
-        return self.map(lambda name, act: act.to(device=device, dtype=dtype if act.is_floating_point() else None))
+        return self.map(lambda name, act: converted(act, device, dtype))
 
     def slice(
         self, *, batch: Index | None = None, pos: Index | None = None, layers: int | Sequence[int] | None = None
@@ -376,6 +376,16 @@ def axes_or_none(name: str) -> tuple[str, ...] | None:
         return axes(name.removesuffix("_grad"))
     except KeyError:
         return None
+
+
+def converted(act: Tensor, device, dtype: torch.dtype | None) -> Tensor:
+    """The activation elsewhere, or in another dtype if it is floating-point; what it repeats stays one.
+
+    >>> converted(torch.ones(2, 1).expand(2, 500), None, torch.float64).untyped_storage().nbytes()
+    16
+    """
+    once = act[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in act.stride())]
+    return once.to(device=device, dtype=dtype if act.is_floating_point() else None).expand(act.shape)
 
 
 def _identity(act: Tensor) -> tuple:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hooklens.core.cache import ActivationCache
+from hooklens.core.cache import ActivationCache, converted
 from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
 from hooklens.core.names import LAZY, Where, parse, resolve
 
@@ -79,8 +79,7 @@ class _Capture:
         # One tensor that stands at two points (resid_post, the next resid_pre) is moved once and stays one.
         known = self.moved.get(id(act))
         if known is None or known[0]() is not act:
-            dtype = self.dtype if kept.is_floating_point() else None
-            known = self.moved[id(act)] = (weakref.ref(act), kept.to(device=self.device, dtype=dtype))
+            known = self.moved[id(act)] = (weakref.ref(act), converted(kept, self.device, self.dtype))
         return known[1]
 
 
