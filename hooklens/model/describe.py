@@ -1,0 +1,362 @@
+"""What a model is made of and what it costs: parameters, shapes, work and memory, as formulas and as numbers."""
+
+import html
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.names import LAZY, axes, parse
+from hooklens.model.config import HookedTransformerConfig, VectorEmbed
+from hooklens.model.diagram import draw
+from hooklens.model.kv_cache import Context
+from hooklens.model.transformer import HookedTransformer
+from hooklens.result import Result
+from hooklens.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.model.attention import Attention
+
+# Floating-point operations of each matrix product, a multiplication and an addition counted as two, over all layers.
+# Elementwise work (norms, softmax, activations) is left out, as in torch.utils.flop_counter.
+_WORK = {
+    "attn.q": "2 L n d h e",
+    "attn.k": "2 L n d g e",
+    "attn.v": "2 L n d g e",
+    "attn.scores": "2 L n n h e",
+    "attn.z": "2 L n n h e",
+    "attn.o": "2 L n d h e",
+    "mlp.in_": "2 L n d m",
+    "mlp.gate": "2 L n d m",
+    "mlp.out": "2 L n d m",
+    "unembed.linear": "2 n d V",
+}
+# Numbers that each component puts out, over all layers.
+_HELD = {
+    "embed": "n d",
+    "pos_embed": "n d",
+    "attn.q": "L n h e",
+    "attn.q_norm": "L n h e",
+    "attn.k": "L n g e",
+    "attn.k_norm": "L n g e",
+    "attn.v": "L n g e",
+    "attn.scores": "L n n h",
+    "attn.z": "L n h e",
+    "attn.o": "L n d",
+    "mlp.in_": "L n m",
+    "mlp.gate": "L n m",
+    "mlp.out": "L n d",
+    "ln_final": "n d",
+    "unembed.linear": "n V",
+    **dict.fromkeys(("ln1", "ln2", "ln1_post", "ln2_post"), "L n d"),
+}
+_AXES = {
+    "head": "h",
+    "kv_head": "g",
+    "d_model": "d",
+    "d_head": "e",
+    "d_mlp": "m",
+    "d_vocab": "V",
+    "one": "1",
+    "batch": "1",
+    **dict.fromkeys(("pos", "query_pos", "key_pos"), "n"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Component(Result):
+    """One kind of part, all layers together. `flops` and `bytes` are those of one sequence of n tokens."""
+
+    name: str
+    parameters: int
+    flops_formula: str
+    flops: int
+    memory_formula: str
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stage(Result):
+    """The tensor at one hook point: its axes, and their sizes for one sequence of n tokens."""
+
+    point: str
+    axes: str
+    shape: list[int]
+    lazy: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Timing(Result):
+    """Seconds that one layer's attention took at each length: the four projections, and scores with their mixing."""
+
+    lengths: Int[Tensor, "length"]
+    projections: Float[Tensor, "length"]
+    scores: Float[Tensor, "length"]
+    projections_formula: Float[Tensor, "length"]
+    scores_formula: Float[Tensor, "length"]
+
+    def table(self, n: int | None = None) -> Table:
+        """Measured seconds beside those of the formula at the rate (operations a second) that fits it best."""
+        columns = ("n", "projections ms", "by formula", "scores ms", "by formula")
+        parts = (self.projections, self.projections_formula, self.scores, self.scores_formula)
+        rows = zip(self.lengths.tolist(), *((part * 1e3).tolist() for part in parts), strict=True)
+        return Table(columns, list(rows)).head(n)
+
+    def figure(self) -> Any:
+        """Measured and computed seconds against length."""
+        from hooklens import viz
+
+        drawn = {
+            "projections, measured": self.projections,
+            "projections, formula": self.projections_formula,
+            "scores, measured": self.scores,
+            "scores, formula": self.scores_formula,
+        }
+        return viz.lines({k: v * 1e3 for k, v in drawn.items()}, x=self.lengths, x_title="n", y_title="ms a layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Description(Result):
+    """What `describe` found. `sizes` says what each letter of the formulas is.
+
+    `crossover` is the length from which a layer's attention scores cost more operations than its q, k, v and o
+    projections, `crossover_layer` that from which they cost more than projections and MLP together.
+    """
+
+    model_name: str
+    n: int
+    sizes: dict[str, int]
+    components: list[Component]
+    stages: list[Stage]
+    crossover: float
+    crossover_layer: float
+    timing: Timing | None
+
+    @property
+    def parameters(self) -> int:
+        """All of them; a weight that two parts share counts once."""
+        return sum(c.parameters for c in self.components)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a forward pass over one sequence of n tokens."""
+        return sum(c.flops for c in self.components)
+
+    def table(self, n: int | None = None) -> Table:
+        """A row a component, then their sum."""
+        columns = ("component", "parameters", "FLOPs", f"at n={self.n}", "activations", f"MiB at n={self.n}")
+        rows = [
+            (c.name, c.parameters, c.flops_formula, c.flops, c.memory_formula, c.bytes / 2**20) for c in self.components
+        ]
+        rows.append(("total", self.parameters, "", self.flops, "", sum(c.bytes for c in self.components) / 2**20))
+        return Table(columns, rows).head(n)
+
+    def stage_table(self) -> Table:
+        """A row a hook point: axes and sizes. Lazy points are computed only while somebody listens."""
+        rows = [(s.point, s.axes, " x ".join(map(str, s.shape)), "lazy" if s.lazy else "") for s in self.stages]
+        return Table(("point", "axes", f"shape at n={self.n}", ""), rows)
+
+    def figure(self) -> Any:
+        """The timing curve beside its formula, where one was measured."""
+        if self.timing is None:
+            raise InputError("figure() draws measured times; ask for them with describe(model, lengths=(64, 128, 256))")
+        return self.timing.figure()
+
+    def diagram(self) -> str:
+        """The stages from tokens to logits, as SVG."""
+        return draw(self.model_name, [(s.point, s.axes, s.shape) for s in self.stages], self.sizes["L"])
+
+    def to_html(self) -> str:
+        """Diagram and tables as a piece of HTML that loads nothing."""
+        legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
+        tables = [self.table(), self.stage_table()] + ([] if self.timing is None else [self.timing.table()])
+        note = (
+            f"{html.escape(legend)}. Scores overtake the projections from n = {self.crossover:.0f}, projections and "
+            f"MLP together from n = {self.crossover_layer:.0f}."
+        )
+        return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}</div>"
+
+    _repr_html_ = to_html
+
+
+def describe(
+    model: HookedTransformer | HookedTransformerConfig, *, n: int | None = None, lengths: Sequence[int] = ()
+) -> Description:
+    """What is this model made of, and what does each part cost on a sequence of `n` tokens?
+
+    A configuration is described without making its weights. With `lengths` attention is timed on this machine too.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = describe(tiny_model(), n=16)
+    >>> found.parameters == sum(p.numel() for p in tiny_model().parameters()), found.crossover
+    (True, 16.0)
+    >>> print(found.table(5))
+    component  parameters  FLOPs     at n=16  activations  MiB at n=16
+    embed              88                  0  n d            0.0004883
+    pos_embed         256                  0  n d            0.0004883
+    ln1                32                  0  L n d          0.0009766
+    attn.q            144  2 L n d²     4096  L n d          0.0009766
+    attn.k            144  2 L n d²     4096  L n d          0.0009766
+    """
+    built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
+    cfg = built.cfg
+    length = min(cfg.n_ctx, 128) if n is None else n
+    if length < 1:
+        raise InputError(f"n is a number of tokens, at least 1, got {n}")
+    sizes = {"L": cfg.n_layers, "n": length, "d": cfg.d_model, "h": cfg.n_heads, "g": cfg.n_key_value_heads}
+    sizes |= {"e": cfg.d_head, "m": cfg.d_mlp, "V": cfg.d_vocab_out}
+    if isinstance(cfg.embed, VectorEmbed):
+        sizes["i"] = cfg.embed.d_in
+    return Description(
+        model_name=cfg.model_name,
+        n=length,
+        sizes=sizes,
+        components=[_component(name, count, sizes, built.dtype) for name, count in _counts(built).items()],
+        stages=_stages(built, sizes),
+        crossover=_crossover(cfg),
+        crossover_layer=_crossover(cfg, mlp=True),
+        timing=_timed(built, lengths) if lengths else None,
+    )
+
+
+def position_figure(model: HookedTransformer, *, n: int | None = None) -> Any:
+    """The position embedding as a heat map, position by dimension: learned, or sines and cosines."""
+    from hooklens import viz
+
+    table = model.W_pos.detach()[:n]
+    return viz.heatmap(
+        table, x_title="dimension", y_title="position", title=f"position embedding of {model.cfg.model_name}"
+    )
+
+
+def _counts(model: HookedTransformer) -> dict[str, int]:
+    """Parameters a component, in forward order; scores and their mixing with values have none."""
+    counts: dict[str, int] = {}
+    owned = {id(p): p.numel() for p in model.parameters()}
+    for name, module in model.named_modules():
+        kind = re.sub(r"^blocks\.\d+\.", "", name)
+        if kind == "attn.o":
+            counts |= {"attn.scores": 0, "attn.z": 0}
+        own = [owned.pop(id(p), 0) for p in module.parameters(recurse=False)]
+        if own or kind in _HELD:
+            counts[kind] = counts.get(kind, 0) + sum(own)
+    return counts
+
+
+def _component(name: str, parameters: int, sizes: dict[str, int], dtype: torch.dtype) -> Component:
+    work = "2 n i d" if name == "embed" and "i" in sizes else _WORK.get(name, "")
+    held = _HELD.get(name, "")
+    return Component(
+        name=name,
+        parameters=parameters,
+        flops_formula=formula(work, sizes),
+        flops=_value(work, sizes),
+        memory_formula=formula(held, sizes),
+        bytes=_value(held, sizes) * dtype.itemsize,
+    )
+
+
+def formula(product: str, sizes: dict[str, int]) -> str:
+    """A product with what is equal written alike: h e as d, m as a multiple of d, where they are.
+
+    >>> formula("2 L n d m", {"d": 8, "m": 32, "h": 2, "g": 2, "e": 4})
+    '8 L n d²'
+    >>> formula("2 n n h e", {"d": 8, "m": 32, "h": 2, "g": 1, "e": 3})
+    '2 n² h e'
+    """
+    if not product:
+        return ""
+    factor, letters = 1, []
+    for symbol in product.split():
+        if symbol.isdigit():
+            factor *= int(symbol)
+        elif symbol == "m" and sizes["m"] % sizes["d"] == 0:
+            factor, letters = factor * (sizes["m"] // sizes["d"]), [*letters, "d"]
+        else:
+            letters.append("h" if symbol == "g" and sizes["g"] == sizes["h"] else symbol)
+    if {"h", "e"} <= set(letters) and sizes["h"] * sizes["e"] == sizes["d"]:
+        letters = [*(letter for letter in letters if letter not in "he"), "d"]
+    powers = {letter: letters.count(letter) for letter in "LnihgemdV" if letter in letters}
+    shown = [letter + ("", "²", "³")[power - 1] for letter, power in powers.items()]
+    return " ".join([str(factor)] * (factor != 1) + shown)
+
+
+def _value(product: str, sizes: dict[str, int]) -> int:
+    return math.prod(int(s) if s.isdigit() else sizes[s] for s in product.split()) if product else 0
+
+
+def _crossover(cfg: HookedTransformerConfig, *, mlp: bool = False) -> float:
+    """The n from which scores and mixing cost more than the projections (and the MLP).
+
+    A layer's scores and mixing are 2 n² h e each; q and o are 2 n d h e each, k and v 2 n d g e, each matrix of the MLP
+    2 n d m. So 4 n² h e > 4 n d e (h + g) from n = d (h + g) / h on: 2 d with as many key as query heads. With k MLP
+    matrices it is n = d (h + g) / h + k d m / (2 h e). The whole square is counted; a kernel that skips its causal half
+    gets there at twice that n.
+    """
+    heads, groups = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
+    projections = cfg.d_model * (heads + groups) / heads
+    matrices = 0 if cfg.attn_only or not mlp else 3 if cfg.gated_mlp else 2
+    return projections + matrices * cfg.d_model * (cfg.d_mlp or 0) / (2 * heads * cfg.d_head)
+
+
+def _stages(model: HookedTransformer, sizes: dict[str, int]) -> list[Stage]:
+    names = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.N.", name) for name in model.hook_names())
+    stages = []
+    for name in names:
+        numbered = name.replace("blocks.N.", "blocks.0.")
+        found, known = axes(numbered), parse(numbered)
+        letters = [_AXES[axis] for axis in found]
+        shape = [1 if letter == "1" else sizes[letter] for letter in letters]
+        stages.append(Stage(name, " ".join(found), shape, known is not None and known.name in LAZY))
+    return stages
+
+
+def _timed(model: HookedTransformer, lengths: Sequence[int]) -> Timing:
+    if model.device.type == "meta":
+        raise InputError("lengths= times attention, which needs weights; pass a model instead of its configuration")
+    if min(lengths) < 1:
+        raise InputError(f"lengths are numbers of tokens, at least 1, got {min(lengths)}")
+    cfg, attn = model.cfg, model.blocks[0].attn
+    measured = torch.tensor([_attention_seconds(attn, n, model) for n in lengths], dtype=torch.float64)
+    at = torch.tensor(list(lengths))
+    per_token = 4 * cfg.d_model * cfg.d_head * (cfg.n_heads + (cfg.n_key_value_heads or cfg.n_heads))
+    work = torch.stack((at * per_token, 4 * at**2 * cfg.n_heads * cfg.d_head), dim=1).double()
+    # One rate a part: the one at which formula and measurement agree over all lengths, as ratios.
+    rate = (work / measured).log().mean(0).exp()
+    return Timing(at, *(column.clone() for column in (*measured.T, *(work / rate).T)))
+
+
+def _attention_seconds(attn: "Attention", n: int, model: HookedTransformer) -> tuple[float, float]:
+    x = torch.randn(1, n, model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    ctx = Context(torch.arange(n, device=model.device))
+    with torch.no_grad():
+        q, k, v = attn.project(x, ctx, (None, None, None))
+        view = ctx.view(attn.mask)
+        z = attn.mix(q, k, v, view)
+
+        def project() -> None:
+            for linear in (attn.q, attn.k, attn.v):
+                linear(x)
+            attn.o(z.flatten(2))
+
+        return _seconds(project), _seconds(lambda: attn.mix(q, k, v, view))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    return statistics.median(once() for _ in range(7))
