@@ -68,7 +68,7 @@ def test_gradients_are_those_of_transformers(name):
 
 @every_family
 def test_every_parameter_was_used(name):
-    """A weight that were loaded into the wrong place of the same shape would show in the logits; one unused, only here."""
+    """A weight in the wrong place shows in the logits; one that was never read shows only here."""
     model = tiny(name, torch.float64)
     model(tiny_tokens(2, 8)).square().mean().backward()
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

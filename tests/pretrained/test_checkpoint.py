@@ -1,0 +1,165 @@
+"""Our own checkpoints: what was saved comes back, bit for bit; what is damaged or foreign does not come at all."""
+
+import json
+import stat
+
+import pytest
+import torch
+from families import FAMILIES, tiny, tiny_tokens
+from safetensors.torch import load_file, save_file
+
+from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.model.config import HookedTransformerConfig, LinearScore, Rotary, VectorEmbed
+from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from hooklens.pretrained.folding import fold_ln
+from hooklens.pretrained.load import load
+from hooklens.pretrained.safetensors_file import read_header
+from hooklens.pretrained.tokenizer import tiny_tokenizer
+from hooklens.testing import tiny_model
+
+
+def equal(one: HookedTransformer, other: HookedTransformer) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return one.cfg == other.cfg and mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("form", ["tiny.safetensors", "folder"])
+def test_a_model_comes_back_bit_for_bit(name, form, tmp_path):
+    model = tiny(name)
+    save_checkpoint(model, tmp_path / form)
+    again = load(tmp_path / form)
+    assert equal(again, model)
+    assert torch.equal(again(tiny_tokens()), model(tiny_tokens()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_dtype_is_kept_unless_another_is_asked_for(dtype, tmp_path):
+    save_checkpoint(tiny("llama").to(dtype), tmp_path / "m.safetensors")
+    assert load(tmp_path / "m.safetensors").dtype == dtype
+    assert load(tmp_path / "m.safetensors", dtype="float32").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block": "post", "positional_embedding_type": "sinusoidal"},
+        {"attn_only": True, "normalization_type": None, "score_fn": LinearScore(), "mask": "none"},
+        {"embed": VectorEmbed(d_in=3), "d_vocab_out": 1},
+        {"positional_embedding_type": (Rotary(10.0), Rotary(20.0, interleaved=True))},
+    ],
+    ids=["post", "attn_only", "vectors", "by layer"],
+)
+def test_every_part_of_a_configuration_comes_back(changes, tmp_path):
+    model = tiny_model(**changes)
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    assert equal(load(tmp_path / "m.safetensors"), model)
+
+
+def test_foldings_are_remembered(tmp_path):
+    model = fold_ln(tiny("gpt2"))
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    assert load(tmp_path / "m.safetensors").cfg.folded == ("fold_ln",)
+
+
+@pytest.mark.parametrize("form", ["m.safetensors", "folder"])
+def test_the_tokenizer_is_saved_along(form, tmp_path):
+    model = tiny("llama")
+    model.tokenizer = tiny_tokenizer("he llo", extra=("<s>",))
+    save_checkpoint(model, tmp_path / form)
+    again = load(tmp_path / form).tokenizer
+    assert again.to_tokens("hello", prepend_bos=True).equal(model.tokenizer.to_tokens("hello", prepend_bos=True))
+
+
+def test_names_of_the_state_dict_are_the_format_and_a_tied_weight_is_stored_once(tmp_path):
+    save_checkpoint(tiny("mistral"), tmp_path / "m.safetensors")
+    file = read_header(tmp_path / "m.safetensors")
+    assert "blocks.0.attn.q.weight" in file.entries and "unembed.linear.weight" not in file.entries
+    assert HookedTransformerConfig.from_json(json.loads(file.metadata["config"])) == tiny("mistral").cfg
+
+
+def test_a_saved_file_is_readable_as_any_other(tmp_path):
+    save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
+    assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) & 0o444
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def damaged(path, how) -> None:
+    file = read_header(path)
+    path.write_bytes(how(bytearray(path.read_bytes()), min(entry.start for entry in file.entries.values())))
+
+
+def flip(content: bytearray, start: int) -> bytes:
+    content[start + 100] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (lambda content, start: bytes(content[:-10]), "cut short"),
+        (lambda content, start: bytes(content[:40]), "cut short"),
+        (flip, "do not match its own sha256"),
+        (lambda content, start: bytes(content).replace(b"n_layers", b"n_lawyer", 1), "n_lawyer"),
+    ],
+    ids=["truncated", "header truncated", "one bit", "configuration"],
+)
+def test_a_damaged_checkpoint_is_refused(how, said, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(tiny("llama"), path)
+    damaged(path, how)
+    with pytest.raises(FileRefused, match=said):
+        load(path)
+
+
+def test_a_checkpoint_whose_weights_were_exchanged_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(tiny("llama"), path)
+    metadata, weights = read_header(path).metadata, load_file(path)
+    save_file({k: v for k, v in weights.items() if "ln_final" not in k}, path, metadata)
+    with pytest.raises(FileRefused, match=r"lacks 1 of the weights of its own configuration: ln_final.weight"):
+        load(path)
+    save_file(weights | {"ln_final.weight": torch.ones(3)}, path, metadata)
+    with pytest.raises(FileRefused, match=r"ln_final.weight is \[3\] instead of \[32\]"):
+        load(path)
+
+
+def test_a_foreign_safetensors_file_is_refused(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "m.safetensors")
+    with pytest.raises(FileRefused, match=f"no checkpoint that hooklens saved.*{FORMAT}"):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path):
+    model = tiny("llama")
+    model.blocks[0].attn.q = torch.nn.Sequential(model.blocks[0].attn.q)
+    with pytest.raises(InputError, match=r"blocks.0.attn.q.0.weight.*merge adapters"):
+        save_checkpoint(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hooks_are_not_saved(tmp_path):
+    model = tiny("llama")
+    model.add_hook(("z", 0), lambda act, hook: act * 0)
+    save_checkpoint(model, tmp_path / "m.safetensors")
+    assert not torch.equal(load(tmp_path / "m.safetensors")(tiny_tokens()), model(tiny_tokens()))
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(tiny("llama"), path)
+    before = path.read_bytes()
+    monkeypatch.setattr("safetensors.torch.save_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tiny("gpt2"), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(Unavailable, match="the disk is full"):
+        save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
