@@ -152,11 +152,12 @@ class Description(Result):
 
     def table(self, n: int | None = None) -> Table:
         """A row a component, then their sum."""
-        columns = ("component", "parameters", "FLOPs", f"at n={self.n}", "activations", f"MiB at n={self.n}")
+        columns = ("component", "parameters", "FLOPs", f"millions at n={self.n}", "activations", f"MiB at n={self.n}")
         rows = [
-            (c.name, c.parameters, c.flops_formula, c.flops, c.memory_formula, c.bytes / 2**20) for c in self.components
+            (c.name, c.parameters, c.flops_formula, c.flops / 1e6, c.memory_formula, c.bytes / 2**20)
+            for c in self.components
         ]
-        rows.append(("total", self.parameters, "", self.flops, "", sum(c.bytes for c in self.components) / 2**20))
+        rows.append(("total", self.parameters, "", self.flops / 1e6, "", sum(c.bytes for c in self.components) / 2**20))
         return Table(columns, rows).head(n)
 
     def stage_table(self) -> Table:
@@ -199,12 +200,12 @@ def describe(
     >>> found.parameters == sum(p.numel() for p in tiny_model().parameters()), found.crossover
     (True, 16.0)
     >>> print(found.table(5))
-    component  parameters  FLOPs     at n=16  activations  MiB at n=16
-    embed              88                  0  n d            0.0004883
-    pos_embed         256                  0  n d            0.0004883
-    ln1                32                  0  L n d          0.0009766
-    attn.q            144  2 L n d²     4096  L n d          0.0009766
-    attn.k            144  2 L n d²     4096  L n d          0.0009766
+    component  parameters  FLOPs     millions at n=16  activations  MiB at n=16
+    embed              88                      0.0000  n d            0.0004883
+    pos_embed         256                      0.0000  n d            0.0004883
+    ln1                32                      0.0000  L n d          0.0009766
+    attn.q            144  2 L n d²            0.0041  L n d          0.0009766
+    attn.k            144  2 L n d²            0.0041  L n d          0.0009766
     """
     built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
     cfg = built.cfg
@@ -244,7 +245,9 @@ def _counts(model: HookedTransformer) -> dict[str, int]:
     for name, module in model.named_modules():
         kind = re.sub(r"^blocks\.\d+\.", "", name)
         if kind == "attn.o":
-            counts |= {"attn.scores": 0, "attn.z": 0}
+            counts = {**counts, "attn.scores": 0, "attn.z": 0}
+        if kind == "mlp" and hasattr(module, "gate"):
+            counts.setdefault("mlp.gate", 0)  # before mlp.in_, as it is computed
         own = [owned.pop(id(p), 0) for p in module.parameters(recurse=False)]
         if own or kind in _HELD:
             counts[kind] = counts.get(kind, 0) + sum(own)
