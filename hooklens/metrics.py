@@ -48,7 +48,9 @@ class _AtPosition:
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
         """One value a pair, from full logits."""
-        this = self.pairs(torch.arange(logits.shape[0]) if len(self.pos) > 1 else torch.zeros(logits.shape[0]).long())
+        if len(self.pos) not in (1, len(logits)):
+            raise InputError(f"the metric was made for {len(self.pos)} pairs, and got logits of {len(logits)}")
+        this = self.pairs(torch.arange(len(logits)))
         pos, tokens = (None if part is None else part.to(logits.device) for part in this.reads)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         read = logits[rows, pos]
@@ -149,20 +151,17 @@ def logit_diff(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.
     """
     right, wrong = answer_ids(model, answer, "answer"), answer_ids(model, wrong_answer, "wrong_answer")
-    n = max(len(right), len(wrong))
-    return LogitDiff(_positions(pos, n), _fit(right, n), _fit(wrong, n))
+    return LogitDiff(*_one_a_pair(pos=torch.as_tensor(pos), answer=right, wrong_answer=wrong))
 
 
 def prob(model: "HookedTransformer", *, answer: Answers, pos: int | Sequence[int] = -1) -> Prob:
     """The probability that the model gives `answer`, between 0 and 1."""
-    ids = answer_ids(model, answer, "answer")
-    return Prob(_positions(pos, len(ids)), ids)
+    return Prob(*_one_a_pair(pos=torch.as_tensor(pos), answer=answer_ids(model, answer)))
 
 
 def log_prob(model: "HookedTransformer", *, answer: Answers, pos: int | Sequence[int] = -1) -> LogProb:
     """The log-probability that the model gives `answer`, in nats."""
-    ids = answer_ids(model, answer, "answer")
-    return LogProb(_positions(pos, len(ids)), ids)
+    return LogProb(*_one_a_pair(pos=torch.as_tensor(pos), answer=answer_ids(model, answer)))
 
 
 def kl(model: "HookedTransformer", reference: Any, *, pos: int = -1) -> MinusKL:
@@ -170,18 +169,29 @@ def kl(model: "HookedTransformer", reference: Any, *, pos: int = -1) -> MinusKL:
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model(); tokens = torch.tensor([[1, 2, 3]])
-    >>> abs(float(kl(model, tokens)(model(tokens)))) < 1e-6
+    >>> abs(kl(model, tokens)(model(tokens)).item()) < 1e-6
     True
     """
     with torch.no_grad():
         log_probs = model(reference, logits_at=pos)[:, 0].log_softmax(-1)
-    return MinusKL(_positions(pos, len(log_probs)), log_probs)
+    return MinusKL(torch.full((len(log_probs),), pos), log_probs)
 
 
 def loss(model: "HookedTransformer", tokens: Any) -> MinusLoss:
     """Minus the mean next-token cross-entropy on `tokens`, in nats a token (minus, so that higher is better)."""
-    ids = model.to_tokens(tokens) if not isinstance(tokens, Tensor) else tokens
-    return MinusLoss(_positions(-1, len(ids)), torch.atleast_2d(ids))
+    texts = [tokens] if isinstance(tokens, str) else tokens
+    if not isinstance(texts, Tensor) and all(isinstance(text, str) for text in texts):
+        rows = [model.to_tokens(text)[0] for text in texts]
+        if len({len(row) for row in rows}) != 1:
+            raise InputError(
+                f"loss reads every token, so prompts must be of one length, got {[len(row) for row in rows]} tokens; "
+                "patch each length on its own, or use log_prob of the answer"
+            )
+        texts = torch.stack(rows)
+    ids = torch.atleast_2d(torch.as_tensor(texts, device=model.device))
+    if ids.ndim != 2 or ids.shape[1] < 2:
+        raise InputError(f"loss needs prompts [pair pos] of at least two tokens, got {list(ids.shape)}")
+    return MinusLoss(torch.full((len(ids),), -1), ids)
 
 
 def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
@@ -198,11 +208,10 @@ def answer_ids(model: "HookedTransformer", answer: Answers, name: str = "answer"
     return ids
 
 
-def _fit(ids: Tensor, n: int) -> Tensor:
-    if len(ids) not in (1, n):
-        raise InputError(f"answer and wrong_answer are one for all pairs or one a pair, got {len(ids)} and {n}")
-    return ids.expand(n)
-
-
-def _positions(pos: int | Sequence[int], n: int) -> Int[Tensor, "pair"]:
-    return torch.as_tensor(pos).expand(n) if isinstance(pos, int) else torch.as_tensor(pos)
+def _one_a_pair(**given: Tensor) -> list[Int[Tensor, "pair"]]:
+    """Each brought to one value a pair; what is given once holds for all pairs."""
+    n = max(value.numel() for value in given.values())
+    if any(value.ndim > 1 or value.numel() not in (1, n) for value in given.values()):
+        seen = ", ".join(f"{value.numel()} for {name}" for name, value in given.items())
+        raise InputError(f"{' and '.join(given)} are one for all pairs or one a pair, got {seen}")
+    return [value.reshape(-1).expand(n) for value in given.values()]

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
-from hooklens.metrics import ReadingMetric
+from hooklens.metrics import ReadingMetric, Reads
 from hooklens.model.attention import is_plain
 from hooklens.sweeps.rows import Group
 
@@ -29,6 +29,7 @@ class Reader:
             raise WrongType(f"a metric is a function of logits [pair pos d_vocab], got {metric!r}")
         self.model, self.metric, self.stream = model, metric, stream
         self.n_pairs, self.n_pos = stream.shape[:2]
+        self.dtype = torch.promote_types(stream.dtype, torch.float32)  # of values: means over pairs are taken of them
         self.read: Int[Tensor, "pair read"] | None = None
         self.tokens: Int[Tensor, "pair token"] | None = None
         self.by_pair = False
@@ -42,6 +43,7 @@ class Reader:
             self._check_pairs(len(self.metric.reads.pos))
             self.metric = self.metric.pairs(torch.arange(self.n_pairs)) if self.n_pairs > 1 else self.metric
         reads = self.metric.reads
+        self._check_reads(reads)
         pos = torch.as_tensor(reads.pos, device=device)
         pos = torch.where(pos < 0, pos + self.n_pos, pos)
         if bool(((pos < 0) | (pos >= self.n_pos)).any()):
@@ -52,6 +54,15 @@ class Reader:
         self.read = pos.expand(self.n_pairs, -1)
         if reads.tokens is not None:
             self.tokens = torch.as_tensor(reads.tokens, device=device).expand(self.n_pairs, -1)
+
+    def _check_reads(self, reads: Reads) -> None:
+        for name, part in zip(("pos", "tokens"), reads, strict=True):
+            if part is not None and torch.as_tensor(part).ndim != 2:
+                shape = list(torch.as_tensor(part).shape)
+                raise InputError(f"reads.{name} of a metric is [pair {name}], one row a pair; got {shape}")
+        n = self.model.cfg.d_vocab_out
+        if reads.tokens is not None and not 0 <= int(reads.tokens.min()) <= int(reads.tokens.max()) < n:
+            raise InputError(f"the metric reads tokens {reads.tokens.flatten().tolist()!r:.60}; there are 0 to {n - 1}")
 
     def _check_pairs(self, n: int) -> None:
         if n not in (1, self.n_pairs):
@@ -72,11 +83,10 @@ class Reader:
         """Logits of the tokens that are read (of all, if the metric does not say)."""
         model = self.model
         linear = model.unembed.linear
-        if self.tokens is None or not is_plain(linear):
-            full = model.read_out(x)
-            return (
-                full if self.tokens is None else full.gather(2, self.tokens[pair][:, None].expand(-1, x.shape[1], -1))
-            )
+        if self.tokens is None:
+            return model.read_out(x)
+        if not is_plain(linear):
+            return model.read_out(x).gather(2, self.tokens[pair][:, None].expand(-1, x.shape[1], -1))
         normed = x if model.ln_final is None else model.ln_final(x)
         tokens = self.tokens[pair]
         out = torch.einsum("nrd,nkd->nrk", normed, linear.weight[tokens])
@@ -90,19 +100,26 @@ class Reader:
         if self.read is not None:
             x = self.stream[every[:, None], self.read]
             self.base_read = torch.cat([self.logits(x[i : i + 1], every[i : i + 1]) for i in range(self.n_pairs)])
-            return self._checked(self.metric.on_read(self.base_read))
+            return self._checked(self.metric.on_read(self.base_read.clone()))  # a metric may write into what it gets
         self.base_logits = torch.cat([self.model.read_out(self.stream[i : i + 1]) for i in range(self.n_pairs)])
-        return self.on_full(self.base_logits)
+        return self.on_full(self.base_logits.clone())
 
     def on_full(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
         """The metric on full logits of all pairs; one that returns a single number is asked pair by pair."""
-        value = None if self.by_pair else torch.as_tensor(self.metric(logits))
+        value = None if self.by_pair else self._numbers(self.metric(logits))
         if value is None or (value.ndim == 0 and self.n_pairs > 1):
             self.by_pair = True
-            value = torch.stack(
-                [torch.as_tensor(self.metric(logits[i : i + 1])).squeeze() for i in range(self.n_pairs)]
-            )
+            each = [self._numbers(self.metric(logits[i : i + 1])) for i in range(self.n_pairs)]
+            value = torch.stack([one.squeeze() for one in each])
         return self._checked(value)
+
+    def _numbers(self, value: Any) -> Tensor:
+        try:
+            return torch.as_tensor(value, device=self.stream.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise WrongType(
+                f"the metric returned {value!r:.60}; a metric returns one value a pair, or a single number"
+            ) from error
 
     def on_logits(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
         """The metric on full logits, whether or not it says what it reads."""
@@ -114,14 +131,14 @@ class Reader:
         return read if self.tokens is None else read.gather(2, self.tokens[:, None].expand(-1, read.shape[1], -1))
 
     def _checked(self, value: Any) -> Float[Tensor, "pair"]:
-        value = torch.as_tensor(value, device=self.stream.device)
+        value = self._numbers(value)
         value = value[None] if value.ndim == 0 and self.n_pairs == 1 else value
         if value.shape != (self.n_pairs,):
             raise InputError(
                 f"the metric returned shape {list(value.shape)} for {self.n_pairs} prompt pairs; "
                 "a metric returns one value a pair, or a single number"
             )
-        return value.detach().to(self.stream.dtype)
+        return value.detach().to(self.dtype)
 
     def rowwise(self) -> bool:
         """Can values be worked out for any rows, in any order?"""
@@ -136,7 +153,7 @@ class Reader:
             rows = slice(i, i + at_once)
             read = self._with_base(self.logits(x[rows], pair[rows]), pair[rows], start[rows])
             metric = self.metric if self.n_pairs == 1 and len(read) == 1 else self.metric.pairs(pair[rows].cpu())
-            out.append(metric.on_read(read).to(x.dtype))
+            out.append(metric.on_read(read).to(self.dtype))
         return torch.cat(out)
 
     def _with_base(self, read: Tensor, pair: Tensor, start: Tensor) -> Tensor:
@@ -144,7 +161,7 @@ class Reader:
         return torch.where(before[..., None], self.base_read[pair], read) if bool(before.any()) else read
 
     def values_of_patch(self, rows: list[tuple[int, int, Tensor]]) -> Float[Tensor, "pair"]:
-        """The metric of one patch from its rows (pair, start, streams); pairs without a row keep the base run's logits."""
+        """The metric of one patch from its rows (pair, start, streams); other pairs keep the base run's logits."""
         if self.read is not None:
             read = self.base_read.clone()
             for pair, start, x in rows:

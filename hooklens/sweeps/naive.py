@@ -7,7 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.errors import InputError
-from hooklens.core.hooks import edited_elsewhere
+from hooklens.core.hooks import HookFn, edited_elsewhere
+from hooklens.model.attention import Attention
+from hooklens.model.block import BLOCKS, Block
+from hooklens.model.mlp import MLP, GatedMLP
 from hooklens.sweeps.plan import Patch, Plan
 
 if TYPE_CHECKING:
@@ -17,6 +20,11 @@ if TYPE_CHECKING:
 
 def plain_value(plan: Plan, patch: Patch, reader: "Reader") -> Float[Tensor, "pair"]:
     """The metric of one patch, from a whole forward pass with one hook."""
+    return reader.on_logits(plan.model.run_with_hooks(plan.tokens, fwd_hooks=[writing(plan, patch)]))
+
+
+def writing(plan: Plan, patch: Patch) -> tuple[str, HookFn]:
+    """The patch as a hook."""
     region = (slice(None), *plan.region(patch))
     value = plan.values[patch.layer]
 
@@ -24,8 +32,7 @@ def plain_value(plan: Plan, patch: Patch, reader: "Reader") -> Float[Tensor, "pa
         act[region] = value[region]
         return act
 
-    logits = plan.model.run_with_hooks(plan.tokens, fwd_hooks=[(plan.point(patch.layer), write)])
-    return reader.on_logits(logits)
+    return plan.point(patch.layer), write
 
 
 def why_plain(model: "HookedTransformer") -> str | None:
@@ -34,10 +41,21 @@ def why_plain(model: "HookedTransformer") -> str | None:
         return "other hooks are active on this model"
     if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
         return "dropout is on (model.eval() turns it off)"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "torch hooks are on this model's modules"
+    if not all(_is_ours(block) for block in model.blocks):
+        return "a block of this model, or its attention or MLP, is of another class"
     return None
 
 
-def first_nonfinite(model: "HookedTransformer", tokens: Tensor) -> str | None:
+def _is_ours(block: nn.Module) -> bool:
+    """Are the block and its parts those whose seams the engine knows? (Linear layers inside them may be anything.)"""
+    if type(block) not in BLOCKS.values() or not isinstance(block, Block):
+        return False
+    return type(block.attn) is Attention and type(block.mlp) in (MLP, GatedMLP, type(None))
+
+
+def first_nonfinite(model: "HookedTransformer", tokens: Tensor, *edits: tuple[str, HookFn]) -> str | None:
     """The first hook point that holds NaN or an infinity (masked scores apart), None if all are finite.
 
     >>> from hooklens.testing import tiny_model
@@ -53,9 +71,8 @@ def first_nonfinite(model: "HookedTransformer", tokens: Tensor) -> str | None:
             found.append(hook.name)
 
     with torch.no_grad():
-        model.run_with_hooks(
-            tokens, fwd_hooks=[(lambda name: not name.endswith(("_input", "attn_in", "result")), look)]
-        )
+        looking = (lambda name: not name.endswith(("_input", "attn_in", "result")), look)
+        model.run_with_hooks(tokens, fwd_hooks=[*edits, looking])
     return found[0] if found else None
 
 
@@ -71,7 +88,14 @@ def refuse_nan(plan: Plan, values: Float[Tensor, "patch pair"], base: Float[Tens
     for layer, value in plan.values.items():
         if not bool(value.isfinite().all()):
             raise InputError(f"the metric is NaN: the values to write at {plan.point(layer)} are not finite")
-    n = int(values.isnan().any(1).sum())
+    bad = values.isnan().any(1)
+    n, first = int(bad.sum()), int(bad.long().argmax())
+    point = first_nonfinite(plan.model, plan.tokens, writing(plan, plan.patches[first])) if n else None
+    if point is not None:
+        raise InputError(
+            f"the metric is NaN for {n} of {len(values)} patches, the first of them {plan.patches[first]}: with it "
+            f"written, activations are not finite from {point} on"
+        )
     raise InputError(
         f"the metric is NaN for {n} of {len(values)} patches, though every activation is finite: look at the metric"
     )

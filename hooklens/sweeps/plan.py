@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import axes
 from hooklens.model.kv_cache import KVCache
 
@@ -133,10 +133,7 @@ def settle_by(model: "HookedTransformer", site: str, by: str | Sequence[str] | N
         return SITES[site].default_by
     names = tuple(part.strip() for part in by.replace("×", "x").split(" x ")) if isinstance(by, str) else tuple(by)
     names = tuple({"position": "pos", "kv_head": "head", "d_mlp": "neuron"}.get(name, name) for name in names)
-    has = {"layer", "pos"}
-    site_axes = axes(f"blocks.0.{SITES[site].point}")
-    has |= {"head"} if any(axis in site_axes for axis in _HEAD_AXES) else set()
-    has |= {"neuron"} if "d_mlp" in site_axes else set()
+    has = _axes_of(site)
     wrong = [name for name in names if name not in has]
     if wrong or names[:1] != ("layer",) or len(set(names)) != len(names):
         raise InputError(
@@ -163,13 +160,26 @@ def check_patches(model: "HookedTransformer", site: str, patches: Sequence[Patch
     cfg = model.cfg
     heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
     sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
+    has = _axes_of(site)
+    if not patches:
+        raise InputError("patches= is empty; give at least one Patch, or leave it out to sweep the whole grid")
     for patch in patches:
         for name, size in sizes.items():
             value = getattr(patch, name)
-            if value is not None and not 0 <= value < size:
+            if value is not None and name not in has:
+                raise InputError(f"{name} {value} of {site} asked for; {site} has {', '.join(sorted(has))}")
+            if (value is None and name == "layer") or (value is not None and not 0 <= value < size):
                 raise InputError(f"{name} {value} of {site} asked for; there are {name}s 0 to {size - 1}")
 
 
+def _axes_of(site: str) -> set[str]:
+    """What a patch of this site can be narrowed to."""
+    names = axes(f"blocks.0.{SITES[site].point}")
+    has = {"layer", "pos"} | ({"head"} if any(axis in names for axis in _HEAD_AXES) else set())
+    return has | ({"neuron"} if "d_mlp" in names else set())
+
+
+@torch.no_grad()
 def plan(
     model: "HookedTransformer",
     tokens: Int[Tensor, "pair pos"],
@@ -242,7 +252,10 @@ def _values(
 
 
 def _fitted(value: Any, act: Tensor, name: str) -> Tensor:
-    value = torch.as_tensor(value, dtype=act.dtype, device=act.device)
+    try:
+        value = torch.as_tensor(value, dtype=act.dtype, device=act.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(f"the value to write at {name} must be a tensor or a number, got {value!r:.60}") from error
     try:
         return value.expand_as(act)
     except RuntimeError as error:

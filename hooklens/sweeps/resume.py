@@ -1,14 +1,17 @@
-"""Finished bins of a sweep, on disk: an interrupted sweep goes on where it stopped, and only if it is the same sweep."""
+"""Finished bins of a sweep, on disk: an interrupted sweep goes on where it stopped, if it is the same sweep."""
 
+import functools
 import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused
-from hooklens.core.files import write_atomically
+from hooklens.core.files import check_writable, write_atomically
 from hooklens.sweeps.plan import Plan
 
 _FORMAT = "hooklens-sweep-1"
@@ -20,6 +23,7 @@ class Progressed:
     def __init__(self, path: str | Path, key: str, values: Tensor):
         self.path, self.key, self.values = Path(path), key, values
         self.done = torch.zeros(len(values), dtype=torch.bool)
+        check_writable(self.path)
         if self.path.exists():
             self._read()
 
@@ -36,8 +40,11 @@ class Progressed:
                         f"{self.path} belongs to another sweep (other weights, prompts, sites, values or metric); "
                         "delete it or give resume= another path"
                     )
-                self.done = file.get_tensor("done")
-                self.values.copy_(file.get_tensor("values"))
+                done, values = file.get_tensor("done"), file.get_tensor("values")
+                if metadata.get("sum") != _sum(values, done):
+                    raise FileRefused(f"{self.path} is damaged: its numbers are not those that were written; delete it")
+                self.done = done
+                self.values.copy_(values)
         except (SafetensorError, OSError) as error:
             raise FileRefused(f"{self.path} cannot be read as a sweep in progress, it is damaged: {error}") from error
 
@@ -46,39 +53,72 @@ class Progressed:
         from safetensors.torch import save_file
 
         self.done[finished] = True
+        values = self.values.cpu().contiguous()
         with write_atomically(self.path) as aside:
-            metadata = {"format": _FORMAT, "key": self.key}
-            save_file({"values": self.values.cpu().contiguous(), "done": self.done}, aside, metadata=metadata)
+            metadata = {"format": _FORMAT, "key": self.key, "sum": _sum(values, self.done)}
+            save_file({"values": values, "done": self.done}, aside, metadata=metadata)
+
+
+def _sum(*tensors: Tensor) -> str:
+    return hashlib.blake2b(b"".join(map(_bytes, tensors)), digest_size=16).hexdigest()
 
 
 def key_of(plan: Plan, metric: Any, base: Tensor) -> str:
     """A hash of weights, tokens, sites, values and metric: what a sweep in progress must share to go on."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, p in plan.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(p))
-    digest.update(_bytes(plan.tokens))
-    digest.update(repr((plan.site, plan.by, plan.shape, plan.patches)).encode())
-    for layer, value in sorted(plan.values.items()):
-        digest.update(str(layer).encode() + _bytes(value))
-    digest.update(_metric_fingerprint(metric) + _bytes(base))
+    for part in fingerprint((plan.model.cfg.to_json(), plan.model.state_dict(), plan.tokens, plan.values)):
+        digest.update(part)
+    for part in fingerprint((plan.site, plan.by, plan.shape, plan.patches, metric, base)):
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _metric_fingerprint(metric: Any) -> bytes:
-    """A dataclass metric by its fields, a function by its code; both also by their values on the base run."""
-    code = getattr(metric, "__code__", None)
-    parts = [type(metric).__name__.encode(), getattr(metric, "__qualname__", "").encode()]
-    if code is not None:
-        parts += [code.co_code, repr(code.co_consts).encode() if not _nested(code) else b""]
-    for name, value in sorted(vars(metric).items()) if hasattr(metric, "__dict__") else []:
-        parts += [name.encode(), _bytes(value) if isinstance(value, Tensor) else repr(value).encode()]
-    return b"\0".join(parts)
+def fingerprint(value: Any, depth: int = 8) -> Iterator[bytes]:
+    """What tells two values apart, the same in every process: tensors by content, functions by code and closure.
+
+    >>> list(fingerprint((1, "a")))
+    [b'tuple', b'1', b"'a'"]
+    """
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {list(value.shape)}".encode()
+        yield _bytes(value)
+    elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        yield repr(value).encode()
+    else:
+        yield type(value).__qualname__.encode()
+        for part in _parts(value) if depth else ():
+            yield from fingerprint(part, depth - 1)
 
 
-def _nested(code: Any) -> bool:
-    return any(hasattr(const, "co_code") for const in code.co_consts)  # their repr holds an address
+def _parts(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return (value.co_code, value.co_names, value.co_consts)
+    if isinstance(value, FunctionType):
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        return (value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, *cells)
+    if isinstance(value, MethodType):
+        return (value.__func__, value.__self__)
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, nn.Module):
+        return (value.state_dict(),)
+    if isinstance(value, Mapping):
+        return [part for pair in value.items() for part in pair]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, list | tuple):
+        return value
+    if hasattr(value, "__qualname__"):  # a class, a built-in function
+        return (value.__qualname__,)
+    return _parts(vars(value)) if hasattr(value, "__dict__") else ()
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty yet
+        return None
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

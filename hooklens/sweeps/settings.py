@@ -8,7 +8,7 @@ from hooklens.core.errors import InputError
 
 @dataclass(frozen=True)
 class Settings:
-    """`memory`: bytes of activations alive at once. `verify`: patches run again the plain way. `plain`: only that way."""
+    """`memory`: bytes of activations at once. `verify`: patches run again the plain way. `plain`: only that way."""
 
     memory: int = 256 * 2**20
     verify: int = 2
@@ -17,7 +17,8 @@ class Settings:
     progress: bool | None = None
 
 
-_settings: ContextVar[Settings] = ContextVar("hooklens_sweep_settings", default=Settings())
+_DEFAULTS = Settings()
+_settings: ContextVar[Settings] = ContextVar("hooklens_sweep_settings", default=_DEFAULTS)
 
 
 class engine:
@@ -33,6 +34,10 @@ class engine:
         wrong = [name for name in changes if name not in known]
         if wrong:
             raise InputError(f"sweeps have no setting {wrong[0]!r}; there are {', '.join(known)}")
+        for name in ("memory", "verify"):
+            value = changes.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(f"{name} is a whole number of at least 0, got {value!r}")
         self.changes = changes
 
     def __enter__(self) -> Settings:

@@ -16,6 +16,7 @@ from hooklens.plugins.patching.prompts import Pairs, Prompts, common_ends, read_
 from hooklens.result import Result, Table
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.naive import first_nonfinite
 from hooklens.sweeps.plan import SITES, base_run, plan, settle_by, site_kind
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _WORDS = ("clean", "corrupted", "zero", "mean")
 
 @dataclass(frozen=True)
 class Mean:
-    """A value to write: the mean activation over reference prompts, at each position or (one number of tokens) overall."""
+    """A value to write: the mean activation over reference prompts, by position where they are of that length."""
 
     reference: Any
 
@@ -86,7 +87,7 @@ class PatchSweep(Result):
         return not bool(low[0] <= 0 <= high[0])
 
     def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of `recovered`, by a bootstrap over pairs that recomputes both means; NaN for one pair."""
+        """Both ends of `recovered`, by a bootstrap over pairs that recomputes both means; NaN for one pair."""
         gap = self.clean_per_pair - self.corrupted_per_pair
         if len(gap) < 2 or not self.defined:
             nothing = torch.full_like(self.values, float("nan"))
@@ -131,7 +132,7 @@ class PatchSweep(Result):
         return Table(columns[: len(rows[0])] if rows else columns[:3], rows)
 
     def figure(self) -> Any:
-        """A heat map over two axes, bars with their interval over one; rows of L0H0, L0H1, ... where there are three."""
+        """A heat map over two axes, bars with their interval over one; rows L0H0, L0H1, ... where there are three."""
         from hooklens.viz.figures import bars, heatmap
 
         shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
@@ -196,13 +197,10 @@ def patch(
     into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
     groups = read_pairs(model, clean, corrupted, axes)
     _check_metric(metric, groups)
+    if resume is not None and len(groups) > 1:
+        raise InputError("resume= needs prompts of one length; patch each length on its own")
     with torch.no_grad():
-        parts = [
-            _patch_group(model, group, metric, site, axes, value, resume if len(groups) == 1 else None)
-            for group in groups
-        ]
-        if resume is not None and len(groups) > 1:
-            raise InputError("resume= needs prompts of one length; patch each length on its own")
+        parts = [_patch_group(model, group, metric, site, axes, value, resume) for group in groups]
         clean_values = _other_run(model, groups, metric, into, parts)
     ends = (clean_values, _in_order(groups, [p.base for p in parts]))
     clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
@@ -230,11 +228,16 @@ def _check_metric(metric: Any, groups: list[Pairs]) -> None:
         raise WrongType(
             f"a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got {metric!r}"
         )
-    if len(groups) > 1 and not isinstance(metric, ReadingMetric):
+    if len(groups) == 1:
+        return
+    if not isinstance(metric, ReadingMetric):
         raise InputError(
-            f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one tensor; "
-            "use a built-in metric, or prompts of one length"
+            f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
+            "tensor; use a built-in metric, or prompts of one length"
         )
+    made_for, n = len(metric.reads.pos), sum(len(group.index) for group in groups)
+    if made_for not in (1, n):
+        raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
 
 
 def _patch_group(model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], value: Value, resume) -> Outcome:
@@ -243,19 +246,10 @@ def _patch_group(model, group: Pairs, metric: Any, site: str, by: tuple[str, ...
     )
     written = _written(model, group, into, other, site, value)
     made = plan(model, into, site, written, by=by)
-    return execute(made, _for(metric, group), resume=resume)
+    return execute(made, group.of(metric), resume=resume)
 
 
 _CLEAN = "clean"
-
-
-def _for(metric: Any, group: Pairs) -> Any:
-    """The metric for a group's pairs, where there are several groups."""
-    if not isinstance(metric, ReadingMetric) or len(metric.reads.pos) == 1 or len(metric.reads.pos) == len(group.index):
-        return metric
-    if max(group.index) >= len(metric.reads.pos):
-        return metric  # too few answers: the reader says so
-    return metric.pairs(torch.tensor(group.index))
 
 
 def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:
@@ -316,7 +310,12 @@ def _other_run(model, groups: list[Pairs], metric: Any, into: str, parts: list[O
     for group in groups:
         tokens: Int[Tensor, "pair pos"] = group.clean if into == "corrupted" else group.corrupted
         stream = model(tokens, stop_at_layer=model.cfg.n_layers)
-        found.append(Reader(model, _for(metric, group), stream).base)
+        found.append(Reader(model, group.of(metric), stream).base)
+        if bool(found[-1].isnan().any()):
+            point = first_nonfinite(model, tokens)
+            other = "clean" if into == "corrupted" else "corrupted"
+            where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
+            raise InputError(f"the metric of the {other} run is NaN: {where}")
     return _in_order(groups, found)
 
 

@@ -23,11 +23,18 @@ class Pairs:
     index: tuple[int, ...]
     clean: Int[Tensor, "pair pos"]
     corrupted: Int[Tensor, "pair other_pos"]
+    every: bool = True
 
     @property
     def aligned(self) -> bool:
         """Has every clean prompt as many tokens as its corrupted one?"""
         return self.clean.shape == self.corrupted.shape
+
+    def of(self, metric: Any) -> Any:
+        """The metric of these pairs, made from that of all pairs."""
+        if self.every or len(metric.reads.pos) == 1:
+            return metric
+        return metric.pairs(torch.tensor(self.index))
 
 
 def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, by: Sequence[str]) -> list[Pairs]:
@@ -49,7 +56,12 @@ def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, b
             "patch each length on its own, or sweep by layer or by head"
         )
     return [
-        Pairs(tuple(index), torch.stack([left[i] for i in index]), torch.stack([right[i] for i in index]))
+        Pairs(
+            tuple(index),
+            torch.stack([left[i] for i in index]),
+            torch.stack([right[i] for i in index]),
+            every=len(groups) == 1,
+        )
         for index in groups.values()
     ]
 
@@ -59,6 +71,8 @@ def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int
     if isinstance(prompts, Tensor):
         if prompts.is_floating_point() or prompts.ndim not in (1, 2):
             raise WrongType(f"{name} tokens are integers [pair pos], got {prompts.dtype} {list(prompts.shape)}")
+        if not prompts.numel():
+            raise InputError(f"{name} must hold at least one prompt of at least one token, got {list(prompts.shape)}")
         return list(torch.atleast_2d(prompts).to(model.device))
     if isinstance(prompts, str):
         prompts = [prompts]
