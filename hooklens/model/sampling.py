@@ -197,8 +197,9 @@ def _run(
 ) -> None:
     batch = _Batch(model, [row.prompt for row in rows])
     pack = packed_linears(rows=len(rows)) if n_steps >= _PACKING_PAYS_FROM else nullcontext()
-    # no_grad, not inference_mode: what is captured here may go into a probe's training later.
-    with torch.no_grad(), pack:
+    # What hooks and captures keep may enter a graph later, which tensors of the faster inference_mode cannot.
+    heard = scopes or edited_elsewhere(model.hook_points().values())
+    with torch.no_grad() if heard else torch.inference_mode(), pack:
         for step in range(n_steps):
             scope, cache = scopes.get(step, (nullcontext(), None))
             with scope:
