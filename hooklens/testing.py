@@ -1,11 +1,32 @@
 """Tiny models with known answers, and the battery that every plugin passes."""
 
-from typing import Any
+import hashlib
+import inspect
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from hooklens.model.config import HookedTransformerConfig
+from hooklens.core import hooks
+from hooklens.core.errors import WrongType
+from hooklens.model.config import Biases, HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins import find
+from hooklens.result import Result, Table
+
+_MOST_PARAMETERS = 8
+
+
+# -- models
 
 
 def tiny_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> HookedTransformer:
@@ -14,5 +35,364 @@ def tiny_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: 
     >>> tiny_model()
     HookedTransformer(tiny: 2 layers, d_model 8, 2 heads of 4, d_mlp 32, 0.0M parameters)
     """
-    sizes: dict[str, Any] = dict(n_layers=2, d_model=8, n_ctx=32, n_heads=2, d_vocab=11, model_name="tiny")
+    sizes = {"n_layers": 2, "d_model": 8, "n_ctx": 32, "n_heads": 2, "d_vocab": 11, "model_name": "tiny"}
     return HookedTransformer(HookedTransformerConfig(**sizes | changes), seed=seed, dtype=dtype)
+
+
+def induction_model(*, d_vocab: int = 11, n_ctx: int = 32, dtype: torch.dtype = torch.float32) -> HookedTransformer:
+    """A hand-set model that continues repeated sequences: L0H0 looks at the previous token, L1H1 is an induction head.
+
+    >>> model = induction_model()
+    >>> logits, cache = model.run_with_cache([[3, 1, 4, 3, 1]], names="pattern")
+    >>> logits[0].argmax(-1)[3:].tolist()          # after the second 3 comes 1, after the second 1 comes 4
+    [1, 4]
+    >>> cache["pattern", 1][0, 1, 3].tolist()      # the second 3 looks at what followed the first one
+    [0.0, 1.0, 0.0, 0.0, 0.0]
+
+    The other two heads write nothing. Position 0 has no previous token, so no query of L1H1 but its own looks there.
+    Where a token is new, L1H1 is uniform over the positions from 1 on.
+
+    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", induction heads.
+    """
+    token, place = torch.eye(d_vocab), torch.eye(n_ctx)
+    at = _slots(token=d_vocab, place=n_ctx, previous=d_vocab, next=d_vocab)
+    sizes = {"n_layers": 2, "d_model": n_ctx + 3 * d_vocab, "n_heads": 2, "d_head": max(d_vocab, n_ctx)}
+    model = _blank("induction", n_ctx=n_ctx, d_vocab=d_vocab, attn_only=True, attn_scale=1.0, **sizes)
+    sharp = 1000.0  # exp(-1000) is 0 in every dtype, so that a pattern is 0 and 1 exactly
+    with torch.no_grad():
+        model.W_E[:, at["token"]] = token
+        model.W_pos[:, at["place"]] = place
+        previous, induction = model.blocks[0].attn, model.blocks[1].attn
+        previous.W_Q[0, at["place"], :n_ctx] = sharp * place
+        previous.W_K[0, at["place"], :n_ctx] = place.roll(1, 1)  # the key of position j answers to query j + 1
+        previous.W_K[0, at["place"], 0] = 0.0
+        previous.W_V[0, at["token"], :d_vocab] = token
+        previous.W_O[0, :d_vocab, at["previous"]] = token
+        induction.W_Q[1, at["token"], :d_vocab] = sharp * token
+        induction.W_K[1, at["previous"], :d_vocab] = token
+        induction.W_K[1, at["place"].start, :d_vocab] = -2.0
+        induction.W_V[1, at["token"], :d_vocab] = token
+        induction.W_O[1, :d_vocab, at["next"]] = token
+        model.W_U[at["next"]] = 10 * token
+    return model.to(dtype)
+
+
+def or_gate(*, dtype: torch.dtype = torch.float32) -> HookedTransformer:
+    """Two heads that each write 1, and an MLP that says 1 if either does: redundancy, which gradients cannot see.
+
+    >>> gate = or_gate()
+    >>> def off(*heads):
+    ...     return lambda z, hook: z.index_fill(2, torch.tensor(heads).long(), 0.0)
+    >>> [gate.run_with_hooks([[0]], fwd_hooks=[("z", off(*heads))])[0, -1, 1].item() for heads in ((), (0,), (0, 1))]
+    [1.0, 1.0, 0.0]
+
+    The gate is the logit of token 1 (that of token 0 is 0). Its gradient by either head is 0, since
+    1 - relu(1 - (head 0 + head 1)) is flat where both are on.
+    """
+    model = _blank("or gate", d_model=2, n_heads=2, d_head=1, d_mlp=1, biases=Biases(o=False))
+    block = model.blocks[0]
+    with torch.no_grad():
+        block.attn.b_V.fill_(1.0)
+        block.attn.W_O[:, 0, 0] = 1.0
+        block.mlp.W_in[0, 0], block.mlp.b_in[0] = -1.0, 1.0
+        block.mlp.W_out[0, 1], block.mlp.b_out[1] = -1.0, 1.0
+        model.W_U[1, 1] = 1.0
+    return model.to(dtype)
+
+
+def and_gate(*, sharpness: float = 1e5, n_ctx: int = 32, dtype: torch.dtype = torch.float64) -> HookedTransformer:
+    """Uniform attention and one neuron that says 1 only if every token so far is 1, exactly for n < `sharpness`.
+
+    >>> gate = and_gate()
+    >>> [round(gate([tokens])[0, -1, 1].item(), 6) for tokens in ([1, 1, 1], [1, 0, 1], [0, 0, 0])]
+    [1.0, 0.0, 0.0]
+
+    The gate is the logit of token 1: M relu(mean - (M - 1) / M) for sharpness M. In float32 the difference keeps only
+    a few digits, hence float64.
+    """
+    model = _blank("and gate", d_model=3, n_ctx=n_ctx, n_heads=1, d_head=1, d_mlp=1, biases=Biases(qkv=False, o=False))
+    model = model.to(dtype)
+    block = model.blocks[0]
+    with torch.no_grad():
+        model.W_E[1, 0] = 1.0
+        block.attn.W_V[0, 0, 0] = 1.0
+        block.attn.W_O[0, 0, 1] = 1.0
+        block.mlp.W_in[1, 0], block.mlp.b_in[0] = 1.0, -(sharpness - 1) / sharpness
+        block.mlp.W_out[0, 2] = sharpness
+        model.W_U[2, 1] = 1.0
+    return model
+
+
+def _blank(name: str, **changes: Any) -> HookedTransformer:
+    """A model without norms whose every weight is 0."""
+    sizes = {"n_layers": 1, "n_ctx": 32, "d_vocab": 2, "act_fn": "relu", "normalization_type": None}
+    positions = "learned" if changes.get("attn_only") else "none"
+    parts = {"positional_embedding_type": positions, "biases": Biases(qkv=False, o=False, mlp=False)}
+    model = HookedTransformer(HookedTransformerConfig(**sizes | parts | changes, model_name=name))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    return model
+
+
+def _slots(**widths: int) -> dict[str, slice]:
+    """Neighbouring slices of the stream, one a name."""
+    ends = np.cumsum([0, *widths.values()]).tolist()
+    return {name: slice(a, b) for name, a, b in zip(widths, ends[:-1], ends[1:], strict=True)}
+
+
+# -- the battery
+
+
+def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransformer] | None = None) -> None:
+    """Does a plugin keep the contract? Raises AssertionError with the clause that it breaks.
+
+    >>> check_plugin("patching")
+
+    `plugin` is a registered name or the module itself. Its `demo(model)` runs on `models` (by what to call them in a
+    message; by default tiny ones: two layers, one layer, float64, attention only, grouped keys). Clauses: signature,
+    docstring, runs, weights, gradients, hooks, grad mode, generators, training mode, same twice, frozen, dtype, table,
+    figure, JSON, saved.
+    """
+    module = find(plugin).load() if isinstance(plugin, str) else plugin
+    if not isinstance(module, ModuleType):
+        raise WrongType(f"check_plugin takes a plugin's registered name or its module, got {plugin!r:.80}")
+    name = module.__name__
+    _check_signatures(module)
+    for what, model in (_models() if models is None else models).items():
+        where = f"{name} on a model with {what}" if models is None else f"{name} on {what}"
+        first = _run(module, model, where)
+        with _other_modes(model):
+            second = _run(module, model, f"{where}, gradients off and training mode flipped")
+        _require(same(first, second), where, "same twice", "demo(model) gave two different results; take a seed")
+        _check_result(first, where)
+        _check_dtype(first, model, where)
+
+
+def _models() -> dict[str, HookedTransformer]:
+    return {
+        "two layers": tiny_model(),
+        "one layer": tiny_model(n_layers=1),
+        "float64 weights": tiny_model(dtype=torch.float64),
+        "attention only": tiny_model(attn_only=True),
+        "grouped keys and rotary positions": tiny_model(
+            n_heads=4, n_key_value_heads=2, positional_embedding_type="rotary", gated_mlp=True, normalization_type="RMS"
+        ),
+    }
+
+
+def _require(kept: bool, where: str, clause: str, seen: str) -> None:
+    if not kept:
+        raise AssertionError(f"{where} breaks the clause {clause!r}: {seen}")
+
+
+def methods(module: ModuleType) -> dict[str, Callable]:
+    """The plugin's own public functions that take a model or return a Result: what the signature rules are for.
+
+    >>> from hooklens.plugins.patching import activation
+    >>> list(methods(activation))
+    ['patch']
+    """
+    found = {}
+    for name, fn in vars(module).items():
+        own = inspect.isfunction(fn) and (fn.__module__ + ".").startswith(module.__name__ + ".")
+        if own and name != "demo" and not name.startswith("_"):
+            first = next(iter(inspect.signature(fn).parameters), "")
+            if first == "model" or _returns_result(fn, module):
+                found[name] = fn
+    return found
+
+
+def _returns_result(fn: Callable, module: ModuleType) -> bool:
+    returned = inspect.signature(fn).return_annotation
+    kinds = [vars(module).get(one, one) if isinstance(one, str) else one for one in (returned, *get_args(returned))]
+    return any(isinstance(kind, type) and issubclass(kind, Result) for kind in kinds)
+
+
+def _check_signatures(module: ModuleType) -> None:
+    """Model first, few parameters, no **kwargs, and words for whoever lists plugins."""
+    where, found = module.__name__, methods(module)
+    _require(callable(getattr(module, "demo", None)), where, "signature", "there is no demo(model)")
+    _require(
+        bool(found), where, "signature", "no public function takes a model first or is annotated to return a Result"
+    )
+    _require(
+        bool(inspect.getdoc(module)), where, "docstring", "the module has no docstring, so that a list shows nothing"
+    )
+    needed = [p for p in inspect.signature(module.demo).parameters.values() if p.default is p.empty]
+    _require(len(needed) == 1, where, "signature", f"demo takes the model alone, not {[p.name for p in needed]}")
+    for name, fn in found.items():
+        parameters = inspect.signature(fn).parameters
+        open_ended = [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        first = next(iter(parameters), None)
+        _require(first == "model", where, "signature", f"{name} takes {first!r} first; a method takes the model first")
+        _require(
+            not open_ended, where, "signature", f"{name} takes {', '.join(map(str, open_ended))}; name every option"
+        )
+        seen = f"{name} takes {len(parameters)} parameters, more than {_MOST_PARAMETERS}; split it into two methods"
+        _require(len(parameters) <= _MOST_PARAMETERS, where, "signature", seen)
+        _require(bool(inspect.getdoc(fn)), where, "docstring", f"{name} has no docstring")
+
+
+def _run(module: ModuleType, model: HookedTransformer, where: str) -> Result:
+    """One demo, with everything that it must leave alone compared before and after."""
+    before = _state(model)
+    try:
+        result = module.demo(model)
+    except Exception as error:
+        raise AssertionError(
+            f"{where} breaks the clause 'runs': demo raised {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        after = _state(model)
+        _tidy(model, before)
+    for clause, value in before.items():
+        _require(value == after[clause], where, clause, _CHANGED[clause])
+    _require(isinstance(result, Result), where, "frozen", f"demo returned a {type(result).__name__}, not a Result")
+    return result
+
+
+_CHANGED = {
+    "weights": "parameters or buffers of the model are not bit for bit what they were; work on a copy.deepcopy",
+    "gradients": "it left .grad on the model's parameters, or switched requires_grad; use torch.autograd.grad",
+    "hooks": "it left hooks, an open scope or torch hooks on the model; use `with model.hooks(...)`",
+    "grad mode": "it left gradients switched on or off, or inference mode; use a `with` block",
+    "generators": "it drew from a global random generator (torch, numpy or random); use a torch.Generator of its own",
+    "training mode": "it left the model in another training mode; put back what was there",
+}
+
+
+def _state(model: HookedTransformer) -> dict[str, Any]:
+    """Everything that a plugin must leave as it was, a fingerprint a clause."""
+    modules, parameters = list(model.modules()), list(model.parameters())
+    points = [m for m in modules if isinstance(m, hooks.HookPoint)]
+    return {
+        "hooks": [hooks._open_scopes, *(len(p.handles) for p in points), *map(_torch_hooks, modules)],
+        "weights": {name: _digest(t) for name, t in [*model.named_parameters(), *model.named_buffers()]},
+        "gradients": [(p.requires_grad, None if p.grad is None else _digest(p.grad)) for p in parameters],
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "generators": (_digest(torch.get_rng_state()), random.getstate(), _numpy_state()),
+        "training mode": [m.training for m in modules],
+    }
+
+
+def _numpy_state() -> tuple:
+    kind, keys, *rest = np.random.get_state()
+    return kind, np.asarray(keys).tobytes(), *rest
+
+
+def _torch_hooks(module: torch.nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for kind in kinds)
+
+
+def _digest(tensor: Tensor) -> tuple:
+    dense = tensor.detach().cpu().contiguous().reshape(-1)
+    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(dense.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _tidy(model: HookedTransformer, before: dict[str, Any]) -> None:
+    """A broken plugin must not break the tests that follow: end its scopes and handles, restore the modes."""
+    if hooks._open_scopes != before["hooks"][0]:
+        for scope in reversed(hooks._scopes.get()):
+            if scope.open and hooks._open_scopes > before["hooks"][0]:
+                scope.__exit__(None, None, None)
+    torch.set_grad_enabled(before["grad mode"][0])
+
+
+@contextmanager
+def _other_modes(model: HookedTransformer) -> Iterator[None]:
+    """Gradients off and every module's training flag flipped: what a plugin finds must not depend on either."""
+    modules = list(model.modules())
+    flags = [m.training for m in modules]
+    for m, flag in zip(modules, flags, strict=True):
+        m.training = not flag
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, flag in zip(modules, flags, strict=True):
+            m.training = flag
+
+
+def _check_result(result: Result, where: str) -> None:
+    """Frozen, readable as a table, drawable, and the same after a journey through JSON and a file."""
+    kind = type(result)
+    made = vars(kind).get("__dataclass_params__")
+    declared = made is not None and made.frozen and not made.eq
+    _require(declared, where, "frozen", f"{kind.__name__} is not declared with @dataclass(frozen=True, eq=False)")
+    for clause, check in (("table", _tabulated), ("figure", _drawn), ("JSON", _as_json), ("saved", _saved)):
+        try:
+            problem = check(result)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        _require(not problem, where, clause, str(problem))
+
+
+def _tabulated(result: Result) -> str | None:
+    table = result.table()
+    if not isinstance(table, Table) or not str(table):
+        return f"table() returned {type(table).__name__}, not a hooklens.Table with columns"
+    return None if len(result.table(1)) <= 1 else "table(1) has more than one row; table(n) shows at most n"
+
+
+def _drawn(result: Result) -> str | None:
+    figure = result.figure()
+    if not hasattr(figure, "to_plotly_json") or not len(figure.data):
+        return f"figure() returned {figure!r:.60}, not a Plotly figure with something in it"
+    return (
+        None if figure.to_json() == result.figure().to_json() else "figure() drew two different figures of one result"
+    )
+
+
+def _as_json(result: Result) -> str | None:
+    json.dumps(result.to_json(), allow_nan=False)
+    return None
+
+
+def _saved(result: Result) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.safetensors"
+        result.save(path)
+        back = Result.load(path)
+    return None if same(result, back) else f"the {type(back).__name__} that was read back differs from what was saved"
+
+
+def _check_dtype(result: Result, model: HookedTransformer, where: str) -> None:
+    wrong = [
+        f"{field} is {t.dtype}"
+        for field, t in _tensors(result)
+        if t.is_floating_point() and model.dtype == torch.float64 != t.dtype
+    ]
+    _require(not wrong, where, "dtype", f"{', '.join(wrong)}, though the model computes in float64")
+
+
+def _tensors(value: Any, name: str = "result") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor inside a value, with the path to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Result):
+        for f in fields(value):
+            yield from _tensors(getattr(value, f.name), f"{name}.{f.name}")
+    elif isinstance(value, Mapping | list | tuple):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(item, f"{name}[{key!r}]")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in value and type all the way down, tensors bit for bit, NaN equal to NaN.
+
+    >>> same([torch.tensor(float("nan")), {"x": 1}], [torch.tensor(float("nan")), {"x": 1}]), same(1, 1.0)
+    (True, False)
+    """
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return _digest(a) == _digest(b)
+    if isinstance(a, Result):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (isinstance(a, float) and a != a and b != b)
