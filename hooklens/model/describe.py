@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +21,6 @@ from hooklens.model.kv_cache import Context
 from hooklens.model.transformer import HookedTransformer
 from hooklens.result import Result
 from hooklens.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.attention import Attention
 
 # Floating-point operations of each matrix product, a multiplication and an addition counted as two, over all layers.
 # Elementwise work (norms, softmax, activations) is left out, as in torch.utils.flop_counter.
@@ -212,8 +209,9 @@ def describe(
     length = min(cfg.n_ctx, 128) if n is None else n
     if length < 1:
         raise InputError(f"n is a number of tokens, at least 1, got {n}")
-    sizes = {"L": cfg.n_layers, "n": length, "d": cfg.d_model, "h": cfg.n_heads, "g": cfg.n_key_value_heads}
-    sizes |= {"e": cfg.d_head, "m": cfg.d_mlp, "V": cfg.d_vocab_out}
+    groups, d_mlp = cfg.n_key_value_heads or cfg.n_heads, cfg.d_mlp or 0
+    sizes = {"L": cfg.n_layers, "n": length, "d": cfg.d_model, "h": cfg.n_heads, "g": groups, "e": cfg.d_head}
+    sizes |= {"m": d_mlp, "V": cfg.d_vocab_out}
     if isinstance(cfg.embed, VectorEmbed):
         sizes["i"] = cfg.embed.d_in
     return Description(
@@ -277,7 +275,7 @@ def formula(product: str, sizes: dict[str, int]) -> str:
     """
     if not product:
         return ""
-    factor, letters = 1, []
+    factor, letters = 1, list[str]()
     for symbol in product.split():
         if symbol.isdigit():
             factor *= int(symbol)
@@ -327,8 +325,8 @@ def _timed(model: HookedTransformer, lengths: Sequence[int]) -> Timing:
         raise InputError("lengths= times attention, which needs weights; pass a model instead of its configuration")
     if min(lengths) < 1:
         raise InputError(f"lengths are numbers of tokens, at least 1, got {min(lengths)}")
-    cfg, attn = model.cfg, model.blocks[0].attn
-    measured = torch.tensor([_attention_seconds(attn, n, model) for n in lengths], dtype=torch.float64)
+    cfg = model.cfg
+    measured = torch.tensor([_attention_seconds(model, n) for n in lengths], dtype=torch.float64)
     at = torch.tensor(list(lengths))
     per_token = 4 * cfg.d_model * cfg.d_head * (cfg.n_heads + (cfg.n_key_value_heads or cfg.n_heads))
     work = torch.stack((at * per_token, 4 * at**2 * cfg.n_heads * cfg.d_head), dim=1).double()
@@ -337,7 +335,8 @@ def _timed(model: HookedTransformer, lengths: Sequence[int]) -> Timing:
     return Timing(at, *(column.clone() for column in (*measured.T, *(work / rate).T)))
 
 
-def _attention_seconds(attn: "Attention", n: int, model: HookedTransformer) -> tuple[float, float]:
+def _attention_seconds(model: HookedTransformer, n: int) -> tuple[float, float]:
+    attn: Any = model.blocks[0].attn
     x = torch.randn(1, n, model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     ctx = Context(torch.arange(n, device=model.device))
     with torch.no_grad():
