@@ -325,11 +325,11 @@ class HookedTransformer(HookedModule):
 
     @property
     def device(self) -> torch.device:
-        return self.unembed.linear.weight.device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unembed.linear.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -114,8 +114,10 @@ class Reader:
         return self._checked(value)
 
     def _numbers(self, value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(self.stream.device)
         try:
-            return torch.as_tensor(value, device=self.stream.device)
+            return torch.as_tensor(value, dtype=torch.float64, device=self.stream.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise WrongType(
                 f"the metric returned {value!r:.60}; a metric returns one value a pair, or a single number"

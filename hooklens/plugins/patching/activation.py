@@ -307,7 +307,7 @@ def _aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]
 def _other_run(model, groups: list[Pairs], metric: Any, into: str, parts: list[Outcome]) -> Float[Tensor, "pair"]:
     """The metric of the run that is not patched."""
     found = []
-    for group in groups:
+    for group, part in zip(groups, parts, strict=True):
         tokens: Int[Tensor, "pair pos"] = group.clean if into == "corrupted" else group.corrupted
         stream = model(tokens, stop_at_layer=model.cfg.n_layers)
         found.append(Reader(model, group.of(metric), stream).base)
@@ -316,6 +316,8 @@ def _other_run(model, groups: list[Pairs], metric: Any, into: str, parts: list[O
             other = "clean" if into == "corrupted" else "corrupted"
             where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
             raise InputError(f"the metric of the {other} run is NaN: {where}")
+        if group.aligned:  # the same prompt twice is the same number, not one to rounding
+            found[-1] = torch.where((group.clean == group.corrupted).all(1), part.base, found[-1])
     return _in_order(groups, found)
 
 
