@@ -9,11 +9,11 @@ from typing import Protocol
 class Advance(Protocol):
     """Call it with the amount of work just done."""
 
-    def __call__(self, amount: float = 1) -> None: ...
+    def __call__(self, amount: int | float = 1) -> None: ...
 
 
 @contextmanager
-def progress(title: str, total: float, *, unit: str = "it", show: bool | None = None) -> Iterator[Advance]:
+def progress(title: str, total: int | float, *, unit: str = "it", show: bool | None = None) -> Iterator[Advance]:
     """A bar on standard error for `total` units of work; `show=None` means: only on a terminal.
 
     >>> with progress("counting", 3) as advance:

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,7 +36,14 @@ def tiny_model(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: 
     >>> tiny_model()
     HookedTransformer(tiny: 2 layers, d_model 8, 2 heads of 4, d_mlp 32, 0.0M parameters)
     """
-    sizes = {"n_layers": 2, "d_model": 8, "n_ctx": 32, "n_heads": 2, "d_vocab": 11, "model_name": "tiny"}
+    sizes: dict[str, Any] = {
+        "n_layers": 2,
+        "d_model": 8,
+        "n_ctx": 32,
+        "n_heads": 2,
+        "d_vocab": 11,
+        "model_name": "tiny",
+    }
     return HookedTransformer(HookedTransformerConfig(**sizes | changes), seed=seed, dtype=dtype)
 
 
@@ -56,13 +64,14 @@ def induction_model(*, d_vocab: int = 11, n_ctx: int = 32, dtype: torch.dtype = 
     """
     token, place = torch.eye(d_vocab), torch.eye(n_ctx)
     at = _slots(token=d_vocab, place=n_ctx, previous=d_vocab, next=d_vocab)
-    sizes = {"n_layers": 2, "d_model": n_ctx + 3 * d_vocab, "n_heads": 2, "d_head": max(d_vocab, n_ctx)}
+    sizes: dict[str, Any] = {"n_layers": 2, "d_model": n_ctx + 3 * d_vocab, "n_heads": 2, "d_head": max(d_vocab, n_ctx)}
     model = _blank("induction", n_ctx=n_ctx, d_vocab=d_vocab, attn_only=True, attn_scale=1.0, **sizes)
+    blocks: Any = model.blocks
     sharp = 1000.0  # exp(-1000) is 0 in every dtype, so that a pattern is 0 and 1 exactly
     with torch.no_grad():
         model.W_E[:, at["token"]] = token
         model.W_pos[:, at["place"]] = place
-        previous, induction = model.blocks[0].attn, model.blocks[1].attn
+        previous, induction = (block.attn for block in blocks)
         previous.W_Q[0, at["place"], :n_ctx] = sharp * place
         previous.W_K[0, at["place"], :n_ctx] = place.roll(1, 1)  # the key of position j answers to query j + 1
         previous.W_K[0, at["place"], 0] = 0.0
@@ -90,7 +99,7 @@ def or_gate(*, dtype: torch.dtype = torch.float32) -> HookedTransformer:
     1 - relu(1 - (head 0 + head 1)) is flat where both are on.
     """
     model = _blank("or gate", d_model=2, n_heads=2, d_head=1, d_mlp=1, biases=Biases(o=False))
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     with torch.no_grad():
         block.attn.b_V.fill_(1.0)
         block.attn.W_O[:, 0, 0] = 1.0
@@ -112,7 +121,7 @@ def and_gate(*, sharpness: float = 1e5, n_ctx: int = 32, dtype: torch.dtype = to
     """
     model = _blank("and gate", d_model=3, n_ctx=n_ctx, n_heads=1, d_head=1, d_mlp=1, biases=Biases(qkv=False, o=False))
     model = model.to(dtype)
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     with torch.no_grad():
         model.W_E[1, 0] = 1.0
         block.attn.W_V[0, 0, 0] = 1.0
@@ -125,9 +134,9 @@ def and_gate(*, sharpness: float = 1e5, n_ctx: int = 32, dtype: torch.dtype = to
 
 def _blank(name: str, **changes: Any) -> HookedTransformer:
     """A model without norms whose every weight is 0."""
-    sizes = {"n_layers": 1, "n_ctx": 32, "d_vocab": 2, "act_fn": "relu", "normalization_type": None}
+    sizes: dict[str, Any] = {"n_layers": 1, "n_ctx": 32, "d_vocab": 2, "act_fn": "relu", "normalization_type": None}
     positions = "learned" if changes.get("attn_only") else "none"
-    parts = {"positional_embedding_type": positions, "biases": Biases(qkv=False, o=False, mlp=False)}
+    parts: dict[str, Any] = {"positional_embedding_type": positions, "biases": Biases(qkv=False, o=False, mlp=False)}
     model = HookedTransformer(HookedTransformerConfig(**sizes | parts | changes, model_name=name))
     with torch.no_grad():
         for p in model.parameters():
@@ -271,7 +280,7 @@ def _state(model: HookedTransformer) -> dict[str, Any]:
         "weights": {name: _digest(t) for name, t in [*model.named_parameters(), *model.named_buffers()]},
         "gradients": [(p.requires_grad, None if p.grad is None else _digest(p.grad)) for p in parameters],
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "generators": (_digest(torch.get_rng_state()), random.getstate(), _numpy_state()),
+        "generators": (_digest(torch.get_rng_state()), _numpy_state(), _random_state()),
         "training mode": [m.training for m in modules],
     }
 
@@ -279,6 +288,11 @@ def _state(model: HookedTransformer) -> dict[str, Any]:
 def _numpy_state() -> tuple:
     kind, keys, *rest = np.random.get_state()
     return kind, np.asarray(keys).tobytes(), *rest
+
+
+def _random_state() -> tuple | None:
+    # Where shapes are executed, beartype draws from this generator to choose which element of a list it looks at.
+    return None if "beartype" in sys.modules else random.getstate()
 
 
 def _torch_hooks(module: torch.nn.Module) -> int:

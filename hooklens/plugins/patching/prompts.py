@@ -13,7 +13,7 @@ from hooklens.core.errors import InputError, WrongType
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-Prompts = str | Sequence[str] | Sequence[int] | Tensor
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
 
 
 @dataclass(frozen=True)
