@@ -1,0 +1,70 @@
+"""A plugin of somebody else's, installed as they would, is found, kept to the contract, saved and read back."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hooklens import Result
+from hooklens.core.errors import Unavailable
+
+SOURCE = Path(__file__).parent / "third_party_plugin"
+
+USE = """
+import json, sys
+import torch
+from hooklens.plugins import available, find
+from hooklens.testing import check_plugin, induction_model
+info = find("attention_entropy")
+check_plugin("attention_entropy")
+result = info.demo()(induction_model())
+result.save(sys.argv[1])
+print(json.dumps({"listed": [i.name for i in available()], "info": vars(info), "entropy": result.entropy.tolist()}))
+"""
+
+READ = """
+import json, sys
+from hooklens import Result
+result = Result.load(sys.argv[1])
+print(json.dumps({"class": type(result).__name__, "entropy": result.entropy.tolist(), "table": str(result.table(1))}))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder into which pip installed the package, from a copy: building writes beside the source."""
+    folder = tmp_path_factory.mktemp("third_party")
+    shutil.copytree(SOURCE, folder / "source", ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *offline, "--target", str(folder / "site")]
+    done = subprocess.run([*command, str(folder / "source")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+def python(program, *arguments, path):
+    """What a fresh interpreter prints, with the plugin's folder on its path."""
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_it_is_found_keeps_the_contract_and_its_result_comes_back(installed, tmp_path):
+    file = tmp_path / "entropy.safetensors"
+    used = python(USE, file, path=installed)
+    assert {"attention_entropy", "patching"} <= set(used["listed"])
+    assert used["info"]["package"] == "hooklens-attention-entropy"
+    assert used["info"]["summary"].startswith("Attention entropy: how widely")
+    assert used["entropy"][0][0] == 0  # the previous-token head
+    read = python(READ, file, path=installed)  # a process that has not imported the plugin
+    assert read["class"] == "AttentionEntropy"
+    assert read["entropy"] == used["entropy"]
+    assert "L0H0" in read["table"]
+    with pytest.raises(Unavailable, match="if you trust that, pip install hooklens-attention-entropy"):
+        Result.load(file)
