@@ -1,4 +1,4 @@
-"""The plain loop once more, written without the library's own: one hooked forward pass a patch, the metric on its logits."""
+"""The plain loop once more, apart from the library's own: one hooked forward pass a patch, the metric of its logits."""
 
 import itertools
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def has(model: HookedTransformer, site: str) -> bool:
 def looped(
     model: HookedTransformer, tokens: Tensor, values: Tensor | Callable, metric: Metric, site: str, by: str
 ) -> Tensor:
-    """The metric of every patch, pair first. `values`: tokens whose activations are written, or a function of the old."""
+    """The metric of every patch, pair first. `values`: tokens whose activations are written, or a function."""
     names = [f"blocks.{layer}.{POINTS[site]}" for layer in range(model.cfg.n_layers)]
     old = model.run_with_cache(tokens, names=names)[1]
     new = model.run_with_cache(values, names=names)[1] if isinstance(values, Tensor) else None

@@ -23,14 +23,6 @@ CLEAN = torch.tensor([[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1, 2], [3, 1, 1, 3, 9, 5]
 SMALL = {"d_mlp": 6}  # fewer neurons, fewer passes of the plain loop
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def own(logits: Tensor) -> Tensor:
     """A metric that says nothing about what it reads: all positions, all tokens."""
     weight = torch.linspace(-1, 1, logits[0].numel(), dtype=logits.dtype).view(logits[0].shape)
