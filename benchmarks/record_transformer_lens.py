@@ -1,4 +1,4 @@
-"""Records what TransformerLens 3.9.0's HookedTransformer computes, for tests/model/test_parity.py.
+"""Records what TransformerLens 3.9.0's HookedTransformer computes, for tests/model/test_transformer_lens.py.
 
 Run where transformer_lens==3.9.0 is installed, from the repository root:
     python benchmarks/record_transformer_lens.py > tests/model/recorded_transformer_lens.py

@@ -438,7 +438,7 @@ def test_a_patch_that_does_not_exist(model, patch, says):
 
 
 def test_other_patches_and_sites_that_do_not_exist(model):
-    with pytest.raises(InputError, match="kv|heads 0 to 1"):
+    with pytest.raises(InputError, match=r"kv|heads 0 to 1"):
         plan(model, CORRUPTED, "k", CLEAN, patches=[Patch(0, head=2)])
     with pytest.raises(InputError, match="resid_pre has layer, pos"):
         plan(model, CORRUPTED, "resid_pre", CLEAN, patches=[Patch(0, head=0)])
