@@ -1,0 +1,156 @@
+"""Metrics: their values, what they say they read, and what they refuse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model.zoo import zoo_model
+from torch import Tensor
+
+import hooklens as hl
+from hooklens.core.errors import InputError
+from hooklens.metrics import ReadingMetric, answer_ids
+from hooklens.testing import tiny_model
+
+MODEL = tiny_model()
+TOKENS = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [3, 3, 3, 3]])
+LOGITS = torch.randn(3, 4, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+BUILT_IN = {
+    "logit_diff": (
+        lambda: hl.logit_diff(MODEL, answer=[1, 2, 3], wrong_answer=4),
+        lambda x, i: x[i, -1, [1, 2, 3][i]] - x[i, -1, 4],
+    ),
+    "logit_diff, position": (
+        lambda: hl.logit_diff(MODEL, answer=1, wrong_answer=[4, 5, 6], pos=[0, -2, 3]),
+        lambda x, i: x[i, [0, -2, 3][i], 1] - x[i, [0, -2, 3][i], [4, 5, 6][i]],
+    ),
+    "prob": (lambda: hl.prob(MODEL, answer=[1, 2, 3]), lambda x, i: x[i, -1].softmax(-1)[[1, 2, 3][i]]),
+    "log_prob": (lambda: hl.log_prob(MODEL, answer=2, pos=1), lambda x, i: x[i, 1].log_softmax(-1)[2]),
+    "loss": (
+        lambda: hl.loss(MODEL, TOKENS),
+        lambda x, i: -torch.nn.functional.cross_entropy(x[i, :-1], TOKENS[i, 1:]),
+    ),
+    "kl": (
+        lambda: hl.kl(MODEL, TOKENS),
+        lambda x, i: (
+            -torch.distributions.kl_divergence(
+                torch.distributions.Categorical(logits=MODEL(TOKENS)[i, -1].double().detach()),
+                torch.distributions.Categorical(logits=x[i, -1]),
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_values(name):
+    make, expected = BUILT_IN[name]
+    want = torch.stack([expected(LOGITS, i) for i in range(3)])
+    torch.testing.assert_close(make()(LOGITS), want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_on_read_of_what_it_reads_is_the_metric(name):
+    metric = BUILT_IN[name][0]()
+    assert isinstance(metric, ReadingMetric)
+    metric = metric.pairs(torch.arange(3))  # one answer for all becomes one a pair
+    pos, tokens = metric.reads
+    read = torch.stack([LOGITS[i, pos[i]] for i in range(3)])
+    if tokens is not None:
+        read = torch.stack([read[i, :, tokens[i]] for i in range(3)])
+    assert torch.equal(metric.on_read(read), metric(LOGITS))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(name=st.sampled_from(list(BUILT_IN)), rows=st.lists(st.integers(0, 2), min_size=1, max_size=6))
+def test_pairs_chooses_rows(name, rows):
+    """In any order, any number of times: what a sweep asks of a metric whose rows it has mixed."""
+    metric, index = BUILT_IN[name][0](), torch.tensor(rows)
+    chosen = metric.pairs(index)
+    assert len(chosen.reads.pos) == len(rows)
+    pos, tokens = chosen.reads
+    read = torch.stack([LOGITS[row, pos[i]] for i, row in enumerate(rows)])
+    if tokens is not None:
+        read = torch.stack([read[i, :, tokens[i]] for i in range(len(rows))])
+    torch.testing.assert_close(chosen.on_read(read), metric(LOGITS)[index], atol=1e-12, rtol=1e-12)
+
+
+def test_a_metric_of_one_pair_serves_any_number():
+    metric = hl.logit_diff(MODEL, answer=1, wrong_answer=2)
+    assert torch.equal(metric(LOGITS), LOGITS[:, -1, 1] - LOGITS[:, -1, 2])
+    with pytest.raises(InputError, match="made for 2 pairs, and got logits of 3"):
+        hl.prob(MODEL, answer=[1, 2])(LOGITS)
+
+
+def test_known_values():
+    assert hl.kl(MODEL, TOKENS)(MODEL(TOKENS)).abs().max().item() < 1e-6
+    zeros = torch.zeros(1, 4, 11)
+    assert hl.prob(MODEL, answer=3)(zeros).item() == pytest.approx(1 / 11)
+    assert hl.loss(MODEL, TOKENS[:1])(zeros).item() == pytest.approx(-torch.tensor(11.0).log().item())
+    assert hl.recovered(torch.tensor([1.0, 2.0, 3.0]), clean=3.0, corrupted=1.0).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_a_soft_cap_is_in_what_is_read():
+    """Both columns are capped, then subtracted: on a model with a final cap the metric is that of its own logits."""
+    model, tokens = zoo_model("gemma2"), torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(0))
+    metric = hl.logit_diff(model, answer=[5, 6], wrong_answer=[7, 8])
+    sweep = hl.patch(model, tokens, tokens.flip(0), metric, by="layer")
+    torch.testing.assert_close(sweep.clean_per_pair, metric(model(tokens)).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_answers():
+    assert answer_ids(MODEL, 3).tolist() == [3]
+    assert answer_ids(MODEL, [3, 4]).tolist() == answer_ids(MODEL, torch.tensor([3, 4])).tolist() == [3, 4]
+    assert answer_ids(MODEL, torch.tensor(3)).tolist() == [3]
+    for wrong in (11, -1, [3, 11], [], torch.tensor([]).long()):
+        with pytest.raises(InputError, match="between 0 and 10"):
+            hl.prob(MODEL, answer=wrong)
+    with pytest.raises(InputError, match="no tokenizer"):
+        hl.prob(MODEL, answer=" Mary")
+    for given_answers in ({"answer": [1, 2], "wrong_answer": [3, 4, 5]}, {"answer": [1, 2], "wrong_answer": 3}):
+        with pytest.raises(InputError, match="one for all pairs or one a pair"):
+            hl.logit_diff(MODEL, **given_answers, pos=[0, 1, 2])
+    assert len(hl.prob(MODEL, answer=1, pos=[0, 1]).reads.pos) == 2
+
+
+def test_texts():
+    from hooklens.pretrained.tokenizer import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(d_vocab=len(tokenizer)) if hasattr(tokenizer, "__len__") else tiny_model(d_vocab=600)
+    model.tokenizer = tokenizer
+    with pytest.raises(InputError, match=r"tokens"):
+        hl.prob(model, answer="a long text of several tokens")
+    metric = hl.logit_diff(model, answer=["a", "b"], wrong_answer="c")
+    ids = [model.to_single_token(text) for text in "abc"]
+    assert metric.reads.tokens.tolist() == [[ids[0], ids[2]], [ids[1], ids[2]]]
+    sweep = hl.patch(model, ["abc", "abd"], ["acc", "add"], metric)
+    assert sweep.labels["pos"][1] == "b |c"
+    with pytest.raises(InputError, match="first difference at 1"):
+        hl.patch(model, "abc", "acdc", hl.prob(model, answer="a"))
+    with pytest.raises(InputError, match="empty"):
+        hl.patch(model, "", "", hl.prob(model, answer="a"))
+    torch.testing.assert_close(hl.loss(model, "abc").tokens, model.to_tokens("abc"))
+    with pytest.raises(InputError, match=r"one length, got \[3, 2\]"):
+        hl.loss(model, ["abc", "ab"])
+
+
+def test_loss_of_too_little():
+    for tokens in ([[1]], torch.zeros(2, 1).long()):
+        with pytest.raises(InputError, match="at least two tokens"):
+            hl.loss(MODEL, tokens)
+    assert hl.loss(MODEL, [[1, 2]]).tokens.tolist() == [[1, 2]]
+
+
+def test_nothing_is_left_in_the_graph():
+    metric = hl.kl(MODEL, TOKENS)
+    assert not metric.log_probs.requires_grad
+
+
+def plain(logits: Tensor) -> Tensor:
+    return logits[:, -1, 0]
+
+
+def test_a_function_is_no_reading_metric():
+    assert not isinstance(plain, ReadingMetric)
