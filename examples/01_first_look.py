@@ -1,0 +1,84 @@
+# %% [markdown]
+# # A first look at activations
+#
+# Load a model, read what it holds on the way from tokens to logits, and edit it. Set `HOOKLENS_TINY=1` to run on a
+# small random model instead of downloading one.
+
+# %%
+import os
+import sys
+
+import torch
+
+import hooklens as hl
+from hooklens.testing import tiny_model
+from hooklens.viz import attention_heads
+
+tiny = bool(os.environ.get("HOOKLENS_TINY"))
+model = tiny_model(n_ctx=64) if tiny else hl.load("smollm2-135m-instruct")
+print(model)
+
+# %% [markdown]
+# A prompt becomes tokens. A space belongs to the word after it.
+
+# %%
+prompt = "When Mary and John went to the store, John gave a drink to"
+tokens = torch.arange(14)[None] % model.cfg.d_vocab if tiny else model.to_tokens(prompt)
+words = [str(int(i)) for i in tokens[0]] if tiny else model.to_str_tokens(prompt)
+print(words)
+
+# %% [markdown]
+# One forward pass, and what some points held. Ask for what you need; the rest is not kept.
+
+# %%
+with torch.no_grad():
+    logits, cache = model.run_with_cache(tokens, names=["pattern", "resid_pre", "resid_mid", "attn_out"])
+print(cache)
+print("pattern of layer 0, batch head query_pos key_pos:", list(cache["pattern", 0].shape))
+
+# %% [markdown]
+# What does the model expect next?
+
+# %%
+chances, ids = logits[0, -1].softmax(-1).topk(5)
+said = [str(int(i)) for i in ids] if tiny else [model.to_string(i[None]) for i in ids]
+print(hl.Table(("next token", "probability"), list(zip(said, chances.tolist(), strict=True))))
+
+# %% [markdown]
+# Attention adds to the residual stream; the sum holds at every layer.
+
+# %%
+apart = [
+    (cache["resid_mid", n] - cache["resid_pre", n] - cache["attn_out", n]).abs().max()
+    for n in range(model.cfg.n_layers)
+]
+print("largest violation of resid_mid = resid_pre + attn_out:", float(max(apart)))
+
+# %% [markdown]
+# Now edit: without one head, how much does the best guess lose? The hook is gone after the `with` block.
+
+# %%
+layer, head = model.cfg.n_layers - 1, 1
+
+
+def ablate(z, hook):
+    z[:, :, head] = 0
+    return z
+
+
+with torch.no_grad(), model.hooks(fwd_hooks=[(hl.site("z", layer), ablate)]):
+    without = model(tokens)
+before, after = (float(out[0, -1, ids[0]]) for out in (logits, without))
+print(f"logit of {said[0]!r}: {before:.3f}, without L{layer}H{head}: {after:.3f}")
+
+# %% [markdown]
+# Where do the heads of that layer look?
+
+# %%
+names = [f"L{layer}H{n}" for n in range(model.cfg.n_heads)]
+figure = attention_heads(cache["pattern", layer][0], words, names, title="Attention of the last layer")
+if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+    figure.show()
+else:
+    figure.write_html("hooklens-01-attention.html", include_plotlyjs=True)
+    print("wrote hooklens-01-attention.html")

@@ -1,0 +1,54 @@
+"""Every example runs as a script, in a folder of its own, and writes nothing but its one picture there."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+SECONDS = 120
+
+
+def run(example, folder, **environment):
+    before = {path: path.stat().st_mtime_ns for path in FOLDER.iterdir() if path.is_file()}
+    started = time.perf_counter()
+    command = [sys.executable, "-W", "error", str(example)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=os.environ | environment, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.perf_counter() - started < SECONDS
+    assert {path: path.stat().st_mtime_ns for path in FOLDER.iterdir() if path.is_file()} == before
+    written = list(folder.iterdir())
+    assert [path.suffix for path in written] == [".html"]
+    assert "plotly" in written[0].read_text()
+    return done.stdout
+
+
+def test_there_are_examples_and_they_have_cells():
+    assert len(EXAMPLES) >= 3
+    for example in EXAMPLES:
+        assert example.read_text().startswith("# %% [markdown]\n# # ")
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_on_a_tiny_model(example, tmp_path):
+    run(example, tmp_path, HOOKLENS_TINY="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "example", [path for path in EXAMPLES if "HOOKLENS_TINY" in path.read_text()], ids=lambda path: path.stem
+)
+def test_an_example_runs_on_the_real_model(example, tmp_path):
+    run(example, tmp_path)
+
+
+def test_the_plugin_of_the_third_example_lacks_only_its_entry_point(tmp_path):
+    out = run(FOLDER / "03_write_your_own_plugin.py", tmp_path)
+    assert "breaks the clause 'saved'" in out
+    assert "declare the module as an entry point of the group 'hooklens.plugins'" in out
