@@ -393,11 +393,13 @@ class HookedTransformerConfig:
 
     def __post_init__(self) -> None:
         settle = object.__setattr__
+        self._positive("n_layers", "d_model", "n_ctx", "n_heads", "d_vocab")
         if self.d_head == -1:
             if self.d_model % self.n_heads:
                 raise InputError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; give d_head")
             settle(self, "d_head", self.d_model // self.n_heads)
-        settle(self, "n_key_value_heads", self.n_key_value_heads or self.n_heads)
+        settle(self, "n_key_value_heads", self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads)
+        self._positive("d_head", "n_key_value_heads")
         settle(self, "d_mlp", 0 if self.attn_only else self.d_mlp or 4 * self.d_model)
         settle(self, "d_vocab_out", self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out)
         settle(self, "attn_scale", self.attn_scale or math.sqrt(self.d_head))
@@ -416,10 +418,12 @@ class HookedTransformerConfig:
             return parts[0] if len(set(parts)) == 1 else parts
         return part(slot, value)
 
-    def _check(self) -> None:
-        for name in ("n_layers", "d_model", "n_ctx", "n_heads", "d_head", "n_key_value_heads", "d_vocab"):
+    def _positive(self, *names: str) -> None:
+        for name in names:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _check(self) -> None:
         if self.n_heads % self.n_key_value_heads:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
         if self.block not in _BLOCKS:

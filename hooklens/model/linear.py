@@ -45,13 +45,14 @@ class packed_linears:
     ...     torch.allclose(layer(torch.ones(2, 8)), F.linear(torch.ones(2, 8), layer.weight, layer.bias), atol=1e-4)
     True
 
-    A weight is packed at its first use and packed again if it is edited inside the block. `rows` is the number of rows
-    that most products will have. The environment variable HOOKLENS_PACKED_LINEARS=0 switches packing off.
+    A weight is packed at its first use and packed again if it is edited inside the block (through `.data` torch keeps
+    no account of edits: use no_grad). `rows` is the number of rows that most products will have. The environment
+    variable HOOKLENS_PACKED_LINEARS=0 switches packing off.
     """
 
     def __init__(self, *, rows: int = 256, enabled: bool | None = None):
         self.rows, self.enabled = rows, packing_pays() if enabled is None else enabled and packing_works()
-        self.packs: dict[Linear, tuple[int, int, Tensor]] = {}
+        self.packs: dict[Linear, tuple[Tensor, int, Tensor]] = {}
 
     def __enter__(self) -> "packed_linears":
         global _open_packs
@@ -73,11 +74,14 @@ class packed_linears:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return None
-        state = (weight.data_ptr(), weight._version)
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if wrapped(x) or wrapped(weight) or weight.is_inference():  # these tell no version, or no address
+            return None
         known = self.packs.get(layer)
-        if known is None or known[:2] != state:
+        if known is None or known[0].data_ptr() != weight.data_ptr() or known[1] != weight._version:
+            # The weight is kept beside its pack: a freed one's address might come back as that of another.
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.rows)
-            known = self.packs[layer] = (*state, packed)
+            known = self.packs[layer] = (weight.detach(), weight._version, packed)
         return known[2]
 
 

@@ -1,0 +1,126 @@
+"""Packed weights: the same numbers, never stale, never needed, off by one setting."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from zoo import TOKENS, zoo_model
+
+from hooklens.model.linear import ENV, Linear, _measured, packed_linears, packing_pays, packing_works
+
+works = pytest.mark.skipif(not _measured()[0], reason="this torch or CPU has no packed linear")
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    return Linear(24, 16)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+
+
+def plain(layer, x):
+    return F.linear(x, layer.weight, layer.bias)
+
+
+@works
+@pytest.mark.parametrize("rows", [1, 7, 256])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_agree(rows, bias):
+    torch.manual_seed(0)
+    layer, x = Linear(24, 16, bias=bias), torch.randn(rows, 24)
+    with torch.no_grad(), packed_linears(enabled=True) as scope:
+        assert torch.allclose(layer(x), plain(layer, x), atol=1e-4) and layer in scope.packs
+        assert torch.allclose(layer(x[:, None]), plain(layer, x[:, None]), atol=1e-4)
+        assert torch.allclose(layer(x.T.contiguous().T), plain(layer, x), atol=1e-4)
+
+
+@works
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "post"])
+def test_a_whole_model_agrees(kind):
+    model = zoo_model(kind)
+    with torch.no_grad():
+        expected = model(TOKENS)
+        with packed_linears(enabled=True) as scope:
+            assert torch.allclose(model(TOKENS), expected, atol=1e-4) and len(scope.packs) > 8
+            _, cache = model.run_with_cache(TOKENS, names="result")
+        assert torch.allclose(
+            cache["result", 0], model.run_with_cache(TOKENS, names="result")[1]["result", 0], atol=1e-4
+        )
+
+
+@works
+def test_a_pack_is_never_stale(layer, x):
+    with torch.no_grad(), packed_linears(enabled=True):
+        layer(x)
+        edits = [
+            lambda: layer.weight.mul_(2),
+            lambda: layer.weight[3].zero_(),
+            lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn(16, 24))),
+            lambda: setattr(layer.weight, "data", torch.randn(16, 24)),
+            lambda: layer.load_state_dict(Linear(24, 16).state_dict()),
+            lambda: layer.bias.add_(1),
+        ]
+        for edit in edits:
+            edit()
+            assert torch.allclose(layer(x), plain(layer, x), atol=1e-4)
+
+
+@works
+def test_a_weight_that_takes_a_freed_ones_address_is_packed_anew(layer, x):
+    with torch.no_grad(), packed_linears(enabled=True):
+        for scale in range(1, 30):
+            weight = torch.full((16, 24), float(scale))
+            got = torch.func.functional_call(layer, {"weight": weight}, (x,))
+            assert torch.allclose(got, F.linear(x, weight, layer.bias), rtol=1e-4, atol=1e-3)
+            del weight, got
+
+
+@works
+def test_torchs_own_path_runs_where_packing_cannot(layer, x):
+    with packed_linears(enabled=True) as scope:
+        out = layer(x)
+        out.sum().backward()
+        assert layer.weight.grad is not None and not scope.packs
+        with torch.no_grad():
+            assert layer.double()(x.double()).dtype == torch.float64 and not scope.packs
+            layer.float()
+            got = torch.func.vmap(lambda row: layer(row))(x)
+            assert torch.allclose(got, plain(layer, x), atol=1e-5) and not scope.packs
+    with torch.inference_mode(), packed_linears(enabled=True):
+        born_inside = Linear(24, 16)
+        assert torch.equal(born_inside(x), plain(born_inside, x))
+        assert torch.allclose(layer(x), plain(layer, x), atol=1e-4)
+
+
+@works
+def test_packs_live_in_the_outermost_scope_and_end_with_it(layer, x):
+    with torch.no_grad():
+        with packed_linears(enabled=True) as outer:
+            with packed_linears(enabled=True) as inner:
+                layer(x)
+            assert layer in outer.packs and not inner.packs
+            layer(x)
+        assert not outer.packs
+        assert torch.equal(layer(x), plain(layer, x))
+
+
+def test_one_setting_switches_it_off(layer, x, monkeypatch):
+    monkeypatch.setenv(ENV, "0")
+    assert not packing_works() and not packing_pays()
+    for enabled in (None, True):
+        with torch.no_grad(), packed_linears(enabled=enabled) as scope:
+            assert torch.equal(layer(x), plain(layer, x)) and not scope.packs
+
+
+def test_without_the_operators_torchs_own_path_is_there(layer, x, monkeypatch):
+    _measured.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    try:
+        with torch.no_grad(), packed_linears() as scope:
+            assert torch.equal(layer(x), plain(layer, x)) and not scope.packs
+        assert _measured() == (False, 0.0)
+    finally:
+        _measured.cache_clear()

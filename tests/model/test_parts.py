@@ -1,0 +1,237 @@
+"""The parts against formulas: norms, positions, masks, scores, MLPs, both attention paths, configurations."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from zoo import TOKENS, ZOO, zoo_model
+
+from hooklens.core.errors import InputError, NameNotFound
+from hooklens.core.hooks import Handle
+from hooklens.model.attention import differentiable_attention
+from hooklens.model.config import (
+    Biases,
+    Causal,
+    DividedScaling,
+    HookedTransformerConfig,
+    LayerNormPart,
+    LinearScaling,
+    LinearScore,
+    Llama3Scaling,
+    NoMask,
+    NoPositions,
+    RMSNormPart,
+    Rotary,
+    SlidingWindow,
+    Softmax,
+    part,
+)
+from hooklens.model.embed import rotary_tables, rotate, sinusoidal_table, soft_cap
+from hooklens.model.mlp import ACTIVATIONS
+from hooklens.model.norms import LayerNorm, RMSNorm
+from hooklens.testing import tiny_model
+
+X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        LayerNorm(8, LayerNormPart(eps=0.1)),
+        LayerNorm(8, LayerNormPart(affine=False)),
+        LayerNorm(8, LayerNormPart(bias=False)),
+        RMSNorm(8, RMSNormPart(eps=0.1)),
+        RMSNorm(8, RMSNormPart(affine=False)),
+        RMSNorm(8, RMSNormPart(weight_offset=1.0)),
+    ],
+    ids=str,
+)
+def test_norms_by_hand_and_by_kernel_agree_with_the_formula(norm, dtype):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn(8, generator=generator))
+    norm, x = norm.to(dtype), X.to(dtype)
+    wide = x.double()
+    centred = wide - wide.mean(-1, keepdim=True) if isinstance(norm, LayerNorm) else wide
+    expected = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+    if norm.weight is not None:
+        expected = expected * (norm.weight.double() + getattr(norm, "offset", 0.0))
+    expected = expected if norm.bias is None else expected + norm.bias.double()
+    atol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    by_kernel = norm(x)
+    for point in (norm.hook_scale, norm.hook_normalized):
+        with Handle([point], lambda act, hook: act, False):
+            by_hand = norm(x)
+        assert by_hand.dtype == by_kernel.dtype == dtype
+        assert torch.allclose(by_hand.double(), expected, atol=atol)
+        assert torch.allclose(by_kernel.double(), expected, atol=atol)
+    stack = torch.randn(4, 2, 3, 8, generator=generator, dtype=torch.float64).to(dtype)
+    scale = norm.rms(norm.centred(x))
+    whole = norm.linearised(stack.sum(0), scale)
+    assert torch.allclose(norm.linearised(stack, scale).sum(0), whole, atol=max(atol, 1e-5) * 10)
+
+
+def test_a_zero_vector_has_a_finite_norm_and_gradient():
+    for norm in (LayerNorm(8, LayerNormPart()), RMSNorm(8, RMSNormPart())):
+        x = torch.zeros(1, 8, requires_grad=True)
+        norm(x).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_sinusoids_are_sines_and_cosines_of_position_over_wavelength():
+    table = sinusoidal_table(7, 6)
+    for p in range(7):
+        for i in range(3):
+            angle = p / 10000 ** (2 * i / 6)
+            assert math.isclose(table[p, 2 * i], math.sin(angle), abs_tol=1e-12)
+            assert math.isclose(table[p, 2 * i + 1], math.cos(angle), abs_tol=1e-12)
+    assert sinusoidal_table(3, 5).shape == (3, 5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dim", [None, 4])
+def test_rotary_turns_pairs_by_position_so_that_scores_know_distance_only(interleaved, dim):
+    made = Rotary(dim=dim, interleaved=interleaved)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def turned(x, position):
+        cos, sin = rotary_tables(made, 8, torch.tensor([position]), torch.float64)
+        return rotate(x, cos[None], sin[None], interleaved)
+
+    for distance in (0, 1, 5):
+        scores = [(turned(q, p + distance) * turned(k, p)).sum().item() for p in (0, 3, 40)]
+        assert scores == pytest.approx([scores[0]] * 3, abs=1e-10)
+    assert torch.equal(turned(q, 0), q)
+    if dim is not None:
+        assert torch.equal(turned(q, 5)[..., dim:], q[..., dim:])
+    first = (0, 1) if interleaved else (0, (dim or 8) // 2)
+    a, b = q[..., first[0]].item(), q[..., first[1]].item()
+    assert turned(q, 2)[..., first[0]].item() == pytest.approx(a * math.cos(2) - b * math.sin(2))
+    with pytest.raises(InputError, match="even number of at most d_head 8 dimensions, got 9"):
+        rotary_tables(Rotary(dim=9), 8, torch.tensor([0]), torch.float32)
+
+
+def test_rotary_scalings():
+    freq = 1 / 10000 ** (torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    assert torch.equal(LinearScaling(factor=4.0).scale(freq), freq / 4)
+    scaled = Llama3Scaling(factor=8.0, original_n_ctx=100).scale(freq)
+    wavelength = 2 * math.pi / freq
+    assert torch.equal(scaled[wavelength < 25], freq[wavelength < 25])
+    assert torch.allclose(scaled[wavelength > 100], freq[wavelength > 100] / 8)
+    blended = (wavelength >= 25) & (wavelength <= 100)
+    assert blended.any() and (scaled[blended] < freq[blended]).all() and (scaled[blended] > freq[blended] / 8).all()
+    made = DividedScaling(short=(1.0, 2.0), long=(4.0, 8.0), original_n_ctx=4, magnitude=1.5)
+    two = torch.ones(2)
+    assert made.scale(two, 4).tolist() == [1.0, 0.5] and made.scale(two, 5).tolist() == [0.25, 0.125]
+
+
+def test_a_soft_cap_bounds_and_is_the_identity_near_zero():
+    x = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4])
+    assert soft_cap(x, 5.0).tolist() == pytest.approx([-5, -0.01, 0, 0.01, 5], abs=1e-6)
+    assert soft_cap(x, None) is x
+
+
+def test_masks_say_what_a_query_may_see():
+    q, k = torch.arange(5)[:, None], torch.arange(5)
+    assert torch.equal(Causal().allows(q, k), torch.ones(5, 5).tril().bool())
+    assert torch.equal(SlidingWindow(2).allows(q, k), torch.ones(5, 5).tril().triu(-1).bool())
+    assert NoMask().allows(q, k).all() and not NoMask().causal
+
+
+def test_a_row_that_sees_nothing_has_a_zero_pattern_and_no_gradient():
+    scores = torch.randn(1, 1, 2, 3).requires_grad_()
+    seen = torch.tensor([[[[True, False, True], [False, False, False]]]])
+    for score in (Softmax(), LinearScore()):
+        pattern = score.pattern(scores.masked_fill(~seen, -torch.inf), seen)
+        assert (pattern[..., 1, :] == 0).all() and (pattern[..., 0, 1] == 0).all() and pattern.isfinite().all()
+        (grad,) = torch.autograd.grad(pattern.square().sum(), scores)
+        assert grad.isfinite().all() and (grad[..., 1, :] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ZOO if "linear" not in kind and kind != "gemma2"])
+def test_fused_and_written_out_attention_agree_in_value_and_gradient(kind):
+    model = zoo_model(kind, dtype=torch.float64)
+    tokens = torch.cat((torch.full((2, 1), 6), TOKENS), 1)
+    for mask in (None, torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])):
+        grads = []
+        for written_out in (False, True):
+            model.zero_grad()
+            if written_out:
+                with differentiable_attention():
+                    logits = model(tokens, attention_mask=mask)
+            else:
+                assert model.blocks[0].attn.fusable(torch.zeros(1, 1, 1, 1))
+                logits = model(tokens, attention_mask=mask)
+            logits.square().sum().backward()
+            grads.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*grads, strict=True))
+
+
+def test_unnormalised_attention_is_a_sum_over_earlier_tokens():
+    model = zoo_model("linear_attention", dtype=torch.float64)
+    _, cache = model.run_with_cache(TOKENS, names=["q", "k", "v", "z", "pattern"])
+    scores = torch.einsum("bqhd,bkhd->bhqk", cache["q", 0], cache["k", 0]) / 2.0  # sqrt of d_head 4
+    assert torch.allclose(cache["pattern", 0], scores.tril(), atol=1e-12)
+    assert torch.allclose(cache["z", 0], torch.einsum("bhqk,bkhd->bqhd", scores.tril(), cache["v", 0]), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_mlps_are_what_they_say(name):
+    act = {
+        **{"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "identity": lambda x: x},
+        "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
+    }[name]
+    for gated in (False, True):
+        mlp = tiny_model(act_fn=name, gated_mlp=gated, dtype=torch.float64).blocks[0].mlp
+        x = X.double()
+        inner = (
+            act(x @ mlp.W_gate + mlp.gate.bias) * (x @ mlp.W_in + mlp.b_in) if gated else act(x @ mlp.W_in + mlp.b_in)
+        )
+        assert torch.allclose(mlp(x), inner @ mlp.W_out + mlp.b_out, atol=1e-10)
+
+
+# the configuration
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_a_configuration_survives_json(kind):
+    cfg = tiny_model(**ZOO[kind]).cfg
+    assert HookedTransformerConfig.from_json(json.loads(json.dumps(cfg.to_json()))) == cfg
+    assert cfg.replace(n_ctx=99).n_ctx == 99 and hash(cfg) == hash(cfg.replace())
+
+
+@pytest.mark.parametrize(
+    "changes, error, said",
+    [
+        ({"n_heads": 3}, InputError, "d_model 8 is not a multiple of n_heads 3; give d_head"),
+        ({"n_heads": 4, "n_key_value_heads": 3}, InputError, "not a multiple of n_key_value_heads 3"),
+        ({"n_layers": 0}, InputError, "n_layers must be at least 1, got 0"),
+        ({"n_heads": 0}, InputError, "n_heads must be at least 1, got 0"),
+        ({"d_head": -2}, InputError, "d_head must be at least 1, got -2"),
+        ({"block": "prenorm"}, NameNotFound, "no block named 'prenorm'; closest: pre"),
+        ({"act_fn": "gelu_fast"}, NameNotFound, "no activation function named 'gelu_fast'; closest: gelu"),
+        ({"mask": "causall"}, NameNotFound, "no mask part named 'causall'; closest: causal"),
+        ({"mask": ("causal",)}, InputError, "tuple of 2"),
+        ({"mask": "rotary"}, NameNotFound, "no mask part named 'rotary'"),
+        ({"mask": Softmax()}, InputError, "is a score part, asked for as mask"),
+        ({"normalization_type": ("LN", "RMS")}, InputError, "takes one part"),
+        ({"tie_word_embeddings": True, "d_vocab_out": 3}, InputError, "tied embeddings"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(changes, error, said):
+    with pytest.raises(error, match=said):
+        tiny_model(**changes)
+
+
+def test_names_stand_for_parts_and_an_unknown_field_is_refused():
+    assert part("position", "none") == NoPositions() and part("mask", None) is None
+    assert tiny_model(mask=["causal", "causal"]).cfg.mask == Causal()
+    values = tiny_model(biases=Biases(qkv=False)).cfg.to_json()
+    with pytest.raises(NameNotFound, match="no configuration field named 'n_layer'; closest: n_layers"):
+        HookedTransformerConfig.from_json(values | {"n_layer": 1})
