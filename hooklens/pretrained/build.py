@@ -1,7 +1,8 @@
 """From a config and a stream of weights to a model: names and shapes are compared, then tensors assigned one by one."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 _EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
 
 
-class Weights(Protocol):
+class Weights(ABC):
     """Named tensors of a model on the hub, read when they are asked for. A shape may be unknown (None) until then."""
 
     where: str
     shapes: dict[str, tuple[int, ...] | None]
 
+    @abstractmethod
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, one at a time, each in memory of its own."""
-        ...
 
 
 def build(

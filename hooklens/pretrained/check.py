@@ -1,12 +1,13 @@
 """A model's self check: are its weights finite, do its identities hold, do its several ways to one number agree?"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.hooks import HookPoint
+from hooklens.core.hooks import HookCall
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import TokenEmbed
 from hooklens.model.kv_cache import KVCache
@@ -73,7 +74,7 @@ def random_inputs(model: HookedTransformer, *, batch: int, pos: int, seed: int) 
     return torch.randn(batch, pos, cfg.embed.d_in, generator=generator).to(model.device, model.dtype)
 
 
-def _row(name: str, measured: float, bound: float) -> Row:
+def _row(name: str, measured: float | int, bound: float | int) -> Row:
     return name, float(measured), float(bound), bool(measured <= bound)  # NaN is not
 
 
@@ -90,6 +91,7 @@ def _identities(model: HookedTransformer, x: Inputs) -> list[Row]:
     """The two sums that the residual stream is made of, at the layer where they are worst."""
     _, cache = model.run_with_cache(x, names=["resid_pre", "attn_out", "resid_post", *_optional(model)])
     worst: dict[str, float] = {}
+    block: Any
     for layer, block in enumerate(model.blocks):
         before, attn = cache["resid_pre", layer], cache["attn_out", layer]
         stream = before + attn
@@ -112,7 +114,7 @@ def _optional(model: HookedTransformer) -> list[str]:
 def _out_of_order(model: HookedTransformer, x: Inputs) -> int:
     fired: list[str] = []
 
-    def note(act: Tensor, hook: HookPoint) -> None:
+    def note(act: Tensor, hook: HookCall) -> None:
         fired.append(hook.name)
 
     with model.hooks(fwd_hooks=[(model.hook_names(), note)]):
@@ -139,7 +141,7 @@ def _other_ways(
     return ways
 
 
-def _leave(act: Tensor, hook: HookPoint) -> Tensor:
+def _leave(act: Tensor, hook: HookCall) -> Tensor:
     return act.clone()
 
 

@@ -109,12 +109,12 @@ def fold_value_biases(model: HookedTransformer) -> HookedTransformer:
             f"rows of a pattern of the {model.cfg.score_fn.name!r} score function need not sum to 1",
         )
     weights = _copied(model, "fold_value_biases")
-    for layer, block in enumerate(model.blocks):
-        if block.attn.b_V is None:
-            continue
+    for layer in range(model.cfg.n_layers):
         at = f"blocks.{layer}.attn."
-        shared = model.cfg.n_heads // block.attn.n_kv_heads
-        per_head = block.attn.b_V.detach().double().repeat_interleave(shared, 0)
+        if at + "v.bias" not in weights:
+            continue
+        grouped = weights[at + "v.bias"].double().view(-1, model.cfg.d_head)
+        per_head = grouped.repeat_interleave(model.cfg.n_heads // len(grouped), 0)
         moved = weights[at + "o.weight"].double() @ per_head.flatten()
         _add(weights, at + "o", moved)
         weights[at + "v.bias"] = torch.zeros_like(weights[at + "v.bias"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.build import build
+from hooklens.pretrained.build import Weights, build
 from hooklens.pretrained.safetensors_file import SafetensorsFile, read_header
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ HUB_FILES = (
 )
 
 
-class FolderWeights:
+class FolderWeights(Weights):
     """The tensors of a folder's safetensors files."""
 
     def __init__(self, folder: Path):
@@ -46,7 +46,7 @@ class FolderWeights:
             yield name, self.files[name].tensor(name)
 
 
-class MemoryWeights:
+class MemoryWeights(Weights):
     """The tensors of a module in memory, copied."""
 
     def __init__(self, module: nn.Module):
@@ -59,7 +59,7 @@ class MemoryWeights:
             yield name, self.tensors[name].clone()
 
 
-class GGUFWeights:
+class GGUFWeights(Weights):
     """The tensors of a GGUF file, dequantised; their shapes on the hub are known once they are read."""
 
     def __init__(self, file: "GGUFFile"):

@@ -62,7 +62,7 @@ class SafetensorsFile:
         raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         with open(self.path, "rb") as file:
             file.seek(entry.start)
-            if file.readinto(raw.numpy()) != len(raw):
+            if file.readinto(raw.numpy().data) != len(raw):
                 raise FileRefused(f"{self.path.name} became shorter while the tensor {name!r} was read; read it again")
         seen(raw.numpy().data)
         return raw.view(DTYPES[entry.kind]).view(entry.shape)

@@ -49,7 +49,7 @@ def config(outer: HFConfig) -> HookedTransformerConfig:
         mask=hf.masks(hf.size("sliding_window", 4096), kinds),
         positional_embedding_type=tuple(rotary(hf, d_head, kind) for kind in kinds),
         embed=TokenEmbed(scale=math.sqrt(width)),
-        attn_scale=math.sqrt(hf.number("query_pre_attn_scalar", 256)),
+        attn_scale=math.sqrt(hf.number("query_pre_attn_scalar", 256.0)),
         output_logits_soft_cap=hf.get("final_logit_softcapping"),
         biases=Biases(qkv=attention_bias, o=attention_bias, mlp=False),
         tie_word_embeddings=hf.flag("tie_word_embeddings", outer.flag("tie_word_embeddings", True)),
