@@ -1,28 +1,21 @@
 """Is greedy generation faster than transformers', with the same tokens? SmolLM2-135M, float32, KV cache, one prompt.
 
-Both run in one process, taking turns, so that a busy machine slows both. Run: python benchmarks/generation.py
+Both hold the same weights and take turns in one process. Run: python -m benchmarks.generation
 """
 
 import argparse
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 import transformers
 
-import hooklens
+from benchmarks.rounds import alternate, ratios, write
 from hooklens.model.linear import packing_gain
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.load import load
 
 ASSET = "smollm2-135m-instruct"
 PROMPT = "When Mary and John went to the store, John gave a drink to"
-RESULTS = Path(__file__).parent / "results"
 BAR = 1.5
 NAMES = {
     "unembed.linear": "lm_head",
@@ -43,7 +36,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--tokens", type=int, default=100)
     options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--dry", action="store_true", help="print, write no file")
+    options.add_argument("--dry", action="store_true", help="print the seconds and write no file")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     model = load(ASSET)
@@ -55,10 +48,26 @@ def main() -> None:
     }
     produced = {name: run() for name, run in runs.items()}  # also the warm-up
     seconds = alternate(runs, chosen.rounds)
-    record = report(seconds, produced, tokens.shape[1], chosen)
-    print(json.dumps(record, indent=1))
-    if not chosen.dry:
-        write(record)
+    same = produced["hooklens"] == produced["transformers"]
+    record(seconds, same, chosen.tokens, dry=chosen.dry)
+
+
+def record(seconds: dict[str, list[float]], same: bool, n: int, *, dry: bool) -> None:
+    rows = [
+        {"": name, "median s": statistics.median(each), "min s": min(each), "max s": max(each),
+         "tokens/s": n / statistics.median(each)}
+        for name, each in seconds.items()
+    ]  # fmt: skip
+    faster = ratios(seconds, "transformers", "hooklens")
+    title = (
+        f"Greedy generation of {n} tokens, {ASSET}, float32: {faster['median']:.2f}x transformers' generate "
+        f"({faster['min']:.2f} to {faster['max']:.2f} in {faster['n']} rounds; bar {BAR}), same tokens: {same}"
+    )
+    if dry:
+        print(title, *rows, sep="\n")
+    else:
+        raw = {"seconds": seconds, "speedup": faster, "same_tokens": same, "packed_linear_gain": packing_gain()}
+        write("generation", title, rows, raw)
 
 
 def peer_of(model: HookedTransformer) -> torch.nn.Module:
@@ -103,64 +112,6 @@ def theirs(peer: torch.nn.Module, tokens: torch.Tensor, n: int) -> list[int]:
             tokens, attention_mask=mask, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0
         )
     return out[0, tokens.shape[1] :].tolist()
-
-
-def alternate(runs: dict[str, Callable[[], list[int]]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run, the order reversed in every other round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        for name in list(runs)[:: 1 if turn % 2 == 0 else -1]:
-            start = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def report(seconds: dict[str, list[float]], produced: dict[str, list[int]], n_prompt: int, chosen) -> dict:
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-    speedup = medians["transformers"] / medians["hooklens"]
-    return {
-        "question": "seconds for greedy generation, one prompt, float32, KV cache",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": cpu(), "threads": torch.get_num_threads(), "packed_linear_gain": round(packing_gain(), 2)},
-        "versions": {m.__name__: getattr(m, "__version__", "") for m in (torch, transformers, hooklens)},
-        "model": ASSET,
-        "prompt_tokens": n_prompt,
-        "new_tokens": chosen.tokens,
-        "rounds": len(seconds["hooklens"]),
-        "seconds": {name: [round(s, 4) for s in each] for name, each in seconds.items()},
-        "median_seconds": {name: round(s, 4) for name, s in medians.items()},
-        "speedup": round(speedup, 3),
-        "bar": BAR,
-        "bar_met": speedup >= BAR,
-        "same_tokens": produced["hooklens"] == produced["transformers"],
-    }
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
-
-
-def write(record: dict) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"{record['date'][:10]}_generation"
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    rows = "\n".join(
-        f"| {name} | {median:.2f} | {min(record['seconds'][name]):.2f} to {max(record['seconds'][name]):.2f} "
-        f"| {record['new_tokens'] / median:.1f} |"
-        for name, median in record["median_seconds"].items()
-    )
-    stem.with_suffix(".md").write_text(
-        f"# Greedy generation, {record['new_tokens']} tokens after {record['prompt_tokens']}, {record['model']}\n\n"
-        f"| | median s | range | tokens/s |\n|---|---:|---:|---:|\n{rows}\n\n"
-        f"hooklens is {record['speedup']:.2f}x as fast (bar {record['bar']}x), same tokens: {record['same_tokens']}. "
-        f"{record['rounds']} rounds in turn, float32, {record['machine']['threads']} threads, "
-        f"{record['machine']['cpu']}, torch {record['versions']['torch']}, "
-        f"transformers {record['versions']['transformers']}.\n"
-    )
 
 
 if __name__ == "__main__":

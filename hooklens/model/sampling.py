@@ -167,23 +167,28 @@ def generate(
     scopes = _captures(model, capture or {}, max_new_tokens)
     generator, named = _generator(seed) if temperature else (None, None)
     reached: dict[int, ActivationCache] = {}
-
-    def so_far() -> Generation:
-        new = [torch.tensor(row.ids, dtype=torch.long, device=row.prompt.device) for row in rows]
-        texts = None if model.tokenizer is None else [row.text() for row in rows]
-        return Generation(prompts, new, texts, [row.stopped for row in rows], named, reached)
-
     try:
         _run(model, rows, sampling, generator, scopes, reached, max_new_tokens)
     except KeyboardInterrupt as interrupt:
-        interrupt.generation = so_far()  # type: ignore[attr-defined]
+        interrupt.generation = _gathered(rows, named, reached)  # type: ignore[attr-defined]
         interrupt.add_note(f"the {len(rows[0].ids)} tokens generated so far are this exception's .generation")
         raise
     for row in rows:
         row.finish()
     if stream is True:
         print(flush=True)
-    return so_far()
+    return _gathered(rows, named, reached)
+
+
+def _gathered(rows: list[Continuation], seed: int | None, caches: dict[int, ActivationCache]) -> Generation:
+    return Generation(
+        prompts=[row.prompt for row in rows],
+        new_tokens=[torch.tensor(row.ids, dtype=torch.long, device=row.prompt.device) for row in rows],
+        texts=None if rows[0].tokenizer is None else [row.text() for row in rows],
+        stopped=[row.stopped for row in rows],
+        seed=seed,
+        caches=caches,
+    )
 
 
 def _run(
