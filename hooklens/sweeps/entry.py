@@ -36,7 +36,7 @@ def entering(plan: Plan, layer: int, start: int, items: list[tuple[int, Patch, i
 
 def _last_written(plan: Plan, patch: Patch, start: int) -> int:
     """Where this layer's output stops changing: keys and values reach every later query, the rest its own position."""
-    local = plan.model.cfg.causal and patch.pos is not None and plan.site not in ("k", "v")
+    local = plan.causal and patch.pos is not None and plan.site not in ("k", "v")
     return start + 1 if local else plan.tokens.shape[1]
 
 

@@ -70,7 +70,7 @@ def live_items(plan: Plan, reader: Reader) -> list[Item]:
     for number, patch in enumerate(plan.patches):
         starts = plan.start(patch)
         dead = same(patch) | (starts >= n_pos)
-        if plan.model.cfg.causal:
+        if plan.causal:
             dead = dead | (plan.first_change >= n_pos)
             if patch.pos is not None:
                 dead = dead | (plan.first_change > patch.pos)
@@ -167,9 +167,8 @@ def _run_bin(plan: Plan, reader: Reader, items: list[Item], values: Tensor, rows
         filled += n_pos - item.start
     finals = [x for piece in pieces for x in _propagate(plan, reader, piece)]
     if reader.rowwise():
-        pair, start = (
-            torch.tensor(column, device=values.device) for column in zip(*((i.pair, i.start) for i in items))
-        )
+        pair = torch.tensor([item.pair for item in items], device=values.device)
+        start = torch.tensor([item.start for item in items], device=values.device)
         found = reader.values_of_rows(torch.stack(finals), pair, start)
         values[[i.patch for i in items], [i.pair for i in items]] = found
         return
@@ -193,7 +192,7 @@ def _propagate(plan: Plan, reader: Reader, items: Sequence[Item]) -> list[Tensor
             groups = merge(groups + new)
         last = layer == n_layers - 1
         if groups:
-            read = reader.read if last and plan.model.cfg.causal else None
+            read = reader.read if last and plan.causal else None
             ctx = PackedContext(plan.base.past, n_pos, groups, read)
             flat = plan.model.blocks[layer](pack(groups), ctx)
             groups = unpack(flat, groups, None if read is None else read.shape[1])

@@ -127,6 +127,15 @@ class Reader:
         """The metric on full logits, whether or not it says what it reads."""
         return self.on_full(logits) if self.read is None else self._checked(self.metric.on_read(self._gathered(logits)))
 
+    def on_stream(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
+        """The metric on the stream that leaves the last block; every token is unembedded where the metric reads."""
+        assert self.read is not None
+        rows = torch.arange(self.n_pairs, device=stream.device)[:, None]
+        logits = self.model.read_out(stream[rows, self.read])
+        if self.tokens is not None:
+            logits = logits.gather(2, self.tokens[:, None].expand(-1, logits.shape[1], -1))
+        return self._checked(self.metric.on_read(logits))
+
     def _gathered(self, logits: Tensor) -> Tensor:
         assert self.read is not None
         read = logits[torch.arange(self.n_pairs, device=logits.device)[:, None], self.read]

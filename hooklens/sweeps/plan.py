@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
@@ -68,6 +69,12 @@ class Plan:
     base: "BaseRun"
     values: dict[int, Tensor]
     first_change: Int[Tensor, "pair"]
+    donor: Float[Tensor, "pair pos d_model"] | None = None  # the last stream of the run that the values come from
+
+    @cached_property
+    def causal(self) -> bool:
+        """Can a patch at a position change nothing before it?"""
+        return self.model.cfg.causal
 
     def point(self, layer: int) -> str:
         """The hook point that this sweep overwrites at a layer."""
@@ -75,7 +82,7 @@ class Plan:
 
     def start(self, patch: Patch) -> Int[Tensor, "pair"]:
         """The first position at which a patch can change anything, for every pair."""
-        if not self.model.cfg.causal:
+        if not self.causal:
             return torch.zeros_like(self.first_change)
         if patch.pos is not None:
             return torch.full_like(self.first_change, patch.pos)
@@ -205,9 +212,14 @@ def plan(
         check_patches(model, site, made, tokens.shape[1])
     layers = sorted({patch.layer for patch in made})
     base = base_run(model, tokens, site, layers)
-    values = _values(model, site, layers, value, base)
-    first = _first_change(tokens, value)
-    return Plan(model, site, names, shape, tuple(made), tokens, base, values, first)
+    donor = None
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        points = [f"blocks.{layer}.{SITES[site].point}" for layer in layers]
+        donor, value_of = model.run_with_cache(value, names=points, stop_at_layer=model.cfg.n_layers)
+        values = _values(site, layers, value_of, base)
+    else:
+        values = _values(site, layers, value, base)
+    return Plan(model, site, names, shape, tuple(made), tokens, base, values, _first_change(tokens, value), donor)
 
 
 def base_run(model: "HookedTransformer", tokens: Tensor, site: str, layers: Sequence[int]) -> BaseRun:
@@ -237,18 +249,11 @@ def _also(site: str) -> tuple[str, ...]:
     return {"q": ("q", "k", "v"), "k": ("q", "k", "v"), "v": ("q", "k", "v"), "result": ("z",)}.get(site, ())
 
 
-def _values(
-    model: "HookedTransformer", site: str, layers: Sequence[int], value: Any, base: BaseRun
-) -> dict[int, Tensor]:
+def _values(site: str, layers: Sequence[int], value: Any, base: BaseRun) -> dict[int, Tensor]:
     names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        _, cache = model.run_with_cache(value, names=list(names.values()), stop_at_layer=max(layers) + 1)
-        found: Mapping[str, Any] = cache
-    elif isinstance(value, Mapping):
-        found = value
-    else:
-        found = {name: value(base.acts[layer].clone(), name) for layer, name in names.items()}
-    return {layer: _fitted(found[name], base.acts[layer], name) for layer, name in names.items()}
+    if not isinstance(value, Mapping):
+        value = {name: value(base.acts[layer].clone(), name) for layer, name in names.items()}
+    return {layer: _fitted(value[name], base.acts[layer], name) for layer, name in names.items()}
 
 
 def _fitted(value: Any, act: Tensor, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of residual stream from a position to the end, packed into one flat tensor, and how they pass through a block."""
+"""Rows of residual stream from a position to the end, packed into one flat tensor, and how they pass a block."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

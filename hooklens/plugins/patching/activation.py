@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.metrics import ReadingMetric
+from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.bootstrap import ratio_interval
 from hooklens.plugins.patching.prompts import Pairs, Prompts, common_ends, read_pairs, rows_of, show
 from hooklens.result import Result, Table
@@ -199,10 +200,10 @@ def patch(
     _check_metric(metric, groups)
     if resume is not None and len(groups) > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
-    with torch.no_grad():
-        parts = [_patch_group(model, group, metric, site, axes, value, resume) for group in groups]
-        clean_values = _other_run(model, groups, metric, into, parts)
-    ends = (clean_values, _in_order(groups, [p.base for p in parts]))
+    with torch.no_grad(), packed_linears(rows=1024):
+        both = [_patch_group(model, group, metric, site, axes, value, resume) for group in groups]
+    parts = [outcome for outcome, _ in both]
+    ends = (_in_order(groups, [other for _, other in both]), _in_order(groups, [p.base for p in parts]))
     clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
     shape = _shape(model, site, axes, groups)
     per_pair = _in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
@@ -240,16 +241,16 @@ def _check_metric(metric: Any, groups: list[Pairs]) -> None:
         raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
 
 
-def _patch_group(model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], value: Value, resume) -> Outcome:
-    into, other = (
-        (group.corrupted, group.clean) if value is _CLEAN or _word(value) == "clean" else (group.clean, group.corrupted)
-    )
+def _patch_group(
+    model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], value: Value, resume
+) -> tuple[Outcome, Float[Tensor, "pair"]]:
+    """The sweep of one group, and the metric of the run that is not patched."""
+    noising = _word(value) != "clean"
+    into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
     written = _written(model, group, into, other, site, value)
     made = plan(model, into, site, written, by=by)
-    return execute(made, group.of(metric), resume=resume)
-
-
-_CLEAN = "clean"
+    outcome = execute(made, group.of(metric), resume=resume)
+    return outcome, _other_run(model, group, metric, other, made.donor, outcome)
 
 
 def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:
@@ -304,21 +305,19 @@ def _aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]
     return out
 
 
-def _other_run(model, groups: list[Pairs], metric: Any, into: str, parts: list[Outcome]) -> Float[Tensor, "pair"]:
-    """The metric of the run that is not patched."""
-    found = []
-    for group, part in zip(groups, parts, strict=True):
-        tokens: Int[Tensor, "pair pos"] = group.clean if into == "corrupted" else group.corrupted
-        stream = model(tokens, stop_at_layer=model.cfg.n_layers)
-        found.append(Reader(model, group.of(metric), stream).base)
-        if bool(found[-1].isnan().any()):
-            point = first_nonfinite(model, tokens)
-            other = "clean" if into == "corrupted" else "corrupted"
-            where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
-            raise InputError(f"the metric of the {other} run is NaN: {where}")
-        if group.aligned:  # the same prompt twice is the same number, not one to rounding
-            found[-1] = torch.where((group.clean == group.corrupted).all(1), part.base, found[-1])
-    return _in_order(groups, found)
+def _other_run(
+    model, group: Pairs, metric: Any, tokens: Int[Tensor, "pair pos"], stream: Tensor | None, outcome: Outcome
+) -> Float[Tensor, "pair"]:
+    """The metric of the run that is not patched; its stream is known where it gave the values."""
+    stream = model(tokens, stop_at_layer=model.cfg.n_layers) if stream is None else stream
+    found = Reader(model, group.of(metric), stream).base
+    if bool(found.isnan().any()):
+        point = first_nonfinite(model, tokens)
+        where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
+        raise InputError(f"the metric of the {'clean' if tokens is group.clean else 'corrupted'} run is NaN: {where}")
+    if group.aligned:  # the same prompt twice is the same number, not one to rounding
+        return torch.where((group.clean == group.corrupted).all(1), outcome.base, found)
+    return found
 
 
 def _in_order(groups: list[Pairs], parts: list[Tensor]) -> Tensor:

@@ -1,0 +1,78 @@
+"""How long until something can be done? Import over torch's, and SmolLM2 from its GGUF file to first logits.
+
+Each figure is a process of its own, taking turns. Run: python -m benchmarks.start
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks.rounds import write
+
+IMPORTS = {
+    "import torch": "import torch",
+    "import torch, hooklens": "import torch, hooklens",
+}
+LOAD = """
+import json, resource, time, torch
+torch.set_num_threads(2)
+import {module}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+{body}
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, (peak - before) * 1024, int(logits.argmax())]))
+"""
+OURS = """
+import hooklens as hl
+model = hl.load("smollm2-135m-instruct")
+logits = model(model.to_tokens({prompt!r}))[0, -1].detach()
+"""
+THEIRS = """
+from hooklens.pretrained.assets import fetch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+path = fetch("smollm2-135m-instruct")
+tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+logits = model(**tokenizer({prompt!r}, return_tensors="pt")).logits[0, -1].detach()
+"""
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+FLOAT32_BYTES = 134_515_008 * 4
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--rounds", type=int, default=5)
+    chosen = options.parse_args()
+    raw: dict[str, list[Any]] = {}
+    for _ in range(chosen.rounds):
+        for name, code in IMPORTS.items():
+            timed = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
+            raw.setdefault(name, []).append(float(run(timed)))
+        for name, module, body in (("hooklens", "hooklens", OURS), ("transformers", "transformers, gguf", THEIRS)):
+            code = LOAD.format(module=module, body=body.format(prompt=PROMPT))
+            raw.setdefault(f"SmolLM2 to first logits, {name}", []).append(json.loads(run(code)))
+    write("start", "Import and load", table(raw), raw)
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+def table(raw: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name, each in raw.items():
+        seconds = [one[0] if isinstance(one, list) else one for one in each]
+        row = {"what": name, "median s": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "n": len(each)}
+        if isinstance(each[0], list):
+            row["peak memory / float32 weights"] = statistics.median(one[1] for one in each) / FLOAT32_BYTES
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
