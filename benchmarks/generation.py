@@ -66,7 +66,7 @@ def record(seconds: dict[str, list[float]], same: bool, n: int, *, dry: bool) ->
     if dry:
         print(title, *rows, sep="\n")
     else:
-        raw = {"seconds": seconds, "speedup": faster, "same_tokens": same, "packed_linear_gain": packing_gain()}
+        raw = {"seconds": seconds, "speedup": faster, "same_tokens": same, "packing gain of one row": packing_gain(1)}
         write("generation", title, rows, raw)
 
 

@@ -51,7 +51,7 @@ class packed_linears:
     """
 
     def __init__(self, *, rows: int = 256, enabled: bool | None = None):
-        self.rows, self.enabled = rows, packing_pays() if enabled is None else enabled and packing_works()
+        self.rows, self.enabled = rows, packing_pays(rows) if enabled is None else enabled and packing_works()
         self.packs: dict[Linear, tuple[Tensor, int, Tensor]] = {}
 
     def __enter__(self) -> "packed_linears":
@@ -90,25 +90,29 @@ def packing_works() -> bool:
     return os.environ.get(ENV, "1") != "0" and _measured()[0]
 
 
-def packing_pays() -> bool:
-    """Do packed products beat torch's own on this machine? Measured once a process, in about 30 ms."""
-    return os.environ.get(ENV, "1") != "0" and _measured()[1] > 1.1
+def packing_pays(rows: int = 240) -> bool:
+    """Do packed products of that many rows beat torch's own on this machine? Measured once a process."""
+    return os.environ.get(ENV, "1") != "0" and packing_gain(rows) > 1.1
 
 
-def packing_gain() -> float:
-    """How many times faster a packed product of 240 rows is than torch's own here; 0 where packing does not work."""
-    return _measured()[1]
+def packing_gain(rows: int = 240) -> float:
+    """How many times faster a packed product is than torch's own here; 0 where packing does not work.
+
+    240 rows, in about 30 ms. For a few rows one is measured, in 0.3 s: their time goes into reading the weight, so it
+    must be one that no cache holds.
+    """
+    return (_measured() if rows > 16 else _measured(1, 16384))[1]
 
 
 @cache
-def _measured() -> tuple[bool, float]:
+def _measured(rows: int = 240, d_out: int = 768) -> tuple[bool, float]:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False, 0.0
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 768, generator=generator) for rows in (240, 768))
+    x, weight = (torch.randn(size, 768, generator=generator) for size in (rows, d_out))
     try:
         with torch.no_grad():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 240)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
             def ours() -> Tensor:
                 return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -28,7 +28,7 @@ Prompt = Any  # text, ids, a tensor [pos] or [batch pos], or a list of texts or 
 Row = Int[Tensor, "_pos"]  # rows of one call differ in length
 Logits = Float[Tensor, "batch d_vocab"]
 # Packing the weights takes about as long as it saves in this many steps.
-_PACKING_PAYS_FROM = 16
+_PACKING_PAYS_FROM = 24
 
 
 @dataclass(frozen=True, eq=False)
