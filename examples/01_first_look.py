@@ -48,11 +48,9 @@ print(hl.Table(("next token", "probability"), list(zip(said, chances.tolist(), s
 # Attention adds to the residual stream; the sum holds at every layer.
 
 # %%
-apart = [
-    (cache["resid_mid", n] - cache["resid_pre", n] - cache["attn_out", n]).abs().max()
-    for n in range(model.cfg.n_layers)
-]
-print("largest violation of resid_mid = resid_pre + attn_out:", float(max(apart)))
+for n in range(model.cfg.n_layers):
+    assert torch.equal(cache["resid_mid", n], cache["resid_pre", n] + cache["attn_out", n])
+print("resid_mid = resid_pre + attn_out, at every layer")
 
 # %% [markdown]
 # Now edit: without one head, how much does the best guess lose? The hook is gone after the `with` block.
