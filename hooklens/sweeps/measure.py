@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError, WrongType
 from hooklens.metrics import ReadingMetric, Reads
 from hooklens.model.attention import is_plain
+from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.rows import Group
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Reader:
         self.read: Int[Tensor, "pair read"] | None = None
         self.tokens: Int[Tensor, "pair token"] | None = None
         self.by_pair = False
+        self.whole = why_plain(model) is not None  # a hook on the way out may look at positions, so that it sees all
         self.base_logits: Tensor | None = None
         if getattr(metric, "reads", None) is not None:
             self._bind_reads(stream.device)
@@ -96,6 +98,9 @@ class Reader:
     # -- metric values
 
     def _base_values(self) -> Float[Tensor, "pair"]:
+        if self.whole:
+            self.base_logits = self.model.read_out(self.stream)
+            return self.on_logits(self.base_logits.clone())
         every = torch.arange(self.n_pairs, device=self.stream.device)
         if self.read is not None:
             x = self.stream[every[:, None], self.read]
@@ -168,6 +173,7 @@ class Reader:
         return torch.cat(out)
 
     def _with_base(self, read: Tensor, pair: Tensor, start: Tensor) -> Tensor:
+        assert self.read is not None
         before = self.read[pair] < start[:, None]
         return torch.where(before[..., None], self.base_read[pair], read) if bool(before.any()) else read
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def plain_value(plan: Plan, patch: Patch, reader: "Reader") -> Float[Tensor, "pair"]:
     """The metric of one patch, from a whole forward pass with one hook."""
     hooks = [writing(plan, patch)]
-    if reader.read is None or edited_elsewhere([plan.model.unembed.hook_in, plan.model.unembed.hook_out]):
+    if reader.read is None or reader.whole:
         return reader.on_logits(plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks))
     stream = plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks, stop_at_layer=plan.model.cfg.n_layers)
     return reader.on_stream(stream)

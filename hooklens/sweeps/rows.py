@@ -1,7 +1,7 @@
 """Rows of residual stream from a position to the end, packed into one flat tensor, and how they pass a block."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.model.config import Causal, MaskPart
 from hooklens.model.embed import rotary_tables
-from hooklens.model.kv_cache import KVCache, View
+from hooklens.model.kv_cache import Context, KVCache, View
 
 Flat = Float[Tensor, "one row d_model"]
 
@@ -56,26 +56,19 @@ def unpack(flat: Flat, groups: Sequence[Group], width: int | None = None) -> lis
     ]
 
 
-@dataclass(eq=False)
-class PackedContext:
+class PackedContext(Context):
     """A Context for packed rows: every group attends to the base run's keys before its start, then to its own.
 
     With `read` (the positions that the metric reads, pair x read) queries are worked for only there.
     """
 
-    past: KVCache
-    n_pos: int
-    groups: Sequence[Group]
-    read: Int[Tensor, "pair read"] | None = None
-    _tables: dict = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        device = self.groups[0].x.device
-        spans = [torch.arange(g.start, self.n_pos, device=device).repeat(len(g.pair)) for g in self.groups]
-        self.positions = torch.cat(spans)
-        self.index = None
-        if self.read is not None:
-            self.index = self._read_index(self.read)
+    def __init__(
+        self, past: KVCache, n_pos: int, groups: Sequence[Group], read: Int[Tensor, "pair read"] | None = None
+    ):
+        device = groups[0].x.device
+        super().__init__(torch.cat([torch.arange(g.start, n_pos, device=device).repeat(len(g.pair)) for g in groups]))
+        self.past, self.n_pos, self.groups, self.read = past, n_pos, groups, read
+        self.index = None if read is None else self._read_index(read)
 
     def _read_index(self, read: Int[Tensor, "pair read"]) -> Int[Tensor, "query"]:
         """Where in the flat tensor the read positions stand; one before a row's start is clamped, and ignored later."""

@@ -60,6 +60,26 @@ def test_hooks_of_others_are_kept_and_the_result_says_so(model):
     close(again.per_pair, quiet.per_pair)
 
 
+@pytest.mark.parametrize("where", ["ln_final.hook_normalized", "unembed.hook_in", "unembed.hook_out"])
+def test_hooks_on_the_way_out_see_every_position(model, where):
+    """A metric that reads one position of four tokens, and a hook that edits by position."""
+
+    def edit(act: Tensor, hook) -> Tensor:
+        return act * torch.arange(1, act.shape[1] + 1, dtype=act.dtype)[None, :, None]
+
+    metric = metric_of(model)
+    with model.hooks(fwd_hooks=[(where, edit)]):
+        expected = looped(model, CORRUPTED, CLEAN, metric, "z", "layer x head")
+        sweep = hl.patch(model, CLEAN, CORRUPTED, metric, site="z")
+        whole = hl.patch(model, CLEAN, CORRUPTED, own, site="z")
+        ends = metric(model(CLEAN)), metric(model(CORRUPTED))
+    close(sweep.per_pair, expected)
+    for one in (sweep, whole):
+        assert one.how.startswith("plain loop")
+    close(sweep.clean_per_pair, ends[0].detach())
+    close(sweep.corrupted_per_pair, ends[1].detach())
+
+
 @pytest.mark.parametrize("where", ["blocks.1", "blocks.1.attn", "blocks.0.mlp", "blocks.0.attn.q", "unembed"])
 def test_torch_hooks_are_kept(model, where):
     metric = metric_of(model)
