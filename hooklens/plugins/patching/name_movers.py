@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PerHead = Float[Tensor, "layer head"]
 Ends = tuple[PerHead, PerHead]
+_NAMED = 10  # heads whose name is written into the figure
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class NameMovers(Result):
         from hooklens.viz.curves import scatter
 
         heads = [f"L{i}H{j}" for i in range(self.share.shape[0]) for j in range(self.share.shape[1])]
-        return scatter(
+        drawn = scatter(
             self.attention.mean(0).flatten(),
             self.share.flatten(),
             heads,
@@ -157,6 +158,10 @@ class NameMovers(Result):
             colour=self.copying.flatten(),
             colourbar="copies names",
         )
+        for layer, head in self.order()[:_NAMED]:
+            at = {"x": float(self.attention[:, layer, head].mean()), "y": float(self.share[layer, head])}
+            drawn.add_annotation(**at, text=f"L{layer}H{head}", showarrow=False, yshift=12, font_size=11)
+        return drawn
 
     def _interval(self, values: Float[Tensor, "pair layer head"], below: Float[Tensor, "pair"]) -> Ends:
         top, bottom = by_group(values, self.group), by_group(below, self.group)
@@ -269,7 +274,8 @@ def _ranks(model: "HookedTransformer", cache: "ActivationCache", pairs: IOIPairs
         name = by_group(cache[source][row, pairs.io], which)
         logits = _unembedded(model, _through_ov(model, layer, name))
         own = logits.gather(2, names[:, None, None].expand(-1, logits.shape[1], 1))
-        places.append((logits > own).sum(-1))
+        # the middle of those that tie: a head that writes nothing neither copies nor suppresses
+        places.append(((logits > own).sum(-1) + (logits >= own).sum(-1) - 1) // 2)
     return torch.stack(places, 1)
 
 

@@ -1,0 +1,325 @@
+"""The command line: parses, calls a plugin, prints a table, writes a report. Everything heavy is imported when needed.
+
+Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a command or an input that cannot be used;
+3 something outside is missing (network, disk, a device, a package); 130 interrupted.
+"""
+
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hooklens.core.errors import HooklensError, InputError, Unavailable
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.table import Table
+
+OK, FAILED, BAD_INPUT, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
+_DEFAULT = "smollm2-135m-instruct"
+
+
+class _Group(TyperGroup):
+    """Turns what a command raises into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            _say("interrupted", *getattr(error, "__notes__", ()))
+            raise typer.Exit(INTERRUPTED) from error
+        except HooklensError as error:
+            _fail(ctx, f"error: {error}", error)
+            raise typer.Exit(MISSING if isinstance(error, Unavailable) else BAD_INPUT) from error
+        except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+            if type(error).__module__.startswith(("click", "typer")):  # usage errors and exits print themselves
+                raise
+            _fail(ctx, f"unexpected {type(error).__name__}: {error}; `hooklens --debug ...` shows where", error)
+            raise typer.Exit(FAILED) from error
+
+
+app = typer.Typer(
+    cls=_Group, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+
+
+class Dtype(StrEnum):
+    """What weights are loaded as."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="An asset, a GGUF file, a folder, a checkpoint or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")]
+OfDtype = Annotated[Dtype | None, typer.Option(help="What weights are loaded as; by default float32.")]
+Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context, debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False
+) -> None:
+    ctx.obj = debug
+
+
+@app.command()
+def demo(
+    model: Model = _DEFAULT,
+    out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path("hooklens-demo.html"),
+    pairs: Annotated[int, typer.Option(help="Prompt pairs, a multiple of 4.")] = 64,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: OfDtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who gets the drink? The indirect-object experiment on a small model, with a report.
+
+    Example: `hooklens demo --out ioi.html`
+    """
+    _check_out(out)
+    loaded = _load(model, device, dtype)
+    from hooklens.plugins.patching.ioi_demo import ioi_study
+
+    study = ioi_study(loaded, pairs, seed=seed)
+    study.report().save(out, data=study)
+    _show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+
+
+@app.command()
+def patch(
+    clean: Annotated[str, typer.Option(help="The prompt that is answered rightly.")],
+    corrupted: Annotated[str, typer.Option(help="The same prompt with one thing changed.")],
+    answer: Annotated[str, typer.Option(help="The clean prompt's next token, often with a leading space.")],
+    wrong_answer: Annotated[str, typer.Option(help="The corrupted prompt's next token.")],
+    model: Model = _DEFAULT,
+    site: Annotated[list[str] | None, typer.Option(help="What is patched; may be repeated.")] = None,
+    by: Annotated[str | None, typer.Option(help="The grid of sites swept by position, such as 'layer'.")] = None,
+    out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path("patch.html"),
+    device: Device = None,
+    dtype: OfDtype = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Which activations carry the difference between two prompts? Patch them one at a time; write a report.
+
+    Example: `hooklens patch --clean "When Mary and John went to the store, John gave a drink to" --corrupted "When Mary
+    and John went to the store, Mary gave a drink to" --answer " Mary" --wrong-answer " John" --site z --out ioi.html`
+
+    An interrupted run goes on where it stopped when the same command is given again. The seed chooses which patches are
+    checked against the plain way.
+    """
+    _check_out(out)
+    sites = site or ["resid_pre", "z"]
+    from hooklens.sweeps.plan import site_kind
+
+    asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
+    parts = {name: _part(out, name, asked) for name in map(site_kind, sites)}
+    loaded = _load(model, device, dtype)
+    from hooklens.plugins.patching.pair_study import study_pair
+    from hooklens.sweeps.settings import engine
+
+    options: dict[str, Any] = {"answer": answer, "wrong_answer": wrong_answer, "sites": sites, "by": by, "resume": parts}
+    _say(*(f"going on from {path}" for path in parts.values() if path.exists()))
+    try:
+        with engine(seed=seed):
+            study = study_pair(loaded, clean, corrupted, **options)
+    except KeyboardInterrupt as interrupt:
+        kept = ", ".join(str(path) for path in parts.values() if path.exists())
+        if kept:
+            interrupt.add_note(f"what is done is kept in {kept}; the same command goes on from there")
+        raise
+    study.report().save(out, data=study)
+    for path in parts.values():
+        path.unlink(missing_ok=True)
+    _show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """What can be loaded, and from where.
+
+    Example: `hooklens models --json`
+    """
+    from hooklens.pretrained.load import models as known
+
+    _show(known(), as_json)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="An asset, a GGUF file, a folder, a checkpoint or a hub id.")] = _DEFAULT,
+    device: Device = None,
+    dtype: OfDtype = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Load a model and verify what every model here promises; exit code 1 if something does not hold.
+
+    Example: `hooklens check smollm2-135m-instruct --dtype float64`
+    """
+    from hooklens.pretrained.check import check as verify
+
+    report = verify(_load(model, device, dtype), seed=seed)
+    _show(report.table(), as_json, model=report.model, ok=report.ok)
+    raise typer.Exit(OK if report.ok else FAILED)
+
+
+@app.command()
+def plugins(as_json: AsJson = False) -> None:
+    """Which methods are installed, ours and other people's.
+
+    Example: `hooklens plugins`
+    """
+    from hooklens.plugins import available
+    from hooklens.table import Table
+
+    rows = [(info.name, info.error or info.summary, info.package) for info in available()]
+    _show(Table(("plugin", "what it answers", "package"), rows), as_json)
+
+
+@app.command()
+def run(
+    plugin: Annotated[str, typer.Argument(help="A name that `hooklens plugins` lists.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="By default a tiny random model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result's table and figure as a page.")] = None,
+    device: Device = None,
+    dtype: OfDtype = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a plugin's demo on a model and print its result.
+
+    Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
+    """
+    if out is not None:
+        _check_out(out)
+    from hooklens.plugins import find
+
+    answer = find(plugin).demo()
+    loaded = _tiny(device, dtype, seed) if model is None else _load(model, device, dtype)
+    result = answer(loaded)
+    written = {}
+    if out is not None:
+        from hooklens.viz.report import Report
+
+        report = Report(f"{plugin} in {loaded.cfg.model_name}").figure(result.figure()).table(result.table())
+        written = {"report": str(report.save(out, data=result))}
+    _show(result.table(), as_json, **written)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the model goes on from.")],
+    model: Model = _DEFAULT,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 50,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    device: Device = None,
+    dtype: OfDtype = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Go on from a prompt, token by token to the terminal.
+
+    Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
+    """
+    loaded = _load(model, device, dtype)
+    if chat:
+        prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
+    new = loaded.generate(prompt, max_new_tokens, temperature=temperature, seed=seed, stream=not as_json)
+    if as_json:
+        typer.echo(json.dumps({"text": new.text, "tokens": new.new_tokens[0].tolist(), "seed": seed}))
+
+
+def main() -> None:
+    """The entry point of the `hooklens` command."""
+    app(prog_name="hooklens")
+
+
+def _load(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
+    from hooklens.pretrained.load import load
+
+    return load(model, device=_device(device), dtype=None if dtype is None else dtype.value)
+
+
+def _tiny(device: str | None, dtype: Dtype | None, seed: int) -> "HookedTransformer":
+    from hooklens.pretrained.load import as_dtype
+    from hooklens.testing import tiny_model
+
+    return tiny_model(seed=seed).to(device=_device(device) or "cpu", dtype=as_dtype(dtype and dtype.value))
+
+
+def _device(name: str | None) -> str | None:
+    """The device, tried with one number: torch's own errors come later and say less."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name} is no device; use cpu, cuda, cuda:1, mps, ...") from error
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Unavailable(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); leave it out") from error
+    return name
+
+
+def _check_out(out: Path) -> None:
+    """Both files of a report, before anything is computed."""
+    from hooklens.core.files import check_writable
+
+    if out.suffix == ".json":
+        raise InputError(f"--out {out} is the name of the numbers beside the page; use {out.with_suffix('.html')}")
+    for path in (out, out.with_suffix(".json")):
+        check_writable(path)
+
+
+def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
+    """Where a site's unfinished sweep is kept: another question has another file."""
+    digest = hashlib.blake2b("\0".join(asked).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return out.with_name(f"{out.stem}.{site}.{digest}.part")
+
+
+def _show(table: "Table", as_json: bool, **more: Any) -> None:
+    """A table, then what else there is to say; or all of it as one JSON object."""
+    from hooklens.result import plain
+
+    if as_json:
+        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        typer.echo(json.dumps(plain({"rows": rows, **more}), ensure_ascii=False))
+        return
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(table)
+    else:
+        typer.echo(str(table))
+    typer.echo("".join(f"{name}: {value}\n" for name, value in _strings(more).items()), nl=False)
+
+
+def _strings(more: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in more.items()}
+
+
+def _fail(ctx: Any, message: str, error: Exception) -> None:
+    if ctx.obj:
+        _say("".join(traceback.format_exception(error)))
+    _say(message, *getattr(error, "__notes__", ()))
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        typer.echo(line, err=True)

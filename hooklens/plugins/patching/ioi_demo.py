@@ -1,0 +1,145 @@
+"""The indirect-object experiment: the shown pair cell by cell, and many balanced pairs for what may be claimed."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.data.ioi import IOIPairs, ioi
+from hooklens.metrics import LogitDiff
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.patching.activation import PatchSweep
+from hooklens.plugins.patching.bootstrap import ratio_interval
+from hooklens.plugins.patching.name_movers import NameMovers, by_group, name_movers
+from hooklens.plugins.patching.pair_study import PairStudy, by_layer, head_patterns, study_pair
+from hooklens.result import Result, Table
+from hooklens.sweeps.execute import execute
+from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.settings import engine
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+CLEAN = "When Mary and John went to the store, John gave a drink to"
+CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
+ANSWER, WRONG_ANSWER = " Mary", " John"
+_CANDIDATES = 10  # heads taken from each of two rankings: the shown pair's patches, and direct effects over the pairs
+_DRAWN = 6
+
+
+@dataclass(frozen=True, eq=False)
+class IOIStudy(Result):
+    """The shown pair, the same question asked of many pairs, and the evidence head by head.
+
+    `total` is the logit difference after each of `heads` was patched in each pair (every later layer recomputed), as
+    against `movers.direct`, where only the final norm and the unembedding see the patch.
+    """
+
+    shown: PairStudy
+    pairs: IOIPairs
+    movers: NameMovers
+    layers: dict[str, PatchSweep]
+    heads: list[tuple[int, int]]
+    total: Float[Tensor, "pair head"]
+    corrupted: Float[Tensor, "pair"]
+    patterns: Float[Tensor, "drawn query_pos key_pos"]
+
+    @property
+    def clean_per_pair(self) -> Float[Tensor, "pair"]:
+        """The logit difference of every clean prompt."""
+        return self.corrupted + self.movers.gap
+
+    @property
+    def correct(self) -> float:
+        """In what share of pairs is the indirect object likelier than the subject?"""
+        return float((self.clean_per_pair > 0).float().mean())
+
+    @property
+    def recovered(self) -> Float[Tensor, "head"]:
+        """What patching each of `heads` restores, all later layers recomputed."""
+        return (self.total - self.corrupted[:, None]).mean(0) / self.movers.gap.mean()
+
+    def recovered_interval(self) -> tuple[Float[Tensor, "head"], Float[Tensor, "head"]]:
+        """The 95 % interval of `recovered`, over groups of pairs."""
+        return self.interval(self.total - self.corrupted[:, None])
+
+    def interval(self, moved: Float[Tensor, "pair cell"]) -> tuple[Float[Tensor, "cell"], Float[Tensor, "cell"]]:
+        """The interval of a share of the clean-corrupted difference, resampling groups of pairs that share names."""
+        group = self.movers.group
+        return ratio_interval(by_group(moved, group), by_group(self.movers.gap, group), level=self.movers.criteria.level)
+
+    def called(self) -> list[str]:
+        """What each of `heads` is called: a name mover on all three counts, else by what its patch does."""
+        (low, high), least = self.recovered_interval(), self.movers.criteria.least_direct
+        movers = set(self.movers.name_movers)
+        names = []
+        for i, head in enumerate(self.heads):
+            if head in movers:
+                names.append("name mover")
+            elif self.movers.defined and low[i] > least:
+                names.append("restores the logit difference")
+            else:
+                names.append("lowers the logit difference" if high[i] < -least else "no clear effect")
+        return names
+
+    def table(self, n: int | None = 14) -> Table:
+        """One row a head, the largest patch effect first: what it is called, and the numbers that decide it."""
+        columns = ("head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO")
+        columns += ("margin", "copies", "suppresses")
+        movers, (low, high), called = self.movers, self.recovered_interval(), self.called()
+        direct = (movers.share, *movers.share_interval())
+        rest = (movers.attention.mean(0), movers.margin.mean(0), movers.copying, movers.suppressing)
+        rows = [
+            (f"L{a}H{b}", called[i], *(float(v[i]) for v in (self.recovered, low, high)))
+            + tuple(float(v[a, b]) for v in (*direct, *rest))
+            for i, (a, b) in enumerate(self.heads)
+        ]
+        return Table(columns, sorted(rows, key=lambda row: -abs(row[2]))).head(n)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` heads whose patch restores or lowers most."""
+        return self.table(k)
+
+    def figure(self) -> Any:
+        """Every head by attention, direct effect and copying."""
+        return self.movers.figure()
+
+    def report(self) -> Any:
+        """The study as a page: `study.report().save("ioi.html", data=study)`."""
+        from hooklens.plugins.patching.report import ioi_report
+
+        return ioi_report(self)
+
+
+def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIStudy:
+    """How does this model know who gets the drink? The shown pair in detail, `n` balanced pairs for the claims.
+
+    Needs a tokenizer in which the names are single tokens. Reference: Wang et al. (2022).
+    """
+    pairs = ioi(model, n, seed=seed)
+    metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
+    with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
+        shown = study_pair(model, CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER)
+        movers = name_movers(model, pairs)
+        heads = _candidates(shown, movers)
+        patches = [Patch(layer, head=head) for layer, head in heads]
+        with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
+            layers = by_layer(model, pairs.clean_tokens, pairs.corrupted_tokens, metric)
+            outcome = execute(plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches), metric)
+        patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
+    return IOIStudy(shown, pairs, movers, layers, heads, outcome.values.T, outcome.base, patterns)
+
+
+def _candidates(shown: PairStudy, movers: NameMovers) -> list[tuple[int, int]]:
+    """The heads worth patching in every pair: name movers first, then the strongest directly, then on the shown pair."""
+    patched = [(layer, head) for layer, head in shown.sweeps["z"].order()[:_CANDIDATES]]
+    return list(dict.fromkeys([*movers.name_movers, *movers.order()[:_CANDIDATES], *patched]))
+
+
+def demo(model: "HookedTransformer") -> NameMovers | IOIStudy:
+    """The study on four pairs where the model has a tokenizer that knows the names; else name movers among numbers."""
+    from hooklens.plugins.patching import name_movers as numbers
+
+    return numbers.demo(model) if model.tokenizer is None else ioi_study(model, 4)

@@ -1,0 +1,148 @@
+"""One prompt pair looked at from all sides: predictions, sweeps, layers, and what the strongest heads attend to."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.metrics import logit_diff
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.patching.activation import PatchSweep, patch
+from hooklens.plugins.patching.prompts import Prompts, rows_of, show
+from hooklens.result import Result, Table
+from hooklens.sweeps.plan import SITES, site_kind
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_STRONGEST = 6
+_GUESSES = 5
+
+
+@dataclass(frozen=True, eq=False)
+class PairStudy(Result):
+    """What the model says after both prompts, and what every patch between them did to the logit difference.
+
+    `sweeps` are the sites asked for, `layers` whole layers of attn_out and mlp_out; `patterns` belong to `heads`, those
+    whose patch moved the metric most (none where z was not swept).
+    """
+
+    model: str
+    clean: list[str]
+    corrupted: list[str]
+    answer: str
+    wrong_answer: str
+    clean_top: list[tuple[str, float]]
+    corrupted_top: list[tuple[str, float]]
+    sweeps: dict[str, PatchSweep]
+    layers: dict[str, PatchSweep]
+    heads: list[str]
+    patterns: Float[Tensor, "head query_pos key_pos"]
+
+    @property
+    def any_sweep(self) -> PatchSweep:
+        """A sweep, for the two baselines that all share."""
+        return next(iter(self.sweeps.values()))
+
+    def table(self, n: int | None = 5) -> Table:
+        """The `n` patches of each site that moved the logit difference most."""
+        rows = [
+            (site, *(str(cell) if i == 0 else cell for i, cell in enumerate(row)))
+            for site, sweep in self.sweeps.items()
+            for row in sweep.table(n).rows
+        ]
+        return Table(("site", "patch", "logit difference", "recovered"), rows)
+
+    def figure(self) -> Any:
+        """The first site's sweep."""
+        return self.any_sweep.figure()
+
+    def report(self) -> Any:
+        """The study as a page: `study.report().save("study.html", data=study)`."""
+        from hooklens.plugins.patching.report import pair_report
+
+        return pair_report(self)
+
+
+def study_pair(
+    model: "HookedTransformer",
+    clean: Prompts,
+    corrupted: Prompts,
+    *,
+    answer: str | int,
+    wrong_answer: str | int,
+    sites: Sequence[str] = ("resid_pre", "z"),
+    by: str | None = None,
+    resume: Mapping[str, Path] | None = None,
+) -> PairStudy:
+    """Sweep several sites of one pair, and whole layers, by the logit difference of two answers.
+
+    >>> from hooklens.testing import tiny_model
+    >>> study = study_pair(tiny_model(), [1, 2, 3], [1, 4, 3], answer=5, wrong_answer=6)
+    >>> study.sweeps["z"].values.shape, len(study.heads)         # layer head
+    (torch.Size([2, 2]), 4)
+
+    `by` is the grid of the sites that are swept by position otherwise; `resume` names a file a site.
+    """
+    metric = logit_diff(model, answer=answer, wrong_answer=wrong_answer)
+    names = list(dict.fromkeys(site_kind(site) for site in sites))
+    files = resume or {}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(packed_linears(rows=1024))  # the weights are packed once for all sweeps
+        sweeps = {}
+        for site in names:
+            axes = by if SITES[site].default_by == ("layer", "pos") else None
+            sweeps[site] = patch(model, clean, corrupted, metric, site=site, by=axes, resume=files.get(site))
+        layers = by_layer(model, clean, corrupted, metric)
+        ids = [rows_of(model, prompt, name)[0] for prompt, name in ((clean, "clean"), (corrupted, "corrupted"))]
+        chosen = sweeps["z"].order()[:_STRONGEST] if "z" in sweeps else []
+        return PairStudy(
+            model.cfg.model_name,
+            show(model, ids[0]),
+            show(model, ids[1]),
+            *(show(model, token)[0] for token in (metric.answer, metric.wrong_answer)),
+            *(_guesses(model, row) for row in ids),
+            sweeps,
+            layers,
+            [f"L{layer}H{head}" for layer, head in chosen],
+            head_patterns(model, ids[0], chosen),
+        )
+
+
+def by_layer(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, metric: Any) -> dict[str, PatchSweep]:
+    """What does each layer's attention, and each layer's MLP, restore at all positions at once?"""
+    points = model.hook_points()
+    sites = [site for site in ("attn_out", "mlp_out") if f"blocks.0.{SITES[site].point}" in points]
+    return {site: patch(model, clean, corrupted, metric, site=site, by="layer") for site in sites}
+
+
+def head_patterns(
+    model: "HookedTransformer", ids: Tensor, heads: Sequence[tuple[int, ...]]
+) -> Float[Tensor, "head query_pos key_pos"]:
+    """The attention patterns of these (layer, head) on one prompt."""
+    n = len(ids)
+    if not heads:
+        return torch.zeros(0, n, n)
+    _, cache = model.run_with_cache(ids[None], [("pattern", layer) for layer in sorted({layer for layer, _ in heads})])
+    return torch.stack([cache["pattern", layer][0, head] for layer, head in heads])
+
+
+def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]:
+    probs = model(ids[None], logits_at=-1)[0, 0].float().softmax(-1)
+    best = probs.topk(min(_GUESSES, len(probs)))
+    return list(zip(show(model, best.indices), best.values.tolist(), strict=True))
+
+
+def demo(model: "HookedTransformer") -> PairStudy:
+    """Two short prompts of token numbers that differ in one; any model, no tokenizer needed."""
+    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
+    clean = torch.arange(1, n + 1, device=model.device) % d_vocab
+    corrupted = clean.clone()
+    corrupted[n // 2] = (corrupted[n // 2] + 1) % d_vocab
+    return study_pair(model, clean, corrupted, answer=0, wrong_answer=min(1, model.cfg.d_vocab_out - 1))

@@ -1,0 +1,204 @@
+"""The pages that patching experiments are read on; they draw what a study holds and compute nothing but its intervals."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hooklens.plugins.patching.activation import PatchSweep
+from hooklens.result import Table
+
+if TYPE_CHECKING:
+    from hooklens.plugins.patching.ioi_demo import IOIStudy
+    from hooklens.plugins.patching.pair_study import PairStudy
+    from hooklens.viz.report import Report
+
+_RECOVERED = "0: as in the corrupted run, 1: as in the clean run."
+_SITES = {
+    "resid_pre": "The residual stream before each layer, one token position at a time: where the answer is decided, and "
+    "from which layer on it stands at the last position.",
+    "z": "The output of one attention head at all positions, every later layer recomputed: which heads carry it.",
+    "attn_out": "What one attention layer adds to the stream.",
+    "mlp_out": "What one MLP adds to the stream.",
+}
+
+
+def pair_report(study: "PairStudy") -> "Report":
+    """The page of one pair: predictions, a figure a site, layers, heads, numbers."""
+    from hooklens.viz.report import Report
+
+    report = Report(f"Activation patching in {study.model}")
+    _prompts(report, study)
+    for site, sweep in study.sweeps.items():
+        report.heading(f"Patching {site}")
+        report.figure(sweep.figure(), f"{_SITES.get(site, '')} Clean written into the corrupted run. {_RECOVERED}".strip())
+        report.table(sweep.top(8), f"The patches of {site} that moved the logit difference most.")
+    report.heading("Layer by layer")
+    for sweep in study.layers.values():
+        report.figure(sweep.figure(), f"{_SITES[sweep.site]} All positions at once. One pair has no interval.")
+    if study.heads:
+        report.heading("What the strongest heads attend to").figure(
+            _attention(study.patterns, study.clean, study.heads),
+            "On the clean prompt. That a head restores the logit difference says nothing yet about how: to call it a name "
+            "mover takes many pairs, as in `hooklens demo`.",
+        )
+    return _exactness(report, [*study.sweeps.values(), *study.layers.values()])
+
+
+def ioi_report(study: "IOIStudy") -> "Report":
+    """The page of `hooklens demo`."""
+    from hooklens.viz.report import Report
+
+    shown, movers = study.shown, study.movers
+    report = Report(f"Who gets the drink? Indirect objects in {shown.model}")
+    report.text(_finding(study))
+    report.numbers(
+        {
+            "prompt pairs": len(study.pairs),
+            "indirect object above subject": f"{study.correct:.0%}",
+            "clean logit difference": float(study.clean_per_pair.mean()),
+            "corrupted": float(study.corrupted.mean()),
+            "name movers": len(movers.name_movers),
+            "their direct effect": f"{sum(float(movers.share[i]) for i in movers.name_movers):.0%}",
+        }
+    )
+    report.heading("The pair shown, and what the model says")
+    _prompts(report, shown)
+    report.heading("Where the answer is, layer by layer")
+    report.figure(shown.sweeps["resid_pre"].figure(), f"{_SITES['resid_pre']} {_RECOVERED}")
+    report.heading("Which heads carry it")
+    report.figure(shown.sweeps["z"].figure(), f"{_SITES['z']} {_RECOVERED}")
+    _heads(report, study)
+    report.heading(f"Attention and MLPs by layer, over {len(study.pairs)} pairs")
+    for sweep in study.layers.values():
+        report.figure(_bars(study, sweep), f"{_SITES[sweep.site]} All positions at once. {_WHISKERS}")
+    _how(report, study)
+    return _exactness(report, [*shown.sweeps.values(), *study.layers.values()])
+
+
+_WHISKERS = "Whiskers: 95 % intervals over groups of four pairs that share names and sentence."
+
+
+def _finding(study: "IOIStudy") -> str:
+    movers = study.movers
+    if not movers.defined:
+        return (
+            "On these pairs the model does not tell the indirect object from the subject: the interval of the "
+            "clean-corrupted difference includes 0, so nothing can be said to restore it."
+        )
+    heads = ", ".join(f"L{a}H{b} ({float(movers.share[a, b]):.0%})" for a, b in movers.name_movers)
+    others = [row for row in study.table(None).rows if row[1] == "restores the logit difference"][:3]
+    also = ", ".join(f"{row[0]} ({row[2]:.0%})" for row in others)
+    named = f"Name movers, with what each restores directly: {heads}." if heads else "No head passes all three tests."
+    return f"{named} Other heads restore the logit difference without moving a name; the strongest are {also}."
+
+
+def _prompts(report: "Report", study: "PairStudy") -> None:
+    report.prompts(
+        study.clean,
+        study.corrupted,
+        clean_top=study.clean_top,
+        corrupted_top=study.corrupted_top,
+        caption="Coloured: where the prompts differ. Below each, the model's likeliest next tokens.",
+    )
+    sweep = study.any_sweep
+    report.numbers(
+        {
+            "answer": repr(study.answer),
+            "wrong answer": repr(study.wrong_answer),
+            "logit difference, clean": sweep.clean,
+            "logit difference, corrupted": sweep.corrupted,
+            "difference to restore": sweep.clean - sweep.corrupted,
+        }
+    )
+
+
+def _attention(patterns: Any, tokens: list[str], heads: list[str]) -> Any:
+    from hooklens.viz.heads import attention_heads
+
+    return attention_heads(patterns, tokens, heads)
+
+
+def _heads(report: "Report", study: "IOIStudy") -> None:
+    """The table of heads, the picture of all of them, and the patterns of the first."""
+    asked = study.movers.criteria
+    report.heading(f"Head by head, over {len(study.pairs)} pairs")
+    report.table(_short(study.table()), _columns(study))
+    report.text(
+        "A head is called a name mover only if all three hold. It attends: the last position's attention to the indirect "
+        f"object exceeds that to any other position but the first by more than {asked.least_margin:g} (lower end of the "
+        f"interval). It copies: for at least {asked.least_copying:.0%} of the names its OV puts the name itself among "
+        f"the {asked.top_k} likeliest tokens. It acts directly: the lower end of its direct effect exceeds "
+        f"{asked.least_direct:.0%}. Any other head at most restores, or lowers, the logit difference."
+    )
+    report.figure(study.movers.figure(), "Every head of the model; the strongest are named. Name movers stand to the upper right, in dark.")
+    drawn, called = study.heads[: len(study.patterns)], study.called()
+    names = [f"L{a}H{b}, {called[i]}" for i, (a, b) in enumerate(drawn)]
+    report.heading("What the strongest heads attend to").figure(
+        _attention(study.patterns, study.shown.clean, names),
+        "On the clean prompt shown above; the bottom row is the last position, from which the answer is read.",
+    )
+
+
+def _short(table: Table) -> Table:
+    """Each interval beside its number: "41% [37, 44]"."""
+    columns = ("head", "called", "patched", "direct", "attends to IO", "margin", "copies", "suppresses")
+    rows = []
+    for head, called, *numbers in table.rows:
+        patched, direct, rest = numbers[:3], numbers[3:6], numbers[6:]
+        looks = (f"{rest[0]:.2f}", f"{rest[1]:+.2f}", *(f"{share:.0%}" for share in rest[2:]))
+        rows.append((head, called, *(_percent(*triple) for triple in (patched, direct)), *looks))
+    return Table(columns, rows)
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    shown = [f"{100 * part:.0f}" for part in (value, low, high)]
+    value_, low_, high_ = ("0" if part == "-0" else part for part in shown)
+    return f"{value_}% [{low_}, {high_}]"
+
+
+def _columns(study: "IOIStudy") -> str:
+    k = study.movers.criteria.top_k
+    return (
+        "patched: share of the clean-corrupted difference that the head's clean output restores, later layers recomputed; "
+        "direct: the same where only the final norm and the unembedding see it; both with their 95 % interval. attends to "
+        "IO: the last position's attention to the indirect object; margin: how much more than to any other position but "
+        f"the first. copies, suppresses: share of names that the head's OV puts among the {k} likeliest, and the {k} least "
+        "likely tokens. Unrounded numbers are in the JSON file."
+    )
+
+
+def _bars(study: "IOIStudy", sweep: PatchSweep) -> Any:
+    from hooklens.viz.figures import bars
+
+    low, high = study.interval(sweep.per_pair - sweep.corrupted_per_pair[:, None])
+    title = f"{sweep.site}: recovered by each layer"
+    return bars(sweep.recovered, low, high, sweep.labels["layer"], title, x_title="layer", y_title="recovered")
+
+
+def _how(report: "Report", study: "IOIStudy") -> None:
+    pairs, movers = study.pairs, study.movers
+    orders = {order: pairs.order.count(order) for order in dict.fromkeys(pairs.order)}
+    balance = " and ".join(f"{count} {order}" for order, count in orders.items())
+    report.heading("How this was measured").text(
+        f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in each "
+        f"order; {len(set(pairs.template))} sentences; all prompts are {pairs.clean_tokens.shape[1]} tokens long. Two names "
+        "in one sentence give four pairs, which are not independent: every interval over pairs resamples such groups "
+        f"({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is measured on each name "
+        "as it leaves block 0, put through the head's own values (shared by its group of heads where keys and values are "
+        "grouped) and output, the final norm's weight and W_U; a norm's scale changes no rank. On average a head copies "
+        f"{float(movers.copying.mean()):.1%} of the names. Intervals are not corrected for the number of heads "
+        f"({movers.share.numel()}), and direct effects of different heads need not add up to 100 %: the final norm is "
+        "recomputed for each."
+    )
+    report.table(pairs.table(8), "The first pairs.")
+
+
+def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
+    errors = torch.tensor([sweep.largest_error for sweep in sweeps])
+    known = errors[errors.isfinite()]
+    seen = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
+    checked = sum(sweep.n_verified for sweep in sweeps)
+    return report.text(
+        f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. What had to be computed, "
+        "as a share of that plain loop: " + ", ".join(f"{s.site} by {' x '.join(s.by)} {s.computed:.0%}" for s in sweeps) + "."
+    )

@@ -1,0 +1,97 @@
+"""Indirect-object pairs: balanced by construction, of one length, single tokens, the same for the same seed."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from hooklens.core.errors import InputError
+from hooklens.data.ioi import NAMES, TEMPLATES, ioi
+from hooklens.pretrained.tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer(" ".join(f"Ġ{name}" for name in NAMES))
+
+
+@pytest.mark.parametrize("n", [4, 64, 120])
+def test_names_orders_and_sentences_are_balanced(tokenizer, n):
+    pairs = ioi(tokenizer, n)
+    assert len(pairs) == n
+    roles = Counter()
+    for io, subject, order in zip(pairs.answer, pairs.wrong_answer, pairs.order, strict=True):
+        roles[io, "io", order] += 1
+        roles[subject, "subject", order] += 1
+    for name in {*pairs.answer, *pairs.wrong_answer}:
+        assert len({roles[name, role, order] for role in ("io", "subject") for order in ("ABBA", "BABA")}) == 1
+    assert Counter(pairs.order) == {"ABBA": n // 2, "BABA": n // 2}
+    by_sentence = Counter((template, order) for template, order in zip(pairs.template, pairs.order, strict=True))
+    assert all(by_sentence[t, "ABBA"] == by_sentence[t, "BABA"] for t in pairs.template)
+
+
+def test_all_prompts_are_equally_long_and_names_are_single_tokens(tokenizer):
+    pairs = ioi(tokenizer, 32)
+    lengths = {len(tokenizer.encode(text)) for text in pairs.clean + pairs.corrupted}
+    assert lengths == {pairs.clean_tokens.shape[1]}
+    assert all(len(tokenizer.encode(name)) == 1 and name.startswith(" ") for name in pairs.answer + pairs.wrong_answer)
+    assert tokenizer.to_string(pairs.clean_tokens) == pairs.clean
+
+
+def test_positions_point_at_the_names(tokenizer):
+    pairs = ioi(tokenizer, 16)
+    row = torch.arange(16)
+    assert torch.equal(pairs.clean_tokens[row, pairs.io], pairs.answer_tokens)
+    for where in (pairs.s1, pairs.s2):
+        assert torch.equal(pairs.clean_tokens[row, where], pairs.wrong_answer_tokens)
+    assert bool((pairs.s1 < pairs.s2).all() and (pairs.s2 < pairs.end).all())
+    assert [("ABBA" if io < s1 else "BABA") for io, s1 in zip(pairs.io, pairs.s1, strict=True)] == pairs.order
+
+
+def test_the_corrupted_prompt_differs_only_in_the_second_subject_and_turns_the_answer(tokenizer):
+    pairs = ioi(tokenizer, 16)
+    row = torch.arange(16)
+    differs = pairs.clean_tokens != pairs.corrupted_tokens
+    assert torch.equal(differs.sum(1), torch.ones(16).long())
+    assert bool(differs[row, pairs.s2].all())
+    assert torch.equal(pairs.corrupted_tokens[row, pairs.s2], pairs.answer_tokens)
+    assert sorted(pairs.clean) == sorted(pairs.corrupted)  # each corrupted prompt is another pair's clean one
+
+
+def test_groups_share_names_and_sentence(tokenizer):
+    pairs = ioi(tokenizer, 16)
+    for group in range(4):
+        rows = [i for i in range(16) if int(pairs.group[i]) == group]
+        assert len({frozenset((pairs.answer[i], pairs.wrong_answer[i])) for i in rows}) == 1
+        assert len({pairs.template[i] for i in rows}) == 1 and len(rows) == 4
+
+
+def test_the_same_seed_gives_the_same_pairs_and_leaves_the_global_generators_alone(tokenizer):
+    import random
+
+    before = random.getstate(), torch.random.get_rng_state()
+    assert ioi(tokenizer, 16, seed=3).clean == ioi(tokenizer, 16, seed=3).clean
+    assert ioi(tokenizer, 16, seed=3).clean != ioi(tokenizer, 16, seed=4).clean
+    assert random.getstate() == before[0] and torch.equal(torch.random.get_rng_state(), before[1])
+
+
+def test_what_cannot_be_balanced_is_refused(tokenizer):
+    for n in (0, 6):
+        with pytest.raises(InputError, match="multiple of 4"):
+            ioi(tokenizer, n)
+    with pytest.raises(InputError, match="tokenizer has 0"):
+        ioi(tiny_tokenizer(), 4)
+    from hooklens.testing import tiny_model
+
+    with pytest.raises(InputError, match="no tokenizer"):
+        ioi(tiny_model(), 4)
+
+
+@pytest.mark.slow
+def test_smollm2_knows_all_names_and_every_sentence():
+    from hooklens import load
+
+    model = load("smollm2-135m-instruct")
+    pairs = ioi(model, 64)
+    assert pairs.clean_tokens.shape == (64, 14)
+    assert len(set(pairs.template)) == len(TEMPLATES)
