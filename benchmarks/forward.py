@@ -51,7 +51,11 @@ def runs_on(model, peer, tokens, context: contextvars.Context) -> dict[str, Call
 
 
 def table(name: str, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
-    against = {"hooklens": "transformers, sdpa", "hooklens, packed": "transformers, sdpa", "hooklens, run_with_cache": "hooklens"}
+    against = {
+        "hooklens": "transformers, sdpa",
+        "hooklens, packed": "transformers, sdpa",
+        "hooklens, run_with_cache": "hooklens",
+    }
     rows = []
     for who, each in seconds.items():
         row: dict[str, Any] = {"tokens": name, "who": who, "median ms": 1000 * statistics.median(each)}

@@ -50,8 +50,16 @@ def transformer_lens(model: HookedTransformer) -> Any:
     cfg = model.cfg
     peer = Theirs(
         TheirConfig(
-            n_layers=cfg.n_layers, d_model=cfg.d_model, n_ctx=cfg.n_ctx, n_heads=cfg.n_heads, d_head=cfg.d_head,
-            d_mlp=cfg.d_mlp, d_vocab=cfg.d_vocab, act_fn=cfg.act_fn, normalization_type="LN", device="cpu",
+            n_layers=cfg.n_layers,
+            d_model=cfg.d_model,
+            n_ctx=cfg.n_ctx,
+            n_heads=cfg.n_heads,
+            d_head=cfg.d_head,
+            d_mlp=cfg.d_mlp,
+            d_vocab=cfg.d_vocab,
+            act_fn=cfg.act_fn,
+            normalization_type="LN",
+            device="cpu",
         )
     )
     state = {"embed.W_E": model.W_E, "pos_embed.W_pos": model.W_pos, "unembed.W_U": model.W_U}
@@ -59,8 +67,14 @@ def transformer_lens(model: HookedTransformer) -> Any:
     state |= {"ln_final.w": model.ln_final.weight, "ln_final.b": model.ln_final.bias}
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}."
-        state |= {f"{name}ln{n}.{k}": getattr(getattr(block, f"ln{n}"), w) for n in (1, 2) for k, w in (("w", "weight"), ("b", "bias"))}
-        state |= {f"{name}attn.{w}": getattr(block.attn, w) for w in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")}
+        state |= {
+            f"{name}ln{n}.{k}": getattr(getattr(block, f"ln{n}"), w)
+            for n in (1, 2)
+            for k, w in (("w", "weight"), ("b", "bias"))
+        }
+        state |= {
+            f"{name}attn.{w}": getattr(block.attn, w) for w in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+        }
         state |= {f"{name}mlp.{w}": getattr(block.mlp, w) for w in ("W_in", "W_out", "b_in", "b_out")}
     missing = peer.load_state_dict({k: v.detach().clone() for k, v in state.items()}, strict=False)
     assert all(key.endswith(("mask", "IGNORE")) for key in missing.missing_keys), missing

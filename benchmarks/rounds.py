@@ -1,4 +1,4 @@
-"""What every benchmark shares: runs that take turns in one process, and a record of numbers, n, machine and versions."""
+"""What benchmarks share: runs that take turns in one process, and a record of numbers, n, machine and versions."""
 
 import json
 import platform

@@ -60,14 +60,22 @@ def main() -> None:
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[
+        -1
+    ]
 
 
 def table(raw: dict[str, list[Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, each in raw.items():
         seconds = [one[0] if isinstance(one, list) else one for one in each]
-        row = {"what": name, "median s": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "n": len(each)}
+        row = {
+            "what": name,
+            "median s": statistics.median(seconds),
+            "min": min(seconds),
+            "max": max(seconds),
+            "n": len(each),
+        }
         if isinstance(each[0], list):
             row["peak memory / float32 weights"] = statistics.median(one[1] for one in each) / FLOAT32_BYTES
         rows.append(row)

@@ -1,6 +1,7 @@
 """Is an exact sweep faster than the loops that people run? GPT-2-small shape, 20 tokens, float32, 2 threads.
 
-Needs transformer-lens==3.9.0 and nnsight beside hooklens, in an environment of their own. Run: python benchmarks/sweeps.py
+Needs transformer-lens==3.9.0 and nnsight beside hooklens, in an environment of their own.
+Run: python -m benchmarks.sweeps
 The peer's loop over all 2,880 (layer, head, position) patches is timed on a stated part of them and scaled.
 """
 
@@ -15,6 +16,7 @@ import torch
 import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, write
+from hooklens.model.linear import Linear
 
 N_POS, RIGHT, WRONG = 20, 1000, 2000
 
@@ -40,9 +42,10 @@ def main() -> None:
     nn = None if chosen.ours_only else nnsight_model(model)
     rows, raw = [], {}
     for name, (site, by, corrupted) in cases.items():
-        runs: dict[str, Callable[[], Any]] = {"hooklens": partial(hl.patch, model, clean, corrupted, metric, site=site, by=by)}
-        with hl.packed_linears(enabled=False):
-            runs["hooklens, torch's linear"] = partial(unpacked, model, clean, corrupted, metric, site, by)
+        runs: dict[str, Callable[[], Any]] = {
+            "hooklens": partial(hl.patch, model, clean, corrupted, metric, site=site, by=by)
+        }
+        runs["hooklens, torch's linear"] = partial(unpacked, model, clean, corrupted, metric, site, by)
         scale = 1.0
         if peer is not None:
             many = by == "layer x head x pos"
@@ -56,7 +59,37 @@ def main() -> None:
             seconds["TransformerLens 3.9.0"] = [s * scale for s in seconds["TransformerLens 3.9.0"]]
         rows += summary(name, seconds, out)
         raw[name] = {"seconds": seconds, "peer part": 1 / scale}
+    raw["share of a plain product"] = share_of_peak(model, clean, second, metric, chosen.rounds)
     write("sweeps", "Exact sweeps against the loop", rows, raw)
+
+
+def share_of_peak(model, clean, corrupted, metric, rounds: int) -> dict[str, float]:
+    """A resid_pre sweep's linear operations a second, over those of one packed product of 2,400 rows."""
+    counted: list[int] = []
+    plain = Linear.forward
+
+    def counting(self: Linear, x: torch.Tensor) -> torch.Tensor:
+        counted.append(2 * x.numel() // x.shape[-1] * self.weight.numel())
+        return plain(self, x)
+
+    Linear.forward = counting  # a torch hook on the layers would switch the engine off
+    try:
+        hl.patch(model, clean, corrupted, metric)
+    finally:
+        Linear.forward = plain
+    layer, x = model.blocks[0].mlp.in_, torch.randn(2400, 768)
+    with hl.packed_linears(rows=1024):
+        layer(x)
+        runs = {"sweep": lambda: hl.patch(model, clean, corrupted, metric), "product": lambda: layer(x)}
+        seconds = alternate(runs, max(rounds, 5))
+    sweep = sum(counted) / statistics.median(seconds["sweep"]) / 1e9
+    product = 2 * x.numel() * layer.weight.shape[0] / statistics.median(seconds["product"]) / 1e9
+    return {
+        "sweep GFLOP/s": sweep,
+        "product GFLOP/s": product,
+        "share": sweep / product,
+        "sweep GFLOP": sum(counted) / 1e9,
+    }
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,7 +161,12 @@ def summary(name: str, seconds: dict[str, list[float]], out: dict[str, Any]) -> 
         theirs = out[who].values if hasattr(out[who], "values") and not callable(out[who].values) else out[who]
         same = isinstance(theirs, torch.Tensor) and theirs.shape == mine.shape
         row = {"sweep": name, "who": who, "median s": statistics.median(each)}
-        row |= {"times hooklens (median)": statistics.median(faster), "min": min(faster), "max": max(faster), "n": len(each)}
+        row |= {
+            "times hooklens (median)": statistics.median(faster),
+            "min": min(faster),
+            "max": max(faster),
+            "n": len(each),
+        }
         row["largest difference"] = f"{float((theirs - mine).abs().max()):.1e}" if same else "not compared"
         rows.append(row)
     return rows
