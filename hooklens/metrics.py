@@ -201,7 +201,8 @@ def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
 
 def answer_ids(model: "HookedTransformer", answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
     """Token ids of one answer or several; a text of several tokens is refused, with its tokens shown."""
-    many = list(answer) if isinstance(answer, list | tuple | Tensor) and getattr(answer, "ndim", 1) else [answer]
+    is_many = isinstance(answer, list | tuple) or (isinstance(answer, Tensor) and answer.ndim > 0)
+    many: list[Any] = list(answer) if is_many else [answer]  # type: ignore[arg-type]
     ids = torch.tensor([model.to_single_token(one) if isinstance(one, str) else int(one) for one in many])
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab_out:
         raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r}")

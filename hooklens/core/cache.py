@@ -126,8 +126,9 @@ class ActivationCache(Mapping[str, Tensor]):
         return torch.stack([self._entries[name] for name in found])
 
     def _n_layers(self) -> int:
-        if self.model is not None and hasattr(self.model, "cfg"):
-            return self.model.cfg.n_layers
+        cfg: Any = getattr(self.model, "cfg", None)
+        if cfg is not None:
+            return cfg.n_layers
         return 1 + max((layer for layer in map(_layer_of, self._entries) if layer is not None), default=-1)
 
     # -- the residual stream, taken apart
@@ -342,7 +343,7 @@ class ActivationCache(Mapping[str, Tensor]):
         return norm.linearised(added, scale.unsqueeze(-2).to(added))
 
     def _additive(self, asker: str) -> None:
-        if self.model is not None and getattr(self.model.blocks[0], "renorms_stream", False):
+        if self.model is not None and getattr(self._block(0), "renorms_stream", False):
             raise InputError(
                 f"{asker} needs a stream that is the sum of what was added to it; in post-norm blocks each layer "
                 "normalises the stream itself. accumulated_resid works there"

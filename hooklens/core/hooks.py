@@ -161,7 +161,7 @@ def _own_node(act: Tensor) -> Tensor:
 
 def _backward_hook(hook: _Hook, call: HookCall) -> Callable[[Tensor], Tensor | None]:
     def fire(grad: Tensor) -> Tensor | None:
-        return run_hook(hook.fn, grad, call) if hook.owner.open else None
+        return run_hook(hook.fn, grad, call) if hook.owner.open and hook.fn is not None else None
 
     return fire
 

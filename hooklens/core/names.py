@@ -135,8 +135,12 @@ def flatten(where: Where) -> Iterable:
     >>> list(flatten(["z", ("q", 5), ["k", "v"]]))
     ['z', ('q', 5), 'k', 'v']
     """
-    is_short_tuple = isinstance(where, tuple) and len(where) in (2, 3) and isinstance(where[0], str)
-    if is_short_tuple and all(x is None or hasattr(x, "__index__") or i == 2 for i, x in enumerate(where) if i):
+    if (
+        isinstance(where, tuple)
+        and len(where) in (2, 3)
+        and isinstance(where[0], str)
+        and all(x is None or hasattr(x, "__index__") or i == 2 for i, x in enumerate(where) if i)
+    ):
         yield where
     elif isinstance(where, list | tuple | set | frozenset):
         for one in where:

@@ -48,7 +48,7 @@ class WrappedModule(HookedModule):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module, self.training = module, module.training
-        self._points: dict[str, ModulePoint] = {}
+        self._points: dict[str, ModulePoint] = {}  # type: ignore[assignment]  # narrower than any HookPoint
         for path, part in module.named_modules():
             # Containers such as ModuleList have no forward and are never called.
             if type(part).forward is not nn.Module.forward and not isinstance(part, HookPoint):
@@ -86,7 +86,8 @@ class WrappedModule(HookedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; then every point that was asked for must have fired."""
-        before, fired = _fired.get(), {}
+        before = _fired.get()
+        fired: dict[ModulePoint, int] = {}
         _fired.set(fired)
         try:
             output = self.module(*args, **kwargs)
@@ -120,7 +121,8 @@ class ModulePoint(HookPoint):
         self.name, self.side = name, side
         self.links = (part, every)  # in a tuple: neither is a submodule of this point
         self.calls: dict[int, ModulePoint] = {}
-        self.held, self.torch_hook = 0, None
+        self.held = 0
+        self.torch_hook: _TorchHook | None = None
 
     @property
     def every(self) -> "ModulePoint | None":

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from jaxtyping import Int
@@ -90,7 +90,7 @@ def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64
 
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 2 and appendix E.
     """
-    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    tokenizer: Any = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     if tokenizer is None:
         raise InputError("prompt pairs are made of words, and this model has no tokenizer; load it with tokenizer=")
     if n < 4 or n % 4:

@@ -1,6 +1,7 @@
 """Attention: q k v, scores, pattern, z, result. One class; positions, mask, score function and q/k norm are parts."""
 
 from contextvars import ContextVar
+from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -220,6 +221,6 @@ def under_transform(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Is the layer an nn.Linear and nothing more, so that its weight says all (LoRA and torch hooks say more)?"""
     return type(linear) in (Linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)

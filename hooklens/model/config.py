@@ -94,6 +94,11 @@ class ScalingPart(_FromJson, Part):
 
     slot = "scaling"
 
+    def scale(self, freq: torch.Tensor) -> torch.Tensor:
+        raise InputError(
+            f"{type(self).__name__} does not say how it changes frequencies; a scaling part defines scale()"
+        )
+
 
 @dataclass(frozen=True)
 class LinearScaling(ScalingPart):
@@ -336,6 +341,7 @@ class Biases:
 
 
 PerLayer = Any  # a part, its name, or a tuple of one a layer
+Settled = Any  # may be given as None; a number from __post_init__ on
 
 _SLOTS = {
     "positional_embedding_type": "position",
@@ -366,8 +372,8 @@ class HookedTransformerConfig:
     n_heads: int
     d_vocab: int
     d_head: int = -1
-    n_key_value_heads: int | None = None
-    d_mlp: int | None = None
+    n_key_value_heads: Settled = None
+    d_mlp: Settled = None
     d_vocab_out: int = -1
     act_fn: str = "gelu_new"
     gated_mlp: bool = False
@@ -380,7 +386,7 @@ class HookedTransformerConfig:
     mask: PerLayer = "causal"
     score_fn: Any = "softmax"
     embed: Any = "tokens"
-    attn_scale: float | None = None
+    attn_scale: Settled = None
     attn_scores_soft_cap: float | None = None
     output_logits_soft_cap: float | None = None
     biases: Biases = field(default_factory=Biases)

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookPoint
 from hooklens.model.config import LayerNormPart, NormPart, RMSNormPart
 
@@ -127,4 +128,8 @@ def make_norm(width: int, made: NormPart | None) -> Norm | None:
     """
     if made is None:
         return None
-    return LayerNorm(width, made) if isinstance(made, LayerNormPart) else RMSNorm(width, made)
+    if isinstance(made, LayerNormPart):
+        return LayerNorm(width, made)
+    if isinstance(made, RMSNormPart):
+        return RMSNorm(width, made)
+    raise InputError(f"no module is known for the norm {made!r}; there are LayerNormPart and RMSNormPart")

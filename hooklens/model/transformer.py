@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -67,14 +67,15 @@ class HookedTransformer(HookedModule):
         cfg = self.cfg
         self.embed = TokenEmbedding(cfg) if isinstance(cfg.embed, TokenEmbed) else VectorEmbedding(cfg)
         self.hook_embed = HookPoint()
-        self.pos_embed: nn.Module | None = None
+        self.pos_embed: Any = None
         if isinstance(cfg.positional_embedding_type, Learned):
             self.pos_embed = Embedding(cfg.n_ctx, cfg.d_model)
         elif isinstance(cfg.positional_embedding_type, Sinusoidal):
             self.pos_embed = SinusoidalPositions(cfg)
         if self.pos_embed is not None:
             self.hook_pos_embed = HookPoint()
-        self.blocks = nn.ModuleList(BLOCKS[cfg.block](cfg, layer) for layer in range(cfg.n_layers))
+        # Any: torch knows the elements as bare modules, and every attribute of those as a tensor or a module.
+        self.blocks: Any = nn.ModuleList(BLOCKS[cfg.block](cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg.d_model, cfg.final_norm)
         self.unembed = Unembedding(cfg)
 
@@ -259,7 +260,7 @@ class HookedTransformer(HookedModule):
     # -- tokens
 
     def to_tokens(
-        self, text: Text, *, prepend_bos: bool | None = None, padding_side: str = "right"
+        self, text: Text, *, prepend_bos: bool | None = None, padding_side: Literal["left", "right"] = "right"
     ) -> Int[Tensor, "batch pos"]:
         """Token ids, one row a text. `prepend_bos=None` adds BOS only where the model was trained with it."""
         return self._need_tokenizer().to_tokens(
@@ -373,9 +374,10 @@ class HookedTransformer(HookedModule):
 def _stacked(part: str, name: str) -> property:
     def views(model: HookedTransformer) -> list[Tensor]:
         found = [getattr(getattr(block, part, None), name, None) for block in model.blocks]
-        if any(view is None for view in found):
+        views = [view for view in found if view is not None]
+        if len(views) < len(found):
             raise InputError(f"this model has no {name}")
-        return found
+        return views
 
     def read(self: HookedTransformer) -> StackedWeight:
         return StackedWeight.of(views(self))

@@ -47,8 +47,8 @@ class PluginInfo:
 def available() -> list[PluginInfo]:
     """Every registered plugin, by name; one that does not import is listed with its error and stops nobody.
 
-    >>> [info.name for info in available() if info.package == "hooklens"]
-    ['patching'...]
+    >>> "patching" in [info.name for info in available() if info.package == "hooklens"]
+    True
     """
     return sorted(map(_info, _entries()), key=lambda info: (info.name, info.package))
 

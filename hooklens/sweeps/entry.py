@@ -1,6 +1,6 @@
 """How an overwritten site enters its block: the stream that leaves the block, recomputed only where it can change."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -60,8 +60,8 @@ def _write(plan: Plan, layer: int, patches: list[Patch], pair: Tensor, start: in
         out[:, where] = value[:, where]
     else:
         column = heads if heads is not None else neurons
-        row = torch.arange(len(pair), device=pair.device)
-        out[row, where, column] = value[row, where, column]
+        every = torch.arange(len(pair), device=pair.device)
+        out[every, where, column] = value[every, where, column]
     return out
 
 
@@ -76,6 +76,7 @@ def _column(values: list[int | None], like: Tensor) -> Int[Tensor, "row"] | None
 def _leaving(plan: Plan, layer: int, pair: Tensor, start: int, end: int, written: Tensor) -> Float[Tensor, "row pos d"]:
     """What leaves the block at positions `start` to `end`, from the written activation."""
     block: Block = plan.model.blocks[layer]
+    mlp: Any = block.mlp
     base, entry = plan.base, SITES[plan.site].entry
     if entry == "stream":  # resid_post
         return block.leave(written)
@@ -85,7 +86,7 @@ def _leaving(plan: Plan, layer: int, pair: Tensor, start: int, end: int, written
     if entry == "attn":
         return block.finish(x, _attn_out(plan, block, layer, pair, start, end, written))
     stream = block.mlp_base(x, base.attn_out[layer][pair, start:end])
-    added = written if plan.site == "mlp_out" else block.mlp_adds(block.mlp.out(written))
+    added = written if plan.site == "mlp_out" else block.mlp_adds(mlp.out(written))
     return block.leave(stream + added)
 
 

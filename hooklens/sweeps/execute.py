@@ -77,7 +77,7 @@ def live_items(plan: Plan, reader: Reader) -> list[Item]:
             dead = dead if reach is None else dead | (starts > reach)
             stays = patch.layer == last and patch.pos is not None and plan.site not in ("k", "v", "resid_pre")
             if stays and reader.read is not None:
-                dead = dead | (reader.read != patch.pos).all(1)
+                dead = dead | reader.read.ne(patch.pos or 0).all(1)
         for pair in (~dead).nonzero().flatten().tolist():
             items.append(Item(number, pair, int(starts[pair])))
     return items
@@ -87,7 +87,8 @@ class _Same:
     """For which pairs a patch writes what is there already; compared once a layer, looked up a patch."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.tables = plan, {}
+        self.plan = plan
+        self.tables: dict[tuple, Tensor] = {}
 
     def __call__(self, patch: Patch) -> Tensor:
         region = self.plan.region(patch)
@@ -158,7 +159,8 @@ def make_bins(plan: Plan, items: list[Item], rows: int) -> list[list[Item]]:
 
 def _run_bin(plan: Plan, reader: Reader, items: list[Item], values: Tensor, rows: int) -> None:
     """Values of a bin's patches; one patch with more rows than fit is pushed through in pieces."""
-    n_pos, pieces, filled = plan.tokens.shape[1], [[]], 0
+    n_pos, filled = plan.tokens.shape[1], 0
+    pieces: list[list[Item]] = [[]]
     for item in items:
         if pieces[-1] and filled > 1.5 * rows:
             pieces.append([])

@@ -77,7 +77,7 @@ def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Sequence) and len(prompts) and all(isinstance(p, str) for p in prompts):
-        return [model.to_tokens(p)[0] for p in prompts]
+        return [model.to_tokens(str(p))[0] for p in prompts]
     try:
         rows = [torch.as_tensor(row, device=model.device) for row in prompts]
     except (TypeError, ValueError) as error:
