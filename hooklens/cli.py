@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 OK, FAILED, BAD_INPUT, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 _DEFAULT = "smollm2-135m-instruct"
+_HELP = """Every activation of a transformer by name, and exact patching experiments.
+
+Begin with `hooklens demo`. Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a command or an
+input that cannot be used; 3 something outside is missing (network, disk, a device, a package); 130 interrupted."""
 
 
 class _Group(TyperGroup):
@@ -46,7 +50,7 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    cls=_Group, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
 )
 
 
@@ -76,7 +80,9 @@ def _options(
 @app.command()
 def demo(
     model: Model = _DEFAULT,
-    out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path("hooklens-demo.html"),
+    out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path(
+        "hooklens-demo.html"
+    ),
     pairs: Annotated[int, typer.Option(help="Prompt pairs, a multiple of 4.")] = 64,
     seed: Seed = 0,
     device: Device = None,
@@ -129,7 +135,13 @@ def patch(
     from hooklens.plugins.patching.pair_study import study_pair
     from hooklens.sweeps.settings import engine
 
-    options: dict[str, Any] = {"answer": answer, "wrong_answer": wrong_answer, "sites": sites, "by": by, "resume": parts}
+    options: dict[str, Any] = {
+        "answer": answer,
+        "wrong_answer": wrong_answer,
+        "sites": sites,
+        "by": by,
+        "resume": parts,
+    }
     _say(*(f"going on from {path}" for path in parts.values() if path.exists()))
     try:
         with engine(seed=seed):
@@ -273,7 +285,9 @@ def _device(name: str | None) -> str | None:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Unavailable(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); leave it out") from error
+        raise Unavailable(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); leave it out"
+        ) from error
     return name
 
 

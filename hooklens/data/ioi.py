@@ -1,4 +1,4 @@
-"""Indirect objects: "When Mary and John went to the store, John gave a drink to" - and the same sentence turned round."""
+"""Indirect objects: "When Mary and John went to the store, John gave a drink to", and its mirror image."""
 
 import random
 from collections import Counter
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
     from hooklens.pretrained.tokenizer import Tokenizer
 
-NAMES = (
+_NAMES = (
     "Mary John Tom James Anna Paul Sarah David Lisa Mark Kate Peter Emma Jack Alice Bob Susan Michael Laura Robert "
     "Daniel Emily Adam Julia Simon Jane Henry George Helen William Lucy Ben Sam Martin Anne Thomas Maria Rachel Amy "
     "Steve Kevin Chris Alex Grace Rose Jim Joe Frank Andrew Charles"
-).split()
+)
+NAMES = tuple(_NAMES.split(" "))
 TEMPLATES = (
     "When{first} and{second} went to the {place},{subject} gave a {object} to",
     "When{first} and{second} walked through the {place},{subject} handed a {object} to",
@@ -111,7 +112,8 @@ def _single_token_names(tokenizer: "Tokenizer") -> list[str]:
     if len(names) < 2:
         raise InputError(
             f"pairs need two names that are one token each with their space; of {len(NAMES)} common English ones this "
-            f"tokenizer has {len(names)} (' Mary' becomes {tokenizer.to_str_tokens(' Mary')}); use your own prompts with hl.patch"
+            f"tokenizer has {len(names)} (' Mary' becomes {tokenizer.to_str_tokens(' Mary')}); use your own "
+            "prompts with hl.patch"
         )
     return names
 

@@ -68,7 +68,9 @@ class IOIStudy(Result):
     def interval(self, moved: Float[Tensor, "pair cell"]) -> tuple[Float[Tensor, "cell"], Float[Tensor, "cell"]]:
         """The interval of a share of the clean-corrupted difference, resampling groups of pairs that share names."""
         group = self.movers.group
-        return ratio_interval(by_group(moved, group), by_group(self.movers.gap, group), level=self.movers.criteria.level)
+        return ratio_interval(
+            by_group(moved, group), by_group(self.movers.gap, group), level=self.movers.criteria.level
+        )
 
     def called(self) -> list[str]:
         """What each of `heads` is called: a name mover on all three counts, else by what its patch does."""
@@ -85,18 +87,17 @@ class IOIStudy(Result):
         return names
 
     def table(self, n: int | None = 14) -> Table:
-        """One row a head, the largest patch effect first: what it is called, and the numbers that decide it."""
+        """One row a head, name movers first, then by what a patch does: what it is called, and by which numbers."""
         columns = ("head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO")
         columns += ("margin", "copies", "suppresses")
         movers, (low, high), called = self.movers, self.recovered_interval(), self.called()
         direct = (movers.share, *movers.share_interval())
         rest = (movers.attention.mean(0), movers.margin.mean(0), movers.copying, movers.suppressing)
-        rows = [
-            (f"L{a}H{b}", called[i], *(float(v[i]) for v in (self.recovered, low, high)))
-            + tuple(float(v[a, b]) for v in (*direct, *rest))
-            for i, (a, b) in enumerate(self.heads)
-        ]
-        return Table(columns, sorted(rows, key=lambda row: -abs(row[2]))).head(n)
+        rows = []
+        for i, (a, b) in enumerate(self.heads):
+            patched = (float(value[i]) for value in (self.recovered, low, high))
+            rows.append((f"L{a}H{b}", called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
+        return Table(columns, sorted(rows, key=lambda row: (row[1] != "name mover", -abs(row[2])))).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` heads whose patch restores or lowers most."""
@@ -133,7 +134,7 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
 
 
 def _candidates(shown: PairStudy, movers: NameMovers) -> list[tuple[int, int]]:
-    """The heads worth patching in every pair: name movers first, then the strongest directly, then on the shown pair."""
+    """The heads worth patching in every pair: name movers, then the strongest directly, then on the shown pair."""
     patched = [(layer, head) for layer, head in shown.sweeps["z"].order()[:_CANDIDATES]]
     return list(dict.fromkeys([*movers.name_movers, *movers.order()[:_CANDIDATES], *patched]))
 

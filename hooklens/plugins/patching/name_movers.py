@@ -207,9 +207,7 @@ def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criter
         metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
         direct, gap = _direct(model, clean, corrupted, pairs, metric)
         rank = _ranks(model, clean, pairs)
-    return NameMovers(
-        attention, margin, rank, direct, gap, pairs.group, model.cfg.d_vocab_out, criteria or Criteria()
-    )
+    return NameMovers(attention, margin, rank, direct, gap, pairs.group, model.cfg.d_vocab_out, criteria or Criteria())
 
 
 def _post_scales(model: "HookedTransformer") -> list[str]:
@@ -292,7 +290,9 @@ def _through_ov(
     return result if norm is None else norm.linearised(result, torch.ones_like(result[..., :1]))
 
 
-def _unembedded(model: "HookedTransformer", x: Float[Tensor, "name head d_model"]) -> Float[Tensor, "name head d_vocab"]:
+def _unembedded(
+    model: "HookedTransformer", x: Float[Tensor, "name head d_model"]
+) -> Float[Tensor, "name head d_vocab"]:
     if model.ln_final is not None:
         x = model.ln_final.linearised(x, torch.ones_like(x[..., :1]))
     linear = model.unembed.linear

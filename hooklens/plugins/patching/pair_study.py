@@ -49,14 +49,11 @@ class PairStudy(Result):
         """A sweep, for the two baselines that all share."""
         return next(iter(self.sweeps.values()))
 
-    def table(self, n: int | None = 5) -> Table:
-        """The `n` patches of each site that moved the logit difference most."""
-        rows = [
-            (site, *(str(cell) if i == 0 else cell for i, cell in enumerate(row)))
-            for site, sweep in self.sweeps.items()
-            for row in sweep.table(n).rows
-        ]
-        return Table(("site", "patch", "logit difference", "recovered"), rows)
+    def table(self, n: int | None = 16) -> Table:
+        """The patches that moved the logit difference most, as many of each site; at most `n` in all."""
+        each = None if n is None else -(-n // max(1, len(self.sweeps)))
+        rows = [(site, *row) for site, sweep in self.sweeps.items() for row in sweep.table(each).rows]
+        return Table(("site", "patch", "logit difference", "recovered"), rows).head(n)
 
     def figure(self) -> Any:
         """The first site's sweep."""

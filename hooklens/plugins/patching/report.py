@@ -1,4 +1,4 @@
-"""The pages that patching experiments are read on; they draw what a study holds and compute nothing but its intervals."""
+"""The pages that patching experiments are read on: they draw what a study holds and compute nothing but intervals."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _RECOVERED = "0: as in the corrupted run, 1: as in the clean run."
 _SITES = {
-    "resid_pre": "The residual stream before each layer, one token position at a time: where the answer is decided, and "
-    "from which layer on it stands at the last position.",
+    "resid_pre": "The residual stream before each layer, one token position at a time: where the answer is decided, "
+    "and from which layer on it stands at the last position.",
     "z": "The output of one attention head at all positions, every later layer recomputed: which heads carry it.",
     "attn_out": "What one attention layer adds to the stream.",
     "mlp_out": "What one MLP adds to the stream.",
@@ -30,7 +30,9 @@ def pair_report(study: "PairStudy") -> "Report":
     _prompts(report, study)
     for site, sweep in study.sweeps.items():
         report.heading(f"Patching {site}")
-        report.figure(sweep.figure(), f"{_SITES.get(site, '')} Clean written into the corrupted run. {_RECOVERED}".strip())
+        report.figure(
+            sweep.figure(), f"{_SITES.get(site, '')} Clean written into the corrupted run. {_RECOVERED}".strip()
+        )
         report.table(sweep.top(8), f"The patches of {site} that moved the logit difference most.")
     report.heading("Layer by layer")
     for sweep in study.layers.values():
@@ -38,8 +40,8 @@ def pair_report(study: "PairStudy") -> "Report":
     if study.heads:
         report.heading("What the strongest heads attend to").figure(
             _attention(study.patterns, study.clean, study.heads),
-            "On the clean prompt. That a head restores the logit difference says nothing yet about how: to call it a name "
-            "mover takes many pairs, as in `hooklens demo`.",
+            "On the clean prompt. That a head restores the logit difference says nothing yet about how: to call it a "
+            "name mover takes many pairs, as in `hooklens demo`.",
         )
     return _exactness(report, [*study.sweeps.values(), *study.layers.values()])
 
@@ -124,13 +126,16 @@ def _heads(report: "Report", study: "IOIStudy") -> None:
     report.heading(f"Head by head, over {len(study.pairs)} pairs")
     report.table(_short(study.table()), _columns(study))
     report.text(
-        "A head is called a name mover only if all three hold. It attends: the last position's attention to the indirect "
-        f"object exceeds that to any other position but the first by more than {asked.least_margin:g} (lower end of the "
-        f"interval). It copies: for at least {asked.least_copying:.0%} of the names its OV puts the name itself among "
-        f"the {asked.top_k} likeliest tokens. It acts directly: the lower end of its direct effect exceeds "
-        f"{asked.least_direct:.0%}. Any other head at most restores, or lowers, the logit difference."
+        "A head is called a name mover only if all three hold. It attends: the last position's attention to the "
+        f"indirect object exceeds that to any other position but the first by more than {asked.least_margin:g} (lower "
+        f"end of the interval). It copies: for at least {asked.least_copying:.0%} of the names its OV puts the name "
+        f"itself among the {asked.top_k} likeliest tokens. It acts directly: the lower end of its direct effect "
+        f"exceeds {asked.least_direct:.0%}. Any other head at most restores, or lowers, the logit difference."
     )
-    report.figure(study.movers.figure(), "Every head of the model; the strongest are named. Name movers stand to the upper right, in dark.")
+    report.figure(
+        study.movers.figure(),
+        "Every head of the model; the strongest are named. Name movers stand to the upper right, in dark.",
+    )
     drawn, called = study.heads[: len(study.patterns)], study.called()
     names = [f"L{a}H{b}, {called[i]}" for i, (a, b) in enumerate(drawn)]
     report.heading("What the strongest heads attend to").figure(
@@ -159,11 +164,11 @@ def _percent(value: float, low: float, high: float) -> str:
 def _columns(study: "IOIStudy") -> str:
     k = study.movers.criteria.top_k
     return (
-        "patched: share of the clean-corrupted difference that the head's clean output restores, later layers recomputed; "
-        "direct: the same where only the final norm and the unembedding see it; both with their 95 % interval. attends to "
-        "IO: the last position's attention to the indirect object; margin: how much more than to any other position but "
-        f"the first. copies, suppresses: share of names that the head's OV puts among the {k} likeliest, and the {k} least "
-        "likely tokens. Unrounded numbers are in the JSON file."
+        "patched: share of the clean-corrupted difference that the head's clean output restores, later layers "
+        "recomputed; direct: the same where only the final norm and the unembedding see it; both with their 95 % "
+        "interval. attends to IO: the last position's attention to the indirect object; margin: how much more than to "
+        f"any other position but the first. copies, suppresses: share of names that the head's OV puts among the {k} "
+        f"likeliest, and the {k} least likely tokens. Unrounded numbers are in the JSON file."
     )
 
 
@@ -180,15 +185,15 @@ def _how(report: "Report", study: "IOIStudy") -> None:
     orders = {order: pairs.order.count(order) for order in dict.fromkeys(pairs.order)}
     balance = " and ".join(f"{count} {order}" for order, count in orders.items())
     report.heading("How this was measured").text(
-        f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in each "
-        f"order; {len(set(pairs.template))} sentences; all prompts are {pairs.clean_tokens.shape[1]} tokens long. Two names "
-        "in one sentence give four pairs, which are not independent: every interval over pairs resamples such groups "
-        f"({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is measured on each name "
-        "as it leaves block 0, put through the head's own values (shared by its group of heads where keys and values are "
-        "grouped) and output, the final norm's weight and W_U; a norm's scale changes no rank. On average a head copies "
-        f"{float(movers.copying.mean()):.1%} of the names. Intervals are not corrected for the number of heads "
-        f"({movers.share.numel()}), and direct effects of different heads need not add up to 100 %: the final norm is "
-        "recomputed for each."
+        f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in "
+        f"each order; {len(set(pairs.template))} sentences; all prompts are {pairs.clean_tokens.shape[1]} tokens long. "
+        "Two names in one sentence give four pairs, which are not independent: every interval over pairs resamples "
+        f"such groups ({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is "
+        "measured on each name as it leaves block 0, put through the head's own values (shared by its group of heads "
+        "where keys and values are grouped) and output, the final norm's weight and W_U; a norm's scale changes no "
+        f"rank. On average a head copies {float(movers.copying.mean()):.1%} of the names. Intervals are not corrected "
+        f"for the number of heads ({movers.share.numel()}), and direct effects of different heads need not add up to "
+        "100 %: the final norm is recomputed for each."
     )
     report.table(pairs.table(8), "The first pairs.")
 
@@ -199,6 +204,8 @@ def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
     seen = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
     checked = sum(sweep.n_verified for sweep in sweeps)
     return report.text(
-        f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. What had to be computed, "
-        "as a share of that plain loop: " + ", ".join(f"{s.site} by {' x '.join(s.by)} {s.computed:.0%}" for s in sweeps) + "."
+        f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. What had to be "
+        "computed, as a share of that plain loop: "
+        + ", ".join(f"{s.site} by {' x '.join(s.by)} {s.computed:.0%}" for s in sweeps)
+        + "."
     )

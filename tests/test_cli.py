@@ -1,0 +1,233 @@
+"""The command line: what it prints, writes and answers, and the code that it ends with."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import hooklens as hl
+from hooklens import cli
+from hooklens.data.ioi import NAMES
+from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.pretrained.tokenizer import tiny_tokenizer
+from hooklens.testing import tiny_model
+
+CLEAN, CORRUPTED = (f"When Mary and John went to the store, {name} gave a drink to" for name in ("John", "Mary"))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """A random model whose tokenizer knows the names, as a checkpoint folder."""
+    words = "When ĠMary ĠJohn Ġand Ġwent Ġto Ġthe Ġstore Ġgave Ġa Ġdrink " + " ".join(f"Ġ{name}" for name in NAMES)
+    tokenizer = tiny_tokenizer(words)
+    model = tiny_model(d_vocab=tokenizer.vocab_size, n_ctx=256)
+    model.tokenizer = tokenizer
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    save_checkpoint(model, path)
+    return str(path)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def patch_arguments(model_path, out, *more, answer=" Mary"):
+    prompts = ["--clean", CLEAN, "--corrupted", CORRUPTED, "--answer", answer, "--wrong-answer", " John"]
+    return ["patch", "--model", model_path, *prompts, "--out", out, *more]
+
+
+def test_help_has_an_example_for_every_command():
+    for command in ("demo", "patch", "models", "check", "plugins", "run", "generate"):
+        done = invoke(command, "--help")
+        assert done.exit_code == 0
+        assert "Example:" in done.output
+
+
+def test_models_and_plugins_as_tables_and_as_json():
+    assert "smollm2-135m-instruct" in invoke("models").output
+    rows = json.loads(invoke("models", "--json").output)["rows"]
+    assert rows[0]["source"] == "smollm2-135m-instruct"
+    plugins = {row["plugin"] for row in json.loads(invoke("plugins", "--json").output)["rows"]}
+    assert {"patching", "name_movers", "ioi"} <= plugins
+
+
+def test_patch_writes_a_report_with_its_numbers_beside_it(model_path, tmp_path):
+    out = tmp_path / "ioi.html"
+    sites = ["--site", "resid_pre", "--site", "z", "--site", "mlp_out"]
+    done = invoke(*patch_arguments(model_path, out, *sites, "--json"))
+    assert done.exit_code == 0, done.output
+    assert {row["site"] for row in json.loads(done.stdout)["rows"]} == {"resid_pre", "z", "mlp_out"}
+    page, numbers = out.read_text(), json.loads(out.with_suffix(".json").read_text())
+    assert page.count('class="plot"') == 6  # three sites, two bar charts, the heads' patterns
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ioi.html", "ioi.json"]
+    model = hl.load(model_path)
+    metric = hl.logit_diff(model, answer=" Mary", wrong_answer=" John")
+    sweep = hl.patch(model, CLEAN, CORRUPTED, metric, site="z")
+    told = torch.tensor(numbers["data"]["sweeps"]["z"]["per_pair"])
+    torch.testing.assert_close(told, sweep.per_pair)
+
+
+def test_words_of_the_user_are_text_in_the_report(model_path, tmp_path):
+    out = tmp_path / "a.html"
+    arguments = patch_arguments(model_path, out, "--site", "resid_pre")
+    nasty = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    arguments[arguments.index(CLEAN)] = CLEAN + nasty
+    arguments[arguments.index(CORRUPTED)] = CORRUPTED + nasty
+    assert invoke(*arguments).exit_code == 0
+    assert "<script>alert" not in out.read_text() and "<img" not in out.read_text()
+
+
+def test_an_answer_of_several_tokens_is_shown_and_its_first_offered(model_path, tmp_path):
+    done = invoke(*patch_arguments(model_path, tmp_path / "a.html", answer=" Mary Ann"))
+    assert done.exit_code == cli.BAD_INPUT
+    assert "[' Mary', ' Ann']" in done.stderr or "' Mary', its first" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_prompts_of_different_length_say_where_they_part_and_go_by_layer(model_path, tmp_path):
+    arguments = patch_arguments(model_path, tmp_path / "a.html", "--site", "resid_pre")
+    arguments[arguments.index(CORRUPTED)] = CORRUPTED.replace("Mary gave", "Mary and John gave")
+    done = invoke(*arguments)
+    assert done.exit_code == cli.BAD_INPUT
+    assert "first difference at" in done.stderr and "by layer" in done.stderr
+    done = invoke(*arguments, "--by", "layer")
+    assert done.exit_code == 0, done.output
+
+
+def test_where_nothing_can_be_written_nothing_is_loaded(tmp_path):
+    missing = invoke(*patch_arguments("no/such/model.gguf", tmp_path / "no" / "a.html"))
+    assert missing.exit_code == cli.BAD_INPUT and "there is no folder" in missing.stderr
+    taken = invoke("demo", "--model", "no/such/model.gguf", "--out", tmp_path / "a.json")
+    assert taken.exit_code == cli.BAD_INPUT and "a.html" in taken.stderr
+    if os.geteuid() != 0:  # root may write everywhere
+        tmp_path.chmod(0o500)
+        done = invoke("demo", "--out", tmp_path / "a.html")
+        tmp_path.chmod(0o700)
+        assert done.exit_code == cli.MISSING and "read-only" in done.stderr
+
+
+def test_an_unknown_site_plugin_device_or_model_is_bad_input(model_path, tmp_path):
+    asked = [
+        patch_arguments(model_path, tmp_path / "a.html", "--site", "resid_pos"),
+        ["run", "patchin"],
+        ["check", model_path, "--device", "warp"],
+        ["check", "no/such/file.gguf"],
+        ["check", model_path, "--dtype", "int3"],
+        ["nonsense"],
+    ]
+    for arguments in asked:
+        done = invoke(*arguments)
+        assert done.exit_code == cli.BAD_INPUT, (arguments, done.output)
+    assert "resid_post" in invoke(*asked[0]).stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_something_missing(model_path):
+    done = invoke("check", model_path, "--device", "cuda")
+    assert done.exit_code == cli.MISSING and "--device cuda cannot be used here" in done.stderr
+
+
+def test_debug_shows_where_an_error_was_raised():
+    assert "Traceback" not in invoke("check", "no/such/file.gguf").stderr
+    assert "Traceback" in invoke("--debug", "check", "no/such/file.gguf").stderr
+
+
+def test_something_unexpected_ends_with_1_and_says_how_to_see_more(monkeypatch):
+    def broken():
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr("hooklens.pretrained.load.models", broken)
+    done = invoke("models")
+    assert done.exit_code == cli.FAILED and "ZeroDivisionError: by nought" in done.stderr and "--debug" in done.stderr
+
+
+def test_check_ends_with_1_where_something_does_not_hold(model_path, tmp_path):
+    assert invoke("check", model_path).exit_code == 0
+    broken = hl.load(model_path)
+    with torch.no_grad():
+        broken.blocks[0].mlp.out.weight[0, 0] = float("nan")
+    save_checkpoint(broken, tmp_path / "broken")
+    done = invoke("check", tmp_path / "broken", "--json")
+    assert done.exit_code == cli.FAILED and json.loads(done.stdout)["ok"] is False
+
+
+def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, monkeypatch):
+    from hooklens.sweeps.resume import Progressed
+
+    arguments, saves = patch_arguments(model_path, tmp_path / "a.html", "--site", "resid_pre"), []
+    save = Progressed.save
+
+    def save_and_stop(self, finished):
+        save(self, finished)
+        saves.append(finished)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progressed, "save", save_and_stop)
+    done = invoke(*arguments)
+    assert done.exit_code == cli.INTERRUPTED
+    (part,) = tmp_path.iterdir()
+    assert part.name in done.stderr and "goes on from there" in done.stderr
+    monkeypatch.setattr(Progressed, "save", save)
+    done = invoke(*arguments)
+    assert done.exit_code == 0 and f"going on from {part}" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json"]
+
+
+def test_run_prints_a_plugins_demo_and_writes_its_figure(tmp_path):
+    out = tmp_path / "run.html"
+    done = invoke("run", "patching", "--out", out, "--dtype", "float64")
+    assert done.exit_code == 0, done.output
+    assert "recovered" in done.output and str(out) in done.output
+    assert out.exists()
+
+
+def test_generate_prints_text_and_repeats_with_a_seed(model_path):
+    arguments = ["generate", "When Mary", "--model", model_path, "--max-new-tokens", 5, "--temperature", 1, "--seed", 3]
+    first, second = invoke(*arguments, "--json"), invoke(*arguments, "--json")
+    assert first.exit_code == 0 and first.stdout == second.stdout
+    assert len(json.loads(first.stdout)["tokens"]) == 5
+    assert invoke(*arguments).exit_code == 0
+    assert invoke(*arguments, "--chat").exit_code == cli.BAD_INPUT  # no chat template
+
+
+def test_demo_writes_its_report_for_any_model_with_the_names(model_path, tmp_path):
+    out = tmp_path / "demo.html"
+    done = invoke("demo", "--model", model_path, "--pairs", 8, "--out", out, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["report"] == str(out)
+    numbers = json.loads(out.with_suffix(".json").read_text())
+    assert len(numbers["data"]["pairs"]["clean"]) == 8
+    assert invoke("demo", "--model", model_path, "--pairs", 6, "--out", out).exit_code == cli.BAD_INPUT
+
+
+def test_the_installed_command_answers_and_brings_completion():
+    command = [sys.executable, "-c", "from hooklens.cli import main; main()"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--install-completion" in done.stdout
+    done = subprocess.run([*command, "check", "no/such/file.gguf"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_importing_hooklens_or_its_command_line_imports_no_plotting():
+    unwanted = "('plotly', 'transformers', 'huggingface_hub')"
+    code = f"import sys, hooklens.cli; print([m for m in {unwanted} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_demo_on_smollm2(tmp_path, request):
+    sys.path.insert(0, str(request.config.rootpath / "tests" / "viz"))
+    from browser import open_page
+
+    out = tmp_path / "demo.html"
+    done = invoke("demo", "--pairs", 16, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "L23H0  name mover" in done.output
+    page = open_page(out)
+    assert page.console == [] and page.requests == []
+    assert page.count('class="plot[^"]*"') == 6
