@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hooklens.core.errors import InputError
 
@@ -29,7 +30,7 @@ class engine:
     67108864
     """
 
-    def __init__(self, **changes: int | bool | None):
+    def __init__(self, **changes: Any):
         known = Settings.__dataclass_fields__
         wrong = [name for name in changes if name not in known]
         if wrong:
@@ -42,7 +43,7 @@ class engine:
 
     def __enter__(self) -> Settings:
         self.before = _settings.get()
-        _settings.set(replace(self.before, **self.changes))  # type: ignore[arg-type]
+        _settings.set(replace(self.before, **self.changes))
         return _settings.get()
 
     def __exit__(self, *exc: object) -> None:
