@@ -131,9 +131,15 @@ def theirs(peer, clean, corrupted, by: str, part: int) -> torch.Tensor:
 
 
 def nnsight_model(model) -> Any:
-    from nnsight import NNsight
+    """nnsight's LanguageModel, which alone batches invokes; its tokenizer has a word for every id."""
+    from nnsight import LanguageModel
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-    return NNsight(peers.hugging_face(model))
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(50257)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
+    return LanguageModel(peers.hugging_face(model), tokenizer=tokenizer)
 
 
 def nnsight_sweep(nn, model, clean, corrupted) -> torch.Tensor:
