@@ -1,7 +1,7 @@
 """The activations of one forward pass, by name: slice them, stack them, take the residual stream apart."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -306,7 +306,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def _block(self, layer: int):
         return self._need_model().blocks[layer]
 
-    def _points(self) -> Sequence[str]:
+    def _points(self) -> Collection[str]:
         return self._need_model().hook_points().keys() if self.model is not None else list(self._entries)
 
     def _end(self, layer: int | None) -> int:

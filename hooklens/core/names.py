@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Union
+from typing import SupportsIndex, Union
 
 from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
 
@@ -58,10 +58,10 @@ class Site:
 
 #: What may stand wherever points are asked for: a full name, a short name (every layer), a tuple ("z", 5), a Site,
 #: a predicate on full names, or a list of these.
-Where = Union[str, tuple, Site, Callable[[str], bool], Sequence["Where"]]  # noqa: UP007 (it names itself)
+Where = Union[str, tuple, Site, Callable[[str], bool], Sequence["Where"], set, frozenset]  # noqa: UP007 (it names itself)
 
 
-def site(name: str, layer: int | None = None, part: str | None = None) -> Site:
+def site(name: str, layer: SupportsIndex | None = None, part: str | None = None) -> Site:
     """The site of that short name, at one layer (negative counts from the last) or, without layer, at every layer.
 
     >>> site("z", 5)

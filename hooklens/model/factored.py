@@ -55,7 +55,7 @@ class FactoredMatrix:
             return ((other @ self.A)[..., None, :] @ self.B)[..., 0, :]
         return (self.T @ other.mT).T  # type: ignore[union-attr]
 
-    def __mul__(self, scalar: float | Tensor) -> "FactoredMatrix":
+    def __mul__(self, scalar: int | float | Tensor) -> "FactoredMatrix":
         return FactoredMatrix(self.A * scalar, self.B)
 
     __rmul__ = __mul__

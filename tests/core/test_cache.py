@@ -140,7 +140,10 @@ def test_a_second_pass_inside_the_scope_overwrites_the_first():
     assert cache["z", 0].shape[0] == 1
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "neox", "post"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma2", "neox", "post")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", *SLOW])
 def test_cached_gradients_equal_finite_differences(kind):
     model = zoo_model(kind, dtype=torch.float64)
     # Points whose gradient is asked for are paths of their own, so a head's inputs and the shared norm are asked apart.
