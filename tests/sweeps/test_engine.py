@@ -51,10 +51,11 @@ def test_every_site_of_every_kind_of_model(name, site):
     model = zoo_model(name, dtype=torch.float64, **({} if ZOO[name].get("attn_only") else SMALL))
     if not has(model, site):
         pytest.skip(f"no {site} in this kind of model")
-    metric = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4)
-    fine, coarse = BYS[site][-1], BYS[site][0]
-    agree(model, CLEAN, CORRUPTED, metric, site, coarse, tolerance=1e-9)
-    agree(model, CLEAN[:2], CORRUPTED[:2], own, site, fine, value="corrupted", tolerance=1e-9)
+    one_read = hl.logit_diff(model, answer=[3, 1], wrong_answer=4)
+    by_pos, whole = (next(by for by in BYS[site] if ("pos" in by) is wanted) for wanted in (True, False))
+    agree(model, CLEAN[1:], CORRUPTED[1:], one_read, site, by_pos, tolerance=1e-9)
+    agree(model, CLEAN[:2], CORRUPTED[:2], own, site, by_pos, value="corrupted", tolerance=1e-9)
+    agree(model, CLEAN, CORRUPTED, own, site, whole, tolerance=1e-9)
     agree(model, CLEAN, CORRUPTED, own, site, "layer", value="mean", tolerance=1e-9)
 
 
