@@ -16,7 +16,7 @@ from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import plain_value, refuse_nan, why_plain
 from hooklens.sweeps.plan import Patch, Plan
-from hooklens.sweeps.resume import Progressed, key_of
+from hooklens.sweeps.resume import Progressed, key_of, sketch_of
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
 from hooklens.sweeps.settings import Settings, current
 
@@ -49,7 +49,9 @@ def execute(plan: Plan, metric: Any, *, resume: str | Path | None = None) -> Out
         reason = "asked for" if settings.plain else why_plain(plan.model)
         reader = Reader(plan.model, metric, plan.base.streams[-1])
         values = reader.base.repeat(len(plan.patches), 1)
-        kept = None if resume is None else Progressed(resume, key_of(plan, metric, reader.base), values)
+        kept = (
+            None if resume is None else Progressed(resume, key_of(plan, metric), sketch_of(plan, reader.base), values)
+        )
         if reason is not None:
             _run_plain(plan, reader, values, kept, settings)
             refuse_nan(plan, values, reader.base)

@@ -70,6 +70,7 @@ class Plan:
     values: dict[int, Tensor]
     first_change: Int[Tensor, "pair"]
     donor: Float[Tensor, "pair pos d_model"] | None = None  # the last stream of the run that the values come from
+    source: Any = None  # what was asked to be written: tokens, activations by name, or a function
 
     @cached_property
     def causal(self) -> bool:
@@ -219,7 +220,9 @@ def plan(
         values = _values(site, layers, value_of, base)
     else:
         values = _values(site, layers, value, base)
-    return Plan(model, site, names, shape, tuple(made), tokens, base, values, _first_change(tokens, value), donor)
+    return Plan(
+        model, site, names, shape, tuple(made), tokens, base, values, _first_change(tokens, value), donor, value
+    )
 
 
 def base_run(model: "HookedTransformer", tokens: Tensor, site: str, layers: Sequence[int]) -> BaseRun:

@@ -8,6 +8,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused
@@ -20,8 +21,8 @@ _FORMAT = "hooklens-sweep-1"
 class Progressed:
     """The values found so far, and the file that keeps them."""
 
-    def __init__(self, path: str | Path, key: str, values: Tensor):
-        self.path, self.key, self.values = Path(path), key, values
+    def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor):
+        self.path, self.key, self.sketch, self.values = Path(path), key, sketch, values
         self.done = torch.zeros(len(values), dtype=torch.bool)
         check_writable(self.path)
         if self.path.exists():
@@ -36,17 +37,25 @@ class Progressed:
                 if metadata.get("format") != _FORMAT:
                     raise FileRefused(f"{self.path} is not a sweep in progress; give resume= a path of its own")
                 if metadata.get("key") != self.key:
-                    raise FileRefused(
-                        f"{self.path} belongs to another sweep (other weights, prompts, sites, values or metric); "
-                        "delete it or give resume= another path"
-                    )
-                done, values = file.get_tensor("done"), file.get_tensor("values")
-                if metadata.get("sum") != _sum(values, done):
+                    raise self._another()
+                done, values, sketch = (file.get_tensor(name) for name in ("done", "values", "sketch"))
+                if metadata.get("sum") != _sum(values, done, sketch):
                     raise FileRefused(f"{self.path} is damaged: its numbers are not those that were written; delete it")
+                if not self._alike(sketch):
+                    raise self._another()
                 self.done = done
                 self.values.copy_(values)
         except (SafetensorError, OSError) as error:
             raise FileRefused(f"{self.path} cannot be read as a sweep in progress, it is damaged: {error}") from error
+
+    def _another(self) -> FileRefused:
+        return FileRefused(
+            f"{self.path} belongs to another sweep (other weights, prompts, sites, values or metric); "
+            "delete it or give resume= another path"
+        )
+
+    def _alike(self, sketch: Tensor) -> bool:
+        return sketch.shape == self.sketch.shape and torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
 
     def save(self, finished: list[int]) -> None:
         """A bin is complete: write everything found so far, aside and renamed."""
@@ -55,22 +64,34 @@ class Progressed:
         self.done[finished] = True
         values = self.values.cpu().contiguous()
         with write_atomically(self.path) as aside:
-            metadata = {"format": _FORMAT, "key": self.key, "sum": _sum(values, self.done)}
-            save_file({"values": values, "done": self.done}, aside, metadata=metadata)
+            metadata = {"format": _FORMAT, "key": self.key, "sum": _sum(values, self.done, self.sketch)}
+            save_file({"values": values, "done": self.done, "sketch": self.sketch}, aside, metadata=metadata)
 
 
 def _sum(*tensors: Tensor) -> str:
     return hashlib.blake2b(b"".join(map(_bytes, tensors)), digest_size=16).hexdigest()
 
 
-def key_of(plan: Plan, metric: Any, base: Tensor) -> str:
-    """A hash of weights, tokens, sites, values and metric: what a sweep in progress must share to go on."""
+def key_of(plan: Plan, metric: Any) -> str:
+    """A hash of weights, tokens, sites, what is written and metric: what a sweep in progress must share to go on."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in fingerprint((plan.model.cfg.to_json(), plan.model.state_dict(), plan.tokens, plan.values)):
+    written = None if isinstance(plan.source, Mapping) else plan.source
+    for part in fingerprint((plan.model.cfg.to_json(), plan.model.state_dict(), plan.tokens, written)):
         digest.update(part)
-    for part in fingerprint((plan.site, plan.by, plan.shape, plan.patches, metric, base)):
+    for part in fingerprint((plan.site, plan.by, plan.shape, plan.patches, metric)):
         digest.update(part)
     return digest.hexdigest()
+
+
+def sketch_of(plan: Plan, base: Float[Tensor, "pair"]) -> Float[Tensor, "number"]:
+    """The base metric and two numbers of every layer's values. What a model computes is compared to rounding, not
+    hashed: another number of threads, or packed weights, give other last bits."""
+    found = [base.double().cpu()]
+    for _, value in sorted(plan.values.items()):
+        flat = value.double().flatten().cpu()
+        wave = torch.cos(torch.arange(len(flat), dtype=torch.float64))
+        found.append(torch.stack([flat.abs().mean(), (flat * wave).sum() / max(1, len(flat)) ** 0.5]))
+    return torch.cat(found)
 
 
 def fingerprint(value: Any, depth: int = 8) -> Iterator[bytes]:

@@ -292,6 +292,35 @@ def test_interrupts_at_every_bin(model, tmp_path, interrupted, monkeypatch):
     assert len(bins) <= 2 * 8
 
 
+def test_other_last_bits_are_still_the_same_sweep(model, tmp_path, monkeypatch):
+    """Another process may have another number of threads, or packed weights: what it computes differs by rounding."""
+    from hooklens.sweeps import plan as module
+
+    path, right = tmp_path / "sweep", module.base_run
+    hl.patch(model, CLEAN, CORRUPTED, own, site="z", resume=path)
+
+    def rounded(*args):
+        base = right(*args)
+        base.streams[-1] = base.streams[-1] * (1 + 1e-7)
+        return base
+
+    monkeypatch.setattr(module, "base_run", rounded)
+    hl.patch(model, CLEAN, CORRUPTED, own, site="z", resume=path)
+
+
+def test_given_activations_that_differ_are_another_sweep(model, tmp_path):
+    cache = model.run_with_cache(CORRUPTED, names="z")[1]
+    run = functools.partial(hl.patch, model, CLEAN, CORRUPTED, own, site="z", resume=tmp_path / "sweep")
+    run(value=dict(cache))
+    run(value=dict(cache))
+    for other in (
+        {name: 1.01 * act for name, act in cache.items()},
+        {name: act.flip(0) for name, act in cache.items()},
+    ):
+        with pytest.raises(FileRefused, match="another sweep"):
+            run(value=other)
+
+
 def same_on_base(sign: float):
     """Metrics that differ only in what they closed over, and agree wherever `own` is 0."""
     return lambda logits: sign * (own(logits) - own(logits))
