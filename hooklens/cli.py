@@ -71,10 +71,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 @app.callback()
-def _options(
-    ctx: typer.Context, debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False
-) -> None:
-    ctx.obj = debug
+def _options(debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False) -> None:
+    """Options of every command; `_Group` reads them."""
 
 
 @app.command()
@@ -329,7 +327,7 @@ def _strings(more: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _fail(ctx: Any, message: str, error: Exception) -> None:
-    if ctx.obj:
+    if ctx.params.get("debug"):
         _say("".join(traceback.format_exception(error)))
     _say(message, *getattr(error, "__notes__", ()))
 

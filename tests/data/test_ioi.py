@@ -66,13 +66,11 @@ def test_groups_share_names_and_sentence(tokenizer):
         assert len({pairs.template[i] for i in rows}) == 1 and len(rows) == 4
 
 
-def test_the_same_seed_gives_the_same_pairs_and_leaves_the_global_generators_alone(tokenizer):
-    import random
-
-    before = random.getstate(), torch.random.get_rng_state()
+def test_the_same_seed_gives_the_same_pairs_and_leaves_the_global_generator_alone(tokenizer):
+    before = torch.random.get_rng_state()
     assert ioi(tokenizer, 16, seed=3).clean == ioi(tokenizer, 16, seed=3).clean
     assert ioi(tokenizer, 16, seed=3).clean != ioi(tokenizer, 16, seed=4).clean
-    assert random.getstate() == before[0] and torch.equal(torch.random.get_rng_state(), before[1])
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_what_cannot_be_balanced_is_refused(tokenizer):

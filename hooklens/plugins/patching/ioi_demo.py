@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.data.ioi import IOIPairs, ioi
-from hooklens.metrics import LogitDiff
+from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.bootstrap import ratio_interval
 from hooklens.plugins.patching.name_movers import NameMovers, by_group, name_movers
-from hooklens.plugins.patching.pair_study import PairStudy, by_layer, head_patterns, study_pair
+from hooklens.plugins.patching.pair_study import PairStudy, by_layer, head_patterns, sweep_pair
 from hooklens.result import Result, Table
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
@@ -88,8 +88,8 @@ class IOIStudy(Result):
 
     def table(self, n: int | None = 14) -> Table:
         """One row a head, name movers first, then by what a patch does: what it is called, and by which numbers."""
-        columns = ("head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO")
-        columns += ("margin", "copies", "suppresses")
+        columns = ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO"]
+        columns += ["margin", "copies", "suppresses"]
         movers, (low, high), called = self.movers, self.recovered_interval(), self.called()
         direct = (movers.share, *movers.share_interval())
         rest = (movers.attention.mean(0), movers.margin.mean(0), movers.copying, movers.suppressing)
@@ -122,7 +122,7 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
     pairs = ioi(model, n, seed=seed)
     metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
     with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
-        shown = study_pair(model, CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER)
+        shown = sweep_pair(model, CLEAN, CORRUPTED, logit_diff(model, answer=ANSWER, wrong_answer=WRONG_ANSWER))
         movers = name_movers(model, pairs)
         heads = _candidates(shown, movers)
         patches = [Patch(layer, head=head) for layer, head in heads]

@@ -310,20 +310,22 @@ def demo(model: "HookedTransformer") -> NameMovers:
     answer, wrong = (torch.tensor([role[i] for role in roles], device=model.device) for i in (0, 1))
     first = torch.tensor([order == "ABBA" for *_, order in roles], device=model.device)
     io, s1 = torch.where(first, 1, 3), torch.where(first, 3, 1)
-    text = [[str(row) for row in column.tolist()] for column in (tokens[:, 0], tokens[:, 1], answer, wrong)]
+    clean, corrupted = tokens.unbind(1)
     pairs = IOIPairs(
-        *text[:2],
-        tokens[:, 0],
-        tokens[:, 1],
-        *text[2:],
-        answer,
-        wrong,
-        io,
-        s1,
-        torch.full_like(io, 5),
-        torch.full_like(io, 6),
-        [order for *_, order in roles],
-        ["numbers"] * len(roles),
-        torch.arange(2, device=model.device).repeat_interleave(4),
+        clean=[str(row) for row in clean.tolist()],
+        corrupted=[str(row) for row in corrupted.tolist()],
+        clean_tokens=clean,
+        corrupted_tokens=corrupted,
+        answer=[str(token) for token in answer.tolist()],
+        wrong_answer=[str(token) for token in wrong.tolist()],
+        answer_tokens=answer,
+        wrong_answer_tokens=wrong,
+        io=io,
+        s1=s1,
+        s2=torch.full_like(io, 5),
+        end=torch.full_like(io, 6),
+        order=[order for *_, order in roles],
+        template=["numbers"] * len(roles),
+        group=torch.arange(2, device=model.device).repeat_interleave(4),
     )
     return name_movers(model, pairs)

@@ -1,8 +1,7 @@
 """One prompt pair looked at from all sides: predictions, sweeps, layers, and what the strongest heads attend to."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.metrics import logit_diff
+from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.plugins.patching.prompts import Prompts, rows_of, show
@@ -87,28 +86,42 @@ def study_pair(
     `by` is the grid of the sites that are swept by position otherwise; `resume` names a file a site.
     """
     metric = logit_diff(model, answer=answer, wrong_answer=wrong_answer)
-    names = list(dict.fromkeys(site_kind(site) for site in sites))
+    with torch.no_grad(), packed_linears(rows=1024):  # the weights are packed once for all sweeps
+        study = sweep_pair(model, clean, corrupted, metric, sites=sites, by=by, resume=resume)
+        return replace(study, layers=by_layer(model, clean, corrupted, metric))
+
+
+def sweep_pair(
+    model: "HookedTransformer",
+    clean: Prompts,
+    corrupted: Prompts,
+    metric: LogitDiff,
+    *,
+    sites: Sequence[str] = ("resid_pre", "z"),
+    by: str | None = None,
+    resume: Mapping[str, Path] | None = None,
+) -> PairStudy:
+    """`study_pair` without its whole layers."""
     files = resume or {}
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(packed_linears(rows=1024))  # the weights are packed once for all sweeps
+    with torch.no_grad():
         sweeps = {}
-        for site in names:
+        for site in dict.fromkeys(site_kind(site) for site in sites):
             axes = by if SITES[site].default_by == ("layer", "pos") else None
             sweeps[site] = patch(model, clean, corrupted, metric, site=site, by=axes, resume=files.get(site))
-        layers = by_layer(model, clean, corrupted, metric)
         ids = [rows_of(model, prompt, name)[0] for prompt, name in ((clean, "clean"), (corrupted, "corrupted"))]
         chosen = sweeps["z"].order()[:_STRONGEST] if "z" in sweeps else []
         return PairStudy(
             model.cfg.model_name,
-            show(model, ids[0]),
-            show(model, ids[1]),
-            *(show(model, token)[0] for token in (metric.answer, metric.wrong_answer)),
-            *(_guesses(model, row) for row in ids),
-            sweeps,
-            layers,
-            [f"L{layer}H{head}" for layer, head in chosen],
-            head_patterns(model, ids[0], chosen),
+            clean=show(model, ids[0]),
+            corrupted=show(model, ids[1]),
+            answer=show(model, metric.answer)[0],
+            wrong_answer=show(model, metric.wrong_answer)[0],
+            clean_top=_guesses(model, ids[0]),
+            corrupted_top=_guesses(model, ids[1]),
+            sweeps=sweeps,
+            layers={},
+            heads=[f"L{layer}H{head}" for layer, head in chosen],
+            patterns=head_patterns(model, ids[0], chosen),
         )
 
 
