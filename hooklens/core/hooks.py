@@ -21,7 +21,8 @@ _scopes: ContextVar[tuple["HookScope", ...]] = ContextVar("hooklens_scopes", def
 # (step, offset) of the forward pass under way, for hooks that act at chosen steps of a generation.
 _moment: ContextVar[tuple[int, int]] = ContextVar("hooklens_moment", default=(0, 0))
 _order = itertools.count()
-_count_lock = threading.Lock()
+#: Held while a process-wide count of open blocks changes: += alone is not one step between threads.
+counting = threading.Lock()
 # Open scopes in the whole process: the one thing that an unhooked forward pass looks at.
 _open_scopes = 0
 
@@ -226,7 +227,7 @@ class HookScope:
         _scopes.set((*(scope for scope in _scopes.get() if scope.open and scope is not self), self))
         for point in self.entries:
             point.hold()
-        with _count_lock:
+        with counting:
             _open_scopes += 1
         return self.subject
 
@@ -239,7 +240,7 @@ class HookScope:
             point.release()
         # By identity, not by token: the block may end in another context than the one it began in.
         _scopes.set(tuple(scope for scope in _scopes.get() if scope is not self))
-        with _count_lock:
+        with counting:
             _open_scopes -= 1
 
 
@@ -250,7 +251,7 @@ class Handle:
         self.points, self.open = tuple(points), True
         hook = _Hook(self, fn, backward=backward)
         for point in self.points:
-            with _count_lock:
+            with counting:
                 point.handles = (*point.handles, hook)
             point.hold()
 
@@ -260,7 +261,7 @@ class Handle:
             return
         self.open = False
         for point in self.points:
-            with _count_lock:
+            with counting:
                 point.handles = tuple(hook for hook in point.handles if hook.owner is not self)
             point.release()
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooklens.core.hooks import HookPoint
+from hooklens.core.hooks import HookPoint, counting
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
 from hooklens.model.factored import FactoredMatrix
@@ -43,11 +43,13 @@ class differentiable_attention:
         global _open_blocks
         self.before = _fused_off.get()
         _fused_off.set(True)
-        _open_blocks += 1
+        with counting:
+            _open_blocks += 1
 
     def __exit__(self, *exc: object) -> None:
         global _open_blocks
-        _open_blocks -= 1
+        with counting:
+            _open_blocks -= 1
         _fused_off.set(self.before)
 
 

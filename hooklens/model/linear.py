@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooklens.core.hooks import counting
+
 _scope: ContextVar["packed_linears | None"] = ContextVar("hooklens_packed", default=None)
 _open_packs = 0
 #: The setting that switches packed linears off for a process.
@@ -58,12 +60,14 @@ class packed_linears:
         global _open_packs
         self.before = _scope.get()
         _scope.set(self.before or self)  # inside another scope its packs are used: nothing is packed twice
-        _open_packs += 1
+        with counting:
+            _open_packs += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
         global _open_packs
-        _open_packs -= 1
+        with counting:
+            _open_packs -= 1
         _scope.set(self.before)
         self.packs.clear()
 

@@ -287,7 +287,7 @@ def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_toke
     if not cfg.causal:
         raise InputError("generation needs a causal mask: in this model earlier positions would see the new tokens")
     needed = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not read again
-    if model.pos_embed is not None and needed > cfg.n_ctx:
+    if needed > cfg.n_ctx:
         raise InputError(
             f"{max(map(len, prompts))} prompt tokens and {max_new_tokens} new ones do not fit this model's n_ctx of "
             f"{cfg.n_ctx}; shorten the prompt or generate at most {max(cfg.n_ctx - needed + max_new_tokens, 0)}"

@@ -193,7 +193,7 @@ class HookedTransformer(HookedModule):
 
     def _context(self, x: Tensor, mask: Tensor | None, past: KVCache | None) -> Context:
         n_new, offset = x.shape[1], 0 if past is None else past.length
-        if offset + n_new > self.cfg.n_ctx and self.pos_embed is not None:
+        if offset + n_new > self.cfg.n_ctx:
             n_ctx = self.cfg.n_ctx
             raise InputError(f"{offset + n_new} tokens do not fit this model's n_ctx of {n_ctx}; shorten the prompt")
         before = None if past is None else past.seen
