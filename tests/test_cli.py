@@ -230,4 +230,4 @@ def test_the_whole_demo_on_smollm2(tmp_path, request):
     assert "L23H0  name mover" in done.output
     page = open_page(out)
     assert page.console == [] and page.requests == []
-    assert page.count('class="plot[^"]*"') == 6
+    assert page.figures == 6
