@@ -13,6 +13,7 @@ from hooklens.core.wrap import wrap
 from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import HookedTransformerConfig
+from hooklens.model.describe import describe
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
@@ -39,6 +40,7 @@ __all__ = [
     "Result",
     "Site",
     "Table",
+    "describe",
     "differentiable_attention",
     "engine",
     "kl",
