@@ -116,7 +116,7 @@ class _Packer:
         return {
             str: lambda value, _: str(value),
             int: lambda value, _: int(value),
-            float: lambda value, _: float(value) if math.isfinite(value) else {"float": str(float(value))},
+            float: lambda value, _: float(value) if math.isfinite(value) else {"float": _spelled(float(value))},
             Tensor: self._tensor,
             Result: self._result,
             list: self._items,
@@ -273,3 +273,8 @@ def _package(entry: EntryPoint) -> str:
 
 def _within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
+
+
+def _spelled(value: float) -> str:
+    """An infinity or NaN in words that float() reads back, the sign of a NaN too, which str() drops."""
+    return ("-" if math.copysign(1, value) < 0 else "") + str(abs(value))

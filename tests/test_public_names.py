@@ -8,16 +8,68 @@ import pytest
 
 import hooklens as hl
 
-NAMES = """
-ActivationCache FactoredMatrix HookCall HookPoint HookedModule HookedTransformer HookedTransformerConfig HooklensError
-KVCache Mean PatchSweep Result Site Table describe differentiable_attention engine kl load log_prob logit_diff loss
-packed_linears patch prob recovered site wrap
-""".split()
+NAMES = [
+    "ActivationCache",
+    "FactoredMatrix",
+    "HookCall",
+    "HookPoint",
+    "HookedModule",
+    "HookedTransformer",
+    "HookedTransformerConfig",
+    "HooklensError",
+    "KVCache",
+    "Mean",
+    "PatchSweep",
+    "Result",
+    "Site",
+    "Table",
+    "describe",
+    "differentiable_attention",
+    "engine",
+    "kl",
+    "load",
+    "log_prob",
+    "logit_diff",
+    "loss",
+    "packed_linears",
+    "patch",
+    "prob",
+    "recovered",
+    "site",
+    "wrap",
+]
 
-METHODS = """
-run_with_hooks run_with_cache add_hook hooks generate to_tokens to_string to_str_tokens to_single_token hook_names
-W_E W_pos W_U b_U W_Q W_K W_V W_O b_Q b_K b_V b_O W_in W_gate W_out b_in b_out QK OV
-""".split()
+METHODS = [
+    "run_with_hooks",
+    "run_with_cache",
+    "add_hook",
+    "hooks",
+    "generate",
+    "to_tokens",
+    "to_string",
+    "to_str_tokens",
+    "to_single_token",
+    "hook_names",
+    "W_E",
+    "W_pos",
+    "W_U",
+    "b_U",
+    "W_Q",
+    "W_K",
+    "W_V",
+    "W_O",
+    "b_Q",
+    "b_K",
+    "b_V",
+    "b_O",
+    "W_in",
+    "W_gate",
+    "W_out",
+    "b_in",
+    "b_out",
+    "QK",
+    "OV",
+]
 
 ARGUMENTS = {
     hl.load: ["source", "tokenizer", "device", "dtype", "fold"],
@@ -29,7 +81,7 @@ ARGUMENTS = {
     ],
 }  # fmt: skip
 
-HEAVY = "plotly sklearn scipy pandas gudhi typer transformers huggingface_hub".split()
+HEAVY = ["plotly", "sklearn", "scipy", "pandas", "gudhi", "typer", "transformers", "huggingface_hub"]
 
 
 def test_the_public_names_are_these():

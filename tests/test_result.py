@@ -366,3 +366,8 @@ def test_json_of_a_result():
     }
     with pytest.raises(WrongType, match="a set was to be written as JSON"):
         plain({1, 2})
+
+
+def test_the_sign_of_a_nan_comes_back(plugin, tmp_path):
+    back = round_trip(plugin.Box([float("-nan"), float("nan"), float("-inf")], ""), tmp_path)
+    assert [math.copysign(1, x) for x in back.value] == [-1.0, 1.0, -1.0]
