@@ -1,7 +1,6 @@
 """Attention: q k v, scores, pattern, z, result. One class; positions, mask, score function and q/k norm are parts."""
 
 from contextvars import ContextVar
-from typing import TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, View
-from hooklens.model.linear import Linear
+from hooklens.model.linear import Linear, is_plain
 from hooklens.model.norms import make_norm
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -221,8 +220,3 @@ class Attention(nn.Module):
 def under_transform(x: Tensor) -> bool:
     """Is the tensor inside vmap or grad of torch.func, where the fused kernel has no rule and values cannot be read?"""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Is the layer an nn.Linear and nothing more, so that its weight says all (LoRA and torch hooks say more)?"""
-    return type(linear) in (Linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)

@@ -16,6 +16,7 @@ from hooklens.core.hooks import HookScope, edited_elsewhere
 from hooklens.core.names import Where
 from hooklens.model.config import TokenEmbed
 from hooklens.model.continuation import Continuation, OnPiece, Stops
+from hooklens.model.decoder import Decoder
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
 from hooklens.result import Result
@@ -200,10 +201,11 @@ def _run(
     reached: dict[int, ActivationCache],
     n_steps: int,
 ) -> None:
-    batch = _Batch(model, [row.prompt for row in rows])
-    pack = packed_linears(rows=len(rows)) if n_steps >= _PACKING_PAYS_FROM else nullcontext()
     # What hooks and captures keep may enter a graph later, which tensors of the faster inference_mode cannot.
-    heard = scopes or edited_elsewhere(model.hook_points().values())
+    heard = bool(scopes) or edited_elsewhere(model.hook_points().values())
+    pays = n_steps >= _PACKING_PAYS_FROM
+    batch = _Batch(model, [row.prompt for row in rows], alone=pays and not heard)
+    pack = packed_linears(rows=len(rows)) if pays and batch.decoder is None else nullcontext()
     with torch.no_grad() if heard else torch.inference_mode(), pack:
         for step in range(n_steps):
             scope, cache = scopes.get(step, (nullcontext(), None))
@@ -223,10 +225,14 @@ def _run(
 
 
 class _Batch:
-    """The prompts still being continued: rows of one KV cache. `rows` says which prompt each is."""
+    """The prompts still being continued: rows of one KV cache. `rows` says which prompt each is.
 
-    def __init__(self, model: "HookedTransformer", prompts: Sequence[Row]):
+    With `alone` single steps go through a `Decoder` for as long as nobody listens and no weight is edited.
+    """
+
+    def __init__(self, model: "HookedTransformer", prompts: Sequence[Row], alone: bool):
         self.model, self.past, self.rows = model, KVCache(), list(range(len(prompts)))
+        self.decoder = Decoder.of(model, len(prompts)) if alone else None
         longest = max(map(len, prompts))
         # On the left, so that every row's last token stands in the last column and new ones follow it.
         self.tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompts])
@@ -237,6 +243,8 @@ class _Batch:
 
     def logits(self) -> Logits:
         """What follows the tokens that were fed last."""
+        if self.past.step and self.decoder is not None and self.decoder.serves():
+            return self.decoder(self.tokens, self.past)
         out = self.model(self.tokens, attention_mask=self.mask, kv_cache=self.past, logits_at=-1)
         return out[:, -1]
 

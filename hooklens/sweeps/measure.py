@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
 from hooklens.metrics import ReadingMetric, Reads
-from hooklens.model.attention import is_plain
+from hooklens.model.linear import is_plain
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.rows import Group
 

@@ -1,0 +1,98 @@
+"""The decoder of a generation: the numbers of the model's forward, for as long as nobody looks or edits."""
+
+import pytest
+import torch
+from zoo import ZOO, zoo_model
+
+from hooklens.model import decoder as decoder_module
+from hooklens.model.continuation import Continuation
+from hooklens.model.decoder import Decoder
+from hooklens.model.kv_cache import KVCache
+from hooklens.model.linear import _measured
+from hooklens.testing import tiny_model
+
+pytestmark = pytest.mark.skipif(not _measured()[0], reason="this torch or CPU has no packed linear")
+
+
+@pytest.fixture(autouse=True)
+def pays(monkeypatch):
+    monkeypatch.setattr(decoder_module, "packing_pays", lambda rows: True)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many steps went through a decoder."""
+    steps, plain = [], Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, *args: steps.append(1) or plain(self, *args))
+    return steps
+
+
+def kinds(served):
+    models = {kind: zoo_model(kind) for kind in ZOO}
+    return [kind for kind, model in models.items() if model.cfg.causal and (model.cfg.block != "post") == served]
+
+
+@pytest.mark.parametrize("kind", kinds(served=True))
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_equal_the_whole_pass(kind, padded):
+    model = zoo_model(kind)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 1, 2, 0, 3, 5]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :2] = not padded
+    with torch.no_grad():
+        step, past = Decoder.of(model, rows=2), KVCache()
+        model(tokens[:, :3], attention_mask=mask[:, :3] if padded else None, kv_cache=past)
+        for at in range(3, 6):
+            expected = model(tokens[:, : at + 1], attention_mask=mask[:, : at + 1] if padded else None)[:, -1]
+            assert torch.allclose(step(tokens[:, at : at + 1], past), expected, atol=1e-4)
+    assert past.length == 6 and past.step == 4
+
+
+def test_what_it_does_not_know_it_leaves_to_the_model():
+    assert all(Decoder.of(zoo_model(kind), rows=1) is None for kind in kinds(served=False))
+    assert Decoder.of(tiny_model().double(), rows=1) is None
+    hooked, swapped = tiny_model(), tiny_model()
+    hooked.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    swapped.blocks[0].attn.o = torch.nn.Sequential(swapped.blocks[0].attn.o)
+    assert Decoder.of(hooked, rows=1) is None and Decoder.of(swapped, rows=1) is None
+    assert Decoder.of(tiny_model(), rows=1) is not None
+
+
+def test_a_generation_uses_it_and_finds_the_same_tokens(counted):
+    model = zoo_model("llama")
+    prompts, n = [[1, 2, 3], [4], [5, 6]], 30
+    with torch.no_grad():
+        expected = [model.generate(p, n, stop=(), capture={0: "resid_post"}).new_tokens[0] for p in prompts]
+        assert not counted  # somebody listens
+        got = model.generate(prompts, n, stop=()).new_tokens
+    assert len(counted) == n - 1
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("edit", ["weight", "replaced", "hook"])
+def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatch):
+    def change(model):
+        with torch.no_grad():
+            if edit == "weight":
+                model.unembed.linear.weight.neg_()
+            elif edit == "replaced":
+                model.unembed.linear.weight = torch.nn.Parameter(-model.unembed.linear.weight)
+            else:
+                model.add_hook("unembed.hook_in", lambda act, hook: -act)
+
+    def run(**options):
+        model, added = zoo_model("llama"), []
+
+        def add_and_change(self, token):  # as a function given as `stream` could
+            plain(self, token)
+            added.append(token)
+            if len(added) == 10:
+                change(model)
+
+        monkeypatch.setattr(Continuation, "add", add_and_change)
+        return model.generate([1, 2, 3], 30, stop=(), **options).new_tokens[0]
+
+    plain = Continuation.add
+    expected = run(capture={0: "resid_post"})  # a capture keeps the generation off the decoder
+    assert not counted
+    assert torch.equal(run(), expected) and len(counted) == 9
