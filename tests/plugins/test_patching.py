@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import hooklens as hl
+from hooklens.data.prompts import common_ends
 from hooklens.model.config import LinearScore
 from hooklens.plugins.patching.activation import PatchSweep, demo
-from hooklens.plugins.patching.bootstrap import ratio_interval
-from hooklens.plugins.patching.prompts import common_ends
+from hooklens.statistics import ratio_interval
 from hooklens.testing import check_plugin, or_gate, tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [8, 1, 1, 3], [2, 2, 6, 1]])

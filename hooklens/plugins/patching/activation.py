@@ -10,11 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.data.prompts import Pairs, Prompts, common_ends, read_pairs, rows_of, show
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.bootstrap import ratio_interval
-from hooklens.plugins.patching.prompts import Pairs, Prompts, common_ends, read_pairs, rows_of, show
 from hooklens.result import Result, Table
+from hooklens.statistics import ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite

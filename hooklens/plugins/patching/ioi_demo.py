@@ -11,10 +11,10 @@ from hooklens.data.ioi import IOIPairs, ioi
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep
-from hooklens.plugins.patching.bootstrap import ratio_interval
 from hooklens.plugins.patching.name_movers import NameMovers, by_group, name_movers
 from hooklens.plugins.patching.pair_study import PairStudy, by_layer, head_patterns, sweep_pair
 from hooklens.result import Result, Table
+from hooklens.statistics import ratio_interval
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
 from hooklens.sweeps.settings import engine

@@ -11,8 +11,8 @@ from hooklens.core.errors import InputError
 from hooklens.data.ioi import IOIPairs
 from hooklens.metrics import LogitDiff
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.bootstrap import ratio_interval
 from hooklens.result import Result, Table
+from hooklens.statistics import ratio_interval
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
-from hooklens.plugins.patching.prompts import Prompts, rows_of, show
 from hooklens.result import Result, Table
 from hooklens.sweeps.plan import SITES, site_kind
 

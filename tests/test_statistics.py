@@ -1,0 +1,89 @@
+"""Intervals cover, p-values are honest under the null, q-values are Benjamini and Hochberg's, halves share no group."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hooklens.core.errors import InputError
+from hooklens.statistics import group_numbers, halves, mean_interval, null_p, q_values, ratio_interval, sign_flip_p
+
+
+def test_an_interval_covers_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(40, 400, generator=generator) + 1  # 400 experiments of 40 pairs
+    low, high = mean_interval(values, level=0.9)
+    covered = ((low <= 1) & (high >= 1)).float().mean()
+    assert 0.84 < covered < 0.94
+
+
+def test_groups_widen_an_interval_of_pairs_that_are_copies():
+    few = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    copies = few.repeat_interleave(8)
+    narrow, wide = mean_interval(copies), mean_interval(copies, group=torch.arange(10).repeat_interleave(8))
+    alone = mean_interval(few)
+    assert wide[1] - wide[0] > 2 * (narrow[1] - narrow[0])
+    assert torch.allclose(torch.stack(wide), torch.stack(alone), atol=1e-6)
+
+
+def test_a_ratio_recomputes_both_means():
+    bottom = torch.rand(30, generator=torch.Generator().manual_seed(1)) + 0.5
+    low, high = ratio_interval(3 * bottom[:, None], bottom)
+    assert torch.allclose(low, torch.tensor(3.0)) and torch.allclose(high, torch.tensor(3.0))
+
+
+def test_grids_of_any_shape_go_through():
+    values = torch.randn(6, 2, 3, 5000 // 6, generator=torch.Generator().manual_seed(2))
+    low, high = mean_interval(values, draws=50)
+    one = mean_interval(values[:, 1, 2, 7], draws=50)
+    assert (
+        low.shape == values.shape[1:] and torch.allclose(low[1, 2, 7], one[0]) and torch.allclose(high[1, 2, 7], one[1])
+    )
+
+
+def test_p_values_are_uniform_where_nothing_is_there():
+    values = torch.randn(20, 1000, generator=torch.Generator().manual_seed(3))
+    p = sign_flip_p(values, draws=999)
+    assert 0.03 < float((p <= 0.05).float().mean()) < 0.07
+    assert sign_flip_p(values + 5, draws=999).max() <= 0.001 + 1e-9
+
+
+def test_few_groups_are_counted_exactly():
+    assert sign_flip_p(torch.tensor([1.0, 2.0, 4.0])).item() == pytest.approx(2 / 8)
+    assert sign_flip_p(torch.tensor([1.0, -1.0])).item() == 1.0
+    assert sign_flip_p(torch.ones(6), group=torch.tensor([0, 0, 1, 1, 2, 2])).item() == pytest.approx(2 / 8)
+
+
+def test_a_null_p_is_never_zero():
+    null = torch.arange(99.0)
+    assert null_p(torch.tensor(1e9), null).item() == pytest.approx(0.01)
+    assert null_p(torch.tensor(-1.0), null).item() == 1.0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+def test_q_values_call_what_the_step_up_rule_calls(ps):
+    p = torch.tensor(ps, dtype=torch.float64)
+    q = q_values(p)
+    for rate in (0.05, 0.1, 0.5):
+        ordered, n = sorted(ps), len(ps)
+        passed = [i + 1 for i in range(n) if ordered[i] <= rate * (i + 1) / n + 1e-12]
+        cut = ordered[passed[-1] - 1] if passed else -1.0
+        assert ((q <= rate + 1e-12) == (p <= cut)).all()
+
+
+def test_q_values_leave_out_what_was_not_tested():
+    q = q_values(torch.tensor([0.01, float("nan"), 0.04]))
+    assert torch.allclose(q[[0, 2]], torch.tensor([0.02, 0.04])) and bool(q[1].isnan())
+    assert bool(q_values(torch.tensor([float("nan")])).isnan().all())
+
+
+def test_halves_share_no_group_and_repeat():
+    group = torch.tensor([3, 3, 9, 9, 9, 1, 4, 4])
+    choose, report = halves(8, group=group, seed=5)
+    assert not set(group[choose].tolist()) & set(group[report].tolist())
+    assert sorted([*choose.tolist(), *report.tolist()]) == list(range(8))
+    assert torch.equal(choose, halves(8, group=group, seed=5)[0])
+    with pytest.raises(InputError, match="at least two independent groups"):
+        halves(2, group=torch.tensor([1, 1]))
+    with pytest.raises(InputError, match="2 labels for 3 pairs"):
+        group_numbers(3, torch.tensor([1, 1]))
