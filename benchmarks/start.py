@@ -14,7 +14,7 @@ from benchmarks.rounds import write
 
 IMPORTS = {
     "import torch": "import torch",
-    "import torch, hooklens": "import torch, hooklens",
+    "import torch, hooklens": "import torch, hooklens.public",
 }
 LOAD = """
 import json, resource, time, torch

@@ -5,53 +5,25 @@
 Site(name='z', layer=5, part=None)
 """
 
-from hooklens.core.cache import ActivationCache
-from hooklens.core.errors import HooklensError
-from hooklens.core.hooks import HookCall, HookedModule, HookPoint
-from hooklens.core.names import Site, site
-from hooklens.core.wrap import wrap
-from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
-from hooklens.model.attention import differentiable_attention
-from hooklens.model.config import HookedTransformerConfig
-from hooklens.model.describe import describe
-from hooklens.model.factored import FactoredMatrix
-from hooklens.model.kv_cache import KVCache
-from hooklens.model.linear import packed_linears
-from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.patching.activation import Mean, PatchSweep, patch
-from hooklens.pretrained.load import load
-from hooklens.result import Result, Table
-from hooklens.sweeps.settings import engine
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ActivationCache",
-    "FactoredMatrix",
-    "HookCall",
-    "HookPoint",
-    "HookedModule",
-    "HookedTransformer",
-    "HookedTransformerConfig",
-    "HooklensError",
-    "KVCache",
-    "Mean",
-    "PatchSweep",
-    "Result",
-    "Site",
-    "Table",
-    "describe",
-    "differentiable_attention",
-    "engine",
-    "kl",
-    "load",
-    "log_prob",
-    "logit_diff",
-    "loss",
-    "packed_linears",
-    "patch",
-    "prob",
-    "recovered",
-    "site",
-    "wrap",
-]
+if TYPE_CHECKING:
+    from hooklens.public import *  # noqa: F403
+    from hooklens.public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> object:
+        """The public names come with the first one asked for: torch takes seconds, and `hooklens --help` needs none."""
+        from importlib import import_module
+
+        if name == "__all__" or not name.startswith("_"):
+            public = import_module("hooklens.public")
+            globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*__getattr__("__all__"), *globals()})

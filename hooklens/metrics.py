@@ -4,6 +4,7 @@ Any function of logits `[pair pos d_vocab]` is a metric. The ones here also say 
 the rest of the unembedding.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -41,7 +42,7 @@ class ReadingMetric(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _AtPosition:
+class _AtPosition(ABC):
     """A metric of the logits at one position of each prompt (default: the last)."""
 
     pos: Int[Tensor, "pair"]
@@ -72,8 +73,9 @@ class _AtPosition:
     def _tokens(self) -> Int[Tensor, "pair token"] | None:
         return None
 
+    @abstractmethod
     def on_read(self, logits: Read) -> Values:
-        raise NotImplementedError
+        """One value a row, from the logits that it reads."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -214,9 +214,28 @@ def test_the_installed_command_answers_and_brings_completion():
 
 def test_importing_hooklens_or_its_command_line_imports_no_plotting():
     unwanted = "('plotly', 'transformers', 'huggingface_hub')"
-    code = f"import sys, hooklens.cli; print([m for m in {unwanted} if m in sys.modules])"
+    code = f"import sys, hooklens.public, hooklens.cli; print([m for m in {unwanted} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["--help"], {}, "--install-completion"),
+        (["patch", "--help"], {}, "--wrong-answer"),
+        ([], {"_HOOKLENS_COMPLETE": "complete_bash", "COMP_WORDS": "hooklens pa", "COMP_CWORD": "1"}, "patch"),
+    ],
+)
+def test_help_and_completion_do_not_wait_for_torch(arguments, environment, says):
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); import hooklens.cli as c; c.main()"
+    )
+    environment = os.environ | environment
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0 and says in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.slow

@@ -129,8 +129,9 @@ def test_texts():
     assert sweep.labels["pos"][1] == "b |c"
     with pytest.raises(InputError, match="first difference at 1"):
         hl.patch(model, "abc", "acdc", hl.prob(model, answer="a"))
-    with pytest.raises(InputError, match="empty"):
-        hl.patch(model, "", "", hl.prob(model, answer="a"))
+    for prompts in (("", "a"), ("a", ""), ("", "")):
+        with pytest.raises(InputError, match="the prompt '' is empty"):
+            hl.patch(model, *prompts, hl.prob(model, answer="a"))
     torch.testing.assert_close(hl.loss(model, "abc").tokens, model.to_tokens("abc"))
     with pytest.raises(InputError, match=r"one length, got \[3, 2\]"):
         hl.loss(model, ["abc", "ab"])

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,7 +105,41 @@ def test_a_sweep_has(name):
     assert name in hl.PatchSweep.__dataclass_fields__ or hasattr(hl.PatchSweep, name)
 
 
-def test_importing_is_light():
-    code = f"import sys, hooklens; print([name for name in {HEAVY} if name in sys.modules])"
+def fresh(code):
+    """What a new interpreter prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
+
+
+def test_importing_is_light():
+    assert fresh(f"import sys, hooklens.public; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
+
+
+def test_torch_comes_with_the_first_name():
+    assert fresh("import sys, hooklens as hl; hl.__version__; print('torch' in sys.modules)") == "False"
+    assert fresh("import sys, hooklens as hl; hl.load; print('torch' in sys.modules)") == "True"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hooklens as hl; print(*(name for name in dir(hl) if name in hl.__all__))",
+        "import hooklens as hl; print(*(name for name in hl.__all__ if hasattr(hl, name)))",
+        "from hooklens import *; print(*sorted(name for name in list(globals()) if not name.startswith('_')))",
+    ],
+)
+def test_the_names_are_there_before_any_was_asked_for(code):
+    assert fresh(code).split() == NAMES
+
+
+def test_a_submodule_hides_no_name():
+    code = "import hooklens.cli, hooklens.plugins.patching.activation, hooklens as hl; print(hl.patch.__module__)"
+    assert fresh(code) == "hooklens.plugins.patching.activation"
+    assert not {path.stem for path in Path(hl.__file__).parent.iterdir()} & set(NAMES)
+
+
+def test_a_name_that_does_not_exist_is_told():
+    with pytest.raises(AttributeError, match="module 'hooklens' has no attribute 'pach'"):
+        _ = hl.pach
+    with pytest.raises(ImportError, match="pach"):
+        from hooklens import pach  # noqa: F401

@@ -69,10 +69,10 @@ def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, b
 def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int[Tensor, "pos"]]:
     """Each prompt's token ids."""
     if isinstance(prompts, Tensor):
+        if not prompts.numel():
+            raise _empty(name, list(prompts.shape))
         if prompts.is_floating_point() or prompts.ndim not in (1, 2):
             raise WrongType(f"{name} tokens are integers [pair pos], got {prompts.dtype} {list(prompts.shape)}")
-        if not prompts.numel():
-            raise InputError(f"{name} must hold at least one prompt of at least one token, got {list(prompts.shape)}")
         return list(torch.atleast_2d(prompts).to(model.device))
     if isinstance(prompts, str):
         prompts = [prompts]
@@ -84,8 +84,10 @@ def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int
         raise WrongType(f"{name} is a text, a list of texts, or token ids; got {prompts!r:.80}") from error
     if rows and all(row.ndim == 0 for row in rows):
         rows = [torch.stack(rows)]
-    if not rows or any(row.ndim != 1 or not len(row) for row in rows):
-        raise InputError(f"{name} must hold at least one prompt of at least one token, got {prompts!r:.80}")
+    if not rows or any(not row.numel() for row in rows):
+        raise _empty(name, f"{prompts!r:.80}")
+    if any(row.ndim != 1 for row in rows):
+        raise InputError(f"each prompt of {name} is one row of token ids, got {prompts!r:.80}")
     return rows
 
 
@@ -105,6 +107,12 @@ def show(model: "HookedTransformer", ids: Any) -> list[str]:
     """Each token as text, or as its number where the model has no tokenizer."""
     ids = torch.as_tensor(ids)
     return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)
+
+
+def _empty(name: str, seen: Any) -> InputError:
+    return InputError(
+        f"{name} is empty or holds an empty prompt, got {seen}; give at least one prompt of at least one token"
+    )
 
 
 def _part(model: "HookedTransformer", a: Tensor, b: Tensor) -> str:

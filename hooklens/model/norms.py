@@ -1,5 +1,7 @@
 """LayerNorm and RMSNorm, by hand where somebody looks inside, by torch's kernel where nobody does."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ Vector = Float[Tensor, "*lead width"]
 Scale = Float[Tensor, "*lead 1"]
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """normalized = centred(x) / scale, then the weight and bias. Subclasses say what is centred and what scales.
 
     The points are served beside torch's fused kernel; only an edit or a gradient there sends the values through them.
@@ -58,8 +60,9 @@ class Norm(nn.Module):
         out = normalized if gain is None else normalized * gain
         return out if self.bias is None else out + self.bias
 
+    @abstractmethod
     def fused(self, x: Vector) -> Vector:
-        raise NotImplementedError
+        """The whole norm at once, where nobody looks inside."""
 
     def linearised(self, stack: Float[Tensor, "*lead width"], scale: Float[Tensor, "*scales 1"]) -> Tensor:
         """The norm with its scale frozen and its bias left out: linear in the stack."""

@@ -180,12 +180,14 @@ class HookedTransformer(HookedModule):
         return tokens, mask
 
     def _check_tokens(self, tokens: Tensor) -> None:
+        if 0 in tokens.shape:  # before the dtype: torch makes floats of an empty list
+            raise InputError(
+                f"the prompt is empty, its tokens have shape {list(tokens.shape)}; give at least one token"
+            )
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise WrongType(f"tokens are integers [batch pos], got {tokens.dtype} {list(tokens.shape)}")
-        if tokens.ndim not in (1, 2) or 0 in tokens.shape:
-            raise InputError(
-                f"tokens have shape [batch pos] with at least one token, got {list(tokens.shape)}: is the prompt empty?"
-            )
+        if tokens.ndim not in (1, 2):
+            raise InputError(f"tokens have shape [batch pos], got {list(tokens.shape)}")
         if not (torch.compiler.is_compiling() or tokens.is_meta or under_transform(tokens)):
             low, high = (int(x) for x in tokens.aminmax())
             if low < 0 or high >= self.cfg.d_vocab:

@@ -133,7 +133,8 @@ class Tokenizer:
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             raise InputError("to_tokens got an empty list; give at least one text")
-        rows = [self._row(one, index, prepend_bos) for index, one in enumerate(texts)]
+        numbers = [""] if isinstance(text, str) else [f" (number {index})" for index in range(len(texts))]
+        rows = [self._row(one, prepend_bos, number) for one, number in zip(texts, numbers, strict=True)]
         longest = max(map(len, rows))
         pad = next((i for i in (self.pad_id, self.eos_id) if i is not None), 0)
         tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
@@ -144,7 +145,7 @@ class Tokenizer:
             mask[i, where] = True
         return (tokens.to(device), mask.to(device)) if return_mask else tokens.to(device)
 
-    def _row(self, text: str, index: int, prepend_bos: bool | None) -> list[int]:
+    def _row(self, text: str, prepend_bos: bool | None, number: str = "") -> list[int]:
         ids = self.encode(text)
         if prepend_bos and self.bos_id is None:
             raise InputError(
@@ -155,7 +156,7 @@ class Tokenizer:
             ids = [self.bos_id, *ids]
         if not ids:
             raise InputError(
-                f"the prompt {text!r} (number {index}) is empty: it gives no tokens; give some text, or "
+                f"the prompt {text!r}{number} is empty: it gives no tokens; give some text, or "
                 "prepend_bos=True for a model that has a BOS token"
             )
         return ids
@@ -178,7 +179,7 @@ class Tokenizer:
         A character that is split over several tokens shows as � in each of them.
         """
         if isinstance(tokens, str):
-            tokens = self._row(tokens, 0, prepend_bos)
+            tokens = self._row(tokens, prepend_bos)
         ids: Any = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
         if len(ids) == 1 and isinstance(ids[0], list):
             ids = ids[0]

@@ -13,6 +13,7 @@ from hooklens.core.errors import InputError, WrongType
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import HookedTransformerConfig, NormalInit, RMSNormPart
 from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 
 KINDS = ["gpt2", "llama", "gemma2", "neox", "post", "linear_gqa", "attn_only", "qwen3"]
@@ -417,8 +418,10 @@ def test_weights_that_a_model_lacks_are_refused_in_words():
     [
         ([[1, 11]], InputError, "between 0 and 10 here, got 1 to 11"),
         ([[-1]], InputError, "got -1 to -1"),
-        ([[]], (InputError, WrongType), r"\[1, 0\]"),
-        (torch.zeros(1, 0, dtype=torch.long), InputError, "is the prompt empty"),
+        ([], InputError, r"the prompt is empty, its tokens have shape \[0\]"),
+        ([[]], InputError, r"the prompt is empty, its tokens have shape \[1, 0\]"),
+        (torch.tensor([[]]), InputError, "the prompt is empty"),
+        (torch.zeros(1, 0, dtype=torch.long), InputError, "the prompt is empty"),
         (torch.ones(1, 2), WrongType, "tokens are integers"),
         (torch.ones(1, 1, 2, dtype=torch.long), InputError, r"\[1, 1, 2\]"),
         ([[1] * 33], InputError, "33 tokens do not fit this model's n_ctx of 32"),
@@ -428,6 +431,15 @@ def test_weights_that_a_model_lacks_are_refused_in_words():
 def test_tokens_that_cannot_be_read_are_refused(tokens, error, said):
     with pytest.raises(error, match=said):
         tiny_model()(tokens)
+
+
+def test_an_empty_text_is_named():
+    model = tiny_model()
+    model.tokenizer = tiny_tokenizer()
+    with pytest.raises(InputError, match="the prompt '' is empty"):
+        model("")
+    with pytest.raises(InputError, match=r"the prompt '' \(number 1\) is empty"):
+        model(["a", ""])
 
 
 def test_vectors_of_another_shape_are_refused():

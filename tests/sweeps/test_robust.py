@@ -510,9 +510,12 @@ def test_prompts_that_cannot_be_used(model):
         hl.patch(model, [[1, 2, 3]], [[1, 2, 4, 3]], metric)
     with pytest.raises(InputError, match="same number of tokens"):
         hl.patch(model, [[1, 2, 3], [1, 2]], [[1, 4, 3], [1, 3]], metric)
-    for empty in ([], [[]], torch.zeros(1, 0).long(), torch.zeros(0, 3).long()):
-        with pytest.raises(InputError, match="at least one prompt"):
-            hl.patch(model, empty, empty, metric)
+    for empty in ([], [[]], [[1], []], torch.tensor([[]]), torch.zeros(1, 0).long(), torch.zeros(0, 3).long()):
+        for prompts, name in (((empty, [1]), "clean"), (([1], empty), "corrupted")):
+            with pytest.raises(InputError, match=f"{name} is empty or holds an empty prompt"):
+                hl.patch(model, *prompts, metric)
+    with pytest.raises(InputError, match="each prompt of clean is one row"):
+        hl.patch(model, [torch.ones(1, 2).long()], [1], metric)
     with pytest.raises(InputError, match="2 clean and 1 corrupted"):
         hl.patch(model, CLEAN, CORRUPTED[:1], metric)
     with pytest.raises(InputError, match="n_ctx of 32"):

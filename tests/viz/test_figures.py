@@ -145,7 +145,7 @@ def test_json_in_a_script_parses_to_the_same():
 
 
 def test_importing_hooklens_and_its_results_imports_no_plotting():
-    code = "import sys, hooklens, hooklens.result; print('plotly' in sys.modules, 'rich' in sys.modules)"
+    code = "import sys, hooklens.public, hooklens.result; print('plotly' in sys.modules, 'rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stderr
 

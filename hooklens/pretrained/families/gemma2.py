@@ -1,10 +1,11 @@
 """Gemma 2: sandwich norms whose weights are offsets from 1, soft caps, a window on every other layer."""
 
 import math
+from dataclasses import replace
 
 from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, TokenEmbed
+from hooklens.pretrained.families import llama
 from hooklens.pretrained.hf_config import HFConfig
-from hooklens.pretrained.weight_map import Family
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
@@ -37,24 +38,16 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
     )
 
 
-FAMILY = Family(
+FAMILY = replace(
+    llama.FAMILY,
     name="gemma2",
     model_types=("gemma2",),
     architectures=("Gemma2ForCausalLM", "Gemma2Model"),
     config=config,
-    layer="model.layers.{}.",
-    outside={"embed": "model.embed_tokens", "ln_final": "model.norm", "unembed.linear": "lm_head"},
-    inside={
-        "ln1": "input_layernorm",
-        "attn.q": "self_attn.q_proj",
-        "attn.k": "self_attn.k_proj",
-        "attn.v": "self_attn.v_proj",
-        "attn.o": "self_attn.o_proj",
+    inside=llama.FAMILY.inside
+    | {
         "ln1_post": "post_attention_layernorm",
         "ln2": "pre_feedforward_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.in_": "mlp.up_proj",
-        "mlp.out": "mlp.down_proj",
         "ln2_post": "post_feedforward_layernorm",
     },
 )

@@ -1,11 +1,12 @@
 """Gemma 3, its text model: five windowed layers with a rotary base of their own to each full one, q/k norm."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, Rotary, TokenEmbed
+from hooklens.pretrained.families import gemma2
 from hooklens.pretrained.hf_config import HFConfig
-from hooklens.pretrained.weight_map import Family
 
 _BASES = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 
@@ -56,28 +57,13 @@ def config(outer: HFConfig) -> HookedTransformerConfig:
     )
 
 
-FAMILY = Family(
+FAMILY = replace(
+    gemma2.FAMILY,
     name="gemma3",
     model_types=("gemma3_text", "gemma3"),
     architectures=("Gemma3ForCausalLM", "Gemma3TextModel", "Gemma3ForConditionalGeneration"),
     config=config,
-    layer="model.layers.{}.",
-    outside={"embed": "model.embed_tokens", "ln_final": "model.norm", "unembed.linear": "lm_head"},
-    inside={
-        "ln1": "input_layernorm",
-        "attn.q": "self_attn.q_proj",
-        "attn.k": "self_attn.k_proj",
-        "attn.v": "self_attn.v_proj",
-        "attn.q_norm": "self_attn.q_norm",
-        "attn.k_norm": "self_attn.k_norm",
-        "attn.o": "self_attn.o_proj",
-        "ln1_post": "post_attention_layernorm",
-        "ln2": "pre_feedforward_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.in_": "mlp.up_proj",
-        "mlp.out": "mlp.down_proj",
-        "ln2_post": "post_feedforward_layernorm",
-    },
+    inside=gemma2.FAMILY.inside | {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
     renames=((r"^language_model\.(model\.|lm_head\.)", r"\1"), (r"^model\.language_model\.", "model.")),
     ignored=(r"rotary_emb\.", r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\."),
 )

@@ -1,8 +1,10 @@
 """Phi 3 and 3.5, Phi 4 mini: a Llama with fused q k v and gate and up; long rotary positions; part of a head turned."""
 
+from dataclasses import replace
+
 from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
+from hooklens.pretrained.families import llama
 from hooklens.pretrained.hf_config import HFConfig
-from hooklens.pretrained.weight_map import Family, From
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
@@ -32,19 +34,18 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
     )
 
 
-FAMILY = Family(
+FAMILY = replace(
+    llama.FAMILY,
     name="phi3",
     model_types=("phi3",),
     architectures=("Phi3ForCausalLM", "Phi3Model"),
     config=config,
-    layer="model.layers.{}.",
-    outside={"embed": "model.embed_tokens", "ln_final": "model.norm", "unembed.linear": "lm_head"},
     inside={
         "ln1": "input_layernorm",
-        ("attn.q", "attn.k", "attn.v"): From("self_attn.qkv_proj"),
+        ("attn.q", "attn.k", "attn.v"): "self_attn.qkv_proj",
         "attn.o": "self_attn.o_proj",
         "ln2": "post_attention_layernorm",
-        ("mlp.gate", "mlp.in_"): From("mlp.gate_up_proj"),
+        ("mlp.gate", "mlp.in_"): "mlp.gate_up_proj",
         "mlp.out": "mlp.down_proj",
     },
 )

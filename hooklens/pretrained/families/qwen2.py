@@ -1,8 +1,10 @@
 """Qwen 2 and 2.5: a Llama with biases on q, k and v only, and a window on later layers where that is switched on."""
 
+from dataclasses import replace
+
 from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
+from hooklens.pretrained.families import llama
 from hooklens.pretrained.hf_config import HFConfig
-from hooklens.pretrained.weight_map import Family
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
@@ -31,22 +33,10 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
     )
 
 
-FAMILY = Family(
+FAMILY = replace(
+    llama.FAMILY,
     name="qwen2",
     model_types=("qwen2",),
     architectures=("Qwen2ForCausalLM", "Qwen2Model"),
     config=config,
-    layer="model.layers.{}.",
-    outside={"embed": "model.embed_tokens", "ln_final": "model.norm", "unembed.linear": "lm_head"},
-    inside={
-        "ln1": "input_layernorm",
-        "attn.q": "self_attn.q_proj",
-        "attn.k": "self_attn.k_proj",
-        "attn.v": "self_attn.v_proj",
-        "attn.o": "self_attn.o_proj",
-        "ln2": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.in_": "mlp.up_proj",
-        "mlp.out": "mlp.down_proj",
-    },
 )

@@ -1,8 +1,10 @@
 """Qwen 3: a Llama with an RMSNorm on every head's query and key, and no biases."""
 
+from dataclasses import replace
+
 from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
+from hooklens.pretrained.families import llama
 from hooklens.pretrained.hf_config import HFConfig
-from hooklens.pretrained.weight_map import Family
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
@@ -33,24 +35,11 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
     )
 
 
-FAMILY = Family(
+FAMILY = replace(
+    llama.FAMILY,
     name="qwen3",
     model_types=("qwen3",),
     architectures=("Qwen3ForCausalLM", "Qwen3Model"),
     config=config,
-    layer="model.layers.{}.",
-    outside={"embed": "model.embed_tokens", "ln_final": "model.norm", "unembed.linear": "lm_head"},
-    inside={
-        "ln1": "input_layernorm",
-        "attn.q": "self_attn.q_proj",
-        "attn.k": "self_attn.k_proj",
-        "attn.v": "self_attn.v_proj",
-        "attn.q_norm": "self_attn.q_norm",
-        "attn.k_norm": "self_attn.k_norm",
-        "attn.o": "self_attn.o_proj",
-        "ln2": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.in_": "mlp.up_proj",
-        "mlp.out": "mlp.down_proj",
-    },
+    inside=llama.FAMILY.inside | {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"},
 )

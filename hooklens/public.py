@@ -1,0 +1,50 @@
+"""Every public name: `hooklens` takes them from here when the first one is asked for."""
+
+from hooklens.core.cache import ActivationCache
+from hooklens.core.errors import HooklensError
+from hooklens.core.hooks import HookCall, HookedModule, HookPoint
+from hooklens.core.names import Site, site
+from hooklens.core.wrap import wrap
+from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
+from hooklens.model.attention import differentiable_attention
+from hooklens.model.config import HookedTransformerConfig
+from hooklens.model.describe import describe
+from hooklens.model.factored import FactoredMatrix
+from hooklens.model.kv_cache import KVCache
+from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.patching.activation import Mean, PatchSweep, patch
+from hooklens.pretrained.load import load
+from hooklens.result import Result, Table
+from hooklens.sweeps.settings import engine
+
+__all__ = [
+    "ActivationCache",
+    "FactoredMatrix",
+    "HookCall",
+    "HookPoint",
+    "HookedModule",
+    "HookedTransformer",
+    "HookedTransformerConfig",
+    "HooklensError",
+    "KVCache",
+    "Mean",
+    "PatchSweep",
+    "Result",
+    "Site",
+    "Table",
+    "describe",
+    "differentiable_attention",
+    "engine",
+    "kl",
+    "load",
+    "log_prob",
+    "logit_diff",
+    "loss",
+    "packed_linears",
+    "patch",
+    "prob",
+    "recovered",
+    "site",
+    "wrap",
+]
