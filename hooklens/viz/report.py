@@ -19,6 +19,11 @@ from hooklens.table import Table, format_number
 from hooklens.viz.page import page
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 
+_CLAIMS = (
+    "Causal: an intervention whose 95 % interval over groups of prompts lies off 0 and beyond that of its control. "
+    "Exploratory: not written down before the run. q: Benjamini-Hochberg, over this table."
+)
+
 
 class Report:
     """Put text, numbers, tables and figures in order, then save them as one page.
@@ -71,6 +76,13 @@ class Report:
         place = f'<div class="plot" id="figure-{len(self._figures)}" style="height:{height}"></div>'
         self._figures.append(figure.to_json())
         return self._card(f'{heading}<div class="wide">{place}</div>', caption)
+
+    def claims(self, family: Any, caption: str = "") -> "Report":
+        """What is claimed, with what evidence: a `ClaimFamily`. What was not registered before the run says so."""
+        self.table(family.table(), caption or _CLAIMS)
+        for one in family.claims:
+            self.text(one.sentence())
+        return self
 
     def tokens(self, strip: Html, caption: str = "") -> "Report":
         """A text coloured by one number a token: what `token_strip` returns."""

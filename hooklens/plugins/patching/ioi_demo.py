@@ -10,7 +10,9 @@ from torch import Tensor
 from hooklens.data.ioi import IOIPairs, ioi
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.claims.claim import ClaimFamily
 from hooklens.plugins.patching.activation import PatchSweep
+from hooklens.plugins.patching.mover_claims import LEAST_GROUPS, mover_claims
 from hooklens.plugins.patching.name_movers import NameMovers, by_group, name_movers
 from hooklens.plugins.patching.pair_study import PairStudy, by_layer, head_patterns, sweep_pair
 from hooklens.result import Result, Table
@@ -34,7 +36,8 @@ class IOIStudy(Result):
     """The shown pair, the same question asked of many pairs, and the evidence head by head.
 
     `total` is the logit difference after each of `heads` was patched in each pair (every later layer recomputed), as
-    against `movers.direct`, where only the final norm and the unembedding see the patch.
+    against `movers.direct`, where only the final norm and the unembedding see the patch. `claims` are of heads named on
+    one half of the pairs, measured on the other; None where no head was, or there are too few pairs.
     """
 
     shown: PairStudy
@@ -45,6 +48,7 @@ class IOIStudy(Result):
     total: Float[Tensor, "pair head"]
     corrupted: Float[Tensor, "pair"]
     patterns: Float[Tensor, "drawn query_pos key_pos"]
+    claims: ClaimFamily | None
 
     @property
     def clean_per_pair(self) -> Float[Tensor, "pair"]:
@@ -130,7 +134,8 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
             layers = by_layer(model, pairs.clean_tokens, pairs.corrupted_tokens, metric)
             outcome = execute(plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches), metric)
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
-    return IOIStudy(shown, pairs, movers, layers, heads, outcome.values.T, outcome.base, patterns)
+    claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
+    return IOIStudy(shown, pairs, movers, layers, heads, outcome.values.T, outcome.base, patterns, claims)
 
 
 def _candidates(shown: PairStudy, movers: NameMovers) -> list[tuple[int, int]]:

@@ -70,6 +70,7 @@ def ioi_report(study: "IOIStudy") -> "Report":
     report.heading("Which heads carry it")
     report.figure(shown.sweeps["z"].figure(), f"{_SITES['z']} {_RECOVERED}")
     _heads(report, study)
+    _claims(report, study)
     report.heading(f"Attention and MLPs by layer, over {len(study.pairs)} pairs")
     for sweep in study.layers.values():
         report.figure(_bars(study, sweep), f"{_SITES[sweep.site]} All positions at once. {_WHISKERS}")
@@ -142,6 +143,15 @@ def _heads(report: "Report", study: "IOIStudy") -> None:
         _attention(study.patterns, study.shown.clean, names),
         "On the clean prompt shown above; the bottom row is the last position, from which the answer is read.",
     )
+
+
+def _claims(report: "Report", study: "IOIStudy") -> None:
+    if study.claims is not None:
+        report.heading("What may be claimed").claims(
+            study.claims,
+            "Heads were called name movers on one half of the pairs; the numbers are of the other half. Exploratory: "
+            "nothing was written down before the run. q: Benjamini-Hochberg over this table.",
+        )
 
 
 def _short(table: Table) -> Table:
