@@ -108,7 +108,9 @@ def patch(
     wrong_answer: Annotated[str, typer.Option(help="The corrupted prompt's next token.")],
     model: Model = _DEFAULT,
     site: Annotated[list[str] | None, typer.Option(help="What is patched; may be repeated.")] = None,
-    by: Annotated[str | None, typer.Option(help="The grid of sites swept by position, such as 'layer'.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="The grid, such as 'layer x head x pos', of the sites that have these axes.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path("patch.html"),
     device: Device = None,
     dtype: OfDtype = None,
@@ -179,9 +181,11 @@ def check(
     Example: `hooklens check smollm2-135m-instruct --dtype float64`
     """
     from hooklens.pretrained.check import check as verify
+    from hooklens.table import Table
 
     report = verify(_load(model, device, dtype), seed=seed)
-    _show(report.table(), as_json, model=report.model, ok=report.ok)
+    numbers = Table(("check", "measured", "at most", "ok"), report.rows)
+    _show(numbers if as_json else report.table(), as_json, model=report.model, ok=report.ok)
     raise typer.Exit(OK if report.ok else FAILED)
 
 
@@ -214,6 +218,8 @@ def run(
     """
     if out is not None:
         _check_out(out)
+    if model is not None and seed:
+        raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
     from hooklens.plugins import find
 
     answer = find(plugin).demo()

@@ -98,6 +98,23 @@ def test_prompts_of_different_length_say_where_they_part_and_go_by_layer(model_p
     assert done.exit_code == 0, done.output
 
 
+def test_a_grid_is_for_the_sites_that_have_its_axes(model_path, tmp_path):
+    out = tmp_path / "a.html"
+    arguments = patch_arguments(model_path, out, "--site", "z", "--site", "resid_pre", "--by", "layer x head x pos")
+    assert invoke(*arguments).exit_code == 0
+    sweeps = json.loads(out.with_suffix(".json").read_text())["data"]["sweeps"]
+    assert sweeps["z"]["by"] == ["layer", "head", "pos"] and sweeps["resid_pre"]["by"] == ["layer", "pos"]
+    done = invoke(*patch_arguments(model_path, out, "--site", "z", "--by", "nonsense"))
+    assert done.exit_code == cli.BAD_INPUT and "z can be swept by layer" in done.stderr
+
+
+def test_a_demo_as_json_and_a_seed_that_would_do_nothing(model_path):
+    done = invoke("run", "patching", "--json")
+    assert done.exit_code == 0 and {"resid_pre", "metric"} <= set(json.loads(done.stdout)["rows"][0])
+    done = invoke("run", "patching", "--model", model_path, "--seed", "3")
+    assert done.exit_code == cli.BAD_INPUT and "leave one of them out" in done.stderr
+
+
 def test_where_nothing_can_be_written_nothing_is_loaded(tmp_path):
     missing = invoke(*patch_arguments("no/such/model.gguf", tmp_path / "no" / "a.html"))
     assert missing.exit_code == cli.BAD_INPUT and "there is no folder" in missing.stderr
@@ -152,7 +169,9 @@ def test_check_ends_with_1_where_something_does_not_hold(model_path, tmp_path):
         broken.blocks[0].mlp.out.weight[0, 0] = float("nan")
     save_checkpoint(broken, tmp_path / "broken")
     done = invoke("check", tmp_path / "broken", "--json")
-    assert done.exit_code == cli.FAILED and json.loads(done.stdout)["ok"] is False
+    told = json.loads(done.stdout)
+    assert done.exit_code == cli.FAILED and told["ok"] is False
+    assert [row["ok"] for row in told["rows"][:1]] == [False] and told["rows"][0]["measured"] == 1.0
 
 
 def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooklens.core.hooks import edited_elsewhere
+from hooklens.core.hooks import HookPoint, edited_elsewhere
 from hooklens.model.attention import Attention
 from hooklens.model.block import Block, ParallelBlock, SandwichBlock
 from hooklens.model.embed import Unembedding, rotate
 from hooklens.model.kv_cache import Context, KVCache
-from hooklens.model.linear import is_plain, pack, packed_product, packing_pays
+from hooklens.model.linear import Linear, pack, packed_product, packing_wanted
 from hooklens.model.mlp import MLP, GatedMLP, activation
 from hooklens.model.norms import LayerNorm, RMSNorm
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Stream = Float[Tensor, "batch 1 d_model"]
-_KNOWN = {Block, SandwichBlock, ParallelBlock, Attention, MLP, GatedMLP, LayerNorm, RMSNorm, Unembedding}
+_KNOWN = {
+    *(Block, SandwichBlock, ParallelBlock, Attention, MLP, GatedMLP, LayerNorm, RMSNorm, Unembedding),
+    *(Linear, nn.Linear, HookPoint),
+}
 
 
 class Decoder:
@@ -42,22 +45,27 @@ class Decoder:
     @classmethod
     def of(cls, model: "HookedTransformer", rows: int) -> "Decoder | None":
         """A decoder where it would be right and faster: packing pays, and every part is one of ours, as it was made."""
+        from hooklens.model.transformer import HookedTransformer
+
         weights = list(model.parameters())
         right = all(w.dtype == torch.float32 and w.device.type == "cpu" and not w.is_inference() for w in weights)
-        parts = [module for part in (*model.blocks, model.unembed) for module in part.modules()]
-        return cls(model, rows) if right and packing_pays(rows) and all(map(_as_made, parts)) else None
+        if not right or not packing_wanted(rows) or type(model) is not HookedTransformer:
+            return None
+        inner = [module for part in (*model.blocks, model.ln_final, model.unembed) if part for module in part.modules()]
+        return cls(model, rows) if all(map(_as_made, inner)) and _unhooked(model) else None
 
     def __init__(self, model: "HookedTransformer", rows: int):
         self.model = model
         self.points = list(model.hook_points().values())
-        held = [(m._parameters, name) for m in model.modules() for name in m._parameters]
+        self.modules = [module for module in model.modules() if not isinstance(module, HookPoint)]
+        held = [(m._parameters, name) for m in self.modules for name in m._parameters]
         self.weights = [(at, name, w, w.data_ptr(), w._version) for at, name in held if (w := at[name]) is not None]
         self.layers = [_Layer(block, rows) for block in model.blocks]
         self.unembed = _Joint([model.unembed.linear], rows)
 
     def serves(self) -> bool:
         """Is every weight still what was packed, and does nobody listen?"""
-        if edited_elsewhere(self.points):
+        if edited_elsewhere(self.points) or not all(map(_unhooked, self.modules)):
             return False
         return all(at[name] is w and w._version == v and w.data_ptr() == to for at, name, w, to, v in self.weights)
 
@@ -139,6 +147,9 @@ class _Layer:
 
 
 def _as_made(module: nn.Module) -> bool:
-    if module._forward_hooks or module._forward_pre_hooks:
-        return False
-    return (not hasattr(module, "weight") and not list(module.children())) or type(module) in _KNOWN or is_plain(module)
+    """Is the module one of ours whose forward nobody replaced?"""
+    return type(module) in _KNOWN and _unhooked(module)
+
+
+def _unhooked(module: nn.Module) -> bool:
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

@@ -111,6 +111,12 @@ def packing_works() -> bool:
     return os.environ.get(ENV, "1") != "0" and _measured()[0]
 
 
+def packing_wanted(rows: int) -> bool:
+    """Should products of that many rows be packed here? An open scope has decided; else whether it pays does."""
+    scope = _scope.get()
+    return packing_pays(rows) if scope is None else scope.enabled
+
+
 def packing_pays(rows: int = 240) -> bool:
     """Do packed products of that many rows beat torch's own on this machine? Measured once a process."""
     return os.environ.get(ENV, "1") != "0" and packing_gain(rows) > 1.1

@@ -262,12 +262,22 @@ class HookedTransformer(HookedModule):
     # -- tokens
 
     def to_tokens(
-        self, text: Text, *, prepend_bos: bool | None = None, padding_side: Literal["left", "right"] = "right"
-    ) -> Int[Tensor, "batch pos"]:
-        """Token ids, one row a text. `prepend_bos=None` adds BOS only where the model was trained with it."""
-        return self._need_tokenizer().to_tokens(
-            text, prepend_bos=prepend_bos, padding_side=padding_side, device=self.device
+        self,
+        text: Text,
+        *,
+        prepend_bos: bool | None = None,
+        padding_side: Literal["left", "right"] = "right",
+        return_mask: bool = False,
+    ) -> Any:
+        """Token ids [batch pos], one row a text. `prepend_bos=None` adds BOS only where the model was trained with it.
+
+        Shorter texts are padded, and the ids do not show where: `return_mask=True` gives (ids, mask [batch pos]), and
+        `model(ids, attention_mask=mask)` ignores the padding. Texts given to the model itself bring their mask.
+        """
+        tokens, mask = self._need_tokenizer().to_tokens(
+            text, prepend_bos=prepend_bos, padding_side=padding_side, return_mask=True, device=self.device
         )
+        return (tokens, mask) if return_mask else tokens
 
     def to_string(self, tokens: Tensor | Sequence) -> str | list[str]:
         """The text of token ids; a list of texts for a batch."""

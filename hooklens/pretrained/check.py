@@ -42,7 +42,7 @@ class CheckReport(Result):
             (name, f"{measured:.3g}", f"{bound:.3g}", "ok" if ok else "FAILED")
             for name, measured, bound, ok in self.rows
         ]
-        return Table(("check", "measured", "at most", ""), shown).head(n)
+        return Table(("check", "measured", "at most", "result"), shown).head(n)
 
 
 def check(model: HookedTransformer, *, n_tokens: int = 12, seed: int = 0) -> CheckReport:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from zoo import ZOO, zoo_model
 
-from hooklens.model import decoder as decoder_module
+from hooklens.model import linear
 from hooklens.model.continuation import Continuation
 from hooklens.model.decoder import Decoder
 from hooklens.model.kv_cache import KVCache
-from hooklens.model.linear import _measured
+from hooklens.model.linear import _measured, packed_linears
 from hooklens.testing import tiny_model
 
 pytestmark = pytest.mark.skipif(not _measured()[0], reason="this torch or CPU has no packed linear")
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not _measured()[0], reason="this torch or CPU ha
 
 @pytest.fixture(autouse=True)
 def pays(monkeypatch):
-    monkeypatch.setattr(decoder_module, "packing_pays", lambda rows: True)
+    monkeypatch.setattr(linear, "packing_pays", lambda rows: True)
 
 
 @pytest.fixture
@@ -51,11 +51,42 @@ def test_steps_equal_the_whole_pass(kind, padded):
 def test_what_it_does_not_know_it_leaves_to_the_model():
     assert all(Decoder.of(zoo_model(kind), rows=1) is None for kind in kinds(served=False))
     assert Decoder.of(tiny_model().double(), rows=1) is None
-    hooked, swapped = tiny_model(), tiny_model()
-    hooked.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    swapped, own = tiny_model(), tiny_model()
     swapped.blocks[0].attn.o = torch.nn.Sequential(swapped.blocks[0].attn.o)
-    assert Decoder.of(hooked, rows=1) is None and Decoder.of(swapped, rows=1) is None
+    own.__class__ = type("Own", (type(own),), {})
+    assert Decoder.of(swapped, rows=1) is None and Decoder.of(own, rows=1) is None
     assert Decoder.of(tiny_model(), rows=1) is not None
+
+
+PARTS = ["", "embed", "blocks.0", "blocks.1.attn.k", "blocks.0.mlp", "ln_final", "unembed", "unembed.linear"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_torch_hooks_and_replaced_forwards_count(part, how, counted):
+    def changed():
+        model = zoo_model("llama")
+        module = model.get_submodule(part)
+        if how == "hook":
+            module.register_forward_hook(lambda m, args, out: out * -1)
+        elif how == "pre-hook":
+            module.register_forward_pre_hook(lambda m, args: args)
+        else:
+            plain = module.forward
+            module.forward = lambda *args, **kwargs: plain(*args, **kwargs) * -1
+        return model
+
+    expected = changed().generate([1, 2, 3], 26, stop=(), capture={0: "resid_post"}).new_tokens[0]
+    assert torch.equal(changed().generate([1, 2, 3], 26, stop=()).new_tokens[0], expected) and not counted
+
+
+def test_packing_switched_off_around_a_generation_is_off_in_it(counted):
+    with packed_linears(enabled=False):
+        zoo_model("llama").generate([1, 2, 3], 26, stop=())
+    assert not counted
+    with packed_linears(enabled=True):
+        zoo_model("llama").generate([1, 2, 3], 26, stop=())
+    assert len(counted) == 25
 
 
 def test_a_generation_uses_it_and_finds_the_same_tokens(counted):
@@ -69,7 +100,7 @@ def test_a_generation_uses_it_and_finds_the_same_tokens(counted):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("edit", ["weight", "replaced", "hook"])
+@pytest.mark.parametrize("edit", ["weight", "replaced", "hook", "torch hook"])
 def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatch):
     def change(model):
         with torch.no_grad():
@@ -77,6 +108,8 @@ def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatc
                 model.unembed.linear.weight.neg_()
             elif edit == "replaced":
                 model.unembed.linear.weight = torch.nn.Parameter(-model.unembed.linear.weight)
+            elif edit == "torch hook":
+                model.ln_final.register_forward_hook(lambda m, args, out: -out)
             else:
                 model.add_hook("unembed.hook_in", lambda act, hook: -act)
 

@@ -448,3 +448,17 @@ def test_vectors_of_another_shape_are_refused():
             vector_model()(bad)
     with pytest.raises(InputError, match=r"expected vectors \[batch pos 8\]"):
         tiny_model()(torch.zeros(1, 2, 9), start_at_layer=1)
+
+
+def test_padded_ids_need_their_mask_and_texts_bring_theirs():
+    from hooklens.pretrained.tokenizer import tiny_tokenizer
+
+    model = tiny_model(d_vocab=256)
+    model.tokenizer = tiny_tokenizer()
+    texts = ["abcd", "ef"]
+    for side in ("left", "right"):
+        tokens, mask = model.to_tokens(texts, padding_side=side, return_mask=True)
+        assert torch.equal(tokens, model.to_tokens(texts, padding_side=side)) and mask.sum(1).tolist() == [4, 2]
+        short = model(tokens, attention_mask=mask, logits_at=-1)[1]
+        assert torch.allclose(short, model("ef")[0, -1:], atol=1e-5)
+        assert torch.allclose(short, model(texts, logits_at=-1)[1], atol=1e-5)

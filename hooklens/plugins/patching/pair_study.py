@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.result import Result, Table
-from hooklens.sweeps.plan import SITES, site_kind
+from hooklens.sweeps.plan import SITES, settle_by, site_kind
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -105,11 +106,11 @@ def sweep_pair(
     files = resume or {}
     with torch.no_grad():
         sweeps = {}
-        for site in dict.fromkeys(site_kind(site) for site in sites):
-            axes = by if SITES[site].default_by == ("layer", "pos") else None
+        for site, axes in grids(model, sites, by).items():
             sweeps[site] = patch(model, clean, corrupted, metric, site=site, by=axes, resume=files.get(site))
         ids = [rows_of(model, prompt, name)[0] for prompt, name in ((clean, "clean"), (corrupted, "corrupted"))]
-        chosen = sweeps["z"].order()[:_STRONGEST] if "z" in sweeps else []
+        by_head = "z" in sweeps and sweeps["z"].by == ("layer", "head")
+        chosen = sweeps["z"].order()[:_STRONGEST] if by_head else []
         return PairStudy(
             model.cfg.model_name,
             clean=show(model, ids[0]),
@@ -123,6 +124,25 @@ def sweep_pair(
             heads=[f"L{layer}H{head}" for layer, head in chosen],
             patterns=head_patterns(model, ids[0], chosen),
         )
+
+
+def grids(model: "HookedTransformer", sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
+    """The grid of each site: `by` where the site has those axes, else its own. A `by` that fits none of them raises.
+
+    >>> from hooklens.testing import tiny_model
+    >>> grids(tiny_model(), ["resid_pre", "z"], "layer x head x pos")
+    {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
+    """
+    found, refused = {}, []
+    for site in dict.fromkeys(site_kind(site) for site in sites):
+        try:
+            found[site] = settle_by(model, site, by)
+        except InputError as error:
+            refused.append(error)
+            found[site] = settle_by(model, site, None)
+    if len(refused) == len(found):
+        raise refused[0]
+    return found
 
 
 def by_layer(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, metric: Any) -> dict[str, PatchSweep]:
