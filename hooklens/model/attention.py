@@ -12,7 +12,7 @@ from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, View
-from hooklens.model.linear import Linear, is_plain
+from hooklens.model.linear import Linear, is_plain, matrix_of
 from hooklens.model.norms import make_norm
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -162,17 +162,25 @@ class Attention(nn.Module):
         used = self.hook_result(result)
         if used is result:
             return self.o(z.flatten(2))
-        summed = used.sum(2)
-        return summed if self.b_O is None else summed + self.b_O
+        summed, bias = used.sum(2), self.output_bias(z)
+        return summed if bias is None else summed + bias
 
     def results(self, z: Queries) -> Float[Tensor, "batch query_pos head d_model"]:
         """z W_O a head, without b_O."""
         if is_plain(self.o):
             return torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
-        bias = self.o(torch.zeros_like(z[:1, :1]).flatten(2))
+        bias = self.output_bias(z)
         eye = torch.eye(self.n_heads, dtype=z.dtype, device=z.device)
         each = [self.o((z * eye[h, :, None]).flatten(2)) - bias for h in range(self.n_heads)]
         return torch.stack(each, dim=2)
+
+    def output_matrix(self) -> Float[Tensor, "head d_head d_model"]:
+        """W_O, also where `o` is wrapped."""
+        return matrix_of(self.o, self.n_heads * self.d_head).T.unflatten(0, (self.n_heads, self.d_head))
+
+    def output_bias(self, z: Queries) -> Float[Tensor, "*one d_model"] | None:
+        """What is written where z is 0: b_O, also where `o` is wrapped."""
+        return self.o.bias if is_plain(self.o) else self.o(torch.zeros_like(z[:1, :1]).flatten(2))
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:

@@ -16,8 +16,10 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.names import LAZY, axes, parse
 from hooklens.model.config import HookedTransformerConfig, VectorEmbed
-from hooklens.model.diagram import draw
+from hooklens.model.diagram import draw, draw_curves
+from hooklens.model.embed import SinusoidalPositions
 from hooklens.model.kv_cache import Context
+from hooklens.model.norms import Norm
 from hooklens.model.transformer import HookedTransformer
 from hooklens.result import Result
 from hooklens.table import Table
@@ -36,24 +38,21 @@ _WORK = {
     "mlp.out": "2 L n d m",
     "unembed.linear": "2 n d V",
 }
-# Numbers that each component puts out, over all layers.
-_HELD = {
-    "embed": "n d",
-    "pos_embed": "n d",
-    "attn.q": "L n h e",
-    "attn.q_norm": "L n h e",
-    "attn.k": "L n g e",
-    "attn.k_norm": "L n g e",
-    "attn.v": "L n g e",
-    "attn.scores": "L n n h",
-    "attn.z": "L n h e",
-    "attn.o": "L n d",
-    "mlp.in_": "L n m",
-    "mlp.gate": "L n m",
-    "mlp.out": "L n d",
-    "ln_final": "n d",
-    "unembed.linear": "n V",
-    **dict.fromkeys(("ln1", "ln2", "ln1_post", "ln2_post"), "L n d"),
+# Whose activation a hook point holds. The stream between the parts is a component of its own, without parameters.
+_OWNER = {
+    "hook_embed": "embed",
+    "hook_pos_embed": "pos_embed",
+    **dict.fromkeys(("hook_resid_pre", "hook_resid_mid", "hook_resid_post"), "stream"),
+    **dict.fromkeys(("attn.hook_q", "attn.hook_rot_q"), "attn.q"),
+    **dict.fromkeys(("attn.hook_k", "attn.hook_rot_k"), "attn.k"),
+    "attn.hook_v": "attn.v",
+    **dict.fromkeys(("attn.hook_attn_scores", "attn.hook_pattern"), "attn.scores"),
+    "attn.hook_z": "attn.z",
+    "hook_attn_out": "attn.o",
+    "mlp.hook_pre_linear": "mlp.in_",
+    "mlp.hook_post": "mlp.act",
+    "hook_mlp_out": "mlp.out",
+    **dict.fromkeys(("unembed.hook_in", "unembed.hook_out"), "unembed.linear"),
 }
 _AXES = {
     "head": "h",
@@ -70,7 +69,10 @@ _AXES = {
 
 @dataclass(frozen=True, eq=False)
 class Component(Result):
-    """One kind of part, all layers together. `flops` and `bytes` are those of one sequence of n tokens."""
+    """One kind of part, all layers together. `flops` and `bytes` are those of one sequence of n tokens.
+
+    `bytes` is what a cache of every point but the lazy ones holds, each tensor once.
+    """
 
     name: str
     parameters: int
@@ -107,17 +109,24 @@ class Timing(Result):
         rows = zip(self.lengths.tolist(), *((part * 1e3).tolist() for part in parts), strict=True)
         return Table(columns, list(rows)).head(n)
 
+    def _curves(self) -> dict[str, Float[Tensor, "length"]]:
+        return {
+            "projections, measured": self.projections * 1e3,
+            "projections, formula": self.projections_formula * 1e3,
+            "scores, measured": self.scores * 1e3,
+            "scores, formula": self.scores_formula * 1e3,
+        }
+
     def figure(self) -> Any:
-        """Measured and computed seconds against length."""
+        """Measured and computed milliseconds against length."""
         from hooklens import viz
 
-        drawn = {
-            "projections, measured": self.projections,
-            "projections, formula": self.projections_formula,
-            "scores, measured": self.scores,
-            "scores, formula": self.scores_formula,
-        }
-        return viz.lines({k: v * 1e3 for k, v in drawn.items()}, x=self.lengths, x_title="n", y_title="ms a layer")
+        return viz.lines(self._curves(), x=self.lengths, x_title="n", y_title="ms a layer")
+
+    def diagram(self) -> str:
+        """The same as SVG."""
+        curves = {name: values.tolist() for name, values in self._curves().items()}
+        return draw_curves(self.lengths.tolist(), curves, "n", "ms a layer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +158,8 @@ class Description(Result):
 
     def table(self, n: int | None = None) -> Table:
         """A row a component, then their sum."""
-        columns = ("component", "parameters", "FLOPs", f"millions at n={self.n}", "activations", f"MiB at n={self.n}")
+        work, held = f"millions at n={self.n}", f"MiB at n={self.n}"
+        columns = ("component", "parameters", "FLOPs in L n d V", work, "activations in L n d h V", held)
         rows = [
             (c.name, c.parameters, c.flops_formula, c.flops / 1e6, c.memory_formula, c.bytes / 2**20)
             for c in self.components
@@ -180,7 +190,8 @@ class Description(Result):
             f"{html.escape(legend)}. Scores overtake the projections from n = {self.crossover:.0f}, projections and "
             f"MLP together from n = {self.crossover_layer:.0f}."
         )
-        return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}</div>"
+        curves = "" if self.timing is None else self.timing.diagram()
+        return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}{curves}</div>"
 
     _repr_html_ = to_html
 
@@ -197,12 +208,12 @@ def describe(
     >>> found.parameters == sum(p.numel() for p in tiny_model().parameters()), found.crossover
     (True, 16.0)
     >>> print(found.table(5))
-    component  parameters  FLOPs     millions at n=16  activations  MiB at n=16
-    embed              88                      0.0000  n d            0.0004883
-    pos_embed         256                      0.0000  n d            0.0004883
-    ln1                32                      0.0000  L n d          0.0009766
-    attn.q            144  2 L n d²            0.0041  L n d          0.0009766
-    attn.k            144  2 L n d²            0.0041  L n d          0.0009766
+    component  parameters  FLOPs in L n d V  millions at n=16  activations in L n d h V  MiB at n=16
+    embed              88                              0.0000  n d                            0.0005
+    pos_embed         256                              0.0000  n d                            0.0005
+    stream              0                              0.0000  2 L n d + n d                  0.0024
+    ln1                32                              0.0000  L n + L n d                    0.0011
+    attn.q            144  2 L n d²                    0.0041  L n d                          0.0010
     """
     built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
     cfg = built.cfg
@@ -218,7 +229,7 @@ def describe(
         model_name=cfg.model_name,
         n=length,
         sizes=sizes,
-        components=[_component(name, count, sizes, built.dtype) for name, count in _counts(built).items()],
+        components=_components(built, sizes),
         stages=_stages(built, sizes),
         crossover=_crossover(cfg),
         crossover_layer=_crossover(cfg, mlp=True),
@@ -236,58 +247,96 @@ def position_figure(model: HookedTransformer, *, n: int | None = None) -> Any:
     )
 
 
+def _components(model: HookedTransformer, sizes: dict[str, int]) -> list[Component]:
+    held, components = _held(model), []
+    for name, parameters in _counts(model).items():
+        work = "2 n i d" if name == "embed" and "i" in sizes else _WORK.get(name, "")
+        products = held.get(name, [])
+        components.append(
+            Component(
+                name=name,
+                parameters=parameters,
+                flops_formula=formula([work] if work else [], sizes),
+                flops=_value(work, sizes),
+                memory_formula=formula(products, sizes),
+                bytes=sum(_value(product, sizes) for product in products) * model.dtype.itemsize,
+            )
+        )
+    return components
+
+
 def _counts(model: HookedTransformer) -> dict[str, int]:
-    """Parameters a component, in forward order; scores and their mixing with values have none."""
+    """Parameters a component, in forward order; the stream, scores, z and activations have none."""
     counts: dict[str, int] = {}
     owned = {id(p): p.numel() for p in model.parameters()}
+    before = {
+        "attn.o": ("attn.scores", "attn.z"),
+        "mlp.in_": ("mlp.gate",) * model.cfg.gated_mlp,
+        "mlp.out": ("mlp.act",),
+    }
     for name, module in model.named_modules():
         kind = re.sub(r"^blocks\.\d+\.", "", name)
-        if kind == "attn.o":
-            counts = {**counts, "attn.scores": 0, "attn.z": 0}
-        if kind == "mlp" and hasattr(module, "gate"):
-            counts.setdefault("mlp.gate", 0)  # before mlp.in_, as it is computed
+        for earlier in before.get(kind, ()):
+            counts.setdefault(earlier, 0)
         own = [owned.pop(id(p), 0) for p in module.parameters(recurse=False)]
-        if own or kind in _HELD:
+        if own or isinstance(module, Norm | SinusoidalPositions):
             counts[kind] = counts.get(kind, 0) + sum(own)
+        if kind in ("embed", "pos_embed"):
+            counts = {key: n for key, n in counts.items() if key != "stream"} | {"stream": 0}
     return counts
 
 
-def _component(name: str, parameters: int, sizes: dict[str, int], dtype: torch.dtype) -> Component:
-    work = "2 n i d" if name == "embed" and "i" in sizes else _WORK.get(name, "")
-    held = _HELD.get(name, "")
-    return Component(
-        name=name,
-        parameters=parameters,
-        flops_formula=formula(work, sizes),
-        flops=_value(work, sizes),
-        memory_formula=formula(held, sizes),
-        bytes=_value(held, sizes) * dtype.itemsize,
-    )
+def _held(model: HookedTransformer) -> dict[str, list[str]]:
+    """What each component's points hold, each tensor once, as products."""
+    held: dict[str, list[str]] = {}
+    for point in dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.0.", name) for name in model.hook_names()):
+        kind, known = point.removeprefix("blocks.0."), parse(point)
+        if known is None or known.name in LAZY or kind == "hook_resid_pre" or _is_the_stream(model, kind):
+            continue
+        owner = _OWNER.get(kind) or ("mlp.gate" if model.cfg.gated_mlp else "mlp.in_")
+        owner = kind.rpartition(".hook_")[0] if kind.endswith((".hook_scale", ".hook_normalized")) else owner
+        letters = [_AXES[axis] for axis in axes(point) if _AXES[axis] != "1"]
+        held.setdefault(owner, []).append(" ".join((["L"] if point != kind else []) + letters))
+    # What enters a block is what left the one before, but for a norm between them and for positions added.
+    if model.cfg.block == "post":
+        held["stream"].append("L n d")
+    elif model.pos_embed is not None:
+        held["stream"].append("n d")
+    return held
 
 
-def formula(product: str, sizes: dict[str, int]) -> str:
-    """A product with what is equal written alike: h e as d, m as a multiple of d, where they are.
+def _is_the_stream(model: HookedTransformer, kind: str) -> bool:
+    """Does the unembedding read the last block's output itself?"""
+    return kind == "unembed.hook_in" and model.ln_final is None and model.cfg.block != "post"
 
-    >>> formula("2 L n d m", {"d": 8, "m": 32, "h": 2, "g": 2, "e": 4})
+
+def formula(products: Sequence[str], sizes: dict[str, int]) -> str:
+    """A sum of products in L, n, d, h and V: h e, g e and m are written as the multiples of d that they are.
+
+    >>> formula(["2 L n d m"], {"d": 8, "m": 32, "h": 2, "g": 2, "e": 4})
     '8 L n d²'
-    >>> formula("2 n n h e", {"d": 8, "m": 32, "h": 2, "g": 1, "e": 3})
-    '2 n² h e'
+    >>> formula(["L n h e", "L n h e", "L n"], {"d": 8, "m": 32, "h": 2, "g": 1, "e": 3})
+    '1.5 L n d + L n'
     """
-    if not product:
-        return ""
-    factor, letters = 1, list[str]()
-    for symbol in product.split():
-        if symbol.isdigit():
-            factor *= int(symbol)
-        elif symbol == "m" and sizes["m"] % sizes["d"] == 0:
-            factor, letters = factor * (sizes["m"] // sizes["d"]), [*letters, "d"]
-        else:
-            letters.append("h" if symbol == "g" and sizes["g"] == sizes["h"] else symbol)
-    if {"h", "e"} <= set(letters) and sizes["h"] * sizes["e"] == sizes["d"]:
-        letters = [*(letter for letter in letters if letter not in "he"), "d"]
-    powers = {letter: letters.count(letter) for letter in "LnihgemdV" if letter in letters}
-    shown = [letter + ("", "²", "³")[power - 1] for letter, power in powers.items()]
-    return " ".join([str(factor)] * (factor != 1) + shown)
+    terms: dict[str, float] = {}
+    for product in products:
+        factor, letters = 1.0, list[str]()
+        for symbol in product.split():
+            if symbol.isdigit():
+                factor *= int(symbol)
+            elif symbol == "m":
+                factor, letters = factor * sizes["m"] / sizes["d"], [*letters, "d"]
+            elif symbol == "g":
+                factor, letters = factor * sizes["g"] / sizes["h"], [*letters, "h"]
+            else:
+                letters.append(symbol)
+        if "e" in letters:
+            factor *= sizes["h"] * sizes["e"] / sizes["d"]
+            letters = [*(letter for letter in letters if letter not in "he"), "d"]
+        powers = {letter: letters.count(letter) for letter in "LnihdV" if letter in letters}
+        name = " ".join(letter + ("", "²", "³")[power - 1] for letter, power in powers.items())
+        terms[name] = terms.get(name, 0.0) + factor
+    return " + ".join(name if round(factor, 9) == 1 else f"{factor:.4g} {name}" for name, factor in terms.items())
 
 
 def _value(product: str, sizes: dict[str, int]) -> int:

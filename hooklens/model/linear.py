@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hooklens.core.errors import InputError
 from hooklens.core.hooks import counting
 
 _scope: ContextVar["packed_linears | None"] = ContextVar("hooklens_packed", default=None)
@@ -104,6 +105,31 @@ def packed_product(x: Float[Tensor, "... d_in"], packed: Tensor, bias: Float[Ten
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     """Is the layer an nn.Linear and nothing more, so that its weight says all (LoRA and torch hooks say more)?"""
     return type(linear) in (Linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
+
+
+def matrix_of(linear: nn.Module, d_in: int) -> Float[Tensor, "d_out d_in"]:
+    """What the layer multiplies by: its weight, or where it is wrapped (LoRA) what calls of it show.
+
+    A wrapped layer is called on the unit vectors, and once more to see that it is linear: dropout that is on, or a
+    torch hook that tells positions apart, raises.
+
+    >>> layer = Linear(2, 3)
+    >>> matrix_of(layer, 2) is layer.weight
+    True
+    """
+    if is_plain(linear):
+        return linear.weight
+    like = next(p for p in linear.parameters() if p.is_floating_point())
+    bias = linear(like.new_zeros(1, 1, d_in))
+    matrix = (linear(torch.eye(d_in, dtype=like.dtype, device=like.device)[None]) - bias)[0].mT
+    probe = torch.linspace(-1, 1, 3 * d_in, dtype=like.dtype, device=like.device).view(1, 3, d_in)
+    found, expected = linear(probe), F.linear(probe, matrix) + bias
+    if not bool((found - expected).abs().max() <= torch.finfo(like.dtype).eps ** 0.5 * found.abs().max()):
+        raise InputError(
+            f"this method needs the matrix of a {type(linear).__name__}, which is no linear map as it stands: call "
+            "model.eval(), remove torch hooks that edit it, or merge the adapter into the weight"
+        )
+    return matrix
 
 
 def packing_works() -> bool:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from hooklens.core.errors import did_you_mean
 from hooklens.core.hooks import HookPoint
 from hooklens.model.config import HookedTransformerConfig
-from hooklens.model.linear import Linear
+from hooklens.model.linear import Linear, matrix_of
 
 Stream = Float[Tensor, "batch pos d_model"]
 Neurons = Float[Tensor, "batch pos d_mlp"]
@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: HookedTransformerConfig):
         super().__init__()
-        self.act = cfg.act_fn
+        self.act, self.d_mlp = cfg.act_fn, cfg.d_mlp
         activation(cfg.act_fn)
         self.in_ = Linear(cfg.d_model, cfg.d_mlp, bias=cfg.biases.mlp)
         self.hook_pre = HookPoint()
@@ -56,6 +56,10 @@ class MLP(nn.Module):
     def neurons(self, x: Stream) -> Neurons:
         pre = self.hook_pre(self.in_(x))
         return self.hook_post(activation(self.act)(pre))
+
+    def output_matrix(self) -> Float[Tensor, "d_mlp d_model"]:
+        """W_out, also where `out` is wrapped."""
+        return matrix_of(self.out, self.d_mlp).T
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:

@@ -20,6 +20,7 @@ from hooklens.model.continuation import OnPiece
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, KVCache
+from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Norm, make_norm
 from hooklens.model.sampling import Generation, Prompt, generate
 from hooklens.model.views import StackedWeight, write_all
@@ -184,14 +185,9 @@ class HookedTransformer(HookedModule):
             raise InputError(
                 f"the prompt is empty, its tokens have shape {list(tokens.shape)}; give at least one token"
             )
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise WrongType(f"tokens are integers [batch pos], got {tokens.dtype} {list(tokens.shape)}")
+        _check_ids(tokens, self.cfg.d_vocab)
         if tokens.ndim not in (1, 2):
             raise InputError(f"tokens have shape [batch pos], got {list(tokens.shape)}")
-        if not (torch.compiler.is_compiling() or tokens.is_meta or under_transform(tokens)):
-            low, high = (int(x) for x in tokens.aminmax())
-            if low < 0 or high >= self.cfg.d_vocab:
-                raise InputError(f"token ids lie between 0 and {self.cfg.d_vocab - 1} here, got {low} to {high}")
 
     def _context(self, x: Tensor, mask: Tensor | None, past: KVCache | None) -> Context:
         n_new, offset = x.shape[1], 0 if past is None else past.length
@@ -297,7 +293,9 @@ class HookedTransformer(HookedModule):
             tokens = self.to_single_token(tokens)
         elif isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str):
             tokens = [self.to_single_token(token) for token in tokens]
-        return self.W_U.T[torch.as_tensor(tokens, device=self.W_U.device)]
+        ids = torch.as_tensor(tokens, device=self.device)
+        _check_ids(ids, self.cfg.d_vocab_out)
+        return matrix_of(self.unembed.linear, self.cfg.d_model)[ids]
 
     def _need_tokenizer(self) -> "Tokenizer":
         if self.tokenizer is None:
@@ -381,6 +379,15 @@ class HookedTransformer(HookedModule):
             f"HookedTransformer({cfg.model_name}: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads of "
             f"{cfg.d_head}, d_mlp {cfg.d_mlp}, {size / 1e6:.1f}M parameters)"
         )
+
+
+def _check_ids(ids: Tensor, d_vocab: int) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise WrongType(f"tokens are integers [batch pos], got {ids.dtype} {list(ids.shape)}")
+    if not (torch.compiler.is_compiling() or ids.is_meta or under_transform(ids)):
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= d_vocab:
+            raise InputError(f"token ids lie between 0 and {d_vocab - 1} here, got {low} to {high}")
 
 
 def _stacked(part: str, name: str) -> property:
