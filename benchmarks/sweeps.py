@@ -171,6 +171,10 @@ def summary(name: str, seconds: dict[str, list[float]], out: dict[str, Any]) -> 
     for who, each in seconds.items():
         faster = [a / b for a, b in zip(each, seconds["hooklens"], strict=True)]
         theirs = out[who].values if hasattr(out[who], "values") and not callable(out[who].values) else out[who]
+        if theirs.ndim == 1 < mine.ndim:  # the peer's part of layer x head x position, in its order
+            full, mine = mine, mine.permute(0, 2, 1).reshape(-1)[:: mine.numel() // len(theirs)]
+        else:
+            full = mine
         same = isinstance(theirs, torch.Tensor) and theirs.shape == mine.shape
         row = {"sweep": name, "who": who, "median s": statistics.median(each)}
         row |= {
@@ -180,6 +184,7 @@ def summary(name: str, seconds: dict[str, list[float]], out: dict[str, Any]) -> 
             "n": len(each),
         }
         row["largest difference"] = f"{float((theirs - mine).abs().max()):.1e}" if same else "not compared"
+        mine = full
         rows.append(row)
     return rows
 

@@ -60,6 +60,28 @@ def test_every_promised_page_is_there():
     assert {page.stem for page in PAGES} >= NEEDED | {"README"}
 
 
+def test_the_readme_names_every_module_and_nothing_that_is_not_there():
+    tree = (ROOT / "README.md").read_text().split("```text\n")[1].split("```")[0]
+    folder, named = [], set()
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.match(r"\s*((?:\S+ )*\S+)", line)[1].split():
+            if not re.fullmatch(r"[\w.]+(/|\.py|\.cfg)|\.ci/run", name):
+                break  # the words that say what it is
+            folder = [*folder[:depth], name.rstrip("/")]
+            named.add("/".join(folder))
+    missing = sorted(path for path in named if not (ROOT / path).exists())
+    assert not missing, f"in the README's tree, but not there: {missing}"
+    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("hooklens/**/*.py")}
+    plugins = {path for path in modules if path.count("/") > 2}  # a plugin, a family: its folder says what it is
+    unnamed = sorted(path for path in modules - plugins - named if not path.endswith("__init__.py"))
+    assert not unnamed, f"not in the README's tree: {unnamed}"
+    folders = {
+        str(path.relative_to(ROOT)) for path in ROOT.glob("hooklens/plugins/*") if (path / "__init__.py").exists()
+    }
+    assert folders <= named
+
+
 def test_a_block_that_shows_something_else_fails(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\n>>> 1 + 1\n3\n\n```\n")

@@ -13,10 +13,23 @@ EXAMPLES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 SECONDS = 120
 
 
-def run(example, folder, **environment):
+#: A notebook's way of running a script: cell by cell, in one namespace.
+CELLS = """
+import re, sys
+namespace = {"__name__": "__main__"}
+for cell in re.split(r"(?m)^# %%", open(sys.argv[1]).read())[1:]:
+    kind, _, code = cell.partition("\\n")
+    if "[markdown]" in kind:
+        assert all(line.startswith("#") or not line.strip() for line in code.splitlines()), code
+    else:
+        exec(compile(code, sys.argv[1], "exec"), namespace)
+"""
+
+
+def run(example, folder, as_notebook=False, **environment):
     before = {path: path.stat().st_mtime_ns for path in FOLDER.iterdir() if path.is_file()}
     started = time.perf_counter()
-    command = [sys.executable, "-W", "error", str(example)]
+    command = [sys.executable, "-W", "error", *(("-c", CELLS) if as_notebook else ()), str(example)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=os.environ | environment, timeout=600
     )
@@ -38,6 +51,11 @@ def test_there_are_examples_and_they_have_cells():
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_on_a_tiny_model(example, tmp_path):
     run(example, tmp_path, HOOKLENS_TINY="1")
+
+
+@pytest.mark.parametrize("example", EXAMPLES[:3], ids=lambda path: path.stem)
+def test_an_example_runs_as_a_notebook(example, tmp_path):
+    run(example, tmp_path, as_notebook=True, HOOKLENS_TINY="1")
 
 
 @pytest.mark.slow

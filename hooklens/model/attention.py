@@ -3,7 +3,7 @@
 from contextvars import ContextVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -225,6 +225,6 @@ class Attention(nn.Module):
         return FactoredMatrix(self.W_V.repeat_interleave(self.n_heads // self.n_kv_heads, 0), self.W_O)
 
 
-def under_transform(x: Tensor) -> bool:
+def under_transform(x: Shaped[Tensor, "..."]) -> bool:
     """Is the tensor inside vmap or grad of torch.func, where the fused kernel has no rule and values cannot be read?"""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)

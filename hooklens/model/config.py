@@ -5,8 +5,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from hooklens.core.errors import InputError, did_you_mean
+
+Frequencies = Float[Tensor, "pair"]
+Scores = Float[Tensor, "batch head query_pos key_pos"]
+Seen = Bool[Tensor, "#batch #head query_pos key_pos"] | None
+# Broadcast against each other, whatever their axes.
+Positions = Int[Tensor, "..."]
+Allowed = Bool[Tensor, "..."]
 
 _PARTS: dict[str, dict[str, type]] = {}
 
@@ -94,7 +103,7 @@ class ScalingPart(_FromJson, Part):
 
     slot = "scaling"
 
-    def scale(self, freq: torch.Tensor) -> torch.Tensor:
+    def scale(self, freq: Frequencies) -> Frequencies:
         raise InputError(
             f"{type(self).__name__} does not say how it changes frequencies; a scaling part defines scale()"
         )
@@ -107,7 +116,7 @@ class LinearScaling(ScalingPart):
     name = "linear"
     factor: float = 1.0
 
-    def scale(self, freq: torch.Tensor) -> torch.Tensor:
+    def scale(self, freq: Frequencies) -> Frequencies:
         return freq / self.factor
 
 
@@ -121,7 +130,7 @@ class Llama3Scaling(ScalingPart):
     high_freq_factor: float = 4.0
     original_n_ctx: int = 8192
 
-    def scale(self, freq: torch.Tensor) -> torch.Tensor:
+    def scale(self, freq: Frequencies) -> Frequencies:
         turns = self.original_n_ctx * freq / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)
@@ -141,7 +150,7 @@ class DividedScaling(ScalingPart):
     original_n_ctx: int = 4096
     magnitude: float = 1.0
 
-    def scale(self, freq: torch.Tensor, length: int = 0) -> torch.Tensor:
+    def scale(self, freq: Frequencies, length: int = 0) -> Frequencies:
         chosen = self.long if length > self.original_n_ctx else self.short
         return freq / torch.tensor(chosen, dtype=freq.dtype, device=freq.device)
 
@@ -174,7 +183,7 @@ class MaskPart(_FromJson, Part):
     slot = "mask"
     causal: ClassVar[bool] = True
 
-    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+    def allows(self, query_pos: Positions, key_pos: Positions) -> Allowed:
         raise InputError(f"{type(self).__name__} does not say what it allows; a mask part defines allows()")
 
 
@@ -184,7 +193,7 @@ class Causal(MaskPart):
 
     name = "causal"
 
-    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+    def allows(self, query_pos: Positions, key_pos: Positions) -> Allowed:
         return key_pos <= query_pos
 
 
@@ -195,7 +204,7 @@ class SlidingWindow(MaskPart):
     name = "sliding_window"
     window: int = 4096
 
-    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+    def allows(self, query_pos: Positions, key_pos: Positions) -> Allowed:
         return (key_pos <= query_pos) & (key_pos > query_pos - self.window)
 
 
@@ -206,7 +215,7 @@ class NoMask(MaskPart):
     name = "none"
     causal = False
 
-    def allows(self, query_pos: torch.Tensor, key_pos: torch.Tensor) -> torch.Tensor:
+    def allows(self, query_pos: Positions, key_pos: Positions) -> Allowed:
         return (key_pos == key_pos) & (query_pos == query_pos)
 
 
@@ -221,7 +230,7 @@ class ScorePart(_FromJson, Part):
     row_sums_to_one: ClassVar[bool] = True
     fusable: ClassVar[bool] = False
 
-    def pattern(self, scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    def pattern(self, scores: Scores, seen: Seen) -> Scores:
         raise InputError(f"{type(self).__name__} does not say how to weigh; a score part defines pattern()")
 
 
@@ -232,7 +241,7 @@ class Softmax(ScorePart):
     name = "softmax"
     fusable = True
 
-    def pattern(self, scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    def pattern(self, scores: Scores, seen: Seen) -> Scores:
         wide = torch.promote_types(scores.dtype, torch.float32)
         if seen is None:
             return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
@@ -249,7 +258,7 @@ class LinearScore(ScorePart):
     name = "linear"
     row_sums_to_one = False
 
-    def pattern(self, scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    def pattern(self, scores: Scores, seen: Seen) -> Scores:
         return scores.masked_fill(scores == -torch.inf, 0.0)
 
 

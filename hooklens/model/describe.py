@@ -20,7 +20,7 @@ from hooklens.model.diagram import draw, draw_curves
 from hooklens.model.embed import SinusoidalPositions
 from hooklens.model.kv_cache import Context
 from hooklens.model.norms import Norm
-from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.result import Result
 from hooklens.table import Table
 
@@ -216,6 +216,7 @@ def describe(
     attn.q            144  2 L n d²                    0.0041  L n d                          0.0010
     """
     built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
+    need_hooked(built, "describe")
     cfg = built.cfg
     length = min(cfg.n_ctx, 128) if n is None else n
     if length < 1:

@@ -72,7 +72,7 @@ def _stream(top: int, bottom: int) -> str:
 _INKS = ("#1f6fb4", "#1f6fb4", "#c2571a", "#c2571a")  # what was measured full, what was computed dashed
 
 
-def draw_curves(x: Sequence[float], curves: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
+def draw_curves(x: Sequence[int | float], curves: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
     """An SVG element with curves over the same x, every second one dashed; each is named beside its end.
 
     >>> picture = draw_curves([1, 2], {"seen": [1.0, 3.0], "by formula": [1.0, 2.0]}, "n", "ms")
@@ -83,7 +83,7 @@ def draw_curves(x: Sequence[float], curves: Mapping[str, Sequence[float]], x_tit
     span = (max(x) - min(x)) or 1
     right, bottom = _WIDTH - 180, 240
 
-    def at(value: float, y: float) -> tuple[float, float]:
+    def at(value: int | float, y: float) -> tuple[float, float]:
         return _LEFT + (value - min(x)) / span * (right - _LEFT), bottom - y / high * (bottom - 24)
 
     parts = [

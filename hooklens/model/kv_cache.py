@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.core.errors import InputError
@@ -13,6 +13,11 @@ from hooklens.model.embed import rotary_tables
 
 Keys = Float[Tensor, "batch key_pos kv_head d_head"]
 NewKeys = Float[Tensor, "batch new_pos kv_head d_head"]
+Store = Float[Tensor, "batch room kv_head d_head"]
+Kept = Float[Tensor, "kept_batch room kv_head d_head"]
+Queries = Float[Tensor, "batch query_pos head d_head"]
+Angles = Float[Tensor, "*batch table_pos turned"]
+QueryAngles = Float[Tensor, "*query_batch query_pos turned"]
 
 
 class KVCache:
@@ -29,7 +34,7 @@ class KVCache:
     def __init__(self) -> None:
         self.length = self.step = 0
         self.seen: Bool[Tensor, "batch key"] | None = None
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, tuple[Keys, Keys]] = {}
 
     def extend(self, layer: int, k: NewKeys, v: NewKeys) -> tuple[Keys, Keys]:
         """Keep the new keys and values of a layer; return them after those from before."""
@@ -49,7 +54,7 @@ class KVCache:
             store[:, self.length : end] = new
         return stores[0][:, :end], stores[1][:, :end]
 
-    def _check(self, layer: int, k: Tensor, stores: tuple[Tensor, Tensor] | None) -> None:
+    def _check(self, layer: int, k: NewKeys, stores: tuple[Kept, Kept] | None) -> None:
         if self.length and stores is None:
             raise InputError(
                 f"this KV cache holds {self.length} tokens but not layer {layer}: an earlier pass stopped below it or "
@@ -60,7 +65,7 @@ class KVCache:
                 f"this KV cache holds {stores[0].shape[0]} rows and was given {k.shape[0]}; keep_rows() chooses rows"
             )
 
-    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
+    def _grown(self, old: Store | None, new: NewKeys, end: int) -> Float[Tensor, "batch more_room kv_head d_head"]:
         room = end if old is None else max(end, 2 * old.shape[1])  # doubling: each key is copied twice at most
         store = new.new_empty((new.shape[0], room, *new.shape[2:]))
         if old is not None:
@@ -108,13 +113,13 @@ class Context:
         """The same pass, working only for one chosen query position a row."""
         return replace(self, chosen=chosen, _views={}, _tables=self._tables)
 
-    def select(self, x: Tensor) -> Tensor:
+    def select(self, x: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "batch query_pos *rest"]:
         """The rows of `x` (batch pos ...) that queries are worked for: all, or the chosen one of each."""
         if self.chosen is None:
             return x
         return x[torch.arange(x.shape[0], device=x.device), self.chosen][:, None]
 
-    def tables(self, made: Rotary, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(self, made: Rotary, d_head: int, dtype: torch.dtype) -> tuple[Angles, Angles]:
         """Cosines and sines at the positions of this pass, computed once for all layers."""
         key = (made, d_head, dtype)
         if key not in self._tables:
@@ -122,7 +127,7 @@ class Context:
             self._tables[key] = (cos, sin) if cos.ndim == 3 else (cos[None], sin[None])
         return self._tables[key]
 
-    def query_tables(self, cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def query_tables(self, cos: Angles, sin: Angles, batch: int) -> tuple[QueryAngles, QueryAngles]:
         """The rows of the tables that belong to the queries."""
         if self.chosen is None:
             return cos, sin
@@ -155,7 +160,7 @@ class Context:
             seen = seen & self.key_seen[:, None, None, :]
         return View(seen, blank=self.key_seen is not None)
 
-    def attend(self, attn, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, attn, q: Queries, k: NewKeys, v: NewKeys) -> Queries:
         """Each query's mixture of values, the cached ones included."""
         if self.cache is not None:
             k, v = self.cache.extend(attn.layer, k, v)

@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import counting
 
+# A weight in an order of oneDNN's own; its logical shape stays.
+Packed = Float[Tensor, "d_out d_in"]
+
 _scope: ContextVar["packed_linears | None"] = ContextVar("hooklens_packed", default=None)
 _open_packs = 0
 #: The setting that switches packed linears off for a process.
@@ -58,7 +61,7 @@ class packed_linears:
 
     def __init__(self, *, rows: int = 256, enabled: bool | None = None):
         self.rows, self.enabled = rows, packing_pays(rows) if enabled is None else enabled and packing_works()
-        self.packs: dict[Linear, tuple[Tensor, int, Tensor]] = {}
+        self.packs: dict[Linear, tuple[Float[Tensor, "d_out d_in"], int, Packed]] = {}
 
     def __enter__(self) -> "packed_linears":
         global _open_packs
@@ -75,7 +78,7 @@ class packed_linears:
         _scope.set(self.before)
         self.packs.clear()
 
-    def weight_of(self, layer: Linear, x: Tensor) -> Tensor | None:
+    def weight_of(self, layer: Linear, x: Float[Tensor, "... d_in"]) -> Packed | None:
         """The packed weight for this product, or None where torch's own path must run."""
         weight = layer.weight
         if not self.enabled or x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.device.type != "cpu":
@@ -92,12 +95,14 @@ class packed_linears:
         return known[2]
 
 
-def pack(weight: Float[Tensor, "d_out d_in"], rows: int) -> Tensor:
+def pack(weight: Float[Tensor, "d_out d_in"], rows: int) -> Packed:
     """A copy of the weight in the order in which oneDNN reads it for products of about that many rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), max(rows, _FEWEST_ROWS))
 
 
-def packed_product(x: Float[Tensor, "... d_in"], packed: Tensor, bias: Float[Tensor, "d_out"] | None) -> Tensor:
+def packed_product(
+    x: Float[Tensor, "... d_in"], packed: Packed, bias: Float[Tensor, "d_out"] | None
+) -> Float[Tensor, "... d_out"]:
     """x times a packed weight, plus the bias."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 

@@ -64,7 +64,9 @@ class Norm(nn.Module, ABC):
     def fused(self, x: Vector) -> Vector:
         """The whole norm at once, where nobody looks inside."""
 
-    def linearised(self, stack: Float[Tensor, "*lead width"], scale: Float[Tensor, "*scales 1"]) -> Tensor:
+    def linearised(
+        self, stack: Float[Tensor, "*lead width"], scale: Float[Tensor, "*scales 1"]
+    ) -> Float[Tensor, "... width"]:
         """The norm with its scale frozen and its bias left out: linear in the stack."""
         gain = self.gain()
         out = self.centred(stack) / scale

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +41,8 @@ class Generation(Result):
     `caches` are those asked for, by step; a row of theirs is a prompt. `seed` repeats the draw.
     """
 
-    prompts: list[Tensor]
-    new_tokens: list[Tensor]
+    prompts: list[Row]
+    new_tokens: list[Row]
     texts: list[str] | None
     stopped: list[bool]
     seed: int | None
@@ -57,7 +58,7 @@ class Generation(Result):
         return self.texts[0]
 
     @property
-    def tokens(self) -> list[Tensor]:
+    def tokens(self) -> list[Row]:
         """Prompt and new tokens of each."""
         return [torch.cat(pair) for pair in zip(self.prompts, self.new_tokens, strict=True)]
 
@@ -93,6 +94,10 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (value is not None or name == "temperature"):
+                raise WrongType(f"{name} is {'a whole' if kind is Integral else 'a'} number, got {value!r}")
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -236,7 +241,7 @@ class _Batch:
         longest = max(map(len, prompts))
         # On the left, so that every row's last token stands in the last column and new ones follow it.
         self.tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompts])
-        self.mask: Tensor | None = None
+        self.mask: Bool[Tensor, "batch pos"] | None = None
         if any(len(row) < longest for row in prompts):
             starts = torch.tensor([longest - len(row) for row in prompts], device=self.tokens.device)
             self.mask = torch.arange(longest, device=self.tokens.device) >= starts[:, None]
@@ -330,7 +335,9 @@ def _generator(seed: int | torch.Generator | None) -> tuple[torch.Generator, int
     generator = torch.Generator()
     if seed is None:
         return generator, generator.seed()
-    return generator.manual_seed(seed), seed
+    if not isinstance(seed, Integral):
+        raise WrongType(f"seed is a whole number or a torch.Generator, got {seed!r}")
+    return generator.manual_seed(int(seed)), int(seed)
 
 
 def _emitter(stream: bool | OnPiece, n_prompts: int) -> OnPiece | None:

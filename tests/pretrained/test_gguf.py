@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from test_dequantize import random_blocks
 from tiny_gguf import finish, hf_model, write_gguf
 
 from hooklens.core.errors import FileRefused
@@ -136,6 +137,22 @@ def test_types_survive_the_file(tmp_path, kind):
     for tensor in gguf.GGUFReader(path).tensors:
         expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         assert torch.equal(file.tensor(tensor.name), expected.view(file.tensors[tensor.name].shape))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K"])
+def test_block_types_of_256_survive_the_file(tmp_path, kind):
+    """These are wider than a tiny model's rows: random blocks in a file of one tensor."""
+    quantised = gguf.GGMLQuantizationType[kind]
+    raw = random_blocks(kind, 12).reshape(6, 2 * gguf.GGML_QUANT_SIZES[quantised][1])
+    writer = gguf.GGUFWriter(tmp_path / "k.gguf", "llama")
+    writer.add_tensor("blk.0.attn_q.weight", raw, raw_dtype=quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    got = read_gguf(tmp_path / "k.gguf").tensor("blk.0.attn_q.weight")
+    expected = torch.from_numpy(gguf.dequantize(raw, quantised)).view(6, 512)
+    assert torch.equal(got.view(torch.int32), expected.view(torch.int32))  # bits: random blocks hold NaN
 
 
 def test_tensors_larger_than_a_chunk(tmp_path, monkeypatch):
