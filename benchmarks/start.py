@@ -1,4 +1,4 @@
-"""How long until something can be done? Import over torch's, and SmolLM2 from its GGUF file to first logits.
+"""How long until something can be done? Import over torch's, SmolLM2 from its GGUF file to first logits, the demo.
 
 Each figure is a process of its own, taking turns. Run: python -m benchmarks.start
 """
@@ -8,6 +8,8 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from typing import Any
 
 from benchmarks.rounds import write
@@ -56,7 +58,16 @@ def main() -> None:
         for name, module, body in (("hooklens", "hooklens", OURS), ("transformers", "transformers, gguf", THEIRS)):
             code = LOAD.format(module=module, body=body.format(prompt=PROMPT))
             raw.setdefault(f"SmolLM2 to first logits, {name}", []).append(json.loads(run(code)))
+        raw.setdefault("hooklens demo, model already fetched", []).append(demo())
     write("start", "Import and load", table(raw), raw)
+
+
+def demo() -> float:
+    """Seconds of the whole command, from its start to its report."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "from hooklens.cli import main; main()", "demo"], cwd=folder, capture_output=True, check=True)
+        return time.perf_counter() - start
 
 
 def run(code: str) -> str:

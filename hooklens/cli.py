@@ -42,6 +42,8 @@ class _Group(TyperGroup):
         except HooklensError as error:
             _fail(ctx, f"error: {error}", error)
             raise typer.Exit(MISSING if isinstance(error, Unavailable) else BAD_INPUT) from error
+        except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
+            raise
         except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
             if type(error).__module__.startswith(("click", "typer")):  # usage errors and exits print themselves
                 raise
@@ -91,13 +93,13 @@ def demo(
 
     Example: `hooklens demo --out ioi.html`
     """
-    _check_out(out)
-    loaded = _load(model, device, dtype)
+    check_out(out)
+    loaded = load_model(model, device, dtype)
     from hooklens.plugins.patching.ioi_demo import ioi_study
 
     study = ioi_study(loaded, pairs, seed=seed)
     study.report().save(out, data=study)
-    _show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+    show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
 
 
 @app.command()
@@ -125,13 +127,13 @@ def patch(
     An interrupted run goes on where it stopped when the same command is given again. The seed chooses which patches are
     checked against the plain way.
     """
-    _check_out(out)
+    check_out(out)
     sites = site or ["resid_pre", "z"]
     from hooklens.sweeps.plan import site_kind
 
     asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
     parts = {name: _part(out, name, asked) for name in map(site_kind, sites)}
-    loaded = _load(model, device, dtype)
+    loaded = load_model(model, device, dtype)
     from hooklens.plugins.patching.pair_study import study_pair
     from hooklens.sweeps.settings import engine
 
@@ -154,7 +156,7 @@ def patch(
     study.report().save(out, data=study)
     for path in parts.values():
         path.unlink(missing_ok=True)
-    _show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+    show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
 
 
 @app.command()
@@ -165,7 +167,7 @@ def models(as_json: AsJson = False) -> None:
     """
     from hooklens.pretrained.load import models as known
 
-    _show(known(), as_json)
+    show(known(), as_json)
 
 
 @app.command()
@@ -183,9 +185,9 @@ def check(
     from hooklens.pretrained.check import check as verify
     from hooklens.table import Table
 
-    report = verify(_load(model, device, dtype), seed=seed)
+    report = verify(load_model(model, device, dtype), seed=seed)
     numbers = Table(("check", "measured", "at most", "ok"), report.rows)
-    _show(numbers if as_json else report.table(), as_json, model=report.model, ok=report.ok)
+    show(numbers if as_json else report.table(), as_json, model=report.model, ok=report.ok)
     raise typer.Exit(OK if report.ok else FAILED)
 
 
@@ -199,7 +201,7 @@ def plugins(as_json: AsJson = False) -> None:
     from hooklens.table import Table
 
     rows = [(info.name, info.error or info.summary, info.package) for info in available()]
-    _show(Table(("plugin", "what it answers", "package"), rows), as_json)
+    show(Table(("plugin", "what it answers", "package"), rows), as_json)
 
 
 @app.command()
@@ -217,13 +219,13 @@ def run(
     Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
     """
     if out is not None:
-        _check_out(out)
+        check_out(out)
     if model is not None and seed:
         raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
     from hooklens.plugins import find
 
     answer = find(plugin).demo()
-    loaded = _tiny(device, dtype, seed) if model is None else _load(model, device, dtype)
+    loaded = _tiny(device, dtype, seed) if model is None else load_model(model, device, dtype)
     result = answer(loaded)
     written = {}
     if out is not None:
@@ -231,7 +233,7 @@ def run(
 
         report = Report(f"{plugin} in {loaded.cfg.model_name}").figure(result.figure()).table(result.table())
         written = {"report": str(report.save(out, data=result))}
-    _show(result.table(), as_json, **written)
+    show(result.table(), as_json, **written)
 
 
 @app.command()
@@ -250,7 +252,7 @@ def generate(
 
     Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
     """
-    loaded = _load(model, device, dtype)
+    loaded = load_model(model, device, dtype)
     if chat:
         prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
     new = loaded.generate(prompt, max_new_tokens, temperature=temperature, seed=seed, stream=not as_json)
@@ -260,10 +262,12 @@ def generate(
 
 def main() -> None:
     """The entry point of the `hooklens` command."""
+    from hooklens import cli_methods  # noqa: F401  its commands register themselves
+
     app(prog_name="hooklens")
 
 
-def _load(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
+def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
     from hooklens.pretrained.load import load
 
     return load(model, device=_device(device), dtype=None if dtype is None else dtype.value)
@@ -295,7 +299,7 @@ def _device(name: str | None) -> str | None:
     return name
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Both files of a report, before anything is computed."""
     from hooklens.core.files import check_writable
 
@@ -311,7 +315,7 @@ def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     return out.with_name(f"{out.stem}.{site}.{digest}.part")
 
 
-def _show(table: "Table", as_json: bool, **more: Any) -> None:
+def show(table: "Table", as_json: bool, **more: Any) -> None:
     """A table, then what else there is to say; or all of it as one JSON object."""
     from hooklens.result import plain
 

@@ -1,0 +1,177 @@
+"""The methods on the command line: lens, heads, circuit, probe. Prompts come as options or from a JSONL file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hooklens.cli import _DEFAULT, AsJson, Device, Model, OfDtype, Seed, app, check_out, load_model, show
+from hooklens.core.errors import InputError
+
+if TYPE_CHECKING:
+    from hooklens.data.jsonl import PromptPairs
+
+Clean = Annotated[str | None, typer.Option(help="The prompt that is answered rightly.")]
+Corrupted = Annotated[str | None, typer.Option(help="The same prompt with one thing changed.")]
+Answer = Annotated[str | None, typer.Option(help="The prompt's next token, often with a leading space.")]
+WrongAnswer = Annotated[str | None, typer.Option(help="Another next token to hold it against.")]
+Out = Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")]
+PairsFile = Annotated[Path | None, typer.Option("--pairs", help="A JSONL file of prompt pairs instead; see docs.")]
+
+
+@app.command()
+def lens(
+    prompt: Annotated[str | None, typer.Argument(help="A prompt; or --pairs, whose clean prompts are read.")] = None,
+    answer: Answer = None,
+    wrong_answer: WrongAnswer = None,
+    pairs: PairsFile = None,
+    model: Model = _DEFAULT,
+    out: Out = Path("lens.html"),
+    device: Device = None,
+    dtype: OfDtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """What would the model say after every layer, and which parts write its answer?
+
+    Example: `hooklens lens "When Mary and John went to the store, John gave a drink to" --answer " Mary" --wrong-answer
+    " John"`
+    """
+    check_out(out)
+    if (prompt is None) == (pairs is None):
+        raise InputError("give a prompt or --pairs file.jsonl, one of the two")
+    prompts, right, wrong = [prompt], [answer], [wrong_answer]
+    if pairs is not None:
+        read = _pairs(pairs, None, None, answer, wrong_answer)
+        prompts, right, wrong = read.clean, read.answer, read.wrong_answer
+    loaded = load_model(model, device, dtype)
+    from hooklens.plugins.lens.attribution import direct_logit_attribution
+    from hooklens.plugins.lens.logit_lens import logit_lens
+    from hooklens.plugins.lens.trajectory import trajectory
+    from hooklens.viz.report import Report
+
+    if right[0] is None:
+        right = [int(loaded(prompts[0], logits_at=-1)[0, 0].argmax())]
+    others = None if wrong[0] is None else wrong
+    first = logit_lens(loaded, prompts[0])
+    path = trajectory(loaded, prompts, right, others)
+    parts = direct_logit_attribution(loaded, prompts, right, others)
+    report = Report(f"Logit lens in {loaded.cfg.model_name}")
+    report.heading("What the model would say after every layer").figure(first.figure(), "On the first prompt.")
+    report.heading("When the answer comes up").figure(path.figure()).table(path.table(None))
+    report.heading("Which parts write it").figure(parts.figure()).table(parts.top(20))
+    report.save(out, data={"lens": first, "trajectory": path, "attribution": parts})
+    show(parts.top(12), as_json, **_written(out))
+
+
+@app.command()
+def heads(
+    model: Model = _DEFAULT,
+    sequences: Annotated[int, typer.Option(help="Random sequences for scores, and as many for effects.")] = 12,
+    ioi: Annotated[int, typer.Option(help="Prompt pairs that name movers are looked for with; 0: none.")] = 64,
+    out: Out = Path("heads.html"),
+    device: Device = None,
+    dtype: OfDtype = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Which heads are previous-token, duplicate-token, induction or copy-suppression heads, and on what evidence?
+
+    Example: `hooklens heads --model smollm2-135m-instruct --out heads.html`
+    """
+    check_out(out)
+    loaded = load_model(model, device, dtype)
+    from hooklens.plugins.heads.report import taxonomy_report
+    from hooklens.plugins.heads.taxonomy import taxonomy
+
+    found = taxonomy(loaded, n=sequences, ioi=ioi, seed=seed)
+    taxonomy_report(found).save(out, data=found)
+    show(found.table(20), as_json, **_written(out))
+
+
+@app.command()
+def circuit(
+    clean: Clean = None,
+    corrupted: Corrupted = None,
+    answer: Answer = None,
+    wrong_answer: WrongAnswer = None,
+    pairs: PairsFile = None,
+    edges: Annotated[int, typer.Option(help="How many edges the circuit may have.")] = 200,
+    draws: Annotated[int, typer.Option(help="Random circuits that stand beside it.")] = 100,
+    model: Model = _DEFAULT,
+    out: Annotated[Path, typer.Option(help="The report; its numbers and the circuit go beside it.")] = Path(
+        "circuit.html"
+    ),
+    device: Device = None,
+    dtype: OfDtype = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Which edges between heads and MLPs carry an answer? Found on half of the pairs, tested on the other.
+
+    Example: `hooklens circuit --pairs ioi.jsonl --edges 200 --out circuit.html`
+
+    A single pair can only be tested on itself, which the report says.
+    """
+    check_out(out)
+    read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
+    loaded = load_model(model, device, dtype)
+    from hooklens.plugins.circuits.circuit_study import study_circuit
+
+    study = study_circuit(loaded, read, edges=edges, draws=draws, seed=seed)
+    study.report().save(out, data=study)
+    kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
+    show(study.table(), as_json, **_written(out), circuit=str(kept))
+
+
+@app.command()
+def probe(
+    texts: Annotated[Path, typer.Argument(help="A JSONL file: a text and a label a line; see the docs.")],
+    site: Annotated[str, typer.Option(help="What is read, at every layer.")] = "resid_post",
+    model: Model = _DEFAULT,
+    out: Out = Path("probe.html"),
+    device: Device = None,
+    dtype: OfDtype = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Can a linear probe read these labels, where, and how much of that is the probe's own doing?
+
+    Example: `hooklens probe sentiment.jsonl --site resid_post --out probe.html`
+    """
+    check_out(out)
+    from hooklens.data.jsonl import read_texts_file
+
+    read = read_texts_file(texts)
+    loaded = load_model(model, device, dtype)
+    from hooklens.plugins.probing.train import probe_texts
+    from hooklens.viz.report import Report
+
+    study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
+    report = Report(f"A probe of {texts.stem} in {loaded.cfg.model_name}")
+    report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
+    report.figure(study.figure()).table(study.table())
+    report.save(out, data=study)
+    show(study.table(), as_json, **_written(out))
+
+
+def _pairs(
+    path: Path | None, clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
+) -> "PromptPairs":
+    """Pairs from a file or the one of the options; not both, not half of one."""
+    from hooklens.data.jsonl import PromptPairs, read_pairs_file
+
+    given = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--wrong-answer": wrong_answer}
+    named = [name for name, value in given.items() if value is not None]
+    if path is not None:
+        if named:
+            raise InputError(f"--pairs {path} holds prompts and answers, so {' and '.join(named)} cannot be given too")
+        return read_pairs_file(path)
+    if len(named) < len(given):
+        missing = [name for name in given if name not in named]
+        raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(given)}; missing: {', '.join(missing)}")
+    one, other, right, wrong = ([str(value)] for value in given.values())
+    return PromptPairs(one, other, right, wrong, ["the pair"])
+
+
+def _written(out: Path) -> dict[str, str]:
+    return {"report": str(out), "numbers": str(out.with_suffix(".json"))}
