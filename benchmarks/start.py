@@ -66,7 +66,8 @@ def demo() -> float:
     """Seconds of the whole command, from its start to its report."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "from hooklens.cli import main; main()", "demo"], cwd=folder, capture_output=True, check=True)
+        code = "from hooklens.cli import main; main()"
+        subprocess.run([sys.executable, "-c", code, "demo"], cwd=folder, capture_output=True, check=True)
         return time.perf_counter() - start
 
 

@@ -1,7 +1,7 @@
 """The methods on the command line: lens, heads, circuit, probe. Prompts come as options or from a JSONL file."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,10 +39,12 @@ def lens(
     check_out(out)
     if (prompt is None) == (pairs is None):
         raise InputError("give a prompt or --pairs file.jsonl, one of the two")
-    prompts, right, wrong = [prompt], [answer], [wrong_answer]
+    prompts: list[str] = [] if prompt is None else [prompt]
+    right: list[Any] = [answer]
+    wrong: list[Any] = [wrong_answer]
     if pairs is not None:
         read = _pairs(pairs, None, None, answer, wrong_answer)
-        prompts, right, wrong = read.clean, read.answer, read.wrong_answer
+        prompts, right, wrong = read.clean, list(read.answer), list(read.wrong_answer)
     loaded = load_model(model, device, dtype)
     from hooklens.plugins.lens.attribution import direct_logit_attribution
     from hooklens.plugins.lens.logit_lens import logit_lens

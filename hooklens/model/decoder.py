@@ -87,7 +87,7 @@ class _Joint:
     def __init__(self, layers: Sequence[nn.Linear], rows: int):
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
         self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0], rows)
-        self.bias: Float[Tensor, "d_out"] | None = None
+        self.bias: Float[Tensor, " d_out"] | None = None
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)
             self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in pairs])
