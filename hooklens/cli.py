@@ -262,7 +262,7 @@ def generate(
 
 def main() -> None:
     """The entry point of the `hooklens` command."""
-    from hooklens import cli_methods  # noqa: F401  its commands register themselves
+    import hooklens.cli_methods  # noqa: F401  its commands register themselves
 
     app(prog_name="hooklens")
 

@@ -83,7 +83,7 @@ def draw_curves(x: Sequence[int | float], curves: Mapping[str, Sequence[float]],
     span = (max(x) - min(x)) or 1
     right, bottom = _WIDTH - 180, 240
 
-    def at(value: int | float, y: float) -> tuple[float, float]:
+    def at(value: int | float, y: int | float) -> tuple[float, float]:
         return _LEFT + (value - min(x)) / span * (right - _LEFT), bottom - y / high * (bottom - 24)
 
     parts = [
