@@ -4,19 +4,18 @@ Any function of logits `[pair pos d_vocab]` is a metric. The ones here also say 
 the rest of the unembedding.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.core.errors import InputError, WrongType
+from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]
 Values = Float[Tensor, "row"]
@@ -140,7 +139,7 @@ class MinusLoss(_AtPosition):
 
 
 def logit_diff(
-    model: "HookedTransformer", *, answer: Answers, wrong_answer: Answers, pos: int | Sequence[int] = -1
+    model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: int | Sequence[int] = -1
 ) -> LogitDiff:
     """How much more the model says `answer` than `wrong_answer`, as a difference of logits; one answer or one a pair.
 
@@ -156,17 +155,17 @@ def logit_diff(
     return LogitDiff(*_one_a_pair(pos=torch.as_tensor(pos), answer=right, wrong_answer=wrong))
 
 
-def prob(model: "HookedTransformer", *, answer: Answers, pos: int | Sequence[int] = -1) -> Prob:
+def prob(model: HookedTransformer, *, answer: Answers, pos: int | Sequence[int] = -1) -> Prob:
     """The probability that the model gives `answer`, between 0 and 1."""
     return Prob(*_one_a_pair(pos=torch.as_tensor(pos), answer=answer_ids(model, answer)))
 
 
-def log_prob(model: "HookedTransformer", *, answer: Answers, pos: int | Sequence[int] = -1) -> LogProb:
+def log_prob(model: HookedTransformer, *, answer: Answers, pos: int | Sequence[int] = -1) -> LogProb:
     """The log-probability that the model gives `answer`, in nats."""
     return LogProb(*_one_a_pair(pos=torch.as_tensor(pos), answer=answer_ids(model, answer)))
 
 
-def kl(model: "HookedTransformer", reference: Any, *, pos: int = -1) -> MinusKL:
+def kl(model: HookedTransformer, reference: Any, *, pos: int = -1) -> MinusKL:
     """Minus the KL divergence, in nats, from the model's own prediction on the `reference` prompts (usually clean).
 
     >>> from hooklens.testing import tiny_model
@@ -179,7 +178,7 @@ def kl(model: "HookedTransformer", reference: Any, *, pos: int = -1) -> MinusKL:
     return MinusKL(torch.full((len(log_probs),), pos), log_probs)
 
 
-def loss(model: "HookedTransformer", tokens: Any) -> MinusLoss:
+def loss(model: HookedTransformer, tokens: Any) -> MinusLoss:
     """Minus the mean next-token cross-entropy on `tokens`, in nats a token (minus, so that higher is better)."""
     texts = [tokens] if isinstance(tokens, str) else tokens
     if not isinstance(texts, Tensor) and all(isinstance(text, str) for text in texts):
@@ -201,14 +200,26 @@ def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
     return (values - corrupted) / (clean - corrupted)
 
 
-def answer_ids(model: "HookedTransformer", answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
+def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
     """Token ids of one answer or several; a text of several tokens is refused, with its tokens shown."""
+    need_hooked(model, "an answer")
     is_many = isinstance(answer, list | tuple) or (isinstance(answer, Tensor) and answer.ndim > 0)
     many: list[Any] = list(answer) if is_many else [answer]  # type: ignore[arg-type]
-    ids = torch.tensor([model.to_single_token(one) if isinstance(one, str) else int(one) for one in many])
+    ids = torch.tensor([_token_id(model, one, name) for one in many])
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab_out:
         raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r}")
     return ids
+
+
+def _token_id(model: HookedTransformer, one: Any, name: str) -> int:
+    if isinstance(one, str):
+        return model.to_single_token(one)
+    try:
+        if isinstance(one, bool) or (isinstance(one, Tensor) and one.ndim):
+            raise TypeError
+        return operator.index(one)
+    except TypeError as error:
+        raise WrongType(f"{name} is a token, its text or its id, or a list of one a pair; got {one!r:.60}") from error
 
 
 def _one_a_pair(**given: Tensor) -> list[Int[Tensor, "pair"]]:

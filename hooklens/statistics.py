@@ -67,7 +67,8 @@ def sign_flip_p(
     """
     number = group_numbers(len(values), group)
     n = int(number.max()) + 1
-    sums = values.new_zeros(n, *values.shape[1:]).index_add_(0, number.to(values.device), values).reshape(n, -1)
+    wide = values.double()  # in float32 rounding would lose the pattern that was seen among those tried
+    sums = wide.new_zeros(n, *wide.shape[1:]).index_add_(0, number.to(wide.device), wide).reshape(n, -1)
     if n <= 12:
         signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * n).reshape(-1, n)
         extra = 0
@@ -75,7 +76,7 @@ def sign_flip_p(
         signs = torch.randint(2, (draws, n), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
         extra = 1  # what was seen is one of the patterns
     hits = []
-    for cells in sums.split(_CELLS, dim=1):
+    for cells in sums.split(max(1, _CELLS * 4096 // len(signs)), dim=1):
         seen, slack = cells.sum(0).abs(), 1e-9 * cells.abs().sum(0)
         hits.append(((signs.to(cells) @ cells).abs() >= seen - slack).sum(0))
     return ((torch.cat(hits) + extra) / (len(signs) + extra)).to(values).view(values.shape[1:])
@@ -148,3 +149,29 @@ def _weights(number: Int[Tensor, "pair"], draws: int, seed: int) -> Float[Tensor
     )
     weight = counts[:, number]
     return weight / weight.sum(1, keepdim=True)
+
+
+def correlation(a: Float[Tensor, "cell"], b: Float[Tensor, "cell"]) -> Float[Tensor, ""]:
+    """Pearson's correlation; NaN where either is constant or there is one cell.
+
+    >>> round(correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])).item(), 6)
+    1.0
+    """
+    a, b = a - a.mean(), b - b.mean()
+    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
+
+
+def rank_correlation(a: Float[Tensor, "cell"], b: Float[Tensor, "cell"]) -> Float[Tensor, ""]:
+    """Spearman's rank correlation, equal values sharing their mean rank; NaN where either is constant.
+
+    >>> round(rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 5.0, 6.0])).item(), 6)
+    1.0
+
+    Reference: Spearman (1904), "The Proof and Measurement of Association between Two Things".
+    """
+    return correlation(_ranks(a), _ranks(b))
+
+
+def _ranks(x: Float[Tensor, "cell"]) -> Float[Tensor, "cell"]:
+    _, place, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[place].to(x)

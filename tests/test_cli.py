@@ -231,6 +231,37 @@ def test_the_installed_command_answers_and_brings_completion():
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+COMMAND = [sys.executable, "-B", "-c", "from hooklens.cli import main; main()"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a process's files")
+def test_on_a_full_disk_a_report_ends_with_3_and_leaves_no_half_file(tmp_path):
+    import resource
+
+    small = (30_000, 30_000)
+    done = subprocess.run(
+        [*COMMAND, "run", "patching", "--out", str(tmp_path / "a.html")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small),
+    )
+    assert done.returncode == cli.MISSING and "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["models", "--json"], ["plugins"], ["--help"]])
+def test_a_reader_that_has_heard_enough_ends_it_quietly(arguments):
+    """As in `hooklens models --json | head -1`: it used to report an unexpected BrokenPipeError."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([*COMMAND, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(write)
+    assert done.stderr == ""
+
+
 def test_importing_hooklens_or_its_command_line_imports_no_plotting():
     unwanted = "('plotly', 'transformers', 'huggingface_hub')"
     code = f"import sys, hooklens.public, hooklens.cli; print([m for m in {unwanted} if m in sys.modules])"

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model.zoo import zoo_model
+from refused import refused
 from torch import Tensor
 
 import hooklens as hl
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.metrics import ReadingMetric, answer_ids
 from hooklens.testing import tiny_model
 
@@ -112,6 +113,21 @@ def test_answers():
         with pytest.raises(InputError, match="one for all pairs or one a pair"):
             hl.logit_diff(MODEL, **given_answers, pos=[0, 1, 2])
     assert len(hl.prob(MODEL, answer=1, pos=[0, 1]).reads.pos) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [1.5, torch.tensor(1.5), [1, 2.0], None, [None], b"x", True, torch.ones(1, 2).long(), torch.ones(2, 1).long(), {1}],
+)
+def test_an_answer_that_is_no_token_is_refused(answer):
+    """1.5 was taken as token 1."""
+    with refused(WrongType, "answer is a token, its text or its id"):
+        hl.logit_diff(MODEL, answer=answer, wrong_answer=4)
+
+
+def test_a_metric_of_another_kind_of_model_says_what_it_needs():
+    with refused(WrongType, "needs a HookedTransformer, got WrappedModule"):
+        hl.prob(hl.wrap(torch.nn.Linear(2, 2)), answer=1)
 
 
 def test_texts():

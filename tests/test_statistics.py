@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooklens.core.errors import InputError
-from hooklens.statistics import group_numbers, halves, mean_interval, null_p, q_values, ratio_interval, sign_flip_p
+from hooklens.statistics import (
+    correlation,
+    group_numbers,
+    halves,
+    mean_interval,
+    null_p,
+    q_values,
+    rank_correlation,
+    ratio_interval,
+    sign_flip_p,
+)
 
 
 def test_an_interval_covers_as_often_as_it_says():
@@ -87,3 +97,20 @@ def test_halves_share_no_group_and_repeat():
         halves(2, group=torch.tensor([1, 1]))
     with pytest.raises(InputError, match="2 labels for 3 pairs"):
         group_numbers(3, torch.tensor([1, 1]))
+
+
+def test_correlations_are_scipys_ties_and_all():
+    from scipy.stats import pearsonr, spearmanr
+
+    generator = torch.Generator().manual_seed(0)
+    for size in (3, 10, 50):
+        a, b = (torch.randint(5, (size,), generator=generator).double() for _ in range(2))
+        assert correlation(a, b).item() == pytest.approx(pearsonr(a, b)[0])
+        assert rank_correlation(a, b).item() == pytest.approx(spearmanr(a, b)[0])
+    assert rank_correlation(a.exp(), b).item() == pytest.approx(rank_correlation(a, b).item())  # only order counts
+    assert correlation(a, torch.ones_like(a)).isnan() and rank_correlation(a[:1], b[:1]).isnan()
+
+
+def test_the_pattern_that_was_seen_counts_among_those_tried_also_in_float32():
+    values = torch.rand(12, 200, generator=torch.Generator().manual_seed(0)) + 0.01  # sums in another order differ
+    assert bool((sign_flip_p(values) == 2 / 2**12).all())

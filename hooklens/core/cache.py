@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused, InputError, NameNotFound
@@ -99,22 +99,18 @@ class ActivationCache(Mapping[str, Tensor]):
         return self.map(lambda name, act: converted(act, device, dtype))
 
     def slice(
-        self, *, batch: Index | None = None, pos: Index | None = None, layers: int | Sequence[int] | None = None
+        self, *, batch: Index | None = None, pos: Index | None = None, layers: Index | None = None
     ) -> "ActivationCache":
         """Part of the cache: some batch rows, some positions (of the query, where there are two), some layers.
 
         An integer drops its axis. Points outside the blocks stay whatever the layers.
         """
-        kept = self if layers is None else self._of_layers([layers] if isinstance(layers, int) else list(layers))
+        kept = self if layers is None else self._of_layers(layers)
         return kept.map(lambda name, act: _sliced(name, act, batch, pos))
 
-    def _of_layers(self, layers: Sequence[int]) -> "ActivationCache":
-        n_layers = self._n_layers()
-        wrong = [layer for layer in layers if not -n_layers <= layer < n_layers]
-        if wrong:
-            raise InputError(f"layers {wrong} asked for; this cache has layers 0 to {n_layers - 1}")
-        chosen = {layer % n_layers for layer in layers}
-        entries = {name: act for name, act in self._entries.items() if (_layer_of(name) in chosen | {None})}
+    def _of_layers(self, layers: Index) -> "ActivationCache":
+        chosen = {*_chosen("layers", layers, self._n_layers(), "this cache").tolist(), None}
+        entries = {name: act for name, act in self._entries.items() if _layer_of(name) in chosen}
         return ActivationCache(entries, self.model)
 
     def stack(self, where: Where) -> Float[Tensor, "layer ..."]:
@@ -217,8 +213,8 @@ class ActivationCache(Mapping[str, Tensor]):
             if f"blocks.{n}.mlp.hook_post" not in self._points():
                 continue
             post = self._sliced_entry(f"blocks.{n}.mlp.hook_post", pos)
-            chosen = torch.arange(post.shape[-1])[_as_index(neurons)].reshape(-1)
-            added = post[..., chosen, None] * self._block(n).mlp.W_out.detach()[chosen].to(post)
+            chosen = _chosen("neurons", neurons, post.shape[-1], f"the MLP of layer {n}")
+            added = post[..., chosen, None] * self._block(n).mlp.output_matrix().detach()[chosen].to(post)
             added = self._after_post_norm(n, "ln2_post", added, pos)
             labelled += [(f"L{n}N{int(i)}", act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
         if incl_remainder:
@@ -242,6 +238,11 @@ class ActivationCache(Mapping[str, Tensor]):
         if norm is None:
             return stack
         scale = self._sliced_entry(f"{name}.hook_scale", pos)
+        if stack.shape[1:-1] != scale.shape[:-1]:
+            raise InputError(
+                f"a stack {list(stack.shape)} cannot be divided by {name}.hook_scale {list(scale.shape)}; give pos= "
+                "here as it was given to the stack, and take both from one cache"
+            )
         return norm.linearised(stack, scale.to(stack))
 
     def logit_attrs(
@@ -264,6 +265,12 @@ class ActivationCache(Mapping[str, Tensor]):
         scaled = self.apply_ln_to_stack(stack, None, pos=pos)
         if directions.ndim == 2 and scaled.ndim == 4:  # one direction a prompt, every position kept
             directions = directions[:, None]
+        fit = zip(reversed(directions.shape[:-1]), reversed(scaled.shape[1:-1]), strict=False)
+        if directions.ndim >= scaled.ndim or any(given not in (1, n) for given, n in fit):
+            raise InputError(
+                f"tokens {list(directions.shape[:-1])} do not fit a stack {list(stack.shape)}; give one token, or one "
+                "a prompt"
+            )
         return (scaled * directions.to(scaled)).sum(-1)
 
     # -- saving
@@ -331,7 +338,7 @@ class ActivationCache(Mapping[str, Tensor]):
             result = self._sliced_entry(f"{attn}.hook_result", pos)
         else:
             z = self._sliced_entry(f"{attn}.hook_z", pos)
-            result = torch.einsum("...hd,hdm->...hm", z, self._block(layer).attn.W_O.detach().to(z))
+            result = torch.einsum("...hd,hdm->...hm", z, self._block(layer).attn.output_matrix().detach().to(z))
         return self._after_post_norm(layer, "ln1_post", result, pos)
 
     def _after_post_norm(self, layer: int, name: str, added: Tensor, pos: Index | None) -> Tensor:
@@ -398,8 +405,29 @@ def _layer_of(name: str) -> int | None:
     return None if found is None else found.layer
 
 
-def _as_index(index: Index | None) -> Any:
-    return slice(None) if index is None else list(index) if isinstance(index, Sequence) else index
+def _as_index(what: str, index: Index, size: int, of: str) -> Any:
+    """An index as torch takes it; one that does not fit raises with what there is."""
+    if not isinstance(index, slice) and not _fits(index, size):
+        raise InputError(f"{what} {index!r:.60} asked for; {of} has {what} 0 to {size - 1} (or -{size} to -1)")
+    return list(index) if isinstance(index, Sequence) else index
+
+
+def _fits(index: Any, size: int) -> bool:
+    try:
+        asked = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    if asked.dtype == torch.bool:
+        return tuple(asked.shape) == (size,)
+    if asked.numel() == 0:  # torch makes floats of an empty list
+        return True
+    return not asked.is_floating_point() and -size <= int(asked.min()) and int(asked.max()) < size
+
+
+def _chosen(what: str, index: Index | None, size: int, of: str) -> Int[Tensor, "chosen"]:
+    """The numbers that an index picks from 0 to `size`."""
+    everything = torch.arange(size)
+    return everything if index is None else everything[_as_index(what, index, size, of)].reshape(-1)
 
 
 def _sliced(name: str, act: Tensor, batch: Index | None, pos: Index | None) -> Tensor:
@@ -410,5 +438,5 @@ def _sliced(name: str, act: Tensor, batch: Index | None, pos: Index | None) -> T
         raise InputError(f"{name} has shape {list(act.shape)}, whose axes are not known or already sliced")
     if pos is not None:
         axis = next(i for i, axis in enumerate(names) if axis in ("pos", "query_pos", "key_pos"))
-        act = act[(slice(None),) * axis + (_as_index(pos),)]
-    return act if batch is None else act[_as_index(batch)]
+        act = act[(slice(None),) * axis + (_as_index("pos", pos, act.shape[axis], name),)]
+    return act if batch is None else act[_as_index("batch", batch, len(act), name)]

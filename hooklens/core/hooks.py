@@ -18,8 +18,8 @@ HookFn = Callable[[Tensor, "HookCall"], Tensor | None]
 
 # Every scope that this thread or task has entered; a thread starts with none, a task with those of its creator.
 _scopes: ContextVar[tuple["HookScope", ...]] = ContextVar("hooklens_scopes", default=())
-# (step, offset) of the forward pass under way, for hooks that act at chosen steps of a generation.
-_moment: ContextVar[tuple[int, int]] = ContextVar("hooklens_moment", default=(0, 0))
+# (step, offset, seen) of the forward pass under way, for hooks that act at chosen steps or positions.
+_moment: ContextVar[tuple[int, int, Tensor | None]] = ContextVar("hooklens_moment", default=(0, 0, None))
 _order = itertools.count()
 #: Held while a process-wide count of open blocks changes: += alone is not one step between threads.
 counting = threading.Lock()
@@ -31,12 +31,14 @@ class HookCall(NamedTuple):
     """What a hook is told beside the activation: the point's name, and when in a generation this is.
 
     `step` is 0 for the prompt and counts up with every later forward pass through the same KV cache; `offset` is the
-    absolute position of the first new token.
+    absolute position of the first new token. `seen` [batch key_pos] says which tokens, cached ones included, are real
+    and not padding; None where nothing is padded.
     """
 
     name: str
     step: int = 0
     offset: int = 0
+    seen: Tensor | None = None
 
     def layer(self) -> int:
         """The layer of the point; raises where it belongs to none."""
@@ -279,10 +281,10 @@ class _Graph:
 
 
 class moment:
-    """While this block runs, hooks are told that the forward pass is `step`, beginning at position `offset`."""
+    """While this block runs, hooks are told that the forward pass is `step`, from position `offset`, with `seen`."""
 
-    def __init__(self, step: int, offset: int):
-        self.value = (step, offset)
+    def __init__(self, step: int, offset: int, seen: Tensor | None = None):
+        self.value = (step, offset, seen)
 
     def __enter__(self) -> None:
         self.before = _moment.get()

@@ -1,5 +1,6 @@
 """A matrix kept as a product of two thin ones: algebra without forming it."""
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,9 @@ class FactoredMatrix:
     >>> m = FactoredMatrix(torch.ones(4, 2), torch.ones(2, 3))
     >>> m.shape, m.AB[0].tolist(), round(float(m.norm()), 4)
     (torch.Size([4, 3]), [2.0, 2.0, 2.0], 6.9282)
+
+    Names and values are those of TransformerLens 3's class. Each use of `U`, `S` or `V` is a decomposition: take all
+    three from `svd()`.
     """
 
     def __init__(self, A: Float[Tensor, "*lead left inner"], B: Float[Tensor, "*lead2 inner right"]):
@@ -26,6 +30,34 @@ class FactoredMatrix:
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.A.shape[:-1], self.B.shape[-1]))
+
+    @property
+    def ndim(self) -> int:
+        return self.A.ndim
+
+    @property
+    def ldim(self) -> int:
+        """How many rows the product has."""
+        return self.A.shape[-2]
+
+    @property
+    def mdim(self) -> int:
+        """The inner dimension: the largest rank that the product can have."""
+        return self.A.shape[-1]
+
+    @property
+    def rdim(self) -> int:
+        """How many columns the product has."""
+        return self.B.shape[-1]
+
+    @property
+    def has_leading_dims(self) -> bool:
+        return self.ndim > 2
+
+    @property
+    def pair(self) -> tuple[Float[Tensor, "*lead left inner"], Float[Tensor, "*lead inner right"]]:
+        """Both factors."""
+        return self.A, self.B
 
     @property
     def AB(self) -> Float[Tensor, "*lead left right"]:
@@ -56,20 +88,27 @@ class FactoredMatrix:
         return (self.T @ other.mT).T  # type: ignore[union-attr]
 
     def __mul__(self, scalar: int | float | Tensor) -> "FactoredMatrix":
+        if isinstance(scalar, Tensor) and scalar.numel() != 1:
+            raise InputError(
+                f"* takes one number, got a tensor {list(scalar.shape)}; products of matrices are m @ other"
+            )
         return FactoredMatrix(self.A * scalar, self.B)
 
     __rmul__ = __mul__
 
     def __getitem__(self, index) -> "FactoredMatrix":
-        """Index batch axes, then rows, then columns; every axis kept two-sided (rows and columns by slices)."""
+        """Index batch axes, then rows, then columns; both of these stay axes, an integer picks one of size 1."""
         index = index if isinstance(index, tuple) else (index,)
-        lead = self.A.ndim - 2
-        batch, rows, cols = index[:lead], index[lead : lead + 1], index[lead + 1 :]
-        if any(isinstance(i, int) for i in (*rows, *cols)):
-            raise InputError("rows and columns of a FactoredMatrix are slices or lists; m.AB[...] gives numbers")
+        given, lead = sum(i is not None for i in index), self.ndim - 2
+        if given > self.ndim or any(i is Ellipsis for i in index):
+            raise InputError(
+                f"the index {index} does not fit a FactoredMatrix {list(self.shape)}; give batch axes, rows, columns"
+            )
+        inner = given - lead  # how many of the last two axes are indexed
+        batch = index if inner <= 0 else index[: len(index) - inner]
+        rows, cols = (*index[len(batch) :], slice(None), slice(None))[:2]
         A, B = self.A[batch], self.B[batch]
-        A = A[..., rows[0], :] if rows else A
-        return FactoredMatrix(A, B[..., cols[0]] if cols else B)
+        return FactoredMatrix(A[..., _kept(rows, self.ldim), :], B[..., _kept(cols, self.rdim)])
 
     def __iter__(self) -> Iterator["FactoredMatrix"]:
         return (self[i] for i in range(self.A.shape[0]))
@@ -97,9 +136,45 @@ class FactoredMatrix:
         return self.svd()[2]
 
     @property
+    def Vh(self) -> Float[Tensor, "*lead right rank"]:
+        """V, by the name that TransformerLens gave it: there, too, it is not transposed, and warns."""
+        warnings.warn(
+            "Vh is V, not transposed, as in TransformerLens; use V, or V.mT", DeprecationWarning, stacklevel=2
+        )
+        return self.V
+
+    @property
     def eigenvalues(self) -> Tensor:
         """The non-zero eigenvalues of a square AB: those of the small BA."""
-        return torch.linalg.eigvals(self.BA)
+        small = self.BA
+        return torch.linalg.eigvals(small.float() if small.dtype in (torch.float16, torch.bfloat16) else small)
+
+    def make_even(self) -> "FactoredMatrix":
+        """The same product with the singular values shared out: U sqrt(S) and sqrt(S) V^T."""
+        U, S, V = self.svd()
+        root = S.sqrt()
+        return FactoredMatrix(U * root[..., None, :], root[..., :, None] * V.mT)
+
+    def collapse_l(self) -> Float[Tensor, "*lead rank right"]:
+        """S V^T: the product without the rotation U on its left, with the same norms and Gram matrix of columns."""
+        _, S, V = self.svd()
+        return S[..., :, None] * V.mT
+
+    def collapse_r(self) -> Float[Tensor, "*lead left rank"]:
+        """U S: the product without the rotation V on its right."""
+        U, S, _ = self.svd()
+        return U * S[..., None, :]
+
+    def get_corner(self, k: int = 3) -> Tensor:
+        """The first `k` entries along every axis, formed: a look at the numbers."""
+        corner = (slice(k),) * (self.ndim - 2)
+        return self.A[corner][..., :k, :] @ self.B[corner][..., :, :k]
+
+    def unsqueeze(self, k: int) -> "FactoredMatrix":
+        """A new batch axis of size 1 at `k`."""
+        if not 0 <= (k + self.ndim + 1 if k < 0 else k) <= self.ndim - 2:
+            raise InputError(f"unsqueeze adds a batch axis, at 0 to {self.ndim - 2} of {list(self.shape)}, got {k}")
+        return FactoredMatrix(self.A.unsqueeze(k), self.B.unsqueeze(k))
 
     def norm(self) -> Float[Tensor, "*lead"]:
         """The Frobenius norm, from the small Gram matrices."""
@@ -108,3 +183,12 @@ class FactoredMatrix:
     def trace(self) -> Float[Tensor, "*lead"]:
         """The trace of a square AB."""
         return self.BA.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _kept(index: int | slice | list | Tensor, size: int) -> slice | list | Tensor:
+    """An index under which its axis stays."""
+    if not isinstance(index, int):
+        return index
+    if not -size <= index < size:
+        raise InputError(f"row or column {index} asked for; this FactoredMatrix has 0 to {size - 1} of them")
+    return slice(index % size, index % size + 1)

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 Stream = Float[Tensor, "batch pos d_model"]
 Logits = Float[Tensor, "batch out_pos d_vocab"]
+Input = Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_in"]
+Chosen = Int[Tensor, "batch"]
+Mask = Bool[Tensor, "any_batch key_pos"]
+AnyMask = Shaped[Tensor, "*batch key_pos"]
 Text = str | Sequence[str]
 Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -112,28 +116,31 @@ class HookedTransformer(HookedModule):
         x, attention_mask = self._input(tokens, attention_mask, start_at_layer is not None)
         ctx = self._context(x, attention_mask, kv_cache)
         chosen = None if logits_at is None or stop_at_layer is not None else self._chosen(logits_at, x, ctx)
-        if kv_cache is None:
+        if kv_cache is None and (ctx.key_seen is None or torch.compiler.is_compiling()):
             return self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
-        with moment(kv_cache.step, kv_cache.length):
+        with moment(0 if kv_cache is None else kv_cache.step, ctx.offset, ctx.key_seen):
             out = self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
-        kv_cache.advance(x.shape[1], ctx.key_seen)
+        if kv_cache is not None:
+            kv_cache.advance(x.shape[1], ctx.key_seen)
         return out
 
-    def _run(self, x, ctx: Context, start: int, stop: int, stop_at, start_at, chosen) -> Tensor:
+    def _run(
+        self, x: Input | Stream, ctx: Context, start: int, stop: int, stop_at, start_at, chosen: Chosen | None
+    ) -> Logits | Stream:
         if start_at is None:
             x = self.embed_input(x, ctx)
         late = stop_at is None and chosen is not None and start < self.cfg.n_layers
         narrow = late and not edited_elsewhere(self._late_points)
         for layer in range(start, stop):
             last = narrow and layer == self.cfg.n_layers - 1
-            x = self.blocks[layer](x, ctx.narrowed(chosen) if last else ctx)
+            x = self.blocks[layer](x, ctx.narrowed(chosen) if last and chosen is not None else ctx)
         if stop_at is not None:
             return x
         if chosen is not None and narrow:
             return self.read_out(x)
         return self.read_out(x, None if chosen is None else ctx.narrowed(chosen))
 
-    def embed_input(self, x: Tensor, ctx: Context) -> Stream:
+    def embed_input(self, x: Input, ctx: Context) -> Stream:
         """The residual stream that enters block 0."""
         stream = self.hook_embed(self.embed(x))
         if self.pos_embed is None:
@@ -162,7 +169,7 @@ class HookedTransformer(HookedModule):
             raise InputError(f"stop_at_layer={stop_at} lies before start_at_layer={start_at}")
         return start, stop
 
-    def _input(self, tokens: Tokens, mask: Tensor | None, is_stream: bool) -> tuple[Tensor, Tensor | None]:
+    def _input(self, tokens: Tokens, mask: AnyMask | None, is_stream: bool) -> tuple[Input | Stream, Mask | None]:
         if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str)):
             tokens, real = self._need_tokenizer().to_tokens(tokens, return_mask=True, device=self.device)
             mask = real if mask is None and not bool(real.all()) else mask
@@ -180,7 +187,7 @@ class HookedTransformer(HookedModule):
             mask = mask[None] if mask.ndim == 1 else mask
         return tokens, mask
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _check_tokens(self, tokens: Shaped[Tensor, "..."]) -> None:
         if 0 in tokens.shape:  # before the dtype: torch makes floats of an empty list
             raise InputError(
                 f"the prompt is empty, its tokens have shape {list(tokens.shape)}; give at least one token"
@@ -189,7 +196,7 @@ class HookedTransformer(HookedModule):
         if tokens.ndim not in (1, 2):
             raise InputError(f"tokens have shape [batch pos], got {list(tokens.shape)}")
 
-    def _context(self, x: Tensor, mask: Tensor | None, past: KVCache | None) -> Context:
+    def _context(self, x: Input | Stream, mask: Mask | None, past: KVCache | None) -> Context:
         n_new, offset = x.shape[1], 0 if past is None else past.length
         if offset + n_new > self.cfg.n_ctx:
             n_ctx = self.cfg.n_ctx
@@ -207,7 +214,7 @@ class HookedTransformer(HookedModule):
         positions = (seen.long().cumsum(1) - 1).clamp_min(0)[:, offset:]
         return Context(positions, offset, key_seen=seen, cache=past)
 
-    def _chosen(self, at: int | Tensor, x: Tensor, ctx: Context) -> Int[Tensor, "batch"]:
+    def _chosen(self, at: int | Chosen, x: Input | Stream, ctx: Context) -> Chosen:
         batch, n_new = x.shape[:2]
         index = torch.as_tensor(at, device=x.device).expand(batch)
         if ctx.key_seen is None:
@@ -231,8 +238,8 @@ class HookedTransformer(HookedModule):
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         kv_cache: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> tuple[Tensor, ActivationCache]:
+        attention_mask: AnyMask | None = None,
+    ) -> tuple[Logits | Stream, ActivationCache]:
         """The output, and what the named points held on the way (None: every point but the lazy ones).
 
         Entries are detached, moved to `device` and cast to `dtype` on capture. With `grads=True` they stay in the graph
@@ -381,7 +388,21 @@ class HookedTransformer(HookedModule):
         )
 
 
-def _check_ids(ids: Tensor, d_vocab: int) -> None:
+def need_hooked(model: Any, asker: str) -> None:
+    """Anything but a HookedTransformer raises with what would work.
+
+    >>> need_hooked(nn.Linear(2, 2), "a sweep")
+    Traceback (most recent call last):
+    hooklens.core.errors.WrongType: a sweep needs a HookedTransformer, got Linear; hl.load(...) makes one from ...
+    """
+    if not isinstance(model, HookedTransformer):
+        raise WrongType(
+            f"{asker} needs a HookedTransformer, got {type(model).__name__}; hl.load(...) makes one from a Hugging "
+            "Face id or folder or a GGUF file, and hl.wrap gives any other module hooks and caches"
+        )
+
+
+def _check_ids(ids: Shaped[Tensor, "..."], d_vocab: int) -> None:
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise WrongType(f"tokens are integers [batch pos], got {ids.dtype} {list(ids.shape)}")
     if not (torch.compiler.is_compiling() or ids.is_meta or under_transform(ids)):

@@ -1,7 +1,7 @@
 """The weights of all layers in one tensor: a copy to read, whose writes by layer reach the model."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -11,8 +11,31 @@ from hooklens.core.errors import InputError
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")}
 
 
-class StackedWeight(Tensor):
-    """`model.W_Q`: the layers' weights, stacked. `model.W_Q[5]` is the layer's own; results are plain tensors."""
+class ReadOnlyView(Tensor):
+    """Part of a copy of weights: to write into it would change nothing, so it raises. What is computed is plain."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "retain_grad_")
+        writes = in_place or name in _IN_PLACE or name == "__setitem__"
+        first = next(iter((*args, *kwargs.values())), None)  # torch.nn.init names its argument
+        if isinstance(kwargs.get("out", first if writes else None), ReadOnlyView):
+            raise InputError(
+                f"{name} on a stacked weight would change this copy, not the model; write by layer "
+                "(model.W_Q[5, 3] = value), assign the whole (model.W_Q = value), edit model.blocks[5].attn.W_Q, or "
+                "clone() it to have a copy of your own"
+            )
+        if name == "as_subclass":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        plain = [a.as_subclass(Tensor) if isinstance(a, ReadOnlyView) else a for a in args]
+        with torch._C.DisableTorchFunctionSubclass():
+            return _guarded(func(*plain, **kwargs), [p for p, a in zip(plain, args, strict=True) if p is not a])
+
+
+class StackedWeight(ReadOnlyView):
+    """`model.W_Q`: the layers' weights, stacked. `model.W_Q[5]` is the layer's own, and so is each in a loop."""
 
     views: Sequence[Tensor]
 
@@ -25,34 +48,54 @@ class StackedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "retain_grad_")
-        target = (kwargs or {}).get("out", args[0] if in_place or name in _IN_PLACE else None)
-        if isinstance(target, cls):
-            raise InputError(
-                f"{name} on a stacked weight would change this copy, not the model; write by layer "
-                "(model.W_Q[5, 3] = value), assign the whole (model.W_Q = value), or edit model.blocks[5].attn.W_Q"
-            )
-        plain = [a.as_subclass(Tensor) if isinstance(a, cls) else a for a in args] if name != "as_subclass" else args
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*plain, **(kwargs or {}))
+        named = getattr(func, "__name__", "") == "unbind" and isinstance(args[0], cls)
+        if named and (*args[1:], *(kwargs or {}).values(), 0)[0] in (0, -args[0].ndim):
+            return tuple(args[0].views)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.views)
 
     def __getitem__(self, index: Any) -> Any:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        if isinstance(first, bool) or not isinstance(first, int):
-            return self.as_subclass(Tensor)[index]
-        return self.views[first][tuple(rest)]  # not of the copy: an in-place write to it must count
+        if not _is_number(first):
+            copy = self.as_subclass(Tensor)
+            return _guarded(copy[index], (copy,))
+        return self._own(first)[tuple(rest)]  # not of the copy: an in-place write to it must count
 
     def __setitem__(self, index: Any, value: Any) -> None:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        if isinstance(first, bool) or not isinstance(first, int):
+        if not _is_number(first):
             raise InputError(
                 f"a stacked weight is written one layer at a time, model.W_Q[5, 3] = value, got the index {index!r}"
             )
         with torch.no_grad():
-            self.views[first][tuple(rest)] = value
+            self._own(first)[tuple(rest)] = value
             # Through .data: a change that autograd counts makes it replay as_subclass here, without end.
             self.as_subclass(Tensor).data[first] = self.views[first]
+
+    def _own(self, layer: int) -> Tensor:
+        n = len(self.views)
+        if not -n <= layer < n:
+            raise InputError(
+                f"layer {layer} of a stacked weight asked for; there are layers 0 to {n - 1} (or -{n} to -1)"
+            )
+        return self.views[layer]
+
+
+def _is_number(index: Any) -> bool:
+    return isinstance(index, SupportsIndex) and not isinstance(index, bool | Tensor)
+
+
+def _guarded(out: Any, copies: Sequence[Tensor]) -> Any:
+    """What shares memory with a copy is a read-only view of it, alone or in a tuple; everything else is as it is."""
+    if torch.compiler.is_compiling():  # which cannot follow it
+        return out
+    if type(out) in (tuple, list):
+        return type(out)(_guarded(one, copies) for one in out)
+    if isinstance(out, Tensor) and any(torch._C._is_alias_of(out, copy) for copy in copies):  # type: ignore[attr-defined]
+        return out.as_subclass(ReadOnlyView)
+    return out
 
 
 def write_all(views: Sequence[Tensor], value: Tensor) -> None:

@@ -1,8 +1,9 @@
 """Run a plan: only the rows that can change, only the layers above, many patches in one matrix."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.progress import progress
 from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import plain_value, refuse_nan, why_plain
+from hooklens.sweeps.naive import plain_value, refuse_nonfinite, why_plain
 from hooklens.sweeps.plan import Patch, Plan
 from hooklens.sweeps.resume import Progressed, key_of, sketch_of
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
@@ -42,6 +43,9 @@ class Item:
     start: int
 
 
+Walk = Callable[[Any, Reader, Sequence[Item]], list[Tensor]]
+
+
 def execute(plan: Plan, metric: Any, *, resume: str | Path | None = None) -> Outcome:
     """The metric of every patch of a plan, exactly as a hooked forward pass a patch would give it."""
     settings = current()
@@ -54,13 +58,13 @@ def execute(plan: Plan, metric: Any, *, resume: str | Path | None = None) -> Out
         )
         if reason is not None:
             _run_plain(plan, reader, values, kept, settings)
-            refuse_nan(plan, values, reader.base)
+            refuse_nonfinite(plan, values, reader.base)
             return Outcome(values, reader.base, 1.0, float("nan"), 0, f"plain loop: {reason}")
         items = live_items(plan, reader)
         with packed_linears(rows=1024):
-            _run_bins(plan, reader, items, values, kept, settings)
-        refuse_nan(plan, values, reader.base)
-        error, n = _verify(plan, reader, items, values, settings)
+            run_bins(plan, reader, items, values, kept, settings)
+        refuse_nonfinite(plan, values, reader.base)
+        error, n = verify(plan, reader, items, values, settings, plain_value)
     return Outcome(values, reader.base, _share(plan, items), error, n, "engine")
 
 
@@ -115,22 +119,30 @@ def _run_plain(plan: Plan, reader: Reader, values: Tensor, kept: Progressed | No
                 kept.save([i])
 
 
-def _run_bins(
-    plan: Plan, reader: Reader, items: list[Item], values: Tensor, kept: Progressed | None, settings: Settings
+def run_bins(
+    plan: Any,
+    reader: Reader,
+    items: list[Item],
+    values: Tensor,
+    kept: Progressed | None,
+    settings: Settings,
+    walk: Walk | None = None,
 ) -> None:
+    """The values of all items, a bin at a time; `walk` takes their rows through the layers in place of `_propagate`."""
     rows = max(1, settings.memory // _bytes_per_row(plan))
     bins = make_bins(plan, [item for item in items if kept is None or not kept.done[item.patch]], rows)
     n = sum(len({item.patch for item in one}) for one in bins)
+    run_one = _run_bin if walk is None else partial(_run_bin, walk=walk)
     with progress(f"patching {plan.site}", n, unit="patches", show=settings.progress) as advance:
         for one in bins:
-            _run_bin(plan, reader, one, values, rows)
+            run_one(plan, reader, one, values, rows)
             finished = sorted({item.patch for item in one})
             advance(len(finished))
             if kept is not None:
                 kept.save(finished)
 
 
-def _bytes_per_row(plan: Plan) -> int:
+def _bytes_per_row(plan: Any) -> int:
     """What one token position of one row needs at its widest: a few streams, q k v, the MLP's hidden layer."""
     cfg = plan.model.cfg
     hidden = (3 if cfg.gated_mlp else 2) * cfg.d_mlp
@@ -138,7 +150,7 @@ def _bytes_per_row(plan: Plan) -> int:
     return plan.base.streams[0].element_size() * (4 * cfg.d_model + max(hidden, heads))
 
 
-def make_bins(plan: Plan, items: list[Item], rows: int) -> list[list[Item]]:
+def make_bins(plan: Any, items: list[Item], rows: int) -> list[list[Item]]:
     """Items in bins of about `rows` token rows. A bin holds whole patches, near in position and then in layer."""
     n_pos = plan.tokens.shape[1]
     by_patch: dict[int, list[Item]] = defaultdict(list)
@@ -159,7 +171,7 @@ def make_bins(plan: Plan, items: list[Item], rows: int) -> list[list[Item]]:
     return [one for one in bins if one]
 
 
-def _run_bin(plan: Plan, reader: Reader, items: list[Item], values: Tensor, rows: int) -> None:
+def _run_bin(plan: Any, reader: Reader, items: list[Item], values: Tensor, rows: int, walk: Walk | None = None) -> None:
     """Values of a bin's patches; one patch with more rows than fit is pushed through in pieces."""
     n_pos, filled = plan.tokens.shape[1], 0
     pieces: list[list[Item]] = [[]]
@@ -169,7 +181,7 @@ def _run_bin(plan: Plan, reader: Reader, items: list[Item], values: Tensor, rows
             filled = 0
         pieces[-1].append(item)
         filled += n_pos - item.start
-    finals = [x for piece in pieces for x in _propagate(plan, reader, piece)]
+    finals = [x for piece in pieces for x in (walk or _propagate)(plan, reader, piece)]
     if reader.rowwise():
         pair = torch.tensor([item.pair for item in items], device=values.device)
         start = torch.tensor([item.start for item in items], device=values.device)
@@ -232,7 +244,9 @@ def _share(plan: Plan, items: list[Item]) -> float:
     return done / max(1, len(plan.patches) * len(plan.tokens) * n_layers * n_pos)
 
 
-def _verify(plan: Plan, reader: Reader, items: list[Item], values: Tensor, settings: Settings) -> tuple[float, int]:
+def verify(
+    plan: Any, reader: Reader, items: list[Item], values: Tensor, settings: Settings, plain: Callable
+) -> tuple[float, int]:
     """Run a few patches the plain way, drawn by seed from those that were worked out; the largest difference."""
     worked = sorted({item.patch for item in items})
     n = min(settings.verify, len(worked))
@@ -240,5 +254,5 @@ def _verify(plan: Plan, reader: Reader, items: list[Item], values: Tensor, setti
         return (float("nan"), 0) if worked else (0.0, 0)
     generator = torch.Generator().manual_seed(settings.seed)
     drawn = [worked[i] for i in torch.randperm(len(worked), generator=generator)[:n]]
-    errors = [(plain_value(plan, plan.patches[i], reader) - values[i]).abs().max() for i in drawn]
+    errors = [(plain(plan, plan.patches[i], reader) - values[i]).abs().max() for i in drawn]
     return float(torch.stack(errors).max()), n

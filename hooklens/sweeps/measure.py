@@ -50,7 +50,8 @@ class Reader:
         pos = torch.where(pos < 0, pos + self.n_pos, pos)
         if bool(((pos < 0) | (pos >= self.n_pos)).any()):
             raise InputError(
-                f"the metric reads position {int(reads.pos.min())} to {int(reads.pos.max())} of {self.n_pos} tokens"
+                f"the metric reads positions {int(reads.pos.min())} to {int(reads.pos.max())}, and the prompts have 0 "
+                f"to {self.n_pos - 1} (or -{self.n_pos} to -1); make it with one of these as pos=, a loss from these"
             )
         self._check_pairs(len(pos))
         self.read = pos.expand(self.n_pairs, -1)
@@ -140,6 +141,18 @@ class Reader:
         if self.tokens is not None:
             logits = logits.gather(2, self.tokens[:, None].expand(-1, logits.shape[1], -1))
         return self._checked(self.metric.on_read(logits))
+
+    def in_graph(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
+        """The metric on the stream that leaves the last block, in the graph: for a backward pass."""
+        if self.read is None or self.whole:
+            logits = self.model.read_out(stream)
+            if self.read is not None:
+                return self.metric.on_read(self._gathered(logits))
+            if self.by_pair:
+                return torch.stack([self.metric(logits[i : i + 1]).squeeze() for i in range(self.n_pairs)])
+            return self.metric(logits).view(self.n_pairs)
+        every = torch.arange(self.n_pairs, device=stream.device)
+        return self.metric.on_read(self.logits(stream[every[:, None], self.read], every))
 
     def _gathered(self, logits: Tensor) -> Tensor:
         assert self.read is not None

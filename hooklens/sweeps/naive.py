@@ -80,26 +80,39 @@ def first_nonfinite(model: "HookedTransformer", tokens: Tensor, *edits: tuple[st
     return found[0] if found else None
 
 
-def refuse_nan(plan: Plan, values: Float[Tensor, "patch pair"], base: Float[Tensor, "pair"]) -> None:
-    """A metric that comes out NaN is an error that names where it began."""
-    if not bool(values.isnan().any() | base.isnan().any()):
+def not_finite(*values: Float[Tensor, "..."]) -> str | None:
+    """What is wrong with numbers that should all be finite: "NaN" or "infinite"; None if nothing is.
+
+    >>> not_finite(torch.tensor([1.0, float("inf")]))
+    'infinite'
+    """
+    if all(bool(value.isfinite().all()) for value in values):
+        return None
+    return "NaN" if any(bool(value.isnan().any()) for value in values) else "infinite"
+
+
+def refuse_nonfinite(plan: Plan, values: Float[Tensor, "patch pair"], base: Float[Tensor, "pair"]) -> None:
+    """A metric that comes out NaN or infinite is an error that names where it began."""
+    said = not_finite(values, base)
+    if said is None:
         return
     point = first_nonfinite(plan.model, plan.tokens)
     if point is not None:
         raise InputError(
-            f"the metric is NaN: the model's own activations are not finite from {point} on; hooklens check shows more"
+            f"the metric is {said}: the model's own activations are not finite from {point} on; hooklens check shows "
+            "more"
         )
     for layer, value in plan.values.items():
         if not bool(value.isfinite().all()):
-            raise InputError(f"the metric is NaN: the values to write at {plan.point(layer)} are not finite")
-    bad = values.isnan().any(1)
+            raise InputError(f"the metric is {said}: the values to write at {plan.point(layer)} are not finite")
+    bad = ~values.isfinite().all(1)
     n, first = int(bad.sum()), int(bad.long().argmax())
     point = first_nonfinite(plan.model, plan.tokens, writing(plan, plan.patches[first])) if n else None
     if point is not None:
         raise InputError(
-            f"the metric is NaN for {n} of {len(values)} patches, the first of them {plan.patches[first]}: with it "
+            f"the metric is {said} for {n} of {len(values)} patches, the first of them {plan.patches[first]}: with it "
             f"written, activations are not finite from {point} on"
         )
     raise InputError(
-        f"the metric is NaN for {n} of {len(values)} patches, though every activation is finite: look at the metric"
+        f"the metric is {said} for {n} of {len(values)} patches, though every activation is finite: look at the metric"
     )

@@ -1,20 +1,18 @@
 """What a sweep overwrites: a list of patches on a grid, the run they go into, and the values they write."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType, did_you_mean
-from hooklens.core.names import axes
+from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
+from hooklens.core.names import Site, axes, site
 from hooklens.model.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
 
 
 class SiteKind(NamedTuple):
@@ -60,7 +58,7 @@ class Patch(NamedTuple):
 class Plan:
     """Everything a sweep needs before it knows its metric: see `plan`."""
 
-    model: "HookedTransformer"
+    model: HookedTransformer
     site: str
     by: tuple[str, ...]
     shape: tuple[int, ...]
@@ -118,25 +116,54 @@ class BaseRun:
 Value = str | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
 
 
-def site_kind(site: str) -> str:
-    """The canonical name of a site that can be swept; unknown ones raise with the nearest.
+def site_kind(asked: str | tuple | Site) -> str:
+    """The canonical name of a site that is swept at every layer; unknown ones raise with the nearest.
 
-    >>> site_kind("mlp_post")
-    'post'
+    >>> site_kind("mlp_post"), site_kind(site("z"))
+    ('post', 'z')
     """
-    site = _ALIASES.get(site, site)
-    if site not in SITES:
-        raise did_you_mean("site to sweep", site, SITES)
-    return site
+    found = _read(asked)
+    if found.layer is not None:
+        raise InputError(f"{found} is one layer's, and every layer is swept here; give site={found.name!r}")
+    return found.name
 
 
-def settle_by(model: "HookedTransformer", site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
+def site_and_layer(model: HookedTransformer, asked: str | tuple | Site) -> tuple[str, int | None]:
+    """The canonical name of a site that can be swept, and its layer where one is named.
+
+    >>> from hooklens.testing import tiny_model
+    >>> site_and_layer(tiny_model(), "z"), site_and_layer(tiny_model(), site("z", -1))
+    (('z', None), ('z', 1))
+    """
+    need_hooked(model, "a sweep")
+    found, n = _read(asked), model.cfg.n_layers
+    if found.layer is None:
+        return found.name, None
+    if not -n <= found.layer < n:
+        raise InputError(f"{found} asked for; there are layers 0 to {n - 1} (or -{n} to -1)")
+    return found.name, found.layer % n
+
+
+def _read(asked: str | tuple | Site) -> Site:
+    if isinstance(asked, list | set):
+        raise WrongType(
+            f"one site is swept at a time, such as 'z' or hl.site('z', 5); sweep each of {asked!r:.60} alone"
+        )
+    found = asked if isinstance(asked, Site) else site(*asked) if isinstance(asked, tuple) else site(asked)
+    name = _ALIASES.get(found.name, found.name)
+    if name not in SITES:
+        raise did_you_mean("site to sweep", name, SITES)
+    return replace(found, name=name)
+
+
+def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
     """The axes of a sweep's grid, layer first; checked against what the site has.
 
     >>> from hooklens.testing import tiny_model
     >>> settle_by(tiny_model(), "z", "layer x head x pos")
     ('layer', 'head', 'pos')
     """
+    need_hooked(model, "a sweep")
     if by is None:
         return SITES[site].default_by
     names = tuple(part.strip() for part in by.replace("×", "x").split(" x ")) if isinstance(by, str) else tuple(by)
@@ -151,7 +178,7 @@ def settle_by(model: "HookedTransformer", site: str, by: str | Sequence[str] | N
     return names
 
 
-def grid(model: "HookedTransformer", site: str, by: tuple[str, ...], n_pos: int) -> tuple[tuple[int, ...], list[Patch]]:
+def grid(model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int) -> tuple[tuple[int, ...], list[Patch]]:
     """The shape of a sweep's grid and its patches in order."""
     cfg = model.cfg
     heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
@@ -163,7 +190,7 @@ def grid(model: "HookedTransformer", site: str, by: tuple[str, ...], n_pos: int)
     return shape, patches
 
 
-def check_patches(model: "HookedTransformer", site: str, patches: Sequence[Patch], n_pos: int) -> None:
+def check_patches(model: HookedTransformer, site: str, patches: Sequence[Patch], n_pos: int) -> None:
     """A layer, head, neuron or position that does not exist raises with what does."""
     cfg = model.cfg
     heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
@@ -177,7 +204,8 @@ def check_patches(model: "HookedTransformer", site: str, patches: Sequence[Patch
             if value is not None and name not in has:
                 raise InputError(f"{name} {value} of {site} asked for; {site} has {', '.join(sorted(has))}")
             if (value is None and name == "layer") or (value is not None and not 0 <= value < size):
-                raise InputError(f"{name} {value} of {site} asked for; there are {name}s 0 to {size - 1}")
+                many = "positions" if name == "pos" else f"{name}s"
+                raise InputError(f"{name} {value} of {site} asked for; there are {many} 0 to {size - 1}")
 
 
 def _axes_of(site: str) -> set[str]:
@@ -189,7 +217,7 @@ def _axes_of(site: str) -> set[str]:
 
 @torch.no_grad()
 def plan(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Int[Tensor, "pair pos"],
     site: str,
     value: "Int[Tensor, 'pair pos'] | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]",
@@ -225,7 +253,7 @@ def plan(
     )
 
 
-def base_run(model: "HookedTransformer", tokens: Tensor, site: str, layers: Sequence[int]) -> BaseRun:
+def base_run(model: HookedTransformer, tokens: Tensor, site: str, layers: Sequence[int]) -> BaseRun:
     """Run the model once and keep what patches of this site start from."""
     past, n = KVCache(), model.cfg.n_layers
     points = [f"blocks.{layer}.hook_resid_pre" for layer in range(n)]
@@ -254,8 +282,19 @@ def _also(site: str) -> tuple[str, ...]:
 
 def _values(site: str, layers: Sequence[int], value: Any, base: BaseRun) -> dict[int, Tensor]:
     names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
-    if not isinstance(value, Mapping):
+    if callable(value):
         value = {name: value(base.acts[layer].clone(), name) for layer, name in names.items()}
+    if not isinstance(value, Mapping):
+        raise WrongType(
+            "value= is a word such as 'clean' or 'zero', a tensor, activations by point, or a function of (activation, "
+            f"point); got {value!r:.60}"
+        )
+    missing = [name for name in names.values() if name not in value]
+    if missing:
+        raise NameNotFound(
+            f"value= has no activation for {missing[0]} ({len(missing)} of {len(names)} points are missing); give all, "
+            f"for example run_with_cache(tokens, names={site!r})[1], or sweep one layer: site=hl.site({site!r}, 0)"
+        )
     return {layer: _fitted(value[name], base.acts[layer], name) for layer, name in names.items()}
 
 

@@ -4,6 +4,7 @@ from hooklens.viz.curves import lines as lines
 from hooklens.viz.curves import scatter as scatter
 from hooklens.viz.figures import bars as bars
 from hooklens.viz.figures import heatmap as heatmap
+from hooklens.viz.graph import layered_graph as layered_graph
 from hooklens.viz.heads import attention_heads as attention_heads
 from hooklens.viz.report import Report as Report
 from hooklens.viz.text import Html as Html

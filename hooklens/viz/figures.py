@@ -11,6 +11,7 @@ from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
 from hooklens.viz.inputs import as_array, as_labels, same_length, ticks
 from hooklens.viz.theme import DIVERGING, NEGATIVE, NEUTRAL, POSITIVE, SEQUENTIAL, plotly_scale
 
+_IN_CELL = 9  # characters that fit a cell
 _LONGEST = 24  # characters of a tick label: a longer one would take the drawing's room
 
 
@@ -26,8 +27,11 @@ def heatmap(
     diverging: bool = True,
     colourbar: str = "",
     zmid: float = 0.0,
+    cells: Sequence[Sequence[object]] | None = None,
 ) -> go.Figure:
     """Where in the grid are the large values? Row 0 on top; `hover` adds a line of text to each cell's box.
+
+    A tuple in `hover` is several lines. `cells` is a short text written into each cell, such as a token.
 
     >>> import torch
     >>> figure = heatmap(torch.tensor([[1.0, -2.0]]), x=["the", "the"], y_title="layer")
@@ -47,11 +51,15 @@ def heatmap(
     ]
     if hover is not None:
         same_length("heatmap", rows=array, hover=hover)
-        extra = [as_labels(line, array.shape[1], "x", "hover") for line in hover]
+        extra = [_lines(line, array.shape[1]) for line in hover]
         boxes = [[f"{a}<br>{b}" for a, b in zip(*pair, strict=True)] for pair in zip(boxes, extra, strict=True)]
     colours = plotly_scale(DIVERGING if diverging else SEQUENTIAL)
     bar = colour_bar(colourbar)
     drawn = go.Heatmap(z=array, zmin=low, zmax=high, colorscale=colours, text=boxes, hoverinfo="text", colorbar=bar)
+    if cells is not None:
+        same_length("heatmap", rows=array, cells=cells)
+        written = [as_labels(line, array.shape[1], "x", "cells", _IN_CELL) for line in cells]
+        drawn.update(hovertext=boxes, text=written, texttemplate="%{text}", textfont={"size": 10})
     figure = new_figure([drawn], title, x_title, y_title, height=_height(len(array)))
     figure.update_traces(xgap=1, ygap=1, selector=lambda _: array.size <= 4000)
     figure.update_xaxes(
@@ -93,6 +101,13 @@ def bars(
     figure.update_layout(showlegend=False, bargap=0.25)
     figure.update_xaxes(**ticks(names), **_slant(names), showgrid=False, zeroline=False, range=[-0.6, len(array) - 0.4])
     return mark(figure, marks)
+
+
+def _lines(cells: Sequence[object], count: int) -> list[str]:
+    """What is added to the hover box of each cell of a row."""
+    each = [cell if isinstance(cell, tuple | list) else (cell,) for cell in cells]
+    same_length("hover", columns=range(count), cells=each)
+    return ["<br>".join(as_labels(cell, len(cell), "line", "hover")) for cell in each]
 
 
 def _height(rows: int) -> int:

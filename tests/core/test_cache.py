@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from refused import refused
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
-from zoo import TOKENS, ZOO, vector_model, zoo_model
+from zoo import TOKENS, ZOO, LowRank, Peft, vector_model, wrap_layers, zoo_model
 
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import FileRefused, InputError, NameNotFound
@@ -189,10 +190,54 @@ def test_slices_by_batch_position_and_layer(run):
     one = cache.slice(layers=-1)
     assert ("z", 1) in one and ("z", 0) not in one and "embed" in one
     assert len(cache) == 40 and cache["z", 0].shape == (2, 5, 2, 4)
-    with pytest.raises(InputError, match=r"layers \[2\] asked for; this cache has layers 0 to 1"):
+    first = cache.slice(layers=slice(0, 1))
+    assert list(first) == list(cache.slice(layers=torch.tensor([0]))) and ("z", 1) not in first and ("z", 0) in first
+    with pytest.raises(InputError, match=r"layers \[0, 2\] asked for; this cache has layers 0 to 1"):
         cache.slice(layers=[0, 2])
     with pytest.raises(InputError, match="already sliced"):
         last.slice(pos=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"pos": 99}, r"pos 99 asked for; hook_embed has pos 0 to 4 \(or -5 to -1\)"),
+        ({"pos": [0, -6]}, r"pos \[0, -6\] asked for"),
+        ({"pos": torch.tensor([True, False])}, "asked for; hook_embed has pos 0 to 4"),
+        ({"pos": 1.5}, "pos 1.5 asked for"),
+        ({"pos": "end"}, "pos 'end' asked for"),
+        ({"batch": 9}, "batch 9 asked for; hook_embed has batch 0 to 1"),
+        ({"batch": torch.tensor([2])}, "batch tensor"),
+        ({"layers": 2}, "layers 2 asked for; this cache has layers 0 to 1"),
+    ],
+)
+def test_a_slice_out_of_range_says_what_there_is(run, asked, said):
+    with refused(InputError, said):
+        run[2].slice(**asked)
+
+
+def test_an_empty_slice_and_a_mask_are_slices(run):
+    assert run[2].slice(pos=[])["z", 0].shape == (2, 0, 2, 4)
+    mask = torch.tensor([True, False, False, True, False])
+    assert torch.equal(run[2].slice(pos=mask)["z", 0], run[2]["z", 0][:, [0, 3]])
+
+
+def test_taking_apart_out_of_range_says_what_there_is(run):
+    _, _, cache = run
+    stack = cache.decompose_resid(pos=-1)[0]
+    for ask, said in (
+        (lambda: cache.decompose_resid(pos=99), "pos 99 asked for; hook_embed has pos 0 to 4"),
+        (lambda: cache.stack_neuron_results(neurons=99), "neurons 99 asked for; the MLP of layer 0 has neurons 0 to"),
+        (lambda: cache.logit_attrs(stack, 99, pos=-1), "token ids lie between 0 and 10 here, got 99"),
+        (lambda: cache.logit_attrs(stack, -1, pos=-1), "token ids lie between 0 and 10 here, got -1"),
+        (lambda: cache.logit_attrs(stack, [1, 2, 3], pos=-1), r"tokens \[3\] do not fit a stack \[6, 2, 8\]"),
+        (lambda: cache.logit_attrs(cache.decompose_resid()[0], [1, 2, 3]), r"tokens \[3, 1\] do not fit a stack"),
+    ):
+        with pytest.raises(InputError, match=said):
+            ask()
+    row = cache.slice(batch=0, pos=-1)
+    with pytest.raises(InputError, match="do not fit a stack"):  # six tokens, six components: no sum over a mixture
+        row.logit_attrs(row.decompose_resid()[0], [1, 2, 3, 4, 5, 6])
 
 
 def test_stacks_a_site_over_layers(run):
@@ -263,6 +308,72 @@ def test_logit_attributions_sum_to_the_uncapped_logit_minus_both_biases(kind, dt
     for bias in (model.b_U, None if norm_bias is None else norm_bias @ column):
         expected = expected if bias is None else expected - (bias[answer] - bias[wrong])
     assert torch.allclose(difference, expected, atol=atol * raw.abs().max().item())
+
+
+@pytest.mark.parametrize("n_prompts", [1, 2])
+def test_pos_forgotten_after_a_stack_at_one_position_raises(n_prompts):
+    """One prompt used to broadcast, to numbers that were wrong; two raised torch's own error."""
+    _, cache = tiny_model().run_with_cache(TOKENS[:n_prompts])
+    stack = cache.decompose_resid(pos=-1)[0]
+    for forgotten in (lambda: cache.logit_attrs(stack, 3), lambda: cache.apply_ln_to_stack(stack, 1)):
+        with pytest.raises(InputError, match="give pos= here as it was given to the stack"):
+            forgotten()
+    assert cache.logit_attrs(stack, 3, pos=-1).shape == (6, n_prompts)
+
+
+def biases(part):
+    """What a linear layer, wrapped or not, writes for nothing."""
+    return part(torch.zeros(part.base.weight.shape[1], dtype=torch.float64)).detach()
+
+
+@pytest.mark.parametrize("kind", [LowRank, Peft])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_heads_of_a_wrapped_output_layer_are_what_it_writes(name, kind):
+    """From z they were those of the weight inside the wrapper."""
+    model = wrap_layers(zoo_model(name, dtype=torch.float64), "attn.o", kind)
+    _, from_z = model.run_with_cache(TOKENS)
+    _, with_result = model.run_with_cache(TOKENS, names=lambda name: True)
+    assert ("result", 0) not in from_z and ("result", 0) in with_result
+    assert torch.allclose(from_z.stack_head_results()[0], with_result.stack_head_results()[0], atol=1e-12)
+    sliced = from_z.slice(batch=0, pos=-1).stack_head_results()[0]
+    assert torch.allclose(sliced, from_z.stack_head_results()[0][:, 0, -1], atol=1e-12)
+    if name == "gpt2":
+        written = from_z.stack_head_results(1)[0].sum(0) + biases(model.blocks[0].attn.o)
+        assert torch.allclose(written, from_z["attn_out", 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LowRank, Peft])
+def test_neurons_of_a_wrapped_output_layer_are_what_it_writes(kind):
+    model = wrap_layers(zoo_model("gpt2", dtype=torch.float64), "mlp.out", kind)
+    _, cache = model.run_with_cache(TOKENS)
+    written = cache.stack_neuron_results(1)[0].sum(0) + biases(model.blocks[0].mlp.out)
+    assert torch.allclose(written, cache["mlp_out", 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LowRank, Peft])
+def test_logit_attributions_go_through_a_wrapped_unembedding(kind):
+    model = wrap_layers(zoo_model("gpt2", dtype=torch.float64), "unembed", kind)
+    _, cache = model.run_with_cache(TOKENS)
+    attributed = cache.logit_attrs(cache.decompose_resid()[0], 3).sum(0)
+    expected = cache["unembed.hook_out"] - model.unembed.linear(model.ln_final.bias)
+    assert torch.allclose(attributed, expected[..., 3], atol=1e-12)
+
+
+def test_a_wrapped_layer_that_is_not_linear_is_refused():
+    model = tiny_model()
+    _, cache = model.run_with_cache(TOKENS)
+    stack = cache.decompose_resid()[0]
+    handle = model.unembed.linear.register_forward_hook(lambda part, args, out: out.relu())
+    with pytest.raises(InputError, match=r"matrix of a Linear, which is no linear map.*remove torch hooks"):
+        cache.logit_attrs(stack, 3)
+    handle.remove()
+    for block in model.blocks:
+        block.mlp.out = torch.nn.Sequential(torch.nn.Dropout(0.5), block.mlp.out)
+    with pytest.raises(InputError, match=r"model.eval\(\)"):
+        cache.stack_neuron_results()
+    model.eval()
+    written = cache.stack_neuron_results(1)[0].sum(0) + model.blocks[0].mlp.out[1].bias
+    assert torch.allclose(written, cache["mlp_out", 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])

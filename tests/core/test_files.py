@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -103,6 +105,49 @@ def test_a_write_that_fails_half_way_says_why(tmp_path, error, says):
         raise error
     assert caught.value.__cause__ is error
     assert names(tmp_path) == []
+
+
+# Every file of this process may have 30 kB: what a full disk does to a write, without a disk, a mount or root.
+FULL = """
+import pathlib, resource, sys
+from dataclasses import replace
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+from hooklens.core.errors import Unavailable
+from hooklens.core.files import write_atomically
+from hooklens.plugins.patching.activation import demo
+from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.testing import tiny_model
+from hooklens.viz.report import Report
+
+def text(path):
+    with write_atomically(path) as aside:
+        aside.write_text("x" * 100_000)
+
+model, out = tiny_model(d_mlp=2048), pathlib.Path(sys.argv[1])
+sweep = demo(model)
+for name, save in {
+    "text": text,
+    "cache": model.run_with_cache([[1] * 32])[1].save,
+    "result": replace(sweep, per_pair=sweep.per_pair.repeat(2000, 1, 1)).save,
+    "model.safetensors": lambda path: save_checkpoint(model, path),
+    "report": Report("page").figure(sweep.figure()).save,
+}.items():
+    try:
+        save(out / name)
+        print(name, "was written")
+    except Unavailable as error:
+        print(name, "is full" if "the disk is full" in str(error) and str(out / name) in str(error) else error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a process's files")
+def test_on_a_full_disk_every_writer_says_so_and_leaves_what_was_there(tmp_path):
+    (tmp_path / "cache").write_text("old")
+    command = [sys.executable, "-B", "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    writers = ["text", "cache", "result", "model.safetensors", "report"]
+    assert done.stdout.splitlines() == [f"{name} is full" for name in writers], done.stderr
+    assert names(tmp_path) == ["cache"] and (tmp_path / "cache").read_text() == "old"
 
 
 def test_an_error_about_another_file_passes_through(tmp_path):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity_factored import factors, values
+from recorded_factored import RECORDED
 
 from hooklens.core.errors import InputError
 from hooklens.model.factored import FactoredMatrix
@@ -48,8 +50,54 @@ def test_indexing_takes_batch_axes_then_rows_then_columns():
         m[0, 1, :, [0, 2]].AB, m.AB[0, 1][:, [0, 2]]
     )
     assert [part.shape for part in m] == [m[0].shape] * 2
-    with pytest.raises(InputError, match="slices or lists"):
-        _ = m[0, 1, 2]
+    for row, column in ((2, 3), (-1, -4), (0, 0)):
+        assert torch.allclose(m[0, 1, row].AB, m.AB[0, 1, row][None])
+        assert torch.allclose(m[0, 1, row, column].AB, m.AB[0, 1, row, column][None, None])
+        assert torch.allclose(m[:, 1, :, column].AB, m.AB[:, 1, :, column][..., None])
+    assert torch.equal(m[None, 1].AB, m.AB[None, 1])
+    for wrong in ((0, 1, 5), (0, 1, 0, -5), (0, 1, 0, 0, 0), (..., 0)):
+        with pytest.raises(InputError, match=r"asked for|does not fit"):
+            _ = m[wrong]
+
+
+@settings(max_examples=25, deadline=None)
+@given(lead=st.lists(st.integers(1, 3), max_size=2), sizes=st.tuples(*[st.integers(1, 6)] * 3), seed=st.integers(0, 99))
+def test_other_forms_are_the_same_product(lead, sizes, seed):
+    """Also where the inner dimension is the largest one."""
+    m = made(lead, *sizes, seed)
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)  # noqa: E731
+    U, S, V = m.svd()
+    close(m.make_even().AB, m.AB)
+    close(m.make_even().A.mT @ m.make_even().A, torch.diag_embed(S))
+    close(U @ m.collapse_l(), m.AB)
+    close(m.collapse_r() @ V.mT, m.AB)
+    close(m.get_corner(2), m.AB[tuple([slice(2)] * m.ndim)])
+    close(m.unsqueeze(0).AB, m.AB[None])
+    close(m.unsqueeze(-3).AB, m.AB.unsqueeze(-3))
+    assert (m.ndim, m.ldim, m.mdim, m.rdim) == (len(lead) + 2, *sizes)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_values_equal_transformer_lens(name):
+    ours = values(FactoredMatrix(*factors(name)))
+    assert list(ours) == list(RECORDED[name])
+    for what, expected in RECORDED[name].items():
+        shape, numbers = expected
+        assert tuple(ours[what].shape) == shape, what
+        assert ours[what].flatten().tolist() == pytest.approx(numbers, abs=1e-5), what
+
+
+def test_vh_is_v_as_in_transformer_lens_and_says_so():
+    m = made((), 4, 2, 3)
+    with pytest.warns(DeprecationWarning, match="not transposed"):
+        assert torch.equal(m.Vh, m.V)
+
+
+def test_a_tensor_that_is_no_number_does_not_multiply():
+    with pytest.raises(InputError, match="takes one number"):
+        _ = made((), 3, 2, 3) * torch.ones(3)
+    with pytest.raises(InputError, match="adds a batch axis"):
+        made((), 3, 2, 3).unsqueeze(-1)
 
 
 def test_shapes_that_cannot_be_are_refused():

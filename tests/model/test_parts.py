@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from zoo import TOKENS, ZOO, zoo_model
+from zoo import TOKENS, ZOO, LowRank, Peft, wrap_layers, zoo_model
 
 from hooklens.core.errors import InputError, NameNotFound
 from hooklens.core.hooks import Handle
@@ -170,6 +170,18 @@ def test_fused_and_written_out_attention_agree_in_value_and_gradient(kind):
             logits.square().sum().backward()
             grads.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("kind", [LowRank, Peft])
+def test_an_edited_result_of_a_wrapped_output_layer_reaches_the_stream(kind):
+    """It used to ask the wrapper for its bias."""
+    model = wrap_layers(zoo_model("gpt2", dtype=torch.float64), "attn.o", kind)
+    attn_out = model.run_with_cache(TOKENS)[1]["attn_out", 0]
+    scope, cache = model.capture(("attn_out", 0))
+    with scope, model.hooks(fwd_hooks=[(("result", 0), lambda result, hook: result * 2)]):
+        model(TOKENS)
+    written_for_nothing = model.blocks[0].attn.o(torch.zeros(8, dtype=torch.float64)).detach()
+    assert torch.allclose(cache["attn_out", 0], 2 * attn_out - written_for_nothing, atol=1e-12)
 
 
 def test_unnormalised_attention_is_a_sum_over_earlier_tokens():

@@ -1,12 +1,10 @@
 """Generation: the same tokens as a plain loop, hooks and captures at chosen steps, stops, streaming, draws."""
 
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
+from refused import refused
 
 from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.model.continuation import Continuation, Stops
@@ -289,6 +287,10 @@ def test_the_result_shows_and_saves_itself(tmp_path):
     [
         ({"temperature": -1.0}, InputError, "temperature must be 0"),
         ({"temperature": float("nan")}, InputError, "temperature must be 0"),
+        ({"temperature": "hot"}, WrongType, "temperature is a number, got 'hot'"),
+        ({"temperature": None}, WrongType, "temperature is a number, got None"),
+        ({"temperature": 1.0, "seed": 1.5}, WrongType, "seed is a whole number or a torch.Generator, got 1.5"),
+        ({"temperature": 1.0, "top_k": 2.5}, WrongType, "top_k is a whole number, got 2.5"),
         ({"temperature": 1.0, "top_k": 0}, InputError, "top_k"),
         ({"temperature": 1.0, "top_p": 0.0}, InputError, "top_p"),
         ({"max_new_tokens": 0}, InputError, "max_new_tokens"),
@@ -303,9 +305,8 @@ def test_the_result_shows_and_saves_itself(tmp_path):
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, error, says):
-    with pytest.raises((error, TypeCheckError)) as caught:  # with executed annotations they speak first
+    with refused(error, says):
         tiny_model().generate([1, 2], **{"max_new_tokens": 4, **options})
-    assert isinstance(caught.value, TypeCheckError) or re.search(says, str(caught.value))
 
 
 @pytest.mark.parametrize("prompt", [[], "", [[]], [[1], []], torch.zeros(0, dtype=torch.long), [[99]], 5])

@@ -2,11 +2,13 @@
 
 import operator
 
+import einops
 import pytest
 import torch
 from zoo import TOKENS, zoo_model
 
 from hooklens.core.errors import InputError
+from hooklens.model.transformer import HookedTransformer
 from hooklens.testing import tiny_model
 
 NAMES = ["W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "W_in", "W_out", "b_in", "b_out"]
@@ -52,6 +54,81 @@ def test_a_layer_taken_by_index_is_its_own_weight_so_that_no_write_to_it_is_lost
     assert (own(model, "W_V", 1)[0] == 0).all() and (own(model, "W_V", 1)[1] != 0).all()
 
 
+def test_a_loop_over_layers_writes_to_the_layers():
+    """It used to write to slices of the copy."""
+    for layers in (lambda w: w, lambda w: w.unbind(), lambda w: torch.unbind(w, dim=0), lambda w: w.unbind(-4)):
+        model = zoo_model("gpt2")
+        with torch.no_grad():
+            for weight in layers(model.W_Q):
+                weight[0] = 0
+        assert all((block.attn.W_Q[0] == 0).all() and (block.attn.W_Q[1] != 0).all() for block in model.blocks)
+
+
+def test_a_layer_that_does_not_exist_says_which_do():
+    model = zoo_model("gpt2")
+    said = r"layer (9|-3) of a stacked weight asked for; there are layers 0 to 1 \(or -2 to -1\)"
+    for ask in (lambda w: w[9], lambda w: w[-3, 0], lambda w: w.__setitem__(9, 0), lambda w: w.__setitem__((9, 0), 0)):
+        with pytest.raises(InputError, match=said):
+            ask(model.W_Q)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda w: w.view(-1),
+        lambda w: w[:, 1],
+        lambda w: w[..., 0],
+        lambda w: w[0:1],
+        lambda w: w[torch.tensor(1)],
+        lambda w: w.mT,
+        lambda w: w.detach(),
+        lambda w: w.data,
+        lambda w: w.unbind(1)[0],
+        lambda w: w.chunk(2)[1],
+        lambda w: w[:, 1][0].flatten().detach()[:3],
+        lambda w: einops.rearrange(w, "layer head m d -> layer (head m) d"),
+    ],
+)
+def test_a_write_into_part_of_the_copy_raises_rather_than_doing_nothing(part):
+    model = zoo_model("gpt2")
+    before = model.W_Q.detach().clone()
+    for write in (
+        lambda w: w.zero_(),
+        lambda w: w.__setitem__(0, 0),
+        lambda w: operator.imul(w, 2),
+        lambda w: torch.nn.init.normal_(w),
+    ):
+        with torch.no_grad(), pytest.raises(InputError, match=r"change this copy, not the model.*or clone\(\) it"):
+            write(part(model.W_Q))
+    assert torch.equal(model.W_Q.detach(), before)
+    mine = part(model.W_Q).clone()
+    assert type(mine) is torch.Tensor and (mine.detach().zero_() == 0).all()
+
+
+def test_gradients_go_through_views_of_the_copy():
+    model = zoo_model("gpt2")
+    model.W_Q[:, 1].square().sum().backward()
+    weight = model.blocks[0].attn.q.weight
+    assert torch.allclose(weight.grad[4:8], 2 * weight[4:8]) and (weight.grad[:4] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
+def test_a_function_of_views_of_the_copy_compiles():
+    if hasattr(HookedTransformer.forward, "__wrapped__"):
+        pytest.skip("the checks of executed types are not traceable")
+    model = zoo_model("gpt2")
+
+    class Reads(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return self.model.W_Q[:, 1].square().sum() + self.model.W_Q.mT[1].sum()
+
+    assert torch.allclose(torch.compile(Reads(), backend="eager")(), Reads()())
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -79,7 +156,7 @@ def test_what_is_computed_from_it_is_a_plain_tensor_with_gradients_to_the_model(
     model = zoo_model("gpt2")
     for value in (
         model.W_Q * 2,
-        model.W_Q[:, 0],
+        model.W_Q[:, 0] * 2,
         model.W_Q.sum(),
         torch.stack([model.W_Q]),
         torch.einsum("lhmd->m", model.W_Q),

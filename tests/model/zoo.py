@@ -80,3 +80,34 @@ def zoo_model(name: str, *, dtype: torch.dtype = torch.float32, **changes) -> Ho
 def vector_model(**changes) -> HookedTransformer:
     """A model that reads vectors instead of tokens."""
     return tiny_model(embed=VectorEmbed(d_in=3), d_vocab_out=1, **changes)
+
+
+class LowRank(torch.nn.Module):
+    """What LoRA tools put in a linear layer's place."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base = base
+        generator = torch.Generator().manual_seed(2)
+        n_out, n_in = base.weight.shape
+        self.A = torch.nn.Parameter(torch.randn(2, n_in, generator=generator).to(base.weight))
+        self.B = torch.nn.Parameter(torch.randn(n_out, 2, generator=generator).to(base.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.A.T @ self.B.T
+
+
+class Peft(LowRank):
+    """The kind that hands out the weight and bias of what it wraps, which are not what it computes."""
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+
+def wrap_layers(model: HookedTransformer, where: str, kind: type[LowRank] = LowRank) -> HookedTransformer:
+    """The model with `attn.o`, `mlp.out`, ... of every block wrapped, or `unembed`."""
+    parts = [model.unembed] if where == "unembed" else [getattr(block, where.split(".")[0]) for block in model.blocks]
+    name = "linear" if where == "unembed" else where.split(".")[1]
+    for part in parts:
+        setattr(part, name, kind(getattr(part, name)))
+    return model

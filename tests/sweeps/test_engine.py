@@ -8,7 +8,7 @@ from families import FAMILIES, tiny, tiny_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop import BYS, POINTS, has, looped
-from model.zoo import ZOO, zoo_model
+from model.zoo import ZOO, wrap_layers, zoo_model
 from torch import Tensor
 
 import hooklens as hl
@@ -351,34 +351,12 @@ def test_bfloat16_runs():
     sweep.interval(), sweep.table()
 
 
-class LowRank(torch.nn.Module):
-    """What LoRA tools put in a linear layer's place."""
-
-    def __init__(self, base: torch.nn.Linear):
-        super().__init__()
-        self.base = base
-        generator = torch.Generator().manual_seed(2)
-        n_out, n_in = base.weight.shape
-        self.A = torch.nn.Parameter(torch.randn(2, n_in, generator=generator).to(base.weight))
-        self.B = torch.nn.Parameter(torch.randn(n_out, 2, generator=generator).to(base.weight))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + x @ self.A.T @ self.B.T
-
-
 @pytest.mark.parametrize("wrapped", ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.in_", "mlp.out", "unembed"])
 def test_wrapped_linear_layers(wrapped):
-    model = zoo_model("gpt2", dtype=torch.float64, **SMALL)
-    if wrapped == "unembed":
-        model.unembed.linear = LowRank(model.unembed.linear)
-    else:
-        part, name = wrapped.split(".")
-        for block in model.blocks:
-            setattr(getattr(block, part), name, LowRank(getattr(getattr(block, part), name)))
+    model = wrap_layers(zoo_model("gpt2", dtype=torch.float64, **SMALL), wrapped)
     metric = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4)
     for site in POINTS:
-        if (site, wrapped) != ("result", "attn.o"):
-            agree(model, CLEAN, CORRUPTED, metric, site, BYS[site][0], tolerance=1e-9)
+        agree(model, CLEAN, CORRUPTED, metric, site, BYS[site][0], tolerance=1e-9)
 
 
 def test_a_weight_edited_between_sweeps_is_seen():

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 import torch
-from loop import looped
+from loop import POINTS, looped
 from model.zoo import zoo_model
+from refused import refused
 from torch import Tensor, nn
 
 import hooklens as hl
@@ -267,6 +268,16 @@ def test_an_interrupted_sweep_goes_on(model, tmp_path, interrupted, plain):
     assert [p.name for p in tmp_path.iterdir()] == ["sweep"]
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_interrupt_says_that_there_is_resume(model, tmp_path, interrupted, plain):
+    for resume in (None, tmp_path / "sweep"):
+        interrupted(6)
+        with hl.engine(memory=1, verify=0, plain=plain), pytest.raises(KeyboardInterrupt) as caught:
+            hl.patch(model, CLEAN, CORRUPTED, interruptible, site="z", resume=resume)
+        notes = getattr(caught.value, "__notes__", [])
+        assert ["resume=path" in note for note in notes] == ([True] if resume is None else [])
+
+
 def test_interrupts_at_every_bin(model, tmp_path, interrupted, monkeypatch):
     """Interrupted again and again, after every bin: still the same numbers, each bin run once or twice."""
     from hooklens.sweeps import execute as module
@@ -446,6 +457,26 @@ def test_nan_under_a_patch_names_the_patch():
         hl.patch(model, CLEAN, CORRUPTED, lambda logits: logits.sum((1, 2)), site="mlp_out", value=huge)
 
 
+def test_an_infinite_metric_is_refused_like_nan(model):
+    """It used to pass, as a sweep of -inf that recovered NaN."""
+    metric = metric_of(model)
+    for value in (float("inf"), float("-inf")):
+        with pytest.raises(InputError, match="metric is infinite for 8 of 8 patches, though every activation is"):
+            hl.patch(model, CLEAN, CORRUPTED, lambda logits, value=value: own(logits) * 0 + value, site="z")
+    base = model(CORRUPTED)[:, -1, 3].detach()
+    once = lambda logits: torch.where(logits[:, -1, 3] == base, 0.0, -torch.inf)  # noqa: E731
+    with pytest.raises(InputError, match=r"the metric is infinite for \d of 8 patches"):
+        hl.patch(model, CLEAN, CORRUPTED, once, site="z")
+    large = model(CLEAN)[:, -1, 3].detach()
+    only_clean = lambda logits: torch.where(logits[:, -1, 3] == large, torch.inf, own(logits))  # noqa: E731
+    with pytest.raises(InputError, match="the metric of the clean run is infinite: every activation is finite"):
+        hl.patch(model, CLEAN, CORRUPTED, only_clean, site="z")
+    with torch.no_grad():
+        model.unembed.linear.weight[3] = 1e308
+    with pytest.raises(InputError, match=r"not finite from unembed\.hook_out on"):
+        hl.patch(model, CLEAN, CORRUPTED, metric, site="z")
+
+
 def test_nan_of_the_metric_itself(model):
     with pytest.raises(InputError, match="every activation is finite: look at the metric"):
         hl.patch(model, CLEAN, CORRUPTED, lambda logits: own(logits) * float("nan"))
@@ -476,7 +507,7 @@ def test_a_metric_that_returns_neither_a_number_nor_one_a_pair(model, returns):
         (Patch(2), "layer 2 of z asked for; there are layers 0 to 1"),
         (Patch(-1), "layer -1"),
         (Patch(0, head=4), "heads 0 to 3"),
-        (Patch(0, pos=6), "poss? 0 to 5"),
+        (Patch(0, pos=6), "pos 6 of z asked for; there are positions 0 to 5"),
         (Patch(0, neuron=1), "z has head, layer, pos"),
         (Patch(None, head=0), "layer None"),
     ],
@@ -502,6 +533,78 @@ def test_other_patches_and_sites_that_do_not_exist(model):
     for by in ("pos", "layer x head", "layer x pos x pos", "layer x neuron", ""):
         with pytest.raises(InputError, match="resid_pre can be swept by layer"):
             hl.patch(model, CLEAN, CORRUPTED, own, by=by)
+
+
+@pytest.mark.parametrize("site", ["z", "k", "resid_pre", "post", "pattern"])
+def test_a_site_at_one_layer_is_that_layer_of_the_whole_sweep(model, site):
+    """It used to raise torch's or Python's own errors."""
+    metric = metric_of(model)
+    whole = hl.patch(model, CLEAN, CORRUPTED, metric, site=site)
+    for asked, layer in ((hl.site(site, 1), 1), (hl.site(site, -2), 0), ((site, 1), 1), (hl.site(whole_name(site)), 1)):
+        one = hl.patch(model, CLEAN, CORRUPTED, metric, site=asked)
+        close(one.per_pair, whole.per_pair[:, layer : layer + 1])
+        assert (one.site, one.by) == (whole.site, whole.by) and one.labels["layer"] == [f"L{layer}"]
+        assert one.name_of(one.order()[0]).startswith(f"L{layer}")
+        assert all(str(row[0]).startswith(f"L{layer}") for row in one.table().rows)
+        one.figure()
+    every = hl.patch(model, CLEAN, CORRUPTED, metric, site=hl.site(site))
+    close(every.per_pair, whole.per_pair)
+    given = {whole_name(site): torch.tensor(0.0, dtype=torch.float64)}  # that layer's activation is enough
+    zeroed = hl.patch(model, CLEAN, CORRUPTED, metric, site=hl.site(site, 1), value=given)
+    close(zeroed.per_pair, hl.patch(model, CLEAN, CORRUPTED, metric, site=site, value="zero").per_pair[:, 1:])
+
+
+def whole_name(site: str) -> str:
+    return f"blocks.1.{POINTS[site]}"
+
+
+def test_one_layer_of_prompts_of_several_lengths_and_resumed(model, tmp_path):
+    clean, corrupted = [[1, 2, 3, 4], [5, 6, 7]], [[1, 2, 8, 4], [5, 9, 7]]
+    metric = metric_of(model)
+    whole = hl.patch(model, clean, corrupted, metric, site="z")
+    close(hl.patch(model, clean, corrupted, metric, site=hl.site("z", 1)).per_pair, whole.per_pair[:, 1:])
+    run = functools.partial(hl.patch, model, CLEAN, CORRUPTED, metric, resume=tmp_path / "sweep")
+    first = run(site=hl.site("z", 1))
+    assert torch.equal(run(site=hl.site("z", 1)).per_pair, first.per_pair)
+    with pytest.raises(FileRefused, match="another sweep"):
+        run(site=hl.site("z", 0))
+
+
+@pytest.mark.parametrize(
+    ("site", "error", "says"),
+    [
+        (["z", "q"], WrongType, r"one site is swept at a time.*sweep each of \['z', 'q'\] alone"),
+        (("z", "q"), WrongType, "takes its layer as an integer"),
+        (5, WrongType, "a site is named by a string"),
+        (None, WrongType, "a site is named by a string"),
+        (hl.site("z", 2), InputError, r"z at 2 asked for; there are layers 0 to 1 \(or -2 to -1\)"),
+        (hl.site("scale", 0, "ln1"), KeyError, "no site to sweep named 'scale'"),
+    ],
+)
+def test_a_site_that_cannot_be_swept_says_so(model, site, error, says):
+    with refused(error, says):
+        hl.patch(model, CLEAN, CORRUPTED, own, site=site)
+
+
+def test_a_site_at_one_layer_where_all_are_swept():
+    from hooklens.sweeps.plan import site_kind
+
+    with pytest.raises(InputError, match=r"z at 5 is one layer's, and every layer is swept here; give site='z'"):
+        site_kind(hl.site("z", 5))
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "transformers"])
+def test_another_kind_of_model_says_what_a_sweep_needs(model, kind):
+    if kind == "wrapped":
+        other: nn.Module = hl.wrap(nn.Linear(2, 2))
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, bos_token_id=0, eos_token_id=0)
+        other = GPT2LMHeadModel(config)
+    for ask in (lambda: hl.patch(other, CLEAN, CORRUPTED, own), lambda: hl.describe(other)):
+        with refused(WrongType, r"needs a HookedTransformer, got \w+; hl.load\(\.\.\.\) makes one"):
+            ask()
 
 
 def test_prompts_that_cannot_be_used(model):
@@ -538,7 +641,7 @@ def test_metrics_that_do_not_fit_the_prompts(model):
         hl.patch(model, clean, corrupted, hl.prob(model, answer=[1, 2]), site="z")
     with pytest.raises(InputError, match="plain function needs all pairs"):
         hl.patch(model, [[1, 2], [1, 2, 3]], [[1, 3], [1, 4, 3]], own, site="z")
-    with pytest.raises(InputError, match="reads position -9"):
+    with pytest.raises(InputError, match=r"reads positions -9 to -9, and the prompts have 0 to 5 .*as pos="):
         hl.patch(model, CLEAN, CORRUPTED, hl.prob(model, answer=1, pos=-9))
     with pytest.raises(WrongType, match="a metric is a function of logits"):
         hl.patch(model, CLEAN, CORRUPTED, "logit_diff")
@@ -563,11 +666,26 @@ def test_values_that_do_not_fit(model):
         patch(value=lambda act, name: None)
     with pytest.raises(KeyError, match="closest: zero"):
         patch(value="zeros")
-    with pytest.raises(KeyError, match="hook_z"):
+    with pytest.raises(KeyError, match=r"no activation for blocks\.1\.attn\.hook_z \(1 of 2 points are missing\)"):
         patch(value={"blocks.0.attn.hook_z": torch.zeros(4)})
+    for wrong in (None, 0.3, [1, 2]):
+        with refused(WrongType, "value= is a word such as"):
+            patch(value=wrong)
     with pytest.raises(InputError, match="there is one pair"):
         hl.patch(model, CLEAN[:1], CORRUPTED[:1], hl.prob(model, answer=1), value="mean")
     with pytest.raises(InputError, match="mean pattern"):
         hl.patch(model, CLEAN, CORRUPTED, metric, site="pattern", value=hl.Mean([[1, 2, 3]]))
     with pytest.raises(InputError, match="patterns of prompts of different length"):
         hl.patch(model, [[1, 2, 3]], [[1, 3]], hl.prob(model, answer=1), site="pattern")
+
+
+def test_a_sweep_shows_its_progress_where_it_is_asked_to(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stream for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    model = tiny_model()
+    clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+    with hl.engine(progress=True):
+        hl.patch(model, clean, corrupted, hl.logit_diff(model, answer=1, wrong_answer=2), site="z")
+    assert "patching z" in capsys.readouterr().err
+    hl.patch(model, clean, corrupted, hl.logit_diff(model, answer=1, wrong_answer=2), site="z")
+    assert not capsys.readouterr().err  # no terminal, nothing shown

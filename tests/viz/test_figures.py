@@ -153,3 +153,15 @@ def test_importing_hooklens_and_its_results_imports_no_plotting():
 def test_what_cannot_be_drawn_is_told():
     with refused(WrongType, "heatmap draws a tensor of real numbers"):
         viz.heatmap("words")
+
+
+def test_a_heat_map_writes_into_its_cells_and_keeps_its_boxes():
+    cells = [[" the", "<b>", "\n"], ["a very long token", "", " x"]]
+    trace = viz.heatmap(GRID, cells=cells, hover=[[("two", "<i>lines"), "one", "one"]] * 2).data[0]
+    assert trace.texttemplate == "%{text}"
+    assert [list(line) for line in trace.text] == [["·the", "&lt;b&gt;", "↵"], ["a very l…", "∅", "·x"]]
+    assert trace.hovertext[0][0].endswith("<br>two<br>&lt;i&gt;lines")
+    with refused(InputError, "as many"):
+        viz.heatmap(GRID, cells=cells[:1])
+    with refused(InputError, "as many"):
+        viz.heatmap(GRID, hover=[["one"]] * 2)

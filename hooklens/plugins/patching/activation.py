@@ -1,6 +1,7 @@
 """Activation patching: overwrite one site at a time and see how far the metric moves, exactly and for a whole grid."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
-from hooklens.data.prompts import Pairs, Prompts, common_ends, read_pairs, rows_of, show
+from hooklens.core.names import Site
+from hooklens.data.prompts import Pairs, Prompts, common_ends, read_pairs, rows_of
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.patching.grid import cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
 from hooklens.result import Result, Table
 from hooklens.statistics import ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import first_nonfinite
-from hooklens.sweeps.plan import SITES, base_run, plan, settle_by, site_kind
+from hooklens.sweeps.naive import first_nonfinite, not_finite
+from hooklens.sweeps.plan import SITES, base_run, grid, plan, settle_by, site_and_layer
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -104,16 +107,11 @@ class PatchSweep(Result):
 
     def order(self) -> list[tuple[int, ...]]:
         """Every grid index, the largest effect first."""
-        flat = self.effect.flatten().abs().nan_to_num(-1).argsort(descending=True, stable=True)
-        return [tuple(int(i) for i in torch.unravel_index(index, self.values.shape)) for index in flat]
+        return largest_first(self.effect)
 
     def name_of(self, index: tuple[int, ...]) -> str:
         """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
-        parts = dict(zip(self.by, index, strict=True))
-        name = f"L{parts['layer']}" if "layer" in parts else f"patch {index[0]}"
-        name += f"H{parts['head']}" if "head" in parts else ""
-        name += f"N{parts['neuron']}" if "neuron" in parts else ""
-        return name + (f" {self.labels['pos'][parts['pos']]!r} ({parts['pos']})" if "pos" in parts else "")
+        return cell_name(self.by, self.labels, index)
 
     def top(self, k: int = 10) -> Table:
         """The `k` patches that moved the metric most."""
@@ -134,30 +132,9 @@ class PatchSweep(Result):
 
     def figure(self) -> Any:
         """A heat map over two axes, bars with their interval over one; rows L0H0, L0H1, ... where there are three."""
-        from hooklens.viz.figures import bars, heatmap
-
         shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
         title = f"{self.site}: {name} ({self.value} into {self.into})"
-        names = [self.labels[axis] for axis in self.by]
-        if shown.ndim == 1:
-            low, high = self.interval()
-            have = bool(low.isfinite().all())
-            return bars(
-                shown, low if have else None, high if have else None, names[0], title, x_title=self.by[0], y_title=name
-            )
-        rows = names[0] if shown.ndim == 2 else [f"{a}{b}" for a in names[0] for b in names[1]]
-        return heatmap(
-            shown.reshape(len(rows), -1),
-            x=names[-1],
-            y=rows,
-            title=title,
-            x_title=_AXIS[self.by[-1]],
-            y_title=" x ".join(self.by[:-1]),
-            colourbar=name,
-        )
-
-
-_AXIS = {"pos": "token (clean | corrupted where they differ)", "head": "head", "neuron": "neuron", "layer": "layer"}
+        return draw_grid(shown, self.by, self.labels, title, name, self.interval() if len(self.by) == 1 else None)
 
 
 def patch(
@@ -166,7 +143,7 @@ def patch(
     corrupted: Prompts,
     metric: Any,
     *,
-    site: str = "resid_pre",
+    site: str | tuple | Site = "resid_pre",
     by: str | Sequence[str] | None = None,
     value: Value = "clean",
     resume: str | Path | None = None,
@@ -182,31 +159,34 @@ def patch(
     >>> bool(torch.isclose(sweep.values[0, 1], torch.tensor(sweep.clean), atol=1e-5))
     True
 
-    `site` is resid_pre/mid/post, attn_out, mlp_out, post (neurons), z, q, k, v, pattern or result. `by` is the grid:
-    "layer x pos", "layer x head", "layer x head x pos", "layer x neuron", "layer". `value` is "clean" (written into the
-    corrupted run) or, written into the clean run, "corrupted" (noising), "zero", "mean" over the clean prompts,
-    Mean(reference=prompts), a tensor, a cache, or a function of (activation, point). `resume` names a file in which
-    finished parts are kept, so that an interrupted sweep goes on.
+    `site` is resid_pre/mid/post, attn_out, mlp_out, post (neurons), z, q, k, v, pattern or result, at every layer or,
+    as `hl.site("z", 5)`, at one. `by` is the grid: "layer x pos", "layer x head", "layer x head x pos", "layer x
+    neuron", "layer". `value` is "clean" (written into the corrupted run) or, written into the clean run, "corrupted"
+    (noising), "zero", "mean" over the clean prompts, Mean(reference=prompts), a tensor, a cache, or a function of
+    (activation, point). `resume` names a file in which finished parts are kept, so that an interrupted sweep goes on.
 
     Clean and corrupted prompts of different length can be swept by layer or head: positions are matched at the shared
     beginning and end, and those between keep their own value. Memory, checks and the plain loop: `hl.engine(...)`.
 
     Reference: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
     """
-    site = site_kind(site)
+    site, layer = site_and_layer(model, site)
     axes = settle_by(model, site, by)
     into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
     groups = read_pairs(model, clean, corrupted, axes)
-    _check_metric(metric, groups)
+    check_metric(metric, groups)
     if resume is not None and len(groups) > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
-    with torch.no_grad(), packed_linears(rows=1024):
-        both = [_patch_group(model, group, metric, site, axes, value, resume) for group in groups]
+    with torch.no_grad(), packed_linears(rows=1024), _hint(resume):
+        both = [_patch_group(model, group, metric, site, axes, layer, value, resume) for group in groups]
     parts = [outcome for outcome, _ in both]
-    ends = (_in_order(groups, [other for _, other in both]), _in_order(groups, [p.base for p in parts]))
+    ends = (in_order(groups, [other for _, other in both]), in_order(groups, [p.base for p in parts]))
     clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
-    shape = _shape(model, site, axes, groups)
-    per_pair = _in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
+    shape = shape_of(model, site, axes, groups[0].clean.shape[1])
+    labels = labels_of(model, axes, shape, groups[0])
+    if layer is not None:
+        shape, labels["layer"] = (1, *shape[1:]), [f"L{layer}"]
+    per_pair = in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
     errors = torch.tensor([p.largest_error for p in parts])
     return PatchSweep(
         per_pair,
@@ -216,7 +196,7 @@ def patch(
         axes,
         into,
         _word(value),
-        _labels(model, axes, shape, groups[0]),
+        labels,
         sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(per_pair),
         float(errors.max()),
         sum(p.n_verified for p in parts),
@@ -224,7 +204,18 @@ def patch(
     )
 
 
-def _check_metric(metric: Any, groups: list[Pairs]) -> None:
+@contextmanager
+def _hint(resume: str | Path | None) -> Iterator[None]:
+    """Tell somebody who interrupts a sweep how not to lose it."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if resume is None:
+            interrupt.add_note("hl.patch(..., resume=path) keeps what is finished in a file, and goes on from there")
+        raise
+
+
+def check_metric(metric: Any, groups: list[Pairs]) -> None:
     if not callable(metric):
         raise WrongType(
             f"a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got {metric!r}"
@@ -242,13 +233,15 @@ def _check_metric(metric: Any, groups: list[Pairs]) -> None:
 
 
 def _patch_group(
-    model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], value: Value, resume
+    model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], layer: int | None, value: Value, resume
 ) -> tuple[Outcome, Float[Tensor, "pair"]]:
     """The sweep of one group, and the metric of the run that is not patched."""
     noising = _word(value) != "clean"
     into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
     written = _written(model, group, into, other, site, value)
-    made = plan(model, into, site, written, by=by)
+    cells = grid(model, site, by, into.shape[1])[1]
+    patches = None if layer is None else [patch for patch in cells if patch.layer == layer]
+    made = plan(model, into, site, written, by=by, patches=patches)
     outcome = execute(made, group.of(metric), resume=resume)
     return outcome, _other_run(model, group, metric, other, made.donor, outcome)
 
@@ -259,7 +252,7 @@ def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value:
         if value not in _WORDS:
             raise did_you_mean("value to write", value, _WORDS)
         if value in ("clean", "corrupted"):
-            return other if group.aligned else _aligned(model, into, other, site)
+            return other if group.aligned else aligned(model, into, other, site)
         if value == "zero":
             return lambda act, name: torch.zeros_like(act)
         if len(into) < 2:
@@ -269,25 +262,30 @@ def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value:
             )
         return lambda act, name: act.mean(0, keepdim=True)
     if isinstance(value, Mean):
-        return _mean_of(model, value, into, site)
+        return mean_of(model, value, into, site)
     if isinstance(value, Tensor):
         return lambda act, name: value
     return value
 
 
-def _mean_of(model, value: Mean, into: Tensor, site: str) -> dict[str, Tensor]:
+def mean_of(model, value: Mean, into: Tensor, site: str) -> dict[str, Tensor]:
     """Position by position where the reference prompts have the patched prompts' length, else over all positions."""
     names = [f"blocks.{layer}.{SITES[site].point}" for layer in range(model.cfg.n_layers)]
     rows = rows_of(model, value.reference, "reference")
-    caches = [model.run_with_cache(row[None], names=names)[1] for row in rows]
-    if all(len(row) == into.shape[1] for row in rows):
-        return {name: torch.stack([cache[name][0] for cache in caches]).mean(0, keepdim=True) for name in names}
-    if site == "pattern":
+    by_pos = all(len(row) == into.shape[1] for row in rows)
+    if site == "pattern" and not by_pos:
         raise InputError("a mean pattern needs reference prompts of the patched prompts' length")
-    return {name: torch.cat([cache[name][0] for cache in caches]).mean(0)[None, None] for name in names}
+    sums: dict[str, Tensor] = {}
+    for row in rows:  # one at a time: sums of every layer are held, never the activations of every prompt
+        _, cache = model.run_with_cache(row[None], names=names, stop_at_layer=model.cfg.n_layers)
+        for name in names:
+            found = cache[name] if by_pos else cache[name].sum(1, keepdim=True)
+            sums[name] = sums[name] + found if name in sums else found
+    n = len(rows) if by_pos else sum(map(len, rows))
+    return {name: total / n for name, total in sums.items()}
 
 
-def _aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]:
+def aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]:
     """The other run's activations at the positions that both prompts share, the base run's own between."""
     if site == "pattern":
         raise InputError("patterns of prompts of different length cannot be matched; patch z, or re-word the prompts")
@@ -311,37 +309,15 @@ def _other_run(
     """The metric of the run that is not patched; its stream is known where it gave the values."""
     stream = model(tokens, stop_at_layer=model.cfg.n_layers) if stream is None else stream
     found = Reader(model, group.of(metric), stream).base
-    if bool(found.isnan().any()):
+    if (said := not_finite(found)) is not None:
         point = first_nonfinite(model, tokens)
         where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
-        raise InputError(f"the metric of the {'clean' if tokens is group.clean else 'corrupted'} run is NaN: {where}")
+        raise InputError(
+            f"the metric of the {'clean' if tokens is group.clean else 'corrupted'} run is {said}: {where}"
+        )
     if group.aligned:  # the same prompt twice is the same number, not one to rounding
         return torch.where((group.clean == group.corrupted).all(1), outcome.base, found)
     return found
-
-
-def _in_order(groups: list[Pairs], parts: list[Tensor]) -> Tensor:
-    """Rows of all groups in the order in which the pairs were given."""
-    index = torch.tensor([i for group in groups for i in group.index])
-    return torch.cat(parts)[index.argsort().to(parts[0].device)]
-
-
-def _shape(model, site: str, by: tuple[str, ...], groups: list[Pairs]) -> tuple[int, ...]:
-    cfg = model.cfg
-    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
-    sizes = {"layer": cfg.n_layers, "pos": groups[0].clean.shape[1], "head": heads, "neuron": cfg.d_mlp}
-    return tuple(sizes[axis] for axis in by)
-
-
-def _labels(model, by: tuple[str, ...], shape: tuple[int, ...], group: Pairs) -> dict[str, list[str]]:
-    prefix = {"layer": "L", "head": "H", "neuron": "N"}
-    labels = {
-        axis: [f"{prefix[axis]}{i}" for i in range(n)] for axis, n in zip(by, shape, strict=True) if axis != "pos"
-    }
-    if "pos" in by:
-        pairs = zip(show(model, group.clean[0]), show(model, group.corrupted[0]), strict=True)
-        labels["pos"] = [a if a == b else f"{a} |{b}" for a, b in pairs]
-    return labels
 
 
 def _word(value: Value) -> str:

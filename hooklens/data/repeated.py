@@ -1,0 +1,118 @@
+"""Random tokens that repeat: text in which only the sequence itself can tell what comes next."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.metrics import MinusLoss, Read, Reads, Values
+from hooklens.model.config import TokenEmbed
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A first token, then a random pattern again and again; `period` is its length, drawn anew a sequence.
+
+    No token occurs twice in a pattern. At positions `first_query` to the last but one the next token has been seen
+    before, in every sequence; up to `first_part` nothing but chance tells it.
+    """
+
+    tokens: Int[Tensor, "sequence pos"]
+    period: Int[Tensor, "sequence"]
+
+    @property
+    def first_query(self) -> int:
+        """The first position from which the next token can be known in every sequence."""
+        return 1 + int(self.period.max())
+
+    @property
+    def first_part(self) -> int:
+        """How many tokens come before any repeat in every sequence."""
+        return 1 + int(self.period.min())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def part(self, start: int, stop: int) -> "Repeated":
+        """Some of the sequences."""
+        return Repeated(self.tokens[start:stop], self.period[start:stop])
+
+    def metric(self) -> "MinusRepeatLoss":
+        """Minus the mean loss where the next token can be known."""
+        return MinusRepeatLoss(torch.full((len(self),), -1), self.tokens, self.first_query)
+
+
+@dataclass(frozen=True, eq=False)
+class MinusRepeatLoss(MinusLoss):
+    """Minus the mean next-token cross-entropy from position `start` on, in nats a token."""
+
+    start: int = 0
+
+    @property
+    def reads(self) -> Reads:
+        at = torch.arange(self.start, self.tokens.shape[1] - 1)
+        return Reads(at.expand(len(self.tokens), -1), None)
+
+    def on_read(self, logits: Read) -> Values:
+        targets = self.tokens[:, self.start + 1 :].to(logits.device)
+        return logits.log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
+
+
+def repeated_tokens(
+    model: "HookedTransformer", n: int = 8, *, length: int = 25, period: int | None = None, seed: int = 0
+) -> Repeated:
+    """`n` sequences of random tokens that repeat with a period between a third and a half of the length.
+
+    The period differs between sequences, so that a head that looks a fixed distance back is not taken for one that
+    looks for what came before. Sequences begin with the tokenizer's BOS where there is one, else with a random token
+    that occurs nowhere else; special tokens are not drawn. Short contexts and small vocabularies shorten them.
+
+    >>> from hooklens.testing import induction_model
+    >>> sequences = repeated_tokens(induction_model(), 2, length=9)
+    >>> sequences.tokens.shape, sequences.period.tolist(), sequences.first_query
+    (torch.Size([2, 9]), [3, 4], 5)
+    >>> torch.equal(sequences.tokens[1, 1:5], sequences.tokens[1, 5:9])
+    True
+    """
+    if not isinstance(model.cfg.embed, TokenEmbed):
+        raise InputError("repeated tokens were asked for, and this model reads vectors; give prompts of your own")
+    usable, first = _usable(model)
+    length = min(length, model.cfg.n_ctx)
+    longest = min((length - 1) // 2, len(usable) - (first is None))
+    longest = longest if period is None else period
+    if n < 1 or longest < 1 or 2 * longest + 1 > length or longest > len(usable) - (first is None):
+        raise InputError(
+            f"{n} sequences of {length} tokens with a period of {longest} were asked for; a period fits twice behind "
+            f"the first token, in this model's n_ctx {model.cfg.n_ctx} and {len(usable)} drawable tokens"
+        )
+    shortest = max(1, -(-2 * longest // 3)) if period is None else period
+    generator = torch.Generator().manual_seed(seed)
+    # every period as often as any other, so that even two sequences differ in theirs
+    each = shortest + (torch.arange(n) + longest - shortest - n + 1) % (longest - shortest + 1)
+    rows = [_row(usable, first, int(p), length, generator) for p in each]
+    return Repeated(torch.stack(rows).to(model.device), each)
+
+
+def _row(
+    usable: Int[Tensor, "token"], first: int | None, period: int, length: int, generator: torch.Generator
+) -> Int[Tensor, "pos"]:
+    drawn = usable[torch.randperm(len(usable), generator=generator)[: period + 1]]
+    start = drawn[-1:] if first is None else torch.tensor([first])
+    return torch.cat([start, drawn[:period].repeat(-(-(length - 1) // period))[: length - 1]])
+
+
+def _usable(model: "HookedTransformer") -> tuple[Int[Tensor, "token"], int | None]:
+    """The tokens that may be drawn, and the one that begins a text."""
+    every = torch.arange(min(model.cfg.d_vocab, model.cfg.d_vocab_out))
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return every, None
+    ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, *tokenizer.stop_ids)
+    special = torch.tensor([i for i in ids if i is not None], dtype=torch.long)
+    return every[~torch.isin(every, special)], tokenizer.bos_id

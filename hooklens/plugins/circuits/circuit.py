@@ -1,0 +1,224 @@
+"""A circuit: the edges that are kept, what the others carry, how it was found; it runs, draws and saves itself."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.files import write_atomically
+from hooklens.data.prompts import Prompts
+from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
+from hooklens.plugins.circuits.run import EdgeRuns, run_edges
+from hooklens.result import Result, Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_FORMAT = "hooklens.circuit/1"
+_DRAWN = 400  # edges; the picture of more is a smear
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit(Result):
+    """A set of edges of a model's graph, the ablation that all others carry, and the scores by which it was cut.
+
+    `dropped` counts edges that were chosen but lay on no path. `found_on` holds a digest of each prompt pair that chose
+    it.
+    """
+
+    graph: CircuitGraph
+    kept: Bool[Tensor, "edge"]
+    scores: Float[Tensor, "edge"]
+    method: str
+    ablation: str
+    model_name: str
+    dropped: int
+    found_on: list[str]
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.kept.sum())
+
+    @property
+    def edges(self) -> list[str]:
+        """The names of the kept edges, in the order of the forward pass."""
+        return [self.graph.name(e) for e in self.kept.nonzero().flatten().tolist()]
+
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes that a kept edge leaves or enters, in the order of the forward pass; key/value heads first."""
+        return self._nodes(self.kept.nonzero().flatten().tolist())
+
+    def _nodes(self, edges: list[int]) -> list[str]:
+        sources, receivers = (ends[edges].tolist() for ends in self.graph.ends)
+        order = {name: i for i, name in enumerate(self.graph.source_names)}
+        named = {self.graph.source_names[i] for i in sources}
+        named |= {self.graph.receiver_names[i].partition(".")[0] for i in receivers} - {"logits"}
+        return sorted(named, key=lambda name: (order.get(name, -1), name))
+
+    def run(
+        self,
+        model: "HookedTransformer",
+        clean: Prompts,
+        corrupted: Prompts | None,
+        metric: Any,
+    ) -> EdgeRuns:
+        """The metric when only this circuit's edges carry live values, beside that of the model and of no edge."""
+        self.check(model)
+        return run_edges(model, self.kept, clean, corrupted, metric, ablation=self.ablation)
+
+    def check(self, model: "HookedTransformer") -> None:
+        """Does the model have this circuit's nodes?"""
+        theirs = circuit_graph(model)
+        if theirs.shape != self.graph.shape:
+            raise InputError(
+                f"this circuit was found on {self.model_name!r} with {_words(self.graph)}; the model "
+                f"{model.cfg.model_name!r} has {_words(theirs)}, so its edges are others; load a model of that shape"
+            )
+
+    def without(self, edges: Iterable[str] | Iterable[int]) -> "Circuit":
+        """The circuit with these edges cut."""
+        kept = self.kept & ~self.graph.mask(edges).to(self.kept.device)
+        return replace(self, kept=kept, scores=torch.where(kept, self.scores, 0.0))
+
+    def order(self) -> list[int]:
+        """The kept edges, the largest score first, whatever its sign."""
+        chosen = self.kept.nonzero().flatten()
+        return chosen[self.scores[chosen].abs().argsort(descending=True, stable=True)].tolist()
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` edges of the largest scores."""
+        return self.table(k)
+
+    def table(self, n: int | None = 20) -> Table:
+        """The kept edges by score."""
+        return Table(("edge", "score"), [(self.graph.name(e), float(self.scores[e])) for e in self.order()[:n]])
+
+    def figure(self) -> Any:
+        """The circuit, embedding below and logits on top: blue edges raise the metric, orange ones lower it."""
+        from hooklens.viz.graph import layered_graph
+
+        drawn = self.order()[:_DRAWN]
+        sources, receivers = (ends[drawn].tolist() for ends in self.graph.ends)
+        arrows = [
+            (self.graph.source_names[a], self.graph.receiver_names[b], float(self.scores[e]))
+            for a, b, e in zip(sources, receivers, drawn, strict=True)
+        ]
+        more = f", the {_DRAWN} largest" if self.n_edges > _DRAWN else ""
+        title = f"{self.n_edges} of {self.graph.n_edges} edges{more} ({self.method}, {self.ablation} ablation)"
+        return layered_graph(self._rows(drawn), arrows, title, ties=self._ties(drawn))
+
+    def _rows(self, drawn: list[int]) -> dict[str, list[str]]:
+        """The nodes of these edges, layer by layer from the embedding up; key/value heads stand under their heads."""
+        named, graph = set(self._nodes(drawn)), self.graph
+        rows = {"embed": ["embed"]}
+        for layer in range(graph.n_layers):
+            keyed = [f"L{layer}KV{i}" for i in range(graph.n_kv_heads)]
+            rows[f"L{layer} keys, values"] = keyed if graph.group > 1 else []
+            rows[f"L{layer} heads"] = [f"L{layer}H{h}" for h in range(graph.n_heads)]
+            rows[f"L{layer} MLP"] = [f"L{layer}MLP"]
+        chosen = {label: [name for name in names if name in named] for label, names in rows.items()}
+        return {label: names for label, names in chosen.items() if names} | {"logits": ["logits"]}
+
+    def _ties(self, drawn: list[int]) -> list[tuple[str, str]]:
+        """Key/value heads and the heads that read them."""
+        named, graph = set(self._nodes(drawn)), self.graph
+        if graph.group == 1:
+            return []
+        pairs = [
+            (f"L{i}KV{h // graph.group}", f"L{i}H{h}") for i in range(graph.n_layers) for h in range(graph.n_heads)
+        ]
+        return [pair for pair in pairs if named.issuperset(pair)]
+
+    # -- files
+
+    def save_json(self, path: str | os.PathLike) -> Path:
+        """Write the circuit as JSON that other programs can read: edges by name with their scores."""
+        graph = self.graph
+        shape = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "n_kv_heads": graph.n_kv_heads}
+        shape |= {"mlp": graph.mlp, "parallel": graph.parallel, "shared_scale": graph.shared_scale}
+        chosen = self.kept.nonzero().flatten().tolist()
+        held = {
+            "format": _FORMAT,
+            "model": self.model_name,
+            "graph": shape,
+            "method": self.method,
+            "ablation": self.ablation,
+            "dropped": self.dropped,
+            "found_on": self.found_on,
+            "edges": [[graph.name(e), float(self.scores[e])] for e in chosen],
+        }
+        with write_atomically(path) as temporary:
+            temporary.write_text(json.dumps(held, allow_nan=False) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load_json(cls, path: str | os.PathLike) -> "Circuit":
+        """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape."""
+        try:
+            held = json.loads(Path(path).read_text(encoding="utf-8"))
+            if held["format"] != _FORMAT:
+                raise ValueError(f"its format is {held['format']!r}")
+            shape = held["graph"]
+            layers, heads, keyed = (_whole(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads"))
+            mlp, parallel, shared = (bool(shape[name]) for name in ("mlp", "parallel", "shared_scale"))
+            graph = CircuitGraph(layers, heads, keyed, mlp, parallel, shared)
+            names = [str(name) for name, _ in held["edges"]]
+            numbers = graph.numbers(names)
+            if len(set(numbers)) != len(numbers):
+                raise ValueError("an edge is there twice")
+            scores = torch.zeros(graph.n_edges, dtype=torch.float64)
+            scores[numbers] = torch.tensor([float(score) for _, score in held["edges"]], dtype=torch.float64)
+            seen = [str(mark) for mark in held["found_on"]]
+            method, ablation, name = (str(held[key]) for key in ("method", "ablation", "model"))
+            return cls(graph, graph.mask(numbers), scores, method, ablation, name, int(held["dropped"]), seen)
+        except FileNotFoundError as error:
+            raise InputError(f"a circuit was to be loaded from {str(path)!r}, but there is no such file") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FileRefused(
+                f"a circuit was to be loaded from {str(path)!r}, but it is not one that save_json wrote ({error})"
+            ) from error
+
+
+def circuit_of(
+    model: "HookedTransformer",
+    edges: Iterable[str] | Iterable[int],
+    *,
+    ablation: str = "corrupted",
+    method: str = "by hand",
+) -> Circuit:
+    """The circuit of these edges, by name.
+
+    >>> from hooklens.testing import tiny_model
+    >>> circuit_of(tiny_model(), ["embed->L0H1.v", "L0H1->logits"]).nodes
+    ['embed', 'L0H1']
+    """
+    graph = circuit_graph(model)
+    kept = graph.mask(edges)
+    ones = kept.to(model.dtype)
+    return Circuit(graph, kept, ones, method, ablation, model.cfg.model_name, 0, [])
+
+
+def whole_circuit(model: "HookedTransformer", *, ablation: str = "corrupted") -> Circuit:
+    """Every edge of the model: where pruning begins."""
+    graph = circuit_graph(model)
+    return circuit_of(model, range(graph.n_edges), ablation=ablation, method="all edges")
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"its graph holds {value!r}, which is no number of layers or heads")
+    return value
+
+
+def _words(graph: CircuitGraph) -> str:
+    keyed = "" if graph.group == 1 else f" ({graph.n_kv_heads} for keys and values)"
+    mlp = (", parallel MLPs" if graph.parallel else ", MLPs") if graph.mlp else ", no MLPs"
+    return f"{graph.n_layers} layers of {graph.n_heads} heads{keyed}{mlp}"

@@ -1,0 +1,287 @@
+"""The graph of a model: what writes into the residual stream, and what reads each of these on its own."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, did_you_mean
+from hooklens.result import Result, Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Mask = Bool[Tensor, "mask edge"]
+
+
+class Slot(NamedTuple):
+    """One group of receivers of the flat edge vector: `rows` receivers that each read the first `columns` sources."""
+
+    kind: str  # "attn" (rows: queries, keys, values), "mlp" or "logits"
+    layer: int
+    start: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitGraph(Result):
+    """Nodes: the embedding, every head, every MLP, the logits. Edges end in a head's q, k or v, an MLP or the logits.
+
+    With fewer key and value heads than heads, k and v edges belong to the key/value head (`L3KV0.k`): the heads of its
+    group have no keys of their own. Edges are numbered receiver by receiver, sources in the order of the forward pass.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    mlp: bool = True
+    parallel: bool = False
+    shared_scale: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, bool, bool]:
+        """What two models must share for their edges to be the same ones."""
+        return self.n_layers, self.n_heads, self.n_kv_heads, self.mlp, self.parallel
+
+    @property
+    def group(self) -> int:
+        """How many heads share one key/value head."""
+        return self.n_heads // self.n_kv_heads
+
+    def sources_before(self, layer: int) -> int:
+        """How many nodes write before that layer's attention reads."""
+        return 1 + (self.n_heads + self.mlp) * layer
+
+    def heads_at(self, layer: int) -> slice:
+        """The sources that are that layer's heads."""
+        start = self.sources_before(layer)
+        return slice(start, start + self.n_heads)
+
+    def mlp_at(self, layer: int) -> int:
+        """The source that is that layer's MLP."""
+        return self.sources_before(layer) + self.n_heads
+
+    @property
+    def n_sources(self) -> int:
+        return self.sources_before(self.n_layers)
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Where each group of receivers has its edges."""
+        found, start = [], 0
+        for layer in range(self.n_layers):
+            rows, columns = self.n_heads + 2 * self.n_kv_heads, self.sources_before(layer)
+            found.append(Slot("attn", layer, start, rows, columns))
+            start += rows * columns
+            if self.mlp:
+                seen = columns + (0 if self.parallel else self.n_heads)
+                found.append(Slot("mlp", layer, start, 1, seen))
+                start += seen
+        return [*found, Slot("logits", self.n_layers, start, 1, self.n_sources)]
+
+    @property
+    def n_edges(self) -> int:
+        return self.slots[-1].start + self.slots[-1].columns
+
+    @property
+    def n_receivers(self) -> int:
+        return sum(slot.rows for slot in self.slots)
+
+    def block(self, edges: Tensor, slot: Slot) -> Tensor:
+        """The part of an edge tensor `[... edge]` that belongs to a slot, as `[... receiver source]`."""
+        return edges[..., slot.start : slot.start + slot.rows * slot.columns].unflatten(-1, (slot.rows, slot.columns))
+
+    # -- names
+
+    @cached_property
+    def source_names(self) -> list[str]:
+        layers = range(self.n_layers)
+        one = [[*(f"L{i}H{h}" for h in range(self.n_heads)), *([f"L{i}MLP"] if self.mlp else [])] for i in layers]
+        return ["embed", *(name for names in one for name in names)]
+
+    @cached_property
+    def receiver_names(self) -> list[str]:
+        found: list[str] = []
+        for slot in self.slots:
+            if slot.kind != "attn":
+                found.append("logits" if slot.kind == "logits" else f"L{slot.layer}MLP")
+                continue
+            keyed = "H" if self.group == 1 else "KV"
+            found += [f"L{slot.layer}H{h}.q" for h in range(self.n_heads)]
+            found += [f"L{slot.layer}{keyed}{h}.{which}" for which in "kv" for h in range(self.n_kv_heads)]
+        return found
+
+    @cached_property
+    def ends(self) -> tuple[Int[Tensor, "edge"], Int[Tensor, "edge"]]:
+        """The source and the receiver of every edge."""
+        sources, receivers, row = [], [], 0
+        for slot in self.slots:
+            sources.append(torch.arange(slot.columns).repeat(slot.rows))
+            receivers.append((row + torch.arange(slot.rows)).repeat_interleave(slot.columns))
+            row += slot.rows
+        return torch.cat(sources), torch.cat(receivers)
+
+    def name(self, edge: int) -> str:
+        """What an edge is called.
+
+        >>> CircuitGraph(2, 4, 2).name(0)
+        'embed->L0H0.q'
+        """
+        sources, receivers = self.ends
+        return f"{self.source_names[int(sources[edge])]}->{self.receiver_names[int(receivers[edge])]}"
+
+    def numbers(self, names: str | Iterable[str]) -> list[int]:
+        """The edges of these names; an unknown one raises with the nearest.
+
+        >>> graph = CircuitGraph(2, 2, 2)
+        >>> [graph.name(e) for e in graph.numbers(["L0H1->L1H0.q", "L1MLP->logits"])]
+        ['L0H1->L1H0.q', 'L1MLP->logits']
+        """
+        sources = {name: i for i, name in enumerate(self.source_names)}
+        starts, row = {}, 0
+        for slot in self.slots:
+            for r in range(slot.rows):
+                starts[self.receiver_names[row]] = (slot.start + r * slot.columns, slot.columns)
+                row += 1
+        found = []
+        for name in [names] if isinstance(names, str) else names:
+            source, arrow, receiver = name.partition("->")
+            if not arrow:
+                raise InputError(f"an edge is written source->receiver, such as {self.name(0)!r}; got {name!r}")
+            if source not in sources:
+                raise did_you_mean("source", source, sources)
+            if receiver not in starts:
+                raise did_you_mean("receiver", receiver, starts)
+            start, columns = starts[receiver]
+            if sources[source] >= columns:
+                raise InputError(f"{receiver} reads before {source} writes, so there is no edge {name!r}")
+            found.append(start + sources[source])
+        return found
+
+    # -- paths
+
+    def live(self, kept: Mask, *, through_scale: bool = False) -> Bool[Tensor, "mask source"]:
+        """Which nodes a path of kept edges reaches from the embedding.
+
+        `through_scale`: heads of a sandwich block also reach each other, by the norm that scales their sum.
+        """
+        live = torch.zeros(len(kept), self.n_sources, dtype=torch.bool, device=kept.device)
+        live[:, 0] = True
+        for slot in self.slots[:-1]:
+            reached = (self.block(kept, slot) & live[:, None, : slot.columns]).any(-1)
+            if slot.kind == "mlp":
+                live[:, self.mlp_at(slot.layer)] = reached[:, 0]
+                continue
+            heads = self._of_heads(reached).any(1)
+            live[:, self.heads_at(slot.layer)] = heads.any(-1, keepdim=True) if through_scale else heads
+        return live
+
+    def useful(self, kept: Mask, *, through_scale: bool = False) -> Bool[Tensor, "mask source"]:
+        """From which nodes a path of kept edges leads to the logits."""
+        useful = self.block(kept, self.slots[-1])[:, 0].clone()
+        for slot in self.slots[-2::-1]:
+            leads = self.block(kept, slot) & self._reads(slot, useful, through_scale)[..., None]
+            useful[:, : slot.columns] |= leads.any(1)
+            if slot.kind == "attn" and through_scale:
+                heads = self.heads_at(slot.layer)
+                useful[:, heads] = useful[:, heads].any(-1, keepdim=True)
+        return useful
+
+    def on_a_path(self, kept: Mask, *, rooted: bool = True, through_scale: bool = False) -> Mask:
+        """The kept edges that lie on a path from the embedding to the logits (not `rooted`: on one to the logits)."""
+        useful = self.useful(kept, through_scale=through_scale)
+        live = self.live(kept, through_scale=through_scale) if rooted else torch.ones_like(useful)
+        parts = []
+        for slot in self.slots:
+            good = live[:, None, : slot.columns]
+            if slot.kind != "logits":
+                good = good & self._reads(slot, useful, through_scale)[..., None]
+            parts.append((self.block(kept, slot) & good).flatten(1))
+        return torch.cat(parts, 1)
+
+    def _of_heads(self, rows: Bool[Tensor, "mask receiver"]) -> Bool[Tensor, "mask 3 head"]:
+        """Each head's q, k and v among the receivers of its layer."""
+        q, k, v = rows.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        return torch.stack([q, *(x.repeat_interleave(self.group, 1) for x in (k, v))], 1)
+
+    def _reads(self, slot: Slot, useful: Bool[Tensor, "mask source"], through_scale: bool) -> Tensor:
+        """Which of a slot's receivers belong to a node that leads to the logits."""
+        if slot.kind == "mlp":
+            return useful[:, self.mlp_at(slot.layer), None]
+        heads = useful[:, self.heads_at(slot.layer)]
+        heads = heads.any(-1, keepdim=True).expand_as(heads) if through_scale else heads
+        keyed = heads.unflatten(1, (self.n_kv_heads, self.group)).any(-1)
+        return torch.cat((heads, keyed, keyed), 1)
+
+    # -- masks
+
+    def mask(self, edges: Iterable[str] | Iterable[int]) -> Bool[Tensor, "edge"]:
+        """A mask that keeps these edges, by name or number."""
+        chosen: list[Any] = list(edges)
+        numbers = self.numbers(e for e in chosen if isinstance(e, str)) + [e for e in chosen if not isinstance(e, str)]
+        if numbers and not 0 <= min(numbers) <= max(numbers) < self.n_edges:
+            raise InputError(f"this graph has the edges 0 to {self.n_edges - 1}, got {min(numbers)} to {max(numbers)}")
+        kept = torch.zeros(self.n_edges, dtype=torch.bool)
+        kept[torch.tensor(numbers, dtype=torch.long)] = True
+        return kept
+
+    def of_nodes(self, nodes: Bool[Tensor, "mask source"]) -> Mask:
+        """Edge masks that keep whole nodes: every edge that leaves a kept node and ends in one (or in the logits)."""
+        parts = []
+        for slot in self.slots:
+            good = nodes[:, None, : slot.columns]
+            if slot.kind != "logits":
+                good = good & self._reads(slot, nodes, False)[..., None]
+            parts.append(good.expand(-1, slot.rows, -1).flatten(1))
+        return torch.cat(parts, 1)
+
+    def per_source(self, values: Float[Tensor, "edge"]) -> Float[Tensor, "source"]:
+        """The sum over the edges that leave each node."""
+        return values.new_zeros(self.n_sources).index_add_(0, self.ends[0].to(values.device), values)
+
+    def table(self, n: int | None = None) -> Table:
+        """How many edges end in each kind of receiver."""
+        counts = {"q": 0, "k and v": 0, "MLP": 0, "logits": 0}
+        for slot in self.slots:
+            if slot.kind == "attn":
+                counts["q"] += self.n_heads * slot.columns
+                counts["k and v"] += 2 * self.n_kv_heads * slot.columns
+            else:
+                counts["MLP" if slot.kind == "mlp" else "logits"] += slot.columns
+        rows = [(kind, count) for kind, count in counts.items() if count]
+        return Table(("edges into", "count"), [*rows, ("all", self.n_edges)]).head(n)
+
+
+def circuit_graph(model: "HookedTransformer") -> CircuitGraph:
+    """Every node and edge of a model: who writes into the residual stream, and who could read it.
+
+    >>> from hooklens.testing import tiny_model
+    >>> graph = circuit_graph(tiny_model(n_layers=1, n_heads=4))
+    >>> graph.n_edges, graph.name(22)
+    (23, 'L0MLP->logits')
+
+    In parallel blocks a layer's MLP does not read its heads. In sandwich blocks a head's output is its share of
+    `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of W_O in equal parts); that one
+    scale is shared by the layer's heads and is no edge.
+
+    Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 2 and appendix.
+    """
+    cfg = model.cfg
+    if cfg.block == "post":
+        raise InputError(
+            "a circuit's edges need a residual stream that is the sum of what nodes add to it; this model's post-norm "
+            "blocks normalise the stream itself, so that no reader sees a sum. hl.patch(..., site='z') works there"
+        )
+    return CircuitGraph(
+        cfg.n_layers,
+        cfg.n_heads,
+        cfg.n_key_value_heads,
+        mlp=not cfg.attn_only,
+        parallel=cfg.block == "parallel",
+        shared_scale=cfg.block == "sandwich",
+    )

@@ -1,0 +1,168 @@
+"""One batch of exact edge patching: prompt pairs of one length, with the ablated run that their cut edges carry."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hooklens.model.kv_cache import Context
+from hooklens.model.linear import is_plain
+from hooklens.plugins.circuits.graph import CircuitGraph, Slot
+from hooklens.plugins.circuits.nodes import Run, embedded, head_outputs, mlp_output
+from hooklens.sweeps.measure import Reader
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Kept = Bool[Tensor, "mask edge"] | Float[Tensor, "mask edge"]
+Moved = Float[Tensor, "mask source pair pos d_model"]
+
+
+def in_play(graph: CircuitGraph, masks: Kept, ablation: str) -> Kept:
+    """The masks without the edges that can change nothing: they carry the ablated value anyway, or lead nowhere."""
+    rooted = ablation == "corrupted"  # with zeros or means for inputs a node still writes something of its own
+    path = graph.on_a_path(masks.ne(0), rooted=rooted, through_scale=graph.shared_scale)
+    return masks & path if masks.dtype == torch.bool else masks * path
+
+
+def sources_of(graph: CircuitGraph, masks: Kept) -> Bool[Tensor, "source"]:
+    """The nodes that some kept edge leaves."""
+    wanted = torch.zeros(graph.n_sources, dtype=torch.bool)
+    wanted[graph.ends[0][masks.ne(0).any(0).cpu()]] = True
+    return wanted
+
+
+class EdgeRunner:
+    """The metric of any circuits on some pairs. `held` says which nodes' outputs the ablated run has."""
+
+    def __init__(
+        self,
+        model: "HookedTransformer",
+        graph: CircuitGraph,
+        clean: Int[Tensor, "pair pos"],
+        metric: Any,
+        ablated: Run,
+        held: Bool[Tensor, "source"],
+        first: int,
+    ):
+        self.model, self.graph, self.n_pairs = model, graph, len(clean)
+        streams = [stream.expand(self.n_pairs, -1, -1) for stream in ablated.streams]
+        self.reader = Reader(model, metric, streams[-1])
+        self.start = first if self.reader.read is None else min(first, int(self.reader.read.min()))
+        self.before = streams[-1][:, : self.start]
+        self.bases = [stream[:, self.start :] for stream in streams]
+        self.held = held.nonzero().flatten()
+        self.written = ablated.nodes[:, :, self.start :]
+        self.ctx = _AfterPrefix(clean.shape[1], self.start, ablated.past, clean.device)
+        self.embedded = embedded(model, clean)[:, self.start :]
+
+    def values(self, masks: Kept) -> Float[Tensor, "mask pair"]:
+        """The metric of each circuit on each pair; all nodes of the masks are held."""
+        batch = _Batch(self, masks)
+        for slot, base in zip(self.graph.slots[:-1], self.bases[:-1], strict=True):
+            if slot.kind == "mlp":
+                batch.mlp(slot, base)
+            else:
+                batch.heads(slot, base)
+        return self._measured(batch)
+
+    def _measured(self, batch: "_Batch") -> Float[Tensor, "mask pair"]:
+        reader, base, n = self.reader, self.bases[-1], len(batch.kept)
+        if reader.rowwise():
+            assert reader.read is not None
+            row = torch.arange(self.n_pairs, device=base.device)
+            at = row[:, None], reader.read - self.start
+            x = batch.read(self.graph.slots[-1], base[at], moved=batch.moved[:, :, *at])[:, 0]
+            which = row.repeat(n)
+            return reader.values_of_rows(x.flatten(0, 1), which, torch.zeros_like(which)).view(n, -1)
+        streams = batch.read(self.graph.slots[-1], base)[:, 0]
+        whole = (torch.cat((self.before, stream), 1) for stream in streams)
+        measure = reader.on_stream if reader.read is not None else lambda x: reader.on_full(self.model.read_out(x))
+        return torch.stack([measure(stream) for stream in whole])
+
+
+class _Batch:
+    """Circuits on their way through the model. `moved`: what each node writes beyond the ablated run."""
+
+    def __init__(self, runner: EdgeRunner, masks: Kept):
+        self.runner, self.graph, self.blocks = runner, runner.graph, runner.model.blocks
+        self.kept = masks.to(runner.embedded)
+        wanted = sources_of(self.graph, masks)
+        self.sources = wanted.nonzero().flatten()
+        self.column = torch.where(wanted, wanted.cumsum(0) - 1, -1).tolist()
+        at = torch.searchsorted(runner.held, self.sources)
+        self.written = runner.written if len(at) == len(runner.held) else runner.written[at.to(runner.written.device)]
+        shape = len(masks), len(self.sources), *runner.embedded.shape
+        self.moved: Moved = runner.embedded.new_empty(shape)
+        if wanted[0]:
+            self.moved[:, 0] = runner.embedded - self.written[0]
+
+    def read(
+        self, slot: Slot, base: Tensor, rows: Tensor | None = None, moved: Moved | None = None
+    ) -> Float[Tensor, "mask receiver pair pos d_model"]:
+        """What each receiver reads: the ablated stream plus what its kept edges carry beyond it."""
+        n = int((self.sources < slot.columns).sum())
+        block = self.graph.block(self.kept, slot)
+        block = block if rows is None else block[:, rows]
+        block = block if n == slot.columns else block[:, :, self.sources[:n]]
+        carried = torch.bmm(block, (self.moved if moved is None else moved)[:, :n].flatten(2))
+        return carried.view(*block.shape[:2], *base.shape).add_(base)
+
+    def mlp(self, slot: Slot, base: Tensor) -> None:
+        column = self.column[self.graph.mlp_at(slot.layer)]
+        if column >= 0:
+            read = self.read(slot, base)
+            wrote = mlp_output(self.blocks[slot.layer], read.flatten(0, 2))
+            self.moved[:, column] = wrote.view_as(read[:, 0]) - self.written[column]
+
+    def heads(self, slot: Slot, base: Tensor) -> None:
+        graph, block = self.graph, self.blocks[slot.layer]
+        columns = self.column[graph.heads_at(slot.layer)]
+        wrote = torch.tensor([h for h, column in enumerate(columns) if column >= 0], dtype=torch.long)
+        if not len(wrote):
+            return
+        # the scale of a sandwich block's norm depends on every head of the layer
+        heads = torch.arange(graph.n_heads) if graph.shared_scale else wrote
+        keyed = (heads // graph.group).unique()
+        rows = torch.cat((heads, graph.n_heads + keyed, graph.n_heads + graph.n_kv_heads + keyed))
+        read = self.read(slot, base, rows)
+        parts = block.quiet_norm(read.flatten(0, 1)).view_as(read).split([len(heads), len(keyed), len(keyed)], dim=1)
+        attn = block.attn
+        q, k, v = (
+            _projected(attn, linear, part, which).flatten(0, 1)
+            for linear, part, which in zip((attn.q, attn.k, attn.v), parts, (heads, keyed, keyed), strict=True)
+        )
+        q, k = attn.place(q, k, self.runner.ctx)
+        z = self.runner.ctx.attend(attn, q, k, v)
+        out = head_outputs(block, z, wrote).unflatten(1, (len(self.kept), self.runner.n_pairs)).transpose(0, 1)
+        at = slice(columns[int(wrote[0])], columns[int(wrote[-1])] + 1)
+        self.moved[:, at] = out - self.written[at]
+
+
+class _AfterPrefix(Context):
+    """Positions from `start` on; before it every row has the ablated run's keys and values."""
+
+    def __init__(self, n_pos: int, start: int, past: list[tuple[Tensor, Tensor]], device: torch.device):
+        super().__init__(torch.arange(start, n_pos, device=device), start)
+        self.past = [tuple(x[:, :start] for x in both) for both in past] if start else []
+
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.past:
+            before = [x.repeat(len(k) // len(x), 1, 1, 1) for x in self.past[attn.layer]]
+            k, v = torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
+        return attn.mix(q, attn.see_keys(k), v, self.view(attn.mask))
+
+
+def _projected(
+    attn: Any, linear: nn.Module, x: Float[Tensor, "mask row pair pos d_model"], heads: Int[Tensor, "row"]
+) -> Float[Tensor, "mask pair pos head d_head"]:
+    """Each receiver's own input through its own part of the projection; heads that are not run stay 0."""
+    n, d = (attn.n_heads if linear is attn.q else attn.n_kv_heads), attn.d_head
+    if is_plain(linear):
+        out = torch.einsum("mrbpk,rdk->mbprd", x, linear.weight.unflatten(0, (n, d))[heads])
+        out = out if linear.bias is None else out + linear.bias.view(n, d)[heads]
+    else:
+        each = [linear(x[:, i]).unflatten(-1, (n, d))[..., h, :] for i, h in enumerate(heads.tolist())]
+        out = torch.stack(each, dim=3)
+    return out if len(heads) == n else out.new_zeros(*out.shape[:3], n, d).index_copy_(3, heads.to(x.device), out)

@@ -1,0 +1,162 @@
+"""Scores of edges, and the circuits that are cut from them."""
+
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.plugins.circuits.circuit import Circuit
+from hooklens.plugins.circuits.graph import CircuitGraph
+from hooklens.result import Result, Table
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeScores(Result):
+    """How much each edge carries, by one method, as the mean over pairs; positive: it raises the metric.
+
+    `std_error` is that of the mean over pairs. `found_on` holds a digest of every prompt pair that was used, so that an
+    evaluation can say whether its prompts are new.
+    """
+
+    graph: CircuitGraph
+    scores: Float[Tensor, "edge"]
+    std_error: Float[Tensor, "edge"]
+    clean: float
+    ablated: float
+    n_pairs: int
+    method: str
+    ablation: str
+    model_name: str
+    found_on: list[str]
+
+    @property
+    def node_scores(self) -> Float[Tensor, "source"]:
+        """The score of each whole node: the sum over the edges that leave it, as gradients are linear."""
+        return self.graph.per_source(self.scores)
+
+    def order(self) -> list[int]:
+        """Every edge, the largest score first, whatever its sign."""
+        return self.scores.abs().argsort(descending=True, stable=True).tolist()
+
+    # -- circuits
+
+    def top_edges(self, n: int) -> Circuit:
+        """The edges of the largest scores, as many as leave at most `n` on paths from the embedding to the logits."""
+        return self._largest(self.order(), n, f"at most {n} of the top edges")
+
+    def above(self, threshold: float) -> Circuit:
+        """Every edge whose score, whatever its sign, reaches the threshold, and that lies on a path of such edges."""
+        return self._circuit(self.scores.abs() >= threshold, f"edges of at least {threshold:g}")
+
+    def greedy_edges(self, n: int) -> Circuit:
+        """At most `n` edges, grown from the logits: always the largest score among edges into nodes that are in.
+
+        So no edge leads nowhere; those that no path from the embedding reaches are dropped at the end.
+
+        Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 (greedy search).
+        """
+        return self._largest(_grown(self.graph, self.scores), n, f"at most {n} edges grown from the logits")
+
+    def top_nodes(self, n: int) -> Circuit:
+        """The `n` nodes of the largest scores with every edge between them, from the embedding and to the logits."""
+        scores = self.node_scores.abs()
+        scores[0] = -1
+        if not 1 <= n < len(scores):
+            raise InputError(f"this model has {len(scores) - 1} nodes beside the embedding, got n={n}")
+        nodes = torch.zeros(1, len(scores), dtype=torch.bool)
+        nodes[0, scores.argsort(descending=True, stable=True)[:n].cpu()] = True
+        nodes[0, 0] = True
+        return self._circuit(self.graph.of_nodes(nodes)[0], f"top {n} nodes")
+
+    def _largest(self, order: list[int], n: int, how: str) -> Circuit:
+        """As many edges from the front of an order as leave at most n on paths: more of them never leave fewer."""
+        if not 1 <= n <= self.graph.n_edges:
+            raise InputError(f"this model has {self.graph.n_edges} edges, so n lies between 1 and that; got {n}")
+        fits, too_many = n, self.graph.n_edges + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if int(self._tidy(self.graph.mask(order[:middle])).sum()) <= n:
+                fits = middle
+            else:
+                too_many = middle
+        return self._circuit(self.graph.mask(order[:fits]), how)
+
+    def _tidy(self, kept: Tensor) -> Tensor:
+        return self.graph.on_a_path(kept[None].cpu(), rooted=self.ablation == "corrupted")[0]
+
+    def _circuit(self, kept: Tensor, how: str) -> Circuit:
+        tidy = self._tidy(kept)
+        return Circuit(
+            self.graph,
+            tidy,
+            torch.where(tidy.to(self.scores.device), self.scores, 0.0),
+            f"{self.method}, {how}",
+            self.ablation,
+            self.model_name,
+            int(kept.sum()) - int(tidy.sum()),
+            self.found_on,
+        )
+
+    # -- reading
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` edges of the largest scores."""
+        return self.table(k)
+
+    def table(self, n: int | None = 20) -> Table:
+        """Edges by score, whatever its sign."""
+        rows = [(self.graph.name(e), float(self.scores[e]), float(self.std_error[e])) for e in self.order()[:n]]
+        return Table(("edge", self.method, "standard error"), rows)
+
+    def figure(self) -> Any:
+        """How much leaves each node: its score, layer by layer."""
+        from hooklens.viz.figures import heatmap
+
+        graph = self.graph
+        wide = graph.n_heads + graph.mlp
+        nodes = self.node_scores[1:].view(graph.n_layers, wide)
+        columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
+        rows = [f"L{i}" for i in range(graph.n_layers)]
+        title = f"{self.method}: score of each node ({self.ablation} ablation), the sum over its edges"
+        return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="score")
+
+
+def _grown(graph: CircuitGraph, scores: Float[Tensor, "edge"]) -> list[int]:
+    """Every edge in the order in which a circuit grows: a queue, by score, of the edges into what is already in."""
+    size, sources, of_source = scores.abs().tolist(), graph.ends[0].tolist(), _receivers_of(graph)
+    starts = [slot.start + row * slot.columns for slot in graph.slots for row in range(slot.rows)]
+    starts.append(graph.n_edges)
+    queue: list[tuple[float, int]] = []
+    opened: set[int] = set()
+
+    def into(receiver: int) -> None:
+        if receiver not in opened:
+            opened.add(receiver)
+            for edge in range(starts[receiver], starts[receiver + 1]):
+                heapq.heappush(queue, (-size[edge], edge))
+
+    into(graph.n_receivers - 1)
+    order = []
+    while queue:
+        order.append(heapq.heappop(queue)[1])
+        for receiver in of_source[sources[order[-1]]]:
+            into(receiver)
+    return order
+
+
+def _receivers_of(graph: CircuitGraph) -> list[list[int]]:
+    """The receivers of each node: a head's q, and the k and v that it uses."""
+    found: list[list[int]] = [[]]
+    row = 0
+    for _ in range(graph.n_layers):
+        h, g = graph.n_heads, graph.n_kv_heads
+        found += [[row + i, row + h + i // graph.group, row + h + g + i // graph.group] for i in range(h)]
+        row += h + 2 * g
+        if graph.mlp:
+            found.append([row])
+            row += 1
+    return found

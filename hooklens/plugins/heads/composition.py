@@ -1,0 +1,220 @@
+"""Which heads read what which others wrote? Q-, K- and V-composition of weights, against random orientations."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.model.linear import is_plain
+from hooklens.plugins.heads.rotations import above
+from hooklens.result import Result, Table
+from hooklens.statistics import q_values
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Pairs = Float[Tensor, "layer head reader_layer reader_head"]
+MODES = ("Q", "K", "V")
+
+
+@dataclass(frozen=True, eq=False)
+class Composition(Result):
+    """Composition scores of every pair of heads: writer first, then the later head that reads; 0 for other pairs.
+
+    `scores` are |W_OV W_QK| / (|W_OV| |W_QK|) and the like (Frobenius). `z` and `p` hold them against the same two
+    matrices in random orientation to each other, whose mean square score is 1 / d_model whatever their spectra
+    (`chance` is its root). NaN where there is no pair.
+    """
+
+    scores: dict[str, Pairs]
+    z: dict[str, Pairs]
+    p: dict[str, Pairs]
+    chance: float
+
+    def q(self, mode: str) -> Pairs:
+        """Benjamini-Hochberg over all pairs and all three modes."""
+        together = q_values(torch.stack([self.p[one] for one in self.p]))
+        return together[list(self.p).index(mode)]
+
+    def order(self) -> list[tuple[str, int, int, int, int]]:
+        """(mode, layer, head, reader's layer, reader's head), the pair farthest above chance first."""
+        stack = torch.stack([self.z[mode] for mode in MODES])
+        flat = stack.flatten()
+        by = flat.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[: int((~flat.isnan()).sum())]
+        index = torch.stack(torch.unravel_index(by, stack.shape), 1).tolist()
+        return [(MODES[m], *rest) for m, *rest in index]
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` pairs farthest above chance."""
+        return self.table(k)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a pair and mode; with one layer there is none."""
+        q = {mode: self.q(mode) for mode in MODES}
+        rows = [
+            (f"L{a}H{b}", f"L{c}H{d}", mode, *(float(x[mode][a, b, c, d]) for x in (self.scores, self.z, q)))
+            for mode, a, b, c, d in self.order()[:n]
+        ]
+        return Table(("writer", "reader", "mode", "score", "z", "q"), rows)
+
+    def figure(self) -> Any:
+        """Writers down, readers across: how far each pair lies above chance, its largest mode."""
+        from hooklens.viz.figures import heatmap
+
+        z = torch.stack([self.z[mode] for mode in MODES]).nan_to_num(-torch.inf).amax(0)
+        names = [f"L{i}H{j}" for i in range(z.shape[0]) for j in range(z.shape[1])]
+        shown = z.flatten(2).flatten(0, 1)
+        shown = (
+            torch.where(shown.isinf(), torch.nan, shown) if bool(shown.isfinite().any()) else torch.zeros_like(shown)
+        )
+        return heatmap(
+            shown,
+            x=names,
+            y=names,
+            title="Composition above chance (largest of Q, K, V)",
+            x_title="reader",
+            y_title="writer",
+            colourbar="z",
+        )
+
+
+def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -> Composition:
+    """Which later heads' queries, keys and values are set up to read what which earlier heads write?
+
+    Every matrix is kept as two thin factors. Norms, those of queries and keys too, are linearised: their weight (and
+    LayerNorm's centring) belongs to what reads the stream, their scale is left out. Rotary turns, position embeddings
+    and biases have no part in it.
+
+    >>> from hooklens.testing import induction_model
+    >>> found = composition(induction_model())
+    >>> found.order()[0]                     # the induction head's keys read what the previous-token head wrote
+    ('K', 0, 0, 1, 1)
+
+    `draws` random orientations of each pair, with their own spectra, make the null; all pairs' draws are pooled in
+    standard deviations.
+
+    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Q-, K-, and V-composition".
+    """
+    _refuse(model)
+    with torch.no_grad():
+        writers, readers = _factors(model)
+        found = {mode: _mode(writers, readers[mode], draws, seed + i) for i, mode in enumerate(MODES)}
+    scores, z, p = ({mode: one[i] for mode, one in found.items()} for i in range(3))
+    return Composition(scores, z, p, chance=model.cfg.d_model**-0.5)
+
+
+def _refuse(model: "HookedTransformer") -> None:
+    if model.blocks[0].renorms_stream:
+        raise InputError(
+            "composition of weights needs heads that read and write one stream; post-norm blocks normalise it"
+        )
+    for layer, block in enumerate(model.blocks):
+        wrapped = [name for name in "qkvo" if not is_plain(getattr(block.attn, name))]
+        if wrapped:
+            raise InputError(
+                f"composition reads weights, and blocks.{layer}.attn.{wrapped[0]} is not a plain linear layer; merge "
+                "the adapter into it first"
+            )
+
+
+def _factors(
+    model: "HookedTransformer",
+) -> tuple[Float[Tensor, "layer head d_head d_model"], dict[str, Float[Tensor, "layer head d_model d_head"]]]:
+    """What each head writes, and what its queries, keys and values read, each times the triangle of its other factor.
+
+    |A B C D| = |R (B C) S| where A = Q R and D^T = Q' S^T: rotations change no norm, and the inner product is small.
+    """
+    written: list[Tensor] = []
+    readers: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
+    for block in model.blocks:
+        attn, repeat = block.attn, model.cfg.n_heads // model.cfg.n_key_value_heads
+        q = read_by(block, attn.W_Q)
+        k, v = (read_by(block, w).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
+        if attn.q_norm is not None:
+            q, k = (norm.linearised(w, torch.ones_like(w[..., :1])) for norm, w in ((attn.q_norm, q), (attn.k_norm, k)))
+        o = attn.W_O if block.ln1_post is None else _sandwich(block, attn.W_O)
+        written.append(_triangle(v) @ o)
+        readers["Q"].append(q @ _triangle(k).mT)
+        readers["K"].append(k @ _triangle(q).mT)
+        readers["V"].append(v @ _triangle(o.mT).mT)
+    return torch.stack(written), {mode: torch.stack(parts) for mode, parts in readers.items()}
+
+
+def read_by(block, weight: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:
+    """A weight that reads the stream through the block's first norm, with that norm's weight and centring folded in."""
+    if block.ln1 is None:
+        return weight
+    gain = block.ln1.gain()
+    scaled = weight if gain is None else weight * gain.to(weight)[:, None]
+    return block.ln1.centred(scaled.mT).mT  # the centring is symmetric, so it may act on the weight
+
+
+def _sandwich(block, weight: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head d_model"]:
+    return block.ln1_post.linearised(weight, torch.ones_like(weight[..., :1]))
+
+
+def _triangle(x: Float[Tensor, "head long d_head"]) -> Float[Tensor, "head small d_head"]:
+    return torch.linalg.qr(x, mode="r").R
+
+
+def _mode(
+    writers: Float[Tensor, "layer head d_head d_model"],
+    readers: Float[Tensor, "layer head d_model d_head"],
+    draws: int,
+    seed: int,
+) -> tuple[Pairs, Pairs, Pairs]:
+    """Scores of one mode, their deviation from chance and p-values."""
+    layers, d_model = len(writers), writers.shape[-1]
+    norms = writers.flatten(2).norm(dim=2)[:, :, None, None] * readers.flatten(2).norm(dim=2)
+    scores = torch.zeros_like(norms)
+    for layer in range(1, layers):  # only what earlier layers wrote can be read
+        inner = torch.einsum("lhdm,gme->lhgde", writers[:layer], readers[layer])
+        scores[:layer, :, layer] = inner.flatten(3).norm(dim=3)
+    later = torch.arange(layers)[:, None] < torch.arange(layers)
+    is_pair = later[:, None, :, None].expand_as(norms).to(norms.device) & (norms > 0)
+    scores = torch.where(is_pair, scores / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
+    left, right = (torch.linalg.svdvals(x.double()).square().flatten(0, 1) for x in (writers, readers))
+    mean, deviation = _moments(left, right, d_model)
+    shape, safe = scores.shape, torch.where(is_pair.flatten(2).flatten(0, 1) & (deviation > 0), deviation, torch.nan)
+    seen = scores.double().square().flatten(2).flatten(0, 1)
+    z = (seen - mean) / safe
+    null = torch.stack([(one - mean) / safe for one in _random(left, right, d_model, draws, seed)])
+    p = torch.where(z.isnan(), torch.nan, above(z, null))
+    return scores, z.view(shape).to(scores), p.view(shape).to(scores)
+
+
+def _normal(squares: Float[Tensor, "pair d_head"]) -> Float[Tensor, "pair d_head"]:
+    return squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
+
+
+def _moments(
+    left: Float[Tensor, "writer d_head"], right: Float[Tensor, "reader d_head"], d_model: int
+) -> tuple[float, Float[Tensor, "writer reader"]]:
+    """Mean and deviation of the squared score over all orientations, given the squared singular values.
+
+    tr(X Q Y Q^T) with tr X = tr Y = 1 has mean 1/D and, as traceless symmetric matrices are one irreducible
+    representation of the rotations, of dimension (D - 1)(D + 2)/2, variance 2 |X_0|^2 |Y_0|^2 / ((D - 1)(D + 2)).
+    """
+    spread = [_normal(x).square().sum(-1) - 1 / d_model for x in (left, right)]
+    size = max(1, (d_model - 1) * (d_model + 2))
+    return 1 / d_model, (2 * spread[0].clamp_min(0)[:, None] * spread[1].clamp_min(0) / size).sqrt()
+
+
+def _random(left: Tensor, right: Tensor, d_model: int, draws: int, seed: int) -> list[Float[Tensor, "writer reader"]]:
+    """Squared scores of the same spectra in random orientation: s^T (G o G) t for G between two random frames."""
+    generator, d = torch.Generator().manual_seed(seed), left.shape[1]
+    out = []
+    for _ in range(draws):
+        frames = torch.linalg.qr(torch.randn(2, d_model, max(d, 1), generator=generator, dtype=torch.float64)).Q
+        width = frames.shape[2]  # d_model where a head is wider than the stream
+        G = (frames[0].T @ frames[1]).square().to(left.device)
+        out.append(_normal(left)[:, :width] @ G @ _normal(right)[:, :width].T)
+    return out
+
+
+def demo(model: "HookedTransformer") -> Composition:
+    """Every pair of heads; with one layer there are none, and the table is empty."""
+    return composition(model, draws=20)

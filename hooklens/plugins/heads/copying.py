@@ -1,0 +1,192 @@
+"""Does a head write the token that it looks at, or its opposite? The OV circuit from tokens to logits."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.repeated import repeated_tokens
+from hooklens.model.linear import is_plain, packed_linears
+from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
+from hooklens.result import Result, Table
+from hooklens.statistics import q_values
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Columns = Float[Tensor, "head d_head token"]
+_ROWS = 16  # tokens a sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Copying(Result):
+    """How each head's OV maps a sample of tokens onto their own logits.
+
+    `own` is the logit that a token gives itself through a head, minus the mean that it gives the sampled tokens (the
+    norms' scales left out, so only its sign and its rank compare between heads). `rank` is the token's place among the
+    sampled ones, 0 the first, the middle of those that tie. `positive` is the sum of the circuit's eigenvalues over the
+    sum of their sizes: 1 if the head copies every token, -1 if it writes every token's opposite. `z` is mean `own` in
+    standard deviations of the same head with its values rotated at random, `copies` and `suppresses` the p-values.
+    """
+
+    tokens: Int[Tensor, "token"]
+    own: Float[Tensor, "token layer head"]
+    rank: Float[Tensor, "token layer head"]
+    positive: PerHead
+    z: PerHead
+    copies: PerHead
+    suppresses: PerHead
+
+    def top_share(self, k: int = 5) -> PerHead:
+        """The share of tokens that are among the `k` which their own OV raises most."""
+        return (self.rank < k).to(self.own).mean(0)
+
+    def bottom_share(self, k: int = 5) -> PerHead:
+        """The share of tokens that are among the `k` which their own OV lowers most."""
+        return (self.rank >= len(self.tokens) - k).to(self.own).mean(0)
+
+    def order(self) -> list[tuple[int, int]]:
+        """Every (layer, head), the one farthest from chance first."""
+        by = self.z.flatten().nan_to_num(0).abs().argsort(descending=True, stable=True).tolist()
+        return [divmod(i, self.z.shape[1]) for i in by]
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` heads whose OV copies or suppresses most."""
+        return self.table(k)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
+        q = q_values(torch.stack([self.copies, self.suppresses]))
+        each = (self.positive, self.top_share(), self.bottom_share(), self.z, *q)
+        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        return Table(("head", "eigenvalues", "own in top 5", "in bottom 5", "z", "q copies", "q suppresses"), rows)
+
+    def figure(self) -> Any:
+        """How far each head's copying lies from chance, in standard deviations of rotated heads."""
+        from hooklens.viz.figures import heatmap
+
+        rows = [f"L{i}" for i in range(len(self.z))]
+        return heatmap(
+            self.z, y=rows, title="OV copying against rotated heads", x_title="head", y_title="layer", colourbar="z"
+        )
+
+
+def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
+    """Which heads would write the token they look at, wherever they look? Weights alone, no attention.
+
+    A sample of tokens is put through each head's values and output, the final norm's weight and W_U: as embedded for
+    layer 0, as block 0 leaves them in random text for later layers. Norm scales are left out (positive, so ranks stay).
+
+    >>> from hooklens.testing import induction_model
+    >>> found = copying(induction_model())
+    >>> found.positive[1, 1].item(), found.top_share(1)[1, 1].item(), found.rank[0, 0, 0].item()
+    (1.0, 1.0, 5.0)
+
+    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Detecting copying behavior".
+    """
+    refuse_post_norm(model)
+    tokens, streams = _streams(model, n_tokens, seed)
+    found: dict[str, list[Tensor]] = {name: [] for name in ("own", "rank", "positive", "z", "null")}
+    with torch.no_grad(), packed_linears(rows=1024):
+        for layer in range(model.cfg.n_layers):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            read = _read(model, layer, streams[min(layer, 1)])
+            columns = written_logits(model, layer, tokens)
+            for name, value in _of_layer(read, columns, draws, generator).items():
+                found[name].append(value)
+    stacked = {name: torch.stack(parts, 1 if name in ("own", "rank", "null") else 0) for name, parts in found.items()}
+    z, null = stacked["z"], stacked["null"]
+    return Copying(
+        tokens,
+        stacked["own"],
+        stacked["rank"],
+        stacked["positive"],
+        z,
+        copies=above(z, null),
+        suppresses=above(-z, -null),
+    )
+
+
+def refuse_post_norm(model: "HookedTransformer") -> None:
+    """Post-norm blocks normalise the stream itself, so that no head writes to the logits directly."""
+    if model.blocks[0].renorms_stream:
+        raise InputError(
+            "a head's direct path to the logits was asked for, and this model's post-norm blocks normalise the stream "
+            "on the way; hl.patch(..., site='z') measures total effects there"
+        )
+
+
+def _streams(
+    model: "HookedTransformer", n_tokens: int, seed: int
+) -> tuple[Int[Tensor, "token"], list[Float[Tensor, "token d_model"]]]:
+    """Sampled tokens; each as it is embedded, and as block 0 leaves it, mean over the places where it was drawn."""
+    per_row = repeated_tokens(model, 1, length=2 * _ROWS + 1, seed=seed).first_query - 1
+    text = repeated_tokens(model, -(-n_tokens // per_row), length=2 * per_row + 1, period=per_row, seed=seed)
+    rows = text.tokens[:, : per_row + 1]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(rows, ["embed", ("resid_post", 0)], stop_at_layer=1)
+    tokens, which = rows[:, 1:].flatten()[:n_tokens].unique(return_inverse=True)
+    acts = [cache[name][:, 1:].flatten(0, 1)[:n_tokens] for name in ("hook_embed", "blocks.0.hook_resid_post")]
+    count = torch.bincount(which)[:, None]
+    return tokens, [act.new_zeros(len(tokens), act.shape[1]).index_add_(0, which, act) / count for act in acts]
+
+
+def _read(model, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "head token d_head"]:
+    """What each head's values make of the tokens, biases left out; heads of a group share theirs."""
+    block, attn = model.blocks[layer], model.blocks[layer].attn
+    normed = (x if block.ln1 is None else block.ln1(x))[:, None]
+    v = attn.heads(attn.v, normed, None) - attn.heads(attn.v, torch.zeros_like(normed), None)
+    return v[:, 0].repeat_interleave(attn.n_heads // attn.n_kv_heads, 1).transpose(0, 1)
+
+
+def written_logits(model: "HookedTransformer", layer: int, tokens: Int[Tensor, "token"]) -> Columns:
+    """W_O, the final norm's weight and W_U of these tokens: what each number of a head's z adds to their logits."""
+    attn, block = model.blocks[layer].attn, model.blocks[layer]
+    unit = torch.eye(attn.d_head, dtype=model.dtype, device=model.device)
+    rows = attn.results(unit[:, None, None].expand(-1, 1, attn.n_heads, -1).contiguous())[:, 0]
+    if block.ln1_post is not None:
+        rows = block.ln1_post.linearised(rows, torch.ones_like(rows[..., :1]))
+    return to_logits(model, rows, tokens).transpose(0, 1)
+
+
+def to_logits(
+    model: "HookedTransformer", x: Float[Tensor, "*lead d_model"], tokens: Int[Tensor, "token"]
+) -> Float[Tensor, "*lead token"]:
+    """The logits of these tokens, uncapped, from what is added to the stream; the final norm's scale left out."""
+    if model.ln_final is not None:
+        x = model.ln_final.linearised(x, torch.ones_like(x[..., :1]))
+    linear = model.unembed.linear
+    if is_plain(linear):
+        return x @ linear.weight[tokens].T
+    return (linear(x) - linear(torch.zeros_like(x)))[..., tokens]
+
+
+def _of_layer(
+    read: Float[Tensor, "head token d_head"], columns: Columns, draws: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    logits = read @ columns  # [head token token]: row i is what token i writes
+    own = logits.diagonal(dim1=1, dim2=2)
+    rank = ((logits > own[..., None]).sum(-1) + (logits >= own[..., None]).sum(-1) - 1) / 2
+    eigenvalues = torch.linalg.eigvals(columns @ read)  # the non-zero ones of `logits`
+    size = eigenvalues.abs().sum(-1)
+    # The mean of `own` is the inner product of the identity with G, so that of a rotated head is that of R with G.
+    G = (read.mT @ (columns - columns.mean(-1, keepdim=True)).mT).double()
+    heads, d = G.shape[:2]
+    deviation = G.flatten(1).norm(dim=1) / d**0.5  # of <R, G> over random rotations, whose mean is 0
+    safe = torch.where(deviation > 0, deviation, torch.nan)
+    turned = torch.einsum("thde,hde->th", query_rotations(draws, heads, d, generator).to(G), G)
+    return {
+        "own": (own - logits.mean(-1)).T,
+        "rank": rank.T.to(read),
+        "positive": torch.where(size > 0, eigenvalues.real.sum(-1) / size, 0.0),
+        "z": (G.diagonal(dim1=1, dim2=2).sum(-1) / safe).to(read),
+        "null": (turned / safe).to(read),
+    }
+
+
+def demo(model: "HookedTransformer") -> Copying:
+    """32 tokens through every head."""
+    return copying(model, n_tokens=32, draws=50)

@@ -1,0 +1,165 @@
+"""Which heads continue repeated text? The attention score, and the loss that their ablation costs, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.repeated import Repeated, repeated_tokens
+from hooklens.metrics import MinusLoss
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.heads.rotations import mass
+from hooklens.plugins.heads.scores import key_masks
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.execute import execute
+from hooklens.sweeps.plan import Patch, plan
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+PerSequence = Float[Tensor, "sequence layer head"]
+
+
+@dataclass(frozen=True, eq=False)
+class InductionHeads(Result):
+    """Induction score and loss rise of every head, sequence by sequence.
+
+    `score` is the attention to what followed earlier occurrences of the query's token. `rise` is how much the loss of
+    the repeated tokens rises, in nats a token, when the head's output is replaced by its mean over other sequences;
+    `rise_before` the same for the tokens before any repeat, where there is nothing to copy: a head that does more there
+    is useful, but not for induction. NaN for heads that were not ablated.
+    """
+
+    score: PerSequence
+    rise: PerSequence
+    rise_before: PerSequence
+    loss: Float[Tensor, "sequence"]
+    loss_before: Float[Tensor, "sequence"]
+    chance: float
+
+    @property
+    def q(self) -> Float[Tensor, "layer head"]:
+        """Benjamini-Hochberg over the ablated heads, from sign flips of whole sequences."""
+        missing = self.rise[0].isnan()
+        return q_values(sign_flip_p(self.rise.nan_to_num()).masked_fill(missing, torch.nan))
+
+    def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+        """Both ends of the mean `rise`, by a bootstrap over sequences."""
+        low, high = mean_interval(self.rise.nan_to_num(), level=level)
+        missing = self.rise[0].isnan()
+        return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
+
+    def order(self) -> list[tuple[int, int]]:
+        """Every (layer, head), the highest score first."""
+        by = self.score.mean(0).flatten().argsort(descending=True, stable=True).tolist()
+        return [divmod(i, self.score.shape[2]) for i in by]
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` heads of the highest induction score."""
+        return self.table(k)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a head: score, what its ablation costs after a repeat and before, and the q-value."""
+        (low, high), q = self.interval(), self.q
+        each = (self.score.mean(0), self.rise.mean(0), low, high, self.rise_before.mean(0), q)
+        rows = [(f"L{i}H{j}", *(_known(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        return Table(("head", "score", "loss rise", "95% low", "95% high", "before repeats", "q"), rows)
+
+    def figure(self) -> Any:
+        """Every head by score and by what its ablation costs: who looks but does not matter lies low on the right."""
+        from hooklens.viz.curves import scatter
+
+        names = [f"L{i}H{j}" for i in range(self.score.shape[1]) for j in range(self.score.shape[2])]
+        seen = ~self.rise[0].isnan().flatten()
+        return scatter(
+            self.score.mean(0).flatten()[seen],
+            self.rise.mean(0).flatten()[seen],
+            [name for name, here in zip(names, seen.tolist(), strict=True) if here],
+            "Looking is not doing: induction score and the loss that ablation costs",
+            x_title="attention to what followed the last occurrence",
+            y_title="loss rise on repeats (nats a token)",
+            colour=self.rise_before.mean(0).flatten()[seen],
+            colourbar="before repeats",
+        )
+
+
+def _known(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else float(value)
+
+
+def induction_heads(
+    model: "HookedTransformer",
+    *,
+    n: int = 8,
+    length: int = 25,
+    heads: Sequence[tuple[int, int]] | None = None,
+    seed: int = 0,
+) -> InductionHeads:
+    """Which heads are induction heads: who looks at what came next, and whose loss costs the repeat?
+
+    Each of `heads` (all by default) is ablated alone: its z becomes the mean, position by position, over as many other
+    sequences that repeat at other periods. Exact, through the sweep engine.
+
+    >>> from hooklens.testing import induction_model
+    >>> found = induction_heads(induction_model())
+    >>> found.score.mean(0)[1].tolist(), bool(found.loss.mean() < 0.01), bool(found.rise.mean(0)[1, 1] > 1)
+    ([0.0..., 1.0], True, True)
+
+    Reference: Olsson et al. (2022), "In-context Learning and Induction Heads", arguments 3 and 4.
+    """
+    if n < 2:
+        raise InputError(f"an interval needs at least two sequences, got n={n}")
+    both = repeated_tokens(model, 2 * n, length=length, seed=seed)
+    sequences, others = both.part(0, n), both.part(n, 2 * n)
+    cfg = model.cfg
+    every = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    chosen = every if heads is None else list(heads)
+    with torch.no_grad(), packed_linears(rows=1024):
+        mask = key_masks(sequences.tokens)["induction"]
+        _, cache = model.run_with_cache(sequences.tokens, "pattern", stop_at_layer=cfg.n_layers)
+        score = torch.stack([mass(cache["pattern", layer], mask) for layer in range(cfg.n_layers)], 1)
+        mean = _mean_z(model, others)
+        rise, loss = _ablate(model, sequences.tokens, sequences.metric(), chosen, mean)
+        before = sequences.tokens[:, : sequences.first_part]
+        rise_before, loss_before = (
+            _ablate(model, before, _loss(before), chosen, mean)
+            if before.shape[1] > 1
+            else (
+                torch.zeros_like(rise),
+                torch.zeros_like(loss),
+            )
+        )
+    chance = float((mask.sum(-1) / torch.arange(1, mask.shape[1] + 1).to(mask.device))[mask.any(-1)].mean())
+    return InductionHeads(score, rise, rise_before, loss, loss_before, chance)
+
+
+def _loss(tokens: Tensor) -> MinusLoss:
+    return MinusLoss(torch.full((len(tokens),), -1), tokens)
+
+
+def _mean_z(model: "HookedTransformer", others: Repeated) -> dict[str, Float[Tensor, "one pos head d_head"]]:
+    _, cache = model.run_with_cache(others.tokens, "z", stop_at_layer=model.cfg.n_layers)
+    return {name: act.mean(0, keepdim=True) for name, act in cache.items()}
+
+
+def _ablate(
+    model: "HookedTransformer", tokens: Tensor, metric: MinusLoss, heads: list[tuple[int, int]], mean: dict[str, Tensor]
+) -> tuple[PerSequence, Float[Tensor, "sequence"]]:
+    """How much the loss rises without each head, NaN for the others; and the loss of the untouched run."""
+    values = {name: act[:, : tokens.shape[1]] for name, act in mean.items()}
+    made = plan(model, tokens, "z", values, patches=[Patch(layer, None, head) for layer, head in heads])
+    found = execute(made, metric)
+    rise = torch.full((len(tokens), model.cfg.n_layers, model.cfg.n_heads), torch.nan).to(found.values)
+    layers, which = (list(part) for part in zip(*heads, strict=True))
+    rise[:, layers, which] = (found.base - found.values).T
+    return rise, -found.base
+
+
+def demo(model: "HookedTransformer") -> InductionHeads:
+    """Four short sequences; any model that reads tokens."""
+    return induction_heads(model, n=4, length=13)

@@ -1,0 +1,189 @@
+"""By which road does a head act: straight to the logits, through later MLPs, or through later heads?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.repeated import repeated_tokens
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.heads.copying import refuse_post_norm
+from hooklens.progress import progress
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval
+from hooklens.sweeps.measure import Reader
+
+if TYPE_CHECKING:
+    from hooklens.core.cache import ActivationCache
+    from hooklens.model.transformer import HookedTransformer
+
+ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
+
+
+@dataclass(frozen=True, eq=False)
+class Mediation(Result):
+    """How far the metric falls without each head, and by which road, sequence by sequence.
+
+    `total`: everything after the head answers. `direct`: only the final norm and the unembedding do. `mlps`, `through
+    heads`: later MLPs (later heads) answer as well, later heads (MLPs) hold their value of the untouched run; the
+    direct effect is taken off. Roads that need both, and what does not add up, are `interaction` = total - the other
+    three.
+    """
+
+    heads: list[str]
+    total: Float[Tensor, "sequence chosen"]
+    direct: Float[Tensor, "sequence chosen"]
+    mlps: Float[Tensor, "sequence chosen"]
+    later_heads: Float[Tensor, "sequence chosen"]
+    base: Float[Tensor, "sequence"]
+
+    @property
+    def interaction(self) -> Float[Tensor, "sequence chosen"]:
+        """What of the total the three roads on their own do not explain."""
+        return self.total - self.direct - self.mlps - self.later_heads
+
+    def parts(self) -> Float[Tensor, "road sequence chosen"]:
+        """Total, direct, through MLPs, through heads, interaction."""
+        return torch.stack([self.total, self.direct, self.mlps, self.later_heads, self.interaction])
+
+    def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "road chosen"], Float[Tensor, "road chosen"]]:
+        """Both ends of every mean, by a bootstrap over sequences."""
+        return mean_interval(self.parts().transpose(0, 1), level=level)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` heads of the largest total effect."""
+        return self.table(k)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a head: total and roads, the interval of the total."""
+        mean, (low, high) = self.parts().mean(1), self.interval()
+        order = mean[0].abs().argsort(descending=True, stable=True).tolist()[:n]
+        rows = [(self.heads[i], *mean[:, i].tolist(), float(low[0, i]), float(high[0, i])) for i in order]
+        return Table(("head", *ROADS, "total low", "total high"), rows)
+
+    def figure(self) -> Any:
+        """Heads down, roads across."""
+        from hooklens.viz.figures import heatmap
+
+        shown = self.parts().mean(1).T
+        return heatmap(shown, x=ROADS, y=self.heads, title="By which road a head acts", colourbar="fall of the metric")
+
+
+def mediation(
+    model: "HookedTransformer",
+    tokens: Int[Tensor, "sequence pos"],
+    metric: Any,
+    heads: Sequence[tuple[int, int]],
+    *,
+    reference: Int[Tensor, "other other_pos"] | None = None,
+) -> Mediation:
+    """What of a head's effect on the metric is direct, through later MLPs, through later heads? By exact interventions.
+
+    The head's z is replaced by its mean over the `reference` prompts, position by position (over all positions of the
+    prompts themselves, if none are given). A head's own block counts as later where its MLP reads what attention wrote.
+
+    >>> from hooklens.testing import induction_model
+    >>> model = induction_model(); text = repeated_tokens(model, 4)
+    >>> found = mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)])
+    >>> found.direct.mean(0).tolist()[0], torch.equal(found.total[:, 1], found.direct[:, 1])
+    (0.0, True)
+
+    Reference: Pearl (2001), "Direct and Indirect Effects"; Vig et al. (2020), "Causal Mediation Analysis".
+    """
+    refuse_post_norm(model)
+    chosen = check_heads(model, heads)
+    names = ["z", "attn_out", "mlp_out"]
+    with torch.no_grad(), packed_linears(rows=1024):
+        stream, cache = model.run_with_cache(tokens, _there(model, names), stop_at_layer=model.cfg.n_layers)
+        reader = Reader(model, metric, stream)
+        mean = mean_z(model, cache, reference, tokens)
+        found: list[list[Tensor]] = []
+        with progress("following roads", 4 * len(chosen), unit="runs") as advance:
+            for layer, head in chosen:
+                runs = []
+                for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",)):
+                    out = _run(model, tokens, cache, mean, layer, head, frozen)
+                    runs.append(reader.base - on_stream(reader, out))
+                    advance()
+                found.append(runs)
+    total, direct, mlps, later = (torch.stack([runs[i] for runs in found], 1) for i in range(4))
+    return Mediation(
+        [f"L{layer}H{head}" for layer, head in chosen], total, direct, mlps - direct, later - direct, reader.base
+    )
+
+
+def check_heads(model: "HookedTransformer", heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(layer, head) pairs that exist, at least one."""
+    chosen = [(int(layer), int(head)) for layer, head in heads]
+    wrong = [at for at in chosen if not (0 <= at[0] < model.cfg.n_layers and 0 <= at[1] < model.cfg.n_heads)]
+    if wrong or not chosen:
+        sizes = f"layers 0 to {model.cfg.n_layers - 1} and heads 0 to {model.cfg.n_heads - 1}"
+        raise InputError(f"heads are (layer, head) pairs with {sizes}, at least one; got {list(heads)!r:.80}")
+    return chosen
+
+
+def mean_z(
+    model: "HookedTransformer", cache: "ActivationCache", reference: Tensor | None, tokens: Tensor
+) -> dict[int, Float[Tensor, "one pos head d_head"]]:
+    """The mean z by layer: over the reference prompts at each position, else over all positions of the prompts."""
+    layers = range(model.cfg.n_layers)
+    if reference is None:
+        return {
+            layer: cache["z", layer].mean((0, 1), keepdim=True).expand(1, tokens.shape[1], -1, -1) for layer in layers
+        }
+    if reference.shape[1] != tokens.shape[1]:
+        raise InputError(
+            f"reference prompts have {reference.shape[1]} tokens and the prompts {tokens.shape[1]}; a mean position by "
+            "position needs equal lengths"
+        )
+    _, other = model.run_with_cache(reference, "z", stop_at_layer=model.cfg.n_layers)
+    return {layer: other["z", layer].mean(0, keepdim=True) for layer in layers}
+
+
+def on_stream(reader: Reader, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
+    """The metric, whether or not it says what it reads."""
+    return reader.on_full(reader.model.read_out(stream)) if reader.read is None else reader.on_stream(stream)
+
+
+def _there(model: "HookedTransformer", names: list[str]) -> list[str]:
+    points = model.hook_points()
+    return [name for name in names if name != "mlp_out" or "blocks.0.hook_mlp_out" in points]
+
+
+def _run(
+    model: "HookedTransformer",
+    tokens: Tensor,
+    cache: "ActivationCache",
+    mean: dict,
+    layer: int,
+    head: int,
+    frozen: tuple,
+) -> Float[Tensor, "sequence pos d_model"]:
+    """The last stream without the head; later parts named in `frozen` keep what they wrote in the untouched run."""
+
+    def without(z: Tensor, hook: Any) -> Tensor:
+        z[:, :, head] = mean[layer][:, :, head]
+        return z
+
+    def hold(act: Tensor, hook: Any) -> Tensor:
+        return cache[hook.name]
+
+    hooks: list = [(("z", layer), without)]
+    for name in _there(model, list(frozen)):
+        first = (
+            layer if name == "mlp_out" else layer + 1
+        )  # the own block's MLP may read the head; its attention is edited
+        hooks += [(f"blocks.{later}.hook_{name}", hold) for later in range(first, model.cfg.n_layers)]
+    return model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+
+
+def demo(model: "HookedTransformer") -> Mediation:
+    """Two heads on short sequences that repeat; any model whose blocks are not post-norm."""
+    both = repeated_tokens(model, 8, length=13)
+    text, others = both.part(0, 4), both.part(4, 8)
+    heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]
+    return mediation(model, text.tokens, text.metric(), heads, reference=others.tokens)

@@ -1,0 +1,184 @@
+"""Do heads stand in for one another, or need one another? Joint ablation against the sum of single ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.repeated import repeated_tokens
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.heads.mediation import check_heads, mean_z, on_stream
+from hooklens.progress import progress
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.measure import Reader
+
+if TYPE_CHECKING:
+    from hooklens.core.cache import ActivationCache
+    from hooklens.model.transformer import HookedTransformer
+
+Square = Float[Tensor, "chosen chosen"]
+
+
+@dataclass(frozen=True, eq=False)
+class Redundancy(Result):
+    """How far the metric falls without each head, without each pair, and how alike the heads write.
+
+    `joint[s, i, j]` is the fall without both, on the diagonal without the one. `interaction` is joint minus the two
+    single falls: above 0 the heads stand in for one another (redundant: losing both costs more than the sum), below 0
+    they work on the same road (complementary: without one the other is worth less). `cosine` and `cka` compare what
+    they write, `cka_shuffled` is the CKA of the same outputs with tokens shuffled, which few tokens alone would give.
+    """
+
+    heads: list[str]
+    joint: Float[Tensor, "sequence chosen chosen"]
+    cosine: Square
+    cka: Square
+    cka_shuffled: Square
+    base: Float[Tensor, "sequence"]
+
+    @property
+    def single(self) -> Float[Tensor, "sequence chosen"]:
+        """The fall without each head alone."""
+        return self.joint.diagonal(dim1=1, dim2=2)
+
+    @property
+    def interaction(self) -> Float[Tensor, "sequence chosen chosen"]:
+        """Joint minus single falls; 0 on the diagonal."""
+        found = self.joint - self.single[:, :, None] - self.single[:, None, :]
+        own = torch.eye(len(self.heads), dtype=torch.bool, device=found.device)
+        return found.masked_fill(own, 0.0)
+
+    def _rows(self) -> list[tuple]:
+        pairs = list(combinations(range(len(self.heads)), 2))
+        if not pairs:
+            return []
+        each = torch.stack([self.interaction[:, i, j] for i, j in pairs], 1)
+        (low, high), q, single = mean_interval(each), q_values(sign_flip_p(each)), self.single.mean(0)
+        rows = []
+        for row, (i, j) in enumerate(pairs):
+            falls = (float(single[i]), float(single[j]), float(self.joint[:, i, j].mean()), float(each[:, row].mean()))
+            alike = (float(self.cosine[i, j]), float(self.cka[i, j]), float(self.cka_shuffled[i, j]))
+            ends = (float(low[row]), float(high[row]), float(q[row]))
+            rows.append((f"{self.heads[i]} {self.heads[j]}", *falls, *ends, *alike))
+        return sorted(rows, key=lambda row: -abs(row[4]))
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` pairs that add up least."""
+        return self.table(k)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a pair, the largest interaction first."""
+        falls = ("first alone", "second alone", "both", "interaction", "95% low", "95% high", "q")
+        return Table(("heads", *falls, "cosine", "CKA", "CKA shuffled"), self._rows()[:n])
+
+    def figure(self) -> Any:
+        """Pair by pair: blue where losing both costs more than the sum, orange where less."""
+        from hooklens.viz.figures import heatmap
+
+        return heatmap(
+            self.interaction.mean(0),
+            x=self.heads,
+            y=self.heads,
+            title="Joint minus single ablation: blue stand in for one another, orange share a road",
+            colourbar="nats a token",
+        )
+
+
+def redundancy(
+    model: "HookedTransformer",
+    tokens: Int[Tensor, "sequence pos"],
+    metric: Any,
+    heads: Sequence[tuple[int, int]],
+    *,
+    reference: Int[Tensor, "other other_pos"] | None = None,
+    seed: int = 0,
+) -> Redundancy:
+    """Which of these heads are redundant, which complementary? Every head and every pair is ablated, exactly.
+
+    Ablated heads hold their mean z over the `reference` prompts, position by position (over the prompts' own positions,
+    if none are given). Choose the heads on other sequences than those given here.
+
+    >>> from hooklens.testing import or_gate
+    >>> gate = or_gate()                              # two heads; either one is enough
+    >>> zero = torch.zeros(1, 1, dtype=torch.long)
+    >>> found = redundancy(gate, zero, lambda logits: logits[:, -1, 1], [(0, 0), (0, 1)])
+    >>> found.interaction[0, 0, 1].item()             # the mean of a constant is that constant: nothing is ablated
+    0.0
+
+    Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.4 (backup heads); Kornblith et al. (2019),
+    "Similarity of Neural Network Representations Revisited", equation 3 (linear CKA).
+    """
+    chosen = check_heads(model, heads)
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"heads holds one twice: {chosen}")
+    with torch.no_grad(), packed_linears(rows=1024):
+        stream, cache = model.run_with_cache(tokens, "z", stop_at_layer=model.cfg.n_layers)
+        reader = Reader(model, metric, stream)
+        mean = mean_z(model, cache, reference, tokens)
+        n = len(chosen)
+        joint = torch.zeros(len(tokens), n, n).to(reader.base)
+        groups = [(i, i) for i in range(n)] + list(combinations(range(n), 2))
+        with progress("ablating pairs", len(groups), unit="runs") as advance:
+            for i, j in groups:
+                hooks = [_without(mean, layer, [h for l2, h in {chosen[i], chosen[j]} if l2 == layer])
+                         for layer in {chosen[i][0], chosen[j][0]}]  # fmt: skip
+                out = model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+                joint[:, i, j] = joint[:, j, i] = reader.base - on_stream(reader, out)
+                advance()
+        written = _outputs(model, cache, chosen)
+    cka, shuffled = _cka(written), _cka(written, _shuffles(written, seed))
+    return Redundancy([f"L{a}H{b}" for a, b in chosen], joint, _cosine(written), cka, shuffled, reader.base)
+
+
+def _without(mean: dict[int, Tensor], layer: int, heads: list[int]) -> tuple:
+    def edit(z: Tensor, hook: Any) -> Tensor:
+        z[:, :, heads] = mean[layer][:, :, heads]
+        return z
+
+    return ("z", layer), edit
+
+
+def _outputs(
+    model: "HookedTransformer", cache: "ActivationCache", heads: list[tuple[int, int]]
+) -> Float[Tensor, "chosen token d_model"]:
+    """What each head writes at every position but the first."""
+    rows = []
+    for layer, head in heads:
+        z = cache["z", layer][:, 1:]
+        rows.append(model.blocks[layer].attn.results(z)[:, :, head].flatten(0, 1))
+    return torch.stack(rows)
+
+
+def _cosine(x: Float[Tensor, "chosen token d_model"]) -> Square:
+    """The mean over tokens of the cosine between two heads' outputs."""
+    unit = x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return torch.einsum("itd,jtd->ij", unit, unit) / max(1, x.shape[1])
+
+
+def _shuffles(x: Tensor, seed: int) -> Int[Tensor, "draw token"]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in range(20)]).to(x.device)
+
+
+def _cka(x: Float[Tensor, "chosen token d_model"], orders: Int[Tensor, "draw token"] | None = None) -> Square:
+    """Linear CKA |X^T Y|^2 / (|X^T X| |Y^T Y|) of centred outputs; of shuffled second ones, the mean over `orders`."""
+    centred = x - x.mean(1, keepdim=True)
+    gram = torch.einsum("itd,iud->itu", centred, centred)  # the same numbers from token by token products
+    norm = gram.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+    seconds = [gram] if orders is None else [gram[:, order][:, :, order] for order in orders]
+    each = [torch.einsum("itu,jtu->ij", gram, second) / norm / norm[:, None] for second in seconds]
+    return torch.stack(each).mean(0)
+
+
+def demo(model: "HookedTransformer") -> Redundancy:
+    """The first head of the first layer and all of the last, on short sequences that repeat."""
+    both = repeated_tokens(model, 8, length=13)
+    text, others = both.part(0, 4), both.part(4, 8)
+    heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
+    return redundancy(model, text.tokens, text.metric(), list(heads), reference=others.tokens)

@@ -1,0 +1,130 @@
+"""What would a head score by chance? The same head with its queries, or its values, turned by a random rotation.
+
+A rotation of the d_head dimensions between W_Q and W_K (or W_V and W_O) keeps what the head reads, what it writes and
+how strongly, and loses which goes with which. A freshly initialised head and its rotation are drawn from one
+distribution, so that p-values there are exact.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.model.kv_cache import Context
+
+if TYPE_CHECKING:
+    from hooklens.core.cache import ActivationCache
+    from hooklens.model.transformer import HookedTransformer
+
+Mask = Bool[Tensor, "sequence query_pos key_pos"]
+PerHead = Float[Tensor, "layer head"]
+DRAWS = 100  # with the draws of all heads pooled, the smallest p-value lies below 0.05 / (4 kinds x heads)
+_AT_ONCE = 2**22  # numbers in the largest tensor of a chunk of draws
+
+
+def haar(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "draw d d"]:
+    """`n` random rotations (reflections among them), each orientation as likely as any other.
+
+    >>> R = haar(2, 3, torch.Generator().manual_seed(0))
+    >>> torch.allclose(R @ R.mT, torch.eye(3, dtype=R.dtype).expand(2, 3, 3))
+    True
+
+    Reference: Mezzadri (2007), "How to generate random matrices from the classical compact groups", section 5.
+    """
+    Q, R = torch.linalg.qr(torch.randn(n, d, d, generator=generator, dtype=torch.float64))
+    return Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None]
+
+
+def query_rotations(n: int, heads: int, d: int, generator: torch.Generator) -> Float[Tensor, "draw head d d"]:
+    """A rotation a draw, its rows shuffled and their signs flipped afresh for each head: as random as a new one."""
+    base = haar(n, d, generator)
+    order = torch.rand(n, heads, d, generator=generator).argsort(-1)
+    signs = torch.randint(2, (n, heads, d, 1), generator=generator) * 2.0 - 1
+    return base[torch.arange(n)[:, None, None], order] * signs
+
+
+def mass(pattern: Float[Tensor, "*lead sequence head query_pos key_pos"], mask: Mask) -> Tensor:
+    """The attention on the marked keys, mean over the queries that have one; NaN for a sequence without any.
+
+    >>> float(mass(torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]]), torch.tensor([[[False, False], [True, False]]])))
+    0.25
+    """
+    queries = mask.any(-1).sum(-1)  # [sequence]
+    on = torch.einsum("...shqk,sqk->...sh", pattern, mask.to(pattern))
+    return on / torch.where(queries > 0, queries, torch.nan).to(pattern)[:, None]
+
+
+def rotated_masses(
+    model: "HookedTransformer",
+    cache: "ActivationCache",
+    masks: Mapping[str, Mask],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Float[Tensor, "draw layer head"]]:
+    """The mean `mass` over sequences that each head has when its queries are rotated; the cache holds q and k."""
+    found: dict[str, list[Tensor]] = {name: [] for name in masks}
+    for layer in range(model.cfg.n_layers):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+        here = _of_layer(model, cache, masks, layer, draws, generator)
+        for name, scores in here.items():
+            found[name].append(scores)
+    return {name: torch.stack(scores, 1) for name, scores in found.items()}
+
+
+def _of_layer(
+    model, cache: "ActivationCache", masks: Mapping[str, Mask], layer: int, draws: int, generator: torch.Generator
+) -> dict[str, Float[Tensor, "draw head"]]:
+    attn, q, k = model.blocks[layer].attn, cache["q", layer], cache["k", layer]
+    n, pos, heads, d = q.shape
+    at_once = max(1, _AT_ONCE // (n * pos * heads * max(pos, d)))
+    ctx = Context(torch.arange(pos, device=q.device))
+    found: dict[str, list[Tensor]] = {name: [] for name in masks}
+    for turns in query_rotations(draws, heads, d, generator).to(q).split(at_once):
+        turned = torch.einsum("sphd,thde->tsphe", q, turns).flatten(0, 1)
+        keys = k.expand(len(turns), *k.shape).flatten(0, 1)
+        scores = attn.scores(*attn.place(turned, keys, ctx), ctx.view(attn.mask))
+        pattern = attn.score.pattern(scores, None).unflatten(0, (len(turns), n))
+        for name, mask in masks.items():
+            found[name].append(mass(pattern, mask).nanmean(1))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PerHead:
+    """How often a rotated head lies as far above its own mean as this head does, in standard deviations; never 0.
+
+    Each head is measured by the mean and deviation of its own rotations (of signed square roots, which are less
+    skewed), then held against those of all heads together. A head that no rotation changes gets 1.
+
+    >>> null = torch.randn(200, 1, 4, generator=torch.Generator().manual_seed(0)).abs()
+    >>> pooled_p(torch.tensor([[0.5, 9.0, 0.5, 0.5]]), null)[0, 1].item() < 0.01
+    True
+
+    Reference: Tusher, Tibshirani and Chu (2001), "Significance analysis of microarrays" (pooled permutations).
+    """
+    if len(null) < 2:
+        raise InputError(f"a null needs at least two draws, got {len(null)}")
+    root, roots = signed_root(value).double(), signed_root(null).double()
+    middle, spread = roots.mean(0), roots.std(0)
+    moves = spread > 1e-6 * (1e-6 + roots.abs().amax(0))  # less is rounding: a head with no queries, one token
+    safe = torch.where(moves & ~root.isnan(), spread, torch.nan)
+    return above((root - middle) / safe, (roots - middle) / safe).to(value)
+
+
+def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> Float[Tensor, "*cell"]:
+    """The share of the null of all cells that reaches each value, itself counted in; 1 where a value is NaN.
+
+    >>> above(torch.tensor([0.5, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])).tolist()
+    [0.6000..., 0.2000...]
+    """
+    pool = null[~null.isnan()].sort().values
+    reached = len(pool) - torch.searchsorted(pool, value.nan_to_num(-torch.inf).contiguous())
+    return torch.where(value.isnan(), 1.0, (reached + 1) / (len(pool) + 1)).to(value)
+
+
+def signed_root(x: Tensor) -> Tensor:
+    """sign(x) sqrt|x|: shares keep their order, and their spread depends less on their size."""
+    return x.sign() * x.abs().sqrt()

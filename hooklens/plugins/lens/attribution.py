@@ -1,0 +1,217 @@
+"""Direct logit attribution: what each part of the model adds to an answer's logit, and that the parts sum to it."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.plugins.lens.direct import Direct, direct_effects
+from hooklens.plugins.lens.reading import Answers, by_length, one_a_prompt
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_FROZEN = (
+    "Direct effects only, with the final norm's scale frozen at this prompt's: their sum is the logit before any soft "
+    "cap, minus b_U and the final norm's bias through W_U."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LogitAttribution(Result):
+    """What each component added directly to the logit of `answer` (minus that of `wrong_answer`), prompt by prompt.
+
+    `components` sum to `logit - unembed_bias - norm_bias`; `error` is by how much they, and the parts of components
+    below, miss at most. A layer's attention is its `heads` and `attn_bias`, a head its `sources` (the share that it
+    moved from each position), an MLP its `neurons` and `mlp_bias`. `spread` is the control: the standard deviation,
+    over tokens spread over the whole vocabulary, of what the component adds to a token's logit (to the difference of
+    two such tokens where a wrong answer is given). What is not large beside it is nothing about this answer.
+    """
+
+    components: Float[Tensor, "prompt component"]
+    spread: Float[Tensor, "prompt component"]
+    labels: list[str]
+    heads: Float[Tensor, "prompt layer head"]
+    head_spread: Float[Tensor, "prompt layer head"]
+    attn_bias: Float[Tensor, "prompt layer"]
+    sources: list[Float[Tensor, "layer head _"]]  # by position attended to; prompts may differ in length
+    neurons: Float[Tensor, "prompt layer neuron"]
+    mlp_bias: Float[Tensor, "prompt layer"]
+    logit: Float[Tensor, "prompt"]
+    unembed_bias: Float[Tensor, "prompt"]
+    norm_bias: Float[Tensor, "prompt"]
+    str_tokens: list[list[str]]
+    answer: list[str]
+    wrong_answer: list[str] | None
+    capped: bool
+    error: float
+    frozen: str = _FROZEN
+
+    @property
+    def total(self) -> Float[Tensor, "prompt"]:
+        """The sum of all components: the uncapped logit without b_U and without the final norm's bias."""
+        return self.components.sum(1)
+
+    @property
+    def layers(self) -> Float[Tensor, "prompt layer"]:
+        """What each layer added, attention and MLP together."""
+        found = torch.zeros_like(self.attn_bias)
+        for i, name in enumerate(self.labels):
+            if name[0].isdigit():
+                found[:, int(name.split("_")[0])] += self.components[:, i]
+        return found
+
+    def interval(self, values: Float[Tensor, "prompt *cell"]) -> tuple[Tensor, Tensor]:
+        """The 95 % interval of a mean over prompts, by a bootstrap over them; NaN for one prompt."""
+        if len(values) < 2:
+            return (torch.full_like(values.mean(0), float("nan")),) * 2
+        return mean_interval(values)
+
+    def table(self, n: int | None = 12) -> Table:
+        """The components of the largest attribution, mean over prompts, each beside its spread over all tokens."""
+        return self._ranked(self.components, self.spread, self.labels).head(n)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` heads of the largest attribution."""
+        names = [f"L{i}H{j}" for i in range(self.heads.shape[1]) for j in range(self.heads.shape[2])]
+        return self._ranked(self.heads.flatten(1), self.head_spread.flatten(1), names).head(k)
+
+    def top_neurons(self, k: int = 10) -> Table:
+        """The `k` neurons of the largest attribution, mean over prompts."""
+        mean = self.neurons.mean(0)
+        chosen = mean.flatten().abs().argsort(descending=True, stable=True)[:k].tolist()
+        each = [(i // mean.shape[1], i % mean.shape[1]) for i in chosen]
+        return Table(("neuron", "attribution"), [(f"L{i}N{j}", float(mean[i, j])) for i, j in each])
+
+    def _ranked(self, values: Tensor, spread: Tensor, names: list[str]) -> Table:
+        mean, wide, (low, high) = values.mean(0), spread.mean(0), self.interval(values)
+        rows = [
+            (names[i], float(mean[i]), *((float(low[i]), float(high[i])) if len(values) > 1 else ()), float(wide[i]))
+            for i in mean.abs().argsort(descending=True, stable=True).tolist()
+        ]
+        ends = ("95% low", "95% high") if len(values) > 1 else ()
+        return Table(("component", "attribution", *ends, "spread over tokens"), rows)
+
+    def figure(self) -> Any:
+        """Heads by layer, mean over prompts."""
+        from hooklens.viz.figures import heatmap
+
+        n_layers, n_heads = self.heads.shape[1:]
+        extra = [[f"spread over tokens {float(x):.3f}" for x in row] for row in self.head_spread.mean(0)]
+        return heatmap(
+            self.heads.mean(0),
+            x=[f"H{head}" for head in range(n_heads)],
+            y=[f"L{layer}" for layer in range(n_layers)],
+            title=f"What each head adds directly to {self._asked()}",
+            x_title="head",
+            y_title="layer",
+            hover=extra,
+            colourbar="logit",
+        )
+
+    def component_figure(self) -> Any:
+        """Every component in order, mean over prompts, with its interval where there are several."""
+        from hooklens.viz.figures import bars
+
+        low, high = self.interval(self.components) if len(self.components) > 1 else (None, None)
+        title = f"What each component adds directly to {self._asked()}"
+        return bars(self.components.mean(0), low, high, self.labels, title, x_title="component", y_title="logit")
+
+    def source_figure(self, layer: int, head: int, prompt: int = 0) -> Any:
+        """From which positions a head moved what it adds."""
+        from hooklens.viz.figures import bars
+
+        title = f"L{layer}H{head}: what it moved from each position to {self._asked()}"
+        values = self.sources[prompt][layer, head]
+        return bars(
+            values, labels=self.str_tokens[prompt][: len(values)], title=title, x_title="token", y_title="logit"
+        )
+
+    def _asked(self) -> str:
+        answer = repr(self.answer[0]) if len(set(self.answer)) == 1 else "the answer"
+        if self.wrong_answer is None:
+            return f"the logit of {answer}"
+        wrong = repr(self.wrong_answer[0]) if len(set(self.wrong_answer)) == 1 else "the wrong one"
+        return f"the logit of {answer} minus that of {wrong}"
+
+
+def direct_logit_attribution(
+    model: "HookedTransformer",
+    tokens: Prompts,
+    answer: Answers,
+    wrong_answer: Answers | None = None,
+    *,
+    pos: int = -1,
+) -> LogitAttribution:
+    """Which parts of the model write the answer? Its logit as a sum over components, heads, neurons and sources.
+
+    >>> from hooklens.testing import induction_model
+    >>> model = induction_model()
+    >>> found = direct_logit_attribution(model, [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
+    >>> found.heads[0].tolist()                # L1H1 is the induction head    (layer head)
+    [[0.0, 0.0], [0.0, 10.0]]
+    >>> found.sources[0][1, 1].tolist()        # which moved it from position 1
+    [0.0, 10.0, 0.0, 0.0, 0.0]
+    >>> float(found.logit), float(found.total)
+    (10.0, 10.0)
+
+    `answer` and `wrong_answer` are one for all prompts or one a prompt; prompts may differ in length. Without a wrong
+    answer the numbers hold only up to what is added to all logits alike. A component that acts through later layers
+    adds nothing here; and what a later layer takes back still counts.
+
+    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
+    """
+    if getattr(model.blocks[0], "renorms_stream", False):
+        raise InputError(
+            "direct logit attribution needs a stream that is the sum of what was added to it, and this model's "
+            "post-norm blocks normalise the stream itself; hl.patch works there"
+        )
+    rows = rows_of(model, tokens, "tokens")
+    right = one_a_prompt(model, answer, len(rows), "answer")
+    wrong = None if wrong_answer is None else one_a_prompt(model, wrong_answer, len(rows), "wrong_answer")
+    groups, found = by_length(rows), []
+    for some in groups:
+        wrongs = None if wrong is None else wrong[some]
+        found += direct_effects(model, torch.stack([rows[i] for i in some]), right[some], wrongs, pos)
+    return _result(model, rows, groups, found, right, wrong)
+
+
+def _result(
+    model, rows, groups: list[list[int]], found: list[Direct], right: Tensor, wrong: Tensor | None
+) -> LogitAttribution:
+    """The groups in the prompts' order."""
+    order = torch.tensor([i for some in groups for i in some]).argsort()
+    sources = [one for part in found for one in part.sources]
+    whole: Any = {name: torch.cat([getattr(part, name) for part in found])[order] for name in Direct.tensors()}
+    return LogitAttribution(
+        **whole,
+        labels=found[0].labels,
+        sources=[sources[i] for i in order],
+        str_tokens=[show(model, row) for row in rows],
+        answer=show(model, right),
+        wrong_answer=None if wrong is None else show(model, wrong),
+        capped=model.cfg.output_logits_soft_cap is not None,
+        error=max(part.error for part in found),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class NoAttribution(Result):
+    """Why a model's logits are no sum over its components."""
+
+    reason: str
+
+
+def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
+    """Two short rows of token numbers; any model, no tokenizer needed."""
+    if getattr(model.blocks[0], "renorms_stream", False):
+        return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
+    n = min(6, model.cfg.n_ctx)
+    tokens = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % model.cfg.d_vocab
+    return direct_logit_attribution(model, tokens, 0, min(1, model.cfg.d_vocab_out - 1))

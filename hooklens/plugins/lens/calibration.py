@@ -1,0 +1,253 @@
+"""Calibration: is the model right as often as it says? Loss and entropy of every token, and a reliability diagram."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Prompts, show
+from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval, null_p
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_DRAWS = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration(Result):
+    """Every next-token prediction of some texts, in nats, and how confidence and accuracy go together.
+
+    `loss` is the surprisal of the token that came, `entropy` what the model expected it to be, `confidence` the
+    probability of its most likely token, `correct` whether that one came. `unigram` is the loss of the texts' own token
+    frequencies (which it has seen: a real unigram model does worse), `uniform` is ln d_vocab. `null` are errors that a
+    perfectly calibrated model of these confidences shows by chance.
+    """
+
+    loss: Float[Tensor, "batch predicted"]
+    entropy: Float[Tensor, "batch predicted"]
+    confidence: Float[Tensor, "batch predicted"]
+    correct: Bool[Tensor, "batch predicted"]
+    edges: Float[Tensor, "edge"]
+    null: Float[Tensor, "draw"]
+    unigram: float
+    uniform: float
+    str_tokens: list[list[str]]
+
+    @property
+    def bin(self) -> Int[Tensor, "batch predicted"]:
+        """The bin of each prediction: of its confidence, between two `edges`."""
+        return torch.bucketize(self.confidence, self.edges[1:-1])
+
+    @property
+    def counts(self) -> Float[Tensor, "batch bin"]:
+        """How many predictions of each text fall into each bin."""
+        return self._sums(torch.ones_like(self.confidence))
+
+    @property
+    def expected_error(self) -> float:
+        """|accuracy - confidence|, mean over predictions bin by bin (ECE)."""
+        return float(binned_error(self._gaps().sum(0), self.loss.numel()))
+
+    def expected_error_interval(self, level: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
+        """Its interval, by a bootstrap over texts; NaN for one text. Like the error itself it is biased upwards."""
+        gaps = self._gaps()
+        if len(gaps) < 2:
+            return float("nan"), float("nan")
+        drawn = torch.randint(len(gaps), (_DRAWS, len(gaps)), generator=torch.Generator().manual_seed(seed))
+        times = torch.zeros(_DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
+        errors = binned_error(times.to(gaps.device) @ gaps, self.loss.numel())
+        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=errors.dtype, device=errors.device)
+        low, high = errors.quantile(ends).tolist()
+        return low, high
+
+    @property
+    def p(self) -> float:
+        """How often a calibrated model of these confidences shows an error as large, by chance."""
+        return float(null_p(torch.tensor(self.expected_error, dtype=self.null.dtype), self.null))
+
+    @property
+    def surplus(self) -> Float[Tensor, "batch"]:
+        """Mean loss minus mean entropy of each text: 0 on average for a calibrated model, above it if overconfident."""
+        return (self.loss - self.entropy).mean(1)
+
+    def surplus_interval(self, level: float = 0.95) -> tuple[float, float]:
+        """The interval of its mean, by a bootstrap over texts; NaN for one text."""
+        if len(self.surplus) < 2:
+            return float("nan"), float("nan")
+        low, high = mean_interval(self.surplus, level=level)
+        return float(low), float(high)
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a bin: how many predictions, how sure, how often right."""
+        counts, sure = self.counts.sum(0), self._sums(self.confidence).sum(0)
+        right = self._sums(self.correct.to(self.confidence)).sum(0)
+        rows = [
+            (f"{a:.3f} to {b:.3f}", int(count), float(s / count), float(r / count), float((r - s) / count))
+            for a, b, count, s, r in zip(self.edges, self.edges[1:], counts, sure, right, strict=False)
+            if count > 0
+        ]
+        return Table(("confidence", "predictions", "mean confidence", "accuracy", "gap"), rows).head(n)
+
+    def summary(self) -> Table:
+        """The texts as a whole, each number beside what it is read against."""
+        (low, high), chance = self.surplus_interval(), float(self.null.mean())
+        accuracy, sure = float(self.correct.double().mean()), float(self.confidence.mean())
+        rows = [
+            ("loss", float(self.loss.mean()), f"unigram {self.unigram:.3f}, uniform {self.uniform:.3f}"),
+            ("entropy", float(self.entropy.mean()), "equal to the loss if calibrated"),
+            ("loss minus entropy", float(self.surplus.mean()), f"[{low:.3f}, {high:.3f}] holds 0 if calibrated"),
+            ("accuracy", accuracy, f"mean confidence {sure:.3f}"),
+            ("expected calibration error", self.expected_error, f"by chance {chance:.4f}, p {self.p:.3f}"),
+        ]
+        return Table(("quantity", "value", "read against"), rows)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` tokens that surprised the model most."""
+        chosen = self.loss.flatten().argsort(descending=True, stable=True)[:k].tolist()
+        n = self.loss.shape[1]
+        rows = [
+            (repr(self.str_tokens[i // n][i % n + 1]), i // n, i % n + 1, float(self.loss.flatten()[i])) for i in chosen
+        ]
+        return Table(("token", "text", "position", "loss"), rows)
+
+    def figure(self) -> Any:
+        """Reliability diagram: accuracy against confidence, with intervals over texts and the diagonal."""
+        from hooklens.viz.curves import lines
+
+        counts, sure = self.counts.sum(0), self._sums(self.confidence).sum(0)
+        right = self._sums(self.correct.to(self.confidence)).sum(0)
+        has = counts > 0
+        x, y = (sure / counts)[has], (right / counts)[has]
+        chance = float(self.null.mean())
+        title = f"Reliability: expected calibration error {self.expected_error:.4f} (by chance {chance:.4f})"
+        return lines(
+            {"model": y, "calibrated": x},
+            x,
+            {"model": self._accuracy_interval(has)} if len(self.loss) > 1 else None,
+            title,
+            x_title="confidence",
+            y_title="accuracy",
+        )
+
+    def token_figure(self, text: int = 0) -> Any:
+        """A text, each token coloured by its surprisal."""
+        from hooklens.viz.tokens import token_strip
+
+        values = torch.cat([self.loss.new_full((1,), float("nan")), self.loss[text]])
+        return token_strip(self.str_tokens[text], values, title="surprisal (nats)", diverging=False)
+
+    def _gaps(self) -> Float[Tensor, "batch bin"]:
+        """Confidence minus correctness, summed over each text's predictions in each bin."""
+        return self._sums(self.confidence - self.correct.to(self.confidence))
+
+    def _sums(self, values: Float[Tensor, "batch predicted"]) -> Float[Tensor, "batch bin"]:
+        return values.new_zeros(len(values), len(self.edges) - 1).scatter_add_(1, self.bin, values)
+
+    def _accuracy_interval(self, has: Tensor) -> tuple[Tensor, Tensor]:
+        """95 % by a bootstrap over texts, for each bin that holds a prediction."""
+        right, counts = (x[:, has] for x in (self._sums(self.correct.to(self.confidence)), self.counts))
+        drawn = torch.randint(len(right), (_DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
+        shares = torch.stack([right[rows].sum(0) / counts[rows].sum(0) for rows in drawn.to(right.device)])
+        low, high = shares.nanquantile(torch.tensor([0.025, 0.975]).to(shares), dim=0)
+        return low, high
+
+
+def calibration(
+    model: "HookedTransformer", tokens: Prompts, *, n_bins: int = 15, adaptive: bool = True, seed: int = 0
+) -> Calibration:
+    """Is the model right as often as it says? Loss and entropy of every next token, confidence against accuracy.
+
+    >>> from hooklens.testing import tiny_model
+    >>> tokens = torch.randint(11, (20, 16), generator=torch.Generator().manual_seed(0))
+    >>> found = calibration(tiny_model(), tokens)
+    >>> found.loss.shape, round(found.uniform, 4)          # batch predicted
+    (torch.Size([20, 15]), 2.3979)
+
+    `tokens` are texts of one length. Bins hold equally many predictions (`adaptive`) or are equally wide. The error is
+    never 0, however good the model, since accuracy in a bin varies by chance: it is given beside what chance alone
+    does. `seed` draws that.
+
+    Reference: Guo et al. (2017), "On Calibration of Modern Neural Networks", equation 3; Nguyen and O'Connor (2015),
+    "Posterior calibration and exploratory analysis for natural language processing models" (adaptive bins).
+    """
+    if n_bins < 1:
+        raise InputError(f"n_bins is a whole number of at least 1, got {n_bins}")
+    ids = one_length(model, tokens)
+    if ids.shape[1] < 2:
+        raise InputError("calibration predicts each token from those before it: texts need at least two tokens")
+    check_quiet(model)
+    loss, entropy, confidence, correct = _predictions(model, ids)
+    edges = _edges(confidence, n_bins, adaptive)
+    frequency = torch.bincount(ids[:, 1:].flatten()).to(loss) / ids[:, 1:].numel()
+    unigram = -torch.special.xlogy(frequency, frequency).sum()
+    return Calibration(
+        loss,
+        entropy,
+        confidence,
+        correct,
+        edges,
+        _by_chance(confidence, edges, seed),
+        float(unigram),
+        float(torch.tensor(model.cfg.d_vocab_out, dtype=torch.float64).log()),
+        [show(model, row) for row in ids],
+    )
+
+
+def binned_error(gaps: Float[Tensor, "*draw bin"], n: int) -> Float[Tensor, "*draw"]:
+    """The expected calibration error, from the sum of confidence minus correctness in each bin.
+
+    >>> binned_error(torch.tensor([0.5, -1.0]), 10).item()
+    0.15000...
+    """
+    return gaps.abs().sum(-1) / n
+
+
+def _predictions(model: "HookedTransformer", ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, entropy, confidence and correctness of every token but the first."""
+    found = []
+    with packing(ids.numel()):
+        for some in prompts_at_once(model, ids):
+            with torch.no_grad():
+                stream = model(some, stop_at_layer=model.cfg.n_layers)[:, :-1].flatten(0, 1)
+            targets = some[:, 1:].flatten()
+            reading = read_streams(model, stream[None], targets[:, None], k=1)
+            parts = (-reading.log_prob[0, :, 0], reading.entropy[0], reading.top_log_probs[0, :, 0].exp())
+            found.append([part.view(len(some), -1) for part in (*parts, reading.top[0, :, 0] == targets)])
+    loss, entropy, confidence, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return loss, entropy, confidence.clamp_max(1.0), correct
+
+
+def _edges(confidence: Tensor, n_bins: int, adaptive: bool) -> Float[Tensor, "edge"]:
+    """From 0 to 1; adaptive ones are quantiles, equal ones merged."""
+    at = torch.linspace(0, 1, n_bins + 1, dtype=confidence.dtype, device=confidence.device)
+    if not adaptive:
+        return at
+    ordered = confidence.flatten().sort().values
+    inner = ordered[(at[1:-1] * len(ordered)).long().clamp_max(len(ordered) - 1)]
+    return torch.cat([at[:1], inner, at[-1:]]).unique()
+
+
+def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -> Float[Tensor, "draw"]:
+    """Errors of a model that is right exactly as often as it says."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = confidence.flatten()
+    which = torch.bucketize(flat, edges[1:-1])
+    found = []
+    for _ in range(draws):
+        right = torch.rand(len(flat), generator=generator, dtype=torch.float64).to(flat) < flat
+        gaps = flat.new_zeros(len(edges) - 1).index_add_(0, which, flat - right.to(flat))
+        found.append(binned_error(gaps, len(flat)))
+    return torch.stack(found)
+
+
+def demo(model: "HookedTransformer") -> Calibration:
+    """Random tokens, of which no model can know the next; any model, no tokenizer needed."""
+    n_pos = max(2, min(16, model.cfg.n_ctx))
+    tokens = torch.randint(model.cfg.d_vocab, (12, n_pos), generator=torch.Generator().manual_seed(0))
+    return calibration(model, tokens.to(model.device))

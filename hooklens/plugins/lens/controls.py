@@ -1,0 +1,36 @@
+"""What a rank is read against: the same answer, looked for in the streams of other positions at the same layer."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.plugins.lens.reading import Reading
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+DRAWS = 4  # other positions in which each answer is looked for
+
+
+def said(model: "HookedTransformer", stream: Float[Tensor, "row d_model"]) -> Int[Tensor, "row"]:
+    """The token that the model itself finds most likely."""
+    with torch.no_grad():
+        return torch.cat([model.read_out(rows[None])[0].argmax(-1) for rows in stream.split(256)])
+
+
+def shifts_round(n: int) -> list[int]:
+    """Up to `DRAWS` different distances round n rows, none of them 0."""
+    many = min(DRAWS, n - 1)
+    return [1 + i * (n - 1) // many for i in range(many)]
+
+
+def elsewhere(reading: Reading, answer: Int[Tensor, "row"], shifts: list[int]) -> Float[Tensor, "draw layer row"]:
+    """What rank each row's answer has in the rows at these distances; NaN where those have the same answer."""
+    found = torch.full((DRAWS, *reading.kl.shape), float("nan"), dtype=reading.kl.dtype, device=answer.device)
+    one_for_all = bool((answer == answer[0]).all())
+    for draw, shift in enumerate(shifts):
+        ranks = reading.rank[..., 1 + draw].roll(-shift, 1).to(found)
+        found[draw] = ranks if one_for_all else ranks.where(answer.roll(-shift) != answer, float("nan"))
+    return found

@@ -1,0 +1,236 @@
+"""Direct effects of prompts of one length: activations times the vector by which the answer's logit reads them.
+
+No weight is read: what goes into a linear layer times the gradient there is exact whatever wraps the layer (LoRA).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.cache import ActivationCache
+from hooklens.core.errors import InputError
+from hooklens.model.linear import is_plain
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Vector = Float[Tensor, "prompt d_model"]
+Pick = Callable[[Float[Tensor, "prompt d_out"]], Float[Tensor, "prompt"]]
+
+_TOKENS_COMPARED = 2048  # tokens of the vocabulary over which a spread is taken
+_TOKENS_AT_ONCE = 4096  # tokens of prompts in one forward pass
+
+
+@dataclass(frozen=True, eq=False)
+class Direct:
+    """The fields of a LogitAttribution, for prompts of one length."""
+
+    components: Float[Tensor, "prompt component"]
+    spread: Float[Tensor, "prompt component"]
+    heads: Float[Tensor, "prompt layer head"]
+    head_spread: Float[Tensor, "prompt layer head"]
+    attn_bias: Float[Tensor, "prompt layer"]
+    neurons: Float[Tensor, "prompt layer neuron"]
+    mlp_bias: Float[Tensor, "prompt layer"]
+    logit: Float[Tensor, "prompt"]
+    unembed_bias: Float[Tensor, "prompt"]
+    norm_bias: Float[Tensor, "prompt"]
+    sources: list[Float[Tensor, "layer head _"]]
+    labels: list[str]
+    error: float
+
+    @staticmethod
+    def tensors() -> list[str]:
+        """The fields that have a row a prompt."""
+        return [f.name for f in fields(Direct) if f.name not in ("sources", "labels", "error")]
+
+
+class DirectEffects:
+    """One position of each prompt: its activations, and the vector that turns a stream into the answer's logit."""
+
+    def __init__(self, model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
+        if not -tokens.shape[1] <= pos < tokens.shape[1]:
+            raise InputError(f"pos={pos} was asked for in a prompt of {tokens.shape[1]} tokens")
+        self.model, self.pick = model, pick
+        self.cache, stream = _run(model, tokens, pos)
+        points = ["unembed.hook_out", *(["ln_final.hook_scale"] if model.ln_final is not None else [])]
+        with torch.no_grad():
+            _, last = model.run_with_cache(stream[:, None], points, start_at_layer=model.cfg.n_layers)
+        self.scale = None if model.ln_final is None else last["ln_final.hook_scale"][:, 0]
+        self.wide = torch.promote_types(stream.dtype, torch.float32)
+        self.logit = pick(last["unembed.hook_out"][:, 0].to(self.wide))
+        read, self.unembed_bias = _read_by(model.unembed.linear, stream, lambda out: pick(out.to(self.wide)))
+        self.vector = _through_norm(model.ln_final, self.scale, read)
+        self.norm_bias = _norm_bias(model.ln_final, read)
+
+    def dot(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
+        """What these vectors in the stream add to the answer's logit."""
+        return (x.to(self.wide) * self.vector.to(self.wide)).sum(-1)
+
+    def spread(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
+        """The standard deviation over the vocabulary of what they add to a token's logit."""
+        norm, linear = self.model.ln_final, self.model.unembed.linear
+        with torch.no_grad():
+            read = x if norm is None or self.scale is None else norm.linearised(x, self.scale)
+            n = self.model.cfg.d_vocab_out
+            some = torch.arange(0, n, -(-n // _TOKENS_COMPARED), device=x.device)
+            if is_plain(linear):
+                return (read @ linear.weight[some].T).to(self.wide).std(-1, correction=0)
+            constant = linear(torch.zeros_like(read[0]))
+            return torch.stack([(linear(one) - constant)[..., some].std(-1, correction=0) for one in read])
+
+    def branch(self, module: Any, norm: Any, name: str, x: Float[Tensor, "prompt d_in"]) -> tuple[Tensor, Tensor]:
+        """What each number that enters a branch's last linear layer adds, and what the branch's constants add.
+
+        In sandwich-norm blocks the branch reaches the stream through a norm, whose scale is frozen too.
+        """
+        scale = None if norm is None else self.cache[f"{name}.hook_scale"]
+        vector = _through_norm(norm, scale, self.vector)
+        read, constant = _read_by(module, x, lambda out: (out * vector).sum(-1).to(self.wide))
+        return read.to(self.wide), constant + _norm_bias(norm, self.vector).to(self.wide)
+
+
+def direct_effects(
+    model: "HookedTransformer",
+    tokens: Int[Tensor, "prompt pos"],
+    right: Int[Tensor, "prompt"],
+    wrong: Int[Tensor, "prompt"] | None,
+    pos: int,
+) -> list[Direct]:
+    """Everything that a LogitAttribution holds, for as many prompts at a time as fit."""
+    some = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
+    found = []
+    for i in range(0, len(tokens), some):
+        mine = slice(i, i + some)
+        found.append(_direct(model, tokens[mine], right[mine], None if wrong is None else wrong[mine], pos))
+    return found
+
+
+def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int) -> Direct:
+    rows = torch.arange(len(tokens), device=tokens.device)
+
+    def pick(logits: Float[Tensor, "prompt d_vocab"]) -> Float[Tensor, "prompt"]:
+        return logits[rows, right] if wrong is None else logits[rows, right] - logits[rows, wrong]
+
+    at = DirectEffects(model, tokens, pos, pick)
+    stack, labels = at.cache.decompose_resid()
+    components = at.dot(stack).T
+    heads, head_spread, attn_bias, sources = (torch.stack(part, 1) for part in _attention(model, at))
+    neurons, mlp_bias = _mlps(model, at)
+    pair = 1.0 if wrong is None else 2**0.5  # two random tokens differ by so much more than one does from the mean
+    parts = dict(zip(labels, components.T, strict=True))
+    error = _checked(model, at, parts, heads, attn_bias, sources, neurons, mlp_bias)
+    return Direct(
+        components,
+        pair * at.spread(stack).T,
+        heads,
+        pair * head_spread,
+        attn_bias,
+        neurons,
+        mlp_bias,
+        at.logit,
+        at.unembed_bias,
+        at.norm_bias,
+        list(sources),
+        labels,
+        error,
+    )
+
+
+def _run(model: "HookedTransformer", tokens: Tensor, pos: int) -> tuple[ActivationCache, Vector]:
+    """What is needed of a forward pass: all keys' values, everything else at the one query position."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(act: Tensor, hook: Any) -> None:
+        site = hook.name.rpartition("hook_")[2]
+        kept[hook.name] = act.clone() if site == "v" else (act[:, :, pos] if site == "pattern" else act[:, pos]).clone()
+
+    wanted = {"embed", "pos_embed", "attn_out", "mlp_out", "z", "v", "pattern"}
+    names = [
+        name
+        for name in model.hook_names()
+        if name.rpartition("hook_")[2] in wanted or name.endswith(("mlp.hook_post", "_post.hook_scale"))
+    ]
+    with torch.no_grad():
+        stream = model.run_with_hooks(tokens, fwd_hooks=[(names, keep)], stop_at_layer=model.cfg.n_layers)
+    return ActivationCache(kept, model), stream[:, pos]
+
+
+def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Layer by layer: what heads add, their spread, what biases add, and what each head moved from each position."""
+    found: tuple[list[Tensor], ...] = ([], [], [], [])
+    for layer, block in enumerate(model.blocks):
+        name, attn = f"blocks.{layer}", block.attn
+        z, v, pattern = (at.cache[f"{name}.attn.hook_{site}"] for site in ("z", "v", "pattern"))
+        read, constant = at.branch(attn.o, block.ln1_post, f"{name}.ln1_post", z.flatten(1))
+        read = read.view(z.shape)
+        values = v.repeat_interleave(attn.n_heads // attn.n_kv_heads, 2).to(read)
+        with torch.no_grad():
+            result = attn.results(z[:, None])[:, 0].transpose(0, 1)
+            if block.ln1_post is not None:
+                result = block.ln1_post.linearised(result, at.cache[f"{name}.ln1_post.hook_scale"])
+        by_source = torch.einsum("nhk,nkhd,nhd->nhk", pattern.to(read), values, read)
+        for part, value in zip(found, ((z * read).sum(-1), at.spread(result).T, constant, by_source), strict=True):
+            part.append(value)
+    return found  # type: ignore[return-value]
+
+
+def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"], Float[Tensor, "prompt layer"]]:
+    """What each neuron adds, and what biases add; no neurons in attention-only models."""
+    n_prompts, n_layers = len(at.logit), model.cfg.n_layers
+    if model.blocks[0].mlp is None:
+        return at.logit.new_zeros(n_prompts, n_layers, 0), at.logit.new_zeros(n_prompts, n_layers)
+    neurons, constants = [], []
+    for layer, block in enumerate(model.blocks):
+        post = at.cache[f"blocks.{layer}.mlp.hook_post"]
+        read, constant = at.branch(block.mlp.out, block.ln2_post, f"blocks.{layer}.ln2_post", post)
+        neurons.append(post * read)
+        constants.append(constant)
+    return torch.stack(neurons, 1), torch.stack(constants, 1)
+
+
+def _checked(model, at: DirectEffects, parts: dict[str, Tensor], heads, attn_bias, sources, neurons, mlp_bias) -> float:
+    """By how much a sum misses at most. One that misses by more than rounding is an edit that the parts do not show."""
+    misses = [sum(parts.values()) - (at.logit - at.unembed_bias - at.norm_bias), (sources.sum(-1) - heads).flatten()]
+    for layer in range(model.cfg.n_layers):
+        misses.append(heads[:, layer].sum(-1) + attn_bias[:, layer] - parts[f"{layer}_attn_out"])
+        if neurons.shape[-1]:
+            misses.append(neurons[:, layer].sum(-1) + mlp_bias[:, layer] - parts[f"{layer}_mlp_out"])
+    error = max(float(miss.abs().max()) for miss in misses)
+    largest = max(float(part.abs().max()) for part in parts.values())
+    allowed = 1e-3 if at.vector.dtype in (torch.float32, torch.float64) else 0.1
+    if not error <= allowed * (1 + largest):
+        raise InputError(
+            f"the parts do not sum to what they are parts of: they miss by {error:.3g}. Is a hook editing z, result, "
+            "attn_out, mlp_out or the stream? Parts of what a hook has written are not known; leave that scope"
+        )
+    return error
+
+
+def _read_by(module: Any, at: Float[Tensor, "prompt d_in"], pick: Pick) -> tuple[Tensor, Float[Tensor, "prompt"]]:
+    """The gradient of what is picked from an affine module's output, and what is picked where its input is 0."""
+    with torch.enable_grad():
+        x = torch.zeros_like(at).requires_grad_()
+        picked = pick(module(x))
+        (gradient,) = torch.autograd.grad(picked.sum(), x)
+    return gradient, picked.detach()
+
+
+def _through_norm(norm: Any, scale: Tensor | None, vector: Vector) -> Vector:
+    """The vector that reads, before a norm of frozen scale, what this one reads behind it."""
+    if norm is None:
+        return vector
+    with torch.enable_grad():
+        x = torch.zeros_like(vector).requires_grad_()
+        (gradient,) = torch.autograd.grad((norm.linearised(x, scale) * vector).sum(), x)
+    return gradient
+
+
+def _norm_bias(norm: Any, vector: Vector) -> Float[Tensor, "prompt"]:
+    if norm is None or norm.bias is None:
+        return vector.new_zeros(len(vector))
+    return (norm.bias.detach() * vector).sum(-1)

@@ -1,0 +1,243 @@
+"""Logit lens: unembed the residual stream before every block, and see when the model's answer appears."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Prompts, show
+from hooklens.metrics import answer_ids
+from hooklens.plugins.lens.controls import elsewhere, said, shifts_round
+from hooklens.plugins.lens.reading import (
+    Answers,
+    Reading,
+    Translate,
+    check_quiet,
+    one_length,
+    packing,
+    prompts_at_once,
+    read_streams,
+    stream_labels,
+    streams_of,
+)
+from hooklens.result import Result, Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_WRITTEN = 40  # columns up to which a figure's cells can hold a word
+_LARGEST = 2**30  # numbers of full logits
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLens(Result):
+    """What each layer's stream says at every position, the last row being the model itself.
+
+    Ranks count from 0; tokens that tie share the middle place. `control_ranks` are the ranks of the same answers in the
+    streams of other positions at the same layer, NaN where such a position has that answer itself: a rank says
+    something about this position only where it lies well below those. `kl` is KL(model || lens) in nats. `words` is the
+    text of every token id that occurs.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    layers: list[str]
+    top_tokens: Int[Tensor, "layer batch pos k"]
+    top_log_probs: Float[Tensor, "layer batch pos k"]
+    answer: Int[Tensor, "batch pos"]
+    rank: Int[Tensor, "layer batch pos"]
+    log_prob: Float[Tensor, "layer batch pos"]
+    control_ranks: Float[Tensor, "draw layer batch pos"]
+    entropy: Float[Tensor, "layer batch pos"]
+    kl: Float[Tensor, "layer batch pos"]
+    words: dict[int, str]
+    lens: str = "logit lens"
+
+    @property
+    def control_rank(self) -> Float[Tensor, "layer batch pos"]:
+        """The median rank of each answer in the streams of other positions; NaN where there is none."""
+        if not len(self.control_ranks):
+            return torch.full_like(self.kl, float("nan"))
+        return self.control_ranks.nanmedian(0).values
+
+    @property
+    def settled(self) -> Int[Tensor, "batch pos"]:
+        """The first row of `layers` from which on the most likely token stays the model's own."""
+        same = (self.top_tokens[..., 0] == self.top_tokens[-1, ..., 0]).flip(0).long()
+        return len(self.layers) - same.cumprod(0).sum(0)
+
+    def table(self, n: int | None = None) -> Table:
+        """Row by row, what the last position of the first prompt says; `control` is the answer's rank elsewhere."""
+        answer = self.words[int(self.answer[0, -1])]
+        columns = ("stream", "says", "probability", f"rank of {answer!r}", "control", "log prob", "entropy", "KL")
+        rows = []
+        for i, name in enumerate(self.layers):
+            at = (i, 0, -1)
+            says = repr(self.words[int(self.top_tokens[at][0])])
+            numbers = (self.rank, self.control_rank, self.log_prob, self.entropy, self.kl)
+            rows.append((name, says, float(self.top_log_probs[at][0].exp()), *(value[at].item() for value in numbers)))
+        return Table(columns, rows).head(n)
+
+    def top(self, k: int = 5) -> Table:
+        """The `k` most likely tokens of every row, at the last position of the first prompt."""
+        kept = self.top_tokens.shape[-1]
+        if k > kept:
+            raise InputError(f"the {k} most likely tokens were asked for, {kept} were kept; run the lens with k={k}")
+        rows = [
+            (name, *(repr(self.words[int(token)]) for token in self.top_tokens[i, 0, -1, :k]))
+            for i, name in enumerate(self.layers)
+        ]
+        return Table(("stream", *(str(i + 1) for i in range(k))), rows)
+
+    def figure(self, prompt: int = 0) -> Any:
+        """Layers upwards, positions across: in each cell the most likely token, coloured by its probability."""
+        from hooklens.viz.figures import heatmap
+
+        layers = list(reversed(range(len(self.layers))))
+        return heatmap(
+            self.top_log_probs[:, prompt, :, 0].exp().flip(0),
+            x=[self.words[int(token)] for token in self.tokens[prompt]],
+            y=[self.layers[layer] for layer in layers],
+            title=f"{self.lens}: the most likely next token in every stream",
+            x_title="token read",
+            y_title="stream",
+            hover=[[self._cell(layer, prompt, pos) for pos in range(self.tokens.shape[1])] for layer in layers],
+            diverging=False,
+            colourbar="probability",
+            cells=[[self.words[int(one)] for one in self.top_tokens[layer, prompt, :, 0]] for layer in layers]
+            if self.tokens.shape[1] <= _WRITTEN
+            else None,
+        )
+
+    def _cell(self, layer: int, prompt: int, pos: int) -> tuple[str, ...]:
+        """What the hover box says below the token's probability, line by line."""
+        at = (layer, prompt, pos)
+        pairs = zip(self.top_tokens[at].tolist(), self.top_log_probs[at].exp().tolist(), strict=True)
+        said = (f"{self.words[token]!r} {prob:.3f}" for token, prob in pairs)
+        answer = self.words[int(self.answer[prompt, pos])]
+        control = float(self.control_rank[at])
+        rank = f"rank of {answer!r}: {int(self.rank[at])} (elsewhere {control:.0f})"
+        return *said, rank, f"entropy {float(self.entropy[at]):.2f}, KL {float(self.kl[at]):.2f}"
+
+
+def logit_lens(
+    model: "HookedTransformer", tokens: Prompts, *, answer: Answers | None = None, k: int = 5, incl_mid: bool = False
+) -> LogitLens:
+    """Unembed the residual stream before every block: what would the model say if it stopped here?
+
+    >>> from hooklens.testing import induction_model
+    >>> lens = logit_lens(induction_model(), [[3, 1, 4, 9, 3]])
+    >>> lens.layers, lens.settled.tolist()            # the answer, 1, appears after the last block
+    (['0_pre', '1_pre', 'final_post'], [[2, 2, 2, 2, 2]])
+    >>> lens.rank.shape, lens.rank[:, 0, -1].tolist()    # layer batch pos
+    (torch.Size([3, 1, 5]), [5, 5, 0])
+
+    The last row is the model itself. `answer` is the token whose rank is followed: one for all positions, one for each
+    `[batch pos]`, or (None) the model's own. Each answer is also looked for at other positions, as a control.
+    `incl_mid` reads the stream between attention and MLP too. Early streams need not be written in the basis that the
+    unembedding reads: a high KL there is no proof that the model knows nothing.
+
+    Reference: nostalgebraist (2020), "interpreting GPT: the logit lens".
+    """
+    ids = one_length(model, tokens)
+    return read_lens(model, ids, answer=answer, k=k, incl_mid=incl_mid)
+
+
+def read_lens(
+    model: "HookedTransformer",
+    ids: Int[Tensor, "batch pos"],
+    *,
+    answer: Answers | None = None,
+    k: int = 5,
+    incl_mid: bool = False,
+    translate: Translate | None = None,
+    lens: str = "logit lens",
+) -> LogitLens:
+    """The lens of that name, whatever it does to the streams before they are unembedded."""
+    if k < 1:
+        raise InputError(f"k is how many likely tokens are kept in every cell, at least 1; got {k}")
+    check_quiet(model)
+    wanted = None if answer is None else _each_position(model, answer, ids)
+    answers: list[Tensor] = []
+    controls: list[Tensor] = []
+    readings: list[Reading] = []
+    with packing(ids.numel()):
+        for some in prompts_at_once(model, ids):
+            streams = streams_of(model, some, incl_mid=incl_mid).flatten(1, 2)
+            done = sum(len(answer) for answer in answers)
+            mine = said(model, streams[-1]) if wanted is None else wanted[done : done + len(some)].flatten()
+            shifts = shifts_round(len(mine))
+            asked = torch.stack([mine, *(mine.roll(shift) for shift in shifts)], 1)
+            reading = read_streams(model, streams, asked, k=k, translate=translate)
+            answers.append(mine.view(some.shape))
+            controls.append(elsewhere(reading, mine, shifts))
+            readings.append(reading)
+    return _assembled(model, ids, torch.cat(answers), torch.cat(controls, 2), readings, incl_mid, lens)
+
+
+def lens_logits(
+    model: "HookedTransformer", tokens: Prompts, *, incl_mid: bool = False
+) -> Float[Tensor, "layer batch pos d_vocab"]:
+    """The whole logits of a logit lens, for short prompts: the last row is bit for bit what `model(tokens)` returns.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model()
+    >>> logits = lens_logits(model, [[1, 2, 3]])
+    >>> logits.shape, torch.equal(logits[-1], model([[1, 2, 3]]))        # layer batch pos d_vocab
+    (torch.Size([3, 1, 3, 11]), True)
+    """
+    ids = one_length(model, tokens)
+    check_quiet(model)
+    numbers = len(stream_labels(model, incl_mid=incl_mid)) * ids.numel() * model.cfg.d_vocab_out
+    if numbers > _LARGEST:
+        raise InputError(
+            f"the logits of every layer and position would be {numbers:,} numbers (at most {_LARGEST:,}); give fewer "
+            "or shorter prompts, or use logit_lens, which keeps the likely tokens, ranks, entropy and KL only"
+        )
+    with torch.no_grad():
+        return torch.stack([model.read_out(stream) for stream in streams_of(model, ids, incl_mid=incl_mid)])
+
+
+def _each_position(model: "HookedTransformer", answer: Answers, ids: Tensor) -> Int[Tensor, "batch pos"]:
+    """One answer for all, one a prompt, or one a position."""
+    if isinstance(answer, Tensor) and answer.ndim == 2:
+        if answer.shape != ids.shape:
+            raise InputError(f"answer [batch pos] has the prompts' shape {list(ids.shape)}, got {list(answer.shape)}")
+        return answer_ids(model, answer.flatten()).view(ids.shape).to(ids.device)
+    found = answer_ids(model, answer).to(ids.device)
+    if len(found) not in (1, len(ids)):
+        raise InputError(
+            f"answer is one token, one for each of {len(ids)} prompts, or a tensor [batch pos]; got {len(found)} tokens"
+        )
+    return found[:, None].expand(ids.shape)
+
+
+def _assembled(
+    model, ids: Tensor, answer: Tensor, controls: Tensor, readings: list[Reading], incl_mid: bool, lens: str
+) -> LogitLens:
+    """The groups of prompts side by side again."""
+    whole = Reading(*(torch.cat(parts, 1).unflatten(1, ids.shape) for parts in zip(*readings, strict=True)))
+    known = torch.cat([whole.top.unique(), ids.unique(), answer.unique()]).unique()
+    return LogitLens(
+        ids,
+        stream_labels(model, incl_mid=incl_mid),
+        whole.top,
+        whole.top_log_probs,
+        answer,
+        whole.rank[..., 0],
+        whole.log_prob[..., 0],
+        controls.unflatten(2, ids.shape),
+        whole.entropy,
+        whole.kl,
+        dict(zip(known.tolist(), show(model, known), strict=True)),
+        lens,
+    )
+
+
+def demo(model: "HookedTransformer") -> LogitLens:
+    """The lens on two rows of token numbers; any model, no tokenizer needed."""
+    n = min(6, model.cfg.n_ctx)
+    tokens = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % model.cfg.d_vocab
+    return logit_lens(model, tokens)

@@ -1,0 +1,209 @@
+"""What a lens says of streams: they are unembedded block by block, and only what readers ask for is kept."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.hooks import edited_elsewhere
+from hooklens.data.prompts import Prompts, rows_of
+from hooklens.metrics import answer_ids
+from hooklens.model.linear import packed_linears
+from hooklens.progress import progress
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Answers = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
+#: From a layer's row and the streams there to the streams that the final norm should read instead.
+Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_model"]]
+
+_LOGITS_AT_ONCE = 16 * 2**20  # numbers in one product: 64 MiB in float32
+_STREAMS_AT_ONCE = 64 * 2**20  # numbers of streams kept while they are read
+_WORTH_PACKING = 256  # rows
+_DESCRIBED_AT_ONCE = 2**18  # logits that pass through the core's cache together: four times as many take twice the time
+
+
+class Reading(NamedTuple):
+    """What each row of the streams says, layer by layer. Ranks count from 0, tied tokens share the middle place."""
+
+    top: Int[Tensor, "layer row k"]
+    top_log_probs: Float[Tensor, "layer row k"]
+    rank: Int[Tensor, "layer row asked"]
+    log_prob: Float[Tensor, "layer row asked"]
+    entropy: Float[Tensor, "layer row"]
+    kl: Float[Tensor, "layer row"]
+
+
+class Target(NamedTuple):
+    """What the model itself says of some rows: the last layer's reading, against which the others are held."""
+
+    probs: Float[Tensor, "row d_vocab"]
+    minus_entropy: Float[Tensor, "row"]
+
+
+def packing(rows: int) -> AbstractContextManager:
+    """Packed weights where so many rows are multiplied; packing is a pass over the weights, too much for a few."""
+    return packed_linears(rows=1024) if rows >= _WORTH_PACKING else nullcontext()
+
+
+def one_length(model: "HookedTransformer", prompts: Prompts) -> Int[Tensor, "batch pos"]:
+    """The prompts as tokens [batch pos]; those of different length are refused, with what would work."""
+    rows = rows_of(model, prompts, "tokens")
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise InputError(
+            f"a lens reads every position of prompts of one length, got prompts of {lengths} tokens; read them one by "
+            "one, or use trajectory, which reads one position of each"
+        )
+    return torch.stack(rows)
+
+
+def by_length(rows: list[Int[Tensor, "_"]]) -> list[list[int]]:
+    """Which prompts have the same number of tokens.
+
+    >>> by_length([torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([3])])
+    [[0, 2], [1]]
+    """
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(len(row), []).append(i)
+    return list(groups.values())
+
+
+def one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str = "answer") -> Int[Tensor, "prompt"]:
+    """Token ids of one answer for all prompts, or of one a prompt."""
+    ids = answer_ids(model, answer, name).to(model.device)
+    if len(ids) not in (1, n):
+        raise InputError(f"{name} is one token for all prompts or one a prompt, got {len(ids)} for {n} prompts")
+    return ids.expand(n)
+
+
+def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list[str]:
+    """What the streams of `streams_of` are called: 0_pre, 1_pre, ..., final_post."""
+    n = model.cfg.n_layers
+    mids = ("pre", "mid") if incl_mid else ("pre",)
+    return [f"{layer}_{part}" for layer in range(n) for part in mids] + ["final_post"]
+
+
+def streams_of(
+    model: "HookedTransformer", tokens: Int[Tensor, "batch pos"], *, incl_mid: bool = False
+) -> Float[Tensor, "layer batch pos d_model"]:
+    """The stream before every block (with `incl_mid`, also after its attention), and what the final norm reads."""
+    sites = ["resid_pre", "resid_mid"] if incl_mid else ["resid_pre"]
+    if incl_mid and "blocks.0.hook_resid_mid" not in model.hook_points():
+        raise InputError("incl_mid asks for the stream between attention and MLP, and this model's blocks have none")
+    with torch.no_grad():
+        # not the last resid_post: post-norm blocks normalise it once more before it is unembedded
+        final, cache = model.run_with_cache(tokens, sites, stop_at_layer=model.cfg.n_layers)
+    return torch.stack([*(cache[name] for name in cache), final])
+
+
+def prompts_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
+    """Groups of prompts whose streams fit the memory that they may take."""
+    each = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
+    yield from tokens.split(max(1, _STREAMS_AT_ONCE // each))
+
+
+def check_quiet(model: "HookedTransformer") -> None:
+    """A hook at the final norm or the unembedding would be shown rows of all layers as if they were positions."""
+    points = [point for name, point in model.hook_points().items() if name.startswith(("ln_final.", "unembed."))]
+    if edited_elsewhere(points):
+        raise InputError(
+            "a lens unembeds the streams of all layers in blocks, and hooks are listening at ln_final or unembed, "
+            "which would take these for positions of the prompt; leave that scope, or hook the blocks only"
+        )
+
+
+def read_streams(
+    model: "HookedTransformer",
+    streams: Float[Tensor, "layer row d_model"],
+    asked: Int[Tensor, "row asked"],
+    *,
+    k: int = 5,
+    translate: Translate | None = None,
+) -> Reading:
+    """Unembed every layer's streams; the last layer's are the model's own and are never translated.
+
+    At most `_LOGITS_AT_ONCE` logits exist at a time, beside those of the last layer for the same rows.
+    """
+    check_quiet(model)
+    n_layers, n_rows = streams.shape[:2]
+    width = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)
+    many = -(-n_rows // -(-n_rows // width))
+    blocks = []
+    with (
+        torch.no_grad(),
+        packing(n_layers * n_rows),
+        progress("unembedding streams", n_layers * n_rows, unit="rows") as advance,
+    ):
+        for start in range(0, n_rows, many):
+            rows = slice(start, start + many)
+            blocks.append(_read_block(model, streams[:, rows], asked[rows], k, width, translate))
+            advance(n_layers * len(asked[rows]))
+    reading = Reading(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
+    if not bool(reading.entropy.isfinite().all()):
+        layer = int((~reading.entropy.isfinite()).any(1).nonzero()[0])
+        raise InputError(
+            f"the stream in row {layer} of the lens, or its logits, are not finite: there is nothing to read"
+        )
+    return reading
+
+
+def _read_block(model, streams: Tensor, asked: Tensor, k: int, width: int, translate: Translate | None) -> Reading:
+    """Rows few enough that their final distributions are kept while all layers are compared with them."""
+    n_layers, n_rows = streams.shape[:2]
+    final = model.read_out(streams[-1:])[0]
+    wide = final.to(torch.promote_types(final.dtype, torch.float32))
+    log_probs = wide.log_softmax(-1)
+    probs = log_probs.exp()
+    target = Target(probs, torch.linalg.vecdot(probs, log_probs))
+    readings = []
+    layers = max(1, width // n_rows)  # short prompts: several layers in one product
+    for start in range(0, n_layers - 1, layers):
+        x = streams[start : min(start + layers, n_layers - 1)]
+        if translate is not None:
+            x = torch.stack([translate(start + i, one) for i, one in enumerate(x)])
+        readings += [_described(logits, target, asked, k) for logits in model.read_out(x)]
+    last = _described(wide, target, asked, k)
+    readings.append(last._replace(kl=torch.zeros_like(last.kl)))  # of the model from itself: 0, not rounding
+    return Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
+
+
+def _described(logits: Float[Tensor, "row d_vocab"], target: Target, asked: Tensor, k: int) -> Reading:
+    """One layer's rows, a few at a time, so that the passes over the vocabulary find their logits in the cache."""
+    few = max(1, _DESCRIBED_AT_ONCE // logits.shape[-1])
+    k = min(k, logits.shape[-1])
+    parts = [
+        _describe(logits[i : i + few].to(target.probs.dtype), target.probs[i : i + few], asked[i : i + few], k)
+        for i in range(0, len(logits), few)
+    ]
+    reading = Reading(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return reading._replace(kl=(reading.kl + target.minus_entropy).clamp_min(0))
+
+
+def _describe(z: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], asked: Tensor, k: int) -> Reading:
+    peak = z.amax(-1, keepdim=True)
+    raised = (z - peak).exp_()
+    total = raised.sum(-1, keepdim=True)
+    log_total = peak + total.log()
+    top = z.topk(k)
+    own = z.gather(-1, asked)
+    ranks = []
+    for column in own.unbind(-1):
+        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie
+        signs = (z - column[:, None]).sign_().sum(-1)
+        ranks.append((signs.long() + z.shape[-1] - 1) // 2)
+    return Reading(
+        top.indices,
+        top.values - log_total,
+        torch.stack(ranks, -1) if ranks else asked,
+        own - log_total,
+        (log_total - torch.linalg.vecdot(raised, z)[:, None] / total)[:, 0],
+        log_total[:, 0]
+        - torch.linalg.vecdot(target, z),  # KL(final || lens), the final's entropy still to be taken off
+    )

@@ -1,0 +1,83 @@
+"""A training of a tuned lens from its beginning, or from its file, to its end."""
+
+import hashlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hooklens.core.errors import FileRefused
+from hooklens.plugins.lens.reading import check_quiet
+from hooklens.plugins.lens.training import Schedule, State, advanced, begin, constant_kl, gradients, window_kl
+from hooklens.plugins.lens.translators import TunedLens, read_lens_file, write_lens
+from hooklens.progress import progress
+from hooklens.sweeps.resume import fingerprint
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_SECONDS_BETWEEN_FILES = 60.0
+
+
+def train(
+    model: "HookedTransformer", schedule: Schedule, held_out: Tensor, start: TunedLens | None, path: Path | None
+) -> tuple[State, dict[str, Tensor]]:
+    """All steps that are left, the file kept up to date; on Ctrl-C the last complete step is written."""
+    check_quiet(model)
+    key = "" if path is None else run_key(model, schedule, held_out, start)
+    if path is not None and path.exists():
+        state, held = read_state(path, key, model.device)
+    else:
+        state = begin(model, schedule.train, start)
+        held = {"before": window_kl(model, held_out), "constant": constant_kl(model, schedule.train, held_out)}
+    written = time.monotonic()
+    with progress("tuned lens", schedule.steps, unit="steps") as advance:
+        advance(state.step)
+        try:
+            while state.step < schedule.steps:
+                grads, loss = gradients(model, state, schedule.windows(state.step))
+                state = advanced(state, grads, loss, schedule.rate(state.step))
+                advance()
+                if path is not None and time.monotonic() - written > _SECONDS_BETWEEN_FILES:
+                    save_state(path, state, held, key)
+                    written = time.monotonic()
+        except KeyboardInterrupt:
+            if path is not None:
+                save_state(path, state, held, key)
+            raise
+    if path is not None:
+        save_state(path, state, held, key)
+    return state, held
+
+
+def run_key(model: "HookedTransformer", schedule: Schedule, held_out: Tensor, start: TunedLens | None) -> str:
+    """A hash of everything that a run in progress must share with the one that goes on."""
+    digest = hashlib.blake2b(digest_size=16)
+    fixed = (schedule.train, held_out, schedule.steps, schedule.lr, schedule.seed, schedule.batch)
+    for part in fingerprint((model.cfg.to_json(), model.state_dict(), fixed, start)):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def save_state(path: Path, state: State, held: dict[str, Tensor], key: str) -> None:
+    """The lens so far, and what going on needs beside it."""
+    lens = state.lens()
+    tensors = {"weight": lens.weight, "bias": lens.bias, "loss": state.loss, "size": state.size, **held}
+    tensors |= {"maps": state.maps, "first": state.first, "second": state.second}
+    # distinct memory for each: safetensors refuses tensors that share theirs, as the zeros of a beginning do
+    write_lens(path, {name: tensor.detach().clone() for name, tensor in tensors.items()}, {"key": key})
+
+
+def read_state(path: Path, key: str, device: torch.device) -> tuple[State, dict[str, Tensor]]:
+    """Where a run stands; the file of another run is refused."""
+    tensors, metadata = read_lens_file(path)
+    if metadata.get("key") != key:
+        raise FileRefused(
+            f"{path} holds a tuned lens of another run (other weights, tokens, start, steps, lr, seed or batch), or "
+            "one without a run; give path= a name of its own, or read it with TunedLens.load"
+        )
+    on = {name: tensor.to(device) for name, tensor in tensors.items()}
+    state = State(*(on[name] for name in ("maps", "first", "second", "size", "loss")))
+    return state, {name: on[name] for name in ("before", "constant")}

@@ -1,0 +1,194 @@
+"""How a tuned lens is trained: Adam on KL(model || lens), all layers from one forward pass, in bounded memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.model.linear import is_plain
+from hooklens.plugins.lens.least_squares import stream_sizes
+from hooklens.plugins.lens.reading import prompts_at_once, read_streams, streams_of
+from hooklens.plugins.lens.translators import TunedLens
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_LOGITS_AT_ONCE = 16 * 2**20  # numbers; about four such tensors exist while a gradient is taken
+_BETA1, _BETA2, _EPS = 0.9, 0.98, 1e-8
+
+Maps = Float[Tensor, "layer in d_model"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What fixes a run: the same schedule on the same model and windows gives the same lens, bit for bit."""
+
+    train: Int[Tensor, "window pos"]
+    steps: int
+    lr: float
+    seed: int
+    batch: int
+
+    def windows(self, step: int) -> Int[Tensor, "batch pos"]:
+        """The windows of one step: every window is used once before any is used again, in an order drawn by epoch."""
+        n = len(self.train)
+        at = torch.arange(step * self.batch, (step + 1) * self.batch)
+        orders = {
+            epoch: torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
+            for epoch in (at // n).unique().tolist()
+        }
+        return self.train[torch.stack([orders[int(i) // n][i % n] for i in at]).to(self.train.device)]
+
+    def rate(self, step: int) -> float:
+        """The learning rate, falling linearly to 0."""
+        return self.lr * (1 - step / self.steps)
+
+
+@dataclass(frozen=True)
+class State:
+    """A run between two steps. A step makes a new one, so that an interruption never finds a half-updated lens.
+
+    The last row of a layer's map is its bias, in units of `size`, how large the layer's stream is: Adam moves all
+    numbers equally far, and a bias must keep up with the stream.
+    """
+
+    maps: Maps
+    first: Maps
+    second: Maps
+    size: Float[Tensor, "layer"]
+    loss: Float[Tensor, "step layer"]
+
+    @property
+    def step(self) -> int:
+        return len(self.loss)
+
+    def lens(self) -> TunedLens:
+        """The maps as a module."""
+        return TunedLens.of(self.maps[:, :-1], self.maps[:, -1] * self.size[:, None])
+
+
+def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: TunedLens | None = None) -> State:
+    """Maps of zeros, or those to start from, and the size of each layer's stream, measured on a few windows."""
+    streams = streams_of(model, train[: max(1, 512 // train.shape[1])]).flatten(1, 2)[:-1]
+    streams = streams.to(torch.promote_types(streams.dtype, torch.float32))
+    size = stream_sizes(streams)
+    zeros = size.new_zeros(len(size), streams.shape[-1] + 1, streams.shape[-1])
+    maps = zeros
+    if start is not None:
+        bias = start.bias.detach().to(zeros) / size[:, None]
+        maps = torch.cat([start.weight.detach().to(zeros), bias[:, None]], 1)
+    return State(maps, zeros, zeros, size, size.new_zeros(0, len(size)))
+
+
+def gradients(
+    model: "HookedTransformer", state: State, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Maps, Float[Tensor, "layer"]]:
+    """d mean KL / d maps of every layer, and the mean KL itself, a few rows and one layer at a time."""
+    grads, loss = torch.zeros_like(state.maps), state.size.new_zeros(len(state.maps))
+    for some in prompts_at_once(model, tokens):
+        streams = streams_of(model, some).flatten(1, 2)
+        for rows in streams.split(max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out), dim=1):
+            target = _final(model, rows[-1]).exp()
+            for layer in range(len(grads)):
+                found, value = _one_layer(model, state, layer, rows[layer], target)
+                grads[layer] += found / tokens.numel()
+                loss[layer] += value / tokens.numel()
+    return grads, loss
+
+
+def _one_layer(
+    model, state: State, layer: int, stream: Float[Tensor, "row d_model"], target: Float[Tensor, "row d_vocab"]
+) -> tuple[Float[Tensor, "in d_model"], Float[Tensor, ""]]:
+    """d KL / d maps and the KL, summed over rows. Only the final norm goes through autograd where that is enough."""
+    wide = stream.to(state.maps.dtype)
+    with torch.enable_grad():
+        maps = state.maps[layer].clone().requires_grad_()
+        read = wide + wide @ maps[:-1] + state.size[layer] * maps[-1]
+        x = read.to(stream.dtype)
+        normed = x if model.ln_final is None else model.ln_final(x)
+        if not is_plain(model.unembed.linear):
+            logits = model.unembed(normed[None])[0].to(target.dtype)
+            kl = (torch.special.xlogy(target, target) - target * logits.log_softmax(-1)).sum()
+            return torch.autograd.grad(kl, maps)[0], kl.detach()
+        with torch.no_grad():
+            back, kl = _through_unembedding(model, normed, target)
+        return torch.autograd.grad(normed, maps, back)[0], kl
+
+
+def _through_unembedding(
+    model, normed: Float[Tensor, "row d_model"], target: Float[Tensor, "row d_vocab"]
+) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, ""]]:
+    """d KL / d normed by hand, softmax minus target times W_U, in two tensors of logits instead of autograd's five."""
+    linear, cap = model.unembed.linear, model.unembed.soft_cap
+    raw = linear(normed)
+    z = model.unembed.cap(raw).to(target.dtype)
+    peak = z.amax(-1, keepdim=True)
+    aligned = torch.linalg.vecdot(target, z)
+    slope = None if cap is None else 1 - (z / cap).square()
+    probs = z.sub(peak).exp_()
+    total = probs.sum(-1, keepdim=True)
+    kl = torch.special.xlogy(target, target).sum() + (peak + total.log()).sum() - aligned.sum()
+    back = probs.div_(total).sub_(target)
+    back = back if slope is None else back.mul_(slope)
+    return back.to(normed.dtype) @ linear.weight, kl
+
+
+def _final(model, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """The model's own log-probabilities."""
+    with torch.no_grad():
+        logits = model.read_out(stream[None])[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def advanced(state: State, grads: Maps, loss: Float[Tensor, "layer"], rate: float) -> State:
+    """One step of Adam (Kingma and Ba 2015, algorithm 1)."""
+    t = state.step + 1
+    first = state.first.lerp(grads, 1 - _BETA1)
+    second = state.second.lerp(grads.square(), 1 - _BETA2)
+    change = (first / (1 - _BETA1**t)) / ((second / (1 - _BETA2**t)).sqrt() + _EPS)
+    return replace(
+        state, maps=state.maps - rate * change, first=first, second=second, loss=torch.cat([state.loss, loss[None]])
+    )
+
+
+# -- what the result needs
+
+
+def window_kl(
+    model: "HookedTransformer", tokens: Int[Tensor, "window pos"], lens: TunedLens | None = None
+) -> Float[Tensor, "window layer"]:
+    """KL(model || lens) of every window, mean over its positions; without a lens, that of the logit lens."""
+    found = []
+    for some in prompts_at_once(model, tokens):
+        streams = streams_of(model, some).flatten(1, 2)
+        nothing = torch.empty(streams.shape[1], 0, dtype=torch.long, device=tokens.device)
+        with torch.no_grad():
+            kl = read_streams(model, streams, nothing, k=1, translate=lens).kl[:-1]
+        found.append(kl.unflatten(1, some.shape).mean(-1).T)
+    return torch.cat(found)
+
+
+def constant_kl(
+    model: "HookedTransformer", train: Int[Tensor, "train_window pos"], held_out: Int[Tensor, "window pos"]
+) -> Float[Tensor, "window"]:
+    """KL(model || c) for the one distribution c that is the model's mean over training windows: reading nothing."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for rows in _final_rows(model, train[:32]):
+        total, count = total + rows.exp().sum(0).double().cpu(), count + len(rows)
+    mean = (total / count).clamp_min(1e-30).log().to(held_out.device)
+    found = []
+    for window in held_out:
+        rows = torch.cat([(one.exp() * (one - mean.to(one))).sum(-1) for one in _final_rows(model, window[None])])
+        found.append(rows.mean())
+    return torch.stack(found)
+
+
+def _final_rows(model, tokens: Tensor) -> Iterator[Float[Tensor, "row d_vocab"]]:
+    for window in tokens:
+        with torch.no_grad():
+            stream = model(window[None], stop_at_layer=model.cfg.n_layers)[0]
+        for rows in stream.split(max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)):
+            yield _final(model, rows)

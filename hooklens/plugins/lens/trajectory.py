@@ -1,0 +1,199 @@
+"""Trajectory: how the answer's rank and probability, entropy, KL and the stream itself change from layer to layer."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.plugins.lens.reading import (
+    Answers,
+    Translate,
+    by_length,
+    check_quiet,
+    one_a_prompt,
+    packing,
+    prompts_at_once,
+    read_streams,
+    stream_labels,
+    streams_of,
+)
+from hooklens.plugins.lens.translators import TunedLens
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_CONTROLS = 4  # other positions of a prompt in which its answer is looked for
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory(Result):
+    """One position of each prompt, followed through the layers; the last row is the model itself.
+
+    `rank` counts from 0. `control_rank` is the answer's median rank in streams of other positions of its prompt at the
+    same layer (NaN in a prompt of one token): what the layer says of this token wherever one looks. `norm` is the
+    stream's length, `cosine` its cosine to the final stream, `control_cosine` the mean cosine of the other positions'
+    streams to it.
+    """
+
+    rank: Int[Tensor, "prompt layer"]
+    log_prob: Float[Tensor, "prompt layer"]
+    wrong_log_prob: Float[Tensor, "prompt layer"] | None
+    control_rank: Float[Tensor, "prompt layer"]
+    entropy: Float[Tensor, "prompt layer"]
+    kl: Float[Tensor, "prompt layer"]
+    norm: Float[Tensor, "prompt layer"]
+    cosine: Float[Tensor, "prompt layer"]
+    control_cosine: Float[Tensor, "prompt layer"]
+    layers: list[str]
+    answer: list[str]
+    lens: str
+
+    @property
+    def logit_diff(self) -> Float[Tensor, "prompt layer"] | None:
+        """The lens's logit of the answer minus that of the wrong answer, where there is one."""
+        return None if self.wrong_log_prob is None else self.log_prob - self.wrong_log_prob
+
+    def interval(self, values: Float[Tensor, "prompt layer"]) -> tuple[Tensor, Tensor]:
+        """The 95 % interval of a mean over prompts, by a bootstrap over them; NaN for one prompt."""
+        if len(values) < 2:
+            return (torch.full_like(values[0], float("nan")),) * 2
+        return mean_interval(values)
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a layer: medians of ranks, means of the others, over prompts."""
+        columns = ["stream", "rank", "control rank", "probability", "entropy", "KL", "norm", "cosine", "control cosine"]
+        means = [
+            x.mean(0) for x in (self.log_prob.exp(), self.entropy, self.kl, self.norm, self.cosine, self.control_cosine)
+        ]
+        if self.logit_diff is not None:
+            columns.append("logit difference")
+            means.append(self.logit_diff.mean(0))
+        medians = [self.rank.to(self.kl).median(0).values, self.control_rank.nanmedian(0).values]
+        rows = [(name, *(float(x[i]) for x in (*medians, *means))) for i, name in enumerate(self.layers)]
+        return Table(columns, rows).head(n)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` blocks after which the answer's log-probability rose most, mean over prompts."""
+        rise = self.log_prob.diff(dim=1).mean(0)
+        chosen = rise.argsort(descending=True, stable=True)[:k].tolist()
+        return Table(("block", "rise of log prob"), [(f"L{i}", float(rise[i])) for i in chosen])
+
+    def figure(self) -> Any:
+        """Log10 of one plus the answer's rank, against that of the control."""
+        from hooklens.viz.curves import lines
+
+        ranks = {"answer here": self.rank.to(self.kl), "same answer, other positions": self.control_rank}
+        shown = {name: (1 + values).log10() for name, values in ranks.items()}
+        bands = {name: self.interval(values) for name, values in shown.items() if len(values) > 1}
+        return lines(
+            {name: values.nanmean(0) for name, values in shown.items()},
+            bands=bands,
+            title=f"{self.lens}: where the answer stands among all tokens",
+            x_title="layer",
+            y_title="log10(1 + rank)",
+        )
+
+    def distance_figure(self) -> Any:
+        """Entropy and KL to the model's own prediction, layer by layer, in nats."""
+        from hooklens.viz.curves import lines
+
+        shown = {"entropy": self.entropy, "KL to the final prediction": self.kl}
+        bands = {name: self.interval(values) for name, values in shown.items() if len(values) > 1}
+        means = {name: values.mean(0) for name, values in shown.items()}
+        return lines(means, bands=bands, title=f"{self.lens}: how far from the end", x_title="layer", y_title="nats")
+
+
+def trajectory(
+    model: "HookedTransformer",
+    tokens: Prompts,
+    answer: Answers,
+    wrong_answer: Answers | None = None,
+    *,
+    pos: int = -1,
+    lens: TunedLens | None = None,
+) -> Trajectory:
+    """At which layer does the answer come up? Rank, probability, entropy and KL of every stream on the way.
+
+    >>> from hooklens.testing import induction_model
+    >>> path = trajectory(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
+    >>> path.rank.tolist(), path.logit_diff.tolist()            # prompt layer
+    ([[5, 5, 0]], [[0.0, 0.0, 10.0]])
+
+    One position of each prompt is read (the last); prompts may differ in length. With `lens`, streams go through a
+    tuned lens first.
+
+    Reference: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023), section 3.
+    """
+    check_quiet(model)
+    if lens is not None:
+        lens.check_fits(model)
+    rows = rows_of(model, tokens, "tokens")
+    right = one_a_prompt(model, answer, len(rows), "answer")
+    asked = [right] if wrong_answer is None else [right, one_a_prompt(model, wrong_answer, len(rows), "wrong_answer")]
+    groups, found = by_length(rows), []
+    with packing(sum(map(len, rows))):
+        for group in groups:
+            ids, wanted = torch.stack([rows[i] for i in group]), torch.stack(asked, 1)[group]
+            for some in prompts_at_once(model, ids):
+                found.append(_followed(model, some, wanted[: len(some)], pos, lens))
+                wanted = wanted[len(some) :]
+    order = torch.tensor([i for group in groups for i in group]).argsort()
+    whole = {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
+    log_probs = whole.pop("log_probs")
+    return Trajectory(
+        **whole,
+        log_prob=log_probs[..., 0],
+        wrong_log_prob=None if wrong_answer is None else log_probs[..., 1],
+        layers=stream_labels(model),
+        answer=show(model, right),
+        lens="logit lens" if lens is None else "tuned lens",
+    )
+
+
+def _followed(
+    model, ids: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt asked"], pos: int, translate: Translate | None
+) -> dict[str, Tensor]:
+    """The position asked for in the first column, the other positions of the same prompts behind it."""
+    n_prompts, n_pos = ids.shape
+    if not -n_pos <= pos < n_pos:
+        raise InputError(f"pos={pos} was asked for in a prompt of {n_pos} tokens")
+    at = pos % n_pos
+    streams = streams_of(model, ids)[:, :, [at, *_others(n_pos, at)]]
+    n_read = streams.shape[2]
+    read = read_streams(model, streams.flatten(1, 2), asked.repeat_interleave(n_read, 0), k=1, translate=translate)
+    rank, log_prob, entropy, kl = (
+        value.unflatten(1, (n_prompts, n_read)).transpose(0, 1)
+        for value in (read.rank[..., 0], read.log_prob, read.entropy, read.kl)
+    )
+    wide = streams.transpose(0, 1).to(kl.dtype)  # prompt layer read d_model
+    cosine = torch.nn.functional.cosine_similarity(wide, wide[:, -1:, :1], dim=-1)
+    nothing = torch.full_like(kl[..., 0], float("nan"))
+    return {
+        "rank": rank[..., 0],
+        "log_probs": log_prob[..., 0, :],
+        "control_rank": rank[..., 1:].to(kl).median(-1).values if n_read > 1 else nothing,
+        "entropy": entropy[..., 0],
+        "kl": kl[..., 0],
+        "norm": wide[:, :, 0].norm(dim=-1),
+        "cosine": cosine[..., 0],
+        "control_cosine": cosine[..., 1:].mean(-1) if n_read > 1 else nothing,
+    }
+
+
+def _others(n: int, at: int) -> list[int]:
+    """Some other positions of a prompt, evenly spread; not the first, whose stream is often unlike all others."""
+    rest = [i for i in range(1, n) if i != at] or [i for i in range(n) if i != at]
+    return sorted({rest[(2 * i + 1) * len(rest) // (2 * _CONTROLS)] for i in range(_CONTROLS)}) if rest else []
+
+
+def demo(model: "HookedTransformer") -> Trajectory:
+    """Two rows of token numbers; any model, no tokenizer needed."""
+    n = min(6, model.cfg.n_ctx)
+    tokens = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % model.cfg.d_vocab
+    return trajectory(model, tokens, 0, min(1, model.cfg.d_vocab_out - 1))

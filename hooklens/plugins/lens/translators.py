@@ -1,0 +1,111 @@
+"""The tuned lens as a module: an affine map for every stream but the last, and the file that holds it."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.files import write_atomically
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+FORMAT = "hooklens-tuned-lens-1"
+
+
+class TunedLens(nn.Module):
+    """From the stream before a block to the stream that the final norm should read: x + x weight + bias, a map a layer.
+
+    All zero it is the logit lens.
+
+    >>> lens = TunedLens(n_layers=2, d_model=8)
+    >>> x = torch.ones(3, 8)
+    >>> torch.equal(lens(0, x), x), sum(p.numel() for p in lens.parameters())
+    (True, 144)
+
+    Reference: Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", equation 6.
+    """
+
+    def __init__(
+        self, n_layers: int, d_model: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_layers, d_model, d_model, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(n_layers, d_model, device=device, dtype=dtype))
+
+    def forward(self, layer: int, stream: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
+        """What the final norm reads in place of the stream that enters this layer."""
+        wide = stream.to(self.weight.dtype)
+        return (wide + wide @ self.weight[layer] + self.bias[layer]).to(stream.dtype)
+
+    def check_fits(self, model: "HookedTransformer") -> None:
+        """Is there a map of the right size for every block of the model?"""
+        n_layers, d_model = self.weight.shape[:2]
+        if (n_layers, d_model) != (model.cfg.n_layers, model.cfg.d_model):
+            raise InputError(
+                f"this tuned lens was made for {n_layers} layers of d_model {d_model}; the model has "
+                f"{model.cfg.n_layers} layers of d_model {model.cfg.d_model}: train one for it with train_tuned_lens"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the maps as one safetensors file, whole or not at all; `TunedLens.load` reads it back."""
+        write_lens(path, {"weight": self.weight, "bias": self.bias}, {})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TunedLens":
+        """The lens in a file that `save` or a training, finished or interrupted, has written."""
+        tensors, _ = read_lens_file(path)
+        return cls.of(tensors["weight"], tensors["bias"])
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "layer d_model d_model"], bias: Float[Tensor, "layer d_model"]) -> "TunedLens":
+        """The lens with these maps."""
+        lens = cls(*weight.shape[:2], device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            lens.weight.copy_(weight)
+            lens.bias.copy_(bias)
+        return lens
+
+
+def write_lens(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, written aside and renamed; its tensors are summed, so that damage is seen."""
+    from safetensors.torch import save_file
+
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with write_atomically(path) as aside:
+        save_file(held, aside, metadata={**metadata, "format": FORMAT, "sum": _sum(held)})
+
+
+def read_lens_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata; a foreign or damaged file is refused before a tensor is used."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise InputError(f"a tuned lens was to be read from {str(path)!r}, but there is no such file; check the path")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            # cloned, because these tensors map the file, which training may overwrite
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileRefused(
+            f"{path} cannot be read as a tuned lens, it is damaged or no safetensors file: {error}"
+        ) from error
+    if metadata.get("format") != FORMAT or not {"weight", "bias"} <= set(tensors):
+        raise FileRefused(f"{path} is a safetensors file but holds no tuned lens; TunedLens.save writes one")
+    if metadata.get("sum") != _sum(tensors):
+        raise FileRefused(f"{path} is damaged: its numbers are not those that were written; train or save it again")
+    return tensors, metadata
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,235 @@
+"""Ablation: take one component away at a time and see how far the metric falls, exactly and for a whole grid."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.metrics import log_prob
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.patching.ablation_halves import HeldOutEffects, held_out
+from hooklens.plugins.patching.ablation_kinds import Kind, Resample, Written, as_kind, word, written_by_draw
+from hooklens.plugins.patching.activation import check_metric
+from hooklens.plugins.patching.grid import (
+    cell_name,
+    cell_names,
+    draw_grid,
+    in_order,
+    labels_of,
+    largest_first,
+    patch_name,
+    shape_of,
+)
+from hooklens.result import Result, Table
+from hooklens.statistics import group_numbers, mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.execute import Outcome, execute
+from hooklens.sweeps.plan import Patch, plan, settle_by, site_kind
+from hooklens.sweeps.settings import engine
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Grid = Float[Tensor, "*grid"]
+_MOST_FLIPS = 40_000
+
+
+@dataclass(frozen=True, eq=False)
+class AblationSweep(Result):
+    """The metric after every ablation of a grid, prompt by prompt, beside the metric of the whole model.
+
+    `kind` is zero, mean, resample or freeze. `by_draw` is the mean effect of each draw of other prompts (one row for
+    the other kinds). Prompts of one `group` share something: intervals and p-values are over groups.
+    """
+
+    per_prompt: Float[Tensor, "prompt *grid"]
+    whole_per_prompt: Float[Tensor, "prompt"]
+    by_draw: Float[Tensor, "draw *grid"]
+    group: Int[Tensor, "prompt"]
+    site: str
+    by: tuple[str, ...]
+    kind: str
+    labels: dict[str, list[str]]
+    computed: float
+    largest_error: float
+    n_verified: int
+    how: str
+
+    @property
+    def whole(self) -> float:
+        """The metric of the whole model, mean over prompts."""
+        return float(self.whole_per_prompt.mean())
+
+    @property
+    def values(self) -> Grid:
+        """The metric after each ablation, mean over prompts."""
+        return self.per_prompt.mean(0)
+
+    @property
+    def effect_per_prompt(self) -> Float[Tensor, "prompt *grid"]:
+        """How far each ablation moved each prompt's metric; below 0 where the component helped."""
+        return self.per_prompt - self.whole_per_prompt.view(-1, *[1] * (self.per_prompt.ndim - 1))
+
+    @property
+    def effect(self) -> Grid:
+        """How far each ablation moved the metric, mean over prompts; below 0 where the component helped."""
+        return self.effect_per_prompt.mean(0)
+
+    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Grid, Grid]:
+        """Both ends of `effect`, by a bootstrap over groups of prompts; NaN for a single group."""
+        if int(self.group.max()) < 1:
+            nothing = torch.full_like(self.effect, float("nan"))
+            return nothing, nothing.clone()
+        return mean_interval(self.effect_per_prompt, group=self.group, level=level, draws=draws, seed=seed)
+
+    @cached_property
+    def p(self) -> Grid:
+        """Two-sided p-value of "no effect", from flipping signs of groups; exactly 1 where nothing moved."""
+        return sign_flip_p(self.effect_per_prompt, group=self.group, draws=self._flips)
+
+    @cached_property
+    def q(self) -> Grid:
+        """Benjamini-Hochberg q-values over the grid: the false discovery rate at which a cell would be called."""
+        return q_values(self.p)
+
+    @property
+    def least_q(self) -> float:
+        """The smallest q that a component which alone matters could get: few groups of prompts, high floor."""
+        n = int(self.group.max()) + 1
+        return min(1.0, self.effect.numel() * (2 / 2**n if n <= 12 else 1 / (self._flips + 1)))
+
+    @property
+    def _flips(self) -> int:
+        # one component of m has q = m p, and p is at least 1 / (flips + 1): 40 a component let it pass 0.05
+        return min(max(4096, 40 * self.effect.numel()), _MOST_FLIPS)
+
+    def order(self) -> list[tuple[int, ...]]:
+        """Every grid index, the largest effect first, whatever its sign."""
+        return largest_first(self.effect)
+
+    def name_of(self, index: Sequence[int]) -> str:
+        """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
+        return cell_name(self.by, self.labels, index)
+
+    def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
+        """The `k` components of largest effect on one half of the prompts, with their effect on the other half."""
+        names = cell_names(self.by, self.labels, self.effect.shape)
+        return held_out({self.kind: self.effect_per_prompt}, names, self.group, k, seed)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` components of largest effect, chosen and measured on the same prompts; see `held_out_top`."""
+        return self.table(k)
+
+    def table(self, n: int | None = 20) -> Table:
+        """The components of largest effect; every one for `n=None`."""
+        values, effect, p, q, (low, high) = self.values, self.effect, self.p, self.q, self.interval()
+        rows = []
+        for index in self.order()[:n]:
+            numbers = (effect, low, high, p, q) if int(self.group.max()) else (effect,)
+            rows.append((self.name_of(index), float(values[index]), *(float(each[index]) for each in numbers)))
+        columns = (self.site, "metric", f"effect ({self.kind})", "95% low", "95% high", "p", "q")
+        return Table(columns[: len(rows[0])] if rows else columns[:3], rows)
+
+    def figure(self) -> Any:
+        """A heat map over two axes, bars with their interval over one."""
+        title = f"{self.site}: change of the metric under {self.kind} ablation"
+        ends = self.interval() if self.per_prompt.ndim == 2 else None
+        return draw_grid(self.effect, self.by, self.labels, title, "change of the metric", ends)
+
+
+def ablate(
+    model: "HookedTransformer",
+    prompts: Prompts,
+    metric: Any,
+    *,
+    site: str = "z",
+    by: str | Sequence[str] | None = None,
+    value: str | Kind = "resample",
+    group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
+    patches: Sequence[Patch] | None = None,
+) -> AblationSweep:
+    """What does the metric lose without each component? One exact ablation for every cell of a grid.
+
+    >>> from hooklens.testing import induction_model
+    >>> from hooklens.metrics import log_prob
+    >>> model = induction_model(); prompts = torch.tensor([[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]])
+    >>> sweep = ablate(model, prompts, log_prob(model, answer=[1, 2, 9]), value="zero")
+    >>> sweep.effect.round(decimals=1)            # layer head: L0H0 previous token, L1H1 induction
+    tensor([[-1.2000,  0.0000],
+            [ 0.0000, -2.4000]])
+
+    `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
+    attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for.
+
+    `value` is what is written. "resample": the activation of other prompts of the set, four draws averaged
+    (`Resample` says how many, of which prompts, and the seed). "mean": over the prompts, or `hl.Mean(reference=...)`;
+    position by position where all lengths agree, else over all positions. "zero": a value that most sites never hold,
+    so that what breaks may be the model's surprise rather than its need: see `compare_ablations`. `Freeze(run)`: the
+    activation of that run, prompt by prompt.
+
+    `group` says which prompts share something, one label a prompt: intervals and p-values are then over groups.
+
+    Reference: Li and Janson (2024), "Optimal ablation for interpretability", section 2 (the kinds); Chan et al. (2022),
+    "Causal scrubbing" (resampling).
+    """
+    site, kind = site_kind(site), as_kind(value)
+    axes = settle_by(model, site, by)
+    groups = read_pairs(model, prompts, prompts, _needs(axes, patches))
+    check_metric(metric, groups)
+    n = sum(len(each.index) for each in groups)
+    number = group_numbers(n, None if group is None else torch.as_tensor(group))
+    with torch.no_grad(), packed_linears(rows=1024):
+        draws = [
+            [_one(model, each, metric, site, axes, to, patches) for each, to in zip(groups, written, strict=True)]
+            for written in written_by_draw(model, kind, prompts, groups, site)
+        ]
+    shape, labels = shape_of(model, site, axes, groups[0].clean.shape[1]), {}
+    if patches is None:
+        labels = labels_of(model, axes, shape, groups[0])
+    else:
+        axes, shape, labels = ("patch",), (len(patches),), {"patch": [patch_name(patch) for patch in patches]}
+    whole = in_order(groups, [each.base for each in draws[0]])
+    values = torch.stack([in_order(groups, [each.values.T for each in found]) for found in draws])
+    outcomes = [each for found in draws for each in found]
+    weights = [len(each.index) / (n * len(draws)) for _ in draws for each in groups]
+    return AblationSweep(
+        values.mean(0).view(n, *shape),
+        whole,
+        (values.mean(1) - whole.mean()).view(-1, *shape),
+        number,
+        site,
+        axes,
+        word(kind),
+        labels,
+        sum(each.computed * weight for each, weight in zip(outcomes, weights, strict=True)),
+        float(torch.tensor([each.largest_error for each in outcomes]).max()),
+        sum(each.n_verified for each in outcomes),
+        outcomes[0].how,
+    )
+
+
+def _one(
+    model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], written: Written, patches: Sequence[Patch] | None
+) -> Outcome:
+    """The sweep over prompts of one length with one thing written."""
+    made = plan(model, group.clean, site, written, by=by, patches=patches)
+    return execute(made, group.of(metric))
+
+
+def _needs(axes: tuple[str, ...], patches: Sequence[Patch] | None) -> tuple[str, ...]:
+    """By position, prompts must have one length."""
+    if patches is None:
+        return axes
+    return ("layer", "pos") if any(patch.pos is not None for patch in patches) else ("layer",)
+
+
+def demo(model: "HookedTransformer") -> AblationSweep:
+    """Every head, resampled among six short prompts. Any model, no tokenizer needed."""
+    n = min(8, model.cfg.n_ctx)
+    tokens = torch.randint(model.cfg.d_vocab, (6, n), generator=torch.Generator().manual_seed(0)).to(model.device)
+    with engine(progress=False):
+        return ablate(model, tokens, log_prob(model, answer=0), value=Resample(draws=2))

@@ -1,0 +1,212 @@
+"""Information flow: which path, from a component to a reader of the stream, carries how much of the difference?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.hooks import HookFn
+from hooklens.data.prompts import Prompts, read_pairs, rows_of
+from hooklens.metrics import ReadingMetric, logit_diff
+from hooklens.plugins.patching.flow import Choice, InformationFlow
+from hooklens.plugins.patching.path import path_patch_edges
+from hooklens.plugins.patching.path_sweep import PathSweep
+from hooklens.statistics import Groups, group_numbers, halves
+from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.nodes import Order, Receiver, Sender, read_receivers, read_senders
+from hooklens.sweeps.settings import engine
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+def information_flow(
+    model: "HookedTransformer",
+    clean: Prompts,
+    corrupted: Prompts,
+    metric: Any,
+    *,
+    receivers: Any,
+    senders: Any = None,
+    group: Groups = None,
+    choice: Choice | None = None,
+) -> InformationFlow:
+    """Which path carries how much, from senders over the q, k or v of these receivers to the logits?
+
+    Every path is an edge patched (`path_patch_edges`), clean into corrupted, with everything above the receiver live.
+    The strongest senders of each receiver are chosen on one half of the groups of pairs; what they carry is measured on
+    the other, beside control senders: themselves turned into random directions, and others drawn at random.
+    `receivers` as there, each on its own; a dict names several that are patched together: {"queries": [("q", 9)]}.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = demo(tiny_model())
+    >>> found.paths[0], found.halved, found.turned.shape[0]
+    ('L0H0 to L1H0.q', True, 9)
+
+    Reference: Wang et al. (2022), "Interpretability in the Wild", section 3; the halves and controls are ours.
+    """
+    options, sending = choice or Choice(), read_senders(model, senders)
+    pairs = _Pairs(model, clean, corrupted, metric, group)
+    first, second = pairs.halves(options.seed)
+    chosen_on = first[: options.choose_on]
+    parts = [
+        _paths_to(pairs, chosen_on, second, name, reading, sending, options)
+        for name, reading in _named(model, receivers).items()
+    ]
+    return InformationFlow(
+        paths=[name for part in parts for name in part.paths],
+        receivers=[part.receiver for part in parts for _ in part.paths],
+        chosen_by=torch.cat([part.chosen_by for part in parts]),
+        moved=torch.cat([part.moved for part in parts], -1),
+        turned=torch.cat([part.turned for part in parts], -1),
+        random=torch.cat([part.random for part in parts], -1),
+        whole=torch.cat([part.whole for part in parts], -1),
+        gap=parts[0].gap,
+        group=pairs.group[second],
+        halved=len(second) < len(pairs.group),
+        largest_error=max(part.largest_error for part in parts),
+        choice=options,
+    )
+
+
+class _PathsTo(NamedTuple):
+    """The paths to one receiver, as InformationFlow holds those of all."""
+
+    paths: list[str]
+    receiver: str
+    chosen_by: Float[Tensor, "path"]
+    moved: Float[Tensor, "pair path"]
+    turned: Float[Tensor, "draw pair path"]
+    random: Float[Tensor, "draw pair path"]
+    whole: Float[Tensor, "pair path"]
+    gap: Float[Tensor, "pair"]
+    largest_error: float
+
+
+class _Pairs:
+    """The prompt pairs, their metric and groups, of which some are swept at a time."""
+
+    def __init__(self, model: "HookedTransformer", clean: Prompts, corrupted: Prompts, metric: Any, group: Groups):
+        self.model, self.metric = model, metric
+        self.clean, self.corrupted = rows_of(model, clean, "clean"), rows_of(model, corrupted, "corrupted")
+        if len(self.clean) != len(self.corrupted):
+            raise InputError(f"{len(self.clean)} clean and {len(self.corrupted)} corrupted prompts are no pairs")
+        self.group = group_numbers(len(self.clean), group)
+
+    def halves(self, seed: int) -> tuple[Tensor, Tensor]:
+        """To choose on, to report on; with one group of pairs both are all of them."""
+        every = torch.arange(len(self.group))
+        return halves(len(self.group), group=self.group, seed=seed) if len(self.group.unique()) > 1 else (every, every)
+
+    def sweep(self, index: Tensor, senders: Sequence[Sender], receivers: tuple[Receiver, ...]) -> PathSweep:
+        """The edges from these senders to the receivers, for some pairs."""
+        clean, corrupted, metric, rest = self._some(index)
+        found = path_patch_edges(self.model, clean, corrupted, metric, receivers=receivers, senders=senders)
+        return replace(found.of_pairs(rest), group=self.group[index])
+
+    def whole(self, index: Tensor, receivers: tuple[Receiver, ...], base: PathSweep) -> Float[Tensor, "pair"]:
+        """How far the metric moves when all that the receivers read is the clean run's."""
+        clean, corrupted, metric, rest = self._some(index)
+        points, n = {r: _point(self.model, r) for r in receivers}, self.model.cfg.n_layers
+        found = base.per_pair.new_zeros(len(clean))
+        for one in read_pairs(self.model, clean, corrupted, ()):
+            with torch.no_grad():
+                _, cache = self.model.run_with_cache(one.clean, list(points.values()), stop_at_layer=n)
+                hooks = [(point, _from(cache[point], r.head)) for r, point in points.items()]
+                stream = self.model.run_with_hooks(one.corrupted, fwd_hooks=hooks, stop_at_layer=n)
+                found[list(one.index)] = Reader(self.model, one.of(metric), stream).base
+        return found[rest] - base.corrupted_per_pair
+
+    def _some(self, index: Tensor) -> tuple[list[Tensor], list[Tensor], Any, Tensor]:
+        """Clean, corrupted, their metric, and which of these are meant: a plain function is asked about all pairs."""
+        if not isinstance(self.metric, ReadingMetric):
+            return self.clean, self.corrupted, self.metric, index
+        metric = self.metric.pairs(index) if len(self.metric.reads.pos) > 1 else self.metric
+        clean, corrupted = ([rows[i] for i in index.tolist()] for rows in (self.clean, self.corrupted))
+        return clean, corrupted, metric, torch.arange(len(index))
+
+
+def _named(model: "HookedTransformer", receivers: Any) -> dict[str, tuple[Receiver, ...]]:
+    """Receivers that are patched together, by what they are called."""
+    if isinstance(receivers, Mapping):
+        return {str(name): read_receivers(model, some) for name, some in receivers.items()}
+    grouped = model.cfg.n_heads != model.cfg.n_key_value_heads
+    return {one.name(grouped=grouped): (one,) for one in read_receivers(model, receivers)}
+
+
+def _point(model: "HookedTransformer", receiver: Receiver) -> tuple[str, int]:
+    return ("resid_post", model.cfg.n_layers - 1) if receiver.kind == "final" else (receiver.kind, receiver.layer)
+
+
+def _from(value: Tensor, head: int | None) -> HookFn:
+    def write(act: Tensor, hook: Any) -> Tensor:
+        at = (slice(None),) if head is None else (slice(None), slice(None), head)
+        act[at] = value[at]
+        return act
+
+    return write
+
+
+def _paths_to(
+    pairs: _Pairs,
+    first: Tensor,
+    second: Tensor,
+    name: str,
+    receivers: tuple[Receiver, ...],
+    senders: Sequence[Sender],
+    options: Choice,
+) -> _PathsTo:
+    """Choose on the first pairs, measure on the second, beside the controls."""
+    order = Order(pairs.model)
+    last = max(order.reads_at(receiver) for receiver in receivers)
+    reaching = [sender for sender in senders if order.feeds_from(sender) <= last] or list(senders)
+    chose = pairs.sweep(first, reaching, receivers)
+    best = chose.order()[: options.per_receiver]
+    generator = torch.Generator().manual_seed(options.seed)
+    drawn = [_others(len(reaching), i, options.draws, generator) for i in best]
+    plain = sorted({*best, *(i for row in drawn for i in row)})
+    turned = [reaching[i]._replace(turned=options.seed + draw) for draw in range(options.draws) for i in best]
+    with engine(verify=0):  # the same senders were checked on the half that chose
+        report = pairs.sweep(second, [*(reaching[i] for i in plain), *turned], receivers)
+        whole = pairs.whole(second, receivers, report)
+    at = {i: column for column, i in enumerate(plain)}
+    moved = report.moved
+    nothing = torch.full_like(moved[:, :1], float("nan"))
+    random = [moved[:, [at[i] for i in row]] if row else nothing.expand(-1, options.draws) for row in drawn]
+    return _PathsTo(
+        [f"{reaching[i].name} to {name}" for i in best],
+        name,
+        chose.share[best],
+        moved[:, [at[i] for i in best]],
+        moved[:, len(plain) :].unflatten(1, (options.draws, -1)).transpose(0, 1),
+        torch.stack(random, 2).transpose(0, 1),
+        whole[:, None].expand(-1, len(best)),
+        report.clean_per_pair - report.corrupted_per_pair,
+        chose.largest_error,
+    )
+
+
+def _others(n: int, but: int, draws: int, generator: torch.Generator) -> list[int]:
+    """`draws` numbers below n, drawn with replacement from all but one; none where there is no other."""
+    others = [i for i in range(n) if i != but]
+    if not others:
+        return []
+    return [others[i] for i in torch.randint(len(others), (draws,), generator=generator).tolist()]
+
+
+def demo(model: "HookedTransformer") -> InformationFlow:
+    """Four pairs of token numbers; who talks to a query of the last layer and to the logits. Any model."""
+    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
+    clean = torch.arange(1, 4 * n + 1, device=model.device).view(4, n) % d_vocab
+    corrupted = clean.clone()
+    corrupted[:, n // 2] = (clean[:, n // 2] + 1) % d_vocab
+    last = model.cfg.n_layers - 1
+    receivers = [("q", last, 0), "final"] if last else "final"
+    metric = logit_diff(model, answer=0, wrong_answer=min(1, model.cfg.d_vocab_out - 1))
+    return information_flow(
+        model, clean, corrupted, metric, receivers=receivers, choice=Choice(per_receiver=2, draws=9)
+    )

@@ -1,0 +1,104 @@
+"""Does a probe that says 80 % come true in 80 of 100 cases? Reliability, expected calibration error, Brier score."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.result import Result
+from hooklens.table import Table
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration(Result):
+    """Examples in bins of equal width by what the probe said: its mean in each, how often it came true, and how many.
+
+    For two classes what it said is the probability of class 1, for more that of the class it chose. `ece` is the mean
+    distance of the two over examples; `brier` the mean squared distance between the probabilities and what was, and
+    `brier_of_shares` that of always saying how frequent each class is.
+    """
+
+    said: Float[Tensor, "bin"]
+    was: Float[Tensor, "bin"]
+    count: Int[Tensor, "bin"]
+    ece: float
+    brier: float
+    brier_of_shares: float
+
+    @classmethod
+    def of(
+        cls, prob: Float[Tensor, "example n_class"], label: Int[Tensor, "example"], *, bins: int = 10
+    ) -> "Calibration":
+        """From probabilities that were said of examples which had no part in making them.
+
+        >>> made = Calibration.of(torch.tensor([[0.2, 0.8]] * 5), torch.tensor([1, 1, 1, 1, 0]))
+        >>> round(made.ece, 6), round(made.brier, 6)
+        (0.0, 0.16)
+
+        Reference: Naeini, Cooper and Hauskrecht (2015), "Obtaining well calibrated probabilities", section 2; Brier
+        (1950), halved for two classes so that it is the squared error of one probability.
+        """
+        two = prob.shape[1] == 2
+        said = prob[:, 1] if two else prob.amax(1)
+        was = (label == 1 if two else prob.argmax(1) == label).to(prob.dtype)
+        place = (said * bins).long().clamp_max(bins - 1)
+        count = torch.bincount(place, minlength=bins)
+        mean_said, mean_was = (
+            torch.zeros(bins, dtype=prob.dtype).index_add_(0, place, one) / count for one in (said, was)
+        )
+        share = count / len(label)
+        truth = torch.nn.functional.one_hot(label, prob.shape[1]).to(prob.dtype)
+        scale = 0.5 if two else 1.0
+        return cls(
+            mean_said,
+            mean_was,
+            count,
+            float((share * (mean_said - mean_was).abs()).nan_to_num().sum()),
+            scale * float(((prob - truth) ** 2).sum(1).mean()),
+            scale * float(((truth.mean(0) - truth) ** 2).sum(1).mean()),
+        )
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a bin that holds something."""
+        kept = self.count.nonzero().flatten()[:n].tolist()
+        rows = [(float(self.said[i]), float(self.was[i]), int(self.count[i])) for i in kept]
+        return Table(("said", "came true", "examples"), rows)
+
+    def figure(self) -> Any:
+        """How often it came true against what was said; on the diagonal a probe is calibrated."""
+        from hooklens.viz.curves import lines
+
+        kept = self.count > 0
+        shown = {"came true": self.was[kept], "as it should": self.said[kept]}
+        return lines(
+            shown,
+            self.said[kept],
+            title=f"Calibration: error {self.ece:.3f}, Brier {self.brier:.3f} (of shares {self.brier_of_shares:.3f})",
+            x_title="probability that the probe said",
+            y_title="share of examples",
+        )
+
+
+def temperature(logits: Float[Tensor, "example n_class"], label: Int[Tensor, "example"]) -> float:
+    """The factor on the logits under which the labels are likeliest; it changes no prediction.
+
+    >>> logits = torch.tensor([[0.0, 1.0]] * 4); label = torch.tensor([1, 1, 1, 0])
+    >>> round(temperature(logits, label), 3)                       # log(3): then class 1 has probability 3/4
+    1.099
+
+    Reference: Guo et al. (2017), "On Calibration of Modern Neural Networks", section 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    scores = logits.double()
+    spread = float((scores - scores.mean(1, keepdim=True)).std().clamp_min(1e-30))
+    rows = torch.arange(len(label))
+
+    def loss(log_factor: float) -> float:
+        return -float((scores * (math.exp(log_factor) / spread)).log_softmax(1)[rows, label].mean())
+
+    found = minimize_scalar(loss, bounds=(-7.0, 5.0), method="bounded", options={"xatol": 1e-6})
+    return float(math.exp(found.x) / spread)

@@ -1,0 +1,186 @@
+"""Which tokens lie along a probe's direction: their embeddings in a plane, and how far apart two classes are there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import show
+from hooklens.plugins.probing.causal import NULLS, random_directions
+from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.labels import odd_first
+from hooklens.plugins.probing.probes import MassMean, Probe
+from hooklens.plugins.probing.scoring import as_rows, fit
+from hooklens.result import Result
+from hooklens.statistics import null_p
+from hooklens.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_MASS_MEAN = MassMean()
+_COLOURS = ("#d55e00", "#0072b2")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenProjection(Result):
+    """Token embeddings along a probe's direction (`along`) and along a second one (`across`).
+
+    `auc` is how often a token of class 1 lies further along than one of class 0, `fisher` the squared distance of the
+    class means over the sum of the variances; `random_auc` and `random_fisher` the same along random directions.
+    """
+
+    tokens: Int[Tensor, "token"]
+    names: list[str]
+    label: Int[Tensor, "token"]
+    classes: list[str]
+    along: Float[Tensor, "token"]
+    across: Float[Tensor, "token"]
+    across_name: str
+    auc: float
+    fisher: float
+    random_auc: Float[Tensor, "null draw"]
+    random_fisher: Float[Tensor, "null draw"]
+
+    @property
+    def p(self) -> float:
+        """How often a random direction separates the classes as well by AUC, either way round; the larger null."""
+        null = (self.random_auc - 0.5).abs().T
+        return float(null_p(torch.full((len(NULLS),), abs(self.auc - 0.5)).to(null), null).max())
+
+    def table(self, n: int | None = None) -> Table:
+        """How well the classes are apart, along the probe's direction and along random ones (95 % of them below)."""
+        rows = [("the probe's direction", self.auc, self.fisher, self.p)]
+        for name, auc, fisher in zip(NULLS, self.random_auc, self.random_fisher, strict=True):
+            folded = (auc - 0.5).abs().quantile(0.95) + 0.5
+            rows.append((f"random, {name}, 95 % below", float(folded), float(fisher.quantile(0.95)), None))  # type: ignore[arg-type]
+        return Table(("direction", "AUC", "Fisher ratio", "p"), rows).head(n)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` tokens that lie furthest along the direction, and the `k` that lie furthest back."""
+        order = self.along.argsort(descending=True, stable=True).tolist()
+        chosen = [*order[:k], *order[-k:]] if len(order) > 2 * k else order
+        return Table(
+            ("token", "class", "along"),
+            [(self.names[i], self.classes[int(self.label[i])], float(self.along[i])) for i in chosen],
+        )
+
+    def figure(self) -> Any:
+        """Every token in the plane of the two directions, coloured by its class."""
+        from hooklens.viz.curves import scatter
+
+        low, high = self.table().rows[1][1], self.table().rows[2][1]
+        title = f"Token embeddings: AUC {self.auc:.2f} along the probe; 95 % of random ones below {max(low, high):.2f}"
+        drawn = None
+        for one, name in enumerate(self.classes):
+            kept = (self.label == one).nonzero().flatten()
+            names = [self.names[i] for i in kept.tolist()]
+            axes: dict[str, Any] = {"x_title": "along the probe's direction", "y_title": self.across_name}
+            part = scatter(self.along[kept], self.across[kept], names, title, **axes)
+            part.update_traces(marker_color=_COLOURS[one], name=name, showlegend=True)
+            drawn = part if drawn is None else drawn.add_traces(part.data)
+        return drawn
+
+
+def project_tokens(
+    model: "HookedTransformer",
+    probe: Probe,
+    tokens: Sequence[int] | Int[Tensor, "token"],
+    label: Sequence[int] | Int[Tensor, "token"],
+    *,
+    second: Probe | None = None,
+    draws: int = 500,
+    seed: int = 0,
+) -> TokenProjection:
+    """Are tokens of two classes apart along a probe's direction, before the model computes anything?
+
+    The embeddings are what enters the stream, without positions. Take tokens that the probe was not trained on. The
+    second axis is `second`'s direction, or the one in which the embeddings vary most beside the first.
+
+    >>> from hooklens.testing import tiny_model
+    >>> shown = demo(tiny_model())
+    >>> shown.along.shape, shown.random_auc.shape                  # token; null draw
+    (torch.Size([11]), torch.Size([2, 100]))
+    """
+    ids, classes = torch.as_tensor(tokens), torch.as_tensor(label)
+    if ids.shape != classes.shape or set(classes.tolist()) != {0, 1}:
+        raise InputError(
+            f"every token has a label, 0 or 1, got {len(ids)} tokens and {len(classes)} labels {set(classes.tolist())}"
+        )
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids[:, None].to(model.device), "hook_embed", stop_at_layer=0)
+    embed = cache["hook_embed"][:, 0].cpu()
+    embed = embed if embed.dtype == torch.float64 else embed.float()
+    where = probe.direction.to(embed)
+    if len(where) != embed.shape[1]:
+        raise InputError(
+            f"this probe reads vectors of {len(where)} at {probe.point}, token embeddings have {embed.shape[1]}; "
+            "take a probe of the residual stream"
+        )
+    across, name = _across(embed, where, second)
+    random = random_directions(embed, classes, draws, seed)
+    along = embed @ where
+    projected = (embed @ random.flatten(0, 1).T).T
+    return TokenProjection(
+        ids,
+        show(model, ids),
+        classes,
+        probe.classes,
+        along,
+        across,
+        name,
+        float(auc(along[None], classes)[0]),
+        float(fisher(along[None], classes)[0]),
+        auc(projected, classes).view(random.shape[:2]),
+        fisher(projected, classes).view(random.shape[:2]),
+    )
+
+
+def auc(values: Float[Tensor, "direction row"], label: Int[Tensor, "row"]) -> Float[Tensor, "direction"]:
+    """How often a row of class 1 has the larger value, ties counting half.
+
+    >>> auc(torch.tensor([[0.1, 0.4, 0.35, 0.8]]), torch.tensor([0, 0, 1, 1])).tolist()
+    [0.75]
+
+    Reference: Mann and Whitney (1947); Hanley and McNeil (1982) for its being the area under the curve.
+    """
+    one, other = values[:, label == 1], values[:, label == 0]
+    ordered = other.sort(1).values
+    below = torch.searchsorted(ordered, one.contiguous())
+    up_to = torch.searchsorted(ordered, one.contiguous(), right=True)
+    return ((below + up_to).to(values.dtype) / 2).mean(1) / other.shape[1]
+
+
+def fisher(values: Float[Tensor, "direction row"], label: Int[Tensor, "row"]) -> Float[Tensor, "direction"]:
+    """The squared distance of the class means over the sum of the class variances.
+
+    >>> fisher(torch.tensor([[0.0, 2.0, 4.0, 6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
+    [8.0]
+    """
+    one, other = values[:, label == 1], values[:, label == 0]
+    spread = one.var(1, unbiased=False) + other.var(1, unbiased=False)
+    return (one.mean(1) - other.mean(1)) ** 2 / spread
+
+
+def _across(embed: Tensor, where: Tensor, second: Probe | None) -> tuple[Tensor, str]:
+    if second is not None:
+        return embed @ second.direction.to(embed), f"along the direction of {' | '.join(second.classes)}"
+    rest = embed - embed.mean(0)
+    rest = rest - (rest @ where)[:, None] * where
+    axis = torch.linalg.eigh(rest.T @ rest).eigenvectors[:, -1]
+    axis = axis * axis[axis.abs().argmax()].sign()  # an eigenvector has no sign of its own
+    return embed @ axis, "where they vary most beside it"
+
+
+def demo(model: "HookedTransformer") -> TokenProjection:
+    """Odd and even token numbers along a direction at the first layer; any model, no tokenizer needed."""
+    task = odd_first(model)
+    x = gather(model, task, site="blocks.0.hook_resid_post").x[0]
+    weight, bias, step = (torch.from_numpy(one).to(x) for one in fit(_MASS_MEAN, as_rows(x), task.label.numpy(), 2))
+    read = Probe(weight, bias, step, classes=task.classes)
+    tokens = torch.arange(model.cfg.d_vocab)
+    return project_tokens(model, read, tokens, tokens % 2, draws=100)

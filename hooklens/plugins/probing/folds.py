@@ -1,0 +1,127 @@
+"""Which examples a probe is fitted and tested on, and labels that could have been: folds, shuffles, control tasks."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.statistics import group_numbers
+
+Index = np.ndarray
+Classes = Int[Tensor, "example"]
+_FEWEST_TYPES = 8  # with fewer, a random label a type is an easy task, not a test of memory
+
+
+class Fold(NamedTuple):
+    """Rows to fit on, rows to test on, and the same within the rows to fit on."""
+
+    train: Index
+    test: Index
+    inner: tuple[tuple[Index, Index], ...]
+
+
+def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3, seed: int = 0) -> list[Fold]:
+    """Stratified folds that split no group, each with inner folds of its own for choices such as that of the layer.
+
+    >>> label, group = torch.tensor([0, 1] * 8), torch.arange(16) // 2
+    >>> made = make_folds(label, group, folds=4, inner=2)
+    >>> len(made), sorted(row for fold in made for row in fold.test.tolist()) == list(range(16))
+    (4, True)
+    >>> all(not set(group[fold.train].tolist()) & set(group[fold.test].tolist()) for fold in made)
+    True
+
+    Reference: Varma and Simon (2006), "Bias in error estimation when using cross-validation for model selection".
+    """
+    made = []
+    for train, test in split(label, group, folds, seed):
+        rows = torch.as_tensor(train)
+        within = split(label[rows], group[rows], inner, seed, "the rows that a fold fits on")
+        made.append(Fold(train, test, tuple((train[a], train[b]) for a, b in within)))
+    return made
+
+
+def split(
+    label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples"
+) -> list[tuple[Index, Index]]:
+    """(train, test) rows of each fold; fewer folds than asked for where a class occurs in fewer groups."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    spread = [len(group[label == one].unique()) for one in label.unique()]
+    n = min(folds, *spread)
+    if n < 2:
+        raise InputError(
+            f"folds need every class in at least two groups that share no prompt and no entity; in {what} the classes "
+            f"occur in {spread} groups; give more prompts, or groups that hang together less"
+        )
+    y, g = label.cpu().numpy(), group.cpu().numpy()
+    for tried in range(n, 1, -1):
+        # groups of one are stratified exactly, and at once: the other takes seconds for thousands of them
+        alone = len(np.unique(g)) == len(g)
+        maker = StratifiedKFold if alone else StratifiedGroupKFold
+        made = list(maker(tried, shuffle=True, random_state=seed).split(y[:, None], y, None if alone else g))
+        if all(len(np.unique(y[train])) == len(spread) and len(test) for train, test in made):
+            return made
+    raise InputError(
+        f"no folds of {what} leave every class something to fit on: a class is nearly all in one group of "
+        f"{int(torch.bincount(group_numbers(len(group), group)).max())} examples; give groups that are smaller"
+    )
+
+
+def shuffled(label: Classes, group: Classes, generator: torch.Generator) -> Classes:
+    """Labels as they could have fallen if activations said nothing about them.
+
+    Within a group that holds several classes its labels change places; groups of one class swap that class whole. To
+    shuffle single examples where a label belongs to its group would make the null too narrow.
+
+    >>> label, group = torch.tensor([0, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 1, 2, 2])
+    >>> drawn = shuffled(label, group, torch.Generator().manual_seed(0))
+    >>> bool(drawn[0] == drawn[1] and drawn[2] == drawn[3]), sorted(drawn[4:].tolist())
+    (True, [0, 1])
+    """
+    number = group_numbers(len(label), group)
+    n = int(number.max()) + 1
+    least = torch.full((n,), int(label.max())).scatter_reduce_(0, number, label, "amin")
+    most = torch.zeros(n, dtype=label.dtype).scatter_reduce_(0, number, label, "amax")
+    pure = (least == most).nonzero().flatten()
+    new = least.clone()
+    new[pure] = least[pure[torch.randperm(len(pure), generator=generator)]]
+    drawn = torch.empty_like(label)
+    # the order of the labels within each mixed group: shuffle all rows, then sort stably by group
+    order = torch.randperm(len(label), generator=generator)
+    drawn[number.argsort(stable=True)] = label[order[number[order].argsort(stable=True)]]
+    return torch.where((least == most)[number], new[number], drawn)
+
+
+def control_types(token: Classes, prompt: Classes, group: Classes) -> tuple[Classes, str] | None:
+    """What a control task gives a random label: the token read, or the group where hardly any token recurs.
+
+    None where neither comes back in several prompts: then nothing can be memorised.
+
+    >>> control_types(torch.tensor([5] * 20), torch.arange(20), torch.arange(20) % 10)[1]
+    'group'
+    """
+    for types, name in ((token, "token"), (group, "group")):
+        number = group_numbers(len(types), types)
+        pairs = torch.stack([number, group_numbers(len(prompt), prompt)], 1).unique(dim=0)
+        recurs = torch.bincount(pairs[:, 0], minlength=int(number.max()) + 1) > 1
+        if int(number.max()) + 1 >= _FEWEST_TYPES and float(recurs[number].double().mean()) >= 0.5:
+            return number, name
+    return None
+
+
+def control_labels(types: Classes, shares: Sequence[float], generator: torch.Generator) -> Classes:
+    """A random class for every type, in about the shares that the real classes have.
+
+    >>> control_labels(torch.tensor([0, 1, 0, 2, 3]), [0.5, 0.5], torch.Generator().manual_seed(1)).tolist()
+    [0, 1, 0, 1, 0]
+
+    Reference: Hewitt and Liang (2019), "Designing and Interpreting Probes with Control Tasks", section 2.
+    """
+    n = int(types.max()) + 1
+    ends = (torch.tensor(shares, dtype=torch.float64).cumsum(0) * n).round().long()
+    of_type = torch.bucketize(torch.arange(n), ends[:-1], right=True)
+    return of_type[torch.randperm(n, generator=generator)][types]

@@ -1,0 +1,135 @@
+"""What angle probe directions make: cosines beside what shuffled labels and random directions give."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.names import Where
+from hooklens.plugins.probing.folds import shuffled
+from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.labels import odd_first
+from hooklens.plugins.probing.probes import MassMean, ProbeKind
+from hooklens.plugins.probing.scoring import as_rows, fit
+from hooklens.plugins.probing.task import ProbeTask
+from hooklens.result import Result
+from hooklens.statistics import halves, null_p, q_values
+from hooklens.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_MASS_MEAN = MassMean()
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry(Result):
+    """Cosines between the directions of several tasks at one point, and what cosines mean nothing there.
+
+    `repeat` is the cosine of a task's two directions from halves that share no group: no other cosine can be expected
+    to reach beyond it. `null[draw]` holds the cosines of directions fitted on shuffled labels: vectors that vary in few
+    dimensions meet at smaller angles than random ones do, of which 95 % lie below `isotropic`.
+    """
+
+    point: str
+    kind: str
+    names: list[str]
+    cosine: Float[Tensor, "task other"]
+    repeat: Float[Tensor, "task"]
+    null: Float[Tensor, "draw task other"]
+    isotropic: float
+
+    @property
+    def p(self) -> Float[Tensor, "task other"]:
+        """How often shuffled labels give directions as parallel, either way round; NaN for a task with itself."""
+        found = null_p(self.cosine.abs(), self.null.abs())
+        return found.fill_diagonal_(float("nan"))
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a pair of tasks, the most parallel first."""
+        i, j = torch.triu_indices(len(self.names), len(self.names), 1)
+        p = self.p[i, j]
+        q, bound = q_values(p), self.null.abs().quantile(0.95, dim=0)[i, j]
+        rows = []
+        for k in self.cosine[i, j].abs().argsort(descending=True, stable=True).tolist():
+            a, b = int(i[k]), int(j[k])
+            rows.append((self.names[a], self.names[b], *map(float, (self.cosine[a, b], bound[k], p[k], q[k]))))
+        return Table(("task", "other", "cosine", "95% of shuffled", "p", "q"), rows).head(n)
+
+    def figure(self) -> Any:
+        """The matrix of cosines; on the diagonal how well a direction repeats itself in the other half."""
+        from hooklens.viz.figures import heatmap
+
+        shown = self.cosine.clone()
+        shown.diagonal().copy_(self.repeat)
+        title = f"Cosines of {self.kind} directions at {self.point} (95 % of isotropic ones below {self.isotropic:.2f})"
+        return heatmap(shown, x=self.names, y=self.names, title=title, colourbar="cosine")
+
+
+def probe_geometry(
+    model: "HookedTransformer",
+    tasks: Sequence[ProbeTask],
+    *,
+    site: Where,
+    kind: ProbeKind = _MASS_MEAN,
+    draws: int = 200,
+    seed: int = 0,
+) -> Geometry:
+    """Do the directions of several two-class tasks at one point lie together more than chance has it there?
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model(); tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
+    >>> found = probe_geometry(model, tasks, site=("resid_post", 0), draws=20)
+    >>> found.cosine.shape, found.null.shape                # task other; draw task other
+    (torch.Size([2, 2]), torch.Size([20, 2, 2]))
+
+    Reference: Cai, Fan and Jiang (2013), "Distributions of Angles in Random Packing on Spheres", for `isotropic`.
+    """
+    from scipy.stats import beta
+
+    generator = torch.Generator().manual_seed(seed)
+    real, repeat, null = [], [], []
+    for task in tasks:
+        if len(task.classes) != 2:
+            raise InputError(f"a direction leads from one class to another, {task.name!r} has {task.classes}")
+        acts = gather(model, task, site=site)
+        if len(acts.points) != 1:
+            raise InputError(
+                f"directions are compared at one point, got {', '.join(acts.points)}; give ('name', layer)"
+            )
+        x, dtype = as_rows(acts.x[0]), acts.x.dtype
+        real.append(direction_of(kind, x, task.label))
+        parts = halves(len(task), group=acts.group, seed=seed)
+        first, second = (direction_of(kind, x[part.numpy()], task.label[part]) for part in parts)
+        repeat.append(first @ second)
+        null.append(
+            torch.stack([direction_of(kind, x, shuffled(task.label, acts.group, generator)) for _ in range(draws)])
+        )
+    directions, drawn = torch.stack(real), torch.stack(null, 1)
+    bound = float(beta.ppf(0.95, 0.5, (directions.shape[1] - 1) / 2)) ** 0.5 if directions.shape[1] > 1 else 1.0
+    return Geometry(
+        acts.points[0],
+        getattr(kind, "name", type(kind).__name__),
+        [task.name for task in tasks],
+        (directions @ directions.T).to(dtype),
+        torch.stack(repeat).to(dtype),
+        (drawn @ drawn.mT).to(dtype),
+        bound,
+    )
+
+
+def direction_of(kind: ProbeKind, x: Any, label: Int[Tensor, "example"]) -> Float[Tensor, "d"]:
+    """The unit vector from class 0 to class 1 of a probe fitted on all rows."""
+    step = fit(kind, x, label.numpy(), 2).step
+    across = torch.from_numpy(step[1] - step[0])
+    return across / across.norm().clamp_min(1e-300)
+
+
+def demo(model: "HookedTransformer") -> Geometry:
+    """Odd first tokens in two draws of random prompts, at the first layer; any model, no tokenizer needed."""
+    tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
+    return probe_geometry(model, tasks, site="blocks.0.hook_resid_post", draws=50)

@@ -1,0 +1,232 @@
+"""Labels ready to use: balanced tasks made of stated words and numbers, with the entities that folds keep apart.
+
+Each is read at the last token of its prompts, and that token alone says nothing about the label: what a probe finds
+there, the model brought there. Words are English.
+"""
+
+import random
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.plugins.probing.task import ProbeTask, read_task
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.pretrained.tokenizer import Tokenizer
+
+Reader = Union["HookedTransformer", "Tokenizer"]
+
+_NOUNS = (
+    "cat dog bird boy girl friend teacher student doctor farmer king queen brother sister author actor artist "
+    "lawyer soldier player driver singer manager writer horse car tree door letter table boat picture"
+)
+BETWEEN = ("near", "behind", "beside")
+_NOUN_OR_VERB = (
+    "walk talk run play work help visit answer look watch fight dance love hope change plan report study call "
+    "march paint dream rest cook"
+)
+#: (noun frame, verb frame) of the same words in another order.
+FRAMES = tuple(
+    (f"{who} {place} to the", f"{who} the {place} to")
+    for who, place in product(("She was", "They were"), ("next", "first", "last", "closest"))
+)
+_POSITIVE = (
+    "good great wonderful excellent amazing lovely beautiful perfect fantastic brilliant delightful superb nice "
+    "charming pleasant impressive"
+)
+_NEGATIVE = (
+    "bad terrible awful horrible poor ugly boring dreadful disappointing stupid annoying weak nasty unpleasant "
+    "dull pathetic"
+)
+THINGS = ("movie", "book", "meal", "song")
+NOUNS, NOUN_OR_VERB, POSITIVE, NEGATIVE = (tuple(w.split(" ")) for w in (_NOUNS, _NOUN_OR_VERB, _POSITIVE, _NEGATIVE))
+_VOWEL_WORDS = 120
+_SHORTEST = 4  # letters: shorter tokens are often pieces of words
+
+
+class _Row(NamedTuple):
+    text: str
+    label: int
+    entities: tuple[str, ...]
+
+
+def next_vowel(reader: Reader, *, seed: int = 0) -> ProbeTask:
+    """Does the next token begin with a vowel? Two words alternate, " apple river apple", and the other one comes next.
+
+    The words are tokens of the vocabulary. Four of them, two of each kind, make eight prompts in which every word is
+    followed as often by either kind: the last token says nothing.
+    """
+    ids, label = vowel_tokens(reader, _VOWEL_WORDS, seed=seed)
+    text = _tokenizer(reader).to_str_tokens(ids)
+    words = [[word for word, one in zip(text, label.tolist(), strict=True) if one == kind] for kind in (0, 1)]
+    for some in words:
+        random.Random(seed).shuffle(some)
+    consonant, vowel = (zip(some[::2], some[1::2], strict=True) for some in words)
+    rows = []
+    for (c1, c2), (v1, v2) in zip(consonant, vowel, strict=True):
+        # each word is followed once by a vowel word and once by the other kind, and follows each as often
+        for a, b in ((v1, v2), (v2, v1), (c1, c2), (c2, c1), (v1, c1), (c1, v1), (v2, c2), (c2, v2)):
+            rows.append(_Row(a + b + a + b + a, int(b in (v1, v2)), (a, b)))
+    return _task(reader, "next token begins with a vowel", ["consonant", "vowel"], rows)
+
+
+def sum_over_50(reader: Reader, *, seed: int = 0) -> ProbeTask:
+    """Is the result more than 50? "23 + 41 =" with operands up to 50, read at the equals sign.
+
+    The operands come in sets of four, two up to 25 and two above, and no set shares an operand with another: a probe
+    that remembers operands is tested on others. Within a set both answers are equally frequent.
+    """
+    draw = random.Random(seed)
+    low, high = draw.sample(range(1, 26), 24), draw.sample(range(26, 51), 24)
+    rows = []
+    for i in range(0, 24, 2):
+        numbers = (*low[i : i + 2], *high[i : i + 2])
+        sums = [(a, b) for a, b in product(numbers, repeat=2)]
+        over, under = [p for p in sums if sum(p) > 50], [p for p in sums if sum(p) <= 50]
+        n = min(len(over), len(under))
+        for a, b in sorted(draw.sample(over, n) + draw.sample(under, n)):
+            rows.append(_Row(f"{a} + {b} =", int(a + b > 50), (str(a), str(b))))
+    return _task(reader, "sum is more than 50", ["at most 50", "more than 50"], rows)
+
+
+def subject_number(reader: Reader, *, seed: int = 0) -> ProbeTask:
+    """Is the subject one or many? "The cats near the tree", read at the second noun, which is as often one as many.
+
+    Two nouns make all eight combinations of order and number, and no other prompt uses either of them.
+    """
+    draw = random.Random(seed)
+    nouns = draw.sample(NOUNS, len(NOUNS))
+    rows = []
+    for i in range(0, len(nouns), 2):
+        for between, (a, b) in product(BETWEEN, (nouns[i : i + 2], nouns[i + 1 : i - 1 if i else None : -1])):
+            for many, others in product((0, 1), repeat=2):
+                rows.append(_Row(f"The {a}{'s' * many} {between} the {b}{'s' * others}", many, (a, b)))
+    return _task(reader, "number of the subject", ["singular", "plural"], rows)
+
+
+def part_of_speech(reader: Reader, *, seed: int = 0) -> ProbeTask:
+    """Is the last word a noun or a verb? "She was next to the walk" and "She was the next to walk": only order tells.
+
+    The words can be both. Each stands in every frame, so that it alone says nothing, and a noun frame has the same
+    words as its verb frame, so that their mean embedding says nothing either. Folds keep words apart.
+    """
+    words = _single_tokens(reader, NOUN_OR_VERB)
+    _enough(reader, len(words), 8, NOUN_OR_VERB)
+    frames = [(frame, label) for pair in FRAMES for label, frame in enumerate(pair)]
+    rows = [_Row(f"{frame} {word}", label, (word,)) for word, (frame, label) in product(words, frames)]
+    random.Random(seed).shuffle(rows)
+    return _task(reader, "part of speech", ["noun", "verb"], rows)
+
+
+def sentiment(reader: Reader, *, seed: int = 0) -> ProbeTask:
+    """Is the verdict good or bad? "The movie was not terrible. Overall, it was", half of them negated.
+
+    Every adjective stands with and without " not", so that neither the adjective nor the negation alone decides.
+    Folds keep adjectives apart; the things that are judged stand with all of them.
+    """
+    rows = []
+    for words, good in ((POSITIVE, 1), (NEGATIVE, 0)):
+        for word, thing, negated in product(words, THINGS, (0, 1)):
+            text = f"The {thing} was {'not ' * negated}{word}. Overall, I thought it was"
+            rows.append(_Row(text, good ^ negated, (word,)))
+    random.Random(seed).shuffle(rows)
+    return _task(reader, "sentiment", ["negative", "positive"], rows)
+
+
+def odd_first(model: "HookedTransformer", n: int = 40, *, seed: int = 0) -> ProbeTask:
+    """Is the first token's number odd? Random prompts of at most three tokens, read at the last; needs no tokenizer."""
+    width, d_vocab = min(3, model.cfg.n_ctx), model.cfg.d_vocab
+    tokens = torch.randint(d_vocab, (n, width), generator=torch.Generator().manual_seed(seed))
+    return read_task(model, tokens, [int(row[0]) % 2 for row in tokens], name="first token is odd")
+
+
+#: The tasks by name.
+TASKS: dict[str, Any] = {
+    "next_vowel": next_vowel,
+    "sum_over_50": sum_over_50,
+    "subject_number": subject_number,
+    "part_of_speech": part_of_speech,
+    "sentiment": sentiment,
+}
+
+
+def vowel_tokens(
+    reader: Reader, n: int = 400, *, shortest: int = _SHORTEST, seed: int = 0
+) -> tuple[Int[Tensor, "token"], Int[Tensor, "token"]]:
+    """`n` tokens of the vocabulary that are a space and lower-case letters, half of them beginning with a vowel.
+
+    >>> from hooklens.pretrained.tokenizer import tiny_tokenizer
+    >>> tokenizer = tiny_tokenizer("Ġa Ġan Ġthe Ġof Ġto")
+    >>> ids, label = vowel_tokens(tokenizer, 4, shortest=1)
+    >>> sorted(zip(tokenizer.to_str_tokens(ids), label.tolist()))
+    [(' a', 1), (' an', 1), (' th', 0), (' to', 0)]
+    """
+    tokenizer = _tokenizer(reader)
+    kinds: tuple[list[int], list[int]] = ([], [])
+    for i, text in enumerate(tokenizer.to_str_tokens(torch.arange(tokenizer.vocab_size))):
+        if (
+            text[:1] == " "
+            and text[1:].isascii()
+            and text[1:].isalpha()
+            and text[1:].islower()
+            and len(text) > shortest
+        ):
+            kinds[text[1] in "aeiou"].append(i)
+    half = n // 2
+    if min(map(len, kinds)) < half or half < 1:
+        raise InputError(
+            f"{n} tokens that are a space and a word were asked for, half of them with a vowel first; this "
+            f"tokenizer has {len(kinds[1])} with a vowel and {len(kinds[0])} without; use prompts of your own"
+        )
+    draw = random.Random(seed)
+    chosen = [(i, label) for label in (0, 1) for i in sorted(draw.sample(kinds[label], half))]
+    ids, labels = zip(*chosen, strict=True)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def _task(reader: Reader, name: str, classes: list[str], rows: Sequence[_Row]) -> ProbeTask:
+    tokenizer = _tokenizer(reader)
+    tokens = [tokenizer.to_tokens(row.text)[0] for row in rows]
+    for row, ids in zip(rows, tokens, strict=True):
+        if tokenizer.unk_id is not None and tokenizer.unk_id in ids.tolist():
+            raise InputError(f"this tokenizer does not know every word of {row.text!r}; use prompts of your own")
+    return ProbeTask(
+        name,
+        tokens,
+        torch.arange(len(rows)),
+        torch.tensor([len(ids) - 1 for ids in tokens]),
+        torch.tensor([row.label for row in rows]),
+        classes,
+        [list(row.entities) for row in rows],
+        [row.text for row in rows],
+    )
+
+
+def _tokenizer(reader: Any) -> "Tokenizer":
+    tokenizer = getattr(reader, "tokenizer", reader)
+    if tokenizer is None:
+        raise InputError(
+            "named labels are made of words, and this model has no tokenizer; use read_task with token ids"
+        )
+    return tokenizer
+
+
+def _single_tokens(reader: Reader, words: Sequence[str]) -> list[str]:
+    """Those of the words that are one token with the space before them."""
+    tokenizer = _tokenizer(reader)
+    return [word for word in words if len(ids := tokenizer.encode(f" {word}")) == 1 and ids[0] != tokenizer.unk_id]
+
+
+def _enough(reader: Reader, have: int, need: int, words: Sequence[str]) -> None:
+    if have < need:
+        shown = _tokenizer(reader).to_str_tokens(f" {words[0]}")
+        raise InputError(
+            f"this task needs words that are one token with their space, {need} sets of them, and this tokenizer has "
+            f"{have} (' {words[0]}' becomes {shown}); use prompts of your own with read_task"
+        )

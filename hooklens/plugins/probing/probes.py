@@ -1,0 +1,230 @@
+"""Probes: one linear layer from an activation to a class, fitted in three ways, scikit-learn underneath."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hooklens.core.errors import InputError
+
+
+class Weights(NamedTuple):
+    """A fitted probe in the units of the activation: what it reads, and the step that it measures as steepest.
+
+    `weight` [class d] and `bias` [class] give the logits. `step` [class d] is the displacement that raises a class's
+    logit most for its length, where length is measured as the fit measures it: after standardising, after whitening.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    step: np.ndarray
+
+
+class Probe(nn.Module):
+    """A fitted probe: the logits of its classes are linear in the activation at `point`, in its own units.
+
+    >>> import torch
+    >>> probe = Probe(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.zeros(2), torch.tensor([[0.0, 0.0], [6.0, 8.0]]))
+    >>> probe.direction.tolist(), probe.gap                # unit vector from class 0 to class 1, distance of the means
+    ([0.60..., 0.80...], 10.0)
+    >>> probe.predict(torch.tensor([[1.0, 1.0], [-1.0, 0.0]])).tolist()
+    [1, 0]
+
+    `means` are the class means of the examples that it was fitted on. The softmax of the logits is a probability.
+
+    Reading and writing are two things. `weight` reads: it weighs features against each other, and its difference is at
+    right angles to the decision boundary. `step` writes: it is the displacement that raises a class's logit most for
+    its length, length being measured in the standardised or whitened features of the fit. Where features are taken as
+    they are (`MassMean`) the two are one; where they are standardised, the weights of a feature that varies much are
+    small although a class moves it much.
+
+    Reference: Haufe et al. (2014), "On the interpretation of weight vectors of linear models in multivariate
+    neuroimaging", on filters and patterns.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "n_class d"],
+        bias: Float[Tensor, "n_class"],
+        means: Float[Tensor, "n_class d"],
+        *,
+        step: Float[Tensor, "n_class d"] | None = None,
+        classes: list[str] | None = None,
+        point: str | None = None,
+    ):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
+        self.means: Tensor
+        self.step: Tensor
+        self.register_buffer("means", means.clone())
+        self.register_buffer("step", (weight if step is None else step).clone())
+        self.classes = [str(i) for i in range(len(bias))] if classes is None else list(classes)
+        self.point = point
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n_class"]:
+        """The logits of the classes."""
+        return x.to(self.weight) @ self.weight.T + self.bias
+
+    def predict(self, x: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
+        """The class of each activation."""
+        return self(x).argmax(-1)
+
+    @property
+    def direction(self) -> Float[Tensor, "d"]:
+        """The unit vector along which an activation moves from class 0 to class 1; only two classes have one."""
+        self._need_two()
+        across = self.step[1] - self.step[0]
+        return across / across.norm()
+
+    @property
+    def normal(self) -> Float[Tensor, "d"]:
+        """The unit vector at right angles to the boundary between the two classes: what the probe reads."""
+        self._need_two()
+        across = (self.weight[1] - self.weight[0]).detach()
+        return across / across.norm()
+
+    def coordinate(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """What the probe reads, in units of the activation: a step of length 1 along `direction` adds 1.
+
+        >>> import torch
+        >>> both = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+        >>> Probe(both, torch.zeros(2), both).coordinate(torch.tensor([[3.0, 4.0], [4.0, -3.0]])).tolist()
+        [5.0, 0.0]
+        """
+        normal = self.normal
+        return x.to(normal) @ normal / (normal @ self.direction)
+
+    @property
+    def gap(self) -> float:
+        """How far apart the two class means lie by `coordinate`."""
+        here = self.coordinate(self.means)
+        return float(here[1] - here[0])
+
+    @property
+    def middle(self) -> float:
+        """The coordinate halfway between the two class means."""
+        return float(self.coordinate(self.means).mean())
+
+    def _need_two(self) -> None:
+        if len(self.bias) != 2:
+            raise InputError(
+                f"a direction leads from one class to another; this probe has {len(self.bias)} ({self.classes}); fit "
+                "one on two of them"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{' | '.join(self.classes)} at {self.point}, d={self.weight.shape[1]}"
+
+
+@runtime_checkable
+class ProbeKind(Protocol):
+    """A way to fit a linear probe: rows and classes in, weights in the units of the rows out."""
+
+    def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights: ...
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Logistic regression with an L2 penalty on standardised features; a smaller `c` is a stronger penalty.
+
+    The features are standardised by the mean and deviation of the rows that it is fitted on, and the weights are given
+    back in the units of the activation.
+
+    Reference: Alain and Bengio (2016), "Understanding intermediate layers using linear classifier probes".
+    """
+
+    c: float = 0.01
+    name = "logistic"
+
+    def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
+        from sklearn.linear_model import LogisticRegression
+
+        return _standardised(LogisticRegression(C=self.c, max_iter=10_000), x, y)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Least squares on +-1 targets with an L2 penalty `alpha` on standardised features."""
+
+    alpha: float = 100.0
+    name = "ridge"
+
+    def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
+        from sklearn.linear_model import RidgeClassifier
+
+        return _standardised(RidgeClassifier(alpha=self.alpha), x, y)
+
+
+@dataclass(frozen=True)
+class MassMean:
+    """The nearest class mean: for two classes the direction is the difference of their means, as the model has it.
+
+    Nothing is standardised. It ignores how features vary together, and is the direction that moves a model when one
+    steers along it more often than the best separating one does.
+
+    Reference: Marks and Tegmark (2023), "The Geometry of Truth", mass-mean probing.
+    """
+
+    name = "mass-mean"
+
+    def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
+        middle = x.mean(0)
+        means = class_means(x - middle, y, n_classes)
+        return _moved(means, -(means**2).sum(1) / 2, middle, step=means)
+
+
+@dataclass(frozen=True)
+class WhitenedMassMean:
+    """The nearest class mean after whitening within classes: Fisher's discriminant, its covariance shrunk.
+
+    Reference: Marks and Tegmark (2023), "The Geometry of Truth", mass-mean probing of i.i.d. data;
+    Ledoit and Wolf (2004), "A well-conditioned estimator for large-dimensional covariance matrices".
+    """
+
+    name = "whitened mass-mean"
+
+    def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+        middle = x.mean(0)
+        equal = np.full(n_classes, 1 / n_classes)
+        made = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=equal).fit(x - middle, y)
+        # the step that whitening measures as steepest: covariance times weights, which are covariance^-1 times means
+        return _moved(*_per_class(made), middle, step=made.means_)
+
+
+#: The kinds of probe by name.
+PROBES: dict[str, Any] = {kind.name: kind for kind in (Logistic(), Ridge(), MassMean(), WhitenedMassMean())}
+
+
+def class_means(x: np.ndarray, y: np.ndarray, n_classes: int) -> np.ndarray:
+    """The mean row of each class.
+
+    >>> class_means(np.array([[1.0], [3.0], [5.0]]), np.array([0, 0, 1]), 2).tolist()
+    [[2.0], [5.0]]
+    """
+    return np.stack([x[y == one].mean(0) for one in range(n_classes)])
+
+
+def _standardised(estimator: Any, x: np.ndarray, y: np.ndarray) -> Weights:
+    """Fit on standardised rows: w (x - m) / s + b is (w / s) x + b - (w / s) m, and a step of w is one of s w."""
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(x)
+    weight, bias = _per_class(estimator.fit(scaler.transform(x), y))
+    return _moved(weight / scaler.scale_, bias, scaler.mean_, step=weight * scaler.scale_)
+
+
+def _per_class(estimator: Any) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn keeps one row for two classes; here each class has one, and their difference is that row."""
+    weight, bias = np.atleast_2d(estimator.coef_), np.atleast_1d(estimator.intercept_)
+    if len(weight) == 1:
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return weight, bias
+
+
+def _moved(weight: np.ndarray, bias: np.ndarray, origin: np.ndarray, *, step: np.ndarray) -> Weights:
+    """Weights for rows whose origin was moved, for the rows themselves."""
+    return Weights(weight, bias - weight @ origin, step)

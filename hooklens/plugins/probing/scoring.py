@@ -1,0 +1,102 @@
+"""Out-of-fold predictions: a probe is fitted on some examples and asked about others, for one point after another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.plugins.probing.calibration import temperature
+from hooklens.plugins.probing.folds import Fold
+from hooklens.plugins.probing.probes import ProbeKind, Weights, class_means
+from hooklens.plugins.probing.task import most_common
+
+_NEVER = -1e9  # the logit of a class that the rows to fit on lack
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the probes of one point said of the examples that they were not fitted on.
+
+    `inner` is the accuracy in each fold's own inner folds, which a choice between points may use; `factor` the
+    temperature found there, so that probabilities are not tuned on the examples that they are judged by.
+    """
+
+    logits: Float[Tensor, "example n_class"]
+    inner: Float[Tensor, "fold"]
+    factor: Float[Tensor, "fold"]
+
+
+def cross_validate(
+    x: Float[Tensor, "example d"], label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
+) -> Scored:
+    """Fit on each fold's rows and predict the others, and the same once more inside the rows that are fitted on.
+
+    >>> from hooklens.plugins.probing.folds import make_folds
+    >>> from hooklens.plugins.probing.probes import MassMean
+    >>> label = torch.tensor([0, 1] * 10); x = torch.stack([label * 2.0, torch.ones(20)], 1)
+    >>> scored = cross_validate(x, label, 2, make_folds(label, torch.arange(20)), MassMean())
+    >>> bool((scored.logits.argmax(1) == label).all()), scored.inner.tolist()
+    (True, [1.0, 1.0, 1.0, 1.0, 1.0])
+    """
+    rows, y = as_rows(x), label.cpu().numpy()
+    logits = np.zeros((len(y), n_classes))
+    inner, factor = [], []
+    for fold in folds:
+        logits[fold.test] = said(rows[fold.test], fit(kind, rows[fold.train], y[fold.train], n_classes))
+        parts = [said(rows[b], fit(kind, rows[a], y[a], n_classes)) for a, b in fold.inner]
+        within, truth = np.concatenate(parts), np.concatenate([y[b] for _, b in fold.inner])
+        inner.append(float((within.argmax(1) == truth).mean()))
+        factor.append(temperature(torch.from_numpy(within), torch.from_numpy(truth)))
+    return Scored(*(torch.tensor(one, dtype=torch.float64) for one in (logits, inner, factor)))
+
+
+def correct(
+    x: np.ndarray, label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
+) -> Float[Tensor, "example"]:
+    """1 where the out-of-fold prediction is right, 0 elsewhere."""
+    y, right = label.cpu().numpy(), np.zeros(len(x))
+    for fold in folds:
+        weights = fit(kind, x[fold.train], y[fold.train], n_classes)
+        right[fold.test] = said(x[fold.test], weights).argmax(1) == y[fold.test]
+    return torch.from_numpy(right)
+
+
+def majority(label: Int[Tensor, "example"], folds: Sequence[Fold]) -> Float[Tensor, "example"]:
+    """1 where the class that is most common among the rows to fit on is right, 0 elsewhere."""
+    right = torch.zeros(len(label), dtype=torch.float64)
+    for fold in folds:
+        test = torch.from_numpy(fold.test)
+        right[test] = (label[test] == most_common(label[torch.from_numpy(fold.train)])).double()
+    return right
+
+
+def fit(kind: ProbeKind, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
+    """The weights of a probe; a class that the rows lack is never said."""
+    there = np.unique(y)
+    if len(there) == n_classes:
+        return kind.fit(x, y, n_classes)
+    empty = np.zeros((n_classes, x.shape[1]))
+    filled = Weights(empty, np.full(n_classes, _NEVER), empty.copy())
+    filled.bias[there] = 0.0
+    if len(there) > 1:
+        for all_classes, of_those in zip(filled, kind.fit(x, np.searchsorted(there, y), len(there)), strict=True):
+            all_classes[there] = of_those
+    return filled
+
+
+def said(x: np.ndarray, weights: Weights) -> np.ndarray:
+    """The logits of rows."""
+    return x @ weights.weight.T + weights.bias
+
+
+def as_rows(x: Float[Tensor, "example d"]) -> np.ndarray:
+    """Rows as scikit-learn computes with them."""
+    return x.cpu().numpy().astype(np.float64)
+
+
+def means_of(x: np.ndarray, label: Int[Tensor, "example"], n_classes: int) -> Float[Tensor, "n_class d"]:
+    """The class means of all rows."""
+    return torch.from_numpy(class_means(x, label.cpu().numpy(), n_classes))

@@ -1,0 +1,152 @@
+"""Arrays that are filled batch by batch: in memory, or memory-mapped files that an interrupted run goes on filling."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.core.files import check_writable, write_atomically
+
+_FORMAT = "hooklens.activations/1"
+_MANIFEST = "activations.json"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Memory:
+    """Arrays in memory: nothing is done beforehand, nothing is left behind."""
+
+    done = 0
+
+    def __init__(self, shapes: Shapes, dtype: torch.dtype):
+        self.arrays = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+
+    def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        """One batch: `values` has the arrays' shape but for its rows, the axis before the last."""
+        for name, value in values.items():
+            self.arrays[name][..., rows, :] = value.to(self.arrays[name])
+
+    def finish(self) -> dict[str, Tensor]:
+        """The filled arrays."""
+        return self.arrays
+
+
+class Files:
+    """Arrays in .npy files of a folder, with a manifest that says which batches are in and what each holds.
+
+    While it is filled a file is called `x.npy.part`; complete, it is renamed. `key` says what is gathered: a folder
+    with another key, or with bytes that are not those that were written, is refused.
+    """
+
+    def __init__(self, folder: Path, shapes: Shapes, dtype: torch.dtype, key: str, batches: list[list[int]]):
+        self.folder, self.key, self.batches = folder, key, batches
+        self.shapes, self.dtype = dict(shapes), str(dtype).removeprefix("torch.")
+        self.sums: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / _MANIFEST)
+        known = (folder / _MANIFEST).exists()
+        if known:
+            self._read_manifest()
+        self.maps = {name: self._open(name, known) for name in self.shapes}
+        self._check()
+
+    @property
+    def done(self) -> int:
+        """How many batches are in."""
+        return len(self.sums)
+
+    def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
+        """One batch, the next one, flushed before the manifest says that it is in."""
+        for name, value in values.items():
+            self.maps[name][..., rows.numpy(), :] = value.cpu().numpy()
+            self.maps[name].flush()
+        self.sums.append(self._sum(self.batches[self.done]))
+        self._write_manifest()
+
+    def finish(self) -> dict[str, Tensor]:
+        """The complete arrays, mapped copy-on-write: an edit in memory never reaches the files."""
+        self.maps.clear()
+        for name in self.shapes:
+            if self._path(name, ".part").exists():
+                os.replace(self._path(name, ".part"), self._path(name))
+        return {name: torch.from_numpy(np.load(self._path(name), mmap_mode="c")) for name in self.shapes}
+
+    def _path(self, name: str, end: str = "") -> Path:
+        return self.folder / f"{name}.npy{end}"
+
+    def _read_manifest(self) -> None:
+        path = self.folder / _MANIFEST
+        try:
+            manifest: Any = json.loads(path.read_text())
+            found, key, sums = manifest["format"], manifest["key"], manifest["sums"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileRefused(f"{path} is damaged or not ours ({error}); use another folder") from error
+        if found != _FORMAT or key != self.key:
+            raise FileRefused(
+                f"{self.folder} holds other activations (of other weights, prompts, sites or positions); "
+                "delete it or give another folder"
+            )
+        self.sums = [str(one) for one in sums][: len(self.batches)]
+
+    def _write_manifest(self) -> None:
+        with write_atomically(self.folder / _MANIFEST) as aside:
+            aside.write_text(json.dumps({"format": _FORMAT, "key": self.key, "sums": self.sums}))
+
+    def _open(self, name: str, known: bool) -> np.memmap:
+        """The file to write into: that of an earlier run, or a new one whose room on the disk is taken now."""
+        part, shape = self._path(name, ".part"), self.shapes[name]
+        here = next((path for path in (self._path(name), part) if path.exists()), None)
+        if here is None and known and self.sums:
+            raise FileRefused(f"{self.folder} lacks {name}.npy, which its manifest tells of; delete the folder")
+        if here is not None and not known:
+            raise FileRefused(f"{here} is in the way and no manifest tells what it is; give another folder")
+        if here is None or not self.sums:
+            return self._make(part, shape)
+        try:
+            opened = np.load(here, mmap_mode="r+")
+        except (OSError, ValueError, EOFError) as error:
+            raise FileRefused(f"{here} is damaged ({error}); delete the folder") from error
+        if opened.shape != shape or str(opened.dtype) != self.dtype:
+            raise FileRefused(f"{here} holds {opened.dtype} {list(opened.shape)}, expected {self.dtype} {list(shape)}")
+        return opened
+
+    def _make(self, path: Path, shape: tuple[int, ...]) -> np.memmap:
+        try:
+            made = np.lib.format.open_memmap(path, mode="w+", dtype=self.dtype, shape=shape)
+            with open(path, "r+b") as file:  # a write into a mapped hole of a full disk would kill the process
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            need = int(np.prod(shape)) * np.dtype(self.dtype).itemsize
+            raise Unavailable(f"{path} cannot be made ({error}); it takes {need / 2**20:,.0f} MiB") from error
+        if not (self.folder / _MANIFEST).exists():
+            self._write_manifest()
+        return made
+
+    def _check(self) -> None:
+        for rows, found in zip(self.batches, self.sums, strict=False):
+            if self._sum(rows) != found:
+                raise FileRefused(f"{self.folder} is damaged: its numbers are not those that were written; delete it")
+
+    def _sum(self, rows: list[int]) -> str:
+        total = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.maps):
+            total.update(np.ascontiguousarray(self.maps[name][..., rows, :]).data)
+        return total.hexdigest()
+
+
+def unnamed(shapes: Shapes, dtype: torch.dtype, batches: list[list[int]]) -> tuple[Files, Any]:
+    """Files in a folder that is removed once they are mapped: their room is free again when the arrays are."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="hooklens-activations-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise InputError(f"no folder for activations could be made ({error}); give folder=") from error
+    return Files(Path(folder.name), shapes, dtype, "unnamed", batches), folder

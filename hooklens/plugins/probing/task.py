@@ -1,0 +1,162 @@
+"""What a probe is asked: prompts, the positions that are read, a label for each, and who belongs together."""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.result import Result
+from hooklens.statistics import halves
+from hooklens.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_MOST_CLASSES = 20
+Label = str | int | float | bool
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeTask(Result):
+    """Examples: prompt `prompt[i]` read at position `pos[i]` has the class `label[i]`.
+
+    `entities` are the things whose identity could give an example's label away (a noun, an operand). Examples that
+    share a prompt or an entity, directly or through others, form one group: folds never split it, and intervals
+    resample it whole.
+    """
+
+    name: str
+    tokens: list[Int[Tensor, "_"]]
+    prompt: Int[Tensor, "example"]
+    pos: Int[Tensor, "example"]
+    label: Int[Tensor, "example"]
+    classes: list[str]
+    entities: list[list[str]]
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def group(self) -> Int[Tensor, "example"]:
+        """Which examples hang together through a prompt or an entity."""
+        rows = [tuple(row.tolist()) for row in self.tokens]
+        return components([[rows[i], *names] for i, names in zip(self.prompt.tolist(), self.entities, strict=True)])
+
+    def text_numbers(self) -> Int[Tensor, "example"]:
+        """Which prompt each example reads, the same number for prompts of the same tokens."""
+        rows = [tuple(row.tolist()) for row in self.tokens]
+        return components([[rows[i]] for i in self.prompt.tolist()])
+
+    def take(self, index: Int[Tensor, "chosen"]) -> "ProbeTask":
+        """Some of the examples, with the prompts they need."""
+        kept, prompt = self.prompt[index].unique(return_inverse=True)
+        return ProbeTask(
+            self.name,
+            [self.tokens[i] for i in kept.tolist()],
+            prompt,
+            self.pos[index],
+            self.label[index],
+            self.classes,
+            [self.entities[i] for i in index.tolist()],
+            [self.texts[i] for i in kept.tolist()],
+        )
+
+    def halves(self, *, seed: int = 0) -> tuple["ProbeTask", "ProbeTask"]:
+        """Two halves that share no group: one to train on, one to test a claim on."""
+        first, second = halves(len(self), group=self.group, seed=seed)
+        return self.take(first), self.take(second)
+
+    def table(self, n: int | None = 8) -> Table:
+        """One row an example."""
+        count = len(self) if n is None else min(n, len(self))
+        group = self.group.tolist()
+        rows = [
+            (self.texts[int(self.prompt[i])], int(self.pos[i]), self.classes[int(self.label[i])], group[i])
+            for i in range(count)
+        ]
+        return Table(("prompt", "position", "label", "group"), rows)
+
+
+def read_task(
+    model: "HookedTransformer",
+    prompts: Prompts,
+    labels: Sequence[Label],
+    *,
+    group: Sequence[Hashable] | None = None,
+    pos: int | Sequence[int] = -1,
+    name: str = "given labels",
+) -> ProbeTask:
+    """A task of one's own: one label a prompt, read at one position of each (negative: from its end).
+
+    >>> from hooklens.testing import tiny_model
+    >>> task = read_task(tiny_model(), [[1, 2], [3, 4], [1, 5]], ["odd", "even", "odd"], group=["a", "b", "a"])
+    >>> task.classes, task.label.tolist(), task.pos.tolist(), task.group.tolist()
+    (['even', 'odd'], [1, 0, 1], [1, 1, 1], [0, 1, 0])
+    """
+    rows = [row.cpu() for row in rows_of(model, prompts, "prompts")]
+    n = len(rows)
+    places = [pos] * n if isinstance(pos, int) else list(pos)
+    for what, given in (("labels", labels), ("group", group or rows), ("pos", places)):
+        if len(given) != n:
+            raise InputError(f"{what} has one entry a prompt, got {len(given)} for {n} prompts")
+    label, classes = _classes(labels)
+    at = [_place(place, len(row), i) for i, (place, row) in enumerate(zip(places, rows, strict=True))]
+    entities = [[] if group is None else [str(one)] for one in (group or rows)]
+    texts = ["".join(show(model, row)) if model.tokenizer else " ".join(show(model, row)) for row in rows]
+    return ProbeTask(name, rows, torch.arange(n), torch.tensor(at), label, classes, entities, texts)
+
+
+def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:
+    """Connected components: examples with a key in common are in one, and so are examples linked through others.
+
+    >>> components([["a", "b"], ["c"], ["b", "d"], ["d"]]).tolist()
+    [0, 1, 0, 0]
+    """
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(node: Hashable) -> Hashable:
+        while parent.setdefault(node, node) != node:
+            parent[node] = node = parent[parent[node]]
+        return node
+
+    for i, names in enumerate(keys):
+        for name in names:
+            parent[root(("key", name))] = root(("example", i))
+    number: dict[Hashable, int] = {}
+    return torch.tensor([number.setdefault(root(("example", i)), len(number)) for i in range(len(keys))])
+
+
+def _classes(labels: Sequence[Label]) -> tuple[Int[Tensor, "example"], list[str]]:
+    kinds = sorted(set(labels), key=lambda one: (isinstance(one, str), one))  # type: ignore[arg-type]
+    if len(kinds) < 2:
+        raise InputError(f"a probe tells classes apart, got {len(labels)} labels that are all {kinds[:1]}")
+    if len(kinds) > _MOST_CLASSES:
+        raise InputError(
+            f"labels are classes, at most {_MOST_CLASSES} of them; got {len(kinds)} different values in {len(labels)} "
+            "labels; sort them into bins first"
+        )
+    rank: dict[Any, int] = {kind: i for i, kind in enumerate(kinds)}
+    return torch.tensor([rank[one] for one in labels]), [str(kind) for kind in kinds]
+
+
+def _place(pos: int, length: int, index: int) -> int:
+    if not -length <= pos < length:
+        raise InputError(f"position {pos} of prompt {index} was to be read, which has {length} tokens")
+    return pos % length
+
+
+def most_common(label: Int[Tensor, "example"]) -> int:
+    """The class that most examples have, the first of those that tie.
+
+    >>> most_common(torch.tensor([1, 2, 2]))
+    2
+    """
+    counts = Counter(label.tolist())
+    return min(counts, key=lambda one: (-counts[one], one))

@@ -1,0 +1,144 @@
+"""What a coefficient sweep found: effect and fluency at every coefficient, for a direction and for random ones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval, null_p, q_values
+
+Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
+
+
+@dataclass(frozen=True, eq=False)
+class CoefficientSweep(Result):
+    """Effect and fluency at every coefficient, for the direction and for random ones of its length.
+
+    `metric` is read on the prompts; `base` without steering. `continuation_loss` is what the unsteered model pays for
+    the text that the steered one writes, in nats a token, `neutral_loss` what the steered model pays for neutral text:
+    either rises where steering breaks the model. `repeats` is the share of two-token sequences in a continuation that
+    occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it fluent.
+    """
+
+    coefficients: Float[Tensor, "coefficient"]
+    metric: Float[Tensor, "coefficient prompt"]
+    base: Float[Tensor, "prompt"]
+    random_metric: Float[Tensor, "draw coefficient prompt"]
+    continuation_loss: Float[Tensor, "coefficient prompt"]
+    base_continuation_loss: Float[Tensor, "prompt"]
+    random_continuation_loss: Float[Tensor, "written coefficient prompt"]
+    neutral_loss: Float[Tensor, "coefficient text"]
+    base_neutral_loss: Float[Tensor, "text"]
+    random_neutral_loss: Float[Tensor, "draw coefficient text"]
+    repeats: Float[Tensor, "coefficient prompt"]
+    base_repeats: Float[Tensor, "prompt"]
+    prompts: list[str]
+    texts: list[list[str]]
+    base_texts: list[str]
+    group: Int[Tensor, "prompt"]
+    site: str
+    positions: str
+    neutral: str
+
+    @property
+    def effect(self) -> Float[Tensor, "coefficient"]:
+        """How far steering moves the metric, mean over prompts."""
+        return (self.metric - self.base).mean(1)
+
+    @property
+    def random_effect(self) -> Float[Tensor, "draw coefficient"]:
+        """The same for each random direction."""
+        return (self.random_metric - self.base).mean(2)
+
+    def interval(self, level: float = 0.95) -> Ends:
+        """The interval of `effect`, by a bootstrap over groups of prompts."""
+        return mean_interval((self.metric - self.base).T, group=self.group, level=level)
+
+    def random_band(self, level: float = 0.95) -> Ends:
+        """Between which ends the effects of random directions lie."""
+        return _band(self.random_effect, level)
+
+    @property
+    def p(self) -> Float[Tensor, "coefficient"]:
+        """How often a random direction moves the metric as far, to either side; 1 where nothing is added."""
+        return null_p(self.effect.abs(), self.random_effect.abs())
+
+    @property
+    def q(self) -> Float[Tensor, "coefficient"]:
+        """`p` over coefficients, as false discovery rates."""
+        return q_values(self.p)
+
+    @property
+    def perplexity(self) -> Float[Tensor, "coefficient"]:
+        """Of the steered model's text, under the unsteered model."""
+        return self.continuation_loss.mean(1).exp()
+
+    @property
+    def neutral_perplexity(self) -> Float[Tensor, "coefficient"]:
+        """Of neutral text, under the steered model."""
+        return self.neutral_loss.mean(1).exp()
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a coefficient: effect and perplexity, and the beginning of what follows the first prompt."""
+        neutral = self.random_neutral_loss.mean((0, 2)).exp()
+        (low, high), (least, most) = self.interval(), self.random_band()
+        columns = {
+            "coefficient": self.coefficients,
+            "effect": self.effect,
+            "low": low,
+            "high": high,
+            "random low": least,
+            "random high": most,
+            "q": self.q,
+            "perplexity": self.perplexity,
+            "of neutral text": self.neutral_perplexity,
+            "neutral, random": neutral,
+            "repeats": self.repeats.mean(1),
+            f"after {self.prompts[0][-24:]!r}": [text[0][:48] for text in self.texts],
+        }
+        listed = (one.tolist() if isinstance(one, Tensor) else one for one in columns.values())
+        return Table(tuple(columns), list(zip(*listed, strict=True))).head(n)
+
+    def top(self, k: int = 5) -> Table:
+        """The `k` coefficients of the largest effect, whatever its sign."""
+        rows = self.table().rows
+        order = self.effect.abs().argsort(descending=True, stable=True)[:k].tolist()
+        return Table(self.table().columns, [rows[i] for i in order])
+
+    def samples(self, prompt: int = 0) -> Table:
+        """What the model writes after one prompt, at every coefficient."""
+        rows = [(0.0, self.base_texts[prompt], float(self.base_continuation_loss[prompt].exp()))]
+        for value, text, nat in zip(self.coefficients, self.texts, self.continuation_loss, strict=True):
+            rows.append((float(value), text[prompt], float(nat[prompt].exp())))
+        return Table(("coefficient", "continuation", "perplexity"), rows)
+
+    def figure(self) -> Any:
+        """Effect above, perplexity below, against the coefficient, with the bands of random directions."""
+        from hooklens.viz.curves import lines
+        from hooklens.viz.panels import panels
+
+        x, bands = self.coefficients, {"this direction": self.interval(), "random directions": self.random_band()}
+        values = {"this direction": self.effect, "random directions": self.random_effect.mean(0)}
+        above = lines(values, x, bands, "Effect on the metric", x_title="coefficient", y_title="change of the metric")
+        random = self.random_neutral_loss.mean(2)
+        costs = {
+            "its text, unsteered model": self.perplexity,
+            "neutral text, steered model": self.neutral_perplexity,
+            "neutral text, random directions": random.mean(0).exp(),
+            "its text, random directions": self.random_continuation_loss.mean((0, 2)).exp(),
+            "unsteered": self.base_continuation_loss.mean().exp().expand(len(x)),
+        }
+        ends = _band(random, 0.95)
+        shaded = {"neutral text, random directions": (ends[0].exp(), ends[1].exp())}
+        below = lines(costs, x, shaded, "What it costs in fluency", x_title="coefficient", y_title="perplexity")
+        below.update_yaxes(type="log", dtick="D2")
+        return panels([above, below])
+
+
+def _band(values: Float[Tensor, "draw coefficient"], level: float) -> Ends:
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
+    low, high = torch.quantile(values, ends, dim=0)
+    return low, high

@@ -1,0 +1,192 @@
+"""How much steering does what, and at what price? Effect and fluency over coefficients, beside random directions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.names import Where
+from hooklens.data.prompts import Prompts, read_pairs, rows_of, show
+from hooklens.model.linear import packed_linears
+from hooklens.model.sampling import Generation
+from hooklens.plugins.patching.activation import check_metric
+from hooklens.plugins.steering.coefficient_result import CoefficientSweep
+from hooklens.plugins.steering.fluency import continuation_loss, repeated
+from hooklens.plugins.steering.positions import Positions
+from hooklens.plugins.steering.steer import adding, steer
+from hooklens.plugins.steering.variants import Hooks, Row, Variants, check_texts, first_layer, unit_controls
+from hooklens.progress import progress
+from hooklens.result import Result
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class SweepSettings:
+    """How a coefficient sweep runs.
+
+    `controls`: how many random directions, or the directions `[draw width]` themselves; they are brought to the
+    direction's length. `written`: how many of these also write text. `group` has one label a prompt: intervals resample
+    groups.
+    """
+
+    controls: int | Float[Tensor, "draw width"] = 24
+    written: int = 2
+    new_tokens: int = 24
+    temperature: float = 1.0
+    positions: Positions = "all"
+    group: Int[Tensor, "prompt"] | None = None
+    seed: int = 0
+
+
+def coefficient_sweep(
+    model: "HookedTransformer",
+    prompts: Prompts,
+    direction: Float[Tensor, "width"],
+    coefficients: Sequence[float | int],
+    metric: Any,
+    *,
+    site: Where,
+    neutral: Prompts | None = None,
+    settings: SweepSettings | None = None,
+) -> CoefficientSweep:
+    """How does the metric move with the coefficient, what does that cost in fluency, and would any direction do?
+
+    Every number stands beside that of random directions of the same length. `metric` is read on the prompts, steered;
+    then each prompt is continued, steered. `neutral` is text that should stay as likely as it was, steered at every
+    position; None takes the unsteered model's own continuations.
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.metrics import logit_diff
+    >>> model = tiny_model(); metric = logit_diff(model, answer=3, wrong_answer=4)
+    >>> few = SweepSettings(controls=4, written=1, new_tokens=3)
+    >>> sweep = coefficient_sweep(model, [[1, 2], [5, 6]], model.W_U[:, 3] - model.W_U[:, 4], [0, 4], metric,
+    ...                           site=("resid_post", 1), settings=few)
+    >>> sweep.effect[0].item(), sweep.effect[1].item() > 0, sweep.random_effect.shape     # draw coefficient
+    (0.0, True, torch.Size([4, 2]))
+
+    Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
+    Activation Addition", section 5 (effect over multipliers, and what it does to other abilities).
+    """
+    made = settings or SweepSettings()
+    plan = _planned(model, direction, coefficients, site, made)
+    groups, rows = read_pairs(model, prompts, prompts, ()), rows_of(model, prompts, "prompts")
+    check_metric(metric, groups)
+    if made.group is not None and len(made.group) != len(rows):
+        raise InputError(f"settings.group has one label a prompt, got {len(made.group)} for {len(rows)} prompts")
+    with torch.no_grad(), packed_linears(rows=1024):
+        texts, losses, repeats = _written(model, plan, rows, made)
+        read, starts = texts.tokens[: len(rows)], [len(row) for row in rows]
+        if neutral is not None:
+            read = check_texts(rows_of(model, neutral, "neutral"), "neutral")
+            starts = [1] * len(read)
+        with progress("coefficients", plan.edits.n * (len(rows) + len(read)), unit="prompt") as advance:
+            measured = plan.edits.metric(model, groups, metric, advance)
+            paid = plan.everywhere.loss(model, read, starts, advance)
+    said = texts.texts or [" ".join(show(model, ids)) for ids in texts.new_tokens]
+    spoken = [said[i : i + len(rows)] for i in range(0, len(said), len(rows))]
+    return CoefficientSweep(
+        plan.coefficients.to(measured),
+        *plan.split(measured),
+        *plan.split(losses),
+        *plan.split(paid),
+        *plan.split(repeats)[:2],
+        prompts=["".join(show(model, row)) if model.tokenizer else " ".join(show(model, row)) for row in rows],
+        texts=[spoken[int(i)] for i in plan.of[0]],
+        base_texts=spoken[0],
+        group=torch.arange(len(rows)) if made.group is None else made.group,
+        site=", ".join(plan.names),
+        positions=str(made.positions),
+        neutral="the unsteered model's continuations" if neutral is None else "given",
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is run: edit 0 adds nothing. `of` says which edit is the direction (row 0), or a random one, at which
+    coefficient; those of coefficient 0 are edit 0."""
+
+    coefficients: Float[Tensor, "coefficient"]
+    names: list[str]
+    of: Int[Tensor, "kind coefficient"]
+    edits: Variants
+    everywhere: Variants
+
+    def split(self, values: Float[Tensor, "edit x"]) -> tuple[Tensor, Tensor, Tensor]:
+        """At every coefficient, without steering, and for every random direction that `values` knows."""
+        known = self.of[1:][self.of[1:].amax(1) < len(values)]
+        return values[self.of[0]], values[0], values[known]
+
+
+def _planned(
+    model: "HookedTransformer", direction: Tensor, coefficients: Sequence[float | int], site: Where, made: SweepSettings
+) -> _Plan:
+    if made.positions == "generated":
+        raise InputError("the metric is read on prompts, where positions='generated' adds nothing; use slice(-1, None)")
+    steer(model, direction, 1.0, site=site, positions=made.positions)  # refuses what cannot be added there
+    amounts = torch.as_tensor(list(coefficients), dtype=torch.float64)
+    if direction.ndim != 1 or not len(amounts) or not bool(amounts.isfinite().all()):
+        raise InputError("a sweep takes one direction [width] and at least one finite coefficient")
+    wide = direction.detach().double().cpu()
+    controls = unit_controls(made.controls, wide, made.seed) * wide.norm()
+    names = [point.name for point in model.resolve(site)]
+    every = torch.cat([wide[None], controls])
+    used = (amounts != 0).nonzero().flatten()
+    of = torch.zeros(len(every), len(amounts), dtype=torch.long)
+    of[:, used] = torch.arange(1, 1 + len(every) * len(used)).view(len(every), -1)
+    vectors = (amounts[used, None] * every[:, None]).flatten(0, 1)
+    vectors = torch.cat([torch.zeros_like(every[:1]), vectors])
+
+    def edits(positions: Positions) -> Variants:
+        def hooks(index: Int[Tensor, "row"]) -> Hooks:
+            return [(name, adding(vectors[index], torch.ones(()), positions)) for name in names]
+
+        return Variants(len(vectors), hooks, first_layer(names))
+
+    return _Plan(amounts, names, of, edits(made.positions), edits("all"))
+
+
+def _written(
+    model: "HookedTransformer", plan: _Plan, rows: list[Row], made: SweepSettings
+) -> tuple[Generation, Float[Tensor, "edit prompt"], Float[Tensor, "edit prompt"]]:
+    """What is written after every prompt under the first edits, what the unsteered model pays for it, and repeats."""
+    n = 1 + int(plan.of[: 1 + made.written].amax())
+    options = {"max_new_tokens": made.new_tokens, "temperature": made.temperature, "seed": made.seed}
+    texts = plan.edits.generate(model, rows, torch.arange(n), options)
+    losses = continuation_loss(model, texts).view(n, len(rows))
+    return texts, losses, torch.tensor([repeated(ids) for ids in texts.new_tokens]).to(losses).view(n, len(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class NoSweep(Result):
+    """What the demo returns for a model that cannot write."""
+
+    needs: str
+
+    def figure(self) -> Any:
+        """That there is nothing to draw."""
+        from hooklens.viz.figures import bars
+
+        return bars(torch.zeros(1), labels=[self.needs], title=f"Needs {self.needs}")
+
+
+def demo(model: "HookedTransformer") -> CoefficientSweep | NoSweep:
+    """A random direction after the first block, at three coefficients, and the logit of token 1."""
+    if not model.cfg.causal or model.cfg.d_vocab_out != model.cfg.d_vocab:
+        return NoSweep("a model that can continue text")
+    n = min(4, model.cfg.n_ctx - 3)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(model.cfg.d_vocab, (4, n), generator=generator).to(model.device)
+    direction = torch.randn(model.cfg.d_model, generator=generator, dtype=torch.float64)
+
+    def first_logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
+        return logits[:, -1, 1 % model.cfg.d_vocab_out]
+
+    few = SweepSettings(controls=4, written=1, new_tokens=3)
+    coefficients, site = (-1.0, 0.0, 1.0), ("resid_post", 0)
+    return coefficient_sweep(model, prompts, direction, coefficients, first_logit, site=site, settings=few)

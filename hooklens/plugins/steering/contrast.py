@@ -1,0 +1,186 @@
+"""Contrast directions: what tells two kinds of prompts apart at each layer, tested on prompts it was not made from."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.names import AXES, site
+from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.steering.held_out import cross_fit, made_splits
+from hooklens.progress import progress
+from hooklens.result import Result, Table
+from hooklens.statistics import null_p, q_values
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_TOKENS_AT_ONCE = 2048
+_KEPT = 32  # shuffled directions kept for use as controls
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastDirections(Result):
+    """The difference of the two means at every layer, and how well it separates prompts that it was not made from.
+
+    `separation` is the chance that a held-out positive prompt lies further along the direction than a held-out negative
+    one (area under the ROC curve: 0.5 is chance). `gap` is how far apart the held-out means lie along it, in units of
+    the difference that it was made from: 1 where it carries over whole. `null` is the separation with labels shuffled,
+    `shuffled` the difference of means for some of these: directions that are as large as chance makes them. `norm` is
+    the mean norm of an activation.
+    """
+
+    direction: Float[Tensor, "layer width"]
+    separation: Float[Tensor, "layer"]
+    gap: Float[Tensor, "layer"]
+    null: Float[Tensor, "draw layer"]
+    shuffled: Float[Tensor, "kept layer width"]
+    score: Float[Tensor, "layer prompt"]
+    positive: Int[Tensor, "prompt"]
+    norm: Float[Tensor, "layer"]
+    site: str
+    pos: str
+    paired: bool
+    folds: int
+
+    def at(self, layer: int) -> Float[Tensor, "width"]:
+        """The direction of one layer: coefficient 1 moves a negative prompt to where positive ones are on average."""
+        return self.direction[layer]
+
+    @property
+    def p(self) -> Float[Tensor, "layer"]:
+        """How often shuffled labels separate as well, at each layer."""
+        return null_p(self.separation, self.null)
+
+    @property
+    def q(self) -> Float[Tensor, "layer"]:
+        """`p` over layers, as false discovery rates."""
+        return q_values(self.p)
+
+    @property
+    def best(self) -> int:
+        """The layer of the best held-out separation; of equal ones the first."""
+        return int((self.separation == self.separation.max()).long().argmax())
+
+    @property
+    def best_p(self) -> float:
+        """How often the best layer under shuffled labels does as well as `best`: the choice of layer counted in."""
+        return float(null_p(self.separation.max(), self.null.max(1).values))
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a layer."""
+        columns = ("layer", "held-out separation", "shuffled", "p", "q", "gap carried over", "norm", "activation norm")
+        sizes = self.direction.norm(dim=1)
+        parts = (self.separation, self.null.mean(0), self.p, self.q, self.gap, sizes, self.norm)
+        rows = zip(*(part.tolist() for part in parts), strict=True)
+        return Table(columns, [(f"L{i}", *row) for i, row in enumerate(rows)]).head(n)
+
+    def top(self, k: int = 5) -> Table:
+        """The `k` layers of the best held-out separation, of equal ones the first."""
+        rows = self.table().rows
+        order = sorted(range(len(rows)), key=lambda i: -float(self.separation[i]))
+        return Table(self.table().columns, [rows[i] for i in order[:k]])
+
+    def figure(self) -> Any:
+        """Held-out separation by layer, over the band of shuffled labels."""
+        from hooklens.viz.curves import lines
+
+        values = {"held out": self.separation, "shuffled labels": self.null.mean(0), "gap carried over": self.gap}
+        ends = torch.quantile(self.null, torch.tensor([0.025, 0.975], dtype=self.null.dtype), dim=0)
+        axes: dict[str, Any] = {"x_title": f"layer of {self.site}", "y_title": "area under the ROC curve"}
+        title = "Where do the two kinds of prompts come apart?"
+        return lines(values, bands={"shuffled labels": (ends[0], ends[1])}, title=title, **axes)
+
+
+def contrast_direction(
+    model: "HookedTransformer",
+    positive: Prompts,
+    negative: Prompts,
+    *,
+    site: str = "resid_post",
+    pos: int | None = -1,
+    group: Int[Tensor, "pair"] | None = None,
+    draws: int = 200,
+    seed: int = 0,
+) -> ContrastDirections:
+    """Which direction tells positive prompts from negative ones, at each layer, and does it hold on other prompts?
+
+    The direction is the difference of the two mean activations, at one position (negative: from the end) or, for None,
+    over all of a prompt's. It is tested by folds: made from four fifths of the prompts and asked about the rest.
+    As many positive as negative prompts are taken for pairs, in order: a pair goes to one fold, and the null swaps
+    labels within pairs. `group` has one label a pair: pairs of one group share a fold and are swapped together.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = contrast_direction(tiny_model(), [[i, 1] for i in range(10)], [[i, 2] for i in range(10)], draws=99)
+    >>> found.direction.shape, found.separation[0].item(), found.p[0].item()      # layer width
+    (torch.Size([2, 8]), 1.0, 0.0099...)
+
+    Reference: Marks and Tegmark (2023), "The Geometry of Truth"; Arditi et al. (2024), "Refusal in Language Models Is
+    Mediated by a Single Direction", section 2.3.
+    """
+    if draws < 1:
+        raise InputError(f"draws is the number of shuffled labellings, at least 1, got {draws}")
+    kind = _vector_site(site)
+    both = [rows_of(model, prompts, name) for prompts, name in ((positive, "positive"), (negative, "negative"))]
+    n_positive, n_negative = (len(rows) for rows in both)
+    acts = _gathered(model, [*both[0], *both[1]], kind, pos)  # layer prompt width
+    split = made_splits(n_positive, n_negative, group, seed)
+    found = cross_fit(acts, split, draws, seed, keep=_KEPT)
+    label = torch.arange(n_positive + n_negative) < n_positive
+    direction = acts[:, label].mean(1) - acts[:, ~label].mean(1)
+    norm = acts.norm(dim=2).mean(1)
+    where = "mean over positions" if pos is None else f"position {pos}"
+    return ContrastDirections(direction, *found, label.long(), norm, kind, where, split.paired, len(split.folds))
+
+
+def _vector_site(name: str) -> str:
+    found = site(name).name
+    if AXES.get(found, ())[:2] != ("batch", "pos") or len(AXES[found]) != 3 or found in ("scale", "embed", "pos_embed"):
+        raise InputError(
+            f"a direction needs one vector a position at every layer, such as resid_post, attn_out, mlp_out or post; "
+            f"got {name!r}"
+        )
+    return found
+
+
+def _gathered(
+    model: "HookedTransformer", rows: list[Int[Tensor, "_pos"]], kind: str, pos: int | None
+) -> Float[Tensor, "layer prompt width"]:
+    """The activation of every prompt at every layer, at the position or averaged over all."""
+    _check_position(rows, pos)
+    points = [point.name for point in model.resolve(kind)]
+    lengths: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        lengths.setdefault(len(row), []).append(i)
+    found: dict[int, Tensor] = {}
+    with torch.no_grad(), packed_linears(rows=1024), progress("activations", len(rows), unit="prompt") as advance:
+        for length, members in lengths.items():
+            at_once = max(1, _TOKENS_AT_ONCE // length)
+            for start in range(0, len(members), at_once):
+                index = members[start : start + at_once]
+                tokens = torch.stack([rows[i] for i in index])
+                _, cache = model.run_with_cache(tokens, names=points, stop_at_layer=model.cfg.n_layers)
+                acts = torch.stack([cache[name].mean(1) if pos is None else cache[name][:, pos] for name in points])
+                found |= dict(zip(index, acts.unbind(1), strict=True))
+                advance(len(index))
+    return torch.stack([found[i] for i in range(len(rows))], 1).cpu()
+
+
+def _check_position(rows: list[Int[Tensor, "_pos"]], pos: int | None) -> None:
+    shortest = min(map(len, rows))
+    if pos is not None and not -shortest <= pos < shortest:
+        raise InputError(f"position {pos} was asked for, and the shortest prompt has {shortest} tokens")
+
+
+def demo(model: "HookedTransformer") -> ContrastDirections:
+    """Prompts that end in one token against the same ones that end in another."""
+    n = min(4, model.cfg.n_ctx - 1)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(model.cfg.d_vocab, (12, n), generator=generator)
+    ends = torch.tensor([1, 2]) % model.cfg.d_vocab
+    positive, negative = (torch.cat([start, end.expand(12, 1)], 1).to(model.device) for end in ends)
+    return contrast_direction(model, positive, negative, draws=99)

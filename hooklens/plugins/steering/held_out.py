@@ -1,0 +1,141 @@
+"""A difference of means tested on prompts that it was not made from, and the same with labels that mean nothing."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.statistics import group_numbers
+
+_FOLDS = 5
+Acts = Float[Tensor, "layer prompt width"]
+Signs = Float[Tensor, "draw prompt"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positive prompts, then negative ones: which are tested together, and how labels may be shuffled."""
+
+    n_positive: int
+    n_negative: int
+    group: Int[Tensor, "prompt"]
+    folds: list[Bool[Tensor, "prompt"]]
+    paired: bool
+
+    def labels(self) -> Float[Tensor, "prompt"]:
+        """1 for positive, -1 for negative prompts."""
+        return torch.cat([torch.ones(self.n_positive), -torch.ones(self.n_negative)]).double()
+
+    def shuffled(self, draws: int, generator: torch.Generator) -> Signs:
+        """Labels as they could have fallen: swapped within the pairs of a group, or dealt anew where there are none."""
+        label = self.labels()
+        if self.paired:
+            n = int(self.group.max()) + 1
+            flips = torch.randint(2, (draws, n), generator=generator).double() * 2 - 1
+            return label * flips[:, self.group]
+        return torch.stack([label[torch.randperm(len(label), generator=generator)] for _ in range(draws)])
+
+
+class Separation(NamedTuple):
+    """What `cross_fit` found: see `ContrastDirections`."""
+
+    separation: Float[Tensor, "layer"]
+    gap: Float[Tensor, "layer"]
+    null: Float[Tensor, "draw layer"]
+    shuffled: Float[Tensor, "kept layer width"]
+    score: Float[Tensor, "layer prompt"]
+
+
+def made_splits(n_positive: int, n_negative: int, group: Int[Tensor, "pair"] | None, seed: int) -> Split:
+    """Folds over groups of pairs; over single prompts where there are not as many of one kind as of the other.
+
+    >>> split = made_splits(3, 3, None, 0)
+    >>> split.paired, len(split.folds), bool(sum(fold.long() for fold in split.folds).eq(1).all())
+    (True, 3, True)
+    """
+    paired = n_positive == n_negative
+    if group is not None and not paired:
+        raise InputError(
+            f"group has one label a pair, and {n_positive} positive and {n_negative} negative prompts make no pairs"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if paired:
+        number = group_numbers(n_positive, group).repeat(2)
+        groups = int(number.max()) + 1
+        order = torch.randperm(groups, generator=generator)
+        n_folds = min(_FOLDS, groups)
+        fold_of = torch.empty(groups, dtype=torch.long)
+        fold_of[order] = torch.arange(groups) % n_folds
+        member = fold_of[number]
+    else:
+        number = torch.arange(n_positive + n_negative)
+        n_folds = min(_FOLDS, n_positive, n_negative)
+        kinds = [torch.randperm(n, generator=generator) % max(n_folds, 1) for n in (n_positive, n_negative)]
+        member = torch.cat(kinds)
+    if n_folds < 2:
+        raise InputError(
+            f"a held-out test needs at least two independent prompts of each kind, got {n_positive} positive and "
+            f"{n_negative} negative in {int(number.max()) + 1} groups"
+        )
+    return Split(n_positive, n_negative, number, [member == i for i in range(n_folds)], paired)
+
+
+def cross_fit(acts: Acts, split: Split, draws: int, seed: int, *, keep: int) -> Separation:
+    """The held-out separation of the labels as they are, and as they could have fallen.
+
+    A direction is a weighted sum of activations, so that every projection follows from their Gram matrix: a draw costs
+    prompts squared, whatever the width.
+    """
+    wide = acts.double()
+    wide = wide - wide.mean(1, keepdim=True)  # no projection that is compared changes, and no digits are lost
+    gram = wide @ wide.mT
+    signs = split.shuffled(draws, torch.Generator().manual_seed(seed + 1))
+    label = split.labels()[None]
+    score = _held_out(gram, label, split.folds)[:, 0]
+    null = torch.cat([auc(_held_out(gram, some, split.folds), some) for some in signs.split(32)], 1)
+    positive = split.labels() > 0
+    gap = score[:, positive].mean(1) - score[:, ~positive].mean(1)
+    drawn = torch.einsum("kn,lnd->kld", _weights(signs[:keep], torch.ones(len(positive), dtype=torch.bool)), wide)
+    found = auc(score[:, None], label)[:, 0], gap, null.T, drawn, score
+    return Separation(*(one.to(acts) for one in found))
+
+
+def auc(score: Float[Tensor, "layer draw prompt"], signs: Signs) -> Float[Tensor, "layer draw"]:
+    """The chance that a positive prompt scores above a negative one, a tie counting half.
+
+    >>> auc(torch.tensor([[[0.1, 0.4, 0.4, 0.0]]]), torch.tensor([[1.0, 1.0, -1.0, -1.0]])).item()
+    0.625
+
+    Reference: Hanley and McNeil (1982), "The meaning and use of the area under a receiver operating characteristic".
+    """
+    found = []
+    for i, sign in enumerate(signs):
+        above, below = score[:, i, sign > 0], score[:, i, sign < 0]
+        gaps = above[:, :, None] - below[:, None]
+        found.append(((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean((1, 2)))
+    return torch.stack(found, 1)
+
+
+def _held_out(
+    gram: Float[Tensor, "layer prompt prompt"], signs: Signs, folds: list[Bool[Tensor, "prompt"]]
+) -> Float[Tensor, "layer draw prompt"]:
+    """Each prompt's coordinate along the direction made without its fold: 0 midway, 1 the distance of the means."""
+    score = gram.new_zeros(len(gram), *signs.shape)
+    for fold in folds:
+        weight = _weights(signs, ~fold)  # the direction, as weights of activations
+        middle = weight.abs() / 2  # halfway between its means
+        along = weight @ gram  # layer draw prompt
+        size = (along * weight).sum(-1, keepdim=True)
+        offset = (along * middle).sum(-1, keepdim=True)
+        score[..., fold] = ((along - offset) / size.clamp_min(torch.finfo(size.dtype).tiny))[..., fold]
+    return score
+
+
+def _weights(signs: Signs, rows: Bool[Tensor, "prompt"]) -> Signs:
+    """The weights that make a difference of means of these rows."""
+    kept = signs * rows
+    above, below = kept.clamp_min(0), kept.clamp_max(0)
+    return above / above.sum(1, keepdim=True).clamp_min(1) + below / -below.sum(1, keepdim=True).clamp_max(-1)

@@ -1,0 +1,78 @@
+"""Which positions of a forward pass an edit touches, counted in real tokens, in a prompt and while generating."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.core.hooks import HookCall
+
+Positions = str | int | slice | Sequence[int]
+NAMES = ("all", "prompt", "generated")
+
+
+def checked(positions: Positions) -> Positions:
+    """The positions as given, or an error that says what may be given.
+
+    >>> checked("generated"), checked(-1), checked([0, 3])
+    ('generated', [-1], [0, 3])
+    """
+    if isinstance(positions, str):
+        if positions not in NAMES:
+            raise did_you_mean("positions", positions, NAMES)
+        return positions
+    if isinstance(positions, slice):
+        ends = (positions.start, positions.stop)
+        if positions.step not in (None, 1) or any(end is not None and not isinstance(end, int) for end in ends):
+            raise InputError(f"a slice of positions has whole ends and no step, got {positions}")
+        return positions
+    many = [positions] if isinstance(positions, int) else positions
+    if not isinstance(many, Sequence | Tensor) or any(isinstance(i, bool) for i in many):
+        raise WrongType(f"positions are {', '.join(map(repr, NAMES))}, numbers or a slice, got {positions!r:.60}")
+    return [int(i) for i in many]
+
+
+def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
+    """Which of the `n_new` positions of this forward pass are meant; True for all, False for none.
+
+    Numbers count real tokens from each row's first, padding left out; negative ones from the end of its prompt, which
+    is the forward pass of `step` 0. Every later position comes after the whole prompt.
+
+    >>> call = HookCall("hook_embed", step=0, offset=0)
+    >>> touched(slice(-1, None), call, 4).tolist(), touched([0, -2], call, 4).tolist()
+    ([[False, False, False, True]], [[True, False, True, False]])
+    >>> later = HookCall("hook_embed", step=3, offset=6)
+    >>> touched(slice(-1, None), later, 1).tolist(), touched([6], later, 1).tolist(), touched("prompt", later, 1)
+    ([[True]], [[True]], False)
+    """
+    if isinstance(positions, str):
+        return positions == "all" or (positions == "prompt") == (hook.step == 0)
+    place, length, real = _places(hook, n_new)
+    prompt = hook.step == 0
+    if isinstance(positions, slice):
+        start, stop = positions.start, positions.stop
+        found = torch.ones_like(place, dtype=torch.bool)
+        if start is not None and (start >= 0 or prompt):
+            found &= place >= (start if start >= 0 else length + start)
+        if stop is not None:
+            found &= place < (stop if stop >= 0 else length + stop) if stop >= 0 or prompt else False
+    else:
+        found = torch.zeros_like(place, dtype=torch.bool)
+        for i in cast(Sequence[int], positions):
+            if i >= 0 or prompt:
+                found |= place == (i if i >= 0 else length + i)
+    return found & real
+
+
+def _places(
+    hook: HookCall, n_new: int
+) -> tuple[Int[Tensor, "batch_or_one new_pos"], Int[Tensor, "batch_or_one 1"], Bool[Tensor, "batch_or_one new_pos"]]:
+    """Each new position's number among the real tokens of its row, how many those are, and which positions are real."""
+    if hook.seen is None:
+        place = torch.arange(hook.offset, hook.offset + n_new)[None]
+        return place, torch.tensor([[hook.offset + n_new]]), torch.ones_like(place, dtype=torch.bool)
+    count = hook.seen.long().cumsum(1)
+    return count[:, -n_new:] - 1, count[:, -1:], hook.seen[:, -n_new:]

@@ -1,0 +1,79 @@
+"""Principal angles between what one component writes and what another reads, beside those of random subspaces."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError, did_you_mean
+from hooklens.plugins.weights.components import random_block, readers, stream_width, writers
+from hooklens.plugins.weights.needs import Needs, lacking
+from hooklens.result import Result, Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class PrincipalAngles(Result):
+    """Cosines of the principal angles between what one component writes and another reads, beside random subspaces."""
+
+    writer: str
+    reader: str
+    cosine: Float[Tensor, "angle"]
+    null: Float[Tensor, "draw angle"]
+
+    @property
+    def p(self) -> Float[Tensor, "angle"]:
+        """How often the same-numbered angle between random subspaces of these sizes is as small."""
+        return ((self.null >= self.cosine).sum(0) + 1).to(self.cosine) / (len(self.null) + 1)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row an angle, the smallest first."""
+        columns = ("angle", "degrees", "cosine", "random", "p")
+        degrees = self.cosine.clamp(-1, 1).arccos().rad2deg()
+        parts = zip(*(one.tolist() for one in (degrees, self.cosine, self.null.mean(0), self.p)), strict=True)
+        return Table(columns, [(i, *row) for i, row in enumerate(parts)]).head(n)
+
+    def figure(self) -> Any:
+        """The cosines, with the band of random subspaces."""
+        from hooklens.viz.curves import lines
+
+        ends = torch.quantile(self.null, torch.tensor([0.025, 0.975], dtype=self.null.dtype), dim=0)
+        values = {f"{self.writer} to {self.reader}": self.cosine, "random subspaces": self.null.mean(0)}
+        axes: dict[str, Any] = {"x_title": "principal angle, smallest first", "y_title": "cosine"}
+        return lines(values, bands={"random subspaces": (ends[0], ends[1])}, title="Principal angles", **axes)
+
+
+def principal_angles(
+    model: "HookedTransformer", writer: str, reader: str, *, draws: int = 200, seed: int = 0
+) -> PrincipalAngles:
+    """How do the subspace that `writer` writes ("L0H1", "L2MLP") and the one that `reader` reads ("L3H0.q") lie?
+
+    >>> from hooklens.testing import tiny_model
+    >>> principal_angles(tiny_model(), "L0H1", "L1H0.q", draws=20).cosine.shape
+    torch.Size([4])
+
+    Reference: Bjorck and Golub (1973), "Numerical Methods for Computing Angles Between Linear Subspaces".
+    """
+    sources, targets = ({one.name: one for one in parts(model, True)} for parts in (writers, readers))
+    if writer not in sources:
+        raise did_you_mean("writer", writer, sources)
+    if reader not in targets:
+        raise did_you_mean("reader", reader, targets)
+    a, b = sources[writer].basis, targets[reader].basis
+    if not len(a) or not len(b):
+        raise InputError(f"{writer if not len(a) else reader} is 0 everywhere, and has no subspace to take angles of")
+    generator = torch.Generator().manual_seed(seed)
+    random = [random_block(len(a), len(b), stream_width(model), generator, a) for _ in range(draws)]
+    found = torch.linalg.svdvals(a @ b.mT).clamp_max(1)
+    return PrincipalAngles(writer, reader, found, torch.stack([torch.linalg.svdvals(one) for one in random]))
+
+
+def demo(model: "HookedTransformer") -> PrincipalAngles | Needs:
+    """The first head against its layer's MLP, or where there is none against its own queries."""
+    lacks = lacking(model, tokens=False)
+    reader = "L0H0.q" if model.cfg.attn_only else "L0MLP"
+    return lacks or principal_angles(model, "L0H0", reader, draws=20)

@@ -1,0 +1,96 @@
+"""Writers and readers of the stream: which directions each uses, and how strongly."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.model.config import LayerNormPart
+from hooklens.model.factored import FactoredMatrix
+from hooklens.plugins.weights.matrices import folded_heads, folded_neurons, heads_of, read_through, refuse_post_norm
+from hooklens.plugins.weights.spectrum import numerical_rank
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+class Part(NamedTuple):
+    """A writer or reader: where it is, its directions in the stream, and how strongly each is used."""
+
+    name: str
+    layer: int
+    mlp: bool
+    basis: Float[Tensor, "rank d_model"]
+    singular: Float[Tensor, "rank"]
+
+    @property
+    def weight(self) -> Float[Tensor, "rank"]:
+        """Squared singular values as shares of their sum."""
+        return self.singular.square() / self.singular.square().sum()
+
+
+def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
+    """Every head's W_V W_O and every MLP's W_out, layer by layer."""
+    refuse_post_norm(model)
+    for layer in range(model.cfg.n_layers):
+        heads = folded_heads(model, layer)
+        _, S, V = FactoredMatrix(heads.V, _centred(model, heads.O)).svd()
+        for head in range(model.cfg.n_heads):
+            yield _part(f"L{layer}H{head}", layer, False, V[head].mT, S[head])
+        if mlps and not model.cfg.attn_only:
+            rows = _centred(model, folded_neurons(model, layer).writes)
+            _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+            yield _part(f"L{layer}MLP", layer, True, Vh, S)
+
+
+def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
+    """What every head's q, k and v and every MLP read with, layer by layer, the norm's weight folded in."""
+    refuse_post_norm(model)
+    cfg = model.cfg
+    group = cfg.n_heads // cfg.n_key_value_heads
+    keyed = "H" if group == 1 else "KV"
+    for layer in range(cfg.n_layers):
+        raw, norm = heads_of(model, layer), model.blocks[layer].ln1
+        for which, stacked, head in (("q", raw.Q, "H"), ("k", raw.K[::group], keyed), ("v", raw.V[::group], keyed)):
+            U, S, _ = torch.linalg.svd(read_through(norm, stacked), full_matrices=False)
+            for i in range(len(stacked)):
+                yield _part(f"L{layer}{head}{i}.{which}", layer, False, U[i].mT, S[i])
+        if mlps and not cfg.attn_only:
+            found = folded_neurons(model, layer)
+            both = found.reads if found.gate is None else torch.cat([found.reads, found.gate], dim=1)
+            U, S, _ = torch.linalg.svd(both, full_matrices=False)
+            yield _part(f"L{layer}MLP", layer, True, U.mT, S)
+
+
+def _part(
+    name: str, layer: int, mlp: bool, basis: Float[Tensor, "rank d_model"], singular: Float[Tensor, "rank"]
+) -> Part:
+    """The directions that rounding cannot have made."""
+    kept = int(numerical_rank(singular, (basis.shape[1], basis.shape[1]), torch.finfo(singular.dtype).eps))
+    return Part(name, layer, mlp, basis[:kept].cpu(), singular[:kept].cpu())
+
+
+def _centred(model: "HookedTransformer", rows: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
+    """What readers behind a LayerNorm see of it: not its mean."""
+    return rows - rows.mean(-1, keepdim=True) if _centres(model) else rows
+
+
+def _centres(model: "HookedTransformer") -> bool:
+    return isinstance(model.cfg.normalization_type, LayerNormPart)
+
+
+def stream_width(model: "HookedTransformer") -> int:
+    """How many dimensions of the stream readers see."""
+    return model.cfg.d_model - _centres(model)
+
+
+def random_block(
+    rows: int, columns: int, width: int, generator: torch.Generator, like: Tensor
+) -> Float[Tensor, "rows columns"]:
+    """The corner of a random orthogonal matrix, up to signs of its rows or columns, which no use here sees."""
+    few, many = sorted((rows, columns))
+    drawn = torch.randn(width, few, generator=generator, dtype=torch.float64).to(like.dtype)
+    block = torch.linalg.qr(drawn).Q[:many]
+    return block if columns == few else block.mT

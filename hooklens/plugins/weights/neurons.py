@@ -1,0 +1,135 @@
+"""Neurons as token lists: what each reads through the embedding and writes through the unembedding, beside chance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from hooklens.core.errors import InputError
+from hooklens.plugins.weights.matrices import check_layer, folded_neurons
+from hooklens.plugins.weights.needs import Needs, lacking
+from hooklens.plugins.weights.singular_directions import reading_side, writing_side
+from hooklens.plugins.weights.token_lists import Side, TokenLists, listed, token_lists
+from hooklens.progress import progress
+from hooklens.result import Result, Table
+from hooklens.statistics import q_values
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronTokens(Result):
+    """Read and write lists of a layer's neurons; `gate` for gated MLPs, whose sign it decides.
+
+    `in_out` is the cosine of what a neuron reads (the gate, where there is one) and writes: above 0 it strengthens what
+    it finds, below 0 it takes it away. Between random vectors it would vary by `chance`.
+    """
+
+    layer: int
+    neurons: Int[Tensor, "neuron"]
+    reads: TokenLists
+    gate: TokenLists | None
+    writes: TokenLists
+    in_out: Float[Tensor, "neuron"]
+    chance: float
+
+    @property
+    def lists(self) -> list[TokenLists]:
+        """The lists that there are: reads, gate, writes."""
+        return [one for one in (self.reads, self.gate, self.writes) if one is not None]
+
+    @property
+    def q(self) -> Float[Tensor, "side neuron"]:
+        """False discovery rates of "more peaked than a random vector", over all lists of all neurons here."""
+        return q_values(torch.stack([one.p for one in self.lists]))
+
+    def order(self) -> list[int]:
+        """Places of the neurons, the most peaked write list first."""
+        return self.writes.kurtosis.argsort(descending=True, stable=True).tolist()
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` neurons of the most peaked write lists."""
+        return self.table(k)
+
+    def table(self, n: int | None = 10) -> Table:
+        """One row a neuron: the tokens it reads and writes most, how peaked the lists are, against chance."""
+        names = [one.name for one in self.lists]
+        columns = (
+            "neuron",
+            *names,
+            "writes least",
+            *(f"kurtosis {name}" for name in names),
+            "q writes",
+            "in-out cosine",
+        )
+        q, rows = self.q[-1], []
+        for i in self.order()[:n]:
+            words = [listed(one.words(i)) for one in self.lists] + [listed(self.writes.words(i, high=False))]
+            peaked = [float(one.kurtosis[i]) for one in self.lists]
+            rows.append((f"L{self.layer}N{int(self.neurons[i])}", *words, *peaked, float(q[i]), float(self.in_out[i])))
+        return Table(columns, rows)
+
+    def figure(self) -> Any:
+        """Every neuron by how peaked its read and write lists are; dashed: the 95th percentile of random vectors."""
+        from hooklens.viz.curves import scatter
+
+        by = self.reads if self.gate is None else self.gate
+        names = [f"N{int(n)} writes {listed(self.writes.words(i)[:4])}" for i, n in enumerate(self.neurons)]
+        axes: dict[str, Any] = {"x_title": f"excess kurtosis of what it {by.name}", "y_title": "of what it writes"}
+        title = f"Neurons of layer {self.layer}: whose token lists stand out from random vectors?"
+        colour: dict[str, Any] = {"colour": self.in_out, "colourbar": "in-out cosine"}
+        figure = scatter(by.kurtosis, self.writes.kurtosis, names, title, **axes, **colour)
+        ends = [float(torch.quantile(one.kurtosis_null, 0.95)) for one in (by, self.writes)]
+        return figure.add_vline(x=ends[0], line_dash="dash").add_hline(y=ends[1], line_dash="dash")
+
+
+def neuron_tokens(
+    model: "HookedTransformer",
+    layer: int,
+    neurons: Sequence[int] | None = None,
+    *,
+    top: int = 8,
+    draws: int = 1000,
+    seed: int = 0,
+) -> NeuronTokens:
+    """Which tokens make each neuron of an MLP fire, and which does it then raise? Random vectors stand beside.
+
+    Reading is shown for a stream that holds one token's embedding alone, the norm's weight folded in; writing as the
+    logits that the neuron's output vector adds, the final norm's weight folded in, its scale left out. `None` asks for
+    all neurons.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = neuron_tokens(tiny_model(), 0, [3, 5], top=2)
+    >>> found.reads.high.shape, found.gate is None
+    (torch.Size([2, 2]), True)
+
+    Reference: Geva et al. (2022), "Transformer Feed-Forward Layers Build Predictions by Promoting Concepts in the
+    Vocabulary Space", section 3; Gurnee et al. (2024), "Universal Neurons in GPT2 Language Models", section 5.
+    """
+    check_layer(model, layer)
+    found, block = folded_neurons(model, layer), model.blocks[layer]
+    chosen = torch.arange(model.cfg.d_mlp) if neurons is None else torch.as_tensor(list(neurons))
+    if not len(chosen) or not 0 <= int(chosen.min()) <= int(chosen.max()) < model.cfg.d_mlp:
+        raise InputError(f"neurons are numbers from 0 to {model.cfg.d_mlp - 1}, got {neurons!r:.60}")
+    at = chosen.to(found.reads.device)
+    reading = reading_side(model, block.ln2, seed, draws)
+    jobs: list[tuple[Side, Tensor]] = [(reading, found.reads.mT[at])]
+    if found.gate is not None:
+        jobs.append((reading._replace(name="gate"), found.gate.mT[at]))
+    jobs.append((writing_side(model, block.ln2_post, seed, draws), found.writes[at]))
+    with progress(f"neurons of layer {layer}", len(jobs) * len(at), unit="list") as advance:
+        lists = [token_lists(model, side, vectors, top=top, advance=advance) for side, vectors in jobs]
+    gate = lists[1] if found.gate is not None else None
+    in_out = cosine_similarity(jobs[-2][1], jobs[-1][1], dim=1).cpu()
+    return NeuronTokens(layer, chosen, lists[0], gate, lists[-1], in_out, model.cfg.d_model**-0.5)
+
+
+def demo(model: "HookedTransformer") -> NeuronTokens | Needs:
+    """The first layer's first 16 neurons; a model without MLPs has none."""
+    lacks = lacking(model, mlp=True)
+    return lacks or neuron_tokens(model, 0, range(min(16, model.cfg.d_mlp)), top=min(5, model.cfg.d_vocab))

@@ -1,0 +1,192 @@
+"""Who writes where others read? Every writer against every later reader, beside matrices of the same spectrum."""
+
+import re
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.plugins.weights.components import Part, random_block, readers, stream_width, writers
+from hooklens.plugins.weights.needs import Needs, lacking
+from hooklens.progress import progress
+from hooklens.result import Result, Table
+from hooklens.statistics import q_values
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+Pairs = Float[Tensor, "writer reader"]
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap(Result):
+    """Every writer against every reader that it can reach; NaN where it cannot.
+
+    `composition` is |W R| / (|W| |R|) in Frobenius norms, for a writer's matrix W and a reader's R. `null_mean` and
+    `null_sd` are those of matrices with the same singular values and random bases, `p` the share of draws that reach
+    the composition. `shared` is the mean squared cosine of the principal angles between the two subspaces, however
+    strongly their directions are used; between random subspaces it is the larger one's share of the stream on average.
+    """
+
+    writers: list[str]
+    readers: list[str]
+    composition: Pairs
+    shared: Pairs
+    null_mean: Pairs
+    null_sd: Pairs
+    p: Pairs
+    draws: int
+
+    @property
+    def q(self) -> Pairs:
+        """False discovery rates over all pairs that there are."""
+        return q_values(self.p)
+
+    @property
+    def z(self) -> Pairs:
+        """How many standard deviations of the null each composition lies above its mean."""
+        return (self.composition - self.null_mean) / self.null_sd
+
+    def order(self) -> list[tuple[int, int]]:
+        """Every pair that there is, the largest share above its null first."""
+        excess = torch.nan_to_num(self.composition / self.null_mean, nan=-1.0).flatten()
+        by = excess.argsort(descending=True, stable=True)[: int((~self.composition.isnan()).sum())]
+        return [divmod(i, len(self.readers)) for i in by.tolist()]
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` pairs that compose most, against their null."""
+        return self.table(k)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a pair."""
+        columns = ("writer", "reader", "composition", "random", "times random", "z", "p", "q", "shared subspace")
+        q, z, rows = self.q, self.z, []
+        for i, j in self.order()[:n]:
+            seen, chance = float(self.composition[i, j]), float(self.null_mean[i, j])
+            rest = (float(one[i, j]) for one in (z, self.p, q, self.shared))
+            rows.append((self.writers[i], self.readers[j], seen, chance, seen / chance, *rest))
+        return Table(columns, rows)
+
+    def figure(self) -> Any:
+        """For every pair of layers: the largest composition as a multiple of what random bases give."""
+        from hooklens.viz.figures import heatmap
+
+        excess = torch.nan_to_num(self.composition / self.null_mean, nan=-1.0)
+        rows, columns = (_by_layer(names) for names in (self.writers, self.readers))
+        best = [[excess[i][:, j].flatten().max(0) for j in columns.values()] for i in rows.values()]
+        grid = torch.tensor([[float(one.values) for one in line] for line in best])
+        grid = torch.where(grid < 0, torch.nan, grid)
+        shown = [
+            [self._named(i, j, int(one.indices)) for one, j in zip(line, columns.values(), strict=True)]
+            for line, i in zip(best, rows.values(), strict=True)
+        ]
+        title = "Which layer writes where another reads? Strongest pair, times random bases of the same spectrum"
+        axes: dict[str, Any] = {
+            "y": list(rows),
+            "x": list(columns),
+            "y_title": "writer in layer",
+            "x_title": "reader in layer",
+        }
+        return heatmap(grid, **axes, title=title, hover=shown, diverging=False, colourbar="times random")
+
+    def _named(self, rows: list[int], columns: list[int], place: int) -> str:
+        i, j = divmod(place, len(columns))
+        return f"{self.writers[rows[i]]} to {self.readers[columns[j]]}"
+
+
+def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = 200, seed: int = 0) -> Overlap:
+    """Which components write into directions that later ones read, more than their spectra alone would have it?
+
+    Writers are heads (W_V W_O) and MLPs (W_out), readers are heads' q, k and v and MLPs (W_in beside W_gate), with the
+    norm's weight folded into the reader. In the null both keep their singular values and their bases are drawn at
+    random (Haar), so that a matrix with one large singular value has no advantage. Its mean square is 1 / d_model.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = overlap(tiny_model(n_layers=2, attn_only=True), draws=50)
+    >>> found.writers, found.readers[:3]
+    (['L0H0', 'L0H1', 'L1H0', 'L1H1'], ['L0H0.q', 'L0H1.q', 'L0H0.k'])
+    >>> bool(found.composition[2:].isnan().all())      # nothing reads what the last layer's heads write
+    True
+
+    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", composition scores.
+    """
+    if draws < 2:
+        raise InputError(f"draws is the number of random pairs of bases, at least 2 for a deviation, got {draws}")
+    sources, targets = list(writers(model, mlps)), list(readers(model, mlps))
+    reads_attn = model.blocks[0].mlp_reads_attn
+    seen, shared = (torch.full((len(sources), len(targets)), torch.nan, dtype=sources[0].basis.dtype) for _ in "ab")
+    with progress("overlap", 2 * len(targets), unit="reader") as advance:
+        for mlp in (False, True):
+            rows = [i for i, one in enumerate(sources) if one.mlp == mlp and len(one.basis)]
+            chosen = [sources[i] for i in rows]
+            if not chosen:
+                continue
+            basis, weight = _padded([one.basis for one in chosen]), _padded([one.weight for one in chosen])
+            ranks = torch.tensor([len(one.basis) for one in chosen])
+            for j, reader in enumerate(targets):
+                n = sum(_reaches(one, reader, reads_attn) for one in chosen)  # they are sorted by layer
+                if n:
+                    square = (basis[:n] @ reader.basis.mT).square()
+                    seen[rows[:n], j] = torch.einsum("nk,nkl,l->n", weight[:n], square, reader.weight).sqrt()
+                    shared[rows[:n], j] = square.sum((1, 2)) / ranks[:n].clamp_max(len(reader.basis))
+                advance()
+    names = [one.name for one in sources], [one.name for one in targets]
+    return Overlap(*names, seen, shared, *_null(model, sources, targets, seen, draws, seed), draws)
+
+
+def _reaches(writer: Part, reader: Part, mlp_reads_attn: bool) -> bool:
+    """Does the writer come before the reader, and is neither of them 0?"""
+    before = writer.layer < reader.layer
+    within = writer.layer == reader.layer and reader.mlp and not writer.mlp and mlp_reads_attn
+    return (before or within) and min(len(writer.basis), len(reader.basis)) > 0
+
+
+def _null(
+    model: "HookedTransformer", sources: list[Part], targets: list[Part], seen: Pairs, draws: int, seed: int
+) -> tuple[Pairs, Pairs, Pairs]:
+    """Mean and deviation of the composition under random bases, and how often it is reached.
+
+    Only how the two bases lie to each other matters, so that one block of a random orthogonal matrix serves every pair
+    of the same kinds in a draw.
+    """
+    mean, sd, p = (torch.full_like(seen, torch.nan) for _ in range(3))
+    generator = torch.Generator().manual_seed(seed)
+    for kind in product((False, True), (False, True)):
+        rows, columns = (
+            [i for i, one in enumerate(parts) if one.mlp == mlp and len(one.basis)]
+            for parts, mlp in zip((sources, targets), kind, strict=True)
+        )
+        if not rows or not columns:
+            continue
+        at = torch.tensor(rows)[:, None], torch.tensor(columns)
+        w, r = (_padded([parts[i].weight for i in at]) for parts, at in ((sources, rows), (targets, columns)))
+        total, squares, reached = (torch.zeros(len(rows), len(columns), dtype=torch.float64) for _ in range(3))
+        for _ in range(draws):
+            block = random_block(w.shape[1], r.shape[1], stream_width(model), generator, w)
+            drawn = (w @ block.square() @ r.mT).sqrt().double()
+            total, squares, reached = total + drawn, squares + drawn.square(), reached + (drawn >= seen[at])
+        mean[at] = (total / draws).to(seen)
+        sd[at] = ((squares - total.square() / draws) / (draws - 1)).clamp_min(0).sqrt().to(seen)
+        p[at] = ((reached + 1) / (draws + 1)).to(seen)
+    return tuple(one.masked_fill(seen.isnan(), torch.nan) for one in (mean, sd, p))  # type: ignore[return-value]
+
+
+def _padded(parts: list[Tensor]) -> Float[Tensor, "part rank *d_model"]:
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+
+def _by_layer(names: list[str]) -> dict[str, list[int]]:
+    """Places of the names of each layer."""
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        found.setdefault(re.split("[HKM]", name)[0], []).append(i)
+    return found
+
+
+def demo(model: "HookedTransformer") -> Overlap | Needs:
+    """Every pair of the model, with 40 draws; in one layer without an MLP nothing is read after it is written."""
+    return lacking(model, tokens=False) or overlap(model, draws=40)

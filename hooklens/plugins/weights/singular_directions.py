@@ -1,0 +1,193 @@
+"""Singular directions of a head or an MLP as tokens: what each reads from the stream and what it writes there."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.model.norms import Norm
+from hooklens.plugins.weights.matrices import (
+    check_layer,
+    embedding_rows,
+    folded_heads,
+    folded_neurons,
+    one_scale,
+    read_through,
+    unembedding_rows,
+)
+from hooklens.plugins.weights.needs import Needs, lacking
+from hooklens.plugins.weights.token_lists import Side, TokenLists, listed, random_vectors, token_lists
+from hooklens.result import Result, Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_DRAWS = 200
+
+
+@dataclass(frozen=True, eq=False)
+class SingularDirections(Result):
+    """The largest singular directions of a matrix, each with the tokens on its sides.
+
+    `left` and `right` are unit vectors of the raw stream (or None where that side is neurons), the norm before the
+    matrix folded into it; `lists` holds their tokens, with random vectors beside them. A direction and its negative are
+    the same one: both sides may change sign together, so that the highest tokens of one side belong to the highest of
+    the other, and the lowest to the lowest.
+    """
+
+    matrix: str
+    singular: Float[Tensor, "direction"]
+    share: Float[Tensor, "direction"]
+    left: Float[Tensor, "direction d_model"] | None
+    right: Float[Tensor, "direction d_model"] | None
+    lists: list[TokenLists]
+
+    def table(self, n: int | None = 10) -> Table:
+        """Two rows a direction, one a sign: the tokens that go together."""
+        sides = [one.name for one in self.lists]
+        columns = ("direction", "singular value", "share", *(side for side in sides), *(f"q {side}" for side in sides))
+        rows: list[tuple] = []
+        for i in range(len(self.singular)):
+            for high in (True, False):
+                words = [listed(one.words(i, high=high)) for one in self.lists]
+                q = [float(one.q[i]) for one in self.lists]
+                rows.append((f"{i}{'+' if high else '-'}", float(self.singular[i]), float(self.share[i]), *words, *q))
+        return Table(columns, rows).head(n)
+
+    def top(self, k: int = 5) -> Table:
+        """Both signs of the `k` largest directions."""
+        return self.table(2 * k)
+
+    def figure(self) -> Any:
+        """How peaked each direction's token scores are, beside the 95th percentile of random vectors."""
+        from hooklens.viz.curves import lines
+
+        values = {one.name: one.kurtosis for one in self.lists}
+        marks = {f"random, {one.name}": float(torch.quantile(one.kurtosis_null, 0.95)) for one in self.lists}
+        axes: dict[str, Any] = {"x_title": "direction, largest first", "y_title": "excess kurtosis over tokens"}
+        return lines(values, title=f"{self.matrix}: do its directions single out tokens?", marks=marks, **axes)
+
+
+def ov_directions(
+    model: "HookedTransformer", layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
+) -> SingularDirections:
+    """Which tokens does a head read from where it looks, and which does it then write?
+
+    W_V W_O, with the weight of the norm before it folded in, is a sum of terms: read u, write v, as strongly as the
+    singular value says. Reading is shown for a stream that holds one token's embedding alone, writing as the logits
+    that v alone adds, the final norm's scale left out.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = ov_directions(tiny_model(), 1, 0, k=2, top=3)
+    >>> found.left.shape, [one.name for one in found.lists]
+    (torch.Size([2, 8]), ['reads', 'writes'])
+
+    Reference: Millidge and Black (2022), "The Singular Value Decompositions of Transformer Weight Matrices are Highly
+    Interpretable"; Elhage et al. (2021), OV circuits.
+    """
+    check_layer(model, layer, head)
+    block = model.blocks[layer]
+    U, S, V = folded_heads(model, layer).OV[head].svd()
+    sides = [reading_side(model, block.ln1, seed), writing_side(model, block.ln1_post, seed)]
+    return _directions(model, f"L{layer}H{head} OV", S, (U, V), sides, (k, top))
+
+
+def qk_directions(
+    model: "HookedTransformer", layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
+) -> SingularDirections:
+    """Which tokens look, and which do they look for? `queries` on the left of W_Q W_K^T, `keys` on its right.
+
+    Both are read from the stream through the same norm, whose weight is folded in. Rotary models: the score of a query
+    and a key at the same position; at a distance it is turned. Norms of q and k: their weight, not their scale.
+
+    >>> from hooklens.testing import tiny_model
+    >>> [one.name for one in qk_directions(tiny_model(), 1, 0, k=2, top=3).lists]
+    ['queries', 'keys']
+
+    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", QK circuits.
+    """
+    check_layer(model, layer, head)
+    norm = model.blocks[layer].ln1
+    U, S, V = folded_heads(model, layer).QK[head].svd()
+    side = reading_side(model, norm, seed)
+    sides = [side._replace(name="queries"), side._replace(name="keys")]
+    return _directions(model, f"L{layer}H{head} QK", S, (U, V), sides, (k, top))
+
+
+def mlp_read_directions(
+    model: "HookedTransformer", layer: int, *, gate: bool = False, k: int = 10, top: int = 8, seed: int = 0
+) -> SingularDirections:
+    """Which directions of the stream does an MLP read most strongly? Left singular vectors of W_in, or of W_gate.
+
+    The activation function stands between reading and writing, so that what is read here has no partner in
+    `mlp_write_directions`.
+
+    >>> from hooklens.testing import tiny_model
+    >>> mlp_read_directions(tiny_model(), 0, k=2, top=3).right is None
+    True
+    """
+    check_layer(model, layer)
+    found = folded_neurons(model, layer)
+    matrix = found.gate if gate else found.reads
+    if matrix is None:
+        raise InputError("W_gate was asked of an MLP without one; this model has W_in and W_out")
+    U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
+    sides = [reading_side(model, model.blocks[layer].ln2, seed)]
+    return _directions(model, f"L{layer} {'W_gate' if gate else 'W_in'}", S, (U, None), sides, (k, top))
+
+
+def mlp_write_directions(
+    model: "HookedTransformer", layer: int, *, k: int = 10, top: int = 8, seed: int = 0
+) -> SingularDirections:
+    """Which directions of the stream can an MLP write most strongly? Right singular vectors of W_out.
+
+    >>> from hooklens.testing import tiny_model
+    >>> mlp_write_directions(tiny_model(), 0, k=2, top=3).left is None
+    True
+    """
+    check_layer(model, layer)
+    _, S, Vh = torch.linalg.svd(folded_neurons(model, layer).writes, full_matrices=False)
+    sides = [writing_side(model, model.blocks[layer].ln2_post, seed)]
+    return _directions(model, f"L{layer} W_out", S, (None, Vh.mT), sides, (k, top))
+
+
+def reading_side(model: "HookedTransformer", norm: Norm | None, seed: int, draws: int = _DRAWS) -> Side:
+    """Tokens as a reader behind this norm meets them; random readers pass the norm's weight as trained ones do."""
+    rows = embedding_rows(model, norm)
+    return Side("reads", rows, read_through(norm, random_vectors(draws, rows, seed).mT).mT)
+
+
+def writing_side(model: "HookedTransformer", post: Norm | None, seed: int, draws: int = _DRAWS) -> Side:
+    """Tokens as the final norm and W_U score what is written; random writers pass the norm after the branch."""
+    rows = unembedding_rows(model)
+    return Side("writes", rows, one_scale(post, random_vectors(draws, rows, seed)))
+
+
+def _directions(
+    model: "HookedTransformer",
+    name: str,
+    S: Float[Tensor, "rank"],
+    vectors: tuple[Float[Tensor, "d_model rank"] | None, Float[Tensor, "d_model rank"] | None],
+    sides: list[Side],
+    size: tuple[int, int],
+) -> SingularDirections:
+    k, top = size
+    if not 1 <= k <= len(S):
+        raise InputError(f"{name} has {len(S)} singular directions, and k={k} of them were asked for")
+    first = next(one for one in vectors if one is not None)
+    # of both signs the one whose largest entry is positive: a decomposition leaves it open
+    largest = first[:, :k].gather(0, first[:, :k].abs().argmax(0)[None])[0]
+    kept = [None if one is None else (one[:, :k] * largest.sign()).mT.contiguous() for one in vectors]
+    pairs = zip(sides, [one for one in kept if one is not None], strict=True)
+    lists = [token_lists(model, side, one, top=top) for side, one in pairs]
+    share = S.square() / S.square().sum()
+    left, right = (None if one is None else one.cpu() for one in kept)
+    return SingularDirections(name, S[:k].cpu(), share[:k].cpu(), left, right, lists)
+
+
+def demo(model: "HookedTransformer") -> SingularDirections | Needs:
+    """The first head's OV, where weights can be read against the stream."""
+    return lacking(model) or ov_directions(model, 0, 0, k=min(4, model.cfg.d_head), top=min(5, model.cfg.d_vocab))

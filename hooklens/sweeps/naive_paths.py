@@ -1,0 +1,98 @@
+"""Path patching as hooked forward passes, one or two a sender: what the engine is held to, and its fallback."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.hooks import HookFn
+from hooklens.sweeps.nodes import Receiver, Sender
+from hooklens.sweeps.paths import EDGES, PathPlan, sent
+
+if TYPE_CHECKING:
+    from hooklens.sweeps.measure import Reader
+
+Hooks = list[tuple[Any, HookFn]]
+
+
+def plain_path(plan: PathPlan, sender: Sender, reader: "Reader") -> Float[Tensor, "pair"]:
+    """The metric of one sender's patch, from whole forward passes."""
+    if plan.semantics == EDGES:
+        return _metric(plan, reader, _adding(plan, sender))
+    held = _recorded(plan, sender)
+    last = plan.model.cfg.n_layers - 1
+    if Receiver("final") in plan.receivers:
+        return _metric(plan, reader, [(("resid_post", last), _replacing(held["resid_post", last]))])
+    return _metric(plan, reader, [(point, _holding(plan, point, value)) for point, value in held.items()])
+
+
+def _metric(plan: PathPlan, reader: "Reader", hooks: Hooks) -> Float[Tensor, "pair"]:
+    if reader.read is None or reader.whole:
+        return reader.on_logits(plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks))
+    stream = plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks, stop_at_layer=plan.model.cfg.n_layers)
+    return reader.on_stream(stream)
+
+
+def _adding(plan: PathPlan, sender: Sender) -> Hooks:
+    """Each receiver that comes after the sender gets its new value in what it reads, and nothing else does."""
+    n_pair, n_pos = plan.tokens.shape
+    every = torch.arange(n_pair * n_pos, device=plan.tokens.device)
+    change = sent(plan, sender, every // n_pos, every % n_pos).view(n_pair, n_pos, -1)
+    hooks: Hooks = []
+    for kind, layer in dict.fromkeys((r.kind, r.layer) for r in plan.receivers):
+        if plan.order.reads_at(Receiver(kind, layer)) < plan.order.feeds_from(sender):
+            continue
+        if kind in ("q", "k", "v"):
+            hooks.append(((f"{kind}_input", layer), _to_heads(plan.heads_at(kind, layer), change)))
+        else:
+            point = ("mlp_in", layer) if kind == "mlp_in" else ("resid_post", plan.model.cfg.n_layers - 1)
+            hooks.append((point, lambda act, hook: act + change))
+    return hooks
+
+
+def _to_heads(heads: list[int], change: Tensor) -> HookFn:
+    def add(act: Tensor, hook: Any) -> Tensor:
+        act[:, :, heads] += change[:, :, None]
+        return act
+
+    return add
+
+
+def _points(plan: PathPlan) -> list[tuple[str, int]]:
+    last = plan.model.cfg.n_layers - 1
+    return list(dict.fromkeys((r.kind, r.layer) if r.kind != "final" else ("resid_post", last) for r in plan.receivers))
+
+
+def _recorded(plan: PathPlan, sender: Sender) -> dict[tuple[str, int], Tensor]:
+    """What stands at the receivers' points when the sender takes its new value and the other heads keep theirs."""
+    model = plan.model
+    values = dict(plan.frozen)
+    if sender.kind == "embed":
+        values["resid_pre", 0] = plan.new.streams[0]
+    elif sender.kind == "mlp":
+        values["mlp_out", sender.layer] = plan.new.mlp_out[sender.layer]
+    else:
+        values["z", sender.layer] = values["z", sender.layer].clone()
+        values["z", sender.layer][:, :, sender.head] = plan.new.z[sender.layer][:, :, sender.head]
+    hooks: Hooks = [(point, _replacing(value)) for point, value in values.items()]
+    with model.hooks(hooks):
+        _, seen = model.run_with_cache(plan.tokens, _points(plan), stop_at_layer=1 + max(x for _, x in _points(plan)))
+    return {point: seen[point] for point in _points(plan)}
+
+
+def _replacing(value: Tensor) -> HookFn:
+    return lambda act, hook: value
+
+
+def _holding(plan: PathPlan, point: tuple[str, int], value: Tensor) -> HookFn:
+    heads = plan.heads_at(*point)
+
+    if point[0] == "mlp_in":
+        return _replacing(value)
+
+    def hold(act: Tensor, hook: Any) -> Tensor:
+        act[:, :, heads] = value[:, :, heads]
+        return act
+
+    return hold

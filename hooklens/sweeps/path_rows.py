@@ -1,0 +1,196 @@
+"""Rows of a path-patching sweep: they join the base run where a receiver first reads the sender, and go on live."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.hooks import HookFn
+from hooklens.model.kv_cache import Context, View
+from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.path_reads import Flat, Index, Live, cells_of, reading
+from hooklens.sweeps.paths import PathPlan, heads_write, receiver_heads
+from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
+
+if TYPE_CHECKING:
+    from hooklens.sweeps.execute import Item
+
+Edits = list[tuple[Any, HookFn]]
+
+
+def walk_paths(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tensor]:
+    """The stream that leaves the last block, at the positions that are read, for every item."""
+    out: dict[int, Tensor] = {}
+    late = [i for i, item in enumerate(items) if is_late(plan, reader, item)]
+    early = sorted(set(range(len(items))) - set(late))
+    for chosen, walk in ((late, _late), (early, _early)):
+        if chosen:
+            out |= dict(zip(chosen, walk(plan, reader, [items[i] for i in chosen]), strict=True))
+    return [out[i] for i in range(len(items))]
+
+
+def stage_of(plan: PathPlan, item: "Item") -> int:
+    stage = plan.enters(plan.senders[item.patch])
+    assert stage is not None  # a sender that reaches nothing is no item
+    return stage
+
+
+def is_late(plan: PathPlan, reader: Reader, item: "Item") -> bool:
+    """Is the item first read by the final norm, or by queries or the MLP of the last layer? Then no position that the
+    metric does not read matters."""
+    stage = stage_of(plan, item)
+    if stage == plan.order.end:
+        return True
+    last = plan.model.cfg.n_layers - 1
+    return plan.causal and reader.read is not None and stage // 2 == last and not plan.moves_keys(last)
+
+
+def _late(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tensor]:
+    """Late items: worked out at the positions that are read."""
+    last, end = plan.model.cfg.n_layers - 1, plan.order.end
+    every = torch.arange(plan.tokens.shape[1], device=plan.tokens.device)
+    where = [every[item.start :] if reader.read is None else reader.read[item.pair] for item in items]
+    cells = cells_of(plan, items, where)
+    reads = reading(plan, cells)
+    final = plan.base.streams[last + 1][cells.pair, cells.pos]
+    lengths = torch.tensor([len(positions) for positions in where], device=final.device)
+    stages = torch.tensor([stage_of(plan, item) for item in items], device=final.device).repeat_interleave(lengths)
+    for stage in {*stages.tolist()} - {end}:
+        index = (stages == stage).nonzero().flatten()
+        final[index] = _joining_after(plan, reads, last, index, queries=stage == 2 * last)
+    if plan.stages[-1] == end:
+        final = reads.at_end(final, torch.arange(len(final), device=final.device))
+    return list(final.split(lengths.tolist()))
+
+
+def _early(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tensor]:
+    return _Walk(plan, reader, items).run()
+
+
+class _Walk:
+    """Items whose rows pass whole blocks, from where some head or MLP first reads the sender."""
+
+    def __init__(self, plan: PathPlan, reader: Reader, items: Sequence["Item"]):
+        self.plan, self.reader, self.items = plan, reader, items
+        every = torch.arange(plan.tokens.shape[1], device=plan.tokens.device)
+        self.cells = cells_of(plan, items, [every[item.start :] for item in items])
+        self.reads = reading(plan, self.cells)
+        self.joining: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # stage, start: items
+        for number, item in enumerate(items):
+            self.joining[stage_of(plan, item)][item.start].append(number)
+        self.out: dict[int, Tensor] = {}
+
+    def run(self) -> list[Tensor]:
+        plan, last = self.plan, self.plan.model.cfg.n_layers - 1
+        groups: list[Group] = []
+        for layer in range(min(self.joining) // 2, last + 1):
+            read = self.reader.read if layer == last and plan.causal else None
+            fresh = self._joined(layer, 2 * layer)
+            if plan.moves_keys(layer):
+                groups, fresh = merge(groups + fresh), []
+            groups = self._block(layer, groups, read) if groups else []
+            for queries, joined in ((True, fresh), (False, self._joined(layer, 2 * layer + 1))):
+                for group in joined:
+                    index = self.cells.of(group, _places(group, read))
+                    left = _joining_after(plan, self.reads, layer, index, queries=queries)
+                    groups += unpack(left[None], [group], None if read is None else read.shape[1])
+            groups = merge(groups) if layer < last else groups
+        for group in groups:
+            self._collect(group, read is not None)
+        return [self.out[i] for i in range(len(self.items))]
+
+    def _joined(self, layer: int, stage: int) -> list[Group]:
+        """The base run's rows of items that first differ at this stage, as they enter the layer."""
+        device = self.plan.tokens.device
+        found = []
+        for start, numbers in self.joining.get(stage, {}).items():
+            pair = torch.tensor([self.items[i].pair for i in numbers], device=device)
+            x = self.plan.base.streams[layer][pair, start:]
+            found.append(Group(start, pair, torch.tensor(numbers, device=device), x))
+        return found
+
+    def _block(self, layer: int, groups: list[Group], read: Tensor | None) -> list[Group]:
+        """Through a block, with what its receivers read written in."""
+        plan = self.plan
+        ctx, flat = PackedContext(plan.base.past, plan.tokens.shape[1], groups, read), pack(groups)
+        index = torch.cat([self.cells.of(group) for group in groups])
+        edits = self._qkv(layer, flat, index, ctx) + _mlp_edit(plan, self.reads, layer, ctx.select(index[None])[0])
+        with plan.model.hooks(edits):
+            out = plan.model.blocks[layer](flat, ctx)
+        return unpack(out, groups, None if read is None else read.shape[1])
+
+    def _qkv(self, layer: int, flat: Float[Tensor, "one cell d_model"], index: Index, ctx: Context) -> Edits:
+        """Hooks that write the q, k, v of this layer's receivers, each read through the block's own norm."""
+        plan, block = self.plan, self.plan.model.blocks[layer]
+        if 2 * layer not in plan.stages:
+            return []
+        read = self.reads.at_attn(layer, flat[0], index)[None]
+        edits: Edits = []
+        for kind in ("q", "k", "v"):
+            heads = plan.heads_at(kind, layer)
+            if heads:
+                normed = block.quiet_norm(ctx.select(read) if kind == "q" else read)
+                value = receiver_heads(getattr(block.attn, kind), normed, heads, block.attn.d_head)
+                edits.append(((kind, layer), _writing(heads, value)))
+        return edits
+
+    def _collect(self, group: Group, read_only: bool) -> None:
+        """What is unembedded of each row, with the sender's new value in it where the final stream is a receiver."""
+        finals = self.reader.finals(group, read_only)
+        if self.plan.stages[-1] == self.plan.order.end:
+            index = self.cells.of(group, _places(group, self.reader.read))
+            finals = self.reads.at_end(finals.flatten(0, 1), index).view_as(finals)
+        for row, item in enumerate(group.item.tolist()):
+            self.out[item] = finals[row]
+
+
+def _places(group: Group, read: Int[Tensor, "pair read"] | None) -> Int[Tensor, "row read"] | None:
+    """The read positions of a group's rows, counted from its start; one before it is clamped, and ignored later."""
+    return None if read is None else (read[group.pair] - group.start).clamp_min(0)
+
+
+def _writing(heads: list[int], value: Float[Tensor, "batch pos some_head d_head"]) -> HookFn:
+    def write(act: Tensor, hook: Any) -> Tensor:
+        act[:, :, heads] = value
+        return act
+
+    return write
+
+
+def _mlp_edit(plan: PathPlan, reads: Live, layer: int, index: Index) -> Edits:
+    if 2 * layer + 1 not in plan.stages:
+        return []
+    return [(("mlp_in", layer), lambda act, hook: reads.at_mlp(layer, act[0], index)[None])]
+
+
+def _joining_after(plan: PathPlan, reads: Live, layer: int, index: Index, *, queries: bool) -> Flat:
+    """What leaves a block for cells whose keys and values are the base run's: only queries, or only the MLP, differ."""
+    pair, pos = reads.cells.pair[index], reads.cells.pos[index]
+    x, attn_out = plan.base.streams[layer][pair, pos], plan.base.attn_out[layer][pair, pos]
+    if queries:
+        attn_out = _asked_anew(plan, reads, layer, index)
+    with plan.model.hooks(_mlp_edit(plan, reads, layer, index)):
+        return plan.model.blocks[layer].finish(x[None], attn_out[None])[0]
+
+
+def _asked_anew(plan: PathPlan, reads: Live, layer: int, index: Index) -> Flat:
+    """attn_out where the receivers' queries differ: only their heads' mixtures of the base run's values change."""
+    block, attn, heads = plan.model.blocks[layer], plan.model.blocks[layer].attn, plan.heads_at("q", layer)
+    pair, pos = reads.cells.pair[index], reads.cells.pos[index]
+    read = reads.at_attn(layer, plan.base.streams[layer][pair, pos], index)
+    q = read.new_zeros(1, len(read), attn.n_heads, attn.d_head)
+    q[:, :, heads] = receiver_heads(attn.q, block.quiet_norm(read[None]), heads, attn.d_head)
+    q, _ = attn.place(q, q[:, :, : attn.n_kv_heads], Context(pos))
+    keys, values = plan.base.past.of_layer(layer)
+    z, every = torch.empty_like(q), torch.arange(plan.tokens.shape[1], device=pos.device)
+    for one in pair.unique().tolist():
+        here = pair == one
+        view = View(attn.mask.allows(pos[here, None], every)[None, None])
+        z[:, here] = attn.mix(q[:, here], keys[one : one + 1], values[one : one + 1], view)
+    old = plan.base.z[layer][pair, pos]
+    new = old.clone()
+    new[:, heads] = z[0][:, heads]
+    return plan.base.attn_out[layer][pair, pos] + heads_write(plan, layer, pair, pos, old, new, heads)

@@ -1,0 +1,218 @@
+"""What a path-patching sweep needs before it knows its metric: both runs, who sends what to whom."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.model.kv_cache import KVCache
+from hooklens.model.linear import is_plain
+from hooklens.sweeps.nodes import Order, Receiver, Sender
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+#: Receivers read the live stream with the sender's new value in it.
+EDGES = "edges"
+#: Receivers hold what they read while the other heads were frozen, MLPs recomputed (Wang et al. 2022, appendix B).
+FIXED = "fixed receivers"
+#: The same with the MLPs frozen too: receivers hold what the sender alone changes.
+FIXED_FROZEN = "fixed receivers, MLPs frozen"
+
+
+Mixed = Float[Tensor, "cell head d_head"]
+
+
+@dataclass(eq=False)
+class PathRun:
+    """What is kept of a run: the streams between blocks, what attention and MLPs add, z, and the keys and values."""
+
+    streams: dict[int, Tensor]
+    attn_out: dict[int, Tensor] = field(default_factory=dict)
+    mlp_out: dict[int, Tensor] = field(default_factory=dict)
+    z: dict[int, Tensor] = field(default_factory=dict)
+    past: KVCache = field(default_factory=KVCache)
+
+
+@dataclass(frozen=True, eq=False)
+class PathPlan:
+    """One patch a sender: the receivers read its value of the other run, and the metric says what came of it."""
+
+    model: "HookedTransformer"
+    senders: tuple[Sender, ...]
+    receivers: tuple[Receiver, ...]
+    semantics: str
+    tokens: Int[Tensor, "pair pos"]
+    other: Int[Tensor, "pair pos"]
+    base: PathRun
+    new: PathRun
+    first_change: Int[Tensor, "pair"]
+    site: str = "paths"
+
+    @property
+    def patches(self) -> tuple[Sender, ...]:
+        """What the engine puts into bins."""
+        return self.senders
+
+    @cached_property
+    def causal(self) -> bool:
+        """Can a change at a position reach nothing before it?"""
+        return self.model.cfg.causal
+
+    @cached_property
+    def order(self) -> Order:
+        """Who comes before whom."""
+        return Order(self.model)
+
+    @cached_property
+    def stages(self) -> list[int]:
+        """Where there is a receiver, lowest first."""
+        return sorted({self.order.reads_at(receiver) for receiver in self.receivers})
+
+    @cached_property
+    def frozen(self) -> dict[tuple[str, int], Tensor]:
+        """What the plain loop freezes while it records: every head's z and, where so meant, what every MLP adds."""
+        names = ["z"] + (["mlp_out"] if self.semantics == FIXED_FROZEN and not self.model.cfg.attn_only else [])
+        kept = {"z": self.base.z, "mlp_out": self.base.mlp_out}
+        return {(name, layer): kept[name][layer] for name in names for layer in range(self.model.cfg.n_layers)}
+
+    def heads_at(self, kind: str, layer: int) -> list[int]:
+        """The heads whose q, k or v is a receiver at a layer."""
+        return [r.head for r in self.receivers if r.kind == kind and r.layer == layer and r.head is not None]
+
+    def moves_keys(self, layer: int) -> bool:
+        """Is some key or value of the layer a receiver?"""
+        return bool(self.heads_at("k", layer) or self.heads_at("v", layer))
+
+    def enters(self, sender: Sender) -> int | None:
+        """The first stage at which a receiver reads the sender; None where all of them come before it."""
+        first = self.order.feeds_from(sender)
+        return next((stage for stage in self.stages if stage >= first), None)
+
+    def start(self) -> Int[Tensor, "pair"]:
+        """The first position that can change, for every pair."""
+        return self.first_change if self.causal else torch.zeros_like(self.first_change)
+
+
+def plan_paths(
+    model: "HookedTransformer",
+    tokens: Int[Tensor, "pair pos"],
+    other: Int[Tensor, "pair pos"],
+    senders: Sequence[Sender],
+    receivers: Sequence[Receiver],
+    semantics: str,
+) -> PathPlan:
+    """Run both prompts and keep what the paths start from: `tokens` is patched, `other` gives the new values."""
+    _refuse(model, receivers, semantics)
+    with torch.no_grad():
+        base, new = _base_run(model, tokens), _new_run(model, other, senders)
+    differs = tokens != other
+    end = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    first = torch.where(differs.any(1), differs.long().argmax(1), end)
+    made = PathPlan(model, tuple(senders), tuple(receivers), semantics, tokens, other, base, new, first)
+    if all(made.enters(sender) is None for sender in made.senders):
+        grouped = model.cfg.n_heads != model.cfg.n_key_value_heads
+        names = ", ".join(receiver.name(grouped=grouped) for receiver in receivers[:4])
+        raise InputError(
+            f"no sender reaches {names}: a path leads upwards, and of {len(senders)} senders the first is "
+            f'{senders[0].name}; choose later receivers, or senders=["embed"], which reaches all'
+        )
+    return made
+
+
+def _refuse(model: "HookedTransformer", receivers: Sequence[Receiver], semantics: str) -> None:
+    if getattr(model.blocks[0], "renorms_stream", False):
+        raise InputError(
+            "path patching needs a stream that is the sum of what components add to it; this model's post-norm blocks "
+            "normalise the stream itself, so no part of it is one sender's. hl.patch(..., site='z') works there"
+        )
+    if semantics != EDGES and len(receivers) > 1 and any(r.kind == "final" for r in receivers):
+        raise InputError(
+            "with fixed receivers the final stream is held as it was recorded, so that nothing held below it could "
+            f'count; {len(receivers)} receivers were given. Ask for "final" alone, or use path_patch_edges'
+        )
+
+
+def _base_run(model: "HookedTransformer", tokens: Tensor) -> PathRun:
+    n = model.cfg.n_layers
+    points = ["hook_resid_pre", "hook_attn_out", "attn.hook_z", *([] if model.cfg.attn_only else ["hook_mlp_out"])]
+    run = PathRun({})
+    names = [f"blocks.{layer}.{point}" for layer in range(n) for point in points]
+    last, cache = model.run_with_cache(tokens, names, stop_at_layer=n, kv_cache=run.past)
+    kept = [{layer: cache[f"blocks.{layer}.{point}"] for layer in range(n)} for point in points]
+    run.streams, run.attn_out, run.z = kept[0] | {n: last}, kept[1], kept[2]
+    run.mlp_out = kept[3] if len(kept) > 3 else {}
+    return run
+
+
+def _new_run(model: "HookedTransformer", tokens: Tensor, senders: Sequence[Sender]) -> PathRun:
+    n, points = model.cfg.n_layers, {"head": "attn.hook_z", "mlp": "hook_mlp_out"}
+    names = list(dict.fromkeys(f"blocks.{s.layer}.{points[s.kind]}" for s in senders if s.kind in points))
+    last, cache = model.run_with_cache(tokens, ["blocks.0.hook_resid_pre", *names], stop_at_layer=n)
+    return PathRun(
+        {0: cache["blocks.0.hook_resid_pre"], n: last},
+        z={s.layer: cache[f"blocks.{s.layer}.attn.hook_z"] for s in senders if s.kind == "head"},
+        mlp_out={s.layer: cache[f"blocks.{s.layer}.hook_mlp_out"] for s in senders if s.kind == "mlp"},
+    )
+
+
+def sent(
+    plan: PathPlan, sender: Sender, pair: Int[Tensor, "cell"], pos: Int[Tensor, "cell"]
+) -> Float[Tensor, "cell d_model"]:
+    """By how much the stream changes at these pairs and positions when the sender takes its new value.
+
+    In sandwich blocks a head reaches the stream through a norm of the whole layer: the change is that of the norm's
+    output when this head alone is exchanged.
+    """
+    if sender.kind == "embed":
+        old, new = plan.base.streams[0], plan.new.streams[0]
+        change = new[pair, pos] - old[pair, pos]
+    elif sender.kind == "mlp":
+        old, new = plan.base.mlp_out[sender.layer], plan.new.mlp_out[sender.layer]
+        change = new[pair, pos] - old[pair, pos]
+    else:
+        change = _sent_by_head(plan, sender, pair, pos)
+    return change if sender.turned is None else _turn(change, sender.turned)
+
+
+def _sent_by_head(plan: PathPlan, sender: Sender, pair: Tensor, pos: Tensor) -> Float[Tensor, "cell d_model"]:
+    old, new = (run.z[sender.layer][pair, pos] for run in (plan.base, plan.new))
+    assert sender.head is not None
+    return heads_write(plan, sender.layer, pair, pos, old, new, [sender.head])
+
+
+def heads_write(
+    plan: PathPlan, layer: int, pair: Tensor, pos: Tensor, old: Mixed, new: Mixed, heads: list[int]
+) -> Float[Tensor, "cell d_model"]:
+    """By how much attn_out changes when these heads' z goes from old to new."""
+    block, attn = plan.model.blocks[layer], plan.model.blocks[layer].attn
+    if is_plain(attn.o):
+        change = torch.einsum("chd,hdm->cm", new[:, heads] - old[:, heads], attn.W_O[heads])
+    else:
+        change = (attn.results(new[None]) - attn.results(old[None]))[0, :, heads].sum(1)
+    if block.ln1_post is None:
+        return change
+    raw = attn.o(old.flatten(1))
+    return block.attn_adds(raw + change) - plan.base.attn_out[layer][pair, pos]
+
+
+def _turn(change: Float[Tensor, "cell d_model"], seed: int) -> Float[Tensor, "cell d_model"]:
+    """The same lengths and angles in other directions: coordinates shuffled, signs drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(change.shape[-1], generator=generator)
+    signs = torch.randint(2, (change.shape[-1],), generator=generator) * 2 - 1
+    return change[:, order.to(change.device)] * signs.to(change)
+
+
+def receiver_heads(linear, normed: Float[Tensor, "*cell d_model"], heads: list[int], d_head: int) -> Tensor:
+    """q, k or v of some heads only, from what they read."""
+    if not is_plain(linear):
+        return linear(normed).unflatten(-1, (-1, d_head))[..., heads, :]
+    weight = linear.weight.view(-1, d_head, linear.weight.shape[1])[heads].flatten(0, 1)
+    bias = None if linear.bias is None else linear.bias.view(-1, d_head)[heads].flatten()
+    return torch.nn.functional.linear(normed, weight, bias).unflatten(-1, (-1, d_head))

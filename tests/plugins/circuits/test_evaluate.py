@@ -1,0 +1,185 @@
+"""Faithfulness, completeness, minimality and their random circuits; circuits on paper."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_circuit_run import CLEAN, CORRUPTED, diff
+
+from hooklens.core.errors import FileRefused
+from hooklens.metrics import kl
+from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
+from hooklens.plugins.circuits.eap import demo_pairs, eap
+from hooklens.plugins.circuits.evaluate import evaluate
+from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
+from hooklens.plugins.circuits.graph import CircuitGraph
+from hooklens.plugins.circuits.random_circuits import random_circuits
+from hooklens.plugins.circuits.run import run_edges
+from hooklens.testing import and_gate, or_gate, tiny_model
+
+
+def logit(logits):
+    return logits[:, -1, 1]
+
+
+def kinds(graph: CircuitGraph, kept: torch.Tensor) -> Counter:
+    """How many edges there are between each two layers, by kind."""
+    found = Counter()
+    for edge in kept.nonzero().flatten().tolist():
+        source, _, receiver = graph.name(edge).partition("->")
+        at = source if "H" not in source else source.partition("H")[0] + "H"
+        to = receiver if "H" not in receiver and "KV" not in receiver else receiver[: 2 + (receiver[2].isdigit())]
+        found[at, to, receiver.rpartition(".")[2]] += 1
+    return found
+
+
+@given(st.integers(0, 1000), st.sampled_from([(3, 4, 4, True), (3, 4, 2, True), (2, 6, 3, False)]), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_random_circuits_keep_size_profile_and_connectivity(seed, shape, tidy):
+    graph = CircuitGraph(*shape)
+    kept = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(seed)) < 0.25
+    kept = graph.on_a_path(kept[None])[0] if tidy else kept
+    if not kept.any():
+        return
+    draws = random_circuits(graph, kept, 5, seed=seed)
+    assert draws.sum(1).tolist() == [int(kept.sum())] * 5
+    assert all(kinds(graph, draw) == kinds(graph, kept) for draw in draws)
+    if tidy:
+        assert torch.equal(graph.on_a_path(draws), draws)
+    assert torch.equal(draws, random_circuits(graph, kept, 5, seed=seed))
+
+
+def test_random_circuits_reach_every_place_alike():
+    graph = CircuitGraph(2, 4, 4, mlp=False)
+    kept = graph.mask(["embed->L0H1.v", "L0H1->L1H2.q", "L1H2->logits"])
+    draws = random_circuits(graph, kept, 800)
+    paths = Counter(tuple(graph.name(int(e)) for e in draw.nonzero()) for draw in draws)
+    assert len(paths) == 16 and min(paths.values()) > 20  # 50 each on average
+    wide = graph.mask([f"embed->L0H{h}.{x}" for h in range(2) for x in "qk"] + ["L0H0->logits", "L0H1->logits"])
+    share = random_circuits(graph, wide, 800).float().mean(0)
+    same = [share[graph.numbers([f"embed->L0H{h}.q" for h in range(4)])], share[graph.numbers("L0H3->logits")]]
+    assert all(bool(((x - 0.5).abs() < 0.08).all()) for x in same)
+
+
+def test_a_circuit_that_is_fed_by_nothing_is_matched_as_it_is():
+    graph = CircuitGraph(1, 4, 4)
+    draws = random_circuits(graph, graph.mask(["L0H0->L0MLP", "L0MLP->logits"]), 50)
+    assert {graph.name(int(draw.nonzero()[0])) for draw in draws} == {f"L0H{h}->L0MLP" for h in range(4)}
+    with pytest.raises(ValueError, match="no edges"):
+        random_circuits(graph, graph.mask([]))
+
+
+def test_the_whole_model_is_faithful_and_complete():
+    model = tiny_model(dtype=torch.float64)
+    found = evaluate(model, whole_circuit(model), CLEAN, CORRUPTED, diff)
+    assert found.faithfulness.value == pytest.approx(1.0) and found.faithfulness.p == 1.0  # all random ones are it
+    assert found.faithfulness.overlap == 1.0 and found.completeness.worst == pytest.approx(0.0, abs=1e-12)
+    assert found.minimality.effect.shape == (46,) and len(found.faithfulness.random) == 100
+
+
+def test_an_and_gate_s_path_is_faithful_minimal_and_beats_chance():
+    gate = and_gate()
+    path = circuit_of(gate, ["embed->L0H0.v", "L0H0->L0MLP", "L0MLP->logits"])
+    clean, corrupted = [[1, 1, 1], [1, 1, 1]], [[1, 0, 1], [0, 1, 1]]
+    found = evaluate(gate, path, clean, corrupted, logit)
+    assert found.faithfulness.value == pytest.approx(1.0)
+    assert found.minimality.effect.tolist() == pytest.approx([1.0] * 3) and found.minimality.idle == []
+    assert found.completeness.worst == pytest.approx(0.0, abs=1e-9)
+
+
+def test_half_of_an_or_gate_is_faithful_and_not_complete():
+    gate = or_gate()
+    half = circuit_of(gate, ["L0H0->L0MLP", "L0MLP->logits"], ablation="zero")
+    found = evaluate(gate, half, [[0], [1]], None, logit)
+    assert found.faithfulness.value == 1.0
+    # without L0H0 the circuit says 0, and the model, which has L0H1, still 1
+    assert found.completeness.worst == 1.0 and "L0H0->L0MLP" in found.completeness.greedy_edges
+    assert found.faithfulness.p == 1.0  # the random circuits are the same half or the other
+
+
+def test_faithfulness_is_what_its_formula_says_on_pairs_not_seen():
+    model = tiny_model(dtype=torch.float64)
+    clean, corrupted, logit_of_one = demo_pairs(model, 6)
+    circuit = eap(model, clean[:3], corrupted[:3], logit_of_one).top_edges(20)
+    clean, corrupted = clean[2:], corrupted[2:]
+    metric = kl(model, clean)
+    found = faithfulness(model, circuit, clean, corrupted, metric, group=torch.tensor([0, 0, 1, 1]), seed=3)
+    runs = run_edges(model, circuit.kept, clean, corrupted, metric)
+    with torch.no_grad():
+        empty, whole = metric(model(corrupted)).mean(), metric(model(clean)).mean()
+    expected = float((runs.per_pair[0].mean() - empty) / (whole - empty))
+    assert found.n_seen == 1 and found.defined and found.value == pytest.approx(expected, abs=1e-9)
+    low, high = found.interval()
+    assert low <= found.value <= high
+    closer = ((1 - found.random).abs() <= abs(1 - found.value)).sum()
+    assert found.p == pytest.approx((int(closer) + 1) / 101)
+    again = random_circuits(circuit.graph, circuit.kept, 100, seed=3)
+    drawn = run_edges(model, again, clean, corrupted, metric)
+    torch.testing.assert_close(found.random_per_pair, drawn.per_pair)
+
+
+def test_without_a_difference_nothing_is_faithful():
+    model = tiny_model()
+    found = faithfulness(model, circuit_of(model, ["embed->logits"]), CLEAN, CLEAN, diff)
+    assert not found.defined and found.value != found.value and found.p != found.p
+
+
+def test_a_curve_grows_to_the_model():
+    model = tiny_model(dtype=torch.float64)
+    clean, corrupted, metric = demo_pairs(model, 4)
+    scores = eap(model, clean[:2], corrupted[:2], metric)
+    n = scores.graph.n_edges
+    curve = faithfulness_curve(model, scores, clean[2:], corrupted[2:], metric, sizes=[10, 20, 30, n])
+    assert float(curve.values[-1]) == pytest.approx(1.0) and int(curve.sizes[-1]) == n and curve.n_seen == 0
+    x, y = [0, *curve.sizes.tolist()], [0.0, *curve.values.tolist()]
+    by_hand = sum((b - a) * (u + v) / 2 for a, b, u, v in zip(x, x[1:], y, y[1:], strict=False)) / n
+    assert curve.area == pytest.approx(by_hand)
+    assert curve.random.shape == (100, len(curve.sizes)) and 0 < curve.p <= 1
+    assert len(curve.figure().data) == 4 and len(curve.table()) == len(curve.sizes)
+
+
+def test_json_loads_back_and_runs(tmp_path):
+    model = tiny_model(n_heads=4, n_key_value_heads=2, dtype=torch.float64)
+    circuit = eap(model, CLEAN, CORRUPTED, diff).top_edges(30)
+    back = Circuit.load_json(circuit.save_json(tmp_path / "circuit.json"))
+    assert back.edges == circuit.edges and back.found_on == circuit.found_on and back.ablation == circuit.ablation
+    assert torch.equal(back.scores, circuit.scores)
+    a, b = (one.run(model, CLEAN, CORRUPTED, diff).per_pair for one in (circuit, back))
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"2 layers of 4 heads \(2 for keys and values\), MLPs; the model 'tiny' has"):
+        back.run(tiny_model(), CLEAN, CORRUPTED, diff)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda held: held | {"format": "other"},
+        lambda held: held | {"edges": [["embed->L9H9.q", 1.0]]},
+        lambda held: held | {"edges": held["edges"] * 2},
+        lambda held: held | {"graph": held["graph"] | {"n_layers": 0}},
+        lambda held: {name: value for name, value in held.items() if name != "method"},
+        lambda held: [],
+    ],
+)
+def test_a_file_that_is_no_circuit_is_refused(tmp_path, damage):
+    path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(FileRefused, match="save_json"):
+        Circuit.load_json(path)
+    path.write_text("{")
+    with pytest.raises(FileRefused):
+        Circuit.load_json(path)
+    with pytest.raises(ValueError, match="no such file"):
+        Circuit.load_json(tmp_path / "none.json")
+
+
+def test_a_circuit_draws_its_key_heads():
+    model = tiny_model(n_heads=4, n_key_value_heads=2)
+    circuit = circuit_of(model, ["embed->L0KV1.v", "L0H3->L1MLP", "L1MLP->logits"])
+    assert circuit.nodes == ["L0KV1", "embed", "L0H3", "L1MLP"]
+    figure = circuit.figure()
+    assert {a.text for a in figure.layout.annotations} == {"embed", "L0KV1", "L0H3", "L1MLP", "logits"}
+    assert any(trace.line.dash == "dot" for trace in figure.data)

@@ -1,0 +1,191 @@
+"""Mediation, redundancy and positions, on models in which the answer is known."""
+
+import pytest
+import torch
+
+from hooklens.core.errors import InputError
+from hooklens.data.repeated import repeated_tokens
+from hooklens.plugins.heads.mediation import mediation
+from hooklens.plugins.heads.previous_token import position_scores
+from hooklens.plugins.heads.redundancy import redundancy
+from hooklens.testing import induction_model, or_gate, tiny_model
+
+
+def logit(logits):
+    return logits[:, -1, 1]
+
+
+def test_the_previous_token_head_acts_through_the_induction_head_alone():
+    model = induction_model()
+    both = repeated_tokens(model, 8)
+    text, others = both.part(0, 4), both.part(4, 8)
+    found = mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)], reference=others.tokens)
+    assert bool((found.total > 1).all())
+    assert found.direct[:, 0].abs().max() == 0 and found.mlps.abs().max() == 0
+    torch.testing.assert_close(found.later_heads[:, 0], found.total[:, 0])
+    torch.testing.assert_close(found.direct[:, 1], found.total[:, 1])
+
+
+def test_the_gates_head_acts_through_the_mlp_alone():
+    gate = or_gate()
+    with torch.no_grad():
+        gate.blocks[0].attn.b_V[1] = 0.0  # one head on
+    found = mediation(gate, torch.zeros(2, 3, dtype=torch.long), logit, [(0, 0)])
+    assert found.total.abs().max() == 0  # the mean of a constant is that constant
+    with torch.no_grad():
+        gate.blocks[0].attn.b_V[0] = 0.0
+        gate.W_E[1, 0] = gate.blocks[0].attn.W_V[0, 0, 0] = gate.blocks[0].attn.W_O[0, 0, 0] = 1.0
+    tokens = torch.tensor([[1, 1], [1, 1]])
+    found = mediation(gate, tokens, logit, [(0, 0)], reference=torch.tensor([[0, 0]]))
+    assert found.direct.abs().max() == 0 and found.later_heads.abs().max() == 0
+    torch.testing.assert_close(found.mlps, found.total)
+
+
+@pytest.mark.parametrize("changes", [{}, {"block": "parallel"}, {"block": "sandwich"}, {"attn_only": True}])
+def test_total_and_direct_are_plain_hooked_runs(changes):
+    model = tiny_model(dtype=torch.float64, n_layers=3, **changes)
+    both = repeated_tokens(model, 4)
+    text, others = both.part(0, 2), both.part(2, 4)
+    layer, head = 1, 1
+    found = mediation(model, text.tokens, text.metric(), [(layer, head)], reference=others.tokens)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(text.tokens)
+        _, other = model.run_with_cache(others.tokens, "z")
+        mean = other["z", layer].mean(0)
+
+        def without(z, hook):
+            z[:, :, head] = mean[:, head]
+            return z
+
+        edited, live = model.run_with_hooks(text.tokens, fwd_hooks=[(("z", layer), without)]), {}
+        _, live = _with_hook(model, text.tokens, layer, without)
+        moved = live["attn_out", layer] - cache["attn_out", layer]
+        direct = model.read_out(cache["resid_post", -1] + moved)
+    base = text.metric()(logits)
+    torch.testing.assert_close(found.total[:, 0], base - text.metric()(edited), atol=1e-10, rtol=0)
+    torch.testing.assert_close(found.direct[:, 0], base - text.metric()(direct), atol=1e-10, rtol=0)
+    parts = found.direct + found.mlps + found.later_heads + found.interaction
+    torch.testing.assert_close(parts, found.total, atol=1e-12, rtol=0)
+
+
+def _with_hook(model, tokens, layer, edit):
+    with model.hooks(fwd_hooks=[(("z", layer), edit)]):
+        return model.run_with_cache(tokens, "attn_out")
+
+
+def test_in_the_last_attention_only_layer_all_is_direct():
+    model = tiny_model(attn_only=True, dtype=torch.float64)
+    text = repeated_tokens(model, 3)
+    found = mediation(model, text.tokens, text.metric(), [(1, 0)])
+    torch.testing.assert_close(found.direct, found.total, atol=1e-12, rtol=0)
+    assert found.later_heads.abs().max() < 1e-12
+
+
+def test_two_heads_of_which_one_is_enough_are_redundant():
+    gate = or_gate()
+    with torch.no_grad():  # after token 1 both heads write 2 over the -1 that is there, after token 0 nothing
+        gate.blocks[0].attn.b_V.zero_()
+        gate.W_E[1, 0] = -1.0
+        gate.blocks[0].attn.W_V[:, 0, 0] = -2.0
+    one, zero = torch.ones(3, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
+
+    def said(logits):
+        return logits[:, -1, 1]
+
+    found = redundancy(gate, one, said, [(0, 0), (0, 1)], reference=zero)
+    assert found.single.abs().max() == 0
+    assert found.joint[:, 0, 1].tolist() == [2.0, 2.0, 2.0] == found.interaction[:, 0, 1].tolist()
+    assert found.cosine[0, 1] == pytest.approx(1.0)
+
+
+def test_heads_on_one_road_are_complementary():
+    model = induction_model()
+    both = repeated_tokens(model, 12)
+    text, others = both.part(0, 6), both.part(6, 12)
+    found = redundancy(model, text.tokens, text.metric(), [(0, 0), (1, 1), (0, 1)], reference=others.tokens)
+    single = found.single.mean(0)
+    assert bool((single[:2] > 1).all()) and single[2].abs() < 1e-5
+    assert found.interaction.mean(0)[0, 1] < -0.5 * single.min(dim=0).values.clamp_min(1)
+    assert found.interaction.mean(0)[2].abs().max() < 1e-5
+    assert found.top(1).rows[0][0] == "L0H0 L1H1"
+
+
+def test_joint_ablation_is_one_hooked_run_and_likeness_is_within_bounds():
+    model = tiny_model(dtype=torch.float64)
+    text = repeated_tokens(model, 4)
+    found = redundancy(model, text.tokens, text.metric(), [(0, 1), (1, 0), (1, 1)])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(text.tokens, "z")
+
+        def without(z, hook):
+            heads = {0: [1], 1: [1]}[int(hook.name.split(".")[1])]
+            z[:, :, heads] = cache[hook.name].mean((0, 1))[heads]
+            return z
+
+        logits = model.run_with_hooks(text.tokens, fwd_hooks=[("z", without)])
+    expected = found.base - text.metric()(logits)
+    torch.testing.assert_close(found.joint[:, 0, 2], expected, atol=1e-10, rtol=0)
+    assert torch.equal(found.interaction, found.interaction.mT)
+    for square in (found.cka, found.cosine):
+        torch.testing.assert_close(square.diagonal(), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)
+        torch.testing.assert_close(square, square.T)
+    off = ~torch.eye(3, dtype=torch.bool)
+    assert bool((found.cka_shuffled[off] < 1).all())
+    x = model.blocks[0].attn.results(cache["z", 0][:, 1:])[:, :, 1].flatten(0, 1)
+    y = model.blocks[1].attn.results(cache["z", 1][:, 1:])[:, :, 0].flatten(0, 1)
+    x, y = (a - a.mean(0) for a in (x, y))
+    linear = (
+        (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
+    ).detach()  # Kornblith's equation 3 as it stands
+    assert float(found.cka[0, 1]) == pytest.approx(float(linear), abs=1e-9)
+
+
+def test_positions_of_the_hand_set_head():
+    found = position_scores(induction_model())
+    assert found.share[0].tolist() == pytest.approx([1.0, found.chance], abs=1e-6)  # a head of zeros ties everywhere
+    assert found.margin[0, 0] >= 0 and found.order()[0] == (0, 0)
+
+
+def test_the_table_is_the_product_of_the_weights():
+    model = tiny_model(dtype=torch.float64)
+    found = position_scores(model, n_pos=6)
+    with torch.no_grad():
+        w = model.W_pos[:6]
+        w = w - w.mean(1, keepdim=True)
+        expected = w @ model.blocks[1].attn.QK.AB @ w.T / 2
+    torch.testing.assert_close(found.scores[1], expected, atol=1e-12, rtol=0)
+
+
+def test_a_rotary_head_set_to_look_one_back():
+    model = tiny_model(
+        n_layers=1, n_heads=1, positional_embedding_type="rotary", normalization_type=None, dtype=torch.float64
+    )
+    attn = model.blocks[0].attn
+    with torch.no_grad():  # constant query and key; the query turned on by one step, so that distance 1 scores highest
+        for p in (attn.W_Q, attn.W_K, attn.b_Q, attn.b_K):
+            p.zero_()
+        attn.b_K[0, 0] = attn.b_Q[0, 4] = 1.0
+        angle = torch.tensor(1.0, dtype=torch.float64)
+        attn.b_Q[0, 0], attn.b_Q[0, 4] = 10 * angle.cos(), -10 * angle.sin()
+        attn.b_K[0, 0] = 1.0
+    found = position_scores(model, n_pos=4)
+    kernel = [float(found.scores[0, 0, p, p - 1] - found.scores[0, 0, p, p]) for p in range(1, 4)]
+    assert kernel[0] == pytest.approx(kernel[1]) == pytest.approx(kernel[2])  # of the distance alone
+    assert found.share[0, 0] == 1.0 and kernel[0] > 0
+
+
+def test_bad_input_says_what_would_work():
+    model = tiny_model()
+    text = repeated_tokens(model, 2)
+    with pytest.raises(InputError, match="layers 0 to 1"):
+        mediation(model, text.tokens, text.metric(), [(5, 0)])
+    with pytest.raises(InputError, match="twice"):
+        redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 0)])
+    with pytest.raises(InputError, match="equal lengths"):
+        redundancy(model, text.tokens, text.metric(), [(0, 0)], reference=text.tokens[:, :4])
+    with pytest.raises(InputError, match="post-norm"):
+        mediation(tiny_model(block="post"), text.tokens, text.metric(), [(0, 0)])
+    with pytest.raises(InputError, match="without a position signal"):
+        position_scores(tiny_model(positional_embedding_type="none"))
+    with pytest.raises(InputError, match="queries are normalised"):
+        position_scores(tiny_model(qk_norm="RMS"))

@@ -1,0 +1,120 @@
+"""Which path carries how much: in models where it is known, and against the sweeps that it is made of."""
+
+import pytest
+import torch
+
+import hooklens as hl
+from hooklens.plugins.patching.flow import Choice
+from hooklens.plugins.patching.information_flow import information_flow
+from hooklens.plugins.patching.path import path_patch_edges
+from hooklens.statistics import halves
+from hooklens.testing import induction_model, tiny_model
+
+N = 8
+FIRST = torch.tensor([[a, 1 + a % 2, 4, 9, a] for a in (3, 5, 6, 7, 8, 10, 3, 5)])
+CLEAN, CORRUPTED = FIRST, FIRST.clone()
+CORRUPTED[:, 0] = 0  # the head that looks back no longer tells what came before the answer
+ANSWER, WRONG = CLEAN[:, 1].tolist(), [4] * N
+
+
+def flow(model, **changes):
+    metric = changes.pop("metric", None) or hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
+    arguments = {"choice": Choice(per_receiver=2, draws=19)} | changes
+    return information_flow(model, CLEAN, CORRUPTED, metric, **arguments)
+
+
+def test_in_an_induction_model_the_previous_token_head_carries_all_to_the_keys():
+    found = flow(induction_model(), receivers=[("k", 1, 1), "final"], senders="heads")
+    shares = dict(zip(found.paths, found.share.tolist(), strict=True))
+    assert shares["L0H0 to L1H1.k"] == pytest.approx(1, abs=1e-5)
+    assert shares["L1H1 to final"] == pytest.approx(1, abs=1e-5)
+    assert shares["L0H1 to L1H1.k"] == 0
+    p = dict(zip(found.paths, found.p.tolist(), strict=True))
+    # turned, L0H0 tells the keys nothing they can use; a sender that changes nothing is reached by every draw
+    assert p["L0H0 to L1H1.k"] == p["L1H1 to final"] == pytest.approx(1 / 20) and p["L0H1 to L1H1.k"] == 1
+    of = dict(zip(found.paths, found.of_receiver.tolist(), strict=True))
+    assert of["L0H0 to L1H1.k"] == pytest.approx(1, abs=1e-5)
+    assert found.order()[0] in (0, 2) and found.halved and len(found.gap) == N // 2
+
+
+def test_each_number_is_that_of_the_sweeps_it_is_made_of():
+    model = tiny_model(n_layers=3, dtype=torch.float64)
+    group = torch.arange(N) // 2
+    found = flow(model, receivers=[("q", 2, 0), "MLP1"], group=group)
+    first, second = halves(N, group=group, seed=0)
+    for receiver, name in ((("q", 2, 0), "L2H0.q"), ("MLP1", "MLP1")):
+        metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
+        sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=receiver, group=group)
+        chosen = sweep.of_pairs(first).order()[:2]
+        columns = [i for i, path in enumerate(found.paths) if path.endswith(f"to {name}")]
+        assert [found.paths[i] for i in columns] == [f"{sweep.senders[i]} to {name}" for i in chosen]
+        torch.testing.assert_close(found.moved[:, columns], sweep.moved[second][:, chosen], atol=1e-9, rtol=1e-9)
+    whole = hl.patch(model, CLEAN, CORRUPTED, metric, site="q")
+    moved = (whole.per_pair[:, 2, 0] - whole.corrupted_per_pair)[second]
+    torch.testing.assert_close(found.whole[:, 0], moved, atol=1e-9, rtol=1e-9)
+    mlp = hl.patch(model, CLEAN, CORRUPTED, metric, site="mlp_out", by="layer")
+    moved = (mlp.per_pair[:, 1] - mlp.corrupted_per_pair)[second]
+    torch.testing.assert_close(found.whole[:, 2], moved, atol=1e-9, rtol=1e-9)
+    assert torch.equal(found.group, group[second])
+
+
+def test_receivers_of_one_name_are_patched_together():
+    model = tiny_model(n_layers=3, dtype=torch.float64)
+    found = flow(model, receivers={"queries": [("q", 2)], "rest": "final"})
+    metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
+    both = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=[("q", 2)])
+    _, second = halves(N, seed=0)
+    sender = both.senders.index(found.paths[0].removesuffix(" to queries"))
+    torch.testing.assert_close(found.moved[:, 0], both.moved[second, sender], atol=1e-9, rtol=1e-9)
+    assert found.receivers == ["queries"] * 2 + ["rest"] * 2
+    torch.testing.assert_close(found.whole[:, 2], found.gap, atol=1e-9, rtol=1e-9)
+
+
+def test_a_plain_function_is_asked_about_all_pairs():
+    model = tiny_model(dtype=torch.float64)
+    answers = torch.tensor(ANSWER)
+
+    def metric(logits):
+        assert len(logits) == N
+        return logits[torch.arange(N), -1, answers] - logits[:, -1, 4]
+
+    one, other = flow(model, receivers=("q", 1, 0)), flow(model, receivers=("q", 1, 0), metric=metric)
+    torch.testing.assert_close(one.moved, other.moved, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(one.whole, other.whole, atol=1e-9, rtol=1e-9)
+    assert one.paths == other.paths
+
+
+def test_a_single_pair_is_reported_as_what_it_is():
+    model = induction_model()
+    metric = hl.logit_diff(model, answer=1, wrong_answer=4)
+    one = information_flow(
+        model, [[3, 1, 4, 9, 3]], [[0, 1, 4, 9, 3]], metric, receivers="final", senders=[(1, 1)], choice=Choice(draws=3)
+    )
+    assert not one.halved and bool(one.interval()[0].isnan().all()) and bool(one.typical.isnan().all())
+    assert one.share.tolist() == pytest.approx([1.0], abs=1e-5) and one.figure().data[0].type == "bar"
+
+
+def test_prompts_that_do_not_differ_carry_nothing():
+    model = tiny_model()
+    metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
+    same = information_flow(model, CLEAN, CLEAN, metric, receivers="final", choice=Choice(draws=3))
+    assert not same.defined and bool(same.share.isnan().all()) and bool((same.p == 1).all())
+
+
+def test_choosing_on_fewer_pairs_leaves_those_that_report():
+    model = tiny_model(dtype=torch.float64)
+    few = flow(model, receivers="final", choice=Choice(per_receiver=1, draws=3, choose_on=1))
+    _, second = halves(N, seed=0)
+    metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
+    sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric)
+    column = sweep.senders.index(few.paths[0].removesuffix(" to final"))
+    torch.testing.assert_close(few.moved[:, 0], sweep.moved[second, column], atol=1e-9, rtol=1e-9)
+
+
+def test_options_that_make_no_sense_are_refused():
+    with pytest.raises(hl.HooklensError, match="draws is a whole number of at least 1, got 0"):
+        Choice(draws=0)
+    with pytest.raises(hl.HooklensError, match="are no pairs"):
+        information_flow(tiny_model(), [[1, 2]], [[1, 2], [1, 3]], lambda x: x[:, 0, 0], receivers="final")
+    with pytest.raises(hl.HooklensError, match=r"no sender reaches L0H0\.q"):
+        flow(tiny_model(), receivers=("q", 0, 0))

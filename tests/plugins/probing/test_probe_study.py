@@ -1,0 +1,208 @@
+"""What a study of all layers says where the answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from hooklens.core.errors import InputError
+from hooklens.data.jsonl import read_texts_file
+from hooklens.plugins.probing.folds import make_folds
+from hooklens.plugins.probing.gather import Activations, gather
+from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
+from hooklens.plugins.probing.study import ProbeStudy
+from hooklens.plugins.probing.task import read_task
+from hooklens.plugins.probing.train import _study, probe_texts, train_probe
+from hooklens.pretrained.tokenizer import tiny_tokenizer
+from hooklens.testing import tiny_model
+
+VOCAB = 60
+
+
+def planted(strength: float = 4.0, **changes):
+    """A model whose odd tokens carry a unit vector, which every later layer hands on."""
+    model = tiny_model(d_vocab=VOCAB, d_model=16, dtype=torch.float64, **changes)
+    where = torch.randn(16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    where /= where.norm()
+    with torch.no_grad():
+        model.W_E.copy_(model.W_E - (model.W_E @ where)[:, None] * where)
+        model.W_E[1::2] += strength * where
+    return model, where
+
+
+def odd_last(n: int = 120, seed: int = 0):
+    """Random prompts, read at a last token that is told by its group: no token stands in two folds."""
+    tokens = torch.randint(VOCAB, (n, 3), generator=torch.Generator().manual_seed(seed))
+    return tokens, [int(row[-1]) % 2 for row in tokens], [int(row[-1]) for row in tokens]
+
+
+@pytest.mark.parametrize("kind", PROBES.values(), ids=lambda kind: kind.name)
+def test_a_planted_direction_is_found(kind):
+    model, where = planted(20.0)
+    tokens, label, group = odd_last()
+    probe, study = train_probe(
+        model, read_task(model, tokens, label, group=group), site=("resid_pre", 0), kind=kind, null_draws=9
+    )
+    assert study.accuracy == 1.0 and study.p == pytest.approx(0.1)
+    cosine = float(probe.direction @ where)
+    assert cosine > 0.99
+    x = gather(model, tokens, site=("resid_pre", 0)).x[0]
+    assert torch.equal(probe.predict(x), torch.tensor(label))
+    assert probe.gap == pytest.approx(20.0 * cosine, rel=0.1)
+
+
+def test_the_embedding_baseline_says_where_it_was_already():
+    model, _ = planted(20.0)
+    tokens, label, group = odd_last()
+    task = read_task(model, tokens, label, group=group)
+    _, study = train_probe(model, task, null_draws=1)
+    assert float(study.embed.mean()) == 1.0
+    beyond = study.table().rows[-1]
+    assert beyond[0] == "minus the better embedding" and beyond[1] <= 0.0
+
+
+def test_random_labels_are_at_chance():
+    model = tiny_model(d_vocab=VOCAB)
+    tokens = torch.randint(VOCAB, (200, 4), generator=torch.Generator().manual_seed(1))
+    p = []
+    for seed in range(6):
+        label = torch.randint(2, (200,), generator=torch.Generator().manual_seed(seed)).tolist()
+        _, study = train_probe(model, read_task(model, tokens, label), kind=MassMean(), null_draws=39, seed=seed)
+        assert abs(study.accuracy - 0.5) < 0.12
+        assert abs(float(study.null.mean()) - 0.5) < 0.03
+        p.append(study.p)
+    assert min(p) > 1 / 40 and max(p) > 0.3
+
+
+def noise(n: int = 60, points: int = 30, seed: int = 0):
+    """Activations of many layers that say nothing, and the task that was asked of them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(points, n, 5, generator=generator, dtype=torch.float64)
+    ids = torch.arange(n)
+    names = [f"blocks.{i}.hook_resid_post" for i in range(points)]
+    task = read_task(tiny_model(d_vocab=n), ids[:, None], [i % 2 for i in range(n)])
+    return Activations(x, names, ids, ids, torch.zeros_like(ids), ids, x[0], x[1]), task
+
+
+def test_the_best_of_many_layers_is_not_what_is_reported():
+    """At 30 layers of noise the best one lies far above chance; the one that was chosen inside does not."""
+    best, inside = [], []
+    for seed in range(8):
+        acts, task = noise(seed=seed)
+        study = _study(acts, task, MassMean(), make_folds(task.label, acts.group, seed=seed), 1, seed)
+        best.append(float(study.correct.mean(1).max()))
+        inside.append(study.accuracy)
+        assert study.best == int(study.correct.mean(1).argmax())
+    assert sum(best) / 8 > 0.6
+    assert abs(sum(inside) / 8 - 0.5) < 0.06
+
+
+def test_the_layer_is_chosen_without_the_test_examples():
+    acts, task = noise()
+    folds = make_folds(task.label, acts.group)
+    before = _study(acts, task, MassMean(), folds, 1, 0)
+    x = acts.x.clone()
+    x[:, folds[2].test] += 100 * torch.randn(30, len(folds[2].test), 5, dtype=torch.float64)
+    moved = Activations(x, acts.points, acts.token, acts.prompt, acts.pos, acts.group, acts.embed, acts.context)
+    after = _study(moved, task, MassMean(), folds, 1, 0)
+    assert after.chosen[2] == before.chosen[2]
+    assert not torch.equal(after.chosen, before.chosen)
+
+
+def test_predictions_are_scikit_learns_on_the_same_folds():
+    model = tiny_model(d_vocab=VOCAB)
+    tokens, label, group = odd_last()
+    task = read_task(model, tokens, label, group=group)
+    _, study = train_probe(model, task, null_draws=1)
+    folds = [(fold.train, fold.test) for fold in make_folds(task.label, task.group)]
+    peer = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=10_000))
+    for x, right in zip(gather(model, task).x, study.correct, strict=True):
+        said = cross_val_predict(peer, x.double().numpy(), task.label.numpy(), cv=folds)
+        assert np.array_equal(right.bool().numpy(), said == task.label.numpy())
+
+
+def test_nested_right_and_wrong_are_those_of_the_chosen_points():
+    model = tiny_model(d_vocab=VOCAB)
+    tokens, label, group = odd_last()
+    _, study = train_probe(model, read_task(model, tokens, label, group=group), null_draws=3)
+    for i, fold in enumerate(study.fold.tolist()):
+        assert study.nested[i] == study.correct[study.chosen[fold], i]
+    assert study.accuracy == pytest.approx(float((study.prob.argmax(1) == study.label).double().mean()))
+    low, high = study.interval()
+    assert low <= study.accuracy <= high
+    torch.testing.assert_close(study.prob.sum(1), torch.ones(120))
+
+
+def test_the_control_task_can_be_memorised_and_selectivity_is_what_is_left():
+    """Tokens that come back: a probe with room remembers a random label of each, which is no skill of the model."""
+    model = tiny_model(d_vocab=12, d_model=32)
+    tokens = torch.randint(12, (240, 3), generator=torch.Generator().manual_seed(0))
+    label = [int(row[-1]) % 2 for row in tokens]
+    task = read_task(model, tokens, label)
+    _, study = train_probe(model, task, kind=Logistic(c=1.0), null_draws=1)
+    assert study.control_by == "token"
+    assert float(study.control.mean()) > 0.95 and study.selectivity < 0.06
+    assert study.accuracy > 0.95
+
+
+def test_without_types_that_come_back_there_is_no_control_task():
+    model = tiny_model(d_vocab=200)
+    study = probe_texts(model, torch.arange(40)[:, None], [i % 2 for i in range(40)], kind=MassMean())
+    assert study.control_by is None and bool(study.control.isnan().all())
+    assert np.isnan(study.selectivity) and "none recurs" in str(study.table()) and study.figure().data
+
+
+def test_several_classes():
+    model = tiny_model(d_vocab=VOCAB, d_model=32)
+    tokens = torch.randint(VOCAB, (300, 2), generator=torch.Generator().manual_seed(0))
+    task = read_task(model, tokens, ["abc"[int(row[-1]) % 3] for row in tokens])
+    _, study = train_probe(model, task, kind=Logistic(c=1.0), site=("resid_post", 0), null_draws=1)
+    assert study.classes == ["a", "b", "c"] and study.prob.shape == (300, 3)
+    assert study.probe(study.weight).shape == (3, 3)
+    assert study.accuracy > 0.6 and study.calibration.figure().data
+
+
+def test_texts_of_a_file_of_ones_own(tmp_path):
+    model = tiny_model(d_vocab=300)
+    model.tokenizer = tiny_tokenizer("good bad day night")
+    lines = [
+        f'{{"text": "{day} {i} {word}", "label": {str(word == "good").lower()}, "group": {i}}}'
+        for i in range(12)
+        for day in ("day", "night")
+        for word in ("good", "bad")
+    ]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(lines))
+    file = read_texts_file(path)
+    study = probe_texts(model, file.text, file.label, group=file.group, kind=MassMean())
+    assert study.classes == ["False", "True"] and int(study.group.max()) == 11 and study.accuracy > 0.8
+
+
+def test_a_study_is_a_result(tmp_path):
+    model = tiny_model(d_vocab=VOCAB)
+    tokens, label, _ = odd_last()
+    study = probe_texts(model, tokens, label, kind=MassMean(), site="z")
+    study.save(tmp_path / "study.safetensors")
+    back = ProbeStudy.load(tmp_path / "study.safetensors")
+    assert str(back.table()) == str(study.table()) and torch.equal(back.probe.weight, study.probe.weight)
+    assert len(study.top(1)) == 1 and study.top(1).rows[0][0] == study.point
+    assert len(study.figure().data) == 6 and len(repr(study)) < 1200
+    assert study.probe.point == study.point and "z" in study.point
+
+
+def test_errors_say_what_would_work():
+    model = tiny_model()
+    rows = [[1, 2], [3, 4], [5, 6], [7, 8]]
+    with pytest.raises(InputError, match="one entry a prompt, got 3"):
+        read_task(model, rows, [0, 1, 0])
+    with pytest.raises(InputError, match="all"):
+        read_task(model, rows, [1, 1, 1, 1])
+    with pytest.raises(InputError, match="at most 20"):
+        read_task(model, [[i % 11, i // 11] for i in range(30)], [i / 3 for i in range(30)])
+    with pytest.raises(InputError, match="position 2 of prompt 0"):
+        read_task(model, rows, [0, 1, 0, 1], pos=2)
+    with pytest.raises(InputError, match="at least two groups"):
+        probe_texts(model, rows, [0, 1, 0, 1], group=["a", "b", "a", "b"])

@@ -1,0 +1,232 @@
+"""Adding and ablating directions: against hooks by hand, against recomputing whole prompts, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model.zoo import TOKENS, ZOO, zoo_model
+
+from hooklens.core.errors import InputError, NameNotFound, WrongType
+from hooklens.plugins.steering.steer import ablate_direction, project_out, steer, stream_sites
+from hooklens.testing import tiny_model
+
+CAUSAL = sorted(set(ZOO) - {"bidirectional"})
+GENERATING = ["gpt2", "llama", "gemma2", "neox", "post", "window", "linear_attention"]
+#: Positions as they are given while generating, and as numbers once a prompt of n tokens is part of a longer one.
+POSITIONS = [
+    ("all", lambda n: "all"),
+    ("prompt", lambda n: slice(0, n)),
+    ("generated", lambda n: slice(n, None)),
+    (slice(-1, None), lambda n: slice(n - 1, None)),
+    (slice(1, -1), lambda n: slice(1, n - 1)),
+    (slice(2, 5), lambda n: slice(2, 5)),
+    (-2, lambda n: n - 2),
+    ([0, 5, -1], lambda n: [0, 5, n - 1]),
+]
+
+
+def direction(width=8, seed=0):
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_adding_at_coefficient_0_changes_nothing_bit_for_bit(name):
+    model = zoo_model(name)
+    plain = model(TOKENS)
+    with steer(model, direction(), 0.0, site="resid_post"):
+        assert torch.equal(model(TOKENS), plain)
+    with steer(model, direction(), torch.tensor([0.0, 2.0]), site=("resid_pre", 0)):
+        rows = model(TOKENS)
+    assert torch.equal(rows[0], plain[0]) and not torch.allclose(rows[1], plain[1])
+
+
+def test_generation_at_coefficient_0_is_bit_for_bit_the_unsteered_one():
+    model = tiny_model()
+    logits = [model.generate([[1, 2, 3], [4]], 6, capture={5: "unembed.hook_out"}) for _ in "a"]
+    with steer(model, direction(), 0, site="resid_post", positions="generated"):
+        logits.append(model.generate([[1, 2, 3], [4]], 6, capture={5: "unembed.hook_out"}))
+    a, b = (one.caches[5]["unembed.hook_out"] for one in logits)
+    assert torch.equal(a, b) and all(map(torch.equal, logits[0].new_tokens, logits[1].new_tokens))
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out", "post"])
+def test_adding_is_the_hook_written_by_hand(site):
+    model = zoo_model("llama", dtype=torch.float64)
+    v = direction(32 if site == "post" else 8)
+    expected = model.run_with_hooks(TOKENS, fwd_hooks=[((site, 1), lambda act, hook: act + 2.5 * v)])
+    with steer(model, v, 2.5, site=(site, 1)):
+        assert torch.equal(model(TOKENS), expected)
+    assert torch.equal(model.run_with_hooks(TOKENS, fwd_hooks=steer(model, v, 2.5, site=(site, 1)).hooks), expected)
+
+
+def test_a_direction_a_layer_goes_to_its_own_layer():
+    model = zoo_model("gpt2", dtype=torch.float64)
+    each = torch.stack([direction(seed=1), direction(seed=2)])
+    hooks = [(("resid_post", layer), lambda act, hook, v=each[layer]: act + v) for layer in range(2)]
+    expected = model.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    with steer(model, each, site="resid_post"):
+        assert torch.equal(model(TOKENS), expected)
+
+
+@pytest.mark.parametrize(("positions", "absolute"), POSITIONS, ids=lambda one: str(one))
+@pytest.mark.parametrize("name", GENERATING)
+def test_steering_in_generation_equals_steering_by_recomputing_whole_prompts(name, positions, absolute):
+    """Also for prompts of different lengths, which generation pads on the left."""
+    model, prompts = zoo_model(name, dtype=torch.float64), [[1, 5, 2, 7], [3, 9], [4, 4, 10]]
+    steps = 5
+    wanted = dict.fromkeys(range(steps), "unembed.hook_out")
+    with steer(model, direction(), 1.5, site=("resid_pre", 1), positions=positions):
+        out = model.generate(prompts, steps, stop=(), capture=wanted)
+    plain = model.generate(prompts, steps, stop=(), capture=wanted)
+    moved = 0.0
+    for row, prompt in enumerate(prompts):
+        n, whole = len(prompt), out.tokens[row][None]
+        with steer(model, direction(), 1.5, site=("resid_pre", 1), positions=absolute(n)):
+            expected = model.run_with_cache(whole, names="unembed.hook_out")[1]["unembed.hook_out"]
+        for step in range(steps):
+            seen = out.caches[step]["unembed.hook_out"][row, -1]
+            torch.testing.assert_close(seen, expected[0, n - 1 + step], atol=1e-10, rtol=1e-10)
+            moved = max(moved, float((seen - plain.caches[step]["unembed.hook_out"][row, -1]).abs().max()))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize(("positions", "absolute"), POSITIONS, ids=lambda one: str(one))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_takes_no_position(side, positions, absolute):
+    model, rows = zoo_model("llama", dtype=torch.float64), [[1, 5, 2, 7, 3, 6], [3, 9, 4]]
+    short = [*rows[1], 0, 0, 0] if side == "right" else [0, 0, 0, *rows[1]]
+    tokens, mask = torch.tensor([rows[0], short]), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    mask[1] = mask[1] if side == "right" else mask[1].flip(0)
+    with steer(model, direction(), 1.5, site="resid_mid", positions=positions):
+        both = model(tokens, attention_mask=mask)
+        one_by_one = [model([row]) for row in rows]
+    torch.testing.assert_close(both[:1], one_by_one[0], atol=1e-10, rtol=1e-10)
+    real = both[1:, :3] if side == "right" else both[1:, 3:]
+    torch.testing.assert_close(real, one_by_one[1], atol=1e-10, rtol=1e-10)
+
+
+def test_a_coefficient_a_row_is_the_rows_one_by_one():
+    model = zoo_model("gpt2", dtype=torch.float64)
+    with steer(model, direction(), torch.tensor([1.0, -3.0]), site="resid_post", positions=[1, 2]):
+        both = model(TOKENS)
+    for row, amount in enumerate((1.0, -3.0)):
+        with steer(model, direction(), amount, site="resid_post", positions=[1, 2]):
+            torch.testing.assert_close(both[row : row + 1], model(TOKENS[row : row + 1]), atol=1e-10, rtol=1e-10)
+
+
+def test_an_edit_may_be_entered_again_and_leaves_nothing_when_something_raises():
+    model, plain = tiny_model(), tiny_model()(TOKENS)
+    edit = steer(model, direction(), 2.0, site="resid_post")
+    with edit:
+        once = model(TOKENS)
+        with edit:
+            twice = model(TOKENS)
+    with pytest.raises(RuntimeError), edit:
+        raise RuntimeError
+    with edit:
+        assert torch.equal(model(TOKENS), once)
+    assert not torch.allclose(once, twice) and torch.equal(model(TOKENS), plain)
+
+
+def test_a_direction_can_be_optimised():
+    model = tiny_model(dtype=torch.float64)
+    v = direction().requires_grad_()
+    with steer(model, v, 2.0, site=("resid_post", 0)):
+        loss = model([[1, 2, 3]])[0, -1, 4]
+    (grad,) = torch.autograd.grad(loss, v)
+    assert grad.abs().max() > 0 and all(p.grad is None for p in model.parameters())
+
+
+# -- ablation
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 9999), width=st.integers(1, 12))
+def test_projecting_out_leaves_no_component_and_does_nothing_twice(seed, width):
+    x, v = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).unbind()
+    left = project_out(x, v[0])
+    assert (left @ v[0]).abs().max() <= 1e-12 * x.norm() * v[0].norm()
+    torch.testing.assert_close(project_out(left, 5 * v[0]), left, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(left + (x - left), x)
+    assert (left.norm(dim=-1) <= x.norm(dim=-1) + 1e-12).all()
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if not name.startswith("post")])
+def test_an_ablated_direction_has_no_projection_at_any_stream_site(name):
+    model, v = zoo_model(name, dtype=torch.float64), direction()
+    with ablate_direction(model, v):
+        _, cache = model.run_with_cache(TOKENS, names=stream_sites(model))
+        out = model.generate([[1, 2, 3], [4]], 4, stop=(), capture={2: "resid_post"})
+    for seen in (*cache.values(), *out.caches[2].values()):
+        assert (seen @ v).abs().max() < 1e-12 * seen.norm() * v.norm()
+    assert max(float((act @ v).abs().max()) for act in model.run_with_cache(TOKENS, "resid_post")[1].values()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2_bias_everywhere", "llama", "neox", "attn_only", "no_norm"])
+def test_ablating_everywhere_equals_weights_that_cannot_write_the_direction(name):
+    """Arditi et al. (2024), appendix E. Tied embeddings come apart first: only what writes is changed."""
+    model, v = zoo_model(name, dtype=torch.float64, tie_word_embeddings=False), direction()
+    with ablate_direction(model, v):
+        ablated = model(TOKENS)
+    edited = zoo_model(name, dtype=torch.float64, tie_word_embeddings=False)
+    with torch.no_grad():
+        edited.W_E.copy_(project_out(edited.W_E, v))
+        if edited.pos_embed is not None:
+            edited.W_pos.copy_(project_out(edited.W_pos, v))
+        for block in edited.blocks:
+            for layer in (block.attn.o, *([] if block.mlp is None else [block.mlp.out])):
+                layer.weight.copy_(project_out(layer.weight.T, v).T)
+                if layer.bias is not None:
+                    layer.bias.copy_(project_out(layer.bias, v))
+    torch.testing.assert_close(ablated, edited(TOKENS), atol=1e-10, rtol=1e-10)
+
+
+def test_ablating_at_one_site_is_the_hook_written_by_hand():
+    model, v = zoo_model("gpt2", dtype=torch.float64), direction()
+    unit = v / v.norm()
+    hand = [(("mlp_out", 0), lambda act, hook: act - (act @ unit)[..., None] * unit)]
+    expected, plain = model.run_with_hooks(TOKENS, fwd_hooks=hand), model(TOKENS)
+    with ablate_direction(model, v, sites=("mlp_out", 0)):
+        torch.testing.assert_close(model(TOKENS), expected, atol=1e-12, rtol=1e-12)
+    with ablate_direction(model, v, positions=[]):
+        assert torch.equal(model(TOKENS), plain)
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"direction": torch.ones(7)}, InputError, "width 8, and the direction has 7"),
+        ({"direction": torch.ones(3, 8)}, InputError, "one a layer of the 2"),
+        ({"direction": torch.ones(8, dtype=torch.long)}, (WrongType, TypeError), "float tensor|'direction'"),
+        ({"direction": torch.full((8,), torch.nan)}, InputError, "finite"),
+        ({"coefficient": float("inf")}, InputError, "finite"),
+        ({"coefficient": torch.ones(2, 2)}, InputError, "one a row"),
+        ({"site": "z"}, InputError, "one vector stands at each position"),
+        ({"site": "pattern"}, InputError, "one vector stands at each position"),
+        ({"site": "resid_pos"}, NameNotFound, "resid_post"),
+        ({"positions": "generate"}, NameNotFound, "generated"),
+        ({"positions": slice(0, 4, 2)}, InputError, "no step"),
+        ({"positions": 1.5}, (WrongType, TypeError), "numbers or a slice|'positions'"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_with_a_reason(change, error, said):
+    given = {"direction": torch.ones(8), "coefficient": 1.0, "site": "resid_post", "positions": "all"} | change
+    with pytest.raises(error, match=said):
+        steer(tiny_model(), given.pop("direction"), given.pop("coefficient"), **given)
+
+
+def test_what_cannot_be_ablated_is_refused_with_a_reason():
+    with pytest.raises(InputError, match="points nowhere"):
+        ablate_direction(tiny_model(), torch.zeros(8))
+    with pytest.raises(InputError, match="post-norm"):
+        ablate_direction(zoo_model("post"), torch.ones(8))
+    with ablate_direction(zoo_model("post"), torch.ones(8), sites="attn_out") as edit:
+        assert "2 points" in repr(edit)
+    with (
+        pytest.raises(InputError, match="the batch has 2"),
+        steer(tiny_model(), torch.ones(8), torch.ones(3), site="embed") as e,
+    ):
+        e.model(TOKENS)

@@ -1,0 +1,418 @@
+"""Path patching by the engine gives the numbers of hooked forward passes, in every kind of model and semantics."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, tiny, tiny_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model.zoo import ZOO, zoo_model
+from path_loop import change_of, reference
+from torch import nn
+
+import hooklens as hl
+from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
+from hooklens.sweeps.execute_paths import execute_paths
+from hooklens.sweeps.nodes import Sender, read_receivers, read_senders
+from hooklens.sweeps.paths import EDGES, plan_paths, sent
+from hooklens.testing import induction_model, or_gate, tiny_model
+
+METHODS = {"edges": path_patch_edges, "fixed": path_patch_fixed, "frozen": path_patch_fixed_frozen}
+CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2], [8, 1, 1, 3, 2, 5]])
+CLEAN = torch.tensor([[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1, 2], [3, 1, 1, 3, 9, 5]])  # they part at 2, 4 and 0
+STREAMED = [name for name in ZOO if ZOO[name].get("block") != "post"]
+ATTN_ONLY = [name for name in STREAMED if ZOO[name].get("attn_only")]
+
+
+def own(logits):
+    """A metric that says nothing about what it reads: all positions, all tokens."""
+    weight = torch.linspace(-1, 1, logits[0].numel(), dtype=logits.dtype).view(logits[0].shape)
+    return (logits.log_softmax(-1) * weight).sum((1, 2))
+
+
+def senders_of(model):
+    layers, heads = range(model.cfg.n_layers), range(model.cfg.n_heads)
+    found = [("head", layer, head) for layer in layers for head in heads]
+    return found + ([] if model.cfg.attn_only else [("mlp", layer) for layer in layers]) + [("embed",)]
+
+
+def receiver_sets(model, semantics):
+    """One of each kind; several in one layer; several in several layers."""
+    last, mlp = model.cfg.n_layers - 1, not model.cfg.attn_only
+    sets = [[("final",)], [("q", last, 1)], [("k", last, 0), ("v", last, 0)]]
+    if last:
+        lower = [("q", 0, 0), ("mlp_in", 0)] if mlp else [("q", 0, 0), ("v", 0, 1)]
+        sets += [[("q", last - 1, 0)], [*lower, ("q", last, 0), ("v", last, 1)]]
+        sets += [[("mlp_in", last - 1), ("mlp_in", last)], [("mlp_in", 0), ("k", last, 1)]] if mlp else []
+    if semantics == "edges":
+        sets += [[*sets[-1], ("q", last, 0), ("final",)]]
+    return sets
+
+
+def agree(model, clean, corrupted, metric, semantics, receivers, *, value="clean", tolerance=1e-9):
+    """Run the engine with all senders, and hold it to hooked forward passes."""
+    asked = [one if len(one) > 1 else one[0] for one in receivers]
+    with hl.engine(verify=1, progress=False):
+        sweep = METHODS[semantics](
+            model, clean, corrupted, metric, receivers=asked, senders=["heads", *_mlps(model), "embed"], value=value
+        )
+    assert sweep.how == "engine" and not sweep.largest_error > tolerance
+    base, new = (corrupted, clean) if value == "clean" else (clean, corrupted)
+    for i, sender in enumerate(senders_of(model)):
+        expected = reference(model, base, new, metric, semantics, sender, receivers)
+        torch.testing.assert_close(sweep.per_pair[:, i], expected, atol=tolerance, rtol=tolerance)
+    return sweep
+
+
+def _mlps(model):
+    return [] if model.cfg.attn_only else ["mlps"]
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("name", STREAMED)
+def test_every_kind_of_model(name, semantics):
+    model = zoo_model(name, dtype=torch.float64)
+    read = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4)
+    for i, receivers in enumerate(receiver_sets(model, semantics)):
+        agree(model, CLEAN, CORRUPTED, own if i % 2 else read, semantics, receivers)
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_in_float32(name, semantics):
+    model = tiny(name)
+    corrupted = tiny_tokens(2, 9)
+    clean = corrupted.clone()
+    clean[0, 3], clean[1, 6] = 40, 41
+    metric = hl.logit_diff(model, answer=[7, 9], wrong_answer=[8, 10])
+    receivers = receiver_sets(model, semantics)[4]
+    agree(model, clean, corrupted, metric, semantics, receivers, value="corrupted", tolerance=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_and_every_set_of_receivers(name, semantics):
+    model = tiny(name, torch.float64)
+    corrupted = tiny_tokens(2, 9)
+    clean = corrupted.clone()
+    clean[0, 3], clean[1, 6] = 40, 41
+    metric = hl.logit_diff(model, answer=[7, 9], wrong_answer=[8, 10])
+    for receivers in receiver_sets(model, semantics):
+        for value in ("clean", "corrupted"):
+            agree(model, clean, corrupted, metric, semantics, receivers, value=value)
+            agree(model, clean, corrupted, own, semantics, receivers, value=value)
+
+
+# -- identities
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_with_all_receivers_the_edges_are_activation_patching(name):
+    model = zoo_model(name, dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    sweep = path_patch_edges(
+        model, CLEAN, CORRUPTED, metric, receivers="all", senders=["heads", *_mlps(model), "embed"]
+    )
+    n_layers, n_heads = sweep.shape
+    z = hl.patch(model, CLEAN, CORRUPTED, metric, site="z").per_pair.flatten(1)
+    embed = hl.patch(model, CLEAN, CORRUPTED, metric, site="resid_pre", by="layer").per_pair[:, :1]
+    parts = [z, embed]
+    if not model.cfg.attn_only:
+        parts.insert(1, hl.patch(model, CLEAN, CORRUPTED, metric, site="mlp_out", by="layer").per_pair)
+    torch.testing.assert_close(sweep.per_pair, torch.cat(parts, 1), atol=1e-9, rtol=1e-9)
+    assert n_layers * n_heads == z.shape[1]
+
+
+def test_with_all_receivers_fixed_they_are_not():
+    """A receiver holds what the sender alone changed, and does not see what other receivers made of it."""
+    model = zoo_model("gpt2", dtype=torch.float64, n_layers=3)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    everything = [r for r in read_receivers(model, "all") if r.kind != "final"]
+    whole = hl.patch(model, CLEAN, CORRUPTED, metric, site="z").per_pair.flatten(1)
+    for method in (path_patch_fixed, path_patch_fixed_frozen):
+        found = method(model, CLEAN, CORRUPTED, metric, receivers=everything, senders="heads").per_pair
+        assert float((found - whole).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "neox", "gemma2", "attn_only"])
+def test_with_one_receiver_and_frozen_mlps_fixed_is_edges(name):
+    model = zoo_model(name, dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    for receiver in ("final", ("q", 1, 1), ("v", 1, 0)):
+        one, other = (
+            f(model, CLEAN, CORRUPTED, metric, receivers=receiver) for f in (path_patch_edges, path_patch_fixed_frozen)
+        )
+        torch.testing.assert_close(one.per_pair, other.per_pair, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ATTN_ONLY)
+def test_without_mlps_there_is_nothing_to_recompute(name):
+    model = zoo_model(name, dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    for receiver in ("final", ("q", 1, 1)):
+        one, other = (
+            f(model, CLEAN, CORRUPTED, metric, receivers=receiver) for f in (path_patch_fixed, path_patch_fixed_frozen)
+        )
+        torch.testing.assert_close(one.per_pair, other.per_pair, atol=1e-12, rtol=1e-12)
+
+
+def test_to_the_logits_of_a_model_without_norms_an_edge_is_a_product():
+    model = zoo_model("no_norm", dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric)
+    direction = model.W_U[:, 3] - model.W_U[:, 4]
+    for i, sender in enumerate(senders_of(model)[:-1]):
+        expected = change_of(model, CORRUPTED, CLEAN, sender)[:, -1] @ direction
+        torch.testing.assert_close(sweep.moved[:, i], expected.detach(), atol=1e-9, rtol=1e-9)
+    whole = sweep.clean_per_pair - sweep.corrupted_per_pair
+    embed = path_patch_edges(model, CLEAN, CORRUPTED, metric, senders="embed").moved[:, 0]
+    torch.testing.assert_close(sweep.moved.sum(1) + embed, whole, atol=1e-9, rtol=1e-9)  # a sum without a rest
+
+
+def test_a_sender_that_is_all_of_the_stream_brings_the_other_runs_query():
+    model = zoo_model("llama", dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    for head in range(4):
+        path = path_patch_edges(model, CLEAN, CORRUPTED, metric, senders="embed", receivers=("q", 0, head))
+        whole = hl.patch(model, CLEAN, CORRUPTED, metric, site="q").per_pair[:, 0, head]
+        torch.testing.assert_close(path.per_pair[:, 0], whole, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+def test_the_same_prompt_twice_has_no_effect(semantics):
+    model = zoo_model("gemma3")
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    for receivers in ("final", [("q", 1, 0), ("v", 1, 0)]):
+        sweep = METHODS[semantics](model, CLEAN, CLEAN, metric, receivers=receivers)
+        assert torch.equal(sweep.per_pair, sweep.corrupted_per_pair[:, None].expand_as(sweep.per_pair))
+        assert not sweep.defined and bool(sweep.share.isnan().all())
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+def test_a_sender_after_every_receiver_has_no_effect(semantics):
+    model = zoo_model("gpt2", dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    sweep = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=[("q", 1, 0), ("mlp", 0)])
+    names = [name for name, reaches in zip(sweep.senders, sweep.reaches, strict=True) if reaches]
+    assert names == ["L0H0", "L0H1", "MLP0"]  # the MLP reads the heads of its layer, the query only what is below
+    assert bool((sweep.moved[:, ~sweep.reaches] == 0).all()) and bool((sweep.moved[:, sweep.reaches] != 0).all())
+    assert {row[0] for row in sweep.table(None).rows} == set(names)
+    assert int(sweep.grid(sweep.effect).isfinite().sum()) == 3
+
+
+def test_in_a_parallel_block_the_mlp_does_not_read_its_own_heads():
+    model = zoo_model("neox", dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers="MLP1")
+    assert sweep.reaches.tolist() == [True, True, False, False, True, False]
+
+
+# -- known answers
+
+
+def test_induction_goes_through_the_keys():
+    """The first token differs: the previous-token head tells the induction head's keys, and nobody else anything."""
+    model = induction_model(dtype=torch.float64)
+    clean, corrupted = torch.tensor([[3, 1, 4, 9, 3]]), torch.tensor([[5, 1, 4, 9, 3]])
+    metric = hl.logit_diff(model, answer=1, wrong_answer=4)
+    for method in METHODS.values():
+        by_keys = method(model, clean, corrupted, metric, receivers=("k", 1, 1), senders="heads")
+        torch.testing.assert_close(by_keys.share, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
+        for part in ("L1H1.q", "L1H1.v", "L1H0.k"):
+            assert not bool(method(model, clean, corrupted, metric, receivers=part, senders="heads").effect.any())
+    direct = path_patch_edges(model, clean, corrupted, metric, senders="heads")
+    torch.testing.assert_close(direct.share, torch.tensor([0, 0, 0, 1.0], dtype=torch.float64))
+
+
+def test_redundant_heads_hide_each_other_on_the_path_too():
+    """Either head of the gate is enough, so that one alone changes nothing that the MLP says."""
+    gate = or_gate(dtype=torch.float64)
+    with torch.no_grad():
+        gate.blocks[0].attn.b_V.zero_()
+        gate.W_E[1, 1] = 0.0
+        gate.blocks[0].attn.W_V[:, 0, 0] = 1.0
+        gate.W_E[1, 0] = 1.0
+        gate.blocks[0].mlp.W_in[0, 0] = -1.0
+    logit = lambda logits: logits[:, -1, 1]  # noqa: E731
+    on, off = torch.tensor([[1]]), torch.tensor([[0]])
+    # into the run in which the stream says 0 each head alone turns the gate on: 1 - relu(1 - 1)
+    sweep = path_patch_edges(gate, on, off, logit, receivers="MLP0", senders="heads")
+    assert sweep.corrupted == 0.0 and sweep.values.tolist() == [1.0, 1.0]
+    back = path_patch_edges(gate, on, off, logit, receivers="MLP0", senders="heads", value="corrupted")
+    assert back.clean == 1.0 and back.values.tolist() == [1.0, 1.0]
+
+
+# -- the engine
+
+
+@given(
+    n_pos=st.integers(2, 7),
+    at=st.integers(0, 6),
+    seed=st.integers(0, 5),
+    picks=st.lists(st.integers(0, 10**6), min_size=1, max_size=4),
+    memory=st.sampled_from([1, 20_000, 2**28]),
+    pos=st.integers(0, 6),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_receivers_prompts_and_memory(n_pos, at, seed, picks, memory, pos):
+    model = zoo_model("llama", dtype=torch.float64, n_layers=3)
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randint(11, (2, n_pos), generator=generator)
+    corrupted = clean.clone()
+    corrupted[0, at % n_pos] = (clean[0, at % n_pos] + 1) % 11
+    corrupted[1, -1] = (clean[1, -1] + 1) % 11
+    every = read_receivers(model, "all")
+    receivers = list(dict.fromkeys(every[pick % len(every)] for pick in picks))
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4, pos=pos % n_pos)
+    plan = plan_paths(model, corrupted, clean, read_senders(model, ["heads", "mlps", "embed"]), receivers, EDGES)
+    with hl.engine(memory=memory, progress=False, verify=0):
+        found = execute_paths(plan, metric).values
+    with hl.engine(plain=True, progress=False):
+        plain = execute_paths(plan, metric).values
+    torch.testing.assert_close(found, plain, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+def test_every_metric(semantics):
+    model = zoo_model("llama", dtype=torch.float64)
+    metrics = [
+        hl.prob(model, answer=[1, 2, 3]),
+        hl.logit_diff(model, answer=1, wrong_answer=2, pos=[2, -1, 4]),
+        hl.kl(model, CLEAN, pos=2),
+        hl.loss(model, CLEAN),
+        lambda logits: logits[:, 3, 1],
+    ]
+    for metric in metrics:
+        for receivers in ([("q", 1, 0)], [("q", 0, 1), ("v", 1, 0)]):
+            agree(model, CLEAN, CORRUPTED, metric, semantics, receivers)
+
+
+def test_a_metric_that_reads_before_the_change_has_no_effect():
+    model = zoo_model("gpt2", dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4, pos=1)
+    sweep = path_patch_edges(model, CLEAN[:2], CORRUPTED[:2], metric, receivers="all")
+    assert bool((sweep.moved == 0).all()) and sweep.computed == 0.0
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+def test_where_the_engine_must_not_be_used_the_loop_is(semantics):
+    model = zoo_model("gpt2", dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    for receivers in ("final", [("q", 1, 0), ("mlp", 1)]):
+        fast = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers)
+        with hl.engine(plain=True):
+            slow = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers)
+        assert fast.how == "engine" and slow.how == "plain loop: asked for"
+        torch.testing.assert_close(fast.per_pair, slow.per_pair, atol=1e-9, rtol=1e-9)
+        with model.hooks([("mlp_out", lambda act, hook: act * 1.5)]):
+            other = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers)
+            names = [("head", 0, 1), ("mlp", 0)]
+            asked = [("final",)] if receivers == "final" else [("q", 1, 0), ("mlp_in", 1)]
+            expected = [reference(model, CORRUPTED, CLEAN, metric, semantics, s, asked) for s in names]
+        assert other.how == "plain loop: other hooks are active on this model"
+        if semantics != "frozen":  # what is frozen there is frozen after the other hook
+            for name, value in zip(("L0H1", "MLP0"), expected, strict=True):
+                torch.testing.assert_close(other.per_pair[:, other.senders.index(name)], value, atol=1e-9, rtol=1e-9)
+
+
+class Doubled(nn.Module):
+    """A wrapped linear layer, as adapters make them: twice the layer plus a little of another."""
+
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.inner, self.weight = inner, inner.weight
+        self.bias = None
+        more = torch.randn(inner.weight.shape, generator=torch.Generator().manual_seed(3), dtype=inner.weight.dtype)
+        self.more = nn.Parameter(0.3 * more)
+
+    def forward(self, x):
+        return 2 * self.inner(x) + x @ self.more.T
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_layers_that_hold_an_adapter(name, semantics):
+    model = copy.deepcopy(zoo_model(name, dtype=torch.float64))
+    for block in model.blocks:
+        for part in ("q", "k", "v", "o"):
+            setattr(block.attn, part, Doubled(getattr(block.attn, part)))
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    agree(model, CLEAN, CORRUPTED, metric, semantics, [("q", 0, 1), ("q", 1, 0), ("v", 1, 1)])
+    agree(model, CLEAN, CORRUPTED, metric, semantics, [("q", 1, 0)])
+
+
+def test_pairs_of_several_lengths_come_back_in_order():
+    model = zoo_model("llama", dtype=torch.float64)
+    clean = [[1, 2, 3, 4], [5, 6, 7], [1, 3, 3, 4]]
+    corrupted = [[1, 2, 8, 4], [5, 9, 7], [1, 8, 3, 4]]
+    metric = hl.logit_diff(model, answer=[1, 2, 3], wrong_answer=[6, 7, 8])
+    whole = path_patch_edges(model, clean, corrupted, metric, receivers=("q", 1, 0))
+    for i in range(3):
+        alone = hl.logit_diff(model, answer=[i + 1], wrong_answer=[i + 6])
+        one = path_patch_edges(model, clean[i], corrupted[i], alone, receivers=("q", 1, 0))
+        torch.testing.assert_close(whole.per_pair[i], one.per_pair[0], atol=1e-9, rtol=1e-9)
+
+
+def test_a_turned_sender_sends_as_much_elsewhere():
+    model = zoo_model("gpt2", dtype=torch.float64)
+    senders = [Sender("head", 0, 1), Sender("head", 0, 1, 5), Sender("head", 0, 1, 5), Sender("head", 0, 1, 6)]
+    plan = plan_paths(model, CORRUPTED, CLEAN, senders, read_receivers(model, "final"), EDGES)
+    pair, pos = torch.arange(18) // 6, torch.arange(18) % 6
+    plain, five, again, six = (sent(plan, sender, pair, pos) for sender in senders)
+    assert torch.equal(five, again) and not torch.equal(five, six) and not torch.equal(plain, five)
+    torch.testing.assert_close(five @ five.T, plain @ plain.T, atol=1e-12, rtol=1e-12)  # lengths and angles stay
+
+
+# -- what is refused
+
+
+def refused(match, **changes):
+    model = changes.pop("model", None) or tiny_model()
+    arguments = {"receivers": "final", "method": path_patch_edges} | changes
+    method = arguments.pop("method")
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    with pytest.raises(hl.HooklensError, match=match):
+        method(model, [[1, 2, 3]], arguments.pop("corrupted", [[1, 4, 3]]), metric, **arguments)
+
+
+def test_what_cannot_be_exact_or_does_not_exist_is_refused():
+    refused("post-norm blocks normalise the stream itself", model=tiny_model(block="post"))
+    refused("nothing held below it could count", method=path_patch_fixed, receivers=["final", ("q", 1, 0)])
+    refused("no sender reaches L0H0.q: a path leads upwards", receivers=("q", 0, 0))
+    refused("no sender is called 'L0H', or|no sender is called 'L0H'", senders=["L0H"])
+    refused("no receiver is called 'L0H0.z'", receivers=["L0H0.z"])
+    refused("layer 7 was asked for as a receiver; there are layers 0 to 1", receivers=("q", 7, 0))
+    refused("head 5 of layer 1 was asked for as a receiver; there are heads 0 to 1", receivers=("q", 1, 5))
+    refused("head 5 of layer 1 was asked for as a sender; there are heads 0 to 1", senders=[(1, 5)])
+    grouped = tiny_model(n_heads=4, n_key_value_heads=2)
+    refused("there are key/value heads 0 to 1", model=grouped, receivers=("k", 1, 3))
+    refused("the MLP of layer 0 was asked for as a receiver", model=tiny_model(attn_only=True), receivers="MLP0")
+    refused("no value to send named 'zero'", value="zero")
+    refused("senders= names none", senders=[])
+    refused("receivers= names none", receivers=[])
+    refused("must tokenise to the same length", corrupted=[[1, 4, 3, 2]])
+
+
+def test_names_are_read_as_they_are_written():
+    model = tiny_model(n_heads=4, n_key_value_heads=2)
+    names = [r.name(grouped=True) for r in read_receivers(model, "all")]
+    assert [r.name(grouped=True) for r in read_receivers(model, names)] == names
+    senders = read_senders(model, ["heads", "mlps", "embed"])
+    assert read_senders(model, [s.name for s in senders]) == senders
+    assert read_receivers(model, [("q", -1)]) == read_receivers(model, [f"L1H{i}.q" for i in range(4)])
+    assert read_receivers(model, hl.site("k", 1)) == read_receivers(model, ["L1G0.k", "L1G1.k"])
+    assert read_senders(model, [(0, 1), ("mlp", 1)]) == read_senders(model, ["L0H1", "MLP1"])
+    assert read_senders(model, (0, 1)) == read_senders(model, "L0H1")
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+def test_a_metric_that_is_not_finite_says_where_it_began(semantics):
+    model = tiny_model()
+    model.W_in[1] = float("nan")
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    with pytest.raises(hl.HooklensError, match=r"finite from blocks\.1\.mlp\.hook_pre on"):
+        METHODS[semantics](model, CLEAN, CORRUPTED, metric)
+    with pytest.raises(hl.HooklensError, match="look at the metric"):
+        METHODS[semantics](tiny_model(), CLEAN, CORRUPTED, lambda logits: logits[:, -1, 0] * float("nan"))
