@@ -60,7 +60,13 @@ def test_an_example_runs_as_a_notebook(example, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "example", [path for path in EXAMPLES if "HOOKLENS_TINY" in path.read_text()], ids=lambda path: path.stem
+    "example",
+    [
+        pytest.param(path, marks=() if int(path.stem[:2]) < 4 else pytest.mark.untimed)
+        for path in EXAMPLES
+        if "HOOKLENS_TINY" in path.read_text()
+    ],
+    ids=lambda path: path.stem,
 )
 def test_an_example_runs_on_the_real_model(example, tmp_path):
     run(example, tmp_path)

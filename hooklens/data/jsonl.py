@@ -17,12 +17,12 @@ _REPORTED = 10  # bad lines that a message shows; the rest are counted
 
 @dataclass(frozen=True)
 class PromptPairs:
-    """Clean and corrupted prompts with their next tokens. Pairs of one `group` share something: see `statistics`."""
+    """Clean and corrupted prompts with their next tokens, as texts or as ids. Pairs of one `group` share something."""
 
-    clean: list[str]
-    corrupted: list[str]
-    answer: list[str]
-    wrong_answer: list[str]
+    clean: list[Any]
+    corrupted: list[Any]
+    answer: list[Any]
+    wrong_answer: list[Any]
     group: list[str]
 
     def __len__(self) -> int:

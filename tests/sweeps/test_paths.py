@@ -90,6 +90,7 @@ def test_families_in_float32(name, semantics):
     agree(model, clean, corrupted, metric, semantics, receivers, value="corrupted", tolerance=2e-4)
 
 
+@pytest.mark.untimed
 @pytest.mark.slow
 @pytest.mark.parametrize("semantics", METHODS)
 @pytest.mark.parametrize("name", FAMILIES)

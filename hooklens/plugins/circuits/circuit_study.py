@@ -95,5 +95,5 @@ def demo(model: "HookedTransformer") -> CircuitStudy:
     """Four pairs of token numbers, a circuit of at most twelve edges; any model, no tokenizer needed."""
     clean, corrupted, _ = demo_pairs(model, 4)
     answers = [int(x) for x in clean[:, 0]], [int(x) for x in corrupted[:, -1]]
-    pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(len(clean))])  # type: ignore[arg-type]
-    return study_circuit(model, pairs, edges=12, draws=20)
+    pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(len(clean))])
+    return study_circuit(model, pairs, edges=12)

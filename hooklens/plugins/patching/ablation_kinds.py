@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.data.prompts import Pairs, rows_of
-from hooklens.plugins.patching.activation import Mean, mean_of
+from hooklens.plugins.patching.values import Mean, mean_of
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -12,28 +12,22 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import Site
-from hooklens.data.prompts import Pairs, Prompts, common_ends, read_pairs, rows_of
+from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.grid import cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
+from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.result import Result, Table
 from hooklens.statistics import ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite
-from hooklens.sweeps.plan import SITES, base_run, grid, plan, settle_by, site_and_layer
+from hooklens.sweeps.plan import grid, plan, settle_by, site_and_layer
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _WORDS = ("clean", "corrupted", "zero", "mean")
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A value to write: the mean activation over reference prompts, by position where they are of that length."""
-
-    reference: Any
 
 
 Value = str | Mean | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
@@ -266,41 +260,6 @@ def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value:
     if isinstance(value, Tensor):
         return lambda act, name: value
     return value
-
-
-def mean_of(model, value: Mean, into: Tensor, site: str) -> dict[str, Tensor]:
-    """Position by position where the reference prompts have the patched prompts' length, else over all positions."""
-    names = [f"blocks.{layer}.{SITES[site].point}" for layer in range(model.cfg.n_layers)]
-    rows = rows_of(model, value.reference, "reference")
-    by_pos = all(len(row) == into.shape[1] for row in rows)
-    if site == "pattern" and not by_pos:
-        raise InputError("a mean pattern needs reference prompts of the patched prompts' length")
-    sums: dict[str, Tensor] = {}
-    for row in rows:  # one at a time: sums of every layer are held, never the activations of every prompt
-        _, cache = model.run_with_cache(row[None], names=names, stop_at_layer=model.cfg.n_layers)
-        for name in names:
-            found = cache[name] if by_pos else cache[name].sum(1, keepdim=True)
-            sums[name] = sums[name] + found if name in sums else found
-    n = len(rows) if by_pos else sum(map(len, rows))
-    return {name: total / n for name, total in sums.items()}
-
-
-def aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]:
-    """The other run's activations at the positions that both prompts share, the base run's own between."""
-    if site == "pattern":
-        raise InputError("patterns of prompts of different length cannot be matched; patch z, or re-word the prompts")
-    layers = range(model.cfg.n_layers)
-    mine, theirs = (base_run(model, tokens, site, layers).acts for tokens in (into, other))
-    names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
-    out = {}
-    for layer, name in names.items():
-        out[name] = mine[layer].clone()
-        for pair in range(len(into)):
-            first, last = common_ends(into[pair], other[pair])
-            out[name][pair, :first] = theirs[layer][pair, :first]
-            if last:
-                out[name][pair, -last:] = theirs[layer][pair, -last:]
-    return out
 
 
 def _other_run(

@@ -12,9 +12,10 @@ from hooklens.core.names import axes
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric, log_prob
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.activation import aligned, check_metric
+from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.attribution_result import AttributionPatching, Grid
 from hooklens.plugins.patching.grid import in_order, labels_of, shape_of
+from hooklens.plugins.patching.values import aligned
 from hooklens.statistics import group_numbers
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.measure import Reader

@@ -44,7 +44,7 @@ def test_the_circuit_is_in_the_weights():
 
 def test_the_taxonomy_of_smollm2_is_that_which_was_read_head_by_head():
     model = hl.load("smollm2-135m-instruct")
-    found = taxonomy(model, seed=3)
+    found = taxonomy(model, n=12, seed=3)
     labels = found.labels()
     assert labels[16][0] == "previous token" and labels[18][6] == labels[17][3] == "induction"
     assert labels[24][4] == "copy suppression"

@@ -158,6 +158,7 @@ def test_what_cannot_be_swept_is_refused_with_a_reason(change, said):
         swept(**change)
 
 
+@pytest.mark.untimed
 @pytest.mark.slow
 def test_smollm2_says_more_kind_words_along_a_direction_than_along_random_ones():
     from hooklens.plugins.steering.contrast import contrast_direction

@@ -68,7 +68,7 @@ def test_a_direction_a_layer_goes_to_its_own_layer():
         assert torch.equal(model(TOKENS), expected)
 
 
-@pytest.mark.parametrize(("positions", "absolute"), POSITIONS, ids=lambda one: str(one))
+@pytest.mark.parametrize(("positions", "absolute"), POSITIONS, ids=lambda one: "" if callable(one) else str(one))
 @pytest.mark.parametrize("name", GENERATING)
 def test_steering_in_generation_equals_steering_by_recomputing_whole_prompts(name, positions, absolute):
     """Also for prompts of different lengths, which generation pads on the left."""
@@ -90,7 +90,7 @@ def test_steering_in_generation_equals_steering_by_recomputing_whole_prompts(nam
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize(("positions", "absolute"), POSITIONS, ids=lambda one: str(one))
+@pytest.mark.parametrize(("positions", "absolute"), POSITIONS, ids=lambda one: "" if callable(one) else str(one))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_takes_no_position(side, positions, absolute):
     model, rows = zoo_model("llama", dtype=torch.float64), [[1, 5, 2, 7, 3, 6], [3, 9, 4]]
