@@ -16,6 +16,7 @@ from hooklens.model.mlp import MLP, GatedMLP
 from hooklens.model.norms import Norm, make_norm
 
 Stream = Float[Tensor, "batch pos d_model"]
+Vectors = Float[Tensor, "*lead d_model"]  # what norms take: one a position, or one a head there
 Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the chosen one
 
 
@@ -98,18 +99,18 @@ class Block(nn.Module):
     def before_mlp(self, x: Stream) -> Stream:
         return x if self.ln2 is None else self.ln2(x)
 
-    def attn_adds(self, raw: Stream) -> Stream:
+    def attn_adds(self, raw: Vectors) -> Vectors:
         """`attn_out`, from what the heads wrote."""
         return raw
 
-    def mlp_adds(self, raw: Stream) -> Stream:
+    def mlp_adds(self, raw: Vectors) -> Vectors:
         """`mlp_out`, from what the neurons wrote."""
         return raw
 
     def after_mid(self, mid: Stream) -> Stream:
         return mid
 
-    def quiet_norm(self, x: Float[Tensor, "batch pos head d_model"]) -> Float[Tensor, "batch pos head d_model"]:
+    def quiet_norm(self, x: Vectors) -> Vectors:
         """The norm that attention reads through, without its points."""
         return x if self.ln1 is None else self.ln1.fused(x)
 
@@ -155,10 +156,10 @@ class SandwichBlock(Block):
             self.ln2_post = make_norm(cfg.d_model, cfg.normalization_type)
             self.hook_mlp_out = HookPoint()
 
-    def attn_adds(self, raw: Stream) -> Stream:
+    def attn_adds(self, raw: Vectors) -> Vectors:
         return raw if self.ln1_post is None else self.ln1_post(raw)
 
-    def mlp_adds(self, raw: Stream) -> Stream:
+    def mlp_adds(self, raw: Vectors) -> Vectors:
         return raw if self.ln2_post is None else self.ln2_post(raw)
 
 
@@ -195,7 +196,7 @@ class PostNormBlock(Block):
         post = self.hook_resid_post(post)
         return post if self.ln2 is None else self.ln2(post)
 
-    def quiet_norm(self, x: Float[Tensor, "batch pos head d_model"]) -> Float[Tensor, "batch pos head d_model"]:
+    def quiet_norm(self, x: Vectors) -> Vectors:
         return x
 
 

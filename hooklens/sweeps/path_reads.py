@@ -34,7 +34,7 @@ class Cells:
         return (self.first[group.item][:, None] + at).flatten()
 
 
-def cells_of(plan: PathPlan, items: Sequence["Item"], where: Sequence[Int[Tensor, "pos"]]) -> Cells:
+def cells_of(plan: PathPlan, items: Sequence["Item"], where: Sequence[Int[Tensor, "_"]]) -> Cells:
     """Cells of items, each at its own positions; neighbours of one sender are worked on together."""
     device = plan.tokens.device
     lengths = torch.tensor([len(positions) for positions in where], device=device)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.model.config import Causal, MaskPart
@@ -80,7 +80,7 @@ class PackedContext(Context):
             offset += n * length
         return torch.cat(index)
 
-    def select(self, x: Float[Tensor, "one row ..."]) -> Float[Tensor, "one query ..."]:
+    def select(self, x: Shaped[Tensor, "one row ..."]) -> Shaped[Tensor, "one query ..."]:
         return x if self.index is None else x[:, self.index]
 
     def tables(self, made, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

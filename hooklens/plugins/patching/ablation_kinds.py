@@ -113,7 +113,7 @@ def _frozen(model: "HookedTransformer", kind: Freeze, groups: list[Pairs]) -> li
 
 
 def donors_of(
-    tokens: Tokens, pool: list[Int[Tensor, "other_pos"]], draws: int, generator: torch.Generator
+    tokens: Tokens, pool: list[Int[Tensor, "_"]], draws: int, generator: torch.Generator
 ) -> Int[Tensor, "draw prompt pos"]:
     """For every prompt, other prompts of its length from the pool, none twice before all were drawn."""
     same_length = [row for row in pool if len(row) == tokens.shape[1]]

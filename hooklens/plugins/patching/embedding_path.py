@@ -128,7 +128,7 @@ def _embedded(model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"]) -> 
     return model.run_with_cache(tokens, names="hook_embed", stop_at_layer=0)[1]["hook_embed"]
 
 
-def _of_one_length(rows: list[Int[Tensor, "pos"]]) -> Int[Tensor, "prompt pos"]:
+def _of_one_length(rows: list[Int[Tensor, "_"]]) -> Int[Tensor, "prompt pos"]:
     if len({len(row) for row in rows}) > 1:
         lengths = sorted({len(row) for row in rows})
         raise InputError(f"tokens are attributed prompt by prompt of one length, got {lengths}; take each length apart")

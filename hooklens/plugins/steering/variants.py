@@ -72,7 +72,7 @@ class Variants:
         with model.hooks(self.hooks(index.repeat_interleave(len(prompts)))):
             return model.generate([row for _ in index for row in prompts], **options)
 
-    def _chunks(self, tokens: int) -> Sequence[Int[Tensor, "row"]]:
+    def _chunks(self, tokens: int) -> Sequence[Int[Tensor, "_"]]:
         return torch.arange(self.n).split(max(1, _TOKENS_AT_ONCE // tokens))
 
     def _finals(

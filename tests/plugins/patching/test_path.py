@@ -89,7 +89,7 @@ def test_a_difference_that_could_be_chance_has_no_shares():
     unsure = sweep.of_pairs(torch.arange(4))
     unsure = PathSweep(**{**vars(unsure), "clean_per_pair": torch.tensor([1.0, -1.0, 1.0, -1.0])})
     assert not unsure.defined and bool(unsure.share.isnan().all()) and bool(unsure.recovered.isnan().all())
-    assert excludes_zero(torch.tensor([0.1, 0.2]), torch.zeros(2)) and not excludes_zero(
+    assert excludes_zero(torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.long)) and not excludes_zero(
         torch.zeros(2), torch.arange(2)
     )
 
