@@ -1,4 +1,4 @@
-"""Does the layer x head x position sweep give TransformerLens's numbers? One in `part` of the 2,880 patches is compared.
+"""Does the layer x head x position sweep give TransformerLens's numbers? One in `PART` of 2,880 patches is compared.
 
 Needs transformer-lens==3.9.0. Run: python -m benchmarks.sweeps_same_numbers
 """
