@@ -72,9 +72,22 @@ Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"hooklens {version('hooklens')}")
+        raise typer.Exit(OK)
+
+
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False) -> None:
-    """Options of every command; `_Group` reads them."""
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of every command; `_Group` reads `debug`, `_version` the other."""
 
 
 @app.command()

@@ -47,6 +47,11 @@ def test_help_has_an_example_for_every_command():
         assert "Example:" in done.output
 
 
+def test_version():
+    done = invoke("--version")
+    assert (done.exit_code, done.output.split()) == (0, ["hooklens", hl.__version__])
+
+
 def test_models_and_plugins_as_tables_and_as_json():
     assert "smollm2-135m-instruct" in invoke("models").output
     rows = json.loads(invoke("models", "--json").output)["rows"]

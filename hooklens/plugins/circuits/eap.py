@@ -88,8 +88,8 @@ def scored(
     total, squares = (torch.stack([part[i] for part in parts]).sum(0) for i in (2, 3))
     mean = total / n
     spread = (squares / n - mean.square()).clamp_min(0) * n / (n - 1) if n > 1 else torch.full_like(mean, torch.nan)
-    if bool(mean.isnan().any()):
-        raise InputError("some edge's score is NaN: the metric or its gradient is not finite; try hooklens check")
+    if not bool(mean.isfinite().all()):
+        raise InputError("some edge's score is not finite: the metric or its gradient is not; try hooklens check")
     ends = float(whole.mean()), float(empty.mean())
     name_of = model.cfg.model_name
     return EdgeScores(graph, mean, (spread / n).sqrt(), *ends, n, name, ablation, name_of, marks_of(groups))

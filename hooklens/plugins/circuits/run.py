@@ -110,9 +110,9 @@ class Bench:
         with torch.no_grad():
             whole = [self._of_model(group) for group in self.groups]
         self.model_per_pair = torch.cat(whole)[self.order]
-        if bool(self.model_per_pair.isnan().any()):
+        if not bool(self.model_per_pair.isfinite().all()):
             raise InputError(
-                "the metric of the model on the clean prompts is NaN; hooklens check shows where it begins"
+                "the metric of the model on the clean prompts is not finite; hooklens check shows where it begins"
             )
 
     def run(self, kept: OneOrMore) -> EdgeRuns:
@@ -135,8 +135,8 @@ class Bench:
                 values.append(torch.cat(found))
                 empty.append(runner.reader.base)
         per_pair, nothing = torch.cat(values, 1)[:, self.order], torch.cat(empty)[self.order]
-        if bool(nothing.isnan().any() | per_pair.isnan().any()):
-            raise InputError("the metric of the ablated run or of a circuit is NaN, though that of the model is not")
+        if not bool(nothing.isfinite().all() & per_pair.isfinite().all()):
+            raise InputError("the metric of the ablated run or of a circuit is not finite, though the model's own is")
         return EdgeRuns(per_pair, self.model_per_pair, nothing, self.ablation)
 
     def _of_model(self, group: Pairs) -> Float[Tensor, "pair"]:

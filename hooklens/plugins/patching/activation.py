@@ -16,6 +16,7 @@ from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.grid import cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
+from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.result import Result, Table
 from hooklens.statistics import ratio_interval
@@ -34,7 +35,7 @@ Value = str | Mean | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Ten
 
 
 @dataclass(frozen=True, eq=False)
-class PatchSweep(Result):
+class PatchSweep(TwoRuns, Result):
     """The metric after every patch of a grid, beside the metric of the two runs that are needed to read it."""
 
     per_pair: Float[Tensor, "pair *grid"]
@@ -54,16 +55,6 @@ class PatchSweep(Result):
     def values(self) -> Float[Tensor, "*grid"]:
         """The metric after each patch, mean over pairs."""
         return self.per_pair.mean(0)
-
-    @property
-    def clean(self) -> float:
-        """The metric of the clean run, mean over pairs."""
-        return float(self.clean_per_pair.mean())
-
-    @property
-    def corrupted(self) -> float:
-        """The metric of the corrupted run, mean over pairs."""
-        return float(self.corrupted_per_pair.mean())
 
     @property
     def recovered(self) -> Float[Tensor, "*grid"]:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.plugins.patching.grid import cell_name, draw_grid, largest_first
+from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.result import Result, Table
 from hooklens.statistics import correlation, mean_interval, rank_correlation
 
@@ -16,7 +17,7 @@ Grid = Float[Tensor, "*grid"]
 
 
 @dataclass(frozen=True, eq=False)
-class AttributionPatching(Result):
+class AttributionPatching(TwoRuns, Result):
     """The estimated effect of every patch of a grid, pair by pair, and exact effects of some cells as its control.
 
     `per_pair` is (clean - corrupted) . gradient at the corrupted run: the change of the metric if the metric were
@@ -33,16 +34,6 @@ class AttributionPatching(Result):
     exact_per_pair: Float[Tensor, "pair checked"]
     n_top: int
     group: Int[Tensor, "pair"]
-
-    @property
-    def clean(self) -> float:
-        """The metric of the clean run, mean over pairs."""
-        return float(self.clean_per_pair.mean())
-
-    @property
-    def corrupted(self) -> float:
-        """The metric of the corrupted run, mean over pairs."""
-        return float(self.corrupted_per_pair.mean())
 
     @property
     def effect(self) -> Grid:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.result import Result, Table
 from hooklens.statistics import halves, mean_interval, q_values, ratio_interval, sign_flip_p
 
@@ -14,7 +15,7 @@ Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
 
 
 @dataclass(frozen=True, eq=False)
-class PathSweep(Result):
+class PathSweep(TwoRuns, Result):
     """The metric after each sender was patched into the receivers, beside that of the two runs it lies between.
 
     `semantics` says what the receivers read: see `path_patch_edges`, `path_patch_fixed`, `path_patch_fixed_frozen`.
@@ -42,16 +43,6 @@ class PathSweep(Result):
     def values(self) -> Float[Tensor, "sender"]:
         """The metric after each patch, mean over pairs."""
         return self.per_pair.mean(0)
-
-    @property
-    def clean(self) -> float:
-        """The metric of the clean run, mean over pairs."""
-        return float(self.clean_per_pair.mean())
-
-    @property
-    def corrupted(self) -> float:
-        """The metric of the corrupted run, mean over pairs."""
-        return float(self.corrupted_per_pair.mean())
 
     @property
     def moved(self) -> Float[Tensor, "pair sender"]:

@@ -207,8 +207,9 @@ def test_what_cannot_be_run_says_so():
         run_edges(model, kept, CLEAN[:1], CORRUPTED[:1], diff, ablation="mean")
     with pytest.raises(ValueError, match="plain function"):
         run_edges(model, kept, [[1, 2], [1, 2, 3]], [[1, 3], [1, 3, 3]], diff)
-    with pytest.raises(ValueError, match="NaN"):
-        run_edges(model, kept, CLEAN, CORRUPTED, lambda logits: diff(logits) * float("nan"))
+    for bad in ("nan", "inf"):
+        with pytest.raises(ValueError, match="not finite"):
+            run_edges(model, kept, CLEAN, CORRUPTED, lambda logits, bad=float(bad): diff(logits) * bad)
     with model.hooks(fwd_hooks=[("z", lambda z, hook: z)]), pytest.raises(ValueError, match="other hooks"):
         run_edges(model, kept, CLEAN, CORRUPTED, diff)
     with pytest.raises(ValueError, match="post-norm"):

@@ -201,3 +201,9 @@ def test_greedy_takes_the_largest_edge_into_what_is_in():
 def test_a_metric_without_a_gradient_is_refused():
     with pytest.raises(ValueError, match="without a gradient"):
         eap(tiny_model(), CLEAN, CORRUPTED, lambda logits: logits[:, -1].argmax(-1).double())
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_metric_that_is_not_finite_is_refused(bad):
+    with pytest.raises(ValueError, match="not finite"):
+        eap(tiny_model(), CLEAN, CORRUPTED, lambda logits: logits[:, -1, 3] * float(bad))

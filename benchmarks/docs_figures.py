@@ -1,0 +1,111 @@
+"""The numbers that docs/ quotes of SmolLM2-135M, worked out anew: no speeds, only what the methods find.
+
+Each row names the page. Run: python -m benchmarks.docs_figures
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import hooklens as hl
+from benchmarks.rounds import write
+from hooklens.data.ioi import ioi
+from hooklens.metrics import LogitDiff
+from hooklens.plugins.heads.composition import composition
+from hooklens.plugins.heads.taxonomy import LABELS, UNLABELLED, taxonomy
+from hooklens.plugins.lens.logit_lens import logit_lens
+from hooklens.plugins.lens.tuned_lens import fit_tuned_lens
+from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.plugins.patching.input_attribution import integrated_gradients
+from hooklens.plugins.probing.causal import causal_check
+from hooklens.plugins.probing.labels import subject_number
+from hooklens.plugins.probing.train import train_probe
+from hooklens.pretrained.assets import text
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    model = hl.load("smollm2-135m-instruct")
+    rows: list[Row] = []
+    for page in (attribution, lens, heads, probing):
+        for row in page(model):
+            rows.append({"page": f"docs/{page.__name__}.md"} | row)
+            print(rows[-1], flush=True)
+    write("docs_figures", "Numbers of SmolLM2-135M that the docs quote", rows, {"rows": rows})
+
+
+def attribution(model: hl.HookedTransformer) -> Iterator[Row]:
+    made = ioi(model, 16, seed=0)
+    metric = LogitDiff(made.end, made.answer_tokens, made.wrong_answer_tokens)
+    pairs = (model, made.clean_tokens, made.corrupted_tokens, metric)
+    mlps = attribution_patching(*pairs, site="mlp_out", by="layer", exact=15, group=made.group)
+    place = mlps.checked[:, 0].tolist()
+    yield {"what": "first MLP, estimated", "value": float(mlps.estimated[place.index(0)])}
+    yield {"what": "first MLP, exact", "value": float(mlps.exact[place.index(0)])}
+    late = [i for i, layer in enumerate(place) if layer >= 15]
+    yield {"what": "MLPs 15 to 29, correlation", "value": _correlation(mlps.estimated[late], mlps.exact[late])}
+    z = attribution_patching(*pairs, site="z", by=("layer", "head"), exact=20, group=made.group)
+    yield {"what": "40 heads, correlation", "value": z.correlation}
+    some = (made.clean_tokens[:4], metric.pairs(torch.arange(4)))
+    for baseline in (made.corrupted_tokens[:4], "mean"):
+        found = integrated_gradients(model, *some, baseline=baseline, steps=64, stages=0)
+        name = baseline if isinstance(baseline, str) else "corrupted prompts"
+        yield {"what": f"integrated gradients, 64 steps from {name}: missing share", "value": found.incompleteness}
+
+
+def lens(model: hl.HookedTransformer) -> Iterator[Row]:
+    reading = logit_lens(model, ioi(model, 16, seed=0).clean_tokens)
+    kl = reading.kl.flatten(1).mean(1)
+    for layer in (0, 1, 10, 20, 29):
+        yield {"what": f"logit lens before block {layer}, KL in nats", "value": float(kl[layer])}
+    for row, value in (("lowest", kl[:15].min()), ("highest", kl[:15].max())):
+        yield {"what": f"logit lens before blocks 0 to 14, {row} KL in nats", "value": float(value)}
+    ids = model.to_tokens(text("shakespeare")[1_000_000:1_012_000])[0]
+    _, fit = fit_tuned_lens(model, ids[: len(ids) // 32 * 32].view(-1, 32))
+    yield {"what": "fit_tuned_lens, tokens", "value": fit.train_tokens}
+    for layer in (0, 1, 20, 29):
+        before, after = float(fit.before[layer].mean()), float(fit.after[layer].mean())
+        yield {"what": f"fit_tuned_lens before block {layer}, held-out KL in nats", "value": after, "of": before}
+    yield {"what": "one fixed distribution, KL in nats", "value": float(fit.constant.mean())}
+    yield {"what": "layers whose held-out KL falls", "value": int((fit.fall > 0).sum()), "of": len(fit.fall)}
+
+
+def heads(model: hl.HookedTransformer) -> Iterator[Row]:
+    found = taxonomy(model)
+    flat = [label for row in found.labels() for label in row]
+    yield {"what": "labelled heads", "value": sum(label != UNLABELLED for label in flat), "of": len(flat)}
+    for label, n, scored, without in found.counts().rows:
+        yield {"what": label, "value": n, "score passes": scored, "of these without effect": without}
+    previous = list(LABELS).index("previous token")
+    attention = found.scores.mean("previous")
+    idle = (found.score_q[previous] <= found.level) & ~found.passes[previous]
+    layer, head = divmod(int(torch.where(idle, attention, 0).argmax()), attention.shape[1])
+    yield {"what": f"L{layer}H{head}: attention to the previous token, no label", "value": float(attention[layer, head])}
+    effect = found.effect.mean(0)[previous, layer, head]
+    low, high = (end[previous, layer, head] for end in found.interval())
+    yield {"what": f"L{layer}H{head}: rise of the loss", "value": float(effect), "low": float(low), "high": float(high)}
+    pairs = composition(model)
+    for mode, p in pairs.p.items():
+        measured = p[~p.isnan()]
+        yield {"what": f"{mode}-composition pairs above the null", "value": float((measured <= 0.05).double().mean())}
+
+
+def probing(model: hl.HookedTransformer) -> Iterator[Row]:
+    reading, testing = subject_number(model).halves()
+    testing = testing.take(torch.randperm(len(testing), generator=torch.Generator().manual_seed(0))[:48])
+    metric = hl.logit_diff(model, answer=" are", wrong_answer=" is")
+    for layer in (15, 27):
+        probe, _ = train_probe(model, reading, site=("resid_post", layer), null_draws=19)
+        check = causal_check(model, probe, testing, metric, draws=39)
+        yield {"what": f"{check.point}: subject's number, accuracy", "value": check.accuracy, "used": check.used}
+
+
+def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+if __name__ == "__main__":
+    main()
