@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
+from hooklens.core.precision import widened
 from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]
@@ -88,7 +89,8 @@ class LogitDiff(_AtPosition):
         return torch.stack([self.answer, self.wrong_answer], dim=1)
 
     def on_read(self, logits: Read) -> Values:
-        return logits[:, 0, 0] - logits[:, 0, 1]
+        pair = widened(logits[:, 0])
+        return pair[:, 0] - pair[:, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ class Prob(_AtPosition):
     answer: Int[Tensor, "pair"]
 
     def on_read(self, logits: Read) -> Values:
-        return logits[:, 0].softmax(-1).gather(1, self.answer.to(logits.device)[:, None])[:, 0]
+        return widened(logits[:, 0]).softmax(-1).gather(1, self.answer.to(logits.device)[:, None])[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class LogProb(_AtPosition):
     answer: Int[Tensor, "pair"]
 
     def on_read(self, logits: Read) -> Values:
-        return logits[:, 0].log_softmax(-1).gather(1, self.answer.to(logits.device)[:, None])[:, 0]
+        return widened(logits[:, 0]).log_softmax(-1).gather(1, self.answer.to(logits.device)[:, None])[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +120,9 @@ class MinusKL(_AtPosition):
     log_probs: Float[Tensor, "pair d_vocab"]
 
     def on_read(self, logits: Read) -> Values:
-        target = self.log_probs.to(logits)
-        return -(target.exp() * (target - logits[:, 0].log_softmax(-1))).sum(-1)
+        said = widened(logits[:, 0]).log_softmax(-1)
+        target = self.log_probs.to(said)
+        return -(target.exp() * (target - said)).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +138,7 @@ class MinusLoss(_AtPosition):
 
     def on_read(self, logits: Read) -> Values:
         targets = self.tokens[:, 1:].to(logits.device)
-        return logits.log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
+        return widened(logits).log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
 
 
 def logit_diff(
@@ -174,7 +177,7 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1) -> MinusKL:
     True
     """
     with torch.no_grad():
-        log_probs = model(reference, logits_at=pos)[:, 0].log_softmax(-1)
+        log_probs = widened(model(reference, logits_at=pos)[:, 0]).log_softmax(-1)
     return MinusKL(torch.full((len(log_probs),), pos), log_probs)
 
 

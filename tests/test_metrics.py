@@ -84,6 +84,14 @@ def test_a_metric_of_one_pair_serves_any_number():
         hl.prob(MODEL, answer=[1, 2])(LOGITS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_metric_of_half_precision_logits_is_not_rounded_again(name, dtype):
+    logits = (20 * LOGITS).to(dtype)
+    found = BUILT_IN[name][0]()(logits)
+    torch.testing.assert_close(found, BUILT_IN[name][0]()(logits.float()), atol=1e-6, rtol=1e-6)
+
+
 def test_known_values():
     assert hl.kl(MODEL, TOKENS)(MODEL(TOKENS)).abs().max().item() < 1e-6
     zeros = torch.zeros(1, 4, 11)

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
 from hooklens.metrics import MinusLoss, Read, Reads, Values
 from hooklens.model.config import TokenEmbed
 
@@ -61,7 +62,7 @@ class MinusRepeatLoss(MinusLoss):
 
     def on_read(self, logits: Read) -> Values:
         targets = self.tokens[:, self.start + 1 :].to(logits.device)
-        return logits.log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
+        return widened(logits).log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
 
 
 def repeated_tokens(

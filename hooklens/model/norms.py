@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookPoint
+from hooklens.core.precision import widened
 from hooklens.model.config import LayerNormPart, NormPart, RMSNormPart
 
 Vector = Float[Tensor, "*lead width"]
@@ -35,7 +36,7 @@ class Norm(nn.Module, ABC):
     def forward(self, x: Vector) -> Vector:
         if not (self.hook_scale.listening() or self.hook_normalized.listening()):
             return self.fused(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widened(x)
         centred = self.centred(wide)
         scale = self.rms(centred).to(x.dtype)
         scale_used = self.hook_scale(scale)
@@ -107,14 +108,14 @@ class RMSNorm(Norm):
     def gain(self) -> Float[Tensor, "width"] | None:
         if self.weight is None or not self.offset:
             return self.weight
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + self.offset
+        return widened(self.weight) + self.offset
 
     def affine(self, normalized: Vector) -> Vector:
         gain = self.gain()
         return normalized if gain is None else (normalized * gain).to(normalized.dtype)
 
     def fused(self, x: Vector) -> Vector:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widened(x)
         if wide is x and not self.offset:  # nothing is rounded on the way: torch's kernel gives the same bits
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import edited_elsewhere
+from hooklens.core.precision import widened
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
@@ -158,7 +159,7 @@ def _read_block(model, streams: Tensor, asked: Tensor, k: int, width: int, trans
     """Rows few enough that their final distributions are kept while all layers are compared with them."""
     n_layers, n_rows = streams.shape[:2]
     final = model.read_out(streams[-1:])[0]
-    wide = final.to(torch.promote_types(final.dtype, torch.float32))
+    wide = widened(final)
     log_probs = wide.log_softmax(-1)
     probs = log_probs.exp()
     target = Target(probs, torch.linalg.vecdot(probs, log_probs))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.precision import widened
 from hooklens.model.linear import is_plain
 from hooklens.plugins.lens.least_squares import stream_sizes
 from hooklens.plugins.lens.reading import prompts_at_once, read_streams, streams_of
@@ -73,7 +74,7 @@ class State:
 def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: TunedLens | None = None) -> State:
     """Maps of zeros, or those to start from, and the size of each layer's stream, measured on a few windows."""
     streams = streams_of(model, train[: max(1, 512 // train.shape[1])]).flatten(1, 2)[:-1]
-    streams = streams.to(torch.promote_types(streams.dtype, torch.float32))
+    streams = widened(streams)
     size = stream_sizes(streams)
     zeros = size.new_zeros(len(size), streams.shape[-1] + 1, streams.shape[-1])
     maps = zeros
@@ -140,7 +141,7 @@ def _final(model, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_
     """The model's own log-probabilities."""
     with torch.no_grad():
         logits = model.read_out(stream[None])[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return widened(logits).log_softmax(-1)
 
 
 def advanced(state: State, grads: Maps, loss: Float[Tensor, "layer"], rate: float) -> State:
