@@ -83,10 +83,10 @@ def heads(model: hl.HookedTransformer) -> Iterator[Row]:
     attention = found.scores.mean("previous")
     idle = (found.score_q[previous] <= found.level) & ~found.passes[previous]
     layer, head = divmod(int(torch.where(idle, attention, 0).argmax()), attention.shape[1])
-    yield {"what": f"L{layer}H{head}: attention to the previous token, no label", "value": float(attention[layer, head])}
-    effect = found.effect.mean(0)[previous, layer, head]
-    low, high = (end[previous, layer, head] for end in found.interval())
-    yield {"what": f"L{layer}H{head}: rise of the loss", "value": float(effect), "low": float(low), "high": float(high)}
+    name, at = f"L{layer}H{head}", (previous, layer, head)
+    yield {"what": f"{name}: attention to the previous token, no label", "value": float(attention[layer, head])}
+    low, high = (float(end[at]) for end in found.interval())
+    yield {"what": f"{name}: rise of the loss", "value": float(found.effect.mean(0)[at]), "low": low, "high": high}
     pairs = composition(model)
     for mode, p in pairs.p.items():
         measured = p[~p.isnan()]
