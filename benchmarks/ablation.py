@@ -61,7 +61,7 @@ def one(model, peer, n_prompts: int, kind: str, rounds: int, raw: dict[str, Any]
     """Every head, one kind: the engine against the loops."""
     tokens = torch.randint(50257, (n_prompts, N_POS), generator=torch.Generator().manual_seed(0))
     metric = hl.logit_diff(model, answer=RIGHT, wrong_answer=WRONG)
-    value = Resample(draws=1) if kind == "resample" else kind
+    value = {"resample": Resample(draws=1), "mean": hl.Mean(tokens)}.get(kind, kind)
     runs: dict[str, Callable[[], Any]] = {
         "hooklens ablate": lambda: ablate(model, tokens, metric, value=value).per_prompt,
         "loop of hooked forwards": partial(loop, model, tokens, kind),

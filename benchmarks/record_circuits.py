@@ -18,6 +18,8 @@ moved.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
 transformer_lens.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
 sys.modules[moved.__name__] = moved
 
+from auto_circuit.data import PromptPairBatch  # noqa: E402
+from auto_circuit.prune_algos.ACDC import acdc_prune_scores  # noqa: E402
 from auto_circuit.types import AblationType  # noqa: E402
 from auto_circuit.utils.ablation_activations import src_ablations  # noqa: E402
 from auto_circuit.utils.graph_utils import patch_mode, patchable_model, train_mask_mode  # noqa: E402
@@ -25,6 +27,7 @@ from auto_circuit.utils.graph_utils import patch_mode, patchable_model, train_ma
 CLEAN = torch.tensor([[1, 5, 2, 7, 3, 0], [4, 4, 9, 10, 8, 6]])
 CORRUPTED = torch.tensor([[1, 5, 6, 7, 3, 0], [4, 2, 9, 10, 1, 6]])
 ABLATIONS = {"corrupted": AblationType.RESAMPLE, "zero": AblationType.ZERO}
+THRESHOLDS = {"0.001": (1, -3), "0.01": (1, -2), "0.05": (5, -2)}
 
 
 def metric(logits: torch.Tensor) -> torch.Tensor:
@@ -46,13 +49,33 @@ def names(model) -> list[str]:
     return [*found, f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"]
 
 
-def record(name: str, ablation: str) -> dict[str, list[float]]:
+def patchable_of(name: str):
+    """A model whose edges can be cut, its reading modules, and how many edges end in each."""
     flags = {"use_attn_result": True, "use_split_qkv_input": True, "use_hook_mlp_in": name != "attn_only"}
     model = build(name, **flags)
     readers = names(model)
     patchable = patchable_model(model, factorized=True, slice_output="last_seq", separate_qkv=True)
     dests = {dest.module_name: dest for dest in patchable.dest_wrappers}
-    sizes = [dests[one].patch_mask.numel() for one in readers]
+    return patchable, readers, dests, [dests[one].patch_mask.numel() for one in readers]
+
+
+def record_acdc(name: str, threshold: str) -> list[int]:
+    """The edges that its ACDC keeps, tried in the order in which hooklens tries them; the metric is the divergence."""
+    patchable, readers, dests, sizes = patchable_of(name)
+    numbers = {}
+    for i, one in enumerate(readers):
+        places = torch.arange(sizes[i]).view_as(dests[one].patch_mask) + sum(sizes[:i])
+        numbers |= {edge: int(places[edge.patch_idx]) for edge in patchable.edges if edge.dest.module_name == one}
+    patchable.edges = sorted(numbers, key=numbers.__getitem__, reverse=True)
+    batch = PromptPairBatch(0, 0, CLEAN, CORRUPTED, [], [])
+    base, exponent = THRESHOLDS[threshold]
+    scores = acdc_prune_scores(patchable, [batch], None, [exponent], [base])
+    flat = torch.cat([scores[one].flatten() for one in readers])
+    return flat.isinf().nonzero().flatten().tolist()
+
+
+def record(name: str, ablation: str) -> dict[str, list[float]]:
+    patchable, readers, dests, sizes = patchable_of(name)
     ablated = src_ablations(patchable, CORRUPTED, ABLATIONS[ablation]).clone()
 
     def run(cut: torch.Tensor) -> torch.Tensor:
@@ -85,6 +108,12 @@ def main() -> None:
                 print(f"            {', '.join(map(str, found['scores'][i : i + 10]))},")
             print("        ],")
             print("    },")
+    print("}")
+    print("# By model and threshold: the edges that ACDC keeps, corrupted ablation, by divergence from the clean run.")
+    print("ACDC = {")
+    for name in ("learned", "attn_only"):
+        for threshold in THRESHOLDS:
+            print(f'    ("{name}", {threshold}): {record_acdc(name, threshold)},')
     print("}")
 
 

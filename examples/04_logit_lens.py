@@ -12,10 +12,7 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.plugins.lens.attribution import direct_logit_attribution
-from hooklens.plugins.lens.logit_lens import logit_lens
-from hooklens.plugins.lens.trajectory import trajectory
-from hooklens.plugins.lens.tuned_lens import fit_tuned_lens, tuned_lens
+from hooklens.plugins.lens import direct_logit_attribution, fit_tuned_lens, logit_lens, trajectory, tuned_lens
 from hooklens.testing import induction_model
 
 if os.environ.get("HOOKLENS_TINY"):

@@ -19,9 +19,7 @@ import torch
 import hooklens as hl
 from hooklens.data.ioi import ioi
 from hooklens.metrics import LogitDiff
-from hooklens.plugins.patching.information_flow import Choice, information_flow
-from hooklens.plugins.patching.name_movers import name_movers
-from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed
+from hooklens.plugins.patching import Choice, information_flow, name_movers, path_patch_edges, path_patch_fixed
 from hooklens.testing import induction_model
 
 TINY = bool(os.environ.get("HOOKLENS_TINY"))
@@ -53,9 +51,9 @@ print(f"clean {direct.clean:.2f}, corrupted {direct.corrupted:.2f}")
 print(direct.top(8))
 
 # %% [markdown]
-# Not every head in this list moves a name. A name mover looks at the indirect object and copies it. In SmolLM2 the head
-# with the largest direct effect does neither (it looks at the subject's second mention and writes its opposite). So the
-# receivers are the heads that pass all three tests of `name_movers`, and that head is asked separately.
+# Not every head in this list need move a name: a name mover looks at the indirect object and copies it. So the
+# receivers are the heads that pass all three tests of `name_movers`, and where the head with the largest direct effect
+# is none of them, it is asked separately.
 
 # %%
 if TINY:
@@ -63,6 +61,10 @@ if TINY:
 else:
     movers = name_movers(model, ioi(model, 16, seed=1)).name_movers
     strongest = next((int(layer), int(head)) for layer, head in direct.place[direct.order()] if head >= 0)
+    if strongest in movers:
+        strongest = None
+    else:
+        print("the largest direct effect, yet no name mover: L{}H{}".format(*strongest))
 print("name movers:", ", ".join(f"L{layer}H{head}" for layer, head in movers))
 
 # %% [markdown]
@@ -104,18 +106,20 @@ print(flow.table())
 # %% [markdown]
 # Read with care. A share is that of the clean-corrupted difference, each path alone: shares of different paths need not
 # add up. Whatever treats both names alike (that there are names at all, that one is repeated) cannot show here. "of
-# receiver" is what the path carries of all that its receiver could get; it is empty where the receiver as a whole
-# carries nothing. And the prompts are templates: nothing is said about other sentences.
+# receiver" is what the path carries of all that its receiver could get; it is nan where the interval of what the
+# receiver as a whole carries includes 0. And the prompts are templates: nothing is said about other sentences.
 
 # %%
-if not TINY:
-    shares = dict(zip(flow.paths, flow.share.tolist(), strict=True))
-    keys = max(abs(share) for path, share in shares.items() if path.endswith("to keys"))
-    print(
-        f"{feeder} carries {shares.get(f'{feeder} to queries', float('nan')):.0%} of the difference through the name "
-        f"movers' queries, the strongest sender to their keys {keys:.0%}: they are told where to look, "
-        "by what they ask and not by what they are shown."
-    )
+ends = list(zip(flow.receivers, *(end.tolist() for end in flow.interval()), strict=True))
+queries = next((low for to, low, _ in ends if to == "queries"), float("nan"))  # paths stand in the order of the choice
+keys = max((max(-low, high) for to, low, high in ends if to == "keys"), default=float("nan"))
+print(
+    f"The path to the queries that was chosen first carries at least {queries:.1%} of the difference (lower end of its "
+    f"95 % interval), those to the keys at most {keys:.1%} either way (farthest end): the name movers",
+    "are told where to look by what they ask, more than by what they are shown."
+    if queries > max(keys, 0)
+    else "may be told where to look by what they are shown as much as by what they ask: these pairs do not decide it.",
+)
 
 # %%
 figure = flow.figure()

@@ -13,12 +13,8 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.plugins.heads.composition import composition
-from hooklens.plugins.heads.induction import induction_heads
-from hooklens.plugins.heads.previous_token import position_scores
-from hooklens.plugins.heads.redundancy import redundancy
-from hooklens.plugins.heads.scores import head_scores
-from hooklens.plugins.heads.taxonomy import taxonomy
+from hooklens.plugins.heads import composition, head_scores, induction_heads, position_scores, redundancy, taxonomy
+from hooklens.statistics import mean_interval
 from hooklens.testing import induction_model
 
 TINY = bool(os.environ.get("HOOKLENS_TINY"))
@@ -63,8 +59,9 @@ print(f"loss on the repeat {heads.loss.mean():.4f}")
 print(heads.table(), "\n")
 
 # %% [markdown]
-# The circuit also stands in the weights. Layer 1's keys read what the previous-token head wrote, far beyond what
-# matrices of these spectra do by chance, and positions alone send that head one back far more often than chance.
+# Does the circuit also stand in the weights? Which later head's queries, keys or values are set up to read what which
+# earlier head wrote, against the same matrices in random orientation (two heads a layer are too few to ask which pairs
+# stand out)? And which heads would positions alone send one back, against the same head with rotated queries?
 
 # %%
 print(composition(small).top(4), "\n")
@@ -76,13 +73,13 @@ print(position_scores(small).top(2), "\n")
 
 # %%
 model = induction_model() if TINY else hl.load("smollm2-135m-instruct")
-found = taxonomy(model, n=6 if TINY else 10, ioi=0)
+found = taxonomy(model, n=6 if TINY else 12, ioi=0)
 print(found.counts(), "\n")
 print(found.table(12), "\n")
 
 # %% [markdown]
-# Several heads look like perfect induction heads, and the loss does not miss them one by one. Do they stand in for one
-# another? The two that look most, ablated one by one and together, on sequences that chose nothing.
+# Heads may look like induction heads without being missed one by one. Do they stand in for one another? The two that
+# look most, ablated one by one and together, on sequences that chose nothing.
 
 # %%
 from hooklens.data.repeated import repeated_tokens
@@ -90,7 +87,13 @@ from hooklens.data.repeated import repeated_tokens
 pair = scores.order("induction")[:2] if TINY else found.scores.order("induction")[:2]
 text = repeated_tokens(model, 24, seed=7)
 measured, reference = text.part(0, 12), text.part(12, 24)
-print(redundancy(model, measured.tokens, measured.metric(), pair, reference=reference.tokens).table())
+both = redundancy(model, measured.tokens, measured.metric(), pair, reference=reference.tokens)
+print(both.table())
+low, high = (float(end[0, 1]) for end in mean_interval(both.interaction))
+verdict = (
+    "stand in for one another" if low > 0 else "share a road" if high < 0 else "cannot be told apart from adding up"
+)
+print(f"{' and '.join(both.heads)} {verdict}: interaction {low:.3f} to {high:.3f} nats a token\n")
 
 # %% [markdown]
 # The picture: every head that looks at a label's keys more than chance allows. Blue ones earned the label. Orange ones

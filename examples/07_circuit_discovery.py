@@ -15,8 +15,7 @@ import torch
 import hooklens as hl
 from hooklens.data.ioi import ioi
 from hooklens.metrics import LogitDiff
-from hooklens.plugins.circuits.eap import eap
-from hooklens.plugins.circuits.faithful import faithfulness_curve
+from hooklens.plugins.circuits import eap, faithfulness_curve
 from hooklens.statistics import halves
 from hooklens.testing import induction_model
 

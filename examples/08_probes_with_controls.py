@@ -14,24 +14,25 @@ from pathlib import Path
 import torch
 
 import hooklens as hl
-from hooklens.plugins.probing.causal import causal_check
+from hooklens.plugins.probing.causal import EDITS, causal_check
 from hooklens.plugins.probing.labels import odd_first, subject_number
 from hooklens.plugins.probing.train import train_probe
+from hooklens.statistics import q_values
 from hooklens.testing import tiny_model
 from hooklens.viz import Report
 
 if os.environ.get("HOOKLENS_TINY"):
     model = tiny_model()
     task = odd_first(model, 80)
-    layers, middle, late = [0, 1], 0, 1
+    layers = [0, 1]
     metric = hl.logit_diff(model, answer=1, wrong_answer=2)
     tests, draws = 40, 20
 else:
     model = hl.load("smollm2-135m-instruct")
     task = subject_number(model)
-    layers, middle, late = list(range(0, 30, 3)), 15, 27
+    layers = list(range(0, 30, 3))
     metric = hl.logit_diff(model, answer=" are", wrong_answer=" is")
-    tests, draws = 48, 39
+    tests, draws = 48, 59
 
 print(task.table(5))
 
@@ -47,19 +48,32 @@ print(study.table())
 print(f"\nreads best at {study.point}; calibration error {study.calibration.ece:.3f}")
 
 # %% [markdown]
-# Now the test that reading is not. At a middle layer and at a late one: move each prompt's activation along the probe's
-# direction until the probe cannot tell (ablate), or over to the other class (steer), and see how far " are" against
-# " is" moves. Beside it: vectors of the same length along random directions.
+# Now the test that reading is not, at two layers that were fixed before anything was measured, half and nine tenths of
+# the way up: a probe may read at either, and the question is whether what follows uses it. Move each prompt's
+# activation along the probe's direction until the probe cannot tell (ablate), or over to the other class (steer), and
+# see how far " are" against " is" moves. Beside it: vectors of the same length along random directions. Two edits at
+# two layers are four tests, hence q over all four. One direction may not be all there is: a probe fitted anew says what
+# is left.
 
 # %%
 testing = testing.take(torch.randperm(len(testing), generator=torch.Generator().manual_seed(0))[:tests])
 checks = []
-for layer in (middle, late):
-    probe, own = train_probe(model, reading, site=("resid_post", layer), null_draws=19)
+n = model.cfg.n_layers
+for layer in ((n - 1) // 2, n * 9 // 10):
+    probe, _ = train_probe(model, reading, site=("resid_post", layer), null_draws=0)
     check = causal_check(model, probe, testing, metric, draws=draws)
     checks.append(check)
     print(f"\n{check.point}: right on {check.accuracy:.0%}, used: {check.used}")
     print(check.table())
+    before, after = check.refit_accuracy.tolist()
+    print(f"a probe fitted anew: balanced accuracy {before:.2f} before the ablation, {after:.2f} after it")
+
+q = q_values(torch.stack([check.p for check in checks]))
+for check, row in zip(checks, q.tolist(), strict=True):
+    for edit, value, low in zip(EDITS, row, check.interval()[0].tolist(), strict=True):
+        moved = value <= 0.05 and low > 0
+        said = "takes more than random directions do" if moved else "takes no more than random directions may"
+        print(f"{edit} at {check.point}: q {value:.3f}, {said}")
 
 # %%
 figure = study.figure()
@@ -67,7 +81,7 @@ if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
     figure.show()
 else:
     report = Report("A probe and its controls")
-    report.figure(figure, "Accuracy out of fold, with intervals over groups of nouns").table(study.table())
+    report.figure(figure, "Balanced accuracy out of fold, with intervals over groups of nouns").table(study.table())
     for check in checks:
         report.figure(check.figure(), f"What edits at {check.point} take from the metric").table(check.table())
     Path("hooklens-08-probes.html").write_text(report.to_html(), encoding="utf-8")

@@ -16,73 +16,96 @@ from hooklens.plugins.steering.coefficients import SweepSettings, coefficient_sw
 from hooklens.plugins.steering.contrast import contrast_direction
 from hooklens.plugins.steering.direction_ablation import direction_ablation
 from hooklens.plugins.steering.steer import steer
+from hooklens.statistics import halves
 from hooklens.testing import tiny_model
 
 tiny = bool(os.environ.get("HOOKLENS_TINY"))
 if tiny:
-    model, layer = tiny_model(), 0
-    kind, unkind = ([[thing, word] for thing in range(5, 11) for word in words] for words in ((1, 2), (3, 4)))
-    group = torch.arange(6).repeat_interleave(2)
-    prompts, neutral = [[5, 6, 7], [8, 9, 10]], [[5, 6, 7, 8, 9]]
-    metric = hl.logit_diff(model, answer=1, wrong_answer=3)
-    settings = SweepSettings(controls=4, written=1, new_tokens=4)
+    model, layers, answers = tiny_model(), [0, 1], (3, 4)
+    kind, unkind = ([[thing, word] for thing in range(5, 11)] for word in (1, 2))
+    same_thing = torch.arange(6)
+    prompts, neutral = [[thing, frame, 6] for thing in range(5, 11) for frame in (0, 5)], [[5, 6, 7, 8, 9]]
+    sizes = {"controls": 4, "written": 1, "new_tokens": 4}
 else:
-    model, layer = hl.load("smollm2-135m-instruct"), 20
+    model, layers, answers = hl.load("smollm2-135m-instruct"), range(8, 29, 4), (" great", " terrible")
     things = "The film", "The food", "My holiday", "The concert", "Her book", "The hotel", "This phone", "Our dinner"
     words = (
         ("wonderful", "excellent", "delightful", "superb", "fantastic"),
-        ("terrible", "awful", "dreadful", "horrible", "miserable"),
+        ("disgusting", "awful", "dreadful", "horrible", "miserable"),
     )
     kind, unkind = ([f"{thing} was {word}, and I would" for thing in things for word in some] for some in words)
-    group = torch.arange(8).repeat_interleave(5)
-    prompts = [
-        "I tried the new cafe in town. The cake was",
-        "We stayed at a small inn by the sea, and it was",
-        "The band played for two hours. The show was",
-        "My uncle told a long story. It was",
-        "The course took three months. Overall it was",
-        "I bought the chair last week. So far it is",
-    ]
+    same_thing = torch.arange(8).repeat_interleave(5)
+    places = "the new cafe", "the inn by the sea", "the jazz band", "the chess club", "the French course", "the swim"
+    places += "my uncle's story", "the old museum", "the bus tour", "the game", "the garden show", "the lecture"
+    frames = "Last week we tried {}. It was", "You asked me about {}. I thought it was"
+    prompts = [frame.format(place) for place in places for frame in frames]
     neutral = [
         "Water boils at one hundred degrees at sea level, and at a lower temperature on a mountain.",
         "The parliament met on Monday to discuss the budget for the coming year.",
     ]
-    metric = hl.logit_diff(model, answer=" great", wrong_answer=" terrible")
-    settings = SweepSettings(controls=30, written=1, new_tokens=16, temperature=0.7)
+    sizes = {"controls": 20, "written": 1, "new_tokens": 16, "temperature": 0.7}
 
 # %% [markdown]
 # The direction, at every layer, and how well it tells apart sentences that it was not made from. Sentences about one
-# thing stay together, so that nothing is learned from the thing; labels swapped at random show what chance does.
+# thing stay together, so that nothing is learned from the thing; labels swapped at random show what chance does. The
+# words whose odds are read below stand in none of the sentences: the direction does not just hold them.
 
 # %%
-directions = contrast_direction(model, kind, unkind, group=group)
+assert not any(word in (text if tiny else text.split()) for text in kind + unkind for word in answers)
+directions = contrast_direction(model, kind, unkind, group=same_thing)
 print(directions.top(4), "\n")
 print(f"best layer {directions.best}, p {directions.best_p:.3f} with the choice of layer counted in\n")
 
 # %% [markdown]
-# That it separates sentences does not say that the model uses it. So it is added, in steps, on sentences of another
-# kind, beside random directions of the same length: the odds of " great" against " terrible" (effect), the
-# perplexity of the text that the steered model writes, and that of neutral text under the steered model.
+# That it separates sentences does not say that the model uses it: it is added to other sentences. The layer is the one
+# where adding and subtracting it moves the odds of " great" against " terrible" most on one half of them; all that
+# follows is from the other half. The two sentences about one thing stay in one half.
 
 # %%
+about = torch.arange(len(prompts) // 2).repeat_interleave(2)
+choose, report = halves(len(prompts), group=about)
+
+
+def odds(layer, coefficient):
+    """The mean odds on the first half."""
+    metric = hl.logit_diff(model, answer=answers[0], wrong_answer=answers[1])
+    with torch.no_grad(), steer(model, directions.at(layer), coefficient, site=("resid_post", layer)):
+        return sum(float(metric(model([prompts[i]]))) for i in choose) / len(choose)
+
+
+moved = {layer: odds(layer, 1.0) - odds(layer, -1.0) for layer in layers}
+layer = max(moved, key=moved.get)
+print({one: round(size, 2) for one, size in moved.items()}, f"so layer {layer}\n")
+
+# %% [markdown]
+# In steps, beside random directions of the same length: the change of the odds (effect), the perplexity of the text
+# that the steered model writes, and that of neutral text under the steered model.
+
+# %%
+asked = [prompts[i] for i in report]
+metric = hl.logit_diff(model, answer=answers[0], wrong_answer=answers[1])
 sweep = coefficient_sweep(
     model,
-    prompts,
+    asked,
     directions.at(layer),
     [-4.0, -2.0, -1.0, 1.0, 2.0, 4.0],
     metric,
     site=("resid_post", layer),
     neutral=neutral,
-    settings=settings,
+    settings=SweepSettings(group=about[report], **sizes),
 )
 print(sweep.table(), "\n")
 print(sweep.samples(), "\n")
 
 # %% [markdown]
-# The other way round: does the model need the direction to answer? It is taken out of the stream at every layer.
+# The other way round: does the model need the direction to answer? It is taken out of the stream at every layer. Random
+# directions hold little of the stream, so others stand beside them that hold as large a share of it.
+# What all sentences have in common along it goes as well, so that the odds may move to either side.
 
 # %%
-without = direction_ablation(model, prompts, directions.at(layer), metric, neutral=neutral, controls=20)
+without = direction_ablation(
+    model, asked, directions.at(layer), metric, neutral=neutral, group=about[report], controls=sizes["controls"]
+)
 print(without.table(), "\n")
 
 # %% [markdown]
@@ -90,7 +113,7 @@ print(without.table(), "\n")
 
 # %%
 with steer(model, directions.at(layer), 2.0, site=("resid_post", layer), positions=slice(-1, None)):
-    print(model.generate(prompts[1], 4 if tiny else 20).table())
+    print(model.generate(asked[1], 4 if tiny else 20).table())
 
 # %%
 figure = sweep.figure()

@@ -3,46 +3,46 @@
 #
 # "Zeroing it breaks the model, so it does the task." "It attends to the name, so it matters." "A probe reads it, so
 # the model uses it." Each is tested on indirect objects ("When Mary and John went to the store, John gave a drink
-# to"). Cases are searched for on one half of the prompts; what is reported is from the other half, beside a control
-# that shows that the same test can come out the other way. Set `HOOKLENS_TINY=1` to run the code on a small random
-# model, which has no such cases.
+# to"). A case and its control are searched for on one half of the prompts and measured on the other, and what counts as
+# "nothing" is set before that half is touched. Set `HOOKLENS_TINY=1` to run the steps on a small random model.
 
 # %%
 import os
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import hooklens as hl
 from hooklens.data.ioi import ioi
+from hooklens.plugins.claims.registration import Registration
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.ablation_compare import compare_ablations
 from hooklens.plugins.patching.ablation_kinds import Resample
+from hooklens.plugins.probing.causal import causal_check
+from hooklens.plugins.probing.probes import WhitenedMassMean
+from hooklens.plugins.probing.task import read_task
+from hooklens.plugins.probing.train import train_probe
 from hooklens.statistics import halves, mean_interval
 from hooklens.sweeps.plan import Patch
 from hooklens.testing import tiny_model
+from hooklens.viz import bars
 
 tiny = bool(os.environ.get("HOOKLENS_TINY"))
-n_groups = 8 if tiny else 20
+n_groups = 16 if tiny else 24
 
 
-def pairs_of_numbers(n_groups):
-    """The shape of "so A and B, B gave to", for a model without words."""
-    ids = torch.randint(4, 40, (n_groups, 2), generator=torch.Generator().manual_seed(0)).tolist()
+def pairs_of_numbers(n):
+    """The shape of "so A and B, B gave to", for a model without words; the two names and their two orders: a group."""
+    ids = torch.randint(4, 40, (n, 2), generator=torch.Generator().manual_seed(0)).tolist()
     roles = [(a, b, order) for x, y in ids for a, b in ((x, y), (y, x)) for order in ("ABBA", "BABA")]
+    answer, wrong = (torch.tensor([role[i] for role in roles]) for i in (0, 1))
     rows = [[0, a, 1, b, 2, b, 3] if order == "ABBA" else [0, b, 1, a, 2, b, 3] for a, b, order in roles]
-    first = torch.tensor([order == "ABBA" for *_, order in roles])
-    made = {"io": torch.where(first, 1, 3), "s1": torch.where(first, 3, 1), "s2": torch.full((len(rows),), 5)}
-    answers = {"answer_tokens": torch.tensor([a for a, *_ in roles]), "order": [order for *_, order in roles]}
-    others = {"wrong_answer_tokens": torch.tensor([b for _, b, _ in roles]), "end": torch.full((len(rows),), 6)}
-    group = torch.arange(n_groups).repeat_interleave(4)
-    return SimpleNamespace(clean_tokens=torch.tensor(rows), group=group, **made, **answers, **others)
+    made = {"answer_tokens": answer, "wrong_answer_tokens": wrong, "order": [role[2] for role in roles]}
+    return SimpleNamespace(
+        clean_tokens=torch.tensor(rows), group=torch.arange(n).repeat_interleave(4), end=torch.full((4 * n,), 6), **made
+    )
 
 
 model = tiny_model(d_vocab=40, n_layers=4, d_model=32, n_heads=4) if tiny else hl.load("smollm2-135m-instruct")
@@ -51,185 +51,147 @@ tokens, every = pairs.clean_tokens, torch.arange(4 * n_groups)
 difference = hl.logit_diff(model, answer=pairs.answer_tokens, wrong_answer=pairs.wrong_answer_tokens)
 
 # %% [markdown]
-# Four prompts share two names and a sentence, so they go to one half together. The first two cases use one prompt of
-# each group, the third all four.
+# The four prompts of a sentence and two names stay in one half. The first two cases use one of the four, the third all.
+# "Nothing" is a 95% interval within 5% of the model's logit difference, that of the first half; "something" one that
+# lies outside of it. This is written down before anything is run on the second half.
 
 # %%
 choose, report = halves(len(tokens), group=pairs.group)
 one_each = every[every % 4 == (every // 4) % 4]  # both orders of the names and both roles, evenly
 a, b = (half[torch.isin(half, one_each)] for half in (choose, report))
 with torch.no_grad():
-    whole = difference(model(tokens, logits_at=-1))
-low, high = mean_interval(whole[report], group=pairs.group[report])
-print(f"logit difference of the whole model {float(whole[report].mean()):.2f} [{low:.2f}, {high:.2f}]")
+    whole = difference.pairs(choose)(model(tokens[choose], logits_at=-1)).mean()
+margin = 0.05 * abs(float(whole))
+words = "ablating what was chosen on the first half moves the metric by less than the threshold"
+random = "random directions of the same length; a component of the same kind"
+plan = Registration(words, "logit difference", random, threshold=margin, n=len(report))
+plan = plan.write(Path(tempfile.mkdtemp()) / "plan.json")
+print(f"logit difference {whole:.2f}, so nothing is less than {margin:.3f}; registered as {plan.digest[:12]}")
 shown = []  # name, mean, low, high: the picture
 
 
-def show(name, effect, group=None):
-    """One bar: the mean effect on the reported half with its 95% interval."""
-    low, high = mean_interval(effect, group=group)
-    shown.append((name, float(effect.mean()), float(low), float(high)))
-    print(f"{name}: {effect.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+def ends(change, group=None):
+    return [float(end) for end in mean_interval(change, group=group)]
+
+
+def furthest(change, group=None):
+    """The end of the interval that lies further from 0: what a search for "nothing" makes small."""
+    return max(map(abs, ends(change, group)))
+
+
+def measured(name, change, group=None):
+    """One bar of the picture, and what may be said of it."""
+    low, high = ends(change, group)
+    verdict = "nothing" if -margin < low and high < margin else "undecided"
+    verdict = "something" if low > margin or high < -margin else verdict
+    shown.append((name, float(change.mean()), low, high))
+    print(f"{name}: {change.mean():+.3f} [{low:+.3f}, {high:+.3f}], {verdict}")
+    return verdict
+
+
+def without(patches, half, value, **asked):
+    """The change of each prompt's logit difference under each ablation."""
+    with hl.engine(verify=0):
+        found = ablate(model, tokens[half], difference.pairs(half), patches=patches, value=value, **asked)
+    return found.effect_per_prompt.T
 
 
 # %% [markdown]
 # ## 1. "Zeroing it breaks the model, so it does the task"
 #
-# Every MLP is zeroed on the first half. The three whose zeroing matters most are zeroed, set to their mean and
-# resampled on the second: does anything that differs between prompts go through them?
+# Of the five MLPs whose zeroing matters most, the one that does least when it is given another prompt's output.
 
 # %%
-site = "mlp_out"
-with hl.engine(verify=0):
-    zeroed = ablate(model, tokens[a], difference.pairs(a), site=site, by="layer", value="zero")
-    worst = [layer for (layer,) in zeroed.order()[:3]]
-    kinds = compare_ablations(
-        model, tokens[b], difference.pairs(b), site=site, by="layer", patches=[Patch(layer) for layer in worst]
-    )
-print(kinds.table())
-
-# %% [markdown]
-# Of the three, the one whose zero effect shrinks most is chosen on the first half too, and so is the control: the one
-# whose resampling hurts most.
-
-# %%
-with hl.engine(verify=0):
-    asked = {"site": site, "by": "layer", "patches": [Patch(layer) for layer in worst]}
-    again = ablate(model, tokens[a], difference.pairs(a), value=Resample(draws=2), **asked)
-lost = (zeroed.effect[worst].abs() - again.effect.abs()).argsort(descending=True).tolist()
-for place, role in ((lost[0], "chosen"), (int(again.effect.abs().argmax()), "control")):
-    for kind in ("zero", "resample"):
-        effect = getattr(kinds, kind).effect_per_prompt[:, place]
-        show(f"MLP {worst[place]} {kind} ({role})", effect)
+mlp = {"site": "mlp_out", "by": "layer"}
+zeroed = without([Patch(layer) for layer in range(model.cfg.n_layers)], a, "zero", **mlp)
+worst = [Patch(layer) for layer in zeroed.mean(1).abs().topk(3 if tiny else 5).indices.tolist()]
+far = [furthest(one) for one in without(worst, a, Resample(draws=2), **mlp)]
+picked = [worst[far.index(min(far))], worst[far.index(max(far))]]
+zeros, others = (without(picked, b, value, **mlp) for value in ("zero", Resample(draws=2)))
+said = [measured(f"MLP {picked[0].layer} zeroed", zeros[0]), measured(f"MLP {picked[0].layer} resampled", others[0])]
+cases = {"zeroed but idle": said == ["something", "nothing"]}
+measured(f"control: MLP {picked[1].layer} resampled", others[1])
 
 # %% [markdown]
 # ## 2. "It attends to the name, so it matters"
 #
-# The heads that pay most attention from the last position to the two names, on the first half. Each is resampled there.
-# The one that does least and the one that does most are measured on the second half.
+# Of the heads that pay most attention from the last position to the two names, the one that does least when resampled.
 
 # %%
+io, subject = pairs.answer_tokens, pairs.wrong_answer_tokens
+is_name = ((tokens == io[:, None]) | (tokens == subject[:, None]))[one_each]
 with torch.no_grad():
     _, cache = model.run_with_cache(tokens[one_each], names="pattern")
 row = torch.arange(len(one_each))
 last = torch.stack([cache["pattern", n][row, :, pairs.end[one_each]] for n in range(model.cfg.n_layers)], 1)
-at_names = sum(last[row, :, :, place[one_each]] for place in (pairs.io, pairs.s1, pairs.s2))  # prompt layer head
-first_half = torch.isin(one_each, a)
-looking = at_names[first_half].mean(0).flatten().topk(4 if tiny else 8).indices.tolist()
-heads = [Patch(*divmod(i, model.cfg.n_heads)[:1], head=i % model.cfg.n_heads) for i in looking]
-with hl.engine(verify=0):
-    searched = ablate(model, tokens[a], difference.pairs(a), patches=heads, value=Resample(draws=2))
-    size = searched.effect.abs()
-    picked = [int(size.argmin()), int(size.argmax())]
-    found = ablate(model, tokens[b], difference.pairs(b), patches=[heads[i] for i in picked])
-for place, role in enumerate(("chosen", "control")):
-    name, seen = found.labels["patch"][place], at_names[~first_half].flatten(1)[:, looking[picked[place]]]
-    ends = [float(end) for end in mean_interval(seen)]
-    print(f"{name} pays {float(seen.mean()):.2f} [{ends[0]:.2f}, {ends[1]:.2f}] of its attention to the names")
-    show(f"{name} resampled, attention {float(seen.mean()):.2f} ({role})", found.effect_per_prompt[:, place])
+looks = (last * is_name[:, None, None]).sum(-1).flatten(1)  # prompt head: attention paid to the names
+in_a = torch.isin(one_each, a)
+most = looks[in_a].mean(0).topk(4 if tiny else 8).indices.tolist()
+heads = [Patch(i // model.cfg.n_heads, head=i % model.cfg.n_heads) for i in most]
+far = [furthest(one) for one in without(heads, a, Resample(draws=2))]
+picked = [far.index(min(far)), far.index(max(far))]
+found = without([heads[i] for i in picked], b, Resample(draws=2))
+for place, role, change in zip(picked, ("", "control: "), found, strict=True):
+    seen = looks[~in_a, most[place]]
+    name = f"{role}L{heads[place].layer}H{heads[place].head} resampled, attention {seen.mean():.2f}"
+    print(f"attention to the names {seen.mean():.2f} {[round(end, 2) for end in ends(seen)]}")
+    verdict = measured(name, change)
+    cases.setdefault("attending but idle", verdict == "nothing")
 
 # %% [markdown]
 # ## 3. "A probe reads it, so the model uses it"
 #
-# Which name came first can be read from the last position, layer after layer. A probe is trained on the first half; its
-# direction is then taken out of the stream: x - (x - mean) . d d. Layers are chosen on the first half among those that
-# a probe reads well (cross-validated by group): the one where ablation does least, and as control the one where it does
-# most. Same label, same kind of probe.
+# Which name came first can be read from the last position. The probe's direction is ablated there: every activation is
+# moved along it until the probe cannot tell. Held against it: the logit of the first name minus that of the second,
+# which is the logit difference with the sign of the order. Of the layers at which a probe reads well on the first half,
+# the one where that does least, and as control the one where it does most.
 
 # %%
-layers = list(range(model.cfg.n_layers)) if tiny else [20, 22, 24, 26, 28]
-label = np.array([order == "ABBA" for order in pairs.order])
-groups = pairs.group.numpy()
-with torch.no_grad():
-    _, cache = model.run_with_cache(tokens, names=[("resid_post", layer) for layer in layers])
+first = torch.tensor([order == "ABBA" for order in pairs.order])
+task = read_task(model, tokens, first.tolist(), group=pairs.group.tolist(), pos=pairs.end.tolist(), name="order")
+names = torch.where(first, io, subject), torch.where(first, subject, io)
+by_order = hl.logit_diff(model, answer=names[0], wrong_answer=names[1])
 
 
-def stream(layer, index):
-    return cache["resid_post", layer][index]
-
-
-def at_end(layer, index):
-    return stream(layer, index)[torch.arange(len(index)), pairs.end[index]]
-
-
-def new_probe():
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-
-
-def direction(layer, labels):
-    """The unit normal of a probe's boundary, in the stream's own coordinates, and the probe."""
-    fitted = new_probe().fit(at_end(layer, choose).numpy(), labels)
-    normal = torch.tensor(fitted[1].coef_[0] / fitted[0].scale_, dtype=model.dtype)
-    return normal / normal.norm(), fitted
-
-
-def without(x, d, mean):
-    """x with its part along d brought to the mean."""
-    return x - ((x - mean) @ d)[:, None] * d
-
-
-def ablated(layer, d, index):
-    """The change of the metric when the last position loses what lies along `d`, prompt by prompt."""
-    x, here = stream(layer, index).clone(), torch.arange(len(index))
-    x[here, pairs.end[index]] = without(at_end(layer, index), d, at_end(layer, choose).mean(0))
-    with torch.no_grad():
-        logits = model(x, start_at_layer=layer + 1, logits_at=-1)
-    return difference.pairs(index)(logits) - whole[index]
-
+probes, far, well = {}, {}, []
+for layer in range(model.cfg.n_layers) if tiny else (20, 24, 28):
+    fit = {"site": ("resid_post", layer), "kind": WhitenedMassMean(), "null_draws": 0}
+    probes[layer], study = train_probe(model, task.take(choose), **fit)
+    check = causal_check(model, probes[layer], task.take(choose), by_order.pairs(choose), draws=1)
+    print(f"layer {layer}: read with accuracy {study.accuracy:.2f}, ablating it takes {check.effect[0]:+.3f}")
+    far[layer] = furthest(check.fall[0], check.group)
+    well += [layer] * (study.accuracy >= 0.9)
 
 # %% [markdown]
-# The search, on the first half only.
+# On the second half it also has to lie within what random directions do, of the same length and drawn as activations
+# vary.
 
 # %%
-searched = {}
-for layer in layers:
-    inside = {"groups": groups[choose], "cv": GroupKFold(4)}
-    guessed = cross_val_predict(new_probe(), at_end(layer, choose).numpy(), label[choose], **inside)
-    d, _ = direction(layer, label[choose])
-    searched[layer] = (float((guessed == label[choose]).mean()), float(ablated(layer, d, choose).mean()))
-    print(f"layer {layer}: accuracy {searched[layer][0]:.2f}, effect of ablating {searched[layer][1]:+.3f}")
-read = [layer for layer in layers if searched[layer][0] >= 0.9] or layers
-idle = min(read, key=lambda layer: abs(searched[layer][1]))
-used = max(read, key=lambda layer: abs(searched[layer][1]))
+well = well or list(far)
+for layer, role, draws in ((min(well, key=far.get), "", 40), (max(well, key=far.get), "control: ", 5)):
+    check = causal_check(model, probes[layer], task.take(report), by_order.pairs(report), draws=draws)
+    print(check.table())
+    before, after = check.refit_accuracy.tolist()
+    print(f"a probe trained anew reads it with accuracy {before:.2f} before, {after:.2f} after the ablation")
+    name = f"{role}layer {layer} ablated, accuracy {check.accuracy:.2f}"
+    verdict = measured(name, -check.fall[0], check.group)
+    least, greatest = check.random[0, 1].quantile(torch.tensor([0.025, 0.975]).to(check.random))
+    inside = bool(least <= check.effect[0] <= greatest)
+    print(f"within what random directions do: {inside}")
+    cases.setdefault("readable but idle", verdict == "nothing" and inside)
 
 # %% [markdown]
-# The report, on the second: accuracy beside that of a probe for shuffled labels, the effect beside that of ten random
-# directions of the same length.
+# What was found, and what was not. None of it says that the parts are idle in general: the metric is one, the prompts
+# are of one kind, and others may make up for what is gone.
 
 # %%
-draw = torch.Generator().manual_seed(0)
-for layer, role in ((idle, "chosen"), (used, "control")):
-    d, fitted = direction(layer, label[choose])
-    right = torch.tensor(fitted.predict(at_end(layer, report).numpy()) == label[report], dtype=model.dtype)
-    low, high = mean_interval(right, group=pairs.group[report])
-    shuffled = label[choose][torch.randperm(len(choose), generator=draw)]
-    chance = direction(layer, shuffled)[1].score(at_end(layer, report).numpy(), label[report])
-    mean = at_end(layer, choose).mean(0)
-    after = [without(at_end(layer, half), d, mean).numpy() for half in (choose, report)]
-    left = new_probe().fit(after[0], label[choose]).score(after[1], label[report])
-    print(f"layer {layer}: accuracy {right.mean():.2f} [{low:.2f}, {high:.2f}], shuffled labels {chance:.2f}")
-    print(f"a probe trained anew on what the ablation left reads it with accuracy {left:.2f}")
-    show(f"probe at {layer}, accuracy {right.mean():.2f} ({role})", ablated(layer, d, report), pairs.group[report])
-    others = torch.randn(10, model.cfg.d_model, generator=draw).to(model.dtype)
-    random = torch.stack([ablated(layer, other / other.norm(), report) for other in others])
-    show(f"10 random directions at {layer}", random.mean(0), pairs.group[report])
-    print(f"largest of the ten: {random.mean(1).abs().max():.3f}")
-
-# %% [markdown]
-# What this does not say: that the chosen parts are idle in general. The metric is one, the prompts are of one kind,
-# others may make up for what is gone, and a label may be written along more than one direction: a probe trained after
-# the ablation may still read it.
-
-# %%
-from hooklens.viz import bars
-
+for case, holds in cases.items():
+    print(f"{case}: {'found' if holds else 'NOT found on these prompts'}")
 names, mean, low, high = zip(*shown, strict=True)
-figure = bars(
-    *(torch.tensor(part) for part in (mean, low, high)),
-    names,
-    "Zeroed but idle, attending but idle, readable but idle; each beside a control",
-    y_title="change of the logit difference",
-)
+title = f"Found: {', '.join(case for case, holds in cases.items() if holds) or 'none of the three'}"
+numbers = (torch.tensor(part) for part in (mean, low, high))
+marks = {"nothing is above": -margin, "and below": margin}
+figure = bars(*numbers, names, title, y_title="change of the logit difference", marks=marks)
 if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
     figure.show()
 else:

@@ -72,7 +72,7 @@ Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool | None) -> None:
     if asked:
         from importlib.metadata import version
 
@@ -84,8 +84,8 @@ def _version(asked: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
-    ] = False,
+        bool | None, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = None,
 ) -> None:
     """Options of every command; `_Group` reads `debug`, `_version` the other."""
 

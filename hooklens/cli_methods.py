@@ -1,7 +1,7 @@
 """The methods on the command line: lens, heads, circuit, probe. Prompts come as options or from a JSONL file."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,7 @@ from hooklens.core.errors import InputError
 
 if TYPE_CHECKING:
     from hooklens.data.jsonl import PromptPairs
+    from hooklens.model.transformer import HookedTransformer
 
 Clean = Annotated[str | None, typer.Option(help="The prompt that is answered rightly.")]
 Corrupted = Annotated[str | None, typer.Option(help="The same prompt with one thing changed.")]
@@ -39,34 +40,32 @@ def lens(
     check_out(out)
     if (prompt is None) == (pairs is None):
         raise InputError("give a prompt or --pairs file.jsonl, one of the two")
-    prompts: list[str] = [] if prompt is None else [prompt]
-    right: list[Any] = [answer]
-    wrong: list[Any] = [wrong_answer]
-    if pairs is not None:
-        read = _pairs(pairs, None, None, answer, wrong_answer)
-        prompts, right, wrong = read.clean, list(read.answer), list(read.wrong_answer)
+    read = None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
     loaded = load_model(model, device, dtype)
-    from hooklens.plugins.lens.attribution import direct_logit_attribution
-    from hooklens.plugins.lens.logit_lens import logit_lens
-    from hooklens.plugins.lens.trajectory import trajectory
-    from hooklens.viz.report import Report
+    from hooklens.plugins.lens import lens_study
 
-    if right[0] is None:
-        right = [int(loaded(prompts[0], logits_at=-1)[0, 0].argmax())]
-    others = None if wrong[0] is None else wrong
-    first = logit_lens(loaded, prompts[0])
-    path = trajectory(loaded, prompts, right, others)
-    parts = direct_logit_attribution(loaded, prompts, right, others)
-    report = Report(f"Logit lens in {loaded.cfg.model_name}")
-    report.heading("What the model would say after every layer").figure(first.figure(), "On the first prompt.")
-    report.heading("When the answer comes up").figure(path.figure()).table(path.table(None))
-    report.heading("Which parts write it").figure(parts.figure()).table(parts.top(20))
-    report.save(out, data={"lens": first, "trajectory": path, "attribution": parts})
-    show(parts.top(12), as_json, **_written(out))
+    if read is None:
+        study = lens_study(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
+        study.report().save(out, data=study)
+        show(study.table(), as_json, **_written(out))
+        return
+    from hooklens.data.jsonl import check_pairs
+
+    check_pairs(loaded, read, str(pairs), corrupted=False)
+    names = [f"line {line}" for line in read.lines]
+    study = lens_study(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
+    told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
+    study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
+    show(study.table(), as_json, read=told, **_written(out))
 
 
 @app.command()
 def heads(
+    clean: Clean = None,
+    corrupted: Corrupted = None,
+    answer: Answer = None,
+    wrong_answer: WrongAnswer = None,
+    pairs: PairsFile = None,
     model: Model = _DEFAULT,
     sequences: Annotated[int, typer.Option(help="Random sequences for scores, and as many for effects.")] = 12,
     ioi: Annotated[int, typer.Option(help="Prompt pairs that name movers are looked for with; 0: none.")] = 64,
@@ -78,16 +77,27 @@ def heads(
 ) -> None:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads, and on what evidence?
 
-    Example: `hooklens heads --model smollm2-135m-instruct --out heads.html`
+    With prompt pairs, also: which heads carry the answer there, chosen on half of the pairs and measured on the other?
+
+    Example: `hooklens heads --pairs ioi.jsonl --out heads.html`
     """
     check_out(out)
+    own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
+    read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
     loaded = load_model(model, device, dtype)
+    if read is not None:
+        _check(loaded, read, pairs)
+    from hooklens.plugins.heads import head_study, taxonomy
     from hooklens.plugins.heads.report import taxonomy_report
-    from hooklens.plugins.heads.taxonomy import taxonomy
 
     found = taxonomy(loaded, n=sequences, ioi=ioi, seed=seed)
-    taxonomy_report(found).save(out, data=found)
-    show(found.table(20), as_json, **_written(out))
+    if read is None:
+        found.report().save(out, data=found)
+        show(found.table(20), as_json, **_written(out))
+        return
+    study = head_study(loaded, read, labels=found.labels(), seed=seed)
+    taxonomy_report(found, study.report()).save(out, data={"taxonomy": found, "pairs": study})
+    show(study.table(20), as_json, **_written(out))
 
 
 @app.command()
@@ -98,7 +108,7 @@ def circuit(
     wrong_answer: WrongAnswer = None,
     pairs: PairsFile = None,
     edges: Annotated[int, typer.Option(help="How many edges the circuit may have.")] = 200,
-    draws: Annotated[int, typer.Option(help="Random circuits that stand beside it.")] = 100,
+    draws: Annotated[int, typer.Option(help="Random circuits that stand beside it, at least 100.")] = 100,
     model: Model = _DEFAULT,
     out: Annotated[Path, typer.Option(help="The report; its numbers and the circuit go beside it.")] = Path(
         "circuit.html"
@@ -117,7 +127,8 @@ def circuit(
     check_out(out)
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
     loaded = load_model(model, device, dtype)
-    from hooklens.plugins.circuits.circuit_study import study_circuit
+    _check(loaded, read, pairs)
+    from hooklens.plugins.circuits import study_circuit
 
     study = study_circuit(loaded, read, edges=edges, draws=draws, seed=seed)
     study.report().save(out, data=study)
@@ -141,11 +152,12 @@ def probe(
     Example: `hooklens probe sentiment.jsonl --site resid_post --out probe.html`
     """
     check_out(out)
-    from hooklens.data.jsonl import read_texts_file
+    from hooklens.data.jsonl import check_texts, read_texts_file
 
     read = read_texts_file(texts)
     loaded = load_model(model, device, dtype)
-    from hooklens.plugins.probing.train import probe_texts
+    check_texts(loaded, read, str(texts))
+    from hooklens.plugins.probing import probe_texts
     from hooklens.viz.report import Report
 
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
@@ -173,6 +185,14 @@ def _pairs(
         raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(given)}; missing: {', '.join(missing)}")
     one, other, right, wrong = ([str(value)] for value in given.values())
     return PromptPairs(one, other, right, wrong, ["the pair"])
+
+
+def _check(model: "HookedTransformer", pairs: "PromptPairs", path: Path | None) -> None:
+    """Every line of a file that this model cannot use, before anything runs; a pair of options tells its own errors."""
+    from hooklens.data.jsonl import check_pairs
+
+    if path is not None:
+        check_pairs(model, pairs, str(path))
 
 
 def _written(out: Path) -> dict[str, str]:

@@ -159,7 +159,8 @@ def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransfo
     >>> check_plugin("patching")
 
     `plugin` is a registered name or the module itself. Its `demo(model)` runs on `models` (by what to call them in a
-    message; by default tiny ones: two layers, one layer, float64, attention only, grouped keys). Clauses: signature,
+    message; by default tiny ones: two layers, one layer, float64, bfloat16, attention only, grouped
+    keys). Clauses: signature,
     docstring, runs, weights, gradients, hooks, grad mode, generators, training mode, same twice, frozen, dtype, table,
     figure, JSON, saved.
     """
@@ -187,6 +188,7 @@ def _models() -> dict[str, HookedTransformer]:
         "two layers": tiny_model(),
         "one layer": tiny_model(n_layers=1),
         "float64 weights": tiny_model(dtype=torch.float64),
+        "bfloat16 weights": tiny_model(dtype=torch.bfloat16),
         "attention only": tiny_model(attn_only=True),
         "grouped keys and rotary positions": tiny_model(
             n_heads=4, n_key_value_heads=2, positional_embedding_type="rotary", gated_mlp=True, normalization_type="RMS"

@@ -34,13 +34,65 @@ def test_lens_of_a_prompt_and_of_a_file(model_path, pairs_file, tmp_path):  # no
     done = invoke("lens", CLEAN, "--answer", " Mary", "--wrong-answer", " John", "--json", *asked)
     assert done.exit_code == 0, done.output
     held = json.loads(out.with_suffix(".json").read_text())["data"]
-    assert set(held) == {"lens", "trajectory", "attribution"} and json.loads(done.stdout)["rows"]
+    assert held["class"] == "LensStudy" and json.loads(done.stdout)["rows"]
     assert out.read_text().count('class="plot"') == 3
     assert invoke("lens", CLEAN, *asked).exit_code == 0  # the answer is then the model's own
-    assert invoke("lens", "--pairs", pairs_file, *asked).exit_code == 0
     for wrong in ([], [CLEAN, "--pairs", pairs_file]):
         done = invoke("lens", *wrong, *asked)
         assert done.exit_code == cli.BAD_INPUT and "one of the two" in done.stderr
+
+
+def test_lens_shows_every_line_and_says_what_it_does_not_read(model_path, pairs_file, tmp_path):  # noqa: F811
+    """The picture was of the first line only, and corrupted prompts and groups fell away without a word."""
+    out = tmp_path / "lens.html"
+    done = invoke("lens", "--pairs", pairs_file, "--model", model_path, "--out", out, "--json")
+    assert done.exit_code == 0, done.output
+    told, page = json.loads(done.stdout), out.read_text()
+    assert told["read"] == "the clean prompts of all 4 lines; a lens does not read the corrupted ones"
+    assert told["read"] in page and page.count('class="plot"') == 2 + 4
+    held = json.loads(out.with_suffix(".json").read_text())
+    assert [row[0] for row in held["tables"][0]["rows"]] == [f"line {i}" for i in (1, 2, 3, 4)]
+    assert held["data"]["group"] == [0, 0, 1, 1]
+    assert sorted(held["data"]["held_out"]["chosen_on"] + held["data"]["held_out"]["reported_on"]) == [0, 1, 2, 3]
+    assert {"q", "where chosen"} <= set(told["rows"][0]) and "Chosen by size on 2 prompts, measured on 2 others" in page
+
+
+@pytest.mark.parametrize("command", ["lens", "heads", "circuit"])
+def test_lines_that_the_model_cannot_use_are_all_told_before_anything_runs(
+    command,
+    model_path,  # noqa: F811
+    pairs_file,
+    tmp_path,
+):
+    """One error was shown, of the first of them, without file or line."""
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    rows[1]["answer"] = " Mary Ann"
+    rows[3]["wrong_answer"] = " Mary"
+    rows[2]["corrupted"] = rows[2]["corrupted"].replace("Mary gave", "Mary and John gave")
+    pairs_file.write_text("\n".join(map(json.dumps, rows)))
+    done = invoke(command, "--pairs", pairs_file, "--model", model_path, "--out", tmp_path / "o.html")
+    assert done.exit_code == cli.BAD_INPUT and not (tmp_path / "o.html").exists()
+    told = [line.strip().split(":")[0] for line in done.stderr.splitlines()[1:]]
+    assert told == [f"line {i}" for i in ((2, 4) if command == "lens" else (2, 3, 4))]
+    assert f"{pairs_file} has {len(told)} of 4 lines that this model cannot use" in done.stderr
+
+
+def test_heads_on_pairs_of_ones_own(model_path, pairs_file, tmp_path):  # noqa: F811
+    """There was no such option: random tokens and built-in names only."""
+    out = tmp_path / "heads.html"
+    asked = ["heads", "--model", model_path, "--sequences", "6", "--ioi", "0", "--out", out, "--json"]
+    done = invoke(*asked, "--pairs", pairs_file)
+    assert done.exit_code == 0, done.output
+    held = json.loads(out.with_suffix(".json").read_text())["data"]
+    assert held["taxonomy"]["class"] == "Taxonomy" and held["pairs"]["class"] == "HeadStudy"
+    rows = json.loads(done.stdout)["rows"]
+    assert {"head", "fall", "q", "direct", "looks at answer", "on repeated tokens"} <= set(rows[0])
+    page = out.read_text()
+    assert "on 4 prompt pairs</h1>" in page and "Attention heads by what they do, on random tokens" in page
+    done = invoke(*asked, *ONE)
+    assert done.exit_code == 0 and "q" not in json.loads(done.stdout)["rows"][0]  # one pair: nothing to test on
+    done = invoke(*asked, *ONE[:2])
+    assert done.exit_code == cli.BAD_INPUT and "missing: --corrupted" in done.stderr
 
 
 def test_heads_write_a_taxonomy(model_path, tmp_path):  # noqa: F811
@@ -52,7 +104,7 @@ def test_heads_write_a_taxonomy(model_path, tmp_path):  # noqa: F811
 
 def test_a_circuit_is_found_tested_and_kept(model_path, pairs_file, tmp_path):  # noqa: F811
     out = tmp_path / "c.html"
-    asked = ["--model", model_path, "--edges", "12", "--draws", "5", "--out", out]
+    asked = ["--model", model_path, "--edges", "12", "--draws", "100", "--out", out]
     done = invoke("circuit", "--pairs", pairs_file, "--json", *asked)
     assert done.exit_code == 0, done.output
     assert Circuit.load_json(json.loads(done.stdout)["circuit"]).n_edges <= 12
@@ -76,6 +128,15 @@ def test_every_bad_line_of_a_file_is_told(model_path, tmp_path):  # noqa: F811
     for command in (["circuit", "--pairs", path], ["probe", path]):
         done = invoke(*command, "--model", model_path, "--out", tmp_path / "o.html")
         assert done.exit_code == cli.BAD_INPUT and "line 1:" in done.stderr and "line 3:" in done.stderr
+
+
+def test_texts_that_do_not_fit_the_model_are_all_told(model_path, tmp_path):  # noqa: F811
+    path = tmp_path / "texts.jsonl"
+    texts = ["When Mary", "When" + " Mary" * 300, "When John", "When" + " John" * 400]
+    path.write_text("\n".join(json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts)))
+    done = invoke("probe", path, "--model", model_path, "--out", tmp_path / "probe.html")
+    assert done.exit_code == cli.BAD_INPUT
+    assert "line 2: 301 tokens do not fit" in done.stderr and "line 4: 401 tokens" in done.stderr
 
 
 def test_a_probe_of_labelled_texts(model_path, tmp_path):  # noqa: F811

@@ -1,29 +1,38 @@
 """Prompts of one's own from a JSONL file: one JSON object a line, every bad line reported with its number."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import HooklensError, InputError
+from hooklens.data.prompts import common_ends, show
 
-_REPORTED = 10  # bad lines that a message shows; the rest are counted
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_REPORTED = 10  # bad lines of which a message shows what is wrong; of the others it gives the numbers
 
 
 @dataclass(frozen=True)
 class PromptPairs:
-    """Clean and corrupted prompts with their next tokens, as texts or as ids. Pairs of one `group` share something."""
+    """Clean and corrupted prompts with their next tokens, as texts or as ids. Pairs of one `group` share something.
+
+    `lines` are their lines in the file that they were read from.
+    """
 
     clean: list[Any]
     corrupted: list[Any]
     answer: list[Any]
     wrong_answer: list[Any]
     group: list[str]
+    lines: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -40,6 +49,7 @@ class LabelledTexts:
     text: list[str]
     label: list[str | int | float | bool]
     group: list[str]
+    lines: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.text)
@@ -55,41 +65,67 @@ def read_pairs_file(path: str | Path) -> PromptPairs:
     [' d']
     """
     fields = dict.fromkeys(("clean", "corrupted", "answer", "wrong_answer"), str)
-    rows = read_rows(path, fields, {"group": (str, int)})
+    lines = read_rows(path, fields, {"group": (str, int)})
+    rows = list(lines.values())
     clean, corrupted, answer, wrong = ([row[name] for row in rows] for name in fields)
-    return PromptPairs(clean, corrupted, answer, wrong, groups(rows))
+    return PromptPairs(clean, corrupted, answer, wrong, groups(rows), list(lines))
 
 
 def read_texts_file(path: str | Path) -> LabelledTexts:
     """Labelled texts: lines with text, label and, where texts share something, group."""
-    rows = read_rows(path, {"text": str, "label": (str, int, float, bool)}, {"group": (str, int)})
-    return LabelledTexts([row["text"] for row in rows], [row["label"] for row in rows], groups(rows))
+    lines = read_rows(path, {"text": str, "label": (str, int, float, bool)}, {"group": (str, int)})
+    rows = list(lines.values())
+    return LabelledTexts([row["text"] for row in rows], [row["label"] for row in rows], groups(rows), list(lines))
 
 
-def read_rows(path: str | Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None) -> list[dict]:
-    """Every line's object, with these fields of these types. All bad lines are reported at once, by number."""
+def read_rows(
+    path: str | Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None
+) -> dict[int, dict[str, Any]]:
+    """Every line's object by its line number, with these fields of these types. All bad lines are reported at once."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a UTF-8 JSONL file: {error}") from error
-    rows, bad = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    rows, bad = {}, {}
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # splitlines also cuts where JSON may hold a character, as at U+2028
         if not line.strip():
             continue
-        row, problem = _row(line, fields, optional or {})
-        rows.append(row)
+        rows[number], problem = _row(line, fields, optional or {})
         if problem:
-            bad.append(f"line {number}: {problem}")
+            bad[number] = problem
     if bad:
-        more = [f"and {len(bad) - _REPORTED} more"] if len(bad) > _REPORTED else []
         wanted = ", ".join(f'"{name}"' for name in fields)
-        shown = "\n  ".join(bad[:_REPORTED] + more)
-        raise InputError(
-            f"{path} has {len(bad)} bad of {len(rows)} lines; each is a JSON object with {wanted}:\n  {shown}"
-        )
+        raise _bad_lines(f"{path} has {len(bad)} bad of {len(rows)} lines; each is a JSON object with {wanted}", bad)
     if not rows:
         raise InputError(f"{path} holds no line; each is a JSON object with {', '.join(fields)}")
     return rows
+
+
+def check_pairs(model: "HookedTransformer", pairs: PromptPairs, source: str, *, corrupted: bool = True) -> None:
+    """Can the model use every pair of this file? All lines that it cannot are reported at once, before anything runs.
+
+    With `corrupted`, each clean prompt must also differ from its corrupted one, and be as long.
+    """
+    bad = {}
+    for line, i in zip(pairs.lines or range(1, len(pairs) + 1), range(len(pairs)), strict=True):
+        one = (pairs.clean[i], pairs.corrupted[i] if corrupted else None, pairs.answer[i], pairs.wrong_answer[i])
+        if found := "; ".join(_unusable_pair(model, *one)):
+            bad[line] = found
+    if bad:
+        raise _bad_lines(f"{source} has {len(bad)} of {len(pairs)} lines that this model cannot use", bad)
+
+
+def check_texts(model: "HookedTransformer", texts: LabelledTexts, source: str) -> None:
+    """Can the model read every text of this file? All lines that it cannot read are reported at once."""
+    bad = {
+        line: str(found)
+        for line, text in zip(texts.lines or range(1, len(texts) + 1), texts.text, strict=True)
+        if isinstance(found := _tokens(model, text), HooklensError)
+    }
+    if bad:
+        raise _bad_lines(f"{source} has {len(bad)} of {len(texts)} lines that this model cannot use", bad)
 
 
 def groups(rows: list[dict]) -> list[str]:
@@ -107,10 +143,73 @@ def numbered(group: list[str]) -> Int[Tensor, "pair"]:
     return torch.tensor([order[label] for label in group])
 
 
+def _unusable_pair(
+    model: "HookedTransformer", clean: str, corrupted: str | None, answer: str, wrong_answer: str
+) -> Iterator[str]:
+    """What keeps the model from using a pair, each thing on its own."""
+    prompts = {"clean": clean} | ({} if corrupted is None else {"corrupted": corrupted})
+    rows = {name: _tokens(model, text) for name, text in prompts.items()}
+    answers = {name: _single(model, text) for name, text in (("answer", answer), ("wrong_answer", wrong_answer))}
+    yield from (f"{name}: {found}" for name, found in (rows | answers).items() if isinstance(found, HooklensError))
+    one, other = answers.values()
+    if isinstance(one, int) and one == other:
+        yield f"answer and wrong_answer are the same token {answer!r}, so that no metric tells them apart"
+    a, b = rows["clean"], rows.get("corrupted")
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and (len(a) != len(b) or torch.equal(a, b)):
+        at = common_ends(a, b)[0]
+        parts = (repr(show(model, row[at : at + 1])[0]) if at < len(row) else "(end)" for row in (a, b))
+        yield (
+            "clean and corrupted are the same"
+            if len(a) == len(b)
+            else f"clean has {len(a)} tokens and corrupted {len(b)} (they part at {at}: {' | '.join(parts)}); "
+            "re-word one of them"
+        )
+
+
+def _tokens(model: "HookedTransformer", text: str) -> Int[Tensor, "pos"] | HooklensError:
+    try:
+        ids = model.to_tokens(text)[0]
+    except HooklensError as error:
+        return error
+    if len(ids) > model.cfg.n_ctx:
+        return InputError(f"{len(ids)} tokens do not fit the model's {model.cfg.n_ctx}; shorten it")
+    return ids
+
+
+def _single(model: "HookedTransformer", text: str) -> int | HooklensError:
+    try:
+        return model.to_single_token(text)
+    except HooklensError as error:
+        return error
+
+
+def _bad_lines(headline: str, bad: Mapping[int, str]) -> InputError:
+    """The first of them with what is wrong, all others by number."""
+    shown = [f"line {number}: {problem}" for number, problem in list(bad.items())[:_REPORTED]]
+    if rest := list(bad)[_REPORTED:]:
+        shown.append(f"and {'line' if len(rest) == 1 else 'lines'} {_ranges(rest)}")
+    return InputError("\n  ".join([f"{headline}:", *shown]))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers in order, neighbours drawn together.
+
+    >>> _ranges([3, 4, 5, 9, 11, 12])
+    '3 to 5, 9, 11, 12'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def _row(line: str, fields: Mapping[str, Any], optional: Mapping[str, Any]) -> tuple[dict, str | None]:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = json.loads(line, parse_constant=_no_number, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         return {}, f"not JSON ({error}): {line[:60]!r}"
     if not isinstance(row, dict):
         return {}, f"a JSON object is wanted, got {line[:60]!r}"
@@ -118,12 +217,34 @@ def _row(line: str, fields: Mapping[str, Any], optional: Mapping[str, Any]) -> t
         return row, f"{' and '.join(missing)} missing; it has {', '.join(map(repr, row)) or 'nothing'}"
     if unknown := [name for name in row if name not in fields and name not in optional]:
         return row, f"unknown field {unknown[0]!r}"
-    for name, kinds in {**fields, **optional}.items():
-        if name in row and not _is(row[name], kinds):
-            return row, f"{name} must be {_words(kinds)}, got {row[name]!r:.60}"
-        if isinstance(row.get(name), str) and not row[name]:
-            return row, f"{name} is empty"
-    return row, None
+    problems = (_wrong(name, row[name], kinds) for name, kinds in {**fields, **optional}.items() if name in row)
+    return row, "; ".join(filter(None, problems)) or None
+
+
+def _wrong(name: str, value: Any, kinds: Any) -> str | None:
+    """What is wrong with a field's value."""
+    if not _is(value, kinds) or (isinstance(value, float) and not math.isfinite(value)):
+        return f"{name} must be {_words(kinds)}, got {value!r:.60}"
+    if not isinstance(value, str):
+        return None
+    if not value:
+        return f"{name} is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{name} holds half of a surrogate pair, which is no character: {value!r:.60}"
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{' and '.join(map(repr, twice))} given twice")
+    return dict(pairs)
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
 
 
 def _is(value: Any, kinds: Any) -> bool:

@@ -177,8 +177,10 @@ class FactoredMatrix:
         return FactoredMatrix(self.A.unsqueeze(k), self.B.unsqueeze(k))
 
     def norm(self) -> Float[Tensor, "*lead"]:
-        """The Frobenius norm, from the small Gram matrices."""
-        return ((self.A.mT @ self.A) * (self.B @ self.B.mT)).sum((-2, -1)).clamp_min(0).sqrt()
+        """The Frobenius norm: with B^T = Q R that of A R^T, in which nothing large cancels."""
+        kind = torch.promote_types(self.A.dtype, torch.float32)
+        _, R = torch.linalg.qr(self.B.mT.to(kind))
+        return (self.A.to(kind) @ R.mT).norm(dim=(-2, -1)).to(self.A)
 
     def trace(self) -> Float[Tensor, "*lead"]:
         """The trace of a square AB."""

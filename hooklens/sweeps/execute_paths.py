@@ -43,27 +43,27 @@ def execute_paths(plan: PathPlan, metric: Any) -> Outcome:
 
 def live_paths(plan: PathPlan, reader: Reader) -> list[Item]:
     """Every (sender, pair) that can move the metric; the others' answer is the base run's."""
-    starts, n_pos = plan.start(), plan.tokens.shape[1]
-    dead = (starts >= n_pos) | (plan.first_change >= n_pos)
-    if plan.causal and reader.read is not None:
-        dead = dead | (starts > reader.read.amax(1))
-    items = []
+    n_pos, items = plan.tokens.shape[1], []
     for number, sender in enumerate(plan.senders):
         if plan.enters(sender) is not None:
+            starts = plan.start(sender)
+            dead = (starts >= n_pos) | (plan.first_change >= n_pos)
+            if plan.causal and reader.read is not None:
+                dead = dead | (starts > reader.read.amax(1))
             for pair in (~(dead | _same(plan, sender))).nonzero().flatten().tolist():
                 items.append(Item(number, pair, int(starts[pair])))
     return items
 
 
 def _same(plan: PathPlan, sender: Sender) -> Bool[Tensor, "pair"]:
-    """For which pairs has the sender the same value in both runs?"""
+    """For which pairs has the sender the same value in both runs, where it sends?"""
     if sender.kind == "head":
         old, new = (run.z[sender.layer][:, :, sender.head] for run in (plan.base, plan.new))
     elif sender.kind == "mlp":
         old, new = (run.mlp_out[sender.layer] for run in (plan.base, plan.new))
     else:
         old, new = plan.base.streams[0], plan.new.streams[0]
-    return (old == new).flatten(1).all(1)
+    return ((old == new).all(-1) | ~plan.here(sender)).all(1)
 
 
 def _run_plain(plan: PathPlan, reader: Reader, values: Tensor, settings: Settings) -> None:

@@ -43,13 +43,18 @@ def why_plain(model: "HookedTransformer") -> str | None:
     """Why the engine must not be used now: hooks of others would be skipped, or every pass draws new dropout masks."""
     if edited_elsewhere(model.hook_points().values()):
         return "other hooks are active on this model"
-    if any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
+    if drops_out(model):
         return "dropout is on (model.eval() turns it off)"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return "torch hooks are on this model's modules"
     if not all(_is_ours(block) for block in model.blocks):
         return "a block of this model, or its attention or MLP, is of another class"
     return None
+
+
+def drops_out(model: nn.Module) -> bool:
+    """Does every forward pass draw new masks, so that no two agree?"""
+    return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules())
 
 
 def _is_ours(block: nn.Module) -> bool:

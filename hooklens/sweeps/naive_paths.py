@@ -22,8 +22,9 @@ def plain_path(plan: PathPlan, sender: Sender, reader: "Reader") -> Float[Tensor
         return _metric(plan, reader, _adding(plan, sender))
     held = _recorded(plan, sender)
     last = plan.model.cfg.n_layers - 1
-    if Receiver("final") in plan.receivers:
-        return _metric(plan, reader, [(("resid_post", last), _replacing(held["resid_post", last]))])
+    if any(r.kind == "final" for r in plan.receivers):
+        held_there = _only(plan.where("final", -1), held["resid_post", last])
+        return _metric(plan, reader, [(("resid_post", last), held_there)])
     return _metric(plan, reader, [(point, _holding(plan, point, value)) for point, value in held.items()])
 
 
@@ -43,20 +44,30 @@ def _adding(plan: PathPlan, sender: Sender) -> Hooks:
     for kind, layer in dict.fromkeys((r.kind, r.layer) for r in plan.receivers):
         if plan.order.reads_at(Receiver(kind, layer)) < plan.order.feeds_from(sender):
             continue
+        where = plan.where(kind, layer)
         if kind in ("q", "k", "v"):
-            hooks.append(((f"{kind}_input", layer), _to_heads(plan.heads_at(kind, layer), change)))
+            hooks.append(((f"{kind}_input", layer), _adding_to(change, where, plan.heads_at(kind, layer))))
         else:
             point = ("mlp_in", layer) if kind == "mlp_in" else ("resid_post", plan.model.cfg.n_layers - 1)
-            hooks.append((point, lambda act, hook: act + change))
+            hooks.append((point, _adding_to(change, where)))
     return hooks
 
 
-def _to_heads(heads: list[int], change: Tensor) -> HookFn:
+def _adding_to(change: Tensor, where: Tensor | None, heads: list[int] | None = None) -> HookFn:
+    by_head = change[:, :, None] if where is None else change[:, :, None] * where[..., None]
+
     def add(act: Tensor, hook: Any) -> Tensor:
-        act[:, :, heads] += change[:, :, None]
+        if heads is None:
+            return act + by_head[:, :, 0]
+        act[:, :, heads] += by_head
         return act
 
     return add
+
+
+def _only(where: Tensor | None, value: Tensor) -> HookFn:
+    """Replaces an activation, or that of the positions where its receiver reads."""
+    return lambda act, hook: value if where is None else torch.where(where, value, act)
 
 
 def _points(plan: PathPlan) -> list[tuple[str, int]]:
@@ -67,14 +78,14 @@ def _points(plan: PathPlan) -> list[tuple[str, int]]:
 def _recorded(plan: PathPlan, sender: Sender) -> dict[tuple[str, int], Tensor]:
     """What stands at the receivers' points when the sender takes its new value and the other heads keep theirs."""
     model = plan.model
-    values = dict(plan.frozen)
+    values, layer, here = dict(plan.frozen), sender.layer, plan.here(sender)[..., None]
     if sender.kind == "embed":
-        values["resid_pre", 0] = plan.new.streams[0]
+        values["resid_pre", 0] = torch.where(here, plan.new.streams[0], plan.base.streams[0])
     elif sender.kind == "mlp":
-        values["mlp_out", sender.layer] = plan.new.mlp_out[sender.layer]
+        values["mlp_out", layer] = torch.where(here, plan.new.mlp_out[layer], plan.base.mlp_out[layer])
     else:
-        values["z", sender.layer] = values["z", sender.layer].clone()
-        values["z", sender.layer][:, :, sender.head] = plan.new.z[sender.layer][:, :, sender.head]
+        values["z", layer], at = values["z", layer].clone(), (slice(None), slice(None), sender.head)
+        values["z", layer][at] = torch.where(here, plan.new.z[layer][at], plan.base.z[layer][at])
     hooks: Hooks = [(point, _replacing(value)) for point, value in values.items()]
     with model.hooks(hooks):
         _, seen = model.run_with_cache(plan.tokens, _points(plan), stop_at_layer=1 + max(x for _, x in _points(plan)))
@@ -86,13 +97,14 @@ def _replacing(value: Tensor) -> HookFn:
 
 
 def _holding(plan: PathPlan, point: tuple[str, int], value: Tensor) -> HookFn:
-    heads = plan.heads_at(*point)
+    heads, where = plan.heads_at(*point), plan.where(*point)
 
     if point[0] == "mlp_in":
-        return _replacing(value)
+        return _only(where, value)
 
     def hold(act: Tensor, hook: Any) -> Tensor:
-        act[:, :, heads] = value[:, :, heads]
+        held = value[:, :, heads]
+        act[:, :, heads] = held if where is None else torch.where(where[..., None], held, act[:, :, heads])
         return act
 
     return hold

@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
 
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Site
@@ -15,6 +18,22 @@ _SENDER = re.compile(r"^L(?P<layer>\d+)H(?P<head>\d+)$|^MLP(?P<mlp>\d+)$")
 _RECEIVER = re.compile(r"^L(?P<layer>\d+)[HG](?P<head>\d+)\.(?P<part>[qkv])$|^MLP(?P<mlp>\d+)$")
 
 
+Pos = int | tuple[int, ...] | None  # one position of every pair, one a pair, or all
+
+
+@dataclass(frozen=True, eq=False)
+class At:
+    """Senders or receivers at one position of each pair: `At("L9H6.q", -1)`, `At("heads", s2, "S2")`.
+
+    `node` is whatever names senders or receivers. `pos` is a number, negative from the prompt's last token, or a tensor
+    or list of one a pair. `name` is what the position is called in names of nodes, such as `L9H6.q@S2`.
+    """
+
+    node: Any
+    pos: Any
+    name: str = ""
+
+
 class Sender(NamedTuple):
     """A head, an MLP or the embedding. `turned`: what it sends is turned into a random direction drawn by that seed."""
 
@@ -22,11 +41,13 @@ class Sender(NamedTuple):
     layer: int = -1
     head: int | None = None
     turned: int | None = None
+    pos: Pos = None
+    at: str = ""
 
     @property
     def name(self) -> str:
         """L5H3, MLP5, embed."""
-        name = {"head": f"L{self.layer}H{self.head}", "mlp": f"MLP{self.layer}", "embed": "embed"}[self.kind]
+        name = {"head": f"L{self.layer}H{self.head}", "mlp": f"MLP{self.layer}", "embed": "embed"}[self.kind] + self.at
         return name if self.turned is None else f"{name} turned {self.turned}"
 
 
@@ -36,14 +57,41 @@ class Receiver(NamedTuple):
     kind: str  # "q", "k", "v", "mlp_in", "final"
     layer: int = -1
     head: int | None = None
+    pos: Pos = None
+    at: str = ""
 
     def name(self, *, grouped: bool = False) -> str:
         """L9H6.q, MLP9, final; the key/value heads of a grouped model are called G."""
         if self.kind == "final":
-            return "final"
+            return f"final{self.at}"
         if self.kind == "mlp_in":
-            return f"MLP{self.layer}"
-        return f"L{self.layer}{'G' if grouped and self.kind != 'q' else 'H'}{self.head}.{self.kind}"
+            return f"MLP{self.layer}{self.at}"
+        return f"L{self.layer}{'G' if grouped and self.kind != 'q' else 'H'}{self.head}.{self.kind}{self.at}"
+
+
+Node = TypeVar("Node", Sender, Receiver)
+
+
+def of_pairs(nodes: Sequence[Node], index: Sequence[int], n: int) -> tuple[Node, ...]:
+    """The same nodes for some of n pairs: positions given one a pair are those pairs' own."""
+    found = []
+    for node in nodes:
+        if isinstance(node.pos, tuple) and len(node.pos) != n:
+            raise InputError(f"{len(node.pos)} positions ({node.at[1:]}) were given for {n} pairs; give one a pair")
+        found.append(node._replace(pos=tuple(node.pos[i] for i in index)) if isinstance(node.pos, tuple) else node)
+    return tuple(found)
+
+
+def on_tokens(nodes: Sequence[Node], n: int, n_pos: int) -> tuple[Node, ...]:
+    """The same nodes with positions counted from the start, one a pair, for n pairs of n_pos tokens."""
+    found = []
+    for node in nodes:
+        pos = (node.pos,) * n if isinstance(node.pos, int) else node.pos
+        for one in pos or ():
+            if not -n_pos <= one < n_pos:
+                raise InputError(f"position {one} was asked for ({node.at[1:]}) in a prompt of {n_pos} tokens")
+        found.append(node if pos is None else node._replace(pos=tuple(one % n_pos for one in pos)))
+    return tuple(found)
 
 
 class Order:
@@ -68,6 +116,8 @@ class Order:
 def read_senders(model: "HookedTransformer", asked: Any) -> tuple[Sender, ...]:
     """Senders from what a user writes: (9, 6) or "L9H6", ("mlp", 9) or "MLP9", "embed", "heads", "mlps"; None: all.
 
+    Any of them within `At(..., pos)`: at that position only.
+
     >>> from hooklens.testing import tiny_model
     >>> [sender.name for sender in read_senders(tiny_model(), ["heads", "MLP1", "embed"])]
     ['L0H0', 'L0H1', 'L1H0', 'L1H1', 'MLP1', 'embed']
@@ -79,7 +129,9 @@ def read_senders(model: "HookedTransformer", asked: Any) -> tuple[Sender, ...]:
         return (*heads, *mlps)
     found: list[Sender] = []
     for one in _listed(asked, "senders"):
-        if one in ("heads", "mlps"):
+        if isinstance(one, At):
+            found += _placed(read_senders(model, one.node), one)
+        elif one in ("heads", "mlps"):
             found += heads if one == "heads" else mlps
         else:
             found.append(_check(model, _sender(one), "sender"))
@@ -97,15 +149,33 @@ def read_receivers(model: "HookedTransformer", asked: Any) -> tuple[Receiver, ..
     """
     found: list[Receiver] = []
     for one in _listed(asked, "receivers"):
-        found += _all(model) if one == "all" else _receivers(model, one)
+        if isinstance(one, At):
+            found += _placed(read_receivers(model, one.node), one)
+        else:
+            found += _all(model) if one == "all" else _receivers(model, one)
     if not found:
         raise InputError('receivers= names none; give at least one such as ("q", 9, 6), "L9H6.q" or "final"')
     return tuple(dict.fromkeys(_check(model, one, "receiver") for one in found))
 
 
+def _placed(nodes: Sequence[Node], at: At) -> list[Node]:
+    try:
+        pos = torch.as_tensor(at.pos)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(f"At(node, pos) has a whole number or one a pair, got {at.pos!r:.60}") from error
+    if pos.is_floating_point() or pos.is_complex() or pos.dtype == torch.bool or pos.ndim > 1 or not pos.numel():
+        raise WrongType(f"At(node, pos) has a whole number or one a pair, got {pos.dtype} {list(pos.shape)}")
+    for node in nodes:
+        if node.pos is not None:
+            raise InputError(f"{node.at[1:]} was given a second position; give each node one At")
+    ends = sorted({int(pos.min()), int(pos.max())})
+    name = f"@{at.name or '..'.join(map(str, ends))}"
+    return [node._replace(pos=tuple(pos.tolist()) if pos.ndim else int(pos), at=name) for node in nodes]
+
+
 def _listed(asked: Any, what: str) -> Iterable[Any]:
     """One thing or several: a tuple such as ("q", 9, 6) or (9, 6) is one."""
-    if isinstance(asked, str | Site | Sender | Receiver) or (isinstance(asked, tuple) and asked and _plain(asked)):
+    if isinstance(asked, str | Site | Sender | Receiver | At) or (isinstance(asked, tuple) and asked and _plain(asked)):
         return [asked]
     if isinstance(asked, Sequence | set | frozenset):
         return asked
@@ -139,7 +209,7 @@ def _sender(one: Any) -> Sender:
 def _receivers(model: "HookedTransformer", one: Any) -> list[Receiver]:
     if isinstance(one, Receiver):
         return [one]
-    if one == "final":
+    if one in ("final", "logits"):  # the final norm reads for the logits, which is what circuits call it
         return [Receiver("final")]
     match = _RECEIVER.match(one) if isinstance(one, str) else None
     if match:
@@ -151,7 +221,7 @@ def _receivers(model: "HookedTransformer", one: Any) -> list[Receiver]:
     if kind == "mlp_in" and len(numbers) == 1:
         return [Receiver(kind, numbers[0])]
     if kind in ("q", "k", "v") and len(numbers) == 2:
-        return [Receiver(kind, *numbers)]
+        return [Receiver(kind, numbers[0], numbers[1])]
     if kind in ("q", "k", "v") and len(numbers) == 1:
         return [Receiver(kind, numbers[0], head) for head in range(_n_heads(model, kind))]
     raise InputError(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.hooks import HookFn
@@ -56,16 +56,31 @@ class Live:
         self.plan, self.cells = plan, cells
         self.change = torch.cat([sent(plan, s, cells.pair[at], cells.pos[at]) for s, at in cells.senders])
 
+    def where(self, kind: str, layer: int, index: Index) -> Bool[Tensor, "cell head"] | None:
+        """Which receivers of a kind read at these cells; None: all of them, everywhere."""
+        found = self.plan.where(kind, layer)
+        return None if found is None else found[self.cells.pair[index], self.cells.pos[index]]
+
+    def mlp(self, layer: int, stream: Flat, index: Index) -> Flat:
+        """What the MLP of a layer reads: at the receiver's positions what it is patched with, elsewhere the stream."""
+        where, read = self.where("mlp_in", layer, index), self.at_mlp(layer, stream, index)
+        return read if where is None else torch.where(where, read, stream)
+
+    def final(self, stream: Flat, index: Index) -> Flat:
+        """The same for the final norm."""
+        where, read = self.where("final", -1, index), self.at_end(stream, index)
+        return read if where is None else torch.where(where, read, stream)
+
     def at_attn(self, layer: int, stream: Flat, index: Index) -> Flat:
-        """What the queries, keys and values of a layer read."""
+        """What the queries, keys and values of a layer read, where they are receivers."""
         return stream + self.change[index]
 
     def at_mlp(self, layer: int, stream: Flat, index: Index) -> Flat:
-        """What the MLP of a layer reads."""
+        """What the MLP of a layer reads, where it is a receiver."""
         return stream + self.change[index]
 
     def at_end(self, stream: Flat, index: Index) -> Flat:
-        """What the final norm reads."""
+        """What the final norm reads, where it is a receiver."""
         return stream + self.change[index]
 
 

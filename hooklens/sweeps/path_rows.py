@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.hooks import HookFn
@@ -62,7 +62,7 @@ def _late(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tenso
         index = (stages == stage).nonzero().flatten()
         final[index] = _joining_after(plan, reads, last, index, queries=stage == 2 * last)
     if plan.stages[-1] == end:
-        final = reads.at_end(final, torch.arange(len(final), device=final.device))
+        final = reads.final(final, torch.arange(len(final), device=final.device))
     return list(final.split(lengths.tolist()))
 
 
@@ -128,13 +128,15 @@ class _Walk:
         if 2 * layer not in plan.stages:
             return []
         read = self.reads.at_attn(layer, flat[0], index)[None]
+        asking = ctx.select(index[None])[0]
         edits: Edits = []
         for kind in ("q", "k", "v"):
             heads = plan.heads_at(kind, layer)
             if heads:
                 normed = block.quiet_norm(ctx.select(read) if kind == "q" else read)
                 value = receiver_heads(getattr(block.attn, kind), normed, heads, block.attn.d_head)
-                edits.append(((kind, layer), _writing(heads, value)))
+                where = self.reads.where(kind, layer, asking if kind == "q" else index)
+                edits.append(((kind, layer), _writing(heads, value, where)))
         return edits
 
     def _collect(self, group: Group, read_only: bool) -> None:
@@ -142,7 +144,7 @@ class _Walk:
         finals = self.reader.finals(group, read_only)
         if self.plan.stages[-1] == self.plan.order.end:
             index = self.cells.of(group, _places(group, self.reader.read))
-            finals = self.reads.at_end(finals.flatten(0, 1), index).view_as(finals)
+            finals = self.reads.final(finals.flatten(0, 1), index).view_as(finals)
         for row, item in enumerate(group.item.tolist()):
             self.out[item] = finals[row]
 
@@ -152,9 +154,11 @@ def _places(group: Group, read: Int[Tensor, "pair read"] | None) -> Int[Tensor, 
     return None if read is None else (read[group.pair] - group.start).clamp_min(0)
 
 
-def _writing(heads: list[int], value: Float[Tensor, "batch pos some_head d_head"]) -> HookFn:
+def _writing(
+    heads: list[int], value: Float[Tensor, "one cell some_head d_head"], where: Bool[Tensor, "cell some_head"] | None
+) -> HookFn:
     def write(act: Tensor, hook: Any) -> Tensor:
-        act[:, :, heads] = value
+        act[:, :, heads] = value if where is None else torch.where(where[..., None], value, act[:, :, heads])
         return act
 
     return write
@@ -163,7 +167,7 @@ def _writing(heads: list[int], value: Float[Tensor, "batch pos some_head d_head"
 def _mlp_edit(plan: PathPlan, reads: Live, layer: int, index: Index) -> Edits:
     if 2 * layer + 1 not in plan.stages:
         return []
-    return [(("mlp_in", layer), lambda act, hook: reads.at_mlp(layer, act[0], index)[None])]
+    return [(("mlp_in", layer), lambda act, hook: reads.mlp(layer, act[0], index)[None])]
 
 
 def _joining_after(plan: PathPlan, reads: Live, layer: int, index: Index, *, queries: bool) -> Flat:
@@ -192,5 +196,6 @@ def _asked_anew(plan: PathPlan, reads: Live, layer: int, index: Index) -> Flat:
         z[:, here] = attn.mix(q[:, here], keys[one : one + 1], values[one : one + 1], view)
     old = plan.base.z[layer][pair, pos]
     new = old.clone()
-    new[:, heads] = z[0][:, heads]
+    where = reads.where("q", layer, index)
+    new[:, heads] = z[0][:, heads] if where is None else torch.where(where[..., None], z[0][:, heads], old[:, heads])
     return plan.base.attn_out[layer][pair, pos] + heads_write(plan, layer, pair, pos, old, new, heads)

@@ -6,13 +6,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import is_plain
-from hooklens.sweeps.nodes import Order, Receiver, Sender
+from hooklens.sweeps.nodes import Order, Receiver, Sender, on_tokens
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -83,7 +83,27 @@ class PathPlan:
 
     def heads_at(self, kind: str, layer: int) -> list[int]:
         """The heads whose q, k or v is a receiver at a layer."""
-        return [r.head for r in self.receivers if r.kind == kind and r.layer == layer and r.head is not None]
+        found = (r.head for r in self.receivers if r.kind == kind and r.layer == layer and r.head is not None)
+        return list(dict.fromkeys(found))
+
+    def where(self, kind: str, layer: int) -> Bool[Tensor, "pair pos head"] | None:
+        """Where the receivers of this kind read, heads as in `heads_at` (else one column); None: at all positions."""
+        some = [r for r in self.receivers if (r.kind, r.layer) == (kind, layer)]
+        if all(r.pos is None for r in some):
+            return None
+        heads: list[int | None] = [*self.heads_at(kind, layer)] or [None]
+        found = torch.zeros(*self.tokens.shape, len(heads), dtype=torch.bool, device=self.tokens.device)
+        for one in some:
+            found[:, :, heads.index(one.head)] |= self.here(one)
+        return found
+
+    def here(self, node: Sender | Receiver) -> Bool[Tensor, "pair pos"]:
+        """The positions at which a node sends or reads."""
+        if node.pos is None:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        assert isinstance(node.pos, tuple)  # `plan_paths` made it so
+        pos = torch.tensor(node.pos, device=self.tokens.device)
+        return torch.arange(self.tokens.shape[1], device=pos.device) == pos[:, None]
 
     def moves_keys(self, layer: int) -> bool:
         """Is some key or value of the layer a receiver?"""
@@ -94,9 +114,16 @@ class PathPlan:
         first = self.order.feeds_from(sender)
         return next((stage for stage in self.stages if stage >= first), None)
 
-    def start(self) -> Int[Tensor, "pair"]:
-        """The first position that can change, for every pair."""
-        return self.first_change if self.causal else torch.zeros_like(self.first_change)
+    def start(self, sender: Sender) -> Int[Tensor, "pair"]:
+        """The first position that can change, for every pair: where the sender has sent, and some receiver reads."""
+        if not self.causal:
+            return torch.zeros_like(self.first_change)
+        return torch.stack((self.first_change, self.here(sender).long().argmax(1), self._first_read)).amax(0)
+
+    @cached_property
+    def _first_read(self) -> Int[Tensor, "pair"]:
+        read = torch.stack([self.here(one) for one in self.receivers]).any(0)
+        return read.long().argmax(1)
 
 
 def plan_paths(
@@ -108,6 +135,7 @@ def plan_paths(
     semantics: str,
 ) -> PathPlan:
     """Run both prompts and keep what the paths start from: `tokens` is patched, `other` gives the new values."""
+    senders, receivers = on_tokens(senders, *tokens.shape), on_tokens(receivers, *tokens.shape)
     _refuse(model, receivers, semantics)
     with torch.no_grad():
         base, new = _base_run(model, tokens), _new_run(model, other, senders)
@@ -164,7 +192,7 @@ def _new_run(model: "HookedTransformer", tokens: Tensor, senders: Sequence[Sende
 def sent(
     plan: PathPlan, sender: Sender, pair: Int[Tensor, "cell"], pos: Int[Tensor, "cell"]
 ) -> Float[Tensor, "cell d_model"]:
-    """By how much the stream changes at these pairs and positions when the sender takes its new value.
+    """By how much the stream changes at these pairs and positions when the sender takes its new value (where it sends).
 
     In sandwich blocks a head reaches the stream through a norm of the whole layer: the change is that of the norm's
     output when this head alone is exchanged.
@@ -177,6 +205,8 @@ def sent(
         change = new[pair, pos] - old[pair, pos]
     else:
         change = _sent_by_head(plan, sender, pair, pos)
+    if sender.pos is not None:
+        change = change * plan.here(sender)[pair, pos, None]
     return change if sender.turned is None else _turn(change, sender.turned)
 
 

@@ -9,6 +9,9 @@ from hooklens.table import format_number
 from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, limits, template
 
+_PLACES = ("top right", "top left", "bottom right", "bottom left")
+_NEAR = 0.06  # of the figure's height: what a line of text takes
+
 
 def new_figure(traces: list, title: str, x_title: str, y_title: str, height: int = 380) -> go.Figure:
     figure = go.Figure(traces, layout={"template": template(), "height": height})
@@ -47,11 +50,15 @@ def number(value: object) -> str:
 
 
 def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:
-    for name, value in (marks or {}).items():
+    """Named horizontal lines; the name of one that lies close to another stands elsewhere along it."""
+    heights = [float(value) for value in (marks or {}).values()]
+    seen = np.concatenate([heights, *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
+    near = _NEAR * np.ptp(seen[np.isfinite(seen)]) if np.isfinite(seen).any() else 0.0
+    for i, (name, value) in enumerate(zip(marks or {}, heights, strict=True)):
         figure.add_hline(
-            y=float(value),
+            y=value,
             line={"color": NEUTRAL, "width": 1.2, "dash": "dash"},
             annotation={"text": label(name), "font": {"size": 11, "color": NEUTRAL}},
-            annotation_position="top right",
+            annotation_position=_PLACES[sum(abs(value - other) <= near for other in heights[:i]) % len(_PLACES)],
         )
     return figure

@@ -30,7 +30,7 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th { text-align: left; font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--line); }
 th, td { padding: .38rem 1.5rem .38rem 0; white-space: pre-wrap; vertical-align: top; }
 td { border-bottom: 1px solid color-mix(in srgb, var(--line) 55%, transparent); max-width: 32rem;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.75rem, 1fr)); gap: 1rem 1.25rem;

@@ -20,8 +20,10 @@ from hooklens.viz.page import page
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 
 _CLAIMS = (
-    "Causal: an intervention whose 95 % interval over groups of prompts lies off 0 and beyond that of its control. "
-    "Exploratory: not written down before the run. q: Benjamini-Hochberg, over this table."
+    "Causal: an intervention whose effect lies off 0 (or the registered threshold) and beyond that of its control, by "
+    "95 % intervals over groups of prompts, by p of at most 0.05, and by q of at most 0.05. Exploratory: not written "
+    "down before the run. Registered: written to a file at the time shown, before the run, by its author's word. q: "
+    "Benjamini-Hochberg, over this table."
 )
 
 

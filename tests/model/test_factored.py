@@ -105,3 +105,17 @@ def test_shapes_that_cannot_be_are_refused():
         FactoredMatrix(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(InputError, match="needs a square matrix"):
         _ = made((), 3, 2, 4).BA
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_of_factors_that_nearly_cancel_keeps_its_digits(dtype):
+    """Half were lost in a sum over Gram matrices: its error was sqrt(eps) |A| |B|, that of the product is eps."""
+    generator = torch.Generator().manual_seed(0)
+    column, row = torch.randn(64, 1, generator=generator), torch.randn(1, 64, generator=generator)
+    A = torch.cat([column * 30, column * 30 + 1e-4 * torch.randn(64, 1, generator=generator)], 1).to(dtype)
+    B = torch.cat([row * 30, -row * 30], 0).to(dtype)
+    expected = torch.linalg.matrix_norm(A.double() @ B.double()).item()
+    rounding = torch.finfo(dtype).eps * float(A.norm() * B.norm())
+    assert FactoredMatrix(A, B).norm().item() == pytest.approx(expected, abs=2 * rounding)
+    half = FactoredMatrix(A.bfloat16(), B.bfloat16()).norm()
+    assert half.dtype == torch.bfloat16 and half.isfinite()

@@ -41,10 +41,17 @@ def comes_before(model: HookedTransformer, sender: Sender, receiver: Receiver) -
 
 
 def edges(
-    model: HookedTransformer, base: Tensor, new: Tensor, metric: Callable, sender: Sender, receivers: list[Receiver]
+    model: HookedTransformer,
+    base: Tensor,
+    new: Tensor,
+    metric: Callable,
+    sender: Sender,
+    receivers: list[Receiver],
+    send_at=None,
+    read_at=None,
 ) -> Tensor:
-    """Each receiver reads the live stream plus the sender's change."""
-    change, hooks, live = change_of(model, base, new, sender), [], {}
+    """Each receiver reads the live stream plus the sender's change, at its positions."""
+    change, hooks, live = change_of(model, base, new, sender) * there(base, send_at) * there(base, read_at), [], {}
     for receiver in receivers:
         if not comes_before(model, sender, receiver):
             continue
@@ -66,11 +73,13 @@ def fixed(
     receivers: list[Receiver],
     *,
     mlps: bool,
+    send_at=None,
+    read_at=None,
 ) -> Tensor:
     """Record with the heads frozen (and the MLPs, unless `mlps`), then hold what was recorded."""
     names = ["attn_out"] + ([] if mlps or model.cfg.attn_only else ["mlp_out"])
     _, kept = model.run_with_cache(base, names)
-    change, n = change_of(model, base, new, sender), model.cfg.n_layers
+    change, n = change_of(model, base, new, sender) * there(base, send_at), model.cfg.n_layers
     at = {"head": ("attn_out", *sender[1:2]), "mlp": ("mlp_out", *sender[1:2]), "embed": ("resid_pre", 0)}[sender[0]]
     hooks = [
         ((name, layer), lambda act, hook, name=name, layer=layer: kept[name, layer])
@@ -94,9 +103,10 @@ def fixed(
         (name,) = (point.name for point in model.resolve(point))
 
         def hold(act, hook, receiver=receiver):
+            at = there(base, read_at).expand(-1, -1, act.shape[-1])
             if len(receiver) < 3:
-                return seen[hook.name]
-            act[:, :, receiver[2]] = seen[hook.name][:, :, receiver[2]]
+                return torch.where(at, seen[hook.name], act)
+            act[:, :, receiver[2]] = torch.where(at, seen[hook.name][:, :, receiver[2]], act[:, :, receiver[2]])
             return act
 
         held.append((name, hold))
@@ -119,9 +129,20 @@ def _reading_anew(model, kind: str, layer: int, head: int, stream: Callable, liv
     return [(("resid_pre", layer), keep), ((kind, layer), write)]
 
 
-def reference(model, base, new, metric, semantics: str, sender: Sender, receivers: list[Receiver]) -> Tensor:
+def there(tokens: Tensor, at) -> Tensor:
+    """Which cells are at a position, one a pair; without one all are."""
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for pair, row in enumerate(mask):
+        row[slice(None) if at is None else at[pair]] = True
+    return mask[..., None]
+
+
+def reference(
+    model, base, new, metric, semantics: str, sender: Sender, receivers: list[Receiver], send_at=None, read_at=None
+) -> Tensor:
     """The metric of one sender in one of the three semantics."""
+    at = {"send_at": send_at, "read_at": read_at}
     with torch.no_grad():
         if semantics == "edges":
-            return edges(model, base, new, metric, sender, receivers)
-        return fixed(model, base, new, metric, sender, receivers, mlps=semantics == "fixed")
+            return edges(model, base, new, metric, sender, receivers, **at)
+        return fixed(model, base, new, metric, sender, receivers, mlps=semantics == "fixed", **at)

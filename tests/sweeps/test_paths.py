@@ -1,6 +1,7 @@
 """Path patching by the engine gives the numbers of hooked forward passes, in every kind of model and semantics."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 import hooklens as hl
 from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
 from hooklens.sweeps.execute_paths import execute_paths
-from hooklens.sweeps.nodes import Sender, read_receivers, read_senders
+from hooklens.sweeps.nodes import At, Sender, read_receivers, read_senders
 from hooklens.sweeps.paths import EDGES, plan_paths, sent
 from hooklens.testing import induction_model, or_gate, tiny_model
 
@@ -104,6 +105,105 @@ def test_every_family_and_every_set_of_receivers(name, semantics):
         for value in ("clean", "corrupted"):
             agree(model, clean, corrupted, metric, semantics, receivers, value=value)
             agree(model, clean, corrupted, own, semantics, receivers, value=value)
+
+
+# -- positions
+
+SEND, READ = [3, 4, 1], [5, 4, 2]  # one a pair; nothing is new there in the first two pairs
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize(("send", "read"), [(SEND, torch.tensor(READ)), (-2, None)])
+def test_senders_and_receivers_at_positions_are_the_loop(name, semantics, send, read):
+    model = zoo_model(name, dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4)
+    senders = ["heads", *_mlps(model), "embed"]
+    ends = [None if at is None else (torch.as_tensor(at) % 6).expand(3).tolist() for at in (send, read)]
+    for i, receivers in enumerate(receiver_sets(model, semantics)[-2:]):
+        asked = [one if len(one) > 1 else one[0] for one in receivers]
+        with hl.engine(verify=2, progress=False):
+            sweep = METHODS[semantics](
+                model,
+                CLEAN,
+                CORRUPTED,
+                own if i % 2 else metric,
+                receivers=asked if read is None else At(asked, read, "R"),
+                senders=senders if send is None else At(senders, send, "S"),
+            )
+        assert sweep.how == "engine" and not sweep.largest_error > 1e-9
+        for j, sender in enumerate(senders_of(model)):
+            this = own if i % 2 else metric
+            expected = reference(model, CORRUPTED, CLEAN, this, semantics, sender, receivers, *ends)
+            torch.testing.assert_close(sweep.per_pair[:, j], expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("semantics", METHODS)
+def test_a_receiver_at_several_positions_and_heads_at_different_ones(semantics):
+    """Receivers of one kind that read at other positions are patched together, each at its own."""
+    model = zoo_model("gpt2", dtype=torch.float64)
+    metric = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4)
+    last = model.cfg.n_layers - 1
+
+    def run(receivers):
+        return METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers, senders="heads")
+
+    every = run([At(("v", last, 0), pos) for pos in range(6)])
+    torch.testing.assert_close(every.per_pair, run(("v", last, 0)).per_pair, atol=1e-9, rtol=1e-9)
+    both = run([At(("v", last, 0), 2), ("v", last, 1)])
+    assert both.receivers == [f"L{last}H0.v@2", f"L{last}H1.v"]
+    with hl.engine(plain=True):
+        plain = run([At(("v", last, 0), 2), ("v", last, 1)])
+    torch.testing.assert_close(both.per_pair, plain.per_pair, atol=1e-9, rtol=1e-9)
+    assert not torch.allclose(both.per_pair, run(("v", last, 1)).per_pair, atol=1e-6)
+
+
+def test_positions_follow_their_pairs_through_prompts_of_two_lengths():
+    model = zoo_model("gpt2", dtype=torch.float64)
+    clean = [[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1], [3, 1, 1, 3, 9, 5]]
+    corrupted = [[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10], [8, 1, 1, 3, 2, 5]]
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+
+    def run(of, send, read):
+        rows = ([side[i] for i in of] for side in (clean, corrupted))
+        places = At("heads", send, "S2"), At("final", read, "END")
+        return path_patch_edges(model, *rows, metric, senders=places[0], receivers=places[1])
+
+    together = run(range(3), [2, 4, -2], -1)
+    for pair, send in enumerate((2, 4, 4)):
+        torch.testing.assert_close(together.per_pair[pair], run([pair], send, -1).per_pair[0])
+    assert together.senders[0] == "L0H0@S2" and together.receivers == ["final@END"]
+    assert (together.moved.abs().amax(1) > 1e-6).tolist() == [False, True, False]  # only where S2 is END does it tell
+
+
+def test_one_sender_at_two_positions_is_drawn_twice():
+    model = zoo_model("gpt2")
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    both = path_patch_edges(model, CLEAN, CORRUPTED, metric, senders=[At("heads", 4, "S2"), At("heads", -1, "END")])
+    (drawn,) = both.figure().data
+    labels = drawn.x if drawn.x is not None else both.figure().layout.xaxis.ticktext
+    assert drawn.type == "bar" and {"L0H0@S2", "L0H0@END"} <= set(labels)
+    assert path_patch_edges(model, CLEAN, CORRUPTED, metric, senders=At("heads", 4)).figure().data[0].type == "heatmap"
+
+
+def test_positions_that_do_not_exist_are_refused():
+    model = zoo_model("gpt2")
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+
+    def run(pos, **more):
+        return path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=At("final", pos), **more)
+
+    for pos, said in (
+        (6, "position 6 was asked for (6) in a prompt of 6 tokens"),
+        ([1, 2], "2 positions (1..2) were given for 3 pairs"),
+        (0.5, "a whole number or one a pair"),
+        ("END", "a whole number or one a pair"),
+        (None, "a whole number or one a pair"),
+    ):
+        with pytest.raises(hl.HooklensError, match=re.escape(said)):
+            run(pos)
+    with pytest.raises(hl.HooklensError, match="second position"):
+        run(1, senders=At(At("heads", 1), 2))
 
 
 # -- identities

@@ -165,3 +165,11 @@ def test_a_heat_map_writes_into_its_cells_and_keeps_its_boxes():
         viz.heatmap(GRID, cells=cells[:1])
     with refused(InputError, "as many"):
         viz.heatmap(GRID, hover=[["one"]] * 2)
+
+
+def test_the_names_of_marks_that_lie_close_do_not_overlap():
+    """Two baselines of accuracy 1 were written over each other."""
+    marks = {"one": 1.0, "other": 0.99, "chance": 0.5, "third": 1.0}
+    figure = viz.lines({"a": torch.tensor([0.0, 1.0])}, marks=marks)
+    places = {note.text: (note.xanchor, note.yanchor) for note in figure.layout.annotations}
+    assert len({places[name] for name in ("one", "other", "third")}) == 3 and places["chance"] == places["one"]

@@ -82,7 +82,7 @@ def acdc(
     >>> from hooklens.testing import or_gate
     >>> found = acdc(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], threshold=0.1, ablation="zero")
     >>> found.kept                               # one of the two heads: either is enough
-    ['L0MLP->logits', 'L0H0->L0MLP']
+    ['MLP0->logits', 'L0H0->MLP0']
 
     Many cuts are tried in one batch, each as if those before it had been made; what follows the first refused one is
     tried again. So the outcome is that of one trial after the other.
@@ -109,7 +109,7 @@ def acdc_nodes(
     >>> from hooklens.testing import or_gate
     >>> logit = lambda logits: logits[:, -1, 1]
     >>> acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept
-    ['L0MLP', 'L0H0']
+    ['MLP0', 'L0H0']
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1, on nodes.
     """
@@ -153,9 +153,7 @@ class _Walk:
         """Does nothing of this stage lead to the logits any more?"""
         graph = self.bench.graph
         mine = torch.isin(self.units.of_edge, torch.tensor(stage)) & self.kept
-        return not bool(
-            (graph.on_a_path(self.kept[None], rooted=False, through_scale=graph.shared_scale)[0] & mine).any()
-        )
+        return not bool((graph.on_a_path(self.kept[None], rooted=False)[0] & mine).any())
 
     def cut(self, stage: list[int]) -> None:
         self.removed[stage] = True

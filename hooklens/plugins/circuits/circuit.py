@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from hooklens.result import Result, Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_FORMAT = "hooklens.circuit/1"
+_FORMAT, _FIRST = "hooklens.circuit/2", "hooklens.circuit/1"
+#: What the first format called an MLP and a key/value head, and what they are called now.
+_RENAMED = ((re.compile(r"\bL(\d+)MLP\b"), r"MLP\1"), (re.compile(r"\bL(\d+)KV(\d+)"), r"L\1G\2"))
 _DRAWN = 400  # edges; the picture of more is a smear
 
 
@@ -57,11 +60,24 @@ class Circuit(Result):
         return self._nodes(self.kept.nonzero().flatten().tolist())
 
     def _nodes(self, edges: list[int]) -> list[str]:
-        sources, receivers = (ends[edges].tolist() for ends in self.graph.ends)
-        order = {name: i for i, name in enumerate(self.graph.source_names)}
+        sources, receivers = (set(ends[edges].tolist()) for ends in self.graph.ends)
+        writing = {name: i for i, name in enumerate(self.graph.source_names)}
         named = {self.graph.source_names[i] for i in sources}
-        named |= {self.graph.receiver_names[i].partition(".")[0] for i in receivers} - {"logits"}
-        return sorted(named, key=lambda name: (order.get(name, -1), name))
+        reading = [self.graph.receiver_names[i].partition(".")[0] for i in sorted(receivers)]
+        keyed = dict.fromkeys(name for name in reading if name not in writing and name != "logits")
+        return [*keyed, *sorted(named.union(reading) & writing.keys(), key=writing.__getitem__)]
+
+    @property
+    def senders(self) -> list[str]:
+        """The nodes that a kept edge leaves, as path patching names senders."""
+        sources = self.graph.ends[0][self.kept.cpu()].unique().tolist()
+        return [self.graph.source_names[i] for i in sources]
+
+    @property
+    def receivers(self) -> list[str]:
+        """What kept edges end in, as path patching names receivers."""
+        receivers = self.graph.ends[1][self.kept.cpu()].unique().tolist()
+        return [self.graph.receiver_names[i] for i in receivers]
 
     def run(
         self,
@@ -120,10 +136,10 @@ class Circuit(Result):
         named, graph = set(self._nodes(drawn)), self.graph
         rows = {"embed": ["embed"]}
         for layer in range(graph.n_layers):
-            keyed = [f"L{layer}KV{i}" for i in range(graph.n_kv_heads)]
+            keyed = [f"L{layer}G{i}" for i in range(graph.n_kv_heads)]
             rows[f"L{layer} keys, values"] = keyed if graph.group > 1 else []
             rows[f"L{layer} heads"] = [f"L{layer}H{h}" for h in range(graph.n_heads)]
-            rows[f"L{layer} MLP"] = [f"L{layer}MLP"]
+            rows[f"MLP{layer}"] = [f"MLP{layer}"]
         chosen = {label: [name for name in names if name in named] for label, names in rows.items()}
         return {label: names for label, names in chosen.items() if names} | {"logits": ["logits"]}
 
@@ -132,9 +148,7 @@ class Circuit(Result):
         named, graph = set(self._nodes(drawn)), self.graph
         if graph.group == 1:
             return []
-        pairs = [
-            (f"L{i}KV{h // graph.group}", f"L{i}H{h}") for i in range(graph.n_layers) for h in range(graph.n_heads)
-        ]
+        pairs = [(f"L{i}G{h // graph.group}", f"L{i}H{h}") for i in range(graph.n_layers) for h in range(graph.n_heads)]
         return [pair for pair in pairs if named.issuperset(pair)]
 
     # -- files
@@ -164,13 +178,13 @@ class Circuit(Result):
         """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape."""
         try:
             held = json.loads(Path(path).read_text(encoding="utf-8"))
-            if held["format"] != _FORMAT:
+            if held["format"] not in (_FORMAT, _FIRST):
                 raise ValueError(f"its format is {held['format']!r}")
             shape = held["graph"]
             layers, heads, keyed = (_whole(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads"))
             mlp, parallel, shared = (bool(shape[name]) for name in ("mlp", "parallel", "shared_scale"))
             graph = CircuitGraph(layers, heads, keyed, mlp, parallel, shared)
-            names = [str(name) for name, _ in held["edges"]]
+            names = [_renamed(str(name), held["format"]) for name, _ in held["edges"]]
             numbers = graph.numbers(names)
             if len(set(numbers)) != len(numbers):
                 raise ValueError("an edge is there twice")
@@ -210,6 +224,13 @@ def whole_circuit(model: "HookedTransformer", *, ablation: str = "corrupted") ->
     """Every edge of the model: where pruning begins."""
     graph = circuit_graph(model)
     return circuit_of(model, range(graph.n_edges), ablation=ablation, method="all edges")
+
+
+def _renamed(edge: str, written_as: str) -> str:
+    """An edge's name, of whichever format, as edges are called now."""
+    for old, new in _RENAMED if written_as == _FIRST else ():
+        edge = old.sub(new, edge)
+    return edge
 
 
 def _whole(value: Any) -> int:

@@ -9,15 +9,23 @@ from hooklens.core.errors import InputError
 from hooklens.data.jsonl import PromptPairs, numbered
 from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
+from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
 from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.eap_ig import eap_ig
+from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
-from hooklens.plugins.circuits.measure import Faithfulness
+from hooklens.plugins.circuits.measure import Faithfulness, check_draws
+from hooklens.plugins.circuits.run import Bench
+from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.result import Result, Table
 from hooklens.statistics import halves
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins.claims import Claim, Registration
+
+
+_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the curve, in shares of the edges asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +33,7 @@ class CircuitStudy(Result):
     """The circuit, and how faithful it is on pairs that it was not found on.
 
     `held_out` is False where there was one group of pairs only: the test is then on the pairs of the search, and says
-    less.
+    less. A full study has the `evaluation` (with completeness and minimality) and the `curve` over sizes, else None.
     """
 
     model: str
@@ -34,12 +42,22 @@ class CircuitStudy(Result):
     n_found_on: int
     n_tested_on: int
     held_out: bool
+    evaluation: CircuitEvaluation | None = None
+    curve: FaithfulnessCurve | None = None
 
     def table(self, n: int | None = None) -> Table:
         """The faithfulness beside random circuits, and what it was measured on."""
         seen = "not seen in the search" if self.held_out else "the same as in the search"
-        rows = [*self.faithfulness.table().rows, ("pairs of the search", self.n_found_on)]
-        return Table(("what", "value"), [*rows, (f"pairs of the test, {seen}", self.n_tested_on)]).head(n)
+        tested = self.faithfulness if self.evaluation is None else self.evaluation
+        rows = [*tested.table().rows, ("pairs of the search", self.n_found_on)]
+        rows.append((f"pairs of the test, {seen}", self.n_tested_on))
+        if self.curve is not None:
+            rows += [
+                (f"area under the curve, up to {int(self.curve.sizes[-1])} edges", self.curve.area),
+                ("area: random circuits, mean", float(self.curve.random_area.mean())),
+                ("area: p", self.curve.p),
+            ]
+        return Table(("what", "value"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` edges with the largest scores."""
@@ -49,8 +67,26 @@ class CircuitStudy(Result):
         """The circuit, drawn upwards."""
         return self.circuit.figure()
 
+    def claim(self, statement: str | None = None, *, registered: "Registration | None" = None) -> "Claim":
+        """That these edges carry the answer: what they restore of the metric, beside random circuits of their make."""
+        from hooklens.plugins.claims import Measured, claim
+
+        tested, name = self.faithfulness, {"metric": "logit_diff"}
+        group, whole = tested.group.cpu(), tested.model_per_pair.cpu()
+        empty, own, random = tested.empty_per_pair.cpu(), tested.per_pair.cpu(), tested.random_per_pair.cpu()
+        side = -1.0 if bool((whole - empty).mean() < 0) else 1.0
+        return claim(
+            self.model,
+            statement or f"{self.circuit.n_edges} edges carry the answer",
+            observation=Measured.of("metric of the whole model", whole, group, **name),
+            intervention=Measured.of("what the circuit keeps of it, all else ablated", own - empty, group, **name),
+            control=Measured.edge_of("what random circuits keep", random - empty, side, group, **name),
+            registered=registered,
+        )
+
     def report(self) -> Any:
         """The study as a page."""
+        from hooklens.plugins.claims import family
         from hooklens.viz.report import Report
 
         report = Report(f"A circuit of {self.circuit.n_edges} edges in {self.model}")
@@ -59,13 +95,30 @@ class CircuitStudy(Result):
             "run. A faithful circuit is one way in which these prompts can be answered, not the only one."
         )
         report.figure(self.figure()).table(self.circuit.top(20), "The edges with the largest scores.")
-        return report.heading("Against random circuits").figure(self.faithfulness.figure()).table(self.table())
+        report.heading("Against random circuits").figure(self.faithfulness.figure()).table(self.table())
+        report.heading("What may be claimed").claims(family(self.model, [self.claim()]))
+        if self.curve is not None:
+            report.heading("By size").figure(self.curve.figure()).table(self.curve.table())
+        if self.evaluation is not None:
+            complete, minimal = self.evaluation.completeness, self.evaluation.minimality
+            report.heading("Does it hold all of it?").figure(complete.figure()).table(complete.table(10))
+            report.heading("Does it need every edge?").figure(minimal.figure()).table(minimal.table(20))
+        return report
 
 
 def study_circuit(
-    model: "HookedTransformer", pairs: PromptPairs, *, edges: int = 200, draws: int = 100, seed: int = 0
+    model: "HookedTransformer",
+    pairs: PromptPairs,
+    *,
+    edges: int = 200,
+    full: bool = False,
+    draws: int = 100,
+    seed: int = 0,
 ) -> CircuitStudy:
     """Which edges carry the answer of these pairs? Found on one half of their groups, tested on the other.
+
+    `full` adds completeness, minimality and the faithfulness of smaller and larger circuits, each beside random ones:
+    some forty times the work of the test.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -74,6 +127,7 @@ def study_circuit(
     """
     if edges < 1:
         raise InputError(f"edges is the number of edges that a circuit may have, at least 1, got {edges}")
+    check_draws(draws)
     group = numbered(pairs.group)
     held_out = int(group.max()) > 0
     every = torch.arange(len(pairs))
@@ -83,8 +137,21 @@ def study_circuit(
     scores = eap_ig(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
     circuit = scores.top_edges(edges)
     tested = metric.pairs(tested_on) if len(pairs) > 1 else metric
-    faithful = faithfulness(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
-    return CircuitStudy(model.cfg.model_name, circuit, faithful, len(found_on), len(tested_on), held_out)
+    sizes = len(found_on), len(tested_on)
+    if not full:
+        faithful = faithfulness(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
+        return CircuitStudy(model.cfg.model_name, circuit, faithful, *sizes, held_out)
+    found = evaluate(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
+    bench = Bench(model, *other, tested, circuit.ablation, keep=True)
+    curve = curve_of(bench, scores, _grown(scores, edges), group[tested_on], draws)
+    return CircuitStudy(model.cfg.model_name, circuit, found.faithfulness, *sizes, held_out, found, curve)
+
+
+def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
+    """Circuits around the size asked for, cut as the one of the study is."""
+    sizes = {min(max(1, round(share * edges)), scores.graph.n_edges) for share in _SIZES}
+    circuits = {circuit.n_edges: circuit for circuit in map(scores.top_edges, sorted(sizes))}
+    return [circuits[n] for n in sorted(circuits) if n]
 
 
 def _some(pairs: PromptPairs, index: list[int]) -> tuple[list[Any], list[Any]]:

@@ -77,7 +77,7 @@ def eap_ig_activations(
     >>> from hooklens.testing import or_gate
     >>> scores = eap_ig_activations(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero")
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]
-    [('L0MLP->logits', 1.0), ('L0H0->L0MLP', 0.5), ('L0H1->L0MLP', 0.5)]
+    [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.5), ('L0H1->MLP0', 0.5)]
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """

@@ -32,8 +32,9 @@ class Slot(NamedTuple):
 class CircuitGraph(Result):
     """Nodes: the embedding, every head, every MLP, the logits. Edges end in a head's q, k or v, an MLP or the logits.
 
-    With fewer key and value heads than heads, k and v edges belong to the key/value head (`L3KV0.k`): the heads of its
-    group have no keys of their own. Edges are numbered receiver by receiver, sources in the order of the forward pass.
+    With fewer key and value heads than heads, k and v edges belong to the key/value head (`L3G0.k`): the heads of its
+    group have no keys of their own. Names are those of path patching. Edges are numbered receiver by receiver, sources
+    in the order of the forward pass.
     """
 
     n_layers: int
@@ -101,7 +102,7 @@ class CircuitGraph(Result):
     @cached_property
     def source_names(self) -> list[str]:
         layers = range(self.n_layers)
-        one = [[*(f"L{i}H{h}" for h in range(self.n_heads)), *([f"L{i}MLP"] if self.mlp else [])] for i in layers]
+        one = [[*(f"L{i}H{h}" for h in range(self.n_heads)), *([f"MLP{i}"] if self.mlp else [])] for i in layers]
         return ["embed", *(name for names in one for name in names)]
 
     @cached_property
@@ -109,9 +110,9 @@ class CircuitGraph(Result):
         found: list[str] = []
         for slot in self.slots:
             if slot.kind != "attn":
-                found.append("logits" if slot.kind == "logits" else f"L{slot.layer}MLP")
+                found.append("logits" if slot.kind == "logits" else f"MLP{slot.layer}")
                 continue
-            keyed = "H" if self.group == 1 else "KV"
+            keyed = "H" if self.group == 1 else "G"
             found += [f"L{slot.layer}H{h}.q" for h in range(self.n_heads)]
             found += [f"L{slot.layer}{keyed}{h}.{which}" for which in "kv" for h in range(self.n_kv_heads)]
         return found
@@ -139,8 +140,8 @@ class CircuitGraph(Result):
         """The edges of these names; an unknown one raises with the nearest.
 
         >>> graph = CircuitGraph(2, 2, 2)
-        >>> [graph.name(e) for e in graph.numbers(["L0H1->L1H0.q", "L1MLP->logits"])]
-        ['L0H1->L1H0.q', 'L1MLP->logits']
+        >>> [graph.name(e) for e in graph.numbers(["L0H1->L1H0.q", "MLP1->logits"])]
+        ['L0H1->L1H0.q', 'MLP1->logits']
         """
         sources = {name: i for i, name in enumerate(self.source_names)}
         starts, row = {}, 0
@@ -165,10 +166,10 @@ class CircuitGraph(Result):
 
     # -- paths
 
-    def live(self, kept: Mask, *, through_scale: bool = False) -> Bool[Tensor, "mask source"]:
+    def live(self, kept: Mask) -> Bool[Tensor, "mask source"]:
         """Which nodes a path of kept edges reaches from the embedding.
 
-        `through_scale`: heads of a sandwich block also reach each other, by the norm that scales their sum.
+        The heads of a sandwich block also reach each other, by the norm that scales their sum.
         """
         live = torch.zeros(len(kept), self.n_sources, dtype=torch.bool, device=kept.device)
         live[:, 0] = True
@@ -178,29 +179,29 @@ class CircuitGraph(Result):
                 live[:, self.mlp_at(slot.layer)] = reached[:, 0]
                 continue
             heads = self._of_heads(reached).any(1)
-            live[:, self.heads_at(slot.layer)] = heads.any(-1, keepdim=True) if through_scale else heads
+            live[:, self.heads_at(slot.layer)] = heads.any(-1, keepdim=True) if self.shared_scale else heads
         return live
 
-    def useful(self, kept: Mask, *, through_scale: bool = False) -> Bool[Tensor, "mask source"]:
-        """From which nodes a path of kept edges leads to the logits."""
+    def useful(self, kept: Mask) -> Bool[Tensor, "mask source"]:
+        """From which nodes a path of kept edges, or in a sandwich block the norm they share, leads to the logits."""
         useful = self.block(kept, self.slots[-1])[:, 0].clone()
         for slot in self.slots[-2::-1]:
-            leads = self.block(kept, slot) & self._reads(slot, useful, through_scale)[..., None]
-            useful[:, : slot.columns] |= leads.any(1)
-            if slot.kind == "attn" and through_scale:
+            if slot.kind == "attn" and self.shared_scale:
                 heads = self.heads_at(slot.layer)
                 useful[:, heads] = useful[:, heads].any(-1, keepdim=True)
+            leads = self.block(kept, slot) & self._reads(slot, useful)[..., None]
+            useful[:, : slot.columns] |= leads.any(1)
         return useful
 
-    def on_a_path(self, kept: Mask, *, rooted: bool = True, through_scale: bool = False) -> Mask:
+    def on_a_path(self, kept: Mask, *, rooted: bool = True) -> Mask:
         """The kept edges that lie on a path from the embedding to the logits (not `rooted`: on one to the logits)."""
-        useful = self.useful(kept, through_scale=through_scale)
-        live = self.live(kept, through_scale=through_scale) if rooted else torch.ones_like(useful)
+        useful = self.useful(kept)
+        live = self.live(kept) if rooted else torch.ones_like(useful)
         parts = []
         for slot in self.slots:
             good = live[:, None, : slot.columns]
             if slot.kind != "logits":
-                good = good & self._reads(slot, useful, through_scale)[..., None]
+                good = good & self._reads(slot, useful)[..., None]
             parts.append((self.block(kept, slot) & good).flatten(1))
         return torch.cat(parts, 1)
 
@@ -209,12 +210,11 @@ class CircuitGraph(Result):
         q, k, v = rows.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         return torch.stack([q, *(x.repeat_interleave(self.group, 1) for x in (k, v))], 1)
 
-    def _reads(self, slot: Slot, useful: Bool[Tensor, "mask source"], through_scale: bool) -> Tensor:
-        """Which of a slot's receivers belong to a node that leads to the logits."""
+    def _reads(self, slot: Slot, nodes: Bool[Tensor, "mask source"]) -> Tensor:
+        """Which of a slot's receivers belong to one of these nodes."""
         if slot.kind == "mlp":
-            return useful[:, self.mlp_at(slot.layer), None]
-        heads = useful[:, self.heads_at(slot.layer)]
-        heads = heads.any(-1, keepdim=True).expand_as(heads) if through_scale else heads
+            return nodes[:, self.mlp_at(slot.layer), None]
+        heads = nodes[:, self.heads_at(slot.layer)]
         keyed = heads.unflatten(1, (self.n_kv_heads, self.group)).any(-1)
         return torch.cat((heads, keyed, keyed), 1)
 
@@ -236,7 +236,7 @@ class CircuitGraph(Result):
         for slot in self.slots:
             good = nodes[:, None, : slot.columns]
             if slot.kind != "logits":
-                good = good & self._reads(slot, nodes, False)[..., None]
+                good = good & self._reads(slot, nodes)[..., None]
             parts.append(good.expand(-1, slot.rows, -1).flatten(1))
         return torch.cat(parts, 1)
 
@@ -263,7 +263,7 @@ def circuit_graph(model: "HookedTransformer") -> CircuitGraph:
     >>> from hooklens.testing import tiny_model
     >>> graph = circuit_graph(tiny_model(n_layers=1, n_heads=4))
     >>> graph.n_edges, graph.name(22)
-    (23, 'L0MLP->logits')
+    (23, 'MLP0->logits')
 
     In parallel blocks a layer's MLP does not read its heads. In sandwich blocks a head's output is its share of
     `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of W_O in equal parts); that one

@@ -7,12 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
 from hooklens.result import Result, Table
 from hooklens.statistics import group_numbers, null_p, ratio_interval
+
+LEAST_DRAWS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,28 +48,29 @@ class Faithfulness(Result):
     @property
     def value(self) -> float:
         """(m(C) - m(empty)) / (m(M) - m(empty)): 0 as ablated, 1 as the model; NaN where that is not defined."""
-        return float(self._share(self.per_pair[None])[0])
+        return float(self.share(self.per_pair[None])[0])
 
     @property
     def random(self) -> Float[Tensor, "draw"]:
         """The same of every random circuit."""
-        return self._share(self.random_per_pair)
+        return self.share(self.random_per_pair)
 
     @property
     def p(self) -> float:
         """How often a random circuit is at least as close to 1, the circuit itself counted in."""
-        own = self._share(self.per_pair[None])[0]
-        return float(tied_p(-(1 - own).abs(), -(1 - self.random).abs())) if self.defined else float("nan")
+        own = self.share(self.per_pair[None])[0]
+        return float(tied_p(-(1 - own).abs(), -(1 - self.random).abs()))
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `value`, over groups of pairs; NaN for one group."""
-        if not self.defined or int(self.group.max()) < 1:
+        if not self.defined:
             return float("nan"), float("nan")
         above = (self.per_pair - self.empty_per_pair)[:, None]
         low, high = ratio_interval(above, self.model_per_pair - self.empty_per_pair, group=self.group)
         return float(low[0]), float(high[0])
 
-    def _share(self, values: Float[Tensor, "row pair"]) -> Float[Tensor, "row"]:
+    def share(self, values: Float[Tensor, "row pair"]) -> Float[Tensor, "row"]:
+        """The normalised metric of these values, one row a circuit; NaN where it is not defined."""
         empty, whole = self.empty_per_pair.mean(), self.model_per_pair.mean()
         shares = (values.mean(1) - empty) / (whole - empty)
         return shares if self.defined else torch.full_like(shares, torch.nan)
@@ -111,6 +115,15 @@ class Faithfulness(Result):
         return bars(values, whiskers[0], whiskers[1], names, title, y_title="faithfulness", marks=marks)
 
 
+def check_draws(draws: int) -> None:
+    """Beside how many random circuits may a circuit be judged?"""
+    if draws < LEAST_DRAWS:
+        raise InputError(
+            f"draws={draws} was asked for, and a circuit is judged beside at least {LEAST_DRAWS} random circuits: "
+            "their spread and p-values down to 0.01 need as many; leave draws= out, or give more"
+        )
+
+
 def measured(bench: Bench, circuit: Circuit, group: Tensor | None, draws: int, seed: int) -> Faithfulness:
     """The faithfulness of one circuit, on a bench that may be used for more."""
     number = group_numbers(bench.n_pairs, group)
@@ -138,5 +151,9 @@ def tied_p(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> 
 
     Random circuits may well be the circuit itself, whose value then depends on the order of a sum.
     """
-    slack = torch.finfo(null.dtype).eps ** 0.5
-    return null_p(value.to(null) - slack, null)
+    return null_p(value.to(null) - slack(null), null)
+
+
+def slack(values: Tensor) -> float:
+    """By how much sums of this precision may differ when taken in another order."""
+    return torch.finfo(values.dtype).eps ** 0.5

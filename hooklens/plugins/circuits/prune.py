@@ -69,7 +69,7 @@ def prune_edges(
     >>> gate, logit = or_gate(), lambda logits: logits[:, -1, 1]
     >>> start = whole_circuit(gate, ablation="zero")
     >>> prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01).circuit.edges
-    ['L0H1->L0MLP', 'L0MLP->logits']
+    ['L0H1->MLP0', 'MLP0->logits']
     """
     bench = _bench(model, circuit, clean, corrupted, metric)
     return _greedily(bench, circuit, torch.arange(bench.graph.n_edges), size, share, "greedy pruning")

@@ -65,7 +65,7 @@ def run_edges(
 
     >>> from hooklens.testing import or_gate
     >>> model = or_gate(); graph = circuit_graph(model)
-    >>> kept = torch.stack([graph.mask(["L0H0->L0MLP", "L0MLP->logits"]), graph.mask(["L0MLP->logits"])])
+    >>> kept = torch.stack([graph.mask(["L0H0->MLP0", "MLP0->logits"]), graph.mask(["MLP0->logits"])])
     >>> run_edges(model, kept, [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero").per_pair
     tensor([[1.],
             [0.]])

@@ -1,80 +1,29 @@
-"""Claims: an observation, an intervention, a control, an interval, and what may be said with those that are there."""
+"""A claim: an observation, an intervention, a control, an interval, and what may be said with those that are there."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
+from hooklens.plugins.claims.measured import Measured
 from hooklens.plugins.claims.registration import Registration
 from hooklens.result import Result, Table
-from hooklens.statistics import group_numbers, mean_interval, q_values, sign_flip_p
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_LEVEL = 0.95
-
-
-@dataclass(frozen=True, eq=False)
-class Measured(Result):
-    """One number a prompt, and which prompts belong together: what was measured, in words."""
-
-    what: str
-    per_prompt: Float[Tensor, "prompt"]
-    group: Int[Tensor, "prompt"]
-
-    @classmethod
-    def of(cls, what: str, per_prompt: Any, group: Any = None) -> "Measured":
-        """From numbers or a tensor. Prompts of one group share something; without groups each is its own.
-
-        >>> Measured.of("attention to the name", [0.5, 1.0]).mean
-        0.75
-        """
-        values = torch.as_tensor(per_prompt).detach()
-        values = values if values.is_floating_point() else values.double()
-        if values.ndim != 1 or not len(values):
-            raise InputError(f"{what!r} is one number a prompt, got shape {list(values.shape)}")
-        if not bool(values.isfinite().all()):
-            raise InputError(f"{what!r} is not finite for {int((~values.isfinite()).sum())} of {len(values)} prompts")
-        return cls(what, values, group_numbers(len(values), None if group is None else torch.as_tensor(group)))
-
-    @property
-    def mean(self) -> float:
-        return float(self.per_prompt.double().mean())
-
-    @property
-    def n_groups(self) -> int:
-        """How many independent units there are."""
-        return int(self.group.max()) + 1
-
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean over groups; NaN for a single group, which has none."""
-        if self.n_groups < 2:
-            return float("nan"), float("nan")
-        low, high = mean_interval(self.per_prompt.double(), group=self.group, level=_LEVEL)
-        return float(low), float(high)
-
-    def beyond(self, control: "Measured") -> "Measured":
-        """This minus the control, prompt by prompt."""
-        if len(self.per_prompt) != len(control.per_prompt) or not torch.equal(self.group, control.group):
-            raise InputError(
-                f"{self.what!r} and its control {control.what!r} must be measured on the same prompts in the same "
-                f"groups, got {len(self.per_prompt)} in {self.n_groups} and {len(control.per_prompt)} in "
-                f"{control.n_groups}"
-            )
-        moved = self.per_prompt.double() - control.per_prompt.double()
-        return Measured(f"{self.what}, minus {control.what}", moved, self.group)
+LARGEST_P = 0.05
+LEAST_GROUPS = 6  # with n groups no p of sign flips is below 2 / 2^n
 
 
 @dataclass(frozen=True, eq=False)
 class Claim(Result):
     """A statement about a model and the evidence for it. `causal` says whether it may be called that.
 
-    `registered` is None where the statement was not written down before the run: it is then exploratory.
+    `registered` is None where the statement was not written down before the run: it is then exploratory. `q` is None
+    unless the claim was tested with others (`family`), `n_tested` of them; the verdict then asks for q as well.
     """
 
     statement: str
@@ -83,6 +32,8 @@ class Claim(Result):
     intervention: Measured | None
     control: Measured | None
     registered: Registration | None
+    q: float | None = None
+    n_tested: int = 1
 
     @property
     def side(self) -> float:
@@ -93,42 +44,81 @@ class Claim(Result):
         return -1.0 if effect is not None and effect.mean < 0 else 1.0
 
     @property
+    def least(self) -> float:
+        """How far from 0 the effect has to lie: the registered threshold, else 0."""
+        return 0.0 if self.registered is None else self.registered.threshold
+
+    @cached_property
+    def beyond(self) -> Measured | None:
+        """The effect minus that of the control, prompt by prompt."""
+        return None if self.intervention is None or self.control is None else self.intervention.beyond(self.control)
+
+    @cached_property
+    def p(self) -> float:
+        """Two-sided p-value: the larger of that of the effect beyond `least` and that of the effect beyond its control.
+
+        NaN without an intervention; of the effect alone without a control.
+        """
+        if self.intervention is None:
+            return float("nan")
+        alone = self.intervention.p(self.side * self.least)
+        return alone if self.beyond is None else max(alone, self.beyond.p())
+
+    @cached_property
     def lacks(self) -> list[str]:
         """What keeps the statement from being causal, in words; empty where nothing does."""
         if self.intervention is None:
-            return ["nothing was intervened on: an observation alone is a correlation"]
+            return ["nothing was intervened on: an observation alone is a correlation", *self.departures]
         missing = [] if self.control is not None else ["the intervention has no control beside it"]
-        if self.intervention.n_groups < 2:
-            return [*missing, "the effect has no interval: it was measured on one independent group of prompts"]
+        n = self.intervention.n_groups
+        if n < 2:
+            only = "the effect has no interval: it was measured on one independent group of prompts"
+            return [*missing, only, *self.departures]
         low, high = sorted(self.side * end for end in self.intervention.interval())
-        least = 0.0 if self.registered is None else self.registered.threshold
-        if not low > least:
-            missing.append(f"the effect's interval [{low:.3g}, {high:.3g}] does not lie above {least:g}")
-        if self.control is not None:
-            low, high = sorted(self.side * end for end in self.intervention.beyond(self.control).interval())
+        if not low > self.least:
+            missing.append(f"the effect's interval [{low:.3g}, {high:.3g}] does not lie above {self.least:g}")
+        if self.beyond is not None:
+            low, high = sorted(self.side * end for end in self.beyond.interval())
             if not low > 0:
                 missing.append(f"the effect does not exceed the control's: the difference is [{low:.3g}, {high:.3g}]")
-        return missing + self._departures()
+        if n < LEAST_GROUPS:
+            missing.append(f"{n} groups of prompts cannot give p < {2 / 2**n:.3g}; {LEAST_GROUPS} are the least")
+        elif self.p > LARGEST_P:
+            missing.append(f"p is {self.p:.3g}, above {LARGEST_P:g}")
+        if self.q is not None and self.p <= LARGEST_P < self.q:
+            missing.append(f"q is {self.q:.3g} over the {self.n_tested} claims tested together, above {LARGEST_P:g}")
+        return missing + self.departures
 
-    def _departures(self) -> list[str]:
-        """Where the run was another than the one that was registered."""
-        plan = self.registered
-        if plan is None or self.intervention is None:
+    @cached_property
+    def departures(self) -> list[str]:
+        """Where the run was another than the one that was registered; empty where nothing was."""
+        plan, effect = self.registered, self.intervention
+        if plan is None:
             return []
-        seen = [("hypothesis", plan.hypothesis, self.statement), ("n", plan.n, len(self.intervention.per_prompt))]
-        if self.control is not None:
-            seen.append(("control", plan.control, self.control.what))
-        return [f"registered {name} {was!r}, but this is {now!r}" for name, was, now in seen if was != now]
+        seen: list[tuple[str, Any, Any]] = [
+            ("hypothesis", plan.hypothesis, self.statement),
+            ("model", plan.model or self.model, self.model),
+            ("metric", plan.metric, None if effect is None else effect.metric or None),
+            ("n", plan.n, None if effect is None else len(effect.per_prompt)),
+            ("control", plan.control, None if self.control is None else self.control.what),
+        ]
+        unwritten = [] if plan.written else ["the plan was not written to a file before the run"]
+        return unwritten + [f"registered {name} {was!r}, but this is {now!r}" for name, was, now in seen if was != now]
 
     @property
     def causal(self) -> bool:
-        """Is there an intervention whose effect has an interval off 0, and beyond that of its control?"""
+        """Is there an intervention whose effect is surely off 0, and surely beyond that of its control?"""
         return not self.lacks
 
     @property
     def status(self) -> str:
-        """ "registered" or "exploratory"."""
-        return "exploratory" if self.registered is None else f"registered {self.registered.digest[:8]}"
+        """ "exploratory", or "registered" with the author's time and the first digits of the digest."""
+        if self.registered is None:
+            return "exploratory"
+        short = self.registered.digest[:8]
+        if self.departures:
+            return f"exploratory, departs from the plan {short}"
+        return f"registered {self.registered.written} as {short}"
 
     @property
     def verdict(self) -> str:
@@ -136,14 +126,6 @@ class Claim(Result):
         if self.causal:
             return "causal"
         return "observed" if self.intervention is None else "no causal effect shown"
-
-    @property
-    def p(self) -> float:
-        """Two-sided p-value of the effect (beyond its control where there is one); NaN without an intervention."""
-        if self.intervention is None:
-            return float("nan")
-        tested = self.intervention if self.control is None else self.intervention.beyond(self.control)
-        return float(sign_flip_p(tested.per_prompt.double(), group=tested.group))
 
     def require_causal(self) -> "Claim":
         """The claim itself, if it is causal; else an error that says what it lacks."""
@@ -153,12 +135,11 @@ class Claim(Result):
 
     def sentence(self) -> str:
         """The claim as it may be said."""
-        seen = _said(self.observation)
-        said = [f"{self.statement} ({self.status}, {self.verdict}).", f"Seen: {seen}."]
+        said = [f"{self.statement} ({self.status}; {self.verdict}).", f"Seen: {self.observation.said()}."]
         if self.intervention is not None:
-            said.append(f"Intervention: {_said(self.intervention)}.")
+            said.append(f"Intervention: {self.intervention.said()}.")
         if self.control is not None:
-            said.append(f"Control: {_said(self.control)}.")
+            said.append(f"Control: {self.control.said()}.")
         return " ".join(said + [f"Lacking: {'; '.join(self.lacks)}."] * bool(self.lacks))
 
     def table(self, n: int | None = None) -> Table:
@@ -175,13 +156,12 @@ class Claim(Result):
         from hooklens import viz
 
         rows = self.table().rows
-        low, high = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (3, 4))
-        means = torch.tensor([row[2] for row in rows], dtype=torch.float64)
-        return viz.bars(means, low, high, [row[0] for row in rows], f"{self.statement}: {self.verdict}")
+        mean, low, high = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (2, 3, 4))
+        return viz.bars(mean, low, high, [row[0] for row in rows], f"{self.statement}: {self.verdict}")
 
 
 def claim(
-    model: "HookedTransformer",
+    model: "HookedTransformer | str",
     statement: str,
     *,
     observation: Measured,
@@ -189,17 +169,21 @@ def claim(
     control: Measured | None = None,
     registered: Registration | None = None,
 ) -> Claim:
-    """What may be said about a model with this evidence? Without intervention, control and interval: not "causal".
+    """What may be said about a model (or its name) with this evidence? Without all of it: not "causal".
 
     >>> from hooklens.testing import tiny_model
-    >>> seen = Measured.of("attention to the name", [0.9, 0.8, 0.9, 0.7])
+    >>> seen = Measured.of("attention to the name", [0.9, 0.8, 0.9, 0.7, 0.9, 0.8])
     >>> said = claim(tiny_model(), "L0H1 moves the name", observation=seen)
     >>> said.verdict, said.causal
     ('observed', False)
-    >>> effect = Measured.of("fall of the logit difference, head ablated", [2.0, 1.5, 1.8, 2.2])
-    >>> other = Measured.of("the same, another head of the layer", [0.1, 0.0, -0.1, 0.1])
+    >>> effect = Measured.of("fall of the logit difference, head ablated", [2.0, 1.5, 1.8, 2.2, 1.9, 2.1])
+    >>> other = Measured.of("the same, another head of the layer", [0.1, 0.0, -0.1, 0.1, 0.0, 0.1])
     >>> claim(tiny_model(), "L0H1 moves the name", observation=seen, intervention=effect, control=other).verdict
     'causal'
+
+    Causal takes an intervention with a control on the same prompts; 95 % intervals of the effect and of its difference
+    from the control's that lie on the side of the effect; and both p-values (sign flips of groups) at most 0.05, which
+    fewer than 6 groups cannot reach.
 
     Reference: Pearl (2009), "Causality", chapter 1.3 (seeing and doing).
     """
@@ -208,86 +192,5 @@ def claim(
             raise WrongType(f"{name} is made with Measured.of(what, values), got {type(part).__name__}")
     if intervention is None and control is not None:
         raise InputError(f"a control ({control.what!r}) was given without the intervention that it controls")
-    return Claim(statement, model.cfg.model_name, observation, intervention, control, registered)
-
-
-@dataclass(frozen=True, eq=False)
-class ClaimFamily(Result):
-    """Claims that were tested together, with the false discovery rate at which each would be called."""
-
-    claims: list[Claim]
-
-    @property
-    def q(self) -> Float[Tensor, "claim"]:
-        """Benjamini-Hochberg q-values over all claims that intervene."""
-        return q_values(torch.tensor([one.p for one in self.claims], dtype=torch.float64))
-
-    def table(self, n: int | None = None) -> Table:
-        """One row a claim, as a report shows it."""
-        rows = []
-        for one, q in zip(self.claims, self.q.tolist(), strict=True):
-            effect = one.intervention
-            ends = (None, None, None) if effect is None else (effect.mean, *effect.interval())
-            control = None if one.control is None else one.control.mean
-            rows.append((one.statement, one.status, one.verdict, *ends, control, None if q != q else q))
-        return Table(("claim", "status", "verdict", "effect", "low", "high", "control", "q"), rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` claims with the smallest q."""
-        order = sorted(range(len(self.claims)), key=lambda i: (float(self.q[i].nan_to_num(2.0)), i))
-        rows = self.table().rows
-        return Table(self.table().columns, [rows[i] for i in order[:k]])
-
-    def figure(self) -> Any:
-        """Every effect with its interval."""
-        from hooklens import viz
-
-        shown = [one for one in self.claims if one.intervention is not None] or self.claims
-        parts = [one.intervention or one.observation for one in shown]
-        ends = torch.tensor([part.interval() for part in parts], dtype=torch.float64)
-        means = torch.tensor([part.mean for part in parts], dtype=torch.float64)
-        names = [one.statement for one in shown]
-        return viz.bars(means, ends[:, 0], ends[:, 1], names, "Effects of the interventions")
-
-
-def _said(part: Measured) -> str:
-    low, high = part.interval()
-    ends = "no interval" if low != low else f"95 % [{low:.3g}, {high:.3g}]"
-    return f"{part.what} {part.mean:.3g} ({ends}, {len(part.per_prompt)} prompts in {part.n_groups} groups)"
-
-
-def family(model: "HookedTransformer", claims: Sequence[Claim]) -> ClaimFamily:
-    """Claims about one model that were tested together: their q-values take all of them into account."""
-    wrong = sorted({one.model for one in claims} - {model.cfg.model_name})
-    if not claims or wrong:
-        raise InputError(f"a family is of at least one claim about {model.cfg.model_name!r}, got {wrong or 'none'}")
-    return ClaimFamily(list(claims))
-
-
-def demo(model: "HookedTransformer") -> ClaimFamily:
-    """Does a head of the first layer matter for the loss? Each zeroed on short prompts, the next one as its control."""
-    from hooklens.metrics import loss
-    from hooklens.plugins.patching.activation import patch
-    from hooklens.sweeps.settings import engine
-
-    n = min(8, model.cfg.n_ctx)
-    tokens = torch.randint(model.cfg.d_vocab, (6, n), generator=torch.Generator().manual_seed(0)).to(model.device)
-    with engine(progress=False, verify=0), torch.no_grad():
-        sweep = patch(model, tokens, tokens, loss(model, tokens), site="z", value="zero")
-        _, cache = model.run_with_cache(tokens, names=("z", 0))
-    rose = sweep.clean_per_pair[:, None] - sweep.per_pair[:, 0]
-    size = cache["z", 0].norm(dim=-1).mean(1)  # prompt head
-    return family(model, [_of_head(model, rose, size, head) for head in range(rose.shape[1])])
-
-
-def _of_head(
-    model: "HookedTransformer", rose: Float[Tensor, "prompt head"], size: Float[Tensor, "prompt head"], head: int
-) -> Claim:
-    other = (head + 1) % rose.shape[1]
-    return claim(
-        model,
-        f"L0H{head} matters",
-        observation=Measured.of("length of z", size[:, head].cpu()),
-        intervention=Measured.of("rise of the loss with the head at zero", rose[:, head].cpu()),
-        control=None if other == head else Measured.of("the same for the next head", rose[:, other].cpu()),
-    )
+    name = model if isinstance(model, str) else model.cfg.model_name
+    return Claim(statement, name, observation, intervention, control, registered)

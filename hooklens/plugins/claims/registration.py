@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from hooklens.core.errors import FileRefused, InputError
@@ -11,6 +12,7 @@ from hooklens.core.files import write_atomically
 from hooklens.result import Result
 
 SIDES = ("above", "below")
+_LEAST_DIGITS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,11 +20,13 @@ class Registration(Result):
     """A hypothesis, and what will be held against it.
 
     >>> plan = Registration("L5H1 moves names", "logit_diff", "random heads of layer 5", threshold=0.05, n=64)
-    >>> plan.digest[:8], len(plan.digest)
-    ('...', 64)
+    >>> len(plan.digest), plan.written
+    (64, '')
 
     The claim holds if, over `n` prompts, the effect on `metric` lies more than `threshold` above (or below) 0 and
-    beyond what the `control` gives. `digest` is the SHA-256 of the fields as canonical JSON.
+    beyond what the `control` gives. `model` may be left open. Only a plan that was written to a file counts:
+    `plan = plan.write("plan.json")` before the run, which sets the time `written` (UTC), or `Registration.read` of it.
+    `digest` is the SHA-256 of all fields, time included, as canonical JSON.
     """
 
     hypothesis: str
@@ -31,6 +35,8 @@ class Registration(Result):
     threshold: float
     n: int
     side: str = "above"
+    model: str = ""
+    written: str = ""
 
     def __post_init__(self) -> None:
         for name in ("hypothesis", "metric", "control"):
@@ -45,30 +51,42 @@ class Registration(Result):
 
     @property
     def digest(self) -> str:
-        """What identifies the registration: publish it before the run."""
+        """What identifies the registration: publish that of the written one, where others see when, before the run."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def write(self, path: str | Path) -> Path:
-        """Keep the registration and its digest as JSON; a file that is there already is not overwritten."""
+    def write(self, path: str | Path) -> "Registration":
+        """Keep the registration as JSON, with the time and the digest, and return it as it was written.
+
+        A file that is there already is not overwritten, and a plan that was written is not written again.
+        """
         path = Path(path)
-        if path.exists():
-            raise InputError(f"{path} exists; a registration is written once, before the run: choose another name")
+        if self.written or path.exists():
+            seen = f"this one was written at {self.written}" if self.written else f"{path} exists"
+            raise InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
+        made = replace(self, written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
         with write_atomically(path) as aside:
-            aside.write_text(json.dumps({**asdict(self), "digest": self.digest}, indent=1) + "\n", encoding="utf-8")
-        return path
+            aside.write_text(json.dumps({**asdict(made), "digest": made.digest}, indent=1) + "\n", encoding="utf-8")
+        return made
 
     @classmethod
-    def read(cls, path: str | Path) -> "Registration":
-        """The registration in a file; one that was edited after it was written is refused."""
+    def read(cls, path: str | Path, *, digest: str | None = None) -> "Registration":
+        """The registration in a file; one that was edited after it was written is refused.
+
+        The digest in the file shows an accident. An edit with a digest recomputed shows only against the `digest` that
+        was published (8 digits of it or more).
+        """
         try:
             held = json.loads(Path(path).read_text(encoding="utf-8"))
-            digest = held.pop("digest")
+            own = held.pop("digest")
             found = cls(**held)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise FileRefused(f"{path} is not a registration that hooklens wrote: {error}") from error
-        if found.digest != digest:
-            raise FileRefused(
-                f"{path} was changed after it was registered: its digest is {digest[:12]}, its text gives "
-                f"{found.digest[:12]}"
-            )
+        if digest is not None and len(digest) < _LEAST_DIGITS:
+            raise InputError(f"a published digest is at least {_LEAST_DIGITS} digits long, got {digest!r}")
+        for what, asked in (("its digest is", own), ("the published digest is", digest or own)):
+            if not found.digest.startswith(asked):
+                raise FileRefused(
+                    f"{path} was changed after it was registered: {what} {asked[:12]}, its text gives "
+                    f"{found.digest[:12]}"
+                )
         return found

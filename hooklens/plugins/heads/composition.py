@@ -1,4 +1,4 @@
-"""Which heads read what which others wrote? Q-, K- and V-composition of weights, against random orientations."""
+"""Which heads read what which others wrote? Q-, K- and V-composition of weights, and which pairs stand out."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
 from hooklens.model.linear import is_plain
 from hooklens.plugins.heads.rotations import above
+from hooklens.plugins.heads.stand_out import LEAST_PARTNERS, standing_out
 from hooklens.result import Result, Table
 from hooklens.statistics import q_values
 
@@ -24,14 +26,19 @@ MODES = ("Q", "K", "V")
 class Composition(Result):
     """Composition scores of every pair of heads: writer first, then the later head that reads; 0 for other pairs.
 
-    `scores` are |W_OV W_QK| / (|W_OV| |W_QK|) and the like (Frobenius). `z` and `p` hold them against the same two
-    matrices in random orientation to each other, whose mean square score is 1 / d_model whatever their spectra
-    (`chance` is its root). NaN where there is no pair.
+    `scores` are |W_OV W_QK| / (|W_OV| |W_QK|) and the like (Frobenius). `specific` is how far a pair stands out from
+    what its writer gives every reader, what its reader takes from every writer and what pairs of that layer distance
+    show, in robust standard deviations: heads that share a few directions of the stream do not stand out by that.
+    `z` holds the score against the same two matrices in random orientation to each other, whose mean square score is
+    1 / d_model whatever their spectra (`chance` is its root). `null` says which of the two `p` belongs to:
+    "orientation" where there are too few heads for the other. NaN where there is no pair.
     """
 
     scores: dict[str, Pairs]
+    specific: dict[str, Pairs]
     z: dict[str, Pairs]
     p: dict[str, Pairs]
+    null: str
     chance: float
 
     def q(self, mode: str) -> Pairs:
@@ -40,31 +47,33 @@ class Composition(Result):
         return together[list(self.p).index(mode)]
 
     def order(self) -> list[tuple[str, int, int, int, int]]:
-        """(mode, layer, head, reader's layer, reader's head), the pair farthest above chance first."""
-        stack = torch.stack([self.z[mode] for mode in MODES])
+        """(mode, layer, head, reader's layer, reader's head), the pair farthest above its null first."""
+        by_null = self.specific if self.null == "specific" else self.z
+        stack = torch.stack([by_null[mode] for mode in MODES])
         flat = stack.flatten()
         by = flat.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[: int((~flat.isnan()).sum())]
         index = torch.stack(torch.unravel_index(by, stack.shape), 1).tolist()
         return [(MODES[m], *rest) for m, *rest in index]
 
     def top(self, k: int = 10) -> Table:
-        """The `k` pairs farthest above chance."""
+        """The `k` pairs farthest above their null."""
         return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a pair and mode; with one layer there is none."""
-        q = {mode: self.q(mode) for mode in MODES}
+        q, shown = {mode: self.q(mode) for mode in MODES}, (self.scores, self.specific, self.z)
         rows = [
-            (f"L{a}H{b}", f"L{c}H{d}", mode, *(float(x[mode][a, b, c, d]) for x in (self.scores, self.z, q)))
+            (f"L{a}H{b}", f"L{c}H{d}", mode, *(_number(x[mode][a, b, c, d]) for x in (*shown, q)))
             for mode, a, b, c, d in self.order()[:n]
         ]
-        return Table(("writer", "reader", "mode", "score", "z", "q"), rows)
+        return Table(("writer", "reader", "mode", "score", "stands out", "z", f"q ({self.null})"), rows)
 
     def figure(self) -> Any:
-        """Writers down, readers across: how far each pair lies above chance, its largest mode."""
+        """Writers down, readers across: how far each pair lies above its null, its largest mode."""
         from hooklens.viz.figures import heatmap
 
-        z = torch.stack([self.z[mode] for mode in MODES]).nan_to_num(-torch.inf).amax(0)
+        by_null = self.specific if self.null == "specific" else self.z
+        z = torch.stack([by_null[mode] for mode in MODES]).nan_to_num(-torch.inf).amax(0)
         names = [f"L{i}H{j}" for i in range(z.shape[0]) for j in range(z.shape[1])]
         shown = z.flatten(2).flatten(0, 1)
         shown = (
@@ -74,7 +83,7 @@ class Composition(Result):
             shown,
             x=names,
             y=names,
-            title="Composition above chance (largest of Q, K, V)",
+            title=f"Composition above its null, {self.null} (largest of Q, K, V)",
             x_title="reader",
             y_title="writer",
             colourbar="z",
@@ -93,17 +102,27 @@ def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -
     >>> found.order()[0]                     # the induction head's keys read what the previous-token head wrote
     ('K', 0, 0, 1, 1)
 
-    `draws` random orientations of each pair, with their own spectra, make the null; all pairs' draws are pooled in
-    standard deviations.
+    A pair is judged by how far it stands out among the pairs of its writer and of its reader. With fewer than five
+    heads a layer that cannot be told, and `draws` random orientations of each pair, with their own spectra, make the
+    null; all pairs' draws are pooled in standard deviations.
 
-    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Q-, K-, and V-composition".
+    Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Q-, K-, and V-composition";
+    Efron (2004), "Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis" (empirical null).
     """
     _refuse(model)
+    enough = model.cfg.n_heads >= LEAST_PARTNERS and model.cfg.n_layers > 1
     with torch.no_grad():
         writers, readers = _factors(model)
         found = {mode: _mode(writers, readers[mode], draws, seed + i) for i, mode in enumerate(MODES)}
-    scores, z, p = ({mode: one[i] for mode, one in found.items()} for i in range(3))
-    return Composition(scores, z, p, chance=model.cfg.d_model**-0.5)
+        scores, z, p = ({mode: one[i] for mode, one in found.items()} for i in range(3))
+        stands = {mode: standing_out(scores[mode], ~z[mode].isnan()) for mode in MODES}
+    specific = {mode: one[0] if enough else torch.full_like(one[0], torch.nan) for mode, one in stands.items()}
+    p = {mode: one[1] for mode, one in stands.items()} if enough else p
+    return Composition(scores, specific, z, p, "specific" if enough else "orientation", model.cfg.d_model**-0.5)
+
+
+def _number(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else float(value)
 
 
 def _refuse(model: "HookedTransformer") -> None:
@@ -131,11 +150,11 @@ def _factors(
     readers: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
     for block in model.blocks:
         attn, repeat = block.attn, model.cfg.n_heads // model.cfg.n_key_value_heads
-        q = read_by(block, attn.W_Q)
-        k, v = (read_by(block, w).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
+        q = read_by(block, widened(attn.W_Q))
+        k, v = (read_by(block, widened(w)).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
         if attn.q_norm is not None:
             q, k = (norm.linearised(w, torch.ones_like(w[..., :1])) for norm, w in ((attn.q_norm, q), (attn.k_norm, k)))
-        o = attn.W_O if block.ln1_post is None else _sandwich(block, attn.W_O)
+        o = widened(attn.W_O) if block.ln1_post is None else _sandwich(block, widened(attn.W_O))
         written.append(_triangle(v) @ o)
         readers["Q"].append(q @ _triangle(k).mT)
         readers["K"].append(k @ _triangle(q).mT)

@@ -8,9 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import is_plain, packed_linears
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
+from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.result import Result, Table
 from hooklens.statistics import q_values
 
@@ -88,6 +90,7 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Detecting copying behavior".
     """
     refuse_post_norm(model)
+    refuse_dropout(model)
     tokens, streams = _streams(model, n_tokens, seed)
     found: dict[str, list[Tensor]] = {name: [] for name in ("own", "rank", "positive", "z", "null")}
     with torch.no_grad(), packed_linears(rows=1024):
@@ -95,7 +98,7 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
             generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
             read = _read(model, layer, streams[min(layer, 1)])
             columns = written_logits(model, layer, tokens)
-            for name, value in _of_layer(read, columns, draws, generator).items():
+            for name, value in _of_layer(widened(read), widened(columns), draws, generator).items():
                 found[name].append(value)
     stacked = {name: torch.stack(parts, 1 if name in ("own", "rank", "null") else 0) for name, parts in found.items()}
     z, null = stacked["z"], stacked["null"]

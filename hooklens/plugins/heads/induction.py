@@ -1,6 +1,5 @@
 """Which heads continue repeated text? The attention score, and the loss that their ablation costs, side by side."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from hooklens.metrics import MinusLoss
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import mass
 from hooklens.plugins.heads.scores import key_masks
+from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.result import Result, Table
 from hooklens.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import execute
@@ -97,7 +97,7 @@ def induction_heads(
     *,
     n: int = 8,
     length: int = 25,
-    heads: Sequence[tuple[int, int]] | None = None,
+    heads: Heads | None = None,
     seed: int = 0,
 ) -> InductionHeads:
     """Which heads are induction heads: who looks at what came next, and whose loss costs the repeat?
@@ -114,11 +114,11 @@ def induction_heads(
     """
     if n < 2:
         raise InputError(f"an interval needs at least two sequences, got n={n}")
+    refuse_dropout(model)
     both = repeated_tokens(model, 2 * n, length=length, seed=seed)
     sequences, others = both.part(0, n), both.part(n, 2 * n)
     cfg = model.cfg
-    every = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
-    chosen = every if heads is None else list(heads)
+    chosen = read_heads(model, heads)
     with torch.no_grad(), packed_linears(rows=1024):
         mask = key_masks(sequences.tokens)["induction"]
         _, cache = model.run_with_cache(sequences.tokens, "pattern", stop_at_layer=cfg.n_layers)

@@ -1,7 +1,7 @@
 """What is attention to some keys good for? Block it, let the head attend to the rest, and see how the metric moves."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +13,14 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.scores import key_masks
+from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.result import Result, Table
 from hooklens.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
 
 if TYPE_CHECKING:
+    from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
 
@@ -70,13 +72,13 @@ def knockout(
     *,
     kind: str = "induction",
     mask: Bool[Tensor, "row query_pos key_pos"] | None = None,
-    heads: Sequence[tuple[int, int]] | None = None,
+    heads: Heads | None = None,
 ) -> Knockout:
     """What does each head's attention to one kind of key do for the metric? Exact, one head at a time.
 
     Scores of the marked keys are set to minus infinity in that head alone; its softmax gives their share to the others.
     A query that sees nothing but marked keys is left as it was. `kind` is one of `key_masks`, or the name of your own
-    `mask`; `heads` are (layer, head), all of them by default.
+    `mask`; `heads` are (layer, head) or names, all of them by default.
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); sequences = repeated_tokens(model, 4)
@@ -89,14 +91,29 @@ def knockout(
     mask = _mask(tokens, kind) if mask is None else mask
     if mask.shape != (*tokens.shape, tokens.shape[1]):
         raise InputError(f"mask has shape {list(mask.shape)}; tokens {list(tokens.shape)} need [sequence query key]")
-    every = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
-    chosen = every if heads is None else list(heads)
-    if not chosen:
-        raise InputError("heads= is empty; give (layer, head) pairs, or leave it out for all heads")
+    refuse_dropout(model)
+    chosen = read_heads(model, heads)
+    return knockout_after(model, scores_and_values(model, tokens), tokens, metric, kind, mask, chosen)
+
+
+def knockout_after(
+    model: "HookedTransformer",
+    untouched: "ActivationCache",
+    tokens: Int[Tensor, "sequence pos"],
+    metric: Any,
+    kind: str,
+    mask: Mask,
+    chosen: list[tuple[int, int]],
+) -> Knockout:
+    """The same from the scores and values of a run that was made before: several masks can share it."""
     with torch.no_grad(), packed_linears(rows=1024):
         patches = [Patch(layer, None, head) for layer, head in chosen]
-        values = without_keys(model, tokens, mask)
-        outcome = execute(plan(model, tokens, "z", values, patches=patches), metric)
+        values = _blocking(model, untouched, mask)
+        made = plan(model, tokens, "z", values, patches=patches)
+        # in a causal model nothing can change before the first query that has a marked key
+        blocked = mask.any(-1)
+        first = torch.where(blocked.any(1), blocked.long().argmax(1), tokens.shape[1])
+        outcome = execute(replace(made, first_change=first.to(made.first_change)), metric)
     fall = (outcome.base - outcome.values).T
     return Knockout([f"L{layer}H{head}" for layer, head in chosen], kind, fall, outcome.base, outcome.largest_error)
 
@@ -105,7 +122,16 @@ def without_keys(
     model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], mask: Mask
 ) -> Callable[[Tensor, str], Tensor]:
     """What to write at the z points so that no head looks at the marked keys: a function of (activation, point)."""
-    _, cache = model.run_with_cache(tokens, ["attn_scores", "v"], stop_at_layer=model.cfg.n_layers)
+    return _blocking(model, scores_and_values(model, tokens), mask)
+
+
+def scores_and_values(model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"]) -> "ActivationCache":
+    """What a knockout needs of the untouched run, whatever keys it blocks."""
+    with torch.no_grad(), packed_linears(rows=1024):
+        return model.run_with_cache(tokens, ["attn_scores", "v"], stop_at_layer=model.cfg.n_layers)[1]
+
+
+def _blocking(model: "HookedTransformer", cache: "ActivationCache", mask: Mask) -> Callable[[Tensor, str], Tensor]:
     changed, new = {}, {}
     for layer in range(model.cfg.n_layers):
         attn, scores, name = model.blocks[layer].attn, cache["attn_scores", layer], f"blocks.{layer}.attn.hook_z"

@@ -1,6 +1,5 @@
 """By which road does a head act: straight to the logits, through later MLPs, or through later heads?"""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,10 @@ from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copying import refuse_post_norm
+from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.progress import progress
 from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval
+from hooklens.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:
@@ -54,16 +54,33 @@ class Mediation(Result):
         """Both ends of every mean, by a bootstrap over sequences."""
         return mean_interval(self.parts().transpose(0, 1), level=level)
 
+    @property
+    def q(self) -> Float[Tensor, "road chosen"]:
+        """Benjamini-Hochberg over heads and roads, from sign flips of whole sequences."""
+        return q_values(sign_flip_p(self.parts().transpose(0, 1)))
+
     def top(self, k: int = 10) -> Table:
         """The `k` heads of the largest total effect."""
         return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: total and roads, the interval of the total."""
-        mean, (low, high) = self.parts().mean(1), self.interval()
-        order = mean[0].abs().argsort(descending=True, stable=True).tolist()[:n]
-        rows = [(self.heads[i], *mean[:, i].tolist(), float(low[0, i]), float(high[0, i])) for i in order]
-        return Table(("head", *ROADS, "total low", "total high"), rows)
+        """One row a head: total and roads, the interval and q-value of the total; `roads` has those of each road."""
+        mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
+        rows = [(self.heads[i], *mean[:, i].tolist(), *(float(x[0, i]) for x in (low, high, q))) for i in self._order()]
+        return Table(("head", *ROADS, "total low", "total high", "q"), rows).head(n)
+
+    def roads(self, n: int | None = None) -> Table:
+        """One row a head and road: the mean fall, its interval over sequences, and the q-value of "none"."""
+        mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
+        rows = [
+            (self.heads[i], road, *(float(x[at, i]) for x in (mean, low, high, q)))
+            for i in self._order()
+            for at, road in enumerate(ROADS)
+        ]
+        return Table(("head", "road", "fall", "95% low", "95% high", "q"), rows).head(n)
+
+    def _order(self) -> list[int]:
+        return self.total.mean(0).abs().argsort(descending=True, stable=True).tolist()
 
     def figure(self) -> Any:
         """Heads down, roads across."""
@@ -77,7 +94,7 @@ def mediation(
     model: "HookedTransformer",
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
-    heads: Sequence[tuple[int, int]],
+    heads: Heads,
     *,
     reference: Int[Tensor, "other other_pos"] | None = None,
 ) -> Mediation:
@@ -95,7 +112,8 @@ def mediation(
     Reference: Pearl (2001), "Direct and Indirect Effects"; Vig et al. (2020), "Causal Mediation Analysis".
     """
     refuse_post_norm(model)
-    chosen = check_heads(model, heads)
+    refuse_dropout(model)
+    chosen = read_heads(model, heads)
     names = ["z", "attn_out", "mlp_out"]
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, _there(model, names), stop_at_layer=model.cfg.n_layers)
@@ -114,16 +132,6 @@ def mediation(
     return Mediation(
         [f"L{layer}H{head}" for layer, head in chosen], total, direct, mlps - direct, later - direct, reader.base
     )
-
-
-def check_heads(model: "HookedTransformer", heads: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(layer, head) pairs that exist, at least one."""
-    chosen = [(int(layer), int(head)) for layer, head in heads]
-    wrong = [at for at in chosen if not (0 <= at[0] < model.cfg.n_layers and 0 <= at[1] < model.cfg.n_heads)]
-    if wrong or not chosen:
-        sizes = f"layers 0 to {model.cfg.n_layers - 1} and heads 0 to {model.cfg.n_heads - 1}"
-        raise InputError(f"heads are (layer, head) pairs with {sizes}, at least one; got {list(heads)!r:.80}")
-    return chosen
 
 
 def mean_z(

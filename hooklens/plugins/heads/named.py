@@ -9,15 +9,18 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import ioi
-from hooklens.plugins.heads.rotations import PerHead
+from hooklens.plugins.heads.rotations import PerHead, above
 from hooklens.plugins.patching.name_movers import NameMovers, name_movers
-from hooklens.result import Result
+from hooklens.result import Result, Table
 from hooklens.statistics import q_values, sign_flip_p
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+#: The labels that these prompts can give, and the sign of copying and direct effect that each claims.
+NAME_LABELS = {"name mover": 1.0, "negative name mover": -1.0}
 _FLIPS = 2**16  # two-sided, with 270 heads: the smallest q-value of a single head lies below 0.05
+_PERMUTED = 1000  # pooled over heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,22 +28,32 @@ class NameEvidence(Result):
     """Indirect-object prompts: does a head look at the name, copy it and write it? `p` is the largest of the three.
 
     Attention margin and direct effect are tested by flipping signs over groups of prompts that share names; copying by
-    the names' mean rank, which is uniform for a head that treats names like any other token.
+    permuting which name was read: a head that raises every name alike copies none. For a negative name mover the last
+    two are turned: it lowers the name that it looks at, and the logit difference.
     """
 
     found: NameMovers
-    p: PerHead
+    p: Float[Tensor, "label layer head"]
 
     @property
-    def q(self) -> PerHead:
-        """Benjamini-Hochberg over heads."""
+    def q(self) -> Float[Tensor, "label layer head"]:
+        """Benjamini-Hochberg over heads and both labels."""
         return q_values(self.p)
 
-    def movers(self, level: float) -> list[tuple[int, int]]:
-        """Heads whose three tests all pass at that false discovery rate, where the model does the task at all."""
-        low, _ = self.found.share_interval()
-        good = (self.q <= level) & (low > 0) & self.found.defined
-        return [(int(a), int(b)) for a, b in good.nonzero()]
+    def labelled(self, level: float) -> dict[str, list[tuple[int, int]]]:
+        """Heads by label, whose three tests all pass at that false discovery rate, where the model does the task."""
+        low, high = self.found.share_interval()
+        sides = {"name mover": low > 0, "negative name mover": high < 0}
+        good = [(q <= level) & sides[name] & self.found.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
+        return {name: [(int(a), int(b)) for a, b in one.nonzero()] for name, one in zip(NAME_LABELS, good, strict=True)}
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a head, the largest direct effect first: attention margin, direct effect, interval, q-values."""
+        (low, high), q = self.found.share_interval(), self.q
+        each = (self.found.margin.mean(0), self.found.share, low, high, *q)
+        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.found.order()[:n]]
+        columns = ("margin", "direct effect", "low", "high", "q name mover", "q negative")
+        return Table(("head", *columns), rows)
 
 
 def name_evidence(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> tuple[NameEvidence | None, str]:
@@ -57,8 +70,15 @@ def name_evidence(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> 
         found = name_movers(model, pairs)
     except InputError as error:
         return None, f"no name movers: {error}"
-    margin, direct = (_one_sided(x, found.group) for x in (found.margin, found.direct))
-    return NameEvidence(found, torch.stack([margin, direct, _rank_p(found).to(margin)]).amax(0)), ""
+    return evidence_of(found, seed), ""
+
+
+def evidence_of(found: NameMovers, seed: int = 0) -> NameEvidence:
+    """The p-values of these measurements."""
+    margin, up, down = (_one_sided(x, found.group) for x in (found.margin, found.direct, -found.direct))
+    copies, suppresses = copying_p(found.written, seed)
+    both = torch.stack([up.maximum(copies.to(up)), down.maximum(suppresses.to(up))])
+    return NameEvidence(found, both.maximum(margin.to(both)))
 
 
 def _one_sided(values: Float[Tensor, "pair layer head"], group: Tensor) -> PerHead:
@@ -66,8 +86,27 @@ def _one_sided(values: Float[Tensor, "pair layer head"], group: Tensor) -> PerHe
     return torch.where(values.mean(0) > 0, two / 2, 1 - two / 2)
 
 
-def _rank_p(found: NameMovers) -> PerHead:
-    """P(the mean rank is as low) for ranks uniform over the vocabulary: normal, as the mean of many uniform numbers."""
-    share = (found.rank.double() + 0.5) / found.d_vocab
-    deviation = (share.mean(0) - 0.5) * (12 * len(share)) ** 0.5
-    return torch.special.ndtr(deviation)
+def copying_p(written: Float[Tensor, "name layer head other"], seed: int = 0) -> tuple[PerHead, PerHead]:
+    """How often names paired at random are raised (lowered) as much as each name is by its own reading.
+
+    What a source gives all names, and what a name is given by all sources, is taken out first; the sum over the pairs
+    of a random pairing then has a known deviation (Hoeffding), in which all heads' permutations are pooled.
+
+    >>> own = torch.eye(8)[:, None, None] * torch.tensor([1.0, 0.0])[:, None]
+    >>> copies, suppresses = copying_p(own + torch.randn(8, generator=torch.Generator().manual_seed(0)))
+    >>> bool(copies[0, 0] < 0.01), copies[0, 1].item(), bool(suppresses[0, 0] > 0.99)
+    (True, 1.0, True)
+
+    Reference: Hoeffding (1951), "A Combinatorial Central Limit Theorem"; Fisher (1935), "The Design of Experiments",
+    section 21.
+    """
+    n, W = len(written), written.permute(1, 2, 0, 3).double()
+    left = W - W.mean(-1, keepdim=True)
+    left = left - left.mean(-2, keepdim=True)
+    spread = (left.square().sum((-1, -2)) / max(1, n - 1)).sqrt()
+    safe = torch.where(spread > 1e-5 * W.abs().amax((-1, -2)), spread, torch.nan)  # less is rounding
+    seen = left.diagonal(dim1=-2, dim2=-1).sum(-1) / safe
+    orders = torch.rand(_PERMUTED, n, generator=torch.Generator().manual_seed(seed)).argsort(1).to(W.device)
+    rows = torch.arange(n, device=W.device)
+    null = torch.stack([left[:, :, rows, order].sum(-1) for order in orders]) / safe
+    return above(seen, null).to(written), above(-seen, -null).to(written)

@@ -1,5 +1,6 @@
 """Do positions alone make a head look at the previous token? W_pos W_Q W_K^T W_pos^T, or its rotary equivalent."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,17 +9,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Learned, Sinusoidal
 from hooklens.model.embed import rotary_tables, rotate
 from hooklens.model.linear import is_plain, packed_linears
 from hooklens.plugins.heads.composition import read_by
+from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.result import Result, Table
+from hooklens.statistics import q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 PerHead = Float[Tensor, "layer head"]
+Vectors = Float[Tensor, "draw pos head d_head"]
+_DRAWS = (
+    999  # the smallest p is 0.001: the rows of a head are not independent, so that each head needs a null of its own
+)
+_AT_ONCE = 2**22  # scores of rotated heads kept at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,22 +35,25 @@ class PositionScores(Result):
     """The score that each query position gives each key position through positions alone, and where its maximum lies.
 
     `scores` is `[layer head query key]`, up to `n_pos` positions. `share` is the share of rows p >= 1 whose maximum
-    over keys 0..p lies at p - 1; `chance` what random scores would give. A previous-token head by position needs, for
-    every p, w_p W_Q W_K^T w_{p-1}^T > w_p W_Q W_K^T w_j^T for every other j <= p.
+    over keys 0..p lies at p - 1; `chance` what scores without any order would give. A previous-token head by position
+    needs, for every p, w_p W_Q W_K^T w_{p-1}^T > w_p W_Q W_K^T w_j^T for every other j <= p. `p` is how often the same
+    head with its queries rotated at random has as large a share (where shares are equal, as large a margin): rows go
+    together, so that one head in a few reaches a share of 1 by chance where positions are rotary.
     """
 
     scores: Float[Tensor, "layer head query_pos key_pos"]
+    p: PerHead
     how: str
+
+    @property
+    def q(self) -> PerHead:
+        """Benjamini-Hochberg over heads."""
+        return q_values(self.p)
 
     @property
     def share(self) -> PerHead:
         """The share of rows whose causal maximum is the previous position; ties are shared out evenly."""
-        n = self.scores.shape[-1]
-        causal = torch.ones(n, n, dtype=torch.bool, device=self.scores.device).tril()
-        seen = self.scores.masked_fill(~causal, -torch.inf)
-        best = seen == seen.amax(-1, keepdim=True)
-        hit = best.diagonal(offset=-1, dim1=-2, dim2=-1).to(seen)
-        return (hit / best[..., 1:, :].sum(-1)).mean(-1)
+        return _share(self.scores)
 
     @property
     def chance(self) -> float:
@@ -52,11 +64,7 @@ class PositionScores(Result):
     @property
     def margin(self) -> PerHead:
         """The score of the previous position minus the best of the others, mean over rows, in softmax nats."""
-        n = self.scores.shape[-1]
-        causal = torch.ones(n, n, dtype=torch.bool, device=self.scores.device).tril()
-        others = causal & ~torch.eye(n, dtype=torch.bool, device=causal.device).roll(-1, 1).tril()
-        rest = self.scores.masked_fill(~others, -torch.inf)[..., 1:, :].amax(-1)
-        return (self.scores.diagonal(offset=-1, dim1=-2, dim2=-1) - rest).mean(-1)
+        return _margin(self.scores)
 
     def order(self) -> list[tuple[int, int]]:
         """Every (layer, head), the largest share first, then the largest margin."""
@@ -68,10 +76,10 @@ class PositionScores(Result):
         return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: the share of rows, and the margin."""
-        share, margin = self.share, self.margin
-        rows = [(f"L{i}H{j}", float(share[i, j]), float(margin[i, j])) for i, j in self.order()[:n]]
-        return Table(("head", f"rows with maximum at p - 1 (chance {self.chance:.3f})", "margin"), rows)
+        """One row a head: the share of rows, the margin, and what rotated queries say of it."""
+        each = (self.share, self.margin, self.p, self.q)
+        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        return Table(("head", f"rows with maximum at p - 1 (chance {self.chance:.3f})", "margin", "p", "q"), rows)
 
     def figure(self) -> Any:
         """The score by position of the head that positions drive most, causal part only."""
@@ -91,6 +99,24 @@ class PositionScores(Result):
         )
 
 
+def _causal(scores: Tensor) -> Tensor:
+    n = scores.shape[-1]
+    return torch.ones(n, n, dtype=torch.bool, device=scores.device).tril()
+
+
+def _share(scores: Float[Tensor, "*lead query_pos key_pos"]) -> Float[Tensor, "*lead"]:
+    seen = scores.masked_fill(~_causal(scores), -torch.inf)
+    best = seen == seen.amax(-1, keepdim=True)
+    hit = best.diagonal(offset=-1, dim1=-2, dim2=-1).to(seen)
+    return (hit / best[..., 1:, :].sum(-1)).mean(-1)
+
+
+def _margin(scores: Float[Tensor, "*lead query_pos key_pos"]) -> Float[Tensor, "*lead"]:
+    previous = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device).roll(-1, 1).tril()
+    rest = scores.masked_fill(~_causal(scores) | previous, -torch.inf)[..., 1:, :].amax(-1)
+    return (scores.diagonal(offset=-1, dim1=-2, dim2=-1) - rest).mean(-1)
+
+
 def position_scores(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, seed: int = 0) -> PositionScores:
     """What would each head look at if only positions told tokens apart?
 
@@ -98,56 +124,91 @@ def position_scores(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, 
     through the norm's weight (its scale, the biases and a soft cap left out). Rotary positions: the queries and keys
     of `n` random sequences, each head's averaged over tokens and positions but the first, then turned by their
     angles; the kernel then depends on the distance alone, so that the share of rows is near 1 where distance 1 scores
-    highest and near 0 elsewhere.
+    highest and near 0 elsewhere. `seed` also draws the rotations that the p-values rest on.
 
     >>> from hooklens.testing import induction_model
-    >>> position_scores(induction_model()).share[0, 0].item()
-    1.0
+    >>> found = position_scores(induction_model())
+    >>> found.share[0, 0].item(), found.p[0, 0].item(), found.p[0, 1].item()    # a head without queries is never better
+    (1.0, 0.001..., 1.0)
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits" (positional QK circuit).
     """
     n_pos = min(n_pos, model.cfg.n_ctx)
     if n_pos < 2:
         raise InputError(f"a previous position needs two positions, got n_pos {n_pos} (n_ctx {model.cfg.n_ctx})")
+    refuse_dropout(model)
+    table = isinstance(model.cfg.positional_embedding_type, Learned | Sinusoidal)
+    if not table and any(model.cfg.rotary_at(layer) is None for layer in range(model.cfg.n_layers)):
+        raise InputError("positions alone were asked for, and this model has layers without a position signal")
     with torch.no_grad():
-        if isinstance(model.cfg.positional_embedding_type, Learned | Sinusoidal):
-            layers = [_from_table(model, layer, n_pos) for layer in range(model.cfg.n_layers)]
-            return PositionScores(torch.stack(layers), "W_pos W_Q W_K^T W_pos^T")
-        if any(model.cfg.rotary_at(layer) is None for layer in range(model.cfg.n_layers)):
-            raise InputError("positions alone were asked for, and this model has layers without a position signal")
-        return PositionScores(_from_rotary(model, n_pos, n, seed), "rotary kernel of mean query and key")
+        cache = None if table else _queries_and_keys(model, n, seed)
+        scores, p = [], []
+        for layer in range(model.cfg.n_layers):
+            q, score = _from_table(model, layer, n_pos) if cache is None else _from_rotary(model, layer, n_pos, cache)
+            scores.append(score(q)[0])
+            p.append(_p(scores[-1], q, score, seed * 1_000_003 + layer))
+    how = "W_pos W_Q W_K^T W_pos^T" if table else "rotary kernel of mean query and key"
+    return PositionScores(torch.stack(scores), torch.stack(p), how)
 
 
-def _from_table(model: "HookedTransformer", layer: int, n_pos: int) -> Float[Tensor, "head query_pos key_pos"]:
+def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], seed: int) -> Float[Tensor, "head"]:
+    """The share of rotated queries whose share, then margin, is as large, the head's own counted in."""
+    heads, d = q.shape[2:]
+    share, margin, slack = _share(seen), _margin(seen), 1e-6 * seen.abs().amax((-1, -2))
+    # of a rotation only what it makes of these few vectors is needed: as many orthonormal directions, drawn at random
+    left, size, _ = torch.linalg.svd(q[0].transpose(0, 1).double(), full_matrices=False)
+    drawn = torch.randn(_DRAWS, heads, d, size.shape[1], generator=torch.Generator().manual_seed(seed)).double()
+    Q, R = torch.linalg.qr(drawn)
+    turns = (Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT.to(q)
+    spread = (left * size[:, None]).to(q)
+    reached = torch.ones_like(share)
+    for some in turns.split(max(1, _AT_ONCE // seen.numel())):
+        null = score(torch.einsum("hpr,thrd->tphd", spread, some))
+        shares, margins = _share(null), _margin(null)
+        equal = (shares - share).abs() < 1e-6
+        reached += ((shares > share + 1e-6) | (equal & (margins >= margin - slack))).sum(0)
+    return reached / (_DRAWS + 1)
+
+
+def _from_table(model: "HookedTransformer", layer: int, n_pos: int) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
+    """The queries of positions, and what scores such queries get from the keys of positions."""
     block = model.blocks[layer]
     if model.cfg.qk_norm is not None or not (is_plain(block.attn.q) and is_plain(block.attn.k)):
         raise InputError(
             f"W_Q W_K^T of layer {layer} was asked for, and its queries are normalised or its linear layers wrapped; "
             "head_scores measures the attention itself"
         )
-    attn, w = block.attn, model.W_pos[:n_pos].to(model.dtype)
-    q, k = w @ read_by(block, attn.W_Q), w @ read_by(block, attn.W_K)
-    return q @ k.repeat_interleave(len(q) // len(k), 0).mT / attn.scale
+    attn, w = block.attn, widened(model.W_pos[:n_pos])
+    q, k = (torch.einsum("pm,hmd->phd", w, read_by(block, widened(x))) for x in (attn.W_Q, attn.W_K))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return q[None], lambda x: torch.einsum("tphd,khd->thpk", x, k) / attn.scale
+
+
+def _queries_and_keys(model: "HookedTransformer", n: int, seed: int) -> dict[int, list[Float[Tensor, "head d_head"]]]:
+    """Each layer's mean query and key over tokens and positions but the first, as their rotary turn finds them."""
+    tokens, found = repeated_tokens(model, n, seed=seed).tokens, {}
+    with packed_linears(rows=1024):
+        _, cache = model.run_with_cache(tokens, ["q", "k"], stop_at_layer=model.cfg.n_layers)
+    for layer, block in enumerate(model.blocks):
+        acts, norms = [cache[name, layer] for name in "qk"], (block.attn.q_norm, block.attn.k_norm)
+        acts = [act if norm is None else norm(act) for norm, act in zip(norms, acts, strict=True)]
+        found[layer] = [widened(act)[:, 1:].mean((0, 1)) for act in acts]
+    return found
 
 
 def _from_rotary(
-    model: "HookedTransformer", n_pos: int, n: int, seed: int
-) -> Float[Tensor, "layer head query_pos key_pos"]:
-    tokens = repeated_tokens(model, n, seed=seed).tokens
-    with packed_linears(rows=1024):
-        _, cache = model.run_with_cache(tokens, ["q", "k"], stop_at_layer=model.cfg.n_layers)
-    out, positions = [], torch.arange(n_pos, device=tokens.device)
-    for layer, block in enumerate(model.blocks):
-        attn, made = block.attn, model.cfg.rotary_at(layer)
-        assert made is not None  # looked at by the caller
-        acts = [cache[name, layer] for name in "qk"]
-        if attn.q_norm is not None:
-            acts = [norm(act) for norm, act in zip((attn.q_norm, attn.k_norm), acts, strict=True)]
-        means = [act[:, 1:].mean((0, 1)).expand(1, n_pos, -1, -1) for act in acts]
-        tables = rotary_tables(made, attn.d_head, positions, acts[0].dtype)
-        q, k = (rotate(x, *tables, made.interleaved)[0].transpose(0, 1) for x in means)
-        out.append(q @ k.repeat_interleave(len(q) // len(k), 0).mT / attn.scale)
-    return torch.stack(out)
+    model: "HookedTransformer", layer: int, n_pos: int, means: dict[int, list[Tensor]]
+) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
+    attn, made = model.blocks[layer].attn, model.cfg.rotary_at(layer)
+    assert made is not None  # looked at by the caller
+    q, k = (mean[None, None] for mean in means[layer])
+    tables = rotary_tables(made, attn.d_head, torch.arange(n_pos, device=q.device), q.dtype)
+
+    def turned(x: Float[Tensor, "draw one head d_head"]) -> Vectors:
+        return rotate(x.expand(-1, n_pos, -1, -1), *tables, made.interleaved)
+
+    k = turned(k)[0].repeat_interleave(q.shape[2] // k.shape[2], 1)
+    return q, lambda x: torch.einsum("tphd,khd->thpk", turned(x), k) / attn.scale
 
 
 def demo(model: "HookedTransformer") -> PositionScores:

@@ -1,6 +1,5 @@
 """Do heads stand in for one another, or need one another? Joint ablation against the sum of single ones."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.mediation import check_heads, mean_z, on_stream
+from hooklens.plugins.heads.mediation import mean_z, on_stream
+from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.progress import progress
 from hooklens.result import Result, Table
 from hooklens.statistics import mean_interval, q_values, sign_flip_p
@@ -94,7 +94,7 @@ def redundancy(
     model: "HookedTransformer",
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
-    heads: Sequence[tuple[int, int]],
+    heads: Heads,
     *,
     reference: Int[Tensor, "other other_pos"] | None = None,
     seed: int = 0,
@@ -114,9 +114,21 @@ def redundancy(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.4 (backup heads); Kornblith et al. (2019),
     "Similarity of Neural Network Representations Revisited", equation 3 (linear CKA).
     """
-    chosen = check_heads(model, heads)
-    if len(set(chosen)) < len(chosen):
-        raise InputError(f"heads holds one twice: {chosen}")
+    refuse_dropout(model)
+    chosen = read_heads(model, heads)
+    if len(chosen) < 2:
+        raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
+    return _redundancy(model, tokens, metric, chosen, reference, seed)
+
+
+def _redundancy(
+    model: "HookedTransformer",
+    tokens: Tensor,
+    metric: Any,
+    chosen: list[tuple[int, int]],
+    reference: Tensor | None,
+    seed: int,
+) -> Redundancy:
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, "z", stop_at_layer=model.cfg.n_layers)
         reader = Reader(model, metric, stream)
@@ -126,8 +138,7 @@ def redundancy(
         groups = [(i, i) for i in range(n)] + list(combinations(range(n), 2))
         with progress("ablating pairs", len(groups), unit="runs") as advance:
             for i, j in groups:
-                hooks = [_without(mean, layer, [h for l2, h in {chosen[i], chosen[j]} if l2 == layer])
-                         for layer in {chosen[i][0], chosen[j][0]}]  # fmt: skip
+                hooks = _without(mean, {chosen[i], chosen[j]})
                 out = model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
                 joint[:, i, j] = joint[:, j, i] = reader.base - on_stream(reader, out)
                 advance()
@@ -136,12 +147,17 @@ def redundancy(
     return Redundancy([f"L{a}H{b}" for a, b in chosen], joint, _cosine(written), cka, shuffled, reader.base)
 
 
-def _without(mean: dict[int, Tensor], layer: int, heads: list[int]) -> tuple:
-    def edit(z: Tensor, hook: Any) -> Tensor:
-        z[:, :, heads] = mean[layer][:, :, heads]
-        return z
+def _without(mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> list[tuple]:
+    """A hook a head."""
 
-    return ("z", layer), edit
+    def hook_of(layer: int, head: int) -> tuple:
+        def edit(z: Tensor, hook: Any) -> Tensor:
+            z[:, :, head] = mean[layer][:, :, head]
+            return z
+
+        return ("z", layer), edit
+
+    return [hook_of(layer, head) for layer, head in sorted(heads)]
 
 
 def _outputs(
@@ -177,8 +193,9 @@ def _cka(x: Float[Tensor, "chosen token d_model"], orders: Int[Tensor, "draw tok
 
 
 def demo(model: "HookedTransformer") -> Redundancy:
-    """The first head of the first layer and all of the last, on short sequences that repeat."""
+    """The first head of the first layer and some of the last, on short sequences that repeat."""
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
-    return redundancy(model, text.tokens, text.metric(), list(heads), reference=others.tokens)
+    # a model of one head has no pair to show, which a user is told and a demo is not
+    return _redundancy(model, text.tokens, text.metric(), list(heads), others.tokens, 0)

@@ -12,6 +12,7 @@ from hooklens.data.prompts import Prompts, rows_of
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead, mass, pooled_p, rotated_masses
+from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.result import Result, Table
 from hooklens.statistics import mean_interval, q_values
 
@@ -107,6 +108,7 @@ def head_scores(
 
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads", section on head-level scores.
     """
+    refuse_dropout(model)
     tokens = repeated_tokens(model, n, seed=seed).tokens if prompts is None else one_length(model, prompts)
     masks = key_masks(tokens)
     with torch.no_grad(), packed_linears(rows=1024):

@@ -1,7 +1,7 @@
 """What kinds of heads does a model have? One label a head, with the score, the causal effect and the doubt."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,182 +10,30 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
 from hooklens.plugins.heads.copying import Copying, copying
-from hooklens.plugins.heads.knockout import knockout
-from hooklens.plugins.heads.named import NameEvidence, name_evidence
+from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
+from hooklens.plugins.heads.knockout import knockout_after, scores_and_values
+from hooklens.plugins.heads.labels import LABELS, UNLABELLED, Taxonomy
+from hooklens.plugins.heads.named import name_evidence
+from hooklens.plugins.heads.previous_token import PositionScores, position_scores
 from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead
 from hooklens.plugins.heads.scores import HeadScores, head_scores, key_masks
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.statistics import q_values
+from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
+    from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
-#: The labels that repeated tokens can give, the keys whose attention is scored and blocked, and the sign of the loss
-#: change that the label claims.
-LABELS = {
-    "previous token": ("previous", 1.0),
-    "duplicate token": ("duplicate", 1.0),
-    "induction": ("induction", 1.0),
-    "copy suppression": ("induction", -1.0),
-}
-UNLABELLED = "unlabelled"
-PerLabel = Float[Tensor, "label layer head"]
-
-
-@dataclass(frozen=True, eq=False)
-class Taxonomy(Result):
-    """Every head's evidence for every label, and the label that it allows.
-
-    `score_p` is the null model's: the share of randomly rotated heads that score as high (for copy suppression, the
-    larger of that and the OV's). `effect` is the rise of the loss, in nats a token, on other repeated sequences when
-    the head may not look at the label's keys: NaN where the score did not pass, for then it was not measured.
-    `placebo` is the rise when it may not look at as many other keys: NaN also where the effect has the wrong sign.
-    """
-
-    scores: HeadScores
-    ov: Copying
-    score_p: Float[Tensor, "label layer head"]
-    effect: Float[Tensor, "sequence label layer head"]
-    placebo: Float[Tensor, "sequence label layer head"]
-    loss: Float[Tensor, "sequence"]
-    names: NameEvidence | None
-    note: str
-    level: float
-
-    @property
-    def score_q(self) -> Float[Tensor, "label layer head"]:
-        """Benjamini-Hochberg over all heads and labels."""
-        return q_values(self.score_p)
-
-    @property
-    def effect_q(self) -> Float[Tensor, "label layer head"]:
-        """Benjamini-Hochberg over the effects that were measured: those whose score passed, on other sequences."""
-        p = sign_flip_p(self.effect.nan_to_num())
-        return q_values(torch.where(self.effect[0].isnan(), torch.nan, p))
-
-    def interval(self) -> tuple[PerLabel, PerLabel]:
-        """Both ends of the mean effect, by a bootstrap over sequences, at 1 - `level`."""
-        return self._interval(self.effect)
-
-    def _interval(self, values: Float[Tensor, "sequence label layer head"]) -> tuple[PerLabel, PerLabel]:
-        low, high = mean_interval(values.nan_to_num(), level=1 - self.level)
-        missing = values[0].isnan()
-        return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
-
-    @property
-    def passes(self) -> Bool[Tensor, "label layer head"]:
-        """Where the score passes, and the effect's interval and q-value exclude 0 on the side that the label claims.
-
-        The effect must also exceed its placebo, with an interval of the difference that excludes 0.
-        """
-        sign = _signs(self.effect)
-        low, _ = self._interval(sign * self.effect)
-        above_placebo, _ = self._interval(sign * (self.effect - self.placebo))
-        return (self.score_q <= self.level) & (low > 0) & (above_placebo > 0) & (self.effect_q <= self.level)
-
-    def labels(self) -> list[list[str]]:
-        """What each head of each layer is called; of several labels that pass, the one of the largest effect."""
-        mean = torch.where(self.passes, self.effect.mean(0).abs(), -1.0)
-        best, which = mean.max(0)
-        kinds = list(LABELS)
-        found = [
-            [kinds[int(k)] if b >= 0 else UNLABELLED for k, b in zip(*pair, strict=True)]
-            for pair in zip(which, best, strict=True)
-        ]
-        for layer, head in [] if self.names is None else self.names.movers(self.level):
-            here = found[layer][head]
-            found[layer][head] = "name mover" if here == UNLABELLED else f"{here}, name mover"
-        return found
-
-    def counts(self) -> Table:
-        """How many heads each label has, and how many had the score but not the effect."""
-        flat = [one for row in self.labels() for one in row]
-        scored, passed = (self.score_q <= self.level).flatten(1).sum(1), self.passes.flatten(1).sum(1)
-        rows: list[tuple] = [
-            (kind, sum(kind in one for one in flat), int(s), int(s - p))
-            for kind, s, p in zip(LABELS, scored, passed, strict=True)
-        ]
-        if self.names is not None:
-            rows.append(("name mover", sum("name mover" in one for one in flat), None, None))
-        rows.append((UNLABELLED, flat.count(UNLABELLED), None, None))
-        return Table(("label", "heads", "score passes", "of these without effect"), rows)
-
-    def order(self) -> list[tuple[int, int]]:
-        """Every (layer, head): labelled ones first, by the size of their effect, then those measured, then the rest."""
-        strong = torch.where(self.passes, self.effect.mean(0).abs(), 0.0).amax(0)
-        measured = self.effect.mean(0).abs().nan_to_num(0).amax(0)
-        labelled = torch.tensor([[one != UNLABELLED for one in row] for row in self.labels()]).to(strong)
-        key = labelled * 1e6 + strong * 1e3 + measured.clamp_max(1e3)
-        by = key.flatten().argsort(descending=True, stable=True).tolist()
-        return [divmod(i, strong.shape[1]) for i in by]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads with the strongest evidence."""
-        return self.table(k)
-
-    def table(self, n: int | None = 20) -> Table:
-        """One row a head: its label, the evidence for that label (else for the nearest), and how much it rests."""
-        labels, (low, high) = self.labels(), self.interval()
-        score_q, effect_q, mean = self.score_q, self.effect_q, self.effect.mean(0)
-        kinds, rows = list(LABELS), []
-        for layer, head in self.order()[:n]:
-            at = (self._nearest(layer, head), layer, head)
-            kind, label = kinds[at[0]], labels[layer][head]
-            score = float(self.scores.mean(LABELS[kind][0])[layer, head])
-            row = (f"L{layer}H{head}", label if kind in label else f"{label} ({kind}?)", score, float(score_q[at]))
-            evidence = (_number(one[at]) for one in (mean, low, high, effect_q, self.placebo.mean(0)))
-            rows.append((*row, *evidence, float(self.scores.mean("first")[layer, head])))
-        measured = ("loss rise", "low", "high", "q of rise", "placebo")
-        return Table(("head", "label", "attention", "q", *measured, "rests"), rows)
-
-    def _nearest(self, layer: int, head: int) -> int:
-        """The label that a head's row shows: that which passed with the largest effect, else that of the least p."""
-        effect, passes = self.effect.mean(0)[:, layer, head], self.passes[:, layer, head]
-        if bool(passes.any()):
-            return int(torch.where(passes, effect.abs(), -1.0).argmax())
-        return int(self.score_p[:, layer, head].argmin())
-
-    def figure(self) -> Any:
-        """Label by label, layer by head: who looks at its keys. Blue earned the label; orange only looks."""
-        from hooklens.viz.figures import heatmap
-
-        attention = torch.stack([self.scores.mean(kind) for kind, _ in LABELS.values()])
-        shown = torch.where(self.passes, attention, -attention)
-        shown = shown.masked_fill(self.score_q > self.level, torch.nan)
-        mean, n_heads = self.effect.mean(0), shown.shape[2]
-        hover = [
-            [f"loss rise {float(x):.3f}" if x == x else "chance" for x in row.tolist()]
-            for row in mean.transpose(0, 1).flatten(1)
-        ]
-        return heatmap(
-            (shown if bool(shown.isfinite().any()) else torch.zeros_like(shown)).transpose(0, 1).flatten(1),
-            x=[f"{label} H{head}" for label in LABELS for head in range(n_heads)],
-            y=[f"L{layer}" for layer in range(shown.shape[1])],
-            title="Attention above chance: blue earned the label, orange did not",
-            y_title="layer",
-            hover=hover,
-            colourbar="attention",
-        )
-
-    def report(self) -> Any:
-        """The taxonomy as a page: `found.report().save("heads.html", data=found)`."""
-        from hooklens.plugins.heads.report import taxonomy_report
-
-        return taxonomy_report(self)
-
-
-def _signs(like: Tensor) -> Float[Tensor, "label one one"]:
-    """The direction in which each label claims that the loss moves."""
-    return torch.tensor([sign for _, sign in LABELS.values()]).to(like)[:, None, None]
-
-
-def _number(value: Tensor) -> float | None:
-    return None if bool(value.isnan()) else float(value)
+__all__ = ["LABELS", "UNLABELLED", "Taxonomy", "demo", "placebo_mask", "taxonomy"]
+_N_POS = 16
+_TEXTS = 8  # for the calibration change: each control is a run over them
+_SUPPRESSORS = ("copy suppression", "negative name mover")
 
 
 def taxonomy(
-    model: "HookedTransformer", *, n: int = 10, level: float = 0.05, draws: int = DRAWS, ioi: int = 64, seed: int = 0
+    model: "HookedTransformer", *, n: int = 12, level: float = 0.05, draws: int = DRAWS, ioi: int = 64, seed: int = 0
 ) -> Taxonomy:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads? Only where evidence allows.
 
@@ -200,7 +48,7 @@ def taxonomy(
     >>> taxonomy(induction_model()).labels()
     [['previous token', 'unlabelled'], ['unlabelled', 'induction']]
 
-    With a tokenizer that knows names, `ioi` prompt pairs also look for name movers (0: no).
+    With a tokenizer that knows names, `ioi` prompt pairs also look for name movers and negative name movers (0: no).
 
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
@@ -213,13 +61,17 @@ def taxonomy(
         scores = head_scores(model, chosen.tokens, draws=draws, seed=seed)
         ov = copying(model, draws=draws, seed=seed)
         score_p = torch.stack([_score_p(label, scores, ov) for label in LABELS])
-        masks, asked = key_masks(reported.tokens), q_values(score_p) <= level
-        effect = _effects(model, reported, masks, asked)
-        others = {kind: placebo_mask(mask, seed) for kind, mask in masks.items()}
-        placebo = _effects(model, reported, others, asked & (_signs(effect) * effect.mean(0) > 0))
+        masks = key_masks(reported.tokens)
         loss = -reported.metric()(model(reported.tokens))
         names, note = name_evidence(model, ioi, seed=seed) if ioi else (None, "name movers were not asked for")
-    return Taxonomy(scores, ov, score_p, effect, placebo, loss, names, note, level)
+        untouched = scores_and_values(model, reported.tokens)
+        effect = _effects(model, reported, untouched, masks, q_values(score_p) <= level)
+        found = Taxonomy(scores, ov, score_p, effect, torch.full_like(effect, torch.nan), loss, names, note, level)
+        others = {kind: placebo_mask(mask, seed) for kind, mask in masks.items()}
+        with engine(verify=0):  # the same sweep with other keys, checked above
+            placebo = _effects(model, reported, untouched, others, found.candidates)
+        found = replace(found, placebo=placebo)
+        return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
 
 
 def placebo_mask(mask: Mask, seed: int = 0) -> Mask:
@@ -242,20 +94,43 @@ def _score_p(label: str, scores: HeadScores, ov: Copying) -> PerHead:
 
 
 def _effects(
-    model: "HookedTransformer", sequences: Repeated, masks: dict[str, Mask], asked: Bool[Tensor, "label layer head"]
+    model: "HookedTransformer",
+    sequences: Repeated,
+    untouched: "ActivationCache",
+    masks: dict[str, Mask],
+    asked: Bool[Tensor, "label layer head"],
 ) -> Float[Tensor, "sequence label layer head"]:
     """The knockout effect of every head and label asked for, NaN elsewhere; labels of one kind share a sweep."""
     metric, kinds = sequences.metric(), [kind for kind, _ in LABELS.values()]
-    effect = torch.full((len(sequences), *asked.shape), torch.nan, dtype=model.dtype, device=model.device)
+    wide = torch.promote_types(model.dtype, torch.float32)  # of the falls: half precision would round them
+    effect = torch.full((len(sequences), *asked.shape), torch.nan, dtype=wide, device=model.device)
     for kind in dict.fromkeys(kinds):
         rows = [i for i, one in enumerate(kinds) if one == kind]
         heads = [(int(a), int(b)) for a, b in asked[rows].any(0).nonzero()]
         if heads:
-            found = knockout(model, sequences.tokens, metric, kind=kind, mask=masks[kind], heads=heads)
+            found = knockout_after(model, untouched, sequences.tokens, metric, kind, masks[kind], heads)
             layers, which = (list(part) for part in zip(*heads, strict=True))
             for row in rows:
                 effect[:, row, layers, which] = found.fall.to(effect)
     return torch.where(asked.to(effect.device), effect, torch.nan)
+
+
+def _positions(model: "HookedTransformer", seed: int) -> PositionScores | None:
+    try:
+        return position_scores(model, n_pos=_N_POS, seed=seed)
+    except InputError:  # no positions that could be looked at alone
+        return None
+
+
+def _suppression(model: "HookedTransformer", found: Taxonomy, reported: Repeated, seed: int) -> CopySuppression | None:
+    """What the heads called so do to the token that they look at, on these sequences, and to calibration on text."""
+    heads = sorted(at for at, labels in found.called().items() if set(labels) & set(_SUPPRESSORS))
+    if not heads:
+        return None
+    direct, control = anti_copy(model, reported.tokens, seed)
+    text, data = calibration_text(model, _TEXTS, seed)
+    change = calibration_change(model, text, heads, data, seed=seed)
+    return CopySuppression(direct, control, change, "random tokens that repeat")
 
 
 def demo(model: "HookedTransformer") -> Taxonomy:

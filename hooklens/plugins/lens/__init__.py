@@ -1,0 +1,29 @@
+"""Lenses: what each layer's stream would say, which parts write the answer, and how far that may be trusted."""
+
+# Every module is imported here, so that where one is called as its function is, the name is the function's for good.
+from hooklens.plugins.lens.attribution import LogitAttribution, direct_logit_attribution
+from hooklens.plugins.lens.calibration import Calibration, calibration
+from hooklens.plugins.lens.lens_study import LensStudy, lens_study
+from hooklens.plugins.lens.logit_lens import LogitLens, lens_logits, logit_lens
+from hooklens.plugins.lens.trajectory import Trajectory, trajectory
+from hooklens.plugins.lens.translators import TunedLens
+from hooklens.plugins.lens.tuned_lens import TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
+
+__all__ = [
+    "Calibration",
+    "LensStudy",
+    "LogitAttribution",
+    "LogitLens",
+    "Trajectory",
+    "TunedLens",
+    "TunedLensTraining",
+    "calibration",
+    "direct_logit_attribution",
+    "fit_tuned_lens",
+    "lens_logits",
+    "lens_study",
+    "logit_lens",
+    "train_tuned_lens",
+    "trajectory",
+    "tuned_lens",
+]

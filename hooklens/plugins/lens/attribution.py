@@ -1,10 +1,10 @@
 """Direct logit attribution: what each part of the model adds to an answer's logit, and that the parts sum to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
@@ -12,7 +12,7 @@ from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.plugins.lens.direct import Direct, direct_effects
 from hooklens.plugins.lens.reading import Answers, by_length, one_a_prompt
 from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval
+from hooklens.statistics import Groups, group_numbers, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -52,6 +52,7 @@ class LogitAttribution(Result):
     capped: bool
     error: float
     frozen: str = _FROZEN
+    group: Int[Tensor, "prompt"] | None = None  # prompts that share something; None: each is its own
 
     @property
     def total(self) -> Float[Tensor, "prompt"]:
@@ -68,10 +69,12 @@ class LogitAttribution(Result):
         return found
 
     def interval(self, values: Float[Tensor, "prompt *cell"]) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of a mean over prompts, by a bootstrap over them; NaN for one prompt."""
-        if len(values) < 2:
-            return (torch.full_like(values.mean(0), float("nan")),) * 2
-        return mean_interval(values)
+        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
+        return mean_interval(values, group=self.group)
+
+    @property
+    def _several(self) -> bool:
+        return int(group_numbers(len(self.components), self.group).max()) > 0
 
     def table(self, n: int | None = 12) -> Table:
         """The components of the largest attribution, mean over prompts, each beside its spread over all tokens."""
@@ -92,10 +95,10 @@ class LogitAttribution(Result):
     def _ranked(self, values: Tensor, spread: Tensor, names: list[str]) -> Table:
         mean, wide, (low, high) = values.mean(0), spread.mean(0), self.interval(values)
         rows = [
-            (names[i], float(mean[i]), *((float(low[i]), float(high[i])) if len(values) > 1 else ()), float(wide[i]))
+            (names[i], float(mean[i]), *((float(low[i]), float(high[i])) if self._several else ()), float(wide[i]))
             for i in mean.abs().argsort(descending=True, stable=True).tolist()
         ]
-        ends = ("95% low", "95% high") if len(values) > 1 else ()
+        ends = ("95% low", "95% high") if self._several else ()
         return Table(("component", "attribution", *ends, "spread over tokens"), rows)
 
     def figure(self) -> Any:
@@ -119,7 +122,7 @@ class LogitAttribution(Result):
         """Every component in order, mean over prompts, with its interval where there are several."""
         from hooklens.viz.figures import bars
 
-        low, high = self.interval(self.components) if len(self.components) > 1 else (None, None)
+        low, high = self.interval(self.components) if self._several else (None, None)
         title = f"What each component adds directly to {self._asked()}"
         return bars(self.components.mean(0), low, high, self.labels, title, x_title="component", y_title="logit")
 
@@ -148,6 +151,7 @@ def direct_logit_attribution(
     wrong_answer: Answers | None = None,
     *,
     pos: int = -1,
+    group: Groups = None,
 ) -> LogitAttribution:
     """Which parts of the model write the answer? Its logit as a sum over components, heads, neurons and sources.
 
@@ -163,7 +167,8 @@ def direct_logit_attribution(
 
     `answer` and `wrong_answer` are one for all prompts or one a prompt; prompts may differ in length. Without a wrong
     answer the numbers hold only up to what is added to all logits alike. A component that acts through later layers
-    adds nothing here; and what a later layer takes back still counts.
+    adds nothing here; and what a later layer takes back still counts. Prompts of one `group` share something: intervals
+    are over groups.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
     """
@@ -179,7 +184,7 @@ def direct_logit_attribution(
     for some in groups:
         wrongs = None if wrong is None else wrong[some]
         found += direct_effects(model, torch.stack([rows[i] for i in some]), right[some], wrongs, pos)
-    return _result(model, rows, groups, found, right, wrong)
+    return replace(_result(model, rows, groups, found, right, wrong), group=group)
 
 
 def _result(

@@ -78,8 +78,6 @@ class Calibration(Result):
 
     def surplus_interval(self, level: float = 0.95) -> tuple[float, float]:
         """The interval of its mean, by a bootstrap over texts; NaN for one text."""
-        if len(self.surplus) < 2:
-            return float("nan"), float("nan")
         low, high = mean_interval(self.surplus, level=level)
         return float(low), float(high)
 

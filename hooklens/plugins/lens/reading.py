@@ -15,6 +15,7 @@ from hooklens.data.prompts import Prompts, rows_of
 from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
 from hooklens.progress import progress
+from hooklens.sweeps.naive import drops_out
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -111,7 +112,9 @@ def prompts_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]
 
 
 def check_quiet(model: "HookedTransformer") -> None:
-    """A hook at the final norm or the unembedding would be shown rows of all layers as if they were positions."""
+    """Refuse what would be silently wrong: passes that never agree, and hooks that would take layers for positions."""
+    if drops_out(model):
+        raise InputError("a lens compares passes that must agree, and dropout is on; turn it off with model.eval()")
     points = [point for name, point in model.hook_points().items() if name.startswith(("ln_final.", "unembed."))]
     if edited_elsewhere(points):
         raise InputError(

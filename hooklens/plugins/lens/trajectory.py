@@ -23,7 +23,7 @@ from hooklens.plugins.lens.reading import (
 )
 from hooklens.plugins.lens.translators import TunedLens
 from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval
+from hooklens.statistics import Groups, group_numbers, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -53,6 +53,7 @@ class Trajectory(Result):
     layers: list[str]
     answer: list[str]
     lens: str
+    group: Int[Tensor, "prompt"] | None = None  # prompts that share something; None: each is its own
 
     @property
     def logit_diff(self) -> Float[Tensor, "prompt layer"] | None:
@@ -60,10 +61,12 @@ class Trajectory(Result):
         return None if self.wrong_log_prob is None else self.log_prob - self.wrong_log_prob
 
     def interval(self, values: Float[Tensor, "prompt layer"]) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of a mean over prompts, by a bootstrap over them; NaN for one prompt."""
-        if len(values) < 2:
-            return (torch.full_like(values[0], float("nan")),) * 2
-        return mean_interval(values)
+        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
+        return mean_interval(values, group=self.group)
+
+    @property
+    def _several(self) -> bool:
+        return int(group_numbers(len(self.rank), self.group).max()) > 0
 
     def table(self, n: int | None = None) -> Table:
         """One row a layer: medians of ranks, means of the others, over prompts."""
@@ -90,7 +93,7 @@ class Trajectory(Result):
 
         ranks = {"answer here": self.rank.to(self.kl), "same answer, other positions": self.control_rank}
         shown = {name: (1 + values).log10() for name, values in ranks.items()}
-        bands = {name: self.interval(values) for name, values in shown.items() if len(values) > 1}
+        bands = {name: self.interval(values) for name, values in shown.items() if self._several}
         return lines(
             {name: values.nanmean(0) for name, values in shown.items()},
             bands=bands,
@@ -104,7 +107,7 @@ class Trajectory(Result):
         from hooklens.viz.curves import lines
 
         shown = {"entropy": self.entropy, "KL to the final prediction": self.kl}
-        bands = {name: self.interval(values) for name, values in shown.items() if len(values) > 1}
+        bands = {name: self.interval(values) for name, values in shown.items() if self._several}
         means = {name: values.mean(0) for name, values in shown.items()}
         return lines(means, bands=bands, title=f"{self.lens}: how far from the end", x_title="layer", y_title="nats")
 
@@ -117,6 +120,7 @@ def trajectory(
     *,
     pos: int = -1,
     lens: TunedLens | None = None,
+    group: Groups = None,
 ) -> Trajectory:
     """At which layer does the answer come up? Rank, probability, entropy and KL of every stream on the way.
 
@@ -126,7 +130,7 @@ def trajectory(
     ([[5, 5, 0]], [[0.0, 0.0, 10.0]])
 
     One position of each prompt is read (the last); prompts may differ in length. With `lens`, streams go through a
-    tuned lens first.
+    tuned lens first. Prompts of one `group` share something: intervals are over groups.
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023), section 3.
     """
@@ -138,12 +142,12 @@ def trajectory(
     asked = [right] if wrong_answer is None else [right, one_a_prompt(model, wrong_answer, len(rows), "wrong_answer")]
     groups, found = by_length(rows), []
     with packing(sum(map(len, rows))):
-        for group in groups:
-            ids, wanted = torch.stack([rows[i] for i in group]), torch.stack(asked, 1)[group]
-            for some in prompts_at_once(model, ids):
-                found.append(_followed(model, some, wanted[: len(some)], pos, lens))
-                wanted = wanted[len(some) :]
-    order = torch.tensor([i for group in groups for i in group]).argsort()
+        for some in groups:
+            ids, wanted = torch.stack([rows[i] for i in some]), torch.stack(asked, 1)[some]
+            for part in prompts_at_once(model, ids):
+                found.append(_followed(model, part, wanted[: len(part)], pos, lens))
+                wanted = wanted[len(part) :]
+    order = torch.tensor([i for some in groups for i in some]).argsort()
     whole = {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
     log_probs = whole.pop("log_probs")
     return Trajectory(
@@ -153,6 +157,7 @@ def trajectory(
         layers=stream_labels(model),
         answer=show(model, right),
         lens="logit lens" if lens is None else "tuned lens",
+        group=group,
     )
 
 

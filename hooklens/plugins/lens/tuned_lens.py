@@ -51,8 +51,6 @@ class TunedLensTraining(Result):
 
     def fall_interval(self, level: float = 0.95) -> tuple[Float[Tensor, "layer"], Float[Tensor, "layer"]]:
         """Its interval, by a bootstrap over held-out windows; NaN for one window."""
-        if len(self.before) < 2:
-            return (torch.full_like(self.fall, float("nan")),) * 2
         return mean_interval(self.before - self.after, level=level)
 
     def table(self, n: int | None = None) -> Table:

@@ -1,1 +1,54 @@
+"""Patching: what an activation, a path or a component carries, by writing another value there."""
 
+from hooklens.plugins.patching.ablation import AblationSweep, ablate
+from hooklens.plugins.patching.ablation_compare import AblationComparison, compare_ablations
+from hooklens.plugins.patching.ablation_kinds import Freeze, Resample
+from hooklens.plugins.patching.activation import PatchSweep, patch
+from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.plugins.patching.attribution_result import AttributionPatching
+from hooklens.plugins.patching.flow import Choice, InformationFlow
+from hooklens.plugins.patching.information_flow import information_flow
+from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
+from hooklens.plugins.patching.ioi_demo import IOIStudy, ioi_study
+from hooklens.plugins.patching.mover_claims import mover_claims
+from hooklens.plugins.patching.name_movers import Criteria, NameMovers, name_movers
+from hooklens.plugins.patching.pair_study import PairStudy, study_pair
+from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
+from hooklens.plugins.patching.path_sweep import PathSweep
+from hooklens.plugins.patching.values import Mean
+from hooklens.plugins.patching.weight_randomisation import WeightRandomisation
+from hooklens.sweeps.nodes import At
+
+__all__ = [
+    "AblationComparison",
+    "AblationSweep",
+    "At",
+    "AttributionPatching",
+    "Choice",
+    "Criteria",
+    "Freeze",
+    "IOIStudy",
+    "InformationFlow",
+    "InputAttribution",
+    "Mean",
+    "NameMovers",
+    "PairStudy",
+    "PatchSweep",
+    "PathSweep",
+    "Resample",
+    "WeightRandomisation",
+    "ablate",
+    "attribution_patching",
+    "compare_ablations",
+    "gradient_x_input",
+    "information_flow",
+    "integrated_gradients",
+    "ioi_study",
+    "mover_claims",
+    "name_movers",
+    "patch",
+    "path_patch_edges",
+    "path_patch_fixed",
+    "path_patch_fixed_frozen",
+    "study_pair",
+]

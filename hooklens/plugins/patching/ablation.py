@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.ablation_halves import HeldOutEffects, held_out
+from hooklens.plugins.claims import HeldOutEffects
 from hooklens.plugins.patching.ablation_kinds import Kind, Resample, Written, as_kind, word, written_by_draw
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import (
@@ -81,9 +81,6 @@ class AblationSweep(Result):
 
     def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Grid, Grid]:
         """Both ends of `effect`, by a bootstrap over groups of prompts; NaN for a single group."""
-        if int(self.group.max()) < 1:
-            nothing = torch.full_like(self.effect, float("nan"))
-            return nothing, nothing.clone()
         return mean_interval(self.effect_per_prompt, group=self.group, level=level, draws=draws, seed=seed)
 
     @cached_property
@@ -118,7 +115,7 @@ class AblationSweep(Result):
     def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
         """The `k` components of largest effect on one half of the prompts, with their effect on the other half."""
         names = cell_names(self.by, self.labels, self.effect.shape)
-        return held_out({self.kind: self.effect_per_prompt}, names, self.group, k, seed)
+        return HeldOutEffects.of({self.kind: self.effect_per_prompt}, names, self.group, k, seed)
 
     def top(self, k: int = 10) -> Table:
         """The `k` components of largest effect, chosen and measured on the same prompts; see `held_out_top`."""
@@ -165,11 +162,11 @@ def ablate(
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
     attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for.
 
-    `value` is what is written. "resample": the activation of other prompts of the set, four draws averaged
-    (`Resample` says how many, of which prompts, and the seed). "mean": over the prompts, or `hl.Mean(reference=...)`;
-    position by position where all lengths agree, else over all positions. "zero": a value that most sites never hold,
-    so that what breaks may be the model's surprise rather than its need: see `compare_ablations`. `Freeze(run)`: the
-    activation of that run, prompt by prompt.
+    `value` is what is written. "resample": the activation of other prompts of the set, four draws averaged (`Resample`
+    says how many, of which prompts, and the seed). "mean": over all other prompts, the prompt's own left out, or
+    `hl.Mean(reference=...)`; position by position where all lengths agree, else over all positions. "zero": a value
+    that most sites never hold, so that what breaks may be the model's surprise rather than its need: see
+    `compare_ablations`. `Freeze(run)`: the activation of that run, prompt by prompt.
 
     `group` says which prompts share something, one label a prompt: intervals and p-values are then over groups.
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
+from hooklens.plugins.claims import HeldOutEffects
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
-from hooklens.plugins.patching.ablation_halves import HeldOutEffects, held_out
 from hooklens.plugins.patching.ablation_kinds import Kind, Resample
 from hooklens.plugins.patching.activation import Mean
 from hooklens.plugins.patching.grid import cell_names, largest_first
@@ -52,7 +52,7 @@ class AblationComparison(Result):
         """The `k` components of largest zero effect on half of the prompts; all three effects on the other half."""
         effects = {kind: sweep.effect_per_prompt for kind, sweep in self.sweeps.items()}
         names = cell_names(self.zero.by, self.zero.labels, self.zero.effect.shape)
-        return held_out(effects, names, self.zero.group, k, seed)
+        return HeldOutEffects.of(effects, names, self.zero.group, k, seed)
 
     def top(self, k: int = 10) -> Table:
         """The `k` components of largest zero effect, with what the other kinds say of them."""
@@ -104,7 +104,7 @@ def compare_ablations(
     """Does a component's zero ablation effect survive when what is written is a value that the model does hold?
 
     Zero, mean and resample ablation (four draws) of the same components on the same prompts. Means and draws are over
-    the prompts, or over `reference` prompts.
+    the other prompts, never a prompt's own, or over `reference` prompts.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import prob

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.data.prompts import Pairs, rows_of
-from hooklens.plugins.patching.values import Mean, mean_of
+from hooklens.plugins.patching.values import Mean, mean_of, means_of_others
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -45,7 +45,7 @@ Kind = Mean | Resample | Freeze
 
 
 def as_kind(value: Any) -> Kind | None:
-    """A kind of ablation from its name; None is zero. The mean and the draws are then over the prompts themselves."""
+    """A kind of ablation from its name; None is zero. The mean and the draws are then over the other prompts."""
     if isinstance(value, str):
         if value not in _WORDS:
             raise did_you_mean("kind of ablation", value, _WORDS)
@@ -89,10 +89,10 @@ def _means(model: "HookedTransformer", kind: Mean, prompts: Any, groups: list[Pa
         n = sum(len(group.index) for group in groups)
         if n < 2:
             raise InputError(
-                "value='mean' is the mean over the prompts, and there is one prompt, so that nothing would change; "
-                "give more prompts, or value=hl.Mean(reference=prompts)"
+                "value='mean' is the mean over the other prompts, and there is one prompt; give more prompts, or "
+                "value=hl.Mean(reference=prompts)"
             )
-        kind = Mean(prompts)
+        return [*means_of_others(model, rows_of(model, prompts, "prompts"), groups, site)]
     return [mean_of(model, kind, group.clean, site) for group in groups]
 
 

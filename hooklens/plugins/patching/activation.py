@@ -78,7 +78,7 @@ class PatchSweep(TwoRuns, Result):
     def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Both ends of `recovered`, by a bootstrap over pairs that recomputes both means; NaN for one pair."""
         gap = self.clean_per_pair - self.corrupted_per_pair
-        if len(gap) < 2 or not self.defined:
+        if not self.defined:
             nothing = torch.full_like(self.values, float("nan"))
             return nothing, nothing.clone()
         moved = self.per_pair - self.corrupted_per_pair.view(-1, *[1] * len(self.by))

@@ -42,9 +42,6 @@ class AttributionPatching(TwoRuns, Result):
 
     def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Grid, Grid]:
         """Both ends of `effect`, over groups of pairs: of the estimate's mean, not of its distance to the truth."""
-        if int(self.group.max()) < 1:
-            nothing = torch.full_like(self.effect, float("nan"))
-            return nothing, nothing.clone()
         return mean_interval(self.per_pair, group=self.group, level=level, draws=draws, seed=seed)
 
     @property

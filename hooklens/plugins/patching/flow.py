@@ -10,18 +10,18 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.path_sweep import excludes_zero
 from hooklens.result import Result, Table
-from hooklens.statistics import null_p, q_values, ratio_interval
+from hooklens.statistics import q_values, ratio_interval
 
 
 @dataclass(frozen=True)
 class Choice(Result):
-    """`per_receiver` paths are reported for each receiver, each beside `draws` control senders drawn by `seed`.
+    """`per_receiver` paths are reported for each receiver, each beside `draws` turned senders drawn by `seed`.
 
     `choose_on`: at most so many pairs of the half that chooses, as all senders are swept there; None: all of it.
     """
 
     per_receiver: int = 4
-    draws: int = 49
+    draws: int = 99
     choose_on: int | None = None
     seed: int = 0
 
@@ -37,8 +37,9 @@ class InformationFlow(Result):
     """Paths chosen on one half of the pairs and measured on the other, beside two kinds of control senders.
 
     `moved` is what each path moves the metric by. `turned`: what it moves when the same sender writes as much in random
-    directions, the null that `p` stands on. `random`: what other senders move, drawn at random from those that reach
-    the path's receiver. `whole`: what the path's receiver moves when everything it reads is that of the other run.
+    directions. `others`: what each other sender that reaches the path's receiver moves, mean over pairs (NaN where a
+    receiver has fewer than the most). A path has to stand out of both: see `p`. `whole`: what the path's receiver moves
+    when everything it reads is that of the other run.
     """
 
     paths: list[str]
@@ -46,7 +47,7 @@ class InformationFlow(Result):
     chosen_by: Float[Tensor, "path"]  # share on the half that chose
     moved: Float[Tensor, "pair path"]
     turned: Float[Tensor, "draw pair path"]
-    random: Float[Tensor, "draw pair path"]
+    others: Float[Tensor, "other path"]
     whole: Float[Tensor, "pair path"]
     gap: Float[Tensor, "pair"]
     group: Int[Tensor, "pair"]
@@ -75,7 +76,7 @@ class InformationFlow(Result):
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "path"], Float[Tensor, "path"]]:
         """Both ends of `share` over groups of pairs; NaN for one group."""
-        if len(self.group.unique()) < 2 or not self.defined:
+        if not self.defined:
             nothing = torch.full_like(self.share, float("nan"))
             return nothing, nothing.clone()
         return ratio_interval(self.moved, self.gap, group=self.group, level=level)
@@ -87,18 +88,59 @@ class InformationFlow(Result):
 
     @property
     def typical(self) -> Float[Tensor, "path"]:
-        """The mean size of a random other sender's share, at the same receiver; NaN where there is no other."""
-        return self._shares(self.random.mean(1)).abs().mean(0)
+        """The mean size of the other senders' shares, at the same receiver; NaN where there is no other."""
+        return self._shares(self.others).abs().nanmean(0)
+
+    @property
+    def p_turned(self) -> Float[Tensor, "path"]:
+        """How often a turned sender moves the metric as far as the path itself does: does it matter what is said?
+
+        The turned senders of all paths are one null, each over the root mean square of its own path's other draws, so
+        that p can survive the number of paths. That takes turned effects of all paths to be spread alike, but for size.
+        """
+        effect, turned = self.moved.mean(0).abs(), self.turned.mean(1).abs()
+        squares, draws = turned.square(), len(turned)
+        rest = ((squares.sum(0) - squares).clamp_min(0) / max(1, draws - 1)).sqrt()
+        null, own = _times(turned, rest).flatten(), _times(effect, squares.mean(0).sqrt())
+        return ((null[:, None] >= own).sum(0) + 1).to(own) / (len(null) + 1)
+
+    @property
+    def p_others(self) -> Float[Tensor, "path"]:
+        """Where the path ranks among all other senders, each over the mean size of those at its own receiver.
+
+        A rank, which says that the path stands out; NaN where there is no other sender.
+        """
+        every = torch.cat((self.moved.mean(0)[None], self.others)).abs()
+        there = every[:, self._pooled]
+        n = there.isfinite().sum(0)
+        rest = (there.nansum(0) - there) / (n - 1)  # the mean of the others at the same receiver
+        pool = _times(there, rest)[there.isfinite()]
+        own = _times(every[0], every[1:].nanmean(0))
+        reached = (pool[:, None] >= own * (1 - 1e-6)).sum(0).clamp_min(1)  # the path itself is one of them
+        return torch.where(self.others.isfinite().any(0), reached.to(own) / len(pool), torch.nan)
 
     @property
     def p(self) -> Float[Tensor, "path"]:
-        """How often a turned sender moves the metric as far as the path itself does."""
-        return null_p(self.moved.mean(0).abs(), self.turned.mean(1).abs())
+        """The larger of `p_turned` and `p_others`; the first alone where there is no other sender."""
+        return torch.fmax(self.p_turned, self.p_others)
 
     @property
     def q(self) -> Float[Tensor, "path"]:
         """`p` as false discovery rates over the paths reported."""
         return q_values(self.p)
+
+    @property
+    def least_q(self) -> float:
+        """The smallest q that a path which alone matters could get, with so many draws and other senders."""
+        n = int(self.others[:, self._pooled].isfinite().sum()) + len(self._pooled)
+        least = max(1 / (len(self.turned) * len(self.paths) + 1), 1 / n if n else 0.0)
+        return min(1.0, len(self.paths) * least)
+
+    @property
+    def _pooled(self) -> list[int]:
+        """One path of each receiver that has other senders."""
+        have = self.others.isfinite().any(0).tolist()
+        return [i for name in dict.fromkeys(self.receivers) if have[i := self.receivers.index(name)]]
 
     def order(self) -> list[int]:
         """The paths, the largest share first."""
@@ -110,7 +152,7 @@ class InformationFlow(Result):
 
     def table(self, n: int | None = 20) -> Table:
         """One row a path: its share with interval, the share of its receiver, controls and q."""
-        columns = ("path", "share", "95% low", "95% high", "of receiver", "turned 95%", "random", "q", "where chosen")
+        columns = ("path", "share", "95% low", "95% high", "of receiver", "turned 95%", "others", "q", "where chosen")
         parts = (self.share, *self.interval(), self.of_receiver, self.turned_edge, self.typical, self.q, self.chosen_by)
         return Table(columns, [(self.paths[i], *(float(part[i]) for part in parts)) for i in self.order()[:n]])
 
@@ -132,7 +174,13 @@ class InformationFlow(Result):
         edge = self.turned_edge[order].tolist()
         texts = [f"turned senders: 95 % below {value:.4f}" for value in edge]
         mark = {"symbol": "diamond-open", "size": 9, "color": "black"}
+        drawn.update_layout(height=360 + 7 * max(map(len, self.paths)))  # names stand upright below the bars
         return drawn.add_scatter(y=edge, mode="markers", marker=mark, text=texts, hoverinfo="text", showlegend=False)
 
     def _shares(self, effect: Float[Tensor, "*draw path"]) -> Float[Tensor, "*draw path"]:
         return effect / self.gap.mean() if self.defined else torch.full_like(effect, float("nan"))
+
+
+def _times(values: Float[Tensor, "*other path"], mean: Float[Tensor, "*other path"]) -> Float[Tensor, "*other path"]:
+    """How many times the mean; 0 of nothing is 0."""
+    return torch.where(values > 0, values / mean, 0.0)

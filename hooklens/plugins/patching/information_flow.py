@@ -17,7 +17,7 @@ from hooklens.plugins.patching.path import path_patch_edges
 from hooklens.plugins.patching.path_sweep import PathSweep
 from hooklens.statistics import Groups, group_numbers, halves
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.nodes import Order, Receiver, Sender, read_receivers, read_senders
+from hooklens.sweeps.nodes import Node, Order, Receiver, Sender, of_pairs, on_tokens, read_receivers, read_senders
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def information_flow(
 
     Every path is an edge patched (`path_patch_edges`), clean into corrupted, with everything above the receiver live.
     The strongest senders of each receiver are chosen on one half of the groups of pairs; what they carry is measured on
-    the other, beside control senders: themselves turned into random directions, and others drawn at random.
+    the other, beside control senders: themselves turned into random directions, and all others at that receiver.
     `receivers` as there, each on its own; a dict names several that are patched together: {"queries": [("q", 9)]}.
 
     >>> from hooklens.testing import tiny_model
@@ -63,7 +63,7 @@ def information_flow(
         chosen_by=torch.cat([part.chosen_by for part in parts]),
         moved=torch.cat([part.moved for part in parts], -1),
         turned=torch.cat([part.turned for part in parts], -1),
-        random=torch.cat([part.random for part in parts], -1),
+        others=_side_by_side([part.others for part in parts]),
         whole=torch.cat([part.whole for part in parts], -1),
         gap=parts[0].gap,
         group=pairs.group[second],
@@ -81,7 +81,7 @@ class _PathsTo(NamedTuple):
     chosen_by: Float[Tensor, "path"]
     moved: Float[Tensor, "pair path"]
     turned: Float[Tensor, "draw pair path"]
-    random: Float[Tensor, "draw pair path"]
+    others: Float[Tensor, "other path"]
     whole: Float[Tensor, "pair path"]
     gap: Float[Tensor, "pair"]
     largest_error: float
@@ -104,30 +104,39 @@ class _Pairs:
 
     def sweep(self, index: Tensor, senders: Sequence[Sender], receivers: tuple[Receiver, ...]) -> PathSweep:
         """The edges from these senders to the receivers, for some pairs."""
-        clean, corrupted, metric, rest = self._some(index)
-        found = path_patch_edges(self.model, clean, corrupted, metric, receivers=receivers, senders=senders)
+        clean, corrupted, metric, rest, asked = self._some(index)
+        ends, starts = self._at(receivers, asked), self._at(senders, asked)
+        found = path_patch_edges(self.model, clean, corrupted, metric, receivers=ends, senders=starts)
         return replace(found.of_pairs(rest), group=self.group[index])
 
     def whole(self, index: Tensor, receivers: tuple[Receiver, ...], base: PathSweep) -> Float[Tensor, "pair"]:
         """How far the metric moves when all that the receivers read is the clean run's."""
-        clean, corrupted, metric, rest = self._some(index)
-        points, n = {r: _point(self.model, r) for r in receivers}, self.model.cfg.n_layers
-        found = base.per_pair.new_zeros(len(clean))
+        clean, corrupted, metric, rest, asked = self._some(index)
+        n, found = self.model.cfg.n_layers, base.per_pair.new_zeros(len(clean))
         for one in read_pairs(self.model, clean, corrupted, ()):
+            own = of_pairs(self._at(receivers, asked), one.index, len(clean))
+            points = [(r, _point(self.model, r)) for r in on_tokens(own, *one.clean.shape)]
             with torch.no_grad():
-                _, cache = self.model.run_with_cache(one.clean, list(points.values()), stop_at_layer=n)
-                hooks = [(point, _from(cache[point], r.head)) for r, point in points.items()]
+                _, cache = self.model.run_with_cache(one.clean, [at for _, at in points], stop_at_layer=n)
+                hooks = [(at, _from(cache[at], r)) for r, at in points]
                 stream = self.model.run_with_hooks(one.corrupted, fwd_hooks=hooks, stop_at_layer=n)
                 found[list(one.index)] = Reader(self.model, one.of(metric), stream).base
         return found[rest] - base.corrupted_per_pair
 
-    def _some(self, index: Tensor) -> tuple[list[Tensor], list[Tensor], Any, Tensor]:
-        """Clean, corrupted, their metric, and which of these are meant: a plain function is asked about all pairs."""
+    def _at(self, nodes: Sequence[Node], asked: list[int]) -> tuple[Node, ...]:
+        """Nodes with the positions of the pairs that are swept."""
+        return of_pairs(nodes, asked, len(self.group))
+
+    def _some(self, index: Tensor) -> tuple[list[Tensor], list[Tensor], Any, Tensor, list[int]]:
+        """Clean, corrupted, their metric, which of these are meant, and which pairs they are of all.
+
+        A plain function is asked about all pairs.
+        """
         if not isinstance(self.metric, ReadingMetric):
-            return self.clean, self.corrupted, self.metric, index
+            return self.clean, self.corrupted, self.metric, index, list(range(len(self.group)))
         metric = self.metric.pairs(index) if len(self.metric.reads.pos) > 1 else self.metric
         clean, corrupted = ([rows[i] for i in index.tolist()] for rows in (self.clean, self.corrupted))
-        return clean, corrupted, metric, torch.arange(len(index))
+        return clean, corrupted, metric, torch.arange(len(index)), index.tolist()
 
 
 def _named(model: "HookedTransformer", receivers: Any) -> dict[str, tuple[Receiver, ...]]:
@@ -142,9 +151,13 @@ def _point(model: "HookedTransformer", receiver: Receiver) -> tuple[str, int]:
     return ("resid_post", model.cfg.n_layers - 1) if receiver.kind == "final" else (receiver.kind, receiver.layer)
 
 
-def _from(value: Tensor, head: int | None) -> HookFn:
+def _from(value: Tensor, receiver: Receiver) -> HookFn:
+    rows = torch.arange(len(value), device=value.device)
+    pos = None if receiver.pos is None else torch.as_tensor(receiver.pos, device=value.device)
+    where = (slice(None), slice(None)) if pos is None else (rows, pos)
+    at = where if receiver.head is None else (*where, receiver.head)
+
     def write(act: Tensor, hook: Any) -> Tensor:
-        at = (slice(None),) if head is None else (slice(None), slice(None), head)
         act[at] = value[at]
         return act
 
@@ -166,36 +179,29 @@ def _paths_to(
     reaching = [sender for sender in senders if order.feeds_from(sender) <= last] or list(senders)
     chose = pairs.sweep(first, reaching, receivers)
     best = chose.order()[: options.per_receiver]
-    generator = torch.Generator().manual_seed(options.seed)
-    drawn = [_others(len(reaching), i, options.draws, generator) for i in best]
-    plain = sorted({*best, *(i for row in drawn for i in row)})
     turned = [reaching[i]._replace(turned=options.seed + draw) for draw in range(options.draws) for i in best]
     with engine(verify=0):  # the same senders were checked on the half that chose
-        report = pairs.sweep(second, [*(reaching[i] for i in plain), *turned], receivers)
+        report = pairs.sweep(second, [*reaching, *turned], receivers)
         whole = pairs.whole(second, receivers, report)
-    at = {i: column for column, i in enumerate(plain)}
-    moved = report.moved
-    nothing = torch.full_like(moved[:, :1], float("nan"))
-    random = [moved[:, [at[i] for i in row]] if row else nothing.expand(-1, options.draws) for row in drawn]
+    moved, n = report.moved, len(reaching)
+    effect = moved[:, :n].mean(0)
     return _PathsTo(
         [f"{reaching[i].name} to {name}" for i in best],
         name,
         chose.share[best],
-        moved[:, [at[i] for i in best]],
-        moved[:, len(plain) :].unflatten(1, (options.draws, -1)).transpose(0, 1),
-        torch.stack(random, 2).transpose(0, 1),
+        moved[:, best],
+        moved[:, n:].unflatten(1, (options.draws, -1)).transpose(0, 1),
+        torch.stack([torch.cat((effect[:i], effect[i + 1 :])) for i in best], 1),
         whole[:, None].expand(-1, len(best)),
         report.clean_per_pair - report.corrupted_per_pair,
         chose.largest_error,
     )
 
 
-def _others(n: int, but: int, draws: int, generator: torch.Generator) -> list[int]:
-    """`draws` numbers below n, drawn with replacement from all but one; none where there is no other."""
-    others = [i for i in range(n) if i != but]
-    if not others:
-        return []
-    return [others[i] for i in torch.randint(len(others), (draws,), generator=generator).tolist()]
+def _side_by_side(others: list[Float[Tensor, "_ _"]]) -> Float[Tensor, "other path"]:
+    """Receivers have more or fewer senders; what is missing is NaN."""
+    most = max(map(len, others))
+    return torch.cat([torch.cat((one, one.new_full((most - len(one), one.shape[1]), torch.nan))) for one in others], 1)
 
 
 def demo(model: "HookedTransformer") -> InformationFlow:

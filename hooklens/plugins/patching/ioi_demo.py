@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.data.ioi import IOIPairs, ioi
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.claims.claim import ClaimFamily
+from hooklens.plugins.claims import ClaimFamily
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.mover_claims import LEAST_GROUPS, mover_claims
 from hooklens.plugins.patching.name_movers import NameMovers, by_group, name_movers
@@ -146,6 +146,6 @@ def _candidates(shown: PairStudy, movers: NameMovers) -> list[tuple[int, int]]:
 
 def demo(model: "HookedTransformer") -> NameMovers | IOIStudy:
     """The study on four pairs where the model has a tokenizer that knows the names; else name movers among numbers."""
-    from hooklens.plugins.patching import name_movers as numbers
+    from hooklens.plugins.patching.name_movers import demo as numbers
 
-    return numbers.demo(model) if model.tokenizer is None else ioi_study(model, 4)
+    return numbers(model) if model.tokenizer is None else ioi_study(model, 4)

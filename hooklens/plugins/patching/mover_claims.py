@@ -1,5 +1,6 @@
 """What may be claimed of name movers: heads named on one half of the pairs, their direct effect shown on the other."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
@@ -8,55 +9,62 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.claims.claim import Claim, ClaimFamily, Measured, claim, family
+from hooklens.plugins.claims import Claim, ClaimFamily, Measured, Registration, claim, family
+from hooklens.plugins.claims.claim import LEAST_GROUPS as _A_HALF
 from hooklens.plugins.patching.name_movers import NameMovers
 from hooklens.statistics import halves
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-LEAST_GROUPS = 4  # two a half: fewer leave no interval
+LEAST_GROUPS = 2 * _A_HALF  # with fewer, no head of the half that is reported could be called causal
+_METRIC = "logit_diff"  # what NameMovers.direct is measured by
+_CONTROL = "the same head, its output of a pair with other names"
 
 
-def mover_claims(model: "HookedTransformer", movers: NameMovers, *, seed: int = 0) -> ClaimFamily | None:
+def mover_claims(
+    model: "HookedTransformer", movers: NameMovers, *, registered: Sequence[Registration] = (), seed: int = 0
+) -> ClaimFamily | None:
     """A claim for each head that one half of the pairs calls a name mover, measured on the other half.
 
-    The intervention is the exact direct effect, as a share of the clean-corrupted difference; its control is the mean
-    of the same over all heads that were not called, what a head drawn at random does. None where no head was called.
+    The intervention is the exact direct effect, as a share of the clean-corrupted difference; its control is that of
+    the same head's clean output of another pair, of other names: what it takes to no longer write the wrong name, or
+    just any name. None where no head was called.
+
+    Plans in `registered` are held against the claim that states their hypothesis, such as "L5H1 moves the name".
     """
     n_groups = len(movers.group.unique())
     if n_groups < LEAST_GROUPS:
-        raise InputError(f"two halves with an interval each need {LEAST_GROUPS} groups of pairs, got {n_groups}")
+        raise InputError(
+            f"two halves of {_A_HALF} groups of pairs need {LEAST_GROUPS}, got {n_groups}; with fewer no p "
+            "can be 0.05 or less. A group is four pairs that share names and sentence"
+        )
     first, second = halves(len(movers.group), group=movers.group, seed=seed)
     called, shown = of_pairs(movers, first).name_movers, of_pairs(movers, second)
-    made = [_claim(model, shown, head, called) for head in called]
-    return family(model, made) if made else None
+    made = [_claim(model, shown, head) for head in called]
+    return family(model, made, registered=registered) if made else None
 
 
 def of_pairs(movers: NameMovers, index: Int[Tensor, "some"]) -> NameMovers:
-    """The same measurements of some of the pairs."""
-    per_pair = ("attention", "margin", "direct", "gap", "group")
+    """The same measurements of some of the pairs and their names."""
+    per_pair = ("attention", "margin", "direct", "placebo", "gap", "group")
     index = index.to(movers.gap.device)
     assert set(per_pair) < {field.name for field in fields(movers)}
-    return replace(movers, **{name: getattr(movers, name)[index] for name in per_pair})
+    names, name = movers.name[index].unique(return_inverse=True)
+    some = {each: getattr(movers, each)[index] for each in per_pair}
+    return replace(movers, **some, name=name, rank=movers.rank[names], written=movers.written[names][..., names])
 
 
-def _claim(
-    model: "HookedTransformer", movers: NameMovers, head: tuple[int, int], called: list[tuple[int, int]]
-) -> Claim:
+def _claim(model: "HookedTransformer", movers: NameMovers, head: tuple[int, int]) -> Claim:
     layer, number = head
-    share = movers.direct / movers.gap.mean()
-    other = torch.ones(share.shape[1:], dtype=torch.bool, device=share.device)
-    for one in called:
-        other[one] = False
-    control = share[:, other].mean(1) if bool(other.any()) else None
+    share, control = ((moved / movers.gap.mean())[:, layer, number].cpu() for moved in (movers.direct, movers.placebo))
     group = movers.group
     return claim(
         model,
         f"L{layer}H{number} moves the name",
         observation=Measured.of("attention to the indirect object", movers.attention[:, layer, number].cpu(), group),
-        intervention=Measured.of("share restored directly", share[:, layer, number].cpu(), group),
-        control=None if control is None else Measured.of("the same, mean of all other heads", control.cpu(), group),
+        intervention=Measured.of("share restored directly", share, group, metric=_METRIC),
+        control=Measured.of(_CONTROL, control, group, metric=_METRIC),
     )
 
 
@@ -74,8 +82,11 @@ def demo_movers(n: int = 8, heads: int = 2) -> NameMovers:
         attention=0.6 * is_mover + noise.abs(),
         margin=0.5 * is_mover + noise,
         rank=(90 * (1 - is_mover)).long().expand(3, 1, heads).clone(),
+        written=torch.eye(3)[:, None, None] * is_mover[:, None],
         direct=0.3 * is_mover + noise,
+        placebo=noise.flip(0),
         gap=torch.ones(n),
+        name=torch.arange(n) % 3,
         group=torch.arange(n),
         d_vocab=100,
         criteria=Criteria(),

@@ -8,12 +8,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
 from hooklens.data.ioi import IOIPairs
 from hooklens.metrics import LogitDiff
 from hooklens.model.linear import packed_linears
 from hooklens.result import Result, Table
 from hooklens.statistics import ratio_interval
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.naive import drops_out
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -48,16 +50,21 @@ class NameMovers(Result):
     `attention` is what the last position pays to the indirect object, `margin` how much more than to any other position
     but the first. `rank` is the place that a name takes among all tokens when the name itself, as it leaves block 0, is
     put through the head's values and output, the final norm's weight and W_U (0: first; in the last places: the head
-    writes the opposite of the name). `direct` is the change of the logit difference when the head's output in the
-    corrupted run is replaced by the clean one for the final norm and the unembedding only. `group` says which pairs
-    share names and sentence: intervals resample groups, as pairs within one are not independent.
+    writes the opposite of the name). `written` is what that adds to the logits of all the prompts' names: its diagonal,
+    above what is written of the others, is copying of names rather than a liking for names. `direct` is the change of
+    the logit difference when the head's output in the corrupted run is replaced by the clean one for the final norm and
+    the unembedding only. `group` says which pairs share names and sentence: intervals resample groups, as pairs within
+    one are not independent.
     """
 
     attention: Float[Tensor, "pair layer head"]
     margin: Float[Tensor, "pair layer head"]
     rank: Int[Tensor, "name layer head"]
+    written: Float[Tensor, "name layer head other"]
     direct: Float[Tensor, "pair layer head"]
+    placebo: Float[Tensor, "pair layer head"]
     gap: Float[Tensor, "pair"]
+    name: Int[Tensor, "pair"]
     group: Int[Tensor, "pair"]
     d_vocab: int
     criteria: Criteria
@@ -196,6 +203,8 @@ def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criter
             "a direct effect needs a stream that is the sum of what heads add to it; this model's post-norm blocks "
             "normalise the stream itself. hl.patch(..., site='z') works there"
         )
+    if drops_out(model):
+        raise InputError("two runs are compared, and dropout is on: they would differ by its masks; call model.eval()")
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     first = "blocks.0.hook_resid_post"
     with torch.no_grad(), packed_linears(rows=1024):
@@ -205,9 +214,11 @@ def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criter
         _, corrupted = model.run_with_cache(pairs.corrupted_tokens, ["z", last, *_post_scales(model)])
         attention, margin = _attention(model, clean, pairs)
         metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
-        direct, gap = _direct(model, clean, corrupted, pairs, metric)
-        rank = _ranks(model, clean, pairs)
-    return NameMovers(attention, margin, rank, direct, gap, pairs.group, model.cfg.d_vocab_out, criteria or Criteria())
+        direct, placebo, gap = _direct(model, clean, corrupted, pairs, metric)
+        rank, written = _ranks(model, clean, pairs)
+    name = pairs.answer_tokens.unique(return_inverse=True)[1]
+    sizes = pairs.group, model.cfg.d_vocab_out, criteria or Criteria()
+    return NameMovers(attention, margin, rank, written, direct, placebo, gap, name, *sizes)
 
 
 def _post_scales(model: "HookedTransformer") -> list[str]:
@@ -220,7 +231,9 @@ def _attention(
 ) -> tuple[Float[Tensor, "pair layer head"], Float[Tensor, "pair layer head"]]:
     row = torch.arange(len(pairs), device=pairs.io.device)
     layers = range(model.cfg.n_layers)
-    seen = torch.stack([cache["pattern", layer][row, :, pairs.end] for layer in layers], 1)  # pair layer head key
+    seen = widened(
+        torch.stack([cache["pattern", layer][row, :, pairs.end] for layer in layers], 1)
+    )  # pair layer head key
     to_io = seen[row, :, :, pairs.io]
     others = seen.clone()
     others[row, :, :, pairs.io] = 0.0
@@ -233,20 +246,32 @@ def _direct(
     corrupted: "ActivationCache",
     pairs: IOIPairs,
     metric: LogitDiff,
-) -> tuple[Float[Tensor, "pair layer head"], Float[Tensor, "pair"]]:
-    """How the metric of the corrupted run moves when the final norm alone reads a head's clean output."""
+) -> tuple[Float[Tensor, "pair layer head"], Float[Tensor, "pair layer head"], Float[Tensor, "pair"]]:
+    """How the metric of the corrupted run moves when the final norm alone reads a head's clean output; the placebo."""
     row = torch.arange(len(pairs), device=pairs.io.device)
     name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     reader = Reader(model, metric, corrupted[name])
+    other = _of_other_names(pairs.answer_tokens, pairs.wrong_answer_tokens)
     stream = corrupted[name][row, pairs.end]
-    found = []
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    which = row.repeat_interleave(model.cfg.n_heads)
     for layer in range(model.cfg.n_layers):
-        wrote = [_written(model, cache, layer, pairs.end) for cache in (clean, corrupted)]
-        moved = (stream[:, None] + wrote[0] - wrote[1]).flatten(0, 1)[:, None]
-        which = row.repeat_interleave(model.cfg.n_heads)
-        values = reader.values_of_rows(moved, which, torch.zeros_like(which)).view(len(pairs), -1)
-        found.append(values - reader.base[:, None])
-    return torch.stack(found, 1), Reader(model, metric, clean[name]).base - reader.base
+        new, old = (_written(model, cache, layer, pairs.end) for cache in (clean, corrupted))
+        for each, sent in zip(found, (new, new[other]), strict=True):
+            moved = (stream[:, None] + sent - old).flatten(0, 1)[:, None]
+            values = reader.values_of_rows(moved, which, torch.zeros_like(which)).view(len(pairs), -1)
+            each.append(values - reader.base[:, None])
+    direct, placebo = (torch.stack(each, 1) for each in found)
+    return direct, placebo, Reader(model, metric, clean[name]).base - reader.base
+
+
+def _of_other_names(answer: Int[Tensor, "pair"], wrong_answer: Int[Tensor, "pair"]) -> Int[Tensor, "pair"]:
+    """For each pair one with neither of its names, drawn at random; where there is none, itself."""
+    names = torch.stack((answer, wrong_answer), 1).cpu()
+    share = (names[:, None, :, None] == names[None, :, None, :]).flatten(2).any(-1)
+    score = torch.rand(share.shape, generator=torch.Generator().manual_seed(0)).masked_fill(share, -1.0)
+    own = score.argmax(1).where(~share.all(1), torch.arange(len(names)))
+    return own.to(answer.device)
 
 
 def _written(
@@ -261,20 +286,25 @@ def _written(
     return norm.linearised(result, cache[f"blocks.{layer}.ln1_post.hook_scale"][row, end][:, None])
 
 
-def _ranks(model: "HookedTransformer", cache: "ActivationCache", pairs: IOIPairs) -> Int[Tensor, "name layer head"]:
-    """A name's place among all tokens after each head's OV; a norm's scale is positive and changes no place."""
+def _ranks(
+    model: "HookedTransformer", cache: "ActivationCache", pairs: IOIPairs
+) -> tuple[Int[Tensor, "name layer head"], Float[Tensor, "name layer head other"]]:
+    """A name's place among all tokens after each head's OV, and the logits of all names; a norm's scale is left out."""
     names, which = pairs.answer_tokens.unique(return_inverse=True)
     row = torch.arange(len(pairs), device=names.device)
-    places = []
+    places, written = [], []
     for layer in range(model.cfg.n_layers):
         # the first block's heads read the embedding, later ones the name as block 0 leaves it
         source = "hook_embed" if layer == 0 else "blocks.0.hook_resid_post"
         name = by_group(cache[source][row, pairs.io], which)
-        logits = _unembedded(model, _through_ov(model, layer, name))
+        logits = widened(_unembedded(model, _through_ov(model, layer, name)))
+        written.append(logits[:, :, names])
         own = logits.gather(2, names[:, None, None].expand(-1, logits.shape[1], 1))
-        # the middle of those that tie: a head that writes nothing neither copies nor suppresses
-        places.append(((logits > own).sum(-1) + (logits >= own).sum(-1) - 1) // 2)
-    return torch.stack(places, 1)
+        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie: a
+        # head that writes nothing neither copies nor suppresses
+        signs = (logits - own).sign_().sum(-1)
+        places.append((signs.long() + logits.shape[-1] - 1) // 2)
+    return torch.stack(places, 1), torch.stack(written, 1)
 
 
 def _through_ov(

@@ -15,7 +15,7 @@ from hooklens.statistics import Groups, group_numbers
 from hooklens.sweeps.execute import Outcome
 from hooklens.sweeps.execute_paths import execute_paths
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.nodes import Order, Receiver, Sender, read_receivers, read_senders
+from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, read_receivers, read_senders
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, plan_paths
 
 if TYPE_CHECKING:
@@ -49,8 +49,9 @@ def path_patch_edges(
     `receivers`, one or a list: ("q", 9, 6) or "L9H6.q", and so "k" and "v" (of a key/value head), ("q", 9) for every
     head of the layer, ("mlp", 9) or "MLP9", "final" (what the final norm reads: the direct path to the logits), "all".
     `senders`: (9, 6) or "L9H6", ("mlp", 9) or "MLP9", "embed", "heads", "mlps"; None: all heads and MLPs. Each is
-    patched alone, at all positions. `value`: "clean" goes into the corrupted run, "corrupted" into the clean one.
-    `group`: pairs with the same label share something, and intervals resample groups.
+    patched alone. Senders and receivers are meant at all positions; `At("L9H6.q", -1)` or `At("heads", s2, "S2")` means
+    one position, the same in every pair or one a pair. `value`: "clean" goes into the corrupted run, "corrupted" into
+    the clean one. `group`: pairs with the same label share something, and intervals resample groups.
 
     Every norm on the way is recomputed. Sandwich norms join a layer's heads: a head's new value is what the norm makes
     of the layer with this head alone exchanged, so that senders of one layer do not add up. Post-norm blocks have no
@@ -123,8 +124,12 @@ def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, send
     sending, reading = read_senders(model, senders), read_receivers(model, receivers)
     groups = _aligned(model, clean, corrupted)
     check_metric(metric, groups)
+    n = sum(len(one.index) for one in groups)
     with torch.no_grad(), packed_linears(rows=1024):
-        both = [_sweep(model, one, metric, sending, reading, semantics, value) for one in groups]
+        both = []
+        for one in groups:
+            here = of_pairs(sending, one.index, n), of_pairs(reading, one.index, n)
+            both.append(_sweep(model, one, metric, *here, semantics, value))
     parts = [outcome for outcome, _ in both]
     ends = in_order(groups, [p.base for p in parts]), in_order(groups, [other for _, other in both])
     corrupted_end, clean_end = ends if value == "clean" else ends[::-1]

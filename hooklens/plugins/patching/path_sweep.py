@@ -11,6 +11,7 @@ from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.result import Result, Table
 from hooklens.statistics import halves, mean_interval, q_values, ratio_interval, sign_flip_p
 
+_BARS = 40
 Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
 
 
@@ -80,7 +81,7 @@ class PathSweep(TwoRuns, Result):
 
     def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> Ends:
         """Both ends of `share`, by a bootstrap over groups that recomputes both means; NaN for one group."""
-        if not self.many or not self.defined:
+        if not self.defined:
             nothing = torch.full_like(self.effect, float("nan"))
             return nothing, nothing.clone()
         base, other = self._ends
@@ -134,10 +135,16 @@ class PathSweep(TwoRuns, Result):
         return replace(self, **{name: getattr(self, name)[index] for name in fields})
 
     def figure(self) -> Any:
-        """Layers by heads, MLPs in the last column: the share of the difference that each sender's path carries."""
-        from hooklens.viz.figures import heatmap
+        """Layers by heads, MLPs in the last column: the share of the difference that each sender's path carries.
+
+        Bars of the strongest, where senders are asked at several positions each.
+        """
+        from hooklens.viz.figures import bars, heatmap
 
         shown, name = (self.share, "share") if self.defined else (self.effect, "change of the metric")
+        if len(self.place.unique(dim=0)) < len(self.place):
+            first, title = self.order()[:_BARS], f"sender to {self._to} ({self.semantics})"
+            return bars(shown[first], None, None, [self.senders[i] for i in first], title, y_title=name)
         return heatmap(
             self.grid(shown),
             x=[*(f"H{i}" for i in range(self.shape[1])), "MLP"],

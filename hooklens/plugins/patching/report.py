@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooklens.plugins.patching.activation import PatchSweep
+from hooklens.plugins.patching.mover_claims import LEAST_GROUPS
 from hooklens.result import Table
 
 if TYPE_CHECKING:
@@ -146,12 +147,19 @@ def _heads(report: "Report", study: "IOIStudy") -> None:
 
 
 def _claims(report: "Report", study: "IOIStudy") -> None:
+    report.heading("What may be claimed")
     if study.claims is not None:
-        report.heading("What may be claimed").claims(
-            study.claims,
-            "Heads were called name movers on one half of the pairs; the numbers are of the other half. Exploratory: "
-            "nothing was written down before the run. q: Benjamini-Hochberg over this table.",
+        report.text("Heads were called name movers on one half of the pairs; the numbers are of the other half.")
+        report.claims(study.claims)
+        return
+    n = len(study.movers.group.unique())
+    if n < LEAST_GROUPS:
+        report.text(
+            f"Nothing: of {n} groups of pairs (four share names and sentence) one half names heads and the other tests "
+            f"them, and a test that could say anything takes {LEAST_GROUPS} groups, {4 * LEAST_GROUPS} pairs."
         )
+    else:
+        report.text("Nothing: on the half of the pairs that names heads, no head passed all three tests.")
 
 
 def _short(table: Table) -> Table:

@@ -1,12 +1,14 @@
-"""Values to write that come from other prompts: means over a reference set, and runs of another length."""
+"""Values to write that come from other prompts: means over a reference or the other prompts, runs of another length."""
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import common_ends, rows_of
+from hooklens.core.precision import widened
+from hooklens.data.prompts import Pairs, common_ends, rows_of
 from hooklens.sweeps.plan import SITES, base_run
 
 
@@ -19,19 +21,37 @@ class Mean:
 
 def mean_of(model, value: Mean, into: Tensor, site: str) -> dict[str, Tensor]:
     """Position by position where the reference prompts have the patched prompts' length, else over all positions."""
-    names = [f"blocks.{layer}.{SITES[site].point}" for layer in range(model.cfg.n_layers)]
     rows = rows_of(model, value.reference, "reference")
     by_pos = all(len(row) == into.shape[1] for row in rows)
+    n = len(rows) if by_pos else sum(map(len, rows))
+    return {name: total / n for name, total in _sums(model, rows, site, by_pos).items()}
+
+
+def means_of_others(model, prompts: list[Tensor], groups: list[Pairs], site: str) -> list[dict[str, Tensor]]:
+    """For each prompt the mean over all the others, as `mean_of` has it: no prompt is in its own."""
+    by_pos, lengths = len(groups) == 1, torch.tensor([len(row) for row in prompts])
+    own = [_sums(model, [row], site, by_pos) for row in prompts]
+    weight = torch.ones_like(lengths) if by_pos else lengths
+    found = {}
+    for name, one in own[0].items():
+        every = widened(torch.cat([each[name] for each in own]))
+        left = (weight.sum() - weight).to(every).view(-1, *[1] * (every.ndim - 1))
+        found[name] = ((every.sum(0) - every) / left).to(one.dtype)
+    return [{name: value[list(group.index)] for name, value in found.items()} for group in groups]
+
+
+def _sums(model, rows: list[Tensor], site: str, by_pos: bool) -> dict[str, Tensor]:
+    """Of every layer, over prompts that are run one at a time: of many only sums are held."""
     if site == "pattern" and not by_pos:
         raise InputError("a mean pattern needs reference prompts of the patched prompts' length")
+    names = [f"blocks.{layer}.{SITES[site].point}" for layer in range(model.cfg.n_layers)]
     sums: dict[str, Tensor] = {}
-    for row in rows:  # one at a time: sums of every layer are held, never the activations of every prompt
+    for row in rows:
         _, cache = model.run_with_cache(row[None], names=names, stop_at_layer=model.cfg.n_layers)
         for name in names:
             found = cache[name] if by_pos else cache[name].sum(1, keepdim=True)
             sums[name] = sums[name] + found if name in sums else found
-    n = len(rows) if by_pos else sum(map(len, rows))
-    return {name: total / n for name, total in sums.items()}
+    return sums
 
 
 def aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]:

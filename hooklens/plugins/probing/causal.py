@@ -1,6 +1,6 @@
 """Does the model use what a probe reads? Ablate the probe's direction, steer along it, beside random directions."""
 
-import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,24 +9,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.core.names import axes, parse
-from hooklens.data.prompts import Pairs, read_pairs
-from hooklens.model.kv_cache import KVCache
+from hooklens.core.names import parse
+from hooklens.data.prompts import read_pairs
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.probing.balanced import balanced
+from hooklens.plugins.probing.edited_runs import EditedRuns, refitted
 from hooklens.plugins.probing.gather import gather
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.task import ProbeTask, read_task
 from hooklens.plugins.probing.train import train_probe
 from hooklens.progress import progress
 from hooklens.result import Result
-from hooklens.statistics import mean_interval, null_p
-from hooklens.sweeps.measure import Reader
+from hooklens.statistics import mean_interval, null_p, q_values
 from hooklens.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins.claims import ClaimFamily, Registration
 
-_ROWS = 2048  # positions that run at once
 EDITS = ("ablate", "steer")
 NULLS = ("isotropic", "as the data vary")
 
@@ -38,9 +38,10 @@ class CausalCheck(Result):
     `told` is how far each prompt's metric lies on its own class's side of the middle of the two class means, on average
     half their difference. `fall[edit]` is what an edit takes from it, both classes counting the same: "ablate" moves
     each activation along the direction until the probe reads what is halfway between the class means, "steer" moves
-    it by `strength` gaps between the means towards the other class. `random[edit, null]` is the mean fall when vectors
+    it by `strength` gaps between the means towards the other class. `random_fall[edit, null]` is the fall when vectors
     of the same length, prompt by prompt, are added along random directions: isotropic ones, and ones drawn as the
-    activations vary within the classes. `read` is where the probe is right.
+    activations vary within the classes. `read` is where the probe is right, and `refit` where a new one is, fitted out
+    of fold on the activations as they were and on the ablated ones: what it still reads there, the edit has left.
     """
 
     point: str
@@ -48,9 +49,10 @@ class CausalCheck(Result):
     label: Int[Tensor, "prompt"]
     group: Int[Tensor, "prompt"]
     read: Float[Tensor, "prompt"]
+    refit: Float[Tensor, "state prompt"]
     told: Float[Tensor, "prompt"]
     fall: Float[Tensor, "edit prompt"]
-    random: Float[Tensor, "edit null draw"]
+    random_fall: Float[Tensor, "edit null draw prompt"]
     strength: float
     gap: float
 
@@ -58,6 +60,16 @@ class CausalCheck(Result):
     def accuracy(self) -> float:
         """How often the probe is right on these prompts: what the causal effect is to be held against."""
         return float(self.read.mean())
+
+    @property
+    def refit_accuracy(self) -> Float[Tensor, "state"]:
+        """Balanced accuracy of a probe fitted anew on these prompts, before and after ablation; NaN without folds."""
+        return balanced(self.refit, self.label)
+
+    @property
+    def random(self) -> Float[Tensor, "edit null draw"]:
+        """The mean fall of each random direction."""
+        return self.random_fall.mean(-1)
 
     @property
     def effect(self) -> Float[Tensor, "edit"]:
@@ -75,21 +87,41 @@ class CausalCheck(Result):
         return null_p(self.effect[:, None].expand(null.shape[1:]), null).amax(1)
 
     @property
+    def q(self) -> Float[Tensor, "edit"]:
+        """`p` over the edits, as false discovery rates; over layers as well: `q_values` of all their `p`."""
+        return q_values(self.p)
+
+    @property
     def used(self) -> bool:
         """Do both edits take something away, surely over prompts and more than 95 % of random directions do?"""
         return bool(((self.interval()[0] > 0) & (self.p <= 0.05)).all())
 
     def table(self, n: int | None = None) -> Table:
         """One row an edit of the probe's direction, and below it what random directions do."""
-        (low, high), p = self.interval(), self.p
+        (low, high), p, q = self.interval(), self.p, self.q
         ends = torch.tensor([0.025, 0.975], dtype=self.random.dtype)
         rows: list[tuple] = []
         for i, edit in enumerate(EDITS):
-            rows.append((f"{edit} the probe's direction", *map(float, (self.effect[i], low[i], high[i], p[i]))))
+            rows.append((f"{edit} the probe's direction", *map(float, (self.effect[i], low[i], high[i], p[i], q[i]))))
             for j, null in enumerate(NULLS):
                 ci = self.random[i, j].quantile(ends)
-                rows.append((f"  random, {null}", float(self.random[i, j].mean()), float(ci[0]), float(ci[1]), None))
-        return Table(("edit", "fall of the metric", "95% low", "95% high", "p"), rows).head(n)
+                numbers = self.random[i, j].mean(), ci[0], ci[1]
+                rows.append((f"  random, {null}", *map(float, numbers), None, None))
+        return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)
+
+    def top(self, k: int = 5) -> Table:
+        """The `k` prompts from which ablation takes most; to quote these is to choose by what was measured."""
+        order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
+        rows = [(i, self.classes[int(self.label[i])], *map(float, (self.told[i], *self.fall[:, i]))) for i in order]
+        return Table(("prompt", "class", "told", *EDITS), rows)
+
+    def claims(
+        self, model: "HookedTransformer | str", metric: Any = "", *, registered: "Sequence[Registration]" = ()
+    ) -> "ClaimFamily":
+        """A claim an edit: that the model uses what the probe reads, beside random directions."""
+        from hooklens.plugins.probing.causal_claims import causal_claims
+
+        return causal_claims(model, self, metric, registered)
 
     def figure(self) -> Any:
         """The fall for the probe's direction with its interval, and the middle 95 % of random directions."""
@@ -100,6 +132,8 @@ class CausalCheck(Result):
         value, low, high = (torch.tensor([float(row[k]) for row in rows]) for k in (1, 2, 3))
         told, right = float(self.told.mean()), self.accuracy
         title = f"Probe at {self.point}, right on {right:.0%}: {'used' if self.used else 'no sure use'} by the metric"
+        before, after = self.refit_accuracy.tolist()
+        title += f"; a new probe is right on {before:.0%} before ablation, {after:.0%} after"
         return bars(value, low, high, names, title, y_title="fall of the metric", marks={"all of it": told})
 
 
@@ -139,72 +173,19 @@ def causal_check(
         prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
         for pairs in read_pairs(model, prompts, prompts, ()):
             rows = torch.tensor(pairs.index)
-            runs = _Runs(model, pairs, metric, point, layer, task.pos[rows])
+            runs = EditedRuns(model, pairs, metric, point, layer, task.pos[rows])
             clean[rows] = runs.reader.base.to(clean)
             edited[:, :, rows] = runs.edited(shift[:, rows], directions).to(edited)
             advance(len(rows))
     weight = sign * len(x) / (2 * torch.bincount(label, minlength=2).to(x)[label])
     fall = weight * (clean - edited)
-    random = fall[:, 1:].mean(-1).view(len(EDITS), len(NULLS), draws)
+    random = fall[:, 1:].view(len(EDITS), len(NULLS), draws, len(x))
     right = (probe.predict(x) == label).to(x)
     told = sign * (clean - _between(clean, label))
+    refit = refitted(torch.stack([x, x + shift[0][:, None] * where]), label, task.group, seed)
     return CausalCheck(
-        point, task.classes, label, task.group, right, told, fall[:, 0], random, float(strength), probe.gap
+        point, task.classes, label, task.group, right, refit, told, fall[:, 0], random, float(strength), probe.gap
     )
-
-
-class _Runs:
-    """Prompts of one length, run again from the edited layer and position on, many directions at once."""
-
-    def __init__(self, model: "HookedTransformer", pairs: Pairs, metric: Any, point: str, layer: int, pos: Tensor):
-        self.model, self.point, self.layer = model, point, layer
-        tokens, n = pairs.clean, model.cfg.n_layers
-        # what stands before the first edit keeps its keys and values; rot_k shows the cached ones again
-        self.start = int(pos.min()) if model.cfg.causal and "key_pos" not in axes(point) else 0
-        self.pos = pos.to(tokens.device) - self.start
-        self.past = KVCache()
-        if self.start:
-            model(tokens[:, : self.start], stop_at_layer=n, kv_cache=self.past)
-        before = f"blocks.{layer}.hook_resid_pre"
-        last, cache = model.run_with_cache(tokens, names=[before], stop_at_layer=n)
-        self.before, self.last = cache[before][:, self.start :], last
-        self.reader = Reader(model, pairs.of(metric), last)
-
-    def edited(
-        self, shift: Float[Tensor, "edit prompt"], directions: Float[Tensor, "direction d"]
-    ) -> Float[Tensor, "edit direction prompt"]:
-        """The metric when each prompt's activation moves by its shift along each direction."""
-        n, length = self.before.shape[:2]
-        at_once = max(1, _ROWS // (n * length))
-        moves = [(i, j) for i in range(len(shift)) for j in range(len(directions))]
-        values = []
-        for first in range(0, len(moves), at_once):
-            some = moves[first : first + at_once]
-            change = torch.stack([shift[i][:, None] * directions[j] for i, j in some]).flatten(0, 1)
-            stream = self._run(change.to(self.before), len(some)).unflatten(0, (len(some), n))
-            values += [self._metric(torch.cat([self.last[:, : self.start], one], 1)) for one in stream]
-        return torch.stack(values).view(len(shift), len(directions), n)
-
-    def _run(self, change: Float[Tensor, "row d"], times: int) -> Float[Tensor, "row pos d_model"]:
-        rows = torch.arange(len(self.before), device=self.before.device).repeat(times)
-        past = None
-        if self.start:
-            past = copy.copy(self.past)
-            past.keep_rows(rows)
-
-        def add(act: Tensor, hook: Any) -> Tensor:
-            at = (torch.arange(len(act), device=act.device), self.pos[rows])
-            act[at] += change.view(act[at].shape)
-            return act
-
-        with self.model.hooks(fwd_hooks=[(self.point, add)]):
-            n = self.model.cfg.n_layers
-            return self.model(self.before[rows], start_at_layer=self.layer, stop_at_layer=n, kv_cache=past)
-
-    def _metric(self, stream: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt"]:
-        if self.reader.read is not None:
-            return self.reader.on_stream(stream)
-        return self.reader.on_full(self.model.read_out(stream))
 
 
 def _check(model: "HookedTransformer", probe: Probe, task: ProbeTask) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import as_rows, fit
 from hooklens.result import Result
-from hooklens.statistics import null_p
+from hooklens.statistics import auc, null_p
 from hooklens.table import Table
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ class TokenProjection(Result):
     def table(self, n: int | None = None) -> Table:
         """How well the classes are apart, along the probe's direction and along random ones (95 % of them below)."""
         rows = [("the probe's direction", self.auc, self.fisher, self.p)]
-        for name, auc, fisher in zip(NULLS, self.random_auc, self.random_fisher, strict=True):
-            folded = (auc - 0.5).abs().quantile(0.95) + 0.5
-            rows.append((f"random, {name}, 95 % below", float(folded), float(fisher.quantile(0.95)), None))  # type: ignore[arg-type]
+        for name, area, ratio in zip(NULLS, self.random_auc, self.random_fisher, strict=True):
+            folded = (area - 0.5).abs().quantile(0.95) + 0.5
+            rows.append((f"random, {name}, 95 % below", float(folded), float(ratio.quantile(0.95)), None))  # type: ignore[arg-type]
         return Table(("direction", "AUC", "Fisher ratio", "p"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
@@ -133,26 +133,11 @@ def project_tokens(
         along,
         across,
         name,
-        float(auc(along[None], classes)[0]),
+        float(auc(along, classes == 1)),
         float(fisher(along[None], classes)[0]),
-        auc(projected, classes).view(random.shape[:2]),
+        auc(projected, classes == 1).view(random.shape[:2]),
         fisher(projected, classes).view(random.shape[:2]),
     )
-
-
-def auc(values: Float[Tensor, "direction row"], label: Int[Tensor, "row"]) -> Float[Tensor, "direction"]:
-    """How often a row of class 1 has the larger value, ties counting half.
-
-    >>> auc(torch.tensor([[0.1, 0.4, 0.35, 0.8]]), torch.tensor([0, 0, 1, 1])).tolist()
-    [0.75]
-
-    Reference: Mann and Whitney (1947); Hanley and McNeil (1982) for its being the area under the curve.
-    """
-    one, other = values[:, label == 1], values[:, label == 0]
-    ordered = other.sort(1).values
-    below = torch.searchsorted(ordered, one.contiguous())
-    up_to = torch.searchsorted(ordered, one.contiguous(), right=True)
-    return ((below + up_to).to(values.dtype) / 2).mean(1) / other.shape[1]
 
 
 def fisher(values: Float[Tensor, "direction row"], label: Int[Tensor, "row"]) -> Float[Tensor, "direction"]:

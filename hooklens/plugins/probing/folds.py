@@ -1,5 +1,6 @@
 """Which examples a probe is fitted and tested on, and labels that could have been: folds, shuffles, control tasks."""
 
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from hooklens.statistics import group_numbers
 
 Index = np.ndarray
 Classes = Int[Tensor, "example"]
+_TRIES = 100
 _FEWEST_TYPES = 8  # with fewer, a random label a type is an easy task, not a test of memory
 
 
@@ -48,8 +50,10 @@ def split(
     label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples"
 ) -> list[tuple[Index, Index]]:
     """(train, test) rows of each fold; fewer folds than asked for where a class occurs in fewer groups."""
+    before = random.getstate()
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+    random.setstate(before)  # its first import draws from the global generator
     spread = [len(group[label == one].unique()) for one in label.unique()]
     n = min(folds, *spread)
     if n < 2:
@@ -94,6 +98,32 @@ def shuffled(label: Classes, group: Classes, generator: torch.Generator) -> Clas
     order = torch.randperm(len(label), generator=generator)
     drawn[number.argsort(stable=True)] = label[order[number[order].argsort(stable=True)]]
     return torch.where((least == most)[number], new[number], drawn)
+
+
+def drawn(
+    label: Classes, group: Classes, folds: int, generator: torch.Generator, seed: int
+) -> tuple[Classes, list[Fold]]:
+    """Labels that could have been, in folds of their own: what a null has to go through to be comparable.
+
+    Folds stratified by other labels leave these unequal: a fit with an intercept then leans to the class that is
+    commoner among its rows, which is the rarer one among those it is tested on, so that the null lies below chance.
+
+    >>> label, group = torch.tensor([0, 1] * 10), torch.arange(20)
+    >>> new, parts = drawn(label, group, 5, torch.Generator().manual_seed(0), 0)
+    >>> [int(new[part.test].sum()) for part in parts]
+    [2, 2, 2, 2, 2]
+
+    Reference: Ojala and Garriga (2010), "Permutation Tests for Studying Classifier Performance", section 3.
+    """
+    for _ in range(_TRIES):
+        new = shuffled(label, group, generator)
+        try:
+            return new, [Fold(train, test, ()) for train, test in split(new, group, folds, seed)]
+        except InputError:  # a class fell into groups too few, as the real labels have not
+            continue
+    raise InputError(
+        f"none of {_TRIES} shuffles of the labels leaves every class in at least two groups; give more groups"
+    )
 
 
 def control_types(token: Classes, prompt: Classes, group: Classes) -> tuple[Classes, str] | None:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.names import Where, axes, parse, resolve
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.config import TokenEmbed
@@ -95,11 +96,17 @@ def gather(
     [0, 0, 0, 1, 1]
 
     Prompts run in batches of similar length, no further than the last point needs, and only the chosen positions are
-    kept. With `folder` they go to memory-mapped files there, and a run that was interrupted goes on; without, they
-    stay in memory up to `memory` bytes and go to unnamed temporary files beyond.
+    kept. With `folder` they go to memory-mapped files there, and a run that was interrupted goes on (not while hooks
+    are active: the files would outlive them); without, they stay in memory up to `memory` bytes and go to unnamed
+    temporary files beyond.
     """
     if not isinstance(model.cfg.embed, TokenEmbed):
         raise InputError("activations are gathered for token prompts, and this model reads vectors; use run_with_cache")
+    if folder is not None and _hooked(model):
+        raise InputError(
+            f"folder={str(folder)!r} keeps activations of the model as it is, and hooks are active on it now (steer, "
+            "ablate, hooks, ...), which the folder cannot tell from others; gather without folder, or outside of them"
+        )
     rows, prompt, at, group = _examples(model, prompts, pos)
     points = resolve(site, model.hook_names())
     batches = _batches([len(row) for row in rows], _tokens_at_once(model, points))
@@ -232,6 +239,12 @@ def _fill(
             values["x"] = torch.stack([cache[point][row, pos].flatten(1).to(embed.dtype) for point in points])
             store.write(index, {name: value.cpu() for name, value in values.items()})
             advance()
+
+
+def _hooked(model: "HookedTransformer") -> bool:
+    """Does anybody listen, who could also edit?"""
+    torch_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return torch_hooks or edited_elsewhere(model.hook_points().values())
 
 
 def _key(model: "HookedTransformer", *parts: Any) -> str:

@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
-from hooklens.plugins.probing.folds import shuffled
-from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.folds import shuffled, split
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind
-from hooklens.plugins.probing.scoring import as_rows, fit
+from hooklens.plugins.probing.scoring import fit
 from hooklens.plugins.probing.task import ProbeTask
+from hooklens.plugins.probing.two_classes import task_rows
 from hooklens.result import Result
-from hooklens.statistics import halves, null_p, q_values
+from hooklens.statistics import null_p, q_values
 from hooklens.table import Table
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ _MASS_MEAN = MassMean()
 class Geometry(Result):
     """Cosines between the directions of several tasks at one point, and what cosines mean nothing there.
 
-    `repeat` is the cosine of a task's two directions from halves that share no group: no other cosine can be expected
-    to reach beyond it. `null[draw]` holds the cosines of directions fitted on shuffled labels: vectors that vary in few
-    dimensions meet at smaller angles than random ones do, of which 95 % lie below `isotropic`.
+    `repeat` is the cosine of a task's two directions from halves that share no group (NaN where a class stands in one
+    group only): no other cosine can be expected to reach beyond it. `null[draw]` holds the cosines of directions fitted
+    on shuffled labels: vectors that vary in few dimensions meet at smaller angles than random ones do, of which 95 %
+    lie below `isotropic`.
     """
 
     point: str
@@ -59,6 +61,10 @@ class Geometry(Result):
             a, b = int(i[k]), int(j[k])
             rows.append((self.names[a], self.names[b], *map(float, (self.cosine[a, b], bound[k], p[k], q[k]))))
         return Table(("task", "other", "cosine", "95% of shuffled", "p", "q"), rows).head(n)
+
+    def top(self, k: int = 5) -> Table:
+        """The `k` most parallel pairs; `q` counts all pairs."""
+        return self.table(k)
 
     def figure(self) -> Any:
         """The matrix of cosines; on the diagonal how well a direction repeats itself in the other half."""
@@ -92,37 +98,37 @@ def probe_geometry(
     from scipy.stats import beta
 
     generator = torch.Generator().manual_seed(seed)
+    point, dtype, rows = task_rows(model, tasks, site)
     real, repeat, null = [], [], []
-    for task in tasks:
-        if len(task.classes) != 2:
-            raise InputError(f"a direction leads from one class to another, {task.name!r} has {task.classes}")
-        acts = gather(model, task, site=site)
-        if len(acts.points) != 1:
-            raise InputError(
-                f"directions are compared at one point, got {', '.join(acts.points)}; give ('name', layer)"
-            )
-        x, dtype = as_rows(acts.x[0]), acts.x.dtype
+    for task, x in zip(tasks, rows, strict=True):
         real.append(direction_of(kind, x, task.label))
-        parts = halves(len(task), group=acts.group, seed=seed)
-        first, second = (direction_of(kind, x[part.numpy()], task.label[part]) for part in parts)
-        repeat.append(first @ second)
-        null.append(
-            torch.stack([direction_of(kind, x, shuffled(task.label, acts.group, generator)) for _ in range(draws)])
-        )
+        repeat.append(_repeat(kind, x, task, seed))
+        group = task.group
+        null.append(torch.stack([direction_of(kind, x, shuffled(task.label, group, generator)) for _ in range(draws)]))
     directions, drawn = torch.stack(real), torch.stack(null, 1)
     bound = float(beta.ppf(0.95, 0.5, (directions.shape[1] - 1) / 2)) ** 0.5 if directions.shape[1] > 1 else 1.0
     return Geometry(
-        acts.points[0],
+        point,
         getattr(kind, "name", type(kind).__name__),
         [task.name for task in tasks],
         (directions @ directions.T).to(dtype),
-        torch.stack(repeat).to(dtype),
+        torch.tensor(repeat, dtype=dtype),
         (drawn @ drawn.mT).to(dtype),
         bound,
     )
 
 
-def direction_of(kind: ProbeKind, x: Any, label: Int[Tensor, "example"]) -> Float[Tensor, "d"]:
+def _repeat(kind: ProbeKind, x: np.ndarray, task: ProbeTask, seed: int) -> float:
+    """The cosine of the directions of two halves that hold both classes and share no group; NaN where none do."""
+    try:
+        parts = split(task.label, task.group, 2, seed)[0]
+    except InputError:
+        return float("nan")
+    first, second = (direction_of(kind, x[part], task.label[torch.from_numpy(part)]) for part in parts)
+    return float(first @ second)
+
+
+def direction_of(kind: ProbeKind, x: np.ndarray, label: Int[Tensor, "example"]) -> Float[Tensor, "d"]:
     """The unit vector from class 0 to class 1 of a probe fitted on all rows."""
     step = fit(kind, x, label.numpy(), 2).step
     across = torch.from_numpy(step[1] - step[0])

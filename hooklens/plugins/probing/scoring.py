@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.plugins.probing.balanced import balanced
 from hooklens.plugins.probing.calibration import temperature
 from hooklens.plugins.probing.folds import Fold
 from hooklens.plugins.probing.probes import ProbeKind, Weights, class_means
@@ -20,7 +21,7 @@ _NEVER = -1e9  # the logit of a class that the rows to fit on lack
 class Scored:
     """What the probes of one point said of the examples that they were not fitted on.
 
-    `inner` is the accuracy in each fold's own inner folds, which a choice between points may use; `factor` the
+    `inner` is the balanced accuracy in each fold's own inner folds, which a choice between points may use; `factor` the
     temperature found there, so that probabilities are not tuned on the examples that they are judged by.
     """
 
@@ -42,26 +43,32 @@ def cross_validate(
     (True, [1.0, 1.0, 1.0, 1.0, 1.0])
     """
     rows, y = as_rows(x), label.cpu().numpy()
-    logits = np.zeros((len(y), n_classes))
+    logits = predicted(rows, label, n_classes, folds, kind)
     inner, factor = [], []
     for fold in folds:
-        logits[fold.test] = said(rows[fold.test], fit(kind, rows[fold.train], y[fold.train], n_classes))
         parts = [said(rows[b], fit(kind, rows[a], y[a], n_classes)) for a, b in fold.inner]
         within, truth = np.concatenate(parts), np.concatenate([y[b] for _, b in fold.inner])
-        inner.append(float((within.argmax(1) == truth).mean()))
+        right = torch.from_numpy((within.argmax(1) == truth).astype(np.float64))
+        inner.append(float(balanced(right, torch.from_numpy(truth))))
         factor.append(temperature(torch.from_numpy(within), torch.from_numpy(truth)))
-    return Scored(*(torch.tensor(one, dtype=torch.float64) for one in (logits, inner, factor)))
+    return Scored(logits, *(torch.tensor(one, dtype=torch.float64) for one in (inner, factor)))
+
+
+def predicted(
+    x: np.ndarray, label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
+) -> Float[Tensor, "example n_class"]:
+    """The out-of-fold logits; 0 for examples that no fold tests."""
+    y, logits = label.cpu().numpy(), np.zeros((len(x), n_classes))
+    for fold in folds:
+        logits[fold.test] = said(x[fold.test], fit(kind, x[fold.train], y[fold.train], n_classes))
+    return torch.from_numpy(logits)
 
 
 def correct(
     x: np.ndarray, label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
 ) -> Float[Tensor, "example"]:
     """1 where the out-of-fold prediction is right, 0 elsewhere."""
-    y, right = label.cpu().numpy(), np.zeros(len(x))
-    for fold in folds:
-        weights = fit(kind, x[fold.train], y[fold.train], n_classes)
-        right[fold.test] = said(x[fold.test], weights).argmax(1) == y[fold.test]
-    return torch.from_numpy(right)
+    return (predicted(x, label, n_classes, folds, kind).argmax(1) == label.cpu()).double()
 
 
 def majority(label: Int[Tensor, "example"], folds: Sequence[Fold]) -> Float[Tensor, "example"]:

@@ -8,13 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.names import parse
+from hooklens.plugins.probing.balanced import Ends, balanced, ends, resampled
 from hooklens.plugins.probing.calibration import Calibration
 from hooklens.plugins.probing.probes import Probe
 from hooklens.result import Result
-from hooklens.statistics import mean_interval, null_p
+from hooklens.statistics import null_p, q_values
 from hooklens.table import Table
 
-Row = tuple[str, float, float | None, float | None, float | None]
+Row = tuple[str, float, float | None, float | None, float | None, float | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +24,11 @@ class ProbeStudy(Result):
 
     `nested` is the number to report: right or wrong at the point that the fold's inner folds chose, for examples that
     had no part in the choice or the fit. `correct` is the same at every point (whoever picks the best of these has
-    looked at the test examples). `control` is the accuracy on random labels of token types, or of groups where tokens
-    do not recur (`control_by`), with folds in which types come back; `shuffled` on labels that could have been; `null`
-    the nested accuracy of such labels, one number a draw. `majority`, `embed` and `context` are the most common class,
-    the token's own embedding and the mean embedding of the prompt so far.
+    looked at the test examples). `control` is right or wrong about random labels (`control_label`) of token types, or
+    of groups where tokens do not recur (`control_by`), with folds in which types come back, and `same_split` about the
+    real labels in those very folds. `null` is the nested balanced accuracy of labels that could have been, one number a
+    draw, and `point_null` that of some of them at each point. `majority`, `embed` and `context` are the most common
+    class, the token's own embedding and the mean embedding of the prompt so far.
     """
 
     task: str
@@ -39,14 +41,17 @@ class ProbeStudy(Result):
     chosen: Int[Tensor, "fold"]
     nested: Float[Tensor, "example"]
     correct: Float[Tensor, "point example"]
-    control: Float[Tensor, "point example"]
-    shuffled: Float[Tensor, "point example"]
+    control: Float[Tensor, "labelling point example"]
+    same_split: Float[Tensor, "labelling point example"]
+    control_label: Int[Tensor, "labelling example"]
     null: Float[Tensor, "draw"]
+    point_null: Float[Tensor, "few point"]
     majority: Float[Tensor, "example"]
     embed: Float[Tensor, "example"]
     context: Float[Tensor, "example"]
     prob: Float[Tensor, "example n_class"]
     control_by: str | None
+    no_control: str
     best: int
     weight: Float[Tensor, "n_class d"]
     bias: Float[Tensor, "n_class"]
@@ -59,14 +64,30 @@ class ProbeStudy(Result):
         return float(self.nested.mean())
 
     @property
+    def balanced_accuracy(self) -> float:
+        """The same, averaged within classes first: 1 / classes where nothing is read, whatever their shares."""
+        return float(balanced(self.nested, self.label))
+
+    @property
     def p(self) -> float:
-        """How often labels that say nothing reach that accuracy; NaN where none were drawn."""
-        return float(null_p(self.nested.mean(), self.null)) if len(self.null) else float("nan")
+        """How often labels that say nothing reach that balanced accuracy; NaN where none were drawn."""
+        return float(null_p(balanced(self.nested, self.label), self.null)) if len(self.null) else float("nan")
+
+    @property
+    def point_p(self) -> Float[Tensor, "point"]:
+        """The same for each point, from the draws that were fitted everywhere."""
+        value = balanced(self.correct, self.label)
+        return null_p(value, self.point_null) if len(self.point_null) else torch.full_like(value, float("nan"))
+
+    @property
+    def point_q(self) -> Float[Tensor, "point"]:
+        """`point_p` over all points, as false discovery rates."""
+        return q_values(self.point_p)
 
     @property
     def selectivity(self) -> float:
-        """The accuracy minus that of the control task at the same points; NaN where no type recurs."""
-        return float((self.nested - self._control_where_chosen()).mean())
+        """The balanced accuracy on the real labels minus that on random ones, in the same folds; NaN without these."""
+        return self._selectivity()[0]
 
     @property
     def point(self) -> str:
@@ -83,62 +104,99 @@ class ProbeStudy(Result):
         """Said against come true, out of fold."""
         return Calibration.of(self.prob, self.label)
 
-    def interval(self, right: Float[Tensor, "*point example"] | None = None) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of an accuracy, resampling groups; the fitted probes are held."""
-        values = self.nested if right is None else right
-        return mean_interval(values.movedim(-1, 0), group=self.group)
+    def interval(self, right: Float[Tensor, "*point example"] | None = None) -> Ends:
+        """The 95 % interval of a balanced accuracy, resampling groups; the fitted probes are held."""
+        return ends(resampled(self.nested if right is None else right, self.label, self.group))
 
     def table(self, n: int | None = None) -> Table:
-        """The accuracy, what else reaches it, and by how much it is better than they are."""
-        embeddings = max((self.embed, self.context), key=lambda one: float(one.mean()))
-        control, by = self._control_where_chosen(), self.control_by or "token or group: none recurs"
-        drawn = self.null if len(self.null) else torch.full_like(self.nested[:1], float("nan"))
-        low, high = drawn.quantile(0.025), drawn.quantile(0.975)
+        """The balanced accuracy, what else reaches it, and by how much it is better than they are."""
+        better = max((self.embed, self.context), key=lambda one: float(balanced(one, self.label)))
+        null = self.null if len(self.null) else torch.full_like(self.nested[:1], float("nan"))
+        by = self.control_by or self.no_control
+        control, same = self._where_chosen(self.control), self._where_chosen(self.same_split)
         rows = [
             self._row(f"{self.kind} probe, point chosen inside", self.nested, self.p),
             self._row("embedding of the token alone", self.embed),
             self._row("mean embedding of the prompt so far", self.context),
-            self._row(f"control task (random label a {by})", control),
-            ("shuffled labels (mean and 95 % of draws)", float(drawn.mean()), float(low), float(high), None),
+            ("shuffled labels (mean and 95 % of draws)", *_around(null, float(null.mean())), None, None),
             self._row("most common class", self.majority),
-            self._row("selectivity: minus the control task", self.nested - control),
-            self._row("minus the better embedding", self.nested - embeddings),
+            (f"control task (random label a {by})", *self._of_labellings(control, self.control_label), None),
+            ("real labels in the control's folds", *self._of_labellings(same, self.label), None),
+            ("selectivity: these minus the control task", *self._selectivity(), None, None),
+            (*self._row("minus the better embedding", self.nested - better)[:4], None, None),
         ]
-        return Table(("what", "accuracy", "95% low", "95% high", "p"), rows).head(n)
+        return Table(("what", "balanced accuracy", "95% low", "95% high", "accuracy", "p"), rows).head(n)
 
     def top(self, k: int = 5) -> Table:
-        """The `k` points of the largest accuracy. To pick one of these is to look at the test examples."""
-        values, (low, high) = self.correct.mean(1), self.interval(self.correct)
+        """The `k` points of the largest balanced accuracy. To pick one of these is to look at the test examples."""
+        values, (low, high) = balanced(self.correct, self.label), self.interval(self.correct)
+        columns = (values, low, high, self.correct.mean(1), self.point_p, self.point_q)
         order = values.argsort(descending=True, stable=True)[:k].tolist()
-        rows = [(self.points[i], float(values[i]), float(low[i]), float(high[i])) for i in order]
-        return Table(("point", "accuracy", "95% low", "95% high"), rows)
+        rows = [(self.points[i], *(float(one[i]) for one in columns)) for i in order]
+        return Table(("point", "balanced accuracy", "95% low", "95% high", "accuracy", "p", "q"), rows)
 
     def figure(self) -> Any:
-        """Accuracy by point beside the control task and shuffled labels, with intervals over groups."""
+        """Balanced accuracy by point beside the control task, with intervals over groups; shuffled labels as a line."""
         from hooklens.viz.curves import lines
 
-        shown = {"probe": self.correct, f"control task ({self.control_by})": self.control, "shuffled": self.shuffled}
-        shown = {name: right for name, right in shown.items() if not bool(right.isnan().any())}
-        bands = {name: self.interval(right) for name, right in shown.items()}
+        shown = {"probe": balanced(self.correct, self.label)}
+        bands = {"probe": self.interval(self.correct)}
+        if self.control_by is not None:
+            for name, right, label in (
+                ("probe, in the control's folds", self.same_split, self.label),
+                (f"control task ({self.control_by})", self.control, self.control_label[:, None]),
+            ):
+                shown[name] = balanced(right, label).mean(0)
+                bands[name] = ends(_over_labellings(resampled(right, label, self.group)))
+        marks = {"mean embedding of the prompt": self.context, "token's embedding": self.embed}
+        heights = {name: float(balanced(right, self.label)) for name, right in marks.items()}
+        heights |= {"shuffled labels": float(self.null.mean())} if len(self.null) else {}
         layers = [getattr(parse(name), "layer", None) for name in self.points]
         by_layer = len(layers) > 1 and None not in layers and len(set(layers)) == len(layers)
-        marks = {"mean embedding of the prompt": self.context, "token's embedding": self.embed}
+        inside = f"layer chosen inside {self.balanced_accuracy:.2f}"
         drawn = lines(
-            {name: right.mean(1) for name, right in shown.items()},
+            shown,
             torch.tensor(layers) if by_layer else None,
             bands,
-            f"{self.task}: {self.kind} probe ({' | '.join(self.classes)}), layer chosen inside {self.accuracy:.2f}",
+            f"{self.task}: {self.kind} probe ({' | '.join(self.classes)}), {inside}",
             x_title="layer" if by_layer else "point",
-            y_title="accuracy out of fold",
-            marks={name: float(right.mean()) for name, right in marks.items()},
+            y_title="balanced accuracy out of fold",
+            marks=heights,
         )
         return drawn if len(self.points) > 1 else drawn.update_traces(mode="markers", selector={"mode": "lines"})
 
     def _row(self, name: str, right: Float[Tensor, "example"], p: float | None = None) -> Row:
-        if bool(right.isnan().any()):
-            return name, float("nan"), None, None, p
         low, high = self.interval(right)
-        return name, float(right.mean()), float(low), float(high), p
+        return name, float(balanced(right, self.label)), float(low), float(high), float(right.mean()), p
 
-    def _control_where_chosen(self) -> Float[Tensor, "example"]:
-        return self.control[self.chosen[self.fold], torch.arange(len(self.fold))]
+    def _where_chosen(self, right: Float[Tensor, "labelling point example"]) -> Float[Tensor, "labelling example"]:
+        return right[:, self.chosen[self.fold], torch.arange(len(self.fold))]
+
+    def _of_labellings(self, right: Float[Tensor, "labelling example"], label: Tensor) -> tuple[float, ...]:
+        """Balanced accuracy with its interval, and accuracy; NaN where there is no labelling."""
+        if not len(right):
+            return (float("nan"),) * 4
+        drawn = _over_labellings(resampled(right, label, self.group))
+        return *_around(drawn, float(balanced(right, label).mean())), float(right.mean())
+
+    def _selectivity(self) -> tuple[float, float, float]:
+        """With its interval: groups and labellings are drawn again, both tasks' together."""
+        if not len(self.control):
+            return (float("nan"),) * 3
+        pairs = [(self.same_split, self.label), (self.control, self.control_label)]
+        rows = [(self._where_chosen(right), label) for right, label in pairs]
+        real, random = (resampled(right, label, self.group) for right, label in rows)
+        value = balanced(*rows[0]).mean() - balanced(*rows[1]).mean()
+        return _around(_over_labellings(real - random), float(value))
+
+
+def _around(drawn: Float[Tensor, "draw"], value: float) -> tuple[float, float, float]:
+    low, high = ends(drawn)
+    return value, float(low), float(high)
+
+
+def _over_labellings(drawn: Float[Tensor, "draw labelling *cell"]) -> Float[Tensor, "draw *cell"]:
+    """Each draw's mean over labellings that are drawn again too: which random labels they were is chance as well."""
+    n = drawn.shape[1]
+    again = torch.randint(n, (len(drawn), n), generator=torch.Generator().manual_seed(1))
+    return drawn[torch.arange(len(drawn))[:, None], again].mean(1)

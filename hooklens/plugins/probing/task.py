@@ -83,6 +83,16 @@ class ProbeTask(Result):
         ]
         return Table(("prompt", "position", "label", "group"), rows)
 
+    def figure(self) -> Any:
+        """How many examples each class has, and in how many groups that hang together: what folds are made of."""
+        from hooklens.viz.figures import bars
+
+        kept = [self.label == one for one in range(len(self.classes))]
+        groups = [len(self.group[one].unique()) for one in kept]
+        names = [f"{name}: {n} groups" for name, n in zip(self.classes, groups, strict=True)]
+        counts = torch.tensor([float(one.sum()) for one in kept])
+        return bars(counts, labels=names, title=f"{self.name}: {len(self)} examples", y_title="examples")
+
 
 def read_task(
     model: "HookedTransformer",

@@ -1,9 +1,8 @@
 """Linear probes at every layer, the layer chosen in inner folds, with the controls that an accuracy needs."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -11,9 +10,12 @@ from torch import Tensor
 
 from hooklens.core.names import Where
 from hooklens.data.prompts import Prompts
-from hooklens.plugins.probing.folds import Fold, control_labels, control_types, make_folds, shuffled, split
+from hooklens.plugins.probing.balanced import balanced
+from hooklens.plugins.probing.control import ControlTasks
+from hooklens.plugins.probing.folds import Fold, make_folds
 from hooklens.plugins.probing.gather import Activations, gather
 from hooklens.plugins.probing.labels import odd_first
+from hooklens.plugins.probing.null import Null
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind
 from hooklens.plugins.probing.scoring import Scored, as_rows, correct, cross_validate, fit, majority, means_of
 from hooklens.plugins.probing.study import ProbeStudy
@@ -23,7 +25,6 @@ from hooklens.progress import progress
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_CONTROLS = 2  # control tasks a point: their mean over examples is what is shown
 _LOGISTIC = Logistic()
 
 
@@ -42,8 +43,9 @@ def train_probe(
 
     `site` is any site with one vector a position, at every layer or at one: "resid_post", ("z", 3), or a list. `kind`
     is `Logistic()`, `Ridge()`, `MassMean()` or `WhitenedMassMean()`. Folds are stratified and split no prompt and no
-    entity; standardisation and fit see a fold's own training examples; the point is chosen by the accuracy in inner
-    folds, and the accuracy there is what is reported. `folder` keeps the activations on disk: see `gather`.
+    entity; standardisation and fit see a fold's own training examples; the point is chosen by the balanced accuracy in
+    inner folds, and what is reached there is reported, beside `null_draws` shuffles of the labels. `folder` keeps the
+    activations on disk: see `gather`.
 
     >>> from hooklens.testing import tiny_model
     >>> probe, study = train_probe(model := tiny_model(), odd_first(model), null_draws=19)
@@ -83,24 +85,24 @@ def _study(
     acts: Activations, task: ProbeTask, kind: ProbeKind, folds: list[Fold], null_draws: int, seed: int
 ) -> ProbeStudy:
     label, n = task.label, len(task.classes)
-    generator = torch.Generator().manual_seed(seed)
-    control = _Control.of(acts, task, n, generator, seed)
-    draws = [shuffled(label, acts.group, generator) for _ in range(max(null_draws, 1))]
+    control = ControlTasks.of(label, acts.token, task.text_numbers(), acts.group, folds=len(folds), seed=seed)
+    null = Null.of(label, acts.group, len(folds), null_draws, len(acts.points), seed)
     scored: list[Scored] = []
-    beside: dict[str, list[Tensor]] = {"control": [], "shuffled": []}
+    beside: dict[str, list[Tensor]] = {"control": [], "same_split": [], "everywhere": []}
     with progress("probing", len(acts.points), unit="points") as advance:
         for x in acts.x:
             scored.append(cross_validate(x, label, n, folds, kind))
             rows = as_rows(x)
-            beside["control"].append(control.accuracy(rows, n, kind))
-            beside["shuffled"].append(correct(rows, draws[0], n, folds, kind))
+            for name, one in zip(beside, (*control.scores(rows, kind), null.at_a_point(rows, kind)), strict=True):
+                beside[name].append(one)
             advance()
     chosen = torch.stack([one.inner for one in scored]).argmax(0)  # the first of those that tie
     right = torch.stack([(one.logits.argmax(1) == label).double() for one in scored])
-    best = int(right.mean(1).argmax())
-    numbers = _nested(scored, right, chosen, folds) | {name: torch.stack(each) for name, each in beside.items()}
-    numbers |= {"correct": right, "majority": majority(label, folds)}
-    numbers |= {"null": _null(acts, draws[:null_draws], n, folds, chosen, kind)}
+    best = int(balanced(right, label).argmax())
+    everywhere = torch.stack(beside.pop("everywhere"), 1)
+    numbers = {name: torch.stack(each, 1) for name, each in beside.items()} | {"correct": right}
+    numbers |= _nested(scored, right, chosen, folds) | {"majority": majority(label, folds)}
+    numbers |= {"null": null.nested(acts, everywhere, chosen, kind), "point_null": null.scores(everywhere)}
     numbers |= {name: correct(as_rows(getattr(acts, name)), label, n, folds, kind) for name in ("embed", "context")}
     numbers |= _final(acts.x[best], label, n, kind, scored[best])
     return ProbeStudy(
@@ -112,7 +114,9 @@ def _study(
         group=acts.group,
         fold=_fold_of(folds, len(label)),
         chosen=chosen,
+        control_label=control.label,
         control_by=control.by,
+        no_control=control.missing,
         best=best,
         **{name: value.to(acts.x.dtype) for name, value in numbers.items()},
     )
@@ -133,53 +137,6 @@ def _fold_of(folds: list[Fold], n: int) -> Int[Tensor, "example"]:
     for i, one in enumerate(folds):
         fold[torch.from_numpy(one.test)] = i
     return fold
-
-
-@dataclass(frozen=True)
-class _Control:
-    """Control tasks of one study: random labels of types, and folds in which a type stands on both sides."""
-
-    by: str | None
-    labels: list[Int[Tensor, "example"]]
-    folds: list[list[Fold]]
-
-    @classmethod
-    def of(cls, acts: Activations, task: ProbeTask, n: int, generator: torch.Generator, seed: int) -> "_Control":
-        text = task.text_numbers()
-        found = control_types(acts.token, text, acts.group)
-        if found is None:
-            return cls(None, [], [])
-        types, by = found
-        shares = (torch.bincount(task.label, minlength=n) / len(task)).tolist()
-        labels = [control_labels(types, shares, generator) for _ in range(_CONTROLS)]
-        # prompts that are the same would make remembering a type remembering a row: they stay together
-        folds = [[Fold(a, b, ()) for a, b in split(one, text, 5, seed)] for one in labels]
-        return cls(by, labels, folds)
-
-    def accuracy(self, x: Any, n: int, kind: ProbeKind) -> Float[Tensor, "example"]:
-        if self.by is None:
-            return torch.full((len(x),), float("nan"), dtype=torch.float64)
-        each = [correct(x, label, n, folds, kind) for label, folds in zip(self.labels, self.folds, strict=True)]
-        return torch.stack(each).mean(0)
-
-
-def _null(
-    acts: Activations, draws: list[Tensor], n: int, folds: list[Fold], chosen: Tensor, kind: ProbeKind
-) -> Float[Tensor, "draw"]:
-    """The nested accuracy of labels that could have been, at the points that the real ones chose.
-
-    Whichever point is taken without looking at the test examples, their accuracy under such labels is that of chance;
-    choosing anew in every draw would cost a whole study each.
-    """
-    right = torch.zeros(len(draws), dtype=torch.float64)
-    with progress("shuffled labels", len(folds) * len(draws), unit="fits") as advance:
-        for fold, point in zip(folds, chosen.tolist(), strict=True):
-            x = as_rows(acts.x[point])
-            for i, label in enumerate(draws):
-                test = correct(x, label, n, [fold], kind)[torch.from_numpy(fold.test)]
-                right[i] += test.sum()
-                advance()
-    return right / len(acts)
 
 
 def _final(x: Float[Tensor, "example d"], label: Tensor, n: int, kind: ProbeKind, scored: Scored) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """What a coefficient sweep found: effect and fluency at every coefficient, for a direction and for random ones."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from hooklens.result import Result, Table
 from hooklens.statistics import mean_interval, null_p, q_values
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins.claims import ClaimFamily, Registration
 
 Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
 
@@ -68,8 +73,9 @@ class CoefficientSweep(Result):
 
     @property
     def q(self) -> Float[Tensor, "coefficient"]:
-        """`p` over coefficients, as false discovery rates."""
-        return q_values(self.p)
+        """`p` over coefficients, as false discovery rates; 0 adds nothing and is no test."""
+        tested = self.coefficients != 0
+        return q_values(torch.where(tested, self.p, torch.nan)).where(tested, 1.0)
 
     @property
     def perplexity(self) -> Float[Tensor, "coefficient"]:
@@ -107,6 +113,23 @@ class CoefficientSweep(Result):
         rows = self.table().rows
         order = self.effect.abs().argsort(descending=True, stable=True)[:k].tolist()
         return Table(self.table().columns, [rows[i] for i in order])
+
+    def claims(
+        self, model: "HookedTransformer | str", metric: Any = "", *, registered: "Sequence[Registration]" = ()
+    ) -> "ClaimFamily":
+        """A claim a coefficient but 0: that steering moves the metric, beside random directions of its length."""
+        from hooklens.plugins.claims import Measured, claim, family
+
+        base, group, made = self.base.cpu(), self.group.cpu(), []
+        seen = Measured.of("metric, not steered", base, group, metric=metric)
+        for i in self.coefficients.nonzero().flatten().tolist():
+            moved, random = self.metric[i].cpu() - base, self.random_metric[:, i].cpu() - base
+            effect = Measured.of("change of the metric", moved, group, metric=metric)
+            side = -1.0 if effect.mean < 0 else 1.0
+            control = Measured.edge_of("random directions of its length", random, side, group, metric=metric)
+            words = f"{float(self.coefficients[i]):g} times the direction at {self.site} moves the metric"
+            made.append(claim(model, words, observation=seen, intervention=effect, control=control))
+        return family(model, made, registered=registered)
 
     def samples(self, prompt: int = 0) -> Table:
         """What the model writes after one prompt, at every coefficient."""

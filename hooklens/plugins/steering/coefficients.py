@@ -17,7 +17,7 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.positions import Positions
-from hooklens.plugins.steering.steer import adding, steer
+from hooklens.plugins.steering.steer import Direction, adding, of_point, point_shape, steer
 from hooklens.plugins.steering.variants import Hooks, Row, Variants, check_texts, first_layer, unit_controls
 from hooklens.progress import progress
 from hooklens.result import Result
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 class SweepSettings:
     """How a coefficient sweep runs.
 
-    `controls`: how many random directions, or the directions `[draw width]` themselves; they are brought to the
-    direction's length. `written`: how many of these also write text. `group` has one label a prompt: intervals resample
-    groups.
+    `controls`: how many random directions, or the directions themselves, `[draw ...]`; they are brought to the
+    direction's length, layer by layer and head by head where it has such axes. `written`: how many of these also write
+    text. `group` has one label a prompt: intervals resample groups.
     """
 
-    controls: int | Float[Tensor, "draw width"] = 24
+    controls: int | Float[Tensor, "draw *point"] = 24
     written: int = 2
     new_tokens: int = 24
     temperature: float = 1.0
@@ -47,7 +47,7 @@ class SweepSettings:
 def coefficient_sweep(
     model: "HookedTransformer",
     prompts: Prompts,
-    direction: Float[Tensor, "width"],
+    direction: Direction,
     coefficients: Sequence[float | int],
     metric: Any,
     *,
@@ -58,7 +58,8 @@ def coefficient_sweep(
     """How does the metric move with the coefficient, what does that cost in fluency, and would any direction do?
 
     Every number stands beside that of random directions of the same length. `metric` is read on the prompts, steered;
-    then each prompt is continued, steered. `neutral` is text that should stay as likely as it was, steered at every
+    then each prompt is continued, steered. `direction` is what `steer` takes: one vector, or one a layer, and at heads
+    one a head; one coefficient scales it all. `neutral` is text that should stay as likely as it was, steered at every
     position; None takes the unsteered model's own continuations.
 
     >>> from hooklens.testing import tiny_model
@@ -130,21 +131,23 @@ def _planned(
         raise InputError("the metric is read on prompts, where positions='generated' adds nothing; use slice(-1, None)")
     steer(model, direction, 1.0, site=site, positions=made.positions)  # refuses what cannot be added there
     amounts = torch.as_tensor(list(coefficients), dtype=torch.float64)
-    if direction.ndim != 1 or not len(amounts) or not bool(amounts.isfinite().all()):
-        raise InputError("a sweep takes one direction [width] and at least one finite coefficient")
+    if not len(amounts) or not bool(amounts.isfinite().all()):
+        raise InputError("a sweep takes at least one finite coefficient")
     wide = direction.detach().double().cpu()
-    controls = unit_controls(made.controls, wide, made.seed) * wide.norm()
+    controls = unit_controls(made.controls, wide, made.seed) * wide.norm(dim=-1, keepdim=True)
     names = [point.name for point in model.resolve(site)]
     every = torch.cat([wide[None], controls])
     used = (amounts != 0).nonzero().flatten()
     of = torch.zeros(len(every), len(amounts), dtype=torch.long)
     of[:, used] = torch.arange(1, 1 + len(every) * len(used)).view(len(every), -1)
-    vectors = (amounts[used, None] * every[:, None]).flatten(0, 1)
+    vectors = torch.einsum("c,k...->kc...", amounts[used], every).flatten(0, 1)
     vectors = torch.cat([torch.zeros_like(every[:1]), vectors])
+    shapes = {name: point_shape(model, name, "steer") for name in names}
+    at = {name: torch.stack([of_point(one, name, shape) for one in vectors]) for name, shape in shapes.items()}
 
     def edits(positions: Positions) -> Variants:
         def hooks(index: Int[Tensor, "row"]) -> Hooks:
-            return [(name, adding(vectors[index], torch.ones(()), positions)) for name in names]
+            return [(name, adding(at[name][index], torch.ones(()), positions)) for name in names]
 
         return Variants(len(vectors), hooks, first_layer(names))
 

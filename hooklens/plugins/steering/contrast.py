@@ -131,7 +131,7 @@ def contrast_direction(
     split = made_splits(n_positive, n_negative, group, seed)
     found = cross_fit(acts, split, draws, seed, keep=_KEPT)
     label = torch.arange(n_positive + n_negative) < n_positive
-    direction = acts[:, label].mean(1) - acts[:, ~label].mean(1)
+    direction = (acts[:, label].double().mean(1) - acts[:, ~label].double().mean(1)).to(acts)
     norm = acts.norm(dim=2).mean(1)
     where = "mean over positions" if pos is None else f"position {pos}"
     return ContrastDirections(direction, *found, label.long(), norm, kind, where, split.paired, len(split.folds))
@@ -148,11 +148,11 @@ def _vector_site(name: str) -> str:
 
 
 def _gathered(
-    model: "HookedTransformer", rows: list[Int[Tensor, "_pos"]], kind: str, pos: int | None
+    model: "HookedTransformer", rows: list[Int[Tensor, "_pos"]], site: str, pos: int | None
 ) -> Float[Tensor, "layer prompt width"]:
-    """The activation of every prompt at every layer, at the position or averaged over all."""
+    """The activation of every prompt at every layer, in float32 or wider, at the position or averaged over all."""
     _check_position(rows, pos)
-    points = [point.name for point in model.resolve(kind)]
+    points, kind = [point.name for point in model.resolve(site)], torch.promote_types(model.dtype, torch.float32)
     lengths: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         lengths.setdefault(len(row), []).append(i)
@@ -164,7 +164,8 @@ def _gathered(
                 index = members[start : start + at_once]
                 tokens = torch.stack([rows[i] for i in index])
                 _, cache = model.run_with_cache(tokens, names=points, stop_at_layer=model.cfg.n_layers)
-                acts = torch.stack([cache[name].mean(1) if pos is None else cache[name][:, pos] for name in points])
+                each = (cache[name].to(kind) for name in points)
+                acts = torch.stack([act.mean(1) if pos is None else act[:, pos] for act in each])
                 found |= dict(zip(index, acts.unbind(1), strict=True))
                 advance(len(index))
     return torch.stack([found[i] for i in range(len(rows))], 1).cpu()

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.statistics import group_numbers
+from hooklens.statistics import auc, group_numbers
 
 _FOLDS = 5
 Acts = Float[Tensor, "layer prompt width"]
@@ -95,28 +95,17 @@ def cross_fit(acts: Acts, split: Split, draws: int, seed: int, *, keep: int) -> 
     signs = split.shuffled(draws, torch.Generator().manual_seed(seed + 1))
     label = split.labels()[None]
     score = _held_out(gram, label, split.folds)[:, 0]
-    null = torch.cat([auc(_held_out(gram, some, split.folds), some) for some in signs.split(32)], 1)
+    null = torch.cat([_separation(_held_out(gram, some, split.folds), some) for some in signs.split(32)], 1)
     positive = split.labels() > 0
     gap = score[:, positive].mean(1) - score[:, ~positive].mean(1)
     drawn = torch.einsum("kn,lnd->kld", _weights(signs[:keep], torch.ones(len(positive), dtype=torch.bool)), wide)
-    found = auc(score[:, None], label)[:, 0], gap, null.T, drawn, score
+    found = _separation(score[:, None], label)[:, 0], gap, null.T, drawn, score
     return Separation(*(one.to(acts) for one in found))
 
 
-def auc(score: Float[Tensor, "layer draw prompt"], signs: Signs) -> Float[Tensor, "layer draw"]:
-    """The chance that a positive prompt scores above a negative one, a tie counting half.
-
-    >>> auc(torch.tensor([[[0.1, 0.4, 0.4, 0.0]]]), torch.tensor([[1.0, 1.0, -1.0, -1.0]])).item()
-    0.625
-
-    Reference: Hanley and McNeil (1982), "The meaning and use of the area under a receiver operating characteristic".
-    """
-    found = []
-    for i, sign in enumerate(signs):
-        above, below = score[:, i, sign > 0], score[:, i, sign < 0]
-        gaps = above[:, :, None] - below[:, None]
-        found.append(((gaps > 0).double() + 0.5 * (gaps == 0).double()).mean((1, 2)))
-    return torch.stack(found, 1)
+def _separation(score: Float[Tensor, "layer draw prompt"], signs: Signs) -> Float[Tensor, "layer draw"]:
+    """The chance that a positive prompt scores above a negative one."""
+    return torch.stack([auc(score[:, i], sign > 0) for i, sign in enumerate(signs)], 1)
 
 
 def _held_out(

@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -15,8 +15,9 @@ from hooklens.plugins.steering.positions import Positions, checked, touched
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-Direction = Float[Tensor, "*layer_or_row width"]
+Direction = Float[Tensor, "*point"]
 _STREAM = ("resid_pre", "resid_mid", "resid_post")
+_OF_HEADS = ("q", "k", "v", "z", "result")
 
 
 class StreamEdit(AbstractContextManager["StreamEdit"]):
@@ -55,8 +56,9 @@ def steer(
     ...     out = model.generate([1, 2, 3], 4)
     >>> logits = model.run_with_hooks([[1, 2]], fwd_hooks=steer(model, direction, 3.0, site=("resid_pre", 1)).hooks)
 
-    `direction` is one vector for all points, or `[layer width]` with one a layer; `coefficient` a number, or one a row
-    of the batch; at 0 no hook is attached. `positions` is "all", "prompt", "generated", numbers or a slice: negative
+    `direction` is one vector for all points, or `[layer width]` with one a layer; at heads (q, k, v, z) `[head d_head]`
+    or `[layer head d_head]`, zeros leaving a head as it is. `coefficient` is a number, or one a row of the batch; at 0
+    no hook is attached. `positions` is "all", "prompt", "generated", numbers or a slice: negative
     ones count from the end of the prompt, so that slice(-1, None) is every position from which a new token is read.
 
     Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
@@ -72,22 +74,23 @@ def steer(
     what = f"{points[0]}{' and others' * (len(points) > 1)}, positions {positions!r}"
     if amount.ndim == 0 and float(amount) == 0:
         return StreamEdit(model, [], f"nothing: coefficient 0 at {what}")
-    hooks: list[tuple[Where, HookFn]] = [
-        (name, adding(_of_point(direction, name), amount, positions)) for name in points
-    ]
+    hooks: list[tuple[Where, HookFn]] = []
+    for name in points:
+        vector = of_point(direction, name, point_shape(model, name, "steer"))
+        hooks.append((name, adding(vector[None], amount, positions)))
     return StreamEdit(model, hooks, f"adds at {what}")
 
 
-def adding(vector: Float[Tensor, "*row width"], amount: Float[Tensor, "*row"] | Tensor, positions: Positions) -> HookFn:
-    """A hook that adds amount * vector at the positions; with a row axis, to each row of the batch its own."""
+def adding(vector: Float[Tensor, "row *point"], amount: Tensor, positions: Positions) -> HookFn:
+    """A hook that adds amount * vector at the positions: one vector to all rows of the batch, or to each its own."""
 
     def add(act: Tensor, hook: HookCall) -> Tensor | None:
         where = touched(positions, hook, act.shape[1])
         if where is False:
             return None
         scale = amount.to(act)
-        added = scale.view(-1, 1) * vector.to(act) if scale.ndim else scale * vector.to(act)
-        moved = act + _by_row(added, act)
+        scale = scale.view(-1, *[1] * (vector.ndim - 1)) if scale.ndim else scale
+        moved = act + _by_row(scale * vector.to(act), act)
         return moved if where is True else torch.where(_mask(where, act), moved, act)
 
     return add
@@ -96,15 +99,15 @@ def adding(vector: Float[Tensor, "*row width"], amount: Float[Tensor, "*row"] | 
 def project_out(
     x: Float[Tensor, "*lead width"], direction: Float[Tensor, "*#lead width"]
 ) -> Float[Tensor, "*lead width"]:
-    """x without its component along a direction: x - u (u . x), u the direction at length 1.
+    """x without its component along a direction: x - u (u . x), u the direction at length 1; all of x along 0.
 
     >>> project_out(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])).tolist()
     [3.0, 0.0]
 
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", equation 4.
     """
-    unit = direction / direction.norm(dim=-1, keepdim=True)
-    unit = unit.to(x)
+    size = direction.norm(dim=-1, keepdim=True)
+    unit = (direction / torch.where(size > 0, size, 1.0)).to(x)
     return x - (x * unit).sum(-1, keepdim=True) * unit
 
 
@@ -121,20 +124,24 @@ def ablate_direction(
     True
 
     `sites=None` is every point of the residual stream at every layer: the same as weights that cannot write the
-    direction. Chosen sites leave it to be written again after them. `direction` may be `[layer width]`.
+    direction. Chosen sites leave it to be written again after them. `direction` may be `[layer width]`; at heads each
+    loses its own direction of `[head d_head]`, and one whose direction is 0 nothing.
 
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", section 2.4.
     """
     positions = checked(positions)
     points = _points(model, stream_sites(model) if sites is None else sites, direction, "ablate")
-    if not bool(direction.isfinite().all()) or not bool((direction.norm(dim=-1) > 0).all()):
-        raise InputError("a direction to ablate is finite and not 0; the one given points nowhere")
-    hooks: list[tuple[Where, HookFn]] = [(name, removing(_of_point(direction, name), positions)) for name in points]
+    hooks: list[tuple[Where, HookFn]] = []
+    for name in points:
+        vector = of_point(direction, name, point_shape(model, name, "ablate"))
+        if not bool(vector.isfinite().all()) or not bool(vector.any()):
+            raise InputError("a direction to ablate is finite and not 0; the one given points nowhere")
+        hooks.append((name, removing(vector[None], positions)))
     return StreamEdit(model, hooks, f"ablates a direction at {len(points)} points, positions {positions!r}")
 
 
-def removing(vector: Float[Tensor, "*row width"], positions: Positions) -> HookFn:
-    """A hook that projects a vector out at the positions; with a row axis, out of each row of the batch its own."""
+def removing(vector: Float[Tensor, "row *point"], positions: Positions) -> HookFn:
+    """A hook that projects a vector out at the positions: one out of all rows of the batch, or out of each its own."""
 
     def remove(act: Tensor, hook: HookCall) -> Tensor | None:
         where = touched(positions, hook, act.shape[1])
@@ -158,50 +165,56 @@ def stream_sites(model: "HookedTransformer") -> list[str]:
 
 
 def _points(model: "HookedTransformer", where: Where, direction: Direction, verb: str) -> list[str]:
-    """The full names of the points, each checked to hold vectors of the direction's width."""
+    """The full names of the points, each checked to hold what the direction is a direction of."""
     if not isinstance(direction, Tensor) or not direction.is_floating_point():
-        raise WrongType(f"a direction is a float tensor [width] or [layer width], got {type(direction).__name__}")
-    if direction.ndim not in (1, 2) or (direction.ndim == 2 and len(direction) != model.cfg.n_layers):
-        raise InputError(
-            f"a direction is [width], or [layer width] with one a layer of the {model.cfg.n_layers}, got "
-            f"{list(direction.shape)}"
-        )
+        raise WrongType(f"a direction is a float tensor such as [width], got {type(direction).__name__}")
     names = [point.name for point in model.resolve(where)]
     for name in names:
-        width = _width(model, name, verb)
-        if direction.shape[-1] != width:
-            raise InputError(f"{name} holds vectors of width {width}, and the direction has {direction.shape[-1]}")
+        here = point_shape(model, name, verb)
+        if tuple(direction.shape) not in (here, (model.cfg.n_layers, *here)):
+            raise InputError(
+                f"{name} holds {list(here)} at each position, so that a direction there is that, or "
+                f"{[model.cfg.n_layers, *here]} with one a layer; got {list(direction.shape)}"
+            )
     return names
 
 
-def _width(model: "HookedTransformer", name: str, verb: str) -> int:
-    found = parse(name)
-    axes = AXES.get(found.name if found else "", ())
-    sizes = {"d_model": model.cfg.d_model, "d_mlp": model.cfg.d_mlp, "d_vocab": model.cfg.d_vocab_out}
-    in_head = found is not None and "attn" in (found.part or "")
-    if len(axes) != 3 or axes[:2] != ("batch", "pos") or axes[2] not in sizes or in_head:
+def point_shape(model: "HookedTransformer", name: str, verb: str) -> tuple[int, ...]:
+    """What stands at each position of a point: a vector, or one a head.
+
+    >>> from hooklens.testing import tiny_model
+    >>> [point_shape(tiny_model(), f"blocks.0.{point}", "steer") for point in ("hook_resid_post", "attn.hook_z")]
+    [(8,), (2, 4)]
+    """
+    cfg, found = model.cfg, parse(name)
+    inside = AXES.get(found.name if found else "", ())
+    sizes = {"d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "d_vocab": cfg.d_vocab_out, "d_head": cfg.d_head}
+    sizes |= {"head": cfg.n_heads, "kv_head": cfg.n_key_value_heads}
+    in_module = found is not None and found.name not in _OF_HEADS and "attn" in (found.part or "")
+    if inside[:2] != ("batch", "pos") or not set(inside[2:]) <= set(sizes) or in_module:
         raise InputError(
-            f"{verb} works where one vector stands at each position, such as resid_post, attn_out, mlp_out or post; "
-            f"{name} holds {' '.join(axes) or 'something else'}"
+            f"{verb} works where one vector stands at each position, such as resid_post, attn_out, mlp_out or post, "
+            f"or one a head: q, k, v, z; {name} holds {' '.join(inside) or 'something else'}"
         )
-    return sizes[axes[2]]
+    return tuple(sizes[axis] for axis in inside[2:])
 
 
-def _of_point(direction: Direction, name: str) -> Float[Tensor, "width"]:
-    found = parse(name)
-    if direction.ndim == 1:
+def of_point(direction: Direction, name: str, shape: tuple[int, ...]) -> Float[Tensor, "*here"]:
+    """The direction at one point: itself, or that of the point's layer where there is one a layer."""
+    if direction.ndim == len(shape):
         return direction
+    found = parse(name)
     if found is None or found.layer is None:
         raise InputError(f"{name} belongs to no layer, and the direction is one a layer; give one vector")
     return direction[found.layer]
 
 
-def _by_row(vector: Float[Tensor, "*row width"], act: Float[Tensor, "batch pos width"]) -> Tensor:
-    """Ready to stand beside [batch pos width]."""
-    if vector.ndim == 2 and len(vector) != len(act):
+def _by_row(vector: Float[Tensor, "row *point"], act: Float[Tensor, "batch pos *point"]) -> Tensor:
+    """Ready to stand beside the activation."""
+    if len(vector) not in (1, len(act)):
         raise InputError(f"{len(vector)} rows were to be edited each in its own way, and the batch has {len(act)}")
-    return vector[:, None] if vector.ndim == 2 else vector
+    return vector[:, None]
 
 
-def _mask(where: Any, act: Tensor) -> Tensor:
-    return where.to(act.device)[..., None]
+def _mask(where: Bool[Tensor, "batch_or_one pos"], act: Float[Tensor, "batch pos *point"]) -> Tensor:
+    return where.to(act.device).view(*where.shape, *[1] * (act.ndim - 2))

@@ -117,23 +117,27 @@ def check_texts(rows: Sequence[Row], name: str) -> list[Row]:
 
 
 def unit_controls(
-    controls: int | Float[Tensor, "draw given"], direction: Float[Tensor, "width"], seed: int
-) -> Float[Tensor, "_draw width"]:
-    """Control directions of length 1: that many at random, or the given ones.
+    controls: int | Float[Tensor, "draw *given"], direction: Float[Tensor, "*point"], seed: int
+) -> Float[Tensor, "_draw *point"]:
+    """Control directions of length 1 (at each layer and head, where there are several): so many at random, or given.
 
     >>> unit_controls(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0).tolist()
     [[0.6, 0.8]]
     """
+    here = list(direction.shape)
     if not isinstance(controls, Tensor):
         if isinstance(controls, bool) or controls < 1:
             raise InputError(
                 f"controls is a number of random directions, at least 1, or the directions; got {controls}"
             )
         generator = torch.Generator().manual_seed(seed)
-        controls = torch.randn(controls, len(direction), generator=generator, dtype=torch.float64)
-    if controls.ndim != 2 or controls.shape[1] != len(direction) or not len(controls):
-        raise InputError(f"control directions are [draw {len(direction)}], at least one, got {list(controls.shape)}")
+        controls = torch.randn(controls, *here, generator=generator, dtype=torch.float64)
+    if list(controls.shape[1:]) != here or not len(controls):
+        raise InputError(
+            f"control directions are [draw {' '.join(map(str, here))}], at least one, got {list(controls.shape)}"
+        )
     wide = controls.detach().double().cpu()
-    if not bool((wide.norm(dim=1) > 0).all()):
+    size = wide.norm(dim=-1, keepdim=True)
+    if not bool(((size > 0).squeeze(-1) | (direction.cpu().norm(dim=-1) == 0)).all()):
         raise InputError("a control direction is 0 and points nowhere; leave it out")
-    return wide / wide.norm(dim=1, keepdim=True)
+    return wide / torch.where(size > 0, size, 1.0)

@@ -11,6 +11,7 @@ from hooklens.core.errors import InputError, did_you_mean
 from hooklens.plugins.weights.components import random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.result import Result, Table
+from hooklens.statistics import null_p, q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -28,13 +29,22 @@ class PrincipalAngles(Result):
     @property
     def p(self) -> Float[Tensor, "angle"]:
         """How often the same-numbered angle between random subspaces of these sizes is as small."""
-        return ((self.null >= self.cosine).sum(0) + 1).to(self.cosine) / (len(self.null) + 1)
+        return null_p(self.cosine, self.null)
+
+    @property
+    def q(self) -> Float[Tensor, "angle"]:
+        """`p` over the angles, as false discovery rates."""
+        return q_values(self.p)
+
+    def top(self, k: int = 5) -> Table:
+        """The `k` smallest angles."""
+        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row an angle, the smallest first."""
-        columns = ("angle", "degrees", "cosine", "random", "p")
+        columns = ("angle", "degrees", "cosine", "random", "p", "q")
         degrees = self.cosine.clamp(-1, 1).arccos().rad2deg()
-        parts = zip(*(one.tolist() for one in (degrees, self.cosine, self.null.mean(0), self.p)), strict=True)
+        parts = zip(*(one.tolist() for one in (degrees, self.cosine, self.null.mean(0), self.p, self.q)), strict=True)
         return Table(columns, [(i, *row) for i, row in enumerate(parts)]).head(n)
 
     def figure(self) -> Any:

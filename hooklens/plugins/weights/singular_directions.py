@@ -21,6 +21,7 @@ from hooklens.plugins.weights.matrices import (
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.plugins.weights.token_lists import Side, TokenLists, listed, random_vectors, token_lists
 from hooklens.result import Result, Table
+from hooklens.statistics import q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -45,15 +46,19 @@ class SingularDirections(Result):
     right: Float[Tensor, "direction d_model"] | None
     lists: list[TokenLists]
 
+    @property
+    def q(self) -> Float[Tensor, "side direction"]:
+        """False discovery rates of "more peaked than a random vector", over all lists of all directions here."""
+        return q_values(torch.stack([one.p for one in self.lists]))
+
     def table(self, n: int | None = 10) -> Table:
         """Two rows a direction, one a sign: the tokens that go together."""
         sides = [one.name for one in self.lists]
         columns = ("direction", "singular value", "share", *(side for side in sides), *(f"q {side}" for side in sides))
         rows: list[tuple] = []
-        for i in range(len(self.singular)):
+        for i, q in enumerate(self.q.T.tolist()):
             for high in (True, False):
                 words = [listed(one.words(i, high=high)) for one in self.lists]
-                q = [float(one.q[i]) for one in self.lists]
                 rows.append((f"{i}{'+' if high else '-'}", float(self.singular[i]), float(self.share[i]), *words, *q))
         return Table(columns, rows).head(n)
 
@@ -102,6 +107,7 @@ def qk_directions(
 
     Both are read from the stream through the same norm, whose weight is folded in. Rotary models: the score of a query
     and a key at the same position; at a distance it is turned. Norms of q and k: their weight, not their scale.
+    Biases are left out: keys that all queries look at alike, through b_Q W_K^T, do not show.
 
     >>> from hooklens.testing import tiny_model
     >>> [one.name for one in qk_directions(tiny_model(), 1, 0, k=2, top=3).lists]

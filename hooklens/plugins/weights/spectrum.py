@@ -171,7 +171,7 @@ def spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
     """
     fresh = type(model)(model.cfg, seed=seed, dtype=model.dtype)
     here, initial = _all(model), _all(fresh)
-    eps = torch.finfo(model.dtype).eps
+    eps = torch.finfo(torch.promote_types(model.dtype, torch.float32)).eps  # half types hold exact numbers: see `wide`
     made = {name: Spectrum(s, initial[name][0], shape, eps) for name, (s, shape) in here.items()}
     return Spectra({name: one for name, one in made.items() if name not in ("QK", "OV")}, made["QK"], made["OV"])
 

@@ -40,3 +40,12 @@ RECORDED = {
         ],
     },
 }
+# By model and threshold: the edges that ACDC keeps, corrupted ablation, by divergence from the clean run.
+ACDC = {
+    ("learned", 0.001): [0, 18, 21, 43, 44, 45],
+    ("learned", 0.01): [2, 40],
+    ("learned", 0.05): [],
+    ("attn_only", 0.001): [2, 3, 4, 10, 16, 22, 25, 26, 28],
+    ("attn_only", 0.01): [2, 3, 25, 26],
+    ("attn_only", 0.05): [2, 25],
+}

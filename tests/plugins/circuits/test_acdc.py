@@ -1,12 +1,15 @@
-"""ACDC and pruning: gates, and the same outcome as one trial after the other."""
+"""ACDC and pruning: gates, and the same outcome as one trial after the other and as auto-circuit's."""
 
 import pytest
 import torch
+from model.parity import transformer_lens_model
+from recorded_circuits import ACDC
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
 import hooklens as hl
 from hooklens.plugins.circuits.acdc import acdc, acdc_nodes
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
+from hooklens.plugins.circuits.eap import demo_pairs, eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.prune import prune_edges, prune_edges_below, prune_nodes, prune_nodes_below
 from hooklens.plugins.circuits.run import run_edges
@@ -19,15 +22,15 @@ def logit(logits):
 
 def test_an_or_gate_keeps_exactly_one_head():
     found = acdc(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero")
-    assert found.kept == ["L0MLP->logits", "L0H0->L0MLP"]
+    assert found.kept == ["MLP0->logits", "L0H0->MLP0"]
     assert found.metric_of_circuit == found.metric_of_model == 1.0 and found.metric_of_nothing == 0.0
-    assert acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept == ["L0MLP", "L0H0"]
+    assert acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept == ["MLP0", "L0H0"]
 
 
 def test_an_and_gate_keeps_the_one_path():
     found = acdc(and_gate(), [[1, 1, 1]], [[1, 0, 1]], logit, threshold=0.1)
-    assert found.circuit.edges == ["embed->L0H0.v", "L0H0->L0MLP", "L0MLP->logits"]
-    assert acdc_nodes(and_gate(), [[1, 1, 1]], [[1, 0, 1]], logit, threshold=0.1).kept == ["L0MLP", "L0H0", "embed"]
+    assert found.circuit.edges == ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"]
+    assert acdc_nodes(and_gate(), [[1, 1, 1]], [[1, 0, 1]], logit, threshold=0.1).kept == ["MLP0", "L0H0", "embed"]
 
 
 def one_after_the_other(model, metric, threshold: float, ablation: str) -> tuple[torch.Tensor, int]:
@@ -58,6 +61,13 @@ def test_many_trials_at_once_are_one_after_the_other(threshold, ablation, change
     assert torch.equal(found.circuit.kept, tidy) and found.circuit.dropped == int(kept.sum() - tidy.sum())
 
 
+@pytest.mark.parametrize(("name", "threshold"), ACDC)
+def test_the_edges_that_auto_circuit_s_acdc_keeps(name, threshold):
+    model = transformer_lens_model(name)
+    found = acdc(model, CLEAN, CORRUPTED, hl.kl(model, CLEAN), threshold=threshold)
+    assert sorted(found.circuit.graph.numbers(found.kept)) == ACDC[name, threshold]
+
+
 def test_on_two_layers_each_kept_edge_was_worth_the_threshold_when_tried():
     model = tiny_model(dtype=torch.float64)
     found = acdc(model, CLEAN, CORRUPTED, diff, threshold=0.02)
@@ -67,9 +77,46 @@ def test_on_two_layers_each_kept_edge_was_worth_the_threshold_when_tried():
     assert len(found.table(3)) <= 3 and found.top(1).rows[0][1] == float(found.drop[~found.removed].max())
 
 
+KINDS = [{}, {"block": "parallel"}, {"block": "sandwich"}, {"n_key_value_heads": 2, "attn_only": True}]
+
+
+@pytest.mark.parametrize("ablation", ["corrupted", "zero", "mean"])
+@pytest.mark.parametrize("changes", KINDS)
+def test_the_circuit_handed_over_has_the_metric_that_was_reported(changes, ablation):
+    """In a sandwich block an edge into a head matters by the norm that all heads of the layer share."""
+    model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
+    clean, corrupted, metric = demo_pairs(model, 2)
+
+    def value(circuit) -> float:
+        return float(circuit.run(model, clean, corrupted, metric).per_pair.mean())
+
+    found = acdc(model, clean, corrupted, metric, threshold=0.003, ablation=ablation)
+    assert 0 < found.circuit.n_edges < found.circuit.graph.n_edges
+    assert found.metric_of_circuit == pytest.approx(value(found.circuit), abs=1e-12)
+    start = whole_circuit(model, ablation=ablation)
+    for pruned in (
+        prune_edges(model, start, clean, corrupted, metric, size=30, share=0.3),
+        prune_edges_below(model, start, clean, corrupted, metric, threshold=0.003),
+    ):
+        kept = run_edges(model, pruned.circuit.kept, clean, corrupted, metric, ablation=ablation)
+        assert float(pruned.metric[-1]) == pytest.approx(float(kept.per_pair.mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_a_circuit_cut_from_scores_loses_no_edge_that_acts(changes):
+    model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
+    clean, corrupted, metric = demo_pairs(model, 2)
+    scores = eap(model, clean, corrupted, metric)
+    for threshold in scores.scores.abs().quantile(torch.tensor([0.6, 0.8, 0.9], dtype=torch.float64)).tolist():
+        chosen = scores.scores.abs() >= threshold
+        circuit = scores.above(threshold)
+        runs = run_edges(model, torch.stack([chosen, circuit.kept]), clean, corrupted, metric)
+        torch.testing.assert_close(runs.per_pair[0], runs.per_pair[1], atol=1e-12, rtol=0)
+
+
 def test_pruning_an_and_gate_and_an_or_gate():
     clean, corrupted = [[1, 1, 1]], [[1, 0, 1]]
-    path = ["embed->L0H0.v", "L0H0->L0MLP", "L0MLP->logits"]
+    path = ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"]
     start = whole_circuit(and_gate())
     assert prune_edges(and_gate(), start, clean, corrupted, logit, size=3).circuit.edges == path
     assert prune_edges_below(and_gate(), start, clean, corrupted, logit, threshold=0.5).circuit.edges == path
@@ -80,8 +127,8 @@ def test_pruning_an_and_gate_and_an_or_gate():
     one = prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01)
     assert one.circuit.n_edges == 2 and float(one.metric[-1]) == 1.0
     both = prune_edges_below(gate, start, [[0]], None, logit, threshold=0.5)
-    assert both.circuit.edges == ["L0MLP->logits"] and float(both.metric[-1]) == 0.0
-    assert prune_nodes_below(gate, start, [[0]], None, logit, threshold=0.5).circuit.nodes == ["L0MLP"]
+    assert both.circuit.edges == ["MLP0->logits"] and float(both.metric[-1]) == 0.0
+    assert prune_nodes_below(gate, start, [[0]], None, logit, threshold=0.5).circuit.nodes == ["MLP0"]
 
 
 def test_greedy_pruning_cuts_the_least_and_measures_again():

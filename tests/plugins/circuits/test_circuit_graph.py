@@ -1,5 +1,7 @@
 """Which edges there are: the published counts, and what a frozen model's readers really see."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,7 +60,7 @@ def where(source: str) -> str:
     """The point at which a node's output can be moved: all heads of a layer write into attn_out."""
     if source == "embed":
         return "hook_embed"
-    layer = int("".join(c for c in source[1:].partition("H")[0] if c.isdigit()))
+    layer = int(re.findall(r"\d+", source)[0])
     return f"blocks.{layer}.hook_{'mlp' if 'MLP' in source else 'attn'}_out"
 
 
@@ -87,12 +89,12 @@ def test_an_edge_is_where_a_reader_sees_a_node_while_all_others_are_held(name):
 
 def test_paths():
     graph = CircuitGraph(2, 2, 1)
-    whole = graph.mask(["embed->L0H0.q", "L0H0->L1MLP", "L1MLP->logits"])
-    loose = graph.mask(["embed->L0H1.q", "L0MLP->logits", "L0H0->L1H0.q"])  # unread; unfed; unread
+    whole = graph.mask(["embed->L0H0.q", "L0H0->MLP1", "MLP1->logits"])
+    loose = graph.mask(["embed->L0H1.q", "MLP0->logits", "L0H0->L1H0.q"])  # unread; unfed; unread
     assert torch.equal(graph.on_a_path((whole | loose)[None])[0], whole)
-    shared = graph.mask(["embed->L0KV0.v", "L0H1->logits"])  # either head reads by the shared values
+    shared = graph.mask(["embed->L0G0.v", "L0H1->logits"])  # either head reads by the shared values
     assert torch.equal(graph.on_a_path(shared[None])[0], shared)
-    unfed = graph.mask(["L0MLP->logits"])
+    unfed = graph.mask(["MLP0->logits"])
     assert torch.equal(graph.on_a_path(unfed[None], rooted=False)[0], unfed)
     assert not graph.on_a_path(unfed[None]).any()
 
@@ -106,9 +108,9 @@ def test_an_edge_is_on_a_path_where_walking_finds_one(seed, share):
 
     def reads_by(receiver: str) -> set[str]:
         node = receiver.partition(".")[0]
-        if "KV" not in node:
+        if "G" not in node:
             return {node}
-        layer, _, number = node.partition("KV")
+        layer, _, number = node.partition("G")
         return {f"{layer}H{2 * int(number) + i}" for i in range(2)}
 
     forward, backward = {"embed"}, {"logits"}

@@ -88,7 +88,7 @@ def test_one_edge_cut_is_one_hook_on_the_clean_run():
         return act
 
     expected = diff(model.run_with_hooks(CLEAN, fwd_hooks=[("blocks.1.hook_k_input", write)]))
-    kept = ~graph.mask(["L0H3->L1KV1.k"])
+    kept = ~graph.mask(["L0H3->L1G1.k"])
     found = run_edges(model, kept, CLEAN, CORRUPTED, diff)
     torch.testing.assert_close(found.per_pair[0], expected.detach(), atol=1e-12, rtol=0)
 
@@ -181,15 +181,15 @@ def test_wrapped_linear_layers_are_called_not_read():
 def test_gates():
     gate, logit = or_gate(), lambda logits: logits[:, -1, 1]
     graph = circuit_graph(gate)
-    names = [["L0H0->L0MLP", "L0MLP->logits"], ["L0H1->L0MLP", "L0MLP->logits"], ["L0MLP->logits"]]
+    names = [["L0H0->MLP0", "MLP0->logits"], ["L0H1->MLP0", "MLP0->logits"], ["MLP0->logits"]]
     kept = torch.stack([graph.mask(edges) for edges in names])
     found = run_edges(gate, kept, [[0]], None, logit, ablation="zero")
     assert found.per_pair[:, 0].tolist() == [1.0, 1.0, 0.0] and found.faithfulness.tolist() == [1.0, 1.0, 0.0]
     gate = and_gate()
-    circuit = circuit_of(gate, ["embed->L0H0.v", "L0H0->L0MLP", "L0MLP->logits"])
+    circuit = circuit_of(gate, ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"])
     run = circuit.run(gate, [[1, 1, 1]], [[1, 0, 1]], logit)
     assert run.faithfulness.tolist() == [pytest.approx(1.0)] and run.model_per_pair.tolist() == [pytest.approx(1.0)]
-    assert circuit.without(["L0H0->L0MLP"]).run(gate, [[1, 1, 1]], [[1, 0, 1]], logit).per_pair.item() == 0.0
+    assert circuit.without(["L0H0->MLP0"]).run(gate, [[1, 1, 1]], [[1, 0, 1]], logit).per_pair.item() == 0.0
 
 
 def test_what_cannot_be_run_says_so():

@@ -46,8 +46,8 @@ def test_in_every_family(name):
     torch.testing.assert_close(found.scores, exact, atol=1e-6 * float(exact.abs().max().clamp_min(1)), rtol=1e-5)
 
 
-def slow_scores(model, clean, corrupted) -> torch.Tensor:
-    """Every edge by itself: the gradient at a hooked input, times what the edge carries."""
+def slow_scores(model, clean, corrupted, hooks=()) -> torch.Tensor:
+    """Every edge by itself: the gradient at a hooked input (in a run with `hooks`), times what the edge carries."""
     graph = circuit_graph(model)
     a, b = (node_outputs(model, graph, tokens)[0] for tokens in (clean, corrupted))
     final, found = f"blocks.{graph.n_layers - 1}.hook_resid_post", []
@@ -64,7 +64,7 @@ def slow_scores(model, clean, corrupted) -> torch.Tensor:
                 leaves.append(act.detach().requires_grad_())
                 return leaves[0]
 
-            value = diff(model.run_with_hooks(clean, fwd_hooks=[(name, leaf)])).sum()
+            value = diff(model.run_with_hooks(clean, fwd_hooks=[*hooks, (name, leaf)])).sum()
             (grad,) = torch.autograd.grad(value, leaves)
             grads = grad.unbind(2) if grad.ndim == 4 else [grad]
             for g in grads:
@@ -111,11 +111,11 @@ def test_gates():
     found = eap(or_gate(), [[0]], None, logit, ablation="zero")
     assert found.clean == 1.0 and found.ablated == 0.0
     graph = found.graph
-    heads = found.scores[graph.numbers(["L0H0->L0MLP", "L0H1->L0MLP"])]
+    heads = found.scores[graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == [0.0, 0.0]
     gate = and_gate()
     scores = eap(gate, [[1, 1, 1]], [[1, 0, 1]], logit)
-    assert scores.top_edges(3).edges == ["embed->L0H0.v", "L0H0->L0MLP", "L0MLP->logits"]
+    assert scores.top_edges(3).edges == ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"]
 
 
 def test_a_node_is_worth_its_edges():

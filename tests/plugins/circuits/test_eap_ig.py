@@ -1,9 +1,13 @@
-"""Integrated gradients over edges: OR gates, linear models, and what the scores must add up to."""
+"""Integrated gradients over edges: OR gates, linear models, hooks edge by edge, what the scores must add up to.
+
+No numbers of auto-circuit: its integrated gradients move the masks of all edges at once, which is another method.
+"""
 
 import pytest
 import torch
 from model.zoo import TOKENS, zoo_model
 from test_circuit_run import CLEAN, CORRUPTED, changed, diff
+from test_eap import slow_scores
 
 from hooklens.model.config import Biases
 from hooklens.plugins.circuits.eap import eap
@@ -20,7 +24,7 @@ def logit(logits):
 @pytest.mark.parametrize("steps", [2, 4, 10])
 def test_each_head_of_an_or_gate_gets_half(steps):
     found = eap_ig_activations(or_gate(), [[0]], None, logit, ablation="zero", steps=steps)
-    heads = found.scores[found.graph.numbers(["L0H0->L0MLP", "L0H1->L0MLP"])]
+    heads = found.scores[found.graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == pytest.approx([0.5, 0.5])
 
 
@@ -36,11 +40,23 @@ def test_over_inputs_each_head_gets_half_too():
         block.mlp.W_out[0, 2], block.mlp.b_out[2] = -1.0, 1.0
         gate.W_U[2, 1] = 1.0
     graph = circuit_graph(gate)
-    heads = graph.numbers(["L0H0->L0MLP", "L0H1->L0MLP"])
+    heads = graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])
     assert eap(gate, [[1]], [[0]], logit).scores[heads].tolist() == [0.0, 0.0]
     for found in (eap_ig(gate, [[1]], [[0]], logit), eap_ig_activations(gate, [[1]], [[0]], logit)):
         assert found.clean == 1.0 and found.ablated == 0.0
         assert found.scores[heads].tolist() == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox", "attn_only"])
+def test_over_inputs_it_is_the_mean_of_hooked_gradients_between_the_two_embeddings(name):
+    model, corrupted, steps = zoo_model(name, dtype=torch.float64), changed(TOKENS, [(0, 2, 6), (1, 3, 3)]), 3
+    begin, end = (model.run_with_cache(tokens, ["hook_embed"])[1]["hook_embed"] for tokens in (corrupted, TOKENS))
+    by_hand = [
+        slow_scores(model, TOKENS, corrupted, [("hook_embed", lambda act, hook, at=at: begin + at * (end - begin))])
+        for at in (torch.arange(steps).double() + 0.5) / steps
+    ]
+    found = eap_ig(model, TOKENS, corrupted, diff, steps=steps)
+    torch.testing.assert_close(found.scores, torch.stack(by_hand).mean(0), atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("method", [eap_ig, eap_ig_activations])

@@ -18,6 +18,8 @@ from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import run_edges
+from hooklens.plugins.patching.path import path_patch_edges
+from hooklens.sweeps.nodes import read_receivers, read_senders
 from hooklens.testing import and_gate, or_gate, tiny_model
 
 
@@ -30,13 +32,21 @@ def kinds(graph: CircuitGraph, kept: torch.Tensor) -> Counter:
     found = Counter()
     for edge in kept.nonzero().flatten().tolist():
         source, _, receiver = graph.name(edge).partition("->")
-        at = source if "H" not in source else source.partition("H")[0] + "H"
-        to = receiver if "H" not in receiver and "KV" not in receiver else receiver[: 2 + (receiver[2].isdigit())]
+        at, to = (end.partition("H")[0].partition("G")[0] for end in (source, receiver))
         found[at, to, receiver.rpartition(".")[2]] += 1
     return found
 
 
-@given(st.integers(0, 1000), st.sampled_from([(3, 4, 4, True), (3, 4, 2, True), (2, 6, 3, False)]), st.booleans())
+SHAPES = [
+    (3, 4, 4, True),
+    (3, 4, 2, True),
+    (2, 6, 3, False),
+    (3, 4, 4, True, False, True),
+    (3, 4, 2, True, False, True),
+]
+
+
+@given(st.integers(0, 1000), st.sampled_from(SHAPES), st.booleans())
 @settings(deadline=None, max_examples=30)
 def test_random_circuits_keep_size_profile_and_connectivity(seed, shape, tidy):
     graph = CircuitGraph(*shape)
@@ -44,7 +54,7 @@ def test_random_circuits_keep_size_profile_and_connectivity(seed, shape, tidy):
     kept = graph.on_a_path(kept[None])[0] if tidy else kept
     if not kept.any():
         return
-    draws = random_circuits(graph, kept, 5, seed=seed)
+    draws = random_circuits(graph, kept, 5, seed=seed)  # the last two shapes: heads that share a norm
     assert draws.sum(1).tolist() == [int(kept.sum())] * 5
     assert all(kinds(graph, draw) == kinds(graph, kept) for draw in draws)
     if tidy:
@@ -66,8 +76,8 @@ def test_random_circuits_reach_every_place_alike():
 
 def test_a_circuit_that_is_fed_by_nothing_is_matched_as_it_is():
     graph = CircuitGraph(1, 4, 4)
-    draws = random_circuits(graph, graph.mask(["L0H0->L0MLP", "L0MLP->logits"]), 50)
-    assert {graph.name(int(draw.nonzero()[0])) for draw in draws} == {f"L0H{h}->L0MLP" for h in range(4)}
+    draws = random_circuits(graph, graph.mask(["L0H0->MLP0", "MLP0->logits"]), 50)
+    assert {graph.name(int(draw.nonzero()[0])) for draw in draws} == {f"L0H{h}->MLP0" for h in range(4)}
     with pytest.raises(ValueError, match="no edges"):
         random_circuits(graph, graph.mask([]))
 
@@ -82,7 +92,7 @@ def test_the_whole_model_is_faithful_and_complete():
 
 def test_an_and_gate_s_path_is_faithful_minimal_and_beats_chance():
     gate = and_gate()
-    path = circuit_of(gate, ["embed->L0H0.v", "L0H0->L0MLP", "L0MLP->logits"])
+    path = circuit_of(gate, ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"])
     clean, corrupted = [[1, 1, 1], [1, 1, 1]], [[1, 0, 1], [0, 1, 1]]
     found = evaluate(gate, path, clean, corrupted, logit)
     assert found.faithfulness.value == pytest.approx(1.0)
@@ -92,11 +102,11 @@ def test_an_and_gate_s_path_is_faithful_minimal_and_beats_chance():
 
 def test_half_of_an_or_gate_is_faithful_and_not_complete():
     gate = or_gate()
-    half = circuit_of(gate, ["L0H0->L0MLP", "L0MLP->logits"], ablation="zero")
+    half = circuit_of(gate, ["L0H0->MLP0", "MLP0->logits"], ablation="zero")
     found = evaluate(gate, half, [[0], [1]], None, logit)
     assert found.faithfulness.value == 1.0
     # without L0H0 the circuit says 0, and the model, which has L0H1, still 1
-    assert found.completeness.worst == 1.0 and "L0H0->L0MLP" in found.completeness.greedy_edges
+    assert found.completeness.worst == 1.0 and "L0H0->MLP0" in found.completeness.greedy_edges
     assert found.faithfulness.p == 1.0  # the random circuits are the same half or the other
 
 
@@ -176,10 +186,44 @@ def test_a_file_that_is_no_circuit_is_refused(tmp_path, damage):
         Circuit.load_json(tmp_path / "none.json")
 
 
+def test_a_file_of_the_first_format_is_read_by_the_names_of_today(tmp_path):
+    model = tiny_model(n_heads=4, n_key_value_heads=2)
+    circuit = circuit_of(model, ["embed->L0G1.k", "L0H3->MLP0", "MLP0->L1H2.q", "L1H2->logits"])
+    path = circuit.save_json(tmp_path / "circuit.json")
+    held = json.loads(path.read_text())
+    assert held["format"] == "hooklens.circuit/2"
+    old = ["embed->L0KV1.k", "L0H3->L0MLP", "L0MLP->L1H2.q", "L1H2->logits"]
+    path.write_text(json.dumps(held | {"format": "hooklens.circuit/1", "edges": [[name, 1.0] for name in old]}))
+    assert Circuit.load_json(path).edges == circuit.edges
+    path.write_text(json.dumps(held | {"edges": [[name, 1.0] for name in old]}))
+    with pytest.raises(FileRefused):
+        Circuit.load_json(path)
+
+
+@pytest.mark.parametrize("changes", [{"n_key_value_heads": 2}, {}, {"attn_only": True}])
+def test_path_patching_takes_a_circuit_s_nodes_by_their_names(changes):
+    model = tiny_model(n_heads=4, **changes)
+    clean, corrupted, metric = demo_pairs(model, 2)
+    circuit = eap(model, clean, corrupted, metric).top_edges(40)
+    found = path_patch_edges(
+        model, clean, corrupted, metric, senders=circuit.senders, receivers=[*circuit.receivers, "logits"]
+    )
+    assert [sender.name for sender in read_senders(model, circuit.senders)] == circuit.senders
+    names = [one.name(grouped=circuit.graph.group > 1) for one in read_receivers(model, circuit.receivers)]
+    assert names == [name.replace("logits", "final") for name in circuit.receivers]
+    assert found.effect.numel() == len(circuit.senders)
+
+
+def test_nodes_of_later_layers_come_later():
+    model = tiny_model(n_layers=11, n_heads=2, n_key_value_heads=1)
+    edges = ["embed->L10G0.k", "embed->L2G0.k", "L2H0->L10H1.q", "L10H1->logits", "L2H1->MLP9", "MLP9->logits"]
+    assert circuit_of(model, edges).nodes == ["L2G0", "L10G0", "embed", "L2H0", "L2H1", "MLP9", "L10H1"]
+
+
 def test_a_circuit_draws_its_key_heads():
     model = tiny_model(n_heads=4, n_key_value_heads=2)
-    circuit = circuit_of(model, ["embed->L0KV1.v", "L0H3->L1MLP", "L1MLP->logits"])
-    assert circuit.nodes == ["L0KV1", "embed", "L0H3", "L1MLP"]
+    circuit = circuit_of(model, ["embed->L0G1.v", "L0H3->MLP1", "MLP1->logits"])
+    assert circuit.nodes == ["L0G1", "embed", "L0H3", "MLP1"]
     figure = circuit.figure()
-    assert {a.text for a in figure.layout.annotations} == {"embed", "L0KV1", "L0H3", "L1MLP", "logits"}
+    assert {a.text for a in figure.layout.annotations} == {"embed", "L0G1", "L0H3", "MLP1", "logits"}
     assert any(trace.line.dash == "dot" for trace in figure.data)

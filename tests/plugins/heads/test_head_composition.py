@@ -6,6 +6,7 @@ from torch import nn
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.heads.composition import MODES, _moments, _random, composition
+from hooklens.plugins.heads.stand_out import standing_out
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -74,3 +75,64 @@ def test_what_it_cannot_read_is_refused():
     with pytest.raises(InputError, match=r"blocks.1.attn.k is not a plain linear"):
         composition(model)
     assert len(composition(tiny_model(n_layers=1)).table()) == 0
+
+
+def sharing(strength, seed):
+    """Four layers of eight heads that all read and write one more direction of the stream, no pair more than others."""
+    sizes = {"n_layers": 4, "n_heads": 8, "d_model": 64, "d_head": 8, "d_vocab": 64}
+    model = tiny_model(seed=seed, attn_only=True, normalization_type=None, **sizes)
+    generator = torch.Generator().manual_seed(seed)
+    shared = nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    with torch.no_grad():
+        for block in model.blocks:
+            for linear in (block.attn.q, block.attn.k, block.attn.v, block.attn.o):
+                w = linear.weight
+                by = torch.randn(64, generator=generator) / 8 * strength * w.norm() / 8
+                w += by[:, None] * shared if linear is not block.attn.o else shared[:, None] * by
+    return model, shared
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 3.0])
+def test_heads_that_share_a_direction_of_the_stream_are_not_called_composed(strength):
+    """Against random orientation two thirds of all pairs of such a model had p <= 0.05."""
+    found = [composition(sharing(strength, seed)[0], draws=2) for seed in range(6)]
+    assert {one.null for one in found} == {"specific"}
+    p = torch.cat([torch.stack([one.p[mode] for mode in MODES]).flatten() for one in found])
+    p = p[~p.isnan()]
+    assert len(p) == 6 * 3 * 6 * 64
+    for level in (0.01, 0.05, 0.5):
+        assert abs(float((p <= level).float().mean()) - level) < 0.015
+    called = sum(bool((one.q(mode) <= 0.05).any()) for one in found for mode in MODES)
+    assert called <= 4  # of 18; a pair is called in one of twenty
+
+    if strength == 3.0:
+        above = torch.cat([(one.z[mode] > 1.645).float()[~one.z[mode].isnan()] for one in found for mode in MODES])
+        assert above.mean() > 0.4  # what the column of orientations still says
+
+
+def test_a_pair_that_is_linked_stands_first_among_heads_that_share_a_direction():
+    model, shared = sharing(3.0, 0)
+    with torch.no_grad():
+        written = model.blocks[1].attn.W_O[3]  # d_head d_model
+        own = written - (written @ shared)[:, None] * shared
+        model.blocks[2].attn.W_K[5] += 2 * own.T
+    found = composition(model, draws=2)
+    assert found.order()[0] == ("K", 1, 3, 2, 5) and found.q("K")[1, 3, 2, 5] < 0.01
+    assert found.table(1).rows[0][:3] == ("L1H3", "L2H5", "K") and found.table().columns[-1] == "q (specific)"
+
+
+def test_with_few_heads_random_orientation_is_the_null_and_the_table_says_so():
+    found = composition(tiny_model(), draws=5)
+    assert found.null == "orientation" and found.table().columns[-1] == "q (orientation)"
+    assert all(bool(found.specific[mode].isnan().all()) for mode in MODES)
+    assert found.table(1).rows[0][4] is None
+
+
+def test_pairs_without_any_score_do_not_stand_out():
+    scores, pair = torch.rand(2, 6, 2, 6) + 0.1, torch.zeros(2, 6, 2, 6, dtype=torch.bool)
+    pair[0, :, 1] = True
+    scores[0, 2, 1] = 0.0  # a writer that writes nothing
+    _, p = standing_out(scores, pair)
+    assert bool((p[0, 2, 1] == 1).all()) and bool(p[0, 0, 1].isfinite().all()) and bool(p[1].isnan().all())
+    nothing = standing_out(torch.zeros_like(scores), pair)
+    assert bool((nothing[1][0, :, 1] == 1).all())

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.heads.copy_suppression import calibration_error, copy_suppression
+from hooklens.data.repeated import repeated_tokens
+from hooklens.plugins.heads.copy_suppression import _another, copy_suppression
 from hooklens.plugins.heads.copying import _streams, copying
+from hooklens.plugins.heads.ece_change import calibration_change
+from hooklens.plugins.lens.calibration import calibration
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -79,7 +82,7 @@ def test_post_norm_blocks_are_refused():
 
 def test_the_negative_head_lowers_the_token_it_looks_at_and_the_control_does_not_move():
     found = copy_suppression(negated())
-    assert found.order()[0] == (1, 1) and found.ablated[0] == "L1H1"
+    assert found.order()[0] == (1, 1) and found.calibration.heads[0] == "L1H1"
     assert found.direct.mean(0)[1, 1] < -1 < found.control.mean(0)[1, 1]
     assert found.direct[:, 0].abs().max() == 0
 
@@ -102,15 +105,60 @@ def test_the_direct_effect_is_a_run_in_which_everything_else_is_held():
     torch.testing.assert_close(found.direct[:, layer, head], expected, atol=1e-10, rtol=0)
 
 
-def test_calibration_of_known_confidences():
-    confidence = torch.tensor([[0.95, 0.95, 0.55, 0.55]])
-    right = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
-    assert calibration_error(confidence, right, torch.ones(1, 1)).item() == pytest.approx((0.1 + 0.1) / 4)
-    twice = calibration_error(confidence.repeat(2, 1), right.repeat(2, 1), torch.tensor([[1.0, 1.0], [2.0, 0.0]]))
-    assert twice.tolist() == pytest.approx([0.05, 0.05])
+def test_the_control_of_the_anti_copy_effect_is_never_the_token_itself():
+    """It was drawn among positions, and so the very token in one of twelve."""
+    tokens = repeated_tokens(induction_model(), 50).tokens
+    other = _another(tokens, 11, 0)
+    assert not bool((other == tokens).any())
+    assert not bool((other[:, 1:] == tokens[:, :1]).any())  # the first position is where heads rest
+    assert bool((other[..., None] == tokens[:, None]).any(-1).all())  # of the same prompt wherever there is one
+    alike = _another(torch.tensor([[3, 3, 3]]), 11, 0)
+    assert not bool((alike == 3).any()) and int(alike.max()) < 11
 
 
 def test_ablating_an_idle_head_changes_no_calibration():
-    found = copy_suppression(induction_model(), heads=[(0, 1), (1, 1)])
-    assert found.ece_change[0] == 0 and found.low[0] == found.high[0] == 0
-    assert found.ece_change[1] != 0
+    found = copy_suppression(induction_model(), heads=[(0, 1), "L1H1"]).calibration
+    assert found.heads == ["L0H1", "L1H1"]
+    assert found.change[0] == 0 and found.low[0] == found.high[0] == 0
+    assert found.change[1] != 0
+
+
+def test_the_calibration_change_is_that_of_a_hooked_run_on_the_untouched_runs_bins():
+    model = tiny_model(dtype=torch.float64, n_heads=4, n_key_value_heads=2, normalization_type="RMS")
+    tokens = repeated_tokens(model, 12).tokens
+    found = calibration_change(model, tokens, [(1, 2)], "repeats")
+    base = calibration(model, tokens)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, "z")
+        mean = cache["z", 1][:, :, 2].mean((0, 1))
+
+        def ablate(z, hook):
+            z[:, :, 2] = mean
+            return z
+
+        log_probs = model.run_with_hooks(tokens, fwd_hooks=[(("z", 1), ablate)])[:, :-1].log_softmax(-1)
+    best, token = log_probs.max(-1)
+    gap = best.exp() - (token == tokens[:, 1:]).to(best)
+    which = torch.bucketize(best.exp(), base.edges[1:-1])
+    error = sum(float(gap[which == i].sum().abs()) for i in range(len(base.edges) - 1)) / gap.numel()
+    assert float(found.change[0]) == pytest.approx(error - base.expected_error, abs=1e-9)
+    assert float(found.low[0]) <= float(found.change[0]) <= float(found.high[0])
+
+
+def test_the_calibration_change_has_a_control_and_most_heads_of_random_models_do_not_beat_it():
+    """It had none: any ablation moves the error. The controls write as large a change as the ablated head loses."""
+    p = []
+    for seed in range(12):
+        model = tiny_model(seed=seed, n_heads=4, d_model=32, d_vocab=50)
+        tokens = repeated_tokens(model, 12, seed=seed).tokens
+        found = calibration_change(model, tokens, [(0, 1), (1, 2)], "repeats", seed=seed)
+        assert found.control.shape == (2, 6) and bool((found.p >= 1 / 7).all())  # never a called head as a control
+        p.append(found.p)
+    assert 0.3 < float(torch.cat(p).mean()) < 0.8  # uniform over 1/7 to 1 would give 0.57
+
+
+def test_calibration_is_measured_on_text_where_there_is_a_tokenizer():
+    assert copy_suppression(induction_model()).data == "random tokens that repeat"
+    assert copy_suppression(induction_model(), [[1, 2, 3, 4]] * 4).calibration.data == "prompts"
+    found = copy_suppression(induction_model(), [[1, 2, 3, 4]] * 4, calibrate_on=[[5, 6, 7]] * 3, heads=[(1, 1)])
+    assert found.calibration.loss_change.shape == (3, 1) and found.direct.shape[0] == 4

@@ -24,6 +24,11 @@ def test_the_previous_token_head_acts_through_the_induction_head_alone():
     assert found.direct[:, 0].abs().max() == 0 and found.mlps.abs().max() == 0
     torch.testing.assert_close(found.later_heads[:, 0], found.total[:, 0])
     torch.testing.assert_close(found.direct[:, 1], found.total[:, 1])
+    rows = {(row[0], row[1]): row[2:] for row in found.roads().rows}
+    value, low, high, q = rows["L0H0", "through heads"]
+    assert 1 < low < value < high and q == pytest.approx(10 / 4 * 2 / 2**4)  # 4 of 10 tests are as small as can be
+    assert rows["L0H0", "direct"] == (0.0, 0.0, 0.0, 1.0)
+    assert found.table(1).rows[0][-1] == pytest.approx(q)
 
 
 def test_the_gates_head_acts_through_the_mlp_alone():
@@ -174,6 +179,19 @@ def test_a_rotary_head_set_to_look_one_back():
     assert found.share[0, 0] == 1.0 and kernel[0] > 0
 
 
+def test_the_position_share_has_a_null_that_freshly_initialised_models_follow():
+    """A rotary head's rows go together: a head drawn at random had a share of 1 about once in n_pos."""
+    families = ({}, {"positional_embedding_type": "rotary", "n_key_value_heads": 2}, {"attn_only": True})
+    p = []
+    for seed in range(30):
+        model = tiny_model(seed=seed, n_heads=4, d_model=32, n_ctx=16, d_vocab=30, **families[seed % 3])
+        p.append(position_scores(model, n_pos=8, n=4, seed=seed).p.flatten())
+    p = torch.cat(p)
+    for level in (0.05, 0.1, 0.5):
+        assert abs(float((p <= level).float().mean()) - level) < 4 * (level * (1 - level) / len(p)) ** 0.5 + 0.01
+    assert float(p.min()) >= 0.001
+
+
 def test_bad_input_says_what_would_work():
     model = tiny_model()
     text = repeated_tokens(model, 2)
@@ -182,7 +200,9 @@ def test_bad_input_says_what_would_work():
     with pytest.raises(InputError, match="twice"):
         redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 0)])
     with pytest.raises(InputError, match="equal lengths"):
-        redundancy(model, text.tokens, text.metric(), [(0, 0)], reference=text.tokens[:, :4])
+        redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 1)], reference=text.tokens[:, :4])
+    with pytest.raises(InputError, match="at least two"):  # the table was empty, without a word
+        redundancy(model, text.tokens, text.metric(), [(0, 0)])
     with pytest.raises(InputError, match="post-norm"):
         mediation(tiny_model(block="post"), text.tokens, text.metric(), [(0, 0)])
     with pytest.raises(InputError, match="without a position signal"):

@@ -21,6 +21,8 @@ def test_the_hand_set_heads_get_their_labels_and_the_idle_ones_none():
     at = list(LABELS).index("induction"), 1, 1
     low, high = (end[at] for end in found.interval())
     assert 1 < low < found.effect[:, *at].mean() < high
+    row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L0H0"), strict=True))
+    assert row["by position"] == 1.0 and found.positions.q[0, 0] < 0.05  # what the previous-token head goes by
     assert found.placebo[:, *at].abs().max() < 1e-5
     assert bool(found.effect[:, 0, 1].isnan().all())  # its score did not pass, so it was not measured
 
@@ -42,6 +44,12 @@ def test_a_head_that_looks_like_induction_and_lowers_the_logit_is_copy_suppressi
     assert found.labels()[1] == ["copy suppression", "induction"]
     at = list(LABELS).index("copy suppression"), 1, 0
     assert found.effect[:, *at].mean() < 0 and found.interval()[1][at] < 0
+    assert found.suppression.calibration.heads == ["L1H0"] and found.suppression.anti[1, 0] > 0
+    assert found.suppression.data == "random tokens that repeat" and len(found.suppression.direct) == len(found.effect)
+    row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L1H0"), strict=True))
+    assert row["anti-copy"] == pytest.approx(float(found.suppression.anti[1, 0]))
+    assert row["ECE change"] == pytest.approx(float(found.suppression.calibration.change[0]))
+    assert "Calibration without these heads" in str(found.report().to_html())
 
 
 def test_a_head_that_looks_but_writes_nothing_stays_unlabelled():

@@ -16,7 +16,7 @@ from hooklens.plugins.heads.taxonomy import taxonomy
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_model_trained_on_repeats_forms_an_induction_circuit(seed):
     model, _ = trained_on_repeats(seed)
     found, scores = induction_heads(model, n=8), head_scores(model)
@@ -44,7 +44,7 @@ def test_the_circuit_is_in_the_weights():
 
 def test_the_taxonomy_of_smollm2_is_that_which_was_read_head_by_head():
     model = hl.load("smollm2-135m-instruct")
-    found = taxonomy(model, n=12, seed=3)
+    found = taxonomy(model, seed=3)
     labels = found.labels()
     assert labels[16][0] == "previous token" and labels[18][6] == labels[17][3] == "induction"
     assert labels[24][4] == "copy suppression"
@@ -53,3 +53,5 @@ def test_the_taxonomy_of_smollm2_is_that_which_was_read_head_by_head():
     assert labels[11][1] == "unlabelled" and found.scores.mean("previous")[11, 1] > 0.7  # it looks, to no effect
     counts = {row[0]: row[1] for row in found.counts().rows}
     assert counts["unlabelled"] > 200 and counts["copy suppression"] <= 4
+    negative = found.suppression
+    assert negative.anti[24, 4] > 0 and negative.q[24, 4] < 0.05 and negative.calibration.data.startswith("excerpts")

@@ -1,6 +1,7 @@
 """The logit lens: its last row is the model, its numbers those of whole logits, its controls other positions."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 
 import hooklens as hl
 from hooklens.core.errors import InputError
-from hooklens.plugins.lens import logit_lens as module
 from hooklens.plugins.lens import reading
 from hooklens.plugins.lens.logit_lens import LogitLens, lens_logits, logit_lens
 from hooklens.testing import check_plugin, induction_model, tiny_model
+
+module = import_module("hooklens.plugins.lens.logit_lens")  # the package has a function of that name
 
 
 def by_hand(model, tokens, answer):
@@ -158,6 +160,15 @@ def test_hooks_on_blocks_act_on_the_lens():
         edited, expected = logit_lens(model, TOKENS), model(TOKENS).log_softmax(-1).amax(-1)
     torch.testing.assert_close(edited.top_log_probs[-1, ..., 0], expected)
     assert not torch.equal(edited.top_log_probs, logit_lens(model, TOKENS).top_log_probs)
+
+
+def test_a_model_that_drops_out_is_not_read():
+    model = tiny_model()
+    model.unembed.linear = nn.Sequential(nn.Dropout(0.1), model.unembed.linear)
+    with pytest.raises(InputError, match=r"model.eval\(\)"):
+        logit_lens(model, TOKENS)
+    model.eval()
+    logit_lens(model, TOKENS)
 
 
 class Wrapped(nn.Module):

@@ -1,5 +1,7 @@
 """Trajectories: what a logit lens says at one position, and how the stream itself turns towards its end."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from model.zoo import TOKENS, ZOO, zoo_model
@@ -7,12 +9,13 @@ from model.zoo import TOKENS, ZOO, zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.lens import reading
-from hooklens.plugins.lens import trajectory as module
 from hooklens.plugins.lens.logit_lens import lens_logits, logit_lens
 from hooklens.plugins.lens.reading import streams_of
 from hooklens.plugins.lens.trajectory import Trajectory, trajectory
 from hooklens.plugins.lens.tuned_lens import TunedLens, tuned_lens
 from hooklens.testing import check_plugin, induction_model, tiny_model
+
+module = import_module("hooklens.plugins.lens.trajectory")  # the package has a function of that name
 
 
 @pytest.mark.parametrize("name", ZOO)

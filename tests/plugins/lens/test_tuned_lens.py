@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.plugins.lens import run_file, training
-from hooklens.plugins.lens import tuned_lens as module
 from hooklens.plugins.lens.logit_lens import logit_lens
 from hooklens.plugins.lens.reading import streams_of
 from hooklens.plugins.lens.tuned_lens import TunedLens, TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
 from hooklens.testing import check_plugin, tiny_model
+
+module = import_module("hooklens.plugins.lens.tuned_lens")  # the package has a function of that name
 
 WINDOWS = torch.randint(11, (16, 6), generator=torch.Generator().manual_seed(0))
 QUICK = {"steps": 6, "lr": 0.02, "batch": 2}

@@ -10,9 +10,9 @@ from model.zoo import ZOO, zoo_model
 
 import hooklens as hl
 from hooklens.core.errors import InputError, NameNotFound, WrongType
+from hooklens.plugins.claims import HeldOutEffects
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
 from hooklens.plugins.patching.ablation_compare import AblationComparison, compare_ablations
-from hooklens.plugins.patching.ablation_halves import HeldOutEffects
 from hooklens.plugins.patching.ablation_kinds import Freeze, Resample, as_kind
 from hooklens.statistics import q_values, sign_flip_p
 from hooklens.sweeps.plan import Patch
@@ -58,8 +58,12 @@ def test_zero_and_mean_are_the_loop_in_every_family(name):
     mean = ablate(model, PROMPTS, metric, value="mean")
     expected = heads_loop(model, PROMPTS, metric, lambda name: torch.zeros_like(cache[name]))
     torch.testing.assert_close(zero.per_prompt, expected, atol=1e-10, rtol=1e-10)
-    expected = heads_loop(model, PROMPTS, metric, lambda name: cache[name].mean(0))
+    n = len(PROMPTS)
+    expected = heads_loop(model, PROMPTS, metric, lambda name: (cache[name].sum(0) - cache[name]) / (n - 1))
     torch.testing.assert_close(mean.per_prompt, expected, atol=1e-10, rtol=1e-10)
+    with_own = ablate(model, PROMPTS, metric, value=hl.Mean(PROMPTS))
+    expected = heads_loop(model, PROMPTS, metric, lambda name: cache[name].mean(0))
+    torch.testing.assert_close(with_own.per_prompt, expected, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(zero.whole_per_prompt, metric(model(PROMPTS)).detach(), atol=1e-10, rtol=1e-10)
 
 
@@ -119,6 +123,26 @@ def test_a_mean_over_prompts_of_other_lengths_is_over_all_positions():
         model, PROMPTS, metric, lambda name: torch.cat([cache[name][0] for cache in acts]).mean(0)[None, None]
     )
     torch.testing.assert_close(found.per_prompt, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_mean_does_not_hold_the_prompt_that_is_ablated(dtype):
+    """With two prompts the mean of the others is the other prompt, so that mean and resample are the same."""
+    model, two = tiny_model(dtype=dtype), PROMPTS[:2]
+    metric = hl.log_prob(model, answer=3)
+    mean, other = (ablate(model, two, metric, value=value) for value in ("mean", Resample(draws=1)))
+    tolerance = 1e-10 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(mean.per_prompt, other.per_prompt, atol=tolerance, rtol=tolerance)
+
+
+def test_the_mean_of_the_others_is_over_all_their_positions_where_lengths_differ():
+    model = tiny_model(dtype=torch.float64)
+    mixed = [[1, 5, 2], [4, 4, 9, 0], [8, 1, 1], [2, 2, 6, 1]]
+    metric = hl.log_prob(model, answer=3)
+    found = ablate(model, mixed, metric, value="mean")
+    for i, row in enumerate(mixed):
+        alone = ablate(model, [row], metric, value=hl.Mean(mixed[:i] + mixed[i + 1 :]))
+        torch.testing.assert_close(found.per_prompt[i], alone.per_prompt[0], atol=1e-10, rtol=1e-10)
 
 
 def test_prompts_of_several_lengths_are_those_of_each_length_together():

@@ -16,7 +16,8 @@ CORRUPTED = torch.tensor([[1, 5, 6, 7, 3, 0], [4, 2, 9, 10, 1, 6], [2, 0, 3, 5, 
 @pytest.mark.parametrize(("name", "kind"), ABLATIONS)
 def test_ablations(name, kind):
     model = transformer_lens_model(name)
-    sweep = ablate(model, PROMPTS, hl.logit_diff(model, answer=3, wrong_answer=7), value=kind)
+    value = hl.Mean(PROMPTS) if kind == "mean" else kind  # the loop's mean is over all prompts
+    sweep = ablate(model, PROMPTS, hl.logit_diff(model, answer=3, wrong_answer=7), value=value)
     expected = torch.tensor(ABLATIONS[name, kind]).view_as(sweep.per_prompt)
     torch.testing.assert_close(sweep.per_prompt, expected, atol=1e-5, rtol=1e-5)
 

@@ -1,13 +1,16 @@
 """Which path carries how much: in models where it is known, and against the sweeps that it is made of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import hooklens as hl
-from hooklens.plugins.patching.flow import Choice
+from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import information_flow
 from hooklens.plugins.patching.path import path_patch_edges
 from hooklens.statistics import halves
+from hooklens.sweeps.nodes import At
 from hooklens.testing import induction_model, tiny_model
 
 N = 8
@@ -29,9 +32,12 @@ def test_in_an_induction_model_the_previous_token_head_carries_all_to_the_keys()
     assert shares["L0H0 to L1H1.k"] == pytest.approx(1, abs=1e-5)
     assert shares["L1H1 to final"] == pytest.approx(1, abs=1e-5)
     assert shares["L0H1 to L1H1.k"] == 0
-    p = dict(zip(found.paths, found.p.tolist(), strict=True))
+    p = dict(zip(found.paths, found.p_turned.tolist(), strict=True))
     # turned, L0H0 tells the keys nothing they can use; a sender that changes nothing is reached by every draw
-    assert p["L0H0 to L1H1.k"] == p["L1H1 to final"] == pytest.approx(1 / 20) and p["L0H1 to L1H1.k"] == 1
+    assert p["L0H0 to L1H1.k"] == p["L1H1 to final"] == pytest.approx(1 / (19 * 4 + 1)) and p["L0H1 to L1H1.k"] == 1
+    # 6 senders are too few for a rank to say much, and the result says so: 2 reach the keys, 4 the logits
+    assert dict(zip(found.paths, found.p.tolist(), strict=True))["L1H1 to final"] == pytest.approx(2 / 6)
+    assert found.least_q == pytest.approx(4 / 6)
     of = dict(zip(found.paths, found.of_receiver.tolist(), strict=True))
     assert of["L0H0 to L1H1.k"] == pytest.approx(1, abs=1e-5)
     assert found.order()[0] in (0, 2) and found.halved and len(found.gap) == N // 2
@@ -109,6 +115,104 @@ def test_choosing_on_fewer_pairs_leaves_those_that_report():
     sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric)
     column = sweep.senders.index(few.paths[0].removesuffix(" to final"))
     torch.testing.assert_close(few.moved[:, 0], sweep.moved[second, column], atol=1e-9, rtol=1e-9)
+
+
+def planted(n_paths, *, real, seed=0, spread=1.0, n_pairs=8, n_others=120, receivers=1, draws=None):
+    """Paths whose effects are drawn as those of turned and other senders are, but for some that act ten times so."""
+    generator, options = torch.Generator().manual_seed(seed), Choice()
+    draws = draws or options.draws
+    moved = torch.randn(n_pairs, n_paths, generator=generator)
+    turned = torch.randn(draws, n_pairs, n_paths, generator=generator)
+    size = 1 + spread * torch.rand(n_paths, generator=generator)  # paths differ in what a random direction does
+    others = torch.randn(n_others, receivers, generator=generator) / n_pairs**0.5
+    to = [i * receivers // n_paths for i in range(n_paths)]
+    moved[:, :real] += 10.0
+    return InformationFlow(
+        [f"L0H{i} to R{to[i]}" for i in range(n_paths)],
+        [f"R{i}" for i in to],
+        torch.ones(n_paths),
+        moved * size,
+        turned * size,
+        others[:, to] * size[:1],
+        moved,
+        torch.full((n_pairs,), 10.0) + torch.randn(n_pairs, generator=generator),
+        torch.arange(n_pairs),
+        True,
+        0.0,
+        options,
+    )
+
+
+@pytest.mark.parametrize(("n_paths", "receivers"), [(4, 1), (12, 3), (20, 5)])
+def test_a_single_real_path_among_all_that_are_reported_reaches_q_below_005(n_paths, receivers):
+    found = planted(n_paths, real=1, receivers=receivers)
+    assert found.least_q < 0.05 and float(found.q[0]) < 0.05
+    assert int((found.q < 0.05).sum()) == 1
+
+
+@pytest.mark.parametrize("real", [0, 3])
+def test_p_is_calibrated_where_the_direction_does_not_matter(real):
+    """However many paths beside it are real, and though random directions do more at one path than at another."""
+    runs = [planted(5, real=real, seed=seed, spread=9.0) for seed in range(300)]
+    p = torch.stack([run.p_turned[real:] for run in runs]).flatten()
+    for level in (0.05, 0.2, 0.5):
+        wide = 4 * (level * (1 - level) / len(p)) ** 0.5
+        assert abs(float((p <= level).double().mean()) - level) < wide
+    assert all(bool((run.p >= run.p_turned).all()) for run in runs)
+
+
+def test_the_direction_matters_but_every_sender_does_as_much():
+    """Random directions move little along any one read-out; a head then beats them without being special."""
+    found = planted(4, real=0)
+    small = replace(found, turned=found.turned / 100)
+    assert bool((small.p_turned < 0.05).any()) and bool((small.q > 0.05).all())
+    special = replace(planted(4, real=1), turned=found.turned / 100)
+    assert (special.q < 0.05).tolist() == [True, False, False, False]
+
+
+def test_a_real_path_of_a_model_with_many_senders_is_found_at_the_defaults():
+    """120 heads of layer 0 write noise of one size; one writes the answer's direction where the pairs differ."""
+    model, metric = one_talks()
+    found = information_flow(model, CLEAN, CORRUPTED, metric, receivers="final", senders=[(0, i) for i in range(120)])
+    assert found.paths[0] == "L0H7 to final" and found.least_q < 0.05
+    assert (found.q < 0.05).tolist() == [True, False, False, False]
+
+
+def one_talks():
+    model = tiny_model(n_layers=1, n_heads=120, d_model=32, d_head=2, attn_only=True, normalization_type=None)
+    with torch.no_grad():
+        model.W_Q[0] = 0.0  # attention is uniform, so that each head moves what its values say
+        toward = model.W_U[:, 1] - model.W_U[:, 4]
+        model.W_V[0, 7] = 0.0
+        model.W_V[0, 7, :, 0] = (model.W_E[3:].mean(0) - model.W_E[0]) * 3
+        model.W_O[0, 7] = 0.0
+        model.W_O[0, 7, 0] = toward * 3
+    return model, hl.logit_diff(model, answer=1, wrong_answer=4)
+
+
+def test_positions_are_those_of_the_pairs_that_report():
+    model = tiny_model(n_layers=3, dtype=torch.float64)
+    where = torch.tensor([0, 4, 0, 4, 0, 4, 0, 4])
+    receivers = {"values": At(("v", 2), where, "first"), "end": At("final", -1)}
+    found = flow(model, receivers=receivers, senders=At("heads", where, "S"))
+    metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
+    _, second = halves(N, seed=0)
+    for column, receiver in ((0, receivers["values"]), (2, receivers["end"])):
+        sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=receiver, senders=At("heads", where, "S"))
+        sender = sweep.senders.index(found.paths[column].split(" to ")[0])
+        torch.testing.assert_close(found.moved[:, column], sweep.moved[second, sender], atol=1e-9, rtol=1e-9)
+    assert found.paths[0].split(" to ")[0].endswith("@S")
+    v = model.run_with_cache(CLEAN, "v")[1]["v", 2]
+
+    def write(act, hook):
+        rows = torch.arange(N)
+        act[rows, where] = v[rows, where]
+        return act
+
+    logits = model.run_with_hooks(CORRUPTED, fwd_hooks=[(("v", 2), write)])
+    expected = metric(logits) - metric(model(CORRUPTED))
+    torch.testing.assert_close(found.whole[:, 0], expected[second], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.whole[:, 2], found.gap, atol=1e-9, rtol=1e-9)
 
 
 def test_options_that_make_no_sense_are_refused():

@@ -56,6 +56,20 @@ def test_a_probe_that_is_right_about_what_nothing_reads_has_no_effect():
     assert bool((check.random.abs().amax(-1) > 1e-3).all())  # random directions do something: the metric can move
 
 
+def test_what_ablation_of_one_direction_leaves_is_read_by_a_new_probe():
+    """The class stands twice in the stream: with one direction gone a new probe reads the other."""
+    model, metric = two_copies(), hl.logit_diff(two_copies(), answer=1, wrong_answer=0)
+    check = causal_check(model, along(ACTIVE), odd(model, 60), metric, draws=1)
+    assert check.refit_accuracy[0] == 1.0 and check.refit_accuracy[1] > 0.9
+    with torch.no_grad():
+        model.W_E[:, INERT] = 0.0
+        model.W_E[1:, :ACTIVE] = model.W_E[0, :ACTIVE]
+        model.W_pos.zero_()
+    alone = causal_check(model, along(ACTIVE), odd(model, 60), metric, draws=1)
+    assert alone.refit_accuracy[0] == 1.0 and alone.refit_accuracy[1] <= 0.6
+    assert "after" in alone.figure().layout.title.text
+
+
 def test_the_effect_of_what_the_logits_read_is_the_one_that_was_set():
     """Ablating moves a coordinate of 0 or 3 to 1.5, steering by a gap of 3; a unit of it is worth 3 + 1."""
     model = two_copies()
@@ -175,6 +189,9 @@ def test_a_check_is_a_result(tmp_path):
     check.save(tmp_path / "check.safetensors")
     back = CausalCheck.load(tmp_path / "check.safetensors")
     assert str(back.table()) == str(check.table()) and len(check.table()) == 6 and len(check.table(2)) == 2
+    assert check.table().columns[-2:] == ("p", "q") and bool((check.q >= check.p).all())
+    fall = [row[3] for row in check.top(3).rows]
+    assert fall == sorted(check.fall[0].tolist(), reverse=True)[:3]
     assert "used" in check.figure().layout.title.text
 
 

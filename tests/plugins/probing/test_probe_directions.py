@@ -7,12 +7,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.probing.directions import TokenProjection, auc, fisher, project_tokens
+from hooklens.plugins.probing.directions import TokenProjection, fisher, project_tokens
 from hooklens.plugins.probing.geometry import Geometry, probe_geometry
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import as_rows, fit
 from hooklens.plugins.probing.task import read_task
 from hooklens.plugins.probing.transfer import Transfer, transfer
+from hooklens.statistics import auc
 from hooklens.testing import tiny_model
 
 VOCAB, D = 80, 24
@@ -37,7 +38,7 @@ def test_auc_and_fisher_by_their_definitions():
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(6, (5, 40), generator=generator).double()  # with ties
     label = torch.randint(2, (40,), generator=generator)
-    for row, found in zip(values, auc(values, label), strict=True):
+    for row, found in zip(values, auc(values, label == 1), strict=True):
         assert float(found) == pytest.approx(roc_auc_score(label.numpy(), row.numpy()))
     one, other = values[0][label == 1], values[0][label == 0]
     expected = (one.mean() - other.mean()) ** 2 / (one.var(correction=0) + other.var(correction=0))
@@ -48,7 +49,9 @@ def test_two_gaussians_have_the_auc_that_is_known():
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(40_000) % 2
     values = torch.randn(1, 40_000, generator=generator, dtype=torch.float64) + 1.5 * label
-    assert float(auc(values, label)[0]) == pytest.approx(0.5 * (1 + math.erf(1.5 / 2)), abs=0.01)  # Phi(d' / sqrt 2)
+    assert float(auc(values, label == 1)[0]) == pytest.approx(
+        0.5 * (1 + math.erf(1.5 / 2)), abs=0.01
+    )  # Phi(d' / sqrt 2)
     assert float(fisher(values, label)[0]) == pytest.approx(1.5**2 / 2, abs=0.03)
 
 
@@ -108,31 +111,50 @@ def test_the_bound_for_isotropic_directions_is_that_of_draws():
     assert found.isotropic == pytest.approx(float(cosines.quantile(0.95)), abs=0.01)
 
 
+def test_a_direction_of_few_groups_does_not_look_as_if_it_did_not_repeat():
+    """A class that stands in one group only has no second half: NaN, not the 0 of two directions at right angles."""
+    model, _ = marked(3.0)
+    tokens = torch.randint(VOCAB, (40, 2), generator=torch.Generator().manual_seed(0))
+    label = [int(i < 8) for i in range(40)]
+    rare = read_task(model, tokens, label, group=[max(i, 7) for i in range(40)], name="in one group")
+    two = read_task(model, tokens, label, group=[max(i, 3) if i < 4 else max(i, 7) for i in range(40)], name="in two")
+    found = probe_geometry(model, [rare, two], site=("resid_pre", 0), draws=2)
+    assert math.isnan(float(found.repeat[0])) and found.repeat[1].abs() > 1e-6
+
+
 def test_geometry_is_a_result(tmp_path):
     model, _ = marked()
     found = probe_geometry(model, tasks(model), site=("resid_pre", 0), draws=10)
     found.save(tmp_path / "found.safetensors")
     assert str(Geometry.load(tmp_path / "found.safetensors").table()) == str(found.table())
-    assert len(found.table()) == 3 and found.figure().data
+    assert len(found.table()) == 3 and len(found.top(2)) == 2 and found.figure().data
     with pytest.raises(InputError, match="at one point"):
         probe_geometry(model, tasks(model), site="resid_pre")
+    three = read_task(model, [[i] for i in range(30)], [i % 3 for i in range(30)], name="thirds")
+    for compare in (probe_geometry, transfer):
+        with pytest.raises(InputError, match="'thirds' has"):
+            compare(model, [three], site=("resid_pre", 0))
 
 
 def test_a_probe_carries_over_where_the_same_thing_is_asked_and_not_elsewhere():
     model, _ = marked(4.0)
     odd, upper, again = tasks(model)
     free = read_task(model, odd.tokens, odd.label.tolist(), name="odd, ungrouped")
-    found = transfer(model, [free, upper, again], site=("resid_pre", 0))
+    found = transfer(model, [free, upper, again], site=("resid_pre", 0), draws=39)
     assert float(found.accuracy[0, 2]) > 0.95 and float(found.auc[2, 0]) > 0.95
     assert abs(float(found.auc[2, 1]) - 0.5) < 0.15
     kept = found.n > 0
+    assert found.p[0, 2] == found.p[0, 0] == pytest.approx(1 / 40) and found.p[2, 1] > 0.05
+    assert found.q[0, 2] < 0.05 < found.q[2, 1] and bool(found.p[~kept].isnan().all())
+    assert float(found.null[0, :, 0, 2].std()) > 0.3 > 0.1 > float(found.null[1, :, 0, 2].std())  # see `Transfer`
+    assert found.top(1).rows[0][:2] == ("odd, ungrouped", "odd again")
     assert bool((found.low <= found.accuracy)[kept].all()) and bool((found.accuracy <= found.high)[kept].all())
 
 
 def test_what_is_shared_with_the_training_task_is_left_out():
     model, _ = marked()
     odd, upper, again = tasks(model)
-    found = transfer(model, [odd, upper, again], site=("resid_pre", 0))
+    found = transfer(model, [odd, upper, again], site=("resid_pre", 0), draws=2)
     assert found.n[0, 1] == 0 and math.isnan(float(found.accuracy[0, 1]))  # the same prompts under another question
     assert 0 < int(found.n[0, 2]) <= 160 and found.n.diagonal().tolist() == [160] * 3
     x = model.run_with_cache(torch.stack(odd.tokens), "blocks.0.hook_resid_pre")[1]["resid_pre", 0][:, -1]
@@ -146,7 +168,7 @@ def test_what_is_shared_with_the_training_task_is_left_out():
 
 def test_transfer_is_a_result(tmp_path):
     model, _ = marked()
-    found = transfer(model, tasks(model), site=("resid_pre", 0))
+    found = transfer(model, tasks(model), site=("resid_pre", 0), draws=5)
     found.save(tmp_path / "found.safetensors")
     assert str(Transfer.load(tmp_path / "found.safetensors").table()) == str(found.table())
     assert len(found.table()) == 9 and found.figure().data

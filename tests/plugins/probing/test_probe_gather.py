@@ -1,5 +1,8 @@
 """Activations gathered in batches are those of one prompt at a time, in memory and on disk."""
 
+import importlib
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.plugins.probing import gather as gathering
 from hooklens.plugins.probing.gather import gather
 from hooklens.plugins.probing.task import read_task
 from hooklens.testing import tiny_model
 
+gathering = import_module("hooklens.plugins.probing.gather")  # the package has a function of that name
+
+gathering = importlib.import_module("hooklens.plugins.probing.gather")  # the package has a function of that name
 ROWS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [1], [3, 3]]
 MODELS = {
     "plain": {},
@@ -102,28 +107,49 @@ class Stop(Exception):
     pass
 
 
-def counted(model, runs, stop_after=None):
-    def count(act, hook):
-        runs.append(len(act))
+def counted(monkeypatch, runs, stop_after=None):
+    real = gathering._run
+
+    def run(*args):
+        runs.append(args)
         if stop_after is not None and len(runs) > stop_after:
             raise Stop
+        return real(*args)
 
-    return model.hooks(fwd_hooks=[("hook_embed", count)])
+    monkeypatch.setattr(gathering, "_run", run)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(gathering, "_MOST_TOKENS", 5)
     model, runs, again, done = tiny_model(), [], [], []
-    with pytest.raises(Stop), counted(model, runs, stop_after=3):  # one run for the width, then two batches of four
+    with monkeypatch.context() as patch, pytest.raises(Stop):  # one run for the width, then two batches of four
+        counted(patch, runs, stop_after=3)
         gather(model, ROWS, folder=tmp_path)
     assert (tmp_path / "x.npy.part").exists() and not (tmp_path / "x.npy").exists()
-    with counted(model, again):
+    with monkeypatch.context() as patch:
+        counted(patch, again)
         acts = gather(model, ROWS, folder=tmp_path)
     assert len(again) == 1 + 2
     assert torch.equal(acts.x, gather(model, ROWS).x)
-    with counted(model, done):
+    with monkeypatch.context() as patch:
+        counted(patch, done)
         gather(model, ROWS, folder=tmp_path)
     assert len(done) == 1
+
+
+def test_a_folder_gives_no_unsteered_activations_to_somebody_who_steers(tmp_path):
+    model = tiny_model()
+    before = gather(model, ROWS, folder=tmp_path)
+    push = lambda act, hook: act + 1  # noqa: E731
+    with model.hooks(fwd_hooks=[(("resid_pre", 0), push)]):
+        with pytest.raises(InputError, match="gather without folder"):
+            gather(model, ROWS, folder=tmp_path)
+        assert not torch.equal(gather(model, ROWS).x, before.x)
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, given, out: out * 0)
+    with pytest.raises(InputError, match="hooks are active"):
+        gather(model, ROWS, folder=tmp_path)
+    handle.remove()
+    assert torch.equal(gather(model, ROWS, folder=tmp_path).x, before.x)
 
 
 def test_another_gathering_is_refused(tmp_path):

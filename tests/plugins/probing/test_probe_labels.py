@@ -38,6 +38,7 @@ def test_a_task_is_balanced_and_repeats(name, tokenizer):
     counts = torch.bincount(task.label)
     assert counts[0] == counts[1] and len(task.classes) == 2
     assert len(set(task.texts)) == len(task)
+    assert sum(task.figure().data[0].y) == len(task) and len(task.figure().data[0].y) == 2
     again, other = TASKS[name](tokenizer), TASKS[name](tokenizer, seed=1)
     assert again.texts == task.texts and other.texts != task.texts
     assert tokenizer.to_string(task.tokens[0]) == task.texts[0]

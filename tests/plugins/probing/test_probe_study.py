@@ -8,11 +8,15 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.jsonl import read_texts_file
+from hooklens.plugins.probing.causal import causal_check
+from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gather import Activations, gather
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
+from hooklens.plugins.probing.scoring import correct
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
 from hooklens.plugins.probing.train import _study, probe_texts, train_probe
@@ -148,10 +152,109 @@ def test_the_control_task_can_be_memorised_and_selectivity_is_what_is_left():
     assert study.accuracy > 0.95
 
 
+def study_of(x, token, label, kind=None, **options):
+    """A study of given activations, every example a prompt of its own, which read these tokens."""
+    n = len(label)
+    ids = torch.arange(n)
+    task = read_task(tiny_model(d_vocab=n), ids[:, None], label.tolist())
+    names = [f"blocks.{i}.hook_resid_post" for i in range(len(x))]
+    acts = Activations(x, names, token, ids, torch.zeros_like(ids), ids, x[0], x[0])
+    folds = make_folds(task.label, acts.group, folds=options.pop("folds", 5))
+    return _study(acts, task, kind or Logistic(c=1.0), folds, options.pop("null_draws", 0), 0)
+
+
+def test_features_that_are_the_token_have_no_selectivity():
+    """One vector a token and a class that tokens have: random labels of tokens are learnt as well as that class."""
+    generator = torch.Generator().manual_seed(0)
+    token = torch.arange(240) % 16
+    x = torch.randn(16, 40, generator=generator, dtype=torch.float64)[token][None]
+    study = study_of(x, token, token % 2)
+    assert study.accuracy == 1.0 and study.selectivity == pytest.approx(0.0, abs=0.02)
+
+
+def test_a_class_that_no_token_has_is_as_selective_as_it_is_read():
+    """The class stands in the activations and the token does not: random labels of tokens are read at chance."""
+    generator = torch.Generator().manual_seed(0)
+    token, label = torch.arange(240) % 16, torch.randint(2, (240,), generator=generator)
+    x = torch.randn(1, 240, 6, generator=generator, dtype=torch.float64)
+    x[0, :, 0] += 3.0 * label
+    study = study_of(x, token, label)
+    rows = {row[0]: row[1:] for row in study.table().rows}
+    control = rows["control task (random label a token)"]
+    assert control[0] == pytest.approx(0.5, abs=0.06) and control[1] < 0.5 < control[2]
+    seen = rows["selectivity: these minus the control task"]
+    assert seen[0] == pytest.approx(study.balanced_accuracy - 0.5, abs=0.06) and seen[1] < seen[0] < seen[2]
+    assert study.control.shape == study.same_split.shape == (5, 1, 240)
+
+
+def test_selectivity_compares_the_same_rows():
+    """Real labels too are fitted in the control's folds, and the interval knows how many labellings there were."""
+    generator = torch.Generator().manual_seed(1)
+    token, label = torch.arange(120) % 12, torch.randint(2, (120,), generator=generator)
+    x = torch.randn(1, 120, 6, generator=generator, dtype=torch.float64)
+    made = ControlTasks.of(label, token, torch.arange(120), torch.arange(120), folds=4, seed=0)
+    kind = Logistic(c=1.0)
+    random, real = made.scores(x[0].numpy(), kind)
+    for i in range(5):
+        assert len(made.folds[i]) == 4
+        assert torch.equal(random[i], correct(x[0].numpy(), made.label[i], 2, made.folds[i], kind))
+        assert torch.equal(real[i], correct(x[0].numpy(), label, 2, made.folds[i], kind))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_control_task_does_not_refuse_good_data(seed):
+    """Six classes, eight kinds of token, one of them read once: every control class can be in two folds."""
+    generator = torch.Generator().manual_seed(seed)
+    token = torch.cat([torch.arange(119) % 7, torch.tensor([7])])
+    label = torch.randperm(120, generator=generator) % 6
+    made = ControlTasks.of(label, token, torch.arange(120), torch.arange(120), folds=5, seed=seed)
+    assert made.by == "token" and len(made.folds) == 5
+    for one, folds in zip(made.label, made.folds, strict=True):
+        for fold in folds:
+            assert set(one[fold.train].tolist()) == set(one.tolist())
+
+
+def test_a_control_task_that_cannot_be_cut_says_so():
+    """Every label of a class would be in one prompt."""
+    token, text = torch.arange(32) // 4, torch.arange(32) % 2
+    made = ControlTasks.of(torch.arange(32) % 8, token, text, torch.arange(32), folds=5, seed=0)
+    assert made.by is not None or "too few for 8 classes" in made.missing
+
+
+def test_a_point_that_says_the_common_class_is_not_chosen():
+    """One of ten is rare: point 0 is right on 93 % and a third of the rare, point 1 on 82 % and on all of the rare."""
+    label = (torch.arange(200) % 10 == 0).long()
+    rank = torch.cat([torch.arange(200)[label == one].argsort() for one in (0, 1)])
+    order = torch.empty(200, dtype=torch.long)
+    order[torch.cat([(label == 0).nonzero().flatten(), (label == 1).nonzero().flatten()])] = rank
+    first = ((label == 1) & (order % 3 == 0)).double()
+    second = ((label == 1) | (order % 5 == 0)).double()
+    x = torch.stack([first, second])[..., None]
+    study = study_of(x, torch.arange(200), label, MassMean())
+    assert study.correct.mean(1)[0] > 0.9 > study.correct.mean(1)[1]
+    assert study.chosen.tolist() == [1] * 5 and study.best == 1
+    assert study.balanced_accuracy == pytest.approx(0.9, abs=0.02) and study.accuracy == pytest.approx(0.82, abs=0.02)
+    shown = study.table().rows[0]
+    assert shown[1] == study.balanced_accuracy and shown[4] == study.accuracy
+    assert float(study.majority.mean()) == 0.9 and study.table().rows[4][1] == 0.5
+
+
+def test_points_have_q_values_over_all_of_them():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(60) % 2
+    x = torch.randn(6, 60, 4, generator=generator, dtype=torch.float64)
+    x[3, :, 0] += 5.0 * label
+    study = study_of(x, torch.arange(60), label, MassMean(), null_draws=195)
+    assert study.point_null.shape == (39, 6) and study.null.shape == (195,)
+    assert study.top(6).columns[-2:] == ("p", "q") and study.top(1).rows[0][0] == study.points[3]
+    assert study.point_p[3] == pytest.approx(1 / 40) and study.point_q[3] == pytest.approx(6 / 40)
+    assert bool((study.point_q >= study.point_p).all())
+
+
 def test_without_types_that_come_back_there_is_no_control_task():
     model = tiny_model(d_vocab=200)
     study = probe_texts(model, torch.arange(40)[:, None], [i % 2 for i in range(40)], kind=MassMean())
-    assert study.control_by is None and bool(study.control.isnan().all())
+    assert study.control_by is None and study.control.shape[0] == 0
     assert np.isnan(study.selectivity) and "none recurs" in str(study.table()) and study.figure().data
 
 
@@ -206,3 +309,18 @@ def test_errors_say_what_would_work():
         read_task(model, rows, [0, 1, 0, 1], pos=2)
     with pytest.raises(InputError, match="at least two groups"):
         probe_texts(model, rows, [0, 1, 0, 1], group=["a", "b", "a", "b"])
+
+
+def test_a_model_in_bfloat16_is_probed():
+    model, where = planted(20.0)
+    model = model.to(torch.bfloat16)
+    tokens, label, group = odd_last()
+    task = read_task(model, tokens, label, group=group)
+    probe, study = train_probe(model, task, site=("resid_pre", 0), kind=MassMean(), null_draws=9)
+    assert study.accuracy == 1.0 and study.correct.dtype == probe.weight.dtype == torch.float32
+    assert float(probe.direction @ where.float()) > 0.99
+    metric = hl.logit_diff(model, answer=1, wrong_answer=0)
+    check = causal_check(model, probe, task, metric, draws=5)
+    wide = causal_check(model.to(torch.float32), probe, task, metric, draws=5)
+    assert check.accuracy == wide.accuracy == 1.0
+    torch.testing.assert_close(check.effect, wide.effect, atol=0.05 * float(wide.told.abs().mean()), rtol=0.05)

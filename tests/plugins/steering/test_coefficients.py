@@ -164,7 +164,10 @@ def test_smollm2_says_more_kind_words_along_a_direction_than_along_random_ones()
     from hooklens.plugins.steering.contrast import contrast_direction
 
     model = hl.load("smollm2-135m-instruct")
-    things, words = ("film", "food", "hotel", "game"), (("wonderful", "superb"), ("terrible", "awful"))
+    things, words = (
+        ("film", "food", "hotel", "game"),
+        (("wonderful", "superb"), ("dreadful", "awful")),
+    )  # not " terrible", which is asked about
     kind, unkind = ([f"The {thing} was {word}, and I would" for thing in things for word in some] for some in words)
     made = contrast_direction(model, kind, unkind, group=torch.arange(4).repeat_interleave(2), draws=49)
     assert made.separation[20] > 0.95
@@ -179,3 +182,51 @@ def test_smollm2_says_more_kind_words_along_a_direction_than_along_random_ones()
         settings=SweepSettings(controls=8, written=1, new_tokens=4),
     )
     assert found.effect[0] < found.random_effect[:, 0].min() and found.effect[1] > found.random_effect[:, 1].max()
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "shape"),
+    [("gpt2", "resid_post", (2, 8)), ("llama", ("z", 1), None), ("gpt2", "z", (2, 2, 4)), ("llama", "v", None)],
+)
+def test_directions_a_layer_and_at_heads_are_swept_as_plain_steered_runs(name, site, shape):
+    model = zoo_model(name, dtype=torch.float64)
+    heads = model.cfg.n_key_value_heads if site == "v" else model.cfg.n_heads
+    shape = shape or (heads, model.cfg.d_head)
+    v = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    v[..., 0, :] = 0  # the controls leave alone what the direction leaves alone
+    metric = hl.logit_diff(model, answer=[1, 2, 3, 4], wrong_answer=5)
+    found = coefficient_sweep(model, PROMPTS, v, [-2.0, 1.5], metric, site=site, settings=FEW)
+    controls = unit_controls(3, v, 5) * v.norm(dim=-1, keepdim=True)
+    assert not controls[..., 0, :].any() and controls[..., 1, :].any()
+    for measured, vector in ((found.metric, v), (found.random_metric[1], controls[1])):
+        for c, amount in enumerate((-2.0, 1.5)):
+            for i, prompt in enumerate(PROMPTS):
+                with steer(model, vector, amount, site=site):
+                    expected = metric.pairs(torch.tensor([i]))(model([prompt]))
+                torch.testing.assert_close(measured[c, i], expected[0].detach(), atol=1e-9, rtol=1e-9)
+
+
+def test_controls_of_a_direction_a_layer_have_its_length_at_every_layer():
+    v = direction()[:6].view(2, 3) * torch.tensor([[1.0], [50.0]])
+    for controls in (4, torch.ones(4, 2, 3)):
+        found = unit_controls(controls, v, 0) * v.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(found.norm(dim=-1), v.norm(dim=-1).expand(4, 2))
+
+
+def test_coefficient_0_does_not_enlarge_the_family():
+    _, _, with_0 = swept(coefficients=(-2.0, 0.0, 0.0, 1.5))
+    _, _, without = swept(coefficients=(-2.0, 1.5))
+    assert with_0.q[[0, 3]].tolist() == pytest.approx(without.q.tolist())
+    assert with_0.q[[1, 2]].tolist() == [1.0, 1.0]
+
+
+def test_a_direction_that_means_nothing_is_rarely_beyond_random_ones():
+    model, metric = tiny_model(), lambda logits: logits[:, -1, 3]
+    small = 0
+    for seed in range(80):
+        settings = SweepSettings(controls=19, written=1, new_tokens=1, seed=1000 + seed)
+        found = coefficient_sweep(
+            model, [[1, 2], [3, 4]], direction(seed=seed), [1.0], metric, site=("resid_post", 0), settings=settings
+        )
+        small += int(found.p[0] <= 0.05)
+    assert small <= 8  # 4 are expected

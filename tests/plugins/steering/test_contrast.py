@@ -10,7 +10,8 @@ from model.zoo import zoo_model
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.steering.contrast import contrast_direction
-from hooklens.plugins.steering.held_out import auc, cross_fit, made_splits
+from hooklens.plugins.steering.held_out import cross_fit, made_splits
+from hooklens.statistics import auc
 from hooklens.testing import tiny_model
 
 
@@ -112,8 +113,7 @@ def test_the_area_is_that_of_scikit_learn_ties_included(scores, data):
     label = data.draw(
         st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)).filter(lambda x: 0 < sum(x) < len(x))
     )
-    sign = torch.tensor([[1.0 if one else -1.0 for one in label]])
-    found = auc(torch.tensor(scores, dtype=torch.float64)[None, None], sign)
+    found = auc(torch.tensor(scores, dtype=torch.float64), torch.tensor(label))
     assert found.item() == pytest.approx(roc_auc_score(label, scores))
 
 
@@ -131,3 +131,13 @@ def test_what_cannot_be_contrasted_is_refused_with_a_reason():
         contrast_direction(model, [], [[3]])
     with pytest.raises(InputError, match="at least 1"):
         contrast_direction(model, [[1], [2]], [[3], [4]], draws=0)
+
+
+def test_directions_of_half_precision_models_are_not_rounded_differences_of_rounded_means():
+    rows = [[[i, token] for i in range(10)] for token in (1, 2)]
+    half = contrast_direction(tiny_model().to(torch.bfloat16), *rows, draws=9)
+    model = tiny_model().to(torch.bfloat16)
+    acts = [model.run_with_cache(some, names=["resid_post"])[1]["resid_post", 1][:, -1].double() for some in rows]
+    expected = acts[0].mean(0) - acts[1].mean(0)
+    assert half.direction.dtype == torch.float32
+    torch.testing.assert_close(half.direction[1].double(), expected.detach(), atol=1e-6, rtol=1e-6)

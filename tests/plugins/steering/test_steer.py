@@ -198,13 +198,13 @@ def test_ablating_at_one_site_is_the_hook_written_by_hand():
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"direction": torch.ones(7)}, InputError, "width 8, and the direction has 7"),
-        ({"direction": torch.ones(3, 8)}, InputError, "one a layer of the 2"),
+        ({"direction": torch.ones(7)}, InputError, r"holds \[8\] at each position.*got \[7\]"),
+        ({"direction": torch.ones(3, 8)}, InputError, r"\[2, 8\] with one a layer; got \[3, 8\]"),
         ({"direction": torch.ones(8, dtype=torch.long)}, (WrongType, TypeError), "float tensor|'direction'"),
         ({"direction": torch.full((8,), torch.nan)}, InputError, "finite"),
         ({"coefficient": float("inf")}, InputError, "finite"),
         ({"coefficient": torch.ones(2, 2)}, InputError, "one a row"),
-        ({"site": "z"}, InputError, "one vector stands at each position"),
+        ({"site": "z"}, InputError, r"holds \[2, 4\] at each position"),
         ({"site": "pattern"}, InputError, "one vector stands at each position"),
         ({"site": "resid_pos"}, NameNotFound, "resid_post"),
         ({"positions": "generate"}, NameNotFound, "generated"),
@@ -230,3 +230,60 @@ def test_what_cannot_be_ablated_is_refused_with_a_reason():
         steer(tiny_model(), torch.ones(8), torch.ones(3), site="embed") as e,
     ):
         e.model(TOKENS)
+
+
+# -- heads
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("site", ["z", "q", "k", "v"])
+def test_steering_at_heads_is_the_hook_written_by_hand(name, site):
+    """llama has two query heads a key-value head: k and v then hold one vector for both."""
+    model = zoo_model(name, dtype=torch.float64)
+    n = model.cfg.n_key_value_heads if site in "kv" else model.cfg.n_heads
+    generator = torch.Generator().manual_seed(0)
+    each = torch.randn(2, n, model.cfg.d_head, generator=generator, dtype=torch.float64)
+    one = [((site, 1), lambda act, hook: act + 2.5 * each[1])]
+    by_hand = model.run_with_hooks(TOKENS, fwd_hooks=one)
+    with steer(model, each[1], 2.5, site=(site, 1)):
+        assert torch.equal(model(TOKENS), by_hand)
+    there = torch.zeros(TOKENS.shape[1], 1, 1, dtype=torch.float64)
+    there[[1, -1]] = 1
+    both = [((site, layer), lambda act, hook, v=each[layer]: act + there * v) for layer in range(2)]
+    with steer(model, each, site=site, positions=[1, -1]):
+        steered = model(TOKENS)
+    torch.testing.assert_close(steered, model.run_with_hooks(TOKENS, fwd_hooks=both), atol=1e-12, rtol=1e-12)
+
+
+def test_steering_one_head_while_generating_equals_recomputing_the_whole_prompt():
+    model, steps, prompts = zoo_model("llama", dtype=torch.float64), 4, [[1, 5, 2, 7], [3, 9]]
+    v = torch.zeros(model.cfg.n_heads, model.cfg.d_head, dtype=torch.float64)
+    v[1] = direction(model.cfg.d_head) * 5
+    wanted = dict.fromkeys(range(steps), "unembed.hook_out")
+    with steer(model, v, torch.tensor([1.0, -2.0]), site=("z", 1), positions=slice(-1, None)):
+        out = model.generate(prompts, steps, stop=(), capture=wanted)
+    for row, (prompt, amount) in enumerate(zip(prompts, (1.0, -2.0), strict=True)):
+        with steer(model, v, amount, site=("z", 1), positions=slice(len(prompt) - 1, None)):
+            _, cache = model.run_with_cache(out.tokens[row][None], names=["unembed.hook_out"])
+        for step in range(steps):
+            seen, expected = out.caches[step]["unembed.hook_out"][row, -1], cache["unembed.hook_out"]
+            torch.testing.assert_close(seen, expected[0, len(prompt) - 1 + step], atol=1e-10, rtol=1e-10)
+
+
+def test_a_head_loses_its_own_direction_and_one_without_a_direction_nothing():
+    model = zoo_model("gpt2", dtype=torch.float64)
+    v = torch.stack([direction(4), torch.zeros(4, dtype=torch.float64)])
+    with ablate_direction(model, v, sites=("z", 1)):
+        _, cache = model.run_with_cache(TOKENS, names=("z", 1))
+    plain = model.run_with_cache(TOKENS, names=("z", 1))[1]["z", 1]
+    assert torch.equal(cache["z", 1][:, :, 1], plain[:, :, 1])
+    assert (cache["z", 1][:, :, 0] @ v[0]).abs().max() < 1e-12 < (plain[:, :, 0] @ v[0]).abs().max()
+
+
+def test_directions_at_heads_that_do_not_fit_are_refused_with_a_reason():
+    model = zoo_model("llama")
+    wrong = torch.ones(model.cfg.n_heads, model.cfg.d_head)
+    with pytest.raises(InputError, match=rf"holds \[{model.cfg.n_key_value_heads}, {model.cfg.d_head}\]"):
+        steer(model, wrong, site=("k", 0))
+    with pytest.raises(InputError, match="points nowhere"):
+        ablate_direction(model, torch.zeros_like(wrong), sites=("z", 0))

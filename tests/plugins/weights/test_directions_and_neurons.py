@@ -136,3 +136,14 @@ def test_what_cannot_be_listed_is_refused_with_a_reason():
     with pytest.raises(InputError, match="from 1 to 11"):
         neuron_tokens(model, 0, top=12)
     assert model(TOKENS).shape[-1] == 11
+
+
+def test_false_discovery_rates_count_the_lists_of_both_sides():
+    from hooklens.statistics import q_values
+
+    found = ov_directions(tiny_model(), 1, 0, k=4, top=3)
+    expected = q_values(torch.stack([one.p for one in found.lists]))
+    assert torch.equal(found.q, expected) and found.q.shape == (2, 4)
+    assert [row[-2:] for row in found.table(None).rows[::2]] == [tuple(pair) for pair in expected.T.tolist()]
+    apart = torch.stack([one.q for one in found.lists])
+    assert not torch.equal(apart, expected)  # what list by list would have said

@@ -84,3 +84,12 @@ def test_smollm2_and_a_fresh_model_have_full_numerical_rank():
     assert one.initial_rank.item() == 576 and one.initial_effective > 570
     assert one.effective < one.initial_effective and one.participation < 10 < one.initial_participation
     assert (found.QK.initial_rank == 64).all() and (found.OV.initial_rank == 64).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_half_precision_weights_do_not_have_rank_0(dtype):
+    """The precision that singular values are computed in counts, not that of the weights, which are exact numbers."""
+    model = tiny_model(d_vocab=500, d_model=64, n_heads=4, n_layers=1).to(dtype)
+    found = spectrum(model)
+    assert found.embeddings["W_E"].rank.item() == found.embeddings["W_E"].initial_rank.item() == 64
+    assert (found.QK.rank == 16).all() and (found.OV.initial_rank == 16).all()

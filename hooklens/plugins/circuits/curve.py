@@ -1,0 +1,111 @@
+"""The faithfulness of circuits of growing size that one set of scores lets in, beside random ones at every size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.plugins.circuits.circuit import Circuit
+from hooklens.plugins.circuits.measure import measured, tied_p
+from hooklens.plugins.circuits.run import Bench
+from hooklens.plugins.circuits.scores import EdgeScores
+from hooklens.result import Result, Table
+
+
+@dataclass(frozen=True, eq=False)
+class FaithfulnessCurve(Result):
+    """Faithfulness of circuits of growing size, cut from one set of scores, beside random ones at every size."""
+
+    sizes: Int[Tensor, "size"]
+    values: Float[Tensor, "size"]
+    low: Float[Tensor, "size"]
+    high: Float[Tensor, "size"]
+    random: Float[Tensor, "draw size"]
+    n_edges: int
+    method: str
+    ablation: str
+    n_pairs: int
+    n_seen: int
+
+    @property
+    def area(self) -> float:
+        """The area under the curve over the number of edges, from none to the largest size, divided by that size."""
+        return float(self._area(self.values[None])[0])
+
+    @property
+    def distance(self) -> float:
+        """The area between the curve and 1, on the same scale: 0 for circuits that all do what the model does."""
+        return float(self._area((1 - self.values).abs()[None], start=1.0)[0])
+
+    @property
+    def random_area(self) -> Float[Tensor, "draw"]:
+        """The area under the curve of random circuits, one curve a draw."""
+        return self._area(self.random)
+
+    @property
+    def p(self) -> float:
+        """How often random circuits come at least as close to 1 over all sizes, the scores' own counted in.
+
+        The found circuits hold one another, so that one that is close by chance has close neighbours; random circuits
+        of different sizes are drawn apart. Hence the closest of every size make one curve, the second closest the next.
+        """
+        nearest_first = (1 - self.random).abs().sort(0).values
+        return float(tied_p(-self._area((1 - self.values).abs()[None], 1.0)[0], -self._area(nearest_first, 1.0)))
+
+    def _area(self, rows: Float[Tensor, "row size"], start: float = 0.0) -> Float[Tensor, "row"]:
+        x = torch.cat((torch.zeros(1), self.sizes.float())).to(rows)
+        y = torch.cat((torch.full_like(rows[:, :1], start), rows), 1)
+        return torch.trapezoid(y, x, dim=1) / x[-1]
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a size."""
+        ends = torch.quantile(self.random.double(), torch.tensor([0.5, 0.95], dtype=torch.float64), dim=0)
+        columns = (self.sizes, self.values, self.low, self.high, *ends)
+        rows = [(*row, self.n_pairs, self.n_seen) for row in zip(*(column.tolist() for column in columns), strict=True)]
+        names = "edges", "faithfulness", "95% low", "95% high", "random: median", "random: 95%"
+        return Table((*names, "pairs", "of these used to find it"), rows).head(n)
+
+    def figure(self) -> Any:
+        """The curve with its interval, and the middle 90 % of random circuits."""
+        from hooklens.viz.curves import lines
+
+        q = torch.quantile(self.random.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), dim=0)
+        known = bool(self.low.isfinite().all())
+        bands = {"random circuits (5 to 95%)": (q[0], q[2])} | ({self.method: (self.low, self.high)} if known else {})
+        areas = f"area {self.area:.2f}, random {self.random_area.mean():.2f}"
+        seen = f"; {self.n_seen} of {self.n_pairs} pairs used to find it" if self.n_seen else ""
+        title = f"Faithfulness by size ({self.ablation} ablation): {areas}{seen}"
+        drawn = lines(
+            {self.method: self.values, "random circuits (5 to 95%)": q[1]},
+            self.sizes,
+            bands,
+            title,
+            x_title="edges",
+            y_title="faithfulness",
+            marks={"the model": 1.0},
+        )
+        return drawn.update_xaxes(type="log")
+
+
+def curve_of(
+    bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], group: Int[Tensor, "pair"] | None, draws: int
+) -> FaithfulnessCurve:
+    """The curve of circuits that were cut from scores, the smallest first."""
+    found = [measured(bench, circuit, group, draws, seed=i) for i, circuit in enumerate(circuits)]
+    ends = torch.tensor([one.interval() for one in found])
+    values = torch.stack([one.share(one.per_pair[None])[0] for one in found]).cpu()
+    return FaithfulnessCurve(
+        torch.tensor([circuit.n_edges for circuit in circuits]),
+        values,
+        ends[:, 0].to(values),
+        ends[:, 1].to(values),
+        torch.stack([one.random for one in found], 1).cpu(),
+        scores.graph.n_edges,
+        scores.method,
+        scores.ablation,
+        bench.n_pairs,
+        found[0].n_seen,
+    )

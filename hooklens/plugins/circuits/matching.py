@@ -1,0 +1,210 @@
+"""Which node of one model plays the part of a node in another? A one-to-one matching by label and causal effect."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.plugins.circuits.carry import Carrier, Maps, is_head
+from hooklens.plugins.circuits.roles import Roles
+from hooklens.plugins.heads.taxonomy import UNLABELLED
+from hooklens.result import Result, Table
+
+_TIE = 0.01  # effects first: where a head looks and how deep it lies decide between heads of almost equal effect
+_STARTS = (0.0, 0.3, 1.0, 3.0)  # weights of depth; with 0 an assignment that no edge constrains is the best one
+_SLACK = 1e-9
+Costs = Float[Tensor, "chosen target_or_none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Matching(Result):
+    """Which node of the target stands for each node of the circuit, with the evidence on both sides.
+
+    `distance` is between effects, in shares of the metric. A node without a counterpart has target "" and NaN. `lost`
+    are the circuit's edges that the target has no counterpart for, whole or for one of the heads that read them.
+    """
+
+    source: list[str]
+    source_label: list[str]
+    source_effect: Float[Tensor, "node"]
+    target: list[str]
+    target_label: list[str]
+    target_effect: Float[Tensor, "node"]
+    lost: list[str]
+    n_edges: int
+
+    @property
+    def distance(self) -> Float[Tensor, "node"]:
+        return (self.source_effect - self.target_effect).abs()
+
+    @property
+    def same_label(self) -> int:
+        """How many heads were matched to one of their own label, where they have one."""
+        return sum(
+            a == b and a not in ("MLP", UNLABELLED) for a, b in zip(self.source_label, self.target_label, strict=True)
+        )
+
+    @property
+    def labelled(self) -> int:
+        """How many of the circuit's heads have a label at all: the others are matched by effect alone."""
+        return sum(label not in ("MLP", UNLABELLED) for label in self.source_label)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` nodes that the task needs most in the source."""
+        return self.table(k)
+
+    def table(self, n: int | None = 20) -> Table:
+        """One row a node of the circuit, the largest effect in the source first."""
+        order = self.source_effect.abs().argsort(descending=True, stable=True).tolist()[:n]
+        effects = (self.source_effect, self.target_effect, self.distance)
+        rows = []
+        for i in order:
+            here, there, apart = (float(x[i]) for x in effects)
+            rows.append(
+                (self.source[i], self.source_label[i], here, self.target[i] or "none", self.target_label[i])
+                + ((there, apart) if self.target[i] else (None, None))
+            )
+        return Table(("source", "label", "effect", "target", "its label", "its effect", "distance"), rows)
+
+    def figure(self) -> Any:
+        """Effect in the source against effect in the target, a point a node."""
+        from hooklens.viz.curves import scatter
+
+        known = [i for i, name in enumerate(self.target) if name]
+        names = [f"{self.source[i]} ({self.source_label[i]}) to {self.target[i]}" for i in known]
+        title = f"{len(known)} nodes matched, {len(self.lost)} of {self.n_edges} edges lost"
+        here, there = self.source_effect[known], self.target_effect[known]
+        return scatter(here, there, names, title, x_title="effect in the source", y_title="effect in the target")
+
+
+def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]:
+    """The target's node for every node of the circuit: equal labels first, then near effects and edges that can exist.
+
+    As many heads as possible get one of their own label; a head with two labels half matches one with either, and one
+    without a label half matches any. Then the differences between effects, and what is lost with edges that the target
+    cannot have (each by its share of the circuit's scores), are made small together: optimal assignments by labels,
+    effects and more and more of relative depth, from each of which nodes move and change places as long as that helps,
+    and the best end of them. Where effects are almost equal, attention and relative depth decide. MLPs go to MLPs by
+    effect and relative depth.
+
+    Reference: Kuhn (1955), "The Hungarian Method for the Assignment Problem".
+    """
+    costs = _costs(carrier, source, target)
+    deep = (_depth(source)[carrier.nodes, None] - _depth(target)).abs()
+    deep = torch.cat((deep, torch.zeros(len(deep), 1, dtype=deep.dtype)), 1)
+    starts = [_assigned(carrier, costs + weight * deep) for weight in _STARTS]
+    total = partial(_total, carrier, costs)
+    ends = [_improved(carrier, total, found, source) for found in starts]
+    return ends[int(total(torch.stack(ends)).argmin())]
+
+
+def matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles, target: Roles) -> Matching:
+    """The map as a result."""
+    nodes = carrier.nodes
+    to = found[nodes].tolist()
+    names, theirs = source.graph.source_names, target.graph.source_names
+    gone = carrier.edge[carrier.edges(found[None])[0] < 0].unique().tolist()
+    effect = torch.stack([target.effect[t] if t >= 0 else target.effect.new_tensor(torch.nan) for t in to])
+    return Matching(
+        [names[i] for i in nodes],
+        [source.labels[i] for i in nodes],
+        source.effect[nodes],
+        [theirs[t] if t >= 0 else "" for t in to],
+        [target.labels[t] if t >= 0 else "" for t in to],
+        effect.to(source.effect),
+        [source.graph.name(edge) for edge in gone],
+        len(carrier.edge.unique()),
+    )
+
+
+def _costs(carrier: Carrier, source: Roles, target: Roles) -> Costs:
+    """What it costs to let one node stand for another: infinite between kinds; the last column is nobody."""
+    nodes, n = carrier.nodes, target.graph.n_sources
+    apart = (source.effect[nodes].double()[:, None] - target.effect.double()).abs()
+    looks = torch.cdist(source.attention[nodes].double(), target.attention.double(), p=1)
+    deep = (_depth(source)[nodes, None] - _depth(target)).abs()
+    heads = torch.tensor([is_head(source.graph, node) for node in nodes])
+    theirs = torch.tensor([False, *(is_head(target.graph, node) for node in range(1, n))])
+    # convex: sums of mere distances are often equal for two pairings, of which only one keeps the order of effects
+    cost = apart + apart.square() + torch.where(heads[:, None], _TIE * (looks + deep), deep)
+    cost[:, 0] = torch.inf
+    cost.masked_fill_(heads[:, None] != theirs, torch.inf)
+    labels = torch.tensor([[_differ(source.labels[i], target.labels[j]) for j in range(n)] for i in nodes])
+    # no sum of distances, and no loss of edges, outweighs half a label
+    least = 2 * (1 + cost.masked_fill(cost.isinf(), 0).amax(1).sum())
+    cost = cost + least * torch.where(heads[:, None] & theirs, labels, 0.0)
+    nobody = source.effect[nodes].double().abs() + 1
+    return torch.cat((cost, nobody[:, None]), 1)
+
+
+def _differ(label: str, other: str) -> float:
+    """0 for the same labels, 1 for none in common; half where some are, or where one head has none."""
+    one, two = set(label.split(", ")), set(other.split(", "))
+    if one != two and {UNLABELLED} in (one, two):
+        return 0.5
+    return 1 - len(one & two) / len(one | two)
+
+
+def _depth(roles: Roles) -> Float[Tensor, "source"]:
+    """From 0 in the first layer to 1 in the last."""
+    graph = roles.graph
+    wide, deepest = graph.n_heads + graph.mlp, max(graph.n_layers - 1, 1)
+    return torch.tensor([0.0, *((node // wide) / deepest for node in range(graph.n_sources - 1))], dtype=torch.float64)
+
+
+def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
+    """The cheapest one-to-one assignment, heads and MLPs each on their own."""
+    from scipy.optimize import linear_sum_assignment
+
+    found = carrier.fixed()
+    for kind in (True, False):
+        rows = [i for i, node in enumerate(carrier.nodes) if is_head(carrier.source, node) == kind]
+        open_to = _peers(carrier, kind)
+        if not rows:
+            continue
+        spare = max(0, len(rows) - len(open_to))
+        table = torch.cat((costs[rows][:, open_to], costs[rows, -1:].expand(-1, spare)), 1)
+        chosen, where = linear_sum_assignment(table.numpy())
+        for i, j in zip(chosen.tolist(), where.tolist(), strict=True):
+            found[carrier.nodes[rows[i]]] = open_to[j] if j < len(open_to) else -1
+    return found
+
+
+def _peers(carrier: Carrier, heads: bool) -> list[int]:
+    graph = carrier.target
+    return [node for node in range(1, graph.n_sources) if is_head(graph, node) == heads]
+
+
+def _total(carrier: Carrier, costs: Costs, maps: Maps) -> Float[Tensor, "map"]:
+    """What maps cost, lost edges included."""
+    return costs[torch.arange(len(carrier.nodes)), maps[:, carrier.nodes]].sum(1) + carrier.lost(maps)
+
+
+def _improved(
+    carrier: Carrier, total: Callable[[Maps], Tensor], found: Int[Tensor, "node"], source: Roles
+) -> Int[Tensor, "node"]:
+    """Move nodes, or let two change places, as long as that is cheaper."""
+    # the largest effect first: the order in which models number their heads must not matter
+    order = sorted(carrier.nodes, key=lambda node: -abs(float(source.effect[node])))
+    best, before = float(total(found[None])), float("inf")
+    while best < before - _SLACK:
+        before = best
+        for node in order:
+            options = _moves(found, node, _peers(carrier, is_head(carrier.source, node)))
+            values = total(options)
+            least = int(values.argmin()) if len(values) else 0
+            if len(values) and float(values[least]) < best - _SLACK:
+                found, best = options[least], float(values[least])
+    return found
+
+
+def _moves(found: Int[Tensor, "node"], node: int, to: list[int]) -> Maps:
+    """The node put in each of these places; who stands there goes to its own."""
+    there = torch.tensor(to, dtype=torch.long)[:, None]
+    maps = torch.where(found == there, found[node], found)
+    maps[:, node] = there[:, 0]
+    return maps

@@ -1,0 +1,154 @@
+"""What is each node of a model for? A head's label and where it looks, and what a task loses without the node."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Pairs
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.circuits.graph import CircuitGraph
+from hooklens.plugins.circuits.run import Bench
+from hooklens.plugins.circuits.task import Task
+from hooklens.plugins.heads.scores import KINDS
+from hooklens.plugins.heads.taxonomy import Taxonomy
+from hooklens.result import Result, Table
+from hooklens.sweeps.execute import execute
+from hooklens.sweeps.plan import Patch, plan
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class Roles(Result):
+    """The role of every node: `labels` of heads, where they look, and the `effect` of each node on one task.
+
+    `effect` is what the metric loses when the node alone carries the ablated run, as a share of what it loses when all
+    do; NaN where it was not measured. `attention` is the share of attention above an even spread that a head pays to
+    the kinds of key of `head_scores`, on repeated random tokens; 0 for nodes that are no heads.
+    """
+
+    graph: CircuitGraph
+    labels: list[str]
+    attention: Float[Tensor, "source kind"]
+    effect: Float[Tensor, "source"]
+    ablation: str
+    n_pairs: int
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` nodes that the task needs most."""
+        return self.table(k)
+
+    def table(self, n: int | None = 20) -> Table:
+        """One row a node, the largest effect first."""
+        order = self.effect.nan_to_num().abs().argsort(descending=True, stable=True).tolist()[:n]
+        names = self.graph.source_names
+        rows = [(names[i], self.labels[i], float(self.effect[i]), *self.attention[i].tolist()) for i in order]
+        return Table(("node", "label", f"effect ({self.ablation})", *KINDS), rows)
+
+    def figure(self) -> Any:
+        """The effect of every node, layer by layer."""
+        from hooklens.viz.figures import heatmap
+
+        graph = self.graph
+        columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
+        nodes = self.effect[1:].view(graph.n_layers, len(columns))
+        rows = [f"L{i}" for i in range(graph.n_layers)]
+        title = f"What the task loses without each node ({self.ablation} ablation)"
+        return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="share of the metric")
+
+
+def roles_of(
+    model: "HookedTransformer",
+    task: Task,
+    evidence: Taxonomy,
+    *,
+    ablation: str = "corrupted",
+    nodes: Bool[Tensor, "source"] | None = None,
+) -> Roles:
+    """What is each node for, by its label in a taxonomy and by what the task loses without it?
+
+    >>> from hooklens.plugins.heads.taxonomy import taxonomy
+    >>> from hooklens.testing import induction_model
+    >>> model = induction_model()
+    >>> task = Task([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
+    >>> print(roles_of(model, task, taxonomy(model)).table(3).rows[0][:3])
+    ('L1H1', 'induction', 1.0)
+
+    `nodes` says which effects to measure (all of them by default). Effects are exact, one node at a time.
+    """
+    bench = Bench(model, task.clean, task.corrupted, task.metric, ablation)
+    graph = bench.graph
+    labels = evidence.labels()
+    if (len(labels), len(labels[0])) != (graph.n_layers, graph.n_heads):
+        raise InputError(
+            f"the taxonomy has {len(labels)} layers of {len(labels[0])} heads, and {model.cfg.model_name!r} has "
+            f"{graph.n_layers} of {graph.n_heads}; give taxonomy(model) of this very model"
+        )
+    wanted = torch.ones(graph.n_sources, dtype=torch.bool) if nodes is None else nodes.clone()
+    wanted[0] = False
+    named, attention = ["embedding"], torch.zeros(graph.n_sources, len(KINDS), dtype=model.dtype)
+    for layer, row in enumerate(labels):
+        named += [*row, *(["MLP"] if graph.mlp else [])]
+        above = [evidence.scores.mean(kind)[layer] - evidence.scores.uniform[kind] for kind in KINDS]
+        attention[graph.heads_at(layer)] = torch.stack(above, 1).nan_to_num().to(attention)
+    return Roles(graph, named, attention, _effects(bench, wanted), ablation, bench.n_pairs)
+
+
+def comparable(source: Taxonomy, target: Taxonomy) -> tuple[Taxonomy, Taxonomy]:
+    """Both without name movers where one of the two models could not be asked for them."""
+    if source.names is None or target.names is None:
+        return replace(source, names=None), replace(target, names=None)
+    return source, target
+
+
+def _effects(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "source"]:
+    nothing = torch.zeros(bench.graph.n_edges, dtype=torch.bool)
+    gap = (bench.model_per_pair - bench.run(nothing).empty_per_pair).cpu()
+    # the mean of sizes, with the sign of the mean: no division by almost nothing where the model does not do the task
+    unit = gap.abs().mean() * (-1.0 if float(gap.mean()) < 0 else 1.0)
+    # the heads of a sandwich block share a norm, which in the graph is no part of a node
+    falls = (_by_edges if bench.graph.shared_scale else _by_patches)(bench, wanted)
+    found = torch.full((bench.graph.n_sources,), torch.nan, dtype=falls.dtype)
+    found[wanted] = falls.cpu() / unit if float(unit) else torch.zeros_like(falls, device="cpu")
+    return found
+
+
+def _by_edges(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wanted"]:
+    """The mean fall of the metric without all edges of a node, in the graph itself."""
+    sources = bench.graph.ends[0]
+    masks = torch.stack([sources != node for node in wanted.nonzero().flatten()])
+    return (bench.model_per_pair - bench.run(masks).per_pair).mean(1)
+
+
+def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wanted"]:
+    """The same by overwriting what the node gives out, which the sweep engine does without running the whole graph."""
+    graph = bench.graph
+    nodes = [divmod(node - 1, graph.n_heads + graph.mlp) for node in wanted.nonzero().flatten().tolist()]
+    fall = torch.zeros(len(nodes), dtype=bench.model.dtype, device=bench.model.device)
+    for site in ("z", "mlp_out"):
+        rows = [i for i, (_, at) in enumerate(nodes) if (at < graph.n_heads) == (site == "z")]
+        patches = [Patch(nodes[i][0], None, nodes[i][1] if site == "z" else None) for i in rows]
+        for group in bench.groups if rows else []:
+            with torch.no_grad(), packed_linears(rows=1024):
+                written = _written(bench, group, site)
+                outcome = execute(
+                    plan(bench.model, group.clean, site, written, patches=patches), group.of(bench.metric)
+                )
+            fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
+    return fall
+
+
+def _written(bench: Bench, group: Pairs, site: str) -> Tensor | Callable[[Tensor, str], Tensor]:
+    """What the ablated run has there: the corrupted prompt's, nothing, or the mean over corrupted prompts."""
+    if bench.ablation == "corrupted":
+        return group.corrupted
+    if bench.ablation == "zero":
+        return lambda x, name: torch.zeros_like(x)
+    _, cache = bench.model.run_with_cache(group.corrupted, [site])
+    return lambda x, name: cache[name].mean(0, keepdim=True).expand_as(x)

@@ -1,0 +1,97 @@
+"""A taxonomy's evidence as a table and as a map."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooklens.plugins.heads.labels import LABELS, Taxonomy
+from hooklens.plugins.heads.named import NAME_LABELS
+from hooklens.result import Table
+
+_EFFECT = ("effect", "low", "high", "q of effect", "placebo")
+_SUPPRESSION = ("anti-copy", "ECE change")
+
+
+def label_rows(found: Taxonomy, n: int | None) -> Table:
+    """One row a head and label. `effect` is in nats a token, of names the share of the logit difference."""
+    called, make = found.called(), {**_on_repeats(found), **_on_names(found)}
+    first, suppressed = found.scores.mean("first"), _suppressed(found)
+    share = None if found.positions is None else found.positions.share
+    extra = (("by position",) if share is not None else ()) + (_SUPPRESSION if suppressed else ())
+    rows: list[tuple] = []
+    for at in found.order()[:n]:
+        near = list(LABELS)[_nearest(found, at)]
+        for label in called.get(at, [f"unlabelled ({near}?)"]):
+            kind = label if label in make else near
+            position = (float(share[at]) if kind == "previous token" else None,) if share is not None else ()
+            negative = (
+                suppressed.get(at, (None, None))
+                if kind in ("copy suppression", "negative name mover")
+                else (None, None)
+            )
+            row = (f"L{at[0]}H{at[1]}", label, *(_number(x[at]) for x in make[kind]), float(first[at]))
+            rows.append((*row, *position, *(negative if suppressed else ())))
+    return Table(("head", "label", "score", "q", *_EFFECT, "rests", *extra), rows).head(n)
+
+
+def _on_repeats(found: Taxonomy) -> dict[str, list[Tensor]]:
+    """Score, q, effect, both ends, its q and placebo, label by label."""
+    (low, high), score_q, effect_q = found.interval(), found.score_q, found.effect_q
+    effect, placebo = found.effect.mean(0), found.placebo.mean(0)
+    return {
+        label: [found.scores.mean(kind), score_q[i], effect[i], low[i], high[i], effect_q[i], placebo[i]]
+        for i, (label, (kind, _)) in enumerate(LABELS.items())
+    }
+
+
+def _on_names(found: Taxonomy) -> dict[str, list[Tensor]]:
+    """The same of indirect-object prompts: attention margin, q of all three tests, direct effect; no placebo."""
+    if found.names is None:
+        return {}
+    movers, q = found.names.found, found.names.q
+    ends, none = movers.share_interval(), torch.full_like(movers.share, torch.nan)
+    return {
+        label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none] for i, label in enumerate(NAME_LABELS)
+    }
+
+
+def _suppressed(found: Taxonomy) -> dict[tuple[int, int], tuple[float, float | None]]:
+    """What a head takes from the logit of the token that it looks at, and the calibration change without it."""
+    if found.suppression is None or found.suppression.calibration is None:
+        return {}
+    change, anti = found.suppression.calibration, found.suppression.anti
+    at = [(int(a), int(b)) for a, b in (name[1:].split("H") for name in change.heads)]
+    return {one: (float(anti[one]), float(change.change[i])) for i, one in enumerate(at)}
+
+
+def _nearest(found: Taxonomy, at: tuple[int, int]) -> int:
+    """The label of the least p."""
+    return int(found.score_p[:, at[0], at[1]].argmin())
+
+
+def _number(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else float(value)
+
+
+def attention_map(found: Taxonomy) -> Any:
+    """Layer by label and head: attention above chance, negative where the label was not earned."""
+    from hooklens.viz.figures import heatmap
+
+    attention = torch.stack([found.scores.mean(kind) for kind, _ in LABELS.values()])
+    shown = torch.where(found.passes, attention, -attention)
+    shown = shown.masked_fill(found.score_q > found.level, torch.nan)
+    mean, n_heads = found.effect.mean(0), shown.shape[2]
+    hover = [
+        [f"loss rise {float(x):.3f}" if x == x else "chance" for x in row.tolist()]
+        for row in mean.transpose(0, 1).flatten(1)
+    ]
+    return heatmap(
+        (shown if bool(shown.isfinite().any()) else torch.zeros_like(shown)).transpose(0, 1).flatten(1),
+        x=[f"{label} H{head}" for label in LABELS for head in range(n_heads)],
+        y=[f"L{layer}" for layer in range(shown.shape[1])],
+        title="Attention above chance: blue earned the label, orange did not",
+        y_title="layer",
+        hover=hover,
+        colourbar="attention",
+    )

@@ -1,0 +1,167 @@
+"""What the evidence allows each head to be called, and the rows that show it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooklens.plugins.heads.copy_suppression import CopySuppression
+from hooklens.plugins.heads.copying import Copying
+from hooklens.plugins.heads.named import NAME_LABELS, NameEvidence
+from hooklens.plugins.heads.previous_token import PositionScores
+from hooklens.plugins.heads.scores import HeadScores
+from hooklens.result import Result, Table
+from hooklens.statistics import mean_interval, q_values, sign_flip_p
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins.claims import ClaimFamily, Registration
+
+#: The labels that repeated tokens can give, the keys whose attention is scored and blocked, and the sign of the loss
+#: change that the label claims.
+LABELS = {
+    "previous token": ("previous", 1.0),
+    "duplicate token": ("duplicate", 1.0),
+    "induction": ("induction", 1.0),
+    "copy suppression": ("induction", -1.0),
+}
+UNLABELLED = "unlabelled"
+PerLabel = Float[Tensor, "label layer head"]
+
+
+@dataclass(frozen=True, eq=False)
+class Taxonomy(Result):
+    """Every head's evidence for every label, and the labels that it allows.
+
+    `score_p` is the null model's: the share of randomly rotated heads that score as high (for copy suppression, the
+    larger of that and the OV's). `effect` is the rise of the loss, in nats a token, on other repeated sequences when
+    the head may not look at the label's keys: NaN where the score did not pass, for then it was not measured.
+    `placebo` is the rise when it may not look at as many other keys: NaN also where the effect on its own earns no
+    label. `names` is the evidence of indirect-object prompts, `positions` what positions alone do to queries and keys,
+    `suppression` what the heads called copy suppression or negative name mover do to the token that they look at and to
+    calibration; None where the model could not be asked, or no head was called so. `note` says why.
+    """
+
+    scores: HeadScores
+    ov: Copying
+    score_p: Float[Tensor, "label layer head"]
+    effect: Float[Tensor, "sequence label layer head"]
+    placebo: Float[Tensor, "sequence label layer head"]
+    loss: Float[Tensor, "sequence"]
+    names: NameEvidence | None
+    note: str
+    level: float
+    positions: PositionScores | None = None
+    suppression: CopySuppression | None = None
+
+    @property
+    def score_q(self) -> Float[Tensor, "label layer head"]:
+        """Benjamini-Hochberg over all heads and labels."""
+        return q_values(self.score_p)
+
+    @property
+    def effect_q(self) -> Float[Tensor, "label layer head"]:
+        """Benjamini-Hochberg over the effects that were measured: those whose score passed, on other sequences."""
+        p = sign_flip_p(self.effect.nan_to_num())
+        return q_values(torch.where(self.effect[0].isnan(), torch.nan, p))
+
+    def interval(self) -> tuple[PerLabel, PerLabel]:
+        """Both ends of the mean effect, by a bootstrap over sequences, at 1 - `level`."""
+        return self._interval(self.effect)
+
+    def _interval(self, values: Float[Tensor, "sequence label layer head"]) -> tuple[PerLabel, PerLabel]:
+        low, high = mean_interval(values.nan_to_num(), level=1 - self.level)
+        missing = values[0].isnan()
+        return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
+
+    @property
+    def candidates(self) -> Bool[Tensor, "label layer head"]:
+        """Where the score passes, and the effect's interval and q-value exclude 0 on the side that the label claims."""
+        low, _ = self._interval(signs(self.effect) * self.effect)
+        return (self.score_q <= self.level) & (low > 0) & (self.effect_q <= self.level)
+
+    @property
+    def passes(self) -> Bool[Tensor, "label layer head"]:
+        """Where a candidate's effect also exceeds its placebo, with an interval of the difference that excludes 0."""
+        above_placebo, _ = self._interval(signs(self.effect) * (self.effect - self.placebo))
+        return self.candidates & (above_placebo > 0)
+
+    def called(self) -> dict[tuple[int, int], list[str]]:
+        """The labels of each labelled head: of those of repeated tokens that of the largest effect, then of names."""
+        mean = torch.where(self.passes, self.effect.mean(0).abs(), -1.0)
+        best, which = mean.max(0)
+        kinds, found = list(LABELS), {}
+        for layer, head in (best >= 0).nonzero().tolist():
+            found[layer, head] = [kinds[int(which[layer, head])]]
+        named = {} if self.names is None else self.names.labelled(self.level)
+        for label, heads in named.items():
+            for at in heads:
+                found.setdefault(at, []).append(label)
+        return found
+
+    def labels(self) -> list[list[str]]:
+        """What each head of each layer is called."""
+        called, (n_layers, n_heads) = self.called(), self.score_p.shape[1:]
+        return [
+            [", ".join(called.get((layer, head), [UNLABELLED])) for head in range(n_heads)] for layer in range(n_layers)
+        ]
+
+    def counts(self) -> Table:
+        """How many heads each label has, and how many had the score but not the effect."""
+        flat = [label for labels in self.called().values() for label in labels]
+        scored, passed = (self.score_q <= self.level).flatten(1).sum(1), self.passes.flatten(1).sum(1)
+        rows: list[tuple] = [
+            (kind, flat.count(kind), int(s), int(s - p)) for kind, s, p in zip(LABELS, scored, passed, strict=True)
+        ]
+        rows += [(label, flat.count(label), None, None) for label in NAME_LABELS if self.names is not None]
+        rows.append((UNLABELLED, self.score_p[0].numel() - len(self.called()), None, None))
+        return Table(("label", "heads", "score passes", "of these without effect"), rows)
+
+    def order(self) -> list[tuple[int, int]]:
+        """Every (layer, head): labelled ones first, by the size of their effect, then those measured, then the rest."""
+        strong = torch.where(self.passes, self.effect.mean(0).abs(), 0.0).amax(0)
+        measured = self.effect.mean(0).abs().nan_to_num(0).amax(0)
+        labelled = torch.zeros_like(strong)
+        for at in self.called():
+            labelled[at] = 1.0
+        key = labelled * 1e6 + strong * 1e3 + measured.clamp_max(1e3)
+        by = key.flatten().argsort(descending=True, stable=True).tolist()
+        return [divmod(i, strong.shape[1]) for i in by]
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` heads with the strongest evidence."""
+        return self.table(k)
+
+    def table(self, n: int | None = 20) -> Table:
+        """One row a head and label, with that label's evidence; a head without one shows the nearest, with "?"."""
+        from hooklens.plugins.heads.evidence import label_rows
+
+        return label_rows(self, n)
+
+    def figure(self) -> Any:
+        """Label by label, layer by head: who looks at its keys. Blue earned the label; orange only looks."""
+        from hooklens.plugins.heads.evidence import attention_map
+
+        return attention_map(self)
+
+    def claims(
+        self, model: "HookedTransformer | str" = "this model", *, registered: "Sequence[Registration]" = ()
+    ) -> "ClaimFamily | None":
+        """A claim for each head and label whose score passed, with its placebo as control; None where none passed."""
+        from hooklens.plugins.heads.head_claims import taxonomy_claims
+
+        return taxonomy_claims(model, self, registered)
+
+    def report(self) -> Any:
+        """The taxonomy as a page: `found.report().save("heads.html", data=found)`."""
+        from hooklens.plugins.heads.report import taxonomy_report
+
+        return taxonomy_report(self)
+
+
+def signs(like: Tensor) -> Float[Tensor, "label one one"]:
+    """The direction in which each label claims that the loss moves."""
+    return torch.tensor([sign for _, sign in LABELS.values()]).to(like)[:, None, None]

@@ -1,0 +1,52 @@
+"""Which pairs stand out once what either side does with everyone is taken out?"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Pairs = Float[Tensor, "layer head reader_layer reader_head"]
+LEAST_PARTNERS = 5  # with fewer a pair is a large part of its own writer's mean
+_LEAST_CELLS = 20  # of one layer distance, for a spread of their own
+_SWEEPS = 30
+
+
+def standing_out(scores: Pairs, is_pair: Bool[Tensor, "layer head reader_layer reader_head"]) -> tuple[Pairs, Pairs]:
+    """How far each pair lies above writer, reader and layer distance, in robust deviations; and its one-sided p.
+
+    Logarithms of scores are fitted by a level a writer and a level a reader. What is left is centred and scaled by
+    median and absolute deviation among pairs of the same layer distance, and held against a normal distribution. A
+    pair whose score is 0 has p = 1.
+
+    >>> scores = torch.rand(2, 6, 2, 6, generator=torch.Generator().manual_seed(0)) + 0.5
+    >>> scores[0, 2, 1, 3] = 20.0
+    >>> pair = torch.zeros(2, 6, 2, 6, dtype=torch.bool); pair[0, :, 1] = True
+    >>> z, p = standing_out(scores, pair)
+    >>> bool(z[0, 2, 1, 3] == z.nan_to_num(-9).max()), bool(p[0, 2, 1, 3] < 0.001)
+    (True, True)
+    """
+    layer = torch.arange(len(scores), device=scores.device)
+    distance = (layer - layer[:, None])[:, None, :, None].expand_as(scores).flatten(2).flatten(0, 1)
+    flat, pair = (x.flatten(2).flatten(0, 1) for x in (scores.double(), is_pair))
+    usable = pair & (flat > 0)
+    left = torch.where(usable, flat.log(), torch.nan)
+    for _ in range(_SWEEPS):  # pairs exist for later readers only, so that the two levels are not orthogonal
+        for axis in (1, 0):
+            left = left - left.nanmean(axis, keepdim=True).nan_to_num()
+    partners = 1 - 1 / torch.stack([usable.sum(1, keepdim=True).expand_as(flat), usable.sum(0).expand_as(flat)])
+    left = left / partners.prod(0).clamp_min(0.1).sqrt()  # a fit to few leaves less of each
+    z, every = torch.full_like(left, torch.nan), _robust(left[usable])
+    for one in distance[usable].unique():
+        at = usable & (distance == one)
+        middle, spread = _robust(left[at]) if int(at.sum()) >= _LEAST_CELLS else every
+        z[at] = (left[at] - middle) / spread
+    p = torch.where(usable, torch.special.ndtr(-z), torch.where(pair, 1.0, torch.nan))
+    return tuple(x.view(scores.shape).to(scores) for x in (z, p))  # type: ignore[return-value]
+
+
+def _robust(x: Float[Tensor, "cell"]) -> tuple[Tensor, Tensor]:
+    """Median, and the deviation that a normal distribution with this median absolute deviation has."""
+    if not len(x):
+        return x.new_tensor(0.0), x.new_tensor(torch.nan)
+    middle = x.median()
+    spread = 1.4826 * (x - middle).abs().median()
+    return middle, torch.where(spread > 0, spread, torch.nan)

@@ -1,0 +1,82 @@
+"""Control tasks: random labels that only memory can get right, beside the real labels in the very same folds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.plugins.probing.folds import Classes, Fold, control_labels, control_types, split
+from hooklens.plugins.probing.probes import ProbeKind
+from hooklens.plugins.probing.scoring import correct
+
+_LABELLINGS = 5
+_TRIES = 30
+
+
+@dataclass(frozen=True)
+class ControlTasks:
+    """Random labels of types, each with folds in which a type stands on both sides; none where `missing` says why.
+
+    `by` is what was given a label: "token", or "group" where tokens do not recur.
+    """
+
+    by: str | None
+    missing: str
+    label: Int[Tensor, "labelling example"]
+    real: Int[Tensor, "example"]
+    folds: list[list[Fold]]
+
+    @classmethod
+    def of(
+        cls, real: Classes, token: Classes, text: Classes, group: Classes, *, folds: int, seed: int
+    ) -> "ControlTasks":
+        """Labellings of the examples' tokens or groups, drawn until each can be cut into folds.
+
+        >>> rows = torch.arange(40)
+        >>> made = ControlTasks.of(rows % 2, rows % 10, rows, rows, folds=5, seed=0)
+        >>> made.by, made.label.shape
+        ('token', torch.Size([5, 40]))
+        """
+        found = control_types(token, text, group)
+        none = real.new_zeros(0, len(real))
+        if found is None:
+            return cls(None, "token or group: none recurs", none, real, [])
+        (types, by), generator = found, torch.Generator().manual_seed(seed)
+        shares = (torch.bincount(real) / len(real)).tolist()
+        made: list[tuple[Classes, list[Fold]]] = []
+        for _ in range(_TRIES):
+            label = control_labels(types, shares, generator)
+            parts = _parts(real, label, text, folds, seed)
+            made += [(label, parts)] if parts else []
+            if len(made) == _LABELLINGS:
+                return cls(by, "", torch.stack([one for one, _ in made]), real, [one for _, one in made])
+        return cls(None, f"{by}: too few for {len(shares)} classes", none, real, [])
+
+    def scores(
+        self, x: np.ndarray, kind: ProbeKind
+    ) -> tuple[Float[Tensor, "labelling example"], Float[Tensor, "labelling example"]]:
+        """Right or wrong about the random labels, and about the real ones, fitted and tested on the same rows."""
+        n, none = int(self.real.max()) + 1, torch.zeros(0, len(x), dtype=torch.float64)
+        if not self.folds:
+            return none, none
+        random = [correct(x, label, n, parts, kind) for label, parts in zip(self.label, self.folds, strict=True)]
+        return torch.stack(random), torch.stack([correct(x, self.real, n, parts, kind) for parts in self.folds])
+
+
+def _parts(real: Classes, label: Classes, text: Classes, folds: int, seed: int) -> list[Fold]:
+    """Folds stratified by both labels where that leaves as many, else by the random one; none where it has none.
+
+    Prompts that are the same would make remembering a type remembering a row: they stay together.
+    """
+    if len(label.unique()) < 2:
+        return []
+    made = []
+    for strata in (real * (int(label.max()) + 1) + label, label):
+        try:
+            made.append(split(strata, text, folds, seed, "the control task"))
+        except InputError:
+            made.append([])
+    return [Fold(train, test, ()) for train, test in max(made, key=len)]

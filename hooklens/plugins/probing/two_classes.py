@@ -1,0 +1,39 @@
+"""Tasks of two classes at one point of a model: what directions are compared between."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hooklens.core.errors import InputError
+from hooklens.core.names import Where
+from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.scoring import as_rows
+from hooklens.plugins.probing.task import ProbeTask
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+def task_rows(
+    model: "HookedTransformer", tasks: Sequence[ProbeTask], site: Where
+) -> tuple[str, torch.dtype, list[np.ndarray]]:
+    """The point's full name, the dtype of its activations, and each task's rows there.
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.plugins.probing.labels import odd_first
+    >>> point, dtype, rows = task_rows(model := tiny_model(), [odd_first(model)], ("resid_post", 0))
+    >>> point, rows[0].shape
+    ('blocks.0.hook_resid_post', (40, 8))
+    """
+    for task in tasks:
+        if len(task.classes) != 2:
+            raise InputError(f"a direction leads from one class to another, {task.name!r} has {task.classes}; take two")
+    gathered = [gather(model, task, site=site) for task in tasks]
+    if not gathered:
+        raise InputError("directions of tasks are compared, got no task; give at least one")
+    points = gathered[0].points
+    if len(points) != 1:
+        raise InputError(f"directions are compared at one point, got {', '.join(points)}; give ('name', layer)")
+    return points[0], gathered[0].x.dtype, [as_rows(acts.x[0]) for acts in gathered]

@@ -1,0 +1,195 @@
+"""What p-values of circuits say where nothing is known, where nothing is special, and where something is."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from test_circuit_run import CLEAN, CORRUPTED, diff
+
+from hooklens.data.jsonl import PromptPairs
+from hooklens.plugins.circuits.circuit import circuit_of
+from hooklens.plugins.circuits.circuit_study import study_circuit
+from hooklens.plugins.circuits.completeness import completeness_of
+from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
+from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs, eap
+from hooklens.plugins.circuits.evaluate import evaluate
+from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
+from hooklens.plugins.circuits.measure import measured
+from hooklens.plugins.circuits.minimality import Minimality, minimality_of
+from hooklens.plugins.circuits.random_circuits import random_circuits
+from hooklens.plugins.circuits.run import Bench
+from hooklens.statistics import null_p
+from hooklens.testing import tiny_model
+
+BOTH_WAYS = torch.tensor([1.0, -1.0])
+
+
+def either_way(logits):
+    """A metric whose gap has another sign in each pair: its mean is not distinguishable from 0."""
+    return logits[:, -1, 3] * (BOTH_WAYS if len(logits) == 2 else 1)
+
+
+@pytest.fixture(scope="module")
+def found():
+    model = tiny_model()
+    clean, corrupted, metric = demo_pairs(model, 4)
+    scores = eap(model, clean[:2], corrupted[:2], metric)
+    circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
+    return model, scores, circuit, clean[2:], corrupted[2:], metric
+
+
+def test_a_value_that_is_not_known_is_reached_by_no_draw_and_significant_nowhere():
+    null = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 4.0, 5.0]])
+    p = null_p(torch.tensor([torch.nan, 9.0, 9.0]), null)
+    assert p[0].isnan() and p[1] == pytest.approx(1 / 3) and p[2].isnan()
+
+
+def test_where_the_gap_may_be_0_no_part_of_an_evaluation_is_significant(found):
+    model, scores, circuit, clean, corrupted, _ = found
+    seen = evaluate(model, circuit, clean, corrupted, either_way)
+    assert not seen.faithfulness.defined and seen.faithfulness.p != seen.faithfulness.p
+    assert seen.completeness.p != seen.completeness.p
+    assert bool(seen.minimality.p.isnan().all()) and bool(seen.minimality.q.isnan().all())
+    assert seen.minimality.idle is None
+    rows = dict(seen.table().rows)
+    assert rows["edges worth more than a random circuit's (q < 0.05)"] is None
+    assert rows["edges that may be worth nothing"] is None
+    curve = faithfulness_curve(model, scores, clean, corrupted, either_way, sizes=[5, 10])
+    assert bool(curve.values.isnan().all()) and curve.p != curve.p
+
+
+def test_with_one_pair_no_edge_is_called_needed(found):
+    model, _, circuit, clean, corrupted, metric = found
+    seen = evaluate(model, circuit, clean[:1], corrupted[:1], metric)
+    assert seen.minimality.idle is None and dict(seen.table().rows)["edges that may be worth nothing"] is None
+    assert len(seen.minimality.table()) > 0
+
+
+def test_fewer_than_100_random_circuits_are_refused(found):
+    model, scores, circuit, clean, corrupted, metric = found
+    pairs = PromptPairs(CLEAN.tolist(), CORRUPTED.tolist(), [3, 3], [4, 4], ["a", "b"])
+    for ask in (
+        lambda: faithfulness(model, circuit, clean, corrupted, metric, draws=99),
+        lambda: evaluate(model, circuit, clean, corrupted, metric, draws=3),
+        lambda: faithfulness_curve(model, scores, clean, corrupted, metric, sizes=[10], draws=3),
+        lambda: study_circuit(model, pairs, edges=12, draws=5),
+    ):
+        with pytest.raises(ValueError, match="at least 100 random circuits"):
+            ask()
+
+
+def shares(p: list[float], *levels: float) -> list[float]:
+    """Which share of p-values is at most each level."""
+    values = torch.tensor(p)
+    return [float((values <= level + 1e-6).float().mean()) for level in levels]
+
+
+@pytest.fixture(scope="module")
+def nothing_special():
+    """A bench, scores, and circuits that are themselves random ones of one make."""
+    model = tiny_model(n_heads=4)
+    clean, corrupted, metric = demo_pairs(model, 1)
+    scores = eap(model, clean, corrupted, metric)
+    start = scores.greedy_edges(25)
+    drawn = random_circuits(start.graph, start.kept, 80, seed=7)
+    bench = Bench(model, clean, corrupted, metric, "corrupted", keep=True)
+    return bench, scores, [replace(start, kept=kept) for kept in drawn]
+
+
+def test_a_random_circuit_is_as_faithful_as_others_in_uniform_shares(nothing_special):
+    bench, _, circuits = nothing_special
+    p = [measured(bench, one, None, 19, seed=100 + i).p for i, one in enumerate(circuits)]
+    few, half = shares(p, 0.1, 0.5)
+    assert few < 0.22 and 0.33 < half < 0.67  # 0.1 and 0.5, give or take three standard errors
+
+
+@pytest.mark.slow
+def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(nothing_special):
+    bench, _, circuits = nothing_special
+    complete, minimal, least = [], [], []
+    for i, one in enumerate(circuits):
+        draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, None, 19, seed=100 + i)
+        null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
+        unit = (faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
+        complete.append(completeness_of(bench, one, null, unit, draw).p)
+        found = minimality_of(bench, one, null, faithful, unit, draw)
+        minimal += found.p.tolist()
+        least.append(float(found.q.min()))
+    few, half = shares(complete, 0.1, 0.5)
+    assert few < 0.22 and 0.33 < half < 0.67
+    few, half = shares(minimal, 0.05, 0.5)  # 80 circuits of 25 edges, which are not independent
+    assert 0.02 < few < 0.09 and 0.4 < half < 0.6
+    assert shares(least, 0.1)[0] < 0.22
+
+
+@pytest.mark.slow
+def test_curves_of_scores_that_know_nothing_are_seldom_called_better_than_chance(nothing_special):
+    """Circuits of one set of scores hold one another, so that their luck lasts over sizes."""
+    bench, scores, _ = nothing_special
+    graph = scores.graph
+    ends = zip(*(x.tolist() for x in graph.ends), strict=True)
+    kinds = [
+        re.sub(r"H\d+", "H", f"{graph.source_names[source]}->{graph.receiver_names[receiver]}")
+        for source, receiver in ends
+    ]
+    alike = [torch.tensor([i for i, one in enumerate(kinds) if one == kind]) for kind in dict.fromkeys(kinds)]
+    draw, p = torch.Generator().manual_seed(0), []
+    for _ in range(80):
+        shuffled = scores.scores.clone()
+        for edges in alike:
+            shuffled[edges] = shuffled[edges[torch.randperm(len(edges), generator=draw)]]
+        blind = replace(scores, scores=shuffled)
+        circuits = {one.n_edges: one for one in map(blind.greedy_edges, (10, 15, 20, 25, 30, 40)) if one.n_edges}
+        p.append(curve_of(bench, blind, [circuits[n] for n in sorted(circuits)], None, 19).p)
+    assert shares(p, 0.05)[0] < 0.12 and shares(p, 0.1)[0] < 0.2
+
+
+def minimality(effect: list[float], null: torch.Tensor) -> Minimality:
+    values = torch.tensor(effect)
+    nan = torch.full_like(values, torch.nan)
+    return Minimality([str(i) for i in range(len(effect))], values, nan, nan, null, "corrupted")
+
+
+def test_a_few_strong_edges_of_a_large_circuit_can_be_called_worth_more():
+    null = 0.01 * torch.rand(100, 10, generator=torch.Generator().manual_seed(0))
+    strong = minimality([0.5] * 20 + [0.001] * 180, null)
+    assert bool((strong.q[:20] < 0.05).all()) and bool((strong.q[20:] > 0.05).all())
+    alone = minimality([0.5] + [0.001] * 199, null)
+    assert float(alone.q[0]) == pytest.approx(alone.least_q) == pytest.approx(1 / 101)
+
+
+def test_edges_of_one_random_circuit_that_are_alike_count_once():
+    """Ten draws' edges beat the value: a tenth of draws, however many edges each of them gave."""
+    null = torch.zeros(100, 10)
+    null[:10] = 1.0
+    assert float(minimality([0.5], null).p[0]) == pytest.approx(11 / 101)
+    assert float(minimality([0.5], null[:, :1]).p[0]) == pytest.approx(11 / 101)
+    # the circuit as one more draw, whose edges rank among those of all others
+    own = minimality([0.5, 0.4, 0.3, 0.2], torch.zeros(100, 10))
+    assert own.p.tolist() == pytest.approx([1 / 404, 2 / 404, 3 / 404, 4 / 404])
+
+
+def test_a_curve_says_on_how_many_of_its_prompts_the_edges_were_found(found):
+    model, scores, _, clean, corrupted, metric = found
+    pairs = demo_pairs(model, 4)
+    half = faithfulness_curve(model, scores, pairs[0][1:], pairs[1][1:], metric, sizes=[20])
+    assert (half.n_seen, half.n_pairs) == (1, 3)
+    row = dict(zip(half.table().columns, half.table().rows[0], strict=True))
+    assert (row["pairs"], row["of these used to find it"]) == (3, 1)
+    assert "1 of 3 pairs used to find it" in half.figure().layout.title.text
+    held_out = faithfulness_curve(model, scores, clean, corrupted, metric, sizes=[20])
+    assert "used to find" not in held_out.figure().layout.title.text
+
+
+def test_a_curve_is_compared_in_its_own_precision():
+    values = torch.tensor([0.1, 0.63], dtype=torch.float64)
+    size, nan = torch.tensor([3, 7]), torch.full((2,), torch.nan, dtype=torch.float64)
+    curve = FaithfulnessCurve(size, values, nan, nan, values.repeat(100, 1), 10, "by hand", "zero", 2, 0)
+    assert curve.p == 1.0  # every random circuit is the circuit itself
+
+
+def test_a_circuit_of_one_edge_has_nothing_left_without_it():
+    model = tiny_model()
+    seen = evaluate(model, circuit_of(model, ["embed->logits"]), CLEAN, CORRUPTED, diff)
+    assert seen.minimality.null.shape == (100, 1) and seen.minimality.effect.shape == (1,)

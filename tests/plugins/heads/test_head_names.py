@@ -1,0 +1,115 @@
+"""Name movers for the taxonomy: what each p-value answers to, and what chance gives."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from plugins.test_name_movers import known_model, known_pairs
+
+from hooklens.core.errors import InputError
+from hooklens.data.ioi import NAMES
+from hooklens.plugins.heads.named import copying_p, evidence_of, name_evidence
+from hooklens.plugins.heads.taxonomy import taxonomy
+from hooklens.plugins.patching.mover_claims import demo_movers
+from hooklens.plugins.patching.name_movers import Criteria, NameMovers, name_movers
+from hooklens.pretrained.tokenizer import tiny_tokenizer
+from hooklens.testing import tiny_model
+
+
+def test_a_head_that_raises_all_names_alike_does_not_copy():
+    """Its names' ranks go together: their mean was called far from chance in 39 % of such heads."""
+    generator = torch.Generator().manual_seed(0)
+    names, heads = 24, 400
+    liked, loud = torch.randn(names, generator=generator), torch.randn(names, generator=generator)
+    noise = 0.3 * torch.randn(names, 1, heads, names, generator=generator)
+    written = 5.0 + liked + loud[:, None, None, None] + noise  # some names are liked, some sources are loud
+    p, negative = copying_p(written)
+    for level in (0.05, 0.5):
+        for one in (p, negative):
+            assert abs(float((one <= level).float().mean()) - level) < 4 * (level * (1 - level) / heads) ** 0.5 + 0.01
+    assert copying_p(written - noise)[0].eq(1).all()  # to the last bit: nothing is left of it
+
+
+def test_a_head_that_copies_names_and_one_that_writes_their_opposite():
+    eye = torch.eye(12)[:, None, None]
+    written = torch.cat([eye, -eye], 2) + 0.2 * torch.randn(12, 1, 2, 12, generator=torch.Generator().manual_seed(0))
+    copies, suppresses = copying_p(written)
+    assert copies[0, 0] < 0.01 < 0.9 < copies[0, 1] and suppresses[0, 1] < 0.01 < 0.9 < suppresses[0, 0]
+
+
+def made_up(n=48, heads=4) -> NameMovers:
+    """L0H0 moves names, L0H1 is its negative, L0H2 acts and copies but looks elsewhere, L0H3 is idle."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape):
+        return 0.02 * torch.randn(*shape, generator=generator)
+
+    copies = torch.tensor([1.0, -1.0, 1.0, 0.0])
+    return replace(
+        demo_movers(n, heads),
+        margin=torch.tensor([0.5, 0.5, -0.5, 0.0]) + noise(n, 1, heads),
+        direct=torch.tensor([0.3, -0.2, 0.3, 0.0]) + noise(n, 1, heads),
+        rank=torch.zeros(16, 1, heads, dtype=torch.long),
+        written=torch.eye(16)[:, None, None] * copies[:, None] + noise(16, 1, heads, 16),
+        group=torch.arange(n) // 4,
+        criteria=Criteria(),
+    )
+
+
+def test_each_label_takes_all_three_and_the_negative_one_is_the_mirror_image():
+    found = evidence_of(made_up())
+    assert found.labelled(0.05) == {"name mover": [(0, 0)], "negative name mover": [(0, 1)]}
+    booster = replace(made_up(), written=torch.ones(16, 1, 4, 16) * torch.arange(16.0))
+    assert evidence_of(booster).labelled(0.05) == {"name mover": [], "negative name mover": []}
+    undone = replace(made_up(), gap=torch.randn(48, generator=torch.Generator().manual_seed(1)))
+    assert not any(evidence_of(undone).labelled(0.05).values())
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return tiny_tokenizer(" ".join(f"Ġ{name}" for name in NAMES))
+
+
+def test_freshly_initialised_models_copy_names_by_chance(reader):
+    p = []
+    for seed in range(12):
+        model = tiny_model(seed=seed, d_vocab=440, n_heads=4, d_model=32, n_ctx=80)
+        model.tokenizer = reader
+        found, note = name_evidence(model, 64, seed=seed)
+        assert found is not None, note
+        assert not any(found.labelled(0.05).values())
+        p.append(torch.stack(copying_p(found.found.written)).flatten())
+    p = torch.cat(p)
+    for level in (0.05, 0.5):
+        assert abs(float((p <= level).float().mean()) - level) < 4 * (level * (1 - level) / len(p)) ** 0.5 + 0.02
+
+
+def test_what_is_written_of_names_is_the_full_ov_circuit():
+    found = name_movers(known_model(), known_pairs())
+    names = len(found.written)
+    torch.testing.assert_close(found.written[:, 1, 0], torch.eye(names))  # L1H0 copies, L1H1 writes a quarter less
+    torch.testing.assert_close(found.written[:, 1, 1], -0.25 * torch.eye(names))
+
+
+def test_name_movers_have_rows_of_their_own():
+    """A row showed the label of names beside the numbers of the nearest label of repeats."""
+    model = tiny_model(n_layers=1, n_heads=4, d_head=2)
+    found = replace(taxonomy(model, n=6, draws=50, ioi=0), names=evidence_of(made_up()))
+    assert found.labels()[0][:2] == ["name mover", "negative name mover"]
+    rows = {row[0]: dict(zip(found.table().columns, row, strict=True)) for row in found.table().rows}
+    movers = found.names.found
+    assert rows["L0H0"]["label"] == "name mover" and rows["L0H1"]["label"] == "negative name mover"
+    assert rows["L0H0"]["score"] == pytest.approx(float(movers.margin.mean(0)[0, 0]))
+    assert rows["L0H0"]["effect"] == pytest.approx(float(movers.share[0, 0]))
+    assert rows["L0H0"]["low"] < rows["L0H0"]["effect"] < rows["L0H0"]["high"] and rows["L0H0"]["q"] < 0.05
+    assert rows["L0H1"]["high"] < 0
+    counted = {row[0]: row[1] for row in found.counts().rows}
+    assert counted["name mover"] == counted["negative name mover"] == 1 and counted["unlabelled"] == 2
+    assert "negative name mover" in str(found.report().to_html())
+
+
+def test_dropout_that_is_on_is_refused():
+    model = tiny_model()
+    model.add_module("dropout", torch.nn.Dropout(0.1))
+    with pytest.raises(InputError, match="dropout is on"):
+        name_movers(model, known_pairs())
