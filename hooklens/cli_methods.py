@@ -109,6 +109,9 @@ def circuit(
     pairs: PairsFile = None,
     edges: Annotated[int, typer.Option(help="How many edges the circuit may have.")] = 200,
     draws: Annotated[int, typer.Option(help="Random circuits that stand beside it, at least 100.")] = 100,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also completeness, minimality and the curve over sizes: minutes a pair.")
+    ] = False,
     model: Model = _DEFAULT,
     out: Annotated[Path, typer.Option(help="The report; its numbers and the circuit go beside it.")] = Path(
         "circuit.html"
@@ -130,7 +133,7 @@ def circuit(
     _check(loaded, read, pairs)
     from hooklens.plugins.circuits import study_circuit
 
-    study = study_circuit(loaded, read, edges=edges, draws=draws, seed=seed)
+    study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report().save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
     show(study.table(), as_json, **_written(out), circuit=str(kept))

@@ -59,7 +59,9 @@ def test_a_package_has_these_names_and_they_are_no_modules(package):
         value = getattr(module, name)
         assert not inspect.ismodule(value)
         if inspect.isroutine(value) or inspect.isclass(value):
-            assert value.__name__ == name and value.__module__.startswith("hooklens.plugins.")
+            assert value.__name__ == name and value.__module__.startswith(
+                ("hooklens.plugins.", "hooklens.sweeps.nodes")
+            )
 
 
 def test_every_package_of_methods_is_pinned_here():

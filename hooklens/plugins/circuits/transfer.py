@@ -14,7 +14,7 @@ from hooklens.plugins.circuits.eap import demo_pairs, eap
 from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.matching import Matching, match, matching
-from hooklens.plugins.circuits.measure import Faithfulness, measured
+from hooklens.plugins.circuits.measure import Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.roles import comparable, roles_of
 from hooklens.plugins.circuits.run import Bench, aligned_pairs
@@ -150,6 +150,7 @@ def transfer_circuit(
     Reference: Wang et al. (2022), "Interpretability in the Wild" (roles of heads); Tigges et al. (2024), "LLM Circuit
     Analyses Are Consistent Across Training and Scale"; Merullo et al. (2023), "Circuit Component Reuse Across Tasks".
     """
+    check_draws(draws)
     carrier = _checked(model, circuit, task, target, target_task)
     chosen, tested = (part.tolist() for part in halves(len(task), group=task.group, seed=seed))
     mine, theirs = task.part(chosen), target_task.part(chosen)

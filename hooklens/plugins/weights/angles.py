@@ -60,7 +60,7 @@ class PrincipalAngles(Result):
 def principal_angles(
     model: "HookedTransformer", writer: str, reader: str, *, draws: int = 200, seed: int = 0
 ) -> PrincipalAngles:
-    """How do the subspace that `writer` writes ("L0H1", "L2MLP") and the one that `reader` reads ("L3H0.q") lie?
+    """How do the subspace that `writer` writes ("L0H1", "MLP2") and the one that `reader` reads ("L3H0.q") lie?
 
     >>> from hooklens.testing import tiny_model
     >>> principal_angles(tiny_model(), "L0H1", "L1H0.q", draws=20).cosine.shape
@@ -85,5 +85,5 @@ def principal_angles(
 def demo(model: "HookedTransformer") -> PrincipalAngles | Needs:
     """The first head against its layer's MLP, or where there is none against its own queries."""
     lacks = lacking(model, tokens=False)
-    reader = "L0H0.q" if model.cfg.attn_only else "L0MLP"
+    reader = "L0H0.q" if model.cfg.attn_only else "MLP0"
     return lacks or principal_angles(model, "L0H0", reader, draws=20)

@@ -42,7 +42,7 @@ def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
         if mlps and not model.cfg.attn_only:
             rows = _centred(model, folded_neurons(model, layer).writes)
             _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-            yield _part(f"L{layer}MLP", layer, True, Vh, S)
+            yield _part(f"MLP{layer}", layer, True, Vh, S)
 
 
 def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
@@ -61,7 +61,7 @@ def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
             found = folded_neurons(model, layer)
             both = found.reads if found.gate is None else torch.cat([found.reads, found.gate], dim=1)
             U, S, _ = torch.linalg.svd(both, full_matrices=False)
-            yield _part(f"L{layer}MLP", layer, True, U.mT, S)
+            yield _part(f"MLP{layer}", layer, True, U.mT, S)
 
 
 def _part(

@@ -181,7 +181,7 @@ def test_the_result_draws_reports_and_loads_back(tmp_path):
     small, big = induction_model(), larger({"L0H0": "L0H1", "L1H1": "L1H2"}, n_heads=3)
     labels = quick(small), quick(big)
     circuit = circuit_of(small, INDUCTION, ablation="zero")
-    found = transfer_circuit(small, circuit, repeats(small, 8), big, repeats(big, 8), taxonomies=labels, draws=10)
+    found = transfer_circuit(small, circuit, repeats(small, 8), big, repeats(big, 8), taxonomies=labels)
     assert len(found.table()) == 5 and len(found.figure().data) > 0
     assert {row[0]: row[3] for row in found.top(2).rows} == {"L0H0": "L0H1", "L1H1": "L1H2"}
     found.save(tmp_path / "found.safetensors")
@@ -231,8 +231,8 @@ def test_what_cannot_be_asked_is_said():
         run(circuit_of(tiny_model(n_heads=4), ["embed->L0H3.v", "L0H3->logits"]))
     with pytest.raises(InputError, match="at least two independent groups"):
         run(task=task.part([0]), there=task.part([0]))
-    with pytest.raises(InputError, match="at least one random circuit"):
-        run(draws=0)
+    with pytest.raises(InputError, match="at least 100 random circuits"):
+        run(draws=99)
 
 
 @cache

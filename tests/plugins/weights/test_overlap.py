@@ -35,9 +35,9 @@ def test_compositions_are_norms_of_dense_products(name):
                 column = at[1][f"L1{kv}{other // group}.{which}"]
                 assert float(found.composition[row, column]) == pytest.approx(score(W, R[other]))
         both = mlp.reads if mlp.gate is None else torch.cat([mlp.reads, mlp.gate], 1)
-        assert float(found.composition[row, at[1]["L1MLP"]]) == pytest.approx(score(W, both))
+        assert float(found.composition[row, at[1]["MLP1"]]) == pytest.approx(score(W, both))
     wrote = folded_neurons(model, 0).writes
-    assert float(found.composition[at[0]["L0MLP"], at[1]["L1MLP"]]) == pytest.approx(score(wrote, both))
+    assert float(found.composition[at[0]["MLP0"], at[1]["MLP1"]]) == pytest.approx(score(wrote, both))
 
 
 def test_only_what_comes_later_reads():
@@ -50,9 +50,9 @@ def test_only_what_comes_later_reads():
             for j, r in enumerate(found.readers)
             if not found.composition[i, j].isnan()
         }
-        assert (("L0H0", "L0MLP") in seen) != parallel and ("L0MLP", "L1H0.q") in seen
+        assert (("L0H0", "MLP0") in seen) != parallel and ("MLP0", "L1H0.q") in seen
         assert not any(w.startswith("L1") and r.startswith("L0") for w, r in seen)
-        assert ("L0MLP", "L0MLP") not in seen and ("L0H0", "L0H1.q") not in seen
+        assert ("MLP0", "MLP0") not in seen and ("L0H0", "L0H1.q") not in seen
         assert len(found.order()) == len(seen) and found.q[~found.composition.isnan()].isfinite().all()
 
 
