@@ -90,7 +90,7 @@ def heads(model: hl.HookedTransformer) -> Iterator[Row]:
     pairs = composition(model)
     for mode, p in pairs.p.items():
         measured = p[~p.isnan()]
-        yield {"what": f"{mode}-composition pairs above the null", "value": float((measured <= 0.05).double().mean())}
+        yield {"what": f"{mode}-composition pairs with p <= 0.05", "value": float((measured <= 0.05).double().mean())}
 
 
 def probing(model: hl.HookedTransformer) -> Iterator[Row]:
