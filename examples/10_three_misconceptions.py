@@ -46,7 +46,7 @@ def pairs_of_numbers(n):
 
 
 model = tiny_model(d_vocab=40, n_layers=4, d_model=32, n_heads=4) if tiny else hl.load("smollm2-135m-instruct")
-pairs = pairs_of_numbers(n_groups) if tiny else ioi(model, 4 * n_groups)
+pairs = pairs_of_numbers(n_groups) if tiny else ioi(model, 4 * n_groups, seed=2)
 tokens, every = pairs.clean_tokens, torch.arange(4 * n_groups)
 difference = hl.logit_diff(model, answer=pairs.answer_tokens, wrong_answer=pairs.wrong_answer_tokens)
 
@@ -99,18 +99,20 @@ def without(patches, half, value, **asked):
 # %% [markdown]
 # ## 1. "Zeroing it breaks the model, so it does the task"
 #
-# Of the five MLPs whose zeroing matters most, the one that does least when it is given another prompt's output.
+# Of the twelve heads whose zeroing matters most, the one that does least when it is given another prompt's output. It
+# is needed, and carries nothing about these names: what reads it expects that something is there.
 
 # %%
-mlp = {"site": "mlp_out", "by": "layer"}
-zeroed = without([Patch(layer) for layer in range(model.cfg.n_layers)], a, "zero", **mlp)
-worst = [Patch(layer) for layer in zeroed.mean(1).abs().topk(3 if tiny else 5).indices.tolist()]
-far = [furthest(one) for one in without(worst, a, Resample(draws=2), **mlp)]
+every_head = [Patch(layer, head=head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+zeroed = without(every_head, a[:4], "zero")  # four prompts are enough to see who is needed
+worst = [every_head[i] for i in zeroed.mean(1).abs().topk(4 if tiny else 12).indices.tolist()]
+far = [furthest(one) for one in without(worst, a, Resample(draws=2))]
 picked = [worst[far.index(min(far))], worst[far.index(max(far))]]
-zeros, others = (without(picked, b, value, **mlp) for value in ("zero", Resample(draws=2)))
-said = [measured(f"MLP {picked[0].layer} zeroed", zeros[0]), measured(f"MLP {picked[0].layer} resampled", others[0])]
+zeros, others = (without(picked, b, value) for value in ("zero", Resample(draws=2)))
+idle, used = (f"L{patch.layer}H{patch.head}" for patch in picked)
+said = [measured(f"{idle} zeroed", zeros[0]), measured(f"{idle} resampled", others[0])]
 cases = {"zeroed but idle": said == ["something", "nothing"]}
-measured(f"control: MLP {picked[1].layer} resampled", others[1])
+measured(f"control: {used} resampled", others[1])
 
 # %% [markdown]
 # ## 2. "It attends to the name, so it matters"
