@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs, Prompts
+from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.gradients import (
     differentiable_values,
@@ -129,17 +130,12 @@ def demo_circuit(model: "HookedTransformer", clean: Tensor, corrupted: Tensor, m
     return next(circuit for circuit in circuits if circuit.n_edges)
 
 
-def demo_pairs(model: "HookedTransformer", n: int = 2) -> tuple[Tensor, Tensor, Any]:
-    """Pairs that differ in one token, and the logit that the model itself raises most between them."""
+def demo_pairs(model: "HookedTransformer", n: int = 2) -> tuple[Tensor, Tensor, LogitDiff]:
+    """Pairs that differ in one token, and the two logits between which the model itself then decides most."""
     n_pos, words = min(6, model.cfg.n_ctx), model.cfg.d_vocab
     clean = (torch.arange(n_pos, device=model.device) + 3 * torch.arange(n, device=model.device)[:, None] + 1) % words
     corrupted = clean.clone()
     corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % words
     with torch.no_grad():
         gap = model(clean, logits_at=-1)[:, 0].mean(0) - model(corrupted, logits_at=-1)[:, 0].mean(0)
-    best = int(gap.argmax())
-
-    def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
-        return logits[:, -1, best]
-
-    return clean, corrupted, logit
+    return clean, corrupted, logit_diff(model, answer=int(gap.argmax()), wrong_answer=int(gap.argmin()))

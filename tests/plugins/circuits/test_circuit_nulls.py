@@ -97,6 +97,7 @@ def nothing_special():
     return bench, scores, [replace(start, kept=kept) for kept in drawn]
 
 
+@pytest.mark.slow
 def test_a_random_circuit_is_as_faithful_as_others_in_uniform_shares(nothing_special):
     bench, _, circuits = nothing_special
     p = [measured(bench, one, None, 19, seed=100 + i).p for i, one in enumerate(circuits)]

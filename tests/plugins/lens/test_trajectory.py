@@ -100,7 +100,6 @@ def test_contract():
     check_plugin(module)
 
 
-@pytest.mark.untimed
 @pytest.mark.slow
 def test_smollm2_tells_the_names_apart_from_layer_24_on():
     model = hl.load("smollm2-135m-instruct")

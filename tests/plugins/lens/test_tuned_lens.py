@@ -288,7 +288,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@pytest.mark.untimed
 @pytest.mark.slow
 def test_smollm2_trains_within_four_gigabytes(tmp_path):
     """In a process of its own: a peak is that of all that a process has done."""

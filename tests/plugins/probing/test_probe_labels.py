@@ -113,7 +113,6 @@ def test_vowel_tokens_are_words_of_the_vocabulary(tokenizer):
     assert len(set(ids.tolist())) == 60
 
 
-@pytest.mark.untimed
 @pytest.mark.slow
 def test_every_task_on_smollm2():
     """Number and sentiment are read far beyond the embeddings, and the last tokens say nothing."""

@@ -91,6 +91,7 @@ def noise(n: int = 60, points: int = 30, seed: int = 0):
     return Activations(x, names, ids, ids, torch.zeros_like(ids), ids, x[0], x[1]), task
 
 
+@pytest.mark.slow
 def test_the_best_of_many_layers_is_not_what_is_reported():
     """At 30 layers of noise the best one lies far above chance; the one that was chosen inside does not."""
     best, inside = [], []

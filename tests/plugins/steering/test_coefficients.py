@@ -158,7 +158,6 @@ def test_what_cannot_be_swept_is_refused_with_a_reason(change, said):
         swept(**change)
 
 
-@pytest.mark.untimed
 @pytest.mark.slow
 def test_smollm2_says_more_kind_words_along_a_direction_than_along_random_ones():
     from hooklens.plugins.steering.contrast import contrast_direction
@@ -220,6 +219,7 @@ def test_coefficient_0_does_not_enlarge_the_family():
     assert with_0.q[[1, 2]].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_direction_that_means_nothing_is_rarely_beyond_random_ones():
     model, metric = tiny_model(), lambda logits: logits[:, -1, 3]
     small = 0

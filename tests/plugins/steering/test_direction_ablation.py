@@ -96,6 +96,7 @@ def test_random_directions_hold_as_large_a_share_as_the_direction(seed, width, r
     )
 
 
+@pytest.mark.slow
 def test_a_direction_of_much_variance_that_means_nothing_beats_isotropic_ones_only():
     """The stream of this model lies along two directions; a third of no more meaning than any other along these."""
     model, metric = tiny_model(d_model=32, n_heads=4, dtype=torch.float64), lambda logits: logits[:, -1, 3]

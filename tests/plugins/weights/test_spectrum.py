@@ -76,7 +76,6 @@ def test_models_that_read_vectors_have_spectra():
     assert spectrum(vector_model()).embeddings["W_E"].shape == (8, 3)
 
 
-@pytest.mark.untimed
 @pytest.mark.slow
 def test_smollm2_and_a_fresh_model_have_full_numerical_rank():
     found = spectrum(hl.load("smollm2-135m-instruct"))
