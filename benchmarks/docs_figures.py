@@ -12,15 +12,10 @@ import hooklens as hl
 from benchmarks.rounds import write
 from hooklens.data.ioi import ioi
 from hooklens.metrics import LogitDiff
-from hooklens.plugins.heads.composition import composition
-from hooklens.plugins.heads.taxonomy import LABELS, UNLABELLED, taxonomy
 from hooklens.plugins.lens.logit_lens import logit_lens
 from hooklens.plugins.lens.tuned_lens import fit_tuned_lens
 from hooklens.plugins.patching.attribution import attribution_patching
 from hooklens.plugins.patching.input_attribution import integrated_gradients
-from hooklens.plugins.probing.causal import causal_check
-from hooklens.plugins.probing.labels import subject_number
-from hooklens.plugins.probing.train import train_probe
 from hooklens.pretrained.assets import text
 
 Row = dict[str, Any]
@@ -30,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(2)
     model = hl.load("smollm2-135m-instruct")
     rows: list[Row] = []
-    for page in (attribution, lens, heads, probing):
+    for page in (attribution, lens):
         for row in page(model):
             rows.append({"page": f"docs/{page.__name__}.md"} | row)
             print(rows[-1], flush=True)
@@ -71,36 +66,6 @@ def lens(model: hl.HookedTransformer) -> Iterator[Row]:
         yield {"what": f"fit_tuned_lens before block {layer}, held-out KL in nats", "value": after, "of": before}
     yield {"what": "one fixed distribution, KL in nats", "value": float(fit.constant.mean())}
     yield {"what": "layers whose held-out KL falls", "value": int((fit.fall > 0).sum()), "of": len(fit.fall)}
-
-
-def heads(model: hl.HookedTransformer) -> Iterator[Row]:
-    found = taxonomy(model)
-    flat = [label for row in found.labels() for label in row]
-    yield {"what": "labelled heads", "value": sum(label != UNLABELLED for label in flat), "of": len(flat)}
-    for label, n, scored, without in found.counts().rows:
-        yield {"what": label, "value": n, "score passes": scored, "of these without effect": without}
-    previous = list(LABELS).index("previous token")
-    attention = found.scores.mean("previous")
-    idle = (found.score_q[previous] <= found.level) & ~found.passes[previous]
-    layer, head = divmod(int(torch.where(idle, attention, 0).argmax()), attention.shape[1])
-    name, at = f"L{layer}H{head}", (previous, layer, head)
-    yield {"what": f"{name}: attention to the previous token, no label", "value": float(attention[layer, head])}
-    low, high = (float(end[at]) for end in found.interval())
-    yield {"what": f"{name}: rise of the loss", "value": float(found.effect.mean(0)[at]), "low": low, "high": high}
-    pairs = composition(model)
-    for mode, p in pairs.p.items():
-        measured = p[~p.isnan()]
-        yield {"what": f"{mode}-composition pairs with p <= 0.05", "value": float((measured <= 0.05).double().mean())}
-
-
-def probing(model: hl.HookedTransformer) -> Iterator[Row]:
-    reading, testing = subject_number(model).halves()
-    testing = testing.take(torch.randperm(len(testing), generator=torch.Generator().manual_seed(0))[:48])
-    metric = hl.logit_diff(model, answer=" are", wrong_answer=" is")
-    for layer in (15, 27):
-        probe, _ = train_probe(model, reading, site=("resid_post", layer), null_draws=19)
-        check = causal_check(model, probe, testing, metric, draws=39)
-        yield {"what": f"{check.point}: subject's number, accuracy", "value": check.accuracy, "used": check.used}
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor) -> float:
