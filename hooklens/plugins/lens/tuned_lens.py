@@ -92,7 +92,7 @@ def fit_tuned_lens(
     >>> bool((fit.fall > 0).all())
     True
 
-    It never unembeds while it fits, so that it takes a hundredth of the time of a training, whose start it can be:
+    It never unembeds while it fits, so that it takes far less time than a training, whose start it can be:
     `train_tuned_lens(model, tokens, start=lens, lr=1e-4)`. The last eighth of the windows is only measured on. A ridge
     of 1 % keeps directions near 0 that the windows do not determine: give several times d_model tokens.
 
