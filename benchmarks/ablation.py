@@ -29,6 +29,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--layers", type=int, default=12, help="fewer for a smoke run, which writes nothing")
+    options.add_argument("--prompts", type=int, nargs="*", default=[1, 8])
     options.add_argument("--ours-only", action="store_true")
     chosen = options.parse_args()
     torch.set_num_threads(2)
@@ -39,7 +40,7 @@ def main() -> None:
         peer = peers.transformer_lens(model)
     rows: list[dict[str, Any]] = []
     raw: dict[str, Any] = {}
-    for n_prompts in (1, 8):
+    for n_prompts in chosen.prompts:
         for kind in ("zero", "mean", "resample"):
             if n_prompts > 1 or kind == "zero":
                 rows += one(model, peer, n_prompts, kind, chosen.rounds, raw)

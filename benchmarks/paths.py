@@ -1,7 +1,8 @@
 """Is path patching faster than the loop of hooked forward passes? GPT-2-small shape, 20 tokens, float32, 2 threads.
 
 All 144 heads to the logits, and to one receiver's query, as edges and with fixed receivers (Wang et al.). The loops are
-timed on every sixth head and scaled, and skip heads that come after the receiver. Needs transformer-lens==3.9.0 beside hooklens, or --ours-only.
+timed on every sixth head and scaled; they skip heads that come after the receiver. Needs transformer-lens==3.9.0 beside
+hooklens, or --ours-only.
 Run: python -m benchmarks.paths
 """
 
