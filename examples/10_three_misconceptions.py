@@ -135,7 +135,7 @@ picked = [far.index(min(far)), far.index(max(far))]
 found = without([heads[i] for i in picked], b, Resample(draws=2))
 for place, role, change in zip(picked, ("", "control: "), found, strict=True):
     seen = looks[~in_a, most[place]]
-    name = f"{role}L{heads[place].layer}H{heads[place].head} resampled, attention {seen.mean():.2f}"
+    name = f"{role}L{heads[place].layer}H{heads[place].head}, resampled"
     print(f"attention to the names {seen.mean():.2f} {[round(end, 2) for end in ends(seen)]}")
     verdict = measured(name, change)
     cases.setdefault("attending but idle", verdict == "nothing")
@@ -175,7 +175,8 @@ for layer, role, draws in ((min(well, key=far.get), "", 40), (max(well, key=far.
     print(check.table())
     before, after = check.refit_accuracy.tolist()
     print(f"a probe trained anew reads it with accuracy {before:.2f} before, {after:.2f} after the ablation")
-    name = f"{role}layer {layer} ablated, accuracy {check.accuracy:.2f}"
+    print(f"right on {check.accuracy:.0%} of these prompts")
+    name = f"{role}layer {layer} cut"
     verdict = measured(name, -check.fall[0], check.group)
     least, greatest = check.random[0, 1].quantile(torch.tensor([0.025, 0.975]).to(check.random))
     inside = bool(least <= check.effect[0] <= greatest)
@@ -192,8 +193,8 @@ for case, holds in cases.items():
 names, mean, low, high = zip(*shown, strict=True)
 title = f"Found: {', '.join(case for case, holds in cases.items() if holds) or 'none of the three'}"
 numbers = (torch.tensor(part) for part in (mean, low, high))
-marks = {"nothing is above": -margin, "and below": margin}
-figure = bars(*numbers, names, title, y_title="change of the logit difference", marks=marks)
+marks = {"nothing: between": margin, "": -margin}
+figure = bars(*numbers, names, title, y_title="change of the logit difference", marks=marks).update_layout(height=560)
 if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
     figure.show()
 else:

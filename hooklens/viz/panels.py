@@ -7,7 +7,8 @@ from plotly.subplots import make_subplots
 
 from hooklens.viz.theme import template
 
-_GAP = 110  # pixels between two panels, for a title, a legend and the labels of the axis above
+_GAP = 110  # pixels between two panels, for a title, a legend of one row and the labels of the axis above
+_ROW = 20  # pixels of a further row of a legend
 
 
 def panels(figures: Sequence[go.Figure]) -> go.Figure:
@@ -20,13 +21,19 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
     (2, ['A', 'B'])
     """
     sizes = [int(one.layout.height or 380) for one in figures]
-    total = sum(sizes) + _GAP * (len(figures) - 1)
+    rows = [_legend_rows(one) for one in figures]
+    gap = _GAP + _ROW * (max(rows) - 1)
+    total = sum(sizes) + gap * (len(figures) - 1)
     titles = [one.layout.title.text or "" for one in figures]
     made = make_subplots(
-        rows=len(figures), cols=1, row_heights=sizes, vertical_spacing=_GAP / total, subplot_titles=titles
+        rows=len(figures), cols=1, row_heights=sizes, vertical_spacing=gap / total, subplot_titles=titles
     )
-    made.update_layout(template=template(), height=total, margin={"t": 76, "b": 48})
-    made.update_annotations(x=0, xanchor="left", yshift=24, font={"size": 15})
+    made.update_layout(template=template(), height=total, margin={"t": 76 + _ROW * (rows[0] - 1), "b": 48})
+    made.update_annotations(x=0, xanchor="left", font={"size": 15})
+    for title, n in zip(
+        made.layout.annotations, [n for n, text in zip(rows, titles, strict=True) if text], strict=True
+    ):
+        title.yshift = 24 + _ROW * (n - 1)  # above the legend
     for row, one in enumerate(figures, 1):
         legend = "legend" if row == 1 else f"legend{row}"
         for trace in one.data:
@@ -44,3 +51,11 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
         top = made.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
         made.update_layout({legend: {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "xanchor": "left"}})
     return made
+
+
+def _legend_rows(figure: go.Figure) -> int:
+    """How many rows a legend takes in a page of 1,000 pixels: its entries are all as wide as the longest."""
+    names = [trace.name or "" for trace in figure.data if trace.showlegend is not False]
+    if not names or figure.layout.showlegend is False:
+        return 1
+    return -(-len(names) // max(1, int(980 / (6.5 * max(map(len, names)) + 40))))
