@@ -23,7 +23,7 @@ METHODS = {"edges": path_patch_edges, "fixed": path_patch_fixed, "frozen": path_
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2], [8, 1, 1, 3, 2, 5]])
 CLEAN = torch.tensor([[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1, 2], [3, 1, 1, 3, 9, 5]])  # they part at 2, 4 and 0
 STREAMED = [name for name in ZOO if ZOO[name].get("block") != "post"]
-QUICK = {"gpt2", "llama", "neox", "gemma2", "linear_gqa", "attn_only"}  # the others are as exact, and slow with shapes
+QUICK = {"gpt2", "llama", "neox", "gemma2"}  # the others are as exact, and slow with shapes
 KINDS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STREAMED]
 ATTN_ONLY = [name for name in STREAMED if ZOO[name].get("attn_only")]
 
