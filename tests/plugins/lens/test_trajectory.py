@@ -104,5 +104,6 @@ def test_contract():
 def test_smollm2_tells_the_names_apart_from_layer_24_on():
     model = hl.load("smollm2-135m-instruct")
     path = trajectory(model, "When Mary and John went to the store, John gave a drink to", " Mary", " John")
-    assert path.logit_diff[0, -1] > 5 and path.logit_diff[0, :20].abs().max() < 3
+    assert path.logit_diff[0, -1] > 5
+    assert bool((path.logit_diff[0, :24] < 0).all()) and bool((path.logit_diff[0, 24:] > 0).all())
     assert path.rank[0, -1] == 0 < path.control_rank[0, -1]
