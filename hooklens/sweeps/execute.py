@@ -15,7 +15,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.progress import progress
 from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import plain_value, refuse_nonfinite, why_plain
+from hooklens.sweeps.naive import plain_values, refuse_nonfinite, why_plain
 from hooklens.sweeps.plan import Patch, Plan
 from hooklens.sweeps.resume import Progressed, key_of, sketch_of
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
@@ -43,6 +43,7 @@ class Item:
     start: int
 
 
+_VERIFIED_AT_ONCE = 512  # tokens in one plain pass: with few, two patches take little longer than one
 Walk = Callable[[Any, Reader, Sequence[Item]], list[Tensor]]
 
 
@@ -64,7 +65,7 @@ def execute(plan: Plan, metric: Any, *, resume: str | Path | None = None) -> Out
         with packed_linears(rows=1024):
             run_bins(plan, reader, items, values, kept, settings)
         refuse_nonfinite(plan, values, reader.base)
-        error, n = verify(plan, reader, items, values, settings, plain_value)
+        error, n = verify(plan, reader, items, values, settings, plain_values)
     return Outcome(values, reader.base, _share(plan, items), error, n, "engine")
 
 
@@ -113,7 +114,7 @@ def _run_plain(plan: Plan, reader: Reader, values: Tensor, kept: Progressed | No
     todo = [i for i in range(len(plan.patches)) if kept is None or not kept.done[i]]
     with progress(f"patching {plan.site}", len(todo), unit="patches", show=settings.progress) as advance:
         for i in todo:
-            values[i] = plain_value(plan, plan.patches[i], reader)
+            values[i] = plain_values(plan, [plan.patches[i]], reader)[0]
             advance()
             if kept is not None:
                 kept.save([i])
@@ -254,5 +255,9 @@ def verify(
         return (float("nan"), 0) if worked else (0.0, 0)
     generator = torch.Generator().manual_seed(settings.seed)
     drawn = [worked[i] for i in torch.randperm(len(worked), generator=generator)[:n]]
-    errors = [(plain(plan, plan.patches[i], reader) - values[i]).abs().max() for i in drawn]
-    return float(torch.stack(errors).max()), n
+    at_once = max(1, _VERIFIED_AT_ONCE // plan.tokens.numel())
+    errors = [
+        plain(plan, [plan.patches[i] for i in some], reader) - values[some]
+        for some in (drawn[i : i + at_once] for i in range(0, n, at_once))
+    ]
+    return float(torch.cat(errors).abs().max()), n

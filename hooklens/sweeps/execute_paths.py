@@ -13,7 +13,7 @@ from hooklens.progress import progress
 from hooklens.sweeps.execute import Item, Outcome, run_bins, verify
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite, why_plain
-from hooklens.sweeps.naive_paths import plain_path
+from hooklens.sweeps.naive_paths import plain_path, plain_paths
 from hooklens.sweeps.nodes import Sender
 from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
 from hooklens.sweeps.paths import EDGES, FIXED, PathPlan
@@ -37,7 +37,7 @@ def execute_paths(plan: PathPlan, metric: Any) -> Outcome:
         with packed_linears(rows=1024):
             run_bins(plan, reader, items, values, None, replace(settings, memory=smaller), walk_paths)
             _refuse_nonfinite(plan, values, reader.base)
-            error, n = verify(plan, reader, items, values, settings, plain_path)
+            error, n = verify(plan, reader, items, values, settings, plain_paths)
     return Outcome(values, reader.base, _share(plan, reader, items), error, n, "engine")
 
 

@@ -1,5 +1,6 @@
 """The plain loop: one hooked forward pass a patch. The reference that the engine is held to, and its fallback."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,22 +19,23 @@ if TYPE_CHECKING:
     from hooklens.sweeps.measure import Reader
 
 
-def plain_value(plan: Plan, patch: Patch, reader: "Reader") -> Float[Tensor, "pair"]:
-    """The metric of one patch, from a whole forward pass with one hook."""
-    hooks = [writing(plan, patch)]
+def plain_values(plan: Plan, patches: Sequence[Patch], reader: "Reader") -> Float[Tensor, "patch pair"]:
+    """The metric of some patches, from one forward pass that has the pairs once for each, a hook for each."""
+    n, model = len(plan.tokens), plan.model
+    hooks = [writing(plan, patch, slice(i * n, (i + 1) * n)) for i, patch in enumerate(patches)]
+    tokens = plan.tokens.repeat(len(patches), 1)
     if reader.read is None or reader.whole:
-        return reader.on_logits(plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks))
-    stream = plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks, stop_at_layer=plan.model.cfg.n_layers)
-    return reader.on_stream(stream)
+        return torch.stack([reader.on_logits(x) for x in model.run_with_hooks(tokens, fwd_hooks=hooks).split(n)])
+    streams = model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    return torch.stack([reader.on_stream(x) for x in streams.split(n)])
 
 
-def writing(plan: Plan, patch: Patch) -> tuple[str, HookFn]:
-    """The patch as a hook."""
-    region = (slice(None), *plan.region(patch))
-    value = plan.values[patch.layer]
+def writing(plan: Plan, patch: Patch, rows: slice = slice(None)) -> tuple[str, HookFn]:
+    """The patch as a hook, in those rows of the batch."""
+    region, value = plan.region(patch), plan.values[patch.layer]
 
     def write(act: Tensor, hook: Any) -> Tensor:
-        act[region] = value[region]
+        act[(rows, *region)] = value[(slice(None), *region)]
         return act
 
     return plan.point(patch.layer), write

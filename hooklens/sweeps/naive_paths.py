@@ -1,5 +1,6 @@
 """Path patching as hooked forward passes, one or two a sender: what the engine is held to, and its fallback."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,11 @@ def plain_path(plan: PathPlan, sender: Sender, reader: "Reader") -> Float[Tensor
         held_there = _only(plan.where("final", -1), held["resid_post", last])
         return _metric(plan, reader, [(("resid_post", last), held_there)])
     return _metric(plan, reader, [(point, _holding(plan, point, value)) for point, value in held.items()])
+
+
+def plain_paths(plan: PathPlan, senders: Sequence[Sender], reader: "Reader") -> Float[Tensor, "sender pair"]:
+    """The metric of some senders' patches, one after the other."""
+    return torch.stack([plain_path(plan, sender, reader) for sender in senders])
 
 
 def _metric(plan: PathPlan, reader: "Reader", hooks: Hooks) -> Float[Tensor, "pair"]:

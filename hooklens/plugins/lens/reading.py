@@ -27,7 +27,8 @@ Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_m
 _LOGITS_AT_ONCE = 16 * 2**20  # numbers in one product: 64 MiB in float32
 _STREAMS_AT_ONCE = 64 * 2**20  # numbers of streams kept while they are read
 _WORTH_PACKING = 256  # rows
-_DESCRIBED_AT_ONCE = 2**18  # logits that pass through the core's cache together: four times as many take twice the time
+_DESCRIBED_AT_ONCE = 2**19  # logits that pass through the core's cache together
+_SET = 32  # tokens in a set of which only the largest logit is looked at first
 
 
 class Reading(NamedTuple):
@@ -182,32 +183,58 @@ def _described(logits: Float[Tensor, "row d_vocab"], target: Target, asked: Tens
     """One layer's rows, a few at a time, so that the passes over the vocabulary find their logits in the cache."""
     few = max(1, _DESCRIBED_AT_ONCE // logits.shape[-1])
     k = min(k, logits.shape[-1])
+    scratch = target.probs.new_empty(min(few, len(logits)), logits.shape[-1])  # fresh pages cost as much as a pass
     parts = [
-        _describe(logits[i : i + few].to(target.probs.dtype), target.probs[i : i + few], asked[i : i + few], k)
+        _describe(logits[i : i + few].to(target.probs.dtype), target.probs[i : i + few], asked[i : i + few], k, scratch)
         for i in range(0, len(logits), few)
     ]
     reading = Reading(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return reading._replace(kl=(reading.kl + target.minus_entropy).clamp_min(0))
 
 
-def _describe(z: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], asked: Tensor, k: int) -> Reading:
-    peak = z.amax(-1, keepdim=True)
-    raised = (z - peak).exp_()
-    total = raised.sum(-1, keepdim=True)
-    log_total = peak + total.log()
-    top = z.topk(k)
+def _describe(
+    z: Float[Tensor, "row d_vocab"],
+    target: Float[Tensor, "row d_vocab"],
+    asked: Tensor,
+    k: int,
+    scratch: Float[Tensor, "rows d_vocab"],
+) -> Reading:
+    values, top = top_tokens(z, k)
+    probs = torch.softmax(z, -1, out=scratch[: len(z)])
+    log_total = values[:, :1] - probs.gather(-1, top[:, :1]).log()
+    entropy = log_total[:, 0] - torch.linalg.vecdot(probs, z)
     own = z.gather(-1, asked)
     ranks = []
     for column in own.unbind(-1):
         # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie
-        signs = (z - column[:, None]).sign_().sum(-1)
+        signs = torch.sub(z, column[:, None], out=scratch[: len(z)]).sign_().sum(-1)
         ranks.append((signs.long() + z.shape[-1] - 1) // 2)
     return Reading(
-        top.indices,
-        top.values - log_total,
+        top,
+        values - log_total,
         torch.stack(ranks, -1) if ranks else asked,
         own - log_total,
-        (log_total - torch.linalg.vecdot(raised, z)[:, None] / total)[:, 0],
+        entropy,
         log_total[:, 0]
         - torch.linalg.vecdot(target, z),  # KL(final || lens), the final's entropy still to be taken off
     )
+
+
+def top_tokens(logits: Float[Tensor, "row d_vocab"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+    """The k largest logits of each row and their tokens, as `topk` finds them, in a third of its time.
+
+    The k largest lie among the k sets of tokens whose own largest are largest.
+
+    >>> values, tokens = top_tokens(torch.arange(10000.0).roll(3)[None], 3)
+    >>> values.tolist(), tokens.tolist()
+    ([[9999.0, 9998.0, 9997.0]], [[2, 1, 0]])
+    """
+    n = logits.shape[-1] // _SET
+    if n < 8 * k:
+        return tuple(logits.topk(k))
+    best = logits[:, : n * _SET].unflatten(-1, (_SET, n)).amax(1).topk(k).indices
+    ids = (best[:, None] + torch.arange(0, n * _SET, n, device=best.device)[:, None]).flatten(1)
+    rest = torch.arange(n * _SET, logits.shape[-1], device=best.device).expand(len(ids), -1)
+    ids = torch.cat([ids, rest], 1)
+    values, places = logits.gather(1, ids).topk(k)
+    return values, ids.gather(1, places)
