@@ -2,9 +2,9 @@
 
 Run: python -m benchmarks.ablation
 The loop is one hooked forward pass a head in hooklens itself, and, where transformer-lens==3.9.0 is installed, in
-TransformerLens; it is timed on every sixth head and scaled. Both get the logits of every position, as a loop does that
-knows nothing of the metric; "last logits only" is hooklens's own loop with `logits_at=-1`, the best that the loop can be
-written.
+TransformerLens; it is timed on every sixth head and scaled. Both get the logits of every position, as a loop that
+knows nothing of the metric does; "last logits only" is hooklens's own loop with `logits_at=-1`, the best that it can
+be written.
 """
 
 import argparse

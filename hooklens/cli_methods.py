@@ -11,6 +11,7 @@ from hooklens.core.errors import InputError
 if TYPE_CHECKING:
     from hooklens.data.jsonl import PromptPairs
     from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins.claims import Registration
 
 Clean = Annotated[str | None, typer.Option(help="The prompt that is answered rightly.")]
 Corrupted = Annotated[str | None, typer.Option(help="The same prompt with one thing changed.")]
@@ -18,6 +19,11 @@ Answer = Annotated[str | None, typer.Option(help="The prompt's next token, often
 WrongAnswer = Annotated[str | None, typer.Option(help="Another next token to hold it against.")]
 Out = Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")]
 PairsFile = Annotated[Path | None, typer.Option("--pairs", help="A JSONL file of prompt pairs instead; see docs.")]
+
+
+Plans = Annotated[
+    list[Path] | None, typer.Option("--registered", help="A plan that `hooklens register` wrote before the run.")
+]
 
 
 @app.command()
@@ -69,6 +75,7 @@ def heads(
     model: Model = _DEFAULT,
     sequences: Annotated[int, typer.Option(help="Random sequences for scores, and as many for effects.")] = 12,
     ioi: Annotated[int, typer.Option(help="Prompt pairs that name movers are looked for with; 0: none.")] = 64,
+    registered: Plans = None,
     out: Out = Path("heads.html"),
     device: Device = None,
     dtype: OfDtype = None,
@@ -82,6 +89,7 @@ def heads(
     Example: `hooklens heads --pairs ioi.jsonl --out heads.html`
     """
     check_out(out)
+    plans = _plans(registered)
     own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
     loaded = load_model(model, device, dtype)
@@ -92,11 +100,11 @@ def heads(
 
     found = taxonomy(loaded, n=sequences, ioi=ioi, seed=seed)
     if read is None:
-        found.report().save(out, data=found)
+        found.report(loaded, registered=plans).save(out, data=found)
         show(found.table(20), as_json, **_written(out))
         return
     study = head_study(loaded, read, labels=found.labels(), seed=seed)
-    taxonomy_report(found, study.report()).save(out, data={"taxonomy": found, "pairs": study})
+    taxonomy_report(found, study.report(), loaded, plans).save(out, data={"taxonomy": found, "pairs": study})
     show(study.table(20), as_json, **_written(out))
 
 
@@ -113,6 +121,7 @@ def circuit(
         bool, typer.Option("--full", help="Also completeness, minimality and the curve over sizes: minutes a pair.")
     ] = False,
     model: Model = _DEFAULT,
+    registered: Plans = None,
     out: Annotated[Path, typer.Option(help="The report; its numbers and the circuit go beside it.")] = Path(
         "circuit.html"
     ),
@@ -128,13 +137,14 @@ def circuit(
     A single pair can only be tested on itself, which the report says.
     """
     check_out(out)
+    plans = _plans(registered)
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
     loaded = load_model(model, device, dtype)
     _check(loaded, read, pairs)
     from hooklens.plugins.circuits import study_circuit
 
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
-    study.report().save(out, data=study)
+    study.report(registered=plans).save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
     show(study.table(), as_json, **_written(out), circuit=str(kept))
 
@@ -188,6 +198,42 @@ def _pairs(
         raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(given)}; missing: {', '.join(missing)}")
     one, other, right, wrong = ([str(value)] for value in given.values())
     return PromptPairs(one, other, right, wrong, ["the pair"])
+
+
+@app.command()
+def register(
+    plan: Annotated[Path, typer.Argument(help="The file to write; one that exists is never overwritten.")],
+    hypothesis: Annotated[str, typer.Option(help="The statement, as the method's page will put it.")],
+    control: Annotated[str, typer.Option(help="What the effect is held against, in the method's words.")],
+    n: Annotated[int, typer.Option("--n", help="How many prompts the effect will be measured on.")],
+    metric: Annotated[str, typer.Option(help="What is measured.")] = "logit_diff",
+    threshold: Annotated[float, typer.Option(help="How far beyond 0 the effect has to lie.")] = 0.0,
+    below: Annotated[bool, typer.Option("--below", help="The effect should lie below 0.")] = False,
+    model: Annotated[str, typer.Option("--model", "-m", help="The model's name, if the plan is for one only.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write a claim down before the run: `heads` and `circuit` hold what they find against it (--registered).
+
+    Example: `hooklens register plan.json --hypothesis "200 edges carry the answer" --threshold 0.5 --n 32
+    --control "what random circuits keep, 97.5 % edge of 100"`, and after it `hooklens circuit --pairs ioi.jsonl
+    --registered plan.json`
+
+    The statements and controls of each command stand in docs/claims.md. Publish the digest that is printed.
+    """
+    from hooklens.plugins.claims import Registration
+    from hooklens.table import Table
+
+    side = "below" if below else "above"
+    made = Registration(hypothesis, metric, control, threshold, n, side=side, model=model).write(plan)
+    rows = [(name, getattr(made, name)) for name in ("hypothesis", "metric", "control", "threshold", "side", "n")]
+    show(Table(("plan", "held to"), rows), as_json, plan=str(plan), written=made.written, digest=made.digest)
+
+
+def _plans(paths: list[Path] | None) -> "list[Registration]":
+    """The plans in these files; one that is missing or was edited is refused before anything runs."""
+    from hooklens.plugins.claims import Registration
+
+    return [Registration.read(path) for path in paths or []]
 
 
 def _check(model: "HookedTransformer", pairs: "PromptPairs", path: Path | None) -> None:

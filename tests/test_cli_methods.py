@@ -1,6 +1,7 @@
 """lens, heads, circuit and probe on the command line: what they write, and what they refuse."""
 
 import json
+import re
 
 import pytest
 from test_cli import CLEAN, CORRUPTED, invoke, model_path  # noqa: F401  a fixture
@@ -55,6 +56,32 @@ def test_lens_shows_every_line_and_says_what_it_does_not_read(model_path, pairs_
     assert held["data"]["group"] == [0, 0, 1, 1]
     assert sorted(held["data"]["held_out"]["chosen_on"] + held["data"]["held_out"]["reported_on"]) == [0, 1, 2, 3]
     assert {"q", "where chosen"} <= set(told["rows"][0]) and "Chosen by size on 2 prompts, measured on 2 others" in page
+
+
+def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model_path, pairs_file, tmp_path):  # noqa: F811
+    plan, other, out = (tmp_path / name for name in ("plan.json", "other.json", "circuit.html"))
+    asked = ["--control", "what random circuits keep, 97.5 % edge of 100", "--n", 2, "--threshold", 0.5, "--json"]
+    run = ["circuit", "--pairs", pairs_file, "--edges", 9, "--model", model_path, "--out", out]
+    assert invoke(*run).exit_code == 0
+    statement = re.search(r"\d+ edges carry the answer", out.read_text()).group()  # fewer than asked for: dead ones go
+    done = invoke("register", plan, "--hypothesis", statement, *asked)
+    assert done.exit_code == 0, done.output
+    digest = json.loads(done.stdout)["digest"]
+    assert json.loads(plan.read_text())["digest"] == digest
+    again = invoke("register", plan, "--hypothesis", "another", *asked)
+    assert again.exit_code == cli.BAD_INPUT and "exists" in again.stderr
+    assert json.loads(plan.read_text())["digest"] == digest
+    assert invoke("register", other, "--hypothesis", "<b>edges</b> carry the answer", *asked).exit_code == 0
+    done = invoke(*run, "--registered", plan, "--registered", other)
+    assert done.exit_code == 0, done.output
+    page = out.read_text()
+    assert f"as {digest[:8]}" in page and "(exploratory" not in page
+    assert "not borne out: nothing that was found says &#x27;&lt;b&gt;edges" in page
+    plan.write_text(plan.read_text().replace("0.5", "0.1"))
+    out.unlink()
+    done = invoke(*run, "--registered", plan)
+    assert done.exit_code == cli.MISSING or done.exit_code == cli.BAD_INPUT
+    assert "was changed after it was registered" in done.stderr and not out.exists()
 
 
 @pytest.mark.parametrize("command", ["lens", "heads", "circuit"])

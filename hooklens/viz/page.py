@@ -49,6 +49,8 @@ tr:last-child td { border-bottom: 0; }
 .guesses i { display: block; height: .7em; border-radius: 3px; background: var(--bar); min-width: 1px; }
 .guesses b { font-weight: 500; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .guesses span.share { color: var(--soft); text-align: right; }
+details { margin: 0 0 1.25rem; }
+summary { cursor: pointer; color: var(--accent); margin: 0 0 .75rem; }
 footer { color: var(--soft); font-size: .8125rem; margin-top: 2.5rem; }
 @media (max-width: 600px) { main { padding: 1.5rem .75rem 3rem; } section { padding: .9rem; }
   h1 { font-size: 1.5rem; } .guesses { grid-template-columns: 6rem 1fr 3.5rem; } }

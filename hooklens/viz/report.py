@@ -25,6 +25,7 @@ _CLAIMS = (
     "down before the run. Registered: written to a file at the time shown, before the run, by its author's word. q: "
     "Benjamini-Hochberg, over this table."
 )
+_READ_AT_ONCE = 6  # claims whose sentences stand open below their table
 
 
 class Report:
@@ -82,9 +83,11 @@ class Report:
     def claims(self, family: Any, caption: str = "") -> "Report":
         """What is claimed, with what evidence: a `ClaimFamily`. What was not registered before the run says so."""
         self.table(family.table(), caption or _CLAIMS)
-        for one in family.claims:
-            self.text(one.sentence())
-        return self
+        words = "".join(f"<p>{escape(one.sentence())}</p>" for one in family.claims)
+        if len(family.claims) <= _READ_AT_ONCE:
+            return self._add(words)
+        summary = f"The {len(family.claims)} claims in words, each with what was seen, done and held against it"
+        return self._add(f"<details><summary>{summary}</summary>{words}</details>")
 
     def tokens(self, strip: Html, caption: str = "") -> "Report":
         """A text coloured by one number a token: what `token_strip` returns."""

@@ -16,7 +16,7 @@ circuits: Circuit CircuitEvaluation CircuitGraph CircuitStudy CircuitTransfer Co
     EdgeScores Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles Task acdc acdc_nodes circuit_graph
     circuit_of eap eap_ig eap_ig_activations evaluate faithfulness faithfulness_curve prune_edges prune_edges_below
     prune_nodes prune_nodes_below random_circuits run_edges study_circuit transfer_circuit whole_circuit
-claims: Claim ClaimFamily HeldOutEffects Measured Registration claim family held_out_top metric_name
+claims: Claim ClaimFamily HeldOutEffects Measured Registration claim family held_out_top metric_name plans_met
 heads: Composition CopySuppression Copying HeadScores HeadStudy InductionHeads Knockout Mediation PositionScores
     Redundancy Taxonomy composition copy_suppression copying head_scores head_study induction_heads knockout mediation
     position_scores redundancy taxonomy

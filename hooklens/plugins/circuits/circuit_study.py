@@ -1,5 +1,6 @@
 """A circuit from prompt pairs of one's own: found on one half, tested on the other, beside random circuits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +85,9 @@ class CircuitStudy(Result):
             registered=registered,
         )
 
-    def report(self) -> Any:
-        """The study as a page."""
-        from hooklens.plugins.claims import family
+    def report(self, *, registered: "Sequence[Registration]" = ()) -> Any:
+        """The study as a page; what was `registered` before the run is held against its plan."""
+        from hooklens.plugins.claims import family, plans_met
         from hooklens.viz.report import Report
 
         report = Report(f"A circuit of {self.circuit.n_edges} edges in {self.model}")
@@ -96,7 +97,11 @@ class CircuitStudy(Result):
         )
         report.figure(self.figure()).table(self.circuit.top(20), "The edges with the largest scores.")
         report.heading("Against random circuits").figure(self.faithfulness.figure()).table(self.table())
-        report.heading("What may be claimed").claims(family(self.model, [self.claim()]))
+        claims = family(self.model, [self.claim()])
+        met, unmet = plans_met(claims, registered)
+        report.heading("What may be claimed").claims(family(self.model, claims.claims, registered=met))
+        for sentence in unmet:
+            report.text(sentence)
         if self.curve is not None:
             report.heading("By size").figure(self.curve.figure()).table(self.curve.table())
         if self.evaluation is not None:

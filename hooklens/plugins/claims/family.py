@@ -121,3 +121,21 @@ def _zero(head: int) -> Any:
         return z
 
     return zero
+
+
+def plans_met(claims: ClaimFamily | None, registered: Sequence[Registration]) -> tuple[list[Registration], list[str]]:
+    """The plans whose hypothesis is stated by a claim, and a sentence for each of the others: a plan is never dropped.
+
+    >>> plan = Registration("L5H1 moves names", "logit_diff", "other heads", threshold=0.5, n=64)
+    >>> plans_met(None, [plan])[1]
+    ["Registered as ..., and not borne out: nothing that was found says 'L5H1 moves names'."]
+    """
+    stated = set() if claims is None else {one.statement for one in claims.claims}
+    met = [plan for plan in registered if plan.hypothesis in stated]
+    unmet = [
+        f"Registered{f' {plan.written}' if plan.written else ''} as {plan.digest[:8]}, and not borne out: nothing that "
+        f"was found says {plan.hypothesis!r}."
+        for plan in registered
+        if plan.hypothesis not in stated
+    ]
+    return met, unmet

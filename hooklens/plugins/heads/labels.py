@@ -155,11 +155,13 @@ class Taxonomy(Result):
 
         return taxonomy_claims(model, self, registered)
 
-    def report(self) -> Any:
+    def report(
+        self, model: "HookedTransformer | str" = "this model", *, registered: "Sequence[Registration]" = ()
+    ) -> Any:
         """The taxonomy as a page: `found.report().save("heads.html", data=found)`."""
         from hooklens.plugins.heads.report import taxonomy_report
 
-        return taxonomy_report(self)
+        return taxonomy_report(self, None, model, registered)
 
 
 def signs(like: Tensor) -> Float[Tensor, "label one one"]:

@@ -1,13 +1,22 @@
 """The taxonomy as a page."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins.claims import Registration
     from hooklens.plugins.heads.labels import Taxonomy
 
 
-def taxonomy_report(found: "Taxonomy", report: Any = None) -> Any:
+def taxonomy_report(
+    found: "Taxonomy",
+    report: Any = None,
+    model: "HookedTransformer | str" = "this model",
+    registered: "Sequence[Registration]" = (),
+) -> Any:
     """Counts, the labelled heads with their evidence, and the scores behind them; below what a report holds already."""
+    from hooklens.plugins.claims import plans_met
     from hooklens.viz.report import Report
 
     labelled, total = len(found.called()), found.score_p[0].numel()
@@ -25,9 +34,12 @@ def taxonomy_report(found: "Taxonomy", report: Any = None) -> Any:
         "Empty: chance. Orange: more attention than chance, but blocking it does not do what the label says.",
     )
     report.table(found.table(max(20, labelled)), "Every labelled head with its evidence.")
-    claims = found.claims()
+    met, unmet = plans_met(found.claims(model), registered)
+    claims = found.claims(model, registered=met)
     if claims is not None:
         report.heading("What may be claimed").claims(claims)
+    for sentence in unmet:
+        report.text(sentence)
     report.figure(found.scores.figure(), "Mean attention to each kind of key, on random tokens that repeat.")
     report.figure(found.ov.figure(), "Blue: the head's OV raises the token that it reads. Orange: it lowers it.")
     if found.names is not None:

@@ -24,7 +24,7 @@ Answers = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
 #: From a layer's row and the streams there to the streams that the final norm should read instead.
 Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_model"]]
 
-_LOGITS_AT_ONCE = 16 * 2**20  # numbers in one product: 64 MiB in float32
+_LOGITS_AT_ONCE = 7 * 2**20  # numbers in one product: 28 MiB; from 32 MiB on, fresh pages are mapped for each
 _STREAMS_AT_ONCE = 64 * 2**20  # numbers of streams kept while they are read
 _WORTH_PACKING = 256  # rows
 _DESCRIBED_AT_ONCE = 2**19  # logits that pass through the core's cache together
@@ -231,7 +231,7 @@ def top_tokens(logits: Float[Tensor, "row d_vocab"], k: int) -> tuple[Float[Tens
     """
     n = logits.shape[-1] // _SET
     if n < 8 * k:
-        return tuple(logits.topk(k))
+        return logits.topk(k).values, logits.topk(k).indices
     best = logits[:, : n * _SET].unflatten(-1, (_SET, n)).amax(1).topk(k).indices
     ids = (best[:, None] + torch.arange(0, n * _SET, n, device=best.device)[:, None]).flatten(1)
     rest = torch.arange(n * _SET, logits.shape[-1], device=best.device).expand(len(ids), -1)

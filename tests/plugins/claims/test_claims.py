@@ -288,6 +288,14 @@ def test_reports_mark_what_was_not_registered_and_escape_it(model, tmp_path):
     assert plan.written in page and plan.digest[:8] in page and "by its author" in page
 
 
+def test_of_many_claims_the_words_are_folded(model):
+    few, many = (family(model, [made(model, statement=f"<i>{i}") for i in range(n)]) for n in (6, 7))
+    assert "<details>" not in Report("claims").claims(few).to_html()
+    page = Report("claims").claims(many).to_html()
+    assert page.count("<details>") == 1 and "The 7 claims in words" in page
+    assert page.count("&lt;i&gt;") == 2 * 7 and "<i>" not in page
+
+
 def test_a_claim_is_saved_and_read_with_its_verdict(model, tmp_path):
     held = family(model, [made(model, registered=planned(tmp_path)), made(model, effect=NOTHING)])
     held.save(tmp_path / "claims.safetensors")
