@@ -171,13 +171,9 @@ def probe(
     loaded = load_model(model, device, dtype)
     check_texts(loaded, read, str(texts))
     from hooklens.plugins.probing import probe_texts
-    from hooklens.viz.report import Report
 
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
-    report = Report(f"A probe of {texts.stem} in {loaded.cfg.model_name}")
-    report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
-    report.figure(study.figure()).table(study.table())
-    report.save(out, data=study)
+    study.report(f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
     show(study.table(), as_json, **_written(out))
 
 

@@ -1,5 +1,6 @@
 """Figures, coloured text and offline reports: the only package of hooklens that imports Plotly."""
 
+from hooklens.viz.curves import beside as beside
 from hooklens.viz.curves import lines as lines
 from hooklens.viz.curves import scatter as scatter
 from hooklens.viz.figures import bars as bars

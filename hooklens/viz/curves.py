@@ -1,4 +1,4 @@
-"""Lines and scatter plots of results."""
+"""Lines, scatter plots, and values beside the draws of a null."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
 from hooklens.viz.inputs import as_array, as_labels, same_length
 from hooklens.viz.text import label
-from hooklens.viz.theme import POSITIVE, SEQUENTIAL, SERIES, plotly_scale
+from hooklens.viz.theme import NEUTRAL, POSITIVE, SEQUENTIAL, SERIES, plotly_scale
 
 
 def lines(
@@ -77,6 +77,48 @@ def scatter(
         marker |= {"colorscale": plotly_scale(SEQUENTIAL[1:]), "colorbar": colour_bar(colourbar)}
     drawn = go.Scatter(x=across, y=up, mode="markers", marker=marker, text=boxes, hoverinfo="text")
     return new_figure([drawn], title, x_title, y_title, height=440)
+
+
+def beside(
+    found: Mapping[str, tuple[float, float, float]],
+    null: Num[Tensor, " draw"],
+    title: str = "",
+    *,
+    x_title: str = "",
+    drawn: str = "random draws",
+    marks: Mapping[str, float] | None = None,
+) -> go.Figure:
+    """Where do these lie among draws of a null? Each of `found` is its value and the ends of its interval (NaN: none).
+
+    >>> import torch
+    >>> figure = beside({"circuit": (0.6, 0.5, 0.7)}, torch.rand(100) / 2, marks={"the model": 1.0})
+    >>> int(sum(figure.data[0].y)), figure.data[1].x
+    (100, (0.6,))
+
+    `marks` are named vertical lines. Draws that are NaN or infinite are left out of the bars, and their number is said.
+    """
+    draws = as_array(null, "draw", "beside")
+    finite = draws[np.isfinite(draws)]
+    counts, edges = np.histogram(finite, bins=min(30, max(1, len(finite))))
+    middles, wide = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
+    boxes = [f"{number(a)} to {number(b)}: {n}" for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    missing = f", {len(draws) - len(finite)} undefined" if len(finite) < len(draws) else ""
+    look = {"marker": {"color": NEUTRAL, "opacity": 0.55}, "name": f"{label(drawn)} ({len(draws)}{missing})"}
+    bars = go.Bar(x=middles, y=counts, width=wide, hovertext=boxes, hoverinfo="text", **look)
+    figure, tall = new_figure([bars], title, x_title, "draws"), max(1, int(counts.max()))
+    for index, (name, (value, low, high)) in enumerate(found.items()):
+        known = np.isfinite([low, high]).all()
+        ends = {"array": [high - value], "arrayminus": [value - low], "thickness": 2, "width": 6} if known else {}
+        shown = f"{label(name)} {number(value)}" + (f" [{number(low)}, {number(high)}]" if known else "")
+        marker = {"size": 11, "symbol": "diamond", "color": SERIES[index % len(SERIES)]}
+        at = {"x": [value], "y": [tall * (1.12 + 0.14 * index)]}
+        figure.add_scatter(
+            **at, error_x=ends, marker=marker, name=shown, text=[shown], hoverinfo="text", mode="markers"
+        )
+    for name, value in (marks or {}).items():
+        line = {"color": NEUTRAL, "width": 1.2, "dash": "dash"}
+        figure.add_vline(x=float(value), line=line, annotation={"text": label(name), "font": {"size": 11}})
+    return figure.update_layout(showlegend=True, margin_t=(76 if title else 36) + 24, bargap=0)
 
 
 def _band(at: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> go.Scatter:

@@ -33,6 +33,9 @@ td { border-bottom: 1px solid color-mix(in srgb, var(--line) 55%, transparent); 
   overflow-wrap: break-word; }
 tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
+th { vertical-align: bottom; }
+th.number { white-space: pre-wrap; }
+td:not(.number) { min-width: 4.5rem; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.75rem, 1fr)); gap: 1rem 1.25rem;
   margin: 0; }
 .numbers div { display: flex; flex-direction: column; justify-content: space-between; }

@@ -6,7 +6,8 @@ import hooklens as hl
 from hooklens.data.ioi import IOIPairs
 from hooklens.metrics import LogitDiff
 from hooklens.model.config import Biases
-from hooklens.plugins.patching.name_movers import Criteria, by_group, name_movers
+from hooklens.plugins.patching.mover_result import Criteria, by_group
+from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.testing import tiny_model
 
 FILLERS, NAMES = 4, 12

@@ -20,6 +20,21 @@ from hooklens.viz.theme import DIVERGING, SEQUENTIAL, colour_at, contrast, text_
 GRID = torch.tensor([[1.0, -3.0, float("nan")], [0.5, float("inf"), 0.0]])
 
 
+def test_values_beside_a_null_count_every_draw_and_name_what_is_undefined():
+    null = torch.tensor([0.0, 0.1, 0.1, 0.9, float("nan")])
+    found = {"<b>": (0.5, 0.4, 0.6), "alone": (0.7, float("nan"), float("nan"))}
+    figure = viz.beside(found, null, marks={"<i>": 1.0}, drawn="<u>")
+    bars, first, second = figure.data
+    assert sum(bars.y) == 4 and bars.x[0] - bars.width[0] / 2 == pytest.approx(0.0)
+    assert bars.x[-1] + bars.width[-1] / 2 == pytest.approx(0.9)
+    assert "5, 1 undefined" in bars.name and "<u>" not in bars.name
+    assert (first.x[0], first.error_x.array[0], first.error_x.arrayminus[0]) == pytest.approx((0.5, 0.1, 0.1))
+    assert "<b>" not in first.name and second.error_x.array is None and min(first.y[0], second.y[0]) > max(bars.y)
+    assert figure.layout.shapes[0].x0 == 1.0 and "<i>" not in figure.layout.annotations[0].text
+    assert sum(viz.beside({}, torch.full((3,), float("nan"))).data[0].y) == 0
+    assert sum(viz.beside({}, torch.zeros(3)).data[0].y) == 3
+
+
 @contextlib.contextmanager
 def refused(error, says):
     """Where the signatures are executed, they may refuse what does not fit before our own check does."""

@@ -98,21 +98,12 @@ class Faithfulness(Result):
         return Table(("what", "value"), rows).head(n)
 
     def figure(self) -> Any:
-        """Faithfulness of the circuit and of every random one, sorted."""
-        from hooklens.viz.figures import bars
+        """Faithfulness of the circuit, with its interval, among the random ones."""
+        from hooklens.viz.curves import beside
 
-        low, high = self.interval()
-        values = torch.cat(
-            (torch.tensor([self.value], dtype=self.random.dtype), self.random.sort(descending=True).values)
-        )
-        names = ["circuit", *(f"random {i + 1}" for i in range(len(self.random)))]
-        ends = torch.stack([values, values])
-        ends[:, 0] = torch.tensor([low, high])
         title = f"Faithfulness of {self.circuit.n_edges} edges beside random circuits ({self.ablation} ablation)"
-        known = bool(ends.isfinite().all())
-        marks = {"the model": 1.0, "no edge": 0.0}
-        whiskers = (ends[0], ends[1]) if known else (None, None)
-        return bars(values, whiskers[0], whiskers[1], names, title, y_title="faithfulness", marks=marks)
+        marks, found = {"the model": 1.0, "no edge": 0.0}, {"the circuit": (self.value, *self.interval())}
+        return beside(found, self.random, title, x_title="faithfulness", drawn="random circuits", marks=marks)
 
 
 def check_draws(draws: int) -> None:

@@ -86,12 +86,16 @@ def attention_map(found: Taxonomy) -> Any:
         [f"loss rise {float(x):.3f}" if x == x else "chance" for x in row.tolist()]
         for row in mean.transpose(0, 1).flatten(1)
     ]
-    return heatmap(
+    drawn = heatmap(
         (shown if bool(shown.isfinite().any()) else torch.zeros_like(shown)).transpose(0, 1).flatten(1),
         x=[f"{label} H{head}" for label in LABELS for head in range(n_heads)],
         y=[f"L{layer}" for layer in range(shown.shape[1])],
         title="Attention above chance: blue earned the label, orange did not",
         y_title="layer",
         hover=hover,
-        colourbar="attention",
+        colourbar="attention (blue: label earned; orange: not)",
+    )
+    reach = float(drawn.data[0].zmax)
+    return drawn.update_traces(
+        colorbar={"tickvals": [-reach, 0, reach], "ticktext": [f"{reach:.2f}", "0", f"{reach:.2f}"]}
     )

@@ -109,6 +109,11 @@ class HeadStudy(Result):
                 "fall of the median head": float(self.fall.mean(0).abs().median()),
             }
         )
+        report.text(
+            "Fall: what the metric loses on the clean prompt when the head's output is that of the corrupted one, "
+            "exactly, all that follows from it included. A head that is not missed may still do its work, where "
+            "others take over; where a head looks says nothing by itself."
+        )
         how = "Heads chosen and measured on the same pairs, so that the first falls are too large."
         if self.held_out is not None:
             chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)

@@ -10,7 +10,8 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import ioi
 from hooklens.plugins.heads.rotations import PerHead, above
-from hooklens.plugins.patching.name_movers import NameMovers, name_movers
+from hooklens.plugins.patching.mover_result import NameMovers
+from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.result import Result, Table
 from hooklens.statistics import q_values, sign_flip_p
 

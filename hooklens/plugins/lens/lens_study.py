@@ -77,8 +77,13 @@ class LensStudy(Result):
         from hooklens.viz.report import Report
 
         report = Report(f"Logit lens in {self.model}")
-        report.table(self.prompt_table(), "What the model makes of each prompt; rank 0 is the likeliest token.")
+        report.text(
+            "Every stream is read as if it were the last. Early streams need not be written in the basis that the "
+            "unembedding reads, so that an answer that is not seen there may be there. What a part adds directly "
+            "leaves out all that it does through later parts."
+        )
         report.heading("When the answer comes up").figure(self.figure(), self._over())
+        report.table(self.prompt_table(), "What the model makes of each prompt; rank 0 is the likeliest token.")
         report.table(self.trajectory.table(None), "Medians of ranks, means of the other columns, over prompts.")
         report.heading("Which parts write it").figure(self.attribution.figure(), self._over())
         report.table(self.table(_CHOSEN), self._how())

@@ -11,7 +11,8 @@ from hooklens.plugins.patching.information_flow import information_flow
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
 from hooklens.plugins.patching.ioi_demo import IOIStudy, ioi_study
 from hooklens.plugins.patching.mover_claims import mover_claims
-from hooklens.plugins.patching.name_movers import Criteria, NameMovers, name_movers
+from hooklens.plugins.patching.mover_result import Criteria, NameMovers
+from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.plugins.patching.pair_study import PairStudy, study_pair
 from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
 from hooklens.plugins.patching.path_sweep import PathSweep

@@ -13,7 +13,8 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.claims import ClaimFamily
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.mover_claims import LEAST_GROUPS, mover_claims
-from hooklens.plugins.patching.name_movers import NameMovers, by_group, name_movers
+from hooklens.plugins.patching.mover_result import NameMovers, by_group
+from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.plugins.patching.pair_study import PairStudy, by_layer, head_patterns, sweep_pair
 from hooklens.result import Result, Table
 from hooklens.statistics import ratio_interval

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.plugins.claims import Claim, ClaimFamily, Measured, Registration, claim, family
 from hooklens.plugins.claims.claim import LEAST_GROUPS as _A_HALF
-from hooklens.plugins.patching.name_movers import NameMovers
+from hooklens.plugins.patching.mover_result import NameMovers
 from hooklens.statistics import halves
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def demo_movers(n: int = 8, heads: int = 2) -> NameMovers:
     >>> demo_movers().name_movers
     [(0, 0)]
     """
-    from hooklens.plugins.patching.name_movers import Criteria
+    from hooklens.plugins.patching.mover_result import Criteria
 
     noise = torch.randn(n, 1, heads, generator=torch.Generator().manual_seed(0)) * 0.02
     is_mover = torch.tensor([1.0] + [0.0] * (heads - 1))

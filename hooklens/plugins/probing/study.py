@@ -87,7 +87,7 @@ class ProbeStudy(Result):
     @property
     def selectivity(self) -> float:
         """The balanced accuracy on the real labels minus that on random ones, in the same folds; NaN without these."""
-        return self._selectivity()[0]
+        return self.selectivity_interval()[0]
 
     @property
     def point(self) -> str:
@@ -110,7 +110,6 @@ class ProbeStudy(Result):
 
     def table(self, n: int | None = None) -> Table:
         """The balanced accuracy, what else reaches it, and by how much it is better than they are."""
-        better = max((self.embed, self.context), key=lambda one: float(balanced(one, self.label)))
         null = self.null if len(self.null) else torch.full_like(self.nested[:1], float("nan"))
         by = self.control_by or self.no_control
         control, same = self._where_chosen(self.control), self._where_chosen(self.same_split)
@@ -122,8 +121,8 @@ class ProbeStudy(Result):
             self._row("most common class", self.majority),
             (f"control task (random label a {by})", *self._of_labellings(control, self.control_label), None),
             ("real labels in the control's folds", *self._of_labellings(same, self.label), None),
-            ("selectivity: these minus the control task", *self._selectivity(), None, None),
-            (*self._row("minus the better embedding", self.nested - better)[:4], None, None),
+            ("selectivity: these minus the control task", *self.selectivity_interval(), None, None),
+            ("minus the better embedding", *self.over_embeddings(), None, None),
         ]
         return Table(("what", "balanced accuracy", "95% low", "95% high", "accuracy", "p"), rows).head(n)
 
@@ -153,7 +152,7 @@ class ProbeStudy(Result):
         heights |= {"shuffled labels": float(self.null.mean())} if len(self.null) else {}
         layers = [getattr(parse(name), "layer", None) for name in self.points]
         by_layer = len(layers) > 1 and None not in layers and len(set(layers)) == len(layers)
-        inside = f"layer chosen inside {self.balanced_accuracy:.2f}"
+        inside = f"{self.balanced_accuracy:.2f} at the layer chosen inside"
         drawn = lines(
             shown,
             torch.tensor(layers) if by_layer else None,
@@ -165,9 +164,22 @@ class ProbeStudy(Result):
         )
         return drawn if len(self.points) > 1 else drawn.update_traces(mode="markers", selector={"mode": "lines"})
 
+    def report(self, title: str = "") -> Any:
+        """The study as a page: `study.report("A probe of sentiment").save("probe.html", data=study)`."""
+        from hooklens.plugins.probing.report import probe_report
+
+        return probe_report(self, title or f"A {self.kind} probe: {self.task}")
+
     def _row(self, name: str, right: Float[Tensor, "example"], p: float | None = None) -> Row:
         low, high = self.interval(right)
         return name, float(balanced(right, self.label)), float(low), float(high), float(right.mean()), p
+
+    def over_embeddings(self) -> tuple[float, float, float]:
+        """By how much the probe is better than the better of the two embeddings, with its 95 % interval."""
+        better = max((self.embed, self.context), key=lambda one: float(balanced(one, self.label)))
+        difference = self.nested - better
+        low, high = self.interval(difference)
+        return float(balanced(difference, self.label)), float(low), float(high)
 
     def _where_chosen(self, right: Float[Tensor, "labelling point example"]) -> Float[Tensor, "labelling example"]:
         return right[:, self.chosen[self.fold], torch.arange(len(self.fold))]
@@ -179,8 +191,8 @@ class ProbeStudy(Result):
         drawn = _over_labellings(resampled(right, label, self.group))
         return *_around(drawn, float(balanced(right, label).mean())), float(right.mean())
 
-    def _selectivity(self) -> tuple[float, float, float]:
-        """With its interval: groups and labellings are drawn again, both tasks' together."""
+    def selectivity_interval(self) -> tuple[float, float, float]:
+        """`selectivity` with its 95 % interval: groups and labellings are drawn again, both tasks' together."""
         if not len(self.control):
             return (float("nan"),) * 3
         pairs = [(self.same_split, self.label), (self.control, self.control_label)]

@@ -11,7 +11,8 @@ from hooklens.data.ioi import NAMES
 from hooklens.plugins.heads.named import copying_p, evidence_of, name_evidence
 from hooklens.plugins.heads.taxonomy import taxonomy
 from hooklens.plugins.patching.mover_claims import demo_movers
-from hooklens.plugins.patching.name_movers import Criteria, NameMovers, name_movers
+from hooklens.plugins.patching.mover_result import Criteria, NameMovers
+from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 

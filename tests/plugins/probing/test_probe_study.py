@@ -16,6 +16,7 @@ from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gather import Activations, gather
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
+from hooklens.plugins.probing.report import verdicts
 from hooklens.plugins.probing.scoring import correct
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
@@ -162,6 +163,25 @@ def study_of(x, token, label, kind=None, **options):
     acts = Activations(x, names, token, ids, torch.zeros_like(ids), ids, x[0], x[0])
     folds = make_folds(task.label, acts.group, folds=options.pop("folds", 5))
     return _study(acts, task, kind or Logistic(c=1.0), folds, options.pop("null_draws", 0), 0)
+
+
+def test_a_page_says_what_the_controls_take_away():
+    """The embedding reads it as well; random labels of tokens are learnt as well; and where neither holds, silence."""
+    generator = torch.Generator().manual_seed(0)
+    token = torch.arange(240) % 16
+    x = torch.randn(16, 40, generator=generator, dtype=torch.float64)[token][None]
+    words = verdicts(study_of(x, token, token % 2))
+    assert len(words) == 2 and "an embedding of the tokens does as well" in words[0]
+    assert "Random labels (one a token) are read as well" in words[1]
+    label = torch.randint(2, (240,), generator=generator)
+    y = torch.randn(2, 240, 6, generator=generator, dtype=torch.float64)
+    y[1, :, 0] += 4.0 * label  # the layer above the embedding, which is y[0]
+    read = study_of(y, token, label)
+    assert read.accuracy > 0.9 and verdicts(read) == []
+    page = read.report("<b>labels</b>").to_html()
+    assert "&lt;b&gt;labels" in page and page.count('class="plot"') == 2 and "does not show that the model uses" in page
+    noise = study_of(torch.randn(1, 240, 6, generator=generator, dtype=torch.float64), token, label, null_draws=19)
+    assert noise.p > 0.05 and "nothing was shown to be there" in verdicts(noise)[0]
 
 
 def test_features_that_are_the_token_have_no_selectivity():

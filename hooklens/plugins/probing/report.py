@@ -1,0 +1,57 @@
+"""A probe's study as a page: what was read, what else reads it, and what the numbers do not let one say."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hooklens.plugins.probing.study import ProbeStudy
+
+
+def probe_report(study: "ProbeStudy", title: str) -> Any:
+    """Counts, a verdict in words, accuracy by layer, what reaches it without the model, and calibration."""
+    from hooklens.viz.report import Report
+
+    n, groups = len(study.label), int(study.group.max()) + 1
+    report = Report(title).numbers(
+        {
+            "texts": n,
+            "groups": groups,
+            "classes": ", ".join(study.classes),
+            "balanced accuracy": round(study.balanced_accuracy, 3),
+            "p against shuffled labels": f"{study.p:.2g}",
+        }
+    )
+    for sentence in verdicts(study):
+        report.text(sentence)
+    report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
+    report.figure(study.figure(), "Intervals over groups. To pick the best layer here is to look at the test texts.")
+    report.table(study.table(), f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups.")
+    report.heading("By layer").table(study.top(10), "p against shuffled labels, q over all of these.")
+    return report.heading("Is it as sure as it is right?").figure(study.calibration.figure())
+
+
+def verdicts(study: "ProbeStudy") -> list[str]:
+    """What the controls take away from the accuracy, in sentences; empty where they take nothing away.
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.plugins.probing.train import demo
+    >>> verdicts(demo(tiny_model()))[0]
+    'Labels that say nothing are read as well (p ...): nothing was shown to be there.'
+    """
+    said = []
+    if study.p > 0.05:
+        said.append(f"Labels that say nothing are read as well (p {study.p:.2g}): nothing was shown to be there.")
+    value, low, high = study.over_embeddings()
+    if not low > 0:
+        said.append(
+            "It is not shown that the model's layers add anything: an embedding of the tokens does as well (probe "
+            f"minus embedding {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
+        )
+    value, low, high = study.selectivity_interval()
+    if not low > 0:
+        said.append(
+            f"There is no control task here: {study.no_control}."
+            if study.control_by is None
+            else f"Random labels (one a {study.control_by}) are read as well from the same streams, so that the probe "
+            f"may have learnt the task by itself (selectivity {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
+        )
+    return said
