@@ -36,7 +36,8 @@ def regressed(model: "HookedTransformer", tokens: Int[Tensor, "window pos"]) -> 
                 _add(gram, cross, streams, size)
                 advance(window.numel())
     gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(1e-12)  # a coordinate that is always 0 must not divide by it
-    maps = torch.linalg.solve(gram, cross)
+    # by Cholesky, as the matrix is positive definite; batched LU on two threads also fails in torch's MKL (docs/log.md)
+    maps = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
     wide = torch.promote_types(model.dtype, torch.float32)
     assert size is not None
     return TunedLens.of(maps[:, :-1].to(wide), (maps[:, -1] * size[:, None]).to(wide))
