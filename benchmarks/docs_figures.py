@@ -62,7 +62,7 @@ def lens(model: hl.HookedTransformer) -> Iterator[Row]:
     _, fit = fit_tuned_lens(model, ids[: len(ids) // 32 * 32].view(-1, 32))
     yield {"what": "fit_tuned_lens, tokens", "value": fit.train_tokens}
     for layer in (0, 1, 20, 29):
-        before, after = float(fit.before[layer].mean()), float(fit.after[layer].mean())
+        before, after = float(fit.before[:, layer].mean()), float(fit.after[:, layer].mean())
         yield {"what": f"fit_tuned_lens before block {layer}, held-out KL in nats", "value": after, "of": before}
     yield {"what": "one fixed distribution, KL in nats", "value": float(fit.constant.mean())}
     yield {"what": "layers whose held-out KL falls", "value": int((fit.fall > 0).sum()), "of": len(fit.fall)}

@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """The public names come with the first one asked for: torch takes seconds, and `hooklens --help` needs none."""
+        """A public name comes when it is asked for: torch takes seconds, and `hooklens --help` needs none."""
         from importlib import import_module
 
-        if name == "__all__" or not name.startswith("_"):
-            public = import_module("hooklens.public")
-            globals().update({each: getattr(public, each) for each in ("__all__", *public.__all__)})
-        if name not in globals():
+        public = import_module("hooklens.public") if name == "__all__" or not name.startswith("_") else None
+        if public is None or name not in ("__all__", *public.__all__):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return globals()[name]
+        return globals().setdefault(name, getattr(public, name))
 
     def __dir__() -> list[str]:
         return sorted({*__getattr__("__all__"), *globals()})

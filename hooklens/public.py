@@ -1,5 +1,7 @@
 """Every public name: `hooklens` takes them from here when the first one is asked for."""
 
+from typing import TYPE_CHECKING
+
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import HooklensError
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
@@ -13,10 +15,12 @@ from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.patching.activation import Mean, PatchSweep, patch
 from hooklens.pretrained.load import load
 from hooklens.result import Result, Table
 from hooklens.sweeps.settings import engine
+
+if TYPE_CHECKING:
+    from hooklens.plugins.patching.activation import Mean, PatchSweep, patch
 
 __all__ = [
     "ActivationCache",
@@ -48,3 +52,12 @@ __all__ = [
     "site",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`patch` and what belongs to it come when asked for: their package brings every method of patching."""
+    if name not in ("Mean", "PatchSweep", "patch"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("hooklens.plugins.patching.activation"), name)
