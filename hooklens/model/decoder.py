@@ -1,15 +1,18 @@
 """One new token through a model that nobody listens to: the numbers of its forward, with far fewer calls.
 
-A step of one row reads every weight once and computes little, so the calls around each product are a quarter of its
-time. Here the layers that read the same input are one packed product, and no hook point is passed.
+A step of one row reads every weight once and computes little, so the calls around each product take a quarter of its
+time or more. Here the layers that read the same input are one product, packed where packing pays, and no hook point is
+passed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hooklens.core.hooks import HookPoint, edited_elsewhere
 from hooklens.model.attention import Attention
@@ -31,7 +34,7 @@ _KNOWN = {
 
 
 class Decoder:
-    """The steps of a generation, on weights packed once.
+    """The steps of a generation, on weights that are joined, and where it pays packed, once.
 
     >>> from hooklens.testing import tiny_model
     >>> model, past = tiny_model(), KVCache()
@@ -44,12 +47,12 @@ class Decoder:
 
     @classmethod
     def of(cls, model: "HookedTransformer", rows: int) -> "Decoder | None":
-        """A decoder where it would be right and faster: packing pays, and every part is one of ours, as it was made."""
+        """A decoder where it would be right: every part is one of ours, as it was made, in one dtype."""
         from hooklens.model.transformer import HookedTransformer
 
         weights = list(model.parameters())
-        right = all(w.dtype == torch.float32 and w.device.type == "cpu" and not w.is_inference() for w in weights)
-        if not right or not packing_wanted(rows) or type(model) is not HookedTransformer:
+        alike = len({(w.dtype, w.device) for w in weights}) == 1 and not any(w.is_inference() for w in weights)
+        if not alike or type(model) is not HookedTransformer:
             return None
         inner = [module for part in (*model.blocks, model.ln_final, model.unembed) if part for module in part.modules()]
         return cls(model, rows) if all(map(_as_made, inner)) and _unhooked(model) else None
@@ -60,8 +63,11 @@ class Decoder:
         self.modules = [module for module in model.modules() if not isinstance(module, HookPoint)]
         held = [(m._parameters, name) for m in self.modules for name in m._parameters]
         self.weights = [(at, name, w, w.data_ptr(), w._version) for at, name in held if (w := at[name]) is not None]
-        self.layers = [_Layer(block, rows) for block in model.blocks]
-        self.unembed = _Joint([model.unembed.linear], rows)
+        weight = model.unembed.linear.weight
+        packs = weight.dtype == torch.float32 and weight.device.type == "cpu" and packing_wanted(rows)
+        join = partial(_Joint, rows=rows if packs else None)
+        self.layers = [_Layer(block, join) for block in model.blocks]
+        self.unembed = join([model.unembed.linear])
 
     def serves(self) -> bool:
         """Is every weight still what was packed, and does nobody listen?"""
@@ -82,35 +88,37 @@ class Decoder:
 
 
 class _Joint:
-    """Layers that read the same input, as one packed product."""
+    """Layers that read the same input, as one product: packed for so many `rows`, or torch's own (None)."""
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int):
+    def __init__(self, layers: Sequence[nn.Linear], *, rows: int | None):
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
-        self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0], rows)
+        joined = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.weight = joined if rows is None else pack(joined, rows)
+        self.product = F.linear if rows is None else packed_product
         self.bias: Float[Tensor, " d_out"] | None = None
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)
             self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in pairs])
 
     def __call__(self, x: Float[Tensor, "batch 1 d_in"]) -> Float[Tensor, "batch 1 d_out"]:
-        return packed_product(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 class _Layer:
     """A block, from the stream that enters it to the one that leaves it. The seams of Block, without its points."""
 
-    def __init__(self, block: Block, rows: int):
+    def __init__(self, block: Block, join: Callable[[Sequence[nn.Linear]], _Joint]):
         self.attn: Attention = block.attn
         self.mlp = mlp = block.mlp
         self.parallel = not block.mlp_reads_attn
         self.norms = [None if norm is None else norm.fused for norm in (block.ln1, block.ln1_post)]
-        self.qkv, self.o = _Joint([self.attn.q, self.attn.k, self.attn.v], rows), _Joint([self.attn.o], rows)
+        self.qkv, self.o = join([self.attn.q, self.attn.k, self.attn.v]), join([self.attn.o])
         self.heads = [self.attn.n_heads, self.attn.n_kv_heads, self.attn.n_kv_heads]
         if mlp is not None:
             self.norms += [None if norm is None else norm.fused for norm in (block.ln2, block.ln2_post)]
             self.act, self.gated = activation(mlp.act), isinstance(mlp, GatedMLP)
-            self.into = _Joint([mlp.gate, mlp.in_] if isinstance(mlp, GatedMLP) else [mlp.in_], rows)
-            self.out = _Joint([mlp.out], rows)
+            self.into = join([mlp.gate, mlp.in_] if isinstance(mlp, GatedMLP) else [mlp.in_])
+            self.out = join([mlp.out])
 
     def __call__(self, x: Stream, ctx: Context, past: KVCache) -> Stream:
         ln1, ln1_post = self.norms[:2]

@@ -4,19 +4,31 @@ import pytest
 import torch
 from zoo import ZOO, zoo_model
 
-from hooklens.model import linear
+from hooklens.model import decoder, linear
 from hooklens.model.continuation import Continuation
 from hooklens.model.decoder import Decoder
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import _measured, packed_linears
 from hooklens.testing import tiny_model
 
-pytestmark = pytest.mark.skipif(not _measured()[0], reason="this torch or CPU has no packed linear")
 
 
-@pytest.fixture(autouse=True)
-def pays(monkeypatch):
-    monkeypatch.setattr(linear, "packing_pays", lambda rows: True)
+@pytest.fixture(params=["packed", "plain"], autouse=True)
+def weights(request, monkeypatch):
+    """Both kinds of product are tested on every machine, whichever is the faster one there."""
+    packed = request.param == "packed"
+    if packed and not _measured()[0]:
+        pytest.skip("this torch or CPU has no packed linear")
+    monkeypatch.setattr(linear, "packing_pays", lambda rows: packed)
+    return request.param
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """How many weights a decoder packed."""
+    count, plain = [], decoder.pack
+    monkeypatch.setattr(decoder, "pack", lambda *args: count.append(1) or plain(*args))
+    return count
 
 
 @pytest.fixture
@@ -25,6 +37,12 @@ def counted(monkeypatch):
     steps, plain = [], Decoder.__call__
     monkeypatch.setattr(Decoder, "__call__", lambda self, *args: steps.append(1) or plain(self, *args))
     return steps
+
+
+def close(got, expected, ulps=1000):
+    """Equal within a thousand roundings of the largest logit: the products are summed in another order."""
+    bound = ulps * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(got, expected, atol=bound, rtol=0)
 
 
 def kinds(served):
@@ -44,13 +62,15 @@ def test_steps_equal_the_whole_pass(kind, padded):
         model(tokens[:, :3], attention_mask=mask[:, :3] if padded else None, kv_cache=past)
         for at in range(3, 6):
             expected = model(tokens[:, : at + 1], attention_mask=mask[:, : at + 1] if padded else None)[:, -1]
-            assert torch.allclose(step(tokens[:, at : at + 1], past), expected, atol=1e-4)
+            close(step(tokens[:, at : at + 1], past), expected)
     assert past.length == 6 and past.step == 4
 
 
 def test_what_it_does_not_know_it_leaves_to_the_model():
     assert all(Decoder.of(zoo_model(kind), rows=1) is None for kind in kinds(served=False))
-    assert Decoder.of(tiny_model().double(), rows=1) is None
+    mixed = tiny_model()
+    mixed.blocks[0].attn.o.double()
+    assert Decoder.of(mixed, rows=1) is None
     swapped, own = tiny_model(), tiny_model()
     swapped.blocks[0].attn.o = torch.nn.Sequential(swapped.blocks[0].attn.o)
     own.__class__ = type("Own", (type(own),), {})
@@ -80,13 +100,29 @@ def test_torch_hooks_and_replaced_forwards_count(part, how, counted):
     assert torch.equal(changed().generate([1, 2, 3], 26, stop=()).new_tokens[0], expected) and not counted
 
 
-def test_packing_switched_off_around_a_generation_is_off_in_it(counted):
+@pytest.mark.parametrize(("dtype", "ulps"), [(torch.float64, 1000), (torch.bfloat16, 10)])
+def test_other_dtypes_take_the_same_steps_on_plain_weights(dtype, ulps, packs):
+    model, past = zoo_model("llama").to(dtype), KVCache()
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        model(tokens[:, :3], kv_cache=past)
+        close(Decoder.of(model, rows=1)(tokens[:, 3:], past), model(tokens)[:, -1], ulps=ulps)
+    assert not packs
+
+
+def test_where_packing_does_not_pay_a_generation_still_takes_the_short_way(counted, packs, weights):
+    zoo_model("llama").generate([1, 2, 3], 26, stop=())
+    assert len(counted) == 25 and bool(packs) == (weights == "packed")
+
+
+def test_packing_switched_off_around_a_generation_is_off_in_it(packs):
     with packed_linears(enabled=False):
         zoo_model("llama").generate([1, 2, 3], 26, stop=())
-    assert not counted
-    with packed_linears(enabled=True):
-        zoo_model("llama").generate([1, 2, 3], 26, stop=())
-    assert len(counted) == 25
+    assert not packs
+    if _measured()[0]:
+        with packed_linears(enabled=True):
+            zoo_model("llama").generate([1, 2, 3], 26, stop=())
+        assert packs
 
 
 def test_a_generation_uses_it_and_finds_the_same_tokens(counted):
