@@ -1,7 +1,14 @@
-"""Its being here puts this folder on the import path, so that tests in every folder can `from families import tiny`."""
+"""Settings of the whole suite. pytest also puts this folder on sys.path, so that every test can import `families`."""
 
 import os
+
+from hypothesis import settings
 
 # Workers of `pytest -n auto` share the cores: with several threads each they wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run, on every machine. `--hypothesis-profile=explore` draws new ones (.ci/run does).
+settings.register_profile("reproducible", derandomize=True)
+settings.register_profile("explore", derandomize=False, print_blob=True)
+settings.load_profile("reproducible")

@@ -267,13 +267,6 @@ def test_a_reader_that_has_heard_enough_ends_it_quietly(arguments):
     assert done.stderr == ""
 
 
-def test_importing_hooklens_or_its_command_line_imports_no_plotting():
-    unwanted = "('plotly', 'transformers', 'huggingface_hub')"
-    code = f"import sys, hooklens.public, hooklens.cli; print([m for m in {unwanted} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "environment", "says"),
     [

@@ -1,6 +1,7 @@
 """The public names stay, with their arguments; importing them stays light."""
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -105,36 +106,54 @@ def test_a_sweep_has(name):
     assert name in hl.PatchSweep.__dataclass_fields__ or hasattr(hl.PatchSweep, name)
 
 
-def fresh(code):
-    """What a new interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+FRESH = """
+import json, sys
+import hooklens as hl
+hl.__version__
+seen = {"torch at first": "torch" in sys.modules}
+hl.load
+seen["torch at the first name"] = "torch" in sys.modules
+seen["beside a tokenizer"] = [name for name in sys.argv[1].split() if name in sys.modules]
+import hooklens.public, hooklens.result, hooklens.plugins.patching.activation
+seen["heavy"] = [name for name in sys.argv[2].split() if name in sys.modules]
+seen["patch"] = hl.patch.__module__
+seen["dir"] = [name for name in dir(hl) if name in hl.__all__]
+seen["has"] = [name for name in hl.__all__ if hasattr(hl, name)]
+import hooklens.cli
+seen["beside the command line"] = [name for name in sys.argv[2].split() if name in sys.modules]
+print(json.dumps(seen))
+"""
 
 
-def test_importing_is_light():
-    assert fresh(f"import sys, hooklens.public; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
+@pytest.fixture(scope="module")
+def seen():
+    """What a new interpreter sees, in the order of FRESH."""
+    light = "transformers tokenizers gguf rich"
+    command = [sys.executable, "-c", FRESH, light, " ".join(HEAVY)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def test_torch_comes_with_the_first_name():
-    assert fresh("import sys, hooklens as hl; hl.__version__; print('torch' in sys.modules)") == "False"
-    assert fresh("import sys, hooklens as hl; hl.load; print('torch' in sys.modules)") == "True"
+def test_importing_is_light(seen):
+    assert seen["beside a tokenizer"] == [] and seen["heavy"] == []
+    assert seen["beside the command line"] == ["typer"]
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import hooklens as hl; print(*(name for name in dir(hl) if name in hl.__all__))",
-        "import hooklens as hl; print(*(name for name in hl.__all__ if hasattr(hl, name)))",
-        "from hooklens import *; print(*sorted(name for name in list(globals()) if not name.startswith('_')))",
-    ],
-)
-def test_the_names_are_there_before_any_was_asked_for(code):
-    assert fresh(code).split() == NAMES
+def test_torch_comes_with_the_first_name(seen):
+    assert not seen["torch at first"] and seen["torch at the first name"]
 
 
-def test_a_submodule_hides_no_name():
-    code = "import hooklens.cli, hooklens.plugins.patching.activation, hooklens as hl; print(hl.patch.__module__)"
-    assert fresh(code) == "hooklens.plugins.patching.activation"
+def test_the_names_are_there_before_any_was_asked_for(seen):
+    assert seen["dir"] == seen["has"] == NAMES
+
+
+def test_a_star_import_brings_the_names():
+    namespace = {}
+    exec("from hooklens import *", namespace)
+    assert sorted(name for name in namespace if not name.startswith("_")) == NAMES
+
+
+def test_a_submodule_hides_no_name(seen):
+    assert seen["patch"] == "hooklens.plugins.patching.activation"
     assert not {path.stem for path in Path(hl.__file__).parent.iterdir()} & set(NAMES)
 
 

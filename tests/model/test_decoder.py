@@ -12,7 +12,6 @@ from hooklens.model.linear import _measured, packed_linears
 from hooklens.testing import tiny_model
 
 
-
 @pytest.fixture(params=["packed", "plain"], autouse=True)
 def weights(request, monkeypatch):
     """Both kinds of product are tested on every machine, whichever is the faster one there."""

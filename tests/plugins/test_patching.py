@@ -10,7 +10,7 @@ from hooklens.data.prompts import common_ends
 from hooklens.model.config import LinearScore
 from hooklens.plugins.patching.activation import PatchSweep, demo
 from hooklens.statistics import ratio_interval
-from hooklens.testing import check_plugin, or_gate, tiny_model
+from hooklens.testing import or_gate, tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [8, 1, 1, 3], [2, 2, 6, 1]])
 CLEAN = torch.tensor([[1, 5, 8, 7], [4, 3, 9, 0], [3, 1, 1, 3], [2, 2, 7, 5]])
@@ -151,12 +151,9 @@ def test_names():
     assert neurons.name_of((0, 17)) == "L0N17"
 
 
-def test_demo_and_contract():
-    from hooklens.plugins.patching import activation
-
+def test_demo_runs_on_the_smallest_models():
     for model in (tiny_model(), tiny_model(n_layers=1, n_ctx=1), tiny_model(d_vocab=3, n_ctx=4)):
         assert demo(model).how == "engine"
-    check_plugin(activation)
 
 
 def test_common_ends():

@@ -12,7 +12,7 @@ from hooklens.core.errors import InputError
 from hooklens.model.config import Biases
 from hooklens.plugins.lens import reading
 from hooklens.plugins.lens.calibration import Calibration, calibration
-from hooklens.testing import check_plugin, tiny_model
+from hooklens.testing import tiny_model
 
 module = import_module("hooklens.plugins.lens.calibration")  # the package has a function of that name
 
@@ -163,7 +163,3 @@ def test_tables_figures_files(tmp_path):
     one = calibration(tiny_model(), TOKENS[:1])
     assert math.isnan(one.expected_error_interval()[0]) and math.isnan(one.surplus_interval()[0])
     one.figure().to_json()
-
-
-def test_contract():
-    check_plugin(module)

@@ -14,7 +14,7 @@ import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.lens import reading
 from hooklens.plugins.lens.logit_lens import LogitLens, lens_logits, logit_lens
-from hooklens.testing import check_plugin, induction_model, tiny_model
+from hooklens.testing import induction_model, tiny_model
 
 module = import_module("hooklens.plugins.lens.logit_lens")  # the package has a function of that name
 
@@ -205,10 +205,6 @@ def test_saved_read_back_drawn(tmp_path):
     assert trace.z.shape == (3, 5) and "elsewhere" in trace.hovertext[0][0]
     wide = logit_lens(tiny_model(n_ctx=64), torch.zeros(1, 50, dtype=torch.long)).figure().data[0]
     assert wide.texttemplate is None  # too many columns for words
-
-
-def test_contract():
-    check_plugin(module)
 
 
 @pytest.mark.slow

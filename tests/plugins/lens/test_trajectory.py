@@ -13,7 +13,7 @@ from hooklens.plugins.lens.logit_lens import lens_logits, logit_lens
 from hooklens.plugins.lens.reading import streams_of
 from hooklens.plugins.lens.trajectory import Trajectory, trajectory
 from hooklens.plugins.lens.tuned_lens import TunedLens, tuned_lens
-from hooklens.testing import check_plugin, induction_model, tiny_model
+from hooklens.testing import induction_model, tiny_model
 
 module = import_module("hooklens.plugins.lens.trajectory")  # the package has a function of that name
 
@@ -94,10 +94,6 @@ def test_tables_figures_files(tmp_path):
         path.save(tmp_path / "path.safetensors")
         assert torch.equal(Trajectory.load(tmp_path / "path.safetensors").kl, path.kl)
     assert trajectory(tiny_model(), TOKENS, 1).logit_diff is None
-
-
-def test_contract():
-    check_plugin(module)
 
 
 @pytest.mark.slow

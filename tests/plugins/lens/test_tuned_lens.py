@@ -16,7 +16,7 @@ from hooklens.plugins.lens import run_file, training
 from hooklens.plugins.lens.logit_lens import logit_lens
 from hooklens.plugins.lens.reading import streams_of
 from hooklens.plugins.lens.tuned_lens import TunedLens, TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
-from hooklens.testing import check_plugin, tiny_model
+from hooklens.testing import tiny_model
 
 module = import_module("hooklens.plugins.lens.tuned_lens")  # the package has a function of that name
 
@@ -267,10 +267,6 @@ def test_tables_figures_files(tmp_path):
     assert torch.equal(TunedLensTraining.load(tmp_path / "training.safetensors").after, found.after)
     _, one = train_tuned_lens(tiny_model(), WINDOWS[:2], **QUICK)
     assert bool(one.fall_interval()[0].isnan().all())
-
-
-def test_contract():
-    check_plugin(module)
 
 
 IN_FOUR_GIGABYTES = """
