@@ -65,13 +65,26 @@ FAMILY_SITES = [(name, site) for _, name, site in NUMBERED if (name, site) != NO
 A_QUARTER = [(name, site) for n, name, site in NUMBERED if n % 4 == 0 and (name, site) != NOWHERE]
 
 
-def in_family(name: str, site: str, by: str, dtype: torch.dtype, tolerance: float) -> None:
+def of_family(name: str, dtype: torch.dtype):
+    """A model, clean and corrupted tokens, and a metric."""
     model = tiny(name, dtype)
     corrupted = tiny_tokens(2, 9)
     clean = corrupted.clone()
     clean[0, 3], clean[1, 6] = 40, 41
-    metric = hl.logit_diff(model, answer=[7, 9], wrong_answer=[8, 10])
-    agree(model, clean, corrupted, metric, site, by, tolerance=tolerance)
+    return model, clean, corrupted, hl.logit_diff(model, answer=[7, 9], wrong_answer=[8, 10])
+
+
+def in_family(name: str, site: str, by: str, dtype: torch.dtype, tolerance: float) -> None:
+    agree(*of_family(name, dtype), site, by, tolerance=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "site"), FAMILY_SITES)
+def test_one_sweep_of_every_site_in_every_family(name, site):
+    """.ci/run executes every shape annotation on these; the tests with the plain loop would take too long with shapes."""
+    with hl.engine(verify=2, progress=False):
+        sweep = hl.patch(*of_family(name, torch.float64), site=site)
+    assert sweep.how == "engine" and sweep.largest_error < 1e-9 * float(sweep.per_pair.abs().max())
 
 
 @pytest.mark.parametrize(("name", "site"), A_QUARTER)
