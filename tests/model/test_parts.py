@@ -127,7 +127,7 @@ def test_rotary_scalings():
     assert blended.any() and (scaled[blended] < freq[blended]).all() and (scaled[blended] > freq[blended] / 8).all()
     made = DividedScaling(short=(1.0, 2.0), long=(4.0, 8.0), original_n_ctx=4, magnitude=1.5)
     two = torch.ones(2)
-    assert made.scale(two, 4).tolist() == [1.0, 0.5] and made.scale(two, 5).tolist() == [0.25, 0.125]
+    assert made.scale(two, torch.tensor([4, 5])).tolist() == [[1.0, 0.5], [0.25, 0.125]]
 
 
 def test_a_soft_cap_bounds_and_is_the_identity_near_zero():
