@@ -221,7 +221,7 @@ class HookedTransformer(HookedModule):
         return {one.scaling for one in rotary if one is not None and isinstance(one.scaling, DividedScaling)}
 
     def _measured(self, ctx: Context) -> Context:
-        """The context, with its rows' lengths; a cache in which one of them changes its rotary frequencies is rebuilt."""
+        """The context, with its rows' lengths; a cache for which these mean other rotary frequencies is rebuilt."""
         past = ctx.cache
         if past is None or not self._by_length:
             return ctx

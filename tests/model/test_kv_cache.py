@@ -254,7 +254,7 @@ def test_the_beginning_of_a_cache_is_continued_to_the_length_it_had():
             assert torch.allclose(again, expected[:, pos:], atol=1e-11)
         model(TOKENS[:, :3], kv_cache=(past := KVCache()))
         part = past.before(2)
-        with pytest.raises(InputError, match="4 tokens pass this model's original context.*empty KVCache"):
+        with pytest.raises(InputError, match="4 tokens pass this model's original context"):
             model(TOKENS[:, 2:4], kv_cache=part)
 
 

@@ -304,7 +304,8 @@ def test_float64_and_bfloat16(kind):
         assert torch.allclose(exact(TOKENS).float(), model(TOKENS), atol=1e-4)
         logits, cache = rough.run_with_cache(TOKENS, names=rough.hook_names())
         assert logits.dtype == torch.bfloat16
-        assert all(act.dtype == torch.bfloat16 for act in cache.values())
+        wide = {name for name, act in cache.items() if act.dtype != torch.bfloat16}
+        assert wide == {name for name in cache if name.endswith("attn_scores")}  # rounded, they would move the pattern
         assert torch.nn.functional.cosine_similarity(logits.float().flatten(), model(TOKENS).flatten(), dim=0) > 0.98
         assert all(act.dtype == torch.float64 for act in exact.run_with_cache(TOKENS)[1].values())
 

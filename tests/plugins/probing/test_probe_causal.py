@@ -218,8 +218,7 @@ def test_long_rotary_turns_the_reused_beginning_of_a_prompt_as_its_whole_row():
     model = zoo_model("phi3", dtype=torch.float64)  # the original context ends after 3 of the 5 tokens
     tokens = torch.tensor([[1, 5, 2, 7, 3], [4, 4, 9, 0, 10]])
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    runs = EditedRuns(
-        model, Pairs((0, 1), tokens, tokens, every=True), metric, "blocks.0.hook_resid_post", 0, torch.tensor([3, 3])
-    )
+    pairs, pos = Pairs((0, 1), tokens, tokens), torch.tensor([3, 3])
+    runs = EditedRuns(model, pairs, metric, "blocks.0.hook_resid_post", 0, pos)
     ours = runs.edited(torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, 8, dtype=torch.float64))
     assert torch.allclose(ours[0, 0], metric(model(tokens)), atol=1e-10)
