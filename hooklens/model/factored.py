@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import Absent, InputError
 from hooklens.core.precision import widened
 
 
@@ -69,7 +69,7 @@ class FactoredMatrix:
     def BA(self) -> Float[Tensor, "*lead inner inner"]:
         """The small product the other way round, with the same non-zero eigenvalues; needs a square AB."""
         if self.A.shape[-2] != self.B.shape[-1]:
-            raise InputError(f"BA needs a square matrix, this one is {list(self.shape[-2:])}")
+            raise Absent(f"BA needs a square matrix, this one is {list(self.shape[-2:])}")
         return self.B @ self.A
 
     @property

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, moment
 from hooklens.core.names import Where
 from hooklens.model.attention import under_transform
@@ -38,7 +38,7 @@ Text = str | Sequence[str]
 Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
-class HookedTransformer(HookedModule):
+class HookedTransformer(KeepsPropertyErrors, HookedModule):
     """A transformer whose activations can be seen and edited by name; hook names as in TransformerLens 3.
 
     >>> from hooklens.testing import tiny_model
@@ -394,7 +394,7 @@ class HookedTransformer(HookedModule):
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
         if self.pos_embed is None:
-            raise InputError("this model has no position embedding (rotary, or no positions)")
+            raise Absent("this model has no position embedding (rotary, or no positions)")
         return self.pos_embed.weight
 
     @property
@@ -454,7 +454,7 @@ def _stacked(part: str, name: str) -> property:
         found = [getattr(getattr(block, part, None), name, None) for block in model.blocks]
         views = [view for view in found if view is not None]
         if len(views) < len(found):
-            raise InputError(f"this model has no {name}")
+            raise Absent(f"this model has no {name}")
         return views
 
     def read(self: HookedTransformer) -> StackedWeight:

@@ -105,6 +105,7 @@ def test_shapes_that_cannot_be_are_refused():
         FactoredMatrix(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(InputError, match="needs a square matrix"):
         _ = made((), 3, 2, 4).BA
+    assert not hasattr(made((), 3, 2, 4), "eigenvalues") and hasattr(made((), 3, 2, 3), "eigenvalues")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,5 +1,7 @@
 """Generation: the same tokens as a plain loop, hooks and captures at chosen steps, stops, streaming, draws."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -292,6 +294,13 @@ def test_ctrl_c_raises_and_carries_what_there_was():
         model.generate("x", 20, capture={1: "z"})
     assert caught.value.generation.text == "abc" and list(caught.value.generation.caches) == [1]
     assert model.generate("x", 3).text == "abc"
+
+
+def test_a_text_that_a_generation_does_not_have_is_an_absent_attribute():
+    for out in (tiny_model().generate([1, 2], 2), text_model().generate(["ab", "cd"], 2)):
+        assert not hasattr(out, "text") and out.tokens is not None and inspect.getmembers(out)
+        with pytest.raises(InputError, match="text was asked of a generation"):
+            _ = out.text
 
 
 def test_the_result_shows_and_saves_itself(tmp_path):

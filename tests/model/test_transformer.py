@@ -1,6 +1,7 @@
 """Forward passes whole, partial, padded and transformed; weights and their views."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -409,6 +410,18 @@ def test_weights_that_a_model_lacks_are_refused_in_words():
         _ = zoo_model("attn_only").W_in
     with pytest.raises(InputError, match="no position embedding"):
         _ = zoo_model("llama").W_pos
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "attn_only", "linear_attention"])
+def test_a_weight_that_a_model_lacks_is_an_absent_attribute(kind):
+    """`hasattr(model, "W_pos")` raised on rotary models, and `inspect.getmembers(model)` with it."""
+    model = zoo_model(kind)
+    assert hasattr(model, "W_pos") == (kind in ("gpt2", "attn_only"))
+    assert hasattr(model, "b_Q") == (kind != "llama") and hasattr(model, "W_in") == (kind != "attn_only")
+    assert getattr(model, "W_gate", None) is None or kind == "llama"
+    assert {"W_Q", "blocks", "cfg"} <= {name for name, _ in inspect.getmembers(model)}
+    with pytest.raises(AttributeError, match="has no attribute 'W_nothing'"):
+        _ = model.W_nothing
 
 
 # input
