@@ -348,7 +348,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
                 "this model has no tokenizer, so it reads token ids only; pass a tensor [batch pos], or "
                 "HookedTransformer(cfg, tokenizer=...)"
             )
-        return self.tokenizer
+        return self.tokenizer.padding_within(self.cfg.d_vocab)
 
     def generate(
         self,

@@ -218,8 +218,8 @@ def test_a_soft_cap_of_large_scores_is_taken_before_they_are_rounded(dtype):
 def test_gradients_of_half_precision_attention_are_those_of_the_fused_kernel_while_somebody_looks(dtype):
     model = far_scores(dtype, 43.0 if dtype == torch.bfloat16 else 300.0)
     found = []
-    for model, names in ((model, ["z"]), (model, ["z", "pattern"]), (copy.deepcopy(model).double(), ["z"])):
-        logits, cache = model.run_with_cache(MANY, names + ["resid_pre"], grads=True)
+    for one, name in ((model, "z"), (model, "pattern"), (copy.deepcopy(model).double(), "z")):
+        logits, cache = one.run_with_cache(MANY, [name, "resid_pre"], grads=True)
         logits.double().square().mean().backward()
         found.append(cache["blocks.0.hook_resid_pre_grad"].double())
     fused, looked, exact = found

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors
+from hooklens.core.errors import Absent, KeepsPropertyErrors
 
 
 class Weights(NamedTuple):
