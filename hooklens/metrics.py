@@ -176,6 +176,7 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1) -> MinusKL:
     >>> abs(kl(model, tokens)(model(tokens)).item()) < 1e-6
     True
     """
+    need_hooked(model, "kl(model, reference), which makes a metric of logits,")
     with torch.no_grad():
         log_probs = widened(model(reference, logits_at=pos)[:, 0]).log_softmax(-1)
     return MinusKL(torch.full((len(log_probs),), pos), log_probs)
@@ -183,6 +184,7 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1) -> MinusKL:
 
 def loss(model: HookedTransformer, tokens: Any) -> MinusLoss:
     """Minus the mean next-token cross-entropy on `tokens`, in nats a token (minus, so that higher is better)."""
+    need_hooked(model, "loss(model, tokens), which makes a metric of logits,")
     texts = [tokens] if isinstance(tokens, str) else tokens
     if not isinstance(texts, Tensor) and all(isinstance(text, str) for text in texts):
         rows = [model.to_tokens(text)[0] for text in texts]

@@ -179,3 +179,11 @@ def plain(logits: Tensor) -> Tensor:
 
 def test_a_function_is_no_reading_metric():
     assert not isinstance(plain, ReadingMetric)
+
+
+@pytest.mark.parametrize("make", [hl.loss, hl.kl, lambda first, tokens: hl.prob(first, answer=tokens[0, 0])])
+@pytest.mark.parametrize("first", [LOGITS, torch.nn.Linear(2, 2)])
+def test_logits_in_place_of_the_model_are_refused_where_a_metric_is_made(make, first):
+    """`hl.loss(logits, tokens)` handed back a metric."""
+    with refused(WrongType, f"needs a HookedTransformer, got {type(first).__name__}"):
+        make(first, TOKENS)

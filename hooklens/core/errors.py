@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class HooklensError(Exception):
@@ -10,6 +11,21 @@ class HooklensError(Exception):
 
 class InputError(HooklensError, ValueError):
     """A value that cannot be used: the message says which would be."""
+
+
+class Absent(InputError, AttributeError):
+    """An attribute that objects of this kind can have and this one has not: `hasattr` is False, `getattr` defaults."""
+
+
+class KeepsPropertyErrors:
+    """Put before nn.Module: what a property says of an attribute that is absent reaches the caller.
+
+    Where a property raises AttributeError Python asks `__getattr__`, and nn.Module's raises another, without the words.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        asked = getattr(type(self), name, None)
+        return asked.__get__(self) if isinstance(asked, property) else super().__getattr__(name)  # type: ignore[misc]
 
 
 class NameNotFound(HooklensError, KeyError):

@@ -107,8 +107,7 @@ def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64
 
 
 def _single_token_names(tokenizer: "Tokenizer") -> list[str]:
-    names = [f" {name}" for name in NAMES if len(tokenizer.encode(f" {name}")) == 1]
-    names = [name for name in names if tokenizer.encode(name)[0] != tokenizer.unk_id]
+    names = [f" {name}" for name in NAMES if tokenizer.find_token(f" {name}") is not None]
     if len(names) < 2:
         raise InputError(
             f"pairs need two names that are one token each with their space; of {len(NAMES)} common English ones this "
@@ -152,7 +151,7 @@ def _four(couple: tuple[str, str], frame: str, template: str) -> Iterator[tuple[
 def _pairs(tokenizer: "Tokenizer", rows: list, device: torch.device | str) -> IOIPairs:
     clean, corrupted, answer, wrong, order, template = (list(column) for column in zip(*rows, strict=True))
     a, b = (torch.stack([tokenizer.to_tokens(text)[0] for text in texts]).to(device) for texts in (clean, corrupted))
-    right, other = (torch.tensor([tokenizer.encode(name)[0] for name in names]).to(device) for names in (answer, wrong))
+    right, other = (torch.tensor(list(map(tokenizer.to_single_token, names))).to(device) for names in (answer, wrong))
     # the indirect object is named once in the clean prompt, the subject twice: the first and the last time
     is_subject = (a == other[:, None]).long()
     s1, s2 = is_subject.argmax(1), a.shape[1] - 1 - is_subject.flip(1).argmax(1)

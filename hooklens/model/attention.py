@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooklens.core.hooks import HookPoint, counting
+from hooklens.core.precision import widened
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
 from hooklens.model.factored import FactoredMatrix
@@ -114,8 +115,8 @@ class Attention(nn.Module):
         if self.fusable(q):
             return self.fused(q, k, v, view)
         scores = self.hook_attn_scores(self.scores(q, k, view))
-        pattern = self.hook_pattern(self.score.pattern(scores, view.seen if view.blank else None))
-        return self.weigh(pattern, v)
+        pattern = self.score.pattern(scores, view.seen if view.blank else None)
+        return self.weigh(self.hook_pattern(pattern.to(v.dtype)), v)
 
     def fusable(self, q: Queries) -> bool:
         if not self.score.fusable or self.soft_cap is not None or under_transform(q):
@@ -125,8 +126,11 @@ class Attention(nn.Module):
         return not (self.hook_attn_scores.listening() or self.hook_pattern.listening())
 
     def scores(self, q: Queries, k: Keys, view: View) -> Scores:
-        """q k / scale, capped, masked with -inf."""
+        """q k / scale, capped, masked with -inf; in float32 or wider, as the fused kernel forms them: in half precision
+        a product can overflow, and a large score is rounded by more than its neighbours differ.
+        """
         batch, n_q, n_k = q.shape[0], q.shape[1], k.shape[1]
+        q, k = widened(q), widened(k)
         grouped = q.transpose(1, 2).reshape(batch, self.n_kv_heads, -1, self.d_head)  # heads of a group share keys
         raw = (grouped @ k.permute(0, 2, 3, 1)).view(batch, self.n_heads, n_q, n_k) / self.scale
         raw = soft_cap(raw, self.soft_cap)

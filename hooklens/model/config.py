@@ -11,6 +11,8 @@ from torch import Tensor
 from hooklens.core.errors import InputError, did_you_mean
 
 Frequencies = Float[Tensor, "pair"]
+RowFrequencies = Float[Tensor, "*batch pair"]
+Lengths = Int[Tensor, "*batch"]
 Scores = Float[Tensor, "batch head query_pos key_pos"]
 Seen = Bool[Tensor, "#batch #head query_pos key_pos"] | None
 # Broadcast against each other, whatever their axes.
@@ -141,7 +143,7 @@ class Llama3Scaling(ScalingPart):
 class DividedScaling(ScalingPart):
     """Every frequency divided by a number of its own (Phi-3 long rope), sines and cosines times `magnitude`.
 
-    `long` is used instead of `short` where the sequence is longer than `original_n_ctx`.
+    `long` is used instead of `short` at every position of a row of more than `original_n_ctx` tokens.
     """
 
     name = "divided"
@@ -150,9 +152,13 @@ class DividedScaling(ScalingPart):
     original_n_ctx: int = 4096
     magnitude: float = 1.0
 
-    def scale(self, freq: Frequencies, length: int = 0) -> Frequencies:
-        chosen = self.long if length > self.original_n_ctx else self.short
-        return freq / torch.tensor(chosen, dtype=freq.dtype, device=freq.device)
+    def is_long(self, lengths: Lengths) -> Bool[Tensor, "..."]:
+        """Which rows of that many tokens are longer than the original context."""
+        return lengths > self.original_n_ctx
+
+    def scale(self, freq: Frequencies, lengths: Lengths | None = None) -> RowFrequencies:
+        long, short = (torch.tensor(f, dtype=freq.dtype, device=freq.device) for f in (self.long, self.short))
+        return freq / (short if lengths is None else torch.where(self.is_long(lengths)[..., None], long, short))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Decoder:
         x = model.embed_input(tokens, ctx)
         for layer in self.layers:
             x = layer(x, ctx, past)
-        past.advance(1, ctx.key_seen)
+        past.advance(tokens, ctx)
         x = x if model.ln_final is None else model.ln_final.fused(x)
         return model.unembed.cap(self.unembed(x)[:, 0])
 

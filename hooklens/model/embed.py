@@ -94,9 +94,15 @@ class SinusoidalPositions(nn.Module):
 
 
 def rotary_tables(
-    made: Rotary, d_head: int, positions: Int[Tensor, "*batch pos"], dtype: torch.dtype
+    made: Rotary,
+    d_head: int,
+    positions: Int[Tensor, "*batch pos"],
+    dtype: torch.dtype,
+    lengths: Int[Tensor, "*batch"] | None = None,
 ) -> tuple[Angles, Angles]:
     """Cosines and signed sines of position times frequency, frequency base^(-2i/dim) (Su et al. 2021, equation 15).
+
+    `lengths` says how many tokens each row has (None: as far as its positions reach), where frequencies depend on it.
 
     >>> cos, sin = rotary_tables(Rotary(), 4, torch.tensor([0, 1]), torch.float32)
     >>> cos[0].tolist(), sin[1].tolist()
@@ -109,8 +115,8 @@ def rotary_tables(
     freq = 1.0 / made.base ** (torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim)
     magnitude = 1.0
     if isinstance(made.scaling, DividedScaling):
-        length = int(positions.max()) + 1 if positions.numel() else 0
-        freq, magnitude = made.scaling.scale(freq, length), made.scaling.magnitude
+        lengths = positions.amax(-1) + 1 if lengths is None else lengths
+        freq, magnitude = made.scaling.scale(freq, lengths).unsqueeze(-2), made.scaling.magnitude
     elif made.scaling is not None:
         freq = made.scaling.scale(freq)
     angle = positions[..., None].to(wide) * freq

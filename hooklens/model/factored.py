@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import Absent, InputError
+from hooklens.core.precision import widened
 
 
 class FactoredMatrix:
@@ -18,7 +19,7 @@ class FactoredMatrix:
     (torch.Size([4, 3]), [2.0, 2.0, 2.0], 6.9282)
 
     Names and values are those of TransformerLens 3's class. Each use of `U`, `S` or `V` is a decomposition: take all
-    three from `svd()`.
+    three from `svd()`. Decompositions of half-precision factors are computed and returned in float32.
     """
 
     def __init__(self, A: Float[Tensor, "*lead left inner"], B: Float[Tensor, "*lead2 inner right"]):
@@ -68,7 +69,7 @@ class FactoredMatrix:
     def BA(self) -> Float[Tensor, "*lead inner inner"]:
         """The small product the other way round, with the same non-zero eigenvalues; needs a square AB."""
         if self.A.shape[-2] != self.B.shape[-1]:
-            raise InputError(f"BA needs a square matrix, this one is {list(self.shape[-2:])}")
+            raise Absent(f"BA needs a square matrix, this one is {list(self.shape[-2:])}")
         return self.B @ self.A
 
     @property
@@ -116,10 +117,14 @@ class FactoredMatrix:
     def __repr__(self) -> str:
         return f"FactoredMatrix({list(self.shape)}, inner {self.A.shape[-1]})"
 
+    def _wide(self) -> tuple[Float[Tensor, "*lead left inner"], Float[Tensor, "*lead inner right"]]:
+        return widened(self.A), widened(self.B)
+
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U, S and V with AB = U diag(S) V^T, from QR of the thin factors: the large product is never formed."""
-        Qa, Ra = torch.linalg.qr(self.A)
-        Qb, Rb = torch.linalg.qr(self.B.mT)
+        A, B = self._wide()
+        Qa, Ra = torch.linalg.qr(A)
+        Qb, Rb = torch.linalg.qr(B.mT)
         U, S, Vh = torch.linalg.svd(Ra @ Rb.mT, full_matrices=False)
         return Qa @ U, S, Qb @ Vh.mT
 
@@ -146,8 +151,7 @@ class FactoredMatrix:
     @property
     def eigenvalues(self) -> Tensor:
         """The non-zero eigenvalues of a square AB: those of the small BA."""
-        small = self.BA
-        return torch.linalg.eigvals(small.float() if small.dtype in (torch.float16, torch.bfloat16) else small)
+        return torch.linalg.eigvals(FactoredMatrix(*self._wide()).BA)
 
     def make_even(self) -> "FactoredMatrix":
         """The same product with the singular values shared out: U sqrt(S) and sqrt(S) V^T."""
@@ -178,13 +182,13 @@ class FactoredMatrix:
 
     def norm(self) -> Float[Tensor, "*lead"]:
         """The Frobenius norm: with B^T = Q R that of A R^T, in which nothing large cancels."""
-        kind = torch.promote_types(self.A.dtype, torch.float32)
-        _, R = torch.linalg.qr(self.B.mT.to(kind))
-        return (self.A.to(kind) @ R.mT).norm(dim=(-2, -1)).to(self.A)
+        A, B = self._wide()
+        _, R = torch.linalg.qr(B.mT)
+        return (A @ R.mT).norm(dim=(-2, -1)).to(self.A)
 
     def trace(self) -> Float[Tensor, "*lead"]:
         """The trace of a square AB."""
-        return self.BA.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return FactoredMatrix(*self._wide()).BA.diagonal(dim1=-2, dim2=-1).sum(-1).to(self.A)
 
 
 def _kept(index: int | slice | list | Tensor, size: int) -> slice | list | Tensor:

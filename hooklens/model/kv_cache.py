@@ -1,5 +1,6 @@
 """What the blocks share in one forward pass: where each token stands, what it may see, keys and values from before."""
 
+import copy
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -34,6 +35,10 @@ class KVCache:
     def __init__(self) -> None:
         self.length = self.step = 0
         self.seen: Bool[Tensor, "batch key"] | None = None
+        #: Where rotary frequencies depend on a row's length: the lengths that the keys are turned for, and what each
+        #: pass read and the layer it began at, from which they are rebuilt when a row outgrows its frequencies.
+        self.lengths: Int[Tensor, "*row"] | None = None
+        self.passes: list[tuple[Shaped[Tensor, "batch new_pos *rest"], int | None]] = []
         self._layers: dict[int, tuple[Keys, Keys]] = {}
 
     def extend(self, layer: int, k: NewKeys, v: NewKeys) -> tuple[Keys, Keys]:
@@ -79,14 +84,32 @@ class KVCache:
         k, v = self._layers[layer]
         return k[:, : self.length], v[:, : self.length]
 
-    def advance(self, n_new: int, seen: Bool[Tensor, "batch key"] | None) -> None:
-        """A forward pass over `n_new` tokens is complete."""
-        self.length, self.step, self.seen = self.length + n_new, self.step + 1, seen
+    @property
+    def top(self) -> int:
+        """The layer below which it holds keys and values."""
+        return max(self._layers, default=-1) + 1
+
+    def advance(self, x: Shaped[Tensor, "batch new_pos *rest"], ctx: "Context", start_at: int | None = None) -> None:
+        """A forward pass over `x` (tokens, or the stream that enters layer `start_at`) is complete."""
+        self.length, self.step, self.seen = self.length + x.shape[1], self.step + 1, ctx.key_seen
+        if ctx.lengths is not None:
+            self.lengths = ctx.lengths
+            self.passes.append((x, start_at))
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
         """Keep some rows of the batch, in that order: finished prompts leave, beams are reordered."""
         self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
         self.seen = None if self.seen is None else self.seen[rows]
+        self.lengths = self.lengths[rows] if self.lengths is not None and self.lengths.ndim else self.lengths
+        self.passes = [(x[rows], start_at) for x, start_at in self.passes]
+
+    def before(self, pos: int) -> "KVCache":
+        """A cache of what stands before a position, as the whole rows make it; what follows is as long as they are."""
+        kept = copy.copy(self)
+        kept.length, kept.seen = pos, None if self.seen is None else self.seen[:, :pos]
+        kept._layers = {layer: (k[:, :pos], v[:, :pos]) for layer, (k, v) in self._layers.items()}
+        kept.passes = []
+        return kept
 
 
 class View(NamedTuple):
@@ -106,6 +129,7 @@ class Context:
     key_seen: Bool[Tensor, "batch key"] | None = None
     cache: KVCache | None = None
     chosen: Int[Tensor, "batch"] | None = None
+    lengths: Int[Tensor, "*row"] | None = None  # tokens of each row; None: as far as the positions reach
     _tables: dict = field(default_factory=dict)
     _views: dict = field(default_factory=dict)
 
@@ -123,7 +147,7 @@ class Context:
         """Cosines and sines at the positions of this pass, computed once for all layers."""
         key = (made, d_head, dtype)
         if key not in self._tables:
-            cos, sin = rotary_tables(made, d_head, self.positions, dtype)
+            cos, sin = rotary_tables(made, d_head, self.positions, dtype, self.lengths)
             self._tables[key] = (cos, sin) if cos.ndim == 3 else (cos[None], sin[None])
         return self._tables[key]
 

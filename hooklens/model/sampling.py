@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.cache import ActivationCache
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import Absent, InputError, WrongType
 from hooklens.core.hooks import HookScope, edited_elsewhere
 from hooklens.core.names import Where
 from hooklens.model.config import TokenEmbed
@@ -52,9 +52,9 @@ class Generation(Result):
     def text(self) -> str:
         """The new text of the only prompt."""
         if self.texts is None:
-            raise InputError("text was asked of a generation without a tokenizer; read its new_tokens")
+            raise Absent("text was asked of a generation without a tokenizer; read its new_tokens")
         if len(self.texts) != 1:
-            raise InputError(f"text was asked of a generation from {len(self.texts)} prompts; read its texts")
+            raise Absent(f"text was asked of a generation from {len(self.texts)} prompts; read its texts")
         return self.texts[0]
 
     @property

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, moment
 from hooklens.core.names import Where
 from hooklens.model.attention import under_transform
 from hooklens.model.block import BLOCKS
-from hooklens.model.config import HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
+from hooklens.model.config import DividedScaling, HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
 from hooklens.model.continuation import OnPiece
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
@@ -38,7 +38,7 @@ Text = str | Sequence[str]
 Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
-class HookedTransformer(HookedModule):
+class HookedTransformer(KeepsPropertyErrors, HookedModule):
     """A transformer whose activations can be seen and edited by name; hook names as in TransformerLens 3.
 
     >>> from hooklens.testing import tiny_model
@@ -121,7 +121,7 @@ class HookedTransformer(HookedModule):
         with moment(0 if kv_cache is None else kv_cache.step, ctx.offset, ctx.key_seen):
             out = self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
         if kv_cache is not None:
-            kv_cache.advance(x.shape[1], ctx.key_seen)
+            kv_cache.advance(x, ctx, start_at_layer)
         return out
 
     def _run(
@@ -203,7 +203,7 @@ class HookedTransformer(HookedModule):
             raise InputError(f"{offset + n_new} tokens do not fit this model's n_ctx of {n_ctx}; shorten the prompt")
         before = None if past is None else past.seen
         if mask is None and before is None:
-            return Context(torch.arange(offset, offset + n_new, device=x.device), offset, cache=past)
+            return self._measured(Context(torch.arange(offset, offset + n_new, device=x.device), offset, cache=past))
         batch = x.shape[0]
         real = torch.ones((batch, n_new), dtype=torch.bool, device=x.device) if mask is None else mask[:, -n_new:]
         if mask is not None and (len(mask) != batch or mask.shape[1] not in (n_new, offset + n_new)):
@@ -212,7 +212,45 @@ class HookedTransformer(HookedModule):
             before = torch.ones((batch, offset), dtype=torch.bool, device=x.device)
         seen = real if before is None else torch.cat((before, real), dim=1)
         positions = (seen.long().cumsum(1) - 1).clamp_min(0)[:, offset:]
-        return Context(positions, offset, key_seen=seen, cache=past)
+        return self._measured(Context(positions, offset, key_seen=seen, cache=past))
+
+    @cached_property
+    def _by_length(self) -> set[DividedScaling]:
+        """The rotary scalings whose frequencies depend on how many tokens a row has."""
+        rotary = [self.cfg.rotary_at(layer) for layer in range(self.cfg.n_layers)]
+        return {one.scaling for one in rotary if one is not None and isinstance(one.scaling, DividedScaling)}
+
+    def _measured(self, ctx: Context) -> Context:
+        """The context, with its rows' lengths; a cache for which these mean other rotary frequencies is rebuilt."""
+        past = ctx.cache
+        if past is None or not self._by_length:
+            return ctx
+        ctx.lengths = ctx.positions.amax(-1) + 1
+        if past.lengths is not None:
+            ctx.lengths = torch.maximum(ctx.lengths, past.lengths)
+            if any(bool((s.is_long(ctx.lengths) ^ s.is_long(past.lengths)).any()) for s in self._by_length):
+                self._rebuild(past, ctx.lengths)
+        return ctx
+
+    def _rebuild(self, past: KVCache, lengths: Int[Tensor, "*row"]) -> None:
+        """Run what a cache has read once more, as rows of these lengths: turning its keys anew would not do, for what
+        later layers hold of the same tokens was read from attention with the old ones.
+
+        Hooks see the passes again, each with its step; where nobody listens they are one.
+        """
+        passes, fresh = past.passes, KVCache()
+        if sum(x.shape[1] for x, _ in passes) != past.length:
+            raise InputError(
+                f"{int(lengths.max())} tokens pass this model's original context, where its rotary frequencies change, "
+                "and this KV cache is part of another, from which it cannot be rebuilt; start with an empty KVCache"
+            )
+        if len({start for _, start in passes}) == 1 and not edited_elsewhere(self.hook_points().values()):
+            passes = [(torch.cat([x for x, _ in passes], 1), passes[0][1])]
+        fresh.lengths = lengths
+        for x, start in passes:
+            seen = None if past.seen is None else past.seen[:, : fresh.length + x.shape[1]]
+            self(x, start_at_layer=start, stop_at_layer=past.top, kv_cache=fresh, attention_mask=seen)
+        vars(past).update(vars(fresh) | {"step": past.step})
 
     def _chosen(self, at: int | Chosen, x: Input | Stream, ctx: Context) -> Chosen:
         batch, n_new = x.shape[:2]
@@ -310,7 +348,7 @@ class HookedTransformer(HookedModule):
                 "this model has no tokenizer, so it reads token ids only; pass a tensor [batch pos], or "
                 "HookedTransformer(cfg, tokenizer=...)"
             )
-        return self.tokenizer
+        return self.tokenizer.padding_within(self.cfg.d_vocab)
 
     def generate(
         self,
@@ -356,7 +394,7 @@ class HookedTransformer(HookedModule):
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
         if self.pos_embed is None:
-            raise InputError("this model has no position embedding (rotary, or no positions)")
+            raise Absent("this model has no position embedding (rotary, or no positions)")
         return self.pos_embed.weight
 
     @property
@@ -416,7 +454,7 @@ def _stacked(part: str, name: str) -> property:
         found = [getattr(getattr(block, part, None), name, None) for block in model.blocks]
         views = [view for view in found if view is not None]
         if len(views) < len(found):
-            raise InputError(f"this model has no {name}")
+            raise Absent(f"this model has no {name}")
         return views
 
     def read(self: HookedTransformer) -> StackedWeight:

@@ -58,10 +58,13 @@ class StackedWeight(ReadOnlyView):
 
     def __getitem__(self, index: Any) -> Any:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        if not _is_number(first):
-            copy = self.as_subclass(Tensor)
-            return _guarded(copy[index], (copy,))
-        return self._own(first)[tuple(rest)]  # not of the copy: an in-place write to it must count
+        try:
+            if not _is_number(first):
+                copy = self.as_subclass(Tensor)
+                return _guarded(copy[index], (copy,))
+            return self._own(first)[tuple(rest)]  # not of the copy: an in-place write to it must count
+        except IndexError as error:
+            raise self._outside(index, error) from error
 
     def __setitem__(self, index: Any, value: Any) -> None:
         first, *rest = index if isinstance(index, tuple) else (index,)
@@ -70,9 +73,19 @@ class StackedWeight(ReadOnlyView):
                 f"a stacked weight is written one layer at a time, model.W_Q[5, 3] = value, got the index {index!r}"
             )
         with torch.no_grad():
-            self._own(first)[tuple(rest)] = value
+            try:
+                self._own(first)[tuple(rest)] = value
+            except IndexError as error:
+                raise self._outside(index, error) from error
             # Through .data: a change that autograd counts makes it replay as_subclass here, without end.
             self.as_subclass(Tensor).data[first] = self.views[first]
+
+    def _outside(self, index: Any, error: IndexError) -> InputError:
+        return InputError(
+            f"the index {index!r} does not fit a stacked weight of shape {list(self.shape)} ({error}); keys and values "
+            "have an entry a key/value head, which several query heads can share: query head h reads that of "
+            "h // (cfg.n_heads // cfg.n_key_value_heads), and model.QK and model.OV have one a query head"
+        )
 
     def _own(self, layer: int) -> Tensor:
         n = len(self.views)

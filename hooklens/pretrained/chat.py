@@ -2,17 +2,25 @@
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 
 _EXAMPLE = "{'role': 'user', 'content': 'Hello'}"
 
 
-def render(template: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool, **tokens: str) -> str:
-    """The text that a template makes of a conversation.
+def render(
+    template: str,
+    messages: list[dict[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    tokens: Mapping[str, str] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The text that a template makes of a conversation; `variables` are what it reads beside the messages.
 
     >>> template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\\n{% endfor %}"
     >>> render(template, [{"role": "user", "content": "Hi"}], add_generation_prompt=False)
@@ -21,10 +29,11 @@ def render(template: str, messages: list[dict[str, Any]], *, add_generation_prom
     from jinja2 import TemplateError
 
     _check(messages)
+    arguments = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    _check_variables(template, variables or {}, arguments)
+    named = {"tools": None, "documents": None, **(tokens or {}), **(variables or {}), **arguments}
     try:
-        return _compiled(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **tokens
-        )
+        return _compiled(template).render(named)
     except TemplateError as error:
         raise InputError(
             f"the model's chat template refuses this conversation: {error}; roles given: "
@@ -40,6 +49,26 @@ def _check(messages: list[dict[str, Any]]) -> None:
     for i, message in enumerate(messages):
         if "role" not in message or "content" not in message:
             raise InputError(f"message {i} is {message!r:.80}; a message looks like {_EXAMPLE}")
+
+
+def _check_variables(template: str, given: Mapping[str, Any], arguments: Collection[str]) -> None:
+    """What a template does not read would change nothing, without a word."""
+    from jinja2 import meta
+
+    environment = _compiled(template).environment
+    read = meta.find_undeclared_variables(environment.parse(_plain(template)))
+    known = sorted(read - set(arguments) - set(environment.globals))
+    for name in given:
+        if name in arguments:
+            raise InputError(f"{name} is an argument of its own; leave it out of variables")
+        if name not in known:
+            raise did_you_mean("variable of this chat template", name, known)
+
+
+def _plain(template: str) -> str:
+    """The template without the tag by which transformers marks the assistant's words, which changes nothing."""
+    plain = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", plain)
 
 
 @lru_cache(maxsize=8)
@@ -59,10 +88,7 @@ def _compiled(template: str) -> Any:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    # transformers marks the assistant's words with a tag of its own, which changes nothing in the text.
-    plain = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
-    plain = re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", plain)
     try:
-        return environment.from_string(plain)
+        return environment.from_string(_plain(template))
     except TemplateSyntaxError as error:
         raise InputError(f"the model's chat template is not valid Jinja, line {error.lineno}: {error}") from error

@@ -72,7 +72,7 @@ def rebuild(metadata: dict[str, Any]) -> dict[str, Any]:
     ids = {name: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _NAMED.items()}
     _add_special(backend, metadata, ids)
     # Older files have no flag: llama.cpp adds BOS to every SentencePiece vocabulary, and where the rule says so.
-    usual = kind == "llama" or PRE_TOKENIZERS[metadata.get("tokenizer.ggml.pre", "default")].bos
+    usual = kind == "llama" or _split(metadata).bos
     eot = metadata.get("tokenizer.ggml.eot_token_id")
     return {
         "backend": backend,
@@ -112,17 +112,23 @@ def _model(vocab: dict[str, int], merges: list[tuple[str, str]], size: int, **op
         raise FileRefused(f"the file's merges do not fit its vocabulary: {error}; convert it again") from error
 
 
+def _split(metadata: dict[str, Any]) -> Split:
+    """How the file says that text is cut. Only GPT-2 itself is known to be cut as GPT-2 where it does not say."""
+    name = metadata.get("tokenizer.ggml.pre", "gpt-2" if metadata.get("general.architecture") == "gpt2" else None)
+    if name not in PRE_TOKENIZERS:
+        seen = "does not say how it splits text" if name is None else f"splits text as {name!r}, which is not known"
+        raise FileRefused(
+            f"the file's tokenizer {seen} (tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS)}; load the tokenizer "
+            "from a folder instead, hl.load(path, tokenizer=folder)"
+        )
+    return PRE_TOKENIZERS[name]
+
+
 def _byte_level(metadata: dict[str, Any]) -> Any:
     """Byte-level BPE: every byte is a letter, text is cut by the rule named in the file and merged within pieces."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
-        raise FileRefused(
-            f"the file's tokenizer splits text as {name!r} (tokenizer.ggml.pre), which is not known; known: "
-            f"{', '.join(PRE_TOKENIZERS)}; load the tokenizer from a folder instead"
-        )
-    split = PRE_TOKENIZERS[name]
+    split = _split(metadata)
     tokens = _need(metadata, "tokens")
     letter_of = {value: letter for letter, value in byte_values().items()}
     vocab = {

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,9 @@ def load_folder(
     weights = FolderWeights(folder)
     if tokenizer is None and (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_folder(folder)
+    settings = folder / "generation_config.json"
+    generation = read_json(settings) if settings.is_file() else {}
+    tokenizer = with_stops(tokenizer, (values | generation).get("eos_token_id"))
     return build(values, weights, name=name or folder.name, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
@@ -106,6 +110,8 @@ def load_gguf(
     weights = GGUFWeights(file)
     if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
         tokenizer = Tokenizer.from_gguf(file.metadata)
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    tokenizer = with_stops(tokenizer, ends)
     return build(file.hf_config(), weights, name=name or path.stem, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
@@ -115,15 +121,25 @@ def load_module(
     """A copy of a transformers model in memory, on its device and in its dtype unless others are asked for."""
     first = next(module.parameters())
     values = module.config.to_dict()
+    generation = getattr(module, "generation_config", None) or module.config
     name = str(values.get("_name_or_path") or getattr(module.config, "_name_or_path", "") or type(module).__name__)
     return build(
         values | {"architectures": [type(module).__name__]},
         MemoryWeights(module),
         name=name,
-        tokenizer=tokenizer,
+        tokenizer=with_stops(tokenizer, getattr(generation, "eos_token_id", None)),
         device=first.device if device is None else device,
         dtype=dtype or first.dtype,
     )
+
+
+def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
+    """The tokenizer, ending a reply also at the tokens (one, or several) that the model's own settings end it at."""
+    if tokenizer is None:
+        return None
+    ids = [i for i in (ends if isinstance(ends, list | tuple) else [ends]) if isinstance(i, int)]
+    stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *ids)))
+    return tokenizer if stops == tokenizer.stop_ids else replace(tokenizer, stop_ids=stops)
 
 
 def load_hub(

@@ -3,8 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -136,8 +136,7 @@ class Tokenizer:
         numbers = [""] if isinstance(text, str) else [f" (number {index})" for index in range(len(texts))]
         rows = [self._row(one, prepend_bos, number) for one, number in zip(texts, numbers, strict=True)]
         longest = max(map(len, rows))
-        pad = next((i for i in (self.pad_id, self.eos_id) if i is not None), 0)
-        tokens = torch.full((len(rows), longest), pad, dtype=torch.long)
+        tokens = torch.full((len(rows), longest), self._padding, dtype=torch.long)
         mask = torch.zeros((len(rows), longest), dtype=torch.bool)
         for i, row in enumerate(rows):
             where = slice(longest - len(row), None) if padding_side == "left" else slice(0, len(row))
@@ -160,6 +159,16 @@ class Tokenizer:
                 "prepend_bos=True for a model that has a BOS token"
             )
         return ids
+
+    def padding_within(self, d_vocab: int) -> "Tokenizer":
+        """This tokenizer, padding with a token that the model has a row for (one added for padding may have none)."""
+        if self._padding < d_vocab:
+            return self
+        return replace(self, pad_id=self.eos_id if self.eos_id is not None and self.eos_id < d_vocab else 0)
+
+    @property
+    def _padding(self) -> int:
+        return next((i for i in (self.pad_id, self.eos_id) if i is not None and self._knows(i)), 0)
 
     def to_string(self, tokens: Int[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | int) -> Any:
         """The text of token ids: a str for one sequence, a list of str for a batch. Special tokens are spelled out."""
@@ -188,39 +197,72 @@ class Tokenizer:
         self._check(ids)
         return [self._spelling(i) for i in ids]
 
+    def find_token(self, text: str) -> int | None:
+        """The id of the token that spells exactly this text, its leading space included; None where no token does.
+
+        >>> tokenizer = tiny_tokenizer("he")
+        >>> tokenizer.find_token("he"), tokenizer.find_token("hello")
+        (256, None)
+        """
+        ids = self.encode(text)
+        spelled = [self._spelling(i) for i in ids]
+        spaced = bool(ids) and spelled[0].startswith(" ") and not text.startswith(" ")
+        if len(ids) == 1 and not spaced:
+            return ids[0] if ids[0] != self.unk_id or spelled == [text] else None
+        # SentencePiece tokenizers put a space of their own in front, so that 'Mary' is read as ' Mary', and ' Mary' as
+        # two tokens: there the vocabulary is asked.
+        return self.backend.token_to_id(self._piece(text)) if spaced or not self._byte_level else None
+
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is exactly one token.
+        """The id of a text that is exactly one token. ' Mary' is a token that follows another word, 'Mary' one that
+        does not, also where the tokenizer reads both alike at the beginning of a text.
 
         >>> tiny_tokenizer("he llo").to_single_token("hello")
         Traceback (most recent call last):
         hooklens.core.errors.InputError: 'hello' is 2 tokens ['he', 'llo'], one is needed; use 'he', its first, or a
         word that is one token
         """
+        found = self.find_token(text)
+        if found is not None:
+            return found
         ids = self.encode(text)
-        if len(ids) == 1:
-            return ids[0]
-        # SentencePiece tokenizers put a space of their own in front, so that ' Mary' is two tokens to them although
-        # the vocabulary holds it.
-        spelled = None if self._byte_level else self.backend.token_to_id(text.replace(" ", "▁"))
-        if spelled is not None:
-            return spelled
         if not ids:
             raise InputError(f"{text!r} is no token at all; give a word, often with a leading space: ' Mary'")
         pieces = [self._spelling(i) for i in ids]
+        if len(ids) == 1:
+            raise InputError(
+                f"the vocabulary has no token {text!r}, and reads it as {pieces[0]!r}; use that, or a word that is one "
+                "token"
+            )
         raise InputError(
             f"{text!r} is {len(ids)} tokens {pieces}, one is needed; use {pieces[0]!r}, its first, or a word "
             "that is one token"
         )
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that an instruct model was trained on; give it to `to_tokens`."""
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as the text that an instruct model was trained on; give it to `to_tokens`.
+
+        `variables` are what the model's template reads besides: `{"enable_thinking": False}`, `{"tools": [...]}`.
+        """
         from hooklens.pretrained.chat import render
 
         if self.chat_template is None:
             raise InputError("this tokenizer has no chat template; instruct models have one, others take plain text")
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
         named = {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
-        return render(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **named)
+        return render(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tokens=named,
+            variables=variables,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
@@ -229,14 +271,26 @@ class Tokenizer:
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": self.default_prepend_bos,
             "stop_token_ids": list(self.stop_ids),
         }
         config |= {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        _write(folder / "tokenizer.json", self.backend.to_str())
+        _write(folder / "tokenizer.json", self._with_bos_rule().to_str())
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+
+    def _with_bos_rule(self) -> Any:
+        """The backend, adding BOS as `default_prepend_bos` says: readers of tokenizer.json look there."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.processors import TemplateProcessing
+
+        adds = self.bos_id is not None and self.backend.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+        if adds == (self.default_prepend_bos and self.bos_id is not None):
+            return self.backend
+        backend, bos = Backend.from_str(self.backend.to_str()), self.backend.id_to_token(self.bos_id)
+        single, special = (f"{bos}:0 $A:0", [(bos, self.bos_id)]) if self.default_prepend_bos else ("$A:0", [])
+        backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=special)
+        return backend
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -248,10 +302,20 @@ class Tokenizer:
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def _check(self, ids: Sequence[int]) -> None:
-        size = self.vocab_size  # ids may have gaps, so that a few valid ones lie above
-        bad = next((i for i in ids if i < 0 or (i >= size and self.backend.id_to_token(i) is None)), None)
+        bad = next((i for i in ids if not self._knows(i)), None)
         if bad is not None:
-            raise InputError(f"{bad} is no token id; this tokenizer's ids go from 0 to {size - 1}")
+            raise InputError(f"{bad} is no token id; this tokenizer's ids go from 0 to {self.vocab_size - 1}")
+
+    def _knows(self, token: int) -> bool:
+        # ids may have gaps, so that a few valid ones lie above the size
+        return 0 <= token < self.vocab_size or (token >= 0 and self.backend.id_to_token(token) is not None)
+
+    def _piece(self, text: str) -> str:
+        """How the vocabulary writes a text."""
+        if not self._byte_level:
+            return text.replace(" ", "▁")
+        letter_of = {value: letter for letter, value in byte_values().items()}
+        return "".join(letter_of[byte] for byte in text.encode())
 
     def _spelling(self, token: int) -> str:
         """What a token adds to the text, its leading space included, which `decode` of one token may strip."""

@@ -26,11 +26,13 @@ def read_folder(folder: Path) -> dict[str, Any]:
     backend.no_padding()
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     numbers = _json(folder / "config.json") | _json(folder / "generation_config.json")
+    # Tokenizer.save, whose settings have stop_token_ids, once stated there whether BOS is added, and nowhere else
+    stated = settings.get("add_bos_token") if "stop_token_ids" in settings else None
     ids = {name: _id(backend, settings, numbers, name) for name in ("bos", "eos", "pad", "unk")}
     return {
         "backend": backend,
         **{f"{name}_id": i for name, i in ids.items()},
-        "default_prepend_bos": _trained_with_bos(backend, ids["bos"], settings.get("add_bos_token")),
+        "default_prepend_bos": _trained_with_bos(backend, ids["bos"]) if stated is None else stated,
         "chat_template": _template(folder, settings),
         "stop_ids": _stops(settings.get("stop_token_ids") or numbers.get("eos_token_id"), ids["eos"]),
     }
@@ -55,7 +57,7 @@ def read_transformers(tokenizer: Any) -> dict[str, Any]:
         "eos_id": tokenizer.eos_token_id,
         "pad_id": tokenizer.pad_token_id,
         "unk_id": tokenizer.unk_token_id,
-        "default_prepend_bos": _trained_with_bos(backend, tokenizer.bos_token_id, None),
+        "default_prepend_bos": _trained_with_bos(backend, tokenizer.bos_token_id),
         "chat_template": template.get("default") if isinstance(template, dict) else template,
         "stop_ids": _stops(None, tokenizer.eos_token_id),
     }
@@ -80,7 +82,8 @@ def _id(backend: Any, settings: dict[str, Any], numbers: dict[str, Any], name: s
     if text is not None:
         return backend.token_to_id(text)
     number = numbers.get(f"{name}_token_id")
-    return number[0] if isinstance(number, list) and number else number or (0 if number == 0 else None)
+    number = number[0] if isinstance(number, list) and number else number
+    return number if isinstance(number, int) and number >= 0 else None  # -1 is how some configurations say none
 
 
 def _stops(given: Any, eos: int | None) -> tuple[int, ...]:
@@ -88,13 +91,12 @@ def _stops(given: Any, eos: int | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in (*ids, eos) if i is not None))
 
 
-def _trained_with_bos(backend: Any, bos: int | None, stated: Any) -> bool:
-    """Whether BOS belongs in front: as the settings state, else as the tokenizer's own post-processor does it."""
-    if bos is None:
-        return False
-    if isinstance(stated, bool):
-        return stated
-    return backend.encode("", add_special_tokens=True).ids[:1] == [bos]
+def _trained_with_bos(backend: Any, bos: int | None) -> bool:
+    """Whether BOS belongs in front: as the tokenizer's own post-processor does it.
+
+    Not as `add_bos_token` of the settings says: transformers 5 reads a tokenizer.json as it is, whatever that states.
+    """
+    return bos is not None and backend.encode("", add_special_tokens=True).ids[:1] == [bos]
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:

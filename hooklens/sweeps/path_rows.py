@@ -187,7 +187,9 @@ def _asked_anew(plan: PathPlan, reads: Live, layer: int, index: Index) -> Flat:
     read = reads.at_attn(layer, plan.base.streams[layer][pair, pos], index)
     q = read.new_zeros(1, len(read), attn.n_heads, attn.d_head)
     q[:, :, heads] = receiver_heads(attn.q, block.quiet_norm(read[None]), heads, attn.d_head)
-    q, _ = attn.place(q, q[:, :, : attn.n_kv_heads], Context(pos))
+    # rotary frequencies can depend on how long the whole row is, which these positions alone do not say
+    ctx = Context(pos, lengths=torch.tensor(plan.tokens.shape[1], device=pos.device))
+    q, _ = attn.place(q, q[:, :, : attn.n_kv_heads], ctx)
     keys, values = plan.base.past.of_layer(layer)
     z, every = torch.empty_like(q), torch.arange(plan.tokens.shape[1], device=pos.device)
     for one in pair.unique().tolist():

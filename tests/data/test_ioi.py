@@ -1,13 +1,15 @@
 """Indirect-object pairs: balanced by construction, of one length, single tokens, the same for the same seed."""
 
+import string
 from collections import Counter
 
 import pytest
+import tokenizers
 import torch
 
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import NAMES, TEMPLATES, ioi
-from hooklens.pretrained.tokenizer import tiny_tokenizer
+from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,24 @@ def test_names_orders_and_sentences_are_balanced(tokenizer, n):
     assert Counter(pairs.order) == {"ABBA": n // 2, "BABA": n // 2}
     by_sentence = Counter((template, order) for template, order in zip(pairs.template, pairs.order, strict=True))
     assert all(by_sentence[t, "ABBA"] == by_sentence[t, "BABA"] for t in pairs.template)
+
+
+def test_tokenizers_that_put_a_space_in_front_of_every_text_have_names_too():
+    """' Mary' alone is two tokens of Llama 2's, and all names were left out."""
+    pieces, merges = ["▁", *sorted({*"".join(string.printable.split())})], []
+    for name in NAMES:
+        for end in range(1, len(name) + 1):
+            if f"▁{name[:end]}" not in pieces:
+                pieces.append(f"▁{name[:end]}")
+                merges.append((f"▁{name[: end - 1]}", name[end - 1]))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    spaces = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    backend.normalizer = tokenizers.normalizers.Sequence(spaces)
+    backend.decoder = tokenizers.decoders.Metaspace()
+    pairs = ioi(Tokenizer(backend), 8)
+    for row, name in zip(pairs.clean_tokens, pairs.answer_tokens, strict=True):
+        assert int((row == name).sum()) == 1
+    assert [backend.id_to_token(i) for i in pairs.answer_tokens] == [name.replace(" ", "▁") for name in pairs.answer]
 
 
 def test_all_prompts_are_equally_long_and_names_are_single_tokens(tokenizer):

@@ -105,6 +105,7 @@ def test_shapes_that_cannot_be_are_refused():
         FactoredMatrix(torch.ones(2, 3), torch.ones(2, 3))
     with pytest.raises(InputError, match="needs a square matrix"):
         _ = made((), 3, 2, 4).BA
+    assert not hasattr(made((), 3, 2, 4), "eigenvalues") and hasattr(made((), 3, 2, 3), "eigenvalues")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -119,3 +120,25 @@ def test_the_norm_of_factors_that_nearly_cancel_keeps_its_digits(dtype):
     assert FactoredMatrix(A, B).norm().item() == pytest.approx(expected, abs=2 * rounding)
     half = FactoredMatrix(A.bfloat16(), B.bfloat16()).norm()
     assert half.dtype == torch.bfloat16 and half.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_factors_are_decomposed_as_exactly_as_their_numbers_in_float64(dtype):
+    """svd, S and make_even raised; eigenvalues were those of a product rounded to 8 or 11 bits."""
+    half = made((3,), 24, 4, 24)
+    half = FactoredMatrix(half.A.to(dtype), half.B.to(dtype))
+    exact = FactoredMatrix(half.A.double(), half.B.double())
+    size = float(exact.S.max())
+    bound = {"atol": 32 * torch.finfo(torch.float32).eps * size, "rtol": 0.0, "check_dtype": False}
+    torch.testing.assert_close(half.S, exact.S, **bound)
+    U, S, V = half.svd()
+    torch.testing.assert_close(U @ torch.diag_embed(S) @ V.mT, exact.AB, **bound)
+    torch.testing.assert_close(half.make_even().AB, exact.AB, **bound)
+    torch.testing.assert_close(half.collapse_l().norm(dim=(1, 2)), exact.norm(), **bound)
+    torch.testing.assert_close(half.collapse_r().norm(dim=(1, 2)), exact.norm(), **bound)
+    ours, theirs = (torch.view_as_real(m.eigenvalues).double() for m in (half, exact))
+    apart = (ours[:, :, None] - theirs[:, None]).norm(dim=-1)  # each has its neighbour in the other, in some order
+    assert apart.amin(1).max() < bound["atol"] and apart.amin(2).max() < bound["atol"]
+    rounding = torch.finfo(dtype).eps * exact.trace().abs()
+    assert bool(((half.trace() - exact.trace()).abs() <= rounding + bound["atol"]).all())
+    assert half.trace().dtype == half.norm().dtype == dtype

@@ -17,9 +17,10 @@ CAUSAL = [kind for kind in ZOO if kind != "bidirectional"]
 def test_step_by_step_equals_at_once(kind, grad):
     model = zoo_model(kind)
     with torch.set_grad_enabled(grad):
-        whole, past = model(TOKENS), KVCache()
+        past = KVCache()
         for chunk in (slice(0, 2), slice(2, 3), slice(3, 5)):
-            assert torch.allclose(model(TOKENS[:, chunk], kv_cache=past), whole[:, chunk], atol=1e-5)
+            at_once = model(TOKENS[:, : chunk.stop])  # long rotary: a token more changes what comes before it
+            assert torch.allclose(model(TOKENS[:, chunk], kv_cache=past), at_once[:, chunk], atol=1e-5)
             assert past.length == chunk.stop
         assert past.step == 3
 
@@ -174,3 +175,99 @@ def test_tokens_past_n_ctx_are_refused_before_anything_runs():
 def test_a_window_wider_than_the_text_is_no_window():
     wide = tiny_model(mask=SlidingWindow(window=100))
     assert torch.allclose(wide(TOKENS), tiny_model()(TOKENS), atol=1e-6)
+
+
+# -- long rotary: how far a position turns depends on how many tokens its row has
+
+
+def test_a_short_row_beside_a_long_one_is_turned_as_it_is_alone():
+    model = zoo_model("phi3", dtype=torch.float64)  # its original context is 3 tokens
+    for start, end in ((0, 3), (2, 5)):  # padded on the right, on the left
+        mask = torch.ones(2, 5, dtype=torch.bool)
+        mask[1] = False
+        mask[1, start:end] = True
+        together = model(TOKENS, attention_mask=mask)
+        assert torch.allclose(together[1, start:end], model(TOKENS[1:, start:end])[0], atol=1e-11)
+        assert torch.allclose(together[:1], model(TOKENS[:1]), atol=1e-11)
+        last = model(TOKENS, attention_mask=mask, logits_at=-1)
+        assert torch.allclose(last[1, 0], model(TOKENS[1:, start:end])[0, -1], atol=1e-11)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("names", [["rot_k"], ["pattern", "rot_q"], None])
+def test_a_cache_that_outgrows_the_original_context_holds_what_the_uncached_run_does(watched, names):
+    model, past = zoo_model("phi3", dtype=torch.float64), KVCache()
+    hooks = [("rot_k", lambda act, hook: act * 0.5)] if watched else []
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        model(TOKENS[:, :2], kv_cache=past)
+        for end in (3, 4, 5):
+            new = slice(end - 1, end)
+            step, seen = model.run_with_cache(TOKENS[:, new], names, kv_cache=past)
+            whole, at_once = model.run_with_cache(TOKENS[:, :end], names)
+            assert torch.allclose(step, whole[:, new], atol=1e-11) and (past.length, past.step) == (end, end - 1)
+            for name in seen:
+                axis = 2 if name.endswith(("pattern", "scores")) else 1
+                expected = at_once[name] if name.endswith("rot_k") else at_once[name].narrow(axis, end - 1, 1)
+                assert torch.allclose(seen[name], expected, atol=1e-11), name
+
+
+def test_what_a_hook_did_in_an_earlier_step_is_done_again_when_the_cache_is_rebuilt():
+    model, past, told = zoo_model("phi3", dtype=torch.float64), KVCache(), []
+
+    def steer(act, hook):
+        told.append((hook.step, hook.offset, act.shape[1]))
+        return act + 1.0 if hook.step == 0 else None
+
+    def steer_prompt(act, hook):
+        act[:, :2] += 1.0
+        return act
+
+    with torch.no_grad():
+        with model.hooks(fwd_hooks=[(("resid_pre", 1), steer)]):
+            for new in (slice(0, 2), slice(2, 3), slice(3, 4)):
+                out = model(TOKENS[:, new], kv_cache=past)
+        whole = model.run_with_hooks(TOKENS[:, :4], fwd_hooks=[(("resid_pre", 1), steer_prompt)])
+    assert torch.allclose(out, whole[:, 3:], atol=1e-11)
+    assert told == [(0, 0, 2), (1, 2, 1), (0, 0, 2), (1, 2, 1), (2, 3, 1)]
+
+
+def test_chosen_rows_and_streams_outgrow_the_original_context_too():
+    model = zoo_model("phi3", dtype=torch.float64)
+    streams = model(TOKENS, stop_at_layer=1)
+    with torch.no_grad():
+        past = KVCache()
+        model(TOKENS[:, :3], kv_cache=past)
+        past.keep_rows(torch.tensor([1]))
+        assert torch.allclose(model(TOKENS[1:, 3:], kv_cache=past), model(TOKENS[1:])[:, 3:], atol=1e-11)
+        upper = KVCache()
+        model(streams[:, :3], start_at_layer=1, kv_cache=upper)
+        ours = model(streams[:, 3:], start_at_layer=1, kv_cache=upper)
+        assert torch.allclose(ours, model(streams, start_at_layer=1)[:, 3:], atol=1e-11)
+
+
+def test_the_beginning_of_a_cache_is_continued_to_the_length_it_had():
+    model, whole = zoo_model("phi3", dtype=torch.float64), KVCache()
+    with torch.no_grad():
+        expected = model(TOKENS, kv_cache=whole)
+        for pos in range(5):
+            again = model(TOKENS[:, pos:], kv_cache=whole.before(pos))
+            assert torch.allclose(again, expected[:, pos:], atol=1e-11)
+        model(TOKENS[:, :3], kv_cache=(past := KVCache()))
+        part = past.before(2)
+        with pytest.raises(InputError, match="4 tokens pass this model's original context"):
+            model(TOKENS[:, 2:4], kv_cache=part)
+
+
+def test_a_hook_that_raises_while_a_cache_is_rebuilt_leaves_the_cache_as_it_was():
+    model, past = zoo_model("phi3", dtype=torch.float64), KVCache()
+
+    def fail(act, hook):
+        raise RuntimeError("no")
+
+    with torch.no_grad():
+        model(TOKENS[:, :2], kv_cache=past)
+        model(TOKENS[:, 2:3], kv_cache=past)
+        with pytest.raises(RuntimeError), model.hooks(fwd_hooks=[(("z", 1), fail)]):
+            model(TOKENS[:, 3:4], kv_cache=past)
+        assert past.length == 3
+        assert torch.allclose(model(TOKENS[:, 3:], kv_cache=past), model(TOKENS)[:, 3:], atol=1e-11)

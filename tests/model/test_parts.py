@@ -1,5 +1,6 @@
 """The parts against formulas: norms, positions, masks, scores, MLPs, both attention paths, configurations."""
 
+import copy
 import json
 import math
 
@@ -127,7 +128,7 @@ def test_rotary_scalings():
     assert blended.any() and (scaled[blended] < freq[blended]).all() and (scaled[blended] > freq[blended] / 8).all()
     made = DividedScaling(short=(1.0, 2.0), long=(4.0, 8.0), original_n_ctx=4, magnitude=1.5)
     two = torch.ones(2)
-    assert made.scale(two, 4).tolist() == [1.0, 0.5] and made.scale(two, 5).tolist() == [0.25, 0.125]
+    assert made.scale(two, torch.tensor([4, 5])).tolist() == [[1.0, 0.5], [0.25, 0.125]]
 
 
 def test_a_soft_cap_bounds_and_is_the_identity_near_zero():
@@ -170,6 +171,59 @@ def test_fused_and_written_out_attention_agree_in_value_and_gradient(kind):
             logits.square().sum().backward()
             grads.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*grads, strict=True))
+
+
+def far_scores(dtype, size, **changes):
+    """Every query and key share one large number, so that scores lie near size^2 / 2 and differ by a few."""
+    model = tiny_model(d_model=16, n_heads=4, seed=1, **changes)
+    with torch.no_grad():
+        for block in model.blocks:
+            for name in ("Q", "K"):
+                weight, bias = getattr(block.attn, f"W_{name}"), getattr(block.attn, f"b_{name}")
+                weight.mul_(2.0)
+                weight[..., 0], bias[..., 0] = 0.0, size
+    return model.requires_grad_(False).to(dtype)
+
+
+SEEN_BY = {"pattern": ["pattern"], "scores": ["attn_scores"], "everything": None}
+MANY = torch.arange(44).view(4, 11).remainder(11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "changes"), [(43.0, {}), (300.0, {}), (43.0, {"mask": SlidingWindow(window=3)})])
+def test_looking_at_attention_moves_a_half_precision_model_no_further_than_its_own_rounding(dtype, size, changes):
+    """Scores near 925 are 4 apart in bfloat16; near 45,000 their products overflow in float16."""
+    model = far_scores(dtype, size, **changes)
+    plain, exact = model(MANY).double(), copy.deepcopy(model).double()(MANY)
+    rounding = (plain - exact).abs().max()
+    for names in SEEN_BY.values():
+        logits, _ = model.run_with_cache(MANY, names)
+        assert logits.isfinite().all() and (logits - exact).abs().max() < 3 * rounding
+    mask = torch.ones_like(MANY)
+    mask[0, :4] = 0
+    looked, _ = model.run_with_cache(MANY, "pattern", attention_mask=mask)
+    assert (looked.double() - model(MANY, attention_mask=mask)).abs().max() < 3 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_soft_cap_of_large_scores_is_taken_before_they_are_rounded(dtype):
+    model = far_scores(dtype, 43.0, attn_scores_soft_cap=2000.0)
+    exact = copy.deepcopy(model).double()(MANY)
+    uncapped = far_scores(dtype, 43.0)
+    rounding = (uncapped(MANY) - copy.deepcopy(uncapped).double()(MANY)).abs().max()  # of the fused kernel
+    assert (model(MANY) - exact).abs().max() < 3 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_half_precision_attention_are_those_of_the_fused_kernel_while_somebody_looks(dtype):
+    model = far_scores(dtype, 43.0 if dtype == torch.bfloat16 else 300.0)
+    found = []
+    for one, name in ((model, "z"), (model, "pattern"), (copy.deepcopy(model).double(), "z")):
+        logits, cache = one.run_with_cache(MANY, [name, "resid_pre"], grads=True)
+        logits.double().square().mean().backward()
+        found.append(cache["blocks.0.hook_resid_pre_grad"].double())
+    fused, looked, exact = found
+    assert looked.isfinite().all() and (looked - exact).norm() < 3 * (fused - exact).norm()
 
 
 @pytest.mark.parametrize("kind", [LowRank, Peft])

@@ -1,10 +1,13 @@
 """Generation: the same tokens as a plain loop, hooks and captures at chosen steps, stops, streaming, draws."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refused import refused
+from zoo import zoo_model
 
 from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.model.continuation import Continuation, Stops
@@ -54,6 +57,30 @@ def test_greedy_is_the_plain_loop_one_by_one_and_in_a_batch(changes):
     expected = [plain_loop(model, prompt, 8) for prompt in PROMPTS]
     assert [model.generate(p, 8).new_tokens[0].tolist() for p in PROMPTS] == expected
     assert [row.tolist() for row in model.generate(PROMPTS, 8).new_tokens] == expected
+
+
+LONG = [[1, 5], [4, 4, 9, 0], [10, 3, 2, 2, 7, 1], [6]]  # the original context is 3 tokens: two cross it on the way
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_long_rotary_goes_on_as_the_uncached_run_when_the_original_context_is_passed(n):
+    model = zoo_model("phi3", dtype=torch.float64)
+    expected = [plain_loop(model, prompt, n) for prompt in LONG]
+    assert [model.generate(p, n, stop=()).new_tokens[0].tolist() for p in LONG] == expected
+    assert [row.tolist() for row in model.generate(LONG, n, stop=()).new_tokens] == expected
+    ended = {int(expected[2][1])}  # some rows leave before others cross
+    rows = [row[: row.index(next(iter(ended))) + 1] if ended & {*row} else row for row in expected]
+    assert [row.tolist() for row in model.generate(LONG, n, stop=list(ended)).new_tokens] == rows
+    double = [("rot_k", lambda act, hook: act * 2.0)]
+    with model.hooks(fwd_hooks=double):
+        expected = [plain_loop(model, prompt, n) for prompt in LONG]
+        assert [row.tolist() for row in model.generate(LONG, n, stop=()).new_tokens] == expected
+        alone = model.generate(LONG[0], n, stop=(), capture={2: ["rot_k", "pattern"]})
+    with model.hooks(fwd_hooks=double):
+        _, cache = model.run_with_cache(alone.tokens[0][None, :4], ["rot_k", "pattern"])
+    assert alone.new_tokens[0].tolist() == expected[0]
+    assert torch.allclose(alone.caches[2]["rot_k", 1], cache["rot_k", 1], atol=1e-10)
+    assert torch.allclose(alone.caches[2]["pattern", 1], cache["pattern", 1][:, :, -1:], atol=1e-10)
 
 
 def test_prompts_come_as_ids_tensors_or_text():
@@ -267,6 +294,13 @@ def test_ctrl_c_raises_and_carries_what_there_was():
         model.generate("x", 20, capture={1: "z"})
     assert caught.value.generation.text == "abc" and list(caught.value.generation.caches) == [1]
     assert model.generate("x", 3).text == "abc"
+
+
+def test_a_text_that_a_generation_does_not_have_is_an_absent_attribute():
+    for out in (tiny_model().generate([1, 2], 2), text_model().generate(["ab", "cd"], 2)):
+        assert not hasattr(out, "text") and out.tokens is not None and inspect.getmembers(out)
+        with pytest.raises(InputError, match="text was asked of a generation"):
+            _ = out.text
 
 
 def test_the_result_shows_and_saves_itself(tmp_path):

@@ -172,3 +172,13 @@ def test_an_assignment_of_another_models_stack_counts():
     model, other = tiny_model(seed=1), tiny_model(seed=2)
     model.W_Q = other.W_Q
     assert torch.equal(model.blocks[1].attn.q.weight, other.blocks[1].attn.q.weight)
+
+
+def test_a_query_heads_number_on_grouped_keys_says_which_entry_it_reads():
+    """`model.W_K[0, query_head]` ended in torch's bare IndexError."""
+    model = zoo_model("llama")  # 4 query heads, 2 key/value heads
+    for index in ((0, 3), (slice(None), 3), (torch.tensor([0]), 3), (0, 0, 99)):
+        with pytest.raises(InputError, match=r"does not fit.*\[2, 2, 8, 4\].*h // \(cfg.n_heads // cfg"):
+            _ = model.W_K[index]
+    with pytest.raises(InputError, match="does not fit"):
+        model.W_V[1, 2] = 0.0

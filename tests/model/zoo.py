@@ -4,6 +4,7 @@ import torch
 
 from hooklens.model.config import (
     Biases,
+    DividedScaling,
     LayerNormPart,
     Llama3Scaling,
     RMSNormPart,
@@ -29,6 +30,17 @@ ZOO = {
     ),
     "llama3": dict(
         normalization_type="RMS", positional_embedding_type=Rotary(scaling=Llama3Scaling(original_n_ctx=8)), **GQA
+    ),
+    "phi3": dict(
+        normalization_type=RMS,
+        positional_embedding_type=Rotary(
+            scaling=DividedScaling((1.0, 2.0), (4.0, 9.0), original_n_ctx=3, magnitude=1.2)
+        ),
+        gated_mlp=True,
+        act_fn="silu",
+        biases=NO_BIAS,
+        mask=SlidingWindow(window=4),
+        **GQA,
     ),
     "neox": {"block": "parallel", "positional_embedding_type": Rotary(dim=2), "act_fn": "gelu"},
     "gptj": {"block": "parallel", "positional_embedding_type": Rotary(interleaved=True)},

@@ -1,13 +1,15 @@
 """Chat templates: the same text as transformers', in a sandbox, with errors in words."""
 
 import re
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, NameNotFound
 from hooklens.pretrained.chat import render
+from hooklens.pretrained.tokenizer import tiny_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -34,7 +36,7 @@ def test_equal_to_transformers(template, prompt):
     expected, _ = render_jinja_template(
         [TALK], chat_template=template, add_generation_prompt=prompt, tools=None, documents=None, bos_token="<s>"
     )
-    assert render(template, TALK, add_generation_prompt=prompt, bos_token="<s>") == expected[0]
+    assert render(template, TALK, add_generation_prompt=prompt, tokens={"bos_token": "<s>"}) == expected[0]
 
 
 def test_the_date_is_todays():
@@ -60,3 +62,17 @@ def test_refusals(template, messages, why):
 def test_messages_of_another_kind(messages):
     with pytest.raises(TypeError, match=r"messages must be a list of dicts like|Type-check error"):
         render("x", messages, add_generation_prompt=True)
+
+
+THINKING = "{% set n = 1 %}{{ messages[0].content }}{% if enable_thinking is false %}!{% endif %}"
+
+
+def test_a_template_is_given_the_variables_that_it_reads_and_no_others():
+    tokenizer = replace(tiny_tokenizer("", extra=("<s>",)), chat_template=THINKING + "{{ tools or '' }}{{ bos_token }}")
+    assert tokenizer.apply_chat_template(TALK[:1], variables={"enable_thinking": True}) == TALK[0]["content"] + "<s>"
+    assert tokenizer.apply_chat_template(TALK[:1], variables={"enable_thinking": False}) == TALK[0]["content"] + "!<s>"
+    assert tokenizer.apply_chat_template(TALK[:1], variables={"tools": "T"}) == TALK[0]["content"] + "T<s>"
+    with pytest.raises(NameNotFound, match="'enable_thinkin'; closest: enable_thinking"):
+        tokenizer.apply_chat_template(TALK[:1], variables={"enable_thinkin": False})
+    with pytest.raises(InputError, match="messages is an argument of its own"):
+        tokenizer.apply_chat_template(TALK[:1], variables={"messages": []})

@@ -29,7 +29,7 @@ def differences(metadata: dict) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("pre", [None, "default", "gpt-2", "llama-bpe", "dbrx", "tekken", "gpt-4o"])
+@pytest.mark.parametrize("pre", ["default", "gpt-2", "llama-bpe", "dbrx", "tekken", "gpt-4o"])
 def test_byte_level_equals_transformers(pre):
     assert differences(byte_level(pre)) == []
 
@@ -102,6 +102,15 @@ def test_user_defined_words_are_matched_whole_but_are_not_special():
     last = len(metadata["tokenizer.ggml.tokens"]) - 1
     assert ours.encode("a<think>") == [*ours.encode("a"), last] and last not in ours.special_ids
     assert differences(metadata) == []
+
+
+def test_a_file_that_does_not_say_how_it_splits_text_is_refused_unless_it_is_gpt2():
+    """Llama-3-like metadata without tokenizer.ggml.pre was split as GPT-2's, and lost its BOS."""
+    with pytest.raises(FileRefused, match=r"does not say how it splits text \(tokenizer.ggml.pre\).*tokenizer=folder"):
+        Tokenizer.from_gguf(byte_level(None))
+    own = Tokenizer.from_gguf(byte_level(None, **{"general.architecture": "gpt2"}))
+    named = Tokenizer.from_gguf(byte_level("gpt-2"))
+    assert all(own.encode(text) == named.encode(text) for text in odd_strings())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,23 @@ def test_a_folder_loads_as_the_model_in_memory_does(name, tmp_path):
     model = load(str(tmp_path))
     assert same(model, name)
     assert model.cfg.replace(model_name="") == tiny(name).cfg.replace(model_name="")
+
+
+def test_every_stop_token_of_the_model_ends_a_reply_wherever_its_tokenizer_comes_from(tmp_path):
+    """A list in generation_config was ignored for `load(model, tokenizer=...)`."""
+    theirs, tokenizer = tiny_hf("llama"), tiny_tokenizer("", extra=("<s>",))
+    theirs.generation_config.eos_token_id = [2, 7]
+    assert load(theirs, tokenizer=tokenizer).tokenizer.stop_ids == (2, 7)
+    theirs.save_pretrained(tmp_path)
+    assert load(tmp_path, tokenizer=tokenizer).tokenizer.stop_ids == (2, 7)
+    tokenizer.save(tmp_path)
+    read = load(tmp_path).tokenizer
+    assert set(read.stop_ids) == {2, 7} and load(tmp_path, tokenizer=read).tokenizer is read
+    theirs.generation_config.eos_token_id = 5
+    model = load(theirs, tokenizer=replace(tokenizer, stop_ids=(3,)))
+    assert model.tokenizer.stop_ids == (3, 5) and tokenizer.stop_ids == ()
+    theirs.generation_config = None
+    assert load(theirs, tokenizer=tokenizer).tokenizer.stop_ids == (2,)
 
 
 def test_a_sharded_folder_loads(tmp_path):

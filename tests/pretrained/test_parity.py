@@ -55,6 +55,17 @@ def test_logits_step_by_step_through_the_cache(name, dtype):
     assert apart(torch.cat(steps, 1), expected) < BOUNDS[dtype]
 
 
+def test_long_rotary_generates_what_transformers_does_across_the_original_context():
+    theirs, ours = tiny_hf("phi3", dtype=torch.float64), tiny("phi3", torch.float64)
+    prompts = tiny_tokens(2, 22)  # the long factors hold from 25 tokens on
+    with InFloat64(), torch.no_grad():
+        for prompt in prompts:
+            expected = theirs.generate(
+                prompt[None], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            assert ours.generate(prompt, 8, stop=()).tokens[0].tolist() == expected[0].tolist()
+
+
 @every_family
 def test_gradients_are_those_of_transformers(name):
     tokens, theirs, ours = tiny_tokens(2, 8), tiny_hf(name, dtype=torch.float64), tiny(name, torch.float64)

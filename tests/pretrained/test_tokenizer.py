@@ -5,15 +5,19 @@ import json
 import pickle
 
 import pytest
+import tokenizers
 import torch
 from gguf_metadata import byte_level, sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_strings import odd_strings
+from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import hooklens as hl
 from hooklens.core.errors import FileRefused, InputError, WrongType
 from hooklens.pretrained.tokenizer import Tokenizer, byte_values, tiny_tokenizer
+from hooklens.testing import tiny_model
 
 TINY = tiny_tokenizer("the he Mary", extra=("<bos>", "<eos>"))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -93,6 +97,29 @@ def test_sentencepiece_str_tokens_keep_their_spaces():
     assert tokenizer.to_string(tokenizer.encode("a the 𝔘")) == "a the 𝔘"
 
 
+@pytest.mark.parametrize("pad", [-1, 99_999])
+def test_a_pad_id_outside_the_vocabulary_does_not_block_a_batch(tmp_path, pad):
+    tokenizer = Tokenizer(TINY.backend, pad_id=pad, eos_id=6)
+    tokens, mask = tokenizer.to_tokens(["x y", "x"], return_mask=True)
+    assert tokens[~mask].unique().tolist() == [6] and tokenizer.to_string(tokens)
+    TINY.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": -1}))
+    assert Tokenizer.from_folder(tmp_path).pad_id is None
+
+
+@pytest.mark.parametrize(("eos", "pad"), [(6, 6), (None, 0)])
+def test_a_pad_token_without_a_row_of_the_model_does_not_block_a_batch_of_texts(eos, pad):
+    """A token added for padding, beyond the rows of the embedding."""
+    last = TINY.vocab_size - 1
+    model = tiny_model(d_vocab=last)
+    model.tokenizer = Tokenizer(TINY.backend, pad_id=last, eos_id=eos)
+    tokens, mask = model.to_tokens(["x y", "x"], return_mask=True)
+    assert tokens[~mask].unique().tolist() == [pad]
+    together = model(["x y", "x"])
+    assert torch.allclose(together[1, :1], model("x")[0], atol=1e-5)
+    assert torch.allclose(together, model(tokens, attention_mask=mask))
+
+
 def test_single_tokens():
     assert TINY.to_single_token("the") == TINY.encode("the")[0]
     assert TINY.to_single_token("<eos>") == TINY.backend.token_to_id("<eos>")
@@ -100,6 +127,48 @@ def test_single_tokens():
         TINY.to_single_token("Mary!")
     with pytest.raises(InputError, match="'' is no token at all"):
         TINY.to_single_token("")
+
+
+def spaced(kind):
+    """Tokenizers that put a space of their own in front of a text: Llama's old and new way, a byte-level one's."""
+    space = "Ġ" if kind == "byte level" else "▁"
+    pieces = ["<unk>", *sorted(byte_values()), "▁", "Mary", *(space + word for word in ("s", "Mary", "Anna"))]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>", ignore_merges=True))
+    if kind == "byte level":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+    elif kind == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Metaspace()
+    else:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return Tokenizer(backend, unk_id=0)
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "prepended", "byte level"])
+def test_a_word_with_and_without_its_space_are_two_tokens_where_the_tokenizer_adds_a_space_itself(kind):
+    """`logit_diff("s", " s")` was 0 for Llama 2, Mistral and Phi-3: both were the token of " s"."""
+    tokenizer = spaced(kind)
+    for word in ("s", "Mary"):
+        assert tokenizer.to_str_tokens([tokenizer.to_single_token(word)]) == [word]
+        assert tokenizer.to_str_tokens([tokenizer.to_single_token(f" {word}")]) == [f" {word}"]
+    assert tokenizer.find_token("Anna") is None and tokenizer.find_token(" Anna") is not None
+    with pytest.raises(InputError, match="the vocabulary has no token 'Anna', and reads it as ' Anna'; use that"):
+        tokenizer.to_single_token("Anna")
+    model = tiny_model(d_vocab=tokenizer.vocab_size)
+    model.tokenizer = tokenizer
+    metric = hl.logit_diff(model, answer="s", wrong_answer=" s")
+    assert float(metric(torch.arange(tokenizer.vocab_size).float()[None, None])) != 0
+
+
+def test_a_word_that_is_unknown_is_no_single_token():
+    words = tokenizers.models.WordLevel({"<unk>": 0, "Mary": 1}, unk_token="<unk>")
+    tokenizer = Tokenizer(tokenizers.Tokenizer(words), unk_id=0)
+    assert tokenizer.to_single_token("Mary") == 1 and tokenizer.find_token("Anna") is None
+    with pytest.raises(InputError, match="the vocabulary has no token 'Anna', and reads it as '<unk>'"):
+        tokenizer.to_single_token("Anna")
 
 
 def test_single_tokens_of_sentencepiece_with_a_leading_space():
@@ -204,11 +273,39 @@ def test_truncation_and_padding_of_the_original_do_not_follow():
     assert len(Tokenizer.from_transformers(theirs).encode("x y z")) == 5
 
 
-def test_settings_overrule_the_post_processor_and_numbers_fill_in(tmp_path):
-    TINY.backend.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"add_bos_token": True, "bos_token": {"content": "<bos>"}})
-    )
+@pytest.mark.parametrize("stated", [True, False, None])
+@pytest.mark.parametrize("template", [True, False])
+def test_bos_of_a_folder_is_that_of_transformers_whatever_add_bos_token_states(tmp_path, stated, template):
+    theirs = with_template(fast()) if template else fast()
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ({} if stated is None else {"add_bos_token": stated})))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for ours in (Tokenizer.from_folder(tmp_path), Tokenizer.from_transformers(theirs)):
+        assert ours.to_tokens("the cat")[0].tolist() == theirs("the cat")["input_ids"]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("template", [True, False])
+def test_bos_of_a_saved_tokenizer_is_read_back_by_transformers_too(tmp_path, trained, template):
+    backend = with_template(fast()).backend_tokenizer if template else fast().backend_tokenizer
+    Tokenizer(backend, bos_id=TINY.bos_id, default_prepend_bos=trained).save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for ours in (Tokenizer.from_folder(tmp_path), Tokenizer.from_transformers(theirs)):
+        assert ours.default_prepend_bos is trained
+        assert ours.to_tokens("the cat")[0].tolist() == theirs("the cat")["input_ids"]
+
+
+def test_files_saved_when_settings_alone_stated_bos_still_say_it(tmp_path):
+    TINY.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}))
+    assert Tokenizer.from_folder(tmp_path).default_prepend_bos
+
+
+def test_numbers_fill_in_what_settings_leave_out(tmp_path):
+    with_template(fast()).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<bos>"}}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3, "bos_token_id": 0}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
     (tmp_path / "chat_template.jinja").write_text("from a file")

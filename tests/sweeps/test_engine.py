@@ -46,6 +46,8 @@ def agree(model, clean, corrupted, metric, site, by, *, value="clean", tolerance
 
 
 ZOO_SITES = [(name, site) for name in ZOO for model in [zoo_model(name)] for site in POINTS if has(model, site)]
+# long rotary differs from other rotary models in what queries and keys become
+ZOO_SITES = [(name, site) for name, site in ZOO_SITES if name != "phi3" or site in ("resid_pre", "q", "k")]
 
 
 @pytest.mark.parametrize(("name", "site"), ZOO_SITES)

@@ -81,6 +81,12 @@ def test_every_kind_of_model(name, semantics):
         agree(model, CLEAN, CORRUPTED, own if i % 2 else read, semantics, receivers)
 
 
+def test_queries_read_before_the_original_context_ends_turn_as_their_whole_row_does():
+    model = zoo_model("phi3", dtype=torch.float64)  # rows of 6 tokens, an original context of 3
+    early = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4, pos=2)
+    agree(model, CLEAN, CORRUPTED, early, "edges", [("q", 1, 1)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("semantics", METHODS)
 @pytest.mark.parametrize("name", FAMILIES)

@@ -134,12 +134,13 @@ def scores_and_values(model: "HookedTransformer", tokens: Int[Tensor, "sequence 
 def _blocking(model: "HookedTransformer", cache: "ActivationCache", mask: Mask) -> Callable[[Tensor, str], Tensor]:
     changed, new = {}, {}
     for layer in range(model.cfg.n_layers):
-        attn, scores, name = model.blocks[layer].attn, cache["attn_scores", layer], f"blocks.{layer}.attn.hook_z"
+        attn, scores, v = model.blocks[layer].attn, cache["attn_scores", layer], cache["v", layer]
+        name = f"blocks.{layer}.attn.hook_z"
         seen = scores > -torch.inf
         blocked = _spare_empty(mask[:, None] & seen, seen)
         pattern = attn.score.pattern(scores.masked_fill(blocked, -torch.inf), None)
         changed[name] = blocked.any(-1).transpose(1, 2)[..., None]
-        new[name] = attn.weigh(pattern, cache["v", layer])
+        new[name] = attn.weigh(pattern.to(v.dtype), v)
     # where nothing is blocked the value that is there stays, to the last bit
     return lambda z, name: torch.where(changed[name], new[name], z)
 

@@ -31,11 +31,9 @@ class EditedRuns:
         # what stands before the first edit keeps its keys and values; rot_k shows the cached ones again
         self.start = int(pos.min()) if model.cfg.causal and "key_pos" not in axes(point) else 0
         self.pos = pos.to(tokens.device) - self.start
-        self.past = KVCache()
-        if self.start:
-            model(tokens[:, : self.start], stop_at_layer=n, kv_cache=self.past)
-        before = f"blocks.{layer}.hook_resid_pre"
-        last, cache = model.run_with_cache(tokens, names=[before], stop_at_layer=n)
+        before, whole = f"blocks.{layer}.hook_resid_pre", KVCache()
+        last, cache = model.run_with_cache(tokens, names=[before], stop_at_layer=n, kv_cache=whole)
+        self.past = whole.before(self.start)
         self.before, self.last = cache[before][:, self.start :], last
         self.reader = Reader(model, pairs.of(metric), last)
 

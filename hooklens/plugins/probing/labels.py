@@ -220,7 +220,7 @@ def _tokenizer(reader: Any) -> "Tokenizer":
 def _single_tokens(reader: Reader, words: Sequence[str]) -> list[str]:
     """Those of the words that are one token with the space before them."""
     tokenizer = _tokenizer(reader)
-    return [word for word in words if len(ids := tokenizer.encode(f" {word}")) == 1 and ids[0] != tokenizer.unk_id]
+    return [word for word in words if tokenizer.find_token(f" {word}") is not None]
 
 
 def _enough(reader: Reader, have: int, need: int, words: Sequence[str]) -> None:

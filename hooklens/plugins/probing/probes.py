@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import Absent, KeepsPropertyErrors
 
 
 class Weights(NamedTuple):
@@ -22,7 +22,7 @@ class Weights(NamedTuple):
     step: np.ndarray
 
 
-class Probe(nn.Module):
+class Probe(KeepsPropertyErrors, nn.Module):
     """A fitted probe: the logits of its classes are linear in the activation at `point`, in its own units.
 
     >>> import torch
@@ -109,7 +109,7 @@ class Probe(nn.Module):
 
     def _need_two(self) -> None:
         if len(self.bias) != 2:
-            raise InputError(
+            raise Absent(
                 f"a direction leads from one class to another; this probe has {len(self.bias)} ({self.classes}); fit "
                 "one on two of them"
             )

@@ -170,6 +170,7 @@ def test_a_probe_is_a_module():
     copy = Probe(torch.zeros(3, 3), torch.zeros(3), torch.zeros(3, 3))
     copy.load_state_dict(probe.state_dict())
     assert torch.equal(copy.means, probe.means)
+    assert not any(hasattr(probe, name) for name in ("direction", "normal", "gap", "middle"))
     with pytest.raises(InputError, match="this probe has 3"):
         probe.direction  # noqa: B018
 
