@@ -13,12 +13,14 @@ from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, moment
 from hooklens.core.names import Where
+from hooklens.core.padding import PaddedTensor, columns, padded
 from hooklens.model.attention import under_transform
 from hooklens.model.block import BLOCKS
 from hooklens.model.config import HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
 from hooklens.model.continuation import OnPiece
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
+from hooklens.model.ids import as_ids
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Norm, make_norm
@@ -110,7 +112,8 @@ class HookedTransformer(HookedModule):
 
         With `start_at_layer` the input is the residual stream there. With a `kv_cache` the tokens follow those already
         in it. `logits_at` asks for one position a row (negative: from its last real token), and the last block then
-        works only for it; the result keeps a position axis of size 1. `attention_mask` is 0 at padding, left or right.
+        works only for it; the result keeps a position axis of size 1. `attention_mask` is 0 at padding, left or right;
+        where there is some, also in texts, the result is a `PaddedTensor`: `[:, -1]` is each row's last real position.
         """
         start, stop = self._layers(start_at_layer, stop_at_layer)
         x, attention_mask = self._input(tokens, attention_mask, start_at_layer is not None)
@@ -122,7 +125,9 @@ class HookedTransformer(HookedModule):
             out = self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
         if kv_cache is not None:
             kv_cache.advance(x.shape[1], ctx.key_seen)
-        return out
+        if ctx.key_seen is None or chosen is not None or not _readable(out, ctx.key_seen):
+            return out
+        return padded(out, ctx.key_seen[:, ctx.offset :])
 
     def _run(
         self, x: Input | Stream, ctx: Context, start: int, stop: int, stop_at, start_at, chosen: Chosen | None
@@ -173,12 +178,13 @@ class HookedTransformer(HookedModule):
         if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str)):
             tokens, real = self._need_tokenizer().to_tokens(tokens, return_mask=True, device=self.device)
             mask = real if mask is None and not bool(real.all()) else mask
-        if not isinstance(tokens, Tensor):
-            tokens = torch.as_tensor(tokens, device=self.device)
+        if isinstance(tokens, PaddedTensor):  # what model(texts, stop_at_layer=...) gave
+            tokens, mask = tokens.as_subclass(Tensor), tokens.attention_mask if mask is None else mask
         if not is_stream and isinstance(self.cfg.embed, TokenEmbed):
-            self._check_tokens(tokens)
+            tokens = self._check_tokens(tokens)
             tokens = tokens[None] if tokens.ndim == 1 else tokens
         else:
+            tokens = torch.as_tensor(tokens, device=self.device)
             width = self.cfg.d_model if is_stream else self.cfg.embed.d_in
             if tokens.ndim != 3 or tokens.shape[-1] != width:
                 raise InputError(f"expected vectors [batch pos {width}], got {list(tokens.shape)}")
@@ -187,14 +193,16 @@ class HookedTransformer(HookedModule):
             mask = mask[None] if mask.ndim == 1 else mask
         return tokens, mask
 
-    def _check_tokens(self, tokens: Shaped[Tensor, "..."]) -> None:
-        if 0 in tokens.shape:  # before the dtype: torch makes floats of an empty list
+    def _check_tokens(self, tokens: Any) -> Int[Tensor, "*batch pos"]:
+        tokens = as_ids(tokens, device=None if isinstance(tokens, Tensor) else self.device)
+        if 0 in tokens.shape:
             raise InputError(
                 f"the prompt is empty, its tokens have shape {list(tokens.shape)}; give at least one token"
             )
         _check_ids(tokens, self.cfg.d_vocab)
         if tokens.ndim not in (1, 2):
             raise InputError(f"tokens have shape [batch pos], got {list(tokens.shape)}")
+        return tokens
 
     def _context(self, x: Input | Stream, mask: Mask | None, past: KVCache | None) -> Context:
         n_new, offset = x.shape[1], 0 if past is None else past.length
@@ -216,13 +224,13 @@ class HookedTransformer(HookedModule):
 
     def _chosen(self, at: int | Chosen, x: Input | Stream, ctx: Context) -> Chosen:
         batch, n_new = x.shape[:2]
-        index = torch.as_tensor(at, device=x.device).expand(batch)
-        if ctx.key_seen is None:
-            last = torch.full_like(index, n_new - 1)
-        else:
-            slots = torch.arange(n_new, device=x.device)
-            last = torch.where(ctx.key_seen[:, ctx.offset :], slots, 0).amax(1)
-        index = torch.where(index < 0, last + 1 + index, index)
+        index = as_ids(at, "logits_at is an integer, or one for each row", x.device)
+        if index.ndim > 1 or index.numel() not in (1, batch):
+            raise InputError(f"logits_at is one position for all rows or one a row, got {index.numel()} for {batch}")
+        index = index.reshape(-1).expand(batch)
+        if ctx.key_seen is not None:
+            return columns(ctx.key_seen[:, ctx.offset :], index[:, None])[:, 0]
+        index = torch.where(index < 0, n_new + index, index)
         if bool(((index < 0) | (index >= n_new)).any()):
             raise InputError(f"logits_at={at} is out of range for {n_new} tokens")
         return index
@@ -300,7 +308,7 @@ class HookedTransformer(HookedModule):
             tokens = self.to_single_token(tokens)
         elif isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str):
             tokens = [self.to_single_token(token) for token in tokens]
-        ids = torch.as_tensor(tokens, device=self.device)
+        ids = as_ids(tokens, "tokens are texts or integers", self.device)
         _check_ids(ids, self.cfg.d_vocab_out)
         return matrix_of(self.unembed.linear, self.cfg.d_model)[ids]
 
@@ -402,13 +410,16 @@ def need_hooked(model: Any, asker: str) -> None:
         )
 
 
-def _check_ids(ids: Shaped[Tensor, "..."], d_vocab: int) -> None:
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise WrongType(f"tokens are integers [batch pos], got {ids.dtype} {list(ids.shape)}")
-    if not (torch.compiler.is_compiling() or ids.is_meta or under_transform(ids)):
+def _check_ids(ids: Int[Tensor, "..."], d_vocab: int) -> None:
+    if ids.numel() and _readable(ids):
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= d_vocab:
             raise InputError(f"token ids lie between 0 and {d_vocab - 1} here, got {low} to {high}")
+
+
+def _readable(*tensors: Shaped[Tensor, "..."]) -> bool:
+    """Can the values be looked at? Not while a graph is recorded, and not under vmap."""
+    return not torch.compiler.is_compiling() and not any(x.is_meta or under_transform(x) for x in tensors)
 
 
 def _stacked(part: str, name: str) -> property:
