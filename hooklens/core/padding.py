@@ -98,10 +98,11 @@ def take(
 class PaddedTensor(Tensor):
     """Logits, or a residual stream, of rows of different length: `attention_mask` [batch pos] is False at padding.
 
-    Indexing the position axis counts each row's real tokens, and raises where rows do not have what is asked for. So
-    `logits[:, -1]` is what each prompt's last token says. What works on each position alone, such as `log_softmax(-1)`,
-    keeps the mask; any other operation gives a plain tensor, whose columns are as padded. `as_subclass(torch.Tensor)`
-    gives that at once, `logits[mask]` all real positions.
+    Numbers that index the position axis count each row's real tokens, and raise where a row has fewer: `logits[:, -1]`
+    is what each prompt's last token says, `logits[:, -2:]` what its last two say. Slices from the start, `logits[:, 1:]`
+    and `logits[:, :-1]`, leave out columns and keep the mask of the others, as does what works on each position alone,
+    such as `log_softmax(-1)`. Any other operation gives a plain tensor, whose columns are as padded;
+    `as_subclass(torch.Tensor)` gives that at once, `logits[mask]` all real positions.
 
     >>> logits = padded(torch.tensor([[[1.0], [2.0], [0.0]]]), torch.tensor([[True, True, False]]))
     >>> logits[0, -1], type(logits.sum()).__name__
@@ -119,7 +120,7 @@ class PaddedTensor(Tensor):
                 return _item(first, args[1])
             if name == "unbind" and (*args[1:], *kwargs.values(), 0)[0] == 0:
                 return tuple(first[i] for i in range(len(first)))
-            if name in _BY_COLUMN and _by_column(first, name, args[1:], kwargs):
+            if name in _BY_COLUMN and _selects_columns(first, name, args[1:], kwargs):
                 raise InputError(
                     f"{name} would count padding among the positions of these rows; index them, x[:, -1], which counts "
                     "real tokens, or take x.as_subclass(torch.Tensor), whose columns are as padded"
@@ -162,12 +163,12 @@ def _kept(out: Any, args: tuple) -> Any:
     return padded(out, masks[0]) if all(torch.equal(masks[0], one) for one in masks[1:]) else out
 
 
-def _by_column(x: PaddedTensor, name: str, args: tuple, kwargs: dict) -> bool:
+def _selects_columns(x: PaddedTensor, name: str, args: tuple, kwargs: dict) -> bool:
     """Does this call select along the position axis?"""
     axis = x.attention_mask.ndim - 1
     if name == "__setitem__":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
-        return not _is_mask(index) and not _whole(_full(index, x.ndim)[axis])
+        return not _is_mask(index) and not _by_columns(_full(index, x.ndim)[axis])
     return int(kwargs.get("dim", args[0] if args else 0)) % x.ndim == axis
 
 
@@ -185,12 +186,11 @@ def _of_batch(plain: Tensor, real: Mask, index: list[Any]) -> Tensor:
     """The entries of a full index, of which the first two axes are batch and pos (None adds an axis between)."""
     at_row, at_pos = [i for i, part in enumerate(index) if part is not None][:2]
     row, pos = index[at_row], index[at_pos]
-    if _whole(pos):
+    if _by_columns(pos):
         out = plain[tuple(index)]
-        simple = all(type(part) in (int, slice) for part in index[1:]) and (
-            type(row) in (int, slice) or torch.as_tensor(row).ndim == 1
-        )
-        return padded(out, real[row]) if simple else out
+        one_axis = type(row) in (int, slice) or torch.as_tensor(row).ndim == 1
+        simple = one_axis and all(type(part) in (int, slice) for part in index[1:])
+        return padded(out, real[row][..., pos]) if simple else out
     rows = torch.arange(len(plain), device=plain.device)[row]
     if type(row) is not slice:
         index[at_row] = torch.arange(rows.numel(), device=plain.device).view(rows.shape) if rows.ndim else 0
@@ -216,5 +216,5 @@ def _is_mask(index: tuple) -> bool:
     return any(isinstance(part, Tensor) and part.dtype == torch.bool and part.ndim > 1 for part in index)
 
 
-def _whole(part: Any) -> bool:
-    return isinstance(part, slice) and part == slice(None)
+def _by_columns(pos: Any) -> bool:
+    return isinstance(pos, slice) and (pos.start is None or pos.start >= 0) and (pos.step or 1) > 0

@@ -270,7 +270,7 @@ def test_decompositions_sum_to_the_stream(kind):
         (None, n, None),
         (0, 0, -1),
         (n - 1, n - 1, slice(1, 4)),
-        (-1, n - 1, None),
+        (-1, n, None),  # as in TransformerLens 3.9.0
         (n, n, [0, 2]),
     ):
         stream = cache["resid_post", -1] if end == n else cache["resid_pre", end]
