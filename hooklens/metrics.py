@@ -275,12 +275,12 @@ def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
 def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
     """Token ids of one answer or several; a text of several tokens is refused, with its tokens shown."""
     need_hooked(model, "an answer")
-    is_many = isinstance(answer, list | tuple) or (isinstance(answer, Tensor) and answer.ndim > 0)
+    is_many = isinstance(answer, list | tuple) or getattr(answer, "ndim", 0) > 0
     many: list[Any] = list(answer) if is_many else [answer]  # type: ignore[arg-type]
-    ids = torch.tensor([_token_id(model, one, name) for one in many])
-    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab_out:
-        raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r}")
-    return ids
+    ids = [_token_id(model, one, name) for one in many]
+    if not ids or min(ids) < 0 or max(ids) >= model.cfg.d_vocab_out:
+        raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r:.80}")
+    return torch.tensor(ids)
 
 
 def _token_id(model: HookedTransformer, one: Any, name: str) -> int:

@@ -284,11 +284,13 @@ def prompt_rows(model: "HookedTransformer", prompt: Prompt) -> list[Row]:
     [[1, 2], [3]]
     """
     given = [prompt] if isinstance(prompt, str) else prompt
+    if hasattr(given, "tolist"):
+        given = given if isinstance(given, Tensor) else given.tolist()
     if not isinstance(given, Tensor | list | tuple):
         raise WrongType(f"a prompt is text, token ids or a list of these, got {type(prompt).__name__}")
     if len(given) == 0:
         raise InputError("the prompt is empty; give some text, or at least one token id")
-    if isinstance(given[0], int) or (isinstance(given, Tensor) and given.ndim == 1):
+    if isinstance(given[0], Integral) or (isinstance(given[0], Tensor) and given[0].ndim == 0):
         given = [given]
     return [_row(model, one) for one in given]
 

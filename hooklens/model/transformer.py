@@ -155,6 +155,8 @@ class HookedTransformer(HookedModule):
 
     def read_out(self, x: Stream, ctx: Context | None = None) -> Logits:
         """Final norm and unembedding; a context says which position of each row is unembedded."""
+        if isinstance(x, PaddedTensor):
+            return padded(self.read_out(x.as_subclass(Tensor), ctx), x.attention_mask)
         x = x if self.ln_final is None else self.ln_final(x)
         return self.unembed(x if ctx is None else ctx.select(x))
 

@@ -1,6 +1,7 @@
 """Text to tokens and back: a small wrapper around the `tokenizers` library in which nothing is added silently."""
 
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -163,7 +164,7 @@ class Tokenizer:
 
     def to_string(self, tokens: Int[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | int) -> Any:
         """The text of token ids: a str for one sequence, a list of str for a batch. Special tokens are spelled out."""
-        ids: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        ids = _listed(tokens)
         if isinstance(ids, int):
             ids = [ids]
         if len(ids) and not isinstance(ids[0], int):
@@ -180,7 +181,8 @@ class Tokenizer:
         """
         if isinstance(tokens, str):
             tokens = self._row(tokens, prepend_bos)
-        ids: Any = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        ids = _listed(tokens)
+        ids = [ids] if isinstance(ids, int) else ids
         if len(ids) == 1 and isinstance(ids[0], list):
             ids = ids[0]
         if ids and isinstance(ids[0], list):
@@ -248,8 +250,10 @@ class Tokenizer:
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def _check(self, ids: Sequence[int]) -> None:
+        if any(isinstance(i, list) for i in ids):
+            raise InputError("tokens are one sequence of ids or several, got a mixture of both")
         size = self.vocab_size  # ids may have gaps, so that a few valid ones lie above
-        bad = next((i for i in ids if i < 0 or (i >= size and self.backend.id_to_token(i) is None)), None)
+        bad = next((i for i in ids if not 0 <= i < 2**32 or (i >= size and self.backend.id_to_token(i) is None)), None)
         if bad is not None:
             raise InputError(f"{bad} is no token id; this tokenizer's ids go from 0 to {size - 1}")
 
@@ -268,6 +272,17 @@ class Tokenizer:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)]).decode("utf-8", "replace")
         return piece.replace("▁", " ")
+
+
+def _listed(tokens: Any) -> Any:
+    """Ids of any integer type, alone or in lists of lists, as Python numbers."""
+    ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(ids, list | tuple):
+        return [_listed(one) for one in ids]
+    try:
+        return operator.index(ids)
+    except TypeError as error:
+        raise WrongType(f"tokens are integers, in one sequence or in several, got {tokens!r:.60}") from error
 
 
 @lru_cache

@@ -284,6 +284,24 @@ def test_decompositions_sum_to_the_stream(kind):
             assert torch.allclose(parts.sum(0), stream, atol=1e-10) and len(labels) == len(parts)
 
 
+def test_layer_minus_one_left_out_the_last_layer():
+    """In TransformerLens 3.9.0 it means all layers; it was "before the last", silently."""
+    model = tiny_model(n_layers=3, dtype=torch.float64)
+    _, cache = model.run_with_cache(TOKENS)
+    for name in ("accumulated_resid", "decompose_resid", "stack_head_results", "stack_neuron_results"):
+        whole, labels = getattr(cache, name)(apply_ln=True)
+        for layer in (-1, 3):
+            part, same = getattr(cache, name)(layer, apply_ln=True)
+            assert same == labels and torch.equal(part, whole), name
+        with refused(InputError, r"layer -2 asked for; .* None, -1 or 3. Count other layers from 0"):
+            getattr(cache, name)(-2)
+    assert "L2H1" in cache.stack_head_results(-1)[1]
+    stack = cache.decompose_resid()[0]
+    assert torch.equal(cache.apply_ln_to_stack(stack, -1), cache.apply_ln_to_stack(stack))
+    with refused(InputError, "layer 4 asked for"):
+        cache.apply_ln_to_stack(stack, 4)
+
+
 @pytest.mark.parametrize("kind", ADDITIVE)
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_logit_attributions_sum_to_the_uncapped_logit_minus_both_biases(kind, dtype, atol):
