@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -23,6 +23,7 @@ from hooklens.model.transformer import HookedTransformer, need_hooked
 Read = Float[Tensor, "row read token"]
 Values = Float[Tensor, "row"]
 MetricFn = Callable[[Float[Tensor, "pair pos d_vocab"]], Tensor]
+Positions = int | Sequence[int] | Integer[Tensor, "*pair"]
 Answers = str | int | Sequence[str] | Sequence[int] | Tensor
 
 
@@ -184,9 +185,7 @@ class MinusLoss(_AtPosition):
         return 0
 
 
-def logit_diff(
-    model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: int | Sequence[int] = -1
-) -> LogitDiff:
+def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: Positions = -1) -> LogitDiff:
     """How much more the model says `answer` than `wrong_answer`, as a difference of logits; one answer or one a pair.
 
     >>> from hooklens.testing import tiny_model
@@ -198,17 +197,23 @@ def logit_diff(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.
     """
     right, wrong = answer_ids(model, answer, "answer"), answer_ids(model, wrong_answer, "wrong_answer")
-    return LogitDiff(*_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=right, wrong_answer=wrong))
+    return LogitDiff(
+        *_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=right, wrong_answer=wrong)
+    )
 
 
-def prob(model: HookedTransformer, *, answer: Answers, pos: int | Sequence[int] = -1) -> Prob:
+def prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> Prob:
     """The probability that the model gives `answer`, between 0 and 1."""
-    return Prob(*_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=answer_ids(model, answer)))
+    return Prob(
+        *_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=answer_ids(model, answer))
+    )
 
 
-def log_prob(model: HookedTransformer, *, answer: Answers, pos: int | Sequence[int] = -1) -> LogProb:
+def log_prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> LogProb:
     """The log-probability that the model gives `answer`, in nats."""
-    return LogProb(*_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=answer_ids(model, answer)))
+    return LogProb(
+        *_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=answer_ids(model, answer))
+    )
 
 
 def kl(model: HookedTransformer, reference: Any, *, pos: int = -1, attention_mask: Any = None) -> MinusKL:

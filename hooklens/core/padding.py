@@ -129,7 +129,7 @@ class PaddedTensor(Tensor):
             out = func(*args, **kwargs)
             return _kept(out, args[:1] if name == "to" else args) if _rowwise(name, args, kwargs) else out
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Tensor:
         return padded(copy.deepcopy(self.as_subclass(Tensor), memo), self.attention_mask)
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache
@@ -37,7 +37,7 @@ Chosen = Int[Tensor, "batch"]
 Mask = Bool[Tensor, "any_batch key_pos"]
 AnyMask = Shaped[Tensor, "*batch key_pos"]
 Text = str | Sequence[str]
-Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
 
 
 class HookedTransformer(HookedModule):
@@ -106,7 +106,7 @@ class HookedTransformer(HookedModule):
         stop_at_layer: int | None = None,
         kv_cache: KVCache | None = None,
         attention_mask: Bool[Tensor, "*batch key_pos"] | Int[Tensor, "*batch key_pos"] | None = None,
-        logits_at: int | Int[Tensor, "batch"] | None = None,
+        logits_at: int | Sequence[int] | Integer[Tensor, "batch"] | None = None,
     ) -> Logits | Stream:
         """Logits of every position; with `stop_at_layer` the residual stream that enters that layer.
 
@@ -224,7 +224,7 @@ class HookedTransformer(HookedModule):
         positions = (seen.long().cumsum(1) - 1).clamp_min(0)[:, offset:]
         return Context(positions, offset, key_seen=seen, cache=past)
 
-    def _chosen(self, at: int | Chosen, x: Input | Stream, ctx: Context) -> Chosen:
+    def _chosen(self, at: int | Sequence[int] | Integer[Tensor, "batch"], x: Input | Stream, ctx: Context) -> Chosen:
         batch, n_new = x.shape[:2]
         index = as_ids(at, "logits_at is an integer, or one for each row", x.device)
         if index.ndim > 1 or index.numel() not in (1, batch):
@@ -296,7 +296,7 @@ class HookedTransformer(HookedModule):
         """The text of token ids; a list of texts for a batch."""
         return self._need_tokenizer().to_string(tokens)
 
-    def to_str_tokens(self, text: str | Tensor, *, prepend_bos: bool | None = None) -> list[str]:
+    def to_str_tokens(self, text: str | Tensor | Sequence[int], *, prepend_bos: bool | None = None) -> list[str]:
         """Each token's text on its own."""
         return self._need_tokenizer().to_str_tokens(text, prepend_bos=prepend_bos)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -162,7 +162,9 @@ class Tokenizer:
             )
         return ids
 
-    def to_string(self, tokens: Int[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | int) -> Any:
+    def to_string(
+        self, tokens: Integer[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | int
+    ) -> Any:
         """The text of token ids: a str for one sequence, a list of str for a batch. Special tokens are spelled out."""
         ids = _listed(tokens)
         if isinstance(ids, int):
@@ -173,7 +175,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def to_str_tokens(
-        self, tokens: str | Int[Tensor, "*shape"] | Sequence[int], *, prepend_bos: bool | None = None
+        self, tokens: str | Integer[Tensor, "*shape"] | Sequence[int], *, prepend_bos: bool | None = None
     ) -> list[str]:
         """One string a token, the leading space included, for one text or one sequence of ids.
 

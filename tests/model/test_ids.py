@@ -39,9 +39,9 @@ NUMBERS = {"answer", "pos", "logits_at"}  # one number a row
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint8", "uint16", "uint32", "uint64"])
 def test_ids_of_every_integer_type_ended_in_torchs_own_error(reader, dtype):
     read, wanted = READERS[reader], READERS[reader](torch.tensor(IDS))
-    for ids in (torch.tensor(IDS, dtype=getattr(torch, dtype)), np.array(IDS, dtype=dtype)):
-        got = read(ids)
-        assert got == wanted if isinstance(wanted, str | list) else torch.equal(got, wanted)
+    got = read(torch.tensor(IDS, dtype=getattr(torch, dtype)))
+    assert got == wanted if isinstance(wanted, str | list) else torch.equal(got, wanted)
+    assert as_ids(np.array(IDS, dtype=dtype)).tolist() == IDS
 
 
 @pytest.mark.parametrize("reader", sorted(set(READERS) - NUMBERS - MANY - {"to_str_tokens"}))
@@ -54,7 +54,7 @@ def test_rows_of_different_length_ended_in_torchs_own_error(reader, ids):
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("ids", [[[1.5, 2.0]], [[None]], [[2**70]], [[b"a"]], [[1, [2]]]])
 def test_what_is_no_id_is_refused_in_our_words(reader, ids):
-    with pytest.raises(HooklensError):
+    with refused(HooklensError, ""):
         READERS[reader](ids)
 
 
