@@ -58,7 +58,8 @@ class _AtPosition(ABC):
         if len(self.pos) not in (1, len(logits)):
             raise InputError(f"the metric was made for {len(self.pos)} pairs, and got logits of {len(logits)}")
         this = self.pairs(torch.arange(len(logits)))
-        pos, tokens = (None if part is None else part.to(logits.device) for part in this.reads)
+        pos, tokens = this.reads
+        pos, tokens = pos.to(logits.device), None if tokens is None else tokens.to(logits.device)
         if isinstance(logits, PaddedTensor):
             pos, logits = columns(logits.attention_mask, pos), logits.as_subclass(Tensor)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
@@ -152,7 +153,7 @@ class MinusLoss(_AtPosition):
         this = self.pairs(torch.arange(len(mask))) if len(self.pos) == 1 else self
         if not torch.equal(this._predicted() + 1, mask.sum(1).to(self.pos.device)):
             this = this._without(mask)
-        return super(MinusLoss, this).__call__(logits)
+        return _AtPosition.__call__(this, logits)
 
     def _predicted(self) -> Int[Tensor, "pair"]:
         return self.pos % self.tokens.shape[1]
@@ -197,23 +198,17 @@ def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answe
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.
     """
     right, wrong = answer_ids(model, answer, "answer"), answer_ids(model, wrong_answer, "wrong_answer")
-    return LogitDiff(
-        *_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=right, wrong_answer=wrong)
-    )
+    return LogitDiff(*_one_a_pair(pos=_positions(pos), answer=right, wrong_answer=wrong))
 
 
 def prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> Prob:
     """The probability that the model gives `answer`, between 0 and 1."""
-    return Prob(
-        *_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=answer_ids(model, answer))
-    )
+    return Prob(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
 def log_prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> LogProb:
     """The log-probability that the model gives `answer`, in nats."""
-    return LogProb(
-        *_one_a_pair(pos=as_ids(pos, "pos is an integer, or one for each pair"), answer=answer_ids(model, answer))
-    )
+    return LogProb(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
 def kl(model: HookedTransformer, reference: Any, *, pos: int = -1, attention_mask: Any = None) -> MinusKL:
@@ -286,6 +281,10 @@ def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") 
     if not ids or min(ids) < 0 or max(ids) >= model.cfg.d_vocab_out:
         raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r:.80}")
     return torch.tensor(ids)
+
+
+def _positions(pos: Positions) -> Int[Tensor, "*pair"]:
+    return as_ids(pos, "pos is an integer, or one for each pair")
 
 
 def _token_id(model: HookedTransformer, one: Any, name: str) -> int:

@@ -196,7 +196,7 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What each component added to the stream that enters `layer` (None or -1: that leaves the last block), labelled.
+        """What each component added to the stream that enters `layer` (None or -1: leaves the last block), labelled.
 
         The sum over components is that stream. `mode` is "all", "attn" or "mlp".
         """
@@ -219,7 +219,7 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What every head of the layers below `layer` (None or -1: of all) wrote to the stream, labelled L0H0, L0H1, ...
+        """What every head of the layers below `layer` (None or -1: of all) wrote to the stream, as L0H0, L0H1, ...
 
         Taken from the cached `result` or else computed from `z`. With `incl_remainder` a last component holds the rest
         of the stream: embeddings, MLPs and biases.
@@ -242,7 +242,7 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What every MLP neuron of the layers below `layer` (None or -1: of all) wrote to the stream, labelled L0N0, ...
+        """What every MLP neuron of the layers below `layer` (None or -1: of all) wrote to the stream, as L0N0, ...
 
         Large: d_mlp vectors a layer and position. `neurons` and `pos` narrow it.
         """
@@ -268,7 +268,7 @@ class ActivationCache(Mapping[str, Tensor]):
         mlp_input: bool = False,
         pos: Index | None = None,
     ) -> Float[Tensor, "component ... d_model"]:
-        """The stack through the norm that reads `layer` (None or -1: the final norm), its scale frozen at the cached one.
+        """The stack through the norm that reads `layer` (None or -1: the final norm), with its cached scale.
 
         Linear in the stack: centred where the norm centres, divided by the scale, times the norm's weight, without its
         bias. So the sum over components of a full decomposition is the norm's output minus its bias.

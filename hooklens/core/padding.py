@@ -12,14 +12,11 @@ from hooklens.core.errors import InputError
 Mask = Bool[Tensor, "batch pos"]
 
 # Operations that leave the axes batch and pos as they are, so that their result has the padding of what they got ...
-_ELEMENTWISE = frozenset(
-    "abs add bfloat16 clone contiguous cpu cuda detach div double exp float half log mul neg __rdiv__ __rsub__ sub "
-    "to".split()
-)
+_ELEMENTWISE = {"abs", "add", "div", "exp", "log", "mul", "neg", "__rdiv__", "__rsub__", "sub"}
+_ELEMENTWISE |= {"bfloat16", "clone", "contiguous", "cpu", "cuda", "detach", "double", "float", "half", "to"}
 # ... if they work along the last axis only.
-_KEEPING = _ELEMENTWISE | frozenset(
-    "amax argmax argsort log_softmax logsumexp max mean min softmax sort sum topk".split()
-)
+_LAST_AXIS = {"amax", "argmax", "argsort", "log_softmax", "logsumexp", "max", "mean", "min", "softmax", "sort", "sum"}
+_KEEPING = _ELEMENTWISE | _LAST_AXIS | {"topk"}
 # Operations that would select by column, padding included.
 _BY_COLUMN = frozenset({"select", "narrow", "index_select", "__setitem__"})
 
@@ -70,7 +67,7 @@ def per_row(real: Mask, pos: Any) -> tuple[Int[Tensor, "any_batch n"], Any]:
             )
         return torch.tensor(chosen, dtype=torch.long, device=real.device), slice(None)
     asked = torch.as_tensor(pos, device=real.device)
-    if asked.dtype == torch.bool or asked.is_floating_point() and asked.numel():
+    if asked.dtype == torch.bool or (asked.is_floating_point() and asked.numel()):
         raise InputError(
             f"pos {pos!r:.60} asked for where rows are padded; positions count each row's real tokens there, so give "
             "integers or a slice"
@@ -99,9 +96,9 @@ class PaddedTensor(Tensor):
     """Logits, or a residual stream, of rows of different length: `attention_mask` [batch pos] is False at padding.
 
     Numbers that index the position axis count each row's real tokens, and raise where a row has fewer: `logits[:, -1]`
-    is what each prompt's last token says, `logits[:, -2:]` what its last two say. Slices from the start, `logits[:, 1:]`
-    and `logits[:, :-1]`, leave out columns and keep the mask of the others, as does what works on each position alone,
-    such as `log_softmax(-1)`. Any other operation gives a plain tensor, whose columns are as padded;
+    is what each prompt's last token says, `logits[:, -2:]` what its last two say. Slices from the start, such as
+    `logits[:, 1:]` and `logits[:, :-1]`, leave out columns and keep the mask of the others, as does what works on each
+    position alone, such as `log_softmax(-1)`. Any other operation gives a plain tensor, whose columns are as padded;
     `as_subclass(torch.Tensor)` gives that at once, `logits[mask]` all real positions.
 
     >>> logits = padded(torch.tensor([[[1.0], [2.0], [0.0]]]), torch.tensor([[True, True, False]]))

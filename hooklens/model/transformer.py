@@ -181,7 +181,8 @@ class HookedTransformer(HookedModule):
             tokens, real = self._need_tokenizer().to_tokens(tokens, return_mask=True, device=self.device)
             mask = real if mask is None and not bool(real.all()) else mask
         if isinstance(tokens, PaddedTensor):  # what model(texts, stop_at_layer=...) gave
-            tokens, mask = tokens.as_subclass(Tensor), tokens.attention_mask if mask is None else mask
+            mask = tokens.attention_mask if mask is None else mask
+            tokens = tokens.as_subclass(Tensor)
         if not is_stream and isinstance(self.cfg.embed, TokenEmbed):
             tokens = self._check_tokens(tokens)
             tokens = tokens[None] if tokens.ndim == 1 else tokens
