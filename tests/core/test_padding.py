@@ -57,7 +57,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("pos", [-1, -3, 0, 2, [0, -1], slice(-2, None), slice(0, 3), torch.tensor([1, -2])])
 def test_a_position_of_a_padded_cache_was_that_of_another_token(given, pos):
-    """slice(pos=-1) and decompose_resid(pos=-1) of the shorter prompt were those of its padding, off by 2.04 and 1.63."""
+    """slice(pos=-1), decompose_resid(pos=-1) of the shorter prompt were its padding's, off by 2.04 and 1.63."""
     model, inputs = given
     _, cache = model.run_with_cache(**inputs)
     part, attrs = cache.slice(pos=pos), {}
