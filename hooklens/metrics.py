@@ -11,21 +11,27 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
+from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
+from hooklens.model.ids import as_ids
 from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]
 Values = Float[Tensor, "row"]
 MetricFn = Callable[[Float[Tensor, "pair pos d_vocab"]], Tensor]
+Positions = int | Sequence[int] | Integer[Tensor, "*pair"]
 Answers = str | int | Sequence[str] | Sequence[int] | Tensor
 
 
 class Reads(NamedTuple):
-    """What a metric reads: positions `[pair read]` (negative: from the end), tokens `[pair token]` or None for all."""
+    """What a metric reads: positions `[pair read]` (negative: from the end), tokens `[pair token]` or None for all.
+
+    Positions count the real tokens of each prompt, where it is padded.
+    """
 
     pos: Int[Tensor, "pair read"]
     tokens: Int[Tensor, "pair token"] | None
@@ -52,7 +58,10 @@ class _AtPosition(ABC):
         if len(self.pos) not in (1, len(logits)):
             raise InputError(f"the metric was made for {len(self.pos)} pairs, and got logits of {len(logits)}")
         this = self.pairs(torch.arange(len(logits)))
-        pos, tokens = (None if part is None else part.to(logits.device) for part in this.reads)
+        pos, tokens = this.reads
+        pos, tokens = pos.to(logits.device), None if tokens is None else tokens.to(logits.device)
+        if isinstance(logits, PaddedTensor):
+            pos, logits = columns(logits.attention_mask, pos), logits.as_subclass(Tensor)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         read = logits[rows, pos]
         return this.on_read(read if tokens is None else read.gather(2, tokens[:, None].expand(-1, read.shape[1], -1)))
@@ -115,35 +124,69 @@ class LogProb(_AtPosition):
 
 @dataclass(frozen=True, eq=False)
 class MinusKL(_AtPosition):
-    """-KL(reference || model) at one position, in nats; 0 where the model predicts as the reference does."""
+    """-KL(reference || model) at one position, in nats; 0 where the model predicts as the reference does.
+
+    -inf where the model forbids (logit -inf) a token that the reference allows.
+    """
 
     log_probs: Float[Tensor, "pair d_vocab"]
 
     def on_read(self, logits: Read) -> Values:
         said = widened(logits[:, 0]).log_softmax(-1)
-        target = self.log_probs.to(said)
-        return -(target.exp() * (target - said)).sum(-1)
+        return -kl_divergence(self.log_probs.to(said), said)
 
 
 @dataclass(frozen=True, eq=False)
 class MinusLoss(_AtPosition):
-    """Minus the mean next-token cross-entropy over the whole prompt, in nats a token."""
+    """Minus the mean next-token cross-entropy over each prompt, in nats a token.
+
+    `pos` is the place of each prompt's last token; what stands after it is padding.
+    """
 
     tokens: Int[Tensor, "pair pos"]
 
+    def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
+        """One value a pair, from full logits; padding that they know of is left out of the tokens too."""
+        if not isinstance(logits, PaddedTensor):
+            return super().__call__(logits)
+        mask = logits.attention_mask.to(self.tokens.device)
+        this = self.pairs(torch.arange(len(mask))) if len(self.pos) == 1 else self
+        if not torch.equal(this._predicted() + 1, mask.sum(1).to(self.pos.device)):
+            this = this._without(mask)
+        return _AtPosition.__call__(this, logits)
+
+    def _predicted(self) -> Int[Tensor, "pair"]:
+        return self.pos % self.tokens.shape[1]
+
+    def _without(self, mask: Bool[Tensor, "pair pos"]) -> "MinusLoss":
+        if self.tokens.shape != mask.shape:
+            raise InputError(
+                f"the loss was made for prompts of {(self._predicted() + 1).tolist()} tokens, and got logits of "
+                f"{mask.sum(1).tolist()}; make it from what the model read"
+            )
+        tokens, pos = _unpadded(self.tokens, mask)
+        return replace(self, tokens=tokens, pos=pos)
+
     @property
     def reads(self) -> Reads:
-        n = self.tokens.shape[1] - 1
-        return Reads(torch.arange(n).expand(len(self.tokens), n), None)
+        n = self._predicted()[:, None]
+        # a prompt that is shorter than the longest has its last prediction read again, which `on_read` does not count
+        at = torch.arange(self._first(), int(n.max()), device=n.device)
+        return Reads(torch.minimum(at.expand(len(n), -1), n - 1), None)
 
     def on_read(self, logits: Read) -> Values:
-        targets = self.tokens[:, 1:].to(logits.device)
-        return widened(logits).log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
+        first = self._first()
+        targets = self.tokens[:, first + 1 : first + 1 + logits.shape[1]].to(logits.device)
+        log_probs = widened(logits).log_softmax(-1).gather(2, targets[..., None])[..., 0]
+        n = (self._predicted() - first).to(logits.device)
+        counted = torch.arange(logits.shape[1], device=logits.device) < n[:, None]
+        return log_probs.masked_fill(~counted, 0.0).sum(1) / n
+
+    def _first(self) -> int:
+        return 0
 
 
-def logit_diff(
-    model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: int | Sequence[int] = -1
-) -> LogitDiff:
+def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: Positions = -1) -> LogitDiff:
     """How much more the model says `answer` than `wrong_answer`, as a difference of logits; one answer or one a pair.
 
     >>> from hooklens.testing import tiny_model
@@ -155,20 +198,20 @@ def logit_diff(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.
     """
     right, wrong = answer_ids(model, answer, "answer"), answer_ids(model, wrong_answer, "wrong_answer")
-    return LogitDiff(*_one_a_pair(pos=torch.as_tensor(pos), answer=right, wrong_answer=wrong))
+    return LogitDiff(*_one_a_pair(pos=_positions(pos), answer=right, wrong_answer=wrong))
 
 
-def prob(model: HookedTransformer, *, answer: Answers, pos: int | Sequence[int] = -1) -> Prob:
+def prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> Prob:
     """The probability that the model gives `answer`, between 0 and 1."""
-    return Prob(*_one_a_pair(pos=torch.as_tensor(pos), answer=answer_ids(model, answer)))
+    return Prob(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
-def log_prob(model: HookedTransformer, *, answer: Answers, pos: int | Sequence[int] = -1) -> LogProb:
+def log_prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> LogProb:
     """The log-probability that the model gives `answer`, in nats."""
-    return LogProb(*_one_a_pair(pos=torch.as_tensor(pos), answer=answer_ids(model, answer)))
+    return LogProb(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
-def kl(model: HookedTransformer, reference: Any, *, pos: int = -1) -> MinusKL:
+def kl(model: HookedTransformer, reference: Any, *, pos: int = -1, attention_mask: Any = None) -> MinusKL:
     """Minus the KL divergence, in nats, from the model's own prediction on the `reference` prompts (usually clean).
 
     >>> from hooklens.testing import tiny_model
@@ -178,26 +221,50 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1) -> MinusKL:
     """
     need_hooked(model, "kl(model, reference), which makes a metric of logits,")
     with torch.no_grad():
-        log_probs = widened(model(reference, logits_at=pos)[:, 0]).log_softmax(-1)
+        logits = model(reference, logits_at=pos, attention_mask=attention_mask)[:, 0]
+        log_probs = widened(logits).log_softmax(-1)
     return MinusKL(torch.full((len(log_probs),), pos), log_probs)
 
 
-def loss(model: HookedTransformer, tokens: Any) -> MinusLoss:
-    """Minus the mean next-token cross-entropy on `tokens`, in nats a token (minus, so that higher is better)."""
+def kl_divergence(
+    target: Float[Tensor, "*row token"], said: Float[Tensor, "*any_row token"]
+) -> Float[Tensor, "*out_row"]:
+    """KL(target || said) in nats, of log-probabilities. A token that the target forbids adds 0, as p log p does at 0.
+
+    >>> never = float("-inf")
+    >>> kl_divergence(torch.tensor([0.0, never]), torch.tensor([[0.0, never], [never, 0.0]])).tolist()
+    [0.0, inf]
+    """
+    # A probability too small to be written is not 0: times an infinite difference it is infinite, not NaN.
+    p = target.exp().clamp_min(torch.finfo(target.dtype).tiny)
+    return (p * (target - said)).masked_fill(target.isneginf(), 0.0).sum(-1)
+
+
+def loss(model: HookedTransformer, tokens: Any, *, attention_mask: Any = None) -> MinusLoss:
+    """Minus the mean next-token cross-entropy on `tokens`, in nats a token (minus, so that higher is better).
+
+    Each prompt's mean is over its own tokens: texts may differ in length, and ids that are padded come with their mask.
+    """
     need_hooked(model, "loss(model, tokens), which makes a metric of logits,")
     texts = [tokens] if isinstance(tokens, str) else tokens
-    if not isinstance(texts, Tensor) and all(isinstance(text, str) for text in texts):
-        rows = [model.to_tokens(text)[0] for text in texts]
-        if len({len(row) for row in rows}) != 1:
-            raise InputError(
-                f"loss reads every token, so prompts must be of one length, got {[len(row) for row in rows]} tokens; "
-                "patch each length on its own, or use log_prob of the answer"
-            )
-        texts = torch.stack(rows)
-    ids = torch.atleast_2d(torch.as_tensor(texts, device=model.device))
-    if ids.ndim != 2 or ids.shape[1] < 2:
-        raise InputError(f"loss needs prompts [pair pos] of at least two tokens, got {list(ids.shape)}")
-    return MinusLoss(torch.full((len(ids),), -1), ids)
+    if isinstance(texts, list | tuple) and texts and isinstance(texts[0], str):
+        ids, attention_mask = model.to_tokens(list(texts), return_mask=True)
+    else:
+        ids = torch.atleast_2d(as_ids(texts, "loss needs prompts of integers [pair pos]", model.device))
+    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=ids.device)
+    mask = torch.atleast_2d(mask).bool()
+    if ids.ndim != 2 or mask.shape != ids.shape or not len(ids) or int(mask.sum(1).min()) < 2:
+        seen = f"{list(ids.shape)}" + ("" if attention_mask is None else f" with {mask.sum(-1).tolist()} real tokens")
+        raise InputError(f"loss needs prompts [pair pos] of at least two tokens, got {seen}")
+    ids, last = _unpadded(ids, mask)
+    return MinusLoss(last, ids)
+
+
+def _unpadded(
+    tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"]
+) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair"]]:
+    """The real tokens of each row first, and the place of the last of them."""
+    return tokens.gather(1, first_real(mask)), mask.sum(1).cpu() - 1
 
 
 def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
@@ -208,12 +275,16 @@ def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
 def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
     """Token ids of one answer or several; a text of several tokens is refused, with its tokens shown."""
     need_hooked(model, "an answer")
-    is_many = isinstance(answer, list | tuple) or (isinstance(answer, Tensor) and answer.ndim > 0)
+    is_many = isinstance(answer, list | tuple) or getattr(answer, "ndim", 0) > 0
     many: list[Any] = list(answer) if is_many else [answer]  # type: ignore[arg-type]
-    ids = torch.tensor([_token_id(model, one, name) for one in many])
-    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab_out:
-        raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r}")
-    return ids
+    ids = [_token_id(model, one, name) for one in many]
+    if not ids or min(ids) < 0 or max(ids) >= model.cfg.d_vocab_out:
+        raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r:.80}")
+    return torch.tensor(ids)
+
+
+def _positions(pos: Positions) -> Int[Tensor, "*pair"]:
+    return as_ids(pos, "pos is an integer, or one for each pair")
 
 
 def _token_id(model: HookedTransformer, one: Any, name: str) -> int:

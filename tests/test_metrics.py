@@ -10,7 +10,8 @@ from torch import Tensor
 
 import hooklens as hl
 from hooklens.core.errors import InputError, WrongType
-from hooklens.metrics import ReadingMetric, answer_ids
+from hooklens.metrics import ReadingMetric, answer_ids, kl_divergence
+from hooklens.model.config import Biases
 from hooklens.testing import tiny_model
 
 MODEL = tiny_model()
@@ -157,8 +158,7 @@ def test_texts():
         with pytest.raises(InputError, match="the prompt '' is empty"):
             hl.patch(model, *prompts, hl.prob(model, answer="a"))
     torch.testing.assert_close(hl.loss(model, "abc").tokens, model.to_tokens("abc"))
-    with pytest.raises(InputError, match=r"one length, got \[3, 2\]"):
-        hl.loss(model, ["abc", "ab"])
+    assert hl.loss(model, ["abc", "ab"]).pos.tolist() == [2, 1]
 
 
 def test_loss_of_too_little():
@@ -187,3 +187,87 @@ def test_logits_in_place_of_the_model_are_refused_where_a_metric_is_made(make, f
     """`hl.loss(logits, tokens)` handed back a metric."""
     with refused(WrongType, f"needs a HookedTransformer, got {type(first).__name__}"):
         make(first, TOKENS)
+
+
+# padding
+
+
+def reading_model(**changes):
+    from hooklens.pretrained.tokenizer import tiny_tokenizer
+
+    model = tiny_model(d_vocab=256, dtype=torch.float64, **changes)
+    model.tokenizer = tiny_tokenizer()
+    return model
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_counted_padding_and_refused_texts_of_different_length(side):
+    """It was -2.166 for a prompt that alone has -1.980."""
+    model, texts = reading_model(), ["abc", "abcdefgh", "xy"]
+    ids, mask = model.to_tokens(texts, return_mask=True, padding_side=side)
+    logits = model(ids, attention_mask=mask)
+    alone = torch.cat([hl.loss(model, text)(model(text)) for text in texts])
+    for metric in (hl.loss(model, texts), hl.loss(model, ids, attention_mask=mask), hl.loss(model, ids)):
+        torch.testing.assert_close(metric(logits), alone, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(metric.pairs(torch.tensor([2, 0]))(logits[[2, 0]]), alone[[2, 0]])
+    torch.testing.assert_close(hl.loss(model, texts)(model(texts)), alone, atol=1e-12, rtol=1e-12)
+    with refused(InputError, r"made for prompts of \[2, 2, 2\] tokens, and got logits of \[3, 8, 2\]"):
+        hl.loss(model, ["ab", "ab", "xy"])(logits)
+    with refused(InputError, "at least two tokens, got .* real tokens"):
+        hl.loss(model, ids, attention_mask=mask & mask.cumsum(1).eq(1))
+
+
+def test_a_sweep_reads_the_loss_of_each_prompt_over_its_own_tokens():
+    model, clean, corrupted = reading_model(), ["abc", "abcdefgh", "xyz"], ["abd", "abcdxfgh", "xyw"]
+    sweep = hl.patch(model, clean, corrupted, hl.loss(model, clean), by="layer")
+    for i, (one, other) in enumerate(zip(clean, corrupted, strict=True)):
+        alone = hl.patch(model, one, other, hl.loss(model, one), by="layer")
+        torch.testing.assert_close(sweep.per_pair[i], alone.per_pair[0], atol=1e-10, rtol=1e-10)
+
+
+def test_kl_of_padded_ids_reads_the_last_real_token():
+    model, texts = reading_model(), ["abc", "abcdefgh"]
+    ids, mask = model.to_tokens(texts, return_mask=True)
+    expected = torch.cat([hl.kl(model, text).log_probs for text in texts])
+    torch.testing.assert_close(hl.kl(model, ids, attention_mask=mask).log_probs, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(hl.kl(model, texts).log_probs, expected, atol=1e-12, rtol=1e-12)
+
+
+# forbidden tokens
+
+
+def forbidding(*tokens, value=float("-inf"), **changes):
+    """A model that never says these tokens."""
+    model = tiny_model(biases=Biases(unembed=True), **changes)
+    with torch.no_grad():
+        model.b_U[list(tokens)] = value
+    return model
+
+
+def test_kl_was_nan_where_a_token_is_forbidden_in_both_runs():
+    model, without = forbidding(7), forbidding(7, value=-1e4)
+    other = TOKENS.roll(1, 1)
+    metric = hl.kl(model, TOKENS)
+    expected = hl.kl(without, TOKENS)(without(other))
+    torch.testing.assert_close(metric(model(other)), expected)
+    assert (metric(model(TOKENS)).abs() < 1e-6).all()
+    value = metric(model(other)).sum()
+    value.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert hl.kl(tiny_model(biases=Biases(unembed=True)), TOKENS)(model(other)).eq(float("-inf")).all()
+    assert hl.kl(model, TOKENS)(model(other) * float("nan")).isnan().all()
+
+
+def test_patch_blamed_the_activations_where_a_token_is_forbidden():
+    model, without = forbidding(7), forbidding(7, value=-1e4)
+    clean, corrupted = TOKENS[:1], TOKENS[:1].roll(1, 1)
+    sweep = hl.patch(model, clean, corrupted, hl.kl(model, clean))
+    torch.testing.assert_close(sweep.values, hl.patch(without, clean, corrupted, hl.kl(without, clean)).values)
+    with refused(InputError, "whether the model forbids a token that it reads"):
+        hl.patch(model, clean, corrupted, hl.log_prob(model, answer=7))
+
+
+def test_a_probability_too_small_to_write_does_not_hide_an_infinite_difference():
+    target, said = torch.tensor([0.0, -200.0]), torch.tensor([0.0, float("-inf")])
+    assert kl_divergence(target, said).item() == float("inf")
+    assert kl_divergence(target, target).item() == 0.0

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused, InputError, NameNotFound
 from hooklens.core.names import Where, axes, parse, resolve
+from hooklens.core.padding import take
 
 if TYPE_CHECKING:
     from hooklens.core.hooks import HookedModule
@@ -20,11 +21,19 @@ Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
 _FORMAT = "hooklens-cache-1"
 
 
+class Entries(dict[str, Tensor]):
+    """Activations by full name, and the mask [batch key_pos] of the forward pass that they are from."""
+
+    attention_mask: Tensor | None = None
+
+
 class ActivationCache(Mapping[str, Tensor]):
     """What the points of a model held in one forward pass.
 
     A mapping from full names; short forms work too: `cache["z", 5]`, `cache["resid_post", -1]`, `cache["embed"]`.
-    Two points that held one tensor share its memory, here and in a saved file.
+    Two points that held one tensor share its memory, here and in a saved file. `pos=`, wherever it may be given, counts
+    each row's real tokens: -1 is its last, 0 its first. `layer=`, where the stream is taken apart, is None or -1 for
+    all layers.
 
     >>> from hooklens.testing import tiny_model
     >>> logits, cache = tiny_model().run_with_cache([[1, 2, 3]])
@@ -32,8 +41,22 @@ class ActivationCache(Mapping[str, Tensor]):
     torch.Size([1, 2, 3, 3])
     """
 
-    def __init__(self, entries: dict[str, Tensor], model: "HookedModule | None" = None):
-        self._entries, self.model = entries, model
+    def __init__(
+        self,
+        entries: dict[str, Tensor],
+        model: "HookedModule | None" = None,
+        attention_mask: Bool[Tensor, "*batch key_pos"] | None = None,
+    ):
+        self._entries = entries if isinstance(entries, Entries) else Entries(entries)
+        self.model = model
+        if attention_mask is not None:
+            self._entries.attention_mask = attention_mask
+
+    @property
+    def attention_mask(self) -> Bool[Tensor, "*batch key_pos"] | None:
+        """False where a key is padding; the last columns are the positions of this pass. None: nothing is padded."""
+        mask = self._entries.attention_mask
+        return None if mask is None or bool(mask.all()) else mask
 
     def __getitem__(self, key: Where) -> Tensor:
         if isinstance(key, str) and key in self._entries:
@@ -92,7 +115,7 @@ class ActivationCache(Mapping[str, Tensor]):
             if key not in done:
                 done[key] = change(name, act)
             entries[name] = done[key]
-        return ActivationCache(entries, self.model)
+        return ActivationCache(entries, self.model, self._entries.attention_mask)
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "ActivationCache":
         """The cache on another device, or its floating-point entries in another dtype."""
@@ -103,15 +126,31 @@ class ActivationCache(Mapping[str, Tensor]):
     ) -> "ActivationCache":
         """Part of the cache: some batch rows, some positions (of the query, where there are two), some layers.
 
-        An integer drops its axis. Points outside the blocks stay whatever the layers.
+        An integer drops its axis. Points outside the blocks stay whatever the layers. Where rows are padded, positions
+        that every row has are taken of each, counted in its real tokens; what is left then has no padding.
         """
         kept = self if layers is None else self._of_layers(layers)
+        if kept.attention_mask is not None:
+            return kept._of_padded(kept.attention_mask, batch, pos)
         return kept.map(lambda name, act: _sliced(name, act, batch, pos))
+
+    def _of_padded(self, mask: Tensor, batch: Index | None, pos: Index | None) -> "ActivationCache":
+        one = isinstance(batch, int) or (isinstance(batch, Tensor) and batch.ndim == 0)
+        kept = self
+        if batch is not None:  # rows first: positions need to exist in these only
+            some = [int(batch)] if one else batch  # type: ignore[arg-type]
+            mask = mask[_as_index("batch", some, len(mask), "this cache")]
+            kept = kept.map(lambda name, act: _sliced(name, act, some, None))
+        if pos is not None:
+            kept = kept.map(lambda name, act: _sliced(name, act, None, pos, mask))
+        if one:
+            kept, mask = kept.map(lambda _, act: act[0]), mask[0]
+        return ActivationCache(dict(kept._entries), self.model, None if pos is not None else mask)
 
     def _of_layers(self, layers: Index) -> "ActivationCache":
         chosen = {*_chosen("layers", layers, self._n_layers(), "this cache").tolist(), None}
         entries = {name: act for name, act in self._entries.items() if _layer_of(name) in chosen}
-        return ActivationCache(entries, self.model)
+        return ActivationCache(entries, self.model, self._entries.attention_mask)
 
     def stack(self, where: Where) -> Float[Tensor, "layer ..."]:
         """One site at every layer, stacked: `cache.stack("resid_post")` is layer batch pos d_model."""
@@ -132,7 +171,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def accumulated_resid(
         self, layer: int | None = None, *, incl_mid: bool = False, apply_ln: bool = False, pos: Index | None = None
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """The residual stream before each block up to `layer` (None: to the end), and a label for each.
+        """The residual stream before each block up to `layer` (None or -1: to the end), and a label for each.
 
         With `incl_mid` also between attention and MLP.
         """
@@ -157,7 +196,7 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What each component added to the stream that enters `layer` (None: that leaves the last block), with labels.
+        """What each component added to the stream that enters `layer` (None or -1: leaves the last block), labelled.
 
         The sum over components is that stream. `mode` is "all", "attn" or "mlp".
         """
@@ -180,7 +219,7 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What every head of the layers below `layer` (None: of all) wrote to the stream, labelled L0H0, L0H1, ...
+        """What every head of the layers below `layer` (None or -1: of all) wrote to the stream, as L0H0, L0H1, ...
 
         Taken from the cached `result` or else computed from `z`. With `incl_remainder` a last component holds the rest
         of the stream: embeddings, MLPs and biases.
@@ -203,7 +242,7 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What every MLP neuron of the layers below `layer` (None: of all) wrote to the stream, labelled L0N0, ...
+        """What every MLP neuron of the layers below `layer` (None or -1: of all) wrote to the stream, as L0N0, ...
 
         Large: d_mlp vectors a layer and position. `neurons` and `pos` narrow it.
         """
@@ -229,7 +268,7 @@ class ActivationCache(Mapping[str, Tensor]):
         mlp_input: bool = False,
         pos: Index | None = None,
     ) -> Float[Tensor, "component ... d_model"]:
-        """The stack through the norm that reads `layer` (None: the final norm), its scale frozen at the cached one.
+        """The stack through the norm that reads `layer` (None or -1: the final norm), with its cached scale.
 
         Linear in the stack: centred where the norm centres, divided by the scale, times the norm's weight, without its
         bias. So the sum over components of a full decomposition is the norm's output minus its bias.
@@ -284,6 +323,8 @@ class ActivationCache(Mapping[str, Tensor]):
         first: dict[tuple, str] = {}
         same = {name: first.setdefault(_identity(act), name) for name, act in self._entries.items()}
         tensors = {name: self._entries[name].detach().cpu().contiguous().clone() for name in first.values()}
+        if self.attention_mask is not None:
+            tensors["attention_mask"] = self.attention_mask.cpu().contiguous()
         with write_atomically(path) as aside:
             save_file(tensors, aside, metadata={"format": _FORMAT, "entries": json.dumps(same)})
 
@@ -299,7 +340,10 @@ class ActivationCache(Mapping[str, Tensor]):
                     raise FileRefused(f"{path} is not a saved activation cache; ActivationCache.save writes one")
                 same = json.loads(metadata["entries"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return cls({name: tensors[stored] for name, stored in same.items()}, model)
+                mask = tensors.get("attention_mask")
+                if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (1, 2)):
+                    raise FileRefused(f"{path} is damaged: its attention_mask is {mask.dtype} {list(mask.shape)}")
+                return cls({name: tensors[stored] for name, stored in same.items()}, model, mask)
         except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise FileRefused(f"{path} cannot be read as a saved activation cache, it is damaged: {error}") from error
 
@@ -320,12 +364,15 @@ class ActivationCache(Mapping[str, Tensor]):
         n_layers = self._n_layers()
         if layer is None:
             return n_layers
-        if not -n_layers <= layer <= n_layers:
-            raise InputError(f"layer {layer} asked for; this model has layers 0 to {n_layers - 1}")
-        return layer + n_layers if layer < 0 else layer
+        if not -1 <= layer <= n_layers:
+            raise InputError(
+                f"layer {layer} asked for; the stream is taken where it enters a layer, 0 to {n_layers - 1}, or where "
+                f"it leaves the last one: None, -1 or {n_layers}. Count other layers from 0"
+            )
+        return n_layers if layer == -1 else layer
 
     def _sliced_entry(self, name: str, pos: Index | None) -> Tensor:
-        return _sliced(name, self[name], None, pos)
+        return _sliced(name, self[name], None, pos, self.attention_mask)
 
     def _stream(self, layer: int | None, pos: Index | None) -> Tensor:
         end = self._end(layer)
@@ -430,7 +477,9 @@ def _chosen(what: str, index: Index | None, size: int, of: str) -> Int[Tensor, "
     return everything if index is None else everything[_as_index(what, index, size, of)].reshape(-1)
 
 
-def _sliced(name: str, act: Tensor, batch: Index | None, pos: Index | None) -> Tensor:
+def _sliced(
+    name: str, act: Tensor, batch: Index | None, pos: Index | None, real: Bool[Tensor, "batch key_pos"] | None = None
+) -> Tensor:
     if batch is None and pos is None:
         return act
     names = axes_or_none(name)
@@ -438,5 +487,8 @@ def _sliced(name: str, act: Tensor, batch: Index | None, pos: Index | None) -> T
         raise InputError(f"{name} has shape {list(act.shape)}, whose axes are not known or already sliced")
     if pos is not None:
         axis = next(i for i, axis in enumerate(names) if axis in ("pos", "query_pos", "key_pos"))
-        act = act[(slice(None),) * axis + (_as_index("pos", pos, act.shape[axis], name),)]
+        if real is None:
+            act = act[(slice(None),) * axis + (_as_index("pos", pos, act.shape[axis], name),)]
+        else:
+            act = take(act, axis, real[:, -act.shape[axis] :], pos)
     return act if batch is None else act[_as_index("batch", batch, len(act), name)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hooklens.core.cache import ActivationCache, converted
+from hooklens.core.cache import ActivationCache, Entries, converted
 from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
 from hooklens.core.names import LAZY, Where, parse, resolve
 
@@ -66,7 +66,7 @@ class _Hook:
 class _Capture:
     """Where captured activations go, and how: detached unless gradients are asked for, cast on arrival."""
 
-    def __init__(self, entries: dict[str, Tensor], device, dtype, grads: bool, asked: bool):
+    def __init__(self, entries: Entries, device, dtype, grads: bool, asked: bool):
         self.entries, self.device, self.dtype, self.grads, self.asked = entries, device, dtype, grads, asked
         self.moved: dict[int, tuple[weakref.ref, Tensor]] = {}
 
@@ -151,6 +151,7 @@ def dispatch(call: HookCall, hooks: Sequence[_Hook], act: Tensor, overwritten: b
         if act.requires_grad:
             act.register_hook(_backward_hook(hook, call))
     for capture in captures:
+        capture.entries.attention_mask = call.seen
         capture.take(call.name, act, overwritten)
     return act
 
@@ -376,7 +377,7 @@ class HookedModule(nn.Module):
         if grads and not torch.is_grad_enabled():
             raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
         chosen = self._plain_points() if where is None else self.resolve(where)
-        entries: dict[str, Tensor] = {}
+        entries = Entries()
         scope = HookScope(self, {})
         taker = _Capture(entries, device, dtype, grads, asked=where is not None)
         for point in chosen:

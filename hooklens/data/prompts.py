@@ -1,6 +1,6 @@
 """Prompt pairs: texts or tokens, brought to tensors, grouped by length, with errors that say where they part."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
+from hooklens.model.ids import as_ids
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -73,15 +74,15 @@ def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int
             raise _empty(name, list(prompts.shape))
         if prompts.is_floating_point() or prompts.ndim not in (1, 2):
             raise WrongType(f"{name} tokens are integers [pair pos], got {prompts.dtype} {list(prompts.shape)}")
-        return list(torch.atleast_2d(prompts).to(model.device))
+        return list(torch.atleast_2d(as_ids(prompts, f"{name} tokens are integers [pair pos]")).to(model.device))
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Sequence) and len(prompts) and all(isinstance(p, str) for p in prompts):
         return [model.to_tokens(str(p))[0] for p in prompts]
-    try:
-        rows = [torch.as_tensor(row, device=model.device) for row in prompts]
-    except (TypeError, ValueError) as error:
-        raise WrongType(f"{name} is a text, a list of texts, or token ids; got {prompts!r:.80}") from error
+    if not isinstance(prompts, Iterable):
+        raise WrongType(f"{name} is a text, a list of texts, or token ids; got {prompts!r:.80}")
+    what = f"{name} is a text, a list of texts, or token ids"
+    rows = [as_ids(row, what, model.device) for row in prompts]
     if rows and all(row.ndim == 0 for row in rows):
         rows = [torch.stack(rows)]
     if not rows or any(not row.numel() for row in rows):

@@ -8,8 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.core.precision import widened
-from hooklens.metrics import MinusLoss, Read, Reads, Values
+from hooklens.metrics import MinusLoss
 from hooklens.model.config import TokenEmbed
 
 if TYPE_CHECKING:
@@ -55,14 +54,8 @@ class MinusRepeatLoss(MinusLoss):
 
     start: int = 0
 
-    @property
-    def reads(self) -> Reads:
-        at = torch.arange(self.start, self.tokens.shape[1] - 1)
-        return Reads(at.expand(len(self.tokens), -1), None)
-
-    def on_read(self, logits: Read) -> Values:
-        targets = self.tokens[:, self.start + 1 :].to(logits.device)
-        return widened(logits).log_softmax(-1).gather(2, targets[..., None])[..., 0].mean(1)
+    def _first(self) -> int:
+        return self.start
 
 
 def repeated_tokens(

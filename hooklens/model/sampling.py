@@ -18,6 +18,7 @@ from hooklens.core.names import Where
 from hooklens.model.config import TokenEmbed
 from hooklens.model.continuation import Continuation, OnPiece, Stops
 from hooklens.model.decoder import Decoder
+from hooklens.model.ids import as_ids
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
 from hooklens.result import Result
@@ -38,7 +39,9 @@ class Generation(Result):
     """What was generated, a prompt at a time.
 
     `new_tokens` end with the stop token where one was met; `texts` (without a tokenizer: None) leave every stop out.
-    `caches` are those asked for, by step; a row of theirs is a prompt. `seed` repeats the draw.
+    `caches` are those asked for, by step; a row of theirs is a prompt, also one that had stopped by then and was only
+    run on beside the others. Shorter prompts are padded on the left there, where `attention_mask` is False: take
+    positions with `cache.slice(pos=-1)`. `seed` repeats the draw.
     """
 
     prompts: list[Row]
@@ -209,7 +212,7 @@ def _run(
     # What hooks and captures keep may enter a graph later, which tensors of the faster inference_mode cannot.
     heard = bool(scopes) or edited_elsewhere(model.hook_points().values())
     pays = n_steps >= _PACKING_PAYS_FROM
-    batch = _Batch(model, [row.prompt for row in rows], alone=pays and not heard)
+    batch = _Batch(model, [row.prompt for row in rows], alone=pays and not heard, whole_until=max(scopes, default=0))
     pack = packed_linears(rows=len(rows)) if pays and batch.decoder is None else nullcontext()
     with torch.no_grad() if heard else torch.inference_mode(), pack:
         for step in range(n_steps):
@@ -232,11 +235,13 @@ def _run(
 class _Batch:
     """The prompts still being continued: rows of one KV cache. `rows` says which prompt each is.
 
-    With `alone` single steps go through a `Decoder` for as long as nobody listens and no weight is edited.
+    With `alone` single steps go through a `Decoder` for as long as nobody listens and no weight is edited. Up to step
+    `whole_until`, the last one to be captured, every prompt keeps its row.
     """
 
-    def __init__(self, model: "HookedTransformer", prompts: Sequence[Row], alone: bool):
+    def __init__(self, model: "HookedTransformer", prompts: Sequence[Row], alone: bool, whole_until: int = 0):
         self.model, self.past, self.rows = model, KVCache(), list(range(len(prompts)))
+        self.n_prompts, self.whole_until = len(prompts), whole_until
         self.decoder = Decoder.of(model, len(prompts)) if alone else None
         longest = max(map(len, prompts))
         # On the left, so that every row's last token stands in the last column and new ones follow it.
@@ -250,17 +255,25 @@ class _Batch:
         """What follows the tokens that were fed last."""
         if self.past.step and self.decoder is not None and self.decoder.serves():
             return self.decoder(self.tokens, self.past)
+        if len(self.rows) < self.n_prompts and self._heard():
+            raise InputError(
+                f"a hook was attached while generating, when {self.n_prompts - len(self.rows)} of {self.n_prompts} "
+                "prompts had stopped and left the batch; attach it before, then every prompt keeps its row"
+            )
         out = self.model(self.tokens, attention_mask=self.mask, kv_cache=self.past, logits_at=-1)
         return out[:, -1]
 
     def feed(self, chosen: Int[Tensor, "batch"], going: list[bool]) -> None:
         """Each row's next token. Finished rows leave unless somebody listens: hooks see one batch throughout."""
         self.tokens, self.mask = chosen[:, None], None
-        if not all(going) and not edited_elsewhere(self.model.hook_points().values()):
+        if not all(going) and self.past.step > self.whole_until and not self._heard():
             kept = [i for i, goes_on in enumerate(going) if goes_on]
             index = torch.tensor(kept, device=chosen.device)
             self.rows, self.tokens = [self.rows[i] for i in kept], self.tokens[index]
             self.past.keep_rows(index)
+
+    def _heard(self) -> bool:
+        return edited_elsewhere(self.model.hook_points().values())
 
 
 def prompt_rows(model: "HookedTransformer", prompt: Prompt) -> list[Row]:
@@ -271,11 +284,13 @@ def prompt_rows(model: "HookedTransformer", prompt: Prompt) -> list[Row]:
     [[1, 2], [3]]
     """
     given = [prompt] if isinstance(prompt, str) else prompt
+    if hasattr(given, "tolist"):
+        given = given if isinstance(given, Tensor) else given.tolist()
     if not isinstance(given, Tensor | list | tuple):
         raise WrongType(f"a prompt is text, token ids or a list of these, got {type(prompt).__name__}")
     if len(given) == 0:
         raise InputError("the prompt is empty; give some text, or at least one token id")
-    if isinstance(given[0], int) or (isinstance(given, Tensor) and given.ndim == 1):
+    if isinstance(given[0], Integral) or (isinstance(given[0], Tensor) and given[0].ndim == 0):
         given = [given]
     return [_row(model, one) for one in given]
 
@@ -283,12 +298,11 @@ def prompt_rows(model: "HookedTransformer", prompt: Prompt) -> list[Row]:
 def _row(model: "HookedTransformer", one: Any) -> Row:
     if isinstance(one, str):
         return model.to_tokens(one)[0]
-    ids = torch.as_tensor(one, device=model.device)
+    ids = as_ids(one, "each prompt is a text or a row of integers", model.device)
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or len(ids) == 0:
         raise InputError(f"each prompt is one row of at least one token id, got shape {list(ids.shape)}")
-    model._check_tokens(ids)
-    return ids.long()
+    return model._check_tokens(ids)
 
 
 def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_tokens: int) -> None:

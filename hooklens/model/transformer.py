@@ -6,19 +6,21 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, moment
 from hooklens.core.names import Where
+from hooklens.core.padding import PaddedTensor, columns, padded
 from hooklens.model.attention import under_transform
 from hooklens.model.block import BLOCKS
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
 from hooklens.model.continuation import OnPiece
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
+from hooklens.model.ids import as_ids
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Norm, make_norm
@@ -35,7 +37,7 @@ Chosen = Int[Tensor, "batch"]
 Mask = Bool[Tensor, "any_batch key_pos"]
 AnyMask = Shaped[Tensor, "*batch key_pos"]
 Text = str | Sequence[str]
-Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
 
 
 class HookedTransformer(KeepsPropertyErrors, HookedModule):
@@ -104,13 +106,14 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         stop_at_layer: int | None = None,
         kv_cache: KVCache | None = None,
         attention_mask: Bool[Tensor, "*batch key_pos"] | Int[Tensor, "*batch key_pos"] | None = None,
-        logits_at: int | Int[Tensor, "batch"] | None = None,
+        logits_at: int | Sequence[int] | Integer[Tensor, "batch"] | None = None,
     ) -> Logits | Stream:
         """Logits of every position; with `stop_at_layer` the residual stream that enters that layer.
 
         With `start_at_layer` the input is the residual stream there. With a `kv_cache` the tokens follow those already
         in it. `logits_at` asks for one position a row (negative: from its last real token), and the last block then
-        works only for it; the result keeps a position axis of size 1. `attention_mask` is 0 at padding, left or right.
+        works only for it; the result keeps a position axis of size 1. `attention_mask` is 0 at padding, left or right;
+        where there is some, also in texts, the result is a `PaddedTensor`: `[:, -1]` is each row's last real position.
         """
         start, stop = self._layers(start_at_layer, stop_at_layer)
         x, attention_mask = self._input(tokens, attention_mask, start_at_layer is not None)
@@ -122,7 +125,9 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             out = self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
         if kv_cache is not None:
             kv_cache.advance(x, ctx, start_at_layer)
-        return out
+        if ctx.key_seen is None or chosen is not None or not _readable(out, ctx.key_seen):
+            return out
+        return padded(out, ctx.key_seen[:, ctx.offset :])
 
     def _run(
         self, x: Input | Stream, ctx: Context, start: int, stop: int, stop_at, start_at, chosen: Chosen | None
@@ -150,6 +155,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
 
     def read_out(self, x: Stream, ctx: Context | None = None) -> Logits:
         """Final norm and unembedding; a context says which position of each row is unembedded."""
+        if isinstance(x, PaddedTensor):
+            return padded(self.read_out(x.as_subclass(Tensor), ctx), x.attention_mask)
         x = x if self.ln_final is None else self.ln_final(x)
         return self.unembed(x if ctx is None else ctx.select(x))
 
@@ -173,12 +180,14 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str)):
             tokens, real = self._need_tokenizer().to_tokens(tokens, return_mask=True, device=self.device)
             mask = real if mask is None and not bool(real.all()) else mask
-        if not isinstance(tokens, Tensor):
-            tokens = torch.as_tensor(tokens, device=self.device)
+        if isinstance(tokens, PaddedTensor):  # what model(texts, stop_at_layer=...) gave
+            mask = tokens.attention_mask if mask is None else mask
+            tokens = tokens.as_subclass(Tensor)
         if not is_stream and isinstance(self.cfg.embed, TokenEmbed):
-            self._check_tokens(tokens)
+            tokens = self._check_tokens(tokens)
             tokens = tokens[None] if tokens.ndim == 1 else tokens
         else:
+            tokens = torch.as_tensor(tokens, device=self.device)
             width = self.cfg.d_model if is_stream else self.cfg.embed.d_in
             if tokens.ndim != 3 or tokens.shape[-1] != width:
                 raise InputError(f"expected vectors [batch pos {width}], got {list(tokens.shape)}")
@@ -187,14 +196,16 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             mask = mask[None] if mask.ndim == 1 else mask
         return tokens, mask
 
-    def _check_tokens(self, tokens: Shaped[Tensor, "..."]) -> None:
-        if 0 in tokens.shape:  # before the dtype: torch makes floats of an empty list
+    def _check_tokens(self, tokens: Any) -> Int[Tensor, "*batch pos"]:
+        tokens = as_ids(tokens, device=None if isinstance(tokens, Tensor) else self.device)
+        if 0 in tokens.shape:
             raise InputError(
                 f"the prompt is empty, its tokens have shape {list(tokens.shape)}; give at least one token"
             )
         _check_ids(tokens, self.cfg.d_vocab)
         if tokens.ndim not in (1, 2):
             raise InputError(f"tokens have shape [batch pos], got {list(tokens.shape)}")
+        return tokens
 
     def _context(self, x: Input | Stream, mask: Mask | None, past: KVCache | None) -> Context:
         n_new, offset = x.shape[1], 0 if past is None else past.length
@@ -252,15 +263,15 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             self(x, start_at_layer=start, stop_at_layer=past.top, kv_cache=fresh, attention_mask=seen)
         vars(past).update(vars(fresh) | {"step": past.step})
 
-    def _chosen(self, at: int | Chosen, x: Input | Stream, ctx: Context) -> Chosen:
+    def _chosen(self, at: int | Sequence[int] | Integer[Tensor, "batch"], x: Input | Stream, ctx: Context) -> Chosen:
         batch, n_new = x.shape[:2]
-        index = torch.as_tensor(at, device=x.device).expand(batch)
-        if ctx.key_seen is None:
-            last = torch.full_like(index, n_new - 1)
-        else:
-            slots = torch.arange(n_new, device=x.device)
-            last = torch.where(ctx.key_seen[:, ctx.offset :], slots, 0).amax(1)
-        index = torch.where(index < 0, last + 1 + index, index)
+        index = as_ids(at, "logits_at is an integer, or one for each row", x.device)
+        if index.ndim > 1 or index.numel() not in (1, batch):
+            raise InputError(f"logits_at is one position for all rows or one a row, got {index.numel()} for {batch}")
+        index = index.reshape(-1).expand(batch)
+        if ctx.key_seen is not None:
+            return columns(ctx.key_seen[:, ctx.offset :], index[:, None])[:, 0]
+        index = torch.where(index < 0, n_new + index, index)
         if bool(((index < 0) | (index >= n_new)).any()):
             raise InputError(f"logits_at={at} is out of range for {n_new} tokens")
         return index
@@ -324,7 +335,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         """The text of token ids; a list of texts for a batch."""
         return self._need_tokenizer().to_string(tokens)
 
-    def to_str_tokens(self, text: str | Tensor, *, prepend_bos: bool | None = None) -> list[str]:
+    def to_str_tokens(self, text: str | Tensor | Sequence[int], *, prepend_bos: bool | None = None) -> list[str]:
         """Each token's text on its own."""
         return self._need_tokenizer().to_str_tokens(text, prepend_bos=prepend_bos)
 
@@ -338,7 +349,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             tokens = self.to_single_token(tokens)
         elif isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str):
             tokens = [self.to_single_token(token) for token in tokens]
-        ids = torch.as_tensor(tokens, device=self.device)
+        ids = as_ids(tokens, "tokens are texts or integers", self.device)
         _check_ids(ids, self.cfg.d_vocab_out)
         return matrix_of(self.unembed.linear, self.cfg.d_model)[ids]
 
@@ -440,13 +451,16 @@ def need_hooked(model: Any, asker: str) -> None:
         )
 
 
-def _check_ids(ids: Shaped[Tensor, "..."], d_vocab: int) -> None:
-    if ids.is_floating_point() or ids.dtype == torch.bool:
-        raise WrongType(f"tokens are integers [batch pos], got {ids.dtype} {list(ids.shape)}")
-    if not (torch.compiler.is_compiling() or ids.is_meta or under_transform(ids)):
+def _check_ids(ids: Int[Tensor, "..."], d_vocab: int) -> None:
+    if ids.numel() and _readable(ids):
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= d_vocab:
             raise InputError(f"token ids lie between 0 and {d_vocab - 1} here, got {low} to {high}")
+
+
+def _readable(*tensors: Shaped[Tensor, "..."]) -> bool:
+    """Can the values be looked at? Not while a graph is recorded, and not under vmap."""
+    return not torch.compiler.is_compiling() and not any(x.is_meta or under_transform(x) for x in tensors)
 
 
 def _stacked(part: str, name: str) -> property:

@@ -156,7 +156,8 @@ def _untie(weights: Weights) -> None:
 
 def _less_mean(weight: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
     wide = weight.double()
-    return (wide - wide.mean(dim, keepdim=True)).to(weight.dtype)
+    mean = wide.masked_fill(wide.isneginf(), torch.nan).nanmean(dim, keepdim=True)  # -inf in b_U forbids a token
+    return (wide - mean).to(weight.dtype)
 
 
 def _add(weights: Weights, linear: str, shift: Float[Tensor, "d_out"]) -> None:

@@ -1,6 +1,7 @@
 """Text to tokens and back: a small wrapper around the `tokenizers` library in which nothing is added silently."""
 
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -170,9 +171,11 @@ class Tokenizer:
     def _padding(self) -> int:
         return next((i for i in (self.pad_id, self.eos_id) if i is not None and self._knows(i)), 0)
 
-    def to_string(self, tokens: Int[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | int) -> Any:
+    def to_string(
+        self, tokens: Integer[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | int
+    ) -> Any:
         """The text of token ids: a str for one sequence, a list of str for a batch. Special tokens are spelled out."""
-        ids: Any = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+        ids = _listed(tokens)
         if isinstance(ids, int):
             ids = [ids]
         if len(ids) and not isinstance(ids[0], int):
@@ -181,7 +184,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def to_str_tokens(
-        self, tokens: str | Int[Tensor, "*shape"] | Sequence[int], *, prepend_bos: bool | None = None
+        self, tokens: str | Integer[Tensor, "*shape"] | Sequence[int], *, prepend_bos: bool | None = None
     ) -> list[str]:
         """One string a token, the leading space included, for one text or one sequence of ids.
 
@@ -189,7 +192,8 @@ class Tokenizer:
         """
         if isinstance(tokens, str):
             tokens = self._row(tokens, prepend_bos)
-        ids: Any = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        ids = _listed(tokens)
+        ids = [ids] if isinstance(ids, int) else ids
         if len(ids) == 1 and isinstance(ids[0], list):
             ids = ids[0]
         if ids and isinstance(ids[0], list):
@@ -302,13 +306,15 @@ class Tokenizer:
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def _check(self, ids: Sequence[int]) -> None:
+        if any(isinstance(i, list) for i in ids):
+            raise InputError("tokens are one sequence of ids or several, got a mixture of both")
         bad = next((i for i in ids if not self._knows(i)), None)
         if bad is not None:
             raise InputError(f"{bad} is no token id; this tokenizer's ids go from 0 to {self.vocab_size - 1}")
 
     def _knows(self, token: int) -> bool:
         # ids may have gaps, so that a few valid ones lie above the size
-        return 0 <= token < self.vocab_size or (token >= 0 and self.backend.id_to_token(token) is not None)
+        return 0 <= token < self.vocab_size or (0 <= token < 2**32 and self.backend.id_to_token(token) is not None)
 
     def _piece(self, text: str) -> str:
         """How the vocabulary writes a text."""
@@ -332,6 +338,17 @@ class Tokenizer:
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)]).decode("utf-8", "replace")
         return piece.replace("▁", " ")
+
+
+def _listed(tokens: Any) -> Any:
+    """Ids of any integer type, alone or in lists of lists, as Python numbers."""
+    ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(ids, list | tuple):
+        return [_listed(one) for one in ids]
+    try:
+        return operator.index(ids)
+    except TypeError as error:
+        raise WrongType(f"tokens are integers, in one sequence or in several, got {tokens!r:.60}") from error
 
 
 @lru_cache

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
 from hooklens.metrics import ReadingMetric, Reads
+from hooklens.model.ids import as_ids
 from hooklens.model.linear import is_plain
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.rows import Group
@@ -46,7 +47,7 @@ class Reader:
             self.metric = self.metric.pairs(torch.arange(self.n_pairs)) if self.n_pairs > 1 else self.metric
         reads = self.metric.reads
         self._check_reads(reads)
-        pos = torch.as_tensor(reads.pos, device=device)
+        pos = as_ids(reads.pos, "reads.pos of a metric is integers [pair read]", device)
         pos = torch.where(pos < 0, pos + self.n_pos, pos)
         if bool(((pos < 0) | (pos >= self.n_pos)).any()):
             raise InputError(
@@ -56,7 +57,8 @@ class Reader:
         self._check_pairs(len(pos))
         self.read = pos.expand(self.n_pairs, -1)
         if reads.tokens is not None:
-            self.tokens = torch.as_tensor(reads.tokens, device=device).expand(self.n_pairs, -1)
+            tokens = as_ids(reads.tokens, "reads.tokens of a metric is integers [pair token]", device)
+            self.tokens = tokens.expand(self.n_pairs, -1)
 
     def _check_reads(self, reads: Reads) -> None:
         for name, part in zip(("pos", "tokens"), reads, strict=True):

@@ -67,7 +67,7 @@ def _is_ours(block: nn.Module) -> bool:
 
 
 def first_nonfinite(model: "HookedTransformer", tokens: Tensor, *edits: tuple[str, HookFn]) -> str | None:
-    """The first hook point that holds NaN or an infinity (masked scores apart), None if all are finite.
+    """The first hook point that holds NaN or an infinity, None if all are finite; -inf forbids a key or a token.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model(); model.W_in[1] = float("nan")
@@ -77,7 +77,8 @@ def first_nonfinite(model: "HookedTransformer", tokens: Tensor, *edits: tuple[st
     found: list[str] = []
 
     def look(act: Tensor, hook: Any) -> None:
-        bad = act.isnan() if hook.name.endswith("hook_attn_scores") else ~act.isfinite()
+        forbids = hook.name.endswith("hook_attn_scores") or hook.name == "unembed.hook_out"
+        bad = act.isnan() | act.isposinf() if forbids else ~act.isfinite()
         if not found and bool(bad.any()):
             found.append(hook.name)
 
@@ -121,5 +122,6 @@ def refuse_nonfinite(plan: Plan, values: Float[Tensor, "patch pair"], base: Floa
             f"written, activations are not finite from {point} on"
         )
     raise InputError(
-        f"the metric is {said} for {n} of {len(values)} patches, though every activation is finite: look at the metric"
+        f"the metric is {said} for {n} of {len(values)} patches, though every activation is finite: look at the "
+        "metric, and whether the model forbids a token that it reads (a logit of -inf)"
     )

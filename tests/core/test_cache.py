@@ -270,7 +270,7 @@ def test_decompositions_sum_to_the_stream(kind):
         (None, n, None),
         (0, 0, -1),
         (n - 1, n - 1, slice(1, 4)),
-        (-1, n - 1, None),
+        (-1, n, None),  # as in TransformerLens 3.9.0
         (n, n, [0, 2]),
     ):
         stream = cache["resid_post", -1] if end == n else cache["resid_pre", end]
@@ -282,6 +282,24 @@ def test_decompositions_sum_to_the_stream(kind):
             assert len(stacks[2][1]) == end * neurons + 1
         for parts, labels in stacks:
             assert torch.allclose(parts.sum(0), stream, atol=1e-10) and len(labels) == len(parts)
+
+
+def test_layer_minus_one_left_out_the_last_layer():
+    """In TransformerLens 3.9.0 it means all layers; it was "before the last", silently."""
+    model = tiny_model(n_layers=3, dtype=torch.float64)
+    _, cache = model.run_with_cache(TOKENS)
+    for name in ("accumulated_resid", "decompose_resid", "stack_head_results", "stack_neuron_results"):
+        whole, labels = getattr(cache, name)(apply_ln=True)
+        for layer in (-1, 3):
+            part, same = getattr(cache, name)(layer, apply_ln=True)
+            assert same == labels and torch.equal(part, whole), name
+        with refused(InputError, r"layer -2 asked for; .* None, -1 or 3. Count other layers from 0"):
+            getattr(cache, name)(-2)
+    assert "L2H1" in cache.stack_head_results(-1)[1]
+    stack = cache.decompose_resid()[0]
+    assert torch.equal(cache.apply_ln_to_stack(stack, -1), cache.apply_ln_to_stack(stack))
+    with refused(InputError, "layer 4 asked for"):
+        cache.apply_ln_to_stack(stack, 4)
 
 
 @pytest.mark.parametrize("kind", ADDITIVE)

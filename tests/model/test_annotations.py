@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hooklens.model
 
-SHAPED = {"Float", "Int", "Bool", "Shaped", "Num", "Complex", "Inexact", "Callable"}
+SHAPED = {"Float", "Int", "Integer", "Bool", "Shaped", "Num", "Complex", "Inexact", "Callable"}
 # What stands for a weight or any tensor by design: algebra on matrices of any shape, weights seen through, free input.
 FREE = {"factored.py", "views.py"}
 FREE_NAMES = {"to_string", "to_str_tokens", "write", "views", "ours", "theirs"}

@@ -7,7 +7,7 @@ from hooklens.data.ioi import IOIPairs
 from hooklens.metrics import LogitDiff
 from hooklens.model.config import Biases
 from hooklens.plugins.patching.mover_result import Criteria, by_group
-from hooklens.plugins.patching.name_movers import name_movers
+from hooklens.plugins.patching.name_movers import _unembedded, name_movers
 from hooklens.testing import tiny_model
 
 FILLERS, NAMES = 4, 12
@@ -170,3 +170,15 @@ def test_the_ranks_are_those_of_the_full_ov_circuit_with_grouped_values():
 def test_groups_are_averaged():
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [10.0, 20.0]])
     assert by_group(values, torch.tensor([7, 7, 2])).tolist() == [[10.0, 20.0], [2.0, 3.0]]
+
+
+def test_a_forbidden_token_is_no_number_that_ranks_are_lost_to():
+    """Minus a bias of -inf its logit was NaN."""
+    model = tiny_model(biases=Biases(unembed=True))
+    x = torch.randn(2, 3, model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    allowed = _unembedded(model, x)
+    with torch.no_grad():
+        model.b_U[7] = float("-inf")
+    logits = _unembedded(model, x)
+    assert logits[..., 7].isneginf().all()
+    assert torch.equal(logits[..., :7], allowed[..., :7]) and torch.equal(logits[..., 8:], allowed[..., 8:])

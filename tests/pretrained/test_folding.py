@@ -162,3 +162,17 @@ def test_a_folded_model_has_no_hooks_and_keeps_its_tokenizer():
     folded = fold_ln(model)
     assert folded.tokenizer is model.tokenizer
     assert not any(point.handles for point in folded.hook_points().values())
+
+
+def test_a_model_that_forbids_a_token_is_folded_and_checked():
+    """The mean of b_U was -inf, and every folded logit NaN."""
+    model = tiny_model(biases=Biases(unembed=True), d_vocab=11)
+    with torch.no_grad():
+        model.b_U[7] = float("-inf")
+    assert check(model).ok
+    tokens = torch.tensor([[1, 2, 3]])
+    folded = center_unembed(model)
+    torch.testing.assert_close(folded(tokens).log_softmax(-1), model(tokens).log_softmax(-1), atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        model.b_U[6] = float("inf")
+    assert not check(model).ok

@@ -166,7 +166,7 @@ def _read_block(model, streams: Tensor, asked: Tensor, k: int, width: int, trans
     wide = widened(final)
     log_probs = wide.log_softmax(-1)
     probs = log_probs.exp()
-    target = Target(probs, torch.linalg.vecdot(probs, log_probs))
+    target = Target(probs, expected(probs, log_probs))
     readings = []
     layers = max(1, width // n_rows)  # short prompts: several layers in one product
     for start in range(0, n_layers - 1, layers):
@@ -202,12 +202,14 @@ def _describe(
     values, top = top_tokens(z, k)
     probs = torch.softmax(z, -1, out=scratch[: len(z)])
     log_total = values[:, :1] - probs.gather(-1, top[:, :1]).log()
-    entropy = log_total[:, 0] - torch.linalg.vecdot(probs, z)
+    entropy = log_total[:, 0] - expected(probs, z)
     own = z.gather(-1, asked)
+    # forbidden tokens, -inf, tie with each other, and their difference is no number
+    ranked = z.clamp_min(torch.finfo(z.dtype).min) if bool(own.isneginf().any()) else z
     ranks = []
-    for column in own.unbind(-1):
+    for column in ranked.gather(-1, asked).unbind(-1):
         # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie
-        signs = torch.sub(z, column[:, None], out=scratch[: len(z)]).sign_().sum(-1)
+        signs = torch.sub(ranked, column[:, None], out=scratch[: len(z)]).sign_().sum(-1)
         ranks.append((signs.long() + z.shape[-1] - 1) // 2)
     return Reading(
         top,
@@ -215,9 +217,20 @@ def _describe(
         torch.stack(ranks, -1) if ranks else asked,
         own - log_total,
         entropy,
-        log_total[:, 0]
-        - torch.linalg.vecdot(target, z),  # KL(final || lens), the final's entropy still to be taken off
+        log_total[:, 0] - expected(target, z),  # KL(final || lens), the final's entropy still to be taken off
     )
+
+
+def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row"]:
+    """The mean of z under each row of probabilities; a token that is forbidden in both, 0 * -inf, adds nothing.
+
+    >>> expected(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 3.0, float("-inf")]])).tolist()
+    [2.0]
+    """
+    found = torch.linalg.vecdot(probs, z)
+    if bool(found.isfinite().all()):
+        return found
+    return torch.linalg.vecdot(probs, z.masked_fill(z.isneginf() & (probs == 0), 0.0))
 
 
 def top_tokens(logits: Float[Tensor, "row d_vocab"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:

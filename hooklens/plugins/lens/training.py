@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.precision import widened
+from hooklens.metrics import kl_divergence
 from hooklens.model.linear import is_plain
 from hooklens.plugins.lens.least_squares import stream_sizes
-from hooklens.plugins.lens.reading import prompts_at_once, read_streams, streams_of
+from hooklens.plugins.lens.reading import expected, prompts_at_once, read_streams, streams_of
 from hooklens.plugins.lens.translators import TunedLens
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _one_layer(
         normed = x if model.ln_final is None else model.ln_final(x)
         if not is_plain(model.unembed.linear):
             logits = model.unembed(normed[None])[0].to(target.dtype)
-            kl = (torch.special.xlogy(target, target) - target * logits.log_softmax(-1)).sum()
+            kl = kl_divergence(target.log(), logits.log_softmax(-1)).sum()
             return torch.autograd.grad(kl, maps)[0], kl.detach()
         with torch.no_grad():
             back, kl = _through_unembedding(model, normed, target)
@@ -127,7 +128,7 @@ def _through_unembedding(
     raw = linear(normed)
     z = model.unembed.cap(raw).to(target.dtype)
     peak = z.amax(-1, keepdim=True)
-    aligned = torch.linalg.vecdot(target, z)
+    aligned = expected(target, z)
     slope = None if cap is None else 1 - (z / cap).square()
     probs = z.sub(peak).exp_()
     total = probs.sum(-1, keepdim=True)
@@ -182,7 +183,7 @@ def constant_kl(
     mean = (total / count).clamp_min(1e-30).log().to(held_out.device)
     found = []
     for window in held_out:
-        rows = torch.cat([(one.exp() * (one - mean.to(one))).sum(-1) for one in _final_rows(model, window[None])])
+        rows = torch.cat([kl_divergence(one, mean.to(one)) for one in _final_rows(model, window[None])])
         found.append(rows.mean())
     return torch.stack(found)
 

@@ -161,7 +161,9 @@ def _unembedded(
     if model.ln_final is not None:
         x = model.ln_final.linearised(x, torch.ones_like(x[..., :1]))
     linear = model.unembed.linear
-    return linear(x) if linear.bias is None else linear(x) - linear.bias
+    if linear.bias is None:
+        return linear(x)
+    return linear(x) - linear.bias.masked_fill(linear.bias.isneginf(), 0.0)  # -inf, a forbidden token, stays -inf
 
 
 def demo(model: "HookedTransformer") -> NameMovers:

@@ -30,7 +30,8 @@ def continuation_loss(model: "HookedTransformer", written: Generation) -> Float[
     at = (before[:, None] + step).clamp_max(tokens.shape[1] - 1)
     found = []
     for rows in torch.arange(len(tokens)).split(max(1, _LOGITS_AT_ONCE // (len(step) * model.cfg.d_vocab_out))):
-        stream = model(tokens[rows], attention_mask=real[rows], stop_at_layer=model.cfg.n_layers)
+        read = model(tokens[rows], attention_mask=real[rows], stop_at_layer=model.cfg.n_layers)
+        stream = read.as_subclass(torch.Tensor)  # by column: of short rows padding is read too, and not counted below
         each = torch.arange(len(rows))[:, None]
         paid = nats(model.read_out(stream[each, at[rows] - 1]), tokens[rows].gather(1, at[rows]))
         found.append((paid * (step < new[rows, None])).sum(1) / new[rows])

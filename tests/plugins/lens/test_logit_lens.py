@@ -12,8 +12,10 @@ from torch import nn
 
 import hooklens as hl
 from hooklens.core.errors import InputError
-from hooklens.plugins.lens import reading
+from hooklens.model.config import Biases
+from hooklens.plugins.lens import calibration, reading, train_tuned_lens, trajectory
 from hooklens.plugins.lens.logit_lens import LogitLens, lens_logits, logit_lens
+from hooklens.plugins.lens.reading import expected
 from hooklens.testing import induction_model, tiny_model
 
 module = import_module("hooklens.plugins.lens.logit_lens")  # the package has a function of that name
@@ -217,3 +219,48 @@ def test_smollm2_says_mary_at_the_end_only():
     torch.testing.assert_close(
         lens.log_prob[-1, 0, -1], logits[0, -1, model.to_single_token(" Mary")], atol=1e-4, rtol=0
     )
+
+
+# forbidden tokens
+
+
+def forbidding(value):
+    """Token 7 is never said: its logit is -inf, or so low that its probability is 0."""
+    model = tiny_model(biases=Biases(unembed=True))
+    with torch.no_grad():
+        model.b_U[7] = value
+    return model
+
+
+TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        logit_lens,
+        lambda model, tokens: trajectory(model, tokens, 3, wrong_answer=7),
+        calibration,
+        lambda model, tokens: train_tuned_lens(model, tokens, steps=3)[1],
+    ],
+    ids=["logit_lens", "trajectory", "calibration", "tuned_lens"],
+)
+def test_models_that_forbid_a_token_were_refused(read):
+    found, wanted = (vars(read(forbidding(value), TEXTS_WITHOUT)) for value in (float("-inf"), -1e4))
+    for name, value in found.items():
+        if isinstance(value, torch.Tensor) and name not in ("wrong_log_prob", "logit_diff"):
+            torch.testing.assert_close(value, wanted[name], equal_nan=True, msg=name)
+
+
+def test_forbidden_tokens_tie_with_each_other():
+    model = forbidding(float("-inf"))
+    with torch.no_grad():
+        model.b_U[9] = float("-inf")
+    path = trajectory(model, TEXTS_WITHOUT, 7)
+    assert path.rank.eq(9).all() and path.log_prob.isneginf().all()  # of 11 tokens 9 lie above, and two tie
+
+
+def test_a_token_that_the_model_alone_allows_makes_the_divergence_infinite():
+    probs, z = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, float("-inf"), float("-inf")]])
+    assert expected(probs, z).tolist() == [float("-inf")]
+    assert expected(probs, z * float("nan")).isnan().all()

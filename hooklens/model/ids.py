@@ -1,0 +1,45 @@
+"""Token ids as people write them, brought to one tensor."""
+
+from collections.abc import Sequence, Sized
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError, WrongType
+
+
+def as_ids(
+    tokens: Any, what: str = "tokens are integers [batch pos]", device: torch.device | str | None = None
+) -> Int[Tensor, "..."]:
+    """Integers of any width, in lists, arrays or tensors, as one int64 tensor; `what` begins the error for others.
+
+    >>> as_ids(torch.tensor([[7, 250]], dtype=torch.uint8))
+    tensor([[  7, 250]])
+    >>> as_ids([[1, 2], [3]])
+    Traceback (most recent call last):
+    hooklens.core.errors.InputError: tokens are integers [batch pos], got rows of 2 and 1; pad them and give an ...
+    """
+    if isinstance(tokens, list | tuple) and any(isinstance(row, Tensor) for row in tokens):
+        tokens = [row.tolist() if isinstance(row, Tensor) else row for row in tokens]
+    try:
+        ids = torch.as_tensor(tokens, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        lengths = _lengths(tokens)
+        if len(lengths) > 1:
+            raise InputError(
+                f"{what}, got rows of {' and '.join(map(str, lengths))}; pad them and give an attention_mask, or run "
+                "each length on its own (texts are padded for you)"
+            ) from error
+        raise WrongType(f"{what}, got {tokens!r:.80}") from error
+    if ids.dtype == torch.bool or ids.is_complex() or (ids.is_floating_point() and ids.numel()):
+        raise WrongType(f"{what}, got {ids.dtype} {list(ids.shape)}")
+    return ids.long()  # torch makes floats of an empty list
+
+
+def _lengths(tokens: Any) -> list[int]:
+    """The lengths of rows that differ in length, in their order."""
+    if not isinstance(tokens, Sequence) or not all(isinstance(row, Sized) for row in tokens):
+        return []
+    return list(dict.fromkeys(len(row) for row in tokens))
