@@ -83,7 +83,7 @@ def in_family(name: str, site: str, by: str, dtype: torch.dtype, tolerance: floa
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "site"), FAMILY_SITES)
 def test_one_sweep_of_every_site_in_every_family(name, site):
-    """.ci/run executes every shape annotation on these; the tests with the plain loop would take too long with shapes."""
+    """.ci/run executes every shape annotation on these; with shapes the tests beside a plain loop take too long."""
     with hl.engine(verify=2, progress=False):
         sweep = hl.patch(*of_family(name, torch.float64), site=site)
     assert sweep.how == "engine" and sweep.largest_error < 1e-9 * float(sweep.per_pair.abs().max())
