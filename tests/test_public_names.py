@@ -22,6 +22,7 @@ NAMES = [
     "Mean",
     "PatchSweep",
     "Result",
+    "Resume",
     "Site",
     "Table",
     "describe",

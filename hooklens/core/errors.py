@@ -31,6 +31,10 @@ class FileRefused(HooklensError, ValueError):
     """A damaged, truncated or foreign file, refused before any tensor of it is used."""
 
 
+class CheckFailed(HooklensError, RuntimeError):
+    """Numbers that do not agree with their own check: they are not given out."""
+
+
 class Unavailable(HooklensError, RuntimeError):
     """Something outside the program is missing: the network, an extra package, disk space."""
 
