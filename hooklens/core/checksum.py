@@ -42,19 +42,31 @@ _ALIGNMENT = 8
 
 
 class Digest:
-    """A SHA-256 over metadata, the tensors' names, dtypes and shapes, and then over their bytes in order of name.
+    """Two SHA-256: of metadata, names, dtypes and shapes, known at once, and of the tensors' bytes in order of name.
 
     >>> digest = Digest({"format": "a"}, {"x": ("F32", (2,))})
     >>> digest.update(bytes(8))
-    >>> digest.hex()[:8]
-    '3dfc8b2f'
+    >>> digest.agrees({"format": "a", FIELD: digest.hex()})
+    True
     """
 
     def __init__(self, metadata: Mapping[str, str], described: Mapping[str, tuple[str, Iterable[int]]]):
         said = {name: text for name, text in metadata.items() if name != FIELD}
         tensors = [[name, kind, list(shape)] for name, (kind, shape) in sorted(described.items())]
-        self.total = hashlib.sha256(_canonical([said, tensors]))
-        self.update, self.hex = self.total.update, self.total.hexdigest
+        self.header, self.content = hashlib.sha256(_canonical([said, tensors])).hexdigest(), hashlib.sha256()
+        self.update = self.content.update
+
+    def hex(self) -> str:
+        """What the file keeps, once it was given all bytes."""
+        return f"{self.header}:{self.content.hexdigest()}"
+
+    def agrees(self, metadata: Mapping[str, str]) -> bool:
+        """Is the file whole? Asked once it was given all bytes."""
+        return metadata.get(FIELD) == self.hex()
+
+    def header_agrees(self, metadata: Mapping[str, str]) -> bool:
+        """Is everything whole but the tensors' bytes, which nobody has read yet?"""
+        return str(metadata.get(FIELD)).startswith(f"{self.header}:")
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -105,8 +117,7 @@ def load_tensors(path: str | os.PathLike, format: str, what: str) -> tuple[dict[
                 raise FileRefused(
                     f"{asked} it is another file: its format is {metadata.get('format')!r}, not {format!r}"
                 )
-            # cloned, because what is handed out maps the file, which somebody may overwrite later
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: _own_copy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except HooklensError:
         raise
     except Exception as error:
@@ -114,7 +125,7 @@ def load_tensors(path: str | os.PathLike, format: str, what: str) -> tuple[dict[
     digest = Digest(metadata, {name: (_kind(name, one), one.shape) for name, one in tensors.items()})
     for name in sorted(tensors):
         digest.update(_bytes(tensors[name]))
-    if digest.hex() != metadata.get(FIELD):
+    if not digest.agrees(metadata):
         raise FileRefused(f"{asked} it is damaged: its content is not what its checksum says; save or copy it again")
     return tensors, metadata
 
@@ -153,6 +164,11 @@ def _kind(name: str, tensor: Tensor) -> str:
     if tensor.dtype not in _DTYPES:
         raise InputError(f"{name} is {tensor.dtype}, which a file cannot hold; convert it first")
     return _DTYPES[tensor.dtype]
+
+
+def _own_copy(mapped: Tensor) -> Tensor:
+    """A copy byte by byte (a bool that is neither 0 nor 1 stays so), because the file may be overwritten later."""
+    return mapped.reshape(-1).view(torch.uint8).clone().view(mapped.dtype).view(mapped.shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -195,7 +195,7 @@ def _object(value: Any, where: str) -> Iterator[Part]:
 
 
 def _state(value: Any) -> Iterator[Part]:
-    """Attributes and slots by name. What an installed class itself leaves out of copies is passing, and left out here."""
+    """Attributes and slots by name. What an installed class leaves out of copies is left out here too."""
     cls = type(value)
     held: dict[str, Any] = {}
     for base in cls.__mro__:

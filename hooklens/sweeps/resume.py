@@ -24,7 +24,7 @@ _WHAT = "a sweep in progress"
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a sweep keeps its finished parts, and how it is recognised: `hl.patch(..., resume=hl.Resume(path, "mine"))`.
+    """Where a sweep keeps its finished parts, and how it is recognised: `hl.patch(..., resume=hl.Resume(path))`.
 
     Without `key` the metric and the values to write are hashed with all that they refer to. A key takes the place of
     these hashes, for a metric that cannot be hashed or that changes as it is called: give another key for another
@@ -69,9 +69,9 @@ class Progressed:
         done, values, sketch = (tensors.get(name) for name in ("done", "values", "sketch"))
         if metadata.get("key") != self.key or not self._alike(sketch):
             raise FileRefused(
-                f"{self.path} belongs to another sweep (other weights, prompts, sites, values, hooks or metric); delete "
-                "it or give resume= another path. A metric that changes what it refers to as it is called (it counts, it "
-                "keeps answers) is another one each time: give resume=hl.Resume(path, key='a name for it')"
+                f"{self.path} belongs to another sweep (other weights, prompts, sites, values, hooks or metric); "
+                "delete it or give resume= another path. A metric that changes what it refers to as it is called (it "
+                "counts, it keeps answers) is another one each time: give resume=hl.Resume(path, key='a name for it')"
             )
         if done is None or values is None or done.dtype != torch.bool or values.shape != self.values.shape:
             raise FileRefused(f"{self.path} does not hold the values of this sweep; delete it")

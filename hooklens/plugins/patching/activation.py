@@ -242,7 +242,7 @@ def _patch_group(
     made = plan(model, into, site, written, by=by, patches=patches)
     given = dict(value) if isinstance(value, Mapping) else value
     made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep
-    outcome = execute(made, group.of(metric), resume=file)
+    outcome = execute(made, group.of(metric), resume=resume)
     return outcome, _other_run(model, group, metric, other, made.donor, outcome)
 
 
