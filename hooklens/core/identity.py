@@ -244,7 +244,8 @@ def _reduced(value: Any, where: str) -> Any:
 
 
 def _function(value: types.FunctionType, where: str) -> Iterator[Part]:
-    installed = _is_installed(value.__module__ or "")
+    # Where its globals are, because functools.wraps gives a function the module of what it wraps.
+    installed = _is_installed(str(value.__globals__.get("__name__")))
     if installed and _named(value):
         yield "installed", (value.__module__, value.__qualname__, _version(value.__module__))
         return
