@@ -5,10 +5,10 @@ Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a comm
 """
 
 import hashlib
-import json
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hooklens.core.errors import HooklensError, InputError, Unavailable
+from hooklens.core.errors import CheckFailed, HooklensError, InputError, Unavailable
+from hooklens.core.terminal import json_line, printable
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -33,15 +34,21 @@ input that cannot be used; 3 something outside is missing (network, disk, a devi
 class _Group(TyperGroup):
     """Turns what a command raises into one message and an exit code."""
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _usage_shown():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _usage_shown():
+                return super().invoke(ctx)
         except KeyboardInterrupt as error:
             _say("interrupted", *getattr(error, "__notes__", ()))
             raise typer.Exit(INTERRUPTED) from error
         except HooklensError as error:
             _fail(ctx, f"error: {error}", error)
-            raise typer.Exit(MISSING if isinstance(error, Unavailable) else BAD_INPUT) from error
+            code = FAILED if isinstance(error, CheckFailed) else BAD_INPUT
+            raise typer.Exit(MISSING if isinstance(error, Unavailable) else code) from error
         except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
             raise
         except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
@@ -49,6 +56,17 @@ class _Group(TyperGroup):
                 raise
             _fail(ctx, f"unexpected {type(error).__name__}: {error}; `hooklens --debug ...` shows where", error)
             raise typer.Exit(FAILED) from error
+
+
+@contextmanager
+def _usage_shown() -> Iterator[None]:
+    """Usage errors print themselves, and quote what was given: nothing in it may act on the terminal."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "message"):
+            error.message = printable(error.message)
+        raise
 
 
 app = typer.Typer(
@@ -270,7 +288,7 @@ def generate(
         prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
     new = loaded.generate(prompt, max_new_tokens, temperature=temperature, seed=seed, stream=not as_json)
     if as_json:
-        typer.echo(json.dumps({"text": new.text, "tokens": new.new_tokens[0].tolist(), "seed": seed}))
+        typer.echo(json_line({"text": new.text, "tokens": new.new_tokens[0].tolist(), "seed": seed}))
 
 
 def main() -> None:
@@ -334,19 +352,19 @@ def show(table: "Table", as_json: bool, **more: Any) -> None:
 
     if as_json:
         rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-        typer.echo(json.dumps(plain({"rows": rows, **more}), ensure_ascii=False))
+        typer.echo(json_line(plain({"rows": rows, **more})))
         return
     if sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(table)
     else:
-        typer.echo(str(table))
+        typer.echo(printable(table))
     typer.echo("".join(f"{name}: {value}\n" for name, value in _strings(more).items()), nl=False)
 
 
 def _strings(more: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(value) for name, value in more.items()}
+    return {name: printable(value) for name, value in more.items()}
 
 
 def _fail(ctx: Any, message: str, error: Exception) -> None:
@@ -357,4 +375,4 @@ def _fail(ctx: Any, message: str, error: Exception) -> None:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        typer.echo(line, err=True)
+        typer.echo(printable(line), err=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
+from hooklens.core.terminal import visible
+
 
 @runtime_checkable
 class Advance(Protocol):
@@ -25,6 +27,7 @@ def progress(title: str, total: int | float, *, unit: str = "it", show: bool | N
         yield lambda amount=1: None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     class Rate(TextColumn):
@@ -35,5 +38,5 @@ def progress(title: str, total: int | float, *, unit: str = "it", show: bool | N
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(escape(visible(title)), total=total)
         yield lambda amount=1: bar.advance(task, amount)

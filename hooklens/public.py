@@ -17,6 +17,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.load import load
 from hooklens.result import Result, Table
+from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "Mean",
     "PatchSweep",
     "Result",
+    "Resume",
     "Site",
     "Table",
     "describe",

@@ -1,7 +1,6 @@
 """Results on disk: one safetensors file, its structure as JSON in the metadata, its classes found among plugins."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -11,20 +10,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from hooklens.core.checksum import load_tensors, save_tensors
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
-from hooklens.core.files import write_atomically
 from hooklens.result import Result, result_classes
 
 GROUP = "hooklens.plugins"
-_FORMAT = "hooklens.result/1"
+_FORMAT = "hooklens.result/2"
 _LARGEST_BODY = 64 * 2**20  # safetensors refuses to read a header above 100 MB
 
 
@@ -37,17 +33,15 @@ def write_result(result: Result, path: str | os.PathLike) -> None:
             f"a {type(result).__name__} was to be saved, but its lists, dicts and strings take {len(body):,} bytes "
             f"as JSON (at most {_LARGEST_BODY:,}); keep long lists of numbers in tensors"
         )
-    metadata = {"format": _FORMAT, "body": body, "sha256": _digest(body, packed.tensors)}
-    with write_atomically(path) as temporary:
-        save_file(packed.tensors, temporary, metadata)
+    save_tensors(path, packed.tensors, {"format": _FORMAT, "body": body})
 
 
 def read_result(path: str | os.PathLike) -> Result:
     """Read what `write_result` wrote; see `Result.load`."""
-    body, tensors = _read_file(Path(path))
+    tensors, metadata = load_tensors(path, _FORMAT, "a result")
     used: set[str] = set()
     try:
-        result = _unpack(json.loads(body), tensors, used)
+        result = _unpack(json.loads(metadata["body"]), tensors, used)
     except (FileRefused, Unavailable):
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -57,38 +51,8 @@ def read_result(path: str | os.PathLike) -> Result:
     return result
 
 
-def _read_file(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The structure and the tensors, their digest checked: nothing damaged leaves this function."""
-    if not path.is_file():
-        raise InputError(f"a result was to be loaded from {str(path)!r}, but there is no such file; check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT or not {"body", "sha256"} <= set(metadata):
-                raise _refused(path, f"it is a safetensors file, but not of the format {_FORMAT!r}")
-            # cloned, because the tensors handed out map the file, which somebody may overwrite later
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        if isinstance(error, FileRefused):
-            raise
-        raise _refused(path, f"it is not a whole safetensors file ({error})") from error
-    if _digest(metadata["body"], tensors) != metadata["sha256"]:
-        raise _refused(path, "its content does not match its own sha256")
-    return metadata["body"], tensors
-
-
 def _refused(path: str | os.PathLike, seen: str) -> FileRefused:
     return FileRefused(f"a result was to be loaded from {str(path)!r}, but {seen}; save it again with Result.save")
-
-
-def _digest(body: str, tensors: dict[str, Tensor]) -> str:
-    """sha256 over the structure and each tensor's name, dtype, shape and bytes."""
-    total = hashlib.sha256(body.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 @dataclass

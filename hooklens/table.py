@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from hooklens.core.errors import InputError
+from hooklens.core.terminal import visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +113,6 @@ class Table:
         for row in self.texts():
             table.add_row(*map(Text, row))
         return table
-
-
-def visible(text: str) -> str:
-    """Text with characters that do not print (newlines, terminal escapes, direction marks) written out.
-
-    >>> visible("a\\tb\\x1b[31m")
-    'a\\\\tb\\\\x1b[31m'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def format_number(value: int | float, decimals: int | None = None) -> str:

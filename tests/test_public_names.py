@@ -23,6 +23,7 @@ NAMES = [
     "Mean",
     "PatchSweep",
     "Result",
+    "Resume",
     "Site",
     "Table",
     "describe",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Index = int | slice | Sequence[int] | Tensor
 Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
-_FORMAT = "hooklens-cache-1"
+_FORMAT = "hooklens-cache-2"
 
 
 class Entries(dict[str, Tensor]):
@@ -316,35 +316,28 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write the cache as safetensors: every tensor once, written aside and renamed. Read it with `load`."""
-        from safetensors.torch import save_file
-
-        from hooklens.core.files import write_atomically
+        from hooklens.core.checksum import save_tensors
 
         first: dict[tuple, str] = {}
         same = {name: first.setdefault(_identity(act), name) for name, act in self._entries.items()}
-        tensors = {name: self._entries[name].detach().cpu().contiguous().clone() for name in first.values()}
+        tensors = {name: self._entries[name] for name in first.values()}
         if self.attention_mask is not None:
-            tensors["attention_mask"] = self.attention_mask.cpu().contiguous()
-        with write_atomically(path) as aside:
-            save_file(tensors, aside, metadata={"format": _FORMAT, "entries": json.dumps(same)})
+            tensors["attention_mask"] = self.attention_mask
+        save_tensors(path, tensors, {"format": _FORMAT, "entries": json.dumps(same)})
 
     @classmethod
     def load(cls, path: str | Path, model: "HookedModule | None" = None) -> "ActivationCache":
         """The cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
-        from safetensors import SafetensorError, safe_open
+        from hooklens.core.checksum import load_tensors
 
+        tensors, metadata = load_tensors(path, _FORMAT, "a saved activation cache")
         try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise FileRefused(f"{path} is not a saved activation cache; ActivationCache.save writes one")
-                same = json.loads(metadata["entries"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                mask = tensors.get("attention_mask")
-                if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (1, 2)):
-                    raise FileRefused(f"{path} is damaged: its attention_mask is {mask.dtype} {list(mask.shape)}")
-                return cls({name: tensors[stored] for name, stored in same.items()}, model, mask)
-        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            mask = tensors.get("attention_mask")
+            if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (1, 2)):
+                raise FileRefused(f"{path} is damaged: its attention_mask is {mask.dtype} {list(mask.shape)}")
+            entries = json.loads(metadata["entries"])
+            return cls({name: tensors[stored] for name, stored in entries.items()}, model, mask)
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise FileRefused(f"{path} cannot be read as a saved activation cache, it is damaged: {error}") from error
 
     # -- helpers

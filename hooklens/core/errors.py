@@ -4,9 +4,20 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from hooklens.core.terminal import printable
+
 
 class HooklensError(Exception):
-    """Base of every error that hooklens raises on purpose; catch it to catch them all."""
+    """Base of every error that hooklens raises on purpose; catch it to catch them all.
+
+    A message quotes names from files and users, and ends up in a terminal: what does not print is written out.
+
+    >>> print(HooklensError("no tensor named \x1b[31mred"))
+    no tensor named \\x1b[31mred
+    """
+
+    def __init__(self, *args: object):
+        super().__init__(*(printable(one) if isinstance(one, str) else one for one in args))
 
 
 class InputError(HooklensError, ValueError):
@@ -45,6 +56,10 @@ class HookError(HooklensError, ValueError):
 
 class FileRefused(HooklensError, ValueError):
     """A damaged, truncated or foreign file, refused before any tensor of it is used."""
+
+
+class CheckFailed(HooklensError, RuntimeError):
+    """Numbers that do not agree with their own check: they are not given out."""
 
 
 class Unavailable(HooklensError, RuntimeError):

@@ -55,18 +55,21 @@ class packed_linears:
     True
 
     A weight is packed at its first use and packed again if it is edited inside the block (through `.data` torch keeps
-    no account of edits: use no_grad). `rows` is the number of rows that most products will have. The environment
-    variable HOOKLENS_PACKED_LINEARS=0 switches packing off.
+    no account of edits: use no_grad). `rows` is the number of rows that most products will have. Inside another block
+    that one decides, except where `enabled` says otherwise. The environment variable HOOKLENS_PACKED_LINEARS=0 switches
+    packing off.
     """
 
     def __init__(self, *, rows: int = 256, enabled: bool | None = None):
-        self.rows, self.enabled = rows, packing_pays(rows) if enabled is None else enabled and packing_works()
+        self.rows, self.pinned = rows, enabled is not None
+        self.enabled = packing_pays(rows) if enabled is None else enabled and packing_works()
         self.packs: dict[Linear, tuple[Float[Tensor, "d_out d_in"], int, Packed]] = {}
 
     def __enter__(self) -> "packed_linears":
         global _open_packs
         self.before = _scope.get()
-        _scope.set(self.before or self)  # inside another scope its packs are used: nothing is packed twice
+        other = self.before is None or (self.pinned and self.before.enabled != self.enabled)
+        _scope.set(self if other else self.before)  # inside another scope its packs are used: nothing is packed twice
         with counting:
             _open_packs += 1
         return self
@@ -135,6 +138,21 @@ def matrix_of(linear: nn.Module, d_in: int) -> Float[Tensor, "d_out d_in"]:
             "model.eval(), remove torch hooks that edit it, or merge the adapter into the weight"
         )
     return matrix
+
+
+def kernel_of(model: nn.Module) -> str:
+    """Which products the model's linear layers run on here, without gradients: "packed" weights or torch's "linear".
+
+    The two differ in the last bits, so a result says which it came from.
+
+    >>> layer = Linear(8, 8)
+    >>> with packed_linears(enabled=False):
+    ...     kernel_of(layer)
+    'linear'
+    """
+    scope = _scope.get()
+    fits = any(w.dtype == torch.float32 and w.device.type == "cpu" for w in model.parameters())
+    return "packed" if scope is not None and scope.enabled and fits else "linear"
 
 
 def packing_works() -> bool:

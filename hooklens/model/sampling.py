@@ -15,6 +15,7 @@ from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import Absent, InputError, WrongType
 from hooklens.core.hooks import HookScope, edited_elsewhere
 from hooklens.core.names import Where
+from hooklens.core.terminal import printable
 from hooklens.model.config import TokenEmbed
 from hooklens.model.continuation import Continuation, OnPiece, Stops
 from hooklens.model.decoder import Decoder
@@ -22,7 +23,7 @@ from hooklens.model.ids import as_ids
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
 from hooklens.result import Result
-from hooklens.table import Table, visible
+from hooklens.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -369,4 +370,4 @@ def _to(emit: OnPiece, number: int) -> Callable[[str], None]:
 
 def _print(number: int, piece: str) -> None:
     # A model may write terminal escapes; only line breaks and tabs go to the terminal as they are.
-    print("".join(c if c in "\n\t" else visible(c) for c in piece), end="", flush=True)
+    print(printable(piece), end="", flush=True)

@@ -14,6 +14,7 @@ from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongT
 from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, moment
 from hooklens.core.names import Where
 from hooklens.core.padding import PaddedTensor, columns, padded
+from hooklens.core.terminal import visible
 from hooklens.model.attention import under_transform
 from hooklens.model.block import BLOCKS
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
@@ -432,8 +433,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         cfg = self.cfg
         size = sum(p.numel() for p in self.parameters())
         return (
-            f"HookedTransformer({cfg.model_name}: {cfg.n_layers} layers, d_model {cfg.d_model}, {cfg.n_heads} heads of "
-            f"{cfg.d_head}, d_mlp {cfg.d_mlp}, {size / 1e6:.1f}M parameters)"
+            f"HookedTransformer({visible(cfg.model_name)}: {cfg.n_layers} layers, d_model {cfg.d_model}, "
+            f"{cfg.n_heads} heads of {cfg.d_head}, d_mlp {cfg.d_mlp}, {size / 1e6:.1f}M parameters)"
         )
 
 

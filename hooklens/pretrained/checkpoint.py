@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hooklens.core.checksum import Digest, save_tensors
 from hooklens.core.errors import FileRefused, HooklensError, InputError
-from hooklens.core.files import write_atomically
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
@@ -23,7 +23,7 @@ from hooklens.pretrained.safetensors_file import DTYPES, SafetensorsFile, is_saf
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer
 
-FORMAT = "hooklens-model-1"
+FORMAT = "hooklens-model-2"
 FOLDER_FILE = "model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -40,24 +40,18 @@ def save_checkpoint(model: HookedTransformer, path: str | Path) -> None:
     >>> load_checkpoint(path).cfg == tiny_model().cfg
     True
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     tensors = _savable(model)
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(model.cfg.to_json(), allow_nan=False),
-        "sha256": _digest(tensors),
-    }
+    metadata = {"format": FORMAT, "config": json.dumps(model.cfg.to_json(), allow_nan=False)}
     if path.suffix != ".safetensors":
         path.mkdir(parents=True, exist_ok=True)
         if model.tokenizer is not None:
             model.tokenizer.save(path)
+            metadata["tokenizer_sha256"] = json.dumps(_file_sums(path))
         path = path / FOLDER_FILE
     elif model.tokenizer is not None:
         metadata["tokenizer"] = _packed(model.tokenizer)
-    with write_atomically(path) as aside:
-        save_file(tensors, aside, metadata)
+    save_tensors(path, tensors, metadata)
 
 
 def load_checkpoint(
@@ -70,15 +64,21 @@ def load_checkpoint(
     """The model that `save_checkpoint` wrote, in the dtype that it had unless another is asked for."""
     path = Path(path)
     file = read_header(path / FOLDER_FILE if path.is_dir() else path)
-    cfg = _config(file)
+    digest = Digest(file.metadata, {name: (entry.kind, entry.shape) for name, entry in file.entries.items()})
+    cfg = _config(file, digest)
     first = next((DTYPES[entry.kind] for entry in file.entries.values() if entry.kind in DTYPES), torch.float32)
     model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
     wanted = parameter_shapes(model)
     check_names(file.entries, wanted, str(path), "its own configuration")
     shapes = {name: (entry.shape, wanted[name]) for name, entry in file.entries.items()}
     check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, str(path))
-    _assign_all(model, file, device, dtype)
-    model.tokenizer = tokenizer or _tokenizer_of(path, file)
+    tokenizer = tokenizer or _tokenizer_of(path, file)
+    for name in sorted(file.entries):
+        assign(model, name, file.tensor(name, digest.update).to(device=device or "cpu", dtype=dtype))
+    model.tie()
+    if not digest.agrees(file.metadata):
+        raise _damaged(file)
+    model.tokenizer = tokenizer
     return model
 
 
@@ -87,17 +87,8 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_file() and is_safetensors(path) and read_header(path).metadata.get("format") == FORMAT
 
 
-def _assign_all(
-    model: HookedTransformer, file: SafetensorsFile, device: str | torch.device | None, dtype: torch.dtype | None
-) -> None:
-    digest = hashlib.sha256()
-    for name in sorted(file.entries):
-        entry = file.entries[name]
-        digest.update(_described(name, DTYPES.get(entry.kind), entry.shape))
-        assign(model, name, file.tensor(name, digest.update).to(device=device or "cpu", dtype=dtype))
-    model.tie()
-    if digest.hexdigest() != file.metadata.get("sha256"):
-        raise FileRefused(f"{file.path} is damaged: its weights do not match its own sha256; save or copy it again")
+def _damaged(file: SafetensorsFile) -> FileRefused:
+    return FileRefused(f"{file.path} is damaged: its content does not match its own sha256; save or copy it again")
 
 
 def _savable(model: HookedTransformer) -> dict[str, Tensor]:
@@ -108,28 +99,17 @@ def _savable(model: HookedTransformer) -> dict[str, Tensor]:
             raise InputError(
                 f"{name} is {tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}: convert the model first"
             )
-    # A parameter that is a window onto more memory is copied: the format stores each tensor's bytes, and only these.
-    return {n: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for n, t in tensors.items()}
+    return tensors
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(_described(name, tensors[name].dtype, tuple(tensors[name].shape)))
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _described(name: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> bytes:
-    return json.dumps([name, str(dtype), shape]).encode()
-
-
-def _config(file: SafetensorsFile) -> HookedTransformerConfig:
+def _config(file: SafetensorsFile, digest: Digest) -> HookedTransformerConfig:
     if file.metadata.get("format") != FORMAT:
         raise FileRefused(
             f"{file.path} is a safetensors file, but no checkpoint that hooklens saved (format {FORMAT!r}, this has "
             f"{file.metadata.get('format')!r}); a Hugging Face model is loaded by its folder, config.json included"
         )
+    if not digest.header_agrees(file.metadata):
+        raise _damaged(file)
     try:
         return HookedTransformerConfig.from_json(json.loads(file.metadata["config"]))
     except (HooklensError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -146,10 +126,24 @@ def _packed(tokenizer: "Tokenizer") -> str:
         return json.dumps({name: (Path(folder) / name).read_text(encoding="utf-8") for name in _TOKENIZER_FILES})
 
 
+def _all_there(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _file_sums(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _TOKENIZER_FILES}
+
+
 def _tokenizer_of(path: Path, file: SafetensorsFile) -> "Tokenizer | None":
     from hooklens.pretrained.tokenizer import Tokenizer
 
     if path.is_dir():
+        told = file.metadata.get("tokenizer_sha256")
+        if told is not None and not (_all_there(path) and told == json.dumps(_file_sums(path))):
+            raise FileRefused(
+                f"{' or '.join(_TOKENIZER_FILES)} in {path} is not the one that was saved with the model, damaged or "
+                "changed; copy the folder again, or give tokenizer="
+            )
         return Tokenizer.from_folder(path) if (path / _TOKENIZER_FILES[0]).is_file() else None
     if "tokenizer" not in file.metadata:
         return None

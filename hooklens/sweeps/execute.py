@@ -11,20 +11,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.model.linear import packed_linears
+from hooklens.model.linear import kernel_of, packed_linears
 from hooklens.progress import progress
 from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import plain_values, refuse_nonfinite, why_plain
+from hooklens.sweeps.naive import drops_out, plain_values, refuse_nonfinite, why_plain
 from hooklens.sweeps.plan import Patch, Plan
-from hooklens.sweeps.resume import Progressed, key_of, sketch_of
+from hooklens.sweeps.resume import Progressed, Resume, key_of, progressed
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
-from hooklens.sweeps.settings import Settings, current
+from hooklens.sweeps.settings import Settings, current, pinned
+from hooklens.sweeps.verify import verify
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The metric of every patch and pair, and how it was come by."""
+    """The metric of every patch and pair, and how it was computed."""
 
     values: Float[Tensor, "patch pair"]
     base: Float[Tensor, "pair"]
@@ -32,6 +33,7 @@ class Outcome:
     largest_error: float  # between patches run both ways; NaN if none was
     n_verified: int
     how: str
+    kernel: str  # "linear" or "packed": what linear layers multiplied with
 
 
 @dataclass
@@ -43,30 +45,34 @@ class Item:
     start: int
 
 
-_VERIFIED_AT_ONCE = 512  # tokens in one plain pass: with few, two patches take little longer than one
 Walk = Callable[[Any, Reader, Sequence[Item]], list[Tensor]]
 
 
-def execute(plan: Plan, metric: Any, *, resume: str | Path | None = None) -> Outcome:
+def execute(plan: Plan, metric: Any, *, resume: str | Path | Resume | None = None) -> Outcome:
     """The metric of every patch of a plan, exactly as a hooked forward pass a patch would give it."""
-    settings = current()
-    with torch.no_grad():
+    settings, file = current(), None if resume is None else Resume.of(resume)
+    with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024):
         reason = "asked for" if settings.plain else why_plain(plan.model)
+        # before the metric is called for the first time, which may change what it refers to
+        key = "" if file is None else key_of(plan, metric, file)
         reader = Reader(plan.model, metric, plan.base.streams[-1])
         values = reader.base.repeat(len(plan.patches), 1)
-        kept = (
-            None if resume is None else Progressed(resume, key_of(plan, metric), sketch_of(plan, reader.base), values)
-        )
-        if reason is not None:
-            _run_plain(plan, reader, values, kept, settings)
-            refuse_nonfinite(plan, values, reader.base)
-            return Outcome(values, reader.base, 1.0, float("nan"), 0, f"plain loop: {reason}")
-        items = live_items(plan, reader)
-        with packed_linears(rows=1024):
+        kept = None if file is None else progressed(plan, file, key, reader.base, values)
+        resumed = set() if kept is None else kept.finished()
+        if reason is None:
+            items = live_items(plan, reader)
             run_bins(plan, reader, items, values, kept, settings)
+            worked, computed, how = {item.patch for item in items}, _share(plan, items), "engine"
+            resumed &= worked
+        else:
+            _run_plain(plan, reader, values, kept, settings)
+            worked, computed, how = set(), 1.0, f"plain loop: {reason}"
+            resumed = set() if drops_out(plan.model) else resumed  # no two passes with dropout agree
         refuse_nonfinite(plan, values, reader.base)
-        error, n = verify(plan, reader, items, values, settings, plain_values)
-    return Outcome(values, reader.base, _share(plan, items), error, n, "engine")
+        error, n = float("nan"), 0
+        if reason is None or resumed:
+            error, n = verify(plan, reader, worked, values, plain_values, resumed=resumed, file=file and file.path)
+        return Outcome(values, reader.base, computed, error, n, how, kernel_of(plan.model))
 
 
 def live_items(plan: Plan, reader: Reader) -> list[Item]:
@@ -131,16 +137,18 @@ def run_bins(
 ) -> None:
     """The values of all items, a bin at a time; `walk` takes their rows through the layers in place of `_propagate`."""
     rows = max(1, settings.memory // _bytes_per_row(plan))
-    bins = make_bins(plan, [item for item in items if kept is None or not kept.done[item.patch]], rows)
+    # Every bin is made, then those that are finished are left out: what is left runs in the company it would have had.
+    finished = set() if kept is None else kept.finished()
+    bins = [one for one in make_bins(plan, items, rows) if not finished.issuperset(item.patch for item in one)]
     n = sum(len({item.patch for item in one}) for one in bins)
     run_one = _run_bin if walk is None else partial(_run_bin, walk=walk)
     with progress(f"patching {plan.site}", n, unit="patches", show=settings.progress) as advance:
         for one in bins:
             run_one(plan, reader, one, values, rows)
-            finished = sorted({item.patch for item in one})
-            advance(len(finished))
+            patches = {item.patch for item in one}
+            advance(len(patches))
             if kept is not None:
-                kept.save(finished)
+                kept.save(patches)
 
 
 def _bytes_per_row(plan: Any) -> int:
@@ -243,21 +251,3 @@ def _share(plan: Plan, items: list[Item]) -> float:
     n_layers, n_pos = plan.model.cfg.n_layers, plan.tokens.shape[1]
     done = sum((n_layers - plan.patches[item.patch].layer) * (n_pos - item.start) for item in items)
     return done / max(1, len(plan.patches) * len(plan.tokens) * n_layers * n_pos)
-
-
-def verify(
-    plan: Any, reader: Reader, items: list[Item], values: Tensor, settings: Settings, plain: Callable
-) -> tuple[float, int]:
-    """Run a few patches the plain way, drawn by seed from those that were worked out; the largest difference."""
-    worked = sorted({item.patch for item in items})
-    n = min(settings.verify, len(worked))
-    if n == 0:
-        return (float("nan"), 0) if worked else (0.0, 0)
-    generator = torch.Generator().manual_seed(settings.seed)
-    drawn = [worked[i] for i in torch.randperm(len(worked), generator=generator)[:n]]
-    at_once = max(1, _VERIFIED_AT_ONCE // plan.tokens.numel())
-    errors = [
-        plain(plan, [plan.patches[i] for i in some], reader) - values[some]
-        for some in (drawn[i : i + at_once] for i in range(0, n, at_once))
-    ]
-    return float(torch.cat(errors).abs().max()), n

@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.model.linear import packed_linears
+from hooklens.model.linear import kernel_of, packed_linears
 from hooklens.progress import progress
-from hooklens.sweeps.execute import Item, Outcome, run_bins, verify
+from hooklens.sweeps.execute import Item, Outcome, run_bins
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite, why_plain
 from hooklens.sweeps.naive_paths import plain_path, plain_paths
@@ -18,27 +18,27 @@ from hooklens.sweeps.nodes import Sender
 from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
 from hooklens.sweeps.paths import EDGES, FIXED, PathPlan
 from hooklens.sweeps.settings import Settings, current
+from hooklens.sweeps.verify import verify
 
 
 def execute_paths(plan: PathPlan, metric: Any) -> Outcome:
     """The metric of every sender's patch, exactly as hooked forward passes would give it."""
     settings = current()
-    with torch.no_grad():
-        reason = "asked for" if settings.plain else why_plain(plan.model)
+    with torch.no_grad(), packed_linears(rows=1024):
+        reason, kernel = "asked for" if settings.plain else why_plain(plan.model), kernel_of(plan.model)
         reader = Reader(plan.model, metric, plan.base.streams[plan.model.cfg.n_layers])
         values = reader.base.repeat(len(plan.senders), 1)
         if reason is not None:
             _run_plain(plan, reader, values, settings)
             _refuse_nonfinite(plan, values, reader.base)
-            return Outcome(values, reader.base, 1.0, float("nan"), 0, f"plain loop: {reason}")
+            return Outcome(values, reader.base, 1.0, float("nan"), 0, f"plain loop: {reason}", kernel)
         items = live_paths(plan, reader)
         # beside its stream a row has its sender's change, and what was recorded at every stage
         smaller = settings.memory // (3 + (len(plan.stages) if plan.semantics == FIXED else 0))
-        with packed_linears(rows=1024):
-            run_bins(plan, reader, items, values, None, replace(settings, memory=smaller), walk_paths)
-            _refuse_nonfinite(plan, values, reader.base)
-            error, n = verify(plan, reader, items, values, settings, plain_paths)
-    return Outcome(values, reader.base, _share(plan, reader, items), error, n, "engine")
+        run_bins(plan, reader, items, values, None, replace(settings, memory=smaller), walk_paths)
+        _refuse_nonfinite(plan, values, reader.base)
+        error, n = verify(plan, reader, {item.patch for item in items}, values, plain_paths)
+    return Outcome(values, reader.base, _share(plan, reader, items), error, n, "engine", kernel)
 
 
 def live_paths(plan: PathPlan, reader: Reader) -> list[Item]:

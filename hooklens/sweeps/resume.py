@@ -1,145 +1,134 @@
 """Finished bins of a sweep, on disk: an interrupted sweep goes on where it stopped, if it is the same sweep."""
 
-import functools
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from hooklens.core.errors import FileRefused
-from hooklens.core.files import check_writable, write_atomically
+from hooklens.core.checksum import load_tensors, save_tensors
+from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.files import check_writable
+from hooklens.core.identity import identity
+from hooklens.model.linear import kernel_of
 from hooklens.sweeps.plan import Plan
+from hooklens.sweeps.settings import KERNELS, current, pinned
 
-_FORMAT = "hooklens-sweep-1"
+_FORMAT = "hooklens-sweep-2"
+_WHAT = "a sweep in progress"
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a sweep keeps its finished parts, and how it is recognised: `hl.patch(..., resume=hl.Resume(path))`.
+
+    Without `key` the metric and the values to write are hashed with all that they refer to. A key takes the place of
+    these hashes, for a metric that cannot be hashed or that changes as it is called: give another key for another
+    metric or value. Weights and tokens are compared in any case.
+    """
+
+    path: str | Path
+    key: str | None = None
+
+    @classmethod
+    def of(cls, asked: "str | Path | Resume") -> "Resume":
+        """A path alone asks for the hashes."""
+        return asked if isinstance(asked, Resume) else cls(asked)
+
+    def products(self) -> AbstractContextManager[Any]:
+        """A `with` block in which linear layers multiply as they did when the file was begun."""
+        check_writable(self.path)
+        if not Path(self.path).exists():
+            return pinned(None)
+        kernel, asked = load_tensors(self.path, _FORMAT, _WHAT)[1].get("kernel", ""), current().kernel
+        if kernel not in KERNELS:
+            raise FileRefused(f"{self.path} names no kernel that its numbers came from; delete it")
+        if asked not in (None, kernel):
+            raise InputError(
+                f"kernel={asked!r} was asked for, and {self.path} was begun with kernel={kernel!r}, which gives other "
+                "last bits; leave the kernel out, or delete the file to begin anew"
+            )
+        return pinned(kernel)
 
 
 class Progressed:
     """The values found so far, and the file that keeps them."""
 
-    def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor):
-        self.path, self.key, self.sketch, self.values = Path(path), key, sketch, values
+    def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor, kernel: str):
+        self.path, self.key, self.sketch, self.values, self.kernel = Path(path), key, sketch, values, kernel
         self.done = torch.zeros(len(values), dtype=torch.bool)
-        check_writable(self.path)
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
-        from safetensors import SafetensorError, safe_open
+        tensors, metadata = load_tensors(self.path, _FORMAT, _WHAT)
+        done, values, sketch = (tensors.get(name) for name in ("done", "values", "sketch"))
+        if metadata.get("key") != self.key or not self._alike(sketch):
+            raise FileRefused(
+                f"{self.path} belongs to another sweep (other weights, prompts, sites, values, hooks or metric); "
+                "delete it or give resume= another path. A metric that changes what it refers to as it is called (it "
+                "counts, it keeps answers) is another one each time: give resume=hl.Resume(path, key='a name for it')"
+            )
+        if done is None or values is None or done.dtype != torch.bool or values.shape != self.values.shape:
+            raise FileRefused(f"{self.path} does not hold the values of this sweep; delete it")
+        self.done = done
+        self.values[done] = values[done].to(self.values)
 
-        try:
-            with safe_open(str(self.path), "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise FileRefused(f"{self.path} is not a sweep in progress; give resume= a path of its own")
-                if metadata.get("key") != self.key:
-                    raise self._another()
-                done, values, sketch = (file.get_tensor(name) for name in ("done", "values", "sketch"))
-                if metadata.get("sum") != _sum(values, done, sketch):
-                    raise FileRefused(f"{self.path} is damaged: its numbers are not those that were written; delete it")
-                if not self._alike(sketch):
-                    raise self._another()
-                self.done = done
-                self.values.copy_(values)
-        except (SafetensorError, OSError) as error:
-            raise FileRefused(f"{self.path} cannot be read as a sweep in progress, it is damaged: {error}") from error
+    def _alike(self, sketch: Tensor | None) -> bool:
+        if sketch is None or sketch.shape != self.sketch.shape:
+            return False
+        return torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
 
-    def _another(self) -> FileRefused:
-        return FileRefused(
-            f"{self.path} belongs to another sweep (other weights, prompts, sites, values or metric); "
-            "delete it or give resume= another path"
-        )
+    def finished(self) -> set[int]:
+        """The patches that are done."""
+        return set(self.done.nonzero().flatten().tolist())
 
-    def _alike(self, sketch: Tensor) -> bool:
-        return sketch.shape == self.sketch.shape and torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
-
-    def save(self, finished: list[int]) -> None:
+    def save(self, finished: Iterable[int]) -> None:
         """A bin is complete: write everything found so far, aside and renamed."""
-        from safetensors.torch import save_file
-
-        self.done[finished] = True
-        values = self.values.cpu().contiguous()
-        with write_atomically(self.path) as aside:
-            metadata = {"format": _FORMAT, "key": self.key, "sum": _sum(values, self.done, self.sketch)}
-            save_file({"values": values, "done": self.done, "sketch": self.sketch}, aside, metadata=metadata)
+        self.done[list(finished)] = True
+        tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}
+        save_tensors(self.path, tensors, {"format": _FORMAT, "key": self.key, "kernel": self.kernel})
 
 
-def _sum(*tensors: Tensor) -> str:
-    return hashlib.blake2b(b"".join(map(_bytes, tensors)), digest_size=16).hexdigest()
+def progressed(plan: Plan, resume: Resume, key: str, base: Float[Tensor, "pair"], values: Tensor) -> Progressed:
+    """The file of this sweep, what it holds put into `values`."""
+    return Progressed(resume.path, key, sketch_of(plan, base), values, kernel_of(plan.model))
 
 
-def key_of(plan: Plan, metric: Any) -> str:
-    """A hash of weights, tokens, sites, what is written and metric: what a sweep in progress must share to go on."""
-    digest = hashlib.blake2b(digest_size=16)
-    written = None if isinstance(plan.source, Mapping) else plan.source
-    for part in fingerprint((plan.model.cfg.to_json(), plan.model.state_dict(), plan.tokens, written)):
-        digest.update(part)
-    for part in fingerprint((plan.site, plan.by, plan.shape, plan.patches, metric)):
-        digest.update(part)
-    return digest.hexdigest()
+def key_of(plan: Plan, metric: Any, resume: Resume) -> str:
+    """A hash of all that a sweep in progress must share to go on: weights, tokens, hooks, sites, values and metric."""
+    grid = (plan.site, plan.by, plan.shape, plan.patches, plan.tokens)
+    if resume.key is not None:
+        return identity((plan.model.cfg.to_json(), dict(plan.model.state_dict()), grid, "key", resume.key), "the sweep")
+    source = dict(plan.source) if isinstance(plan.source, Mapping) else plan.source
+    asked = {"the model": _model_parts(plan), "the value to write": source, "the metric": metric}
+    try:
+        return identity((grid, *(identity(part, name) for name, part in asked.items())), "the sweep")
+    except InputError as error:
+        raise InputError(
+            f"resume= goes on only with the same sweep, and {error}; give resume=hl.Resume({str(resume.path)!r}, "
+            "key='a name for this metric and value'), and another key when they change"
+        ) from error
+
+
+def _model_parts(plan: Plan) -> tuple[Any, ...]:
+    """The model without its tokenizer, which a sweep over token ids does not ask, and the hooks active on it."""
+    points = plan.model.hook_points()
+    hooks = {name: [hook.fn for hook in point.active() if not hook.backward] for name, point in points.items()}
+    model = plan.model
+    return model.cfg.to_json(), dict(model.named_children()), dict(model.named_parameters(recurse=False)), hooks
 
 
 def sketch_of(plan: Plan, base: Float[Tensor, "pair"]) -> Float[Tensor, "number"]:
     """The base metric and two numbers of every layer's values. What a model computes is compared to rounding, not
-    hashed: another number of threads, or packed weights, give other last bits."""
+    hashed: another number of threads gives other last bits."""
     found = [base.double().cpu()]
     for _, value in sorted(plan.values.items()):
         flat = value.double().flatten().cpu()
         wave = torch.cos(torch.arange(len(flat), dtype=torch.float64))
         found.append(torch.stack([flat.abs().mean(), (flat * wave).sum() / max(1, len(flat)) ** 0.5]))
     return torch.cat(found)
-
-
-def fingerprint(value: Any, depth: int = 8) -> Iterator[bytes]:
-    """What tells two values apart, the same in every process: tensors by content, functions by code and closure.
-
-    >>> list(fingerprint((1, "a")))
-    [b'tuple', b'1', b"'a'"]
-    """
-    if isinstance(value, Tensor):
-        yield f"{value.dtype} {list(value.shape)}".encode()
-        yield _bytes(value)
-    elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        yield repr(value).encode()
-    else:
-        yield type(value).__qualname__.encode()
-        for part in _parts(value) if depth else ():
-            yield from fingerprint(part, depth - 1)
-
-
-def _parts(value: Any) -> Any:
-    if isinstance(value, CodeType):
-        return (value.co_code, value.co_names, value.co_consts)
-    if isinstance(value, FunctionType):
-        cells = [_content(cell) for cell in value.__closure__ or ()]
-        return (value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, *cells)
-    if isinstance(value, MethodType):
-        return (value.__func__, value.__self__)
-    if isinstance(value, functools.partial):
-        return (value.func, value.args, value.keywords)
-    if isinstance(value, nn.Module):
-        return (value.state_dict(),)
-    if isinstance(value, Mapping):
-        return [part for pair in value.items() for part in pair]
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
-    if isinstance(value, list | tuple):
-        return value
-    if hasattr(value, "__qualname__"):  # a class, a built-in function
-        return (value.__qualname__,)
-    return _parts(vars(value)) if hasattr(value, "__dict__") else ()
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty yet
-        return None
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -1,21 +1,30 @@
-"""How sweeps run: memory, progress, how much is checked; set for a `with` block."""
+"""How sweeps run: memory, progress, kernel, how much is checked; set for a `with` block."""
 
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, Unavailable
+from hooklens.model.linear import packed_linears
+
+KERNELS = ("linear", "packed")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`memory`: bytes of activations at once. `verify`: patches run again the plain way. `plain`: only that way."""
+    """`memory`: bytes of activations at once. `verify`: patches run again the plain way. `plain`: only that way.
+
+    `kernel` is how linear layers multiply: "linear" is torch's product, "packed" one on weights packed for the CPU, and
+    None the one that was faster when it was measured at the start of the process. The two differ in the last bits.
+    """
 
     memory: int = 256 * 2**20
     verify: int = 2
     seed: int = 0
     plain: bool = False
     progress: bool | None = None
+    kernel: str | None = None
 
 
 _DEFAULTS = Settings()
@@ -39,15 +48,33 @@ class engine:
             value = changes.get(name, 1)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InputError(f"{name} is a whole number of at least 0, got {value!r}")
+        if changes.get("kernel") not in (None, *KERNELS):
+            raise InputError(f"kernel is 'linear', 'packed' or None (the faster one), got {changes['kernel']!r}")
         self.changes = changes
 
     def __enter__(self) -> Settings:
+        self.block = pinned(self.changes.get("kernel"))
+        self.block.__enter__()
         self.before = _settings.get()
         _settings.set(replace(self.before, **self.changes))
         return _settings.get()
 
     def __exit__(self, *exc: object) -> None:
         _settings.set(self.before)
+        self.block.__exit__(*exc)
+
+
+def pinned(kernel: str | None) -> packed_linears | nullcontext[None]:
+    """A `with` block in which linear layers multiply in this way; None leaves the choice as it is."""
+    if kernel is None:
+        return nullcontext()
+    block = packed_linears(rows=1024, enabled=kernel == "packed")
+    if kernel == "packed" and not block.enabled:
+        raise Unavailable(
+            "packed products were asked for, and they do not run here (another CPU or torch, or "
+            "HOOKLENS_PACKED_LINEARS=0); use kernel='linear'"
+        )
+    return block
 
 
 def current() -> Settings:

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from hooklens.table import visible
+from hooklens.core.terminal import printable, visible
 
 _SIGNS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
@@ -18,15 +18,14 @@ class Html(str):
 
 
 def escape(text: object) -> Html:
-    """Any text as HTML that shows exactly that text; what is Html already stays.
+    """Any text as HTML that shows exactly that text, control characters written out; what is Html already stays.
 
-    >>> escape("<b>&amp;")
-    '&lt;b&gt;&amp;amp;'
+    >>> escape("<b>&amp;\\x1b")
+    '&lt;b&gt;&amp;amp;\\\\x1b'
     """
     if isinstance(text, Html):
         return text
-    # half of a surrogate pair (a token cut inside an emoji) cannot be written as UTF-8
-    return Html(html.escape(str(text).encode("utf-8", "backslashreplace").decode()))
+    return Html(html.escape(printable(text)))
 
 
 def shown_token(token: str) -> str:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
 from zoo import TOKENS, ZOO, LowRank, Peft, vector_model, wrap_layers, zoo_model
 
 from hooklens.core.cache import ActivationCache
+from hooklens.core.checksum import save_tensors
 from hooklens.core.errors import FileRefused, InputError, NameNotFound
 from hooklens.core.names import site
 from hooklens.model.kv_cache import KVCache
@@ -502,13 +503,13 @@ def test_a_damaged_or_foreign_file_is_refused(run, tmp_path):
         with pytest.raises(FileRefused, match="damaged"):
             ActivationCache.load(path)
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(FileRefused, match="is not a saved activation cache"):
+    with pytest.raises(FileRefused, match=r"a saved activation cache was to be read from .* it is another file"):
         ActivationCache.load(path)
     for entries in ("{", json.dumps(["a"]), json.dumps({"hook_embed": "b"}), json.dumps({"hook_embed": ["a"]})):
-        save_file({"a": torch.ones(1)}, path, metadata={"format": "hooklens-cache-1", "entries": entries})
+        save_tensors(path, {"a": torch.ones(1)}, {"format": "hooklens-cache-2", "entries": entries})
         with pytest.raises(FileRefused, match="damaged"):
             ActivationCache.load(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="no such file"):
         ActivationCache.load(tmp_path / "none")
 
 

@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, tiny, tiny_tokens
 from safetensors.torch import load_file, save_file
 
+from hooklens.core.checksum import save_tensors
 from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.model.config import HookedTransformerConfig, LinearScore, Rotary, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
@@ -100,8 +101,8 @@ def flip(content: bytearray, start: int) -> bytes:
     [
         (lambda content, start: bytes(content[:-10]), "cut short"),
         (lambda content, start: bytes(content[:40]), "cut short"),
-        (flip, "do not match its own sha256"),
-        (lambda content, start: bytes(content).replace(b"n_layers", b"n_lawyer", 1), "n_lawyer"),
+        (flip, "does not match its own sha256"),
+        (lambda content, start: bytes(content).replace(b"n_layers", b"n_lawyer", 1), "does not match its own sha256"),
     ],
     ids=["truncated", "header truncated", "one bit", "configuration"],
 )
@@ -117,10 +118,10 @@ def test_a_checkpoint_whose_weights_were_exchanged_is_refused(tmp_path):
     path = tmp_path / "m.safetensors"
     save_checkpoint(tiny("llama"), path)
     metadata, weights = read_header(path).metadata, load_file(path)
-    save_file({k: v for k, v in weights.items() if "ln_final" not in k}, path, metadata)
+    save_tensors(path, {k: v for k, v in weights.items() if "ln_final" not in k}, metadata)
     with pytest.raises(FileRefused, match=r"lacks 1 of the weights of its own configuration: ln_final.weight"):
         load(path)
-    save_file(weights | {"ln_final.weight": torch.ones(3)}, path, metadata)
+    save_tensors(path, weights | {"ln_final.weight": torch.ones(3)}, metadata)
     with pytest.raises(FileRefused, match=r"ln_final.weight is \[3\] instead of \[32\]"):
         load(path)
 
@@ -150,16 +151,16 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     save_checkpoint(tiny("llama"), path)
     before = path.read_bytes()
-    monkeypatch.setattr("safetensors.torch.save_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("hooklens.core.files._flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tiny("gpt2"), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
-    def full(*args):
+    def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("hooklens.core.files._flush", full)
     with pytest.raises(Unavailable, match="the disk is full"):
         save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")

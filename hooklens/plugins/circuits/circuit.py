@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.checksum import FIELD, opened_json, sealed_json
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import write_atomically
 from hooklens.data.prompts import Prompts
@@ -22,7 +23,8 @@ from hooklens.result import Result, Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_FORMAT, _FIRST = "hooklens.circuit/2", "hooklens.circuit/1"
+_FORMAT, _FIRST = "hooklens.circuit/3", "hooklens.circuit/1"
+_UNSEALED = (_FIRST, "hooklens.circuit/2")  # these had no checksum
 #: What the first format called an MLP and a key/value head, and what they are called now.
 _RENAMED = ((re.compile(r"\bL(\d+)MLP\b"), r"MLP\1"), (re.compile(r"\bL(\d+)KV(\d+)"), r"L\1G\2"))
 _DRAWN = 400  # edges; the picture of more is a smear
@@ -170,15 +172,18 @@ class Circuit(Result):
             "edges": [[graph.name(e), float(self.scores[e])] for e in chosen],
         }
         with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(held, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(sealed_json(held), encoding="utf-8")
         return Path(path)
 
     @classmethod
     def load_json(cls, path: str | os.PathLike) -> "Circuit":
         """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape."""
         try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
-            if held["format"] not in (_FORMAT, _FIRST):
+            text = Path(path).read_text(encoding="utf-8")
+            held = json.loads(text)
+            if held["format"] not in _UNSEALED or FIELD in held:
+                held = opened_json(text, f"the circuit in {str(path)!r}")
+            if held["format"] not in (_FORMAT, *_UNSEALED):
                 raise ValueError(f"its format is {held['format']!r}")
             shape = held["graph"]
             layers, heads, keyed = (_whole(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads"))
@@ -195,6 +200,8 @@ class Circuit(Result):
             return cls(graph, graph.mask(numbers), scores, method, ablation, name, int(held["dropped"]), seen)
         except FileNotFoundError as error:
             raise InputError(f"a circuit was to be loaded from {str(path)!r}, but there is no such file") from error
+        except FileRefused:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileRefused(
                 f"a circuit was to be loaded from {str(path)!r}, but it is not one that save_json wrote ({error})"

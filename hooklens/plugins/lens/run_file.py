@@ -1,6 +1,5 @@
 """A training of a tuned lens from its beginning, or from its file, to its end."""
 
-import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused
+from hooklens.core.identity import identity
 from hooklens.plugins.lens.reading import check_quiet
 from hooklens.plugins.lens.training import Schedule, State, advanced, begin, constant_kl, gradients, window_kl
 from hooklens.plugins.lens.translators import TunedLens, read_lens_file, write_lens
 from hooklens.progress import progress
-from hooklens.sweeps.resume import fingerprint
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -54,11 +53,8 @@ def train(
 
 def run_key(model: "HookedTransformer", schedule: Schedule, held_out: Tensor, start: TunedLens | None) -> str:
     """A hash of everything that a run in progress must share with the one that goes on."""
-    digest = hashlib.blake2b(digest_size=16)
     fixed = (schedule.train, held_out, schedule.steps, schedule.lr, schedule.seed, schedule.batch)
-    for part in fingerprint((model.cfg.to_json(), model.state_dict(), fixed, start)):
-        digest.update(part)
-    return digest.hexdigest()
+    return identity((model.cfg.to_json(), dict(model.state_dict()), fixed, start), "the run")
 
 
 def save_state(path: Path, state: State, held: dict[str, Tensor], key: str) -> None:

@@ -1,6 +1,5 @@
 """The tuned lens as a module: an affine map for every stream but the last, and the file that holds it."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooklens.core.checksum import load_tensors, save_tensors
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.core.files import write_atomically
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-FORMAT = "hooklens-tuned-lens-1"
+FORMAT = "hooklens-tuned-lens-2"
 
 
 class TunedLens(nn.Module):
@@ -73,39 +72,13 @@ class TunedLens(nn.Module):
 
 
 def write_lens(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, written aside and renamed; its tensors are summed, so that damage is seen."""
-    from safetensors.torch import save_file
-
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with write_atomically(path) as aside:
-        save_file(held, aside, metadata={**metadata, "format": FORMAT, "sum": _sum(held)})
+    """One safetensors file, written aside and renamed, with a checksum over all of it."""
+    save_tensors(path, tensors, {**metadata, "format": FORMAT})
 
 
 def read_lens_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata; a foreign or damaged file is refused before a tensor is used."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise InputError(f"a tuned lens was to be read from {str(path)!r}, but there is no such file; check the path")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            # cloned, because these tensors map the file, which training may overwrite
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileRefused(
-            f"{path} cannot be read as a tuned lens, it is damaged or no safetensors file: {error}"
-        ) from error
-    if metadata.get("format") != FORMAT or not {"weight", "bias"} <= set(tensors):
-        raise FileRefused(f"{path} is a safetensors file but holds no tuned lens; TunedLens.save writes one")
-    if metadata.get("sum") != _sum(tensors):
-        raise FileRefused(f"{path} is damaged: its numbers are not those that were written; train or save it again")
+    tensors, metadata = load_tensors(path, FORMAT, "a tuned lens")
+    if not {"weight", "bias"} <= set(tensors):
+        raise FileRefused(f"{path} holds no maps of a tuned lens; TunedLens.save writes them")
     return tensors, metadata
-
-
-def _sum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

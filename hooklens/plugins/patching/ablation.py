@@ -58,6 +58,7 @@ class AblationSweep(Result):
     largest_error: float
     n_verified: int
     how: str
+    kernel: str = ""
 
     @property
     def whole(self) -> float:
@@ -206,6 +207,7 @@ def ablate(
         float(torch.tensor([each.largest_error for each in outcomes]).max()),
         sum(each.n_verified for each in outcomes),
         outcomes[0].how,
+        outcomes[0].kernel,
     )
 
 

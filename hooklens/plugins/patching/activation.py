@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite
 from hooklens.sweeps.plan import grid, plan, settle_by, site_and_layer
+from hooklens.sweeps.resume import Resume
+from hooklens.sweeps.settings import pinned
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -50,6 +52,7 @@ class PatchSweep(TwoRuns, Result):
     largest_error: float
     n_verified: int
     how: str
+    kernel: str = ""
 
     @property
     def values(self) -> Float[Tensor, "*grid"]:
@@ -131,7 +134,7 @@ def patch(
     site: str | tuple | Site = "resid_pre",
     by: str | Sequence[str] | None = None,
     value: Value = "clean",
-    resume: str | Path | None = None,
+    resume: str | Path | Resume | None = None,
 ) -> PatchSweep:
     """Which activations carry the difference between clean and corrupted? One exact patch for every cell of a grid.
 
@@ -148,7 +151,8 @@ def patch(
     as `hl.site("z", 5)`, at one. `by` is the grid: "layer x pos", "layer x head", "layer x head x pos", "layer x
     neuron", "layer". `value` is "clean" (written into the corrupted run) or, written into the clean run, "corrupted"
     (noising), "zero", "mean" over the clean prompts, Mean(reference=prompts), a tensor, a cache, or a function of
-    (activation, point). `resume` names a file in which finished parts are kept, so that an interrupted sweep goes on.
+    (activation, point). `resume` names a file in which finished parts are kept, so that an interrupted sweep goes on; a
+    metric that cannot be recognised there needs a name, `hl.Resume(path, key="...")`.
 
     Clean and corrupted prompts of different length can be swept by layer or head: positions are matched at the shared
     beginning and end, and those between keep their own value. Memory, checks and the plain loop: `hl.engine(...)`.
@@ -162,8 +166,9 @@ def patch(
     check_metric(metric, groups)
     if resume is not None and len(groups) > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
-    with torch.no_grad(), packed_linears(rows=1024), _hint(resume):
-        both = [_patch_group(model, group, metric, site, axes, layer, value, resume) for group in groups]
+    file = None if resume is None else Resume.of(resume)
+    with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024), _hint(resume):
+        both = [_patch_group(model, group, metric, site, axes, layer, value, file) for group in groups]
     parts = [outcome for outcome, _ in both]
     ends = (in_order(groups, [other for _, other in both]), in_order(groups, [p.base for p in parts]))
     clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
@@ -186,11 +191,12 @@ def patch(
         float(errors.max()),
         sum(p.n_verified for p in parts),
         parts[0].how,
+        parts[0].kernel,
     )
 
 
 @contextmanager
-def _hint(resume: str | Path | None) -> Iterator[None]:
+def _hint(resume: object) -> Iterator[None]:
     """Tell somebody who interrupts a sweep how not to lose it."""
     try:
         yield
@@ -218,7 +224,14 @@ def check_metric(metric: Any, groups: list[Pairs]) -> None:
 
 
 def _patch_group(
-    model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], layer: int | None, value: Value, resume
+    model,
+    group: Pairs,
+    metric: Any,
+    site: str,
+    by: tuple[str, ...],
+    layer: int | None,
+    value: Value,
+    resume: Resume | None,
 ) -> tuple[Outcome, Float[Tensor, "pair"]]:
     """The sweep of one group, and the metric of the run that is not patched."""
     noising = _word(value) != "clean"
@@ -227,6 +240,8 @@ def _patch_group(
     cells = grid(model, site, by, into.shape[1])[1]
     patches = None if layer is None else [patch for patch in cells if patch.layer == layer]
     made = plan(model, into, site, written, by=by, patches=patches)
+    given = dict(value) if isinstance(value, Mapping) else value
+    made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep
     outcome = execute(made, group.of(metric), resume=resume)
     return outcome, _other_run(model, group, metric, other, made.donor, outcome)
 

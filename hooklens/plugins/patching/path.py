@@ -150,6 +150,7 @@ def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, send
         float(torch.tensor([p.largest_error for p in parts]).max()),
         sum(p.n_verified for p in parts),
         parts[0].how,
+        parts[0].kernel,
     )
 
 

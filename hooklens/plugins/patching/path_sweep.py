@@ -39,6 +39,7 @@ class PathSweep(TwoRuns, Result):
     largest_error: float
     n_verified: int
     how: str
+    kernel: str = ""
 
     @property
     def values(self) -> Float[Tensor, "sender"]:

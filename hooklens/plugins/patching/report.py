@@ -216,14 +216,23 @@ def _how(report: "Report", study: "IOIStudy") -> None:
     report.table(pairs.table(8), "The first pairs.")
 
 
+_PRODUCTS = {"linear": "torch's own products", "packed": "weights packed for this CPU"}
+
+
 def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
     errors = torch.tensor([sweep.largest_error for sweep in sweeps])
     known = errors[errors.isfinite()]
     seen = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
     checked = sum(sweep.n_verified for sweep in sweeps)
+    kernels = " and ".join(_PRODUCTS[name] for name in sorted({s.kernel for s in sweeps}) if name in _PRODUCTS)
+    products = (
+        f" Linear layers multiplied with {kernels}: the other kind gives other last digits, and which is faster is "
+        "measured anew in every process; hl.engine(kernel=...) settles it."
+    )
     return report.text(
         f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. What had to be "
         "computed, as a share of that plain loop: "
         + ", ".join(f"{s.site} by {' x '.join(s.by)} {s.computed:.0%}" for s in sweeps)
         + "."
+        + products * bool(kernels)
     )

@@ -1,6 +1,5 @@
 """Activations at chosen sites and positions of many prompts, in batches, to memory or to disk."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import edited_elsewhere
+from hooklens.core.identity import identity
 from hooklens.core.names import Where, axes, parse, resolve
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.config import TokenEmbed
@@ -22,7 +22,6 @@ from hooklens.plugins.probing.store import Files, Memory, unnamed
 from hooklens.plugins.probing.task import ProbeTask, components
 from hooklens.progress import progress
 from hooklens.result import Result
-from hooklens.sweeps.resume import fingerprint
 from hooklens.table import Table
 
 if TYPE_CHECKING:
@@ -248,7 +247,4 @@ def _hooked(model: "HookedTransformer") -> bool:
 
 
 def _key(model: "HookedTransformer", *parts: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in fingerprint((model.cfg.to_json(), model.state_dict(), parts)):
-        digest.update(part)
-    return digest.hexdigest()
+    return identity((model.cfg.to_json(), dict(model.state_dict()), parts), "what is gathered")

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooklens.core.errors import Absent, KeepsPropertyErrors
+from hooklens.core.terminal import visible
 
 
 class Weights(NamedTuple):
@@ -115,7 +116,7 @@ class Probe(KeepsPropertyErrors, nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"{' | '.join(self.classes)} at {self.point}, d={self.weight.shape[1]}"
+        return f"{visible(' | '.join(self.classes))} at {self.point}, d={self.weight.shape[1]}"
 
 
 @runtime_checkable

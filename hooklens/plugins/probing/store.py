@@ -1,7 +1,6 @@
 """Arrays that are filled batch by batch: in memory, or memory-mapped files that an interrupted run goes on filling."""
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooklens.core.checksum import opened_json, sealed_json
 from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.core.files import check_writable, write_atomically
 
-_FORMAT = "hooklens.activations/1"
+_FORMAT = "hooklens.activations/2"
 _MANIFEST = "activations.json"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -84,8 +84,10 @@ class Files:
     def _read_manifest(self) -> None:
         path = self.folder / _MANIFEST
         try:
-            manifest: Any = json.loads(path.read_text())
+            manifest = opened_json(path.read_text(), str(path))
             found, key, sums = manifest["format"], manifest["key"], manifest["sums"]
+        except FileRefused:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FileRefused(f"{path} is damaged or not ours ({error}); use another folder") from error
         if found != _FORMAT or key != self.key:
@@ -97,7 +99,7 @@ class Files:
 
     def _write_manifest(self) -> None:
         with write_atomically(self.folder / _MANIFEST) as aside:
-            aside.write_text(json.dumps({"format": _FORMAT, "key": self.key, "sums": self.sums}))
+            aside.write_text(sealed_json({"format": _FORMAT, "key": self.key, "sums": self.sums}))
 
     def _open(self, name: str, known: bool) -> np.memmap:
         """The file to write into: that of an earlier run, or a new one whose room on the disk is taken now."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
+from hooklens.core.checksum import opened_json, sealed_json
 from hooklens.core.errors import FileRefused
 from hooklens.metrics import kl
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
@@ -176,7 +177,8 @@ def test_json_loads_back_and_runs(tmp_path):
 )
 def test_a_file_that_is_no_circuit_is_refused(tmp_path, damage):
     path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
-    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    held = damage(json.loads(path.read_text()))
+    path.write_text(sealed_json(held) if held else "[]")
     with pytest.raises(FileRefused, match="save_json"):
         Circuit.load_json(path)
     path.write_text("{")
@@ -190,12 +192,12 @@ def test_a_file_of_the_first_format_is_read_by_the_names_of_today(tmp_path):
     model = tiny_model(n_heads=4, n_key_value_heads=2)
     circuit = circuit_of(model, ["embed->L0G1.k", "L0H3->MLP0", "MLP0->L1H2.q", "L1H2->logits"])
     path = circuit.save_json(tmp_path / "circuit.json")
-    held = json.loads(path.read_text())
-    assert held["format"] == "hooklens.circuit/2"
+    held = opened_json(path.read_text(), "the circuit")
+    assert held["format"] == "hooklens.circuit/3"
     old = ["embed->L0KV1.k", "L0H3->L0MLP", "L0MLP->L1H2.q", "L1H2->logits"]
     path.write_text(json.dumps(held | {"format": "hooklens.circuit/1", "edges": [[name, 1.0] for name in old]}))
     assert Circuit.load_json(path).edges == circuit.edges
-    path.write_text(json.dumps(held | {"edges": [[name, 1.0] for name in old]}))
+    path.write_text(sealed_json(held | {"edges": [[name, 1.0] for name in old]}))
     with pytest.raises(FileRefused):
         Circuit.load_json(path)
 
