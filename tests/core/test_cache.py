@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from close import close
 from refused import refused
 from safetensors.torch import load_file, save_file
 
@@ -392,7 +393,7 @@ def test_a_wrapped_layer_that_is_not_linear_is_refused():
         cache.stack_neuron_results()
     model.eval()
     written = cache.stack_neuron_results(1)[0].sum(0) + model.blocks[0].mlp.out[1].bias
-    assert torch.allclose(written, cache["mlp_out", 0], atol=1e-5)
+    assert close(written, cache["mlp_out", 0])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
@@ -458,7 +459,7 @@ def test_components_are_labelled_and_narrowed(run):
         stack, got = cache.stack_neuron_results(1, neurons=neurons)
         assert got == labels
         n = int(labels[0][3:])
-        assert torch.allclose(stack[0], cache["post", 0][..., n, None] * model.blocks[0].mlp.W_out[n], atol=1e-6)
+        assert close(stack[0], cache["post", 0][..., n, None] * model.blocks[0].mlp.W_out[n], ulps=20)
     with pytest.raises(InputError, match="'all', 'attn' or 'mlp'"):
         cache.decompose_resid(mode="heads")
     with pytest.raises(InputError, match="nothing to stack"):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from close import close
 from torch.nn import functional as F
 from zoo import TOKENS, zoo_model
 
@@ -32,9 +33,9 @@ def test_products_agree(rows, bias):
     torch.manual_seed(0)
     layer, x = Linear(24, 16, bias=bias), torch.randn(rows, 24)
     with torch.no_grad(), packed_linears(enabled=True) as scope:
-        assert torch.allclose(layer(x), plain(layer, x), atol=1e-4) and layer in scope.packs
-        assert torch.allclose(layer(x[:, None]), plain(layer, x[:, None]), atol=1e-4)
-        assert torch.allclose(layer(x.T.contiguous().T), plain(layer, x), atol=1e-4)
+        assert close(layer(x), plain(layer, x), ulps=1000) and layer in scope.packs
+        assert close(layer(x[:, None]), plain(layer, x[:, None]), ulps=1000)
+        assert close(layer(x.T.contiguous().T), plain(layer, x), ulps=1000)
 
 
 @works
@@ -44,11 +45,9 @@ def test_a_whole_model_agrees(kind):
     with torch.no_grad():
         expected = model(TOKENS)
         with packed_linears(enabled=True) as scope:
-            assert torch.allclose(model(TOKENS), expected, atol=1e-4) and len(scope.packs) > 8
+            assert close(model(TOKENS), expected, ulps=1000) and len(scope.packs) > 8
             _, cache = model.run_with_cache(TOKENS, names="result")
-        assert torch.allclose(
-            cache["result", 0], model.run_with_cache(TOKENS, names="result")[1]["result", 0], atol=1e-4
-        )
+        assert close(cache["result", 0], model.run_with_cache(TOKENS, names="result")[1]["result", 0], ulps=1000)
 
 
 @works
@@ -65,7 +64,7 @@ def test_a_pack_is_never_stale(layer, x):
         ]
         for edit in edits:
             edit()
-            assert torch.allclose(layer(x), plain(layer, x), atol=1e-4)
+            assert close(layer(x), plain(layer, x), ulps=1000)
 
 
 @works
@@ -88,11 +87,11 @@ def test_torchs_own_path_runs_where_packing_cannot(layer, x):
             assert layer.double()(x.double()).dtype == torch.float64 and not scope.packs
             layer.float()
             got = torch.func.vmap(lambda row: layer(row))(x)
-            assert torch.allclose(got, plain(layer, x), atol=1e-5) and not scope.packs
+            assert close(got, plain(layer, x)) and not scope.packs
     with torch.inference_mode(), packed_linears(enabled=True):
         born_inside = Linear(24, 16)
         assert torch.equal(born_inside(x), plain(born_inside, x))
-        assert torch.allclose(layer(x), plain(layer, x), atol=1e-4)
+        assert close(layer(x), plain(layer, x), ulps=1000)
 
 
 @works

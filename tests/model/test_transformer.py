@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from close import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -68,7 +69,7 @@ def test_a_mask_of_another_shape_is_refused():
     for mask in (torch.ones(2, 4), torch.ones(3, 5), torch.ones(2, 9)):
         with pytest.raises(InputError, match="attention_mask has shape"):
             model(TOKENS, attention_mask=mask.long())
-    assert torch.allclose(model([1, 2], attention_mask=torch.tensor([1, 1])), model([1, 2]), atol=1e-6)
+    assert close(model([1, 2], attention_mask=torch.tensor([1, 1])), model([1, 2]), ulps=20)
 
 
 # partial forwards
@@ -82,14 +83,14 @@ def test_stopping_and_starting_at_a_layer_is_the_whole(kind):
         for layer in (0, 1, 2, -1):
             stream = model(TOKENS, stop_at_layer=layer)
             if layer != 2:
-                assert torch.allclose(stream, cache["resid_pre", layer], atol=1e-6)
-            assert torch.allclose(model(stream, start_at_layer=layer), logits, atol=1e-6)
+                assert close(stream, cache["resid_pre", layer], ulps=20)
+            assert close(model(stream, start_at_layer=layer), logits, ulps=20)
         between = model(cache["resid_pre", 0], start_at_layer=0, stop_at_layer=1)
-        assert torch.allclose(between, cache["resid_pre", 1], atol=1e-6)
+        assert close(between, cache["resid_pre", 1], ulps=20)
         tokens, mask = padded("left")
         stream = model(tokens, attention_mask=mask, stop_at_layer=1)
         rest = model(stream, attention_mask=mask, start_at_layer=1)
-        assert torch.allclose(rest[:, 2:], logits, atol=1e-5)
+        assert close(rest[:, 2:], logits)
 
 
 def test_layers_out_of_range_are_refused():
@@ -109,16 +110,16 @@ def test_logits_at_positions_equal_those_of_the_full_pass(kind):
     with torch.no_grad():
         full = model(TOKENS)
         for at in (0, 3, -1, -5):
-            assert torch.allclose(model(TOKENS, logits_at=at), full[:, at][:, None], atol=1e-5)
+            assert close(model(TOKENS, logits_at=at), full[:, at][:, None])
         each = model(TOKENS, logits_at=torch.tensor([1, -2]))
-        assert torch.allclose(each[:, 0], torch.stack([full[0, 1], full[1, -2]]), atol=1e-5)
-        assert torch.allclose(model(tokens, attention_mask=mask, logits_at=-1)[:, 0], full[:, 4], atol=1e-5)
+        assert close(each[:, 0], torch.stack([full[0, 1], full[1, -2]]))
+        assert close(model(tokens, attention_mask=mask, logits_at=-1)[:, 0], full[:, 4])
         tokens, mask = padded("left")
-        assert torch.allclose(model(tokens, attention_mask=mask, logits_at=-2)[:, 0], full[:, 3], atol=1e-5)
+        assert close(model(tokens, attention_mask=mask, logits_at=-2)[:, 0], full[:, 3])
         stream = model(TOKENS, stop_at_layer=-1)
-        assert torch.allclose(model(stream, start_at_layer=-1, logits_at=2)[:, 0], full[:, 2], atol=1e-5)
+        assert close(model(stream, start_at_layer=-1, logits_at=2)[:, 0], full[:, 2])
         through = model(model(TOKENS, stop_at_layer=model.cfg.n_layers), start_at_layer=model.cfg.n_layers, logits_at=2)
-        assert torch.allclose(through[:, 0], full[:, 2], atol=1e-5)
+        assert close(through[:, 0], full[:, 2])
 
 
 @pytest.mark.parametrize("kind", ZOO)
@@ -133,8 +134,8 @@ def test_with_logits_at_every_listener_sees_all_positions_except_at_the_unembedd
                 chosen = model(TOKENS, logits_at=3)
             expected = full[name][:, 3:4] if name.startswith("unembed") else full[name]
             assert cache[name].shape == expected.shape, name
-            assert torch.allclose(cache[name], expected, atol=1e-5), name
-            assert torch.allclose(chosen, logits[:, 3:4], atol=1e-5)
+            assert close(cache[name], expected), name
+            assert close(chosen, logits[:, 3:4])
 
 
 def test_with_logits_at_the_last_block_works_for_one_query_only():
@@ -168,8 +169,8 @@ def test_changing_token_j_changes_nothing_before_j(kind, data):
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens, names=names)
         changed, cache_2 = model.run_with_cache(other, names=names)
-    assert torch.allclose(logits[:, :j], changed[:, :j], atol=1e-5)
-    assert all(torch.allclose(cache[n][:, :j], cache_2[n][:, :j], atol=1e-5) for n in names)
+    assert close(logits[:, :j], changed[:, :j])
+    assert all(close(cache[n][:, :j], cache_2[n][:, :j]) for n in names)
 
 
 @settings(max_examples=20, deadline=None)
@@ -180,7 +181,7 @@ def test_batched_equals_one_by_one(kind, data):
     rows = data.draw(st.lists(st.lists(st.integers(0, 10), min_size=n, max_size=n), min_size=1, max_size=4))
     with torch.no_grad():
         together = model(rows)
-        assert torch.allclose(together, torch.cat([model([row]) for row in rows]), atol=1e-5)
+        assert close(together, torch.cat([model([row]) for row in rows]))
 
 
 # transforms
@@ -264,7 +265,7 @@ def test_forward_mode_works_inside_differentiable_attention_and_its_end_restores
     with differentiable_attention(), differentiable_attention():
         _, slope = torch.func.jvp(run, (stream,), (torch.ones_like(stream),))
     numeric = (run(stream + 1e-6) - run(stream - 1e-6)) / 2e-6
-    assert torch.allclose(slope, numeric, atol=1e-6)
+    assert close(slope, numeric, ulps=20)
     assert model.blocks[0].attn.fusable(torch.zeros(2, 5, 2, 4))
 
 
@@ -275,7 +276,7 @@ def test_an_unhooked_forward_compiles_whole(kind):
     model = zoo_model(kind)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        assert torch.allclose(compiled(TOKENS), model(TOKENS), atol=1e-5)
+        assert close(compiled(TOKENS), model(TOKENS))
 
 
 # copies, dtypes, devices, seeds
@@ -302,7 +303,7 @@ def test_float64_and_bfloat16(kind):
     exact = copy.deepcopy(model).double()
     rough = copy.deepcopy(model).bfloat16()
     with torch.no_grad():
-        assert torch.allclose(exact(TOKENS).float(), model(TOKENS), atol=1e-4)
+        assert close(exact(TOKENS).float(), model(TOKENS), ulps=1000)
         logits, cache = rough.run_with_cache(TOKENS, names=rough.hook_names())
         assert logits.dtype == torch.bfloat16
         wide = {name for name, act in cache.items() if act.dtype != torch.bfloat16}
@@ -398,8 +399,8 @@ def test_QK_and_OV_expand_grouped_heads():
     model = zoo_model("llama")
     attn = model.blocks[1].attn
     for head in range(4):
-        assert torch.allclose(model.QK[1, head].AB, attn.W_Q[head] @ attn.W_K[head // 2].T, atol=1e-6)
-        assert torch.allclose(model.OV[1, head].AB, attn.W_V[head // 2] @ attn.W_O[head], atol=1e-6)
+        assert close(model.QK[1, head].AB, attn.W_Q[head] @ attn.W_K[head // 2].T, ulps=20)
+        assert close(model.OV[1, head].AB, attn.W_V[head // 2] @ attn.W_O[head], ulps=20)
     assert model.OV.shape == (2, 4, 8, 8)
 
 
@@ -474,5 +475,5 @@ def test_padded_ids_need_their_mask_and_texts_bring_theirs():
         tokens, mask = model.to_tokens(texts, padding_side=side, return_mask=True)
         assert torch.equal(tokens, model.to_tokens(texts, padding_side=side)) and mask.sum(1).tolist() == [4, 2]
         short = model(tokens, attention_mask=mask, logits_at=-1)[1]
-        assert torch.allclose(short, model("ef")[0, -1:], atol=1e-5)
-        assert torch.allclose(short, model(texts, logits_at=-1)[1], atol=1e-5)
+        assert close(short, model("ef")[0, -1:])
+        assert close(short, model(texts, logits_at=-1)[1])

@@ -27,7 +27,8 @@ def metric_of(model):
 @pytest.mark.parametrize("name", [name for name in ZOO if "d_vocab_out" not in ZOO[name]])
 def test_integrated_gradients_sum_to_the_difference_in_every_family(name):
     model = zoo_model(name, dtype=torch.float64)
-    found = integrated_gradients(model, PROMPTS, metric_of(model), baseline=BASELINE, steps=257, stages=0)
+    steps = 1025 if name == "no_norm" else 257  # its streams are long, and cross more of the corners of ReLU
+    found = integrated_gradients(model, PROMPTS, metric_of(model), baseline=BASELINE, steps=steps, stages=0)
     with torch.no_grad():
         gap = metric_of(model)(model(PROMPTS)) - metric_of(model)(model(BASELINE))
     torch.testing.assert_close(found.gap, gap, atol=1e-10, rtol=1e-10)
