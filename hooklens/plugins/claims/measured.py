@@ -46,20 +46,23 @@ class Measured(Result):
         return cls(what, values, number, metric_name(metric))
 
     @classmethod
-    def edge_of(cls, what: str, draws: Any, side: float, group: Any = None, *, metric: Any = "") -> "Measured":
-        """Of many draws of a control `[draw prompt]`, the one whose mean 97.5 % of them do not exceed to that side.
+    def edge_of(cls, what: str, draws: Any, group: Any = None, *, metric: Any = "") -> "Measured":
+        """Of many draws of a control `[draw prompt]`, the one whose mean 97.5 % of them do not exceed to its side.
 
-        An effect has to exceed this one to be beyond what such draws do by chance; fewer than 39 give their largest.
+        Each side has such a draw; it is the one further from 0. An effect has to be larger to be beyond what such draws
+        do by chance; fewer than 39 give their largest.
 
-        >>> Measured.edge_of("random directions", [[float(i)] * 2 for i in range(100)], side=1.0).mean
-        98.0
+        >>> Measured.edge_of("random directions", [[float(i)] * 2 for i in range(-70, 30)]).mean
+        -69.0
         """
         values = torch.as_tensor(draws).detach()
         if values.ndim != 2 or not len(values):
             raise InputError(f"draws are one row a draw and one number a prompt, got shape {list(values.shape)}")
-        order = (side * values.double().mean(1)).argsort(stable=True)
+        means = values.double().mean(1)
+        order = means.argsort(stable=True)
         at = min(len(values), math.ceil((1 + LEVEL) / 2 * (len(values) + 1))) - 1
-        return cls.of(f"{what}, 97.5 % edge of {len(values)}", values[order[at]], group, metric=metric)
+        edge = max(order[at], order[len(values) - 1 - at], key=lambda draw: abs(float(means[draw])))
+        return cls.of(f"{what}, 97.5 % edge of {len(values)}", values[edge], group, metric=metric)
 
     @property
     def mean(self) -> float:
@@ -83,8 +86,8 @@ class Measured(Result):
         """Two-sided p-value of "the mean is `null`", by flipping signs of groups."""
         return float(sign_flip_p(self.per_prompt.double() - null, group=self.group, draws=_FLIPS))
 
-    def beyond(self, control: "Measured") -> "Measured":
-        """This minus the control, prompt by prompt."""
+    def beyond(self, control: "Measured", *, mirrored: bool = False) -> "Measured":
+        """This minus the control, prompt by prompt; `mirrored`: minus the control with its sign turned."""
         if len(self.per_prompt) != len(control.per_prompt) or not torch.equal(self.group, control.group):
             raise InputError(
                 f"{self.what!r} and its control {control.what!r} must be measured on the same prompts in the same "
@@ -95,8 +98,9 @@ class Measured(Result):
             raise InputError(
                 f"{self.what!r} is measured by {self.metric!r} and its control by {control.metric!r}; use one metric"
             )
-        moved = self.per_prompt.double() - control.per_prompt.double()
-        return Measured(f"{self.what}, minus {control.what}", moved, self.group, self.metric)
+        turn, word = (-1.0, "plus") if mirrored else (1.0, "minus")
+        moved = self.per_prompt.double() - turn * control.per_prompt.double()
+        return Measured(f"{self.what}, {word} {control.what}", moved, self.group, self.metric)
 
     def said(self) -> str:
         """The mean with its interval, in words."""
