@@ -127,7 +127,9 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
     unmet = sorted(left - {plan.digest for plan in plans})
     if unmet:
         seen = ", ".join(f"{path} has {plan.digest[:12]}" for path, plan in zip(paths, plans, strict=True)) or "none"
-        raise FileRefused(f"no plan has the published digest {unmet[0][:12]}: {seen}; the plan was changed, or is another")
+        raise FileRefused(
+            f"no plan has the published digest {unmet[0][:12]}: {seen}; give the plan as it was published"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 import hooklens as hl
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.metrics import loss
-from hooklens.plugins.claims import ClaimFamily, Measured, Registration, claim, family, held_out_top, metric_name, read_plans
+from hooklens.plugins.claims import ClaimFamily, Measured, Registration, claim, family, held_out_top, metric_name
 from hooklens.testing import tiny_model
 from hooklens.viz.report import Report
 
@@ -238,7 +238,10 @@ def test_a_file_cannot_witness_itself(tmp_path):
 
 
 def test_of_several_plans_those_with_a_published_digest_are_registered(tmp_path):
-    first, second = (Registration("it matters", "loss", "control", 0.5, n).write(tmp_path / f"{n}.json") for n in (6, 7))
+    from hooklens.plugins.claims import read_plans
+
+    bare = Registration("it matters", "loss", "control", 0.5, 6)
+    first, second = (replace(bare, n=n).write(tmp_path / f"{n}.json") for n in (6, 7))
     paths = [tmp_path / "6.json", tmp_path / "7.json"]
     assert [plan.dated.split()[0] for plan in read_plans(paths, [second.digest])] == ["self-dated", "registered"]
     with pytest.raises(FileRefused, match="no plan has the published digest"):
@@ -379,7 +382,7 @@ def test_chosen_components_become_claims_beside_the_rest(tmp_path):
     plan = Registration("c3 matters", "loss", "effect, mean of the rest", 1.0, 20).write(tmp_path / "plan.json")
     claims = found.claims("a model", "loss", registered=[plan])
     assert claims.claims[0].statement == "c3 matters" and claims.claims[0].causal
-    assert claims.claims[0].status.startswith("registered") and not claims.claims[1].causal
+    assert claims.claims[0].status.startswith("self-dated") and not claims.claims[1].causal
     rest = [i for i in range(20) if f"c{i}" not in found.names]
     torch.testing.assert_close(found.others[0], effects[found.reported_on][:, rest].mean(1))
     every = held_out_top(tiny_model(), effects, [f"c{i}" for i in range(20)], k=20).claims("a model")
