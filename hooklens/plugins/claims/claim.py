@@ -10,12 +10,12 @@ from hooklens.core.errors import InputError, WrongType
 from hooklens.plugins.claims.measured import Measured
 from hooklens.plugins.claims.registration import Registration
 from hooklens.result import Result, Table
+from hooklens.statistics import LEAST_GROUPS
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 LARGEST_P = 0.05
-LEAST_GROUPS = 6  # with n groups no p of sign flips is below 2 / 2^n
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +80,13 @@ class Claim(Result):
         if n < 2:
             only = "the effect has no interval: it was measured on one independent group of prompts"
             return [*missing, only, *self.departures]
-        low, high = sorted(self.side * end for end in self.intervention.interval())
+        low, high = self._least_interval([self.intervention])
         if not low > self.least:
             missing.append(f"the effect's interval [{low:.3g}, {high:.3g}] does not lie above {self.least:g}")
-        beyond = [sorted(self.side * end for end in one.interval()) for one in self.beyond]
-        if beyond and not min(beyond)[0] > 0:
-            low, high = min(beyond)
-            missing.append(f"the effect does not exceed the control's in size: by [{low:.3g}, {high:.3g}]")
+        if self.beyond:
+            low, high = self._least_interval(self.beyond)
+            if not low > 0:
+                missing.append(f"the effect does not exceed the control's in size: by [{low:.3g}, {high:.3g}]")
         if n < LEAST_GROUPS:
             missing.append(f"{n} groups of prompts cannot give p < {2 / 2**n:.3g}; {LEAST_GROUPS} are the least")
         elif self.p > LARGEST_P:
@@ -94,6 +94,11 @@ class Claim(Result):
         if self.q is not None and self.p <= LARGEST_P < self.q:
             missing.append(f"q is {self.q:.3g} over the {self.n_tested} claims tested together, above {LARGEST_P:g}")
         return missing + self.departures
+
+    def _least_interval(self, parts: list[Measured]) -> list[float]:
+        """Of the percentile and studentised intervals of these, the one that reaches least far to the claim's side."""
+        ends = [pair for part in parts for pair in (part.interval(), part.studentised())]
+        return min(sorted(self.side * end for end in pair) for pair in ends)
 
     @cached_property
     def departures(self) -> list[str]:
@@ -157,8 +162,10 @@ class Claim(Result):
         for role in ("observation", "intervention", "control"):
             part = getattr(self, role)
             if part is not None:
-                rows.append((role, part.what, part.mean, *part.interval(), len(part.per_prompt), part.n_groups))
-        return Table(("role", "what", "mean", "low", "high", "prompts", "groups"), rows).head(n)
+                ends = (*part.interval(), *part.studentised())
+                rows.append((role, part.what, part.mean, *ends, len(part.per_prompt), part.n_groups))
+        numbers = ("mean", "95% low", "95% high", "studentised 98% low", "98% high", "prompts", "groups")
+        return Table(("role", "what", *numbers), rows).head(n)
 
     def figure(self) -> Any:
         """The three means with their intervals."""
@@ -190,9 +197,9 @@ def claim(
     >>> claim(tiny_model(), "L0H1 moves the name", observation=seen, intervention=effect, control=other).verdict
     'causal'
 
-    Causal takes an intervention with a control on the same prompts; 95 % intervals of the effect, and of by how much
-    its size exceeds the control's, that lie on the side of the effect; and p-values (sign flips of groups) of at most
-    0.05, which fewer than 6 groups cannot reach.
+    Causal takes an intervention with a control on the same prompts; intervals of the effect, and of by how much its
+    size exceeds the control's, that lie on the side of the effect (95 % percentile and 98 % studentised ones); and
+    p-values (sign flips of groups) of at most 0.05, which fewer than 6 groups cannot reach.
 
     Reference: Pearl (2009), "Causality", chapter 1.3 (seeing and doing).
     """

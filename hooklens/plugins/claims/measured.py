@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.result import Result
-from hooklens.statistics import group_numbers, mean_interval, sign_flip_p
+from hooklens.statistics import few_groups, group_numbers, mean_interval, sign_flip_p, studentised_interval
 
 LEVEL = 0.95
+SKEWED_LEVEL = 0.98  # at 0.95, 7 to 11 % of lognormal effects of mean 0 in 6 to 20 groups lie off 0; at 0.98, 5 to 6 %
 _FLIPS = 10_000
 
 
@@ -82,6 +83,15 @@ class Measured(Result):
         low, high = mean_interval(self.per_prompt.double(), group=self.group, level=LEVEL)
         return float(low), float(high)
 
+    def studentised(self) -> tuple[float, float]:
+        """The 98 % interval that follows the skew of the values: what a claim asks of besides `interval`."""
+        return self._skewed_ends
+
+    @functools.cached_property
+    def _skewed_ends(self) -> tuple[float, float]:
+        low, high = studentised_interval(self.per_prompt.double(), group=self.group, level=SKEWED_LEVEL)
+        return float(low), float(high)
+
     def p(self, null: float = 0.0) -> float:
         """Two-sided p-value of "the mean is `null`", by flipping signs of groups."""
         return float(sign_flip_p(self.per_prompt.double() - null, group=self.group, draws=_FLIPS))
@@ -105,8 +115,10 @@ class Measured(Result):
     def said(self) -> str:
         """The mean with its interval, in words."""
         low, high = self.interval()
-        ends = "no interval" if low != low else f"95 % [{low:.3g}, {high:.3g}]"
-        return f"{self.what} {self.mean:.3g} ({ends}, {len(self.per_prompt)} prompts in {self.n_groups} groups)"
+        a, b = self.studentised()
+        ends = "no interval" if low != low else f"95 % [{low:.3g}, {high:.3g}], studentised 98 % [{a:.3g}, {b:.3g}]"
+        counted = [f"{len(self.per_prompt)} prompts in {self.n_groups} groups", few_groups(self.n_groups)]
+        return f"{self.what} {self.mean:.3g} ({ends}, {'; '.join(filter(None, counted))})"
 
 
 def metric_name(metric: Any) -> str:
