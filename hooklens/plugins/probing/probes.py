@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooklens.core.errors import InputError
+from hooklens.plugins.probing.many import Labels, Logits, logistic_logits, mean_logits, ridge_logits
 
 
 class Weights(NamedTuple):
@@ -120,7 +121,11 @@ class Probe(nn.Module):
 
 @runtime_checkable
 class ProbeKind(Protocol):
-    """A way to fit a linear probe: rows and classes in, weights in the units of the rows out."""
+    """A way to fit a linear probe: rows and classes in, weights in the units of the rows out.
+
+    A kind that also has `said_of_many` (see `many.FitsMany`) gets shuffled labels for every point and every choice;
+    one that can only `fit` gets fewer.
+    """
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights: ...
 
@@ -138,10 +143,13 @@ class Logistic:
     c: float = 0.01
     name = "logistic"
 
+    def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
+        return logistic_logits(x, labels, asked, n_classes, self.c)
+
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         from sklearn.linear_model import LogisticRegression
 
-        return _standardised(LogisticRegression(C=self.c, max_iter=10_000), x, y)
+        return _standardised(LogisticRegression(C=self.c, max_iter=10_000, tol=1e-6), x, y)
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,9 @@ class Ridge:
 
     alpha: float = 100.0
     name = "ridge"
+
+    def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
+        return ridge_logits(x, labels, asked, n_classes, self.alpha)
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         from sklearn.linear_model import RidgeClassifier
@@ -168,6 +179,9 @@ class MassMean:
     """
 
     name = "mass-mean"
+
+    def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
+        return mean_logits(x, labels, asked, n_classes)
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         middle = x.mean(0)
