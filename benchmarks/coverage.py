@@ -74,7 +74,9 @@ def studies(n: int, gap: float, kind: ProbeKind, runs: int, *, points: int = 1, 
         x[:, :, 0] += gap * label
         beside = torch.randn(2, n, 20, generator=generator, dtype=torch.float64)
         beside[0, :, 0] += 0.5 * gap * label  # what embeddings read: less
-        acts = Activations(x, [f"blocks.{i}.hook_z" for i in range(points)], ids % 10 if n == 80 else ids, ids, 0 * ids, ids, *beside)
+        acts = Activations(
+            x, [f"blocks.{i}.hook_z" for i in range(points)], ids % 10 if n == 80 else ids, ids, 0 * ids, ids, *beside
+        )
         folds = make_folds(label, ids, seed=seed)
         found.append(_study(acts, task_of(label), kind, folds, draws, seed))
     return found
@@ -116,7 +118,9 @@ def nulls() -> list[dict[str, Any]]:
         small += [float(torch.cat([one.point_p for one in found]).le(0.05).double().mean())]
         least = sum(one.least_p for one in found) / runs
         what = f"noise, {kind.name}, {points} points"
-        rows.append({"of": what, "n": n, "runs": runs, "p <= 0.05": small[0], "point p <= 0.05": small[1], "least p": least})
+        rows.append(
+            {"of": what, "n": n, "runs": runs, "p <= 0.05": small[0], "point p <= 0.05": small[1], "least p": least}
+        )
     return rows
 
 

@@ -97,7 +97,9 @@ def studentised_interval(
         centre, error = _mean_and_error(torch.ones_like(size)[None], sums, size)
         off, own = _mean_and_error(counts, sums - centre * size[:, None], size)
         # where a resample holds copies of one value its error is 0 but for rounding
-        t = torch.where(own > 1e-9 * error, off / own, torch.where(off.abs() > 1e-9 * error, off.sign() * math.inf, 0.0))
+        t = torch.where(
+            own > 1e-9 * error, off / own, torch.where(off.abs() > 1e-9 * error, off.sign() * math.inf, 0.0)
+        )
         reach = torch.quantile(t, ends, dim=0, interpolation="nearest")
         found.append(centre - torch.where(error > 0, reach * error, 0.0))
     low, high = torch.cat(found, dim=1).to(widened(values)).view(2, *values.shape[1:])

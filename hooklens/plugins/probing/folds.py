@@ -100,9 +100,7 @@ def shuffled(label: Classes, group: Classes, generator: torch.Generator) -> Clas
     return torch.where((least == most)[number], new[number], drawn)
 
 
-def shuffled_in_folds(
-    label: Classes, group: Classes, folds: Sequence[Fold], generator: torch.Generator
-) -> Classes:
+def shuffled_in_folds(label: Classes, group: Classes, folds: Sequence[Fold], generator: torch.Generator) -> Classes:
     """Labels as they could have fallen, each fold's test examples among themselves: the folds stay stratified.
 
     Were labels to move between folds, these would hold unequal shares of them. A fit with an intercept then leans to

@@ -30,7 +30,13 @@ class Null:
 
     @classmethod
     def of(
-        cls, label: Classes, group: Classes, folds: Sequence[Fold], draws: int | None, n_points: int, kind: ProbeKind,
+        cls,
+        label: Classes,
+        group: Classes,
+        folds: Sequence[Fold],
+        draws: int | None,
+        n_points: int,
+        kind: ProbeKind,
         seed: int,
     ) -> "Null":
         """`draws` shuffles; by default 99, and for kinds that fit many labellings at once 20 a point.

@@ -25,7 +25,9 @@ def probe_report(study: "ProbeStudy", title: str) -> Any:
     for sentence in verdicts(study):
         report.text(sentence)
     report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
-    over = f"Intervals over groups, widened by what refitting the probes adds. {few_groups(groups).capitalize()}".strip()
+    over = (
+        f"Intervals over groups, widened by what refitting the probes adds. {few_groups(groups).capitalize()}".strip()
+    )
     report.figure(study.figure(), f"{over} To pick the best layer here is to look at the test texts.")
     report.table(study.table(), f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups.")
     report.heading("By layer").table(study.top(10), _by_layer(study))
@@ -38,7 +40,9 @@ def _by_layer(study: "ProbeStudy") -> str:
     if not draws:
         return f"{said}; no labels were shuffled."
     if study.least_q > 0.05:
-        return f"{said}; no single layer can reach q 0.05: the least that {draws} draws allow it is {study.least_q:.2g}."
+        return (
+            f"{said}; no single layer can reach q 0.05: the least that {draws} draws allow it is {study.least_q:.2g}."
+        )
     return f"{said}; the least q that {draws} draws allow a single layer is {study.least_q:.2g}."
 
 

@@ -60,7 +60,9 @@ def cross_validate(
         truth = labels[:n_inner, tested]
         inner.append(balanced((within.argmax(2) == truth).double(), truth))
         factor.append(temperature(within[0], truth[0]))
-    return Scored(logits[0], logits.argmax(2) == labels, torch.stack(inner, 1), torch.tensor(factor, dtype=torch.float64))
+    return Scored(
+        logits[0], logits.argmax(2) == labels, torch.stack(inner, 1), torch.tensor(factor, dtype=torch.float64)
+    )
 
 
 def predicted(

@@ -93,7 +93,9 @@ def _study(
     all_right = torch.stack([one.right for one in scored])
     right = all_right[:, 0].double()
     best = int(balanced(right, label).argmax())
-    numbers = dict(zip(("control", "same_split"), (torch.stack(one, 1) for one in zip(*beside, strict=True)), strict=True))
+    numbers = dict(
+        zip(("control", "same_split"), (torch.stack(one, 1) for one in zip(*beside, strict=True)), strict=True)
+    )
     numbers |= _nested(scored, right, chosen[0], fold) | {"majority": majority(label, folds), "correct": right}
     numbers |= {"null": null.nested(all_right[:, 1:], chosen, fold), "point_null": null.scores(all_right[:, 1:])}
     numbers |= {name: correct(as_rows(getattr(acts, name)), label, n, folds, kind) for name in ("embed", "context")}
