@@ -87,7 +87,7 @@ def task_of(label: Tensor) -> ProbeTask:
 
 
 def probes() -> list[dict[str, Any]]:
-    """Coverage of the mean over data sets, by the intervals of accuracy, selectivity and the difference to embeddings."""
+    """Coverage of the mean over data sets by the intervals of accuracy, selectivity, and probe minus embedding."""
     rows = []
     for n, runs in ((20, 150), (80, 100), (400, 50)):
         for gap in (0.0, 2.0, 4.0):

@@ -67,7 +67,7 @@ class Null:
         chosen: Int[Tensor, "labelling fold"],
         fold: Int[Tensor, "example"],
     ) -> Float[Tensor, "draw"]:
-        """The balanced accuracy of each draw at the points that it chose in inner folds, or that the real labels did."""
+        """The balanced accuracy of each draw at the points that it, or else the real labels, chose in inner folds."""
         chosen = (chosen[1:] if self.chooses else chosen.expand(self.n_nested, -1))[:, fold]  # draw example
         draw, example = torch.arange(len(chosen))[:, None], torch.arange(len(fold))
         return balanced(right[chosen, draw, example].double(), self.labels[: self.n_nested])

@@ -401,7 +401,9 @@ def test_skewed_effects_of_mean_zero_are_seldom_called_causal(model):
             made_of_both(model, effect, control).causal for effect, control in zip(effects, controls, strict=True)
         ]
         assert sum(called) <= 0.09 * runs, n  # 5 to 6 % over 2,000 runs; 0.09 is three deviations of 400 above
-        strong = [made_of_both(model, effect + 3.0, control).causal for effect, control in zip(effects, controls)]
+        strong = [
+            made_of_both(model, effect + 3.0, control).causal for effect, control in zip(effects, controls, strict=True)
+        ]
         assert n < 12 or sum(strong) > 0.9 * runs  # and what is there is still found
 
 
