@@ -117,8 +117,8 @@ def _mean_and_error(
     return mean, (left * n / (n - 1)).sqrt() / total
 
 
-def few_groups(n: int) -> str:
-    """What belongs beside a 95 % interval over fewer than 6 groups, which is nearly their range; empty from 6 on.
+def few_groups(n: int, before: str = "") -> str:
+    """What belongs beside a 95 % interval over fewer than 6 groups, after `before`; empty from 6 on.
 
     >>> few_groups(3), few_groups(6)
     ('few groups: 95 % intervals of 3 cover about 75 %', '')
@@ -128,8 +128,8 @@ def few_groups(n: int) -> str:
     if n >= LEAST_GROUPS:
         return ""
     if n < 2:
-        return "one group has no interval"
-    return f"few groups: 95 % intervals of {n} cover about {_COVERAGE[n]} %"
+        return f"{before}one group has no interval"
+    return f"{before}few groups: 95 % intervals of {n} cover about {_COVERAGE[n]} %"
 
 
 def _tail(number: Int[Tensor, "pair"], level: float) -> float:

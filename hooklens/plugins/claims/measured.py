@@ -117,8 +117,8 @@ class Measured(Result):
         low, high = self.interval()
         a, b = self.studentised()
         ends = "no interval" if low != low else f"95 % [{low:.3g}, {high:.3g}], studentised 98 % [{a:.3g}, {b:.3g}]"
-        counted = [f"{len(self.per_prompt)} prompts in {self.n_groups} groups", few_groups(self.n_groups)]
-        return f"{self.what} {self.mean:.3g} ({ends}, {'; '.join(filter(None, counted))})"
+        counted = f"{len(self.per_prompt)} prompts in {self.n_groups} groups{few_groups(self.n_groups, '; ')}"
+        return f"{self.what} {self.mean:.3g} ({ends}, {counted})"
 
 
 def metric_name(metric: Any) -> str:

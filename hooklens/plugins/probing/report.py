@@ -25,7 +25,7 @@ def probe_report(study: "ProbeStudy", title: str) -> Any:
     for sentence in verdicts(study):
         report.text(sentence)
     report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
-    over = " ".join(["Intervals over groups, widened by what refitting the probes adds.", few_groups(groups)]).strip()
+    over = f"Intervals over groups, widened by what refitting the probes adds{few_groups(groups, '; ')}."
     report.figure(study.figure(), f"{over} To pick the best layer here is to look at the test texts.")
     report.table(study.table(), f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups.")
     report.heading("By layer").table(study.top(10), _by_layer(study))
