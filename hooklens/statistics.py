@@ -74,8 +74,8 @@ def studentised_interval(
     """Bootstrap interval of the mean over pairs that follows the skew of the values: the bootstrap of Student's t.
 
     A resample with a low mean of skewed values has a small spread too, and so a t far from 0: the interval reaches
-    further to the side on which large values may have been missed. Of fewer than 6 groups an end may be infinite. NaN
-    for one group.
+    further to the side on which large values may have been missed. Resamples without spread are left out. NaN for one
+    group.
 
     >>> skewed = torch.tensor([0.1, 0.2, 0.1, 0.3, 0.2, 0.1, 0.2, 2.0])
     >>> above = mean_interval(skewed)[1], studentised_interval(skewed)[1]
@@ -96,11 +96,9 @@ def studentised_interval(
         sums = wide.new_zeros(n, cells.shape[1]).index_add_(0, number.to(wide.device), cells)
         centre, error = _mean_and_error(torch.ones_like(size)[None], sums, size)
         off, own = _mean_and_error(counts, sums - centre * size[:, None], size)
-        # where a resample holds copies of one value its error is 0 but for rounding
-        t = torch.where(
-            own > 1e-9 * error, off / own, torch.where(off.abs() > 1e-9 * error, off.sign() * math.inf, 0.0)
-        )
-        reach = torch.quantile(t, ends, dim=0, interpolation="nearest")
+        # a resample that holds copies of one value has no error but rounding, and no t
+        t = torch.where(own > 1e-6 * error, off / own, torch.nan)
+        reach = torch.nanquantile(t, ends, dim=0, interpolation="nearest")
         found.append(centre - torch.where(error > 0, reach * error, 0.0))
     low, high = torch.cat(found, dim=1).to(widened(values)).view(2, *values.shape[1:])
     return low, high

@@ -203,6 +203,12 @@ def test_a_studentised_interval_counts_groups():
     assert [float(end) for end in studentised_interval(torch.full((6,), 0.3))] == pytest.approx([0.3, 0.3])
 
 
+def test_equal_values_leave_a_studentised_interval_finite():
+    """A resample of the three equal ones alone has an error of rounding, whose t would be 1e5 or endless."""
+    low, high = studentised_interval(torch.tensor([1.9, 1.5, 1.9, 2.1, 1.9, 2.0], dtype=torch.float64), level=0.98)
+    assert 0.5 < float(low) < 1.88 < float(high) < 3.0
+
+
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_what_is_said_of_few_groups_is_so(n):
     """The coverage that is told beside an interval of few groups is the one it has for normal values."""
