@@ -66,7 +66,7 @@ class Null:
         right: Bool[Tensor, "point draw example"],
         chosen: Int[Tensor, "labelling fold"],
         fold: Int[Tensor, "example"],
-    ) -> Float[Tensor, "draw"]:
+    ) -> Float[Tensor, "nested_draw"]:
         """The balanced accuracy of each draw at the points that it, or else the real labels, chose in inner folds."""
         chosen = (chosen[1:] if self.chooses else chosen.expand(self.n_nested, -1))[:, fold]  # draw example
         draw, example = torch.arange(len(chosen))[:, None], torch.arange(len(fold))
