@@ -75,7 +75,7 @@ def studentised_interval(
 
     A resample with a low mean of skewed values has a small spread too, and so a t far from 0: the interval reaches
     further to the side on which large values may have been missed. Resamples without spread are left out. NaN for one
-    group.
+    group, and for two, whose resamples with spread are all alike.
 
     >>> skewed = torch.tensor([0.1, 0.2, 0.1, 0.3, 0.2, 0.1, 0.2, 2.0])
     >>> above = mean_interval(skewed)[1], studentised_interval(skewed)[1]
@@ -87,7 +87,7 @@ def studentised_interval(
     """
     number, wide = group_numbers(len(values), group), widened(values).double()
     n = int(number.max()) + 1
-    if n < 2:
+    if n < 3:
         return (nothing := torch.full_like(widened(values[0]), torch.nan)), nothing.clone()
     size, tail = number.bincount().to(wide), (1 - level) / 2
     counts, ends = _counts(n, draws, seed).to(wide), wide.new_tensor([1 - tail, tail])

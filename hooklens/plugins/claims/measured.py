@@ -116,7 +116,8 @@ class Measured(Result):
         """The mean with its interval, in words."""
         low, high = self.interval()
         a, b = self.studentised()
-        ends = "no interval" if low != low else f"95 % [{low:.3g}, {high:.3g}], studentised 98 % [{a:.3g}, {b:.3g}]"
+        ends = "no interval" if low != low else f"95 % [{low:.3g}, {high:.3g}]"
+        ends += "" if a != a else f", studentised 98 % [{a:.3g}, {b:.3g}]"
         counted = f"{len(self.per_prompt)} prompts in {self.n_groups} groups{few_groups(self.n_groups, '; ')}"
         return f"{self.what} {self.mean:.3g} ({ends}, {counted})"
 
