@@ -24,6 +24,9 @@ PairsFile = Annotated[Path | None, typer.Option("--pairs", help="A JSONL file of
 Plans = Annotated[
     list[Path] | None, typer.Option("--registered", help="A plan that `hooklens register` wrote before the run.")
 ]
+Digests = Annotated[
+    list[str] | None, typer.Option("--digest", help="A plan's whole digest as published; without: self-dated.")
+]
 
 
 @app.command()
@@ -76,6 +79,7 @@ def heads(
     sequences: Annotated[int, typer.Option(help="Random sequences for scores, and as many for effects.")] = 12,
     ioi: Annotated[int, typer.Option(help="Prompt pairs that name movers are looked for with; 0: none.")] = 64,
     registered: Plans = None,
+    digest: Digests = None,
     out: Out = Path("heads.html"),
     device: Device = None,
     dtype: OfDtype = None,
@@ -89,7 +93,7 @@ def heads(
     Example: `hooklens heads --pairs ioi.jsonl --out heads.html`
     """
     check_out(out)
-    plans = _plans(registered)
+    plans = _plans(registered, digest)
     own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
     loaded = load_model(model, device, dtype)
@@ -122,6 +126,7 @@ def circuit(
     ] = False,
     model: Model = _DEFAULT,
     registered: Plans = None,
+    digest: Digests = None,
     out: Annotated[Path, typer.Option(help="The report; its numbers and the circuit go beside it.")] = Path(
         "circuit.html"
     ),
@@ -137,7 +142,7 @@ def circuit(
     A single pair can only be tested on itself, which the report says.
     """
     check_out(out)
-    plans = _plans(registered)
+    plans = _plans(registered, digest)
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
     loaded = load_model(model, device, dtype)
     _check(loaded, read, pairs)
@@ -214,7 +219,8 @@ def register(
     --control "what random circuits keep, 97.5 % edge of 100"`, and after it `hooklens circuit --pairs ioi.jsonl
     --registered plan.json`
 
-    The statements and controls of each command stand in docs/claims.md. Publish the digest that is printed.
+    The statements and controls of each command stand in docs/claims.md. Publish the digest that is printed, and give
+    it to the run (`--digest`): without it the plan counts as self-dated.
     """
     from hooklens.plugins.claims import Registration
     from hooklens.table import Table
@@ -225,11 +231,11 @@ def register(
     show(Table(("plan", "held to"), rows), as_json, plan=str(plan), written=made.written, digest=made.digest)
 
 
-def _plans(paths: list[Path] | None) -> "list[Registration]":
+def _plans(paths: list[Path] | None, digests: list[str] | None) -> "list[Registration]":
     """The plans in these files; one that is missing or was edited is refused before anything runs."""
-    from hooklens.plugins.claims import Registration
+    from hooklens.plugins.claims import read_plans
 
-    return [Registration.read(path) for path in paths or []]
+    return read_plans(paths or [], digests or [])
 
 
 def _check(model: "HookedTransformer", pairs: "PromptPairs", path: Path | None) -> None:

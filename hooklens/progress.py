@@ -40,3 +40,13 @@ def progress(title: str, total: int | float, *, unit: str = "it", show: bool | N
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(visible(title)), total=total)
         yield lambda amount=1: bar.advance(task, amount)
+
+
+def say_estimate(what: str, seconds: float, *, least: float = 60.0) -> None:
+    """Say on standard error, once the first part was timed, how long all of it will take: where it is over a minute.
+
+    >>> say_estimate("three layers", 2.0)
+    """
+    if seconds >= least:
+        minutes = seconds / 60
+        print(f"{what} take about {minutes:.0f} minute{'s' * (round(minutes) != 1)}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -389,6 +390,22 @@ def _check_dtype(result: Result, model: HookedTransformer, where: str) -> None:
         if t.is_floating_point() and model.dtype == torch.float64 != t.dtype
     ]
     _require(not wrong, where, "dtype", f"{', '.join(wrong)}, though the model computes in float64")
+    narrow = [f"{name} is {t.dtype}" for name, t in _p_values(result) if t.dtype != torch.float64]
+    _require(not narrow, where, "dtype", f"{', '.join(narrow)}; p and q are float64: in float32 1/20 lies above 0.05")
+
+
+def _p_values(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every field and property named p or q (`p_turned`, `score_q`) of a result and of the results inside it."""
+    if isinstance(value, Result):
+        named = {name for name, of in vars(type(value)).items() if isinstance(of, property | cached_property)}
+        for name in sorted(named | {f.name for f in fields(value)}):
+            if {"p", "q"} & set(name.split("_")):
+                yield from _tensors(getattr(value, name), name)
+        for f in fields(value):
+            yield from _p_values(getattr(value, f.name))
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _p_values(item)
 
 
 def _tensors(value: Any, name: str = "result") -> Iterator[tuple[str, Tensor]]:

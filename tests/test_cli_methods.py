@@ -72,13 +72,17 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     assert again.exit_code == cli.BAD_INPUT and "exists" in again.stderr
     assert json.loads(plan.read_text())["digest"] == digest
     assert invoke("register", other, "--hypothesis", "<b>edges</b> carry the answer", *asked).exit_code == 0
-    done = invoke(*run, "--registered", plan, "--registered", other)
+    done = invoke(*run, "--registered", plan, "--registered", other, "--digest", digest)
     assert done.exit_code == 0, done.output
     page = out.read_text()
-    assert f"as {digest[:8]}" in page and "(exploratory" not in page
+    assert re.search(f"registered [^ ]*Z as {digest[:8]}", page) and "(exploratory" not in page
+    assert "Plan self-dated 20" in page  # the other one: no published digest witnesses its time
     assert "not borne out: nothing that was found says &#x27;&lt;b&gt;edges" in page
-    plan.write_text(plan.read_text().replace("0.5", "0.1"))
     out.unlink()
+    for wrong, told in (("", "all 64"), (digest[:8], "all 64"), ("0" * 64, "no plan has the published digest 0000")):
+        done = invoke(*run, "--registered", plan, "--digest", wrong)
+        assert done.exit_code in (cli.MISSING, cli.BAD_INPUT) and told in done.stderr and not out.exists()
+    plan.write_text(plan.read_text().replace("0.5", "0.1"))
     done = invoke(*run, "--registered", plan)
     assert done.exit_code == cli.MISSING or done.exit_code == cli.BAD_INPUT
     assert "was changed after it was registered" in done.stderr and not out.exists()

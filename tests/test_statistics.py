@@ -1,5 +1,7 @@
 """Intervals cover, p-values are honest under the null, q-values are Benjamini and Hochberg's, halves share no group."""
 
+import math
+
 import pytest
 import torch
 from close import close
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hooklens.core.errors import InputError
 from hooklens.statistics import (
     correlation,
+    few_groups,
     group_numbers,
     halves,
     mean_interval,
@@ -17,6 +20,7 @@ from hooklens.statistics import (
     rank_correlation,
     ratio_interval,
     sign_flip_p,
+    studentised_interval,
 )
 
 
@@ -129,7 +133,7 @@ def test_q_values_call_what_the_step_up_rule_calls(ps):
 
 def test_q_values_leave_out_what_was_not_tested():
     q = q_values(torch.tensor([0.01, float("nan"), 0.04]))
-    assert torch.allclose(q[[0, 2]], torch.tensor([0.02, 0.04])) and bool(q[1].isnan())
+    assert q[[0, 2]].tolist() == pytest.approx([0.02, 0.04]) and bool(q[1].isnan())
     assert bool(q_values(torch.tensor([float("nan")])).isnan().all())
 
 
@@ -160,3 +164,57 @@ def test_correlations_are_scipys_ties_and_all():
 def test_the_pattern_that_was_seen_counts_among_those_tried_also_in_float32():
     values = torch.rand(12, 200, generator=torch.Generator().manual_seed(0)) + 0.01  # sums in another order differ
     assert bool((sign_flip_p(values) == 2 / 2**12).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_one_in_twenty_is_at_most_a_twentieth_whatever_the_dtype(dtype):
+    """In float32, p of 1/20 is 0.05000000074 as a number, and above 0.05."""
+    p = null_p(torch.tensor(5.0, dtype=dtype), torch.zeros(19, dtype=dtype))
+    assert p.dtype == torch.float64 and float(p) == 1 / 20 and float(p) <= 0.05
+    assert q_values(p[None]).dtype == torch.float64 and float(q_values(p[None])[0]) <= 0.05
+    flips = sign_flip_p(torch.ones(6, dtype=dtype))
+    assert flips.dtype == torch.float64 and float(flips) == 2 / 2**6
+    assert q_values(torch.tensor([0.5], dtype=dtype)).dtype == torch.float64
+
+
+def skewed(n: int, runs: int) -> torch.Tensor:
+    """Lognormal values of mean 0, an experiment a column."""
+    return torch.randn(n, runs, generator=torch.Generator().manual_seed(n), dtype=torch.float64).exp() - math.exp(0.5)
+
+
+@pytest.mark.parametrize("n, least", [(6, 0.87), (12, 0.89), (40, 0.91)])
+def test_a_studentised_interval_follows_skew(n, least):
+    """Percentile intervals of lognormal values cover 0.84, 0.86 and 0.90; of normal ones both keep their level."""
+    values = skewed(n, 1000)
+    covered = [
+        float(((low <= 0) & (high >= 0)).double().mean())
+        for low, high in (mean_interval(values), studentised_interval(values))
+    ]
+    assert covered[1] > max(least, covered[0] + 0.015)
+    low, high = studentised_interval(torch.randn(n, 1000, generator=torch.Generator().manual_seed(0)))
+    assert 0.92 < float(((low <= 0) & (high >= 0)).double().mean()) < 0.975
+
+
+def test_a_studentised_interval_counts_groups():
+    values = torch.randn(10, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    copies, group = values.repeat_interleave(8, 0), torch.arange(10).repeat_interleave(8)
+    for a, b in zip(studentised_interval(values), studentised_interval(copies, group=group), strict=True):
+        torch.testing.assert_close(a, b)
+    for few in (torch.zeros(10, dtype=torch.long), torch.arange(10) % 2):  # of two groups it would be [x, x]
+        assert all(bool(end.isnan().all()) for end in studentised_interval(values, group=few))
+    assert [float(end) for end in studentised_interval(torch.full((6,), 0.3))] == pytest.approx([0.3, 0.3])
+
+
+def test_equal_values_leave_a_studentised_interval_finite():
+    """A resample of the three equal ones alone has an error of rounding, whose t would be 1e5 or endless."""
+    low, high = studentised_interval(torch.tensor([1.9, 1.5, 1.9, 2.1, 1.9, 2.0], dtype=torch.float64), level=0.98)
+    assert 0.5 < float(low) < 1.88 < float(high) < 3.0
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_what_is_said_of_few_groups_is_so(n):
+    """The coverage that is told beside an interval of few groups is the one it has for normal values."""
+    low, high = mean_interval(torch.randn(n, 4000, generator=torch.Generator().manual_seed(n)))
+    told = float(few_groups(n).split("about ")[1].split()[0]) / 100
+    assert float(((low <= 0) & (high >= 0)).double().mean()) == pytest.approx(told, abs=0.02)
+    assert few_groups(6) == "" and few_groups(1) == "one group has no interval"

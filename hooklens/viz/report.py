@@ -20,10 +20,10 @@ from hooklens.viz.page import page
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 
 _CLAIMS = (
-    "Causal: an intervention whose effect lies off 0 (or the registered threshold) and beyond that of its control, by "
-    "95 % intervals over groups of prompts, by p of at most 0.05, and by q of at most 0.05. Exploratory: not written "
-    "down before the run. Registered: written to a file at the time shown, before the run, by its author's word. q: "
-    "Benjamini-Hochberg, over this table."
+    "Causal: an intervention whose effect lies off 0 (or the registered threshold) and is larger than that of its "
+    "control, by 95 % intervals over groups of prompts, by p of at most 0.05, and by q of at most 0.05. Exploratory: "
+    "not written down before the run. Self-dated: written to a file at the time shown, by its author's clock alone. "
+    "Registered: the same, and the digest of that file is the published one. q: Benjamini-Hochberg, over this table."
 )
 _READ_AT_ONCE = 6  # claims whose sentences stand open below their table
 

@@ -75,13 +75,12 @@ class CircuitStudy(Result):
         tested, name = self.faithfulness, {"metric": "logit_diff"}
         group, whole = tested.group.cpu(), tested.model_per_pair.cpu()
         empty, own, random = tested.empty_per_pair.cpu(), tested.per_pair.cpu(), tested.random_per_pair.cpu()
-        side = -1.0 if bool((whole - empty).mean() < 0) else 1.0
         return claim(
             self.model,
             statement or f"{self.circuit.n_edges} edges carry the answer",
             observation=Measured.of("metric of the whole model", whole, group, **name),
             intervention=Measured.of("what the circuit keeps of it, all else ablated", own - empty, group, **name),
-            control=Measured.edge_of("what random circuits keep", random - empty, side, group, **name),
+            control=Measured.edge_of("what random circuits keep", random - empty, group, **name),
             registered=registered,
         )
 

@@ -42,8 +42,8 @@ class Minimality(Result):
         """
         size = self.effect.abs()
         least = size - slack(self.null)
-        reached = torch.stack([(self.null >= one).to(size).mean(1).sum() for one in least])
-        own = (size >= least[:, None]).to(size).mean(1)
+        reached = torch.stack([(self.null >= one).double().mean(1).sum() for one in least])
+        own = (size >= least[:, None]).double().mean(1)
         return torch.where(size.isnan(), torch.nan, (reached + own) / (len(self.null) + 1))
 
     @property

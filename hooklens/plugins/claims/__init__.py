@@ -4,7 +4,7 @@ from hooklens.plugins.claims.claim import Claim, claim
 from hooklens.plugins.claims.family import ClaimFamily, family, plans_met
 from hooklens.plugins.claims.held_out import HeldOutEffects, held_out_top
 from hooklens.plugins.claims.measured import Measured, metric_name
-from hooklens.plugins.claims.registration import Registration
+from hooklens.plugins.claims.registration import Registration, read_plans
 
 __all__ = [
     "Claim",
@@ -17,4 +17,5 @@ __all__ = [
     "held_out_top",
     "metric_name",
     "plans_met",
+    "read_plans",
 ]

@@ -10,12 +10,12 @@ from hooklens.core.errors import InputError, WrongType
 from hooklens.plugins.claims.measured import Measured
 from hooklens.plugins.claims.registration import Registration
 from hooklens.result import Result, Table
+from hooklens.statistics import LEAST_GROUPS
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 LARGEST_P = 0.05
-LEAST_GROUPS = 6  # with n groups no p of sign flips is below 2 / 2^n
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +49,26 @@ class Claim(Result):
         return 0.0 if self.registered is None else self.registered.threshold
 
     @cached_property
-    def beyond(self) -> Measured | None:
-        """The effect minus that of the control, prompt by prompt."""
-        return None if self.intervention is None or self.control is None else self.intervention.beyond(self.control)
+    def beyond(self) -> list[Measured]:
+        """The effect minus that of the control, and plus it, prompt by prompt; none without a control.
+
+        The effect is larger than the control's in size where both lie on its side: a control that moves the metric
+        further to the other side leaves the first there and not the second.
+        """
+        effect, control = self.intervention, self.control
+        if effect is None or control is None:
+            return []
+        return [effect.beyond(control), effect.beyond(control, mirrored=True)]
 
     @cached_property
     def p(self) -> float:
-        """Two-sided p-value: the larger of that of the effect beyond `least` and that of the effect beyond its control.
+        """Two-sided p-value: the largest of the effect's beyond `least` and of its size beyond that of its control.
 
         NaN without an intervention; of the effect alone without a control.
         """
         if self.intervention is None:
             return float("nan")
-        alone = self.intervention.p(self.side * self.least)
-        return alone if self.beyond is None else max(alone, self.beyond.p())
+        return max([self.intervention.p(self.side * self.least), *(one.p() for one in self.beyond)])
 
     @cached_property
     def lacks(self) -> list[str]:
@@ -74,13 +80,13 @@ class Claim(Result):
         if n < 2:
             only = "the effect has no interval: it was measured on one independent group of prompts"
             return [*missing, only, *self.departures]
-        low, high = sorted(self.side * end for end in self.intervention.interval())
+        low, high = self._least_interval([self.intervention])
         if not low > self.least:
             missing.append(f"the effect's interval [{low:.3g}, {high:.3g}] does not lie above {self.least:g}")
-        if self.beyond is not None:
-            low, high = sorted(self.side * end for end in self.beyond.interval())
+        if self.beyond:
+            low, high = self._least_interval(self.beyond)
             if not low > 0:
-                missing.append(f"the effect does not exceed the control's: the difference is [{low:.3g}, {high:.3g}]")
+                missing.append(f"the effect does not exceed the control's in size: by [{low:.3g}, {high:.3g}]")
         if n < LEAST_GROUPS:
             missing.append(f"{n} groups of prompts cannot give p < {2 / 2**n:.3g}; {LEAST_GROUPS} are the least")
         elif self.p > LARGEST_P:
@@ -88,6 +94,11 @@ class Claim(Result):
         if self.q is not None and self.p <= LARGEST_P < self.q:
             missing.append(f"q is {self.q:.3g} over the {self.n_tested} claims tested together, above {LARGEST_P:g}")
         return missing + self.departures
+
+    def _least_interval(self, parts: list[Measured]) -> list[float]:
+        """Of the percentile and studentised intervals of these, the one that reaches least far to the claim's side."""
+        ends = [pair for part in parts for pair in (part.interval(), part.studentised())]
+        return min(sorted(self.side * end for end in pair) for pair in ends)
 
     @cached_property
     def departures(self) -> list[str]:
@@ -107,18 +118,21 @@ class Claim(Result):
 
     @property
     def causal(self) -> bool:
-        """Is there an intervention whose effect is surely off 0, and surely beyond that of its control?"""
+        """Is there an intervention whose effect is surely off 0, and surely larger than that of its control?"""
         return not self.lacks
 
     @property
     def status(self) -> str:
-        """ "exploratory", or "registered" with the author's time and the first digits of the digest."""
+        """ "exploratory", "self-dated" or "registered", with the author's time and the first digits of the digest.
+
+        Self-dated: only the clock of its author says when the plan was written; it was not read against a published
+        digest.
+        """
         if self.registered is None:
             return "exploratory"
-        short = self.registered.digest[:8]
         if self.departures:
-            return f"exploratory, departs from the plan {short}"
-        return f"registered {self.registered.written} as {short}"
+            return f"exploratory, departs from the plan {self.registered.digest[:8]}"
+        return self.registered.dated
 
     @property
     def verdict(self) -> str:
@@ -148,8 +162,10 @@ class Claim(Result):
         for role in ("observation", "intervention", "control"):
             part = getattr(self, role)
             if part is not None:
-                rows.append((role, part.what, part.mean, *part.interval(), len(part.per_prompt), part.n_groups))
-        return Table(("role", "what", "mean", "low", "high", "prompts", "groups"), rows).head(n)
+                ends = (*part.interval(), *part.studentised())
+                rows.append((role, part.what, part.mean, *ends, len(part.per_prompt), part.n_groups))
+        numbers = ("mean", "95% low", "95% high", "studentised 98% low", "98% high", "prompts", "groups")
+        return Table(("role", "what", *numbers), rows).head(n)
 
     def figure(self) -> Any:
         """The three means with their intervals."""
@@ -181,9 +197,9 @@ def claim(
     >>> claim(tiny_model(), "L0H1 moves the name", observation=seen, intervention=effect, control=other).verdict
     'causal'
 
-    Causal takes an intervention with a control on the same prompts; 95 % intervals of the effect and of its difference
-    from the control's that lie on the side of the effect; and both p-values (sign flips of groups) at most 0.05, which
-    fewer than 6 groups cannot reach.
+    Causal takes an intervention with a control on the same prompts; intervals of the effect, and of by how much its
+    size exceeds the control's, that lie on the side of the effect (95 % percentile and 98 % studentised ones); and
+    p-values (sign flips of groups) of at most 0.05, which fewer than 6 groups cannot reach.
 
     Reference: Pearl (2009), "Causality", chapter 1.3 (seeing and doing).
     """

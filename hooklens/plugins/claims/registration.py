@@ -3,16 +3,19 @@
 import hashlib
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import write_atomically
 from hooklens.result import Result
 
 SIDES = ("above", "below")
-_LEAST_DIGITS = 8
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,8 @@ class Registration(Result):
     The claim holds if, over `n` prompts, the effect on `metric` lies more than `threshold` above (or below) 0 and
     beyond what the `control` gives. `model` may be left open. Only a plan that was written to a file counts:
     `plan = plan.write("plan.json")` before the run, which sets the time `written` (UTC), or `Registration.read` of it.
-    `digest` is the SHA-256 of all fields, time included, as canonical JSON.
+    `digest` is the SHA-256 of these fields, time included, as canonical JSON. `published` is the digest that was made
+    public before the run and that the file was read against; without it nothing but its author's clock dates the plan.
     """
 
     hypothesis: str
@@ -37,6 +41,7 @@ class Registration(Result):
     side: str = "above"
     model: str = ""
     written: str = ""
+    published: str = ""
 
     def __post_init__(self) -> None:
         for name in ("hypothesis", "metric", "control"):
@@ -52,7 +57,22 @@ class Registration(Result):
     @property
     def digest(self) -> str:
         """What identifies the registration: publish that of the written one, where others see when, before the run."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def _plan(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "published"}
+
+    @property
+    def dated(self) -> str:
+        """What dates the plan, with the first digits of its digest: "registered ..." or "self-dated ...".
+
+        >>> Registration("L5H1 moves names", "logit_diff", "random heads", threshold=0.05, n=64).dated
+        'unwritten ...'
+        """
+        if not self.written:
+            return f"unwritten {self.digest[:8]}"
+        return f"{'registered' if self.published else 'self-dated'} {self.written} as {self.digest[:8]}"
 
     def write(self, path: str | Path) -> "Registration":
         """Keep the registration as JSON, with the time and the digest, and return it as it was written.
@@ -65,7 +85,7 @@ class Registration(Result):
             raise InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
         made = replace(self, written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
         with write_atomically(path) as aside:
-            aside.write_text(json.dumps({**asdict(made), "digest": made.digest}, indent=1) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps({**made._plan, "digest": made.digest}, indent=1) + "\n", encoding="utf-8")
         return made
 
     @classmethod
@@ -73,20 +93,47 @@ class Registration(Result):
         """The registration in a file; one that was edited after it was written is refused.
 
         The digest in the file shows an accident. An edit with a digest recomputed shows only against the `digest` that
-        was published (8 digits of it or more).
+        was published, all 64 digits of it. Without one the plan is "self-dated".
         """
+        if digest is not None:
+            digest = _whole(digest)
         try:
             held = json.loads(Path(path).read_text(encoding="utf-8"))
             own = held.pop("digest")
+            if "published" in held:
+                raise ValueError("a file cannot say that its digest was published")
             found = cls(**held)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise FileRefused(f"{path} is not a registration that hooklens wrote: {error}") from error
-        if digest is not None and len(digest) < _LEAST_DIGITS:
-            raise InputError(f"a published digest is at least {_LEAST_DIGITS} digits long, got {digest!r}")
         for what, asked in (("its digest is", own), ("the published digest is", digest or own)):
-            if not found.digest.startswith(asked):
+            if asked != found.digest:
                 raise FileRefused(
-                    f"{path} was changed after it was registered: {what} {asked[:12]}, its text gives "
-                    f"{found.digest[:12]}"
+                    f"{path} was changed after it was registered: {what} {str(asked)[:12]!r}, its text gives "
+                    f"{found.digest[:12]!r}"
                 )
-        return found
+        return replace(found, published=digest or "")
+
+
+def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list[Registration]:
+    """The plans in these files, each marked as published if its digest is among `digests`.
+
+    >>> read_plans([])
+    []
+
+    A digest that belongs to none of them is refused: the plan it was published for is another file, or was edited.
+    """
+    plans, left = [Registration.read(path) for path in paths], {_whole(digest) for digest in digests}
+    found = [replace(plan, published=plan.digest if plan.digest in left else "") for plan in plans]
+    unmet = sorted(left - {plan.digest for plan in plans})
+    if unmet:
+        seen = ", ".join(f"{path} has {plan.digest[:12]}" for path, plan in zip(paths, plans, strict=True)) or "none"
+        raise FileRefused(
+            f"no plan has the published digest {unmet[0][:12]}: {seen}; give the plan as it was published"
+        )
+    return found
+
+
+def _whole(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest.strip().lower()):
+        raise InputError(f"a published digest is all 64 hexadecimal digits of it, got {len(digest)}: {digest[:80]!r}")
+    return digest.strip().lower()

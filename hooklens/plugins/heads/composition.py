@@ -202,7 +202,7 @@ def _mode(
     z = (seen - mean) / safe
     null = torch.stack([(one - mean) / safe for one in _random(left, right, d_model, draws, seed)])
     p = torch.where(z.isnan(), torch.nan, above(z, null))
-    return scores, z.view(shape).to(scores), p.view(shape).to(scores)
+    return scores, z.view(shape).to(scores), p.view(shape)
 
 
 def _normal(squares: Float[Tensor, "pair d_head"]) -> Float[Tensor, "pair d_head"]:

@@ -49,10 +49,10 @@ class CalibrationChange(Result):
     def p(self) -> Float[Tensor, "chosen"]:
         """How often a control changes the error by as much, in either direction; at least 1 / (controls + 1)."""
         each = [
-            null_p(x.abs(), c[~c.isnan()].abs()) if bool((~c.isnan()).any()) else x.new_tensor(torch.nan)
+            null_p(x.abs(), c[~c.isnan()].abs()) if bool((~c.isnan()).any()) else x.new_tensor(torch.nan).double()
             for x, c in zip(self.change, self.control, strict=True)
         ]
-        return torch.stack(each) if each else self.change
+        return torch.stack(each) if each else self.change.double()
 
     def top(self, k: int = 10) -> Table:
         """The `k` heads whose loss changes the error most."""

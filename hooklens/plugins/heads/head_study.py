@@ -15,7 +15,7 @@ from hooklens.plugins.claims.held_out import HeldOutEffects, held_out_top
 from hooklens.plugins.lens.attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval
+from hooklens.statistics import few_groups, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -120,7 +120,7 @@ class HeadStudy(Result):
             units = len(self.group[self.held_out.reported_on].unique())
             how = (
                 f"Heads chosen on {chosen} pairs; falls, intervals and q on {reported} others that share no group with "
-                f"them: {units} groups, with which no p lies below {2 / 2**units:.2g}."
+                f"them: {units} groups, with which no p lies below {2 / 2**units:.2g}{few_groups(units, '; ')}."
             )
         return report.figure(self.figure(), f"Mean over {n} pairs.").table(
             self.table(_CHOSEN),

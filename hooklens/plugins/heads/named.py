@@ -110,4 +110,4 @@ def copying_p(written: Float[Tensor, "name layer head other"], seed: int = 0) ->
     orders = torch.rand(_PERMUTED, n, generator=torch.Generator().manual_seed(seed)).argsort(1).to(W.device)
     rows = torch.arange(n, device=W.device)
     null = torch.stack([left[:, :, rows, order].sum(-1) for order in orders]) / safe
-    return above(seen, null).to(written), above(-seen, -null).to(written)
+    return above(seen, null), above(-seen, -null)

@@ -167,7 +167,7 @@ def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], seed: int) 
         shares, margins = _share(null), _margin(null)
         equal = (shares - share).abs() < 1e-6
         reached += ((shares > share + 1e-6) | (equal & (margins >= margin - slack))).sum(0)
-    return reached / (_DRAWS + 1)
+    return reached.double() / (_DRAWS + 1)
 
 
 def _from_table(model: "HookedTransformer", layer: int, n_pos: int) -> tuple[Vectors, Callable[[Vectors], Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.model.kv_cache import Context
+from hooklens.statistics import PValues
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -93,7 +94,7 @@ def _of_layer(
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PerHead:
+def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PValues:
     """How often a rotated head lies as far above its own mean as this head does, in standard deviations; never 0.
 
     Each head is measured by the mean and deviation of its own rotations (of signed square roots, which are less
@@ -111,10 +112,10 @@ def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PerHead:
     middle, spread = roots.mean(0), roots.std(0)
     moves = spread > 1e-6 * (1e-6 + roots.abs().amax(0))  # less is rounding: a head with no queries, one token
     safe = torch.where(moves & ~root.isnan(), spread, torch.nan)
-    return above((root - middle) / safe, (roots - middle) / safe).to(value)
+    return above((root - middle) / safe, (roots - middle) / safe)
 
 
-def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> Float[Tensor, "*cell"]:
+def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> PValues:
     """The share of the null of all cells that reaches each value, itself counted in; 1 where a value is NaN.
 
     >>> above(torch.tensor([0.5, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])).tolist()
@@ -122,7 +123,7 @@ def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> F
     """
     pool = null[~null.isnan()].sort().values
     reached = len(pool) - torch.searchsorted(pool, value.nan_to_num(-torch.inf).contiguous())
-    return torch.where(value.isnan(), 1.0, (reached + 1) / (len(pool) + 1)).to(value)
+    return torch.where(value.isnan(), 1.0, (reached + 1).double() / (len(pool) + 1))
 
 
 def signed_root(x: Tensor) -> Tensor:

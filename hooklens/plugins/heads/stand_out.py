@@ -40,7 +40,7 @@ def standing_out(scores: Pairs, is_pair: Bool[Tensor, "layer head reader_layer r
         middle, spread = _robust(left[at]) if int(at.sum()) >= _LEAST_CELLS else every
         z[at] = (left[at] - middle) / spread
     p = torch.where(usable, torch.special.ndtr(-z), torch.where(pair, 1.0, torch.nan))
-    return tuple(x.view(scores.shape).to(scores) for x in (z, p))  # type: ignore[return-value]
+    return z.view(scores.shape).to(scores), p.view(scores.shape).double()
 
 
 def _robust(x: Float[Tensor, "cell"]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from hooklens.plugins.lens.logit_lens import LogitLens, logit_lens
 from hooklens.plugins.lens.reading import Answers
 from hooklens.plugins.lens.trajectory import Trajectory, trajectory
 from hooklens.result import Result, Table
-from hooklens.statistics import Groups, group_numbers
+from hooklens.statistics import Groups, few_groups, group_numbers
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -97,7 +97,7 @@ class LensStudy(Result):
         n, groups = len(self.names), int(self.group.max()) + 1
         if n == 1:
             return "One prompt: no interval, and nothing is said about others."
-        return f"Mean over {n} prompts in {groups} {'group' if groups == 1 else 'groups'}."
+        return f"Mean over {n} prompts in {groups} {'group' if groups == 1 else 'groups'}{few_groups(groups, '; ')}."
 
     def _how(self) -> str:
         control = "Spread: how much the component adds to other tokens; what is not large beside it is nothing."
@@ -105,9 +105,10 @@ class LensStudy(Result):
             return f"Ranked and measured on the same prompts, so the first rows are too large. {control}"
         chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)
         n = len(self.group[self.held_out.reported_on].unique())
+        least = f"with which no p lies below {2 / 2**n:.2g}{few_groups(n, '; ')}"
         return (
             f"Chosen by size on {chosen} prompts, measured on {reported} others that share no group with them; "
-            f"intervals and q over their {n} groups, with which no p lies below {2 / 2**n:.2g}. {control}"
+            f"intervals and q over their {n} groups, {least}. {control}"
         )
 
 

@@ -102,7 +102,7 @@ class InformationFlow(Result):
         squares, draws = turned.square(), len(turned)
         rest = ((squares.sum(0) - squares).clamp_min(0) / max(1, draws - 1)).sqrt()
         null, own = _times(turned, rest).flatten(), _times(effect, squares.mean(0).sqrt())
-        return ((null[:, None] >= own).sum(0) + 1).to(own) / (len(null) + 1)
+        return ((null[:, None] >= own).sum(0) + 1).double() / (len(null) + 1)
 
     @property
     def p_others(self) -> Float[Tensor, "path"]:
@@ -117,7 +117,7 @@ class InformationFlow(Result):
         pool = _times(there, rest)[there.isfinite()]
         own = _times(every[0], every[1:].nanmean(0))
         reached = (pool[:, None] >= own * (1 - 1e-6)).sum(0).clamp_min(1)  # the path itself is one of them
-        return torch.where(self.others.isfinite().any(0), reached.to(own) / len(pool), torch.nan)
+        return torch.where(self.others.isfinite().any(0), reached.double() / len(pool), torch.nan)
 
     @property
     def p(self) -> Float[Tensor, "path"]:

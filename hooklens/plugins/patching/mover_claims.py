@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.claims import Claim, ClaimFamily, Measured, Registration, claim, family
-from hooklens.plugins.claims.claim import LEAST_GROUPS as _A_HALF
 from hooklens.plugins.patching.mover_result import NameMovers
+from hooklens.statistics import LEAST_GROUPS as _A_HALF
 from hooklens.statistics import halves
 
 if TYPE_CHECKING:

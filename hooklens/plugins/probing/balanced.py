@@ -21,7 +21,7 @@ def balanced(right: Float[Tensor, "*cell example"], label: Int[Tensor, "*labelle
 
     Reference: Brodersen et al. (2010), "The Balanced Accuracy and Its Posterior Distribution".
     """
-    of_class = one_hot(label).to(right)
+    of_class = one_hot(label, int(label.max()) + 1 if label.numel() else 1).to(right)
     return ((right[..., None] * of_class).sum(-2) / of_class.sum(-2)).nanmean(-1)
 
 
@@ -30,18 +30,31 @@ def resampled(
     label: Int[Tensor, "*labelled example"],
     group: Int[Tensor, "example"],
     *,
+    least: float = 0.0,
     seed: int = 0,
 ) -> Float[Tensor, "draw *cell"]:
     """Balanced accuracies when whole groups are drawn again; the same seed draws the same groups. NaN for one group.
 
+    Each class gets one more example that is right (1) and one that is wrong (`least`: 0, or -1 for a difference), so
+    that 64 right of 64 is not certainty.
+
     >>> drawn = resampled(torch.ones(2, 6), torch.tensor([0, 1] * 3), torch.arange(6))
-    >>> drawn.shape, bool((drawn == 1).all())
-    (torch.Size([2000, 2]), True)
+    >>> drawn.shape, round(float(drawn.mean()), 1)                             # 4 right of 5 in each class
+    (torch.Size([2000, 2]), 0.8)
+
+    Reference: Agresti and Coull (1998), "Approximate is better than exact for interval estimation of binomial
+    proportions".
     """
     number = group_numbers(right.shape[-1], group)
-    n = int(number.max()) + 1
+    n, n_classes = int(number.max()) + 1, int(label.max()) + 1
     if n < 2:
         return right.new_full((_DRAWS, *right.shape[:-1]), float("nan"))
+    classes = torch.arange(n_classes, device=label.device).repeat(2)
+    added = torch.where(torch.arange(2 * n_classes) < n_classes, 1.0, least).to(right)
+    right = torch.cat([right, added.expand(*right.shape[:-1], -1)], -1)
+    label = torch.cat([label, classes.expand(*label.shape[:-1], -1)], -1)
+    number = torch.cat([number, torch.arange(n, n + 2 * n_classes)])
+    n += 2 * n_classes
     rows = right.reshape(math.prod(right.shape[:-1]), -1)
     of_class = one_hot(label).to(right).expand(*right.shape, -1).reshape(*rows.shape, -1)
     sums, sizes = (
@@ -54,12 +67,21 @@ def resampled(
     return (top / bottom).nanmean(-1).view(_DRAWS, *right.shape[:-1])
 
 
-def ends(drawn: Float[Tensor, "draw *cell"], level: float = 0.95) -> Ends:
-    """Where the middle 95 % of draws end; draws in which no class was left count for nothing.
+def ends(drawn: Float[Tensor, "draw *cell"], folds: int, level: float = 0.95) -> Ends:
+    """Where the middle 95 % of draws end, widened by what refitting the probes would add; from -1 to 1.
 
-    >>> [float(end) for end in ends(torch.arange(101.0))]
-    [2.5, 97.5]
+    Draws hold the fitted probes, and so only the variance of the test examples, s^2 / k over k folds of variance s^2.
+    Folds share training examples: the variance of their mean is (1 / k + n_test / n_train) s^2, larger by a factor of
+    1 + k / (k - 1). Draws in which no class was left count for nothing.
+
+    >>> low, high = ends(torch.arange(101.0) / 100, folds=5)
+    >>> round(float(low), 3), round(float(high), 3)
+    (-0.212, 1.0)
+
+    Reference: Nadeau and Bengio (2003), "Inference for the Generalization Error", section 3.
     """
     at = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=drawn.dtype)
-    low, high = drawn.nanquantile(at, dim=0)
+    centre = drawn.nanmean(0)
+    factor = math.sqrt(1 + folds / (folds - 1))
+    low, high = (centre + factor * (drawn.nanquantile(at, dim=0) - centre)).clamp(-1.0, 1.0)
     return low, high

@@ -21,12 +21,11 @@ def causal_claims(
     seen = Measured.of("the probe is right", check.read.cpu(), group)
     for i, edit in enumerate(EDITS):
         effect = Measured.of(f"fall of the metric, {edit}", check.fall[i].cpu(), group, metric=metric)
-        side = -1.0 if effect.mean < 0 else 1.0
         edges = [
-            Measured.edge_of(f"random directions, {null}", draws, side, group, metric=metric)
+            Measured.edge_of(f"random directions, {null}", draws, group, metric=metric)
             for null, draws in zip(NULLS, check.random_fall[i].cpu(), strict=True)
         ]
         statement = f"what the probe reads at {check.point} is used ({edit})"
-        furthest = max(edges, key=lambda edge: side * edge.mean)
+        furthest = max(edges, key=lambda edge: abs(edge.mean))
         made.append(claim(model, statement, observation=seen, intervention=effect, control=furthest))
     return family(model, made, registered=registered)

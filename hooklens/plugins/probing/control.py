@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.plugins.probing.folds import Classes, Fold, control_labels, control_types, split
 from hooklens.plugins.probing.probes import ProbeKind
-from hooklens.plugins.probing.scoring import correct
+from hooklens.plugins.probing.scoring import predicted
 
 _LABELLINGS = 5
 _TRIES = 30
@@ -62,8 +62,11 @@ class ControlTasks:
         n, none = int(self.real.max()) + 1, torch.zeros(0, len(x), dtype=torch.float64)
         if not self.folds:
             return none, none
-        random = [correct(x, label, n, parts, kind) for label, parts in zip(self.label, self.folds, strict=True)]
-        return torch.stack(random), torch.stack([correct(x, self.real, n, parts, kind) for parts in self.folds])
+        both = [torch.stack([label, self.real]) for label in self.label]
+        right = torch.stack(
+            [predicted(x, one, n, parts, kind).argmax(2) == one for one, parts in zip(both, self.folds, strict=True)]
+        ).double()
+        return right[:, 0], right[:, 1]
 
 
 def _parts(real: Classes, label: Classes, text: Classes, folds: int, seed: int) -> list[Fold]:

@@ -14,7 +14,7 @@ from hooklens.statistics import group_numbers
 
 Index = np.ndarray
 Classes = Int[Tensor, "example"]
-_TRIES = 100
+_TRIES = 20
 _FEWEST_TYPES = 8  # with fewer, a random label a type is an easy task, not a test of memory
 
 
@@ -100,30 +100,35 @@ def shuffled(label: Classes, group: Classes, generator: torch.Generator) -> Clas
     return torch.where((least == most)[number], new[number], drawn)
 
 
-def drawn(
-    label: Classes, group: Classes, folds: int, generator: torch.Generator, seed: int
-) -> tuple[Classes, list[Fold]]:
-    """Labels that could have been, in folds of their own: what a null has to go through to be comparable.
+def shuffled_in_folds(label: Classes, group: Classes, folds: Sequence[Fold], generator: torch.Generator) -> Classes:
+    """Labels as they could have fallen, each fold's test examples among themselves: the folds stay stratified.
 
-    Folds stratified by other labels leave these unequal: a fit with an intercept then leans to the class that is
-    commoner among its rows, which is the rarer one among those it is tested on, so that the null lies below chance.
+    Were labels to move between folds, these would hold unequal shares of them. A fit with an intercept then leans to
+    the class that is commoner among its rows, which is the rarer one among those it is tested on: the null would lie
+    below chance. And in the same folds, what depends on the rows alone is computed once for all draws. Where groups of
+    one class differ in size, the most even of a few draws is taken.
 
     >>> label, group = torch.tensor([0, 1] * 10), torch.arange(20)
-    >>> new, parts = drawn(label, group, 5, torch.Generator().manual_seed(0), 0)
-    >>> [int(new[part.test].sum()) for part in parts]
-    [2, 2, 2, 2, 2]
+    >>> folds = make_folds(label, group)
+    >>> new = shuffled_in_folds(label, group, folds, torch.Generator().manual_seed(0))
+    >>> [int(new[fold.test].sum()) for fold in folds], torch.equal(new, label)
+    ([2, 2, 2, 2, 2], False)
 
-    Reference: Ojala and Garriga (2010), "Permutation Tests for Studying Classifier Performance", section 3.
+    Reference: Winkler et al. (2015), "Multi-level block permutation".
     """
-    for _ in range(_TRIES):
-        new = shuffled(label, group, generator)
-        try:
-            return new, [Fold(train, test, ()) for train, test in split(new, group, folds, seed)]
-        except InputError:  # a class fell into groups too few, as the real labels have not
-            continue
-    raise InputError(
-        f"none of {_TRIES} shuffles of the labels leaves every class in at least two groups; give more groups"
-    )
+    new, n = label.clone(), int(label.max()) + 1
+    for fold in folds:
+        rows = torch.from_numpy(fold.test)
+        own, within = label[rows], group[rows]
+        least = None
+        for _ in range(_TRIES):
+            one = shuffled(own, within, generator)
+            off = int((torch.bincount(one, minlength=n) - torch.bincount(own, minlength=n)).abs().sum())
+            if least is None or off < least:
+                least, new[rows] = off, one
+            if not off:
+                break
+    return new
 
 
 def control_types(token: Classes, prompt: Classes, group: Classes) -> tuple[Classes, str] | None:

@@ -1,75 +1,73 @@
-"""What a study would have found if the labels said nothing: shuffled labels, each drawn in folds of its own."""
+"""What a study would have found if the labels said nothing: shuffled labels that go through the study's own folds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.plugins.probing.balanced import balanced
-from hooklens.plugins.probing.folds import Classes, Fold, drawn
-from hooklens.plugins.probing.gather import Activations
+from hooklens.plugins.probing.folds import Classes, Fold, shuffled_in_folds
+from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import ProbeKind
-from hooklens.plugins.probing.scoring import as_rows, correct
-from hooklens.progress import progress
 
-_EVERYWHERE = 5  # one draw of so many is fitted at every point, the others where the real labels chose
+_DRAWS = 99
+_PER_POINT = 20  # with 20 draws a point, one point alone can reach q <= 0.05 over all points
 
 
 @dataclass(frozen=True)
 class Null:
-    """Shuffled labels with their folds; the first `n_everywhere` of them are fitted at every point."""
+    """Shuffled labels: all are fitted at every point, and the first `n_nested` choose a point as the real ones do.
+
+    `least_p` is the smallest p-value that so many draws allow: where labels can be shuffled in few ways, some draws are
+    the real labels again (or these with two classes renamed, which are read as well).
+    """
 
     labels: Int[Tensor, "draw example"]
-    folds: list[list[Fold]]
-    n_classes: int
-    n_everywhere: int
+    n_nested: int
+    chooses: bool
 
     @classmethod
-    def of(cls, label: Classes, group: Classes, folds: int, draws: int, n_points: int, seed: int) -> "Null":
-        """That many shuffles of labels; all are fitted everywhere where there is one point."""
-        generator = torch.Generator().manual_seed(seed)
-        made = [drawn(label, group, folds, generator, seed) for _ in range(draws)]
-        labels = torch.stack([one for one, _ in made]) if made else label.new_zeros(0, len(label))
-        few = draws if n_points == 1 else -(-draws // _EVERYWHERE)
-        return cls(labels, [parts for _, parts in made], int(label.max()) + 1, few)
+    def of(
+        cls,
+        label: Classes,
+        group: Classes,
+        folds: Sequence[Fold],
+        draws: int | None,
+        n_points: int,
+        kind: ProbeKind,
+        seed: int,
+    ) -> "Null":
+        """`draws` shuffles; by default 99, and for kinds that fit many labellings at once 20 a point.
 
-    def at_a_point(self, x: np.ndarray, kind: ProbeKind) -> Float[Tensor, "few example"]:
-        """Right or wrong about the first draws at one point."""
-        right = torch.zeros(self.n_everywhere, len(x), dtype=torch.float64)
-        for i in range(self.n_everywhere):
-            right[i] = correct(x, self.labels[i], self.n_classes, self.folds[i], kind)
-        return right
+        A kind that fits one labelling at a time takes the points that the real labels chose: to choose anew in every
+        draw would cost a whole study each.
+        """
+        generator, many = torch.Generator().manual_seed(seed), isinstance(kind, FitsMany)
+        nested = _DRAWS if draws is None else draws
+        n = max(nested, _PER_POINT * n_points) if draws is None and many and n_points > 1 else nested
+        made = [shuffled_in_folds(label, group, folds, generator) for _ in range(n)]
+        return cls(torch.stack(made) if made else label.new_zeros(0, len(label)), nested, many)
 
-    def scores(self, right: Float[Tensor, "few point example"]) -> Float[Tensor, "few point"]:
+    def least_p(self, label: Classes) -> float:
+        """The smallest p-value that these draws allow."""
+        same = (self.labels == label).all(1)
+        if int(label.max()) == 1:
+            same |= (self.labels == 1 - label).all(1)
+        return float(same.sum() + 1) / (len(self.labels) + 1)
+
+    def scores(self, right: Bool[Tensor, "point draw example"]) -> Float[Tensor, "draw point"]:
         """The balanced accuracy of each draw at each point."""
-        found = [balanced(one, label) for one, label in zip(right, self.labels, strict=False)]
-        return torch.stack(found) if found else right.new_zeros(right.shape[:2])
+        return torch.stack([balanced(one.double(), self.labels) for one in right], 1)
 
     def nested(
         self,
-        acts: Activations,
-        everywhere: Float[Tensor, "few point example"],
-        chosen: Int[Tensor, "fold"],
-        kind: ProbeKind,
-    ) -> Float[Tensor, "draw"]:
-        """The balanced accuracy of each draw at the points that the real labels chose, fold by fold.
-
-        Whichever point is taken without looking at the test examples, the accuracy of such labels there is that of
-        chance; choosing anew in every draw would cost a whole study each.
-        """
-        rows = {p: as_rows(acts.x[p]) for p in set(chosen.tolist())} if len(self.labels) > self.n_everywhere else {}
-        found = []
-        with progress("shuffled labels", len(self.labels), unit="draws") as advance:
-            for i, (label, folds) in enumerate(zip(self.labels, self.folds, strict=True)):
-                right = torch.zeros(len(label), dtype=torch.float64)
-                for fold, point in zip(folds, chosen.tolist(), strict=False):
-                    test = torch.from_numpy(fold.test)
-                    if i < self.n_everywhere:
-                        right[test] = everywhere[i, point, test]
-                    else:
-                        right[test] = correct(rows[point], label, self.n_classes, [fold], kind)[test]
-                found.append(balanced(right, label))
-                advance()
-        return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+        right: Bool[Tensor, "point draw example"],
+        chosen: Int[Tensor, "labelling fold"],
+        fold: Int[Tensor, "example"],
+    ) -> Float[Tensor, "nested_draw"]:
+        """The balanced accuracy of each draw at the points that it, or else the real labels, chose in inner folds."""
+        chosen = (chosen[1:] if self.chooses else chosen.expand(self.n_nested, -1))[:, fold]  # draw example
+        draw, example = torch.arange(len(chosen))[:, None], torch.arange(len(fold))
+        return balanced(right[chosen, draw, example].double(), self.labels[: self.n_nested])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hooklens.core.errors import Absent, KeepsPropertyErrors
 from hooklens.core.terminal import visible
+from hooklens.plugins.probing.many import Labels, Logits, logistic_logits, mean_logits, ridge_logits
 
 
 class Weights(NamedTuple):
@@ -121,7 +122,11 @@ class Probe(KeepsPropertyErrors, nn.Module):
 
 @runtime_checkable
 class ProbeKind(Protocol):
-    """A way to fit a linear probe: rows and classes in, weights in the units of the rows out."""
+    """A way to fit a linear probe: rows and classes in, weights in the units of the rows out.
+
+    A kind that also has `said_of_many` (see `many.FitsMany`) gets shuffled labels for every point and every choice;
+    one that can only `fit` gets fewer.
+    """
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights: ...
 
@@ -139,10 +144,13 @@ class Logistic:
     c: float = 0.01
     name = "logistic"
 
+    def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
+        return logistic_logits(x, labels, asked, n_classes, self.c)
+
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         from sklearn.linear_model import LogisticRegression
 
-        return _standardised(LogisticRegression(C=self.c, max_iter=10_000), x, y)
+        return _standardised(LogisticRegression(C=self.c, max_iter=10_000, tol=1e-6), x, y)
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,9 @@ class Ridge:
 
     alpha: float = 100.0
     name = "ridge"
+
+    def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
+        return ridge_logits(x, labels, asked, n_classes, self.alpha)
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         from sklearn.linear_model import RidgeClassifier
@@ -169,6 +180,9 @@ class MassMean:
     """
 
     name = "mass-mean"
+
+    def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
+        return mean_logits(x, labels, asked, n_classes)
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         middle = x.mean(0)

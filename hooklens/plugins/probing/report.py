@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from hooklens.statistics import few_groups
+
 if TYPE_CHECKING:
     from hooklens.plugins.probing.study import ProbeStudy
 
@@ -23,10 +25,23 @@ def probe_report(study: "ProbeStudy", title: str) -> Any:
     for sentence in verdicts(study):
         report.text(sentence)
     report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
-    report.figure(study.figure(), "Intervals over groups. To pick the best layer here is to look at the test texts.")
+    over = f"Intervals over groups, widened by what refitting the probes adds{few_groups(groups, '; ')}."
+    report.figure(study.figure(), f"{over} To pick the best layer here is to look at the test texts.")
     report.table(study.table(), f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups.")
-    report.heading("By layer").table(study.top(10), "p against shuffled labels, q over all of these.")
+    report.heading("By layer").table(study.top(10), _by_layer(study))
     return report.heading("Is it as sure as it is right?").figure(study.calibration.figure())
+
+
+def _by_layer(study: "ProbeStudy") -> str:
+    """What p and q of single layers are, and how small they can be."""
+    said, draws = "p against shuffled labels, q over all of these", len(study.point_null)
+    if not draws:
+        return f"{said}; no labels were shuffled."
+    if study.least_q > 0.05:
+        return (
+            f"{said}; no single layer can reach q 0.05: the least that {draws} draws allow it is {study.least_q:.2g}."
+        )
+    return f"{said}; the least q that {draws} draws allow a single layer is {study.least_q:.2g}."
 
 
 def verdicts(study: "ProbeStudy") -> list[str]:

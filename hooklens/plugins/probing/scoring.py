@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.plugins.probing.balanced import balanced
 from hooklens.plugins.probing.calibration import temperature
-from hooklens.plugins.probing.folds import Fold
+from hooklens.plugins.probing.folds import Fold, Index
+from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import ProbeKind, Weights, class_means
 from hooklens.plugins.probing.task import most_common
 
@@ -21,54 +22,78 @@ _NEVER = -1e9  # the logit of a class that the rows to fit on lack
 class Scored:
     """What the probes of one point said of the examples that they were not fitted on.
 
-    `inner` is the balanced accuracy in each fold's own inner folds, which a choice between points may use; `factor` the
-    temperature found there, so that probabilities are not tuned on the examples that they are judged by.
+    Labels come in several labellings, the real ones first: `logits` are theirs, `right` is of all. `inner` is the
+    balanced accuracy in each fold's own inner folds, which a choice between points may use; `factor` the temperature
+    found there, so that probabilities are not tuned on the examples that they are judged by.
     """
 
     logits: Float[Tensor, "example n_class"]
-    inner: Float[Tensor, "fold"]
+    right: Bool[Tensor, "labelling example"]
+    inner: Float[Tensor, "chosen_labelling fold"]
     factor: Float[Tensor, "fold"]
 
 
 def cross_validate(
-    x: Float[Tensor, "example d"], label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
+    x: Float[Tensor, "example d"],
+    labels: Int[Tensor, "labelling example"],
+    n_classes: int,
+    folds: Sequence[Fold],
+    kind: ProbeKind,
+    *,
+    n_inner: int = 1,
 ) -> Scored:
-    """Fit on each fold's rows and predict the others, and the same once more inside the rows that are fitted on.
+    """Fit on each fold's rows and predict the others; for `n_inner` labellings once more inside the rows fitted on.
 
     >>> from hooklens.plugins.probing.folds import make_folds
     >>> from hooklens.plugins.probing.probes import MassMean
     >>> label = torch.tensor([0, 1] * 10); x = torch.stack([label * 2.0, torch.ones(20)], 1)
-    >>> scored = cross_validate(x, label, 2, make_folds(label, torch.arange(20)), MassMean())
+    >>> scored = cross_validate(x, label[None], 2, make_folds(label, torch.arange(20)), MassMean())
     >>> bool((scored.logits.argmax(1) == label).all()), scored.inner.tolist()
-    (True, [1.0, 1.0, 1.0, 1.0, 1.0])
+    (True, [[1.0, 1.0, 1.0, 1.0, 1.0]])
     """
-    rows, y = as_rows(x), label.cpu().numpy()
-    logits = predicted(rows, label, n_classes, folds, kind)
+    rows, labels = as_rows(x), labels.cpu()
+    logits = predicted(rows, labels, n_classes, folds, kind)
     inner, factor = [], []
     for fold in folds:
-        parts = [said(rows[b], fit(kind, rows[a], y[a], n_classes)) for a, b in fold.inner]
-        within, truth = np.concatenate(parts), np.concatenate([y[b] for _, b in fold.inner])
-        right = torch.from_numpy((within.argmax(1) == truth).astype(np.float64))
-        inner.append(float(balanced(right, torch.from_numpy(truth))))
-        factor.append(temperature(torch.from_numpy(within), torch.from_numpy(truth)))
-    return Scored(logits, *(torch.tensor(one, dtype=torch.float64) for one in (inner, factor)))
+        parts = [_asked(kind, rows, labels[:n_inner], a, b, n_classes) for a, b in fold.inner]
+        within, tested = torch.cat(parts, 1), torch.from_numpy(np.concatenate([b for _, b in fold.inner]))
+        truth = labels[:n_inner, tested]
+        inner.append(balanced((within.argmax(2) == truth).double(), truth))
+        factor.append(temperature(within[0], truth[0]))
+    return Scored(
+        logits[0], logits.argmax(2) == labels, torch.stack(inner, 1), torch.tensor(factor, dtype=torch.float64)
+    )
 
 
 def predicted(
-    x: np.ndarray, label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
-) -> Float[Tensor, "example n_class"]:
-    """The out-of-fold logits; 0 for examples that no fold tests."""
-    y, logits = label.cpu().numpy(), np.zeros((len(x), n_classes))
+    x: np.ndarray, labels: Int[Tensor, "labelling example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
+) -> Float[Tensor, "labelling example n_class"]:
+    """The out-of-fold logits of each labelling; 0 for examples that no fold tests."""
+    labels = labels.cpu()
+    logits = torch.zeros(*labels.shape, n_classes, dtype=torch.float64)
     for fold in folds:
-        logits[fold.test] = said(x[fold.test], fit(kind, x[fold.train], y[fold.train], n_classes))
-    return torch.from_numpy(logits)
+        logits[:, torch.from_numpy(fold.test)] = _asked(kind, x, labels, fold.train, fold.test, n_classes)
+    return logits
+
+
+def _asked(
+    kind: ProbeKind, x: np.ndarray, labels: Int[Tensor, "labelling example"], train: Index, test: Index, n_classes: int
+) -> Float[Tensor, "labelling test n_class"]:
+    """What probes that are fitted on some rows say of others, labelling by labelling or of all at once."""
+    known = labels[:, torch.from_numpy(train)]
+    if not isinstance(kind, FitsMany):
+        each = [said(x[test], fit(kind, x[train], label.numpy(), n_classes)) for label in known]
+        return torch.from_numpy(np.stack(each))
+    logits = kind.said_of_many(x[train], known, x[test], n_classes)
+    lacks = torch.stack([(known != one).all(1) for one in range(n_classes)], 1)
+    return logits.masked_fill(lacks[:, None], _NEVER)
 
 
 def correct(
     x: np.ndarray, label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
 ) -> Float[Tensor, "example"]:
     """1 where the out-of-fold prediction is right, 0 elsewhere."""
-    return (predicted(x, label, n_classes, folds, kind).argmax(1) == label.cpu()).double()
+    return (predicted(x, label[None], n_classes, folds, kind)[0].argmax(1) == label.cpu()).double()
 
 
 def majority(label: Int[Tensor, "example"], folds: Sequence[Fold]) -> Float[Tensor, "example"]:

@@ -27,7 +27,8 @@ class ProbeStudy(Result):
     looked at the test examples). `control` is right or wrong about random labels (`control_label`) of token types, or
     of groups where tokens do not recur (`control_by`), with folds in which types come back, and `same_split` about the
     real labels in those very folds. `null` is the nested balanced accuracy of labels that could have been, one number a
-    draw, and `point_null` that of some of them at each point. `majority`, `embed` and `context` are the most common
+    draw, and `point_null` that at each point, with more draws where there are more points: `least_p` is the smallest
+    p-value that they allow. `majority`, `embed` and `context` are the most common
     class, the token's own embedding and the mean embedding of the prompt so far.
     """
 
@@ -53,6 +54,7 @@ class ProbeStudy(Result):
     control_by: str | None
     no_control: str
     best: int
+    least_p: float
     weight: Float[Tensor, "n_class d"]
     bias: Float[Tensor, "n_class"]
     step: Float[Tensor, "n_class d"]
@@ -85,6 +87,11 @@ class ProbeStudy(Result):
         return q_values(self.point_p)
 
     @property
+    def least_q(self) -> float:
+        """The smallest q that one point alone can have, with so many draws over so many points; 1 without draws."""
+        return min(1.0, len(self.points) * self.least_p)
+
+    @property
     def selectivity(self) -> float:
         """The balanced accuracy on the real labels minus that on random ones, in the same folds; NaN without these."""
         return self.selectivity_interval()[0]
@@ -105,8 +112,19 @@ class ProbeStudy(Result):
         return Calibration.of(self.prob, self.label)
 
     def interval(self, right: Float[Tensor, "*point example"] | None = None) -> Ends:
-        """The 95 % interval of a balanced accuracy, resampling groups; the fitted probes are held."""
-        return ends(resampled(self.nested if right is None else right, self.label, self.group))
+        """The 95 % interval of a balanced accuracy over data sets of this size, on which probes are fitted anew.
+
+        Groups are resampled, and the variance is corrected for the fits: see `balanced.ends`.
+        """
+        low, high = self._ends(resampled(self.nested if right is None else right, self.label, self.group))
+        return low.clamp_min(0.0), high
+
+    def _ends(self, drawn: Float[Tensor, "draw *cell"]) -> Ends:
+        return ends(drawn, int(self.fold.max()) + 1)
+
+    def _around(self, drawn: Float[Tensor, "draw"], value: float) -> tuple[float, float, float]:
+        low, high = self._ends(drawn)
+        return value, float(low), float(high)
 
     def table(self, n: int | None = None) -> Table:
         """The balanced accuracy, what else reaches it, and by how much it is better than they are."""
@@ -117,7 +135,7 @@ class ProbeStudy(Result):
             self._row(f"{self.kind} probe, point chosen inside", self.nested, self.p),
             self._row("embedding of the token alone", self.embed),
             self._row("mean embedding of the prompt so far", self.context),
-            ("shuffled labels (mean and 95 % of draws)", *_around(null, float(null.mean())), None, None),
+            ("shuffled labels (mean and 95 % of draws)", *_middle(null), None, None),
             self._row("most common class", self.majority),
             (f"control task (random label a {by})", *self._of_labellings(control, self.control_label), None),
             ("real labels in the control's folds", *self._of_labellings(same, self.label), None),
@@ -146,7 +164,7 @@ class ProbeStudy(Result):
                 (f"control task ({self.control_by})", self.control, self.control_label[:, None]),
             ):
                 shown[name] = balanced(right, label).mean(0)
-                bands[name] = ends(_over_labellings(resampled(right, label, self.group)))
+                bands[name] = self._ends(_over_labellings(resampled(right, label, self.group)))
         marks = {"mean embedding of the prompt": self.context, "token's embedding": self.embed}
         heights = {name: float(balanced(right, self.label)) for name, right in marks.items()}
         heights |= {"shuffled labels": float(self.null.mean())} if len(self.null) else {}
@@ -178,8 +196,8 @@ class ProbeStudy(Result):
         """By how much the probe is better than the better of the two embeddings, with its 95 % interval."""
         better = max((self.embed, self.context), key=lambda one: float(balanced(one, self.label)))
         difference = self.nested - better
-        low, high = self.interval(difference)
-        return float(balanced(difference, self.label)), float(low), float(high)
+        drawn = resampled(difference, self.label, self.group, least=-1.0)
+        return self._around(drawn, float(balanced(difference, self.label)))
 
     def _where_chosen(self, right: Float[Tensor, "labelling point example"]) -> Float[Tensor, "labelling example"]:
         return right[:, self.chosen[self.fold], torch.arange(len(self.fold))]
@@ -189,7 +207,7 @@ class ProbeStudy(Result):
         if not len(right):
             return (float("nan"),) * 4
         drawn = _over_labellings(resampled(right, label, self.group))
-        return *_around(drawn, float(balanced(right, label).mean())), float(right.mean())
+        return *self._around(drawn, float(balanced(right, label).mean())), float(right.mean())
 
     def selectivity_interval(self) -> tuple[float, float, float]:
         """`selectivity` with its 95 % interval: groups and labellings are drawn again, both tasks' together."""
@@ -199,12 +217,13 @@ class ProbeStudy(Result):
         rows = [(self._where_chosen(right), label) for right, label in pairs]
         real, random = (resampled(right, label, self.group) for right, label in rows)
         value = balanced(*rows[0]).mean() - balanced(*rows[1]).mean()
-        return _around(_over_labellings(real - random), float(value))
+        return self._around(_over_labellings(real - random), float(value))
 
 
-def _around(drawn: Float[Tensor, "draw"], value: float) -> tuple[float, float, float]:
-    low, high = ends(drawn)
-    return value, float(low), float(high)
+def _middle(drawn: Float[Tensor, "draw"]) -> tuple[float, float, float]:
+    """The mean of draws, and where their middle 95 % end."""
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype))
+    return float(drawn.mean()), float(low), float(high)
 
 
 def _over_labellings(drawn: Float[Tensor, "draw labelling *cell"]) -> Float[Tensor, "draw *cell"]:

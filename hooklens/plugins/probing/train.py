@@ -1,5 +1,6 @@
 """Linear probes at every layer, the layer chosen in inner folds, with the controls that an accuracy needs."""
 
+import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind
 from hooklens.plugins.probing.scoring import Scored, as_rows, correct, cross_validate, fit, majority, means_of
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import Label, ProbeTask, read_task
-from hooklens.progress import progress
+from hooklens.progress import progress, say_estimate
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -35,7 +36,7 @@ def train_probe(
     site: Where = "resid_post",
     kind: ProbeKind = _LOGISTIC,
     folds: int = 5,
-    null_draws: int = 99,
+    null_draws: int | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
 ) -> tuple[Probe, ProbeStudy]:
@@ -44,8 +45,8 @@ def train_probe(
     `site` is any site with one vector a position, at every layer or at one: "resid_post", ("z", 3), or a list. `kind`
     is `Logistic()`, `Ridge()`, `MassMean()` or `WhitenedMassMean()`. Folds are stratified and split no prompt and no
     entity; standardisation and fit see a fold's own training examples; the point is chosen by the balanced accuracy in
-    inner folds, and what is reached there is reported, beside `null_draws` shuffles of the labels. `folder` keeps the
-    activations on disk: see `gather`.
+    inner folds, and what is reached there is reported, beside `null_draws` shuffles of the labels: by default 99, and
+    20 a layer for the p-values of single layers. `folder` keeps the activations on disk: see `gather`.
 
     >>> from hooklens.testing import tiny_model
     >>> probe, study = train_probe(model := tiny_model(), odd_first(model), null_draws=19)
@@ -82,27 +83,21 @@ def probe_texts(
 
 
 def _study(
-    acts: Activations, task: ProbeTask, kind: ProbeKind, folds: list[Fold], null_draws: int, seed: int
+    acts: Activations, task: ProbeTask, kind: ProbeKind, folds: list[Fold], null_draws: int | None, seed: int
 ) -> ProbeStudy:
-    label, n = task.label, len(task.classes)
+    label, n, fold = task.label, len(task.classes), _fold_of(folds, len(task.label))
     control = ControlTasks.of(label, acts.token, task.text_numbers(), acts.group, folds=len(folds), seed=seed)
-    null = Null.of(label, acts.group, len(folds), null_draws, len(acts.points), seed)
-    scored: list[Scored] = []
-    beside: dict[str, list[Tensor]] = {"control": [], "same_split": [], "everywhere": []}
-    with progress("probing", len(acts.points), unit="points") as advance:
-        for x in acts.x:
-            scored.append(cross_validate(x, label, n, folds, kind))
-            rows = as_rows(x)
-            for name, one in zip(beside, (*control.scores(rows, kind), null.at_a_point(rows, kind)), strict=True):
-                beside[name].append(one)
-            advance()
-    chosen = torch.stack([one.inner for one in scored]).argmax(0)  # the first of those that tie
-    right = torch.stack([(one.logits.argmax(1) == label).double() for one in scored])
+    null = Null.of(label, acts.group, folds, null_draws, len(acts.points), kind, seed)
+    scored, beside = _at_every_point(acts, torch.cat([label[None], null.labels]), n, folds, kind, control, null)
+    chosen = torch.stack([one.inner for one in scored]).argmax(0)  # labelling fold; the first of those that tie
+    all_right = torch.stack([one.right for one in scored])
+    right = all_right[:, 0].double()
     best = int(balanced(right, label).argmax())
-    everywhere = torch.stack(beside.pop("everywhere"), 1)
-    numbers = {name: torch.stack(each, 1) for name, each in beside.items()} | {"correct": right}
-    numbers |= _nested(scored, right, chosen, folds) | {"majority": majority(label, folds)}
-    numbers |= {"null": null.nested(acts, everywhere, chosen, kind), "point_null": null.scores(everywhere)}
+    numbers = dict(
+        zip(("control", "same_split"), (torch.stack(one, 1) for one in zip(*beside, strict=True)), strict=True)
+    )
+    numbers |= _nested(scored, right, chosen[0], fold) | {"majority": majority(label, folds), "correct": right}
+    numbers |= {"null": null.nested(all_right[:, 1:], chosen, fold), "point_null": null.scores(all_right[:, 1:])}
     numbers |= {name: correct(as_rows(getattr(acts, name)), label, n, folds, kind) for name in ("embed", "context")}
     numbers |= _final(acts.x[best], label, n, kind, scored[best])
     return ProbeStudy(
@@ -112,19 +107,36 @@ def _study(
         classes=task.classes,
         label=label,
         group=acts.group,
-        fold=_fold_of(folds, len(label)),
-        chosen=chosen,
+        fold=fold,
+        chosen=chosen[0],
         control_label=control.label,
         control_by=control.by,
         no_control=control.missing,
         best=best,
+        least_p=null.least_p(label),
         **{name: value.to(acts.x.dtype) for name, value in numbers.items()},
     )
 
 
-def _nested(scored: list[Scored], right: Tensor, chosen: Tensor, folds: list[Fold]) -> dict[str, Tensor]:
+def _at_every_point(
+    acts: Activations, labels: Tensor, n: int, folds: list[Fold], kind: ProbeKind, control: ControlTasks, null: Null
+) -> tuple[list[Scored], list[tuple[Tensor, Tensor]]]:
+    """What probes of the real and the shuffled labels say at each point, and those of the control task."""
+    n_inner = 1 + null.n_nested if null.chooses else 1
+    scored, beside = [], []
+    start = time.perf_counter()
+    with progress("probing", len(acts.points), unit="points") as advance:
+        for x in acts.x:
+            scored.append(cross_validate(x, labels, n, folds, kind, n_inner=n_inner))
+            beside.append(control.scores(as_rows(x), kind))
+            advance()
+            if len(scored) == 1:
+                say_estimate(f"probes at {len(acts.points)} points", (time.perf_counter() - start) * len(acts.points))
+    return scored, beside
+
+
+def _nested(scored: list[Scored], right: Tensor, chosen: Tensor, fold: Tensor) -> dict[str, Tensor]:
     """Right or wrong, and the probabilities said, at the point that each example's fold chose without looking at it."""
-    fold = _fold_of(folds, right.shape[1])
     here = (chosen[fold], torch.arange(len(fold)))
     logits = torch.stack([one.logits for one in scored])[here]
     factor = torch.stack([one.factor for one in scored])[chosen[fold], fold]

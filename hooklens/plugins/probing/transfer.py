@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.names import Where
-from hooklens.plugins.probing.folds import drawn, make_folds, shuffled
+from hooklens.plugins.probing.folds import make_folds, shuffled, shuffled_in_folds
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights
 from hooklens.plugins.probing.scoring import fit, predicted, said
@@ -37,7 +37,7 @@ class Transfer(Result):
     over and the threshold does not. `majority` is the share of the most common class. `null[0]` holds the AUC of probes
     that were trained on shuffled labels: where activations vary in few dimensions, any direction may tell classes
     apart. `null[1]` is that of the probe for shuffled labels of the tested task, which `p` counts. On the diagonal both
-    are that of shuffled labels which were trained on and tested in folds of their own.
+    are that of shuffled labels which were trained on and tested in the same folds.
     """
 
     point: str
@@ -150,15 +150,16 @@ def _of_others(
 def _out_of_fold(
     x: np.ndarray, label: Tensor, group: Tensor, kind: ProbeKind, folds: int, draws: int, seed: int
 ) -> Scored:
-    """What probes say of examples of their own task, and of shuffled labels that went through folds of their own."""
+    """What probes say of examples of their own task, and of shuffled labels that went through the same folds."""
     parts, generator = make_folds(label, group, folds=folds, seed=seed), torch.Generator().manual_seed(seed)
-    unreal = [drawn(label, group, len(parts), generator, seed) for _ in range(draws)]
-    found = [float(auc(_margin(predicted(x, one, 2, cut, kind)), one == 1)) for one, cut in unreal]
-    return _margin(predicted(x, label, 2, parts, kind)), torch.tensor([found, found])
+    labels = torch.stack([label, *(shuffled_in_folds(label, group, parts, generator) for _ in range(draws))])
+    margin = _margin(predicted(x, labels, 2, parts, kind))
+    found = [float(auc(one, of == 1)) for one, of in zip(margin[1:], labels[1:], strict=True)]
+    return margin[0], torch.tensor([found, found])
 
 
-def _margin(logits: Float[Tensor, "example n_class"]) -> Float[Tensor, "example"]:
-    return logits[:, 1] - logits[:, 0]
+def _margin(logits: Float[Tensor, "*cell n_class"]) -> Float[Tensor, "*cell"]:
+    return logits[..., 1] - logits[..., 0]
 
 
 def _apart(trained: ProbeTask, tested: ProbeTask) -> Int[Tensor, "kept"]:

@@ -125,8 +125,7 @@ class CoefficientSweep(Result):
         for i in self.coefficients.nonzero().flatten().tolist():
             moved, random = self.metric[i].cpu() - base, self.random_metric[:, i].cpu() - base
             effect = Measured.of("change of the metric", moved, group, metric=metric)
-            side = -1.0 if effect.mean < 0 else 1.0
-            control = Measured.edge_of("random directions of its length", random, side, group, metric=metric)
+            control = Measured.edge_of("random directions of its length", random, group, metric=metric)
             words = f"{float(self.coefficients[i]):g} times the direction at {self.site} moves the metric"
             made.append(claim(model, words, observation=seen, intervention=effect, control=control))
         return family(model, made, registered=registered)

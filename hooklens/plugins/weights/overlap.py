@@ -153,7 +153,8 @@ def _null(
     Only how the two bases lie to each other matters, so that one block of a random orthogonal matrix serves every pair
     of the same kinds in a draw.
     """
-    mean, sd, p = (torch.full_like(seen, torch.nan) for _ in range(3))
+    mean, sd = torch.full_like(seen, torch.nan), torch.full_like(seen, torch.nan)
+    p = mean.double()
     generator = torch.Generator().manual_seed(seed)
     for kind in product((False, True), (False, True)):
         rows, columns = (
@@ -171,8 +172,9 @@ def _null(
             total, squares, reached = total + drawn, squares + drawn.square(), reached + (drawn >= seen[at])
         mean[at] = (total / draws).to(seen)
         sd[at] = ((squares - total.square() / draws) / (draws - 1)).clamp_min(0).sqrt().to(seen)
-        p[at] = ((reached + 1) / (draws + 1)).to(seen)
-    return tuple(one.masked_fill(seen.isnan(), torch.nan) for one in (mean, sd, p))  # type: ignore[return-value]
+        p[at] = ((reached + 1) / (draws + 1)).to(p)
+    unseen = seen.isnan()
+    return mean.masked_fill(unseen, torch.nan), sd.masked_fill(unseen, torch.nan), p.masked_fill(unseen, torch.nan)
 
 
 def _padded(parts: list[Tensor]) -> Float[Tensor, "part rank *d_model"]:

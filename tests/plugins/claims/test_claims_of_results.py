@@ -10,7 +10,7 @@ import hooklens.plugins.probing.causal
 import hooklens.plugins.steering.coefficients
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits import circuit_study
-from hooklens.plugins.claims import Measured, Registration
+from hooklens.plugins.claims import Measured, Registration, claim
 from hooklens.plugins.heads import taxonomy
 from hooklens.plugins.patching import ablate
 from hooklens.testing import induction_model, tiny_model
@@ -46,11 +46,21 @@ def test_a_registered_ablation_is_tested_on_the_half_that_did_not_choose(tmp_pat
 def test_the_edge_of_a_null_is_reached_by_few_of_its_draws():
     draws = torch.randn(400, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for side in (1.0, -1.0):
-        edge = Measured.edge_of("random", draws, side)
-        assert int((side * draws.mean(1) > side * edge.mean).sum()) == 9  # of 400; 2.5 % of 401 is 10.02
-    assert Measured.edge_of("random", draws[:5], 1.0).mean == float(draws[:5].mean(1).max())
+        shifted = draws + side  # the further edge is that of this side
+        edge = Measured.edge_of("random", shifted)
+        assert int((side * shifted.mean(1) > side * edge.mean).sum()) == 9  # of 400; 2.5 % of 401 is 10.02
+    assert abs(Measured.edge_of("random", draws[:5]).mean) == float(draws[:5].mean(1).abs().max())
     with pytest.raises(InputError, match="one row a draw"):
-        Measured.edge_of("random", torch.zeros(3), 1.0)
+        Measured.edge_of("random", torch.zeros(3))
+
+
+def test_random_draws_that_move_the_metric_further_to_the_other_side_are_the_control():
+    """The edge used to be taken on the side of the effect: draws of -3 to 0.1 left 0.1 as the control of 0.3."""
+    effect = Measured.of("effect", [0.3, 0.31, 0.29, 0.32, 0.28, 0.3])
+    draws = torch.linspace(-3, 0.1, 100, dtype=torch.float64)[:, None].expand(-1, 6)
+    edge = Measured.edge_of("random", draws)
+    assert edge.mean < -2.9
+    assert not claim("a model", "it matters", observation=effect, intervention=effect, control=edge).causal
 
 
 def steered(effect, *, n=12, draws=50):

@@ -15,6 +15,7 @@ from hooklens.plugins.probing.causal import causal_check
 from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gather import Activations, gather
+from hooklens.plugins.probing.null import Null
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
 from hooklens.plugins.probing.report import verdicts
 from hooklens.plugins.probing.scoring import correct
@@ -124,7 +125,7 @@ def test_predictions_are_scikit_learns_on_the_same_folds():
     task = read_task(model, tokens, label, group=group)
     _, study = train_probe(model, task, null_draws=1)
     folds = [(fold.train, fold.test) for fold in make_folds(task.label, task.group)]
-    peer = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=10_000))
+    peer = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=10_000, tol=1e-6))
     for x, right in zip(gather(model, task).x, study.correct, strict=True):
         said = cross_val_predict(peer, x.double().numpy(), task.label.numpy(), cv=folds)
         assert np.array_equal(right.bool().numpy(), said == task.label.numpy())
@@ -265,11 +266,30 @@ def test_points_have_q_values_over_all_of_them():
     label = torch.arange(60) % 2
     x = torch.randn(6, 60, 4, generator=generator, dtype=torch.float64)
     x[3, :, 0] += 5.0 * label
-    study = study_of(x, torch.arange(60), label, MassMean(), null_draws=195)
-    assert study.point_null.shape == (39, 6) and study.null.shape == (195,)
+    study = study_of(x, torch.arange(60), label, MassMean(), null_draws=39)
+    assert study.point_null.shape == (39, 6) and study.null.shape == (39,)
     assert study.top(6).columns[-2:] == ("p", "q") and study.top(1).rows[0][0] == study.points[3]
     assert study.point_p[3] == pytest.approx(1 / 40) and study.point_q[3] == pytest.approx(6 / 40)
     assert bool((study.point_q >= study.point_p).all())
+    assert study.least_p == pytest.approx(1 / 40) and study.least_q == pytest.approx(6 / 40)
+    assert "no single layer can reach q 0.05: the least that 39 draws" in study.report().to_html()
+
+
+def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_are_taken():
+    """With 20 draws a layer the least p was 1/21, and q of one layer alone 30 / 21: nothing said so."""
+    acts, task = noise(points=30)
+    acts.x[7, :, 0] += 5.0 * task.label
+    study = _study(acts, task, MassMean(), make_folds(task.label, acts.group), None, 0)
+    assert study.point_null.shape == (600, 30) and study.null.shape == (99,)
+    assert study.least_q <= 0.05 and float(study.point_q[7]) == pytest.approx(study.least_q)
+    assert study.point_q.dtype == torch.float64 and study.report().to_html().count("no single layer can") == 0
+
+
+def test_few_groups_cannot_be_shuffled_in_many_ways_and_the_least_p_says_so():
+    """One of each class in four folds: 16 shuffles, of which two are the real labels but for the classes' names."""
+    label, group = torch.arange(8) % 2, torch.arange(8)
+    null = Null.of(label, group, make_folds(label, group, folds=4), 400, 1, MassMean(), 0)
+    assert null.least_p(label) == pytest.approx(2 / 16, abs=0.05)
 
 
 def test_without_types_that_come_back_there_is_no_control_task():
