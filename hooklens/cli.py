@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hooklens.core.errors import HooklensError, InputError, Unavailable
+from hooklens.core.errors import ArgumentError, HooklensError, InputError, Unavailable
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -40,7 +40,7 @@ class _Group(TyperGroup):
             _say("interrupted", *getattr(error, "__notes__", ()))
             raise typer.Exit(INTERRUPTED) from error
         except HooklensError as error:
-            _fail(ctx, f"error: {error}", error)
+            _fail(ctx, f"error: {_in_options(ctx, error)}", error)
             raise typer.Exit(MISSING if isinstance(error, Unavailable) else BAD_INPUT) from error
         except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
             raise
@@ -68,7 +68,7 @@ class Dtype(StrEnum):
 Model = Annotated[str, typer.Option("--model", "-m", help="An asset, a GGUF file, a folder, a checkpoint or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")]
 OfDtype = Annotated[Dtype | None, typer.Option(help="What weights are loaded as; by default float32.")]
-Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.")]
+Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.", min=0, max=2**32 - 1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -96,7 +96,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path(
         "hooklens-demo.html"
     ),
-    pairs: Annotated[int, typer.Option(help="Prompt pairs, a multiple of 4.")] = 64,
+    n: Annotated[int, typer.Option("--pairs", help="Prompt pairs, a multiple of 4.")] = 64,
     seed: Seed = 0,
     device: Device = None,
     dtype: OfDtype = None,
@@ -107,12 +107,15 @@ def demo(
     Example: `hooklens demo --out ioi.html`
     """
     check_out(out)
-    loaded = load_model(model, device, dtype)
+    from hooklens.data.ioi import check_n_pairs
+
+    check_n_pairs(n)
+    loaded = load_reader(model, device, dtype)
     from hooklens.plugins.patching.ioi_demo import ioi_study
 
-    study = ioi_study(loaded, pairs, seed=seed)
+    study = ioi_study(loaded, n, seed=seed)
     study.report().save(out, data=study)
-    show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+    show(study.table(), as_json, finding=study.finding(), **written(out))
 
 
 @app.command()
@@ -122,7 +125,7 @@ def patch(
     answer: Annotated[str, typer.Option(help="The clean prompt's next token, often with a leading space.")],
     wrong_answer: Annotated[str, typer.Option(help="The corrupted prompt's next token.")],
     model: Model = _DEFAULT,
-    site: Annotated[list[str] | None, typer.Option(help="What is patched; may be repeated.")] = None,
+    sites: Annotated[list[str] | None, typer.Option("--site", help="What is patched; may be repeated.")] = None,
     by: Annotated[
         str | None, typer.Option(help="The grid, such as 'layer x head x pos', of the sites that have these axes.")
     ] = None,
@@ -141,12 +144,12 @@ def patch(
     checked against the plain way.
     """
     check_out(out)
-    sites = site or ["resid_pre", "z"]
+    sites = sites or ["resid_pre", "z"]
     from hooklens.sweeps.plan import site_kind
 
     asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
     parts = {name: _part(out, name, asked) for name in map(site_kind, sites)}
-    loaded = load_model(model, device, dtype)
+    loaded = load_reader(model, device, dtype)
     from hooklens.plugins.patching.pair_study import study_pair
     from hooklens.sweeps.settings import engine
 
@@ -169,7 +172,7 @@ def patch(
     study.report().save(out, data=study)
     for path in parts.values():
         path.unlink(missing_ok=True)
-    show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+    show(study.table(), as_json, **written(out))
 
 
 @app.command()
@@ -265,7 +268,7 @@ def generate(
 
     Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
     """
-    loaded = load_model(model, device, dtype)
+    loaded = load_reader(model, device, dtype)
     if chat:
         prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
     new = loaded.generate(prompt, max_new_tokens, temperature=temperature, seed=seed, stream=not as_json)
@@ -286,6 +289,17 @@ def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTr
     return load(model, device=_device(device), dtype=None if dtype is None else dtype.value)
 
 
+def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
+    """A model that can read text."""
+    loaded = load_model(model, device, dtype)
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"--model {model} has no tokenizer, and this command reads text; give a model that has one, such as a GGUF "
+            "file or a folder with tokenizer.json (in Python, token ids will do)"
+        )
+    return loaded
+
+
 def _tiny(device: str | None, dtype: Dtype | None, seed: int) -> "HookedTransformer":
     from hooklens.pretrained.load import as_dtype
     from hooklens.testing import tiny_model
@@ -302,7 +316,7 @@ def _device(name: str | None) -> str | None:
     try:
         torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"--device {name} is no device; use cpu, cuda, cuda:1, mps, ...") from error
+        raise InputError(f"--device {name!r} is no device; use cpu, cuda, cuda:1, mps, ...") from error
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -316,10 +330,17 @@ def check_out(out: Path) -> None:
     """Both files of a report, before anything is computed."""
     from hooklens.core.files import check_writable
 
+    if not out.name or out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a folder, and the report is a file; use {str(out / 'report.html')!r}")
     if out.suffix == ".json":
         raise InputError(f"--out {out} is the name of the numbers beside the page; use {out.with_suffix('.html')}")
     for path in (out, out.with_suffix(".json")):
         check_writable(path)
+
+
+def written(out: Path) -> dict[str, str]:
+    """Where the report and its numbers are, from anywhere."""
+    return {"report": str(out.absolute()), "numbers": str(out.with_suffix(".json").absolute())}
 
 
 def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
@@ -347,6 +368,14 @@ def show(table: "Table", as_json: bool, **more: Any) -> None:
 
 def _strings(more: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in more.items()}
+
+
+def _in_options(ctx: Any, error: HooklensError) -> str:
+    """The message, with the command's options in place of the arguments that it names: parameters are named alike."""
+    if not isinstance(error, ArgumentError):
+        return str(error)
+    command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
+    return error.told({one.name: max(one.opts, key=len) for one in command.params})  # --model, not -m
 
 
 def _fail(ctx: Any, message: str, error: Exception) -> None:

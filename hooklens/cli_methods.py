@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hooklens.cli import _DEFAULT, AsJson, Device, Model, OfDtype, Seed, app, check_out, load_model, show
+from hooklens.cli import (
+    _DEFAULT,
+    AsJson,
+    Device,
+    Model,
+    OfDtype,
+    Seed,
+    app,
+    check_out,
+    load_model,
+    load_reader,
+    show,
+    written,
+)
 from hooklens.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,13 +60,13 @@ def lens(
     if (prompt is None) == (pairs is None):
         raise InputError("give a prompt or --pairs file.jsonl, one of the two")
     read = None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
-    loaded = load_model(model, device, dtype)
+    loaded = load_reader(model, device, dtype)
     from hooklens.plugins.lens import lens_study
 
     if read is None:
         study = lens_study(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
-        show(study.table(), as_json, **_written(out))
+        show(study.table(), as_json, **written(out))
         return
     from hooklens.data.jsonl import check_pairs
 
@@ -62,7 +75,7 @@ def lens(
     study = lens_study(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
-    show(study.table(), as_json, read=told, **_written(out))
+    show(study.table(), as_json, read=told, **written(out))
 
 
 @app.command()
@@ -73,8 +86,10 @@ def heads(
     wrong_answer: WrongAnswer = None,
     pairs: PairsFile = None,
     model: Model = _DEFAULT,
-    sequences: Annotated[int, typer.Option(help="Random sequences for scores, and as many for effects.")] = 12,
-    ioi: Annotated[int, typer.Option(help="Prompt pairs that name movers are looked for with; 0: none.")] = 64,
+    n: Annotated[
+        int, typer.Option("--sequences", help="Random sequences for scores, and as many for effects; at least 6.")
+    ] = 12,
+    ioi: Annotated[int, typer.Option(help="Prompt pairs to look for name movers with, a multiple of 4; 0: none.")] = 64,
     registered: Plans = None,
     out: Out = Path("heads.html"),
     device: Device = None,
@@ -92,20 +107,22 @@ def heads(
     plans = _plans(registered)
     own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
-    loaded = load_model(model, device, dtype)
-    if read is not None:
-        _check(loaded, read, pairs)
     from hooklens.plugins.heads import head_study, taxonomy
     from hooklens.plugins.heads.report import taxonomy_report
+    from hooklens.plugins.heads.taxonomy import check_sizes
 
-    found = taxonomy(loaded, n=sequences, ioi=ioi, seed=seed)
+    check_sizes(n, ioi=ioi)
+    loaded = load_model(model, device, dtype) if read is None else load_reader(model, device, dtype)
+    if read is not None:
+        _check(loaded, read, pairs)
+    found = taxonomy(loaded, n=n, ioi=ioi, seed=seed)
     if read is None:
         found.report(loaded, registered=plans).save(out, data=found)
-        show(found.table(20), as_json, **_written(out))
+        show(found.table(20), as_json, **written(out))
         return
     study = head_study(loaded, read, labels=found.labels(), seed=seed)
     taxonomy_report(found, study.report(), loaded, plans).save(out, data={"taxonomy": found, "pairs": study})
-    show(study.table(20), as_json, **_written(out))
+    show(study.table(20), as_json, **written(out))
 
 
 @app.command()
@@ -139,14 +156,16 @@ def circuit(
     check_out(out)
     plans = _plans(registered)
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
-    loaded = load_model(model, device, dtype)
-    _check(loaded, read, pairs)
     from hooklens.plugins.circuits import study_circuit
+    from hooklens.plugins.circuits.circuit_study import check_sizes
 
+    check_sizes(edges, draws)
+    loaded = load_reader(model, device, dtype)
+    _check(loaded, read, pairs)
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report(registered=plans).save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
-    show(study.table(), as_json, **_written(out), circuit=str(kept))
+    show(study.table(), as_json, **written(out), circuit=str(kept))
 
 
 @app.command()
@@ -168,13 +187,13 @@ def probe(
     from hooklens.data.jsonl import check_texts, read_texts_file
 
     read = read_texts_file(texts)
-    loaded = load_model(model, device, dtype)
+    loaded = load_reader(model, device, dtype)
     check_texts(loaded, read, str(texts))
     from hooklens.plugins.probing import probe_texts
 
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
     study.report(f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
-    show(study.table(), as_json, **_written(out))
+    show(study.table(), as_json, **written(out))
 
 
 def _pairs(
@@ -233,12 +252,10 @@ def _plans(paths: list[Path] | None) -> "list[Registration]":
 
 
 def _check(model: "HookedTransformer", pairs: "PromptPairs", path: Path | None) -> None:
-    """Every line of a file that this model cannot use, before anything runs; a pair of options tells its own errors."""
-    from hooklens.data.jsonl import check_pairs
+    """Can the model use these pairs? Every line of a file that it cannot is told, before anything runs."""
+    from hooklens.data.jsonl import check_pair, check_pairs
 
-    if path is not None:
+    if path is None:
+        check_pair(model, pairs)
+    else:
         check_pairs(model, pairs, str(path))
-
-
-def _written(out: Path) -> dict[str, str]:
-    return {"report": str(out), "numbers": str(out.with_suffix(".json"))}

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.core.precision import widened
+from hooklens.data.prompts import show
 from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]
@@ -155,6 +156,7 @@ def logit_diff(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.
     """
     right, wrong = answer_ids(model, answer, "answer"), answer_ids(model, wrong_answer, "wrong_answer")
+    check_answers_differ(model, right, wrong)
     return LogitDiff(*_one_a_pair(pos=torch.as_tensor(pos), answer=right, wrong_answer=wrong))
 
 
@@ -210,13 +212,35 @@ def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") 
     many: list[Any] = list(answer) if is_many else [answer]  # type: ignore[arg-type]
     ids = torch.tensor([_token_id(model, one, name) for one in many])
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab_out:
-        raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r}")
+        raise ArgumentError(
+            f"{{{name}}} must be tokens between 0 and {{0}}, got {{1!r}}", model.cfg.d_vocab_out - 1, answer
+        )
     return ids
+
+
+def check_answers_differ(model: HookedTransformer, answer: Int[Tensor, "pair"], wrong: Int[Tensor, "wrong"]) -> None:
+    """One token in both places is refused: their difference is 0, whatever the model says."""
+    n = max(len(answer), len(wrong))
+    if min(len(answer), len(wrong)) not in (1, n):
+        return  # another error, which says how many there are
+    same = (answer.cpu() == wrong.cpu()).expand(n).nonzero().flatten().tolist()
+    if same:
+        shown = show(model, answer[same[0] % len(answer)][None])[0]
+        where = f" (pair {same[0]})" if n > 1 else ""
+        raise ArgumentError(
+            "{answer} and {wrong_answer} are the same token {0!r}{1}, so their difference is always 0; give another "
+            "{wrong_answer}",
+            shown,
+            where,
+        )
 
 
 def _token_id(model: HookedTransformer, one: Any, name: str) -> int:
     if isinstance(one, str):
-        return model.to_single_token(one)
+        try:
+            return model.to_single_token(one)
+        except InputError as error:
+            raise ArgumentError(f"{{{name}}}: {{0}}", error) from error
     try:
         if isinstance(one, bool) or (isinstance(one, Tensor) and one.ndim):
             raise TypeError

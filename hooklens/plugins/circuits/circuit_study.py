@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError
 from hooklens.data.jsonl import PromptPairs, numbered
 from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
@@ -15,6 +15,7 @@ from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.eap_ig import eap_ig
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
+from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.measure import Faithfulness, check_draws
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
@@ -130,9 +131,7 @@ def study_circuit(
     >>> found.held_out, found.circuit.n_edges <= 12
     (True, True)
     """
-    if edges < 1:
-        raise InputError(f"edges is the number of edges that a circuit may have, at least 1, got {edges}")
-    check_draws(draws)
+    check_sizes(edges, draws, circuit_graph(model).n_edges)
     group = numbered(pairs.group)
     held_out = int(group.max()) > 0
     every = torch.arange(len(pairs))
@@ -150,6 +149,14 @@ def study_circuit(
     bench = Bench(model, *other, tested, circuit.ablation, keep=True)
     curve = curve_of(bench, scores, _grown(scores, edges), group[tested_on], draws)
     return CircuitStudy(model.cfg.model_name, circuit, found.faithfulness, *sizes, held_out, found, curve)
+
+
+def check_sizes(edges: int, draws: int, n_edges: int | None = None) -> None:
+    """Can a circuit of that size be looked for, beside that many random ones? `n_edges` are those of the model."""
+    check_draws(draws)
+    if edges < 1 or (n_edges is not None and edges > n_edges):
+        most = "" if n_edges is None else f", at most the {n_edges:,} edges of this model"
+        raise ArgumentError("{edges} is how many edges the circuit may have, at least 1{0}; got {1}", most, edges)
 
 
 def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:

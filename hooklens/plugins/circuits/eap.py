@@ -79,7 +79,7 @@ def scored(
     groups = aligned_pairs(model, clean, corrupted, metric, ablation)
     n = sum(len(group.index) for group in groups)
     parts: list[tuple[Tensor, ...]] = []
-    bar = progress(name, n, unit="pairs", show=current().progress)
+    bar = progress(name, n, unit="pairs")
     with bar as advance:
         for group in groups:
             for part in _batches(model, graph, group, metric, ablation, one_batch):

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
@@ -119,7 +119,7 @@ class Bench:
         """The metric of every circuit on every pair."""
         masks = checked_masks(self.graph, kept)
         total = len(masks) * self.n_pairs
-        bar = progress("circuits", total, unit="runs", show=False if total < 100 else current().progress)
+        bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
         values, empty = [], []
         with torch.no_grad(), packed_linears(rows=_POSITIONS), bar as advance:
             played = in_play(self.graph, masks, self.ablation)
@@ -199,6 +199,8 @@ def aligned_pairs(
     for group in groups:
         if not group.aligned:
             read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises: says where the two part
+    if ablation == "corrupted":
+        check_prompts_differ(groups)
     if len(groups) > 1 and not isinstance(metric, ReadingMetric):
         raise InputError(
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "

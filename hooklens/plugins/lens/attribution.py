@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.plugins.lens.direct import Direct, direct_effects
-from hooklens.plugins.lens.reading import Answers, by_length, one_a_prompt
+from hooklens.plugins.lens.reading import Answers, another_a_prompt, by_length, one_a_prompt
 from hooklens.result import Result, Table
 from hooklens.statistics import Groups, group_numbers, mean_interval
 
@@ -179,7 +179,7 @@ def direct_logit_attribution(
         )
     rows = rows_of(model, tokens, "tokens")
     right = one_a_prompt(model, answer, len(rows), "answer")
-    wrong = None if wrong_answer is None else one_a_prompt(model, wrong_answer, len(rows), "wrong_answer")
+    wrong = another_a_prompt(model, wrong_answer, right)
     groups, found = by_length(rows), []
     for some in groups:
         wrongs = None if wrong is None else wrong[some]

@@ -12,6 +12,7 @@ from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.plugins.lens.reading import (
     Answers,
     Translate,
+    another_a_prompt,
     by_length,
     check_quiet,
     one_a_prompt,
@@ -139,7 +140,8 @@ def trajectory(
         lens.check_fits(model)
     rows = rows_of(model, tokens, "tokens")
     right = one_a_prompt(model, answer, len(rows), "answer")
-    asked = [right] if wrong_answer is None else [right, one_a_prompt(model, wrong_answer, len(rows), "wrong_answer")]
+    wrong = another_a_prompt(model, wrong_answer, right)
+    asked = [right] if wrong is None else [right, wrong]
     groups, found = by_length(rows), []
     with packing(sum(map(len, rows))):
         for some in groups:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import Site
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.grid import cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
@@ -160,6 +160,8 @@ def patch(
     into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
     groups = read_pairs(model, clean, corrupted, axes)
     check_metric(metric, groups)
+    if isinstance(value, str) and value in ("clean", "corrupted"):
+        check_prompts_differ(groups)
     if resume is not None and len(groups) > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
     with torch.no_grad(), packed_linears(rows=1024), _hint(resume):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import axes
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric, log_prob
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
@@ -58,6 +58,7 @@ def attribution_patching(
     """
     site, axes_ = site_kind(site), settle_by(model, site, by)
     groups = read_pairs(model, clean, corrupted, axes_)
+    check_prompts_differ(groups)
     check_metric(metric, groups)
     _refuse(model, site, exact)
     n = sum(len(each.index) for each in groups)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
@@ -133,6 +133,8 @@ def grids(model: "HookedTransformer", sites: Sequence[str], by: str | None) -> d
     >>> grids(tiny_model(), ["resid_pre", "z"], "layer x head x pos")
     {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
     """
+    if not sites:
+        raise ArgumentError("{sites} is empty; give at least one of {0}", ", ".join(SITES))
     found, refused = {}, []
     for site in dict.fromkeys(site_kind(site) for site in sites):
         try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hooklens.core.errors import did_you_mean
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import in_order
@@ -158,6 +158,7 @@ def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> 
     groups = read_pairs(model, clean, corrupted, ())
     if not all(one.aligned for one in groups):
         read_pairs(model, clean, corrupted, ("pos",))  # raises, and says where they part
+    check_prompts_differ(groups)
     return groups
 
 
