@@ -286,7 +286,7 @@ def main() -> None:
 def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
     from hooklens.pretrained.load import load
 
-    return load(model, device=_device(device), dtype=None if dtype is None else dtype.value)
+    return load(model, device=device, dtype=None if dtype is None else dtype.value)
 
 
 def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
@@ -301,29 +301,10 @@ def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedT
 
 
 def _tiny(device: str | None, dtype: Dtype | None, seed: int) -> "HookedTransformer":
-    from hooklens.pretrained.load import as_dtype
+    from hooklens.pretrained.load import as_device, as_dtype
     from hooklens.testing import tiny_model
 
-    return tiny_model(seed=seed).to(device=_device(device) or "cpu", dtype=as_dtype(dtype and dtype.value))
-
-
-def _device(name: str | None) -> str | None:
-    """The device, tried with one number: torch's own errors come later and say less."""
-    import torch
-
-    if name is None:
-        return None
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r} is no device; use cpu, cuda, cuda:1, mps, ...") from error
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Unavailable(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); leave it out"
-        ) from error
-    return name
+    return tiny_model(seed=seed).to(device=as_device(device) or "cpu", dtype=as_dtype(dtype and dtype.value))
 
 
 def check_out(out: Path) -> None:
