@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a comm
 """
 
 import hashlib
+import inspect
 import json
 import sys
 import traceback
@@ -230,7 +231,7 @@ def run(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a plugin's demo on a model and print its result.
+    """Run a plugin's demo and print its result: on short prompts, or on token numbers without a tokenizer.
 
     Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
     """
@@ -240,16 +241,19 @@ def run(
         raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
     from hooklens.plugins import find
 
-    answer = find(plugin).demo()
+    info = find(plugin)
+    answer = info.demo()
     loaded = _tiny(device, dtype, seed) if model is None else load_model(model, device, dtype)
     result = answer(loaded)
-    written = {}
-    if out is not None:
-        from hooklens.viz.report import Report
+    if out is None:
+        show(result.table(), as_json)
+        return
+    from hooklens.viz.report import Report
 
-        report = Report(f"{plugin} in {loaded.cfg.model_name}").figure(result.figure()).table(result.table())
-        written = {"report": str(report.save(out, data=result))}
-    show(result.table(), as_json, **written)
+    report = Report(f"{plugin} in {loaded.cfg.model_name}").text(info.summary)
+    report.text(f"A demo. {_first_line(answer)}" + _TINY * (model is None))
+    report.figure(result.figure()).table(result.table()).save(out, data=result)
+    show(result.table(), as_json, **written(out))
 
 
 @app.command()
@@ -281,6 +285,16 @@ def main() -> None:
     import hooklens.cli_methods  # noqa: F401  its commands register themselves
 
     app(prog_name="hooklens")
+
+
+_TINY = (
+    " Its model is tiny and random, so that the page shows what the method gives, and its numbers mean nothing; "
+    "--model smollm2-135m-instruct runs it on a trained one."
+)
+
+
+def _first_line(function: Any) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":

@@ -7,12 +7,13 @@ so for a `with` block.
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from io import StringIO
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+Item = TypeVar("Item")
 ENV = "HOOKLENS_PROGRESS"
 #: Whether bars are shown (None: where somebody is looking); `hl.engine(progress=...)` sets it.
 SHOWN: ContextVar[bool | None] = ContextVar("hooklens_progress_shown", default=None)
@@ -52,18 +53,30 @@ def progress(title: str, total: int | float, *, unit: str = "it", show: bool | N
             bars.remove_task(task)
 
 
+def tracked(items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
+    """The items one by one, with a bar over them.
+
+    >>> list(tracked([1, 2], "counting", "numbers"))
+    [1, 2]
+    """
+    with progress(title, len(items), unit=unit) as advance:
+        for item in items:
+            yield item
+            advance()
+
+
 @contextmanager
-def part(advance: Advance, amount: int | float, total: int | float) -> Iterator[None]:
+def within(advance: Advance, amount: int | float, total: int | float) -> Iterator[None]:
     """Work worth `amount` on a bar, during which `total` calls of `step` move it; the end makes up what is missing.
 
-    >>> with part(print, 6, 4):
+    >>> with within(print, 6, 4):
     ...     step()
     ...     step(2)
     1.5
     3.0
     1.5
     """
-    done = 0.0
+    done, around = 0.0, _step.get()
 
     def move(n: int | float = 1) -> None:
         nonlocal done
@@ -71,17 +84,17 @@ def part(advance: Advance, amount: int | float, total: int | float) -> Iterator[
         done += more
         advance(more)
 
-    token = _step.set(move)
+    _step.set(move)
     try:
         yield
     finally:
-        _step.reset(token)
+        _step.set(around)
     if done < amount:
         advance(amount - done)
 
 
 def step(n: int | float = 1) -> None:
-    """Move the bar of the `part` that runs, if one does."""
+    """Move the bar of the `within` block around, if there is one."""
     move = _step.get()
     if move is not None:
         move(n)
@@ -104,11 +117,11 @@ def _in_notebook() -> bool:
 def _new_display() -> Iterator[Any]:
     bars = _under_a_cell() if _in_notebook() else _on_stderr()
     with bars:
-        token = _display.set(bars)
+        _display.set(bars)
         try:
             yield bars
         finally:
-            _display.reset(token)
+            _display.set(None)
 
 
 def _on_stderr() -> Any:

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.errors import HooklensError
+
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
@@ -72,13 +74,17 @@ def _sentences(model: "HookedTransformer", n: int) -> tuple[Int[Tensor, "text po
     if model.tokenizer is None:
         return None, []
     rows, answers = [], []
-    for country, capital in _CAPITALS.items():
-        rows.append(model.to_tokens(f"The capital of {country} is")[0])
-        answers.append(int(model.to_tokens(f" {capital}", prepend_bos=False)[0, 0]))
+    try:
+        for country, capital in _CAPITALS.items():
+            answers.append(model.to_single_token(f" {capital}"))
+            rows.append(model.to_tokens(f"The capital of {country} is")[0])
+    except HooklensError:  # capitals of several tokens, or a text that this tokenizer cannot read
+        return None, []
     length = Counter(map(len, rows)).most_common(1)[0][0]
     usable = [i for i, row in enumerate(rows) if len(row) == length]
-    known = length <= model.cfg.n_ctx and max(max(answers), *(int(row.max()) for row in rows)) < model.cfg.d_vocab_out
     chosen = [usable[i % len(usable)] for i in range(n + 1)]
-    if not known or any(answers[a] == answers[b] for a, b in zip(chosen, chosen[1:], strict=False)):
+    largest = max(int(rows[i].max()) for i in chosen)
+    fits = length <= model.cfg.n_ctx and largest < model.cfg.d_vocab and max(answers) < model.cfg.d_vocab_out
+    if not fits or len(usable) < 2 or len(set(answers)) < len(answers):
         return None, []
     return torch.stack([rows[i] for i in chosen]), [answers[i] for i in chosen]

@@ -149,8 +149,8 @@ def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) 
     wide = dtype or torch.float32
     if not source.strip():
         raise InputError(
-            f"a model was asked for by the name {source!r}, which is empty; `hooklens models` lists what can be loaded, "
-            "and '.' is the current folder"
+            f"a model of the empty name {source!r} was asked for; `hooklens models` lists what can be loaded, and '.' "
+            "is the current folder"
         )
     if source in ASSETS:
         if ASSETS[source].is_folder:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.model.linear import packed_linears
-from hooklens.progress import part, progress, step
+from hooklens.progress import progress, step, within
 from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import plain_values, refuse_nonfinite, why_plain
@@ -137,7 +137,7 @@ def run_bins(
     with progress(f"patching {plan.site}", n, unit="patches") as advance:
         for one in bins:
             finished = sorted({item.patch for item in one})
-            with part(advance, len(finished), _rows_of_layers(plan, one)):
+            with within(advance, len(finished), _rows_of_layers(plan, one)):
                 run_one(plan, reader, one, values, rows)
             if kept is not None:
                 kept.save(finished)

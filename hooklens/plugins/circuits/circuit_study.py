@@ -171,7 +171,7 @@ def _some(pairs: PromptPairs, index: list[int]) -> tuple[list[Any], list[Any]]:
 
 
 def demo(model: "HookedTransformer") -> CircuitStudy:
-    """Four pairs of token numbers, a circuit of at most twelve edges; any model, no tokenizer needed."""
+    """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
     clean, corrupted, _ = demo_pairs(model, 4)
     answers = [int(x) for x in clean[:, 0]], [int(x) for x in corrupted[:, -1]]
     pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(len(clean))])

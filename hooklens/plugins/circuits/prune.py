@@ -188,6 +188,6 @@ def _result(
 
 
 def demo(model: "HookedTransformer") -> Pruning:
-    """From every edge of the model down to a handful, on one short prompt pair; any model, no tokenizer needed."""
+    """From every edge of the model down to a handful, on one short prompt pair; numbers without a tokenizer."""
     clean, corrupted, metric = demo_pairs(model, 1)
     return prune_edges(model, whole_circuit(model), clean, corrupted, metric, size=5, share=0.3)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import Site
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
@@ -279,11 +280,8 @@ def _word(value: Value) -> str:
 
 
 def demo(model: "HookedTransformer") -> PatchSweep:
-    """A resid_pre sweep on two short prompts that differ in one token; any model, no tokenizer needed."""
-    n = min(8, model.cfg.n_ctx)
-    clean = torch.arange(1, n + 1, device=model.device)[None] % model.cfg.d_vocab
-    corrupted = clean.clone()
-    corrupted[0, n // 2] = (clean[0, n // 2] + 1) % model.cfg.d_vocab
+    """A resid_pre sweep on two short prompts that differ in one token; numbers where the model has no tokenizer."""
+    clean, corrupted, *_ = demo_pairs(model, 1, 8)
     with torch.no_grad():
         best = int(model(clean, logits_at=-1)[0, 0].argmax())
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
@@ -172,9 +173,6 @@ def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]
 
 
 def demo(model: "HookedTransformer") -> PairStudy:
-    """Two short prompts of token numbers that differ in one; any model, no tokenizer needed."""
-    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = torch.arange(1, n + 1, device=model.device) % d_vocab
-    corrupted = clean.clone()
-    corrupted[n // 2] = (corrupted[n // 2] + 1) % d_vocab
-    return study_pair(model, clean, corrupted, answer=0, wrong_answer=min(1, model.cfg.d_vocab_out - 1))
+    """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
+    clean, corrupted, answer, wrong_answer = demo_pairs(model)
+    return study_pair(model, clean, corrupted, answer=answer[0], wrong_answer=wrong_answer[0])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hooklens.core.errors import did_you_mean
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
@@ -181,11 +182,8 @@ def _reaches(model: "HookedTransformer", senders: tuple[Sender, ...], receivers:
 
 
 def demo(model: "HookedTransformer") -> PathSweep:
-    """Who talks to the query and value of the last layer's first head; with one layer, to the logits. Numbers only."""
-    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % d_vocab
-    corrupted = clean.clone()
-    corrupted[:, n // 2] = (clean[:, n // 2] + 1) % d_vocab
+    """Who talks to the query and value of the last layer's first head; with one layer, to the logits."""
+    clean, corrupted, *_ = demo_pairs(model, 2)
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), ("v", last, 0)] if last else "final"
 

@@ -1,0 +1,82 @@
+"""How long will a command take? Counted in tokens that pass the whole model, times one timed pass; said beforehand.
+
+The counts are those of causal prompts, of whose patches half a model and half the later positions are recomputed. They
+are meant to tell a minute from an hour.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_WORTH_SAYING = 60  # seconds
+_TIMED = 64  # tokens of the timed pass
+_CANDIDATES = 20  # heads that the demo patches in every pair
+# of every kind of key, the share of heads whose attention is above chance, and of all heads those that suppress a token:
+# measured on SmolLM2
+_SCORED, _SUPPRESSORS = 0.25, 0.08
+
+
+def of_patch(model: "HookedTransformer", n_pos: int, grids: Sequence[Sequence[str]]) -> float:
+    """Tokens of a sweep over each of these grids, and of whole layers."""
+    cfg = model.cfg
+    sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": cfg.n_heads, "neuron": cfg.d_mlp}
+    total = float(cfg.n_layers * n_pos)
+    for axes in grids:
+        cells = 1
+        for axis in axes:
+            cells *= sizes[axis]
+        total += cells * n_pos / (4 if "pos" in axes else 2)
+    return total
+
+
+def of_demo(model: "HookedTransformer", n_pairs: int, n_pos: int = 14) -> float:
+    """Tokens of the shown pair's sweeps, and of whole layers and the strongest heads in every pair."""
+    shown = of_patch(model, n_pos, [("layer", "pos"), ("layer", "head")])
+    return shown + n_pairs * n_pos * (4 + model.cfg.n_layers / 2 + _CANDIDATES / 4)
+
+
+def of_heads(model: "HookedTransformer", n: int, ioi: int, n_pos: int = 25) -> float:
+    """Tokens of blocked attention on `n` sequences, of runs without a head on text, and of prompt pairs."""
+    heads = model.cfg.n_layers * model.cfg.n_heads
+    blocked = 2 * 3 * _SCORED * heads * n * n_pos / 2
+    without = _SUPPRESSORS * heads * 20 * 8 * 32
+    return blocked + without + 4 * n_pos * ioi
+
+
+def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: bool) -> float:
+    """Tokens of gradients on half of the pairs and of random circuits on the other half."""
+    return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
+
+
+def say_how_long(model: "HookedTransformer", tokens: float) -> str:
+    """The time that so many tokens will take, in words; empty where it is under a minute.
+
+    >>> from hooklens.testing import tiny_model
+    >>> say_how_long(tiny_model(), 1), in_words(150), in_words(3 * 3600)
+    ('', '3 minutes', '3.0 hours')
+    """
+    seconds = tokens * seconds_a_token(model)
+    if seconds < _WORTH_SAYING:
+        return ""
+    return f"this will take about {in_words(seconds)} here, by one timed pass; Ctrl-C stops it"
+
+
+def seconds_a_token(model: "HookedTransformer") -> float:
+    """How long one token takes in a pass of a few dozen."""
+    n = min(_TIMED, model.cfg.n_ctx)
+    tokens = torch.ones(1, n, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        model(tokens[:, :1], logits_at=-1)  # what is made ready once is not counted
+        begin = time.perf_counter()
+        float(model(tokens, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
+    return (time.perf_counter() - begin) / n
+
+
+def in_words(seconds: float) -> str:
+    """A duration to one or two digits."""
+    return f"{-(-seconds // 60):.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
