@@ -108,12 +108,14 @@ def demo(
     Example: `hooklens demo --out ioi.html`
     """
     check_out(out)
-    from hooklens.data.ioi import check_n_pairs
+    from hooklens.data.ioi import check_n_pairs, ioi
 
     check_n_pairs(n)
     loaded = load_reader(model, device, dtype)
+    from hooklens import cli_time
     from hooklens.plugins.patching.ioi_demo import ioi_study
 
+    say_how_long(loaded, cli_time.of_demo(loaded, *ioi(loaded, n, seed=seed).clean_tokens.shape))
     study = ioi_study(loaded, n, seed=seed)
     study.report().save(out, data=study)
     show(study.table(), as_json, finding=study.finding(), **written(out))
@@ -151,8 +153,12 @@ def patch(
     asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
     parts = {name: _part(out, name, asked) for name in map(site_kind, sites)}
     loaded = load_reader(model, device, dtype)
-    from hooklens.plugins.patching.pair_study import study_pair
+    from hooklens import cli_time
+    from hooklens.plugins.patching.pair_study import check_pair, study_pair
     from hooklens.sweeps.settings import engine
+
+    n_pos, grids = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
+    say_how_long(loaded, cli_time.of_patch(loaded, n_pos, grids))
 
     options: dict[str, Any] = {
         "answer": answer,
@@ -342,6 +348,13 @@ def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     """Where a site's unfinished sweep is kept: another question has another file."""
     digest = hashlib.blake2b("\0".join(asked).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     return out.with_name(f"{out.stem}.{site}.{digest}.part")
+
+
+def say_how_long(model: "HookedTransformer", tokens: float) -> None:
+    """Before a command that takes more than a minute: about how long."""
+    from hooklens.cli_time import how_long
+
+    _say(*how_long(model, tokens))
 
 
 def show(table: "Table", as_json: bool, **more: Any) -> None:

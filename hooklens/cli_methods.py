@@ -61,6 +61,7 @@ def lens(
         raise InputError("give a prompt or --pairs file.jsonl, one of the two")
     read = None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
     loaded = load_reader(model, device, dtype)
+    from hooklens import cli_time
     from hooklens.plugins.lens import lens_study
 
     if read is None:
@@ -71,6 +72,7 @@ def lens(
     from hooklens.data.jsonl import check_pairs
 
     check_pairs(loaded, read, str(pairs), corrupted=False)
+    say_how_long(loaded, cli_time.of_lens(loaded, _tokens(loaded, read)))
     names = [f"line {line}" for line in read.lines]
     study = lens_study(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
@@ -107,6 +109,7 @@ def heads(
     plans = _plans(registered)
     own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
+    from hooklens import cli_time
     from hooklens.plugins.heads import head_study, taxonomy
     from hooklens.plugins.heads.report import taxonomy_report
     from hooklens.plugins.heads.taxonomy import check_sizes
@@ -115,6 +118,7 @@ def heads(
     loaded = load_model(model, device, dtype) if read is None else load_reader(model, device, dtype)
     if read is not None:
         _check(loaded, read, pairs)
+    say_how_long(loaded, cli_time.of_heads(loaded, n, 0 if loaded.tokenizer is None else ioi))
     found = taxonomy(loaded, n=n, ioi=ioi, seed=seed)
     if read is None:
         found.report(loaded, registered=plans).save(out, data=found)
@@ -156,12 +160,15 @@ def circuit(
     check_out(out)
     plans = _plans(registered)
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
-    from hooklens.plugins.circuits import study_circuit
+    from hooklens import cli_time
+    from hooklens.plugins.circuits import circuit_graph, study_circuit
     from hooklens.plugins.circuits.circuit_study import check_sizes
 
     check_sizes(edges, draws)
     loaded = load_reader(model, device, dtype)
     _check(loaded, read, pairs)
+    check_sizes(edges, draws, circuit_graph(loaded).n_edges)
+    say_how_long(loaded, cli_time.of_circuit(loaded, _tokens(loaded, read), draws, full=full))
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report(registered=plans).save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
@@ -242,6 +249,11 @@ def register(
     made = Registration(hypothesis, metric, control, threshold, n, side=side, model=model).write(plan)
     rows = [(name, getattr(made, name)) for name in ("hypothesis", "metric", "control", "threshold", "side", "n")]
     show(Table(("plan", "held to"), rows), as_json, plan=str(plan), written=made.written, digest=made.digest)
+
+
+def _tokens(model: "HookedTransformer", pairs: "PromptPairs") -> int:
+    """Of all clean prompts together."""
+    return sum(len(model.to_tokens(text)[0]) for text in pairs.clean)
 
 
 def _plans(paths: list[Path] | None) -> "list[Registration]":

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 _WORTH_SAYING = 60  # seconds
 _TIMED = 64  # tokens of the timed pass
 _CANDIDATES = 20  # heads that the demo patches in every pair
-# of every kind of key, the share of heads whose attention is above chance, and of all heads those that suppress a token:
-# measured on SmolLM2
+# shares of heads, measured on SmolLM2: whose attention to a kind of key is above chance; that suppress a token
 _SCORED, _SUPPRESSORS = 0.25, 0.08
+# passes that a token costs: in integrated gradients, in one random circuit, and how much more a full study does
+_GRADIENT, _A_CIRCUIT, _FULL = 40, 3, 40
 
 
 def of_patch(model: "HookedTransformer", n_pos: int, grids: Sequence[Sequence[str]]) -> float:
@@ -34,7 +35,7 @@ def of_patch(model: "HookedTransformer", n_pos: int, grids: Sequence[Sequence[st
     return total
 
 
-def of_demo(model: "HookedTransformer", n_pairs: int, n_pos: int = 14) -> float:
+def of_demo(model: "HookedTransformer", n_pairs: int, n_pos: int) -> float:
     """Tokens of the shown pair's sweeps, and of whole layers and the strongest heads in every pair."""
     shown = of_patch(model, n_pos, [("layer", "pos"), ("layer", "head")])
     return shown + n_pairs * n_pos * (4 + model.cfg.n_layers / 2 + _CANDIDATES / 4)
@@ -48,22 +49,29 @@ def of_heads(model: "HookedTransformer", n: int, ioi: int, n_pos: int = 25) -> f
     return blocked + without + 4 * n_pos * ioi
 
 
+def of_lens(model: "HookedTransformer", tokens: int) -> float:
+    """Tokens of the passes over these, and of unembedding every layer's stream."""
+    unembed = model.cfg.d_model * model.cfg.d_vocab_out
+    share = unembed / (unembed + sum(weight.numel() for weight in model.blocks.parameters()))
+    return tokens * (3 + model.cfg.n_layers * share)
+
+
 def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: bool) -> float:
     """Tokens of gradients on half of the pairs and of random circuits on the other half."""
     return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
 
 
-def say_how_long(model: "HookedTransformer", tokens: float) -> str:
-    """The time that so many tokens will take, in words; empty where it is under a minute.
+def how_long(model: "HookedTransformer", tokens: float) -> list[str]:
+    """A line with the time that so many tokens will take; none where it is under a minute.
 
     >>> from hooklens.testing import tiny_model
-    >>> say_how_long(tiny_model(), 1), in_words(150), in_words(3 * 3600)
-    ('', '3 minutes', '3.0 hours')
+    >>> how_long(tiny_model(), 1), in_words(150), in_words(3 * 3600)
+    ([], '3 minutes', '3.0 hours')
     """
     seconds = tokens * seconds_a_token(model)
     if seconds < _WORTH_SAYING:
-        return ""
-    return f"this will take about {in_words(seconds)} here, by one timed pass; Ctrl-C stops it"
+        return []
+    return [f"this will take about {in_words(seconds)} here, by the time of one pass; Ctrl-C stops it"]
 
 
 def seconds_a_token(model: "HookedTransformer") -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.data.prompts import Prompts, check_prompts_differ, read_pairs, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
@@ -125,6 +125,24 @@ def sweep_pair(
             heads=[f"L{layer}H{head}" for layer, head in chosen],
             patterns=head_patterns(model, ids[0], chosen),
         )
+
+
+def check_pair(
+    model: "HookedTransformer",
+    clean: Prompts,
+    corrupted: Prompts,
+    answer: str | int,
+    wrong_answer: str | int,
+    *,
+    sites: Sequence[str],
+    by: str | None,
+) -> tuple[int, list[tuple[str, ...]]]:
+    """The clean prompt's length and every site's grid; what `study_pair` cannot use raises, and nothing has run."""
+    logit_diff(model, answer=answer, wrong_answer=wrong_answer)
+    axes = list(grids(model, sites, by).values())
+    pairs = read_pairs(model, clean, corrupted, [name for names in axes for name in names])
+    check_prompts_differ(pairs)
+    return pairs[0].clean.shape[1], axes
 
 
 def grids(model: "HookedTransformer", sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
