@@ -16,6 +16,7 @@ from hooklens.cli import (
     check_out,
     load_model,
     load_reader,
+    say_how_long,
     show,
     written,
 )

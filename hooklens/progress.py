@@ -7,7 +7,7 @@ so for a `with` block.
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from io import StringIO
@@ -28,7 +28,7 @@ class Advance(Protocol):
     def __call__(self, amount: int | float = 1) -> None: ...
 
 
-_step: ContextVar[Advance | None] = ContextVar("hooklens_progress_step", default=None)
+_step: ContextVar[Callable[[int | float], None] | None] = ContextVar("hooklens_progress_step", default=None)
 
 
 @contextmanager

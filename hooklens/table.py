@@ -2,7 +2,6 @@
 
 import html
 import math
-import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,35 +109,32 @@ class Table:
         >>> Table(["head", "effect", "95% low", "95% high"], [("L0H1", 0.4123, 0.3611, 0.4508)]).joined()[1]
         ('effect [95%]', ['0.412 [0.361, 0.451]'], True)
         """
-        texts, numeric, found = list(zip(*self.texts(), strict=True)), self.is_numeric(), []
-        texts = texts or [()] * len(self.columns)
-        for i, name in enumerate(self.columns):
-            ends = [re.fullmatch(r"(.* )?(low|high)", column) for column in self.columns[i + 1 : i + 3]]
-            if [end and end[2] for end in ends] == ["low", "high"] and numeric[i]:
+        numeric, texts = self.is_numeric(), self.texts()
+        found: list[tuple[str, list[str], bool]] = []
+        i = 0
+        while i < len(self.columns):
+            name, ends = self.columns[i], [column.rpartition(" ")[2] for column in self.columns[i + 1 : i + 3]]
+            if numeric[i] and ends == ["low", "high"]:
                 inside = "95%" if "95%" in self.columns[i + 1] else "low, high"
                 found.append((f"{visible(name)} [{inside}]", _intervals([row[i : i + 3] for row in self.rows]), True))
-            elif not _ends_an_interval(self.columns, i):
-                found.append((visible(name), list(texts[i]), numeric[i]))
+                i += 3
+            else:
+                found.append((visible(name), [row[i] for row in texts], numeric[i]))
+                i += 1
         return found
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """For rich: no number is cut; columns of numbers that do not fit are named below, and text is wrapped."""
         from rich.text import Text  # as Text: a token such as "[bold]" must not be read as markup
 
-        columns, left_out = self.joined(), []
+        columns = self.joined()
+        left_out: list[str] = []
         while (widths := _widths(columns, options.max_width)) is None:
             last = max(i for i, (_, _, number) in enumerate(columns) if number)
             left_out.insert(0, columns.pop(last)[0])
         yield _rich(columns, widths)
         if left_out:
             yield Text(f"No room in {options.max_width} columns for: {'; '.join(left_out)}.\n")
-
-
-def _ends_an_interval(columns: Sequence[str], i: int) -> bool:
-    """Is this the low or high end of a column before it?"""
-    low = i if columns[i].endswith("low") else i - 1
-    pair = [column.rpartition(" ")[2] for column in columns[max(low, 0) : low + 2]]
-    return low > 0 and i in (low, low + 1) and pair == ["low", "high"]
 
 
 def _intervals(cells: Sequence[Sequence[Any]]) -> list[str]:

@@ -106,5 +106,7 @@ def test_text_takes_the_room_that_numbers_leave(width):
 def test_only_what_follows_a_value_is_its_interval():
     table = Table(["low", "high", "x", "y low", "n"], [(1, 2, 3, 4, 5)])
     assert [name for name, _, _ in table.joined()] == ["low", "high", "x", "y low", "n"]
+    text = Table(["name", "low", "high"], [("a", 1, 2)])
+    assert [name for name, _, _ in text.joined()] == ["name", "low", "high"]
     missing = Table(["x", "low", "high"], [(0.5, float("nan"), float("nan")), (None, None, None)])
     assert missing.joined() == [("x [low, high]", ["0.500", ""], True)]

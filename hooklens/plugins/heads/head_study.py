@@ -186,5 +186,5 @@ def _attention(
 
 def demo(model: "HookedTransformer") -> HeadStudy:
     """Four short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, *answers = demo_pairs(model, 4)
-    return head_study(model, PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(4)]))
+    clean, corrupted, answer, wrong = demo_pairs(model, 4)
+    return head_study(model, PromptPairs(clean.tolist(), corrupted.tolist(), answer, wrong, [str(i) for i in range(4)]))
