@@ -165,9 +165,9 @@ def _under_a_cell() -> Any:
             if time.monotonic() - self.drawn < _REDRAW:
                 return
             self.drawn = time.monotonic()
-            console = Console(file=StringIO(), width=100)
+            console = Console(file=StringIO(), width=100, force_jupyter=False, color_system=None)
             with console.capture() as text:
                 console.print(self.get_renderable())
             self.cell.update({"text/plain": text.get().rstrip()}, raw=True)
 
-    return Bars(*_columns(), console=Console(file=StringIO()), auto_refresh=False)
+    return Bars(*_columns(), console=Console(file=StringIO(), force_jupyter=False), auto_refresh=False)
