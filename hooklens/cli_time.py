@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _WORTH_SAYING = 60  # seconds
-_TIMED = 64  # tokens of the timed pass
+_TIMED = 256  # tokens of the timed pass: with few, a token takes longer than in a sweep
 _CANDIDATES = 20  # heads that the demo patches in every pair
 # shares of heads, measured on SmolLM2: whose attention to a kind of key is above chance; that suppress a token
 _SCORED, _SUPPRESSORS = 0.25, 0.08
 # passes that a token costs: in integrated gradients, in one random circuit, and how much more a full study does
-_GRADIENT, _A_CIRCUIT, _FULL = 40, 3, 40
+_GRADIENT, _A_CIRCUIT, _FULL = 100, 0.8, 40
 
 
 def of_patch(model: "HookedTransformer", n_pos: int, grids: Sequence[Sequence[str]]) -> float:
@@ -75,7 +75,7 @@ def how_long(model: "HookedTransformer", tokens: float) -> list[str]:
 
 
 def seconds_a_token(model: "HookedTransformer") -> float:
-    """How long one token takes in a pass of a few dozen."""
+    """How long one token takes in a pass of a few hundred."""
     n = min(_TIMED, model.cfg.n_ctx)
     tokens = torch.ones(1, n, dtype=torch.long, device=model.device)
     with torch.no_grad():

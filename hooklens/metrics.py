@@ -240,7 +240,7 @@ def _token_id(model: HookedTransformer, one: Any, name: str) -> int:
         try:
             return model.to_single_token(one)
         except InputError as error:
-            raise ArgumentError(f"{{{name}}}: {{0}}", error) from error
+            raise ArgumentError(f"{{{name}}}: {{0}}", error) from None
     try:
         if isinstance(one, bool) or (isinstance(one, Tensor) and one.ndim):
             raise TypeError
