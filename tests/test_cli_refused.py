@@ -34,7 +34,7 @@ REFUSED = [
     (["heads", *pair(corrupted=CLEAN)], ["--clean and --corrupted are the same"]),
     (["circuit", *pair(), "--edges", "99999999"], ["--edges is", "at least 1, at most the 46 edges of this model"]),
     (["circuit", *pair(), "--edges", "0"], ["--edges is", "at least 1"]),
-    (["circuit", *pair(), "--draws", "99"], ["--draws is", "at least 100"]),
+    (["circuit", *pair(), "--draws", "99"], ["--draws must be at least 100 random circuits", "got 99"]),
     (["circuit", *pair(answer=" John")], ["--answer and --wrong-answer are the same"]),
     (["circuit", *pair(corrupted=CLEAN)], ["--clean and --corrupted are the same"]),
     (["demo", "--pairs", "6"], ["--pairs is", "a multiple of 4", "got 6; use 4 or 8"]),

@@ -8,6 +8,7 @@ import torch
 
 from hooklens.core.errors import ArgumentError
 from hooklens.data.jsonl import PromptPairs, numbered
+from hooklens.data.prompts import check_prompts_differ, read_pairs
 from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
@@ -137,6 +138,7 @@ def study_circuit(
     every = torch.arange(len(pairs))
     found_on, tested_on = halves(len(pairs), group=group, seed=seed) if held_out else (every, every)
     metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    check_prompts_differ(read_pairs(model, pairs.clean, pairs.corrupted, ()))
     one, other = (_some(pairs, index.tolist()) for index in (found_on, tested_on))
     scores = eap_ig(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
     circuit = scores.top_edges(edges)

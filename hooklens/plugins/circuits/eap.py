@@ -136,7 +136,13 @@ def demo_circuit(model: "HookedTransformer", clean: Tensor, corrupted: Tensor, m
 
 def demo_pairs(model: "HookedTransformer", n: int = 2) -> tuple[Tensor, Tensor, LogitDiff]:
     """Pairs that differ in one token, and the two logits between which the model itself then decides most."""
-    clean, corrupted, *_ = demo_prompts.demo_pairs(model, n)
+    if model.tokenizer is not None:
+        clean, corrupted, *_ = demo_prompts.demo_pairs(model, n)
+    else:
+        n_pos, words, row = min(6, model.cfg.n_ctx), model.cfg.d_vocab, torch.arange(n, device=model.device)[:, None]
+        clean = (torch.arange(n_pos, device=model.device) + 3 * row + 1) % words
+        corrupted = clean.clone()
+        corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % words
     with torch.no_grad():
         gap = model(clean, logits_at=-1)[:, 0].mean(0) - model(corrupted, logits_at=-1)[:, 0].mean(0)
     return clean, corrupted, logit_diff(model, answer=int(gap.argmax()), wrong_answer=int(gap.argmin()))

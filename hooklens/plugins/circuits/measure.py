@@ -110,8 +110,8 @@ def check_draws(draws: int) -> None:
     """Beside how many random circuits may a circuit be judged?"""
     if draws < LEAST_DRAWS:
         raise ArgumentError(
-            "{draws} is the number of random circuits to compare with, at least {0}: their spread and p-values down to "
-            "0.01 need as many; got {1}",
+            "{draws} must be at least {0} random circuits to compare with, got {1}: their spread and p-values down to "
+            "0.01 need as many",
             LEAST_DRAWS,
             draws,
         )

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
+from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
@@ -199,8 +199,6 @@ def aligned_pairs(
     for group in groups:
         if not group.aligned:
             read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises: says where the two part
-    if ablation == "corrupted":
-        check_prompts_differ(groups)
     if len(groups) > 1 and not isinstance(metric, ReadingMetric):
         raise InputError(
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
