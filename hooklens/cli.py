@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a comm
 """
 
 import hashlib
+import inspect
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hooklens.core.errors import CheckFailed, HooklensError, InputError, Unavailable
+from hooklens.core.errors import ArgumentError, CheckFailed, HooklensError, InputError, Unavailable
 from hooklens.core.terminal import json_line, printable
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class _Group(TyperGroup):
             _say("interrupted", *getattr(error, "__notes__", ()))
             raise typer.Exit(INTERRUPTED) from error
         except HooklensError as error:
-            _fail(ctx, f"error: {error}", error)
+            _fail(ctx, f"error: {_in_options(ctx, error)}", error)
             code = FAILED if isinstance(error, CheckFailed) else BAD_INPUT
             raise typer.Exit(MISSING if isinstance(error, Unavailable) else code) from error
         except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
@@ -86,7 +87,7 @@ class Dtype(StrEnum):
 Model = Annotated[str, typer.Option("--model", "-m", help="An asset, a GGUF file, a folder, a checkpoint or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")]
 OfDtype = Annotated[Dtype | None, typer.Option(help="What weights are loaded as; by default float32.")]
-Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.")]
+Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.", min=0, max=2**32 - 1)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -114,7 +115,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path(
         "hooklens-demo.html"
     ),
-    pairs: Annotated[int, typer.Option(help="Prompt pairs, a multiple of 4.")] = 64,
+    n: Annotated[int, typer.Option("--pairs", help="Prompt pairs, a multiple of 4.")] = 64,
     seed: Seed = 0,
     device: Device = None,
     dtype: OfDtype = None,
@@ -125,12 +126,17 @@ def demo(
     Example: `hooklens demo --out ioi.html`
     """
     check_out(out)
-    loaded = load_model(model, device, dtype)
+    from hooklens.data.ioi import check_n_pairs, ioi
+
+    check_n_pairs(n)
+    loaded = load_reader(model, device, dtype)
+    from hooklens import cli_time
     from hooklens.plugins.patching.ioi_demo import ioi_study
 
-    study = ioi_study(loaded, pairs, seed=seed)
+    say_how_long(loaded, cli_time.of_demo(loaded, *ioi(loaded, n, seed=seed).clean_tokens.shape))
+    study = ioi_study(loaded, n, seed=seed)
     study.report().save(out, data=study)
-    show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+    show(study.table(), as_json, finding=study.finding(), **written(out))
 
 
 @app.command()
@@ -140,7 +146,7 @@ def patch(
     answer: Annotated[str, typer.Option(help="The clean prompt's next token, often with a leading space.")],
     wrong_answer: Annotated[str, typer.Option(help="The corrupted prompt's next token.")],
     model: Model = _DEFAULT,
-    site: Annotated[list[str] | None, typer.Option(help="What is patched; may be repeated.")] = None,
+    sites: Annotated[list[str] | None, typer.Option("--site", help="What is patched; may be repeated.")] = None,
     by: Annotated[
         str | None, typer.Option(help="The grid, such as 'layer x head x pos', of the sites that have these axes.")
     ] = None,
@@ -159,14 +165,18 @@ def patch(
     checked against the plain way.
     """
     check_out(out)
-    sites = site or ["resid_pre", "z"]
+    sites = sites or ["resid_pre", "z"]
     from hooklens.sweeps.plan import site_kind
 
     asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
     parts = {name: _part(out, name, asked) for name in map(site_kind, sites)}
-    loaded = load_model(model, device, dtype)
-    from hooklens.plugins.patching.pair_study import study_pair
+    loaded = load_reader(model, device, dtype)
+    from hooklens import cli_time
+    from hooklens.plugins.patching.pair_study import check_pair, study_pair
     from hooklens.sweeps.settings import engine
+
+    n_pos, grids = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
+    say_how_long(loaded, cli_time.of_patch(loaded, n_pos, grids))
 
     options: dict[str, Any] = {
         "answer": answer,
@@ -187,7 +197,7 @@ def patch(
     study.report().save(out, data=study)
     for path in parts.values():
         path.unlink(missing_ok=True)
-    show(study.table(), as_json, report=str(out), numbers=str(out.with_suffix(".json")))
+    show(study.table(), as_json, **written(out))
 
 
 @app.command()
@@ -245,7 +255,7 @@ def run(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a plugin's demo on a model and print its result.
+    """Run a plugin's demo and print its result: on short prompts, or on token numbers without a tokenizer.
 
     Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
     """
@@ -255,16 +265,19 @@ def run(
         raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
     from hooklens.plugins import find
 
-    answer = find(plugin).demo()
+    info = find(plugin)
+    answer = info.demo()
     loaded = _tiny(device, dtype, seed) if model is None else load_model(model, device, dtype)
     result = answer(loaded)
-    written = {}
-    if out is not None:
-        from hooklens.viz.report import Report
+    if out is None:
+        show(result.table(), as_json)
+        return
+    from hooklens.viz.report import Report
 
-        report = Report(f"{plugin} in {loaded.cfg.model_name}").figure(result.figure()).table(result.table())
-        written = {"report": str(report.save(out, data=result))}
-    show(result.table(), as_json, **written)
+    report = Report(f"{plugin} in {loaded.cfg.model_name}").text(info.summary)
+    report.text(f"A demo. {_first_line(answer)}" + _TINY * (model is None))
+    report.figure(result.figure()).table(result.table()).save(out, data=result)
+    show(result.table(), as_json, **written(out))
 
 
 @app.command()
@@ -283,7 +296,7 @@ def generate(
 
     Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
     """
-    loaded = load_model(model, device, dtype)
+    loaded = load_reader(model, device, dtype)
     if chat:
         prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
     new = loaded.generate(prompt, max_new_tokens, temperature=temperature, seed=seed, stream=not as_json)
@@ -298,52 +311,68 @@ def main() -> None:
     app(prog_name="hooklens")
 
 
+_TINY = (
+    " Its model is tiny and random, so that the page shows what the method gives, and its numbers mean nothing; "
+    "--model smollm2-135m-instruct runs it on a trained one."
+)
+
+
+def _first_line(function: Any) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
 def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
     from hooklens.pretrained.load import load
 
-    return load(model, device=_device(device), dtype=None if dtype is None else dtype.value)
+    return load(model, device=device, dtype=None if dtype is None else dtype.value)
+
+
+def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
+    """A model that can read text."""
+    loaded = load_model(model, device, dtype)
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"--model {model} has no tokenizer, and this command reads text; give a model that has one, such as a GGUF "
+            "file or a folder with tokenizer.json (in Python, token ids will do)"
+        )
+    return loaded
 
 
 def _tiny(device: str | None, dtype: Dtype | None, seed: int) -> "HookedTransformer":
-    from hooklens.pretrained.load import as_dtype
+    from hooklens.pretrained.load import as_device, as_dtype
     from hooklens.testing import tiny_model
 
-    return tiny_model(seed=seed).to(device=_device(device) or "cpu", dtype=as_dtype(dtype and dtype.value))
-
-
-def _device(name: str | None) -> str | None:
-    """The device, tried with one number: torch's own errors come later and say less."""
-    import torch
-
-    if name is None:
-        return None
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name} is no device; use cpu, cuda, cuda:1, mps, ...") from error
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Unavailable(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}); leave it out"
-        ) from error
-    return name
+    return tiny_model(seed=seed).to(device=as_device(device) or "cpu", dtype=as_dtype(dtype and dtype.value))
 
 
 def check_out(out: Path) -> None:
     """Both files of a report, before anything is computed."""
     from hooklens.core.files import check_writable
 
+    if not out.name or out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a folder, and the report is a file; use {str(out / 'report.html')!r}")
     if out.suffix == ".json":
         raise InputError(f"--out {out} is the name of the numbers beside the page; use {out.with_suffix('.html')}")
     for path in (out, out.with_suffix(".json")):
         check_writable(path)
 
 
+def written(out: Path) -> dict[str, str]:
+    """Where the report and its numbers are, from anywhere."""
+    return {"report": str(out.absolute()), "numbers": str(out.with_suffix(".json").absolute())}
+
+
 def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     """Where a site's unfinished sweep is kept: another question has another file."""
     digest = hashlib.blake2b("\0".join(asked).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
     return out.with_name(f"{out.stem}.{site}.{digest}.part")
+
+
+def say_how_long(model: "HookedTransformer", tokens: float) -> None:
+    """Before a command that takes more than a minute: about how long."""
+    from hooklens.cli_time import how_long
+
+    _say(*how_long(model, tokens))
 
 
 def show(table: "Table", as_json: bool, **more: Any) -> None:
@@ -365,6 +394,14 @@ def show(table: "Table", as_json: bool, **more: Any) -> None:
 
 def _strings(more: Mapping[str, Any]) -> dict[str, str]:
     return {name: printable(value) for name, value in more.items()}
+
+
+def _in_options(ctx: Any, error: HooklensError) -> str:
+    """The message, with the command's options in place of the arguments that it names: parameters are named alike."""
+    if not isinstance(error, ArgumentError):
+        return str(error)
+    command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
+    return error.told({one.name: max(one.opts, key=len) for one in command.params})  # --model, not -m
 
 
 def _fail(ctx: Any, message: str, error: Exception) -> None:

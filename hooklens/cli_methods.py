@@ -5,7 +5,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hooklens.cli import _DEFAULT, AsJson, Device, Model, OfDtype, Seed, app, check_out, load_model, show
+from hooklens.cli import (
+    _DEFAULT,
+    AsJson,
+    Device,
+    Model,
+    OfDtype,
+    Seed,
+    app,
+    check_out,
+    load_model,
+    load_reader,
+    say_how_long,
+    show,
+    written,
+)
 from hooklens.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,22 +64,24 @@ def lens(
     if (prompt is None) == (pairs is None):
         raise InputError("give a prompt or --pairs file.jsonl, one of the two")
     read = None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
-    loaded = load_model(model, device, dtype)
+    loaded = load_reader(model, device, dtype)
+    from hooklens import cli_time
     from hooklens.plugins.lens import lens_study
 
     if read is None:
         study = lens_study(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
-        show(study.table(), as_json, **_written(out))
+        show(study.table(), as_json, **written(out))
         return
     from hooklens.data.jsonl import check_pairs
 
     check_pairs(loaded, read, str(pairs), corrupted=False)
+    say_how_long(loaded, cli_time.of_lens(loaded, _tokens(loaded, read)))
     names = [f"line {line}" for line in read.lines]
     study = lens_study(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
-    show(study.table(), as_json, read=told, **_written(out))
+    show(study.table(), as_json, read=told, **written(out))
 
 
 @app.command()
@@ -76,8 +92,10 @@ def heads(
     wrong_answer: WrongAnswer = None,
     pairs: PairsFile = None,
     model: Model = _DEFAULT,
-    sequences: Annotated[int, typer.Option(help="Random sequences for scores, and as many for effects.")] = 12,
-    ioi: Annotated[int, typer.Option(help="Prompt pairs that name movers are looked for with; 0: none.")] = 64,
+    n: Annotated[
+        int, typer.Option("--sequences", help="Random sequences for scores, and as many for effects; at least 6.")
+    ] = 12,
+    ioi: Annotated[int, typer.Option(help="Prompt pairs to look for name movers with, a multiple of 4; 0: none.")] = 64,
     registered: Plans = None,
     digest: Digests = None,
     out: Out = Path("heads.html"),
@@ -96,20 +114,24 @@ def heads(
     plans = _plans(registered, digest)
     own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
-    loaded = load_model(model, device, dtype)
-    if read is not None:
-        _check(loaded, read, pairs)
+    from hooklens import cli_time
     from hooklens.plugins.heads import head_study, taxonomy
     from hooklens.plugins.heads.report import taxonomy_report
+    from hooklens.plugins.heads.taxonomy import check_sizes
 
-    found = taxonomy(loaded, n=sequences, ioi=ioi, seed=seed)
+    check_sizes(n, ioi=ioi)
+    loaded = load_model(model, device, dtype) if read is None else load_reader(model, device, dtype)
+    if read is not None:
+        _check(loaded, read, pairs)
+    say_how_long(loaded, cli_time.of_heads(loaded, n, 0 if loaded.tokenizer is None else ioi))
+    found = taxonomy(loaded, n=n, ioi=ioi, seed=seed)
     if read is None:
         found.report(loaded, registered=plans).save(out, data=found)
-        show(found.table(20), as_json, **_written(out))
+        show(found.table(20), as_json, **written(out))
         return
     study = head_study(loaded, read, labels=found.labels(), seed=seed)
     taxonomy_report(found, study.report(), loaded, plans).save(out, data={"taxonomy": found, "pairs": study})
-    show(study.table(20), as_json, **_written(out))
+    show(study.table(20), as_json, **written(out))
 
 
 @app.command()
@@ -144,14 +166,19 @@ def circuit(
     check_out(out)
     plans = _plans(registered, digest)
     read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
-    loaded = load_model(model, device, dtype)
-    _check(loaded, read, pairs)
-    from hooklens.plugins.circuits import study_circuit
+    from hooklens import cli_time
+    from hooklens.plugins.circuits import circuit_graph, study_circuit
+    from hooklens.plugins.circuits.circuit_study import check_sizes
 
+    check_sizes(edges, draws)
+    loaded = load_reader(model, device, dtype)
+    _check(loaded, read, pairs)
+    check_sizes(edges, draws, circuit_graph(loaded).n_edges)
+    say_how_long(loaded, cli_time.of_circuit(loaded, _tokens(loaded, read), draws, full=full))
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report(registered=plans).save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
-    show(study.table(), as_json, **_written(out), circuit=str(kept))
+    show(study.table(), as_json, **written(out), circuit=str(kept))
 
 
 @app.command()
@@ -173,13 +200,13 @@ def probe(
     from hooklens.data.jsonl import check_texts, read_texts_file
 
     read = read_texts_file(texts)
-    loaded = load_model(model, device, dtype)
+    loaded = load_reader(model, device, dtype)
     check_texts(loaded, read, str(texts))
     from hooklens.plugins.probing import probe_texts
 
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
     study.report(f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
-    show(study.table(), as_json, **_written(out))
+    show(study.table(), as_json, **written(out))
 
 
 def _pairs(
@@ -231,6 +258,11 @@ def register(
     show(Table(("plan", "held to"), rows), as_json, plan=str(plan), written=made.written, digest=made.digest)
 
 
+def _tokens(model: "HookedTransformer", pairs: "PromptPairs") -> int:
+    """Of all clean prompts together."""
+    return sum(len(model.to_tokens(text)[0]) for text in pairs.clean)
+
+
 def _plans(paths: list[Path] | None, digests: list[str] | None) -> "list[Registration]":
     """The plans in these files; one that is missing or was edited is refused before anything runs."""
     from hooklens.plugins.claims import read_plans
@@ -239,12 +271,10 @@ def _plans(paths: list[Path] | None, digests: list[str] | None) -> "list[Registr
 
 
 def _check(model: "HookedTransformer", pairs: "PromptPairs", path: Path | None) -> None:
-    """Every line of a file that this model cannot use, before anything runs; a pair of options tells its own errors."""
-    from hooklens.data.jsonl import check_pairs
+    """Can the model use these pairs? Every line of a file that it cannot is told, before anything runs."""
+    from hooklens.data.jsonl import check_pair, check_pairs
 
-    if path is not None:
+    if path is None:
+        check_pair(model, pairs)
+    else:
         check_pairs(model, pairs, str(path))
-
-
-def _written(out: Path) -> dict[str, str]:
-    return {"report": str(out), "numbers": str(out.with_suffix(".json"))}

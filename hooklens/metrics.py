@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
+from hooklens.data.prompts import show
 from hooklens.model.ids import as_ids
 from hooklens.model.transformer import HookedTransformer, need_hooked
 
@@ -198,6 +199,7 @@ def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answe
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.
     """
     right, wrong = answer_ids(model, answer, "answer"), answer_ids(model, wrong_answer, "wrong_answer")
+    check_answers_differ(model, right, wrong)
     return LogitDiff(*_one_a_pair(pos=_positions(pos), answer=right, wrong_answer=wrong))
 
 
@@ -279,7 +281,9 @@ def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") 
     many: list[Any] = list(answer) if is_many else [answer]  # type: ignore[arg-type]
     ids = [_token_id(model, one, name) for one in many]
     if not ids or min(ids) < 0 or max(ids) >= model.cfg.d_vocab_out:
-        raise InputError(f"{name} must be tokens between 0 and {model.cfg.d_vocab_out - 1}, got {answer!r:.80}")
+        raise ArgumentError(
+            f"{{{name}}} must be tokens between 0 and {{0}}, got {{1!r:.80}}", model.cfg.d_vocab_out - 1, answer
+        )
     return torch.tensor(ids)
 
 
@@ -287,9 +291,29 @@ def _positions(pos: Positions) -> Int[Tensor, "*pair"]:
     return as_ids(pos, "pos is an integer, or one for each pair")
 
 
+def check_answers_differ(model: HookedTransformer, answer: Int[Tensor, "pair"], wrong: Int[Tensor, "wrong"]) -> None:
+    """One token in both places is refused: their difference is 0, whatever the model says."""
+    n = max(len(answer), len(wrong))
+    if min(len(answer), len(wrong)) not in (1, n):
+        return  # another error, which says how many there are
+    same = (answer.cpu() == wrong.cpu()).expand(n).nonzero().flatten().tolist()
+    if same:
+        shown = show(model, answer[same[0] % len(answer)][None])[0]
+        where = f" (pair {same[0]})" if n > 1 else ""
+        raise ArgumentError(
+            "{answer} and {wrong_answer} are the same token {0!r}{1}, so their difference is always 0; give another "
+            "{wrong_answer}",
+            shown,
+            where,
+        )
+
+
 def _token_id(model: HookedTransformer, one: Any, name: str) -> int:
     if isinstance(one, str):
-        return model.to_single_token(one)
+        try:
+            return model.to_single_token(one)
+        except InputError as error:
+            raise ArgumentError(f"{{{name}}}: {{0}}", error) from None
     try:
         if isinstance(one, bool) or (isinstance(one, Tensor) and one.ndim):
             raise TypeError

@@ -1,11 +1,26 @@
-"""A progress bar with rate and time left, silent where nobody is looking."""
+"""Progress bars with rate and time left: on a terminal and in a notebook, silent where nobody is looking.
 
+`HOOKLENS_PROGRESS=0` in the environment switches every bar off and `1` switches it on; `hl.engine(progress=False)` does
+so for a `with` block.
+"""
+
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from io import StringIO
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from hooklens.core.terminal import visible
+
+Item = TypeVar("Item")
+ENV = "HOOKLENS_PROGRESS"
+#: Whether bars are shown (None: where somebody is looking); `hl.engine(progress=...)` sets it.
+SHOWN: ContextVar[bool | None] = ContextVar("hooklens_progress_shown", default=None)
+_display: ContextVar[Any] = ContextVar("hooklens_progress_display", default=None)
+_REDRAW = 0.1  # seconds between two drawings in a notebook
 
 
 @runtime_checkable
@@ -15,31 +30,151 @@ class Advance(Protocol):
     def __call__(self, amount: int | float = 1) -> None: ...
 
 
+_step: ContextVar[Callable[[int | float], None] | None] = ContextVar("hooklens_progress_step", default=None)
+
+
 @contextmanager
 def progress(title: str, total: int | float, *, unit: str = "it", show: bool | None = None) -> Iterator[Advance]:
-    """A bar on standard error for `total` units of work; `show=None` means: only on a terminal.
+    """A bar on standard error (or under a notebook's cell) for `total` units of work; bars within bars are stacked.
 
     >>> with progress("counting", 3) as advance:
     ...     for _ in range(3):
     ...         advance()
+
+    `show=None` means: as `hl.engine(progress=...)` or the environment say, else on a terminal and in a notebook only.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if not is_shown(show):
         yield lambda amount=1: None
         return
-    from rich.console import Console
     from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    around = _display.get()
+    with _new_display() if around is None else nullcontext(around) as bars:
+        task = bars.add_task(escape(visible(title)), total=total, unit=unit)
+        try:
+            yield lambda amount=1: bars.advance(task, amount)
+        finally:
+            bars.remove_task(task)
+
+
+def tracked(items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
+    """The items one by one, with a bar over them.
+
+    >>> list(tracked([1, 2], "counting", "numbers"))
+    [1, 2]
+    """
+    with progress(title, len(items), unit=unit) as advance:
+        for item in items:
+            yield item
+            advance()
+
+
+@contextmanager
+def within(advance: Advance, amount: int | float, total: int | float) -> Iterator[None]:
+    """Work worth `amount` on a bar, during which `total` calls of `step` move it; the end makes up what is missing.
+
+    >>> with within(print, 6, 4):
+    ...     step()
+    ...     step(2)
+    1.5
+    3.0
+    1.5
+    """
+    done, around = 0.0, _step.get()
+
+    def move(n: int | float = 1) -> None:
+        nonlocal done
+        more = min(amount * n / total, amount - done)
+        done += more
+        advance(more)
+
+    _step.set(move)
+    try:
+        yield
+    finally:
+        _step.set(around)
+    if done < amount:
+        advance(amount - done)
+
+
+def step(n: int | float = 1) -> None:
+    """Move the bar of the `within` block around, if there is one."""
+    move = _step.get()
+    if move is not None:
+        move(n)
+
+
+def is_shown(show: bool | None = None) -> bool:
+    """Is a bar drawn here? The first that says so decides: `show`, `hl.engine`, the environment, where stderr goes."""
+    for said in (show, SHOWN.get(), {"0": False, "1": True}.get(os.environ.get(ENV, ""))):
+        if said is not None:
+            return said
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
+
+@contextmanager
+def _new_display() -> Iterator[Any]:
+    bars = _under_a_cell() if _in_notebook() else _on_stderr()
+    with bars:
+        _display.set(bars)
+        try:
+            yield bars
+        finally:
+            _display.set(None)
+
+
+def _on_stderr() -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(*_columns(), console=Console(stderr=True), transient=True)
+
+
+def _columns() -> tuple:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
     class Rate(TextColumn):
         def render(self, task):
             speed = task.finished_speed or task.speed
-            self.text_format = "" if speed is None else f"{speed:,.0f} {unit}/s"
+            self.text_format = "" if speed is None else f"{speed:,.3g} {task.fields['unit']}/s"
             return super().render(task)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(visible(title)), total=total)
-        yield lambda amount=1: bar.advance(task, amount)
+    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(""), TimeRemainingColumn()
+
+
+def _under_a_cell() -> Any:
+    """Bars as text in a cell's output, which every notebook can update; rich's own need the package ipywidgets."""
+    from IPython.display import display
+    from rich.console import Console
+    from rich.progress import Progress
+
+    class Bars(Progress):
+        def start(self) -> None:
+            self.cell = display({"text/plain": ""}, raw=True, display_id=True)
+            self.drawn = -_REDRAW
+
+        def stop(self) -> None:
+            self.cell.update({"text/plain": ""}, raw=True)
+
+        def advance(self, *step: Any) -> None:
+            super().advance(*step)
+            self.refresh()
+
+        def refresh(self) -> None:
+            if time.monotonic() - self.drawn < _REDRAW:
+                return
+            self.drawn = time.monotonic()
+            console = Console(file=StringIO(), width=100, force_jupyter=False, color_system=None)
+            with console.capture() as text:
+                console.print(self.get_renderable())
+            self.cell.update({"text/plain": text.get().rstrip()}, raw=True)
+
+    return Bars(*_columns(), console=Console(file=StringIO(), force_jupyter=False), auto_refresh=False)
 
 
 def say_estimate(what: str, seconds: float, *, least: float = 60.0) -> None:

@@ -3,13 +3,15 @@
 import html
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from hooklens.core.errors import InputError
 from hooklens.core.terminal import visible
+
+_UNWRAPPED = 20  # on a terminal, text is not wrapped to less than this to make room for another column
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +104,79 @@ class Table:
 
     _repr_html_ = to_html
 
-    def __rich__(self) -> Any:  # a rich Table, imported only when one is asked for
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table as RichTable
+    def joined(self) -> list[tuple[str, list[str], bool]]:
+        """Name, texts and "is it of numbers?" of each column, a value and its interval in one.
+
+        >>> Table(["head", "effect", "95% low", "95% high"], [("L0H1", 0.4123, 0.3611, 0.4508)]).joined()[1]
+        ('effect [95%]', ['0.412 [0.361, 0.451]'], True)
+        """
+        numeric, texts = self.is_numeric(), self.texts()
+        found: list[tuple[str, list[str], bool]] = []
+        i = 0
+        while i < len(self.columns):
+            name, ends = self.columns[i], [column.rpartition(" ")[2] for column in self.columns[i + 1 : i + 3]]
+            if numeric[i] and ends == ["low", "high"]:
+                inside = "95%" if "95%" in self.columns[i + 1] else "low, high"
+                found.append((f"{visible(name)} [{inside}]", _intervals([row[i : i + 3] for row in self.rows]), True))
+                i += 3
+            else:
+                found.append((visible(name), [row[i] for row in texts], numeric[i]))
+                i += 1
+        return found
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """For rich: no number is cut; columns of numbers that do not fit are named below, and text is wrapped."""
         from rich.text import Text  # as Text: a token such as "[bold]" must not be read as markup
 
-        table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-        for column, number in zip(self.columns, self.is_numeric(), strict=True):
-            table.add_column(Text(visible(column)), justify="right" if number else "left")
-        for row in self.texts():
-            table.add_row(*map(Text, row))
-        return table
+        columns = self.joined()
+        left_out: list[str] = []
+        while (widths := _widths(columns, options.max_width)) is None:
+            last = max(i for i, (_, _, number) in enumerate(columns) if number)
+            left_out.insert(0, columns.pop(last)[0])
+        yield _rich(columns, widths)
+        if left_out:
+            yield Text(f"No room in {options.max_width} columns for: {'; '.join(left_out)}.\n")
+
+
+def _intervals(cells: Sequence[Sequence[Any]]) -> list[str]:
+    """Value and both ends in three significant digits of the largest."""
+    flat = [x for row in cells for x in row if _is_number(x) and math.isfinite(x) and x]
+    decimals = max(0, min(_decimals(max(map(abs, flat))), 4) - 1) if flat else 1
+    rows = ([_cell_text(None if cell != cell else cell, decimals) for cell in row] for row in cells)
+    return [f"{value} [{low}, {high}]" if low and high else value for value, low, high in rows]
+
+
+def _widths(columns: Sequence[tuple[str, list[str], bool]], room: int) -> list[int | None] | None:
+    """A width for each column, so that no number is cut; None where there are too many columns of numbers."""
+    least, most = [], []
+    for name, texts, number in columns:
+        widest, word = (max(map(_width, some), default=0) for some in (texts, name.split()))
+        least.append(max(word, widest if number else min(widest, _UNWRAPPED)))
+        most.append(max(widest, _width(name)))
+    free = room - sum(least) - (3 * len(columns) - 1)  # what rich puts between and around columns
+    if free < 0 and sum(number for _, _, number in columns) > 1:
+        return None
+    if free < 0:  # text takes what is left, however narrow
+        return [low if number else None for low, (_, _, number) in zip(least, columns, strict=True)]
+    widths: list[int | None] = []
+    for low, high in zip(least, most, strict=True):
+        more = min(free, high - low)
+        widths.append(low + more)
+        free -= more
+    return widths
+
+
+def _rich(columns: Sequence[tuple[str, list[str], bool]], widths: Sequence[int | None]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    for (name, _, number), width in zip(columns, widths, strict=True):
+        table.add_column(Text(name), justify="right" if number else "left", width=width, overflow="fold")
+    for row in zip(*(texts for _, texts, _ in columns), strict=True):
+        table.add_row(*map(Text, row))
+    return table
 
 
 def format_number(value: int | float, decimals: int | None = None) -> str:

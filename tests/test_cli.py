@@ -150,7 +150,7 @@ def test_an_unknown_site_plugin_device_or_model_is_bad_input(model_path, tmp_pat
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_there_is_something_missing(model_path):
     done = invoke("check", model_path, "--device", "cuda")
-    assert done.exit_code == cli.MISSING and "--device cuda cannot be used here" in done.stderr
+    assert done.exit_code == cli.MISSING and "the device 'cuda' cannot be used here" in done.stderr
 
 
 def test_debug_shows_where_an_error_was_raised():

@@ -1,5 +1,7 @@
 """Tables: what is shown is legible, and nothing in a cell is interpreted."""
 
+from io import StringIO
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,44 @@ def test_a_ragged_row_is_refused():
 def test_an_empty_table_still_prints(form):
     form(Table(["a", "b"], []))
     form(Table([], []))
+
+
+def on_a_terminal(table, width):
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+HEADS = Table(
+    ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO", "margin", "copies"],
+    [
+        ("L23H0", "restores the logit difference", 0.4112, 0.3604, 0.4511, 0.101, 0.0812, 0.123, 0.331, 0.23, 1.0),
+        ("L1H1", "no clear effect", -0.0188, -1.89, 2.46, -0.0768, -2.421, 2.724, 0.0218, -0.041, 0.03),
+    ],
+)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_a_terminal_of_80_columns_cut_every_number_to_an_ellipsis(width):
+    text = on_a_terminal(HEADS, width)
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    assert "0.41 [0.36, 0.45]" in text and "-0.02 [-1.89, 2.46]" in text  # a value and its interval in one column
+    shown, left_out = text.partition("No room")[::2]
+    for name, cell in (("attends to IO", "0.3310"), ("margin", "0.2300"), ("copies", "1.000")):
+        assert (cell in shown) != (name in left_out)
+    assert (width >= 120) == (not left_out)
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_text_takes_the_room_that_numbers_leave(width):
+    lines = on_a_terminal(Table(["text", "n", "m"], [("many words " * 12, 1.25, 2.5)]), width).splitlines()
+    assert max(map(len, lines)) <= width and any("1.250" in line for line in lines)
+
+
+def test_only_what_follows_a_value_is_its_interval():
+    table = Table(["low", "high", "x", "y low", "n"], [(1, 2, 3, 4, 5)])
+    assert [name for name, _, _ in table.joined()] == ["low", "high", "x", "y low", "n"]
+    text = Table(["name", "low", "high"], [("a", 1, 2)])
+    assert [name for name, _, _ in text.joined()] == ["name", "low", "high"]
+    missing = Table(["x", "low", "high"], [(0.5, float("nan"), float("nan")), (None, None, None)])
+    assert missing.joined() == [("x [low, high]", ["0.500", ""], True)]

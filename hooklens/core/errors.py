@@ -1,7 +1,8 @@
 """Errors a user can act on: what was asked, what was seen, what would work."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from string import Formatter
 from typing import Any
 
 from hooklens.core.terminal import printable
@@ -37,6 +38,33 @@ class KeepsPropertyErrors:
     def __getattr__(self, name: str) -> Any:
         asked = getattr(type(self), name, None)
         return asked.__get__(self) if isinstance(asked, property) else super().__getattr__(name)  # type: ignore[misc]
+
+
+class ArgumentError(InputError):
+    """An argument that cannot be used; the message has its name in braces, so that a command can put its option there.
+
+    >>> error = ArgumentError("{edges} is from 1 to {0}, got {1}", 9, 0)
+    >>> print(error, "|", error.told({"edges": "--edges"}))
+    edges is from 1 to 9, got 0 | --edges is from 1 to 9, got 0
+
+    Values are numbered and come after the message, so that braces in them stay as they are.
+    """
+
+    def __init__(self, message: str, *values: Any):
+        super().__init__(message, *values)
+
+    def told(self, names: Mapping[str, str]) -> str:
+        """The message with other names for these arguments."""
+        message, *values = self.args
+        return printable(Formatter().vformat(message, values, _Names(names)))
+
+    def __str__(self) -> str:
+        return self.told({})
+
+
+class _Names(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return name
 
 
 class NameNotFound(HooklensError, KeyError):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError
 from hooklens.result import Result
 from hooklens.table import Table
 
@@ -94,16 +94,24 @@ def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64
     tokenizer: Any = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     if tokenizer is None:
         raise InputError("prompt pairs are made of words, and this model has no tokenizer; load it with tokenizer=")
-    if n < 4 or n % 4:
-        raise InputError(
-            f"two names make four pairs (each is indirect object and subject, first and second), so n is a multiple of "
-            f"4; got {n}; take {max(4, n - n % 4)} or {max(4, n + -n % 4)}"
-        )
+    check_n_pairs(n)
     names = _single_token_names(tokenizer)
     draw = random.Random(seed)
     couples, frames = _couples(names, n // 4, draw), _frames(tokenizer, names, n // 4, draw)
     rows = [row for couple, frame in zip(couples, frames, strict=True) for row in _four(couple, *frame)]
     return _pairs(tokenizer, rows, getattr(model_or_tokenizer, "device", "cpu"))
+
+
+def check_n_pairs(n: int, name: str = "n") -> None:
+    """Two names make four pairs; `name` is that of the argument."""
+    if n < 4 or n % 4:
+        near = " or ".join(str(k) for k in sorted({max(4, n - n % 4), max(4, n + -n % 4)}))
+        raise ArgumentError(
+            f"{{{name}}} is the number of prompt pairs, a multiple of 4: two names make four (each is indirect object "
+            "and subject, first and second); got {0}; use {1}",
+            n,
+            near,
+        )
 
 
 def _single_token_names(tokenizer: "Tokenizer") -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.errors import HooklensError, InputError
+from hooklens.core.errors import ArgumentError, HooklensError, InputError
 from hooklens.data.prompts import common_ends, show
 
 if TYPE_CHECKING:
@@ -111,10 +111,16 @@ def check_pairs(model: "HookedTransformer", pairs: PromptPairs, source: str, *, 
     bad = {}
     for line, i in zip(pairs.lines or range(1, len(pairs) + 1), range(len(pairs)), strict=True):
         one = (pairs.clean[i], pairs.corrupted[i] if corrupted else None, pairs.answer[i], pairs.wrong_answer[i])
-        if found := "; ".join(_unusable_pair(model, *one)):
+        if found := "; ".join(map(str, _unusable_pair(model, *one))):
             bad[line] = found
     if bad:
         raise _bad_lines(f"{source} has {len(bad)} of {len(pairs)} lines that this model cannot use", bad)
+
+
+def check_pair(model: "HookedTransformer", pair: PromptPairs) -> None:
+    """The same for one pair that was given by arguments: what is wrong first is raised."""
+    for error in _unusable_pair(model, pair.clean[0], pair.corrupted[0], pair.answer[0], pair.wrong_answer[0]):
+        raise error
 
 
 def check_texts(model: "HookedTransformer", texts: LabelledTexts, source: str) -> None:
@@ -145,24 +151,27 @@ def numbered(group: list[str]) -> Int[Tensor, "pair"]:
 
 def _unusable_pair(
     model: "HookedTransformer", clean: str, corrupted: str | None, answer: str, wrong_answer: str
-) -> Iterator[str]:
+) -> Iterator[ArgumentError]:
     """What keeps the model from using a pair, each thing on its own."""
     prompts = {"clean": clean} | ({} if corrupted is None else {"corrupted": corrupted})
     rows = {name: _tokens(model, text) for name, text in prompts.items()}
     answers = {name: _single(model, text) for name, text in (("answer", answer), ("wrong_answer", wrong_answer))}
-    yield from (f"{name}: {found}" for name, found in (rows | answers).items() if isinstance(found, HooklensError))
+    for name, found in (rows | answers).items():
+        if isinstance(found, HooklensError):
+            yield ArgumentError(f"{{{name}}}: {{0}}", found)
     one, other = answers.values()
     if isinstance(one, int) and one == other:
-        yield f"answer and wrong_answer are the same token {answer!r}, so that no metric tells them apart"
+        yield ArgumentError("{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0", answer)
     a, b = rows["clean"], rows.get("corrupted")
     if isinstance(a, Tensor) and isinstance(b, Tensor) and (len(a) != len(b) or torch.equal(a, b)):
         at = common_ends(a, b)[0]
         parts = (repr(show(model, row[at : at + 1])[0]) if at < len(row) else "(end)" for row in (a, b))
-        yield (
-            "clean and corrupted are the same"
-            if len(a) == len(b)
-            else f"clean has {len(a)} tokens and corrupted {len(b)} (they part at {at}: {' | '.join(parts)}); "
-            "re-word one of them"
+        if len(a) == len(b):
+            yield ArgumentError("{clean} and {corrupted} are the same; change one word of {corrupted}")
+            return
+        yield ArgumentError(
+            "{clean} has {0} tokens and {corrupted} {1} (they part at {2}: {3}); re-word one of them",
+            *(len(a), len(b), at, " | ".join(parts)),
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.model.ids import as_ids
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, b
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         if len(a) != len(b) and "pos" in by:
-            raise InputError(_part(model, a, b))
+            raise _part(model, a, b)
         groups.setdefault((len(a), len(b)), []).append(i)
     if "pos" in by and len(groups) > 1:
         lengths = sorted(n for n, _ in groups)
@@ -65,6 +65,15 @@ def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, b
         )
         for index in groups.values()
     ]
+
+
+def check_prompts_differ(pairs: Sequence[Pairs]) -> None:
+    """Where no clean prompt differs from its corrupted one, nothing can carry a difference."""
+    if all(pair.aligned and torch.equal(pair.clean, pair.corrupted) for pair in pairs):
+        raise ArgumentError(
+            "{clean} and {corrupted} are the same tokens, so that there is no difference to find; change at least one "
+            "token of {corrupted}"
+        )
 
 
 def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int[Tensor, "pos"]]:
@@ -116,10 +125,11 @@ def _empty(name: str, seen: Any) -> InputError:
     )
 
 
-def _part(model: "HookedTransformer", a: Tensor, b: Tensor) -> str:
+def _part(model: "HookedTransformer", a: Tensor, b: Tensor) -> ArgumentError:
     at = common_ends(a, b)[0]
     shown = " | ".join(repr(show(model, row[at : at + 1])[0]) if at < len(row) else "(end)" for row in (a, b))
-    return (
-        f"clean and corrupted must tokenise to the same length to be patched by position, got {len(a)} and {len(b)} "
-        f"tokens (first difference at {at}: {shown}); re-word the prompts or patch by layer only (by='layer')"
+    return ArgumentError(
+        "{clean} and {corrupted} must tokenise to the same length to be patched by position, got {0} and {1} tokens "
+        "(first difference at {2}: {3}); re-word the prompts or patch by layer only ({by}='layer')",
+        *(len(a), len(b), at, shown),
     )

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.cache import ActivationCache
-from hooklens.core.errors import Absent, InputError, WrongType
+from hooklens.core.errors import Absent, ArgumentError, InputError, WrongType
 from hooklens.core.hooks import HookScope, edited_elsewhere
 from hooklens.core.names import Where
 from hooklens.core.terminal import printable
@@ -103,7 +103,7 @@ class Sampling:
             if not isinstance(value, kind) and (value is not None or name == "temperature"):
                 raise WrongType(f"{name} is {'a whole' if kind is Integral else 'a'} number, got {value!r}")
         if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature must be 0 (greedy) or a positive number, got {self.temperature}")
+            raise ArgumentError("{temperature} must be 0 (greedy) or a positive number, got {0}", self.temperature)
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k keeps that many tokens and must be at least 1, got {self.top_k}; None keeps all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -309,7 +309,9 @@ def _row(model: "HookedTransformer", one: Any) -> Row:
 def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_tokens: int) -> None:
     cfg = model.cfg
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is the number of tokens to generate, at least 1, got {max_new_tokens!r}")
+        raise ArgumentError(
+            "{max_new_tokens} is the number of tokens to generate, at least 1, got {0!r}", max_new_tokens
+        )
     if not isinstance(cfg.embed, TokenEmbed) or cfg.d_vocab_out > cfg.d_vocab:
         raise InputError("generation feeds the model its own tokens, which this model cannot read; step it by hand")
     if not cfg.causal:

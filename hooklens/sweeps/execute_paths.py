@@ -68,7 +68,7 @@ def _same(plan: PathPlan, sender: Sender) -> Bool[Tensor, "pair"]:
 
 def _run_plain(plan: PathPlan, reader: Reader, values: Tensor, settings: Settings) -> None:
     todo = [i for i, sender in enumerate(plan.senders) if plan.enters(sender) is not None]
-    with progress("patching paths", len(todo), unit="senders", show=settings.progress) as advance:
+    with progress("patching paths", len(todo), unit="senders") as advance:
         for i in todo:
             values[i] = plain_path(plan, plan.senders[i], reader)
             advance()

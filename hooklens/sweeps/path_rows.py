@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.core.hooks import HookFn
 from hooklens.model.kv_cache import Context, View
+from hooklens.progress import step
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.path_reads import Flat, Index, Live, cells_of, reading
 from hooklens.sweeps.paths import PathPlan, heads_write, receiver_heads
@@ -120,6 +121,7 @@ class _Walk:
         edits = self._qkv(layer, flat, index, ctx) + _mlp_edit(plan, self.reads, layer, ctx.select(index[None])[0])
         with plan.model.hooks(edits):
             out = plan.model.blocks[layer](flat, ctx)
+        step(flat.shape[1])
         return unpack(out, groups, None if read is None else read.shape[1])
 
     def _qkv(self, layer: int, flat: Float[Tensor, "one cell d_model"], index: Index, ctx: Context) -> Edits:

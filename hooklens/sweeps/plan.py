@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
+from hooklens.core.errors import ArgumentError, InputError, NameNotFound, WrongType, did_you_mean
 from hooklens.core.names import Site, axes, site
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.transformer import HookedTransformer, need_hooked
@@ -171,9 +171,13 @@ def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | Non
     has = _axes_of(site)
     wrong = [name for name in names if name not in has]
     if wrong or names[:1] != ("layer",) or len(set(names)) != len(names):
-        raise InputError(
-            f"{site} can be swept by layer and any of {', '.join(sorted(has - {'layer'}))}, for example "
-            f"by='layer x {sorted(has - {'layer'})[0]}'; got {by!r}"
+        others = sorted(has - {"layer"})
+        raise ArgumentError(
+            "{by} is the grid: {0} can be swept by layer and any of {1}, for example 'layer x {2}'; got {3!r}",
+            site,
+            ", ".join(others),
+            others[0],
+            by,
         )
     return names
 

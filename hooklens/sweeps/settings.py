@@ -7,6 +7,7 @@ from typing import Any
 
 from hooklens.core.errors import InputError, Unavailable
 from hooklens.model.linear import packed_linears
+from hooklens.progress import SHOWN
 
 KERNELS = ("linear", "packed")
 
@@ -17,6 +18,8 @@ class Settings:
 
     `kernel` is how linear layers multiply: "linear" is torch's product, "packed" one on weights packed for the CPU, and
     None the one that was faster when it was measured at the start of the process. The two differ in the last bits.
+    `seed` draws the patches that are verified. `progress`: bars of every method, True, False or None (where somebody is
+    looking: on a terminal and in a notebook).
     """
 
     memory: int = 256 * 2**20
@@ -50,6 +53,8 @@ class engine:
                 raise InputError(f"{name} is a whole number of at least 0, got {value!r}")
         if changes.get("kernel") not in (None, *KERNELS):
             raise InputError(f"kernel is 'linear', 'packed' or None (the faster one), got {changes['kernel']!r}")
+        if changes.get("progress") not in (None, False, True):
+            raise InputError(f"progress is True, False or None (where somebody looks), got {changes['progress']!r}")
         self.changes = changes
 
     def __enter__(self) -> Settings:
@@ -57,10 +62,12 @@ class engine:
         self.block.__enter__()
         self.before = _settings.get()
         _settings.set(replace(self.before, **self.changes))
+        SHOWN.set(current().progress)
         return _settings.get()
 
     def __exit__(self, *exc: object) -> None:
         _settings.set(self.before)
+        SHOWN.set(self.before.progress)
         self.block.__exit__(*exc)
 
 

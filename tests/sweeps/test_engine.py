@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from families import FAMILIES, tiny, tiny_tokens
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from loop import BYS, POINTS, has, looped
 from model.zoo import ZOO, wrap_layers, zoo_model
 from torch import Tensor
 
 import hooklens as hl
+from hooklens.core.errors import InputError
 from hooklens.metrics import Reads
 from hooklens.sweeps.execute import execute, live_items
 from hooklens.sweeps.measure import Reader
@@ -299,13 +300,16 @@ def test_bins_hold_whole_patches_and_respect_the_budget():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
-def test_clean_equal_to_corrupted_runs_nothing(name):
+def test_what_no_pair_differs_in_is_no_question_and_a_pair_that_does_not_differ_runs_nothing(name):
     model = zoo_model(name)
+    with pytest.raises(InputError, match="the same tokens"):
+        hl.patch(model, CLEAN, CLEAN, own)
+    half = torch.cat((CLEAN[:1], CORRUPTED[1:2]))
     for site in POINTS:
         if has(model, site):
-            sweep = hl.patch(model, CLEAN, CLEAN, own, site=site)
-            assert sweep.computed == 0 and sweep.n_verified == 0 and sweep.largest_error == 0
-            assert bool((sweep.effect == 0).all()) and not sweep.defined and bool(sweep.recovered.isnan().all())
+            sweep = hl.patch(model, CLEAN[:2], half, own, site=site)
+            assert torch.equal(sweep.clean_per_pair[0], sweep.corrupted_per_pair[0])
+            assert bool((sweep.per_pair[0] == sweep.corrupted_per_pair[0]).all())  # to the last bit: nothing was run
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -338,6 +342,7 @@ def pairs(draw):
 def test_what_is_left_out_could_not_matter(both, site, name, at, data):
     """Any prompts, site, grid and position read: the patches that were not run have the base run's value exactly."""
     clean, corrupted = both
+    assume(not torch.equal(clean, corrupted))  # which is refused
     model = zoo_model(name, dtype=torch.float64, d_mlp=3)
     by = data.draw(st.sampled_from([*BYS[site], "layer", "layer x pos"]))
     metric = hl.logit_diff(model, answer=1, wrong_answer=2, pos=max(at, -clean.shape[1]))

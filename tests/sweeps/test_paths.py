@@ -13,6 +13,7 @@ from path_loop import change_of, reference
 from torch import nn
 
 import hooklens as hl
+from hooklens.core.errors import InputError
 from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
 from hooklens.sweeps.execute_paths import execute_paths
 from hooklens.sweeps.nodes import At, Sender, read_receivers, read_senders
@@ -288,13 +289,15 @@ def test_a_sender_that_is_all_of_the_stream_brings_the_other_runs_query():
 
 
 @pytest.mark.parametrize("semantics", METHODS)
-def test_the_same_prompt_twice_has_no_effect(semantics):
+def test_the_same_prompt_twice_has_no_effect_and_is_no_question_alone(semantics):
     model = zoo_model("gemma3")
+    half = torch.cat((CLEAN[:1], CORRUPTED[1:2]))
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for receivers in ("final", [("q", 1, 0), ("v", 1, 0)]):
-        sweep = METHODS[semantics](model, CLEAN, CLEAN, metric, receivers=receivers)
-        assert torch.equal(sweep.per_pair, sweep.corrupted_per_pair[:, None].expand_as(sweep.per_pair))
-        assert not sweep.defined and bool(sweep.share.isnan().all())
+        with pytest.raises(InputError, match="the same tokens"):
+            METHODS[semantics](model, CLEAN, CLEAN, metric, receivers=receivers)
+        sweep = METHODS[semantics](model, CLEAN[:2], half, metric, receivers=receivers)
+        assert bool((sweep.per_pair[0] == sweep.corrupted_per_pair[0]).all())
 
 
 @pytest.mark.parametrize("semantics", METHODS)

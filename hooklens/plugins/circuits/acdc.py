@@ -18,7 +18,6 @@ from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import Bench
 from hooklens.progress import progress
 from hooklens.result import Result, Table
-from hooklens.sweeps.settings import current
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -185,7 +184,7 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
         raise InputError(f"threshold is how far the metric may fall at one cut, a number above 0; got {threshold!r}")
     walk = _Walk(bench, units, threshold)
     total = len(units.names)
-    bar = progress(units.method, total, unit="units", show=current().progress)
+    bar = progress(units.method, total, unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
         for stage in units.stages:
             if walk.idle(stage):

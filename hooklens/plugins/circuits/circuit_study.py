@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError
 from hooklens.data.jsonl import PromptPairs, numbered
+from hooklens.data.prompts import check_prompts_differ, read_pairs
 from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
@@ -15,6 +16,7 @@ from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.eap_ig import eap_ig
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
+from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.measure import Faithfulness, check_draws
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
@@ -129,14 +131,13 @@ def study_circuit(
     >>> found.held_out, found.circuit.n_edges <= 12
     (True, True)
     """
-    if edges < 1:
-        raise InputError(f"edges is the number of edges that a circuit may have, at least 1, got {edges}")
-    check_draws(draws)
+    check_sizes(edges, draws, circuit_graph(model).n_edges)
     group = numbered(pairs.group)
     held_out = int(group.max()) > 0
     every = torch.arange(len(pairs))
     found_on, tested_on = halves(len(pairs), group=group, seed=seed) if held_out else (every, every)
     metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    check_prompts_differ(read_pairs(model, pairs.clean, pairs.corrupted, ()))
     one, other = (_some(pairs, index.tolist()) for index in (found_on, tested_on))
     scores = eap_ig(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
     circuit = scores.top_edges(edges)
@@ -151,6 +152,14 @@ def study_circuit(
     return CircuitStudy(model.cfg.model_name, circuit, found.faithfulness, *sizes, held_out, found, curve)
 
 
+def check_sizes(edges: int, draws: int, n_edges: int | None = None) -> None:
+    """Can a circuit of that size be looked for, beside that many random ones? `n_edges` are those of the model."""
+    check_draws(draws)
+    if edges < 1 or (n_edges is not None and edges > n_edges):
+        most = "" if n_edges is None else f", at most the {n_edges:,} edges of this model"
+        raise ArgumentError("{edges} is how many edges the circuit may have, at least 1{0}; got {1}", most, edges)
+
+
 def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
     """Circuits around the size asked for, cut as the one of the study is."""
     sizes = {min(max(1, round(share * edges)), scores.graph.n_edges) for share in _SIZES}
@@ -163,7 +172,7 @@ def _some(pairs: PromptPairs, index: list[int]) -> tuple[list[Any], list[Any]]:
 
 
 def demo(model: "HookedTransformer") -> CircuitStudy:
-    """Four pairs of token numbers, a circuit of at most twelve edges; any model, no tokenizer needed."""
+    """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
     clean, corrupted, _ = demo_pairs(model, 4)
     answers = [int(x) for x in clean[:, 0]], [int(x) for x in corrupted[:, -1]]
     pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(len(clean))])

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data import demo_prompts
 from hooklens.data.prompts import Pairs, Prompts
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
@@ -24,7 +25,7 @@ from hooklens.plugins.circuits.nodes import Run, ablated_run, check_ablation, em
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
 from hooklens.plugins.circuits.scores import EdgeScores
-from hooklens.progress import progress
+from hooklens.progress import Advance, progress, within
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.settings import current
 
@@ -79,12 +80,9 @@ def scored(
     groups = aligned_pairs(model, clean, corrupted, metric, ablation)
     n = sum(len(group.index) for group in groups)
     parts: list[tuple[Tensor, ...]] = []
-    bar = progress(name, n, unit="pairs", show=current().progress)
-    with bar as advance:
+    with progress(name, n, unit="pairs") as advance:
         for group in groups:
-            for part in _batches(model, graph, group, metric, ablation, one_batch):
-                parts.append(part)
-                advance(len(part[0]))
+            parts += _batches(model, graph, group, metric, ablation, one_batch, advance)
     whole, empty = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     total, squares = (torch.stack([part[i] for part in parts]).sum(0) for i in (2, 3))
     mean = total / n
@@ -97,7 +95,13 @@ def scored(
 
 
 def _batches(
-    model, graph: CircuitGraph, group: Pairs, metric: Any, ablation: str, one_batch: Callable[..., Scored]
+    model,
+    graph: CircuitGraph,
+    group: Pairs,
+    metric: Any,
+    ablation: str,
+    one_batch: Callable[..., Scored],
+    advance: Advance,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of every batch: the metric of the model and of the ablated run, the sum of scores and of their squares."""
     metric, n = group.of(metric), len(group.index)
@@ -111,13 +115,13 @@ def _batches(
         with torch.no_grad():
             ablated = shared or ablated_run(model, graph, group.corrupted[rows], ablation)
             empty = Reader(model, here, ablated.streams[-1].expand(len(clean), -1, -1)).base
-        with torch.enable_grad():
+        with torch.enable_grad(), within(advance, len(clean), 1):  # methods of several steps tell which share is done
             found, base = one_batch(model, graph, here, clean, ablated)
         yield base, empty, found.detach().sum(0), found.detach().square().sum(0)
 
 
 def demo(model: "HookedTransformer") -> EdgeScores:
-    """Every edge's score on two short prompt pairs; any model, no tokenizer needed."""
+    """Every edge's score on two short prompt pairs; token numbers where the model has no tokenizer."""
     clean, corrupted, metric = demo_pairs(model)
     return eap(model, clean, corrupted, metric)
 
@@ -132,10 +136,13 @@ def demo_circuit(model: "HookedTransformer", clean: Tensor, corrupted: Tensor, m
 
 def demo_pairs(model: "HookedTransformer", n: int = 2) -> tuple[Tensor, Tensor, LogitDiff]:
     """Pairs that differ in one token, and the two logits between which the model itself then decides most."""
-    n_pos, words = min(6, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = (torch.arange(n_pos, device=model.device) + 3 * torch.arange(n, device=model.device)[:, None] + 1) % words
-    corrupted = clean.clone()
-    corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % words
+    if model.tokenizer is not None:
+        clean, corrupted, *_ = demo_prompts.demo_pairs(model, n)
+    else:
+        n_pos, words, row = min(6, model.cfg.n_ctx), model.cfg.d_vocab, torch.arange(n, device=model.device)[:, None]
+        clean = (torch.arange(n_pos, device=model.device) + 3 * row + 1) % words
+        corrupted = clean.clone()
+        corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % words
     with torch.no_grad():
         gap = model(clean, logits_at=-1)[:, 0].mean(0) - model(corrupted, logits_at=-1)[:, 0].mean(0)
     return clean, corrupted, logit_diff(model, answer=int(gap.argmax()), wrong_answer=int(gap.argmin()))

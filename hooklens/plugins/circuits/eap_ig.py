@@ -13,6 +13,7 @@ from hooklens.plugins.circuits.gradients import differentiable_values, edge_grad
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.nodes import Run, observe
 from hooklens.plugins.circuits.scores import EdgeScores
+from hooklens.progress import step
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def _over_inputs(steps: int, model, graph: CircuitGraph, metric: Any, clean: Ten
         made = trace(model, graph, begin + share * moved[0])
         gradients = edge_gradients(model, made, differentiable_values(reader, made.final))
         total = total + edge_scores(graph, gradients, moved)
+        step(1 / steps)
     assert isinstance(total, Tensor)
     return total / steps, reader.base
 
@@ -92,12 +94,14 @@ def _over_activations(steps: int, model, graph: CircuitGraph, metric: Any, clean
     reader = Reader(model, metric, live.streams[-1])
     moved = live.nodes - ablated.nodes
     total = moved.new_zeros(len(clean), graph.n_edges)
-    for sources, layer, mid in _groups(graph):
+    groups = _groups(graph)
+    for sources, layer, mid in groups:
         stream, away = _entry(graph, live, layer, mid), moved[sources].sum(0)
         for share in _middles(steps):
             made = trace(model, graph, stream - (1 - share) * away, layer, mid=mid)
             gradients = edge_gradients(model, made, differentiable_values(reader, made.final))
             total += edge_scores(graph, gradients, moved[sources], sources) / steps
+            step(1 / (steps * len(groups)))
     return total, reader.base
 
 
@@ -131,6 +135,6 @@ def _check(steps: int) -> None:
 
 
 def demo(model: "HookedTransformer") -> EdgeScores:
-    """Every edge's score on two short prompt pairs; any model, no tokenizer needed."""
+    """Every edge's score on two short prompt pairs; token numbers where the model has no tokenizer."""
     clean, corrupted, metric = demo_pairs(model)
     return eap_ig(model, clean, corrupted, metric, steps=4)

@@ -92,7 +92,7 @@ def evaluate(
 
 
 def demo(model: "HookedTransformer") -> CircuitEvaluation:
-    """A few edges found on two short prompt pairs, evaluated on two others; any model, no tokenizer needed."""
+    """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
     clean, corrupted, metric = demo_pairs(model, 4)
     circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
     return evaluate(model, circuit, clean[2:], corrupted[2:], metric)

@@ -82,7 +82,7 @@ def faithfulness_curve(
 
 
 def demo(model: "HookedTransformer") -> Faithfulness:
-    """A few edges found on two short prompt pairs, evaluated on two others; any model, no tokenizer needed."""
+    """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
     clean, corrupted, metric = demo_pairs(model, 4)
     circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
     return faithfulness(model, circuit, clean[2:], corrupted[2:], metric)

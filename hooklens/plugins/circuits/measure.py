@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
@@ -109,9 +109,11 @@ class Faithfulness(Result):
 def check_draws(draws: int) -> None:
     """Beside how many random circuits may a circuit be judged?"""
     if draws < LEAST_DRAWS:
-        raise InputError(
-            f"draws={draws} was asked for, and a circuit is judged beside at least {LEAST_DRAWS} random circuits: "
-            "their spread and p-values down to 0.01 need as many; leave draws= out, or give more"
+        raise ArgumentError(
+            "{draws} must be at least {0} random circuits to compare with, got {1}: their spread and p-values down to "
+            "0.01 need as many",
+            LEAST_DRAWS,
+            draws,
         )
 
 

@@ -16,7 +16,6 @@ from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import Bench
 from hooklens.progress import progress
 from hooklens.result import Result, Table
-from hooklens.sweeps.settings import current
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -141,7 +140,7 @@ def _greedily(bench: Bench, circuit: Circuit, of_edge: Tensor, size: int, share:
         )
     kept, history = circuit.kept.cpu(), []
     n = len(of_edge[kept].unique())
-    bar = progress(name, max(n - size, 1), unit="units", show=current().progress)
+    bar = progress(name, max(n - size, 1), unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
         while True:
             units, worth, value = _worth(bench, kept, of_edge)
@@ -189,6 +188,6 @@ def _result(
 
 
 def demo(model: "HookedTransformer") -> Pruning:
-    """From every edge of the model down to a handful, on one short prompt pair; any model, no tokenizer needed."""
+    """From every edge of the model down to a handful, on one short prompt pair; numbers without a tokenizer."""
     clean, corrupted, metric = demo_pairs(model, 1)
     return prune_edges(model, whole_circuit(model), clean, corrupted, metric, size=5, share=0.3)

@@ -119,7 +119,7 @@ class Bench:
         """The metric of every circuit on every pair."""
         masks = checked_masks(self.graph, kept)
         total = len(masks) * self.n_pairs
-        bar = progress("circuits", total, unit="runs", show=False if total < 100 else current().progress)
+        bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
         values, empty = [], []
         with torch.no_grad(), packed_linears(rows=_POSITIONS), bar as advance:
             played = in_play(self.graph, masks, self.ablation)

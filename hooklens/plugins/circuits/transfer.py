@@ -243,7 +243,7 @@ def _quantiles(values: Tensor) -> list[float]:
 
 
 def demo(model: "HookedTransformer") -> CircuitTransfer:
-    """A few edges of a model, carried over to the same model; any model that reads tokens, no tokenizer needed."""
+    """A few edges of a model, carried over to the same model; any model that reads tokens."""
     clean, corrupted, metric = demo_pairs(model, 4)
     task, chosen = Task(clean, corrupted, metric), halves(4)[0]
     scores = eap(model, clean[chosen], corrupted[chosen], metric)

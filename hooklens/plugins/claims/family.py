@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.plugins.claims.claim import Claim, claim
 from hooklens.plugins.claims.measured import Measured
 from hooklens.plugins.claims.registration import Registration
@@ -98,8 +99,7 @@ def demo(model: "HookedTransformer") -> ClaimFamily:
     """Does a head of the first layer matter for the loss? Each zeroed on short prompts, the next one as its control."""
     from hooklens.metrics import loss
 
-    n, heads = min(8, model.cfg.n_ctx), range(model.cfg.n_heads)
-    tokens = torch.randint(model.cfg.d_vocab, (6, n), generator=torch.Generator().manual_seed(0)).to(model.device)
+    tokens, heads = demo_texts(model, 6, 8), range(model.cfg.n_heads)
     metric = loss(model, tokens)
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens, names=("z", 0))

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.plugins.claims.claim import claim
 from hooklens.plugins.claims.family import ClaimFamily, family
 from hooklens.plugins.claims.measured import Measured
@@ -182,8 +183,7 @@ def demo(model: "HookedTransformer") -> HeldOutEffects:
     from hooklens.plugins.patching import patch
     from hooklens.sweeps.settings import engine
 
-    n = min(8, model.cfg.n_ctx)
-    tokens = torch.randint(model.cfg.d_vocab, (12, n), generator=torch.Generator().manual_seed(0)).to(model.device)
+    tokens = demo_texts(model, 12, 8)
     with engine(progress=False, verify=0):
         sweep = patch(model, tokens, tokens, loss(model, tokens), site="z", value="zero")
     rose = sweep.clean_per_pair[:, None, None] - sweep.per_pair

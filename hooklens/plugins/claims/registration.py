@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.errors import ArgumentError, FileRefused, InputError
 from hooklens.core.files import write_atomically
 from hooklens.result import Result
 
@@ -46,11 +46,11 @@ class Registration(Result):
     def __post_init__(self) -> None:
         for name in ("hypothesis", "metric", "control"):
             if not getattr(self, name).strip():
-                raise InputError(f"a registration names its {name} before the run, got {getattr(self, name)!r}")
+                raise ArgumentError(f"{{{name}}} is empty, and a registration says it before the run; give a few words")
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise InputError(f"threshold is a distance from 0, at least 0, got {self.threshold}")
+            raise ArgumentError("{threshold} is a distance from 0, at least 0, got {0}", self.threshold)
         if self.n < 2:
-            raise InputError(f"n is the number of prompts, at least 2 for an interval, got {self.n}")
+            raise ArgumentError("{n} is the number of prompts, at least 2 for an interval, got {0}", self.n)
         if self.side not in SIDES:
             raise InputError(f"side is 'above' or 'below', got {self.side!r}")
 

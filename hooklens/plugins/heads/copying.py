@@ -13,6 +13,7 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import is_plain, packed_linears
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
 from hooklens.plugins.heads.which import refuse_dropout
+from hooklens.progress import tracked
 from hooklens.result import Result, Table
 from hooklens.statistics import q_values
 
@@ -94,7 +95,7 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
     tokens, streams = _streams(model, n_tokens, seed)
     found: dict[str, list[Tensor]] = {name: [] for name in ("own", "rank", "positive", "z", "null")}
     with torch.no_grad(), packed_linears(rows=1024):
-        for layer in range(model.cfg.n_layers):
+        for layer in tracked(range(model.cfg.n_layers), "what heads copy", "layers"):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
             read = _read(model, layer, streams[min(layer, 1)])
             columns = written_logits(model, layer, tokens)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.jsonl import PromptPairs
 from hooklens.data.prompts import rows_of
 from hooklens.metrics import answer_ids, logit_diff
@@ -184,10 +185,6 @@ def _attention(
 
 
 def demo(model: "HookedTransformer") -> HeadStudy:
-    """Four pairs of token numbers; any model, no tokenizer needed."""
-    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = torch.arange(4 * n).view(4, n) % d_vocab
-    corrupted = clean.clone()
-    corrupted[:, n // 2] = (clean[:, n // 2] + 1) % d_vocab
-    answers = [0] * 4, [min(1, model.cfg.d_vocab_out - 1)] * 4
-    return head_study(model, PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(4)]))
+    """Four short prompt pairs; token numbers where the model has no tokenizer."""
+    clean, corrupted, answer, wrong = demo_pairs(model, 4)
+    return head_study(model, PromptPairs(clean.tolist(), corrupted.tolist(), answer, wrong, [str(i) for i in range(4)]))

@@ -16,6 +16,7 @@ from hooklens.model.embed import rotary_tables, rotate
 from hooklens.model.linear import is_plain, packed_linears
 from hooklens.plugins.heads.composition import read_by
 from hooklens.plugins.heads.which import refuse_dropout
+from hooklens.progress import tracked
 from hooklens.result import Result, Table
 from hooklens.statistics import q_values
 
@@ -143,7 +144,7 @@ def position_scores(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, 
     with torch.no_grad():
         cache = None if table else _queries_and_keys(model, n, seed)
         scores, p = [], []
-        for layer in range(model.cfg.n_layers):
+        for layer in tracked(range(model.cfg.n_layers), "heads by position", "layers"):
             q, score = _from_table(model, layer, n_pos) if cache is None else _from_rotary(model, layer, n_pos, cache)
             scores.append(score(q)[0])
             p.append(_p(scores[-1], q, score, seed * 1_000_003 + layer))

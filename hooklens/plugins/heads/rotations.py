@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.model.kv_cache import Context
+from hooklens.progress import tracked
 from hooklens.statistics import PValues
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def rotated_masses(
 ) -> dict[str, Float[Tensor, "draw layer head"]]:
     """The mean `mass` over sequences that each head has when its queries are rotated; the cache holds q and k."""
     found: dict[str, list[Tensor]] = {name: [] for name in masks}
-    for layer in range(model.cfg.n_layers):
+    for layer in tracked(range(model.cfg.n_layers), "rotating queries", "layers"):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
         here = _of_layer(model, cache, masks, layer, draws, generator)
         for name, scores in here.items():

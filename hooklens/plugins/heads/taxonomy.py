@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError
+from hooklens.data.ioi import check_n_pairs
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LABELS", "UNLABELLED", "Taxonomy", "demo", "placebo_mask", "taxonomy"]
 _N_POS = 16
+_LEAST_SEQUENCES = 6
 _TEXTS = 8  # for the calibration change: each control is a run over them
 _SUPPRESSORS = ("copy suppression", "negative name mover")
 
@@ -53,8 +55,7 @@ def taxonomy(
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
     """
-    if not 0 < level < 1 or n < 6:
-        raise InputError(f"level lies between 0 and 1 and n is at least 6 (sign flips), got level {level} and n {n}")
+    check_sizes(n, level, ioi)
     both = repeated_tokens(model, 2 * n, seed=seed)
     chosen, reported = both.part(0, n), both.part(n, 2 * n)
     with torch.no_grad(), packed_linears(rows=1024):
@@ -72,6 +73,20 @@ def taxonomy(
             placebo = _effects(model, reported, untouched, others, found.candidates)
         found = replace(found, placebo=placebo)
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
+
+
+def check_sizes(n: int, level: float = 0.05, ioi: int = 0) -> None:
+    """Are these enough sequences for a p-value at this level, and pairs that can be made?"""
+    if not 0 < level < 1:
+        raise ArgumentError("{level} lies between 0 and 1, got {0}", level)
+    if n < _LEAST_SEQUENCES:
+        raise ArgumentError(
+            "{n} is the number of random sequences, at least {0}: p-values come from flipping their signs; got {1}",
+            _LEAST_SEQUENCES,
+            n,
+        )
+    if ioi:
+        check_n_pairs(ioi, "ioi")
 
 
 def placebo_mask(mask: Mask, seed: int = 0) -> Mask:

@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.plugins.lens.direct import Direct, direct_effects
-from hooklens.plugins.lens.reading import Answers, by_length, one_a_prompt
+from hooklens.plugins.lens.reading import Answers, another_a_prompt, by_length, one_a_prompt
 from hooklens.result import Result, Table
 from hooklens.statistics import Groups, group_numbers, mean_interval
 
@@ -179,7 +180,7 @@ def direct_logit_attribution(
         )
     rows = rows_of(model, tokens, "tokens")
     right = one_a_prompt(model, answer, len(rows), "answer")
-    wrong = None if wrong_answer is None else one_a_prompt(model, wrong_answer, len(rows), "wrong_answer")
+    wrong = another_a_prompt(model, wrong_answer, right)
     groups, found = by_length(rows), []
     for some in groups:
         wrongs = None if wrong is None else wrong[some]
@@ -214,9 +215,8 @@ class NoAttribution(Result):
 
 
 def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
-    """Two short rows of token numbers; any model, no tokenizer needed."""
+    """Two short prompts; token numbers where the model has no tokenizer."""
     if getattr(model.blocks[0], "renorms_stream", False):
         return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
-    n = min(6, model.cfg.n_ctx)
-    tokens = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % model.cfg.d_vocab
-    return direct_logit_attribution(model, tokens, 0, min(1, model.cfg.d_vocab_out - 1))
+    pairs = demo_pairs(model, 2)
+    return direct_logit_attribution(model, pairs.clean, pairs.answer, pairs.wrong_answer)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts, show
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
 from hooklens.result import Result, Table
@@ -245,7 +246,5 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
 
 
 def demo(model: "HookedTransformer") -> Calibration:
-    """Random tokens, of which no model can know the next; any model, no tokenizer needed."""
-    n_pos = max(2, min(16, model.cfg.n_ctx))
-    tokens = torch.randint(model.cfg.d_vocab, (12, n_pos), generator=torch.Generator().manual_seed(0))
-    return calibration(model, tokens.to(model.device))
+    """Twelve short sentences; random token numbers, of which no model can know the next, without a tokenizer."""
+    return calibration(model, demo_texts(model, 12, 16))

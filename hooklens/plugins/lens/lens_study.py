@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.plugins.claims.held_out import HeldOutEffects, held_out_top
 from hooklens.plugins.lens.attribution import LogitAttribution, NoAttribution, direct_logit_attribution
@@ -157,9 +158,8 @@ def _end(text: str) -> str:
 
 
 def demo(model: "HookedTransformer") -> LensStudy | NoAttribution:
-    """Four short rows of token numbers; any model, no tokenizer needed."""
+    """Four short prompts; token numbers where the model has no tokenizer."""
     if getattr(model.blocks[0], "renorms_stream", False):
         return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
-    n = min(6, model.cfg.n_ctx)
-    tokens = torch.arange(1, 4 * n + 1, device=model.device).view(4, n) % model.cfg.d_vocab
-    return lens_study(model, tokens, 0, min(1, model.cfg.d_vocab_out - 1), shown=1)
+    pairs = demo_pairs(model, 4)
+    return lens_study(model, pairs.clean, pairs.answer, pairs.wrong_answer, shown=1)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, show
 from hooklens.metrics import answer_ids
 from hooklens.plugins.lens.controls import elsewhere, said, shifts_round
@@ -237,7 +238,5 @@ def _assembled(
 
 
 def demo(model: "HookedTransformer") -> LogitLens:
-    """The lens on two rows of token numbers; any model, no tokenizer needed."""
-    n = min(6, model.cfg.n_ctx)
-    tokens = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % model.cfg.d_vocab
-    return logit_lens(model, tokens)
+    """The lens on two short prompts; token numbers where the model has no tokenizer."""
+    return logit_lens(model, demo_pairs(model, 2).clean)

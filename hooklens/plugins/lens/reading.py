@@ -12,7 +12,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Prompts, rows_of
-from hooklens.metrics import answer_ids
+from hooklens.metrics import answer_ids, check_answers_differ
 from hooklens.model.linear import packed_linears
 from hooklens.progress import progress
 from hooklens.sweeps.naive import drops_out
@@ -84,6 +84,17 @@ def one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str 
     if len(ids) not in (1, n):
         raise InputError(f"{name} is one token for all prompts or one a prompt, got {len(ids)} for {n} prompts")
     return ids.expand(n)
+
+
+def another_a_prompt(
+    model: "HookedTransformer", wrong_answer: Answers | None, right: Int[Tensor, "prompt"]
+) -> Int[Tensor, "prompt"] | None:
+    """Token ids of the wrong answers, none of them the right one; None where there are none."""
+    if wrong_answer is None:
+        return None
+    wrong = one_a_prompt(model, wrong_answer, len(right), "wrong_answer")
+    check_answers_differ(model, right, wrong)
+    return wrong
 
 
 def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list[str]:

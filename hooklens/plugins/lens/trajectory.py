@@ -8,10 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.plugins.lens.reading import (
     Answers,
     Translate,
+    another_a_prompt,
     by_length,
     check_quiet,
     one_a_prompt,
@@ -139,7 +141,8 @@ def trajectory(
         lens.check_fits(model)
     rows = rows_of(model, tokens, "tokens")
     right = one_a_prompt(model, answer, len(rows), "answer")
-    asked = [right] if wrong_answer is None else [right, one_a_prompt(model, wrong_answer, len(rows), "wrong_answer")]
+    wrong = another_a_prompt(model, wrong_answer, right)
+    asked = [right] if wrong is None else [right, wrong]
     groups, found = by_length(rows), []
     with packing(sum(map(len, rows))):
         for some in groups:
@@ -198,7 +201,6 @@ def _others(n: int, at: int) -> list[int]:
 
 
 def demo(model: "HookedTransformer") -> Trajectory:
-    """Two rows of token numbers; any model, no tokenizer needed."""
-    n = min(6, model.cfg.n_ctx)
-    tokens = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % model.cfg.d_vocab
-    return trajectory(model, tokens, 0, min(1, model.cfg.d_vocab_out - 1))
+    """Two short prompts; token numbers where the model has no tokenizer."""
+    pairs = demo_pairs(model, 2)
+    return trajectory(model, pairs.clean, pairs.answer, pairs.wrong_answer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.files import check_writable
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.lens.least_squares import regressed
@@ -206,7 +207,5 @@ def _windows(model: "HookedTransformer", tokens: Any) -> Int[Tensor, "window pos
 
 
 def demo(model: "HookedTransformer") -> TunedLensTraining:
-    """Twenty steps on random tokens; any model, no tokenizer needed."""
-    n_pos = min(8, model.cfg.n_ctx)
-    tokens = torch.randint(model.cfg.d_vocab, (8, n_pos), generator=torch.Generator().manual_seed(0))
-    return train_tuned_lens(model, tokens.to(model.device), steps=20, lr=0.02)[1]
+    """Twenty steps on eight short sentences; random token numbers where the model has no tokenizer."""
+    return train_tuned_lens(model, demo_texts(model, 8, 8), steps=20, lr=0.02)[1]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
@@ -227,8 +228,6 @@ def _needs(axes: tuple[str, ...], patches: Sequence[Patch] | None) -> tuple[str,
 
 
 def demo(model: "HookedTransformer") -> AblationSweep:
-    """Every head, resampled among six short prompts. Any model, no tokenizer needed."""
-    n = min(8, model.cfg.n_ctx)
-    tokens = torch.randint(model.cfg.d_vocab, (6, n), generator=torch.Generator().manual_seed(0)).to(model.device)
+    """Every head, resampled among six short prompts; random token numbers where the model has no tokenizer."""
     with engine(progress=False):
-        return ablate(model, tokens, log_prob(model, answer=0), value=Resample(draws=2))
+        return ablate(model, demo_texts(model, 6, 8), log_prob(model, answer=0), value=Resample(draws=2))

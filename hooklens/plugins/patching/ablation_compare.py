@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
 from hooklens.plugins.claims import HeldOutEffects
@@ -125,8 +125,6 @@ def compare_ablations(
 
 
 def demo(model: "HookedTransformer") -> AblationComparison:
-    """Every head of any model, on six short prompts; no tokenizer needed."""
-    n = min(8, model.cfg.n_ctx)
-    tokens = torch.randint(model.cfg.d_vocab, (6, n), generator=torch.Generator().manual_seed(0)).to(model.device)
+    """Every head, on six short prompts; random token numbers where the model has no tokenizer."""
     with engine(progress=False):
-        return compare_ablations(model, tokens, log_prob(model, answer=0))
+        return compare_ablations(model, demo_texts(model, 6, 8), log_prob(model, answer=0))

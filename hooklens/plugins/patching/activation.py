@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import Site
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.grid import cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
@@ -164,6 +165,8 @@ def patch(
     into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
     groups = read_pairs(model, clean, corrupted, axes)
     check_metric(metric, groups)
+    if isinstance(value, str) and value in ("clean", "corrupted"):
+        check_prompts_differ(groups)
     if resume is not None and len(groups) > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
     file = None if resume is None else Resume.of(resume)
@@ -292,11 +295,8 @@ def _word(value: Value) -> str:
 
 
 def demo(model: "HookedTransformer") -> PatchSweep:
-    """A resid_pre sweep on two short prompts that differ in one token; any model, no tokenizer needed."""
-    n = min(8, model.cfg.n_ctx)
-    clean = torch.arange(1, n + 1, device=model.device)[None] % model.cfg.d_vocab
-    corrupted = clean.clone()
-    corrupted[0, n // 2] = (clean[0, n // 2] + 1) % model.cfg.d_vocab
+    """A resid_pre sweep on two short prompts that differ in one token; numbers where the model has no tokenizer."""
+    clean, corrupted, *_ = demo_pairs(model, 1, 8)
     with torch.no_grad():
         best = int(model(clean, logits_at=-1)[0, 0].argmax())
 

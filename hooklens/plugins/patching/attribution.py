@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import axes
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric, log_prob
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
@@ -58,6 +59,7 @@ def attribution_patching(
     """
     site, axes_ = site_kind(site), settle_by(model, site, by)
     groups = read_pairs(model, clean, corrupted, axes_)
+    check_prompts_differ(groups)
     check_metric(metric, groups)
     _refuse(model, site, exact)
     n = sum(len(each.index) for each in groups)
@@ -179,11 +181,8 @@ def _exactly(
 
 
 def demo(model: "HookedTransformer") -> AttributionPatching:
-    """Heads on two short prompts that differ in one token, half of them checked; any model, no tokenizer needed."""
-    n = min(8, model.cfg.n_ctx)
-    clean = torch.arange(1, n + 1, device=model.device)[None] % model.cfg.d_vocab
-    corrupted = clean.clone()
-    corrupted[0, n // 2] = (clean[0, n // 2] + 1) % model.cfg.d_vocab
+    """Heads on two short prompts that differ in one token, half of them checked; numbers without a tokenizer."""
+    clean, corrupted, *_ = demo_pairs(model, 1, 8)
     with torch.no_grad():
         best = int(model(clean, logits_at=-1)[0, 0].argmax())
     with engine(progress=False):

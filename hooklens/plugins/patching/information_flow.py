@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.metrics import ReadingMetric, logit_diff
 from hooklens.plugins.patching.flow import Choice, InformationFlow
@@ -205,14 +206,11 @@ def _side_by_side(others: list[Float[Tensor, "_ _"]]) -> Float[Tensor, "other pa
 
 
 def demo(model: "HookedTransformer") -> InformationFlow:
-    """Four pairs of token numbers; who talks to a query of the last layer and to the logits. Any model."""
-    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = torch.arange(1, 4 * n + 1, device=model.device).view(4, n) % d_vocab
-    corrupted = clean.clone()
-    corrupted[:, n // 2] = (clean[:, n // 2] + 1) % d_vocab
+    """Four short prompt pairs; who talks to a query of the last layer and to the logits."""
+    clean, corrupted, answer, wrong_answer = demo_pairs(model, 4)
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), "final"] if last else "final"
-    metric = logit_diff(model, answer=0, wrong_answer=min(1, model.cfg.d_vocab_out - 1))
+    metric = logit_diff(model, answer=answer, wrong_answer=wrong_answer)
     return information_flow(
         model, clean, corrupted, metric, receivers=receivers, choice=Choice(per_receiver=2, draws=9)
     )

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
 from hooklens.plugins.patching.embedding_path import EmbeddingPath
@@ -150,12 +151,8 @@ def integrated_gradients(
 
 
 def demo(model: "HookedTransformer") -> InputAttribution:
-    """Integrated gradients between two short prompts that differ in two tokens; any model, no tokenizer needed."""
-    n = min(6, model.cfg.n_ctx)
-    clean = torch.arange(1, n + 1, device=model.device)[None] % model.cfg.d_vocab
-    corrupted = clean.clone()
-    half = max(1, n // 2)
-    corrupted[0, :half] = (clean[0, :half] + 1) % model.cfg.d_vocab
+    """Integrated gradients between two short prompts that differ in one token; numbers without a tokenizer."""
+    clean, corrupted, *_ = demo_pairs(model)
     with torch.no_grad():
         best = int(model(clean, logits_at=-1)[0, 0].argmax())
     return integrated_gradients(model, clean, log_prob(model, answer=best), baseline=corrupted, steps=17, stages=2)

@@ -91,6 +91,12 @@ class IOIStudy(Result):
                 names.append("lowers the logit difference" if high[i] < -least else "no clear effect")
         return names
 
+    def finding(self) -> str:
+        """What was found, in a sentence or two: the opening of the page."""
+        from hooklens.plugins.patching.report import finding
+
+        return finding(self)
+
     def table(self, n: int | None = 14) -> Table:
         """One row a head, name movers first, then by what a patch does: what it is called, and by which numbers."""
         columns = ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO"]

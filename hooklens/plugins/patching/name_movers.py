@@ -12,6 +12,7 @@ from hooklens.data.ioi import IOIPairs
 from hooklens.metrics import LogitDiff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.mover_result import Criteria, NameMovers, by_group
+from hooklens.progress import tracked
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out
 
@@ -90,7 +91,7 @@ def _direct(
     stream = corrupted[name][row, pairs.end]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     which = row.repeat_interleave(model.cfg.n_heads)
-    for layer in range(model.cfg.n_layers):
+    for layer in tracked(range(model.cfg.n_layers), "direct effects", "layers"):
         new, old = (_written(model, cache, layer, pairs.end) for cache in (clean, corrupted))
         for each, sent in zip(found, (new, new[other]), strict=True):
             moved = (stream[:, None] + sent - old).flatten(0, 1)[:, None]
@@ -128,7 +129,7 @@ def _ranks(
     names, which = pairs.answer_tokens.unique(return_inverse=True)
     row = torch.arange(len(pairs), device=names.device)
     places, written = [], []
-    for layer in range(model.cfg.n_layers):
+    for layer in tracked(range(model.cfg.n_layers), "what heads copy", "layers"):
         # the first block's heads read the embedding, later ones the name as block 0 leaves it
         source = "hook_embed" if layer == 0 else "blocks.0.hook_resid_post"
         name = by_group(cache[source][row, pairs.io], which)

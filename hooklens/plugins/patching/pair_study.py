@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
-from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.core.errors import ArgumentError, InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompts import Prompts, check_prompts_differ, read_pairs, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
@@ -126,6 +127,24 @@ def sweep_pair(
         )
 
 
+def check_pair(
+    model: "HookedTransformer",
+    clean: Prompts,
+    corrupted: Prompts,
+    answer: str | int,
+    wrong_answer: str | int,
+    *,
+    sites: Sequence[str],
+    by: str | None,
+) -> tuple[int, list[tuple[str, ...]]]:
+    """The clean prompt's length and every site's grid; what `study_pair` cannot use raises, and nothing has run."""
+    logit_diff(model, answer=answer, wrong_answer=wrong_answer)
+    axes = list(grids(model, sites, by).values())
+    pairs = read_pairs(model, clean, corrupted, [name for names in axes for name in names])
+    check_prompts_differ(pairs)
+    return pairs[0].clean.shape[1], axes
+
+
 def grids(model: "HookedTransformer", sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
     """The grid of each site: `by` where the site has those axes, else its own. A `by` that fits none of them raises.
 
@@ -133,6 +152,8 @@ def grids(model: "HookedTransformer", sites: Sequence[str], by: str | None) -> d
     >>> grids(tiny_model(), ["resid_pre", "z"], "layer x head x pos")
     {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
     """
+    if not sites:
+        raise ArgumentError("{sites} is empty; give at least one of {0}", ", ".join(SITES))
     found, refused = {}, []
     for site in dict.fromkeys(site_kind(site) for site in sites):
         try:
@@ -170,9 +191,6 @@ def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]
 
 
 def demo(model: "HookedTransformer") -> PairStudy:
-    """Two short prompts of token numbers that differ in one; any model, no tokenizer needed."""
-    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = torch.arange(1, n + 1, device=model.device) % d_vocab
-    corrupted = clean.clone()
-    corrupted[n // 2] = (corrupted[n // 2] + 1) % d_vocab
-    return study_pair(model, clean, corrupted, answer=0, wrong_answer=min(1, model.cfg.d_vocab_out - 1))
+    """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
+    clean, corrupted, answer, wrong_answer = demo_pairs(model)
+    return study_pair(model, clean, corrupted, answer=answer[0], wrong_answer=wrong_answer[0])

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hooklens.core.errors import did_you_mean
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import in_order
@@ -159,6 +160,7 @@ def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> 
     groups = read_pairs(model, clean, corrupted, ())
     if not all(one.aligned for one in groups):
         read_pairs(model, clean, corrupted, ("pos",))  # raises, and says where they part
+    check_prompts_differ(groups)
     return groups
 
 
@@ -181,11 +183,8 @@ def _reaches(model: "HookedTransformer", senders: tuple[Sender, ...], receivers:
 
 
 def demo(model: "HookedTransformer") -> PathSweep:
-    """Who talks to the query and value of the last layer's first head; with one layer, to the logits. Numbers only."""
-    n, d_vocab = min(6, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = torch.arange(1, 2 * n + 1, device=model.device).view(2, n) % d_vocab
-    corrupted = clean.clone()
-    corrupted[:, n // 2] = (clean[:, n // 2] + 1) % d_vocab
+    """Who talks to the query and value of the last layer's first head; with one layer, to the logits."""
+    clean, corrupted, *_ = demo_pairs(model, 2)
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), ("v", last, 0)] if last else "final"
 

@@ -53,7 +53,7 @@ def ioi_report(study: "IOIStudy") -> "Report":
 
     shown, movers = study.shown, study.movers
     report = Report(f"Who gets the drink? Indirect objects in {shown.model}")
-    report.text(_finding(study))
+    report.text(finding(study))
     report.numbers(
         {
             "prompt pairs": len(study.pairs),
@@ -82,7 +82,8 @@ def ioi_report(study: "IOIStudy") -> "Report":
 _WHISKERS = "Whiskers: 95 % intervals over groups of four pairs that share names and sentence."
 
 
-def _finding(study: "IOIStudy") -> str:
+def finding(study: "IOIStudy") -> str:
+    """Which heads move the name, and what each restores; or why nothing can be said."""
     movers = study.movers
     if not movers.defined:
         return (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts, read_pairs, rows_of, show
 from hooklens.model.linear import packed_linears
 from hooklens.model.sampling import Generation
@@ -182,9 +183,8 @@ def demo(model: "HookedTransformer") -> CoefficientSweep | NoSweep:
     """A random direction after the first block, at three coefficients, and the logit of token 1."""
     if not model.cfg.causal or model.cfg.d_vocab_out != model.cfg.d_vocab:
         return NoSweep("a model that can continue text")
-    n = min(4, model.cfg.n_ctx - 3)
+    prompts = demo_texts(model, 4, min(4, model.cfg.n_ctx - 3))
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(model.cfg.d_vocab, (4, n), generator=generator).to(model.device)
     direction = torch.randn(model.cfg.d_model, generator=generator, dtype=torch.float64)
 
     def first_logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import AXES, site
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.steering.held_out import cross_fit, made_splits
@@ -178,10 +179,7 @@ def _check_position(rows: list[Int[Tensor, "_pos"]], pos: int | None) -> None:
 
 
 def demo(model: "HookedTransformer") -> ContrastDirections:
-    """Prompts that end in one token against the same ones that end in another."""
-    n = min(4, model.cfg.n_ctx - 1)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randint(model.cfg.d_vocab, (12, n), generator=generator)
-    ends = torch.tensor([1, 2]) % model.cfg.d_vocab
-    positive, negative = (torch.cat([start, end.expand(12, 1)], 1).to(model.device) for end in ends)
+    """Prompts that end in the right answer against the same ones that end in a wrong one."""
+    start, _, *ends = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    positive, negative = (torch.cat([start, torch.tensor(end).to(start)[:, None]], 1) for end in ends)
     return contrast_direction(model, positive, negative, draws=99)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
+from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
@@ -210,9 +211,7 @@ def _controls(
 
 def demo(model: "HookedTransformer") -> DirectionAblation:
     """The direction that raises one token's logit, taken out everywhere; its effect on that logit."""
-    generator = torch.Generator().manual_seed(0)
-    n = min(4, model.cfg.n_ctx)
-    prompts = torch.randint(model.cfg.d_vocab, (4, n), generator=generator).to(model.device)
+    prompts = demo_texts(model, 4, 4)
     token = 1 % model.cfg.d_vocab_out
 
     def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:

@@ -75,7 +75,7 @@ def test_fewer_than_100_random_circuits_are_refused(found):
         lambda: faithfulness_curve(model, scores, clean, corrupted, metric, sizes=[10], draws=3),
         lambda: study_circuit(model, pairs, edges=12, draws=5),
     ):
-        with pytest.raises(ValueError, match="at least 100 random circuits"):
+        with pytest.raises(ValueError, match="draws must be at least 100 random circuits"):
             ask()
 
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from hooklens.core.errors import InputError
 from hooklens.data.jsonl import PromptPairs
 from hooklens.plugins.circuits.circuit_study import CircuitStudy, study_circuit
 from hooklens.plugins.circuits.eap import demo_pairs
+from hooklens.statistics import halves
 from hooklens.testing import tiny_model
 
 
@@ -52,8 +54,13 @@ def test_a_full_study_loads_back(studies, tmp_path):
 
 def test_where_the_pairs_show_no_difference_a_full_study_says_so():
     model = tiny_model()
-    clean = demo_pairs(model, 4)[0].tolist()
-    pairs = PromptPairs(clean, clean, [1, 2, 3, 4], [5, 6, 7, 8], list("abcd"))
+    clean, other = (tokens.tolist() for tokens in demo_pairs(model, 4)[:2])
+    answers = [1, 2, 3, 4], [5, 6, 7, 8]
+    with pytest.raises(InputError, match="clean and corrupted are the same tokens"):
+        study_circuit(model, PromptPairs(clean, clean, *answers, list("abcd")), edges=9)
+    searched = set(halves(4, group=torch.arange(4), seed=0)[0].tolist())
+    corrupted = [other[i] if i in searched else clean[i] for i in range(4)]  # no difference where it is tested
+    pairs = PromptPairs(clean, corrupted, *answers, list("abcd"))
     found = study_circuit(model, pairs, full=True, edges=9)
     rows = dict(found.table().rows)
     assert not found.faithfulness.defined and rows["area: p"] != rows["area: p"]

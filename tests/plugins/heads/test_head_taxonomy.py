@@ -105,8 +105,14 @@ def test_induction_heads_are_scored_and_their_ablation_costs_the_repeat():
 
 
 def test_bad_input_says_what_would_work():
-    for wrong in ({"n": 3}, {"level": 0.0}, {"level": 1.5}):
-        with pytest.raises(InputError, match="at least 6"):
+    asked = {
+        r"n is .* at least 6": {"n": 3},
+        "level lies": {"level": 0.0},
+        "level": {"level": 1.5},
+        "ioi is": {"ioi": 3},
+    }
+    for said, wrong in asked.items():
+        with pytest.raises(InputError, match=said):
             taxonomy(tiny_model(), **wrong)
     with pytest.raises(InputError, match="two sequences"):
         induction_heads(tiny_model(), n=1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hooklens as hl
+from hooklens.core.errors import InputError
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import information_flow
 from hooklens.plugins.patching.path import path_patch_edges
@@ -103,8 +104,8 @@ def test_a_single_pair_is_reported_as_what_it_is():
 def test_prompts_that_do_not_differ_carry_nothing():
     model = tiny_model()
     metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
-    same = information_flow(model, CLEAN, CLEAN, metric, receivers="final", choice=Choice(draws=3))
-    assert not same.defined and bool(same.share.isnan().all()) and bool((same.p == 1).all())
+    with pytest.raises(InputError, match="the same tokens"):
+        information_flow(model, CLEAN, CLEAN, metric, receivers="final", choice=Choice(draws=3))
 
 
 def test_choosing_on_fewer_pairs_leaves_those_that_report():

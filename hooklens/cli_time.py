@@ -1,0 +1,90 @@
+"""How long will a command take? Counted in tokens that pass the whole model, times one timed pass; said beforehand.
+
+The counts are those of causal prompts, of whose patches half a model and half the later positions are recomputed. They
+are meant to tell a minute from an hour.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_WORTH_SAYING = 60  # seconds
+_TIMED = 256  # tokens of the timed pass: with few, a token takes longer than in a sweep
+_CANDIDATES = 20  # heads that the demo patches in every pair
+# shares of heads, measured on SmolLM2: whose attention to a kind of key is above chance; that suppress a token
+_SCORED, _SUPPRESSORS = 0.25, 0.08
+# passes that a token costs: in integrated gradients, in one random circuit, and how much more a full study does
+_GRADIENT, _A_CIRCUIT, _FULL = 100, 0.8, 40
+
+
+def of_patch(model: "HookedTransformer", n_pos: int, grids: Sequence[Sequence[str]]) -> float:
+    """Tokens of a sweep over each of these grids, and of whole layers."""
+    cfg = model.cfg
+    sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": cfg.n_heads, "neuron": cfg.d_mlp}
+    total = float(cfg.n_layers * n_pos)
+    for axes in grids:
+        cells = 1
+        for axis in axes:
+            cells *= sizes[axis]
+        total += cells * n_pos / (4 if "pos" in axes else 2)
+    return total
+
+
+def of_demo(model: "HookedTransformer", n_pairs: int, n_pos: int) -> float:
+    """Tokens of the shown pair's sweeps, and of whole layers and the strongest heads in every pair."""
+    shown = of_patch(model, n_pos, [("layer", "pos"), ("layer", "head")])
+    return shown + n_pairs * n_pos * (4 + model.cfg.n_layers / 2 + _CANDIDATES / 4)
+
+
+def of_heads(model: "HookedTransformer", n: int, ioi: int, n_pos: int = 25) -> float:
+    """Tokens of blocked attention on `n` sequences, of runs without a head on text, and of prompt pairs."""
+    heads = model.cfg.n_layers * model.cfg.n_heads
+    blocked = 2 * 3 * _SCORED * heads * n * n_pos / 2
+    without = _SUPPRESSORS * heads * 20 * 8 * 32
+    return blocked + without + 4 * n_pos * ioi
+
+
+def of_lens(model: "HookedTransformer", tokens: int) -> float:
+    """Tokens of the passes over these, and of unembedding every layer's stream."""
+    unembed = model.cfg.d_model * model.cfg.d_vocab_out
+    share = unembed / (unembed + sum(weight.numel() for weight in model.blocks.parameters()))
+    return tokens * (3 + model.cfg.n_layers * share)
+
+
+def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: bool) -> float:
+    """Tokens of gradients on half of the pairs and of random circuits on the other half."""
+    return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
+
+
+def how_long(model: "HookedTransformer", tokens: float) -> list[str]:
+    """A line with the time that so many tokens will take; none where it is under a minute.
+
+    >>> from hooklens.testing import tiny_model
+    >>> how_long(tiny_model(), 1), in_words(150), in_words(3 * 3600)
+    ([], '3 minutes', '3.0 hours')
+    """
+    seconds = tokens * seconds_a_token(model)
+    if seconds < _WORTH_SAYING:
+        return []
+    return [f"this will take about {in_words(seconds)} here, by the time of one pass; Ctrl-C stops it"]
+
+
+def seconds_a_token(model: "HookedTransformer") -> float:
+    """How long one token takes in a pass of a few hundred."""
+    n = min(_TIMED, model.cfg.n_ctx)
+    tokens = torch.ones(1, n, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        model(tokens[:, :1], logits_at=-1)  # what is made ready once is not counted
+        begin = time.perf_counter()
+        float(model(tokens, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
+    return (time.perf_counter() - begin) / n
+
+
+def in_words(seconds: float) -> str:
+    """A duration to one or two digits."""
+    return f"{-(-seconds // 60):.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"

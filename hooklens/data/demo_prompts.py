@@ -1,0 +1,90 @@
+"""Prompts for a method's demo: sentences where the model reads text, token numbers where it does not."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import HooklensError
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_CAPITALS = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Germany": "Berlin",
+    "Spain": "Madrid",
+    "Japan": "Tokyo",
+    "Russia": "Moscow",
+    "England": "London",
+    "Egypt": "Cairo",
+    "Austria": "Vienna",
+    "Greece": "Athens",
+    "Ireland": "Dublin",
+    "Cuba": "Havana",
+}
+
+
+class DemoPairs(NamedTuple):
+    """Pairs that differ in one token, and the next tokens of the clean and the corrupted prompt."""
+
+    clean: Int[Tensor, "pair pos"]
+    corrupted: Int[Tensor, "pair pos"]
+    answer: list[int]
+    wrong_answer: list[int]
+
+
+def demo_pairs(model: "HookedTransformer", n: int = 1, n_pos: int = 6) -> DemoPairs:
+    """`n` pairs such as "The capital of France is" and "The capital of Italy is", or of `n_pos` token numbers.
+
+    >>> from hooklens.testing import tiny_model
+    >>> pairs = demo_pairs(tiny_model(), 1, 4)
+    >>> pairs.clean.tolist(), pairs.corrupted.tolist(), pairs.answer, pairs.wrong_answer
+    ([[1, 2, 3, 4]], [[1, 2, 4, 4]], [0], [1])
+    """
+    rows, answers = _sentences(model, n)
+    if rows is not None:
+        return DemoPairs(rows[:n], rows[1:], answers[:n], answers[1:])
+    n_pos, d_vocab = min(n_pos, model.cfg.n_ctx), model.cfg.d_vocab
+    clean = torch.arange(1, n * n_pos + 1, device=model.device).view(n, n_pos) % d_vocab
+    corrupted = clean.clone()
+    corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 1) % d_vocab
+    return DemoPairs(clean, corrupted, [0] * n, [min(1, model.cfg.d_vocab_out - 1)] * n)
+
+
+def demo_texts(model: "HookedTransformer", n: int, n_pos: int) -> Int[Tensor, "text pos"]:
+    """`n` short sentences of one length, or rows of `n_pos` random token numbers.
+
+    >>> from hooklens.testing import tiny_model
+    >>> demo_texts(tiny_model(), 3, 4).shape
+    torch.Size([3, 4])
+    """
+    rows, _ = _sentences(model, n - 1)
+    if rows is not None:
+        return rows
+    shape = (n, min(n_pos, model.cfg.n_ctx))
+    return torch.randint(model.cfg.d_vocab, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+def _sentences(model: "HookedTransformer", n: int) -> tuple[Int[Tensor, "text pos"] | None, list[int]]:
+    """`n` + 1 sentences, neighbours never the same, with their answers; None where the model has no use for them."""
+    if model.tokenizer is None:
+        return None, []
+    rows, answers = [], []
+    try:
+        for country, capital in _CAPITALS.items():
+            answers.append(model.to_single_token(f" {capital}"))
+            rows.append(model.to_tokens(f"The capital of {country} is")[0])
+    except HooklensError:  # capitals of several tokens, or a text that this tokenizer cannot read
+        return None, []
+    length = Counter(map(len, rows)).most_common(1)[0][0]
+    usable = [i for i, row in enumerate(rows) if len(row) == length]
+    chosen = [usable[i % len(usable)] for i in range(n + 1)]
+    largest = max(int(rows[i].max()) for i in chosen)
+    fits = length <= model.cfg.n_ctx and largest < model.cfg.d_vocab and max(answers) < model.cfg.d_vocab_out
+    if not fits or len(usable) < 2 or len(set(answers)) < len(answers):
+        return None, []
+    return torch.stack([rows[i] for i in chosen]), [answers[i] for i in chosen]

@@ -1,0 +1,166 @@
+"""Questions that have no answer are refused before the model runs, and the message names the options given."""
+
+import json
+
+import pytest
+from test_cli import CLEAN, CORRUPTED, invoke, model_path  # noqa: F401  a fixture
+
+import hooklens as hl
+from hooklens import cli, cli_methods, cli_time  # noqa: F401  its commands register themselves
+from hooklens.core.errors import ArgumentError, InputError, Unavailable
+from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.testing import tiny_model
+
+PAIR = {"--clean": CLEAN, "--corrupted": CORRUPTED, "--answer": " Mary", "--wrong-answer": " John"}
+
+
+def pair(**changes):
+    given = PAIR | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
+    return [part for option in given.items() for part in option]
+
+
+REFUSED = [
+    (["patch", *pair(answer=" John")], ["--answer and --wrong-answer are the same token ' John'"]),
+    (["patch", *pair(corrupted=CLEAN)], ["--clean and --corrupted are the same"]),
+    (["patch", *pair(answer="zzz")], ["--answer: 'zzz' is 3 tokens"]),
+    (["patch", *pair(), "--by", "layer x banana"], ["--by", "'layer x pos'"]),
+    (["patch", *pair(), "--out", "."], ["--out '.' is a folder"]),
+    (["patch", *pair(corrupted="When Mary")], ["--clean and --corrupted must tokenise", "--by='layer'"]),
+    (["lens", CLEAN, "--answer", " Mary", "--wrong-answer", " Mary"], ["--answer and --wrong-answer are the same"]),
+    (["heads", "--ioi", "3"], ["--ioi is", "a multiple of 4", "got 3; use 4"]),
+    (["heads", "--sequences", "1"], ["--sequences is", "at least 6"]),
+    (["heads", *pair(answer=" John")], ["--answer and --wrong-answer are the same"]),
+    (["heads", *pair(corrupted=CLEAN)], ["--clean and --corrupted are the same"]),
+    (["circuit", *pair(), "--edges", "99999999"], ["--edges is", "at least 1, at most the 46 edges of this model"]),
+    (["circuit", *pair(), "--edges", "0"], ["--edges is", "at least 1"]),
+    (["circuit", *pair(), "--draws", "99"], ["--draws must be at least 100 random circuits", "got 99"]),
+    (["circuit", *pair(answer=" John")], ["--answer and --wrong-answer are the same"]),
+    (["circuit", *pair(corrupted=CLEAN)], ["--clean and --corrupted are the same"]),
+    (["demo", "--pairs", "6"], ["--pairs is", "a multiple of 4", "got 6; use 4 or 8"]),
+    (["generate", "When", "--max-new-tokens", "0"], ["--max-new-tokens is", "at least 1"]),
+    (["generate", "When", "--temperature", "-1"], ["--temperature must be 0"]),
+    (["generate", "When", "--seed", "-1"], ["--seed"]),
+    (["patch", *pair(), "--seed", str(2**70)], ["--seed", "4294967295"]),
+    (["register", "p.json", "--hypothesis", "h", "--control", "c", "--n", "0"], ["--n is", "at least 2"]),
+    (
+        ["register", "p.json", "--hypothesis", "h", "--control", "c", "--n", "8", "--threshold", "nan"],
+        ["--threshold is"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), REFUSED)
+def test_a_degenerate_question_was_answered_or_refused_after_minutes(
+    arguments,
+    told,
+    model_path,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """Pages of NaN with exit code 0, a refusal after 499 s in the last line, or one by a name that is no option."""
+    runs = []
+    monkeypatch.setattr(HookedTransformer, "_run", lambda self, *args, **kwargs: runs.append(args))
+    model = [] if arguments[0] == "register" else ["--model", model_path]
+    out = [] if arguments[0] in ("register", "generate") or "--out" in arguments else ["--out", tmp_path / "o.html"]
+    done = invoke(*arguments, *model, *out)
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == cli.BAD_INPUT and not runs, said
+    assert all(part in said for part in told), said
+    assert not list(tmp_path.glob("o.*"))
+
+
+def test_a_model_without_a_tokenizer_is_refused_in_words_of_the_command_line(tmp_path):
+    save_checkpoint(tiny_model(), tmp_path / "tiny")
+    for arguments in (["patch", *pair()], ["demo"], ["lens", "When"], ["circuit", *pair()], ["generate", "When"]):
+        done = invoke(*arguments, "--model", tmp_path / "tiny")
+        assert done.exit_code == cli.BAD_INPUT and "has no tokenizer, and this command reads text" in done.stderr
+
+
+def test_in_python_the_arguments_are_named():
+    model, metric = tiny_model(), hl.logit_diff(tiny_model(), answer=1, wrong_answer=2)
+    with pytest.raises(ArgumentError, match=r"answer and wrong_answer are the same token '3' \(pair 1\), so"):
+        hl.logit_diff(model, answer=[1, 3], wrong_answer=[2, 3])
+    for value in ("clean", "corrupted"):
+        with pytest.raises(ArgumentError, match="clean and corrupted are the same tokens"):
+            hl.patch(model, [[1, 2]], [[1, 2]], metric, value=value)
+    hl.patch(model, [[1, 2]], [[1, 2]], metric, value="zero")  # which is a question
+    with pytest.raises(ArgumentError, match="by is the grid: z can be swept by layer and any of head, pos"):
+        hl.patch(model, [[1, 2]], [[1, 3]], metric, site="z", by="layer x neuron")
+
+
+def test_values_in_a_message_are_not_taken_for_names():
+    error = ArgumentError("{answer} is {0!r}, {1}", "{answer}", "{0}")
+    assert str(error) == "answer is '{answer}', {0}"
+    assert error.told({"answer": "--answer"}) == "--answer is '{answer}', {0}"
+
+
+def test_an_empty_name_was_the_current_folder():
+    for name in ("", "  "):
+        with pytest.raises(InputError, match=r"empty name.*hooklens models"):
+            hl.load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("smollm2", "closest: smollm2-135m-instruct"), ("gpt2", "smollm2-135m-instruct")]
+)
+def test_a_name_that_cannot_be_fetched_is_told_what_can_be_loaded(name, near, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(Unavailable, match=f"{near}.*`hooklens models` lists all"):
+        hl.load(name)
+
+
+def test_a_device_that_is_not_there_was_torchs_bare_assertion(model_path):  # noqa: F811
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(Unavailable, match=r"the device 'cuda' cannot be used here"):
+            hl.load(model_path, device="cuda")
+    with pytest.raises(InputError, match="'warp' is no device; use cpu"):
+        hl.load(model_path, device="warp")
+
+
+def test_a_command_of_more_than_a_minute_says_so_first(model_path, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(cli_time, "seconds_a_token", lambda model: 10.0)
+    out = ["--model", model_path, "--out", tmp_path / "o.html"]
+    for arguments in (["patch", *pair()], ["demo", "--pairs", 4], ["heads", "--sequences", 6, "--ioi", 0]):
+        done = invoke(*arguments, *out)
+        first = done.stderr.splitlines()[0]
+        assert done.exit_code == 0 and first.startswith("this will take about ") and "Ctrl-C" in first
+    monkeypatch.undo()
+    assert invoke("patch", *pair(), *out).stderr == ""
+
+
+@pytest.mark.parametrize("by", [("layer", "pos"), ("layer", "head"), ("layer", "head", "pos")])
+def test_the_work_that_is_foretold_is_about_what_is_done(by):
+    model, n_pos = tiny_model(n_layers=6, n_ctx=32), 20
+    clean = [[i % 11 for i in range(n_pos)]]
+    corrupted = [[5, *clean[0][1:]]]
+    site = "resid_pre" if "head" not in by else "z"
+    with hl.engine(verify=0):
+        sweep = hl.patch(model, clean, corrupted, hl.logit_diff(model, answer=1, wrong_answer=2), site=site, by=by)
+    told = cli_time.of_patch(model, n_pos, [by]) - model.cfg.n_layers * n_pos  # without the whole layers
+    assert 0.5 < told / (sweep.computed * sweep.values.numel() * n_pos) < 2
+
+
+def test_the_demo_ends_with_the_full_path_and_what_was_found(model_path, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    done = invoke("demo", "--model", model_path, "--pairs", 4, "--out", "demo.html")
+    finding, report, numbers = done.stdout.splitlines()[-3:]
+    assert (
+        finding.startswith("finding: ")
+        and finding.removeprefix("finding: ")[:40] in (tmp_path / "demo.html").read_text()
+    )
+    assert report == f"report: {tmp_path / 'demo.html'}" and numbers == f"numbers: {tmp_path / 'demo.json'}"
+
+
+def test_the_page_of_a_demo_says_what_the_method_is_for_and_that_its_model_is_random(model_path, tmp_path):  # noqa: F811
+    out = tmp_path / "o.html"
+    assert invoke("run", "patching", "--out", out).exit_code == 0
+    page = out.read_text()
+    assert "Activation patching: overwrite one site" in page and "tiny and random" in page
+    done = invoke("run", "patching", "--out", out, "--model", model_path, "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["report"] == str(out)
+    assert "tiny and random" not in out.read_text()
