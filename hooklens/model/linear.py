@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooklens.core.errors import InputError
-from hooklens.core.hooks import counting
+from hooklens.core.scope import Lifetime, Scope
 
 # A weight in an order of oneDNN's own; its logical shape stays.
 Packed = Float[Tensor, "d_out d_in"]
 
-_scope: ContextVar["packed_linears | None"] = ContextVar("hooklens_packed", default=None)
-_open_packs = 0
+_packs: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_packed", default=())
+_open_packs: set["packed_linears"] = set()
 #: The setting that switches packed linears off for a process.
 ENV = "HOOKLENS_PACKED_LINEARS"
 # Packed for one row, a weight is laid out for a kernel that reads it a fifth slower than the one for 16 rows.
@@ -39,14 +39,14 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        if _open_packs and (scope := _scope.get()) is not None:
+        if _open_packs and (scope := packed_linears.innermost()) is not None:
             packed = scope.weight_of(self, x)
             if packed is not None:
                 return packed_product(x, packed, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
-class packed_linears:
+class packed_linears(Scope):
     """A `with` block in which no-grad float32 CPU linear layers use packed weights, where these measure faster.
 
     >>> layer = Linear(8, 8)
@@ -59,23 +59,18 @@ class packed_linears:
     variable HOOKLENS_PACKED_LINEARS=0 switches packing off.
     """
 
+    stack, anywhere = _packs, _open_packs
+
     def __init__(self, *, rows: int = 256, enabled: bool | None = None):
+        super().__init__()
         self.rows, self.enabled = rows, packing_pays(rows) if enabled is None else enabled and packing_works()
         self.packs: dict[Linear, tuple[Float[Tensor, "d_out d_in"], int, Packed]] = {}
 
-    def __enter__(self) -> "packed_linears":
-        global _open_packs
-        self.before = _scope.get()
-        _scope.set(self.before or self)  # inside another scope its packs are used: nothing is packed twice
-        with counting:
-            _open_packs += 1
-        return self
+    def begin(self) -> "packed_linears":
+        return self.innermost() or self  # inside another scope its packs are used: nothing is packed twice
 
-    def __exit__(self, *exc: object) -> None:
-        global _open_packs
-        with counting:
-            _open_packs -= 1
-        _scope.set(self.before)
+    def end(self) -> None:
+        super().end()
         self.packs.clear()
 
     def weight_of(self, layer: Linear, x: Float[Tensor, "... d_in"]) -> Packed | None:
@@ -144,7 +139,7 @@ def packing_works() -> bool:
 
 def packing_wanted(rows: int) -> bool:
     """Should products of that many rows be packed here? An open scope has decided; else whether it pays does."""
-    scope = _scope.get()
+    scope = packed_linears.innermost()
     return packing_pays(rows) if scope is None else scope.enabled
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hooklens.core.errors import InputError
+from hooklens.core.scope import Lifetime, Scope
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,10 @@ class Settings:
 
 
 _DEFAULTS = Settings()
-_settings: ContextVar[Settings] = ContextVar("hooklens_sweep_settings", default=_DEFAULTS)
+_settings: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_sweep_settings", default=())
 
 
-class engine:
+class engine(Scope):
     """A `with` block in which sweeps run with other settings.
 
     >>> with engine(verify=0, memory=64 * 2**20):
@@ -30,7 +31,10 @@ class engine:
     67108864
     """
 
+    stack = _settings
+
     def __init__(self, **changes: Any):
+        super().__init__()
         known = Settings.__dataclass_fields__
         wrong = [name for name in changes if name not in known]
         if wrong:
@@ -41,15 +45,13 @@ class engine:
                 raise InputError(f"{name} is a whole number of at least 0, got {value!r}")
         self.changes = changes
 
-    def __enter__(self) -> Settings:
-        self.before = _settings.get()
-        _settings.set(replace(self.before, **self.changes))
-        return _settings.get()
+    def begin(self) -> Settings:
+        return replace(current(), **self.changes)
 
-    def __exit__(self, *exc: object) -> None:
-        _settings.set(self.before)
+    def given(self) -> Settings:
+        return self.lifetime.value
 
 
 def current() -> Settings:
     """The settings in force here."""
-    return _settings.get()
+    return engine.innermost() or _DEFAULTS

@@ -38,7 +38,7 @@ def model():
 
 
 def clean_afterwards(model) -> bool:
-    return hooks_module._open_scopes == 0 and not any(p.handles or p.active() for p in model.hook_points().values())
+    return not hooks_module._open_scopes and not any(p.handles or p.active() for p in model.hook_points().values())
 
 
 def test_a_hook_edits_by_what_it_returns_and_None_leaves_the_activation_unchanged():
