@@ -313,8 +313,10 @@ def _digest(tensor: Tensor) -> tuple:
 
 def _tidy(model: HookedTransformer, before: dict[str, Any]) -> None:
     """A broken plugin must not break the tests that follow: end its scopes and handles, restore the modes."""
-    for scope in hooks._open_scopes - before["hooks"][0]:
-        scope.__exit__(None, None, None)
+    for lifetime in hooks._open_scopes - before["hooks"][0]:
+        scope = hooks.HookScope(model, lifetime.value)
+        scope.lifetime = lifetime
+        scope.end()
     torch.set_grad_enabled(before["grad mode"][0])
 
 

@@ -194,7 +194,7 @@ BROKEN = {
     "leaves a scope": (
         "hooks",
         "open scope",
-        {RUN: "    model.hooks([('embed', lambda x, hook: None)]).__enter__()\n" + RUN},
+        {RUN: "    globals()['left'] = model.hooks([('embed', lambda x, hook: None)])\n    left.__enter__()\n" + RUN},
     ),
     "leaves a torch hook": ("hooks", "torch hooks", {RUN: "    model.register_forward_hook(lambda *a: None)\n" + RUN}),
     "leaves gradients off": ("grad mode", "switched on or off", {RUN: "    torch.set_grad_enabled(False)\n" + RUN}),

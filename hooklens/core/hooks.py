@@ -20,7 +20,7 @@ HookFn = Callable[[Tensor, "HookCall"], Tensor | None]
 # Every scope that this thread or task has entered; a thread starts with none, a task with those of its creator.
 _scopes: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_scopes", default=())
 # Open scopes in the whole process: the one thing that an unhooked forward pass looks at.
-_open_scopes: set["HookScope"] = set()
+_open_scopes: set[Lifetime] = set()
 _moments: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_moments", default=())
 _order = itertools.count()
 
@@ -285,7 +285,11 @@ class Handle:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.remove()
+        try:
+            self._end()
+        except BaseException:
+            self._end()
+            raise
 
 
 def _take_off(point: HookPoint, lifetime: Lifetime) -> None:

@@ -22,15 +22,16 @@ class Lifetime:
 class Scope:
     """A `with` block that this thread or task is in.
 
-    `stack` lists what this thread or task has entered, innermost last. `anywhere` holds the open scopes of the whole
+    `stack` lists what this thread or task has entered, innermost last. `anywhere` holds what is open in the whole
     process: it is looked at first, so that code outside of every scope costs one check and compiles whole.
 
     Ctrl-C may fall between any two instructions, also in here. So `open` is set last, each step of the way out may be
-    taken twice, and what is interrupted on the way in or out is undone before the interrupt goes on.
+    taken twice, and what is interrupted on the way in or out is undone before the interrupt goes on. A scope that
+    nobody refers to any more ends too: Ctrl-C at the first instruction of `__exit__` leaves it to that.
     """
 
     stack: ClassVar[ContextVar[tuple[Lifetime, ...]]]
-    anywhere: ClassVar[set[Any]] = set()
+    anywhere: ClassVar[set[Lifetime]] = set()
 
     def __init__(self) -> None:
         self.lifetime = Lifetime()
@@ -42,7 +43,7 @@ class Scope:
             self.lifetime.value = self.begin()
             # Scopes that ended in another context are still listed in this one: they go now.
             self.stack.set((*(held for held in self.stack.get() if held.open), self.lifetime))
-            self.anywhere.add(self)
+            self.anywhere.add(self.lifetime)
             self.lifetime.open = True
             return self.given()
         except BaseException:
@@ -56,6 +57,10 @@ class Scope:
             self.end()
             raise
 
+    def __del__(self) -> None:
+        if self.lifetime.open:
+            self.end()
+
     def begin(self) -> Any:
         """What holds inside the block."""
 
@@ -68,7 +73,7 @@ class Scope:
         self.lifetime.open = False
         # By identity, not by token: the block may end in another context than the one it began in.
         self.stack.set(tuple(held for held in self.stack.get() if held is not self.lifetime))
-        self.anywhere.discard(self)
+        self.anywhere.discard(self.lifetime)
         self.lifetime.value = None
 
     @classmethod

@@ -19,6 +19,8 @@ from hooklens.core.scope import Lifetime, Scope
 _calls: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_calls", default=())
 # What a clock was told last, and in which period of being held: (period, (step, offset, seen)).
 _told: ContextVar[tuple[Any, tuple] | None] = ContextVar("hooklens_told", default=None)
+# (step, offset) of the last call with each KV cache of transformers.
+_steps: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
 _install = threading.Lock()
 _NUMBERED = re.compile(r"^(?P<name>.+)#(?P<call>\d+)$")
 
@@ -232,11 +234,6 @@ class ModulePoint(_Listener, HookPoint):
 class _Clock(_Listener):
     """When in a generation the wrapped module is called: told by the KV cache that transformers hands it."""
 
-    def __init__(self, part: nn.Module):
-        super().__init__(part)
-        #: (step, offset) of the last call with each cache.
-        self.last: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
-
     def moment(self, name: str) -> HookCall:
         """What hooks are told at that point."""
         told = _told.get()
@@ -251,14 +248,11 @@ class _Clock(_Listener):
         if not hasattr(past, "get_seq_length"):
             _told.set(None)
             return
-        step, offset = self.last.get(past, (0, 0))
+        step, offset = _steps.get(past, (0, 0))
         now = int(past.get_seq_length())
         step = 0 if now == 0 else step + (now != offset)
-        self.last[past] = step, now
+        _steps[past] = step, now
         _told.set((self.live, (step, now, _seen(args, given, now))))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last": weakref.WeakKeyDictionary()}
 
 
 def _seen(args: tuple, given: dict[str, Any], offset: int) -> Tensor | None:
@@ -286,8 +280,8 @@ def _uninstall(part: nn.Module, listener: _Listener) -> None:
     for hooks in (part._forward_hooks, part._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, _TorchHook) and hook.listener is listener:
-                hooks.pop(key, None)
                 part._forward_pre_hooks_with_kwargs.pop(key, None)
+                hooks.pop(key, None)
 
 
 def _through(value: Any, fire: Callable[[Tensor], Tensor]) -> Any:

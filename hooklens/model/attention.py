@@ -30,7 +30,7 @@ OwnInputs = tuple[
 ]
 
 _written_out: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_written_out", default=())
-_open_blocks: set["differentiable_attention"] = set()
+_open_blocks: set[Lifetime] = set()
 
 
 class differentiable_attention(Scope):

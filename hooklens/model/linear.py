@@ -22,9 +22,11 @@ from hooklens.core.scope import Lifetime, Scope
 
 # A weight in an order of oneDNN's own; its logical shape stays.
 Packed = Float[Tensor, "d_out d_in"]
+# A weight, the version of it that was packed, and its pack.
+Known = tuple[Float[Tensor, "d_out d_in"], int, Packed]
 
 _packs: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_packed", default=())
-_open_packs: set["packed_linears"] = set()
+_open_packs: set[Lifetime] = set()
 #: The setting that switches packed linears off for a process.
 ENV = "HOOKLENS_PACKED_LINEARS"
 # Packed for one row, a weight is laid out for a kernel that reads it a fifth slower than the one for 16 rows.
@@ -39,8 +41,8 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        if _open_packs and (scope := packed_linears.innermost()) is not None:
-            packed = scope.weight_of(self, x)
+        if _open_packs and (packs := packed_linears.innermost()) is not None:
+            packed = packs.weight_of(self, x)
             if packed is not None:
                 return packed_product(x, packed, self.bias)
         return F.linear(x, self.weight, self.bias)
@@ -64,14 +66,22 @@ class packed_linears(Scope):
     def __init__(self, *, rows: int = 256, enabled: bool | None = None):
         super().__init__()
         self.rows, self.enabled = rows, packing_pays(rows) if enabled is None else enabled and packing_works()
-        self.packs: dict[Linear, tuple[Float[Tensor, "d_out d_in"], int, Packed]] = {}
+        self.packs: dict[Linear, Known] = {}
 
-    def begin(self) -> "packed_linears":
-        return self.innermost() or self  # inside another scope its packs are used: nothing is packed twice
+    def begin(self) -> "_Packs":
+        # Inside another scope its packs are used: nothing is packed twice.
+        return self.innermost() or _Packs(self.rows, self.enabled, self.packs)
 
     def end(self) -> None:
         super().end()
         self.packs.clear()
+
+
+class _Packs:
+    """The weights that a scope has packed."""
+
+    def __init__(self, rows: int, enabled: bool, packs: "dict[Linear, Known]"):
+        self.rows, self.enabled, self.packs = rows, enabled, packs
 
     def weight_of(self, layer: Linear, x: Float[Tensor, "... d_in"]) -> Packed | None:
         """The packed weight for this product, or None where torch's own path must run."""
@@ -139,8 +149,8 @@ def packing_works() -> bool:
 
 def packing_wanted(rows: int) -> bool:
     """Should products of that many rows be packed here? An open scope has decided; else whether it pays does."""
-    scope = packed_linears.innermost()
-    return packing_pays(rows) if scope is None else scope.enabled
+    packs = packed_linears.innermost()
+    return packing_pays(rows) if packs is None else packs.enabled
 
 
 def packing_pays(rows: int = 240) -> bool:
