@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache, converted
 from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
+from hooklens.core.gradients import need_gradients
 from hooklens.core.names import LAZY, Where, parse, resolve
 from hooklens.core.scope import Lifetime, Scope
 
@@ -147,6 +148,42 @@ class HookPoint(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "handles": {}}  # a copy of a model carries no hooks
+
+    # -- torch's own ways to hook a module: `__call__` is not torch's, so they become handles
+
+    def register_forward_hook(self, hook: Callable, *, prepend=False, with_kwargs=False, always_call=False) -> Any:
+        """`hook(point, (act,), act)` as a handle: what it returns goes on, and an edit in place must be returned."""
+        given: tuple = ({},) if with_kwargs else ()
+        return self._of_torch(lambda point, act: hook(point, (act,), *given, act), prepend)
+
+    def register_forward_pre_hook(self, hook: Callable, *, prepend=False, with_kwargs=False) -> Any:
+        """`hook(point, (act,))` as a handle."""
+        if with_kwargs:
+            return self._of_torch(lambda point, act: (hook(point, (act,), {}) or (None,))[0], prepend)
+        return self._of_torch(lambda point, act: hook(point, (act,)), prepend)
+
+    def register_full_backward_hook(self, hook: Callable, prepend: bool = False) -> Any:
+        """`hook(point, (grad,), (grad,))` as a handle: at an identity both gradients are one."""
+        return self._of_torch(lambda point, grad: hook(point, (grad,), (grad,)), prepend, backward=True)
+
+    def register_full_backward_pre_hook(self, hook: Callable, prepend: bool = False) -> Any:
+        """`hook(point, (grad,))` as a handle."""
+        return self._of_torch(lambda point, grad: hook(point, (grad,)), prepend, backward=True)
+
+    register_backward_hook = register_full_backward_hook
+
+    def _of_torch(self, call: Callable[[Any, Tensor], Any], prepend: bool, *, backward: bool = False) -> "Handle":
+        if prepend:
+            raise InputError("hooks at a hook point run in the order in which they were attached; leave out prepend")
+        point = weakref.ref(self)
+
+        def fn(act: Tensor, _: HookCall) -> Tensor | None:
+            result = call(point(), act)
+            while isinstance(result, tuple):
+                result = result[0]
+            return result
+
+        return Handle([self], fn, backward)
 
 
 def dispatch(call: HookCall, hooks: Sequence[_Hook], act: Tensor, overwritten: bool) -> Tensor:
@@ -317,7 +354,20 @@ def edited_elsewhere(points: Iterable[HookPoint]) -> bool:
     return any(point.listening() for point in points)
 
 
-class HookedModule(nn.Module):
+class HookedPart(nn.Module):
+    """An nn.Module that owns hook points, and keeps them: where one is replaced, edits by its name would do nothing."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        there = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(there, HookPoint) and there.name and value is not there:
+            raise WrongType(
+                f"{there.name} is a hook point, which {type(value).__name__} cannot replace; to edit what passes there "
+                "use model.hooks(fwd_hooks=[(name, function)]). A point that nobody listens to costs one check"
+            )
+        super().__setattr__(name, value)
+
+
+class HookedModule(HookedPart):
     """An nn.Module whose HookPoints are addressed by name."""
 
     def name_points(self) -> None:
@@ -336,7 +386,20 @@ class HookedModule(nn.Module):
 
     def resolve(self, where: Where) -> list[HookPoint]:
         """The points that a name, short site, list or predicate asks for; unknown ones raise with the nearest."""
-        return [self._points[name] for name in resolve(where, self.hook_names())]
+        return self._standing({name: self._points[name] for name in resolve(where, self.hook_names())})
+
+    def _standing(self, points: dict[str, HookPoint]) -> list[HookPoint]:
+        """The points, each of which must still be part of this module: nothing fires where one was replaced."""
+        for name, point in points.items():
+            part: nn.Module | None = self
+            for step in name.split("."):
+                part = None if part is None else part._modules.get(step)
+            if part is not point and all(module is not point for module in self.modules()):
+                raise HookError(
+                    f"the hook point {name!r} is no longer part of this {type(self).__name__}: it or a module around it "
+                    f"was replaced (by a {type(part).__name__}); put it back, or call name_points() where points changed"
+                )
+        return list(points.values())
 
     def hooks(
         self, fwd_hooks: Iterable[tuple[Where, HookFn]] = (), bwd_hooks: Iterable[tuple[Where, HookFn]] = ()
@@ -394,6 +457,8 @@ class HookedModule(nn.Module):
 
         `None` asks for every point except the lazy ones. A second forward pass inside the scope overwrites the first.
         """
+        if grads:
+            need_gradients("grads=True")
         if grads and not torch.is_grad_enabled():
             raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
         chosen = self._plain_points() if where is None else self.resolve(where)
@@ -405,7 +470,8 @@ class HookedModule(nn.Module):
         return scope, ActivationCache(entries, self)
 
     def _plain_points(self) -> list[HookPoint]:
-        return [point for name, point in self.hook_points().items() if _site_name(name) not in LAZY]
+        plain = {name: point for name, point in self.hook_points().items() if _site_name(name) not in LAZY}
+        return self._standing(plain)
 
     def run_with_cache(
         self,

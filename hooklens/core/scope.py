@@ -58,7 +58,8 @@ class Scope:
             raise
 
     def __del__(self) -> None:
-        if self.lifetime.open:
+        lifetime = getattr(self, "lifetime", None)  # None where __init__ was interrupted
+        if lifetime is not None and lifetime.open:
             self.end()
 
     def begin(self) -> Any:

@@ -79,6 +79,9 @@ class WrappedModule(HookedModule):
             found.update(dict.fromkeys(points))
         return list(found)
 
+    def _standing(self, points: dict[str, HookPoint]) -> list[HookPoint]:
+        return list(points.values())  # beside the module, not in it: one whose module is not called says so
+
     def _of_call(self, numbered: re.Match) -> "ModulePoint":
         every = self._points.get(numbered["name"])
         if every is None:

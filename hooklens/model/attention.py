@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooklens.core.hooks import HookPoint
+from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.core.scope import Lifetime, Scope
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
@@ -45,7 +45,7 @@ class differentiable_attention(Scope):
         return True
 
 
-class Attention(nn.Module):
+class Attention(HookedPart):
     """softmax(q k / scale) v, or whatever the parts make of it."""
 
     def __init__(self, cfg: HookedTransformerConfig, layer: int):

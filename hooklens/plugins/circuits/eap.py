@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.gradients import need_gradients
 from hooklens.data.prompts import Pairs, Prompts
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
@@ -73,6 +74,7 @@ def scored(
     one_batch: Callable[..., Scored],
 ) -> EdgeScores:
     """The scores that a method finds, batch by batch."""
+    need_gradients(name)
     refuse(model)
     check_ablation(ablation)
     graph = circuit_graph(model)
