@@ -33,8 +33,11 @@ WRAPPED = wrap(PLAIN)
 WRAPPED.resolve("0.hook_in#0")
 
 
+FIRED = []
+
+
 def nothing(act, hook):
-    return None
+    FIRED.append(hook.name)
 
 
 def in_block(make):
@@ -62,6 +65,9 @@ def left_behind() -> list[str]:
     points = [*NET.hook_points().values(), *WRAPPED._points.values()]
     modules = list(PLAIN.modules())
     found = [kind.__name__ for kind in KINDS if kind.innermost() is not None or kind.anywhere]
+    FIRED.clear()
+    NET(torch.ones(1)), PLAIN(torch.ones(1))
+    found += [f"a hook at {name}" for name in FIRED]
     found += [f"handle at {point.name}" for point in points if point.handles]
     found += [f"{point.name} is held" for point in points if getattr(point, "holders", None)]
     found += ["a torch hook" for m in modules if m._forward_hooks or m._forward_pre_hooks]
