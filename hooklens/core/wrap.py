@@ -247,8 +247,9 @@ class _Clock(_Listener):
         part.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
     def called(self, args: tuple, given: dict[str, Any]) -> None:
-        past = given.get("past_key_values")
-        if not hasattr(past, "get_seq_length"):
+        # By what it can do: its name is past_key_values in some versions of transformers and cache in others.
+        past = next((value for value in (*args, *given.values()) if hasattr(value, "get_seq_length")), None)
+        if past is None:
             _told.set(None)
             return
         step, offset = _steps.get(past, (0, 0))

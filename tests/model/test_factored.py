@@ -119,3 +119,9 @@ def test_the_norm_of_factors_that_nearly_cancel_keeps_its_digits(dtype):
     assert FactoredMatrix(A, B).norm().item() == pytest.approx(expected, abs=2 * rounding)
     half = FactoredMatrix(A.bfloat16(), B.bfloat16()).norm()
     assert half.dtype == torch.bfloat16 and half.isfinite()
+
+
+def test_the_rank_is_at_most_each_of_the_three_sizes_of_which_mdim_is_the_inner_one():
+    wide = FactoredMatrix(torch.ones(2, 6), torch.ones(6, 3))
+    assert (wide.ldim, wide.mdim, wide.rdim) == (2, 6, 3) and wide.S.shape[-1] == 2
+    assert "at most the least" in FactoredMatrix.mdim.__doc__
