@@ -15,6 +15,6 @@ def need_gradients(asker: str) -> None:
     """
     if torch.is_inference_mode_enabled():
         raise InputError(
-            f"{asker} needs gradients, which torch.inference_mode() rules out; leave that block, or use torch.no_grad() "
-            "around what needs none: it also saves the memory, and gradients can be switched on inside it"
+            f"{asker} needs gradients, which torch.inference_mode() rules out; leave that block, or use "
+            "torch.no_grad(), which saves as much memory and lets gradients be switched on inside it"
         )

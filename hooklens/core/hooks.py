@@ -396,8 +396,8 @@ class HookedModule(HookedPart):
                 part = None if part is None else part._modules.get(step)
             if part is not point and all(module is not point for module in self.modules()):
                 raise HookError(
-                    f"the hook point {name!r} is no longer part of this {type(self).__name__}: it or a module around it "
-                    f"was replaced (by a {type(part).__name__}); put it back, or call name_points() where points changed"
+                    f"the hook point {name!r} is no longer part of this {type(self).__name__}: it or a module around "
+                    f"it was replaced (by a {type(part).__name__}); put it back, or call name_points() after it"
                 )
         return list(points.values())
 

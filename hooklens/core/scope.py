@@ -16,7 +16,8 @@ class Lifetime:
     __slots__ = ("open", "value")
 
     def __init__(self, *, open: bool = False):
-        self.open, self.value = open, None
+        self.open = open
+        self.value: Any = None
 
 
 class Scope:

@@ -6,7 +6,7 @@ The methods besides `forward` are its seams: exact sweeps enter a block there, i
 from typing import ClassVar
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.attention import Attention, OwnInputs

@@ -430,7 +430,7 @@ def test_a_point_that_is_gone_with_the_module_around_it_says_so_when_it_is_asked
     assert net.hook_names() == ["hook_b"]
 
     model.blocks[0].mlp = nn.Identity()
-    with pytest.raises(HookError, match="blocks.0.mlp.hook_pre"):
+    with pytest.raises(HookError, match=r"blocks\.0\.mlp\.hook_pre"):
         model.run_with_cache(TOKENS)
     model.blocks[1].around = Around(model.blocks[1].attn)  # elsewhere in the model it still fires
     assert model.resolve(("z", 1))
@@ -449,7 +449,10 @@ def test_torchs_own_hooks_on_a_point_fire():
     assert net(torch.ones(1)).item() == 16.0
     with net.hook_a.register_forward_hook(lambda point, args, kwargs, out: out * 3, with_kwargs=True):
         assert net(torch.ones(1)).item() == 144.0
-    for options, back in (({}, lambda args: (args[0] * 2,)), ({"with_kwargs": True}, lambda args: ((args[0] * 2,), {}))):
+    for options, back in (
+        ({}, lambda args: (args[0] * 2,)),
+        ({"with_kwargs": True}, lambda args: ((args[0] * 2,), {})),
+    ):
         with net.hook_a.register_forward_pre_hook(lambda point, args, *_, back=back: back(args), **options):
             assert net(torch.ones(1)).item() == 64.0
     with net.hook_a.register_full_backward_hook(lambda point, into, out: (out[0] * 2,)):

@@ -84,7 +84,9 @@ def test_ctrl_c_while_a_block_begins_or_ends_leaves_it_closed(name):
     assert tried > 40
 
 
-@pytest.mark.parametrize(("net", "where"), [(NET, "hook_a"), (WRAPPED, "0.hook_in")], ids=["a model", "a wrapped module"])
+@pytest.mark.parametrize(
+    ("net", "where"), [(NET, "hook_a"), (WRAPPED, "0.hook_in")], ids=["a model", "a wrapped module"]
+)
 def test_ctrl_c_while_a_hook_is_added_or_removed_leaves_none(net, where):
     handles = []
 

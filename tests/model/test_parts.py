@@ -249,7 +249,9 @@ def test_names_stand_for_parts_and_an_unknown_field_is_refused():
         HookedTransformerConfig.from_json(values | {"n_layer": 1})
 
 
-@pytest.mark.parametrize(("biases", "there"), [((True, None), (1, 1)), ((True, False), (1, 0)), ((False, True), (0, 1))])
+@pytest.mark.parametrize(
+    ("biases", "there"), [((True, None), (1, 1)), ((True, False), (1, 0)), ((False, True), (0, 1))]
+)
 def test_the_gate_may_have_or_lack_a_bias_of_its_own(biases, there):
     model = tiny_model(gated_mlp=True, biases=Biases(mlp=biases[0], gate=biases[1]))
     mlp = model.blocks[0].mlp
