@@ -17,8 +17,6 @@ from hooklens.core.terminal import visible
 
 Item = TypeVar("Item")
 ENV = "HOOKLENS_PROGRESS"
-#: Whether bars are shown (None: where somebody is looking); `hl.engine(progress=...)` sets it.
-SHOWN: ContextVar[bool | None] = ContextVar("hooklens_progress_shown", default=None)
 _display: ContextVar[Any] = ContextVar("hooklens_progress_display", default=None)
 _REDRAW = 0.1  # seconds between two drawings in a notebook
 
@@ -106,10 +104,15 @@ def step(n: int | float = 1) -> None:
 
 def is_shown(show: bool | None = None) -> bool:
     """Is a bar drawn here? The first that says so decides: `show`, `hl.engine`, the environment, where stderr goes."""
-    for said in (show, SHOWN.get(), {"0": False, "1": True}.get(os.environ.get(ENV, ""))):
+    for said in (show, asked(), {"0": False, "1": True}.get(os.environ.get(ENV, ""))):
         if said is not None:
             return said
     return sys.stderr.isatty() or _in_notebook()
+
+
+def asked() -> bool | None:
+    """What `hl.engine(progress=...)` says of bars (None: nothing). The module of these settings takes this one's place."""
+    return None
 
 
 def _in_notebook() -> bool:

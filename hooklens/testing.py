@@ -283,7 +283,7 @@ def _state(model: HookedTransformer) -> dict[str, Any]:
     modules, parameters = list(model.modules()), list(model.parameters())
     points = [m for m in modules if isinstance(m, hooks.HookPoint)]
     return {
-        "hooks": [hooks._open_scopes, *(len(p.handles) for p in points), *map(_torch_hooks, modules)],
+        "hooks": [frozenset(hooks._open_scopes), *(len(p.handles) for p in points), *map(_torch_hooks, modules)],
         "weights": {name: _digest(t) for name, t in [*model.named_parameters(), *model.named_buffers()]},
         "gradients": [(p.requires_grad, None if p.grad is None else _digest(p.grad)) for p in parameters],
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -314,10 +314,10 @@ def _digest(tensor: Tensor) -> tuple:
 
 def _tidy(model: HookedTransformer, before: dict[str, Any]) -> None:
     """A broken plugin must not break the tests that follow: end its scopes and handles, restore the modes."""
-    if hooks._open_scopes != before["hooks"][0]:
-        for scope in reversed(hooks._scopes.get()):
-            if scope.open and hooks._open_scopes > before["hooks"][0]:
-                scope.__exit__(None, None, None)
+    for lifetime in hooks._open_scopes - before["hooks"][0]:
+        scope = hooks.HookScope(model, lifetime.value)
+        scope.lifetime = lifetime
+        scope.end()
     torch.set_grad_enabled(before["grad mode"][0])
 
 

@@ -145,7 +145,7 @@ def registered(monkeypatch):
     monkeypatch.setattr(result_file, "_plugin_of", lambda cls: ("made_up", "made-up"))
     monkeypatch.setattr(result_file, "_class_named", lambda plugin, module, name, package: CLASSES[name])
     yield
-    assert hooks._open_scopes == 0
+    assert not hooks._open_scopes
     assert torch.is_grad_enabled()
 
 
@@ -194,7 +194,7 @@ BROKEN = {
     "leaves a scope": (
         "hooks",
         "open scope",
-        {RUN: "    model.hooks([('embed', lambda x, hook: None)]).__enter__()\n" + RUN},
+        {RUN: "    globals()['left'] = model.hooks([('embed', lambda x, hook: None)])\n    left.__enter__()\n" + RUN},
     ),
     "leaves a torch hook": ("hooks", "torch hooks", {RUN: "    model.register_forward_hook(lambda *a: None)\n" + RUN}),
     "leaves gradients off": ("grad mode", "switched on or off", {RUN: "    torch.set_grad_enabled(False)\n" + RUN}),
@@ -256,7 +256,7 @@ def test_a_broken_plugin_does_not_break_what_follows():
         with pytest.raises(AssertionError):
             checked(BROKEN[kind][2], models={"a tiny model": model})
     assert torch.equal(states[0], torch.get_rng_state())
-    assert hooks._open_scopes == 0
+    assert not hooks._open_scopes
     assert torch.is_grad_enabled()
 
 

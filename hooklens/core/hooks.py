@@ -1,7 +1,7 @@
 """Hook points, and scopes that own the hooks in them: a hook lives as long as its `with` block or its handle."""
 
 import itertools
-import threading
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
@@ -12,19 +12,18 @@ from torch import Tensor, nn
 
 from hooklens.core.cache import ActivationCache, Entries, converted
 from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
+from hooklens.core.gradients import need_gradients
 from hooklens.core.names import LAZY, Where, parse, resolve
+from hooklens.core.scope import Lifetime, Scope
 
 HookFn = Callable[[Tensor, "HookCall"], Tensor | None]
 
 # Every scope that this thread or task has entered; a thread starts with none, a task with those of its creator.
-_scopes: ContextVar[tuple["HookScope", ...]] = ContextVar("hooklens_scopes", default=())
-# (step, offset, seen) of the forward pass under way, for hooks that act at chosen steps or positions.
-_moment: ContextVar[tuple[int, int, Tensor | None]] = ContextVar("hooklens_moment", default=(0, 0, None))
-_order = itertools.count()
-#: Held while a process-wide count of open blocks changes: += alone is not one step between threads.
-counting = threading.Lock()
+_scopes: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_scopes", default=())
 # Open scopes in the whole process: the one thing that an unhooked forward pass looks at.
-_open_scopes = 0
+_open_scopes: set[Lifetime] = set()
+_moments: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_moments", default=())
+_order = itertools.count()
 
 
 class HookCall(NamedTuple):
@@ -50,16 +49,16 @@ class HookCall(NamedTuple):
 
 def this_moment(name: str) -> HookCall:
     """What hooks at a point are told in the forward pass under way."""
-    return HookCall(name, *_moment.get())
+    return HookCall(name, *(moment.innermost() or ()))
 
 
 class _Hook:
-    """One function, or one capture, at one point. It fires while its owner (a scope or a handle) is open."""
+    """One function, or one capture, at one point. It fires while its scope or handle is open."""
 
-    __slots__ = ("backward", "capture", "fn", "order", "owner")
+    __slots__ = ("backward", "capture", "fn", "lifetime", "order")
 
-    def __init__(self, owner, fn: HookFn | None, *, backward: bool = False, capture: "_Capture | None" = None):
-        self.owner, self.fn, self.backward, self.capture = owner, fn, backward, capture
+    def __init__(self, lifetime: Lifetime, fn: HookFn | None, *, backward=False, capture: "_Capture | None" = None):
+        self.lifetime, self.fn, self.backward, self.capture = lifetime, fn, backward, capture
         self.order = next(_order)
 
 
@@ -74,7 +73,7 @@ class _Capture:
         kept = act if self.grads else act.detach()
         self.entries[name] = self._cast(act, kept.clone() if copy else kept)
         if self.grads and act.requires_grad:
-            act.register_hook(lambda grad: self.entries.__setitem__(name + "_grad", grad.detach()))
+            act.register_hook(_gradient_into(weakref.ref(self.entries), name + "_grad"))
 
     def _cast(self, act: Tensor, kept: Tensor) -> Tensor:
         if self.device is None and self.dtype is None:
@@ -84,6 +83,16 @@ class _Capture:
         if known is None or known[0]() is not act:
             known = self.moved[id(act)] = (weakref.ref(act), converted(kept, self.device, self.dtype))
         return known[1]
+
+
+def _gradient_into(entries: Callable[[], Entries | None], name: str) -> Callable[[Tensor], None]:
+    # Weakly: entries hold the activation, whose graph holds this function, and no collector sees through the graph.
+    def fire(grad: Tensor) -> None:
+        kept = entries()
+        if kept is not None:
+            kept[name] = grad.detach()
+
+    return fire
 
 
 class HookPoint(nn.Module):
@@ -100,11 +109,11 @@ class HookPoint(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.name = ""
-        self.handles: tuple[_Hook, ...] = ()
+        self.handles: dict[_Hook, None] = {}  # a dict takes and gives up an item in one step, whatever other threads do
 
     def __call__(self, act: Tensor) -> Tensor:
         # No nn.Module.__call__: a point that nobody listens to must cost one check.
-        if _open_scopes == 0 and not self.handles:
+        if not _open_scopes and not self.handles:
             return act
         return self.forward(act)
 
@@ -112,15 +121,15 @@ class HookPoint(nn.Module):
         hooks = self.active()
         return dispatch(this_moment(self.name), hooks, act, self.overwritten) if hooks else act
 
-    def hold(self) -> None:
+    def hold(self, holder: Lifetime) -> None:
         """Somebody begins to listen: a scope opens or a handle is made."""
 
-    def release(self) -> None:
-        """Who began to listen ends."""
+    def release(self, holder: Lifetime) -> None:
+        """The holder ends, if it ever began; may be called twice."""
 
     def listening(self) -> bool:
         """Does anybody, in this thread or task, see this point? Lazy points are computed only then."""
-        if _open_scopes == 0 and not self.handles:
+        if not _open_scopes and not self.handles:
             return False
         return bool(self.active())
 
@@ -129,12 +138,48 @@ class HookPoint(nn.Module):
         hooks = list(self.handles)
         for scope in _scopes.get():
             if scope.open:
-                hooks += scope.entries.get(self, ())
+                hooks += scope.value.get(self, ())
         hooks.sort(key=lambda hook: hook.order)
         return hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handles": ()}  # a copy of a model carries no hooks
+        return {**self.__dict__, "handles": {}}  # a copy of a model carries no hooks
+
+    # -- torch's own ways to hook a module: `__call__` is not torch's, so they become handles
+
+    def register_forward_hook(self, hook: Callable, *, prepend=False, with_kwargs=False, always_call=False) -> Any:
+        """`hook(point, (act,), act)` as a handle: what it returns goes on, and an edit in place must be returned."""
+        given: tuple = ({},) if with_kwargs else ()
+        return self._of_torch(lambda point, act: hook(point, (act,), *given, act), prepend)
+
+    def register_forward_pre_hook(self, hook: Callable, *, prepend=False, with_kwargs=False) -> Any:
+        """`hook(point, (act,))` as a handle."""
+        if with_kwargs:
+            return self._of_torch(lambda point, act: (hook(point, (act,), {}) or (None,))[0], prepend)
+        return self._of_torch(lambda point, act: hook(point, (act,)), prepend)
+
+    def register_full_backward_hook(self, hook: Callable, prepend: bool = False) -> Any:
+        """`hook(point, (grad,), (grad,))` as a handle: at an identity both gradients are one."""
+        return self._of_torch(lambda point, grad: hook(point, (grad,), (grad,)), prepend, backward=True)
+
+    def register_full_backward_pre_hook(self, hook: Callable, prepend: bool = False) -> Any:
+        """`hook(point, (grad,))` as a handle."""
+        return self._of_torch(lambda point, grad: hook(point, (grad,)), prepend, backward=True)
+
+    register_backward_hook = register_full_backward_hook
+
+    def _of_torch(self, call: Callable[[Any, Tensor], Any], prepend: bool, *, backward: bool = False) -> "Handle":
+        if prepend:
+            raise InputError("hooks at a hook point run in the order in which they were attached; leave out prepend")
+        point = weakref.ref(self)
+
+        def fn(act: Tensor, _: HookCall) -> Tensor | None:
+            result = call(point(), act)
+            while isinstance(result, tuple):
+                result = result[0]
+            return result
+
+        return Handle([self], fn, backward)
 
 
 def dispatch(call: HookCall, hooks: Sequence[_Hook], act: Tensor, overwritten: bool) -> Tensor:
@@ -165,7 +210,7 @@ def _own_node(act: Tensor) -> Tensor:
 
 def _backward_hook(hook: _Hook, call: HookCall) -> Callable[[Tensor], Tensor | None]:
     def fire(grad: Tensor) -> Tensor | None:
-        return run_hook(hook.fn, grad, call) if hook.owner.open and hook.fn is not None else None
+        return run_hook(hook.fn, grad, call) if hook.lifetime.open and hook.fn is not None else None
 
     return fire
 
@@ -173,10 +218,11 @@ def _backward_hook(hook: _Hook, call: HookCall) -> Callable[[Tensor], Tensor | N
 def run_hook(fn: HookFn, act: Tensor, call: HookCall, *, copy: bool = False) -> Tensor:
     """Give a hook an activation of its own and check what comes back: None leaves the activation as it is.
 
+    A hook that returns None may have kept its activation, for its gradient: then the value goes on from what it kept.
     With `copy` what the hook returned is copied, so that nobody writes into a tensor that the hook still holds.
     """
     own = act.clone()
-    before = _version(own)
+    before, holders = _version(own), sys.getrefcount(own)
     try:
         result = fn(own, call)
     except Exception as error:
@@ -188,7 +234,9 @@ def run_hook(fn: HookFn, act: Tensor, call: HookCall, *, copy: bool = False) -> 
                 f"the hook {_name_of(fn)} at {call.name} edited its activation in place and returned None, which "
                 "leaves the model unchanged; return the tensor to make the edit count"
             )
-        return act
+        kept = own.requires_grad and (sys.getrefcount(own) > holders or own._backward_hooks)
+        # A clone: gradients pass through it to what was kept, and later edits of that do not reach the model.
+        return own.clone() if kept and torch.is_grad_enabled() else act
     same = isinstance(result, Tensor) and result.shape == act.shape and result.dtype == act.dtype
     if not same or result.device != act.device:
         raise HookError(
@@ -215,84 +263,87 @@ def _look(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
 
 
-class HookScope:
+class HookScope(Scope):
     """The hooks of one `with` block. Leaving it, also by an exception or late, ends them; nobody else's are touched."""
 
-    def __init__(self, subject: Any, entries: dict[HookPoint, list[_Hook]]):
-        self.subject, self.entries, self.open = subject, entries, False
+    stack, anywhere = _scopes, _open_scopes
 
-    def __enter__(self) -> Any:
-        global _open_scopes
-        if self.open:
-            raise InputError("this hook scope is already open; make a new one with model.hooks(...)")
-        self.open = True
-        # Scopes that ended in another context are still listed in this one: they go now.
-        _scopes.set((*(scope for scope in _scopes.get() if scope.open and scope is not self), self))
+    def __init__(self, subject: Any, entries: dict[HookPoint, list[_Hook]]):
+        super().__init__()
+        self.subject, self.entries = subject, entries
+
+    def begin(self) -> dict[HookPoint, list[_Hook]]:
         for point in self.entries:
-            point.hold()
-        with counting:
-            _open_scopes += 1
+            point.hold(self.lifetime)
+        return self.entries
+
+    def given(self) -> Any:
         return self.subject
 
-    def __exit__(self, *exc: object) -> None:
-        global _open_scopes
-        if not self.open:
-            return
-        self.open = False
+    def end(self) -> None:
+        self.lifetime.open = False
         for point in self.entries:
-            point.release()
-        # By identity, not by token: the block may end in another context than the one it began in.
-        _scopes.set(tuple(scope for scope in _scopes.get() if scope is not self))
-        with counting:
-            _open_scopes -= 1
+            point.release(self.lifetime)
+        super().end()
 
 
 class Handle:
     """A hook that stays on the model, in every thread, until `remove()`; also usable as a `with` block."""
 
     def __init__(self, points: Sequence[HookPoint], fn: HookFn, backward: bool):
-        self.points, self.open = tuple(points), True
-        hook = _Hook(self, fn, backward=backward)
-        for point in self.points:
-            with counting:
-                point.handles = (*point.handles, hook)
-            point.hold()
+        self.points, self.lifetime = tuple(points), Lifetime()
+        hook = _Hook(self.lifetime, fn, backward=backward)
+        try:
+            for point in self.points:
+                point.handles[hook] = None
+                point.hold(self.lifetime)
+            self.lifetime.open = True
+        except BaseException:
+            self._end()
+            raise
 
     def remove(self) -> None:
         """Take the hook off; doing so twice is harmless."""
-        if not self.open:
-            return
-        self.open = False
+        try:
+            self._end()
+        except BaseException:  # Ctrl-C: finish first
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        self.lifetime.open = False
         for point in self.points:
-            with counting:
-                point.handles = tuple(hook for hook in point.handles if hook.owner is not self)
-            point.release()
+            _take_off(point, self.lifetime)
 
     def __enter__(self) -> "Handle":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.remove()
+        try:
+            self._end()
+        except BaseException:
+            self._end()
+            raise
 
 
-class _Graph:
-    """Owner of backward hooks that live as long as the graph they were bound to."""
+def _take_off(point: HookPoint, lifetime: Lifetime) -> None:
+    for hook in list(point.handles):
+        if hook.lifetime is lifetime:
+            point.handles.pop(hook, None)
+    point.release(lifetime)
 
-    open = True
 
-
-class moment:
+class moment(Scope):
     """While this block runs, hooks are told that the forward pass is `step`, from position `offset`, with `seen`."""
 
+    stack = _moments
+
     def __init__(self, step: int, offset: int, seen: Tensor | None = None):
-        self.value = (step, offset, seen)
+        super().__init__()
+        self.told = (step, offset, seen)
 
-    def __enter__(self) -> None:
-        self.before = _moment.get()
-        _moment.set(self.value)
-
-    def __exit__(self, *exc: object) -> None:
-        _moment.set(self.before)
+    def begin(self) -> tuple[int, int, Tensor | None]:
+        return self.told
 
 
 def edited_elsewhere(points: Iterable[HookPoint]) -> bool:
@@ -300,7 +351,20 @@ def edited_elsewhere(points: Iterable[HookPoint]) -> bool:
     return any(point.listening() for point in points)
 
 
-class HookedModule(nn.Module):
+class HookedPart(nn.Module):
+    """An nn.Module that owns hook points, and keeps them: where one is replaced, edits by its name would do nothing."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        there = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(there, HookPoint) and there.name and value is not there:
+            raise WrongType(
+                f"{there.name} is a hook point, which {type(value).__name__} cannot replace; to edit what passes there "
+                "use model.hooks(fwd_hooks=[(name, function)]). A point that nobody listens to costs one check"
+            )
+        super().__setattr__(name, value)
+
+
+class HookedModule(HookedPart):
     """An nn.Module whose HookPoints are addressed by name."""
 
     def name_points(self) -> None:
@@ -319,7 +383,20 @@ class HookedModule(nn.Module):
 
     def resolve(self, where: Where) -> list[HookPoint]:
         """The points that a name, short site, list or predicate asks for; unknown ones raise with the nearest."""
-        return [self._points[name] for name in resolve(where, self.hook_names())]
+        return self._standing({name: self._points[name] for name in resolve(where, self.hook_names())})
+
+    def _standing(self, points: dict[str, HookPoint]) -> list[HookPoint]:
+        """The points, each of which must still be part of this module: nothing fires where one was replaced."""
+        for name, point in points.items():
+            part: nn.Module | None = self
+            for step in name.split("."):
+                part = None if part is None else part._modules.get(step)
+            if part is not point and all(module is not point for module in self.modules()):
+                raise HookError(
+                    f"the hook point {name!r} is no longer part of this {type(self).__name__}: it or a module around "
+                    f"it was replaced (by a {type(part).__name__}); put it back, or call name_points() after it"
+                )
+        return list(points.values())
 
     def hooks(
         self, fwd_hooks: Iterable[tuple[Where, HookFn]] = (), bwd_hooks: Iterable[tuple[Where, HookFn]] = ()
@@ -329,16 +406,18 @@ class HookedModule(nn.Module):
         A hook is `(act, hook) -> Tensor | None`; `act` is its own to edit, `None` leaves the activation unchanged.
         """
         scope = HookScope(self, {})
-        self._attach(scope, fwd_hooks, scope, backward=False)
-        self._attach(scope, bwd_hooks, scope, backward=True)
+        self._attach(scope, fwd_hooks, scope.lifetime, backward=False)
+        self._attach(scope, bwd_hooks, scope.lifetime, backward=True)
         return scope
 
-    def _attach(self, scope: HookScope, hooks: Iterable[tuple[Where, HookFn]], owner, *, backward: bool) -> None:
+    def _attach(
+        self, scope: HookScope, hooks: Iterable[tuple[Where, HookFn]], lifetime: Lifetime, *, backward: bool
+    ) -> None:
         for pair in hooks:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
                 raise WrongType(f"a hook is given as (where, function), for example (('z', 5), fn); got {pair!r}")
             for point in self.resolve(pair[0]):
-                scope.entries.setdefault(point, []).append(_Hook(owner, pair[1], backward=backward))
+                scope.entries.setdefault(point, []).append(_Hook(lifetime, pair[1], backward=backward))
 
     def add_hook(self, where: Where, fn: HookFn, *, dir: str = "fwd") -> Handle:
         """Attach a hook until its handle's `remove()`, in every thread. `dir` is "fwd" or "bwd"."""
@@ -351,8 +430,9 @@ class HookedModule(nn.Module):
     def reset_hooks(self) -> None:
         """Remove every hook that `add_hook` put on this model. Open `with` blocks keep theirs."""
         for point in self._points.values():
-            for hook in point.handles:
-                hook.owner.remove()
+            for hook in list(point.handles):
+                hook.lifetime.open = False
+                _take_off(point, hook.lifetime)
 
     def run_with_hooks(
         self,
@@ -363,7 +443,7 @@ class HookedModule(nn.Module):
     ) -> Any:
         """One forward pass with these hooks. Backward hooks live on in the graph of this call, and only there."""
         scope = self.hooks(fwd_hooks)
-        self._attach(scope, bwd_hooks, _Graph(), backward=True)
+        self._attach(scope, bwd_hooks, Lifetime(open=True), backward=True)
         with scope:
             return self(*args, **kwargs)
 
@@ -374,6 +454,8 @@ class HookedModule(nn.Module):
 
         `None` asks for every point except the lazy ones. A second forward pass inside the scope overwrites the first.
         """
+        if grads:
+            need_gradients("grads=True")
         if grads and not torch.is_grad_enabled():
             raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
         chosen = self._plain_points() if where is None else self.resolve(where)
@@ -381,11 +463,12 @@ class HookedModule(nn.Module):
         scope = HookScope(self, {})
         taker = _Capture(entries, device, dtype, grads, asked=where is not None)
         for point in chosen:
-            scope.entries[point] = [_Hook(scope, None, capture=taker)]
+            scope.entries[point] = [_Hook(scope.lifetime, None, capture=taker)]
         return scope, ActivationCache(entries, self)
 
     def _plain_points(self) -> list[HookPoint]:
-        return [point for name, point in self.hook_points().items() if _site_name(name) not in LAZY]
+        plain = {name: point for name, point in self.hook_points().items() if _site_name(name) not in LAZY}
+        return self._standing(plain)
 
     def run_with_cache(
         self,

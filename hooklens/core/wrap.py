@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -11,11 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from hooklens.core.errors import HookError, WrongType, did_you_mean
-from hooklens.core.hooks import HookedModule, HookPoint, dispatch, this_moment
+from hooklens.core.hooks import HookCall, HookedModule, HookPoint, dispatch, this_moment
 from hooklens.core.names import Where, flatten
+from hooklens.core.scope import Lifetime, Scope
 
-# How often each point has fired in the call of a wrapped module under way; None outside of one.
-_fired: ContextVar[dict["ModulePoint", int] | None] = ContextVar("hooklens_fired", default=None)
+_calls: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_calls", default=())
+# What a clock was told last, and in which period of being held: (period, (step, offset, seen)).
+_told: ContextVar[tuple[Any, tuple] | None] = ContextVar("hooklens_told", default=None)
+# (step, offset) of the last call with each KV cache of transformers.
+_steps: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
 _install = threading.Lock()
 _NUMBERED = re.compile(r"^(?P<name>.+)#(?P<call>\d+)$")
 
@@ -49,16 +54,17 @@ class WrappedModule(HookedModule):
         super().__init__()
         self.module, self.training = module, module.training
         self._points: dict[str, ModulePoint] = {}  # type: ignore[assignment]  # narrower than any HookPoint
+        clock = _Clock(module)
         for path, part in module.named_modules():
             # Containers such as ModuleList have no forward and are never called.
             if type(part).forward is not nn.Module.forward and not isinstance(part, HookPoint):
                 for side in ("in", "out"):
                     name = f"{path}.hook_{side}" if path else f"hook_{side}"
-                    self._points[name] = ModulePoint(name, part, side)
+                    self._points[name] = ModulePoint(name, part, side, clock)
 
     def hook_points(self) -> dict[str, HookPoint]:
         """Every point by its name, module by module; points of single calls (`name#1`) are not listed."""
-        return {name: point for name, point in self._points.items() if point.every is None}
+        return {name: point for name, point in self._points.items() if point.every() is None}
 
     def hook_names(self) -> list[str]:
         """The name of every point, module by module."""
@@ -73,27 +79,24 @@ class WrappedModule(HookedModule):
             found.update(dict.fromkeys(points))
         return list(found)
 
+    def _standing(self, points: dict[str, HookPoint]) -> list[HookPoint]:
+        return list(points.values())  # beside the module, not in it: one whose module is not called says so
+
     def _of_call(self, numbered: re.Match) -> "ModulePoint":
         every = self._points.get(numbered["name"])
         if every is None:
             raise did_you_mean("hook point", numbered["name"], self.hook_names())
         call = int(numbered["call"])
         if call not in every.calls:
-            every.calls[call] = self._points[f"{every.name}#{call}"] = ModulePoint(
-                f"{every.name}#{call}", every.links[0], every.side, every
-            )
+            name = f"{every.name}#{call}"
+            every.calls[call] = self._points[name] = ModulePoint(name, every.part(), every.side, every.clock, every)
         return every.calls[call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; then every point that was asked for must have fired."""
-        before = _fired.get()
-        fired: dict[ModulePoint, int] = {}
-        _fired.set(fired)
-        try:
+        with _Call() as fired:
             output = self.module(*args, **kwargs)
-        finally:
-            _fired.set(before)
-        self._check(fired)
+            self._check(fired)
         return output
 
     def _check(self, fired: "dict[ModulePoint, int]") -> None:
@@ -101,7 +104,7 @@ class WrappedModule(HookedModule):
             if point in fired:
                 continue
             if any(hook.capture is None or hook.capture.asked for hook in point.active()):
-                times = "" if point.every is None else f" (its module was called {fired.get(point.every, 0)} times)"
+                times = "" if point.every() is None else f" (its module was called {fired.get(point.every(), 0)} times)"
                 raise HookError(
                     f"the hook point {point.name!r} did not fire in this call{times}: its module was not called, or no "
                     f"tensor is among what it {'was given' if point.side == 'in' else 'returned'}; hook another point"
@@ -111,46 +114,115 @@ class WrappedModule(HookedModule):
         return f"WrappedModule({type(self.module).__name__}: {len(self.hook_names())} hook points)"
 
 
-class ModulePoint(HookPoint):
-    """The entry or exit of a module that knows nothing of it: torch's own hook, there only while somebody listens."""
+class _Call(Scope):
+    """How often each point has fired in the call of a wrapped module under way."""
+
+    stack = _calls
+
+    def begin(self) -> "dict[ModulePoint, int]":
+        return {}
+
+    def given(self) -> "dict[ModulePoint, int]":
+        return self.lifetime.value
+
+
+class _Weak:
+    """A weak reference that is copied and pickled together with what it refers to."""
+
+    def __init__(self, target: Any):
+        self.ref = (lambda: None) if target is None else weakref.ref(target)
+
+    def __call__(self) -> Any:
+        return self.ref()
+
+    def __reduce__(self) -> tuple:
+        return _Weak, (self(),)
+
+
+class _Listener:
+    """torch's own hooks on one module, there only while somebody holds the listener.
+
+    The module refers to its listener, and not the other way round: a cycle would keep both until the collector runs.
+    """
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = _Weak(part)
+        self.holders: set[Lifetime] = set()
+        self.live: weakref.ref[_TorchHook] | None = None
+
+    def hold(self, holder: Lifetime) -> None:
+        """Install torch's hook, unless somebody else has."""
+        with _install:
+            self.holders.add(holder)
+            part = self.part()
+            if self.live is None and part is not None:
+                hook = _TorchHook(self)
+                self.install(part, hook)
+                self.live = weakref.ref(hook)
+
+    def release(self, holder: Lifetime) -> None:
+        """Remove torch's hook when the last one leaves."""
+        with _install:
+            self.holders.discard(holder)
+            part = self.part()
+            if not self.holders and part is not None:
+                self.live = None
+                _uninstall(part, self)
+
+    def install(self, part: nn.Module, hook: "_TorchHook") -> None:
+        raise NotImplementedError
+
+    def called(self, args: tuple, given: Any) -> Any:
+        """The module is called with these, or has returned `given`."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "holders": set(), "live": None}  # type: ignore[dict-item]  # nobody holds a copy
+
+
+class ModulePoint(_Listener, HookPoint):
+    """The entry or exit of a module that knows nothing of it."""
 
     overwritten = True  # a module may work in place on what it is given and on what it returned
 
-    def __init__(self, name: str, part: nn.Module, side: str, every: "ModulePoint | None" = None):
-        super().__init__()
-        self.name, self.side = name, side
-        self.links = (part, every)  # in a tuple: neither is a submodule of this point
+    def __init__(self, name: str, part: nn.Module, side: str, clock: "_Clock", every: "ModulePoint | None" = None):
+        super().__init__(part)
+        self.name, self.side, self.clock = name, side, clock
+        #: The point of all calls, where this is that of one. Weakly, because it lists this one.
+        self.every = _Weak(every)
         self.calls: dict[int, ModulePoint] = {}
-        self.held = 0
-        self.torch_hook: _TorchHook | None = None
 
-    @property
-    def every(self) -> "ModulePoint | None":
-        """The point of all calls, where this is that of one."""
-        return self.links[1]
+    def hold(self, holder: Lifetime) -> None:
+        every = self.every()
+        if every is not None:
+            return every.hold(holder)
+        self.clock.hold(holder)
+        super().hold(holder)
 
-    def hold(self) -> None:
-        """Install torch's hook, unless somebody else has."""
-        if self.every is not None:
-            return self.every.hold()
-        with _install:
-            self.held += 1
-            if self.torch_hook is None:
-                self.torch_hook = _TorchHook(self, self.links[0])
+    def release(self, holder: Lifetime) -> None:
+        every = self.every()
+        if every is not None:
+            return every.release(holder)
+        super().release(holder)
+        self.clock.release(holder)
 
-    def release(self) -> None:
-        """Remove torch's hook when the last one leaves."""
-        if self.every is not None:
-            return self.every.release()
-        with _install:
-            self.held -= 1
-            if not self.held and self.torch_hook is not None:
-                self.torch_hook.installed.remove()
-                self.torch_hook = None
+    def install(self, part: nn.Module, hook: "_TorchHook") -> None:
+        if self.side == "in":
+            part.register_forward_pre_hook(hook, with_kwargs=True)
+        else:
+            part.register_forward_hook(hook)
+
+    def called(self, args: tuple, given: Any) -> Any:
+        if self.side == "out":
+            return _through(given, self.fire)
+        if any(isinstance(arg, Tensor) for arg in args):
+            return _through(args, self.fire), given
+        return args, _through(given, self.fire)
 
     def fire(self, act: Tensor) -> Tensor:
         """The hooks of this call, those of every call among them."""
-        fired = _fired.get()
+        fired = _Call.innermost()
         call = 0 if fired is None else fired.get(self, 0)
         one = self.calls.get(call)
         if fired is not None:
@@ -159,31 +231,61 @@ class ModulePoint(HookPoint):
         if not hooks:
             return act
         hooks.sort(key=lambda hook: hook.order)
-        return dispatch(this_moment(f"{self.name}#{call}" if call else self.name), hooks, act, self.overwritten)
+        return dispatch(self.clock.moment(f"{self.name}#{call}" if call else self.name), hooks, act, self.overwritten)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "held": 0, "torch_hook": None}
+
+class _Clock(_Listener):
+    """When in a generation the wrapped module is called: told by the KV cache that transformers hands it."""
+
+    def moment(self, name: str) -> HookCall:
+        """What hooks are told at that point."""
+        told = _told.get()
+        # What was told while others held this clock is out of date: Ctrl-C may have ended the call that it was of.
+        return HookCall(name, *told[1]) if told is not None and told[0] is self.live else this_moment(name)
+
+    def install(self, part: nn.Module, hook: "_TorchHook") -> None:
+        part.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+    def called(self, args: tuple, given: dict[str, Any]) -> None:
+        # By what it can do: its name is past_key_values in some versions of transformers and cache in others.
+        past = next((value for value in (*args, *given.values()) if hasattr(value, "get_seq_length")), None)
+        if past is None:
+            _told.set(None)
+            return
+        step, offset = _steps.get(past, (0, 0))
+        now = int(past.get_seq_length())
+        step = 0 if now == 0 else step + (now != offset)
+        _steps[past] = step, now
+        _told.set((self.live, (step, now, _seen(args, given, now))))
+
+
+def _seen(args: tuple, given: dict[str, Any], offset: int) -> Tensor | None:
+    """Which tokens are real, from a mask [batch key_pos] over the cached and the new ones; None where all are."""
+    mask = given.get("attention_mask")
+    new = next((value for value in (*args, *given.values()) if isinstance(value, Tensor)), None)
+    if not isinstance(mask, Tensor) or new is None or mask.shape != (new.shape[0], offset + new.shape[1]):
+        return None
+    return None if bool(mask.all()) else mask.bool()
 
 
 class _TorchHook:
-    """What torch calls. A copy of it, made with a copy of the module, belongs to no point and does nothing."""
+    """What torch calls. A copy of it, made with a copy of the module, belongs to no listener and does nothing."""
 
-    def __init__(self, point: ModulePoint, part: nn.Module):
-        self.point = point
-        if point.side == "in":
-            self.installed = part.register_forward_pre_hook(self, with_kwargs=True)
-        else:
-            self.installed = part.register_forward_hook(self)
+    def __init__(self, listener: _Listener):
+        self.listener = listener
 
     def __call__(self, part: nn.Module, args: tuple, given: Any) -> Any:
-        point = self.point
-        if point.torch_hook is not self:
-            return None
-        if point.side == "out":
-            return _through(given, point.fire)
-        if any(isinstance(arg, Tensor) for arg in args):
-            return _through(args, point.fire), given
-        return args, _through(given, point.fire)
+        live = self.listener.live
+        return self.listener.called(args, given) if live is not None and live() is self else None
+
+
+def _uninstall(part: nn.Module, listener: _Listener) -> None:
+    # Looked for, not removed by a handle: Ctrl-C may have fallen between torch's entry and the handle it returns.
+    for hooks in (part._forward_hooks, part._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(hook, _TorchHook) and hook.listener is listener:
+                part._forward_pre_hooks_with_kwargs.pop(key, None)
+                hooks.pop(key, None)
 
 
 def _through(value: Any, fire: Callable[[Tensor], Tensor]) -> Any:

@@ -7,8 +7,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooklens.core.hooks import HookPoint, counting
+from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.core.precision import widened
+from hooklens.core.scope import Lifetime, Scope
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
 from hooklens.model.factored import FactoredMatrix
@@ -29,31 +30,23 @@ OwnInputs = tuple[
     Float[Tensor, "batch pos kv_head d_model"] | None,
 ]
 
-_fused_off: ContextVar[bool] = ContextVar("hooklens_fused_off", default=False)
-_open_blocks = 0  # looked at before the context variable, so that a plain forward compiles whole
+_written_out: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_written_out", default=())
+_open_blocks: set[Lifetime] = set()
 
 
-class differentiable_attention:
+class differentiable_attention(Scope):
     """A `with` block in which attention is written out, so that it can be differentiated twice or in forward mode.
 
     The fused CPU kernel has neither. Numbers are the same to rounding.
     """
 
-    def __enter__(self) -> None:
-        global _open_blocks
-        self.before = _fused_off.get()
-        _fused_off.set(True)
-        with counting:
-            _open_blocks += 1
+    stack, anywhere = _written_out, _open_blocks
 
-    def __exit__(self, *exc: object) -> None:
-        global _open_blocks
-        with counting:
-            _open_blocks -= 1
-        _fused_off.set(self.before)
+    def begin(self) -> bool:
+        return True
 
 
-class Attention(nn.Module):
+class Attention(HookedPart):
     """softmax(q k / scale) v, or whatever the parts make of it."""
 
     def __init__(self, cfg: HookedTransformerConfig, layer: int):
@@ -121,7 +114,7 @@ class Attention(nn.Module):
     def fusable(self, q: Queries) -> bool:
         if not self.score.fusable or self.soft_cap is not None or under_transform(q):
             return False
-        if _open_blocks and _fused_off.get():
+        if _open_blocks and differentiable_attention.innermost():
             return False
         return not (self.hook_attn_scores.listening() or self.hook_pattern.listening())
 

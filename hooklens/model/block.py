@@ -6,9 +6,9 @@ The methods besides `forward` are its seams: exact sweeps enter a block there, i
 from typing import ClassVar
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from hooklens.core.hooks import HookPoint
+from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.attention import Attention, OwnInputs
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.kv_cache import Context
@@ -20,7 +20,7 @@ Vectors = Float[Tensor, "*lead d_model"]  # what norms take: one a position, or 
 Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the chosen one
 
 
-class Block(nn.Module):
+class Block(HookedPart):
     """Pre-norm: mid = pre + attn(ln1(pre)), post = mid + mlp(ln2(mid)) (Xiong et al. 2020, figure 1b)."""
 
     #: Does the MLP read what attention wrote? Do later blocks read a normalised stream?

@@ -347,12 +347,13 @@ class NormalInit(InitPart):
 
 @dataclass(frozen=True)
 class Biases:
-    """Which linear maps have a bias."""
+    """Which linear maps have a bias. `gate` is that of gated MLPs (None: as `mlp` says)."""
 
     qkv: bool = True
     o: bool = True
     mlp: bool = True
     unembed: bool = False
+    gate: bool | None = None
 
 
 PerLayer = Any  # a part, its name, or a tuple of one a layer

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooklens.core.errors import InputError
-from hooklens.core.hooks import HookPoint
+from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Rotary, VectorEmbed
 from hooklens.model.linear import Linear
 
@@ -41,7 +41,7 @@ class VectorEmbedding(Linear):
         super().__init__(made.d_in, cfg.d_model, bias=made.bias)
 
 
-class Unembedding(nn.Module):
+class Unembedding(HookedPart):
     """From the stream to logits, a soft cap last. `hook_out` is before the cap."""
 
     def __init__(self, cfg: HookedTransformerConfig):

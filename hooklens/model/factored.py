@@ -43,7 +43,7 @@ class FactoredMatrix:
 
     @property
     def mdim(self) -> int:
-        """The inner dimension: the largest rank that the product can have."""
+        """The inner dimension. The product's rank is at most the least of `ldim`, `mdim` and `rdim`."""
         return self.A.shape[-1]
 
     @property

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooklens.core.errors import InputError
-from hooklens.core.hooks import counting
+from hooklens.core.scope import Lifetime, Scope
 
 # A weight in an order of oneDNN's own; its logical shape stays.
 Packed = Float[Tensor, "d_out d_in"]
+# A weight, the version of it that was packed, and its pack.
+Known = tuple[Float[Tensor, "d_out d_in"], int, Packed]
 
-_scope: ContextVar["packed_linears | None"] = ContextVar("hooklens_packed", default=None)
-_open_packs = 0
+_packs: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_packed", default=())
+_open_packs: set[Lifetime] = set()
 #: The setting that switches packed linears off for a process.
 ENV = "HOOKLENS_PACKED_LINEARS"
 # Packed for one row, a weight is laid out for a kernel that reads it a fifth slower than the one for 16 rows.
@@ -39,14 +41,14 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        if _open_packs and (scope := _scope.get()) is not None:
-            packed = scope.weight_of(self, x)
+        if _open_packs and (packs := packed_linears.innermost()) is not None:
+            packed = packs.weight_of(self, x)
             if packed is not None:
                 return packed_product(x, packed, self.bias)
         return F.linear(x, self.weight, self.bias)
 
 
-class packed_linears:
+class packed_linears(Scope):
     """A `with` block in which no-grad float32 CPU linear layers use packed weights, where these measure faster.
 
     >>> layer = Linear(8, 8)
@@ -60,26 +62,30 @@ class packed_linears:
     packing off.
     """
 
+    stack, anywhere = _packs, _open_packs
+
     def __init__(self, *, rows: int = 256, enabled: bool | None = None):
+        super().__init__()
         self.rows, self.pinned = rows, enabled is not None
         self.enabled = packing_pays(rows) if enabled is None else enabled and packing_works()
-        self.packs: dict[Linear, tuple[Float[Tensor, "d_out d_in"], int, Packed]] = {}
+        self.packs: dict[Linear, Known] = {}
 
-    def __enter__(self) -> "packed_linears":
-        global _open_packs
-        self.before = _scope.get()
-        other = self.before is None or (self.pinned and self.before.enabled != self.enabled)
-        _scope.set(self if other else self.before)  # inside another scope its packs are used: nothing is packed twice
-        with counting:
-            _open_packs += 1
-        return self
+    def begin(self) -> "_Packs":
+        outer = self.innermost()
+        own = outer is None or (self.pinned and outer.enabled != self.enabled)
+        # Inside another scope its packs are used: nothing is packed twice.
+        return _Packs(self.rows, self.enabled, self.packs) if own else outer
 
-    def __exit__(self, *exc: object) -> None:
-        global _open_packs
-        with counting:
-            _open_packs -= 1
-        _scope.set(self.before)
+    def end(self) -> None:
+        super().end()
         self.packs.clear()
+
+
+class _Packs:
+    """The weights that a scope has packed."""
+
+    def __init__(self, rows: int, enabled: bool, packs: "dict[Linear, Known]"):
+        self.rows, self.enabled, self.packs = rows, enabled, packs
 
     def weight_of(self, layer: Linear, x: Float[Tensor, "... d_in"]) -> Packed | None:
         """The packed weight for this product, or None where torch's own path must run."""
@@ -150,7 +156,7 @@ def kernel_of(model: nn.Module) -> str:
     ...     kernel_of(layer)
     'linear'
     """
-    scope = _scope.get()
+    scope = packed_linears.innermost()
     fits = any(w.dtype == torch.float32 and w.device.type == "cpu" for w in model.parameters())
     return "packed" if scope is not None and scope.enabled and fits else "linear"
 
@@ -162,8 +168,8 @@ def packing_works() -> bool:
 
 def packing_wanted(rows: int) -> bool:
     """Should products of that many rows be packed here? An open scope has decided; else whether it pays does."""
-    scope = _scope.get()
-    return packing_pays(rows) if scope is None else scope.enabled
+    packs = packed_linears.innermost()
+    return packing_pays(rows) if packs is None else packs.enabled
 
 
 def packing_pays(rows: int = 240) -> bool:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from hooklens.core.errors import did_you_mean
-from hooklens.core.hooks import HookPoint
+from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.linear import Linear, matrix_of
 
@@ -38,7 +38,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-class MLP(nn.Module):
+class MLP(HookedPart):
     """in_, activation, out."""
 
     def __init__(self, cfg: HookedTransformerConfig):
@@ -83,7 +83,8 @@ class GatedMLP(MLP):
 
     def __init__(self, cfg: HookedTransformerConfig):
         super().__init__(cfg)
-        self.gate = Linear(cfg.d_model, cfg.d_mlp, bias=cfg.biases.mlp)
+        biased = cfg.biases.mlp if cfg.biases.gate is None else cfg.biases.gate
+        self.gate = Linear(cfg.d_model, cfg.d_mlp, bias=biased)
         self.hook_pre_linear = HookPoint()
         self._modules["hook_post"] = self._modules.pop("hook_post")  # points are listed in firing order
 

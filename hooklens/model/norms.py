@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooklens.core.errors import InputError
-from hooklens.core.hooks import HookPoint
+from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.core.precision import widened
 from hooklens.model.config import LayerNormPart, NormPart, RMSNormPart
 
@@ -16,7 +16,7 @@ Vector = Float[Tensor, "*lead width"]
 Scale = Float[Tensor, "*lead 1"]
 
 
-class Norm(nn.Module, ABC):
+class Norm(HookedPart, ABC):
     """normalized = centred(x) / scale, then the weight and bias. Subclasses say what is centred and what scales.
 
     The points are served beside torch's fused kernel; only an edit or a gradient there sends the values through them.

@@ -8,6 +8,7 @@ Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circu
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,8 @@ _READERS = {"ln1": ("attn.q", "attn.k", "attn.v"), "ln2": ("mlp.in_", "mlp.gate"
 _GROUPS = {
     "qkv": ("attn.q.bias", "attn.k.bias", "attn.v.bias"),
     "o": ("attn.o.bias",),
-    "mlp": ("mlp.in_.bias", "mlp.gate.bias", "mlp.out.bias"),
+    "mlp": ("mlp.in_.bias", "mlp.out.bias"),
+    "gate": ("mlp.gate.bias",),
     "unembed": ("unembed.linear.bias",),
 }
 _EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
@@ -199,7 +201,9 @@ def _check_centring(cfg: HookedTransformerConfig) -> None:
 def _made(model: HookedTransformer, weights: Weights, name: str) -> HookedTransformer:
     """A model with these weights: untied or with more biases than before, where there are such weights now."""
     cfg = model.cfg
-    present = {f: any(key.endswith(names) for key in weights) for f, names in _GROUPS.items()}
+    present: dict[str, Any] = {f: any(key.endswith(names) for key in weights) for f, names in _GROUPS.items()}
+    if not cfg.gated_mlp or present["gate"] == present["mlp"]:
+        present["gate"] = None
     made = HookedTransformer(
         cfg.replace(
             tie_word_embeddings=cfg.tie_word_embeddings and _HEAD not in weights,

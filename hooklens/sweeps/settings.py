@@ -5,9 +5,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hooklens import progress
 from hooklens.core.errors import InputError, Unavailable
+from hooklens.core.scope import Lifetime, Scope
 from hooklens.model.linear import packed_linears
-from hooklens.progress import SHOWN
 
 KERNELS = ("linear", "packed")
 
@@ -31,10 +32,10 @@ class Settings:
 
 
 _DEFAULTS = Settings()
-_settings: ContextVar[Settings] = ContextVar("hooklens_sweep_settings", default=_DEFAULTS)
+_settings: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_sweep_settings", default=())
 
 
-class engine:
+class engine(Scope):
     """A `with` block in which sweeps run with other settings.
 
     >>> with engine(verify=0, memory=64 * 2**20):
@@ -42,7 +43,10 @@ class engine:
     67108864
     """
 
+    stack = _settings
+
     def __init__(self, **changes: Any):
+        super().__init__()
         known = Settings.__dataclass_fields__
         wrong = [name for name in changes if name not in known]
         if wrong:
@@ -57,18 +61,18 @@ class engine:
             raise InputError(f"progress is True, False or None (where somebody looks), got {changes['progress']!r}")
         self.changes = changes
 
-    def __enter__(self) -> Settings:
-        self.block = pinned(self.changes.get("kernel"))
-        self.block.__enter__()
-        self.before = _settings.get()
-        _settings.set(replace(self.before, **self.changes))
-        SHOWN.set(current().progress)
-        return _settings.get()
+        self.block = pinned(changes.get("kernel"))
 
-    def __exit__(self, *exc: object) -> None:
-        _settings.set(self.before)
-        SHOWN.set(self.before.progress)
-        self.block.__exit__(*exc)
+    def begin(self) -> Settings:
+        self.block.__enter__()
+        return replace(current(), **self.changes)
+
+    def given(self) -> Settings:
+        return self.lifetime.value
+
+    def end(self) -> None:
+        super().end()
+        self.block.__exit__(None, None, None)
 
 
 def pinned(kernel: str | None) -> packed_linears | nullcontext[None]:
@@ -86,4 +90,7 @@ def pinned(kernel: str | None) -> packed_linears | nullcontext[None]:
 
 def current() -> Settings:
     """The settings in force here."""
-    return _settings.get()
+    return engine.innermost() or _DEFAULTS
+
+
+progress.asked = lambda: current().progress

@@ -38,7 +38,7 @@ def model():
 
 
 def clean_afterwards(model) -> bool:
-    return hooks_module._open_scopes == 0 and not any(p.handles or p.active() for p in model.hook_points().values())
+    return not hooks_module._open_scopes and not any(p.handles or p.active() for p in model.hook_points().values())
 
 
 def test_a_hook_edits_by_what_it_returns_and_None_leaves_the_activation_unchanged():
@@ -319,3 +319,156 @@ def test_an_exception_anywhere_leaves_no_hook(data):
     with pytest.raises(ArithmeticError):
         model.run_with_hooks(TOKENS, fwd_hooks=[("embed", lambda act, hook: act), (name, breaks)])
     assert clean_afterwards(model)
+
+
+# what a hook keeps
+
+
+@pytest.mark.parametrize("point", ["hook_a", "hook_b"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_gradient_reaches_a_tensor_that_a_hook_kept_while_it_returned_None(point, frozen):
+    net, kept = Net().requires_grad_(not frozen), {}
+
+    def keep(act, hook):
+        if frozen:
+            act.requires_grad_()
+        kept[hook.name] = act
+        act.retain_grad()
+
+    net.run_with_hooks(torch.ones(2), fwd_hooks=[(point, keep)]).sum().backward()
+    assert kept[point].grad.tolist() == ([8.0, 8.0] if point == "hook_a" else [1.0, 1.0])
+
+
+def test_the_gradient_of_a_kept_tensor_may_be_asked_for_later_and_by_a_hook_of_its_own():
+    net, kept, seen = Net(), [], []
+    out = net.run_with_hooks(torch.ones(1), fwd_hooks=[("a", lambda act, hook: kept.append(act))])
+    assert torch.autograd.grad(out.sum(), kept)[0].tolist() == [8.0]
+
+    def watch(act, hook):
+        act.register_hook(lambda grad: seen.append(grad.item()))
+
+    net.run_with_hooks(torch.ones(1), fwd_hooks=[("a", watch)]).sum().backward()
+    assert seen == [8.0]
+
+
+@pytest.mark.parametrize("inputs_of_heads", [False, True])
+def test_gradients_of_kept_tensors_are_those_of_a_cache_at_every_point_of_a_model(inputs_of_heads):
+    model, kept = tiny_model(dtype=torch.float64), {}
+    # A head's own input is normalised on its own path, which passes by the points of the shared one.
+    own = [name for name in model.hook_names() if name.endswith(("attn_in", "q_input", "k_input", "v_input"))]
+    names = own if inputs_of_heads else [name for name in model.hook_names() if name not in own]
+    out, cache = model.run_with_cache(TOKENS, names=names, grads=True)
+    out.square().sum().backward()
+
+    def keep(act, hook):
+        kept[hook.name] = act
+        act.retain_grad()
+
+    model.run_with_hooks(TOKENS, fwd_hooks=[(names, keep)]).square().sum().backward()
+    assert set(kept) == set(names)
+    for name, act in kept.items():
+        scale = cache[name + "_grad"].abs().max().clamp_min(1)
+        assert (act.grad - cache[name + "_grad"]).abs().max() <= 1e-12 * scale, name
+
+
+def test_what_becomes_of_a_kept_tensor_later_reaches_neither_the_model_nor_a_cache(model):
+    plain, kept = model(TOKENS), []
+
+    def keep(act, hook):
+        for earlier in kept:
+            earlier.detach().zero_()
+        kept.append(act)
+
+    scope, cache = model.capture("resid_post")
+    with scope:
+        hooked = model.run_with_hooks(TOKENS, fwd_hooks=[("resid_post", keep)])
+    kept[-1].detach().zero_()
+    assert torch.allclose(hooked, plain, atol=1e-6)
+    assert all(cache["resid_post", layer].abs().max() > 0 for layer in (0, 1))
+
+
+def test_a_hook_that_keeps_nothing_leaves_the_activation_itself(model):
+    act = torch.ones(2, requires_grad=True)
+    call = HookCall("hook_x")
+    assert hooks_module.run_hook(lambda act, hook: None, act, call) is act
+    assert hooks_module.run_hook(lambda act, hook: print(act.shape), act, call) is act
+    kept = []
+    with torch.no_grad():
+        assert hooks_module.run_hook(lambda act, hook: kept.append(act), act, call) is act
+
+
+# modules that stand in a point's place, and torch's own hooks
+
+
+@pytest.mark.parametrize(
+    "path", ["blocks.0.attn.hook_pattern", "blocks.0.hook_resid_pre", "blocks.1.ln1.hook_scale", "unembed.hook_in"]
+)
+def test_a_point_that_is_replaced_says_so_when_it_is_replaced(model, path):
+    owner, _, name = path.rpartition(".")
+    with pytest.raises(TypeError, match=rf"{path} is a hook point, which Identity cannot replace.*fwd_hooks"):
+        setattr(model.get_submodule(owner), name, nn.Identity())
+    with pytest.raises(TypeError, match="cannot replace"):
+        model.set_submodule(path, nn.Identity())
+    fired = []
+    model.run_with_hooks(TOKENS, fwd_hooks=[(path, lambda act, hook: fired.append(hook.name))])
+    assert fired == [path]
+
+
+def test_a_point_that_is_gone_with_the_module_around_it_says_so_when_it_is_asked_for(model):
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    net = Net()
+    net._modules["hook_a"] = nn.Identity()  # as a module written by somebody else would allow
+    for asks in (lambda: net.hooks(fwd_hooks=[("a", print)]), net.capture, lambda: net.add_hook("a", print)):
+        with pytest.raises(HookError, match=r"'hook_a' is no longer part of this Net.*by a Identity.*name_points"):
+            asks()
+    assert net.run_with_hooks(torch.ones(1), fwd_hooks=[("b", lambda act, hook: act * 0)]).item() == 0
+    net.name_points()
+    assert net.hook_names() == ["hook_b"]
+
+    model.blocks[0].mlp = nn.Identity()
+    with pytest.raises(HookError, match=r"blocks\.0\.mlp\.hook_pre"):
+        model.run_with_cache(TOKENS)
+    model.blocks[1].around = Around(model.blocks[1].attn)  # elsewhere in the model it still fires
+    assert model.resolve(("z", 1))
+
+
+def test_torchs_own_hooks_on_a_point_fire():
+    net, seen = Net(), []
+
+    def forward(point, args, out):
+        seen.append((point.name, args[0].item(), out.item()))
+        return out * 2
+
+    handle = net.hook_a.register_forward_hook(forward)
+    assert net(torch.ones(1)).item() == 64.0 and seen == [("hook_a", 4.0, 4.0)]
+    handle.remove()
+    assert net(torch.ones(1)).item() == 16.0
+    with net.hook_a.register_forward_hook(lambda point, args, kwargs, out: out * 3, with_kwargs=True):
+        assert net(torch.ones(1)).item() == 144.0
+    for options, back in (
+        ({}, lambda args: (args[0] * 2,)),
+        ({"with_kwargs": True}, lambda args: ((args[0] * 2,), {})),
+    ):
+        with net.hook_a.register_forward_pre_hook(lambda point, args, *_, back=back: back(args), **options):
+            assert net(torch.ones(1)).item() == 64.0
+    with net.hook_a.register_full_backward_hook(lambda point, into, out: (out[0] * 2,)):
+        x = torch.ones(1, requires_grad=True)
+        net(x).sum().backward()
+    assert x.grad.item() == 2 * 8 * 3
+    with net.hook_a.register_full_backward_pre_hook(lambda point, out: seen.append(out[0].item())):
+        net(torch.ones(1)).sum().backward()
+    assert seen[-1] == 8.0
+    with pytest.raises(InputError, match="prepend"):
+        net.hook_a.register_forward_hook(forward, prepend=True)
+    assert clean_afterwards(net)
+
+
+def test_gradients_in_inference_mode_are_refused_by_that_name(model):
+    with torch.inference_mode(), pytest.raises(InputError, match=r"grads=True needs gradients.*inference_mode"):
+        model.run_with_cache(TOKENS, grads=True)
+    with torch.inference_mode(), torch.enable_grad(), pytest.raises(InputError, match="inference_mode"):
+        model.run_with_cache(TOKENS, grads=True)

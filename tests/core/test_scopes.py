@@ -25,7 +25,7 @@ def model():
     # Somebody else's scope is open throughout: the count of open scopes, which is tested first, hides nothing.
     with tiny_model().hooks():
         yield model
-    assert hooks_module._open_scopes == 0
+    assert not hooks_module._open_scopes
     assert not any(scope.open for scope in hooks_module._scopes.get())
 
 
@@ -209,4 +209,4 @@ def test_handles_added_and_removed_in_many_threads_are_all_counted(model):
     assert len(point.handles) == 8
     for handle in left:
         handle.remove()
-    assert point.handles == ()
+    assert not point.handles

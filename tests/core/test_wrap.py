@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import threading
 from typing import NamedTuple
@@ -81,13 +82,13 @@ def test_wrapping_shares_the_module_and_leaves_it_as_it_was(conv, images):
 def test_torchs_own_hooks_are_there_only_while_a_scope_is_open_or_a_handle_exists(conv):
     net = wrap(conv)
     with net.hooks(fwd_hooks=[("conv1.hook_out", lambda act, hook: None)]):
-        assert torch_hooks(conv) == 1
+        assert torch_hooks(conv) == 2  # one more, at the module itself, says when in a generation it is called
         with net.capture(["conv1.hook_out", "conv2.hook_in"])[0]:
-            assert torch_hooks(conv) == 2
-        assert torch_hooks(conv) == 1
+            assert torch_hooks(conv) == 3
+        assert torch_hooks(conv) == 2
     assert torch_hooks(conv) == 0
     handle = net.add_hook("conv1.hook_out#1", lambda act, hook: None)
-    assert torch_hooks(conv) == 1
+    assert torch_hooks(conv) == 2
     handle.remove()
     handle.remove()
     assert torch_hooks(conv) == 0
@@ -301,3 +302,45 @@ def test_slicing_by_position_is_refused_where_the_axes_are_not_known(gpt2):
     _, cache = wrap(gpt2).run_with_cache(TOKENS, names="transformer.h.0.hook_out")
     with pytest.raises(InputError, match="axes are not known"):
         cache.slice(pos=0)
+
+
+def test_hooks_of_a_transformers_model_are_told_the_step_of_its_own_generate(gpt2):
+    net, told = wrap(gpt2), []
+
+    def note(act, hook):
+        told.append((hook.name, hook.step, hook.offset, hook.seen is None))
+
+    points = ["transformer.h.1.hook_out", "hook_out"]
+    with net.hooks(fwd_hooks=[(points, note)]):
+        gpt2.generate(TOKENS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    steps = [(0, 0), (1, 4), (2, 5)]
+    assert told == [(name, *step, True) for step in steps for name in points]
+    told.clear()
+    net.run_with_hooks(TOKENS, fwd_hooks=[(points[0], note)])  # another pass has another cache, or none
+    assert told == [(points[0], 0, 0, True)] and not torch_hooks_of_ours(gpt2)
+
+
+def torch_hooks_of_ours(module) -> int:
+    from hooklens.core.wrap import _TorchHook
+
+    kinds = [hooks for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    return sum(isinstance(hook, _TorchHook) for hooks in kinds for hook in hooks.values())
+
+
+def test_steps_of_a_wrapped_model_count_calls_with_one_cache_and_say_which_tokens_are_real(gpt2):
+    from transformers import DynamicCache
+
+    net, told = wrap(gpt2), []
+    note = lambda act, hook: told.append(hook)  # noqa: E731
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    past, rows = DynamicCache(config=gpt2.config), TOKENS.expand(2, -1)
+    with torch.no_grad():
+        for step in range(3):  # a scope of its own each time
+            at = rows if step == 0 else rows[:, :1]
+            seen = torch.cat([mask, torch.ones(2, step, dtype=mask.dtype)], 1)
+            hooks, name = [("transformer.h.0.hook_out", note)], "cache"
+            if name not in inspect.signature(type(gpt2).forward).parameters:
+                name = "past_key_values"  # transformers before its version 5.20 or so
+            net.run_with_hooks(at, attention_mask=seen, **{name: past}, fwd_hooks=hooks)
+    assert [(call.step, call.offset) for call in told] == [(0, 0), (1, 4), (2, 5)]
+    assert told[1].seen.tolist() == [[False, True, True, True, True], [True] * 5]

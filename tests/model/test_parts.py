@@ -301,3 +301,14 @@ def test_names_stand_for_parts_and_an_unknown_field_is_refused():
     values = tiny_model(biases=Biases(qkv=False)).cfg.to_json()
     with pytest.raises(NameNotFound, match="no configuration field named 'n_layer'; closest: n_layers"):
         HookedTransformerConfig.from_json(values | {"n_layer": 1})
+
+
+@pytest.mark.parametrize(
+    ("biases", "there"), [((True, None), (1, 1)), ((True, False), (1, 0)), ((False, True), (0, 1))]
+)
+def test_the_gate_may_have_or_lack_a_bias_of_its_own(biases, there):
+    model = tiny_model(gated_mlp=True, biases=Biases(mlp=biases[0], gate=biases[1]))
+    mlp = model.blocks[0].mlp
+    assert (mlp.in_.bias is not None, mlp.gate.bias is not None) == there and (mlp.out.bias is not None) == there[0]
+    assert HookedTransformerConfig.from_json(model.cfg.to_json()) == model.cfg
+    assert model.generate([1, 2], 3).new_tokens[0].shape == (3,)

@@ -106,6 +106,16 @@ def test_fold_ln_makes_biases_where_a_layer_had_none():
     assert folded.cfg.biases == Biases(qkv=True, o=False, mlp=True, unembed=True)
 
 
+def test_a_gate_without_a_bias_stays_without_one_unless_a_norms_bias_is_folded_into_it():
+    bare = Biases(qkv=False, o=False, gate=False)
+    for norm, biased in (("RMS", False), ("LN", True)):
+        model = shaken(tiny_model(biases=bare, gated_mlp=True, normalization_type=norm, dtype=torch.float64))
+        folded = fold_ln(model)
+        x = random_inputs(model, batch=2, pos=6, seed=0)
+        assert (log_probs(folded, x) - log_probs(model, x)).abs().max() < 1e-9
+        assert (folded.blocks[0].mlp.gate.bias is not None) == biased and folded.b_in is not None
+
+
 def test_fold_value_biases_makes_an_output_bias_where_there_was_none():
     model = tiny("qwen2", torch.float64)  # biases on q, k and v only, and keys shared by two heads
     folded = fold_value_biases(model)

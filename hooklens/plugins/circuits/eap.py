@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.gradients import need_gradients
 from hooklens.data import demo_prompts
 from hooklens.data.prompts import Pairs, Prompts
 from hooklens.metrics import LogitDiff, logit_diff
@@ -74,6 +75,7 @@ def scored(
     one_batch: Callable[..., Scored],
 ) -> EdgeScores:
     """The scores that a method finds, batch by batch."""
+    need_gradients(name)
     refuse(model)
     check_ablation(ablation)
     graph = circuit_graph(model)

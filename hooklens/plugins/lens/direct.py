@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError
+from hooklens.core.gradients import need_gradients
 from hooklens.model.linear import is_plain
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def direct_effects(
     pos: int,
 ) -> list[Direct]:
     """Everything that a LogitAttribution holds, for as many prompts at a time as fit."""
+    need_gradients("direct logit attribution")
     some = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
     found = []
     for i in range(0, len(tokens), some):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.files import check_writable
+from hooklens.core.gradients import need_gradients
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
@@ -137,6 +138,7 @@ def train_tuned_lens(
 
     Reference: Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", section 2.
     """
+    need_gradients("train_tuned_lens")
     _check(steps, lr, batch)
     if start is not None:
         start.check_fits(model)

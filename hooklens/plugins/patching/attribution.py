@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.gradients import need_gradients
 from hooklens.core.names import axes
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
@@ -84,6 +85,7 @@ def attribution_patching(
 
 
 def _refuse(model: "HookedTransformer", site: str, exact: int) -> None:
+    need_gradients("attribution_patching")
     if isinstance(exact, bool) or exact < 0:
         raise InputError(f"exact is how many cells are checked, a whole number of at least 0; got {exact!r}")
     if f"blocks.0.{SITES[site].point}" not in model.hook_points():

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.gradients import need_gradients
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.metrics import ReadingMetric
 from hooklens.model.config import TokenEmbed
@@ -43,6 +44,7 @@ class EmbeddingPath:
 
     @classmethod
     def of(cls, model: "HookedTransformer", prompts: Prompts, metric: Any, baseline: Any) -> "EmbeddingPath":
+        need_gradients("an attribution to tokens")
         if not isinstance(model.cfg.embed, TokenEmbed):
             raise InputError("token attributions need a model that reads tokens; this one reads vectors")
         reason = why_plain(model)

@@ -30,7 +30,7 @@ class StreamEdit(AbstractContextManager["StreamEdit"]):
     def __enter__(self) -> "StreamEdit":
         scope = self.model.hooks(self.hooks)
         scope.__enter__()
-        self._open.append(scope)
+        self._open.append(scope)  # interrupted before this, nobody refers to the scope, and it ends
         return self
 
     def __exit__(self, *exc: object) -> None:
