@@ -111,7 +111,7 @@ def is_shown(show: bool | None = None) -> bool:
 
 
 def asked() -> bool | None:
-    """What `hl.engine(progress=...)` says of bars (None: nothing). The module of these settings takes this one's place."""
+    """What `hl.engine(progress=...)` says of bars, None for nothing; sweeps.settings puts its own function here."""
     return None
 
 
