@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 1000
+# Confidences that differ by less than so many roundings are one.
+_ROUNDINGS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +225,18 @@ def _predictions(model: "HookedTransformer", ids: Int[Tensor, "batch pos"]) -> t
 
 
 def _edges(confidence: Tensor, n_bins: int, adaptive: bool) -> Float[Tensor, "edge"]:
-    """From 0 to 1; adaptive ones are quantiles, equal ones merged."""
+    """From 0 to 1; adaptive ones lie between a quantile and the next confidence, equal ones merged.
+
+    At the quantile itself the last bits of a kernel would say in which of two bins it falls.
+    """
     at = torch.linspace(0, 1, n_bins + 1, dtype=confidence.dtype, device=confidence.device)
     if not adaptive:
         return at
     ordered = confidence.flatten().sort().values
     inner = ordered[(at[1:-1] * len(ordered)).long().clamp_max(len(ordered) - 1)]
-    return torch.cat([at[:1], inner, at[-1:]]).unique()
+    after = torch.searchsorted(ordered, inner + _ROUNDINGS * torch.finfo(ordered.dtype).eps, right=True)
+    beyond = torch.cat([ordered, at[-1:]])[after]
+    return torch.cat([at[:1], (ordered[after - 1] + beyond) / 2, at[-1:]]).unique()
 
 
 def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -> Float[Tensor, "draw"]:

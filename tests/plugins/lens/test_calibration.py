@@ -163,3 +163,16 @@ def test_tables_figures_files(tmp_path):
     one = calibration(tiny_model(), TOKENS[:1])
     assert math.isnan(one.expected_error_interval()[0]) and math.isnan(one.surplus_interval()[0])
     one.figure().to_json()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_last_bits_of_a_confidence_say_nothing_about_its_bin(dtype):
+    """Edges were confidences themselves, so that another kernel's rounding moved predictions between bins."""
+    confidence = torch.rand(7, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    confidence[:, ::5] = confidence[0, 0]  # many of one value, up to rounding
+    edges = module._edges(confidence, 15, adaptive=True)
+    nudged = confidence * (1 + torch.finfo(dtype).eps * torch.randint(-4, 5, confidence.shape))
+    one, other = (torch.bucketize(each, edges[1:-1]) for each in (confidence, nudged))
+    assert len(edges) > 8 and torch.equal(one, other)
+    again = torch.bucketize(nudged, module._edges(nudged, 15, adaptive=True)[1:-1])
+    assert torch.equal(again, one)
