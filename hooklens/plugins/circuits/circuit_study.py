@@ -12,7 +12,7 @@ from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
 from hooklens.plugins.circuits.eap import demo_pairs
-from hooklens.plugins.circuits.eap_ig import eap_ig
+from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
 from hooklens.plugins.circuits.measure import Faithfulness, check_draws
@@ -139,7 +139,7 @@ def study_circuit(
     found_on, tested_on = halves(len(pairs), group=group, seed=seed) if held_out else (every, every)
     metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
     one, other = (_some(pairs, index.tolist()) for index in (found_on, tested_on))
-    scores = eap_ig(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
+    scores = eap_ig_midpoint(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
     circuit = scores.top_edges(edges)
     tested = metric.pairs(tested_on) if len(pairs) > 1 else metric
     sizes = len(found_on), len(tested_on)
