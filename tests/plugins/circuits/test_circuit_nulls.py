@@ -16,10 +16,11 @@ from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs, eap
 from hooklens.plugins.circuits.evaluate import evaluate
 from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
 from hooklens.plugins.circuits.measure import measured
-from hooklens.plugins.circuits.minimality import Minimality, minimality_of
+from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
 from hooklens.statistics import null_p
+from hooklens.statistics import mean_interval
 from hooklens.testing import tiny_model
 
 BOTH_WAYS = torch.tensor([1.0, -1.0])
@@ -113,7 +114,7 @@ def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(no
         draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, None, 19, seed=100 + i)
         null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
         unit = (faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
-        complete.append(completeness_of(bench, one, null, unit, draw).p)
+        complete.append(completeness_of(bench, one, null, faithful, unit, draw).p)
         found = minimality_of(bench, one, null, faithful, unit, draw)
         minimal += found.p.tolist()
         least.append(float(found.q.min()))
@@ -146,10 +147,23 @@ def test_curves_of_scores_that_know_nothing_are_seldom_called_better_than_chance
     assert shares(p, 0.05)[0] < 0.12 and shares(p, 0.1)[0] < 0.2
 
 
+def test_the_search_for_the_best_set_lends_an_edge_that_is_worth_nothing_no_luck():
+    """Worth without each of 11 sets is noise: the largest of them is not 0, what the other half chose is."""
+    noise = torch.randn(400, 11, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own, best = _most(noise, torch.arange(24) // 2)
+    low, high = mean_interval(own.T, group=torch.arange(24) // 2)
+    covered = float(((low <= 0) & (0 <= high)).double().mean())
+    largest = noise[torch.arange(400), best]
+    low, high = mean_interval(largest.T, group=torch.arange(24) // 2)
+    naive = float(((low <= 0) & (0 <= high)).double().mean())
+    assert covered > 0.91 and naive < 0.7, (covered, naive)
+
+
 def minimality(effect: list[float], null: torch.Tensor) -> Minimality:
     values = torch.tensor(effect)
     nan = torch.full_like(values, torch.nan)
-    return Minimality([str(i) for i in range(len(effect))], values, nan, nan, null, "corrupted")
+    names, given = [str(i) for i in range(len(effect))], ["nothing"] * len(effect)
+    return Minimality(names, values, nan, nan, values, given, null, "corrupted")
 
 
 def test_a_few_strong_edges_of_a_large_circuit_can_be_called_worth_more():
