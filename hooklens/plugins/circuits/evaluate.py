@@ -70,7 +70,7 @@ def evaluate(
     """Does the circuit do what the model does, does it hold all of it, and does it need every edge?
 
     Give prompts that the circuit was not found on. `draws` random circuits of the same size, layer profile and
-    connectivity stand beside each of the three. About (2 + 2 * 10 + 11 * 4) * `draws` runs of circuits.
+    connectivity stand beside each of the three. About (2 + 2 * 10 + 8 * 6) * `draws` runs of circuits.
 
     Completeness and minimality are searches over sets K of the circuit's edges, so that their values are what was
     found, not bounds. Beside Wang's completeness stands that of Marks: what all edges outside the circuit keep.

@@ -14,8 +14,8 @@ from hooklens.plugins.circuits.subsets import subsets
 from hooklens.result import Result, Table
 from hooklens.statistics import halves, mean_interval, q_values
 
-_SETS = 11  # sets K without which an edge is tried: none, four single nodes, three of edges, three of nodes
-_CUT = 3  # edges of each random circuit that are tried
+_SETS = 8  # sets K without which an edge is tried: none, four single nodes, two of edges, one of nodes
+_CUT = 5  # edges of each random circuit that are tried
 _MASKS = 20_000_000  # numbers of masks at once
 Worth = Float[Tensor, "circuit cut set pair"]
 
@@ -47,12 +47,14 @@ class Minimality(Result):
         """How often a random edge is worth as much, over the random circuits and this one, each of equal weight.
 
         If this circuit were one more random one, the rank of a random edge of it among all of them would be any. Edges
-        of one circuit are no independent draws, so that many of them make no p smaller than the circuits allow.
+        of one circuit are no independent draws, so that many of them make no p smaller than the circuits allow. Of a
+        random circuit only some edges were tried; an edge counts itself as one of as many, for the best of all edges
+        of a circuit beats the best of a few by being one of more.
         """
         size = self.effect.abs()
         least = size - slack(self.null)
         reached = torch.stack([(self.null >= one).to(size).mean(1).sum() for one in least])
-        own = (size >= least[:, None]).to(size).mean(1)
+        own = (size >= least[:, None]).to(size).mean(1).clamp_min(1 / self.null.shape[1])
         return torch.where(size.isnan(), torch.nan, (reached + own) / (len(self.null) + 1))
 
     @property
@@ -61,8 +63,9 @@ class Minimality(Result):
 
     @property
     def least_q(self) -> float:
-        """The smallest q there is, for however many edges: of those that no random circuit's edge reaches."""
-        return 1 / (len(self.null) + 1)
+        """The q of a single edge that no random circuit's edge reaches; several such edges have less."""
+        draws, cut = self.null.shape
+        return max(1.0, len(self.edges) / cut) / (draws + 1)
 
     @property
     def idle(self) -> list[str] | None:

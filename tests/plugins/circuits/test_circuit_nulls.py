@@ -170,8 +170,19 @@ def test_a_few_strong_edges_of_a_large_circuit_can_be_called_worth_more():
     null = 0.01 * torch.rand(100, 10, generator=torch.Generator().manual_seed(0))
     strong = minimality([0.5] * 20 + [0.001] * 180, null)
     assert bool((strong.q[:20] < 0.05).all()) and bool((strong.q[20:] > 0.05).all())
+    # one edge of 200 beats the 10 that were tried of each of 100 circuits in one case of six: 200 / 1,200
     alone = minimality([0.5] + [0.001] * 199, null)
-    assert float(alone.q[0]) == pytest.approx(alone.least_q) == pytest.approx(1 / 101)
+    assert float(alone.q[0]) == pytest.approx(alone.least_q) == pytest.approx(200 / 10 / 101)
+
+
+def test_the_best_edge_of_a_large_random_circuit_is_seldom_called_worth_more():
+    """All edges and the few of each random circuit are alike: q was 1 / 101 whenever the best of all was among the own."""
+    draw = torch.Generator().manual_seed(0)
+    called = 0
+    for _ in range(100):
+        null = torch.rand(100, 5, generator=draw)
+        called += bool((minimality(torch.rand(200, generator=draw).tolist(), null).q <= 0.05).any())
+    assert called <= 10
 
 
 def test_edges_of_one_random_circuit_that_are_alike_count_once():
@@ -183,6 +194,10 @@ def test_edges_of_one_random_circuit_that_are_alike_count_once():
     # the circuit as one more draw, whose edges rank among those of all others
     own = minimality([0.5, 0.4, 0.3, 0.2], torch.zeros(100, 10))
     assert own.p.tolist() == pytest.approx([1 / 404, 2 / 404, 3 / 404, 4 / 404])
+    # where two edges of each were tried, the best of four is not worth more than one of two
+    assert minimality([0.5, 0.4, 0.3, 0.2], torch.zeros(100, 2)).p.tolist() == pytest.approx(
+        [2 / 404, 2 / 404, 3 / 404, 4 / 404]
+    )
 
 
 def test_a_curve_says_on_how_many_of_its_prompts_the_edges_were_found(found):

@@ -117,7 +117,9 @@ def test_an_or_gate_s_head_edge_is_worth_1_without_the_other_and_0_beside_it():
     gate = or_gate()
     both = circuit_of(gate, ["L0H0->MLP0", "L0H1->MLP0", "MLP0->logits"], ablation="zero")
     found = evaluate(gate, both, [[0], [1]], None, logit).minimality
-    worth = dict(zip(found.edges, zip(found.effect.tolist(), found.alone.tolist(), found.given, strict=True), strict=True))
+    worth = dict(
+        zip(found.edges, zip(found.effect.tolist(), found.alone.tolist(), found.given, strict=True), strict=True)
+    )
     assert worth["L0H0->MLP0"] == (1.0, 0.0, "L0H1's edges") and worth["L0H1->MLP0"] == (1.0, 0.0, "L0H0's edges")
     assert worth["MLP0->logits"] == (1.0, 1.0, "nothing") and found.idle == []
 
