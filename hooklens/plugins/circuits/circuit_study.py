@@ -83,6 +83,7 @@ class CircuitStudy(Result):
             intervention=Measured.of("what the circuit keeps of it, all else ablated", own - empty, group, **name),
             control=Measured.edge_of("what random circuits keep", random - empty, side, group, **name),
             registered=registered,
+            side="below" if side < 0 else "above",
         )
 
     def report(self, *, registered: "Sequence[Registration]" = ()) -> Any:

@@ -99,7 +99,7 @@ def eap_ig_activations(
     >>> from hooklens.testing import or_gate
     >>> metric = lambda logits: logits[:, -1, 1]
     >>> scores = eap_ig_activations(or_gate(), [[0]], None, metric, ablation="zero", steps=5)
-    >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]     # the heads: open at 2 of 5 steps, 1 of 3 groups
+    >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]     # heads: open at 2 of 5 steps, 1 of 3 groups
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.1333), ('L0H1->MLP0', 0.1333)]
 
     That works with every ablation. `eap_ig_own_source` scores an edge in the runs of its own source alone.

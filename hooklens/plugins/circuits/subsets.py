@@ -12,7 +12,7 @@ Subsets = Bool[Tensor, "set edge"]
 def subsets(
     graph: CircuitGraph, kept: Bool[Tensor, "edge"], n: int, draw: torch.Generator
 ) -> tuple[Subsets, list[str]]:
-    """`n` sets of kept edges, and what each holds: nothing; then in turn one node's, another's, some edges, some nodes'.
+    """`n` sets of kept edges, and what each holds: nothing; then in turn a node's, another's, some edges, some nodes'.
 
     A node's edges are those that it writes; the embedding is left in place. Each random set has a share of its own,
     drawn between none and all. The single nodes are all different ones, as far as there are enough.

@@ -134,8 +134,8 @@ def transfer_circuit(
     Every node gets a role: a head its taxonomy label, and each node what the task loses without it, under the
     circuit's own ablation. Nodes of the circuit are matched to nodes of the target by role (`match`), its edges are
     carried over, and those that the target cannot have are lost. What arrives runs in the target beside `draws`
-    circuits on random heads with as many edges, and beside one that the target itself shows (EAP-IG at midpoints, grown from the
-    logits).
+    circuits on random heads with as many edges, and beside one that the target itself shows (EAP-IG at midpoints, grown
+    from the logits).
 
     Roles are measured on one half of the pairs, faithfulness on the other: `halves(len(task), group=task.group,
     seed=seed)`, so that a circuit found on the first of these is tested on pairs it has not seen. The tasks hold the

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
+#: The keys that each layer's heads may not look at; one head where all have the same.
+LayerMasks = list[Bool[Tensor, "sequence some_head query_pos key_pos"]]
+
 
 @dataclass(frozen=True, eq=False)
 class Knockout(Result):
@@ -93,7 +96,8 @@ def knockout(
         raise InputError(f"mask has shape {list(mask.shape)}; tokens {list(tokens.shape)} need [sequence query key]")
     refuse_dropout(model)
     chosen = read_heads(model, heads)
-    return knockout_after(model, scores_and_values(model, tokens), tokens, metric, kind, mask, chosen)
+    masks = [mask[:, None]] * model.cfg.n_layers
+    return knockout_after(model, scores_and_values(model, tokens), tokens, metric, kind, masks, chosen)
 
 
 def knockout_after(
@@ -102,16 +106,16 @@ def knockout_after(
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
     kind: str,
-    mask: Mask,
+    masks: LayerMasks,
     chosen: list[tuple[int, int]],
 ) -> Knockout:
-    """The same from the scores and values of a run that was made before: several masks can share it."""
+    """The same from the scores and values of a run that was made before: several masks, layer by layer, can share it."""
     with torch.no_grad(), packed_linears(rows=1024):
         patches = [Patch(layer, None, head) for layer, head in chosen]
-        values = _blocking(model, untouched, mask)
+        values = _blocking(model, untouched, masks)
         made = plan(model, tokens, "z", values, patches=patches)
         # in a causal model nothing can change before the first query that has a marked key
-        blocked = mask.any(-1)
+        blocked = torch.stack([mask.any(-1).any(1) for mask in masks]).any(0)
         first = torch.where(blocked.any(1), blocked.long().argmax(1), tokens.shape[1])
         outcome = execute(replace(made, first_change=first.to(made.first_change)), metric)
     fall = (outcome.base - outcome.values).T
@@ -122,7 +126,7 @@ def without_keys(
     model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], mask: Mask
 ) -> Callable[[Tensor, str], Tensor]:
     """What to write at the z points so that no head looks at the marked keys: a function of (activation, point)."""
-    return _blocking(model, scores_and_values(model, tokens), mask)
+    return _blocking(model, scores_and_values(model, tokens), [mask[:, None]] * model.cfg.n_layers)
 
 
 def scores_and_values(model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"]) -> "ActivationCache":
@@ -131,12 +135,14 @@ def scores_and_values(model: "HookedTransformer", tokens: Int[Tensor, "sequence 
         return model.run_with_cache(tokens, ["attn_scores", "v"], stop_at_layer=model.cfg.n_layers)[1]
 
 
-def _blocking(model: "HookedTransformer", cache: "ActivationCache", mask: Mask) -> Callable[[Tensor, str], Tensor]:
+def _blocking(
+    model: "HookedTransformer", cache: "ActivationCache", masks: LayerMasks
+) -> Callable[[Tensor, str], Tensor]:
     changed, new = {}, {}
     for layer in range(model.cfg.n_layers):
         attn, scores, name = model.blocks[layer].attn, cache["attn_scores", layer], f"blocks.{layer}.attn.hook_z"
         seen = scores > -torch.inf
-        blocked = _spare_empty(mask[:, None] & seen, seen)
+        blocked = _spare_empty(masks[layer] & seen, seen)
         pattern = attn.score.pattern(scores.masked_fill(blocked, -torch.inf), None)
         changed[name] = blocked.any(-1).transpose(1, 2)[..., None]
         new[name] = attn.weigh(pattern, cache["v", layer])

@@ -1,8 +1,8 @@
 """What the authors' code of EAP-IG (Hanna et al., 2024) computes on a small model, and that model's weights.
 
 Two layers of two heads, LayerNorm, gelu_new, learned positions, in float64; the scores were kept in float32. The metric
-is the logit of token 5 minus that of token 6 at the last position, mean over the two pairs. Their sign is the opposite of
-ours: what the metric gains when an edge is ablated. Edges are numbered as `circuit_graph` numbers them.
+is the logit of token 5 minus that of token 6 at the last position, mean over the two pairs. Their sign is the opposite
+of ours: what the metric gains when an edge is ablated. Edges are numbered as `circuit_graph` numbers them.
 """
 
 CLEAN = [[3, 1, 4, 1, 5, 9, 2], [2, 2, 4, 1, 5, 9, 6]]

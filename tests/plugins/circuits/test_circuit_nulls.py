@@ -176,7 +176,7 @@ def test_a_few_strong_edges_of_a_large_circuit_can_be_called_worth_more():
 
 
 def test_the_best_edge_of_a_large_random_circuit_is_seldom_called_worth_more():
-    """All edges and the few of each random circuit are alike: q was 1 / 101 whenever the best of all was among the own."""
+    """All edges and the few of each random circuit are alike: q was 1 / 101 whenever the best of all was its own."""
     draw = torch.Generator().manual_seed(0)
     called = 0
     for _ in range(100):
