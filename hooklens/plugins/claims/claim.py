@@ -200,8 +200,8 @@ def claim(
     from the control's that lie on the side of the effect; and both p-values (sign flips of groups) at most 0.05, which
     fewer than 6 groups cannot reach.
 
-    `side` is "above" or "below" where the statement says on which side of 0 the effect lies: one that lies surely on the
-    other has the verdict "opposite effect". Without it the effect's own side counts.
+    `side` is "above" or "below" where the statement says on which side of 0 the effect lies: one that lies surely on
+    the other has the verdict "opposite effect". Without it the effect's own side counts.
 
     Reference: Pearl (2009), "Causality", chapter 1.3 (seeing and doing).
     """

@@ -199,7 +199,7 @@ def _mode(
     later = torch.arange(layers)[:, None] < torch.arange(layers)
     is_pair = later[:, None, :, None].expand_as(norms).to(norms.device) & (norms > 0)
     scores = torch.where(is_pair, scores / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
-    mean, deviation = _moments(*(_spectra(x).flatten(0, 1) for x in (writers, readers)), d_model)
+    mean, deviation = _moments(_spectra(writers).flatten(0, 1), _spectra(readers).flatten(0, 1), d_model)
     safe = torch.where(is_pair.flatten(2).flatten(0, 1) & (deviation > 0), deviation, torch.nan)
     z = (scores.double().square().flatten(2).flatten(0, 1) - mean) / safe
     return scores, z.view(scores.shape).to(scores)

@@ -41,10 +41,11 @@ class Taxonomy(Result):
     `score_p` is the null model's: the share of randomly rotated heads that score as high (for copy suppression, the
     larger of that and the OV's). `effect` is the rise of the loss, in nats a token, on other repeated sequences when
     the head may not look at the label's keys: NaN where the score did not pass, for then it was not measured.
-    `placebo` is the rise when it may not look at other keys that hold as much of its attention: NaN also where the
-    effect on its own is not off 0. `blocked` is the attention that was blocked for each of the two. `names` is the evidence of indirect-object prompts, `positions` what positions alone do to queries and keys,
-    `suppression` what the heads called copy suppression or negative name mover do to the token that they look at and to
-    calibration; None where the model could not be asked, or no head was called so. `note` says why.
+    `placebo` is the rise when as much attention is taken from its other keys: NaN also where the effect on its own is
+    not off 0. `blocked` is the attention that was taken for each of the two. `names` is the
+    evidence of indirect-object prompts, `positions` what positions alone do to queries and keys, `suppression` what the
+    heads called copy suppression or negative name mover do to the token that they look at and to calibration; None
+    where the model could not be asked, or no head was called so. `note` says why.
     """
 
     scores: HeadScores

@@ -26,9 +26,9 @@ def taxonomy_report(
     report.text(
         "A label takes a score above that of heads with randomly rotated queries, and a change of the loss in the "
         "direction that the label claims when exactly that attention is blocked, measured on other sequences. "
-        "Blocking other keys on which the head spends as much attention (the placebo) must do less. A labelled head "
-        f"whose effect is less than {LEAST_SHARE:.0%} of the loss is called detectable, negligible; one that looks where "
-        "the label says and whose effect surely goes the other way has an opposite effect, and no label. "
+        "Taking as much attention from its other keys (the placebo) must do less. A labelled head "
+        f"whose effect is less than {LEAST_SHARE:.0%} of the loss is called detectable, negligible; one that looks "
+        "where the label says and whose effect surely goes the other way has an opposite effect, and no label. "
         "A head without a label may do much that repeated random tokens cannot show."
     )
     report.numbers({"heads": total, "labelled": labelled, "loss on repeats": float(found.loss.mean())})

@@ -13,11 +13,11 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
 from hooklens.plugins.heads.copying import Copying, copying
 from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
-from hooklens.plugins.heads.knockout import LayerMasks, knockout_after, scores_and_values
+from hooklens.plugins.heads.knockout import Keeps, all_but, knockout_after, scores_and_values
 from hooklens.plugins.heads.labels import LABELS, UNLABELLED, Taxonomy
 from hooklens.plugins.heads.named import name_evidence
 from hooklens.plugins.heads.previous_token import PositionScores, position_scores
-from hooklens.plugins.heads.rotations import DRAWS, PerHead
+from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead
 from hooklens.plugins.heads.scores import HeadScores, head_scores, key_masks
 from hooklens.statistics import q_values
 from hooklens.sweeps.settings import engine
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
-__all__ = ["LABELS", "UNLABELLED", "Taxonomy", "demo", "placebo_mask", "taxonomy"]
+__all__ = ["LABELS", "UNLABELLED", "Taxonomy", "demo", "placebo_keep", "taxonomy"]
 _N_POS = 16
 _TEXTS = 8  # for the calibration change: each control is a run over them
 _SUPPRESSORS = ("copy suppression", "negative name mover")
@@ -41,8 +41,8 @@ def taxonomy(
     than heads do whose queries are rotated at random (and for copy suppression its OV lowers the token it reads more
     than rotated values do), at q <= `level` over all heads and labels. The effect: on `n` other sequences, blocking
     exactly that attention raises the loss of the repeated tokens (for copy suppression: lowers it), with an interval
-    and a q-value that exclude 0, and more than blocking other keys on which the head spends as much attention
-    (`placebo_mask`). A head with several labels keeps that of the largest effect; one without stays unlabelled.
+    and a q-value that exclude 0, and more than taking as much attention from the head's other keys
+    (`placebo_keep`). A head with several labels keeps that of the largest effect; one without stays unlabelled.
 
     >>> from hooklens.testing import induction_model
     >>> taxonomy(induction_model()).labels()
@@ -61,49 +61,39 @@ def taxonomy(
         scores = head_scores(model, chosen.tokens, draws=draws, seed=seed)
         ov = copying(model, draws=draws, seed=seed)
         score_p = torch.stack([_score_p(label, scores, ov) for label in LABELS])
-        masks = {kind: [mask[:, None]] * model.cfg.n_layers for kind, mask in key_masks(reported.tokens).items()}
+        masks = key_masks(reported.tokens)
         loss = -reported.metric()(model(reported.tokens))
         names, note = name_evidence(model, ioi, seed=seed) if ioi else (None, "name movers were not asked for")
         untouched = scores_and_values(model, reported.tokens)
-        effect = _effects(model, reported, untouched, masks, q_values(score_p) <= level)
+        blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
+        effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
         found = Taxonomy(scores, ov, score_p, effect, torch.full_like(effect, torch.nan), loss, names, note, level)
         patterns = _patterns(model, untouched)
-        kinds = [kind for kind, _ in LABELS.values()]
-        others = {kind: [placebo_mask(*one) for one in zip(patterns, masks[kind], strict=True)] for kind in set(kinds)}
+        others = {kind: [placebo_keep(one, mask) for one in patterns] for kind, mask in masks.items()}
         asked = found.candidates | found.opposite
         with engine(verify=0):  # the same sweep with other keys, checked above
             placebo = _effects(model, reported, untouched, others, asked)
-        blocked = torch.stack([_blocked(patterns, masks, keys, kinds) for keys in (masks, others)])
+        blocked = torch.stack([_blocked(patterns, masks, keeps) for keeps in (blocking, others)])
         found = replace(found, blocked=blocked.where(asked.to(blocked.device), torch.nan))
         found = replace(found, placebo=placebo)
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
 
 
-def placebo_mask(
-    pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Bool[Tensor, "sequence one query_pos key_pos"]
-) -> Bool[Tensor, "sequence head query_pos key_pos"]:
-    """Other keys that hold as much of each head's attention as the marked ones, query by query, or as near as may be.
+def placebo_keep(
+    pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Mask
+) -> Float[Tensor, "sequence head query_pos key_pos"]:
+    """Which share of their weight other keys keep when they lose as much attention together as the marked ones hold.
 
-    Keys are taken from the most attended down, each that still fits; the smallest that is left follows if that brings
-    the sum nearer. Where all other keys together hold less, all of them are taken.
+    All of them lose the same share, query by query; where they hold less than the marked keys, all that they hold.
 
-    >>> pattern = torch.tensor([[[[0.5, 0.25, 0.25, 0.0]]]])
-    >>> placebo_mask(pattern, torch.tensor([[[[False, True, False, False]]]]))[0, 0, 0].tolist()
-    [False, False, True, False]
+    >>> pattern = torch.tensor([[[[0.5, 0.2, 0.25, 0.05]]]])
+    >>> placebo_keep(pattern, torch.tensor([[[False, True, False, False]]]))[0, 0, 0].tolist()
+    [0.75, 1.0, 0.75, 0.75]
     """
-    size = pattern.abs()
-    wanted = (size * mask).sum(-1)
-    value, place = torch.sort(size.masked_fill(mask, 0.0), dim=-1, descending=True, stable=True)
-    taken, total = torch.zeros_like(value, dtype=torch.bool), torch.zeros_like(wanted)
-    for i in range(value.shape[-1]):
-        fits = (value[..., i] > 0) & (total + value[..., i] <= wanted * (1 + 1e-6))
-        taken[..., i], total = fits, total + value[..., i] * fits
-    left = (value > 0) & ~taken
-    last = value.masked_fill(~left, torch.inf).argmin(-1, keepdim=True)  # all of these are larger than what lacks
-    smallest, lacks = value.gather(-1, last)[..., 0], wanted - total
-    nearer = left.any(-1) & (smallest - lacks < lacks)
-    taken = taken.scatter(-1, last, taken.gather(-1, last) | nearer[..., None])
-    return torch.zeros_like(taken).scatter(-1, place, taken)
+    size, marked = pattern.abs(), mask[:, None]
+    own, others = ((size * part).sum(-1, keepdim=True) for part in (marked, ~marked))
+    left = (others - own).clamp_min(0) / others.clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left)
 
 
 def _patterns(
@@ -114,16 +104,14 @@ def _patterns(
 
 
 def _blocked(
-    patterns: list[Tensor], masks: dict[str, LayerMasks], keys: dict[str, LayerMasks], kinds: list[str]
+    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps]
 ) -> Float[Tensor, "label layer head"]:
-    """The attention on these keys, mean over the queries that have a key of the label."""
+    """The attention that these shares take away, mean over the queries that have a key of the label."""
     found = []
-    for kind in kinds:
-        queries = masks[kind][0].any(-1)  # sequence 1 query_pos
-        each = [
-            ((one.abs() * key).sum(-1) * queries).sum((0, 2)) for one, key in zip(patterns, keys[kind], strict=True)
-        ]
-        found.append(torch.stack(each) / queries.sum())
+    for kind, _ in LABELS.values():
+        queries = masks[kind].any(-1)[:, None]
+        lost = [(one.abs() * (1 - keep)).sum(-1) for one, keep in zip(patterns, keeps[kind], strict=True)]
+        found.append(torch.stack([(one * queries).sum((0, 2)) / queries.sum() for one in lost]))
     return torch.stack(found)
 
 
@@ -136,7 +124,7 @@ def _effects(
     model: "HookedTransformer",
     sequences: Repeated,
     untouched: "ActivationCache",
-    masks: dict[str, LayerMasks],
+    keeps: dict[str, Keeps],
     asked: Bool[Tensor, "label layer head"],
 ) -> Float[Tensor, "sequence label layer head"]:
     """The knockout effect of every head and label asked for, NaN elsewhere; labels of one kind share a sweep."""
@@ -147,7 +135,7 @@ def _effects(
         rows = [i for i, one in enumerate(kinds) if one == kind]
         heads = [(int(a), int(b)) for a, b in asked[rows].any(0).nonzero()]
         if heads:
-            found = knockout_after(model, untouched, sequences.tokens, metric, kind, masks[kind], heads)
+            found = knockout_after(model, untouched, sequences.tokens, metric, kind, keeps[kind], heads)
             layers, which = (list(part) for part in zip(*heads, strict=True))
             for row in rows:
                 effect[:, row, layers, which] = found.fall.to(effect)
