@@ -232,7 +232,7 @@ def _random_z(
     readers: Float[Tensor, "layer head d_model d_head"],
     draws: int,
     generator: torch.Generator,
-) -> Float[Tensor, "any"]:
+) -> Float[Tensor, "drawn"]:
     """The z of every pair with its own spectra in random orientation, of `draws` models."""
     left, right, d_model = _spectra(writers), _spectra(readers), writers.shape[-1]
     found = [left.new_zeros(0)]

@@ -114,7 +114,7 @@ def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PerHead:
     return above((root - middle) / safe, (roots - middle) / safe).to(value)
 
 
-def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> Float[Tensor, "*cell"]:
+def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "*drawn"]) -> Float[Tensor, "*cell"]:
     """The share of the null of all cells that reaches each value, itself counted in; 1 where a value is NaN.
 
     >>> above(torch.tensor([0.5, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])).tolist()
