@@ -14,8 +14,9 @@ import pytest
 NAMES = """
 circuits: Circuit CircuitEvaluation CircuitGraph CircuitStudy CircuitTransfer Completeness Discovery EdgeRuns
     EdgeScores Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles Task acdc acdc_nodes circuit_graph
-    circuit_of eap eap_ig eap_ig_activations evaluate faithfulness faithfulness_curve prune_edges prune_edges_below
-    prune_nodes prune_nodes_below random_circuits run_edges study_circuit transfer_circuit whole_circuit
+    circuit_of eap eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate faithfulness faithfulness_curve
+    prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges study_circuit transfer_circuit
+    whole_circuit
 claims: Claim ClaimFamily HeldOutEffects Measured Registration claim family held_out_top metric_name plans_met
 heads: Composition CopySuppression Copying HeadScores HeadStudy InductionHeads Knockout Mediation PositionScores
     Redundancy Taxonomy composition copy_suppression copying head_scores head_study induction_heads knockout mediation

@@ -5,7 +5,7 @@ from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
 from hooklens.plugins.circuits.circuit_study import CircuitStudy, study_circuit
 from hooklens.plugins.circuits.completeness import Completeness
 from hooklens.plugins.circuits.eap import eap
-from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations
+from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations, eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import FaithfulnessCurve, faithfulness, faithfulness_curve
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
@@ -44,6 +44,8 @@ __all__ = [
     "eap",
     "eap_ig",
     "eap_ig_activations",
+    "eap_ig_midpoint",
+    "eap_ig_own_source",
     "evaluate",
     "faithfulness",
     "faithfulness_curve",

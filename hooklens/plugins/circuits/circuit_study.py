@@ -13,7 +13,7 @@ from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
 from hooklens.plugins.circuits.eap import demo_pairs
-from hooklens.plugins.circuits.eap_ig import eap_ig
+from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
 from hooklens.plugins.circuits.graph import circuit_graph
@@ -84,6 +84,7 @@ class CircuitStudy(Result):
             intervention=Measured.of("what the circuit keeps of it, all else ablated", own - empty, group, **name),
             control=Measured.edge_of("what random circuits keep", random - empty, group, **name),
             registered=registered,
+            side="below" if bool((whole - empty).mean() < 0) else "above",
         )
 
     def report(self, *, registered: "Sequence[Registration]" = ()) -> Any:
@@ -139,7 +140,7 @@ def study_circuit(
     metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
     check_prompts_differ(read_pairs(model, pairs.clean, pairs.corrupted, ()))
     one, other = (_some(pairs, index.tolist()) for index in (found_on, tested_on))
-    scores = eap_ig(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
+    scores = eap_ig_midpoint(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
     circuit = scores.top_edges(edges)
     tested = metric.pairs(tested_on) if len(pairs) > 1 else metric
     sizes = len(found_on), len(tested_on)

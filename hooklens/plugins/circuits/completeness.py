@@ -8,29 +8,40 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.measure import tied_p
+from hooklens.plugins.circuits.measure import Faithfulness, tied_p
 from hooklens.plugins.circuits.run import Bench, chunks
+from hooklens.plugins.circuits.subsets import Subsets, subsets
 from hooklens.result import Result, Table
 
-_RANDOM, _STEPS, _WIDTH = 10, 5, 10  # random K; steps of the greedy one, and edges tried in each
+_OWN, _OTHERS = 40, 10  # sets K of the circuit, and of each random one
+_STEPS, _WIDTH = 5, 10  # steps of the greedy K, and edges tried in each
 _MASKS = 20_000_000  # numbers of masks at once
-Sets = Bool[Tensor, "set edge"]
 
 
 @dataclass(frozen=True, eq=False)
 class Completeness(Result):
     """|m(C without K) - m(M without K)| for sets K of the circuit's edges, as shares of m(M) - m(empty).
 
-    `greedy` grows one K edge by edge where the two part most, so it is a search for the worst case and its value is no
-    estimate of a typical one. `null` is the largest over as many random K of each random circuit: compare it with
-    `random.max()`.
+    `random` holds the gaps of sets drawn at random (`subsets`: edges, single nodes, several nodes), `kinds` what each
+    set holds. `greedy` grows one K edge by edge where the two part most, so it is a search for the worst case and its
+    value is no estimate of a typical one. `null` is the largest gap of each random circuit over as many K as the first
+    `n_compared` of `random`.
+
+    `complement` is what all edges outside the circuit keep of the metric, in the same shares: 0 for a complete circuit.
+    `complement_low` and `complement_high` are its 95 % interval, `complement_null` the same of each random circuit.
     """
 
     random: Float[Tensor, "set"]
     sizes: Int[Tensor, "set"]
+    kinds: list[str]
     greedy: Float[Tensor, "step"]
     greedy_edges: list[str]
     null: Float[Tensor, "draw"]
+    n_compared: int
+    complement: float
+    complement_low: float
+    complement_high: float
+    complement_null: Float[Tensor, "draw"]
     ablation: str
 
     @property
@@ -40,12 +51,19 @@ class Completeness(Result):
 
     @property
     def p(self) -> float:
-        """How often a random circuit parts from the model by no more, both over random K."""
-        return float(tied_p(-self.random.max(), -self.null))
+        """How often a random circuit parts from the model by no more, both over equally many random K."""
+        return float(tied_p(-self.random[: self.n_compared].max(), -self.null))
+
+    @property
+    def complement_p(self) -> float:
+        """How often a random circuit leaves as little to the edges outside it, whatever the sign."""
+        own = torch.tensor(abs(self.complement), dtype=self.complement_null.dtype)
+        return float(tied_p(-own, -self.complement_null.abs()))
 
     def table(self, n: int | None = None) -> Table:
         """Every K: how many edges it takes away, and how far circuit and model then part."""
-        rows = [("random", int(size), float(gap)) for size, gap in zip(self.sizes, self.random, strict=True)]
+        measured = zip(self.kinds, self.sizes, self.random, strict=True)
+        rows = [(kind, int(size), float(gap)) for kind, size, gap in measured]
         rows += [("greedy", i + 1, float(gap)) for i, gap in enumerate(self.greedy)]
         return Table(("K", "edges in K", "parts by (share)"), sorted(rows, key=lambda row: -row[2])).head(n)
 
@@ -54,36 +72,52 @@ class Completeness(Result):
         from hooklens.viz.curves import scatter
 
         sizes = torch.cat((self.sizes, torch.arange(1, len(self.greedy) + 1)))
-        names = [*["random K"] * len(self.sizes), *(f"greedy, with {name}" for name in self.greedy_edges)]
+        names = [*self.kinds, *(f"greedy, with {name}" for name in self.greedy_edges)]
         gaps = torch.cat((self.random, self.greedy))
         title = f"Completeness: at most {self.worst:.2f} apart ({self.ablation} ablation)"
         return scatter(sizes, gaps, names, title, x_title="edges in K", y_title="|m(C - K) - m(M - K)|, share")
 
 
 def completeness_of(
-    bench: Bench, circuit: Circuit, null: Sets, unit: Float[Tensor, ""], draw: torch.Generator
+    bench: Bench,
+    circuit: Circuit,
+    null: Subsets,
+    faithful: Faithfulness,
+    unit: Float[Tensor, ""],
+    draw: torch.Generator,
 ) -> Completeness:
-    """How far circuit and model part over random K and a greedy one, and how far random circuits do over random K."""
+    """How far circuit and model part over random K and a greedy one, and how far random circuits do over random K.
+
+    The complement's share is the completeness of Marks et al. (2024), "Sparse Feature Circuits", section 4, over edges.
+    """
     kept = circuit.kept.cpu()
-    sets = _random_subsets(kept, _RANDOM, draw)
+    sets, kinds = subsets(bench.graph, kept, _OWN, draw)
     gaps = _gaps(bench, kept, sets) / unit
     greedy, edges = _greedy(bench, kept, draw)
-    names = [bench.graph.name(e) for e in edges]
     each = []
-    for some in chunks(len(null), max(1, _MASKS // (2 * _RANDOM * len(kept)))):
-        one = null[some].repeat_interleave(_RANDOM, 0)
-        without = torch.cat([_random_subsets(mask, _RANDOM, draw) for mask in null[some]])
-        each.append(_gaps(bench, one, without).view(-1, _RANDOM).amax(1))
-    return Completeness(gaps, sets.sum(1), greedy / unit, names, torch.cat(each) / unit, bench.ablation)
+    for some in chunks(len(null), max(1, _MASKS // (2 * _OTHERS * len(kept)))):
+        one = null[some].repeat_interleave(_OTHERS, 0)
+        without = torch.cat([subsets(bench.graph, mask, _OTHERS, draw)[0] for mask in null[some]])
+        each.append(_gaps(bench, one, without).view(-1, _OTHERS).amax(1))
+    others = bench.run(torch.cat((~kept[None], ~null))).per_pair
+    shares, (low, high) = faithful.share(others).cpu(), faithful.interval_of(others[0])
+    return Completeness(
+        random=gaps,
+        sizes=sets.sum(1),
+        kinds=kinds,
+        greedy=greedy / unit,
+        greedy_edges=[bench.graph.name(e) for e in edges],
+        null=torch.cat(each) / unit,
+        n_compared=_OTHERS,
+        complement=float(shares[0]),
+        complement_low=low,
+        complement_high=high,
+        complement_null=shares[1:],
+        ablation=bench.ablation,
+    )
 
 
-def _random_subsets(kept: Bool[Tensor, "edge"], n: int, draw: torch.Generator) -> Sets:
-    """Random sets of kept edges, from none to nearly all; the first is empty."""
-    shares = torch.linspace(0, 1, n + 1)[:n, None]
-    return kept & (torch.rand(n, len(kept), generator=draw) < shares)
-
-
-def _gaps(bench: Bench, kept: Bool[Tensor, "*set edge"], sets: Sets) -> Float[Tensor, "set"]:
+def _gaps(bench: Bench, kept: Bool[Tensor, "*set edge"], sets: Subsets) -> Float[Tensor, "set"]:
     """|m(C - K) - m(M - K)| of every K."""
     runs = bench.run(torch.cat((kept & ~sets, ~sets))).per_pair.mean(1).cpu()
     return (runs[: len(sets)] - runs[len(sets) :]).abs()

@@ -26,39 +26,60 @@ def eap_ig(
     """Edge attribution with the gradient averaged over inputs between the corrupted and the clean prompt's embedding.
 
     Where the metric is flat at the clean run (a saturated softmax, an OR), plain gradients see nothing; on the way
-    there they do. The path is cut into `steps` equal parts and the gradient is taken in the middle of each. It ends in
-    the corrupted run, so that only the corrupted run is ablated with; for other ablations use `eap_ig_activations`.
+    there they do. Gradients are taken at 0/steps, 1/steps, ..., (steps - 1)/steps of the way, as the authors' code
+    does. The path begins in the corrupted run, so that only the corrupted run is ablated with; for other ablations use
+    `eap_ig_activations`. `eap_ig_midpoint` needs fewer steps for the same integral.
 
     >>> from hooklens.testing import tiny_model
     >>> scores = eap_ig(tiny_model(), [[1, 2, 3]], [[1, 4, 3]], lambda logits: logits[:, -1, 5], steps=2)
     >>> scores.method
     'EAP-IG, 2 steps'
 
-    Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 (there with the ends of the parts).
+    Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 and its code (EAP-IG over inputs).
     """
     _check(steps)
+    return _of_inputs(model, clean, corrupted, metric, "EAP-IG", [k / steps for k in range(steps)])
+
+
+def eap_ig_midpoint(
+    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, steps: int = 10
+) -> EdgeScores:
+    """The integral of `eap_ig` by the midpoint rule: a quarter of the error at twice the steps, in place of half.
+
+    >>> from hooklens.testing import tiny_model
+    >>> scores = eap_ig_midpoint(tiny_model(), [[1, 2, 3]], [[1, 4, 3]], lambda logits: logits[:, -1, 5], steps=2)
+    >>> scores.method
+    'EAP-IG at midpoints, 2 steps'
+
+    A variant of `eap_ig`, not a published method: the path is cut into `steps` equal parts and the gradient is taken in
+    the middle of each.
+    """
+    _check(steps)
+    return _of_inputs(model, clean, corrupted, metric, "EAP-IG at midpoints", _middles(steps))
+
+
+def _of_inputs(model, clean: Prompts, corrupted: Prompts | None, metric: Any, name: str, shares: list[float]):
     if corrupted is None:
         raise InputError(
             "integrated gradients over inputs need the corrupted prompts at which they begin; "
             "eap_ig_activations(..., ablation='zero') does without"
         )
-    name = f"EAP-IG, {steps} steps"
-    return scored(model, clean, corrupted, metric, "corrupted", name, partial(_over_inputs, steps))
+    name = f"{name}, {len(shares)} steps"
+    return scored(model, clean, corrupted, metric, "corrupted", name, partial(_over_inputs, shares))
 
 
-def _over_inputs(steps: int, model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
+def _over_inputs(shares: list[float], model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
     with torch.no_grad():
         live = observe(model, graph, clean)
     reader = Reader(model, metric, live.streams[-1])
     moved, begin = live.nodes - ablated.nodes, ablated.nodes[0]
-    total: Tensor | float = 0.0
-    for share in _middles(steps):
+    total = moved.new_zeros(len(clean), graph.n_edges)
+    for share in shares:
         made = trace(model, graph, begin + share * moved[0])
         gradients = edge_gradients(model, made, differentiable_values(reader, made.final))
-        total = total + edge_scores(graph, gradients, moved)
-        step(1 / steps)
-    assert isinstance(total, Tensor)
-    return total / steps, reader.base
+        total += edge_scores(graph, gradients, moved) / len(shares)
+        step(1 / len(shares))
+    return total, reader.base
 
 
 def eap_ig_activations(
@@ -70,59 +91,87 @@ def eap_ig_activations(
     ablation: str = "corrupted",
     steps: int = 10,
 ) -> EdgeScores:
-    """Edge attribution with the gradient averaged between a layer's ablated and clean outputs, layer by layer.
+    """Edge attribution with the gradient averaged over runs in which one group of nodes is between ablated and clean.
 
-    The edges that leave a layer's heads (or its MLP, or the embedding) get gradients from runs in which all of these
-    write a mixture of their ablated and clean output; everything after them is live. That is `steps` runs for each
-    such group of nodes, and it works with every ablation.
+    A group is the embedding, a layer's heads, or its MLP. In each run one of them writes 1/steps, 2/steps, ..., all of
+    the way from its ablated to its clean output, as a constant; everything before it is clean, everything after it
+    follows. Every edge of the model is scored in every run, and the mean is over all groups and steps: an edge counts
+    in the runs of other groups too, and gets nothing in those that hold its own receiver constant.
 
     >>> from hooklens.testing import or_gate
-    >>> scores = eap_ig_activations(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero")
-    >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]
-    [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.5), ('L0H1->MLP0', 0.5)]
+    >>> metric = lambda logits: logits[:, -1, 1]
+    >>> scores = eap_ig_activations(or_gate(), [[0]], None, metric, ablation="zero", steps=5)
+    >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]     # heads: open at 2 of 5 steps, 1 of 3 groups
+    [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.1333), ('L0H1->MLP0', 0.1333)]
+
+    That works with every ablation. `eap_ig_own_source` scores an edge in the runs of its own source alone.
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """
     _check(steps)
-    name = f"EAP-IG over activations, {steps} steps"
-    return scored(model, clean, corrupted, metric, ablation, name, partial(_over_activations, steps))
+    name, shares = f"EAP-IG over activations, {steps} steps", [(k + 1) / steps for k in range(steps)]
+    return scored(model, clean, corrupted, metric, ablation, name, partial(_over_activations, shares, False))
 
 
-def _over_activations(steps: int, model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
+def eap_ig_own_source(
+    model: "HookedTransformer",
+    clean: Prompts,
+    corrupted: Prompts | None,
+    metric: Any,
+    *,
+    ablation: str = "corrupted",
+    steps: int = 10,
+) -> EdgeScores:
+    """Edge attribution with each edge's gradient averaged between its own source's ablated and clean outputs.
+
+    The edges that leave a layer's heads (or its MLP, or the embedding) get gradients from runs in which all of these
+    write a mixture of their ablated and clean output; everything after them follows. So the edges that leave the last
+    such group add up to what ablating them does.
+
+    >>> from hooklens.testing import or_gate
+    >>> scores = eap_ig_own_source(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero")
+    >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]
+    [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.5), ('L0H1->MLP0', 0.5)]
+
+    A variant of `eap_ig_activations`, not a published method; it too takes `steps` runs for each group of nodes, at the
+    middle of each step.
+    """
+    _check(steps)
+    name = f"EAP-IG over each edge's own source, {steps} steps"
+    return scored(model, clean, corrupted, metric, ablation, name, partial(_over_activations, _middles(steps), True))
+
+
+def _over_activations(
+    shares: list[float], own: bool, model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run
+) -> Scored:
     with torch.no_grad():
         live = observe(model, graph, clean)
     reader = Reader(model, metric, live.streams[-1])
-    moved = live.nodes - ablated.nodes
+    moved, groups = live.nodes - ablated.nodes, _groups(graph)
     total = moved.new_zeros(len(clean), graph.n_edges)
-    groups = _groups(graph)
-    for sources, layer, mid in groups:
-        stream, away = _entry(graph, live, layer, mid), moved[sources].sum(0)
-        for share in _middles(steps):
-            made = trace(model, graph, stream - (1 - share) * away, layer, mid=mid)
-            gradients = edge_gradients(model, made, differentiable_values(reader, made.final))
-            total += edge_scores(graph, gradients, moved[sources], sources) / steps
-            step(1 / (steps * len(groups)))
-    return total, reader.base
+    for kind, layer, sources in groups:
+        away = moved[sources].sum(0)
+        for share in shares:
+            back = (share - 1) * away
+            at_embedding = kind == "embed"
+            begin = live.nodes[0] + back if at_embedding else live.nodes[0]
+            made = trace(model, graph, begin, shift={} if at_embedding else {(kind, layer): back})
+            after, scored_sources = (sources.start, sources) if own else (-1, slice(None))
+            gradients = edge_gradients(model, made, differentiable_values(reader, made.final), after=after)
+            total += edge_scores(graph, gradients, moved[scored_sources], scored_sources)
+            step(1 / (len(shares) * len(groups)))
+    return total / len(shares) / (1 if own else len(groups)), reader.base
 
 
-def _groups(graph: CircuitGraph) -> list[tuple[slice, int, bool]]:
-    """Nodes that write together, the layer whose stream first holds their sum, and whether that is mid-layer."""
-    found = [(slice(0, 1), 0, False)]
+def _groups(graph: CircuitGraph) -> list[tuple[str, int, slice]]:
+    """Nodes that write together: the embedding, each layer's heads, each MLP."""
+    found = [("embed", 0, slice(0, 1))]
     for layer in range(graph.n_layers):
-        mid = graph.mlp and not graph.parallel
-        found.append((graph.heads_at(layer), layer if mid else layer + 1, mid))
+        found.append(("attn", layer, graph.heads_at(layer)))
         if graph.mlp:
             at = graph.mlp_at(layer)
-            found.append((slice(at, at + 1), layer + 1, False))
+            found.append(("mlp", layer, slice(at, at + 1)))
     return found
-
-
-def _entry(graph: CircuitGraph, live: Run, layer: int, mid: bool) -> Tensor:
-    """The clean stream that enters a layer, or that leaves its attention."""
-    if layer == graph.n_layers:
-        return live.streams[-1]
-    kinds = [(slot.kind, slot.layer) for slot in graph.slots]
-    return live.streams[kinds.index(("mlp" if mid else "attn", layer))]
 
 
 def _middles(steps: int) -> list[float]:

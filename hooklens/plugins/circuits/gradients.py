@@ -36,35 +36,38 @@ def trace(
     model: "HookedTransformer",
     graph: CircuitGraph,
     x: Stream,
-    start: int = 0,
     *,
-    mid: bool = False,
     nodes: list[Tensor] | None = None,
+    shift: dict[tuple[str, int], Stream] | None = None,
 ) -> Trace:
-    """Run with gradients from the stream that enters a layer (`mid`: that leaves its attention).
+    """Run with gradients from the embedding `x` on.
 
-    What each node writes is added to `nodes` where a list is given.
+    What each node writes is added to `nodes` where a list is given. `shift` adds something to what a layer's "attn" or
+    "mlp" writes and makes that sum a constant: no gradient goes back through it.
     """
-    made = Trace(x)
+    made, shift = Trace(x), shift or {}
     ctx = Context(torch.arange(x.shape[1], device=x.device))
     slots = {(slot.kind, slot.layer): slot for slot in graph.slots}
     x = x.detach().requires_grad_()
-    for layer in range(start, graph.n_layers):
-        block, entered = model.blocks[layer], x
-        if not (mid and layer == start):
-            x = x + _attention(block, slots["attn", layer], x, ctx, made, nodes)
+    for layer, block in enumerate(model.blocks):
+        entered = x
+        x = x + _shifted(_attention(block, slots["attn", layer], x, ctx, made, nodes), shift.get(("attn", layer)))
         if graph.mlp:
             slot = slots["mlp", layer]
             read = entered if graph.parallel else x
             own = read.view_as(read)  # a node of its own: its gradient is that of the MLP's path alone
             made.read[slot], made.leaves[slot] = read.detach(), (own,)
-            wrote = mlp_output(block, own)
+            wrote = _shifted(mlp_output(block, own), shift.get(("mlp", layer)))
             x = x + wrote
             if nodes is not None:
                 nodes.append(wrote.detach()[None])
     made.final = x
     made.read[graph.slots[-1]], made.leaves[graph.slots[-1]] = x.detach(), (x,)
     return made
+
+
+def _shifted(wrote: Stream, by: Stream | None) -> Stream:
+    return wrote if by is None else wrote.detach() + by
 
 
 def _attention(block: Any, slot: Slot, x: Stream, ctx: Context, made: Trace, nodes: list[Tensor] | None) -> Stream:
@@ -79,12 +82,13 @@ def _attention(block: Any, slot: Slot, x: Stream, ctx: Context, made: Trace, nod
 
 
 def edge_gradients(
-    model: "HookedTransformer", made: Trace, values: Float[Tensor, "pair"]
+    model: "HookedTransformer", made: Trace, values: Float[Tensor, "pair"], *, after: int = -1
 ) -> Iterator[tuple[Slot, Float[Tensor, "pair receiver pos d_model"]]]:
-    """The gradient of the summed values by each receiver's own input, slot by slot."""
-    leaves = [leaf for group in made.leaves.values() for leaf in group]
+    """The gradient of the summed values by each receiver's own input, slot by slot; those that read a node `after`."""
+    kept = {slot: group for slot, group in made.leaves.items() if slot.columns > after}
+    leaves = [leaf for group in kept.values() for leaf in group]
     grads = iter(torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True))
-    for slot, group in made.leaves.items():
+    for slot, group in kept.items():
         own = [next(grads) for _ in group]
         if slot.kind != "attn":
             yield slot, own[0][:, None]

@@ -63,9 +63,13 @@ class Faithfulness(Result):
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `value`, over groups of pairs; NaN for one group."""
+        return self.interval_of(self.per_pair)
+
+    def interval_of(self, values: Float[Tensor, "pair"]) -> tuple[float, float]:
+        """The same for other values of these pairs."""
         if not self.defined:
             return float("nan"), float("nan")
-        above = (self.per_pair - self.empty_per_pair)[:, None]
+        above = (values - self.empty_per_pair)[:, None]
         low, high = ratio_interval(above, self.model_per_pair - self.empty_per_pair, group=self.group)
         return float(low[0]), float(high[0])
 

@@ -1,35 +1,44 @@
-"""Minimality: is each edge of the circuit worth something in it, and more than an edge of a random circuit?"""
+"""Minimality: is each edge of the circuit worth something in some part of it, and more than in a random circuit?"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.measure import Faithfulness, slack
 from hooklens.plugins.circuits.run import Bench, chunks
+from hooklens.plugins.circuits.subsets import subsets
 from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values
+from hooklens.statistics import halves, mean_interval, q_values
 
-_CUT = 10  # edges of each random circuit that are cut, one at a time
+_SETS = 8  # sets K without which an edge is tried: none, four single nodes, two of edges, one of nodes
+_CUT = 5  # edges of each random circuit that are tried
 _MASKS = 20_000_000  # numbers of masks at once
-Sets = Bool[Tensor, "set edge"]
+Worth = Float[Tensor, "circuit cut set pair"]
 
 
 @dataclass(frozen=True, eq=False)
 class Minimality(Result):
-    """What each edge of the circuit is worth: m(C) - m(C without it), as a share of m(M) - m(empty), per edge.
+    """What each edge e is worth: m(C without K) - m(C without K and e), as a share of m(M) - m(empty).
 
-    `null` is the same, whatever its sign, of random edges of each random circuit; `q` are Benjamini-Hochberg values
-    over the circuit's edges of being worth more than those.
+    `effect` takes, of several sets K of the circuit's other edges, the one without which the edge is worth most, so
+    that an edge whose work others can take over is not called idle. For every pair K is chosen on the half of the
+    groups that the pair is not in: the choice lends the effect no luck. (One group: on the same pairs.) `given` says
+    which K is best over all pairs, and `alone` is the worth with K empty, where others may stand in.
+
+    `null` is the same, whatever its sign, of random edges of each random circuit, searched as widely; `q` are
+    Benjamini-Hochberg values over the circuit's edges of being worth more than those.
     """
 
     edges: list[str]
     effect: Float[Tensor, "edge"]
     low: Float[Tensor, "edge"]
     high: Float[Tensor, "edge"]
+    alone: Float[Tensor, "edge"]
+    given: list[str]
     null: Float[Tensor, "draw cut"]
     ablation: str
 
@@ -38,12 +47,14 @@ class Minimality(Result):
         """How often a random edge is worth as much, over the random circuits and this one, each of equal weight.
 
         If this circuit were one more random one, the rank of a random edge of it among all of them would be any. Edges
-        of one circuit are no independent draws, so that many of them make no p smaller than the circuits allow.
+        of one circuit are no independent draws, so that many of them make no p smaller than the circuits allow. Of a
+        random circuit only some edges were tried; an edge counts itself as one of as many, for the best of all edges
+        of a circuit beats the best of a few by being one of more.
         """
         size = self.effect.abs()
         least = size - slack(self.null)
         reached = torch.stack([(self.null >= one).double().mean(1).sum() for one in least])
-        own = (size >= least[:, None]).double().mean(1)
+        own = (size >= least[:, None]).double().mean(1).clamp_min(1 / self.null.shape[1])
         return torch.where(size.isnan(), torch.nan, (reached + own) / (len(self.null) + 1))
 
     @property
@@ -52,8 +63,9 @@ class Minimality(Result):
 
     @property
     def least_q(self) -> float:
-        """The smallest q there is, for however many edges: of those that no random circuit's edge reaches."""
-        return 1 / (len(self.null) + 1)
+        """The q of a single edge that no random circuit's edge reaches; several such edges have less."""
+        draws, cut = self.null.shape
+        return max(1.0, len(self.edges) / cut) / (draws + 1)
 
     @property
     def idle(self) -> list[str] | None:
@@ -69,9 +81,9 @@ class Minimality(Result):
     def table(self, n: int | None = 20) -> Table:
         """One row an edge."""
         order = self.effect.abs().argsort(descending=True, stable=True).tolist()
-        columns = (self.effect, self.low, self.high, self.q)
-        rows = [(self.edges[i], *(float(column[i]) for column in columns)) for i in order[:n]]
-        return Table(("edge", "worth (share)", "95% low", "95% high", "q"), rows)
+        columns = (self.effect, self.low, self.high, self.q, self.alone)
+        rows = [(self.edges[i], *(float(column[i]) for column in columns), self.given[i]) for i in order[:n]]
+        return Table(("edge", "worth (share)", "95% low", "95% high", "q", "with all others", "most without"), rows)
 
     def figure(self) -> Any:
         """The edges that are worth most, with their intervals."""
@@ -86,27 +98,83 @@ class Minimality(Result):
 
 
 def minimality_of(
-    bench: Bench, circuit: Circuit, null: Sets, faithful: Faithfulness, unit: Tensor, draw: torch.Generator
+    bench: Bench,
+    circuit: Circuit,
+    null: Bool[Tensor, "draw edge"],
+    faithful: Faithfulness,
+    unit: Float[Tensor, ""],
+    draw: torch.Generator,
 ) -> Minimality:
     """What every edge of the circuit is worth in it, and some random edges of each random circuit in theirs."""
     kept = circuit.kept.cpu()
     edges = kept.nonzero().flatten()
-    without = kept.repeat(len(edges), 1)
-    without[torch.arange(len(edges)), edges] = False
-    lost = (faithful.per_pair - bench.run(without).per_pair).T / unit  # pair edge
-    low, high = mean_interval(lost, group=faithful.group)
-    parts = chunks(len(null), max(1, _MASKS // (_CUT * len(kept))))
-    by_chance = torch.cat([_by_chance(bench, null[some], faithful.random_per_pair[some], draw) for some in parts])
-    names = [bench.graph.name(e) for e in edges.tolist()]
-    return Minimality(names, lost.mean(0).cpu(), low.cpu(), high.cpu(), (by_chance / unit).abs().cpu(), bench.ablation)
+    sets, names = subsets(bench.graph, kept, _SETS, draw)
+    parts = [edges[some] for some in chunks(len(edges), max(1, _MASKS // (_SETS * len(kept))))]
+    worth = torch.cat([_worth(bench, kept[None], sets[None], part[None]) for part in parts], 1)[0] / unit
+    own, best = _most(worth, faithful.group)
+    low, high = mean_interval(own.T, group=faithful.group)
+    by_chance = _by_chance(bench, null, faithful.group, draw) / unit
+    return Minimality(
+        edges=[bench.graph.name(e) for e in edges.tolist()],
+        effect=own.mean(1).cpu(),
+        low=low.cpu(),
+        high=high.cpu(),
+        alone=worth[:, 0].mean(1).cpu(),
+        given=[names[i] for i in best.tolist()],
+        null=by_chance.abs().cpu(),
+        ablation=bench.ablation,
+    )
+
+
+def _worth(
+    bench: Bench,
+    kept: Bool[Tensor, "circuit edge"],
+    sets: Bool[Tensor, "circuit set edge"],
+    cut: Int[Tensor, "circuit cut"],
+) -> Worth:
+    """m(C without K) - m(C without K and e) for every set K and edge e; K never holds e itself.
+
+    One run more a set and edge: where the set holds the edge, the edge is put back, else it is cut.
+    """
+    (n, n_sets), n_cut = sets.shape[:2], cut.shape[1]
+    at = cut[:, None].expand(-1, n_sets, -1)
+    held = sets.gather(2, at)
+    masks = (kept[:, None] & ~sets)[:, :, None].repeat(1, 1, 1 + n_cut, 1)
+    masks[:, :, 1:].scatter_(3, at[..., None], held[..., None])
+    runs = bench.run(masks.flatten(0, 2)).per_pair.view(n, n_sets, 1 + n_cut, -1)
+    fall = runs[:, :, :1] - runs[:, :, 1:]
+    return torch.where(held[..., None].to(fall.device), -fall, fall).transpose(1, 2)
+
+
+def _most(
+    worth: Float[Tensor, "edge set pair"], group: Int[Tensor, "pair"]
+) -> tuple[Float[Tensor, "edge pair"], Int[Tensor, "edge"]]:
+    """Each edge's worth, pair by pair, without the set that the other half of the pairs chose; the best set of all."""
+    every = torch.arange(worth.shape[2])
+    parts = halves(len(every), group=group) if int(group.max()) > 0 else (every, every)
+    found = torch.empty_like(worth[:, 0])
+    for asked, other in (parts, parts[::-1]):
+        best = _largest(worth[:, :, other])
+        found[:, asked] = worth[torch.arange(len(worth)), best][:, asked]
+    return found, _largest(worth)
+
+
+def _largest(worth: Float[Tensor, "edge set pair"]) -> Int[Tensor, "edge"]:
+    """The set of the largest mean, whatever its sign; the first of those that differ by rounding alone."""
+    size = worth.mean(2).abs().nan_to_num()
+    return (size >= size.amax(1, keepdim=True) - slack(size)).long().argmax(1).cpu()
 
 
 def _by_chance(
-    bench: Bench, null: Sets, values: Float[Tensor, "draw pair"], draw: torch.Generator
+    bench: Bench, null: Bool[Tensor, "draw edge"], group: Int[Tensor, "pair"], draw: torch.Generator
 ) -> Float[Tensor, "draw cut"]:
-    """What different random edges of random circuits are worth in these."""
+    """What different random edges of random circuits are worth in these, searched as the circuit's own are."""
     n = min(_CUT, int(null[0].sum()))
-    cut = torch.stack([mask.nonzero().flatten()[torch.randperm(int(mask.sum()), generator=draw)[:n]] for mask in null])
-    without = null.repeat_interleave(n, 0)
-    without[torch.arange(len(without)), cut.flatten()] = False
-    return values.mean(1)[:, None] - bench.run(without).per_pair.mean(1).view(-1, n)
+    found = []
+    for some in chunks(len(null), max(1, _MASKS // (_SETS * (1 + n) * null.shape[1]))):
+        masks = null[some]
+        cut = [mask.nonzero().flatten()[torch.randperm(int(mask.sum()), generator=draw)[:n]] for mask in masks]
+        sets = torch.stack([subsets(bench.graph, mask, _SETS, draw)[0] for mask in masks])
+        worth = _worth(bench, masks, sets, torch.stack(cut))
+        found.append(_most(worth.flatten(0, 1), group)[0].mean(1).view(-1, n))
+    return torch.cat(found)

@@ -57,7 +57,8 @@ class EdgeScores(Result):
 
         So no edge leads nowhere; those that no path from the embedding reaches are dropped at the end.
 
-        Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 (greedy search).
+        Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 (greedy search; there n edges are taken
+        before dead ends are dropped).
         """
         return self._largest(_grown(self.graph, self.scores), n, f"at most {n} edges grown from the logits")
 

@@ -11,7 +11,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.carry import Carrier, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.eap import demo_pairs, eap
-from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations
+from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.matching import Matching, match, matching
 from hooklens.plugins.circuits.measure import Faithfulness, check_draws, measured
@@ -134,8 +134,8 @@ def transfer_circuit(
     Every node gets a role: a head its taxonomy label, and each node what the task loses without it, under the
     circuit's own ablation. Nodes of the circuit are matched to nodes of the target by role (`match`), its edges are
     carried over, and those that the target cannot have are lost. What arrives runs in the target beside `draws`
-    circuits on random heads with as many edges, and beside one that the target itself shows (EAP-IG, grown from the
-    logits).
+    circuits on random heads with as many edges, and beside one that the target itself shows (EAP-IG at midpoints, grown
+    from the logits).
 
     Roles are measured on one half of the pairs, faithfulness on the other: `halves(len(task), group=task.group,
     seed=seed)`, so that a circuit found on the first of these is tested on pairs it has not seen. The tasks hold the
@@ -214,8 +214,8 @@ def _own(target, task: Task, carried: Circuit) -> Circuit:
     """A circuit of as many edges that the target itself shows."""
     asked = target, task.clean, task.corrupted, task.metric
     if carried.ablation == "corrupted":
-        return eap_ig(*asked).greedy_edges(max(1, carried.n_edges))
-    return eap_ig_activations(*asked, ablation=carried.ablation).greedy_edges(max(1, carried.n_edges))
+        return eap_ig_midpoint(*asked).greedy_edges(max(1, carried.n_edges))
+    return eap_ig_own_source(*asked, ablation=carried.ablation).greedy_edges(max(1, carried.n_edges))
 
 
 def _at_home(model, circuit: Circuit, task: Task, draws: int, seed: int) -> Faithfulness:

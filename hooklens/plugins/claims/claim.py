@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.plugins.claims.measured import Measured
-from hooklens.plugins.claims.registration import Registration
+from hooklens.plugins.claims.registration import SIDES, Registration
 from hooklens.result import Result, Table
 from hooklens.statistics import LEAST_GROUPS
 
@@ -24,6 +24,7 @@ class Claim(Result):
 
     `registered` is None where the statement was not written down before the run: it is then exploratory. `q` is None
     unless the claim was tested with others (`family`), `n_tested` of them; the verdict then asks for q as well.
+    `claimed` is the side of 0 on which the statement says that the effect lies, "above" or "below"; "" if it says none.
     """
 
     statement: str
@@ -34,12 +35,14 @@ class Claim(Result):
     registered: Registration | None
     q: float | None = None
     n_tested: int = 1
+    claimed: str = ""
 
     @property
     def side(self) -> float:
-        """1 where the effect should lie above 0, -1 below: as registered, else as it came out."""
-        if self.registered is not None:
-            return 1.0 if self.registered.side == "above" else -1.0
+        """1 where the effect should lie above 0, -1 below: as registered, else as claimed, else as it came out."""
+        said = self.claimed if self.registered is None else self.registered.side
+        if said:
+            return 1.0 if said == "above" else -1.0
         effect = self.intervention
         return -1.0 if effect is not None and effect.mean < 0 else 1.0
 
@@ -135,10 +138,21 @@ class Claim(Result):
         return self.registered.dated
 
     @property
+    def opposite(self) -> bool:
+        """Does the effect lie on the other side of 0 than the statement says, with its whole interval, p and q?"""
+        effect = self.intervention
+        if effect is None or effect.n_groups < LEAST_GROUPS:
+            return False
+        beyond = max(self.side * end for end in (*effect.interval(), *effect.studentised())) < 0
+        return beyond and effect.p() <= LARGEST_P and (self.q is None or self.q <= LARGEST_P)
+
+    @property
     def verdict(self) -> str:
-        """ "causal", "no causal effect shown" or "observed"."""
+        """ "causal", "opposite effect", "no causal effect shown" or "observed"."""
         if self.causal:
             return "causal"
+        if self.opposite:
+            return "opposite effect"
         return "observed" if self.intervention is None else "no causal effect shown"
 
     def require_causal(self) -> "Claim":
@@ -184,6 +198,7 @@ def claim(
     intervention: Measured | None = None,
     control: Measured | None = None,
     registered: Registration | None = None,
+    side: str = "",
 ) -> Claim:
     """What may be said about a model (or its name) with this evidence? Without all of it: not "causal".
 
@@ -201,6 +216,9 @@ def claim(
     size exceeds the control's, that lie on the side of the effect (95 % percentile and 98 % studentised ones); and
     p-values (sign flips of groups) of at most 0.05, which fewer than 6 groups cannot reach.
 
+    `side` is "above" or "below" where the statement says on which side of 0 the effect lies: one that lies surely on
+    the other has the verdict "opposite effect". Without it the effect's own side counts.
+
     Reference: Pearl (2009), "Causality", chapter 1.3 (seeing and doing).
     """
     for name, part in (("observation", observation), ("intervention", intervention), ("control", control)):
@@ -208,5 +226,7 @@ def claim(
             raise WrongType(f"{name} is made with Measured.of(what, values), got {type(part).__name__}")
     if intervention is None and control is not None:
         raise InputError(f"a control ({control.what!r}) was given without the intervention that it controls")
+    if side and side not in SIDES:
+        raise did_you_mean("side", side, SIDES)
     name = model if isinstance(model, str) else model.cfg.model_name
-    return Claim(statement, name, observation, intervention, control, registered)
+    return Claim(statement, name, observation, intervention, control, registered, claimed=side)

@@ -104,7 +104,7 @@ def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -
 
     A pair is judged by how far it stands out among the pairs of its writer and of its reader. With fewer than five
     heads a layer that cannot be told, and `draws` random orientations of each pair, with their own spectra, make the
-    null; all pairs' draws are pooled in standard deviations.
+    null; the draws of all pairs and modes are pooled in standard deviations.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Q-, K-, and V-composition";
     Efron (2004), "Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis" (empirical null).
@@ -113,11 +113,16 @@ def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -
     enough = model.cfg.n_heads >= LEAST_PARTNERS and model.cfg.n_layers > 1
     with torch.no_grad():
         writers, readers = _factors(model)
-        found = {mode: _mode(writers, readers[mode], draws, seed + i) for i, mode in enumerate(MODES)}
-        scores, z, p = ({mode: one[i] for mode, one in found.items()} for i in range(3))
-        stands = {mode: standing_out(scores[mode], ~z[mode].isnan()) for mode in MODES}
-    specific = {mode: one[0] if enough else torch.full_like(one[0], torch.nan) for mode, one in stands.items()}
-    p = {mode: one[1] for mode, one in stands.items()} if enough else p
+        found = {mode: _mode(writers, readers[mode]) for mode in MODES}
+        scores, z = ({mode: one[i] for mode, one in found.items()} for i in range(2))
+        specific = {mode: torch.full_like(z[mode], torch.nan) for mode in MODES}
+        if enough:
+            stands = {mode: standing_out(scores[mode], ~z[mode].isnan()) for mode in MODES}
+            specific, p = ({mode: one[i] for mode, one in stands.items()} for i in range(2))
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            null = torch.cat([_random_z(writers, readers[mode], draws, generator) for mode in MODES])
+            p = {mode: torch.where(one.isnan(), torch.nan, above(one.double(), null)) for mode, one in z.items()}
     return Composition(scores, specific, z, p, "specific" if enough else "orientation", model.cfg.d_model**-0.5)
 
 
@@ -180,12 +185,9 @@ def _triangle(x: Float[Tensor, "head long d_head"]) -> Float[Tensor, "head small
 
 
 def _mode(
-    writers: Float[Tensor, "layer head d_head d_model"],
-    readers: Float[Tensor, "layer head d_model d_head"],
-    draws: int,
-    seed: int,
-) -> tuple[Pairs, Pairs, Pairs]:
-    """Scores of one mode, their deviation from chance and p-values."""
+    writers: Float[Tensor, "layer head d_head d_model"], readers: Float[Tensor, "layer head d_model d_head"]
+) -> tuple[Pairs, Pairs]:
+    """Scores of one mode and their deviation from chance."""
     layers, d_model = len(writers), writers.shape[-1]
     norms = writers.flatten(2).norm(dim=2)[:, :, None, None] * readers.flatten(2).norm(dim=2)
     scores = torch.zeros_like(norms)
@@ -195,14 +197,15 @@ def _mode(
     later = torch.arange(layers)[:, None] < torch.arange(layers)
     is_pair = later[:, None, :, None].expand_as(norms).to(norms.device) & (norms > 0)
     scores = torch.where(is_pair, scores / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
-    left, right = (torch.linalg.svdvals(x.double()).square().flatten(0, 1) for x in (writers, readers))
-    mean, deviation = _moments(left, right, d_model)
-    shape, safe = scores.shape, torch.where(is_pair.flatten(2).flatten(0, 1) & (deviation > 0), deviation, torch.nan)
-    seen = scores.double().square().flatten(2).flatten(0, 1)
-    z = (seen - mean) / safe
-    null = torch.stack([(one - mean) / safe for one in _random(left, right, d_model, draws, seed)])
-    p = torch.where(z.isnan(), torch.nan, above(z, null))
-    return scores, z.view(shape).to(scores), p.view(shape)
+    mean, deviation = _moments(_spectra(writers).flatten(0, 1), _spectra(readers).flatten(0, 1), d_model)
+    safe = torch.where(is_pair.flatten(2).flatten(0, 1) & (deviation > 0), deviation, torch.nan)
+    z = (scores.double().square().flatten(2).flatten(0, 1) - mean) / safe
+    return scores, z.view(scores.shape).to(scores)
+
+
+def _spectra(x: Float[Tensor, "layer head a b"]) -> Float[Tensor, "layer head d_head"]:
+    """Squared singular values."""
+    return torch.linalg.svdvals(x.double()).square()
 
 
 def _normal(squares: Float[Tensor, "pair d_head"]) -> Float[Tensor, "pair d_head"]:
@@ -222,15 +225,45 @@ def _moments(
     return 1 / d_model, (2 * spread[0].clamp_min(0)[:, None] * spread[1].clamp_min(0) / size).sqrt()
 
 
-def _random(left: Tensor, right: Tensor, d_model: int, draws: int, seed: int) -> list[Float[Tensor, "writer reader"]]:
-    """Squared scores of the same spectra in random orientation: s^T (G o G) t for G between two random frames."""
-    generator, d = torch.Generator().manual_seed(seed), left.shape[1]
-    out = []
+def _random_z(
+    writers: Float[Tensor, "layer head d_head d_model"],
+    readers: Float[Tensor, "layer head d_model d_head"],
+    draws: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "drawn"]:
+    """The z of every pair with its own spectra in random orientation, of `draws` models."""
+    left, right, d_model = _spectra(writers), _spectra(readers), writers.shape[-1]
+    found = [left.new_zeros(0)]
+    for layer in range(len(left) - 1):
+        one, others = left[layer], right[layer + 1 :].flatten(0, 1)
+        mean, deviation = _moments(one, others, d_model)
+        drawn = torch.stack(_random(one, others, d_model, draws, generator))
+        z = (drawn - mean) / torch.where(deviation > 0, deviation, torch.nan)
+        found.append(z[z.isfinite()])
+    return torch.cat(found)
+
+
+def _random(
+    left: Float[Tensor, "writer d_head"],
+    right: Float[Tensor, "reader d_head"],
+    d_model: int,
+    draws: int,
+    generator: torch.Generator,
+) -> list[Float[Tensor, "writer reader"]]:
+    """Squared scores of the same spectra in random orientation: s^T (G o G) t for G between two random frames.
+
+    Every writer and reader gets a frame of its own. With one for all, the pairs of a draw would rise and fall together,
+    and many of them would be no more of a null than one.
+    """
+    out, s, t = [], _normal(left), _normal(right)
     for _ in range(draws):
-        frames = torch.linalg.qr(torch.randn(2, d_model, max(d, 1), generator=generator, dtype=torch.float64)).Q
-        width = frames.shape[2]  # d_model where a head is wider than the stream
-        G = (frames[0].T @ frames[1]).square().to(left.device)
-        out.append(_normal(left)[:, :width] @ G @ _normal(right)[:, :width].T)
+        frames = [
+            torch.linalg.qr(torch.randn(len(x), d_model, x.shape[1], generator=generator, dtype=torch.float64)).Q.to(x)
+            for x in (left, right)
+        ]
+        G = torch.einsum("wmi,rmj->wrij", *frames).square()
+        width = G.shape[2]  # d_model where a head is wider than the stream
+        out.append(torch.einsum("wi,wrij,rj->wr", s[:, :width], G, t[:, :width]))
     return out
 
 

@@ -9,12 +9,15 @@ from hooklens.plugins.heads.labels import LABELS, Taxonomy
 from hooklens.plugins.heads.named import NAME_LABELS
 from hooklens.result import Table
 
-_EFFECT = ("effect", "low", "high", "q of effect", "placebo")
+_EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo")
 _SUPPRESSION = ("anti-copy", "ECE change")
 
 
 def label_rows(found: Taxonomy, n: int | None) -> Table:
-    """One row a head and label. `effect` is in nats a token, of names the share of the logit difference."""
+    """One row a head and label. `effect` is in nats a token, of names the share of the logit difference.
+
+    `share of loss` is the effect as a share of the loss of the repeated tokens.
+    """
     called, make = found.called(), {**_on_repeats(found), **_on_names(found)}
     first, suppressed = found.scores.mean("first"), _suppressed(found)
     share = None if found.positions is None else found.positions.share
@@ -22,7 +25,8 @@ def label_rows(found: Taxonomy, n: int | None) -> Table:
     rows: list[tuple] = []
     for at in found.order()[:n]:
         near = list(LABELS)[_nearest(found, at)]
-        for label in called.get(at, [f"unlabelled ({near}?)"]):
+        against = bool(found.opposite[list(LABELS).index(near)][at])
+        for label in called.get(at, [f"unlabelled ({near}{': opposite effect' if against else '?'})"]):
             kind = label if label in make else near
             position = (float(share[at]) if kind == "previous token" else None,) if share is not None else ()
             negative = (
@@ -30,17 +34,19 @@ def label_rows(found: Taxonomy, n: int | None) -> Table:
                 if kind in ("copy suppression", "negative name mover")
                 else (None, None)
             )
-            row = (f"L{at[0]}H{at[1]}", label, *(_number(x[at]) for x in make[kind]), float(first[at]))
+            small = label in LABELS and bool(found.negligible[list(LABELS).index(label)][at])
+            said = f"{label} (detectable, negligible)" if small else label
+            row = (f"L{at[0]}H{at[1]}", said, *(_number(x[at]) for x in make[kind]), float(first[at]))
             rows.append((*row, *position, *(negative if suppressed else ())))
     return Table(("head", "label", "score", "q", *_EFFECT, "rests", *extra), rows).head(n)
 
 
 def _on_repeats(found: Taxonomy) -> dict[str, list[Tensor]]:
-    """Score, q, effect, both ends, its q and placebo, label by label."""
+    """Score, q, effect, both ends, its q, its share of the loss and placebo, label by label."""
     (low, high), score_q, effect_q = found.interval(), found.score_q, found.effect_q
-    effect, placebo = found.effect.mean(0), found.placebo.mean(0)
+    effect, placebo, share = found.effect.mean(0), found.placebo.mean(0), found.share
     return {
-        label: [found.scores.mean(kind), score_q[i], effect[i], low[i], high[i], effect_q[i], placebo[i]]
+        label: [found.scores.mean(kind), score_q[i], effect[i], low[i], high[i], effect_q[i], share[i], placebo[i]]
         for i, (label, (kind, _)) in enumerate(LABELS.items())
     }
 
@@ -52,7 +58,8 @@ def _on_names(found: Taxonomy) -> dict[str, list[Tensor]]:
     movers, q = found.names.found, found.names.q
     ends, none = movers.share_interval(), torch.full_like(movers.share, torch.nan)
     return {
-        label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none] for i, label in enumerate(NAME_LABELS)
+        label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none, none]
+        for i, label in enumerate(NAME_LABELS)
     }
 
 
@@ -66,8 +73,10 @@ def _suppressed(found: Taxonomy) -> dict[tuple[int, int], tuple[float, float | N
 
 
 def _nearest(found: Taxonomy, at: tuple[int, int]) -> int:
-    """The label of the least p."""
-    return int(found.score_p[:, at[0], at[1]].argmin())
+    """The label whose effect goes the other way, if there is one, else that of the least p."""
+    against = found.opposite[:, at[0], at[1]]
+    by = found.score_p[:, at[0], at[1]]
+    return int((torch.where(against.to(by.device), by - 2, by)).argmin())
 
 
 def _number(value: Tensor) -> float | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def taxonomy_claims(
     model: "HookedTransformer | str", found: Taxonomy, registered: Sequence[Registration] = ()
 ) -> ClaimFamily | None:
-    """Attention as the observation, blocking it as the intervention, blocking as many other keys as its control.
+    """Attention as the observation, blocking it as the intervention, taking as much from other keys as its control.
 
     Heads and labels were chosen by their scores, on sequences other than those of the effects. None where no score
     passed.
@@ -40,5 +40,6 @@ def _claim(model: Any, found: Taxonomy, label: int, layer: int, head: int) -> Cl
         f"L{layer}H{head} is {'an' if name[0] in 'aeiou' else 'a'} {name} head",
         observation=Measured.of(f"attention to {kind} keys", seen[seen.isfinite()]),
         intervention=of(f"{raises} of the loss, these keys blocked", found.effect),
-        control=of(f"{raises} of the loss, as many others blocked", found.placebo),
+        control=of(f"{raises} of the loss, as much attention taken from others", found.placebo),
+        side="above",
     )

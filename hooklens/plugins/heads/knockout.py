@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
+#: Layer by layer, which share of its weight each key keeps before the rest is normalised: 0 is blocked. One head where
+#: all have the same.
+Keeps = list[Float[Tensor, "sequence some_head query_pos key_pos"]]
+
 
 @dataclass(frozen=True, eq=False)
 class Knockout(Result):
@@ -93,7 +97,13 @@ def knockout(
         raise InputError(f"mask has shape {list(mask.shape)}; tokens {list(tokens.shape)} need [sequence query key]")
     refuse_dropout(model)
     chosen = read_heads(model, heads)
-    return knockout_after(model, scores_and_values(model, tokens), tokens, metric, kind, mask, chosen)
+    keeps = all_but(mask, model)
+    return knockout_after(model, scores_and_values(model, tokens), tokens, metric, kind, keeps, chosen)
+
+
+def all_but(mask: Mask, model: "HookedTransformer") -> Keeps:
+    """Nothing of the marked keys, all of the others, in every layer and head."""
+    return [(~mask[:, None]).to(model.dtype)] * model.cfg.n_layers
 
 
 def knockout_after(
@@ -102,16 +112,16 @@ def knockout_after(
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
     kind: str,
-    mask: Mask,
+    keeps: Keeps,
     chosen: list[tuple[int, int]],
 ) -> Knockout:
-    """The same from the scores and values of a run that was made before: several masks can share it."""
+    """The same, with shares a layer, from the scores and values of a run that was made before: several can share it."""
     with torch.no_grad(), packed_linears(rows=1024):
         patches = [Patch(layer, None, head) for layer, head in chosen]
-        values = _blocking(model, untouched, mask)
+        values = _weakening(model, untouched, keeps)
         made = plan(model, tokens, "z", values, patches=patches)
         # in a causal model nothing can change before the first query that has a marked key
-        blocked = mask.any(-1)
+        blocked = torch.stack([(keep < 1).any(-1).any(1) for keep in keeps]).any(0)
         first = torch.where(blocked.any(1), blocked.long().argmax(1), tokens.shape[1])
         outcome = execute(replace(made, first_change=first.to(made.first_change)), metric)
     fall = (outcome.base - outcome.values).T
@@ -122,7 +132,7 @@ def without_keys(
     model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], mask: Mask
 ) -> Callable[[Tensor, str], Tensor]:
     """What to write at the z points so that no head looks at the marked keys: a function of (activation, point)."""
-    return _blocking(model, scores_and_values(model, tokens), mask)
+    return _weakening(model, scores_and_values(model, tokens), all_but(mask, model))
 
 
 def scores_and_values(model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"]) -> "ActivationCache":
@@ -131,15 +141,20 @@ def scores_and_values(model: "HookedTransformer", tokens: Int[Tensor, "sequence 
         return model.run_with_cache(tokens, ["attn_scores", "v"], stop_at_layer=model.cfg.n_layers)[1]
 
 
-def _blocking(model: "HookedTransformer", cache: "ActivationCache", mask: Mask) -> Callable[[Tensor, str], Tensor]:
+def _weakening(model: "HookedTransformer", cache: "ActivationCache", keeps: Keeps) -> Callable[[Tensor, str], Tensor]:
     changed, new = {}, {}
     for layer in range(model.cfg.n_layers):
         attn, scores, v = model.blocks[layer].attn, cache["attn_scores", layer], cache["v", layer]
         name = f"blocks.{layer}.attn.hook_z"
         seen = scores > -torch.inf
-        blocked = _spare_empty(mask[:, None] & seen, seen)
+        blocked = _spare_empty((keeps[layer] == 0) & seen, seen)
+        keep = torch.where(keeps[layer] == 0, 1.0, keeps[layer]).to(scores)  # these are blocked below, or spared
         pattern = attn.score.pattern(scores.masked_fill(blocked, -torch.inf), None)
-        changed[name] = blocked.any(-1).transpose(1, 2)[..., None]
+        if bool((keep < 1).any()):
+            kept = pattern * keep
+            whole = kept.sum(-1, keepdim=True).clamp_min(1e-30) if attn.score.row_sums_to_one else 1.0
+            pattern = kept / whole
+        changed[name] = (blocked | (keep < 1)).any(-1).transpose(1, 2)[..., None]
         new[name] = attn.weigh(pattern.to(v.dtype), v)
     # where nothing is blocked the value that is there stays, to the last bit
     return lambda z, name: torch.where(changed[name], new[name], z)

@@ -29,6 +29,8 @@ LABELS = {
     "copy suppression": ("induction", -1.0),
 }
 UNLABELLED = "unlabelled"
+#: Of the loss: an effect of less is detectable, and negligible.
+LEAST_SHARE = 0.01
 PerLabel = Float[Tensor, "label layer head"]
 
 
@@ -39,10 +41,11 @@ class Taxonomy(Result):
     `score_p` is the null model's: the share of randomly rotated heads that score as high (for copy suppression, the
     larger of that and the OV's). `effect` is the rise of the loss, in nats a token, on other repeated sequences when
     the head may not look at the label's keys: NaN where the score did not pass, for then it was not measured.
-    `placebo` is the rise when it may not look at as many other keys: NaN also where the effect on its own earns no
-    label. `names` is the evidence of indirect-object prompts, `positions` what positions alone do to queries and keys,
-    `suppression` what the heads called copy suppression or negative name mover do to the token that they look at and to
-    calibration; None where the model could not be asked, or no head was called so. `note` says why.
+    `placebo` is the rise when as much attention is taken from its other keys: NaN also where the effect on its own is
+    not off 0. `blocked` is the attention that was taken for each of the two. `names` is the
+    evidence of indirect-object prompts, `positions` what positions alone do to queries and keys, `suppression` what the
+    heads called copy suppression or negative name mover do to the token that they look at and to calibration; None
+    where the model could not be asked, or no head was called so. `note` says why.
     """
 
     scores: HeadScores
@@ -56,6 +59,7 @@ class Taxonomy(Result):
     level: float
     positions: PositionScores | None = None
     suppression: CopySuppression | None = None
+    blocked: Float[Tensor, "keys label layer head"] | None = None
 
     @property
     def score_q(self) -> Float[Tensor, "label layer head"]:
@@ -84,6 +88,22 @@ class Taxonomy(Result):
         return (self.score_q <= self.level) & (low > 0) & (self.effect_q <= self.level)
 
     @property
+    def opposite(self) -> Bool[Tensor, "label layer head"]:
+        """Where the score passes, and the effect's interval and q-value exclude 0 on the other side."""
+        _, high = self._interval(signs(self.effect) * self.effect)
+        return (self.score_q <= self.level) & (high < 0) & (self.effect_q <= self.level)
+
+    @property
+    def share(self) -> Float[Tensor, "label layer head"]:
+        """The effect's size: as a share of the loss of the repeated tokens, in the untouched run."""
+        return self.effect.mean(0) / self.loss.mean()
+
+    @property
+    def negligible(self) -> Bool[Tensor, "label layer head"]:
+        """Where the label is earned by an effect that is surely there, and less than 1 % of the loss."""
+        return self.passes & (self.share.abs() < LEAST_SHARE)
+
+    @property
     def passes(self) -> Bool[Tensor, "label layer head"]:
         """Where a candidate's effect also exceeds its placebo, with an interval of the difference that excludes 0."""
         above_placebo, _ = self._interval(signs(self.effect) * (self.effect - self.placebo))
@@ -110,15 +130,17 @@ class Taxonomy(Result):
         ]
 
     def counts(self) -> Table:
-        """How many heads each label has, and how many had the score but not the effect."""
+        """How many heads each label has, and how many had the score but not the effect, or the opposite one."""
         flat = [label for labels in self.called().values() for label in labels]
-        scored, passed = (self.score_q <= self.level).flatten(1).sum(1), self.passes.flatten(1).sum(1)
-        rows: list[tuple] = [
-            (kind, flat.count(kind), int(s), int(s - p)) for kind, s, p in zip(LABELS, scored, passed, strict=True)
-        ]
-        rows += [(label, flat.count(label), None, None) for label in NAME_LABELS if self.names is not None]
-        rows.append((UNLABELLED, self.score_p[0].numel() - len(self.called()), None, None))
-        return Table(("label", "heads", "score passes", "of these without effect"), rows)
+        scored = self.score_q <= self.level
+        parts = (scored, scored & ~self.passes & ~self.opposite, self.opposite, self.negligible)
+        sums = [one.flatten(1).sum(1).tolist() for one in parts]
+        rows: list[tuple] = [(kind, flat.count(kind), *one) for kind, *one in zip(LABELS, *sums, strict=True)]
+        none = (None,) * len(parts)
+        rows += [(label, flat.count(label), *none) for label in NAME_LABELS if self.names is not None]
+        rows.append((UNLABELLED, self.score_p[0].numel() - len(self.called()), *none))
+        columns = ("score passes", "of these without effect", "opposite effect", "detectable, negligible")
+        return Table(("label", "heads", *columns), rows)
 
     def order(self) -> list[tuple[int, int]]:
         """Every (layer, head): labelled ones first, by the size of their effect, then those measured, then the rest."""

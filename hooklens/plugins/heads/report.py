@@ -17,6 +17,7 @@ def taxonomy_report(
 ) -> Any:
     """Counts, the labelled heads with their evidence, and the scores behind them; below what a report holds already."""
     from hooklens.plugins.claims import plans_met
+    from hooklens.plugins.heads.labels import LEAST_SHARE
     from hooklens.viz.report import Report
 
     labelled, total = len(found.called()), found.score_p[0].numel()
@@ -25,10 +26,15 @@ def taxonomy_report(
     report.text(
         "A label takes a score above that of heads with randomly rotated queries, and a change of the loss in the "
         "direction that the label claims when exactly that attention is blocked, measured on other sequences. "
+        "Taking as much attention from its other keys (the placebo) must do less. A labelled head "
+        f"whose effect is less than {LEAST_SHARE:.0%} of the loss is called detectable, negligible; one that looks "
+        "where the label says and whose effect surely goes the other way has an opposite effect, and no label. "
         "A head without a label may do much that repeated random tokens cannot show."
     )
     report.numbers({"heads": total, "labelled": labelled, "loss on repeats": float(found.loss.mean())})
-    report.table(found.counts(), "Labels, and how many heads had the score without the effect.")
+    report.table(
+        found.counts(), "Labels, and how many heads had the score without the effect, or with the opposite one."
+    )
     report.figure(
         found.figure(),
         "Empty: chance. Orange: more attention than chance, but blocking it does not do what the label says.",

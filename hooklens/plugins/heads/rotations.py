@@ -116,7 +116,7 @@ def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PValues:
     return above((root - middle) / safe, (roots - middle) / safe)
 
 
-def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> PValues:
+def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "*drawn"]) -> PValues:
     """The share of the null of all cells that reaches each value, itself counted in; 1 where a value is NaN.
 
     >>> above(torch.tensor([0.5, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])).tolist()

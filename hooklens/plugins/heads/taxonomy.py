@@ -14,7 +14,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
 from hooklens.plugins.heads.copying import Copying, copying
 from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
-from hooklens.plugins.heads.knockout import knockout_after, scores_and_values
+from hooklens.plugins.heads.knockout import Keeps, all_but, knockout_after, scores_and_values
 from hooklens.plugins.heads.labels import LABELS, UNLABELLED, Taxonomy
 from hooklens.plugins.heads.named import name_evidence
 from hooklens.plugins.heads.previous_token import PositionScores, position_scores
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
-__all__ = ["LABELS", "UNLABELLED", "Taxonomy", "demo", "placebo_mask", "taxonomy"]
+__all__ = ["LABELS", "UNLABELLED", "Taxonomy", "demo", "placebo_keep", "taxonomy"]
 _N_POS = 16
 _LEAST_SEQUENCES = 6
 _TEXTS = 8  # for the calibration change: each control is a run over them
@@ -43,8 +43,8 @@ def taxonomy(
     than heads do whose queries are rotated at random (and for copy suppression its OV lowers the token it reads more
     than rotated values do), at q <= `level` over all heads and labels. The effect: on `n` other sequences, blocking
     exactly that attention raises the loss of the repeated tokens (for copy suppression: lowers it), with an interval
-    and a q-value that exclude 0, and more than blocking as many other keys. A head with several labels keeps that of
-    the largest effect; one without stays unlabelled.
+    and a q-value that exclude 0, and more than taking as much attention from the head's other keys
+    (`placebo_keep`). A head with several labels keeps that of the largest effect; one without stays unlabelled.
 
     >>> from hooklens.testing import induction_model
     >>> taxonomy(induction_model()).labels()
@@ -66,11 +66,16 @@ def taxonomy(
         loss = -reported.metric()(model(reported.tokens))
         names, note = name_evidence(model, ioi, seed=seed) if ioi else (None, "name movers were not asked for")
         untouched = scores_and_values(model, reported.tokens)
-        effect = _effects(model, reported, untouched, masks, q_values(score_p) <= level)
+        blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
+        effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
         found = Taxonomy(scores, ov, score_p, effect, torch.full_like(effect, torch.nan), loss, names, note, level)
-        others = {kind: placebo_mask(mask, seed) for kind, mask in masks.items()}
+        patterns = _patterns(model, untouched)
+        others = {kind: [placebo_keep(one, mask) for one in patterns] for kind, mask in masks.items()}
+        asked = found.candidates | found.opposite
         with engine(verify=0):  # the same sweep with other keys, checked above
-            placebo = _effects(model, reported, untouched, others, found.candidates)
+            placebo = _effects(model, reported, untouched, others, asked)
+        blocked = torch.stack([_blocked(patterns, masks, keeps) for keeps in (blocking, others)])
+        found = replace(found, blocked=blocked.where(asked.to(blocked.device), torch.nan))
         found = replace(found, placebo=placebo)
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
 
@@ -89,18 +94,40 @@ def check_sizes(n: int, level: float = 0.05, ioi: int = 0) -> None:
         check_n_pairs(ioi, "ioi")
 
 
-def placebo_mask(mask: Mask, seed: int = 0) -> Mask:
-    """As many other keys for every query, drawn at random from those before it but the first; fewer if there are fewer.
+def placebo_keep(
+    pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Mask
+) -> Float[Tensor, "sequence head query_pos key_pos"]:
+    """Which share of their weight other keys keep when they lose as much attention together as the marked ones hold.
 
-    >>> placebo_mask(torch.tensor([[[0, 0, 0], [1, 0, 0], [0, 0, 1]]]).bool())[0].int().tolist()
-    [[0, 0, 0], [0, 0, 0], [0, 1, 0]]
+    All of them lose the same share, query by query; where they hold less than the marked keys, all that they hold.
+
+    >>> pattern = torch.tensor([[[[0.5, 0.2, 0.25, 0.05]]]])
+    >>> placebo_keep(pattern, torch.tensor([[[False, True, False, False]]]))[0, 0, 0].tolist()
+    [0.75, 1.0, 0.75, 0.75]
     """
-    n = mask.shape[-1]
-    pos = torch.arange(n, device=mask.device)
-    free = (pos < pos[:, None]) & (pos > 0) & ~mask
-    drawn = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)).to(mask.device)
-    place = drawn.masked_fill(~free, -1.0).argsort(-1, descending=True).argsort(-1)
-    return free & (place < mask.sum(-1, keepdim=True))
+    size, marked = pattern.abs(), mask[:, None]
+    own, others = ((size * part).sum(-1, keepdim=True) for part in (marked, ~marked))
+    left = (others - own).clamp_min(0) / others.clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left)
+
+
+def _patterns(
+    model: "HookedTransformer", untouched: "ActivationCache"
+) -> list[Float[Tensor, "sequence head query_pos key_pos"]]:
+    scores = [untouched["attn_scores", layer] for layer in range(model.cfg.n_layers)]
+    return [block.attn.score.pattern(one, None) for block, one in zip(model.blocks, scores, strict=True)]
+
+
+def _blocked(
+    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps]
+) -> Float[Tensor, "label layer head"]:
+    """The attention that these shares take away, mean over the queries that have a key of the label."""
+    found = []
+    for kind, _ in LABELS.values():
+        queries = masks[kind].any(-1)[:, None]
+        lost = [(one.abs() * (1 - keep)).sum(-1) for one, keep in zip(patterns, keeps[kind], strict=True)]
+        found.append(torch.stack([(one * queries).sum((0, 2)) / queries.sum() for one in lost]))
+    return torch.stack(found)
 
 
 def _score_p(label: str, scores: HeadScores, ov: Copying) -> PerHead:
@@ -112,7 +139,7 @@ def _effects(
     model: "HookedTransformer",
     sequences: Repeated,
     untouched: "ActivationCache",
-    masks: dict[str, Mask],
+    keeps: dict[str, Keeps],
     asked: Bool[Tensor, "label layer head"],
 ) -> Float[Tensor, "sequence label layer head"]:
     """The knockout effect of every head and label asked for, NaN elsewhere; labels of one kind share a sweep."""
@@ -123,7 +150,7 @@ def _effects(
         rows = [i for i, one in enumerate(kinds) if one == kind]
         heads = [(int(a), int(b)) for a, b in asked[rows].any(0).nonzero()]
         if heads:
-            found = knockout_after(model, untouched, sequences.tokens, metric, kind, masks[kind], heads)
+            found = knockout_after(model, untouched, sequences.tokens, metric, kind, keeps[kind], heads)
             layers, which = (list(part) for part in zip(*heads, strict=True))
             for row in rows:
                 effect[:, row, layers, which] = found.fall.to(effect)

@@ -65,6 +65,7 @@ def _claim(model: "HookedTransformer", movers: NameMovers, head: tuple[int, int]
         observation=Measured.of("attention to the indirect object", movers.attention[:, layer, number].cpu(), group),
         intervention=Measured.of("share restored directly", share, group, metric=_METRIC),
         control=Measured.of(_CONTROL, control, group, metric=_METRIC),
+        side="above",
     )
 
 

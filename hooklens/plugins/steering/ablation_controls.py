@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 NULLS = ("isotropic", "as activations lie", "as large a share")
-_STEEPEST = 60.0
+_STEEPEST, _HALVINGS = 1e18, 120  # beyond what parts two eigenvalues that are equal but for rounding
 
 
 def second_moment(model: "HookedTransformer", groups: list[Pairs], names: list[str]) -> Float[Tensor, "width width"]:
@@ -55,10 +55,11 @@ def random_ablations(
     [0.45, 0.45, 0.45, 0.45, 0.45]
     """
     values, basis = torch.linalg.eigh(moment)
-    log = values.clamp_min(1e-12 * float(values[-1])).log()
+    largest = float(values[-1])
+    log = (values.clamp_min(1e-12 * largest) / largest).log()  # 0 for the largest: steep powers of it stay exact
     generator = torch.Generator().manual_seed(seed)
     g = torch.randn(len(NULLS), draws, len(moment), generator=generator, dtype=torch.float64)
-    matched = _exponents(log, g[2], float(share_of(moment, direction.double())))
+    matched = _exponents(log, g[2], float(share_of(moment, direction.double())) / largest)
     exponent = torch.stack([torch.zeros(draws), torch.ones(draws), matched]).double()
     sizes = (exponent[..., None] * log / 2).sub_((exponent[..., None] * log / 2).amax(-1, keepdim=True)).exp()
     drawn = (sizes * g) @ basis.T
@@ -66,9 +67,12 @@ def random_ablations(
 
 
 def _exponents(log: Float[Tensor, "width"], g: Float[Tensor, "draw width"], share: float) -> Float[Tensor, "draw"]:
-    """For each draw the a at which M^(a/2) g has that share, by halving."""
+    """For each draw the a at which M^(a/2) g has that share, by halving.
+
+    The closer two eigenvalues lie, the larger an a it takes to tell them apart: a is of the order of 1 / (log's gap).
+    """
     low, high = (g.new_full((len(g), 1), end) for end in (-_STEEPEST, _STEEPEST))
-    for _ in range(60):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         weight = (middle * log + 2 * g.abs().log()).softmax(1)
         below = (weight @ log.exp())[:, None] < share

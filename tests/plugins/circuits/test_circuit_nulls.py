@@ -16,10 +16,10 @@ from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs, eap
 from hooklens.plugins.circuits.evaluate import evaluate
 from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
 from hooklens.plugins.circuits.measure import measured
-from hooklens.plugins.circuits.minimality import Minimality, minimality_of
+from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
-from hooklens.statistics import null_p
+from hooklens.statistics import mean_interval, null_p
 from hooklens.testing import tiny_model
 
 BOTH_WAYS = torch.tensor([1.0, -1.0])
@@ -113,7 +113,7 @@ def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(no
         draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, None, 19, seed=100 + i)
         null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
         unit = (faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
-        complete.append(completeness_of(bench, one, null, unit, draw).p)
+        complete.append(completeness_of(bench, one, null, faithful, unit, draw).p)
         found = minimality_of(bench, one, null, faithful, unit, draw)
         minimal += found.p.tolist()
         least.append(float(found.q.min()))
@@ -146,18 +146,42 @@ def test_curves_of_scores_that_know_nothing_are_seldom_called_better_than_chance
     assert shares(p, 0.05)[0] < 0.12 and shares(p, 0.1)[0] < 0.2
 
 
+def test_the_search_for_the_best_set_lends_an_edge_that_is_worth_nothing_no_luck():
+    """Worth without each of 11 sets is noise: the largest of them is not 0, what the other half chose is."""
+    noise = torch.randn(400, 11, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own, best = _most(noise, torch.arange(24) // 2)
+    low, high = mean_interval(own.T, group=torch.arange(24) // 2)
+    covered = float(((low <= 0) & (high >= 0)).double().mean())
+    largest = noise[torch.arange(400), best]
+    low, high = mean_interval(largest.T, group=torch.arange(24) // 2)
+    naive = float(((low <= 0) & (high >= 0)).double().mean())
+    assert covered > 0.91 and naive < 0.7, (covered, naive)
+
+
 def minimality(effect: list[float], null: torch.Tensor) -> Minimality:
     values = torch.tensor(effect)
     nan = torch.full_like(values, torch.nan)
-    return Minimality([str(i) for i in range(len(effect))], values, nan, nan, null, "corrupted")
+    names, given = [str(i) for i in range(len(effect))], ["nothing"] * len(effect)
+    return Minimality(names, values, nan, nan, values, given, null, "corrupted")
 
 
 def test_a_few_strong_edges_of_a_large_circuit_can_be_called_worth_more():
     null = 0.01 * torch.rand(100, 10, generator=torch.Generator().manual_seed(0))
     strong = minimality([0.5] * 20 + [0.001] * 180, null)
     assert bool((strong.q[:20] < 0.05).all()) and bool((strong.q[20:] > 0.05).all())
+    # one edge of 200 beats the 10 that were tried of each of 100 circuits in one case of six: 200 / 1,200
     alone = minimality([0.5] + [0.001] * 199, null)
-    assert float(alone.q[0]) == pytest.approx(alone.least_q) == pytest.approx(1 / 101)
+    assert float(alone.q[0]) == pytest.approx(alone.least_q) == pytest.approx(200 / 10 / 101)
+
+
+def test_the_best_edge_of_a_large_random_circuit_is_seldom_called_worth_more():
+    """All edges and the few of each random circuit are alike: q was 1 / 101 whenever the best of all was its own."""
+    draw = torch.Generator().manual_seed(0)
+    called = 0
+    for _ in range(100):
+        null = torch.rand(100, 5, generator=draw)
+        called += bool((minimality(torch.rand(200, generator=draw).tolist(), null).q <= 0.05).any())
+    assert called <= 10
 
 
 def test_edges_of_one_random_circuit_that_are_alike_count_once():
@@ -169,6 +193,10 @@ def test_edges_of_one_random_circuit_that_are_alike_count_once():
     # the circuit as one more draw, whose edges rank among those of all others
     own = minimality([0.5, 0.4, 0.3, 0.2], torch.zeros(100, 10))
     assert own.p.tolist() == pytest.approx([1 / 404, 2 / 404, 3 / 404, 4 / 404])
+    # where two edges of each were tried, the best of four is not worth more than one of two
+    assert minimality([0.5, 0.4, 0.3, 0.2], torch.zeros(100, 2)).p.tolist() == pytest.approx(
+        [2 / 404, 2 / 404, 3 / 404, 4 / 404]
+    )
 
 
 def test_a_curve_says_on_how_many_of_its_prompts_the_edges_were_found(found):

@@ -65,7 +65,7 @@ def slow_scores(model, clean, corrupted, hooks=()) -> torch.Tensor:
                 return leaves[0]
 
             value = diff(model.run_with_hooks(clean, fwd_hooks=[*hooks, (name, leaf)])).sum()
-            (grad,) = torch.autograd.grad(value, leaves)
+            (grad,) = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)  # 0 where cut off
             grads = grad.unbind(2) if grad.ndim == 4 else [grad]
             for g in grads:
                 for source in range(slot.columns):

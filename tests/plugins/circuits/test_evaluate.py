@@ -17,8 +17,10 @@ from hooklens.plugins.circuits.eap import demo_pairs, eap
 from hooklens.plugins.circuits.evaluate import evaluate
 from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
 from hooklens.plugins.circuits.graph import CircuitGraph
+from hooklens.plugins.circuits.minimality import _worth
 from hooklens.plugins.circuits.random_circuits import random_circuits
-from hooklens.plugins.circuits.run import run_edges
+from hooklens.plugins.circuits.run import Bench, run_edges
+from hooklens.plugins.circuits.subsets import subsets
 from hooklens.plugins.patching.path import path_patch_edges
 from hooklens.sweeps.nodes import read_receivers, read_senders
 from hooklens.testing import and_gate, or_gate, tiny_model
@@ -109,6 +111,51 @@ def test_half_of_an_or_gate_is_faithful_and_not_complete():
     # without L0H0 the circuit says 0, and the model, which has L0H1, still 1
     assert found.completeness.worst == 1.0 and "L0H0->MLP0" in found.completeness.greedy_edges
     assert found.faithfulness.p == 1.0  # the random circuits are the same half or the other
+
+
+def test_an_or_gate_s_head_edge_is_worth_1_without_the_other_and_0_beside_it():
+    """Wang et al.: an edge is not idle if there is any K without which it is needed; with K empty both would be."""
+    gate = or_gate()
+    both = circuit_of(gate, ["L0H0->MLP0", "L0H1->MLP0", "MLP0->logits"], ablation="zero")
+    found = evaluate(gate, both, [[0], [1]], None, logit).minimality
+    worth = dict(
+        zip(found.edges, zip(found.effect.tolist(), found.alone.tolist(), found.given, strict=True), strict=True)
+    )
+    assert worth["L0H0->MLP0"] == (1.0, 0.0, "L0H1's edges") and worth["L0H1->MLP0"] == (1.0, 0.0, "L0H0's edges")
+    assert worth["MLP0->logits"] == (1.0, 1.0, "nothing") and found.idle == []
+
+
+def test_an_edge_s_worth_is_what_cutting_it_and_the_set_says():
+    model = tiny_model(dtype=torch.float64)
+    circuit = whole_circuit(model)
+    bench = Bench(model, CLEAN, CORRUPTED, diff, "corrupted")
+    sets, _ = subsets(circuit.graph, circuit.kept, 6, torch.Generator().manual_seed(1))
+    edges = torch.tensor([3, 17, 45])
+    found = _worth(bench, circuit.kept[None], sets[None], edges[None])[0]
+    for i, edge in enumerate(edges.tolist()):
+        for j, K in enumerate(sets):
+            left = circuit.without([e for e in K.nonzero().flatten().tolist() if e != edge])
+            runs = [one.run(model, CLEAN, CORRUPTED, diff).per_pair[0] for one in (left, left.without([edge]))]
+            torch.testing.assert_close(found[i, j], runs[0] - runs[1], atol=1e-12, rtol=0)
+    assert bool(sets[:, edges].any()) and not bool(sets[0].any())
+
+
+def test_completeness_searches_nodes_and_forty_sets_and_measures_the_complement():
+    """One head of an OR gate: the other edges alone do the task. All the model: nothing is left outside."""
+    gate = or_gate()
+    found = evaluate(gate, circuit_of(gate, ["L0H0->MLP0"], ablation="zero"), [[0], [1]], None, logit)
+    assert found.faithfulness.value == 0.0 and found.completeness.complement == 1.0
+    assert (found.completeness.complement_low, found.completeness.complement_high) == (1.0, 1.0)
+    model = tiny_model(dtype=torch.float64)
+    clean, corrupted, metric = demo_pairs(model, 4)
+    half = eap(model, clean[:2], corrupted[:2], metric).top_edges(20)
+    found = evaluate(model, half, clean[2:], corrupted[2:], metric).completeness
+    outside = run_edges(model, ~half.kept, clean[2:], corrupted[2:], metric).faithfulness
+    assert found.complement == pytest.approx(float(outside[0])) and 0 < found.complement_p <= 1
+    assert len(found.random) == 40 and len(found.complement_null) == 100
+    writers = {name for name in half.senders if name != "embed"}
+    assert {f"{name}'s edges" for name in writers} <= set(found.kinds)
+    assert {kind.partition(" ")[2] for kind in found.kinds} >= {"nodes at random", "edges at random"}
 
 
 def test_faithfulness_is_what_its_formula_says_on_pairs_not_seen():

@@ -423,3 +423,22 @@ def test_a_mean_that_rests_on_a_few_large_values_is_not_called_causal(model):
 def test_few_groups_are_said_beside_the_interval(model):
     assert "3 groups; few groups: 95 % intervals of 3 cover about 75 %" in measured([1.0, 2.0, 3.0]).said()
     assert "few groups" not in measured([1.0] * 6).said()
+
+
+def test_an_effect_on_the_other_side_than_the_statement_says_is_called_opposite():
+    """It was "no causal effect shown" at -0.245 [-0.315, -0.179]; with a weak control it would have been "causal"."""
+    seen = Measured.of("attention", [0.6] * 12)
+    values = torch.linspace(-0.35, -0.15, 12, dtype=torch.float64)
+    for control in (None, Measured.of("the same, others blocked", [0.001, -0.001] * 6)):
+        parts = {"observation": seen, "intervention": Measured.of("rise of the loss", values), "control": control}
+        said = claim("a model", "L24H4 is an induction head", **parts, side="above")
+        assert said.verdict == "opposite effect" and not said.causal and "opposite effect" in said.sentence()
+        assert any("does not lie above 0" in one for one in said.lacks)
+        other = claim("a model", "L24H4 is a copy suppression head", **parts, side="below")
+        assert other.causal == (control is not None) and not other.opposite
+    weak = Measured.of("rise of the loss", values + 0.25)  # its interval holds 0
+    assert (
+        claim("a model", "it is", observation=seen, intervention=weak, side="above").verdict == "no causal effect shown"
+    )
+    with pytest.raises(KeyError, match="no side named 'up'"):
+        claim("a model", "it is", observation=seen, side="up")

@@ -6,7 +6,7 @@ from torch import nn
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.heads.composition import MODES, _moments, _random, composition
-from hooklens.plugins.heads.stand_out import standing_out
+from hooklens.plugins.heads.stand_out import _t_tail, standing_out
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -52,7 +52,7 @@ def test_the_factored_score_is_that_of_the_formed_matrices(changes):
 def test_the_moments_of_random_orientation_are_those_of_many_draws():
     left, right = torch.rand(2, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64).square()
     mean, deviation = _moments(left, right, 12)
-    drawn = torch.stack(_random(left, right, 12, 4000, 0))
+    drawn = torch.stack(_random(left, right, 12, 4000, torch.Generator().manual_seed(0)))
     torch.testing.assert_close(drawn.mean(0), torch.full((2, 3), mean, dtype=torch.float64), atol=0, rtol=0.02)
     torch.testing.assert_close(drawn.std(0), deviation, atol=0, rtol=0.05)
 
@@ -65,6 +65,44 @@ def test_random_weights_compose_by_chance():
     p = torch.cat(p)
     for level in (0.05, 0.1, 0.5):
         assert abs(float((p <= level).float().mean()) - level) < 4 * (level * (1 - level) / len(p)) ** 0.5 + 0.01
+
+
+def models_called(n_models, **shape):
+    """Of models with random weights: the share in which any pair and mode is called, and all of their p."""
+    found = [
+        composition(tiny_model(seed=seed, attn_only=True, **shape), draws=20, seed=seed) for seed in range(n_models)
+    ]
+    called = sum(bool(torch.stack([one.q(mode) for mode in MODES]).nan_to_num(1.0).min() <= 0.05) for one in found)
+    p = torch.cat([one.p[mode].flatten() for one in found for mode in MODES])
+    return called / n_models, p[~p.isnan()]
+
+
+def test_random_models_of_few_heads_seldom_have_a_pair_that_stands_out():
+    """With a normal tail a quarter of models of 3 x 6 random heads had a q of 0.05 or less."""
+    called, p = models_called(40, n_layers=3, n_heads=6, d_head=8, d_model=48)
+    assert called <= 0.1 and float((p <= 1e-3).float().mean()) < 1.5e-3
+
+
+def test_random_models_of_fewer_heads_seldom_have_one_above_random_orientations():
+    """With one random frame for all pairs of a draw, three in ten of such models had a q of 0.05 or less."""
+    called, p = models_called(24, n_layers=3, n_heads=4, d_head=8, d_model=32)
+    assert called <= 0.15 and float((p <= 0.05).float().mean()) < 0.065
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n_layers", "n_heads", "d_head"),
+    [(2, 5, 8), (3, 6, 8), (3, 5, 16), (4, 8, 8), (6, 6, 8), (12, 5, 8), (2, 2, 8), (3, 4, 8)],
+)
+def test_q_values_of_random_models_keep_their_rate_down_to_the_smallest_size(n_layers, n_heads, d_head):
+    called, p = models_called(150, n_layers=n_layers, n_heads=n_heads, d_head=d_head, d_model=n_heads * d_head)
+    assert called <= 0.1, called  # 0.05 and three standard errors of 150 models
+    assert float((p <= 0.05).float().mean()) < 0.06
+
+
+@pytest.mark.parametrize(("df", "t", "p"), [(5, 4.032, 0.005), (9, 3.250, 0.005), (20, 3.552, 0.001), (5, 0.0, 0.5)])
+def test_the_tail_of_student_s_t_is_that_of_the_tables(df, t, p):
+    assert float(_t_tail(torch.tensor(t), torch.tensor(float(df)))) == pytest.approx(p, rel=0.04)
 
 
 def test_what_it_cannot_read_is_refused():

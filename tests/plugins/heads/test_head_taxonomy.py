@@ -1,13 +1,17 @@
 """Labels: the known ones are found, and chance earns none."""
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
 from hooklens.plugins.heads.induction import induction_heads
+from hooklens.plugins.heads.knockout import knockout_after, scores_and_values
 from hooklens.plugins.heads.scores import key_masks
-from hooklens.plugins.heads.taxonomy import LABELS, placebo_mask, taxonomy
+from hooklens.plugins.heads.taxonomy import LABELS, placebo_keep, taxonomy
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -61,7 +65,7 @@ def test_a_head_that_looks_but_writes_nothing_stays_unlabelled():
     at = list(LABELS).index("induction"), 1, 0
     assert found.score_q[at] < 0.05 and found.labels()[1] == ["unlabelled", "induction"]
     row = next(row for row in found.counts().rows if row[0] == "induction")
-    assert row[1:] == (1, 2, 1)
+    assert row[1:] == (1, 2, 1, 0, 0)  # one with the score and no effect, none opposite, none negligible
 
 
 def test_freshly_initialised_models_earn_at_most_the_nominal_share_of_labels():
@@ -79,17 +83,99 @@ def test_freshly_initialised_models_earn_at_most_the_nominal_share_of_labels():
     assert labelled / total <= 0.02  # of 192 heads; nominal: fewer than one model in twenty calls any head
 
 
-def test_the_placebo_blocks_as_many_other_keys():
-    tokens = repeated_tokens(tiny_model(), 5).tokens
+def test_the_placebo_takes_as_much_attention_from_other_keys():
+    """It blocked as many other keys, which held 0.02 where the label's held 0.58."""
+    tokens = repeated_tokens(tiny_model(), 4, length=9).tokens
+    pattern = torch.rand(4, 3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).pow(3).tril()
+    pattern = pattern / pattern.sum(-1, keepdim=True)
     for mask in key_masks(tokens).values():
-        other = placebo_mask(mask)
-        n = mask.shape[-1]
-        free = torch.arange(n) - 1 - (mask[:, :, 1:].sum(-1))  # keys 1..q-1 that are not marked
-        assert not bool((other & mask).any()) and not bool(other[:, :, 0].any())
-        assert not bool((other & (torch.arange(n) >= torch.arange(n)[:, None])).any())
-        diagonal = mask.diagonal(dim1=1, dim2=2).long()
-        wanted = torch.minimum(mask.sum(-1), (free + diagonal).clamp_min(0))
-        assert torch.equal(other.sum(-1), wanted)
+        keep, marked = placebo_keep(pattern, mask), mask[:, None]
+        assert bool((keep.where(marked, 1.0) == 1).all())
+        own, others = ((pattern * part).sum(-1) for part in (marked, ~marked))
+        taken = (pattern * (1 - keep)).sum(-1)
+        torch.testing.assert_close(taken, torch.minimum(own, others))
+
+
+@pytest.mark.parametrize("score", ["softmax", "linear"])
+def test_weakened_keys_are_those_of_a_hooked_pattern(score):
+    model = tiny_model(dtype=torch.float64, score_fn=score)
+    tokens = repeated_tokens(model, 4, length=9)
+    mask = key_masks(tokens.tokens)["induction"]
+    untouched = scores_and_values(model, tokens.tokens)
+    _, cache = model.run_with_cache(tokens.tokens, "pattern")
+    keeps = [placebo_keep(cache["pattern", layer].detach(), mask) for layer in range(2)]
+    found = knockout_after(model, untouched, tokens.tokens, tokens.metric(), "placebo", keeps, [(0, 1), (1, 0)])
+
+    def weaken(pattern, hook, layer, head):
+        new = pattern[:, head] * keeps[layer][:, head]
+        if score == "softmax":
+            new = new / new.sum(-1, keepdim=True)
+        pattern[:, head] = new
+        return pattern
+
+    for i, (layer, head) in enumerate([(0, 1), (1, 0)]):
+        hook = (("pattern", layer), functools.partial(weaken, layer=layer, head=head))
+        edited = tokens.metric()(model.run_with_hooks(tokens.tokens, fwd_hooks=[hook]))
+        torch.testing.assert_close(found.fall[:, i], (found.base - edited).detach(), atol=1e-10, rtol=1e-8)
+
+
+def test_what_was_blocked_is_reported_beside_the_effect_for_label_and_placebo():
+    model = with_a_negative_head()
+    with torch.no_grad():
+        model.blocks[1].attn.W_Q[1].mul_(0.002)  # so that others are attended to as well
+    found = taxonomy(model)
+    at = list(LABELS).index("induction"), 1, 1
+    own, placebo = found.blocked[:, *at].tolist()
+    assert 0.3 < own < 0.5 and placebo == pytest.approx(own, abs=0.01)
+    assert bool(found.blocked[:, 0, 0, 1].isnan().all())
+    control = next(one for one in found.claims().claims if one.statement.startswith("L1H1 is an induction")).control
+    assert control.what == "rise of the loss, as much attention taken from others"
+
+
+def test_an_effect_that_goes_the_other_way_is_said_to():
+    """L24H4 of a real model: attention of an induction head, effect -0.245 [-0.315, -0.179], "no effect shown"."""
+    found = taxonomy(with_a_negative_head(), ioi=0)
+    at = list(LABELS).index("induction"), 1, 0
+    low, high = (float(end[at]) for end in found.interval())
+    assert low < high < 0 and bool(found.opposite[at]) and not bool(found.candidates[at])
+    said = {one.statement: one for one in found.claims().claims}["L1H0 is an induction head"]
+    assert said.verdict == "opposite effect" and said.opposite and not said.causal and said.control is not None
+    assert "opposite effect" in said.sentence()
+    counts = {row[0]: row for row in found.counts().rows}
+    assert dict(zip(found.counts().columns, counts["induction"], strict=True))["opposite effect"] == 1
+    blind = replace(found, score_p=found.score_p.index_fill(0, torch.tensor([3]), 1.0))  # no suppression by its OV
+    row = next(row for row in blind.table().rows if row[0] == "L1H0")
+    assert row[1] == "unlabelled (induction: opposite effect)"
+
+
+def test_a_labelled_head_of_almost_no_effect_is_called_negligible():
+    found = taxonomy(with_a_negative_head(), ioi=0)
+    at = list(LABELS).index("induction"), 1, 1
+    assert bool(found.passes[at]) and not bool(found.negligible[at])
+    assert float(found.share[at]) == pytest.approx(float(found.effect[:, *at].mean() / found.loss.mean()))
+    small = replace(
+        found, effect=found.effect * 1e-4, placebo=found.placebo * 1e-4
+    )  # as sure, ten thousand times smaller
+    assert bool(small.passes[at]) and bool(small.negligible[at])
+    row = dict(zip(small.table().columns, next(r for r in small.table().rows if r[0] == "L1H1"), strict=True))
+    assert row["label"] == "induction (detectable, negligible)" and abs(row["share of loss"]) < 0.01
+    assert small.labels() == found.labels()  # the role is the same
+
+
+def test_the_score_at_a_fixed_offset_is_that_of_the_literature():
+    """The mean of the diagonal period - 1 below the main one, on random tokens twice over: period + 1 places."""
+    model = induction_model()
+    found = induction_heads(model, n=4, length=9)
+    tokens = repeated_tokens(model, 4, length=9, period=4, seed=1).tokens[:, 1:]
+    assert torch.equal(tokens[:, :4], tokens[:, 4:])
+    _, cache = model.run_with_cache(tokens, "pattern")
+    for layer in range(2):
+        by_hand = torch.stack([cache["pattern", layer][:, :, q, q - 3] for q in range(3, 8)]).mean(0)
+        torch.testing.assert_close(found.offset_score[:, layer], by_hand)
+    assert (
+        4 / 5 <= float(found.offset_score.mean(0)[1, 1]) <= 1.0
+    )  # at the first of five places nothing has come before
+    assert "at fixed offset" in found.table().columns and found.score.mean(0)[1, 1] == 1.0
 
 
 def test_induction_heads_are_scored_and_their_ablation_costs_the_repeat():
