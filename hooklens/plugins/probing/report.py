@@ -5,6 +5,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hooklens.plugins.probing.study import ProbeStudy
 
+_WHAT = {
+    "what": "the labels that are read, or what else reads them: the control task has random labels, the same ones for "
+    "all tokens (or groups) alike, and selectivity is how much better the real ones are read than those"
+}
+_ACCURACY = {
+    "balanced accuracy": "share right, averaged within classes first",
+    "95% low": "lower end of its interval over groups",
+    "95% high": "its upper end",
+    "accuracy": "share right",
+    "p": "how often shuffled labels are read as well",
+    "q": "the rate of false discoveries over all points",
+}
+
 
 def probe_report(study: "ProbeStudy", title: str) -> Any:
     """Counts, a verdict in words, accuracy by layer, what reaches it without the model, and calibration."""
@@ -24,9 +37,14 @@ def probe_report(study: "ProbeStudy", title: str) -> Any:
         report.text(sentence)
     report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
     report.figure(study.figure(), "Intervals over groups. To pick the best layer here is to look at the test texts.")
-    report.table(study.table(), f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups.")
-    report.heading("By layer").table(study.top(10), "p against shuffled labels, q over all of these.")
-    return report.heading("Is it as sure as it is right?").figure(study.calibration.figure())
+    caption = f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups."
+    report.table(study.table(), caption, _WHAT | _ACCURACY)
+    report.heading("By layer").table(study.top(10), "", {"point": "where the probe reads"} | _ACCURACY)
+    return report.heading("Is it as sure as it is right?").figure(
+        study.calibration.figure(),
+        "How often a class came true, against the probability that the probe gave it, out of fold; on the diagonal "
+        "where the two agree.",
+    )
 
 
 def verdicts(study: "ProbeStudy") -> list[str]:
