@@ -18,7 +18,7 @@ from hooklens.viz.theme import SEQUENTIAL, limits, plotly_scale, template
 
 _GAP, _LINE = 26, 18  # pixels between two rows, and of one line of a head's name above each
 _NAME = 60  # characters of a head's name in all its lines
-_LETTER, _NARROWEST = 7, 490  # pixels of a letter, and of all maps together on the narrowest page
+_LETTER, _NARROWEST = 7, 400  # pixels of a letter, and of all maps together on the narrowest page
 
 
 def attention_heads(

@@ -83,10 +83,11 @@ class Report:
 
     def table(self, table: Table, caption: str = "", terms: Mapping[str, str] | None = None) -> "Report":
         """A table; its values also go into the JSON. `terms` say what its columns are; of others nothing is said."""
-        said = (f"{name}: {meaning}." for name, meaning in (terms or {}).items() if name in table.columns)
-        caption = " ".join([caption, *said]).strip()
-        self._tables.append({"caption": caption, "columns": list(table.columns), "rows": _plain_rows(table)})
-        return self._card(f'<div class="wide">{table.to_html()}</div>', caption)
+        known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
+        words = " ".join([caption, *(f"{name}: {meaning}." for name, meaning in known.items())]).strip()
+        self._tables.append({"caption": words, "columns": list(table.columns), "rows": _plain_rows(table)})
+        shown = "".join(f" <b>{escape(name)}</b>: {escape(meaning)}." for name, meaning in known.items())
+        return self._card(f'<div class="wide">{table.to_html()}</div>', Html(escape(caption) + shown))
 
     def figure(self, figure: go.Figure, caption: str = "") -> "Report":
         """A Plotly figure. Its title becomes a heading of the page, which wraps where a figure's would be cut."""

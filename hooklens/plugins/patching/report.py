@@ -33,7 +33,7 @@ _PATCHES = {
     "metric": "the logit difference after this patch",
     "recovered": "its share of the difference to restore, 0 as in the corrupted run, 1 as in the clean run",
 }
-_NAMES = "L5H1 is head 1 of layer 5; behind it, in brackets, the position and its token."
+_NAMES = "L5 is layer 5, L5H1 its head 1; behind that the token and, in brackets, its position"
 
 
 def pair_report(study: "PairStudy") -> "Report":
@@ -45,7 +45,7 @@ def pair_report(study: "PairStudy") -> "Report":
     for site, sweep in study.sweeps.items():
         report.heading(f"Patching {site}")
         _swept(report, study, sweep)
-        terms = {site: f"the patch. {_NAMES[:-1]}", **_PATCHES}
+        terms = {site: f"the patch. {_NAMES}", **_PATCHES}
         report.table(sweep.top(8), f"The patches of {site} that moved the logit difference most.", terms)
     report.heading("Layer by layer")
     for sweep in study.layers.values():
