@@ -16,7 +16,6 @@ from hooklens.plugins.heads.ece_change import CalibrationChange
 from hooklens.plugins.heads.head_study import demo as head_demo
 from hooklens.plugins.lens.lens_study import lens_study
 from hooklens.plugins.patching.pair_study import study_pair
-from hooklens.plugins.patching.report import patched
 from hooklens.plugins.probing.train import demo as probe_demo
 from hooklens.testing import induction_model, tiny_model
 
@@ -29,6 +28,8 @@ def pair(corrupted=CORRUPTED, model=None, **options):
 
 
 def caption(study, site):
+    from hooklens.plugins.patching.report import patched
+
     return patched(study, study.sweeps[site])
 
 

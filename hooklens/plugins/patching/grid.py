@@ -109,12 +109,12 @@ def draw_grid(
         return bars(values, low, high, names[0], title, x_title=by[0], y_title=name)
     called = names[0] if values.ndim == 2 else [f"{a}{b}" for a in names[0] for b in names[1]]
     values = values.reshape(len(called), -1)
-    chosen = range(len(called))
+    chosen = list(range(len(called)))
     if len(by) == 3 and rows is not None and len(called) > rows:
         largest = values.abs().nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:rows]
         chosen, title = sorted(largest.tolist()), f"{title}: the {rows} strongest of {len(called)} rows"
     drawn = heatmap(
-        values[list(chosen)],
+        values[chosen],
         x=names[-1],
         y=[called[i] for i in chosen],
         title=title,

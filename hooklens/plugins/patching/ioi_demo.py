@@ -117,7 +117,7 @@ class IOIStudy(Result):
             elif self.named.defined and high[i] < -least:
                 names.append("lowers the logit difference")
             else:
-                names.append("no interval" if low[i].isnan() else "no clear effect")
+                names.append("no clear effect" if len(self.named.group.unique()) > 1 else "no interval")
         return names
 
     def table(self, n: int | None = 14) -> Table:

@@ -102,6 +102,7 @@ class NameMovers(Result):
         """
         low, high = self.share_interval()
         least, all_three = self.criteria.least_direct, self.passes.all(0)
+        otherwise = "little direct effect" if len(self.group.unique()) > 1 else "no interval"
         return [
             [
                 "name mover"
@@ -110,9 +111,7 @@ class NameMovers(Result):
                 if self.defined and low[layer, head] > least
                 else "lowers the logit difference"
                 if self.defined and high[layer, head] < -least
-                else "no interval"
-                if low[layer, head].isnan()
-                else "little direct effect"
+                else otherwise
                 for head in range(low.shape[1])
             ]
             for layer in range(low.shape[0])

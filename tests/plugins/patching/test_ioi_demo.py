@@ -11,13 +11,14 @@ from hooklens.plugins.patching.mover_claims import demo_movers
 from hooklens.plugins.patching.mover_result import NameMovers
 from hooklens.plugins.patching.pair_study import by_layer
 from hooklens.plugins.patching.pair_study import demo as pair_demo
+from hooklens.statistics import halves
 from hooklens.testing import tiny_model
 
 
 def lucky_movers(n: int = 24) -> NameMovers:
     """L0H0 passes all three tests on the pairs that name heads, and does nothing on the others; L0H1 the reverse."""
     movers = demo_movers(n)
-    _, reported = movers.halves()
+    _, reported = halves(n, group=movers.group)
     movers.direct[reported, 0, 0] -= 0.3
     movers.direct[reported, 0, 1] += 0.3
     return movers
