@@ -24,9 +24,10 @@ _CLAIMS = (
     "Claim: the statement; each in words below. Status: exploratory, not written down before the run; registered, "
     "written to a file at the time shown, before the run, by its author's word. Verdict: causal, an intervention whose "
     "effect lies off 0 (or the registered threshold) and beyond that of its control, by 95 % intervals over groups of "
-    "prompts, by p of at most 0.05, and by q of at most 0.05. Effect: mean over prompts, with the low and high end of "
-    "its interval. Control: the mean of the intervention that should do nothing. q: the rate of false discoveries if "
-    "this claim and all with a smaller p were called causal (Benjamini-Hochberg, over this table)."
+    "prompts, by p of at most 0.05, and by q of at most 0.05; opposite effect, one as surely on the other side of 0 "
+    "than the claim says. Effect: mean over prompts, with the low and high end of its interval. Control: the mean of "
+    "the intervention that should do nothing. q: the rate of false discoveries if this claim and all with a smaller p "
+    "were called causal (Benjamini-Hochberg, over this table)."
 )
 _READ_AT_ONCE = 6  # claims whose sentences stand open below their table
 

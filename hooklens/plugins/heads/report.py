@@ -89,7 +89,8 @@ def taxonomy_report(
     report.table(found.counts(), "Labels, and how many heads had the score without the effect.", _LABELS)
     report.figure(
         found.figure(),
-        "Empty: chance. Orange: more attention than chance, but blocking it does not do what the label says.",
+        "Empty: chance. Blue: more attention than chance, and the label earned. Orange: more attention than chance, "
+        "but blocking it does not do what the label says.",
     )
     report.table(found.table(_SHOWN), "The heads of the strongest evidence; what is labelled comes first.", _EVIDENCE)
     if labelled > _SHOWN:

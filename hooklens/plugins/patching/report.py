@@ -106,7 +106,7 @@ def ioi_report(study: "IOIStudy") -> "Report":
             "clean logit difference": float(study.clean_per_pair.mean()),
             "corrupted": float(study.corrupted.mean()),
             "name movers": len(named),
-            "their direct effect": f"{sum(float(movers.share[i]) for i in named):.0%}",
+            "their direct effect": _whole(sum(float(movers.share[i]) for i in named)),
         }
     )
     report.heading("The pair shown, and what the model says")
@@ -135,10 +135,12 @@ def finding(study: "IOIStudy") -> str:
             "On these pairs the model does not tell the indirect object from the subject: the interval of the "
             "clean-corrupted difference includes 0, so nothing can be said to restore it."
         )
-    heads = ", ".join(f"L{a}H{b} ({float(movers.share[a, b]):.0%})" for a, b in study.named.name_movers)
+    heads = ", ".join(f"L{a}H{b} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
     others = [row for row in study.table(None).rows if row[1] == "restores the logit difference"][:3]
-    also = ", ".join(f"{row[0]} ({row[2]:.0%})" for row in others)
+    also = ", ".join(f"{row[0]} ({_whole(row[2])})" for row in others)
     named = f"Name movers, with what each restores directly: {heads}." if heads else "No head passes all three tests."
+    if not others:
+        return f"{named} No other head restores the logit difference."
     return f"{named} Other heads restore the logit difference without moving a name; the strongest are {also}."
 
 
@@ -219,10 +221,14 @@ def _short(table: Table) -> Table:
     return Table(columns, rows)
 
 
+def _whole(share: Any) -> str:
+    """A share as a whole percentage, never "-0%"."""
+    shown = f"{float(share):.0%}"
+    return "0%" if shown == "-0%" else shown
+
+
 def _percent(value: float, low: float, high: float) -> str:
-    shown = [f"{100 * part:.0f}" for part in (value, low, high)]
-    value_, low_, high_ = ("0" if part == "-0" else part for part in shown)
-    return f"{value_}% [{low_}, {high_}]"
+    return f"{_whole(value)} [{_whole(low)[:-1]}, {_whole(high)[:-1]}]"
 
 
 def _columns(study: "IOIStudy") -> tuple[str, dict[str, str]]:
