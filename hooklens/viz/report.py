@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _CLAIMS = (
     "were called causal (Benjamini-Hochberg, over this table)."
 )
 _READ_AT_ONCE = 6  # claims whose sentences stand open below their table
+_ROWS = 20  # claims whose rows stand open
 
 
 class Report:
@@ -104,15 +105,17 @@ class Report:
 
     def claims(self, family: Any, caption: str = "") -> "Report":
         """What is claimed, with what evidence: a `ClaimFamily`. What was not registered before the run says so."""
-        self.table(family.table(), caption or _CLAIMS)
-        sentences = [one.sentence() for one in family.claims]
-        if len(sentences) > _READ_AT_ONCE:
-            with self.fold(f"The {len(sentences)} claims in words, each with what was seen, done and held against it"):
-                for sentence in sentences:
-                    self.text(sentence)
-            return self
-        for sentence in sentences:
-            self.text(sentence)
+        n, caption = len(family.claims), caption or _CLAIMS
+        if n > _ROWS:
+            self.table(family.top(_ROWS), f"The {_ROWS} of {n} claims with the smallest q. {caption}")
+            with self.fold(f"All {n} claims"):
+                self.table(family.table(), "Columns as above.")
+        else:
+            self.table(family.table(), caption)
+        words = f"The {n} claims in words, each with what was seen, done and held against it"
+        with self.fold(words) if n > _READ_AT_ONCE else nullcontext():
+            for one in family.claims:
+                self.text(one.sentence())
         return self
 
     def tokens(self, strip: Html, caption: str = "") -> "Report":

@@ -11,6 +11,7 @@ from hooklens import viz
 from hooklens.data.jsonl import PromptPairs
 from hooklens.plugins.circuits import study_circuit
 from hooklens.plugins.circuits.eap import demo_pairs
+from hooklens.plugins.claims import Measured, claim, family
 from hooklens.plugins.heads import taxonomy
 from hooklens.plugins.heads.ece_change import CalibrationChange
 from hooklens.plugins.heads.head_study import demo as head_demo
@@ -117,6 +118,18 @@ def test_ten_prompts_gave_ten_open_lens_maps(tmp_path):
     page = open_page(lens_report(10).save(tmp_path / "lens.html"))
     assert page.count("<details>") == 9 and page.count('class="plot[^"]*" id="figure') == 12
     assert page.figures == 3  # the trajectory, the heads, the first prompt: a folded figure is drawn when opened
+
+
+def test_many_claims_made_a_long_table_before_anything_else():
+    measured = {"observation": Measured.of("seen", [1.0] * 6), "control": Measured.of("control", [0.0] * 6)}
+    made = [
+        claim("m", f"L0H{i} matters", intervention=Measured.of("effect", [i / 30, 1.0] * 3), **measured)
+        for i in range(30)
+    ]
+    page = viz.Report("x").claims(family("m", made)).to_html()
+    before, behind = page.split("<details>")[:2]
+    assert before.count("<tr>") == 21 and "The 20 of 30 claims with the smallest q." in before
+    assert behind.count("<tr>") == 31 and "All 30 claims" in behind
 
 
 def test_a_figure_behind_a_fold_is_drawn_when_it_is_opened(tmp_path):
