@@ -7,6 +7,7 @@ import pytest
 import torch
 from browser import open_page
 
+import hooklens as hl
 from hooklens import viz
 from hooklens.data.jsonl import PromptPairs
 from hooklens.plugins.circuits import study_circuit
@@ -24,8 +25,9 @@ CLEAN, CORRUPTED = [1, 2, 3, 4, 5], [1, 4, 3, 6, 5]
 CLAIMS = ["claim", "status", "verdict", "effect", "low", "high", "control", "q"]  # explained in sentences
 
 
-def pair(corrupted=CORRUPTED, model=None, **options):
-    return study_pair(model or tiny_model(), CLEAN, corrupted, answer=5, wrong_answer=6, **options)
+def pair(corrupted=CORRUPTED, **options):
+    with hl.engine(verify=0):
+        return study_pair(tiny_model(), CLEAN, corrupted, answer=5, wrong_answer=6, **options)
 
 
 def caption(study, site):
@@ -134,13 +136,16 @@ def test_many_claims_made_a_long_table_before_anything_else():
 
 def test_a_figure_behind_a_fold_is_drawn_when_it_is_opened(tmp_path):
     report = viz.Report("x")
-    with report.fold("<more>"):
-        report.figure(viz.bars(torch.ones(2)))
+    for summary in ("<closed>", "open"):
+        with report.fold(summary):
+            report.figure(viz.bars(torch.ones(2)))
     path = report.save(tmp_path / "a.html")
+    # the figures are drawn first, then the second fold opens: as after a click
+    opening = 'document.querySelectorAll("details")[1].open = true;'
+    path.write_text(re.sub("<meta http-equiv.*?>", "", path.read_text()) + f"<script>{opening}</script>")
     page = open_page(path)
-    assert page.figures == 0 and "<summary>&lt;more&gt;</summary>" in page.dom
-    path.write_text(path.read_text().replace("<details>", "<details open>"))
-    assert open_page(path).figures == 1
+    assert page.figures == 1 and page.console == []
+    assert "<details><summary>&lt;closed&gt;" in page.dom and '<details open=""><summary>open' in page.dom
 
 
 def test_a_fold_closes_when_something_raises_inside():
@@ -151,7 +156,10 @@ def test_a_fold_closes_when_something_raises_inside():
 
 
 def test_every_head_at_every_position_was_a_hairline():
-    sweep = pair(model=tiny_model(n_layers=8, n_heads=4, d_model=16), sites=["z"], by="layer x head x pos").sweeps["z"]
+    model = tiny_model(n_layers=8, n_heads=4, d_model=16)
+    metric = hl.logit_diff(model, answer=5, wrong_answer=6)
+    with hl.engine(verify=0):
+        sweep = hl.patch(model, CLEAN, CORRUPTED, metric, site="z", by="layer x head x pos")
     drawn, whole = sweep.figure(), sweep.figure(rows=None)
     assert "the 24 strongest of 32 rows" in drawn.layout.title.text
     kept = set(drawn.layout.yaxis.ticktext)

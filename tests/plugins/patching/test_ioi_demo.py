@@ -12,6 +12,7 @@ from hooklens.plugins.patching.mover_result import NameMovers
 from hooklens.plugins.patching.pair_study import by_layer
 from hooklens.plugins.patching.pair_study import demo as pair_demo
 from hooklens.statistics import halves
+from hooklens.sweeps.settings import engine
 from hooklens.testing import tiny_model
 
 
@@ -37,11 +38,13 @@ def study(n: int = 24) -> IOIStudy:
     pairs = IOIPairs(*words[:2], tokens, corrupted, *words[2:], *ids, *at, orders, ["numbers"] * n, movers.group)
     shown = replace(pair_demo(model), layers={})
     metric = logit_diff(model, answer=5, wrong_answer=6)
+    with engine(verify=0):
+        layers = by_layer(model, tokens, corrupted, metric)
     return IOIStudy(
         shown=shown,
         pairs=pairs,
         movers=movers,
-        layers=by_layer(model, tokens, corrupted, metric),
+        layers=layers,
         heads=[(0, 1), (0, 0)],
         total=movers.direct[:, 0, [1, 0]] + 1.0,
         corrupted=torch.ones(n),
