@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import HooklensError, InputError, WrongType
 from hooklens.table import Table, format_number
 
 __all__ = ["Result", "Table", "plain", "summary"]
 
+_SHOWN = 24  # rows of a table in a notebook
 R = TypeVar("R", bound="Result")
 _CLASSES: dict[tuple[str, str], type["Result"]] = {}
 _KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "complex": "Complex", "bool": "Bool"}
@@ -66,6 +67,24 @@ class Result:
 
     def _has_no(self, asked: str, seen: str, instead: str) -> WrongType:
         return WrongType(f"{asked} was asked of a {type(self).__name__}, but {seen}; use {instead}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table. It is escaped, as everything in a table is."""
+        table = self.table()
+        more = len(table) - _SHOWN
+        rest = f"<p>{more} more rows: .table(None)</p>" if more > 0 else ""
+        return f"<div><b>{type(self).__name__}</b>{table.head(_SHOWN).to_html()}{rest}</div>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """The figure above the table where the class has one, in the form of Plotly's renderer for this place."""
+        table = self._repr_html_()
+        if type(self).figure is Result.figure:
+            return {"text/html": table}
+        try:
+            drawn = self.figure()._repr_mimebundle_()
+        except HooklensError:  # nothing to draw in this one
+            drawn = {}
+        return drawn | {"text/html": drawn.get("text/html", "") + table}
 
     def to_json(self) -> dict[str, Any]:
         """Every field as plain numbers, for `json.dumps`.

@@ -22,7 +22,7 @@ from hooklens.model.kv_cache import Context
 from hooklens.model.norms import Norm
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.result import Result
-from hooklens.table import Table
+from hooklens.table import Table, visible
 
 # Floating-point operations of each matrix product, a multiplication and an addition counted as two, over all layers.
 # Elementwise work (norms, softmax, activations) is left out, as in torch.utils.flop_counter.
@@ -194,6 +194,10 @@ class Description(Result):
         return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}{curves}</div>"
 
     _repr_html_ = to_html
+
+    def __str__(self) -> str:
+        legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
+        return f"{visible(self.model_name)}: {self.parameters:,} parameters; {legend}\n{self.table()}"
 
 
 def describe(

@@ -1,5 +1,6 @@
 """Generation: one token after the other through the KV cache, hooks and captures active at every step."""
 
+import html
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -79,6 +80,15 @@ class Generation(Result):
         counts = map(len, self.new_tokens)
         rows = zip(range(len(texts)), texts, counts, self.stopped, strict=True)
         return Table(("prompt", "continuation", "new tokens", "stopped"), list(rows)).head(n)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text, with its own lines, a prompt at a time."""
+        look, shown = "white-space:pre-wrap;margin:.3em 0 1em", []
+        for prompt, text, count, stopped in self.table().rows:
+            said = html.escape(printable(text))
+            end = ", stopped by itself" if stopped else ""
+            shown.append(f'<div><b>prompt {prompt}</b>, {count} new tokens{end}<div style="{look}">{said}</div></div>')
+        return f"<div>{''.join(shown)}</div>"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Attention patterns of several heads side by side."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +16,9 @@ from hooklens.viz.inputs import as_array, as_labels, ticks
 from hooklens.viz.text import label, token_labels
 from hooklens.viz.theme import SEQUENTIAL, limits, plotly_scale, template
 
-_GAP = 44  # pixels between two rows: room for a head's name
+_GAP, _LINE = 26, 18  # pixels between two rows, and of one line of a head's name above each
+_NAME = 60  # characters of a head's name in all its lines
+_LETTER, _NARROWEST = 7, 400  # pixels of a letter, and of all maps together on the narrowest page
 
 
 def attention_heads(
@@ -42,22 +45,32 @@ def attention_heads(
             f"attention_heads draws one token a key in at least one column and head, got patterns {list(array.shape)} "
             f"[head query_pos key_pos], {len(str_tokens)} tokens, ncols={ncols}; pass the tokens that the model ran on"
         )
+    called = names if names is not None else [str(i) for i in range(heads)]
     names = as_labels(names, heads, "head", "attention_heads")
     ncols = min(ncols, heads)
     nrows = -(-heads // ncols)
+    titles = [_wrapped(str(name), ncols) for name in called]
+    above = _LINE * max(title.count("<br>") + 1 for title in titles)
     side = {1: 480, 2: 400}.get(ncols, 800 // ncols)  # about square on a page of usual width
-    inside = nrows * side + (nrows - 1) * _GAP
-    spacing = {"horizontal_spacing": 0.03, "vertical_spacing": _GAP / inside}
-    figure = make_subplots(nrows, ncols, subplot_titles=names, **spacing)
+    inside = nrows * side + (nrows - 1) * (_GAP + above)
+    spacing = {"horizontal_spacing": 0.03, "vertical_spacing": (_GAP + above) / inside}
+    figure = make_subplots(nrows, ncols, subplot_titles=titles, **spacing)
     tokens = token_labels(str_tokens)
     for index, pattern in enumerate(array):
         place = {"row": index // ncols + 1, "col": index % ncols + 1}
         figure.add_trace(_map(pattern, tokens, names[index]), **place)
         _axes(figure, tokens, queries, place, has_below=index + ncols < heads)
-    top = 88 if title else 40
+    top = (70 if title else 22) + above
     figure.update_layout(template=template(), coloraxis=_colours(array), height=inside + top + 96)
     figure.update_layout(title={"text": label(title, 160)}, margin_t=top)
     return figure.update_annotations(font_size=13)
+
+
+def _wrapped(name: str, ncols: int) -> str:
+    """A head's name in lines that do not reach into the next map, however narrow the page."""
+    shown = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
+    lines = textwrap.wrap(shown, _NARROWEST // (_LETTER * ncols), drop_whitespace=True) or [shown]
+    return "<br>".join(label(line) or "∅" for line in lines)
 
 
 def _colours(array: np.ndarray) -> dict:

@@ -74,8 +74,9 @@ function dressed(layout) {
   }
   return layout;
 }
-function draw() {
-  for (const place of document.querySelectorAll(".plot")) {
+function draw(within) {
+  for (const place of within.querySelectorAll(".plot")) {
+    if (place.closest("details:not([open])")) continue;  // has no width yet
     const figure = JSON.parse(document.getElementById(place.id + "-data").textContent);
     // the buttons are named, because Plotly's own set has one that offers to send the figure to a server
     const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]];
@@ -83,8 +84,9 @@ function draw() {
     Plotly.react(place, figure.data, dressed(figure.layout), settings);
   }
 }
-draw();
-dark.addEventListener("change", draw);
+draw(document);
+dark.addEventListener("change", () => draw(document));
+document.addEventListener("toggle", (event) => draw(event.target), true);  // a fold was opened
 """
 
 

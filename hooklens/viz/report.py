@@ -4,7 +4,8 @@ import html
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,17 @@ from hooklens.viz.page import page
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 
 _CLAIMS = (
-    "Causal: an intervention whose effect lies off 0 (or the registered threshold) and is larger than that of its "
-    "control, by 95 % intervals over groups of prompts, by p of at most 0.05, and by q of at most 0.05. Exploratory: "
-    "not written down before the run. Self-dated: written to a file at the time shown, by its author's clock alone. "
-    "Registered: the same, and the digest of that file is the published one. q: Benjamini-Hochberg, over this table."
+    "Claim: the statement; each in words below. Status: exploratory, not written down before the run; self-dated, "
+    "written to a file at the time shown, by its author's clock alone; registered, the same, and the digest of that "
+    "file is the published one. Verdict: causal, an intervention whose effect lies off 0 (or the registered threshold) "
+    "and is larger than that of its control, by 95 % intervals over groups of prompts, by p of at most 0.05, and by q "
+    "of at most 0.05; opposite effect, one as surely on the other side of 0 than the claim says. Effect: mean over "
+    "prompts, with the low and high end of its interval. Control: the mean of the intervention that should do nothing. "
+    "q: the rate of false discoveries if this claim and all with a smaller p were called causal (Benjamini-Hochberg, "
+    "over this table)."
 )
 _READ_AT_ONCE = 6  # claims whose sentences stand open below their table
+_ROWS = 20  # claims whose rows stand open
 
 
 class Report:
@@ -63,10 +69,28 @@ class Report:
         )
         return self._card(f'<dl class="numbers">{"".join(cells)}</dl>')
 
-    def table(self, table: Table, caption: str = "") -> "Report":
-        """A table; its values also go into the JSON."""
-        self._tables.append({"caption": caption, "columns": list(table.columns), "rows": _plain_rows(table)})
-        return self._card(f'<div class="wide">{table.to_html()}</div>', caption)
+    @contextmanager
+    def fold(self, summary: str) -> Iterator["Report"]:
+        """What is added inside stands behind one line, which opens it.
+
+        >>> with Report("x").fold("the other prompts") as report:
+        ...     _ = report.text("one more")
+        >>> "<details><summary>the other prompts</summary>\\n<p>one more</p>\\n</details>" in report.to_html()
+        True
+        """
+        self._add(f"<details><summary>{escape(summary)}</summary>")
+        try:
+            yield self
+        finally:
+            self._add("</details>")
+
+    def table(self, table: Table, caption: str = "", terms: Mapping[str, str] | None = None) -> "Report":
+        """A table; its values also go into the JSON. `terms` say what its columns are; of others nothing is said."""
+        known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
+        words = " ".join([caption, *(f"{name}: {meaning}." for name, meaning in known.items())]).strip()
+        self._tables.append({"caption": words, "columns": list(table.columns), "rows": _plain_rows(table)})
+        shown = "".join(f" <b>{escape(name)}</b>: {escape(meaning)}." for name, meaning in known.items())
+        return self._card(f'<div class="wide">{table.to_html()}</div>', Html(escape(caption) + shown))
 
     def figure(self, figure: go.Figure, caption: str = "") -> "Report":
         """A Plotly figure. Its title becomes a heading of the page, which wraps where a figure's would be cut."""
@@ -82,12 +106,18 @@ class Report:
 
     def claims(self, family: Any, caption: str = "") -> "Report":
         """What is claimed, with what evidence: a `ClaimFamily`. What was not registered before the run says so."""
-        self.table(family.table(), caption or _CLAIMS)
-        words = "".join(f"<p>{escape(one.sentence())}</p>" for one in family.claims)
-        if len(family.claims) <= _READ_AT_ONCE:
-            return self._add(words)
-        summary = f"The {len(family.claims)} claims in words, each with what was seen, done and held against it"
-        return self._add(f"<details><summary>{summary}</summary>{words}</details>")
+        n, caption = len(family.claims), caption or _CLAIMS
+        if n > _ROWS:
+            self.table(family.top(_ROWS), f"The {_ROWS} of {n} claims with the smallest q. {caption}")
+            with self.fold(f"All {n} claims"):
+                self.table(family.table(), "Columns as above.")
+        else:
+            self.table(family.table(), caption)
+        words = f"The {n} claims in words, each with what was seen, done and held against it"
+        with self.fold(words) if n > _READ_AT_ONCE else nullcontext():
+            for one in family.claims:
+                self.text(one.sentence())
+        return self
 
     def tokens(self, strip: Html, caption: str = "") -> "Report":
         """A text coloured by one number a token: what `token_strip` returns."""

@@ -28,6 +28,41 @@ if TYPE_CHECKING:
     from hooklens.plugins.claims import Claim, Registration
 
 
+_SHOWN = 20  # rows of a table of edges
+_RANDOM = (
+    "Faithfulness: the metric of the circuit alone, all other edges corrupted, as a share of that of the model; 0: no "
+    "edge, 1: the model. Random circuits have as many edges of the same kinds."
+)
+_EDGE = {"edge": "from and to", "score": "its estimated effect on the logit difference"}
+_MEASURED = {
+    "what": "faithfulness with its interval over groups of pairs and that of random circuits; p is how often those are "
+    "as close to 1; the metric is the logit difference",
+    "value": "the number",
+}
+_CURVE = {
+    "edges": "the size of the circuit",
+    "faithfulness": "as above",
+    "95% low": "lower end of its interval over groups",
+    "95% high": "its upper end",
+    "random: median": "that of random circuits of this size",
+    "random: 95%": "which 95 % of them do not exceed",
+    "pairs": "how many it is measured on",
+    "of these used to find it": "how many of those",
+}
+_K = {
+    "K": "how the set was drawn; greedy ones grow edge by edge where the two differ most",
+    "edges in K": "how many edges are taken out of both",
+    "parts by (share)": "how far the metrics of circuit and model then differ, in shares of the model's; 0: complete",
+}
+_WORTH = {
+    "edge": "from and to",
+    "worth (share)": "how much of the model's metric the circuit loses without the edge",
+    "95% low": "lower end of its interval over groups",
+    "95% high": "its upper end",
+    "q": "the rate of false discoveries, against edges of random circuits",
+    "with all others": "the same with nothing else taken out",
+    "most without": "the set of edges without which the edge is worth that much",
+}
 _SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the curve, in shares of the edges asked for
 
 
@@ -97,20 +132,32 @@ class CircuitStudy(Result):
             "Edges by integrated gradients between corrupted and clean prompts; every other edge carries the corrupted "
             "run. A faithful circuit is one way in which these prompts can be answered, not the only one."
         )
-        report.figure(self.figure()).table(self.circuit.top(20), "The edges with the largest scores.")
-        report.heading("Against random circuits").figure(self.faithfulness.figure()).table(self.table())
+        report.figure(self.figure(), f"Blue edges raise the logit difference, orange ones lower it. {self._names()}")
+        report.table(self.circuit.top(_SHOWN), "The edges with the largest scores.", _EDGE)
+        report.heading("Against random circuits").figure(self.faithfulness.figure(), _RANDOM)
+        report.table(self.table(), "", _MEASURED)
         claims = family(self.model, [self.claim()])
         met, unmet = plans_met(claims, registered)
         report.heading("What may be claimed").claims(family(self.model, claims.claims, registered=met))
         for sentence in unmet:
             report.text(sentence)
         if self.curve is not None:
-            report.heading("By size").figure(self.curve.figure()).table(self.curve.table())
+            report.heading("By size").figure(self.curve.figure()).table(self.curve.table(), "", _CURVE)
         if self.evaluation is not None:
             complete, minimal = self.evaluation.completeness, self.evaluation.minimality
-            report.heading("Does it hold all of it?").figure(complete.figure()).table(complete.table(10))
-            report.heading("Does it need every edge?").figure(minimal.figure()).table(minimal.table(20))
+            report.heading("Does it hold all of it?").figure(complete.figure())
+            report.table(complete.table(10), "The sets K of edges without which circuit and model differ most.", _K)
+            report.heading("Does it need every edge?").figure(minimal.figure())
+            report.table(minimal.table(_SHOWN), "", _WORTH)
         return report
+
+    def _names(self) -> str:
+        """How nodes and edges are called."""
+        shared = "; L5G1 is a key/value head (G) of layer 5, whose keys and values the heads tied to it share"
+        return (
+            "L5H1 is head 1 of layer 5, MLP5 that layer's MLP, and L3H2->L5H1.q an edge from one head into the queries "
+            f"(.k keys, .v values) of another{shared * (self.circuit.graph.group > 1)}."
+        )
 
 
 def study_circuit(

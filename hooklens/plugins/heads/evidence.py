@@ -102,7 +102,7 @@ def attention_map(found: Taxonomy) -> Any:
         title="Attention above chance: blue earned the label, orange did not",
         y_title="layer",
         hover=hover,
-        colourbar="attention (blue: label earned; orange: not)",
+        colourbar="attention",
     )
     reach = float(drawn.data[0].zmax)
     return drawn.update_traces(

@@ -21,6 +21,18 @@ from hooklens.statistics import few_groups, mean_interval
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_TERMS = {
+    "head": "L5H1 is head 1 of layer 5",
+    "fall": "how much lower the logit difference is, mean over pairs",
+    "95% low": "lower end of its interval over groups",
+    "95% high": "its upper end",
+    "q": "the rate of false discoveries over these heads (Benjamini-Hochberg)",
+    "where chosen": "the fall on the pairs that chose the head, too large for that",
+    "direct": "what the head itself adds to the logit difference on the clean prompt",
+    "looks at answer": "the last position's attention to where the answer stands in the prompt, nan where it does not",
+    "looks at wrong answer": "the same for the wrong answer",
+    "on repeated tokens": "what the taxonomy of heads calls it",
+}
 _CHOSEN = 20  # heads that the first half of the pairs chooses
 PerHead = Float[Tensor, "pair layer head"]
 
@@ -125,8 +137,8 @@ class HeadStudy(Result):
             )
         return report.figure(self.figure(), f"Mean over {n} pairs.").table(
             self.table(_CHOSEN),
-            f"{how} Direct: what the head itself adds to the metric. Looks at: the last position's attention to where "
-            "that token stands in the prompt, NaN where it does not.",
+            f"{how} Groups: prompts that share something count as one.",
+            _TERMS,
         )
 
 

@@ -8,6 +8,64 @@ if TYPE_CHECKING:
     from hooklens.plugins.claims import Registration
     from hooklens.plugins.heads.labels import Taxonomy
 
+_SHOWN = 20  # rows of a table; more stand behind a fold
+_LABELS = {
+    "label": "what a head may be called",
+    "heads": "how many are",
+    "score passes": "how many attend to that label's keys more than heads with randomly rotated queries",
+    "of these without effect": "how many of these do not change the loss as the label says",
+}
+_EVIDENCE = {
+    "head": "L5H1 is head 1 of layer 5",
+    "label": "the name that it earned, else the nearest, with a question mark",
+    "score": "mean attention to the label's keys, of names the margin over any other position",
+    "q": "of the score, the rate of false discoveries over all heads and labels",
+    "effect": "rise of the loss in nats a token when the head may not attend to these keys (of names: the share of the "
+    "logit difference that it restores directly)",
+    "low": "lower end of the effect's 95 % interval over sequences",
+    "high": "its upper end",
+    "q of effect": "the same rate of the effect, over those measured",
+    "share of loss": "the effect as a share of the loss",
+    "placebo": "the rise when it may not attend to other keys of the same sequences, the control",
+    "rests": "mean attention to the first token, where heads attend that do nothing",
+    "by position": "share of queries that positions alone would send to the previous token",
+    "anti-copy": "what the head takes from the logit of the token attended to, beyond that of another token",
+    "ECE change": "rise of the expected calibration error, the mean gap between confidence and accuracy, without the "
+    "head",
+}
+_NAMES = {
+    "head": "the head",
+    "margin": "attention to the indirect object above that to any other position",
+    "direct effect": "share of the logit difference that the head restores through the final norm alone",
+    "low": "lower end of its 95 % interval",
+    "high": "its upper end",
+    "q name mover": "rate of false discoveries of the largest of three p: margin, copying of names, direct effect",
+    "q negative": "the same with copying and direct effect turned round",
+}
+_POSITIONS = {
+    "head": "the head",
+    "margin": "score of the previous position minus the best other one, in nats before the softmax",
+    "p": "how often rotated queries do as much",
+    "q": "its rate of false discoveries over all heads",
+}
+_SUPPRESSION = {
+    "head": "the head",
+    "token looked at": "direct effect on its logit, over the mean of all tokens, weighed by attention",
+    "another token": "the same for a token of the prompt that is not attended to",
+    "anti low": "lower end of the 95 % interval of their difference",
+    "anti high": "its upper end",
+    "q": "rate of false discoveries of that difference",
+}
+_CALIBRATION = {
+    "ECE change": "rise of the expected calibration error, the mean gap between confidence and accuracy, without the "
+    "head",
+    "low": "lower end of its 95 % interval over texts",
+    "high": "its upper end",
+    "p": "how often another head, changed by as much, moves the error as far",
+    "controls (size)": "mean size of those moves",
+    "loss change": "rise of the loss",
+}
+
 
 def taxonomy_report(
     found: "Taxonomy",
@@ -33,31 +91,48 @@ def taxonomy_report(
     )
     report.numbers({"heads": total, "labelled": labelled, "loss on repeats": float(found.loss.mean())})
     report.table(
-        found.counts(), "Labels, and how many heads had the score without the effect, or with the opposite one."
+        found.counts(),
+        "Labels, and how many heads had the score without the effect, or with the opposite one.",
+        _LABELS,
     )
     report.figure(
         found.figure(),
-        "Empty: chance. Orange: more attention than chance, but blocking it does not do what the label says.",
+        "Empty: chance. Blue: more attention than chance, and the label earned. Orange: more attention than chance, "
+        "but blocking it does not do what the label says.",
     )
-    report.table(found.table(max(20, labelled)), "Every labelled head with its evidence.")
+    report.table(found.table(_SHOWN), "The heads of the strongest evidence; what is labelled comes first.", _EVIDENCE)
+    if labelled > _SHOWN:
+        with report.fold(f"All {labelled} labelled heads"):
+            report.table(found.table(labelled), "Columns as above.")
     met, unmet = plans_met(found.claims(model), registered)
     claims = found.claims(model, registered=met)
     if claims is not None:
         report.heading("What may be claimed").claims(claims)
     for sentence in unmet:
         report.text(sentence)
-    report.figure(found.scores.figure(), "Mean attention to each kind of key, on random tokens that repeat.")
-    report.figure(found.ov.figure(), "Blue: the head's OV raises the token that it reads. Orange: it lowers it.")
+    report.figure(
+        found.scores.figure(),
+        "Mean attention to each kind of key, on random tokens that repeat. Previous: the token before; duplicate: "
+        "earlier occurrences of the query's own token; induction: what followed them; first: position 0.",
+    )
+    report.figure(
+        found.ov.figure(),
+        "The head's OV, what it writes of a token that it attends to. Blue: it raises that token's own logit; orange: "
+        "it lowers it. z: how far from heads with randomly rotated outputs, in their standard deviations.",
+    )
     if found.names is not None:
-        report.table(
-            found.names.table(20),
-            "Indirect-object prompts: attention to the name above any other, share of the logit difference restored "
-            "directly, and q-values of the largest of three p: attention, copying of names, direct effect.",
-        )
+        report.table(found.names.table(_SHOWN), "Indirect-object prompts.", _NAMES)
     if found.positions is not None:
-        report.table(found.positions.table(20), "Heads that positions alone would send to the previous token.")
+        caption = "Heads that positions alone would send to the previous token. Rows: queries whose largest score, of "
+        caption += "positions alone, is that of the position before (p - 1)."
+        report.table(found.positions.table(_SHOWN), caption, _POSITIONS)
     if found.suppression is not None and found.suppression.calibration is not None:
-        report.table(found.suppression.table(20), "Effect on the logit of the token looked at, on repeated tokens.")
+        report.table(
+            found.suppression.table(_SHOWN),
+            "Suppression of what is attended to, on repeated tokens.",
+            _SUPPRESSION | _CALIBRATION,
+        )
         change = found.suppression.calibration
-        report.table(change.table(None), f"Calibration without these heads, on {change.data}; controls: other heads.")
+        terms = {"head": "the head that is ablated by its mean", **_CALIBRATION}
+        report.table(change.table(None), f"Calibration without these heads, on {change.data}.", terms)
     return report if not found.note else report.text(found.note)

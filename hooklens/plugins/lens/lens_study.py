@@ -1,6 +1,7 @@
 """Lenses on prompts of one's own: what is said after every layer, where the answer comes up, which parts write it."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,38 @@ from hooklens.statistics import Groups, few_groups, group_numbers
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_PROMPT = {
+    "prompt": "its name",
+    "text": "how it ends",
+    "answer": "the token followed",
+    "probability": "the model's of that token",
+    "rank": "its place among all tokens, 0 the likeliest",
+    "on top from": "the stream from which on it has rank 0 up to the model's output",
+}
+_STREAM = {
+    "stream": "5_pre is the residual stream before layer 5, 5_mid that between its attention and MLP, final_post the "
+    "model itself",
+    "rank": "the answer's place among all tokens, 0 the likeliest",
+    "control rank": "the same answer's rank in the streams of other positions of its prompt: a rank that is not well "
+    "below it says nothing of this position",
+    "probability": "the answer's",
+    "entropy": "of the stream's prediction, in nats",
+    "KL": "KL(model || stream) between their predictions, in nats",
+    "norm": "length of the stream",
+    "cosine": "to the final stream",
+    "control cosine": "that of other positions' streams",
+    "logit difference": "answer minus wrong answer",
+}
+_COMPONENT = {
+    "component": "L5H1 is head 1 of layer 5, 5_attn_out and 5_mlp_out are what its attention and its MLP add",
+    "attribution": "what the component adds directly to the answer's logit, minus that of the wrong answer if there is "
+    "one",
+    "95% low": "lower end of its interval",
+    "95% high": "its upper end",
+    "q": "the rate of false discoveries over these components",
+    "where chosen": "the attribution on the prompts that chose the component, too large for that",
+    "spread over tokens": "how far what it adds differs from token to token of the vocabulary",
+}
 _CHOSEN = 20  # components that the first half of the prompts chooses
 _SHOWN_TEXT = 60  # characters of a prompt's end in a table
 
@@ -84,14 +117,21 @@ class LensStudy(Result):
             "leaves out all that it does through later parts."
         )
         report.heading("When the answer comes up").figure(self.figure(), self._over())
-        report.table(self.prompt_table(), "What the model makes of each prompt; rank 0 is the likeliest token.")
-        report.table(self.trajectory.table(None), "Medians of ranks, means of the other columns, over prompts.")
+        report.table(self.prompt_table(_CHOSEN), "What the model makes of each prompt.", _PROMPT)
+        if len(self.names) > _CHOSEN:
+            with report.fold(f"All {len(self.names)} prompts"):
+                report.table(self.prompt_table(), "Columns as above.")
+        caption = "Medians of ranks, means of the other columns, over prompts."
+        report.table(self.trajectory.table(None), caption, _STREAM)
         report.heading("Which parts write it").figure(self.attribution.figure(), self._over())
-        report.table(self.table(_CHOSEN), self._how())
+        report.table(self.table(_CHOSEN), self._how(), _COMPONENT)
         shown = f", the first {len(self.lenses)} of {len(self.names)} prompts" * (len(self.lenses) < len(self.names))
         report.heading(f"What the model would say after every layer{shown}")
-        for name, lens, answer in zip(self.names, self.lenses, self.trajectory.answer, strict=False):
-            report.figure(lens.figure(), f"{name}; the answer is {answer!r}.")
+        each = list(zip(self.prompt_table().rows, self.lenses, strict=False))
+        for i, ((name, text, answer, *_), lens) in enumerate(each):
+            caption = f"{name}; the answer is {answer}. In each cell the likeliest token, coloured by its probability."
+            with report.fold(f"{name}: {text}") if i else nullcontext():
+                report.figure(lens.figure(), caption)
         return report
 
     def _over(self) -> str:
@@ -101,7 +141,7 @@ class LensStudy(Result):
         return f"Mean over {n} prompts in {groups} {'group' if groups == 1 else 'groups'}{few_groups(groups, '; ')}."
 
     def _how(self) -> str:
-        control = "Spread: how much the component adds to other tokens; what is not large beside it is nothing."
+        control = "An attribution that is not large beside the spread over tokens is nothing."
         if self.held_out is None:
             return f"Ranked and measured on the same prompts, so the first rows are too large. {control}"
         chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)

@@ -16,7 +16,7 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.grid import cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
+from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.result import Result, Table
@@ -119,11 +119,12 @@ class PatchSweep(TwoRuns, Result):
         columns = (self.site, "metric", "recovered", "95% low", "95% high")
         return Table(columns[: len(rows[0])] if rows else columns[:3], rows)
 
-    def figure(self) -> Any:
-        """A heat map over two axes, bars with their interval over one; rows L0H0, L0H1, ... where there are three."""
+    def figure(self, rows: int | None = STRONGEST) -> Any:
+        """A heat map over two axes, bars with their interval over one; of three the strongest `rows`, None for all."""
         shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
         title = f"{self.site}: {name} ({self.value} into {self.into})"
-        return draw_grid(shown, self.by, self.labels, title, name, self.interval() if len(self.by) == 1 else None)
+        ends = self.interval() if len(self.by) == 1 else None
+        return draw_grid(shown, self.by, self.labels, title, name, ends, rows)
 
 
 def patch(

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 Labels = dict[str, list[str]]
 
+_ROW = 15  # pixels
 _AXIS = {"pos": "token (clean | corrupted where they differ)"}
+STRONGEST = 24  # rows of a grid of three axes: all 270 heads of a small model would be hairlines
 _PREFIX = {"layer": "L", "head": "H", "neuron": "N"}
 
 
@@ -93,21 +95,34 @@ def draw_grid(
     title: str,
     name: str,
     ends: tuple[Float[Tensor, "*grid"], Float[Tensor, "*grid"]] | None = None,
+    rows: int | None = STRONGEST,
 ) -> Any:
-    """Bars with their interval over one axis, a heat map over two; rows L0H0, L0H1, ... where there are three."""
+    """Bars with their interval over one axis, a heat map over two; rows L0H0, L0H1, ... where there are three.
+
+    Of the rows of three axes those `rows` with the largest values are drawn, in their order; None: all of them.
+    """
     from hooklens.viz.figures import bars, heatmap
 
     names = [labels[axis] for axis in by]
     if values.ndim == 1:
         low, high = ends if ends is not None and bool(ends[0].isfinite().all()) else (None, None)
         return bars(values, low, high, names[0], title, x_title=by[0], y_title=name)
-    rows = names[0] if values.ndim == 2 else [f"{a}{b}" for a in names[0] for b in names[1]]
-    return heatmap(
-        values.reshape(len(rows), -1),
+    called = names[0] if values.ndim == 2 else [f"{a}{b}" for a in names[0] for b in names[1]]
+    values = values.reshape(len(called), -1)
+    chosen = list(range(len(called)))
+    if len(by) == 3 and rows is not None and len(called) > rows:
+        largest = values.abs().nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:rows]
+        chosen, title = sorted(largest.tolist()), f"{title}: the {rows} strongest of {len(called)} rows"
+    drawn = heatmap(
+        values[chosen],
         x=names[-1],
-        y=rows,
+        y=[called[i] for i in chosen],
         title=title,
         x_title=_AXIS.get(by[-1], by[-1]),
         y_title=" x ".join(by[:-1]),
         colourbar=name,
     )
+    tall = 130 + _ROW * len(chosen)
+    if len(by) == 3 and tall > drawn.layout.height:  # every row with its name
+        drawn.update_layout(height=tall).update_yaxes(tickvals=list(range(len(called))), ticktext=called)
+    return drawn

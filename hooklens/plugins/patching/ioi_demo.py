@@ -1,10 +1,11 @@
 """The indirect-object experiment: the shown pair cell by cell, and many balanced pairs for what may be claimed."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.data.ioi import IOIPairs, ioi
@@ -13,7 +14,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.claims import ClaimFamily
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.mover_claims import LEAST_GROUPS, mover_claims
-from hooklens.plugins.patching.mover_result import NameMovers, by_group
+from hooklens.plugins.patching.mover_result import NameMovers, by_group, of_pairs
 from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.plugins.patching.pair_study import PairStudy, by_layer, head_patterns, sweep_pair
 from hooklens.result import Result, Table
@@ -37,8 +38,9 @@ class IOIStudy(Result):
     """The shown pair, the same question asked of many pairs, and the evidence head by head.
 
     `total` is the logit difference after each of `heads` was patched in each pair (every later layer recomputed), as
-    against `movers.direct`, where only the final norm and the unembedding see the patch. `claims` are of heads named on
-    one half of the pairs, measured on the other; None where no head was, or there are too few pairs.
+    against `movers.direct`, where only the final norm and the unembedding see the patch. Heads are chosen and called by
+    the pairs `chosen_on`; what is said of them is measured on `reported_on`, the other half of the groups (all pairs
+    both times where there is one group). `claims` are of those heads; None where there is none, or too few pairs.
     """
 
     shown: PairStudy
@@ -50,6 +52,23 @@ class IOIStudy(Result):
     corrupted: Float[Tensor, "pair"]
     patterns: Float[Tensor, "drawn query_pos key_pos"]
     claims: ClaimFamily | None
+    chosen_on: Int[Tensor, "chosen"]
+    reported_on: Int[Tensor, "reported"]
+
+    @cached_property
+    def named(self) -> NameMovers:
+        """What names the heads."""
+        return of_pairs(self.movers, self.chosen_on)
+
+    @cached_property
+    def reported(self) -> NameMovers:
+        """What is reported of them."""
+        return of_pairs(self.movers, self.reported_on)
+
+    @property
+    def held_out(self) -> bool:
+        """Did the pairs that are reported on have no part in the naming?"""
+        return not torch.isin(self.reported_on, self.chosen_on).any()
 
     @property
     def clean_per_pair(self) -> Float[Tensor, "pair"]:
@@ -64,31 +83,41 @@ class IOIStudy(Result):
     @property
     def recovered(self) -> Float[Tensor, "head"]:
         """What patching each of `heads` restores, all later layers recomputed."""
-        return (self.total - self.corrupted[:, None]).mean(0) / self.movers.gap.mean()
+        return self._recovered(self.reported_on)
 
     def recovered_interval(self) -> tuple[Float[Tensor, "head"], Float[Tensor, "head"]]:
         """The 95 % interval of `recovered`, over groups of pairs."""
-        return self.interval(self.total - self.corrupted[:, None])
+        return self.interval(self._moved, self.reported_on)
 
-    def interval(self, moved: Float[Tensor, "pair cell"]) -> tuple[Float[Tensor, "cell"], Float[Tensor, "cell"]]:
-        """The interval of a share of the clean-corrupted difference, resampling groups of pairs that share names."""
-        group = self.movers.group
-        return ratio_interval(
-            by_group(moved, group), by_group(self.movers.gap, group), level=self.movers.criteria.level
-        )
+    @property
+    def _moved(self) -> Float[Tensor, "pair head"]:
+        return self.total - self.corrupted[:, None]
+
+    def _recovered(self, index: Int[Tensor, "some"]) -> Float[Tensor, "head"]:
+        return self._moved[index].mean(0) / self.movers.gap[index].mean()
+
+    def interval(
+        self, moved: Float[Tensor, "pair cell"], index: Int[Tensor, "some"] | None = None
+    ) -> tuple[Float[Tensor, "cell"], Float[Tensor, "cell"]]:
+        """The interval of a share of the clean-corrupted difference, resampling groups of pairs; None: of all pairs."""
+        every = torch.arange(len(moved)) if index is None else index
+        group, level = self.movers.group[every], self.movers.criteria.level
+        return ratio_interval(by_group(moved[every], group), by_group(self.movers.gap[every], group), level=level)
 
     def called(self) -> list[str]:
-        """What each of `heads` is called: a name mover on all three counts, else by what its patch does."""
-        (low, high), least = self.recovered_interval(), self.movers.criteria.least_direct
-        movers = set(self.movers.name_movers)
+        """What each of `heads` is called by the pairs that name: a name mover by all three tests, else by its patch."""
+        (low, high), least = self.interval(self._moved, self.chosen_on), self.movers.criteria.least_direct
+        movers = set(self.named.name_movers)
         names = []
         for i, head in enumerate(self.heads):
             if head in movers:
                 names.append("name mover")
-            elif self.movers.defined and low[i] > least:
+            elif self.named.defined and low[i] > least:
                 names.append("restores the logit difference")
+            elif self.named.defined and high[i] < -least:
+                names.append("lowers the logit difference")
             else:
-                names.append("lowers the logit difference" if high[i] < -least else "no clear effect")
+                names.append("no clear effect" if len(self.named.group.unique()) > 1 else "no interval")
         return names
 
     def finding(self) -> str:
@@ -98,17 +127,18 @@ class IOIStudy(Result):
         return finding(self)
 
     def table(self, n: int | None = 14) -> Table:
-        """One row a head, name movers first, then by what a patch does: what it is called, and by which numbers."""
+        """One row a head: called and ranked by one half of the pairs, name movers first; measured on the other."""
         columns = ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO"]
         columns += ["margin", "copies", "suppresses"]
-        movers, (low, high), called = self.movers, self.recovered_interval(), self.called()
+        movers, (low, high), called = self.reported, self.recovered_interval(), self.called()
         direct = (movers.share, *movers.share_interval())
         rest = (movers.attention.mean(0), movers.margin.mean(0), movers.copying, movers.suppressing)
-        rows = []
-        for i, (a, b) in enumerate(self.heads):
+        rows, size = [], self._recovered(self.chosen_on).abs().tolist()
+        for i in sorted(range(len(called)), key=lambda i: (called[i] != "name mover", -size[i])):
+            a, b = self.heads[i]
             patched = (float(value[i]) for value in (self.recovered, low, high))
             rows.append((f"L{a}H{b}", called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
-        return Table(columns, sorted(rows, key=lambda row: (row[1] != "name mover", -abs(row[2])))).head(n)
+        return Table(columns, rows).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` heads whose patch restores or lowers most."""
@@ -116,7 +146,7 @@ class IOIStudy(Result):
 
     def figure(self) -> Any:
         """Every head by attention, direct effect and copying."""
-        return self.movers.figure()
+        return self.reported.figure()
 
     def report(self) -> Any:
         """The study as a page: `study.report().save("ioi.html", data=study)`."""
@@ -135,20 +165,33 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
     with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
         shown = sweep_pair(model, CLEAN, CORRUPTED, logit_diff(model, answer=ANSWER, wrong_answer=WRONG_ANSWER))
         movers = name_movers(model, pairs)
-        heads = _candidates(shown, movers)
+        chosen_on, reported_on = movers.halves(seed=seed)
+        heads = _candidates(shown, of_pairs(movers, chosen_on))
         patches = [Patch(layer, head=head) for layer, head in heads]
         with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
             layers = by_layer(model, pairs.clean_tokens, pairs.corrupted_tokens, metric)
             outcome = execute(plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches), metric)
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
     claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
-    return IOIStudy(shown, pairs, movers, layers, heads, outcome.values.T, outcome.base, patterns, claims)
+    return IOIStudy(
+        shown=shown,
+        pairs=pairs,
+        movers=movers,
+        layers=layers,
+        heads=heads,
+        total=outcome.values.T,
+        corrupted=outcome.base,
+        patterns=patterns,
+        claims=claims,
+        chosen_on=chosen_on,
+        reported_on=reported_on,
+    )
 
 
-def _candidates(shown: PairStudy, movers: NameMovers) -> list[tuple[int, int]]:
+def _candidates(shown: PairStudy, named: NameMovers) -> list[tuple[int, int]]:
     """The heads worth patching in every pair: name movers, then the strongest directly, then on the shown pair."""
     patched = [(layer, head) for layer, head in shown.sweeps["z"].order()[:_CANDIDATES]]
-    return list(dict.fromkeys([*movers.name_movers, *movers.order()[:_CANDIDATES], *patched]))
+    return list(dict.fromkeys([*named.name_movers, *named.order()[:_CANDIDATES], *patched]))
 
 
 def demo(model: "HookedTransformer") -> NameMovers | IOIStudy:

@@ -1,18 +1,14 @@
 """What may be claimed of name movers: heads named on one half of the pairs, their direct effect shown on the other."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.claims import Claim, ClaimFamily, Measured, Registration, claim, family
-from hooklens.plugins.patching.mover_result import NameMovers
+from hooklens.plugins.patching.mover_result import NameMovers, of_pairs
 from hooklens.statistics import LEAST_GROUPS as _A_HALF
-from hooklens.statistics import halves
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -39,20 +35,9 @@ def mover_claims(
             f"two halves of {_A_HALF} groups of pairs need {LEAST_GROUPS}, got {n_groups}; with fewer no p "
             "can be 0.05 or less. A group is four pairs that share names and sentence"
         )
-    first, second = halves(len(movers.group), group=movers.group, seed=seed)
-    called, shown = of_pairs(movers, first).name_movers, of_pairs(movers, second)
-    made = [_claim(model, shown, head) for head in called]
+    named, reported = (of_pairs(movers, one) for one in movers.halves(seed=seed))
+    made = [_claim(model, reported, head) for head in named.name_movers]
     return family(model, made, registered=registered) if made else None
-
-
-def of_pairs(movers: NameMovers, index: Int[Tensor, "some"]) -> NameMovers:
-    """The same measurements of some of the pairs and their names."""
-    per_pair = ("attention", "margin", "direct", "placebo", "gap", "group")
-    index = index.to(movers.gap.device)
-    assert set(per_pair) < {field.name for field in fields(movers)}
-    names, name = movers.name[index].unique(return_inverse=True)
-    some = {each: getattr(movers, each)[index] for each in per_pair}
-    return replace(movers, **some, name=name, rank=movers.rank[names], written=movers.written[names][..., names])
 
 
 def _claim(model: "HookedTransformer", movers: NameMovers, head: tuple[int, int]) -> Claim:

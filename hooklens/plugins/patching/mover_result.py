@@ -1,6 +1,6 @@
 """What was measured of every head that may move a name, and what it is then called."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.result import Result, Table
-from hooklens.statistics import ratio_interval
+from hooklens.statistics import halves, ratio_interval
 
 PerHead = Float[Tensor, "layer head"]
 Ends = tuple[PerHead, PerHead]
@@ -96,9 +96,13 @@ class NameMovers(Result):
         return torch.stack([attends, self.copying >= asked.least_copying, acts & self.defined])
 
     def verdict(self) -> list[list[str]]:
-        """What each head of each layer is called: "name mover" where all three hold, else what its direct effect is."""
+        """What each head of each layer is called: "name mover" where all three hold, else what its direct effect is.
+
+        Numbers of the same pairs flatter the heads so called: report those of others, as `table` does.
+        """
         low, high = self.share_interval()
         least, all_three = self.criteria.least_direct, self.passes.all(0)
+        otherwise = "little direct effect" if len(self.group.unique()) > 1 else "no interval"
         return [
             [
                 "name mover"
@@ -107,11 +111,18 @@ class NameMovers(Result):
                 if self.defined and low[layer, head] > least
                 else "lowers the logit difference"
                 if self.defined and high[layer, head] < -least
-                else "little direct effect"
+                else otherwise
                 for head in range(low.shape[1])
             ]
             for layer in range(low.shape[0])
         ]
+
+    def halves(self, *, seed: int = 0) -> tuple[Int[Tensor, "chosen"], Int[Tensor, "reported"]]:
+        """The pairs that name heads and the others, that report their numbers; of one group all pairs, twice."""
+        n = len(self.group)
+        if len(self.group.unique()) < 2:
+            return torch.arange(n), torch.arange(n)
+        return halves(n, group=self.group, seed=seed)
 
     @property
     def name_movers(self) -> list[tuple[int, int]]:
@@ -129,13 +140,14 @@ class NameMovers(Result):
         return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: what it is called and why."""
+        """One row a head: called and ranked by one half of the pairs, measured on the other."""
         columns = ("head", "called", "direct effect", "low", "high", "attends to IO", "margin", "copies", "suppresses")
-        (low, high), verdict = self.share_interval(), self.verdict()
-        each = (self.share, low, high, self.attention.mean(0), self.margin.mean(0), self.copying, self.suppressing)
+        named, found = (of_pairs(self, one) for one in self.halves())
+        (low, high), verdict = found.share_interval(), named.verdict()
+        each = (found.share, low, high, found.attention.mean(0), found.margin.mean(0), found.copying, found.suppressing)
         rows = [
             (f"L{layer}H{head}", verdict[layer][head], *(float(value[layer, head]) for value in each))
-            for layer, head in self.order()[:n]
+            for layer, head in named.order()[:n]
         ]
         return Table(columns, rows)
 
@@ -163,6 +175,16 @@ class NameMovers(Result):
         top, bottom = by_group(values, self.group), by_group(below, self.group)
         low, high = ratio_interval(top.flatten(1), bottom, level=self.criteria.level)
         return low.view(values.shape[1:]), high.view(values.shape[1:])
+
+
+def of_pairs(movers: NameMovers, index: Int[Tensor, "some"]) -> NameMovers:
+    """The same measurements of some of the pairs and their names."""
+    per_pair = ("attention", "margin", "direct", "placebo", "gap", "group")
+    index = index.to(movers.gap.device)
+    assert set(per_pair) < {field.name for field in fields(movers)}
+    names, name = movers.name[index].unique(return_inverse=True)
+    some = {each: getattr(movers, each)[index] for each in per_pair}
+    return replace(movers, **some, name=name, rank=movers.rank[names], written=movers.written[names][..., names])
 
 
 def by_group(values: Float[Tensor, "pair *cell"], group: Int[Tensor, "pair"]) -> Float[Tensor, "group *cell"]:

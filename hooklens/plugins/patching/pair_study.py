@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, check_prompts_differ, read_pairs, rows_of, show
+from hooklens.data.prompts import Prompts, check_prompts_differ, common_ends, read_pairs, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
@@ -30,7 +30,8 @@ class PairStudy(Result):
     """What the model says after both prompts, and what every patch between them did to the logit difference.
 
     `sweeps` are the sites asked for, `layers` whole layers of attn_out and mlp_out; `patterns` belong to `heads`, those
-    whose patch moved the metric most (none where z was not swept).
+    whose patch moved the metric most (none where z was not swept). `shared` counts the tokens that both prompts share
+    at their beginning and end, the only ones patched by layer or head where the prompts differ in length.
     """
 
     model: str
@@ -44,6 +45,7 @@ class PairStudy(Result):
     layers: dict[str, PatchSweep]
     heads: list[str]
     patterns: Float[Tensor, "head query_pos key_pos"]
+    shared: tuple[int, int]
 
     @property
     def any_sweep(self) -> PatchSweep:
@@ -124,6 +126,7 @@ def sweep_pair(
             layers={},
             heads=[f"L{layer}H{head}" for layer, head in chosen],
             patterns=head_patterns(model, ids[0], chosen),
+            shared=common_ends(*ids),
         )
 
 

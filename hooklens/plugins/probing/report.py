@@ -7,6 +7,19 @@ from hooklens.statistics import few_groups
 if TYPE_CHECKING:
     from hooklens.plugins.probing.study import ProbeStudy
 
+_WHAT = {
+    "what": "the labels that are read, or what else reads them: the control task has random labels, the same ones for "
+    "all tokens (or groups) alike, and selectivity is how much better the real ones are read than those"
+}
+_ACCURACY = {
+    "balanced accuracy": "share right, averaged within classes first",
+    "95% low": "lower end of its interval over groups",
+    "95% high": "its upper end",
+    "accuracy": "share right",
+    "p": "how often shuffled labels are read as well",
+    "q": "the rate of false discoveries over all points",
+}
+
 
 def probe_report(study: "ProbeStudy", title: str) -> Any:
     """Counts, a verdict in words, accuracy by layer, what reaches it without the model, and calibration."""
@@ -27,9 +40,15 @@ def probe_report(study: "ProbeStudy", title: str) -> Any:
     report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
     over = f"Intervals over groups, widened by what refitting the probes adds{few_groups(groups, '; ')}."
     report.figure(study.figure(), f"{over} To pick the best layer here is to look at the test texts.")
-    report.table(study.table(), f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups.")
-    report.heading("By layer").table(study.top(10), _by_layer(study))
-    return report.heading("Is it as sure as it is right?").figure(study.calibration.figure())
+    caption = f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups."
+    report.table(study.table(), caption, _WHAT | _ACCURACY)
+    terms = {"point": "where the probe reads"} | _ACCURACY
+    report.heading("By layer").table(study.top(10), _by_layer(study), terms)
+    return report.heading("Is it as sure as it is right?").figure(
+        study.calibration.figure(),
+        "How often a class came true, against the probability that the probe gave it, out of fold; on the diagonal "
+        "where the two agree.",
+    )
 
 
 def _by_layer(study: "ProbeStudy") -> str:

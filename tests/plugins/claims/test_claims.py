@@ -262,7 +262,7 @@ def test_a_control_that_is_ten_times_stronger_to_the_other_side_is_not_exceeded(
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"hypothesis": " "}, "names its hypothesis"), ({"threshold": -1.0}, "at least 0"), ({"n": 1}, "at least 2"),
+    [({"hypothesis": " "}, "hypothesis is empty"), ({"threshold": -1.0}, "at least 0"), ({"n": 1}, "at least 2"),
      ({"side": "up"}, "'above' or 'below'")],
 )  # fmt: skip
 def test_a_registration_that_could_not_fail_is_refused(change, message):
