@@ -14,6 +14,8 @@ _LABELS = {
     "heads": "how many are",
     "score passes": "how many attend to that label's keys more than heads with randomly rotated queries",
     "of these without effect": "how many of these do not change the loss as the label says",
+    "opposite effect": "how many change it the other way",
+    "detectable, negligible": "how many change it as the label says, by too little to matter",
 }
 _EVIDENCE = {
     "head": "L5H1 is head 1 of layer 5",
