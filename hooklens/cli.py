@@ -336,7 +336,7 @@ def show(table: "Table", as_json: bool, **more: Any) -> None:
         rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
         typer.echo(json.dumps(plain({"rows": rows, **more}), ensure_ascii=False))
         return
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed before the start
         from rich.console import Console
 
         Console().print(table)

@@ -21,7 +21,7 @@ def progress(title: str, total: int | float, *, unit: str = "it", show: bool | N
     ...     for _ in range(3):
     ...         advance()
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if not ((sys.stderr is not None and sys.stderr.isatty()) if show is None else show):
         yield lambda amount=1: None
         return
     from rich.console import Console

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
-from hooklens.core.files import write_atomically
+from hooklens.core.files import reading, write_atomically
 from hooklens.result import Result, result_classes
 
 GROUP = "hooklens.plugins"
@@ -44,14 +44,10 @@ def write_result(result: Result, path: str | os.PathLike) -> None:
 
 def read_result(path: str | os.PathLike) -> Result:
     """Read what `write_result` wrote; see `Result.load`."""
-    body, tensors = _read_file(Path(path))
     used: set[str] = set()
-    try:
+    with reading(path, "a result"):
+        body, tensors = _read_file(Path(path))
         result = _unpack(json.loads(body), tensors, used)
-    except (FileRefused, Unavailable):
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _refused(path, f"its structure cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(result, Result) or used != set(tensors):
         raise _refused(path, "its tensors and its structure do not belong together")
     return result
@@ -59,19 +55,12 @@ def read_result(path: str | os.PathLike) -> Result:
 
 def _read_file(path: Path) -> tuple[str, dict[str, Tensor]]:
     """The structure and the tensors, their digest checked: nothing damaged leaves this function."""
-    if not path.is_file():
-        raise InputError(f"a result was to be loaded from {str(path)!r}, but there is no such file; check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT or not {"body", "sha256"} <= set(metadata):
-                raise _refused(path, f"it is a safetensors file, but not of the format {_FORMAT!r}")
-            # cloned, because the tensors handed out map the file, which somebody may overwrite later
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        if isinstance(error, FileRefused):
-            raise
-        raise _refused(path, f"it is not a whole safetensors file ({error})") from error
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT or not {"body", "sha256"} <= set(metadata):
+            raise _refused(path, f"it is a safetensors file, but not of the format {_FORMAT!r}")
+        # cloned, because the tensors handed out map the file, which somebody may overwrite later
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     if _digest(metadata["body"], tensors) != metadata["sha256"]:
         raise _refused(path, "its content does not match its own sha256")
     return metadata["body"], tensors

@@ -290,18 +290,17 @@ class ActivationCache(Mapping[str, Tensor]):
     @classmethod
     def load(cls, path: str | Path, model: "HookedModule | None" = None) -> "ActivationCache":
         """The cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise FileRefused(f"{path} is not a saved activation cache; ActivationCache.save writes one")
-                same = json.loads(metadata["entries"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return cls({name: tensors[stored] for name, stored in same.items()}, model)
-        except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise FileRefused(f"{path} cannot be read as a saved activation cache, it is damaged: {error}") from error
+        from hooklens.core.files import reading
+
+        with reading(path, "an activation cache"), safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise FileRefused(f"{path} is not a saved activation cache; ActivationCache.save writes one")
+            same = json.loads(metadata["entries"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls({name: tensors[stored] for name, stored in same.items()}, model)
 
     # -- helpers
 

@@ -126,7 +126,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
             raise
         raise Unavailable(f"cannot write {str(path)!r}: {reason}") from error
     finally:
-        with contextlib.suppress(OSError):  # on a file system that turned read-only this fails too, and is not the cause
+        with contextlib.suppress(OSError):  # fails too where the file system turned read-only, which is said above
             temporary.unlink()
 
 

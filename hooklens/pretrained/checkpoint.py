@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused, HooklensError, InputError
-from hooklens.core.files import write_atomically
+from hooklens.core.files import make_folder, reading, write_atomically
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
@@ -50,7 +50,7 @@ def save_checkpoint(model: HookedTransformer, path: str | Path) -> None:
         "sha256": _digest(tensors),
     }
     if path.suffix != ".safetensors":
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         if model.tokenizer is not None:
             model.tokenizer.save(path)
         path = path / FOLDER_FILE
@@ -69,22 +69,33 @@ def load_checkpoint(
 ) -> HookedTransformer:
     """The model that `save_checkpoint` wrote, in the dtype that it had unless another is asked for."""
     path = Path(path)
-    file = read_header(path / FOLDER_FILE if path.is_dir() else path)
-    cfg = _config(file)
-    first = next((DTYPES[entry.kind] for entry in file.entries.values() if entry.kind in DTYPES), torch.float32)
-    model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
-    wanted = parameter_shapes(model)
-    check_names(file.entries, wanted, str(path), "its own configuration")
-    shapes = {name: (entry.shape, wanted[name]) for name, entry in file.entries.items()}
-    check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, str(path))
+    with reading(path, "a checkpoint"):
+        file = read_header(path / FOLDER_FILE if path.is_dir() else path)
+        model = _without_weights(file, dtype)
+        model.tokenizer = tokenizer or _tokenizer_of(path, file)
     _assign_all(model, file, device, dtype)
-    model.tokenizer = tokenizer or _tokenizer_of(path, file)
     return model
 
 
 def is_checkpoint(path: Path) -> bool:
     """Is there a file, and is it a checkpoint of ours?"""
     return path.is_file() and is_safetensors(path) and read_header(path).metadata.get("format") == FORMAT
+
+
+def _without_weights(file: SafetensorsFile, dtype: torch.dtype | None) -> HookedTransformer:
+    """The model that the file's configuration describes, on the meta device; names and shapes are those in the file."""
+    cfg, where = _config(file), str(file.path)
+    if cfg.n_layers > len(file.entries):
+        raise FileRefused(
+            f"{where} holds {len(file.entries)} weights, its configuration says {cfg.n_layers:,} layers; save it again"
+        )
+    first = next((DTYPES[entry.kind] for entry in file.entries.values() if entry.kind in DTYPES), torch.float32)
+    model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
+    wanted = parameter_shapes(model)
+    check_names(file.entries, wanted, where, "its own configuration")
+    shapes = {name: (entry.shape, wanted[name]) for name, entry in file.entries.items()}
+    check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, where)
+    return model
 
 
 def _assign_all(
@@ -132,7 +143,7 @@ def _config(file: SafetensorsFile) -> HookedTransformerConfig:
         )
     try:
         return HookedTransformerConfig.from_json(json.loads(file.metadata["config"]))
-    except (HooklensError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except HooklensError as error:
         raise FileRefused(
             f"{file.path} holds a configuration that cannot be read ({type(error).__name__}: {error}); if it "
             "has a part of your own, import the module that defines it first"

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused
-from hooklens.core.files import check_writable, write_atomically
+from hooklens.core.files import check_writable, reading, write_atomically
 from hooklens.sweeps.plan import Plan
 
 _FORMAT = "hooklens-sweep-1"
@@ -29,24 +29,23 @@ class Progressed:
             self._read()
 
     def _read(self) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(str(self.path), "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise FileRefused(f"{self.path} is not a sweep in progress; give resume= a path of its own")
-                if metadata.get("key") != self.key:
-                    raise self._another()
-                done, values, sketch = (file.get_tensor(name) for name in ("done", "values", "sketch"))
-                if metadata.get("sum") != _sum(values, done, sketch):
-                    raise FileRefused(f"{self.path} is damaged: its numbers are not those that were written; delete it")
-                if not self._alike(sketch):
-                    raise self._another()
-                self.done = done
-                self.values.copy_(values)
-        except (SafetensorError, OSError) as error:
-            raise FileRefused(f"{self.path} cannot be read as a sweep in progress, it is damaged: {error}") from error
+        with reading(self.path, "a sweep in progress"), safe_open(str(self.path), "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise FileRefused(f"{self.path} is not a sweep in progress; give resume= a path of its own")
+            if metadata.get("key") != self.key:
+                raise self._another()
+            done, values, sketch = (file.get_tensor(name) for name in ("done", "values", "sketch"))
+            if metadata.get("sum") != _sum(values, done, sketch):
+                raise FileRefused(f"{self.path} is damaged: its numbers are not those that were written; delete it")
+            if (done.shape, done.dtype, values.shape) != (self.done.shape, torch.bool, self.values.shape):
+                raise FileRefused(f"{self.path} is damaged: its numbers have other shapes; delete it")
+            if not self._alike(sketch):
+                raise self._another()
+            self.done = done
+            self.values.copy_(values)
 
     def _another(self) -> FileRefused:
         return FileRefused(

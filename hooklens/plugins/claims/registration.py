@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.core.files import write_atomically
+from hooklens.core.files import check_writable, read_json, reading, write_atomically
 from hooklens.result import Result
 
 SIDES = ("above", "below")
@@ -60,6 +60,7 @@ class Registration(Result):
         A file that is there already is not overwritten, and a plan that was written is not written again.
         """
         path = Path(path)
+        check_writable(path)
         if self.written or path.exists():
             seen = f"this one was written at {self.written}" if self.written else f"{path} exists"
             raise InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
@@ -75,12 +76,10 @@ class Registration(Result):
         The digest in the file shows an accident. An edit with a digest recomputed shows only against the `digest` that
         was published (8 digits of it or more).
         """
-        try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
-            own = held.pop("digest")
+        with reading(path, "a registration"):
+            held = read_json(path, "a registration")
+            own = str(held.pop("digest"))
             found = cls(**held)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FileRefused(f"{path} is not a registration that hooklens wrote: {error}") from error
         if digest is not None and len(digest) < _LEAST_DIGITS:
             raise InputError(f"a published digest is at least {_LEAST_DIGITS} digits long, got {digest!r}")
         for what, asked in (("its digest is", own), ("the published digest is", digest or own)):

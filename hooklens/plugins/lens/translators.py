@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.core.files import write_atomically
+from hooklens.core.files import reading, write_atomically
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -59,8 +59,9 @@ class TunedLens(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> "TunedLens":
         """The lens in a file that `save` or a training, finished or interrupted, has written."""
-        tensors, _ = read_lens_file(path)
-        return cls.of(tensors["weight"], tensors["bias"])
+        with reading(path, "a tuned lens"):
+            tensors, _ = read_lens_file(path)
+            return cls.of(tensors["weight"], tensors["bias"])
 
     @classmethod
     def of(cls, weight: Float[Tensor, "layer d_model d_model"], bias: Float[Tensor, "layer d_model"]) -> "TunedLens":
@@ -83,22 +84,17 @@ def write_lens(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 def read_lens_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata; a foreign or damaged file is refused before a tensor is used."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    if not Path(path).is_file():
-        raise InputError(f"a tuned lens was to be read from {str(path)!r}, but there is no such file; check the path")
-    try:
+    with reading(path, "a tuned lens"):
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             # cloned, because these tensors map the file, which training may overwrite
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileRefused(
-            f"{path} cannot be read as a tuned lens, it is damaged or no safetensors file: {error}"
-        ) from error
+        found = _sum(tensors)
     if metadata.get("format") != FORMAT or not {"weight", "bias"} <= set(tensors):
         raise FileRefused(f"{path} is a safetensors file but holds no tuned lens; TunedLens.save writes one")
-    if metadata.get("sum") != _sum(tensors):
+    if metadata.get("sum") != found:
         raise FileRefused(f"{path} is damaged: its numbers are not those that were written; train or save it again")
     return tensors, metadata
 
