@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable
+from hooklens.core.errors import FileRefused, HooklensError, InputError, NameNotFound, Unavailable
 
 _FULL = "the disk is full (or a quota is reached); free some space, or choose another folder"
 _READ_ONLY = "the folder is read-only for this user; choose another one"
@@ -38,11 +38,14 @@ def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
     hooklens.core.errors.InputError: a circuit was to be read from 'no_such_file.json', but there is no such file; ...
 
     Readers catch nothing on their own. The body reads and parses, and does nothing that can fail for another reason
-    than the file: every exception in it is taken as the file's fault. Errors of hooklens pass through.
+    than the file: every exception in it is taken as the file's fault. Errors of hooklens pass through, but a name that
+    does not exist is the file's fault too.
     """
     asked = f"{what} was to be read from {os.fspath(path)!r}, but"
     try:
         yield
+    except NameNotFound as error:
+        raise FileRefused(f"{asked} it holds an unknown name: {error}") from error
     except HooklensError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -25,6 +25,7 @@ _POSITIVE |= {"attn_scale", "attn_scores_soft_cap", "output_logits_soft_cap"}
 _POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", "n_ctx", "n_heads", "d_vocab"}
 _NOT_NEGATIVE = {"eps", "std", "unembed_std"}
 _KINDS: dict[Any, str] = {bool: "True or False", str: "a name", int: "a whole number", float: "a finite number"}
+_LARGEST_WHOLE = 2**63 - 1  # torch's
 _NUMBERS = (int, float, int | None, float | None, tuple[float, ...])
 
 
@@ -74,7 +75,7 @@ def _needed(name: str, kind: Any, value: Any) -> str | None:
         return None
     whole = kind in (int, int | None)
     good = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-    good = good and abs(value) <= sys.float_info.max  # NaN is not
+    good = good and abs(value) <= (_LARGEST_WHOLE if whole else sys.float_info.max)  # NaN is not
     bound = ""
     if name in _POSITIVE:
         good, bound = good and value > 0, " above 0"
@@ -489,7 +490,8 @@ class HookedTransformerConfig:
     def _positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not whole or not 1 <= value <= _LARGEST_WHOLE:
                 raise InputError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
 
     def _check(self) -> None:

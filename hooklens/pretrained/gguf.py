@@ -226,14 +226,14 @@ class _Header:
         return self.number(_SCALARS[code])
 
     def array(self, code: int, length: int) -> list[Any]:
-        if length > _LONGEST_ARRAY:
-            raise self.damaged(f"an array claims {length:,} elements (near byte {self.at})")
         if code == _STRING:
             return [self.string() for _ in range(length)]
         if code not in _SCALARS:
             raise self.damaged(f"there is no array of metadata type {code} (near byte {self.at})")
         size = struct.calcsize(f"<{_SCALARS[code]}")
         start = self.take(length * size)
+        if length > _LONGEST_ARRAY:  # a list takes up to 36 bytes an element
+            raise self.damaged(f"an array has {length:,} elements (near byte {start})")
         return list(struct.unpack_from(f"<{length}{_SCALARS[code]}", self.data, start))
 
     def description(self) -> tuple[str, tuple[int, ...], int, int]:

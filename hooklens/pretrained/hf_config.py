@@ -59,7 +59,7 @@ class HFConfig:
             raise InputError(
                 f"{self.where} has no {key!r}, which is needed to build the model; it has {', '.join(self.values)}"
             )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
             raise InputError(f"{self.where}: {key} is {value!r:.80}; a whole number of at least 1 is needed")
         return value
 

@@ -9,7 +9,7 @@ import torch
 from test_dequantize import random_blocks
 from tiny_gguf import finish, hf_model, write_gguf
 
-from hooklens.core.errors import FileRefused
+from hooklens.core.errors import FileRefused, InputError
 from hooklens.pretrained.gguf import read_gguf
 
 
@@ -84,7 +84,7 @@ def test_other_formats_and_missing_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(FileRefused, match=r"begins with .*, a GGUF file begins with b'GGUF'"):
         read_gguf(tmp_path / "model.safetensors")
-    with pytest.raises(FileRefused, match=r"no file at .*none.gguf"):
+    with pytest.raises(InputError, match=r"none.gguf', but there is no such file"):
         read_gguf(tmp_path / "none.gguf")
 
 
@@ -99,7 +99,7 @@ def test_other_versions(tmp_path, version, why):
     [
         ([("a", 0, b"\1"), ("a", 0, b"\1")], b"", "the metadata key 'a' occurs twice"),
         ([("a", 99, b"")], b"", "no metadata type 99"),
-        ([("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")], b"", "should be UTF-8"),
+        ([("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")], b"", "is not UTF-8 text"),
         ([("a", 8, struct.pack("<Q", 1 << 60))], b"", "cut short: its header runs past the end"),
         ([("a", 9, struct.pack("<IQ", 4, 1 << 60))], b"", "cut short: its header runs past the end"),
         ([("a", 9, struct.pack("<IQ", 9, 1))], b"", "no array of metadata type 9"),

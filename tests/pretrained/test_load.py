@@ -284,7 +284,7 @@ def test_a_safetensors_header_that_lies_is_refused(folder):
     with pytest.raises(FileRefused, match="overlap or leave holes"):
         load(folder)
     path.write_bytes(content.replace(b'"F32"', b'"F64"', 1))
-    with pytest.raises(FileRefused, match="header cannot be read"):
+    with pytest.raises(FileRefused, match="bytes for F64"):
         load(folder)
 
 
@@ -318,7 +318,7 @@ def test_pickles_are_never_opened(folder, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_config_that_is_no_json_object_is_refused(folder, content):
     (folder / "config.json").write_text(content)
-    with pytest.raises(FileRefused, match=r"config.json (is not JSON|should hold)"):
+    with pytest.raises(FileRefused, match=r"config.json', but it (is not JSON|.*should hold)"):
         load(folder)
 
 

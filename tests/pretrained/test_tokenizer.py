@@ -225,7 +225,7 @@ def test_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(FileRefused, match="no such folder"):
         Tokenizer.from_folder(tmp_path / "none")
     (tmp_path / "tokenizer.json").write_text('{"model"')
-    with pytest.raises(FileRefused, match="cannot be read as a tokenizer"):
+    with pytest.raises(FileRefused, match=r"a tokenizer was to be read from .* damaged or of another kind"):
         Tokenizer.from_folder(tmp_path)
     TINY.backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("[1]")

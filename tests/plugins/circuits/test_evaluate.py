@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
-from hooklens.core.errors import FileRefused
+from hooklens.core.errors import FileRefused, InputError
 from hooklens.metrics import kl
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
 from hooklens.plugins.circuits.eap import demo_pairs, eap
@@ -177,13 +177,30 @@ def test_json_loads_back_and_runs(tmp_path):
 def test_a_file_that_is_no_circuit_is_refused(tmp_path, damage):
     path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    with pytest.raises(FileRefused, match="save_json"):
+    with pytest.raises((FileRefused, InputError), match=r"a circuit was to be read|a graph of"):
         Circuit.load_json(path)
     path.write_text("{")
     with pytest.raises(FileRefused):
         Circuit.load_json(path)
     with pytest.raises(ValueError, match="no such file"):
         Circuit.load_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("sizes", [{"n_layers": 10**9}, {"n_heads": 10**9, "n_kv_heads": 1}, {"n_layers": 9000}])
+def test_a_small_file_does_not_stand_for_a_graph_that_exhausts_memory(tmp_path, sizes):
+    path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps(held | {"graph": held["graph"] | sizes}))
+    assert path.stat().st_size < 400
+    with pytest.raises(InputError, match=r"a graph of .* was asked for"):
+        Circuit.load_json(path)
+
+
+def test_a_score_that_is_not_a_number_is_refused(tmp_path):
+    path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
+    path.write_text(path.read_text().replace("1.0", "NaN"))
+    with pytest.raises(FileRefused, match="not finite"):
+        Circuit.load_json(path)
 
 
 def test_a_file_of_the_first_format_is_read_by_the_names_of_today(tmp_path):
