@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a comm
 3 something outside is missing (network, disk, a device, a package); 130 interrupted.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -356,5 +357,6 @@ def _fail(ctx: Any, message: str, error: Exception) -> None:
 
 
 def _say(*lines: str) -> None:
-    for line in lines:
-        typer.echo(line, err=True)
+    with contextlib.suppress(OSError):  # a full disk behind standard error must not replace the exit code
+        for line in lines:
+            typer.echo(line, err=True)

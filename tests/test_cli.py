@@ -267,6 +267,18 @@ def test_a_reader_that_has_heard_enough_ends_it_quietly(arguments):
     assert done.stderr == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+@pytest.mark.parametrize(
+    ("redirected", "arguments", "code"),
+    [(">&-", ["models"], 0), ("2>&-", ["generate", "x", "--model", "no/file.gguf"], 2)]
+    + [("2>/dev/full", ["generate", "x", "--model", "no/file.gguf"], 2)],
+)
+def test_closed_or_full_outputs_change_neither_the_exit_code_nor_raise(redirected, arguments, code):
+    command = ["sh", "-c", f'exec "$@" {redirected}', "sh", *COMMAND, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr, "unexpected" in done.stderr) == (code, False, False)
+
+
 def test_importing_hooklens_or_its_command_line_imports_no_plotting():
     unwanted = "('plotly', 'transformers', 'huggingface_hub')"
     code = f"import sys, hooklens.public, hooklens.cli; print([m for m in {unwanted} if m in sys.modules])"

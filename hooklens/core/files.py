@@ -192,13 +192,15 @@ def _sweep_once(folder: Path) -> None:
 def _left_behind(entry: os.DirEntry, machine: str, pid: int) -> bool:
     # Only POSIX: on Windows os.kill ends the process whatever the signal.
     if os.name == "posix" and machine == _machine():
+        if pid == os.getpid():
+            return False
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return True
         except OSError:
             pass  # it runs, as another user's
-    return pid != os.getpid() and time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY
 
 
 @functools.cache

@@ -117,6 +117,14 @@ def test_damaged_headers(tmp_path, keys, tensors, why):
         read_gguf(path)
 
 
+def test_a_small_file_does_not_stand_for_a_large_model_by_tensors_that_overlap(tmp_path):
+    tensors = b"".join(described(f"w{i}", 1 << 12) for i in range(100))
+    path = header(tmp_path / "m.gguf", tensors=tensors, n_tensors=100)
+    path.write_bytes(path.read_bytes() + bytes(1 << 15))
+    with pytest.raises(FileRefused, match=r"its tensors overlap: they take 1,638,400 bytes of a file of"):
+        read_gguf(path)
+
+
 def test_a_type_that_cannot_be_read_is_named_before_any_tensor(tmp_path):
     tensors = described("token_embd.weight", 4, 4) + described("output_norm.weight", 4, kind=26, offset=64)
     arch = ("general.architecture", 8, struct.pack("<Q", 5) + b"llama")

@@ -1,8 +1,11 @@
 """Tokens and strings: nothing is lost, nothing is added, and every refusal says what would work."""
 
 import copy
+import errno
 import json
+import os
 import pickle
+import stat
 import subprocess
 import sys
 
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from odd_strings import odd_strings
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hooklens.core.errors import FileRefused, InputError, WrongType
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.pretrained.tokenizer import Tokenizer, byte_values, tiny_tokenizer
 
 TINY = tiny_tokenizer("the he Mary", extra=("<bos>", "<eos>"))
@@ -236,6 +239,50 @@ def test_folders_that_cannot_be_read(tmp_path):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(WrongType, match="a str has no backend_tokenizer"):
         Tokenizer.from_transformers("gpt2")
+
+
+def test_saved_files_have_the_mode_of_any_other_and_nothing_stays_beside_them(tmp_path):
+    old = os.umask(0o022)
+    try:
+        TINY.save(tmp_path / "t")
+    finally:
+        os.umask(old)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "t").iterdir()}
+    assert modes == {"tokenizer.json": 0o644, "tokenizer_config.json": 0o644}
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    TINY.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Unavailable, match="the disk is full"):
+        TINY.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", '{"chat_template": [{"nome": "x"}]}'),
+        ("tokenizer_config.json", '{"bos_token": ["<bos>"]}'),
+        ("tokenizer_config.json", '{"stop_token_ids": ["a"]}'),
+        ("generation_config.json", '{"eos_token_id": "2"}'),
+        ("generation_config.json", '{"eos_token_id": [[2]]}'),
+        ("config.json", '{"eos_token_id": -1}'),
+        ("tokenizer_config.json", "[" * 100_000),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_when_they_are_read(tmp_path, name, content):
+    TINY.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FileRefused, match="was to be read from"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_chat_template_gets_the_special_tokens():
