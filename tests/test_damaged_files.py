@@ -6,7 +6,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,13 @@ from hooklens.core.errors import HooklensError
 from hooklens.data.jsonl import read_pairs_file
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of
 from hooklens.plugins.claims.registration import Registration
-from hooklens.plugins.lens.translators import TunedLens
+from hooklens.plugins.lens.translators import TunedLens, write_lens
 from hooklens.plugins.probing.store import Files
 from hooklens.pretrained.checkpoint import save_checkpoint
 from hooklens.pretrained.load import load
 from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 from hooklens.result import Result
-from hooklens.sweeps.resume import Progressed
+from hooklens.sweeps.resume import Progressed, _sum
 from hooklens.testing import tiny_model
 
 EACH = 200  # mutations of a format in the default run
@@ -73,10 +73,17 @@ def hub_folder(folder: Path) -> None:
 
 
 def tokenizer_folder(folder: Path) -> None:
+    from tokenizers import normalizers, pre_tokenizers, processors
+
     tokenizer = tiny_tokenizer("the cat", extra=("<bos>", "<eos>"))
-    Tokenizer(tokenizer.backend, bos_id=tokenizer.bos_id, eos_id=tokenizer.bos_id + 1, chat_template="{{ 1 }}").save(
-        folder
-    )
+    backend = tokenizer.backend
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace("'", "’")])
+    cut = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", tokenizer.bos_id)])
+    backend.enable_truncation(10, stride=2)
+    backend.enable_padding(length=12)
+    replace(tokenizer, eos_id=tokenizer.vocab_size - 1, chat_template="{{ 1 }}").save(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "pad_token_id": 0}')
 
 
@@ -207,7 +214,31 @@ def test_a_damaged_file_is_refused_in_words_or_read(name, mutations, tmp_path):
             refused += 1
             assert str(error)
         except BaseException as error:
-            (Path("/tmp") / f"fuzz-{name}-{number}".replace(" ", "_")).write_bytes(bad)
             raise AssertionError(f"mutation {number} of {name} raised {type(error).__name__}: {error}") from error
         assert time.process_time() - began < 5, f"mutation {number} of {name}"
     assert refused > mutations // 4
+
+
+ODD = [
+    torch.ones(3),
+    torch.ones(2, 4, 1),
+    torch.ones(2, 4, 4, dtype=torch.int64),
+    torch.ones(0, 4, 4),
+    torch.tensor(1.0),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda tensor: f"{tensor.dtype} {list(tensor.shape)}")
+def test_tensors_of_another_shape_are_refused_although_their_checksum_is_right(odd, tmp_path):
+    for weight, bias in ((odd, torch.zeros(2, 4)), (torch.zeros(2, 4, 4), odd)):
+        write_lens(tmp_path / "lens", {"weight": weight, "bias": bias}, {})
+        with pytest.raises(HooklensError):
+            TunedLens.load(tmp_path / "lens")
+    for name in ("done", "values", "sketch"):
+        progress = sweep(tmp_path / "none")
+        setattr(progress, name, odd)
+        held = {"done": progress.done, "values": progress.values, "sketch": progress.sketch}
+        total = _sum(progress.values, progress.done, progress.sketch)
+        save_file(held, tmp_path / "s", {"format": "hooklens-sweep-1", "key": "key", "sum": total})
+        with pytest.raises(HooklensError):
+            sweep(tmp_path / "s")

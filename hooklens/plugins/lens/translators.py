@@ -61,7 +61,11 @@ class TunedLens(nn.Module):
         """The lens in a file that `save` or a training, finished or interrupted, has written."""
         with reading(path, "a tuned lens"):
             tensors, _ = read_lens_file(path)
-            return cls.of(tensors["weight"], tensors["bias"])
+            weight, bias = tensors["weight"], tensors["bias"]
+            n_layers, d_model, d_out = weight.shape
+            if d_out != d_model or bias.shape != (n_layers, d_model) or not weight.is_floating_point():
+                raise ValueError(f"weight {weight.dtype} {list(weight.shape)} with bias {list(bias.shape)}")
+            return cls.of(weight, bias)
 
     @classmethod
     def of(cls, weight: Float[Tensor, "layer d_model d_model"], bias: Float[Tensor, "layer d_model"]) -> "TunedLens":
