@@ -6,6 +6,8 @@ import random
 import struct
 from typing import Any
 
+from hooklens.pretrained.gguf import _Header
+
 _DEEP = "[" * 50_000 + "]" * 50_000
 _ODD: list[Any] = [
     None, True, -1, 0, 1, 3, 2**31, 10**9, 2**63, 10**30, 0.5, -1e-5, math.nan, math.inf, 1e300, "", "x", "\0",
@@ -60,6 +62,42 @@ def damaged_numbers(content: bytes, draw: random.Random) -> bytes:
     at = draw.randrange(4, min(len(content), 3000) - 8)
     number = draw.choice(_NUMBERS)
     return content[:at] + struct.pack("<I", number) + content[at + 4 :]
+
+
+def damaged_metadata(content: bytes, draw: random.Random) -> bytes:
+    """One value of a GGUF file's metadata exchanged for another, the file written anew around it."""
+    header = _Header(content, "m")
+    version, n_tensors, n_keys = header.number("I"), header.number("Q"), header.number("Q")
+    metadata = {header.string(): header.value(header.number("I")) for _ in range(n_keys)}
+    start = header.at
+    for _ in range(n_tensors):
+        header.description()
+    data = -(-header.at // 32) * 32
+    metadata = _changed(metadata, draw)
+    entries = list(metadata.items()) if isinstance(metadata, dict) else []
+    body = b"".join(_text(key) + _value(value) for key, value in entries) + content[start : header.at]
+    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, len(entries)) + body
+    return head + bytes(-len(head) % 32) + content[data:]
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> bytes:
+    """A metadata value with the number of its type in front; what has none becomes a text."""
+    if isinstance(value, list):
+        first = _value(value[0]) if value else struct.pack("<I", 4)
+        alike = [one for one in value if type(one) is type(value[0]) and not isinstance(one, list)]
+        return struct.pack("<I", 9) + first[:4] + struct.pack("<Q", len(alike)) + b"".join(_value(v)[4:] for v in alike)
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<Iq", 11, max(-(2**63), min(value, 2**63 - 1)))
+    if isinstance(value, float):
+        return struct.pack("<Id", 12, value)
+    return struct.pack("<I", 8) + _text(str(value))
 
 
 def _changed(value: Any, draw: random.Random) -> Any:

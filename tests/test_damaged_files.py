@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mutations import damaged_bytes, damaged_header, damaged_json, damaged_lines, damaged_numbers
+from mutations import damaged_bytes, damaged_header, damaged_json, damaged_lines, damaged_metadata, damaged_numbers
 from safetensors.torch import save_file
 
 from hooklens.core.cache import ActivationCache
@@ -87,6 +87,17 @@ def tokenizer_folder(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "pad_token_id": 0}')
 
 
+def unigram_folder(folder: Path) -> None:
+    """A tokenizer that needs its unknown token: it raises, or panics, only once it meets a character it lacks."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), *((letter, -2.0) for letter in "▁Twordsc,"), ("▁Two", -1.0)]
+    backend = Backend(models.Unigram(pieces, unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    Tokenizer(backend, bos_id=1, unk_id=0).save(folder)
+
+
 def gguf(folder: Path) -> None:
     """A llama of one block whose tokenizer is SentencePiece's, from which merges are derived."""
     from gguf import GGUFWriter
@@ -145,19 +156,23 @@ def a_result() -> Result:
     return circuit_of(tiny_model(), ["embed->L0H1.v", "L0H1->logits"])
 
 
+GGUF = (damaged_bytes, damaged_numbers, damaged_metadata, damaged_metadata)
 JSON = (damaged_bytes, damaged_json, damaged_json)
 HEADER = (damaged_bytes, damaged_header, damaged_header)
 FORMATS = {
     "config": Format(hub_folder, "config.json", JSON, lambda path: finite(load(path.parent))),
     "weights": Format(hub_folder, "model.safetensors", HEADER, lambda path: finite(load(path.parent))),
     "tokenizer": Format(tokenizer_folder, "tokenizer.json", JSON, lambda p: used(Tokenizer.from_folder(p.parent))),
+    "unigram": Format(unigram_folder, "tokenizer.json", JSON, lambda p: used(Tokenizer.from_folder(p.parent))),
     "tokenizer settings": Format(
         tokenizer_folder, "tokenizer_config.json", JSON, lambda p: used(Tokenizer.from_folder(p.parent))
     ),
     "generation settings": Format(
         tokenizer_folder, "generation_config.json", JSON, lambda p: used(Tokenizer.from_folder(p.parent))
     ),
-    "gguf": Format(gguf, "m.gguf", (damaged_bytes, damaged_numbers), read_checkpoint),
+    "gguf": Format(
+        gguf, "m.gguf", (damaged_bytes, damaged_numbers, damaged_metadata, damaged_metadata), read_checkpoint
+    ),
     "checkpoint": Format(checkpoint, "m.safetensors", HEADER, read_checkpoint),
     "tuned lens": Format(
         lambda folder: TunedLens(2, 4).save(folder / "lens"), "lens", HEADER, lambda path: TunedLens.load(path)

@@ -240,7 +240,10 @@ def _add_special(backend: Any, metadata: dict[str, Any], ids: dict[str, int | No
     from tokenizers import AddedToken
 
     tokens, types = _tokens(metadata), _types(metadata)
-    outside = next((f"{name}_token_id = {i}" for name, i in ids.items() if i is not None and i >= len(tokens)), None)
+    known = {**ids, "eot": metadata.get("tokenizer.ggml.eot_token_id")}
+    given = {name: i for name, i in known.items() if i is not None}
+    inside = {name for name, i in given.items() if type(i) is int and 0 <= i < len(tokens)}
+    outside = next((f"{name}_token_id = {i!r:.40}" for name, i in given.items() if name not in inside), None)
     if outside is not None:
         raise FileRefused(f"the file's {outside} lies outside its vocabulary of {len(tokens)}; convert it again")
     named = {i for i in ids.values() if i is not None}
