@@ -161,7 +161,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 class _Header:
     """A cursor over the header that never reads past the end of the file."""
 
-    def __init__(self, data: mmap.mmap, name: str) -> None:
+    def __init__(self, data: mmap.mmap | bytes, name: str) -> None:
         self.data = data
         self.name = name
         self.at = 4

@@ -188,5 +188,5 @@ def test_a_token_of_200_kB_is_refused_and_one_of_1000_characters_costs_little():
 @pytest.mark.parametrize("number", [-1, -(2**63), 1e300, "1", True])
 @pytest.mark.parametrize("name", ["bos", "padding", "eot"])
 def test_a_special_token_that_is_no_id_of_the_vocabulary_is_refused(name, number):
-    with pytest.raises(FileRefused, match=r"_token_id = .* lies outside its vocabulary"):
+    with pytest.raises(FileRefused, match=r"_token_id = .* lies outside its vocabulary|TypeCheckError"):
         Tokenizer.from_gguf(byte_level("gpt-2", **{f"tokenizer.ggml.{name}_token_id": number}))
