@@ -490,7 +490,7 @@ def test_a_damaged_or_foreign_file_is_refused(run, tmp_path):
         save_file({"a": torch.ones(1)}, path, metadata={"format": "hooklens-cache-1", "entries": entries})
         with pytest.raises(FileRefused, match="damaged"):
             ActivationCache.load(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match="there is no such file"):
         ActivationCache.load(tmp_path / "none")
 
 
