@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a comm
 3 something outside is missing (network, disk, a device, a package); 130 interrupted.
 """
 
+import contextlib
 import hashlib
 import inspect
 import sys
@@ -383,7 +384,7 @@ def show(table: "Table", as_json: bool, **more: Any) -> None:
         rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
         typer.echo(json_line(plain({"rows": rows, **more})))
         return
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed before the start
         from rich.console import Console
 
         Console().print(table)
@@ -411,5 +412,6 @@ def _fail(ctx: Any, message: str, error: Exception) -> None:
 
 
 def _say(*lines: str) -> None:
-    for line in lines:
-        typer.echo(printable(line), err=True)
+    with contextlib.suppress(OSError):  # a full disk behind standard error must not replace the exit code
+        for line in lines:
+            typer.echo(printable(line), err=True)

@@ -107,7 +107,7 @@ def is_shown(show: bool | None = None) -> bool:
     for said in (show, asked(), {"0": False, "1": True}.get(os.environ.get(ENV, ""))):
         if said is not None:
             return said
-    return sys.stderr.isatty() or _in_notebook()
+    return (sys.stderr is not None and sys.stderr.isatty()) or _in_notebook()
 
 
 def asked() -> bool | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hooklens.core.checksum import load_tensors, save_tensors
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
+from hooklens.core.files import reading
 from hooklens.result import Result, result_classes
 
 GROUP = "hooklens.plugins"
@@ -40,12 +41,8 @@ def read_result(path: str | os.PathLike) -> Result:
     """Read what `write_result` wrote; see `Result.load`."""
     tensors, metadata = load_tensors(path, _FORMAT, "a result")
     used: set[str] = set()
-    try:
+    with reading(path, "a result"):
         result = _unpack(json.loads(metadata["body"]), tensors, used)
-    except (FileRefused, Unavailable):
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _refused(path, f"its structure cannot be read ({type(error).__name__}: {error})") from error
     if not isinstance(result, Result) or used != set(tensors):
         raise _refused(path, "its tensors and its structure do not belong together")
     return result

@@ -267,6 +267,25 @@ def test_a_reader_that_has_heard_enough_ends_it_quietly(arguments):
     assert done.stderr == ""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+@pytest.mark.parametrize(
+    ("redirected", "arguments", "code"),
+    [(">&-", ["models"], 0), ("2>/dev/full", ["generate", "x", "--model", "no/file.gguf"], 2)],
+)
+def test_closed_or_full_outputs_change_neither_the_exit_code_nor_raise(redirected, arguments, code):
+    command = ["sh", "-c", f'exec "$@" {redirected}', "sh", *COMMAND, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr, "unexpected" in done.stderr) == (code, False, False)
+
+
+def test_a_bar_without_standard_error_is_silent(monkeypatch):
+    from hooklens.progress import progress
+
+    monkeypatch.setattr(sys, "stderr", None)  # what Python makes of one that was closed before the start
+    with progress("counting", 1) as advance:
+        advance()
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "says"),
     [

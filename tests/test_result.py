@@ -183,7 +183,7 @@ def test_every_flipped_byte_is_refused_or_changes_nothing(plugin, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file at all", b"\x80\x04pickle.", bytes(2000)])
 def test_a_foreign_file_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(FileRefused, match="no safetensors file"):
+    with pytest.raises(FileRefused, match=r"a result was to be read from .* damaged or of another kind"):
         Result.load(tmp_path / "a")
 
 

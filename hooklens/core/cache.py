@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import FileRefused, InputError, NameNotFound
+from hooklens.core.errors import InputError, NameNotFound
 from hooklens.core.names import Where, axes, parse, resolve
 from hooklens.core.padding import take
 
@@ -329,16 +329,15 @@ class ActivationCache(Mapping[str, Tensor]):
     def load(cls, path: str | Path, model: "HookedModule | None" = None) -> "ActivationCache":
         """The cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
         from hooklens.core.checksum import load_tensors
+        from hooklens.core.files import reading
 
-        tensors, metadata = load_tensors(path, _FORMAT, "a saved activation cache")
-        try:
+        tensors, metadata = load_tensors(path, _FORMAT, "an activation cache")
+        with reading(path, "an activation cache"):
             mask = tensors.get("attention_mask")
             if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (1, 2)):
-                raise FileRefused(f"{path} is damaged: its attention_mask is {mask.dtype} {list(mask.shape)}")
+                raise TypeError(f"its attention_mask is {mask.dtype} {list(mask.shape)}")
             entries = json.loads(metadata["entries"])
             return cls({name: tensors[stored] for name, stored in entries.items()}, model, mask)
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise FileRefused(f"{path} cannot be read as a saved activation cache, it is damaged: {error}") from error
 
     # -- helpers
 

@@ -8,14 +8,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hooklens.core.errors import FileRefused, HooklensError, InputError
-from hooklens.core.files import write_atomically
+from hooklens.core.errors import InputError
+from hooklens.core.files import reading, write_atomically
 
 #: Where the checksum stands, among the metadata of a safetensors file or the keys of a JSON object.
 FIELD = "sha256"
@@ -107,48 +106,36 @@ def load_tensors(path: str | os.PathLike, format: str, what: str) -> tuple[dict[
     """
     from safetensors import safe_open
 
-    asked = f"{what} was to be read from {str(path)!r}, but"
-    if not Path(path).is_file():
-        raise InputError(f"{asked} there is no such file; check the path")
-    try:
+    with reading(path, what):
         with safe_open(str(path), "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("format") != format:
-                raise FileRefused(
-                    f"{asked} it is another file: its format is {metadata.get('format')!r}, not {format!r}"
-                )
+                raise ValueError(f"it is another file, its format is {metadata.get('format')!r} and not {format!r}")
             tensors = {name: _own_copy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except HooklensError:
-        raise
-    except Exception as error:
-        raise FileRefused(f"{asked} it is damaged or no safetensors file ({error}); save or copy it again") from error
-    digest = Digest(metadata, {name: (_kind(name, one), one.shape) for name, one in tensors.items()})
-    for name in sorted(tensors):
-        digest.update(_bytes(tensors[name]))
-    if not digest.agrees(metadata):
-        raise FileRefused(f"{asked} it is damaged: its content is not what its checksum says; save or copy it again")
+        digest = Digest(metadata, {name: (_kind(name, one), one.shape) for name, one in tensors.items()})
+        for name in sorted(tensors):
+            digest.update(_bytes(tensors[name]))
+        if not digest.agrees(metadata):
+            raise ValueError("its content is not what its checksum says")
     return tensors, metadata
 
 
 def sealed_json(held: Mapping[str, Any]) -> str:
     """A JSON object as text, with a checksum over everything in it.
 
-    >>> opened_json(sealed_json({"n": 1}), "these numbers")
+    >>> unsealed(json.loads(sealed_json({"n": 1})))
     {'n': 1}
     """
     return json.dumps({**held, FIELD: _sum(held)}, allow_nan=False) + "\n"
 
 
-def opened_json(text: str, what: str) -> dict[str, Any]:
-    """The object that `sealed_json` wrote, without its checksum, once that was found right."""
-    try:
-        held = json.loads(text)
-        told = held.pop(FIELD)
-        right = told == _sum(held)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileRefused(f"{what} cannot be read: damaged, or not written by hooklens ({error})") from error
-    if not right:
-        raise FileRefused(f"{what} is damaged: its content is not what its checksum says; save or copy it again")
+def unsealed(held: dict[str, Any]) -> dict[str, Any]:
+    """The object that `sealed_json` wrote, without its checksum; ValueError where it is not whole.
+
+    Called inside `reading(path, what)`, which says so of the file.
+    """
+    if held.pop(FIELD) != _sum(held):
+        raise ValueError("its content is not what its checksum says")
     return held
 
 

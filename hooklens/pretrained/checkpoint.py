@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooklens.core.checksum import Digest, save_tensors
 from hooklens.core.errors import FileRefused, HooklensError, InputError
+from hooklens.core.files import make_folder, reading
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
@@ -44,7 +45,7 @@ def save_checkpoint(model: HookedTransformer, path: str | Path) -> None:
     tensors = _savable(model)
     metadata = {"format": FORMAT, "config": json.dumps(model.cfg.to_json(), allow_nan=False)}
     if path.suffix != ".safetensors":
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         if model.tokenizer is not None:
             model.tokenizer.save(path)
             metadata["tokenizer_sha256"] = json.dumps(_file_sums(path))
@@ -63,22 +64,16 @@ def load_checkpoint(
 ) -> HookedTransformer:
     """The model that `save_checkpoint` wrote, in the dtype that it had unless another is asked for."""
     path = Path(path)
-    file = read_header(path / FOLDER_FILE if path.is_dir() else path)
-    digest = Digest(file.metadata, {name: (entry.kind, entry.shape) for name, entry in file.entries.items()})
-    cfg = _config(file, digest)
-    first = next((DTYPES[entry.kind] for entry in file.entries.values() if entry.kind in DTYPES), torch.float32)
-    model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
-    wanted = parameter_shapes(model)
-    check_names(file.entries, wanted, str(path), "its own configuration")
-    shapes = {name: (entry.shape, wanted[name]) for name, entry in file.entries.items()}
-    check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, str(path))
-    tokenizer = tokenizer or _tokenizer_of(path, file)
+    with reading(path, "a checkpoint"):
+        file = read_header(path / FOLDER_FILE if path.is_dir() else path)
+        digest = Digest(file.metadata, {name: (entry.kind, entry.shape) for name, entry in file.entries.items()})
+        model = _without_weights(file, digest, dtype)
+        model.tokenizer = tokenizer or _tokenizer_of(path, file)
     for name in sorted(file.entries):
         assign(model, name, file.tensor(name, digest.update).to(device=device or "cpu", dtype=dtype))
     model.tie()
     if not digest.agrees(file.metadata):
         raise _damaged(file)
-    model.tokenizer = tokenizer
     return model
 
 
@@ -89,6 +84,22 @@ def is_checkpoint(path: Path) -> bool:
 
 def _damaged(file: SafetensorsFile) -> FileRefused:
     return FileRefused(f"{file.path} is damaged: its content does not match its own sha256; save or copy it again")
+
+
+def _without_weights(file: SafetensorsFile, digest: Digest, dtype: torch.dtype | None) -> HookedTransformer:
+    """The model that the file's configuration describes, on the meta device; names and shapes are those in the file."""
+    cfg, where = _config(file, digest), str(file.path)
+    if cfg.n_layers > len(file.entries):
+        raise FileRefused(
+            f"{where} holds {len(file.entries)} weights, its configuration says {cfg.n_layers:,} layers; save it again"
+        )
+    first = next((DTYPES[entry.kind] for entry in file.entries.values() if entry.kind in DTYPES), torch.float32)
+    model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
+    wanted = parameter_shapes(model)
+    check_names(file.entries, wanted, where, "its own configuration")
+    shapes = {name: (entry.shape, wanted[name]) for name, entry in file.entries.items()}
+    check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, where)
+    return model
 
 
 def _savable(model: HookedTransformer) -> dict[str, Tensor]:
@@ -112,7 +123,7 @@ def _config(file: SafetensorsFile, digest: Digest) -> HookedTransformerConfig:
         raise _damaged(file)
     try:
         return HookedTransformerConfig.from_json(json.loads(file.metadata["config"]))
-    except (HooklensError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except HooklensError as error:
         raise FileRefused(
             f"{file.path} holds a configuration that cannot be read ({type(error).__name__}: {error}); if it "
             "has a part of your own, import the module that defines it first"

@@ -8,6 +8,7 @@ Reference: the GGUF specification, docs/gguf.md in the ggml repository.
 """
 
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused
+from hooklens.core.files import reading
 from hooklens.pretrained.dequantize import DEQUANTISERS, can_dequantise, dequantise
 
 _STRING, _ARRAY = 8, 9
@@ -28,6 +30,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 # Values dequantised at a time. Below torch's threshold for using threads (32,768) on purpose: thousands of tiny
 # parallel regions cost nothing on an idle machine, and 10 to 30 s where another process keeps the cores busy.
 _CHUNK = 1 << 14
+_LONGEST_ARRAY = 1 << 24  # elements; the vocabularies are below a million
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class GGUFFile:
         """One tensor by its name in the file, dequantised, laid out as the file has it."""
         info = self.tensors[name]
         self.check_types([info])
-        with open(self.path, "rb") as file:
+        with reading(self.path, f"the tensor {name!r}"), open(self.path, "rb") as file:
             return _read(file, info).to(dtype)
 
     def check_types(self, tensors: list[GGUFTensor]) -> None:
@@ -101,7 +104,8 @@ class GGUFFile:
 
     def hf_config(self) -> dict[str, Any]:
         """What the model's `config.json` on the hub would say, as far as it matters for computing with it."""
-        return self._family.config(self)
+        with reading(self.path, "a model's configuration"):
+            return self._family.config(self)
 
     def hf_tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
         """The weights under their Hugging Face names and in that layout, one at a time.
@@ -120,7 +124,7 @@ class GGUFFile:
     def _convert(
         self, names: dict[str, str], config: dict[str, Any], dtype: torch.dtype
     ) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-        with open(self.path, "rb") as file:
+        with reading(self.path, "a model's weights"), open(self.path, "rb") as file:
             for name, hf_name in names.items():
                 weight = _read(file, self.tensors[name])
                 yield hf_name, self._family.undo(name, weight, config).to(dtype)
@@ -132,10 +136,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
     A file that is not GGUF, is cut short, or declares tensors beyond its end is refused here.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileRefused(f"no file at {path}; give the path of a .gguf file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with reading(path, "a GGUF model"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         magic = file.read(4)
         if magic != b"GGUF":
             raise FileRefused(
@@ -144,19 +146,22 @@ def read_gguf(path: str | Path) -> GGUFFile:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Header(data, path.name)
             metadata, tensors = header.read()
+    held = sum(info.nbytes for info in tensors.values())
     for info in tensors.values():
         if info.offset + info.nbytes > size:
             raise FileRefused(
                 f"{path.name} is cut short: the tensor {info.name!r} should end at byte {info.offset + info.nbytes:,}, "
                 f"the file has {size:,} bytes; download or copy it again"
             )
+    if held > size:  # a small file must not stand for a large model
+        raise header.damaged(f"its tensors overlap: they take {held:,} bytes of a file of {size:,}")
     return GGUFFile(path, metadata, tensors)
 
 
 class _Header:
     """A cursor over the header that never reads past the end of the file."""
 
-    def __init__(self, data: mmap.mmap, name: str) -> None:
+    def __init__(self, data: mmap.mmap | bytes, name: str) -> None:
         self.data = data
         self.name = name
         self.at = 4
@@ -209,10 +214,7 @@ class _Header:
     def string(self) -> str:
         length = self.number("Q")
         start = self.take(length)
-        try:
-            return self.data[start : start + length].decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.damaged(f"the {length} bytes at {start} should be UTF-8 text") from None
+        return self.data[start : start + length].decode("utf-8")
 
     def value(self, code: int) -> Any:
         if code == _STRING:
@@ -230,6 +232,8 @@ class _Header:
             raise self.damaged(f"there is no array of metadata type {code} (near byte {self.at})")
         size = struct.calcsize(f"<{_SCALARS[code]}")
         start = self.take(length * size)
+        if length > _LONGEST_ARRAY:  # a list takes up to 36 bytes an element
+            raise self.damaged(f"an array has {length:,} elements (near byte {start})")
         return list(struct.unpack_from(f"<{length}{_SCALARS[code]}", self.data, start))
 
     def description(self) -> tuple[str, tuple[int, ...], int, int]:

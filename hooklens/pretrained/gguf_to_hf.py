@@ -107,6 +107,17 @@ def _output_is_embedding(file: GGUFFile) -> bool:
     return True
 
 
+def _blocks(file: GGUFFile) -> int:
+    """How many blocks the model has. Each has tensors of its own, so a larger number than theirs is no model's."""
+    n_blocks = file.require(f"{file.architecture}.block_count")
+    if type(n_blocks) is not int or not 0 < n_blocks <= len(file.tensors):
+        raise FileRefused(
+            f"{file.path.name}: {file.architecture}.block_count is {n_blocks!r:.80}, and the file has "
+            f"{len(file.tensors)} tensors; convert the model again"
+        )
+    return n_blocks
+
+
 def _one(file: GGUFFile, key: str, default: Any = None) -> Any:
     """A number that holds for every layer; some files give a list, one value a layer."""
     value = file.require(key) if default is None else file.metadata.get(key, default)
@@ -152,7 +163,7 @@ def _decoder(file: GGUFFile, model_type: str, name: str) -> dict[str, Any]:
     return {
         **_common(file, model_type, name),
         "hidden_size": width,
-        "num_hidden_layers": file.require(f"{arch}.block_count"),
+        "num_hidden_layers": _blocks(file),
         "num_attention_heads": n_heads,
         "num_key_value_heads": _one(file, f"{arch}.attention.head_count_kv", n_heads),
         "head_dim": file.metadata.get(f"{arch}.attention.key_length", width // n_heads),
@@ -291,7 +302,7 @@ def _gpt2(file: GGUFFile) -> dict[str, Any]:
     return {
         **_common(file, "gpt2", "GPT2LMHeadModel"),
         "n_embd": file.require("gpt2.embedding_length"),
-        "n_layer": file.require("gpt2.block_count"),
+        "n_layer": _blocks(file),
         "n_head": _one(file, "gpt2.attention.head_count"),
         "n_positions": file.require("gpt2.context_length"),
         "n_inner": _one(file, "gpt2.feed_forward_length"),
@@ -305,7 +316,7 @@ def _gptneox(file: GGUFFile) -> dict[str, Any]:
     return {
         **_common(file, "gpt_neox", "GPTNeoXForCausalLM"),
         "hidden_size": width,
-        "num_hidden_layers": file.require("gptneox.block_count"),
+        "num_hidden_layers": _blocks(file),
         "num_attention_heads": heads,
         "intermediate_size": _one(file, "gptneox.feed_forward_length"),
         "max_position_embeddings": file.require("gptneox.context_length"),

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hooklens.core.errors import FileRefused
+from hooklens.core.files import reading
 from hooklens.pretrained.tokenizer import byte_values
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_LONGEST_TOKEN = 1024  # characters; SentencePiece's usual limit is 16, runs of spaces in others reach 512
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _TAIL
@@ -62,6 +64,11 @@ PRE_TOKENIZERS: dict[str, Split] = {
 
 def rebuild(metadata: dict[str, Any]) -> dict[str, Any]:
     """Tokenizer's fields, from a GGUF file's metadata."""
+    with reading(str(metadata.get("general.name", "GGUF metadata")), "a tokenizer"):
+        return _rebuilt(metadata)
+
+
+def _rebuilt(metadata: dict[str, Any]) -> dict[str, Any]:
     kind = _need(metadata, "model")
     if kind not in ("gpt2", "llama"):
         raise FileRefused(
@@ -96,8 +103,20 @@ def _need(metadata: dict[str, Any], key: str) -> Any:
     return metadata[f"tokenizer.ggml.{key}"]
 
 
-def _types(metadata: dict[str, Any]) -> list[int]:
+def _tokens(metadata: dict[str, Any]) -> list[str]:
+    """The vocabulary. Ways to split a token grow with its length, and each takes its length: long ones are refused."""
     tokens = _need(metadata, "tokens")
+    longest = max(map(len, tokens), default=0)
+    if longest > _LONGEST_TOKEN:
+        raise FileRefused(
+            f"the file's vocabulary has a token of {longest:,} characters (at most {_LONGEST_TOKEN:,} are read); "
+            "convert it again"
+        )
+    return tokens
+
+
+def _types(metadata: dict[str, Any]) -> list[int]:
+    tokens = _tokens(metadata)
     return metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
 
 
@@ -129,7 +148,7 @@ def _byte_level(metadata: dict[str, Any]) -> Any:
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     split = _split(metadata)
-    tokens = _need(metadata, "tokens")
+    tokens = _tokens(metadata)
     letter_of = {value: letter for letter, value in byte_values().items()}
     vocab = {
         # Some converters write added words as plain text; a merged token is always in the byte alphabet.
@@ -180,7 +199,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Any:
     arch = metadata.get("general.architecture", "")
     gemma = arch.startswith("gemma")
     # Gemma's runs of spaces are stored as spaces, its merges look for runs of `▁`.
-    tokens = ["▁" * len(t) if gemma and t and not t.strip(" ") else t for t in _need(metadata, "tokens")]
+    tokens = ["▁" * len(t) if gemma and t and not t.strip(" ") else t for t in _tokens(metadata)]
     vocab = {token: i for i, token in enumerate(tokens)}
     unk = metadata.get("tokenizer.ggml.unknown_token_id")
     options = {"fuse_unk": True, "byte_fallback": True, "unk_token": None if unk is None else tokens[unk]}
@@ -214,7 +233,7 @@ def _merges_of(
     scores = [-i for i in range(len(tokens))] if by_position else _need(metadata, "scores")
     found = []
     for i, token in enumerate(tokens):
-        parts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        parts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         known = [(left, right) for left, right in parts if left in vocab and right in vocab]
         known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         found += [(-scores[i], -len(left), -len(right), left, right) for left, right in known]
@@ -226,8 +245,11 @@ def _add_special(backend: Any, metadata: dict[str, Any], ids: dict[str, int | No
     """Tokens that are matched whole in the text: control tokens and the named ones, and words the user defined."""
     from tokenizers import AddedToken
 
-    tokens, types = _need(metadata, "tokens"), _types(metadata)
-    outside = next((f"{name}_token_id = {i}" for name, i in ids.items() if i is not None and i >= len(tokens)), None)
+    tokens, types = _tokens(metadata), _types(metadata)
+    known = {**ids, "eot": metadata.get("tokenizer.ggml.eot_token_id")}
+    given = {name: i for name, i in known.items() if i is not None}
+    inside = {name for name, i in given.items() if type(i) is int and 0 <= i < len(tokens)}
+    outside = next((f"{name}_token_id = {i!r:.40}" for name, i in given.items() if name not in inside), None)
     if outside is not None:
         raise FileRefused(f"the file's {outside} lies outside its vocabulary of {len(tokens)}; convert it again")
     named = {i for i in ids.values() if i is not None}

@@ -1,6 +1,5 @@
 """Models of the Hugging Face kind: a local folder, a hub id, a transformers model in memory, a GGUF file."""
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.core.files import read_json, reading
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.build import Weights, build
 from hooklens.pretrained.safetensors_file import SafetensorsFile, read_header
@@ -84,13 +84,14 @@ def load_folder(
     """The model in a Hugging Face folder: config.json, safetensors (one file or shards), tokenizer.json if present."""
     from hooklens.pretrained.tokenizer import Tokenizer
 
-    values = read_json(folder / "config.json")
-    weights = FolderWeights(folder)
-    if tokenizer is None and (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_folder(folder)
-    settings = folder / "generation_config.json"
-    generation = read_json(settings) if settings.is_file() else {}
-    tokenizer = with_stops(tokenizer, (values | generation).get("eos_token_id"))
+    with reading(folder, "a model"):
+        values = _configuration(folder)
+        weights = FolderWeights(folder)
+        if tokenizer is None and (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_folder(folder)
+        settings = folder / "generation_config.json"
+        generation = read_json(settings, "generation settings") if settings.is_file() else {}
+        tokenizer = with_stops(tokenizer, (values | generation).get("eos_token_id"))
     return build(values, weights, name=name or folder.name, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
@@ -107,7 +108,8 @@ def load_gguf(
     from hooklens.pretrained.tokenizer import Tokenizer
 
     file = read_gguf(path)
-    weights = GGUFWeights(file)
+    with reading(path, "a model"):
+        weights = GGUFWeights(file)
     if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
         tokenizer = Tokenizer.from_gguf(file.metadata)
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
@@ -179,18 +181,12 @@ def _hub_failed(repo: str, error: Exception) -> Exception:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an error that says what is there instead."""
+def _configuration(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
     if not path.is_file():
-        there = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:8]) or "nothing"
-        raise FileRefused(f"{path.parent} has no {path.name} (it has {there}); is it a Hugging Face model's folder?")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileRefused(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise FileRefused(f"{path} should hold a JSON object, it holds a {type(values).__name__}; download it again")
-    return values
+        there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise FileRefused(f"{folder} has no {path.name} (it has {there}); is it a Hugging Face model's folder?")
+    return read_json(path, "a model's configuration")
 
 
 def _shards(folder: Path) -> list[SafetensorsFile]:
@@ -198,7 +194,7 @@ def _shards(folder: Path) -> list[SafetensorsFile]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [read_header(_only_file(folder))]
-    where = read_json(index).get("weight_map")
+    where = read_json(index, "an index of weights").get("weight_map")
     if not isinstance(where, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in where.values()
     ):

@@ -40,10 +40,12 @@ class HFConfig:
     >>> config = HFConfig({"hidden_size": 64, "hidden_act": "silu"}, "config.json")
     >>> config.size("hidden_size"), config.activation("hidden_act")
     (64, 'silu')
+
+    `most_layers` is the number of tensors beside it: every layer has some, and what a layer brings is made at once.
     """
 
-    def __init__(self, values: dict[str, Any], where: str):
-        self.values, self.where = values, where
+    def __init__(self, values: dict[str, Any], where: str, *, most_layers: int | None = None):
+        self.values, self.where, self.most_layers = values, where, most_layers
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, or the default where the key is absent or null."""
@@ -57,16 +59,29 @@ class HFConfig:
             raise InputError(
                 f"{self.where} has no {key!r}, which is needed to build the model; it has {', '.join(self.values)}"
             )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{self.where}: {key} is {value!r}; a whole number of at least 1 is needed")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
+            raise InputError(f"{self.where}: {key} is {value!r:.80}; a whole number of at least 1 is needed")
         return value
 
+    def layers(self, key: str, default: int | None = None) -> int:
+        """How many layers: a size that the tensors beside the configuration can bear out."""
+        n_layers = self.size(key, default)
+        if self.most_layers is not None and n_layers > self.most_layers:
+            raise InputError(
+                f"{self.where}: {key} is {n_layers:,}, and there are {self.most_layers} tensors for them; "
+                "do the configuration and the weights belong together?"
+            )
+        return n_layers
+
     def number(self, key: str, default: float) -> float:
-        """A real number."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{self.where}: {key} is {value!r}; a number is needed")
-        return float(value)
+        """A positive, finite number: every number of a config that is read so divides something or is divided."""
+        return self._number(key, self.get(key, default))
+
+    def _number(self, key: str, value: Any) -> float:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        if not (math.isfinite(number) and number > 0):
+            raise InputError(f"{self.where}: {key} is {value!r:.80}; a finite number above 0 is needed")
+        return number
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false; anything else (a variant of the architecture) is refused."""
@@ -109,13 +124,13 @@ class HFConfig:
                 f"{self.where}: rotary settings by kind of layer ({', '.join(nested)}) are not known for this family; "
                 "one setting for all layers can be loaded"
             )
-        dim = int(d_head * float(settings.get("partial_rotary_factor") or 1.0))
+        dim = int(d_head * self._number("partial_rotary_factor", settings.get("partial_rotary_factor") or 1.0))
         if dim < 2 or dim > d_head or dim % 2:
             raise InputError(
                 f"{self.where}: rotary positions would turn {dim} of {d_head} dimensions a head; "
                 "an even number of them can be turned"
             )
-        base = float(settings.get("rope_theta") or theta)
+        base = self._number("rope_theta", theta if settings.get("rope_theta") is None else settings["rope_theta"])
         return Rotary(base, None if dim == d_head else dim, self._scaling(settings, dim))
 
     def _scaling(self, settings: dict[str, Any], dim: int) -> ScalingPart | None:
@@ -126,14 +141,11 @@ class HFConfig:
             )
         try:
             if kind == "linear":
-                return LinearScaling(float(settings["factor"]))
+                return LinearScaling(self._number("factor", settings["factor"]))
             if kind == "llama3":
-                return Llama3Scaling(
-                    float(settings["factor"]),
-                    float(settings["low_freq_factor"]),
-                    float(settings["high_freq_factor"]),
-                    self._original(settings),
-                )
+                names = ("factor", "low_freq_factor", "high_freq_factor")
+                factor, low, high = (self._number(name, settings[name]) for name in names)
+                return Llama3Scaling(factor, low, high, self._original(settings))
             return self._long(settings, dim) if kind == "longrope" else None
         except KeyError as error:
             raise InputError(

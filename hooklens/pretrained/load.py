@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, did_you_mean
+from hooklens.core.files import reading
 from hooklens.model.transformer import HookedTransformer
 from hooklens.table import Table
 
@@ -159,10 +160,12 @@ def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) 
                 f"the asset {source!r} is {ASSETS[source].what}, no model; models among the assets: {usable}"
             )
         return load_gguf(fetch(source), name=source, dtype=wide, **options)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    with reading(source, "a model"):
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.exists()
+    if is_folder:
         return _from_folder(path, dtype, options)
-    if path.exists():
+    if is_file:
         return _from_file(path, dtype, options)
     if not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
         raise FileRefused(
@@ -202,7 +205,7 @@ def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -
     from hooklens.pretrained.hf import load_gguf
     from hooklens.pretrained.safetensors_file import is_safetensors
 
-    with open(path, "rb") as file:
+    with reading(path, "a model"), open(path, "rb") as file:
         begin = file.read(4)
     if begin == b"GGUF":
         return load_gguf(path, dtype=dtype or torch.float32, **options)

@@ -19,9 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused
+from hooklens.core.files import reading
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
+_MOST_AXES = 8
 
 
 @dataclass(frozen=True)
@@ -59,29 +61,28 @@ class SafetensorsFile:
                 f"{self.path.name}: the tensor {name!r} is stored as {entry.kind}; "
                 f"types that can be read: {', '.join(DTYPES)}"
             )
-        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        with open(self.path, "rb") as file:
+        with reading(self.path, f"the tensor {name!r}"), open(self.path, "rb") as file:
+            raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
             file.seek(entry.start)
             if file.readinto(raw.numpy().data) != len(raw):
                 raise FileRefused(f"{self.path.name} became shorter while the tensor {name!r} was read; read it again")
-        seen(raw.numpy().data)
-        return raw.view(DTYPES[entry.kind]).view(entry.shape)
+            seen(raw.numpy().data)
+            return raw.view(DTYPES[entry.kind]).view(entry.shape)
 
 
 def read_header(path: str | Path) -> SafetensorsFile:
     """What a safetensors file holds; one that is cut short, or is none, is refused here."""
     path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with reading(path, "a safetensors file"), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _LARGEST_HEADER:
             raise FileRefused(f"{path.name} is not a safetensors file ({size:,} bytes); is it another format?")
         if 8 + length > size:
             raise _cut(path, "its header", 8 + length, size)
-        raw = file.read(length)
-    entries, metadata = _parse(path, raw, 8 + length)
-    ends = [8 + length, *(entry.end for entry in sorted(entries.values(), key=lambda entry: entry.start))]
-    starts = [*(entry.start for entry in sorted(entries.values(), key=lambda entry: entry.start)), size]
+        entries, metadata = _parse(file.read(length), 8 + length)
+    placed = sorted((entry.start, entry.end) for entry in entries.values())
+    starts, ends = [*(start for start, _ in placed), size], [8 + length, *(end for _, end in placed)]
     if max(ends) > size:
         raise _cut(path, f"the tensor {max(entries, key=lambda name: entries[name].end)!r}", max(ends), size)
     if starts != ends:
@@ -96,16 +97,13 @@ def _cut(path: Path, what: str, end: int, size: int) -> FileRefused:
     )
 
 
-def _parse(path: Path, raw: bytes, base: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    try:
-        header = json.loads(raw, object_pairs_hook=_once)
-        metadata = header.pop("__metadata__", {})
-        return {name: _entry(described, base) for name, described in header.items()}, metadata
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileRefused(
-            f"{path.name} is not a whole safetensors file: its header cannot be read ({error}); "
-            "download or save it again"
-        ) from error
+def _parse(raw: bytes, base: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries and metadata of a header; a malformed one raises whatever it runs into, as the caller expects."""
+    header = json.loads(raw, object_pairs_hook=_once)
+    metadata = header.pop("__metadata__", {})
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise TypeError("its metadata should be texts")
+    return {name: _entry(described, base) for name, described in header.items()}, metadata
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,8 +115,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(described: dict[str, Any], base: int) -> Entry:
     kind, shape, (start, end) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"shape {shape} and offsets {start}, {end}")
+    if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
+        raise ValueError(f"a shape of {len(shape)} axes, or a size or an offset that no tensor has")
     if kind in DTYPES and end - start != math.prod(shape) * DTYPES[kind].itemsize:
         raise ValueError(f"{end - start} bytes for {kind} {list(shape)}")
     return Entry(kind, shape, base + start, base + end)

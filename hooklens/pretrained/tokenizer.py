@@ -2,8 +2,6 @@
 
 import json
 import operator
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -15,6 +13,7 @@ from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
+from hooklens.core.files import make_folder, write_atomically
 
 Tokens = Int[Tensor, "batch pos"]
 
@@ -270,8 +269,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -280,8 +278,11 @@ class Tokenizer:
         config |= {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        _write(folder / "tokenizer.json", self._with_bos_rule().to_str())
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+        written = {"tokenizer.json": self._with_bos_rule().to_str()}
+        written["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False)
+        for name, text in written.items():
+            with write_atomically(folder / name) as aside:
+                aside.write_text(text, encoding="utf-8")
 
     def _with_bos_rule(self) -> Any:
         """The backend, adding BOS as `default_prepend_bos` says: readers of tokenizer.json look there."""
@@ -388,9 +389,3 @@ def tiny_tokenizer(words: str = "", extra: Sequence[str] = ()) -> Tokenizer:
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(list(extra))
     return Tokenizer(backend, bos_id=backend.token_to_id(extra[0]) if extra else None)
-
-
-def _write(path: Path, content: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(content)
-    os.replace(file.name, path)

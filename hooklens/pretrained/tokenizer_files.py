@@ -1,10 +1,10 @@
 """Reading a tokenizer from a Hugging Face folder or from a transformers object, into the fields of Tokenizer."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from hooklens.core.errors import FileRefused, WrongType
+from hooklens.core.files import read_json, read_text, reading
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
@@ -18,12 +18,16 @@ def read_folder(folder: Path) -> dict[str, Any]:
             f"no tokenizer.json in {folder} (there: {there or 'nothing'}); transformers writes one with "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every kind of damage
-        raise FileRefused(f"{path} cannot be read as a tokenizer: {error}; download it again") from error
-    backend.no_truncation()
-    backend.no_padding()
+    with reading(path, "a tokenizer"):
+        backend = tokenizers.Tokenizer.from_str(read_text(path, "a tokenizer"))
+        backend.no_truncation()
+        backend.no_padding()
+        # What does not fit together inside it shows, as a panic, only when it is used.
+        backend.decode(backend.encode("Two words, 1984.", add_special_tokens=False).ids)
+        return _fields(backend, folder)
+
+
+def _fields(backend: Any, folder: Path) -> dict[str, Any]:
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     numbers = _json(folder / "config.json") | _json(folder / "generation_config.json")
     # Tokenizer.save, whose settings have stop_token_ids, once stated there whether BOS is added, and nowhere else
@@ -64,15 +68,7 @@ def read_transformers(tokenizer: Any) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileRefused(f"{path} is not JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise FileRefused(f"{path} should hold a JSON object, it holds a {type(content).__name__}; download it again")
-    return content
+    return read_json(path, "a tokenizer's settings") if path.is_file() else {}
 
 
 def _id(backend: Any, settings: dict[str, Any], numbers: dict[str, Any], name: str) -> int | None:
@@ -81,14 +77,19 @@ def _id(backend: Any, settings: dict[str, Any], numbers: dict[str, Any], name: s
     text = entry.get("content") if isinstance(entry, dict) else entry
     if text is not None:
         return backend.token_to_id(text)
-    number = numbers.get(f"{name}_token_id")
-    number = number[0] if isinstance(number, list) and number else number
-    return number if isinstance(number, int) and number >= 0 else None  # -1 is how some configurations say none
+    return next(iter(_ids(numbers.get(f"{name}_token_id"))), None)
+
+
+def _ids(given: Any) -> list[int]:
+    """Token ids that a settings file gives as a number, a list or null; -1 is how some say none."""
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(i) is int and -1 <= i < 2**32 for i in ids):
+        raise TypeError(f"a token id is a whole number of at least 0, got {given!r:.80}")
+    return [i for i in ids if i >= 0]
 
 
 def _stops(given: Any, eos: int | None) -> tuple[int, ...]:
-    ids = given if isinstance(given, list) else [given]
-    return tuple(dict.fromkeys(i for i in (*ids, eos) if i is not None))
+    return tuple(dict.fromkeys(i for i in (*_ids(given), eos) if i is not None))
 
 
 def _trained_with_bos(backend: Any, bos: int | None) -> bool:
@@ -103,9 +104,10 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The chat template: in a file of its own, or in the settings, where several may be named."""
     alone = folder / "chat_template.jinja"
     if alone.is_file():
-        return alone.read_text(encoding="utf-8")
+        return read_text(alone, "a chat template")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TypeError(f"its chat template is a {type(template).__name__}, not a text")
     return template

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.checksum import load_tensors, save_tensors
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.core.files import check_writable
+from hooklens.core.files import check_writable, reading
 from hooklens.core.identity import identity
 from hooklens.model.linear import kernel_of
 from hooklens.sweeps.plan import Plan
@@ -66,20 +66,21 @@ class Progressed:
 
     def _read(self) -> None:
         tensors, metadata = load_tensors(self.path, _FORMAT, _WHAT)
-        done, values, sketch = (tensors.get(name) for name in ("done", "values", "sketch"))
+        with reading(self.path, _WHAT):
+            done, values, sketch = (tensors[name] for name in ("done", "values", "sketch"))
         if metadata.get("key") != self.key or not self._alike(sketch):
             raise FileRefused(
                 f"{self.path} belongs to another sweep (other weights, prompts, sites, values, hooks or metric); "
                 "delete it or give resume= another path. A metric that changes what it refers to as it is called (it "
                 "counts, it keeps answers) is another one each time: give resume=hl.Resume(path, key='a name for it')"
             )
-        if done is None or values is None or done.dtype != torch.bool or values.shape != self.values.shape:
+        if (done.shape, done.dtype, values.shape) != (self.done.shape, torch.bool, self.values.shape):
             raise FileRefused(f"{self.path} does not hold the values of this sweep; delete it")
         self.done = done
         self.values[done] = values[done].to(self.values)
 
-    def _alike(self, sketch: Tensor | None) -> bool:
-        if sketch is None or sketch.shape != self.sketch.shape:
+    def _alike(self, sketch: Tensor) -> bool:
+        if sketch.shape != self.sketch.shape:
             return False
         return torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
 

@@ -510,7 +510,7 @@ def test_a_damaged_or_foreign_file_is_refused(run, tmp_path):
         save_tensors(path, {"a": torch.ones(1)}, {"format": "hooklens-cache-2", "entries": entries})
         with pytest.raises(FileRefused, match="damaged"):
             ActivationCache.load(path)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="there is no such file"):
         ActivationCache.load(tmp_path / "none")
 
 

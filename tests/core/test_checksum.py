@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from hooklens.core.cache import ActivationCache
-from hooklens.core.checksum import load_tensors, opened_json, save_tensors, sealed_json
+from hooklens.core.checksum import load_tensors, save_tensors, sealed_json, unsealed
 from hooklens.core.errors import FileRefused, HooklensError
+from hooklens.core.files import read_json, reading
 from hooklens.pretrained.checkpoint import load_checkpoint, save_checkpoint
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.result import Result
@@ -189,9 +190,10 @@ def test_a_dtype_that_no_file_holds_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_json_that_was_edited_is_refused():
-    text = sealed_json({"n": 1, "names": ["é", "\u202e"]})
-    assert opened_json(text, "it") == {"n": 1, "names": ["é", "\u202e"]}
+def test_json_that_was_edited_is_refused(tmp_path):
+    path, text = tmp_path / "it.json", sealed_json({"n": 1, "names": ["é", "\u202e"]})
+    assert unsealed(json.loads(text)) == {"n": 1, "names": ["é", "\u202e"]}
     for edited in (text.replace("1", "2", 1), text.replace("sha256", "sha257"), "[]", "{", "[" * 10**5, '{"n": 1}'):
-        with pytest.raises(FileRefused, match="it "):
-            opened_json(edited, "it")
+        path.write_text(edited)
+        with pytest.raises(FileRefused, match="it was to be read"), reading(path, "it"):
+            unsealed(read_json(path, "it"))

@@ -5,11 +5,22 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from hooklens.core.errors import InputError, Unavailable
-from hooklens.core.files import check_writable, write_atomically
+from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.core.files import (
+    check_writable,
+    make_folder,
+    read_json,
+    read_text,
+    reading,
+    sweep,
+    unfinished_name,
+    write_atomically,
+)
 
 
 def names(folder):
@@ -174,3 +185,100 @@ def test_a_body_that_writes_nothing_of_its_own_leaves_an_empty_file_and_one_that
     assert (tmp_path / "empty").read_bytes() == b""
     with pytest.raises(InputError, match="nothing is there"), write_atomically(tmp_path / "gone") as temporary:
         temporary.unlink()
+
+
+def test_a_failed_write_is_told_although_removing_the_temporary_file_fails_too(tmp_path, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    # a disk error turns the whole file system read-only, so that nothing can be removed any more
+    with pytest.raises(Unavailable, match="the disk is full"), write_atomically(tmp_path / "a.txt"):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"], ids=["too long", "null byte"])
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(tmp_path, name):
+    with pytest.raises(InputError, match=r"cannot write .*(File name too long|null byte)"):
+        check_writable(tmp_path / name)
+    with pytest.raises(Unavailable, match="cannot be made"):
+        make_folder(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Unavailable, match=r"file.below' cannot be made: Not a directory"):
+        make_folder(tmp_path / "file" / "below")
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+
+
+class PanicException(BaseException):
+    """What a panic in a Rust library becomes."""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            PanicException("index out of bounds\nnote: run with"),
+            r"damaged or .* \(PanicException: index out of",
+        ),
+        (RecursionError("maximum depth"), "nested too deeply"),
+        (MemoryError(), "more memory than there is"),
+        (KeyError("format"), "KeyError: 'format'"),
+        (OverflowError("int too big"), "OverflowError"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "invalid start byte"), "not UTF-8 text"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be read \\(Permission denied\\)"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), "Is a directory"),
+        (OSError(errno.ENAMETOOLONG, "File name too long"), "File name too long"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_a_reader_meets_is_one_error_with_the_path(error, says):
+    with pytest.raises(FileRefused, match=says) as caught, reading("here.json", "a plan"):
+        raise error
+    assert caught.value.__cause__ is error and "a plan was to be read from 'here.json', but" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), InputError("in words already")])
+def test_interrupts_and_errors_in_words_pass_through_a_reader(error):
+    with pytest.raises(type(error)) as caught, reading("here.json", "a plan"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_missing_file_is_said_to_be_missing_and_a_deep_or_endless_one_is_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no such file"):
+        read_json(tmp_path / "none.json", "a plan")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(FileRefused, match="nested too deeply"):
+        read_json(tmp_path / "deep.json", "a plan")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(FileRefused, match="holds a list"):
+        read_json(tmp_path / "list.json", "a plan")
+    with pytest.raises(FileRefused, match="over 1,000 bytes"):
+        read_text("/dev/zero", "a plan", largest=1000)
+
+
+def dead() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_write(tmp_path):
+    """SIGKILL leaves the temporary file: it goes once its owner is gone; that of a living one stays for a day."""
+    mine = unfinished_name(".hooklens-") + ".txt"
+    machine, pid = mine.removeprefix(".hooklens-").split("-")[:2]
+    killed, other = mine.replace(f"-{pid}-", f"-{dead()}-"), mine.replace(f"-{machine}-", "-00000000-")
+    running, old = mine.replace(f"-{pid}-", f"-{os.getppid()}-"), other.replace(".txt", ".old")
+    for name in (mine, killed, other, running, old, ".hooklens-notes", "a.txt"):
+        (tmp_path / name).write_text("")
+    os.utime(tmp_path / old, (time.time() - 90_000,) * 2)
+    with write_atomically(tmp_path / "a.txt") as aside:
+        aside.write_text("x")
+    assert set(names(tmp_path)) == {mine, other, running, ".hooklens-notes", "a.txt"}
+    (tmp_path / mine.replace(f"-{pid}-", f"-{dead()}-") / "inside").mkdir(parents=True)
+    sweep(tmp_path, ".hooklens-")
+    assert set(names(tmp_path)) == {mine, other, running, ".hooklens-notes", "a.txt"}

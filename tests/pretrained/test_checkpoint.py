@@ -126,6 +126,34 @@ def test_a_checkpoint_whose_weights_were_exchanged_is_refused(tmp_path):
         load(path)
 
 
+def rewritten(path, config) -> None:
+    """The checkpoint with another configuration, its weights as they were."""
+    metadata, weights = read_header(path).metadata, load_file(path)
+    save_file(weights, path, metadata | {"config": json.dumps(json.loads(metadata["config"]) | config)})
+
+
+def test_a_configuration_of_a_billion_layers_is_refused_before_any_is_made(tmp_path):
+    save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
+    rewritten(tmp_path / "m.safetensors", {"n_layers": 10**9})
+    with pytest.raises(FileRefused, match=r"its configuration says 1,000,000,000 layers"):
+        load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("eps", [float("nan"), -1.0, "1e-5", None, True])
+def test_an_eps_that_gives_nan_logits_is_refused(eps, tmp_path):
+    save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
+    norm = {"part": "RMS", "eps": eps, "affine": True, "weight_offset": 0.0}
+    rewritten(tmp_path / "m.safetensors", {"normalization_type": norm})
+    with pytest.raises(FileRefused, match=r"eps is .*; a finite number of at least 0 is needed|TypeCheckError"):
+        load(tmp_path / "m.safetensors")
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Unavailable, match="cannot be made"):
+        save_checkpoint(tiny("llama"), tmp_path / "file" / "model")
+
+
 def test_a_foreign_safetensors_file_is_refused(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "m.safetensors")
     with pytest.raises(FileRefused, match=f"no checkpoint that hooklens saved.*{FORMAT}"):

@@ -154,6 +154,14 @@ def with_metadata(file, **changes):
     return GGUFFile(file.path, {k: v for k, v in metadata.items() if v is not None}, file.tensors)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gemma3", "gpt2", "gptneox"])
+def test_a_block_count_of_a_billion_is_refused_before_anything_of_that_length_is_made(tmp_path, arch):
+    file = read_gguf(write_gguf(tmp_path / "m.gguf", arch, hf_model(arch)))
+    for count in (10**9, 0, -1, "2", [2]):
+        with pytest.raises(FileRefused, match=r"block_count is .*, and the file has \d+ tensors"):
+            with_metadata(file, **{f"{arch}__block_count": count}).hf_config()
+
+
 def test_what_is_refused_before_any_tensor(tmp_path):
     model = hf_model("llama")
     file = read_gguf(write_gguf(tmp_path / "m.gguf", "llama", model))

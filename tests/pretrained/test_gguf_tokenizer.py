@@ -1,5 +1,7 @@
 """Tokenizers rebuilt from GGUF metadata against transformers' own conversion of the same metadata."""
 
+import tracemalloc
+
 import pytest
 from gguf_metadata import SPECIAL, byte_level, sentencepiece
 from odd_strings import odd_strings
@@ -177,3 +179,23 @@ def test_smollm2_of_the_real_file():
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.to_tokens(chat)[0, 0] == tokenizer.bos_id == 1
+
+
+def test_a_token_of_200_kB_is_refused_and_one_of_1000_characters_costs_little():
+    """Every way to split a token was held at once: 5.7 GB for this one."""
+    long = sentencepiece()
+    long["tokenizer.ggml.tokens"][-1] = "a" * 200_000
+    with pytest.raises(FileRefused, match="a token of 200,000 characters"):
+        Tokenizer.from_gguf(long)
+    long["tokenizer.ggml.tokens"][-1] = "a" * 1000
+    tracemalloc.start()
+    Tokenizer.from_gguf(long)
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("number", [-1, -(2**63), 1e300, "1", True])
+@pytest.mark.parametrize("name", ["bos", "padding", "eot"])
+def test_a_special_token_that_is_no_id_of_the_vocabulary_is_refused(name, number):
+    with pytest.raises(FileRefused, match=r"_token_id = .* lies outside its vocabulary|TypeCheckError"):
+        Tokenizer.from_gguf(byte_level("gpt-2", **{f"tokenizer.ggml.{name}_token_id": number}))

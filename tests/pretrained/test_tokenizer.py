@@ -1,8 +1,11 @@
 """Tokens and strings: nothing is lost, nothing is added, and every refusal says what would work."""
 
 import copy
+import errno
 import json
+import os
 import pickle
+import stat
 
 import pytest
 import tokenizers
@@ -16,7 +19,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hooklens as hl
-from hooklens.core.errors import FileRefused, InputError, WrongType
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.pretrained.tokenizer import Tokenizer, byte_values, tiny_tokenizer
 from hooklens.testing import tiny_model
 
@@ -321,7 +324,7 @@ def test_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(FileRefused, match="no such folder"):
         Tokenizer.from_folder(tmp_path / "none")
     (tmp_path / "tokenizer.json").write_text('{"model"')
-    with pytest.raises(FileRefused, match="cannot be read as a tokenizer"):
+    with pytest.raises(FileRefused, match=r"a tokenizer was to be read from .* damaged or of another kind"):
         Tokenizer.from_folder(tmp_path)
     TINY.backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("[1]")
@@ -332,6 +335,50 @@ def test_folders_that_cannot_be_read(tmp_path):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(WrongType, match="a str has no backend_tokenizer"):
         Tokenizer.from_transformers("gpt2")
+
+
+def test_saved_files_have_the_mode_of_any_other_and_nothing_stays_beside_them(tmp_path):
+    old = os.umask(0o022)
+    try:
+        TINY.save(tmp_path / "t")
+    finally:
+        os.umask(old)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "t").iterdir()}
+    assert modes == {"tokenizer.json": 0o644, "tokenizer_config.json": 0o644}
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    TINY.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Unavailable, match="the disk is full"):
+        TINY.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", '{"chat_template": [{"nome": "x"}]}'),
+        ("tokenizer_config.json", '{"bos_token": ["<bos>"]}'),
+        ("tokenizer_config.json", '{"stop_token_ids": ["a"]}'),
+        ("generation_config.json", '{"eos_token_id": "2"}'),
+        ("generation_config.json", '{"eos_token_id": [[2]]}'),
+        ("config.json", '{"eos_token_id": -1}'),
+        ("tokenizer_config.json", "[" * 100_000),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_when_they_are_read(tmp_path, name, content):
+    TINY.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FileRefused, match="was to be read from"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_chat_template_gets_the_special_tokens():

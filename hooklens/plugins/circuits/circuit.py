@@ -1,6 +1,5 @@
 """A circuit: the edges that are kept, what the others carry, how it was found; it runs, draws and saves itself."""
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -12,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.checksum import FIELD, opened_json, sealed_json
-from hooklens.core.errors import FileRefused, InputError
-from hooklens.core.files import write_atomically
+from hooklens.core.checksum import FIELD, sealed_json, unsealed
+from hooklens.core.errors import InputError
+from hooklens.core.files import read_json, reading, write_atomically
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
@@ -178,15 +177,14 @@ class Circuit(Result):
     @classmethod
     def load_json(cls, path: str | os.PathLike) -> "Circuit":
         """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            held = json.loads(text)
+        with reading(path, "a circuit"):
+            held = read_json(path, "a circuit")
             if held["format"] not in _UNSEALED or FIELD in held:
-                held = opened_json(text, f"the circuit in {str(path)!r}")
+                held = unsealed(held)
             if held["format"] not in (_FORMAT, *_UNSEALED):
                 raise ValueError(f"its format is {held['format']!r}")
             shape = held["graph"]
-            layers, heads, keyed = (_whole(shape[name]) for name in ("n_layers", "n_heads", "n_kv_heads"))
+            layers, heads, keyed = (shape[name] for name in ("n_layers", "n_heads", "n_kv_heads"))
             mlp, parallel, shared = (bool(shape[name]) for name in ("mlp", "parallel", "shared_scale"))
             graph = CircuitGraph(layers, heads, keyed, mlp, parallel, shared)
             names = [_renamed(str(name), held["format"]) for name, _ in held["edges"]]
@@ -195,17 +193,11 @@ class Circuit(Result):
                 raise ValueError("an edge is there twice")
             scores = torch.zeros(graph.n_edges, dtype=torch.float64)
             scores[numbers] = torch.tensor([float(score) for _, score in held["edges"]], dtype=torch.float64)
+            if not scores.isfinite().all():
+                raise ValueError("a score is not finite")
             seen = [str(mark) for mark in held["found_on"]]
             method, ablation, name = (str(held[key]) for key in ("method", "ablation", "model"))
             return cls(graph, graph.mask(numbers), scores, method, ablation, name, int(held["dropped"]), seen)
-        except FileNotFoundError as error:
-            raise InputError(f"a circuit was to be loaded from {str(path)!r}, but there is no such file") from error
-        except FileRefused:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise FileRefused(
-                f"a circuit was to be loaded from {str(path)!r}, but it is not one that save_json wrote ({error})"
-            ) from error
 
 
 def circuit_of(
@@ -238,12 +230,6 @@ def _renamed(edge: str, written_as: str) -> str:
     for old, new in _RENAMED if written_as == _FIRST else ():
         edge = old.sub(new, edge)
     return edge
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"its graph holds {value!r}, which is no number of layers or heads")
-    return value
 
 
 def _words(graph: CircuitGraph) -> str:

@@ -15,6 +15,8 @@ from hooklens.result import Result, Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_MOST_OF_A_KIND = 10_000
+_MOST_EDGES = 1 << 25
 Mask = Bool[Tensor, "mask edge"]
 
 
@@ -43,6 +45,16 @@ class CircuitGraph(Result):
     mlp: bool = True
     parallel: bool = False
     shared_scale: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.n_layers, self.n_heads, self.n_kv_heads)
+        if not all(type(size) is int and 1 <= size <= _MOST_OF_A_KIND for size in sizes) or self.n_heads % sizes[2]:
+            raise InputError(
+                f"a graph of {sizes[0]!r:.20} layers, {sizes[1]!r:.20} heads and {sizes[2]!r:.20} key/value heads was "
+                f"asked for; each is a whole number up to {_MOST_OF_A_KIND:,}, and the second a multiple of the third"
+            )
+        if self.n_edges > _MOST_EDGES:  # every circuit of the graph has a score an edge
+            raise InputError(f"a graph of {self.n_edges:,} edges was asked for; at most {_MOST_EDGES:,} can be held")
 
     @property
     def shape(self) -> tuple[int, int, int, bool, bool]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hooklens.core.errors import ArgumentError, FileRefused, InputError
-from hooklens.core.files import write_atomically
+from hooklens.core.files import check_writable, read_json, reading, write_atomically
 from hooklens.result import Result
 
 SIDES = ("above", "below")
@@ -80,6 +80,7 @@ class Registration(Result):
         A file that is there already is not overwritten, and a plan that was written is not written again.
         """
         path = Path(path)
+        check_writable(path)
         if self.written or path.exists():
             seen = f"this one was written at {self.written}" if self.written else f"{path} exists"
             raise InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
@@ -97,14 +98,12 @@ class Registration(Result):
         """
         if digest is not None:
             digest = _whole(digest)
-        try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
+        with reading(path, "a registration"):
+            held = read_json(path, "a registration")
             own = held.pop("digest")
             if "published" in held:
                 raise ValueError("a file cannot say that its digest was published")
             found = cls(**held)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FileRefused(f"{path} is not a registration that hooklens wrote: {error}") from error
         for what, asked in (("its digest is", own), ("the published digest is", digest or own)):
             if asked != found.digest:
                 raise FileRefused(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused
+from hooklens.core.files import reading
 from hooklens.core.identity import identity
 from hooklens.plugins.lens.reading import check_quiet
 from hooklens.plugins.lens.training import Schedule, State, advanced, begin, constant_kl, gradients, window_kl
@@ -75,5 +76,6 @@ def read_state(path: Path, key: str, device: torch.device) -> tuple[State, dict[
             "one without a run; give path= a name of its own, or read it with TunedLens.load"
         )
     on = {name: tensor.to(device) for name, tensor in tensors.items()}
-    state = State(*(on[name] for name in ("maps", "first", "second", "size", "loss")))
-    return state, {name: on[name] for name in ("before", "constant")}
+    with reading(path, "a tuned lens in training"):
+        state = State(*(on[name] for name in ("maps", "first", "second", "size", "loss")))
+        return state, {name: on[name] for name in ("before", "constant")}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hooklens.core.checksum import load_tensors, save_tensors
 from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.files import reading
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -58,8 +59,13 @@ class TunedLens(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> "TunedLens":
         """The lens in a file that `save` or a training, finished or interrupted, has written."""
-        tensors, _ = read_lens_file(path)
-        return cls.of(tensors["weight"], tensors["bias"])
+        with reading(path, "a tuned lens"):
+            tensors, _ = read_lens_file(path)
+            weight, bias = tensors["weight"], tensors["bias"]
+            n_layers, d_model, d_out = weight.shape
+            if d_out != d_model or bias.shape != (n_layers, d_model) or not weight.is_floating_point():
+                raise ValueError(f"weight {weight.dtype} {list(weight.shape)} with bias {list(bias.shape)}")
+            return cls.of(weight, bias)
 
     @classmethod
     def of(cls, weight: Float[Tensor, "layer d_model d_model"], bias: Float[Tensor, "layer d_model"]) -> "TunedLens":

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooklens.core.checksum import opened_json, sealed_json
+from hooklens.core.checksum import sealed_json, unsealed
 from hooklens.core.errors import FileRefused, InputError, Unavailable
-from hooklens.core.files import check_writable, write_atomically
+from hooklens.core.files import check_writable, make_folder, read_json, reading, write_atomically
 
 _FORMAT = "hooklens.activations/2"
 _MANIFEST = "activations.json"
@@ -49,7 +49,7 @@ class Files:
         self.folder, self.key, self.batches = folder, key, batches
         self.shapes, self.dtype = dict(shapes), str(dtype).removeprefix("torch.")
         self.sums: list[str] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         check_writable(folder / _MANIFEST)
         known = (folder / _MANIFEST).exists()
         if known:
@@ -83,19 +83,15 @@ class Files:
 
     def _read_manifest(self) -> None:
         path = self.folder / _MANIFEST
-        try:
-            manifest = opened_json(path.read_text(), str(path))
-            found, key, sums = manifest["format"], manifest["key"], manifest["sums"]
-        except FileRefused:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise FileRefused(f"{path} is damaged or not ours ({error}); use another folder") from error
+        with reading(path, "a manifest of activations"):
+            manifest = unsealed(read_json(path, "a manifest of activations"))
+            found, key, sums = manifest["format"], manifest["key"], [str(one) for one in manifest["sums"]]
         if found != _FORMAT or key != self.key:
             raise FileRefused(
                 f"{self.folder} holds other activations (of other weights, prompts, sites or positions); "
                 "delete it or give another folder"
             )
-        self.sums = [str(one) for one in sums][: len(self.batches)]
+        self.sums = sums[: len(self.batches)]
 
     def _write_manifest(self) -> None:
         with write_atomically(self.folder / _MANIFEST) as aside:
@@ -111,10 +107,8 @@ class Files:
             raise FileRefused(f"{here} is in the way and no manifest tells what it is; give another folder")
         if here is None or not self.sums:
             return self._make(part, shape)
-        try:
+        with reading(here, "stored activations"):
             opened = np.load(here, mmap_mode="r+")
-        except (OSError, ValueError, EOFError) as error:
-            raise FileRefused(f"{here} is damaged ({error}); delete the folder") from error
         if opened.shape != shape or str(opened.dtype) != self.dtype:
             raise FileRefused(f"{here} holds {opened.dtype} {list(opened.shape)}, expected {self.dtype} {list(shape)}")
         return opened

@@ -11,7 +11,7 @@ from hooklens.pretrained.hf_config import HFConfig
 def config(hf: HFConfig) -> HookedTransformerConfig:
     """A Gemma 2's config.json as ours."""
     hf.refuse("use_bidirectional_attention", allowed=False, why="attention to later tokens is not a language model's")
-    n_layers, width, d_head = hf.size("num_hidden_layers"), hf.size("hidden_size"), hf.size("head_dim", 256)
+    n_layers, width, d_head = hf.layers("num_hidden_layers"), hf.size("hidden_size"), hf.size("head_dim", 256)
     kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n_layers)]
     attention_bias = hf.flag("attention_bias", False)
     return HookedTransformerConfig(

@@ -24,10 +24,10 @@ def rotary(hf: HFConfig, d_head: int, kind: str) -> Rotary:
 
 def config(outer: HFConfig) -> HookedTransformerConfig:
     """A Gemma 3's config.json as ours; of one with images, the text part."""
-    hf = HFConfig(outer.get("text_config") or outer.values, outer.where)
+    hf = HFConfig(outer.get("text_config") or outer.values, outer.where, most_layers=outer.most_layers)
     hf.refuse("use_bidirectional_attention", allowed=False, why="attention to later tokens is not a language model's")
     hf.refuse("attn_logit_softcapping", allowed=None, why="transformers ignores it, so what is meant is unclear")
-    n_layers, width, d_head = hf.size("num_hidden_layers", 26), hf.size("hidden_size", 2304), hf.size("head_dim", 256)
+    n_layers, width, d_head = hf.layers("num_hidden_layers", 26), hf.size("hidden_size", 2304), hf.size("head_dim", 256)
     every = hf.size("sliding_window_pattern", 6)
     kinds = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(n_layers)]
     kinds = hf.layer_types(kinds)

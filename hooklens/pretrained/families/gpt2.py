@@ -12,7 +12,7 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
     width, n_heads = hf.size("n_embd", 768), hf.size("n_head", 12)
     scaled = hf.flag("scale_attn_weights", True)
     return HookedTransformerConfig(
-        n_layers=hf.size("n_layer", 12),
+        n_layers=hf.layers("n_layer", 12),
         d_model=width,
         n_ctx=hf.size("n_positions", 1024),
         n_heads=n_heads,

@@ -13,7 +13,7 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
     rope.setdefault("partial_rotary_factor", hf.number("rotary_pct", 0.25))
     attention_bias = hf.flag("attention_bias", True)
     return HookedTransformerConfig(
-        n_layers=hf.size("num_hidden_layers"),
+        n_layers=hf.layers("num_hidden_layers"),
         d_model=width,
         n_ctx=hf.size("max_position_embeddings", 2048),
         n_heads=n_heads,

@@ -13,7 +13,7 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
     window = hf.values.get("sliding_window", 4096) if mistral else None
     attention_bias = hf.flag("attention_bias", False)
     return HookedTransformerConfig(
-        n_layers=hf.size("num_hidden_layers"),
+        n_layers=hf.layers("num_hidden_layers"),
         d_model=width,
         n_ctx=hf.size("max_position_embeddings", 4096 * 32 if mistral else 2048),
         n_heads=n_heads,

@@ -16,7 +16,7 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
         rope["rope_type"] = "longrope"
     rope.setdefault("original_max_position_embeddings", 4096)
     return HookedTransformerConfig(
-        n_layers=hf.size("num_hidden_layers"),
+        n_layers=hf.layers("num_hidden_layers"),
         d_model=width,
         n_ctx=hf.size("max_position_embeddings", 4096),
         n_heads=n_heads,

@@ -9,7 +9,7 @@ from hooklens.pretrained.hf_config import HFConfig
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
     """A Qwen 2's config.json as ours."""
-    n_heads, n_layers, width = hf.size("num_attention_heads"), hf.size("num_hidden_layers"), hf.size("hidden_size")
+    n_heads, n_layers, width = hf.size("num_attention_heads"), hf.layers("num_hidden_layers"), hf.size("hidden_size")
     d_head = hf.size("head_dim", width // n_heads)
     windowed = hf.flag("use_sliding_window", False)
     first = hf.get("max_window_layers", 28)

@@ -9,7 +9,7 @@ from hooklens.pretrained.hf_config import HFConfig
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
     """A Qwen 3's config.json as ours."""
-    n_layers, n_heads = hf.size("num_hidden_layers"), hf.size("num_attention_heads")
+    n_layers, n_heads = hf.layers("num_hidden_layers"), hf.size("num_attention_heads")
     d_head, norm = hf.size("head_dim", 128), RMSNormPart(hf.number("rms_norm_eps", 1e-6))
     windowed = hf.flag("use_sliding_window", False)
     first = hf.get("max_window_layers", 28)

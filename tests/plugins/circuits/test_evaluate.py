@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
-from hooklens.core.checksum import opened_json, sealed_json
-from hooklens.core.errors import FileRefused
+from hooklens.core.checksum import sealed_json, unsealed
+from hooklens.core.errors import FileRefused, InputError
 from hooklens.metrics import kl
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
 from hooklens.plugins.circuits.eap import demo_pairs, eap
@@ -226,7 +226,7 @@ def test_a_file_that_is_no_circuit_is_refused(tmp_path, damage):
     path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
     held = damage(json.loads(path.read_text()))
     path.write_text(sealed_json(held) if held else "[]")
-    with pytest.raises(FileRefused, match="save_json"):
+    with pytest.raises((FileRefused, InputError), match=r"a circuit was to be read|a graph of"):
         Circuit.load_json(path)
     path.write_text("{")
     with pytest.raises(FileRefused):
@@ -235,11 +235,28 @@ def test_a_file_that_is_no_circuit_is_refused(tmp_path, damage):
         Circuit.load_json(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("sizes", [{"n_layers": 10**9}, {"n_heads": 10**9, "n_kv_heads": 1}, {"n_layers": 9000}])
+def test_a_small_file_does_not_stand_for_a_graph_that_exhausts_memory(tmp_path, sizes):
+    path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps(held | {"graph": held["graph"] | sizes}))
+    assert path.stat().st_size < 400
+    with pytest.raises(InputError, match=r"a graph of .* was asked for"):
+        Circuit.load_json(path)
+
+
+def test_a_score_that_is_not_a_number_is_refused(tmp_path):
+    path = circuit_of(tiny_model(), ["embed->logits"]).save_json(tmp_path / "circuit.json")
+    path.write_text(path.read_text().replace("1.0", "NaN"))
+    with pytest.raises(FileRefused, match="not finite"):
+        Circuit.load_json(path)
+
+
 def test_a_file_of_the_first_format_is_read_by_the_names_of_today(tmp_path):
     model = tiny_model(n_heads=4, n_key_value_heads=2)
     circuit = circuit_of(model, ["embed->L0G1.k", "L0H3->MLP0", "MLP0->L1H2.q", "L1H2->logits"])
     path = circuit.save_json(tmp_path / "circuit.json")
-    held = opened_json(path.read_text(), "the circuit")
+    held = unsealed(json.loads(path.read_text()))
     assert held["format"] == "hooklens.circuit/3"
     old = ["embed->L0KV1.k", "L0H3->L0MLP", "L0MLP->L1H2.q", "L1H2->logits"]
     path.write_text(json.dumps(held | {"format": "hooklens.circuit/1", "edges": [[name, 1.0] for name in old]}))

@@ -177,7 +177,7 @@ def test_damage_is_refused(tmp_path):
     with pytest.raises(FileRefused, match=r"lacks x\.npy"):
         gather(model, ROWS, folder=tmp_path)
     (tmp_path / "activations.json").write_text("{")
-    with pytest.raises(FileRefused, match="not written by hooklens"):
+    with pytest.raises(FileRefused, match="is not JSON"):
         gather(model, ROWS, folder=tmp_path)
 
 
