@@ -6,6 +6,7 @@ import random
 import struct
 from typing import Any
 
+from hooklens.core.checksum import FIELD, Digest, sealed_json
 from hooklens.pretrained.gguf import _Header
 
 _DEEP = "[" * 50_000 + "]" * 50_000
@@ -55,6 +56,30 @@ def damaged_header(content: bytes, draw: random.Random) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header = damaged_json(content[8 : 8 + length], draw)
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def resealed_json(content: bytes, draw: random.Random) -> bytes:
+    """A JSON file with a checksum damaged as JSON, its checksum set right; as it is where that cannot be."""
+    damaged = damaged_json(content, draw)
+    try:
+        return sealed_json(json.loads(damaged)).encode()
+    except (ValueError, TypeError, RecursionError):  # no object, NaN, or nested too deeply
+        return damaged
+
+
+def resealed_header(content: bytes, draw: random.Random) -> bytes:
+    """One text of the metadata of a safetensors file damaged, its checksum set right."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    metadata, described = header.pop("__metadata__"), {name: (e["dtype"], e["shape"]) for name, e in header.items()}
+    name = draw.choice([name for name in metadata if name not in (FIELD, "format")] or [FIELD])
+    metadata[name] = str(_changed(metadata[name], draw))
+    digest = Digest(metadata, described)
+    for _, entry in sorted(header.items()):
+        start, end = entry["data_offsets"]
+        digest.update(content[8 + length + start : 8 + length + end])
+    text = json.dumps({"__metadata__": metadata | {FIELD: digest.hex()}, **header}).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def damaged_numbers(content: bytes, draw: random.Random) -> bytes:

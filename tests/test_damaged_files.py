@@ -12,10 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mutations import damaged_bytes, damaged_header, damaged_json, damaged_lines, damaged_metadata, damaged_numbers
+from mutations import (
+    damaged_bytes,
+    damaged_header,
+    damaged_json,
+    damaged_lines,
+    damaged_metadata,
+    damaged_numbers,
+    resealed_header,
+    resealed_json,
+)
 from safetensors.torch import save_file
 
 from hooklens.core.cache import ActivationCache
+from hooklens.core.checksum import save_tensors
 from hooklens.core.errors import HooklensError
 from hooklens.data.jsonl import read_pairs_file
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of
@@ -26,7 +36,7 @@ from hooklens.pretrained.checkpoint import save_checkpoint
 from hooklens.pretrained.load import load
 from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 from hooklens.result import Result
-from hooklens.sweeps.resume import Progressed, _sum
+from hooklens.sweeps.resume import Progressed
 from hooklens.testing import tiny_model
 
 EACH = 200  # mutations of a format in the default run
@@ -141,7 +151,7 @@ def read_checkpoint(path: Path) -> None:
 
 
 def sweep(path: Path) -> Progressed:
-    return Progressed(path, "key", torch.ones(4, dtype=torch.float64), torch.zeros(6, 2))
+    return Progressed(path, "key", torch.ones(4, dtype=torch.float64), torch.zeros(6, 2), "linear")
 
 
 def store(folder: Path) -> Files:
@@ -159,6 +169,8 @@ def a_result() -> Result:
 GGUF = (damaged_bytes, damaged_numbers, damaged_metadata, damaged_metadata)
 JSON = (damaged_bytes, damaged_json, damaged_json)
 HEADER = (damaged_bytes, damaged_header, damaged_header)
+# A checksum stops most damage at once: what stands behind it is damaged too, and the checksum set right.
+SEALED_JSON, SEALED = (*JSON, resealed_json, resealed_json), (*HEADER, resealed_header, resealed_header)
 FORMATS = {
     "config": Format(hub_folder, "config.json", JSON, lambda path: finite(load(path.parent))),
     "weights": Format(hub_folder, "model.safetensors", HEADER, lambda path: finite(load(path.parent))),
@@ -173,18 +185,18 @@ FORMATS = {
     "gguf": Format(
         gguf, "m.gguf", (damaged_bytes, damaged_numbers, damaged_metadata, damaged_metadata), read_checkpoint
     ),
-    "checkpoint": Format(checkpoint, "m.safetensors", HEADER, read_checkpoint),
+    "checkpoint": Format(checkpoint, "m.safetensors", SEALED, read_checkpoint),
     "tuned lens": Format(
-        lambda folder: TunedLens(2, 4).save(folder / "lens"), "lens", HEADER, lambda path: TunedLens.load(path)
+        lambda folder: TunedLens(2, 4).save(folder / "lens"), "lens", SEALED, lambda path: TunedLens.load(path)
     ),
-    "sweep in progress": Format(lambda folder: sweep(folder / "s").save([1, 2]), "s", HEADER, sweep),
+    "sweep in progress": Format(lambda folder: sweep(folder / "s").save([1, 2]), "s", SEALED, sweep),
     "activations": Format(
-        lambda folder: tiny_model().run_with_cache([[1, 2]])[1].save(folder / "c"), "c", HEADER, ActivationCache.load
+        lambda folder: tiny_model().run_with_cache([[1, 2]])[1].save(folder / "c"), "c", SEALED, ActivationCache.load
     ),
     "stored activations": Format(
         lambda folder: store(folder).write(torch.tensor([0, 1]), {"a": torch.ones(2, 3)}),
         "activations.json",
-        JSON,
+        SEALED_JSON,
         lambda path: store(path.parent),
     ),
     "array of stored activations": Format(
@@ -193,8 +205,8 @@ FORMATS = {
         (damaged_bytes,),
         lambda path: store(path.parent),
     ),
-    "result": Format(lambda folder: a_result().save(folder / "r"), "r", HEADER, Result.load),
-    "circuit": Format(lambda folder: a_result().save_json(folder / "c.json"), "c.json", JSON, Circuit.load_json),
+    "result": Format(lambda folder: a_result().save(folder / "r"), "r", SEALED, Result.load),
+    "circuit": Format(lambda folder: a_result().save_json(folder / "c.json"), "c.json", SEALED_JSON, Circuit.load_json),
     "plan": Format(lambda folder: plan(folder / "p.json"), "p.json", JSON, Registration.read),
     "prompts": Format(
         lambda folder: (folder / "p.jsonl").write_text(
@@ -253,7 +265,6 @@ def test_tensors_of_another_shape_are_refused_although_their_checksum_is_right(o
         progress = sweep(tmp_path / "none")
         setattr(progress, name, odd)
         held = {"done": progress.done, "values": progress.values, "sketch": progress.sketch}
-        total = _sum(progress.values, progress.done, progress.sketch)
-        save_file(held, tmp_path / "s", {"format": "hooklens-sweep-1", "key": "key", "sum": total})
+        save_tensors(tmp_path / "s", held, {"format": "hooklens-sweep-2", "key": "key"})
         with pytest.raises(HooklensError):
             sweep(tmp_path / "s")

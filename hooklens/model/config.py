@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ _POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", 
 _NOT_NEGATIVE = {"eps", "std", "unembed_std"}
 _KINDS: dict[Any, str] = {bool: "True or False", str: "a name", int: "a whole number", float: "a finite number"}
 _LARGEST_WHOLE = 2**63 - 1  # torch's
+_LARGEST_REAL = 1e12  # no model comes near it, and the square of it is finite in float32
 _NUMBERS = (int, float, int | None, float | None, tuple[float, ...])
 
 
@@ -77,7 +77,7 @@ def _needed(name: str, kind: Any, value: Any) -> str | None:
         return None
     whole = kind in (int, int | None)
     good = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-    good = good and abs(value) <= (_LARGEST_WHOLE if whole else sys.float_info.max)  # NaN is not
+    good = good and abs(value) <= (_LARGEST_WHOLE if whole else _LARGEST_REAL)  # NaN is not
     bound = ""
     if name in _POSITIVE:
         good, bound = good and value > 0, " above 0"
@@ -424,6 +424,7 @@ _SLOTS = {
     "init": "init",
 }
 _MAY_VARY = ("positional_embedding_type", "mask")
+_MAY_LACK = ("normalization_type", "final_norm", "qk_norm", "positional_embedding_type")
 _BLOCKS = ("pre", "post", "sandwich", "parallel")
 
 
@@ -492,6 +493,8 @@ class HookedTransformerConfig:
                 raise InputError(f"{name} takes one part (mask, rotary: or a tuple of {self.n_layers}); got {value!r}")
             parts = tuple(part(slot, one) for one in value)
             return parts[0] if len(set(parts)) == 1 else parts
+        if value is None and name not in _MAY_LACK:
+            raise InputError(f"{name} is a part, such as {', '.join(_PARTS[slot])}; got None")
         return part(slot, value)
 
     def _positive(self, *names: str) -> None:

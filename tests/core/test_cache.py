@@ -504,7 +504,7 @@ def test_a_damaged_or_foreign_file_is_refused(run, tmp_path):
         with pytest.raises(FileRefused, match="damaged"):
             ActivationCache.load(path)
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(FileRefused, match=r"a saved activation cache was to be read from .* it is another file"):
+    with pytest.raises(FileRefused, match=r"an activation cache was to be read from .* it is another file"):
         ActivationCache.load(path)
     for entries in ("{", json.dumps(["a"]), json.dumps({"hook_embed": "b"}), json.dumps({"hook_embed": ["a"]})):
         save_tensors(path, {"a": torch.ones(1)}, {"format": "hooklens-cache-2", "entries": entries})

@@ -129,7 +129,7 @@ def test_a_checkpoint_whose_weights_were_exchanged_is_refused(tmp_path):
 def rewritten(path, config) -> None:
     """The checkpoint with another configuration, its weights as they were."""
     metadata, weights = read_header(path).metadata, load_file(path)
-    save_file(weights, path, metadata | {"config": json.dumps(json.loads(metadata["config"]) | config)})
+    save_tensors(path, weights, metadata | {"config": json.dumps(json.loads(metadata["config"]) | config)})
 
 
 def test_a_configuration_of_a_billion_layers_is_refused_before_any_is_made(tmp_path):

@@ -369,7 +369,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
         ("tokenizer_config.json", '{"stop_token_ids": ["a"]}'),
         ("generation_config.json", '{"eos_token_id": "2"}'),
         ("generation_config.json", '{"eos_token_id": [[2]]}'),
-        ("config.json", '{"eos_token_id": -1}'),
+        ("config.json", '{"eos_token_id": -2}'),
         ("tokenizer_config.json", "[" * 100_000),
     ],
 )
