@@ -72,6 +72,7 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
     """Write tensors and texts as one safetensors file, whole or not at all, with a checksum over everything.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
     >>> save_tensors(path, {"x": torch.ones(2)}, {"format": "tiny-1"})
     >>> load_tensors(path, "tiny-1", "a tiny file")[0]

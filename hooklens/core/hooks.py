@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hooklens.core.allocator import keep_freed_pages
 from hooklens.core.cache import ActivationCache, Entries, converted
 from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
 from hooklens.core.gradients import need_gradients
@@ -458,6 +459,7 @@ class HookedModule(HookedPart):
             need_gradients("grads=True")
         if grads and not torch.is_grad_enabled():
             raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
+        keep_freed_pages()
         chosen = self._plain_points() if where is None else self.resolve(where)
         entries = Entries()
         scope = HookScope(self, {})

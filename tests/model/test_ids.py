@@ -15,6 +15,7 @@ from hooklens.testing import tiny_model
 MODEL = tiny_model(d_vocab=256)
 MODEL.tokenizer = tiny_tokenizer()
 IDS = [[1, 2, 3]]
+OTHERS = [[1, 4, 3]]
 
 READERS = {
     "model": lambda ids: MODEL(ids),
@@ -28,7 +29,7 @@ READERS = {
     "pos": lambda ids: hl.prob(MODEL, answer=1, pos=ids[0]).pos,
     "loss": lambda ids: hl.loss(MODEL, ids).tokens,
     "kl": lambda ids: hl.kl(MODEL, ids).log_probs,
-    "patch": lambda ids: hl.patch(MODEL, ids, IDS, hl.prob(MODEL, answer=1), by="layer").values,
+    "patch": lambda ids: hl.patch(MODEL, ids, OTHERS, hl.prob(MODEL, answer=1), by="layer").values,
     "gather": lambda ids: gather(MODEL, ids).x,
 }
 MANY = {"generate", "to_string", "patch", "gather"}  # rows there may differ in length

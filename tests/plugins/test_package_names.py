@@ -18,6 +18,7 @@ circuits: Circuit CircuitEvaluation CircuitGraph CircuitStudy CircuitTransfer Co
     prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges study_circuit transfer_circuit
     whole_circuit
 claims: Claim ClaimFamily HeldOutEffects Measured Registration claim family held_out_top metric_name plans_met
+    read_plans
 heads: Composition CopySuppression Copying HeadScores HeadStudy InductionHeads Knockout Mediation PositionScores
     Redundancy Taxonomy composition copy_suppression copying head_scores head_study induction_heads knockout mediation
     position_scores redundancy taxonomy

@@ -53,8 +53,11 @@ def test_all_positions_was_said_where_only_the_shared_tokens_are_patched():
 
 
 def test_zero_and_one_were_explained_where_neither_is_shown():
-    later = [[*CLEAN[0], 7]] if isinstance(CLEAN[0], list) else CLEAN
-    study = pair(later, sites=["z"])
+    model = tiny_model()
+    with torch.no_grad():
+        model.embed.weight[9] = model.embed.weight[2]  # another token, and the same run
+    with hl.engine(verify=0):
+        study = study_pair(model, CLEAN, [1, 9, 3, 4, 5], answer=5, wrong_answer=6, sites=["z"])
     assert not study.sweeps["z"].defined
     assert "1: as in the clean run" not in caption(study, "z") and "its change is shown" in caption(study, "z")
 

@@ -120,7 +120,7 @@ def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "*drawn"]) -> PValu
     """The share of the null of all cells that reaches each value, itself counted in; 1 where a value is NaN.
 
     >>> above(torch.tensor([0.5, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])).tolist()
-    [0.6000..., 0.2000...]
+    [0.6, 0.2]
     """
     pool = null[~null.isnan()].sort().values
     reached = len(pool) - torch.searchsorted(pool, value.nan_to_num(-torch.inf).contiguous())

@@ -106,6 +106,7 @@ def compare_ablations(
     Zero, mean and resample ablation (four draws) of the same components on the same prompts. Means and draws are over
     the other prompts, never a prompt's own, or over `reference` prompts.
 
+    >>> import torch
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import prob
     >>> model = tiny_model(); prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])

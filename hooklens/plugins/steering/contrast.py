@@ -118,7 +118,7 @@ def contrast_direction(
     >>> from hooklens.testing import tiny_model
     >>> found = contrast_direction(tiny_model(), [[i, 1] for i in range(10)], [[i, 2] for i in range(10)], draws=99)
     >>> found.direction.shape, found.separation[0].item(), found.p[0].item()      # layer width
-    (torch.Size([2, 8]), 1.0, 0.0099...)
+    (torch.Size([2, 8]), 1.0, 0.01)
 
     Reference: Marks and Tegmark (2023), "The Geometry of Truth"; Arditi et al. (2024), "Refusal in Language Models Is
     Mediated by a Single Direction", section 2.3.

@@ -154,7 +154,7 @@ def _null(
     of the same kinds in a draw.
     """
     mean, sd = torch.full_like(seen, torch.nan), torch.full_like(seen, torch.nan)
-    p = mean.double()
+    p = torch.full_like(seen, torch.nan, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     for kind in product((False, True), (False, True)):
         rows, columns = (
