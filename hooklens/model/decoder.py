@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hooklens.core.hooks import HookPoint, edited_elsewhere
 from hooklens.model.attention import Attention
@@ -21,12 +20,12 @@ from hooklens.model.embed import Unembedding, rotate
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import Linear, pack, packed_product, packing_wanted
 from hooklens.model.mlp import MLP, GatedMLP, activation
-from hooklens.model.norms import LayerNorm, RMSNorm
+from hooklens.model.norms import LayerNorm, Norm, RMSNorm
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-Stream = Float[Tensor, "batch 1 d_model"]
+Stream = Float[Tensor, "batch d_model"]
 _KNOWN = {
     *(Block, SandwichBlock, ParallelBlock, Attention, MLP, GatedMLP, LayerNorm, RMSNorm, Unembedding),
     *(Linear, nn.Linear, HookPoint),
@@ -67,7 +66,7 @@ class Decoder:
         packs = weight.dtype == torch.float32 and weight.device.type == "cpu" and packing_wanted(rows)
         join = partial(_Joint, rows=rows if packs else None)
         self.layers = [_Layer(block, join) for block in model.blocks]
-        self.unembed = join([model.unembed.linear])
+        self.norm, self.unembed = _short(model.ln_final), join([model.unembed.linear])
 
     def serves(self) -> bool:
         """Is every weight still what was packed, and does nobody listen?"""
@@ -79,12 +78,11 @@ class Decoder:
         """Logits of what follows the new token of each row, which joins the cache."""
         model = self.model
         ctx = model._context(tokens, None, past)
-        x = model.embed_input(tokens, ctx)
+        x = model.embed_input(tokens, ctx)[:, 0]
         for layer in self.layers:
             x = layer(x, ctx, past)
         past.advance(tokens, ctx)
-        x = x if model.ln_final is None else model.ln_final.fused(x)
-        return model.unembed.cap(self.unembed(x)[:, 0])
+        return model.unembed.cap(self.unembed(x if self.norm is None else self.norm(x)))
 
 
 class _Joint:
@@ -93,15 +91,30 @@ class _Joint:
     def __init__(self, layers: Sequence[nn.Linear], *, rows: int | None):
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
         joined = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self.weight = joined if rows is None else pack(joined, rows)
-        self.product = F.linear if rows is None else packed_product
+        self.plain, self.weight = rows is None, joined.t() if rows is None else pack(joined, rows)
         self.bias: Float[Tensor, " d_out"] | None = None
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)
             self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in pairs])
 
-    def __call__(self, x: Float[Tensor, "batch 1 d_in"]) -> Float[Tensor, "batch 1 d_out"]:
-        return self.product(x, self.weight, self.bias)
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        if not self.plain:
+            return packed_product(x, self.weight, self.bias)
+        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+def _short(norm: Norm | None) -> Callable[[Stream], Stream] | None:
+    """The norm in few calls: torch's own RMS norm takes a dozen on a CPU, which for one row is all of its time."""
+    if not isinstance(norm, RMSNorm) or norm.offset or norm.weight is None or norm.weight.dtype.itemsize < 4:
+        return None if norm is None else norm.fused
+    weight, share = norm.weight.detach(), 1 / norm.width
+    eps = torch.tensor([[norm.eps]], dtype=weight.dtype, device=weight.device)
+
+    def rms_norm(x: Stream) -> Stream:
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.addcmul(eps, size, size, value=share).rsqrt_() * weight
+
+    return rms_norm
 
 
 class _Layer:
@@ -111,11 +124,12 @@ class _Layer:
         self.attn: Attention = block.attn
         self.mlp = mlp = block.mlp
         self.parallel = not block.mlp_reads_attn
-        self.norms = [None if norm is None else norm.fused for norm in (block.ln1, block.ln1_post)]
+        self.norms = [_short(norm) for norm in (block.ln1, block.ln1_post)]
+        self.fused = self.attn.score.fusable and self.attn.soft_cap is None
         self.qkv, self.o = join([self.attn.q, self.attn.k, self.attn.v]), join([self.attn.o])
         self.heads = [self.attn.n_heads, self.attn.n_kv_heads, self.attn.n_kv_heads]
         if mlp is not None:
-            self.norms += [None if norm is None else norm.fused for norm in (block.ln2, block.ln2_post)]
+            self.norms += [_short(norm) for norm in (block.ln2, block.ln2_post)]
             self.act, self.gated = activation(mlp.act), isinstance(mlp, GatedMLP)
             self.into = join([mlp.gate, mlp.in_] if isinstance(mlp, GatedMLP) else [mlp.in_])
             self.out = join([mlp.out])
@@ -132,8 +146,8 @@ class _Layer:
         return mid + (wrote if ln2_post is None else ln2_post(wrote))
 
     def mixed(
-        self, qkv: Float[Tensor, "batch 1 width"], ctx: Context, past: KVCache
-    ) -> Float[Tensor, "batch 1 heads_by_d_head"]:
+        self, qkv: Float[Tensor, "batch width"], ctx: Context, past: KVCache
+    ) -> Float[Tensor, "batch heads_by_d_head"]:
         attn = self.attn
         each = qkv.view(len(qkv), 1, -1, attn.d_head)
         n_q, n_kv = attn.n_heads, attn.n_kv_heads
@@ -145,9 +159,10 @@ class _Layer:
             q, k = rotate(each[:, :, : n_q + n_kv], cos, sin, attn.rotary.interleaved).split((n_q, n_kv), 2)
             v = each[:, :, n_q + n_kv :]
         k, v = past.extend(attn.layer, k, v)
-        return attn.mix(q, k, v, ctx.view(attn.mask)).flatten(2)
+        mix = attn.fused if self.fused else attn.mix
+        return mix(q, k, v, ctx.view(attn.mask)).flatten(1)
 
-    def neurons(self, pre: Float[Tensor, "batch 1 width"]) -> Float[Tensor, "batch 1 d_mlp"]:
+    def neurons(self, pre: Float[Tensor, "batch width"]) -> Float[Tensor, "batch d_mlp"]:
         if not self.gated:
             return self.act(pre)
         gate, linear = pre.chunk(2, -1)
