@@ -18,7 +18,7 @@ from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
 from hooklens.data.prompts import show
-from hooklens.model.ids import as_ids
+from hooklens.model.ids import as_ids, as_mask
 from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]
@@ -253,8 +253,7 @@ def loss(model: HookedTransformer, tokens: Any, *, attention_mask: Any = None) -
         ids, attention_mask = model.to_tokens(list(texts), return_mask=True)
     else:
         ids = torch.atleast_2d(as_ids(texts, "loss needs prompts of integers [pair pos]", model.device))
-    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask, device=ids.device)
-    mask = torch.atleast_2d(mask).bool()
+    mask = torch.ones_like(ids).bool() if attention_mask is None else as_mask(attention_mask, ids.device)
     if ids.ndim != 2 or mask.shape != ids.shape or not len(ids) or int(mask.sum(1).min()) < 2:
         seen = f"{list(ids.shape)}" + ("" if attention_mask is None else f" with {mask.sum(-1).tolist()} real tokens")
         raise InputError(f"loss needs prompts [pair pos] of at least two tokens, got {seen}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -43,3 +43,26 @@ def _lengths(tokens: Any) -> list[int]:
     if not isinstance(tokens, Sequence) or not all(isinstance(row, Sized) for row in tokens):
         return []
     return list(dict.fromkeys(len(row) for row in tokens))
+
+
+def as_mask(mask: Any, device: torch.device | str | None = None) -> Bool[Tensor, "rows pos"]:
+    """An attention mask, 1 or True at real tokens and 0 or False at padding, as booleans [batch pos].
+
+    >>> as_mask([[1, 1, 0]])
+    tensor([[ True,  True, False]])
+
+    Floating-point masks are refused: some libraries add those to the scores, with 0 at real tokens.
+    """
+    asked = "attention_mask is 1 (or True) at real tokens and 0 (or False) at padding, whole numbers or booleans"
+    try:
+        given = torch.as_tensor(mask, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(f"{asked}; got {mask!r:.80}") from error
+    if given.is_floating_point() or given.is_complex():
+        raise WrongType(f"{asked}; got {given.dtype} {list(given.shape)}")
+    if given.dtype != torch.bool and not torch.compiler.is_compiling():
+        odd = given[(given != 0) & (given != 1)]
+        if len(odd):
+            raise InputError(f"{asked}; got {int(odd[0])}")
+    given = given.bool()
+    return given[None] if given.ndim == 1 else given

@@ -21,7 +21,7 @@ from hooklens.model.config import DividedScaling, HookedTransformerConfig, Learn
 from hooklens.model.continuation import OnPiece
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
-from hooklens.model.ids import as_ids
+from hooklens.model.ids import as_ids, as_mask
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Norm, make_norm
@@ -193,8 +193,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             if tokens.ndim != 3 or tokens.shape[-1] != width:
                 raise InputError(f"expected vectors [batch pos {width}], got {list(tokens.shape)}")
         if mask is not None:
-            mask = torch.as_tensor(mask, device=tokens.device).bool()
-            mask = mask[None] if mask.ndim == 1 else mask
+            mask = as_mask(mask, tokens.device)
         return tokens, mask
 
     def _check_tokens(self, tokens: Any) -> Int[Tensor, "*batch pos"]:

@@ -1,5 +1,6 @@
 """Text to tokens and back: a small wrapper around the `tokenizers` library in which nothing is added silently."""
 
+import itertools
 import json
 import operator
 from collections.abc import Mapping, Sequence
@@ -173,14 +174,21 @@ class Tokenizer:
     def to_string(
         self, tokens: Integer[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | int
     ) -> Any:
-        """The text of token ids: a str for one sequence, a list of str for a batch. Special tokens are spelled out."""
+        """The text of token ids: a str for one sequence, a list of str for a batch. Special tokens are spelled out.
+
+        Models have rows for more tokens than their tokenizer has texts: such a token reads `<49160>`.
+        """
         ids = _listed(tokens)
         if isinstance(ids, int):
             ids = [ids]
         if len(ids) and not isinstance(ids[0], int):
             return [self.to_string(row) for row in ids]
         self._check(ids)
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        runs = itertools.groupby(ids, key=self._knows)
+        return "".join(self._decode(list(run)) if known else "".join(map(self._spelling, run)) for known, run in runs)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
 
     def to_str_tokens(
         self, tokens: str | Integer[Tensor, "*shape"] | Sequence[int], *, prepend_bos: bool | None = None
@@ -309,7 +317,7 @@ class Tokenizer:
     def _check(self, ids: Sequence[int]) -> None:
         if any(isinstance(i, list) for i in ids):
             raise InputError("tokens are one sequence of ids or several, got a mixture of both")
-        bad = next((i for i in ids if not self._knows(i)), None)
+        bad = next((i for i in ids if not 0 <= i < 2**31), None)
         if bad is not None:
             raise InputError(f"{bad} is no token id; this tokenizer's ids go from 0 to {self.vocab_size - 1}")
 
@@ -330,7 +338,7 @@ class Tokenizer:
             return self._added[token]
         piece = self.backend.id_to_token(token)
         if piece is None:
-            return "�"
+            return f"<{token}>"
         if self._byte_level:
             values = byte_values()
             if all(letter in values for letter in piece):

@@ -328,3 +328,12 @@ def test_a_hook_attached_when_prompts_have_left_the_batch_is_refused():
         assert batch.rows == [1]
         with model.hooks([("z", lambda z, hook: None)]), refused(InputError, "then every prompt keeps its row"):
             batch.logits()
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(1, 3), [[0.0, 0.0, float("-inf")]], [[1, 2, 0]], [[1, -1, 0]], "a", [["a"]]]
+)
+def test_a_mask_that_is_added_to_scores_was_read_the_wrong_way_round(mask):
+    """0 at real tokens, as some libraries have it, meant padding."""
+    with refused((InputError, WrongType), "attention_mask is 1"):
+        reading_model()([[1, 2, 3]], attention_mask=mask)
