@@ -460,6 +460,7 @@ class HookedModule(HookedPart):
         if grads and not torch.is_grad_enabled():
             raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
         keep_freed_pages()
+        _check_target(device, dtype)
         chosen = self._plain_points() if where is None else self.resolve(where)
         entries = Entries()
         scope = HookScope(self, {})
@@ -489,6 +490,20 @@ class HookedModule(HookedPart):
         with scope:
             output = self(*args, **kwargs)
         return output, cache
+
+
+def _check_target(device: Any, dtype: Any) -> None:
+    """Can what is captured be moved there?"""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise WrongType(f"dtype is a floating-point torch.dtype of 16 bits or more, got {dtype!r:.80}")
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise InputError(
+            f"device={device!r:.80} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
+        ) from error
 
 
 def _site_name(name: str) -> str:

@@ -525,3 +525,17 @@ def test_a_saved_cache_holds_each_tensor_once_and_works_without_its_model(run, t
     )
     with pytest.raises(InputError, match=r"load\(path, model\)"):
         loaded.logit_attrs(cache["resid_post", 1][None], 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"dtype": "float16"}, "dtype is a floating-point"),
+        ({"dtype": torch.complex64}, "dtype is a floating-point"),
+        ({"dtype": torch.int8}, "dtype is a floating-point"),
+        ({"device": "banana"}, "device='banana' cannot be used here"),
+    ],
+)
+def test_a_device_or_dtype_that_cannot_hold_a_cache_ended_in_torchs_own_error(asked, said):
+    with pytest.raises((InputError, TypeError), match=said):
+        tiny_model().run_with_cache([[1, 2]], **asked)
