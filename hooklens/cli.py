@@ -198,7 +198,11 @@ def patch(
     study.report().save(out, data=study)
     for path in parts.values():
         path.unlink(missing_ok=True)
-    show(study.table(), as_json, **written(out))
+    one = study.any_sweep
+    scale = "0 as in the corrupted run, 1 as in the clean one"
+    scale = scale if one.defined else "nan: the two runs do not surely differ"
+    runs = {"clean": round(one.clean, 4), "corrupted": round(one.corrupted, 4), "recovered": scale}
+    show(study.table(), as_json, **runs, **written(out))
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Sweeps among other hooks, threads, interrupts and mistakes: they fall back, go on, or say what is wrong."""
 
 import functools
+import itertools
 import subprocess
 import sys
 import threading
@@ -212,6 +213,17 @@ def test_a_few_patches_are_run_again_the_plain_way(model):
             sweep = hl.patch(model, CLEAN, CORRUPTED, metric, site="z")
         assert sweep.n_verified == expected
         assert sweep.largest_error < 1e-9 if verify else sweep.largest_error != sweep.largest_error
+
+
+@pytest.mark.parametrize("drift", [0.1, 0.01, 1e-3])
+def test_a_metric_that_drifts_from_call_to_call_passed_for_one_that_rounding_moves(drift):
+    model, calls = zoo_model("llama", n_layers=3), itertools.count()
+
+    def metric(logits):
+        return logits[:, -1, 3] * (1 + drift * next(calls))
+
+    with pytest.raises(CheckFailed, match="the metric gives other numbers when it is called again"):
+        hl.patch(model, CLEAN, CORRUPTED, metric, site="z")
 
 
 def test_the_check_shows_an_engine_that_is_wrong(model, monkeypatch):
