@@ -139,7 +139,7 @@ def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
     """The tokenizer, ending a reply also at the tokens (one, or several) that the model's own settings end it at."""
     if tokenizer is None:
         return None
-    ids = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+    ids = [i for i in (ends if isinstance(ends, list | tuple) else [ends]) if i is not None]
     if not all(type(i) is int and -1 <= i < 2**32 for i in ids):  # -1 is how some say none
         raise InputError(f"eos_token_id is a token id, a list of these or none, got {ends!r:.80}; correct the settings")
     stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *(i for i in ids if i >= 0))))

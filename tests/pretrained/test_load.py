@@ -487,3 +487,14 @@ def test_a_folder_of_gguf_files_says_which_path_to_give(tmp_path):
     shutil.copy(__file__, tmp_path / "model.gguf")
     with pytest.raises(FileRefused, match=r"model.gguf"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["a", 1.5, True, [1, "b"], {"a": 1}, 2**40])
+def test_stop_tokens_of_a_wrong_type_were_left_out_in_silence(ends):
+    """Such a model generated to the last token that was asked for, every time."""
+    from hooklens.pretrained.hf import with_stops
+    from hooklens.pretrained.tokenizer import tiny_tokenizer
+
+    with pytest.raises(InputError, match="eos_token_id is a token id"):
+        with_stops(tiny_tokenizer(), ends)
+    assert with_stops(tiny_tokenizer(), [3, None, -1]).stop_ids == (3,)
