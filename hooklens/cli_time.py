@@ -61,7 +61,7 @@ def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: boo
     return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
 
 
-def how_long(model: "HookedTransformer", tokens: float) -> list[str]:
+def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
     """A line with the time that so many tokens will take; none where it is under a minute.
 
     >>> from hooklens.testing import tiny_model
