@@ -85,6 +85,6 @@ def seconds_a_token(model: "HookedTransformer") -> float:
     return (time.perf_counter() - begin) / n
 
 
-def in_words(seconds: float) -> str:
+def in_words(seconds: int | float) -> str:
     """A duration to one or two digits."""
     return f"{-(-seconds // 60):.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
