@@ -9,6 +9,7 @@ import statistics
 import torch
 import transformers
 
+from benchmarks import peers
 from benchmarks.rounds import alternate, ratios, write
 from hooklens.model.linear import packing_gain
 from hooklens.model.transformer import HookedTransformer
@@ -36,11 +37,12 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--tokens", type=int, default=100)
     options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--random", action="store_true", help="random weights of its shape: nothing to download")
     options.add_argument("--dry", action="store_true", help="print the seconds and write no file")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
-    model = load(ASSET)
-    tokens = model.to_tokens(PROMPT)
+    model = peers.smollm2_shape() if chosen.random else load(ASSET)
+    tokens = torch.arange(2, 17)[None] if chosen.random else model.to_tokens(PROMPT)
     peer = peer_of(model)
     runs = {
         "hooklens": lambda: ours(model, tokens, chosen.tokens),
@@ -49,10 +51,10 @@ def main() -> None:
     produced = {name: run() for name, run in runs.items()}  # also the warm-up
     seconds = alternate(runs, chosen.rounds)
     same = produced["hooklens"] == produced["transformers"]
-    record(seconds, same, chosen.tokens, dry=chosen.dry)
+    record(model.cfg.model_name, seconds, same, chosen.tokens, dry=chosen.dry)
 
 
-def record(seconds: dict[str, list[float]], same: bool, n: int, *, dry: bool) -> None:
+def record(who: str, seconds: dict[str, list[float]], same: bool, n: int, *, dry: bool) -> None:
     rows = [
         {"": name, "median s": statistics.median(each), "min s": min(each), "max s": max(each),
          "tokens/s": n / statistics.median(each)}
@@ -60,7 +62,7 @@ def record(seconds: dict[str, list[float]], same: bool, n: int, *, dry: bool) ->
     ]  # fmt: skip
     faster = ratios(seconds, "transformers", "hooklens")
     title = (
-        f"Greedy generation of {n} tokens, {ASSET}, float32: {faster['median']:.2f}x transformers' generate "
+        f"Greedy generation of {n} tokens, {who}, float32: {faster['median']:.2f}x transformers' generate "
         f"({faster['min']:.2f} to {faster['max']:.2f} in {faster['n']} rounds; bar {BAR}), same tokens: {same}"
     )
     if dry:

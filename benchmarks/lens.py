@@ -27,11 +27,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--gpt2-only", action="store_true")
+    options.add_argument("--random", action="store_true", help="random weights of SmolLM2's shape: nothing to download")
     chosen = options.parse_args()
     torch.set_num_threads(2)
     models = {"GPT-2-small shape": peers.ours()}
     if not chosen.gpt2_only:
-        models["SmolLM2-135M"] = hl.load("smollm2-135m-instruct")
+        smollm2 = peers.smollm2_shape() if chosen.random else hl.load("smollm2-135m-instruct")
+        models[smollm2.cfg.model_name] = smollm2
     rows, raw = [], {}
     for name, model in models.items():
         for shape in ((1, 16), (1, 128), (4, 128)):

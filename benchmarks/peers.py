@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from hooklens.model.config import HookedTransformerConfig
+from hooklens.model.config import Biases, HookedTransformerConfig, Rotary
 from hooklens.model.transformer import HookedTransformer
 
 SIZES = {"n_layers": 12, "d_model": 768, "n_ctx": 1024, "n_heads": 12, "d_vocab": 50257}
@@ -21,6 +21,27 @@ def ours(seed: int = 0) -> HookedTransformer:
             elif name.startswith("blocks"):
                 p.mul_(1.5)  # else twelve random layers leave the stream nearly as it was
     return model.eval()
+
+
+def smollm2_shape(seed: int = 0) -> HookedTransformer:
+    """SmolLM2-135M's shape with random weights, for a machine that the real ones do not reach."""
+    cfg = HookedTransformerConfig(
+        n_layers=30,
+        d_model=576,
+        n_ctx=8192,
+        n_heads=9,
+        n_key_value_heads=3,
+        d_mlp=1536,
+        gated_mlp=True,
+        act_fn="silu",
+        d_vocab=49152,
+        normalization_type="RMS",
+        positional_embedding_type=Rotary(base=100000.0),
+        tie_word_embeddings=True,
+        biases=Biases(qkv=False, o=False, mlp=False),
+        model_name="SmolLM2-135M shape, random weights",
+    )
+    return HookedTransformer(cfg, seed=seed).eval()
 
 
 def hugging_face(model: HookedTransformer) -> torch.nn.Module:
@@ -42,7 +63,7 @@ def hugging_face(model: HookedTransformer) -> torch.nn.Module:
     return peer
 
 
-def transformer_lens(model: HookedTransformer) -> Any:
+def transformer_lens(model: HookedTransformer, device: str = "cpu") -> Any:
     """TransformerLens 3's HookedTransformer with these weights, nothing folded."""
     from transformer_lens import HookedTransformer as Theirs
     from transformer_lens import HookedTransformerConfig as TheirConfig
@@ -59,7 +80,7 @@ def transformer_lens(model: HookedTransformer) -> Any:
             d_vocab=cfg.d_vocab,
             act_fn=cfg.act_fn,
             normalization_type="LN",
-            device="cpu",
+            device=device,
         )
     )
     state = {"embed.W_E": model.W_E, "pos_embed.W_pos": model.W_pos, "unembed.W_U": model.W_U}

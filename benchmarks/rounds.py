@@ -41,6 +41,8 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    if torch.cuda.is_available():
+        versions["gpu"] = torch.cuda.get_device_name()
     return {"cpu": cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
 
 
@@ -52,11 +54,17 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def vendor() -> str:
+    """Part of a result's name: figures of one vendor's processor stand beside those of another."""
+    return "intel" if "Intel" in cpu_name() else "amd" if "AMD" in cpu_name() else platform.machine()
+
+
 def write(topic: str, title: str, rows: list[dict[str, Any]], raw: dict[str, Any]) -> None:
     """results/<date>_<topic>.json with everything, .md with the table."""
     date = datetime.now(UTC).date().isoformat()
     RESULTS.mkdir(exist_ok=True)
     record = {"topic": topic, "date": date, "machine": machine(), "rows": rows, "raw": raw}
+    topic = f"{topic}_{vendor()}"
     (RESULTS / f"{date}_{topic}.json").write_text(json.dumps(record, indent=1) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [f"# {title}", "", " | ".join(columns), " | ".join("---" for _ in columns)]

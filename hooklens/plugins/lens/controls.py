@@ -1,23 +1,12 @@
 """What a rank is read against: the same answer, looked for in the streams of other positions at the same layer."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.plugins.lens.reading import Reading
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
 DRAWS = 4  # other positions in which each answer is looked for
-
-
-def said(model: "HookedTransformer", stream: Float[Tensor, "row d_model"]) -> Int[Tensor, "row"]:
-    """The token that the model itself finds most likely."""
-    with torch.no_grad():
-        return torch.cat([model.read_out(rows[None])[0].argmax(-1) for rows in stream.split(256)])
 
 
 def shifts_round(n: int) -> list[int]:

@@ -11,15 +11,16 @@ from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, show
 from hooklens.metrics import answer_ids
-from hooklens.plugins.lens.controls import elsewhere, said, shifts_round
+from hooklens.plugins.lens.controls import elsewhere, shifts_round
 from hooklens.plugins.lens.reading import (
     Answers,
     Reading,
     Translate,
     check_quiet,
+    final_logits,
     one_length,
     packing,
-    prompts_at_once,
+    read_at_once,
     read_streams,
     stream_labels,
     streams_of,
@@ -165,13 +166,14 @@ def read_lens(
     controls: list[Tensor] = []
     readings: list[Reading] = []
     with packing(ids.numel()):
-        for some in prompts_at_once(model, ids):
+        for some in read_at_once(model, ids):
             streams = streams_of(model, some, incl_mid=incl_mid).flatten(1, 2)
             done = sum(len(answer) for answer in answers)
-            mine = said(model, streams[-1]) if wanted is None else wanted[done : done + len(some)].flatten()
+            final = final_logits(model, streams[-1])
+            mine = final.argmax(-1) if wanted is None else wanted[done : done + len(some)].flatten()
             shifts = shifts_round(len(mine))
             asked = torch.stack([mine, *(mine.roll(shift) for shift in shifts)], 1)
-            reading = read_streams(model, streams, asked, k=k, translate=translate)
+            reading = read_streams(model, streams, asked, k=k, translate=translate, final=final)
             answers.append(mine.view(some.shape))
             controls.append(elsewhere(reading, mine, shifts))
             readings.append(reading)

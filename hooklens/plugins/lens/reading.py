@@ -26,6 +26,7 @@ Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_m
 
 _LOGITS_AT_ONCE = 7 * 2**20  # numbers in one product: 28 MiB; from 32 MiB on, fresh pages are mapped for each
 _STREAMS_AT_ONCE = 64 * 2**20  # numbers of streams kept while they are read
+_FINAL_AT_ONCE = 32 * 2**20  # numbers of the model's own logits kept while its streams are read: 128 MiB
 _WORTH_PACKING = 256  # rows
 _DESCRIBED_AT_ONCE = 2**19  # logits that pass through the core's cache together
 _SET = 32  # tokens in a set of which only the largest logit is looked at first
@@ -123,6 +124,25 @@ def prompts_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]
     yield from tokens.split(max(1, _STREAMS_AT_ONCE // each))
 
 
+def read_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
+    """Groups of prompts for which the model's own logits can be kept too."""
+    each = tokens.shape[1] * model.cfg.d_vocab_out
+    for group in prompts_at_once(model, tokens):
+        yield from group.split(max(1, _FINAL_AT_ONCE // each))
+
+
+def final_logits(model: "HookedTransformer", stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+    """What the model itself says of rows, with the products that `read_streams` would form for it."""
+    with torch.no_grad():
+        return torch.cat([model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))])
+
+
+def _rows_at_once(model: "HookedTransformer", n_rows: int) -> int:
+    """Rows whose logits in one layer are at most `_LOGITS_AT_ONCE` numbers, in blocks of one size."""
+    width = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)
+    return -(-n_rows // -(-n_rows // width))
+
+
 def check_quiet(model: "HookedTransformer") -> None:
     """Refuse what would be silently wrong: passes that never agree, and hooks that would take layers for positions."""
     if drops_out(model):
@@ -142,15 +162,16 @@ def read_streams(
     *,
     k: int = 5,
     translate: Translate | None = None,
+    final: Float[Tensor, "row d_vocab"] | None = None,
 ) -> Reading:
     """Unembed every layer's streams; the last layer's are the model's own and are never translated.
 
-    At most `_LOGITS_AT_ONCE` logits exist at a time, beside those of the last layer for the same rows.
+    At most `_LOGITS_AT_ONCE` logits exist at a time, beside those of the last layer for the same rows. `final` gives
+    the last layer's where the caller has them (from `final_logits`), which saves a product.
     """
     check_quiet(model)
     n_layers, n_rows = streams.shape[:2]
-    width = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)
-    many = -(-n_rows // -(-n_rows // width))
+    many = _rows_at_once(model, n_rows)
     blocks = []
     with (
         torch.no_grad(),
@@ -159,7 +180,8 @@ def read_streams(
     ):
         for start in range(0, n_rows, many):
             rows = slice(start, start + many)
-            blocks.append(_read_block(model, streams[:, rows], asked[rows], k, width, translate))
+            own = final_logits(model, streams[-1, rows]) if final is None else final[rows]
+            blocks.append(_read_block(model, streams[:, rows], own, asked[rows], k, translate))
             advance(n_layers * len(asked[rows]))
     reading = Reading(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
     if not bool(reading.entropy.isfinite().all()):
@@ -170,16 +192,15 @@ def read_streams(
     return reading
 
 
-def _read_block(model, streams: Tensor, asked: Tensor, k: int, width: int, translate: Translate | None) -> Reading:
+def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, translate: Translate | None) -> Reading:
     """Rows few enough that their final distributions are kept while all layers are compared with them."""
     n_layers, n_rows = streams.shape[:2]
-    final = model.read_out(streams[-1:])[0]
     wide = widened(final)
     log_probs = wide.log_softmax(-1)
     probs = log_probs.exp()
     target = Target(probs, expected(probs, log_probs))
     readings = []
-    layers = max(1, width // n_rows)  # short prompts: several layers in one product
+    layers = max(1, _LOGITS_AT_ONCE // (n_rows * model.cfg.d_vocab_out))  # short prompts: several layers in one product
     for start in range(0, n_layers - 1, layers):
         x = streams[start : min(start + layers, n_layers - 1)]
         if translate is not None:
