@@ -1,8 +1,7 @@
 """One new token through a model that nobody listens to: the numbers of its forward, with far fewer calls.
 
 A step of one row reads every weight once and computes little, so the calls around each product take a quarter of its
-time or more. Here the layers that read the same input are one product, packed where packing pays, and no hook point is
-passed.
+time or more. Here no hook point is passed, and where packing pays the layers that read the same input are one product.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ _KNOWN = {
 
 
 class Decoder:
-    """The steps of a generation, on weights that are joined, and where it pays packed, once.
+    """The steps of a generation, on weights that are joined and packed once, where that pays.
 
     >>> from hooklens.testing import tiny_model
     >>> model, past = tiny_model(), KVCache()
@@ -64,7 +63,7 @@ class Decoder:
         self.weights = [(at, name, w, w.data_ptr(), w._version) for at, name in held if (w := at[name]) is not None]
         weight = model.unembed.linear.weight
         packs = weight.dtype == torch.float32 and weight.device.type == "cpu" and packing_wanted(rows)
-        join = partial(_Joint, rows=rows if packs else None)
+        join = partial(_Packed, rows=rows) if packs else _Side
         self.layers = [_Layer(block, join) for block in model.blocks]
         self.norm, self.unembed = _short(model.ln_final), join([model.unembed.linear])
 
@@ -85,22 +84,45 @@ class Decoder:
         return model.unembed.cap(self.unembed(x if self.norm is None else self.norm(x)))
 
 
-class _Joint:
-    """Layers that read the same input, as one product: packed for so many `rows`, or torch's own (None)."""
+class _Side:
+    """Layers that read the same input, one product each.
 
-    def __init__(self, layers: Sequence[nn.Linear], *, rows: int | None):
+    Joining their weights would copy them, which takes as long as a few tokens do, and one product is no faster for it.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        self.layers = [(x.weight.detach().t(), None if x.bias is None else x.bias.detach()) for x in layers]
+
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """What the layers give, side by side."""
+        each = self.apart(x)
+        return each[0] if len(each) == 1 else torch.cat(each, 1)
+
+    def apart(self, x: Float[Tensor, "batch d_in"]) -> Sequence[Float[Tensor, "batch _"]]:
+        """What each layer gives."""
+        return [torch.mm(x, w) if bias is None else torch.addmm(bias, x, w) for w, bias in self.layers]
+
+
+class _Packed:
+    """The same as one product, on weights packed for so many rows."""
+
+    def __init__(self, layers: Sequence[nn.Linear], *, rows: int):
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
-        joined = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self.plain, self.weight = rows is None, joined.t() if rows is None else pack(joined, rows)
+        self.sizes = [len(weight) for weight in weights]
+        self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0], rows)
         self.bias: Float[Tensor, " d_out"] | None = None
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)
             self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in pairs])
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        if not self.plain:
-            return packed_product(x, self.weight, self.bias)
-        return torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+        return packed_product(x, self.weight, self.bias)
+
+    def apart(self, x: Float[Tensor, "batch d_in"]) -> Sequence[Float[Tensor, "batch _"]]:
+        return self(x).split(self.sizes, 1)
+
+
+_Joint = _Side | _Packed
 
 
 def _short(norm: Norm | None) -> Callable[[Stream], Stream] | None:
@@ -136,36 +158,34 @@ class _Layer:
 
     def __call__(self, x: Stream, ctx: Context, past: KVCache) -> Stream:
         ln1, ln1_post = self.norms[:2]
-        wrote = self.o(self.mixed(self.qkv(x if ln1 is None else ln1(x)), ctx, past))
+        wrote = self.o(self.mixed(x if ln1 is None else ln1(x), ctx, past))
         mid = x + (wrote if ln1_post is None else ln1_post(wrote))
         if self.mlp is None:
             return mid
         ln2, ln2_post = self.norms[2:]
         read = x if self.parallel else mid
-        wrote = self.out(self.neurons(self.into(read if ln2 is None else ln2(read))))
+        wrote = self.out(self.neurons(read if ln2 is None else ln2(read)))
         return mid + (wrote if ln2_post is None else ln2_post(wrote))
 
-    def mixed(
-        self, qkv: Float[Tensor, "batch width"], ctx: Context, past: KVCache
-    ) -> Float[Tensor, "batch heads_by_d_head"]:
+    def mixed(self, x: Stream, ctx: Context, past: KVCache) -> Float[Tensor, "batch heads_by_d_head"]:
         attn = self.attn
-        each = qkv.view(len(qkv), 1, -1, attn.d_head)
+        each = self.qkv(x).view(len(x), 1, -1, attn.d_head)
         n_q, n_kv = attn.n_heads, attn.n_kv_heads
         if attn.q_norm is not None or attn.rotary is None:
             q, k, v = each.split(self.heads, 2)
             q, k = attn.place(q, k, ctx)
         else:  # queries and keys are turned alike, so in one go
-            cos, sin = ctx.tables(attn.rotary, attn.d_head, qkv.dtype)
-            q, k = rotate(each[:, :, : n_q + n_kv], cos, sin, attn.rotary.interleaved).split((n_q, n_kv), 2)
-            v = each[:, :, n_q + n_kv :]
+            cos, sin = ctx.tables(attn.rotary, attn.d_head, each.dtype)
+            turned = rotate(each.narrow(2, 0, n_q + n_kv), cos, sin, attn.rotary.interleaved)
+            q, k, v = turned.narrow(2, 0, n_q), turned.narrow(2, n_q, n_kv), each.narrow(2, n_q + n_kv, n_kv)
         k, v = past.extend(attn.layer, k, v)
         mix = attn.fused if self.fused else attn.mix
         return mix(q, k, v, ctx.view(attn.mask)).flatten(1)
 
-    def neurons(self, pre: Float[Tensor, "batch width"]) -> Float[Tensor, "batch d_mlp"]:
+    def neurons(self, x: Stream) -> Float[Tensor, "batch d_mlp"]:
         if not self.gated:
-            return self.act(pre)
-        gate, linear = pre.chunk(2, -1)
+            return self.act(self.into(x))
+        gate, linear = self.into.apart(x)
         return self.act(gate) * linear
 
 

@@ -28,7 +28,7 @@ _LOGITS_AT_ONCE = 7 * 2**20  # numbers in one product: 28 MiB; from 32 MiB on, f
 _STREAMS_AT_ONCE = 64 * 2**20  # numbers of streams kept while they are read
 _FINAL_AT_ONCE = 32 * 2**20  # numbers of the model's own logits kept while its streams are read: 128 MiB
 _WORTH_PACKING = 256  # rows
-_DESCRIBED_AT_ONCE = 2**19  # logits that pass through the core's cache together
+_DESCRIBED_AT_ONCE = 2**19  # logits that pass through the cores' caches together: with two more of that size 6 MiB
 _SET = 32  # tokens in a set of which only the largest logit is looked at first
 
 
@@ -212,45 +212,96 @@ def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, tr
 
 
 def _described(logits: Float[Tensor, "row d_vocab"], target: Target, asked: Tensor, k: int) -> Reading:
-    """One layer's rows, a few at a time, so that the passes over the vocabulary find their logits in the cache."""
-    few = max(1, _DESCRIBED_AT_ONCE // logits.shape[-1])
+    """One layer's rows."""
     k = min(k, logits.shape[-1])
-    scratch = target.probs.new_empty(min(few, len(logits)), logits.shape[-1])  # fresh pages cost as much as a pass
-    parts = [
-        _describe(logits[i : i + few].to(target.probs.dtype), target.probs[i : i + few], asked[i : i + few], k, scratch)
-        for i in range(0, len(logits), few)
-    ]
-    reading = Reading(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    return reading._replace(kl=(reading.kl + target.minus_entropy).clamp_min(0))
-
-
-def _describe(
-    z: Float[Tensor, "row d_vocab"],
-    target: Float[Tensor, "row d_vocab"],
-    asked: Tensor,
-    k: int,
-    scratch: Float[Tensor, "rows d_vocab"],
-) -> Reading:
-    values, top = top_tokens(z, k)
-    probs = torch.softmax(z, -1, out=scratch[: len(z)])
-    log_total = values[:, :1] - probs.gather(-1, top[:, :1]).log()
-    entropy = log_total[:, 0] - expected(probs, z)
-    own = z.gather(-1, asked)
-    # forbidden tokens, -inf, tie with each other, and their difference is no number
-    ranked = z.clamp_min(torch.finfo(z.dtype).min) if bool(own.isneginf().any()) else z
-    ranks = []
-    for column in ranked.gather(-1, asked).unbind(-1):
-        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie
-        signs = torch.sub(ranked, column[:, None], out=scratch[: len(z)]).sign_().sum(-1)
-        ranks.append((signs.long() + z.shape[-1] - 1) // 2)
+    dtype = target.probs.dtype
+    own = logits.gather(-1, asked).to(dtype)
+    sums = _sums(logits, target.probs, own)
+    ids = top_tokens(logits, sums.largest, k)
+    best = logits.gather(-1, ids).to(dtype)
+    log_total = best[:, :1] - sums.top_prob.log()[:, None]
     return Reading(
-        top,
-        values - log_total,
-        torch.stack(ranks, -1) if ranks else asked,
+        ids,
+        best - log_total,
+        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie
+        (sums.signs.T.long() + logits.shape[-1] - 1) // 2,
         own - log_total,
-        entropy,
-        log_total[:, 0] - expected(target, z),  # KL(final || lens), the final's entropy still to be taken off
+        log_total[:, 0] - sums.mean,
+        (log_total[:, 0] - sums.target_mean + target.minus_entropy).clamp_min(0),  # KL(final || lens)
     )
+
+
+class _Sums(NamedTuple):
+    """What the passes over the vocabulary give; `largest` is of the sets of `_set_maxima`."""
+
+    largest: Float[Tensor, "row n_sets"]
+    top_prob: Float[Tensor, "row"]
+    mean: Float[Tensor, "row"]  # of z, as the lens weighs tokens
+    target_mean: Float[Tensor, "row"]  # of z, as the model weighs them
+    signs: Float[Tensor, "asked row"]  # of z minus the logit of each token that was asked for
+
+
+def _sums(
+    logits: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], own: Float[Tensor, "row asked"]
+) -> _Sums:
+    """A few rows at a time, so that each pass finds its logits in the core's cache, in one scratch for all."""
+    n_rows, d_vocab = logits.shape
+    few = max(1, min(n_rows, _DESCRIBED_AT_ONCE // d_vocab))
+    found = _Sums(
+        own.new_empty(n_rows, d_vocab // _SET),
+        *(own.new_empty(n_rows) for _ in ("top_prob", "mean", "target_mean")),
+        own.new_empty(own.shape[::-1]),
+    )
+    scratch = own.new_empty(few, d_vocab)
+    # forbidden tokens, -inf, tie with each other, and their difference is no number
+    forbids = bool(own.isneginf().any())
+    bounds = own.clamp_min(torch.finfo(own.dtype).min) if forbids else own
+    for start in range(0, n_rows, few):
+        rows = slice(start, start + few)
+        z = logits[rows].to(own.dtype)
+        work = scratch[: len(z)]
+        _set_maxima(z, found.largest[rows])
+        torch.amax(torch.softmax(z, -1, out=work), -1, out=found.top_prob[rows])
+        torch.sum(work.mul_(z), -1, out=found.mean[rows])
+        torch.sum(torch.mul(target[rows], z, out=work), -1, out=found.target_mean[rows])
+        ranked = z.clamp_min(torch.finfo(z.dtype).min) if forbids else z
+        for column, signs in zip(bounds[rows].T, found.signs, strict=True):
+            torch.sum(torch.sub(ranked, column[:, None], out=work).sign_(), -1, out=signs[rows])
+    for some in (~(found.mean + found.target_mean).isfinite()).nonzero()[:, 0].split(few):
+        z = logits[some].to(own.dtype)
+        found.mean[some] = expected(z.softmax(-1), z)
+        found.target_mean[some] = expected(target[some], z)
+    return found
+
+
+def _set_maxima(z: Float[Tensor, "row d_vocab"], out: Float[Tensor, "row n_sets"]) -> None:
+    """The largest logit of every set of `_SET` tokens that lie n_sets apart."""
+    n = out.shape[-1]
+    if n:
+        torch.amax(z[:, : n * _SET].unflatten(-1, (_SET, n)), 1, out=out)
+
+
+def top_tokens(
+    logits: Float[Tensor, "row d_vocab"], largest: Float[Tensor, "row n_sets"], k: int
+) -> Int[Tensor, "row k"]:
+    """The tokens of the k largest logits of each row, as `topk` finds them, in a third of its time.
+
+    They lie among the k sets of tokens whose own largest, given by `largest`, are largest.
+
+    >>> logits = torch.arange(10000.0).roll(3)[None]
+    >>> largest = torch.empty(1, 10000 // 32)
+    >>> _set_maxima(logits, largest)
+    >>> top_tokens(logits, largest, 3).tolist()
+    [[2, 1, 0]]
+    """
+    n = largest.shape[-1]
+    if n < 8 * k:
+        return logits.topk(k).indices
+    best = largest.topk(k).indices
+    ids = (best[:, None] + torch.arange(0, n * _SET, n, device=best.device)[:, None]).flatten(1)
+    rest = torch.arange(n * _SET, logits.shape[-1], device=best.device).expand(len(ids), -1)
+    ids = torch.cat([ids, rest], 1)
+    return ids.gather(1, logits.gather(1, ids).topk(k).indices)
 
 
 def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row"]:
@@ -263,23 +314,3 @@ def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"
     if bool(found.isfinite().all()):
         return found
     return torch.linalg.vecdot(probs, z.masked_fill(z.isneginf() & (probs == 0), 0.0))
-
-
-def top_tokens(logits: Float[Tensor, "row d_vocab"], k: int) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
-    """The k largest logits of each row and their tokens, as `topk` finds them, in a third of its time.
-
-    The k largest lie among the k sets of tokens whose own largest are largest.
-
-    >>> values, tokens = top_tokens(torch.arange(10000.0).roll(3)[None], 3)
-    >>> values.tolist(), tokens.tolist()
-    ([[9999.0, 9998.0, 9997.0]], [[2, 1, 0]])
-    """
-    n = logits.shape[-1] // _SET
-    if n < 8 * k:
-        return logits.topk(k).values, logits.topk(k).indices
-    best = logits[:, : n * _SET].unflatten(-1, (_SET, n)).amax(1).topk(k).indices
-    ids = (best[:, None] + torch.arange(0, n * _SET, n, device=best.device)[:, None]).flatten(1)
-    rest = torch.arange(n * _SET, logits.shape[-1], device=best.device).expand(len(ids), -1)
-    ids = torch.cat([ids, rest], 1)
-    values, places = logits.gather(1, ids).topk(k)
-    return values, ids.gather(1, places)
