@@ -43,13 +43,6 @@ class Reading(NamedTuple):
     kl: Float[Tensor, "layer row"]
 
 
-class Target(NamedTuple):
-    """What the model itself says of some rows: the last layer's reading, against which the others are held."""
-
-    probs: Float[Tensor, "row d_vocab"]
-    minus_entropy: Float[Tensor, "row"]
-
-
 def packing(rows: int) -> AbstractContextManager:
     """Packed weights where so many rows are multiplied; packing is a pass over the weights, too much for a few."""
     return packed_linears(rows=1024) if rows >= _WORTH_PACKING else nullcontext()
@@ -134,7 +127,8 @@ def read_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -
 def final_logits(model: "HookedTransformer", stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
     """What the model itself says of rows, with the products that `read_streams` would form for it."""
     with torch.no_grad():
-        return torch.cat([model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))])
+        each = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
+    return each[0] if len(each) == 1 else torch.cat(each)
 
 
 def _rows_at_once(model: "HookedTransformer", n_rows: int) -> int:
@@ -195,10 +189,7 @@ def read_streams(
 def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, translate: Translate | None) -> Reading:
     """Rows few enough that their final distributions are kept while all layers are compared with them."""
     n_layers, n_rows = streams.shape[:2]
-    wide = widened(final)
-    log_probs = wide.log_softmax(-1)
-    probs = log_probs.exp()
-    target = Target(probs, expected(probs, log_probs))
+    target = widened(final).softmax(-1)
     readings = []
     layers = max(1, _LOGITS_AT_ONCE // (n_rows * model.cfg.d_vocab_out))  # short prompts: several layers in one product
     for start in range(0, n_layers - 1, layers):
@@ -206,19 +197,22 @@ def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, tr
         if translate is not None:
             x = torch.stack([translate(start + i, one) for i, one in enumerate(x)])
         readings += [_described(logits, target, asked, k) for logits in model.read_out(x)]
-    last = _described(wide, target, asked, k)
-    readings.append(last._replace(kl=torch.zeros_like(last.kl)))  # of the model from itself: 0, not rounding
-    return Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
+    readings.append(_described(final, target, asked, k))
+    found = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
+    kl = (found.kl - found.entropy[-1]).clamp_min_(0)
+    kl[-1] = 0  # the model's from itself: not rounding
+    return found._replace(kl=kl)
 
 
-def _described(logits: Float[Tensor, "row d_vocab"], target: Target, asked: Tensor, k: int) -> Reading:
-    """One layer's rows."""
+def _described(
+    logits: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], asked: Tensor, k: int
+) -> Reading:
+    """One layer's rows; under `kl` the cross-entropy, from which the target's entropy is still to be taken."""
     k = min(k, logits.shape[-1])
-    dtype = target.probs.dtype
-    own = logits.gather(-1, asked).to(dtype)
-    sums = _sums(logits, target.probs, own)
+    own = logits.gather(-1, asked).to(target.dtype)
+    sums = _sums(logits, target, own)
     ids = top_tokens(logits, sums.largest, k)
-    best = logits.gather(-1, ids).to(dtype)
+    best = logits.gather(-1, ids).to(target.dtype)
     log_total = best[:, :1] - sums.top_prob.log()[:, None]
     return Reading(
         ids,
@@ -227,7 +221,7 @@ def _described(logits: Float[Tensor, "row d_vocab"], target: Target, asked: Tens
         (sums.signs.T.long() + logits.shape[-1] - 1) // 2,
         own - log_total,
         log_total[:, 0] - sums.mean,
-        (log_total[:, 0] - sums.target_mean + target.minus_entropy).clamp_min(0),  # KL(final || lens)
+        log_total[:, 0] - sums.target_mean,
     )
 
 
