@@ -1,8 +1,11 @@
 """What every method returns: a frozen record that shows shapes, draws itself and can be saved and read back."""
 
+import functools
+import inspect
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -10,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import HooklensError, InputError, WrongType
 from hooklens.table import Table, format_number
 
@@ -47,6 +51,9 @@ class Result:
         super().__init_subclass__(**options)
         if "__repr__" not in vars(cls):
             cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # else @dataclass would write one that prints whole tensors
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and (name == "table" or name.startswith("top")):
+                setattr(cls, name, _counting(method))
         _CLASSES[cls.__module__, cls.__qualname__] = cls
 
     def __repr__(self) -> str:
@@ -115,6 +122,20 @@ class Result:
                 f"use {type(result).__name__}.load or Result.load"
             )
         return result
+
+
+def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`table(n)`, `top(k)`, `top_edges(n)`: the number checked, since a slice takes -1 as "all but the last"."""
+    number = next(itertools.islice(inspect.signature(method).parameters, 1, None), None)
+
+    @functools.wraps(method)
+    def counted(self: Result, *args: Any, **named: Any) -> Any:
+        asked = args[0] if args else named.get(str(number))
+        if asked is not None:
+            whole(str(number), asked)
+        return method(self, *args, **named)
+
+    return counted
 
 
 def result_classes() -> Mapping[tuple[str, str], type[Result]]:

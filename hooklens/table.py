@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.core.terminal import visible
 
@@ -52,7 +53,7 @@ class Table:
         >>> len(Table(["n"], [(1,), (2,), (3,)]).head(2))
         2
         """
-        return self if n is None else Table(self.columns, self.rows[: max(n, 0)])
+        return self if n is None else Table(self.columns, self.rows[: whole("n", n)])
 
     def texts(self) -> list[list[str]]:
         """Every cell as it is shown: numbers of a column share their decimals, control characters are visible.

@@ -16,6 +16,7 @@ from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, View
 from hooklens.model.linear import Linear, is_plain, matrix_of
 from hooklens.model.norms import make_norm
+from hooklens.model.views import KVHeadWeight
 
 Stream = Float[Tensor, "batch pos d_model"]
 Queries = Float[Tensor, "batch query_pos head d_head"]
@@ -185,11 +186,11 @@ class Attention(HookedPart):
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return self.k.weight.unflatten(0, (-1, self.d_head)).mT
+        return self.k.weight.unflatten(0, (-1, self.d_head)).mT.as_subclass(KVHeadWeight)
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return self.v.weight.unflatten(0, (-1, self.d_head)).mT
+        return self.v.weight.unflatten(0, (-1, self.d_head)).mT.as_subclass(KVHeadWeight)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -201,11 +202,11 @@ class Attention(HookedPart):
 
     @property
     def b_K(self) -> Float[Tensor, "kv_head d_head"] | None:
-        return None if self.k.bias is None else self.k.bias.view(-1, self.d_head)
+        return None if self.k.bias is None else self.k.bias.view(-1, self.d_head).as_subclass(KVHeadWeight)
 
     @property
     def b_V(self) -> Float[Tensor, "kv_head d_head"] | None:
-        return None if self.v.bias is None else self.v.bias.view(-1, self.d_head)
+        return None if self.v.bias is None else self.v.bias.view(-1, self.d_head).as_subclass(KVHeadWeight)
 
     @property
     def b_O(self) -> Float[Tensor, "d_model"] | None:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import Absent, ArgumentError, InputError, WrongType
 from hooklens.core.hooks import HookScope, edited_elsewhere
@@ -110,7 +111,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real)):
             value = getattr(self, name)
-            if not isinstance(value, kind) and (value is not None or name == "temperature"):
+            good = isinstance(value, kind) and not isinstance(value, bool)
+            if not good and (value is not None or name == "temperature"):
                 raise WrongType(f"{name} is {'a whole' if kind is Integral else 'a'} number, got {value!r}")
         if not 0 <= self.temperature < math.inf:
             raise ArgumentError("{temperature} must be 0 (greedy) or a positive number, got {0}", self.temperature)
@@ -185,7 +187,8 @@ def generate(
     stops, emit = Stops.of(stop, model.tokenizer), _emitter(stream, len(prompts))
     rows = [Continuation(p, model.tokenizer, stops, emit and _to(emit, i)) for i, p in enumerate(prompts)]
     scopes = _captures(model, capture or {}, max_new_tokens)
-    generator, named = _generator(seed) if temperature else (None, None)
+    drawn = _generator(seed)
+    generator, named = drawn if temperature else (None, None)
     reached: dict[int, ActivationCache] = {}
     try:
         _run(model, rows, sampling, generator, scopes, reached, max_new_tokens)
@@ -349,7 +352,7 @@ def _captures(
 ) -> dict[int, tuple[HookScope, ActivationCache]]:
     if not isinstance(capture, Mapping):
         raise WrongType(f"capture maps steps to what is cached there, such as {{0: 'resid_post'}}; got {capture!r}")
-    wrong = [step for step in capture if not isinstance(step, int) or not 0 <= step < n_steps]
+    wrong = [s for s in capture if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < n_steps]
     if wrong:
         last = n_steps - 1
         raise InputError(f"capture asks for step {wrong[0]!r}; with max_new_tokens={n_steps} the steps are 0 to {last}")
@@ -359,15 +362,20 @@ def _captures(
 def _generator(seed: int | torch.Generator | None) -> tuple[torch.Generator, int]:
     if isinstance(seed, torch.Generator):
         return seed, seed.initial_seed()
-    generator = torch.Generator()
     if seed is None:
+        generator = torch.Generator()
         return generator, generator.seed()
-    if not isinstance(seed, Integral):
-        raise WrongType(f"seed is a whole number or a torch.Generator, got {seed!r}")
-    return generator.manual_seed(int(seed)), int(seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise WrongType(f"seed is a whole number or a torch.Generator, got {seed!r:.80}")
+    return seeded(int(seed)), int(seed)
 
 
 def _emitter(stream: bool | OnPiece, n_prompts: int) -> OnPiece | None:
+    if not isinstance(stream, bool | None) and not callable(stream):
+        raise WrongType(
+            "stream is True, which prints, False, or a function of the prompt's number and a piece of text; got "
+            f"{stream!r:.80}"
+        )
     if stream is True and n_prompts > 1:
         raise InputError(
             f"stream=True prints one continuation, and there are {n_prompts} prompts; pass a function that takes the "

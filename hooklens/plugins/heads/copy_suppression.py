@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import is_plain, packed_linears
@@ -133,7 +134,7 @@ def anti_copy(
 
 def _another(tokens: Int[Tensor, "sequence pos"], d_vocab: int, seed: int) -> Int[Tensor, "sequence pos"]:
     """For each key another token, drawn once: of its prompt but the first position, else of the vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     differs = tokens[:, :, None] != tokens[:, None, :]
     differs[:, :, 0] = False
     drawn = torch.rand(differs.shape, generator=generator).to(tokens.device).masked_fill(~differs, -1.0)
