@@ -11,7 +11,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.data.repeated import repeated_tokens
-from hooklens.model.linear import is_plain, packed_linears
+from hooklens.model.linear import is_plain, packed_linears, without_bias
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
 from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.progress import tracked
@@ -166,7 +166,7 @@ def to_logits(
     linear = model.unembed.linear
     if is_plain(linear):
         return x @ linear.weight[tokens].T
-    return (linear(x) - linear(torch.zeros_like(x)))[..., tokens]
+    return without_bias(linear, x)[..., tokens]
 
 
 def _of_layer(
