@@ -92,6 +92,12 @@ def test_print_of_any_demo_is_its_name_a_line_and_its_first_rows():
         assert lines[1] == str(found.table(9).head(8)).splitlines()[0]
 
 
+def test_the_line_above_the_rows_begins_with_what_they_are_compared_to():
+    for name, baseline in (("ablation", "whole"), ("previous_token", "chance"), ("patching", "clean")):
+        found = find(name).demo()(tiny_model())
+        assert repr(found).startswith(f"{type(found).__name__}: {baseline} {summary(getattr(found, baseline))}, ")
+
+
 def test_a_result_whose_table_fails_is_still_printed():
     @dataclass(frozen=True, eq=False)
     class Half(Result):

@@ -183,7 +183,7 @@ def _moved_masks(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
         return None
     rest = given[0].ndim - n_axes
     # With as many axes as the tensors have, so that an axis may be counted from the end.
-    wide = [mask[(..., *[None] * rest)] for mask in masks]
+    wide = [mask.reshape(*mask.shape, *[1] * rest) for mask in masks]
     out = func(wide if isinstance(args[0], list | tuple) else wide[0], *args[1:], **kwargs)
     narrow = (..., *[0] * rest)
     return out[narrow] if isinstance(out, Tensor) else [one[narrow] for one in out]

@@ -43,6 +43,7 @@ class PositionScores(Result):
     together, so that one head in a few reaches a share of 1 by chance where positions are rotary.
     """
 
+    _baselines = ("chance",)
     scores: Float[Tensor, "layer head query_pos key_pos"]
     p: PerHead
     how: str
