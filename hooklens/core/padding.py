@@ -185,8 +185,9 @@ def _moved_masks(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
     # With as many axes as the tensors have, so that an axis may be counted from the end.
     wide = [mask.reshape(*mask.shape, *[1] * rest) for mask in masks]
     out = func(wide if isinstance(args[0], list | tuple) else wide[0], *args[1:], **kwargs)
-    narrow = (..., *[0] * rest)
-    return out[narrow] if isinstance(out, Tensor) else [one[narrow] for one in out]
+    many = [out] if isinstance(out, Tensor) else out
+    moved = [one.reshape(one.shape[: one.ndim - rest]) for one in many]
+    return moved[0] if isinstance(out, Tensor) else moved
 
 
 def _dims(name: str, args: tuple, kwargs: dict, ndim: int) -> set[int]:
