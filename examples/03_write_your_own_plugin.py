@@ -70,7 +70,6 @@ def demo(model: HookedTransformer) -> StreamChange:
 # %%
 result = demo(tiny_model())
 print(result)
-print(result.table())
 print(demo(induction_model()).table())
 
 # %% [markdown]

@@ -1,21 +1,27 @@
 """What every method returns: a frozen record that shows shapes, draws itself and can be saved and read back."""
 
+import functools
+import inspect
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import HooklensError, InputError, WrongType
 from hooklens.table import Table, format_number
 
 __all__ = ["Result", "Table", "plain", "summary"]
 
 _SHOWN = 24  # rows of a table in a notebook
+_PRINTED = 8  # rows of a table where a result is printed
+_HEADLINE = 110  # characters
 R = TypeVar("R", bound="Result")
 _CLASSES: dict[tuple[str, str], type["Result"]] = {}
 _KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "complex": "Complex", "bool": "Bool"}
@@ -40,16 +46,43 @@ class Result:
     site    'z'
 
     Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
-    A subclass overrides `table`, `top` and `figure` where they mean something.
+    A subclass overrides `table`, `top` and `figure` where they mean something; then it prints as its first rows.
     """
+
+    #: Properties that are needed to read the table, which the headline begins with.
+    _baselines: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__repr__" not in vars(cls):
             cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # else @dataclass would write one that prints whole tensors
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and (name == "table" or name.startswith("top")):
+                setattr(cls, name, _counting(method))
         _CLASSES[cls.__module__, cls.__qualname__] = cls
 
     def __repr__(self) -> str:
+        """Name, headline and the first rows of the table; a class that has no table of its own in one line."""
+        if type(self).table is Result.table:
+            return self._in_one_line()
+        try:
+            table, head = self.table(_PRINTED + 1), self.headline()
+            more = "\n... more rows: .table(None)" if len(table) > _PRINTED else ""
+            return f"{type(self).__name__}{': ' if head else ''}{head}\n{table.head(_PRINTED)}{more}"
+        except Exception:  # a repr must not fail: tracebacks and debuggers show it, also of a result half made
+            return self._in_one_line()
+
+    def headline(self) -> str:
+        """One line to read the table by: the baselines, then what else is a number or a word."""
+        line = ""
+        for name in (*self._baselines, *(field.name for field in fields(self) if field.repr)):
+            value = getattr(self, name)
+            if isinstance(value, bool | str | Real) and value != "":
+                longer = f"{line}{', ' if line else ''}{name} {summary(value)}"
+                line = longer if len(longer) <= _HEADLINE else line
+        return line
+
+    def _in_one_line(self) -> str:
         shown = (f"{field.name}={summary(getattr(self, field.name))}" for field in fields(self) if field.repr)
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -117,6 +150,20 @@ class Result:
         return result
 
 
+def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`table(n)`, `top(k)`, `top_edges(n)`: the number checked, since a slice takes -1 as "all but the last"."""
+    number = next(itertools.islice(inspect.signature(method).parameters, 1, None), None)
+
+    @functools.wraps(method)
+    def counted(self: Result, *args: Any, **named: Any) -> Any:
+        asked = args[0] if args else named.get(str(number))
+        if asked is not None:
+            whole(str(number), asked)
+        return method(self, *args, **named)
+
+    return counted
+
+
 def result_classes() -> Mapping[tuple[str, str], type[Result]]:
     """Every Result subclass defined so far, by module and qualified name: what a file may be matched against."""
     return _CLASSES
@@ -139,7 +186,9 @@ def summary(value: Any) -> str:
     if isinstance(value, list | tuple | dict):
         kind = next(kind.__name__ for kind in (list, tuple, dict) if isinstance(value, kind))
         return f"{kind} of {len(value)}"
-    if isinstance(value, Result) or value is None or isinstance(value, bool):
+    if isinstance(value, Result):
+        return value._in_one_line()
+    if value is None or isinstance(value, bool):
         return repr(value)
     return type(value).__name__
 

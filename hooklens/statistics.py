@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 
@@ -170,7 +171,7 @@ def sign_flip_p(
         signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * n).reshape(-1, n)
         extra = 0
     else:
-        signs = torch.randint(2, (draws, n), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+        signs = torch.randint(2, (draws, n), generator=seeded(seed)) * 2.0 - 1
         extra = 1  # what was seen is one of the patterns
     hits = []
     for cells in sums.split(max(1, _CELLS * 4096 // len(signs)), dim=1):
@@ -220,7 +221,7 @@ def halves(n: int, *, group: Groups = None, seed: int = 0) -> tuple[Int[Tensor, 
     n_groups = int(number.max()) + 1
     if n_groups < 2:
         raise InputError(f"two halves need at least two independent groups of prompts, got {n_groups}")
-    order = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n_groups, generator=seeded(seed))
     first = torch.isin(number, order[: n_groups // 2])
     return first.nonzero().flatten(), (~first).nonzero().flatten()
 
@@ -246,7 +247,7 @@ def _weights(number: Int[Tensor, "pair"], draws: int, seed: int) -> Float[Tensor
 
 def _counts(n: int, draws: int, seed: int) -> Float[Tensor, "draw group"]:
     """How often each draw holds each group."""
-    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(n, (draws, n), generator=seeded(seed))
     return torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(draws, n, dtype=torch.float64))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.core.terminal import visible
 
@@ -52,7 +53,7 @@ class Table:
         >>> len(Table(["n"], [(1,), (2,), (3,)]).head(2))
         2
         """
-        return self if n is None else Table(self.columns, self.rows[: max(n, 0)])
+        return self if n is None else Table(self.columns, self.rows[: whole("n", n)])
 
     def texts(self) -> list[list[str]]:
         """Every cell as it is shown: numbers of a column share their decimals, control characters are visible.
@@ -182,20 +183,21 @@ def _rich(columns: Sequence[tuple[str, list[str], bool]], widths: Sequence[int |
 def format_number(value: int | float, decimals: int | None = None) -> str:
     """A number in as many digits as help: about four significant ones.
 
-    >>> [format_number(x) for x in (3.2, 12, 1234.567, 0.00012, -1e-9, float("inf"))]
-    ['3.200', '12', '1235', '0.0001200', '-1.00e-09', 'inf']
+    >>> [format_number(x) for x in (3.2, 12, 1234.567, 0.00012, -1e-9, -0.0, float("inf"))]
+    ['3.200', '12', '1235', '0.0001200', '-1.00e-09', '0', 'inf']
     """
     if isinstance(value, Integral):
         return str(int(value))
     if not math.isfinite(value) or value == 0:
-        return f"{value:.{decimals or 0}f}" if value == 0 else str(float(value))
+        return f"{0.0:.{decimals or 0}f}" if value == 0 else str(float(value))
     if decimals is None:
         if abs(value) < 1e-4:
             return f"{value:.2e}"
         decimals = _decimals(value)
     if abs(value) >= 1e7 or abs(value) < 0.5 * 10.0**-decimals:
         return f"{value:.1e}" if abs(value) < 1 else f"{value:.3e}"
-    return f"{value:.{decimals}f}"
+    text = f"{value:.{decimals}f}"
+    return text if text.strip("-0.") else text.removeprefix("-")
 
 
 def _decimals(value: float) -> int:

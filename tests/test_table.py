@@ -110,3 +110,11 @@ def test_only_what_follows_a_value_is_its_interval():
     assert [name for name, _, _ in text.joined()] == ["name", "low", "high"]
     missing = Table(["x", "low", "high"], [(0.5, float("nan"), float("nan")), (None, None, None)])
     assert missing.joined() == [("x [low, high]", ["0.500", ""], True)]
+
+
+def test_recovered_was_printed_as_minus_nothing():
+    column = Table(["recovered"], [(-0.0,), (0.25,), (0.0,), (torch.tensor(-0.0),)])
+    assert column.texts() == [["0.0000"], ["0.2500"], ["0.0000"], ["0.0000"]]
+    assert Table(["x"], [(-0.5,), (2000.0,), (-1.0,)]).texts() == [["0"], ["2000"], ["-1"]]
+    assert "-0.0" not in column.to_html() + column.to_markdown() + str(column.joined())
+    assert Table(["x"], [(-0.0,)]).texts() == [["0.0"]] and format_number(-0.0) == "0" and format_number(-0.01) != "0"

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, NameNotFound
+from hooklens.core.arguments import check_target, layer_number
+from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.core.names import Where, axes, parse, resolve
 from hooklens.core.padding import take
 
@@ -119,6 +120,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def to(self, device=None, dtype: torch.dtype | None = None) -> "ActivationCache":
         """The cache on another device, or its floating-point entries in another dtype."""
+        check_target(device, dtype)
         return self.map(lambda name, act: converted(act, device, dtype))
 
     def slice(
@@ -273,6 +275,8 @@ class ActivationCache(Mapping[str, Tensor]):
         Linear in the stack: centred where the norm centres, divided by the scale, times the norm's weight, without its
         bias. So the sum over components of a full decomposition is the norm's output minus its bias.
         """
+        if not isinstance(stack, Tensor):
+            raise WrongType(f"a stack is a tensor [component ... d_model], as decompose_resid gives; got {stack!r:.80}")
         norm, name = self._norm(layer, mlp_input)
         if norm is None:
             return stack
@@ -353,7 +357,7 @@ class ActivationCache(Mapping[str, Tensor]):
         return self._need_model().hook_points().keys() if self.model is not None else list(self._entries)
 
     def _end(self, layer: int | None) -> int:
-        n_layers = self._n_layers()
+        n_layers, layer = self._n_layers(), layer_number("layer", layer)
         if layer is None:
             return n_layers
         if not -1 <= layer <= n_layers:

@@ -29,6 +29,10 @@ class Absent(InputError, AttributeError):
     """An attribute that objects of this kind can have and this one has not: `hasattr` is False, `getattr` defaults."""
 
 
+class OutOfRange(InputError, IndexError):
+    """An index past the end of an axis."""
+
+
 class KeepsPropertyErrors:
     """Put before nn.Module: what a property says of an attribute that is absent reaches the caller.
 

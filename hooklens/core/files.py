@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hooklens.core.arguments import path_of
 from hooklens.core.errors import FileRefused, HooklensError, InputError, NameNotFound, Unavailable
 
 _FULL = "the disk is full (or a quota is reached); free some space, or choose another folder"
@@ -41,7 +42,7 @@ def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
     than the file: every exception in it is taken as the file's fault. Errors of hooklens pass through, but a name that
     does not exist is the file's fault too.
     """
-    asked = f"{what} was to be read from {os.fspath(path)!r}, but"
+    asked = f"{what} was to be read from {str(path_of(path))!r}, but"
     try:
         yield
     except NameNotFound as error:
@@ -112,7 +113,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     An existing file keeps its old content until the new one is complete, also when the body raises
     or the program is interrupted. A symbolic link is followed: what it points to is replaced.
     """
-    target = _target(Path(path))
+    target = _target(path_of(path))
     _sweep_once(target.parent)
     temporary = target.parent / f"{unfinished_name(_ASIDE)}{target.suffix[:16]}"
     try:
@@ -141,7 +142,7 @@ def check_writable(path: str | os.PathLike) -> None:
     ...
     hooklens.core.errors.InputError: cannot write 'no_such_folder/report.html': there is no folder 'no_such_folder'; ...
     """
-    target = _target(Path(path))
+    target = _target(path_of(path))
     probe = target.parent / unfinished_name(_ASIDE)
     try:
         _create(probe)
@@ -152,7 +153,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 def make_folder(path: str | os.PathLike) -> Path:
     """The folder of that path, made with the folders above it where they are missing."""
-    folder = Path(path)
+    folder = path_of(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

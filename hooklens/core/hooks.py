@@ -1,5 +1,6 @@
 """Hook points, and scopes that own the hooks in them: a hook lives as long as its `with` block or its handle."""
 
+import inspect
 import itertools
 import sys
 import weakref
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hooklens.core.allocator import keep_freed_pages
+from hooklens.core.arguments import check_target
 from hooklens.core.cache import ActivationCache, Entries, converted
 from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
 from hooklens.core.gradients import need_gradients
@@ -417,6 +419,7 @@ class HookedModule(HookedPart):
         for pair in hooks:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
                 raise WrongType(f"a hook is given as (where, function), for example (('z', 5), fn); got {pair!r}")
+            _check_takes_two(pair[1])
             for point in self.resolve(pair[0]):
                 scope.entries.setdefault(point, []).append(_Hook(lifetime, pair[1], backward=backward))
 
@@ -426,6 +429,7 @@ class HookedModule(HookedPart):
             raise InputError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
         if not callable(fn):
             raise WrongType(f"a hook is a function (act, hook) -> Tensor | None, got {fn!r}")
+        _check_takes_two(fn)
         return Handle(self.resolve(where), fn, dir == "bwd")
 
     def reset_hooks(self) -> None:
@@ -460,7 +464,7 @@ class HookedModule(HookedPart):
         if grads and not torch.is_grad_enabled():
             raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
         keep_freed_pages()
-        _check_target(device, dtype)
+        check_target(device, dtype)
         chosen = self._plain_points() if where is None else self.resolve(where)
         entries = Entries()
         scope = HookScope(self, {})
@@ -492,17 +496,18 @@ class HookedModule(HookedPart):
         return output, cache
 
 
-def _check_target(device: Any, dtype: Any) -> None:
-    """Can what is captured be moved there?"""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise WrongType(f"dtype is a floating-point torch.dtype of 16 bits or more, got {dtype!r:.80}")
-    if device is None:
+def _check_takes_two(fn: HookFn) -> None:
+    """Can the function be called with an activation and a HookCall?"""
+    try:
+        takes = inspect.signature(fn)
+    except (TypeError, ValueError):  # written in C: it does not say
         return
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise InputError(
-            f"device={device!r:.80} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
+        takes.bind(None, None)
+    except TypeError as error:
+        raise WrongType(
+            f"a hook is called with two arguments, (act, hook) -> Tensor | None, and {_name_of(fn)} takes {takes} "
+            f"({error}); write, for example, lambda act, hook: act * 0"
         ) from error
 
 

@@ -17,6 +17,10 @@ _ELEMENTWISE |= {"bfloat16", "clone", "contiguous", "cpu", "cuda", "detach", "do
 # ... if they work along the last axis only.
 _LAST_AXIS = {"amax", "argmax", "argsort", "log_softmax", "logsumexp", "max", "mean", "min", "softmax", "sort", "sum"}
 _KEEPING = _ELEMENTWISE | _LAST_AXIS | {"topk"}
+# Operations that take, leave out, repeat or join rows where they work along the batch axis, so that each row of their
+# result has the mask it had; and which of their arguments is the axis.
+_BY_ROW = {"cat": 1, "chunk": 2, "concat": 1, "concatenate": 1, "flip": 1, "index_select": 1, "narrow": 1}
+_BY_ROW |= {"repeat_interleave": 2, "roll": 2, "select": 1, "split": 2, "stack": 1, "tensor_split": 2}
 # Operations that would select by column, padding included.
 _BY_COLUMN = frozenset({"select", "narrow", "index_select", "__setitem__"})
 
@@ -98,8 +102,10 @@ class PaddedTensor(Tensor):
     Numbers that index the position axis count each row's real tokens, and raise where a row has fewer: `logits[:, -1]`
     is what each prompt's last token says, `logits[:, -2:]` what its last two say. Slices from the start, such as
     `logits[:, 1:]` and `logits[:, :-1]`, leave out columns and keep the mask of the others, as does what works on each
-    position alone, such as `log_softmax(-1)`. Any other operation gives a plain tensor, whose columns are as padded;
-    `as_subclass(torch.Tensor)` gives that at once, `logits[mask]` all real positions.
+    position alone, such as `log_softmax(-1)`. What takes, reorders or joins rows (`logits.flip(0)`, `index_select`,
+    `split`, `torch.cat` of batches, of which a plain one has no padding) gives each row its mask. Any other operation
+    gives a plain tensor, whose columns are as padded, and so does a file; `as_subclass(torch.Tensor)` gives that at
+    once, `logits[mask]` all real positions.
 
     >>> logits = padded(torch.tensor([[[1.0], [2.0], [0.0]]]), torch.tensor([[True, True, False]]))
     >>> logits[0, -1], type(logits.sum()).__name__
@@ -124,10 +130,16 @@ class PaddedTensor(Tensor):
                 )
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
+            if name in _BY_ROW and args and "out" not in kwargs:
+                return _with_rows(out, _moved_masks(func, name, args, kwargs))
             return _kept(out, args[:1] if name == "to" else args) if _rowwise(name, args, kwargs) else out
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Tensor:
         return padded(copy.deepcopy(self.as_subclass(Tensor), memo), self.attention_mask)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A plain tensor, so that torch.load(weights_only=True) reads it, also where there is no hooklens.
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def padded(x: Tensor, real: Bool[Tensor, "*batch pos"]) -> Tensor:
@@ -158,6 +170,42 @@ def _kept(out: Any, args: tuple) -> Any:
     if not isinstance(out, Tensor) or not masks or out.shape[: masks[0].ndim] != masks[0].shape:
         return out
     return padded(out, masks[0]) if all(torch.equal(masks[0], one) for one in masks[1:]) else out
+
+
+def _moved_masks(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+    """What the operation makes of the masks, as of its tensors; None where it does more than move whole rows."""
+    given = list(args[0]) if isinstance(args[0], list | tuple) else [args[0]]
+    n_axes = 1 if name == "stack" else 2  # rows are stacked to a batch; all others have one
+    masks = [x.attention_mask if isinstance(x, PaddedTensor) else x.new_ones(x.shape[:n_axes]).bool() for x in given]
+    dims = _dims(name, args, kwargs, given[0].ndim + (name == "stack"))
+    along_batch = 1 not in dims if name in ("flip", "roll") else dims == {0}
+    if not dims or not along_batch or any(mask.ndim != n_axes for mask in masks):
+        return None
+    rest = given[0].ndim - n_axes
+    # With as many axes as the tensors have, so that an axis may be counted from the end.
+    wide = [mask.reshape(*mask.shape, *[1] * rest) for mask in masks]
+    out = func(wide if isinstance(args[0], list | tuple) else wide[0], *args[1:], **kwargs)
+    many = [out] if isinstance(out, Tensor) else out
+    moved = [one.reshape(one.shape[: one.ndim - rest]) for one in many]
+    return moved[0] if isinstance(out, Tensor) else moved
+
+
+def _dims(name: str, args: tuple, kwargs: dict, ndim: int) -> set[int]:
+    """The axes that an operation was asked to work along; empty where it flattens."""
+    asked = [kwargs[key] for key in ("dim", "dims", "axis") if key in kwargs]
+    asked = asked or list(args[_BY_ROW[name] :] if name == "flip" else args[_BY_ROW[name] :][:1])
+    if not asked and name not in ("repeat_interleave", "roll"):
+        asked = [0]
+    flat = [dim for one in asked for dim in (one if isinstance(one, list | tuple) else (one,))]
+    return {dim % ndim for dim in flat if dim is not None}
+
+
+def _with_rows(out: Any, masks: Any) -> Any:
+    if masks is None:
+        return out
+    if isinstance(out, Tensor):
+        return padded(out, masks)
+    return type(out)(padded(one, mask) for one, mask in zip(out, masks, strict=True))
 
 
 def _selects_columns(x: PaddedTensor, name: str, args: tuple, kwargs: dict) -> bool:

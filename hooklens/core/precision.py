@@ -1,5 +1,7 @@
 """What must not be computed in half precision: sums, softmax, norms."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -11,3 +13,18 @@ def widened(x: Tensor) -> Tensor:
     (torch.float32, torch.float64)
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_wide_as(x: Tensor) -> AbstractContextManager[None]:
+    """A `with` block in which products have the dtype of their factors, also where torch.autocast would halve it.
+
+    >>> x = torch.ones(2, 2)
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     with as_wide_as(x):
+    ...         (x @ x).dtype
+    torch.float32
+    """
+    device = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

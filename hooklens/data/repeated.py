@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.metrics import MinusLoss
 from hooklens.model.config import TokenEmbed
@@ -86,7 +87,7 @@ def repeated_tokens(
             f"the first token, in this model's n_ctx {model.cfg.n_ctx} and {len(usable)} drawable tokens"
         )
     shortest = max(1, -(-2 * longest // 3)) if period is None else period
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     # every period as often as any other, so that even two sequences differ in theirs
     each = shortest + (torch.arange(n) + longest - shortest - n + 1) % (longest - shortest + 1)
     rows = [_row(usable, first, int(p), length, generator) for p in each]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hooklens.core.hooks import HookedPart, HookPoint
-from hooklens.core.precision import widened
+from hooklens.core.precision import as_wide_as, widened
 from hooklens.core.scope import Lifetime, Scope
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.embed import rotate, soft_cap
@@ -16,6 +16,7 @@ from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import Context, View
 from hooklens.model.linear import Linear, is_plain, matrix_of
 from hooklens.model.norms import make_norm
+from hooklens.model.views import KVHeadWeight
 
 Stream = Float[Tensor, "batch pos d_model"]
 Queries = Float[Tensor, "batch query_pos head d_head"]
@@ -120,12 +121,14 @@ class Attention(HookedPart):
 
     def scores(self, q: Queries, k: Keys, view: View) -> Scores:
         """q k / scale, capped, masked with -inf; in float32 or wider, as the fused kernel forms them: in half precision
-        a product can overflow, and a large score is rounded by more than its neighbours differ.
+        a product can overflow, and a large score is rounded by more than its neighbours differ. torch.autocast is kept
+        out of it too.
         """
         batch, n_q, n_k = q.shape[0], q.shape[1], k.shape[1]
         q, k = widened(q), widened(k)
         grouped = q.transpose(1, 2).reshape(batch, self.n_kv_heads, -1, self.d_head)  # heads of a group share keys
-        raw = (grouped @ k.permute(0, 2, 3, 1)).view(batch, self.n_heads, n_q, n_k) / self.scale
+        with as_wide_as(q):
+            raw = (grouped @ k.permute(0, 2, 3, 1)).view(batch, self.n_heads, n_q, n_k) / self.scale
         raw = soft_cap(raw, self.soft_cap)
         if view.causal:
             seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril()
@@ -185,11 +188,11 @@ class Attention(HookedPart):
 
     @property
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return self.k.weight.unflatten(0, (-1, self.d_head)).mT
+        return self.k.weight.unflatten(0, (-1, self.d_head)).mT.as_subclass(KVHeadWeight)
 
     @property
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return self.v.weight.unflatten(0, (-1, self.d_head)).mT
+        return self.v.weight.unflatten(0, (-1, self.d_head)).mT.as_subclass(KVHeadWeight)
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -201,11 +204,11 @@ class Attention(HookedPart):
 
     @property
     def b_K(self) -> Float[Tensor, "kv_head d_head"] | None:
-        return None if self.k.bias is None else self.k.bias.view(-1, self.d_head)
+        return None if self.k.bias is None else self.k.bias.view(-1, self.d_head).as_subclass(KVHeadWeight)
 
     @property
     def b_V(self) -> Float[Tensor, "kv_head d_head"] | None:
-        return None if self.v.bias is None else self.v.bias.view(-1, self.d_head)
+        return None if self.v.bias is None else self.v.bias.view(-1, self.d_head).as_subclass(KVHeadWeight)
 
     @property
     def b_O(self) -> Float[Tensor, "d_model"] | None:

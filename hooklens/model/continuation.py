@@ -58,9 +58,16 @@ class Continuation:
         self.prompt, self.tokenizer, self.stops, self.emit = prompt, tokenizer, stops, emit
         self.ids: list[int] = []
         self.stopped, self.shown = False, 0
-        if tokenizer is None and (emit is not None or stops.texts):
-            asked = "stream=" if emit is not None else f"the stop text {stops.texts[0]!r}"
-            raise InputError(f"{asked} needs a tokenizer, which this model does not have; stop on token ids instead")
+        if tokenizer is None and emit is not None:
+            raise InputError(
+                "stream= hands on text, which needs a tokenizer, and this model has none; leave stream out and read "
+                "the result's new_tokens, or give the model one: hl.load(..., tokenizer=...)"
+            )
+        if tokenizer is None and stops.texts:
+            raise InputError(
+                f"the stop text {stops.texts[0]!r} needs a tokenizer, which this model does not have; stop on token "
+                "ids instead"
+            )
 
     def add(self, token: int) -> None:
         """One token more; after a stop nothing is added."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import Absent, InputError
+from hooklens.core.errors import Absent, InputError, OutOfRange
 from hooklens.core.precision import widened
 
 
@@ -108,8 +108,11 @@ class FactoredMatrix:
         inner = given - lead  # how many of the last two axes are indexed
         batch = index if inner <= 0 else index[: len(index) - inner]
         rows, cols = (*index[len(batch) :], slice(None), slice(None))[:2]
-        A, B = self.A[batch], self.B[batch]
-        return FactoredMatrix(A[..., _kept(rows, self.ldim), :], B[..., _kept(cols, self.rdim)])
+        try:
+            A, B = self.A[batch], self.B[batch]
+            return FactoredMatrix(A[..., _kept(rows, self.ldim), :], B[..., _kept(cols, self.rdim)])
+        except IndexError as error:
+            raise OutOfRange(f"the index {index} does not fit a FactoredMatrix {list(self.shape)}: {error}") from error
 
     def __iter__(self) -> Iterator["FactoredMatrix"]:
         return (self[i] for i in range(self.A.shape[0]))

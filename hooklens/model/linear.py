@@ -15,6 +15,7 @@ from typing import TypeGuard
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from hooklens.core.errors import InputError
@@ -134,16 +135,33 @@ def matrix_of(linear: nn.Module, d_in: int) -> Float[Tensor, "d_out d_in"]:
     if is_plain(linear):
         return linear.weight
     like = next(p for p in linear.parameters() if p.is_floating_point())
-    bias = linear(like.new_zeros(1, 1, d_in))
-    matrix = (linear(torch.eye(d_in, dtype=like.dtype, device=like.device)[None]) - bias)[0].mT
+    matrix = without_bias(linear, torch.eye(d_in, dtype=like.dtype, device=like.device)[None])[0].mT
     probe = torch.linspace(-1, 1, 3 * d_in, dtype=like.dtype, device=like.device).view(1, 3, d_in)
-    found, expected = linear(probe), F.linear(probe, matrix) + bias
+    found, expected = without_bias(linear, probe), F.linear(probe, matrix)
     if not bool((found - expected).abs().max() <= torch.finfo(like.dtype).eps ** 0.5 * found.abs().max()):
         raise InputError(
             f"this method needs the matrix of a {type(linear).__name__}, which is no linear map as it stands: call "
             "model.eval(), remove torch hooks that edit it, or merge the adapter into the weight"
         )
     return matrix
+
+
+def without_bias(linear: nn.Module, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+    """x times what the layer multiplies by, also where it is wrapped: linear(x) - linear(0).
+
+    >>> layer = Linear(2, 3)
+    >>> torch.allclose(without_bias(nn.Sequential(layer), torch.ones(4, 2)), torch.ones(4, 2) @ layer.weight.T)
+    True
+
+    A bias of -inf, which forbids a token, is called as 0: it would leave nothing of the product.
+    """
+    if is_plain(linear):
+        return F.linear(x, linear.weight)
+    vectors = {name: p for name, p in linear.named_parameters() if p.ndim == 1}
+    finite = {name: p.masked_fill(p.isinf(), 0.0) for name, p in vectors.items() if bool(p.isinf().any())}
+    if finite:
+        return functional_call(linear, finite, (x,)) - functional_call(linear, finite, (torch.zeros_like(x),))
+    return linear(x) - linear(torch.zeros_like(x))
 
 
 def kernel_of(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import Absent, ArgumentError, InputError, WrongType
 from hooklens.core.hooks import HookScope, edited_elsewhere
@@ -34,13 +35,15 @@ Row = Int[Tensor, "_pos"]  # rows of one call differ in length
 Logits = Float[Tensor, "batch d_vocab"]
 # Packing the weights takes about as long as it saves in this many steps.
 _PACKING_PAYS_FROM = 24
+_PRINTED, _PROMPT_SHOWN = 8, 300  # prompts, and characters of each, where a generation is printed
 
 
 @dataclass(frozen=True, eq=False)
 class Generation(Result):
     """What was generated, a prompt at a time.
 
-    `new_tokens` end with the stop token where one was met; `texts` (without a tokenizer: None) leave every stop out.
+    `new_tokens` end with the stop token where one was met; `texts` and `prompt_texts` are None without a tokenizer, and
+    `texts` leave every stop out.
     `caches` are those asked for, by step; a row of theirs is a prompt, also one that had stopped by then and was only
     run on beside the others. Shorter prompts are padded on the left there, where `attention_mask` is False: take
     positions with `cache.slice(pos=-1)`. `seed` repeats the draw.
@@ -52,6 +55,7 @@ class Generation(Result):
     stopped: list[bool]
     seed: int | None
     caches: dict[int, ActivationCache]
+    prompt_texts: list[str] | None = None
 
     @property
     def text(self) -> str:
@@ -76,19 +80,37 @@ class Generation(Result):
 
     def table(self, n: int | None = None) -> Table:
         """One row a prompt."""
-        texts = self.texts or [" ".join(map(str, row.tolist())) for row in self.new_tokens]
+        texts = self.texts or _as_numbers(self.new_tokens)
         counts = map(len, self.new_tokens)
         rows = zip(range(len(texts)), texts, counts, self.stopped, strict=True)
         return Table(("prompt", "continuation", "new tokens", "stopped"), list(rows)).head(n)
 
+    def __repr__(self) -> str:
+        """Each prompt, its end only where it is long, and what follows it."""
+        lines = [f"Generation: {len(self.prompts)} prompt{'s'[: len(self.prompts) > 1]}"]
+        for i, (prompt, text, told) in enumerate(self._told()[:_PRINTED]):
+            asked = prompt if len(prompt) <= _PROMPT_SHOWN else f"...{prompt[-_PROMPT_SHOWN:]}"
+            lines += [f"prompt {i}: {asked}", f"  {told}: {text}"]
+        rest = len(self.prompts) - _PRINTED
+        return "\n".join(lines + ([f"... {rest} more: .texts"] if rest > 0 else []))
+
     def _repr_html_(self) -> str:
-        """What a notebook shows: the text, with its own lines, a prompt at a time."""
+        """What a notebook shows: each prompt, paler, and what follows it, with their own lines."""
         look, shown = "white-space:pre-wrap;margin:.3em 0 1em", []
-        for prompt, text, count, stopped in self.table().rows:
-            said = html.escape(printable(text))
-            end = ", stopped by itself" if stopped else ""
-            shown.append(f'<div><b>prompt {prompt}</b>, {count} new tokens{end}<div style="{look}">{said}</div></div>')
+        for i, (prompt, text, told) in enumerate(self._told()):
+            asked = f'<span class="prompt" style="opacity:.6">{html.escape(prompt)}</span>'
+            said = f'<span class="continuation" style="font-weight:600">{html.escape(text)}</span>'
+            both = f"{asked}{said}" if self.prompt_texts else f"{asked} {said}"  # ids are set apart, texts are one
+            shown.append(f'<div><b>prompt {i}</b>, {told}<div style="{look}">{both}</div></div>')
         return f"<div>{''.join(shown)}</div>"
+
+    def _told(self) -> list[tuple[str, str, str]]:
+        """Of each prompt its text, the new text, and how much that is; ids where there is no tokenizer."""
+        prompts = self.prompt_texts or _as_numbers(self.prompts)
+        return [
+            (printable(prompt), printable(text), f"{count} new tokens{', stopped by itself' if stopped else ''}")
+            for prompt, (_, text, count, stopped) in zip(prompts, self.table().rows, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real)):
             value = getattr(self, name)
-            if not isinstance(value, kind) and (value is not None or name == "temperature"):
+            good = isinstance(value, kind) and not isinstance(value, bool)
+            if not good and (value is not None or name == "temperature"):
                 raise WrongType(f"{name} is {'a whole' if kind is Integral else 'a'} number, got {value!r}")
         if not 0 <= self.temperature < math.inf:
             raise ArgumentError("{temperature} must be 0 (greedy) or a positive number, got {0}", self.temperature)
@@ -185,7 +208,8 @@ def generate(
     stops, emit = Stops.of(stop, model.tokenizer), _emitter(stream, len(prompts))
     rows = [Continuation(p, model.tokenizer, stops, emit and _to(emit, i)) for i, p in enumerate(prompts)]
     scopes = _captures(model, capture or {}, max_new_tokens)
-    generator, named = _generator(seed) if temperature else (None, None)
+    drawn = _generator(seed)
+    generator, named = drawn if temperature else (None, None)
     reached: dict[int, ActivationCache] = {}
     try:
         _run(model, rows, sampling, generator, scopes, reached, max_new_tokens)
@@ -200,6 +224,10 @@ def generate(
     return _gathered(rows, named, reached)
 
 
+def _as_numbers(rows: list[Row]) -> list[str]:
+    return [" ".join(map(str, row.tolist())) for row in rows]
+
+
 def _gathered(rows: list[Continuation], seed: int | None, caches: dict[int, ActivationCache]) -> Generation:
     return Generation(
         prompts=[row.prompt for row in rows],
@@ -208,6 +236,7 @@ def _gathered(rows: list[Continuation], seed: int | None, caches: dict[int, Acti
         stopped=[row.stopped for row in rows],
         seed=seed,
         caches=caches,
+        prompt_texts=None if rows[0].tokenizer is None else [rows[0].tokenizer.to_string(row.prompt) for row in rows],
     )
 
 
@@ -349,7 +378,7 @@ def _captures(
 ) -> dict[int, tuple[HookScope, ActivationCache]]:
     if not isinstance(capture, Mapping):
         raise WrongType(f"capture maps steps to what is cached there, such as {{0: 'resid_post'}}; got {capture!r}")
-    wrong = [step for step in capture if not isinstance(step, int) or not 0 <= step < n_steps]
+    wrong = [s for s in capture if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < n_steps]
     if wrong:
         last = n_steps - 1
         raise InputError(f"capture asks for step {wrong[0]!r}; with max_new_tokens={n_steps} the steps are 0 to {last}")
@@ -359,15 +388,20 @@ def _captures(
 def _generator(seed: int | torch.Generator | None) -> tuple[torch.Generator, int]:
     if isinstance(seed, torch.Generator):
         return seed, seed.initial_seed()
-    generator = torch.Generator()
     if seed is None:
+        generator = torch.Generator()
         return generator, generator.seed()
-    if not isinstance(seed, Integral):
-        raise WrongType(f"seed is a whole number or a torch.Generator, got {seed!r}")
-    return generator.manual_seed(int(seed)), int(seed)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise WrongType(f"seed is a whole number or a torch.Generator, got {seed!r:.80}")
+    return seeded(int(seed)), int(seed)
 
 
 def _emitter(stream: bool | OnPiece, n_prompts: int) -> OnPiece | None:
+    if not isinstance(stream, bool | None) and not callable(stream):
+        raise WrongType(
+            "stream is True, which prints, False, or a function of the prompt's number and a piece of text; got "
+            f"{stream!r:.80}"
+        )
     if stream is True and n_prompts > 1:
         raise InputError(
             f"stream=True prints one continuation, and there are {n_prompts} prompts; pass a function that takes the "

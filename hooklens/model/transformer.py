@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor, nn
 
+from hooklens.core.arguments import layer_number, seeded
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.hooks import HookedModule, HookPoint, edited_elsewhere, moment
@@ -169,6 +170,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
     def _layers(self, start_at: int | None, stop_at: int | None) -> tuple[int, int]:
         n = self.cfg.n_layers
         for name, value in (("start_at_layer", start_at), ("stop_at_layer", stop_at)):
+            value = layer_number(name, value)
             if value is not None and not -n <= value <= n:
                 raise InputError(f"{name}={value} is out of range: this model has layers 0 to {n - 1} (or -{n} to -1)")
         start = 0 if start_at is None else start_at + n if start_at < 0 else start_at
@@ -208,6 +210,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         return tokens
 
     def _context(self, x: Input | Stream, mask: Mask | None, past: KVCache | None) -> Context:
+        if not isinstance(past, KVCache | None):
+            raise WrongType(f"kv_cache is an hl.KVCache, which passes fill, or None; got {past!r:.80}")
         n_new, offset = x.shape[1], 0 if past is None else past.length
         if offset + n_new > self.cfg.n_ctx:
             n_ctx = self.cfg.n_ctx
@@ -489,7 +493,7 @@ for _name in ("W_in", "W_gate", "W_out", "b_in", "b_out"):
 def initialise(model: HookedTransformer, seed: int) -> None:
     """Draw the initial weights from a generator of their own: N(0, std^2) weights, zero biases, unit norms."""
     cfg = model.cfg
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     std = cfg.init.std or 0.8 / math.sqrt(cfg.d_model)
     shrink = 1 / math.sqrt(2 * cfg.n_layers) if cfg.init.residual_scale else 1.0
     with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, OutOfRange
 
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")}
 
@@ -30,8 +30,13 @@ class ReadOnlyView(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         plain = [a.as_subclass(Tensor) if isinstance(a, ReadOnlyView) else a for a in args]
-        with torch._C.DisableTorchFunctionSubclass():
-            return _guarded(func(*plain, **kwargs), [p for p, a in zip(plain, args, strict=True) if p is not a])
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _guarded(func(*plain, **kwargs), [p for p, a in zip(plain, args, strict=True) if p is not a])
+        except IndexError as error:
+            if name != "__getitem__":
+                raise
+            raise _outside(args[0], args[1], error) from error
 
 
 class StackedWeight(ReadOnlyView):
@@ -64,7 +69,7 @@ class StackedWeight(ReadOnlyView):
                 return _guarded(copy[index], (copy,))
             return self._own(first)[tuple(rest)]  # not of the copy: an in-place write to it must count
         except IndexError as error:
-            raise self._outside(index, error) from error
+            raise _outside(self, index, error) from error
 
     def __setitem__(self, index: Any, value: Any) -> None:
         first, *rest = index if isinstance(index, tuple) else (index,)
@@ -76,16 +81,9 @@ class StackedWeight(ReadOnlyView):
             try:
                 self._own(first)[tuple(rest)] = value
             except IndexError as error:
-                raise self._outside(index, error) from error
+                raise _outside(self, index, error) from error
             # Through .data: a change that autograd counts makes it replay as_subclass here, without end.
             self.as_subclass(Tensor).data[first] = self.views[first]
-
-    def _outside(self, index: Any, error: IndexError) -> InputError:
-        return InputError(
-            f"the index {index!r} does not fit a stacked weight of shape {list(self.shape)} ({error}); keys and values "
-            "have an entry a key/value head, which several query heads can share: query head h reads that of "
-            "h // (cfg.n_heads // cfg.n_key_value_heads), and model.QK and model.OV have one a query head"
-        )
 
     def _own(self, layer: int) -> Tensor:
         n = len(self.views)
@@ -94,6 +92,40 @@ class StackedWeight(ReadOnlyView):
                 f"layer {layer} of a stacked weight asked for; there are layers 0 to {n - 1} (or -{n} to -1)"
             )
         return self.views[layer]
+
+
+class KVHeadWeight(Tensor):
+    """A layer's own W_K, W_V, b_K or b_V: a view to read and write, whose parts are plain tensors."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, tuple) and not index:
+            return self
+        try:
+            return self.as_subclass(Tensor)[index]
+        except IndexError as error:
+            raise _outside(self, index, error) from error
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        try:
+            self.as_subclass(Tensor)[index] = value
+        except IndexError as error:
+            raise _outside(self, index, error) from error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _outside(weight: Tensor, index: Any, error: IndexError) -> OutOfRange:
+    return OutOfRange(
+        f"the index {index!r} does not fit a weight of shape {list(weight.shape)} ({error}); keys and values have an "
+        "entry a key/value head, which several query heads can share: query head h reads that of "
+        "h // (cfg.n_heads // cfg.n_key_value_heads), and QK and OV have one a query head"
+    )
 
 
 def _is_number(index: Any) -> bool:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.hooks import HookCall
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import TokenEmbed
@@ -68,7 +69,7 @@ def check(model: HookedTransformer, *, n_tokens: int = 12, seed: int = 0) -> Che
 
 def random_inputs(model: HookedTransformer, *, batch: int, pos: int, seed: int) -> Inputs:
     """Random tokens, or vectors where the model reads these."""
-    cfg, generator = model.cfg, torch.Generator().manual_seed(seed)
+    cfg, generator = model.cfg, seeded(seed)
     if isinstance(cfg.embed, TokenEmbed):
         return torch.randint(cfg.d_vocab, (batch, pos), generator=generator).to(model.device)
     return torch.randn(batch, pos, cfg.embed.d_in, generator=generator).to(model.device, model.dtype)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hooklens.core.arguments import path_of
 from hooklens.core.checksum import Digest, save_tensors
 from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.files import make_folder, reading
@@ -41,7 +42,7 @@ def save_checkpoint(model: HookedTransformer, path: str | Path) -> None:
     >>> load_checkpoint(path).cfg == tiny_model().cfg
     True
     """
-    path = Path(path)
+    path = path_of(path)
     tensors = _savable(model)
     metadata = {"format": FORMAT, "config": json.dumps(model.cfg.to_json(), allow_nan=False)}
     if path.suffix != ".safetensors":
@@ -63,7 +64,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
     """The model that `save_checkpoint` wrote, in the dtype that it had unless another is asked for."""
-    path = Path(path)
+    path = path_of(path)
     with reading(path, "a checkpoint"):
         file = read_header(path / FOLDER_FILE if path.is_dir() else path)
         digest = Digest(file.metadata, {name: (entry.kind, entry.shape) for name, entry in file.entries.items()})

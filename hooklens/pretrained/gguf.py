@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from hooklens.core.arguments import path_of
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 from hooklens.pretrained.dequantize import DEQUANTISERS, can_dequantise, dequantise
@@ -135,7 +136,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
     A file that is not GGUF, is cut short, or declares tensors beyond its end is refused here.
     """
-    path = Path(path)
+    path = path_of(path)
     with reading(path, "a GGUF model"), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         magic = file.read(4)

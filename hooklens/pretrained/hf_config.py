@@ -1,7 +1,10 @@
 """Reading a Hugging Face config.json: sizes, activation, rotary positions and windows, each checked before use."""
 
 import math
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from hooklens.core.errors import InputError
 from hooklens.model.config import (
@@ -31,6 +34,29 @@ ACTIVATIONS = {
     "linear": "identity",
 }
 ROPE_TYPES = ("default", "linear", "llama3", "longrope")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_dtype(value: Any) -> bool:
+    if isinstance(value, dict):  # one for each part of a model of several
+        return all(one is None or _is_dtype(one) for one in value.values())
+    named = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    return value == "auto" or isinstance(named, torch.dtype)
+
+
+#: Settings that many configurations hold and not every family reads: of a wrong kind, the file is not what it seems.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sliding_window": (_is_count, "a whole number of tokens"),
+    "max_window_layers": (_is_count, "a whole number of layers"),
+    "layer_types": (lambda value: isinstance(value, list | tuple), "a list of the kinds of layers"),
+    "rope_parameters": (lambda value: isinstance(value, dict), "an object of settings"),
+    "rope_scaling": (lambda value: isinstance(value, dict), "an object of settings"),
+    "dtype": (_is_dtype, "the name of a torch dtype such as 'bfloat16'"),
+    "torch_dtype": (_is_dtype, "the name of a torch dtype such as 'bfloat16'"),
+}
 _WINDOWED = {"sliding_attention": True, "full_attention": False}
 
 
@@ -46,6 +72,10 @@ class HFConfig:
 
     def __init__(self, values: dict[str, Any], where: str, *, most_layers: int | None = None):
         self.values, self.where, self.most_layers = values, where, most_layers
+        for key, (good, needed) in _KINDS.items():
+            value = self.get(key)
+            if value is not None and not good(value):
+                raise InputError(f"{where}: {key} is {value!r:.80}; {needed} is needed, or null")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value, or the default where the key is absent or null."""

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import path_of
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 
@@ -72,7 +73,7 @@ class SafetensorsFile:
 
 def read_header(path: str | Path) -> SafetensorsFile:
     """What a safetensors file holds; one that is cut short, or is none, is refused here."""
-    path = Path(path)
+    path = path_of(path)
     with reading(path, "a safetensors file"), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int, Integer
 from torch import Tensor
 
+from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import make_folder, write_atomically
 
@@ -49,7 +50,7 @@ class Tokenizer:
         """From a Hugging Face folder: tokenizer.json, and what the settings files beside it say."""
         from hooklens.pretrained.tokenizer_files import read_folder
 
-        return cls(**read_folder(Path(folder)))
+        return cls(**read_folder(path_of(folder, "folder")))
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any]) -> "Tokenizer":

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import is_plain
@@ -233,7 +234,7 @@ def heads_write(
 
 def _turn(change: Float[Tensor, "cell d_model"], seed: int) -> Float[Tensor, "cell d_model"]:
     """The same lengths and angles in other directions: coordinates shuffled, signs drawn."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     order = torch.randperm(change.shape[-1], generator=generator)
     signs = torch.randint(2, (change.shape[-1],), generator=generator) * 2 - 1
     return change[:, order.to(change.device)] * signs.to(change)

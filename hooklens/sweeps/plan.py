@@ -166,7 +166,10 @@ def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | Non
     need_hooked(model, "a sweep")
     if by is None:
         return SITES[site].default_by
-    names = tuple(part.strip() for part in by.replace("×", "x").split(" x ")) if isinstance(by, str) else tuple(by)
+    asked = by.replace("×", "x").split(" x ") if isinstance(by, str) else by
+    if not isinstance(asked, Sequence) or not all(isinstance(part, str) for part in asked):
+        raise WrongType(f"by is the grid as a text or a sequence of axes, for example 'layer x pos'; got {by!r:.80}")
+    names = tuple(part.strip() for part in asked)
     names = tuple({"position": "pos", "kv_head": "head", "d_mlp": "neuron"}.get(name, name) for name in names)
     has = _axes_of(site)
     wrong = [name for name in names if name not in has]

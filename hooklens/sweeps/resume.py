@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import path_of
 from hooklens.core.checksum import load_tensors, save_tensors
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import check_writable, reading
@@ -37,7 +38,9 @@ class Resume:
     @classmethod
     def of(cls, asked: "str | Path | Resume") -> "Resume":
         """A path alone asks for the hashes."""
-        return asked if isinstance(asked, Resume) else cls(asked)
+        resume = asked if isinstance(asked, Resume) else cls(asked)
+        path_of(resume.path, "resume")
+        return resume
 
     def products(self) -> AbstractContextManager[Any]:
         """A `with` block in which linear layers multiply as they did when the file was begun."""

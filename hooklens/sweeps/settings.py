@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hooklens import progress
+from hooklens.core.arguments import seed_number, whole
 from hooklens.core.errors import InputError, Unavailable
 from hooklens.core.scope import Lifetime, Scope
 from hooklens.model.linear import packed_linears
@@ -52,9 +53,8 @@ class engine(Scope):
         if wrong:
             raise InputError(f"sweeps have no setting {wrong[0]!r}; there are {', '.join(known)}")
         for name in ("memory", "verify"):
-            value = changes.get(name, 1)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise InputError(f"{name} is a whole number of at least 0, got {value!r}")
+            whole(name, changes.get(name, 1))
+        seed_number(changes.get("seed", 0))
         if changes.get("kernel") not in (None, *KERNELS):
             raise InputError(f"kernel is 'linear', 'packed' or None (the faster one), got {changes['kernel']!r}")
         if changes.get("progress") not in (None, False, True):

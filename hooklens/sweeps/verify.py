@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import CheckFailed
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.settings import current
@@ -58,7 +59,7 @@ def verify(
 
 def _drawn(numbers: Collection[int]) -> list[int]:
     settings, ordered = current(), sorted(numbers)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = seeded(settings.seed)
     return [ordered[i] for i in torch.randperm(len(ordered), generator=generator)[: settings.verify].tolist()]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from hooklens import __version__
+from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError
 from hooklens.core.files import write_atomically
 from hooklens.result import plain
@@ -151,7 +152,7 @@ class Report:
 
     def save(self, path: str | os.PathLike, *, data: Any = None) -> Path:
         """Write the page to `path`, and the title, numbers, tables and `data` as JSON beside it (same stem)."""
-        path = Path(path)
+        path = path_of(path)
         beside = path.with_suffix(".json") if path.name else path
         if path == beside and path.name:
             raise InputError(

@@ -98,7 +98,7 @@ def test_a_path_that_cannot_be_a_file_is_refused_before_the_body_runs(tmp_path, 
 
 @pytest.mark.parametrize("path", [".", "", "/"])
 def test_a_path_without_a_name_is_refused(path):
-    with pytest.raises(InputError, match="add a file name"):
+    with pytest.raises(InputError, match=r"add a file name|names no file"):
         check_writable(path)
 
 

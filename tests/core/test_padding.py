@@ -235,8 +235,69 @@ def test_other_operations_give_plain_tensors(given):
     assert type(padded(plain, torch.ones(2, 8).bool().index_fill(1, torch.tensor(4), False)) - logits) is torch.Tensor
     logits.sum().backward()
     assert model.W_E.grad is not None
-    for kept in (copy.deepcopy(logits.detach()), pickle.loads(pickle.dumps(logits.detach()))):
-        assert torch.equal(kept[:, -1], logits[:, -1]) and "PaddedTensor" in repr(kept)
+    kept = copy.deepcopy(logits.detach())
+    assert torch.equal(kept[:, -1], logits[:, -1]) and "PaddedTensor" in repr(kept)
+
+
+def three_rows():
+    """Rows of 2, 3 and 1 real tokens, whose values are their row and column."""
+    x = torch.arange(3)[:, None, None] * 10.0 + torch.arange(3)[:, None] + torch.zeros(4)
+    return padded(x, torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 1]]).bool())
+
+
+ROWS = torch.tensor([2, 0, 2])
+BY_ROW = {
+    "index_select": (lambda x: [x.index_select(0, ROWS)], [[2, 0, 2]]),
+    "torch.index_select": (lambda x: [torch.index_select(x, dim=-3, index=ROWS)], [[2, 0, 2]]),
+    "flip": (lambda x: [x.flip(0)], [[2, 1, 0]]),
+    "flip of a list": (lambda x: [torch.flip(x, [-3])], [[2, 1, 0]]),
+    "roll": (lambda x: [x.roll(1, 0)], [[2, 0, 1]]),
+    "roll by name": (lambda x: [torch.roll(x, 2, dims=(0,))], [[1, 2, 0]]),
+    "cat": (lambda x: [torch.cat([x, x])], [[0, 1, 2, 0, 1, 2]]),
+    "concat": (lambda x: [torch.concat((x[:2], x[2:]), dim=-3)], [[0, 1, 2]]),
+    "cat with a row that has no padding": (lambda x: [torch.cat([x[:1], x[1:2].as_subclass(torch.Tensor)])], [[0, 1]]),
+    "chunk": (lambda x: x.chunk(2), [[0, 1], [2]]),
+    "split": (lambda x: torch.split(x, [1, 2]), [[0], [1, 2]]),
+    "split by size": (lambda x: x.split(2, dim=0), [[0, 1], [2]]),
+    "tensor_split": (lambda x: torch.tensor_split(x, 3), [[0], [1], [2]]),
+    "narrow": (lambda x: [x.narrow(0, 1, 2)], [[1, 2]]),
+    "repeat_interleave": (lambda x: [x.repeat_interleave(2, dim=0)], [[0, 0, 1, 1, 2, 2]]),
+    "stack": (lambda x: [torch.stack([x[2], x[1], x[0]])], [[2, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", BY_ROW)
+def test_rows_that_are_moved_lost_their_mask(name):
+    ask, order = BY_ROW[name]
+    x, real = three_rows(), three_rows().attention_mask
+    for out, rows in zip(ask(x), order, strict=True):
+        assert torch.equal(out.as_subclass(torch.Tensor), x.as_subclass(torch.Tensor)[rows])
+        assert isinstance(out, PaddedTensor) != bool(real[rows].all())
+        if isinstance(out, PaddedTensor):
+            assert torch.equal(out.attention_mask, real[rows])
+        assert torch.equal(out[:, -1], torch.stack([x[row, -1] for row in rows]))
+
+
+def test_one_row_of_several_that_are_taken_apart_keeps_its_mask():
+    x = three_rows()
+    for rows in (x.unbind(), torch.unbind(x, 0), [x.select(0, row) for row in range(3)], list(x)):
+        assert [float(row[-1, 0]) for row in rows] == [1.0, 12.0, 22.0]
+
+
+def test_what_moves_positions_gives_a_plain_tensor():
+    x = three_rows()
+    moved = [x.flip(1), x.flip(0, 1), x.roll(1, 1), x.roll(1), torch.cat([x, x], 1), torch.cat([x, x], dim=-2)]
+    moved += [torch.gather(x, 0, torch.zeros(3, 3, 4).long()), torch.stack([x, x]), torch.stack([x[0], x[2]], 1)]
+    moved += [x.repeat_interleave(2), x.transpose(0, 1), x[0].flip(0), *x.chunk(3, 1), x[0].repeat_interleave(2, 0)]
+    for out in moved:
+        assert type(out) is torch.Tensor
+
+
+def test_a_saved_padded_tensor_could_not_be_loaded_with_weights_only(tmp_path):
+    logits = reading_model()(TEXTS).detach()
+    torch.save({"logits": logits, "mask": logits.attention_mask}, tmp_path / "logits.pt")
+    for read in (torch.load(tmp_path / "logits.pt", weights_only=True)["logits"], pickle.loads(pickle.dumps(logits))):
+        assert type(read) is torch.Tensor and torch.equal(read, logits.as_subclass(torch.Tensor))
 
 
 @pytest.mark.parametrize(

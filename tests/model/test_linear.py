@@ -4,9 +4,24 @@ import pytest
 import torch
 from close import close
 from torch.nn import functional as F
-from zoo import TOKENS, zoo_model
+from zoo import TOKENS, LowRank, wrap_layers, zoo_model
 
-from hooklens.model.linear import ENV, Linear, _measured, packed_linears, packing_pays, packing_works
+from hooklens.model.config import Biases
+from hooklens.model.linear import (
+    ENV,
+    Linear,
+    _measured,
+    matrix_of,
+    packed_linears,
+    packing_pays,
+    packing_works,
+    without_bias,
+)
+from hooklens.plugins.heads.copy_suppression import copy_suppression
+from hooklens.plugins.heads.copying import copying
+from hooklens.plugins.lens.attribution import direct_logit_attribution
+from hooklens.plugins.lens.tuned_lens import train_tuned_lens
+from hooklens.testing import tiny_model
 
 works = pytest.mark.skipif(not _measured()[0], reason="this torch or CPU has no packed linear")
 
@@ -123,3 +138,39 @@ def test_without_the_operators_torchs_own_path_is_there(layer, x, monkeypatch):
         assert _measured() == (False, 0.0)
     finally:
         _measured.cache_clear()
+
+
+def forbidding(wrapped):
+    """Token 7 is never said; a LoRA beside the unembedding, or the same numbers merged into its weight."""
+    model = tiny_model(biases=Biases(unembed=True), dtype=torch.float64)
+    with torch.no_grad():
+        model.b_U[7] = float("-inf")
+        lora = LowRank(model.unembed.linear)
+        if not wrapped:
+            model.unembed.linear.weight += lora.B @ lora.A
+    return wrap_layers(model, "unembed") if wrapped else model
+
+
+TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed(0))
+METHODS = {
+    "direct_logit_attribution": lambda model: direct_logit_attribution(model, TEXTS_WITHOUT, 3, 5),
+    "copying": lambda model: copying(model, draws=10),
+    "copy_suppression": lambda model: copy_suppression(model, TEXTS_WITHOUT, heads=["L1H1"]),
+    "tuned_lens": lambda model: train_tuned_lens(model, TEXTS_WITHOUT, steps=2)[1],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_wrapped_unembedding_that_forbids_a_token_gave_nan(name):
+    found, wanted = (vars(METHODS[name](forbidding(wrapped))) for wrapped in (True, False))
+    for field, value in found.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, wanted[field], rtol=1e-6, atol=1e-9, equal_nan=True, msg=field)
+
+
+def test_the_matrix_of_a_wrapped_layer_is_there_where_its_bias_is_minus_infinity():
+    wrapped, plain = (forbidding(kind).unembed.linear for kind in (True, False))
+    torch.testing.assert_close(matrix_of(wrapped, 8), plain.weight.detach(), rtol=1e-12, atol=1e-12)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(without_bias(wrapped, x), x @ plain.weight.T, rtol=1e-12, atol=1e-12)
+    assert wrapped(x)[:, 7].isneginf().all() and wrapped.base.bias[7].isneginf()

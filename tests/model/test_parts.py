@@ -205,6 +205,18 @@ def test_looking_at_attention_moves_a_half_precision_model_no_further_than_its_o
     assert (looked.double() - model(MANY, attention_mask=mask)).abs().max() < 3 * rounding
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 43.0), (torch.float16, 300.0), (torch.bfloat16, 43.0)])
+def test_scores_under_autocast_were_rounded_to_half_precision_while_somebody_looked(dtype, size):
+    model = far_scores(torch.float32, size)
+    exact = copy.deepcopy(model).double()(MANY)
+    with torch.autocast("cpu", dtype):
+        plain, (looked, cache) = model(MANY), model.run_with_cache(MANY, ["attn_scores", "pattern"])
+    rounding = (plain - exact).abs().max()
+    assert all(cache["attn_scores", layer].dtype == torch.float32 for layer in range(model.cfg.n_layers))
+    assert plain.dtype == looked.dtype == cache["pattern", 0].dtype == dtype
+    assert looked.isfinite().all() and (looked - exact).abs().max() < 3 * rounding
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_soft_cap_of_large_scores_is_taken_before_they_are_rounded(dtype):
     model = far_scores(dtype, 43.0, attn_scores_soft_cap=2000.0)

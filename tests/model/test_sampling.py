@@ -370,3 +370,12 @@ def test_nan_logits_are_named_by_step_and_row():
         pytest.raises(InputError, match="row 0 is nan at step 2"),
     ):
         model.generate([1, 2], 5)
+
+
+def test_stream_without_a_tokenizer_does_not_give_the_hint_of_stop():
+    for stream in (True, lambda number, piece: None):
+        with pytest.raises(InputError, match=r"stream= hands on text.*leave stream out") as caught:
+            tiny_model().generate([1, 2], 2, stream=stream)
+        assert "token ids" not in str(caught.value)
+    with pytest.raises(InputError, match="stop on token ids"):
+        tiny_model().generate([1, 2], 2, stop="a")

@@ -182,3 +182,13 @@ def test_a_query_heads_number_on_grouped_keys_says_which_entry_it_reads():
             _ = model.W_K[index]
     with pytest.raises(InputError, match="does not fit"):
         model.W_V[1, 2] = 0.0
+
+
+def test_saved_weights_are_plain_tensors_that_load_with_weights_only(tmp_path):
+    model = tiny_model()
+    weights = {"stacked": model.W_K, "part": model.W_K[:, 0], "own": model.blocks[0].attn.W_K, "bias": model.b_V[1]}
+    torch.save({name: weight.detach() for name, weight in weights.items()}, tmp_path / "weights.pt")
+    torch.save(model.W_Q, tmp_path / "graph.pt")
+    for name, read in torch.load(tmp_path / "weights.pt", weights_only=True).items():
+        assert type(read) is torch.Tensor and torch.equal(read, weights[name])
+    assert torch.equal(torch.load(tmp_path / "graph.pt", weights_only=True), model.W_Q)

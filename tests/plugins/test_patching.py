@@ -9,6 +9,7 @@ import hooklens as hl
 from hooklens.data.prompts import common_ends
 from hooklens.model.config import LinearScore
 from hooklens.plugins.patching.activation import PatchSweep, demo
+from hooklens.result import summary
 from hooklens.statistics import ratio_interval
 from hooklens.testing import or_gate, tiny_model
 
@@ -125,7 +126,8 @@ def test_tables_pictures_and_files(name, n_pairs, tmp_path):
         abs(row[1] - (sweep.corrupted if sweep.into == "corrupted" else sweep.clean)) for row in sweep.table().rows
     ]
     assert moved == sorted(moved, reverse=True)
-    assert str(top) and "Float[" in repr(sweep) and len(repr(sweep)) < 600
+    assert repr(sweep).startswith(f"PatchSweep: clean {summary(sweep.clean)}, corrupted ")
+    assert top.rows[0][0] in repr(sweep) and "Float[" not in repr(sweep)
     sweep.figure().to_json()
     path = tmp_path / "sweep.safetensors"
     sweep.save(path)

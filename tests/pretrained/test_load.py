@@ -1,6 +1,7 @@
 """load(): every kind of source, both generations of config.json, and an error of its own for each thing amiss."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -498,3 +499,32 @@ def test_stop_tokens_of_a_wrong_type_were_left_out_in_silence(ends):
     with pytest.raises(InputError, match="eos_token_id is a token id"):
         with_stops(tiny_tokenizer(), ends)
     assert with_stops(tiny_tokenizer(), [3, None, -1]).stop_ids == (3,)
+
+
+ODD_SETTINGS = {
+    "sliding_window": ["a", True, -3, 1.5],
+    "max_window_layers": ["a", -1.5],
+    "layer_types": ["a", 3],
+    "rope_scaling": ["a", []],
+    "dtype": ["banana", 16, "nn", {"text_config": "banana"}],
+    "torch_dtype": ["banana", "Tensor"],
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mistral", "gemma3"])
+@pytest.mark.parametrize("key", ODD_SETTINGS)
+def test_settings_of_a_wrong_kind_were_accepted_where_the_family_does_not_read_them(name, key):
+    values = tiny_hf(name).config.to_dict()
+    find_family(values, "config.json").config(HFConfig(values, "config.json"))
+    for odd in ODD_SETTINGS[key]:
+        with pytest.raises(InputError, match=re.escape(f"config.json: {key} is {odd!r}; ")):
+            find_family(values, "config.json").config(HFConfig(values | {key: odd}, "config.json"))
+
+
+def test_a_config_json_with_a_dtype_that_is_none_is_refused_by_load(folder):
+    edit_config(folder, dtype="banana")
+    with pytest.raises(InputError, match="dtype is 'banana'; the name of a torch dtype such as 'bfloat16' is needed"):
+        load(folder)
+    for good in ("bfloat16", "torch.float16", "auto", None, {"text_config": "float32"}):
+        edit_config(folder, dtype=good, torch_dtype=good, sliding_window=None)
+        assert same(load(folder), "llama")

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
@@ -137,7 +138,7 @@ def _starts(graph: CircuitGraph) -> tuple[Int[Tensor, "kind node"], Int[Tensor, 
 
 def shuffled(carrier: Carrier, found: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
     """`n` maps onto random heads of the same layers: groups that share keys change places whole, heads within them."""
-    graph, draw = carrier.target, torch.Generator().manual_seed(seed)
+    graph, draw = carrier.target, seeded(seed)
     shape = n, graph.n_layers, graph.n_kv_heads
     groups = torch.rand(shape, generator=draw).argsort(-1) + graph.n_kv_heads * torch.arange(graph.n_layers)[:, None]
     heads = torch.rand(*shape, graph.group, generator=draw).argsort(-1) + graph.group * groups[..., None]
@@ -150,7 +151,7 @@ def random_maps(carrier: Carrier, found: Int[Tensor, "node"], n: int, *, seed: i
     A chain for each: two heads (or groups that share keys) change places where that leaves the number of edges as it
     is, twenty times a head on average. Every map that such moves reach is drawn alike.
     """
-    graph, draw = carrier.target, torch.Generator().manual_seed(seed + 1)
+    graph, draw = carrier.target, seeded(seed, 1)
     wanted = carrier.count(found[None])
     places = _places(carrier, shuffled(carrier, found, n, seed=seed))
     row, n_heads = torch.arange(n), graph.n_layers * graph.n_heads

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.eap import Scored, demo_pairs, scored
@@ -37,7 +38,7 @@ def eap_ig(
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 and its code (EAP-IG over inputs).
     """
-    _check(steps)
+    whole("steps", steps, 1)
     return _of_inputs(model, clean, corrupted, metric, "EAP-IG", [k / steps for k in range(steps)])
 
 
@@ -54,7 +55,7 @@ def eap_ig_midpoint(
     A variant of `eap_ig`, not a published method: the path is cut into `steps` equal parts and the gradient is taken in
     the middle of each.
     """
-    _check(steps)
+    whole("steps", steps, 1)
     return _of_inputs(model, clean, corrupted, metric, "EAP-IG at midpoints", _middles(steps))
 
 
@@ -108,7 +109,7 @@ def eap_ig_activations(
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """
-    _check(steps)
+    whole("steps", steps, 1)
     name, shares = f"EAP-IG over activations, {steps} steps", [(k + 1) / steps for k in range(steps)]
     return scored(model, clean, corrupted, metric, ablation, name, partial(_over_activations, shares, False))
 
@@ -136,7 +137,7 @@ def eap_ig_own_source(
     A variant of `eap_ig_activations`, not a published method; it too takes `steps` runs for each group of nodes, at the
     middle of each step.
     """
-    _check(steps)
+    whole("steps", steps, 1)
     name = f"EAP-IG over each edge's own source, {steps} steps"
     return scored(model, clean, corrupted, metric, ablation, name, partial(_over_activations, _middles(steps), True))
 
@@ -176,11 +177,6 @@ def _groups(graph: CircuitGraph) -> list[tuple[str, int, slice]]:
 
 def _middles(steps: int) -> list[float]:
     return [(k + 0.5) / steps for k in range(steps)]
-
-
-def _check(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps is a whole number of at least 1, got {steps!r}")
 
 
 def demo(model: "HookedTransformer") -> EdgeScores:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
@@ -92,7 +93,7 @@ def evaluate(
     with torch.no_grad(), packed_linears(rows=512):
         faithful = measured(bench, circuit, group, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
-        draw = torch.Generator().manual_seed(seed)
+        draw = seeded(seed)
         unit = faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()
         unit = unit.abs() if faithful.defined else torch.full_like(unit, torch.nan)
         complete = completeness_of(bench, circuit, null, faithful, unit, draw)

@@ -26,6 +26,7 @@ class Faithfulness(Result):
     `overlap` is the share of the circuit's edges that a random one has too, on average: what the control cannot see.
     """
 
+    _baselines = ("value",)
     circuit: Circuit
     per_pair: Float[Tensor, "pair"]
     model_per_pair: Float[Tensor, "pair"]

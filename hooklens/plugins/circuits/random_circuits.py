@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooklens.core.arguments import seed_number
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.graph import CircuitGraph
 
@@ -39,7 +40,7 @@ def random_circuits(
     layout = _Layout(graph)
     draws = torch.zeros(n, graph.n_edges, dtype=torch.bool)
     for i in range(n):
-        draw = _Draw(layout, edges, random.Random(1_000_003 * seed + i))
+        draw = _Draw(layout, edges, random.Random(1_000_003 * seed_number(seed) + i))
         draw.rename()
         draw.move(_SWEEPS * len(edges))
         draws[i, draw.numbers()] = True

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hooklens.core.arguments import path_of
 from hooklens.core.errors import ArgumentError, FileRefused, InputError
 from hooklens.core.files import check_writable, read_json, reading, write_atomically
 from hooklens.result import Result
@@ -79,7 +80,7 @@ class Registration(Result):
 
         A file that is there already is not overwritten, and a plan that was written is not written again.
         """
-        path = Path(path)
+        path = path_of(path)
         check_writable(path)
         if self.written or path.exists():
             seen = f"this one was written at {self.written}" if self.written else f"{path} exists"

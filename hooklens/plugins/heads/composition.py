@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.model.linear import is_plain
@@ -120,7 +121,7 @@ def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -
             stands = {mode: standing_out(scores[mode], ~z[mode].isnan()) for mode in MODES}
             specific, p = ({mode: one[i] for mode, one in stands.items()} for i in range(2))
         else:
-            generator = torch.Generator().manual_seed(seed)
+            generator = seeded(seed)
             null = torch.cat([_random_z(writers, readers[mode], draws, generator) for mode in MODES])
             p = {mode: torch.where(one.isnan(), torch.nan, above(one.double(), null)) for mode, one in z.items()}
     return Composition(scores, specific, z, p, "specific" if enough else "orientation", model.cfg.d_model**-0.5)

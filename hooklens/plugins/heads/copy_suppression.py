@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Prompts
-from hooklens.model.linear import is_plain, packed_linears
+from hooklens.model.linear import is_plain, packed_linears, without_bias
 from hooklens.plugins.heads.copying import refuse_post_norm
 from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_change, calibration_text
 from hooklens.plugins.heads.mediation import mean_z
@@ -133,7 +134,7 @@ def anti_copy(
 
 def _another(tokens: Int[Tensor, "sequence pos"], d_vocab: int, seed: int) -> Int[Tensor, "sequence pos"]:
     """For each key another token, drawn once: of its prompt but the first position, else of the vocabulary."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     differs = tokens[:, :, None] != tokens[:, None, :]
     differs[:, :, 0] = False
     drawn = torch.rand(differs.shape, generator=generator).to(tokens.device).masked_fill(~differs, -1.0)
@@ -157,8 +158,7 @@ def _direct(
         with_head, without = (norm.linearised(x, norm.rms(norm.centred(x))) for x in (with_head, without))
     change = with_head - without
     linear = model.unembed.linear
-    unit = torch.eye(change.shape[-1]).to(z)
-    W = widened(linear.weight if is_plain(linear) else (linear(unit) - linear(torch.zeros_like(unit))).T)
+    W = widened(linear.weight if is_plain(linear) else without_bias(linear, torch.eye(change.shape[-1]).to(z)).T)
     out, rows = [], torch.arange(len(tokens), device=tokens.device)[:, None, None]
     for ids in (tokens, other):
         column = W[ids[rows, key]] - W.mean(0)

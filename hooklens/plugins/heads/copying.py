@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.data.repeated import repeated_tokens
-from hooklens.model.linear import is_plain, packed_linears
+from hooklens.model.linear import is_plain, packed_linears, without_bias
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
 from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.progress import tracked
@@ -96,7 +97,7 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
     found: dict[str, list[Tensor]] = {name: [] for name in ("own", "rank", "positive", "z", "null")}
     with torch.no_grad(), packed_linears(rows=1024):
         for layer in tracked(range(model.cfg.n_layers), "what heads copy", "layers"):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            generator = seeded(seed, layer, stride=1_000_003)
             read = _read(model, layer, streams[min(layer, 1)])
             columns = written_logits(model, layer, tokens)
             for name, value in _of_layer(widened(read), widened(columns), draws, generator).items():
@@ -165,7 +166,7 @@ def to_logits(
     linear = model.unembed.linear
     if is_plain(linear):
         return x @ linear.weight[tokens].T
-    return (linear(x) - linear(torch.zeros_like(x)))[..., tokens]
+    return without_bias(linear, x)[..., tokens]
 
 
 def _of_layer(

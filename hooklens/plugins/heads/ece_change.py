@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import HooklensError
 from hooklens.core.precision import widened
 from hooklens.data.repeated import repeated_tokens
@@ -96,7 +97,7 @@ def _excerpts(model: "HookedTransformer", n: int, seed: int) -> Int[Tensor, "seq
     from hooklens.pretrained.assets import text
 
     whole, length = text(), min(_LENGTH, model.cfg.n_ctx)
-    starts = torch.randint(len(whole) - 40 * length, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = torch.randint(len(whole) - 40 * length, (n,), generator=seeded(seed)).tolist()
     rows = [model.to_tokens(whole[whole.index("\n", at) + 1 :][: 20 * length])[0] for at in starts]
     if min(map(len, rows)) < length:
         return None
@@ -185,7 +186,7 @@ def _changes(base: Calibration, edited: list[Calibration], seed: int) -> tuple[T
     """The change of the error and both ends of its interval: all texts are drawn again, runs together."""
     gaps = torch.stack([_gaps(one) for one in (base, *edited)])  # [run text bin]
     n = gaps.shape[1]
-    drawn = torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(n, (_DRAWS, n), generator=seeded(seed))
     times = torch.stack([torch.ones(n, dtype=torch.long), *(row.bincount(minlength=n) for row in drawn)]).to(gaps)
     errors = binned_error(torch.einsum("dt,rtb->rdb", times, gaps), base.loss.numel())
     change = errors[1:] - errors[0]

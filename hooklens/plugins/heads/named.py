@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import ioi
 from hooklens.plugins.heads.rotations import PerHead, above
@@ -107,7 +108,7 @@ def copying_p(written: Float[Tensor, "name layer head other"], seed: int = 0) ->
     spread = (left.square().sum((-1, -2)) / max(1, n - 1)).sqrt()
     safe = torch.where(spread > 1e-5 * W.abs().amax((-1, -2)), spread, torch.nan)  # less is rounding
     seen = left.diagonal(dim1=-2, dim2=-1).sum(-1) / safe
-    orders = torch.rand(_PERMUTED, n, generator=torch.Generator().manual_seed(seed)).argsort(1).to(W.device)
+    orders = torch.rand(_PERMUTED, n, generator=seeded(seed)).argsort(1).to(W.device)
     rows = torch.arange(n, device=W.device)
     null = torch.stack([left[:, :, rows, order].sum(-1) for order in orders]) / safe
     return above(seen, null), above(-seen, -null)

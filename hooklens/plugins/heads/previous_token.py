@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.data.repeated import repeated_tokens
@@ -42,6 +43,7 @@ class PositionScores(Result):
     together, so that one head in a few reaches a share of 1 by chance where positions are rotary.
     """
 
+    _baselines = ("chance",)
     scores: Float[Tensor, "layer head query_pos key_pos"]
     p: PerHead
     how: str
@@ -147,18 +149,18 @@ def position_scores(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, 
         for layer in tracked(range(model.cfg.n_layers), "heads by position", "layers"):
             q, score = _from_table(model, layer, n_pos) if cache is None else _from_rotary(model, layer, n_pos, cache)
             scores.append(score(q)[0])
-            p.append(_p(scores[-1], q, score, seed * 1_000_003 + layer))
+            p.append(_p(scores[-1], q, score, seeded(seed, layer, stride=1_000_003)))
     how = "W_pos W_Q W_K^T W_pos^T" if table else "rotary kernel of mean query and key"
     return PositionScores(torch.stack(scores), torch.stack(p), how)
 
 
-def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], seed: int) -> Float[Tensor, "head"]:
+def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], draw: torch.Generator) -> Float[Tensor, "head"]:
     """The share of rotated queries whose share, then margin, is as large, the head's own counted in."""
     heads, d = q.shape[2:]
     share, margin, slack = _share(seen), _margin(seen), 1e-6 * seen.abs().amax((-1, -2))
     # of a rotation only what it makes of these few vectors is needed: as many orthonormal directions, drawn at random
     left, size, _ = torch.linalg.svd(q[0].transpose(0, 1).double(), full_matrices=False)
-    drawn = torch.randn(_DRAWS, heads, d, size.shape[1], generator=torch.Generator().manual_seed(seed)).double()
+    drawn = torch.randn(_DRAWS, heads, d, size.shape[1], generator=draw).double()
     Q, R = torch.linalg.qr(drawn)
     turns = (Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]).mT.to(q)
     spread = (left * size[:, None]).to(q)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
@@ -178,7 +179,7 @@ def _cosine(x: Float[Tensor, "chosen token d_model"]) -> Square:
 
 
 def _shuffles(x: Tensor, seed: int) -> Int[Tensor, "draw token"]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in range(20)]).to(x.device)
 
 

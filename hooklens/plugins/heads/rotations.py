@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.model.kv_cache import Context
 from hooklens.progress import tracked
@@ -70,7 +71,7 @@ def rotated_masses(
     """The mean `mass` over sequences that each head has when its queries are rotated; the cache holds q and k."""
     found: dict[str, list[Tensor]] = {name: [] for name in masks}
     for layer in tracked(range(model.cfg.n_layers), "rotating queries", "layers"):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+        generator = seeded(seed, layer, stride=1_000_003)
         here = _of_layer(model, cache, masks, layer, draws, generator)
         for name, scores in here.items():
             found[name].append(scores)

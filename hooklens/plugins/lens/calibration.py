@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts, show
@@ -62,7 +63,7 @@ class Calibration(Result):
         gaps = self._gaps()
         if len(gaps) < 2:
             return float("nan"), float("nan")
-        drawn = torch.randint(len(gaps), (_DRAWS, len(gaps)), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randint(len(gaps), (_DRAWS, len(gaps)), generator=seeded(seed))
         times = torch.zeros(_DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
         errors = binned_error(times.to(gaps.device) @ gaps, self.loss.numel())
         ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=errors.dtype, device=errors.device)
@@ -177,8 +178,7 @@ def calibration(
     Reference: Guo et al. (2017), "On Calibration of Modern Neural Networks", equation 3; Nguyen and O'Connor (2015),
     "Posterior calibration and exploratory analysis for natural language processing models" (adaptive bins).
     """
-    if n_bins < 1:
-        raise InputError(f"n_bins is a whole number of at least 1, got {n_bins}")
+    whole("n_bins", n_bins, 1)
     ids = one_length(model, tokens)
     if ids.shape[1] < 2:
         raise InputError("calibration predicts each token from those before it: texts need at least two tokens")
@@ -241,7 +241,7 @@ def _edges(confidence: Tensor, n_bins: int, adaptive: bool) -> Float[Tensor, "ed
 
 def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -> Float[Tensor, "draw"]:
     """Errors of a model that is right exactly as often as it says."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     flat = confidence.flatten()
     which = torch.bucketize(flat, edges[1:-1])
     found = []

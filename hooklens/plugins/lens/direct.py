@@ -14,7 +14,7 @@ from torch import Tensor
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
-from hooklens.model.linear import is_plain
+from hooklens.model.linear import is_plain, without_bias
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -81,8 +81,7 @@ class DirectEffects:
             some = torch.arange(0, n, -(-n // _TOKENS_COMPARED), device=x.device)
             if is_plain(linear):
                 return (read @ linear.weight[some].T).to(self.wide).std(-1, correction=0)
-            constant = linear(torch.zeros_like(read[0]))
-            return torch.stack([(linear(one) - constant)[..., some].std(-1, correction=0) for one in read])
+            return torch.stack([without_bias(linear, one)[..., some].std(-1, correction=0) for one in read])
 
     def branch(self, module: Any, norm: Any, name: str, x: Float[Tensor, "prompt d_in"]) -> tuple[Tensor, Tensor]:
         """What each number that enters a branch's last linear layer adds, and what the branch's constants add.

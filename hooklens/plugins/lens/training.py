@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.precision import widened
 from hooklens.metrics import kl_divergence
 from hooklens.model.linear import is_plain
@@ -38,10 +39,7 @@ class Schedule:
         """The windows of one step: every window is used once before any is used again, in an order drawn by epoch."""
         n = len(self.train)
         at = torch.arange(step * self.batch, (step + 1) * self.batch)
-        orders = {
-            epoch: torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
-            for epoch in (at // n).unique().tolist()
-        }
+        orders = {epoch: torch.randperm(n, generator=seeded(self.seed, epoch)) for epoch in (at // n).unique().tolist()}
         return self.train[torch.stack([orders[int(i) // n][i % n] for i in at]).to(self.train.device)]
 
     def rate(self, step: int) -> float:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import path_of, whole
 from hooklens.core.errors import InputError
 from hooklens.core.files import check_writable
 from hooklens.core.gradients import need_gradients
@@ -144,7 +145,7 @@ def train_tuned_lens(
         start.check_fits(model)
     kept, measured = _split(_windows(model, tokens))
     if path is not None:
-        path = Path(path)
+        path = path_of(path)
         check_writable(path)
     schedule = Schedule(kept, steps, lr, seed, min(batch, len(kept)))
     with packed_linears(rows=1024):
@@ -178,8 +179,7 @@ def tuned_lens(
 
 def _check(steps: int, lr: float, batch: int) -> None:
     for name, value in (("steps", steps), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} is a whole number of at least 1, got {value!r}")
+        whole(name, value, 1)
     if not lr > 0:
         raise InputError(f"lr is a learning rate above 0, got {lr!r}; 1e-3 from zero maps, 1e-4 from fitted ones")
 

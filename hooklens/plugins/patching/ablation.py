@@ -47,6 +47,7 @@ class AblationSweep(Result):
     the other kinds). Prompts of one `group` share something: intervals and p-values are over groups.
     """
 
+    _baselines = ("whole",)
     per_prompt: Float[Tensor, "prompt *grid"]
     whole_per_prompt: Float[Tensor, "prompt"]
     by_draw: Float[Tensor, "draw *grid"]

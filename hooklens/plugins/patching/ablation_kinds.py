@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.data.prompts import Pairs, rows_of
 from hooklens.plugins.patching.values import Mean, mean_of, means_of_others
@@ -78,7 +79,7 @@ def written_by_draw(
     if isinstance(kind, Freeze):
         return [_frozen(model, kind, groups)]
     pool = rows_of(model, prompts if kind.reference is None else kind.reference, "reference")
-    generator = torch.Generator().manual_seed(kind.seed)
+    generator = seeded(kind.seed)
     donors = [donors_of(group.clean, pool, kind.draws, generator) for group in groups]
     draws = max(map(len, donors))
     return [[each[draw % len(each)] for each in donors] for draw in range(draws)]

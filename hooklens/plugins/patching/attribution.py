@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.core.names import axes
@@ -86,8 +87,7 @@ def attribution_patching(
 
 def _refuse(model: "HookedTransformer", site: str, exact: int) -> None:
     need_gradients("attribution_patching")
-    if isinstance(exact, bool) or exact < 0:
-        raise InputError(f"exact is how many cells are checked, a whole number of at least 0; got {exact!r}")
+    whole("exact", exact)
     if f"blocks.0.{SITES[site].point}" not in model.hook_points():
         raise InputError(f"this model has no {site}: an attention-only or parallel block lacks it")
     reason = why_plain(model)

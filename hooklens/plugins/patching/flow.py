@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import whole
 from hooklens.plugins.patching.path_sweep import excludes_zero
 from hooklens.result import Result, Table
 from hooklens.statistics import q_values, ratio_interval
@@ -28,8 +28,8 @@ class Choice(Result):
     def __post_init__(self) -> None:
         for name in ("per_receiver", "draws", "choose_on"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is a whole number of at least 1, got {value!r}")
+            if value is not None:
+                whole(name, value, 1)
 
 
 @dataclass(frozen=True, eq=False)

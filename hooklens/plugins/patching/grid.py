@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.data.prompts import Pairs, show
 from hooklens.sweeps.plan import Patch
 
@@ -110,6 +111,7 @@ def draw_grid(
     called = names[0] if values.ndim == 2 else [f"{a}{b}" for a in names[0] for b in names[1]]
     values = values.reshape(len(called), -1)
     chosen = list(range(len(called)))
+    rows = None if rows is None else whole("rows", rows, 1)
     if len(by) == 3 and rows is not None and len(called) > rows:
         largest = values.abs().nan_to_num(-1).amax(1).argsort(descending=True, stable=True)[:rows]
         chosen, title = sorted(largest.tolist()), f"{title}: the {rows} strongest of {len(called)} rows"

@@ -38,8 +38,8 @@ def integrate(evaluate: Evaluate, n_prompts: int, most: int) -> Integral:
     >>> round(found.per_token.item(), 12), found.n_nodes
     (1.0, 9)
     """
-    if isinstance(most, bool) or most < 3:
-        raise InputError(f"an integral needs at least 3 gradients a prompt, got {most!r}")
+    if isinstance(most, bool) or not isinstance(most, int) or most < 3:
+        raise InputError(f"an integral needs at least 3 gradients a prompt, got {most!r:.80}")
     first = min(_FIRST, (most - 1) // 2)
     at = torch.linspace(0, 1, 2 * first + 1, dtype=torch.float64)[:, None].expand(-1, n_prompts)
     values, slopes = evaluate(at)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import seeded, whole
 from hooklens.result import Result, Table
 from hooklens.statistics import rank_correlation
 
@@ -74,15 +74,14 @@ def randomise(
 
     Reference: Adebayo et al. (2018), "Sanity Checks for Saliency Maps", section 3 (cascading randomisation).
     """
-    if isinstance(stages, bool) or stages < 1:
-        raise InputError(f"the check needs at least one stage, got {stages!r}")
+    whole("stages", stages, 1)
     original, copied = attribute(model), copy.deepcopy(model)
     parts: list[tuple[str, nn.Module]] = []
     if copied.unembed.linear.weight is not copied.embed.weight:
         parts.append(("unembedding", copied.unembed))
     parts += [(f"L{layer}", copied.blocks[layer]) for layer in reversed(range(model.cfg.n_layers))]
     stops = sorted({round(len(parts) * (i + 1) / stages) for i in range(stages)} - {0})
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     scrambled: list[str] = []
     signed, absolute = [], []
     for at, (name, part) in enumerate(parts, 1):

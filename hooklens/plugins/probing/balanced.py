@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from hooklens.core.arguments import seeded
 from hooklens.statistics import group_numbers
 
 _DRAWS = 2000
@@ -61,7 +62,7 @@ def resampled(
         right.new_zeros(len(rows), n, of_class.shape[-1]).index_add_(1, number, one)
         for one in (rows[..., None] * of_class, of_class)
     )
-    drawn = torch.randint(n, (_DRAWS, n), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(n, (_DRAWS, n), generator=seeded(seed))
     counts = right.new_zeros(_DRAWS, n).scatter_add_(1, drawn, right.new_ones(_DRAWS, n))
     top, bottom = (torch.einsum("dg,cgk->dck", counts, one) for one in (sums, sizes))
     return (top / bottom).nanmean(-1).view(_DRAWS, *right.shape[:-1])

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.names import parse
 from hooklens.data.prompts import read_pairs
@@ -214,7 +215,7 @@ def random_directions(
     >>> random_directions(torch.randn(6, 3), torch.tensor([0, 1] * 3), draws=4, seed=0).norm(dim=-1).mean()
     tensor(1.)
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     isotropic = torch.randn(draws, x.shape[1], generator=generator, dtype=torch.float64)
     means = torch.stack([x[label == one].double().mean(0) for one in range(2)])
     within = (x.double() - means[label]).cpu()

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.plugins.probing.folds import Classes, Fold, control_labels, control_types, split
 from hooklens.plugins.probing.probes import ProbeKind
@@ -44,7 +45,7 @@ class ControlTasks:
         none = real.new_zeros(0, len(real))
         if found is None:
             return cls(None, "token or group: none recurs", none, real, [])
-        (types, by), generator = found, torch.Generator().manual_seed(seed)
+        (types, by), generator = found, seeded(seed)
         shares = (torch.bincount(real) / len(real)).tolist()
         made: list[tuple[Classes, list[Fold]]] = []
         for _ in range(_TRIES):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
 from hooklens.plugins.probing.folds import shuffled, split
@@ -97,7 +98,7 @@ def probe_geometry(
     """
     from scipy.stats import beta
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     point, dtype, rows = task_rows(model, tasks, site)
     real, repeat, null = [], [], []
     for task, x in zip(tasks, rows, strict=True):

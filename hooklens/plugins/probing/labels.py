@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.plugins.probing.task import ProbeTask, read_task
 
@@ -142,7 +143,7 @@ def sentiment(reader: Reader, *, seed: int = 0) -> ProbeTask:
 def odd_first(model: "HookedTransformer", n: int = 40, *, seed: int = 0) -> ProbeTask:
     """Is the first token's number odd? Random prompts of at most three tokens, read at the last; needs no tokenizer."""
     width, d_vocab = min(3, model.cfg.n_ctx), model.cfg.d_vocab
-    tokens = torch.randint(d_vocab, (n, width), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(d_vocab, (n, width), generator=seeded(seed))
     return read_task(model, tokens, [int(row[0]) % 2 for row in tokens], name="first token is odd")
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.plugins.probing.balanced import balanced
 from hooklens.plugins.probing.folds import Classes, Fold, shuffled_in_folds
 from hooklens.plugins.probing.many import FitsMany
@@ -44,7 +45,7 @@ class Null:
         A kind that fits one labelling at a time takes the points that the real labels chose: to choose anew in every
         draw would cost a whole study each.
         """
-        generator, many = torch.Generator().manual_seed(seed), isinstance(kind, FitsMany)
+        generator, many = seeded(seed), isinstance(kind, FitsMany)
         nested = _DRAWS if draws is None else draws
         n = max(nested, _PER_POINT * n_points) if draws is None and many and n_points > 1 else nested
         made = [shuffled_in_folds(label, group, folds, generator) for _ in range(n)]

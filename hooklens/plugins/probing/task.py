@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts, rows_of, show
 from hooklens.result import Result
@@ -75,7 +76,7 @@ class ProbeTask(Result):
 
     def table(self, n: int | None = 8) -> Table:
         """One row an example."""
-        count = len(self) if n is None else min(n, len(self))
+        count = len(self) if n is None else min(whole("n", n), len(self))
         group = self.group.tolist()
         rows = [
             (self.texts[int(self.prompt[i])], int(self.pos[i]), self.classes[int(self.label[i])], group[i])

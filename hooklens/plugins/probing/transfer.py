@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.names import Where
 from hooklens.plugins.probing.folds import make_folds, shuffled, shuffled_in_folds
 from hooklens.plugins.probing.labels import odd_first
@@ -112,7 +113,7 @@ def transfer(
     Reference: Marks and Tegmark (2023), "The Geometry of Truth", generalisation between data sets.
     """
     point, dtype, rows = task_rows(model, tasks, site)
-    size, generator = (len(tasks), len(tasks)), torch.Generator().manual_seed(seed)
+    size, generator = (len(tasks), len(tasks)), seeded(seed)
     cells = {name: torch.full(size, float("nan"), dtype=dtype) for name in ("accuracy", "low", "high", "auc")}
     null, n = torch.full((2, draws, *size), float("nan"), dtype=dtype), torch.zeros(size, dtype=torch.long)
     with progress("tasks", len(tasks), unit="tasks") as advance:
@@ -151,7 +152,7 @@ def _out_of_fold(
     x: np.ndarray, label: Tensor, group: Tensor, kind: ProbeKind, folds: int, draws: int, seed: int
 ) -> Scored:
     """What probes say of examples of their own task, and of shuffled labels that went through the same folds."""
-    parts, generator = make_folds(label, group, folds=folds, seed=seed), torch.Generator().manual_seed(seed)
+    parts, generator = make_folds(label, group, folds=folds, seed=seed), seeded(seed)
     labels = torch.stack([label, *(shuffled_in_folds(label, group, parts, generator) for _ in range(draws))])
     margin = _margin(predicted(x, labels, 2, parts, kind))
     found = [float(auc(one, of == 1)) for one, of in zip(margin[1:], labels[1:], strict=True)]

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.data.prompts import Pairs
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def random_ablations(
     values, basis = torch.linalg.eigh(moment)
     largest = float(values[-1])
     log = (values.clamp_min(1e-12 * largest) / largest).log()  # 0 for the largest: steep powers of it stay exact
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     g = torch.randn(len(NULLS), draws, len(moment), generator=generator, dtype=torch.float64)
     matched = _exponents(log, g[2], float(share_of(moment, direction.double())) / largest)
     exponent = torch.stack([torch.zeros(draws), torch.ones(draws), matched]).double()

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.statistics import auc, group_numbers
 
@@ -61,7 +62,7 @@ def made_splits(n_positive: int, n_negative: int, group: Int[Tensor, "pair"] | N
         raise InputError(
             f"group has one label a pair, and {n_positive} positive and {n_negative} negative prompts make no pairs"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     if paired:
         number = group_numbers(n_positive, group).repeat(2)
         groups = int(number.max()) + 1
@@ -92,7 +93,7 @@ def cross_fit(acts: Acts, split: Split, draws: int, seed: int, *, keep: int) -> 
     wide = acts.double()
     wide = wide - wide.mean(1, keepdim=True)  # no projection that is compared changes, and no digits are lost
     gram = wide @ wide.mT
-    signs = split.shuffled(draws, torch.Generator().manual_seed(seed + 1))
+    signs = split.shuffled(draws, seeded(seed, 1))
     label = split.labels()[None]
     score = _held_out(gram, label, split.folds)[:, 0]
     null = torch.cat([_separation(_held_out(gram, some, split.folds), some) for some in signs.split(32)], 1)

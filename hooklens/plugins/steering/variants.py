@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where, parse
@@ -126,11 +127,11 @@ def unit_controls(
     """
     here = list(direction.shape)
     if not isinstance(controls, Tensor):
-        if isinstance(controls, bool) or controls < 1:
+        if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
             raise InputError(
-                f"controls is a number of random directions, at least 1, or the directions; got {controls}"
+                f"controls is a number of random directions, at least 1, or the directions; got {controls!r:.80}"
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         controls = torch.randn(controls, *here, generator=generator, dtype=torch.float64)
     if list(controls.shape[1:]) != here or not len(controls):
         raise InputError(

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.plugins.weights.components import random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
@@ -76,7 +77,7 @@ def principal_angles(
     a, b = sources[writer].basis, targets[reader].basis
     if not len(a) or not len(b):
         raise InputError(f"{writer if not len(a) else reader} is 0 everywhere, and has no subspace to take angles of")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     random = [random_block(len(a), len(b), stream_width(model), generator, a) for _ in range(draws)]
     found = torch.linalg.svdvals(a @ b.mT).clamp_max(1)
     return PrincipalAngles(writer, reader, found, torch.stack([torch.linalg.svdvals(one) for one in random]))

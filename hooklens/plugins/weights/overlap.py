@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.plugins.weights.components import Part, random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
@@ -155,7 +156,7 @@ def _null(
     """
     mean, sd = torch.full_like(seen, torch.nan), torch.full_like(seen, torch.nan)
     p = torch.full_like(seen, torch.nan, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for kind in product((False, True), (False, True)):
         rows, columns = (
             [i for i, one in enumerate(parts) if one.mlp == mlp and len(one.basis)]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import show
 from hooklens.progress import Advance
@@ -133,7 +134,7 @@ def random_vectors(n: int, like: Float[Tensor, "*any d_model"], seed: int = 0) -
     >>> random_vectors(2, torch.zeros(3, 4)).shape
     torch.Size([2, 4])
     """
-    drawn = torch.randn(n, like.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.randn(n, like.shape[-1], generator=seeded(seed), dtype=torch.float64)
     return drawn.to(like)
 
 

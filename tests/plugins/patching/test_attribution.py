@@ -236,7 +236,7 @@ def test_what_has_no_gradient_is_refused():
     model = tiny_model()
     with pytest.raises(InputError, match="no gradient"):
         attribution_patching(model, CLEAN, CORRUPTED, lambda logits: (logits[:, -1].argmax(-1) == 3).float())
-    with pytest.raises(InputError, match="at least 0; got -1"):
+    with pytest.raises(InputError, match="at least 0, got -1"):
         attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), exact=-1)
     with pytest.raises(InputError, match="has no mlp_out"):
         attribution_patching(tiny_model(attn_only=True), CLEAN, CORRUPTED, metric_of(model), site="mlp_out")

@@ -194,7 +194,7 @@ def test_what_cannot_be_attributed_is_refused_in_words():
         gradient_x_input(model, PROMPTS, lambda logits: (logits[:, -1].argmax(-1) == 3).float())
     with pytest.raises(InputError, match="reads vectors"):
         gradient_x_input(vector_model(), PROMPTS, metric)
-    with pytest.raises(InputError, match="at least one stage"):
+    with pytest.raises(InputError, match="stages is a whole number of at least 1"):
         gradient_x_input(model, PROMPTS, metric, stages=-1)
 
 

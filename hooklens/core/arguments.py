@@ -1,0 +1,86 @@
+"""Arguments that many methods take, checked where they come in: whole numbers, seeds, paths."""
+
+import os
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hooklens.core.errors import ArgumentError, InputError, WrongType
+
+_SEEDS = range(-(2**63), 2**64)  # those that torch's generator takes
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """A whole number of at least `least`; True and 1.0 are none.
+
+    >>> whole("k", 1.5)
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.ArgumentError: k is a whole number of at least 0, got 1.5
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ArgumentError("{" + name + "} is a whole number of at least {0}, got {1}", least, f"{value!r:.80}")
+    return int(value)
+
+
+def layer_number(name: str, value: Any) -> int | None:
+    """A layer as it was asked for: a whole number or None; whether there is such a layer the caller knows."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise WrongType(f"{name} is the number of a layer, or None; got {value!r:.80}")
+    return None if value is None else int(value)
+
+
+def seed_number(seed: Any) -> int:
+    """A seed that torch's generator takes.
+
+    >>> seed_number(2**70)
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.InputError: seed is a whole number from -2**63 to 2**64 - 1, got 1180591620717411303424
+    """
+    good = isinstance(seed, Integral) and not isinstance(seed, bool)
+    if not good or int(seed) not in _SEEDS:
+        kind = InputError if good else WrongType
+        raise kind(f"seed is a whole number from -2**63 to 2**64 - 1, got {seed!r:.80}")
+    return int(seed)
+
+
+def seeded(seed: int, nth: int = 0, *, stride: int = 1) -> torch.Generator:
+    """A fresh generator. With `nth` and `stride` one of several that a seed stands for: seed * stride + nth.
+
+    >>> torch.rand(1, generator=seeded(0)) == torch.rand(1, generator=torch.Generator().manual_seed(0))
+    tensor([True])
+    """
+    number = seed_number(seed) * stride + nth
+    return torch.Generator().manual_seed(number if number in _SEEDS else number % 2**64)
+
+
+def path_of(value: Any, name: str = "path") -> Path:
+    """The path that a text or a path object names.
+
+    >>> path_of(3, "resume")
+    Traceback (most recent call last):
+    ...
+    hooklens.core.errors.WrongType: resume is the path of a file or folder, a text or a pathlib.Path; got 3
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise WrongType(f"{name} is the path of a file or folder, a text or a pathlib.Path; got {value!r:.80}")
+    if value == "":
+        raise InputError(f"{name} is the empty text, which names no file; give a path, '.' for the current folder")
+    return Path(value)
+
+
+def check_target(device: Any, dtype: Any) -> None:
+    """Can what is captured be moved there?"""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise WrongType(f"dtype is a floating-point torch.dtype of 16 bits or more, got {dtype!r:.80}")
+    if device is None:
+        return
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise InputError(
+            f"device={device!r:.80} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
+        ) from error
