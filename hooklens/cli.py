@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hooklens.core.errors import ArgumentError, CheckFailed, HooklensError, InputError, Unavailable
+from hooklens.core.errors import ArgumentError, CheckFailed, HooklensError, InputError, Refused, Unavailable, judge
 from hooklens.core.terminal import json_line, printable
 
 if TYPE_CHECKING:
@@ -45,12 +45,11 @@ class _Group(TyperGroup):
             with _usage_shown():
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            _say("interrupted", *getattr(error, "__notes__", ()))
+            _say("interrupted")  # notes on it are for Python, such as an argument that would keep what is done
             raise typer.Exit(INTERRUPTED) from error
         except HooklensError as error:
             _fail(ctx, f"error: {_in_options(ctx, error)}", error)
-            code = FAILED if isinstance(error, CheckFailed) else BAD_INPUT
-            raise typer.Exit(MISSING if isinstance(error, Unavailable) else code) from error
+            raise typer.Exit(_code(error)) from error
         except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
             raise
         except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
@@ -126,10 +125,9 @@ def demo(
 
     Example: `hooklens demo --out ioi.html`
     """
-    check_out(out)
     from hooklens.data.ioi import check_n_pairs, ioi
 
-    check_n_pairs(n)
+    judge({"out": lambda: check_out(out), "n": lambda: check_n_pairs(n), **of_model(model, device)})
     loaded = load_reader(model, device, dtype)
     from hooklens import cli_time
     from hooklens.plugins.patching.ioi_demo import ioi_study
@@ -165,19 +163,19 @@ def patch(
     An interrupted run goes on where it stopped when the same command is given again. The seed chooses which patches are
     checked against the plain way.
     """
-    check_out(out)
     sites = sites or ["resid_pre", "z"]
-    from hooklens.sweeps.plan import site_kind
-
-    asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
-    parts = {name: _part(out, name, asked) for name in map(site_kind, sites)}
-    loaded = load_reader(model, device, dtype)
     from hooklens import cli_time
-    from hooklens.plugins.patching.pair_study import check_pair, study_pair
+    from hooklens.plugins.patching.pair_study import check_pair, grids, study_pair
     from hooklens.sweeps.settings import engine
 
-    n_pos, grids = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
-    say_how_long(loaded, cli_time.of_patch(loaded, n_pos, grids))
+    words = of_pair(clean, corrupted, answer, wrong_answer)
+    known = {"out": lambda: check_out(out), "sites": lambda: grids(sites, by), **words, **of_model(model, device)}
+    asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
+    parts = {name: _part(out, name, asked) for name in judge(known)["sites"]}
+    loaded = load_reader(model, device, dtype)
+
+    n_pos, swept = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
+    say_how_long(loaded, cli_time.of_patch(loaded, n_pos, swept))
 
     options: dict[str, Any] = {
         "answer": answer,
@@ -190,10 +188,9 @@ def patch(
     try:
         with engine(seed=seed):
             study = study_pair(loaded, clean, corrupted, **options)
-    except KeyboardInterrupt as interrupt:
-        kept = ", ".join(str(path) for path in parts.values() if path.exists())
-        if kept:
-            interrupt.add_note(f"what is done is kept in {kept}; the same command goes on from there")
+    except KeyboardInterrupt:
+        if kept := ", ".join(str(path) for path in parts.values() if path.exists()):
+            _say(f"what is done is kept in {kept}; the same command goes on from there")
         raise
     study.report().save(out, data=study)
     for path in parts.values():
@@ -231,6 +228,7 @@ def check(
     from hooklens.pretrained.check import check as verify
     from hooklens.table import Table
 
+    judge(of_model(model, device))
     report = verify(load_model(model, device, dtype), seed=seed)
     numbers = Table(("check", "measured", "at most", "ok"), report.rows)
     show(numbers if as_json else report.table(), as_json, model=report.model, ok=report.ok)
@@ -264,13 +262,14 @@ def run(
 
     Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
     """
-    if out is not None:
-        check_out(out)
-    if model is not None and seed:
-        raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
     from hooklens.plugins import find
 
-    info = find(plugin)
+    def check_seed() -> None:
+        if model is not None and seed:
+            raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
+
+    known = {"plugin": lambda: find(plugin), "seed": check_seed, "out": lambda: out and check_out(out)}
+    info = judge({**known, **of_model(model, device)})["plugin"]
     answer = info.demo()
     loaded = _tiny(device, dtype, seed) if model is None else load_model(model, device, dtype)
     result = answer(loaded)
@@ -301,6 +300,13 @@ def generate(
 
     Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
     """
+    from hooklens.model.sampling import Sampling, check_length
+
+    known = {
+        "max_new_tokens": lambda: check_length(max_new_tokens),
+        "temperature": lambda: Sampling(temperature),
+    }
+    judge({**known, **of_model(model, device)})
     loaded = load_reader(model, device, dtype)
     if chat:
         prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
@@ -326,10 +332,31 @@ def _first_line(function: Any) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
+def of_model(model: str | None, device: str | None) -> dict[str, Callable[[], Any]]:
+    """What can be said of these two options before a model is loaded."""
+    from hooklens.pretrained.load import as_device, check_source
+
+    return {"model": lambda: model is None or check_source(model), "device": lambda: as_device(device)}
+
+
+def of_pair(
+    clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
+) -> dict[str, Callable[[], Any]]:
+    """What can be said of a pair before a model reads it: the same text twice is no question."""
+
+    def differ(one: str | None, other: str | None, message: str) -> None:
+        if one is not None and one == other:
+            raise ArgumentError(message, one)
+
+    prompts = "{clean} and {corrupted} are the same; change one word of {corrupted}"
+    answers = "{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0"
+    return {"clean": lambda: differ(clean, corrupted, prompts), "answer": lambda: differ(answer, wrong_answer, answers)}
+
+
 def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
     from hooklens.pretrained.load import load
 
-    return load(model, device=device, dtype=None if dtype is None else dtype.value)
+    return judge({"model": lambda: load(model, device=device, dtype=None if dtype is None else dtype.value)})["model"]
 
 
 def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
@@ -403,10 +430,19 @@ def _strings(more: Mapping[str, Any]) -> dict[str, str]:
 
 def _in_options(ctx: Any, error: HooklensError) -> str:
     """The message, with the command's options in place of the arguments that it names: parameters are named alike."""
-    if not isinstance(error, ArgumentError):
+    if not isinstance(error, ArgumentError | Refused):
         return str(error)
     command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
-    return error.told({one.name: max(one.opts, key=len) for one in command.params})  # --model, not -m
+    options = {one.name: max(one.opts, key=len) for one in command.params}  # --model, not -m
+    names = {name: option if option.startswith("-") else option.upper() for name, option in options.items()}
+    return error.told({"site": names.get("sites", "site"), **names})
+
+
+def _code(error: HooklensError) -> int:
+    errors = [one for _, one in error.errors] if isinstance(error, Refused) else [error]
+    if all(isinstance(one, Unavailable) for one in errors):
+        return MISSING
+    return FAILED if isinstance(error, CheckFailed) else BAD_INPUT
 
 
 def _fail(ctx: Any, message: str, error: Exception) -> None:

@@ -16,11 +16,13 @@ from hooklens.cli import (
     check_out,
     load_model,
     load_reader,
+    of_model,
+    of_pair,
     say_how_long,
     show,
     written,
 )
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, judge
 
 if TYPE_CHECKING:
     from hooklens.data.jsonl import PromptPairs
@@ -60,10 +62,14 @@ def lens(
     Example: `hooklens lens "When Mary and John went to the store, John gave a drink to" --answer " Mary" --wrong-answer
     " John"`
     """
-    check_out(out)
-    if (prompt is None) == (pairs is None):
-        raise InputError("give a prompt or --pairs file.jsonl, one of the two")
-    read = None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
+
+    def prompts() -> "PromptPairs | None":
+        if (prompt is None) == (pairs is None):
+            raise InputError("give PROMPT or --pairs file.jsonl, one of the two")
+        return None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
+
+    known = {"out": lambda: check_out(out), "pairs": prompts, **of_pair(None, None, answer, wrong_answer)}
+    read = judge({**known, **of_model(model, device)})["pairs"]
     loaded = load_reader(model, device, dtype)
     from hooklens import cli_time
     from hooklens.plugins.lens import lens_study
@@ -110,16 +116,24 @@ def heads(
 
     Example: `hooklens heads --pairs ioi.jsonl --out heads.html`
     """
-    check_out(out)
-    plans = _plans(registered, digest)
-    own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
-    read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
     from hooklens import cli_time
     from hooklens.plugins.heads import head_study, taxonomy
     from hooklens.plugins.heads.report import taxonomy_report
-    from hooklens.plugins.heads.taxonomy import check_sizes
+    from hooklens.plugins.heads.taxonomy import check_pairs_asked, check_sizes
 
-    check_sizes(n, ioi=ioi)
+    pair = (clean, corrupted, answer, wrong_answer)
+    own = pairs is not None or any(given is not None for given in pair)
+    checks = {
+        "out": lambda: check_out(out),
+        "registered": lambda: _plans(registered, digest),
+        "pairs": lambda: _pairs(pairs, *pair) if own else None,
+        **of_pair(*pair),
+        "n": lambda: check_sizes(n),
+        "ioi": lambda: check_pairs_asked(ioi),
+        **of_model(model, device),
+    }
+    known = judge(checks)
+    plans, read = known["registered"], known["pairs"]
     loaded = load_model(model, device, dtype) if read is None else load_reader(model, device, dtype)
     if read is not None:
         _check(loaded, read, pairs)
@@ -163,17 +177,25 @@ def circuit(
 
     A single pair can only be tested on itself, which the report says.
     """
-    check_out(out)
-    plans = _plans(registered, digest)
-    read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
     from hooklens import cli_time
     from hooklens.plugins.circuits import circuit_graph, study_circuit
-    from hooklens.plugins.circuits.circuit_study import check_sizes
+    from hooklens.plugins.circuits.circuit_study import check_edges
+    from hooklens.plugins.circuits.measure import check_draws
 
-    check_sizes(edges, draws)
+    pair = (clean, corrupted, answer, wrong_answer)
+    checks = {
+        "out": lambda: check_out(out),
+        "registered": lambda: _plans(registered, digest),
+        "pairs": lambda: _pairs(pairs, *pair),
+        **of_pair(*pair),
+        "edges": lambda: check_edges(edges),
+        "draws": lambda: check_draws(draws),
+        **of_model(model, device),
+    }
+    known = judge(checks)
+    plans, read = known["registered"], known["pairs"]
     loaded = load_reader(model, device, dtype)
-    _check(loaded, read, pairs)
-    check_sizes(edges, draws, circuit_graph(loaded).n_edges)
+    judge({"pairs": lambda: _check(loaded, read, pairs), "edges": lambda: check_edges(edges, circuit_graph(loaded))})
     say_how_long(loaded, cli_time.of_circuit(loaded, _tokens(loaded, read), draws, full=full))
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report(registered=plans).save(out, data=study)
@@ -196,13 +218,15 @@ def probe(
 
     Example: `hooklens probe sentiment.jsonl --site resid_post --out probe.html`
     """
-    check_out(out)
+    from hooklens.core.names import axes, resolve
     from hooklens.data.jsonl import check_texts, read_texts_file
-
-    read = read_texts_file(texts)
-    loaded = load_reader(model, device, dtype)
-    check_texts(loaded, read, str(texts))
     from hooklens.plugins.probing import probe_texts
+
+    checks = {"out": lambda: check_out(out), "texts": lambda: read_texts_file(texts), "site": lambda: axes(site)}
+    read = judge({**checks, **of_model(model, device)})["texts"]
+    loaded = load_reader(model, device, dtype)
+    names = loaded.hook_names()
+    judge({"texts": lambda: check_texts(loaded, read, str(texts)), "site": lambda: resolve(site, names)})
 
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
     study.report(f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
@@ -250,10 +274,15 @@ def register(
     it to the run (`--digest`): without it the plan counts as self-dated.
     """
     from hooklens.plugins.claims import Registration
+    from hooklens.plugins.claims.registration import check_new
     from hooklens.table import Table
 
     side = "below" if below else "above"
-    made = Registration(hypothesis, metric, control, threshold, n, side=side, model=model).write(plan)
+    checks = {
+        "plan": lambda: check_new(plan),
+        "hypothesis": lambda: Registration(hypothesis, metric, control, threshold, n, side=side, model=model),
+    }
+    made = judge(checks)["hypothesis"].write(plan)
     rows = [(name, getattr(made, name)) for name in ("hypothesis", "metric", "control", "threshold", "side", "n")]
     show(Table(("plan", "held to"), rows), as_json, plan=str(plan), written=made.written, digest=made.digest)
 

@@ -101,7 +101,8 @@ def test_lines_that_the_model_cannot_use_are_all_told_before_anything_runs(
     rows[3]["wrong_answer"] = " Mary"
     rows[2]["corrupted"] = rows[2]["corrupted"].replace("Mary gave", "Mary and John gave")
     pairs_file.write_text("\n".join(map(json.dumps, rows)))
-    done = invoke(command, "--pairs", pairs_file, "--model", model_path, "--out", tmp_path / "o.html")
+    size = ["--edges", 10] if command == "circuit" else []  # so few exist, and a size is told with the lines
+    done = invoke(command, "--pairs", pairs_file, *size, "--model", model_path, "--out", tmp_path / "o.html")
     assert done.exit_code == cli.BAD_INPUT and not (tmp_path / "o.html").exists()
     told = [line.strip().split(":")[0] for line in done.stderr.splitlines()[1:]]
     assert told == [f"line {i}" for i in ((2, 4) if command == "lens" else (2, 3, 4))]

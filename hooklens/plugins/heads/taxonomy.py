@@ -55,7 +55,8 @@ def taxonomy(
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
     """
-    check_sizes(n, level, ioi)
+    check_sizes(n, level)
+    check_pairs_asked(ioi)
     both = repeated_tokens(model, 2 * n, seed=seed)
     chosen, reported = both.part(0, n), both.part(n, 2 * n)
     with torch.no_grad(), packed_linears(rows=1024):
@@ -80,8 +81,8 @@ def taxonomy(
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
 
 
-def check_sizes(n: int, level: float = 0.05, ioi: int = 0) -> None:
-    """Are these enough sequences for a p-value at this level, and pairs that can be made?"""
+def check_sizes(n: int, level: float = 0.05) -> None:
+    """Are these enough sequences for a p-value at this level?"""
     if not 0 < level < 1:
         raise ArgumentError("{level} lies between 0 and 1, got {0}", level)
     if n < _LEAST_SEQUENCES:
@@ -90,6 +91,10 @@ def check_sizes(n: int, level: float = 0.05, ioi: int = 0) -> None:
             _LEAST_SEQUENCES,
             n,
         )
+
+
+def check_pairs_asked(ioi: int) -> None:
+    """Can so many prompt pairs be made? 0 asks for none."""
     if ioi:
         check_n_pairs(ioi, "ioi")
 
