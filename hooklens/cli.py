@@ -135,7 +135,9 @@ def demo(
     say_how_long(loaded, cli_time.of_demo(loaded, *ioi(loaded, n, seed=seed).clean_tokens.shape))
     study = ioi_study(loaded, n, seed=seed)
     study.report().save(out, data=study)
-    show(study.table(), as_json, finding=study.finding(), **written(out))
+    halves = "called on one half of the pairs, measured on the other" if study.held_out else "all on the same pairs"
+    caption = f"Heads, {halves}. patched, direct: what each restores of the clean-corrupted difference."
+    show(study.table(), as_json, caption=caption, more={"finding": study.finding(), **written(out)})
 
 
 @app.command()
@@ -198,8 +200,9 @@ def patch(
     one = study.any_sweep
     scale = "0 as in the corrupted run, 1 as in the clean one"
     scale = scale if one.defined else "nan: the two runs do not surely differ"
-    runs = {"clean": round(one.clean, 4), "corrupted": round(one.corrupted, 4), "recovered": scale}
-    show(study.table(), as_json, **runs, **written(out))
+    runs: dict[str, Any] = {"clean": round(one.clean, 4), "corrupted": round(one.corrupted, 4), "recovered": scale}
+    caption = "The patches that moved the logit difference most; recovered: the share of clean minus corrupted."
+    show(study.table(), as_json, caption=caption, more=runs | written(out))
 
 
 @app.command()
@@ -231,7 +234,10 @@ def check(
     judge(of_model(model, device))
     report = verify(load_model(model, device, dtype), seed=seed)
     numbers = Table(("check", "measured", "at most", "ok"), report.rows)
-    show(numbers if as_json else report.table(), as_json, model=report.model, ok=report.ok)
+    caption = "What was measured, and the most that it may be."
+    show(
+        numbers if as_json else report.table(), as_json, caption=caption, more={"model": report.model, "ok": report.ok}
+    )
     raise typer.Exit(OK if report.ok else FAILED)
 
 
@@ -273,15 +279,16 @@ def run(
     answer = info.demo()
     loaded = _tiny(device, dtype, seed) if model is None else load_model(model, device, dtype)
     result = answer(loaded)
+    told = f"A demo. {_first_line(answer)}" + _TINY * (model is None)
+    caption, terms = f"{info.summary}\n{told}", getattr(result, "terms", {})
     if out is None:
-        show(result.table(), as_json)
+        show(result.table(), as_json, caption=caption, terms=terms)
         return
     from hooklens.viz.report import Report
 
-    report = Report(f"{plugin} in {loaded.cfg.model_name}").text(info.summary)
-    report.text(f"A demo. {_first_line(answer)}" + _TINY * (model is None))
-    report.figure(result.figure()).table(result.table()).save(out, data=result)
-    show(result.table(), as_json, **written(out))
+    report = Report(f"{plugin} in {loaded.cfg.model_name}").text(info.summary).text(told)
+    report.figure(result.figure()).table(result.table(), "", terms).save(out, data=result)
+    show(result.table(), as_json, caption=caption, terms=terms, more=written(out))
 
 
 @app.command()
@@ -323,7 +330,7 @@ def main() -> None:
 
 
 _TINY = (
-    " Its model is tiny and random, so that the page shows what the method gives, and its numbers mean nothing; "
+    " Its model is tiny and random: this shows what the method gives, and its numbers mean nothing; "
     "--model smollm2-135m-instruct runs it on a trained one."
 )
 
@@ -377,8 +384,8 @@ def _tiny(device: str | None, dtype: Dtype | None, seed: int) -> "HookedTransfor
     return tiny_model(seed=seed).to(device=as_device(device) or "cpu", dtype=as_dtype(dtype and dtype.value))
 
 
-def check_out(out: Path) -> None:
-    """Both files of a report, before anything is computed."""
+def check_out(out: Path) -> Path:
+    """The report's path, once both of its files can be written: before anything is computed."""
     from hooklens.core.files import check_writable
 
     if not out.name or out.is_dir():
@@ -387,11 +394,12 @@ def check_out(out: Path) -> None:
         raise InputError(f"--out {out} is the name of the numbers beside the page; use {out.with_suffix('.html')}")
     for path in (out, out.with_suffix(".json")):
         check_writable(path)
+    return out
 
 
-def written(out: Path) -> dict[str, str]:
+def written(out: Path) -> dict[str, Any]:
     """Where the report and its numbers are, from anywhere."""
-    return {"report": str(out.absolute()), "numbers": str(out.with_suffix(".json").absolute())}
+    return {"report": out.absolute(), "numbers": out.with_suffix(".json").absolute()}
 
 
 def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
@@ -407,25 +415,63 @@ def say_how_long(model: "HookedTransformer", tokens: float) -> None:
     _say(*how_long(model, tokens))
 
 
-def show(table: "Table", as_json: bool, **more: Any) -> None:
-    """A table, then what else there is to say; or all of it as one JSON object."""
+Tables = Mapping[str, tuple[str, "Table"]]
+
+
+def show(
+    table: "Table",
+    as_json: bool,
+    *,
+    caption: str = "",
+    terms: Mapping[str, str] | None = None,
+    before: Tables | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """A table under a line that says what it shows, and what else there is to say; or all of it as one JSON object.
+
+    `terms` say what columns are; `before` are tables that come first, each with its own line.
+    """
+    more = more or {}
+    if as_json:
+        others = {name: _objects(other) for name, (_, other) in (before or {}).items()}
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in more.items()}
+        typer.echo(json_line(_plain({"rows": _objects(table), **others, **told})))
+        return
+    for line, one in (*(before or {}).values(), (caption, table)):
+        _print(line, one)
+    known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
+    typer.echo("".join(f"{name}: {printable(value)}\n" for name, value in (known | _short(more)).items()), nl=False)
+
+
+def _plain(value: Any) -> Any:
     from hooklens.result import plain
 
-    if as_json:
-        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-        typer.echo(json_line(plain({"rows": rows, **more})))
-        return
+    return plain(value)
+
+
+def _objects(table: "Table") -> list[dict[str, Any]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def _print(caption: str, table: "Table") -> None:
+    if caption:
+        typer.echo(printable(caption))
     if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed before the start
         from rich.console import Console
 
         Console().print(table)
     else:
         typer.echo(printable(table))
-    typer.echo("".join(f"{name}: {value}\n" for name, value in _strings(more).items()), nl=False)
 
 
-def _strings(more: Mapping[str, Any]) -> dict[str, str]:
-    return {name: printable(value) for name, value in more.items()}
+def _short(more: Mapping[str, Any]) -> dict[str, Any]:
+    """Files beside the first are told by name alone."""
+    paths = [value for value in more.values() if isinstance(value, Path)]
+    beside = [path for path in paths[1:] if path.parent == paths[0].parent]
+    return {
+        name: f"{value.name}, beside it" if any(value is path for path in beside) else value
+        for name, value in more.items()
+    }
 
 
 def _in_options(ctx: Any, error: HooklensError) -> str:

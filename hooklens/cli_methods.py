@@ -1,5 +1,6 @@
 """The methods on the command line: lens, heads, circuit, probe. Prompts come as options or from a JSONL file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from hooklens.data.jsonl import PromptPairs
     from hooklens.model.transformer import HookedTransformer
     from hooklens.plugins.claims import Registration
+    from hooklens.plugins.lens import LensStudy
+    from hooklens.table import Table
 
 Clean = Annotated[str | None, typer.Option(help="The prompt that is answered rightly.")]
 Corrupted = Annotated[str | None, typer.Option(help="The same prompt with one thing changed.")]
@@ -73,11 +76,13 @@ def lens(
     loaded = load_reader(model, device, dtype)
     from hooklens import cli_time
     from hooklens.plugins.lens import lens_study
+    from hooklens.table import Table
 
     if read is None:
         study = lens_study(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
-        show(study.table(), as_json, **written(out))
+        layers = study.lenses[0].table()
+        _show_lens(study, as_json, ("What the stream says after each layer.", layers), study.lenses[0].terms, out)
         return
     from hooklens.data.jsonl import check_pairs
 
@@ -87,7 +92,29 @@ def lens(
     study = lens_study(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
-    show(study.table(), as_json, read=told, **written(out))
+    path = study.trajectory.table()
+    layers = Table(path.columns, [row for row in path.rows if not str(row[0]).endswith("_mid")])
+    before = ("Layer by layer: medians of ranks, means of the rest, over prompts.", layers)
+    _show_lens(study, as_json, before, study.trajectory.terms, out, {"read": told})
+
+
+def _show_lens(
+    study: "LensStudy",
+    as_json: bool,
+    layers: tuple[str, "Table"],
+    terms: Mapping[str, str],
+    out: Path,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    controls = "; ".join(f"{name}: {terms[name]}" for name in layers[1].columns if name.startswith("control"))
+    caption = "What each part adds directly to the answer's logit, the largest first; nothing where it is not large "
+    show(
+        study.table(),
+        as_json,
+        caption=f"{caption}beside its spread over tokens.",
+        before={"layers": (f"{layers[0]} {controls}.", layers[1])},
+        more={**(more or {}), **written(out)},
+    )
 
 
 @app.command()
@@ -141,11 +168,13 @@ def heads(
     found = taxonomy(loaded, n=n, ioi=ioi, seed=seed)
     if read is None:
         found.report(loaded, registered=plans).save(out, data=found)
-        show(found.table(20), as_json, **written(out))
+        told = "Heads on random sequences that repeat: attention, what the loss rises by without it, and the control."
+        show(found.table(20), as_json, caption=told, more=written(out))
         return
     study = head_study(loaded, read, labels=found.labels(), seed=seed)
     taxonomy_report(found, study.report(), loaded, plans).save(out, data={"taxonomy": found, "pairs": study})
-    show(study.table(20), as_json, **written(out))
+    told = "What the logit difference falls by without what each head carries, the largest first."
+    show(study.table(20), as_json, caption=told, more=written(out))
 
 
 @app.command()
@@ -200,7 +229,8 @@ def circuit(
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report(registered=plans).save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
-    show(study.table(), as_json, **written(out), circuit=str(kept))
+    told = "How much of the logit difference the circuit keeps alone, beside random circuits of as many edges."
+    show(study.table(), as_json, caption=told, more={**written(out), "circuit": kept.absolute()})
 
 
 @app.command()
@@ -230,7 +260,10 @@ def probe(
 
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
     study.report(f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
-    show(study.table(), as_json, **written(out))
+    told = (
+        "How well the label is read from texts that the probe was not fitted on, and what reads it without the model."
+    )
+    show(study.table(), as_json, caption=told, more=written(out))
 
 
 def _pairs(
@@ -284,7 +317,8 @@ def register(
     }
     made = judge(checks)["hypothesis"].write(plan)
     rows = [(name, getattr(made, name)) for name in ("hypothesis", "metric", "control", "threshold", "side", "n")]
-    show(Table(("plan", "held to"), rows), as_json, plan=str(plan), written=made.written, digest=made.digest)
+    more = {"plan": str(plan), "written": made.written, "digest": made.digest}
+    show(Table(("plan", "held to"), rows), as_json, more=more)
 
 
 def _tokens(model: "HookedTransformer", pairs: "PromptPairs") -> int:

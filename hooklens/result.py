@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,8 +40,11 @@ class Result:
     site    'z'
 
     Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
-    A subclass overrides `table`, `top` and `figure` where they mean something.
+    A subclass overrides `table`, `top` and `figure` where they mean something. Its `terms` say what the columns of its
+    table are where their names do not: a control always.
     """
+
+    terms: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -143,10 +143,11 @@ def _from_memory(source: Any, dtype: torch.dtype | None, options: dict[str, Any]
     return load_module(source, dtype=dtype, **options)
 
 
-def check_source(source: str) -> None:
-    """Can this name or path be a model's? What is known without loading it or asking the hub raises.
+def check_source(source: str) -> str:
+    """The name or path, if it can be a model's: what is known without loading it or asking the hub raises.
 
     >>> check_source("smollm2-135m-instruct")
+    'smollm2-135m-instruct'
     """
     from hooklens.pretrained.assets import ASSETS
 
@@ -161,16 +162,17 @@ def check_source(source: str) -> None:
             raise InputError(
                 f"the asset {source!r} is {ASSETS[source].what}, no model; models among the assets: {usable}"
             )
-        return
+        return source
     with reading(source, "a model"):
         if Path(source).expanduser().exists():
-            return
+            return source
     if not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
         raise FileRefused(
             f"{source!r}: there is no such file or folder; give the path of one, or a name that `hooklens models` lists"
         )
     if "/" not in source and (close := difflib.get_close_matches(source, ASSETS, n=1)):
         raise did_you_mean("asset, file or folder", source, close)
+    return source
 
 
 def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:

@@ -157,8 +157,8 @@ def _read(asked: str | tuple | Site) -> Site:
     return replace(found, name=name)
 
 
-def has_site(model: HookedTransformer, site: str) -> None:
-    """Does the model have this site? A parallel block, for one, has no resid_mid."""
+def has_site(model: HookedTransformer, site: str) -> str:
+    """The site, if the model has it: a parallel block, for one, has no resid_mid."""
     missing = f"blocks.0.{SITES[site].point}"
     if missing not in model.hook_points():
         there = [name for name, kind in SITES.items() if f"blocks.0.{kind.point}" in model.hook_points()]
@@ -166,6 +166,7 @@ def has_site(model: HookedTransformer, site: str) -> None:
             "{site}: this model has no {0} (no point {1}), as attention-only and parallel blocks lack it; it has {2}",
             *(site, missing, ", ".join(there)),
         )
+    return site
 
 
 def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -17,24 +17,6 @@ _LABELS = {
     "opposite effect": "how many change it the other way",
     "detectable, negligible": "how many change it as the label says, by too little to matter",
 }
-_EVIDENCE = {
-    "head": "L5H1 is head 1 of layer 5",
-    "label": "the name that it earned, else the nearest, with a question mark",
-    "score": "mean attention to the label's keys, of names the margin over any other position",
-    "q": "of the score, the rate of false discoveries over all heads and labels",
-    "effect": "rise of the loss in nats a token when the head may not attend to these keys (of names: the share of the "
-    "logit difference that it restores directly)",
-    "low": "lower end of the effect's 95 % interval over sequences",
-    "high": "its upper end",
-    "q of effect": "the same rate of the effect, over those measured",
-    "share of loss": "the effect as a share of the loss",
-    "placebo": "the rise when it may not attend to other keys of the same sequences, the control",
-    "rests": "mean attention to the first token, where heads attend that do nothing",
-    "by position": "share of queries that positions alone would send to the previous token",
-    "anti-copy": "what the head takes from the logit of the token attended to, beyond that of another token",
-    "ECE change": "rise of the expected calibration error, the mean gap between confidence and accuracy, without the "
-    "head",
-}
 _NAMES = {
     "head": "the head",
     "margin": "attention to the indirect object above that to any other position",
@@ -102,7 +84,7 @@ def taxonomy_report(
         "Empty: chance. Blue: more attention than chance, and the label earned. Orange: more attention than chance, "
         "but blocking it does not do what the label says.",
     )
-    report.table(found.table(_SHOWN), "The heads of the strongest evidence; what is labelled comes first.", _EVIDENCE)
+    report.table(found.table(_SHOWN), "The heads of the strongest evidence; what is labelled comes first.", found.terms)
     if labelled > _SHOWN:
         with report.fold(f"All {labelled} labelled heads"):
             report.table(found.table(labelled), "Columns as above.")
