@@ -228,11 +228,14 @@ def check(
 
     Example: `hooklens check smollm2-135m-instruct --dtype float64`
     """
+    from hooklens import cli_time
     from hooklens.pretrained.check import check as verify
     from hooklens.table import Table
 
     judge(of_model(model, device))
-    report = verify(load_model(model, device, dtype), seed=seed)
+    loaded = load_model(model, device, dtype)
+    _say(*cli_time.told(cli_time.of_check(loaded)))
+    report = verify(loaded, seed=seed)
     numbers = Table(("check", "measured", "at most", "ok"), report.rows)
     caption = "What was measured, and the most that it may be."
     show(
@@ -268,6 +271,7 @@ def run(
 
     Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
     """
+    from hooklens import cli_time
     from hooklens.plugins import find
 
     def check_seed() -> None:
@@ -278,6 +282,8 @@ def run(
     info = judge({**known, **of_model(model, device)})["plugin"]
     answer = info.demo()
     loaded = _tiny(device, dtype, seed) if model is None else load_model(model, device, dtype)
+    if model is not None and loaded.cfg.d_vocab:
+        say_how_long(loaded, cli_time.of_demo_of(loaded, info.module))
     result = answer(loaded)
     told = f"A demo. {_first_line(answer)}" + _TINY * (model is None)
     caption, terms = f"{info.summary}\n{told}", getattr(result, "terms", {})
@@ -307,6 +313,7 @@ def generate(
 
     Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
     """
+    from hooklens import cli_time
     from hooklens.model.sampling import Sampling, check_length
 
     known = {
@@ -317,6 +324,7 @@ def generate(
     loaded = load_reader(model, device, dtype)
     if chat:
         prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
+    _say(*cli_time.told(cli_time.of_generate(loaded, max_new_tokens)))
     new = loaded.generate(prompt, max_new_tokens, temperature=temperature, seed=seed, stream=not as_json)
     if as_json:
         typer.echo(json_line({"text": new.text, "tokens": new.new_tokens[0].tolist(), "seed": seed}))

@@ -79,6 +79,7 @@ def lens(
     from hooklens.table import Table
 
     if read is None:
+        say_how_long(loaded, cli_time.of_lens(loaded, len(loaded.to_tokens(str(prompt))[0])))
         study = lens_study(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
         layers = study.lenses[0].table()
@@ -164,7 +165,8 @@ def heads(
     loaded = load_model(model, device, dtype) if read is None else load_reader(model, device, dtype)
     if read is not None:
         _check(loaded, read, pairs)
-    say_how_long(loaded, cli_time.of_heads(loaded, n, 0 if loaded.tokenizer is None else ioi))
+    own_pairs = 0.0 if read is None else cli_time.of_head_study(loaded, _tokens(loaded, read))
+    say_how_long(loaded, own_pairs + cli_time.of_heads(loaded, n, 0 if loaded.tokenizer is None else ioi))
     found = taxonomy(loaded, n=n, ioi=ioi, seed=seed)
     if read is None:
         found.report(loaded, registered=plans).save(out, data=found)
@@ -258,6 +260,7 @@ def probe(
     names = loaded.hook_names()
     judge({"texts": lambda: check_texts(loaded, read, str(texts)), "site": lambda: resolve(site, names)})
 
+    say_how_long(loaded, sum(len(loaded.to_tokens(text)[0]) for text in read.text))  # of what is read; fits tell theirs
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
     study.report(f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
     told = (

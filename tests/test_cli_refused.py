@@ -133,6 +133,36 @@ def test_a_command_of_more_than_a_minute_says_so_first(model_path, tmp_path, mon
     assert invoke("patch", *pair(), *out).stderr == ""
 
 
+def test_no_estimate_was_given_before_check_run_probe_lens_and_generate(model_path, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"a{i}", "label": i % 2}) + "\n" for i in range(20))
+    )
+    monkeypatch.setattr(cli_time, "_seconds_of_a_pass", lambda model, inputs: 1e4)
+    out = ["--out", tmp_path / "o.html"]
+    commands = [
+        ["check", model_path],
+        ["run", "patching", "--model", model_path],
+        ["lens", CLEAN, "--model", model_path, *out],
+        ["generate", "When", "--model", model_path, "--max-new-tokens", 2],
+        ["probe", tmp_path / "texts.jsonl", "--model", model_path, *out],
+        ["heads", *pair(), "--sequences", 6, "--ioi", 0, "--model", model_path, *out],
+    ]
+    for command in commands:
+        done = invoke(*command)
+        assert done.exit_code == 0, done.output
+        assert done.stderr.startswith("this will take about "), (command, done.stderr)
+
+
+def test_a_check_is_about_as_many_passes_as_are_foretold(model_path, monkeypatch):  # noqa: F811
+    from hooklens.pretrained.check import check
+
+    model, passes = hl.load(model_path), []
+    plain = HookedTransformer._run
+    monkeypatch.setattr(HookedTransformer, "_run", lambda self, *a, **k: (passes.append(1), plain(self, *a, **k))[1])
+    check(model)
+    assert 0.5 < 20 / len(passes) < 2, len(passes)
+
+
 @pytest.mark.parametrize("by", [("layer", "pos"), ("layer", "head"), ("layer", "head", "pos")])
 def test_the_work_that_is_foretold_is_about_what_is_done(by):
     model, n_pos = tiny_model(n_layers=6, n_ctx=32), 20
