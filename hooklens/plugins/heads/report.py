@@ -16,6 +16,7 @@ _LABELS = {
     "of these without effect": "how many of these do not change the loss as the label says",
     "opposite effect": "how many change it the other way",
     "detectable, negligible": "how many change it as the label says, by too little to matter",
+    "no matched control": "how many earned it though their other keys held too little attention for a placebo",
 }
 _NAMES = {
     "head": "the head",
@@ -59,7 +60,7 @@ def taxonomy_report(
 ) -> Any:
     """Counts, the labelled heads with their evidence, and the scores behind them; below what a report holds already."""
     from hooklens.plugins.claims import plans_met
-    from hooklens.plugins.heads.labels import LEAST_SHARE
+    from hooklens.plugins.heads.labels import LEAST_MATCH, LEAST_SHARE
     from hooklens.viz.report import Report
 
     labelled, total = len(found.called()), found.score_p[0].numel()
@@ -68,7 +69,8 @@ def taxonomy_report(
     report.text(
         "A label takes a score above that of heads with randomly rotated queries, and a change of the loss in the "
         "direction that the label claims when exactly that attention is blocked, measured on other sequences. "
-        "Taking as much attention from its other keys (the placebo) must do less. A labelled head "
+        "Taking as much attention from its other keys (the placebo) must do less; where they hold less than "
+        f"{LEAST_MATCH:.0%} of it the head has no matched control, and its label no causal claim. A labelled head "
         f"whose effect is less than {LEAST_SHARE:.0%} of the loss is called detectable, negligible; one that looks "
         "where the label says and whose effect surely goes the other way has an opposite effect, and no label. "
         "A head without a label may do much that repeated random tokens cannot show."

@@ -71,11 +71,12 @@ def taxonomy(
         effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
         found = Taxonomy(scores, ov, score_p, effect, torch.full_like(effect, torch.nan), loss, names, note, level)
         patterns = _patterns(model, untouched)
-        others = {kind: [placebo_keep(one, mask) for one in patterns] for kind, mask in masks.items()}
+        whole = model.blocks[0].attn.score.row_sums_to_one
+        others = {kind: [placebo_keep(one, mask, normalised=whole) for one in patterns] for kind, mask in masks.items()}
         asked = found.candidates | found.opposite
         with engine(verify=0):  # the same sweep with other keys, checked above
             placebo = _effects(model, reported, untouched, others, asked)
-        blocked = torch.stack([_blocked(patterns, masks, keeps) for keeps in (blocking, others)])
+        blocked = torch.stack([_blocked(patterns, masks, keeps, whole) for keeps in (blocking, others)])
         found = replace(found, blocked=blocked.where(asked.to(blocked.device), torch.nan))
         found = replace(found, placebo=placebo)
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
@@ -100,20 +101,24 @@ def check_pairs_asked(ioi: int) -> None:
 
 
 def placebo_keep(
-    pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Mask
+    pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Mask, *, normalised: bool = True
 ) -> Float[Tensor, "sequence head query_pos key_pos"]:
-    """Which share of their weight other keys keep when they lose as much attention together as the marked ones hold.
+    """Which share of their weight other keys keep, to lose as much attention together as the marked ones hold.
 
-    All of them lose the same share, query by query; where they hold less than the marked keys, all that they hold.
+    All of them lose the same share, query by query; where they hold less than the marked keys, all that they hold. In a
+    `normalised` pattern the rows are divided by their sums afterwards, which gives back a part of what was taken: with
+    t on the marked keys and o = 1 - t on others that keep k, the others hold k o / (k o + t) in the end. That is o - t,
+    as much less as the marked keys held, at k = (o - t) / 2 o.
 
     >>> pattern = torch.tensor([[[[0.5, 0.2, 0.25, 0.05]]]])
-    >>> placebo_keep(pattern, torch.tensor([[[False, True, False, False]]]))[0, 0, 0].tolist()
-    [0.75, 1.0, 0.75, 0.75]
+    >>> keep = placebo_keep(pattern, torch.tensor([[[False, True, False, False]]]))[0, 0, 0]
+    >>> keep.tolist(), round((pattern * keep / (pattern * keep).sum())[0, 0, 0, 1].item(), 6)     # 0.2 moved to it
+    ([0.375, 1.0, 0.375, 0.375], 0.4)
     """
     size, marked = pattern.abs(), mask[:, None]
     own, others = ((size * part).sum(-1, keepdim=True) for part in (marked, ~marked))
     left = (others - own).clamp_min(0) / others.clamp_min(torch.finfo(size.dtype).tiny)
-    return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left)
+    return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left / 2 if normalised else left)
 
 
 def _patterns(
@@ -124,15 +129,22 @@ def _patterns(
 
 
 def _blocked(
-    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps]
+    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps], normalised: bool
 ) -> Float[Tensor, "label layer head"]:
-    """The attention that these shares take away, mean over the queries that have a key of the label."""
+    """The attention that keys lose by these shares in the end, mean over the queries that have a key of the label."""
     found = []
     for kind, _ in LABELS.values():
         queries = masks[kind].any(-1)[:, None]
-        lost = [(one.abs() * (1 - keep)).sum(-1) for one, keep in zip(patterns, keeps[kind], strict=True)]
+        lost = [_lost(one.abs(), keep, normalised) for one, keep in zip(patterns, keeps[kind], strict=True)]
         found.append(torch.stack([(one * queries).sum((0, 2)) / queries.sum() for one in lost]))
     return torch.stack(found)
+
+
+def _lost(size: Tensor, keep: Tensor, normalised: bool) -> Float[Tensor, "sequence head query_pos"]:
+    kept = size * keep
+    if normalised:
+        kept = kept * (size.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny))
+    return (size - kept).clamp_min(0).sum(-1)
 
 
 def _score_p(label: str, scores: HeadScores, ov: Copying) -> PerHead:
