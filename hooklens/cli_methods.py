@@ -129,7 +129,9 @@ def heads(
     n: Annotated[
         int, typer.Option("--sequences", help="Random sequences for scores, and as many for effects; at least 6.")
     ] = 12,
-    ioi: Annotated[int, typer.Option(help="Prompt pairs to look for name movers with, a multiple of 4; 0: none.")] = 64,
+    ioi: Annotated[
+        int, typer.Option(help="Prompt pairs to label name movers by, and measure them on; a multiple of 4; 0: none.")
+    ] = 128,
     registered: Plans = None,
     digest: Digests = None,
     out: Out = Path("heads.html"),
@@ -171,7 +173,7 @@ def heads(
     if read is None:
         found.report(loaded, registered=plans).save(out, data=found)
         told = "Heads on random sequences that repeat: attention, what the loss rises by without it, and the control."
-        show(found.table(20), as_json, caption=told, more=written(out))
+        show(found.table(20), as_json, caption=told, more={"names": found.note, **written(out)})
         return
     study = head_study(loaded, read, labels=found.labels(), seed=seed)
     taxonomy_report(found, study.report(), loaded, plans).save(out, data={"taxonomy": found, "pairs": study})

@@ -108,8 +108,9 @@ def test_a_column_stood_on_the_page_without_a_word_about_it(name):
 
 def test_every_kind_of_evidence_about_heads_is_explained():
     """Those too that the model of the test above does not show."""
-    from hooklens.plugins.heads.labels import Taxonomy
+    from hooklens.plugins.heads import report
     from hooklens.plugins.heads.evidence import _EFFECT, _SUPPRESSION
+    from hooklens.plugins.heads.labels import Taxonomy
 
     assert {*_EFFECT, *_SUPPRESSION, "score", "q", "rests", "by position"} <= Taxonomy.terms.keys()
     change = CalibrationChange([], 0.1, *[torch.zeros(0)] * 3, torch.zeros(0, 1), torch.zeros(1, 0), "repeats")

@@ -61,10 +61,10 @@ def _on_repeats(found: Taxonomy) -> dict[str, list[Tensor]]:
 
 
 def _on_names(found: Taxonomy) -> dict[str, list[Tensor]]:
-    """The same of indirect-object prompts: attention margin, q of all three tests, direct effect; no placebo."""
+    """The same of indirect-object prompts: q of the pairs that label, margin and direct effect of the others."""
     if found.names is None:
         return {}
-    movers, q = found.names.found, found.names.q
+    movers, q = found.names.reported, found.names.q
     ends, none = movers.share_interval(), torch.full_like(movers.share, torch.nan)
     return {
         label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none, none, none]

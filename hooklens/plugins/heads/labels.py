@@ -48,7 +48,7 @@ class Taxonomy(Result):
     than half of its attention has less elsewhere for the placebo to take (see `matched`). `names` is the
     evidence of indirect-object prompts, `positions` what positions alone do to queries and keys, `suppression` what the
     heads called copy suppression or negative name mover do to the token that they look at and to calibration; None
-    where the model could not be asked, or no head was called so. `note` says why.
+    where the model could not be asked, or no head was called so. `note` says why, or which pairs label name movers.
     """
 
     terms = {

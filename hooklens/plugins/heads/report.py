@@ -107,7 +107,7 @@ def taxonomy_report(
         "it lowers it. z: how far from heads with randomly rotated outputs, in their standard deviations.",
     )
     if found.names is not None:
-        report.table(found.names.table(_SHOWN), "Indirect-object prompts.", _NAMES)
+        report.table(found.names.table(_SHOWN), f"Indirect-object prompts. {found.note}", _NAMES)
     if found.positions is not None:
         caption = "Heads that positions alone would send to the previous token. Rows: queries whose largest score, of "
         caption += "positions alone, is that of the position before (p - 1)."
@@ -121,4 +121,4 @@ def taxonomy_report(
         change = found.suppression.calibration
         terms = {"head": "the head that is ablated by its mean", **_CALIBRATION}
         report.table(change.table(None), f"Calibration without these heads, on {change.data}.", terms)
-    return report if not found.note else report.text(found.note)
+    return report if found.names is not None or not found.note else report.text(found.note)

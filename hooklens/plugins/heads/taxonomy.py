@@ -35,7 +35,7 @@ _SUPPRESSORS = ("copy suppression", "negative name mover")
 
 
 def taxonomy(
-    model: "HookedTransformer", *, n: int = 12, level: float = 0.05, draws: int = DRAWS, ioi: int = 64, seed: int = 0
+    model: "HookedTransformer", *, n: int = 12, level: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
 ) -> Taxonomy:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads? Only where evidence allows.
 
@@ -50,7 +50,8 @@ def taxonomy(
     >>> taxonomy(induction_model()).labels()
     [['previous token', 'unlabelled'], ['unlabelled', 'induction']]
 
-    With a tokenizer that knows names, `ioi` prompt pairs also look for name movers and negative name movers (0: no).
+    With a tokenizer that knows names, `ioi` prompt pairs also look for name movers and negative name movers (0: no):
+    half of them label heads, the numbers are those of the other half.
 
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
@@ -65,7 +66,9 @@ def taxonomy(
         score_p = torch.stack([_score_p(label, scores, ov) for label in LABELS])
         masks = key_masks(reported.tokens)
         loss = -reported.metric()(model(reported.tokens))
-        names, note = name_evidence(model, ioi, seed=seed) if ioi else (None, "name movers were not asked for")
+        names, note = (
+            name_evidence(model, ioi, level=level, seed=seed) if ioi else (None, "name movers were not asked for")
+        )
         untouched = scores_and_values(model, reported.tokens)
         blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
         effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
