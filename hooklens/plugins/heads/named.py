@@ -56,7 +56,7 @@ class NameEvidence(Result):
     def note(self, level: float) -> str:
         """On which pairs heads were labelled and measured, and whether these are enough for a label."""
         n_named, n_reported = len(self.chosen_on), len(self.reported_on)
-        told = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others that share no names and sentence"
+        told = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others, of other groups"
         if bool(torch.isin(self.reported_on, self.chosen_on).any()):
             told = f"Name movers: labelled and measured on the same {n_named} pairs, as all of them are of one group"
         groups, needed = len(self.named.group.unique()), math.ceil(math.log2(self.p.numel() / level))
