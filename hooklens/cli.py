@@ -416,7 +416,7 @@ def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     return out.with_name(f"{out.stem}.{site}.{digest}.part")
 
 
-def say_how_long(model: "HookedTransformer", tokens: float) -> None:
+def say_how_long(model: "HookedTransformer", tokens: int | float) -> None:
     """Before a command that takes more than a minute: about how long."""
     from hooklens.cli_time import how_long
 
