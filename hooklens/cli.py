@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hooklens.core.errors import ArgumentError, CheckFailed, HooklensError, InputError, Unavailable
+from hooklens.core.errors import ArgumentError, CheckFailed, HooklensError, InputError, Refused, Unavailable, judge
 from hooklens.core.terminal import json_line, printable
 
 if TYPE_CHECKING:
@@ -45,12 +45,11 @@ class _Group(TyperGroup):
             with _usage_shown():
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            _say("interrupted", *getattr(error, "__notes__", ()))
+            _say("interrupted")  # notes on it are for Python, such as an argument that would keep what is done
             raise typer.Exit(INTERRUPTED) from error
         except HooklensError as error:
             _fail(ctx, f"error: {_in_options(ctx, error)}", error)
-            code = FAILED if isinstance(error, CheckFailed) else BAD_INPUT
-            raise typer.Exit(MISSING if isinstance(error, Unavailable) else code) from error
+            raise typer.Exit(_code(error)) from error
         except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
             raise
         except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
@@ -126,10 +125,9 @@ def demo(
 
     Example: `hooklens demo --out ioi.html`
     """
-    check_out(out)
     from hooklens.data.ioi import check_n_pairs, ioi
 
-    check_n_pairs(n)
+    judge({"out": lambda: check_out(out), "n": lambda: check_n_pairs(n), **of_model(model, device)})
     loaded = load_reader(model, device, dtype)
     from hooklens import cli_time
     from hooklens.plugins.patching.ioi_demo import ioi_study
@@ -137,7 +135,9 @@ def demo(
     say_how_long(loaded, cli_time.of_demo(loaded, *ioi(loaded, n, seed=seed).clean_tokens.shape))
     study = ioi_study(loaded, n, seed=seed)
     study.report().save(out, data=study)
-    show(study.table(), as_json, finding=study.finding(), **written(out))
+    halves = "called on one half of the pairs, measured on the other" if study.held_out else "all on the same pairs"
+    caption = f"Heads, {halves}. patched, direct: what each restores of the clean-corrupted difference."
+    show(study.table(), as_json, caption=caption, more={"finding": study.finding(), **written(out)})
 
 
 @app.command()
@@ -165,19 +165,19 @@ def patch(
     An interrupted run goes on where it stopped when the same command is given again. The seed chooses which patches are
     checked against the plain way.
     """
-    check_out(out)
     sites = sites or ["resid_pre", "z"]
-    from hooklens.sweeps.plan import site_kind
-
-    asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
-    parts = {name: _part(out, name, asked) for name in map(site_kind, sites)}
-    loaded = load_reader(model, device, dtype)
     from hooklens import cli_time
-    from hooklens.plugins.patching.pair_study import check_pair, study_pair
+    from hooklens.plugins.patching.pair_study import check_pair, grids, study_pair
     from hooklens.sweeps.settings import engine
 
-    n_pos, grids = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
-    say_how_long(loaded, cli_time.of_patch(loaded, n_pos, grids))
+    words = of_pair(clean, corrupted, answer, wrong_answer)
+    known = {"out": lambda: check_out(out), "sites": lambda: grids(sites, by), **words, **of_model(model, device)}
+    asked = (model, clean, corrupted, answer, wrong_answer, str(by), str(dtype), str(device))
+    parts = {name: _part(out, name, asked) for name in judge(known)["sites"]}
+    loaded = load_reader(model, device, dtype)
+
+    n_pos, swept = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
+    say_how_long(loaded, cli_time.of_patch(loaded, n_pos, swept))
 
     options: dict[str, Any] = {
         "answer": answer,
@@ -190,10 +190,9 @@ def patch(
     try:
         with engine(seed=seed):
             study = study_pair(loaded, clean, corrupted, **options)
-    except KeyboardInterrupt as interrupt:
-        kept = ", ".join(str(path) for path in parts.values() if path.exists())
-        if kept:
-            interrupt.add_note(f"what is done is kept in {kept}; the same command goes on from there")
+    except KeyboardInterrupt:
+        if kept := ", ".join(str(path) for path in parts.values() if path.exists()):
+            _say(f"what is done is kept in {kept}; the same command goes on from there")
         raise
     study.report().save(out, data=study)
     for path in parts.values():
@@ -201,8 +200,9 @@ def patch(
     one = study.any_sweep
     scale = "0 as in the corrupted run, 1 as in the clean one"
     scale = scale if one.defined else "nan: the two runs do not surely differ"
-    runs = {"clean": round(one.clean, 4), "corrupted": round(one.corrupted, 4), "recovered": scale}
-    show(study.table(), as_json, **runs, **written(out))
+    runs: dict[str, Any] = {"clean": round(one.clean, 4), "corrupted": round(one.corrupted, 4), "recovered": scale}
+    caption = "The patches that moved the logit difference most; recovered: the share of clean minus corrupted."
+    show(study.table(), as_json, caption=caption, more=runs | written(out))
 
 
 @app.command()
@@ -228,12 +228,19 @@ def check(
 
     Example: `hooklens check smollm2-135m-instruct --dtype float64`
     """
+    from hooklens import cli_time
     from hooklens.pretrained.check import check as verify
     from hooklens.table import Table
 
-    report = verify(load_model(model, device, dtype), seed=seed)
+    judge(of_model(model, device))
+    loaded = load_model(model, device, dtype)
+    _say(*cli_time.told(cli_time.of_check(loaded)))
+    report = verify(loaded, seed=seed)
     numbers = Table(("check", "measured", "at most", "ok"), report.rows)
-    show(numbers if as_json else report.table(), as_json, model=report.model, ok=report.ok)
+    caption = "What was measured, and the most that it may be."
+    show(
+        numbers if as_json else report.table(), as_json, caption=caption, more={"model": report.model, "ok": report.ok}
+    )
     raise typer.Exit(OK if report.ok else FAILED)
 
 
@@ -264,25 +271,30 @@ def run(
 
     Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
     """
-    if out is not None:
-        check_out(out)
-    if model is not None and seed:
-        raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
+    from hooklens import cli_time
     from hooklens.plugins import find
 
-    info = find(plugin)
+    def check_seed() -> None:
+        if model is not None and seed:
+            raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
+
+    known = {"plugin": lambda: find(plugin), "seed": check_seed, "out": lambda: out and check_out(out)}
+    info = judge({**known, **of_model(model, device)})["plugin"]
     answer = info.demo()
     loaded = _tiny(device, dtype, seed) if model is None else load_model(model, device, dtype)
+    if model is not None and loaded.cfg.d_vocab:
+        say_how_long(loaded, cli_time.of_demo_of(loaded, info.module))
     result = answer(loaded)
+    told = f"A demo. {_first_line(answer)}" + _TINY * (model is None)
+    caption, terms = f"{info.summary}\n{told}", getattr(result, "terms", {})
     if out is None:
-        show(result.table(), as_json)
+        show(result.table(), as_json, caption=caption, terms=terms)
         return
     from hooklens.viz.report import Report
 
-    report = Report(f"{plugin} in {loaded.cfg.model_name}").text(info.summary)
-    report.text(f"A demo. {_first_line(answer)}" + _TINY * (model is None))
-    report.figure(result.figure()).table(result.table()).save(out, data=result)
-    show(result.table(), as_json, **written(out))
+    report = Report(f"{plugin} in {loaded.cfg.model_name}").text(info.summary).text(told)
+    report.figure(result.figure()).table(result.table(), "", terms).save(out, data=result)
+    show(result.table(), as_json, caption=caption, terms=terms, more=written(out))
 
 
 @app.command()
@@ -301,9 +313,18 @@ def generate(
 
     Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
     """
+    from hooklens import cli_time
+    from hooklens.model.sampling import Sampling, check_length
+
+    known = {
+        "max_new_tokens": lambda: check_length(max_new_tokens),
+        "temperature": lambda: Sampling(temperature),
+    }
+    judge({**known, **of_model(model, device)})
     loaded = load_reader(model, device, dtype)
     if chat:
         prompt = loaded._need_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
+    _say(*cli_time.told(cli_time.of_generate(loaded, max_new_tokens)))
     new = loaded.generate(prompt, max_new_tokens, temperature=temperature, seed=seed, stream=not as_json)
     if as_json:
         typer.echo(json_line({"text": new.text, "tokens": new.new_tokens[0].tolist(), "seed": seed}))
@@ -317,7 +338,7 @@ def main() -> None:
 
 
 _TINY = (
-    " Its model is tiny and random, so that the page shows what the method gives, and its numbers mean nothing; "
+    " Its model is tiny and random: this shows what the method gives, and its numbers mean nothing; "
     "--model smollm2-135m-instruct runs it on a trained one."
 )
 
@@ -326,10 +347,31 @@ def _first_line(function: Any) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
+def of_model(model: str | None, device: str | None) -> dict[str, Callable[[], Any]]:
+    """What can be said of these two options before a model is loaded."""
+    from hooklens.pretrained.load import as_device, check_source
+
+    return {"model": lambda: model is None or check_source(model), "device": lambda: as_device(device)}
+
+
+def of_pair(
+    clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
+) -> dict[str, Callable[[], Any]]:
+    """What can be said of a pair before a model reads it: the same text twice is no question."""
+
+    def differ(one: str | None, other: str | None, message: str) -> None:
+        if one is not None and one == other:
+            raise ArgumentError(message, one)
+
+    prompts = "{clean} and {corrupted} are the same; change one word of {corrupted}"
+    answers = "{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0"
+    return {"clean": lambda: differ(clean, corrupted, prompts), "answer": lambda: differ(answer, wrong_answer, answers)}
+
+
 def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
     from hooklens.pretrained.load import load
 
-    return load(model, device=device, dtype=None if dtype is None else dtype.value)
+    return judge({"model": lambda: load(model, device=device, dtype=None if dtype is None else dtype.value)})["model"]
 
 
 def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
@@ -350,8 +392,8 @@ def _tiny(device: str | None, dtype: Dtype | None, seed: int) -> "HookedTransfor
     return tiny_model(seed=seed).to(device=as_device(device) or "cpu", dtype=as_dtype(dtype and dtype.value))
 
 
-def check_out(out: Path) -> None:
-    """Both files of a report, before anything is computed."""
+def check_out(out: Path) -> Path:
+    """The report's path, once both of its files can be written: before anything is computed."""
     from hooklens.core.files import check_writable
 
     if not out.name or out.is_dir():
@@ -360,11 +402,12 @@ def check_out(out: Path) -> None:
         raise InputError(f"--out {out} is the name of the numbers beside the page; use {out.with_suffix('.html')}")
     for path in (out, out.with_suffix(".json")):
         check_writable(path)
+    return out
 
 
-def written(out: Path) -> dict[str, str]:
+def written(out: Path) -> dict[str, Any]:
     """Where the report and its numbers are, from anywhere."""
-    return {"report": str(out.absolute()), "numbers": str(out.with_suffix(".json").absolute())}
+    return {"report": out.absolute(), "numbers": out.with_suffix(".json").absolute()}
 
 
 def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
@@ -373,40 +416,87 @@ def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     return out.with_name(f"{out.stem}.{site}.{digest}.part")
 
 
-def say_how_long(model: "HookedTransformer", tokens: float) -> None:
+def say_how_long(model: "HookedTransformer", tokens: int | float) -> None:
     """Before a command that takes more than a minute: about how long."""
     from hooklens.cli_time import how_long
 
     _say(*how_long(model, tokens))
 
 
-def show(table: "Table", as_json: bool, **more: Any) -> None:
-    """A table, then what else there is to say; or all of it as one JSON object."""
+Tables = Mapping[str, tuple[str, "Table"]]
+
+
+def show(
+    table: "Table",
+    as_json: bool,
+    *,
+    caption: str = "",
+    terms: Mapping[str, str] | None = None,
+    before: Tables | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """A table under a line that says what it shows, and what else there is to say; or all of it as one JSON object.
+
+    `terms` say what columns are; `before` are tables that come first, each with its own line.
+    """
+    more = more or {}
+    if as_json:
+        others = {name: _objects(other) for name, (_, other) in (before or {}).items()}
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in more.items()}
+        typer.echo(json_line(_plain({"rows": _objects(table), **others, **told})))
+        return
+    for line, one in (*(before or {}).values(), (caption, table)):
+        _print(line, one)
+    known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
+    typer.echo("".join(f"{name}: {printable(value)}\n" for name, value in (known | _short(more)).items()), nl=False)
+
+
+def _plain(value: Any) -> Any:
     from hooklens.result import plain
 
-    if as_json:
-        rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-        typer.echo(json_line(plain({"rows": rows, **more})))
-        return
+    return plain(value)
+
+
+def _objects(table: "Table") -> list[dict[str, Any]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def _print(caption: str, table: "Table") -> None:
+    if caption:
+        typer.echo(printable(caption))
     if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed before the start
         from rich.console import Console
 
         Console().print(table)
     else:
         typer.echo(printable(table))
-    typer.echo("".join(f"{name}: {value}\n" for name, value in _strings(more).items()), nl=False)
 
 
-def _strings(more: Mapping[str, Any]) -> dict[str, str]:
-    return {name: printable(value) for name, value in more.items()}
+def _short(more: Mapping[str, Any]) -> dict[str, Any]:
+    """Files beside the first are told by name alone."""
+    paths = [value for value in more.values() if isinstance(value, Path)]
+    beside = [path for path in paths[1:] if path.parent == paths[0].parent]
+    return {
+        name: f"{value.name}, beside it" if any(value is path for path in beside) else value
+        for name, value in more.items()
+    }
 
 
 def _in_options(ctx: Any, error: HooklensError) -> str:
     """The message, with the command's options in place of the arguments that it names: parameters are named alike."""
-    if not isinstance(error, ArgumentError):
+    if not isinstance(error, ArgumentError | Refused):
         return str(error)
     command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
-    return error.told({one.name: max(one.opts, key=len) for one in command.params})  # --model, not -m
+    options = {one.name: max(one.opts, key=len) for one in command.params}  # --model, not -m
+    names = {name: option if option.startswith("-") else option.upper() for name, option in options.items()}
+    return error.told({"site": names.get("sites", "site"), **names})
+
+
+def _code(error: HooklensError) -> int:
+    errors = [one for _, one in error.errors] if isinstance(error, Refused) else [error]
+    if all(isinstance(one, Unavailable) for one in errors):
+        return MISSING
+    return FAILED if isinstance(error, CheckFailed) else BAD_INPUT
 
 
 def _fail(ctx: Any, message: str, error: Exception) -> None:

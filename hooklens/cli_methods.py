@@ -1,5 +1,6 @@
 """The methods on the command line: lens, heads, circuit, probe. Prompts come as options or from a JSONL file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,16 +17,20 @@ from hooklens.cli import (
     check_out,
     load_model,
     load_reader,
+    of_model,
+    of_pair,
     say_how_long,
     show,
     written,
 )
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, judge
 
 if TYPE_CHECKING:
     from hooklens.data.jsonl import PromptPairs
     from hooklens.model.transformer import HookedTransformer
     from hooklens.plugins.claims import Registration
+    from hooklens.plugins.lens import LensStudy
+    from hooklens.table import Table
 
 Clean = Annotated[str | None, typer.Option(help="The prompt that is answered rightly.")]
 Corrupted = Annotated[str | None, typer.Option(help="The same prompt with one thing changed.")]
@@ -60,18 +65,25 @@ def lens(
     Example: `hooklens lens "When Mary and John went to the store, John gave a drink to" --answer " Mary" --wrong-answer
     " John"`
     """
-    check_out(out)
-    if (prompt is None) == (pairs is None):
-        raise InputError("give a prompt or --pairs file.jsonl, one of the two")
-    read = None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
+
+    def prompts() -> "PromptPairs | None":
+        if (prompt is None) == (pairs is None):
+            raise InputError("give PROMPT or --pairs file.jsonl, one of the two")
+        return None if pairs is None else _pairs(pairs, None, None, answer, wrong_answer)
+
+    known = {"out": lambda: check_out(out), "pairs": prompts, **of_pair(None, None, answer, wrong_answer)}
+    read = judge({**known, **of_model(model, device)})["pairs"]
     loaded = load_reader(model, device, dtype)
     from hooklens import cli_time
     from hooklens.plugins.lens import lens_study
+    from hooklens.table import Table
 
     if read is None:
+        say_how_long(loaded, cli_time.of_lens(loaded, len(loaded.to_tokens(str(prompt))[0])))
         study = lens_study(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
-        show(study.table(), as_json, **written(out))
+        layers = study.lenses[0].table()
+        _show_lens(study, as_json, ("What the stream says after each layer.", layers), study.lenses[0].terms, out)
         return
     from hooklens.data.jsonl import check_pairs
 
@@ -81,7 +93,29 @@ def lens(
     study = lens_study(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
-    show(study.table(), as_json, read=told, **written(out))
+    path = study.trajectory.table()
+    layers = Table(path.columns, [row for row in path.rows if not str(row[0]).endswith("_mid")])
+    before = ("Layer by layer: medians of ranks, means of the rest, over prompts.", layers)
+    _show_lens(study, as_json, before, study.trajectory.terms, out, {"read": told})
+
+
+def _show_lens(
+    study: "LensStudy",
+    as_json: bool,
+    layers: tuple[str, "Table"],
+    terms: Mapping[str, str],
+    out: Path,
+    more: Mapping[str, str] | None = None,
+) -> None:
+    controls = "; ".join(f"{name}: {terms[name]}" for name in layers[1].columns if name.startswith("control"))
+    caption = "What each part adds directly to the answer's logit, the largest first; nothing where it is not large "
+    show(
+        study.table(),
+        as_json,
+        caption=f"{caption}beside its spread over tokens.",
+        before={"layers": (f"{layers[0]} {controls}.", layers[1])},
+        more={**(more or {}), **written(out)},
+    )
 
 
 @app.command()
@@ -95,7 +129,9 @@ def heads(
     n: Annotated[
         int, typer.Option("--sequences", help="Random sequences for scores, and as many for effects; at least 6.")
     ] = 12,
-    ioi: Annotated[int, typer.Option(help="Prompt pairs to look for name movers with, a multiple of 4; 0: none.")] = 64,
+    ioi: Annotated[
+        int, typer.Option(help="Prompt pairs to label name movers by, and measure them on; a multiple of 4; 0: none.")
+    ] = 128,
     registered: Plans = None,
     digest: Digests = None,
     out: Out = Path("heads.html"),
@@ -110,28 +146,39 @@ def heads(
 
     Example: `hooklens heads --pairs ioi.jsonl --out heads.html`
     """
-    check_out(out)
-    plans = _plans(registered, digest)
-    own = any(given is not None for given in (clean, corrupted, answer, wrong_answer, pairs))
-    read = _pairs(pairs, clean, corrupted, answer, wrong_answer) if own else None
     from hooklens import cli_time
     from hooklens.plugins.heads import head_study, taxonomy
     from hooklens.plugins.heads.report import taxonomy_report
-    from hooklens.plugins.heads.taxonomy import check_sizes
+    from hooklens.plugins.heads.taxonomy import check_pairs_asked, check_sizes
 
-    check_sizes(n, ioi=ioi)
+    pair = (clean, corrupted, answer, wrong_answer)
+    own = pairs is not None or any(given is not None for given in pair)
+    checks = {
+        "out": lambda: check_out(out),
+        "registered": lambda: _plans(registered, digest),
+        "pairs": lambda: _pairs(pairs, *pair) if own else None,
+        **of_pair(*pair),
+        "n": lambda: check_sizes(n),
+        "ioi": lambda: check_pairs_asked(ioi),
+        **of_model(model, device),
+    }
+    known = judge(checks)
+    plans, read = known["registered"], known["pairs"]
     loaded = load_model(model, device, dtype) if read is None else load_reader(model, device, dtype)
     if read is not None:
         _check(loaded, read, pairs)
-    say_how_long(loaded, cli_time.of_heads(loaded, n, 0 if loaded.tokenizer is None else ioi))
+    own_pairs = 0.0 if read is None else cli_time.of_head_study(loaded, _tokens(loaded, read))
+    say_how_long(loaded, own_pairs + cli_time.of_heads(loaded, n, 0 if loaded.tokenizer is None else ioi))
     found = taxonomy(loaded, n=n, ioi=ioi, seed=seed)
     if read is None:
         found.report(loaded, registered=plans).save(out, data=found)
-        show(found.table(20), as_json, **written(out))
+        told = "Heads on random sequences that repeat: attention, what the loss rises by without it, and the control."
+        show(found.table(20), as_json, caption=told, more={"names": found.note, **written(out)})
         return
     study = head_study(loaded, read, labels=found.labels(), seed=seed)
     taxonomy_report(found, study.report(), loaded, plans).save(out, data={"taxonomy": found, "pairs": study})
-    show(study.table(20), as_json, **written(out))
+    told = "What the logit difference falls by without what each head carries, the largest first."
+    show(study.table(20), as_json, caption=told, more=written(out))
 
 
 @app.command()
@@ -163,22 +210,31 @@ def circuit(
 
     A single pair can only be tested on itself, which the report says.
     """
-    check_out(out)
-    plans = _plans(registered, digest)
-    read = _pairs(pairs, clean, corrupted, answer, wrong_answer)
     from hooklens import cli_time
     from hooklens.plugins.circuits import circuit_graph, study_circuit
-    from hooklens.plugins.circuits.circuit_study import check_sizes
+    from hooklens.plugins.circuits.circuit_study import check_edges
+    from hooklens.plugins.circuits.measure import check_draws
 
-    check_sizes(edges, draws)
+    pair = (clean, corrupted, answer, wrong_answer)
+    checks = {
+        "out": lambda: check_out(out),
+        "registered": lambda: _plans(registered, digest),
+        "pairs": lambda: _pairs(pairs, *pair),
+        **of_pair(*pair),
+        "edges": lambda: check_edges(edges),
+        "draws": lambda: check_draws(draws),
+        **of_model(model, device),
+    }
+    known = judge(checks)
+    plans, read = known["registered"], known["pairs"]
     loaded = load_reader(model, device, dtype)
-    _check(loaded, read, pairs)
-    check_sizes(edges, draws, circuit_graph(loaded).n_edges)
+    judge({"pairs": lambda: _check(loaded, read, pairs), "edges": lambda: check_edges(edges, circuit_graph(loaded))})
     say_how_long(loaded, cli_time.of_circuit(loaded, _tokens(loaded, read), draws, full=full))
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report(registered=plans).save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
-    show(study.table(), as_json, **written(out), circuit=str(kept))
+    told = "How much of the logit difference the circuit keeps alone, beside random circuits of as many edges."
+    show(study.table(), as_json, caption=told, more={**written(out), "circuit": kept.absolute()})
 
 
 @app.command()
@@ -196,17 +252,23 @@ def probe(
 
     Example: `hooklens probe sentiment.jsonl --site resid_post --out probe.html`
     """
-    check_out(out)
+    from hooklens.core.names import axes, resolve
     from hooklens.data.jsonl import check_texts, read_texts_file
-
-    read = read_texts_file(texts)
-    loaded = load_reader(model, device, dtype)
-    check_texts(loaded, read, str(texts))
     from hooklens.plugins.probing import probe_texts
 
+    checks = {"out": lambda: check_out(out), "texts": lambda: read_texts_file(texts), "site": lambda: axes(site)}
+    read = judge({**checks, **of_model(model, device)})["texts"]
+    loaded = load_reader(model, device, dtype)
+    names = loaded.hook_names()
+    judge({"texts": lambda: check_texts(loaded, read, str(texts)), "site": lambda: resolve(site, names)})
+
+    say_how_long(loaded, sum(len(loaded.to_tokens(text)[0]) for text in read.text))  # of what is read; fits tell theirs
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
     study.report(f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
-    show(study.table(), as_json, **written(out))
+    told = (
+        "How well the label is read from texts that the probe was not fitted on, and what reads it without the model."
+    )
+    show(study.table(), as_json, caption=told, more=written(out))
 
 
 def _pairs(
@@ -250,12 +312,18 @@ def register(
     it to the run (`--digest`): without it the plan counts as self-dated.
     """
     from hooklens.plugins.claims import Registration
+    from hooklens.plugins.claims.registration import check_new
     from hooklens.table import Table
 
     side = "below" if below else "above"
-    made = Registration(hypothesis, metric, control, threshold, n, side=side, model=model).write(plan)
+    checks = {
+        "plan": lambda: check_new(plan),
+        "hypothesis": lambda: Registration(hypothesis, metric, control, threshold, n, side=side, model=model),
+    }
+    made = judge(checks)["hypothesis"].write(plan)
     rows = [(name, getattr(made, name)) for name in ("hypothesis", "metric", "control", "threshold", "side", "n")]
-    show(Table(("plan", "held to"), rows), as_json, plan=str(plan), written=made.written, digest=made.digest)
+    more = {"plan": str(plan), "written": made.written, "digest": made.digest}
+    show(Table(("plan", "held to"), rows), as_json, more=more)
 
 
 def _tokens(model: "HookedTransformer", pairs: "PromptPairs") -> int:

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+from hooklens.pretrained.check import random_inputs
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _WORTH_SAYING = 60  # seconds
 _TIMED = 256  # tokens of the timed pass: with few, a token takes longer than in a sweep
+_DEMO_TOKENS = 64  # of the prompts of a demo
 _CANDIDATES = 20  # heads that the demo patches in every pair
 # shares of heads, measured on SmolLM2: whose attention to a kind of key is above chance; that suppress a token
 _SCORED, _SUPPRESSORS = 0.25, 0.08
@@ -49,6 +53,11 @@ def of_heads(model: "HookedTransformer", n: int, ioi: int, n_pos: int = 25) -> f
     return blocked + without + 4 * n_pos * ioi
 
 
+def of_head_study(model: "HookedTransformer", tokens: int) -> float:
+    """Tokens of a sweep over all heads of pairs that have so many, and of three passes over them."""
+    return tokens * (3 + model.cfg.n_layers * model.cfg.n_heads / 2)
+
+
 def of_lens(model: "HookedTransformer", tokens: int) -> float:
     """Tokens of the passes over these, and of unembedding every layer's stream."""
     unembed = model.cfg.d_model * model.cfg.d_vocab_out
@@ -61,6 +70,24 @@ def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: boo
     return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
 
 
+def of_demo_of(model: "HookedTransformer", module: str) -> float:
+    """Tokens of a plugin's demo, roughly: a sweep over all heads of four short pairs, or what its family takes more."""
+    sweep = of_head_study(model, _DEMO_TOKENS)
+    if ".circuits." in module:
+        return max(sweep, of_circuit(model, _DEMO_TOKENS, 100, full=module.endswith(".evaluate")))
+    return max(sweep, of_heads(model, 6, 0)) if module.endswith((".taxonomy", ".labels")) else sweep
+
+
+def of_check(model: "HookedTransformer") -> float:
+    """Seconds of a self check: some twenty passes over few tokens, of which twelve are steps."""
+    return 20 * _seconds_of_a_pass(model, random_inputs(model, batch=2, pos=min(12, model.cfg.n_ctx), seed=0))
+
+
+def of_generate(model: "HookedTransformer", max_new_tokens: int) -> float:
+    """Seconds of so many steps, each a pass over one token."""
+    return max_new_tokens * _seconds_of_a_pass(model, torch.ones(1, 1, dtype=torch.long, device=model.device))
+
+
 def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
     """A line with the time that so many tokens will take; none where it is under a minute.
 
@@ -68,7 +95,11 @@ def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
     >>> how_long(tiny_model(), 1), in_words(150), in_words(3 * 3600)
     ([], '3 minutes', '3.0 hours')
     """
-    seconds = tokens * seconds_a_token(model)
+    return told(tokens * seconds_a_token(model))
+
+
+def told(seconds: float) -> list[str]:
+    """The line that foretells so many seconds; none where it is under a minute."""
     if seconds < _WORTH_SAYING:
         return []
     return [f"this will take about {in_words(seconds)} here, by the time of one pass; Ctrl-C stops it"]
@@ -77,12 +108,15 @@ def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
 def seconds_a_token(model: "HookedTransformer") -> float:
     """How long one token takes in a pass of a few hundred."""
     n = min(_TIMED, model.cfg.n_ctx)
-    tokens = torch.ones(1, n, dtype=torch.long, device=model.device)
+    return _seconds_of_a_pass(model, torch.ones(1, n, dtype=torch.long, device=model.device)) / n
+
+
+def _seconds_of_a_pass(model: "HookedTransformer", inputs: Tensor) -> float:
     with torch.no_grad():
-        model(tokens[:, :1], logits_at=-1)  # what is made ready once is not counted
+        model(inputs[:, :1], logits_at=-1)  # what is made ready once is not counted
         begin = time.perf_counter()
-        float(model(tokens, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
-    return (time.perf_counter() - begin) / n
+        float(model(inputs, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
+    return time.perf_counter() - begin
 
 
 def in_words(seconds: int | float) -> str:

@@ -46,9 +46,11 @@ class Result:
     site    'z'
 
     Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
-    A subclass overrides `table`, `top` and `figure` where they mean something; then it prints as its first rows.
+    A subclass overrides `table`, `top` and `figure` where they mean something; then it prints as its first rows. Its
+    `terms` say what the columns of its table are where their names do not: a control always.
     """
 
+    terms: ClassVar[Mapping[str, str]] = {}
     #: Properties that are needed to read the table, which the headline begins with.
     _baselines: ClassVar[tuple[str, ...]] = ()
 

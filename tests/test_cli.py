@@ -317,3 +317,52 @@ def test_the_whole_demo_on_smollm2(tmp_path, request):
     page = open_page(out)
     assert page.console == [] and page.requests == []
     assert page.figures == 6
+
+
+def test_a_demo_printed_numbers_without_a_word_of_what_they_are():
+    """`hooklens run logit_lens` printed eight columns, one of them "control", and nothing else."""
+    told = invoke("run", "logit_lens").output
+    opening, demo, *_, control = told.splitlines()
+    assert opening.startswith("Logit lens: unembed the residual stream before every block")
+    assert demo.startswith("A demo. The lens on two short prompts") and "tiny and random" in demo
+    assert control.startswith("control: the median rank of the same answer in the streams of other positions")
+    assert set(json.loads(invoke("run", "logit_lens", "--json").output)) == {"rows"}
+
+
+_CONTROLS = ("control", "placebo", "random", "shuffled", "others", "before repeats", "another token", "at init")
+
+
+def test_controls_stood_in_tables_unexplained():
+    """Every demo whose table has the column of a control says what that control is."""
+    from hooklens.plugins import available
+
+    unexplained = {}
+    for info in available():
+        result = info.demo()(tiny_model())
+        columns = [one for one in result.table().columns if any(word in one for word in _CONTROLS)]
+        if missing := [one for one in columns if one not in result.terms]:
+            unexplained[info.name] = missing
+        strange = set(result.terms) - set(result.table().columns)
+        assert info.name in ("heads", "trajectory") or not strange, (info.name, strange)  # these depend on the model
+    assert not unexplained
+
+
+def test_check_printed_counts_with_exponents(model_path, capsys):
+    """The largest id of a tokenizer with 49152 tokens came out as 4.92e+04."""
+    from hooklens.pretrained.check import CheckReport
+
+    texts = CheckReport("m", [("the tokenizer's largest id", 49151.0, 49151.0, True)]).table().rows
+    assert texts[0][1:3] == ("49,151", "49,151")
+    assert "e+0" not in invoke("check", model_path).output
+
+
+def test_the_same_folder_was_told_twice(model_path, tmp_path):
+    """A long path stood at the end of every command once for the page and once more for its numbers."""
+    out = tmp_path / "a" / "ioi.html"
+    out.parent.mkdir()
+    done = invoke(*patch_arguments(model_path, out, "--site", "resid_pre"))
+    assert done.exit_code == 0, done.output
+    assert done.output.count(str(out.parent)) == 1
+    assert f"report: {out}\nnumbers: ioi.json, beside it\n" in done.output
+    as_json = json.loads(invoke(*patch_arguments(model_path, out, "--site", "resid_pre", "--json")).output)
+    assert as_json["numbers"] == str(out.with_suffix(".json"))  # whole, for programs

@@ -101,7 +101,8 @@ def test_lines_that_the_model_cannot_use_are_all_told_before_anything_runs(
     rows[3]["wrong_answer"] = " Mary"
     rows[2]["corrupted"] = rows[2]["corrupted"].replace("Mary gave", "Mary and John gave")
     pairs_file.write_text("\n".join(map(json.dumps, rows)))
-    done = invoke(command, "--pairs", pairs_file, "--model", model_path, "--out", tmp_path / "o.html")
+    size = ["--edges", 10] if command == "circuit" else []  # so few exist, and a size is told with the lines
+    done = invoke(command, "--pairs", pairs_file, *size, "--model", model_path, "--out", tmp_path / "o.html")
     assert done.exit_code == cli.BAD_INPUT and not (tmp_path / "o.html").exists()
     told = [line.strip().split(":")[0] for line in done.stderr.splitlines()[1:]]
     assert told == [f"line {i}" for i in ((2, 4) if command == "lens" else (2, 3, 4))]
@@ -180,3 +181,28 @@ def test_a_probe_of_labelled_texts(model_path, tmp_path):  # noqa: F811
     assert done.exit_code == 0, done.output
     told = {row[next(iter(row))]: row for row in json.loads(done.stdout)["rows"]}
     assert told and json.loads(out.with_suffix(".json").read_text())["data"]["class"] == "ProbeStudy"
+
+
+def test_lens_printed_components_only_and_no_word_of_what_they_are(model_path, pairs_file, tmp_path):  # noqa: F811
+    """Neither what the numbers are nor what the stream says layer by layer, for which there is a lens."""
+    for given in (["When Mary and John went", "--answer", " to"], ["--pairs", pairs_file]):
+        asked = ["lens", *given, "--model", model_path, "--out", tmp_path / "o.html"]
+        told = invoke(*asked).output.splitlines()
+        at = [i for i, line in enumerate(told) if line.startswith(("stream ", "component "))]
+        assert len(at) == 2, told
+        assert "layer" in told[at[0] - 1] and "other positions" in told[at[0] - 1]  # what control is
+        assert "adds directly to the answer's logit" in told[at[1] - 1]
+        streams = [line.split()[0] for line in told[at[0] + 1 : at[1] - 1]]
+        assert streams == ["0_pre", "1_pre", "final_post"]
+        assert set(json.loads(invoke(*asked, "--json").output)) >= {"rows", "layers"}
+
+
+@pytest.mark.parametrize("command", ["heads", "circuit", "patch"])
+def test_tables_were_printed_without_a_caption(command, model_path, pairs_file, tmp_path):  # noqa: F811
+    given = {
+        "heads": ["--pairs", pairs_file, "--sequences", 6, "--ioi", 0],
+        "circuit": ["--pairs", pairs_file, "--edges", 10],
+        "patch": ["--clean", CLEAN, "--corrupted", CORRUPTED, "--answer", " Mary", "--wrong-answer", " John"],
+    }[command]
+    told = invoke(command, *given, "--model", model_path, "--out", tmp_path / "o.html").output.splitlines()
+    assert "logit difference" in told[0] and told[0].endswith("."), told[:3]

@@ -133,6 +133,36 @@ def test_a_command_of_more_than_a_minute_says_so_first(model_path, tmp_path, mon
     assert invoke("patch", *pair(), *out).stderr == ""
 
 
+def test_no_estimate_was_given_before_check_run_probe_lens_and_generate(model_path, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"a{i}", "label": i % 2}) + "\n" for i in range(20))
+    )
+    monkeypatch.setattr(cli_time, "_seconds_of_a_pass", lambda model, inputs: 1e4)
+    out = ["--out", tmp_path / "o.html"]
+    commands = [
+        ["check", model_path],
+        ["run", "patching", "--model", model_path],
+        ["lens", CLEAN, "--model", model_path, *out],
+        ["generate", "When", "--model", model_path, "--max-new-tokens", 2],
+        ["probe", tmp_path / "texts.jsonl", "--model", model_path, *out],
+        ["heads", *pair(), "--sequences", 6, "--ioi", 0, "--model", model_path, *out],
+    ]
+    for command in commands:
+        done = invoke(*command)
+        assert done.exit_code == 0, done.output
+        assert done.stderr.startswith("this will take about "), (command, done.stderr)
+
+
+def test_a_check_is_about_as_many_passes_as_are_foretold(model_path, monkeypatch):  # noqa: F811
+    from hooklens.pretrained.check import check
+
+    model, passes = hl.load(model_path), []
+    plain = HookedTransformer._run
+    monkeypatch.setattr(HookedTransformer, "_run", lambda self, *a, **k: (passes.append(1), plain(self, *a, **k))[1])
+    check(model)
+    assert 0.5 < 20 / len(passes) < 2, len(passes)
+
+
 @pytest.mark.parametrize("by", [("layer", "pos"), ("layer", "head"), ("layer", "head", "pos")])
 def test_the_work_that_is_foretold_is_about_what_is_done(by):
     model, n_pos = tiny_model(n_layers=6, n_ctx=32), 20
@@ -153,7 +183,7 @@ def test_the_demo_ends_with_the_full_path_and_what_was_found(model_path, tmp_pat
         finding.startswith("finding: ")
         and finding.removeprefix("finding: ")[:40] in (tmp_path / "demo.html").read_text()
     )
-    assert report == f"report: {tmp_path / 'demo.html'}" and numbers == f"numbers: {tmp_path / 'demo.json'}"
+    assert report == f"report: {tmp_path / 'demo.html'}" and numbers == "numbers: demo.json, beside it"
 
 
 def test_the_page_of_a_demo_says_what_the_method_is_for_and_that_its_model_is_random(model_path, tmp_path):  # noqa: F811
@@ -164,3 +194,99 @@ def test_the_page_of_a_demo_says_what_the_method_is_for_and_that_its_model_is_ra
     done = invoke("run", "patching", "--out", out, "--model", model_path, "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["report"] == str(out)
     assert "tiny and random" not in out.read_text()
+
+
+ALL_AT_ONCE = [
+    (
+        ["circuit", "--edges", "0", "--draws", "9", "--pairs", "no.jsonl", "--model", "no.gguf", "--device", "xx"],
+        [
+            "--pairs",
+            "no.jsonl",
+            "--edges is",
+            "--draws must",
+            "--model: 'no.gguf': there is no such file",
+            "--device: 'xx'",
+        ],
+    ),
+    (
+        ["heads", "--sequences", "1", "--ioi", "3", "--pairs", "no.jsonl", "--registered", "no.json"],
+        ["--sequences is", "--ioi is", "--pairs", "--registered", "no.json"],
+    ),
+    (
+        ["patch", *pair(answer=" John", corrupted=CLEAN), "--site", "nope", "--model", "no.gguf"],
+        [
+            "--answer and --wrong-answer are",
+            "--clean and --corrupted are",
+            "--site: no site to sweep named 'nope'",
+            "z",
+        ],
+    ),
+    (["lens", "--answer", " a", "--wrong-answer", " a"], ["give PROMPT or --pairs", "--answer and --wrong-answer"]),
+    (["probe", "no.jsonl", "--site", "nope"], ["TEXTS: ", "no.jsonl", "--site: no site named 'nope'"]),
+    (["demo", "--pairs", "3", "--device", "xx"], ["--pairs is", "--device: 'xx' is no device"]),
+    (
+        ["run", "nope", "--model", "m.gguf", "--seed", "3"],
+        ["PLUGIN: no plugin", "`hooklens plugins`", "--seed 3", "--model: "],
+    ),
+    (["generate", "hi", "--max-new-tokens", "0", "--temperature", "-1"], ["--max-new-tokens is", "--temperature must"]),
+    (["check", "m.gguf", "--device", "xx"], ["MODEL: 'm.gguf': there is no such file", "--device: 'xx'"]),
+    (
+        ["register", "p.json", "--hypothesis", " ", "--control", "c", "--n", "0", "--threshold", "-1"],
+        ["--hypothesis is empty", "--n is", "--threshold is"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), ALL_AT_ONCE)
+def test_of_several_wrong_options_only_the_first_was_told(arguments, told, tmp_path, monkeypatch):
+    """`circuit --edges 0 --pairs no.jsonl` spoke of the file only; the number came up in the next try."""
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    said = " ".join(done.stderr.split())
+    assert done.exit_code == cli.BAD_INPUT and all(part in said for part in told), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_model_or_site_was_answered_in_words_of_python(model_path, tmp_path, monkeypatch):  # noqa: F811
+    """Names of arguments and calls of `hl.` mean nothing to somebody at the command line."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"a{i}", "label": i % 2}) + "\n" for i in range(8))
+    )
+    commands = [["patch", *pair()], ["probe", "texts.jsonl"], ["run", "patching"], ["circuit", *pair()], ["lens", "a"]]
+    for command in commands:
+        said = invoke(*command, "--model", "nope").stderr
+        assert said.startswith("error: --model: no asset, file or folder here is named 'nope' (assets: smollm2"), said
+        assert "`hooklens models` lists all" in said and "hl." not in said and "load(" not in said
+    for command in commands[:2]:
+        for site in ("nope", "blocks.0.attn.hook_nope", "blocks.7.hook_resid_post"):
+            said = invoke(*command, "--site", site, "--model", model_path).stderr
+            assert said.startswith("error: --site") and not set(said.split()) & {"site=", "hl."}, said
+    said = invoke(*commands[0], "--site", "blocks.0.attn.hook_z", "--model", model_path).stderr
+    assert said.startswith("error: --site is swept at every layer, and 'blocks.0.attn.hook_z'") and "give 'z'" in said
+
+
+def test_what_a_post_norm_model_cannot_do_was_told_with_calls_of_python(model_path, tmp_path):  # noqa: F811
+    tokenizer = hl.load(model_path).tokenizer
+    model = tiny_model(block="post", d_vocab=tokenizer.vocab_size, n_ctx=256)
+    model.tokenizer = tokenizer
+    save_checkpoint(model, tmp_path / "post")
+    for command in (["circuit", *pair()], ["heads", *pair()], ["demo", "--pairs", "4"]):
+        done = invoke(*command, "--model", tmp_path / "post", "--out", tmp_path / "o.html")
+        assert done.exit_code == cli.BAD_INPUT and "activation patching of z" in done.stderr, done.stderr
+        assert "hl." not in done.stderr
+
+
+def test_an_interrupted_command_named_an_argument_of_python(model_path, tmp_path, monkeypatch):  # noqa: F811
+    """`hl.patch(..., resume=path)` is nothing that `hooklens heads` has."""
+    from hooklens.plugins.patching import activation
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(activation, "execute", stop)
+    done = invoke("heads", *pair(), "--model", model_path, "--out", tmp_path / "o.html")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (cli.INTERRUPTED, "interrupted")

@@ -1,7 +1,7 @@
 """Errors a user can act on: what was asked, what was seen, what would work."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -64,6 +64,43 @@ class ArgumentError(InputError):
 
     def __str__(self) -> str:
         return self.told({})
+
+
+class Refused(InputError):
+    """Arguments that cannot be used: each one's name with what is wrong with it. `judge` raises it."""
+
+    def __init__(self, errors: Sequence[tuple[str, HooklensError]]):
+        self.errors = errors
+        super().__init__(self.told({}))
+
+    def told(self, names: Mapping[str, str]) -> str:
+        """All messages. One that does not name its argument begins with that name, or the one in `names`."""
+        lines = []
+        for name, error in self.errors:
+            if isinstance(error, ArgumentError | Refused):
+                lines.append(error.told(names))
+                continue
+            shown = names.get(name, name)
+            lines.append(str(error) if shown in str(error) else f"{shown}: {error}")
+        return lines[0] if len(lines) == 1 else "\n- ".join([f"{len(lines)} things are wrong:", *lines])
+
+
+def judge(checks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What these checks return, by the argument that each is about; all errors are raised together.
+
+    >>> judge({"edges": lambda: int("3")})
+    {'edges': 3}
+    """
+    found: dict[str, Any] = {}
+    errors: list[tuple[str, HooklensError]] = []
+    for name, check in checks.items():
+        try:
+            found[name] = check()
+        except HooklensError as error:
+            errors.append((name, error))
+    if errors:
+        raise Refused(errors) from errors[0][1]
+    return found
 
 
 class _Names(dict[str, str]):

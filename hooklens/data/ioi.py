@@ -119,8 +119,8 @@ def _single_token_names(tokenizer: "Tokenizer") -> list[str]:
     if len(names) < 2:
         raise InputError(
             f"pairs need two names that are one token each with their space; of {len(NAMES)} common English ones this "
-            f"tokenizer has {len(names)} (' Mary' becomes {tokenizer.to_str_tokens(' Mary')}); use your own "
-            "prompts with hl.patch"
+            f"tokenizer has {len(names)} (' Mary' becomes {tokenizer.to_str_tokens(' Mary')}); patch your "
+            "own prompts instead"
         )
     return names
 

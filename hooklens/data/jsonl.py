@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.errors import ArgumentError, HooklensError, InputError
+from hooklens.core.errors import ArgumentError, HooklensError, InputError, Refused
 from hooklens.core.files import read_text
 from hooklens.data.prompts import common_ends, show
 
@@ -119,8 +119,11 @@ def check_pairs(model: "HookedTransformer", pairs: PromptPairs, source: str, *, 
 
 
 def check_pair(model: "HookedTransformer", pair: PromptPairs) -> None:
-    """The same for one pair that was given by arguments: what is wrong first is raised."""
-    for error in _unusable_pair(model, pair.clean[0], pair.corrupted[0], pair.answer[0], pair.wrong_answer[0]):
+    """The same for one pair that was given by arguments."""
+    found = list(_unusable_pair(model, pair.clean[0], pair.corrupted[0], pair.answer[0], pair.wrong_answer[0]))
+    if len(found) > 1:
+        raise Refused([("", error) for error in found])
+    for error in found:
         raise error
 
 

@@ -98,7 +98,7 @@ class _Side:
         each = self.apart(x)
         return each[0] if len(each) == 1 else torch.cat(each, 1)
 
-    def apart(self, x: Float[Tensor, "batch d_in"]) -> Sequence[Float[Tensor, "batch _"]]:
+    def apart(self, x: Float[Tensor, "batch d_in"]) -> list[Float[Tensor, "batch _"]]:
         """What each layer gives."""
         return [torch.mm(x, w) if bias is None else torch.addmm(bias, x, w) for w, bias in self.layers]
 

@@ -4,9 +4,11 @@ import html
 import math
 import re
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.result import Result
 from hooklens.table import Table, visible
 
+_WIDTH = 80  # columns of a terminal
+_DENOMINATOR = 99  # a coefficient of more digits is written as a decimal number
 # Floating-point operations of each matrix product, a multiplication and an addition counted as two, over all layers.
 # Elementwise work (norms, softmax, activations) is left out, as in torch.utils.flop_counter.
 _WORK = {
@@ -157,9 +161,8 @@ class Description(Result):
         return sum(c.flops for c in self.components)
 
     def table(self, n: int | None = None) -> Table:
-        """A row a component, then their sum."""
-        work, held = f"millions at n={self.n}", f"MiB at n={self.n}"
-        columns = ("component", "parameters", "FLOPs in L n d V", work, "activations in L n d h V", held)
+        """A row a component, then their sum: formulas, and what they come to at this n in millions and in MiB."""
+        columns = ("component", "parameters", "FLOPs", "MFLOPs", "activations", "MiB")
         rows = [
             (c.name, c.parameters, c.flops_formula, c.flops / 1e6, c.memory_formula, c.bytes / 2**20)
             for c in self.components
@@ -197,7 +200,8 @@ class Description(Result):
 
     def __str__(self) -> str:
         legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
-        return f"{visible(self.model_name)}: {self.parameters:,} parameters; {legend}\n{self.table()}"
+        told = f"{visible(self.model_name)}: {self.parameters:,} parameters. One sequence of n tokens: {legend}"
+        return f"{textwrap.fill(told, _WIDTH)}\n{self.table()}"
 
 
 def describe(
@@ -212,12 +216,12 @@ def describe(
     >>> found.parameters == sum(p.numel() for p in tiny_model().parameters()), found.crossover
     (True, 16.0)
     >>> print(found.table(5))
-    component  parameters  FLOPs in L n d V  millions at n=16  activations in L n d h V  MiB at n=16
-    embed              88                              0.0000  n d                            0.0005
-    pos_embed         256                              0.0000  n d                            0.0005
-    stream              0                              0.0000  2 L n d + n d                  0.0024
-    ln1                32                              0.0000  L n + L n d                    0.0011
-    attn.q            144  2 L n d²                    0.0041  L n d                          0.0010
+    component  parameters  FLOPs     MFLOPs  activations       MiB
+    embed              88            0.0000  n d            0.0005
+    pos_embed         256            0.0000  n d            0.0005
+    stream              0            0.0000  2 L n d + n d  0.0024
+    ln1                32            0.0000  L n + L n d    0.0011
+    attn.q            144  2 L n d²  0.0041  L n d          0.0010
     """
     built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
     need_hooked(built, "describe")
@@ -321,27 +325,31 @@ def formula(products: Sequence[str], sizes: dict[str, int]) -> str:
     >>> formula(["2 L n d m"], {"d": 8, "m": 32, "h": 2, "g": 2, "e": 4})
     '8 L n d²'
     >>> formula(["L n h e", "L n h e", "L n"], {"d": 8, "m": 32, "h": 2, "g": 1, "e": 3})
-    '1.5 L n d + L n'
+    '3/2 L n d + L n'
     """
-    terms: dict[str, float] = {}
+    terms: dict[str, Fraction] = {}
     for product in products:
-        factor, letters = 1.0, list[str]()
+        factor, letters = Fraction(1), list[str]()
         for symbol in product.split():
             if symbol.isdigit():
                 factor *= int(symbol)
             elif symbol == "m":
-                factor, letters = factor * sizes["m"] / sizes["d"], [*letters, "d"]
+                factor, letters = factor * Fraction(sizes["m"], sizes["d"]), [*letters, "d"]
             elif symbol == "g":
-                factor, letters = factor * sizes["g"] / sizes["h"], [*letters, "h"]
+                factor, letters = factor * Fraction(sizes["g"], sizes["h"]), [*letters, "h"]
             else:
                 letters.append(symbol)
         if "e" in letters:
-            factor *= sizes["h"] * sizes["e"] / sizes["d"]
+            factor *= Fraction(sizes["h"] * sizes["e"], sizes["d"])
             letters = [*(letter for letter in letters if letter not in "he"), "d"]
         powers = {letter: letters.count(letter) for letter in "LnihdV" if letter in letters}
         name = " ".join(letter + ("", "²", "³")[power - 1] for letter, power in powers.items())
-        terms[name] = terms.get(name, 0.0) + factor
-    return " + ".join(name if round(factor, 9) == 1 else f"{factor:.4g} {name}" for name, factor in terms.items())
+        terms[name] = terms.get(name, Fraction(0)) + factor
+    return " + ".join(name if factor == 1 else f"{_coefficient(factor)} {name}" for name, factor in terms.items())
+
+
+def _coefficient(factor: Fraction) -> str:
+    return str(factor) if factor.denominator <= _DENOMINATOR else f"{float(factor):.4g}"
 
 
 def _value(product: str, sizes: dict[str, int]) -> int:

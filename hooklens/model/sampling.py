@@ -345,12 +345,17 @@ def _row(model: "HookedTransformer", one: Any) -> Row:
     return model._check_tokens(ids)
 
 
-def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_tokens: int) -> None:
-    cfg = model.cfg
+def check_length(max_new_tokens: int) -> None:
+    """Can so many tokens be asked for?"""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ArgumentError(
             "{max_new_tokens} is the number of tokens to generate, at least 1, got {0!r}", max_new_tokens
         )
+
+
+def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_tokens: int) -> None:
+    cfg = model.cfg
+    check_length(max_new_tokens)
     if not isinstance(cfg.embed, TokenEmbed) or cfg.d_vocab_out > cfg.d_vocab:
         raise InputError("generation feeds the model its own tokens, which this model cannot read; step it by hand")
     if not cfg.causal:

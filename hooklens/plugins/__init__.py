@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
-from hooklens.core.errors import InputError, Unavailable, did_you_mean
+from hooklens.core.errors import InputError, NameNotFound, Unavailable, did_you_mean
 
 __all__ = ["PluginInfo", "available", "find"]
 
@@ -62,7 +62,8 @@ def find(name: str) -> PluginInfo:
     entries = _entries()
     found = [_info(entry) for entry in entries if entry.name == name]
     if not found:
-        raise did_you_mean("plugin", name, sorted({entry.name for entry in entries}))
+        unknown = did_you_mean("plugin", name, sorted({entry.name for entry in entries}))
+        raise NameNotFound(f"{unknown}; `hooklens plugins` lists all")
     if len(found) > 1:
         raise InputError(
             f"the plugin {name!r} is declared by {len(found)} packages ({', '.join(info.package for info in found)}); "

@@ -40,10 +40,19 @@ class CheckReport(Result):
     def table(self, n: int | None = None) -> Table:
         """One row a check."""
         shown = [
-            (name, f"{measured:.3g}", f"{bound:.3g}", "ok" if ok else "FAILED")
+            (name, _readable(measured), _readable(bound), "ok" if ok else "FAILED")
             for name, measured, bound, ok in self.rows
         ]
         return Table(("check", "measured", "at most", "result"), shown).head(n)
+
+
+def _readable(value: float) -> str:
+    """Counts in full; how far two ways part in two digits.
+
+    >>> [_readable(x) for x in (0.0, 49151.0, 0.0001, 1.23456e-07, 1234.5, float("nan"))]
+    ['0', '49,151', '0.0001', '1.2e-07', '1,234', 'nan']
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 or value == round(value, 0) else f"{value:.2g}"
 
 
 def check(model: HookedTransformer, *, n_tokens: int = 12, seed: int = 0) -> CheckReport:

@@ -137,8 +137,8 @@ def _split(metadata: dict[str, Any]) -> Split:
     if name not in PRE_TOKENIZERS:
         seen = "does not say how it splits text" if name is None else f"splits text as {name!r}, which is not known"
         raise FileRefused(
-            f"the file's tokenizer {seen} (tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS)}; load the tokenizer "
-            "from a folder instead, hl.load(path, tokenizer=folder)"
+            f"the file's tokenizer {seen} (tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS)}; convert it "
+            "again with a newer llama.cpp, or, in Python, give load(path, tokenizer=folder) another tokenizer"
         )
     return PRE_TOKENIZERS[name]
 

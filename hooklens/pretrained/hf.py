@@ -160,7 +160,7 @@ def fetch_from_hub(repo: str) -> Path:
         import huggingface_hub
     except ImportError:
         raise Unavailable(
-            f"{repo!r} looks like a hub id, and loading one needs the package huggingface_hub, which is not installed; "
+            f"to load {repo!r} from the hub takes the package huggingface_hub, which is not installed; "
             "run `pip install 'hooklens[hub]'`, or give the path of a folder or a GGUF file"
         ) from None
     try:
@@ -178,7 +178,7 @@ def _hub_failed(repo: str, error: Exception) -> Exception:
     if kind == "GatedRepoError":
         return Unavailable(f"{repo!r} is gated: accept its terms on its hub page and run `hf auth login`")
     return Unavailable(
-        f"{repo!r} could not be fetched from the hub ({kind}: {first}); check the network, or give the path of a "
+        f"{repo!r} could not be fetched from the hub ({first}); check the network, or give the path of a "
         "folder or a GGUF file on this machine"
     )
 

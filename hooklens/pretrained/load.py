@@ -143,11 +143,14 @@ def _from_memory(source: Any, dtype: torch.dtype | None, options: dict[str, Any]
     return load_module(source, dtype=dtype, **options)
 
 
-def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.pretrained.assets import ASSETS, fetch
-    from hooklens.pretrained.hf import load_gguf, load_hub
+def check_source(source: str) -> str:
+    """The name or path, if it can be a model's: what is known without loading it or asking the hub raises.
 
-    wide = dtype or torch.float32
+    >>> check_source("smollm2-135m-instruct")
+    'smollm2-135m-instruct'
+    """
+    from hooklens.pretrained.assets import ASSETS
+
     if not source.strip():
         raise InputError(
             f"a model of the empty name {source!r} was asked for; `hooklens models` lists what can be loaded, and '.' "
@@ -159,24 +162,36 @@ def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) 
             raise InputError(
                 f"the asset {source!r} is {ASSETS[source].what}, no model; models among the assets: {usable}"
             )
-        return load_gguf(fetch(source), name=source, dtype=wide, **options)
+        return source
     with reading(source, "a model"):
-        path = Path(source).expanduser()
-        is_folder, is_file = path.is_dir(), path.exists()
-    if is_folder:
-        return _from_folder(path, dtype, options)
-    if is_file:
-        return _from_file(path, dtype, options)
+        if Path(source).expanduser().exists():
+            return source
     if not _HUB_ID.fullmatch(source) or source.endswith(_FILE_ENDINGS):
         raise FileRefused(
-            f"load({source!r}): there is no such file or folder; give the path of one, a hub id or an asset"
+            f"{source!r}: there is no such file or folder; give the path of one, or a name that `hooklens models` lists"
         )
     if "/" not in source and (close := difflib.get_close_matches(source, ASSETS, n=1)):
         raise did_you_mean("asset, file or folder", source, close)
+    return source
+
+
+def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
+    from hooklens.pretrained.assets import ASSETS, fetch
+    from hooklens.pretrained.hf import load_gguf, load_hub
+
+    check_source(source)
+    wide = dtype or torch.float32
+    if source in ASSETS:
+        return load_gguf(fetch(source), name=source, dtype=wide, **options)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _from_folder(path, dtype, options)
+    if path.exists():
+        return _from_file(path, dtype, options)
     try:
         return load_hub(source, dtype=wide, **options)
     except (InputError, Unavailable) as error:
-        raise type(error)(f"{error}. {_without_hub(source)}") from error
+        raise type(error)(f"{_without_hub(source)}. {error}") from error
 
 
 def _without_hub(source: str) -> str:
@@ -185,8 +200,8 @@ def _without_hub(source: str) -> str:
 
     names = [name for name, asset in ASSETS.items() if not asset.is_folder]
     close = [name for name in names if source.lower() in name] or difflib.get_close_matches(source, names, cutoff=0.4)
-    found = f"closest: {', '.join(close)}" if close else ", ".join(names)
-    return f"No file, folder or asset here has that name; assets need no hub ({found}), and `hooklens models` lists all"
+    found = f"closest: {', '.join(close)}" if close else f"assets: {', '.join(names)}"
+    return f"no asset, file or folder here is named {source!r} ({found}; `hooklens models` lists all)"
 
 
 def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:

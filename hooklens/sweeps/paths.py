@@ -158,7 +158,7 @@ def _refuse(model: "HookedTransformer", receivers: Sequence[Receiver], semantics
     if getattr(model.blocks[0], "renorms_stream", False):
         raise InputError(
             "path patching needs a stream that is the sum of what components add to it; this model's post-norm blocks "
-            "normalise the stream itself, so no part of it is one sender's. hl.patch(..., site='z') works there"
+            "normalise the stream itself, so no part of it is one sender's; activation patching of z works there"
         )
     if semantics != EDGES and len(receivers) > 1 and any(r.kind == "final" for r in receivers):
         raise InputError(

@@ -124,7 +124,8 @@ def site_kind(asked: str | tuple | Site) -> str:
     """
     found = _read(asked)
     if found.layer is not None:
-        raise InputError(f"{found} is one layer's, and every layer is swept here; give site={found.name!r}")
+        name, given = found.name, str(asked)
+        raise ArgumentError("{site} is swept at every layer, and {1!r} is one layer's; give {0!r}", name, given)
     return found.name
 
 
@@ -156,6 +157,18 @@ def _read(asked: str | tuple | Site) -> Site:
     return replace(found, name=name)
 
 
+def has_site(model: HookedTransformer, site: str) -> str:
+    """The site, if the model has it: a parallel block, for one, has no resid_mid."""
+    missing = f"blocks.0.{SITES[site].point}"
+    if missing not in model.hook_points():
+        there = [name for name, kind in SITES.items() if f"blocks.0.{kind.point}" in model.hook_points()]
+        raise ArgumentError(
+            "{site}: this model has no {0} (no point {1}), as attention-only and parallel blocks lack it; it has {2}",
+            *(site, missing, ", ".join(there)),
+        )
+    return site
+
+
 def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
     """The axes of a sweep's grid, layer first; checked against what the site has.
 
@@ -164,6 +177,15 @@ def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | Non
     ('layer', 'head', 'pos')
     """
     need_hooked(model, "a sweep")
+    return grid_axes(site, by)
+
+
+def grid_axes(site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
+    """`settle_by` where no model is at hand: the axes belong to the site.
+
+    >>> grid_axes("z", None), grid_axes("resid_pre", "layer")
+    (('layer', 'head'), ('layer',))
+    """
     if by is None:
         return SITES[site].default_by
     asked = by.replace("×", "x").split(" x ") if isinstance(by, str) else by
@@ -238,9 +260,7 @@ def plan(
     (activation, point name).
     """
     site = site_kind(site)
-    missing = f"blocks.0.{SITES[site].point}"
-    if missing not in model.hook_points():
-        raise InputError(f"this model has no {site} (no point {missing}): an attention-only or parallel block lacks it")
+    has_site(model, site)
     names = settle_by(model, site, by)
     shape, made = grid(model, site, names, tokens.shape[1])
     if patches is not None:

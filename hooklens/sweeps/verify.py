@@ -98,5 +98,6 @@ def _raise(plan: Any, number: int, resumed: bool, file: Any, sizes: tuple[float,
         )
     raise CheckFailed(
         f"the metric of the patch of {name} {seen}: the metric gives other numbers when it is called again, or the "
-        "engine is wrong here; hl.engine(plain=True) runs every patch plainly, hl.engine(verify=0) does not check"
+        "engine is wrong here; in Python, hl.engine(plain=True) runs every patch plainly, and hl.engine(verify=0) does "
+        "not check"
     )

@@ -1,6 +1,8 @@
 """describe(): every number against the model itself and against torch's own counter."""
 
 import math
+import re
+from fractions import Fraction
 from xml.etree import ElementTree
 
 import pytest
@@ -9,10 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hooklens.core.errors import InputError
 from hooklens.model.attention import differentiable_attention
+from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.describe import describe, formula, position_figure
 from hooklens.model.transformer import HookedTransformer
 from hooklens.testing import tiny_model
 
+SIZES = {"n_layers": 2, "d_model": 8, "n_ctx": 32, "n_heads": 2, "d_vocab": 11}
 MODELS = {
     "gpt2": {},
     "llama": {
@@ -80,14 +84,14 @@ def test_formulas_in_n_and_d_give_their_numbers(model):
     for part in described.components:
         for text, number in ((part.flops_formula, part.flops), (part.memory_formula, part.bytes // 4)):
             assert not set(text) & set("gem"), text
-            total = 0.0
+            total = Fraction(0)
             for term in text.split(" + ") if text else []:
                 factors = [
-                    float(f) if f[0].isdigit() else letters[f[0]] ** (1 + "_²³".find(f[-1]) if f[1:] else 1)
+                    Fraction(f) if f[0].isdigit() else letters[f[0]] ** (1 + "_²³".find(f[-1]) if f[1:] else 1)
                     for f in term.split()
                 ]
                 total += math.prod(factors)
-            assert total == pytest.approx(number, rel=2e-4), (part.name, text)
+            assert total == number, (part.name, text)
 
 
 def test_scores_overtake_exactly_from_the_crossover(model):
@@ -166,3 +170,23 @@ def test_what_cannot_be_described_is_refused():
     with pytest.raises(InputError, match="lengths="):
         describe(tiny_model()).figure()
     assert formula([], {}) == ""
+
+
+SMOLLM2 = {
+    "n_layers": 30, "d_model": 576, "n_heads": 9, "n_key_value_heads": 3, "d_head": 64, "d_mlp": 1536, "d_vocab": 49152,
+    "d_vocab_out": 49152, "gated_mlp": True, "normalization_type": "RMS", "positional_embedding_type": "rotary",
+    "tie_word_embeddings": True, "model_name": "smollm2-135m-instruct", "n_ctx": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [*MODELS.values(), SMOLLM2], ids=[*MODELS, "smollm2"])
+def test_the_printed_table_was_105_columns_wide_with_factors_such_as_0_6667(changes):
+    told = str(describe(HookedTransformerConfig(**(SIZES | changes))))
+    assert max(map(len, told.splitlines())) <= 80, told
+    assert not re.search(r"\d\.\d+ L", told), told
+
+
+def test_factors_are_the_fractions_that_they_are():
+    flops = {c.name: c.flops_formula for c in describe(HookedTransformerConfig(**(SIZES | SMOLLM2))).components}
+    assert (flops["attn.k"], flops["mlp.gate"], flops["attn.q"]) == ("2/3 L n d²", "16/3 L n d²", "2 L n d²")
+    assert formula(["L n m"], {"m": 1013, "d": 1009}) == "1.004 L n d"  # 1013/1009 says less

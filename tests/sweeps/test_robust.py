@@ -604,7 +604,7 @@ def test_a_site_that_cannot_be_swept_says_so(model, site, error, says):
 def test_a_site_at_one_layer_where_all_are_swept():
     from hooklens.sweeps.plan import site_kind
 
-    with pytest.raises(InputError, match=r"z at 5 is one layer's, and every layer is swept here; give site='z'"):
+    with pytest.raises(InputError, match="site is swept at every layer, and 'z at 5' is one layer's; give 'z'"):
         site_kind(hl.site("z", 5))
 
 

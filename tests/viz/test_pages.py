@@ -110,8 +110,9 @@ def test_every_kind_of_evidence_about_heads_is_explained():
     """Those too that the model of the test above does not show."""
     from hooklens.plugins.heads import report
     from hooklens.plugins.heads.evidence import _EFFECT, _SUPPRESSION
+    from hooklens.plugins.heads.labels import Taxonomy
 
-    assert {*_EFFECT, *_SUPPRESSION, "score", "q", "rests", "by position"} <= report._EVIDENCE.keys()
+    assert {*_EFFECT, *_SUPPRESSION, "score", "q", "rests", "by position"} <= Taxonomy.terms.keys()
     change = CalibrationChange([], 0.1, *[torch.zeros(0)] * 3, torch.zeros(0, 1), torch.zeros(1, 0), "repeats")
     assert set(change.table().columns[1:]) <= report._CALIBRATION.keys()
 

@@ -16,7 +16,7 @@ from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
-from hooklens.plugins.circuits.graph import circuit_graph
+from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.measure import Faithfulness, check_draws
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
@@ -179,7 +179,8 @@ def study_circuit(
     >>> found.held_out, found.circuit.n_edges <= 12
     (True, True)
     """
-    check_sizes(edges, draws, circuit_graph(model).n_edges)
+    check_draws(draws)
+    check_edges(edges, circuit_graph(model))
     group = numbered(pairs.group)
     held_out = int(group.max()) > 0
     every = torch.arange(len(pairs))
@@ -200,11 +201,10 @@ def study_circuit(
     return CircuitStudy(model.cfg.model_name, circuit, found.faithfulness, *sizes, held_out, found, curve)
 
 
-def check_sizes(edges: int, draws: int, n_edges: int | None = None) -> None:
-    """Can a circuit of that size be looked for, beside that many random ones? `n_edges` are those of the model."""
-    check_draws(draws)
-    if edges < 1 or (n_edges is not None and edges > n_edges):
-        most = "" if n_edges is None else f", at most the {n_edges:,} edges of this model"
+def check_edges(edges: int, graph: CircuitGraph | None = None) -> None:
+    """Can a circuit of that size be looked for? Without the model's graph: is it a size?"""
+    if edges < 1 or (graph is not None and edges > graph.n_edges):
+        most = "" if graph is None else f", at most the {graph.n_edges:,} edges of this model"
         raise ArgumentError("{edges} is how many edges the circuit may have, at least 1{0}; got {1}", most, edges)
 
 

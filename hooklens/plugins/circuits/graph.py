@@ -287,7 +287,7 @@ def circuit_graph(model: "HookedTransformer") -> CircuitGraph:
     if cfg.block == "post":
         raise InputError(
             "a circuit's edges need a residual stream that is the sum of what nodes add to it; this model's post-norm "
-            "blocks normalise the stream itself, so that no reader sees a sum. hl.patch(..., site='z') works there"
+            "blocks normalise the stream itself, so that no reader sees a sum; activation patching of z works there"
         )
     return CircuitGraph(
         cfg.n_layers,

@@ -42,6 +42,10 @@ class CircuitTransfer(Result):
     `n_different` says how many of the random circuits are different ones. Where they are few, no p-value can be small.
     """
 
+    terms = {
+        "p against random": "how often random circuits of as many edges are as faithful",
+    }
+
     source: str
     target: str
     matching: Matching

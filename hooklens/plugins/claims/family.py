@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 class ClaimFamily(Result):
     """Claims tested together, each with the false discovery rate at which it would be called: made by `family`."""
 
+    terms = {
+        "control": "what the same measure gives where the claim's cause is absent; each claim names its own",
+    }
+
     claims: list[Claim]
 
     @property

@@ -45,13 +45,17 @@ class Registration(Result):
     published: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("hypothesis", "metric", "control"):
-            if not getattr(self, name).strip():
-                raise ArgumentError(f"{{{name}}} is empty, and a registration says it before the run; give a few words")
+        wrong = [
+            f"{{{name}}} is empty, and a registration says it before the run; give a few words"
+            for name in ("hypothesis", "metric", "control")
+            if not getattr(self, name).strip()
+        ]
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            raise ArgumentError("{threshold} is a distance from 0, at least 0, got {0}", self.threshold)
+            wrong.append(f"{{threshold}} is a distance from 0, at least 0, got {self.threshold}")
         if self.n < 2:
-            raise ArgumentError("{n} is the number of prompts, at least 2 for an interval, got {0}", self.n)
+            wrong.append(f"{{n}} is the number of prompts, at least 2 for an interval, got {self.n}")
+        if wrong:
+            raise ArgumentError("; ".join(wrong))
         if self.side not in SIDES:
             raise InputError(f"side is 'above' or 'below', got {self.side!r}")
 
@@ -81,10 +85,9 @@ class Registration(Result):
         A file that is there already is not overwritten, and a plan that was written is not written again.
         """
         path = path_of(path)
-        check_writable(path)
-        if self.written or path.exists():
-            seen = f"this one was written at {self.written}" if self.written else f"{path} exists"
-            raise InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
+        if self.written:
+            raise _once(f"this one was written at {self.written}")
+        check_new(path)
         made = replace(self, written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
         with write_atomically(path) as aside:
             aside.write_text(json.dumps({**made._plan, "digest": made.digest}, indent=1) + "\n", encoding="utf-8")
@@ -131,6 +134,17 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
             f"no plan has the published digest {unmet[0][:12]}: {seen}; give the plan as it was published"
         )
     return found
+
+
+def check_new(path: Path) -> None:
+    """Can a plan be written there? One that exists is never overwritten."""
+    check_writable(path)
+    if path.exists():
+        raise _once(f"{path} exists")
+
+
+def _once(seen: str) -> InputError:
+    return InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
 
 
 def _whole(digest: str) -> str:

@@ -37,6 +37,10 @@ class CopySuppression(Result):
     changes of the same size to other heads; None where none was asked for. `data` says what was read.
     """
 
+    terms = {
+        "another token": "the control: what the head adds to another token of the prompt, which it does not look at",
+    }
+
     direct: PerSequence
     control: PerSequence
     calibration: CalibrationChange | None

@@ -120,7 +120,7 @@ def refuse_post_norm(model: "HookedTransformer") -> None:
     if model.blocks[0].renorms_stream:
         raise InputError(
             "a head's direct path to the logits was asked for, and this model's post-norm blocks normalise the stream "
-            "on the way; hl.patch(..., site='z') measures total effects there"
+            "on the way; activation patching of z measures total effects there"
         )
 
 

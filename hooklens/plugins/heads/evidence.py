@@ -9,7 +9,7 @@ from hooklens.plugins.heads.labels import LABELS, Taxonomy
 from hooklens.plugins.heads.named import NAME_LABELS
 from hooklens.result import Table
 
-_EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo")
+_EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo", "placebo took")
 _SUPPRESSION = ("anti-copy", "ECE change")
 
 
@@ -26,7 +26,7 @@ def label_rows(found: Taxonomy, n: int | None) -> Table:
     for at in found.order()[:n]:
         near = list(LABELS)[_nearest(found, at)]
         against = bool(found.opposite[list(LABELS).index(near)][at])
-        for label in called.get(at, [f"unlabelled ({near}{': opposite effect' if against else '?'})"]):
+        for label in called.get(at, ["unlabelled"]):
             kind = label if label in make else near
             position = (float(share[at]) if kind == "previous token" else None,) if share is not None else ()
             negative = (
@@ -34,31 +34,40 @@ def label_rows(found: Taxonomy, n: int | None) -> Table:
                 if kind in ("copy suppression", "negative name mover")
                 else (None, None)
             )
-            small = label in LABELS and bool(found.negligible[list(LABELS).index(label)][at])
-            said = f"{label} (detectable, negligible)" if small else label
+            nearest = [f"{near}{': opposite effect' if against else '?'}"] * (label not in make)
+            doubts = nearest + _doubts(found, kind, at)
+            said = f"{label} ({'; '.join(doubts)})" if doubts else label
             row = (f"L{at[0]}H{at[1]}", said, *(_number(x[at]) for x in make[kind]), float(first[at]))
             rows.append((*row, *position, *(negative if suppressed else ())))
     return Table(("head", "label", "score", "q", *_EFFECT, "rests", *extra), rows).head(n)
 
 
+def _doubts(found: Taxonomy, kind: str, at: tuple[int, int]) -> list[str]:
+    """What qualifies a head's evidence for a label: its size, and a control that could not take as much attention."""
+    if kind not in LABELS:
+        return []
+    told = {"detectable, negligible": found.negligible, "no matched control": found.unmatched}
+    return [words for words, where in told.items() if bool(where[list(LABELS).index(kind)][at])]
+
+
 def _on_repeats(found: Taxonomy) -> dict[str, list[Tensor]]:
-    """Score, q, effect, both ends, its q, its share of the loss and placebo, label by label."""
+    """Score, q, effect, both ends, its q, its share of the loss, placebo and what it took, label by label."""
     (low, high), score_q, effect_q = found.interval(), found.score_q, found.effect_q
-    effect, placebo, share = found.effect.mean(0), found.placebo.mean(0), found.share
+    effect, rest = found.effect.mean(0), (found.share, found.placebo.mean(0), found.matched)
     return {
-        label: [found.scores.mean(kind), score_q[i], effect[i], low[i], high[i], effect_q[i], share[i], placebo[i]]
+        label: [found.scores.mean(kind), score_q[i], effect[i], low[i], high[i], effect_q[i], *(x[i] for x in rest)]
         for i, (label, (kind, _)) in enumerate(LABELS.items())
     }
 
 
 def _on_names(found: Taxonomy) -> dict[str, list[Tensor]]:
-    """The same of indirect-object prompts: attention margin, q of all three tests, direct effect; no placebo."""
+    """The same of indirect-object prompts: q of the pairs that label, margin and direct effect of the others."""
     if found.names is None:
         return {}
-    movers, q = found.names.found, found.names.q
+    movers, q = found.names.reported, found.names.q
     ends, none = movers.share_interval(), torch.full_like(movers.share, torch.nan)
     return {
-        label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none, none]
+        label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none, none, none]
         for i, label in enumerate(NAME_LABELS)
     }
 

@@ -19,7 +19,7 @@ def taxonomy_claims(
     """Attention as the observation, blocking it as the intervention, taking as much from other keys as its control.
 
     Heads and labels were chosen by their scores, on sequences other than those of the effects. None where no score
-    passed.
+    passed. A control that could take less than half as much attention is none, and its claim is not causal.
     """
     passed = (found.score_q.cpu() <= found.level) & found.effect[0].cpu().isfinite()
     made = [_claim(model, found, *index) for index in passed.nonzero().tolist()]
@@ -35,11 +35,17 @@ def _claim(model: Any, found: Taxonomy, label: int, layer: int, head: int) -> Cl
         return Measured.of(what, one, metric=MinusRepeatLoss) if bool(one.isfinite().all()) else None
 
     seen = found.scores.scores[kind][:, layer, head].cpu()
+    blocked, control = f"{raises} of the loss, these keys blocked", None
+    if bool(found.unmatched[label, layer, head]):
+        share = float(found.matched[label, layer, head])
+        blocked += f" (no matched control: its other keys could give {share:.0%} of that attention)"
+    else:
+        control = of(f"{raises} of the loss, as much attention taken from others", found.placebo)
     return claim(
         model,
         f"L{layer}H{head} is {'an' if name[0] in 'aeiou' else 'a'} {name} head",
         observation=Measured.of(f"attention to {kind} keys", seen[seen.isfinite()]),
-        intervention=of(f"{raises} of the loss, these keys blocked", found.effect),
-        control=of(f"{raises} of the loss, as much attention taken from others", found.placebo),
+        intervention=of(blocked, found.effect),
+        control=control,
         side="above",
     )

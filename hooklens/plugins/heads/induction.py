@@ -38,6 +38,10 @@ class InductionHeads(Result):
     is useful, but not for induction. NaN for heads that were not ablated.
     """
 
+    terms = {
+        "before repeats": "the control: the rise of the loss before any repeat, where there is nothing to copy",
+    }
+
     score: PerSequence
     offset_score: PerSequence
     rise: PerSequence

@@ -31,6 +31,8 @@ LABELS = {
 UNLABELLED = "unlabelled"
 #: Of the loss: an effect of less is detectable, and negligible.
 LEAST_SHARE = 0.01
+#: Of the attention that was blocked: a placebo that takes less is no matched control.
+LEAST_MATCH = 0.5
 PerLabel = Float[Tensor, "label layer head"]
 
 
@@ -42,11 +44,33 @@ class Taxonomy(Result):
     larger of that and the OV's). `effect` is the rise of the loss, in nats a token, on other repeated sequences when
     the head may not look at the label's keys: NaN where the score did not pass, for then it was not measured.
     `placebo` is the rise when as much attention is taken from its other keys: NaN also where the effect on its own is
-    not off 0. `blocked` is the attention that was taken for each of the two. `names` is the
+    not off 0. `blocked` is the attention that was taken for each of the two: a head that gives its label's keys more
+    than half of its attention has less elsewhere for the placebo to take (see `matched`). `names` is the
     evidence of indirect-object prompts, `positions` what positions alone do to queries and keys, `suppression` what the
     heads called copy suppression or negative name mover do to the token that they look at and to calibration; None
-    where the model could not be asked, or no head was called so. `note` says why.
+    where the model could not be asked, or no head was called so. `note` says why, or which pairs label name movers.
     """
+
+    terms = {
+        "head": "L5H1 is head 1 of layer 5",
+        "label": "the name that it earned, else the nearest, with a question mark",
+        "score": "mean attention to the label's keys, of names the margin over any other position",
+        "q": "of the score, the rate of false discoveries over all heads and labels",
+        "effect": "rise of the loss in nats a token when the head may not attend to these keys (of names: the share of "
+        "the logit difference that it restores directly)",
+        "low": "lower end of the effect's 95 % interval over sequences",
+        "high": "its upper end",
+        "q of effect": "the same rate of the effect, over those measured",
+        "share of loss": "the effect as a share of the loss",
+        "placebo": "the rise when as much attention is taken from its other keys, the control",
+        "placebo took": "the attention that the placebo took, as a share of what was blocked: where other keys hold "
+        "less there is no more to take, and under half is no matched control",
+        "rests": "mean attention to the first token, where heads attend that do nothing",
+        "by position": "share of queries that positions alone would send to the previous token",
+        "anti-copy": "what the head takes from the logit of the token attended to, beyond that of another token",
+        "ECE change": "rise of the expected calibration error, the mean gap between confidence and accuracy, without "
+        "the head",
+    }
 
     scores: HeadScores
     ov: Copying
@@ -104,6 +128,18 @@ class Taxonomy(Result):
         return self.passes & (self.share.abs() < LEAST_SHARE)
 
     @property
+    def matched(self) -> Float[Tensor, "label layer head"]:
+        """The attention that the placebo took, as a share of what was blocked; NaN where neither was asked for."""
+        if self.blocked is None:
+            return torch.full_like(self.score_p, torch.nan)
+        return self.blocked[1] / self.blocked[0]
+
+    @property
+    def unmatched(self) -> Bool[Tensor, "label layer head"]:
+        """Where the placebo took less than half: the effect has no control that could have shown as much."""
+        return self.matched < LEAST_MATCH
+
+    @property
     def passes(self) -> Bool[Tensor, "label layer head"]:
         """Where a candidate's effect also exceeds its placebo, with an interval of the difference that excludes 0."""
         above_placebo, _ = self._interval(signs(self.effect) * (self.effect - self.placebo))
@@ -133,13 +169,20 @@ class Taxonomy(Result):
         """How many heads each label has, and how many had the score but not the effect, or the opposite one."""
         flat = [label for labels in self.called().values() for label in labels]
         scored = self.score_q <= self.level
-        parts = (scored, scored & ~self.passes & ~self.opposite, self.opposite, self.negligible)
+        unmatched = self.passes & self.unmatched.to(scored.device)
+        parts = (scored, scored & ~self.passes & ~self.opposite, self.opposite, self.negligible, unmatched)
         sums = [one.flatten(1).sum(1).tolist() for one in parts]
         rows: list[tuple] = [(kind, flat.count(kind), *one) for kind, *one in zip(LABELS, *sums, strict=True)]
         none = (None,) * len(parts)
         rows += [(label, flat.count(label), *none) for label in NAME_LABELS if self.names is not None]
         rows.append((UNLABELLED, self.score_p[0].numel() - len(self.called()), *none))
-        columns = ("score passes", "of these without effect", "opposite effect", "detectable, negligible")
+        columns = (
+            "score passes",
+            "of these without effect",
+            "opposite effect",
+            "detectable, negligible",
+            "no matched control",
+        )
         return Table(("label", "heads", *columns), rows)
 
     def order(self) -> list[tuple[int, int]]:

@@ -1,17 +1,19 @@
 """Name movers for the taxonomy: the measurements of `name_movers`, each with a p-value of its own."""
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import ioi
 from hooklens.plugins.heads.rotations import PerHead, above
-from hooklens.plugins.patching.mover_result import NameMovers
+from hooklens.plugins.patching.mover_result import NameMovers, of_pairs
 from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.result import Result, Table
 from hooklens.statistics import q_values, sign_flip_p
@@ -29,6 +31,9 @@ _PERMUTED = 1000  # pooled over heads
 class NameEvidence(Result):
     """Indirect-object prompts: does a head look at the name, copy it and write it? `p` is the largest of the three.
 
+    Heads are labelled by the pairs `chosen_on` (`p` is theirs), and numbers are those of `reported_on`: the other half
+    of the groups of pairs, or the same pairs where there is one group.
+
     Attention margin and direct effect are tested by flipping signs over groups of prompts that share names; copying by
     permuting which name was read: a head that raises every name alike copies none. For a negative name mover the last
     two are turned: it lowers the name that it looks at, and the logit difference.
@@ -36,6 +41,32 @@ class NameEvidence(Result):
 
     found: NameMovers
     p: Float[Tensor, "label layer head"]
+    chosen_on: Int[Tensor, "chosen"]
+    reported_on: Int[Tensor, "reported"]
+
+    @cached_property
+    def named(self) -> NameMovers:
+        """What labels the heads."""
+        return of_pairs(self.found, self.chosen_on)
+
+    @cached_property
+    def reported(self) -> NameMovers:
+        """What is reported of them."""
+        return of_pairs(self.found, self.reported_on)
+
+    def note(self, level: float) -> str:
+        """On which pairs heads were labelled and measured, and whether these are enough for a label."""
+        n_named, n_reported = len(self.chosen_on), len(self.reported_on)
+        told = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others, of other groups"
+        if bool(torch.isin(self.reported_on, self.chosen_on).any()):
+            told = f"Name movers: labelled and measured on the same {n_named} pairs, as all of them are of one group"
+        groups, needed = len(self.named.group.unique()), math.ceil(math.log2(self.p.numel() / level))
+        if groups < needed:
+            told += (
+                f". With so few (groups to label by: {groups}) one head alone cannot reach q {level:g} over "
+                f"{self.p[0].numel()} heads and both labels; {8 * needed} pairs are enough"
+            )
+        return f"{told}."
 
     @property
     def q(self) -> Float[Tensor, "label layer head"]:
@@ -44,22 +75,24 @@ class NameEvidence(Result):
 
     def labelled(self, level: float) -> dict[str, list[tuple[int, int]]]:
         """Heads by label, whose three tests all pass at that false discovery rate, where the model does the task."""
-        low, high = self.found.share_interval()
+        low, high = self.named.share_interval()
         sides = {"name mover": low > 0, "negative name mover": high < 0}
-        good = [(q <= level) & sides[name] & self.found.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
+        good = [(q <= level) & sides[name] & self.named.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
         return {name: [(int(a), int(b)) for a, b in one.nonzero()] for name, one in zip(NAME_LABELS, good, strict=True)}
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head, the largest direct effect first: attention margin, direct effect, interval, q-values."""
-        (low, high), q = self.found.share_interval(), self.q
-        each = (self.found.margin.mean(0), self.found.share, low, high, *q)
-        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.found.order()[:n]]
+        """One row a head, ranked and labelled (q) by one half of the pairs; margin and direct effect on the other."""
+        (low, high), q = self.reported.share_interval(), self.q
+        each = (self.reported.margin.mean(0), self.reported.share, low, high, *q)
+        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.named.order()[:n]]
         columns = ("margin", "direct effect", "low", "high", "q name mover", "q negative")
         return Table(("head", *columns), rows)
 
 
-def name_evidence(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> tuple[NameEvidence | None, str]:
-    """The evidence of `n` prompt pairs; None, and why, where the model cannot be asked.
+def name_evidence(
+    model: "HookedTransformer", n: int = 128, *, level: float = 0.05, seed: int = 0
+) -> tuple[NameEvidence | None, str]:
+    """The evidence of `n` prompt pairs, with `NameEvidence.note`; None, and why, where the model cannot be asked.
 
     >>> from hooklens.testing import tiny_model
     >>> name_evidence(tiny_model())
@@ -72,15 +105,18 @@ def name_evidence(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> 
         found = name_movers(model, pairs)
     except InputError as error:
         return None, f"no name movers: {error}"
-    return evidence_of(found, seed), ""
+    evidence = evidence_of(found, seed)
+    return evidence, evidence.note(level)
 
 
 def evidence_of(found: NameMovers, seed: int = 0) -> NameEvidence:
-    """The p-values of these measurements."""
-    margin, up, down = (_one_sided(x, found.group) for x in (found.margin, found.direct, -found.direct))
-    copies, suppresses = copying_p(found.written, seed)
+    """The p-values of one half of these measurements."""
+    chosen_on, reported_on = found.halves(seed=seed)
+    named = of_pairs(found, chosen_on)
+    margin, up, down = (_one_sided(x, named.group) for x in (named.margin, named.direct, -named.direct))
+    copies, suppresses = copying_p(named.written, seed)
     both = torch.stack([up.maximum(copies.to(up)), down.maximum(suppresses.to(up))])
-    return NameEvidence(found, both.maximum(margin.to(both)))
+    return NameEvidence(found, both.maximum(margin.to(both)), chosen_on, reported_on)
 
 
 def _one_sided(values: Float[Tensor, "pair layer head"], group: Tensor) -> PerHead:

@@ -36,6 +36,10 @@ class Redundancy(Result):
     they write, `cka_shuffled` is the CKA of the same outputs with tokens shuffled, which few tokens alone would give.
     """
 
+    terms = {
+        "CKA shuffled": "the control: the CKA of the same outputs with tokens shuffled",
+    }
+
     heads: list[str]
     joint: Float[Tensor, "sequence chosen chosen"]
     cosine: Square

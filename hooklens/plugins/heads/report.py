@@ -16,24 +16,7 @@ _LABELS = {
     "of these without effect": "how many of these do not change the loss as the label says",
     "opposite effect": "how many change it the other way",
     "detectable, negligible": "how many change it as the label says, by too little to matter",
-}
-_EVIDENCE = {
-    "head": "L5H1 is head 1 of layer 5",
-    "label": "the name that it earned, else the nearest, with a question mark",
-    "score": "mean attention to the label's keys, of names the margin over any other position",
-    "q": "of the score, the rate of false discoveries over all heads and labels",
-    "effect": "rise of the loss in nats a token when the head may not attend to these keys (of names: the share of the "
-    "logit difference that it restores directly)",
-    "low": "lower end of the effect's 95 % interval over sequences",
-    "high": "its upper end",
-    "q of effect": "the same rate of the effect, over those measured",
-    "share of loss": "the effect as a share of the loss",
-    "placebo": "the rise when it may not attend to other keys of the same sequences, the control",
-    "rests": "mean attention to the first token, where heads attend that do nothing",
-    "by position": "share of queries that positions alone would send to the previous token",
-    "anti-copy": "what the head takes from the logit of the token attended to, beyond that of another token",
-    "ECE change": "rise of the expected calibration error, the mean gap between confidence and accuracy, without the "
-    "head",
+    "no matched control": "how many earned it though their other keys held too little attention for a placebo",
 }
 _NAMES = {
     "head": "the head",
@@ -77,7 +60,7 @@ def taxonomy_report(
 ) -> Any:
     """Counts, the labelled heads with their evidence, and the scores behind them; below what a report holds already."""
     from hooklens.plugins.claims import plans_met
-    from hooklens.plugins.heads.labels import LEAST_SHARE
+    from hooklens.plugins.heads.labels import LEAST_MATCH, LEAST_SHARE
     from hooklens.viz.report import Report
 
     labelled, total = len(found.called()), found.score_p[0].numel()
@@ -86,7 +69,8 @@ def taxonomy_report(
     report.text(
         "A label takes a score above that of heads with randomly rotated queries, and a change of the loss in the "
         "direction that the label claims when exactly that attention is blocked, measured on other sequences. "
-        "Taking as much attention from its other keys (the placebo) must do less. A labelled head "
+        "Taking as much attention from its other keys (the placebo) must do less; where they hold less than "
+        f"{LEAST_MATCH:.0%} of it the head has no matched control, and its label no causal claim. A labelled head "
         f"whose effect is less than {LEAST_SHARE:.0%} of the loss is called detectable, negligible; one that looks "
         "where the label says and whose effect surely goes the other way has an opposite effect, and no label. "
         "A head without a label may do much that repeated random tokens cannot show."
@@ -102,7 +86,7 @@ def taxonomy_report(
         "Empty: chance. Blue: more attention than chance, and the label earned. Orange: more attention than chance, "
         "but blocking it does not do what the label says.",
     )
-    report.table(found.table(_SHOWN), "The heads of the strongest evidence; what is labelled comes first.", _EVIDENCE)
+    report.table(found.table(_SHOWN), "The heads of the strongest evidence; what is labelled comes first.", found.terms)
     if labelled > _SHOWN:
         with report.fold(f"All {labelled} labelled heads"):
             report.table(found.table(labelled), "Columns as above.")
@@ -123,7 +107,7 @@ def taxonomy_report(
         "it lowers it. z: how far from heads with randomly rotated outputs, in their standard deviations.",
     )
     if found.names is not None:
-        report.table(found.names.table(_SHOWN), "Indirect-object prompts.", _NAMES)
+        report.table(found.names.table(_SHOWN), f"Indirect-object prompts. {found.note}", _NAMES)
     if found.positions is not None:
         caption = "Heads that positions alone would send to the previous token. Rows: queries whose largest score, of "
         caption += "positions alone, is that of the position before (p - 1)."
@@ -137,4 +121,4 @@ def taxonomy_report(
         change = found.suppression.calibration
         terms = {"head": "the head that is ablated by its mean", **_CALIBRATION}
         report.table(change.table(None), f"Calibration without these heads, on {change.data}.", terms)
-    return report if not found.note else report.text(found.note)
+    return report if found.names is not None or not found.note else report.text(found.note)

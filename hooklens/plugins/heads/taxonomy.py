@@ -35,7 +35,7 @@ _SUPPRESSORS = ("copy suppression", "negative name mover")
 
 
 def taxonomy(
-    model: "HookedTransformer", *, n: int = 12, level: float = 0.05, draws: int = DRAWS, ioi: int = 64, seed: int = 0
+    model: "HookedTransformer", *, n: int = 12, level: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
 ) -> Taxonomy:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads? Only where evidence allows.
 
@@ -50,12 +50,14 @@ def taxonomy(
     >>> taxonomy(induction_model()).labels()
     [['previous token', 'unlabelled'], ['unlabelled', 'induction']]
 
-    With a tokenizer that knows names, `ioi` prompt pairs also look for name movers and negative name movers (0: no).
+    With a tokenizer that knows names, `ioi` prompt pairs also look for name movers and negative name movers (0: no):
+    half of them label heads, the numbers are those of the other half.
 
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
     """
-    check_sizes(n, level, ioi)
+    check_sizes(n, level)
+    check_pairs_asked(ioi)
     both = repeated_tokens(model, 2 * n, seed=seed)
     chosen, reported = both.part(0, n), both.part(n, 2 * n)
     with torch.no_grad(), packed_linears(rows=1024):
@@ -64,24 +66,27 @@ def taxonomy(
         score_p = torch.stack([_score_p(label, scores, ov) for label in LABELS])
         masks = key_masks(reported.tokens)
         loss = -reported.metric()(model(reported.tokens))
-        names, note = name_evidence(model, ioi, seed=seed) if ioi else (None, "name movers were not asked for")
+        names, note = (
+            name_evidence(model, ioi, level=level, seed=seed) if ioi else (None, "name movers were not asked for")
+        )
         untouched = scores_and_values(model, reported.tokens)
         blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
         effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
         found = Taxonomy(scores, ov, score_p, effect, torch.full_like(effect, torch.nan), loss, names, note, level)
         patterns = _patterns(model, untouched)
-        others = {kind: [placebo_keep(one, mask) for one in patterns] for kind, mask in masks.items()}
+        whole = model.blocks[0].attn.score.row_sums_to_one
+        others = {kind: [placebo_keep(one, mask, normalised=whole) for one in patterns] for kind, mask in masks.items()}
         asked = found.candidates | found.opposite
         with engine(verify=0):  # the same sweep with other keys, checked above
             placebo = _effects(model, reported, untouched, others, asked)
-        blocked = torch.stack([_blocked(patterns, masks, keeps) for keeps in (blocking, others)])
+        blocked = torch.stack([_blocked(patterns, masks, keeps, whole) for keeps in (blocking, others)])
         found = replace(found, blocked=blocked.where(asked.to(blocked.device), torch.nan))
         found = replace(found, placebo=placebo)
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
 
 
-def check_sizes(n: int, level: float = 0.05, ioi: int = 0) -> None:
-    """Are these enough sequences for a p-value at this level, and pairs that can be made?"""
+def check_sizes(n: int, level: float = 0.05) -> None:
+    """Are these enough sequences for a p-value at this level?"""
     if not 0 < level < 1:
         raise ArgumentError("{level} lies between 0 and 1, got {0}", level)
     if n < _LEAST_SEQUENCES:
@@ -90,25 +95,33 @@ def check_sizes(n: int, level: float = 0.05, ioi: int = 0) -> None:
             _LEAST_SEQUENCES,
             n,
         )
+
+
+def check_pairs_asked(ioi: int) -> None:
+    """Can so many prompt pairs be made? 0 asks for none."""
     if ioi:
         check_n_pairs(ioi, "ioi")
 
 
 def placebo_keep(
-    pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Mask
+    pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Mask, *, normalised: bool = True
 ) -> Float[Tensor, "sequence head query_pos key_pos"]:
-    """Which share of their weight other keys keep when they lose as much attention together as the marked ones hold.
+    """Which share of their weight other keys keep, to lose as much attention together as the marked ones hold.
 
-    All of them lose the same share, query by query; where they hold less than the marked keys, all that they hold.
+    All of them lose the same share, query by query; where they hold less than the marked keys, all that they hold. In a
+    `normalised` pattern the rows are divided by their sums afterwards, which gives back a part of what was taken: with
+    t on the marked keys and o = 1 - t on others that keep k, the others hold k o / (k o + t) in the end. That is o - t,
+    as much less as the marked keys held, at k = (o - t) / 2 o.
 
     >>> pattern = torch.tensor([[[[0.5, 0.2, 0.25, 0.05]]]])
-    >>> placebo_keep(pattern, torch.tensor([[[False, True, False, False]]]))[0, 0, 0].tolist()
-    [0.75, 1.0, 0.75, 0.75]
+    >>> keep = placebo_keep(pattern, torch.tensor([[[False, True, False, False]]]))[0, 0, 0]
+    >>> keep.tolist(), round((pattern * keep / (pattern * keep).sum())[0, 0, 0, 1].item(), 6)     # 0.2 moved to it
+    ([0.375, 1.0, 0.375, 0.375], 0.4)
     """
     size, marked = pattern.abs(), mask[:, None]
     own, others = ((size * part).sum(-1, keepdim=True) for part in (marked, ~marked))
     left = (others - own).clamp_min(0) / others.clamp_min(torch.finfo(size.dtype).tiny)
-    return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left)
+    return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left / 2 if normalised else left)
 
 
 def _patterns(
@@ -119,15 +132,22 @@ def _patterns(
 
 
 def _blocked(
-    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps]
+    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps], normalised: bool
 ) -> Float[Tensor, "label layer head"]:
-    """The attention that these shares take away, mean over the queries that have a key of the label."""
+    """The attention that keys lose by these shares in the end, mean over the queries that have a key of the label."""
     found = []
     for kind, _ in LABELS.values():
         queries = masks[kind].any(-1)[:, None]
-        lost = [(one.abs() * (1 - keep)).sum(-1) for one, keep in zip(patterns, keeps[kind], strict=True)]
+        lost = [_lost(one.abs(), keep, normalised) for one, keep in zip(patterns, keeps[kind], strict=True)]
         found.append(torch.stack([(one * queries).sum((0, 2)) / queries.sum() for one in lost]))
     return torch.stack(found)
+
+
+def _lost(size: Tensor, keep: Tensor, normalised: bool) -> Float[Tensor, "sequence head query_pos"]:
+    kept = size * keep
+    if normalised:
+        kept = kept * (size.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny))
+    return (size - kept).clamp_min(0).sum(-1)
 
 
 def _score_p(label: str, scores: HeadScores, ov: Copying) -> PerHead:

@@ -176,7 +176,7 @@ def direct_logit_attribution(
     if getattr(model.blocks[0], "renorms_stream", False):
         raise InputError(
             "direct logit attribution needs a stream that is the sum of what was added to it, and this model's "
-            "post-norm blocks normalise the stream itself; hl.patch works there"
+            "post-norm blocks normalise the stream itself; activation patching of z works there"
         )
     rows = rows_of(model, tokens, "tokens")
     right = one_a_prompt(model, answer, len(rows), "answer")

@@ -30,20 +30,6 @@ _PROMPT = {
     "rank": "its place among all tokens, 0 the likeliest",
     "on top from": "the stream from which on it has rank 0 up to the model's output",
 }
-_STREAM = {
-    "stream": "5_pre is the residual stream before layer 5, 5_mid that between its attention and MLP, final_post the "
-    "model itself",
-    "rank": "the answer's place among all tokens, 0 the likeliest",
-    "control rank": "the same answer's rank in the streams of other positions of its prompt: a rank that is not well "
-    "below it says nothing of this position",
-    "probability": "the answer's",
-    "entropy": "of the stream's prediction, in nats",
-    "KL": "KL(model || stream) between their predictions, in nats",
-    "norm": "length of the stream",
-    "cosine": "to the final stream",
-    "control cosine": "that of other positions' streams",
-    "logit difference": "answer minus wrong answer",
-}
 _COMPONENT = {
     "component": "L5H1 is head 1 of layer 5, 5_attn_out and 5_mlp_out are what its attention and its MLP add",
     "attribution": "what the component adds directly to the answer's logit, minus that of the wrong answer if there is "
@@ -122,7 +108,7 @@ class LensStudy(Result):
             with report.fold(f"All {len(self.names)} prompts"):
                 report.table(self.prompt_table(), "Columns as above.")
         caption = "Medians of ranks, means of the other columns, over prompts."
-        report.table(self.trajectory.table(None), caption, _STREAM)
+        report.table(self.trajectory.table(None), caption, Trajectory.terms)
         report.heading("Which parts write it").figure(self.attribution.figure(), self._over())
         report.table(self.table(_CHOSEN), self._how(), _COMPONENT)
         shown = f", the first {len(self.lenses)} of {len(self.names)} prompts" * (len(self.lenses) < len(self.names))

@@ -44,6 +44,11 @@ class LogitLens(Result):
     text of every token id that occurs.
     """
 
+    terms = {
+        "control": "the median rank of the same answer in the streams of other positions; a rank that is not well "
+        "below it says nothing of this position",
+    }
+
     tokens: Int[Tensor, "batch pos"]
     layers: list[str]
     top_tokens: Int[Tensor, "layer batch pos k"]

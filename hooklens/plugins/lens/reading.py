@@ -242,9 +242,11 @@ def _sums(
     n_rows, d_vocab = logits.shape
     few = max(1, min(n_rows, _DESCRIBED_AT_ONCE // d_vocab))
     found = _Sums(
-        own.new_empty(n_rows, d_vocab // _SET),
-        *(own.new_empty(n_rows) for _ in ("top_prob", "mean", "target_mean")),
-        own.new_empty(own.shape[::-1]),
+        largest=own.new_empty(n_rows, d_vocab // _SET),
+        top_prob=own.new_empty(n_rows),
+        mean=own.new_empty(n_rows),
+        target_mean=own.new_empty(n_rows),
+        signs=own.new_empty(own.shape[::-1]),
     )
     scratch = own.new_empty(few, d_vocab)
     # forbidden tokens, -inf, tie with each other, and their difference is no number

@@ -43,6 +43,21 @@ class Trajectory(Result):
     streams to it.
     """
 
+    terms = {
+        "stream": "5_pre is the residual stream before layer 5, 5_mid that between its attention and MLP, final_post "
+        "the model itself",
+        "rank": "the answer's place among all tokens, 0 the likeliest",
+        "control rank": "the same answer's rank in the streams of other positions of its prompt: a rank that is not "
+        "well below it says nothing of this position",
+        "probability": "the answer's",
+        "entropy": "of the stream's prediction, in nats",
+        "KL": "KL(model || stream) between their predictions, in nats",
+        "norm": "length of the stream",
+        "cosine": "to the final stream",
+        "control cosine": "that of other positions' streams",
+        "logit difference": "answer minus wrong answer",
+    }
+
     rank: Int[Tensor, "prompt layer"]
     log_prob: Float[Tensor, "prompt layer"]
     wrong_log_prob: Float[Tensor, "prompt layer"] | None

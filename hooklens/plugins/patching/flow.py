@@ -42,6 +42,12 @@ class InformationFlow(Result):
     when everything it reads is that of the other run.
     """
 
+    terms = {
+        "turned 95%": "the control: which share the same sender stays below in 95 % of draws when it writes in random "
+        "directions",
+        "others": "the other control: the typical share of the other senders that reach this receiver",
+    }
+
     paths: list[str]
     receivers: list[str]  # of each path
     chosen_by: Float[Tensor, "path"]  # share on the half that chose

@@ -37,7 +37,7 @@ def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criter
     if getattr(model.blocks[0], "renorms_stream", False):
         raise InputError(
             "a direct effect needs a stream that is the sum of what heads add to it; this model's post-norm blocks "
-            "normalise the stream itself. hl.patch(..., site='z') works there"
+            "normalise the stream itself; activation patching of z works there"
         )
     if drops_out(model):
         raise InputError("two runs are compared, and dropout is on: they would differ by its masks; call model.eval()")

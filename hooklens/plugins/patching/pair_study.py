@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import ArgumentError, InputError
+from hooklens.core.errors import ArgumentError, InputError, judge
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, check_prompts_differ, common_ends, read_pairs, rows_of, show
 from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.result import Result, Table
-from hooklens.sweeps.plan import SITES, settle_by, site_kind
+from hooklens.sweeps.plan import SITES, grid_axes, has_site, site_kind
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -109,7 +109,7 @@ def sweep_pair(
     files = resume or {}
     with torch.no_grad():
         sweeps = {}
-        for site, axes in grids(model, sites, by).items():
+        for site, axes in grids(sites, by).items():
             sweeps[site] = patch(model, clean, corrupted, metric, site=site, by=axes, resume=files.get(site))
         ids = [rows_of(model, prompt, name)[0] for prompt, name in ((clean, "clean"), (corrupted, "corrupted"))]
         by_head = "z" in sweeps and sweeps["z"].by == ("layer", "head")
@@ -141,18 +141,27 @@ def check_pair(
     by: str | None,
 ) -> tuple[int, list[tuple[str, ...]]]:
     """The clean prompt's length and every site's grid; what `study_pair` cannot use raises, and nothing has run."""
-    logit_diff(model, answer=answer, wrong_answer=wrong_answer)
-    axes = list(grids(model, sites, by).values())
-    pairs = read_pairs(model, clean, corrupted, [name for names in axes for name in names])
-    check_prompts_differ(pairs)
-    return pairs[0].clean.shape[1], axes
+    axes = list(grids(sites, by).values())
+
+    def prompts() -> int:
+        pairs = read_pairs(model, clean, corrupted, [name for names in axes for name in names])
+        check_prompts_differ(pairs)
+        return pairs[0].clean.shape[1]
+
+    found = judge(
+        {
+            "answer": lambda: logit_diff(model, answer=answer, wrong_answer=wrong_answer),
+            "sites": lambda: [has_site(model, site_kind(site)) for site in sites],
+            "clean": prompts,
+        }
+    )
+    return found["clean"], axes
 
 
-def grids(model: "HookedTransformer", sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
+def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
     """The grid of each site: `by` where the site has those axes, else its own. A `by` that fits none of them raises.
 
-    >>> from hooklens.testing import tiny_model
-    >>> grids(tiny_model(), ["resid_pre", "z"], "layer x head x pos")
+    >>> grids(["resid_pre", "z"], "layer x head x pos")
     {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
     """
     if not sites:
@@ -160,10 +169,10 @@ def grids(model: "HookedTransformer", sites: Sequence[str], by: str | None) -> d
     found, refused = {}, []
     for site in dict.fromkeys(site_kind(site) for site in sites):
         try:
-            found[site] = settle_by(model, site, by)
+            found[site] = grid_axes(site, by)
         except InputError as error:
             refused.append(error)
-            found[site] = settle_by(model, site, None)
+            found[site] = grid_axes(site, None)
     if len(refused) == len(found):
         raise refused[0]
     return found

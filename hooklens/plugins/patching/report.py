@@ -291,7 +291,7 @@ def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
     kernels = " and ".join(_PRODUCTS[name] for name in sorted({s.kernel for s in sweeps}) if name in _PRODUCTS)
     products = (
         f" Linear layers multiplied with {kernels}: the other kind gives other last digits, and which is faster is "
-        "measured anew in every process; hl.engine(kernel=...) settles it."
+        "measured anew in every process; in Python, hl.engine(kernel=...) settles it."
     )
     return report.text(
         f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. What had to be "

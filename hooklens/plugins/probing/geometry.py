@@ -38,6 +38,10 @@ class Geometry(Result):
     lie below `isotropic`.
     """
 
+    terms = {
+        "95% of shuffled": "which cosine 95 % of directions that were fitted on shuffled labels stay below",
+    }
+
     point: str
     kind: str
     names: list[str]

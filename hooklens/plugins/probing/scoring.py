@@ -55,7 +55,7 @@ def cross_validate(
     logits = predicted(rows, labels, n_classes, folds, kind)
     inner, factor = [], []
     for fold in folds:
-        parts = [_asked(kind, rows, labels[:n_inner], a, b, n_classes) for a, b in fold.inner]
+        parts = [asked(kind, rows, labels[:n_inner], a, b, n_classes) for a, b in fold.inner]
         within, tested = torch.cat(parts, 1), torch.from_numpy(np.concatenate([b for _, b in fold.inner]))
         truth = labels[:n_inner, tested]
         inner.append(balanced((within.argmax(2) == truth).double(), truth))
@@ -72,11 +72,11 @@ def predicted(
     labels = labels.cpu()
     logits = torch.zeros(*labels.shape, n_classes, dtype=torch.float64)
     for fold in folds:
-        logits[:, torch.from_numpy(fold.test)] = _asked(kind, x, labels, fold.train, fold.test, n_classes)
+        logits[:, torch.from_numpy(fold.test)] = asked(kind, x, labels, fold.train, fold.test, n_classes)
     return logits
 
 
-def _asked(
+def asked(
     kind: ProbeKind, x: np.ndarray, labels: Int[Tensor, "labelling example"], train: Index, test: Index, n_classes: int
 ) -> Float[Tensor, "labelling test n_class"]:
     """What probes that are fitted on some rows say of others, labelling by labelling or of all at once."""

@@ -18,7 +18,7 @@ from hooklens.plugins.probing.gather import Activations, gather
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.null import Null
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind
-from hooklens.plugins.probing.scoring import Scored, as_rows, correct, cross_validate, fit, majority, means_of
+from hooklens.plugins.probing.scoring import Scored, as_rows, asked, correct, cross_validate, fit, majority, means_of
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import Label, ProbeTask, read_task
 from hooklens.progress import progress, say_estimate
@@ -124,15 +124,24 @@ def _at_every_point(
     """What probes of the real and the shuffled labels say at each point, and those of the control task."""
     n_inner = 1 + null.n_nested if null.chooses else 1
     scored, beside = [], []
-    start = time.perf_counter()
+    controls = sum(map(len, control.folds))
+    fits = sum(len(labels) + len(fold.inner) * n_inner for fold in folds) + 2 * controls  # at each point
+    say_estimate(
+        f"probes at {len(acts.points)} points", _a_fit(acts.x[0], labels, n, folds[0], kind) * fits * len(acts.x)
+    )
     with progress("probing", len(acts.points), unit="points") as advance:
         for x in acts.x:
             scored.append(cross_validate(x, labels, n, folds, kind, n_inner=n_inner))
             beside.append(control.scores(as_rows(x), kind))
             advance()
-            if len(scored) == 1:
-                say_estimate(f"probes at {len(acts.points)} points", (time.perf_counter() - start) * len(acts.points))
     return scored, beside
+
+
+def _a_fit(x: Float[Tensor, "example d"], labels: Tensor, n: int, fold: Fold, kind: ProbeKind) -> float:
+    """Seconds of one labelling's probe in one fold, where all of them are fitted."""
+    rows, start = as_rows(x), time.perf_counter()
+    asked(kind, rows, labels.cpu(), fold.train, fold.test, n)
+    return (time.perf_counter() - start) / len(labels)
 
 
 def _nested(scored: list[Scored], right: Tensor, chosen: Tensor, fold: Tensor) -> dict[str, Tensor]:

@@ -41,6 +41,10 @@ class Transfer(Result):
     are that of shuffled labels which were trained on and tested in the same folds.
     """
 
+    terms = {
+        "95% of shuffled training": "which AUC 95 % of probes that were trained on shuffled labels stay below",
+    }
+
     point: str
     kind: str
     names: list[str]

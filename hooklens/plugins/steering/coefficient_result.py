@@ -28,6 +28,12 @@ class CoefficientSweep(Result):
     occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it fluent.
     """
 
+    terms = {
+        "random low": "the lower end of what random directions of the same length do",
+        "random high": "its upper end",
+        "neutral, random": "the perplexity of neutral text under random directions",
+    }
+
     coefficients: Float[Tensor, "coefficient"]
     metric: Float[Tensor, "coefficient prompt"]
     base: Float[Tensor, "prompt"]

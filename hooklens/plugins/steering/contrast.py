@@ -35,6 +35,10 @@ class ContrastDirections(Result):
     the mean norm of an activation.
     """
 
+    terms = {
+        "shuffled": "the mean separation where the labels are shuffled; 0.5 is chance",
+    }
+
     direction: Float[Tensor, "layer width"]
     separation: Float[Tensor, "layer"]
     gap: Float[Tensor, "layer"]

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 class PrincipalAngles(Result):
     """Cosines of the principal angles between what one component writes and another reads, beside random subspaces."""
 
+    terms = {
+        "random": "the same cosine between random subspaces of these dimensions",
+    }
+
     writer: str
     reader: str
     cosine: Float[Tensor, "angle"]

@@ -33,6 +33,11 @@ class Overlap(Result):
     strongly their directions are used; between random subspaces it is the larger one's share of the stream on average.
     """
 
+    terms = {
+        "random": "the mean composition of matrices with the same singular values and random bases",
+        "times random": "the composition over that",
+    }
+
     writers: list[str]
     readers: list[str]
     composition: Pairs

@@ -107,6 +107,12 @@ class Spectrum(Result):
 class Spectra(Result):
     """Spectra of the embeddings by name, and of every head's QK and OV as `layer head value`; raw weights."""
 
+    terms = {
+        "rank at init": "the same of a random matrix of this shape, as before training",
+        "effective at init": "the same of a random matrix of this shape, as before training",
+        "participation at init": "the same of a random matrix of this shape, as before training",
+    }
+
     embeddings: dict[str, Spectrum]
     QK: Spectrum
     OV: Spectrum

@@ -65,7 +65,7 @@ def test_a_head_that_looks_but_writes_nothing_stays_unlabelled():
     at = list(LABELS).index("induction"), 1, 0
     assert found.score_q[at] < 0.05 and found.labels()[1] == ["unlabelled", "induction"]
     row = next(row for row in found.counts().rows if row[0] == "induction")
-    assert row[1:] == (1, 2, 1, 0, 0)  # one with the score and no effect, none opposite, none negligible
+    assert row[1:] == (1, 2, 1, 0, 0, 1)  # one with the score and no effect, none opposite or negligible, one unmatched
 
 
 def test_freshly_initialised_models_earn_at_most_the_nominal_share_of_labels():
@@ -92,8 +92,11 @@ def test_the_placebo_takes_as_much_attention_from_other_keys():
         keep, marked = placebo_keep(pattern, mask), mask[:, None]
         assert bool((keep.where(marked, 1.0) == 1).all())
         own, others = ((pattern * part).sum(-1) for part in (marked, ~marked))
-        taken = (pattern * (1 - keep)).sum(-1)
-        torch.testing.assert_close(taken, torch.minimum(own, others))
+        kept = pattern * keep
+        left = (kept / kept.sum(-1, keepdim=True) * ~marked).sum(-1)
+        torch.testing.assert_close(others - left, torch.minimum(own, others))  # in the end, rows normalised
+        plain = placebo_keep(pattern, mask, normalised=False)
+        torch.testing.assert_close((pattern * (1 - plain)).sum(-1), torch.minimum(own, others))
 
 
 @pytest.mark.parametrize("score", ["softmax", "linear"])
@@ -103,7 +106,7 @@ def test_weakened_keys_are_those_of_a_hooked_pattern(score):
     mask = key_masks(tokens.tokens)["induction"]
     untouched = scores_and_values(model, tokens.tokens)
     _, cache = model.run_with_cache(tokens.tokens, "pattern")
-    keeps = [placebo_keep(cache["pattern", layer].detach(), mask) for layer in range(2)]
+    keeps = [placebo_keep(cache["pattern", layer].detach(), mask, normalised=score == "softmax") for layer in range(2)]
     found = knockout_after(model, untouched, tokens.tokens, tokens.metric(), "placebo", keeps, [(0, 1), (1, 0)])
 
     def weaken(pattern, hook, layer, head):
@@ -132,6 +135,50 @@ def test_what_was_blocked_is_reported_beside_the_effect_for_label_and_placebo():
     assert control.what == "rise of the loss, as much attention taken from others"
 
 
+def softened(scale):
+    """The induction model, L1H1's queries so short that its target gets a part of its attention only."""
+    model = induction_model()
+    with torch.no_grad():
+        model.blocks[1].attn.W_Q[1].mul_(scale)
+    return model
+
+
+def test_a_placebo_that_took_nothing_made_a_label_causal():
+    """A head that gives its target all of its attention leaves the placebo none, and only `blocked` said so."""
+    found, at = taxonomy(induction_model(), ioi=0), (list(LABELS).index("induction"), 1, 1)
+    assert found.blocked[:, *at].tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
+    assert bool(found.passes[at]) and bool(found.unmatched[at])
+    row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L1H1"), strict=True))
+    assert row["label"] == "induction (no matched control)" and row["placebo took"] == pytest.approx(0.0, abs=1e-5)
+    assert found.labels()[1][1] == "induction"  # the attention and its effect are as they were
+    said = {one.statement: one for one in found.claims().claims}["L1H1 is an induction head"]
+    assert not said.causal and said.control is None and "no control beside it" in said.sentence()
+    assert "no matched control: its other keys could give 0%" in said.sentence()
+    page = str(found.report().to_html())
+    assert "induction (no matched control)" in page and "placebo took" in page
+    assert dict(zip(found.counts().columns, found.counts().rows[2], strict=True))["no matched control"] == 1
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.003, 0.004])
+def test_the_placebo_is_matched_while_the_target_has_up_to_two_thirds(scale):
+    """Of t on the target the others hold 1 - t: they can give all of t up to a half, (1 - t) / t of it beyond."""
+    model, at = softened(scale), (list(LABELS).index("induction"), 1, 1)
+    found = taxonomy(model, n=6, ioi=0)
+    own, placebo = found.blocked[:, *at].tolist()
+    assert found.matched[at].item() == pytest.approx(placebo / own) and placebo <= min(own, 1 - own) + 1e-5
+    assert bool(found.unmatched[at]) == (scale == 0.004)
+    said = {one.statement: one for one in found.claims().claims}["L1H1 is an induction head"]
+    assert said.causal == (said.control is not None) == (scale != 0.004)
+
+
+def test_a_placebo_gave_back_what_it_took_when_rows_were_normalised():
+    """Weights cut by t moved t^2 / (1 - t) of attention: a control of 0.01 where t is 0.1."""
+    pattern = torch.tensor([[[[0.1, 0.6, 0.3]]]], dtype=torch.float64)
+    keep = placebo_keep(pattern, torch.tensor([[[True, False, False]]]))
+    new = pattern * keep / (pattern * keep).sum(-1, keepdim=True)
+    assert new.flatten().tolist() == pytest.approx([0.2, 8 / 9 * 0.6, 8 / 9 * 0.3])
+
+
 def test_an_effect_that_goes_the_other_way_is_said_to():
     """L24H4 of a real model: attention of an induction head, effect -0.245 [-0.315, -0.179], "no effect shown"."""
     found = taxonomy(with_a_negative_head(), ioi=0)
@@ -139,13 +186,13 @@ def test_an_effect_that_goes_the_other_way_is_said_to():
     low, high = (float(end[at]) for end in found.interval())
     assert low < high < 0 and bool(found.opposite[at]) and not bool(found.candidates[at])
     said = {one.statement: one for one in found.claims().claims}["L1H0 is an induction head"]
-    assert said.verdict == "opposite effect" and said.opposite and not said.causal and said.control is not None
+    assert said.verdict == "opposite effect" and said.opposite and not said.causal
     assert "opposite effect" in said.sentence()
     counts = {row[0]: row for row in found.counts().rows}
     assert dict(zip(found.counts().columns, counts["induction"], strict=True))["opposite effect"] == 1
     blind = replace(found, score_p=found.score_p.index_fill(0, torch.tensor([3]), 1.0))  # no suppression by its OV
     row = next(row for row in blind.table().rows if row[0] == "L1H0")
-    assert row[1] == "unlabelled (induction: opposite effect)"
+    assert row[1] == "unlabelled (induction: opposite effect; no matched control)"
 
 
 def test_a_labelled_head_of_almost_no_effect_is_called_negligible():
@@ -158,7 +205,7 @@ def test_a_labelled_head_of_almost_no_effect_is_called_negligible():
     )  # as sure, ten thousand times smaller
     assert bool(small.passes[at]) and bool(small.negligible[at])
     row = dict(zip(small.table().columns, next(r for r in small.table().rows if r[0] == "L1H1"), strict=True))
-    assert row["label"] == "induction (detectable, negligible)" and abs(row["share of loss"]) < 0.01
+    assert row["label"] == "induction (detectable, negligible; no matched control)" and abs(row["share of loss"]) < 0.01
     assert small.labels() == found.labels()  # the role is the same
 
 
