@@ -70,7 +70,7 @@ def test_a_renderer_that_writes_html_keeps_the_table(monkeypatch):
 def test_print_of_a_description_was_a_dump_of_fields():
     found = describe(tiny_model(), n=16)
     lines = str(found).splitlines()
-    assert lines[0].startswith("tiny: ") and f"{found.parameters:,} parameters; L = 2, n = 16" in lines[0]
+    assert lines[0].startswith(f"tiny: {found.parameters:,} parameters") and "L = 2, n = 16" in lines[0]
     assert "\n".join(lines[1:]) == str(found.table()) and repr(found).startswith("Description: ")
 
 
