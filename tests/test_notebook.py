@@ -69,9 +69,9 @@ def test_a_renderer_that_writes_html_keeps_the_table(monkeypatch):
 
 def test_print_of_a_description_was_a_dump_of_fields():
     found = describe(tiny_model(), n=16)
-    lines = str(found).splitlines()
-    assert lines[0].startswith(f"tiny: {found.parameters:,} parameters") and "L = 2, n = 16" in lines[0]
-    assert "\n".join(lines[1:]) == str(found.table()) and repr(found).startswith("Description: ")
+    head, table = str(found).removesuffix(str(found.table())), str(found.table())
+    assert head.startswith(f"tiny: {found.parameters:,} parameters") and "L = 2, n = 16" in head
+    assert len(head.splitlines()) == 2 and str(found) == head + table and repr(found).startswith("Description: ")
 
 
 def test_print_of_a_sweep_was_a_dump_of_fields():
