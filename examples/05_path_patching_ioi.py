@@ -19,7 +19,8 @@ import torch
 import hooklens as hl
 from hooklens.data.ioi import ioi
 from hooklens.metrics import LogitDiff
-from hooklens.plugins.patching import Choice, information_flow, name_movers, path_patch_edges, path_patch_fixed
+from hooklens.plugins.heads import name_movers
+from hooklens.plugins.patching import Choice, information_flow, path_patch_edges, path_patch_fixed
 from hooklens.testing import induction_model
 
 TINY = bool(os.environ.get("HOOKLENS_TINY"))

@@ -14,7 +14,7 @@ import torch
 
 import hooklens as hl
 from hooklens.plugins.heads import composition, head_scores, induction_heads, position_scores, redundancy, taxonomy
-from hooklens.statistics import mean_interval
+from hooklens.results.statistics import mean_interval
 from hooklens.testing import induction_model
 
 TINY = bool(os.environ.get("HOOKLENS_TINY"))

@@ -16,7 +16,7 @@ import hooklens as hl
 from hooklens.data.ioi import ioi
 from hooklens.metrics import LogitDiff
 from hooklens.plugins.circuits import eap, faithfulness_curve
-from hooklens.statistics import halves
+from hooklens.results.statistics import halves
 from hooklens.testing import induction_model
 
 if os.environ.get("HOOKLENS_TINY"):

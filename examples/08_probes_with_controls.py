@@ -17,7 +17,7 @@ import hooklens as hl
 from hooklens.plugins.probing.causal import EDITS, causal_check
 from hooklens.plugins.probing.labels import odd_first, subject_number
 from hooklens.plugins.probing.train import train_probe
-from hooklens.statistics import q_values
+from hooklens.results.statistics import q_values
 from hooklens.testing import tiny_model
 from hooklens.viz import Report
 

@@ -16,7 +16,7 @@ from hooklens.plugins.steering.coefficients import SweepSettings, coefficient_sw
 from hooklens.plugins.steering.contrast import contrast_direction
 from hooklens.plugins.steering.direction_ablation import direction_ablation
 from hooklens.plugins.steering.steer import steer
-from hooklens.statistics import halves
+from hooklens.results.statistics import halves
 from hooklens.testing import tiny_model
 
 tiny = bool(os.environ.get("HOOKLENS_TINY"))

@@ -17,8 +17,7 @@ from torch import Tensor
 from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
-from hooklens.data.prompts import show
-from hooklens.model.ids import as_ids, as_mask
+from hooklens.model.ids import as_ids, as_mask, show
 from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from hooklens.anatomy.description import describe
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import HooklensError
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
@@ -10,13 +11,12 @@ from hooklens.core.wrap import wrap
 from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import HookedTransformerConfig
-from hooklens.model.describe import describe
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.load import load
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import engine
 

@@ -23,7 +23,7 @@ from hooklens.core.errors import WrongType
 from hooklens.model.config import Biases, HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins import find
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 _MOST_PARAMETERS = 8
 

@@ -29,13 +29,13 @@ from hooklens.core.checksum import save_tensors
 from hooklens.core.errors import HooklensError
 from hooklens.data.jsonl import read_pairs_file
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of
-from hooklens.plugins.claims.registration import Registration
 from hooklens.plugins.lens.translators import TunedLens, write_lens
 from hooklens.plugins.probing.store import Files
 from hooklens.pretrained.checkpoint import save_checkpoint
 from hooklens.pretrained.load import load
 from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
-from hooklens.result import Result
+from hooklens.results.claims.registration import Registration
+from hooklens.results.result import Result
 from hooklens.sweeps.resume import Progressed
 from hooklens.testing import tiny_model
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import hooklens as hl
+from hooklens.anatomy.description import describe
 from hooklens.core.terminal import printable
-from hooklens.model.describe import describe
-from hooklens.model.sampling import Generation
+from hooklens.generation.sampling import Generation
 from hooklens.plugins import find
 from hooklens.plugins.lens.logit_lens import logit_lens
 from hooklens.plugins.patching.activation import demo as sweep_demo
 from hooklens.pretrained.tokenizer import tiny_tokenizer
-from hooklens.result import Result, summary
-from hooklens.table import Table
+from hooklens.results.result import Result, summary
+from hooklens.results.table import Table
 from hooklens.testing import induction_model, tiny_model
 
 BAD = "<script>alert(1)</script>"

@@ -115,7 +115,7 @@ seen = {"torch at first": "torch" in sys.modules}
 hl.load
 seen["torch at the first name"] = "torch" in sys.modules
 seen["beside a tokenizer"] = [name for name in sys.argv[1].split() if name in sys.modules]
-import hooklens.public, hooklens.result, hooklens.plugins.patching.activation
+import hooklens.public, hooklens.results.result, hooklens.plugins.patching.activation
 seen["heavy"] = [name for name in sys.argv[2].split() if name in sys.modules]
 seen["patch"] = hl.patch.__module__
 seen["dir"] = [name for name in dir(hl) if name in hl.__all__]

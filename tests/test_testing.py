@@ -108,7 +108,7 @@ GOOD = '''
 from dataclasses import dataclass
 from typing import Any
 import torch
-from hooklens.result import Result
+from hooklens.results.result import Result
 
 @dataclass(frozen=True, eq=False)
 class Sums(Result):
@@ -140,7 +140,7 @@ def plugin(source=GOOD, **replaced):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     """Results of the made-up module can be saved, as those of a registered plugin can."""
-    from hooklens import result_file
+    from hooklens.results import result_file
 
     monkeypatch.setattr(result_file, "_plugin_of", lambda cls: ("made_up", "made-up"))
     monkeypatch.setattr(result_file, "_class_named", lambda plugin, module, name, package: CLASSES[name])

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
-from hooklens.result import Result
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

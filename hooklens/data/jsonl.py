@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, HooklensError, InputError, Refused
 from hooklens.core.files import read_text
-from hooklens.data.prompts import common_ends, show
+from hooklens.data.prompts import common_ends
+from hooklens.model.ids import show
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, WrongType
-from hooklens.model.ids import as_ids
+from hooklens.model.ids import as_ids, show
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -111,12 +111,6 @@ def common_ends(a: Int[Tensor, "pos"], b: Int[Tensor, "other_pos"]) -> tuple[int
     first = next((i for i in range(n) if a[i] != b[i]), n)
     last = next((i for i in range(n - first) if a[-1 - i] != b[-1 - i]), n - first)
     return first, last
-
-
-def show(model: "HookedTransformer", ids: Any) -> list[str]:
-    """Each token as text, or as its number where the model has no tokenizer."""
-    ids = torch.as_tensor(ids)
-    return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)
 
 
 def _empty(name: str, seen: Any) -> InputError:

@@ -66,3 +66,9 @@ def as_mask(mask: Any, device: torch.device | str | None = None) -> Bool[Tensor,
             raise InputError(f"{asked}; got {int(odd[0])}")
     given = given.bool()
     return given[None] if given.ndim == 1 else given
+
+
+def show(model: "HookedTransformer", ids: Any) -> list[str]:
+    """Each token as text, or as its number where the model has no tokenizer."""
+    ids = torch.as_tensor(ids)
+    return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)

@@ -19,17 +19,17 @@ from hooklens.core.terminal import visible
 from hooklens.model.attention import under_transform
 from hooklens.model.block import BLOCKS
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
-from hooklens.model.continuation import OnPiece
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.ids import as_ids, as_mask
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Norm, make_norm
-from hooklens.model.sampling import Generation, Prompt, generate
 from hooklens.model.views import StackedWeight, write_all
 
 if TYPE_CHECKING:
+    from hooklens.generation.continuation import OnPiece
+    from hooklens.generation.sampling import Generation, Prompt
     from hooklens.pretrained.tokenizer import Tokenizer
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -367,7 +367,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: "Prompt",
         max_new_tokens: int = 20,
         *,
         temperature: float = 0.0,
@@ -375,10 +375,12 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         top_p: float | None = None,
         seed: int | torch.Generator | None = None,
         stop: int | str | Collection[int | str] | None = None,
-        stream: bool | OnPiece = False,
+        stream: "bool | OnPiece" = False,
         capture: Mapping[int, Where | None] | None = None,
-    ) -> Generation:
-        """What does the model say next? See `hooklens.model.sampling.generate`, which this is."""
+    ) -> "Generation":
+        """What does the model say next? See `hooklens.generation.sampling.generate`, which this is."""
+        from hooklens.generation.sampling import generate  # the floor above: a model is known there
+
         return generate(
             self,
             prompt,

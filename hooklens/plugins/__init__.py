@@ -73,7 +73,9 @@ def find(name: str) -> PluginInfo:
 
 
 def _entries() -> list[EntryPoint]:
-    from hooklens.result_file import GROUP  # it writes and reads files, which a list of names should not wait for
+    from hooklens.results.result_file import (
+        GROUP,  # it writes and reads files, which a list of names should not wait for
+    )
 
     return list(importlib.metadata.entry_points(group=GROUP))
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable, did_you_mean
 from hooklens.core.files import read_json, sweep, unfinished_name, write_atomically
+from hooklens.core.progress import progress as bar
 from hooklens.core.terminal import printable
-from hooklens.progress import progress as bar
 
 _STAMP = ".verified.json"
 # pip, which ends when its standard input does: the pipe closes with the process that fetches, however that ends.

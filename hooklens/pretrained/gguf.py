@@ -25,6 +25,7 @@ from hooklens.core.arguments import path_of
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 from hooklens.pretrained.dequantize import DEQUANTISERS, can_dequantise, dequantise
+from hooklens.pretrained.gguf_to_hf import find_architecture, hf_names
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -99,8 +100,6 @@ class GGUFFile:
 
     @cached_property
     def _family(self) -> Any:
-        from hooklens.pretrained.gguf_to_hf import find_architecture
-
         return find_architecture(self)
 
     def hf_config(self) -> dict[str, Any]:
@@ -115,8 +114,6 @@ class GGUFFile:
         regrouped matrices of GPT-2 and GPT-NeoX). Nothing is yielded from a file with a tensor that has no known
         name or type.
         """
-        from hooklens.pretrained.gguf_to_hf import hf_names
-
         names = hf_names(self)
         config = self.hf_config()
         self.check_types([self.tensors[name] for name in names])

@@ -10,14 +10,16 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused
-from hooklens.pretrained.gguf import GGUFFile
+
+if TYPE_CHECKING:
+    from hooklens.pretrained.gguf import GGUFFile
 
 Undo = Callable[[str, Tensor, dict[str, Any]], Tensor]
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
@@ -28,14 +30,14 @@ _FOR_POSITIONS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors
 class Architecture:
     """How one llama.cpp architecture is spelled on the hub."""
 
-    config: Callable[[GGUFFile], dict[str, Any]]
+    config: Callable[["GGUFFile"], dict[str, Any]]
     top: dict[str, str]
     layer: str
     parts: dict[str, str]
     undo: Undo = lambda name, weight, config: weight
 
 
-def find_architecture(file: GGUFFile) -> Architecture:
+def find_architecture(file: "GGUFFile") -> Architecture:
     """The file's architecture, or an error that lists those that are known."""
     name = file.architecture
     if name not in ARCHITECTURES:
@@ -52,7 +54,7 @@ def find_architecture(file: GGUFFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def hf_names(file: GGUFFile) -> dict[str, str]:
+def hf_names(file: "GGUFFile") -> dict[str, str]:
     """For each tensor in the file, its name on the hub; a tensor without one is refused."""
     family = find_architecture(file)
     names: dict[str, str] = {}
@@ -88,7 +90,7 @@ def _split(name: str) -> tuple[int | None, str, str]:
     return None, part, suffix
 
 
-def _output_is_embedding(file: GGUFFile) -> bool:
+def _output_is_embedding(file: "GGUFFile") -> bool:
     """Whether the model is tied: no output matrix, or (older conversions of GPT-2) the embedding written twice."""
     output, embedding = file.tensors.get("output.weight"), file.tensors.get("token_embd.weight")
     if output is None or embedding is None:
@@ -107,7 +109,7 @@ def _output_is_embedding(file: GGUFFile) -> bool:
     return True
 
 
-def _blocks(file: GGUFFile) -> int:
+def _blocks(file: "GGUFFile") -> int:
     """How many blocks the model has. Each has tensors of its own, so a larger number than theirs is no model's."""
     n_blocks = file.require(f"{file.architecture}.block_count")
     if type(n_blocks) is not int or not 0 < n_blocks <= len(file.tensors):
@@ -118,7 +120,7 @@ def _blocks(file: GGUFFile) -> int:
     return n_blocks
 
 
-def _one(file: GGUFFile, key: str, default: Any = None) -> Any:
+def _one(file: "GGUFFile", key: str, default: Any = None) -> Any:
     """A number that holds for every layer; some files give a list, one value a layer."""
     value = file.require(key) if default is None else file.metadata.get(key, default)
     if isinstance(value, list):
@@ -139,7 +141,7 @@ def _eps(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _common(file: GGUFFile, model_type: str, name: str) -> dict[str, Any]:
+def _common(file: "GGUFFile", model_type: str, name: str) -> dict[str, Any]:
     """What every configuration holds: kind, vocabulary, special tokens, tied or not."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
@@ -156,7 +158,7 @@ def _common(file: GGUFFile, model_type: str, name: str) -> dict[str, Any]:
     }
 
 
-def _decoder(file: GGUFFile, model_type: str, name: str) -> dict[str, Any]:
+def _decoder(file: "GGUFFile", model_type: str, name: str) -> dict[str, Any]:
     """The configuration of a Llama-like decoder: RMSNorm, rotary positions, gated MLP."""
     arch = file.architecture
     n_heads, width = _one(file, f"{arch}.attention.head_count"), file.require(f"{arch}.embedding_length")
@@ -176,7 +178,7 @@ def _decoder(file: GGUFFile, model_type: str, name: str) -> dict[str, Any]:
     }
 
 
-def _scaling(file: GGUFFile) -> dict[str, Any] | None:
+def _scaling(file: "GGUFFile") -> dict[str, Any] | None:
     """How rotary frequencies were stretched for long contexts, or None."""
     arch = file.architecture
     kind = file.metadata.get(f"{arch}.rope.scaling.type", "none")
@@ -202,7 +204,7 @@ def llama3_factors(
     return 1 / ((1 - blend) / factor + blend)
 
 
-def _llama3_scaling(file: GGUFFile, original: int) -> dict[str, Any] | None:
+def _llama3_scaling(file: "GGUFFile", original: int) -> dict[str, Any] | None:
     """The file stores the outcome, one factor a frequency; the settings it came from are found and checked."""
     seen = file.tensor("rope_freqs.weight", torch.float64)
     theta = float(file.metadata.get(f"{file.architecture}.rope.freq_base", 10000.0))
@@ -225,7 +227,7 @@ def _llama3_scaling(file: GGUFFile, original: int) -> dict[str, Any] | None:
     }
 
 
-def _llama(file: GGUFFile) -> dict[str, Any]:
+def _llama(file: "GGUFFile") -> dict[str, Any]:
     return {
         **_decoder(file, "llama", "LlamaForCausalLM"),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -233,16 +235,16 @@ def _llama(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _qwen2(file: GGUFFile) -> dict[str, Any]:
+def _qwen2(file: "GGUFFile") -> dict[str, Any]:
     return {**_decoder(file, "qwen2", "Qwen2ForCausalLM"), "use_sliding_window": False}
 
 
-def _qwen3(file: GGUFFile) -> dict[str, Any]:
+def _qwen3(file: "GGUFFile") -> dict[str, Any]:
     extra = {"use_sliding_window": False, "attention_bias": "blk.0.attn_q.bias" in file.tensors}
     return {**_decoder(file, "qwen3", "Qwen3ForCausalLM"), **extra}
 
 
-def _gemma(file: GGUFFile, model_type: str, name: str, largest: int) -> dict[str, Any]:
+def _gemma(file: "GGUFFile", model_type: str, name: str, largest: int) -> dict[str, Any]:
     """What Gemma 2 and 3 share. The files do not say how queries are scaled: llama.cpp, and so we, tell the 27B model
     by its number of layers; it divides by the width per head, all others by the head's dimension."""
     base = _decoder(file, model_type, name)
@@ -257,7 +259,7 @@ def _gemma(file: GGUFFile, model_type: str, name: str, largest: int) -> dict[str
     return base
 
 
-def _gemma2(file: GGUFFile) -> dict[str, Any]:
+def _gemma2(file: "GGUFFile") -> dict[str, Any]:
     base = _gemma(file, "gemma2", "Gemma2ForCausalLM", largest=46)
     sliding = [layer % 2 == 0 for layer in range(base["num_hidden_layers"])]
     return base | {
@@ -267,7 +269,7 @@ def _gemma2(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _gemma3(file: GGUFFile) -> dict[str, Any]:
+def _gemma3(file: "GGUFFile") -> dict[str, Any]:
     base = _gemma(file, "gemma3_text", "Gemma3ForCausalLM", largest=62)
     every = file.metadata.get("gemma3.attention.sliding_window_pattern", 6)
     sliding = [bool((layer + 1) % every) for layer in range(base["num_hidden_layers"])]
@@ -279,7 +281,7 @@ def _gemma3(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _phi3(file: GGUFFile) -> dict[str, Any]:
+def _phi3(file: "GGUFFile") -> dict[str, Any]:
     base = _decoder(file, "phi3", "Phi3ForCausalLM")
     rotary = file.metadata.get("phi3.rope.dimension_count", base["head_dim"])
     base |= {
@@ -298,7 +300,7 @@ def _phi3(file: GGUFFile) -> dict[str, Any]:
     return base
 
 
-def _gpt2(file: GGUFFile) -> dict[str, Any]:
+def _gpt2(file: "GGUFFile") -> dict[str, Any]:
     return {
         **_common(file, "gpt2", "GPT2LMHeadModel"),
         "n_embd": file.require("gpt2.embedding_length"),
@@ -311,7 +313,7 @@ def _gpt2(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _gptneox(file: GGUFFile) -> dict[str, Any]:
+def _gptneox(file: "GGUFFile") -> dict[str, Any]:
     width, heads = file.require("gptneox.embedding_length"), _one(file, "gptneox.attention.head_count")
     return {
         **_common(file, "gpt_neox", "GPTNeoXForCausalLM"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
-from hooklens.pretrained.tokenizer import byte_values
+from hooklens.pretrained.byte_letters import byte_values
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _LONGEST_TOKEN = 1024  # characters; SentencePiece's usual limit is 16, runs of spaces in others reach 512

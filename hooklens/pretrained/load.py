@@ -12,7 +12,7 @@ from torch import nn
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, did_you_mean
 from hooklens.core.files import reading
 from hooklens.model.transformer import HookedTransformer
-from hooklens.table import Table
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer

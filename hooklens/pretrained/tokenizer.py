@@ -16,6 +16,7 @@ from torch import Tensor
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import make_folder, write_atomically
+from hooklens.pretrained.byte_letters import byte_values
 
 Tokens = Int[Tensor, "batch pos"]
 
@@ -362,19 +363,6 @@ def _listed(tokens: Any) -> Any:
 
 
 @lru_cache
-def byte_values() -> dict[str, int]:
-    """GPT-2's alphabet: which byte each letter of a byte-level vocabulary stands for.
-
-    Bytes that print as Latin-1 stand for themselves, the others for the letters from U+0100 on, in order.
-
-    >>> byte_values()["Ġ"], byte_values()["a"]
-    (32, 97)
-    """
-    printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def tiny_tokenizer(words: str = "", extra: Sequence[str] = ()) -> Tokenizer:
     """A byte-level tokenizer that knows every byte and a few words, for examples and tests.
 

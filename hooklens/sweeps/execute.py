@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.progress import progress, step, within
 from hooklens.model.linear import kernel_of, packed_linears
-from hooklens.progress import progress, step, within
 from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out, plain_values, refuse_nonfinite, why_plain

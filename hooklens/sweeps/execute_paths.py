@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.progress import progress
 from hooklens.model.linear import kernel_of, packed_linears
-from hooklens.progress import progress
 from hooklens.sweeps.execute import Item, Outcome, run_bins
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite, why_plain

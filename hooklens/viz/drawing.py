@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import plotly.graph_objects as go
 
-from hooklens.table import format_number
+from hooklens.results.table import format_number
 from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, limits, template
 

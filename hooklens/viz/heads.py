@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.table import format_number
+from hooklens.results.table import format_number
 from hooklens.viz.drawing import colour_bar
 from hooklens.viz.inputs import as_array, as_labels, ticks
 from hooklens.viz.text import label, token_labels

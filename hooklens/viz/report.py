@@ -16,8 +16,8 @@ from hooklens import __version__
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError
 from hooklens.core.files import write_atomically
-from hooklens.result import plain
-from hooklens.table import Table, format_number
+from hooklens.results.result import plain
+from hooklens.results.table import Table, format_number
 from hooklens.viz.page import page
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 

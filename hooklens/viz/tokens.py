@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Num
 from torch import Tensor
 
-from hooklens.table import format_number
+from hooklens.results.table import format_number
 from hooklens.viz.inputs import as_array, as_labels
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 from hooklens.viz.theme import DIVERGING, FONT, SEQUENTIAL, colour_at, limits, text_on

@@ -16,8 +16,9 @@ from hooklens.core.errors import HooklensError
 from hooklens.metrics import logit_diff
 from hooklens.plugins import available
 from hooklens.pretrained.checkpoint import load_checkpoint, save_checkpoint
-from hooklens.result import Result, result_classes
-from hooklens.statistics import mean_interval
+from hooklens.results.result import Result
+from hooklens.results.result_file import known_classes
+from hooklens.results.statistics import mean_interval
 from hooklens.testing import tiny_model
 
 MODEL = tiny_model()
@@ -152,7 +153,7 @@ def test_no_module_makes_a_generator_from_a_seed_on_its_own():
 def test_the_number_of_rows_is_checked_by_every_result():
     for plugin in available():
         plugin.load()
-    for cls in result_classes().values():
+    for cls in known_classes().values():
         if cls.__module__.startswith("hooklens."):
             ranked = [name for name in ("table", "top") if name in vars(cls)]
             assert all(hasattr(vars(cls)[name], "__wrapped__") for name in ranked), cls

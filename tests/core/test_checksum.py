@@ -13,7 +13,7 @@ from hooklens.core.errors import FileRefused, HooklensError
 from hooklens.core.files import read_json, reading
 from hooklens.pretrained.checkpoint import load_checkpoint, save_checkpoint
 from hooklens.pretrained.tokenizer import tiny_tokenizer
-from hooklens.result import Result
+from hooklens.results.result import Result
 from hooklens.testing import tiny_model
 
 TOKENS = torch.tensor([[1, 2, 3]])
@@ -63,7 +63,7 @@ def circuit_file(path):
 
 
 def plan_file(path):
-    from hooklens.plugins.claims import Registration
+    from hooklens.results.claims import Registration
 
     Registration("L5H1 moves names", "logit_diff", "random heads", threshold=0.05, n=64).write(path)
     return lambda: Registration.read(path)

@@ -16,7 +16,7 @@ import hooklens as hl
 from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.padding import PaddedTensor, padded
-from hooklens.model.sampling import _Batch
+from hooklens.generation.sampling import _Batch
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 

@@ -7,10 +7,10 @@ import warnings
 import pytest
 from rich.console import Console
 
-from hooklens import progress as module
 from hooklens.core import errors
+from hooklens.core import progress as module
 from hooklens.core.terminal import json_line, printable, visible
-from hooklens.table import Table
+from hooklens.results.table import Table
 from hooklens.testing import tiny_model
 from hooklens.viz.report import Report
 
@@ -71,7 +71,7 @@ def test_a_model_is_shown_by_its_name_only():
 
 
 def test_a_streamed_continuation_is_harmless(capsys):
-    from hooklens.model.sampling import _print
+    from hooklens.generation.sampling import _print
 
     _print(0, EVIL)
     assert harmless(capsys.readouterr().out)

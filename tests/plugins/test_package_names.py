@@ -12,22 +12,20 @@ from pathlib import Path
 import pytest
 
 NAMES = """
-circuits: Circuit CircuitEvaluation CircuitGraph CircuitStudy CircuitTransfer Completeness Discovery EdgeRuns
+circuits: Circuit CircuitEvaluation CircuitGraph CircuitTransfer Completeness Discovery EdgeRuns
     EdgeScores Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles Task acdc acdc_nodes circuit_graph
     circuit_of eap eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate faithfulness faithfulness_curve
-    prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges study_circuit transfer_circuit
+    prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges transfer_circuit
     whole_circuit
-claims: Claim ClaimFamily HeldOutEffects Measured Registration claim family held_out_top metric_name plans_met
-    read_plans
-heads: Composition CopySuppression Copying HeadScores HeadStudy InductionHeads Knockout Mediation PositionScores
-    Redundancy Taxonomy composition copy_suppression copying head_scores head_study induction_heads knockout mediation
-    position_scores redundancy taxonomy
-lens: Calibration LensStudy LogitAttribution LogitLens Trajectory TunedLens TunedLensTraining calibration
-    direct_logit_attribution fit_tuned_lens lens_logits lens_study logit_lens train_tuned_lens trajectory tuned_lens
-patching: AblationComparison AblationSweep At AttributionPatching Choice Criteria Freeze IOIStudy InformationFlow
-    InputAttribution Mean NameMovers PairStudy PatchSweep PathSweep Resample WeightRandomisation ablate
-    attribution_patching compare_ablations gradient_x_input information_flow integrated_gradients ioi_study
-    mover_claims name_movers patch path_patch_edges path_patch_fixed path_patch_fixed_frozen study_pair
+heads: Composition CopySuppression Copying Criteria HeadScores InductionHeads Knockout Mediation NameMovers
+    PositionScores Redundancy Taxonomy composition copy_suppression copying head_scores induction_heads
+    knockout mediation name_movers position_scores redundancy taxonomy
+lens: Calibration LogitAttribution LogitLens Trajectory TunedLens TunedLensTraining calibration
+    direct_logit_attribution fit_tuned_lens lens_logits logit_lens train_tuned_lens trajectory tuned_lens
+patching: AblationComparison AblationSweep At AttributionPatching Choice Freeze InformationFlow
+    InputAttribution Mean PatchSweep PathSweep Resample WeightRandomisation ablate
+    attribution_patching compare_ablations gradient_x_input information_flow integrated_gradients patch
+    path_patch_edges path_patch_fixed path_patch_fixed_frozen
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy
     ProbeTask Ridge TokenProjection Transfer WhitenedMassMean causal_check gather next_vowel odd_first part_of_speech
     probe_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50 train_probe transfer
@@ -74,7 +72,7 @@ def test_every_package_of_methods_is_pinned_here():
 
 
 def test_modules_called_as_their_function_are_many():
-    assert {"lens.logit_lens", "heads.taxonomy", "weights.overlap", "probing.transfer", "claims.claim"} <= set(SAME)
+    assert {"lens.logit_lens", "heads.taxonomy", "weights.overlap", "probing.transfer"} <= set(SAME)
 
 
 CODE = """

@@ -9,8 +9,8 @@ import hooklens as hl
 from hooklens.data.prompts import common_ends
 from hooklens.model.config import LinearScore
 from hooklens.plugins.patching.activation import PatchSweep, demo
-from hooklens.result import summary
-from hooklens.statistics import ratio_interval
+from hooklens.results.result import summary
+from hooklens.results.statistics import ratio_interval
 from hooklens.testing import or_gate, tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [8, 1, 1, 3], [2, 2, 6, 1]])

@@ -10,15 +10,15 @@ from browser import open_page
 import hooklens as hl
 from hooklens import viz
 from hooklens.data.jsonl import PromptPairs
-from hooklens.plugins.circuits import study_circuit
 from hooklens.plugins.circuits.eap import demo_pairs
-from hooklens.plugins.claims import Measured, claim, family
 from hooklens.plugins.heads import taxonomy
 from hooklens.plugins.heads.ece_change import CalibrationChange
-from hooklens.plugins.heads.head_study import demo as head_demo
-from hooklens.plugins.lens.lens_study import lens_study
-from hooklens.plugins.patching.pair_study import study_pair
 from hooklens.plugins.probing.train import demo as probe_demo
+from hooklens.results.claims import Measured, claim, family
+from hooklens.studies import probe_report, study_circuit, taxonomy_report
+from hooklens.studies.heads import demo as head_demo
+from hooklens.studies.lens import lens_study
+from hooklens.studies.pair import study_pair
 from hooklens.testing import induction_model, tiny_model
 
 CLEAN, CORRUPTED = [1, 2, 3, 4, 5], [1, 4, 3, 6, 5]
@@ -31,7 +31,7 @@ def pair(corrupted=CORRUPTED, **options):
 
 
 def caption(study, site):
-    from hooklens.plugins.patching.report import patched
+    from hooklens.studies.pages import patched
 
     return patched(study, study.sweeps[site])
 
@@ -81,11 +81,11 @@ def lens_report(n=3):
 REPORTS = {
     "pair": lambda: pair().report(),
     "lens": lens_report,
-    "heads": lambda: taxonomy(induction_model(), n=6).report(),
+    "heads": lambda: taxonomy_report(taxonomy(induction_model(), n=6)),
     "heads on pairs": lambda: head_demo(tiny_model()).report(),
     "circuit": circuit_report,
     "circuit in full": lambda: circuit_report(full=True),
-    "probe": lambda: probe_demo(tiny_model()).report(),
+    "probe": lambda: probe_report(probe_demo(tiny_model())),
 }
 SLOW = ("circuit in full", "probe")
 
@@ -108,9 +108,9 @@ def test_a_column_stood_on_the_page_without_a_word_about_it(name):
 
 def test_every_kind_of_evidence_about_heads_is_explained():
     """Those too that the model of the test above does not show."""
-    from hooklens.plugins.heads import report
     from hooklens.plugins.heads.evidence import _EFFECT, _SUPPRESSION
     from hooklens.plugins.heads.labels import Taxonomy
+    from hooklens.studies import heads_page as report
 
     assert {*_EFFECT, *_SUPPRESSION, "score", "q", "rests", "by position"} <= Taxonomy.terms.keys()
     change = CalibrationChange([], 0.1, *[torch.zeros(0)] * 3, torch.zeros(0, 1), torch.zeros(1, 0), "repeats")

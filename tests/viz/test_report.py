@@ -11,8 +11,8 @@ from nasty import NASTY
 
 from hooklens import viz
 from hooklens.core.errors import InputError
-from hooklens.result import Result
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.table import Table
 
 
 class Elements(HTMLParser):

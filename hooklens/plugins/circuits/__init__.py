@@ -2,7 +2,6 @@
 
 from hooklens.plugins.circuits.acdc import Discovery, acdc, acdc_nodes
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
-from hooklens.plugins.circuits.circuit_study import CircuitStudy, study_circuit
 from hooklens.plugins.circuits.completeness import Completeness
 from hooklens.plugins.circuits.eap import eap
 from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations, eap_ig_midpoint, eap_ig_own_source
@@ -24,7 +23,6 @@ __all__ = [
     "Circuit",
     "CircuitEvaluation",
     "CircuitGraph",
-    "CircuitStudy",
     "CircuitTransfer",
     "Completeness",
     "Discovery",
@@ -55,7 +53,6 @@ __all__ = [
     "prune_nodes_below",
     "random_circuits",
     "run_edges",
-    "study_circuit",
     "transfer_circuit",
     "whole_circuit",
 ]

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.progress import progress
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit
@@ -16,8 +17,7 @@ from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import Bench
-from hooklens.progress import progress
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -17,7 +17,7 @@ from hooklens.core.files import read_json, reading, write_atomically
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

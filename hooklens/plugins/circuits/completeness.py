@@ -11,7 +11,7 @@ from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.measure import Faithfulness, tied_p
 from hooklens.plugins.circuits.run import Bench, chunks
 from hooklens.plugins.circuits.subsets import Subsets, subsets
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 _OWN, _OTHERS = 40, 10  # sets K of the circuit, and of each random one
 _STEPS, _WIDTH = 5, 10  # steps of the greedy K, and edges tried in each

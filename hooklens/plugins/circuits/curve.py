@@ -12,7 +12,7 @@ from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.measure import measured, tied_p
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 
 @dataclass(frozen=True, eq=False)

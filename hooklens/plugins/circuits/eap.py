@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
+from hooklens.core.progress import Advance, progress, within
 from hooklens.data import demo_prompts
 from hooklens.data.prompts import Pairs, Prompts
 from hooklens.metrics import LogitDiff, logit_diff
@@ -26,7 +27,6 @@ from hooklens.plugins.circuits.nodes import Run, ablated_run, check_ablation, em
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
 from hooklens.plugins.circuits.scores import EdgeScores
-from hooklens.progress import Advance, progress, within
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.settings import current
 

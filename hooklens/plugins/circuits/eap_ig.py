@@ -8,13 +8,13 @@ from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
+from hooklens.core.progress import step
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.eap import Scored, demo_pairs, scored
 from hooklens.plugins.circuits.gradients import differentiable_values, edge_gradients, edge_scores, trace
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.nodes import Run, observe
 from hooklens.plugins.circuits.scores import EdgeScores
-from hooklens.progress import step
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from hooklens.plugins.circuits.measure import Faithfulness, check_draws, measure
 from hooklens.plugins.circuits.minimality import Minimality, minimality_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

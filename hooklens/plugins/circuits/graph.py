@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, did_you_mean
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

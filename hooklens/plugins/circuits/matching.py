@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.plugins.circuits.carry import Carrier, Maps, is_head
 from hooklens.plugins.circuits.roles import Roles
 from hooklens.plugins.heads.taxonomy import UNLABELLED
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 _TIE = 0.01  # effects first: where a head looks and how deep it lies decide between heads of almost equal effect
 _STARTS = (0.0, 0.3, 1.0, 3.0)  # weights of depth; with 0 an assignment that no edge constrains is the best one

@@ -12,8 +12,8 @@ from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
-from hooklens.result import Result, Table
-from hooklens.statistics import group_numbers, null_p, ratio_interval
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import group_numbers, null_p, ratio_interval
 
 LEAST_DRAWS = 100
 

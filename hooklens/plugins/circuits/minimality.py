@@ -11,8 +11,8 @@ from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.measure import Faithfulness, slack
 from hooklens.plugins.circuits.run import Bench, chunks
 from hooklens.plugins.circuits.subsets import subsets
-from hooklens.result import Result, Table
-from hooklens.statistics import halves, mean_interval, q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import halves, mean_interval, q_values
 
 _SETS = 8  # sets K without which an edge is tried: none, four single nodes, two of edges, one of nodes
 _CUT = 5  # edges of each random circuit that are tried

@@ -8,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.progress import progress
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit, whole_circuit
 from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import Bench
-from hooklens.progress import progress
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

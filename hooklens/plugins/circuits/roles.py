@@ -16,7 +16,7 @@ from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.heads.scores import KINDS
 from hooklens.plugins.heads.taxonomy import Taxonomy
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
 

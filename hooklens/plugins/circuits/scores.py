@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from hooklens.plugins.circuits.roles import comparable, roles_of
 from hooklens.plugins.circuits.run import Bench, aligned_pairs
 from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.heads.taxonomy import Taxonomy, taxonomy
-from hooklens.result import Result, Table
-from hooklens.statistics import group_numbers, halves
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import group_numbers, halves
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -107,19 +107,6 @@ class CircuitTransfer(Result):
         marks = {"the model": 1.0, "no edge": 0.0}
         ends = (low, high) if known else (None, None)
         return bars(value, ends[0], ends[1], names, title, y_title="faithfulness", marks=marks)
-
-    def report(self) -> Any:
-        """The transfer as a page."""
-        from hooklens.viz.report import Report
-
-        report = Report(f"A circuit of {self.source} in {self.target}")
-        report.text(
-            "Nodes were matched by label and by their effect on one half of the prompts; faithfulness is measured on "
-            "the other. A match of roles is no match of mechanisms."
-        )
-        report.figure(self.figure()).table(self.table())
-        report.heading("Who stands for whom").figure(self.matching.figure()).table(self.matching.table())
-        return report.heading("The circuit in the target").figure(self.mapped.circuit.figure())
 
 
 def transfer_circuit(

@@ -13,8 +13,8 @@ from hooklens.core.precision import widened
 from hooklens.model.linear import is_plain
 from hooklens.plugins.heads.rotations import above
 from hooklens.plugins.heads.stand_out import LEAST_PARTNERS, standing_out
-from hooklens.result import Result, Table
-from hooklens.statistics import q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

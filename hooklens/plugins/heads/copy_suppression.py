@@ -16,8 +16,8 @@ from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_cha
 from hooklens.plugins.heads.mediation import mean_z
 from hooklens.plugins.heads.scores import one_length
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache

@@ -10,13 +10,13 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
+from hooklens.core.progress import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import is_plain, packed_linears, without_bias
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
 from hooklens.plugins.heads.which import refuse_dropout
-from hooklens.progress import tracked
-from hooklens.result import Result, Table
-from hooklens.statistics import q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

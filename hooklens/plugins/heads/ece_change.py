@@ -10,13 +10,13 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import HooklensError
 from hooklens.core.precision import widened
+from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z
 from hooklens.plugins.lens.calibration import Calibration, binned_error, calibration
-from hooklens.progress import progress
-from hooklens.result import Result, Table
-from hooklens.statistics import null_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import null_p
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache

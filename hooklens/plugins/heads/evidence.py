@@ -1,19 +1,22 @@
 """A taxonomy's evidence as a table and as a map."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hooklens.plugins.heads.labels import LABELS, Taxonomy
 from hooklens.plugins.heads.named import NAME_LABELS
-from hooklens.result import Table
+from hooklens.plugins.heads.scores import LABELS
+from hooklens.results.result import Table
+
+if TYPE_CHECKING:
+    from hooklens.plugins.heads.labels import Taxonomy
 
 _EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo", "placebo took")
 _SUPPRESSION = ("anti-copy", "ECE change")
 
 
-def label_rows(found: Taxonomy, n: int | None) -> Table:
+def label_rows(found: "Taxonomy", n: int | None) -> Table:
     """One row a head and label. `effect` is in nats a token, of names the share of the logit difference.
 
     `share of loss` is the effect as a share of the loss of the repeated tokens.
@@ -42,7 +45,7 @@ def label_rows(found: Taxonomy, n: int | None) -> Table:
     return Table(("head", "label", "score", "q", *_EFFECT, "rests", *extra), rows).head(n)
 
 
-def _doubts(found: Taxonomy, kind: str, at: tuple[int, int]) -> list[str]:
+def _doubts(found: "Taxonomy", kind: str, at: tuple[int, int]) -> list[str]:
     """What qualifies a head's evidence for a label: its size, and a control that could not take as much attention."""
     if kind not in LABELS:
         return []
@@ -50,7 +53,7 @@ def _doubts(found: Taxonomy, kind: str, at: tuple[int, int]) -> list[str]:
     return [words for words, where in told.items() if bool(where[list(LABELS).index(kind)][at])]
 
 
-def _on_repeats(found: Taxonomy) -> dict[str, list[Tensor]]:
+def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
     """Score, q, effect, both ends, its q, its share of the loss, placebo and what it took, label by label."""
     (low, high), score_q, effect_q = found.interval(), found.score_q, found.effect_q
     effect, rest = found.effect.mean(0), (found.share, found.placebo.mean(0), found.matched)
@@ -60,7 +63,7 @@ def _on_repeats(found: Taxonomy) -> dict[str, list[Tensor]]:
     }
 
 
-def _on_names(found: Taxonomy) -> dict[str, list[Tensor]]:
+def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
     """The same of indirect-object prompts: q of the pairs that label, margin and direct effect of the others."""
     if found.names is None:
         return {}
@@ -72,7 +75,7 @@ def _on_names(found: Taxonomy) -> dict[str, list[Tensor]]:
     }
 
 
-def _suppressed(found: Taxonomy) -> dict[tuple[int, int], tuple[float, float | None]]:
+def _suppressed(found: "Taxonomy") -> dict[tuple[int, int], tuple[float, float | None]]:
     """What a head takes from the logit of the token that it looks at, and the calibration change without it."""
     if found.suppression is None or found.suppression.calibration is None:
         return {}
@@ -81,7 +84,7 @@ def _suppressed(found: Taxonomy) -> dict[tuple[int, int], tuple[float, float | N
     return {one: (float(anti[one]), float(change.change[i])) for i, one in enumerate(at)}
 
 
-def _nearest(found: Taxonomy, at: tuple[int, int]) -> int:
+def _nearest(found: "Taxonomy", at: tuple[int, int]) -> int:
     """The label whose effect goes the other way, if there is one, else that of the least p."""
     against = found.opposite[:, at[0], at[1]]
     by = found.score_p[:, at[0], at[1]]
@@ -92,7 +95,7 @@ def _number(value: Tensor) -> float | None:
     return None if bool(value.isnan()) else float(value)
 
 
-def attention_map(found: Taxonomy) -> Any:
+def attention_map(found: "Taxonomy") -> Any:
     """Layer by label and head: attention above chance, negative where the label was not earned."""
     from hooklens.viz.figures import heatmap
 

@@ -14,8 +14,8 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.scores import key_masks
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
 

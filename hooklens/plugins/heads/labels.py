@@ -1,6 +1,5 @@
 """What the evidence allows each head to be called, and the rows that show it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,24 +9,16 @@ from torch import Tensor
 
 from hooklens.plugins.heads.copy_suppression import CopySuppression
 from hooklens.plugins.heads.copying import Copying
+from hooklens.plugins.heads.evidence import attention_map, label_rows
 from hooklens.plugins.heads.named import NAME_LABELS, NameEvidence
 from hooklens.plugins.heads.previous_token import PositionScores
-from hooklens.plugins.heads.scores import HeadScores
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.plugins.heads.scores import LABELS, HeadScores
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 
 if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.plugins.claims import ClaimFamily, Registration
+    pass
 
-#: The labels that repeated tokens can give, the keys whose attention is scored and blocked, and the sign of the loss
-#: change that the label claims.
-LABELS = {
-    "previous token": ("previous", 1.0),
-    "duplicate token": ("duplicate", 1.0),
-    "induction": ("induction", 1.0),
-    "copy suppression": ("induction", -1.0),
-}
 UNLABELLED = "unlabelled"
 #: Of the loss: an effect of less is detectable, and negligible.
 LEAST_SHARE = 0.01
@@ -202,31 +193,11 @@ class Taxonomy(Result):
 
     def table(self, n: int | None = 20) -> Table:
         """One row a head and label, with that label's evidence; a head without one shows the nearest, with "?"."""
-        from hooklens.plugins.heads.evidence import label_rows
-
         return label_rows(self, n)
 
     def figure(self) -> Any:
         """Label by label, layer by head: who looks at its keys. Blue earned the label; orange only looks."""
-        from hooklens.plugins.heads.evidence import attention_map
-
         return attention_map(self)
-
-    def claims(
-        self, model: "HookedTransformer | str" = "this model", *, registered: "Sequence[Registration]" = ()
-    ) -> "ClaimFamily | None":
-        """A claim for each head and label whose score passed, with its placebo as control; None where none passed."""
-        from hooklens.plugins.heads.head_claims import taxonomy_claims
-
-        return taxonomy_claims(model, self, registered)
-
-    def report(
-        self, model: "HookedTransformer | str" = "this model", *, registered: "Sequence[Registration]" = ()
-    ) -> Any:
-        """The taxonomy as a page: `found.report().save("heads.html", data=found)`."""
-        from hooklens.plugins.heads.report import taxonomy_report
-
-        return taxonomy_report(self, None, model, registered)
 
 
 def signs(like: Tensor) -> Float[Tensor, "label one one"]:

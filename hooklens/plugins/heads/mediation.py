@@ -8,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copying import refuse_post_norm
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
-from hooklens.progress import progress
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import ioi
+from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
+from hooklens.plugins.heads.name_movers import name_movers
 from hooklens.plugins.heads.rotations import PerHead, above
-from hooklens.plugins.patching.mover_result import NameMovers, of_pairs
-from hooklens.plugins.patching.name_movers import name_movers
-from hooklens.result import Result, Table
-from hooklens.statistics import q_values, sign_flip_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values, sign_flip_p
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z, on_stream
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
-from hooklens.progress import progress
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.core.progress import tracked
 from hooklens.model.kv_cache import Context
-from hooklens.progress import tracked
-from hooklens.statistics import PValues
+from hooklens.results.statistics import PValues
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache

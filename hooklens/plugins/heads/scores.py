@@ -13,13 +13,21 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead, mass, pooled_p, rotated_masses
 from hooklens.plugins.heads.which import refuse_dropout
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 KINDS = ("previous", "duplicate", "induction", "first")
+#: The labels that repeated tokens can give, the keys whose attention is scored and blocked, and the sign of the loss
+#: change that the label claims.
+LABELS = {
+    "previous token": ("previous", 1.0),
+    "duplicate token": ("duplicate", 1.0),
+    "induction": ("induction", 1.0),
+    "copy suppression": ("induction", -1.0),
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,12 +15,12 @@ from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
 from hooklens.plugins.heads.copying import Copying, copying
 from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
 from hooklens.plugins.heads.knockout import Keeps, all_but, knockout_after, scores_and_values
-from hooklens.plugins.heads.labels import LABELS, UNLABELLED, Taxonomy
+from hooklens.plugins.heads.labels import UNLABELLED, Taxonomy
 from hooklens.plugins.heads.named import name_evidence
 from hooklens.plugins.heads.previous_token import PositionScores, position_scores
 from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead
-from hooklens.plugins.heads.scores import HeadScores, head_scores, key_masks
-from hooklens.statistics import q_values
+from hooklens.plugins.heads.scores import LABELS, HeadScores, head_scores, key_masks
+from hooklens.results.statistics import q_values
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:

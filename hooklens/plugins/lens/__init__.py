@@ -3,7 +3,6 @@
 # Every module is imported here, so that where one is called as its function is, the name is the function's for good.
 from hooklens.plugins.lens.attribution import LogitAttribution, direct_logit_attribution
 from hooklens.plugins.lens.calibration import Calibration, calibration
-from hooklens.plugins.lens.lens_study import LensStudy, lens_study
 from hooklens.plugins.lens.logit_lens import LogitLens, lens_logits, logit_lens
 from hooklens.plugins.lens.trajectory import Trajectory, trajectory
 from hooklens.plugins.lens.translators import TunedLens
@@ -11,7 +10,6 @@ from hooklens.plugins.lens.tuned_lens import TunedLensTraining, fit_tuned_lens, 
 
 __all__ = [
     "Calibration",
-    "LensStudy",
     "LogitAttribution",
     "LogitLens",
     "Trajectory",
@@ -21,7 +19,6 @@ __all__ = [
     "direct_logit_attribution",
     "fit_tuned_lens",
     "lens_logits",
-    "lens_study",
     "logit_lens",
     "train_tuned_lens",
     "trajectory",

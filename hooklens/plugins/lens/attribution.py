@@ -9,11 +9,12 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.ids import show
 from hooklens.plugins.lens.direct import Direct, direct_effects
 from hooklens.plugins.lens.reading import Answers, another_a_prompt, by_length, one_a_prompt
-from hooklens.result import Result, Table
-from hooklens.statistics import Groups, group_numbers, mean_interval
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import Groups, group_numbers, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -10,10 +10,11 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
-from hooklens.data.prompts import Prompts, show
+from hooklens.data.prompts import Prompts
+from hooklens.model.ids import show
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, null_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, null_p
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.progress import progress
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.lens.reading import prompts_at_once, streams_of
 from hooklens.plugins.lens.translators import TunedLens
-from hooklens.progress import progress
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, show
+from hooklens.data.prompts import Prompts
 from hooklens.metrics import answer_ids
+from hooklens.model.ids import show
 from hooklens.plugins.lens.controls import elsewhere, shifts_round
 from hooklens.plugins.lens.reading import (
     Answers,
@@ -25,7 +26,7 @@ from hooklens.plugins.lens.reading import (
     stream_labels,
     streams_of,
 )
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.ids import show
 from hooklens.plugins.lens.reading import (
     Answers,
     Translate,
@@ -24,8 +25,8 @@ from hooklens.plugins.lens.reading import (
     streams_of,
 )
 from hooklens.plugins.lens.translators import TunedLens
-from hooklens.result import Result, Table
-from hooklens.statistics import Groups, group_numbers, mean_interval
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import Groups, group_numbers, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -22,8 +22,8 @@ from hooklens.plugins.lens.reading import Answers, check_quiet, one_length, stre
 from hooklens.plugins.lens.run_file import train
 from hooklens.plugins.lens.training import Schedule, constant_kl, window_kl
 from hooklens.plugins.lens.translators import TunedLens as TunedLens
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

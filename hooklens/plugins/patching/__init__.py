@@ -9,11 +9,6 @@ from hooklens.plugins.patching.attribution_result import AttributionPatching
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import information_flow
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
-from hooklens.plugins.patching.ioi_demo import IOIStudy, ioi_study
-from hooklens.plugins.patching.mover_claims import mover_claims
-from hooklens.plugins.patching.mover_result import Criteria, NameMovers
-from hooklens.plugins.patching.name_movers import name_movers
-from hooklens.plugins.patching.pair_study import PairStudy, study_pair
 from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
 from hooklens.plugins.patching.path_sweep import PathSweep
 from hooklens.plugins.patching.values import Mean
@@ -26,14 +21,10 @@ __all__ = [
     "At",
     "AttributionPatching",
     "Choice",
-    "Criteria",
     "Freeze",
-    "IOIStudy",
     "InformationFlow",
     "InputAttribution",
     "Mean",
-    "NameMovers",
-    "PairStudy",
     "PatchSweep",
     "PathSweep",
     "Resample",
@@ -44,12 +35,8 @@ __all__ = [
     "gradient_x_input",
     "information_flow",
     "integrated_gradients",
-    "ioi_study",
-    "mover_claims",
-    "name_movers",
     "patch",
     "path_patch_edges",
     "path_patch_fixed",
     "path_patch_fixed_frozen",
-    "study_pair",
 ]

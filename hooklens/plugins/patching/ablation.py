@@ -13,7 +13,6 @@ from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.claims import HeldOutEffects
 from hooklens.plugins.patching.ablation_kinds import Kind, Resample, Written, as_kind, word, written_by_draw
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import (
@@ -26,8 +25,9 @@ from hooklens.plugins.patching.grid import (
     patch_name,
     shape_of,
 )
-from hooklens.result import Result, Table
-from hooklens.statistics import group_numbers, mean_interval, q_values, sign_flip_p
+from hooklens.results.claims import HeldOutEffects
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import group_numbers, mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.plan import Patch, plan, settle_by, site_kind
 from hooklens.sweeps.settings import engine

@@ -10,13 +10,13 @@ from torch import Tensor
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
-from hooklens.plugins.claims import HeldOutEffects
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
 from hooklens.plugins.patching.ablation_kinds import Kind, Resample
 from hooklens.plugins.patching.activation import Mean
 from hooklens.plugins.patching.grid import cell_names, largest_first
-from hooklens.result import Result, Table
-from hooklens.statistics import rank_correlation
+from hooklens.results.claims import HeldOutEffects
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import rank_correlation
 from hooklens.sweeps.plan import Patch
 from hooklens.sweeps.settings import engine
 

@@ -19,8 +19,8 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.plugins.patching.values import Mean, aligned, mean_of
-from hooklens.result import Result, Table
-from hooklens.statistics import ratio_interval
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite

@@ -19,7 +19,7 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.attribution_result import AttributionPatching, Grid
 from hooklens.plugins.patching.grid import in_order, labels_of, shape_of
 from hooklens.plugins.patching.values import aligned
-from hooklens.statistics import group_numbers
+from hooklens.results.statistics import group_numbers
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain

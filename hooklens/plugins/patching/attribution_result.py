@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hooklens.plugins.patching.grid import cell_name, draw_grid, largest_first
 from hooklens.plugins.patching.two_runs import TwoRuns
-from hooklens.result import Result, Table
-from hooklens.statistics import correlation, mean_interval, rank_correlation
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import correlation, mean_interval, rank_correlation
 
 Grid = Float[Tensor, "*grid"]
 

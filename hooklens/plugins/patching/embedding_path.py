@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
-from hooklens.data.prompts import Prompts, rows_of, show
+from hooklens.data.prompts import Prompts, rows_of
 from hooklens.metrics import ReadingMetric
 from hooklens.model.config import TokenEmbed
+from hooklens.model.ids import show
 from hooklens.plugins.patching.attribution import backward_rows
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain

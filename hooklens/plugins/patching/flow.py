@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.plugins.patching.path_sweep import excludes_zero
-from hooklens.result import Result, Table
-from hooklens.statistics import q_values, ratio_interval
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values, ratio_interval
 
 
 @dataclass(frozen=True)

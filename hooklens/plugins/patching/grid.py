@@ -9,7 +9,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.data.prompts import Pairs, show
+from hooklens.data.prompts import Pairs
+from hooklens.model.ids import show
 from hooklens.sweeps.plan import Patch
 
 if TYPE_CHECKING:

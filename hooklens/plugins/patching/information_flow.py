@@ -16,7 +16,7 @@ from hooklens.metrics import ReadingMetric, logit_diff
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.path import path_patch_edges
 from hooklens.plugins.patching.path_sweep import PathSweep
-from hooklens.statistics import Groups, group_numbers, halves
+from hooklens.results.statistics import Groups, group_numbers, halves
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.nodes import Node, Order, Receiver, Sender, of_pairs, on_tokens, read_receivers, read_senders
 from hooklens.sweeps.settings import engine

@@ -14,7 +14,7 @@ from hooklens.metrics import log_prob
 from hooklens.plugins.patching.embedding_path import EmbeddingPath
 from hooklens.plugins.patching.quadrature import integrate
 from hooklens.plugins.patching.weight_randomisation import WeightRandomisation, randomise
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

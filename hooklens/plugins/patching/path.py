@@ -12,7 +12,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import in_order
 from hooklens.plugins.patching.path_sweep import PathSweep
-from hooklens.statistics import Groups, group_numbers
+from hooklens.results.statistics import Groups, group_numbers
 from hooklens.sweeps.execute import Outcome
 from hooklens.sweeps.execute_paths import execute_paths
 from hooklens.sweeps.measure import Reader

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.plugins.patching.two_runs import TwoRuns
-from hooklens.result import Result, Table
-from hooklens.statistics import halves, mean_interval, q_values, ratio_interval, sign_flip_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import halves, mean_interval, q_values, ratio_interval, sign_flip_p
 
 _BARS = 40
 Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.arguments import seeded, whole
-from hooklens.result import Result, Table
-from hooklens.statistics import rank_correlation
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import rank_correlation
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from hooklens.core.arguments import seeded
-from hooklens.statistics import group_numbers
+from hooklens.results.statistics import group_numbers
 
 _DRAWS = 2000
 Ends = tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]

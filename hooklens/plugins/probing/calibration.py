@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.result import Result
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.table import Table
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """Does the model use what a probe reads? Ablate the probe's direction, steer along it, beside random directions."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.names import parse
+from hooklens.core.progress import progress
 from hooklens.data.prompts import read_pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.probing.balanced import balanced
@@ -19,14 +19,12 @@ from hooklens.plugins.probing.gather import gather
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.task import ProbeTask, read_task
 from hooklens.plugins.probing.train import train_probe
-from hooklens.progress import progress
-from hooklens.result import Result
-from hooklens.statistics import mean_interval, null_p, q_values
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.statistics import mean_interval, null_p, q_values
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
-    from hooklens.plugins.claims import ClaimFamily, Registration
 
 EDITS = ("ablate", "steer")
 NULLS = ("isotropic", "as the data vary")
@@ -115,14 +113,6 @@ class CausalCheck(Result):
         order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
         rows = [(i, self.classes[int(self.label[i])], *map(float, (self.told[i], *self.fall[:, i]))) for i in order]
         return Table(("prompt", "class", "told", *EDITS), rows)
-
-    def claims(
-        self, model: "HookedTransformer | str", metric: Any = "", *, registered: "Sequence[Registration]" = ()
-    ) -> "ClaimFamily":
-        """A claim an edit: that the model uses what the probe reads, beside random directions."""
-        from hooklens.plugins.probing.causal_claims import causal_claims
-
-        return causal_claims(model, self, metric, registered)
 
     def figure(self) -> Any:
         """The fall for the probe's direction with its interval, and the middle 95 % of random directions."""

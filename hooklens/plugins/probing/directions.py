@@ -9,15 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import show
+from hooklens.model.ids import show
 from hooklens.plugins.probing.causal import NULLS, random_directions
 from hooklens.plugins.probing.gather import gather
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import as_rows, fit
-from hooklens.result import Result
-from hooklens.statistics import auc, null_p
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.statistics import auc, null_p
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

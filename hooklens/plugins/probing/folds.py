@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.statistics import group_numbers
+from hooklens.results.statistics import group_numbers
 
 Index = np.ndarray
 Classes = Int[Tensor, "example"]

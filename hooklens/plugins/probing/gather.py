@@ -15,14 +15,14 @@ from hooklens.core.errors import InputError
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.identity import identity
 from hooklens.core.names import Where, axes, parse, resolve
+from hooklens.core.progress import progress
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.config import TokenEmbed
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.probing.store import Files, Memory, unnamed
 from hooklens.plugins.probing.task import ProbeTask, components
-from hooklens.progress import progress
-from hooklens.result import Result
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -18,9 +18,9 @@ from hooklens.plugins.probing.probes import MassMean, ProbeKind
 from hooklens.plugins.probing.scoring import fit
 from hooklens.plugins.probing.task import ProbeTask
 from hooklens.plugins.probing.two_classes import task_rows
-from hooklens.result import Result
-from hooklens.statistics import null_p, q_values
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.statistics import null_p, q_values
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

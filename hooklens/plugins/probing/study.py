@@ -11,9 +11,9 @@ from hooklens.core.names import parse
 from hooklens.plugins.probing.balanced import Ends, balanced, ends, resampled
 from hooklens.plugins.probing.calibration import Calibration
 from hooklens.plugins.probing.probes import Probe
-from hooklens.result import Result
-from hooklens.statistics import null_p, q_values
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.statistics import null_p, q_values
+from hooklens.results.table import Table
 
 Row = tuple[str, float, float | None, float | None, float | None, float | None]
 
@@ -182,12 +182,6 @@ class ProbeStudy(Result):
             marks=heights,
         )
         return drawn if len(self.points) > 1 else drawn.update_traces(mode="markers", selector={"mode": "lines"})
-
-    def report(self, title: str = "") -> Any:
-        """The study as a page: `study.report("A probe of sentiment").save("probe.html", data=study)`."""
-        from hooklens.plugins.probing.report import probe_report
-
-        return probe_report(self, title or f"A {self.kind} probe: {self.task}")
 
     def _row(self, name: str, right: Float[Tensor, "example"], p: float | None = None) -> Row:
         low, high = self.interval(right)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import Prompts, rows_of, show
-from hooklens.result import Result
-from hooklens.statistics import halves
-from hooklens.table import Table
+from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.ids import show
+from hooklens.results.result import Result
+from hooklens.results.statistics import halves
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

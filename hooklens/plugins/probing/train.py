@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.names import Where
+from hooklens.core.progress import progress, say_estimate
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.probing.balanced import balanced
 from hooklens.plugins.probing.control import ControlTasks
@@ -21,7 +22,6 @@ from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind
 from hooklens.plugins.probing.scoring import Scored, as_rows, asked, correct, cross_validate, fit, majority, means_of
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import Label, ProbeTask, read_task
-from hooklens.progress import progress, say_estimate
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.names import Where
+from hooklens.core.progress import progress
 from hooklens.plugins.probing.folds import make_folds, shuffled, shuffled_in_folds
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights
 from hooklens.plugins.probing.scoring import fit, predicted, said
 from hooklens.plugins.probing.task import ProbeTask
 from hooklens.plugins.probing.two_classes import task_rows
-from hooklens.progress import progress
-from hooklens.result import Result
-from hooklens.statistics import auc, mean_interval, null_p, q_values
-from hooklens.table import Table
+from hooklens.results.result import Result
+from hooklens.results.statistics import auc, mean_interval, null_p, q_values
+from hooklens.results.table import Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

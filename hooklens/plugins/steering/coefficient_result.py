@@ -1,6 +1,5 @@
 """What a coefficient sweep found: effect and fluency at every coefficient, for a direction and for random ones."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, null_p, q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import mean_interval, null_p, q_values
 
 if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.plugins.claims import ClaimFamily, Registration
+    pass
 
 Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
 
@@ -119,22 +117,6 @@ class CoefficientSweep(Result):
         rows = self.table().rows
         order = self.effect.abs().argsort(descending=True, stable=True)[:k].tolist()
         return Table(self.table().columns, [rows[i] for i in order])
-
-    def claims(
-        self, model: "HookedTransformer | str", metric: Any = "", *, registered: "Sequence[Registration]" = ()
-    ) -> "ClaimFamily":
-        """A claim a coefficient but 0: that steering moves the metric, beside random directions of its length."""
-        from hooklens.plugins.claims import Measured, claim, family
-
-        base, group, made = self.base.cpu(), self.group.cpu(), []
-        seen = Measured.of("metric, not steered", base, group, metric=metric)
-        for i in self.coefficients.nonzero().flatten().tolist():
-            moved, random = self.metric[i].cpu() - base, self.random_metric[:, i].cpu() - base
-            effect = Measured.of("change of the metric", moved, group, metric=metric)
-            control = Measured.edge_of("random directions of its length", random, group, metric=metric)
-            words = f"{float(self.coefficients[i]):g} times the direction at {self.site} moves the metric"
-            made.append(claim(model, words, observation=seen, intervention=effect, control=control))
-        return family(model, made, registered=registered)
 
     def samples(self, prompt: int = 0) -> Table:
         """What the model writes after one prompt, at every coefficient."""

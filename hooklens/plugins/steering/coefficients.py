@@ -10,18 +10,19 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
+from hooklens.core.progress import progress
 from hooklens.data.demo_prompts import demo_texts
-from hooklens.data.prompts import Prompts, read_pairs, rows_of, show
+from hooklens.data.prompts import Prompts, read_pairs, rows_of
+from hooklens.generation.sampling import Generation
+from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
-from hooklens.model.sampling import Generation
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steer import Direction, adding, of_point, point_shape, steer
 from hooklens.plugins.steering.variants import Hooks, Row, Variants, check_texts, first_layer, unit_controls
-from hooklens.progress import progress
-from hooklens.result import Result
+from hooklens.results.result import Result
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import AXES, site
+from hooklens.core.progress import progress
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.steering.held_out import cross_fit, made_splits
-from hooklens.progress import progress
-from hooklens.result import Result, Table
-from hooklens.statistics import null_p, q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import null_p, q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
+from hooklens.core.progress import progress
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.model.linear import packed_linears
@@ -16,9 +17,8 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
 from hooklens.plugins.steering.steer import ablate_direction, removing, stream_sites
 from hooklens.plugins.steering.variants import Hooks, Variants, check_texts, first_layer, unit_controls
-from hooklens.progress import progress
-from hooklens.result import Result, Table
-from hooklens.statistics import group_numbers, mean_interval, null_p
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import group_numbers, mean_interval, null_p
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

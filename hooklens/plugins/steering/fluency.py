@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.model.sampling import Generation
+from hooklens.generation.sampling import Generation
 from hooklens.plugins.steering.variants import nats
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
-from hooklens.statistics import auc, group_numbers
+from hooklens.results.statistics import auc, group_numbers
 
 _FOLDS = 5
 Acts = Float[Tensor, "layer prompt width"]

@@ -12,10 +12,10 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where, parse
+from hooklens.core.progress import Advance
 from hooklens.data.prompts import Pairs
-from hooklens.model.sampling import Generation
+from hooklens.generation.sampling import Generation
 from hooklens.plugins.patching.grid import in_order
-from hooklens.progress import Advance
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:

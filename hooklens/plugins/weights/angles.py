@@ -11,8 +11,8 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.plugins.weights.components import random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
-from hooklens.result import Result, Table
-from hooklens.statistics import null_p, q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import null_p, q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooklens.model.config import TokenEmbed
-from hooklens.result import Result
+from hooklens.results.result import Result
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from hooklens.core.errors import InputError
+from hooklens.core.progress import progress
 from hooklens.plugins.weights.matrices import check_layer, folded_neurons
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.plugins.weights.singular_directions import reading_side, writing_side
 from hooklens.plugins.weights.token_lists import Side, TokenLists, listed, token_lists
-from hooklens.progress import progress
-from hooklens.result import Result, Table
-from hooklens.statistics import q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.core.progress import progress
 from hooklens.plugins.weights.components import Part, random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
-from hooklens.progress import progress
-from hooklens.result import Result, Table
-from hooklens.statistics import q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -20,8 +20,8 @@ from hooklens.plugins.weights.matrices import (
 )
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.plugins.weights.token_lists import Side, TokenLists, listed, random_vectors, token_lists
-from hooklens.result import Result, Table
-from hooklens.statistics import q_values
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

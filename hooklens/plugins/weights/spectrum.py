@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.model.linear import matrix_of
 from hooklens.plugins.weights.matrices import embedding_matrix, heads_of, wide
-from hooklens.result import Result, Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

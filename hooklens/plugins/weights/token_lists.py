@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import show
-from hooklens.progress import Advance
-from hooklens.result import Result, Table
-from hooklens.statistics import null_p, q_values
+from hooklens.core.progress import Advance
+from hooklens.model.ids import show
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import null_p, q_values
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -9,7 +9,6 @@ from test_circuit_run import CLEAN, CORRUPTED, diff
 
 from hooklens.data.jsonl import PromptPairs
 from hooklens.plugins.circuits.circuit import circuit_of
-from hooklens.plugins.circuits.circuit_study import study_circuit
 from hooklens.plugins.circuits.completeness import completeness_of
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
 from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs, eap
@@ -19,7 +18,8 @@ from hooklens.plugins.circuits.measure import measured
 from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
-from hooklens.statistics import mean_interval, null_p
+from hooklens.results.statistics import mean_interval, null_p
+from hooklens.studies.circuit import study_circuit
 from hooklens.testing import tiny_model
 
 BOTH_WAYS = torch.tensor([1.0, -1.0])

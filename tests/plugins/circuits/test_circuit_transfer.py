@@ -18,8 +18,9 @@ from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.circuits.transfer import transfer_circuit
 from hooklens.plugins.heads.taxonomy import taxonomy
-from hooklens.result import Result
-from hooklens.statistics import halves
+from hooklens.results.result import Result
+from hooklens.results.statistics import halves
+from hooklens.studies import transfer_report
 from hooklens.testing import induction_model, tiny_model
 
 GROUPED = {"n_key_value_heads": 2, "positional_embedding_type": "rotary", "normalization_type": "RMS"}
@@ -187,7 +188,7 @@ def test_the_result_draws_reports_and_loads_back(tmp_path):
     found.save(tmp_path / "found.safetensors")
     back = Result.load(tmp_path / "found.safetensors")
     assert back.matching.target == found.matching.target and back.p == found.p
-    found.report().save(tmp_path / "page.html")
+    transfer_report(found).save(tmp_path / "page.html")
     assert "Who stands for whom" in (tmp_path / "page.html").read_text()
 
 

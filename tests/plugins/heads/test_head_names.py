@@ -8,12 +8,13 @@ from plugins.test_name_movers import known_model, known_pairs
 
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import NAMES
+from hooklens.plugins.heads.mover_result import Criteria, NameMovers
+from hooklens.plugins.heads.name_movers import name_movers
 from hooklens.plugins.heads.named import copying_p, evidence_of, name_evidence
 from hooklens.plugins.heads.taxonomy import taxonomy
-from hooklens.plugins.patching.mover_claims import demo_movers
-from hooklens.plugins.patching.mover_result import Criteria, NameMovers
-from hooklens.plugins.patching.name_movers import name_movers
 from hooklens.pretrained.tokenizer import tiny_tokenizer
+from hooklens.studies import taxonomy_report
+from hooklens.studies.mover_claims import demo_movers
 from hooklens.testing import tiny_model
 
 
@@ -107,7 +108,7 @@ def test_name_movers_have_rows_of_their_own():
     assert rows["L0H1"]["high"] < 0
     counted = {row[0]: row[1] for row in found.counts().rows}
     assert counted["name mover"] == counted["negative name mover"] == 1 and counted["unlabelled"] == 2
-    assert "negative name mover" in str(found.report().to_html())
+    assert "negative name mover" in str(taxonomy_report(found).to_html())
 
 
 def test_heads_were_labelled_and_measured_on_the_same_pairs():
@@ -126,7 +127,7 @@ def test_heads_were_labelled_and_measured_on_the_same_pairs():
     whole = replace(taxonomy(model, n=6, draws=50, ioi=0), names=found, note=found.note(0.05))
     rows = {r[0]: dict(zip(whole.table().columns, r, strict=True)) for r in whole.table().rows}
     assert rows["L0H0"]["label"] == "name mover" and rows["L0H0"]["effect"] == row["direct effect"] < 0.5
-    assert "measured on 48 others" in str(whole.report().to_html())
+    assert "measured on 48 others" in str(taxonomy_report(whole).to_html())
 
 
 def test_too_few_pairs_for_halves_are_said_to_be():

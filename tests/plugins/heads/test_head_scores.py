@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hooklens.core.errors import HooklensError, InputError
 from hooklens.plugins.heads.rotations import above, haar, mass, pooled_p, query_rotations, rotated_masses
 from hooklens.plugins.heads.scores import KINDS, head_scores, key_masks
-from hooklens.statistics import q_values
+from hooklens.results.statistics import q_values
 from hooklens.testing import induction_model, tiny_model
 
 

@@ -12,6 +12,7 @@ from hooklens.plugins.heads.induction import induction_heads
 from hooklens.plugins.heads.knockout import knockout_after, scores_and_values
 from hooklens.plugins.heads.scores import key_masks
 from hooklens.plugins.heads.taxonomy import LABELS, placebo_keep, taxonomy
+from hooklens.studies import taxonomy_claims, taxonomy_report
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -53,7 +54,7 @@ def test_a_head_that_looks_like_induction_and_lowers_the_logit_is_copy_suppressi
     row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L1H0"), strict=True))
     assert row["anti-copy"] == pytest.approx(float(found.suppression.anti[1, 0]))
     assert row["ECE change"] == pytest.approx(float(found.suppression.calibration.change[0]))
-    assert "Calibration without these heads" in str(found.report().to_html())
+    assert "Calibration without these heads" in str(taxonomy_report(found).to_html())
 
 
 def test_a_head_that_looks_but_writes_nothing_stays_unlabelled():
@@ -131,7 +132,9 @@ def test_what_was_blocked_is_reported_beside_the_effect_for_label_and_placebo():
     own, placebo = found.blocked[:, *at].tolist()
     assert 0.3 < own < 0.5 and placebo == pytest.approx(own, abs=0.01)
     assert bool(found.blocked[:, 0, 0, 1].isnan().all())
-    control = next(one for one in found.claims().claims if one.statement.startswith("L1H1 is an induction")).control
+    control = next(
+        one for one in taxonomy_claims(found).claims if one.statement.startswith("L1H1 is an induction")
+    ).control
     assert control.what == "rise of the loss, as much attention taken from others"
 
 
@@ -151,10 +154,10 @@ def test_a_placebo_that_took_nothing_made_a_label_causal():
     row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L1H1"), strict=True))
     assert row["label"] == "induction (no matched control)" and row["placebo took"] == pytest.approx(0.0, abs=1e-5)
     assert found.labels()[1][1] == "induction"  # the attention and its effect are as they were
-    said = {one.statement: one for one in found.claims().claims}["L1H1 is an induction head"]
+    said = {one.statement: one for one in taxonomy_claims(found).claims}["L1H1 is an induction head"]
     assert not said.causal and said.control is None and "no control beside it" in said.sentence()
     assert "no matched control: its other keys could give 0%" in said.sentence()
-    page = str(found.report().to_html())
+    page = str(taxonomy_report(found).to_html())
     assert "induction (no matched control)" in page and "placebo took" in page
     assert dict(zip(found.counts().columns, found.counts().rows[2], strict=True))["no matched control"] == 1
 
@@ -167,7 +170,7 @@ def test_the_placebo_is_matched_while_the_target_has_up_to_two_thirds(scale):
     own, placebo = found.blocked[:, *at].tolist()
     assert found.matched[at].item() == pytest.approx(placebo / own) and placebo <= min(own, 1 - own) + 1e-5
     assert bool(found.unmatched[at]) == (scale == 0.004)
-    said = {one.statement: one for one in found.claims().claims}["L1H1 is an induction head"]
+    said = {one.statement: one for one in taxonomy_claims(found).claims}["L1H1 is an induction head"]
     assert said.causal == (said.control is not None) == (scale != 0.004)
 
 
@@ -185,7 +188,7 @@ def test_an_effect_that_goes_the_other_way_is_said_to():
     at = list(LABELS).index("induction"), 1, 0
     low, high = (float(end[at]) for end in found.interval())
     assert low < high < 0 and bool(found.opposite[at]) and not bool(found.candidates[at])
-    said = {one.statement: one for one in found.claims().claims}["L1H0 is an induction head"]
+    said = {one.statement: one for one in taxonomy_claims(found).claims}["L1H0 is an induction head"]
     assert said.verdict == "opposite effect" and said.opposite and not said.causal
     assert "opposite effect" in said.sentence()
     counts = {row[0]: row for row in found.counts().rows}

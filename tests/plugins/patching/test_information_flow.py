@@ -10,7 +10,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import information_flow
 from hooklens.plugins.patching.path import path_patch_edges
-from hooklens.statistics import halves
+from hooklens.results.statistics import halves
 from hooklens.sweeps.nodes import At
 from hooklens.testing import induction_model, tiny_model
 

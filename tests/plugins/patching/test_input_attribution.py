@@ -10,7 +10,7 @@ import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
 from hooklens.plugins.patching.weight_randomisation import randomise
-from hooklens.statistics import rank_correlation
+from hooklens.results.statistics import rank_correlation
 from hooklens.testing import and_gate, tiny_model
 
 PROMPTS = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0]])

@@ -7,7 +7,7 @@ from model.zoo import zoo_model
 import hooklens as hl
 from hooklens.plugins.patching.path import demo, path_patch_edges, path_patch_fixed
 from hooklens.plugins.patching.path_sweep import PathSweep, excludes_zero
-from hooklens.statistics import ratio_interval
+from hooklens.results.statistics import ratio_interval
 from hooklens.testing import induction_model, tiny_model
 
 

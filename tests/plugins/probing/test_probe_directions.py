@@ -13,7 +13,7 @@ from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import as_rows, fit
 from hooklens.plugins.probing.task import read_task
 from hooklens.plugins.probing.transfer import Transfer, transfer
-from hooklens.statistics import auc
+from hooklens.results.statistics import auc
 from hooklens.testing import tiny_model
 
 VOCAB, D = 80, 24

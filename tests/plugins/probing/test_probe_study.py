@@ -17,12 +17,13 @@ from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gather import Activations, gather
 from hooklens.plugins.probing.null import Null
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
-from hooklens.plugins.probing.report import verdicts
 from hooklens.plugins.probing.scoring import correct
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
 from hooklens.plugins.probing.train import _study, probe_texts, train_probe
 from hooklens.pretrained.tokenizer import tiny_tokenizer
+from hooklens.studies import probe_report
+from hooklens.studies.probe_page import verdicts
 from hooklens.testing import tiny_model
 
 VOCAB = 60
@@ -179,7 +180,7 @@ def test_a_page_says_what_the_controls_take_away():
     y[1, :, 0] += 4.0 * label  # the layer above the embedding, which is y[0]
     read = study_of(y, token, label)
     assert read.accuracy > 0.9 and verdicts(read) == []
-    page = read.report("<b>labels</b>").to_html()
+    page = probe_report(read, "<b>labels</b>").to_html()
     assert "&lt;b&gt;labels" in page and page.count('class="plot"') == 2 and "does not show that the model uses" in page
     noise = study_of(torch.randn(1, 240, 6, generator=generator, dtype=torch.float64), token, label, null_draws=19)
     assert noise.p > 0.05 and "nothing was shown to be there" in verdicts(noise)[0]
@@ -272,7 +273,7 @@ def test_points_have_q_values_over_all_of_them():
     assert study.point_p[3] == pytest.approx(1 / 40) and study.point_q[3] == pytest.approx(6 / 40)
     assert bool((study.point_q >= study.point_p).all())
     assert study.least_p == pytest.approx(1 / 40) and study.least_q == pytest.approx(6 / 40)
-    assert "no single layer can reach q 0.05: the least that 39 draws" in study.report().to_html()
+    assert "no single layer can reach q 0.05: the least that 39 draws" in probe_report(study).to_html()
 
 
 def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_are_taken():
@@ -282,7 +283,7 @@ def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_ar
     study = _study(acts, task, MassMean(), make_folds(task.label, acts.group), None, 0)
     assert study.point_null.shape == (600, 30) and study.null.shape == (99,)
     assert study.least_q <= 0.05 and float(study.point_q[7]) == pytest.approx(study.least_q)
-    assert study.point_q.dtype == torch.float64 and study.report().to_html().count("no single layer can") == 0
+    assert study.point_q.dtype == torch.float64 and probe_report(study).to_html().count("no single layer can") == 0
 
 
 def test_few_groups_cannot_be_shuffled_in_many_ways_and_the_least_p_says_so():

@@ -11,7 +11,7 @@ from model.zoo import zoo_model
 from hooklens.core.errors import InputError
 from hooklens.plugins.steering.contrast import contrast_direction
 from hooklens.plugins.steering.held_out import cross_fit, made_splits
-from hooklens.statistics import auc
+from hooklens.results.statistics import auc
 from hooklens.testing import tiny_model
 
 

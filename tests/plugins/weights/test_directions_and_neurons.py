@@ -139,7 +139,7 @@ def test_what_cannot_be_listed_is_refused_with_a_reason():
 
 
 def test_false_discovery_rates_count_the_lists_of_both_sides():
-    from hooklens.statistics import q_values
+    from hooklens.results.statistics import q_values
 
     found = ov_directions(tiny_model(), 1, 0, k=4, top=3)
     expected = q_values(torch.stack([one.p for one in found.lists]))

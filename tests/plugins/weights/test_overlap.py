@@ -149,7 +149,7 @@ def test_every_family_is_read_or_refused_with_a_reason():
 
 
 def test_angles_are_a_family_and_their_q_counts_it():
-    from hooklens.statistics import q_values
+    from hooklens.results.statistics import q_values
 
     found = principal_angles(tiny_model(), "L0H1", "L1H0.q", draws=30)
     assert torch.equal(found.q, q_values(found.p)) and found.table().columns[-1] == "q"

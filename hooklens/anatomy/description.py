@@ -1,0 +1,426 @@
+"""What a model is made of and what it costs: parameters, shapes, work and memory, as formulas and as numbers."""
+
+import html
+import math
+import re
+import statistics
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.anatomy.diagram import draw, draw_curves
+from hooklens.core.errors import InputError
+from hooklens.core.names import LAZY, axes, parse
+from hooklens.model.config import HookedTransformerConfig, VectorEmbed
+from hooklens.model.embed import SinusoidalPositions
+from hooklens.model.kv_cache import Context
+from hooklens.model.norms import Norm
+from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.results.result import Result
+from hooklens.results.table import Table, visible
+
+_WIDTH = 80  # columns of a terminal
+_DENOMINATOR = 99  # a coefficient of more digits is written as a decimal number
+# Floating-point operations of each matrix product, a multiplication and an addition counted as two, over all layers.
+# Elementwise work (norms, softmax, activations) is left out, as in torch.utils.flop_counter.
+_WORK = {
+    "attn.q": "2 L n d h e",
+    "attn.k": "2 L n d g e",
+    "attn.v": "2 L n d g e",
+    "attn.scores": "2 L n n h e",
+    "attn.z": "2 L n n h e",
+    "attn.o": "2 L n d h e",
+    "mlp.in_": "2 L n d m",
+    "mlp.gate": "2 L n d m",
+    "mlp.out": "2 L n d m",
+    "unembed.linear": "2 n d V",
+}
+# Whose activation a hook point holds. The stream between the parts is a component of its own, without parameters.
+_OWNER = {
+    "hook_embed": "embed",
+    "hook_pos_embed": "pos_embed",
+    **dict.fromkeys(("hook_resid_pre", "hook_resid_mid", "hook_resid_post"), "stream"),
+    **dict.fromkeys(("attn.hook_q", "attn.hook_rot_q"), "attn.q"),
+    **dict.fromkeys(("attn.hook_k", "attn.hook_rot_k"), "attn.k"),
+    "attn.hook_v": "attn.v",
+    **dict.fromkeys(("attn.hook_attn_scores", "attn.hook_pattern"), "attn.scores"),
+    "attn.hook_z": "attn.z",
+    "hook_attn_out": "attn.o",
+    "mlp.hook_pre_linear": "mlp.in_",
+    "mlp.hook_post": "mlp.act",
+    "hook_mlp_out": "mlp.out",
+    **dict.fromkeys(("unembed.hook_in", "unembed.hook_out"), "unembed.linear"),
+}
+_AXES = {
+    "head": "h",
+    "kv_head": "g",
+    "d_model": "d",
+    "d_head": "e",
+    "d_mlp": "m",
+    "d_vocab": "V",
+    "one": "1",
+    "batch": "1",
+    **dict.fromkeys(("pos", "query_pos", "key_pos"), "n"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Component(Result):
+    """One kind of part, all layers together. `flops` and `bytes` are those of one sequence of n tokens.
+
+    `bytes` is what a cache of every point but the lazy ones holds, each tensor once.
+    """
+
+    name: str
+    parameters: int
+    flops_formula: str
+    flops: int
+    memory_formula: str
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stage(Result):
+    """The tensor at one hook point: its axes, and their sizes for one sequence of n tokens."""
+
+    point: str
+    axes: str
+    shape: list[int]
+    lazy: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Timing(Result):
+    """Seconds that one layer's attention took at each length: the four projections, and scores with their mixing."""
+
+    lengths: Int[Tensor, "length"]
+    projections: Float[Tensor, "length"]
+    scores: Float[Tensor, "length"]
+    projections_formula: Float[Tensor, "length"]
+    scores_formula: Float[Tensor, "length"]
+
+    def table(self, n: int | None = None) -> Table:
+        """Measured seconds beside those of the formula at the rate (operations a second) that fits it best."""
+        columns = ("n", "projections ms", "by formula", "scores ms", "by formula")
+        parts = (self.projections, self.projections_formula, self.scores, self.scores_formula)
+        rows = zip(self.lengths.tolist(), *((part * 1e3).tolist() for part in parts), strict=True)
+        return Table(columns, list(rows)).head(n)
+
+    def _curves(self) -> dict[str, Float[Tensor, "length"]]:
+        return {
+            "projections, measured": self.projections * 1e3,
+            "projections, formula": self.projections_formula * 1e3,
+            "scores, measured": self.scores * 1e3,
+            "scores, formula": self.scores_formula * 1e3,
+        }
+
+    def figure(self) -> Any:
+        """Measured and computed milliseconds against length."""
+        from hooklens import viz
+
+        return viz.lines(self._curves(), x=self.lengths, x_title="n", y_title="ms a layer")
+
+    def diagram(self) -> str:
+        """The same as SVG."""
+        curves = {name: values.tolist() for name, values in self._curves().items()}
+        return draw_curves(self.lengths.tolist(), curves, "n", "ms a layer")
+
+
+@dataclass(frozen=True, eq=False)
+class Description(Result):
+    """What `describe` found. `sizes` says what each letter of the formulas is.
+
+    `crossover` is the length from which a layer's attention scores cost more operations than its q, k, v and o
+    projections, `crossover_layer` that from which they cost more than projections and MLP together.
+    """
+
+    model_name: str
+    n: int
+    sizes: dict[str, int]
+    components: list[Component]
+    stages: list[Stage]
+    crossover: float
+    crossover_layer: float
+    timing: Timing | None
+
+    @property
+    def parameters(self) -> int:
+        """All of them; a weight that two parts share counts once."""
+        return sum(c.parameters for c in self.components)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a forward pass over one sequence of n tokens."""
+        return sum(c.flops for c in self.components)
+
+    def table(self, n: int | None = None) -> Table:
+        """A row a component, then their sum: formulas, and what they come to at this n in millions and in MiB."""
+        columns = ("component", "parameters", "FLOPs", "MFLOPs", "activations", "MiB")
+        rows = [
+            (c.name, c.parameters, c.flops_formula, c.flops / 1e6, c.memory_formula, c.bytes / 2**20)
+            for c in self.components
+        ]
+        rows.append(("total", self.parameters, "", self.flops / 1e6, "", sum(c.bytes for c in self.components) / 2**20))
+        return Table(columns, rows).head(n)
+
+    def stage_table(self) -> Table:
+        """A row a hook point: axes and sizes. Lazy points are computed only while somebody listens."""
+        rows = [(s.point, s.axes, " x ".join(map(str, s.shape)), "lazy" if s.lazy else "") for s in self.stages]
+        return Table(("point", "axes", f"shape at n={self.n}", ""), rows)
+
+    def figure(self) -> Any:
+        """The timing curve beside its formula, where one was measured."""
+        if self.timing is None:
+            raise InputError("figure() draws measured times; ask for them with describe(model, lengths=(64, 128, 256))")
+        return self.timing.figure()
+
+    def diagram(self) -> str:
+        """The stages from tokens to logits, as SVG."""
+        return draw(self.model_name, [(s.point, s.axes, s.shape) for s in self.stages], self.sizes["L"])
+
+    def to_html(self) -> str:
+        """Diagram and tables as a piece of HTML that loads nothing."""
+        legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
+        tables = [self.table(), self.stage_table()] + ([] if self.timing is None else [self.timing.table()])
+        note = (
+            f"{html.escape(legend)}. Scores overtake the projections from n = {self.crossover:.0f}, projections and "
+            f"MLP together from n = {self.crossover_layer:.0f}."
+        )
+        curves = "" if self.timing is None else self.timing.diagram()
+        return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}{curves}</div>"
+
+    _repr_html_ = to_html
+
+    def __str__(self) -> str:
+        legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
+        told = f"{visible(self.model_name)}: {self.parameters:,} parameters. One sequence of n tokens: {legend}"
+        return f"{textwrap.fill(told, _WIDTH)}\n{self.table()}"
+
+
+def describe(
+    model: HookedTransformer | HookedTransformerConfig, *, n: int | None = None, lengths: Sequence[int] = ()
+) -> Description:
+    """What is this model made of, and what does each part cost on a sequence of `n` tokens?
+
+    A configuration is described without making its weights. With `lengths` attention is timed on this machine too.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = describe(tiny_model(), n=16)
+    >>> found.parameters == sum(p.numel() for p in tiny_model().parameters()), found.crossover
+    (True, 16.0)
+    >>> print(found.table(5))
+    component  parameters  FLOPs     MFLOPs  activations       MiB
+    embed              88            0.0000  n d            0.0005
+    pos_embed         256            0.0000  n d            0.0005
+    stream              0            0.0000  2 L n d + n d  0.0024
+    ln1                32            0.0000  L n + L n d    0.0011
+    attn.q            144  2 L n d²  0.0041  L n d          0.0010
+    """
+    built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
+    need_hooked(built, "describe")
+    cfg = built.cfg
+    length = min(cfg.n_ctx, 128) if n is None else n
+    if length < 1:
+        raise InputError(f"n is a number of tokens, at least 1, got {n}")
+    groups, d_mlp = cfg.n_key_value_heads or cfg.n_heads, cfg.d_mlp or 0
+    sizes = {"L": cfg.n_layers, "n": length, "d": cfg.d_model, "h": cfg.n_heads, "g": groups, "e": cfg.d_head}
+    sizes |= {"m": d_mlp, "V": cfg.d_vocab_out}
+    if isinstance(cfg.embed, VectorEmbed):
+        sizes["i"] = cfg.embed.d_in
+    return Description(
+        model_name=cfg.model_name,
+        n=length,
+        sizes=sizes,
+        components=_components(built, sizes),
+        stages=_stages(built, sizes),
+        crossover=_crossover(cfg),
+        crossover_layer=_crossover(cfg, mlp=True),
+        timing=_timed(built, lengths) if lengths else None,
+    )
+
+
+def position_figure(model: HookedTransformer, *, n: int | None = None) -> Any:
+    """The position embedding as a heat map, position by dimension: learned, or sines and cosines."""
+    from hooklens import viz
+
+    table = model.W_pos.detach()[:n]
+    return viz.heatmap(
+        table, x_title="dimension", y_title="position", title=f"position embedding of {model.cfg.model_name}"
+    )
+
+
+def _components(model: HookedTransformer, sizes: dict[str, int]) -> list[Component]:
+    held, components = _held(model), []
+    for name, parameters in _counts(model).items():
+        work = "2 n i d" if name == "embed" and "i" in sizes else _WORK.get(name, "")
+        products = held.get(name, [])
+        components.append(
+            Component(
+                name=name,
+                parameters=parameters,
+                flops_formula=formula([work] if work else [], sizes),
+                flops=_value(work, sizes),
+                memory_formula=formula(products, sizes),
+                bytes=sum(_value(product, sizes) for product in products) * model.dtype.itemsize,
+            )
+        )
+    return components
+
+
+def _counts(model: HookedTransformer) -> dict[str, int]:
+    """Parameters a component, in forward order; the stream, scores, z and activations have none."""
+    counts: dict[str, int] = {}
+    owned = {id(p): p.numel() for p in model.parameters()}
+    before = {
+        "attn.o": ("attn.scores", "attn.z"),
+        "mlp.in_": ("mlp.gate",) * model.cfg.gated_mlp,
+        "mlp.out": ("mlp.act",),
+    }
+    for name, module in model.named_modules():
+        kind = re.sub(r"^blocks\.\d+\.", "", name)
+        for earlier in before.get(kind, ()):
+            counts.setdefault(earlier, 0)
+        own = [owned.pop(id(p), 0) for p in module.parameters(recurse=False)]
+        if own or isinstance(module, Norm | SinusoidalPositions):
+            counts[kind] = counts.get(kind, 0) + sum(own)
+        if kind in ("embed", "pos_embed"):
+            counts = {key: n for key, n in counts.items() if key != "stream"} | {"stream": 0}
+    return counts
+
+
+def _held(model: HookedTransformer) -> dict[str, list[str]]:
+    """What each component's points hold, each tensor once, as products."""
+    held: dict[str, list[str]] = {}
+    for point in dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.0.", name) for name in model.hook_names()):
+        kind, known = point.removeprefix("blocks.0."), parse(point)
+        if known is None or known.name in LAZY or kind == "hook_resid_pre" or _is_the_stream(model, kind):
+            continue
+        owner = _OWNER.get(kind) or ("mlp.gate" if model.cfg.gated_mlp else "mlp.in_")
+        owner = kind.rpartition(".hook_")[0] if kind.endswith((".hook_scale", ".hook_normalized")) else owner
+        letters = [_AXES[axis] for axis in axes(point) if _AXES[axis] != "1"]
+        held.setdefault(owner, []).append(" ".join((["L"] if point != kind else []) + letters))
+    # What enters a block is what left the one before, but for a norm between them and for positions added.
+    if model.cfg.block == "post":
+        held["stream"].append("L n d")
+    elif model.pos_embed is not None:
+        held["stream"].append("n d")
+    return held
+
+
+def _is_the_stream(model: HookedTransformer, kind: str) -> bool:
+    """Does the unembedding read the last block's output itself?"""
+    return kind == "unembed.hook_in" and model.ln_final is None and model.cfg.block != "post"
+
+
+def formula(products: Sequence[str], sizes: dict[str, int]) -> str:
+    """A sum of products in L, n, d, h and V: h e, g e and m are written as the multiples of d that they are.
+
+    >>> formula(["2 L n d m"], {"d": 8, "m": 32, "h": 2, "g": 2, "e": 4})
+    '8 L n d²'
+    >>> formula(["L n h e", "L n h e", "L n"], {"d": 8, "m": 32, "h": 2, "g": 1, "e": 3})
+    '3/2 L n d + L n'
+    """
+    terms: dict[str, Fraction] = {}
+    for product in products:
+        factor, letters = Fraction(1), list[str]()
+        for symbol in product.split():
+            if symbol.isdigit():
+                factor *= int(symbol)
+            elif symbol == "m":
+                factor, letters = factor * Fraction(sizes["m"], sizes["d"]), [*letters, "d"]
+            elif symbol == "g":
+                factor, letters = factor * Fraction(sizes["g"], sizes["h"]), [*letters, "h"]
+            else:
+                letters.append(symbol)
+        if "e" in letters:
+            factor *= Fraction(sizes["h"] * sizes["e"], sizes["d"])
+            letters = [*(letter for letter in letters if letter not in "he"), "d"]
+        powers = {letter: letters.count(letter) for letter in "LnihdV" if letter in letters}
+        name = " ".join(letter + ("", "²", "³")[power - 1] for letter, power in powers.items())
+        terms[name] = terms.get(name, Fraction(0)) + factor
+    return " + ".join(name if factor == 1 else f"{_coefficient(factor)} {name}" for name, factor in terms.items())
+
+
+def _coefficient(factor: Fraction) -> str:
+    return str(factor) if factor.denominator <= _DENOMINATOR else f"{float(factor):.4g}"
+
+
+def _value(product: str, sizes: dict[str, int]) -> int:
+    return math.prod(int(s) if s.isdigit() else sizes[s] for s in product.split()) if product else 0
+
+
+def _crossover(cfg: HookedTransformerConfig, *, mlp: bool = False) -> float:
+    """The n from which scores and mixing cost more than the projections (and the MLP).
+
+    A layer's scores and mixing are 2 n² h e each; q and o are 2 n d h e each, k and v 2 n d g e, each matrix of the MLP
+    2 n d m. So 4 n² h e > 4 n d e (h + g) from n = d (h + g) / h on: 2 d with as many key as query heads. With k MLP
+    matrices it is n = d (h + g) / h + k d m / (2 h e). The whole square is counted; a kernel that skips its causal half
+    gets there at twice that n.
+    """
+    heads, groups = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
+    projections = cfg.d_model * (heads + groups) / heads
+    matrices = 0 if cfg.attn_only or not mlp else 3 if cfg.gated_mlp else 2
+    return projections + matrices * cfg.d_model * (cfg.d_mlp or 0) / (2 * heads * cfg.d_head)
+
+
+def _stages(model: HookedTransformer, sizes: dict[str, int]) -> list[Stage]:
+    names = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.N.", name) for name in model.hook_names())
+    stages = []
+    for name in names:
+        numbered = name.replace("blocks.N.", "blocks.0.")
+        found, known = axes(numbered), parse(numbered)
+        letters = [_AXES[axis] for axis in found]
+        shape = [1 if letter == "1" else sizes[letter] for letter in letters]
+        stages.append(Stage(name, " ".join(found), shape, known is not None and known.name in LAZY))
+    return stages
+
+
+def _timed(model: HookedTransformer, lengths: Sequence[int]) -> Timing:
+    if model.device.type == "meta":
+        raise InputError("lengths= times attention, which needs weights; pass a model instead of its configuration")
+    if min(lengths) < 1:
+        raise InputError(f"lengths are numbers of tokens, at least 1, got {min(lengths)}")
+    cfg = model.cfg
+    measured = torch.tensor([_attention_seconds(model, n) for n in lengths], dtype=torch.float64)
+    at = torch.tensor(list(lengths))
+    per_token = 4 * cfg.d_model * cfg.d_head * (cfg.n_heads + (cfg.n_key_value_heads or cfg.n_heads))
+    work = torch.stack((at * per_token, 4 * at**2 * cfg.n_heads * cfg.d_head), dim=1).double()
+    # One rate a part: the one at which formula and measurement agree over all lengths, as ratios.
+    rate = (work / measured).log().mean(0).exp()
+    return Timing(at, *(column.clone() for column in (*measured.T, *(work / rate).T)))
+
+
+def _attention_seconds(model: HookedTransformer, n: int) -> tuple[float, float]:
+    attn: Any = model.blocks[0].attn
+    x = torch.randn(1, n, model.cfg.d_model, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    ctx = Context(torch.arange(n, device=model.device))
+    with torch.no_grad():
+        q, k, v = attn.project(x, ctx, (None, None, None))
+        view = ctx.view(attn.mask)
+        z = attn.mix(q, k, v, view)
+
+        def project() -> None:
+            for linear in (attn.q, attn.k, attn.v):
+                linear(x)
+            attn.o(z.flatten(2))
+
+        return _seconds(project), _seconds(lambda: attn.mix(q, k, v, view))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    return statistics.median(once() for _ in range(7))

@@ -1,0 +1,5 @@
+"""The command line, a file a group of commands: each adds its own to `app`, in the order in which help lists them."""
+
+# isort: off
+from hooklens.cli import demo, patch, models, plugins, lens, heads, circuit, probe, register  # noqa: F401
+from hooklens.cli.base import app as app, main as main

@@ -1,0 +1,119 @@
+"""The command line: parses, calls a plugin, prints a table, writes a report. Everything heavy is imported when needed.
+
+Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a command or an input that cannot be used;
+3 something outside is missing (network, disk, a device, a package); 130 interrupted.
+"""
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hooklens.core.errors import ArgumentError, CheckFailed, HooklensError, Refused, Unavailable
+from hooklens.core.terminal import printable
+
+OK, FAILED, BAD_INPUT, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+_HELP = """Every activation of a transformer by name, and exact patching experiments.
+
+Begin with `hooklens demo`. Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a command or an
+input that cannot be used; 3 something outside is missing (network, disk, a device, a package); 130 interrupted."""
+
+
+class _Group(TyperGroup):
+    """Turns what a command raises into one message and an exit code."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with _usage_shown():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with _usage_shown():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            say("interrupted")  # notes on it are for Python, such as an argument that would keep what is done
+            raise typer.Exit(INTERRUPTED) from error
+        except HooklensError as error:
+            _fail(ctx, f"error: {_in_options(ctx, error)}", error)
+            raise typer.Exit(_code(error)) from error
+        except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
+            raise
+        except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+            if type(error).__module__.startswith(("click", "typer")):  # usage errors and exits print themselves
+                raise
+            _fail(ctx, f"unexpected {type(error).__name__}: {error}; `hooklens --debug ...` shows where", error)
+            raise typer.Exit(FAILED) from error
+
+
+@contextmanager
+def _usage_shown() -> Iterator[None]:
+    """Usage errors print themselves, and quote what was given: nothing in it may act on the terminal."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "message"):
+            error.message = printable(error.message)
+        raise
+
+
+app = typer.Typer(
+    cls=_Group, help=_HELP, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+)
+
+
+def _version(asked: bool | None) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"hooklens {version('hooklens')}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False,
+    version: Annotated[
+        bool | None, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = None,
+) -> None:
+    """Options of every command; `_Group` reads `debug`, `_version` the other."""
+
+
+def main() -> None:
+    """The entry point of the `hooklens` command."""
+    app(prog_name="hooklens")
+
+
+def _in_options(ctx: Any, error: HooklensError) -> str:
+    """The message, with the command's options in place of the arguments that it names: parameters are named alike."""
+    if not isinstance(error, ArgumentError | Refused):
+        return str(error)
+    command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
+    options = {one.name: max(one.opts, key=len) for one in command.params}  # --model, not -m
+    names = {name: option if option.startswith("-") else option.upper() for name, option in options.items()}
+    return error.told({"site": names.get("sites", "site"), **names})
+
+
+def _code(error: HooklensError) -> int:
+    errors = [one for _, one in error.errors] if isinstance(error, Refused) else [error]
+    if all(isinstance(one, Unavailable) for one in errors):
+        return MISSING
+    return FAILED if isinstance(error, CheckFailed) else BAD_INPUT
+
+
+def _fail(ctx: Any, message: str, error: Exception) -> None:
+    if ctx.params.get("debug"):
+        say("".join(traceback.format_exception(error)))
+    say(message, *getattr(error, "__notes__", ()))
+
+
+def say(*lines: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk behind standard error must not replace the exit code
+        for line in lines:
+            typer.echo(printable(line), err=True)

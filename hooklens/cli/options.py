@@ -1,0 +1,161 @@
+"""Options that several commands take, and what can be said of them before a model is loaded."""
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hooklens.core.errors import ArgumentError, InputError, judge
+
+if TYPE_CHECKING:
+    from hooklens.data.jsonl import PromptPairs
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.results.claims import Registration
+
+DEFAULT = "smollm2-135m-instruct"
+
+
+class Dtype(StrEnum):
+    """What weights are loaded as."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="An asset, a GGUF file, a folder, a checkpoint or a hub id.")]
+
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")]
+
+
+OfDtype = Annotated[Dtype | None, typer.Option(help="What weights are loaded as; by default float32.")]
+
+
+Seed = Annotated[int, typer.Option(help="Repeats a random choice exactly.", min=0, max=2**32 - 1)]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def of_model(model: str | None, device: str | None) -> dict[str, Callable[[], Any]]:
+    """What can be said of these two options before a model is loaded."""
+    from hooklens.pretrained.load import as_device, check_source
+
+    return {"model": lambda: model is None or check_source(model), "device": lambda: as_device(device)}
+
+
+def of_pair(
+    clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
+) -> dict[str, Callable[[], Any]]:
+    """What can be said of a pair before a model reads it: the same text twice is no question."""
+
+    def differ(one: str | None, other: str | None, message: str) -> None:
+        if one is not None and one == other:
+            raise ArgumentError(message, one)
+
+    prompts = "{clean} and {corrupted} are the same; change one word of {corrupted}"
+    answers = "{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0"
+    return {"clean": lambda: differ(clean, corrupted, prompts), "answer": lambda: differ(answer, wrong_answer, answers)}
+
+
+def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
+    from hooklens.pretrained.load import load
+
+    return judge({"model": lambda: load(model, device=device, dtype=None if dtype is None else dtype.value)})["model"]
+
+
+def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
+    """A model that can read text."""
+    loaded = load_model(model, device, dtype)
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"--model {model} has no tokenizer, and this command reads text; give a model that has one, such as a GGUF "
+            "file or a folder with tokenizer.json (in Python, token ids will do)"
+        )
+    return loaded
+
+
+def check_out(out: Path) -> Path:
+    """The report's path, once both of its files can be written: before anything is computed."""
+    from hooklens.core.files import check_writable
+
+    if not out.name or out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a folder, and the report is a file; use {str(out / 'report.html')!r}")
+    if out.suffix == ".json":
+        raise InputError(f"--out {out} is the name of the numbers beside the page; use {out.with_suffix('.html')}")
+    for path in (out, out.with_suffix(".json")):
+        check_writable(path)
+    return out
+
+
+Clean = Annotated[str | None, typer.Option(help="The prompt that is answered rightly.")]
+
+
+Corrupted = Annotated[str | None, typer.Option(help="The same prompt with one thing changed.")]
+
+
+Answer = Annotated[str | None, typer.Option(help="The prompt's next token, often with a leading space.")]
+
+
+WrongAnswer = Annotated[str | None, typer.Option(help="Another next token to hold it against.")]
+
+
+Out = Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")]
+
+
+PairsFile = Annotated[Path | None, typer.Option("--pairs", help="A JSONL file of prompt pairs instead; see docs.")]
+
+
+Plans = Annotated[
+    list[Path] | None, typer.Option("--registered", help="A plan that `hooklens register` wrote before the run.")
+]
+
+
+Digests = Annotated[
+    list[str] | None, typer.Option("--digest", help="A plan's whole digest as published; without: self-dated.")
+]
+
+
+def pairs_of(
+    path: Path | None, clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
+) -> "PromptPairs":
+    """Pairs from a file or the one of the options; not both, not half of one."""
+    from hooklens.data.jsonl import PromptPairs, read_pairs_file
+
+    given = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--wrong-answer": wrong_answer}
+    named = [name for name, value in given.items() if value is not None]
+    if path is not None:
+        if named:
+            raise InputError(f"--pairs {path} holds prompts and answers, so {' and '.join(named)} cannot be given too")
+        return read_pairs_file(path)
+    if len(named) < len(given):
+        missing = [name for name in given if name not in named]
+        raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(given)}; missing: {', '.join(missing)}")
+    one, other, right, wrong = ([str(value)] for value in given.values())
+    return PromptPairs(one, other, right, wrong, ["the pair"])
+
+
+def tokens_of(model: "HookedTransformer", pairs: "PromptPairs") -> int:
+    """Of all clean prompts together."""
+    return sum(len(model.to_tokens(text)[0]) for text in pairs.clean)
+
+
+def plans_of(paths: list[Path] | None, digests: list[str] | None) -> "list[Registration]":
+    """The plans in these files; one that is missing or was edited is refused before anything runs."""
+    from hooklens.results.claims import read_plans
+
+    return read_plans(paths or [], digests or [])
+
+
+def check_pairs(model: "HookedTransformer", pairs: "PromptPairs", path: Path | None) -> None:
+    """Can the model use these pairs? Every line of a file that it cannot is told, before anything runs."""
+    from hooklens.data.jsonl import check_pair, check_pairs
+
+    if path is None:
+        check_pair(model, pairs)
+    else:
+        check_pairs(model, pairs, str(path))

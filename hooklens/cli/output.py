@@ -1,0 +1,86 @@
+"""What commands print: tables or JSON, where the report is, how long it will take."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hooklens.cli.base import say
+from hooklens.core.terminal import json_line, printable
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+    from hooklens.results.table import Table
+
+
+def written(out: Path) -> dict[str, Any]:
+    """Where the report and its numbers are, from anywhere."""
+    return {"report": out.absolute(), "numbers": out.with_suffix(".json").absolute()}
+
+
+def say_how_long(model: "HookedTransformer", tokens: int | float) -> None:
+    """Before a command that takes more than a minute: about how long."""
+    from hooklens.cli.estimates import how_long
+
+    say(*how_long(model, tokens))
+
+
+Tables = Mapping[str, tuple[str, "Table"]]
+
+
+def show(
+    table: "Table",
+    as_json: bool,
+    *,
+    caption: str = "",
+    terms: Mapping[str, str] | None = None,
+    before: Tables | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """A table under a line that says what it shows, and what else there is to say; or all of it as one JSON object.
+
+    `terms` say what columns are; `before` are tables that come first, each with its own line.
+    """
+    more = more or {}
+    if as_json:
+        others = {name: _objects(other) for name, (_, other) in (before or {}).items()}
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in more.items()}
+        typer.echo(json_line(_plain({"rows": _objects(table), **others, **told})))
+        return
+    for line, one in (*(before or {}).values(), (caption, table)):
+        _print(line, one)
+    known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
+    typer.echo("".join(f"{name}: {printable(value)}\n" for name, value in (known | _short(more)).items()), nl=False)
+
+
+def _plain(value: Any) -> Any:
+    from hooklens.results.result import plain
+
+    return plain(value)
+
+
+def _objects(table: "Table") -> list[dict[str, Any]]:
+    return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+
+
+def _print(caption: str, table: "Table") -> None:
+    if caption:
+        typer.echo(printable(caption))
+    if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed before the start
+        from rich.console import Console
+
+        Console().print(table)
+    else:
+        typer.echo(printable(table))
+
+
+def _short(more: Mapping[str, Any]) -> dict[str, Any]:
+    """Files beside the first are told by name alone."""
+    paths = [value for value in more.values() if isinstance(value, Path)]
+    beside = [path for path in paths[1:] if path.parent == paths[0].parent]
+    return {
+        name: f"{value.name}, beside it" if any(value is path for path in beside) else value
+        for name, value in more.items()
+    }

@@ -1,0 +1,50 @@
+"""`hooklens register`: a plan, written before the run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hooklens.cli.base import app
+from hooklens.cli.options import AsJson
+from hooklens.cli.output import show
+from hooklens.core.errors import judge
+
+if TYPE_CHECKING:
+    pass
+
+
+@app.command()
+def register(
+    plan: Annotated[Path, typer.Argument(help="The file to write; one that exists is never overwritten.")],
+    hypothesis: Annotated[str, typer.Option(help="The statement, as the method's page will put it.")],
+    control: Annotated[str, typer.Option(help="What the effect is held against, in the method's words.")],
+    n: Annotated[int, typer.Option("--n", help="How many prompts the effect will be measured on.")],
+    metric: Annotated[str, typer.Option(help="What is measured.")] = "logit_diff",
+    threshold: Annotated[float, typer.Option(help="How far beyond 0 the effect has to lie.")] = 0.0,
+    below: Annotated[bool, typer.Option("--below", help="The effect should lie below 0.")] = False,
+    model: Annotated[str, typer.Option("--model", "-m", help="The model's name, if the plan is for one only.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write a claim down before the run: `heads` and `circuit` hold what they find against it (--registered).
+
+    Example: `hooklens register plan.json --hypothesis "200 edges carry the answer" --threshold 0.5 --n 32
+    --control "what random circuits keep, 97.5 % edge of 100"`, and after it `hooklens circuit --pairs ioi.jsonl
+    --registered plan.json`
+
+    The statements and controls of each command stand in docs/claims.md. Publish the digest that is printed, and give
+    it to the run (`--digest`): without it the plan counts as self-dated.
+    """
+    from hooklens.results.claims import Registration
+    from hooklens.results.claims.registration import check_new
+    from hooklens.results.table import Table
+
+    side = "below" if below else "above"
+    checks = {
+        "plan": lambda: check_new(plan),
+        "hypothesis": lambda: Registration(hypothesis, metric, control, threshold, n, side=side, model=model),
+    }
+    made = judge(checks)["hypothesis"].write(plan)
+    rows = [(name, getattr(made, name)) for name in ("hypothesis", "metric", "control", "threshold", "side", "n")]
+    more = {"plan": str(plan), "written": made.written, "digest": made.digest}
+    show(Table(("plan", "held to"), rows), as_json, more=more)

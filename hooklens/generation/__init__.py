@@ -1,0 +1,1 @@
+"""Generation: sampling, continuations and their stops, and the fast decoder."""

@@ -1,0 +1,196 @@
+"""What was measured of every head that may move a name, and what it is then called."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import halves, ratio_interval
+
+PerHead = Float[Tensor, "layer head"]
+Ends = tuple[PerHead, PerHead]
+_NAMED = 10  # heads whose name is written into the figure
+
+
+@dataclass(frozen=True)
+class Criteria(Result):
+    """What a head must show to be called a name mover; `level` is that of every interval.
+
+    attention: the last position's attention to the indirect object, minus that to any other position but the first
+    (where idle heads rest), lies above `least_margin`. copying: for at least `least_copying` of the names the head's OV
+    puts the name itself among the `top_k` tokens. direct: the share of the clean-corrupted difference that the head
+    restores on its direct path to the logits lies above `least_direct`.
+    """
+
+    least_margin: float = 0.1
+    top_k: int = 5
+    least_copying: float = 0.5
+    least_direct: float = 0.01
+    level: float = 0.95
+
+
+@dataclass(frozen=True, eq=False)
+class NameMovers(Result):
+    """The three measurements of every head, pair by pair, and the criteria that they are held against.
+
+    `attention` is what the last position pays to the indirect object, `margin` how much more than to any other position
+    but the first. `rank` is the place that a name takes among all tokens when the name itself, as it leaves block 0, is
+    put through the head's values and output, the final norm's weight and W_U (0: first; in the last places: the head
+    writes the opposite of the name). `written` is what that adds to the logits of all the prompts' names: its diagonal,
+    above what is written of the others, is copying of names rather than a liking for names. `direct` is the change of
+    the logit difference when the head's output in the corrupted run is replaced by the clean one for the final norm and
+    the unembedding only. `group` says which pairs share names and sentence: intervals resample groups, as pairs within
+    one are not independent.
+    """
+
+    attention: Float[Tensor, "pair layer head"]
+    margin: Float[Tensor, "pair layer head"]
+    rank: Int[Tensor, "name layer head"]
+    written: Float[Tensor, "name layer head other"]
+    direct: Float[Tensor, "pair layer head"]
+    placebo: Float[Tensor, "pair layer head"]
+    gap: Float[Tensor, "pair"]
+    name: Int[Tensor, "pair"]
+    group: Int[Tensor, "pair"]
+    d_vocab: int
+    criteria: Criteria
+
+    @property
+    def copying(self) -> PerHead:
+        """The share of names that the head's OV puts among its `top_k` tokens."""
+        return (self.rank < self.criteria.top_k).float().mean(0)
+
+    @property
+    def suppressing(self) -> PerHead:
+        """The share of names that the head's OV puts among its `top_k` least likely tokens."""
+        return (self.rank >= self.d_vocab - self.criteria.top_k).float().mean(0)
+
+    @property
+    def share(self) -> PerHead:
+        """What each head restores on its direct path, as a share of the clean-corrupted difference."""
+        return self.direct.mean(0) / self.gap.mean()
+
+    def share_interval(self) -> Ends:
+        """The interval of `share`, over groups of pairs."""
+        return self._interval(self.direct, self.gap)
+
+    def margin_interval(self) -> Ends:
+        """The interval of the mean `margin`, over groups of pairs."""
+        return self._interval(self.margin, torch.ones_like(self.gap))
+
+    @property
+    def defined(self) -> bool:
+        """Does the model do the task: does the interval of the clean-corrupted difference lie above 0?"""
+        low, _ = self._interval(self.gap[:, None, None], torch.ones_like(self.gap))
+        return bool(low[0, 0] > 0)
+
+    @property
+    def passes(self) -> Bool[Tensor, "test layer head"]:
+        """Which heads attend, copy, and act directly, in this order."""
+        asked = self.criteria
+        attends = self.margin_interval()[0] > asked.least_margin
+        acts = self.share_interval()[0] > asked.least_direct
+        return torch.stack([attends, self.copying >= asked.least_copying, acts & self.defined])
+
+    def verdict(self) -> list[list[str]]:
+        """What each head of each layer is called: "name mover" where all three hold, else what its direct effect is.
+
+        Numbers of the same pairs flatter the heads so called: report those of others, as `table` does.
+        """
+        low, high = self.share_interval()
+        least, all_three = self.criteria.least_direct, self.passes.all(0)
+        otherwise = "little direct effect" if len(self.group.unique()) > 1 else "no interval"
+        return [
+            [
+                "name mover"
+                if all_three[layer, head]
+                else "restores the logit difference"
+                if self.defined and low[layer, head] > least
+                else "lowers the logit difference"
+                if self.defined and high[layer, head] < -least
+                else otherwise
+                for head in range(low.shape[1])
+            ]
+            for layer in range(low.shape[0])
+        ]
+
+    def halves(self, *, seed: int = 0) -> tuple[Int[Tensor, "chosen"], Int[Tensor, "reported"]]:
+        """The pairs that name heads and the others, that report their numbers; of one group all pairs, twice."""
+        n = len(self.group)
+        if len(self.group.unique()) < 2:
+            return torch.arange(n), torch.arange(n)
+        return halves(n, group=self.group, seed=seed)
+
+    @property
+    def name_movers(self) -> list[tuple[int, int]]:
+        """(layer, head) of every head that passes all three, the largest direct effect first."""
+        found = [tuple(index) for index in self.passes.all(0).nonzero().tolist()]
+        return sorted(found, key=lambda index: -float(self.share[index]))
+
+    def order(self) -> list[tuple[int, int]]:
+        """Every (layer, head), the largest direct effect first, whatever its sign."""
+        by = self.share.flatten().abs().argsort(descending=True, stable=True).tolist()
+        return [divmod(i, self.share.shape[1]) for i in by]
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` heads of the largest direct effect."""
+        return self.table(k)
+
+    def table(self, n: int | None = 12) -> Table:
+        """One row a head: called and ranked by one half of the pairs, measured on the other."""
+        columns = ("head", "called", "direct effect", "low", "high", "attends to IO", "margin", "copies", "suppresses")
+        named, found = (of_pairs(self, one) for one in self.halves())
+        (low, high), verdict = found.share_interval(), named.verdict()
+        each = (found.share, low, high, found.attention.mean(0), found.margin.mean(0), found.copying, found.suppressing)
+        rows = [
+            (f"L{layer}H{head}", verdict[layer][head], *(float(value[layer, head]) for value in each))
+            for layer, head in named.order()[:n]
+        ]
+        return Table(columns, rows)
+
+    def figure(self) -> Any:
+        """Every head by its attention to the indirect object and its direct effect, coloured by how well it copies."""
+        from hooklens.viz.curves import scatter
+
+        heads = [f"L{i}H{j}" for i in range(self.share.shape[0]) for j in range(self.share.shape[1])]
+        drawn = scatter(
+            self.attention.mean(0).flatten(),
+            self.share.flatten(),
+            heads,
+            "Heads: who looks at the indirect object, and who acts on the logits",
+            x_title="attention of the last position to the indirect object",
+            y_title="direct effect (share of the difference)",
+            colour=self.copying.flatten(),
+            colourbar="copies names",
+        )
+        for layer, head in self.order()[:_NAMED]:
+            at = {"x": float(self.attention[:, layer, head].mean()), "y": float(self.share[layer, head])}
+            drawn.add_annotation(**at, text=f"L{layer}H{head}", showarrow=False, yshift=12, font_size=11)
+        return drawn
+
+    def _interval(self, values: Float[Tensor, "pair layer head"], below: Float[Tensor, "pair"]) -> Ends:
+        top, bottom = by_group(values, self.group), by_group(below, self.group)
+        low, high = ratio_interval(top.flatten(1), bottom, level=self.criteria.level)
+        return low.view(values.shape[1:]), high.view(values.shape[1:])
+
+
+def of_pairs(movers: NameMovers, index: Int[Tensor, "some"]) -> NameMovers:
+    """The same measurements of some of the pairs and their names."""
+    per_pair = ("attention", "margin", "direct", "placebo", "gap", "group")
+    index = index.to(movers.gap.device)
+    assert set(per_pair) < {field.name for field in fields(movers)}
+    names, name = movers.name[index].unique(return_inverse=True)
+    some = {each: getattr(movers, each)[index] for each in per_pair}
+    return replace(movers, **some, name=name, rank=movers.rank[names], written=movers.written[names][..., names])
+
+
+def by_group(values: Float[Tensor, "pair *cell"], group: Int[Tensor, "pair"]) -> Float[Tensor, "group *cell"]:
+    """The mean over each group's pairs.
+
+    >>> by_group(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])).tolist()
+    [2.0, 5.0]
+    """
+    return torch.stack([values[group == one].mean(0) for one in group.unique()])

@@ -1,0 +1,199 @@
+"""Name movers: heads that look at the indirect object and write its name, each claim measured on its own."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
+from hooklens.core.progress import tracked
+from hooklens.data.ioi import IOIPairs
+from hooklens.metrics import LogitDiff
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.heads.mover_result import Criteria, NameMovers, by_group
+from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.naive import drops_out
+
+if TYPE_CHECKING:
+    from hooklens.core.cache import ActivationCache
+    from hooklens.model.transformer import HookedTransformer
+
+
+def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criteria | None = None) -> NameMovers:
+    """Which heads move the indirect object's name to the answer? Three measurements, each of which can say no.
+
+    The metric is the logit difference of the indirect object and the subject at the last position. A direct effect is
+    exact, final norm included: every other component keeps its value of the corrupted run.
+
+    >>> from hooklens.testing import tiny_model
+    >>> found = demo(tiny_model())
+    >>> found.direct.shape, found.name_movers        # pair layer head
+    (torch.Size([8, 2, 2]), [])
+
+    Reference: Wang et al. (2022), "Interpretability in the Wild", sections 3.1 and 3.2 (copy score, path patching).
+    """
+    if getattr(model.blocks[0], "renorms_stream", False):
+        raise InputError(
+            "a direct effect needs a stream that is the sum of what heads add to it; this model's post-norm blocks "
+            "normalise the stream itself; activation patching of z works there"
+        )
+    if drops_out(model):
+        raise InputError("two runs are compared, and dropout is on: they would differ by its masks; call model.eval()")
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    first = "blocks.0.hook_resid_post"
+    with torch.no_grad(), packed_linears(rows=1024):
+        _, clean = model.run_with_cache(
+            pairs.clean_tokens, ["z", "pattern", "hook_embed", first, last, *_post_scales(model)]
+        )
+        _, corrupted = model.run_with_cache(pairs.corrupted_tokens, ["z", last, *_post_scales(model)])
+        attention, margin = _attention(model, clean, pairs)
+        metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
+        direct, placebo, gap = _direct(model, clean, corrupted, pairs, metric)
+        rank, written = _ranks(model, clean, pairs)
+    name = pairs.answer_tokens.unique(return_inverse=True)[1]
+    sizes = pairs.group, model.cfg.d_vocab_out, criteria or Criteria()
+    return NameMovers(attention, margin, rank, written, direct, placebo, gap, name, *sizes)
+
+
+def _post_scales(model: "HookedTransformer") -> list[str]:
+    """In sandwich-norm blocks a head reaches the stream through a norm, whose scale is held."""
+    return [name for name in model.hook_names() if name.endswith("ln1_post.hook_scale")]
+
+
+def _attention(
+    model: "HookedTransformer", cache: "ActivationCache", pairs: IOIPairs
+) -> tuple[Float[Tensor, "pair layer head"], Float[Tensor, "pair layer head"]]:
+    row = torch.arange(len(pairs), device=pairs.io.device)
+    layers = range(model.cfg.n_layers)
+    seen = widened(
+        torch.stack([cache["pattern", layer][row, :, pairs.end] for layer in layers], 1)
+    )  # pair layer head key
+    to_io = seen[row, :, :, pairs.io]
+    others = seen.clone()
+    others[row, :, :, pairs.io] = 0.0
+    return to_io, to_io - others[..., 1:].amax(-1)
+
+
+def _direct(
+    model: "HookedTransformer",
+    clean: "ActivationCache",
+    corrupted: "ActivationCache",
+    pairs: IOIPairs,
+    metric: LogitDiff,
+) -> tuple[Float[Tensor, "pair layer head"], Float[Tensor, "pair layer head"], Float[Tensor, "pair"]]:
+    """How the metric of the corrupted run moves when the final norm alone reads a head's clean output; the placebo."""
+    row = torch.arange(len(pairs), device=pairs.io.device)
+    name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    reader = Reader(model, metric, corrupted[name])
+    other = _of_other_names(pairs.answer_tokens, pairs.wrong_answer_tokens)
+    stream = corrupted[name][row, pairs.end]
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    which = row.repeat_interleave(model.cfg.n_heads)
+    for layer in tracked(range(model.cfg.n_layers), "direct effects", "layers"):
+        new, old = (_written(model, cache, layer, pairs.end) for cache in (clean, corrupted))
+        for each, sent in zip(found, (new, new[other]), strict=True):
+            moved = (stream[:, None] + sent - old).flatten(0, 1)[:, None]
+            values = reader.values_of_rows(moved, which, torch.zeros_like(which)).view(len(pairs), -1)
+            each.append(values - reader.base[:, None])
+    direct, placebo = (torch.stack(each, 1) for each in found)
+    return direct, placebo, Reader(model, metric, clean[name]).base - reader.base
+
+
+def _of_other_names(answer: Int[Tensor, "pair"], wrong_answer: Int[Tensor, "pair"]) -> Int[Tensor, "pair"]:
+    """For each pair one with neither of its names, drawn at random; where there is none, itself."""
+    names = torch.stack((answer, wrong_answer), 1).cpu()
+    share = (names[:, None, :, None] == names[None, :, None, :]).flatten(2).any(-1)
+    score = torch.rand(share.shape, generator=torch.Generator().manual_seed(0)).masked_fill(share, -1.0)
+    own = score.argmax(1).where(~share.all(1), torch.arange(len(names)))
+    return own.to(answer.device)
+
+
+def _written(
+    model: "HookedTransformer", cache: "ActivationCache", layer: int, end: Int[Tensor, "pair"]
+) -> Float[Tensor, "pair head d_model"]:
+    """What each head adds to the stream at the last position."""
+    row, block = torch.arange(len(end), device=end.device), model.blocks[layer]
+    result = block.attn.results(cache["z", layer][row, end][:, None])[:, 0]
+    norm = getattr(block, "ln1_post", None)
+    if norm is None:
+        return result
+    return norm.linearised(result, cache[f"blocks.{layer}.ln1_post.hook_scale"][row, end][:, None])
+
+
+def _ranks(
+    model: "HookedTransformer", cache: "ActivationCache", pairs: IOIPairs
+) -> tuple[Int[Tensor, "name layer head"], Float[Tensor, "name layer head other"]]:
+    """A name's place among all tokens after each head's OV, and the logits of all names; a norm's scale is left out."""
+    names, which = pairs.answer_tokens.unique(return_inverse=True)
+    row = torch.arange(len(pairs), device=names.device)
+    places, written = [], []
+    for layer in tracked(range(model.cfg.n_layers), "what heads copy", "layers"):
+        # the first block's heads read the embedding, later ones the name as block 0 leaves it
+        source = "hook_embed" if layer == 0 else "blocks.0.hook_resid_post"
+        name = by_group(cache[source][row, pairs.io], which)
+        logits = widened(_unembedded(model, _through_ov(model, layer, name)))
+        written.append(logits[:, :, names])
+        own = logits.gather(2, names[:, None, None].expand(-1, logits.shape[1], 1))
+        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie: a
+        # head that writes nothing neither copies nor suppresses
+        signs = (logits - own).sign_().sum(-1)
+        places.append((signs.long() + logits.shape[-1] - 1) // 2)
+    return torch.stack(places, 1), torch.stack(written, 1)
+
+
+def _through_ov(
+    model: "HookedTransformer", layer: int, x: Float[Tensor, "name d_model"]
+) -> Float[Tensor, "name head d_model"]:
+    """What each head writes when it attends to x alone, biases left out."""
+    block, attn = model.blocks[layer], model.blocks[layer].attn
+    normed = x if block.ln1 is None else block.ln1(x)
+    v = attn.heads(attn.v, normed[:, None], None) - attn.heads(attn.v, torch.zeros_like(normed)[:, None], None)
+    z = v.repeat_interleave(attn.n_heads // attn.n_kv_heads, 2)  # heads of a group share their values
+    result = attn.results(z)[:, 0]
+    norm = getattr(block, "ln1_post", None)
+    return result if norm is None else norm.linearised(result, torch.ones_like(result[..., :1]))
+
+
+def _unembedded(
+    model: "HookedTransformer", x: Float[Tensor, "name head d_model"]
+) -> Float[Tensor, "name head d_vocab"]:
+    if model.ln_final is not None:
+        x = model.ln_final.linearised(x, torch.ones_like(x[..., :1]))
+    linear = model.unembed.linear
+    if linear.bias is None:
+        return linear(x)
+    return linear(x) - linear.bias.masked_fill(linear.bias.isneginf(), 0.0)  # -inf, a forbidden token, stays -inf
+
+
+def demo(model: "HookedTransformer") -> NameMovers:
+    """Eight pairs of token numbers in the shape of "so A and B, B gave to"; any model, no tokenizer needed."""
+    wide = max(model.cfg.d_vocab - 4, 1)
+    couples = [(4 + 2 * i % wide, 4 + (2 * i + 1) % wide) for i in range(2)]
+    roles = [(a, b, order) for x, y in couples for a, b in ((x, y), (y, x)) for order in ("ABBA", "BABA")]
+    firsts = [(a, b) if order == "ABBA" else (b, a) for a, b, order in roles]
+    rows = [[[0, p, 1, q, 2, s, 3] for s in (b, a)] for (p, q), (a, b, _) in zip(firsts, roles, strict=True)]
+    tokens = torch.tensor(rows, device=model.device).clamp_max(model.cfg.d_vocab - 1)[..., : model.cfg.n_ctx]
+    answer, wrong = (torch.tensor([role[i] for role in roles], device=model.device) for i in (0, 1))
+    first = torch.tensor([order == "ABBA" for *_, order in roles], device=model.device)
+    io, s1 = torch.where(first, 1, 3), torch.where(first, 3, 1)
+    clean, corrupted = tokens.unbind(1)
+    pairs = IOIPairs(
+        clean=[str(row) for row in clean.tolist()],
+        corrupted=[str(row) for row in corrupted.tolist()],
+        clean_tokens=clean,
+        corrupted_tokens=corrupted,
+        answer=[str(token) for token in answer.tolist()],
+        wrong_answer=[str(token) for token in wrong.tolist()],
+        answer_tokens=answer,
+        wrong_answer_tokens=wrong,
+        io=io,
+        s1=s1,
+        s2=torch.full_like(io, 5),
+        end=torch.full_like(io, 6),
+        order=[order for *_, order in roles],
+        template=["numbers"] * len(roles),
+        group=torch.arange(2, device=model.device).repeat_interleave(4),
+    )
+    return name_movers(model, pairs)

@@ -1,0 +1,1 @@
+"""What every method returns, how it is kept, and what may be claimed of it."""

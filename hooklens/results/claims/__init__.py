@@ -1,0 +1,21 @@
+"""What was seen, what was changed, what happened beside a control: claims that say how much they may say."""
+
+from hooklens.results.claims.claim import Claim, claim
+from hooklens.results.claims.family import ClaimFamily, family, plans_met
+from hooklens.results.claims.held_out import HeldOutEffects, held_out_top
+from hooklens.results.claims.measured import Measured, metric_name
+from hooklens.results.claims.registration import Registration, read_plans
+
+__all__ = [
+    "Claim",
+    "ClaimFamily",
+    "HeldOutEffects",
+    "Measured",
+    "Registration",
+    "claim",
+    "family",
+    "held_out_top",
+    "metric_name",
+    "plans_met",
+    "read_plans",
+]

@@ -1,0 +1,176 @@
+"""The largest of many effects is too large: choose on one half of the prompts, report on the other."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.results.claims.claim import claim
+from hooklens.results.claims.family import ClaimFamily, family
+from hooklens.results.claims.measured import Measured
+from hooklens.results.claims.registration import Registration
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import Groups, group_numbers, halves, mean_interval, q_values, sign_flip_p
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutEffects(Result):
+    """Effects of chosen components on prompts that had no say in the choice, a row a kind of effect.
+
+    `chosen_per_prompt` is the effect (of the first kind) on the half that chose them: the largest of many, and so too
+    large. `others` is the mean effect of all components that were not chosen, on the half that is reported; NaN where
+    all were. p and q values are of the reported half, q over all components and kinds reported.
+    """
+
+    kinds: list[str]
+    names: list[str]
+    chosen_per_prompt: Float[Tensor, "prompt component"]
+    per_prompt: Float[Tensor, "kind other_prompt component"]
+    others: Float[Tensor, "kind other_prompt"]
+    chosen_on: Int[Tensor, "prompt"]
+    reported_on: Int[Tensor, "other_prompt"]
+    group: Int[Tensor, "every_prompt"]
+    n_components: int
+
+    @classmethod
+    def of(
+        cls,
+        effects: Mapping[str, Float[Tensor, "prompt *grid"]],
+        names: Sequence[str],
+        group: Groups,
+        k: int,
+        seed: int,
+    ) -> "HeldOutEffects":
+        """The `k` cells of largest mean effect of the first kind on half of the groups; all kinds on the other half."""
+        flat = torch.stack([each.detach().flatten(1) for each in effects.values()])  # kind prompt cell
+        n = flat.shape[2]
+        if n != len(names):
+            raise InputError(f"one name a component is needed, got {len(names)} for {n} components")
+        if not 1 <= k <= n:
+            raise InputError(f"k lies between 1 and the {n} components, got {k}")
+        number = group_numbers(flat.shape[1], group)
+        choose, report = halves(len(number), group=number, seed=seed)
+        by = flat[0, choose].mean(0)
+        best = by.abs().argsort(descending=True, stable=True)[:k]
+        rest = torch.ones(n, dtype=torch.bool, device=flat.device)
+        rest[best] = False
+        kept = flat[:, report]
+        chosen = [names[cell] for cell in best.tolist()]
+        held = (flat[0, choose][:, best], kept[:, :, best], kept[:, :, rest].mean(2))
+        return cls(list(effects), chosen, *held, choose, report, number, n)
+
+    @property
+    def chosen_by(self) -> Float[Tensor, "component"]:
+        """The mean effect that each was chosen by."""
+        return self.chosen_per_prompt.mean(0)
+
+    @property
+    def mean(self) -> Float[Tensor, "kind component"]:
+        """The mean effect on the other half."""
+        return self.per_prompt.mean(1)
+
+    @property
+    def low(self) -> Float[Tensor, "kind component"]:
+        return self._ends[0]
+
+    @property
+    def high(self) -> Float[Tensor, "kind component"]:
+        return self._ends[1]
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        return mean_interval(self.per_prompt.movedim(1, 0), group=self.group[self.reported_on])
+
+    @cached_property
+    def p(self) -> Float[Tensor, "kind component"]:
+        """Two-sided p-value of "no effect" on the other half, by sign flips of groups."""
+        return sign_flip_p(self.per_prompt.movedim(1, 0), group=self.group[self.reported_on])
+
+    @property
+    def q(self) -> Float[Tensor, "kind component"]:
+        """Benjamini-Hochberg q-values over what is reported."""
+        return q_values(self.p)
+
+    @property
+    def shrinkage(self) -> float:
+        """The reported effects as a share of those they were chosen by: below 1 where the choice picked luck."""
+        return float(self.mean[0].abs().sum() / self.chosen_by.abs().sum())
+
+    def claims(
+        self, model: "HookedTransformer | str", metric: Any = "", *, registered: Sequence[Registration] = ()
+    ) -> ClaimFamily:
+        """A claim for each component and kind, the mean of the components that were not chosen as its control.
+
+        Only for effects of interventions (ablations, patches): an attribution intervenes on nothing.
+        """
+        first, second = self.group[self.chosen_on], self.group[self.reported_on]
+        made = []
+        for j, kind in enumerate(self.kinds):
+            said = kind if kind == "effect" else f"effect of {kind} ablation"
+            other = None
+            if bool(self.others[j].isfinite().all()):
+                other = Measured.of(f"{said}, mean of the rest", self.others[j].cpu(), second, metric=metric)
+            for i, name in enumerate(self.names):
+                seen = Measured.of("effect where chosen", self.chosen_per_prompt[:, i].cpu(), first, metric=metric)
+                effect = Measured.of(said, self.per_prompt[j, :, i].cpu(), second, metric=metric)
+                statement = f"{name} matters" if kind == "effect" else f"{name} matters ({kind} ablation)"
+                made.append(claim(model, statement, observation=seen, intervention=effect, control=other))
+        return family(model, made, registered=registered)
+
+    def table(self, n: int | None = None) -> Table:
+        """One row a component and kind, components in the order in which they were chosen."""
+        columns = ("component", "ablation", "effect", "95% low", "95% high", "p", "q", "where chosen")
+        parts = (self.mean, self.low, self.high, self.p, self.q)
+        rows = [
+            (name, kind, *(float(part[j, i]) for part in parts), by)
+            for i, (name, by) in enumerate(zip(self.names, self.chosen_by.tolist(), strict=True))
+            for j, kind in enumerate(self.kinds)
+        ]
+        return Table(columns, rows).head(n)
+
+    def top(self, k: int = 10) -> Table:
+        """The first `k` components that were chosen."""
+        return self.table(k * len(self.kinds))
+
+    def figure(self) -> Any:
+        """The effects on the half that did not choose, with intervals."""
+        from hooklens.viz.figures import bars
+
+        many = len(self.kinds) > 1
+        names = [f"{name} {kind}" if many else name for name in self.names for kind in self.kinds]
+        mean, low, high = (part.T.flatten() for part in (self.mean, self.low, self.high))
+        title = f"Chosen among {self.n_components} on one half of the prompts, measured on the other"
+        return bars(mean, low, high, names, title, y_title="change of the metric")
+
+
+def held_out_top(
+    model: "HookedTransformer",
+    per_prompt: Float[Tensor, "prompt *grid"],
+    names: Sequence[str],
+    *,
+    k: int = 10,
+    group: Groups = None,
+    seed: int = 0,
+) -> HeldOutEffects:
+    """Which `k` components matter most, and how much on prompts that had no say in the choice?
+
+    `per_prompt` holds each prompt's effect of each component, flattened in the order of `names`. Prompts of one `group`
+    go to one half.
+
+    >>> from hooklens.testing import tiny_model
+    >>> noise = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    >>> found = held_out_top(tiny_model(), noise, [f"c{i}" for i in range(200)], k=5)
+    >>> found.shrinkage < 0.5, bool((found.q < 0.05).any())
+    (True, False)
+
+    Reference: Kriegeskorte et al. (2009), "Circular analysis in systems neuroscience".
+    """
+    return HeldOutEffects.of({"effect": per_prompt}, names, group, k, seed)

@@ -1,0 +1,239 @@
+"""What every method returns: a frozen record that shows shapes, draws itself and can be saved and read back."""
+
+import functools
+import inspect
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from hooklens.core.arguments import whole
+from hooklens.core.errors import HooklensError, InputError, WrongType
+from hooklens.results.result_file import Kept, read_result, write_result
+from hooklens.results.table import Table, format_number
+
+__all__ = ["Result", "Table", "plain", "summary"]
+
+_SHOWN = 24  # rows of a table in a notebook
+_PRINTED = 8  # rows of a table where a result is printed
+_HEADLINE = 110  # characters
+R = TypeVar("R", bound="Result")
+_KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "complex": "Complex", "bool": "Bool"}
+
+
+@dataclass(frozen=True, eq=False)
+class Result(Kept):
+    """Base of every result: declare fields, get a compact repr, a table, a file and JSON.
+
+    >>> @dataclass(frozen=True, eq=False)
+    ... class HeadScores(Result):
+    ...     scores: Tensor
+    ...     clean: float
+    ...     site: str = "z"
+    >>> result = HeadScores(torch.zeros(12, 9), clean=3.2123456)
+    >>> result
+    HeadScores(scores=Float[12 9], clean=3.212, site='z')
+    >>> print(result.table())
+    field   value
+    scores  Float[12 9]
+    clean   3.212
+    site    'z'
+
+    Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
+    A subclass overrides `table`, `top` and `figure` where they mean something; then it prints as its first rows. Its
+    `terms` say what the columns of its table are where their names do not: a control always.
+    """
+
+    terms: ClassVar[Mapping[str, str]] = {}
+    #: Properties that are needed to read the table, which the headline begins with.
+    _baselines: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # else @dataclass would write one that prints whole tensors
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and (name == "table" or name.startswith("top")):
+                setattr(cls, name, _counting(method))
+
+    def __repr__(self) -> str:
+        """Name, headline and the first rows of the table; a class that has no table of its own in one line."""
+        if type(self).table is Result.table:
+            return self._in_one_line()
+        try:
+            table, head = self.table(_PRINTED + 1), self.headline()
+            more = "\n... more rows: .table(None)" if len(table) > _PRINTED else ""
+            return f"{type(self).__name__}{': ' if head else ''}{head}\n{table.head(_PRINTED)}{more}"
+        except Exception:  # a repr must not fail: tracebacks and debuggers show it, also of a result half made
+            return self._in_one_line()
+
+    def headline(self) -> str:
+        """One line to read the table by: the baselines, then what else is a number or a word."""
+        line = ""
+        for name in (*self._baselines, *(field.name for field in fields(self) if field.repr)):
+            value = getattr(self, name)
+            if isinstance(value, bool | str | Real) and value != "":
+                longer = f"{line}{', ' if line else ''}{name} {summary(value)}"
+                line = longer if len(longer) <= _HEADLINE else line
+        return line
+
+    def _in_one_line(self) -> str:
+        shown = (f"{field.name}={summary(getattr(self, field.name))}" for field in fields(self) if field.repr)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def table(self, n: int | None = None) -> Table:
+        """What does it say, in rows? At most `n` of them; here one row a field, which subclasses replace."""
+        return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in fields(self)]).head(n)
+
+    def top(self, k: int = 10) -> Any:
+        """Which `k` entries matter most? Only results that rank something answer."""
+        raise self._has_no("top(k)", "nothing in it is ranked", "table()")
+
+    def figure(self) -> Any:  # a plotly Figure, which only viz may import
+        """The result as a Plotly figure. Only results that have a picture answer."""
+        raise self._has_no("figure()", "it defines no picture", "table(), or hooklens.viz on its fields")
+
+    def _has_no(self, asked: str, seen: str, instead: str) -> WrongType:
+        return WrongType(f"{asked} was asked of a {type(self).__name__}, but {seen}; use {instead}")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table. It is escaped, as everything in a table is."""
+        table = self.table()
+        more = len(table) - _SHOWN
+        rest = f"<p>{more} more rows: .table(None)</p>" if more > 0 else ""
+        return f"<div><b>{type(self).__name__}</b>{table.head(_SHOWN).to_html()}{rest}</div>"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """The figure above the table where the class has one, in the form of Plotly's renderer for this place."""
+        table = self._repr_html_()
+        if type(self).figure is Result.figure:
+            return {"text/html": table}
+        try:
+            drawn = self.figure()._repr_mimebundle_()
+        except HooklensError:  # nothing to draw in this one
+            drawn = {}
+        return drawn | {"text/html": drawn.get("text/html", "") + table}
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain numbers, for `json.dumps`.
+
+        >>> Result().to_json()
+        {'class': 'Result'}
+        """
+        return plain(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the result as one safetensors file, whole or not at all; `Result.load` reads it back."""
+        write_result(self, path)
+
+    @classmethod
+    def load(cls: type[R], path: str | os.PathLike) -> R:
+        """Read a result that `save` wrote. Its class is looked up among the registered plugins, never imported by name.
+
+        A damaged or foreign file raises FileRefused before any of its tensors is used.
+        """
+        result = read_result(path)
+        if not isinstance(result, cls):
+            raise WrongType(
+                f"{cls.__name__}.load({str(path)!r}) was asked, but the file holds a {type(result).__name__}; "
+                f"use {type(result).__name__}.load or Result.load"
+            )
+        return result
+
+
+def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`table(n)`, `top(k)`, `top_edges(n)`: the number checked, since a slice takes -1 as "all but the last"."""
+    number = next(itertools.islice(inspect.signature(method).parameters, 1, None), None)
+
+    @functools.wraps(method)
+    def counted(self: Result, *args: Any, **named: Any) -> Any:
+        asked = args[0] if args else named.get(str(number))
+        if asked is not None:
+            whole(str(number), asked)
+        return method(self, *args, **named)
+
+    return counted
+
+
+def summary(value: Any) -> str:
+    """A value in a few characters: shapes instead of numbers, counts instead of elements.
+
+    >>> summary(torch.zeros(2, 3, dtype=torch.int64)), summary([1, 2]), summary("a" * 99)
+    ('Int[2 3]', 'list of 2', "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'")
+    """
+    if isinstance(value, Tensor):
+        if value.ndim == 0 and not value.is_meta:
+            return summary(value.item())
+        return f"{_kind(value.dtype)}[{' '.join(map(str, value.shape))}]"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 38 else value[:35] + "...")
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return format_number(int(value) if isinstance(value, Integral) else float(value))
+    if isinstance(value, list | tuple | dict):
+        kind = next(kind.__name__ for kind in (list, tuple, dict) if isinstance(value, kind))
+        return f"{kind} of {len(value)}"
+    if isinstance(value, Result):
+        return value._in_one_line()
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    return type(value).__name__
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """jaxtyping's word for a dtype, with the width where it is not the usual one: Float, Float64, BFloat16, Int."""
+    name = str(dtype).removeprefix("torch.")
+    word = name.rstrip("0123456789")
+    usual = {torch.float32, torch.int64, torch.complex64, torch.bool}
+    return _KINDS.get(word, name) + ("" if dtype in usual or word not in _KINDS else name[len(word) :])
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON can hold it: tensors as nested lists, results as dicts, no NaN literals.
+
+    >>> plain({5: torch.tensor([1.5, float("nan")]), "site": ("z", None)})
+    {'5': [1.5, 'NaN'], 'site': ['z', None]}
+
+    NaN and the infinities become the strings "NaN", "Infinity" and "-Infinity", which `float()` reads.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Result):
+        return {"class": type(value).__name__} | {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return _plain_dict(value)
+    if isinstance(value, complex):
+        return [plain(value.real), plain(value.imag)]
+    if hasattr(value, "tolist"):  # tensors and NumPy arrays
+        return plain(value.tolist())
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return _plain_float(float(value))
+    if isinstance(value, Sequence):
+        return [plain(item) for item in value]
+    raise WrongType(
+        f"a {type(value).__name__} was to be written as JSON, which holds only numbers, strings, booleans, None, "
+        "lists and dicts (and tensors and results as those); convert it first"
+    )
+
+
+def _plain_float(value: float) -> float | str:
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _plain_dict(value: Mapping) -> dict[str, Any]:
+    named = {str(key): plain(item) for key, item in value.items()}
+    if len(named) != len(value):
+        raise InputError(
+            f"a dict with keys {list(value)[:6]} was to be written as JSON, where keys are strings and some of these "
+            "become equal; rename them"
+        )
+    return named

@@ -1,0 +1,257 @@
+"""Results on disk: one safetensors file, its structure as JSON in the metadata, its classes found among plugins."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooklens.core.checksum import load_tensors, save_tensors
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
+from hooklens.core.files import reading
+
+GROUP = "hooklens.plugins"
+_FORMAT = "hooklens.result/2"
+_LARGEST_BODY = 64 * 2**20  # safetensors refuses to read a header above 100 MB
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a file can hold as a whole: a dataclass that is found again by its module and name. `Result` is one."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _CLASSES[cls.__module__, cls.__qualname__] = cls
+
+
+_CLASSES: dict[tuple[str, str], type[Kept]] = {}
+
+
+def known_classes() -> Mapping[tuple[str, str], type[Kept]]:
+    """Every such class defined so far, by module and qualified name: what a file may be matched against."""
+    return _CLASSES
+
+
+def write_result(result: Kept, path: str | os.PathLike) -> None:
+    """Write `result` to `path`; see `Result.save`."""
+    packed = _Packer()
+    body = json.dumps(packed.node(result, type(result).__name__), allow_nan=False)
+    if len(body) > _LARGEST_BODY:
+        raise InputError(
+            f"a {type(result).__name__} was to be saved, but its lists, dicts and strings take {len(body):,} bytes "
+            f"as JSON (at most {_LARGEST_BODY:,}); keep long lists of numbers in tensors"
+        )
+    save_tensors(path, packed.tensors, {"format": _FORMAT, "body": body})
+
+
+def read_result(path: str | os.PathLike) -> Kept:
+    """Read what `write_result` wrote; see `Result.load`."""
+    tensors, metadata = load_tensors(path, _FORMAT, "a result")
+    used: set[str] = set()
+    with reading(path, "a result"):
+        result = _unpack(json.loads(metadata["body"]), tensors, used)
+    if not isinstance(result, Kept) or used != set(tensors):
+        raise _refused(path, "its tensors and its structure do not belong together")
+    return result
+
+
+def _refused(path: str | os.PathLike, seen: str) -> FileRefused:
+    return FileRefused(f"a result was to be loaded from {str(path)!r}, but {seen}; save it again with Result.save")
+
+
+@dataclass
+class _Packer:
+    """Turns a value into JSON, putting its tensors aside under the names "0", "1", ..."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)  # id of a tensor -> its name: one seen twice is kept once
+    kept: list[Tensor] = field(default_factory=list)  # keeps those ids from being reused
+
+    def node(self, value: Any, where: str) -> Any:
+        if value is None or isinstance(value, bool):
+            return value
+        for kind, pack in self._kinds().items():
+            if isinstance(value, kind):
+                return pack(value, where)
+        if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a NumPy number
+            return self.node(value.item(), where)
+        raise WrongType(
+            f"{where} is a {type(value).__name__}, which a result file cannot hold; use tensors, numbers, strings, "
+            "booleans, None, results, or lists, tuples and dicts of these"
+        )
+
+    def _kinds(self) -> dict[type, Callable[[Any, str], Any]]:
+        return {
+            str: lambda value, _: str(value),
+            int: lambda value, _: int(value),
+            float: lambda value, _: float(value) if math.isfinite(value) else {"float": _spelled(float(value))},
+            Tensor: self._tensor,
+            Kept: self._result,
+            list: self._items,
+            tuple: lambda value, where: {"tuple": self._items(value, where)},
+            dict: lambda value, where: {"dict": [self._items(pair, f"{where}[{pair[0]!r}]") for pair in value.items()]},
+        }
+
+    def _items(self, value: list | tuple, where: str) -> list:
+        return [self.node(item, f"{where}[{index}]") for index, item in enumerate(value)]
+
+    def _result(self, value: Kept, where: str) -> dict:
+        plugin, package = _plugin_of(type(value))
+        stored = {f.name: self.node(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value) if f.init}
+        names = {"plugin": plugin, "package": package, "module": type(value).__module__}
+        return {"result": names | {"class": type(value).__qualname__, "fields": stored}}
+
+    def _tensor(self, value: Tensor, where: str) -> dict:
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise WrongType(f"{where} is a {value.layout} tensor on {value.device}; store a dense copy of it")
+        if id(value) not in self.names:
+            self.names[id(value)] = str(len(self.tensors))
+            self.kept.append(value)
+            dense = value.detach().resolve_conj().resolve_neg()
+            dense = torch.view_as_real(dense) if dense.is_complex() else dense
+            # a copy, because two views of one memory cannot both be stored, and because a view may have gaps
+            self.tensors[self.names[id(value)]] = dense.to("cpu", copy=True).contiguous()
+        return {"complex" if value.is_complex() else "tensor": self.names[id(value)]}
+
+
+def _unpack(node: Any, tensors: dict[str, Tensor], used: set[str]) -> Any:
+    """The value that `_Packer.node` was given. A malformed node raises whatever it runs into: the caller refuses it."""
+    if isinstance(node, list):
+        return [_unpack(item, tensors, used) for item in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, held),) = node.items()
+    if kind in ("tensor", "complex"):
+        used.add(held)
+        return torch.view_as_complex(tensors[held]) if kind == "complex" else tensors[held]
+    if kind == "float":
+        return float(held)
+    if kind == "tuple":
+        return tuple(_unpack(held, tensors, used))
+    if kind == "dict":
+        return dict(_unpack(held, tensors, used))
+    if kind == "result":
+        cls = _class_named(*(str(held[key]) for key in ("plugin", "module", "class", "package")))
+        return _build(cls, {name: _unpack(item, tensors, used) for name, item in held["fields"].items()})
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _build(cls: type[Kept], values: dict[str, Any]) -> Kept:
+    known = {f.name: f for f in fields(cls) if f.init}
+    missing = [name for name, f in known.items() if name not in values and _is_required(f)]
+    extra = sorted(set(values) - set(known))
+    if missing or extra:
+        raise FileRefused(
+            f"a {cls.__name__} was to be loaded, but the file lacks the fields {missing} and has {extra}, which this "
+            "version does not know; load it with the version that saved it"
+        )
+    try:
+        return cls(**values)
+    except Exception as error:  # its own checks (shapes, ranges) may raise anything
+        raise FileRefused(
+            f"a {cls.__name__} was to be loaded, but its values were not accepted ({error}); save it again"
+        ) from error
+
+
+def _is_required(known: Field) -> bool:
+    return known.default is MISSING and known.default_factory is MISSING
+
+
+def _plugin_of(cls: type[Kept]) -> tuple[str, str]:
+    """The registered plugin that `cls` will be found in again, and the package that brings it.
+
+    Our own modules outside plugins/ count as a plugin named "hooklens", which needs no entry point.
+    """
+    exports = [entry for entry in _entries() if getattr(sys.modules.get(entry.module), cls.__name__, None) is cls]
+    around = [entry for entry in _entries() if _within(cls.__module__, _package(entry))]
+    for entry in exports + sorted(around, key=lambda entry: -len(_package(entry))):
+        with contextlib.suppress(Unavailable):  # a broken neighbour is no reason not to save
+            if _lookup(entry, cls.__module__, cls.__qualname__) is cls:
+                return entry.name, entry.dist.name if entry.dist else entry.module.partition(".")[0]
+    if _within(cls.__module__, "hooklens") and _known("hooklens", cls.__module__, cls.__qualname__) is cls:
+        return "hooklens", "hooklens"
+    raise InputError(
+        f"a {cls.__qualname__} was to be saved, but its module {cls.__module__!r} is not part of a registered plugin, "
+        f"so that nothing could load it; declare the module as an entry point of the group {GROUP!r} in its package's "
+        "metadata and install that, or use to_json()"
+    )
+
+
+def _class_named(plugin: str, module: str, name: str, package: str) -> type[Kept]:
+    """The Result subclass `name` of a registered plugin; nothing is imported but the plugin's own declared module."""
+    entries = [entry for entry in _entries() if entry.name == plugin]
+    if plugin == "hooklens" and (ours := _known("hooklens", module, name)) is not None:
+        return ours
+    if not entries and plugin != "hooklens":
+        raise _plugin_missing(plugin, name, package)
+    for entry in entries:
+        if (found := _lookup(entry, module, name)) is not None:
+            return found
+    raise Unavailable(
+        f"the file holds a {name!r} of the plugin {plugin!r}, which is installed but has no such result; "
+        f"install the version of {_shown(package)} that saved the file"
+    )
+
+
+def _plugin_missing(plugin: str, name: str, package: str) -> Unavailable:
+    known = sorted({entry.name for entry in _entries()})
+    return Unavailable(
+        f"the file holds a {name!r} of the plugin {plugin!r}, which is not installed (installed: "
+        f"{', '.join(known) or 'none'}); the file says that it comes with the package {_shown(package)}: "
+        f"if you trust that, pip install {_shown(package)}"
+    )
+
+
+def _shown(package: str) -> str:
+    """The package's name as the file gives it, if it can be one: it ends up in a command that people copy."""
+    return package if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", str(package)) else "(unreadable name)"
+
+
+def _lookup(entry: EntryPoint, module_name: str, name: str) -> type[Kept] | None:
+    """The class among what the plugin's module exports, or among what its package has defined."""
+    try:
+        module = entry.load()
+    except Exception as error:
+        raise Unavailable(
+            f"the plugin {entry.name!r} was to be loaded, but importing {entry.value!r} raised "
+            f"{type(error).__name__}: {error}; repair or uninstall that package"
+        ) from error
+    exported = vars(module).get(name)
+    if isinstance(exported, type) and issubclass(exported, Kept):
+        return exported
+    return _known(_package(entry), module_name, name)
+
+
+def _known(package: str, module: str, name: str) -> type[Kept] | None:
+    """An already defined Result subclass inside `package`; the module only decides between classes of one name."""
+    found = {at: cls for (at, known), cls in known_classes().items() if known == name and _within(at, package)}
+    return found.get(module) or (next(iter(found.values())) if len(found) == 1 else None)
+
+
+def _entries() -> list[EntryPoint]:
+    return [entry for entry in importlib.metadata.entry_points(group=GROUP) if not entry.attr]
+
+
+def _package(entry: EntryPoint) -> str:
+    """The package that a plugin's classes live in: the folder of its module, or the module where it stands alone."""
+    if hasattr(sys.modules.get(entry.module), "__path__"):
+        return entry.module
+    return entry.module.rpartition(".")[0] or entry.module
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def _spelled(value: float) -> str:
+    """An infinity or NaN in words that float() reads back, the sign of a NaN too, which str() drops."""
+    return ("-" if math.copysign(1, value) < 0 else "") + str(abs(value))

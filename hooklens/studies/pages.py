@@ -1,0 +1,302 @@
+"""The pages that patching experiments are read on: they draw what a study holds and compute nothing but intervals."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hooklens.plugins.patching.activation import PatchSweep
+from hooklens.plugins.patching.grid import STRONGEST
+from hooklens.results.result import Table
+from hooklens.studies.mover_claims import LEAST_GROUPS
+
+if TYPE_CHECKING:
+    from hooklens.studies.ioi import IOIStudy
+    from hooklens.studies.pair import PairStudy
+    from hooklens.viz.report import Report
+
+_SITES = {
+    "resid_pre": "the residual stream before each layer",
+    "resid_mid": "the residual stream between attention and MLP",
+    "resid_post": "the residual stream after each layer",
+    "attn_out": "what attention adds to the residual stream",
+    "mlp_out": "what the MLP adds to the residual stream",
+    "post": "the MLP's neurons after their activation function",
+    "q": "the heads' queries",
+    "k": "the heads' keys",
+    "v": "the heads' values",
+    "z": "the heads' output",
+    "pattern": "the heads' attention patterns",
+    "result": "what the heads write to the residual stream",
+}
+_UNITS = {"head": "one head at a time", "neuron": "one neuron at a time"}
+_PATCHES = {
+    "metric": "the logit difference after this patch",
+    "recovered": "its share of the difference to restore, 0 as in the corrupted run, 1 as in the clean run",
+}
+_NAMES = "L5 is layer 5, L5H1 its head 1; behind that the token and, in brackets, its position"
+
+
+def pair_report(study: "PairStudy") -> "Report":
+    """The page of one pair: predictions, a figure a site, layers, heads, numbers."""
+    from hooklens.viz.report import Report
+
+    report = Report(f"Activation patching in {study.model}")
+    _prompts(report, study)
+    for site, sweep in study.sweeps.items():
+        report.heading(f"Patching {site}")
+        _swept(report, study, sweep)
+        terms = {site: f"the patch. {_NAMES}", **_PATCHES}
+        report.table(sweep.top(8), f"The patches of {site} that moved the logit difference most.", terms)
+    report.heading("Layer by layer")
+    for sweep in study.layers.values():
+        report.figure(sweep.figure(), f"{patched(study, sweep)} One pair has no interval.")
+    if study.heads:
+        report.heading("What the strongest heads attend to").figure(
+            _attention(study.patterns, study.clean, study.heads),
+            "On the clean prompt. That a head restores the logit difference says nothing yet about how: to call it a "
+            "name mover takes many pairs, as in `hooklens demo`.",
+        )
+    return _exactness(report, [*study.sweeps.values(), *study.layers.values()])
+
+
+def _swept(report: "Report", study: "PairStudy", sweep: PatchSweep) -> None:
+    """A sweep's figure; where it leaves rows out, all of them behind a fold."""
+    report.figure(sweep.figure(), patched(study, sweep))
+    rows = sweep.values[..., 0].numel()
+    if sweep.values.ndim == 3 and rows > STRONGEST:
+        with report.fold(f"All {rows} rows"):
+            report.figure(sweep.figure(rows=None))
+
+
+def patched(study: "PairStudy", sweep: PatchSweep) -> str:
+    """What a sweep of this pair wrote where, and how its numbers are read."""
+    unit = next((words for axis, words in _UNITS.items() if axis in sweep.by), "one layer at a time")
+    first, last = study.shared
+    if "pos" in sweep.by:
+        where = "one token position at a time"
+    elif len(study.clean) == len(study.corrupted):
+        where = "at all positions"
+    else:
+        where = (
+            f"only at the first {first} and the last {last} tokens, which both prompts share, as the prompts have "
+            f"{len(study.clean)} and {len(study.corrupted)} tokens; those between keep their own value"
+        )
+    read = (
+        "0: as in the corrupted run, 1: as in the clean run."
+        if sweep.defined
+        else "Both runs have the same logit difference, so that its change is shown."
+    )
+    return (
+        f"Patched: {_SITES[sweep.site]}, {unit}, {where}. Written: its value in the clean run, into the corrupted run, "
+        f"every later layer recomputed. {read}"
+    )
+
+
+def ioi_report(study: "IOIStudy") -> "Report":
+    """The page of `hooklens demo`."""
+    from hooklens.viz.report import Report
+
+    shown, movers, named = study.shown, study.reported, study.named.name_movers
+    report = Report(f"Who gets the drink? Indirect objects in {shown.model}")
+    report.text(finding(study))
+    report.numbers(
+        {
+            "prompt pairs": len(study.pairs),
+            "indirect object above subject": f"{study.correct:.0%}",
+            "clean logit difference": float(study.clean_per_pair.mean()),
+            "corrupted": float(study.corrupted.mean()),
+            "name movers": len(named),
+            "their direct effect": _whole(sum(float(movers.share[i]) for i in named)),
+        }
+    )
+    report.heading("The pair shown, and what the model says")
+    _prompts(report, shown)
+    report.heading("Where the answer is, layer by layer")
+    _swept(report, shown, shown.sweeps["resid_pre"])
+    report.heading("Which heads carry it")
+    _swept(report, shown, shown.sweeps["z"])
+    _heads(report, study)
+    _claims(report, study)
+    report.heading(f"Attention and MLPs by layer, over {len(study.pairs)} pairs")
+    for sweep in study.layers.values():
+        report.figure(_bars(study, sweep), f"{patched(shown, sweep)} {_WHISKERS}")
+    _how(report, study)
+    return _exactness(report, [*shown.sweeps.values(), *study.layers.values()])
+
+
+_WHISKERS = "Whiskers: 95 % intervals over groups of four pairs that share names and sentence."
+
+
+def finding(study: "IOIStudy") -> str:
+    """Which heads move the name, and what each restores; or why nothing can be said."""
+    movers = study.reported
+    if not movers.defined:
+        return (
+            "On these pairs the model does not tell the indirect object from the subject: the interval of the "
+            "clean-corrupted difference includes 0, so nothing can be said to restore it."
+        )
+    heads = ", ".join(f"L{a}H{b} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
+    others = [row for row in study.table(None).rows if row[1] == "restores the logit difference"][:3]
+    also = ", ".join(f"{row[0]} ({_whole(row[2])})" for row in others)
+    named = f"Name movers, with what each restores directly: {heads}." if heads else "No head passes all three tests."
+    if not others:
+        return f"{named} No other head restores the logit difference."
+    return f"{named} Other heads restore the logit difference without moving a name; the strongest are {also}."
+
+
+def _prompts(report: "Report", study: "PairStudy") -> None:
+    report.prompts(
+        study.clean,
+        study.corrupted,
+        clean_top=study.clean_top,
+        corrupted_top=study.corrupted_top,
+        caption="Coloured: where the prompts differ. Below each, the model's likeliest next tokens.",
+    )
+    sweep = study.any_sweep
+    report.numbers(
+        {
+            "answer": repr(study.answer),
+            "wrong answer": repr(study.wrong_answer),
+            "logit difference, clean": sweep.clean,
+            "logit difference, corrupted": sweep.corrupted,
+            "difference to restore": sweep.clean - sweep.corrupted,
+        }
+    )
+
+
+def _attention(patterns: Any, tokens: list[str], heads: list[str]) -> Any:
+    from hooklens.viz.heads import attention_heads
+
+    return attention_heads(patterns, tokens, heads)
+
+
+def _heads(report: "Report", study: "IOIStudy") -> None:
+    """The picture of all heads, the table of the strongest, and the patterns of the first."""
+    asked = study.movers.criteria
+    report.heading(f"Head by head, over {len(study.reported_on)} pairs")
+    report.figure(
+        study.figure(),
+        "Every head of the model; the strongest are named. Name movers stand to the upper right, in dark.",
+    )
+    report.table(_short(study.table()), *_columns(study))
+    report.text(
+        "A head is called a name mover only if all three hold. It attends: the last position's attention to the "
+        f"indirect object exceeds that to any other position but the first by more than {asked.least_margin:g} (lower "
+        f"end of the interval). It copies: for at least {asked.least_copying:.0%} of the names its OV puts the name "
+        f"itself among the {asked.top_k} likeliest tokens. It acts directly: the lower end of its direct effect "
+        f"exceeds {asked.least_direct:.0%}. Any other head at most restores, or lowers, the logit difference."
+    )
+    drawn, called = study.heads[: len(study.patterns)], study.called()
+    names = [f"L{a}H{b}, {called[i]}" for i, (a, b) in enumerate(drawn)]
+    report.heading("What the strongest heads attend to").figure(
+        _attention(study.patterns, study.shown.clean, names),
+        "On the clean prompt shown above; the bottom row is the last position, from which the answer is read.",
+    )
+
+
+def _claims(report: "Report", study: "IOIStudy") -> None:
+    report.heading("What may be claimed")
+    if study.claims is not None:
+        report.text("Heads were called name movers on one half of the pairs; the numbers are of the other half.")
+        report.claims(study.claims)
+        return
+    n = len(study.movers.group.unique())
+    if n < LEAST_GROUPS:
+        report.text(
+            f"Nothing: of {n} groups of pairs (four share names and sentence) one half names heads and the other tests "
+            f"them, and a test that could say anything takes {LEAST_GROUPS} groups, {4 * LEAST_GROUPS} pairs."
+        )
+    else:
+        report.text("Nothing: on the half of the pairs that names heads, no head passed all three tests.")
+
+
+def _short(table: Table) -> Table:
+    """Each interval beside its number: "41% [37, 44]"."""
+    columns = ("head", "called", "patched", "direct", "attends to IO", "margin", "copies", "suppresses")
+    rows = []
+    for head, called, *numbers in table.rows:
+        patched, direct, rest = numbers[:3], numbers[3:6], numbers[6:]
+        looks = (f"{rest[0]:.2f}", f"{rest[1]:+.2f}", *(f"{share:.0%}" for share in rest[2:]))
+        rows.append((head, called, *(_percent(*triple) for triple in (patched, direct)), *looks))
+    return Table(columns, rows)
+
+
+def _whole(share: Any) -> str:
+    """A share as a whole percentage, never "-0%"."""
+    shown = f"{float(share):.0%}"
+    return "0%" if shown == "-0%" else shown
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{_whole(value)} [{_whole(low)[:-1]}, {_whole(high)[:-1]}]"
+
+
+def _columns(study: "IOIStudy") -> tuple[str, dict[str, str]]:
+    k, held_out = study.movers.criteria.top_k, study.held_out
+    how = (
+        f"Heads are chosen and called by {len(study.chosen_on)} of the pairs; every number is of the other "
+        f"{len(study.reported_on)}, which share no group with them."
+        if held_out
+        else "All pairs are of one group, so that heads are chosen and measured on the same ones, without intervals."
+    )
+    return f"{how} Unrounded numbers are in the JSON file.", {
+        "head": "L5H1 is head 1 of layer 5",
+        "called": "name mover where all three tests below hold, else what its patch does",
+        "patched": "share of the clean-corrupted difference that the head's clean output restores, later layers "
+        "recomputed, with its 95 % interval",
+        "direct": "the same where only the final norm and the unembedding see it",
+        "attends to IO": "the last position's attention to the indirect object",
+        "margin": "how much more than to any other position but the first",
+        "copies": f"share of names that the head's OV (what it writes of a token it attends to) puts among the {k} "
+        "likeliest tokens",
+        "suppresses": f"share of names that its OV puts among the {k} least likely tokens",
+    }
+
+
+def _bars(study: "IOIStudy", sweep: PatchSweep) -> Any:
+    from hooklens.viz.figures import bars
+
+    low, high = study.interval(sweep.per_pair - sweep.corrupted_per_pair[:, None])
+    title = f"{sweep.site}: recovered by each layer"
+    return bars(sweep.recovered, low, high, sweep.labels["layer"], title, x_title="layer", y_title="recovered")
+
+
+def _how(report: "Report", study: "IOIStudy") -> None:
+    pairs, movers = study.pairs, study.reported
+    orders = {order: pairs.order.count(order) for order in dict.fromkeys(pairs.order)}
+    balance = " and ".join(f"{count} {order}" for order, count in orders.items())
+    report.heading("How this was measured").text(
+        f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in "
+        f"each order; {len(set(pairs.template))} sentences; all prompts are {pairs.clean_tokens.shape[1]} tokens long. "
+        "Two names in one sentence give four pairs, which are not independent: every interval over pairs resamples "
+        f"such groups ({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is "
+        "measured on each name as it leaves block 0, put through the head's own values (shared by its group of heads "
+        "where keys and values are grouped) and output, the final norm's weight and W_U; a norm's scale changes no "
+        f"rank. On average a head copies {float(movers.copying.mean()):.1%} of the names. Intervals are not corrected "
+        f"for the number of heads ({movers.share.numel()}), and direct effects of different heads need not add up to "
+        "100 %: the final norm is recomputed for each."
+    )
+    with report.fold("The first pairs"):
+        report.table(pairs.table(8))
+
+
+_PRODUCTS = {"linear": "torch's own products", "packed": "weights packed for this CPU"}
+
+
+def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
+    errors = torch.tensor([sweep.largest_error for sweep in sweeps])
+    known = errors[errors.isfinite()]
+    seen = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
+    checked = sum(sweep.n_verified for sweep in sweeps)
+    kernels = " and ".join(_PRODUCTS[name] for name in sorted({s.kernel for s in sweeps}) if name in _PRODUCTS)
+    products = (
+        f" Linear layers multiplied with {kernels}: the other kind gives other last digits, and which is faster is "
+        "measured anew in every process; in Python, hl.engine(kernel=...) settles it."
+    )
+    return report.text(
+        f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. What had to be "
+        "computed, as a share of that plain loop: "
+        + ", ".join(f"{s.site} by {' x '.join(s.by)} {s.computed:.0%}" for s in sweeps)
+        + "."
+        + products * bool(kernels)
+    )

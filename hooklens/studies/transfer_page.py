@@ -1,0 +1,20 @@
+"""A circuit carried over to another model, as a page."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hooklens.plugins.circuits.transfer import CircuitTransfer
+
+
+def transfer_report(found: "CircuitTransfer") -> Any:
+    """The transfer as a page."""
+    from hooklens.viz.report import Report
+
+    report = Report(f"A circuit of {found.source} in {found.target}")
+    report.text(
+        "Nodes were matched by label and by their effect on one half of the prompts; faithfulness is measured on "
+        "the other. A match of roles is no match of mechanisms."
+    )
+    report.figure(found.figure()).table(found.table())
+    report.heading("Who stands for whom").figure(found.matching.figure()).table(found.matching.table())
+    return report.heading("The circuit in the target").figure(found.mapped.circuit.figure())

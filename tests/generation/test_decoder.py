@@ -1,0 +1,167 @@
+"""The decoder of a generation: the numbers of the model's forward, for as long as nobody looks or edits."""
+
+import pytest
+import torch
+from zoo import ZOO, zoo_model
+
+from hooklens.generation import decoder
+from hooklens.generation.continuation import Continuation
+from hooklens.generation.decoder import Decoder
+from hooklens.model import linear
+from hooklens.model.kv_cache import KVCache
+from hooklens.model.linear import _measured, packed_linears
+from hooklens.testing import tiny_model
+
+
+@pytest.fixture(params=["packed", "plain"], autouse=True)
+def weights(request, monkeypatch):
+    """Both kinds of product are tested on every machine, whichever is the faster one there."""
+    packed = request.param == "packed"
+    if packed and not _measured()[0]:
+        pytest.skip("this torch or CPU has no packed linear")
+    monkeypatch.setattr(linear, "packing_pays", lambda rows: packed)
+    return request.param
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """How many weights a decoder packed."""
+    count, plain = [], decoder.pack
+    monkeypatch.setattr(decoder, "pack", lambda *args: count.append(1) or plain(*args))
+    return count
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many steps went through a decoder."""
+    steps, plain = [], Decoder.__call__
+    monkeypatch.setattr(Decoder, "__call__", lambda self, *args: steps.append(1) or plain(self, *args))
+    return steps
+
+
+def close(got, expected, ulps=1000):
+    """Equal within a thousand roundings of the largest logit: the products are summed in another order."""
+    bound = ulps * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(got, expected, atol=bound, rtol=0)
+
+
+def kinds(served):
+    models = {kind: zoo_model(kind) for kind in ZOO}
+    return [kind for kind, model in models.items() if model.cfg.causal and (model.cfg.block != "post") == served]
+
+
+@pytest.mark.parametrize("kind", kinds(served=True))
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_equal_the_whole_pass(kind, padded):
+    model = zoo_model(kind)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 1, 2, 0, 3, 5]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, :2] = not padded
+    with torch.no_grad():
+        step, past = Decoder.of(model, rows=2), KVCache()
+        model(tokens[:, :3], attention_mask=mask[:, :3] if padded else None, kv_cache=past)
+        for at in range(3, 6):
+            expected = model(tokens[:, : at + 1], attention_mask=mask[:, : at + 1] if padded else None)[:, -1]
+            close(step(tokens[:, at : at + 1], past), expected)
+    assert past.length == 6 and past.step == 4
+
+
+def test_what_it_does_not_know_it_leaves_to_the_model():
+    assert all(Decoder.of(zoo_model(kind), rows=1) is None for kind in kinds(served=False))
+    mixed = tiny_model()
+    mixed.blocks[0].attn.o.double()
+    assert Decoder.of(mixed, rows=1) is None
+    swapped, own = tiny_model(), tiny_model()
+    swapped.blocks[0].attn.o = torch.nn.Sequential(swapped.blocks[0].attn.o)
+    own.__class__ = type("Own", (type(own),), {})
+    assert Decoder.of(swapped, rows=1) is None and Decoder.of(own, rows=1) is None
+    assert Decoder.of(tiny_model(), rows=1) is not None
+
+
+PARTS = ["", "embed", "blocks.0", "blocks.1.attn.k", "blocks.0.mlp", "ln_final", "unembed", "unembed.linear"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_torch_hooks_and_replaced_forwards_count(part, how, counted):
+    def changed():
+        model = zoo_model("llama")
+        module = model.get_submodule(part)
+        if how == "hook":
+            module.register_forward_hook(lambda m, args, out: out * -1)
+        elif how == "pre-hook":
+            module.register_forward_pre_hook(lambda m, args: args)
+        else:
+            plain = module.forward
+            module.forward = lambda *args, **kwargs: plain(*args, **kwargs) * -1
+        return model
+
+    expected = changed().generate([1, 2, 3], 26, stop=(), capture={0: "resid_post"}).new_tokens[0]
+    assert torch.equal(changed().generate([1, 2, 3], 26, stop=()).new_tokens[0], expected) and not counted
+
+
+@pytest.mark.parametrize(("dtype", "ulps"), [(torch.float64, 1000), (torch.bfloat16, 10)])
+def test_other_dtypes_take_the_same_steps_on_plain_weights(dtype, ulps, packs):
+    model, past = zoo_model("llama").to(dtype), KVCache()
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        model(tokens[:, :3], kv_cache=past)
+        close(Decoder.of(model, rows=1)(tokens[:, 3:], past), model(tokens)[:, -1], ulps=ulps)
+    assert not packs
+
+
+def test_where_packing_does_not_pay_a_generation_still_takes_the_short_way(counted, packs, weights):
+    zoo_model("llama").generate([1, 2, 3], 26, stop=())
+    assert len(counted) == 25 and bool(packs) == (weights == "packed")
+
+
+def test_packing_switched_off_around_a_generation_is_off_in_it(packs):
+    with packed_linears(enabled=False):
+        zoo_model("llama").generate([1, 2, 3], 26, stop=())
+    assert not packs
+    if _measured()[0]:
+        with packed_linears(enabled=True):
+            zoo_model("llama").generate([1, 2, 3], 26, stop=())
+        assert packs
+
+
+def test_a_generation_uses_it_and_finds_the_same_tokens(counted):
+    model = zoo_model("llama")
+    prompts, n = [[1, 2, 3], [4], [5, 6]], 30
+    with torch.no_grad():
+        expected = [model.generate(p, n, stop=(), capture={0: "resid_post"}).new_tokens[0] for p in prompts]
+        assert not counted  # somebody listens
+        got = model.generate(prompts, n, stop=()).new_tokens
+    assert len(counted) == n - 1
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("edit", ["weight", "replaced", "hook", "torch hook"])
+def test_an_edit_in_the_middle_counts_from_its_step_on(edit, counted, monkeypatch):
+    def change(model):
+        with torch.no_grad():
+            if edit == "weight":
+                model.unembed.linear.weight.neg_()
+            elif edit == "replaced":
+                model.unembed.linear.weight = torch.nn.Parameter(-model.unembed.linear.weight)
+            elif edit == "torch hook":
+                model.ln_final.register_forward_hook(lambda m, args, out: -out)
+            else:
+                model.add_hook("unembed.hook_in", lambda act, hook: -act)
+
+    def run(**options):
+        model, added = zoo_model("llama"), []
+
+        def add_and_change(self, token):  # as a function given as `stream` could
+            plain(self, token)
+            added.append(token)
+            if len(added) == 10:
+                change(model)
+
+        monkeypatch.setattr(Continuation, "add", add_and_change)
+        return model.generate([1, 2, 3], 30, stop=(), **options).new_tokens[0]
+
+    plain = Continuation.add
+    expected = run(capture={0: "resid_post"})  # a capture keeps the generation off the decoder
+    assert not counted
+    assert torch.equal(run(), expected) and len(counted) == 9
