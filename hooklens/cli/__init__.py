@@ -2,4 +2,6 @@
 
 # isort: off
 from hooklens.cli import demo, patch, models, plugins, lens, heads, circuit, probe, register  # noqa: F401
-from hooklens.cli.base import app as app, main as main
+from hooklens.cli.base import BAD_INPUT, FAILED, INTERRUPTED, MISSING, OK, app, main
+
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "MISSING", "OK", "app", "main"]

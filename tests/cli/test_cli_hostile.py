@@ -11,6 +11,7 @@ from test_cli import CLEAN, CORRUPTED, invoke
 from test_cli_methods import pairs_file  # noqa: F401  a fixture
 
 from hooklens import cli
+from hooklens.cli import models
 from hooklens.data.ioi import NAMES
 from hooklens.pretrained.checkpoint import save_checkpoint
 from hooklens.pretrained.tokenizer import tiny_tokenizer
@@ -144,7 +145,7 @@ def test_something_unexpected_is_told_in_plain_characters(hostile, monkeypatch):
         error.add_note(EVIL)
         raise error
 
-    monkeypatch.setattr(cli, "load_model", raising)
+    monkeypatch.setattr(models, "load_model", raising)
     for debug in ([], ["--debug"]):
         text = told(invoke(*debug, "check", hostile), cli.FAILED)
         assert text.count("owned") >= 2
@@ -153,5 +154,6 @@ def test_something_unexpected_is_told_in_plain_characters(hostile, monkeypatch):
 def test_a_failed_check_of_numbers_ends_with_1(hostile, monkeypatch):
     from hooklens.core.errors import CheckFailed
 
-    monkeypatch.setattr(cli, "load_model", lambda *args: (_ for _ in ()).throw(CheckFailed("z at layer 0 differs")))
+    failing = (_ for _ in ()).throw
+    monkeypatch.setattr(models, "load_model", lambda *args: failing(CheckFailed("z at layer 0 differs")))
     assert "z at layer 0 differs" in told(invoke("check", hostile), cli.FAILED)

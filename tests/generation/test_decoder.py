@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from zoo import ZOO, zoo_model
+from model.zoo import ZOO, zoo_model
 
 from hooklens.generation import decoder
 from hooklens.generation.continuation import Continuation

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model.zoo import zoo_model
 from refused import refused
-from zoo import zoo_model
 
 from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.generation.continuation import Continuation, Stops

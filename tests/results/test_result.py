@@ -189,7 +189,7 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 
 def test_a_safetensors_file_of_another_kind_is_refused(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "a", {"format": "pt"})
-    with pytest.raises(FileRefused, match=r"not 'hooklens.results.result/2'"):
+    with pytest.raises(FileRefused, match=r"not 'hooklens.result/2'"):
         Result.load(tmp_path / "a")
 
 
@@ -201,7 +201,7 @@ def test_a_missing_file_is_told_as_such(tmp_path):
 def forge(path: Path, body: Any, tensors: dict[str, Tensor] | None = None) -> Path:
     """A file with a valid digest and any body: what somebody could send."""
     text = body if isinstance(body, str) else json.dumps(body)
-    save_tensors(path, tensors or {}, {"format": "hooklens.results.result/2", "body": text})
+    save_tensors(path, tensors or {}, {"format": "hooklens.result/2", "body": text})
     return path
 
 

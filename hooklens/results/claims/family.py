@@ -68,6 +68,7 @@ def family(
 
     Plans in `registered` go to the claims whose statement is their hypothesis.
 
+    >>> from hooklens.results.claims.measured import Measured
     >>> seen = Measured.of("seen", [1.0] * 6)
     >>> idle, held = ([-0.1, 0.1] * 3, [2.0, 1.5, 1.8, 2.2, 1.9, 2.1])
     >>> made = [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plugins.test_name_movers import known_model, known_pairs
+from plugins.heads.test_name_movers import known_model, known_pairs
 
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import NAMES
