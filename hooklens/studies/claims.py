@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
@@ -14,21 +14,28 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def demo(model: "HookedTransformer") -> ClaimFamily:
-    """Does a head of the first layer matter for the loss? Each zeroed on short prompts, the next one as its control."""
-    tokens, heads = demo_texts(model, 6, 8), range(model.cfg.n_heads)
-    metric = loss(model, tokens)
+def zeroed_heads(
+    model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], metric: Any, *, layer: int = 0
+) -> ClaimFamily:
+    """Does a head of this layer matter? Each is zeroed, and the fall of the metric held beside that of the next head.
+
+    >>> from hooklens.testing import induction_model
+    >>> model, tokens = induction_model(), torch.tensor([[3, 1, 4, 3, 1, 4]])
+    >>> [one.statement for one in zeroed_heads(model, tokens, loss(model, tokens), layer=1).claims]
+    ['L1H0 matters', 'L1H1 matters']
+    """
+    heads, site = range(model.cfg.n_heads), ("z", layer)
     with torch.no_grad():
-        logits, cache = model.run_with_cache(tokens, names=("z", 0))
-        base, size = metric(logits), cache["z", 0].norm(dim=-1).mean(1)  # prompt; prompt head
-        rise = [base - metric(model.run_with_hooks(tokens, fwd_hooks=[(("z", 0), _zero(i))])) for i in heads]
-    effect = [Measured.of("rise of the loss with the head at zero", one.cpu(), metric=metric) for one in rise]
+        logits, cache = model.run_with_cache(tokens, names=site)
+        base, size = metric(logits), cache[site].norm(dim=-1).mean(1)  # prompt; prompt head
+        fall = [base - metric(model.run_with_hooks(tokens, fwd_hooks=[(site, _zero(i))])) for i in heads]
+    effect = [Measured.of("fall of the metric with the head at zero", one.cpu(), metric=metric) for one in fall]
     made = []
     for i in heads:
-        other = rise[(i + 1) % len(rise)].cpu()
+        other = fall[(i + 1) % len(fall)].cpu()
         seen = Measured.of("length of z", size[:, i].cpu())
-        control = Measured.of("the same for the next head", other, metric=metric) if len(rise) > 1 else None
-        made.append(claim(model, f"L0H{i} matters", observation=seen, intervention=effect[i], control=control))
+        control = Measured.of("the same for the next head", other, metric=metric) if len(fall) > 1 else None
+        made.append(claim(model, f"L{layer}H{i} matters", observation=seen, intervention=effect[i], control=control))
     return family(model, made)
 
 
@@ -38,3 +45,9 @@ def _zero(head: int) -> Any:
         return z
 
     return zero
+
+
+def demo(model: "HookedTransformer") -> ClaimFamily:
+    """Does a head of the first layer matter for the loss of six short prompts?"""
+    tokens = demo_texts(model, 6, 8)
+    return zeroed_heads(model, tokens, loss(model, tokens))

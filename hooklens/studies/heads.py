@@ -14,9 +14,9 @@ from hooklens.metrics import answer_ids, logit_diff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.lens.attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
+from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import few_groups, mean_interval
-from hooklens.studies.held_out import HeldOutEffects, held_out_top
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -1,22 +1,36 @@
 """The largest of many effects is too large: choose on one half of the prompts, report on the other."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.metrics import loss
-from hooklens.plugins.patching.activation import patch
-from hooklens.results.claims import HeldOutEffects, held_out_top
+from hooklens.plugins.patching.ablation import ablate
+from hooklens.results.claims import HeldOutEffects
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
+def strongest_heads(
+    model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], metric: Any, *, k: int = 4
+) -> HeldOutEffects:
+    """Which `k` heads does the metric need most? Chosen on half of the prompts, each zeroed; reported on the others.
+
+    >>> from hooklens.testing import induction_model
+    >>> model, tokens = induction_model(), [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [2, 3, 5, 2]]
+    >>> strongest_heads(model, tokens, loss(model, tokens), k=2).names
+    ['L1H1', 'L0H0']
+    """
+    sweep = ablate(model, tokens, metric, value="zero")
+    return sweep.held_out_top(k)
+
+
 def demo(model: "HookedTransformer") -> HeldOutEffects:
-    """Which head's zeroing changes the loss most? Chosen on half of twelve short prompts, reported on the rest."""
+    """Which heads' zeroing changes the loss most? Chosen on half of twelve short prompts, reported on the rest."""
     tokens = demo_texts(model, 12, 8)
     with engine(progress=False, verify=0):
-        sweep = patch(model, tokens, tokens, loss(model, tokens), site="z", value="zero")
-    rose = sweep.clean_per_pair[:, None, None] - sweep.per_pair
-    names = [f"L{i}H{j}" for i in range(model.cfg.n_layers) for j in range(model.cfg.n_heads)]
-    return held_out_top(model, rose, names, k=min(4, len(names)))
+        return strongest_heads(model, tokens, loss(model, tokens), k=min(4, model.cfg.n_layers * model.cfg.n_heads))

@@ -15,9 +15,9 @@ from hooklens.plugins.lens.attribution import LogitAttribution, NoAttribution, d
 from hooklens.plugins.lens.logit_lens import LogitLens, logit_lens
 from hooklens.plugins.lens.reading import Answers
 from hooklens.plugins.lens.trajectory import Trajectory, trajectory
+from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups, few_groups, group_numbers
-from hooklens.studies.held_out import HeldOutEffects, held_out_top
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -154,7 +154,7 @@ def test_the_number_of_rows_is_checked_by_every_result():
     for plugin in available():
         plugin.load()
     for cls in known_classes().values():
-        if cls.__module__.startswith("hooklens."):
+        if cls.__module__.startswith("hooklens.") and cls is not Result:
             ranked = [name for name in ("table", "top") if name in vars(cls)]
             assert all(hasattr(vars(cls)[name], "__wrapped__") for name in ranked), cls
 
