@@ -18,7 +18,7 @@ import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, write
 from benchmarks.sweeps import RIGHT, WRONG, keep, prompts
-from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed
+from hooklens.plugins.patching.path import path_patch, path_patch_fixed
 
 LAYER, HEAD = 9, 9
 QUERY = ("q", LAYER, HEAD)
@@ -39,9 +39,9 @@ def main() -> None:
     few = senders[:: 144 // chosen.loop]
     peer = None if chosen.ours_only else peers.transformer_lens(model)
     cases: dict[str, tuple[Callable, Any]] = {
-        "to the logits, edges": (path_patch_edges, "final"),
+        "to the logits, edges": (path_patch, "final"),
         "to the logits, fixed receivers": (path_patch_fixed, "final"),
-        f"to L{LAYER}H{HEAD}.q, edges": (path_patch_edges, QUERY),
+        f"to L{LAYER}H{HEAD}.q, edges": (path_patch, QUERY),
         f"to L{LAYER}H{HEAD}.q, fixed receivers": (path_patch_fixed, QUERY),
     }
     rows, raw = [], {}

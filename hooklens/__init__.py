@@ -19,7 +19,7 @@ else:
         from importlib import import_module
 
         public = import_module("hooklens.public") if name == "__all__" or not name.startswith("_") else None
-        if public is None or name not in ("__all__", *public.__all__):
+        if public is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return globals().setdefault(name, getattr(public, name))
 

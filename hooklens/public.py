@@ -1,5 +1,6 @@
 """Every public name: `hooklens` takes them from here when the first one is asked for."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hooklens.anatomy.description import describe
@@ -15,13 +16,39 @@ from hooklens.model.factored import FactoredMatrix
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.load import load
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
-    from hooklens.plugins.patching.activation import Mean, PatchSweep, patch
+    from hooklens import studies
+    from hooklens.plugins import circuits, heads, lens, patching, probing, steering, weights
+    from hooklens.plugins.lens import logit_lens
+    from hooklens.plugins.patching import Mean, PatchSweep, ablate, patch, path_patch
+    from hooklens.plugins.probing import train_probe
+    from hooklens.plugins.steering import steer
+
+#: Families of methods, and the methods that most people begin with: they come when they are asked for, since each
+#: brings its whole family.
+_FAMILIES = {
+    **{
+        name: f"hooklens.plugins.{name}"
+        for name in ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
+    },
+    "studies": "hooklens.studies",
+}
+_VERBS = {
+    "Mean": "patching",
+    "PatchSweep": "patching",
+    "ablate": "patching",
+    "logit_lens": "lens",
+    "patch": "patching",
+    "path_patch": "patching",
+    "steer": "steering",
+    "train_probe": "probing",
+}
 
 __all__ = [
     "ActivationCache",
@@ -39,27 +66,49 @@ __all__ = [
     "Resume",
     "Site",
     "Table",
+    "ablate",
+    "circuits",
     "describe",
     "differentiable_attention",
     "engine",
+    "heads",
     "kl",
+    "lens",
     "load",
     "log_prob",
     "logit_diff",
+    "logit_lens",
     "loss",
     "packed_linears",
     "patch",
+    "patching",
+    "path_patch",
     "prob",
+    "probing",
     "recovered",
+    "save",
     "site",
+    "steer",
+    "steering",
+    "studies",
+    "train_probe",
+    "weights",
     "wrap",
 ]
 
 
 def __getattr__(name: str) -> object:
-    """`patch` and what belongs to it come when asked for: their package brings every method of patching."""
-    if name not in ("Mean", "PatchSweep", "patch"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    """A family of methods, or one of its verbs."""
+    if name in _FAMILIES:
+        return import_module(_FAMILIES[name])
+    if name in _VERBS:
+        return getattr(import_module(_FAMILIES[_VERBS[name]]), name)
+    raise AttributeError(f"hooklens has no {name!r}{_hint(name)}")
 
-    return getattr(import_module("hooklens.plugins.patching.activation"), name)
+
+def _hint(name: str) -> str:
+    """In which families a name is, if it is in any."""
+    if name.startswith("_"):
+        return ""
+    inside = [family for family, module in _FAMILIES.items() if name in import_module(module).__all__]
+    return f"; it is {' and '.join(f'hl.{family}.{name}' for family in inside)}" if inside else ""

@@ -31,7 +31,7 @@ from hooklens.data.jsonl import read_pairs_file
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of
 from hooklens.plugins.lens.translators import TunedLens, write_lens
 from hooklens.plugins.probing.store import Files
-from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.load import load
 from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 from hooklens.results.claims.registration import Registration
@@ -140,7 +140,7 @@ def gguf(folder: Path) -> None:
 def checkpoint(folder: Path) -> None:
     model = tiny_model(n_layers=1, positional_embedding_type="rotary", normalization_type="RMS")
     model.tokenizer = tiny_tokenizer("the", extra=("<bos>",))
-    save_checkpoint(model, folder / "m.safetensors")
+    save(model, folder / "m.safetensors")
 
 
 def read_checkpoint(path: Path) -> None:

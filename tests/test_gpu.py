@@ -13,8 +13,8 @@ from hooklens.metrics import kl, logit_diff
 from hooklens.plugins import available
 from hooklens.plugins.lens.logit_lens import logit_lens
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.path import path_patch_edges
-from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.plugins.patching.path import path_patch
+from hooklens.pretrained.checkpoint import save
 from hooklens.testing import _tensors as tensors_of
 from hooklens.testing import induction_model, tiny_model
 
@@ -99,8 +99,8 @@ def test_a_metric_of_full_logits_runs_on_the_device():
 def test_paths_and_ablations_equal_those_of_the_cpu():
     model, there = both("qwen3")
     metric = logit_diff(model, answer=[3, 4], wrong_answer=[5, 6])
-    here = path_patch_edges(model, TOKENS, CORRUPTED, metric)
-    paths = path_patch_edges(there, TOKENS.cuda(), CORRUPTED.cuda(), metric)
+    here = path_patch(model, TOKENS, CORRUPTED, metric)
+    paths = path_patch(there, TOKENS.cuda(), CORRUPTED.cuda(), metric)
     assert close(paths.values.cpu(), here.values, 1000)
     here = ablate(model, TOKENS, metric, value="zero")
     without = ablate(there, TOKENS.cuda(), metric, value="zero")
@@ -125,7 +125,7 @@ def test_watching_moves_half_precision_no_further_than_its_rounding(dtype):
 def test_weights_round_trip_from_the_gpu(tmp_path):
     model = zoo_model("qwen3").to("cuda")
     path = tmp_path / "model.safetensors"
-    save_checkpoint(model, path)
+    save(model, path)
     back = hl.load(str(path), device="cuda")
     assert all(p.is_cuda for p in back.parameters())
     assert torch.equal(back(TOKENS.cuda()), model(TOKENS.cuda()))

@@ -30,7 +30,7 @@ FOLDER_FILE = "model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def save_checkpoint(model: HookedTransformer, path: str | Path) -> None:
+def save(model: HookedTransformer, path: str | Path) -> None:
     """Write a model, its configuration and its tokenizer; `load(path)` brings them back.
 
     A path that ends in .safetensors becomes one file, any other a folder of that file and the tokenizer's. The file is
@@ -38,7 +38,7 @@ def save_checkpoint(model: HookedTransformer, path: str | Path) -> None:
 
     >>> from hooklens.testing import tiny_model
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
-    >>> save_checkpoint(tiny_model(), path)
+    >>> save(tiny_model(), path)
     >>> load_checkpoint(path).cfg == tiny_model().cfg
     True
     """
@@ -63,7 +63,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
-    """The model that `save_checkpoint` wrote, in the dtype that it had unless another is asked for."""
+    """The model that `save` wrote, in the dtype that it had unless another is asked for."""
     path = path_of(path)
     with reading(path, "a checkpoint"):
         file = read_header(path / FOLDER_FILE if path.is_dir() else path)

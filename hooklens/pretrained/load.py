@@ -38,10 +38,10 @@ def load(
     (`hooklens.pretrained.folding`) to apply. Nothing is ever unpickled.
 
     >>> import tempfile
-    >>> from hooklens.pretrained.checkpoint import save_checkpoint
+    >>> from hooklens.pretrained.checkpoint import save
     >>> from hooklens.testing import tiny_model
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
-    >>> save_checkpoint(tiny_model(), path)
+    >>> save(tiny_model(), path)
     >>> load(path)
     HookedTransformer(tiny: 2 layers, d_model 8, 2 heads of 4, d_mlp 32, 0.0M parameters)
     """
@@ -77,7 +77,7 @@ def models() -> Table:
     rows += [
         ("path/to/model.gguf", f"architectures {', '.join(ARCHITECTURES)}", "a GGUF file"),
         ("path/to/folder", f"model types {kinds}", "config.json, safetensors, tokenizer.json"),
-        ("path/to/checkpoint", "any HookedTransformer", "save_checkpoint(model, path)"),
+        ("path/to/checkpoint", "any HookedTransformer", "save(model, path)"),
         ("organisation/name", f"model types {kinds}", "the Hugging Face hub; needs hooklens[hub]"),
         ("a transformers model", f"model types {kinds}", "an object in memory; Python only"),
     ]

@@ -163,7 +163,7 @@ def _refuse(model: "HookedTransformer", receivers: Sequence[Receiver], semantics
     if semantics != EDGES and len(receivers) > 1 and any(r.kind == "final" for r in receivers):
         raise InputError(
             "with fixed receivers the final stream is held as it was recorded, so that nothing held below it could "
-            f'count; {len(receivers)} receivers were given. Ask for "final" alone, or use path_patch_edges'
+            f'count; {len(receivers)} receivers were given. Ask for "final" alone, or use path_patch'
         )
 
 

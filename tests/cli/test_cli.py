@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import hooklens as hl
 from hooklens import cli
 from hooklens.data.ioi import NAMES
-from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 
@@ -27,7 +27,7 @@ def model_path(tmp_path_factory):
     model = tiny_model(d_vocab=tokenizer.vocab_size, n_ctx=256)
     model.tokenizer = tokenizer
     path = tmp_path_factory.mktemp("model") / "tiny"
-    save_checkpoint(model, path)
+    save(model, path)
     return str(path)
 
 
@@ -172,7 +172,7 @@ def test_check_ends_with_1_where_something_does_not_hold(model_path, tmp_path):
     broken = hl.load(model_path)
     with torch.no_grad():
         broken.blocks[0].mlp.out.weight[0, 0] = float("nan")
-    save_checkpoint(broken, tmp_path / "broken")
+    save(broken, tmp_path / "broken")
     done = invoke("check", tmp_path / "broken", "--json")
     told = json.loads(done.stdout)
     assert done.exit_code == cli.FAILED and told["ok"] is False

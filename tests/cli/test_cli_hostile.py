@@ -13,7 +13,7 @@ from test_cli_methods import pairs_file  # noqa: F401  a fixture
 from hooklens import cli
 from hooklens.cli import models
 from hooklens.data.ioi import NAMES
-from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 
@@ -29,7 +29,7 @@ def hostile(tmp_path_factory):
     model = tiny_model(d_vocab=tokenizer.vocab_size, n_ctx=256, model_name=EVIL)
     model.tokenizer = tokenizer
     path = tmp_path_factory.mktemp(FILE) / FILE
-    save_checkpoint(model, path)
+    save(model, path)
     return str(path)
 
 

@@ -10,7 +10,7 @@ from hooklens import cli
 from hooklens.cli import estimates
 from hooklens.core.errors import ArgumentError, InputError, Unavailable
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.pretrained.checkpoint import save
 from hooklens.testing import tiny_model
 
 PAIR = {"--clean": CLEAN, "--corrupted": CORRUPTED, "--answer": " Mary", "--wrong-answer": " John"}
@@ -72,7 +72,7 @@ def test_a_degenerate_question_was_answered_or_refused_after_minutes(
 
 
 def test_a_model_without_a_tokenizer_is_refused_in_words_of_the_command_line(tmp_path):
-    save_checkpoint(tiny_model(), tmp_path / "tiny")
+    save(tiny_model(), tmp_path / "tiny")
     for arguments in (["patch", *pair()], ["demo"], ["lens", "When"], ["circuit", *pair()], ["generate", "When"]):
         done = invoke(*arguments, "--model", tmp_path / "tiny")
         assert done.exit_code == cli.BAD_INPUT and "has no tokenizer, and this command reads text" in done.stderr
@@ -274,7 +274,7 @@ def test_what_a_post_norm_model_cannot_do_was_told_with_calls_of_python(model_pa
     tokenizer = hl.load(model_path).tokenizer
     model = tiny_model(block="post", d_vocab=tokenizer.vocab_size, n_ctx=256)
     model.tokenizer = tokenizer
-    save_checkpoint(model, tmp_path / "post")
+    save(model, tmp_path / "post")
     for command in (["circuit", *pair()], ["heads", *pair()], ["demo", "--pairs", "4"]):
         done = invoke(*command, "--model", tmp_path / "post", "--out", tmp_path / "o.html")
         assert done.exit_code == cli.BAD_INPUT and "activation patching of z" in done.stderr, done.stderr

@@ -15,7 +15,7 @@ from hooklens.core.arguments import seed_number, seeded, whole
 from hooklens.core.errors import HooklensError
 from hooklens.metrics import logit_diff
 from hooklens.plugins import available
-from hooklens.pretrained.checkpoint import load_checkpoint, save_checkpoint
+from hooklens.pretrained.checkpoint import load_checkpoint, save
 from hooklens.results.result import Result
 from hooklens.results.result_file import known_classes
 from hooklens.results.statistics import mean_interval
@@ -66,8 +66,8 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "resume=3": (lambda: patch(resume=3), "resume is the path of a file .* got 3"),
     "resume=Resume(3)": (lambda: patch(resume=hl.Resume(3)), "resume is the path of a file .* got 3"),
     "resume=''": (lambda: patch(resume=""), "resume is the empty text"),
-    "save_checkpoint(model, 3)": (lambda: save_checkpoint(MODEL, 3), "path is the path of a file .* got 3"),
-    "save_checkpoint(model, '')": (lambda: save_checkpoint(MODEL, ""), "path is the empty text"),
+    "save(model, 3)": (lambda: save(MODEL, 3), "path is the path of a file .* got 3"),
+    "save(model, '')": (lambda: save(MODEL, ""), "path is the empty text"),
     "load_checkpoint(3)": (lambda: load_checkpoint(3), "path is the path of a file .* got 3"),
     "cache.save(3)": (lambda: CACHE.save(3), "path is the path of a file .* got 3"),
     "cache.save('')": (lambda: CACHE.save(""), "path is the empty text"),

@@ -11,7 +11,7 @@ from hooklens.core.cache import ActivationCache
 from hooklens.core.checksum import load_tensors, save_tensors, sealed_json, unsealed
 from hooklens.core.errors import FileRefused, HooklensError
 from hooklens.core.files import read_json, reading
-from hooklens.pretrained.checkpoint import load_checkpoint, save_checkpoint
+from hooklens.pretrained.checkpoint import load_checkpoint, save
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.results.result import Result
 from hooklens.testing import tiny_model
@@ -27,7 +27,7 @@ def cache_file(path):
 def checkpoint_file(path):
     model = tiny_model()
     model.tokenizer = tiny_tokenizer("Ġa Ġb")
-    save_checkpoint(model, path)
+    save(model, path)
     return lambda: load_checkpoint(path)
 
 

@@ -126,7 +126,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 from hooklens.core.errors import Unavailable
 from hooklens.core.files import write_atomically
 from hooklens.plugins.patching.activation import demo
-from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.pretrained.checkpoint import save
 from hooklens.testing import tiny_model
 from hooklens.viz.report import Report
 
@@ -140,7 +140,7 @@ for name, save in {
     "text": text,
     "cache": model.run_with_cache([[1] * 32])[1].save,
     "result": replace(sweep, per_pair=sweep.per_pair.repeat(2000, 1, 1)).save,
-    "model.safetensors": lambda path: save_checkpoint(model, path),
+    "model.safetensors": lambda path: save(model, path),
     "report": Report("page").figure(sweep.figure()).save,
 }.items():
     try:

@@ -12,7 +12,7 @@ import hooklens as hl
 from hooklens.core import progress as bars
 from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations
-from hooklens.plugins.patching.path import path_patch_edges
+from hooklens.plugins.patching.path import path_patch
 from hooklens.plugins.probing import probe_texts
 from hooklens.sweeps import execute
 from hooklens.testing import tiny_model
@@ -52,7 +52,7 @@ def test_the_bar_of_a_sweep_that_fits_one_bin_stood_at_0_and_jumped_to_full(site
 def test_the_bar_of_a_path_sweep_moves_with_the_layers(monkeypatch):
     model = tiny_model(n_layers=5)
     with recording(execute, monkeypatch) as told:
-        path_patch_edges(model, CLEAN, CORRUPTED, diff(model), receivers=[("v", 2, 0)])
+        path_patch(model, CLEAN, CORRUPTED, diff(model), receivers=[("v", 2, 0)])
     for total, amounts in told:
         assert len(amounts) > 1 and sum(amounts) == pytest.approx(total, rel=1e-12)
 

@@ -25,7 +25,7 @@ lens: Calibration LogitAttribution LogitLens Trajectory TunedLens TunedLensTrain
 patching: AblationComparison AblationSweep At AttributionPatching Choice Freeze InformationFlow
     InputAttribution Mean PatchSweep PathSweep Resample WeightRandomisation ablate
     attribution_patching compare_ablations gradient_x_input information_flow integrated_gradients patch
-    path_patch_edges path_patch_fixed path_patch_fixed_frozen
+    path_patch path_patch_fixed path_patch_fixed_frozen
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy
     ProbeTask Ridge TokenProjection Transfer WhitenedMassMean causal_check gather next_vowel odd_first part_of_speech
     probe_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50 train_probe transfer

@@ -12,7 +12,7 @@ from hooklens.core.checksum import save_tensors
 from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.model.config import HookedTransformerConfig, LinearScore, Rotary, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from hooklens.pretrained.checkpoint import FORMAT, load_checkpoint, save
 from hooklens.pretrained.folding import fold_ln
 from hooklens.pretrained.load import load
 from hooklens.pretrained.safetensors_file import read_header
@@ -29,7 +29,7 @@ def equal(one: HookedTransformer, other: HookedTransformer) -> bool:
 @pytest.mark.parametrize("form", ["tiny.safetensors", "folder"])
 def test_a_model_comes_back_bit_for_bit(name, form, tmp_path):
     model = tiny(name)
-    save_checkpoint(model, tmp_path / form)
+    save(model, tmp_path / form)
     again = load(tmp_path / form)
     assert equal(again, model)
     assert torch.equal(again(tiny_tokens()), model(tiny_tokens()))
@@ -37,7 +37,7 @@ def test_a_model_comes_back_bit_for_bit(name, form, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_the_dtype_is_kept_unless_another_is_asked_for(dtype, tmp_path):
-    save_checkpoint(tiny("llama").to(dtype), tmp_path / "m.safetensors")
+    save(tiny("llama").to(dtype), tmp_path / "m.safetensors")
     assert load(tmp_path / "m.safetensors").dtype == dtype
     assert load(tmp_path / "m.safetensors", dtype="float32").dtype == torch.float32
 
@@ -54,13 +54,13 @@ def test_the_dtype_is_kept_unless_another_is_asked_for(dtype, tmp_path):
 )
 def test_every_part_of_a_configuration_comes_back(changes, tmp_path):
     model = tiny_model(**changes)
-    save_checkpoint(model, tmp_path / "m.safetensors")
+    save(model, tmp_path / "m.safetensors")
     assert equal(load(tmp_path / "m.safetensors"), model)
 
 
 def test_foldings_are_remembered(tmp_path):
     model = fold_ln(tiny("gpt2"))
-    save_checkpoint(model, tmp_path / "m.safetensors")
+    save(model, tmp_path / "m.safetensors")
     assert load(tmp_path / "m.safetensors").cfg.folded == ("fold_ln",)
 
 
@@ -68,20 +68,20 @@ def test_foldings_are_remembered(tmp_path):
 def test_the_tokenizer_is_saved_along(form, tmp_path):
     model = tiny("llama")
     model.tokenizer = tiny_tokenizer("he llo", extra=("<s>",))
-    save_checkpoint(model, tmp_path / form)
+    save(model, tmp_path / form)
     again = load(tmp_path / form).tokenizer
     assert again.to_tokens("hello", prepend_bos=True).equal(model.tokenizer.to_tokens("hello", prepend_bos=True))
 
 
 def test_names_of_the_state_dict_are_the_format_and_a_tied_weight_is_stored_once(tmp_path):
-    save_checkpoint(tiny("mistral"), tmp_path / "m.safetensors")
+    save(tiny("mistral"), tmp_path / "m.safetensors")
     file = read_header(tmp_path / "m.safetensors")
     assert "blocks.0.attn.q.weight" in file.entries and "unembed.linear.weight" not in file.entries
     assert HookedTransformerConfig.from_json(json.loads(file.metadata["config"])) == tiny("mistral").cfg
 
 
 def test_a_saved_file_is_readable_as_any_other(tmp_path):
-    save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
+    save(tiny("llama"), tmp_path / "m.safetensors")
     assert stat.S_IMODE((tmp_path / "m.safetensors").stat().st_mode) & 0o444
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
@@ -108,7 +108,7 @@ def flip(content: bytearray, start: int) -> bytes:
 )
 def test_a_damaged_checkpoint_is_refused(how, said, tmp_path):
     path = tmp_path / "m.safetensors"
-    save_checkpoint(tiny("llama"), path)
+    save(tiny("llama"), path)
     damaged(path, how)
     with pytest.raises(FileRefused, match=said):
         load(path)
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_refused(how, said, tmp_path):
 
 def test_a_checkpoint_whose_weights_were_exchanged_is_refused(tmp_path):
     path = tmp_path / "m.safetensors"
-    save_checkpoint(tiny("llama"), path)
+    save(tiny("llama"), path)
     metadata, weights = read_header(path).metadata, load_file(path)
     save_tensors(path, {k: v for k, v in weights.items() if "ln_final" not in k}, metadata)
     with pytest.raises(FileRefused, match=r"lacks 1 of the weights of its own configuration: ln_final.weight"):
@@ -133,7 +133,7 @@ def rewritten(path, config) -> None:
 
 
 def test_a_configuration_of_a_billion_layers_is_refused_before_any_is_made(tmp_path):
-    save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
+    save(tiny("llama"), tmp_path / "m.safetensors")
     rewritten(tmp_path / "m.safetensors", {"n_layers": 10**9})
     with pytest.raises(FileRefused, match=r"its configuration says 1,000,000,000 layers"):
         load(tmp_path / "m.safetensors")
@@ -141,7 +141,7 @@ def test_a_configuration_of_a_billion_layers_is_refused_before_any_is_made(tmp_p
 
 @pytest.mark.parametrize("eps", [float("nan"), -1.0, "1e-5", None, True])
 def test_an_eps_that_gives_nan_logits_is_refused(eps, tmp_path):
-    save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
+    save(tiny("llama"), tmp_path / "m.safetensors")
     norm = {"part": "RMS", "eps": eps, "affine": True, "weight_offset": 0.0}
     rewritten(tmp_path / "m.safetensors", {"normalization_type": norm})
     with pytest.raises(FileRefused, match=r"eps is .*; a finite number of at least 0 is needed|TypeCheckError"):
@@ -151,7 +151,7 @@ def test_an_eps_that_gives_nan_logits_is_refused(eps, tmp_path):
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Unavailable, match="cannot be made"):
-        save_checkpoint(tiny("llama"), tmp_path / "file" / "model")
+        save(tiny("llama"), tmp_path / "file" / "model")
 
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path):
@@ -164,24 +164,24 @@ def test_a_model_with_adapters_is_not_saved(tmp_path):
     model = tiny("llama")
     model.blocks[0].attn.q = torch.nn.Sequential(model.blocks[0].attn.q)
     with pytest.raises(InputError, match=r"blocks.0.attn.q.0.weight.*merge adapters"):
-        save_checkpoint(model, tmp_path / "m.safetensors")
+        save(model, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_hooks_are_not_saved(tmp_path):
     model = tiny("llama")
     model.add_hook(("z", 0), lambda act, hook: act * 0)
-    save_checkpoint(model, tmp_path / "m.safetensors")
+    save(model, tmp_path / "m.safetensors")
     assert not torch.equal(load(tmp_path / "m.safetensors")(tiny_tokens()), model(tiny_tokens()))
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
-    save_checkpoint(tiny("llama"), path)
+    save(tiny("llama"), path)
     before = path.read_bytes()
     monkeypatch.setattr("hooklens.core.files._flush", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tiny("gpt2"), path)
+        save(tiny("gpt2"), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -191,4 +191,4 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr("hooklens.core.files._flush", full)
     with pytest.raises(Unavailable, match="the disk is full"):
-        save_checkpoint(tiny("llama"), tmp_path / "m.safetensors")
+        save(tiny("llama"), tmp_path / "m.safetensors")

@@ -10,7 +10,7 @@ import torch
 from hooklens.core.errors import Unavailable
 from hooklens.pretrained.assets import fetch
 from hooklens.pretrained.check import check
-from hooklens.pretrained.checkpoint import save_checkpoint
+from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.load import load
 
 pytestmark = pytest.mark.slow
@@ -85,6 +85,6 @@ def test_loading_takes_at_most_four_seconds_and_half_as_much_memory_again_as_the
 
 
 def test_our_checkpoint_loads_as_fast_and_as_small(smollm2, tmp_path):
-    save_checkpoint(smollm2, tmp_path / "m.safetensors")
+    save(smollm2, tmp_path / "m.safetensors")
     measured = cost(str(tmp_path / "m.safetensors"))
     assert measured["seconds"] < 4 and measured["memory"] < 1.5, measured

@@ -14,13 +14,13 @@ from torch import nn
 
 import hooklens as hl
 from hooklens.core.errors import InputError
-from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
+from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
 from hooklens.sweeps.execute_paths import execute_paths
 from hooklens.sweeps.nodes import At, Sender, read_receivers, read_senders
 from hooklens.sweeps.paths import EDGES, plan_paths, sent
 from hooklens.testing import induction_model, or_gate, tiny_model
 
-METHODS = {"edges": path_patch_edges, "fixed": path_patch_fixed, "frozen": path_patch_fixed_frozen}
+METHODS = {"edges": path_patch, "fixed": path_patch_fixed, "frozen": path_patch_fixed_frozen}
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2], [8, 1, 1, 3, 2, 5]])
 CLEAN = torch.tensor([[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1, 2], [3, 1, 1, 3, 9, 5]])  # they part at 2, 4 and 0
 STREAMED = [name for name in ZOO if ZOO[name].get("block") != "post"]
@@ -174,7 +174,7 @@ def test_positions_follow_their_pairs_through_prompts_of_two_lengths():
     def run(of, send, read):
         rows = ([side[i] for i in of] for side in (clean, corrupted))
         places = At("heads", send, "S2"), At("final", read, "END")
-        return path_patch_edges(model, *rows, metric, senders=places[0], receivers=places[1])
+        return path_patch(model, *rows, metric, senders=places[0], receivers=places[1])
 
     together = run(range(3), [2, 4, -2], -1)
     for pair, send in enumerate((2, 4, 4)):
@@ -186,11 +186,11 @@ def test_positions_follow_their_pairs_through_prompts_of_two_lengths():
 def test_one_sender_at_two_positions_is_drawn_twice():
     model = zoo_model("gpt2")
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    both = path_patch_edges(model, CLEAN, CORRUPTED, metric, senders=[At("heads", 4, "S2"), At("heads", -1, "END")])
+    both = path_patch(model, CLEAN, CORRUPTED, metric, senders=[At("heads", 4, "S2"), At("heads", -1, "END")])
     (drawn,) = both.figure().data
     labels = drawn.x if drawn.x is not None else both.figure().layout.xaxis.ticktext
     assert drawn.type == "bar" and {"L0H0@S2", "L0H0@END"} <= set(labels)
-    assert path_patch_edges(model, CLEAN, CORRUPTED, metric, senders=At("heads", 4)).figure().data[0].type == "heatmap"
+    assert path_patch(model, CLEAN, CORRUPTED, metric, senders=At("heads", 4)).figure().data[0].type == "heatmap"
 
 
 def test_positions_that_do_not_exist_are_refused():
@@ -198,7 +198,7 @@ def test_positions_that_do_not_exist_are_refused():
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
 
     def run(pos, **more):
-        return path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=At("final", pos), **more)
+        return path_patch(model, CLEAN, CORRUPTED, metric, receivers=At("final", pos), **more)
 
     for pos, said in (
         (6, "position 6 was asked for (6) in a prompt of 6 tokens"),
@@ -220,9 +220,7 @@ def test_positions_that_do_not_exist_are_refused():
 def test_with_all_receivers_the_edges_are_activation_patching(name):
     model = zoo_model(name, dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    sweep = path_patch_edges(
-        model, CLEAN, CORRUPTED, metric, receivers="all", senders=["heads", *_mlps(model), "embed"]
-    )
+    sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers="all", senders=["heads", *_mlps(model), "embed"])
     n_layers, n_heads = sweep.shape
     z = hl.patch(model, CLEAN, CORRUPTED, metric, site="z").per_pair.flatten(1)
     embed = hl.patch(model, CLEAN, CORRUPTED, metric, site="resid_pre", by="layer").per_pair[:, :1]
@@ -250,7 +248,7 @@ def test_with_one_receiver_and_frozen_mlps_fixed_is_edges(name):
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for receiver in ("final", ("q", 1, 1), ("v", 1, 0)):
         one, other = (
-            f(model, CLEAN, CORRUPTED, metric, receivers=receiver) for f in (path_patch_edges, path_patch_fixed_frozen)
+            f(model, CLEAN, CORRUPTED, metric, receivers=receiver) for f in (path_patch, path_patch_fixed_frozen)
         )
         torch.testing.assert_close(one.per_pair, other.per_pair, atol=1e-12, rtol=1e-12)
 
@@ -269,13 +267,13 @@ def test_without_mlps_there_is_nothing_to_recompute(name):
 def test_to_the_logits_of_a_model_without_norms_an_edge_is_a_product():
     model = zoo_model("no_norm", dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric)
+    sweep = path_patch(model, CLEAN, CORRUPTED, metric)
     direction = model.W_U[:, 3] - model.W_U[:, 4]
     for i, sender in enumerate(senders_of(model)[:-1]):
         expected = change_of(model, CORRUPTED, CLEAN, sender)[:, -1] @ direction
         torch.testing.assert_close(sweep.moved[:, i], expected.detach(), atol=1e-9, rtol=1e-9)
     whole = sweep.clean_per_pair - sweep.corrupted_per_pair
-    embed = path_patch_edges(model, CLEAN, CORRUPTED, metric, senders="embed").moved[:, 0]
+    embed = path_patch(model, CLEAN, CORRUPTED, metric, senders="embed").moved[:, 0]
     torch.testing.assert_close(sweep.moved.sum(1) + embed, whole, atol=1e-9, rtol=1e-9)  # a sum without a rest
 
 
@@ -283,7 +281,7 @@ def test_a_sender_that_is_all_of_the_stream_brings_the_other_runs_query():
     model = zoo_model("llama", dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for head in range(4):
-        path = path_patch_edges(model, CLEAN, CORRUPTED, metric, senders="embed", receivers=("q", 0, head))
+        path = path_patch(model, CLEAN, CORRUPTED, metric, senders="embed", receivers=("q", 0, head))
         whole = hl.patch(model, CLEAN, CORRUPTED, metric, site="q").per_pair[:, 0, head]
         torch.testing.assert_close(path.per_pair[:, 0], whole, atol=1e-9, rtol=1e-9)
 
@@ -315,7 +313,7 @@ def test_a_sender_after_every_receiver_has_no_effect(semantics):
 def test_in_a_parallel_block_the_mlp_does_not_read_its_own_heads():
     model = zoo_model("neox", dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers="MLP1")
+    sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers="MLP1")
     assert sweep.reaches.tolist() == [True, True, False, False, True, False]
 
 
@@ -332,7 +330,7 @@ def test_induction_goes_through_the_keys():
         torch.testing.assert_close(by_keys.share, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
         for part in ("L1H1.q", "L1H1.v", "L1H0.k"):
             assert not bool(method(model, clean, corrupted, metric, receivers=part, senders="heads").effect.any())
-    direct = path_patch_edges(model, clean, corrupted, metric, senders="heads")
+    direct = path_patch(model, clean, corrupted, metric, senders="heads")
     torch.testing.assert_close(direct.share, torch.tensor([0, 0, 0, 1.0], dtype=torch.float64))
 
 
@@ -348,9 +346,9 @@ def test_redundant_heads_hide_each_other_on_the_path_too():
     logit = lambda logits: logits[:, -1, 1]  # noqa: E731
     on, off = torch.tensor([[1]]), torch.tensor([[0]])
     # into the run in which the stream says 0 each head alone turns the gate on: 1 - relu(1 - 1)
-    sweep = path_patch_edges(gate, on, off, logit, receivers="MLP0", senders="heads")
+    sweep = path_patch(gate, on, off, logit, receivers="MLP0", senders="heads")
     assert sweep.corrupted == 0.0 and sweep.values.tolist() == [1.0, 1.0]
-    back = path_patch_edges(gate, on, off, logit, receivers="MLP0", senders="heads", value="corrupted")
+    back = path_patch(gate, on, off, logit, receivers="MLP0", senders="heads", value="corrupted")
     assert back.clean == 1.0 and back.values.tolist() == [1.0, 1.0]
 
 
@@ -402,7 +400,7 @@ def test_every_metric(semantics):
 def test_a_metric_that_reads_before_the_change_has_no_effect():
     model = zoo_model("gpt2", dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4, pos=1)
-    sweep = path_patch_edges(model, CLEAN[:2], CORRUPTED[:2], metric, receivers="all")
+    sweep = path_patch(model, CLEAN[:2], CORRUPTED[:2], metric, receivers="all")
     assert bool((sweep.moved == 0).all()) and sweep.computed == 0.0
 
 
@@ -458,10 +456,10 @@ def test_pairs_of_several_lengths_come_back_in_order():
     clean = [[1, 2, 3, 4], [5, 6, 7], [1, 3, 3, 4]]
     corrupted = [[1, 2, 8, 4], [5, 9, 7], [1, 8, 3, 4]]
     metric = hl.logit_diff(model, answer=[1, 2, 3], wrong_answer=[6, 7, 8])
-    whole = path_patch_edges(model, clean, corrupted, metric, receivers=("q", 1, 0))
+    whole = path_patch(model, clean, corrupted, metric, receivers=("q", 1, 0))
     for i in range(3):
         alone = hl.logit_diff(model, answer=[i + 1], wrong_answer=[i + 6])
-        one = path_patch_edges(model, clean[i], corrupted[i], alone, receivers=("q", 1, 0))
+        one = path_patch(model, clean[i], corrupted[i], alone, receivers=("q", 1, 0))
         torch.testing.assert_close(whole.per_pair[i], one.per_pair[0], atol=1e-9, rtol=1e-9)
 
 
@@ -480,7 +478,7 @@ def test_a_turned_sender_sends_as_much_elsewhere():
 
 def refused(match, **changes):
     model = changes.pop("model", None) or tiny_model()
-    arguments = {"receivers": "final", "method": path_patch_edges} | changes
+    arguments = {"receivers": "final", "method": path_patch} | changes
     method = arguments.pop("method")
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     with pytest.raises(hl.HooklensError, match=match):

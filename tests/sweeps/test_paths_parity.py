@@ -6,11 +6,11 @@ from model.parity import transformer_lens_model
 from recorded_paths import RECORDED
 
 import hooklens as hl
-from hooklens.plugins.patching.path import path_patch_edges, path_patch_fixed, path_patch_fixed_frozen
+from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
 
 CLEAN = torch.tensor([[1, 5, 2, 7, 3, 0], [4, 4, 9, 10, 8, 6]])
 CORRUPTED = torch.tensor([[1, 5, 6, 7, 3, 0], [4, 2, 9, 10, 1, 6]])
-METHODS = {"edges": path_patch_edges, "fixed": path_patch_fixed, "frozen": path_patch_fixed_frozen}
+METHODS = {"edges": path_patch, "fixed": path_patch_fixed, "frozen": path_patch_fixed_frozen}
 
 
 @pytest.mark.parametrize("semantics", METHODS)

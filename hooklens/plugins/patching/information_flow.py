@@ -14,7 +14,7 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.metrics import ReadingMetric, logit_diff
 from hooklens.plugins.patching.flow import Choice, InformationFlow
-from hooklens.plugins.patching.path import path_patch_edges
+from hooklens.plugins.patching.path import path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep
 from hooklens.results.statistics import Groups, group_numbers, halves
 from hooklens.sweeps.measure import Reader
@@ -38,7 +38,7 @@ def information_flow(
 ) -> InformationFlow:
     """Which path carries how much, from senders over the q, k or v of these receivers to the logits?
 
-    Every path is an edge patched (`path_patch_edges`), clean into corrupted, with everything above the receiver live.
+    Every path is an edge patched (`path_patch`), clean into corrupted, with everything above the receiver live.
     The strongest senders of each receiver are chosen on one half of the groups of pairs; what they carry is measured on
     the other, beside control senders: themselves turned into random directions, and all others at that receiver.
     `receivers` as there, each on its own; a dict names several that are patched together: {"queries": [("q", 9)]}.
@@ -107,7 +107,7 @@ class _Pairs:
         """The edges from these senders to the receivers, for some pairs."""
         clean, corrupted, metric, rest, asked = self._some(index)
         ends, starts = self._at(receivers, asked), self._at(senders, asked)
-        found = path_patch_edges(self.model, clean, corrupted, metric, receivers=ends, senders=starts)
+        found = path_patch(self.model, clean, corrupted, metric, receivers=ends, senders=starts)
         return replace(found.of_pairs(rest), group=self.group[index])
 
     def whole(self, index: Tensor, receivers: tuple[Receiver, ...], base: PathSweep) -> Float[Tensor, "pair"]:

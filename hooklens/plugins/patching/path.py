@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def path_patch_edges(
+def path_patch(
     model: "HookedTransformer",
     clean: Prompts,
     corrupted: Prompts,
@@ -43,7 +43,7 @@ def path_patch_edges(
     >>> from hooklens.metrics import logit_diff
     >>> model = tiny_model(); clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
     >>> metric = logit_diff(model, answer=5, wrong_answer=6)
-    >>> sweep = path_patch_edges(model, clean, corrupted, metric, receivers=("q", 1, 0))
+    >>> sweep = path_patch(model, clean, corrupted, metric, receivers=("q", 1, 0))
     >>> sweep.senders, sweep.reaches.tolist()
     (['L0H0', 'L0H1', 'L1H0', 'L1H1', 'MLP0', 'MLP1'], [True, True, False, False, True, False])
 
@@ -78,7 +78,7 @@ def path_patch_fixed(
 
     First the sender takes its value of the other run while every other head keeps its own, MLPs are recomputed, and
     what the receivers read is recorded. Then the base run goes again with the receivers held at that. The arguments are
-    those of `path_patch_edges`; "final" stands alone here, as nothing held below it could count.
+    those of `path_patch`; "final" stands alone here, as nothing held below it could count.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
@@ -105,14 +105,14 @@ def path_patch_fixed_frozen(
 ) -> PathSweep:
     """What does each component tell these readers directly? `path_patch_fixed` with the MLPs frozen too.
 
-    With one receiver this is `path_patch_edges`. With several, a higher one holds what the sender alone changes in it,
+    With one receiver this is `path_patch`. With several, a higher one holds what the sender alone changes in it,
     while there it also reads what the lower ones do.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
     >>> model = tiny_model(); clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
     >>> metric = logit_diff(model, answer=5, wrong_answer=6)
-    >>> one, other = (f(model, clean, corrupted, metric) for f in (path_patch_edges, path_patch_fixed_frozen))
+    >>> one, other = (f(model, clean, corrupted, metric) for f in (path_patch, path_patch_fixed_frozen))
     >>> torch.allclose(one.values, other.values, rtol=1e-5, atol=0)
     True
     """
@@ -191,4 +191,4 @@ def demo(model: "HookedTransformer") -> PathSweep:
     def logit(logits: Tensor) -> Tensor:
         return logits[:, -1, 0] - logits[:, -1, 1 % logits.shape[2]]
 
-    return path_patch_edges(model, clean, corrupted, logit, receivers=receivers)
+    return path_patch(model, clean, corrupted, logit, receivers=receivers)

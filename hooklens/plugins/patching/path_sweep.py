@@ -19,7 +19,7 @@ Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
 class PathSweep(TwoRuns, Result):
     """The metric after each sender was patched into the receivers, beside that of the two runs it lies between.
 
-    `semantics` says what the receivers read: see `path_patch_edges`, `path_patch_fixed`, `path_patch_fixed_frozen`.
+    `semantics` says what the receivers read: see `path_patch`, `path_patch_fixed`, `path_patch_fixed_frozen`.
     `place` is each sender's layer and head (-1: none); `reaches` says which senders come before some receiver: the
     effect of the others is 0. Pairs of one `group` share something: intervals resample groups.
     """

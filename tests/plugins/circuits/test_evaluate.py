@@ -21,7 +21,7 @@ from hooklens.plugins.circuits.minimality import _worth
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench, run_edges
 from hooklens.plugins.circuits.subsets import subsets
-from hooklens.plugins.patching.path import path_patch_edges
+from hooklens.plugins.patching.path import path_patch
 from hooklens.sweeps.nodes import read_receivers, read_senders
 from hooklens.testing import and_gate, or_gate, tiny_model
 
@@ -272,7 +272,7 @@ def test_path_patching_takes_a_circuit_s_nodes_by_their_names(changes):
     model = tiny_model(n_heads=4, **changes)
     clean, corrupted, metric = demo_pairs(model, 2)
     circuit = eap(model, clean, corrupted, metric).top_edges(40)
-    found = path_patch_edges(
+    found = path_patch(
         model, clean, corrupted, metric, senders=circuit.senders, receivers=[*circuit.receivers, "logits"]
     )
     assert [sender.name for sender in read_senders(model, circuit.senders)] == circuit.senders

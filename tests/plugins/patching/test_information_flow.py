@@ -9,7 +9,7 @@ import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import information_flow
-from hooklens.plugins.patching.path import path_patch_edges
+from hooklens.plugins.patching.path import path_patch
 from hooklens.results.statistics import halves
 from hooklens.sweeps.nodes import At
 from hooklens.testing import induction_model, tiny_model
@@ -51,7 +51,7 @@ def test_each_number_is_that_of_the_sweeps_it_is_made_of():
     first, second = halves(N, group=group, seed=0)
     for receiver, name in ((("q", 2, 0), "L2H0.q"), ("MLP1", "MLP1")):
         metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
-        sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=receiver, group=group)
+        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver, group=group)
         chosen = sweep.of_pairs(first).order()[:2]
         columns = [i for i, path in enumerate(found.paths) if path.endswith(f"to {name}")]
         assert [found.paths[i] for i in columns] == [f"{sweep.senders[i]} to {name}" for i in chosen]
@@ -69,7 +69,7 @@ def test_receivers_of_one_name_are_patched_together():
     model = tiny_model(n_layers=3, dtype=torch.float64)
     found = flow(model, receivers={"queries": [("q", 2)], "rest": "final"})
     metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
-    both = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=[("q", 2)])
+    both = path_patch(model, CLEAN, CORRUPTED, metric, receivers=[("q", 2)])
     _, second = halves(N, seed=0)
     sender = both.senders.index(found.paths[0].removesuffix(" to queries"))
     torch.testing.assert_close(found.moved[:, 0], both.moved[second, sender], atol=1e-9, rtol=1e-9)
@@ -113,7 +113,7 @@ def test_choosing_on_fewer_pairs_leaves_those_that_report():
     few = flow(model, receivers="final", choice=Choice(per_receiver=1, draws=3, choose_on=1))
     _, second = halves(N, seed=0)
     metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
-    sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric)
+    sweep = path_patch(model, CLEAN, CORRUPTED, metric)
     column = sweep.senders.index(few.paths[0].removesuffix(" to final"))
     torch.testing.assert_close(few.moved[:, 0], sweep.moved[second, column], atol=1e-9, rtol=1e-9)
 
@@ -199,7 +199,7 @@ def test_positions_are_those_of_the_pairs_that_report():
     metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
     _, second = halves(N, seed=0)
     for column, receiver in ((0, receivers["values"]), (2, receivers["end"])):
-        sweep = path_patch_edges(model, CLEAN, CORRUPTED, metric, receivers=receiver, senders=At("heads", where, "S"))
+        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver, senders=At("heads", where, "S"))
         sender = sweep.senders.index(found.paths[column].split(" to ")[0])
         torch.testing.assert_close(found.moved[:, column], sweep.moved[second, sender], atol=1e-9, rtol=1e-9)
     assert found.paths[0].split(" to ")[0].endswith("@S")

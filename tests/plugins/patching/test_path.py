@@ -5,7 +5,7 @@ import torch
 from model.zoo import zoo_model
 
 import hooklens as hl
-from hooklens.plugins.patching.path import demo, path_patch_edges, path_patch_fixed
+from hooklens.plugins.patching.path import demo, path_patch, path_patch_fixed
 from hooklens.plugins.patching.path_sweep import PathSweep, excludes_zero
 from hooklens.results.statistics import ratio_interval
 from hooklens.testing import induction_model, tiny_model
@@ -50,7 +50,7 @@ def test_recovered_is_that_of_patch():
     clean, corrupted = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 5, 3, 4]])
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for value in ("clean", "corrupted"):
-        paths = path_patch_edges(model, clean, corrupted, metric, receivers="all", senders="heads", value=value)
+        paths = path_patch(model, clean, corrupted, metric, receivers="all", senders="heads", value=value)
         patches = hl.patch(model, clean, corrupted, metric, site="z", value=value)
         torch.testing.assert_close(paths.recovered, patches.recovered.flatten())
         torch.testing.assert_close(paths.effect, patches.effect.flatten())
@@ -96,7 +96,7 @@ def test_a_difference_that_could_be_chance_has_no_shares():
 
 def test_the_grid_has_a_column_of_mlps_and_holes_where_nothing_reaches():
     model = tiny_model()
-    sweep = path_patch_edges(model, [[1, 2, 3]], [[1, 4, 3]], lambda x: x[:, -1, 0], receivers=["L1H1.k", "MLP0"])
+    sweep = path_patch(model, [[1, 2, 3]], [[1, 4, 3]], lambda x: x[:, -1, 0], receivers=["L1H1.k", "MLP0"])
     grid = sweep.grid(sweep.values)
     assert grid.shape == (2, 3) and grid.isfinite().tolist() == [[True] * 3, [False] * 3]
     assert [float(x) for x in grid[0]] == [
