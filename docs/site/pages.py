@@ -15,7 +15,7 @@ import hooklens
 README = Path(__file__).parents[2] / "README.md"
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)]*)\)")
 _SESSION = re.compile(r"^```python\n(?=>>>)", re.MULTILINE)
-_LOADED = re.compile(r'<(?:script|img|link)\b[^>]*?\s(?:src|href)="([^"#?]+)')
+_LOADED = re.compile(r'<(?:script|img|link(?! rel="(?:canonical|prev|next)"))\b[^>]*?\s(?:src|href)="([^"#?]+)')
 
 
 def on_config(config):
