@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 # A type of device that this torch knows, that needs no driver and for which autograd starts no thread.
 OTHER = torch.device("lazy", 0)
@@ -105,43 +104,50 @@ def other_device() -> Iterator[torch.device]:
 
 def _call(func: Any, args: tuple, kwargs: dict) -> Any:
     """What an operation gives, computed on the CPU."""
-    leaves = tree_leaves((args, kwargs))
-    given = [x for x in leaves if isinstance(x, Tensor)]
-    asked = [x for x in leaves if isinstance(x, torch.device)]
-    there = OTHER in asked if asked else any(isinstance(x, Elsewhere) for x in given)
+    given: list[Any] = []
+    held_args, held_kwargs = _here(args, given), {name: _here(value, given) for name, value in kwargs.items()}
+    asked = [x for x in given if isinstance(x, torch.device)]
+    of_here = {id(x.held): x for x in given if isinstance(x, Elsewhere)}
+    there = OTHER in asked if asked else bool(of_here)
     if func.overloadpacket is aten.copy_:
         there = isinstance(args[0], Elsewhere)
-    elif func.overloadpacket not in _COPIES:
+    elif func.overloadpacket not in _COPIES and of_here:
         _check_devices(func, args, given)
-    if there and any(isinstance(x, torch.Generator) for x in leaves):
+    if there and any(isinstance(x, torch.Generator) for x in given):
         raise RuntimeError(f"Expected a '{OTHER.type}' device type for generator but found 'cpu'")
-    out = func(*tree_map(_here, args), **tree_map(_here, kwargs))
+    out = func(*held_args, **held_kwargs)
     if func.overloadpacket in _COPIES and there != isinstance(args[0], Elsewhere):
         out = out.clone()  # two devices share no memory
-    if not there:
-        return out
-    same = {id(x.held): x for x in given if isinstance(x, Elsewhere)}  # what an operation changed in place is the tensor that it got
-    return tree_map(lambda x: same[id(x)] if id(x) in same else _moved(x), out)
+    return _there(out, of_here) if there else out
 
 
-def _here(x: Any) -> Any:
-    if isinstance(x, torch.device):
-        return torch.device("cpu")
-    return x.held if isinstance(x, Elsewhere) else x
+def _here(x: Any, given: list[Any]) -> Any:
+    """The argument as the CPU takes it; tensors, devices and generators are added to the list of those `given`."""
+    if isinstance(x, tuple | list):
+        return type(x)(_here(one, given) for one in x)
+    if isinstance(x, Tensor | torch.device | torch.Generator):
+        given.append(x)
+    if isinstance(x, Elsewhere):
+        return x.held
+    return torch.device("cpu") if isinstance(x, torch.device) else x
 
 
-def _moved(x: Any) -> Any:
+def _there(x: Any, known: dict[int, Tensor]) -> Any:
+    """The result as the other device gives it; what was changed in place is the tensor that was given."""
+    if isinstance(x, tuple | list):
+        return tuple(_there(one, known) for one in x)
+    if id(x) in known:
+        return known[id(x)]
     return Elsewhere(x) if isinstance(x, Tensor) else x
 
 
-def _check_devices(func: Any, args: tuple, given: list[Tensor]) -> None:
+def _check_devices(func: Any, args: tuple, given: list[Any]) -> None:
     """Raise where torch would: for tensors of both devices, but for single numbers of the CPU and its indices."""
-    packet = func.overloadpacket
-    if packet in _INDEXING and isinstance(args[0], Elsewhere):
+    if func.overloadpacket in _INDEXING and isinstance(args[0], Elsewhere):
         given = [args[0], *args[2:3]]
-    there = [x for x in given if isinstance(x, Elsewhere)]
-    here = [x for x in given if not isinstance(x, Elsewhere) and (x.ndim > 0 or packet in _JOINS)]
-    if there and here:
+    least = 0 if func.overloadpacket in _JOINS else 1
+    here = [x for x in given if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.ndim >= least]
+    if here and any(isinstance(x, Elsewhere) for x in given):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {func} got some on {OTHER} and some on cpu"
         )
