@@ -42,7 +42,8 @@ class Elsewhere(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "Elsewhere":
         like = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
-        out = Tensor._make_wrapper_subclass(cls, held.shape, device=OTHER, **like)
+        with torch.inference_mode(held.is_inference()):  # a view of a tensor from outside of such a block is none of it
+            out = Tensor._make_wrapper_subclass(cls, held.shape, device=OTHER, **like)
         out.held = held
         return out
 
