@@ -182,7 +182,7 @@ def sign_flip_p(
 
 
 def quantiles(values: Float[Tensor, "draw *cell"], shares: Sequence[float]) -> Float[Tensor, "share *cell"]:
-    """The values below which these shares of the draws lie. torch.quantile wants shares of the values' device and dtype.
+    """The values below which these shares of the draws lie: torch.quantile with shares of the draws' device and dtype.
 
     >>> quantiles(torch.tensor([3.0, 1.0, 2.0]), (0.0, 0.5)).tolist()
     [1.0, 2.0]

@@ -107,9 +107,9 @@ def _call(func: Any, args: tuple, kwargs: dict) -> Any:
     """What an operation gives, computed on the CPU."""
     given: list[Any] = []
     held_args, held_kwargs = _here(args, given), {name: _here(value, given) for name, value in kwargs.items()}
-    asked = [x for x in given if isinstance(x, torch.device)]
+    asked = [x.type for x in given if isinstance(x, torch.device)]
     of_here = {id(x.held): x for x in given if isinstance(x, Elsewhere)}
-    there = OTHER in asked if asked else bool(of_here)
+    there = OTHER.type in asked if asked else bool(of_here)
     if func.overloadpacket is aten.copy_:
         there = isinstance(args[0], Elsewhere)
     elif func.overloadpacket not in _COPIES and of_here:
