@@ -117,6 +117,8 @@ def _call(func: Any, args: tuple, kwargs: dict) -> Any:
     if there and any(isinstance(x, torch.Generator) for x in given):
         raise RuntimeError(f"Expected a '{OTHER.type}' device type for generator but found 'cpu'")
     out = func(*held_args, **held_kwargs)
+    if there and torch.Tag.inplace_view in func.tags:
+        args[0].data = Elsewhere(out)  # such as squeeze_: the shape is now that of `held`
     if func.overloadpacket in _COPIES and there != isinstance(args[0], Elsewhere):
         out = out.clone()  # two devices share no memory
     return _there(out, of_here) if there else out

@@ -93,6 +93,12 @@ def test_what_a_gpu_allows_gives_its_numbers(device, mix):
     assert out.device == device and out.tolist() == [2.0, 4.0]
 
 
+def test_shapes_changed_in_place_are_those_of_the_cpu(device):
+    x = torch.arange(6.0, device=device).view(2, 3)
+    assert x.t_().shape == x.cpu().shape == (3, 2) and x.unsqueeze_(0).shape == x.cpu().shape == (1, 3, 2)
+    assert torch.quantile(x[0], x.new_tensor([0.5]), dim=0).shape == (1, 2)
+
+
 def test_devices_share_no_memory(device):
     cpu = torch.zeros(2)
     for inference in (False, True):
