@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.result import Result, Table
-from hooklens.statistics import mean_interval, null_p, q_values
+from hooklens.statistics import mean_interval, null_p, q_values, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -167,6 +167,5 @@ class CoefficientSweep(Result):
 
 
 def _band(values: Float[Tensor, "draw coefficient"], level: float) -> Ends:
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
-    low, high = torch.quantile(values, ends, dim=0)
+    low, high = quantiles(values, ((1 - level) / 2, (1 + level) / 2))
     return low, high
