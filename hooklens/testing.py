@@ -25,6 +25,8 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins import find
 from hooklens.results.result import Result, Table
 
+__all__ = ["and_gate", "check_plugin", "induction_model", "methods", "or_gate", "same", "tiny_model"]
+
 _MOST_PARAMETERS = 8
 
 

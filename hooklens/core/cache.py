@@ -449,9 +449,11 @@ def _layer_of(name: str) -> int | None:
 
 
 def _as_index(what: str, index: Index, size: int, of: str) -> Any:
-    """An index as torch takes it; one that does not fit raises with what there is."""
+    """An index as torch takes it on every device; one that does not fit raises with what there is."""
     if not isinstance(index, slice) and not _fits(index, size):
         raise InputError(f"{what} {index!r:.60} asked for; {of} has {what} 0 to {size - 1} (or -{size} to -1)")
+    if isinstance(index, Tensor):
+        return index.cpu()
     return list(index) if isinstance(index, Sequence) else index
 
 

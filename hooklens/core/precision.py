@@ -24,7 +24,13 @@ def as_wide_as(x: Tensor) -> AbstractContextManager[None]:
     ...         (x @ x).dtype
     torch.float32
     """
-    device = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x.device) else nullcontext()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Is torch.autocast on there? torch's own question raises for the devices that have no autocast, such as meta.
+
+    >>> is_autocast(torch.device("meta"))
+    False
+    """
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -83,7 +83,7 @@ def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int
             raise _empty(name, list(prompts.shape))
         if prompts.is_floating_point() or prompts.ndim not in (1, 2):
             raise WrongType(f"{name} tokens are integers [pair pos], got {prompts.dtype} {list(prompts.shape)}")
-        return list(torch.atleast_2d(as_ids(prompts, f"{name} tokens are integers [pair pos]")).to(model.device))
+        return list(torch.atleast_2d(as_ids(prompts, f"{name} tokens are integers [pair pos]", model.device)))
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Sequence) and len(prompts) and all(isinstance(p, str) for p in prompts):

@@ -199,7 +199,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         return tokens, mask
 
     def _check_tokens(self, tokens: Any) -> Int[Tensor, "*batch pos"]:
-        tokens = as_ids(tokens, device=None if isinstance(tokens, Tensor) else self.device)
+        tokens = as_ids(tokens, device=self.device)
         if 0 in tokens.shape:
             raise InputError(
                 f"the prompt is empty, its tokens have shape {list(tokens.shape)}; give at least one token"

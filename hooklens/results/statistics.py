@@ -1,6 +1,7 @@
 """Intervals, p-values and splits over prompts; the unit is a group of prompts that share something."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import torch
@@ -61,10 +62,10 @@ def ratio_interval(
         return nothing, nothing.clone()
     weight = _weights(number, draws, seed).to(numerator)
     tail = _tail(number, level)
-    ends = torch.tensor([tail, 1 - tail], dtype=numerator.dtype, device=numerator.device)
     bottom = weight @ denominator
     flat = numerator.reshape(len(numerator), -1)
-    found = [torch.quantile((weight @ cells) / bottom[:, None], ends, dim=0) for cells in flat.split(_CELLS, dim=1)]
+    ends = (tail, 1 - tail)
+    found = [quantiles((weight @ cells) / bottom[:, None], ends) for cells in flat.split(_CELLS, dim=1)]
     low, high = torch.cat(found, dim=1).view(2, *numerator.shape[1:])
     return low, high
 
@@ -178,6 +179,15 @@ def sign_flip_p(
         seen, slack = cells.sum(0).abs(), 1e-9 * cells.abs().sum(0)
         hits.append(((signs.to(cells) @ cells).abs() >= seen - slack).sum(0))
     return ((torch.cat(hits) + extra).double() / (len(signs) + extra)).view(values.shape[1:])
+
+
+def quantiles(values: Float[Tensor, "draw *cell"], shares: Sequence[float]) -> Float[Tensor, "share *cell"]:
+    """The values below which these shares of the draws lie: torch.quantile with shares of the draws' device and dtype.
+
+    >>> quantiles(torch.tensor([3.0, 1.0, 2.0]), (0.0, 0.5)).tolist()
+    [1.0, 2.0]
+    """
+    return torch.quantile(values, values.new_tensor(shares), dim=0)
 
 
 def null_p(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> PValues:

@@ -56,8 +56,9 @@ class PairStudy(Result):
     def table(self, n: int | None = 16) -> Table:
         """The patches that moved the logit difference most, as many of each site; at most `n` in all."""
         each = None if n is None else -(-n // max(1, len(self.sweeps)))
-        rows = [(site, *row) for site, sweep in self.sweeps.items() for row in sweep.table(each).rows]
-        return Table(("site", "patch", "logit difference", "recovered"), rows).head(n)
+        tables = {site: sweep.table(each) for site, sweep in self.sweeps.items()}
+        rows = [(site, *row) for site, table in tables.items() for row in table.rows]
+        return Table(("site", "patch", "logit difference", *next(iter(tables.values())).columns[2:]), rows).head(n)
 
     def figure(self) -> Any:
         """The first site's sweep."""

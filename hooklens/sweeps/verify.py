@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import CheckFailed
+from hooklens.core.precision import is_autocast
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.settings import current
 
@@ -77,8 +78,7 @@ def _moved_by_rounding(plan: Any, patches: Any, reader: Reader, plain: Plain, ex
 
 def _unit(model: Any) -> float:
     """The relative size of a rounding here: torch may be allowed to multiply float32 with fewer digits."""
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    dtype = torch.get_autocast_dtype(model.device.type) if is_autocast(model.device) else model.dtype
     shorter = {"high": 2.0**-10, "medium": 2.0**-7}.get(torch.get_float32_matmul_precision(), 0.0)
     return max(torch.finfo(dtype).eps, shorter if dtype == torch.float32 else 0.0)
 

@@ -11,6 +11,7 @@ from hooklens.model.config import LinearScore
 from hooklens.plugins.patching.activation import PatchSweep, demo
 from hooklens.results.result import summary
 from hooklens.results.statistics import ratio_interval
+from hooklens.studies import study_pair
 from hooklens.testing import or_gate, tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [8, 1, 1, 3], [2, 2, 6, 1]])
@@ -217,3 +218,9 @@ def test_restoring_and_noising_everything_are_each_other_reversed():
     torch.testing.assert_close(there.values, torch.full_like(there.values, there.clean))
     torch.testing.assert_close(back.values, torch.full_like(back.values, there.corrupted))
     torch.testing.assert_close(back.per_pair, swapped.per_pair)
+
+
+def test_the_table_of_a_study_of_two_pairs_was_refused():
+    clean, corrupted = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]), torch.tensor([[1, 5, 3, 4], [2, 6, 4, 5]])
+    study = study_pair(tiny_model(), clean, corrupted, answer=[5, 6], wrong_answer=[6, 7])
+    assert study.table(4).columns[-2:] == ("95% low", "95% high") and len(study.table(4)) == 4

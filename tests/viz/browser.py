@@ -43,13 +43,14 @@ def find_chromium() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def open_page(path: str | os.PathLike, *, width: int = 1280, height: int = 900) -> Page:
+def open_page(path: str | os.PathLike, *, width: int = 1280, height: int = 900, query: str = "") -> Page:
     """Open a local file with the network off, let its scripts finish, and say what happened; skips without Chromium."""
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "net.json"
         asked = [f"--window-size={width},{height}", f"--log-net-log={log}", "--virtual-time-budget=10000", "--dump-dom"]
-        done = _run(scratch, [*asked, Path(path).resolve().as_uri()])
-        requests = _requests(log, Path(path).resolve().as_uri())
+        address = Path(path).resolve().as_uri() + query
+        done = _run(scratch, [*asked, address])
+        requests = _requests(log, address)
     return Page(done.stdout, _CONSOLE.findall(done.stderr), requests)
 
 

@@ -100,7 +100,7 @@ def completeness_of(
         without = torch.cat([subsets(bench.graph, mask, _OTHERS, draw)[0] for mask in null[some]])
         each.append(_gaps(bench, one, without).view(-1, _OTHERS).amax(1))
     others = bench.run(torch.cat((~kept[None], ~null))).per_pair
-    shares, (low, high) = faithful.share(others).cpu(), faithful.interval_of(others[0])
+    shares, (low, high) = faithful.share(others), faithful.interval_of(others[0])
     return Completeness(
         random=gaps,
         sizes=sets.sum(1),
@@ -119,7 +119,7 @@ def completeness_of(
 
 def _gaps(bench: Bench, kept: Bool[Tensor, "*set edge"], sets: Subsets) -> Float[Tensor, "set"]:
     """|m(C - K) - m(M - K)| of every K."""
-    runs = bench.run(torch.cat((kept & ~sets, ~sets))).per_pair.mean(1).cpu()
+    runs = bench.run(torch.cat((kept & ~sets, ~sets))).per_pair.mean(1)
     return (runs[: len(sets)] - runs[len(sets) :]).abs()
 
 

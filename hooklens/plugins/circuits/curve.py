@@ -13,6 +13,7 @@ from hooklens.plugins.circuits.measure import measured, tied_p
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.results.result import Result, Table
+from hooklens.results.statistics import quantiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class FaithfulnessCurve(Result):
 
     def table(self, n: int | None = None) -> Table:
         """One row a size."""
-        ends = torch.quantile(self.random.double(), torch.tensor([0.5, 0.95], dtype=torch.float64), dim=0)
+        ends = quantiles(self.random.double(), (0.5, 0.95))
         columns = (self.sizes, self.values, self.low, self.high, *ends)
         rows = [(*row, self.n_pairs, self.n_seen) for row in zip(*(column.tolist() for column in columns), strict=True)]
         names = "edges", "faithfulness", "95% low", "95% high", "random: median", "random: 95%"
@@ -72,7 +73,7 @@ class FaithfulnessCurve(Result):
         """The curve with its interval, and the middle 90 % of random circuits."""
         from hooklens.viz.curves import lines
 
-        q = torch.quantile(self.random.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64), dim=0)
+        q = quantiles(self.random.double(), (0.05, 0.5, 0.95))
         known = bool(self.low.isfinite().all())
         bands = {"random circuits (5 to 95%)": (q[0], q[2])} | ({self.method: (self.low, self.high)} if known else {})
         areas = f"area {self.area:.2f}, random {self.random_area.mean():.2f}"

@@ -13,7 +13,7 @@ from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers, null_p, ratio_interval
+from hooklens.results.statistics import group_numbers, null_p, quantiles, ratio_interval
 
 LEAST_DRAWS = 100
 
@@ -83,7 +83,7 @@ class Faithfulness(Result):
     def table(self, n: int | None = None) -> Table:
         """What it comes to, in rows."""
         low, high = self.interval()
-        ends = torch.quantile(self.random.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+        ends = quantiles(self.random.double(), (0.05, 0.5, 0.95)).tolist()
         rows = [
             ("faithfulness", self.value),
             ("95% low", low),

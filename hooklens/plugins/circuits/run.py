@@ -179,7 +179,7 @@ class Bench:
 
 def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
     """Masks of this graph, one row each."""
-    masks = torch.as_tensor(kept)
+    masks = torch.as_tensor(kept, device="cpu")
     masks = masks[None] if masks.ndim == 1 else masks
     if masks.ndim != 2 or masks.shape[1] != graph.n_edges or not len(masks):
         raise InputError(

@@ -94,7 +94,7 @@ class EdgeScores(Result):
         return Circuit(
             self.graph,
             tidy,
-            torch.where(tidy.to(self.scores.device), self.scores, 0.0),
+            torch.where(tidy, self.scores.cpu(), 0.0),
             f"{self.method}, {how}",
             self.ablation,
             self.model_name,

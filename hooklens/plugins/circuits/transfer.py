@@ -21,7 +21,7 @@ from hooklens.plugins.circuits.run import Bench, aligned_pairs
 from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.heads.taxonomy import Taxonomy, taxonomy
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers, halves
+from hooklens.results.statistics import group_numbers, halves, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -230,7 +230,7 @@ def _beside(
 
 
 def _quantiles(values: Tensor) -> list[float]:
-    return torch.quantile(values.double(), torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    return quantiles(values.double(), (0.05, 0.5, 0.95)).tolist()
 
 
 def demo(model: "HookedTransformer") -> CircuitTransfer:

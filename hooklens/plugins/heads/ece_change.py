@@ -16,7 +16,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z
 from hooklens.plugins.lens.calibration import Calibration, binned_error, calibration
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import null_p
+from hooklens.results.statistics import null_p, quantiles
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -190,7 +190,7 @@ def _changes(base: Calibration, edited: list[Calibration], seed: int) -> tuple[T
     times = torch.stack([torch.ones(n, dtype=torch.long), *(row.bincount(minlength=n) for row in drawn)]).to(gaps)
     errors = binned_error(torch.einsum("dt,rtb->rdb", times, gaps), base.loss.numel())
     change = errors[1:] - errors[0]
-    low, high = change[:, 1:].quantile(torch.tensor([0.025, 0.975]).to(change), dim=1)
+    low, high = quantiles(change[:, 1:].transpose(0, 1), (0.025, 0.975))
     return change[:, 0], low, high
 
 

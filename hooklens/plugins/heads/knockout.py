@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.data.repeated import repeated_tokens
+from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.scores import key_masks
@@ -92,7 +93,8 @@ def knockout(
 
     Reference: Geva et al. (2023), "Dissecting Recall of Factual Associations", section 4 (attention knockout).
     """
-    mask = _mask(tokens, kind) if mask is None else mask
+    tokens = as_ids(tokens, device=model.device)
+    mask = _mask(tokens, kind) if mask is None else mask.to(model.device)
     if mask.shape != (*tokens.shape, tokens.shape[1]):
         raise InputError(f"mask has shape {list(mask.shape)}; tokens {list(tokens.shape)} need [sequence query key]")
     refuse_dropout(model)

@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
+from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copying import refuse_post_norm
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
@@ -113,7 +114,7 @@ def mediation(
     """
     refuse_post_norm(model)
     refuse_dropout(model)
-    chosen = read_heads(model, heads)
+    tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     names = ["z", "attn_out", "mlp_out"]
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, _there(model, names), stop_at_layer=model.cfg.n_layers)

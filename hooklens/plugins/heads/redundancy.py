@@ -12,6 +12,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
+from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z, on_stream
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
@@ -120,7 +121,7 @@ def redundancy(
     "Similarity of Neural Network Representations Revisited", equation 3 (linear CKA).
     """
     refuse_dropout(model)
-    chosen = read_heads(model, heads)
+    tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     if len(chosen) < 2:
         raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
     return _redundancy(model, tokens, metric, chosen, reference, seed)

@@ -14,7 +14,7 @@ from hooklens.data.prompts import Prompts
 from hooklens.model.ids import show
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import mean_interval, null_p
+from hooklens.results.statistics import mean_interval, null_p, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -67,8 +67,7 @@ class Calibration(Result):
         drawn = torch.randint(len(gaps), (_DRAWS, len(gaps)), generator=seeded(seed))
         times = torch.zeros(_DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
         errors = binned_error(times.to(gaps.device) @ gaps, self.loss.numel())
-        ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=errors.dtype, device=errors.device)
-        low, high = errors.quantile(ends).tolist()
+        low, high = quantiles(errors, ((1 - level) / 2, (1 + level) / 2)).tolist()
         return low, high
 
     @property
@@ -157,7 +156,7 @@ class Calibration(Result):
         right, counts = (x[:, has] for x in (self._sums(self.correct.to(self.confidence)), self.counts))
         drawn = torch.randint(len(right), (_DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
         shares = torch.stack([right[rows].sum(0) / counts[rows].sum(0) for rows in drawn.to(right.device)])
-        low, high = shares.nanquantile(torch.tensor([0.025, 0.975]).to(shares), dim=0)
+        low, high = shares.nanquantile(shares.new_tensor([0.025, 0.975]), dim=0)
         return low, high
 
 

@@ -77,7 +77,7 @@ class InformationFlow(Result):
 
         NaN where the receiver as a whole moves nothing beyond chance.
         """
-        known = torch.tensor([excludes_zero(one, self.group) for one in self.whole.T])
+        known = torch.tensor([excludes_zero(one, self.group) for one in self.whole.T], device=self.whole.device)
         return torch.where(known, self.moved.mean(0) / self.whole.mean(0), float("nan"))
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "path"], Float[Tensor, "path"]]:

@@ -81,7 +81,7 @@ def ends(drawn: Float[Tensor, "draw *cell"], folds: int, level: float = 0.95) ->
 
     Reference: Nadeau and Bengio (2003), "Inference for the Generalization Error", section 3.
     """
-    at = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=drawn.dtype)
+    at = drawn.new_tensor([(1 - level) / 2, (1 + level) / 2])
     centre = drawn.nanmean(0)
     factor = math.sqrt(1 + folds / (folds - 1))
     low, high = (centre + factor * (drawn.nanquantile(at, dim=0) - centre)).clamp(-1.0, 1.0)

@@ -20,7 +20,7 @@ from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.task import ProbeTask, read_task
 from hooklens.plugins.probing.train import train_probe
 from hooklens.results.result import Result
-from hooklens.results.statistics import mean_interval, null_p, q_values
+from hooklens.results.statistics import mean_interval, null_p, q_values, quantiles
 from hooklens.results.table import Table
 
 if TYPE_CHECKING:
@@ -98,12 +98,11 @@ class CausalCheck(Result):
     def table(self, n: int | None = None) -> Table:
         """One row an edit of the probe's direction, and below it what random directions do."""
         (low, high), p, q = self.interval(), self.p, self.q
-        ends = torch.tensor([0.025, 0.975], dtype=self.random.dtype)
         rows: list[tuple] = []
         for i, edit in enumerate(EDITS):
             rows.append((f"{edit} the probe's direction", *map(float, (self.effect[i], low[i], high[i], p[i], q[i]))))
             for j, null in enumerate(NULLS):
-                ci = self.random[i, j].quantile(ends)
+                ci = quantiles(self.random[i, j], (0.025, 0.975))
                 numbers = self.random[i, j].mean(), ci[0], ci[1]
                 rows.append((f"  random, {null}", *map(float, numbers), None, None))
         return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)

@@ -217,7 +217,7 @@ class ProbeStudy(Result):
 
 def _middle(drawn: Float[Tensor, "draw"]) -> tuple[float, float, float]:
     """The mean of draws, and where their middle 95 % end."""
-    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype))
+    low, high = drawn.nanquantile(drawn.new_tensor([0.025, 0.975]))
     return float(drawn.mean()), float(low), float(high)
 
 

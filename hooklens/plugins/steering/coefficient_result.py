@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import mean_interval, null_p, q_values
+from hooklens.results.statistics import mean_interval, null_p, q_values, quantiles
 
 if TYPE_CHECKING:
     pass
@@ -149,6 +149,5 @@ class CoefficientSweep(Result):
 
 
 def _band(values: Float[Tensor, "draw coefficient"], level: float) -> Ends:
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
-    low, high = torch.quantile(values, ends, dim=0)
+    low, high = quantiles(values, ((1 - level) / 2, (1 + level) / 2))
     return low, high

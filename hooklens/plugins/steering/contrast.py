@@ -15,7 +15,7 @@ from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.steering.held_out import cross_fit, made_splits
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import null_p, q_values
+from hooklens.results.statistics import null_p, q_values, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -95,7 +95,7 @@ class ContrastDirections(Result):
         from hooklens.viz.curves import lines
 
         values = {"held out": self.separation, "shuffled labels": self.null.mean(0), "gap carried over": self.gap}
-        ends = torch.quantile(self.null, torch.tensor([0.025, 0.975], dtype=self.null.dtype), dim=0)
+        ends = quantiles(self.null, (0.025, 0.975))
         axes: dict[str, Any] = {"x_title": f"layer of {self.site}", "y_title": "area under the ROC curve"}
         title = "Where do the two kinds of prompts come apart?"
         return lines(values, bands={"shuffled labels": (ends[0], ends[1])}, title=title, **axes)

@@ -18,7 +18,7 @@ from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations,
 from hooklens.plugins.steering.steer import ablate_direction, removing, stream_sites
 from hooklens.plugins.steering.variants import Hooks, Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers, mean_interval, null_p
+from hooklens.results.statistics import group_numbers, mean_interval, null_p, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -141,7 +141,7 @@ class DirectionAblation(Result):
 
 
 def _ends(values: Float[Tensor, "null draw"], level: float) -> Float[Tensor, "two null"]:
-    return torch.quantile(values, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype), dim=1)
+    return quantiles(values.T, ((1 - level) / 2, (1 + level) / 2))
 
 
 def direction_ablation(

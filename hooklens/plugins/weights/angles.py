@@ -12,7 +12,7 @@ from hooklens.core.errors import InputError, did_you_mean
 from hooklens.plugins.weights.components import random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import null_p, q_values
+from hooklens.results.statistics import null_p, q_values, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -56,7 +56,7 @@ class PrincipalAngles(Result):
         """The cosines, with the band of random subspaces."""
         from hooklens.viz.curves import lines
 
-        ends = torch.quantile(self.null, torch.tensor([0.025, 0.975], dtype=self.null.dtype), dim=0)
+        ends = quantiles(self.null, (0.025, 0.975))
         values = {f"{self.writer} to {self.reader}": self.cosine, "random subspaces": self.null.mean(0)}
         axes: dict[str, Any] = {"x_title": "principal angle, smallest first", "y_title": "cosine"}
         return lines(values, bands={"random subspaces": (ends[0], ends[1])}, title="Principal angles", **axes)
