@@ -12,7 +12,6 @@ from model.zoo import TOKENS, ZOO, zoo_model
 from other_device import OTHER, other_device
 
 import hooklens as hl
-from hooklens import statistics
 from hooklens.metrics import kl, logit_diff, loss
 from hooklens.plugins import available, find
 from hooklens.plugins.circuits.completeness import completeness_of
@@ -25,6 +24,7 @@ from hooklens.plugins.heads import knockout, mediation, redundancy
 from hooklens.plugins.lens import calibration, direct_logit_attribution, logit_lens, trajectory
 from hooklens.plugins.patching import Resample, ablate, path_patch
 from hooklens.plugins.steering import ablate_direction, direction_ablation, steer
+from hooklens.results import statistics
 from hooklens.testing import induction_model, tiny_model
 
 CORRUPTED = TOKENS.roll(1, 1)

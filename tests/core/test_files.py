@@ -136,7 +136,7 @@ def text(path):
 
 model, out = tiny_model(d_mlp=2048), pathlib.Path(sys.argv[1])
 sweep = demo(model)
-for name, save in {
+for name, write in {
     "text": text,
     "cache": model.run_with_cache([[1] * 32])[1].save,
     "result": replace(sweep, per_pair=sweep.per_pair.repeat(2000, 1, 1)).save,
@@ -144,7 +144,7 @@ for name, save in {
     "report": Report("page").figure(sweep.figure()).save,
 }.items():
     try:
-        save(out / name)
+        write(out / name)
         print(name, "was written")
     except Unavailable as error:
         print(name, "is full" if "the disk is full" in str(error) and str(out / name) in str(error) else error)
