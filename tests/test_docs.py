@@ -60,8 +60,8 @@ def test_every_promised_page_is_there():
     assert {page.stem for page in PAGES} >= NEEDED | {"README"}
 
 
-def test_the_readme_names_every_module_and_nothing_that_is_not_there():
-    tree = (ROOT / "README.md").read_text().split("```text\n")[1].split("```")[0]
+def test_the_tree_of_files_names_every_module_and_nothing_that_is_not_there():
+    tree = (ROOT / "docs/contributing.md").read_text().split("```text\n")[1].split("```")[0]
     folder, named = [], set()
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -71,12 +71,12 @@ def test_the_readme_names_every_module_and_nothing_that_is_not_there():
             folder = [*folder[:depth], name.rstrip("/")]
             named.add("/".join(folder))
     missing = sorted(path for path in named if not (ROOT / path).exists())
-    assert not missing, f"in the README's tree, but not there: {missing}"
+    assert not missing, f"in the tree, but not there: {missing}"
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("hooklens/**/*.py")}
     # a plugin, a family, a study, a command: its folder says what it is
     plugins = {path for path in modules if path.count("/") > 2 or path.split("/")[1] in ("studies", "cli")}
     unnamed = sorted(path for path in modules - plugins - named if not path.endswith("__init__.py"))
-    assert not unnamed, f"not in the README's tree: {unnamed}"
+    assert not unnamed, f"not in the tree: {unnamed}"
     folders = {
         str(path.relative_to(ROOT)) for path in ROOT.glob("hooklens/plugins/*") if (path / "__init__.py").exists()
     }

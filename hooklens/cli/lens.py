@@ -81,7 +81,7 @@ def lens(
     path = study.trajectory.table()
     layers = Table(path.columns, [row for row in path.rows if not str(row[0]).endswith("_mid")])
     before = ("Layer by layer: medians of ranks, means of the rest, over prompts.", layers)
-    _show_lens(study, as_json, before, study.trajectory.terms, out, {"read": told})
+    _show_lens(study, as_json, layers=before, terms=study.trajectory.terms, out=out, more={"read": told})
 
 
 def _show_lens(

@@ -166,4 +166,20 @@ def _pairs(tokenizer: "Tokenizer", rows: list, device: torch.device | str) -> IO
     io = (a == right[:, None]).long().argmax(1)
     end = torch.full_like(io, a.shape[1] - 1)
     group = torch.arange(len(rows) // 4).repeat_interleave(4).to(device)
-    return IOIPairs(clean, corrupted, a, b, answer, wrong, right, other, io, s1, s2, end, order, template, group)
+    return IOIPairs(
+        clean=clean,
+        corrupted=corrupted,
+        clean_tokens=a,
+        corrupted_tokens=b,
+        answer=answer,
+        wrong_answer=wrong,
+        answer_tokens=right,
+        wrong_answer_tokens=other,
+        io=io,
+        s1=s1,
+        s2=s2,
+        end=end,
+        order=order,
+        template=template,
+        group=group,
+    )

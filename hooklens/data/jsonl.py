@@ -73,7 +73,9 @@ def read_pairs_file(path: str | Path) -> PromptPairs:
     lines = read_rows(path, fields, {"group": (str, int)})
     rows = list(lines.values())
     clean, corrupted, answer, wrong = ([row[name] for row in rows] for name in fields)
-    return PromptPairs(clean, corrupted, answer, wrong, groups(rows), list(lines))
+    return PromptPairs(
+        clean=clean, corrupted=corrupted, answer=answer, wrong_answer=wrong, group=groups(rows), lines=list(lines)
+    )
 
 
 def read_texts_file(path: str | Path) -> LabelledTexts:

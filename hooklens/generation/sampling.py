@@ -212,7 +212,9 @@ def generate(
     generator, named = drawn if temperature else (None, None)
     reached: dict[int, ActivationCache] = {}
     try:
-        _run(model, rows, sampling, generator, scopes, reached, max_new_tokens)
+        _run(
+            model, rows, sampling=sampling, generator=generator, scopes=scopes, reached=reached, n_steps=max_new_tokens
+        )
     except KeyboardInterrupt as interrupt:
         interrupt.generation = _gathered(rows, named, reached)  # type: ignore[attr-defined]
         interrupt.add_note(f"the {len(rows[0].ids)} tokens generated so far are this exception's .generation")

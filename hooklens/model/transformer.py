@@ -122,9 +122,13 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         ctx = self._context(x, attention_mask, kv_cache)
         chosen = None if logits_at is None or stop_at_layer is not None else self._chosen(logits_at, x, ctx)
         if kv_cache is None and (ctx.key_seen is None or torch.compiler.is_compiling()):
-            return self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
+            return self._run(
+                x, ctx, start=start, stop=stop, stop_at=stop_at_layer, start_at=start_at_layer, chosen=chosen
+            )
         with moment(0 if kv_cache is None else kv_cache.step, ctx.offset, ctx.key_seen):
-            out = self._run(x, ctx, start, stop, stop_at_layer, start_at_layer, chosen)
+            out = self._run(
+                x, ctx, start=start, stop=stop, stop_at=stop_at_layer, start_at=start_at_layer, chosen=chosen
+            )
         if kv_cache is not None:
             kv_cache.advance(x, ctx, start_at_layer)
         if ctx.key_seen is None or chosen is not None or not _readable(out, ctx.key_seen):

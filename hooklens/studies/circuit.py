@@ -191,14 +191,24 @@ def study_circuit(
     scores = eap_ig_midpoint(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
     circuit = scores.top_edges(edges)
     tested = metric.pairs(tested_on) if len(pairs) > 1 else metric
-    sizes = len(found_on), len(tested_on)
-    if not full:
+    evaluation = curve = None
+    if full:
+        evaluation = evaluate(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
+        faithful = evaluation.faithfulness
+        bench = Bench(model, *other, tested, circuit.ablation, keep=True)
+        curve = curve_of(bench, scores, _grown(scores, edges), group[tested_on], draws)
+    else:
         faithful = faithfulness(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
-        return CircuitStudy(model.cfg.model_name, circuit, faithful, *sizes, held_out)
-    found = evaluate(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
-    bench = Bench(model, *other, tested, circuit.ablation, keep=True)
-    curve = curve_of(bench, scores, _grown(scores, edges), group[tested_on], draws)
-    return CircuitStudy(model.cfg.model_name, circuit, found.faithfulness, *sizes, held_out, found, curve)
+    return CircuitStudy(
+        model=model.cfg.model_name,
+        circuit=circuit,
+        faithfulness=faithful,
+        n_found_on=len(found_on),
+        n_tested_on=len(tested_on),
+        held_out=held_out,
+        evaluation=evaluation,
+        curve=curve,
+    )
 
 
 def check_edges(edges: int, graph: CircuitGraph | None = None) -> None:

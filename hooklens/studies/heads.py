@@ -178,7 +178,16 @@ def head_study(
         names = [f"L{layer}H{head}" for layer in range(shape[0]) for head in range(shape[1])]
         fall = (sweep.clean_per_pair[:, None, None] - sweep.per_pair).cpu()
         held = held_out_top(model, fall, names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
-    return HeadStudy(model.cfg.model_name, sweep, direct, to_answer, to_wrong, group, held, labels)
+    return HeadStudy(
+        model=model.cfg.model_name,
+        sweep=sweep,
+        direct=direct,
+        to_answer=to_answer,
+        to_wrong=to_wrong,
+        group=group,
+        held_out=held,
+        labels=labels,
+    )
 
 
 def _attention(

@@ -176,7 +176,15 @@ def lens_study(
         held = held_out_top(model, parts.components.cpu(), parts.labels, k=k, group=number, seed=seed)
     called = [f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else list(names)
     lenses = [logit_lens(model, row[None]) for row in rows[:shown]]
-    return LensStudy(model.cfg.model_name, called, lenses, path, parts, held, number)
+    return LensStudy(
+        model=model.cfg.model_name,
+        names=called,
+        lenses=lenses,
+        trajectory=path,
+        attribution=parts,
+        held_out=held,
+        group=number,
+    )
 
 
 def _end(text: str) -> str:

@@ -24,13 +24,13 @@ def entering(plan: Plan, layer: int, start: int, items: list[tuple[int, Patch, i
     item = torch.tensor([number for number, _, _ in items], device=device)
     patches = [patch for _, patch, _ in items]
     end = _last_written(plan, patches[0], start)
-    written = _write(plan, layer, patches, pair, start, end)
+    written = _write(plan, layer, patches=patches, pair=pair, start=start, end=end)
     if plan.site == "resid_pre":
         x = plan.base.streams[layer][pair, start:]
         x[:, : end - start] = written
         return Group(start, pair, item, x)
     x = plan.base.streams[layer + 1][pair, start:]
-    x[:, : end - start] = _leaving(plan, layer, pair, start, end, written)
+    x[:, : end - start] = _leaving(plan, layer, pair=pair, start=start, end=end, written=written)
     return Group(start, pair, item, x)
 
 
@@ -84,7 +84,7 @@ def _leaving(plan: Plan, layer: int, pair: Tensor, start: int, end: int, written
         return block.finish_mid(written)
     x = base.streams[layer][pair, start:end]
     if entry == "attn":
-        return block.finish(x, _attn_out(plan, block, layer, pair, start, end, written))
+        return block.finish(x, _attn_out(plan, block, layer=layer, pair=pair, start=start, end=end, written=written))
     stream = block.mlp_base(x, base.attn_out[layer][pair, start:end])
     added = written if plan.site == "mlp_out" else block.mlp_adds(mlp.out(written))
     return block.leave(stream + added)

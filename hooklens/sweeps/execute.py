@@ -61,7 +61,7 @@ def execute(plan: Plan, metric: Any, *, resume: str | Path | Resume | None = Non
         resumed = set() if kept is None else kept.finished()
         if reason is None:
             items = live_items(plan, reader)
-            run_bins(plan, reader, items, values, kept, settings)
+            run_bins(plan, reader, items=items, values=values, kept=kept, settings=settings)
             worked, computed, how = {item.patch for item in items}, _share(plan, items), "engine"
             resumed &= worked
         else:
@@ -72,7 +72,15 @@ def execute(plan: Plan, metric: Any, *, resume: str | Path | Resume | None = Non
         error, n = float("nan"), 0
         if reason is None or resumed:
             error, n = verify(plan, reader, worked, values, plain_values, resumed=resumed, file=file and file.path)
-        return Outcome(values, reader.base, computed, error, n, how, kernel_of(plan.model))
+        return Outcome(
+            values=values,
+            base=reader.base,
+            computed=computed,
+            largest_error=error,
+            n_verified=n,
+            how=how,
+            kernel=kernel_of(plan.model),
+        )
 
 
 def live_items(plan: Plan, reader: Reader) -> list[Item]:

@@ -31,14 +31,38 @@ def execute_paths(plan: PathPlan, metric: Any) -> Outcome:
         if reason is not None:
             _run_plain(plan, reader, values, settings)
             _refuse_nonfinite(plan, values, reader.base)
-            return Outcome(values, reader.base, 1.0, float("nan"), 0, f"plain loop: {reason}", kernel)
+            return Outcome(
+                values=values,
+                base=reader.base,
+                computed=1.0,
+                largest_error=float("nan"),
+                n_verified=0,
+                how=f"plain loop: {reason}",
+                kernel=kernel,
+            )
         items = live_paths(plan, reader)
         # beside its stream a row has its sender's change, and what was recorded at every stage
         smaller = settings.memory // (3 + (len(plan.stages) if plan.semantics == FIXED else 0))
-        run_bins(plan, reader, items, values, None, replace(settings, memory=smaller), walk_paths)
+        run_bins(
+            plan,
+            reader,
+            items=items,
+            values=values,
+            kept=None,
+            settings=replace(settings, memory=smaller),
+            walk=walk_paths,
+        )
         _refuse_nonfinite(plan, values, reader.base)
         error, n = verify(plan, reader, {item.patch for item in items}, values, plain_paths)
-    return Outcome(values, reader.base, _share(plan, reader, items), error, n, "engine", kernel)
+    return Outcome(
+        values=values,
+        base=reader.base,
+        computed=_share(plan, reader, items),
+        largest_error=error,
+        n_verified=n,
+        how="engine",
+        kernel=kernel,
+    )
 
 
 def live_paths(plan: PathPlan, reader: Reader) -> list[Item]:

@@ -1,6 +1,5 @@
 """A metric, asked about patched streams: unembed only what it reads, and give it pairs in the order it expects."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,6 +204,3 @@ class Reader:
         for pair, start, x in rows:
             logits[pair, start:] = self.model.read_out(x[None])[0]
         return self.on_full(logits)
-
-
-Metric = Callable[[Tensor], Tensor]

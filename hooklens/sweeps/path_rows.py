@@ -202,4 +202,6 @@ def _asked_anew(plan: PathPlan, reads: Live, layer: int, index: Index) -> Flat:
     new = old.clone()
     where = reads.where("q", layer, index)
     new[:, heads] = z[0][:, heads] if where is None else torch.where(where[..., None], z[0][:, heads], old[:, heads])
-    return plan.base.attn_out[layer][pair, pos] + heads_write(plan, layer, pair, pos, old, new, heads)
+    return plan.base.attn_out[layer][pair, pos] + heads_write(
+        plan, layer, pair=pair, pos=pos, old=old, new=new, heads=heads
+    )

@@ -143,7 +143,17 @@ def plan_paths(
     differs = tokens != other
     end = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
     first = torch.where(differs.any(1), differs.long().argmax(1), end)
-    made = PathPlan(model, tuple(senders), tuple(receivers), semantics, tokens, other, base, new, first)
+    made = PathPlan(
+        model=model,
+        senders=tuple(senders),
+        receivers=tuple(receivers),
+        semantics=semantics,
+        tokens=tokens,
+        other=other,
+        base=base,
+        new=new,
+        first_change=first,
+    )
     if all(made.enters(sender) is None for sender in made.senders):
         grouped = model.cfg.n_heads != model.cfg.n_key_value_heads
         names = ", ".join(receiver.name(grouped=grouped) for receiver in receivers[:4])
@@ -214,7 +224,7 @@ def sent(
 def _sent_by_head(plan: PathPlan, sender: Sender, pair: Tensor, pos: Tensor) -> Float[Tensor, "cell d_model"]:
     old, new = (run.z[sender.layer][pair, pos] for run in (plan.base, plan.new))
     assert sender.head is not None
-    return heads_write(plan, sender.layer, pair, pos, old, new, [sender.head])
+    return heads_write(plan, sender.layer, pair=pair, pos=pos, old=old, new=new, heads=[sender.head])
 
 
 def heads_write(

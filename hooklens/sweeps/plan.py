@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, NameNotFound, WrongType, did_you_mean
@@ -93,12 +93,6 @@ class Plan:
         chosen = {"pos": patch.pos, "query_pos": patch.pos, "d_mlp": patch.neuron}
         chosen |= dict.fromkeys(_HEAD_AXES, patch.head)
         return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in names)
-
-    def same(self, patch: Patch) -> Bool[Tensor, "pair"]:
-        """For which pairs does the patch write exactly what is there?"""
-        region = (slice(None), *self.region(patch))
-        old, new = self.base.acts[patch.layer][region], self.values[patch.layer][region]
-        return (old == new).flatten(1).all(1) if old.ndim > 1 else old == new
 
 
 @dataclass(eq=False)
@@ -276,7 +270,17 @@ def plan(
     else:
         values = _values(site, layers, value, base)
     return Plan(
-        model, site, names, shape, tuple(made), tokens, base, values, _first_change(tokens, value), donor, value
+        model=model,
+        site=site,
+        by=names,
+        shape=shape,
+        patches=tuple(made),
+        tokens=tokens,
+        base=base,
+        values=values,
+        first_change=_first_change(tokens, value),
+        donor=donor,
+        source=value,
     )
 
 

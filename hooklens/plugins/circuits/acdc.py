@@ -198,17 +198,26 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
     tidy = graph.on_a_path(walk.kept[None], rooted=bench.ablation == "corrupted")[0]
     scores = torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0)
     dropped, of_model = int(walk.kept.sum() - tidy.sum()), bench.model.cfg.model_name
-    circuit = Circuit(graph, tidy, scores, name, bench.ablation, of_model, dropped, marks_of(bench.groups))
+    circuit = Circuit(
+        graph=graph,
+        kept=tidy,
+        scores=scores,
+        method=name,
+        ablation=bench.ablation,
+        model_name=of_model,
+        dropped=dropped,
+        found_on=marks_of(bench.groups),
+    )
     return Discovery(
-        circuit,
-        [units.names[i] for i in order.tolist()],
-        walk.drop[order],
-        walk.removed[order],
-        float(threshold),
-        walk.whole,
-        walk.value,
-        walk.empty,
-        walk.n_runs,
+        circuit=circuit,
+        units=[units.names[i] for i in order.tolist()],
+        drop=walk.drop[order],
+        removed=walk.removed[order],
+        threshold=float(threshold),
+        metric_of_model=walk.whole,
+        metric_of_circuit=walk.value,
+        metric_of_nothing=walk.empty,
+        n_runs=walk.n_runs,
     )
 
 

@@ -186,7 +186,9 @@ class Circuit(Result):
             shape = held["graph"]
             layers, heads, keyed = (shape[name] for name in ("n_layers", "n_heads", "n_kv_heads"))
             mlp, parallel, shared = (bool(shape[name]) for name in ("mlp", "parallel", "shared_scale"))
-            graph = CircuitGraph(layers, heads, keyed, mlp, parallel, shared)
+            graph = CircuitGraph(
+                n_layers=layers, n_heads=heads, n_kv_heads=keyed, mlp=mlp, parallel=parallel, shared_scale=shared
+            )
             names = [_renamed(str(name), held["format"]) for name, _ in held["edges"]]
             numbers = graph.numbers(names)
             if len(set(numbers)) != len(numbers):
@@ -197,7 +199,16 @@ class Circuit(Result):
                 raise ValueError("a score is not finite")
             seen = [str(mark) for mark in held["found_on"]]
             method, ablation, name = (str(held[key]) for key in ("method", "ablation", "model"))
-            return cls(graph, graph.mask(numbers), scores, method, ablation, name, int(held["dropped"]), seen)
+            return cls(
+                graph=graph,
+                kept=graph.mask(numbers),
+                scores=scores,
+                method=method,
+                ablation=ablation,
+                model_name=name,
+                dropped=int(held["dropped"]),
+                found_on=seen,
+            )
 
 
 def circuit_of(
@@ -216,7 +227,16 @@ def circuit_of(
     graph = circuit_graph(model)
     kept = graph.mask(edges)
     ones = kept.to(model.dtype)
-    return Circuit(graph, kept, ones, method, ablation, model.cfg.model_name, 0, [])
+    return Circuit(
+        graph=graph,
+        kept=kept,
+        scores=ones,
+        method=method,
+        ablation=ablation,
+        model_name=model.cfg.model_name,
+        dropped=0,
+        found_on=[],
+    )
 
 
 def whole_circuit(model: "HookedTransformer", *, ablation: str = "corrupted") -> Circuit:

@@ -99,14 +99,14 @@ def curve_of(
     ends = torch.tensor([one.interval() for one in found])
     values = torch.stack([one.share(one.per_pair[None])[0] for one in found]).cpu()
     return FaithfulnessCurve(
-        torch.tensor([circuit.n_edges for circuit in circuits]),
-        values,
-        ends[:, 0].to(values),
-        ends[:, 1].to(values),
-        torch.stack([one.random for one in found], 1).cpu(),
-        scores.graph.n_edges,
-        scores.method,
-        scores.ablation,
-        bench.n_pairs,
-        found[0].n_seen,
+        sizes=torch.tensor([circuit.n_edges for circuit in circuits]),
+        values=values,
+        low=ends[:, 0].to(values),
+        high=ends[:, 1].to(values),
+        random=torch.stack([one.random for one in found], 1).cpu(),
+        n_edges=scores.graph.n_edges,
+        method=scores.method,
+        ablation=scores.ablation,
+        n_pairs=bench.n_pairs,
+        n_seen=found[0].n_seen,
     )

@@ -54,7 +54,9 @@ def eap(
     Reference: Syed et al. (2023), "Attribution Patching Outperforms Automated Circuit Discovery", equation 2; Nanda
     (2023), "Attribution Patching".
     """
-    return scored(model, clean, corrupted, metric, ablation, "EAP", _clean_gradient)
+    return scored(
+        model, clean, corrupted=corrupted, metric=metric, ablation=ablation, name="EAP", one_batch=_clean_gradient
+    )
 
 
 def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
@@ -84,16 +86,27 @@ def scored(
     parts: list[tuple[Tensor, ...]] = []
     with progress(name, n, unit="pairs") as advance:
         for group in groups:
-            parts += _batches(model, graph, group, metric, ablation, one_batch, advance)
+            parts += _batches(
+                model, graph, group=group, metric=metric, ablation=ablation, one_batch=one_batch, advance=advance
+            )
     whole, empty = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     total, squares = (torch.stack([part[i] for part in parts]).sum(0) for i in (2, 3))
     mean = total / n
     spread = (squares / n - mean.square()).clamp_min(0) * n / (n - 1) if n > 1 else torch.full_like(mean, torch.nan)
     if not bool(mean.isfinite().all()):
         raise InputError("some edge's score is not finite: the metric or its gradient is not; try hooklens check")
-    ends = float(whole.mean()), float(empty.mean())
-    name_of = model.cfg.model_name
-    return EdgeScores(graph, mean, (spread / n).sqrt(), *ends, n, name, ablation, name_of, marks_of(groups))
+    return EdgeScores(
+        graph=graph,
+        scores=mean,
+        std_error=(spread / n).sqrt(),
+        clean=float(whole.mean()),
+        ablated=float(empty.mean()),
+        n_pairs=n,
+        method=name,
+        ablation=ablation,
+        model_name=model.cfg.model_name,
+        found_on=marks_of(groups),
+    )
 
 
 def _batches(

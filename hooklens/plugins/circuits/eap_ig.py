@@ -39,7 +39,9 @@ def eap_ig(
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 and its code (EAP-IG over inputs).
     """
     whole("steps", steps, 1)
-    return _of_inputs(model, clean, corrupted, metric, "EAP-IG", [k / steps for k in range(steps)])
+    return _of_inputs(
+        model, clean, corrupted=corrupted, metric=metric, name="EAP-IG", shares=[k / steps for k in range(steps)]
+    )
 
 
 def eap_ig_midpoint(
@@ -56,7 +58,9 @@ def eap_ig_midpoint(
     the middle of each.
     """
     whole("steps", steps, 1)
-    return _of_inputs(model, clean, corrupted, metric, "EAP-IG at midpoints", _middles(steps))
+    return _of_inputs(
+        model, clean, corrupted=corrupted, metric=metric, name="EAP-IG at midpoints", shares=_middles(steps)
+    )
 
 
 def _of_inputs(model, clean: Prompts, corrupted: Prompts | None, metric: Any, name: str, shares: list[float]):
@@ -66,7 +70,15 @@ def _of_inputs(model, clean: Prompts, corrupted: Prompts | None, metric: Any, na
             "eap_ig_activations(..., ablation='zero') does without"
         )
     name = f"{name}, {len(shares)} steps"
-    return scored(model, clean, corrupted, metric, "corrupted", name, partial(_over_inputs, shares))
+    return scored(
+        model,
+        clean,
+        corrupted=corrupted,
+        metric=metric,
+        ablation="corrupted",
+        name=name,
+        one_batch=partial(_over_inputs, shares),
+    )
 
 
 def _over_inputs(shares: list[float], model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
@@ -111,7 +123,15 @@ def eap_ig_activations(
     """
     whole("steps", steps, 1)
     name, shares = f"EAP-IG over activations, {steps} steps", [(k + 1) / steps for k in range(steps)]
-    return scored(model, clean, corrupted, metric, ablation, name, partial(_over_activations, shares, False))
+    return scored(
+        model,
+        clean,
+        corrupted=corrupted,
+        metric=metric,
+        ablation=ablation,
+        name=name,
+        one_batch=partial(_over_activations, shares, False),
+    )
 
 
 def eap_ig_own_source(
@@ -139,7 +159,15 @@ def eap_ig_own_source(
     """
     whole("steps", steps, 1)
     name = f"EAP-IG over each edge's own source, {steps} steps"
-    return scored(model, clean, corrupted, metric, ablation, name, partial(_over_activations, _middles(steps), True))
+    return scored(
+        model,
+        clean,
+        corrupted=corrupted,
+        metric=metric,
+        ablation=ablation,
+        name=name,
+        one_batch=partial(_over_activations, _middles(steps), True),
+    )
 
 
 def _over_activations(

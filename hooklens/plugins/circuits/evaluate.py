@@ -96,8 +96,8 @@ def evaluate(
         draw = seeded(seed)
         unit = faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()
         unit = unit.abs() if faithful.defined else torch.full_like(unit, torch.nan)
-        complete = completeness_of(bench, circuit, null, faithful, unit, draw)
-        minimal = minimality_of(bench, circuit, null, faithful, unit, draw)
+        complete = completeness_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
+        minimal = minimality_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
     return CircuitEvaluation(faithful, complete, minimal)
 
 

@@ -51,7 +51,9 @@ def trace(
     x = x.detach().requires_grad_()
     for layer, block in enumerate(model.blocks):
         entered = x
-        x = x + _shifted(_attention(block, slots["attn", layer], x, ctx, made, nodes), shift.get(("attn", layer)))
+        x = x + _shifted(
+            _attention(block, slots["attn", layer], x=x, ctx=ctx, made=made, nodes=nodes), shift.get(("attn", layer))
+        )
         if graph.mlp:
             slot = slots["mlp", layer]
             read = entered if graph.parallel else x

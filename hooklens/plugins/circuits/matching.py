@@ -110,14 +110,14 @@ def matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles, target
     gone = carrier.edge[carrier.edges(found[None])[0] < 0].unique().tolist()
     effect = torch.stack([target.effect[t] if t >= 0 else target.effect.new_tensor(torch.nan) for t in to])
     return Matching(
-        [names[i] for i in nodes],
-        [source.labels[i] for i in nodes],
-        source.effect[nodes],
-        [theirs[t] if t >= 0 else "" for t in to],
-        [target.labels[t] if t >= 0 else "" for t in to],
-        effect.to(source.effect),
-        [source.graph.name(edge) for edge in gone],
-        len(carrier.edge.unique()),
+        source=[names[i] for i in nodes],
+        source_label=[source.labels[i] for i in nodes],
+        source_effect=source.effect[nodes],
+        target=[theirs[t] if t >= 0 else "" for t in to],
+        target_label=[target.labels[t] if t >= 0 else "" for t in to],
+        target_effect=effect.to(source.effect),
+        lost=[source.graph.name(edge) for edge in gone],
+        n_edges=len(carrier.edge.unique()),
     )
 
 

@@ -130,7 +130,16 @@ def measured(bench: Bench, circuit: Circuit, group: Tensor | None, draws: int, s
     overlap = float((null & circuit.kept.cpu()).sum() / (draws * max(circuit.n_edges, 1)))
     seen = sum(mark in set(circuit.found_on) for mark in marks_of(bench.groups))
     values, random = runs.per_pair[0], runs.per_pair[1:]
-    return Faithfulness(circuit, values, runs.model_per_pair, runs.empty_per_pair, random, overlap, number, seen)
+    return Faithfulness(
+        circuit=circuit,
+        per_pair=values,
+        model_per_pair=runs.model_per_pair,
+        empty_per_pair=runs.empty_per_pair,
+        random_per_pair=random,
+        overlap=overlap,
+        group=number,
+        n_seen=seen,
+    )
 
 
 def defined(gap: Float[Tensor, "pair"], group: Int[Tensor, "pair"]) -> bool:

@@ -71,7 +71,9 @@ def prune_edges(
     ['L0H1->MLP0', 'MLP0->logits']
     """
     bench = _bench(model, circuit, clean, corrupted, metric)
-    return _greedily(bench, circuit, torch.arange(bench.graph.n_edges), size, share, "greedy pruning")
+    return _greedily(
+        bench, circuit, of_edge=torch.arange(bench.graph.n_edges), size=size, share=share, name="greedy pruning"
+    )
 
 
 def prune_nodes(
@@ -89,7 +91,9 @@ def prune_nodes(
     `size` counts nodes that edges leave, the embedding included.
     """
     bench = _bench(model, circuit, clean, corrupted, metric)
-    return _greedily(bench, circuit, bench.graph.ends[0], size, share, "greedy pruning of nodes")
+    return _greedily(
+        bench, circuit, of_edge=bench.graph.ends[0], size=size, share=share, name="greedy pruning of nodes"
+    )
 
 
 def prune_edges_below(
@@ -151,7 +155,9 @@ def _greedily(bench: Bench, circuit: Circuit, of_edge: Tensor, size: int, share:
             least = units[worth.abs().argsort(stable=True)[:cut]]
             kept = _tidy(bench, kept & ~torch.isin(of_edge, least))
             advance(len(units) - len(of_edge[kept].unique()))
-    return _result(bench, circuit, kept, (units, worth), of_edge, history, f"{name} to {size}")
+    return _result(
+        bench, circuit, kept=kept, measured=(units, worth), of_edge=of_edge, history=history, name=f"{name} to {size}"
+    )
 
 
 def _below(bench: Bench, circuit: Circuit, of_edge: Tensor, threshold: float, name: str) -> Pruning:
@@ -161,7 +167,15 @@ def _below(bench: Bench, circuit: Circuit, of_edge: Tensor, threshold: float, na
         units, worth, value = _worth(bench, circuit.kept.cpu(), of_edge)
         kept = _tidy(bench, circuit.kept.cpu() & ~torch.isin(of_edge, units[worth.abs() < threshold]))
         history = [(circuit.n_edges, value), (int(kept.sum()), float(bench.run(kept).per_pair.mean()))]
-    return _result(bench, circuit, kept, (units, worth), of_edge, history, f"{name} at {threshold:g}")
+    return _result(
+        bench,
+        circuit,
+        kept=kept,
+        measured=(units, worth),
+        of_edge=of_edge,
+        history=history,
+        name=f"{name} at {threshold:g}",
+    )
 
 
 def _tidy(bench: Bench, kept: Tensor) -> Tensor:

@@ -97,7 +97,14 @@ def roles_of(
         named += [*row, *(["MLP"] if graph.mlp else [])]
         above = [evidence.scores.mean(kind)[layer] - evidence.scores.uniform[kind] for kind in KINDS]
         attention[graph.heads_at(layer)] = torch.stack(above, 1).nan_to_num().to(attention)
-    return Roles(graph, named, attention, _effects(bench, wanted), ablation, bench.n_pairs)
+    return Roles(
+        graph=graph,
+        labels=named,
+        attention=attention,
+        effect=_effects(bench, wanted),
+        ablation=ablation,
+        n_pairs=bench.n_pairs,
+    )
 
 
 def comparable(source: Taxonomy, target: Taxonomy) -> tuple[Taxonomy, Taxonomy]:

@@ -162,7 +162,15 @@ class Bench:
                 clean, corrupted = group.clean[rows], group.corrupted[rows]
                 ablated = shared or ablated_run(self.model, self.graph, corrupted, self.ablation, held)
                 first = first_difference(clean, corrupted) if ablated.past and self.model.cfg.causal else 0
-                runner = EdgeRunner(self.model, self.graph, clean, of_pairs(metric, rows, n), ablated, held, first)
+                runner = EdgeRunner(
+                    model=self.model,
+                    graph=self.graph,
+                    clean=clean,
+                    metric=of_pairs(metric, rows, n),
+                    ablated=ablated,
+                    held=held,
+                    first=first,
+                )
                 if self.keep:
                     self.kept_runners.append(runner)
                 yield runner

@@ -92,14 +92,14 @@ class EdgeScores(Result):
     def _circuit(self, kept: Tensor, how: str) -> Circuit:
         tidy = self._tidy(kept)
         return Circuit(
-            self.graph,
-            tidy,
-            torch.where(tidy, self.scores.cpu(), 0.0),
-            f"{self.method}, {how}",
-            self.ablation,
-            self.model_name,
-            int(kept.sum()) - int(tidy.sum()),
-            self.found_on,
+            graph=self.graph,
+            kept=tidy,
+            scores=torch.where(tidy, self.scores.cpu(), 0.0),
+            method=f"{self.method}, {how}",
+            ablation=self.ablation,
+            model_name=self.model_name,
+            dropped=int(kept.sum()) - int(tidy.sum()),
+            found_on=self.found_on,
         )
 
     # -- reading

@@ -159,16 +159,18 @@ def transfer_circuit(
     by_role, own, *by_index = _beside(target, target_task.part(tested), circuits, nulls[0], home)
     (in_layers,) = _beside(target, target_task.part(tested), [carried], nulls[1], home)
     return CircuitTransfer(
-        model.cfg.model_name,
-        target.cfg.model_name,
-        matching(carrier, places, ours, others),
-        home,
-        by_role,
-        in_layers,
-        own,
-        by_index[0] if by_index else None,
-        len(chosen),
-        {name: len({mask.numpy().tobytes() for mask in null}) for name, null in zip(_NULLS, nulls, strict=True)},
+        source=model.cfg.model_name,
+        target=target.cfg.model_name,
+        matching=matching(carrier, places, ours, others),
+        home=home,
+        mapped=by_role,
+        in_layers=in_layers,
+        own=own,
+        by_index=by_index[0] if by_index else None,
+        n_matched_on=len(chosen),
+        n_different={
+            name: len({mask.numpy().tobytes() for mask in null}) for name, null in zip(_NULLS, nulls, strict=True)
+        },
     )
 
 
@@ -198,7 +200,16 @@ def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: T
     groups = aligned_pairs(target, task.clean, task.corrupted, task.metric, circuit.ablation)
     method = f"{circuit.method}; carried over from {circuit.model_name} by role"
     scores, name = carrier.scores(circuit, places), target.cfg.model_name
-    return Circuit(carrier.target, kept, scores, method, circuit.ablation, name, 0, marks_of(groups))
+    return Circuit(
+        graph=carrier.target,
+        kept=kept,
+        scores=scores,
+        method=method,
+        ablation=circuit.ablation,
+        model_name=name,
+        dropped=0,
+        found_on=marks_of(groups),
+    )
 
 
 def _own(target, task: Task, carried: Circuit) -> Circuit:
@@ -224,8 +235,17 @@ def _beside(
     random, found = runs.per_pair[len(own) :], []
     for circuit, values in zip(circuits, runs.per_pair, strict=False):
         overlap = float((null & circuit.kept.cpu()).sum() / (len(null) * max(circuit.n_edges, 1)))
-        ends = runs.model_per_pair, runs.empty_per_pair, random
-        found.append(Faithfulness(circuit, values, *ends, overlap, home.group, home.n_seen))
+        beside = Faithfulness(
+            circuit=circuit,
+            per_pair=values,
+            model_per_pair=runs.model_per_pair,
+            empty_per_pair=runs.empty_per_pair,
+            random_per_pair=random,
+            overlap=overlap,
+            group=home.group,
+            n_seen=home.n_seen,
+        )
+        found.append(beside)
     return found
 
 

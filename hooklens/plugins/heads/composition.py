@@ -124,7 +124,14 @@ def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -
             generator = seeded(seed)
             null = torch.cat([_random_z(writers, readers[mode], draws, generator) for mode in MODES])
             p = {mode: torch.where(one.isnan(), torch.nan, above(one.double(), null)) for mode, one in z.items()}
-    return Composition(scores, specific, z, p, "specific" if enough else "orientation", model.cfg.d_model**-0.5)
+    return Composition(
+        scores=scores,
+        specific=specific,
+        z=z,
+        p=p,
+        null="specific" if enough else "orientation",
+        chance=model.cfg.d_model**-0.5,
+    )
 
 
 def _number(value: Tensor) -> float | None:

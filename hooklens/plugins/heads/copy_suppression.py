@@ -132,7 +132,10 @@ def anti_copy(
             mean_z(model, cache, None, tokens),
             _another(tokens, min(model.cfg.d_vocab, model.cfg.d_vocab_out), seed),
         )
-        each = [_direct(model, cache, mean, widened(stream), tokens, other, i) for i in range(model.cfg.n_layers)]
+        each = [
+            _direct(model, cache, mean=mean, stream=widened(stream), tokens=tokens, other=other, layer=i)
+            for i in range(model.cfg.n_layers)
+        ]
     return torch.stack([one[0] for one in each], 1), torch.stack([one[1] for one in each], 1)
 
 

@@ -130,14 +130,16 @@ def calibration_change(
         _, cache = model.run_with_cache(tokens, ["z", "resid_pre"], stop_at_layer=model.cfg.n_layers)
         mean = mean_z(model, cache, None, tokens)
         size = torch.stack([_size(model, cache, mean, layer) for layer in range(model.cfg.n_layers)])
-        base = _moved(model, tokens, cache, mean, every[-1], 0.0, bins)  # by the same arithmetic, to the last bit
+        base = _moved(
+            model, tokens, cache=cache, mean=mean, head=every[-1], by=0.0, base=bins
+        )  # by the same arithmetic, to the last bit
         runs: list[list[Calibration]] = []
         with progress("calibration", sum(1 + len(near[head]) for head in heads), unit="runs") as advance:
             for head in heads:
                 row = []
                 for one in (head, *near[head]):
                     by = float(size[head] / size[one]) if one != head and size[one] > 0 else 1.0
-                    row.append(_moved(model, tokens, cache, mean, one, by, base))
+                    row.append(_moved(model, tokens, cache=cache, mean=mean, head=one, by=by, base=base))
                     advance()
                 runs.append(row)
     change, low, high = _changes(base, [row[0] for row in runs], seed)
@@ -147,7 +149,14 @@ def calibration_change(
             control[i, j] = other.expected_error - base.expected_error
     loss = torch.stack([row[0].loss.mean(1) - base.loss.mean(1) for row in runs], 1)
     return CalibrationChange(
-        [f"L{a}H{b}" for a, b in heads], base.expected_error, change, low, high, control, loss, data
+        heads=[f"L{a}H{b}" for a, b in heads],
+        ece=base.expected_error,
+        change=change,
+        low=low,
+        high=high,
+        control=control,
+        loss_change=loss,
+        data=data,
     )
 
 

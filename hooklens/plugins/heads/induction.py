@@ -155,7 +155,15 @@ def induction_heads(
             )
         )
     chance = float((mask.sum(-1) / torch.arange(1, mask.shape[1] + 1).to(mask.device))[mask.any(-1)].mean())
-    return InductionHeads(score, offset_score, rise, rise_before, loss, loss_before, chance)
+    return InductionHeads(
+        score=score,
+        offset_score=offset_score,
+        rise=rise,
+        rise_before=rise_before,
+        loss=loss,
+        loss_before=loss_before,
+        chance=chance,
+    )
 
 
 def _at_fixed_offset(model: "HookedTransformer", n: int, length: int, seed: int) -> PerSequence:

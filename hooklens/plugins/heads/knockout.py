@@ -100,7 +100,9 @@ def knockout(
     refuse_dropout(model)
     chosen = read_heads(model, heads)
     keeps = all_but(mask, model)
-    return knockout_after(model, scores_and_values(model, tokens), tokens, metric, kind, keeps, chosen)
+    return knockout_after(
+        model, scores_and_values(model, tokens), tokens=tokens, metric=metric, kind=kind, keeps=keeps, chosen=chosen
+    )
 
 
 def all_but(mask: Mask, model: "HookedTransformer") -> Keeps:

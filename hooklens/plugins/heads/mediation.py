@@ -125,13 +125,18 @@ def mediation(
             for layer, head in chosen:
                 runs = []
                 for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",)):
-                    out = _run(model, tokens, cache, mean, layer, head, frozen)
+                    out = _run(model, tokens, cache=cache, mean=mean, layer=layer, head=head, frozen=frozen)
                     runs.append(reader.base - on_stream(reader, out))
                     advance()
                 found.append(runs)
     total, direct, mlps, later = (torch.stack([runs[i] for runs in found], 1) for i in range(4))
     return Mediation(
-        [f"L{layer}H{head}" for layer, head in chosen], total, direct, mlps - direct, later - direct, reader.base
+        heads=[f"L{layer}H{head}" for layer, head in chosen],
+        total=total,
+        direct=direct,
+        mlps=mlps - direct,
+        later_heads=later - direct,
+        base=reader.base,
     )
 
 

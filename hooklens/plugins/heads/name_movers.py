@@ -53,8 +53,19 @@ def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criter
         direct, placebo, gap = _direct(model, clean, corrupted, pairs, metric)
         rank, written = _ranks(model, clean, pairs)
     name = pairs.answer_tokens.unique(return_inverse=True)[1]
-    sizes = pairs.group, model.cfg.d_vocab_out, criteria or Criteria()
-    return NameMovers(attention, margin, rank, written, direct, placebo, gap, name, *sizes)
+    return NameMovers(
+        attention=attention,
+        margin=margin,
+        rank=rank,
+        written=written,
+        direct=direct,
+        placebo=placebo,
+        gap=gap,
+        name=name,
+        group=pairs.group,
+        d_vocab=model.cfg.d_vocab_out,
+        criteria=criteria or Criteria(),
+    )
 
 
 def _post_scales(model: "HookedTransformer") -> list[str]:

@@ -124,7 +124,7 @@ def redundancy(
     tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     if len(chosen) < 2:
         raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
-    return _redundancy(model, tokens, metric, chosen, reference, seed)
+    return _redundancy(model, tokens, metric=metric, chosen=chosen, reference=reference, seed=seed)
 
 
 def _redundancy(
@@ -150,7 +150,14 @@ def _redundancy(
                 advance()
         written = _outputs(model, cache, chosen)
     cka, shuffled = _cka(written), _cka(written, _shuffles(written, seed))
-    return Redundancy([f"L{a}H{b}" for a, b in chosen], joint, _cosine(written), cka, shuffled, reader.base)
+    return Redundancy(
+        heads=[f"L{a}H{b}" for a, b in chosen],
+        joint=joint,
+        cosine=_cosine(written),
+        cka=cka,
+        cka_shuffled=shuffled,
+        base=reader.base,
+    )
 
 
 def _without(mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> list[tuple]:
@@ -204,4 +211,4 @@ def demo(model: "HookedTransformer") -> Redundancy:
     text, others = both.part(0, 4), both.part(4, 8)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
     # a model of one head has no pair to show, which a user is told and a demo is not
-    return _redundancy(model, text.tokens, text.metric(), list(heads), others.tokens, 0)
+    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), reference=others.tokens, seed=0)

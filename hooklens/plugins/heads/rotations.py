@@ -72,7 +72,7 @@ def rotated_masses(
     found: dict[str, list[Tensor]] = {name: [] for name in masks}
     for layer in tracked(range(model.cfg.n_layers), "rotating queries", "layers"):
         generator = seeded(seed, layer, stride=1_000_003)
-        here = _of_layer(model, cache, masks, layer, draws, generator)
+        here = _of_layer(model, cache, masks=masks, layer=layer, draws=draws, generator=generator)
         for name, scores in here.items():
             found[name].append(scores)
     return {name: torch.stack(scores, 1) for name, scores in found.items()}

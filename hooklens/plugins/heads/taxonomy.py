@@ -72,7 +72,17 @@ def taxonomy(
         untouched = scores_and_values(model, reported.tokens)
         blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
         effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
-        found = Taxonomy(scores, ov, score_p, effect, torch.full_like(effect, torch.nan), loss, names, note, level)
+        found = Taxonomy(
+            scores=scores,
+            ov=ov,
+            score_p=score_p,
+            effect=effect,
+            placebo=torch.full_like(effect, torch.nan),
+            loss=loss,
+            names=names,
+            note=note,
+            level=level,
+        )
         patterns = _patterns(model, untouched)
         whole = model.blocks[0].attn.score.row_sums_to_one
         others = {kind: [placebo_keep(one, mask, normalised=whole) for one in patterns] for kind, mask in masks.items()}
@@ -170,7 +180,9 @@ def _effects(
         rows = [i for i, one in enumerate(kinds) if one == kind]
         heads = [(int(a), int(b)) for a, b in asked[rows].any(0).nonzero()]
         if heads:
-            found = knockout_after(model, untouched, sequences.tokens, metric, kind, keeps[kind], heads)
+            found = knockout_after(
+                model, untouched, tokens=sequences.tokens, metric=metric, kind=kind, keeps=keeps[kind], chosen=heads
+            )
             layers, which = (list(part) for part in zip(*heads, strict=True))
             for row in rows:
                 effect[:, row, layers, which] = found.fall.to(effect)

@@ -186,7 +186,7 @@ def direct_logit_attribution(
     for some in groups:
         wrongs = None if wrong is None else wrong[some]
         found += direct_effects(model, torch.stack([rows[i] for i in some]), right[some], wrongs, pos)
-    return replace(_result(model, rows, groups, found, right, wrong), group=group)
+    return replace(_result(model, rows, groups=groups, found=found, right=right, wrong=wrong), group=group)
 
 
 def _result(

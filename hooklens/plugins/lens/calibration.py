@@ -188,15 +188,15 @@ def calibration(
     frequency = torch.bincount(ids[:, 1:].flatten()).to(loss) / ids[:, 1:].numel()
     unigram = -torch.special.xlogy(frequency, frequency).sum()
     return Calibration(
-        loss,
-        entropy,
-        confidence,
-        correct,
-        edges,
-        _by_chance(confidence, edges, seed),
-        float(unigram),
-        float(torch.tensor(model.cfg.d_vocab_out, dtype=torch.float64).log()),
-        [show(model, row) for row in ids],
+        loss=loss,
+        entropy=entropy,
+        confidence=confidence,
+        correct=correct,
+        edges=edges,
+        null=_by_chance(confidence, edges, seed),
+        unigram=float(unigram),
+        uniform=float(torch.tensor(model.cfg.d_vocab_out, dtype=torch.float64).log()),
+        str_tokens=[show(model, row) for row in ids],
     )
 
 

@@ -124,21 +124,23 @@ def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int
     neurons, mlp_bias = _mlps(model, at)
     pair = 1.0 if wrong is None else 2**0.5  # two random tokens differ by so much more than one does from the mean
     parts = dict(zip(labels, components.T, strict=True))
-    error = _checked(model, at, parts, heads, attn_bias, sources, neurons, mlp_bias)
+    error = _checked(
+        model, at, parts=parts, heads=heads, attn_bias=attn_bias, sources=sources, neurons=neurons, mlp_bias=mlp_bias
+    )
     return Direct(
-        components,
-        pair * at.spread(stack).T,
-        heads,
-        pair * head_spread,
-        attn_bias,
-        neurons,
-        mlp_bias,
-        at.logit,
-        at.unembed_bias,
-        at.norm_bias,
-        list(sources),
-        labels,
-        error,
+        components=components,
+        spread=pair * at.spread(stack).T,
+        heads=heads,
+        head_spread=pair * head_spread,
+        attn_bias=attn_bias,
+        neurons=neurons,
+        mlp_bias=mlp_bias,
+        logit=at.logit,
+        unembed_bias=at.unembed_bias,
+        norm_bias=at.norm_bias,
+        sources=list(sources),
+        labels=labels,
+        error=error,
     )
 
 

@@ -183,7 +183,15 @@ def read_lens(
             answers.append(mine.view(some.shape))
             controls.append(elsewhere(reading, mine, shifts))
             readings.append(reading)
-    return _assembled(model, ids, torch.cat(answers), torch.cat(controls, 2), readings, incl_mid, lens)
+    return _assembled(
+        model,
+        ids,
+        answer=torch.cat(answers),
+        controls=torch.cat(controls, 2),
+        readings=readings,
+        incl_mid=incl_mid,
+        lens=lens,
+    )
 
 
 def lens_logits(
@@ -230,18 +238,18 @@ def _assembled(
     whole = Reading(*(torch.cat(parts, 1).unflatten(1, ids.shape) for parts in zip(*readings, strict=True)))
     known = torch.cat([whole.top.unique(), ids.unique(), answer.unique()]).unique()
     return LogitLens(
-        ids,
-        stream_labels(model, incl_mid=incl_mid),
-        whole.top,
-        whole.top_log_probs,
-        answer,
-        whole.rank[..., 0],
-        whole.log_prob[..., 0],
-        controls.unflatten(2, ids.shape),
-        whole.entropy,
-        whole.kl,
-        dict(zip(known.tolist(), show(model, known), strict=True)),
-        lens,
+        tokens=ids,
+        layers=stream_labels(model, incl_mid=incl_mid),
+        top_tokens=whole.top,
+        top_log_probs=whole.top_log_probs,
+        answer=answer,
+        rank=whole.rank[..., 0],
+        log_prob=whole.log_prob[..., 0],
+        control_ranks=controls.unflatten(2, ids.shape),
+        entropy=whole.entropy,
+        kl=whole.kl,
+        words=dict(zip(known.tolist(), show(model, known), strict=True)),
+        lens=lens,
     )
 
 

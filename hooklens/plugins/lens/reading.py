@@ -175,7 +175,7 @@ def read_streams(
         for start in range(0, n_rows, many):
             rows = slice(start, start + many)
             own = final_logits(model, streams[-1, rows]) if final is None else final[rows]
-            blocks.append(_read_block(model, streams[:, rows], own, asked[rows], k, translate))
+            blocks.append(_read_block(model, streams[:, rows], final=own, asked=asked[rows], k=k, translate=translate))
             advance(n_layers * len(asked[rows]))
     reading = Reading(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
     if not bool(reading.entropy.isfinite().all()):
@@ -215,13 +215,13 @@ def _described(
     best = logits.gather(-1, ids).to(target.dtype)
     log_total = best[:, :1] - sums.top_prob.log()[:, None]
     return Reading(
-        ids,
-        best - log_total,
+        top=ids,
+        top_log_probs=best - log_total,
         # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie
-        (sums.signs.T.long() + logits.shape[-1] - 1) // 2,
-        own - log_total,
-        log_total[:, 0] - sums.mean,
-        log_total[:, 0] - sums.target_mean,
+        rank=(sums.signs.T.long() + logits.shape[-1] - 1) // 2,
+        log_prob=own - log_total,
+        entropy=log_total[:, 0] - sums.mean,
+        kl=log_total[:, 0] - sums.target_mean,
     )
 
 

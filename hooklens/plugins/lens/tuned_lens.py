@@ -109,7 +109,17 @@ def fit_tuned_lens(
         after = window_kl(model, measured, lens)
     none = before.new_zeros(0, before.shape[1])
     layers = stream_labels(model)[:-1]
-    return lens, TunedLensTraining(before, after, constant, none, layers, kept.numel(), steps=0, lr=0.0, seed=0)
+    return lens, TunedLensTraining(
+        before=before,
+        after=after,
+        constant=constant,
+        loss=none,
+        layers=layers,
+        train_tokens=kept.numel(),
+        steps=0,
+        lr=0.0,
+        seed=0,
+    )
 
 
 def train_tuned_lens(
@@ -154,7 +164,15 @@ def train_tuned_lens(
         after = window_kl(model, measured, lens)
     layers = stream_labels(model)[:-1]
     return lens, TunedLensTraining(
-        held["before"], after, held["constant"], state.loss, layers, kept.numel(), steps, lr, seed
+        before=held["before"],
+        after=after,
+        constant=held["constant"],
+        loss=state.loss,
+        layers=layers,
+        train_tokens=kept.numel(),
+        steps=steps,
+        lr=lr,
+        seed=seed,
     )
 
 

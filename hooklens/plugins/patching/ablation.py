@@ -138,7 +138,7 @@ class AblationSweep(Result):
         """A heat map over two axes, bars with their interval over one."""
         title = f"{self.site}: change of the metric under {self.kind} ablation"
         ends = self.interval() if self.per_prompt.ndim == 2 else None
-        return draw_grid(self.effect, self.by, self.labels, title, "change of the metric", ends)
+        return draw_grid(self.effect, self.by, labels=self.labels, title=title, name="change of the metric", ends=ends)
 
 
 def ablate(
@@ -184,7 +184,10 @@ def ablate(
     number = group_numbers(n, None if group is None else torch.as_tensor(group))
     with torch.no_grad(), packed_linears(rows=1024):
         draws = [
-            [_one(model, each, metric, site, axes, to, patches) for each, to in zip(groups, written, strict=True)]
+            [
+                _one(model, each, metric=metric, site=site, by=axes, written=to, patches=patches)
+                for each, to in zip(groups, written, strict=True)
+            ]
             for written in written_by_draw(model, kind, prompts, groups, site)
         ]
     shape, labels = shape_of(model, site, axes, groups[0].clean.shape[1]), {}
@@ -197,19 +200,19 @@ def ablate(
     outcomes = [each for found in draws for each in found]
     weights = [len(each.index) / (n * len(draws)) for _ in draws for each in groups]
     return AblationSweep(
-        values.mean(0).view(n, *shape),
-        whole,
-        (values.mean(1) - whole.mean()).view(-1, *shape),
-        number,
-        site,
-        axes,
-        word(kind),
-        labels,
-        sum(each.computed * weight for each, weight in zip(outcomes, weights, strict=True)),
-        float(torch.tensor([each.largest_error for each in outcomes]).max()),
-        sum(each.n_verified for each in outcomes),
-        outcomes[0].how,
-        outcomes[0].kernel,
+        per_prompt=values.mean(0).view(n, *shape),
+        whole_per_prompt=whole,
+        by_draw=(values.mean(1) - whole.mean()).view(-1, *shape),
+        group=number,
+        site=site,
+        by=axes,
+        kind=word(kind),
+        labels=labels,
+        computed=sum(each.computed * weight for each, weight in zip(outcomes, weights, strict=True)),
+        largest_error=float(torch.tensor([each.largest_error for each in outcomes]).max()),
+        n_verified=sum(each.n_verified for each in outcomes),
+        how=outcomes[0].how,
+        kernel=outcomes[0].kernel,
     )
 
 

@@ -124,7 +124,7 @@ class PatchSweep(TwoRuns, Result):
         shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
         title = f"{self.site}: {name} ({self.value} into {self.into})"
         ends = self.interval() if len(self.by) == 1 else None
-        return draw_grid(shown, self.by, self.labels, title, name, ends, rows)
+        return draw_grid(shown, self.by, labels=self.labels, title=title, name=name, ends=ends, rows=rows)
 
 
 def patch(
@@ -172,7 +172,10 @@ def patch(
         raise InputError("resume= needs prompts of one length; patch each length on its own")
     file = None if resume is None else Resume.of(resume)
     with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024), _hint(resume):
-        both = [_patch_group(model, group, metric, site, axes, layer, value, file) for group in groups]
+        both = [
+            _patch_group(model, group, metric=metric, site=site, by=axes, layer=layer, value=value, resume=file)
+            for group in groups
+        ]
     parts = [outcome for outcome, _ in both]
     ends = (in_order(groups, [other for _, other in both]), in_order(groups, [p.base for p in parts]))
     clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
@@ -183,19 +186,19 @@ def patch(
     per_pair = in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
     errors = torch.tensor([p.largest_error for p in parts])
     return PatchSweep(
-        per_pair,
-        clean_end,
-        corrupted_end,
-        site,
-        axes,
-        into,
-        _word(value),
-        labels,
-        sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(per_pair),
-        float(errors.max()),
-        sum(p.n_verified for p in parts),
-        parts[0].how,
-        parts[0].kernel,
+        per_pair=per_pair,
+        clean_per_pair=clean_end,
+        corrupted_per_pair=corrupted_end,
+        site=site,
+        by=axes,
+        into=into,
+        value=_word(value),
+        labels=labels,
+        computed=sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(per_pair),
+        largest_error=float(errors.max()),
+        n_verified=sum(p.n_verified for p in parts),
+        how=parts[0].how,
+        kernel=parts[0].kernel,
     )
 
 
@@ -240,14 +243,14 @@ def _patch_group(
     """The sweep of one group, and the metric of the run that is not patched."""
     noising = _word(value) != "clean"
     into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
-    written = _written(model, group, into, other, site, value)
+    written = _written(model, group, into=into, other=other, site=site, value=value)
     cells = grid(model, site, by, into.shape[1])[1]
     patches = None if layer is None else [patch for patch in cells if patch.layer == layer]
     made = plan(model, into, site, written, by=by, patches=patches)
     given = dict(value) if isinstance(value, Mapping) else value
     made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep
     outcome = execute(made, group.of(metric), resume=resume)
-    return outcome, _other_run(model, group, metric, other, made.donor, outcome)
+    return outcome, _other_run(model, group, metric=metric, tokens=other, stream=made.donor, outcome=outcome)
 
 
 def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:

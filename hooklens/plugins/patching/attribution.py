@@ -72,16 +72,16 @@ def attribution_patching(
     checked = _to_check(per_pair.mean(0), moved.any(0), exact)
     shape = shape_of(model, site, axes_, groups[0].clean.shape[1])
     return AttributionPatching(
-        per_pair,
-        clean_end,
-        corrupted_end,
-        site,
-        axes_,
-        labels_of(model, axes_, shape, groups[0]),
-        checked,
-        _exactly(model, groups, metric, site, axes_, checked),
-        min(exact, len(checked)),
-        number,
+        per_pair=per_pair,
+        clean_per_pair=clean_end,
+        corrupted_per_pair=corrupted_end,
+        site=site,
+        by=axes_,
+        labels=labels_of(model, axes_, shape, groups[0]),
+        checked=checked,
+        exact_per_pair=_exactly(model, groups, metric=metric, site=site, by=axes_, checked=checked),
+        n_top=min(exact, len(checked)),
+        group=number,
     )
 
 

@@ -99,7 +99,14 @@ class AttributionPatching(TwoRuns, Result):
             f"; correlation with {len(self.checked)} exact ones {self.correlation:.2f}" if len(self.checked) else ""
         )
         ends = self.interval() if len(self.by) == 1 else None
-        return draw_grid(self.effect, self.by, self.labels, f"{self.site}: estimated effect{checked}", "estimate", ends)
+        return draw_grid(
+            self.effect,
+            self.by,
+            labels=self.labels,
+            title=f"{self.site}: estimated effect{checked}",
+            name="estimate",
+            ends=ends,
+        )
 
     def check_figure(self) -> Any:
         """The checked cells by their exact effect and its estimate; on the diagonal the two agree."""

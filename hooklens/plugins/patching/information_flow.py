@@ -55,7 +55,7 @@ def information_flow(
     first, second = pairs.halves(options.seed)
     chosen_on = first[: options.choose_on]
     parts = [
-        _paths_to(pairs, chosen_on, second, name, reading, sending, options)
+        _paths_to(pairs, chosen_on, second=second, name=name, receivers=reading, senders=sending, options=options)
         for name, reading in _named(model, receivers).items()
     ]
     return InformationFlow(
@@ -187,15 +187,15 @@ def _paths_to(
     moved, n = report.moved, len(reaching)
     effect = moved[:, :n].mean(0)
     return _PathsTo(
-        [f"{reaching[i].name} to {name}" for i in best],
-        name,
-        chose.share[best],
-        moved[:, best],
-        moved[:, n:].unflatten(1, (options.draws, -1)).transpose(0, 1),
-        torch.stack([torch.cat((effect[:i], effect[i + 1 :])) for i in best], 1),
-        whole[:, None].expand(-1, len(best)),
-        report.clean_per_pair - report.corrupted_per_pair,
-        chose.largest_error,
+        paths=[f"{reaching[i].name} to {name}" for i in best],
+        receiver=name,
+        chosen_by=chose.share[best],
+        moved=moved[:, best],
+        turned=moved[:, n:].unflatten(1, (options.draws, -1)).transpose(0, 1),
+        others=torch.stack([torch.cat((effect[:i], effect[i + 1 :])) for i in best], 1),
+        whole=whole[:, None].expand(-1, len(best)),
+        gap=report.clean_per_pair - report.corrupted_per_pair,
+        largest_error=chose.largest_error,
     )
 
 

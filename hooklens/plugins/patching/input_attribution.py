@@ -108,7 +108,16 @@ def gradient_x_input(
     value, slope = path.slopes(model, torch.ones(1, len(path.tokens)))
     sanity = randomise(model, path.at_end, stages=stages, seed=seed) if stages else None
     empty = path.metric_at_baseline(model)
-    return InputAttribution(slope[0], value[0], empty, path.str_tokens, "gradient x input", path.name, 1, sanity)
+    return InputAttribution(
+        per_token=slope[0],
+        metric=value[0],
+        baseline_metric=empty,
+        str_tokens=path.str_tokens,
+        method="gradient x input",
+        baseline=path.name,
+        n_gradients=1,
+        sanity=sanity,
+    )
 
 
 def integrated_gradients(

@@ -60,7 +60,17 @@ def path_patch(
 
     Reference: Goldowsky-Dill et al. (2023), "Localizing Model Behavior with Path Patching", section 3.
     """
-    return _path_patch(EDGES, model, clean, corrupted, metric, receivers, senders, value, group)
+    return _path_patch(
+        EDGES,
+        model,
+        clean=clean,
+        corrupted=corrupted,
+        metric=metric,
+        receivers=receivers,
+        senders=senders,
+        value=value,
+        group=group,
+    )
 
 
 def path_patch_fixed(
@@ -89,7 +99,17 @@ def path_patch_fixed(
 
     Reference: Wang et al. (2022), "Interpretability in the Wild", appendix B.
     """
-    return _path_patch(FIXED, model, clean, corrupted, metric, receivers, senders, value, group)
+    return _path_patch(
+        FIXED,
+        model,
+        clean=clean,
+        corrupted=corrupted,
+        metric=metric,
+        receivers=receivers,
+        senders=senders,
+        value=value,
+        group=group,
+    )
 
 
 def path_patch_fixed_frozen(
@@ -116,7 +136,17 @@ def path_patch_fixed_frozen(
     >>> torch.allclose(one.values, other.values, rtol=1e-5, atol=0)
     True
     """
-    return _path_patch(FIXED_FROZEN, model, clean, corrupted, metric, receivers, senders, value, group)
+    return _path_patch(
+        FIXED_FROZEN,
+        model,
+        clean=clean,
+        corrupted=corrupted,
+        metric=metric,
+        receivers=receivers,
+        senders=senders,
+        value=value,
+        group=group,
+    )
 
 
 def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, senders, value, group) -> PathSweep:
@@ -129,29 +159,39 @@ def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, send
     with torch.no_grad(), packed_linears(rows=1024):
         both = []
         for one in groups:
-            here = of_pairs(sending, one.index, n), of_pairs(reading, one.index, n)
-            both.append(_sweep(model, one, metric, *here, semantics, value))
+            senders_here, receivers_here = of_pairs(sending, one.index, n), of_pairs(reading, one.index, n)
+            both.append(
+                _sweep(
+                    model,
+                    one,
+                    metric=metric,
+                    senders=senders_here,
+                    receivers=receivers_here,
+                    semantics=semantics,
+                    value=value,
+                )
+            )
     parts = [outcome for outcome, _ in both]
     ends = in_order(groups, [p.base for p in parts]), in_order(groups, [other for _, other in both])
     corrupted_end, clean_end = ends if value == "clean" else ends[::-1]
     number = group_numbers(len(clean_end), group)
     return PathSweep(
-        in_order(groups, [p.values.T for p in parts]),
-        clean_end,
-        corrupted_end,
-        [sender.name for sender in sending],
-        [one.name(grouped=model.cfg.n_heads != model.cfg.n_key_value_heads) for one in reading],
-        semantics,
-        "corrupted" if value == "clean" else "clean",
-        torch.tensor([[s.layer, -1 if s.head is None else s.head] for s in sending]),
-        _reaches(model, sending, reading),
-        (model.cfg.n_layers, model.cfg.n_heads),
-        number,
-        sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(number),
-        float(torch.tensor([p.largest_error for p in parts]).max()),
-        sum(p.n_verified for p in parts),
-        parts[0].how,
-        parts[0].kernel,
+        per_pair=in_order(groups, [p.values.T for p in parts]),
+        clean_per_pair=clean_end,
+        corrupted_per_pair=corrupted_end,
+        senders=[sender.name for sender in sending],
+        receivers=[one.name(grouped=model.cfg.n_heads != model.cfg.n_key_value_heads) for one in reading],
+        semantics=semantics,
+        into="corrupted" if value == "clean" else "clean",
+        place=torch.tensor([[s.layer, -1 if s.head is None else s.head] for s in sending]),
+        reaches=_reaches(model, sending, reading),
+        shape=(model.cfg.n_layers, model.cfg.n_heads),
+        group=number,
+        computed=sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(number),
+        largest_error=float(torch.tensor([p.largest_error for p in parts]).max()),
+        n_verified=sum(p.n_verified for p in parts),
+        how=parts[0].how,
+        kernel=parts[0].kernel,
     )
 
 
@@ -169,7 +209,7 @@ def _sweep(
 ) -> tuple[Outcome, Tensor]:
     """All senders of the pairs of one length, and the metric of the run that is not patched."""
     into, other = (pairs.corrupted, pairs.clean) if value == "clean" else (pairs.clean, pairs.corrupted)
-    made = plan_paths(model, into, other, senders, receivers, semantics)
+    made = plan_paths(model, into, other=other, senders=senders, receivers=receivers, semantics=semantics)
     outcome = execute_paths(made, pairs.of(metric))
     found = Reader(model, pairs.of(metric), made.new.streams[model.cfg.n_layers]).base
     # the same prompt twice is the same number, not one to rounding

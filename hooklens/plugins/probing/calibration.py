@@ -53,12 +53,12 @@ class Calibration(Result):
         truth = torch.nn.functional.one_hot(label, prob.shape[1]).to(prob.dtype)
         scale = 0.5 if two else 1.0
         return cls(
-            mean_said,
-            mean_was,
-            count,
-            float((share * (mean_said - mean_was).abs()).nan_to_num().sum()),
-            scale * float(((prob - truth) ** 2).sum(1).mean()),
-            scale * float(((truth.mean(0) - truth) ** 2).sum(1).mean()),
+            said=mean_said,
+            was=mean_was,
+            count=count,
+            ece=float((share * (mean_said - mean_was).abs()).nan_to_num().sum()),
+            brier=scale * float(((prob - truth) ** 2).sum(1).mean()),
+            brier_of_shares=scale * float(((truth.mean(0) - truth) ** 2).sum(1).mean()),
         )
 
     def table(self, n: int | None = None) -> Table:

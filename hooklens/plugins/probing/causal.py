@@ -163,7 +163,7 @@ def causal_check(
         prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
         for pairs in read_pairs(model, prompts, prompts, ()):
             rows = torch.tensor(pairs.index)
-            runs = EditedRuns(model, pairs, metric, point, layer, task.pos[rows])
+            runs = EditedRuns(model=model, pairs=pairs, metric=metric, point=point, layer=layer, pos=task.pos[rows])
             clean[rows] = runs.reader.base.to(clean)
             edited[:, :, rows] = runs.edited(shift[:, rows], directions).to(edited)
             advance(len(rows))
@@ -174,7 +174,17 @@ def causal_check(
     told = sign * (clean - _between(clean, label))
     refit = refitted(torch.stack([x, x + shift[0][:, None] * where]), label, task.group, seed)
     return CausalCheck(
-        point, task.classes, label, task.group, right, refit, told, fall[:, 0], random, float(strength), probe.gap
+        point=point,
+        classes=task.classes,
+        label=label,
+        group=task.group,
+        read=right,
+        refit=refit,
+        told=told,
+        fall=fall[:, 0],
+        random_fall=random,
+        strength=float(strength),
+        gap=probe.gap,
     )
 
 

@@ -126,17 +126,17 @@ def project_tokens(
     along = embed @ where
     projected = (embed @ random.flatten(0, 1).T).T
     return TokenProjection(
-        ids,
-        show(model, ids),
-        classes,
-        probe.classes,
-        along,
-        across,
-        name,
-        float(auc(along, classes == 1)),
-        float(fisher(along[None], classes)[0]),
-        auc(projected, classes == 1).view(random.shape[:2]),
-        fisher(projected, classes).view(random.shape[:2]),
+        tokens=ids,
+        names=show(model, ids),
+        label=classes,
+        classes=probe.classes,
+        along=along,
+        across=across,
+        across_name=name,
+        auc=float(auc(along, classes == 1)),
+        fisher=float(fisher(along[None], classes)[0]),
+        random_auc=auc(projected, classes == 1).view(random.shape[:2]),
+        random_fisher=fisher(projected, classes).view(random.shape[:2]),
     )
 
 

@@ -118,17 +118,26 @@ def gather(
     with ExitStack() as stack:
         store: Memory | Files
         if folder is not None:
-            key = _key(model, rows, prompt, at, points, batches)
+            key = _key(model, (rows, prompt, at, points, batches))
             store = Files(Path(folder), shapes, dtype, key, [index.tolist() for index in holds])
         elif size > memory:
             store, temporary = unnamed(shapes, dtype, [index.tolist() for index in holds])
             stack.enter_context(temporary)
         else:
             store = Memory(shapes, dtype)
-        _fill(model, store, points, rows, prompt, at, batches, holds)
+        _fill(model, store, points=points, rows=rows, prompt=prompt, at=at, batches=batches, holds=holds)
         kept = store.finish()
     token = torch.tensor([int(rows[i][p]) for i, p in zip(prompt.tolist(), at.tolist(), strict=True)])
-    return Activations(kept["x"], points, token, prompt, at, group, kept["embed"], kept["context"])
+    return Activations(
+        x=kept["x"],
+        points=points,
+        token=token,
+        prompt=prompt,
+        pos=at,
+        group=group,
+        embed=kept["embed"],
+        context=kept["context"],
+    )
 
 
 def _examples(
@@ -246,5 +255,5 @@ def _hooked(model: "HookedTransformer") -> bool:
     return torch_hooks or edited_elsewhere(model.hook_points().values())
 
 
-def _key(model: "HookedTransformer", *parts: Any) -> str:
+def _key(model: "HookedTransformer", parts: tuple) -> str:
     return identity((model.cfg.to_json(), dict(model.state_dict()), parts), "what is gathered")

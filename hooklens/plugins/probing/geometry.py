@@ -113,13 +113,13 @@ def probe_geometry(
     directions, drawn = torch.stack(real), torch.stack(null, 1)
     bound = float(beta.ppf(0.95, 0.5, (directions.shape[1] - 1) / 2)) ** 0.5 if directions.shape[1] > 1 else 1.0
     return Geometry(
-        point,
-        getattr(kind, "name", type(kind).__name__),
-        [task.name for task in tasks],
-        (directions @ directions.T).to(dtype),
-        torch.tensor(repeat, dtype=dtype),
-        (drawn @ drawn.mT).to(dtype),
-        bound,
+        point=point,
+        kind=getattr(kind, "name", type(kind).__name__),
+        names=[task.name for task in tasks],
+        cosine=(directions @ directions.T).to(dtype),
+        repeat=torch.tensor(repeat, dtype=dtype),
+        null=(drawn @ drawn.mT).to(dtype),
+        isotropic=bound,
     )
 
 

@@ -198,14 +198,14 @@ def _task(reader: Reader, name: str, classes: list[str], rows: Sequence[_Row]) -
         if tokenizer.unk_id is not None and tokenizer.unk_id in ids.tolist():
             raise InputError(f"this tokenizer does not know every word of {row.text!r}; use prompts of your own")
     return ProbeTask(
-        name,
-        tokens,
-        torch.arange(len(rows)),
-        torch.tensor([len(ids) - 1 for ids in tokens]),
-        torch.tensor([row.label for row in rows]),
-        classes,
-        [list(row.entities) for row in rows],
-        [row.text for row in rows],
+        name=name,
+        tokens=tokens,
+        prompt=torch.arange(len(rows)),
+        pos=torch.tensor([len(ids) - 1 for ids in tokens]),
+        label=torch.tensor([row.label for row in rows]),
+        classes=classes,
+        entities=[list(row.entities) for row in rows],
+        texts=[row.text for row in rows],
     )
 
 

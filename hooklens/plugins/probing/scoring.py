@@ -55,7 +55,9 @@ def cross_validate(
     logits = predicted(rows, labels, n_classes, folds, kind)
     inner, factor = [], []
     for fold in folds:
-        parts = [asked(kind, rows, labels[:n_inner], a, b, n_classes) for a, b in fold.inner]
+        parts = [
+            asked(kind, rows, labels=labels[:n_inner], train=a, test=b, n_classes=n_classes) for a, b in fold.inner
+        ]
         within, tested = torch.cat(parts, 1), torch.from_numpy(np.concatenate([b for _, b in fold.inner]))
         truth = labels[:n_inner, tested]
         inner.append(balanced((within.argmax(2) == truth).double(), truth))
@@ -72,7 +74,9 @@ def predicted(
     labels = labels.cpu()
     logits = torch.zeros(*labels.shape, n_classes, dtype=torch.float64)
     for fold in folds:
-        logits[:, torch.from_numpy(fold.test)] = asked(kind, x, labels, fold.train, fold.test, n_classes)
+        logits[:, torch.from_numpy(fold.test)] = asked(
+            kind, x, labels=labels, train=fold.train, test=fold.test, n_classes=n_classes
+        )
     return logits
 
 

@@ -60,14 +60,14 @@ class ProbeTask(Result):
         """Some of the examples, with the prompts they need."""
         kept, prompt = self.prompt[index].unique(return_inverse=True)
         return ProbeTask(
-            self.name,
-            [self.tokens[i] for i in kept.tolist()],
-            prompt,
-            self.pos[index],
-            self.label[index],
-            self.classes,
-            [self.entities[i] for i in index.tolist()],
-            [self.texts[i] for i in kept.tolist()],
+            name=self.name,
+            tokens=[self.tokens[i] for i in kept.tolist()],
+            prompt=prompt,
+            pos=self.pos[index],
+            label=self.label[index],
+            classes=self.classes,
+            entities=[self.entities[i] for i in index.tolist()],
+            texts=[self.texts[i] for i in kept.tolist()],
         )
 
     def halves(self, *, seed: int = 0) -> tuple["ProbeTask", "ProbeTask"]:
@@ -122,7 +122,16 @@ def read_task(
     at = [_place(place, len(row), i) for i, (place, row) in enumerate(zip(places, rows, strict=True))]
     entities = [[] if group is None else [str(one)] for one in (group or rows)]
     texts = ["".join(show(model, row)) if model.tokenizer else " ".join(show(model, row)) for row in rows]
-    return ProbeTask(name, rows, torch.arange(n), torch.tensor(at), label, classes, entities, texts)
+    return ProbeTask(
+        name=name,
+        tokens=rows,
+        prompt=torch.arange(n),
+        pos=torch.tensor(at),
+        label=label,
+        classes=classes,
+        entities=entities,
+        texts=texts,
+    )
 
 
 def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:

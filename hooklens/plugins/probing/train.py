@@ -59,7 +59,14 @@ def train_probe(
     Liang (2019), "Designing and Interpreting Probes with Control Tasks".
     """
     acts = gather(model, task, site=site, folder=folder)
-    study = _study(acts, task, kind, make_folds(task.label, acts.group, folds=folds, seed=seed), null_draws, seed)
+    study = _study(
+        acts,
+        task,
+        kind=kind,
+        folds=make_folds(task.label, acts.group, folds=folds, seed=seed),
+        null_draws=null_draws,
+        seed=seed,
+    )
     return study.probe, study
 
 
@@ -87,8 +94,10 @@ def _study(
 ) -> ProbeStudy:
     label, n, fold = task.label, len(task.classes), _fold_of(folds, len(task.label))
     control = ControlTasks.of(label, acts.token, task.text_numbers(), acts.group, folds=len(folds), seed=seed)
-    null = Null.of(label, acts.group, folds, null_draws, len(acts.points), kind, seed)
-    scored, beside = _at_every_point(acts, torch.cat([label[None], null.labels]), n, folds, kind, control, null)
+    null = Null.of(label, acts.group, folds=folds, draws=null_draws, n_points=len(acts.points), kind=kind, seed=seed)
+    scored, beside = _at_every_point(
+        acts, torch.cat([label[None], null.labels]), n=n, folds=folds, kind=kind, control=control, null=null
+    )
     chosen = torch.stack([one.inner for one in scored]).argmax(0)  # labelling fold; the first of those that tie
     all_right = torch.stack([one.right for one in scored])
     right = all_right[:, 0].double()
@@ -140,7 +149,7 @@ def _at_every_point(
 def _a_fit(x: Float[Tensor, "example d"], labels: Tensor, n: int, fold: Fold, kind: ProbeKind) -> float:
     """Seconds of one labelling's probe in one fold, where all of them are fitted."""
     rows, start = as_rows(x), time.perf_counter()
-    asked(kind, rows, labels.cpu(), fold.train, fold.test, n)
+    asked(kind, rows, labels=labels.cpu(), train=fold.train, test=fold.test, n_classes=n)
     return (time.perf_counter() - start) / len(labels)
 
 

@@ -130,7 +130,7 @@ def transfer(
                 if not len(kept):
                     continue
                 if i == j:
-                    scored = _out_of_fold(x, label, group, kind, folds, draws, seed)
+                    scored = _out_of_fold(x, label, group=group, kind=kind, folds=folds, draws=draws, seed=seed)
                 else:
                     scored = _of_others(x, label, group, probes, generator)
                 cells["accuracy"][i, j] = (right := ((scored[0] > 0) == (label == 1)).double()).mean()

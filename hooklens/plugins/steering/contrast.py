@@ -139,7 +139,16 @@ def contrast_direction(
     direction = (acts[:, label].double().mean(1) - acts[:, ~label].double().mean(1)).to(acts)
     norm = acts.norm(dim=2).mean(1)
     where = "mean over positions" if pos is None else f"position {pos}"
-    return ContrastDirections(direction, *found, label.long(), norm, kind, where, split.paired, len(split.folds))
+    return ContrastDirections(
+        direction=direction,
+        **found._asdict(),
+        positive=label.long(),
+        norm=norm,
+        site=kind,
+        pos=where,
+        paired=split.paired,
+        folds=len(split.folds),
+    )
 
 
 def _vector_site(name: str) -> str:

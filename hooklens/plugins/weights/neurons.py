@@ -126,7 +126,15 @@ def neuron_tokens(
         lists = [token_lists(model, side, vectors, top=top, advance=advance) for side, vectors in jobs]
     gate = lists[1] if found.gate is not None else None
     in_out = cosine_similarity(jobs[-2][1], jobs[-1][1], dim=1).cpu()
-    return NeuronTokens(layer, chosen, lists[0], gate, lists[-1], in_out, model.cfg.d_model**-0.5)
+    return NeuronTokens(
+        layer=layer,
+        neurons=chosen,
+        reads=lists[0],
+        gate=gate,
+        writes=lists[-1],
+        in_out=in_out,
+        chance=model.cfg.d_model**-0.5,
+    )
 
 
 def demo(model: "HookedTransformer") -> NeuronTokens | Needs:

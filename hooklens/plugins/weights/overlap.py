@@ -141,7 +141,9 @@ def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = 200, 
                     shared[rows[:n], j] = square.sum((1, 2)) / ranks[:n].clamp_max(len(reader.basis))
                 advance()
     names = [one.name for one in sources], [one.name for one in targets]
-    return Overlap(*names, seen, shared, *_null(model, sources, targets, seen, draws, seed), draws)
+    return Overlap(
+        *names, seen, shared, *_null(model, sources, targets=targets, seen=seen, draws=draws, seed=seed), draws
+    )
 
 
 def _reaches(writer: Part, reader: Part, mlp_reads_attn: bool) -> bool:

@@ -97,7 +97,7 @@ def ov_directions(
     block = model.blocks[layer]
     U, S, V = folded_heads(model, layer).OV[head].svd()
     sides = [reading_side(model, block.ln1, seed), writing_side(model, block.ln1_post, seed)]
-    return _directions(model, f"L{layer}H{head} OV", S, (U, V), sides, (k, top))
+    return _directions(model, f"L{layer}H{head} OV", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
 
 def qk_directions(
@@ -120,7 +120,7 @@ def qk_directions(
     U, S, V = folded_heads(model, layer).QK[head].svd()
     side = reading_side(model, norm, seed)
     sides = [side._replace(name="queries"), side._replace(name="keys")]
-    return _directions(model, f"L{layer}H{head} QK", S, (U, V), sides, (k, top))
+    return _directions(model, f"L{layer}H{head} QK", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
 
 def mlp_read_directions(
@@ -142,7 +142,9 @@ def mlp_read_directions(
         raise InputError("W_gate was asked of an MLP without one; this model has W_in and W_out")
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
     sides = [reading_side(model, model.blocks[layer].ln2, seed)]
-    return _directions(model, f"L{layer} {'W_gate' if gate else 'W_in'}", S, (U, None), sides, (k, top))
+    return _directions(
+        model, f"L{layer} {'W_gate' if gate else 'W_in'}", S=S, vectors=(U, None), sides=sides, size=(k, top)
+    )
 
 
 def mlp_write_directions(
@@ -157,7 +159,7 @@ def mlp_write_directions(
     check_layer(model, layer)
     _, S, Vh = torch.linalg.svd(folded_neurons(model, layer).writes, full_matrices=False)
     sides = [writing_side(model, model.blocks[layer].ln2_post, seed)]
-    return _directions(model, f"L{layer} W_out", S, (None, Vh.mT), sides, (k, top))
+    return _directions(model, f"L{layer} W_out", S=S, vectors=(None, Vh.mT), sides=sides, size=(k, top))
 
 
 def reading_side(model: "HookedTransformer", norm: Norm | None, seed: int, draws: int = _DRAWS) -> Side:
@@ -191,7 +193,9 @@ def _directions(
     lists = [token_lists(model, side, one, top=top) for side, one in pairs]
     share = S.square() / S.square().sum()
     left, right = (None if one is None else one.cpu() for one in kept)
-    return SingularDirections(name, S[:k].cpu(), share[:k].cpu(), left, right, lists)
+    return SingularDirections(
+        matrix=name, singular=S[:k].cpu(), share=share[:k].cpu(), left=left, right=right, lists=lists
+    )
 
 
 def demo(model: "HookedTransformer") -> SingularDirections | Needs:

@@ -113,7 +113,18 @@ def token_lists(
     peaked_null, close_null = (torch.cat(one).cpu() for one in zip(*null, strict=True))
     ids = torch.cat([high.flatten(), low.flatten()]).unique()
     text = {str(i): token for i, token in zip(ids.tolist(), show(model, ids), strict=True)}
-    return TokenLists(side.name, high, high_score, low, low_score, peaked, peaked_null, close, close_null, text)
+    return TokenLists(
+        name=side.name,
+        high=high,
+        high_score=high_score,
+        low=low,
+        low_score=low_score,
+        kurtosis=peaked,
+        kurtosis_null=peaked_null,
+        cosine=close,
+        cosine_null=close_null,
+        text=text,
+    )
 
 
 def _shape(

@@ -229,4 +229,12 @@ def claim(
     if side and side not in SIDES:
         raise did_you_mean("side", side, SIDES)
     name = model if isinstance(model, str) else model.cfg.model_name
-    return Claim(statement, name, observation, intervention, control, registered, claimed=side)
+    return Claim(
+        statement=statement,
+        model=name,
+        observation=observation,
+        intervention=intervention,
+        control=control,
+        registered=registered,
+        claimed=side,
+    )

@@ -64,8 +64,17 @@ class HeldOutEffects(Result):
         rest[best] = False
         kept = flat[:, report]
         chosen = [names[cell] for cell in best.tolist()]
-        held = (flat[0, choose][:, best], kept[:, :, best], kept[:, :, rest].mean(2))
-        return cls(list(effects), chosen, *held, choose, report, number, n)
+        return cls(
+            kinds=list(effects),
+            names=chosen,
+            chosen_per_prompt=flat[0, choose][:, best],
+            per_prompt=kept[:, :, best],
+            others=kept[:, :, rest].mean(2),
+            chosen_on=choose,
+            reported_on=report,
+            group=number,
+            n_components=n,
+        )
 
     @property
     def chosen_by(self) -> Float[Tensor, "component"]:
