@@ -201,11 +201,21 @@ def grid_axes(site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
-def grid(model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int) -> tuple[tuple[int, ...], list[Patch]]:
-    """The shape of a sweep's grid and its patches in order."""
+def sizes_of(model: HookedTransformer, site: str, n_pos: int) -> dict[str, int]:
+    """How many cells a grid of this site can have along each axis.
+
+    >>> from hooklens.testing import tiny_model
+    >>> sizes_of(tiny_model(), "z", 5)
+    {'layer': 2, 'pos': 5, 'head': 2, 'neuron': 32}
+    """
     cfg = model.cfg
     heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
-    sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
+    return {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
+
+
+def grid(model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int) -> tuple[tuple[int, ...], list[Patch]]:
+    """The shape of a sweep's grid and its patches in order."""
+    sizes = sizes_of(model, site, n_pos)
     shape = tuple(sizes[name] for name in by)
     patches = []
     for index in torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)).tolist():
@@ -215,10 +225,7 @@ def grid(model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int) -
 
 def check_patches(model: HookedTransformer, site: str, patches: Sequence[Patch], n_pos: int) -> None:
     """A layer, head, neuron or position that does not exist raises with what does."""
-    cfg = model.cfg
-    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
-    sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
-    has = _axes_of(site)
+    sizes, has = sizes_of(model, site, n_pos), _axes_of(site)
     if not patches:
         raise InputError("patches= is empty; give at least one Patch, or leave it out to sweep the whole grid")
     for patch in patches:

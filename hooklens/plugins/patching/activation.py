@@ -244,8 +244,9 @@ def _patch_group(
     noising = _word(value) != "clean"
     into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
     written = _written(model, group, into=into, other=other, site=site, value=value)
-    cells = grid(model, site, by, into.shape[1])[1]
-    patches = None if layer is None else [patch for patch in cells if patch.layer == layer]
+    patches = None  # the whole grid, which the plan makes
+    if layer is not None:
+        patches = [patch for patch in grid(model, site, by, into.shape[1])[1] if patch.layer == layer]
     made = plan(model, into, site, written, by=by, patches=patches)
     given = dict(value) if isinstance(value, Mapping) else value
     made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep

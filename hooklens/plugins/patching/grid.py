@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.data.prompts import Pairs
 from hooklens.model.ids import show
-from hooklens.sweeps.plan import Patch
+from hooklens.sweeps.plan import Patch, sizes_of
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -26,9 +26,7 @@ _PREFIX = {"layer": "L", "head": "H", "neuron": "N"}
 
 def shape_of(model: "HookedTransformer", site: str, by: Sequence[str], n_pos: int) -> tuple[int, ...]:
     """How many cells the grid has along each axis."""
-    cfg = model.cfg
-    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
-    sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
+    sizes = sizes_of(model, site, n_pos)
     return tuple(sizes[axis] for axis in by)
 
 
