@@ -60,14 +60,22 @@ def taxonomy_report(
     registered: "Sequence[Registration]" = (),
 ) -> Any:
     """Counts, the labelled heads with their evidence, and the scores behind them; below what a report holds already."""
-    from hooklens.plugins.heads.labels import LEAST_MATCH, LEAST_SHARE
-    from hooklens.results.claims import plans_met
-    from hooklens.studies.head_claims import taxonomy_claims
     from hooklens.viz.report import Report
 
-    labelled, total = len(found.called()), found.score_p[0].numel()
     title = "Attention heads by what they do"
     report = Report(title) if report is None else report.heading(f"{title}, on random tokens")
+    _labelled(report, found)
+    _claimed(report, found, model, registered)
+    _scores(report, found)
+    _further_evidence(report, found)
+    return report if found.names is not None or not found.note else report.text(found.note)
+
+
+def _labelled(report: Any, found: "Taxonomy") -> None:
+    """What earns a label, how many heads have each, and the evidence of the strongest."""
+    from hooklens.plugins.heads.labels import LEAST_MATCH, LEAST_SHARE
+
+    labelled, total = len(found.called()), found.score_p[0].numel()
     report.text(
         "A label takes a score above that of heads with randomly rotated queries, and a change of the loss in the "
         "direction that the label claims when exactly that attention is blocked, measured on other sequences. "
@@ -92,12 +100,25 @@ def taxonomy_report(
     if labelled > _SHOWN:
         with report.fold(f"All {labelled} labelled heads"):
             report.table(found.table(labelled), "Columns as above.")
+
+
+def _claimed(
+    report: Any, found: "Taxonomy", model: "HookedTransformer | str", registered: "Sequence[Registration]"
+) -> None:
+    """Claims of the labels, those of plans written before the run among them."""
+    from hooklens.results.claims import plans_met
+    from hooklens.studies.head_claims import taxonomy_claims
+
     met, unmet = plans_met(taxonomy_claims(found, model), registered)
     claims = taxonomy_claims(found, model, registered=met)
     if claims is not None:
         report.heading("What may be claimed").claims(claims)
     for sentence in unmet:
         report.text(sentence)
+
+
+def _scores(report: Any, found: "Taxonomy") -> None:
+    """What the heads attend to, and what they write of it."""
     report.figure(
         found.scores.figure(),
         "Mean attention to each kind of key, on random tokens that repeat. Previous: the token before; duplicate: "
@@ -108,6 +129,10 @@ def taxonomy_report(
         "The head's OV, what it writes of a token that it attends to. Blue: it raises that token's own logit; orange: "
         "it lowers it. z: how far from heads with randomly rotated outputs, in their standard deviations.",
     )
+
+
+def _further_evidence(report: Any, found: "Taxonomy") -> None:
+    """Names, positions and suppression, where the model could be asked."""
     if found.names is not None:
         report.table(found.names.table(_SHOWN), f"Indirect-object prompts. {found.note}", _NAMES)
     if found.positions is not None:
@@ -123,4 +148,3 @@ def taxonomy_report(
         change = found.suppression.calibration
         terms = {"head": "the head that is ablated by its mean", **_CALIBRATION}
         report.table(change.table(None), f"Calibration without these heads, on {change.data}.", terms)
-    return report if found.names is not None or not found.note else report.text(found.note)

@@ -160,17 +160,7 @@ def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, send
         both = []
         for one in groups:
             senders_here, receivers_here = of_pairs(sending, one.index, n), of_pairs(reading, one.index, n)
-            both.append(
-                _sweep(
-                    model,
-                    one,
-                    metric=metric,
-                    senders=senders_here,
-                    receivers=receivers_here,
-                    semantics=semantics,
-                    value=value,
-                )
-            )
+            both.append(_sweep(model, one, metric, senders_here, receivers_here, semantics=semantics, value=value))
     parts = [outcome for outcome, _ in both]
     ends = in_order(groups, [p.base for p in parts]), in_order(groups, [other for _, other in both])
     corrupted_end, clean_end = ends if value == "clean" else ends[::-1]
@@ -205,7 +195,14 @@ def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> 
 
 
 def _sweep(
-    model, pairs: Pairs, metric: Any, senders: tuple[Sender, ...], receivers: tuple[Receiver, ...], semantics, value
+    model,
+    pairs: Pairs,
+    metric: Any,
+    senders: tuple[Sender, ...],
+    receivers: tuple[Receiver, ...],
+    *,
+    semantics: str,
+    value: str,
 ) -> tuple[Outcome, Tensor]:
     """All senders of the pairs of one length, and the metric of the run that is not patched."""
     into, other = (pairs.corrupted, pairs.clean) if value == "clean" else (pairs.clean, pairs.corrupted)
