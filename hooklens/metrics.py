@@ -48,8 +48,19 @@ class ReadingMetric(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _AtPosition(ABC):
-    """A metric of the logits at one position of each prompt (default: the last)."""
+class AtPosition(ABC):
+    """The base of a metric that reads the logits at one position of each prompt, which a sweep then computes alone.
+
+    A subclass is a frozen dataclass whose fields are tensors with one row for each pair, or one row for all. It defines
+    `on_read`, and `read_tokens` where it reads the logits of a few tokens only.
+
+    >>> @dataclass(frozen=True, eq=False)
+    ... class Confidence(AtPosition):
+    ...     def on_read(self, logits):
+    ...         return logits[:, 0].softmax(-1).amax(-1)
+    >>> Confidence(pos=torch.tensor([-1]))(torch.zeros(2, 5, 4))
+    tensor([0.2500, 0.2500])
+    """
 
     pos: Int[Tensor, "pair"]
 
@@ -77,24 +88,25 @@ class _AtPosition(ABC):
 
     @property
     def reads(self) -> Reads:
-        return Reads(self.pos[:, None], self._tokens())
+        return Reads(self.pos[:, None], self.read_tokens())
 
-    def _tokens(self) -> Int[Tensor, "pair token"] | None:
+    def read_tokens(self) -> Int[Tensor, "pair token"] | None:
+        """The tokens whose logits `on_read` is given, a row for each pair; None: the whole vocabulary."""
         return None
 
     @abstractmethod
     def on_read(self, logits: Read) -> Values:
-        """One value a row, from the logits that it reads."""
+        """One value for each row, from the logits that the metric reads: `[row, 1, token]`."""
 
 
 @dataclass(frozen=True, eq=False)
-class LogitDiff(_AtPosition):
+class LogitDiff(AtPosition):
     """logit(answer) - logit(wrong_answer), in nats of log odds."""
 
     answer: Int[Tensor, "pair"]
     wrong_answer: Int[Tensor, "pair"]
 
-    def _tokens(self) -> Int[Tensor, "pair token"]:
+    def read_tokens(self) -> Int[Tensor, "pair token"]:
         return torch.stack([self.answer, self.wrong_answer], dim=1)
 
     def on_read(self, logits: Read) -> Values:
@@ -103,7 +115,7 @@ class LogitDiff(_AtPosition):
 
 
 @dataclass(frozen=True, eq=False)
-class Prob(_AtPosition):
+class Prob(AtPosition):
     """The probability of the answer."""
 
     answer: Int[Tensor, "pair"]
@@ -113,7 +125,7 @@ class Prob(_AtPosition):
 
 
 @dataclass(frozen=True, eq=False)
-class LogProb(_AtPosition):
+class LogProb(AtPosition):
     """The log-probability of the answer, in nats: minus the loss."""
 
     answer: Int[Tensor, "pair"]
@@ -123,7 +135,7 @@ class LogProb(_AtPosition):
 
 
 @dataclass(frozen=True, eq=False)
-class MinusKL(_AtPosition):
+class MinusKL(AtPosition):
     """-KL(reference || model) at one position, in nats; 0 where the model predicts as the reference does.
 
     -inf where the model forbids (logit -inf) a token that the reference allows.
@@ -137,7 +149,7 @@ class MinusKL(_AtPosition):
 
 
 @dataclass(frozen=True, eq=False)
-class MinusLoss(_AtPosition):
+class MinusLoss(AtPosition):
     """Minus the mean next-token cross-entropy over each prompt, in nats a token.
 
     `pos` is the place of each prompt's last token; what stands after it is padding.
@@ -153,7 +165,7 @@ class MinusLoss(_AtPosition):
         this = self.pairs(torch.arange(len(mask))) if len(self.pos) == 1 else self
         if not torch.equal(this._predicted() + 1, mask.sum(1).to(self.pos.device)):
             this = this._without(mask)
-        return _AtPosition.__call__(this, logits)
+        return AtPosition.__call__(this, logits)
 
     def _predicted(self) -> Int[Tensor, "pair"]:
         return self.pos % self.tokens.shape[1]
