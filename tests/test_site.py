@@ -67,7 +67,7 @@ def test_a_module_among_the_names_is_linked_to_its_own_page(site):
     module = ModuleType("pkg", "A package.")
     module.__all__, module.lens = ["lens"], hooklens.plugins.lens
     pages = site.reference({"hooklens": module, "hooklens.plugins.lens": hooklens.plugins.lens})
-    assert "- [`lens`][hooklens.plugins.lens]: Lenses:" in pages["hooklens"] and ":::" not in pages["hooklens"]
+    assert "- [`lens`](hooklens.plugins.lens.md): Lenses:" in pages["hooklens"] and ":::" not in pages["hooklens"]
     assert pages["hooklens.plugins.lens"].startswith("# hooklens.plugins.lens {#hooklens.plugins.lens}\n")
 
 

@@ -78,7 +78,8 @@ def reference(modules: dict[str, ModuleType]) -> dict[str, str]:
         overview, descriptions = [], []
         for name, path in paths(module).items():
             value = getattr(module, name)
-            overview.append(f"- [`{name}`][{path}]: {summary(value)}")
+            target = f"({path}.md)" if path in modules else f"[{path}]"
+            overview.append(f"- [`{name}`]{target}: {summary(value)}")
             if path not in described:
                 descriptions += ["", f"::: {path}", *options(value, public)]
                 described.add(path)
