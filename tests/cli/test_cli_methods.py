@@ -77,7 +77,7 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     page = out.read_text()
     assert re.search(f"registered [^ ]*Z as {digest[:8]}", page) and "(exploratory" not in page
     assert "Plan self-dated 20" in page  # the other one: no published digest witnesses its time
-    assert "not borne out: nothing that was found says &#x27;&lt;b&gt;edges" in page
+    assert "no result supports it, as no claim says &#x27;&lt;b&gt;edges" in page
     out.unlink()
     for wrong, told in (("", "all 64"), (digest[:8], "all 64"), ("0" * 64, "no plan has the published digest 0000")):
         done = invoke(*run, "--registered", plan, "--digest", wrong)

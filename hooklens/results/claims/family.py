@@ -103,12 +103,12 @@ def plans_met(claims: ClaimFamily | None, registered: Sequence[Registration]) ->
 
     >>> plan = Registration("L5H1 moves names", "logit_diff", "other heads", threshold=0.5, n=64)
     >>> plans_met(None, [plan])[1]
-    ["Plan unwritten ..., not borne out: nothing that was found says 'L5H1 moves names'."]
+    ["Plan unwritten ...: no result supports it, as no claim says 'L5H1 moves names'."]
     """
     stated = set() if claims is None else {one.statement for one in claims.claims}
     met = [plan for plan in registered if plan.hypothesis in stated]
     unmet = [
-        f"Plan {plan.dated}, not borne out: nothing that was found says {plan.hypothesis!r}."
+        f"Plan {plan.dated}: no result supports it, as no claim says {plan.hypothesis!r}."
         for plan in registered
         if plan.hypothesis not in stated
     ]
