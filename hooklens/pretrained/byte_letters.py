@@ -1,6 +1,9 @@
 """The letters that byte-level vocabularies write bytes as."""
 
+from functools import lru_cache
 
+
+@lru_cache
 def byte_values() -> dict[str, int]:
     """GPT-2's alphabet: which byte each letter of a byte-level vocabulary stands for.
 

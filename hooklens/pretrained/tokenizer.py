@@ -5,7 +5,7 @@ import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -362,7 +362,6 @@ def _listed(tokens: Any) -> Any:
         raise WrongType(f"tokens are integers, in one sequence or in several, got {tokens!r:.60}") from error
 
 
-@lru_cache
 def tiny_tokenizer(words: str = "", extra: Sequence[str] = ()) -> Tokenizer:
     """A byte-level tokenizer that knows every byte and a few words, for examples and tests.
 

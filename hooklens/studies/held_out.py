@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Int
-from torch import Tensor
-
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompts import Prompts
 from hooklens.metrics import loss
 from hooklens.plugins.patching.ablation import ablate
 from hooklens.results.claims import HeldOutEffects
@@ -15,9 +13,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def strongest_heads(
-    model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], metric: Any, *, k: int = 4
-) -> HeldOutEffects:
+def strongest_heads(model: "HookedTransformer", tokens: Prompts, metric: Any, *, k: int = 4) -> HeldOutEffects:
     """Which `k` heads does the metric need most? Chosen on half of the prompts, each zeroed; reported on the others.
 
     >>> from hooklens.testing import induction_model

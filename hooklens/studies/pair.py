@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.core.errors import ArgumentError, InputError, judge
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, check_prompts_differ, common_ends, read_pairs, rows_of
-from hooklens.metrics import LogitDiff, logit_diff
+from hooklens.metrics import Answers, LogitDiff, logit_diff
 from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
@@ -76,8 +76,8 @@ def study_pair(
     clean: Prompts,
     corrupted: Prompts,
     *,
-    answer: str | int,
-    wrong_answer: str | int,
+    answer: Answers,
+    wrong_answer: Answers,
     sites: Sequence[str] = ("resid_pre", "z"),
     by: str | None = None,
     resume: Mapping[str, Path] | None = None,
@@ -136,8 +136,8 @@ def check_pair(
     model: "HookedTransformer",
     clean: Prompts,
     corrupted: Prompts,
-    answer: str | int,
-    wrong_answer: str | int,
+    answer: Answers,
+    wrong_answer: Answers,
     *,
     sites: Sequence[str],
     by: str | None,
