@@ -37,5 +37,5 @@ def test_every_cache_was_filled_into_fresh_pages():
             [sys.executable, "-c", CACHES], capture_output=True, text=True, check=True, env=os.environ | {ENV: kept}
         )
         seen, pages = json.loads(done.stdout)
-        fresh[kept] = sum(seen[2:]) / (pages * len(seen[2:]))
+        fresh[kept] = min(seen[2:]) / pages  # a kernel that takes idle pages back only ever adds faults
     assert fresh["1"] < 0.05 < 0.3 < fresh["0"]
