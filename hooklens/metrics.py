@@ -287,9 +287,9 @@ def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
 def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
     """Token ids of one answer or several; a text of several tokens is refused, with its tokens shown."""
     need_hooked(model, "an answer")
-    is_many = isinstance(answer, list | tuple) or getattr(answer, "ndim", 0) > 0
-    many: list[Any] = list(answer) if is_many else [answer]  # type: ignore[arg-type]
-    ids = [_token_id(model, one, name) for one in many]
+    given: Any = answer  # NumPy arrays too
+    several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) > 0
+    ids = [_token_id(model, one, name) for one in (given if several else [given])]
     if not ids or min(ids) < 0 or max(ids) >= model.cfg.d_vocab_out:
         raise ArgumentError(
             f"{{{name}}} must be tokens between 0 and {{0}}, got {{1!r:.80}}", model.cfg.d_vocab_out - 1, answer

@@ -89,9 +89,9 @@ class ActivationCache(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, key: object) -> bool:
+    def __contains__(self, key: Any) -> bool:
         try:
-            self[key]  # type: ignore[index]
+            self[key]
         except (KeyError, ValueError, TypeError):
             return False
         return True

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -139,7 +140,7 @@ class _Weak:
         return _Weak, (self(),)
 
 
-class _Listener:
+class _Listener(ABC):
     """torch's own hooks on one module, there only while somebody holds the listener.
 
     The module refers to its listener, and not the other way round: a cycle would keep both until the collector runs.
@@ -170,12 +171,13 @@ class _Listener:
                 self.live = None
                 _uninstall(part, self)
 
+    @abstractmethod
     def install(self, part: nn.Module, hook: "_TorchHook") -> None:
-        raise NotImplementedError
+        """Register torch's hook on the module."""
 
+    @abstractmethod
     def called(self, args: tuple, given: Any) -> Any:
         """The module is called with these, or has returned `given`."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "holders": set(), "live": None}  # type: ignore[dict-item]  # nobody holds a copy
