@@ -58,11 +58,14 @@ class AtPosition(ABC):
     ... class Confidence(AtPosition):
     ...     def on_read(self, logits):
     ...         return logits[:, 0].softmax(-1).amax(-1)
-    >>> Confidence(pos=torch.tensor([-1]))(torch.zeros(2, 5, 4))
+    >>> Confidence(pos=-1)(torch.zeros(2, 5, 4))
     tensor([0.2500, 0.2500])
     """
 
     pos: Int[Tensor, "pair"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pos", _positions(self.pos).reshape(-1))  # a number or a list will do
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
         """One value a pair, from full logits."""
@@ -88,7 +91,15 @@ class AtPosition(ABC):
 
     @property
     def reads(self) -> Reads:
-        return Reads(self.pos[:, None], self.read_tokens())
+        tokens = self.read_tokens()
+        good = isinstance(tokens, Tensor) and tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point()
+        if tokens is not None and not good:
+            seen = list(tokens.shape) if isinstance(tokens, Tensor) else repr(tokens)[:80]
+            raise WrongType(
+                f"{type(self).__name__}.read_tokens gives a tensor of token ids [pair token], at least one for each "
+                f"pair, or None for the whole vocabulary; got {seen}"
+            )
+        return Reads(self.pos[:, None], tokens)
 
     def read_tokens(self) -> Int[Tensor, "pair token"] | None:
         """The tokens whose logits `on_read` is given, a row for each pair; None: the whole vocabulary."""

@@ -1,5 +1,6 @@
 """Every public name: `hooklens` takes them from here when the first one is asked for."""
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -107,8 +108,13 @@ def __getattr__(name: str) -> object:
 
 
 def _hint(name: str) -> str:
-    """In which families a name is, if it is in any."""
+    """In which families a name is, if it is in any; else the names nearest to it."""
     if name.startswith("_"):
         return ""
-    inside = [family for family, module in _FAMILIES.items() if name in import_module(module).__all__]
-    return f"; it is {' and '.join(f'hl.{family}.{name}' for family in inside)}" if inside else ""
+    known = {f"{family}.{each}": each for family, module in _FAMILIES.items() for each in import_module(module).__all__}
+    inside = [f"hl.{where}" for where, each in known.items() if each == name]
+    if inside:
+        return f"; it is {' and '.join(inside)}"
+    near = get_close_matches(name, [*__all__, *known.values()], n=2, cutoff=0.75)
+    where = [each if each in __all__ else next(at for at, held in known.items() if held == each) for each in near]
+    return f"; closest: {', '.join(f'hl.{each}' for each in dict.fromkeys(where))}" if where else ""

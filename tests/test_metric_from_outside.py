@@ -66,3 +66,23 @@ def test_its_values_are_part_of_what_a_resumed_sweep_is_known_by(tmp_path):
         hl.patch(model, TOKENS, CORRUPTED, other, resume=path)
     again = hl.patch(model, TOKENS, CORRUPTED, METRIC, resume=path)
     assert torch.equal(again.per_pair, first.per_pair)
+
+
+@pytest.mark.parametrize("pos", [-1, [-1], torch.tensor(-1)])
+def test_a_position_as_a_number_or_a_list_ended_in_a_raw_error(pos):
+    metric = Contrast(pos, METRIC.token, METRIC.others)
+    model = zoo_model("gpt2")
+    expected = hl.patch(model, TOKENS, CORRUPTED, METRIC)
+    assert torch.equal(hl.patch(model, TOKENS, CORRUPTED, metric).per_pair, expected.per_pair)
+
+
+@pytest.mark.parametrize("tokens", [[[3, 5], [4, 6]], torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 2)])
+def test_tokens_that_are_none_ended_in_a_raw_error(tokens, monkeypatch):
+    monkeypatch.setattr(Contrast, "read_tokens", lambda self: tokens)
+    with pytest.raises(hl.HooklensError, match=r"read_tokens gives a tensor of token ids \[pair token\]"):
+        hl.patch(zoo_model("gpt2"), TOKENS, CORRUPTED, METRIC)
+
+
+def test_a_class_in_place_of_a_metric_ended_in_a_raw_error():
+    with pytest.raises(hl.HooklensError, match="a metric is a function of logits"):
+        hl.patch(zoo_model("gpt2"), TOKENS, CORRUPTED, Contrast)

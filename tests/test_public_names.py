@@ -110,8 +110,10 @@ def test_a_method_is_in_its_family_and_a_missing_name_says_which():
     assert hl.patching.patch is hl.patch and hl.lens.logit_lens is hl.logit_lens and callable(hl.circuits.acdc)
     with pytest.raises(AttributeError, match=r"no 'acdc'; it is hl\.circuits\.acdc"):
         hl.acdc  # noqa: B018
-    with pytest.raises(AttributeError, match=r"no 'atpatch'$"):
-        hl.atpatch  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no 'qwertz'$"):
+        hl.qwertz  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no 'logit_lense'; closest: hl\.logit_lens"):
+        hl.logit_lense  # noqa: B018
     assert not hasattr(hl, "_nothing")
 
 

@@ -214,7 +214,7 @@ def _hint(resume: object) -> Iterator[None]:
 
 
 def check_metric(metric: Any, groups: list[Pairs]) -> None:
-    if not callable(metric):
+    if not callable(metric) or isinstance(metric, type):
         raise WrongType(
             f"a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got {metric!r}"
         )
