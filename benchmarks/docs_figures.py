@@ -10,11 +10,11 @@ import torch
 
 import hooklens as hl
 from benchmarks.rounds import write
-from hooklens.data.ioi import ioi
+from hooklens.data.indirect_object import ioi
 from hooklens.metrics import LogitDiff
-from hooklens.plugins.lens.logit_lens import logit_lens
-from hooklens.plugins.lens.tuned_lens import fit_tuned_lens
-from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.plugins.lens.affine_lens import fit_tuned_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
+from hooklens.plugins.patching.attribution_patching import attribution_patch
 from hooklens.plugins.patching.input_attribution import integrated_gradients
 from hooklens.pretrained.assets import text
 
@@ -36,13 +36,13 @@ def attribution(model: hl.HookedTransformer) -> Iterator[Row]:
     made = ioi(model, 16, seed=0)
     metric = LogitDiff(made.end, made.answer_tokens, made.wrong_answer_tokens)
     pairs = (model, made.clean_tokens, made.corrupted_tokens, metric)
-    mlps = attribution_patching(*pairs, site="mlp_out", by="layer", exact=15, group=made.group)
+    mlps = attribution_patch(*pairs, site="mlp_out", by="layer", exact=15, group=made.group)
     place = mlps.checked[:, 0].tolist()
     yield {"what": "first MLP, estimated", "value": float(mlps.estimated[place.index(0)])}
     yield {"what": "first MLP, exact", "value": float(mlps.exact[place.index(0)])}
     late = [i for i, layer in enumerate(place) if layer >= 15]
     yield {"what": "MLPs 15 to 29, correlation", "value": _correlation(mlps.estimated[late], mlps.exact[late])}
-    z = attribution_patching(*pairs, site="z", by=("layer", "head"), exact=20, group=made.group)
+    z = attribution_patch(*pairs, site="z", by=("layer", "head"), exact=20, group=made.group)
     yield {"what": "40 heads, correlation", "value": z.correlation}
     some = (made.clean_tokens[:4], metric.pairs(torch.arange(4)))
     for baseline in (made.corrupted_tokens[:4], "mean"):

@@ -16,7 +16,7 @@ import torch
 import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, ratios, write
-from hooklens.plugins.circuits.eap import eap
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench
 

@@ -13,9 +13,9 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.data.ioi import ioi
+from hooklens.data.indirect_object import ioi
 from hooklens.metrics import LogitDiff
-from hooklens.plugins.circuits import eap, faithfulness_curve
+from hooklens.plugins.circuits import eap, trace_faithfulness
 from hooklens.results.statistics import halves
 from hooklens.testing import induction_model
 
@@ -47,7 +47,7 @@ print(f"{scores.graph.n_edges} edges, scored by two forward passes and one backw
 # the circuit says nothing about which heads matter.
 
 # %%
-curve = faithfulness_curve(
+curve = trace_faithfulness(
     model, scores, clean[judge], corrupted[judge], metric.pairs(judge), sizes=sizes, group=group[judge]
 )
 print(curve.table())

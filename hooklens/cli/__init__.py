@@ -1,7 +1,8 @@
 """The command line, a file a group of commands: each adds its own to `app`, in the order in which help lists them."""
 
 # isort: off
-from hooklens.cli import demo, patch, models, plugins, lens, heads, circuit, probe, register  # noqa: F401
+from hooklens.cli import demo_command, patch_command, models_command, plugins_command, lens_command  # noqa: F401
+from hooklens.cli import heads_command, circuit_command, probe_command, register_command  # noqa: F401
 from hooklens.cli.base import BAD_INPUT, FAILED, INTERRUPTED, MISSING, OK, app, main
 
 __all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "MISSING", "OK", "app", "main"]

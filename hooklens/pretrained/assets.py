@@ -26,7 +26,7 @@ from pathlib import Path
 
 from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable, did_you_mean
 from hooklens.core.files import read_json, sweep, unfinished_name, write_atomically
-from hooklens.core.progress import progress as bar
+from hooklens.core.progress_bar import progress as bar
 from hooklens.core.terminal import printable
 
 _STAMP = ".verified.json"

@@ -19,7 +19,7 @@ from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.files import make_folder, reading
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
+from hooklens.pretrained.builder import assign, check_names, check_shapes, own_parameters, parameter_shapes
 from hooklens.pretrained.safetensors_file import DTYPES, SafetensorsFile, is_safetensors, read_header
 
 if TYPE_CHECKING:

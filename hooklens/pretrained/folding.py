@@ -18,7 +18,7 @@ from hooklens.core.errors import InputError, did_you_mean
 from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart, Sinusoidal
 from hooklens.model.norms import Norm
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.build import assign, own_parameters, parameter_shapes
+from hooklens.pretrained.builder import assign, own_parameters, parameter_shapes
 
 Weights = dict[str, Tensor]
 _READERS = {"ln1": ("attn.q", "attn.k", "attn.v"), "ln2": ("mlp.in_", "mlp.gate")}

@@ -67,7 +67,7 @@ def verdicts(study: "ProbeStudy") -> list[str]:
     """What the controls take away from the accuracy, in sentences; empty where they take nothing away.
 
     >>> from hooklens.testing import tiny_model
-    >>> from hooklens.plugins.probing.train import demo
+    >>> from hooklens.plugins.probing.probe_training import demo
     >>> verdicts(demo(tiny_model()))[0]
     'Labels that say nothing are read as well (p ...): nothing was shown to be there.'
     """

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.model.kv_cache import Context
-from hooklens.sweeps.plan import SITES, Patch, Plan
+from hooklens.sweeps.planning import SITES, Patch, Plan
 from hooklens.sweeps.rows import Group
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hooklens.core.hooks import HookFn, edited_elsewhere
 from hooklens.model.attention import Attention
 from hooklens.model.block import BLOCKS, Block
 from hooklens.model.mlp import MLP, GatedMLP
-from hooklens.sweeps.plan import Patch, Plan
+from hooklens.sweeps.planning import Patch, Plan
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -13,7 +13,7 @@ from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, sent
 from hooklens.sweeps.rows import Group
 
 if TYPE_CHECKING:
-    from hooklens.sweeps.execute import Item
+    from hooklens.sweeps.execution import Item
 
 Flat = Float[Tensor, "cell d_model"]
 Index = Int[Tensor, "cell"]

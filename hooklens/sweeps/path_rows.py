@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.hooks import HookFn
-from hooklens.core.progress import step
+from hooklens.core.progress_bar import step
 from hooklens.model.kv_cache import Context, View
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.path_reads import Flat, Index, Live, cells_of, reading
@@ -17,7 +17,7 @@ from hooklens.sweeps.paths import PathPlan, heads_write, receiver_heads
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
 
 if TYPE_CHECKING:
-    from hooklens.sweeps.execute import Item
+    from hooklens.sweeps.execution import Item
 
 Edits = list[tuple[Any, HookFn]]
 

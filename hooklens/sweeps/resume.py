@@ -14,9 +14,9 @@ from hooklens.core.arguments import path_of
 from hooklens.core.checksum import load_tensors, save_tensors
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import check_writable, reading
-from hooklens.core.identity import identity
+from hooklens.core.fingerprint import identity
 from hooklens.model.linear import kernel_of
-from hooklens.sweeps.plan import Plan
+from hooklens.sweeps.planning import Plan
 from hooklens.sweeps.settings import KERNELS, current, pinned
 
 _FORMAT = "hooklens-sweep-2"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import hooklens as hl
 from hooklens import cli
-from hooklens.data.ioi import NAMES
+from hooklens.data.indirect_object import NAMES
 from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
@@ -114,9 +114,9 @@ def test_a_grid_is_for_the_sites_that_have_its_axes(model_path, tmp_path):
 
 
 def test_a_demo_as_json_and_a_seed_that_would_do_nothing(model_path):
-    done = invoke("run", "patching", "--json")
+    done = invoke("run", "patch", "--json")
     assert done.exit_code == 0 and {"resid_pre", "metric"} <= set(json.loads(done.stdout)["rows"][0])
-    done = invoke("run", "patching", "--model", model_path, "--seed", "3")
+    done = invoke("run", "patch", "--model", model_path, "--seed", "3")
     assert done.exit_code == cli.BAD_INPUT and "leave one of them out" in done.stderr
 
 
@@ -162,7 +162,7 @@ def test_something_unexpected_ends_with_1_and_says_how_to_see_more(monkeypatch):
     def broken():
         raise ZeroDivisionError("by nought")
 
-    monkeypatch.setattr("hooklens.pretrained.load.models", broken)
+    monkeypatch.setattr("hooklens.pretrained.loading.models", broken)
     done = invoke("models")
     assert done.exit_code == cli.FAILED and "ZeroDivisionError: by nought" in done.stderr and "--debug" in done.stderr
 
@@ -203,7 +203,7 @@ def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, mon
 
 def test_run_prints_a_plugins_demo_and_writes_its_figure(tmp_path):
     out = tmp_path / "run.html"
-    done = invoke("run", "patching", "--out", out, "--dtype", "float64")
+    done = invoke("run", "patch", "--out", out, "--dtype", "float64")
     assert done.exit_code == 0, done.output
     assert "recovered" in done.output and str(out) in done.output
     assert out.exists()
@@ -245,7 +245,7 @@ def test_on_a_full_disk_a_report_ends_with_3_and_leaves_no_half_file(tmp_path):
 
     small = (30_000, 30_000)
     done = subprocess.run(
-        [*COMMAND, "run", "patching", "--out", str(tmp_path / "a.html")],
+        [*COMMAND, "run", "patch", "--out", str(tmp_path / "a.html")],
         capture_output=True,
         text=True,
         timeout=300,
@@ -279,7 +279,7 @@ def test_closed_or_full_outputs_change_neither_the_exit_code_nor_raise(redirecte
 
 
 def test_a_bar_without_standard_error_is_silent(monkeypatch):
-    from hooklens.core.progress import progress
+    from hooklens.core.progress_bar import progress
 
     monkeypatch.setattr(sys, "stderr", None)  # what Python makes of one that was closed before the start
     with progress("counting", 1) as advance:
@@ -349,7 +349,7 @@ def test_controls_stood_in_tables_unexplained():
 
 def test_check_printed_counts_with_exponents(model_path, capsys):
     """The largest id of a tokenizer with 49152 tokens came out as 4.92e+04."""
-    from hooklens.pretrained.check import CheckReport
+    from hooklens.pretrained.model_check import CheckReport
 
     texts = CheckReport("m", [("the tokenizer's largest id", 49151.0, 49151.0, True)]).table().rows
     assert texts[0][1:3] == ("49,151", "49,151")

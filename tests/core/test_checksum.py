@@ -70,7 +70,7 @@ def plan_file(path):
 
 
 def probe_manifest(path):
-    from hooklens.plugins.probing.gather import gather
+    from hooklens.plugins.probing.gathering import gather
 
     run = lambda: gather(tiny_model(), [[1, 2, 3], [4, 5]], folder=path.parent)  # noqa: E731
     run()

@@ -14,7 +14,7 @@ from hooklens.model.config import HookedTransformerConfig, LinearScore, Rotary, 
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.checkpoint import FORMAT, load_checkpoint, save
 from hooklens.pretrained.folding import fold_ln
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 from hooklens.pretrained.safetensors_file import read_header
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model

@@ -5,9 +5,9 @@ import torch
 
 from hooklens.core.errors import InputError
 from hooklens.data.jsonl import PromptPairs
-from hooklens.plugins.circuits.eap import demo_pairs
+from hooklens.plugins.circuits.edge_attribution import demo_pairs
 from hooklens.results.statistics import halves
-from hooklens.studies.circuit import CircuitStudy, study_circuit
+from hooklens.studies.circuit_study import CircuitStudy, study_circuit
 from hooklens.testing import tiny_model
 
 

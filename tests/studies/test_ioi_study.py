@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import torch
 
-from hooklens.data.ioi import IOIPairs
+from hooklens.data.indirect_object import IOIPairs
 from hooklens.metrics import logit_diff
 from hooklens.plugins.heads.mover_result import NameMovers
 from hooklens.results.statistics import halves
-from hooklens.studies.ioi import IOIStudy
-from hooklens.studies.mover_claims import demo_movers
-from hooklens.studies.pair import by_layer
-from hooklens.studies.pair import demo as pair_demo
+from hooklens.studies.ioi_study import IOIStudy
+from hooklens.studies.mover_evidence import demo_movers
+from hooklens.studies.pair_study import by_layer
+from hooklens.studies.pair_study import demo as pair_demo
 from hooklens.sweeps.settings import engine
 from hooklens.testing import tiny_model
 

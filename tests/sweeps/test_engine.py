@@ -14,9 +14,9 @@ from torch import Tensor
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.metrics import Reads
-from hooklens.sweeps.execute import execute, live_items
+from hooklens.sweeps.execution import execute, live_items
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.planning import Patch, plan
 from hooklens.testing import tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2], [8, 1, 1, 3, 2, 5]])
@@ -284,7 +284,7 @@ def test_memory_changes_no_number(site, metric):
 
 
 def test_bins_hold_whole_patches_and_respect_the_budget():
-    from hooklens.sweeps.execute import make_bins
+    from hooklens.sweeps.execution import make_bins
 
     model = tiny_model()
     made = plan(model, CORRUPTED, "resid_pre", CLEAN)

@@ -15,8 +15,8 @@ from torch import nn
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
-from hooklens.sweeps.execute_paths import execute_paths
 from hooklens.sweeps.nodes import At, Sender, read_receivers, read_senders
+from hooklens.sweeps.path_execution import execute_paths
 from hooklens.sweeps.paths import EDGES, plan_paths, sent
 from hooklens.testing import induction_model, or_gate, tiny_model
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.circuits.circuit_task import Task
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
-from hooklens.plugins.circuits.task import Task
-from hooklens.plugins.heads.scores import KINDS
+from hooklens.plugins.heads.head_scores import KINDS
 from hooklens.plugins.heads.taxonomy import Taxonomy
 from hooklens.results.result import Result, Table
-from hooklens.sweeps.execute import execute
-from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.execution import execute
+from hooklens.sweeps.planning import Patch, plan
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -73,11 +73,11 @@ def roles_of(
 ) -> Roles:
     """What is each node for, by its label in a taxonomy and by what the task loses without it?
 
-    >>> from hooklens.plugins.heads.taxonomy import taxonomy
+    >>> from hooklens.plugins.heads.classify_heads import classify_heads
     >>> from hooklens.testing import induction_model
     >>> model = induction_model()
     >>> task = Task([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
-    >>> print(roles_of(model, task, taxonomy(model)).table(3).rows[0][:3])
+    >>> print(roles_of(model, task, classify_heads(model)).table(3).rows[0][:3])
     ('L1H1', 'induction', 1.0)
 
     `nodes` says which effects to measure (all of them by default). Effects are exact, one node at a time.

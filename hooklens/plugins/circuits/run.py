@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.nodes import ablated_run, check_ablation, refuse
+from hooklens.plugins.circuits.node_runs import ablated_run, check_ablation, refuse
 from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.measure import Reader

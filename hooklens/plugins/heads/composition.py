@@ -91,7 +91,7 @@ class Composition(Result):
         )
 
 
-def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -> Composition:
+def score_composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -> Composition:
     """Which later heads' queries, keys and values are set up to read what which earlier heads write?
 
     Every matrix is kept as two thin factors. Norms, those of queries and keys too, are linearised: their weight (and
@@ -99,7 +99,7 @@ def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -
     and biases have no part in it.
 
     >>> from hooklens.testing import induction_model
-    >>> found = composition(induction_model())
+    >>> found = score_composition(induction_model())
     >>> found.order()[0]                     # the induction head's keys read what the previous-token head wrote
     ('K', 0, 0, 1, 1)
 
@@ -277,4 +277,4 @@ def _random(
 
 def demo(model: "HookedTransformer") -> Composition:
     """Every pair of heads; with one layer there are none, and the table is empty."""
-    return composition(model, draws=20)
+    return score_composition(model, draws=20)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
-from hooklens.core.progress import tracked
+from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import is_plain, packed_linears, without_bias
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
@@ -78,14 +78,14 @@ class Copying(Result):
         )
 
 
-def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
+def score_copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
     """Which heads would write the token they look at, wherever they look? Weights alone, no attention.
 
     A sample of tokens is put through each head's values and output, the final norm's weight and W_U: as embedded for
     layer 0, as block 0 leaves them in random text for later layers. Norm scales are left out (positive, so ranks stay).
 
     >>> from hooklens.testing import induction_model
-    >>> found = copying(induction_model())
+    >>> found = score_copying(induction_model())
     >>> found.positive[1, 1].item(), found.top_share(1)[1, 1].item(), found.rank[0, 0, 0].item()
     (1.0, 1.0, 5.0)
 
@@ -194,4 +194,4 @@ def _of_layer(
 
 def demo(model: "HookedTransformer") -> Copying:
     """32 tokens through every head."""
-    return copying(model, n_tokens=32, draws=50)
+    return score_copying(model, n_tokens=32, draws=50)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
@@ -91,7 +91,7 @@ class Mediation(Result):
         return heatmap(shown, x=ROADS, y=self.heads, title="By which road a head acts", colourbar="fall of the metric")
 
 
-def mediation(
+def measure_mediation(
     model: "HookedTransformer",
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
@@ -106,7 +106,7 @@ def mediation(
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); text = repeated_tokens(model, 4)
-    >>> found = mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)])
+    >>> found = measure_mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)])
     >>> found.direct.mean(0).tolist()[0], torch.equal(found.total[:, 1], found.direct[:, 1])
     (0.0, True)
 
@@ -200,4 +200,4 @@ def demo(model: "HookedTransformer") -> Mediation:
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]
-    return mediation(model, text.tokens, text.metric(), heads, reference=others.tokens)
+    return measure_mediation(model, text.tokens, text.metric(), heads, reference=others.tokens)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
-from hooklens.core.progress import tracked
-from hooklens.data.ioi import IOIPairs
+from hooklens.core.progress_bar import tracked
+from hooklens.data.indirect_object import IOIPairs
 from hooklens.metrics import LogitDiff
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mover_result import Criteria, NameMovers, by_group
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criteria | None = None) -> NameMovers:
+def find_name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criteria | None = None) -> NameMovers:
     """Which heads move the indirect object's name to the answer? Three measurements, each of which can say no.
 
     The metric is the logit difference of the indirect object and the subject at the last position. A direct effect is
@@ -207,4 +207,4 @@ def demo(model: "HookedTransformer") -> NameMovers:
         template=["numbers"] * len(roles),
         group=torch.arange(2, device=model.device).repeat_interleave(4),
     )
-    return name_movers(model, pairs)
+    return find_name_movers(model, pairs)

@@ -160,14 +160,14 @@ class Calibration(Result):
         return low, high
 
 
-def calibration(
+def measure_calibration(
     model: "HookedTransformer", tokens: Prompts, *, n_bins: int = 15, adaptive: bool = True, seed: int = 0
 ) -> Calibration:
     """Is the model right as often as it says? Loss and entropy of every next token, confidence against accuracy.
 
     >>> from hooklens.testing import tiny_model
     >>> tokens = torch.randint(11, (20, 16), generator=torch.Generator().manual_seed(0))
-    >>> found = calibration(tiny_model(), tokens)
+    >>> found = measure_calibration(tiny_model(), tokens)
     >>> found.loss.shape, round(found.uniform, 4)          # batch predicted
     (torch.Size([20, 15]), 2.3979)
 
@@ -254,4 +254,4 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
 
 def demo(model: "HookedTransformer") -> Calibration:
     """Twelve short sentences; random token numbers, of which no model can know the next, without a tokenizer."""
-    return calibration(model, demo_texts(model, 12, 16))
+    return measure_calibration(model, demo_texts(model, 12, 16))

@@ -130,7 +130,7 @@ class Trajectory(Result):
         return lines(means, bands=bands, title=f"{self.lens}: how far from the end", x_title="layer", y_title="nats")
 
 
-def trajectory(
+def trace_predictions(
     model: "HookedTransformer",
     tokens: Prompts,
     answer: Answers,
@@ -143,7 +143,7 @@ def trajectory(
     """At which layer does the answer come up? Rank, probability, entropy and KL of every stream on the way.
 
     >>> from hooklens.testing import induction_model
-    >>> path = trajectory(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
+    >>> path = trace_predictions(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
     >>> path.rank.tolist(), path.logit_diff.tolist()            # prompt layer
     ([[5, 5, 0]], [[0.0, 0.0, 10.0]])
 
@@ -219,4 +219,4 @@ def _others(n: int, at: int) -> list[int]:
 def demo(model: "HookedTransformer") -> Trajectory:
     """Two short prompts; token numbers where the model has no tokenizer."""
     pairs = demo_pairs(model, 2)
-    return trajectory(model, pairs.clean, pairs.answer, pairs.wrong_answer)
+    return trace_predictions(model, pairs.clean, pairs.answer, pairs.wrong_answer)

@@ -28,8 +28,8 @@ from hooklens.plugins.patching.grid import (
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.execute import Outcome, execute
-from hooklens.sweeps.plan import Patch, plan, settle_by, site_kind
+from hooklens.sweeps.execution import Outcome, execute
+from hooklens.sweeps.planning import Patch, plan, settle_by, site_kind
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
-from hooklens.sweeps.execute import Outcome, execute
+from hooklens.sweeps.execution import Outcome, execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite
-from hooklens.sweeps.plan import grid, plan, settle_by, site_and_layer
+from hooklens.sweeps.planning import grid, plan, settle_by, site_and_layer
 from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import pinned
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.data.prompts import Pairs
 from hooklens.model.ids import show
-from hooklens.sweeps.plan import Patch, sizes_of
+from hooklens.sweeps.planning import Patch, sizes_of
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

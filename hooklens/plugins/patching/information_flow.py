@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def information_flow(
+def trace_information(
     model: "HookedTransformer",
     clean: Prompts,
     corrupted: Prompts,
@@ -211,6 +211,6 @@ def demo(model: "HookedTransformer") -> InformationFlow:
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), "final"] if last else "final"
     metric = logit_diff(model, answer=answer, wrong_answer=wrong_answer)
-    return information_flow(
+    return trace_information(
         model, clean, corrupted, metric, receivers=receivers, choice=Choice(per_receiver=2, draws=9)
     )

@@ -13,10 +13,10 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import in_order
 from hooklens.plugins.patching.path_sweep import PathSweep
 from hooklens.results.statistics import Groups, group_numbers
-from hooklens.sweeps.execute import Outcome
-from hooklens.sweeps.execute_paths import execute_paths
+from hooklens.sweeps.execution import Outcome
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, read_receivers, read_senders
+from hooklens.sweeps.path_execution import execute_paths
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, plan_paths
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Pairs, common_ends, rows_of
-from hooklens.sweeps.plan import SITES, base_run
+from hooklens.sweeps.planning import SITES, base_run
 
 
 @dataclass(frozen=True)

@@ -62,13 +62,13 @@ class PrincipalAngles(Result):
         return lines(values, bands={"random subspaces": (ends[0], ends[1])}, title="Principal angles", **axes)
 
 
-def principal_angles(
+def measure_angles(
     model: "HookedTransformer", writer: str, reader: str, *, draws: int = 200, seed: int = 0
 ) -> PrincipalAngles:
     """How do the subspace that `writer` writes ("L0H1", "MLP2") and the one that `reader` reads ("L3H0.q") lie?
 
     >>> from hooklens.testing import tiny_model
-    >>> principal_angles(tiny_model(), "L0H1", "L1H0.q", draws=20).cosine.shape
+    >>> measure_angles(tiny_model(), "L0H1", "L1H0.q", draws=20).cosine.shape
     torch.Size([4])
 
     Reference: Bjorck and Golub (1973), "Numerical Methods for Computing Angles Between Linear Subspaces".
@@ -91,4 +91,4 @@ def demo(model: "HookedTransformer") -> PrincipalAngles | Needs:
     """The first head against its layer's MLP, or where there is none against its own queries."""
     lacks = lacking(model, tokens=False)
     reader = "L0H0.q" if model.cfg.attn_only else "MLP0"
-    return lacks or principal_angles(model, "L0H0", reader, draws=20)
+    return lacks or measure_angles(model, "L0H0", reader, draws=20)

@@ -157,14 +157,14 @@ _COLUMNS = (
 )
 
 
-def spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
+def measure_spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
     """How many directions do the embeddings and each head's QK and OV use? Beside a fresh model of the configuration.
 
     QK and OV stay factored: no d_model x d_model matrix is formed. Weights are taken as stored; for what a head reads
     of the raw stream give `fold_ln(model)`. In rotary models QK is the score of a query and a key at the same position.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = spectrum(tiny_model())
+    >>> found = measure_spectrum(tiny_model())
     >>> found.OV.singular.shape                    # layer head value
     torch.Size([2, 2, 4])
     >>> found.embeddings["W_E"].initial_rank.item()        # min(d_vocab, d_model)
@@ -226,4 +226,4 @@ def _row(name: str, one: Spectrum) -> tuple:
 
 def demo(model: "HookedTransformer") -> Spectra:
     """Every spectrum of the model, beside a fresh one's."""
-    return spectrum(model)
+    return measure_spectrum(model)

@@ -11,11 +11,11 @@ from model.zoo import ZOO, zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
-from hooklens.plugins.patching.ablation_compare import AblationComparison, compare_ablations
+from hooklens.plugins.patching.ablation_comparison import AblationComparison, compare_ablations
 from hooklens.plugins.patching.ablation_kinds import Freeze, Resample, as_kind
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.statistics import q_values, sign_flip_p
-from hooklens.sweeps.plan import Patch
+from hooklens.sweeps.planning import Patch
 from hooklens.testing import induction_model, or_gate, tiny_model
 
 PROMPTS = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [8, 1, 1, 3], [2, 2, 6, 1]])

@@ -1,0 +1,131 @@
+"""Zero, mean and resample ablation of the same components side by side: which effects are the model's surprise?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompts import Prompts
+from hooklens.metrics import log_prob
+from hooklens.plugins.patching.ablation import AblationSweep, ablate
+from hooklens.plugins.patching.ablation_kinds import Kind, Resample
+from hooklens.plugins.patching.activation import Mean
+from hooklens.plugins.patching.grid import cell_names, largest_first
+from hooklens.results.claims import HeldOutEffects
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import rank_correlation
+from hooklens.sweeps.planning import Patch
+from hooklens.sweeps.settings import engine
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_NAMED = 8  # components whose name is written into the figure
+
+
+@dataclass(frozen=True, eq=False)
+class AblationComparison(Result):
+    """The same components ablated in three ways. Zero is a value that most sites never hold; the others are held."""
+
+    zero: AblationSweep
+    mean: AblationSweep
+    resample: AblationSweep
+
+    @property
+    def sweeps(self) -> dict[str, AblationSweep]:
+        """Each sweep by its kind."""
+        return {"zero": self.zero, "mean": self.mean, "resample": self.resample}
+
+    @property
+    def correlation(self) -> float:
+        """Spearman's rank correlation of zero and resample effects over components; NaN for a single one."""
+        return float(rank_correlation(self.zero.effect.flatten(), self.resample.effect.flatten()))
+
+    def order(self) -> list[tuple[int, ...]]:
+        """Every grid index, the largest zero effect first, whatever its sign."""
+        return largest_first(self.zero.effect)
+
+    def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
+        """The `k` components of largest zero effect on half of the prompts; all three effects on the other half."""
+        effects = {kind: sweep.effect_per_prompt for kind, sweep in self.sweeps.items()}
+        names = cell_names(self.zero.by, self.zero.labels, self.zero.effect.shape)
+        return HeldOutEffects.of(effects, names, self.zero.group, k, seed)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` components of largest zero effect, with what the other kinds say of them."""
+        return self.table(k)
+
+    def table(self, n: int | None = 20) -> Table:
+        """A row a component, the largest zero effect first; each effect with its interval where there is one."""
+        ends = {kind: (sweep.effect, *sweep.interval()) for kind, sweep in self.sweeps.items()}
+        columns = [self.zero.site, *(f"{kind}{part}" for kind in ends for part in ("", " low", " high"))]
+        rows = [
+            (self.zero.name_of(index), *(float(part[index]) for parts in ends.values() for part in parts))
+            for index in self.order()[:n]
+        ]
+        return Table(columns, rows)
+
+    def figure(self) -> Any:
+        """Every component by its zero and its resample effect; on the diagonal the two agree."""
+        from hooklens.viz.curves import scatter
+
+        zero, resample = self.zero.effect.flatten(), self.resample.effect.flatten()
+        names = cell_names(self.zero.by, self.zero.labels, self.zero.effect.shape)
+        drawn = scatter(
+            zero,
+            resample,
+            names,
+            f"{self.zero.site}: the same components, zeroed and resampled",
+            x_title="change of the metric, zero ablation",
+            y_title="change of the metric, resampled",
+        )
+        ends = {"x0": float(zero.min()), "x1": float(zero.max())}
+        drawn.add_shape(type="line", **ends, y0=ends["x0"], y1=ends["x1"], line={"dash": "dot", "width": 1})
+        for index in self.order()[:_NAMED]:
+            at = {"x": float(self.zero.effect[index]), "y": float(self.resample.effect[index])}
+            drawn.add_annotation(**at, text=self.zero.name_of(index), showarrow=False, yshift=12, font_size=11)
+        return drawn
+
+
+def compare_ablations(
+    model: "HookedTransformer",
+    prompts: Prompts,
+    metric: Any,
+    *,
+    site: str = "z",
+    by: str | Sequence[str] | None = None,
+    reference: Any = None,
+    group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
+    patches: Sequence[Patch] | None = None,
+) -> AblationComparison:
+    """Does a component's zero ablation effect survive when what is written is a value that the model does hold?
+
+    Zero, mean and resample ablation (four draws) of the same components on the same prompts. Means and draws are over
+    the other prompts, never a prompt's own, or over `reference` prompts.
+
+    >>> import torch
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.metrics import prob
+    >>> model = tiny_model(); prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    >>> found = compare_ablations(model, prompts, prob(model, answer=3))
+    >>> found.zero.kind, found.resample.kind, found.resample.by_draw.shape      # draw layer head
+    ('zero', 'resample', torch.Size([2, 2, 2]))
+
+    Reference: Chan et al. (2022), "Causal scrubbing"; Li and Janson (2024), "Optimal ablation for interpretability",
+    section 2.
+    """
+    held = "mean" if reference is None else Mean(reference)
+
+    def run(value: str | Kind) -> AblationSweep:
+        return ablate(model, prompts, metric, site=site, by=by, value=value, group=group, patches=patches)
+
+    return AblationComparison(run("zero"), run(held), run(Resample(reference)))
+
+
+def demo(model: "HookedTransformer") -> AblationComparison:
+    """Every head, on six short prompts; random token numbers where the model has no tokenizer."""
+    with engine(progress=False):
+        return compare_ablations(model, demo_texts(model, 6, 8), log_prob(model, answer=0))
