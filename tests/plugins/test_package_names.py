@@ -11,28 +11,29 @@ from pathlib import Path
 import pytest
 
 NAMES = """
-circuits: Circuit CircuitEvaluation CircuitGraph CircuitTransfer Completeness Discovery EdgeRuns
-    EdgeScores Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles Task acdc acdc_nodes circuit_graph
-    circuit_of eap eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate_circuit measure_faithfulness trace_faithfulness
-    prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges transfer_circuit
-    whole_circuit
+circuits: Circuit CircuitEvaluation CircuitGraph CircuitTransfer Completeness Discovery EdgeRuns EdgeScores
+    Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles Task acdc acdc_nodes circuit_graph circuit_of eap
+    eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate_circuit measure_faithfulness
+    trace_faithfulness prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges
+    transfer_circuit whole_circuit
 heads: Composition CopySuppression Copying Criteria HeadScores InductionHeads Knockout Mediation NameMovers
-    PositionScores Redundancy Taxonomy score_composition score_copy_suppression score_copying score_heads find_induction_heads
-    knock_out_keys measure_mediation find_name_movers score_positions measure_redundancy classify_heads
+    PositionScores Redundancy Taxonomy score_composition score_copy_suppression score_copying score_heads
+    find_induction_heads knock_out_keys measure_mediation find_name_movers score_positions measure_redundancy
+    classify_heads
 lens: Calibration LogitAttribution LogitLens Trajectory TunedLens TunedLensTraining measure_calibration
     direct_logit_attribution fit_tuned_lens lens_logits logit_lens train_tuned_lens trace_predictions tuned_lens
-patching: AblationComparison AblationSweep At AttributionPatching Choice Freeze InformationFlow
-    InputAttribution Mean PatchSweep PathSweep Resample WeightRandomisation ablate
-    attribution_patch compare_ablations gradient_x_input trace_information integrated_gradients patch
-    path_patch path_patch_fixed path_patch_fixed_frozen
+patching: AblationComparison AblationSweep At AttributionPatching Choice Freeze InformationFlow InputAttribution Mean
+    PatchSweep PathSweep Resample WeightRandomisation ablate attribution_patch compare_ablations gradient_x_input
+    trace_information integrated_gradients patch path_patch path_patch_fixed path_patch_fixed_frozen
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy
-    ProbeTask Ridge TokenProjection Transfer WhitenedMassMean check_probe_use gather next_vowel odd_first part_of_speech
-    measure_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50 train_probe transfer_probe
+    ProbeTask Ridge TokenProjection Transfer WhitenedMassMean check_probe_use gather next_vowel odd_first
+    part_of_speech measure_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50
+    train_probe transfer_probe
 steering: CoefficientSweep ContrastDirections DirectionAblation StreamEdit SweepSettings ablate_direction
     sweep_coefficients find_direction measure_direction_ablation project_out steer
 weights: NeuronTokens Overlap PrincipalAngles SingularDirections Spectra Spectrum TokenLists effective_rank
-    mlp_read_directions mlp_write_directions read_neurons numerical_rank ov_directions measure_overlap participation_ratio
-    measure_angles qk_directions measure_spectrum
+    mlp_read_directions mlp_write_directions read_neurons numerical_rank ov_directions measure_overlap
+    participation_ratio measure_angles qk_directions measure_spectrum
 """
 PUBLIC = {package: names.split() for package, names in re.findall(r"(\w+): ([^:]*)(?=\n\w+:|$)", NAMES)}
 
