@@ -73,7 +73,7 @@ def roles_of(
 ) -> Roles:
     """What is each node for, by its label in a taxonomy and by what the task loses without it?
 
-    >>> from hooklens.plugins.heads.classify_heads import classify_heads
+    >>> from hooklens.plugins.heads.taxonomy import classify_heads
     >>> from hooklens.testing import induction_model
     >>> model = induction_model()
     >>> task = Task([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
