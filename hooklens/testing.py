@@ -1,6 +1,5 @@
 """Tiny models with known answers, and the battery that every plugin passes."""
 
-import hashlib
 import inspect
 import json
 import random
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hooklens.core import hooks
+from hooklens.core.envelope import digest
 from hooklens.core.errors import WrongType
 from hooklens.model.config import Biases, HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
@@ -311,7 +311,7 @@ def _torch_hooks(module: torch.nn.Module) -> int:
 
 def _digest(tensor: Tensor) -> tuple:
     dense = tensor.detach().cpu().contiguous().reshape(-1)
-    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(dense.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return tensor.dtype, tuple(tensor.shape), digest([dense.view(torch.uint8).numpy().data])
 
 
 def _tidy(model: HookedTransformer, before: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """`hooklens patch`: a pair of prompts of one's own."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from hooklens.cli.options import (
     of_pair,
 )
 from hooklens.cli.output import say_how_long, show, written
+from hooklens.core.envelope import digest
 from hooklens.core.errors import judge
 
 
@@ -90,5 +90,5 @@ def patch(
 
 def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     """Where a site's unfinished sweep is kept: another question has another file."""
-    digest = hashlib.blake2b("\0".join(asked).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
-    return out.with_name(f"{out.stem}.{site}.{digest}.part")
+    question = digest(["\0".join(asked)])[:8]
+    return out.with_name(f"{out.stem}.{site}.{question}.part")

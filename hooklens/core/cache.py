@@ -1,6 +1,5 @@
 """The activations of one forward pass, by name: slice them, stack them, take the residual stream apart."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import check_target, layer_number
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError, NameNotFound, WrongType
+from hooklens.core.files import reading
 from hooklens.core.names import Where, axes, parse, resolve
 from hooklens.core.padding import take
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 Index = int | slice | Sequence[int] | Tensor
 Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
-_FORMAT = "hooklens-cache-2"
+_SCHEMA = Schema("hooklens.cache", 1, "an activation cache", "ActivationCache.save")
 
 
 class Entries(dict[str, Tensor]):
@@ -320,28 +321,23 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write the cache as safetensors: every tensor once, written aside and renamed. Read it with `load`."""
-        from hooklens.core.checksum import save_tensors
-
         first: dict[tuple, str] = {}
         same = {name: first.setdefault(_identity(act), name) for name, act in self._entries.items()}
         tensors = {name: self._entries[name] for name in first.values()}
         if self.attention_mask is not None:
             tensors["attention_mask"] = self.attention_mask
-        save_tensors(path, tensors, {"format": _FORMAT, "entries": json.dumps(same)})
+        write_envelope(path, _SCHEMA, same, tensors)
 
     @classmethod
     def load(cls, path: str | Path, model: "HookedModule | None" = None) -> "ActivationCache":
         """The cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
-        from hooklens.core.checksum import load_tensors
-        from hooklens.core.files import reading
-
-        tensors, metadata = load_tensors(path, _FORMAT, "an activation cache")
-        with reading(path, "an activation cache"):
+        file = read_envelope(path, _SCHEMA)
+        tensors = dict(file.tensors())
+        with reading(path, _SCHEMA.what):
             mask = tensors.get("attention_mask")
             if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (1, 2)):
                 raise TypeError(f"its attention_mask is {mask.dtype} {list(mask.shape)}")
-            entries = json.loads(metadata["entries"])
-            return cls({name: tensors[stored] for name, stored in entries.items()}, model, mask)
+            return cls({name: tensors[stored] for name, stored in file.content.items()}, model, mask)
 
     # -- helpers
 

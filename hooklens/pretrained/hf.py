@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.core.files import read_json, reading
+from hooklens.core.safetensors_file import SafetensorsFile, read_header
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.build import Weights, build
-from hooklens.pretrained.safetensors_file import SafetensorsFile, read_header
 
 if TYPE_CHECKING:
     from hooklens.pretrained.gguf import GGUFFile

@@ -216,9 +216,9 @@ def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any])
 
 
 def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
+    from hooklens.core.safetensors_file import is_safetensors
     from hooklens.pretrained.checkpoint import load_checkpoint
     from hooklens.pretrained.hf import load_gguf
-    from hooklens.pretrained.safetensors_file import is_safetensors
 
     with reading(path, "a model"), open(path, "rb") as file:
         begin = file.read(4)

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import os
 import re
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooklens.core.checksum import load_tensors, save_tensors
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.core.files import reading
 
 GROUP = "hooklens.plugins"
-_FORMAT = "hooklens.result/2"
-_LARGEST_BODY = 64 * 2**20  # safetensors refuses to read a header above 100 MB
+_SCHEMA = Schema("hooklens.result", 1, "a result", "Result.save")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,21 +42,15 @@ def known_classes() -> Mapping[tuple[str, str], type[Kept]]:
 def write_result(result: Kept, path: str | os.PathLike) -> None:
     """Write `result` to `path`; see `Result.save`."""
     packed = _Packer()
-    body = json.dumps(packed.node(result, type(result).__name__), allow_nan=False)
-    if len(body) > _LARGEST_BODY:
-        raise InputError(
-            f"a {type(result).__name__} was to be saved, but its lists, dicts and strings take {len(body):,} bytes "
-            f"as JSON (at most {_LARGEST_BODY:,}); keep long lists of numbers in tensors"
-        )
-    save_tensors(path, packed.tensors, {"format": _FORMAT, "body": body})
+    write_envelope(path, _SCHEMA, packed.node(result, type(result).__name__), packed.tensors)
 
 
 def read_result(path: str | os.PathLike) -> Kept:
     """Read what `write_result` wrote; see `Result.load`."""
-    tensors, metadata = load_tensors(path, _FORMAT, "a result")
-    used: set[str] = set()
-    with reading(path, "a result"):
-        result = _unpack(json.loads(metadata["body"]), tensors, used)
+    file = read_envelope(path, _SCHEMA)
+    tensors, used = dict(file.tensors()), set[str]()
+    with reading(path, _SCHEMA.what):
+        result = _unpack(file.content, tensors, used)
     if not isinstance(result, Kept) or used != set(tensors):
         raise _refused(path, "its tensors and its structure do not belong together")
     return result

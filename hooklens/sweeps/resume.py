@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import path_of
-from hooklens.core.checksum import load_tensors, save_tensors
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import check_writable, reading
 from hooklens.core.identity import identity
@@ -19,8 +19,7 @@ from hooklens.model.linear import kernel_of
 from hooklens.sweeps.plan import Plan
 from hooklens.sweeps.settings import KERNELS, current, pinned
 
-_FORMAT = "hooklens-sweep-2"
-_WHAT = "a sweep in progress"
+_SCHEMA = Schema("hooklens.sweep", 1, "a sweep in progress", "hl.patch(..., resume=path)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class Resume:
         check_writable(self.path)
         if not Path(self.path).exists():
             return pinned(None)
-        kernel, asked = load_tensors(self.path, _FORMAT, _WHAT)[1].get("kernel", ""), current().kernel
+        with reading(self.path, _SCHEMA.what):
+            kernel = read_envelope(self.path, _SCHEMA).content["kernel"]
+        asked = current().kernel
         if kernel not in KERNELS:
             raise FileRefused(f"{self.path} names no kernel that its numbers came from; delete it")
         if asked not in (None, kernel):
@@ -68,10 +69,12 @@ class Progressed:
             self._read()
 
     def _read(self) -> None:
-        tensors, metadata = load_tensors(self.path, _FORMAT, _WHAT)
-        with reading(self.path, _WHAT):
+        file = read_envelope(self.path, _SCHEMA)
+        tensors = dict(file.tensors())
+        with reading(self.path, _SCHEMA.what):
             done, values, sketch = (tensors[name] for name in ("done", "values", "sketch"))
-        if metadata.get("key") != self.key or not self._alike(sketch):
+            key = file.content["key"]
+        if key != self.key or not self._alike(sketch):
             raise FileRefused(
                 f"{self.path} belongs to another sweep (other weights, prompts, sites, values, hooks or metric); "
                 "delete it or give resume= another path. A metric that changes what it refers to as it is called (it "
@@ -95,7 +98,7 @@ class Progressed:
         """A bin is complete: write everything found so far, aside and renamed."""
         self.done[list(finished)] = True
         tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}
-        save_tensors(self.path, tensors, {"format": _FORMAT, "key": self.key, "kernel": self.kernel})
+        write_envelope(self.path, _SCHEMA, {"key": self.key, "kernel": self.kernel}, tensors)
 
 
 def progressed(plan: Plan, resume: Resume, key: str, base: Float[Tensor, "pair"], values: Tensor) -> Progressed:

@@ -85,7 +85,7 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     plan.write_text(plan.read_text().replace("0.5", "0.1"))
     done = invoke(*run, "--registered", plan)
     assert done.exit_code == cli.MISSING or done.exit_code == cli.BAD_INPUT
-    assert "was changed after it was registered" in done.stderr and not out.exists()
+    assert "it was damaged or edited" in done.stderr and not out.exists()
 
 
 @pytest.mark.parametrize("command", ["lens", "heads", "circuit"])

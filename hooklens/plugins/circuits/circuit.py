@@ -1,7 +1,6 @@
 """A circuit: the edges that are kept, what the others carry, how it was found; it runs, draws and saves itself."""
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.checksum import FIELD, sealed_json, unsealed
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError
-from hooklens.core.files import read_json, reading, write_atomically
+from hooklens.core.files import reading
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
@@ -22,10 +21,7 @@ from hooklens.results.result import Result, Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_FORMAT, _FIRST = "hooklens.circuit/3", "hooklens.circuit/1"
-_UNSEALED = (_FIRST, "hooklens.circuit/2")  # these had no checksum
-#: What the first format called an MLP and a key/value head, and what they are called now.
-_RENAMED = ((re.compile(r"\bL(\d+)MLP\b"), r"MLP\1"), (re.compile(r"\bL(\d+)KV(\d+)"), r"L\1G\2"))
+_SCHEMA = Schema("hooklens.circuit", 1, "a circuit", "Circuit.save_json", as_json=True)
 _DRAWN = 400  # edges; the picture of more is a smear
 
 
@@ -161,40 +157,33 @@ class Circuit(Result):
         shape |= {"mlp": graph.mlp, "parallel": graph.parallel, "shared_scale": graph.shared_scale}
         chosen = self.kept.nonzero().flatten().tolist()
         held = {
-            "format": _FORMAT,
             "model": self.model_name,
             "graph": shape,
             "method": self.method,
             "ablation": self.ablation,
             "dropped": self.dropped,
             "found_on": self.found_on,
-            "edges": [[graph.name(e), float(self.scores[e])] for e in chosen],
+            "edges": {graph.name(e): float(self.scores[e]) for e in chosen},
         }
-        with write_atomically(path) as temporary:
-            temporary.write_text(sealed_json(held), encoding="utf-8")
+        write_envelope(path, _SCHEMA, held)
         return Path(path)
 
     @classmethod
     def load_json(cls, path: str | os.PathLike) -> "Circuit":
         """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape."""
-        with reading(path, "a circuit"):
-            held = read_json(path, "a circuit")
-            if held["format"] not in _UNSEALED or FIELD in held:
-                held = unsealed(held)
-            if held["format"] not in (_FORMAT, *_UNSEALED):
-                raise ValueError(f"its format is {held['format']!r}")
+        held = read_envelope(path, _SCHEMA).content
+        with reading(path, _SCHEMA.what):
             shape = held["graph"]
             layers, heads, keyed = (shape[name] for name in ("n_layers", "n_heads", "n_kv_heads"))
             mlp, parallel, shared = (bool(shape[name]) for name in ("mlp", "parallel", "shared_scale"))
             graph = CircuitGraph(
                 n_layers=layers, n_heads=heads, n_kv_heads=keyed, mlp=mlp, parallel=parallel, shared_scale=shared
             )
-            names = [_renamed(str(name), held["format"]) for name, _ in held["edges"]]
-            numbers = graph.numbers(names)
+            numbers = graph.numbers(list(held["edges"]))
             if len(set(numbers)) != len(numbers):
                 raise ValueError("an edge is there twice")
             scores = torch.zeros(graph.n_edges, dtype=torch.float64)
-            scores[numbers] = torch.tensor([float(score) for _, score in held["edges"]], dtype=torch.float64)
+            scores[numbers] = torch.tensor([float(score) for score in held["edges"].values()], dtype=torch.float64)
             if not scores.isfinite().all():
                 raise ValueError("a score is not finite")
             seen = [str(mark) for mark in held["found_on"]]
@@ -243,13 +232,6 @@ def whole_circuit(model: "HookedTransformer", *, ablation: str = "corrupted") ->
     """Every edge of the model: where pruning begins."""
     graph = circuit_graph(model)
     return circuit_of(model, range(graph.n_edges), ablation=ablation, method="all edges")
-
-
-def _renamed(edge: str, written_as: str) -> str:
-    """An edge's name, of whichever format, as edges are called now."""
-    for old, new in _RENAMED if written_as == _FIRST else ():
-        edge = old.sub(new, edge)
-    return edge
 
 
 def _words(graph: CircuitGraph) -> str:

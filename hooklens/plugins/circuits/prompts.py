@@ -1,8 +1,8 @@
 """Which prompts a circuit was found on: digests, so that an evaluation can say whether its own are new."""
 
-import hashlib
 from collections.abc import Sequence
 
+from hooklens.core.envelope import digest
 from hooklens.data.prompts import Pairs
 
 
@@ -11,5 +11,5 @@ def marks_of(groups: Sequence[Pairs]) -> list[str]:
     found = {}
     for group in groups:
         for index, row in zip(group.index, group.clean.tolist(), strict=True):
-            found[index] = hashlib.sha256(str(row).encode()).hexdigest()[:16]
+            found[index] = digest([str(row)])[:16]
     return [found[i] for i in sorted(found)]

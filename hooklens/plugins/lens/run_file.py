@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hooklens.core.envelope import read_envelope, write_envelope
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 from hooklens.core.identity import identity
 from hooklens.core.progress import progress
 from hooklens.plugins.lens.reading import check_quiet
 from hooklens.plugins.lens.training import Schedule, State, advanced, begin, constant_kl, gradients, window_kl
-from hooklens.plugins.lens.translators import TunedLens, read_lens_file, write_lens
+from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -63,19 +64,18 @@ def save_state(path: Path, state: State, held: dict[str, Tensor], key: str) -> N
     lens = state.lens()
     tensors = {"weight": lens.weight, "bias": lens.bias, "loss": state.loss, "size": state.size, **held}
     tensors |= {"maps": state.maps, "first": state.first, "second": state.second}
-    # distinct memory for each: safetensors refuses tensors that share theirs, as the zeros of a beginning do
-    write_lens(path, {name: tensor.detach().clone() for name, tensor in tensors.items()}, {"key": key})
+    write_envelope(path, LENS_SCHEMA, key, tensors)
 
 
 def read_state(path: Path, key: str, device: torch.device) -> tuple[State, dict[str, Tensor]]:
     """Where a run stands; the file of another run is refused."""
-    tensors, metadata = read_lens_file(path)
-    if metadata.get("key") != key:
+    file = read_envelope(path, LENS_SCHEMA)
+    if file.content != key:
         raise FileRefused(
             f"{path} holds a tuned lens of another run (other weights, tokens, start, steps, lr, seed or batch), or "
             "one without a run; give path= a name of its own, or read it with TunedLens.load"
         )
-    on = {name: tensor.to(device) for name, tensor in tensors.items()}
+    on = {name: tensor.to(device) for name, tensor in file.tensors()}
     with reading(path, "a tuned lens in training"):
         state = State(*(on[name] for name in ("maps", "first", "second", "size", "loss")))
         return state, {name: on[name] for name in ("before", "constant")}

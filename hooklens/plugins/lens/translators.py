@@ -1,6 +1,5 @@
 """The tuned lens as a module: an affine map for every stream but the last, and the file that holds it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.core.checksum import load_tensors, save_tensors
-from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
+from hooklens.core.errors import InputError
 from hooklens.core.files import reading
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-FORMAT = "hooklens-tuned-lens-2"
+LENS_SCHEMA = Schema("hooklens.tuned_lens", 1, "a tuned lens", "TunedLens.save")
 
 
 class TunedLens(nn.Module):
@@ -54,13 +53,13 @@ class TunedLens(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the maps as one safetensors file, whole or not at all; `TunedLens.load` reads it back."""
-        write_lens(path, {"weight": self.weight, "bias": self.bias}, {})
+        write_envelope(path, LENS_SCHEMA, None, {"weight": self.weight, "bias": self.bias})
 
     @classmethod
     def load(cls, path: str | Path) -> "TunedLens":
         """The lens in a file that `save` or a training, finished or interrupted, has written."""
-        with reading(path, "a tuned lens"):
-            tensors, _ = read_lens_file(path)
+        tensors = dict(read_envelope(path, LENS_SCHEMA).tensors())
+        with reading(path, LENS_SCHEMA.what):
             weight, bias = tensors["weight"], tensors["bias"]
             n_layers, d_model, d_out = weight.shape
             if d_out != d_model or bias.shape != (n_layers, d_model) or not weight.is_floating_point():
@@ -75,16 +74,3 @@ class TunedLens(nn.Module):
             lens.weight.copy_(weight)
             lens.bias.copy_(bias)
         return lens
-
-
-def write_lens(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, written aside and renamed, with a checksum over all of it."""
-    save_tensors(path, tensors, {**metadata, "format": FORMAT})
-
-
-def read_lens_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata; a foreign or damaged file is refused before a tensor is used."""
-    tensors, metadata = load_tensors(path, FORMAT, "a tuned lens")
-    if not {"weight", "bias"} <= set(tensors):
-        raise FileRefused(f"{path} holds no maps of a tuned lens; TunedLens.save writes them")
-    return tensors, metadata

@@ -1,9 +1,8 @@
 """Arrays that are filled batch by batch: in memory, or memory-mapped files that an interrupted run goes on filling."""
 
-import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooklens.core.checksum import sealed_json, unsealed
+from hooklens.core.envelope import Schema, digest, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError, Unavailable
-from hooklens.core.files import check_writable, make_folder, read_json, reading, write_atomically
+from hooklens.core.files import check_writable, make_folder, reading
 
-_FORMAT = "hooklens.activations/2"
+_SCHEMA = Schema("hooklens.activations", 1, "a manifest of activations", "gather(..., folder=...)", as_json=True)
 _MANIFEST = "activations.json"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -83,10 +82,10 @@ class Files:
 
     def _read_manifest(self) -> None:
         path = self.folder / _MANIFEST
-        with reading(path, "a manifest of activations"):
-            manifest = unsealed(read_json(path, "a manifest of activations"))
-            found, key, sums = manifest["format"], manifest["key"], [str(one) for one in manifest["sums"]]
-        if found != _FORMAT or key != self.key:
+        manifest = read_envelope(path, _SCHEMA).content
+        with reading(path, _SCHEMA.what):
+            key, sums = manifest["key"], [str(one) for one in manifest["sums"]]
+        if key != self.key:
             raise FileRefused(
                 f"{self.folder} holds other activations (of other weights, prompts, sites or positions); "
                 "delete it or give another folder"
@@ -94,8 +93,7 @@ class Files:
         self.sums = sums[: len(self.batches)]
 
     def _write_manifest(self) -> None:
-        with write_atomically(self.folder / _MANIFEST) as aside:
-            aside.write_text(sealed_json({"format": _FORMAT, "key": self.key, "sums": self.sums}))
+        write_envelope(self.folder / _MANIFEST, _SCHEMA, {"key": self.key, "sums": self.sums})
 
     def _open(self, name: str, known: bool) -> np.memmap:
         """The file to write into: that of an earlier run, or a new one whose room on the disk is taken now."""
@@ -133,10 +131,13 @@ class Files:
                 raise FileRefused(f"{self.folder} is damaged: its numbers are not those that were written; delete it")
 
     def _sum(self, rows: list[int]) -> str:
-        total = hashlib.blake2b(digest_size=16)
-        for name in sorted(self.maps):
-            total.update(np.ascontiguousarray(self.maps[name][..., rows, :]).data)
-        return total.hexdigest()
+        return digest(piece for name in sorted(self.maps) for piece in self._pieces(self.maps[name], rows))
+
+    def _pieces(self, array: np.memmap, rows: list[int]) -> Iterator[bytes | memoryview]:
+        """What identifies a batch in one file: the file's header, and the rows."""
+        with open(str(array.filename), "rb") as file:
+            yield file.read(array.offset)
+        yield np.ascontiguousarray(array[..., rows, :]).data
 
 
 def unnamed(shapes: Shapes, dtype: torch.dtype, batches: list[list[int]]) -> tuple[Files, Any]:

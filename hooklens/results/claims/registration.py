@@ -1,7 +1,5 @@
 """A claim written down before the run: what would confirm it, hashed so that it cannot be fitted to what came out."""
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -11,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hooklens.core.arguments import path_of
+from hooklens.core.envelope import Schema, digest_of, read_envelope, write_envelope
 from hooklens.core.errors import ArgumentError, FileRefused, InputError
-from hooklens.core.files import check_writable, read_json, reading, write_atomically
+from hooklens.core.files import check_writable, reading
 from hooklens.results.result import Result
 
 SIDES = ("above", "below")
 _DIGEST = re.compile("[0-9a-f]{64}")
+_SCHEMA = Schema("hooklens.registration", 1, "a registration", "Registration.write", as_json=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +28,11 @@ class Registration(Result):
     (64, '')
 
     The claim holds if, over `n` prompts, the effect on `metric` lies more than `threshold` above (or below) 0 and
-    beyond what the `control` gives. `model` may be left open. Only a plan that was written to a file counts:
-    `plan = plan.write("plan.json")` before the run, which sets the time `written` (UTC), or `Registration.read` of it.
-    `digest` is the SHA-256 of these fields, time included, as canonical JSON. `published` is the digest that was made
-    public before the run and that the file was read against; without it nothing but its author's clock dates the plan.
+    beyond what the `control` gives. `model` may be left open. Only a plan that was written to a file counts: `plan =
+    plan.write("plan.json")` before the run, which sets the time `written` (UTC), or `Registration.read` of it. `digest`
+    is that of the file: the SHA-256 of these fields, time included, with the name of the schema. `published` is the
+    digest that was made public before the run and that the file was read against; without it nothing but its author's
+    clock dates the plan.
     """
 
     hypothesis: str
@@ -62,7 +63,7 @@ class Registration(Result):
     @property
     def digest(self) -> str:
         """What identifies the registration: publish that of the written one, where others see when, before the run."""
-        return hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest()
+        return digest_of(_SCHEMA, self._plan)
 
     @property
     def _plan(self) -> dict[str, Any]:
@@ -89,8 +90,7 @@ class Registration(Result):
             raise _once(f"this one was written at {self.written}")
         check_new(path)
         made = replace(self, written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-        with write_atomically(path) as aside:
-            aside.write_text(json.dumps({**made._plan, "digest": made.digest}, indent=1) + "\n", encoding="utf-8")
+        write_envelope(path, _SCHEMA, made._plan)
         return made
 
     @classmethod
@@ -102,18 +102,16 @@ class Registration(Result):
         """
         if digest is not None:
             digest = _whole(digest)
-        with reading(path, "a registration"):
-            held = read_json(path, "a registration")
-            own = held.pop("digest")
+        held = read_envelope(path, _SCHEMA).content
+        with reading(path, _SCHEMA.what):
             if "published" in held:
                 raise ValueError("a file cannot say that its digest was published")
             found = cls(**held)
-        for what, asked in (("its digest is", own), ("the published digest is", digest or own)):
-            if asked != found.digest:
-                raise FileRefused(
-                    f"{path} was changed after it was registered: {what} {str(asked)[:12]!r}, its text gives "
-                    f"{found.digest[:12]!r}"
-                )
+        if digest not in (None, found.digest):
+            raise FileRefused(
+                f"{path} was changed after it was registered: the published digest is {digest[:12]!r}, its text gives "
+                f"{found.digest[:12]!r}"
+            )
         return replace(found, published=digest or "")
 
 

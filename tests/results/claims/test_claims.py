@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
+from mutations import resealed
 
 import hooklens as hl
 from hooklens.core.errors import FileRefused, InputError
@@ -190,11 +191,11 @@ def test_a_registration_is_written_once_and_any_change_is_seen(tmp_path):
         plan.write(tmp_path / "other.json")
     held = json.loads(path.read_text())
     for change in ({"threshold": 0.1}, {"written": "2020-01-01T00:00:00Z"}):
-        path.write_text(json.dumps(held | change))
-        with pytest.raises(FileRefused, match="changed after it was registered"):
+        path.write_text(json.dumps(held | {"content": held["content"] | change}, indent=1) + "\n")
+        with pytest.raises(FileRefused, match="it was damaged or edited"):
             Registration.read(path)
     path.write_text("{}")
-    with pytest.raises(FileRefused, match=r"a registration was to be read from .*KeyError: 'digest'"):
+    with pytest.raises(FileRefused, match=r"a registration was to be read from .* it is another file"):
         Registration.read(path)
     digests = {Registration("it matters", "loss", "control", 0.5, n).digest for n in range(2, 20)}
     assert len(digests) == 18
@@ -205,8 +206,9 @@ def test_an_edit_with_a_new_digest_shows_against_the_published_one(tmp_path):
     plan = Registration("it matters", "loss", "control", 0.5, 6).write(path)
     assert Registration.read(path, digest=plan.digest.upper()).digest == plan.digest
     edited = replace(plan, threshold=0.1)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"threshold": 0.1, "digest": edited.digest}))
+    path.write_bytes(resealed(path.read_bytes(), lambda held: held | {"threshold": 0.1}))
     assert Registration.read(path).threshold == 0.1  # the file alone cannot tell
+    assert Registration.read(path).digest == edited.digest == json.loads(path.read_text())["digest"]
     with pytest.raises(FileRefused, match="the published digest"):
         Registration.read(path, digest=plan.digest)
     for short in ("", "d4b0", plan.digest[:63]):
@@ -221,8 +223,8 @@ def test_a_forged_digest_does_not_pass(tmp_path, forged):
     plan = Registration("it matters", "loss", "control", 0.5, 6).write(path)
     own = {"first digit": plan.digest[0], "63 digits": plan.digest[:-1], "with more": plan.digest + "0"}
     held = json.loads(path.read_text()) | {"digest": own.get(forged, forged) if isinstance(forged, str) else forged}
-    path.write_text(json.dumps(held))
-    with pytest.raises(FileRefused, match="changed after it was registered"):
+    path.write_text(json.dumps(held, indent=1) + "\n")
+    with pytest.raises(FileRefused, match="it was damaged or edited"):
         Registration.read(path)
 
 
@@ -233,7 +235,7 @@ def test_a_file_cannot_witness_itself(tmp_path):
     assert "published" not in path.read_text() and plan.dated.startswith("self-dated")
     assert Registration.read(path).dated == plan.dated
     assert Registration.read(path, digest=plan.digest).dated == f"registered {plan.written} as {plan.digest[:8]}"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"published": plan.digest}))
+    path.write_bytes(resealed(path.read_bytes(), lambda held: held | {"published": plan.digest}))
     with pytest.raises(FileRefused, match="cannot say that its digest was published"):
         Registration.read(path)
 
