@@ -38,7 +38,7 @@ else:
 # %%
 discover, judge = halves(len(clean), group=group)
 scores = eap(model, clean[discover], corrupted[discover], metric.pairs(discover))
-print(f"metric: clean {scores.clean:.3f}, corrupted {scores.ablated:.3f}, mean over {scores.n_pairs} pairs")
+print(f"metric: clean {scores.base:.3f}, corrupted {scores.empty:.3f}, mean over {scores.n_pairs} pairs")
 print(f"{scores.graph.n_edges} edges, scored by two forward passes and one backward:\n{scores.table(12)}")
 
 # %% [markdown]

@@ -216,7 +216,7 @@ def test_completeness_and_minimality_of_a_circuit_run_elsewhere(device):
     with torch.no_grad():
         bench = Bench(model, TOKENS, CORRUPTED, metric, circuit.ablation, keep=True)
         faithful, draw = measured(bench, circuit, torch.arange(2), 3, 0), torch.Generator().manual_seed(0)
-        null, unit = random_circuits(bench.graph, circuit.kept, 3, seed=0), faithful.model_per_pair.mean()
+        null, unit = random_circuits(bench.graph, circuit.kept, 3, seed=0), faithful.base_per_pair.mean()
         results = [of(bench, circuit, null, faithful, unit, draw) for of in (completeness_of, minimality_of)]
     for result in (faithful, circuit, *results):
         result.table()

@@ -46,13 +46,15 @@ class Result(Kept):
     site    'z'
 
     Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
-    A subclass overrides `table`, `top` and `figure` where they mean something; then it prints as its first rows. Its
+    A subclass overrides `table` and `figure` where they mean something; then it prints as its first rows. Its
     `terms` say what the columns of its table are where their names do not: a control always.
     """
 
     terms: ClassVar[Mapping[str, str]] = {}
-    #: Properties that are needed to read the table, which the headline begins with.
-    _baselines: ClassVar[tuple[str, ...]] = ()
+    #: What the rows of its table are ordered by, the largest first, if they are: `top(k)` is `table(k)` then.
+    ranked_by: ClassVar[str] = ""
+    #: Fields and properties that are needed to read the table, which the headline begins with.
+    baselines: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -76,7 +78,7 @@ class Result(Kept):
     def headline(self) -> str:
         """One line to read the table by: the baselines, then what else is a number or a word."""
         line = ""
-        for name in (*self._baselines, *(field.name for field in fields(self) if field.repr)):
+        for name in (*self.baselines, *(field.name for field in fields(self) if field.repr)):
             value = getattr(self, name)
             if isinstance(value, bool | str | Real) and value != "":
                 longer = f"{line}{', ' if line else ''}{name} {summary(value)}"
@@ -91,9 +93,11 @@ class Result(Kept):
         """What does it say, in rows? At most `n` of them; here one row a field, which subclasses replace."""
         return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in fields(self)]).head(n)
 
-    def top(self, k: int = 10) -> Any:
-        """Which `k` entries matter most? Only results that rank something answer."""
-        raise self._has_no("top(k)", "nothing in it is ranked", "table()")
+    def top(self, k: int = 10) -> Table:
+        """The `k` rows that matter most: the first of a table that is ranked. Only results that rank answer."""
+        if not self.ranked_by:
+            raise self._has_no("top(k)", "nothing in it is ranked", "table()")
+        return self.table(whole("k", k))
 
     def figure(self) -> Any:  # a plotly Figure, which only viz may import
         """The result as a Plotly figure. Only results that have a picture answer."""

@@ -110,7 +110,7 @@ class CircuitStudy(Result):
         from hooklens.results.claims import Measured, claim
 
         tested, name = self.faithfulness, {"metric": "logit_diff"}
-        group, whole = tested.group.cpu(), tested.model_per_pair.cpu()
+        group, whole = tested.group.cpu(), tested.base_per_pair.cpu()
         empty, own, random = tested.empty_per_pair.cpu(), tested.per_pair.cpu(), tested.random_per_pair.cpu()
         return claim(
             self.model,

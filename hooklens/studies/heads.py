@@ -48,6 +48,8 @@ class HeadStudy(Result):
     heads of largest fall on half of the groups, measured on the other; None for one group.
     """
 
+    ranked_by = "what the head carries"
+
     model: str
     sweep: PatchSweep
     direct: PerHead
@@ -88,10 +90,6 @@ class HeadStudy(Result):
     def _columns(self) -> tuple[str, ...]:
         label = () if self.labels is None else ("on repeated tokens",)
         return "direct", "looks at answer", "looks at wrong answer", *label
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads that carry most."""
-        return self.table(k)
 
     def figure(self) -> Any:
         """Layer by head: how far the metric falls, mean over pairs."""

@@ -43,6 +43,8 @@ class IOIStudy(Result):
     both times where there is one group). `claims` are of those heads; None where there is none, or too few pairs.
     """
 
+    ranked_by = "effect of the patch"
+
     shown: PairStudy
     pairs: IOIPairs
     movers: NameMovers
@@ -139,10 +141,6 @@ class IOIStudy(Result):
             patched = (float(value[i]) for value in (self.recovered, low, high))
             rows.append((f"L{a}H{b}", called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
         return Table(columns, rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose patch restores or lowers most."""
-        return self.table(k)
 
     def figure(self) -> Any:
         """Every head by attention, direct effect and copying."""

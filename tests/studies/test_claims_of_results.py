@@ -78,7 +78,7 @@ def steered(effect, *, n=12, draws=50):
         found,
         coefficients=coefficients,
         metric=coefficients[:, None] * effect + noise,
-        base=torch.zeros(n),
+        base_per_prompt=torch.zeros(n),
         random_metric=coefficients[:, None] * random,
         group=torch.arange(n),
         continuation_loss=torch.zeros(3, n),
@@ -115,7 +115,7 @@ def test_a_circuit_study_claims_no_more_than_its_pairs_allow():
     assert "What may be claimed" in study.report().to_html()
     n, generator = 12, torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(102, n, generator=generator)
-    parts = {"empty_per_pair": torch.zeros(n), "model_per_pair": 3 + noise[0], "group": torch.arange(n)}
+    parts = {"empty_per_pair": torch.zeros(n), "base_per_pair": 3 + noise[0], "group": torch.arange(n)}
     for kept, verdict in ((2.5, "causal"), (0.4, "no causal effect shown")):
         random = noise[2:] + torch.linspace(0, 1, 100)[:, None]
         faithful = replace(study.faithfulness, per_pair=kept + noise[1], random_per_pair=random, **parts)

@@ -33,24 +33,22 @@ class Discovery(Result):
     tried, because by then nothing that it could change led to the logits.
     """
 
+    ranked_by = "what losing the unit would cost"
+
     circuit: Circuit
     units: list[str]
     drop: Float[Tensor, "unit"]
     removed: Bool[Tensor, "unit"]
     threshold: float
-    metric_of_model: float
+    base: float
     metric_of_circuit: float
-    metric_of_nothing: float
+    empty: float
     n_runs: int
 
     @property
     def kept(self) -> list[str]:
         """The units that stayed, in the order in which they were tried."""
         return [unit for unit, gone in zip(self.units, self.removed.tolist(), strict=True) if not gone]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` kept units whose loss would have cost most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The kept units by what their loss would have cost."""
@@ -214,9 +212,9 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
         drop=walk.drop[order],
         removed=walk.removed[order],
         threshold=float(threshold),
-        metric_of_model=walk.whole,
+        base=walk.whole,
         metric_of_circuit=walk.value,
-        metric_of_nothing=walk.empty,
+        empty=walk.empty,
         n_runs=walk.n_runs,
     )
 

@@ -33,6 +33,8 @@ class Circuit(Result):
     it.
     """
 
+    ranked_by = "score"
+
     graph: CircuitGraph
     kept: Bool[Tensor, "edge"]
     scores: Float[Tensor, "edge"]
@@ -105,10 +107,6 @@ class Circuit(Result):
         """The kept edges, the largest score first, whatever its sign."""
         chosen = self.kept.nonzero().flatten()
         return chosen[self.scores[chosen].abs().argsort(descending=True, stable=True)].tolist()
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges of the largest scores."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The kept edges by score."""

@@ -94,7 +94,7 @@ def evaluate(
         faithful = measured(bench, circuit, group, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
         draw = seeded(seed)
-        unit = faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()
+        unit = faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()
         unit = unit.abs() if faithful.defined else torch.full_like(unit, torch.nan)
         complete = completeness_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
         minimal = minimality_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)

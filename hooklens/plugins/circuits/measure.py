@@ -26,10 +26,10 @@ class Faithfulness(Result):
     `overlap` is the share of the circuit's edges that a random one has too, on average: what the control cannot see.
     """
 
-    _baselines = ("value",)
+    baselines = ("value",)
     circuit: Circuit
     per_pair: Float[Tensor, "pair"]
-    model_per_pair: Float[Tensor, "pair"]
+    base_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
     random_per_pair: Float[Tensor, "draw pair"]
     overlap: float
@@ -44,7 +44,7 @@ class Faithfulness(Result):
     @property
     def defined(self) -> bool:
         """Does ablating everything move the metric by more than chance over groups of pairs?"""
-        return defined(self.model_per_pair - self.empty_per_pair, self.group)
+        return defined(self.base_per_pair - self.empty_per_pair, self.group)
 
     @property
     def value(self) -> float:
@@ -71,12 +71,12 @@ class Faithfulness(Result):
         if not self.defined:
             return float("nan"), float("nan")
         above = (values - self.empty_per_pair)[:, None]
-        low, high = ratio_interval(above, self.model_per_pair - self.empty_per_pair, group=self.group)
+        low, high = ratio_interval(above, self.base_per_pair - self.empty_per_pair, group=self.group)
         return float(low[0]), float(high[0])
 
     def share(self, values: Float[Tensor, "row pair"]) -> Float[Tensor, "row"]:
         """The normalised metric of these values, one row a circuit; NaN where it is not defined."""
-        empty, whole = self.empty_per_pair.mean(), self.model_per_pair.mean()
+        empty, whole = self.empty_per_pair.mean(), self.base_per_pair.mean()
         shares = (values.mean(1) - empty) / (whole - empty)
         return shares if self.defined else torch.full_like(shares, torch.nan)
 
@@ -94,7 +94,7 @@ class Faithfulness(Result):
             ("p against random circuits", self.p),
             ("edges that a random circuit shares", self.overlap),
             ("metric of the circuit", float(self.per_pair.mean())),
-            ("metric of the model", float(self.model_per_pair.mean())),
+            ("metric of the model", float(self.base_per_pair.mean())),
             (f"metric of no edge ({self.ablation} ablation)", float(self.empty_per_pair.mean())),
             ("edges", self.circuit.n_edges),
             ("prompt pairs", len(self.per_pair)),
@@ -133,7 +133,7 @@ def measured(bench: Bench, circuit: Circuit, group: Tensor | None, draws: int, s
     return Faithfulness(
         circuit=circuit,
         per_pair=values,
-        model_per_pair=runs.model_per_pair,
+        base_per_pair=runs.base_per_pair,
         empty_per_pair=runs.empty_per_pair,
         random_per_pair=random,
         overlap=overlap,

@@ -33,6 +33,8 @@ class Minimality(Result):
     Benjamini-Hochberg values over the circuit's edges of being worth more than those.
     """
 
+    ranked_by = "what the edge is worth"
+
     edges: list[str]
     effect: Float[Tensor, "edge"]
     low: Float[Tensor, "edge"]
@@ -73,10 +75,6 @@ class Minimality(Result):
         if not bool((self.low.isfinite() & self.high.isfinite()).all()):
             return None
         return [name for name, a, b in zip(self.edges, self.low, self.high, strict=True) if a <= 0 <= b]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges that are worth most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """One row an edge."""

@@ -28,8 +28,8 @@ class Pruning(Result):
     circuit: Circuit
     sizes: Int[Tensor, "round"]
     metric: Float[Tensor, "round"]
-    metric_of_model: float
-    metric_of_nothing: float
+    base: float
+    empty: float
 
     def top(self, k: int = 10) -> Table:
         """The `k` edges that are worth most."""
@@ -44,7 +44,7 @@ class Pruning(Result):
         """The metric as edges are cut."""
         from hooklens.viz.curves import lines
 
-        marks = {"the model": self.metric_of_model, "no edge": self.metric_of_nothing}
+        marks = {"the model": self.base, "no edge": self.empty}
         name = f"{self.circuit.method} ({self.circuit.ablation} ablation)"
         return lines({name: self.metric}, self.sizes, title=name, x_title="edges", y_title="metric", marks=marks)
 
@@ -196,7 +196,7 @@ def _result(
         left,
         torch.tensor(sizes),
         torch.tensor(values, dtype=ends.per_pair.dtype),
-        float(ends.model_per_pair.mean()),
+        float(ends.base_per_pair.mean()),
         float(ends.empty_per_pair.mean()),
     )
 

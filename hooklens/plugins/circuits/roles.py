@@ -33,16 +33,14 @@ class Roles(Result):
     the kinds of key of `head_scores`, on repeated random tokens; 0 for nodes that are no heads.
     """
 
+    ranked_by = "how much the task needs the node"
+
     graph: CircuitGraph
     labels: list[str]
     attention: Float[Tensor, "source kind"]
     effect: Float[Tensor, "source"]
     ablation: str
     n_pairs: int
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` nodes that the task needs most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a node, the largest effect first."""
@@ -116,7 +114,7 @@ def comparable(source: Taxonomy, target: Taxonomy) -> tuple[Taxonomy, Taxonomy]:
 
 def _effects(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "source"]:
     nothing = torch.zeros(bench.graph.n_edges, dtype=torch.bool)
-    gap = (bench.model_per_pair - bench.run(nothing).empty_per_pair).cpu()
+    gap = (bench.base_per_pair - bench.run(nothing).empty_per_pair).cpu()
     # the mean of sizes, with the sign of the mean: no division by almost nothing where the model does not do the task
     unit = gap.abs().mean() * (-1.0 if float(gap.mean()) < 0 else 1.0)
     # the heads of a sandwich block share a norm, which in the graph is no part of a node
@@ -130,7 +128,7 @@ def _by_edges(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wa
     """The mean fall of the metric without all edges of a node, in the graph itself."""
     sources = bench.graph.ends[0]
     masks = torch.stack([sources != node for node in wanted.nonzero().flatten()])
-    return (bench.model_per_pair - bench.run(masks).per_pair).mean(1)
+    return (bench.base_per_pair - bench.run(masks).per_pair).mean(1)
 
 
 def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wanted"]:

@@ -32,7 +32,7 @@ class EdgeRuns(Result):
     """The metric of every circuit on every pair, beside that of the model and of the run with every edge ablated."""
 
     per_pair: Float[Tensor, "mask pair"]
-    model_per_pair: Float[Tensor, "pair"]
+    base_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
     ablation: str
 
@@ -40,7 +40,7 @@ class EdgeRuns(Result):
     def faithfulness(self) -> Float[Tensor, "mask"]:
         """(m(C) - m(empty)) / (m(M) - m(empty)), each a mean over pairs: 0 as ablated, 1 as the model."""
         empty = self.empty_per_pair.mean()
-        return (self.per_pair.mean(1) - empty) / (self.model_per_pair.mean() - empty)
+        return (self.per_pair.mean(1) - empty) / (self.base_per_pair.mean() - empty)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a circuit."""
@@ -109,8 +109,8 @@ class Bench:
         self.kept_runners: list[EdgeRunner] = []
         with torch.no_grad():
             whole = [self._of_model(group) for group in self.groups]
-        self.model_per_pair = torch.cat(whole)[self.order]
-        if not bool(self.model_per_pair.isfinite().all()):
+        self.base_per_pair = torch.cat(whole)[self.order]
+        if not bool(self.base_per_pair.isfinite().all()):
             raise InputError(
                 "the metric of the model on the clean prompts is not finite; hooklens check shows where it begins"
             )
@@ -137,7 +137,7 @@ class Bench:
         per_pair, nothing = torch.cat(values, 1)[:, self.order], torch.cat(empty)[self.order]
         if not bool(nothing.isfinite().all() & per_pair.isfinite().all()):
             raise InputError("the metric of the ablated run or of a circuit is not finite, though the model's own is")
-        return EdgeRuns(per_pair, self.model_per_pair, nothing, self.ablation)
+        return EdgeRuns(per_pair, self.base_per_pair, nothing, self.ablation)
 
     def _of_model(self, group: Pairs) -> Float[Tensor, "pair"]:
         n, metric = len(group.index), group.of(self.metric)

@@ -22,11 +22,13 @@ class EdgeScores(Result):
     evaluation can say whether its prompts are new.
     """
 
+    ranked_by = "score"
+
     graph: CircuitGraph
     scores: Float[Tensor, "edge"]
     std_error: Float[Tensor, "edge"]
-    clean: float
-    ablated: float
+    base: float
+    empty: float
     n_pairs: int
     method: str
     ablation: str
@@ -103,10 +105,6 @@ class EdgeScores(Result):
         )
 
     # -- reading
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges of the largest scores."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """Edges by score, whatever its sign."""

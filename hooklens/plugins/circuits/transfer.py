@@ -238,7 +238,7 @@ def _beside(
         beside = Faithfulness(
             circuit=circuit,
             per_pair=values,
-            model_per_pair=runs.model_per_pair,
+            base_per_pair=runs.base_per_pair,
             empty_per_pair=runs.empty_per_pair,
             random_per_pair=random,
             overlap=overlap,

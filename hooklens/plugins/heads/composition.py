@@ -35,6 +35,8 @@ class Composition(Result):
     "orientation" where there are too few heads for the other. NaN where there is no pair.
     """
 
+    ranked_by = "distance above the null"
+
     scores: dict[str, Pairs]
     specific: dict[str, Pairs]
     z: dict[str, Pairs]
@@ -42,10 +44,10 @@ class Composition(Result):
     null: str
     chance: float
 
-    def q(self, mode: str) -> Pairs:
+    @property
+    def q(self) -> dict[str, Pairs]:
         """Benjamini-Hochberg over all pairs and all three modes."""
-        together = q_values(torch.stack([self.p[one] for one in self.p]))
-        return together[list(self.p).index(mode)]
+        return dict(zip(self.p, q_values(torch.stack(list(self.p.values()))), strict=True))
 
     def order(self) -> list[tuple[str, int, int, int, int]]:
         """(mode, layer, head, reader's layer, reader's head), the pair farthest above its null first."""
@@ -56,13 +58,9 @@ class Composition(Result):
         index = torch.stack(torch.unravel_index(by, stack.shape), 1).tolist()
         return [(MODES[m], *rest) for m, *rest in index]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` pairs farthest above their null."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
         """One row a pair and mode; with one layer there is none."""
-        q, shown = {mode: self.q(mode) for mode in MODES}, (self.scores, self.specific, self.z)
+        q, shown = self.q, (self.scores, self.specific, self.z)
         rows = [
             (f"L{a}H{b}", f"L{c}H{d}", mode, *(_number(x[mode][a, b, c, d]) for x in (*shown, q)))
             for mode, a, b, c, d in self.order()[:n]

@@ -37,6 +37,8 @@ class CopySuppression(Result):
     changes of the same size to other heads; None where none was asked for. `data` says what was read.
     """
 
+    ranked_by = "how much the head suppresses"
+
     terms = {
         "another token": "the control: what the head adds to another token of the prompt, which it does not look at",
     }
@@ -61,10 +63,6 @@ class CopySuppression(Result):
         return [
             divmod(i, self.anti.shape[1]) for i in self.anti.flatten().argsort(descending=True, stable=True).tolist()
         ]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads that suppress most."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: its effect on the token looked at and on another, their difference, calibration."""

@@ -36,6 +36,8 @@ class Copying(Result):
     standard deviations of the same head with its values rotated at random, `copies` and `suppresses` the p-values.
     """
 
+    ranked_by = "how much the OV circuit copies or suppresses"
+
     tokens: Int[Tensor, "token"]
     own: Float[Tensor, "token layer head"]
     rank: Float[Tensor, "token layer head"]
@@ -56,10 +58,6 @@ class Copying(Result):
         """Every (layer, head), the one farthest from chance first."""
         by = self.z.flatten().nan_to_num(0).abs().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.z.shape[1]) for i in by]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose OV copies or suppresses most."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""

@@ -37,6 +37,8 @@ class CalibrationChange(Result):
     first; NaN where there are fewer. `loss_change` stands beside it, since a worse model is a worse calibrated one.
     """
 
+    ranked_by = "change of the calibration error"
+
     heads: list[str]
     ece: float
     change: Float[Tensor, "chosen"]
@@ -54,10 +56,6 @@ class CalibrationChange(Result):
             for x, c in zip(self.change, self.control, strict=True)
         ]
         return torch.stack(each) if each else self.change.double()
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose loss changes the error most."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: the change, its interval, what the controls do, and the loss."""

@@ -38,6 +38,8 @@ class InductionHeads(Result):
     is useful, but not for induction. NaN for heads that were not ablated.
     """
 
+    ranked_by = "induction score"
+
     terms = {
         "before repeats": "the control: the rise of the loss before any repeat, where there is nothing to copy",
     }
@@ -66,10 +68,6 @@ class InductionHeads(Result):
         """Every (layer, head), the highest score first."""
         by = self.score.mean(0).flatten().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.score.shape[2]) for i in by]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads of the highest induction score."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: both scores, what its ablation costs after a repeat and before, and the q-value."""

@@ -36,10 +36,12 @@ class Knockout(Result):
     `fall` is the metric of the untouched run minus that of the edited one, sequence by sequence.
     """
 
+    ranked_by = "change of the metric"
+
     heads: list[str]
     kind: str
     fall: Float[Tensor, "sequence chosen"]
-    base: Float[Tensor, "sequence"]
+    base_per_sequence: Float[Tensor, "sequence"]
     largest_error: float
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "chosen"], Float[Tensor, "chosen"]]:
@@ -50,10 +52,6 @@ class Knockout(Result):
     def p(self) -> Float[Tensor, "chosen"]:
         """Two-sided p-value of "no fall", by flipping signs of whole sequences."""
         return sign_flip_p(self.fall)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose knockout moves the metric most."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head, the largest mean change first."""

@@ -42,6 +42,8 @@ class Taxonomy(Result):
     where the model could not be asked, or no head was called so. `note` says why, or which pairs label name movers.
     """
 
+    ranked_by = "strength of the evidence"
+
     terms = {
         "head": "L5H1 is head 1 of layer 5",
         "label": "the name that it earned, else the nearest, with a question mark",
@@ -186,10 +188,6 @@ class Taxonomy(Result):
         key = labelled * 1e6 + strong * 1e3 + measured.clamp_max(1e3)
         by = key.flatten().argsort(descending=True, stable=True).tolist()
         return [divmod(i, strong.shape[1]) for i in by]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads with the strongest evidence."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a head and label, with that label's evidence; a head without one shows the nearest, with "?"."""

@@ -35,12 +35,14 @@ class Mediation(Result):
     three.
     """
 
+    ranked_by = "total effect"
+
     heads: list[str]
     total: Float[Tensor, "sequence chosen"]
     direct: Float[Tensor, "sequence chosen"]
     mlps: Float[Tensor, "sequence chosen"]
     later_heads: Float[Tensor, "sequence chosen"]
-    base: Float[Tensor, "sequence"]
+    base_per_sequence: Float[Tensor, "sequence"]
 
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen"]:
@@ -59,10 +61,6 @@ class Mediation(Result):
     def q(self) -> Float[Tensor, "road chosen"]:
         """Benjamini-Hochberg over heads and roads, from sign flips of whole sequences."""
         return q_values(sign_flip_p(self.parts().transpose(0, 1)))
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads of the largest total effect."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: total and roads, the interval and q-value of the total; `roads` has those of each road."""
@@ -136,7 +134,7 @@ def mediation(
         direct=direct,
         mlps=mlps - direct,
         later_heads=later - direct,
-        base=reader.base,
+        base_per_sequence=reader.base,
     )
 
 

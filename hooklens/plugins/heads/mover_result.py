@@ -46,6 +46,8 @@ class NameMovers(Result):
     one are not independent.
     """
 
+    ranked_by = "direct effect"
+
     attention: Float[Tensor, "pair layer head"]
     margin: Float[Tensor, "pair layer head"]
     rank: Int[Tensor, "name layer head"]
@@ -134,10 +136,6 @@ class NameMovers(Result):
         """Every (layer, head), the largest direct effect first, whatever its sign."""
         by = self.share.flatten().abs().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.share.shape[1]) for i in by]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads of the largest direct effect."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: called and ranked by one half of the pairs, measured on the other."""

@@ -43,7 +43,9 @@ class PositionScores(Result):
     together, so that one head in a few reaches a share of 1 by chance where positions are rotary.
     """
 
-    _baselines = ("chance",)
+    ranked_by = "attention to the previous token by position alone"
+
+    baselines = ("chance",)
     scores: Float[Tensor, "layer head query_pos key_pos"]
     p: PerHead
     how: str
@@ -73,10 +75,6 @@ class PositionScores(Result):
         """Every (layer, head), the largest share first, then the largest margin."""
         key = self.share.double() * 1e6 + self.margin.double().clamp(-1e5, 1e5)
         return [divmod(i, self.share.shape[1]) for i in key.flatten().argsort(descending=True, stable=True).tolist()]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads that positions drive most to the previous token."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: the share of rows, the margin, and what rotated queries say of it."""

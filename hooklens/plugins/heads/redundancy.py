@@ -37,6 +37,8 @@ class Redundancy(Result):
     they write, `cka_shuffled` is the CKA of the same outputs with tokens shuffled, which few tokens alone would give.
     """
 
+    ranked_by = "how far the pair is from adding up"
+
     terms = {
         "CKA shuffled": "the control: the CKA of the same outputs with tokens shuffled",
     }
@@ -46,7 +48,7 @@ class Redundancy(Result):
     cosine: Square
     cka: Square
     cka_shuffled: Square
-    base: Float[Tensor, "sequence"]
+    base_per_sequence: Float[Tensor, "sequence"]
 
     @property
     def single(self) -> Float[Tensor, "sequence chosen"]:
@@ -73,10 +75,6 @@ class Redundancy(Result):
             ends = (float(low[row]), float(high[row]), float(q[row]))
             rows.append((f"{self.heads[i]} {self.heads[j]}", *falls, *ends, *alike))
         return sorted(rows, key=lambda row: -abs(row[4]))
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` pairs that add up least."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a pair, the largest interaction first."""
@@ -156,7 +154,7 @@ def _redundancy(
         cosine=_cosine(written),
         cka=cka,
         cka_shuffled=shuffled,
-        base=reader.base,
+        base_per_sequence=reader.base,
     )
 
 

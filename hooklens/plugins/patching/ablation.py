@@ -41,15 +41,17 @@ _MOST_FLIPS = 40_000
 
 @dataclass(frozen=True, eq=False)
 class AblationSweep(Result):
-    """The metric after every ablation of a grid, prompt by prompt, beside the metric of the whole model.
+    """The metric after every ablation of a grid, prompt by prompt, beside the metric of the unedited model.
 
     `kind` is zero, mean, resample or freeze. `by_draw` is the mean effect of each draw of other prompts (one row for
     the other kinds). Prompts of one `group` share something: intervals and p-values are over groups.
     """
 
-    _baselines = ("whole",)
+    ranked_by = "effect, on the prompts that chose it"
+
+    baselines = ("base",)
     per_prompt: Float[Tensor, "prompt *grid"]
-    whole_per_prompt: Float[Tensor, "prompt"]
+    base_per_prompt: Float[Tensor, "prompt"]
     by_draw: Float[Tensor, "draw *grid"]
     group: Int[Tensor, "prompt"]
     site: str
@@ -63,9 +65,9 @@ class AblationSweep(Result):
     kernel: str = ""
 
     @property
-    def whole(self) -> float:
-        """The metric of the whole model, mean over prompts."""
-        return float(self.whole_per_prompt.mean())
+    def base(self) -> float:
+        """The metric of the unedited model, mean over prompts."""
+        return float(self.base_per_prompt.mean())
 
     @property
     def values(self) -> Grid:
@@ -75,7 +77,7 @@ class AblationSweep(Result):
     @property
     def effect_per_prompt(self) -> Float[Tensor, "prompt *grid"]:
         """How far each ablation moved each prompt's metric; below 0 where the component helped."""
-        return self.per_prompt - self.whole_per_prompt.view(-1, *[1] * (self.per_prompt.ndim - 1))
+        return self.per_prompt - self.base_per_prompt.view(-1, *[1] * (self.per_prompt.ndim - 1))
 
     @property
     def effect(self) -> Grid:
@@ -119,10 +121,6 @@ class AblationSweep(Result):
         """The `k` components of largest effect on one half of the prompts, with their effect on the other half."""
         names = cell_names(self.by, self.labels, self.effect.shape)
         return HeldOutEffects.of({self.kind: self.effect_per_prompt}, names, self.group, k, seed)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` components of largest effect, chosen and measured on the same prompts; see `held_out_top`."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The components of largest effect; every one for `n=None`."""
@@ -201,7 +199,7 @@ def ablate(
     weights = [len(each.index) / (n * len(draws)) for _ in draws for each in groups]
     return AblationSweep(
         per_prompt=values.mean(0).view(n, *shape),
-        whole_per_prompt=whole,
+        base_per_prompt=whole,
         by_draw=(values.mean(1) - whole.mean()).view(-1, *shape),
         group=number,
         site=site,

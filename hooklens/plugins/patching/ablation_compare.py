@@ -30,6 +30,8 @@ _NAMED = 8  # components whose name is written into the figure
 class AblationComparison(Result):
     """The same components ablated in three ways. Zero is a value that most sites never hold; the others are held."""
 
+    ranked_by = "effect of zero"
+
     zero: AblationSweep
     mean: AblationSweep
     resample: AblationSweep
@@ -53,10 +55,6 @@ class AblationComparison(Result):
         effects = {kind: sweep.effect_per_prompt for kind, sweep in self.sweeps.items()}
         names = cell_names(self.zero.by, self.zero.labels, self.zero.effect.shape)
         return HeldOutEffects.of(effects, names, self.zero.group, k, seed)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` components of largest zero effect, with what the other kinds say of them."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """A row a component, the largest zero effect first; each effect with its interval where there is one."""

@@ -41,6 +41,8 @@ Value = str | Mean | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Ten
 class PatchSweep(TwoRuns, Result):
     """The metric after every patch of a grid, beside the metric of the two runs that are needed to read it."""
 
+    ranked_by = "change of the metric"
+
     per_pair: Float[Tensor, "pair *grid"]
     clean_per_pair: Float[Tensor, "pair"]
     corrupted_per_pair: Float[Tensor, "pair"]
@@ -101,10 +103,6 @@ class PatchSweep(TwoRuns, Result):
     def name_of(self, index: tuple[int, ...]) -> str:
         """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
         return cell_name(self.by, self.labels, index)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` patches that moved the metric most."""
-        return self._rows(self.order()[:k])
 
     def table(self, n: int | None = 20) -> Table:
         """The patches that moved the metric most, with what they restored; every one for `n=None`."""

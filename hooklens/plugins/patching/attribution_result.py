@@ -24,6 +24,8 @@ class AttributionPatching(TwoRuns, Result):
     linear. The checked cells are the `n_top` of largest estimate, then as many drawn from the rest.
     """
 
+    ranked_by = "estimate"
+
     per_pair: Float[Tensor, "pair *grid"]
     clean_per_pair: Float[Tensor, "pair"]
     corrupted_per_pair: Float[Tensor, "pair"]
@@ -76,10 +78,6 @@ class AttributionPatching(TwoRuns, Result):
     def name_of(self, index: Sequence[int]) -> str:
         """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
         return cell_name(self.by, self.labels, index)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` cells of largest estimate."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The cells of largest estimate, with their exact effect where it was worked out."""

@@ -42,6 +42,8 @@ class InformationFlow(Result):
     when everything it reads is that of the other run.
     """
 
+    ranked_by = "what the path carries"
+
     terms = {
         "turned 95%": "the control: which share the same sender stays below in 95 % of draws when it writes in random "
         "directions",
@@ -151,10 +153,6 @@ class InformationFlow(Result):
     def order(self) -> list[int]:
         """The paths, the largest share first."""
         return self.share.abs().nan_to_num(-1).argsort(descending=True, stable=True).tolist()
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` paths that carry most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a path: its share with interval, the share of its receiver, controls and q."""

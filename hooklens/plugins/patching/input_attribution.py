@@ -31,6 +31,8 @@ class InputAttribution(Result):
     missing. Gradient x input does not promise that; integrated gradients do, up to their steps.
     """
 
+    ranked_by = "attribution"
+
     per_token: PerToken
     metric: PerPrompt
     baseline_metric: PerPrompt
@@ -59,10 +61,6 @@ class InputAttribution(Result):
         """(prompt, position) of every token, the largest attribution first, whatever its sign."""
         flat = self.per_token.abs().flatten().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.per_token.shape[1]) for i in flat]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` tokens of largest attribution."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The tokens of largest attribution, over all prompts."""

@@ -24,6 +24,8 @@ class PathSweep(TwoRuns, Result):
     effect of the others is 0. Pairs of one `group` share something: intervals resample groups.
     """
 
+    ranked_by = "change of the metric"
+
     per_pair: Float[Tensor, "pair sender"]
     clean_per_pair: Float[Tensor, "pair"]
     corrupted_per_pair: Float[Tensor, "pair"]
@@ -101,10 +103,6 @@ class PathSweep(TwoRuns, Result):
         """The senders that reach a receiver, the largest effect first."""
         by = self.effect.abs().nan_to_num(-1).argsort(descending=True, stable=True).tolist()
         return [i for i in by if self.reaches[i]]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` senders whose path moved the metric most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The senders whose path moved the metric most, with their share of the difference; every one for `n=None`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 class TwoRuns:
     """What results of patching share: the metric of the clean and of the corrupted run, pair by pair and on average."""
 
-    _baselines: ClassVar[tuple[str, ...]] = ("clean", "corrupted")
+    baselines: ClassVar[tuple[str, ...]] = ("clean", "corrupted")
     clean_per_pair: Float[Tensor, "pair"]
     corrupted_per_pair: Float[Tensor, "pair"]
 

@@ -38,6 +38,8 @@ class Geometry(Result):
     lie below `isotropic`.
     """
 
+    ranked_by = "cosine"
+
     terms = {
         "95% of shuffled": "which cosine 95 % of directions that were fitted on shuffled labels stay below",
     }
@@ -66,10 +68,6 @@ class Geometry(Result):
             a, b = int(i[k]), int(j[k])
             rows.append((self.names[a], self.names[b], *map(float, (self.cosine[a, b], bound[k], p[k], q[k]))))
         return Table(("task", "other", "cosine", "95% of shuffled", "p", "q"), rows).head(n)
-
-    def top(self, k: int = 5) -> Table:
-        """The `k` most parallel pairs; `q` counts all pairs."""
-        return self.table(k)
 
     def figure(self) -> Any:
         """The matrix of cosines; on the diagonal how well a direction repeats itself in the other half."""

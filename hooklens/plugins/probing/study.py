@@ -33,7 +33,7 @@ class ProbeStudy(Result):
     """
 
     task: str
-    _baselines = ("balanced_accuracy",)
+    baselines = ("balanced_accuracy",)
     kind: str
     points: list[str]
     classes: list[str]

@@ -20,7 +20,7 @@ Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
 class CoefficientSweep(Result):
     """Effect and fluency at every coefficient, for the direction and for random ones of its length.
 
-    `metric` is read on the prompts; `base` without steering. `continuation_loss` is what the unsteered model pays for
+    `metric` is read on the prompts; `base_per_prompt` without steering. `continuation_loss` is what the unsteered model pays for
     the text that the steered one writes, in nats a token, `neutral_loss` what the steered model pays for neutral text:
     either rises where steering breaks the model. `repeats` is the share of two-token sequences in a continuation that
     occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it fluent.
@@ -34,7 +34,7 @@ class CoefficientSweep(Result):
 
     coefficients: Float[Tensor, "coefficient"]
     metric: Float[Tensor, "coefficient prompt"]
-    base: Float[Tensor, "prompt"]
+    base_per_prompt: Float[Tensor, "prompt"]
     random_metric: Float[Tensor, "draw coefficient prompt"]
     continuation_loss: Float[Tensor, "coefficient prompt"]
     base_continuation_loss: Float[Tensor, "prompt"]
@@ -55,16 +55,16 @@ class CoefficientSweep(Result):
     @property
     def effect(self) -> Float[Tensor, "coefficient"]:
         """How far steering moves the metric, mean over prompts."""
-        return (self.metric - self.base).mean(1)
+        return (self.metric - self.base_per_prompt).mean(1)
 
     @property
     def random_effect(self) -> Float[Tensor, "draw coefficient"]:
         """The same for each random direction."""
-        return (self.random_metric - self.base).mean(2)
+        return (self.random_metric - self.base_per_prompt).mean(2)
 
     def interval(self, level: float = 0.95) -> Ends:
         """The interval of `effect`, by a bootstrap over groups of prompts."""
-        return mean_interval((self.metric - self.base).T, group=self.group, level=level)
+        return mean_interval((self.metric - self.base_per_prompt).T, group=self.group, level=level)
 
     def random_band(self, level: float = 0.95) -> Ends:
         """Between which ends the effects of random directions lie."""

@@ -35,7 +35,7 @@ class DirectionAblation(Result):
     """
 
     metric: Float[Tensor, "prompt"]
-    base: Float[Tensor, "prompt"]
+    base_per_prompt: Float[Tensor, "prompt"]
     random_metric: Float[Tensor, "null draw prompt"]
     neutral_loss: Float[Tensor, "text"]
     base_neutral_loss: Float[Tensor, "text"]
@@ -49,16 +49,16 @@ class DirectionAblation(Result):
     @property
     def effect(self) -> float:
         """How far the metric moves when the direction is taken out, mean over prompts."""
-        return float((self.metric - self.base).mean())
+        return float((self.metric - self.base_per_prompt).mean())
 
     @property
     def random_effect(self) -> Float[Tensor, "null draw"]:
         """The same for each random direction."""
-        return (self.random_metric - self.base).mean(2)
+        return (self.random_metric - self.base_per_prompt).mean(2)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The interval of `effect`, by a bootstrap over groups of prompts."""
-        low, high = mean_interval(self.metric - self.base, group=self.group, level=level)
+        low, high = mean_interval(self.metric - self.base_per_prompt, group=self.group, level=level)
         return float(low), float(high)
 
     def random_band(self, level: float = 0.95) -> tuple[Float[Tensor, "null"], Float[Tensor, "null"]]:
@@ -125,7 +125,7 @@ class DirectionAblation(Result):
 
         rise = self.neutral_loss - self.base_neutral_loss
         random_rise = (self.random_neutral_loss - self.base_neutral_loss).mean(2)
-        moved = self.metric - self.base
+        moved = self.metric - self.base_per_prompt
         own = (
             (moved, self.random_effect, mean_interval(moved, group=self.group), "metric"),
             (rise, random_rise, mean_interval(rise), "loss of neutral text"),

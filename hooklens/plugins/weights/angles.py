@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class PrincipalAngles(Result):
     """Cosines of the principal angles between what one component writes and another reads, beside random subspaces."""
 
+    ranked_by = "smallness of the angle"
+
     terms = {
         "random": "the same cosine between random subspaces of these dimensions",
     }
@@ -40,10 +42,6 @@ class PrincipalAngles(Result):
     def q(self) -> Float[Tensor, "angle"]:
         """`p` over the angles, as false discovery rates."""
         return q_values(self.p)
-
-    def top(self, k: int = 5) -> Table:
-        """The `k` smallest angles."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row an angle, the smallest first."""

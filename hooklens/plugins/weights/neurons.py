@@ -30,6 +30,8 @@ class NeuronTokens(Result):
     it finds, below 0 it takes it away. Between random vectors it would vary by `chance`.
     """
 
+    ranked_by = "how peaked its write list is"
+
     layer: int
     neurons: Int[Tensor, "neuron"]
     reads: TokenLists
@@ -51,10 +53,6 @@ class NeuronTokens(Result):
     def order(self) -> list[int]:
         """Places of the neurons, the most peaked write list first."""
         return self.writes.kurtosis.argsort(descending=True, stable=True).tolist()
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` neurons of the most peaked write lists."""
-        return self.table(k)
 
     def table(self, n: int | None = 10) -> Table:
         """One row a neuron: the tokens it reads and writes most, how peaked the lists are, against chance."""

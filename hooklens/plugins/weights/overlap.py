@@ -33,6 +33,8 @@ class Overlap(Result):
     strongly their directions are used; between random subspaces it is the larger one's share of the stream on average.
     """
 
+    ranked_by = "distance above the null"
+
     terms = {
         "random": "the mean composition of matrices with the same singular values and random bases",
         "times random": "the composition over that",
@@ -62,10 +64,6 @@ class Overlap(Result):
         excess = torch.nan_to_num(self.composition / self.null_mean, nan=-1.0).flatten()
         by = excess.argsort(descending=True, stable=True)[: int((~self.composition.isnan()).sum())]
         return [divmod(i, len(self.readers)) for i in by.tolist()]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` pairs that compose most, against their null."""
-        return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a pair."""

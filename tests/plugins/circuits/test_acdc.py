@@ -23,7 +23,7 @@ def logit(logits):
 def test_an_or_gate_keeps_exactly_one_head():
     found = acdc(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero")
     assert found.kept == ["MLP0->logits", "L0H0->MLP0"]
-    assert found.metric_of_circuit == found.metric_of_model == 1.0 and found.metric_of_nothing == 0.0
+    assert found.metric_of_circuit == found.base == 1.0 and found.empty == 0.0
     assert acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept == ["MLP0", "L0H0"]
 
 

@@ -112,7 +112,7 @@ def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(no
     for i, one in enumerate(circuits):
         draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, None, 19, seed=100 + i)
         null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
-        unit = (faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
+        unit = (faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
         complete.append(completeness_of(bench, one, null, faithful, unit, draw).p)
         found = minimality_of(bench, one, null, faithful, unit, draw)
         minimal += found.p.tolist()

@@ -47,7 +47,7 @@ def agree(model, clean, corrupted, ablation: str) -> None:
         found = run_edges(model, masks, clean, corrupted, metric, ablation=ablation)
         torch.testing.assert_close(found.per_pair, slow, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found.per_pair[-1], whole, atol=1e-9, rtol=0)
-        torch.testing.assert_close(found.model_per_pair, whole, atol=1e-9, rtol=0)
+        torch.testing.assert_close(found.base_per_pair, whole, atol=1e-9, rtol=0)
         torch.testing.assert_close(found.per_pair[-2], found.empty_per_pair, atol=1e-9, rtol=0)
         if ablation == "corrupted":
             torch.testing.assert_close(found.empty_per_pair, other, atol=1e-9, rtol=0)
@@ -188,7 +188,7 @@ def test_gates():
     gate = and_gate()
     circuit = circuit_of(gate, ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"])
     run = circuit.run(gate, [[1, 1, 1]], [[1, 0, 1]], logit)
-    assert run.faithfulness.tolist() == [pytest.approx(1.0)] and run.model_per_pair.tolist() == [pytest.approx(1.0)]
+    assert run.faithfulness.tolist() == [pytest.approx(1.0)] and run.base_per_pair.tolist() == [pytest.approx(1.0)]
     assert circuit.without(["L0H0->MLP0"]).run(gate, [[1, 1, 1]], [[1, 0, 1]], logit).per_pair.item() == 0.0
 
 

@@ -94,7 +94,7 @@ def test_what_a_node_is_worth_is_the_same_by_edges_and_by_patches(changes, ablat
     every[0] = False
     slow = _by_edges(bench, every)
     found = roles_of(model, task, quick(model), ablation=ablation)
-    gap = bench.model_per_pair - bench.run(torch.zeros(bench.graph.n_edges, dtype=torch.bool)).empty_per_pair
+    gap = bench.base_per_pair - bench.run(torch.zeros(bench.graph.n_edges, dtype=torch.bool)).empty_per_pair
     unit = gap.abs().mean() * gap.mean().sign()
     torch.testing.assert_close(found.effect[1:], slow / unit, atol=1e-9, rtol=1e-9)
     assert float(slow.abs().max()) > 1e-3 and found.effect[0].isnan()

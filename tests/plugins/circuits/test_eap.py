@@ -103,13 +103,13 @@ def test_in_a_linear_model_a_score_is_the_exact_effect(attn_only, ablation):
     found = eap(model, CLEAN, CORRUPTED, diff, ablation=ablation)
     torch.testing.assert_close(found.scores, values[0] - values[1:], atol=1e-10, rtol=0)
     into_logits = graph.block(found.scores, graph.slots[-1])
-    torch.testing.assert_close(into_logits.sum(), torch.tensor(found.clean - found.ablated).double())
+    torch.testing.assert_close(into_logits.sum(), torch.tensor(found.base - found.empty).double())
 
 
 def test_gates():
     logit = lambda logits: logits[:, -1, 1]  # noqa: E731
     found = eap(or_gate(), [[0]], None, logit, ablation="zero")
-    assert found.clean == 1.0 and found.ablated == 0.0
+    assert found.base == 1.0 and found.empty == 0.0
     graph = found.graph
     heads = found.scores[graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == [0.0, 0.0]

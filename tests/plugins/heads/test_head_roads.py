@@ -128,7 +128,7 @@ def test_joint_ablation_is_one_hooked_run_and_likeness_is_within_bounds():
             return z
 
         logits = model.run_with_hooks(text.tokens, fwd_hooks=[("z", without)])
-    expected = found.base - text.metric()(logits)
+    expected = found.base_per_sequence - text.metric()(logits)
     torch.testing.assert_close(found.joint[:, 0, 2], expected, atol=1e-10, rtol=0)
     assert torch.equal(found.interaction, found.interaction.mT)
     for square in (found.cka, found.cosine):

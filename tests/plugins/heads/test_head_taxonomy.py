@@ -120,7 +120,7 @@ def test_weakened_keys_are_those_of_a_hooked_pattern(score):
     for i, (layer, head) in enumerate([(0, 1), (1, 0)]):
         hook = (("pattern", layer), functools.partial(weaken, layer=layer, head=head))
         edited = tokens.metric()(model.run_with_hooks(tokens.tokens, fwd_hooks=[hook]))
-        torch.testing.assert_close(found.fall[:, i], (found.base - edited).detach(), atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(found.fall[:, i], (found.base_per_sequence - edited).detach(), atol=1e-10, rtol=1e-8)
 
 
 def test_what_was_blocked_is_reported_beside_the_effect_for_label_and_placebo():

@@ -64,7 +64,7 @@ def test_zero_and_mean_are_the_loop_in_every_family(name):
     with_own = ablate(model, PROMPTS, metric, value=hl.Mean(PROMPTS))
     expected = heads_loop(model, PROMPTS, metric, lambda name: cache[name].mean(0))
     torch.testing.assert_close(with_own.per_prompt, expected, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(zero.whole_per_prompt, metric(model(PROMPTS)).detach(), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(zero.base_per_prompt, metric(model(PROMPTS)).detach(), atol=1e-10, rtol=1e-10)
 
 
 def test_freeze_is_the_loop():
@@ -287,7 +287,7 @@ def test_a_head_that_writes_a_constant_matters_only_when_zeroed():
     found = compare_ablations(model, PROMPTS, metric_of(model))
     assert float(found.zero.effect[0, 1].abs()) > 0.1
     for sweep in (found.mean, found.resample):
-        torch.testing.assert_close(sweep.per_prompt[:, 0, 1], sweep.whole_per_prompt, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(sweep.per_prompt[:, 0, 1], sweep.base_per_prompt, atol=1e-12, rtol=1e-12)
 
 
 # -- known answers

@@ -54,7 +54,7 @@ def test_every_number_is_that_of_a_plain_steered_run(name, positions):
             with steer(model, vector, float(amount), site=site):
                 expected = [nats(model, text, 1) for text in neutral]
             assert paid[c].tolist() == pytest.approx(expected, abs=1e-9)
-    assert torch.equal(found.metric[1], found.base) and found.effect[1] == 0
+    assert torch.equal(found.metric[1], found.base_per_prompt) and found.effect[1] == 0
 
 
 def test_what_is_written_is_judged_by_the_unsteered_model():

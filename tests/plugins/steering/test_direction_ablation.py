@@ -46,7 +46,7 @@ def test_the_induction_model_loses_its_answer_with_the_direction_that_carries_it
     model, tokens = induction_model(dtype=torch.float64), [[3, 1, 4, 9, 3]]
     answer = model.W_U[:, 1].detach()
     found = direction_ablation(model, tokens, answer, lambda logits: logits[:, -1, 1], controls=19)
-    assert found.base.item() == pytest.approx(10) and found.effect == pytest.approx(-10)
+    assert found.base_per_prompt.item() == pytest.approx(10) and found.effect == pytest.approx(-10)
     assert found.p == pytest.approx(1 / 20) and found.random_effect[[0, 2]].abs().max() < 5
     assert found.null_p[0] == pytest.approx(1 / 20)  # those that lie as activations do hold far more of the stream
 
