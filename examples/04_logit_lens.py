@@ -41,7 +41,7 @@ print(lens.table())
 # The answer's rank, the entropy and the difference of the two names on the way, against the other positions.
 
 # %%
-path = trajectory(model, prompt, answer, wrong_answer)
+path = trajectory(model, prompt, answer=answer, wrong_answer=wrong_answer)
 print(path.top(5), "\n")
 
 # %% [markdown]
@@ -61,7 +61,7 @@ print(reading.table())
 # it stands out of that. Adding directly is not the whole of what a head does; patch it to see that.
 
 # %%
-found = direct_logit_attribution(model, prompt, answer, wrong_answer)
+found = direct_logit_attribution(model, prompt, answer=answer, wrong_answer=wrong_answer)
 print(f"logit difference {float(found.logit):.3f}, sum of all components {float(found.total):.3f}")
 print(found.table(8), "\n")
 print(found.top(6))

@@ -65,7 +65,7 @@ def lens(
 
     if read is None:
         say_how_long(loaded, estimates.of_lens(loaded, len(loaded.to_tokens(str(prompt))[0])))
-        study = lens_study(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
+        study = lens_study(loaded, str(prompt), answer=answer, wrong_answer=wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
         layers = study.lenses[0].table()
         _show_lens(study, as_json, ("What the stream says after each layer.", layers), study.lenses[0].terms, out)
@@ -75,7 +75,9 @@ def lens(
     check_pairs(loaded, read, str(pairs), corrupted=False)
     say_how_long(loaded, estimates.of_lens(loaded, tokens_of(loaded, read)))
     names = [f"line {line}" for line in read.lines]
-    study = lens_study(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
+    study = lens_study(
+        loaded, read.clean, answer=read.answer, wrong_answer=read.wrong_answer, group=read.group_numbers(), names=names
+    )
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
     path = study.trajectory.table()

@@ -59,7 +59,7 @@ def patch(
     parts = {name: _part(out, name, asked) for name in judge(known)["sites"]}
     loaded = load_reader(model, device, dtype)
 
-    n_pos, swept = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
+    n_pos, swept = check_pair(loaded, clean, corrupted, answer=answer, wrong_answer=wrong_answer, sites=sites, by=by)
     say_how_long(loaded, estimates.of_patch(loaded, n_pos, swept))
 
     options: dict[str, Any] = {

@@ -15,13 +15,15 @@ from hooklens.core.precision import widened
 Ends = tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]
 Groups = Int[Tensor, "pair"] | None
 PValues = Float64[Tensor, "*cell"]  # in float32 1/20 lies above 0.05
+DRAWS = 2000  # resamples: the Monte Carlo error of an end of a 95 % interval is then 3 % of half its width
+FLIPS = 4096  # patterns of signs: as many as 12 groups have, which are tried one and all
 LEAST_GROUPS = 6  # with fewer, intervals cover less than they say and no p of sign flips reaches 0.05
 _COVERAGE = {2: 50, 3: 75, 4: 87, 5: 91}  # of a mean of so many normal values, in percent
 _CELLS = 4096  # 2,000 draws of 36,864 neurons would not fit
 
 
 def mean_interval(
-    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> Ends:
     """Bootstrap interval of the mean over pairs, by resampling pairs, or whole groups of them: see `ratio_interval`.
 
@@ -39,7 +41,7 @@ def ratio_interval(
     *,
     group: Groups = None,
     level: float = 0.95,
-    draws: int = 2000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Ends:
     """Bootstrap interval of mean(numerator) / mean(denominator), both means recomputed on every resample.
@@ -71,7 +73,7 @@ def ratio_interval(
 
 
 def studentised_interval(
-    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> Ends:
     """Bootstrap interval of the mean over pairs that follows the skew of the values: the bootstrap of Student's t.
 
@@ -153,7 +155,7 @@ def _tail(number: Int[Tensor, "pair"], level: float) -> float:
 
 
 def sign_flip_p(
-    values: Float[Tensor, "pair *cell"], *, group: Groups = None, draws: int = 4096, seed: int = 0
+    values: Float[Tensor, "pair *cell"], *, group: Groups = None, draws: int = FLIPS, seed: int = 0
 ) -> PValues:
     """Two-sided p-value of "the mean is 0", from flipping the sign of each group's values at random.
 

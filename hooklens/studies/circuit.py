@@ -17,7 +17,7 @@ from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.measure import Faithfulness, check_draws
+from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.results.result import Result, Table
@@ -166,7 +166,7 @@ def study_circuit(
     *,
     edges: int = 200,
     full: bool = False,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitStudy:
     """Which edges carry the answer of these pairs? Found on one half of their groups, tested on the other.

@@ -22,7 +22,7 @@ def taxonomy_claims(
     Heads and labels were chosen by their scores, on sequences other than those of the effects. None where no score
     passed. A control that could take less than half as much attention is none, and its claim is not causal.
     """
-    passed = (found.score_q.cpu() <= found.level) & found.effect[0].cpu().isfinite()
+    passed = (found.score_q.cpu() <= found.alpha) & found.effect[0].cpu().isfinite()
     made = [_claim(model, found, *index) for index in passed.nonzero().tolist()]
     return family(model, made, registered=registered) if made else None
 

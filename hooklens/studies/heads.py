@@ -170,7 +170,7 @@ def head_study(
     if getattr(model.blocks[0], "renorms_stream", False):
         direct = torch.full_like(to_answer, torch.nan)
     else:
-        direct = direct_logit_attribution(model, rows, right, wrong).heads
+        direct = direct_logit_attribution(model, rows, answer=right, wrong_answer=wrong).heads
     held, shape = None, sweep.values.shape
     if int(group.max()):
         names = [f"L{layer}H{head}" for layer in range(shape[0]) for head in range(shape[1])]

@@ -140,9 +140,9 @@ class LensStudy(Result):
 def lens_study(
     model: "HookedTransformer",
     prompts: Prompts,
+    *,
     answer: Answers | None = None,
     wrong_answer: Answers | None = None,
-    *,
     group: Groups = None,
     names: Sequence[str] | None = None,
     shown: int = 12,
@@ -151,7 +151,8 @@ def lens_study(
     """What would the model say after every layer of these prompts, and which parts write the answers?
 
     >>> from hooklens.testing import induction_model
-    >>> study = lens_study(induction_model(), [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [1, 3, 2, 1]], [1, 2, 9, 3])
+    >>> prompts = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [1, 3, 2, 1]]
+    >>> study = lens_study(induction_model(), prompts, answer=[1, 2, 9, 3])
     >>> study.prompt_table(1).rows[0][2:], study.table(1).rows[0][0]        # chosen on two prompts, measured on two
     (("'1'", 0.999..., 0, 'final_post'), '1_attn_out')
 
@@ -166,8 +167,8 @@ def lens_study(
     if answer is None:
         with torch.no_grad():
             answer = [int(model(row[None], logits_at=-1)[0, 0].argmax()) for row in rows]
-    path = trajectory(model, rows, answer, wrong_answer, group=number)
-    parts = direct_logit_attribution(model, rows, answer, wrong_answer, group=number)
+    path = trajectory(model, rows, answer=answer, wrong_answer=wrong_answer, group=number)
+    parts = direct_logit_attribution(model, rows, answer=answer, wrong_answer=wrong_answer, group=number)
     held = None
     if int(number.max()):
         k = min(_CHOSEN, len(parts.labels))
@@ -194,4 +195,4 @@ def demo(model: "HookedTransformer") -> LensStudy | NoAttribution:
     if getattr(model.blocks[0], "renorms_stream", False):
         return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
     pairs = demo_pairs(model, 4)
-    return lens_study(model, pairs.clean, pairs.answer, pairs.wrong_answer, shown=1)
+    return lens_study(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)

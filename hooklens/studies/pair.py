@@ -136,9 +136,9 @@ def check_pair(
     model: "HookedTransformer",
     clean: Prompts,
     corrupted: Prompts,
+    *,
     answer: Answers,
     wrong_answer: Answers,
-    *,
     sites: Sequence[str],
     by: str | None,
 ) -> tuple[int, list[tuple[str, ...]]]:

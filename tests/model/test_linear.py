@@ -153,7 +153,7 @@ def forbidding(wrapped):
 
 TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed(0))
 METHODS = {
-    "direct_logit_attribution": lambda model: direct_logit_attribution(model, TEXTS_WITHOUT, 3, 5),
+    "direct_logit_attribution": lambda model: direct_logit_attribution(model, TEXTS_WITHOUT, answer=3, wrong_answer=5),
     "copying": lambda model: copying(model, draws=10),
     "copy_suppression": lambda model: copy_suppression(model, TEXTS_WITHOUT, heads=["L1H1"]),
     "tuned_lens": lambda model: train_tuned_lens(model, TEXTS_WITHOUT, steps=2)[1],

@@ -75,7 +75,9 @@ def circuit_report(full=False):
 
 def lens_report(n=3):
     rows = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]]
-    return lens_study(induction_model(), (rows * 4)[:n], ([1, 2, 9] * 4)[:n], ([4, 6, 8] * 4)[:n]).report()
+    return lens_study(
+        induction_model(), (rows * 4)[:n], answer=([1, 2, 9] * 4)[:n], wrong_answer=([4, 6, 8] * 4)[:n]
+    ).report()
 
 
 REPORTS = {

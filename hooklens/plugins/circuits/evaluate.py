@@ -14,7 +14,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.completeness import Completeness, completeness_of
 from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs
-from hooklens.plugins.circuits.measure import Faithfulness, check_draws, measured
+from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.minimality import Minimality, minimality_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
@@ -65,7 +65,7 @@ def evaluate(
     metric: Any,
     *,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitEvaluation:
     """Does the circuit do what the model does, does it hold all of it, and does it need every edge?

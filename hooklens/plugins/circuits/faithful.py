@@ -11,7 +11,7 @@ from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
 from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs
-from hooklens.plugins.circuits.measure import Faithfulness, check_draws, measured
+from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
 
@@ -29,7 +29,7 @@ def faithfulness(
     metric: Any,
     *,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> Faithfulness:
     """How much of what the model does is left when only the circuit's edges are live, and how much would be by chance?
@@ -60,7 +60,7 @@ def faithfulness_curve(
     *,
     sizes: Sequence[int] | None = None,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
 ) -> FaithfulnessCurve:
     """How does faithfulness grow with the number of edges that the scores let in, and what would chance give?
 

@@ -14,7 +14,7 @@ from hooklens.plugins.circuits.eap import demo_pairs, eap
 from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.matching import Matching, match, matching
-from hooklens.plugins.circuits.measure import Faithfulness, check_draws, measured
+from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.roles import comparable, roles_of
 from hooklens.plugins.circuits.run import Bench, aligned_pairs
@@ -117,7 +117,7 @@ def transfer_circuit(
     target_task: Task,
     *,
     taxonomies: tuple[Taxonomy, Taxonomy] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitTransfer:
     """Does a circuit of `model` exist in `target`: another checkpoint, another seed, another architecture?

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Pairs = Float[Tensor, "layer head reader_layer reader_head"]
+_DRAWS = 50  # orientations of each pair, which has a product of its own for each; all pairs are pooled
 MODES = ("Q", "K", "V")
 
 
@@ -89,7 +90,7 @@ class Composition(Result):
         )
 
 
-def composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -> Composition:
+def composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: int = 0) -> Composition:
     """Which later heads' queries, keys and values are set up to read what which earlier heads write?
 
     Every matrix is kept as two thin factors. Norms, those of queries and keys too, are linearised: their weight (and

@@ -112,7 +112,7 @@ def copy_suppression(
     refuse_post_norm(model)
     refuse_dropout(model)
     tokens, data = calibration_text(model, n, seed) if prompts is None else (one_length(model, prompts), "prompts")
-    direct, control = anti_copy(model, tokens, seed)
+    direct, control = anti_copy(model, tokens, seed=seed)
     chosen = _most_negative(direct - control) if heads is None else read_heads(model, heads)
     text = tokens if calibrate_on is None else one_length(model, calibrate_on)
     data_of_text = data if calibrate_on is None else "prompts"
@@ -120,7 +120,7 @@ def copy_suppression(
 
 
 def anti_copy(
-    model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], seed: int = 0
+    model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], *, seed: int = 0
 ) -> tuple[PerSequence, PerSequence]:
     """What each head adds to the logit of the token that it looks at, and of another one (sequence layer head)."""
     names = ["z", "pattern", *(name for name in model.hook_names() if name.endswith("ln1_post.hook_scale"))]

@@ -16,14 +16,13 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z
 from hooklens.plugins.lens.calibration import Calibration, binned_error, calibration
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import null_p, quantiles
+from hooklens.results.statistics import DRAWS, null_p, q_values, quantiles
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
 _CONTROLS = 19  # the smallest p is then 0.05
-_DRAWS = 1000
 _LENGTH = 32  # tokens of an excerpt
 Head = tuple[int, int]
 
@@ -56,6 +55,11 @@ class CalibrationChange(Result):
             for x, c in zip(self.change, self.control, strict=True)
         ]
         return torch.stack(each) if each else self.change.double()
+
+    @property
+    def q(self) -> Float[Tensor, "chosen"]:
+        """Benjamini-Hochberg over the heads."""
+        return q_values(self.p)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head: the change, its interval, what the controls do, and the loss."""
@@ -193,7 +197,7 @@ def _changes(base: Calibration, edited: list[Calibration], seed: int) -> tuple[T
     """The change of the error and both ends of its interval: all texts are drawn again, runs together."""
     gaps = torch.stack([_gaps(one) for one in (base, *edited)])  # [run text bin]
     n = gaps.shape[1]
-    drawn = torch.randint(n, (_DRAWS, n), generator=seeded(seed))
+    drawn = torch.randint(n, (DRAWS, n), generator=seeded(seed))
     times = torch.stack([torch.ones(n, dtype=torch.long), *(row.bincount(minlength=n) for row in drawn)]).to(gaps)
     errors = binned_error(torch.einsum("dt,rtb->rdb", times, gaps), base.loss.numel())
     change = errors[1:] - errors[0]

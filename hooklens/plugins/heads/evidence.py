@@ -101,7 +101,7 @@ def attention_map(found: "Taxonomy") -> Any:
 
     attention = torch.stack([found.scores.mean(kind) for kind, _ in LABELS.values()])
     shown = torch.where(found.passes, attention, -attention)
-    shown = shown.masked_fill(found.score_q > found.level, torch.nan)
+    shown = shown.masked_fill(found.score_q > found.alpha, torch.nan)
     mean, n_heads = found.effect.mean(0), shown.shape[2]
     hover = [
         [f"loss rise {float(x):.3f}" if x == x else "chance" for x in row.tolist()]

@@ -53,9 +53,14 @@ class Knockout(Result):
         """Two-sided p-value of "no fall", by flipping signs of whole sequences."""
         return sign_flip_p(self.fall)
 
+    @property
+    def q(self) -> Float[Tensor, "chosen"]:
+        """Benjamini-Hochberg over the heads."""
+        return q_values(self.p)
+
     def table(self, n: int | None = 12) -> Table:
         """One row a head, the largest mean change first."""
-        mean, (low, high), q = self.fall.mean(0), self.interval(), q_values(self.p)
+        mean, (low, high), q = self.fall.mean(0), self.interval(), self.q
         order = mean.abs().argsort(descending=True, stable=True).tolist()[:n]
         rows = [(self.heads[i], float(mean[i]), float(low[i]), float(high[i]), float(q[i])) for i in order]
         return Table(("head", f"fall without {self.kind}", "95% low", "95% high", "q"), rows)

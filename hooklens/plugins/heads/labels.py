@@ -73,7 +73,7 @@ class Taxonomy(Result):
     loss: Float[Tensor, "sequence"]
     names: NameEvidence | None
     note: str
-    level: float
+    alpha: float
     positions: PositionScores | None = None
     suppression: CopySuppression | None = None
     blocked: Float[Tensor, "keys label layer head"] | None = None
@@ -90,11 +90,11 @@ class Taxonomy(Result):
         return q_values(torch.where(self.effect[0].isnan(), torch.nan, p))
 
     def interval(self) -> tuple[PerLabel, PerLabel]:
-        """Both ends of the mean effect, by a bootstrap over sequences, at 1 - `level`."""
+        """Both ends of the mean effect, by a bootstrap over sequences, at 1 - `alpha`."""
         return self._interval(self.effect)
 
     def _interval(self, values: Float[Tensor, "sequence label layer head"]) -> tuple[PerLabel, PerLabel]:
-        low, high = mean_interval(values.nan_to_num(), level=1 - self.level)
+        low, high = mean_interval(values.nan_to_num(), level=1 - self.alpha)
         missing = values[0].isnan()
         return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
 
@@ -102,13 +102,13 @@ class Taxonomy(Result):
     def candidates(self) -> Bool[Tensor, "label layer head"]:
         """Where the score passes, and the effect's interval and q-value exclude 0 on the side that the label claims."""
         low, _ = self._interval(signs(self.effect) * self.effect)
-        return (self.score_q <= self.level) & (low > 0) & (self.effect_q <= self.level)
+        return (self.score_q <= self.alpha) & (low > 0) & (self.effect_q <= self.alpha)
 
     @property
     def opposite(self) -> Bool[Tensor, "label layer head"]:
         """Where the score passes, and the effect's interval and q-value exclude 0 on the other side."""
         _, high = self._interval(signs(self.effect) * self.effect)
-        return (self.score_q <= self.level) & (high < 0) & (self.effect_q <= self.level)
+        return (self.score_q <= self.alpha) & (high < 0) & (self.effect_q <= self.alpha)
 
     @property
     def share(self) -> Float[Tensor, "label layer head"]:
@@ -145,7 +145,7 @@ class Taxonomy(Result):
         kinds, found = list(LABELS), {}
         for layer, head in (best >= 0).nonzero().tolist():
             found[layer, head] = [kinds[int(which[layer, head])]]
-        named = {} if self.names is None else self.names.labelled(self.level)
+        named = {} if self.names is None else self.names.labelled(self.alpha)
         for label, heads in named.items():
             for at in heads:
                 found.setdefault(at, []).append(label)
@@ -161,7 +161,7 @@ class Taxonomy(Result):
     def counts(self) -> Table:
         """How many heads each label has, and how many had the score but not the effect, or the opposite one."""
         flat = [label for labels in self.called().values() for label in labels]
-        scored = self.score_q <= self.level
+        scored = self.score_q <= self.alpha
         unmatched = self.passes & self.unmatched.to(scored.device)
         parts = (scored, scored & ~self.passes & ~self.opposite, self.opposite, self.negligible, unmatched)
         sums = [one.flatten(1).sum(1).tolist() for one in parts]

@@ -54,16 +54,16 @@ class NameEvidence(Result):
         """What is reported of them."""
         return of_pairs(self.found, self.reported_on)
 
-    def note(self, level: float) -> str:
+    def note(self, alpha: float) -> str:
         """On which pairs heads were labelled and measured, and whether these are enough for a label."""
         n_named, n_reported = len(self.chosen_on), len(self.reported_on)
         told = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others, of other groups"
         if bool(torch.isin(self.reported_on, self.chosen_on).any()):
             told = f"Name movers: labelled and measured on the same {n_named} pairs, as all of them are of one group"
-        groups, needed = len(self.named.group.unique()), math.ceil(math.log2(self.p.numel() / level))
+        groups, needed = len(self.named.group.unique()), math.ceil(math.log2(self.p.numel() / alpha))
         if groups < needed:
             told += (
-                f". With so few (groups to label by: {groups}) one head alone cannot reach q {level:g} over "
+                f". With so few (groups to label by: {groups}) one head alone cannot reach q {alpha:g} over "
                 f"{self.p[0].numel()} heads and both labels; {8 * needed} pairs are enough"
             )
         return f"{told}."
@@ -73,11 +73,11 @@ class NameEvidence(Result):
         """Benjamini-Hochberg over heads and both labels."""
         return q_values(self.p)
 
-    def labelled(self, level: float) -> dict[str, list[tuple[int, int]]]:
+    def labelled(self, alpha: float) -> dict[str, list[tuple[int, int]]]:
         """Heads by label, whose three tests all pass at that false discovery rate, where the model does the task."""
         low, high = self.named.share_interval()
         sides = {"name mover": low > 0, "negative name mover": high < 0}
-        good = [(q <= level) & sides[name] & self.named.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
+        good = [(q <= alpha) & sides[name] & self.named.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
         return {name: [(int(a), int(b)) for a, b in one.nonzero()] for name, one in zip(NAME_LABELS, good, strict=True)}
 
     def table(self, n: int | None = 12) -> Table:
@@ -90,7 +90,7 @@ class NameEvidence(Result):
 
 
 def name_evidence(
-    model: "HookedTransformer", n: int = 128, *, level: float = 0.05, seed: int = 0
+    model: "HookedTransformer", n: int = 128, *, alpha: float = 0.05, seed: int = 0
 ) -> tuple[NameEvidence | None, str]:
     """The evidence of `n` prompt pairs, with `NameEvidence.note`; None, and why, where the model cannot be asked.
 
@@ -106,7 +106,7 @@ def name_evidence(
     except InputError as error:
         return None, f"no name movers: {error}"
     evidence = evidence_of(found, seed)
-    return evidence, evidence.note(level)
+    return evidence, evidence.note(alpha)
 
 
 def evidence_of(found: NameMovers, seed: int = 0) -> NameEvidence:

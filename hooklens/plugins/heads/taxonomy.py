@@ -35,13 +35,13 @@ _SUPPRESSORS = ("copy suppression", "negative name mover")
 
 
 def taxonomy(
-    model: "HookedTransformer", *, n: int = 12, level: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
+    model: "HookedTransformer", *, n: int = 12, alpha: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
 ) -> Taxonomy:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads? Only where evidence allows.
 
     A label takes two findings. The score: on `n` repeated random sequences the head looks at the label's keys more
     than heads do whose queries are rotated at random (and for copy suppression its OV lowers the token it reads more
-    than rotated values do), at q <= `level` over all heads and labels. The effect: on `n` other sequences, blocking
+    than rotated values do), at q <= `alpha` over all heads and labels. The effect: on `n` other sequences, blocking
     exactly that attention raises the loss of the repeated tokens (for copy suppression: lowers it), with an interval
     and a q-value that exclude 0, and more than taking as much attention from the head's other keys
     (`placebo_keep`). A head with several labels keeps that of the largest effect; one without stays unlabelled.
@@ -56,7 +56,7 @@ def taxonomy(
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
     """
-    check_sizes(n, level)
+    check_sizes(n, alpha)
     check_pairs_asked(ioi)
     both = repeated_tokens(model, 2 * n, seed=seed)
     chosen, reported = both.part(0, n), both.part(n, 2 * n)
@@ -67,11 +67,11 @@ def taxonomy(
         masks = key_masks(reported.tokens)
         loss = -reported.metric()(model(reported.tokens))
         names, note = (
-            name_evidence(model, ioi, level=level, seed=seed) if ioi else (None, "name movers were not asked for")
+            name_evidence(model, ioi, alpha=alpha, seed=seed) if ioi else (None, "name movers were not asked for")
         )
         untouched = scores_and_values(model, reported.tokens)
         blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
-        effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
+        effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= alpha)
         found = Taxonomy(
             scores=scores,
             ov=ov,
@@ -81,7 +81,7 @@ def taxonomy(
             loss=loss,
             names=names,
             note=note,
-            level=level,
+            alpha=alpha,
         )
         patterns = _patterns(model, untouched)
         whole = model.blocks[0].attn.score.row_sums_to_one
@@ -95,10 +95,10 @@ def taxonomy(
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
 
 
-def check_sizes(n: int, level: float = 0.05) -> None:
+def check_sizes(n: int, alpha: float = 0.05) -> None:
     """Are these enough sequences for a p-value at this level?"""
-    if not 0 < level < 1:
-        raise ArgumentError("{level} lies between 0 and 1, got {0}", level)
+    if not 0 < alpha < 1:
+        raise ArgumentError("{alpha} lies between 0 and 1, got {0}", alpha)
     if n < _LEAST_SEQUENCES:
         raise ArgumentError(
             "{n} is the number of random sequences, at least {0}: p-values come from flipping their signs; got {1}",
@@ -201,7 +201,7 @@ def _suppression(model: "HookedTransformer", found: Taxonomy, reported: Repeated
     heads = sorted(at for at, labels in found.called().items() if set(labels) & set(_SUPPRESSORS))
     if not heads:
         return None
-    direct, control = anti_copy(model, reported.tokens, seed)
+    direct, control = anti_copy(model, reported.tokens, seed=seed)
     text, data = calibration_text(model, _TEXTS, seed)
     change = calibration_change(model, text, heads, data, seed=seed)
     return CopySuppression(direct, control, change, "random tokens that repeat")

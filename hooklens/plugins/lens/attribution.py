@@ -149,9 +149,9 @@ class LogitAttribution(Result):
 def direct_logit_attribution(
     model: "HookedTransformer",
     tokens: Prompts,
+    *,
     answer: Answers,
     wrong_answer: Answers | None = None,
-    *,
     pos: int = -1,
     group: Groups = None,
 ) -> LogitAttribution:
@@ -220,4 +220,4 @@ def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
     if getattr(model.blocks[0], "renorms_stream", False):
         return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
     pairs = demo_pairs(model, 2)
-    return direct_logit_attribution(model, pairs.clean, pairs.answer, pairs.wrong_answer)
+    return direct_logit_attribution(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)

@@ -14,12 +14,11 @@ from hooklens.data.prompts import Prompts
 from hooklens.model.ids import show
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import mean_interval, null_p, quantiles
+from hooklens.results.statistics import DRAWS, mean_interval, null_p, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_DRAWS = 1000
 # Confidences that differ by less than so many roundings are one.
 _ROUNDINGS = 64
 
@@ -64,8 +63,8 @@ class Calibration(Result):
         gaps = self._gaps()
         if len(gaps) < 2:
             return float("nan"), float("nan")
-        drawn = torch.randint(len(gaps), (_DRAWS, len(gaps)), generator=seeded(seed))
-        times = torch.zeros(_DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
+        drawn = torch.randint(len(gaps), (DRAWS, len(gaps)), generator=seeded(seed))
+        times = torch.zeros(DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
         errors = binned_error(times.to(gaps.device) @ gaps, self.loss.numel())
         low, high = quantiles(errors, ((1 - level) / 2, (1 + level) / 2)).tolist()
         return low, high
@@ -154,7 +153,7 @@ class Calibration(Result):
     def _accuracy_interval(self, has: Tensor) -> tuple[Tensor, Tensor]:
         """95 % by a bootstrap over texts, for each bin that holds a prediction."""
         right, counts = (x[:, has] for x in (self._sums(self.correct.to(self.confidence)), self.counts))
-        drawn = torch.randint(len(right), (_DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(len(right), (DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
         shares = torch.stack([right[rows].sum(0) / counts[rows].sum(0) for rows in drawn.to(right.device)])
         low, high = shares.nanquantile(shares.new_tensor([0.025, 0.975]), dim=0)
         return low, high

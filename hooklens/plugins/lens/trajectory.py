@@ -133,9 +133,9 @@ class Trajectory(Result):
 def trajectory(
     model: "HookedTransformer",
     tokens: Prompts,
+    *,
     answer: Answers,
     wrong_answer: Answers | None = None,
-    *,
     pos: int = -1,
     lens: TunedLens | None = None,
     group: Groups = None,
@@ -219,4 +219,4 @@ def _others(n: int, at: int) -> list[int]:
 def demo(model: "HookedTransformer") -> Trajectory:
     """Two short prompts; token numbers where the model has no tokenizer."""
     pairs = demo_pairs(model, 2)
-    return trajectory(model, pairs.clean, pairs.answer, pairs.wrong_answer)
+    return trajectory(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)

@@ -27,7 +27,7 @@ from hooklens.plugins.patching.grid import (
 )
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers, mean_interval, q_values, sign_flip_p
+from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.plan import Patch, plan, settle_by, site_kind
 from hooklens.sweeps.settings import engine
@@ -84,7 +84,7 @@ class AblationSweep(Result):
         """How far each ablation moved the metric, mean over prompts; below 0 where the component helped."""
         return self.effect_per_prompt.mean(0)
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Grid, Grid]:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> tuple[Grid, Grid]:
         """Both ends of `effect`, by a bootstrap over groups of prompts; NaN for a single group."""
         return mean_interval(self.effect_per_prompt, group=self.group, level=level, draws=draws, seed=seed)
 

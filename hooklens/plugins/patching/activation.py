@@ -20,7 +20,7 @@ from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, in_o
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import ratio_interval
+from hooklens.results.statistics import DRAWS, ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite
@@ -81,7 +81,7 @@ class PatchSweep(TwoRuns, Result):
         low, high = ratio_interval(gap[:, None], torch.ones_like(gap))
         return not bool(low[0] <= 0 <= high[0])
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Both ends of `recovered`, by a bootstrap over pairs that recomputes both means; NaN for one pair."""
         gap = self.clean_per_pair - self.corrupted_per_pair
         if not self.defined:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.plugins.patching.grid import cell_name, draw_grid, largest_first
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import correlation, mean_interval, rank_correlation
+from hooklens.results.statistics import DRAWS, correlation, mean_interval, rank_correlation
 
 Grid = Float[Tensor, "*grid"]
 
@@ -42,7 +42,7 @@ class AttributionPatching(TwoRuns, Result):
         """The estimated change of the metric when clean is written into the corrupted run, mean over pairs."""
         return self.per_pair.mean(0)
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Grid, Grid]:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> tuple[Grid, Grid]:
         """Both ends of `effect`, over groups of pairs: of the estimate's mean, not of its distance to the truth."""
         return mean_interval(self.per_pair, group=self.group, level=level, draws=draws, seed=seed)
 

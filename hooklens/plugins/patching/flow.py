@@ -56,7 +56,7 @@ class InformationFlow(Result):
     moved: Float[Tensor, "pair path"]
     turned: Float[Tensor, "draw pair path"]
     others: Float[Tensor, "other path"]
-    whole: Float[Tensor, "pair path"]
+    total: Float[Tensor, "pair path"]
     gap: Float[Tensor, "pair"]
     group: Int[Tensor, "pair"]
     halved: bool  # False: one group of pairs, so that paths were chosen and reported on the same
@@ -79,8 +79,8 @@ class InformationFlow(Result):
 
         NaN where the receiver as a whole moves nothing beyond chance.
         """
-        known = torch.tensor([excludes_zero(one, self.group) for one in self.whole.T], device=self.whole.device)
-        return torch.where(known, self.moved.mean(0) / self.whole.mean(0), float("nan"))
+        known = torch.tensor([excludes_zero(one, self.group) for one in self.total.T], device=self.total.device)
+        return torch.where(known, self.moved.mean(0) / self.total.mean(0), float("nan"))
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "path"], Float[Tensor, "path"]]:
         """Both ends of `share` over groups of pairs; NaN for one group."""

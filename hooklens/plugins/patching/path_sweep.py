@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import halves, mean_interval, q_values, ratio_interval, sign_flip_p
+from hooklens.results.statistics import DRAWS, halves, mean_interval, q_values, ratio_interval, sign_flip_p
 
 _BARS = 40
 Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
@@ -82,7 +82,7 @@ class PathSweep(TwoRuns, Result):
         """Are there at least two independent groups, so that an interval means something?"""
         return len(self.group.unique()) > 1
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> Ends:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> Ends:
         """Both ends of `share`, by a bootstrap over groups that recomputes both means; NaN for one group."""
         if not self.defined:
             nothing = torch.full_like(self.effect, float("nan"))

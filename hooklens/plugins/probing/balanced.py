@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from hooklens.core.arguments import seeded
-from hooklens.results.statistics import group_numbers
+from hooklens.results.statistics import DRAWS, group_numbers
 
-_DRAWS = 2000
 Ends = tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]
 
 
@@ -49,7 +48,7 @@ def resampled(
     number = group_numbers(right.shape[-1], group)
     n, n_classes = int(number.max()) + 1, int(label.max()) + 1
     if n < 2:
-        return right.new_full((_DRAWS, *right.shape[:-1]), float("nan"))
+        return right.new_full((DRAWS, *right.shape[:-1]), float("nan"))
     classes = torch.arange(n_classes, device=label.device).repeat(2)
     added = torch.where(torch.arange(2 * n_classes) < n_classes, 1.0, least).to(right)
     right = torch.cat([right, added.expand(*right.shape[:-1], -1)], -1)
@@ -62,10 +61,10 @@ def resampled(
         right.new_zeros(len(rows), n, of_class.shape[-1]).index_add_(1, number, one)
         for one in (rows[..., None] * of_class, of_class)
     )
-    drawn = torch.randint(n, (_DRAWS, n), generator=seeded(seed))
-    counts = right.new_zeros(_DRAWS, n).scatter_add_(1, drawn, right.new_ones(_DRAWS, n))
+    drawn = torch.randint(n, (DRAWS, n), generator=seeded(seed))
+    counts = right.new_zeros(DRAWS, n).scatter_add_(1, drawn, right.new_ones(DRAWS, n))
     top, bottom = (torch.einsum("dg,cgk->dck", counts, one) for one in (sums, sizes))
-    return (top / bottom).nanmean(-1).view(_DRAWS, *right.shape[:-1])
+    return (top / bottom).nanmean(-1).view(DRAWS, *right.shape[:-1])
 
 
 def ends(drawn: Float[Tensor, "draw *cell"], folds: int, level: float = 0.95) -> Ends:

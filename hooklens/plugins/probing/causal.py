@@ -26,6 +26,7 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered
 EDITS = ("ablate", "steer")
 NULLS = ("isotropic", "as the data vary")
 
@@ -133,7 +134,7 @@ def causal_check(
     task: ProbeTask,
     metric: Any,
     *,
-    draws: int = 50,
+    draws: int = _DRAWS,
     strength: float = 1.0,
     seed: int = 0,
 ) -> CausalCheck:

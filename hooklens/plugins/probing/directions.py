@@ -22,6 +22,7 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 500  # random directions: each is compared with every row of the embedding
 _MASS_MEAN = MassMean()
 _COLOURS = ("#d55e00", "#0072b2")
 
@@ -93,7 +94,7 @@ def project_tokens(
     label: Sequence[int] | Int[Tensor, "token"],
     *,
     second: Probe | None = None,
-    draws: int = 500,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> TokenProjection:
     """Are tokens of two classes apart along a probe's direction, before the model computes anything?

@@ -25,6 +25,7 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 200  # shuffled labellings: a direction is fitted to each, at every task
 _MASS_MEAN = MassMean()
 
 
@@ -58,11 +59,18 @@ class Geometry(Result):
         found = null_p(self.cosine.abs(), self.null.abs())
         return found.fill_diagonal_(float("nan"))
 
+    @property
+    def q(self) -> Float[Tensor, "task other"]:
+        """Benjamini-Hochberg over all pairs of tasks, each counted once."""
+        i, j = torch.triu_indices(len(self.names), len(self.names), 1)
+        found = torch.full_like(self.p, float("nan"))
+        found[i, j] = found[j, i] = q_values(self.p[i, j])
+        return found
+
     def table(self, n: int | None = None) -> Table:
         """One row a pair of tasks, the most parallel first."""
         i, j = torch.triu_indices(len(self.names), len(self.names), 1)
-        p = self.p[i, j]
-        q, bound = q_values(p), self.null.abs().quantile(0.95, dim=0)[i, j]
+        p, q, bound = self.p[i, j], self.q[i, j], self.null.abs().quantile(0.95, dim=0)[i, j]
         rows = []
         for k in self.cosine[i, j].abs().argsort(descending=True, stable=True).tolist():
             a, b = int(i[k]), int(j[k])
@@ -85,7 +93,7 @@ def probe_geometry(
     *,
     site: Where,
     kind: ProbeKind = _MASS_MEAN,
-    draws: int = 200,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> Geometry:
     """Do the directions of several two-class tasks at one point lie together more than chance has it there?

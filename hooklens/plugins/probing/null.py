@@ -13,7 +13,7 @@ from hooklens.plugins.probing.folds import Classes, Fold, shuffled_in_folds
 from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import ProbeKind
 
-_DRAWS = 99
+_DRAWS = 99  # shuffled labellings: a probe is trained on each, at every point
 _PER_POINT = 20  # with 20 draws a point, one point alone can reach q <= 0.05 over all points
 
 

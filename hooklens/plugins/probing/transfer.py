@@ -25,6 +25,7 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 99  # shuffled labellings: a probe is trained on each, for every task
 _MASS_MEAN = MassMean()
 Scored = tuple[Float[Tensor, "example"], Float[Tensor, "null draw"]]  # the score of class 1, the AUCs of two nulls
 
@@ -104,7 +105,7 @@ def transfer(
     site: Where,
     kind: ProbeKind = _MASS_MEAN,
     folds: int = 5,
-    draws: int = 99,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> Transfer:
     """Does the probe of one task read the others, at one point of the model? Tasks have two classes each.

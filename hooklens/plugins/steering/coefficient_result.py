@@ -20,10 +20,11 @@ Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
 class CoefficientSweep(Result):
     """Effect and fluency at every coefficient, for the direction and for random ones of its length.
 
-    `metric` is read on the prompts; `base_per_prompt` without steering. `continuation_loss` is what the unsteered model pays for
-    the text that the steered one writes, in nats a token, `neutral_loss` what the steered model pays for neutral text:
-    either rises where steering breaks the model. `repeats` is the share of two-token sequences in a continuation that
-    occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it fluent.
+    `metric` is read on the prompts; `base_per_prompt` without steering. `continuation_loss` is what the unsteered model
+    pays for the text that the steered one writes, in nats a token, `neutral_loss` what the steered one pays for neutral
+    text: either rises where steering breaks the model. `repeats` is the share of two-token sequences in a continuation
+    that occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it
+    fluent.
     """
 
     terms = {

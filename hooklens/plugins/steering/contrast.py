@@ -20,6 +20,7 @@ from hooklens.results.statistics import null_p, q_values, quantiles
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 200  # shuffled labellings: a direction is fitted to each on every split
 _TOKENS_AT_ONCE = 2048
 _KEPT = 32  # shuffled directions kept for use as controls
 
@@ -109,7 +110,7 @@ def contrast_direction(
     site: str = "resid_post",
     pos: int | None = -1,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 200,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> ContrastDirections:
     """Which direction tells positive prompts from negative ones, at each layer, and does it hold on other prompts?

@@ -17,6 +17,8 @@ from hooklens.results.statistics import null_p, q_values, quantiles
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 200  # random subspaces: each takes a QR decomposition
+
 
 @dataclass(frozen=True, eq=False)
 class PrincipalAngles(Result):
@@ -61,7 +63,7 @@ class PrincipalAngles(Result):
 
 
 def principal_angles(
-    model: "HookedTransformer", writer: str, reader: str, *, draws: int = 200, seed: int = 0
+    model: "HookedTransformer", writer: str, reader: str, *, draws: int = _DRAWS, seed: int = 0
 ) -> PrincipalAngles:
     """How do the subspace that `writer` writes ("L0H1", "MLP2") and the one that `reader` reads ("L3H0.q") lie?
 

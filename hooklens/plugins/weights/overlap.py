@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Pairs = Float[Tensor, "writer reader"]
 
+_DRAWS = 200  # random pairs of bases for every pair of parts: each takes a QR decomposition
+
 
 @dataclass(frozen=True, eq=False)
 class Overlap(Result):
@@ -102,7 +104,7 @@ class Overlap(Result):
         return f"{self.writers[rows[i]]} to {self.readers[columns[j]]}"
 
 
-def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = 200, seed: int = 0) -> Overlap:
+def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAWS, seed: int = 0) -> Overlap:
     """Which components write into directions that later ones read, more than their spectra alone would have it?
 
     Writers are heads (W_V W_O) and MLPs (W_out), readers are heads' q, k and v and MLPs (W_in beside W_gate), with the

@@ -26,7 +26,7 @@ from hooklens.results.statistics import q_values
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_DRAWS = 200
+_DRAWS = 200  # random vectors: each is multiplied with the whole vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def ov_directions(
     check_layer(model, layer, head)
     block = model.blocks[layer]
     U, S, V = folded_heads(model, layer).OV[head].svd()
-    sides = [reading_side(model, block.ln1, seed), writing_side(model, block.ln1_post, seed)]
+    sides = [reading_side(model, block.ln1, seed=seed), writing_side(model, block.ln1_post, seed=seed)]
     return _directions(model, f"L{layer}H{head} OV", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
 
@@ -118,7 +118,7 @@ def qk_directions(
     check_layer(model, layer, head)
     norm = model.blocks[layer].ln1
     U, S, V = folded_heads(model, layer).QK[head].svd()
-    side = reading_side(model, norm, seed)
+    side = reading_side(model, norm, seed=seed)
     sides = [side._replace(name="queries"), side._replace(name="keys")]
     return _directions(model, f"L{layer}H{head} QK", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
@@ -141,7 +141,7 @@ def mlp_read_directions(
     if matrix is None:
         raise InputError("W_gate was asked of an MLP without one; this model has W_in and W_out")
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
-    sides = [reading_side(model, model.blocks[layer].ln2, seed)]
+    sides = [reading_side(model, model.blocks[layer].ln2, seed=seed)]
     return _directions(
         model, f"L{layer} {'W_gate' if gate else 'W_in'}", S=S, vectors=(U, None), sides=sides, size=(k, top)
     )
@@ -158,17 +158,17 @@ def mlp_write_directions(
     """
     check_layer(model, layer)
     _, S, Vh = torch.linalg.svd(folded_neurons(model, layer).writes, full_matrices=False)
-    sides = [writing_side(model, model.blocks[layer].ln2_post, seed)]
+    sides = [writing_side(model, model.blocks[layer].ln2_post, seed=seed)]
     return _directions(model, f"L{layer} W_out", S=S, vectors=(None, Vh.mT), sides=sides, size=(k, top))
 
 
-def reading_side(model: "HookedTransformer", norm: Norm | None, seed: int, draws: int = _DRAWS) -> Side:
+def reading_side(model: "HookedTransformer", norm: Norm | None, *, seed: int = 0, draws: int = _DRAWS) -> Side:
     """Tokens as a reader behind this norm meets them; random readers pass the norm's weight as trained ones do."""
     rows = embedding_rows(model, norm)
     return Side("reads", rows, read_through(norm, random_vectors(draws, rows, seed).mT).mT)
 
 
-def writing_side(model: "HookedTransformer", post: Norm | None, seed: int, draws: int = _DRAWS) -> Side:
+def writing_side(model: "HookedTransformer", post: Norm | None, *, seed: int = 0, draws: int = _DRAWS) -> Side:
     """Tokens as the final norm and W_U score what is written; random writers pass the norm after the branch."""
     rows = unembedding_rows(model)
     return Side("writes", rows, one_scale(post, random_vectors(draws, rows, seed)))

@@ -239,7 +239,7 @@ TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed
     "read",
     [
         logit_lens,
-        lambda model, tokens: trajectory(model, tokens, 3, wrong_answer=7),
+        lambda model, tokens: trajectory(model, tokens, answer=3, wrong_answer=7),
         calibration,
         lambda model, tokens: train_tuned_lens(model, tokens, steps=3)[1],
     ],
@@ -256,7 +256,7 @@ def test_forbidden_tokens_tie_with_each_other():
     model = forbidding(float("-inf"))
     with torch.no_grad():
         model.b_U[9] = float("-inf")
-    path = trajectory(model, TEXTS_WITHOUT, 7)
+    path = trajectory(model, TEXTS_WITHOUT, answer=7)
     assert path.rank.eq(9).all() and path.log_prob.isneginf().all()  # of 11 tokens 9 lie above, and two tie
 
 

@@ -192,7 +192,7 @@ def test_files_of_others_are_refused(tmp_path):
     with pytest.raises(FileRefused, match="damaged"):
         TunedLens.load(path)
     path.write_bytes(raw[:100])
-    with pytest.raises(FileRefused, match="damaged"):
+    with pytest.raises(FileRefused, match=r"a tuned lens was to be read from .* it is cut short"):
         TunedLens.load(path)
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(FileRefused, match=r"a tuned lens was to be read from .* it is another file"):

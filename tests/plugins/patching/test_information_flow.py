@@ -58,10 +58,10 @@ def test_each_number_is_that_of_the_sweeps_it_is_made_of():
         torch.testing.assert_close(found.moved[:, columns], sweep.moved[second][:, chosen], atol=1e-9, rtol=1e-9)
     whole = hl.patch(model, CLEAN, CORRUPTED, metric, site="q")
     moved = (whole.per_pair[:, 2, 0] - whole.corrupted_per_pair)[second]
-    torch.testing.assert_close(found.whole[:, 0], moved, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 0], moved, atol=1e-9, rtol=1e-9)
     mlp = hl.patch(model, CLEAN, CORRUPTED, metric, site="mlp_out", by="layer")
     moved = (mlp.per_pair[:, 1] - mlp.corrupted_per_pair)[second]
-    torch.testing.assert_close(found.whole[:, 2], moved, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 2], moved, atol=1e-9, rtol=1e-9)
     assert torch.equal(found.group, group[second])
 
 
@@ -74,7 +74,7 @@ def test_receivers_of_one_name_are_patched_together():
     sender = both.senders.index(found.paths[0].removesuffix(" to queries"))
     torch.testing.assert_close(found.moved[:, 0], both.moved[second, sender], atol=1e-9, rtol=1e-9)
     assert found.receivers == ["queries"] * 2 + ["rest"] * 2
-    torch.testing.assert_close(found.whole[:, 2], found.gap, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 2], found.gap, atol=1e-9, rtol=1e-9)
 
 
 def test_a_plain_function_is_asked_about_all_pairs():
@@ -87,7 +87,7 @@ def test_a_plain_function_is_asked_about_all_pairs():
 
     one, other = flow(model, receivers=("q", 1, 0)), flow(model, receivers=("q", 1, 0), metric=metric)
     torch.testing.assert_close(one.moved, other.moved, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(one.whole, other.whole, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(one.total, other.total, atol=1e-9, rtol=1e-9)
     assert one.paths == other.paths
 
 
@@ -212,8 +212,8 @@ def test_positions_are_those_of_the_pairs_that_report():
 
     logits = model.run_with_hooks(CORRUPTED, fwd_hooks=[(("v", 2), write)])
     expected = metric(logits) - metric(model(CORRUPTED))
-    torch.testing.assert_close(found.whole[:, 0], expected[second], atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(found.whole[:, 2], found.gap, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 0], expected[second], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 2], found.gap, atol=1e-9, rtol=1e-9)
 
 
 def test_options_that_make_no_sense_are_refused():
