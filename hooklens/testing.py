@@ -32,6 +32,7 @@ __all__ = ["and_gate", "check_plugin", "induction_model", "methods", "or_gate", 
 _MOST_PARAMETERS = 8
 #: What a method may study, as its first argument.
 _STUDIED = ("model", "module", "run", "points")
+_KEYWORDS = ("answer", "wrong_answer", "draws", "seed", "level")
 #: Other words for a baseline, which has one name in every result.
 _BASELINES = dict.fromkeys(("whole", "untouched", "unedited", "unpatched", "original", "intact", "baseline"), "base")
 _BASELINES |= dict.fromkeys(("nothing", "ablated", "none"), "empty")
@@ -213,7 +214,7 @@ def _require(kept: bool, where: str, clause: str, seen: str) -> None:
 
 
 def methods(module: ModuleType) -> dict[str, Callable]:
-    """The plugin's own public functions that take what they study first or return a Result: what the signature rules are for.
+    """The plugin's own public functions that take what they study first or return a Result: what the rules are for.
 
     >>> from hooklens.plugins.patching import activation
     >>> list(methods(activation))
@@ -269,20 +270,18 @@ def _check_signatures(module: ModuleType) -> None:
 def _unconventional(fn: Callable, *, of_result: bool = False) -> Iterator[str]:
     """What in a signature is not as docs/naming.md has it."""
     for name, parameter in inspect.signature(fn).parameters.items():
-        keywords = ("answer", "wrong_answer", "draws", "seed") + (
-            () if of_result else ("level",)
-        )  # interval(0.9) reads well
-        if name in keywords and parameter.kind != parameter.KEYWORD_ONLY:
+        by_position = name == "level" and of_result  # interval(0.9) reads well
+        if name in _KEYWORDS and parameter.kind != parameter.KEYWORD_ONLY and not by_position:
             yield f"takes {name} by position; it is a keyword: put it after *"
         default = {"seed": 0, "level": 0.95}.get(name, parameter.default)
         if parameter.default != default:
             yield f"has {parameter}; everywhere it is {name}={default}"
-        if name == "draws" and parameter.default is not parameter.empty:
-            if parameter.default not in (None, statistics.DRAWS) and not _explained(fn, parameter.default):
-                yield (
-                    f"has {parameter}; it is results.statistics.DRAWS ({statistics.DRAWS}), or a constant of the module "
-                    "named ..._DRAWS with the reason, what a draw costs, in a comment beside it"
-                )
+        usual = parameter.default in (None, parameter.empty, statistics.DRAWS)
+        if name == "draws" and not usual and not _explained(fn, parameter.default):
+            yield (
+                f"has {parameter}; it is results.statistics.DRAWS ({statistics.DRAWS}), or a constant named ..._DRAWS "
+                "with the reason, what a draw costs, in a comment beside it"
+            )
 
 
 def _explained(fn: Callable, draws: int) -> bool:

@@ -38,7 +38,7 @@ class InformationFlow(Result):
 
     `moved` is what each path moves the metric by. `turned`: what it moves when the same sender writes as much in random
     directions. `others`: what each other sender that reaches the path's receiver moves, mean over pairs (NaN where a
-    receiver has fewer than the most). A path has to stand out of both: see `p`. `whole`: what the path's receiver moves
+    receiver has fewer than the most). A path has to stand out of both: see `p`. `total`: what the path's receiver moves
     when everything it reads is that of the other run.
     """
 

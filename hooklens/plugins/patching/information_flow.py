@@ -65,7 +65,7 @@ def information_flow(
         moved=torch.cat([part.moved for part in parts], -1),
         turned=torch.cat([part.turned for part in parts], -1),
         others=_side_by_side([part.others for part in parts]),
-        whole=torch.cat([part.whole for part in parts], -1),
+        total=torch.cat([part.total for part in parts], -1),
         gap=parts[0].gap,
         group=pairs.group[second],
         halved=len(second) < len(pairs.group),
@@ -83,7 +83,7 @@ class _PathsTo(NamedTuple):
     moved: Float[Tensor, "pair path"]
     turned: Float[Tensor, "draw pair path"]
     others: Float[Tensor, "other path"]
-    whole: Float[Tensor, "pair path"]
+    total: Float[Tensor, "pair path"]
     gap: Float[Tensor, "pair"]
     largest_error: float
 
@@ -193,7 +193,7 @@ def _paths_to(
         moved=moved[:, best],
         turned=moved[:, n:].unflatten(1, (options.draws, -1)).transpose(0, 1),
         others=torch.stack([torch.cat((effect[:i], effect[i + 1 :])) for i in best], 1),
-        whole=whole[:, None].expand(-1, len(best)),
+        total=whole[:, None].expand(-1, len(best)),
         gap=report.clean_per_pair - report.corrupted_per_pair,
         largest_error=chose.largest_error,
     )
