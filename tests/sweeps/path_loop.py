@@ -35,7 +35,7 @@ def change_of(model: HookedTransformer, base: Tensor, new: Tensor, sender: Sende
 def comes_before(model: HookedTransformer, sender: Sender, receiver: Receiver) -> bool:
     if sender[0] == "embed" or receiver[0] == "final":
         return True
-    if receiver[0] == "mlp_in" and sender[0] == "head" and model.cfg.block != "parallel":
+    if receiver[0] == "mlp_in" and sender[0] == "head" and model.cfg.block.name != "parallel":
         return sender[1] <= receiver[1]
     return sender[1] < receiver[1]
 
