@@ -133,7 +133,7 @@ class Block(HookedPart):
 
     def enters_through(self) -> Passage:
         """Through what the stream that enters is first read."""
-        return self.reads_through("mlp" if self.attn_reads_mlp else "attn")
+        return self.reads_through("mlp" if self.attn_reads_mlp and self.mlp is not None else "attn")
 
     def leaves_through(self) -> Passage:
         """Through what the stream `resid_post` leaves for the next block."""
