@@ -307,7 +307,7 @@ def _held(model: HookedTransformer) -> dict[str, list[str]]:
         letters = [_AXES[axis] for axis in axes(point) if _AXES[axis] != "1"]
         held.setdefault(owner, []).append(" ".join((["L"] if point != kind else []) + letters))
     # What enters a block is what left the one before, but for a norm between them and for positions added.
-    if model.cfg.block == "post":
+    if model.blocks[0].leaves_through().norm is not None:
         held["stream"].append("L n d")
     elif model.pos_embed is not None:
         held["stream"].append("n d")
@@ -316,7 +316,7 @@ def _held(model: HookedTransformer) -> dict[str, list[str]]:
 
 def _is_the_stream(model: HookedTransformer, kind: str) -> bool:
     """Does the unembedding read the last block's output itself?"""
-    return kind == "unembed.hook_in" and model.ln_final is None and model.cfg.block != "post"
+    return kind == "unembed.hook_in" and model.reads_through(model.cfg.n_layers).norm is None
 
 
 def formula(products: Sequence[str], sizes: dict[str, int]) -> str:

@@ -103,7 +103,8 @@ def part(slot: str, value: Any) -> Any:
 
 def _find(slot: str, name: str) -> Any:
     if name not in _PARTS[slot]:
-        raise did_you_mean(f"{slot} part", str(name), _PARTS[slot])
+        unknown = did_you_mean(f"{slot} part", str(name), _PARTS[slot])
+        raise type(unknown)(f"{unknown}. A part of another package is known once that package is imported")
     return _PARTS[slot][name]
 
 
@@ -352,6 +353,46 @@ class RMSNormPart(NormPart):
     weight_offset: float = 0.0
 
 
+# -- how attention, MLP and norms stand on the stream
+
+
+@dataclass(frozen=True)
+class BlockPart(_FromJson, Part):
+    """The kind of a model's blocks. The module is the `Block` subclass whose `part` this is (model/block.py)."""
+
+    slot = "block"
+    final_norm: ClassVar[bool] = True  # does the stream that leaves the last block still need a norm?
+
+
+@dataclass(frozen=True)
+class PreNorm(BlockPart):
+    """A norm before attention and before the MLP (Xiong et al. 2020, figure 1b)."""
+
+    name = "pre"
+
+
+@dataclass(frozen=True)
+class PostNorm(BlockPart):
+    """The norms stand after the sums (Vaswani et al. 2017)."""
+
+    name = "post"
+    final_norm = False
+
+
+@dataclass(frozen=True)
+class Sandwich(BlockPart):
+    """Pre-norm, and each branch normalised again before it is added (Gemma 2)."""
+
+    name = "sandwich"
+
+
+@dataclass(frozen=True)
+class Parallel(BlockPart):
+    """Attention and MLP both read the stream that enters (Wang and Komatsuzaki 2021)."""
+
+    name = "parallel"
+
+
 # -- what enters
 
 
@@ -414,6 +455,7 @@ PerLayer = Any  # a part, its name, or a tuple of one a layer
 Settled = Any  # may be given as None; a number from __post_init__ on
 
 _SLOTS = {
+    "block": "block",
     "positional_embedding_type": "position",
     "mask": "mask",
     "score_fn": "score",
@@ -425,7 +467,6 @@ _SLOTS = {
 }
 _MAY_VARY = ("positional_embedding_type", "mask")
 _MAY_LACK = ("normalization_type", "final_norm", "qk_norm", "positional_embedding_type")
-_BLOCKS = ("pre", "post", "sandwich", "parallel")
 
 
 @dataclass(frozen=True)
@@ -449,7 +490,7 @@ class HookedTransformerConfig:
     act_fn: str = "gelu_new"
     gated_mlp: bool = False
     attn_only: bool = False
-    block: str = "pre"
+    block: Any = "pre"
     normalization_type: Any = "LN"
     final_norm: Any = "same"
     qk_norm: Any = None
@@ -480,9 +521,9 @@ class HookedTransformerConfig:
         settle(self, "d_mlp", 0 if self.attn_only else self.d_mlp or 4 * self.d_model)
         settle(self, "d_vocab_out", self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out)
         settle(self, "attn_scale", self.attn_scale or math.sqrt(self.d_head))
-        if self.final_norm == "same":
-            settle(self, "final_norm", None if self.block == "post" else self.normalization_type)
         for name, slot in _SLOTS.items():
+            if name == "final_norm" and self.final_norm == "same":
+                settle(self, "final_norm", self.normalization_type if self.block.final_norm else None)
             settle(self, name, self._settled(name, slot))
         self._check()
 
@@ -510,8 +551,6 @@ class HookedTransformerConfig:
         self._positive("d_vocab_out", *(() if self.attn_only else ("d_mlp",)))
         if self.n_heads % self.n_key_value_heads:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
-        if self.block not in _BLOCKS:
-            raise did_you_mean("block", self.block, _BLOCKS)
         if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:
             raise InputError(f"tied embeddings need d_vocab_out {self.d_vocab_out} equal to d_vocab {self.d_vocab}")
 

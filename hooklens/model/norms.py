@@ -1,6 +1,8 @@
 """LayerNorm and RMSNorm, by hand where somebody looks inside, by torch's kernel where nobody does."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -124,6 +126,62 @@ class RMSNorm(Norm):
             return scaled.to(x.dtype)
         # Llama rounds before the weight, Gemma (whose weight is an offset) after it.
         return (scaled * gain).to(x.dtype) if self.offset else scaled.to(x.dtype) * gain
+
+
+class Passage(NamedTuple):
+    """What stands between a part of a block and the residual stream: a norm, or nothing.
+
+    Frozen at the scale that it had in a run, it is linear: how a part of what passes, or a direction, comes out.
+    """
+
+    norm: Norm | None = None
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The hook point of the scale, for `run_with_cache`; none where nothing stands."""
+        return () if self.norm is None else (self.norm.hook_scale.name,)
+
+    def frozen(self, x: Vector, scale_at: Callable[[str], Scale]) -> Float[Tensor, "... width"]:
+        """The vectors as they come out, the scale being what `scale_at` gives for its point; without the bias."""
+        return x if self.norm is None else self.norm.linearised(x, scale_at(*self.scales).to(x))
+
+    def unscaled(self, x: Vector) -> Vector:
+        """The vectors as they come out at scale 1, without the bias.
+
+        >>> part = LayerNorm(2, LayerNormPart())
+        >>> Passage(part).unscaled(torch.tensor([3.0, 1.0])).tolist(), Passage().unscaled(torch.ones(2)).tolist()
+        ([1.0, -1.0], [1.0, 1.0])
+        """
+        return x if self.norm is None else self.norm.linearised(x, torch.ones_like(x[..., :1]))
+
+    def scaled_as(self, parts: Vector, whole: Vector) -> Float[Tensor, "... width"]:
+        """The same for parts of a sum, each at the scale that the sum has."""
+        if self.norm is None:
+            return parts
+        return self.norm.linearised(parts, self.norm.rms(self.norm.centred(widened(whole))))
+
+    def folded(self, matrix: Float[Tensor, "*lead width columns"]) -> Float[Tensor, "*lead width columns"]:
+        """N W with x N the vector x as it comes out at scale 1: what W reads of a vector before the norm.
+
+        N = P diag(gain) with P the centring (symmetric), so that N W centres the columns of gain * W.
+        """
+        if self.norm is None:
+            return matrix
+        gain = self.norm.gain()
+        columns = matrix.mT if gain is None else matrix.mT * gain.detach().to(matrix)
+        return self.norm.centred(columns).mT
+
+    def normalised(self, x: Vector) -> Vector:
+        """The vectors centred and scaled as the norm does it, each by itself; its weight and bias left out."""
+        if self.norm is None:
+            return x
+        centred = self.norm.centred(x)
+        return centred / self.norm.rms(centred)
+
+    def bias(self, like: Vector) -> Vector:
+        """What comes out where nothing goes in."""
+        bias = None if self.norm is None else self.norm.bias
+        return like.new_zeros(like.shape[-1]) if bias is None else bias
 
 
 def make_norm(width: int, made: NormPart | None) -> Norm | None:

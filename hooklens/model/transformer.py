@@ -24,7 +24,7 @@ from hooklens.model.factored import FactoredMatrix
 from hooklens.model.ids import as_ids, as_mask
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import matrix_of
-from hooklens.model.norms import Norm, make_norm
+from hooklens.model.norms import Norm, Passage, make_norm
 from hooklens.model.views import StackedWeight, write_all
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         if self.pos_embed is not None:
             self.hook_pos_embed = HookPoint()
         # Any: torch knows the elements as bare modules, and every attribute of those as a tensor or a module.
-        self.blocks: Any = nn.ModuleList(BLOCKS[cfg.block](cfg, layer) for layer in range(cfg.n_layers))
+        self.blocks: Any = nn.ModuleList(BLOCKS[type(cfg.block)](cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg.d_model, cfg.final_norm)
         self.unembed = Unembedding(cfg)
 
@@ -165,6 +165,18 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             return padded(self.read_out(x.as_subclass(Tensor), ctx), x.attention_mask)
         x = x if self.ln_final is None else self.ln_final(x)
         return self.unembed(x if ctx is None else ctx.select(x))
+
+    def reads_through(self, layer: int, *, mlp: bool = False) -> Passage:
+        """The norm through which a layer's attention or MLP (`layer` = n_layers: the unembedding) reads the stream."""
+        n = self.cfg.n_layers
+        normed = not mlp and self.blocks[0].leaves_through().norm is not None  # by the block before
+        if not normed <= layer < n + (not mlp):
+            raise InputError(f"no norm of this model reads the stream at layer {layer}; leave apply_ln out")
+        if mlp:
+            return self.blocks[layer].reads_through("mlp")
+        if normed:
+            return self.blocks[layer - 1].leaves_through()
+        return Passage(self.ln_final) if layer == n else self.blocks[layer].enters_through()
 
     @cached_property  # looked at in every step of a generation
     def _late_points(self) -> list[HookPoint]:

@@ -106,15 +106,16 @@ def _identities(model: HookedTransformer, x: Inputs) -> list[Row]:
     worst: dict[str, float] = {}
     block: Any
     for layer, block in enumerate(model.blocks):
-        before, attn = cache["resid_pre", layer], cache["attn_out", layer]
-        stream = before + attn
+        order = ("mlp_out", "attn_out") if block.attn_reads_mlp else ("attn_out", "mlp_out")
+        first, *later = [site for site in order if (site, layer) in cache]
+        stream = cache["resid_pre", layer] + cache[first, layer]
         if ("resid_mid", layer) in cache:
-            name = "resid_mid against resid_pre + attn_out"
+            name = f"resid_mid against resid_pre + {first}"
             worst[name] = max(worst.get(name, 0.0), _apart(cache["resid_mid", layer], stream))
             stream = block.after_mid(cache["resid_mid", layer])
-        if ("mlp_out", layer) in cache:
-            stream = stream + cache["mlp_out", layer]
-        name = "resid_post against the stream + mlp_out"
+        for site in later:
+            stream = stream + cache[site, layer]
+        name = f"resid_post against the stream + {later[0] if later else first}"
         worst[name] = max(worst.get(name, 0.0), _apart(cache["resid_post", layer], stream))
     return [_row(name, apart, _RESIDUAL_BOUND) for name, apart in worst.items()]
 

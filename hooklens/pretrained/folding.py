@@ -8,20 +8,24 @@ Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circu
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError, did_you_mean
+from hooklens.model.block import Block
 from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart, Sinusoidal
 from hooklens.model.norms import Norm
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.build import assign, own_parameters, parameter_shapes
 
 Weights = dict[str, Tensor]
-_READERS = {"ln1": ("attn.q", "attn.k", "attn.v"), "ln2": ("mlp.in_", "mlp.gate")}
+_READERS: dict[Literal["attn", "mlp"], tuple[str, ...]] = {
+    "attn": ("attn.q", "attn.k", "attn.v"),
+    "mlp": ("mlp.in_", "mlp.gate"),
+}
 _GROUPS = {
     "qkv": ("attn.q.bias", "attn.k.bias", "attn.v.bias"),
     "o": ("attn.o.bias",),
@@ -44,17 +48,15 @@ def fold_ln(model: HookedTransformer) -> HookedTransformer:
     >>> folded.ln_final.weight.unique(), folded.cfg.folded
     (tensor([1.], grad_fn=<...>), ('fold_ln',))
     """
-    if model.cfg.block == "post":
-        raise _refused(
-            "fold_ln", "in a post-norm block the norm's output is the residual stream itself, which is added to"
-        )
+    if model.blocks[0].not_a_sum is not None:
+        raise _refused("fold_ln", f"{model.blocks[0].not_a_sum}: the norm's output is the residual stream")
     weights = _copied(model, "fold_ln")
     for layer, block in enumerate(model.blocks):
-        for norm, linears in _READERS.items():
-            at = f"blocks.{layer}."
-            _absorb(weights, getattr(block, norm, None), at + norm, [at + linear for linear in linears])
+        for part, linears in _READERS.items():
+            norm = block.reads_through(part).norm
+            _absorb(weights, norm, [f"blocks.{layer}.{linear}" for linear in linears])
     _untie(weights)
-    _absorb(weights, model.ln_final, "ln_final", ["unembed.linear"])
+    _absorb(weights, model.ln_final, ["unembed.linear"])
     return _made(model, weights, "fold_ln")
 
 
@@ -68,7 +70,7 @@ def center_writing_weights(model: HookedTransformer) -> HookedTransformer:
     >>> bool(center_writing_weights(tiny_model()).W_E.mean(-1).abs().max() < 1e-6)
     True
     """
-    _check_centring(model.cfg)
+    _check_centring(model.cfg, model.blocks[0])
     weights = _copied(model, "center_writing_weights")
     _untie(weights)
     for name, weight in weights.items():
@@ -169,10 +171,11 @@ def _add(weights: Weights, linear: str, shift: Float[Tensor, "d_out"]) -> None:
     weights[f"{linear}.bias"] = total.to(weights[f"{linear}.weight"].dtype)
 
 
-def _absorb(weights: Weights, norm: Norm | None, name: str, linears: list[str]) -> None:
+def _absorb(weights: Weights, norm: Norm | None, linears: list[str]) -> None:
     """Put a norm's weight and bias into the layers behind it."""
     if norm is None or norm.weight is None:
         return
+    name = norm.hook_scale.name.removesuffix(".hook_scale")
     gain = norm.gain().detach().double()  # type: ignore[union-attr]
     for linear in (linear for linear in linears if f"{linear}.weight" in weights):
         weight = weights[f"{linear}.weight"]
@@ -184,10 +187,12 @@ def _absorb(weights: Weights, norm: Norm | None, name: str, linears: list[str]) 
         weights[f"{name}.bias"] = torch.zeros_like(weights[f"{name}.bias"])
 
 
-def _check_centring(cfg: HookedTransformerConfig) -> None:
+def _check_centring(cfg: HookedTransformerConfig, block: Block) -> None:
     name = "center_writing_weights"
-    if cfg.block not in ("pre", "parallel"):
-        raise _refused(name, f"in a {cfg.block}-norm block a norm writes to the residual stream, and its mean stays")
+    written = [*block.writes_through("attn").scales, *block.writes_through("mlp").scales]
+    if written or block.leaves_through().norm is not None or block.not_a_sum is not None:
+        kind = block.part.name
+        raise _refused(name, f"in a {kind}-norm block a norm writes to the residual stream, and its mean stays")
     for norm in (cfg.normalization_type, cfg.final_norm):
         if not isinstance(norm, LayerNormPart):
             what = (

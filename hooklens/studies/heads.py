@@ -167,7 +167,7 @@ def head_study(
     rows = rows_of(model, pairs.clean, "clean")
     right, wrong = (answer_ids(model, each).to(model.device) for each in (pairs.answer, pairs.wrong_answer))
     to_answer, to_wrong = _attention(model, rows, right, wrong)
-    if getattr(model.blocks[0], "renorms_stream", False):
+    if model.blocks[0].not_a_sum is not None:
         direct = torch.full_like(to_answer, torch.nan)
     else:
         direct = direct_logit_attribution(model, rows, answer=right, wrong_answer=wrong).heads

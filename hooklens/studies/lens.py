@@ -192,7 +192,8 @@ def _end(text: str) -> str:
 
 def demo(model: "HookedTransformer") -> LensStudy | NoAttribution:
     """Four short prompts; token numbers where the model has no tokenizer."""
-    if getattr(model.blocks[0], "renorms_stream", False):
-        return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
+    why = model.blocks[0].not_a_sum
+    if why is not None:
+        return NoAttribution(f"{why}, so that it is no sum of what was added")
     pairs = demo_pairs(model, 4)
     return lens_study(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)

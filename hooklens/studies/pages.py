@@ -8,26 +8,13 @@ from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
 from hooklens.results.result import Table
 from hooklens.studies.mover_claims import LEAST_GROUPS
+from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
     from hooklens.studies.ioi import IOIStudy
     from hooklens.studies.pair import PairStudy
     from hooklens.viz.report import Report
 
-_SITES = {
-    "resid_pre": "the residual stream before each layer",
-    "resid_mid": "the residual stream between attention and MLP",
-    "resid_post": "the residual stream after each layer",
-    "attn_out": "what attention adds to the residual stream",
-    "mlp_out": "what the MLP adds to the residual stream",
-    "post": "the MLP's neurons after their activation function",
-    "q": "the heads' queries",
-    "k": "the heads' keys",
-    "v": "the heads' values",
-    "z": "the heads' output",
-    "pattern": "the heads' attention patterns",
-    "result": "what the heads write to the residual stream",
-}
 _UNITS = {"head": "one head at a time", "neuron": "one neuron at a time"}
 _PATCHES = {
     "metric": "the logit difference after this patch",
@@ -87,8 +74,8 @@ def patched(study: "PairStudy", sweep: PatchSweep) -> str:
         else "Both runs have the same logit difference, so that its change is shown."
     )
     return (
-        f"Patched: {_SITES[sweep.site]}, {unit}, {where}. Written: its value in the clean run, into the corrupted run, "
-        f"every later layer recomputed. {read}"
+        f"Patched: {SITES[sweep.site].words or sweep.site}, {unit}, {where}. Written: its value in the clean run, into "
+        f"the corrupted run, every later layer recomputed. {read}"
     )
 
 

@@ -17,7 +17,8 @@ from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.result import Result, Table
-from hooklens.sweeps.plan import SITES, grid_axes, has_site, site_kind
+from hooklens.sweeps.plan import grid_axes, has_site, site_kind
+from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

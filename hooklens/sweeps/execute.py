@@ -96,7 +96,7 @@ def live_items(plan: Plan, reader: Reader) -> list[Item]:
             if patch.pos is not None:
                 dead = dead | (plan.first_change > patch.pos)
             dead = dead if reach is None else dead | (starts > reach)
-            stays = patch.layer == last and patch.pos is not None and plan.site not in ("k", "v", "resid_pre")
+            stays = patch.layer == last and patch.pos is not None and plan.local
             if stays and reader.read is not None:
                 dead = dead | reader.read.ne(patch.pos or 0).all(1)
         for pair in (~dead).nonzero().flatten().tolist():
@@ -222,7 +222,7 @@ def _propagate(plan: Plan, reader: Reader, items: Sequence[Item]) -> list[Tensor
     """Walk the layers once: rows enter where their patch is, and pass through every block above."""
     joining = _joining(plan, items)
     n_layers, n_pos = plan.model.cfg.n_layers, plan.tokens.shape[1]
-    before = plan.site == "resid_pre"  # enters before its block, every other site after it
+    before = plan.swept.before_block  # enters before its block, every other site after it
     groups: list[Group] = []
     out: dict[int, Tensor] = {}
     for layer in range(min(layer for layer, _ in joining), n_layers):

@@ -25,7 +25,7 @@ def execute_paths(plan: PathPlan, metric: Any) -> Outcome:
     """The metric of every sender's patch, exactly as hooked forward passes would give it."""
     settings = current()
     with torch.no_grad(), packed_linears(rows=1024):
-        reason, kernel = "asked for" if settings.plain else why_plain(plan.model), kernel_of(plan.model)
+        reason, kernel = "asked for" if settings.plain else why_plain(plan.model, steps=True), kernel_of(plan.model)
         reader = Reader(plan.model, metric, plan.base.streams[plan.model.cfg.n_layers])
         values = reader.base.repeat(len(plan.senders), 1)
         if reason is not None:

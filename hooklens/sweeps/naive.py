@@ -41,8 +41,11 @@ def writing(plan: Plan, patch: Patch, rows: slice = slice(None)) -> tuple[str, H
     return plan.point(patch.layer), write
 
 
-def why_plain(model: "HookedTransformer") -> str | None:
-    """Why the engine must not be used now: hooks of others would be skipped, or every pass draws new dropout masks."""
+def why_plain(model: "HookedTransformer", *, steps: bool = False) -> str | None:
+    """Why the engine must not be used now: hooks of others would be skipped, or every pass draws new dropout masks.
+
+    `steps`: it runs attention and the MLP of a block by themselves.
+    """
     if edited_elsewhere(model.hook_points().values()):
         return "other hooks are active on this model"
     if drops_out(model):
@@ -51,6 +54,8 @@ def why_plain(model: "HookedTransformer") -> str | None:
         return "torch hooks are on this model's modules"
     if not all(_is_ours(block) for block in model.blocks):
         return "a block of this model, or its attention or MLP, is of another class"
+    if steps and not all(block.in_steps for block in model.blocks):
+        return "blocks of this kind have a forward pass of their own"
     return None
 
 

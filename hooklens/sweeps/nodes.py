@@ -95,22 +95,29 @@ def on_tokens(nodes: Sequence[Node], n: int, n_pos: int) -> tuple[Node, ...]:
 
 
 class Order:
-    """Who comes before whom. Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm."""
+    """Who comes before whom. Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm.
+
+    In blocks whose attention reads the MLP, these two change places.
+    """
 
     def __init__(self, model: "HookedTransformer"):
         self.end = 2 * model.cfg.n_layers
         block = model.blocks[0]
-        self.within = bool(getattr(block, "mlp_reads_attn", True)) and getattr(block, "mlp", None) is not None
+        self.within = block.mlp is not None and block.mlp_reads_attn
+        self.first = "mlp" if block.mlp is not None and block.attn_reads_mlp else "head"
+        self.follows = self.within or self.first == "mlp"  # does one part read what the other of its block wrote?
 
     def reads_at(self, receiver: Receiver) -> int:
         """The stage at which a receiver reads."""
-        return self.end if receiver.kind == "final" else 2 * receiver.layer + (receiver.kind == "mlp_in")
+        if receiver.kind == "final":
+            return self.end
+        return 2 * receiver.layer + (("mlp" if receiver.kind == "mlp_in" else "head") != self.first)
 
     def feeds_from(self, sender: Sender) -> int:
         """The first stage that reads what a sender writes; the MLP of a parallel block reads no head of its layer."""
         if sender.kind == "embed":
             return 0
-        return 2 * sender.layer + (1 if sender.kind == "head" and self.within else 2)
+        return 2 * sender.layer + (1 if sender.kind == self.first and self.follows else 2)
 
 
 def read_senders(model: "HookedTransformer", asked: Any) -> tuple[Sender, ...]:

@@ -1,7 +1,7 @@
 """What a sweep overwrites: a list of patches on a grid, the run they go into, and the values they write."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,33 +13,7 @@ from hooklens.core.errors import ArgumentError, InputError, NameNotFound, WrongT
 from hooklens.core.names import Site, axes, site
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.transformer import HookedTransformer, need_hooked
-
-
-class SiteKind(NamedTuple):
-    """How a site enters a block: where its point stands, and which axis of its activation is the position."""
-
-    point: str
-    entry: str  # "stream", "attn", "mid", "mlp"
-    default_by: tuple[str, ...]
-
-
-_BY_POS, _BY_HEAD = ("layer", "pos"), ("layer", "head")
-
-#: The sites that a sweep can overwrite.
-SITES: dict[str, SiteKind] = {
-    "resid_pre": SiteKind("hook_resid_pre", "stream", _BY_POS),
-    "resid_mid": SiteKind("hook_resid_mid", "mid", _BY_POS),
-    "resid_post": SiteKind("hook_resid_post", "stream", _BY_POS),
-    "attn_out": SiteKind("hook_attn_out", "attn", _BY_POS),
-    "mlp_out": SiteKind("hook_mlp_out", "mlp", _BY_POS),
-    "post": SiteKind("mlp.hook_post", "mlp", _BY_POS),
-    "q": SiteKind("attn.hook_q", "attn", _BY_HEAD),
-    "k": SiteKind("attn.hook_k", "attn", _BY_HEAD),
-    "v": SiteKind("attn.hook_v", "attn", _BY_HEAD),
-    "z": SiteKind("attn.hook_z", "attn", _BY_HEAD),
-    "pattern": SiteKind("attn.hook_pattern", "attn", _BY_HEAD),
-    "result": SiteKind("attn.hook_result", "attn", _BY_HEAD),
-}
+from hooklens.sweeps.sites import SITES, SweptSite
 
 _ALIASES = {"mlp_post": "post", "mlp.post": "post", "attn": "pattern"}
 _HEAD_AXES = ("head", "kv_head")
@@ -75,9 +49,24 @@ class Plan:
         """Can a patch at a position change nothing before it?"""
         return self.model.cfg.causal
 
+    @property
+    def swept(self) -> SweptSite:
+        """The site that this sweep overwrites."""
+        return SITES[self.site]
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of its activation."""
+        return axes(self.point(0))
+
+    @cached_property
+    def local(self) -> bool:
+        """Does what is written at a position change there only what leaves the block?"""
+        return self.causal and self.swept.point not in self.model.blocks[0].early
+
     def point(self, layer: int) -> str:
         """The hook point that this sweep overwrites at a layer."""
-        return f"blocks.{layer}.{SITES[self.site].point}"
+        return f"blocks.{layer}.{self.swept.point}"
 
     def start(self, patch: Patch) -> Int[Tensor, "pair"]:
         """The first position at which a patch can change anything, for every pair."""
@@ -89,22 +78,22 @@ class Plan:
 
     def region(self, patch: Patch) -> tuple:
         """The index, behind the pair axis, of what the patch overwrites in its point's activation."""
-        names = axes(self.point(patch.layer))[1:]
-        chosen = {"pos": patch.pos, "query_pos": patch.pos, "d_mlp": patch.neuron}
+        chosen = {self.axes[self.swept.pos_axis]: patch.pos, "d_mlp": patch.neuron}
         chosen |= dict.fromkeys(_HEAD_AXES, patch.head)
-        return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in names)
+        return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in self.axes[1:])
 
 
 @dataclass(eq=False)
 class BaseRun:
-    """The run that is patched: streams between blocks, keys and values, and the site's own activations."""
+    """The run that is patched: streams between blocks, keys and values, and the site's own activations.
+
+    `reads` has, by point, what else the site needs to enter a block.
+    """
 
     streams: list[Tensor]
     past: KVCache
     acts: dict[int, Tensor]
-    attn_out: dict[int, Tensor]
-    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    z: dict[int, Tensor] = field(default_factory=dict)
+    reads: Mapping[str, Tensor]
 
 
 Value = str | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
@@ -152,12 +141,12 @@ def _read(asked: str | tuple | Site) -> Site:
 
 
 def has_site(model: HookedTransformer, site: str) -> str:
-    """The site, if the model has it: a parallel block, for one, has no resid_mid."""
+    """The site, if the model's blocks have its point."""
     missing = f"blocks.0.{SITES[site].point}"
     if missing not in model.hook_points():
         there = [name for name, kind in SITES.items() if f"blocks.0.{kind.point}" in model.hook_points()]
         raise ArgumentError(
-            "{site}: this model has no {0} (no point {1}), as attention-only and parallel blocks lack it; it has {2}",
+            "{site}: this model has no {0} (no point {1}), which is not in every kind of block; it has {2}",
             *(site, missing, ", ".join(there)),
         )
     return site
@@ -209,7 +198,7 @@ def sizes_of(model: HookedTransformer, site: str, n_pos: int) -> dict[str, int]:
     {'layer': 2, 'pos': 5, 'head': 2, 'neuron': 32}
     """
     cfg = model.cfg
-    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
+    heads = cfg.n_key_value_heads if "kv_head" in axes(f"blocks.0.{SITES[site].point}") else cfg.n_heads
     return {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
 
 
@@ -295,27 +284,13 @@ def base_run(model: HookedTransformer, tokens: Tensor, site: str, layers: Sequen
     """Run the model once and keep what patches of this site start from."""
     past, n = KVCache(), model.cfg.n_layers
     points = [f"blocks.{layer}.hook_resid_pre" for layer in range(n)]
-    points += [f"blocks.{layer}.{SITES[site].point}" for layer in layers]
-    entry = SITES[site].entry
-    points += [f"blocks.{layer}.hook_attn_out" for layer in layers if entry == "mlp"]
-    points += [f"blocks.{layer}.attn.hook_{x}" for layer in layers for x in _also(site)]
+    swept = SITES[site]
+    reads = swept.reads if all(getattr(block, "in_steps", False) for block in model.blocks) else ()
+    points += [f"blocks.{layer}.{point}" for layer in layers for point in (swept.point, *reads)]
     last, cache = model.run_with_cache(tokens, names=points, stop_at_layer=n, kv_cache=past)
     streams = [cache[name] for name in points[:n]] + [last]
-    acts = {layer: cache[f"blocks.{layer}.{SITES[site].point}"] for layer in layers}
-    base = BaseRun(streams, past, acts, {})
-    for layer in layers:
-        attn = f"blocks.{layer}.attn.hook_"
-        if entry == "mlp":
-            base.attn_out[layer] = cache[f"blocks.{layer}.hook_attn_out"]
-        if site in ("q", "k", "v"):
-            base.qkv[layer] = (cache[attn + "q"], cache[attn + "k"], cache[attn + "v"])
-        if site == "result":
-            base.z[layer] = cache[attn + "z"]
-    return base
-
-
-def _also(site: str) -> tuple[str, ...]:
-    return {"q": ("q", "k", "v"), "k": ("q", "k", "v"), "v": ("q", "k", "v"), "result": ("z",)}.get(site, ())
+    acts = {layer: cache[f"blocks.{layer}.{swept.point}"] for layer in layers}
+    return BaseRun(streams, past, acts, reads=cache)
 
 
 def _values(site: str, layers: Sequence[int], value: Any, base: BaseRun) -> dict[int, Tensor]:

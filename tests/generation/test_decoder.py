@@ -47,7 +47,7 @@ def close(got, expected, ulps=1000):
 
 def kinds(served):
     models = {kind: zoo_model(kind) for kind in ZOO}
-    return [kind for kind, model in models.items() if model.cfg.causal and (model.cfg.block != "post") == served]
+    return [kind for kind, model in models.items() if model.cfg.causal and (model.cfg.block.name != "post") == served]
 
 
 @pytest.mark.parametrize("kind", kinds(served=True))

@@ -292,7 +292,7 @@ def test_a_configuration_survives_json(kind):
         ({"n_layers": 0}, InputError, "n_layers must be a whole number of at least 1, got 0"),
         ({"n_heads": 0}, InputError, "n_heads must be a whole number of at least 1, got 0"),
         ({"d_head": -2}, InputError, "d_head must be a whole number of at least 1, got -2"),
-        ({"block": "prenorm"}, NameNotFound, "no block named 'prenorm'; closest: pre"),
+        ({"block": "prenorm"}, NameNotFound, "no block part named 'prenorm'; closest: pre"),
         ({"act_fn": "gelu_fast"}, NameNotFound, "no activation function named 'gelu_fast'; closest: gelu"),
         ({"mask": "causall"}, NameNotFound, "no mask part named 'causall'; closest: causal"),
         ({"mask": ("causal",)}, InputError, "tuple of 2"),

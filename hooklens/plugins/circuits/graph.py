@@ -181,7 +181,7 @@ class CircuitGraph(Result):
     def live(self, kept: Mask) -> Bool[Tensor, "mask source"]:
         """Which nodes a path of kept edges reaches from the embedding.
 
-        The heads of a sandwich block also reach each other, by the norm that scales their sum.
+        Heads behind which a norm stands also reach each other: it scales their sum.
         """
         live = torch.zeros(len(kept), self.n_sources, dtype=torch.bool, device=kept.device)
         live[:, 0] = True
@@ -195,7 +195,7 @@ class CircuitGraph(Result):
         return live
 
     def useful(self, kept: Mask) -> Bool[Tensor, "mask source"]:
-        """From which nodes a path of kept edges, or in a sandwich block the norm they share, leads to the logits."""
+        """From which nodes a path of kept edges, or the norm that a layer's heads share, leads to the logits."""
         useful = self.block(kept, self.slots[-1])[:, 0].clone()
         for slot in self.slots[-2::-1]:
             if slot.kind == "attn" and self.shared_scale:
@@ -277,23 +277,20 @@ def circuit_graph(model: "HookedTransformer") -> CircuitGraph:
     >>> graph.n_edges, graph.name(22)
     (23, 'MLP0->logits')
 
-    In parallel blocks a layer's MLP does not read its heads. In sandwich blocks a head's output is its share of
-    `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of W_O in equal parts); that one
-    scale is shared by the layer's heads and is no edge.
+    In parallel blocks a layer's MLP does not read its heads. Where a norm stands behind attention (sandwich blocks), a
+    head's output is its share of `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of
+    W_O in equal parts); that one scale is shared by the layer's heads and is no edge.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 2 and appendix.
     """
-    cfg = model.cfg
-    if cfg.block == "post":
-        raise InputError(
-            "a circuit's edges need a residual stream that is the sum of what nodes add to it; this model's post-norm "
-            "blocks normalise the stream itself, so that no reader sees a sum; activation patching of z works there"
-        )
+    cfg, block = model.cfg, model.blocks[0]
+    block.need_sum("a graph of edges")
+    block.need_steps("a graph of edges")
     return CircuitGraph(
         cfg.n_layers,
         cfg.n_heads,
         cfg.n_key_value_heads,
         mlp=not cfg.attn_only,
-        parallel=cfg.block == "parallel",
-        shared_scale=cfg.block == "sandwich",
+        parallel=not block.mlp_reads_attn,
+        shared_scale=bool(block.writes_through("attn").scales),
     )

@@ -93,9 +93,9 @@ def observe(
 def head_outputs(
     block: Any, z: Float[Tensor, "pair pos head d_head"], heads: Int[Tensor, "chosen"]
 ) -> Float[Tensor, "chosen pair pos d_model"]:
-    """What each chosen head adds to the stream; b_O is nobody's, but in sandwich blocks a norm mixes it in."""
-    attn, norm = block.attn, block.ln1_post
-    if norm is None:
+    """What each chosen head adds to the stream; b_O is nobody's, but a norm behind attention mixes it in."""
+    attn, passage = block.attn, block.writes_through("attn")
+    if passage.norm is None:
         if is_plain(attn.o):
             some = len(heads) < attn.n_heads
             return torch.einsum("bphd,hdm->hbpm", *((z[:, :, heads], attn.W_O[heads]) if some else (z, attn.W_O)))
@@ -103,8 +103,7 @@ def head_outputs(
     raw = attn.o(z.flatten(2))
     each = attn.results(z)
     share = each + ((raw - each.sum(2)) / attn.n_heads)[:, :, None]
-    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    return norm.linearised(share, norm.rms(norm.centred(wide))[:, :, None])[:, :, heads].permute(2, 0, 1, 3).to(raw)
+    return passage.scaled_as(share, raw[:, :, None])[:, :, heads].permute(2, 0, 1, 3).to(raw)
 
 
 def mlp_output(block: Any, read: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_model"]:
@@ -113,15 +112,10 @@ def mlp_output(block: Any, read: Float[Tensor, "pair pos d_model"]) -> Float[Ten
 
 
 def attn_constant(block: Any) -> Float[Tensor, "1 1 d_model"]:
-    """What attention adds that no head wrote: b_O, or the bias of a sandwich block's norm."""
-    attn, norm = block.attn, block.ln1_post
-    nothing = attn.o.weight.new_zeros(1, 1, attn.n_heads * attn.d_head) if is_plain(attn.o) else None
-    if norm is not None:
-        return torch.zeros(1, 1, norm.width) if norm.bias is None else norm.bias[None, None]
-    if nothing is None:
-        probe = next(attn.o.parameters())
-        nothing = probe.new_zeros(1, 1, attn.n_heads * attn.d_head)
-    return attn.o(nothing)
+    """What attention adds that no head wrote: b_O, or the bias of a norm behind it."""
+    attn, passage = block.attn, block.writes_through("attn")
+    written = attn.o(next(attn.o.parameters()).new_zeros(1, 1, attn.n_heads * attn.d_head))
+    return written if passage.norm is None else passage.bias(written).expand_as(written)
 
 
 def ablated_run(

@@ -117,7 +117,7 @@ def _effects(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "sou
     gap = (bench.base_per_pair - bench.run(nothing).empty_per_pair).cpu()
     # the mean of sizes, with the sign of the mean: no division by almost nothing where the model does not do the task
     unit = gap.abs().mean() * (-1.0 if float(gap.mean()) < 0 else 1.0)
-    # the heads of a sandwich block share a norm, which in the graph is no part of a node
+    # heads that share a norm: in the graph it is no part of a node
     falls = (_by_edges if bench.graph.shared_scale else _by_patches)(bench, wanted)
     found = torch.full((bench.graph.n_sources,), torch.nan, dtype=falls.dtype)
     found[wanted] = falls.cpu() / unit if float(unit) else torch.zeros_like(falls, device="cpu")

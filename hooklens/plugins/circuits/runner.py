@@ -122,7 +122,7 @@ class _Batch:
         wrote = torch.tensor([h for h, column in enumerate(columns) if column >= 0], dtype=torch.long)
         if not len(wrote):
             return
-        # the scale of a sandwich block's norm depends on every head of the layer
+        # the scale of a norm behind attention depends on every head of the layer
         heads = torch.arange(graph.n_heads) if graph.shared_scale else wrote
         keyed = (heads // graph.group).unique()
         rows = torch.cat((heads, graph.n_heads + keyed, graph.n_heads + graph.n_kv_heads + keyed))

@@ -11,6 +11,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.model.linear import is_plain
+from hooklens.model.norms import Passage
 from hooklens.plugins.heads.rotations import above
 from hooklens.plugins.heads.stand_out import LEAST_PARTNERS, standing_out
 from hooklens.results.result import Result, Table
@@ -138,10 +139,7 @@ def _number(value: Tensor) -> float | None:
 
 
 def _refuse(model: "HookedTransformer") -> None:
-    if model.blocks[0].renorms_stream:
-        raise InputError(
-            "composition of weights needs heads that read and write one stream; post-norm blocks normalise it"
-        )
+    model.blocks[0].need_sum("composition of weights")
     for layer, block in enumerate(model.blocks):
         wrapped = [name for name in "qkvo" if not is_plain(getattr(block.attn, name))]
         if wrapped:
@@ -162,29 +160,16 @@ def _factors(
     readers: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
     for block in model.blocks:
         attn, repeat = block.attn, model.cfg.n_heads // model.cfg.n_key_value_heads
-        q = read_by(block, widened(attn.W_Q))
-        k, v = (read_by(block, widened(w)).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
-        if attn.q_norm is not None:
-            q, k = (norm.linearised(w, torch.ones_like(w[..., :1])) for norm, w in ((attn.q_norm, q), (attn.k_norm, k)))
-        o = widened(attn.W_O) if block.ln1_post is None else _sandwich(block, widened(attn.W_O))
+        reads = block.reads_through("attn")
+        q = Passage(attn.q_norm).unscaled(reads.folded(widened(attn.W_Q)))
+        k, v = (reads.folded(widened(w)).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
+        k = Passage(attn.k_norm).unscaled(k)
+        o = block.writes_through("attn").unscaled(widened(attn.W_O))
         written.append(_triangle(v) @ o)
         readers["Q"].append(q @ _triangle(k).mT)
         readers["K"].append(k @ _triangle(q).mT)
         readers["V"].append(v @ _triangle(o.mT).mT)
     return torch.stack(written), {mode: torch.stack(parts) for mode, parts in readers.items()}
-
-
-def read_by(block, weight: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:
-    """A weight that reads the stream through the block's first norm, with that norm's weight and centring folded in."""
-    if block.ln1 is None:
-        return weight
-    gain = block.ln1.gain()
-    scaled = weight if gain is None else weight * gain.to(weight)[:, None]
-    return block.ln1.centred(scaled.mT).mT  # the centring is symmetric, so it may act on the weight
-
-
-def _sandwich(block, weight: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head d_model"]:
-    return block.ln1_post.linearised(weight, torch.ones_like(weight[..., :1]))
 
 
 def _triangle(x: Float[Tensor, "head long d_head"]) -> Float[Tensor, "head small d_head"]:

@@ -11,7 +11,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import is_plain, packed_linears, without_bias
-from hooklens.plugins.heads.copying import refuse_post_norm
+from hooklens.model.norms import Passage
 from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_change, calibration_text
 from hooklens.plugins.heads.mediation import mean_z
 from hooklens.plugins.heads.scores import one_length
@@ -109,7 +109,7 @@ def copy_suppression(
     Reference: McDougall et al. (2023), "Copy Suppression", sections 2 and 3; Guo et al. (2017), "On Calibration of
     Modern Neural Networks", equation 3 (expected calibration error).
     """
-    refuse_post_norm(model)
+    model.blocks[0].need_sum("a head's direct path to the logits")
     refuse_dropout(model)
     tokens, data = calibration_text(model, n, seed) if prompts is None else (one_length(model, prompts), "prompts")
     direct, control = anti_copy(model, tokens, seed=seed)
@@ -123,7 +123,7 @@ def anti_copy(
     model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], *, seed: int = 0
 ) -> tuple[PerSequence, PerSequence]:
     """What each head adds to the logit of the token that it looks at, and of another one (sequence layer head)."""
-    names = ["z", "pattern", *(name for name in model.hook_names() if name.endswith("ln1_post.hook_scale"))]
+    names = ["z", "pattern", *(name for block in model.blocks for name in block.writes_through("attn").scales)]
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, names, stop_at_layer=model.cfg.n_layers)
         mean, other = (
@@ -153,15 +153,13 @@ def _direct(
     """What each head adds to the logit of its strongest key's token (not the first's), and of another token."""
     block, z = model.blocks[layer], cache["z", layer]
     moved = widened(block.attn.results(z)) - widened(block.attn.results(mean[layer].to(z)))
-    if block.ln1_post is not None:
-        moved = block.ln1_post.linearised(moved, cache[f"blocks.{layer}.ln1_post.hook_scale"][:, :, None])
+    moved = block.writes_through("attn").frozen(moved, lambda name: cache[name][:, :, None])
     weight, key = widened(cache["pattern", layer])[..., 1:].max(-1)  # position 0 is where heads rest
     weight, key = weight.transpose(1, 2), (key + 1).transpose(1, 2)
     weight = weight * (torch.arange(tokens.shape[1], device=tokens.device) > 0)[:, None]
     with_head, without = stream[:, :, None], stream[:, :, None] - moved
-    if (norm := model.ln_final) is not None:  # in wide numbers; the bias cancels
-        with_head, without = (norm.linearised(x, norm.rms(norm.centred(x))) for x in (with_head, without))
-    change = with_head - without
+    final = Passage(model.ln_final)  # in wide numbers; the bias cancels
+    change = final.scaled_as(with_head, with_head) - final.scaled_as(without, without)
     linear = model.unembed.linear
     W = widened(linear.weight if is_plain(linear) else without_bias(linear, torch.eye(change.shape[-1]).to(z)).T)
     out, rows = [], torch.arange(len(tokens), device=tokens.device)[:, None, None]

@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
-from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.core.progress import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import is_plain, packed_linears, without_bias
+from hooklens.model.norms import Passage
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
 from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.results.result import Result, Table
@@ -89,7 +89,7 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Detecting copying behavior".
     """
-    refuse_post_norm(model)
+    model.blocks[0].need_sum("a head's direct path to the logits")
     refuse_dropout(model)
     tokens, streams = _streams(model, n_tokens, seed)
     found: dict[str, list[Tensor]] = {name: [] for name in ("own", "rank", "positive", "z", "null")}
@@ -113,15 +113,6 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
     )
 
 
-def refuse_post_norm(model: "HookedTransformer") -> None:
-    """Post-norm blocks normalise the stream itself, so that no head writes to the logits directly."""
-    if model.blocks[0].renorms_stream:
-        raise InputError(
-            "a head's direct path to the logits was asked for, and this model's post-norm blocks normalise the stream "
-            "on the way; activation patching of z measures total effects there"
-        )
-
-
 def _streams(
     model: "HookedTransformer", n_tokens: int, seed: int
 ) -> tuple[Int[Tensor, "token"], list[Float[Tensor, "token d_model"]]]:
@@ -140,7 +131,7 @@ def _streams(
 def _read(model, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "head token d_head"]:
     """What each head's values make of the tokens, biases left out; heads of a group share theirs."""
     block, attn = model.blocks[layer], model.blocks[layer].attn
-    normed = (x if block.ln1 is None else block.ln1(x))[:, None]
+    normed = block.before_attn(x)[:, None]
     v = attn.heads(attn.v, normed, None) - attn.heads(attn.v, torch.zeros_like(normed), None)
     return v[:, 0].repeat_interleave(attn.n_heads // attn.n_kv_heads, 1).transpose(0, 1)
 
@@ -150,17 +141,14 @@ def written_logits(model: "HookedTransformer", layer: int, tokens: Int[Tensor, "
     attn, block = model.blocks[layer].attn, model.blocks[layer]
     unit = torch.eye(attn.d_head, dtype=model.dtype, device=model.device)
     rows = attn.results(unit[:, None, None].expand(-1, 1, attn.n_heads, -1).contiguous())[:, 0]
-    if block.ln1_post is not None:
-        rows = block.ln1_post.linearised(rows, torch.ones_like(rows[..., :1]))
-    return to_logits(model, rows, tokens).transpose(0, 1)
+    return to_logits(model, block.writes_through("attn").unscaled(rows), tokens).transpose(0, 1)
 
 
 def to_logits(
     model: "HookedTransformer", x: Float[Tensor, "*lead d_model"], tokens: Int[Tensor, "token"]
 ) -> Float[Tensor, "*lead token"]:
     """The logits of these tokens, uncapped, from what is added to the stream; the final norm's scale left out."""
-    if model.ln_final is not None:
-        x = model.ln_final.linearised(x, torch.ones_like(x[..., :1]))
+    x = Passage(model.ln_final).unscaled(x)
     linear = model.unembed.linear
     if is_plain(linear):
         return x @ linear.weight[tokens].T

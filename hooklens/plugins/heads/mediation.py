@@ -12,7 +12,6 @@ from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.copying import refuse_post_norm
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
@@ -110,7 +109,7 @@ def mediation(
 
     Reference: Pearl (2001), "Direct and Indirect Effects"; Vig et al. (2020), "Causal Mediation Analysis".
     """
-    refuse_post_norm(model)
+    model.blocks[0].need_sum("a head's direct path to the logits")
     refuse_dropout(model)
     tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     names = ["z", "attn_out", "mlp_out"]

@@ -12,6 +12,7 @@ from hooklens.core.progress import tracked
 from hooklens.data.ioi import IOIPairs
 from hooklens.metrics import LogitDiff
 from hooklens.model.linear import packed_linears
+from hooklens.model.norms import Passage
 from hooklens.plugins.heads.mover_result import Criteria, NameMovers, by_group
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out
@@ -34,11 +35,7 @@ def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criter
 
     Reference: Wang et al. (2022), "Interpretability in the Wild", sections 3.1 and 3.2 (copy score, path patching).
     """
-    if getattr(model.blocks[0], "renorms_stream", False):
-        raise InputError(
-            "a direct effect needs a stream that is the sum of what heads add to it; this model's post-norm blocks "
-            "normalise the stream itself; activation patching of z works there"
-        )
+    model.blocks[0].need_sum("a direct effect")
     if drops_out(model):
         raise InputError("two runs are compared, and dropout is on: they would differ by its masks; call model.eval()")
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
@@ -69,8 +66,8 @@ def name_movers(model: "HookedTransformer", pairs: IOIPairs, *, criteria: Criter
 
 
 def _post_scales(model: "HookedTransformer") -> list[str]:
-    """In sandwich-norm blocks a head reaches the stream through a norm, whose scale is held."""
-    return [name for name in model.hook_names() if name.endswith("ln1_post.hook_scale")]
+    """Scales of norms through which heads reach the stream, which are held."""
+    return [name for block in model.blocks for name in block.writes_through("attn").scales]
 
 
 def _attention(
@@ -127,10 +124,7 @@ def _written(
     """What each head adds to the stream at the last position."""
     row, block = torch.arange(len(end), device=end.device), model.blocks[layer]
     result = block.attn.results(cache["z", layer][row, end][:, None])[:, 0]
-    norm = getattr(block, "ln1_post", None)
-    if norm is None:
-        return result
-    return norm.linearised(result, cache[f"blocks.{layer}.ln1_post.hook_scale"][row, end][:, None])
+    return block.writes_through("attn").frozen(result, lambda name: cache[name][row, end][:, None])
 
 
 def _ranks(
@@ -159,19 +153,16 @@ def _through_ov(
 ) -> Float[Tensor, "name head d_model"]:
     """What each head writes when it attends to x alone, biases left out."""
     block, attn = model.blocks[layer], model.blocks[layer].attn
-    normed = x if block.ln1 is None else block.ln1(x)
+    normed = block.before_attn(x)
     v = attn.heads(attn.v, normed[:, None], None) - attn.heads(attn.v, torch.zeros_like(normed)[:, None], None)
     z = v.repeat_interleave(attn.n_heads // attn.n_kv_heads, 2)  # heads of a group share their values
-    result = attn.results(z)[:, 0]
-    norm = getattr(block, "ln1_post", None)
-    return result if norm is None else norm.linearised(result, torch.ones_like(result[..., :1]))
+    return block.writes_through("attn").unscaled(attn.results(z)[:, 0])
 
 
 def _unembedded(
     model: "HookedTransformer", x: Float[Tensor, "name head d_model"]
 ) -> Float[Tensor, "name head d_vocab"]:
-    if model.ln_final is not None:
-        x = model.ln_final.linearised(x, torch.ones_like(x[..., :1]))
+    x = Passage(model.ln_final).unscaled(x)
     linear = model.unembed.linear
     if linear.bias is None:
         return linear(x)

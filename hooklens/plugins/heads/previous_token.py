@@ -16,7 +16,6 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Learned, Sinusoidal
 from hooklens.model.embed import rotary_tables, rotate
 from hooklens.model.linear import is_plain, packed_linears
-from hooklens.plugins.heads.composition import read_by
 from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
@@ -180,7 +179,8 @@ def _from_table(model: "HookedTransformer", layer: int, n_pos: int) -> tuple[Vec
             "head_scores measures the attention itself"
         )
     attn, w = block.attn, widened(model.W_pos[:n_pos])
-    q, k = (torch.einsum("pm,hmd->phd", w, read_by(block, widened(x))) for x in (attn.W_Q, attn.W_K))
+    reads = block.reads_through("attn")
+    q, k = (torch.einsum("pm,hmd->phd", w, reads.folded(widened(x))) for x in (attn.W_Q, attn.W_K))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return q[None], lambda x: torch.einsum("tphd,khd->thpk", x, k) / attn.scale
 

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.ids import show
@@ -174,11 +173,7 @@ def direct_logit_attribution(
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
     """
-    if getattr(model.blocks[0], "renorms_stream", False):
-        raise InputError(
-            "direct logit attribution needs a stream that is the sum of what was added to it, and this model's "
-            "post-norm blocks normalise the stream itself; activation patching of z works there"
-        )
+    model.blocks[0].need_sum("direct logit attribution")
     rows = rows_of(model, tokens, "tokens")
     right = one_a_prompt(model, answer, len(rows), "answer")
     wrong = another_a_prompt(model, wrong_answer, right)
@@ -217,7 +212,8 @@ class NoAttribution(Result):
 
 def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
     """Two short prompts; token numbers where the model has no tokenizer."""
-    if getattr(model.blocks[0], "renorms_stream", False):
-        return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
+    why = model.blocks[0].not_a_sum
+    if why is not None:
+        return NoAttribution(f"{why}, so that it is no sum of what was added")
     pairs = demo_pairs(model, 2)
     return direct_logit_attribution(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)

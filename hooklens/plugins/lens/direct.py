@@ -15,6 +15,7 @@ from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.model.linear import is_plain, without_bias
+from hooklens.model.norms import Passage
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -58,15 +59,16 @@ class DirectEffects:
             raise InputError(f"pos={pos} was asked for in a prompt of {tokens.shape[1]} tokens")
         self.model, self.pick = model, pick
         self.cache, stream = _run(model, tokens, pos)
-        points = ["unembed.hook_out", *(["ln_final.hook_scale"] if model.ln_final is not None else [])]
+        points = ["unembed.hook_out", *Passage(model.ln_final).scales]
         with torch.no_grad():
             _, last = model.run_with_cache(stream[:, None], points, start_at_layer=model.cfg.n_layers)
-        self.scale = None if model.ln_final is None else last["ln_final.hook_scale"][:, 0]
+        self.final_scale = lambda name: last[name][:, 0]
         self.wide = torch.promote_types(stream.dtype, torch.float32)
         self.logit = pick(last["unembed.hook_out"][:, 0].to(self.wide))
         read, self.unembed_bias = _read_by(model.unembed.linear, stream, lambda out: pick(out.to(self.wide)))
-        self.vector = _through_norm(model.ln_final, self.scale, read)
-        self.norm_bias = _norm_bias(model.ln_final, read)
+        self.final = Passage(model.ln_final)
+        self.vector = _before(self.final, self.final_scale, read)
+        self.norm_bias = _bias_read(self.final, read)
 
     def dot(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
         """What these vectors in the stream add to the answer's logit."""
@@ -74,24 +76,23 @@ class DirectEffects:
 
     def spread(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
         """The standard deviation over the vocabulary of what they add to a token's logit."""
-        norm, linear = self.model.ln_final, self.model.unembed.linear
+        linear = self.model.unembed.linear
         with torch.no_grad():
-            read = x if norm is None or self.scale is None else norm.linearised(x, self.scale)
+            read = self.final.frozen(x, self.final_scale)
             n = self.model.cfg.d_vocab_out
             some = torch.arange(0, n, -(-n // _TOKENS_COMPARED), device=x.device)
             if is_plain(linear):
                 return (read @ linear.weight[some].T).to(self.wide).std(-1, correction=0)
             return torch.stack([without_bias(linear, one)[..., some].std(-1, correction=0) for one in read])
 
-    def branch(self, module: Any, norm: Any, name: str, x: Float[Tensor, "prompt d_in"]) -> tuple[Tensor, Tensor]:
+    def branch(self, module: Any, passage: Passage, x: Float[Tensor, "prompt d_in"]) -> tuple[Tensor, Tensor]:
         """What each number that enters a branch's last linear layer adds, and what the branch's constants add.
 
-        In sandwich-norm blocks the branch reaches the stream through a norm, whose scale is frozen too.
+        Scales on the way to the stream are frozen too.
         """
-        scale = None if norm is None else self.cache[f"{name}.hook_scale"]
-        vector = _through_norm(norm, scale, self.vector)
+        vector = _before(passage, self.cache.__getitem__, self.vector)
         read, constant = _read_by(module, x, lambda out: (out * vector).sum(-1).to(self.wide))
-        return read.to(self.wide), constant + _norm_bias(norm, self.vector).to(self.wide)
+        return read.to(self.wide), constant + _bias_read(passage, self.vector).to(self.wide)
 
 
 def direct_effects(
@@ -152,12 +153,10 @@ def _run(model: "HookedTransformer", tokens: Tensor, pos: int) -> tuple[Activati
         site = hook.name.rpartition("hook_")[2]
         kept[hook.name] = act.clone() if site == "v" else (act[:, :, pos] if site == "pattern" else act[:, pos]).clone()
 
-    wanted = {"embed", "pos_embed", "attn_out", "mlp_out", "z", "v", "pattern"}
-    names = [
-        name
-        for name in model.hook_names()
-        if name.rpartition("hook_")[2] in wanted or name.endswith(("mlp.hook_post", "_post.hook_scale"))
-    ]
+    wanted = {"embed", "pos_embed", "attn_out", "mlp_out", "z", "v", "pattern", "post"}
+    names = [name for name in model.hook_names() if name.rpartition("hook_")[2] in wanted]
+    for block in model.blocks:
+        names += [*block.writes_through("attn").scales, *block.writes_through("mlp").scales]
     with torch.no_grad():
         stream = model.run_with_hooks(tokens, fwd_hooks=[(names, keep)], stop_at_layer=model.cfg.n_layers)
     return ActivationCache(kept, model), stream[:, pos]
@@ -169,13 +168,12 @@ def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], li
     for layer, block in enumerate(model.blocks):
         name, attn = f"blocks.{layer}", block.attn
         z, v, pattern = (at.cache[f"{name}.attn.hook_{site}"] for site in ("z", "v", "pattern"))
-        read, constant = at.branch(attn.o, block.ln1_post, f"{name}.ln1_post", z.flatten(1))
+        passage = block.writes_through("attn")
+        read, constant = at.branch(attn.o, passage, z.flatten(1))
         read = read.view(z.shape)
         values = v.repeat_interleave(attn.n_heads // attn.n_kv_heads, 2).to(read)
         with torch.no_grad():
-            result = attn.results(z[:, None])[:, 0].transpose(0, 1)
-            if block.ln1_post is not None:
-                result = block.ln1_post.linearised(result, at.cache[f"{name}.ln1_post.hook_scale"])
+            result = passage.frozen(attn.results(z[:, None])[:, 0].transpose(0, 1), at.cache.__getitem__)
         by_source = torch.einsum("nhk,nkhd,nhd->nhk", pattern.to(read), values, read)
         for part, value in zip(found, ((z * read).sum(-1), at.spread(result).T, constant, by_source), strict=True):
             part.append(value)
@@ -190,7 +188,7 @@ def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"
     neurons, constants = [], []
     for layer, block in enumerate(model.blocks):
         post = at.cache[f"blocks.{layer}.mlp.hook_post"]
-        read, constant = at.branch(block.mlp.out, block.ln2_post, f"blocks.{layer}.ln2_post", post)
+        read, constant = at.branch(block.mlp.out, block.writes_through("mlp"), post)
         neurons.append(post * read)
         constants.append(constant)
     return torch.stack(neurons, 1), torch.stack(constants, 1)
@@ -223,17 +221,13 @@ def _read_by(module: Any, at: Float[Tensor, "prompt d_in"], pick: Pick) -> tuple
     return gradient, picked.detach()
 
 
-def _through_norm(norm: Any, scale: Tensor | None, vector: Vector) -> Vector:
-    """The vector that reads, before a norm of frozen scale, what this one reads behind it."""
-    if norm is None:
-        return vector
+def _before(passage: Passage, scale_at: Callable[[str], Tensor], vector: Vector) -> Vector:
+    """The vector that reads, before a passage of frozen scale, what this one reads behind it."""
     with torch.enable_grad():
         x = torch.zeros_like(vector).requires_grad_()
-        (gradient,) = torch.autograd.grad((norm.linearised(x, scale) * vector).sum(), x)
+        (gradient,) = torch.autograd.grad((passage.frozen(x, scale_at) * vector).sum(), x)
     return gradient
 
 
-def _norm_bias(norm: Any, vector: Vector) -> Float[Tensor, "prompt"]:
-    if norm is None or norm.bias is None:
-        return vector.new_zeros(len(vector))
-    return (norm.bias.detach() * vector).sum(-1)
+def _bias_read(passage: Passage, vector: Vector) -> Float[Tensor, "prompt"]:
+    return (passage.bias(vector).detach() * vector).sum(-1)

@@ -23,8 +23,9 @@ from hooklens.results.statistics import group_numbers
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain
-from hooklens.sweeps.plan import SITES, Patch, plan, settle_by, site_kind
+from hooklens.sweeps.plan import Patch, has_site, plan, settle_by, site_kind
 from hooklens.sweeps.settings import current, engine
+from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -88,8 +89,7 @@ def attribution_patching(
 def _refuse(model: "HookedTransformer", site: str, exact: int) -> None:
     need_gradients("attribution_patching")
     whole("exact", exact)
-    if f"blocks.0.{SITES[site].point}" not in model.hook_points():
-        raise InputError(f"this model has no {site}: an attention-only or parallel block lacks it")
+    has_site(model, site)
     reason = why_plain(model)
     if reason is not None and reason.startswith("dropout"):
         raise InputError(f"gradients were asked for while {reason}: clean and corrupted would differ by their masks")

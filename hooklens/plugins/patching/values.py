@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.names import axes
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Pairs, common_ends, rows_of
-from hooklens.sweeps.plan import SITES, base_run
+from hooklens.sweeps.plan import base_run
+from hooklens.sweeps.sites import SITES
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def means_of_others(model, prompts: list[Tensor], groups: list[Pairs], site: str
 
 def _sums(model, rows: list[Tensor], site: str, by_pos: bool) -> dict[str, Tensor]:
     """Of every layer, over prompts that are run one at a time: of many only sums are held."""
-    if site == "pattern" and not by_pos:
-        raise InputError("a mean pattern needs reference prompts of the patched prompts' length")
+    if _of_pairs(site) and not by_pos:
+        raise InputError(f"a mean {site} needs reference prompts of the patched prompts' length")
     names = [f"blocks.{layer}.{SITES[site].point}" for layer in range(model.cfg.n_layers)]
     sums: dict[str, Tensor] = {}
     for row in rows:
@@ -54,10 +56,15 @@ def _sums(model, rows: list[Tensor], site: str, by_pos: bool) -> dict[str, Tenso
     return sums
 
 
+def _of_pairs(site: str) -> bool:
+    """Has the site a number for every pair of a query and a key?"""
+    return {"query_pos", "key_pos"} <= {*axes(f"blocks.0.{SITES[site].point}")}
+
+
 def aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]:
     """The other run's activations at the positions that both prompts share, the base run's own between."""
-    if site == "pattern":
-        raise InputError("patterns of prompts of different length cannot be matched; patch z, or re-word the prompts")
+    if _of_pairs(site):
+        raise InputError(f"a {site} of prompts of different length cannot be matched; patch z, or re-word the prompts")
     layers = range(model.cfg.n_layers)
     mine, theirs = (base_run(model, tokens, site, layers).acts for tokens in (into, other))
     names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}

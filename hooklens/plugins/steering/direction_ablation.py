@@ -217,6 +217,6 @@ def demo(model: "HookedTransformer") -> DirectionAblation:
     def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
         return logits[:, -1, token]
 
-    post = getattr(model.blocks[0], "renorms_stream", False)  # the stream cannot be cleared of a direction there
-    direction, sites = model.W_U[:, token].detach(), "resid_post" if post else None
+    everywhere = model.blocks[0].not_a_sum is None  # else the stream cannot be cleared of a direction
+    direction, sites = model.W_U[:, token].detach(), None if everywhere else "resid_post"
     return direction_ablation(model, prompts, direction, logit, sites=sites, controls=8)

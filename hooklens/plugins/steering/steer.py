@@ -155,11 +155,7 @@ def removing(vector: Float[Tensor, "row *point"], positions: Positions) -> HookF
 
 def stream_sites(model: "HookedTransformer") -> list[str]:
     """Every point at which the residual stream itself stands."""
-    if getattr(model.blocks[0], "renorms_stream", False):
-        raise InputError(
-            "ablating a direction everywhere needs a stream that components add to; this model's post-norm blocks "
-            "normalise the stream between its points, which brings the direction back; name sites=..."
-        )
+    model.blocks[0].need_sum("ablating a direction everywhere", "the direction would come back; name sites=...")
     found = [(name, parse(name)) for name in model.hook_names()]
     return [name for name, site in found if site is not None and site.name in _STREAM]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.model.config import LayerNormPart
 from hooklens.model.factored import FactoredMatrix
-from hooklens.plugins.weights.matrices import folded_heads, folded_neurons, heads_of, read_through, refuse_post_norm
+from hooklens.plugins.weights.matrices import folded_heads, folded_neurons, heads_of, need_sum
 from hooklens.plugins.weights.spectrum import numerical_rank
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Part(NamedTuple):
 
 def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
     """Every head's W_V W_O and every MLP's W_out, layer by layer."""
-    refuse_post_norm(model)
+    need_sum(model)
     for layer in range(model.cfg.n_layers):
         heads = folded_heads(model, layer)
         _, S, V = FactoredMatrix(heads.V, _centred(model, heads.O)).svd()
@@ -47,14 +47,14 @@ def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
 
 def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
     """What every head's q, k and v and every MLP read with, layer by layer, the norm's weight folded in."""
-    refuse_post_norm(model)
+    need_sum(model)
     cfg = model.cfg
     group = cfg.n_heads // cfg.n_key_value_heads
     keyed = "H" if group == 1 else "KV"
     for layer in range(cfg.n_layers):
-        raw, norm = heads_of(model, layer), model.blocks[layer].ln1
+        raw, reads = heads_of(model, layer), model.blocks[layer].reads_through("attn")
         for which, stacked, head in (("q", raw.Q, "H"), ("k", raw.K[::group], keyed), ("v", raw.V[::group], keyed)):
-            U, S, _ = torch.linalg.svd(read_through(norm, stacked), full_matrices=False)
+            U, S, _ = torch.linalg.svd(reads.folded(stacked), full_matrices=False)
             for i in range(len(stacked)):
                 yield _part(f"L{layer}{head}{i}.{which}", layer, False, U[i].mT, S[i])
         if mlps and not cfg.attn_only:

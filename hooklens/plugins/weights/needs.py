@@ -32,8 +32,8 @@ def lacking(model: "HookedTransformer", *, mlp: bool = False, tokens: bool = Tru
     >>> lacking(tiny_model()) is None, lacking(tiny_model(attn_only=True), mlp=True)
     (True, Needs(what='MLPs'))
     """
-    if getattr(model.blocks[0], "renorms_stream", False):
-        return Needs("a stream that components add to, not post-norm blocks")
+    if model.blocks[0].not_a_sum is not None:
+        return Needs(f"a stream that components add to ({model.blocks[0].not_a_sum})")
     if mlp and model.cfg.attn_only:
         return Needs("MLPs")
     return None if not tokens or isinstance(model.cfg.embed, TokenEmbed) else Needs("tokens")

@@ -117,11 +117,11 @@ def neuron_tokens(
     if not len(chosen) or not 0 <= int(chosen.min()) <= int(chosen.max()) < model.cfg.d_mlp:
         raise InputError(f"neurons are numbers from 0 to {model.cfg.d_mlp - 1}, got {neurons!r:.60}")
     at = chosen.to(found.reads.device)
-    reading = reading_side(model, block.ln2, seed=seed, draws=draws)
+    reading = reading_side(model, block.reads_through("mlp"), seed=seed, draws=draws)
     jobs: list[tuple[Side, Tensor]] = [(reading, found.reads.mT[at])]
     if found.gate is not None:
         jobs.append((reading._replace(name="gate"), found.gate.mT[at]))
-    jobs.append((writing_side(model, block.ln2_post, seed=seed, draws=draws), found.writes[at]))
+    jobs.append((writing_side(model, block.writes_through("mlp"), seed=seed, draws=draws), found.writes[at]))
     with progress(f"neurons of layer {layer}", len(jobs) * len(at), unit="list") as advance:
         lists = [token_lists(model, side, vectors, top=top, advance=advance) for side, vectors in jobs]
     gate = lists[1] if found.gate is not None else None

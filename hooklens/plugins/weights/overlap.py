@@ -18,6 +18,7 @@ from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 
 if TYPE_CHECKING:
+    from hooklens.model.block import Block
     from hooklens.model.transformer import HookedTransformer
 
 Pairs = Float[Tensor, "writer reader"]
@@ -123,7 +124,6 @@ def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAW
     if draws < 2:
         raise InputError(f"draws is the number of random pairs of bases, at least 2 for a deviation, got {draws}")
     sources, targets = list(writers(model, mlps)), list(readers(model, mlps))
-    reads_attn = model.blocks[0].mlp_reads_attn
     seen, shared = (torch.full((len(sources), len(targets)), torch.nan, dtype=sources[0].basis.dtype) for _ in "ab")
     with progress("overlap", 2 * len(targets), unit="reader") as advance:
         for mlp in (False, True):
@@ -134,7 +134,7 @@ def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAW
             basis, weight = _padded([one.basis for one in chosen]), _padded([one.weight for one in chosen])
             ranks = torch.tensor([len(one.basis) for one in chosen])
             for j, reader in enumerate(targets):
-                n = sum(_reaches(one, reader, reads_attn) for one in chosen)  # they are sorted by layer
+                n = sum(_reaches(model.blocks[0], one, reader) for one in chosen)  # they are sorted by layer
                 if n:
                     square = (basis[:n] @ reader.basis.mT).square()
                     seen[rows[:n], j] = torch.einsum("nk,nkl,l->n", weight[:n], square, reader.weight).sqrt()
@@ -146,10 +146,11 @@ def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAW
     )
 
 
-def _reaches(writer: Part, reader: Part, mlp_reads_attn: bool) -> bool:
+def _reaches(block: "Block", writer: Part, reader: Part) -> bool:
     """Does the writer come before the reader, and is neither of them 0?"""
     before = writer.layer < reader.layer
-    within = writer.layer == reader.layer and reader.mlp and not writer.mlp and mlp_reads_attn
+    after = block.mlp_reads_attn if reader.mlp else block.attn_reads_mlp
+    within = writer.layer == reader.layer and reader.mlp != writer.mlp and after
     return (before or within) and min(len(writer.basis), len(reader.basis)) > 0
 
 

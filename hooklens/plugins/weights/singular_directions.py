@@ -8,14 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.model.norms import Norm
+from hooklens.model.norms import Passage
 from hooklens.plugins.weights.matrices import (
     check_layer,
     embedding_rows,
     folded_heads,
     folded_neurons,
-    one_scale,
-    read_through,
     unembedding_rows,
 )
 from hooklens.plugins.weights.needs import Needs, lacking
@@ -96,7 +94,10 @@ def ov_directions(
     check_layer(model, layer, head)
     block = model.blocks[layer]
     U, S, V = folded_heads(model, layer).OV[head].svd()
-    sides = [reading_side(model, block.ln1, seed=seed), writing_side(model, block.ln1_post, seed=seed)]
+    sides = [
+        reading_side(model, block.reads_through("attn"), seed=seed),
+        writing_side(model, block.writes_through("attn"), seed=seed),
+    ]
     return _directions(model, f"L{layer}H{head} OV", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
 
@@ -116,9 +117,8 @@ def qk_directions(
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", QK circuits.
     """
     check_layer(model, layer, head)
-    norm = model.blocks[layer].ln1
     U, S, V = folded_heads(model, layer).QK[head].svd()
-    side = reading_side(model, norm, seed=seed)
+    side = reading_side(model, model.blocks[layer].reads_through("attn"), seed=seed)
     sides = [side._replace(name="queries"), side._replace(name="keys")]
     return _directions(model, f"L{layer}H{head} QK", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
@@ -141,7 +141,7 @@ def mlp_read_directions(
     if matrix is None:
         raise InputError("W_gate was asked of an MLP without one; this model has W_in and W_out")
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
-    sides = [reading_side(model, model.blocks[layer].ln2, seed=seed)]
+    sides = [reading_side(model, model.blocks[layer].reads_through("mlp"), seed=seed)]
     return _directions(
         model, f"L{layer} {'W_gate' if gate else 'W_in'}", S=S, vectors=(U, None), sides=sides, size=(k, top)
     )
@@ -158,20 +158,20 @@ def mlp_write_directions(
     """
     check_layer(model, layer)
     _, S, Vh = torch.linalg.svd(folded_neurons(model, layer).writes, full_matrices=False)
-    sides = [writing_side(model, model.blocks[layer].ln2_post, seed=seed)]
+    sides = [writing_side(model, model.blocks[layer].writes_through("mlp"), seed=seed)]
     return _directions(model, f"L{layer} W_out", S=S, vectors=(None, Vh.mT), sides=sides, size=(k, top))
 
 
-def reading_side(model: "HookedTransformer", norm: Norm | None, *, seed: int = 0, draws: int = _DRAWS) -> Side:
+def reading_side(model: "HookedTransformer", reads: Passage, *, seed: int = 0, draws: int = _DRAWS) -> Side:
     """Tokens as a reader behind this norm meets them; random readers pass the norm's weight as trained ones do."""
-    rows = embedding_rows(model, norm)
-    return Side("reads", rows, read_through(norm, random_vectors(draws, rows, seed).mT).mT)
+    rows = embedding_rows(model, reads)
+    return Side("reads", rows, reads.folded(random_vectors(draws, rows, seed).mT).mT)
 
 
-def writing_side(model: "HookedTransformer", post: Norm | None, *, seed: int = 0, draws: int = _DRAWS) -> Side:
+def writing_side(model: "HookedTransformer", writes: Passage, *, seed: int = 0, draws: int = _DRAWS) -> Side:
     """Tokens as the final norm and W_U score what is written; random writers pass the norm after the branch."""
     rows = unembedding_rows(model)
-    return Side("writes", rows, one_scale(post, random_vectors(draws, rows, seed)))
+    return Side("writes", rows, writes.unscaled(random_vectors(draws, rows, seed)))
 
 
 def _directions(

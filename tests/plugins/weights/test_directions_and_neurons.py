@@ -46,7 +46,7 @@ def test_queries_times_singular_values_times_keys_is_a_token_s_score_with_itself
     """Rotary turns cancel at equal positions."""
     model = unbiased(name, normalization_type="RMS")
     found = qk_directions(model, 0, 1, k=4, top=11)
-    rows = embedding_rows(model, model.blocks[0].ln1)
+    rows = embedding_rows(model, model.blocks[0].reads_through("attn"))
     scores = ((rows @ found.left.T) * found.singular * (rows @ found.right.T)).sum(1)
     for token in range(11):
         seen = model.run_with_cache([[3, token]], names=("attn_scores", 0))[1]["attn_scores", 0][0, 1, 1, 1]
