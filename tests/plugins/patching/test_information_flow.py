@@ -51,7 +51,7 @@ def test_each_number_is_that_of_the_sweeps_it_is_made_of():
     first, second = halves(N, group=group, seed=0)
     for receiver, name in ((("q", 2, 0), "L2H0.q"), ("MLP1", "MLP1")):
         metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
-        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver, group=group)
+        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver).grouped(group)
         chosen = sweep.of_pairs(first).order()[:2]
         columns = [i for i, path in enumerate(found.paths) if path.endswith(f"to {name}")]
         assert [found.paths[i] for i in columns] == [f"{sweep.senders[i]} to {name}" for i in chosen]
