@@ -16,8 +16,8 @@ from hooklens.core.progress import Advance, progress, within
 from hooklens.model.linear import kernel_of
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out, not_finite, why_plain
-from hooklens.sweeps.protocol import Item, Patches
-from hooklens.sweeps.resume import Progressed, Resume, key_of, products_of, sketch_of
+from hooklens.sweeps.protocol import Item, Patches, Sweep
+from hooklens.sweeps.resume import Part, Progressed, Resume, key_of, products_of, sketch_of
 from hooklens.sweeps.settings import current
 from hooklens.sweeps.verify import verify
 
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def execute(
-    patches: Patches,
+    patches: Sweep,
     metric: Any,
     *,
     resume: str | Path | Resume | None = None,
@@ -51,7 +51,7 @@ def execute(
     with products_of(file):
         reason = why_plain(patches.model)
         # before the metric is called for the first time, which may change what it refers to
-        key = "" if file is None else key_of(patches, metric, file)
+        key = "" if file is None else key_of(patches.model, patches.asked(), metric, file)
         reader = Reader(patches.model, metric, patches.stream, whole=reason is not None)
         values = reader.base.repeat(len(patches), 1)
         kept = None
@@ -69,7 +69,7 @@ def run(
     reader: Reader,
     values: Float[Tensor, "patch pair"],
     *,
-    kept: Progressed | None = None,
+    kept: Progressed | Part | None = None,
     reason: str | None = None,
     advance: Advance | None = None,
 ) -> Outcome:
@@ -106,7 +106,7 @@ def run(
 
 
 def _run_plain(
-    patches: Patches, reader: Reader, values: Tensor, kept: Progressed | None, advance: Advance | None
+    patches: Patches, reader: Reader, values: Tensor, kept: Progressed | Part | None, advance: Advance | None
 ) -> None:
     finished = set() if kept is None else kept.finished()
     todo = [number for number in patches.loop() if number not in finished]
@@ -123,7 +123,7 @@ def run_bins(
     reader: Reader,
     items: list[Item],
     values: Tensor,
-    kept: Progressed | None,
+    kept: Progressed | Part | None,
     advance: Advance | None = None,
 ) -> None:
     """The values of all items, a bin at a time."""
@@ -175,7 +175,7 @@ def _run_bin(patches: Patches, reader: Reader, items: list[Item], values: Tensor
     n_pos, filled = patches.tokens.shape[1], 0
     pieces: list[list[Item]] = [[]]
     for item in items:
-        if pieces[-1] and filled > 1.5 * rows:
+        if pieces[-1] and filled > 1.5 * rows and not patches.together:
             pieces.append([])
             filled = 0
         pieces[-1].append(item)

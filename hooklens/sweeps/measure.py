@@ -22,8 +22,8 @@ _LOGITS_AT_ONCE = 32 * 2**20  # numbers, not bytes: a chunk of full logits
 class Reader:
     """A metric bound to a model and the streams of the base run.
 
-    `read` is the positions `[pair read]` that it reads, None if it may read any. `whole`: does it have to see all logits
-    at once? None finds out.
+    `read` is the positions `[pair read]` that it reads, None if it may read any. `whole`: must it see the logits of all
+    pairs at once? None finds out.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The patches of paths as the engine runs them: only the senders that reach a receiver, only the rows that can change."""
+"""The patches of paths as the engine runs them: only senders that reach a receiver, only rows that can change."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from hooklens.sweeps.naive_paths import plain_paths
 from hooklens.sweeps.nodes import Sender
 from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
 from hooklens.sweeps.paths import EDGES, FIXED, PathPlan
-from hooklens.sweeps.protocol import Item, Patches
+from hooklens.sweeps.protocol import Item, Sweep
 
 
-class PathPatches(Patches):
+class PathPatches(Sweep):
     """One patch a sender: rows join the base run where a receiver first reads it, and go on live."""
 
     title, unit = "patching paths", "senders"
@@ -31,7 +31,7 @@ class PathPatches(Patches):
         return self.plan.base.streams[self.model.cfg.n_layers]
 
     def name_of(self, number: int) -> str:
-        return self.plan.senders[number].name
+        return f"the patch of {self.plan.senders[number].name}"
 
     def layer_of(self, number: int) -> int:
         return self.plan.senders[number].layer

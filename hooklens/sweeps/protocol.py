@@ -23,12 +23,13 @@ class Item:
 
 
 class Patches(ABC):
-    """The patches of a sweep as `execute` sees them: a list by number, each of which moves the metric of every pair."""
+    """Patches as the engine sees them: a list by number, each of which moves the metric of every pair."""
 
     model: "HookedTransformer"
     tokens: Int[Tensor, "pair pos"]
     title: str  # what the progress bar says
     unit = "patches"
+    together = False  # must the rows of all pairs of a patch walk together?
 
     @abstractmethod
     def __len__(self) -> int:
@@ -60,14 +61,6 @@ class Patches(ABC):
         """The metric of these patches by ordinary hooked forward passes."""
 
     @abstractmethod
-    def asked(self) -> tuple[Any, Mapping[str, Any]]:
-        """What identifies the sweep in a file: its grid and tokens, and by name what else is hashed, metric apart."""
-
-    @abstractmethod
-    def sketch(self) -> Sequence[Float[Tensor, "..."]]:
-        """What was computed before the sweep: it is compared with that of a file, to rounding."""
-
-    @abstractmethod
     def fault(self, said: str, values: Float[Tensor, "patch pair"]) -> str:
         """The error where the metric is `said` (NaN or infinite): where that begins."""
 
@@ -76,9 +69,8 @@ class Patches(ABC):
         return range(len(self))
 
     def rows_at_once(self, memory: int) -> int:
-        """How many token positions of rows fit so many bytes: at its widest one has a few streams, and q k v or the MLP's
-        hidden layer."""
-        cfg = self.model.cfg
+        """How many token positions of rows fit so many bytes."""
+        cfg = self.model.cfg  # at its widest a row has a few streams, and q k v or the MLP's hidden layer
         hidden = (3 if cfg.gated_mlp else 2) * cfg.d_mlp
         heads = 2 * (cfg.n_heads + cfg.n_key_value_heads) * cfg.d_head
         return max(1, memory // (self.stream.element_size() * (4 * cfg.d_model + max(hidden, heads))))
@@ -92,3 +84,15 @@ class Patches(ABC):
         """How many rows pass a layer, summed over the layers that each item passes."""
         n_layers, n_pos = self.model.cfg.n_layers, self.tokens.shape[1]
         return sum((n_layers - max(0, self.layer_of(item.patch))) * (n_pos - item.start) for item in items)
+
+
+class Sweep(Patches):
+    """All patches of a sweep, as `execute` sees them: what a file must know to go on with it."""
+
+    @abstractmethod
+    def asked(self) -> tuple[Any, Mapping[str, Any]]:
+        """What identifies the sweep in a file: its grid and tokens, and by name what else is hashed, metric apart."""
+
+    @abstractmethod
+    def sketch(self) -> Sequence[Float[Tensor, "..."]]:
+        """What was computed before the sweep: it is compared with that of a file, to rounding."""

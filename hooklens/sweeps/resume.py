@@ -1,6 +1,6 @@
 """Finished bins of a sweep, on disk: an interrupted sweep goes on where it stopped, if it is the same sweep."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import check_writable, reading
 from hooklens.core.identity import identity
 from hooklens.model.linear import packed_linears
-from hooklens.sweeps.protocol import Patches
 from hooklens.sweeps.settings import KERNELS, current, pinned
 
 if TYPE_CHECKING:
@@ -101,14 +100,34 @@ class Progressed:
         save_tensors(self.path, tensors, {"format": _FORMAT, "key": self.key, "kernel": self.kernel})
 
 
-def key_of(patches: Patches, metric: Any, resume: Resume) -> str:
+@dataclass(frozen=True)
+class Part:
+    """What a file keeps of some pairs."""
+
+    whole: Progressed
+    pairs: slice
+
+    @property
+    def path(self) -> Path:
+        return self.whole.path
+
+    def finished(self) -> set[int]:
+        """The patches that are done."""
+        return self.whole.finished(self.pairs)
+
+    def save(self, finished: Iterable[int]) -> None:
+        """A bin is complete."""
+        self.whole.save(finished, self.pairs)
+
+
+def key_of(model: "HookedTransformer", asked: tuple[Any, Mapping[str, Any]], metric: Any, resume: Resume) -> str:
     """A hash of all that a sweep in progress must share to go on: weights, tokens, hooks, sites, values and metric."""
-    model, (grid, parts) = patches.model, patches.asked()
+    grid, parts = asked
     if resume.key is not None:
         return identity((model.cfg.to_json(), dict(model.state_dict()), grid, "key", resume.key), "the sweep")
-    asked = {"the model": _model_parts(model), **parts, "the metric": metric}
+    named = {"the model": _model_parts(model), **parts, "the metric": metric}
     try:
-        return identity((grid, *(identity(part, name) for name, part in asked.items())), "the sweep")
+        return identity((grid, *(identity(part, name) for name, part in named.items())), "the sweep")
     except InputError as error:
         raise InputError(
             f"resume= goes on only with the same sweep, and {error}; give resume=hl.Resume({str(resume.path)!r}, "

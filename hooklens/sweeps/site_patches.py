@@ -13,11 +13,11 @@ from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, under_hooks
 from hooklens.sweeps.plan import Patch, Plan
-from hooklens.sweeps.protocol import Item, Patches
+from hooklens.sweeps.protocol import Item, Sweep
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
 
 
-class SitePatches(Patches):
+class SitePatches(Sweep):
     """Overwritten sites: rows enter where their patch is, and pass through every block above."""
 
     def __init__(self, plan: Plan):
@@ -33,7 +33,8 @@ class SitePatches(Patches):
 
     def name_of(self, number: int) -> str:
         cell = self.plan.patches[number]._asdict()
-        return f"{self.plan.site} at {', '.join(f'{axis} {at}' for axis, at in cell.items() if at is not None)}"
+        at = ", ".join(f"{axis} {index}" for axis, index in cell.items() if index is not None)
+        return f"the patch of {self.plan.site} at {at}"
 
     def layer_of(self, number: int) -> int:
         return self.plan.patches[number].layer

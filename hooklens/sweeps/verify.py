@@ -85,11 +85,11 @@ def _raise(name: str, resumed: bool, file: Any, sizes: tuple[float, float]) -> N
     seen = f"differs by {error:.3g} from a plain hooked run, and rounding explains at most {allowed:.1g}"
     if resumed:
         raise CheckFailed(
-            f"the metric of the patch of {name}, kept in {file}, {seen}: the file was made by another sweep (another "
+            f"the metric of {name}, kept in {file}, {seen}: the file was made by another sweep (another "
             "metric, value or model under the same key); delete it or give resume= another path"
         )
     raise CheckFailed(
-        f"the metric of the patch of {name} {seen}: the metric gives other numbers when it is called again, or the "
+        f"the metric of {name} {seen}: the metric gives other numbers when it is called again, or the "
         "engine is wrong here; in Python, hl.engine(plain=True) runs every patch plainly, and hl.engine(verify=0) does "
         "not check"
     )

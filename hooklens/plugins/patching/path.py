@@ -143,7 +143,7 @@ def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> 
 def _plan(model: "HookedTransformer", group: Pairs, n: int, ends: _Ends, *, semantics: str, into: str) -> PathPlan:
     """The paths of the pairs of one length, which are some of n."""
     base, other = (group.corrupted, group.clean) if into == "corrupted" else (group.clean, group.corrupted)
-    senders, receivers = (of_pairs(nodes, group.index, n) for nodes in ends)
+    senders, receivers = of_pairs(ends.senders, group.index, n), of_pairs(ends.receivers, group.index, n)
     return plan_paths(model, base, other=other, senders=senders, receivers=receivers, semantics=semantics)
 
 
