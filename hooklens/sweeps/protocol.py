@@ -70,10 +70,7 @@ class Patches(ABC):
 
     def rows_at_once(self, memory: int) -> int:
         """How many token positions of rows fit so many bytes."""
-        cfg = self.model.cfg  # at its widest a row has a few streams, and q k v or the MLP's hidden layer
-        hidden = (3 if cfg.gated_mlp else 2) * cfg.d_mlp
-        heads = 2 * (cfg.n_heads + cfg.n_key_value_heads) * cfg.d_head
-        return max(1, memory // (self.stream.element_size() * (4 * cfg.d_model + max(hidden, heads))))
+        return max(1, memory // row_bytes(self.model, self.stream.element_size()))
 
     def share(self, reader: "Reader", items: Sequence[Item]) -> float:
         """The share of the plain loop's token-layers that these items work out."""
@@ -96,3 +93,11 @@ class Sweep(Patches):
     @abstractmethod
     def sketch(self) -> Sequence[Float[Tensor, "..."]]:
         """What was computed before the sweep: it is compared with that of a file, to rounding."""
+
+
+def row_bytes(model: "HookedTransformer", itemsize: int) -> int:
+    """What one token position of one row needs at its widest: a few streams, q k v, the MLP's hidden layer."""
+    cfg = model.cfg
+    hidden = (3 if cfg.gated_mlp else 2) * cfg.d_mlp
+    heads = 2 * (cfg.n_heads + cfg.n_key_value_heads) * cfg.d_head
+    return itemsize * (4 * cfg.d_model + max(hidden, heads))
