@@ -101,7 +101,7 @@ if strongest is not None:
     receivers[f"L{strongest[0]}H{strongest[1]}'s value"] = ("v", strongest[0], strongest[1] // shared)
     receivers[f"{feeder}'s value"] = ("v", layer, head // shared)
 flow = information_flow(
-    model, *pairs, receivers=receivers, group=groups, choice=Choice(per_receiver=3, draws=39, choose_on=8)
+    model, *pairs, receivers=receivers, choice=Choice(per_receiver=3, draws=39, choose_on=8, group=groups)
 )
 print(flow.table())
 
