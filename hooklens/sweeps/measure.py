@@ -211,6 +211,9 @@ class Reader:
             return self._checked(self.metric.on_read(read))
         assert self.base_logits is not None
         logits = self.base_logits.clone()
-        for pair, start, x in rows:
-            logits[pair, start:] = self.model.read_out(x[None])[0]
+        at_once = max(1, _LOGITS_AT_ONCE // logits[0].numel())
+        for start in {start for _, start, _ in rows}:
+            here = [(pair, x) for pair, begin, x in rows if begin == start]
+            for some in (here[i : i + at_once] for i in range(0, len(here), at_once)):
+                logits[[pair for pair, _ in some], start:] = self.model.read_out(torch.stack([x for _, x in some]))
         return self.on_full(logits)

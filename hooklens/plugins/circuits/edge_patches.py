@@ -75,7 +75,7 @@ class _Exchanging:
     def __init__(self, runner: EdgeRunner, kept: Tensor, ablated: Float[Tensor, "source pair pos d_model"]):
         self.graph, self.blocks, self.ablated = runner.graph, runner.model.blocks, ablated
         self.cut = 1 - kept.to(ablated)
-        self.moves: dict[int, Tensor] = {}
+        self.moves: Float[Tensor, "source pair pos d_model"] | None = None
 
     def hooks(self) -> list[tuple[Where, HookFn]]:
         found: list[tuple[Where, HookFn]] = [(("resid_pre", 0), self._writing(0))]
@@ -98,22 +98,27 @@ class _Exchanging:
 
     def _reading(self, cut: Float[Tensor, "*row source"]) -> HookFn:
         def exchange(act: Tensor, hook: Any) -> Tensor:
-            moved = torch.stack([self.moves[source] for source in range(cut.shape[-1])])
-            return act + torch.einsum("...s,sbpd->bp...d", cut, moved)
+            assert self.moves is not None
+            moved = self.moves[: cut.shape[-1]]
+            change = (cut @ moved.flatten(1)).view(-1, *moved.shape[1:])  # receiver pair pos d_model
+            return act + change.permute(1, 2, 0, 3).reshape(act.shape)
 
         return exchange
 
     def _writing(self, source: int) -> HookFn:
         def record(act: Tensor, hook: Any) -> None:
+            if self.moves is None:
+                self.moves = act.new_empty(len(self.ablated), *act.shape)
             self.moves[source] = self.ablated[source] - act
 
         return record
 
     def _heads(self, layer: int) -> HookFn:
-        first = self.graph.heads_at(layer).start
+        at = self.graph.heads_at(layer)
 
         def record(z: Tensor, hook: Any) -> None:
-            for i, head in enumerate(head_outputs(self.blocks[layer], z, torch.arange(self.graph.n_heads))):
-                self.moves[first + i] = self.ablated[first + i] - head
+            assert self.moves is not None
+            live = head_outputs(self.blocks[layer], z, torch.arange(self.graph.n_heads))
+            self.moves[at] = self.ablated[at] - live
 
         return record
