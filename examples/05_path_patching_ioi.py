@@ -20,7 +20,7 @@ import hooklens as hl
 from hooklens.data.ioi import ioi
 from hooklens.metrics import LogitDiff
 from hooklens.plugins.heads import name_movers
-from hooklens.plugins.patching import Choice, information_flow, path_patch, path_patch_fixed
+from hooklens.plugins.patching import Choice, Fixed, information_flow, path_patch
 from hooklens.testing import induction_model
 
 TINY = bool(os.environ.get("HOOKLENS_TINY"))
@@ -47,7 +47,7 @@ def prompts(n: int, seed: int) -> tuple:
 # value? The corrupted prompt names the other person the second time, so that its answer is the other name.
 
 # %%
-direct = path_patch(model, *scouts, receivers="final", group=scout_groups)
+direct = path_patch(model, *scouts, receivers="final").grouped(scout_groups)
 print(f"clean {direct.clean:.2f}, corrupted {direct.corrupted:.2f}")
 print(direct.top(8))
 
@@ -77,10 +77,11 @@ print("name movers:", ", ".join(f"L{layer}H{head}" for layer, head in movers))
 few = slice(0, 8)
 some = (scouts[0][few], scouts[1][few], scouts[2].pairs(torch.arange(len(scouts[0]))[few]))
 part = "k" if TINY else "q"
-feeding = path_patch(model, *some, receivers=[(part, *head) for head in movers], group=scout_groups[few])
+queries = [(part, *head) for head in movers]
+feeding = path_patch(model, *some, receivers=queries).grouped(scout_groups[few])
 print(feeding.top(5))
 names = [row[0] for row in feeding.top(5).rows]
-print(path_patch_fixed(model, *some, receivers=[(part, *head) for head in movers], senders=names).table())
+print(path_patch(model, *some, receivers=Fixed(queries), senders=names).table())
 
 # %% [markdown]
 # Now the claims, on prompts that had no part in any choice of receivers. For each receiver the strongest senders are
@@ -100,7 +101,7 @@ if strongest is not None:
     receivers[f"L{strongest[0]}H{strongest[1]}'s value"] = ("v", strongest[0], strongest[1] // shared)
     receivers[f"{feeder}'s value"] = ("v", layer, head // shared)
 flow = information_flow(
-    model, *pairs, receivers=receivers, group=groups, choice=Choice(per_receiver=3, draws=39, choose_on=8)
+    model, *pairs, receivers=receivers, choice=Choice(per_receiver=3, draws=39, choose_on=8, group=groups)
 )
 print(flow.table())
 

@@ -22,6 +22,7 @@ from hooklens.studies.pair import PairStudy, by_layer, head_patterns, sweep_pair
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
 from hooklens.sweeps.settings import engine
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -168,7 +169,8 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
         patches = [Patch(layer, head=head) for layer, head in heads]
         with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
             layers = by_layer(model, pairs.clean_tokens, pairs.corrupted_tokens, metric)
-            outcome = execute(plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches), metric)
+            made = plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches)
+            outcome = execute(SitePatches(made), metric)
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
     claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
     return IOIStudy(

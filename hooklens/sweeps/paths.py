@@ -53,12 +53,6 @@ class PathPlan:
     base: PathRun
     new: PathRun
     first_change: Int[Tensor, "pair"]
-    site: str = "paths"
-
-    @property
-    def patches(self) -> tuple[Sender, ...]:
-        """What the engine puts into bins."""
-        return self.senders
 
     @cached_property
     def causal(self) -> bool:
@@ -169,7 +163,7 @@ def _refuse(model: "HookedTransformer", receivers: Sequence[Receiver], semantics
     if semantics != EDGES and len(receivers) > 1 and any(r.kind == "final" for r in receivers):
         raise InputError(
             "with fixed receivers the final stream is held as it was recorded, so that nothing held below it could "
-            f'count; {len(receivers)} receivers were given. Ask for "final" alone, or use path_patch'
+            f'count; {len(receivers)} receivers were given. Ask for "final" alone, or leave Fixed out'
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -202,14 +203,15 @@ def sizes_of(model: HookedTransformer, site: str, n_pos: int) -> dict[str, int]:
     return {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
 
 
-def grid(model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int) -> tuple[tuple[int, ...], list[Patch]]:
-    """The shape of a sweep's grid and its patches in order."""
+def grid(
+    model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int, layer: int | None = None
+) -> tuple[tuple[int, ...], list[Patch]]:
+    """The shape of a sweep's grid and its patches in order; one layer high where that layer is asked for."""
     sizes = sizes_of(model, site, n_pos)
-    shape = tuple(sizes[name] for name in by)
-    patches = []
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)).tolist():
-        patches.append(Patch(**dict(zip(by, index, strict=True))))
-    return shape, patches
+    along = [range(sizes[name]) for name in by]
+    if layer is not None:
+        along[0] = range(layer, layer + 1)
+    return tuple(map(len, along)), [Patch(**dict(zip(by, index, strict=True))) for index in product(*along)]
 
 
 def check_patches(model: HookedTransformer, site: str, patches: Sequence[Patch], n_pos: int) -> None:
@@ -242,9 +244,10 @@ def plan(
     value: "Int[Tensor, 'pair pos'] | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]",
     *,
     by: str | Sequence[str] | None = None,
+    layer: int | None = None,
     patches: Sequence[Patch] | None = None,
 ) -> Plan:
-    """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid or at the patches given.
+    """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid, in one layer, or at the patches given.
 
     `value` is what is written: other tokens (their run's activations), activations by point name, or a function of
     (activation, point name).
@@ -252,8 +255,9 @@ def plan(
     site = site_kind(site)
     has_site(model, site)
     names = settle_by(model, site, by)
-    shape, made = grid(model, site, names, tokens.shape[1])
-    if patches is not None:
+    if patches is None:
+        shape, made = grid(model, site, names, tokens.shape[1], layer)
+    else:
         names, shape, made = ("patch",), (len(patches),), list(patches)
         check_patches(model, site, made, tokens.shape[1])
     layers = sorted({patch.layer for patch in made})

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.patching.path import Fixed
 
 Sender = tuple  # ("head", layer, head), ("mlp", layer), ("embed",)
 Receiver = tuple  # ("q" | "k" | "v", layer, head), ("mlp_in", layer), ("final",)
+#: How the receivers of each variant are given.
+HELD = {"edges": lambda asked: asked, "fixed": Fixed, "frozen": lambda asked: Fixed(asked, mlps="frozen")}
 
 
 def change_of(model: HookedTransformer, base: Tensor, new: Tensor, sender: Sender) -> Tensor:

@@ -36,8 +36,8 @@ from hooklens.sweeps.sites import SITES, SweptSite, add_site
 from hooklens.testing import tiny_model
 
 sys.path.append(str(Path(__file__).parent.parent / "third_party_plugin"))
-import hooklens_mlp_first  # noqa: E402, F401
-import hooklens_more_sites  # noqa: E402, F401
+import hooklens_mlp_first  # noqa: F401
+import hooklens_more_sites  # noqa: F401
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2]])
 CLEAN = torch.tensor([[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1, 2]])  # they part at 2 and 4

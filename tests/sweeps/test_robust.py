@@ -18,6 +18,7 @@ from hooklens.core.errors import CheckFailed, FileRefused, InputError, WrongType
 from hooklens.metrics import Reads
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 from hooklens.testing import tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2]])
@@ -186,7 +187,7 @@ def test_under_any_grad_mode(model, mode):
     expected = looped(model, CORRUPTED, CLEAN, metric_of(model), "k", "layer x head")
     with mode():
         made = plan(model, CORRUPTED, "k", CLEAN)
-        got = execute(made, metric_of(model)).values.T.reshape(2, 2, -1)
+        got = execute(SitePatches(made), metric_of(model)).values.T.reshape(2, 2, -1)
         assert not made.base.streams[-1].requires_grad
     close(got.clone(), expected)
 
@@ -227,7 +228,7 @@ def test_a_metric_that_drifts_from_call_to_call_passed_for_one_that_rounding_mov
 
 
 def test_the_check_shows_an_engine_that_is_wrong(model, monkeypatch):
-    from hooklens.sweeps import execute as module
+    from hooklens.sweeps import site_patches as module
 
     right = module.entering
     monkeypatch.setattr(module, "entering", lambda *args: _moved(right(*args)))

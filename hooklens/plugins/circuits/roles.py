@@ -19,6 +19,7 @@ from hooklens.plugins.heads.taxonomy import Taxonomy
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -142,9 +143,8 @@ def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "
         for group in bench.groups if rows else []:
             with torch.no_grad(), packed_linears(rows=1024):
                 written = _written(bench, group, site)
-                outcome = execute(
-                    plan(bench.model, group.clean, site, written, patches=patches), group.of(bench.metric)
-                )
+                made = plan(bench.model, group.clean, site, written, patches=patches)
+                outcome = execute(SitePatches(made), group.of(bench.metric))
             fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
     return fall
 

@@ -1,7 +1,9 @@
 """Exact edge patching: run a model in which only some edges carry live values. Many circuits and prompts in a batch."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,22 +11,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.core.progress import progress
+from hooklens.core.identity import identity
+from hooklens.core.progress import Advance, progress
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
-from hooklens.model.linear import packed_linears
+from hooklens.model.linear import kernel_of
+from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.nodes import ablated_run, check_ablation, refuse
-from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
+from hooklens.plugins.circuits.runner import Cut, EdgeRunner, Kept, in_play, sources_of
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.execute import run
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.settings import current
+from hooklens.sweeps.resume import Part, Progressed, Resume, hint, key_of, products_of, sketch_of
+from hooklens.sweeps.settings import current, engine
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 OneOrMore = Bool[Tensor, "*mask edge"] | Float[Tensor, "*mask edge"]
-_POSITIONS = 512  # of one batch of rows: products are efficient from there on, and fewer circuits share more idle nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,8 @@ class EdgeRuns(Result):
     base_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
     ablation: str
+    largest_error: float  # between circuits run both ways; NaN if none was
+    n_verified: int
 
     @property
     def faithfulness(self) -> Float[Tensor, "mask"]:
@@ -56,6 +63,7 @@ def run_edges(
     metric: Any,
     *,
     ablation: str = "corrupted",
+    resume: str | Path | Resume | None = None,
 ) -> EdgeRuns:
     """What does the model say when only these edges carry what it computes, and the others carry an ablated run?
 
@@ -72,18 +80,20 @@ def run_edges(
 
     `ablation` is "corrupted" (the run on the corrupted prompt), "zero" (nodes write nothing, biases of W_O stay) or
     "mean" (every node's mean over the corrupted prompts, by position; these may be any prompts of the same length). A
-    plain function as metric sees all pairs at once, so that they are run together, whatever memory that takes.
+    plain function as metric sees all pairs at once, so that they are run together, whatever memory that takes. `resume`
+    names a file in which finished circuits are kept, as in `hl.patch`. A few circuits are run again by hooks on the
+    model's own forward pass, and the largest difference is in the result.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    return Bench(model, clean, corrupted, metric, ablation).run(kept)
+    return Bench(model, clean, corrupted, metric, ablation, resume=resume).run(kept)
 
 
 class Bench:
     """A model, prompt pairs and a metric, ready to be asked about one set of circuits after another.
 
-    With `keep` the ablated runs stay in memory between questions, where they fit.
+    With `keep` the ablated runs stay in memory between questions, where they fit. `resume`: a file for one question.
     """
 
     def __init__(
@@ -95,6 +105,7 @@ class Bench:
         ablation: str,
         *,
         keep: bool = False,
+        resume: str | Path | Resume | None = None,
     ):
         refuse(model)
         check_ablation(ablation)
@@ -104,6 +115,10 @@ class Bench:
         self.n_pairs = sum(len(group.index) for group in self.groups)
         order = torch.tensor([i for group in self.groups for i in group.index])
         self.order = order.argsort().to(model.device)
+        self.file, self.checked = None if resume is None else Resume.of(resume), False
+        if self.file is not None:  # before the metric is called for the first time, which may change what it refers to
+            asked = "circuits", ablation, [(group.index, group.clean, group.corrupted) for group in self.groups]
+            self.key = key_of(model, (asked, {}), metric, self.file)
         numbers = sum(group.clean.numel() for group in self.groups) * self.graph.n_sources * model.cfg.d_model
         self.keep = keep and numbers * model.dtype.itemsize <= current().memory
         self.kept_runners: list[EdgeRunner] = []
@@ -120,24 +135,37 @@ class Bench:
         masks = checked_masks(self.graph, kept)
         total = len(masks) * self.n_pairs
         bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
-        values, empty = [], []
-        with torch.no_grad(), packed_linears(rows=_POSITIONS), bar as advance:
+        checks = engine(verify=0) if self.checked else nullcontext()  # one question of a bench is run both ways
+        with products_of(self.file), hint(self.file, "run_edges"), bar as advance, checks:
             played = in_play(self.graph, masks, self.ablation)
+            values = self.base_per_pair.new_empty(len(masks), self.n_pairs)
+            file = None if self.file is None else self._progressed(masks, values)
+            at_once = self._positions(int(sources_of(self.graph, played).sum()))
+            parts, first = [], 0
             for runner in self._runners(played):
-                positions = runner.n_pairs * runner.embedded.shape[1]
-                at_once = max(
-                    1, min(_POSITIONS, self._positions(int(sources_of(self.graph, played).sum()))) // positions
-                )
-                found = []
-                for some in chunks(len(played), at_once):
-                    found.append(runner.values(played[some]))
-                    advance(len(found[-1]) * runner.n_pairs)
-                values.append(torch.cat(found))
-                empty.append(runner.reader.base)
-        per_pair, nothing = torch.cat(values, 1)[:, self.order], torch.cat(empty)[self.order]
-        if not bool(nothing.isfinite().all() & per_pair.isfinite().all()):
-            raise InputError("the metric of the ablated run or of a circuit is not finite, though the model's own is")
-        return EdgeRuns(per_pair, self.base_per_pair, nothing, self.ablation)
+                pairs = slice(first, first + runner.n_pairs)
+                part = None if file is None else Part(file, pairs)
+                new = torch.ones(len(masks), dtype=torch.bool)
+                new[list(part.finished() if part else ())] = False
+                values[new, pairs] = runner.reader.base
+                circuits = EdgePatches(runner, played, masks, at_once)
+                move = _times(advance, runner.n_pairs)
+                parts.append(run(circuits, runner.reader, values[:, pairs], kept=part, advance=move))
+                first = pairs.stop
+        self.checked = True
+        return EdgeRuns(
+            per_pair=values[:, self.order],
+            base_per_pair=self.base_per_pair,
+            empty_per_pair=torch.cat([part.base for part in parts])[self.order],
+            ablation=self.ablation,
+            largest_error=float(torch.tensor([part.largest_error for part in parts]).max()),
+            n_verified=sum(part.n_verified for part in parts),
+        )
+
+    def _progressed(self, masks: Kept, values: Float[Tensor, "mask pair"]) -> Progressed:
+        assert self.file is not None
+        key = identity((self.key, masks), "the circuits")
+        return Progressed(self.file.path, key, sketch_of(self.base_per_pair, ()), values, kernel_of(self.model))
 
     def _of_model(self, group: Pairs) -> Float[Tensor, "pair"]:
         n, metric = len(group.index), group.of(self.metric)
@@ -159,17 +187,15 @@ class Bench:
             if self.ablation != "corrupted":
                 shared = ablated_run(self.model, self.graph, group.corrupted, self.ablation, held)
             for rows in chunks(n, self._pairs_at_once(n_pos, int(held.sum()), n)):
-                clean, corrupted = group.clean[rows], group.corrupted[rows]
-                ablated = shared or ablated_run(self.model, self.graph, corrupted, self.ablation, held)
-                first = first_difference(clean, corrupted) if ablated.past and self.model.cfg.causal else 0
+                corrupted = group.corrupted[rows]
                 runner = EdgeRunner(
-                    model=self.model,
-                    graph=self.graph,
-                    clean=clean,
-                    metric=of_pairs(metric, rows, n),
-                    ablated=ablated,
+                    self.model,
+                    self.graph,
+                    group.clean[rows],
+                    of_pairs(metric, rows, n),
+                    cut=Cut(self.ablation, corrupted if self.ablation == "corrupted" else group.corrupted),
+                    ablated=shared or ablated_run(self.model, self.graph, corrupted, self.ablation, held),
                     held=held,
-                    first=first,
                 )
                 if self.keep:
                     self.kept_runners.append(runner)
@@ -215,6 +241,11 @@ def aligned_pairs(
     return groups
 
 
+def _times(advance: Advance, n: int) -> Advance:
+    """The bar moved n times as far: by runs of the pairs of a circuit."""
+    return lambda amount=1: advance(amount * n)
+
+
 def chunks(n: int, at_once: int) -> Iterator[slice]:
     """Slices of at most that many."""
     return (slice(i, min(i + at_once, n)) for i in range(0, n, at_once))
@@ -225,9 +256,3 @@ def of_pairs(metric: Any, rows: slice, n: int) -> Any:
     if rows == slice(0, n) or len(metric.reads.pos) == 1:
         return metric
     return metric.pairs(torch.arange(rows.start, rows.stop))
-
-
-def first_difference(clean: Tensor, corrupted: Tensor) -> int:
-    """The first position at which any pair's prompts differ; the last one where none does."""
-    differs = (clean != corrupted).any(0)
-    return int(differs.long().argmax()) if bool(differs.any()) else clean.shape[1] - 1

@@ -1,6 +1,6 @@
 """One batch of exact edge patching: prompt pairs of one length, with the ablated run that their cut edges carry."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot
-from hooklens.plugins.circuits.nodes import Run, embedded, head_outputs, mlp_output
+from hooklens.plugins.circuits.nodes import Run, ablated_run, embedded, head_outputs, mlp_output
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:
@@ -33,8 +33,22 @@ def sources_of(graph: CircuitGraph, masks: Kept) -> Bool[Tensor, "source"]:
     return wanted
 
 
+class Cut(NamedTuple):
+    """What cut edges carry: a kind of ablation, and the corrupted prompts of the pairs (for a mean, of all)."""
+
+    ablation: str
+    tokens: Int[Tensor, "pair pos"]
+
+    def nodes(
+        self, model: "HookedTransformer", graph: CircuitGraph, rows: Int[Tensor, "row"]
+    ) -> Float[Tensor, "source pair pos d_model"]:
+        """The ablated output of every node, on some of the pairs."""
+        tokens = self.tokens[rows] if self.ablation == "corrupted" else self.tokens
+        return ablated_run(model, graph, tokens, self.ablation).nodes
+
+
 class EdgeRunner:
-    """The metric of any circuits on some pairs. `held` says which nodes' outputs the ablated run has."""
+    """The streams of any circuits on some pairs. `held` says which nodes' outputs the ablated run has."""
 
     def __init__(
         self,
@@ -42,44 +56,42 @@ class EdgeRunner:
         graph: CircuitGraph,
         clean: Int[Tensor, "pair pos"],
         metric: Any,
+        *,
+        cut: Cut,
         ablated: Run,
         held: Bool[Tensor, "source"],
-        first: int,
     ):
-        self.model, self.graph, self.n_pairs = model, graph, len(clean)
+        self.model, self.graph, self.clean, self.cut, self.n_pairs = model, graph, clean, cut, len(clean)
+        first = first_difference(clean, cut.tokens) if ablated.past and model.cfg.causal else 0
         streams = [stream.expand(self.n_pairs, -1, -1) for stream in ablated.streams]
         self.reader = Reader(model, metric, streams[-1])
         self.start = first if self.reader.read is None else min(first, int(self.reader.read.min()))
-        self.before = streams[-1][:, : self.start]
         self.bases = [stream[:, self.start :] for stream in streams]
         self.held = held.nonzero().flatten()
         self.written = ablated.nodes[:, :, self.start :]
         self.ctx = _AfterPrefix(clean.shape[1], self.start, ablated.past, clean.device)
         self.embedded = embedded(model, clean)[:, self.start :]
 
-    def values(self, masks: Kept) -> Float[Tensor, "mask pair"]:
-        """The metric of each circuit on each pair; all nodes of the masks are held."""
+    def streams(self, masks: Kept) -> Float[Tensor, "mask pair some d_model"]:
+        """What leaves the last block with each circuit, where the metric reads, or from `start` on; all nodes of the
+        masks are held."""
         batch = _Batch(self, masks)
         for slot, base in zip(self.graph.slots[:-1], self.bases[:-1], strict=True):
             if slot.kind == "mlp":
                 batch.mlp(slot, base)
             else:
                 batch.heads(slot, base)
-        return self._measured(batch)
+        last, base, read = self.graph.slots[-1], self.bases[-1], self.reader.read
+        if read is None:
+            return batch.read(last, base)[:, 0]
+        at = torch.arange(self.n_pairs, device=base.device)[:, None], read - self.start
+        return batch.read(last, base[at], moved=batch.moved[:, :, *at])[:, 0]
 
-    def _measured(self, batch: "_Batch") -> Float[Tensor, "mask pair"]:
-        reader, base, n = self.reader, self.bases[-1], len(batch.kept)
-        if reader.rowwise():
-            assert reader.read is not None
-            row = torch.arange(self.n_pairs, device=base.device)
-            at = row[:, None], reader.read - self.start
-            x = batch.read(self.graph.slots[-1], base[at], moved=batch.moved[:, :, *at])[:, 0]
-            which = row.repeat(n)
-            return reader.values_of_rows(x.flatten(0, 1), which, torch.zeros_like(which)).view(n, -1)
-        streams = batch.read(self.graph.slots[-1], base)[:, 0]
-        whole = (torch.cat((self.before, stream), 1) for stream in streams)
-        measure = reader.on_stream if reader.read is not None else lambda x: reader.on_full(self.model.read_out(x))
-        return torch.stack([measure(stream) for stream in whole])
+
+def first_difference(clean: Tensor, corrupted: Tensor) -> int:
+    """The first position at which any pair's prompts differ; the last one where none does."""
+    differs = (clean != corrupted).any(0)
+    return int(differs.long().argmax()) if bool(differs.any()) else clean.shape[1] - 1
 
 
 class _Batch:

@@ -18,6 +18,7 @@ from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -188,7 +189,7 @@ def _ablate(
     """How much the loss rises without each head, NaN for the others; and the loss of the untouched run."""
     values = {name: act[:, : tokens.shape[1]] for name, act in mean.items()}
     made = plan(model, tokens, "z", values, patches=[Patch(layer, None, head) for layer, head in heads])
-    found = execute(made, metric)
+    found = execute(SitePatches(made), metric)
     rise = torch.full((len(tokens), model.cfg.n_layers, model.cfg.n_heads), torch.nan).to(found.values)
     layers, which = (list(part) for part in zip(*heads, strict=True))
     rise[:, layers, which] = (found.base - found.values).T

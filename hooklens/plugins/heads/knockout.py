@@ -19,6 +19,7 @@ from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -130,7 +131,7 @@ def knockout_after(
         # in a causal model nothing can change before the first query that has a marked key
         blocked = torch.stack([(keep < 1).any(-1).any(1) for keep in keeps]).any(0)
         first = torch.where(blocked.any(1), blocked.long().argmax(1), tokens.shape[1])
-        outcome = execute(replace(made, first_change=first.to(made.first_change)), metric)
+        outcome = execute(SitePatches(replace(made, first_change=first.to(made.first_change))), metric)
     fall = (outcome.base - outcome.values).T
     return Knockout([f"L{layer}H{head}" for layer, head in chosen], kind, fall, outcome.base, outcome.largest_error)
 

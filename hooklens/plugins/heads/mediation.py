@@ -1,6 +1,8 @@
 """By which road does a head act: straight to the logits, through later MLPs, or through later heads?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.hooks import HookFn
+from hooklens.core.names import Where
 from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
@@ -15,6 +19,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:
@@ -115,25 +120,24 @@ def mediation(
     names = ["z", "attn_out", "mlp_out"]
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, _there(model, names), stop_at_layer=model.cfg.n_layers)
-        reader = Reader(model, metric, stream)
+        base = Reader(model, metric, stream).base
         mean = mean_z(model, cache, reference, tokens)
-        found: list[list[Tensor]] = []
-        with progress("following roads", 4 * len(chosen), unit="runs") as advance:
-            for layer, head in chosen:
-                runs = []
-                for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",)):
-                    out = _run(model, tokens, cache=cache, mean=mean, layer=layer, head=head, frozen=frozen)
-                    runs.append(reader.base - on_stream(reader, out))
-                    advance()
-                found.append(runs)
-    total, direct, mlps, later = (torch.stack([runs[i] for runs in found], 1) for i in range(4))
+        runs = [
+            partial(_hooks, cache=cache, mean=mean, at=at, frozen=_there(model, frozen))
+            for at in chosen
+            for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",))
+        ]
+        edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in chosen))
+        with progress("following roads", len(runs) * len(tokens), unit="prompts") as advance:
+            values = edits.values(model, tokens, metric, advance)
+    total, direct, mlps, later = (base - values).view(len(chosen), 4, -1).permute(1, 2, 0)
     return Mediation(
         heads=[f"L{layer}H{head}" for layer, head in chosen],
         total=total,
         direct=direct,
         mlps=mlps - direct,
         later_heads=later - direct,
-        base_per_sequence=reader.base,
+        base_per_sequence=base,
     )
 
 
@@ -155,41 +159,37 @@ def mean_z(
     return {layer: other["z", layer].mean(0, keepdim=True) for layer in layers}
 
 
-def on_stream(reader: Reader, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
-    """The metric, whether or not it says what it reads."""
-    return reader.on_full(reader.model.read_out(stream)) if reader.read is None else reader.on_stream(stream)
-
-
-def _there(model: "HookedTransformer", names: list[str]) -> list[str]:
+def _there(model: "HookedTransformer", names: Sequence[str]) -> list[str]:
     points = model.hook_points()
     return [name for name in names if name != "mlp_out" or "blocks.0.hook_mlp_out" in points]
 
 
-def _run(
-    model: "HookedTransformer",
-    tokens: Tensor,
-    cache: "ActivationCache",
-    mean: dict,
-    layer: int,
-    head: int,
-    frozen: tuple,
-) -> Float[Tensor, "sequence pos d_model"]:
-    """The last stream without the head; later parts named in `frozen` keep what they wrote in the untouched run."""
-
-    def without(z: Tensor, hook: Any) -> Tensor:
-        z[:, :, head] = mean[layer][:, :, head]
-        return z
+def _hooks(
+    rows: Index, cache: "ActivationCache", mean: dict[int, Tensor], at: tuple[int, int], frozen: Sequence[str]
+) -> Hooks:
+    """In these rows the head is replaced, and later parts named in `frozen` keep their value of the untouched run."""
 
     def hold(act: Tensor, hook: Any) -> Tensor:
-        return cache[hook.name]
+        act[rows] = cache[hook.name]
+        return act
 
-    hooks: list = [(("z", layer), without)]
-    for name in _there(model, list(frozen)):
-        first = (
-            layer if name == "mlp_out" else layer + 1
-        )  # the own block's MLP may read the head; its attention is edited
-        hooks += [(f"blocks.{later}.hook_{name}", hold) for later in range(first, model.cfg.n_layers)]
-    return model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    hooks = [without(rows, mean, at)]
+    for name in frozen:
+        # the own block's MLP may read the head; its attention is edited
+        first = at[0] if name == "mlp_out" else at[0] + 1
+        hooks += [((name, later), hold) for later in range(first, len(mean))]
+    return hooks
+
+
+def without(rows: Index, mean: dict[int, Tensor], at: tuple[int, int]) -> tuple[Where, HookFn]:
+    """A hook that replaces a head's z by the mean, in these rows."""
+    layer, head = at
+
+    def edit(z: Tensor, hook: Any) -> Tensor:
+        z[rows, :, head] = mean[layer][:, :, head]
+        return z
+
+    return ("z", layer), edit
 
 
 def demo(model: "HookedTransformer") -> Mediation:

@@ -1,6 +1,7 @@
 """Do heads stand in for one another, or need one another? Joint ablation against the sum of single ones."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.mediation import mean_z, on_stream
+from hooklens.plugins.heads.mediation import mean_z, without
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:
@@ -135,17 +137,19 @@ def _redundancy(
 ) -> Redundancy:
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, "z", stop_at_layer=model.cfg.n_layers)
-        reader = Reader(model, metric, stream)
+        base = Reader(model, metric, stream).base
         mean = mean_z(model, cache, reference, tokens)
         n = len(chosen)
-        joint = torch.zeros(len(tokens), n, n).to(reader.base)
-        groups = [(i, i) for i in range(n)] + list(combinations(range(n), 2))
-        with progress("ablating pairs", len(groups), unit="runs") as advance:
-            for i, j in groups:
-                hooks = _without(mean, {chosen[i], chosen[j]})
-                out = model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
-                joint[:, i, j] = joint[:, j, i] = reader.base - on_stream(reader, out)
-                advance()
+        first, second = torch.triu_indices(n, n)
+        runs = [
+            partial(_without, mean=mean, heads={chosen[i], chosen[j]})
+            for i, j in zip(first.tolist(), second.tolist(), strict=True)
+        ]
+        edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in chosen))
+        with progress("ablating pairs", len(runs) * len(tokens), unit="prompts") as advance:
+            fall = base - edits.values(model, tokens, metric, advance)
+        joint = fall.new_zeros(len(tokens), n, n)
+        joint[:, first, second] = joint[:, second, first] = fall.T
         written = _outputs(model, cache, chosen)
     cka, shuffled = _cka(written), _cka(written, _shuffles(written, seed))
     return Redundancy(
@@ -154,21 +158,13 @@ def _redundancy(
         cosine=_cosine(written),
         cka=cka,
         cka_shuffled=shuffled,
-        base_per_sequence=reader.base,
+        base_per_sequence=base,
     )
 
 
-def _without(mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> list[tuple]:
+def _without(rows: Index, mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> Hooks:
     """A hook a head."""
-
-    def hook_of(layer: int, head: int) -> tuple:
-        def edit(z: Tensor, hook: Any) -> Tensor:
-            z[:, :, head] = mean[layer][:, :, head]
-            return z
-
-        return ("z", layer), edit
-
-    return [hook_of(layer, head) for layer, head in sorted(heads)]
+    return [without(rows, mean, head) for head in sorted(heads)]
 
 
 def _outputs(

@@ -9,7 +9,7 @@ from hooklens.plugins.patching.attribution_result import AttributionPatching
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import information_flow
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
-from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
+from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep
 from hooklens.plugins.patching.values import Mean
 from hooklens.plugins.patching.weight_randomisation import WeightRandomisation
@@ -21,6 +21,7 @@ __all__ = [
     "At",
     "AttributionPatching",
     "Choice",
+    "Fixed",
     "Freeze",
     "InformationFlow",
     "InputAttribution",
@@ -37,6 +38,4 @@ __all__ = [
     "integrated_gradients",
     "patch",
     "path_patch",
-    "path_patch_fixed",
-    "path_patch_fixed_frozen",
 ]

@@ -31,6 +31,7 @@ from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_v
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.plan import Patch, plan, settle_by, site_kind
 from hooklens.sweeps.settings import engine
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -219,7 +220,7 @@ def _one(
 ) -> Outcome:
     """The sweep over prompts of one length with one thing written."""
     made = plan(model, group.clean, site, written, by=by, patches=patches)
-    return execute(made, group.of(metric))
+    return execute(SitePatches(made), group.of(metric))
 
 
 def _needs(axes: tuple[str, ...], patches: Sequence[Patch] | None) -> tuple[str, ...]:

@@ -1,13 +1,12 @@
 """Activation patching: overwrite one site at a time and see how far the metric moves, exactly and for a whole grid."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
@@ -15,18 +14,15 @@ from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
-from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
-from hooklens.plugins.patching.two_runs import TwoRuns
+from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, labels_of, largest_first
+from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, with_other
 from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
-from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import first_nonfinite, not_finite
-from hooklens.sweeps.plan import grid, plan, settle_by, site_and_layer
-from hooklens.sweeps.resume import Resume
-from hooklens.sweeps.settings import pinned
+from hooklens.sweeps.plan import plan, settle_by, site_and_layer
+from hooklens.sweeps.resume import Resume, hint, products_of
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -166,25 +162,18 @@ def patch(
     check_metric(metric, groups)
     if isinstance(value, str) and value in ("clean", "corrupted"):
         check_prompts_differ(groups)
-    if resume is not None and len(groups) > 1:
-        raise InputError("resume= needs prompts of one length; patch each length on its own")
-    file = None if resume is None else Resume.of(resume)
-    with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024), _hint(resume):
-        both = [
-            _patch_group(model, group, metric=metric, site=site, by=axes, layer=layer, value=value, resume=file)
-            for group in groups
+    file = resume_of(resume, groups)
+    with products_of(file), hint(resume, "hl.patch"):
+        found = [
+            _sweep(model, group, metric, site=site, by=axes, layer=layer, value=value, resume=file) for group in groups
         ]
-    parts = [outcome for outcome, _ in both]
-    ends = (in_order(groups, [other for _, other in both]), in_order(groups, [p.base for p in parts]))
-    clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
-    shape = shape_of(model, site, axes, groups[0].clean.shape[1])
+    shape, outcome = found[0][0], joined(groups, [part for _, part in found])
+    clean_end, corrupted_end = ends_of(outcome, into)
     labels = labels_of(model, axes, shape, groups[0])
     if layer is not None:
-        shape, labels["layer"] = (1, *shape[1:]), [f"L{layer}"]
-    per_pair = in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
-    errors = torch.tensor([p.largest_error for p in parts])
+        labels["layer"] = [f"L{layer}"]
     return PatchSweep(
-        per_pair=per_pair,
+        per_pair=outcome.values.T.reshape(-1, *shape),
         clean_per_pair=clean_end,
         corrupted_per_pair=corrupted_end,
         site=site,
@@ -192,23 +181,12 @@ def patch(
         into=into,
         value=_word(value),
         labels=labels,
-        computed=sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(per_pair),
-        largest_error=float(errors.max()),
-        n_verified=sum(p.n_verified for p in parts),
-        how=parts[0].how,
-        kernel=parts[0].kernel,
+        computed=outcome.computed,
+        largest_error=outcome.largest_error,
+        n_verified=outcome.n_verified,
+        how=outcome.how,
+        kernel=outcome.kernel,
     )
-
-
-@contextmanager
-def _hint(resume: object) -> Iterator[None]:
-    """Tell somebody who interrupts a sweep how not to lose it."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if resume is None:
-            interrupt.add_note("hl.patch(..., resume=path) keeps what is finished in a file, and goes on from there")
-        raise
 
 
 def check_metric(metric: Any, groups: list[Pairs]) -> None:
@@ -228,28 +206,27 @@ def check_metric(metric: Any, groups: list[Pairs]) -> None:
         raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
 
 
-def _patch_group(
+def _sweep(
     model,
     group: Pairs,
     metric: Any,
+    *,
     site: str,
     by: tuple[str, ...],
     layer: int | None,
     value: Value,
     resume: Resume | None,
-) -> tuple[Outcome, Float[Tensor, "pair"]]:
-    """The sweep of one group, and the metric of the run that is not patched."""
+) -> tuple[tuple[int, ...], Outcome]:
+    """The shape of the grid and the sweep of the pairs of one length."""
     noising = _word(value) != "clean"
     into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
     written = _written(model, group, into=into, other=other, site=site, value=value)
-    patches = None  # the whole grid, which the plan makes
-    if layer is not None:
-        patches = [patch for patch in grid(model, site, by, into.shape[1])[1] if patch.layer == layer]
-    made = plan(model, into, site, written, by=by, patches=patches)
+    made = plan(model, into, site, written, by=by, layer=layer)
     given = dict(value) if isinstance(value, Mapping) else value
     made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep
-    outcome = execute(made, group.of(metric), resume=resume)
-    return outcome, _other_run(model, group, metric=metric, tokens=other, stream=made.donor, outcome=outcome)
+    stream = model(other, stop_at_layer=model.cfg.n_layers) if made.donor is None else made.donor
+    outcome = execute(SitePatches(made), group.of(metric), resume=resume, other=stream)
+    return made.shape, with_other(model, outcome, group, "corrupted" if noising else "clean")
 
 
 def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:
@@ -272,23 +249,6 @@ def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value:
     if isinstance(value, Tensor):
         return lambda act, name: value
     return value
-
-
-def _other_run(
-    model, group: Pairs, metric: Any, tokens: Int[Tensor, "pair pos"], stream: Tensor | None, outcome: Outcome
-) -> Float[Tensor, "pair"]:
-    """The metric of the run that is not patched; its stream is known where it gave the values."""
-    stream = model(tokens, stop_at_layer=model.cfg.n_layers) if stream is None else stream
-    found = Reader(model, group.of(metric), stream).base
-    if (said := not_finite(found)) is not None:
-        point = first_nonfinite(model, tokens)
-        where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
-        raise InputError(
-            f"the metric of the {'clean' if tokens is group.clean else 'corrupted'} run is {said}: {where}"
-        )
-    if group.aligned:  # the same prompt twice is the same number, not one to rounding
-        return torch.where((group.clean == group.corrupted).all(1), outcome.base, found)
-    return found
 
 
 def _word(value: Value) -> str:

@@ -25,6 +25,7 @@ from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.plan import Patch, has_site, plan, settle_by, site_kind
 from hooklens.sweeps.settings import current, engine
+from hooklens.sweeps.site_patches import SitePatches
 from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
@@ -177,7 +178,8 @@ def _exactly(
                 found.append(torch.zeros(len(group.index), 0))
                 continue
             written = group.clean if group.aligned else aligned(model, group.corrupted, group.clean, site)
-            outcome = execute(plan(model, group.corrupted, site, written, by=by, patches=patches), group.of(metric))
+            made = plan(model, group.corrupted, site, written, by=by, patches=patches)
+            outcome = execute(SitePatches(made), group.of(metric))
             found.append((outcome.values - outcome.base).T)
     return in_order(groups, found)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.plugins.patching.path_sweep import excludes_zero
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import q_values, ratio_interval
+from hooklens.results.statistics import Groups, q_values, ratio_interval
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class Choice(Result):
     """`per_receiver` paths are reported for each receiver, each beside `draws` turned senders drawn by `seed`.
 
     `choose_on`: at most so many pairs of the half that chooses, as all senders are swept there; None: all of it.
+    `group`: one label a pair, of which halves and intervals keep pairs of the same label together.
     """
 
     per_receiver: int = 4
     draws: int = 99
     choose_on: int | None = None
     seed: int = 0
+    group: Groups = None
 
     def __post_init__(self) -> None:
         for name in ("per_receiver", "draws", "choose_on"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.core.files import make_folder
 from hooklens.core.hooks import HookFn
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
@@ -33,8 +35,8 @@ def information_flow(
     *,
     receivers: Any,
     senders: Any = None,
-    group: Groups = None,
     choice: Choice | None = None,
+    resume: str | Path | None = None,
 ) -> InformationFlow:
     """Which path carries how much, from senders over the q, k or v of these receivers to the logits?
 
@@ -42,6 +44,7 @@ def information_flow(
     The strongest senders of each receiver are chosen on one half of the groups of pairs; what they carry is measured on
     the other, beside control senders: themselves turned into random directions, and all others at that receiver.
     `receivers` as there, each on its own; a dict names several that are patched together: {"queries": [("q", 9)]}.
+    `resume` names a folder with a file a sweep, so that an interrupted study goes on.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -51,7 +54,7 @@ def information_flow(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3; the halves and controls are ours.
     """
     options, sending = choice or Choice(), read_senders(model, senders)
-    pairs = _Pairs(model, clean, corrupted, metric, group)
+    pairs = _Pairs(model, clean, corrupted, metric, options.group, folder=resume)
     first, second = pairs.halves(options.seed)
     chosen_on = first[: options.choose_on]
     parts = [
@@ -70,7 +73,7 @@ def information_flow(
         group=pairs.group[second],
         halved=len(second) < len(pairs.group),
         largest_error=max(part.largest_error for part in parts),
-        choice=options,
+        choice=replace(options, group=None),  # which pairs belong together stands in `group`
     )
 
 
@@ -91,12 +94,22 @@ class _PathsTo(NamedTuple):
 class _Pairs:
     """The prompt pairs, their metric and groups, of which some are swept at a time."""
 
-    def __init__(self, model: "HookedTransformer", clean: Prompts, corrupted: Prompts, metric: Any, group: Groups):
+    def __init__(
+        self,
+        model: "HookedTransformer",
+        clean: Prompts,
+        corrupted: Prompts,
+        metric: Any,
+        group: Groups,
+        *,
+        folder: str | Path | None,
+    ):
         self.model, self.metric = model, metric
         self.clean, self.corrupted = rows_of(model, clean, "clean"), rows_of(model, corrupted, "corrupted")
         if len(self.clean) != len(self.corrupted):
             raise InputError(f"{len(self.clean)} clean and {len(self.corrupted)} corrupted prompts are no pairs")
         self.group = group_numbers(len(self.clean), group)
+        self.folder, self.n_sweeps = None if folder is None else make_folder(folder), 0
 
     def halves(self, seed: int) -> tuple[Tensor, Tensor]:
         """To choose on, to report on; with one group of pairs both are all of them."""
@@ -107,7 +120,9 @@ class _Pairs:
         """The edges from these senders to the receivers, for some pairs."""
         clean, corrupted, metric, rest, asked = self._some(index)
         ends, starts = self._at(receivers, asked), self._at(senders, asked)
-        found = path_patch(self.model, clean, corrupted, metric, receivers=ends, senders=starts)
+        file = None if self.folder is None else self.folder / f"paths-{self.n_sweeps}"
+        self.n_sweeps += 1
+        found = path_patch(self.model, clean, corrupted, metric, receivers=ends, senders=starts, resume=file)
         return replace(found.of_pairs(rest), group=self.group[index])
 
     def whole(self, index: Tensor, receivers: tuple[Receiver, ...], base: PathSweep) -> Float[Tensor, "pair"]:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import DRAWS, halves, mean_interval, q_values, ratio_interval, sign_flip_p
+from hooklens.results.statistics import (
+    DRAWS,
+    Groups,
+    group_numbers,
+    halves,
+    mean_interval,
+    q_values,
+    ratio_interval,
+    sign_flip_p,
+)
 
 _BARS = 40
 Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
@@ -19,9 +28,9 @@ Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
 class PathSweep(TwoRuns, Result):
     """The metric after each sender was patched into the receivers, beside that of the two runs it lies between.
 
-    `semantics` says what the receivers read: see `path_patch`, `path_patch_fixed`, `path_patch_fixed_frozen`.
-    `place` is each sender's layer and head (-1: none); `reaches` says which senders come before some receiver: the
-    effect of the others is 0. Pairs of one `group` share something: intervals resample groups.
+    `semantics` says what the receivers read: see `path_patch` and `Fixed`. `place` is each sender's layer and head (-1:
+    none); `reaches` says which senders come before some receiver: the effect of the others is 0. Pairs of one `group`
+    share something, see `grouped`: intervals resample groups.
     """
 
     ranked_by = "change of the metric"
@@ -132,6 +141,10 @@ class PathSweep(TwoRuns, Result):
         """The same sweep of some pairs only."""
         fields = ("per_pair", "clean_per_pair", "corrupted_per_pair", "group")
         return replace(self, **{name: getattr(self, name)[index] for name in fields})
+
+    def grouped(self, labels: Groups) -> "PathSweep":
+        """The same sweep with one label a pair: pairs of one label share something, and intervals resample groups."""
+        return replace(self, group=group_numbers(len(self.per_pair), labels))
 
     def figure(self) -> Any:
         """Layers by heads, MLPs in the last column: the share of the difference that each sender's path carries.

@@ -21,8 +21,9 @@ from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steer import Direction, adding, of_point, point_shape, steer
-from hooklens.plugins.steering.variants import Hooks, Row, Variants, check_texts, first_layer, unit_controls
+from hooklens.plugins.steering.variants import Row, Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result
+from hooklens.sweeps.many_edits import Hooks
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -16,9 +16,10 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
 from hooklens.plugins.steering.steer import ablate_direction, removing, stream_sites
-from hooklens.plugins.steering.variants import Hooks, Variants, check_texts, first_layer, unit_controls
+from hooklens.plugins.steering.variants import Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, null_p, quantiles
+from hooklens.sweeps.many_edits import Hooks
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

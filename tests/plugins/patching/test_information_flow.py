@@ -47,11 +47,11 @@ def test_in_an_induction_model_the_previous_token_head_carries_all_to_the_keys()
 def test_each_number_is_that_of_the_sweeps_it_is_made_of():
     model = tiny_model(n_layers=3, dtype=torch.float64)
     group = torch.arange(N) // 2
-    found = flow(model, receivers=[("q", 2, 0), "MLP1"], group=group)
+    found = flow(model, receivers=[("q", 2, 0), "MLP1"], choice=Choice(per_receiver=2, draws=19, group=group))
     first, second = halves(N, group=group, seed=0)
     for receiver, name in ((("q", 2, 0), "L2H0.q"), ("MLP1", "MLP1")):
         metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
-        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver, group=group)
+        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver).grouped(group)
         chosen = sweep.of_pairs(first).order()[:2]
         columns = [i for i, path in enumerate(found.paths) if path.endswith(f"to {name}")]
         assert [found.paths[i] for i in columns] == [f"{sweep.senders[i]} to {name}" for i in chosen]
@@ -223,3 +223,24 @@ def test_options_that_make_no_sense_are_refused():
         information_flow(tiny_model(), [[1, 2]], [[1, 2], [1, 3]], lambda x: x[:, 0, 0], receivers="final")
     with pytest.raises(hl.HooklensError, match=r"no sender reaches L0H0\.q"):
         flow(tiny_model(), receivers=("q", 0, 0))
+
+
+def test_an_interrupted_study_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    from hooklens.sweeps.resume import Progressed
+
+    model, save, saves = tiny_model(n_layers=3), Progressed.save, []
+
+    def save_and_stop(self, finished):
+        save(self, finished)
+        saves.append(self.path.name)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    study = {"receivers": [("q", 2, 0), "MLP1"], "choice": Choice(per_receiver=1, draws=3)}
+    monkeypatch.setattr(Progressed, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        flow(model, **study, resume=tmp_path / "study")
+    resumed, whole = flow(model, **study, resume=tmp_path / "study"), flow(model, **study)
+    assert saves == ["paths-0", "paths-1", "paths-2", "paths-3"]  # what was finished was not run again
+    assert torch.equal(resumed.moved, whole.moved) and torch.equal(resumed.turned, whole.turned)
+    assert resumed.paths == whole.paths and torch.equal(resumed.gap, whole.gap)
