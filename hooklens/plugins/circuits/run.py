@@ -14,10 +14,11 @@ from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.nodes import ablated_run, check_ablation, refuse
+from hooklens.plugins.circuits.nodes import ablated_runs, refuse
 from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Replacement, Value, as_replacement, is_run
 from hooklens.sweeps.settings import current
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class EdgeRuns(Result):
     per_pair: Float[Tensor, "mask pair"]
     model_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
-    ablation: str
+    replacement: str
 
     @property
     def faithfulness(self) -> Float[Tensor, "mask"]:
@@ -55,7 +56,7 @@ def run_edges(
     corrupted: Prompts | None,
     metric: Any,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
 ) -> EdgeRuns:
     """What does the model say when only these edges carry what it computes, and the others carry an ablated run?
 
@@ -66,18 +67,19 @@ def run_edges(
     >>> from hooklens.testing import or_gate
     >>> model = or_gate(); graph = circuit_graph(model)
     >>> kept = torch.stack([graph.mask(["L0H0->MLP0", "MLP0->logits"]), graph.mask(["MLP0->logits"])])
-    >>> run_edges(model, kept, [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero").per_pair
+    >>> run_edges(model, kept, [[0]], None, lambda logits: logits[:, -1, 1], value="zero").per_pair
     tensor([[1.],
             [0.]])
 
-    `ablation` is "corrupted" (the run on the corrupted prompt), "zero" (nodes write nothing, biases of W_O stay) or
-    "mean" (every node's mean over the corrupted prompts, by position; these may be any prompts of the same length). A
-    plain function as metric sees all pairs at once, so that they are run together, whatever memory that takes.
+    `value` is what ablated edges carry, as in `hl.patch`: "corrupted" (the run on the corrupted prompt), "zero" (nodes
+    write nothing, biases of W_O stay), "mean" (every node's mean over the clean prompts), or any other `Replacement`,
+    such as Mean(reference=prompts). A plain function as metric sees all pairs at once, so that they are run together,
+    whatever memory that takes.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    return Bench(model, clean, corrupted, metric, ablation).run(kept)
+    return Bench(model, clean, corrupted, metric, value).run(kept)
 
 
 class Bench:
@@ -92,15 +94,14 @@ class Bench:
         clean: Prompts,
         corrupted: Prompts | None,
         metric: Any,
-        ablation: str,
+        value: Value,
         *,
         keep: bool = False,
     ):
         refuse(model)
-        check_ablation(ablation)
-        self.model, self.metric, self.ablation = model, metric, ablation
+        self.model, self.metric, self.replacement = model, metric, as_replacement(value)
         self.graph = circuit_graph(model)
-        self.groups = aligned_pairs(model, clean, corrupted, metric, ablation)
+        self.groups = aligned_pairs(model, clean, corrupted, metric, self.replacement)
         self.n_pairs = sum(len(group.index) for group in self.groups)
         order = torch.tensor([i for group in self.groups for i in group.index])
         self.order = order.argsort().to(model.device)
@@ -122,7 +123,7 @@ class Bench:
         bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
         values, empty = [], []
         with torch.no_grad(), packed_linears(rows=_POSITIONS), bar as advance:
-            played = in_play(self.graph, masks, self.ablation)
+            played = in_play(self.graph, masks, rooted=self.replacement.from_runs)
             for runner in self._runners(played):
                 positions = runner.n_pairs * runner.embedded.shape[1]
                 at_once = max(
@@ -137,7 +138,12 @@ class Bench:
         per_pair, nothing = torch.cat(values, 1)[:, self.order], torch.cat(empty)[self.order]
         if not bool(nothing.isfinite().all() & per_pair.isfinite().all()):
             raise InputError("the metric of the ablated run or of a circuit is not finite, though the model's own is")
-        return EdgeRuns(per_pair, self.model_per_pair, nothing, self.ablation)
+        return EdgeRuns(
+            per_pair=per_pair,
+            model_per_pair=self.model_per_pair,
+            empty_per_pair=nothing,
+            replacement=str(self.replacement),
+        )
 
     def _of_model(self, group: Pairs) -> Float[Tensor, "pair"]:
         n, metric = len(group.index), group.of(self.metric)
@@ -153,15 +159,12 @@ class Bench:
             yield from self.kept_runners
             return
         held = torch.ones(self.graph.n_sources, dtype=torch.bool) if self.keep else sources_of(self.graph, played)
-        for group in self.groups:
+        for group, ablated_of in ablated_runs(self.model, self.graph, self.groups, self.replacement, held):
             n, n_pos = group.clean.shape
-            metric, shared = group.of(self.metric), None
-            if self.ablation != "corrupted":
-                shared = ablated_run(self.model, self.graph, group.corrupted, self.ablation, held)
+            metric = group.of(self.metric)
             for rows in chunks(n, self._pairs_at_once(n_pos, int(held.sum()), n)):
-                clean, corrupted = group.clean[rows], group.corrupted[rows]
-                ablated = shared or ablated_run(self.model, self.graph, corrupted, self.ablation, held)
-                first = first_difference(clean, corrupted) if ablated.past and self.model.cfg.causal else 0
+                clean, ablated = group.clean[rows], ablated_of(rows)
+                first = first_difference(clean, ablated.tokens) if self.model.cfg.causal else 0
                 runner = EdgeRunner(
                     model=self.model,
                     graph=self.graph,
@@ -198,11 +201,11 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
 
 
 def aligned_pairs(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, ablation: str
+    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, replacement: Replacement
 ) -> list[Pairs]:
     """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
-    if corrupted is None and ablation != "zero":
-        raise InputError(f"ablation={ablation!r} needs corrupted prompts; only ablation='zero' does without")
+    if corrupted is None and is_run(replacement, "corrupted"):
+        raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
     groups = read_pairs(model, clean, clean if corrupted is None else corrupted, ())
     for group in groups:
         if not group.aligned:
@@ -227,7 +230,9 @@ def of_pairs(metric: Any, rows: slice, n: int) -> Any:
     return metric.pairs(torch.arange(rows.start, rows.stop))
 
 
-def first_difference(clean: Tensor, corrupted: Tensor) -> int:
-    """The first position at which any pair's prompts differ; the last one where none does."""
-    differs = (clean != corrupted).any(0)
+def first_difference(clean: Tensor, other: Tensor | None) -> int:
+    """The first position at which any pair's prompts differ; the last one where none does, 0 without another run."""
+    if other is None:
+        return 0
+    differs = (clean != other).any(0)
     return int(differs.long().argmax()) if bool(differs.any()) else clean.shape[1] - 1

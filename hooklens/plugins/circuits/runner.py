@@ -19,9 +19,11 @@ Kept = Bool[Tensor, "mask edge"] | Float[Tensor, "mask edge"]
 Moved = Float[Tensor, "mask source pair pos d_model"]
 
 
-def in_play(graph: CircuitGraph, masks: Kept, ablation: str) -> Kept:
-    """The masks without the edges that can change nothing: they carry the ablated value anyway, or lead nowhere."""
-    rooted = ablation == "corrupted"  # with zeros or means for inputs a node still writes something of its own
+def in_play(graph: CircuitGraph, masks: Kept, *, rooted: bool) -> Kept:
+    """The masks without the edges that can change nothing: they carry the ablated value anyway, or lead nowhere.
+
+    `rooted`: the ablated run is one of the model. With zeros or means for inputs a node writes something of its own.
+    """
     path = graph.on_a_path(masks.ne(0), rooted=rooted)
     return masks & path if masks.dtype == torch.bool else masks * path
 

@@ -14,11 +14,12 @@ from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.mediation import mean_z, on_stream
+from hooklens.plugins.heads.mediation import on_stream, written_z
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Mean, Value
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -102,13 +103,13 @@ def redundancy(
     metric: Any,
     heads: Heads,
     *,
-    reference: Int[Tensor, "other other_pos"] | None = None,
+    value: Value = "mean over positions",
     seed: int = 0,
 ) -> Redundancy:
     """Which of these heads are redundant, which complementary? Every head and every pair is ablated, exactly.
 
-    Ablated heads hold their mean z over the `reference` prompts, position by position (over the prompts' own positions,
-    if none are given). Choose the heads on other sequences than those given here.
+    `value` is what is written in place of an ablated head's z, as in `hl.ablate`: its mean over all positions of the
+    prompts, or `hl.Mean(reference=prompts)` by position. Choose the heads on other sequences than those given here.
 
     >>> from hooklens.testing import or_gate
     >>> gate = or_gate()                              # two heads; either one is enough
@@ -124,7 +125,7 @@ def redundancy(
     tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     if len(chosen) < 2:
         raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
-    return _redundancy(model, tokens, metric=metric, chosen=chosen, reference=reference, seed=seed)
+    return _redundancy(model, tokens, metric=metric, chosen=chosen, value=value, seed=seed)
 
 
 def _redundancy(
@@ -132,19 +133,19 @@ def _redundancy(
     tokens: Tensor,
     metric: Any,
     chosen: list[tuple[int, int]],
-    reference: Tensor | None,
+    value: Value,
     seed: int,
 ) -> Redundancy:
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, "z", stop_at_layer=model.cfg.n_layers)
         reader = Reader(model, metric, stream)
-        mean = mean_z(model, cache, reference, tokens)
+        new = written_z(model, tokens, cache, value)
         n = len(chosen)
         joint = torch.zeros(len(tokens), n, n).to(reader.base)
         groups = [(i, i) for i in range(n)] + list(combinations(range(n), 2))
         with progress("ablating pairs", len(groups), unit="runs") as advance:
             for i, j in groups:
-                hooks = _without(mean, {chosen[i], chosen[j]})
+                hooks = _without(new, {chosen[i], chosen[j]})
                 out = model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
                 joint[:, i, j] = joint[:, j, i] = reader.base - on_stream(reader, out)
                 advance()
@@ -160,12 +161,12 @@ def _redundancy(
     )
 
 
-def _without(mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> list[tuple]:
+def _without(new: dict[str, Tensor], heads: set[tuple[int, int]]) -> list[tuple]:
     """A hook a head."""
 
     def hook_of(layer: int, head: int) -> tuple:
         def edit(z: Tensor, hook: Any) -> Tensor:
-            z[:, :, head] = mean[layer][:, :, head]
+            z[:, :, head] = new[hook.name][:, :, head]
             return z
 
         return ("z", layer), edit
@@ -211,4 +212,4 @@ def demo(model: "HookedTransformer") -> Redundancy:
     text, others = both.part(0, 4), both.part(4, 8)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
     # a model of one head has no pair to show, which a user is told and a demo is not
-    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), reference=others.tokens, seed=0)
+    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), value=Mean(others.tokens), seed=0)

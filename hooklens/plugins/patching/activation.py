@@ -1,6 +1,6 @@
 """Activation patching: overwrite one site at a time and see how far the metric moves, exactly and for a whole grid."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
@@ -18,23 +18,18 @@ from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
 from hooklens.plugins.patching.two_runs import TwoRuns
-from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, not_finite
-from hooklens.sweeps.plan import grid, plan, settle_by, site_and_layer
+from hooklens.sweeps.plan import grid, plan, points_of, settle_by, site_and_layer
+from hooklens.sweeps.replacement import Replacement, Value, Written, as_replacement, is_run, targets_of
 from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import pinned
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
-
-_WORDS = ("clean", "corrupted", "zero", "mean")
-
-
-Value = str | Mean | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +42,7 @@ class PatchSweep(TwoRuns, Result):
     site: str
     by: tuple[str, ...]
     into: str
-    value: str
+    replacement: str
     labels: dict[str, list[str]]
     computed: float
     largest_error: float
@@ -122,7 +117,7 @@ class PatchSweep(TwoRuns, Result):
     def figure(self, rows: int | None = STRONGEST) -> Any:
         """A heat map over two axes, bars with their interval over one; of three the strongest `rows`, None for all."""
         shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
-        title = f"{self.site}: {name} ({self.value} into {self.into})"
+        title = f"{self.site}: {name} ({self.replacement} into {self.into})"
         ends = self.interval() if len(self.by) == 1 else None
         return draw_grid(shown, self.by, labels=self.labels, title=title, name=name, ends=ends, rows=rows)
 
@@ -152,9 +147,10 @@ def patch(
     `site` is resid_pre/mid/post, attn_out, mlp_out, post (neurons), z, q, k, v, pattern or result, at every layer or,
     as `hl.site("z", 5)`, at one. `by` is the grid: "layer x pos", "layer x head", "layer x head x pos", "layer x
     neuron", "layer". `value` is "clean" (written into the corrupted run) or, written into the clean run, "corrupted"
-    (noising), "zero", "mean" over the clean prompts, Mean(reference=prompts), a tensor, a cache, or a function of
-    (activation, point). `resume` names a file in which finished parts are kept, so that an interrupted sweep goes on; a
-    metric that cannot be recognised there needs a name, `hl.Resume(path, key="...")`.
+    (noising), "zero", "mean" (over the clean prompts), any other `Replacement` such as Mean(reference=prompts), a
+    tensor, a cache, or a function of (activation, point). `resume` names a file in which finished parts are kept, so
+    that an interrupted sweep goes on; a metric that cannot be recognised there needs a name,
+    `hl.Resume(path, key="...")`.
 
     Clean and corrupted prompts of different length can be swept by layer or head: positions are matched at the shared
     beginning and end, and those between keep their own value. Memory, checks and the plain loop: `hl.engine(...)`.
@@ -162,20 +158,19 @@ def patch(
     Reference: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
     """
     site, layer = site_and_layer(model, site)
-    axes = settle_by(model, site, by)
-    into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
+    axes, replacement = settle_by(model, site, by), as_replacement(value)
+    into = "corrupted" if is_run(replacement, "clean") else "clean"
     groups = read_pairs(model, clean, corrupted, axes)
     check_metric(metric, groups)
-    if isinstance(value, str) and value in ("clean", "corrupted"):
+    if is_run(replacement, "clean") or is_run(replacement, "corrupted"):
         check_prompts_differ(groups)
     if resume is not None and len(groups) > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
     file = None if resume is None else Resume.of(resume)
     with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024), _hint(resume):
-        both = [
-            _patch_group(model, group, metric=metric, site=site, by=axes, layer=layer, value=value, resume=file)
-            for group in groups
-        ]
+        written = replacement.once(targets_of(model, groups, points_of(model, site), into=into))
+        asked = _Asked(metric=metric, site=site, by=axes, layer=layer, into=into, replacement=replacement, file=file)
+        both = [_patch_group(model, group, to, asked) for group, to in zip(groups, written, strict=True)]
     parts = [outcome for outcome, _ in both]
     ends = (in_order(groups, [other for _, other in both]), in_order(groups, [p.base for p in parts]))
     clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
@@ -192,7 +187,7 @@ def patch(
         site=site,
         by=axes,
         into=into,
-        value=_word(value),
+        replacement=str(replacement),
         labels=labels,
         computed=sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(per_pair),
         largest_error=float(errors.max()),
@@ -230,50 +225,31 @@ def check_metric(metric: Any, groups: list[Pairs]) -> None:
         raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
 
 
-def _patch_group(
-    model,
-    group: Pairs,
-    metric: Any,
-    site: str,
-    by: tuple[str, ...],
-    layer: int | None,
-    value: Value,
-    resume: Resume | None,
-) -> tuple[Outcome, Float[Tensor, "pair"]]:
+@dataclass(frozen=True)
+class _Asked:
+    """What a sweep does with each group of pairs."""
+
+    metric: Any
+    site: str
+    by: tuple[str, ...]
+    layer: int | None
+    into: str
+    replacement: Replacement
+    file: Resume | None
+
+
+def _patch_group(model, group: Pairs, written: Written, asked: _Asked) -> tuple[Outcome, Float[Tensor, "pair"]]:
     """The sweep of one group, and the metric of the run that is not patched."""
-    noising = _word(value) != "clean"
-    into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
-    written = _written(model, group, into=into, other=other, site=site, value=value)
+    into, other = (group.clean, group.corrupted) if asked.into == "clean" else (group.corrupted, group.clean)
     patches = None  # the whole grid, which the plan makes
-    if layer is not None:
-        patches = [patch for patch in grid(model, site, by, into.shape[1])[1] if patch.layer == layer]
-    made = plan(model, into, site, written, by=by, patches=patches)
-    given = dict(value) if isinstance(value, Mapping) else value
-    made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep
-    outcome = execute(made, group.of(metric), resume=resume)
-    return outcome, _other_run(model, group, metric=metric, tokens=other, stream=made.donor, outcome=outcome)
-
-
-def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:
-    """What a plan takes as values: other tokens, activations by point, or a function."""
-    if isinstance(value, str):
-        if value not in _WORDS:
-            raise did_you_mean("value to write", value, _WORDS)
-        if value in ("clean", "corrupted"):
-            return other if group.aligned else aligned(model, into, other, site)
-        if value == "zero":
-            return lambda act, name: torch.zeros_like(act)
-        if len(into) < 2:
-            raise InputError(
-                "value='mean' is the mean over the pairs, and there is one pair; give more, or "
-                "value=hl.Mean(reference=prompts)"
-            )
-        return lambda act, name: act.mean(0, keepdim=True)
-    if isinstance(value, Mean):
-        return mean_of(model, value, into, site)
-    if isinstance(value, Tensor):
-        return lambda act, name: value
-    return value
+    if asked.layer is not None:
+        whole_grid = grid(model, asked.site, asked.by, into.shape[1])[1]
+        patches = [patch for patch in whole_grid if patch.layer == asked.layer]
+    made = plan(model, into, asked.site, written, by=asked.by, patches=patches)
+    made = replace(made, source=(asked.replacement, group.clean, group.corrupted))
+    outcome = execute(made, group.of(asked.metric), resume=asked.file)
+    stream = made.donor if written is other else None
+    return outcome, _other_run(model, group, metric=asked.metric, tokens=other, stream=stream, outcome=outcome)
 
 
 def _other_run(
@@ -291,12 +267,6 @@ def _other_run(
     if group.aligned:  # the same prompt twice is the same number, not one to rounding
         return torch.where((group.clean == group.corrupted).all(1), outcome.base, found)
     return found
-
-
-def _word(value: Value) -> str:
-    if isinstance(value, str):
-        return value
-    return "mean of reference" if isinstance(value, Mean) else "given value"
 
 
 def demo(model: "HookedTransformer") -> PatchSweep:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hooklens.core.errors import did_you_mean
+from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.model.linear import packed_linears
@@ -18,6 +18,7 @@ from hooklens.sweeps.execute_paths import execute_paths
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, read_receivers, read_senders
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, plan_paths
+from hooklens.sweeps.replacement import Value, as_replacement, is_run
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -31,7 +32,7 @@ def path_patch(
     *,
     receivers: Any = "final",
     senders: Any = None,
-    value: str = "clean",
+    value: Value = "clean",
     group: Groups = None,
 ) -> PathSweep:
     """What does each component tell these readers? Only the edges from sender to receivers carry its new value.
@@ -81,7 +82,7 @@ def path_patch_fixed(
     *,
     receivers: Any = "final",
     senders: Any = None,
-    value: str = "clean",
+    value: Value = "clean",
     group: Groups = None,
 ) -> PathSweep:
     """What does each component tell these readers, directly and through MLPs? The procedure of Wang et al.
@@ -120,7 +121,7 @@ def path_patch_fixed_frozen(
     *,
     receivers: Any = "final",
     senders: Any = None,
-    value: str = "clean",
+    value: Value = "clean",
     group: Groups = None,
 ) -> PathSweep:
     """What does each component tell these readers directly? `path_patch_fixed` with the MLPs frozen too.
@@ -150,8 +151,7 @@ def path_patch_fixed_frozen(
 
 
 def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, senders, value, group) -> PathSweep:
-    if value not in ("clean", "corrupted"):
-        raise did_you_mean("value to send", str(value), ("clean", "corrupted"))
+    value = _read_run(value)
     sending, reading = read_senders(model, senders), read_receivers(model, receivers)
     groups = _aligned(model, clean, corrupted)
     check_metric(metric, groups)
@@ -183,6 +183,16 @@ def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, send
         how=parts[0].how,
         kernel=parts[0].kernel,
     )
+
+
+def _read_run(value: Value) -> str:
+    """The run of the pair whose value is sent."""
+    replacement = as_replacement(value)
+    if not (is_run(replacement, "clean") or is_run(replacement, "corrupted")):
+        raise InputError(
+            f"a path carries the value of the pair's other run, value='clean' or 'corrupted'; got {replacement.label!r}"
+        )
+    return replacement.label
 
 
 def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> list[Pairs]:
