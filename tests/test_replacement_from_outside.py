@@ -2,13 +2,13 @@
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 from close import close
 from model.zoo import TOKENS, zoo_model
 from refused import refused
+from third_party_plugin.hooklens_median import MedianOver
 
 import hooklens as hl
 from hooklens.core.errors import FileRefused, InputError, WrongType
@@ -23,20 +23,6 @@ from hooklens.testing import or_gate, tiny_model
 CORRUPTED = TOKENS.roll(1, 1)
 REFERENCE = [[9, 8, 1, 0, 3], [3, 0, 10, 7, 2], [6, 6, 2, 9, 5]]
 METRIC = {"answer": [3, 4], "wrong_answer": [5, 6]}
-
-
-@dataclass(frozen=True, eq=False)
-class MedianOver(Replacement):
-    """The median over reference prompts, by position where their lengths allow it."""
-
-    reference: Any
-
-    def write(self, target):
-        rows = target.rows(self.reference)
-        runs = [target.read(row[None]) for row in rows]
-        if target.fits(rows):
-            return {name: torch.cat([run[name] for run in runs]).median(0).values for name in target.points}
-        return {name: torch.cat([run[name][0] for run in runs]).median(0).values for name in target.points}
 
 
 @dataclass(frozen=True, eq=False)
