@@ -87,7 +87,7 @@ from hooklens.data.repeated import repeated_tokens
 pair = scores.order("induction")[:2] if TINY else found.scores.order("induction")[:2]
 text = repeated_tokens(model, 24, seed=7)
 measured, reference = text.part(0, 12), text.part(12, 24)
-both = redundancy(model, measured.tokens, measured.metric(), pair, reference=reference.tokens)
+both = redundancy(model, measured.tokens, measured.metric(), pair, value=hl.Mean(reference.tokens))
 print(both.table())
 low, high = (float(end[0, 1]) for end in mean_interval(both.interaction))
 verdict = (

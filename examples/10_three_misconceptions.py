@@ -18,7 +18,6 @@ import torch
 import hooklens as hl
 from hooklens.data.ioi import ioi
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.ablation_kinds import Resample
 from hooklens.plugins.probing.causal import causal_check
 from hooklens.plugins.probing.probes import WhitenedMassMean
 from hooklens.plugins.probing.task import read_task
@@ -26,6 +25,7 @@ from hooklens.plugins.probing.train import train_probe
 from hooklens.results.claims.registration import Registration
 from hooklens.results.statistics import halves, mean_interval
 from hooklens.sweeps.plan import Patch
+from hooklens.sweeps.replacement import Resample
 from hooklens.testing import tiny_model
 from hooklens.viz import bars
 

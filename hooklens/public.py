@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hooklens import studies
     from hooklens.plugins import circuits, heads, lens, patching, probing, steering, weights
     from hooklens.plugins.lens import logit_lens
-    from hooklens.plugins.patching import Mean, PatchSweep, ablate, patch, path_patch
+    from hooklens.plugins.patching import Mean, PatchSweep, Replacement, ablate, patch, path_patch
     from hooklens.plugins.probing import train_probe
     from hooklens.plugins.steering import steer
 
@@ -43,6 +43,7 @@ _FAMILIES = {
 _VERBS = {
     "Mean": "patching",
     "PatchSweep": "patching",
+    "Replacement": "patching",
     "ablate": "patching",
     "logit_lens": "lens",
     "patch": "patching",
@@ -63,6 +64,7 @@ __all__ = [
     "KVCache",
     "Mean",
     "PatchSweep",
+    "Replacement",
     "Result",
     "Resume",
     "Site",

@@ -26,6 +26,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins import find
 from hooklens.results import statistics
 from hooklens.results.result import Result, Table
+from hooklens.results.result_file import Kept
 
 __all__ = ["and_gate", "check_plugin", "induction_model", "methods", "or_gate", "same", "tiny_model"]
 
@@ -506,7 +507,7 @@ def same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, Tensor):
         return _digest(a) == _digest(b)
-    if isinstance(a, Result):
+    if isinstance(a, Kept):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     if isinstance(a, Mapping):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)

@@ -22,7 +22,7 @@ from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench, run_edges
 from hooklens.plugins.heads import knockout, mediation, redundancy
 from hooklens.plugins.lens import calibration, direct_logit_attribution, logit_lens, trajectory
-from hooklens.plugins.patching import Resample, ablate, path_patch
+from hooklens.plugins.patching import Mean, Resample, ablate, path_patch
 from hooklens.plugins.steering import ablate_direction, direction_ablation, steer
 from hooklens.results import statistics
 from hooklens.testing import induction_model, tiny_model
@@ -161,10 +161,10 @@ VERBS = {
         model, put(TOKENS), loss(model, put(TOKENS)), mask=put(torch.ones(2, 5, 5).tril(-1).bool())
     ).table(),
     "redundancy": lambda model, put: redundancy(
-        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], reference=put(CORRUPTED)
+        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], value=Mean(put(CORRUPTED))
     ).table(),
     "mediation": lambda model, put: mediation(
-        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], reference=put(CORRUPTED)
+        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], value=Mean(put(CORRUPTED))
     ).table(),
     "direction_ablation": lambda model, put: direction_ablation(
         model, put(TOKENS), put(DIRECTION), _difference(model, put), group=put(torch.tensor([0, 1])), controls=5
@@ -214,7 +214,7 @@ def test_completeness_and_minimality_of_a_circuit_run_elsewhere(device):
     metric = _difference(model, lambda x: x)
     circuit = eap(model, TOKENS, CORRUPTED, metric).top_edges(6)
     with torch.no_grad():
-        bench = Bench(model, TOKENS, CORRUPTED, metric, circuit.ablation, keep=True)
+        bench = Bench(model, TOKENS, CORRUPTED, metric, circuit.replacement, keep=True)
         faithful, draw = measured(bench, circuit, torch.arange(2), 3, 0), torch.Generator().manual_seed(0)
         null, unit = random_circuits(bench.graph, circuit.kept, 3, seed=0), faithful.base_per_pair.mean()
         results = [of(bench, circuit, null, faithful, unit, draw) for of in (completeness_of, minimality_of)]

@@ -22,6 +22,7 @@ NAMES = [
     "KVCache",
     "Mean",
     "PatchSweep",
+    "Replacement",
     "Result",
     "Resume",
     "Site",

@@ -195,7 +195,7 @@ def study_circuit(
     if full:
         evaluation = evaluate(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
         faithful = evaluation.faithfulness
-        bench = Bench(model, *other, tested, circuit.ablation, keep=True)
+        bench = Bench(model, *other, tested, circuit.replacement, keep=True)
         curve = curve_of(bench, scores, _grown(scores, edges), group[tested_on], draws)
     else:
         faithful = faithfulness(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)

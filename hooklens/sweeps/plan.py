@@ -1,6 +1,6 @@
 """What a sweep overwrites: a list of patches on a grid, the run they go into, and the values they write."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import ArgumentError, InputError, NameNotFound, WrongType, did_you_mean
+from hooklens.core.errors import ArgumentError, InputError, WrongType, did_you_mean
 from hooklens.core.names import Site, axes, site
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.sweeps.replacement import Written, activations_of, are_tokens
 from hooklens.sweeps.sites import SITES, SweptSite
 
 _ALIASES = {"mlp_post": "post", "mlp.post": "post", "attn": "pattern"}
@@ -43,7 +44,7 @@ class Plan:
     values: dict[int, Tensor]
     first_change: Int[Tensor, "pair"]
     donor: Float[Tensor, "pair pos d_model"] | None = None  # the last stream of the run that the values come from
-    source: Any = None  # what was asked to be written: tokens, activations by name, or a function
+    source: Any = None  # what was asked to be written, which identifies the sweep
 
     @cached_property
     def causal(self) -> bool:
@@ -97,9 +98,6 @@ class BaseRun:
     reads: Mapping[str, Tensor]
 
 
-Value = str | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
-
-
 def site_kind(asked: str | tuple | Site) -> str:
     """The canonical name of a site that is swept at every layer; unknown ones raise with the nearest.
 
@@ -151,6 +149,11 @@ def has_site(model: HookedTransformer, site: str) -> str:
             *(site, missing, ", ".join(there)),
         )
     return site
+
+
+def points_of(model: HookedTransformer, site: str) -> list[str]:
+    """The hook points of a site that the model has, layer by layer."""
+    return [f"blocks.{layer}.{SITES[has_site(model, site)].point}" for layer in range(model.cfg.n_layers)]
 
 
 def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -241,7 +244,7 @@ def plan(
     model: HookedTransformer,
     tokens: Int[Tensor, "pair pos"],
     site: str,
-    value: "Int[Tensor, 'pair pos'] | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]",
+    value: Written,
     *,
     by: str | Sequence[str] | None = None,
     layer: int | None = None,
@@ -249,8 +252,8 @@ def plan(
 ) -> Plan:
     """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid, in one layer, or at the patches given.
 
-    `value` is what is written: other tokens (their run's activations), activations by point name, or a function of
-    (activation, point name).
+    `value` is what a replacement answers: other tokens (their run's activations), activations by point name, or a
+    function of (activation, point name).
     """
     site = site_kind(site)
     has_site(model, site)
@@ -262,13 +265,12 @@ def plan(
         check_patches(model, site, made, tokens.shape[1])
     layers = sorted({patch.layer for patch in made})
     base = base_run(model, tokens, site, layers)
-    donor = None
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        points = [f"blocks.{layer}.{SITES[site].point}" for layer in layers]
-        donor, value_of = model.run_with_cache(value, names=points, stop_at_layer=model.cfg.n_layers)
-        values = _values(site, layers, value_of, base)
-    else:
-        values = _values(site, layers, value, base)
+    points = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
+    donor, written = None, value
+    if are_tokens(value):
+        donor, written = model.run_with_cache(value, names=list(points.values()), stop_at_layer=model.cfg.n_layers)
+    own = {name: base.acts[layer] for layer, name in points.items()}
+    values = activations_of(written, own)
     return Plan(
         model=model,
         site=site,
@@ -277,7 +279,7 @@ def plan(
         patches=tuple(made),
         tokens=tokens,
         base=base,
-        values=values,
+        values={layer: values[name] for layer, name in points.items()},
         first_change=_first_change(tokens, value),
         donor=donor,
         source=value,
@@ -297,40 +299,9 @@ def base_run(model: HookedTransformer, tokens: Tensor, site: str, layers: Sequen
     return BaseRun(streams, past, acts, reads=cache)
 
 
-def _values(site: str, layers: Sequence[int], value: Any, base: BaseRun) -> dict[int, Tensor]:
-    names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
-    if callable(value):
-        value = {name: value(base.acts[layer].clone(), name) for layer, name in names.items()}
-    if not isinstance(value, Mapping):
-        raise WrongType(
-            "value= is a word such as 'clean' or 'zero', a tensor, activations by point, or a function of (activation, "
-            f"point); got {value!r:.60}"
-        )
-    missing = [name for name in names.values() if name not in value]
-    if missing:
-        raise NameNotFound(
-            f"value= has no activation for {missing[0]} ({len(missing)} of {len(names)} points are missing); give all, "
-            f"for example run_with_cache(tokens, names={site!r})[1], or sweep one layer: site=hl.site({site!r}, 0)"
-        )
-    return {layer: _fitted(value[name], base.acts[layer], name) for layer, name in names.items()}
-
-
-def _fitted(value: Any, act: Tensor, name: str) -> Tensor:
-    try:
-        value = torch.as_tensor(value, dtype=act.dtype, device=act.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise WrongType(f"the value to write at {name} must be a tensor or a number, got {value!r:.60}") from error
-    try:
-        return value.expand_as(act)
-    except RuntimeError as error:
-        raise InputError(
-            f"the value to write at {name} has shape {list(value.shape)}; the activation is {list(act.shape)}"
-        ) from error
-
-
-def _first_change(tokens: Tensor, value: Any) -> Int[Tensor, "pair"]:
+def _first_change(tokens: Tensor, value: Written) -> Int[Tensor, "pair"]:
     """The first position at which the written values can differ from what is there."""
-    if not (isinstance(value, Tensor) and not value.is_floating_point()):
+    if not are_tokens(value):
         return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     differs = tokens != value
     end = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)

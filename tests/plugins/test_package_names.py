@@ -22,10 +22,10 @@ heads: Composition CopySuppression Copying Criteria HeadScores InductionHeads Kn
     knockout mediation name_movers position_scores redundancy taxonomy
 lens: Calibration LogitAttribution LogitLens Trajectory TunedLens TunedLensTraining calibration
     direct_logit_attribution fit_tuned_lens lens_logits logit_lens train_tuned_lens trajectory tuned_lens
-patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed Freeze InformationFlow
-    InputAttribution Mean PatchSweep PathSweep Resample WeightRandomisation ablate
-    attribution_patching compare_ablations gradient_x_input information_flow integrated_gradients patch
-    path_patch
+patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed Given InformationFlow
+    InputAttribution Mean MeanOfOthers MeanOverPositions OtherRun PatchSweep PathSweep Replacement Resample Target
+    WeightRandomisation Zero ablate attribution_patching compare_ablations gradient_x_input information_flow
+    integrated_gradients patch path_patch
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy
     ProbeTask Ridge TokenProjection Transfer WhitenedMassMean causal_check gather next_vowel odd_first part_of_speech
     probe_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50 train_probe transfer
@@ -60,7 +60,7 @@ def test_a_package_has_these_names_and_they_are_no_modules(package):
         assert not inspect.ismodule(value)
         if inspect.isroutine(value) or inspect.isclass(value):
             assert value.__name__ == name and value.__module__.startswith(
-                ("hooklens.plugins.", "hooklens.sweeps.nodes")
+                ("hooklens.plugins.", "hooklens.sweeps.nodes", "hooklens.sweeps.replacement")
             )
 
 

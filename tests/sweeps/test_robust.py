@@ -687,7 +687,7 @@ def test_values_that_do_not_fit(model):
     for wrong in (None, 0.3, [1, 2]):
         with refused(WrongType, "value= is a word such as"):
             patch(value=wrong)
-    with pytest.raises(InputError, match="there is one pair"):
+    with pytest.raises(InputError, match="there is one prompt"):
         hl.patch(model, CLEAN[:1], CORRUPTED[:1], hl.prob(model, answer=1), value="mean")
     with pytest.raises(InputError, match="mean pattern"):
         hl.patch(model, CLEAN, CORRUPTED, metric, site="pattern", value=hl.Mean([[1, 2, 3]]))

@@ -18,6 +18,7 @@ from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.replacement import Value
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -68,7 +69,7 @@ def acdc(
     metric: Any,
     *,
     threshold: float,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
 ) -> Discovery:
     """Which edges can be cut one after another, each at the cost of less than `threshold`? Exact, from the logits down.
 
@@ -77,7 +78,7 @@ def acdc(
     it is cut too. With `hl.kl(model, clean)` as metric this is the divergence of the paper.
 
     >>> from hooklens.testing import or_gate
-    >>> found = acdc(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], threshold=0.1, ablation="zero")
+    >>> found = acdc(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], threshold=0.1, value="zero")
     >>> found.kept                               # one of the two heads: either is enough
     ['MLP0->logits', 'L0H0->MLP0']
 
@@ -86,7 +87,7 @@ def acdc(
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
     """
-    bench = Bench(model, clean, corrupted, metric, ablation, keep=True)
+    bench = Bench(model, clean, corrupted, metric, value, keep=True)
     units = torch.arange(bench.graph.n_edges)
     stages = [list(stage) for stage in _by_receiver(bench.graph)]
     return _discover(bench, _Units(units, stages, [bench.graph.name(e) for e in units.tolist()], "ACDC"), threshold)
@@ -99,18 +100,18 @@ def acdc_nodes(
     metric: Any,
     *,
     threshold: float,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
 ) -> Discovery:
     """Which whole nodes can be cut one after another, the last first? A cut node hands everyone its ablated output.
 
     >>> from hooklens.testing import or_gate
     >>> logit = lambda logits: logits[:, -1, 1]
-    >>> acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept
+    >>> acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, value="zero").kept
     ['MLP0', 'L0H0']
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1, on nodes.
     """
-    bench = Bench(model, clean, corrupted, metric, ablation, keep=True)
+    bench = Bench(model, clean, corrupted, metric, value, keep=True)
     graph = bench.graph
     order = [list(range(graph.n_sources))[::-1]]
     return _discover(bench, _Units(graph.ends[0], order, graph.source_names, "ACDC over nodes"), threshold)
@@ -193,7 +194,7 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
     order = torch.tensor([unit for stage in units.stages for unit in stage])
     graph, name = bench.graph, f"{units.method}, threshold {threshold:g}"
     # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
-    tidy = graph.on_a_path(walk.kept[None], rooted=bench.ablation == "corrupted")[0]
+    tidy = graph.on_a_path(walk.kept[None], rooted=bench.replacement.from_runs)[0]
     scores = torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0)
     dropped, of_model = int(walk.kept.sum() - tidy.sum()), bench.model.cfg.model_name
     circuit = Circuit(
@@ -201,7 +202,7 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
         kept=tidy,
         scores=scores,
         method=name,
-        ablation=bench.ablation,
+        replacement=bench.replacement,
         model_name=of_model,
         dropped=dropped,
         found_on=marks_of(bench.groups),

@@ -17,6 +17,7 @@ from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.replacement import WORDS, Replacement, Value, as_replacement
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -27,7 +28,7 @@ _DRAWN = 400  # edges; the picture of more is a smear
 
 @dataclass(frozen=True, eq=False)
 class Circuit(Result):
-    """A set of edges of a model's graph, the ablation that all others carry, and the scores by which it was cut.
+    """A set of edges of a model's graph, what all others carry, and the scores by which it was cut.
 
     `dropped` counts edges that were chosen but lay on no path. `found_on` holds a digest of each prompt pair that chose
     it.
@@ -39,7 +40,7 @@ class Circuit(Result):
     kept: Bool[Tensor, "edge"]
     scores: Float[Tensor, "edge"]
     method: str
-    ablation: str
+    replacement: Replacement
     model_name: str
     dropped: int
     found_on: list[str]
@@ -87,7 +88,7 @@ class Circuit(Result):
     ) -> EdgeRuns:
         """The metric when only this circuit's edges carry live values, beside that of the model and of no edge."""
         self.check(model)
-        return run_edges(model, self.kept, clean, corrupted, metric, ablation=self.ablation)
+        return run_edges(model, self.kept, clean, corrupted, metric, value=self.replacement)
 
     def check(self, model: "HookedTransformer") -> None:
         """Does the model have this circuit's nodes?"""
@@ -123,7 +124,7 @@ class Circuit(Result):
             for a, b, e in zip(sources, receivers, drawn, strict=True)
         ]
         more = f", the {_DRAWN} largest" if self.n_edges > _DRAWN else ""
-        title = f"{self.n_edges} of {self.graph.n_edges} edges{more} ({self.method}, {self.ablation} ablation)"
+        title = f"{self.n_edges} of {self.graph.n_edges} edges{more} ({self.method}, {self.replacement} ablation)"
         return layered_graph(self._rows(drawn), arrows, title, ties=self._ties(drawn))
 
     def _rows(self, drawn: list[int]) -> dict[str, list[str]]:
@@ -158,7 +159,7 @@ class Circuit(Result):
             "model": self.model_name,
             "graph": shape,
             "method": self.method,
-            "ablation": self.ablation,
+            "ablation": str(self.replacement),
             "dropped": self.dropped,
             "found_on": self.found_on,
             "edges": {graph.name(e): float(self.scores[e]) for e in chosen},
@@ -167,8 +168,11 @@ class Circuit(Result):
         return Path(path)
 
     @classmethod
-    def load_json(cls, path: str | os.PathLike) -> "Circuit":
-        """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape."""
+    def load_json(cls, path: str | os.PathLike, *, value: Value | None = None) -> "Circuit":
+        """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape.
+
+        The file only names what cut edges carry: give `value` where that is no word, such as "mean of reference".
+        """
         held = read_envelope(path, _SCHEMA).content
         with reading(path, _SCHEMA.what):
             shape = held["graph"]
@@ -185,13 +189,15 @@ class Circuit(Result):
             if not scores.isfinite().all():
                 raise ValueError("a score is not finite")
             seen = [str(mark) for mark in held["found_on"]]
-            method, ablation, name = (str(held[key]) for key in ("method", "ablation", "model"))
+            method, written, name = (str(held[key]) for key in ("method", "ablation", "model"))
+            if value is None and written not in WORDS:
+                raise ValueError(f"its cut edges carry {written!r:.40}, of which it holds the name only: give value=")
             return cls(
                 graph=graph,
                 kept=graph.mask(numbers),
                 scores=scores,
                 method=method,
-                ablation=ablation,
+                replacement=as_replacement(written if value is None else value),
                 model_name=name,
                 dropped=int(held["dropped"]),
                 found_on=seen,
@@ -202,7 +208,7 @@ def circuit_of(
     model: "HookedTransformer",
     edges: Iterable[str] | Iterable[int],
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     method: str = "by hand",
 ) -> Circuit:
     """The circuit of these edges, by name.
@@ -219,17 +225,17 @@ def circuit_of(
         kept=kept,
         scores=ones,
         method=method,
-        ablation=ablation,
+        replacement=as_replacement(value),
         model_name=model.cfg.model_name,
         dropped=0,
         found_on=[],
     )
 
 
-def whole_circuit(model: "HookedTransformer", *, ablation: str = "corrupted") -> Circuit:
+def whole_circuit(model: "HookedTransformer", *, value: Value = "corrupted") -> Circuit:
     """Every edge of the model: where pruning begins."""
     graph = circuit_graph(model)
-    return circuit_of(model, range(graph.n_edges), ablation=ablation, method="all edges")
+    return circuit_of(model, range(graph.n_edges), value=value, method="all edges")
 
 
 def _words(graph: CircuitGraph) -> str:

@@ -27,7 +27,7 @@ class FaithfulnessCurve(Result):
     random: Float[Tensor, "draw size"]
     n_edges: int
     method: str
-    ablation: str
+    replacement: str
     n_pairs: int
     n_seen: int
 
@@ -78,7 +78,7 @@ class FaithfulnessCurve(Result):
         bands = {"random circuits (5 to 95%)": (q[0], q[2])} | ({self.method: (self.low, self.high)} if known else {})
         areas = f"area {self.area:.2f}, random {self.random_area.mean():.2f}"
         seen = f"; {self.n_seen} of {self.n_pairs} pairs used to find it" if self.n_seen else ""
-        title = f"Faithfulness by size ({self.ablation} ablation): {areas}{seen}"
+        title = f"Faithfulness by size ({self.replacement} ablation): {areas}{seen}"
         drawn = lines(
             {self.method: self.values, "random circuits (5 to 95%)": q[1]},
             self.sizes,
@@ -106,7 +106,7 @@ def curve_of(
         random=torch.stack([one.random for one in found], 1).cpu(),
         n_edges=scores.graph.n_edges,
         method=scores.method,
-        ablation=scores.ablation,
+        replacement=str(scores.replacement),
         n_pairs=bench.n_pairs,
         n_seen=found[0].n_seen,
     )

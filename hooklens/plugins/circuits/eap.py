@@ -23,11 +23,12 @@ from hooklens.plugins.circuits.gradients import (
     trace,
 )
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.nodes import Run, ablated_run, check_ablation, embedded, refuse
+from hooklens.plugins.circuits.nodes import Run, ablated_runs, embedded, refuse
 from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
 from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Value, as_replacement
 from hooklens.sweeps.settings import current
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Scored = tuple[Float[Tensor, "pair edge"], Float[Tensor, "pair"]]
 
 
 def eap(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, ablation: str = "corrupted"
+    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, value: Value = "corrupted"
 ) -> EdgeScores:
     """How much would the metric fall if one edge carried the ablated run? A linear estimate for every edge at once.
 
@@ -54,9 +55,7 @@ def eap(
     Reference: Syed et al. (2023), "Attribution Patching Outperforms Automated Circuit Discovery", equation 2; Nanda
     (2023), "Attribution Patching".
     """
-    return scored(
-        model, clean, corrupted=corrupted, metric=metric, ablation=ablation, name="EAP", one_batch=_clean_gradient
-    )
+    return scored(model, clean, corrupted=corrupted, metric=metric, value=value, name="EAP", one_batch=_clean_gradient)
 
 
 def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
@@ -72,22 +71,23 @@ def scored(
     clean: Prompts,
     corrupted: Prompts | None,
     metric: Any,
-    ablation: str,
+    value: Value,
     name: str,
     one_batch: Callable[..., Scored],
 ) -> EdgeScores:
     """The scores that a method finds, batch by batch."""
     need_gradients(name)
     refuse(model)
-    check_ablation(ablation)
-    graph = circuit_graph(model)
-    groups = aligned_pairs(model, clean, corrupted, metric, ablation)
+    graph, replacement = circuit_graph(model), as_replacement(value)
+    groups = aligned_pairs(model, clean, corrupted, metric, replacement)
     n = sum(len(group.index) for group in groups)
     parts: list[tuple[Tensor, ...]] = []
     with progress(name, n, unit="pairs") as advance:
-        for group in groups:
+        with torch.no_grad():
+            ablated = list(ablated_runs(model, graph, groups, replacement))
+        for group, of_rows in ablated:
             parts += _batches(
-                model, graph, group=group, metric=metric, ablation=ablation, one_batch=one_batch, advance=advance
+                model, graph, group=group, metric=metric, ablated_of=of_rows, one_batch=one_batch, advance=advance
             )
     whole, empty = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     total, squares = (torch.stack([part[i] for part in parts]).sum(0) for i in (2, 3))
@@ -103,7 +103,7 @@ def scored(
         empty=float(empty.mean()),
         n_pairs=n,
         method=name,
-        ablation=ablation,
+        replacement=replacement,
         model_name=model.cfg.model_name,
         found_on=marks_of(groups),
     )
@@ -114,21 +114,17 @@ def _batches(
     graph: CircuitGraph,
     group: Pairs,
     metric: Any,
-    ablation: str,
+    ablated_of: Callable[[slice], Run],
     one_batch: Callable[..., Scored],
     advance: Advance,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of every batch: the metric of the model and of the ablated run, the sum of scores and of their squares."""
     metric, n = group.of(metric), len(group.index)
     at_once = pairs_at_once(model, graph, group.clean.shape[1], current().memory) if reads_of(metric) else n
-    shared = None
-    if ablation != "corrupted":
-        with torch.no_grad():
-            shared = ablated_run(model, graph, group.corrupted, ablation)
     for rows in chunks(n, at_once):
         clean, here = group.clean[rows], of_pairs(metric, rows, n)
         with torch.no_grad():
-            ablated = shared or ablated_run(model, graph, group.corrupted[rows], ablation)
+            ablated = ablated_of(rows)
             empty = Reader(model, here, ablated.streams[-1].expand(len(clean), -1, -1)).base
         with torch.enable_grad(), within(advance, len(clean), 1):  # methods of several steps tell which share is done
             found, base = one_batch(model, graph, here, clean, ablated)

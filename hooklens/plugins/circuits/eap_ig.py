@@ -16,6 +16,7 @@ from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.nodes import Run, observe
 from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Value
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -67,7 +68,7 @@ def _of_inputs(model, clean: Prompts, corrupted: Prompts | None, metric: Any, na
     if corrupted is None:
         raise InputError(
             "integrated gradients over inputs need the corrupted prompts at which they begin; "
-            "eap_ig_activations(..., ablation='zero') does without"
+            "eap_ig_activations(..., value='zero') does without"
         )
     name = f"{name}, {len(shares)} steps"
     return scored(
@@ -75,7 +76,7 @@ def _of_inputs(model, clean: Prompts, corrupted: Prompts | None, metric: Any, na
         clean,
         corrupted=corrupted,
         metric=metric,
-        ablation="corrupted",
+        value="corrupted",
         name=name,
         one_batch=partial(_over_inputs, shares),
     )
@@ -101,7 +102,7 @@ def eap_ig_activations(
     corrupted: Prompts | None,
     metric: Any,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     steps: int = 10,
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over runs in which one group of nodes is between ablated and clean.
@@ -113,11 +114,11 @@ def eap_ig_activations(
 
     >>> from hooklens.testing import or_gate
     >>> metric = lambda logits: logits[:, -1, 1]
-    >>> scores = eap_ig_activations(or_gate(), [[0]], None, metric, ablation="zero", steps=5)
+    >>> scores = eap_ig_activations(or_gate(), [[0]], None, metric, value="zero", steps=5)
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]     # heads: open at 2 of 5 steps, 1 of 3 groups
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.1333), ('L0H1->MLP0', 0.1333)]
 
-    That works with every ablation. `eap_ig_own_source` scores an edge in the runs of its own source alone.
+    That works whatever ablated edges carry. `eap_ig_own_source` scores an edge in the runs of its own source alone.
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """
@@ -128,7 +129,7 @@ def eap_ig_activations(
         clean,
         corrupted=corrupted,
         metric=metric,
-        ablation=ablation,
+        value=value,
         name=name,
         one_batch=partial(_over_activations, shares, False),
     )
@@ -140,7 +141,7 @@ def eap_ig_own_source(
     corrupted: Prompts | None,
     metric: Any,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     steps: int = 10,
 ) -> EdgeScores:
     """Edge attribution with each edge's gradient averaged between its own source's ablated and clean outputs.
@@ -150,7 +151,7 @@ def eap_ig_own_source(
     such group add up to what ablating them does.
 
     >>> from hooklens.testing import or_gate
-    >>> scores = eap_ig_own_source(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero")
+    >>> scores = eap_ig_own_source(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], value="zero")
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.5), ('L0H1->MLP0', 0.5)]
 
@@ -164,7 +165,7 @@ def eap_ig_own_source(
         clean,
         corrupted=corrupted,
         metric=metric,
-        ablation=ablation,
+        value=value,
         name=name,
         one_batch=partial(_over_activations, _middles(steps), True),
     )

@@ -57,8 +57,8 @@ class EdgePatches(Patches):
         runner, n_pairs = self.runner, len(self.tokens)
         at_once = max(1, self.positions // self.tokens.shape[1])
         streams: list[list[Tensor]] = [[] for _ in numbers]
-        for rows in torch.arange(n_pairs).split(at_once):
-            ablated = runner.cut.nodes(self.model, runner.graph, rows)
+        for rows in (slice(i, min(i + at_once, n_pairs)) for i in range(0, n_pairs, at_once)):
+            ablated = runner.cut(rows)
             for found, number in zip(streams, numbers, strict=True):
                 hooks = _Exchanging(runner, self.asked[number], ablated).hooks()
                 n = self.model.cfg.n_layers

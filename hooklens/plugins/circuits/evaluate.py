@@ -89,7 +89,7 @@ def evaluate(
     circuit.check(model)
     if not circuit.n_edges:
         raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")
-    bench = Bench(model, clean, corrupted, metric, circuit.ablation, keep=True)
+    bench = Bench(model, clean, corrupted, metric, circuit.replacement, keep=True)
     with torch.no_grad(), packed_linears(rows=512):
         faithful = measured(bench, circuit, group, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)

@@ -39,7 +39,7 @@ def faithfulness(
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
-    >>> found.random.shape, 0 < found.p <= 1, found.ablation
+    >>> found.random.shape, 0 < found.p <= 1, str(found.replacement)
     (torch.Size([100]), True, 'corrupted')
 
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 4; Hanna et al. (2024), "Have Faith in
@@ -47,7 +47,7 @@ def faithfulness(
     """
     check_draws(draws)
     circuit.check(model)
-    bench = Bench(model, clean, corrupted, metric, circuit.ablation, keep=True)
+    bench = Bench(model, clean, corrupted, metric, circuit.replacement, keep=True)
     return measured(bench, circuit, group, draws, seed)
 
 
@@ -77,7 +77,7 @@ def faithfulness_curve(
             f"no circuit of at most {max(wanted)} edges reaches from the embedding to the logits; take larger sizes"
         )
     circuits[next(iter(circuits))].check(model)
-    bench = Bench(model, clean, corrupted, metric, scores.ablation, keep=True)
+    bench = Bench(model, clean, corrupted, metric, scores.replacement, keep=True)
     return curve_of(bench, scores, [circuits[n] for n in sorted(circuits)], group, draws)
 
 

@@ -14,6 +14,7 @@ from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, null_p, quantiles, ratio_interval
+from hooklens.sweeps.replacement import Replacement
 
 LEAST_DRAWS = 100  # random circuits: each runs on every pair; with fewer no p lies below 0.01
 
@@ -37,9 +38,9 @@ class Faithfulness(Result):
     n_seen: int
 
     @property
-    def ablation(self) -> str:
+    def replacement(self) -> Replacement:
         """What the edges outside the circuit carried."""
-        return self.circuit.ablation
+        return self.circuit.replacement
 
     @property
     def defined(self) -> bool:
@@ -95,7 +96,7 @@ class Faithfulness(Result):
             ("edges that a random circuit shares", self.overlap),
             ("metric of the circuit", float(self.per_pair.mean())),
             ("metric of the model", float(self.base_per_pair.mean())),
-            (f"metric of no edge ({self.ablation} ablation)", float(self.empty_per_pair.mean())),
+            (f"metric of no edge ({self.replacement} ablation)", float(self.empty_per_pair.mean())),
             ("edges", self.circuit.n_edges),
             ("prompt pairs", len(self.per_pair)),
             ("of these used to find it", self.n_seen),
@@ -106,7 +107,7 @@ class Faithfulness(Result):
         """Faithfulness of the circuit, with its interval, among the random ones."""
         from hooklens.viz.curves import beside
 
-        title = f"Faithfulness of {self.circuit.n_edges} edges beside random circuits ({self.ablation} ablation)"
+        title = f"Faithfulness of {self.circuit.n_edges} edges beside random circuits ({self.replacement} ablation)"
         marks, found = {"the model": 1.0, "no edge": 0.0}, {"the circuit": (self.value, *self.interval())}
         return beside(found, self.random, title, x_title="faithfulness", drawn="random circuits", marks=marks)
 

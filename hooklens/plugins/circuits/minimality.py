@@ -42,7 +42,7 @@ class Minimality(Result):
     alone: Float[Tensor, "edge"]
     given: list[str]
     null: Float[Tensor, "draw cut"]
-    ablation: str
+    replacement: str
 
     @property
     def p(self) -> Float[Tensor, "edge"]:
@@ -90,7 +90,7 @@ class Minimality(Result):
         order = self.effect.abs().argsort(descending=True, stable=True)[:40].tolist()
         known = bool(self.low.isfinite().all())
         low, high = (self.low[order], self.high[order]) if known else (None, None)
-        title = f"Minimality: what each edge is worth ({self.ablation} ablation)"
+        title = f"Minimality: what each edge is worth ({self.replacement} ablation)"
         names = [self.edges[i] for i in order]
         return bars(self.effect[order], low, high, names, title, y_title="share of the difference")
 
@@ -120,7 +120,7 @@ def minimality_of(
         alone=worth[:, 0].mean(1).cpu(),
         given=[names[i] for i in best.tolist()],
         null=by_chance.abs().cpu(),
-        ablation=bench.ablation,
+        replacement=str(bench.replacement),
     )
 
 

@@ -1,23 +1,25 @@
-"""What every node writes in a run, and the three runs that ablated edges can carry."""
+"""What every node writes in a run, and the runs that ablated edges carry."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Pairs
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.sweeps.naive import why_plain
+from hooklens.sweeps.replacement import Replacement, Target, Written, activations_of, are_tokens, targets_of
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-#: What a cut edge carries: the corrupted run's value, nothing, or the mean over the corrupted prompts.
-ABLATIONS = ("corrupted", "zero", "mean")
 Keyed = Float[Tensor, "pair pos kv_head d_head"]
 
 
@@ -25,12 +27,14 @@ Keyed = Float[Tensor, "pair pos kv_head d_head"]
 class Run:
     """One run seen from the graph: what the wanted nodes wrote, and the stream that each group of receivers read.
 
-    `past` holds keys (turned by position) and values, where positions before the first difference can be reused.
+    `tokens` and `past`, keys (turned by position) and values, are those of a run of the model: positions before its
+    first difference can be reused.
     """
 
     nodes: Float[Tensor, "source pair pos d_model"]
     streams: list[Float[Tensor, "pair pos d_model"]]
     past: list[tuple[Keyed, Keyed]]
+    tokens: Int[Tensor, "pair pos"] | None = None
 
 
 def refuse(model: "HookedTransformer") -> None:
@@ -41,11 +45,6 @@ def refuse(model: "HookedTransformer") -> None:
             f"a circuit needs the model's own forward pass, but {why}; leave the `with` block, remove the hooks, or "
             "call model.eval() first"
         )
-
-
-def check_ablation(ablation: str) -> None:
-    if ablation not in ABLATIONS:
-        raise did_you_mean("ablation", ablation, ABLATIONS)
 
 
 def embedded(model: "HookedTransformer", tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
@@ -87,7 +86,7 @@ def observe(
             nodes.append(wrote[None])
         x = mid + wrote
     written = torch.cat(nodes) if nodes else x.new_zeros(0, *x.shape)
-    return Run(written, [*streams, x], past)
+    return Run(written, [*streams, x], past, tokens)
 
 
 def head_outputs(
@@ -118,45 +117,75 @@ def attn_constant(block: Any) -> Float[Tensor, "1 1 d_model"]:
     return written if passage.norm is None else passage.bias(written).expand_as(written)
 
 
-def ablated_run(
+def node_points(graph: CircuitGraph) -> list[str]:
+    """The hook points that hold what nodes write: the embedding, every layer's heads, every MLP.
+
+    In sandwich blocks a head writes its share of what the norm makes of all heads, not the result itself.
+    """
+    parts = ["attn.hook_result", *(["hook_mlp_out"] if graph.mlp else [])]
+    return ["blocks.0.hook_resid_pre", *(f"blocks.{i}.{part}" for i in range(graph.n_layers) for part in parts)]
+
+
+def ablated_runs(
     model: "HookedTransformer",
     graph: CircuitGraph,
-    tokens: Int[Tensor, "pair pos"],
-    ablation: str,
+    groups: Sequence[Pairs],
+    replacement: Replacement,
     wanted: Bool[Tensor, "source"] | None = None,
-) -> Run:
-    """The run whose values ablated edges carry. For "zero" and "mean" it has one row, which serves every pair."""
-    if ablation == "corrupted":
-        return observe(model, graph, tokens, wanted)
-    if ablation == "mean":
-        return _mean_run(model, graph, tokens, wanted)
-    x = embedded(model, tokens[:1])
-    stream, streams = torch.zeros_like(x), []
+) -> Iterator[tuple[Pairs, Callable[[slice], Run]]]:
+    """For each group of pairs, the run whose values ablated edges carry: of any rows; one row where all share it."""
+    wanted = torch.ones(graph.n_sources, dtype=torch.bool) if wanted is None else wanted
+
+    def read(tokens: Tensor) -> dict[str, Tensor]:
+        return _by_point(graph, observe(model, graph, tokens).nodes)
+
+    targets = targets_of(model, groups, node_points(graph), read=read)
+    for group, target, written in zip(groups, targets, replacement.once(targets), strict=True):
+        if are_tokens(written):
+            yield group, partial(_of_rows, model, graph, written, wanted)
+        else:
+            yield group, partial(_rows, _run_of(model, graph, target, written=written, wanted=wanted))
+
+
+def _of_rows(model: "HookedTransformer", graph: CircuitGraph, tokens: Tensor, wanted: Tensor, rows: slice) -> Run:
+    return observe(model, graph, tokens[rows], wanted)
+
+
+def _rows(run: Run, rows: slice) -> Run:
+    if run.nodes.shape[1] == 1:
+        return run
+    return Run(run.nodes[:, rows], [stream[rows] for stream in run.streams], [])
+
+
+def _run_of(model: "HookedTransformer", graph: CircuitGraph, target: Target, written: Written, wanted: Tensor) -> Run:
+    """The run in which every node writes what is given: streams are the sums of these, and of what no node writes."""
+    own = target.read(target.tokens if callable(written) else target.tokens[:1])
+    if isinstance(written, Mapping) and not _same_for_all(written, own):
+        own = {name: act.expand(len(target.tokens), *act.shape[1:]) for name, act in own.items()}
+    given = activations_of(written, own).values()
+    nodes = torch.cat([act.movedim(2, 0) if act.ndim == 4 else act[None] for act in given])
+    stream, streams, beside = nodes[0], [], torch.zeros_like(nodes[0])
     for slot in graph.slots[:-1]:
         streams.append(stream)
-        if slot.kind == "attn" and not graph.parallel:
-            stream = stream + attn_constant(model.blocks[slot.layer]).to(x)
-        if graph.parallel and (slot.kind == "mlp" or not graph.mlp):
-            stream = stream + attn_constant(model.blocks[slot.layer]).to(x)
-    n = graph.n_sources if wanted is None else int(wanted.sum())
-    return Run(x.new_zeros(n, *x.shape), [*streams, stream], [])
-
-
-def _mean_run(
-    model: "HookedTransformer", graph: CircuitGraph, tokens: Int[Tensor, "pair pos"], wanted: Tensor | None
-) -> Run:
-    if len(tokens) < 2:
-        raise InputError(
-            "ablation='mean' is the mean over the corrupted prompts of one length, and there is one such prompt; give "
-            "more of them, or ablation='corrupted'"
-        )
-    total: Run | None = None
-    for row in tokens:
-        one = observe(model, graph, row[None], wanted)
-        if total is None:
-            total = Run(one.nodes, one.streams, [])
+        if slot.kind == "mlp":
+            stream = stream + beside + nodes[graph.mlp_at(slot.layer)]
+            continue
+        heads = nodes[graph.heads_at(slot.layer)].sum(0) + attn_constant(model.blocks[slot.layer]).to(stream)
+        if graph.parallel and graph.mlp:  # its MLP reads what its attention read
+            beside = heads
         else:
-            total.nodes += one.nodes
-            total.streams = [a + b for a, b in zip(total.streams, one.streams, strict=True)]
-    assert total is not None
-    return Run(total.nodes / len(tokens), [stream / len(tokens) for stream in total.streams], [])
+            stream = stream + heads
+    return Run(nodes[wanted], [*streams, stream], [])
+
+
+def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Has what is written one row, which serves every pair?"""
+    return all(value.ndim < own[name].ndim or len(value) == 1 for name, value in written.items() if name in own)
+
+
+def _by_point(graph: CircuitGraph, nodes: Float[Tensor, "source pair pos d_model"]) -> dict[str, Tensor]:
+    found = [nodes[0]]
+    for layer in range(graph.n_layers):
+        found.append(nodes[graph.heads_at(layer)].movedim(0, 2))
+        found += [nodes[graph.mlp_at(layer)]] if graph.mlp else []
+    return dict(zip(node_points(graph), found, strict=True))

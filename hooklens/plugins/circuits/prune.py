@@ -45,7 +45,7 @@ class Pruning(Result):
         from hooklens.viz.curves import lines
 
         marks = {"the model": self.base, "no edge": self.empty}
-        name = f"{self.circuit.method} ({self.circuit.ablation} ablation)"
+        name = f"{self.circuit.method} ({self.circuit.replacement} ablation)"
         return lines({name: self.metric}, self.sizes, title=name, x_title="edges", y_title="metric", marks=marks)
 
 
@@ -66,7 +66,7 @@ def prune_edges(
 
     >>> from hooklens.testing import or_gate
     >>> gate, logit = or_gate(), lambda logits: logits[:, -1, 1]
-    >>> start = whole_circuit(gate, ablation="zero")
+    >>> start = whole_circuit(gate, value="zero")
     >>> prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01).circuit.edges
     ['L0H1->MLP0', 'MLP0->logits']
     """
@@ -126,7 +126,7 @@ def prune_nodes_below(
 
 def _bench(model, circuit: Circuit, clean: Prompts, corrupted: Prompts | None, metric: Any) -> Bench:
     circuit.check(model)
-    return Bench(model, clean, corrupted, metric, circuit.ablation, keep=True)
+    return Bench(model, clean, corrupted, metric, circuit.replacement, keep=True)
 
 
 def _worth(bench: Bench, kept: Tensor, of_edge: Tensor) -> tuple[Tensor, Float[Tensor, "unit"], float]:
@@ -179,7 +179,7 @@ def _below(bench: Bench, circuit: Circuit, of_edge: Tensor, threshold: float, na
 
 
 def _tidy(bench: Bench, kept: Tensor) -> Tensor:
-    return bench.graph.on_a_path(kept[None], rooted=bench.ablation == "corrupted")[0]
+    return bench.graph.on_a_path(kept[None], rooted=bench.replacement.from_runs)[0]
 
 
 def _result(

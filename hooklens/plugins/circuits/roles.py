@@ -1,6 +1,5 @@
 """What is each node of a model for? A head's label and where it looks, and what a task loses without the node."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import Pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
@@ -18,7 +16,8 @@ from hooklens.plugins.heads.scores import KINDS
 from hooklens.plugins.heads.taxonomy import Taxonomy
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execute import execute
-from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.plan import Patch, plan, points_of
+from hooklens.sweeps.replacement import Value, targets_of
 from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Roles(Result):
     labels: list[str]
     attention: Float[Tensor, "source kind"]
     effect: Float[Tensor, "source"]
-    ablation: str
+    replacement: str
     n_pairs: int
 
     def table(self, n: int | None = 20) -> Table:
@@ -48,7 +47,7 @@ class Roles(Result):
         order = self.effect.nan_to_num().abs().argsort(descending=True, stable=True).tolist()[:n]
         names = self.graph.source_names
         rows = [(names[i], self.labels[i], float(self.effect[i]), *self.attention[i].tolist()) for i in order]
-        return Table(("node", "label", f"effect ({self.ablation})", *KINDS), rows)
+        return Table(("node", "label", f"effect ({self.replacement})", *KINDS), rows)
 
     def figure(self) -> Any:
         """The effect of every node, layer by layer."""
@@ -58,7 +57,7 @@ class Roles(Result):
         columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
         nodes = self.effect[1:].view(graph.n_layers, len(columns))
         rows = [f"L{i}" for i in range(graph.n_layers)]
-        title = f"What the task loses without each node ({self.ablation} ablation)"
+        title = f"What the task loses without each node ({self.replacement} ablation)"
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="share of the metric")
 
 
@@ -67,7 +66,7 @@ def roles_of(
     task: Task,
     evidence: Taxonomy,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     nodes: Bool[Tensor, "source"] | None = None,
 ) -> Roles:
     """What is each node for, by its label in a taxonomy and by what the task loses without it?
@@ -81,7 +80,7 @@ def roles_of(
 
     `nodes` says which effects to measure (all of them by default). Effects are exact, one node at a time.
     """
-    bench = Bench(model, task.clean, task.corrupted, task.metric, ablation)
+    bench = Bench(model, task.clean, task.corrupted, task.metric, value)
     graph = bench.graph
     labels = evidence.labels()
     if (len(labels), len(labels[0])) != (graph.n_layers, graph.n_heads):
@@ -101,7 +100,7 @@ def roles_of(
         labels=named,
         attention=attention,
         effect=_effects(bench, wanted),
-        ablation=ablation,
+        replacement=str(bench.replacement),
         n_pairs=bench.n_pairs,
     )
 
@@ -118,8 +117,10 @@ def _effects(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "sou
     gap = (bench.base_per_pair - bench.run(nothing).empty_per_pair).cpu()
     # the mean of sizes, with the sign of the mean: no division by almost nothing where the model does not do the task
     unit = gap.abs().mean() * (-1.0 if float(gap.mean()) < 0 else 1.0)
-    # heads that share a norm: in the graph it is no part of a node
-    falls = (_by_edges if bench.graph.shared_scale else _by_patches)(bench, wanted)
+    # the heads of a sandwich block share a norm, which in the graph is no part of a node; and what is written at z is
+    # what is written at a node only if W_O commutes with it
+    in_graph = bench.graph.shared_scale or not bench.replacement.linear
+    falls = (_by_edges if in_graph else _by_patches)(bench, wanted)
     found = torch.full((bench.graph.n_sources,), torch.nan, dtype=falls.dtype)
     found[wanted] = falls.cpu() / unit if float(unit) else torch.zeros_like(falls, device="cpu")
     return found
@@ -140,20 +141,12 @@ def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "
     for site in ("z", "mlp_out"):
         rows = [i for i, (_, at) in enumerate(nodes) if (at < graph.n_heads) == (site == "z")]
         patches = [Patch(nodes[i][0], None, nodes[i][1] if site == "z" else None) for i in rows]
-        for group in bench.groups if rows else []:
+        if not rows:
+            continue
+        targets = targets_of(bench.model, bench.groups, points_of(bench.model, site))
+        for group, written in zip(bench.groups, bench.replacement.once(targets), strict=True):
             with torch.no_grad(), packed_linears(rows=1024):
-                written = _written(bench, group, site)
                 made = plan(bench.model, group.clean, site, written, patches=patches)
                 outcome = execute(SitePatches(made), group.of(bench.metric))
             fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
     return fall
-
-
-def _written(bench: Bench, group: Pairs, site: str) -> Tensor | Callable[[Tensor, str], Tensor]:
-    """What the ablated run has there: the corrupted prompt's, nothing, or the mean over corrupted prompts."""
-    if bench.ablation == "corrupted":
-        return group.corrupted
-    if bench.ablation == "zero":
-        return lambda x, name: torch.zeros_like(x)
-    _, cache = bench.model.run_with_cache(group.corrupted, [site])
-    return lambda x, name: cache[name].mean(0, keepdim=True).expand_as(x)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,12 @@ from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import kernel_of
 from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.nodes import ablated_run, check_ablation, refuse
-from hooklens.plugins.circuits.runner import Cut, EdgeRunner, Kept, in_play, sources_of
+from hooklens.plugins.circuits.nodes import ablated_runs, refuse
+from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execute import run
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Replacement, Value, as_replacement, is_run
 from hooklens.sweeps.resume import Part, Progressed, Resume, hint, key_of, products_of, sketch_of
 from hooklens.sweeps.settings import current, engine
 
@@ -39,7 +41,7 @@ class EdgeRuns(Result):
     per_pair: Float[Tensor, "mask pair"]
     base_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
-    ablation: str
+    replacement: str
     largest_error: float  # between circuits run both ways; NaN if none was
     n_verified: int
 
@@ -62,7 +64,7 @@ def run_edges(
     corrupted: Prompts | None,
     metric: Any,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     resume: str | Path | Resume | None = None,
 ) -> EdgeRuns:
     """What does the model say when only these edges carry what it computes, and the others carry an ablated run?
@@ -74,20 +76,21 @@ def run_edges(
     >>> from hooklens.testing import or_gate
     >>> model = or_gate(); graph = circuit_graph(model)
     >>> kept = torch.stack([graph.mask(["L0H0->MLP0", "MLP0->logits"]), graph.mask(["MLP0->logits"])])
-    >>> run_edges(model, kept, [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero").per_pair
+    >>> run_edges(model, kept, [[0]], None, lambda logits: logits[:, -1, 1], value="zero").per_pair
     tensor([[1.],
             [0.]])
 
-    `ablation` is "corrupted" (the run on the corrupted prompt), "zero" (nodes write nothing, biases of W_O stay) or
-    "mean" (every node's mean over the corrupted prompts, by position; these may be any prompts of the same length). A
-    plain function as metric sees all pairs at once, so that they are run together, whatever memory that takes. `resume`
-    names a file in which finished circuits are kept, as in `hl.patch`. A few circuits are run again by hooks on the
-    model's own forward pass, and the largest difference is in the result.
+    `value` is what ablated edges carry, as in `hl.patch`: "corrupted" (the run on the corrupted prompt), "zero" (nodes
+    write nothing, biases of W_O stay), "mean" (every node's mean over the clean prompts), or any other `Replacement`,
+    such as Mean(reference=prompts). A plain function as metric sees all pairs at once, so that they are run together,
+    whatever memory that takes. `resume` names a file in which finished circuits are
+    kept, as in `hl.patch`. A few circuits are run again by hooks on the model's own forward pass, and the largest
+    difference is in the result.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    return Bench(model, clean, corrupted, metric, ablation, resume=resume).run(kept)
+    return Bench(model, clean, corrupted, metric, value, resume=resume).run(kept)
 
 
 class Bench:
@@ -102,23 +105,22 @@ class Bench:
         clean: Prompts,
         corrupted: Prompts | None,
         metric: Any,
-        ablation: str,
+        value: Value,
         *,
         keep: bool = False,
         resume: str | Path | Resume | None = None,
     ):
         refuse(model)
-        check_ablation(ablation)
-        self.model, self.metric, self.ablation = model, metric, ablation
+        self.model, self.metric, self.replacement = model, metric, as_replacement(value)
         self.graph = circuit_graph(model)
-        self.groups = aligned_pairs(model, clean, corrupted, metric, ablation)
+        self.groups = aligned_pairs(model, clean, corrupted, metric, self.replacement)
         self.n_pairs = sum(len(group.index) for group in self.groups)
         order = torch.tensor([i for group in self.groups for i in group.index])
         self.order = order.argsort().to(model.device)
         self.file, self.checked = None if resume is None else Resume.of(resume), False
         if self.file is not None:  # before the metric is called for the first time, which may change what it refers to
-            asked = "circuits", ablation, [(group.index, group.clean, group.corrupted) for group in self.groups]
-            self.key = key_of(model, (asked, {}), metric, self.file)
+            asked = "circuits", [(group.index, group.clean, group.corrupted) for group in self.groups]
+            self.key = key_of(model, (asked, {"the value to write": self.replacement}), metric, self.file)
         numbers = sum(group.clean.numel() for group in self.groups) * self.graph.n_sources * model.cfg.d_model
         self.keep = keep and numbers * model.dtype.itemsize <= current().memory
         self.kept_runners: list[EdgeRunner] = []
@@ -137,7 +139,7 @@ class Bench:
         bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
         checks = engine(verify=0) if self.checked else nullcontext()  # one question of a bench is run both ways
         with products_of(self.file), hint(self.file, "run_edges"), bar as advance, checks:
-            played = in_play(self.graph, masks, self.ablation)
+            played = in_play(self.graph, masks, rooted=self.replacement.from_runs)
             values = self.base_per_pair.new_empty(len(masks), self.n_pairs)
             file = None if self.file is None else self._progressed(masks, values)
             at_once = self._positions(int(sources_of(self.graph, played).sum()))
@@ -157,7 +159,7 @@ class Bench:
             per_pair=values[:, self.order],
             base_per_pair=self.base_per_pair,
             empty_per_pair=torch.cat([part.base for part in parts])[self.order],
-            ablation=self.ablation,
+            replacement=str(self.replacement),
             largest_error=float(torch.tensor([part.largest_error for part in parts]).max()),
             n_verified=sum(part.n_verified for part in parts),
         )
@@ -181,25 +183,28 @@ class Bench:
             yield from self.kept_runners
             return
         held = torch.ones(self.graph.n_sources, dtype=torch.bool) if self.keep else sources_of(self.graph, played)
-        for group in self.groups:
+        for group, ablated_of in ablated_runs(self.model, self.graph, self.groups, self.replacement, held):
             n, n_pos = group.clean.shape
-            metric, shared = group.of(self.metric), None
-            if self.ablation != "corrupted":
-                shared = ablated_run(self.model, self.graph, group.corrupted, self.ablation, held)
+            metric = group.of(self.metric)
             for rows in chunks(n, self._pairs_at_once(n_pos, int(held.sum()), n)):
-                corrupted = group.corrupted[rows]
                 runner = EdgeRunner(
                     self.model,
                     self.graph,
                     group.clean[rows],
                     of_pairs(metric, rows, n),
-                    cut=Cut(self.ablation, corrupted if self.ablation == "corrupted" else group.corrupted),
-                    ablated=shared or ablated_run(self.model, self.graph, corrupted, self.ablation, held),
+                    cut=partial(self._cut, group, rows),
+                    ablated=ablated_of(rows),
                     held=held,
                 )
                 if self.keep:
                     self.kept_runners.append(runner)
                 yield runner
+
+    def _cut(self, group: Pairs, rows: slice, some: slice) -> Float[Tensor, "source _pair pos d_model"]:
+        """What every node of the ablated run writes, on some of these pairs of a group."""
+        runs = ablated_runs(self.model, self.graph, self.groups, self.replacement)
+        ablated_of = next(of_rows for one, of_rows in runs if one is group)
+        return ablated_of(slice(rows.start + some.start, rows.start + some.stop)).nodes
 
     def _pairs_at_once(self, n_pos: int, n_sources: int, n: int) -> int:
         return max(1, self._positions(n_sources) // n_pos) if isinstance(self.metric, ReadingMetric) else n
@@ -224,11 +229,11 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
 
 
 def aligned_pairs(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, ablation: str
+    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, replacement: Replacement
 ) -> list[Pairs]:
     """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
-    if corrupted is None and ablation != "zero":
-        raise InputError(f"ablation={ablation!r} needs corrupted prompts; only ablation='zero' does without")
+    if corrupted is None and is_run(replacement, "corrupted"):
+        raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
     groups = read_pairs(model, clean, clean if corrupted is None else corrupted, ())
     for group in groups:
         if not group.aligned:

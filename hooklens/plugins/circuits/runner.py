@@ -1,6 +1,7 @@
 """One batch of exact edge patching: prompt pairs of one length, with the ablated run that their cut edges carry."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot
-from hooklens.plugins.circuits.nodes import Run, ablated_run, embedded, head_outputs, mlp_output
+from hooklens.plugins.circuits.nodes import Run, embedded, head_outputs, mlp_output
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:
@@ -19,9 +20,11 @@ Kept = Bool[Tensor, "mask edge"] | Float[Tensor, "mask edge"]
 Moved = Float[Tensor, "mask source pair pos d_model"]
 
 
-def in_play(graph: CircuitGraph, masks: Kept, ablation: str) -> Kept:
-    """The masks without the edges that can change nothing: they carry the ablated value anyway, or lead nowhere."""
-    rooted = ablation == "corrupted"  # with zeros or means for inputs a node still writes something of its own
+def in_play(graph: CircuitGraph, masks: Kept, *, rooted: bool) -> Kept:
+    """The masks without the edges that can change nothing: they carry the ablated value anyway, or lead nowhere.
+
+    `rooted`: the ablated run is one of the model. With zeros or means for inputs a node writes something of its own.
+    """
     path = graph.on_a_path(masks.ne(0), rooted=rooted)
     return masks & path if masks.dtype == torch.bool else masks * path
 
@@ -31,20 +34,6 @@ def sources_of(graph: CircuitGraph, masks: Kept) -> Bool[Tensor, "source"]:
     wanted = torch.zeros(graph.n_sources, dtype=torch.bool)
     wanted[graph.ends[0][masks.ne(0).any(0).cpu()]] = True
     return wanted
-
-
-class Cut(NamedTuple):
-    """What cut edges carry: a kind of ablation, and the corrupted prompts of the pairs (for a mean, of all)."""
-
-    ablation: str
-    tokens: Int[Tensor, "pair pos"]
-
-    def nodes(
-        self, model: "HookedTransformer", graph: CircuitGraph, rows: Int[Tensor, "row"]
-    ) -> Float[Tensor, "source pair pos d_model"]:
-        """The ablated output of every node, on some of the pairs."""
-        tokens = self.tokens[rows] if self.ablation == "corrupted" else self.tokens
-        return ablated_run(model, graph, tokens, self.ablation).nodes
 
 
 class EdgeRunner:
@@ -57,12 +46,12 @@ class EdgeRunner:
         clean: Int[Tensor, "pair pos"],
         metric: Any,
         *,
-        cut: Cut,
+        cut: Callable[[slice], Moved],
         ablated: Run,
         held: Bool[Tensor, "source"],
     ):
         self.model, self.graph, self.clean, self.cut, self.n_pairs = model, graph, clean, cut, len(clean)
-        first = first_difference(clean, cut.tokens) if ablated.past and model.cfg.causal else 0
+        first = first_difference(clean, ablated.tokens) if model.cfg.causal else 0
         streams = [stream.expand(self.n_pairs, -1, -1) for stream in ablated.streams]
         self.reader = Reader(model, metric, streams[-1])
         self.start = first if self.reader.read is None else min(first, int(self.reader.read.min()))
@@ -88,9 +77,11 @@ class EdgeRunner:
         return batch.read(last, base[at], moved=batch.moved[:, :, *at])[:, 0]
 
 
-def first_difference(clean: Tensor, corrupted: Tensor) -> int:
-    """The first position at which any pair's prompts differ; the last one where none does."""
-    differs = (clean != corrupted).any(0)
+def first_difference(clean: Tensor, other: Tensor | None) -> int:
+    """The first position at which any pair's prompts differ; the last one where none does, 0 without another run."""
+    if other is None:
+        return 0
+    differs = (clean != other).any(0)
     return int(differs.long().argmax()) if bool(differs.any()) else clean.shape[1] - 1
 
 

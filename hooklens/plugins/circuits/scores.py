@@ -12,6 +12,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.replacement import Replacement
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class EdgeScores(Result):
     empty: float
     n_pairs: int
     method: str
-    ablation: str
+    replacement: Replacement
     model_name: str
     found_on: list[str]
 
@@ -89,7 +90,7 @@ class EdgeScores(Result):
         return self._circuit(self.graph.mask(order[:fits]), how)
 
     def _tidy(self, kept: Tensor) -> Tensor:
-        return self.graph.on_a_path(kept[None].cpu(), rooted=self.ablation == "corrupted")[0]
+        return self.graph.on_a_path(kept[None].cpu(), rooted=self.replacement.from_runs)[0]
 
     def _circuit(self, kept: Tensor, how: str) -> Circuit:
         tidy = self._tidy(kept)
@@ -98,7 +99,7 @@ class EdgeScores(Result):
             kept=tidy,
             scores=torch.where(tidy, self.scores.cpu(), 0.0),
             method=f"{self.method}, {how}",
-            ablation=self.ablation,
+            replacement=self.replacement,
             model_name=self.model_name,
             dropped=int(kept.sum()) - int(tidy.sum()),
             found_on=self.found_on,
@@ -120,7 +121,7 @@ class EdgeScores(Result):
         nodes = self.node_scores[1:].view(graph.n_layers, wide)
         columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
         rows = [f"L{i}" for i in range(graph.n_layers)]
-        title = f"{self.method}: score of each node ({self.ablation} ablation), the sum over its edges"
+        title = f"{self.method}: score of each node ({self.replacement} ablation), the sum over its edges"
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="score")
 
 

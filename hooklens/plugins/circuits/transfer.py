@@ -22,6 +22,7 @@ from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.heads.taxonomy import Taxonomy, taxonomy
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, halves, quantiles
+from hooklens.sweeps.replacement import Replacement, is_run
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -58,9 +59,9 @@ class CircuitTransfer(Result):
     n_different: dict[str, int]
 
     @property
-    def ablation(self) -> str:
+    def replacement(self) -> Replacement:
         """What edges outside a circuit, and nodes whose effect is measured, carried in either model."""
-        return self.mapped.ablation
+        return self.mapped.replacement
 
     @property
     def p(self) -> float:
@@ -103,7 +104,7 @@ class CircuitTransfer(Result):
         names = [*shown, *self.n_different]
         value, low, high = torch.tensor(rows, dtype=self.mapped.per_pair.dtype).nan_to_num().T
         known = all(x == x for row in rows for x in row)
-        title = f"Does the circuit transfer? ({self.ablation} ablation, {len(self.mapped.per_pair)} held-out pairs)"
+        title = f"Does the circuit transfer? ({self.replacement} ablation, {len(self.mapped.per_pair)} held-out pairs)"
         marks = {"the model": 1.0, "no edge": 0.0}
         ends = (low, high) if known else (None, None)
         return bars(value, ends[0], ends[1], names, title, y_title="faithfulness", marks=marks)
@@ -148,8 +149,8 @@ def transfer_circuit(
     found = (taxonomy(model, seed=seed), taxonomy(target, seed=seed)) if taxonomies is None else taxonomies
     evidence = comparable(*found)
     nodes = torch.isin(torch.arange(circuit.graph.n_sources), torch.tensor(carrier.nodes))
-    ours = roles_of(model, mine, evidence[0], ablation=circuit.ablation, nodes=nodes)
-    others = roles_of(target, theirs, evidence[1], ablation=circuit.ablation)
+    ours = roles_of(model, mine, evidence[0], value=circuit.replacement, nodes=nodes)
+    others = roles_of(target, theirs, evidence[1], value=circuit.replacement)
     places = match(carrier, ours, others)
     carried = _carried(circuit, carrier, places, target, theirs)
     home = _at_home(model, circuit, task.part(tested), draws, seed)
@@ -197,7 +198,7 @@ def _checked(model, circuit: Circuit, task: Task, target, target_task: Task) -> 
 def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: Task) -> Circuit:
     """The circuit in the target's graph."""
     kept = carrier.masks(places[None])[0]
-    groups = aligned_pairs(target, task.clean, task.corrupted, task.metric, circuit.ablation)
+    groups = aligned_pairs(target, task.clean, task.corrupted, task.metric, circuit.replacement)
     method = f"{circuit.method}; carried over from {circuit.model_name} by role"
     scores, name = carrier.scores(circuit, places), target.cfg.model_name
     return Circuit(
@@ -205,7 +206,7 @@ def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: T
         kept=kept,
         scores=scores,
         method=method,
-        ablation=circuit.ablation,
+        replacement=circuit.replacement,
         model_name=name,
         dropped=0,
         found_on=marks_of(groups),
@@ -215,13 +216,13 @@ def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: T
 def _own(target, task: Task, carried: Circuit) -> Circuit:
     """A circuit of as many edges that the target itself shows."""
     asked = target, task.clean, task.corrupted, task.metric
-    if carried.ablation == "corrupted":
+    if is_run(carried.replacement, "corrupted"):
         return eap_ig_midpoint(*asked).greedy_edges(max(1, carried.n_edges))
-    return eap_ig_own_source(*asked, ablation=carried.ablation).greedy_edges(max(1, carried.n_edges))
+    return eap_ig_own_source(*asked, value=carried.replacement).greedy_edges(max(1, carried.n_edges))
 
 
 def _at_home(model, circuit: Circuit, task: Task, draws: int, seed: int) -> Faithfulness:
-    bench = Bench(model, task.clean, task.corrupted, task.metric, circuit.ablation, keep=True)
+    bench = Bench(model, task.clean, task.corrupted, task.metric, circuit.replacement, keep=True)
     return measured(bench, circuit, task.group, draws, seed)
 
 
@@ -229,7 +230,7 @@ def _beside(
     target, task: Task, circuits: list[Circuit], null: Bool[Tensor, "draw edge"], home: Faithfulness
 ) -> list[Faithfulness]:
     """Circuits of the target, each beside the same random ones. The texts are those of `home`, seen or not."""
-    bench = Bench(target, task.clean, task.corrupted, task.metric, home.ablation, keep=True)
+    bench = Bench(target, task.clean, task.corrupted, task.metric, home.replacement, keep=True)
     own = torch.stack([circuit.kept.cpu() for circuit in circuits])
     runs = bench.run(torch.cat((own, null)))
     random, found = runs.per_pair[len(own) :], []

@@ -127,7 +127,7 @@ def anti_copy(
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, names, stop_at_layer=model.cfg.n_layers)
         mean, other = (
-            mean_z(model, cache, None, tokens),
+            mean_z(model, cache),
             _another(tokens, min(model.cfg.d_vocab, model.cfg.d_vocab_out), seed),
         )
         each = [

@@ -130,7 +130,7 @@ def calibration_change(
     near = {head: _nearest(head, [one for one in every if one not in heads], controls) for head in heads}
     with torch.no_grad(), packed_linears(rows=1024):
         _, cache = model.run_with_cache(tokens, ["z", "resid_pre"], stop_at_layer=model.cfg.n_layers)
-        mean = mean_z(model, cache, None, tokens)
+        mean = mean_z(model, cache)
         size = torch.stack([_size(model, cache, mean, layer) for layer in range(model.cfg.n_layers)])
         base = _moved(
             model, tokens, cache=cache, mean=mean, head=every[-1], by=0.0, base=bins

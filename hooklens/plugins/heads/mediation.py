@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.core.progress import progress
+from hooklens.data.prompts import Pairs
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
@@ -21,6 +21,8 @@ from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.plan import points_of
+from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -99,12 +101,13 @@ def mediation(
     metric: Any,
     heads: Heads,
     *,
-    reference: Int[Tensor, "other other_pos"] | None = None,
+    value: Value = "mean over positions",
 ) -> Mediation:
     """What of a head's effect on the metric is direct, through later MLPs, through later heads? By exact interventions.
 
-    The head's z is replaced by its mean over the `reference` prompts, position by position (over all positions of the
-    prompts themselves, if none are given). A head's own block counts as later where its MLP reads what attention wrote.
+    `value` is what is written in place of the head's z, as in `hl.ablate`: its mean over all positions of the prompts,
+    or `hl.Mean(reference=prompts)` by position. A head's own block counts as later where its MLP reads what attention
+    wrote.
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); text = repeated_tokens(model, 4)
@@ -121,9 +124,9 @@ def mediation(
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, _there(model, names), stop_at_layer=model.cfg.n_layers)
         base = Reader(model, metric, stream).base
-        mean = mean_z(model, cache, reference, tokens)
+        written = written_z(model, tokens, cache, value)
         runs = [
-            partial(_hooks, cache=cache, mean=mean, at=at, frozen=_there(model, frozen))
+            partial(_hooks, cache=cache, written=written, at=at, frozen=_there(model, frozen))
             for at in chosen
             for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",))
         ]
@@ -141,22 +144,21 @@ def mediation(
     )
 
 
-def mean_z(
-    model: "HookedTransformer", cache: "ActivationCache", reference: Tensor | None, tokens: Tensor
-) -> dict[int, Float[Tensor, "one pos head d_head"]]:
-    """The mean z by layer: over the reference prompts at each position, else over all positions of the prompts."""
-    layers = range(model.cfg.n_layers)
-    if reference is None:
-        return {
-            layer: cache["z", layer].mean((0, 1), keepdim=True).expand(1, tokens.shape[1], -1, -1) for layer in layers
-        }
-    if reference.shape[1] != tokens.shape[1]:
-        raise InputError(
-            f"reference prompts have {reference.shape[1]} tokens and the prompts {tokens.shape[1]}; a mean position by "
-            "position needs equal lengths"
-        )
-    _, other = model.run_with_cache(reference, "z", stop_at_layer=model.cfg.n_layers)
-    return {layer: other["z", layer].mean(0, keepdim=True) for layer in layers}
+def mean_z(model: "HookedTransformer", cache: "ActivationCache") -> dict[int, Float[Tensor, "one one head d_head"]]:
+    """The mean z over all positions of the prompts, by layer."""
+    return {layer: cache["z", layer].mean((0, 1), keepdim=True) for layer in range(model.cfg.n_layers)}
+
+
+def written_z(
+    model: "HookedTransformer", tokens: Tensor, cache: "ActivationCache", value: Value
+) -> dict[str, Float[Tensor, "sequence pos head d_head"]]:
+    """What is written at every z in place of what the prompts hold there."""
+    pairs = Pairs(tuple(range(len(tokens))), tokens, tokens)
+    points = points_of(model, "z")
+    (target,) = targets_of(model, [pairs], points, paired=False)
+    (written,) = as_replacement(value).once([target])
+    own = {name: cache[name] for name in points}
+    return activations_of(target.read(written) if are_tokens(written) else written, own)
 
 
 def _there(model: "HookedTransformer", names: Sequence[str]) -> list[str]:
@@ -165,7 +167,7 @@ def _there(model: "HookedTransformer", names: Sequence[str]) -> list[str]:
 
 
 def _hooks(
-    rows: Index, cache: "ActivationCache", mean: dict[int, Tensor], at: tuple[int, int], frozen: Sequence[str]
+    rows: Index, cache: "ActivationCache", written: dict[str, Tensor], at: tuple[int, int], frozen: Sequence[str]
 ) -> Hooks:
     """In these rows the head is replaced, and later parts named in `frozen` keep their value of the untouched run."""
 
@@ -173,20 +175,20 @@ def _hooks(
         act[rows] = cache[hook.name]
         return act
 
-    hooks = [without(rows, mean, at)]
+    hooks = [without(rows, written, at)]
     for name in frozen:
         # the own block's MLP may read the head; its attention is edited
         first = at[0] if name == "mlp_out" else at[0] + 1
-        hooks += [((name, later), hold) for later in range(first, len(mean))]
+        hooks += [((name, later), hold) for later in range(first, len(written))]
     return hooks
 
 
-def without(rows: Index, mean: dict[int, Tensor], at: tuple[int, int]) -> tuple[Where, HookFn]:
-    """A hook that replaces a head's z by the mean, in these rows."""
+def without(rows: Index, written: dict[str, Tensor], at: tuple[int, int]) -> tuple[Where, HookFn]:
+    """A hook that replaces a head's z, in these rows."""
     layer, head = at
 
     def edit(z: Tensor, hook: Any) -> Tensor:
-        z[rows, :, head] = mean[layer][:, :, head]
+        z[rows, :, head] = written[hook.name][:, :, head]
         return z
 
     return ("z", layer), edit
@@ -197,4 +199,4 @@ def demo(model: "HookedTransformer") -> Mediation:
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]
-    return mediation(model, text.tokens, text.metric(), heads, reference=others.tokens)
+    return mediation(model, text.tokens, text.metric(), heads, value=Mean(others.tokens))

@@ -15,12 +15,13 @@ from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.mediation import mean_z, without
+from hooklens.plugins.heads.mediation import without, written_z
 from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Mean, Value
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -102,13 +103,13 @@ def redundancy(
     metric: Any,
     heads: Heads,
     *,
-    reference: Int[Tensor, "other other_pos"] | None = None,
+    value: Value = "mean over positions",
     seed: int = 0,
 ) -> Redundancy:
     """Which of these heads are redundant, which complementary? Every head and every pair is ablated, exactly.
 
-    Ablated heads hold their mean z over the `reference` prompts, position by position (over the prompts' own positions,
-    if none are given). Choose the heads on other sequences than those given here.
+    `value` is what is written in place of an ablated head's z, as in `hl.ablate`: its mean over all positions of the
+    prompts, or `hl.Mean(reference=prompts)` by position. Choose the heads on other sequences than those given here.
 
     >>> from hooklens.testing import or_gate
     >>> gate = or_gate()                              # two heads; either one is enough
@@ -124,7 +125,7 @@ def redundancy(
     tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     if len(chosen) < 2:
         raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
-    return _redundancy(model, tokens, metric=metric, chosen=chosen, reference=reference, seed=seed)
+    return _redundancy(model, tokens, metric=metric, chosen=chosen, value=value, seed=seed)
 
 
 def _redundancy(
@@ -132,17 +133,17 @@ def _redundancy(
     tokens: Tensor,
     metric: Any,
     chosen: list[tuple[int, int]],
-    reference: Tensor | None,
+    value: Value,
     seed: int,
 ) -> Redundancy:
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, "z", stop_at_layer=model.cfg.n_layers)
         base = Reader(model, metric, stream).base
-        mean = mean_z(model, cache, reference, tokens)
+        new = written_z(model, tokens, cache, value)
         n = len(chosen)
         first, second = torch.triu_indices(n, n)
         runs = [
-            partial(_without, mean=mean, heads={chosen[i], chosen[j]})
+            partial(_without, new=new, heads={chosen[i], chosen[j]})
             for i, j in zip(first.tolist(), second.tolist(), strict=True)
         ]
         edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in chosen))
@@ -162,9 +163,9 @@ def _redundancy(
     )
 
 
-def _without(rows: Index, mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> Hooks:
+def _without(rows: Index, new: dict[str, Tensor], heads: set[tuple[int, int]]) -> Hooks:
     """A hook a head."""
-    return [without(rows, mean, head) for head in sorted(heads)]
+    return [without(rows, new, head) for head in sorted(heads)]
 
 
 def _outputs(
@@ -205,4 +206,4 @@ def demo(model: "HookedTransformer") -> Redundancy:
     text, others = both.part(0, 4), both.part(4, 8)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
     # a model of one head has no pair to show, which a user is told and a demo is not
-    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), reference=others.tokens, seed=0)
+    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), value=Mean(others.tokens), seed=0)

@@ -2,7 +2,6 @@
 
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
 from hooklens.plugins.patching.ablation_compare import AblationComparison, compare_ablations
-from hooklens.plugins.patching.ablation_kinds import Freeze, Resample
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.plugins.patching.attribution import attribution_patching
 from hooklens.plugins.patching.attribution_result import AttributionPatching
@@ -11,9 +10,19 @@ from hooklens.plugins.patching.information_flow import information_flow
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
 from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep
-from hooklens.plugins.patching.values import Mean
 from hooklens.plugins.patching.weight_randomisation import WeightRandomisation
 from hooklens.sweeps.nodes import At
+from hooklens.sweeps.replacement import (
+    Given,
+    Mean,
+    MeanOfOthers,
+    MeanOverPositions,
+    OtherRun,
+    Replacement,
+    Resample,
+    Target,
+    Zero,
+)
 
 __all__ = [
     "AblationComparison",
@@ -22,14 +31,20 @@ __all__ = [
     "AttributionPatching",
     "Choice",
     "Fixed",
-    "Freeze",
+    "Given",
     "InformationFlow",
     "InputAttribution",
     "Mean",
+    "MeanOfOthers",
+    "MeanOverPositions",
+    "OtherRun",
     "PatchSweep",
     "PathSweep",
+    "Replacement",
     "Resample",
+    "Target",
     "WeightRandomisation",
+    "Zero",
     "ablate",
     "attribution_patching",
     "compare_ablations",

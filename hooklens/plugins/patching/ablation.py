@@ -13,7 +13,6 @@ from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.ablation_kinds import Kind, Resample, Written, as_kind, word, written_by_draw
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import (
     cell_name,
@@ -29,7 +28,8 @@ from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import Outcome, execute
-from hooklens.sweeps.plan import Patch, plan, settle_by, site_kind
+from hooklens.sweeps.plan import Patch, plan, points_of, settle_by, site_kind
+from hooklens.sweeps.replacement import Resample, Value, Written, as_replacement, targets_of
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
 
@@ -44,8 +44,8 @@ _MOST_FLIPS = 40_000
 class AblationSweep(Result):
     """The metric after every ablation of a grid, prompt by prompt, beside the metric of the unedited model.
 
-    `kind` is zero, mean, resample or freeze. `by_draw` is the mean effect of each draw of other prompts (one row for
-    the other kinds). Prompts of one `group` share something: intervals and p-values are over groups.
+    `replacement` is what was written. `by_draw` is the mean effect of each draw of other prompts (one row where nothing
+    is drawn). Prompts of one `group` share something: intervals and p-values are over groups.
     """
 
     ranked_by = "effect, on the prompts that chose it"
@@ -57,7 +57,7 @@ class AblationSweep(Result):
     group: Int[Tensor, "prompt"]
     site: str
     by: tuple[str, ...]
-    kind: str
+    replacement: str
     labels: dict[str, list[str]]
     computed: float
     largest_error: float
@@ -121,7 +121,7 @@ class AblationSweep(Result):
     def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
         """The `k` components of largest effect on one half of the prompts, with their effect on the other half."""
         names = cell_names(self.by, self.labels, self.effect.shape)
-        return HeldOutEffects.of({self.kind: self.effect_per_prompt}, names, self.group, k, seed)
+        return HeldOutEffects.of({self.replacement: self.effect_per_prompt}, names, self.group, k, seed)
 
     def table(self, n: int | None = 20) -> Table:
         """The components of largest effect; every one for `n=None`."""
@@ -130,12 +130,12 @@ class AblationSweep(Result):
         for index in self.order()[:n]:
             numbers = (effect, low, high, p, q) if int(self.group.max()) else (effect,)
             rows.append((self.name_of(index), float(values[index]), *(float(each[index]) for each in numbers)))
-        columns = (self.site, "metric", f"effect ({self.kind})", "95% low", "95% high", "p", "q")
+        columns = (self.site, "metric", f"effect ({self.replacement})", "95% low", "95% high", "p", "q")
         return Table(columns[: len(rows[0])] if rows else columns[:3], rows)
 
     def figure(self) -> Any:
         """A heat map over two axes, bars with their interval over one."""
-        title = f"{self.site}: change of the metric under {self.kind} ablation"
+        title = f"{self.site}: change of the metric under {self.replacement} ablation"
         ends = self.interval() if self.per_prompt.ndim == 2 else None
         return draw_grid(self.effect, self.by, labels=self.labels, title=title, name="change of the metric", ends=ends)
 
@@ -147,7 +147,7 @@ def ablate(
     *,
     site: str = "z",
     by: str | Sequence[str] | None = None,
-    value: str | Kind = "resample",
+    value: Value = "resample",
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
     patches: Sequence[Patch] | None = None,
 ) -> AblationSweep:
@@ -164,18 +164,19 @@ def ablate(
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
     attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for.
 
-    `value` is what is written. "resample": the activation of other prompts of the set, four draws averaged (`Resample`
-    says how many, of which prompts, and the seed). "mean": over all other prompts, the prompt's own left out, or
-    `hl.Mean(reference=...)`; position by position where all lengths agree, else over all positions. "zero": a value
-    that most sites never hold, so that what breaks may be the model's surprise rather than its need: see
-    `compare_ablations`. `Freeze(run)`: the activation of that run, prompt by prompt.
+    `value` is what is written, a `Replacement` or its word. "resample": the activation of other prompts of the set,
+    four draws averaged (`Resample` says how many, of which prompts, and the seed). "mean of others": the mean over all
+    other prompts, the prompt's own left out. "mean": over all prompts, or `hl.Mean(reference=prompts)`. Means are
+    position by position where all lengths agree, else over all positions. "zero": a value that most sites never hold,
+    so that what breaks may be the model's surprise rather than its need: see `compare_ablations`. `OtherRun(prompts)`:
+    the activation in other runs, prompt by prompt.
 
     `group` says which prompts share something, one label a prompt: intervals and p-values are then over groups.
 
     Reference: Li and Janson (2024), "Optimal ablation for interpretability", section 2 (the kinds); Chan et al. (2022),
     "Causal scrubbing" (resampling).
     """
-    site, kind = site_kind(site), as_kind(value)
+    site, replacement = site_kind(site), as_replacement(value)
     axes = settle_by(model, site, by)
     groups = read_pairs(model, prompts, prompts, _needs(axes, patches))
     check_metric(metric, groups)
@@ -187,7 +188,7 @@ def ablate(
                 _one(model, each, metric=metric, site=site, by=axes, written=to, patches=patches)
                 for each, to in zip(groups, written, strict=True)
             ]
-            for written in written_by_draw(model, kind, prompts, groups, site)
+            for written in replacement.every_draw(targets_of(model, groups, points_of(model, site), paired=False))
         ]
     shape, labels = shape_of(model, site, axes, groups[0].clean.shape[1]), {}
     if patches is None:
@@ -205,7 +206,7 @@ def ablate(
         group=number,
         site=site,
         by=axes,
-        kind=word(kind),
+        replacement=str(replacement),
         labels=labels,
         computed=sum(each.computed * weight for each, weight in zip(outcomes, weights, strict=True)),
         largest_error=float(torch.tensor([each.largest_error for each in outcomes]).max()),

@@ -11,13 +11,12 @@ from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
-from hooklens.plugins.patching.ablation_kinds import Kind, Resample
-from hooklens.plugins.patching.activation import Mean
 from hooklens.plugins.patching.grid import cell_names, largest_first
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
 from hooklens.sweeps.plan import Patch
+from hooklens.sweeps.replacement import Mean, MeanOfOthers, Replacement, Resample, Zero
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ class AblationComparison(Result):
 
     @property
     def sweeps(self) -> dict[str, AblationSweep]:
-        """Each sweep by its kind."""
-        return {"zero": self.zero, "mean": self.mean, "resample": self.resample}
+        """Each sweep by what was written."""
+        return {sweep.replacement: sweep for sweep in (self.zero, self.mean, self.resample)}
 
     @property
     def correlation(self) -> float:
@@ -109,18 +108,18 @@ def compare_ablations(
     >>> from hooklens.metrics import prob
     >>> model = tiny_model(); prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     >>> found = compare_ablations(model, prompts, prob(model, answer=3))
-    >>> found.zero.kind, found.resample.kind, found.resample.by_draw.shape      # draw layer head
-    ('zero', 'resample', torch.Size([2, 2, 2]))
+    >>> found.zero.replacement, found.mean.replacement, found.resample.by_draw.shape      # draw layer head
+    ('zero', 'mean of others', torch.Size([2, 2, 2]))
 
     Reference: Chan et al. (2022), "Causal scrubbing"; Li and Janson (2024), "Optimal ablation for interpretability",
     section 2.
     """
-    held = "mean" if reference is None else Mean(reference)
+    mean = MeanOfOthers() if reference is None else Mean(reference)
 
-    def run(value: str | Kind) -> AblationSweep:
+    def run(value: Replacement) -> AblationSweep:
         return ablate(model, prompts, metric, site=site, by=by, value=value, group=group, patches=patches)
 
-    return AblationComparison(run("zero"), run(held), run(Resample(reference)))
+    return AblationComparison(zero=run(Zero()), mean=run(mean), resample=run(Resample(reference)))
 
 
 def demo(model: "HookedTransformer") -> AblationComparison:

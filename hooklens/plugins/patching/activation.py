@@ -1,6 +1,6 @@
 """Activation patching: overwrite one site at a time and see how far the metric moves, exactly and for a whole grid."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,28 +9,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, labels_of, largest_first
 from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, with_other
-from hooklens.plugins.patching.values import Mean, aligned, mean_of
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, ratio_interval
 from hooklens.sweeps.execute import Outcome, execute
-from hooklens.sweeps.plan import plan, settle_by, site_and_layer
+from hooklens.sweeps.plan import plan, points_of, settle_by, site_and_layer
+from hooklens.sweeps.replacement import Replacement, Value, Written, as_replacement, is_run, targets_of
 from hooklens.sweeps.resume import Resume, hint, products_of
 from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
-
-_WORDS = ("clean", "corrupted", "zero", "mean")
-
-
-Value = str | Mean | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +40,7 @@ class PatchSweep(TwoRuns, Result):
     site: str
     by: tuple[str, ...]
     into: str
-    value: str
+    replacement: str
     labels: dict[str, list[str]]
     computed: float
     largest_error: float
@@ -116,7 +111,7 @@ class PatchSweep(TwoRuns, Result):
     def figure(self, rows: int | None = STRONGEST) -> Any:
         """A heat map over two axes, bars with their interval over one; of three the strongest `rows`, None for all."""
         shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
-        title = f"{self.site}: {name} ({self.value} into {self.into})"
+        title = f"{self.site}: {name} ({self.replacement} into {self.into})"
         ends = self.interval() if len(self.by) == 1 else None
         return draw_grid(shown, self.by, labels=self.labels, title=title, name=name, ends=ends, rows=rows)
 
@@ -146,9 +141,10 @@ def patch(
     `site` is resid_pre/mid/post, attn_out, mlp_out, post (neurons), z, q, k, v, pattern or result, at every layer or,
     as `hl.site("z", 5)`, at one. `by` is the grid: "layer x pos", "layer x head", "layer x head x pos", "layer x
     neuron", "layer". `value` is "clean" (written into the corrupted run) or, written into the clean run, "corrupted"
-    (noising), "zero", "mean" over the clean prompts, Mean(reference=prompts), a tensor, a cache, or a function of
-    (activation, point). `resume` names a file in which finished parts are kept, so that an interrupted sweep goes on; a
-    metric that cannot be recognised there needs a name, `hl.Resume(path, key="...")`.
+    (noising), "zero", "mean" (over the clean prompts), any other `Replacement` such as Mean(reference=prompts), a
+    tensor, a cache, or a function of (activation, point). `resume` names a file in which finished parts are kept, so
+    that an interrupted sweep goes on; a metric that cannot be recognised there needs a name,
+    `hl.Resume(path, key="...")`.
 
     Clean and corrupted prompts of different length can be swept by layer or head: positions are matched at the shared
     beginning and end, and those between keep their own value. Memory, checks and the plain loop: `hl.engine(...)`.
@@ -156,17 +152,17 @@ def patch(
     Reference: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
     """
     site, layer = site_and_layer(model, site)
-    axes = settle_by(model, site, by)
-    into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
+    axes, replacement = settle_by(model, site, by), as_replacement(value)
+    into = "corrupted" if is_run(replacement, "clean") else "clean"
     groups = read_pairs(model, clean, corrupted, axes)
     check_metric(metric, groups)
-    if isinstance(value, str) and value in ("clean", "corrupted"):
+    if is_run(replacement, "clean") or is_run(replacement, "corrupted"):
         check_prompts_differ(groups)
     file = resume_of(resume, groups)
     with products_of(file), hint(resume, "hl.patch"):
-        found = [
-            _sweep(model, group, metric, site=site, by=axes, layer=layer, value=value, resume=file) for group in groups
-        ]
+        written = replacement.once(targets_of(model, groups, points_of(model, site), into=into))
+        asked = _Asked(metric=metric, site=site, by=axes, layer=layer, into=into, replacement=replacement, file=file)
+        found = [_sweep(model, group, to, asked) for group, to in zip(groups, written, strict=True)]
     shape, outcome = found[0][0], joined(groups, [part for _, part in found])
     clean_end, corrupted_end = ends_of(outcome, into)
     labels = labels_of(model, axes, shape, groups[0])
@@ -179,7 +175,7 @@ def patch(
         site=site,
         by=axes,
         into=into,
-        value=_word(value),
+        replacement=str(replacement),
         labels=labels,
         computed=outcome.computed,
         largest_error=outcome.largest_error,
@@ -206,55 +202,28 @@ def check_metric(metric: Any, groups: list[Pairs]) -> None:
         raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
 
 
-def _sweep(
-    model,
-    group: Pairs,
-    metric: Any,
-    *,
-    site: str,
-    by: tuple[str, ...],
-    layer: int | None,
-    value: Value,
-    resume: Resume | None,
-) -> tuple[tuple[int, ...], Outcome]:
+@dataclass(frozen=True)
+class _Asked:
+    """What a sweep does with each group of pairs."""
+
+    metric: Any
+    site: str
+    by: tuple[str, ...]
+    layer: int | None
+    into: str
+    replacement: Replacement
+    file: Resume | None
+
+
+def _sweep(model, group: Pairs, written: Written, asked: _Asked) -> tuple[tuple[int, ...], Outcome]:
     """The shape of the grid and the sweep of the pairs of one length."""
-    noising = _word(value) != "clean"
-    into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
-    written = _written(model, group, into=into, other=other, site=site, value=value)
-    made = plan(model, into, site, written, by=by, layer=layer)
-    given = dict(value) if isinstance(value, Mapping) else value
-    made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep
-    stream = model(other, stop_at_layer=model.cfg.n_layers) if made.donor is None else made.donor
-    outcome = execute(SitePatches(made), group.of(metric), resume=resume, other=stream)
-    return made.shape, with_other(model, outcome, group, "corrupted" if noising else "clean")
-
-
-def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:
-    """What a plan takes as values: other tokens, activations by point, or a function."""
-    if isinstance(value, str):
-        if value not in _WORDS:
-            raise did_you_mean("value to write", value, _WORDS)
-        if value in ("clean", "corrupted"):
-            return other if group.aligned else aligned(model, into, other, site)
-        if value == "zero":
-            return lambda act, name: torch.zeros_like(act)
-        if len(into) < 2:
-            raise InputError(
-                "value='mean' is the mean over the pairs, and there is one pair; give more, or "
-                "value=hl.Mean(reference=prompts)"
-            )
-        return lambda act, name: act.mean(0, keepdim=True)
-    if isinstance(value, Mean):
-        return mean_of(model, value, into, site)
-    if isinstance(value, Tensor):
-        return lambda act, name: value
-    return value
-
-
-def _word(value: Value) -> str:
-    if isinstance(value, str):
-        return value
-    return "mean of reference" if isinstance(value, Mean) else "given value"
+    into, other = (group.clean, group.corrupted) if asked.into == "clean" else (group.corrupted, group.clean)
+    made = plan(model, into, asked.site, written, by=asked.by, layer=asked.layer)
+    made = replace(made, source=(asked.replacement, group.clean, group.corrupted))  # which identifies the sweep
+    known = made.donor is not None and written is other
+    stream = made.donor if known else model(other, stop_at_layer=model.cfg.n_layers)
+    outcome = execute(SitePatches(made), group.of(asked.metric), resume=asked.file, other=stream)
+    return made.shape, with_other(model, outcome, group, "clean" if asked.into == "corrupted" else "corrupted")
 
 
 def demo(model: "HookedTransformer") -> PatchSweep:

@@ -18,15 +18,14 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.attribution_result import AttributionPatching, Grid
 from hooklens.plugins.patching.grid import in_order, labels_of, shape_of
-from hooklens.plugins.patching.values import aligned
 from hooklens.results.statistics import group_numbers
 from hooklens.sweeps.execute import execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain
-from hooklens.sweeps.plan import Patch, has_site, plan, settle_by, site_kind
+from hooklens.sweeps.plan import Patch, has_site, plan, points_of, settle_by, site_kind
+from hooklens.sweeps.replacement import OtherRun, matched, targets_of
 from hooklens.sweeps.settings import current, engine
 from hooklens.sweeps.site_patches import SitePatches
-from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -127,11 +126,10 @@ def _estimate(
 ) -> tuple[Float[Tensor, "pair *grid"], Bool[Tensor, "pair *grid"], Float[Tensor, "pair"], Float[Tensor, "pair"]]:
     """(written - there) . gradient of every cell; where the two differ at all; the metric of clean and corrupted."""
     n = model.cfg.n_layers
-    points = [f"blocks.{layer}.{SITES[site].point}" for layer in range(n)]
+    points = points_of(model, site)
     with torch.no_grad():
         stream, written = model.run_with_cache(group.clean, names=points, stop_at_layer=n)
         clean_end = Reader(model, metric, stream).base
-        values = written if group.aligned else aligned(model, group.corrupted, group.clean, site)
     with torch.enable_grad():
         stream, there = model.run_with_cache(group.corrupted, names=points, stop_at_layer=n, grads=True)
         reader = Reader(model, metric, stream.detach())
@@ -139,7 +137,9 @@ def _estimate(
         if not total.requires_grad:
             raise InputError("the metric has no gradient (does it compare, round or take an argmax?); use hl.patch")
         grads = torch.autograd.grad(total, [there[point] for point in points], materialize_grads=True)
-    gaps = [values[point] - there[point].detach() for point in points]
+    own = {point: there[point].detach() for point in points}
+    values = written if group.aligned else matched(group.corrupted, group.clean, own, written)
+    gaps = [values[point] - own[point] for point in points]
     layers = [_summed(gap * grad, point, by) for gap, grad, point in zip(gaps, grads, points, strict=True)]
     moved = [_summed(gap.abs(), point, by) > 0 for gap, point in zip(gaps, points, strict=True)]
     return torch.stack(layers, 1).to(reader.dtype), torch.stack(moved, 1), clean_end, reader.base
@@ -173,11 +173,11 @@ def _exactly(
     patches = [Patch(**dict(zip(by, index, strict=True))) for index in checked.tolist()]
     found = []
     with torch.no_grad(), engine(verify=0), packed_linears(rows=1024):
-        for group in groups:
+        clean = OtherRun("clean").once(targets_of(model, groups, points_of(model, site), into="corrupted"))
+        for group, written in zip(groups, clean, strict=True):
             if not patches:
                 found.append(torch.zeros(len(group.index), 0))
                 continue
-            written = group.clean if group.aligned else aligned(model, group.corrupted, group.clean, site)
             made = plan(model, group.corrupted, site, written, by=by, patches=patches)
             outcome = execute(SitePatches(made), group.of(metric))
             found.append((outcome.values - outcome.base).T)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hooklens.core.errors import did_you_mean
+from hooklens.core.errors import InputError, did_you_mean
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.plugins.patching.activation import check_metric
@@ -18,6 +18,7 @@ from hooklens.sweeps.execute import execute
 from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, read_receivers, read_senders
 from hooklens.sweeps.path_patches import PathPatches
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, plan_paths
+from hooklens.sweeps.replacement import Value, as_replacement, is_run
 from hooklens.sweeps.resume import Resume, hint, products_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def path_patch(
     *,
     receivers: Any = "final",
     senders: Any = None,
-    value: str = "clean",
+    value: Value = "clean",
     resume: str | Path | Resume | None = None,
 ) -> PathSweep:
     """What does each component tell these readers? Only the edges from sender to receivers carry its new value.
@@ -86,8 +87,7 @@ def path_patch(
 
     Reference: Goldowsky-Dill et al. (2023), "Localizing Model Behavior with Path Patching", section 3.
     """
-    if value not in ("clean", "corrupted"):
-        raise did_you_mean("value to send", str(value), ("clean", "corrupted"))
+    value = _read_run(value)
     into = "corrupted" if value == "clean" else "clean"
     held = receivers if isinstance(receivers, Fixed) else None
     semantics = EDGES if held is None else FIXED if held.mlps == "recomputed" else FIXED_FROZEN
@@ -129,6 +129,16 @@ class _Ends(NamedTuple):
 
     senders: tuple[Sender, ...]
     receivers: tuple[Receiver, ...]
+
+
+def _read_run(value: Value) -> str:
+    """The run of the pair whose value is sent."""
+    replacement = as_replacement(value)
+    if not (is_run(replacement, "clean") or is_run(replacement, "corrupted")):
+        raise InputError(
+            f"a path carries the value of the pair's other run, value='clean' or 'corrupted'; got {replacement.label!r}"
+        )
+    return replacement.label
 
 
 def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> list[Pairs]:

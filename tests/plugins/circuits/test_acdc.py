@@ -21,10 +21,10 @@ def logit(logits):
 
 
 def test_an_or_gate_keeps_exactly_one_head():
-    found = acdc(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero")
+    found = acdc(or_gate(), [[0]], None, logit, threshold=0.1, value="zero")
     assert found.kept == ["MLP0->logits", "L0H0->MLP0"]
     assert found.metric_of_circuit == found.base == 1.0 and found.empty == 0.0
-    assert acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept == ["MLP0", "L0H0"]
+    assert acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, value="zero").kept == ["MLP0", "L0H0"]
 
 
 def test_an_and_gate_keeps_the_one_path():
@@ -37,11 +37,11 @@ def one_after_the_other(model, metric, threshold: float, ablation: str) -> tuple
     """Every edge tried by itself, from the logits down, with a run of its own."""
     graph = circuit_graph(model)
     kept = torch.ones(graph.n_edges, dtype=torch.bool)
-    value = run_edges(model, kept, CLEAN, CORRUPTED, metric, ablation=ablation).per_pair.mean()
+    value = run_edges(model, kept, CLEAN, CORRUPTED, metric, value=ablation).per_pair.mean()
     for edge in reversed(range(graph.n_edges)):
         tried = kept.clone()
         tried[edge] = False
-        after = run_edges(model, tried, CLEAN, CORRUPTED, metric, ablation=ablation).per_pair.mean()
+        after = run_edges(model, tried, CLEAN, CORRUPTED, metric, value=ablation).per_pair.mean()
         if value - after < threshold:
             kept, value = tried, after
     return kept, graph.n_edges
@@ -53,9 +53,9 @@ def test_many_trials_at_once_are_one_after_the_other(threshold, ablation, change
     model = tiny_model(n_layers=1, dtype=torch.float64, **changes)
     metric = hl.kl(model, CLEAN)
     kept, n = one_after_the_other(model, metric, threshold, ablation)
-    found = acdc(model, CLEAN, CORRUPTED, metric, threshold=threshold, ablation=ablation)
+    found = acdc(model, CLEAN, CORRUPTED, metric, threshold=threshold, value=ablation)
     assert found.kept == [found.circuit.graph.name(e) for e in reversed(range(n)) if kept[e]]
-    run = run_edges(model, kept, CLEAN, CORRUPTED, metric, ablation=ablation)
+    run = run_edges(model, kept, CLEAN, CORRUPTED, metric, value=ablation)
     assert found.metric_of_circuit == pytest.approx(float(run.per_pair.mean()), abs=1e-12)
     tidy = found.circuit.graph.on_a_path(kept[None], rooted=ablation == "corrupted")[0]
     assert torch.equal(found.circuit.kept, tidy) and found.circuit.dropped == int(kept.sum() - tidy.sum())
@@ -90,15 +90,15 @@ def test_the_circuit_handed_over_has_the_metric_that_was_reported(changes, ablat
     def value(circuit) -> float:
         return float(circuit.run(model, clean, corrupted, metric).per_pair.mean())
 
-    found = acdc(model, clean, corrupted, metric, threshold=0.003, ablation=ablation)
+    found = acdc(model, clean, corrupted, metric, threshold=0.003, value=ablation)
     assert 0 < found.circuit.n_edges < found.circuit.graph.n_edges
     assert found.metric_of_circuit == pytest.approx(value(found.circuit), abs=1e-12)
-    start = whole_circuit(model, ablation=ablation)
+    start = whole_circuit(model, value=ablation)
     for pruned in (
         prune_edges(model, start, clean, corrupted, metric, size=30, share=0.3),
         prune_edges_below(model, start, clean, corrupted, metric, threshold=0.003),
     ):
-        kept = run_edges(model, pruned.circuit.kept, clean, corrupted, metric, ablation=ablation)
+        kept = run_edges(model, pruned.circuit.kept, clean, corrupted, metric, value=ablation)
         assert float(pruned.metric[-1]) == pytest.approx(float(kept.per_pair.mean()), abs=1e-12)
 
 
@@ -123,7 +123,7 @@ def test_pruning_an_and_gate_and_an_or_gate():
     kept = prune_nodes(and_gate(), start, clean, corrupted, logit, size=3).circuit
     assert set(path) <= set(kept.edges)
     # each head of an OR gate alone is worth nothing: a threshold cuts both, a greedy search only one
-    gate, start = or_gate(), whole_circuit(or_gate(), ablation="zero")
+    gate, start = or_gate(), whole_circuit(or_gate(), value="zero")
     one = prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01)
     assert one.circuit.n_edges == 2 and float(one.metric[-1]) == 1.0
     both = prune_edges_below(gate, start, [[0]], None, logit, threshold=0.5)

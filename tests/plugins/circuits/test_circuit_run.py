@@ -44,7 +44,7 @@ def agree(model, clean, corrupted, ablation: str) -> None:
         slow = torch.stack([diff(slow_logits(model, kept, clean, corrupted, ablation)) for kept in masks])
         whole, other = diff(model(clean)), diff(model(corrupted))
     for metric in (diff, hl.logit_diff(model, answer=3, wrong_answer=4)):
-        found = run_edges(model, masks, clean, corrupted, metric, ablation=ablation)
+        found = run_edges(model, masks, clean, corrupted, metric, value=ablation)
         torch.testing.assert_close(found.per_pair, slow, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found.per_pair[-1], whole, atol=1e-9, rtol=0)
         torch.testing.assert_close(found.base_per_pair, whole, atol=1e-9, rtol=0)
@@ -71,7 +71,7 @@ def test_circuits_as_auto_circuit_computes_them(name, ablation):
     n = torch.arange(1.0, circuit_graph(model).n_edges + 1)
     kept = torch.stack([torch.sin(1.7 * n + 3 * k) > 0.8 - 0.4 * k for k in range(5)])
     metric = hl.logit_diff(model, answer=3, wrong_answer=7)
-    found = run_edges(model, kept, CLEAN, CORRUPTED, metric, ablation=ablation)
+    found = run_edges(model, kept, CLEAN, CORRUPTED, metric, value=ablation)
     expected = torch.tensor(RECORDED[name, ablation]["values"])
     torch.testing.assert_close(found.per_pair.mean(1), expected, atol=1e-4, rtol=1e-4)
 
@@ -174,7 +174,7 @@ def test_wrapped_linear_layers_are_called_not_read():
             models.append(model)
     masks = some_masks(circuit_graph(models[0]))
     for ablation in ("corrupted", "zero"):
-        a, b = (run_edges(m, masks, CLEAN, CORRUPTED, diff, ablation=ablation).per_pair for m in models)
+        a, b = (run_edges(m, masks, CLEAN, CORRUPTED, diff, value=ablation).per_pair for m in models)
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -183,7 +183,7 @@ def test_gates():
     graph = circuit_graph(gate)
     names = [["L0H0->MLP0", "MLP0->logits"], ["L0H1->MLP0", "MLP0->logits"], ["MLP0->logits"]]
     kept = torch.stack([graph.mask(edges) for edges in names])
-    found = run_edges(gate, kept, [[0]], None, logit, ablation="zero")
+    found = run_edges(gate, kept, [[0]], None, logit, value="zero")
     assert found.per_pair[:, 0].tolist() == [1.0, 1.0, 0.0] and found.faithfulness.tolist() == [1.0, 1.0, 0.0]
     gate = and_gate()
     circuit = circuit_of(gate, ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"])
@@ -197,14 +197,14 @@ def test_what_cannot_be_run_says_so():
     kept = whole_circuit(model).kept
     with pytest.raises(ValueError, match="46 edges"):
         run_edges(model, kept[:-1], CLEAN, CORRUPTED, diff)
-    with pytest.raises(ValueError, match="only ablation='zero'"):
+    with pytest.raises(ValueError, match="needs corrupted prompts"):
         run_edges(model, kept, CLEAN, None, diff)
     with pytest.raises(KeyError, match="mean"):
-        run_edges(model, kept, CLEAN, CORRUPTED, diff, ablation="means")
+        run_edges(model, kept, CLEAN, CORRUPTED, diff, value="means")
     with pytest.raises(ValueError, match="same length"):
         run_edges(model, kept, [[1, 2, 3]], [[1, 2]], diff)
-    with pytest.raises(ValueError, match="one such prompt"):
-        run_edges(model, kept, CLEAN[:1], CORRUPTED[:1], diff, ablation="mean")
+    with pytest.raises(ValueError, match="there is one prompt"):
+        run_edges(model, kept, CLEAN[:1], CORRUPTED[:1], diff, value="mean")
     with pytest.raises(ValueError, match="plain function"):
         run_edges(model, kept, [[1, 2], [1, 2, 3]], [[1, 3], [1, 3, 3]], diff)
     for bad in ("nan", "inf"):

@@ -93,7 +93,7 @@ def test_what_a_node_is_worth_is_the_same_by_edges_and_by_patches(changes, ablat
     every = torch.ones(bench.graph.n_sources, dtype=torch.bool)
     every[0] = False
     slow = _by_edges(bench, every)
-    found = roles_of(model, task, quick(model), ablation=ablation)
+    found = roles_of(model, task, quick(model), value=ablation)
     gap = bench.base_per_pair - bench.run(torch.zeros(bench.graph.n_edges, dtype=torch.bool)).empty_per_pair
     unit = gap.abs().mean() * gap.mean().sign()
     torch.testing.assert_close(found.effect[1:], slow / unit, atol=1e-9, rtol=1e-9)
@@ -108,10 +108,10 @@ def test_in_the_same_model_the_circuit_is_itself(changes, ablation):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
     task = own_task(model)
     chosen = task.part(halves(8)[0].tolist())
-    circuit = eap(model, chosen.clean, chosen.corrupted, task.metric, ablation=ablation).greedy_edges(25)
+    circuit = eap(model, chosen.clean, chosen.corrupted, task.metric, value=ablation).greedy_edges(25)
     found = transfer_circuit(model, circuit, task, model, task, taxonomies=(quick(model),) * 2)
     assert found.matching.source == found.matching.target and found.matching.lost == []
-    assert float(found.matching.distance.max()) == 0 and found.ablation == ablation
+    assert float(found.matching.distance.max()) == 0 and str(found.replacement) == ablation
     assert torch.equal(found.mapped.circuit.kept, circuit.kept) and found.mapped.circuit.edges == circuit.edges
     torch.testing.assert_close(found.mapped.circuit.scores, circuit.scores)
     torch.testing.assert_close(found.mapped.per_pair, found.home.per_pair, atol=1e-9, rtol=0)
@@ -143,7 +143,7 @@ def test_heads_that_moved_within_their_layer_are_found(changes, seed):
 def test_an_induction_circuit_is_found_in_a_larger_model(sizes, ablation):
     small, big = induction_model(), larger({"L0H0": "L1H3", "L1H1": "L3H5"}, n_layers=4, **sizes)
     task, there = repeats(small), repeats(big)
-    circuit = circuit_of(small, INDUCTION, ablation=ablation)
+    circuit = circuit_of(small, INDUCTION, value=ablation)
     labels = taxonomy(small), taxonomy(big, draws=500)  # few heads in it have any pattern to make a null of
     found = transfer_circuit(small, circuit, task, big, there, taxonomies=labels)
     places = {"L0H0": "L1H3", "L1H1": "L3H5"}
@@ -181,7 +181,7 @@ def test_a_random_model_has_no_induction_circuit(seed):
 def test_the_result_draws_reports_and_loads_back(tmp_path):
     small, big = induction_model(), larger({"L0H0": "L0H1", "L1H1": "L1H2"}, n_heads=3)
     labels = quick(small), quick(big)
-    circuit = circuit_of(small, INDUCTION, ablation="zero")
+    circuit = circuit_of(small, INDUCTION, value="zero")
     found = transfer_circuit(small, circuit, repeats(small, 8), big, repeats(big, 8), taxonomies=labels)
     assert len(found.table()) == 5 and len(found.figure().data) > 0
     assert {row[0]: row[3] for row in found.top(2).rows} == {"L0H0": "L0H1", "L1H1": "L1H2"}

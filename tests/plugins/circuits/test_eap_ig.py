@@ -69,14 +69,14 @@ def test_over_activations_a_head_of_an_or_gate_gets_the_steps_at_which_the_gate_
     1 - relu(1 - 2 k/steps), and in the runs of the MLP its input has no gradient, in those of the embedding the gate is
     closed. The mean is over three groups.
     """
-    found = eap_ig_activations(or_gate(), [[0]], None, logit, ablation="zero", steps=steps)
+    found = eap_ig_activations(or_gate(), [[0]], None, logit, value="zero", steps=steps)
     heads = found.scores[found.graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == pytest.approx([open_steps / steps / 3] * 2)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 10])
 def test_each_head_of_an_or_gate_gets_half(steps):
-    found = eap_ig_own_source(or_gate(), [[0]], None, logit, ablation="zero", steps=steps)
+    found = eap_ig_own_source(or_gate(), [[0]], None, logit, value="zero", steps=steps)
     heads = found.scores[found.graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == pytest.approx([0.5, 0.5])
 
@@ -166,9 +166,9 @@ def test_over_own_sources_the_last_group_adds_up_to_its_own_effect(name, ablatio
     graph = circuit_graph(model)
     last = [graph.mlp_at(graph.n_layers - 1)] if graph.mlp else list(range(graph.n_sources)[graph.heads_at(1)])
     cut = ~graph.mask([f"{graph.source_names[i]}->logits" for i in last])
-    runs = run_edges(model, cut, TOKENS, corrupted, diff, ablation=ablation)
+    runs = run_edges(model, cut, TOKENS, corrupted, diff, value=ablation)
     effect = float((runs.base_per_pair - runs.per_pair[0]).mean())
-    found = eap_ig_own_source(model, TOKENS, corrupted, diff, ablation=ablation, steps=60)
+    found = eap_ig_own_source(model, TOKENS, corrupted, diff, value=ablation, steps=60)
     assert float(found.node_scores[last].sum()) == pytest.approx(effect, abs=1e-4 * max(1, abs(effect)))
 
 
