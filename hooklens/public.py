@@ -10,6 +10,7 @@ from hooklens.core.errors import HooklensError
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import Site, site
 from hooklens.core.wrap import wrap
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import HookedTransformerConfig
@@ -63,6 +64,7 @@ __all__ = [
     "KVCache",
     "Mean",
     "PatchSweep",
+    "PromptPairs",
     "Result",
     "Resume",
     "Site",

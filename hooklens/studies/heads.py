@@ -8,15 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.jsonl import PromptPairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
-from hooklens.metrics import answer_ids, logit_diff
+from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.lens.attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import few_groups, mean_interval
+from hooklens.results.statistics import few_groups, group_numbers, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -150,7 +150,7 @@ def head_study(
     >>> from hooklens.testing import induction_model
     >>> clean = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [6, 3, 2, 6]]
     >>> corrupted = [[0, *row[1:]] for row in clean]
-    >>> pairs = PromptPairs(clean, corrupted, [1, 2, 9, 3], [4, 6, 8, 2], ["a", "b", "c", "d"])
+    >>> pairs = PromptPairs(clean, corrupted, answer=[1, 2, 9, 3], wrong_answer=[4, 6, 8, 2])
     >>> study = head_study(induction_model(), pairs)
     >>> sorted(row[0] for row in study.table(2).rows), study.to_answer[:, 1, 1].tolist()
     (['L0H0', 'L1H1'], [1.0, 1.0, 1.0, 1.0])
@@ -163,9 +163,8 @@ def head_study(
     Reference: Wang et al. (2022), "Interpretability in the Wild"; Zhang and Nanda (2024), "Towards Best Practices of
     Activation Patching in Language Models" (corrupted into clean).
     """
-    group = pairs.group_numbers()
-    metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
-    sweep = patch(model, pairs.clean, pairs.corrupted, metric, site="z", value="corrupted")
+    group = group_numbers(len(pairs), pairs.group)
+    sweep = patch(model, pairs, site="z", value="corrupted")
     rows = rows_of(model, pairs.clean, "clean")
     right, wrong = (answer_ids(model, each).to(model.device) for each in (pairs.answer, pairs.wrong_answer))
     to_answer, to_wrong = _attention(model, rows, right, wrong)
@@ -207,5 +206,4 @@ def _attention(
 
 def demo(model: "HookedTransformer") -> HeadStudy:
     """Four short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, answer, wrong = demo_pairs(model, 4)
-    return head_study(model, PromptPairs(clean.tolist(), corrupted.tolist(), answer, wrong, [str(i) for i in range(4)]))
+    return head_study(model, demo_pairs(model, 4))

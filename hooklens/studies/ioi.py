@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.data.ioi import IOIPairs, ioi
-from hooklens.metrics import LogitDiff, logit_diff
+from hooklens.data.ioi import ioi
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mover_result import NameMovers, by_group, of_pairs
 from hooklens.plugins.heads.name_movers import name_movers
@@ -44,7 +44,7 @@ class IOIStudy(Result):
     """
 
     shown: PairStudy
-    pairs: IOIPairs
+    pairs: PromptPairs
     movers: NameMovers
     layers: dict[str, PatchSweep]
     heads: list[tuple[int, int]]
@@ -161,16 +161,16 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
     Needs a tokenizer in which the names are single tokens. Reference: Wang et al. (2022).
     """
     pairs = ioi(model, n, seed=seed)
-    metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
+    clean, corrupted = pairs.tokens(model)
     with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
-        shown = sweep_pair(model, CLEAN, CORRUPTED, logit_diff(model, answer=ANSWER, wrong_answer=WRONG_ANSWER))
+        shown = sweep_pair(model, PromptPairs(CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER))
         movers = name_movers(model, pairs)
         chosen_on, reported_on = movers.halves(seed=seed)
         heads = _candidates(shown, of_pairs(movers, chosen_on))
         patches = [Patch(layer, head=head) for layer, head in heads]
         with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
-            layers = by_layer(model, pairs.clean_tokens, pairs.corrupted_tokens, metric)
-            outcome = execute(plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches), metric)
+            layers = by_layer(model, pairs)
+            outcome = execute(plan(model, corrupted, "z", clean, patches=patches), pairs.metric_of(model))
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
     claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
     return IOIStudy(

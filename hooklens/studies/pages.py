@@ -263,11 +263,11 @@ def _bars(study: "IOIStudy", sweep: PatchSweep) -> Any:
 
 def _how(report: "Report", study: "IOIStudy") -> None:
     pairs, movers = study.pairs, study.reported
-    orders = {order: pairs.order.count(order) for order in dict.fromkeys(pairs.order)}
+    orders = {order: pairs["order"].count(order) for order in dict.fromkeys(pairs["order"])}
     balance = " and ".join(f"{count} {order}" for order, count in orders.items())
     report.heading("How this was measured").text(
         f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in "
-        f"each order; {len(set(pairs.template))} sentences; all prompts are {pairs.clean_tokens.shape[1]} tokens long. "
+        f"each order; {len(set(pairs['template']))} sentences; all prompts are {int(pairs['end'][0]) + 1} tokens long. "
         "Two names in one sentence give four pairs, which are not independent: every interval over pairs resamples "
         f"such groups ({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is "
         "measured on each name as it leaves block 0, put through the head's own values (shared by its group of heads "

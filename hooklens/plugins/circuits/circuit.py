@@ -14,6 +14,7 @@ from torch import Tensor
 from hooklens.core.checksum import FIELD, sealed_json, unsealed
 from hooklens.core.errors import InputError
 from hooklens.core.files import read_json, reading, write_atomically
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
@@ -83,9 +84,9 @@ class Circuit(Result):
     def run(
         self,
         model: "HookedTransformer",
-        clean: Prompts,
-        corrupted: Prompts | None,
-        metric: Any,
+        clean: Prompts | PromptPairs,
+        corrupted: Prompts | None = None,
+        metric: Any = None,
     ) -> EdgeRuns:
         """The metric when only this circuit's edges carry live values, beside that of the model and of no edge."""
         self.check(model)

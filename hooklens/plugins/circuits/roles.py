@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
-from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.heads.scores import KINDS
 from hooklens.plugins.heads.taxonomy import Taxonomy
 from hooklens.results.result import Result, Table
@@ -65,7 +65,7 @@ class Roles(Result):
 
 def roles_of(
     model: "HookedTransformer",
-    task: Task,
+    pairs: PromptPairs,
     evidence: Taxonomy,
     *,
     ablation: str = "corrupted",
@@ -76,13 +76,13 @@ def roles_of(
     >>> from hooklens.plugins.heads.taxonomy import taxonomy
     >>> from hooklens.testing import induction_model
     >>> model = induction_model()
-    >>> task = Task([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
-    >>> print(roles_of(model, task, taxonomy(model)).table(3).rows[0][:3])
+    >>> pairs = PromptPairs([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
+    >>> print(roles_of(model, pairs, taxonomy(model)).table(3).rows[0][:3])
     ('L1H1', 'induction', 1.0)
 
     `nodes` says which effects to measure (all of them by default). Effects are exact, one node at a time.
     """
-    bench = Bench(model, task.clean, task.corrupted, task.metric, ablation)
+    bench = Bench(model, pairs, ablation)
     graph = bench.graph
     labels = evidence.labels()
     if (len(labels), len(labels[0])) != (graph.n_layers, graph.n_heads):

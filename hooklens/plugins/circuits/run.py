@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
@@ -51,9 +52,9 @@ class EdgeRuns(Result):
 def run_edges(
     model: "HookedTransformer",
     kept: OneOrMore,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     ablation: str = "corrupted",
 ) -> EdgeRuns:
@@ -77,7 +78,7 @@ def run_edges(
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    return Bench(model, clean, corrupted, metric, ablation).run(kept)
+    return Bench(model, as_pairs(model, clean, corrupted, metric), ablation).run(kept)
 
 
 class Bench:
@@ -86,22 +87,13 @@ class Bench:
     With `keep` the ablated runs stay in memory between questions, where they fit.
     """
 
-    def __init__(
-        self,
-        model: "HookedTransformer",
-        clean: Prompts,
-        corrupted: Prompts | None,
-        metric: Any,
-        ablation: str,
-        *,
-        keep: bool = False,
-    ):
+    def __init__(self, model: "HookedTransformer", pairs: PromptPairs, ablation: str, *, keep: bool = False):
         refuse(model)
         check_ablation(ablation)
-        self.model, self.metric, self.ablation = model, metric, ablation
+        self.model, self.pairs, self.ablation = model, as_pairs(model, pairs), ablation
+        self.metric, self.n_pairs = self.pairs.metric, len(pairs)
         self.graph = circuit_graph(model)
-        self.groups = aligned_pairs(model, clean, corrupted, metric, ablation)
-        self.n_pairs = sum(len(group.index) for group in self.groups)
+        self.groups = aligned_pairs(model, self.pairs, ablation)
         order = torch.tensor([i for group in self.groups for i in group.index])
         self.order = order.argsort().to(model.device)
         numbers = sum(group.clean.numel() for group in self.groups) * self.graph.n_sources * model.cfg.d_model
@@ -197,17 +189,15 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
     return masks
 
 
-def aligned_pairs(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, ablation: str
-) -> list[Pairs]:
+def aligned_pairs(model: "HookedTransformer", pairs: PromptPairs, ablation: str) -> list[Pairs]:
     """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
-    if corrupted is None and ablation != "zero":
+    if pairs.corrupted is None and ablation != "zero":
         raise InputError(f"ablation={ablation!r} needs corrupted prompts; only ablation='zero' does without")
-    groups = read_pairs(model, clean, clean if corrupted is None else corrupted, ())
+    groups = read_pairs(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted, ())
     for group in groups:
         if not group.aligned:
             read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises: says where the two part
-    if len(groups) > 1 and not isinstance(metric, ReadingMetric):
+    if len(groups) > 1 and not isinstance(pairs.metric, ReadingMetric):
         raise InputError(
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
             "tensor; use a built-in metric, or prompts of one length"

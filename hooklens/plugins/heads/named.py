@@ -100,7 +100,7 @@ def name_evidence(
     """
     try:
         pairs = ioi(model, n, seed=seed)
-        if pairs.clean_tokens.shape[1] > model.cfg.n_ctx:
+        if int(pairs["end"][0]) >= model.cfg.n_ctx:
             raise InputError(f"the prompts do not fit n_ctx {model.cfg.n_ctx}")
         found = name_movers(model, pairs)
     except InputError as error:

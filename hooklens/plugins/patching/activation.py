@@ -13,6 +13,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
@@ -129,9 +130,9 @@ class PatchSweep(TwoRuns, Result):
 
 def patch(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     site: str | tuple | Site = "resid_pre",
     by: str | Sequence[str] | None = None,
@@ -139,6 +140,8 @@ def patch(
     resume: str | Path | Resume | None = None,
 ) -> PatchSweep:
     """Which activations carry the difference between clean and corrupted? One exact patch for every cell of a grid.
+
+    Give two prompts (or lists of them) and a metric, or `PromptPairs`, as every method between two prompts takes them.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
@@ -164,8 +167,9 @@ def patch(
     site, layer = site_and_layer(model, site)
     axes = settle_by(model, site, by)
     into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
-    groups = read_pairs(model, clean, corrupted, axes)
-    check_metric(metric, groups)
+    pairs = as_pairs(model, clean, corrupted, metric)
+    groups = read_pairs(model, pairs.clean, pairs.corrupted, axes)
+    check_metric(pairs.metric, groups)
     if isinstance(value, str) and value in ("clean", "corrupted"):
         check_prompts_differ(groups)
     if resume is not None and len(groups) > 1:
@@ -173,7 +177,7 @@ def patch(
     file = None if resume is None else Resume.of(resume)
     with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024), _hint(resume):
         both = [
-            _patch_group(model, group, metric=metric, site=site, by=axes, layer=layer, value=value, resume=file)
+            _patch_group(model, group, metric=pairs.metric, site=site, by=axes, layer=layer, value=value, resume=file)
             for group in groups
         ]
     parts = [outcome for outcome, _ in both]
@@ -301,11 +305,4 @@ def _word(value: Value) -> str:
 
 def demo(model: "HookedTransformer") -> PatchSweep:
     """A resid_pre sweep on two short prompts that differ in one token; numbers where the model has no tokenizer."""
-    clean, corrupted, *_ = demo_pairs(model, 1, 8)
-    with torch.no_grad():
-        best = int(model(clean, logits_at=-1)[0, 0].argmax())
-
-    def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
-        return logits[:, -1, best]
-
-    return patch(model, clean, corrupted, logit)
+    return patch(model, demo_pairs(model, 1, 8))

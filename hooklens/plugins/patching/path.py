@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hooklens.core.errors import did_you_mean
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 def path_patch(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     receivers: Any = "final",
     senders: Any = None,
@@ -63,21 +64,18 @@ def path_patch(
     return _path_patch(
         EDGES,
         model,
-        clean=clean,
-        corrupted=corrupted,
-        metric=metric,
+        as_pairs(model, clean, corrupted, metric, group),
         receivers=receivers,
         senders=senders,
         value=value,
-        group=group,
     )
 
 
 def path_patch_fixed(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     receivers: Any = "final",
     senders: Any = None,
@@ -102,21 +100,18 @@ def path_patch_fixed(
     return _path_patch(
         FIXED,
         model,
-        clean=clean,
-        corrupted=corrupted,
-        metric=metric,
+        as_pairs(model, clean, corrupted, metric, group),
         receivers=receivers,
         senders=senders,
         value=value,
-        group=group,
     )
 
 
 def path_patch_fixed_frozen(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     receivers: Any = "final",
     senders: Any = None,
@@ -139,32 +134,30 @@ def path_patch_fixed_frozen(
     return _path_patch(
         FIXED_FROZEN,
         model,
-        clean=clean,
-        corrupted=corrupted,
-        metric=metric,
+        as_pairs(model, clean, corrupted, metric, group),
         receivers=receivers,
         senders=senders,
         value=value,
-        group=group,
     )
 
 
-def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, senders, value, group) -> PathSweep:
+def _path_patch(semantics: str, model, pairs: PromptPairs, *, receivers: Any, senders: Any, value: str) -> PathSweep:
     if value not in ("clean", "corrupted"):
         raise did_you_mean("value to send", str(value), ("clean", "corrupted"))
     sending, reading = read_senders(model, senders), read_receivers(model, receivers)
-    groups = _aligned(model, clean, corrupted)
-    check_metric(metric, groups)
+    groups = _aligned(model, pairs)
+    check_metric(pairs.metric, groups)
     n = sum(len(one.index) for one in groups)
     with torch.no_grad(), packed_linears(rows=1024):
         both = []
         for one in groups:
             senders_here, receivers_here = of_pairs(sending, one.index, n), of_pairs(reading, one.index, n)
+            metric = one.of(pairs.metric)
             both.append(_sweep(model, one, metric, senders_here, receivers_here, semantics=semantics, value=value))
     parts = [outcome for outcome, _ in both]
     ends = in_order(groups, [p.base for p in parts]), in_order(groups, [other for _, other in both])
     corrupted_end, clean_end = ends if value == "clean" else ends[::-1]
-    number = group_numbers(len(clean_end), group)
+    number = group_numbers(len(clean_end), pairs.group)
     return PathSweep(
         per_pair=in_order(groups, [p.values.T for p in parts]),
         clean_per_pair=clean_end,
@@ -185,11 +178,11 @@ def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, send
     )
 
 
-def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> list[Pairs]:
+def _aligned(model: "HookedTransformer", pairs: PromptPairs) -> list[Pairs]:
     """Pairs by their length; senders are patched at all positions, so both prompts of a pair have the same."""
-    groups = read_pairs(model, clean, corrupted, ())
+    groups = read_pairs(model, pairs.clean, pairs.corrupted, ())
     if not all(one.aligned for one in groups):
-        read_pairs(model, clean, corrupted, ("pos",))  # raises, and says where they part
+        read_pairs(model, pairs.clean, pairs.corrupted, ("pos",))  # raises, and says where they part
     check_prompts_differ(groups)
     return groups
 
@@ -207,8 +200,8 @@ def _sweep(
     """All senders of the pairs of one length, and the metric of the run that is not patched."""
     into, other = (pairs.corrupted, pairs.clean) if value == "clean" else (pairs.clean, pairs.corrupted)
     made = plan_paths(model, into, other=other, senders=senders, receivers=receivers, semantics=semantics)
-    outcome = execute_paths(made, pairs.of(metric))
-    found = Reader(model, pairs.of(metric), made.new.streams[model.cfg.n_layers]).base
+    outcome = execute_paths(made, metric)
+    found = Reader(model, metric, made.new.streams[model.cfg.n_layers]).base
     # the same prompt twice is the same number, not one to rounding
     return outcome, torch.where((into == other).all(1), outcome.base, found)
 
@@ -221,11 +214,6 @@ def _reaches(model: "HookedTransformer", senders: tuple[Sender, ...], receivers:
 
 def demo(model: "HookedTransformer") -> PathSweep:
     """Who talks to the query and value of the last layer's first head; with one layer, to the logits."""
-    clean, corrupted, *_ = demo_pairs(model, 2)
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), ("v", last, 0)] if last else "final"
-
-    def logit(logits: Tensor) -> Tensor:
-        return logits[:, -1, 0] - logits[:, -1, 1 % logits.shape[2]]
-
-    return path_patch(model, clean, corrupted, logit, receivers=receivers)
+    return path_patch(model, demo_pairs(model, 2), receivers=receivers)

@@ -193,6 +193,7 @@ def _check_position(rows: list[Int[Tensor, "_pos"]], pos: int | None) -> None:
 
 def demo(model: "HookedTransformer") -> ContrastDirections:
     """Prompts that end in the right answer against the same ones that end in a wrong one."""
-    start, _, *ends = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    pairs = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    start, ends = pairs.clean, (pairs.answer, pairs.wrong_answer)
     positive, negative = (torch.cat([start, torch.tensor(end).to(start)[:, None]], 1) for end in ends)
     return contrast_direction(model, positive, negative, draws=99)
