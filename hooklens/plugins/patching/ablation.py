@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
@@ -143,8 +144,8 @@ class AblationSweep(Result):
 
 def ablate(
     model: "HookedTransformer",
-    prompts: Prompts,
-    metric: Any,
+    prompts: Prompts | PromptPairs,
+    metric: Any = None,
     *,
     site: str = "z",
     by: str | Sequence[str] | None = None,
@@ -162,6 +163,7 @@ def ablate(
     tensor([[-1.2000,  0.0000],
             [ 0.0000, -2.4000]])
 
+    `PromptPairs` stand for their clean prompts, metric and groups.
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
     attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for.
 
@@ -178,17 +180,17 @@ def ablate(
     """
     site, kind = site_kind(site), as_kind(value)
     axes = settle_by(model, site, by)
-    groups = read_pairs(model, prompts, prompts, _needs(axes, patches))
-    check_metric(metric, groups)
-    n = sum(len(each.index) for each in groups)
-    number = group_numbers(n, None if group is None else torch.as_tensor(group))
+    pairs = as_pairs(model, prompts, metric=metric, group=group)
+    groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, patches))
+    check_metric(pairs.metric, groups)
+    n, number = len(pairs), group_numbers(len(pairs), pairs.group)
     with torch.no_grad(), packed_linears(rows=1024):
         draws = [
             [
-                _one(model, each, metric=metric, site=site, by=axes, written=to, patches=patches)
+                _one(model, each, metric=pairs.metric, site=site, by=axes, written=to, patches=patches)
                 for each, to in zip(groups, written, strict=True)
             ]
-            for written in written_by_draw(model, kind, prompts, groups, site)
+            for written in written_by_draw(model, kind, pairs.clean, groups, site)
         ]
     shape, labels = shape_of(model, site, axes, groups[0].clean.shape[1]), {}
     if patches is None:
