@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hooklens.anatomy.description import describe
 from hooklens.core.cache import ActivationCache
+from hooklens.core.component import Component
 from hooklens.core.errors import HooklensError
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import Site, site
@@ -54,6 +55,7 @@ _VERBS = {
 
 __all__ = [
     "ActivationCache",
+    "Component",
     "FactoredMatrix",
     "HookCall",
     "HookPoint",

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name, head_names, layer_names
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
@@ -70,10 +71,10 @@ class HeadStudy(Result):
             best = [
                 divmod(i, mean.shape[1]) for i in mean.flatten().abs().argsort(descending=True, stable=True).tolist()
             ]
-            rows = [(f"L{at[0]}H{at[1]}", *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
+            rows = [(head_name(*at), *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
             return Table(("head", "fall", "95% low", "95% high", *self._columns), rows).head(n)
         numbers = (held.mean[0], held.low[0], held.high[0], held.q[0], held.chosen_by)
-        places = [(int(a), int(b)) for a, b in (name[1:].split("H") for name in held.names)]
+        places = [Component.parse(name).place for name in held.names]
         rows = [
             (name, *(float(x[i]) for x in numbers), *self._beside(at))
             for i, (name, at) in enumerate(zip(held.names, places, strict=True))
@@ -101,7 +102,7 @@ class HeadStudy(Result):
         return heatmap(
             mean,
             x=[f"H{head}" for head in range(mean.shape[1])],
-            y=[f"L{layer}" for layer in range(mean.shape[0])],
+            y=layer_names(mean.shape[0]),
             title="What falls when a head's value is that of the corrupted prompt",
             x_title="head",
             y_title="layer",
@@ -174,7 +175,7 @@ def head_study(
         direct = direct_logit_attribution(model, rows, right, wrong).heads
     held, shape = None, sweep.values.shape
     if int(group.max()):
-        names = [f"L{layer}H{head}" for layer in range(shape[0]) for head in range(shape[1])]
+        names = head_names(shape[0], shape[1])
         fall = (sweep.clean_per_pair[:, None, None] - sweep.per_pair).cpu()
         held = held_out_top(model, fall, names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
     return HeadStudy(

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.data.ioi import ioi
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
@@ -137,7 +138,7 @@ class IOIStudy(Result):
         for i in sorted(range(len(called)), key=lambda i: (called[i] != "name mover", -size[i])):
             a, b = self.heads[i]
             patched = (float(value[i]) for value in (self.recovered, low, high))
-            rows.append((f"L{a}H{b}", called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
+            rows.append((head_name(a, b), called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
         return Table(columns, rows).head(n)
 
     def top(self, k: int = 10) -> Table:

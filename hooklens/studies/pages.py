@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hooklens.core.component import head_name
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
 from hooklens.results.result import Table
@@ -135,7 +136,7 @@ def finding(study: "IOIStudy") -> str:
             "On these pairs the model does not tell the indirect object from the subject: the interval of the "
             "clean-corrupted difference includes 0, so nothing can be said to restore it."
         )
-    heads = ", ".join(f"L{a}H{b} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
+    heads = ", ".join(f"{head_name(a, b)} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
     others = [row for row in study.table(None).rows if row[1] == "restores the logit difference"][:3]
     also = ", ".join(f"{row[0]} ({_whole(row[2])})" for row in others)
     named = f"Name movers, with what each restores directly: {heads}." if heads else "No head passes all three tests."
@@ -187,7 +188,7 @@ def _heads(report: "Report", study: "IOIStudy") -> None:
         f"exceeds {asked.least_direct:.0%}. Any other head at most restores, or lowers, the logit difference."
     )
     drawn, called = study.heads[: len(study.patterns)], study.called()
-    names = [f"L{a}H{b}, {called[i]}" for i, (a, b) in enumerate(drawn)]
+    names = [f"{head_name(a, b)}, {called[i]}" for i, (a, b) in enumerate(drawn)]
     report.heading("What the strongest heads attend to").figure(
         _attention(study.patterns, study.shown.clean, names),
         "On the clean prompt shown above; the bottom row is the last position, from which the answer is read.",

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import ArgumentError, InputError, judge
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
@@ -120,7 +121,7 @@ def sweep_pair(
             corrupted_top=_guesses(model, ids[1]),
             sweeps=sweeps,
             layers={},
-            heads=[f"L{layer}H{head}" for layer, head in chosen],
+            heads=[head_name(layer, head) for layer, head in chosen],
             patterns=head_patterns(model, ids[0], chosen),
             shared=common_ends(*ids),
         )

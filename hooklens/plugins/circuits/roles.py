@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Pairs
@@ -58,7 +59,7 @@ class Roles(Result):
         graph = self.graph
         columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
         nodes = self.effect[1:].view(graph.n_layers, len(columns))
-        rows = [f"L{i}" for i in range(graph.n_layers)]
+        rows = layer_names(graph.n_layers)
         title = f"What the task loses without each node ({self.ablation} ablation)"
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="share of the metric")
 

@@ -7,16 +7,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copying import refuse_post_norm
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.nodes import read_heads
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -131,7 +133,7 @@ def mediation(
                 found.append(runs)
     total, direct, mlps, later = (torch.stack([runs[i] for runs in found], 1) for i in range(4))
     return Mediation(
-        heads=[f"L{layer}H{head}" for layer, head in chosen],
+        heads=[head_name(layer, head) for layer, head in chosen],
         total=total,
         direct=direct,
         mlps=mlps - direct,

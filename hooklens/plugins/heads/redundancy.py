@@ -9,16 +9,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z, on_stream
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.nodes import read_heads
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -151,7 +153,7 @@ def _redundancy(
         written = _outputs(model, cache, chosen)
     cka, shuffled = _cka(written), _cka(written, _shuffles(written, seed))
     return Redundancy(
-        heads=[f"L{a}H{b}" for a, b in chosen],
+        heads=[head_name(a, b) for a, b in chosen],
         joint=joint,
         cosine=_cosine(written),
         cka=cka,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
@@ -186,7 +187,7 @@ def patch(
     shape = shape_of(model, site, axes, groups[0].clean.shape[1])
     labels = labels_of(model, axes, shape, groups[0])
     if layer is not None:
-        shape, labels["layer"] = (1, *shape[1:]), [f"L{layer}"]
+        shape, labels["layer"] = (1, *shape[1:]), [layer_name(layer)]
     per_pair = in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
     errors = torch.tensor([p.largest_error for p in parts])
     return PatchSweep(

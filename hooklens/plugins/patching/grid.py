@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.arguments import whole
+from hooklens.core.component import Component
 from hooklens.data.prompts import Pairs
 from hooklens.model.ids import show
 from hooklens.sweeps.plan import Patch, sizes_of
@@ -47,10 +48,8 @@ def patch_name(patch: Patch) -> str:
     >>> patch_name(Patch(5, head=1)), patch_name(Patch(2, pos=3))
     ('L5H1', 'L2 (3)')
     """
-    name = f"L{patch.layer}" + ("" if patch.head is None else f"H{patch.head}")
-    return (
-        name + ("" if patch.neuron is None else f"N{patch.neuron}") + ("" if patch.pos is None else f" ({patch.pos})")
-    )
+    name = Component("layer", patch.layer, patch.head, patch.neuron).name
+    return name if patch.pos is None else f"{name} ({patch.pos})"
 
 
 def cell_name(by: Sequence[str], labels: Mapping[str, Sequence[str]], index: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import Component
 from hooklens.core.hooks import HookFn
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
@@ -18,7 +19,7 @@ from hooklens.plugins.patching.path import path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep
 from hooklens.results.statistics import Groups, group_numbers, halves
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.nodes import Node, Order, Receiver, Sender, of_pairs, on_tokens, read_receivers, read_senders
+from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, on_tokens, read_receivers, read_senders
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class _Between:
                 found[list(one.index)] = Reader(self.model, one.of(swept.metric), stream).base
         return found[rest] - base.corrupted_per_pair
 
-    def _at(self, nodes: Sequence[Node], asked: list[int]) -> tuple[Node, ...]:
+    def _at(self, nodes: Sequence[Component], asked: list[int]) -> tuple[Component, ...]:
         """Nodes with the positions of the pairs that are swept."""
         return of_pairs(nodes, asked, len(self.pairs))
 
@@ -140,8 +141,7 @@ def _named(model: "HookedTransformer", receivers: Any) -> dict[str, tuple[Receiv
     """Receivers that are patched together, by what they are called."""
     if isinstance(receivers, Mapping):
         return {str(name): read_receivers(model, some) for name, some in receivers.items()}
-    grouped = model.cfg.n_heads != model.cfg.n_key_value_heads
-    return {one.name(grouped=grouped): (one,) for one in read_receivers(model, receivers)}
+    return {one.name: (one,) for one in read_receivers(model, receivers)}
 
 
 def _point(model: "HookedTransformer", receiver: Receiver) -> tuple[str, int]:

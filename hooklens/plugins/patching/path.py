@@ -163,7 +163,7 @@ def _path_patch(semantics: str, model, pairs: PromptPairs, *, receivers: Any, se
         clean_per_pair=clean_end,
         corrupted_per_pair=corrupted_end,
         senders=[sender.name for sender in sending],
-        receivers=[one.name(grouped=model.cfg.n_heads != model.cfg.n_key_value_heads) for one in reading],
+        receivers=[receiver.name for receiver in reading],
         semantics=semantics,
         into="corrupted" if value == "clean" else "clean",
         place=torch.tensor([[s.layer, -1 if s.head is None else s.head] for s in sending]),

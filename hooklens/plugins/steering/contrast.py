@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.core.names import AXES, site
 from hooklens.core.progress import progress
@@ -82,7 +83,7 @@ class ContrastDirections(Result):
         sizes = self.direction.norm(dim=1)
         parts = (self.separation, self.null.mean(0), self.p, self.q, self.gap, sizes, self.norm)
         rows = zip(*(part.tolist() for part in parts), strict=True)
-        return Table(columns, [(f"L{i}", *row) for i, row in enumerate(rows)]).head(n)
+        return Table(columns, [(layer_name(i), *row) for i, row in enumerate(rows)]).head(n)
 
     def top(self, k: int = 5) -> Table:
         """The `k` layers of the best held-out separation, of equal ones the first."""

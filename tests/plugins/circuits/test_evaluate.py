@@ -276,7 +276,7 @@ def test_path_patching_takes_a_circuit_s_nodes_by_their_names(changes):
     circuit = eap(model, pairs).top_edges(40)
     found = path_patch(model, pairs, senders=circuit.senders, receivers=[*circuit.receivers, "logits"])
     assert [sender.name for sender in read_senders(model, circuit.senders)] == circuit.senders
-    names = [one.name(grouped=circuit.graph.group > 1) for one in read_receivers(model, circuit.receivers)]
+    names = [one.name for one in read_receivers(model, circuit.receivers)]
     assert names == [name.replace("logits", "final") for name in circuit.receivers]
     assert found.effect.numel() == len(circuit.senders)
 
