@@ -9,6 +9,7 @@ from hooklens.core.component import Component, head_names
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.sweeps.nodes import read_components, read_heads, read_receivers, read_senders
+from hooklens.sweeps.plan import Patch
 from hooklens.testing import tiny_model
 
 NUMBERS = st.integers(0, 200)
@@ -92,3 +93,16 @@ def test_a_model_is_asked_by_names_tuples_and_sites():
 def test_what_a_model_lacks_is_said_with_what_it_has(asked, said):
     with pytest.raises(InputError, match=said):
         read_components(tiny_model(n_heads=4, n_key_value_heads=2), asked)
+
+
+def test_a_few_components_are_ablated_by_their_names():
+    model = tiny_model()
+    given = model, [[1, 2, 3], [4, 5, 6]], hl.logit_diff(model, answer=5, wrong_answer=6)
+    with hl.engine(verify=0):
+        by_name = hl.ablate(*given, patches=["L1H0", (0, 1), Patch(1, head=1)], value="zero")
+        grid = hl.ablate(*given, value="zero")
+        with pytest.raises(InputError, match=r"no patch is called 'L1H0\.q'"):
+            hl.ablate(*given, patches=["L1H0.q"])
+    assert by_name.labels["patch"] == ["L1H0", "L0H1", "L1H1"]
+    expected = [grid.per_prompt[:, layer, head].tolist() for layer, head in ((1, 0), (0, 1), (1, 1))]
+    assert by_name.per_prompt.T.tolist() == [pytest.approx(values, rel=1e-5) for values in expected]

@@ -24,6 +24,7 @@ from hooklens.plugins.patching.grid import (
     labels_of,
     largest_first,
     patch_name,
+    read_patches,
     shape_of,
 )
 from hooklens.results.claims import HeldOutEffects
@@ -151,7 +152,7 @@ def ablate(
     by: str | Sequence[str] | None = None,
     value: str | Kind = "resample",
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Patch] | None = None,
+    patches: Sequence[Any] | None = None,
 ) -> AblationSweep:
     """What does the metric lose without each component? One exact ablation for every cell of a grid.
 
@@ -165,7 +166,8 @@ def ablate(
 
     `PromptPairs` stand for their clean prompts, metric and groups.
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
-    attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for.
+    attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for,
+    such as ["L5H1", "L2H0"].
 
     `value` is what is written. "resample": the activation of other prompts of the set, four draws averaged (`Resample`
     says how many, of which prompts, and the seed). "mean": over all other prompts, the prompt's own left out, or
@@ -179,7 +181,7 @@ def ablate(
     "Causal scrubbing" (resampling).
     """
     site, kind = site_kind(site), as_kind(value)
-    axes = settle_by(model, site, by)
+    axes, patches = settle_by(model, site, by), None if patches is None else read_patches(model, patches)
     pairs = as_pairs(model, prompts, metric=metric, group=group)
     groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, patches))
     check_metric(pairs.metric, groups)

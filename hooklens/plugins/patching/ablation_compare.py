@@ -18,7 +18,6 @@ from hooklens.plugins.patching.grid import cell_names, largest_first
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
-from hooklens.sweeps.plan import Patch
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ def compare_ablations(
     by: str | Sequence[str] | None = None,
     reference: Any = None,
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Patch] | None = None,
+    patches: Sequence[Any] | None = None,
 ) -> AblationComparison:
     """Does a component's zero ablation effect survive when what is written is a value that the model does hold?
 

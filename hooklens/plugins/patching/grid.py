@@ -9,9 +9,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.core.component import Component
+from hooklens.core.component import Component, no_component
 from hooklens.data.prompts import Pairs
 from hooklens.model.ids import show
+from hooklens.sweeps.nodes import read_components
 from hooklens.sweeps.plan import Patch, sizes_of
 
 if TYPE_CHECKING:
@@ -40,6 +41,25 @@ def labels_of(model: "HookedTransformer", by: Sequence[str], shape: Sequence[int
         pairs = zip(show(model, group.clean[0]), show(model, group.corrupted[0]), strict=True)
         labels["pos"] = [a if a == b else f"{a} |{b}" for a, b in pairs]
     return labels
+
+
+def read_patches(model: "HookedTransformer", asked: Sequence[Any]) -> list[Patch]:
+    """Patches from what a user writes: Patch(5, head=1), "L5H1", (5, 1), ("z", 5) for every head, "L2N17", "L5@-1".
+
+    >>> from hooklens.testing import tiny_model
+    >>> read_patches(tiny_model(), ["L1H0", "L0@-1"]) == [Patch(1, head=0), Patch(0, pos=-1)]
+    True
+    """
+    found = []
+    for one in asked:
+        if isinstance(one, Patch):
+            found.append(one)
+            continue
+        for node in read_components(model, one, "patch"):
+            if node.kind not in ("head", "neuron", "layer") or isinstance(node.pos, tuple):
+                raise no_component(one, "patch")
+            found.append(Patch(node.layer, node.pos, node.head, node.neuron))
+    return found
 
 
 def patch_name(patch: Patch) -> str:
