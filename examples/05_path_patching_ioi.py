@@ -18,7 +18,6 @@ import torch
 
 import hooklens as hl
 from hooklens.data.ioi import ioi
-from hooklens.metrics import LogitDiff
 from hooklens.plugins.heads import name_movers
 from hooklens.plugins.patching import Choice, Fixed, information_flow, path_patch
 from hooklens.testing import induction_model
@@ -27,27 +26,24 @@ TINY = bool(os.environ.get("HOOKLENS_TINY"))
 model = induction_model() if TINY else hl.load("smollm2-135m-instruct")
 
 
-def prompts(n: int, seed: int) -> tuple:
-    """Clean and corrupted tokens, their metric, and the groups of pairs that share names and sentence."""
+def prompts(n: int, seed: int) -> hl.PromptPairs:
+    """Pairs with their answers, and the groups of those that share names and sentence."""
     if TINY:  # the first token differs: is it the one that is repeated?
         clean = torch.tensor([[a, 1, 4, 9, a] for a in (3, 5, 6, 7)]) + (seed > 0)
         corrupted = clean.clone()
         corrupted[:, 0] = 0
-        return clean, corrupted, hl.logit_diff(model, answer=1 + (seed > 0), wrong_answer=4), torch.arange(4)
-    made = ioi(model, n, seed=seed)
-    metric = LogitDiff(made.end, made.answer_tokens, made.wrong_answer_tokens)
-    return made.clean_tokens, made.corrupted_tokens, metric, made.group
+        return hl.PromptPairs(clean, corrupted, answer=1 + (seed > 0), wrong_answer=4)
+    return ioi(model, n, seed=seed)
 
 
-*scouts, scout_groups = prompts(16, seed=1)
-*pairs, groups = prompts(32, seed=0)
+scouts, pairs = prompts(16, seed=1), prompts(32, seed=0)
 
 # %% [markdown]
 # First the direct paths to the logits: what would the final norm and the unembedding alone make of each head's clean
 # value? The corrupted prompt names the other person the second time, so that its answer is the other name.
 
 # %%
-direct = path_patch(model, *scouts, receivers="final").grouped(scout_groups)
+direct = path_patch(model, scouts, receivers="final")
 print(f"clean {direct.clean:.2f}, corrupted {direct.corrupted:.2f}")
 print(direct.top(8))
 
@@ -60,7 +56,7 @@ print(direct.top(8))
 if TINY:
     movers, strongest = [(1, 1)], None
 else:
-    movers = name_movers(model, ioi(model, 16, seed=1)).name_movers
+    movers = name_movers(model, scouts).name_movers
     strongest = next((int(layer), int(head)) for layer, head in direct.place[direct.order()] if head >= 0)
     if strongest in movers:
         strongest = None
@@ -74,14 +70,13 @@ print("name movers:", ", ".join(f"L{layer}H{head}" for layer, head in movers))
 # edge alone, the other also what MLPs make of the sender on the way.
 
 # %%
-few = slice(0, 8)
-some = (scouts[0][few], scouts[1][few], scouts[2].pairs(torch.arange(len(scouts[0]))[few]))
+some = scouts[:8]
 part = "k" if TINY else "q"
 queries = [(part, *head) for head in movers]
-feeding = path_patch(model, *some, receivers=queries).grouped(scout_groups[few])
+feeding = path_patch(model, some, receivers=queries)
 print(feeding.top(5))
 names = [row[0] for row in feeding.top(5).rows]
-print(path_patch(model, *some, receivers=Fixed(queries), senders=names).table())
+print(path_patch(model, some, receivers=Fixed(queries), senders=names).table())
 
 # %% [markdown]
 # Now the claims, on prompts that had no part in any choice of receivers. For each receiver the strongest senders are
@@ -100,9 +95,7 @@ if strongest is not None:
     layer, head = (int(x) for x in feeder[1:].split("H"))
     receivers[f"L{strongest[0]}H{strongest[1]}'s value"] = ("v", strongest[0], strongest[1] // shared)
     receivers[f"{feeder}'s value"] = ("v", layer, head // shared)
-flow = information_flow(
-    model, *pairs, receivers=receivers, choice=Choice(per_receiver=3, draws=39, choose_on=8, group=groups)
-)
+flow = information_flow(model, pairs, receivers=receivers, choice=Choice(per_receiver=3, draws=39, choose_on=8))
 print(flow.table())
 
 # %% [markdown]

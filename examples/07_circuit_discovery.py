@@ -14,9 +14,7 @@ import torch
 
 import hooklens as hl
 from hooklens.data.ioi import ioi
-from hooklens.metrics import LogitDiff
 from hooklens.plugins.circuits import eap, faithfulness_curve
-from hooklens.results.statistics import halves
 from hooklens.testing import induction_model
 
 if os.environ.get("HOOKLENS_TINY"):
@@ -25,19 +23,17 @@ if os.environ.get("HOOKLENS_TINY"):
     first, second, third, last = torch.randperm(10, generator=torch.Generator().manual_seed(0))[:8].view(4, 2) + 1
     clean = torch.stack([first, second, third, last, first], 1)
     corrupted = torch.stack([first, second, third, last, second], 1)
-    metric, group = hl.logit_diff(model, answer=second, wrong_answer=third), torch.arange(2)
+    pairs = hl.PromptPairs(clean, corrupted, answer=second, wrong_answer=third)
 else:
     model, sizes = hl.load("smollm2-135m-instruct"), [50, 100, 200, 400]
     pairs = ioi(model, 32)
-    clean, corrupted, group = pairs.clean_tokens, pairs.corrupted_tokens, pairs.group
-    metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
 
 # %% [markdown]
 # Prompts that share names and a sentence stay together: no name of one half is scored with the help of the other.
 
 # %%
-discover, judge = halves(len(clean), group=group)
-scores = eap(model, clean[discover], corrupted[discover], metric.pairs(discover))
+discover, judge = pairs.split(seed=0)
+scores = eap(model, discover)
 print(f"metric: clean {scores.base:.3f}, corrupted {scores.empty:.3f}, mean over {scores.n_pairs} pairs")
 print(f"{scores.graph.n_edges} edges, scored by two forward passes and one backward:\n{scores.table(12)}")
 
@@ -47,9 +43,7 @@ print(f"{scores.graph.n_edges} edges, scored by two forward passes and one backw
 # the circuit says nothing about which heads matter.
 
 # %%
-curve = faithfulness_curve(
-    model, scores, clean[judge], corrupted[judge], metric.pairs(judge), sizes=sizes, group=group[judge]
-)
+curve = faithfulness_curve(model, scores, judge, sizes=sizes)
 print(curve.table())
 chance = float(curve.random_area.mean())
 print(f"area under the curve {curve.area:.3f}, of random circuits {chance:.3f} (p = {curve.p:.3f})")

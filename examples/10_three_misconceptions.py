@@ -11,7 +11,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -37,18 +36,17 @@ def pairs_of_numbers(n):
     """The shape of "so A and B, B gave to", for a model without words; the two names and their two orders: a group."""
     ids = (torch.randint(18, (n, 2), generator=torch.Generator().manual_seed(0)) + torch.tensor([4, 22])).tolist()
     roles = [(a, b, order) for x, y in ids for a, b in ((x, y), (y, x)) for order in ("ABBA", "BABA")]
-    answer, wrong = (torch.tensor([role[i] for role in roles]) for i in (0, 1))
     rows = [[0, a, 1, b, 2, b, 3] if order == "ABBA" else [0, b, 1, a, 2, b, 3] for a, b, order in roles]
-    made = {"answer_tokens": answer, "wrong_answer_tokens": wrong, "order": [role[2] for role in roles]}
-    return SimpleNamespace(
-        clean_tokens=torch.tensor(rows), group=torch.arange(n).repeat_interleave(4), end=torch.full((4 * n,), 6), **made
-    )
+    other = [[*row[:5], a, 3] for row, (a, _, _) in zip(rows, roles, strict=True)]
+    columns = {"order": [role[2] for role in roles], "end": torch.full((4 * n,), 6)}
+    made = {"answer": [role[0] for role in roles], "wrong_answer": [role[1] for role in roles], "columns": columns}
+    return hl.PromptPairs(rows, other, group=torch.arange(n).repeat_interleave(4), **made)
 
 
 model = tiny_model(d_vocab=40, n_layers=4, d_model=32, n_heads=4) if tiny else hl.load("smollm2-135m-instruct")
 pairs = pairs_of_numbers(n_groups) if tiny else ioi(model, 4 * n_groups, seed=2)
-tokens, every = pairs.clean_tokens, torch.arange(4 * n_groups)
-difference = hl.logit_diff(model, answer=pairs.answer_tokens, wrong_answer=pairs.wrong_answer_tokens)
+(tokens, _), every = pairs.tokens(model), torch.arange(4 * n_groups)
+difference = pairs.metric_of(model)
 
 # %% [markdown]
 # The four prompts of a sentence and two names stay in one half. The first two cases use one of the four, the third all.
@@ -120,12 +118,12 @@ measured(f"control: {used} resampled", others[1])
 # Of the heads that pay most attention from the last position to the two names, the one that does least when resampled.
 
 # %%
-io, subject = pairs.answer_tokens, pairs.wrong_answer_tokens
+io, subject = difference.answer, difference.wrong_answer
 is_name = ((tokens == io[:, None]) | (tokens == subject[:, None]))[one_each]
 with torch.no_grad():
     _, cache = model.run_with_cache(tokens[one_each], names="pattern")
 row = torch.arange(len(one_each))
-last = torch.stack([cache["pattern", n][row, :, pairs.end[one_each]] for n in range(model.cfg.n_layers)], 1)
+last = torch.stack([cache["pattern", n][row, :, pairs["end"][one_each]] for n in range(model.cfg.n_layers)], 1)
 looks = (last * is_name[:, None, None]).sum(-1).flatten(1)  # prompt head: attention paid to the names
 in_a = torch.isin(one_each, a)
 most = looks[in_a].mean(0).topk(4 if tiny else 8).indices.tolist()
@@ -149,8 +147,8 @@ for place, role, change in zip(picked, ("", "control: "), found, strict=True):
 # the one where that does least, and as control the one where it does most.
 
 # %%
-first = torch.tensor([order == "ABBA" for order in pairs.order])
-task = read_task(model, tokens, first.tolist(), group=pairs.group.tolist(), pos=pairs.end.tolist(), name="order")
+first = torch.tensor([order == "ABBA" for order in pairs["order"]])
+task = read_task(model, tokens, first.tolist(), group=pairs.group.tolist(), pos=pairs["end"].tolist(), name="order")
 names = torch.where(first, io, subject), torch.where(first, subject, io)
 by_order = hl.logit_diff(model, answer=names[0], wrong_answer=names[1])
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from hooklens.anatomy.description import describe
 from hooklens.core.cache import ActivationCache
+from hooklens.core.component import Component
 from hooklens.core.errors import HooklensError
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import Site, site
 from hooklens.core.wrap import wrap
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import HookedTransformerConfig
@@ -54,6 +56,7 @@ _VERBS = {
 
 __all__ = [
     "ActivationCache",
+    "Component",
     "FactoredMatrix",
     "HookCall",
     "HookPoint",
@@ -64,6 +67,7 @@ __all__ = [
     "KVCache",
     "Mean",
     "PatchSweep",
+    "PromptPairs",
     "Replacement",
     "Result",
     "Resume",

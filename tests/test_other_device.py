@@ -12,6 +12,7 @@ from model.zoo import TOKENS, ZOO, zoo_model
 from other_device import OTHER, other_device
 
 import hooklens as hl
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, logit_diff, loss
 from hooklens.plugins import available, find
 from hooklens.plugins.circuits.completeness import completeness_of
@@ -214,8 +215,8 @@ def test_completeness_and_minimality_of_a_circuit_run_elsewhere(device):
     metric = _difference(model, lambda x: x)
     circuit = eap(model, TOKENS, CORRUPTED, metric).top_edges(6)
     with torch.no_grad():
-        bench = Bench(model, TOKENS, CORRUPTED, metric, circuit.replacement, keep=True)
-        faithful, draw = measured(bench, circuit, torch.arange(2), 3, 0), torch.Generator().manual_seed(0)
+        bench = Bench(model, PromptPairs(TOKENS, CORRUPTED, metric), circuit.replacement, keep=True)
+        faithful, draw = measured(bench, circuit, 3, 0), torch.Generator().manual_seed(0)
         null, unit = random_circuits(bench.graph, circuit.kept, 3, seed=0), faithful.base_per_pair.mean()
         results = [of(bench, circuit, null, faithful, unit, draw) for of in (completeness_of, minimality_of)]
     for result in (faithful, circuit, *results):

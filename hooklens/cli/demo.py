@@ -34,7 +34,7 @@ def demo(
     from hooklens.cli import estimates
     from hooklens.studies.ioi import ioi_study
 
-    say_how_long(loaded, estimates.of_demo(loaded, *ioi(loaded, n, seed=seed).clean_tokens.shape))
+    say_how_long(loaded, estimates.of_demo(loaded, n, int(ioi(loaded, n, seed=seed)["end"][0]) + 1))
     study = ioi_study(loaded, n, seed=seed)
     study.report().save(out, data=study)
     halves = "called on one half of the pairs, measured on the other" if study.held_out else "all on the same pairs"

@@ -28,7 +28,7 @@ from hooklens.cli.output import say_how_long, show, written
 from hooklens.core.errors import InputError, judge
 
 if TYPE_CHECKING:
-    from hooklens.data.jsonl import PromptPairs
+    from hooklens.data.prompt_pairs import PromptPairs
     from hooklens.results.table import Table
     from hooklens.studies import LensStudy
 
@@ -74,9 +74,9 @@ def lens(
 
     check_pairs(loaded, read, str(pairs), corrupted=False)
     say_how_long(loaded, estimates.of_lens(loaded, tokens_of(loaded, read)))
-    names = [f"line {line}" for line in read.lines]
+    names = [f"line {line}" for line in read["line"]]
     study = lens_study(
-        loaded, read.clean, answer=read.answer, wrong_answer=read.wrong_answer, group=read.group_numbers(), names=names
+        loaded, read.clean, answer=read.answer, wrong_answer=read.wrong_answer, group=read.group, names=names
     )
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)

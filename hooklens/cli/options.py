@@ -10,7 +10,7 @@ import typer
 from hooklens.core.errors import ArgumentError, InputError, judge
 
 if TYPE_CHECKING:
-    from hooklens.data.jsonl import PromptPairs
+    from hooklens.data.prompt_pairs import PromptPairs
     from hooklens.model.transformer import HookedTransformer
     from hooklens.results.claims import Registration
 
@@ -124,7 +124,8 @@ def pairs_of(
     path: Path | None, clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
 ) -> "PromptPairs":
     """Pairs from a file or the one of the options; not both, not half of one."""
-    from hooklens.data.jsonl import PromptPairs, read_pairs_file
+    from hooklens.data.jsonl import read_pairs_file
+    from hooklens.data.prompt_pairs import PromptPairs
 
     given = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--wrong-answer": wrong_answer}
     named = [name for name, value in given.items() if value is not None]
@@ -135,8 +136,7 @@ def pairs_of(
     if len(named) < len(given):
         missing = [name for name in given if name not in named]
         raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(given)}; missing: {', '.join(missing)}")
-    one, other, right, wrong = ([str(value)] for value in given.values())
-    return PromptPairs(one, other, right, wrong, ["the pair"])
+    return PromptPairs(clean, corrupted, answer=answer, wrong_answer=wrong_answer)
 
 
 def tokens_of(model: "HookedTransformer", pairs: "PromptPairs") -> int:

@@ -50,6 +50,7 @@ def patch(
     """
     sites = sites or ["resid_pre", "z"]
     from hooklens.cli import estimates
+    from hooklens.data.prompt_pairs import PromptPairs
     from hooklens.studies.pair import check_pair, grids, study_pair
     from hooklens.sweeps.settings import engine
 
@@ -59,20 +60,14 @@ def patch(
     parts = {name: _part(out, name, asked) for name in judge(known)["sites"]}
     loaded = load_reader(model, device, dtype)
 
-    n_pos, swept = check_pair(loaded, clean, corrupted, answer=answer, wrong_answer=wrong_answer, sites=sites, by=by)
+    pair = PromptPairs(clean, corrupted, answer=answer, wrong_answer=wrong_answer)
+    n_pos, swept = check_pair(loaded, pair, sites=sites, by=by)
     say_how_long(loaded, estimates.of_patch(loaded, n_pos, swept))
 
-    options: dict[str, Any] = {
-        "answer": answer,
-        "wrong_answer": wrong_answer,
-        "sites": sites,
-        "by": by,
-        "resume": parts,
-    }
     say(*(f"going on from {path}" for path in parts.values() if path.exists()))
     try:
         with engine(seed=seed):
-            study = study_pair(loaded, clean, corrupted, **options)
+            study = study_pair(loaded, pair, sites=sites, by=by, resume=parts)
     except KeyboardInterrupt:
         if kept := ", ".join(str(path) for path in parts.values() if path.exists()):
             say(f"what is done is kept in {kept}; the same command goes on from there")

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import check_target, layer_number
+from hooklens.core.component import head_name, neuron_name
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.core.files import reading
@@ -231,7 +232,7 @@ class ActivationCache(Mapping[str, Tensor]):
         labelled = []
         for n in range(self._end(layer)):
             result = self._head_result(n, pos)
-            labelled += [(f"L{n}H{head}", act) for head, act in enumerate(result.unbind(-2))]
+            labelled += [(head_name(n, head), act) for head, act in enumerate(result.unbind(-2))]
         if incl_remainder:
             labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
         return self._stacked(labelled, layer, apply_ln, pos)
@@ -258,7 +259,7 @@ class ActivationCache(Mapping[str, Tensor]):
             chosen = _chosen("neurons", neurons, post.shape[-1], f"the MLP of layer {n}")
             added = post[..., chosen, None] * self._block(n).mlp.output_matrix().detach()[chosen].to(post)
             added = self._in_stream(n, "mlp", added, pos)
-            labelled += [(f"L{n}N{int(i)}", act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
+            labelled += [(neuron_name(n, int(i)), act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
         if incl_remainder:
             labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
         return self._stacked(labelled, layer, apply_ln, pos)

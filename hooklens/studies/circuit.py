@@ -1,18 +1,15 @@
 """A circuit from prompt pairs of one's own: found on one half, tested on the other, beside random circuits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hooklens.core.errors import ArgumentError
-from hooklens.data.jsonl import PromptPairs, numbered
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import check_prompts_differ, read_pairs
-from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
-from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint
 from hooklens.plugins.circuits.evaluate import CircuitEvaluation, evaluate
 from hooklens.plugins.circuits.faithful import faithfulness
@@ -21,7 +18,7 @@ from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_d
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import halves
+from hooklens.results.statistics import group_numbers
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -181,24 +178,20 @@ def study_circuit(
     """
     check_draws(draws)
     check_edges(edges, circuit_graph(model))
-    group = numbered(pairs.group)
-    held_out = int(group.max()) > 0
-    every = torch.arange(len(pairs))
-    found_on, tested_on = halves(len(pairs), group=group, seed=seed) if held_out else (every, every)
-    metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    pairs = as_pairs(model, pairs)
+    pairs = replace(pairs, group=group_numbers(len(pairs), pairs.group))
     check_prompts_differ(read_pairs(model, pairs.clean, pairs.corrupted, ()))
-    one, other = (_some(pairs, index.tolist()) for index in (found_on, tested_on))
-    scores = eap_ig_midpoint(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
+    held_out = len(pairs.group.unique()) > 1
+    found_on, tested_on = pairs.split(seed=seed) if held_out else (pairs, pairs)
+    scores = eap_ig_midpoint(model, found_on)
     circuit = scores.top_edges(edges)
-    tested = metric.pairs(tested_on) if len(pairs) > 1 else metric
     evaluation = curve = None
     if full:
-        evaluation = evaluate(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
+        evaluation = evaluate(model, circuit, tested_on, draws=draws, seed=seed)
         faithful = evaluation.faithfulness
-        bench = Bench(model, *other, tested, circuit.replacement, keep=True)
-        curve = curve_of(bench, scores, _grown(scores, edges), group[tested_on], draws)
+        curve = curve_of(Bench(model, tested_on, circuit.replacement, keep=True), scores, _grown(scores, edges), draws)
     else:
-        faithful = faithfulness(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
+        faithful = faithfulness(model, circuit, tested_on, draws=draws, seed=seed)
     return CircuitStudy(
         model=model.cfg.model_name,
         circuit=circuit,
@@ -225,13 +218,6 @@ def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
     return [circuits[n] for n in sorted(circuits) if n]
 
 
-def _some(pairs: PromptPairs, index: list[int]) -> tuple[list[Any], list[Any]]:
-    return [pairs.clean[i] for i in index], [pairs.corrupted[i] for i in index]
-
-
 def demo(model: "HookedTransformer") -> CircuitStudy:
     """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
-    clean, corrupted, _ = demo_pairs(model, 4)
-    answers = [int(x) for x in clean[:, 0]], [int(x) for x in corrupted[:, -1]]
-    pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(len(clean))])
-    return study_circuit(model, pairs, edges=12)
+    return study_circuit(model, demo_pairs(model, 4), edges=12)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.metrics import loss
 from hooklens.results.claims import ClaimFamily, Measured, claim, family
@@ -35,7 +36,8 @@ def zeroed_heads(
         other = fall[(i + 1) % len(fall)].cpu()
         seen = Measured.of("length of z", size[:, i].cpu())
         control = Measured.of("the same for the next head", other, metric=metric) if len(fall) > 1 else None
-        made.append(claim(model, f"L{layer}H{i} matters", observation=seen, intervention=effect[i], control=control))
+        matters = f"{head_name(layer, i)} matters"
+        made.append(claim(model, matters, observation=seen, intervention=effect[i], control=control))
     return family(model, made)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.data.repeated import MinusRepeatLoss
 from hooklens.plugins.heads.labels import Taxonomy
 from hooklens.plugins.heads.scores import LABELS
@@ -44,7 +45,7 @@ def _claim(model: Any, found: Taxonomy, label: int, layer: int, head: int) -> Cl
         control = of(f"{raises} of the loss, as much attention taken from others", found.placebo)
     return claim(
         model,
-        f"L{layer}H{head} is {'an' if name[0] in 'aeiou' else 'a'} {name} head",
+        f"{head_name(layer, head)} is {'an' if name[0] in 'aeiou' else 'a'} {name} head",
         observation=Measured.of(f"attention to {kind} keys", seen[seen.isfinite()]),
         intervention=of(blocked, found.effect),
         control=control,

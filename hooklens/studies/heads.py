@@ -7,16 +7,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name, head_names, layer_names
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.jsonl import PromptPairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
-from hooklens.metrics import answer_ids, logit_diff
+from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.lens.attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import few_groups, mean_interval
+from hooklens.results.statistics import few_groups, group_numbers, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -72,10 +73,10 @@ class HeadStudy(Result):
             best = [
                 divmod(i, mean.shape[1]) for i in mean.flatten().abs().argsort(descending=True, stable=True).tolist()
             ]
-            rows = [(f"L{at[0]}H{at[1]}", *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
+            rows = [(head_name(*at), *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
             return Table(("head", "fall", "95% low", "95% high", *self._columns), rows).head(n)
         numbers = (held.mean[0], held.low[0], held.high[0], held.q[0], held.chosen_by)
-        places = [(int(a), int(b)) for a, b in (name[1:].split("H") for name in held.names)]
+        places = [Component.parse(name).place for name in held.names]
         rows = [
             (name, *(float(x[i]) for x in numbers), *self._beside(at))
             for i, (name, at) in enumerate(zip(held.names, places, strict=True))
@@ -99,7 +100,7 @@ class HeadStudy(Result):
         return heatmap(
             mean,
             x=[f"H{head}" for head in range(mean.shape[1])],
-            y=[f"L{layer}" for layer in range(mean.shape[0])],
+            y=layer_names(mean.shape[0]),
             title="What falls when a head's value is that of the corrupted prompt",
             x_title="head",
             y_title="layer",
@@ -148,7 +149,7 @@ def head_study(
     >>> from hooklens.testing import induction_model
     >>> clean = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [6, 3, 2, 6]]
     >>> corrupted = [[0, *row[1:]] for row in clean]
-    >>> pairs = PromptPairs(clean, corrupted, [1, 2, 9, 3], [4, 6, 8, 2], ["a", "b", "c", "d"])
+    >>> pairs = PromptPairs(clean, corrupted, answer=[1, 2, 9, 3], wrong_answer=[4, 6, 8, 2])
     >>> study = head_study(induction_model(), pairs)
     >>> sorted(row[0] for row in study.table(2).rows), study.to_answer[:, 1, 1].tolist()
     (['L0H0', 'L1H1'], [1.0, 1.0, 1.0, 1.0])
@@ -161,9 +162,8 @@ def head_study(
     Reference: Wang et al. (2022), "Interpretability in the Wild"; Zhang and Nanda (2024), "Towards Best Practices of
     Activation Patching in Language Models" (corrupted into clean).
     """
-    group = pairs.group_numbers()
-    metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
-    sweep = patch(model, pairs.clean, pairs.corrupted, metric, site="z", value="corrupted")
+    group = group_numbers(len(pairs), pairs.group)
+    sweep = patch(model, pairs, site="z", value="corrupted")
     rows = rows_of(model, pairs.clean, "clean")
     right, wrong = (answer_ids(model, each).to(model.device) for each in (pairs.answer, pairs.wrong_answer))
     to_answer, to_wrong = _attention(model, rows, right, wrong)
@@ -173,7 +173,7 @@ def head_study(
         direct = direct_logit_attribution(model, rows, answer=right, wrong_answer=wrong).heads
     held, shape = None, sweep.values.shape
     if int(group.max()):
-        names = [f"L{layer}H{head}" for layer in range(shape[0]) for head in range(shape[1])]
+        names = head_names(shape[0], shape[1])
         fall = (sweep.clean_per_pair[:, None, None] - sweep.per_pair).cpu()
         held = held_out_top(model, fall, names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
     return HeadStudy(
@@ -205,5 +205,4 @@ def _attention(
 
 def demo(model: "HookedTransformer") -> HeadStudy:
     """Four short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, answer, wrong = demo_pairs(model, 4)
-    return head_study(model, PromptPairs(clean.tolist(), corrupted.tolist(), answer, wrong, [str(i) for i in range(4)]))
+    return head_study(model, demo_pairs(model, 4))

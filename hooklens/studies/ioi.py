@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.data.ioi import IOIPairs, ioi
-from hooklens.metrics import LogitDiff, logit_diff
+from hooklens.core.component import head_name
+from hooklens.data.ioi import ioi
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mover_result import NameMovers, by_group, of_pairs
 from hooklens.plugins.heads.name_movers import name_movers
@@ -47,7 +48,7 @@ class IOIStudy(Result):
     ranked_by = "effect of the patch"
 
     shown: PairStudy
-    pairs: IOIPairs
+    pairs: PromptPairs
     movers: NameMovers
     layers: dict[str, PatchSweep]
     heads: list[tuple[int, int]]
@@ -140,7 +141,7 @@ class IOIStudy(Result):
         for i in sorted(range(len(called)), key=lambda i: (called[i] != "name mover", -size[i])):
             a, b = self.heads[i]
             patched = (float(value[i]) for value in (self.recovered, low, high))
-            rows.append((f"L{a}H{b}", called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
+            rows.append((head_name(a, b), called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
         return Table(columns, rows).head(n)
 
     def figure(self) -> Any:
@@ -160,17 +161,17 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
     Needs a tokenizer in which the names are single tokens. Reference: Wang et al. (2022).
     """
     pairs = ioi(model, n, seed=seed)
-    metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
+    clean, corrupted = pairs.tokens(model)
     with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
-        shown = sweep_pair(model, CLEAN, CORRUPTED, logit_diff(model, answer=ANSWER, wrong_answer=WRONG_ANSWER))
+        shown = sweep_pair(model, PromptPairs(CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER))
         movers = name_movers(model, pairs)
         chosen_on, reported_on = movers.halves(seed=seed)
         heads = _candidates(shown, of_pairs(movers, chosen_on))
         patches = [Patch(layer, head=head) for layer, head in heads]
         with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
-            layers = by_layer(model, pairs.clean_tokens, pairs.corrupted_tokens, metric)
-            made = plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches)
-            outcome = execute(SitePatches(made), metric)
+            layers = by_layer(model, pairs)
+            made = plan(model, corrupted, "z", clean, patches=patches)
+            outcome = execute(SitePatches(made), pairs.metric_of(model))
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
     claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
     return IOIStudy(

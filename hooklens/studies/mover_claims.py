@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
 from hooklens.results.claims import Claim, ClaimFamily, Measured, Registration, claim, family
@@ -46,7 +47,7 @@ def _claim(model: "HookedTransformer", movers: NameMovers, head: tuple[int, int]
     group = movers.group
     return claim(
         model,
-        f"L{layer}H{number} moves the name",
+        f"{head_name(layer, number)} moves the name",
         observation=Measured.of("attention to the indirect object", movers.attention[:, layer, number].cpu(), group),
         intervention=Measured.of("share restored directly", share, group, metric=_METRIC),
         control=Measured.of(_CONTROL, control, group, metric=_METRIC),

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hooklens.core.component import head_name
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
 from hooklens.results.result import Table
@@ -122,7 +123,7 @@ def finding(study: "IOIStudy") -> str:
             "On these pairs the model does not tell the indirect object from the subject: the interval of the "
             "clean-corrupted difference includes 0, so nothing can be said to restore it."
         )
-    heads = ", ".join(f"L{a}H{b} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
+    heads = ", ".join(f"{head_name(a, b)} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
     others = [row for row in study.table(None).rows if row[1] == "restores the logit difference"][:3]
     also = ", ".join(f"{row[0]} ({_whole(row[2])})" for row in others)
     named = f"Name movers, with what each restores directly: {heads}." if heads else "No head passes all three tests."
@@ -174,7 +175,7 @@ def _heads(report: "Report", study: "IOIStudy") -> None:
         f"exceeds {asked.least_direct:.0%}. Any other head at most restores, or lowers, the logit difference."
     )
     drawn, called = study.heads[: len(study.patterns)], study.called()
-    names = [f"L{a}H{b}, {called[i]}" for i, (a, b) in enumerate(drawn)]
+    names = [f"{head_name(a, b)}, {called[i]}" for i, (a, b) in enumerate(drawn)]
     report.heading("What the strongest heads attend to").figure(
         _attention(study.patterns, study.shown.clean, names),
         "On the clean prompt shown above; the bottom row is the last position, from which the answer is read.",
@@ -250,11 +251,11 @@ def _bars(study: "IOIStudy", sweep: PatchSweep) -> Any:
 
 def _how(report: "Report", study: "IOIStudy") -> None:
     pairs, movers = study.pairs, study.reported
-    orders = {order: pairs.order.count(order) for order in dict.fromkeys(pairs.order)}
+    orders = {order: pairs["order"].count(order) for order in dict.fromkeys(pairs["order"])}
     balance = " and ".join(f"{count} {order}" for order, count in orders.items())
     report.heading("How this was measured").text(
         f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in "
-        f"each order; {len(set(pairs.template))} sentences; all prompts are {pairs.clean_tokens.shape[1]} tokens long. "
+        f"each order; {len(set(pairs['template']))} sentences; all prompts are {int(pairs['end'][0]) + 1} tokens long. "
         "Two names in one sentence give four pairs, which are not independent: every interval over pairs resamples "
         f"such groups ({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is "
         "measured on each name as it leaves block 0, put through the head's own values (shared by its group of heads "

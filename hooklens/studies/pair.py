@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import ArgumentError, InputError, judge
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, check_prompts_differ, common_ends, read_pairs, rows_of
-from hooklens.metrics import Answers, LogitDiff, logit_diff
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import check_prompts_differ, common_ends, read_pairs, rows_of
 from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
@@ -74,11 +75,8 @@ class PairStudy(Result):
 
 def study_pair(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
+    pairs: PromptPairs,
     *,
-    answer: Answers,
-    wrong_answer: Answers,
     sites: Sequence[str] = ("resid_pre", "z"),
     by: str | None = None,
     resume: Mapping[str, Path] | None = None,
@@ -86,35 +84,32 @@ def study_pair(
     """Sweep several sites of one pair, and whole layers, by the logit difference of two answers.
 
     >>> from hooklens.testing import tiny_model
-    >>> study = study_pair(tiny_model(), [1, 2, 3], [1, 4, 3], answer=5, wrong_answer=6)
+    >>> study = study_pair(tiny_model(), PromptPairs([1, 2, 3], [1, 4, 3], answer=5, wrong_answer=6))
     >>> study.sweeps["z"].values.shape, len(study.heads)         # layer head
     (torch.Size([2, 2]), 4)
 
     `by` is the grid of the sites that are swept by position otherwise; `resume` names a file a site.
     """
-    metric = logit_diff(model, answer=answer, wrong_answer=wrong_answer)
     with torch.no_grad(), packed_linears(rows=1024):  # the weights are packed once for all sweeps
-        study = sweep_pair(model, clean, corrupted, metric, sites=sites, by=by, resume=resume)
-        return replace(study, layers=by_layer(model, clean, corrupted, metric))
+        study = sweep_pair(model, pairs, sites=sites, by=by, resume=resume)
+        return replace(study, layers=by_layer(model, pairs))
 
 
 def sweep_pair(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: LogitDiff,
+    pairs: PromptPairs,
     *,
     sites: Sequence[str] = ("resid_pre", "z"),
     by: str | None = None,
     resume: Mapping[str, Path] | None = None,
 ) -> PairStudy:
     """`study_pair` without its whole layers."""
-    files = resume or {}
+    files, metric = resume or {}, pairs.metric_of(model)
     with torch.no_grad():
         sweeps = {}
         for site, axes in grids(sites, by).items():
-            sweeps[site] = patch(model, clean, corrupted, metric, site=site, by=axes, resume=files.get(site))
-        ids = [rows_of(model, prompt, name)[0] for prompt, name in ((clean, "clean"), (corrupted, "corrupted"))]
+            sweeps[site] = patch(model, pairs, site=site, by=axes, resume=files.get(site))
+        ids = [rows_of(model, prompts, "prompts")[0] for prompts in (pairs.clean, pairs.corrupted)]
         by_head = "z" in sweeps and sweeps["z"].by == ("layer", "head")
         chosen = sweeps["z"].order()[:_STRONGEST] if by_head else []
         return PairStudy(
@@ -127,7 +122,7 @@ def sweep_pair(
             corrupted_top=_guesses(model, ids[1]),
             sweeps=sweeps,
             layers={},
-            heads=[f"L{layer}H{head}" for layer, head in chosen],
+            heads=[head_name(layer, head) for layer, head in chosen],
             patterns=head_patterns(model, ids[0], chosen),
             shared=common_ends(*ids),
         )
@@ -135,11 +130,8 @@ def sweep_pair(
 
 def check_pair(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
+    pairs: PromptPairs,
     *,
-    answer: Answers,
-    wrong_answer: Answers,
     sites: Sequence[str],
     by: str | None,
 ) -> tuple[int, list[tuple[str, ...]]]:
@@ -147,13 +139,13 @@ def check_pair(
     axes = list(grids(sites, by).values())
 
     def prompts() -> int:
-        pairs = read_pairs(model, clean, corrupted, [name for names in axes for name in names])
-        check_prompts_differ(pairs)
-        return pairs[0].clean.shape[1]
+        groups = read_pairs(model, pairs.clean, pairs.corrupted, [name for names in axes for name in names])
+        check_prompts_differ(groups)
+        return groups[0].clean.shape[1]
 
     found = judge(
         {
-            "answer": lambda: logit_diff(model, answer=answer, wrong_answer=wrong_answer),
+            "answer": lambda: pairs.metric_of(model),
             "sites": lambda: [has_site(model, site_kind(site)) for site in sites],
             "clean": prompts,
         }
@@ -181,11 +173,11 @@ def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def by_layer(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, metric: Any) -> dict[str, PatchSweep]:
+def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchSweep]:
     """What does each layer's attention, and each layer's MLP, restore at all positions at once?"""
     points = model.hook_points()
     sites = [site for site in ("attn_out", "mlp_out") if f"blocks.0.{SITES[site].point}" in points]
-    return {site: patch(model, clean, corrupted, metric, site=site, by="layer") for site in sites}
+    return {site: patch(model, pairs, site=site, by="layer") for site in sites}
 
 
 def head_patterns(
@@ -207,5 +199,4 @@ def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]
 
 def demo(model: "HookedTransformer") -> PairStudy:
     """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
-    clean, corrupted, answer, wrong_answer = demo_pairs(model)
-    return study_pair(model, clean, corrupted, answer=answer[0], wrong_answer=wrong_answer[0])
+    return study_pair(model, demo_pairs(model))

@@ -149,8 +149,7 @@ def plan_paths(
         first_change=first,
     )
     if all(made.enters(sender) is None for sender in made.senders):
-        grouped = model.cfg.n_heads != model.cfg.n_key_value_heads
-        names = ", ".join(receiver.name(grouped=grouped) for receiver in receivers[:4])
+        names = ", ".join(receiver.name for receiver in receivers[:4])
         raise InputError(
             f"no sender reaches {names}: a path leads upwards, and of {len(senders)} senders the first is "
             f'{senders[0].name}; choose later receivers, or senders=["embed"], which reaches all'

@@ -13,7 +13,7 @@ import pytest
 
 NAMES = """
 circuits: Circuit CircuitEvaluation CircuitGraph CircuitTransfer Completeness Discovery EdgeRuns
-    EdgeScores Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles Task acdc acdc_nodes circuit_graph
+    EdgeScores Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles acdc acdc_nodes circuit_graph
     circuit_of eap eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate faithfulness faithfulness_curve
     prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges transfer_circuit
     whole_circuit

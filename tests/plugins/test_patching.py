@@ -224,5 +224,5 @@ def test_restoring_and_noising_everything_are_each_other_reversed():
 
 def test_the_table_of_a_study_of_two_pairs_was_refused():
     clean, corrupted = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]), torch.tensor([[1, 5, 3, 4], [2, 6, 4, 5]])
-    study = study_pair(tiny_model(), clean, corrupted, answer=[5, 6], wrong_answer=[6, 7])
+    study = study_pair(tiny_model(), hl.PromptPairs(clean, corrupted, answer=[5, 6], wrong_answer=[6, 7]))
     assert study.table(4).columns[-2:] == ("95% low", "95% high") and len(study.table(4)) == 4

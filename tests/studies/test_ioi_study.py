@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from hooklens.data.ioi import IOIPairs
-from hooklens.metrics import logit_diff
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.heads.mover_result import NameMovers
 from hooklens.results.statistics import halves
 from hooklens.studies.ioi import IOIStudy
@@ -31,15 +30,11 @@ def study(n: int = 24) -> IOIStudy:
     tokens = torch.arange(1, 8).expand(n, 7) % model.cfg.d_vocab
     corrupted = tokens.clone()
     corrupted[:, 3] = 0
-    words = [[str(i)] * n for i in range(4)]
-    at = [torch.full((n,), place) for place in (1, 3, 5, 6)]
-    ids = torch.full((n,), 5), torch.full((n,), 6)
-    orders = ["ABBA"] * n
-    pairs = IOIPairs(*words[:2], tokens, corrupted, *words[2:], *ids, *at, orders, ["numbers"] * n, movers.group)
+    columns = {"order": ["ABBA"] * n, "template": ["numbers"] * n, "end": torch.full((n,), 6)}
+    pairs = PromptPairs(tokens, corrupted, answer=5, wrong_answer=6, group=movers.group, columns=columns)
     shown = replace(pair_demo(model), layers={})
-    metric = logit_diff(model, answer=5, wrong_answer=6)
     with engine(verify=0):
-        layers = by_layer(model, tokens, corrupted, metric)
+        layers = by_layer(model, pairs)
     return IOIStudy(
         shown=shown,
         pairs=pairs,

@@ -13,10 +13,11 @@ from path_loop import HELD, change_of, reference
 from torch import nn
 
 import hooklens as hl
+from hooklens.core.component import Component
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.sweeps.execute import execute
-from hooklens.sweeps.nodes import At, Sender, read_receivers, read_senders
+from hooklens.sweeps.nodes import At, read_receivers, read_senders
 from hooklens.sweeps.path_patches import PathPatches
 from hooklens.sweeps.paths import EDGES, plan_paths, sent
 from hooklens.testing import induction_model, or_gate, tiny_model
@@ -469,7 +470,7 @@ def test_pairs_of_several_lengths_come_back_in_order():
 
 def test_a_turned_sender_sends_as_much_elsewhere():
     model = zoo_model("gpt2", dtype=torch.float64)
-    senders = [Sender("head", 0, 1), Sender("head", 0, 1, 5), Sender("head", 0, 1, 5), Sender("head", 0, 1, 6)]
+    senders = [Component("head", 0, 1, turned=turned) for turned in (None, 5, 5, 6)]
     plan = plan_paths(model, CORRUPTED, CLEAN, senders, read_receivers(model, "final"), EDGES)
     pair, pos = torch.arange(18) // 6, torch.arange(18) % 6
     plain, five, again, six = (sent(plan, sender, pair, pos) for sender in senders)
@@ -508,8 +509,8 @@ def test_what_cannot_be_exact_or_does_not_exist_is_refused():
 
 def test_names_are_read_as_they_are_written():
     model = tiny_model(n_heads=4, n_key_value_heads=2)
-    names = [r.name(grouped=True) for r in read_receivers(model, "all")]
-    assert [r.name(grouped=True) for r in read_receivers(model, names)] == names
+    names = [r.name for r in read_receivers(model, "all")]
+    assert [r.name for r in read_receivers(model, names)] == names
     senders = read_senders(model, ["heads", "mlps", "embed"])
     assert read_senders(model, [s.name for s in senders]) == senders
     assert read_receivers(model, [("q", -1)]) == read_receivers(model, [f"L1H{i}.q" for i in range(4)])

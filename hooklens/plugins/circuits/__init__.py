@@ -16,7 +16,6 @@ from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.roles import Roles
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
 from hooklens.plugins.circuits.scores import EdgeScores
-from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.circuits.transfer import CircuitTransfer, transfer_circuit
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "Minimality",
     "Pruning",
     "Roles",
-    "Task",
     "acdc",
     "acdc_nodes",
     "circuit_graph",

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.eap import demo_pairs
 from hooklens.plugins.circuits.graph import CircuitGraph
-from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.replacement import Value
@@ -64,9 +64,9 @@ class Discovery(Result):
 
 def acdc(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     threshold: float,
     value: Value = "corrupted",
@@ -87,7 +87,7 @@ def acdc(
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
     """
-    bench = Bench(model, clean, corrupted, metric, value, keep=True)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     units = torch.arange(bench.graph.n_edges)
     stages = [list(stage) for stage in _by_receiver(bench.graph)]
     return _discover(bench, _Units(units, stages, [bench.graph.name(e) for e in units.tolist()], "ACDC"), threshold)
@@ -95,9 +95,9 @@ def acdc(
 
 def acdc_nodes(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     threshold: float,
     value: Value = "corrupted",
@@ -111,7 +111,7 @@ def acdc_nodes(
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1, on nodes.
     """
-    bench = Bench(model, clean, corrupted, metric, value, keep=True)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
     order = [list(range(graph.n_sources))[::-1]]
     return _discover(bench, _Units(graph.ends[0], order, graph.source_names, "ACDC over nodes"), threshold)
@@ -205,7 +205,7 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
         replacement=bench.replacement,
         model_name=of_model,
         dropped=dropped,
-        found_on=marks_of(bench.groups),
+        found_on=bench.pairs.digests(bench.model),
     )
     return Discovery(
         circuit=circuit,
@@ -222,7 +222,8 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
 
 def demo(model: "HookedTransformer") -> Discovery:
     """Whole nodes of a short prompt pair, at a threshold of a tenth of the difference; any model."""
-    clean, corrupted, metric = demo_pairs(model, 1)
+    pairs = demo_pairs(model)
+    metric = pairs.metric_of(model)
     with torch.no_grad():
-        gap = float((metric(model(clean)) - metric(model(corrupted))).mean())
-    return acdc_nodes(model, clean, corrupted, metric, threshold=max(abs(gap) / 10, 1e-6))
+        gap = float((metric(model(pairs.clean)) - metric(model(pairs.corrupted))).mean())
+    return acdc_nodes(model, pairs, threshold=max(abs(gap) / 10, 1e-6))

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name, layer_name
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError
 from hooklens.core.files import reading
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
@@ -82,9 +84,9 @@ class Circuit(Result):
     def run(
         self,
         model: "HookedTransformer",
-        clean: Prompts,
-        corrupted: Prompts | None,
-        metric: Any,
+        clean: Prompts | PromptPairs,
+        corrupted: Prompts | None = None,
+        metric: Any = None,
     ) -> EdgeRuns:
         """The metric when only this circuit's edges carry live values, beside that of the model and of no edge."""
         self.check(model)
@@ -132,10 +134,11 @@ class Circuit(Result):
         named, graph = set(self._nodes(drawn)), self.graph
         rows = {"embed": ["embed"]}
         for layer in range(graph.n_layers):
-            keyed = [f"L{layer}G{i}" for i in range(graph.n_kv_heads)]
-            rows[f"L{layer} keys, values"] = keyed if graph.group > 1 else []
-            rows[f"L{layer} heads"] = [f"L{layer}H{h}" for h in range(graph.n_heads)]
-            rows[f"MLP{layer}"] = [f"MLP{layer}"]
+            keyed = [head_name(layer, i, keyed=True) for i in range(graph.n_kv_heads)]
+            name, mlp = layer_name(layer), Component("mlp", layer).name
+            rows[f"{name} keys, values"] = keyed if graph.group > 1 else []
+            rows[f"{name} heads"] = [head_name(layer, h) for h in range(graph.n_heads)]
+            rows[mlp] = [mlp]
         chosen = {label: [name for name in names if name in named] for label, names in rows.items()}
         return {label: names for label, names in chosen.items() if names} | {"logits": ["logits"]}
 
@@ -144,7 +147,8 @@ class Circuit(Result):
         named, graph = set(self._nodes(drawn)), self.graph
         if graph.group == 1:
             return []
-        pairs = [(f"L{i}G{h // graph.group}", f"L{i}H{h}") for i in range(graph.n_layers) for h in range(graph.n_heads)]
+        heads = [(layer, head) for layer in range(graph.n_layers) for head in range(graph.n_heads)]
+        pairs = [(head_name(i, h // graph.group, keyed=True), head_name(i, h)) for i, h in heads]
         return [pair for pair in pairs if named.issuperset(pair)]
 
     # -- files

@@ -91,11 +91,9 @@ class FaithfulnessCurve(Result):
         return drawn.update_xaxes(type="log")
 
 
-def curve_of(
-    bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], group: Int[Tensor, "pair"] | None, draws: int
-) -> FaithfulnessCurve:
+def curve_of(bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], draws: int) -> FaithfulnessCurve:
     """The curve of circuits that were cut from scores, the smallest first."""
-    found = [measured(bench, circuit, group, draws, seed=i) for i, circuit in enumerate(circuits)]
+    found = [measured(bench, circuit, draws, seed=i) for i, circuit in enumerate(circuits)]
     ends = torch.tensor([one.interval() for one in found])
     values = torch.stack([one.share(one.per_pair[None])[0] for one in found]).cpu()
     return FaithfulnessCurve(

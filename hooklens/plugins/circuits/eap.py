@@ -10,9 +10,9 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.core.progress import Advance, progress, within
-from hooklens.data import demo_prompts
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts
-from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.gradients import (
     differentiable_values,
@@ -24,7 +24,6 @@ from hooklens.plugins.circuits.gradients import (
 )
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.nodes import Run, ablated_runs, embedded, refuse
-from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
 from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.sweeps.measure import Reader
@@ -39,7 +38,12 @@ Scored = tuple[Float[Tensor, "pair edge"], Float[Tensor, "pair"]]
 
 
 def eap(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, value: Value = "corrupted"
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    value: Value = "corrupted",
 ) -> EdgeScores:
     """How much would the metric fall if one edge carried the ablated run? A linear estimate for every edge at once.
 
@@ -55,7 +59,8 @@ def eap(
     Reference: Syed et al. (2023), "Attribution Patching Outperforms Automated Circuit Discovery", equation 2; Nanda
     (2023), "Attribution Patching".
     """
-    return scored(model, clean, corrupted=corrupted, metric=metric, value=value, name="EAP", one_batch=_clean_gradient)
+    pairs = as_pairs(model, clean, corrupted, metric)
+    return scored(model, pairs, value=value, name="EAP", one_batch=_clean_gradient)
 
 
 def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
@@ -67,27 +72,21 @@ def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, abla
 
 
 def scored(
-    model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
-    value: Value,
-    name: str,
-    one_batch: Callable[..., Scored],
+    model: "HookedTransformer", pairs: PromptPairs, value: Value, name: str, one_batch: Callable[..., Scored]
 ) -> EdgeScores:
     """The scores that a method finds, batch by batch."""
     need_gradients(name)
     refuse(model)
     graph, replacement = circuit_graph(model), as_replacement(value)
-    groups = aligned_pairs(model, clean, corrupted, metric, replacement)
-    n = sum(len(group.index) for group in groups)
+    groups = aligned_pairs(model, pairs, replacement)
+    n = len(pairs)
     parts: list[tuple[Tensor, ...]] = []
     with progress(name, n, unit="pairs") as advance:
         with torch.no_grad():
             ablated = list(ablated_runs(model, graph, groups, replacement))
         for group, of_rows in ablated:
             parts += _batches(
-                model, graph, group=group, metric=metric, ablated_of=of_rows, one_batch=one_batch, advance=advance
+                model, graph, group=group, metric=pairs.metric, ablated_of=of_rows, one_batch=one_batch, advance=advance
             )
     whole, empty = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     total, squares = (torch.stack([part[i] for part in parts]).sum(0) for i in (2, 3))
@@ -105,7 +104,7 @@ def scored(
         method=name,
         replacement=replacement,
         model_name=model.cfg.model_name,
-        found_on=marks_of(groups),
+        found_on=pairs.digests(model),
     )
 
 
@@ -133,27 +132,12 @@ def _batches(
 
 def demo(model: "HookedTransformer") -> EdgeScores:
     """Every edge's score on two short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, metric = demo_pairs(model)
-    return eap(model, clean, corrupted, metric)
+    return eap(model, demo_pairs(model, 2))
 
 
-def demo_circuit(model: "HookedTransformer", clean: Tensor, corrupted: Tensor, metric: Any) -> Circuit:
+def demo_circuit(model: "HookedTransformer", pairs: PromptPairs) -> Circuit:
     """The smallest circuit, of 4, 8, 16, ... edges, that reaches from the embedding to the logits."""
-    scores = eap(model, clean, corrupted, metric)
+    scores = eap(model, pairs)
     sizes = [2**i for i in range(2, 30) if 2**i < scores.graph.n_edges]
     circuits = (scores.greedy_edges(size) for size in (*sizes, scores.graph.n_edges))
     return next(circuit for circuit in circuits if circuit.n_edges)
-
-
-def demo_pairs(model: "HookedTransformer", n: int = 2) -> tuple[Tensor, Tensor, LogitDiff]:
-    """Pairs that differ in one token, and the two logits between which the model itself then decides most."""
-    if model.tokenizer is not None:
-        clean, corrupted, *_ = demo_prompts.demo_pairs(model, n)
-    else:
-        n_pos, words, row = min(6, model.cfg.n_ctx), model.cfg.d_vocab, torch.arange(n, device=model.device)[:, None]
-        clean = (torch.arange(n_pos, device=model.device) + 3 * row + 1) % words
-        corrupted = clean.clone()
-        corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % words
-    with torch.no_grad():
-        gap = model(clean, logits_at=-1)[:, 0].mean(0) - model(corrupted, logits_at=-1)[:, 0].mean(0)
-    return clean, corrupted, logit_diff(model, answer=int(gap.argmax()), wrong_answer=int(gap.argmin()))

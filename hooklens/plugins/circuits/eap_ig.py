@@ -9,8 +9,10 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.core.progress import step
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
-from hooklens.plugins.circuits.eap import Scored, demo_pairs, scored
+from hooklens.plugins.circuits.eap import Scored, scored
 from hooklens.plugins.circuits.gradients import differentiable_values, edge_gradients, edge_scores, trace
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.nodes import Run, observe
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def eap_ig(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, steps: int = 10
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    steps: int = 10,
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over inputs between the corrupted and the clean prompt's embedding.
 
@@ -40,13 +47,17 @@ def eap_ig(
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 and its code (EAP-IG over inputs).
     """
     whole("steps", steps, 1)
-    return _of_inputs(
-        model, clean, corrupted=corrupted, metric=metric, name="EAP-IG", shares=[k / steps for k in range(steps)]
-    )
+    pairs = as_pairs(model, clean, corrupted, metric)
+    return _of_inputs(model, pairs, name="EAP-IG", shares=[k / steps for k in range(steps)])
 
 
 def eap_ig_midpoint(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, steps: int = 10
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    steps: int = 10,
 ) -> EdgeScores:
     """The integral of `eap_ig` by the midpoint rule: a quarter of the error at twice the steps, in place of half.
 
@@ -59,27 +70,18 @@ def eap_ig_midpoint(
     the middle of each.
     """
     whole("steps", steps, 1)
-    return _of_inputs(
-        model, clean, corrupted=corrupted, metric=metric, name="EAP-IG at midpoints", shares=_middles(steps)
-    )
+    pairs = as_pairs(model, clean, corrupted, metric)
+    return _of_inputs(model, pairs, name="EAP-IG at midpoints", shares=_middles(steps))
 
 
-def _of_inputs(model, clean: Prompts, corrupted: Prompts | None, metric: Any, name: str, shares: list[float]):
-    if corrupted is None:
+def _of_inputs(model, pairs: PromptPairs, name: str, shares: list[float]) -> EdgeScores:
+    if pairs.corrupted is None:
         raise InputError(
             "integrated gradients over inputs need the corrupted prompts at which they begin; "
             "eap_ig_activations(..., value='zero') does without"
         )
     name = f"{name}, {len(shares)} steps"
-    return scored(
-        model,
-        clean,
-        corrupted=corrupted,
-        metric=metric,
-        value="corrupted",
-        name=name,
-        one_batch=partial(_over_inputs, shares),
-    )
+    return scored(model, pairs, value="corrupted", name=name, one_batch=partial(_over_inputs, shares))
 
 
 def _over_inputs(shares: list[float], model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
@@ -98,9 +100,9 @@ def _over_inputs(shares: list[float], model, graph: CircuitGraph, metric: Any, c
 
 def eap_ig_activations(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     value: Value = "corrupted",
     steps: int = 10,
@@ -126,9 +128,7 @@ def eap_ig_activations(
     name, shares = f"EAP-IG over activations, {steps} steps", [(k + 1) / steps for k in range(steps)]
     return scored(
         model,
-        clean,
-        corrupted=corrupted,
-        metric=metric,
+        as_pairs(model, clean, corrupted, metric),
         value=value,
         name=name,
         one_batch=partial(_over_activations, shares, False),
@@ -137,9 +137,9 @@ def eap_ig_activations(
 
 def eap_ig_own_source(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     value: Value = "corrupted",
     steps: int = 10,
@@ -162,9 +162,7 @@ def eap_ig_own_source(
     name = f"EAP-IG over each edge's own source, {steps} steps"
     return scored(
         model,
-        clean,
-        corrupted=corrupted,
-        metric=metric,
+        as_pairs(model, clean, corrupted, metric),
         value=value,
         name=name,
         one_batch=partial(_over_activations, _middles(steps), True),
@@ -210,5 +208,4 @@ def _middles(steps: int) -> list[float]:
 
 def demo(model: "HookedTransformer") -> EdgeScores:
     """Every edge's score on two short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, metric = demo_pairs(model)
-    return eap_ig(model, clean, corrupted, metric, steps=4)
+    return eap_ig(model, demo_pairs(model, 2), steps=4)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.completeness import Completeness, completeness_of
-from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs
+from hooklens.plugins.circuits.eap import demo_circuit
 from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.minimality import Minimality, minimality_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
@@ -60,9 +62,9 @@ class CircuitEvaluation(Result):
 def evaluate(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     group: Int[Tensor, "pair"] | None = None,
     draws: int = LEAST_DRAWS,
@@ -89,9 +91,9 @@ def evaluate(
     circuit.check(model)
     if not circuit.n_edges:
         raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")
-    bench = Bench(model, clean, corrupted, metric, circuit.replacement, keep=True)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), circuit.replacement, keep=True)
     with torch.no_grad(), packed_linears(rows=512):
-        faithful = measured(bench, circuit, group, draws, seed)
+        faithful = measured(bench, circuit, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
         draw = seeded(seed)
         unit = faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()
@@ -103,6 +105,5 @@ def evaluate(
 
 def demo(model: "HookedTransformer") -> CircuitEvaluation:
     """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
-    clean, corrupted, metric = demo_pairs(model, 4)
-    circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
-    return evaluate(model, circuit, clean[2:], corrupted[2:], metric)
+    pairs = demo_pairs(model, 4)
+    return evaluate(model, demo_circuit(model, pairs[:2]), pairs[2:])

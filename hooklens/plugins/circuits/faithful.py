@@ -7,10 +7,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
-from hooklens.plugins.circuits.eap import demo_circuit, demo_pairs
+from hooklens.plugins.circuits.eap import demo_circuit
 from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.circuits.scores import EdgeScores
@@ -24,9 +26,9 @@ _SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 def faithfulness(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     group: Int[Tensor, "pair"] | None = None,
     draws: int = LEAST_DRAWS,
@@ -47,16 +49,16 @@ def faithfulness(
     """
     check_draws(draws)
     circuit.check(model)
-    bench = Bench(model, clean, corrupted, metric, circuit.replacement, keep=True)
-    return measured(bench, circuit, group, draws, seed)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), circuit.replacement, keep=True)
+    return measured(bench, circuit, draws, seed)
 
 
 def faithfulness_curve(
     model: "HookedTransformer",
     scores: EdgeScores,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     sizes: Sequence[int] | None = None,
     group: Int[Tensor, "pair"] | None = None,
@@ -77,12 +79,11 @@ def faithfulness_curve(
             f"no circuit of at most {max(wanted)} edges reaches from the embedding to the logits; take larger sizes"
         )
     circuits[next(iter(circuits))].check(model)
-    bench = Bench(model, clean, corrupted, metric, scores.replacement, keep=True)
-    return curve_of(bench, scores, [circuits[n] for n in sorted(circuits)], group, draws)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), scores.replacement, keep=True)
+    return curve_of(bench, scores, [circuits[n] for n in sorted(circuits)], draws)
 
 
 def demo(model: "HookedTransformer") -> Faithfulness:
     """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
-    clean, corrupted, metric = demo_pairs(model, 4)
-    circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
-    return faithfulness(model, circuit, clean[2:], corrupted[2:], metric)
+    pairs = demo_pairs(model, 4)
+    return faithfulness(model, demo_circuit(model, pairs[:2]), pairs[2:])

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.results.result import Result, Table
 
@@ -113,20 +114,22 @@ class CircuitGraph(Result):
 
     @cached_property
     def source_names(self) -> list[str]:
-        layers = range(self.n_layers)
-        one = [[*(f"L{i}H{h}" for h in range(self.n_heads)), *([f"MLP{i}"] if self.mlp else [])] for i in layers]
-        return ["embed", *(name for names in one for name in names)]
+        found = ["embed"]
+        for layer in range(self.n_layers):
+            found += [head_name(layer, head) for head in range(self.n_heads)]
+            found += [Component("mlp", layer).name] if self.mlp else []
+        return found
 
     @cached_property
     def receiver_names(self) -> list[str]:
         found: list[str] = []
         for slot in self.slots:
             if slot.kind != "attn":
-                found.append("logits" if slot.kind == "logits" else f"MLP{slot.layer}")
+                found.append("logits" if slot.kind == "logits" else Component("mlp", slot.layer).name)
                 continue
-            keyed = "H" if self.group == 1 else "G"
-            found += [f"L{slot.layer}H{h}.q" for h in range(self.n_heads)]
-            found += [f"L{slot.layer}{keyed}{h}.{which}" for which in "kv" for h in range(self.n_kv_heads)]
+            for part, n in (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads)):
+                shared = part != "q" and self.group > 1
+                found += [Component(part, slot.layer, head, keyed=shared).name for head in range(n)]
         return found
 
     @cached_property

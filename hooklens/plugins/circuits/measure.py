@@ -9,7 +9,6 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.random_circuits import random_circuits
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
@@ -123,13 +122,12 @@ def check_draws(draws: int) -> None:
         )
 
 
-def measured(bench: Bench, circuit: Circuit, group: Tensor | None, draws: int, seed: int) -> Faithfulness:
+def measured(bench: Bench, circuit: Circuit, draws: int, seed: int) -> Faithfulness:
     """The faithfulness of one circuit, on a bench that may be used for more."""
-    number = group_numbers(bench.n_pairs, group)
     null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
     runs = bench.run(torch.cat((circuit.kept[None].cpu(), null)))
     overlap = float((null & circuit.kept.cpu()).sum() / (draws * max(circuit.n_edges, 1)))
-    seen = sum(mark in set(circuit.found_on) for mark in marks_of(bench.groups))
+    seen = sum(mark in set(circuit.found_on) for mark in bench.pairs.digests(bench.model))
     values, random = runs.per_pair[0], runs.per_pair[1:]
     return Faithfulness(
         circuit=circuit,
@@ -138,7 +136,7 @@ def measured(bench: Bench, circuit: Circuit, group: Tensor | None, draws: int, s
         empty_per_pair=runs.empty_per_pair,
         random_per_pair=random,
         overlap=overlap,
-        group=number,
+        group=group_numbers(bench.n_pairs, bench.pairs.group),
         n_seen=seen,
     )
 

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
-from hooklens.plugins.circuits.task import Task
 from hooklens.plugins.heads.scores import KINDS
 from hooklens.plugins.heads.taxonomy import Taxonomy
 from hooklens.results.result import Result, Table
@@ -56,14 +57,14 @@ class Roles(Result):
         graph = self.graph
         columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
         nodes = self.effect[1:].view(graph.n_layers, len(columns))
-        rows = [f"L{i}" for i in range(graph.n_layers)]
+        rows = layer_names(graph.n_layers)
         title = f"What the task loses without each node ({self.replacement} ablation)"
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="share of the metric")
 
 
 def roles_of(
     model: "HookedTransformer",
-    task: Task,
+    pairs: PromptPairs,
     evidence: Taxonomy,
     *,
     value: Value = "corrupted",
@@ -74,13 +75,13 @@ def roles_of(
     >>> from hooklens.plugins.heads.taxonomy import taxonomy
     >>> from hooklens.testing import induction_model
     >>> model = induction_model()
-    >>> task = Task([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
-    >>> print(roles_of(model, task, taxonomy(model)).table(3).rows[0][:3])
+    >>> pairs = PromptPairs([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
+    >>> print(roles_of(model, pairs, taxonomy(model)).table(3).rows[0][:3])
     ('L1H1', 'induction', 1.0)
 
     `nodes` says which effects to measure (all of them by default). Effects are exact, one node at a time.
     """
-    bench = Bench(model, task.clean, task.corrupted, task.metric, value)
+    bench = Bench(model, pairs, value)
     graph = bench.graph
     labels = evidence.labels()
     if (len(labels), len(labels[0])) != (graph.n_layers, graph.n_heads):

@@ -14,6 +14,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.identity import identity
 from hooklens.core.progress import Advance, progress
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import kernel_of
@@ -60,9 +61,9 @@ class EdgeRuns(Result):
 def run_edges(
     model: "HookedTransformer",
     kept: OneOrMore,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     value: Value = "corrupted",
     resume: str | Path | Resume | None = None,
@@ -90,7 +91,7 @@ def run_edges(
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    return Bench(model, clean, corrupted, metric, value, resume=resume).run(kept)
+    return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=resume).run(kept)
 
 
 class Bench:
@@ -102,19 +103,17 @@ class Bench:
     def __init__(
         self,
         model: "HookedTransformer",
-        clean: Prompts,
-        corrupted: Prompts | None,
-        metric: Any,
+        pairs: PromptPairs,
         value: Value,
         *,
         keep: bool = False,
         resume: str | Path | Resume | None = None,
     ):
         refuse(model)
-        self.model, self.metric, self.replacement = model, metric, as_replacement(value)
+        self.model, self.pairs, self.replacement = model, as_pairs(model, pairs), as_replacement(value)
+        self.metric, self.n_pairs = self.pairs.metric, len(pairs)
         self.graph = circuit_graph(model)
-        self.groups = aligned_pairs(model, clean, corrupted, metric, self.replacement)
-        self.n_pairs = sum(len(group.index) for group in self.groups)
+        self.groups = aligned_pairs(model, self.pairs, self.replacement)
         order = torch.tensor([i for group in self.groups for i in group.index])
         self.order = order.argsort().to(model.device)
         self.file, self.checked = None if resume is None else Resume.of(resume), False
@@ -228,17 +227,15 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
     return masks
 
 
-def aligned_pairs(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, replacement: Replacement
-) -> list[Pairs]:
+def aligned_pairs(model: "HookedTransformer", pairs: PromptPairs, replacement: Replacement) -> list[Pairs]:
     """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
-    if corrupted is None and is_run(replacement, "corrupted"):
+    if pairs.corrupted is None and is_run(replacement, "corrupted"):
         raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
-    groups = read_pairs(model, clean, clean if corrupted is None else corrupted, ())
+    groups = read_pairs(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted, ())
     for group in groups:
         if not group.aligned:
             read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises: says where the two part
-    if len(groups) > 1 and not isinstance(metric, ReadingMetric):
+    if len(groups) > 1 and not isinstance(pairs.metric, ReadingMetric):
         raise InputError(
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
             "tensor; use a built-in metric, or prompts of one length"

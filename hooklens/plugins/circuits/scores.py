@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
@@ -120,7 +121,7 @@ class EdgeScores(Result):
         wide = graph.n_heads + graph.mlp
         nodes = self.node_scores[1:].view(graph.n_layers, wide)
         columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
-        rows = [f"L{i}" for i in range(graph.n_layers)]
+        rows = layer_names(graph.n_layers)
         title = f"{self.method}: score of each node ({self.replacement} ablation), the sum over its edges"
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="score")
 

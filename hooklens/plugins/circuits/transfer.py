@@ -8,17 +8,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.plugins.circuits.carry import Carrier, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.eap import demo_pairs, eap
+from hooklens.plugins.circuits.eap import eap
 from hooklens.plugins.circuits.eap_ig import eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.matching import Matching, match, matching
 from hooklens.plugins.circuits.measure import LEAST_DRAWS, Faithfulness, check_draws, measured
-from hooklens.plugins.circuits.prompts import marks_of
 from hooklens.plugins.circuits.roles import comparable, roles_of
-from hooklens.plugins.circuits.run import Bench, aligned_pairs
-from hooklens.plugins.circuits.task import Task
+from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.taxonomy import Taxonomy, taxonomy
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, halves, quantiles
@@ -113,9 +113,9 @@ class CircuitTransfer(Result):
 def transfer_circuit(
     model: "HookedTransformer",
     circuit: Circuit,
-    task: Task,
+    task: PromptPairs,
     target: "HookedTransformer",
-    target_task: Task,
+    target_task: PromptPairs,
     *,
     taxonomies: tuple[Taxonomy, Taxonomy] | None = None,
     draws: int = LEAST_DRAWS,
@@ -143,9 +143,10 @@ def transfer_circuit(
     Analyses Are Consistent Across Training and Scale"; Merullo et al. (2023), "Circuit Component Reuse Across Tasks".
     """
     check_draws(draws)
+    task, target_task = as_pairs(model, task), as_pairs(target, target_task)
     carrier = _checked(model, circuit, task, target, target_task)
-    chosen, tested = (part.tolist() for part in halves(len(task), group=task.group, seed=seed))
-    mine, theirs = task.part(chosen), target_task.part(chosen)
+    chosen, tested = halves(len(task), group=task.group, seed=seed)
+    mine, theirs = task[chosen], target_task[chosen]
     found = (taxonomy(model, seed=seed), taxonomy(target, seed=seed)) if taxonomies is None else taxonomies
     evidence = comparable(*found)
     nodes = torch.isin(torch.arange(circuit.graph.n_sources), torch.tensor(carrier.nodes))
@@ -153,12 +154,12 @@ def transfer_circuit(
     others = roles_of(target, theirs, evidence[1], value=circuit.replacement)
     places = match(carrier, ours, others)
     carried = _carried(circuit, carrier, places, target, theirs)
-    home = _at_home(model, circuit, task.part(tested), draws, seed)
+    home = _at_home(model, circuit, task[tested], draws, seed)
     nulls = [carrier.masks(draw(carrier, places, draws, seed=seed)) for draw in (random_maps, shuffled)]
     same_shape = circuit.graph.shape == carrier.target.shape
     circuits = [carried, _own(target, theirs, carried), *([circuit] if same_shape else [])]
-    by_role, own, *by_index = _beside(target, target_task.part(tested), circuits, nulls[0], home)
-    (in_layers,) = _beside(target, target_task.part(tested), [carried], nulls[1], home)
+    by_role, own, *by_index = _beside(target, target_task[tested], circuits, nulls[0], home)
+    (in_layers,) = _beside(target, target_task[tested], [carried], nulls[1], home)
     return CircuitTransfer(
         source=model.cfg.model_name,
         target=target.cfg.model_name,
@@ -175,7 +176,7 @@ def transfer_circuit(
     )
 
 
-def _checked(model, circuit: Circuit, task: Task, target, target_task: Task) -> Carrier:
+def _checked(model, circuit: Circuit, task: PromptPairs, target, target_task: PromptPairs) -> Carrier:
     """The circuit's edges, ready to be carried over, where the question can be asked at all."""
     circuit.check(model)
     carrier = Carrier(circuit, circuit_graph(target))
@@ -195,10 +196,9 @@ def _checked(model, circuit: Circuit, task: Task, target, target_task: Task) -> 
     return carrier
 
 
-def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: Task) -> Circuit:
+def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: PromptPairs) -> Circuit:
     """The circuit in the target's graph."""
     kept = carrier.masks(places[None])[0]
-    groups = aligned_pairs(target, task.clean, task.corrupted, task.metric, circuit.replacement)
     method = f"{circuit.method}; carried over from {circuit.model_name} by role"
     scores, name = carrier.scores(circuit, places), target.cfg.model_name
     return Circuit(
@@ -209,28 +209,26 @@ def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: T
         replacement=circuit.replacement,
         model_name=name,
         dropped=0,
-        found_on=marks_of(groups),
+        found_on=task.digests(target),
     )
 
 
-def _own(target, task: Task, carried: Circuit) -> Circuit:
+def _own(target, task: PromptPairs, carried: Circuit) -> Circuit:
     """A circuit of as many edges that the target itself shows."""
-    asked = target, task.clean, task.corrupted, task.metric
     if is_run(carried.replacement, "corrupted"):
-        return eap_ig_midpoint(*asked).greedy_edges(max(1, carried.n_edges))
-    return eap_ig_own_source(*asked, value=carried.replacement).greedy_edges(max(1, carried.n_edges))
+        return eap_ig_midpoint(target, task).greedy_edges(max(1, carried.n_edges))
+    return eap_ig_own_source(target, task, value=carried.replacement).greedy_edges(max(1, carried.n_edges))
 
 
-def _at_home(model, circuit: Circuit, task: Task, draws: int, seed: int) -> Faithfulness:
-    bench = Bench(model, task.clean, task.corrupted, task.metric, circuit.replacement, keep=True)
-    return measured(bench, circuit, task.group, draws, seed)
+def _at_home(model, circuit: Circuit, task: PromptPairs, draws: int, seed: int) -> Faithfulness:
+    return measured(Bench(model, task, circuit.replacement, keep=True), circuit, draws, seed)
 
 
 def _beside(
-    target, task: Task, circuits: list[Circuit], null: Bool[Tensor, "draw edge"], home: Faithfulness
+    target, task: PromptPairs, circuits: list[Circuit], null: Bool[Tensor, "draw edge"], home: Faithfulness
 ) -> list[Faithfulness]:
     """Circuits of the target, each beside the same random ones. The texts are those of `home`, seen or not."""
-    bench = Bench(target, task.clean, task.corrupted, task.metric, home.replacement, keep=True)
+    bench = Bench(target, task, home.replacement, keep=True)
     own = torch.stack([circuit.kept.cpu() for circuit in circuits])
     runs = bench.run(torch.cat((own, null)))
     random, found = runs.per_pair[len(own) :], []
@@ -256,9 +254,8 @@ def _quantiles(values: Tensor) -> list[float]:
 
 def demo(model: "HookedTransformer") -> CircuitTransfer:
     """A few edges of a model, carried over to the same model; any model that reads tokens."""
-    clean, corrupted, metric = demo_pairs(model, 4)
-    task, chosen = Task(clean, corrupted, metric), halves(4)[0]
-    scores = eap(model, clean[chosen], corrupted[chosen], metric)
+    task = demo_pairs(model, 4)
+    scores = eap(model, task.split()[0])
     sizes = [2**i for i in range(2, 30) if 2**i < scores.graph.n_edges]
     circuits = (scores.greedy_edges(size) for size in (*sizes, scores.graph.n_edges))
     circuit = next(one for one in circuits if any("H" in name for name in one.nodes))

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name, head_names
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.model.linear import is_plain
@@ -64,7 +65,7 @@ class Composition(Result):
         """One row a pair and mode; with one layer there is none."""
         q, shown = self.q, (self.scores, self.specific, self.z)
         rows = [
-            (f"L{a}H{b}", f"L{c}H{d}", mode, *(_number(x[mode][a, b, c, d]) for x in (*shown, q)))
+            (head_name(a, b), head_name(c, d), mode, *(_number(x[mode][a, b, c, d]) for x in (*shown, q)))
             for mode, a, b, c, d in self.order()[:n]
         ]
         return Table(("writer", "reader", "mode", "score", "stands out", "z", f"q ({self.null})"), rows)
@@ -75,7 +76,7 @@ class Composition(Result):
 
         by_null = self.specific if self.null == "specific" else self.z
         z = torch.stack([by_null[mode] for mode in MODES]).nan_to_num(-torch.inf).amax(0)
-        names = [f"L{i}H{j}" for i in range(z.shape[0]) for j in range(z.shape[1])]
+        names = head_names(z.shape[0], z.shape[1])
         shown = z.flatten(2).flatten(0, 1)
         shown = (
             torch.where(shown.isinf(), torch.nan, shown) if bool(shown.isfinite().any()) else torch.zeros_like(shown)

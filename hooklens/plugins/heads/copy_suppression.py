@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name, layer_names
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import is_plain, packed_linears, without_bias
@@ -15,9 +16,10 @@ from hooklens.model.norms import Passage
 from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_change, calibration_text
 from hooklens.plugins.heads.mediation import mean_z
 from hooklens.plugins.heads.scores import one_length
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.nodes import read_heads
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -70,7 +72,7 @@ class CopySuppression(Result):
         measured = {} if self.calibration is None else {row[0]: row[1:5] for row in self.calibration.table(None).rows}
         each = (self.direct.mean(0), self.control.mean(0), low, high, q)
         rows = [
-            (f"L{i}H{j}", *(float(one[i, j]) for one in each), *measured.get(f"L{i}H{j}", (None,) * 4))
+            (head_name(i, j), *(float(one[i, j]) for one in each), *measured.get(head_name(i, j), (None,) * 4))
             for i, j in self.order()[:n]
         ]
         columns = ("token looked at", "another token", "anti low", "anti high", "q", "ECE change", "low", "high", "p")
@@ -80,7 +82,7 @@ class CopySuppression(Result):
         """Layer by head: orange lowers the token it looks at, blue raises it."""
         from hooklens.viz.figures import heatmap
 
-        rows = [f"L{i}" for i in range(len(self.anti))]
+        rows = layer_names(len(self.anti))
         title = "Direct effect on the logit of the token looked at"
         return heatmap(-self.anti, y=rows, title=title, x_title="head", y_title="layer", colourbar="logit")
 

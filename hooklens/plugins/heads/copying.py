@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name, layer_names
 from hooklens.core.precision import widened
 from hooklens.core.progress import tracked
 from hooklens.data.repeated import repeated_tokens
@@ -63,14 +64,14 @@ class Copying(Result):
         """One row a head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
         q = q_values(torch.stack([self.copies, self.suppresses]))
         each = (self.positive, self.top_share(), self.bottom_share(), self.z, *q)
-        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
         return Table(("head", "eigenvalues", "own in top 5", "in bottom 5", "z", "q copies", "q suppresses"), rows)
 
     def figure(self) -> Any:
         """How far each head's copying lies from chance, in standard deviations of rotated heads."""
         from hooklens.viz.figures import heatmap
 
-        rows = [f"L{i}" for i in range(len(self.z))]
+        rows = layer_names(len(self.z))
         return heatmap(
             self.z, y=rows, title="OV copying against rotated heads", x_title="head", y_title="layer", colourbar="z"
         )

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import HooklensError
 from hooklens.core.precision import widened
 from hooklens.core.progress import progress
@@ -151,7 +152,7 @@ def calibration_change(
             control[i, j] = other.expected_error - base.expected_error
     loss = torch.stack([row[0].loss.mean(1) - base.loss.mean(1) for row in runs], 1)
     return CalibrationChange(
-        heads=[f"L{a}H{b}" for a, b in heads],
+        heads=[head_name(a, b) for a, b in heads],
         ece=base.expected_error,
         change=change,
         low=low,

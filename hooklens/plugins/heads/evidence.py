@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name, layer_names
 from hooklens.plugins.heads.named import NAME_LABELS
 from hooklens.plugins.heads.scores import LABELS
 from hooklens.results.result import Table
@@ -40,7 +41,7 @@ def label_rows(found: "Taxonomy", n: int | None) -> Table:
             nearest = [f"{near}{': opposite effect' if against else '?'}"] * (label not in make)
             doubts = nearest + _doubts(found, kind, at)
             said = f"{label} ({'; '.join(doubts)})" if doubts else label
-            row = (f"L{at[0]}H{at[1]}", said, *(_number(x[at]) for x in make[kind]), float(first[at]))
+            row = (head_name(*at), said, *(_number(x[at]) for x in make[kind]), float(first[at]))
             rows.append((*row, *position, *(negative if suppressed else ())))
     return Table(("head", "label", "score", "q", *_EFFECT, "rests", *extra), rows).head(n)
 
@@ -80,7 +81,7 @@ def _suppressed(found: "Taxonomy") -> dict[tuple[int, int], tuple[float, float |
     if found.suppression is None or found.suppression.calibration is None:
         return {}
     change, anti = found.suppression.calibration, found.suppression.anti
-    at = [(int(a), int(b)) for a, b in (name[1:].split("H") for name in change.heads)]
+    at = [Component.parse(name).place for name in change.heads]
     return {one: (float(anti[one]), float(change.change[i])) for i, one in enumerate(at)}
 
 
@@ -110,7 +111,7 @@ def attention_map(found: "Taxonomy") -> Any:
     drawn = heatmap(
         (shown if bool(shown.isfinite().any()) else torch.zeros_like(shown)).transpose(0, 1).flatten(1),
         x=[f"{label} H{head}" for label in LABELS for head in range(n_heads)],
-        y=[f"L{layer}" for layer in range(shown.shape[1])],
+        y=layer_names(shown.shape[1]),
         title="Attention above chance: blue earned the label, orange did not",
         y_title="layer",
         hover=hover,

@@ -7,16 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import head_name, head_names
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.metrics import MinusLoss
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import mass
 from hooklens.plugins.heads.scores import key_masks
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import execute
+from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.plan import Patch, plan
 from hooklens.sweeps.site_patches import SitePatches
 
@@ -82,7 +84,7 @@ class InductionHeads(Result):
             self.rise_before.mean(0),
             q,
         )
-        rows = [(f"L{i}H{j}", *(_known(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        rows = [(head_name(i, j), *(_known(one[i, j]) for one in each)) for i, j in self.order()[:n]]
         return Table(
             ("head", "score", "at fixed offset", "loss rise", "95% low", "95% high", "before repeats", "q"), rows
         )
@@ -91,7 +93,7 @@ class InductionHeads(Result):
         """Every head by score and by what its ablation costs: who looks but does not matter lies low on the right."""
         from hooklens.viz.curves import scatter
 
-        names = [f"L{i}H{j}" for i in range(self.score.shape[1]) for j in range(self.score.shape[2])]
+        names = head_names(self.score.shape[1], self.score.shape[2])
         seen = ~self.rise[0].isnan().flatten()
         return scatter(
             self.score.mean(0).flatten()[seen],

@@ -8,16 +8,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.scores import key_masks
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execute import execute
+from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.plan import Patch, plan
 from hooklens.sweeps.site_patches import SitePatches
 
@@ -133,7 +135,7 @@ def knockout_after(
         first = torch.where(blocked.any(1), blocked.long().argmax(1), tokens.shape[1])
         outcome = execute(SitePatches(replace(made, first_change=first.to(made.first_change))), metric)
     fall = (outcome.base - outcome.values).T
-    return Knockout([f"L{layer}H{head}" for layer, head in chosen], kind, fall, outcome.base, outcome.largest_error)
+    return Knockout([head_name(layer, head) for layer, head in chosen], kind, fall, outcome.base, outcome.largest_error)
 
 
 def without_keys(

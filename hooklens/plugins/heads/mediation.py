@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.core.progress import progress
@@ -16,11 +17,12 @@ from hooklens.data.prompts import Pairs
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.plan import points_of
 from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
 
@@ -135,7 +137,7 @@ def mediation(
             values = edits.values(model, tokens, metric, advance)
     total, direct, mlps, later = (base - values).view(len(chosen), 4, -1).permute(1, 2, 0)
     return Mediation(
-        heads=[f"L{layer}H{head}" for layer, head in chosen],
+        heads=[head_name(layer, head) for layer, head in chosen],
         total=total,
         direct=direct,
         mlps=mlps - direct,

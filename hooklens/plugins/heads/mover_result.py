@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name, head_names
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, ratio_interval
 
@@ -144,7 +145,7 @@ class NameMovers(Result):
         (low, high), verdict = found.share_interval(), named.verdict()
         each = (found.share, low, high, found.attention.mean(0), found.margin.mean(0), found.copying, found.suppressing)
         rows = [
-            (f"L{layer}H{head}", verdict[layer][head], *(float(value[layer, head]) for value in each))
+            (head_name(layer, head), verdict[layer][head], *(float(value[layer, head]) for value in each))
             for layer, head in named.order()[:n]
         ]
         return Table(columns, rows)
@@ -153,7 +154,7 @@ class NameMovers(Result):
         """Every head by its attention to the indirect object and its direct effect, coloured by how well it copies."""
         from hooklens.viz.curves import scatter
 
-        heads = [f"L{i}H{j}" for i in range(self.share.shape[0]) for j in range(self.share.shape[1])]
+        heads = head_names(self.share.shape[0], self.share.shape[1])
         drawn = scatter(
             self.attention.mean(0).flatten(),
             self.share.flatten(),
@@ -166,7 +167,7 @@ class NameMovers(Result):
         )
         for layer, head in self.order()[:_NAMED]:
             at = {"x": float(self.attention[:, layer, head].mean()), "y": float(self.share[layer, head])}
-            drawn.add_annotation(**at, text=f"L{layer}H{head}", showarrow=False, yshift=12, font_size=11)
+            drawn.add_annotation(**at, text=head_name(layer, head), showarrow=False, yshift=12, font_size=11)
         return drawn
 
     def _interval(self, values: Float[Tensor, "pair layer head"], below: Float[Tensor, "pair"]) -> Ends:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.data.ioi import ioi
 from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
@@ -84,7 +85,7 @@ class NameEvidence(Result):
         """One row a head, ranked and labelled (q) by one half of the pairs; margin and direct effect on the other."""
         (low, high), q = self.reported.share_interval(), self.q
         each = (self.reported.margin.mean(0), self.reported.share, low, high, *q)
-        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.named.order()[:n]]
+        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.named.order()[:n]]
         columns = ("margin", "direct effect", "low", "high", "q name mover", "q negative")
         return Table(("head", *columns), rows)
 
@@ -100,7 +101,7 @@ def name_evidence(
     """
     try:
         pairs = ioi(model, n, seed=seed)
-        if pairs.clean_tokens.shape[1] > model.cfg.n_ctx:
+        if int(pairs["end"][0]) >= model.cfg.n_ctx:
             raise InputError(f"the prompts do not fit n_ctx {model.cfg.n_ctx}")
         found = name_movers(model, pairs)
     except InputError as error:

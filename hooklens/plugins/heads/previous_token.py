@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.core.progress import tracked
@@ -78,7 +79,7 @@ class PositionScores(Result):
     def table(self, n: int | None = 12) -> Table:
         """One row a head: the share of rows, the margin, and what rotated queries say of it."""
         each = (self.share, self.margin, self.p, self.q)
-        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
         return Table(("head", f"rows with maximum at p - 1 (chance {self.chance:.3f})", "margin", "p", "q"), rows)
 
     def figure(self) -> Any:
@@ -92,7 +93,7 @@ class PositionScores(Result):
         middle = shown.nanmean(-1, keepdim=True)
         return heatmap(
             shown - middle,
-            title=f"L{layer}H{head}: {self.how}, row mean taken away",
+            title=f"{head_name(layer, head)}: {self.how}, row mean taken away",
             x_title="key position",
             y_title="query position",
             colourbar="score",

@@ -10,17 +10,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import without, written_z
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.replacement import Mean, Value
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ def _redundancy(
         written = _outputs(model, cache, chosen)
     cka, shuffled = _cka(written), _cka(written, _shuffles(written, seed))
     return Redundancy(
-        heads=[f"L{a}H{b}" for a, b in chosen],
+        heads=[head_name(a, b) for a, b in chosen],
         joint=joint,
         cosine=_cosine(written),
         cka=cka,

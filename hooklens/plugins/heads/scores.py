@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name, layer_names
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.data.repeated import repeated_tokens
@@ -68,7 +69,7 @@ class HeadScores(Result):
         low, high = mean_interval(self.scores[kind].nan_to_num())
         each = (value, low, high, self.p[kind], q)
         rows = [
-            (f"L{layer}H{head}", *(float(one[layer, head]) for one in each)) for layer, head in self.order(kind)[:k]
+            (head_name(layer, head), *(float(one[layer, head]) for one in each)) for layer, head in self.order(kind)[:k]
         ]
         return Table(("head", kind, "95% low", "95% high", "p", "q"), rows)
 
@@ -78,7 +79,7 @@ class HeadScores(Result):
         by = content.flatten().argsort(descending=True, stable=True).tolist()
         each = (*(self.mean(kind) for kind in KINDS), self.entropy.mean(0))
         heads = [divmod(i, content.shape[1]) for i in by]
-        rows = [(f"L{layer}H{head}", *(float(one[layer, head]) for one in each)) for layer, head in heads]
+        rows = [(head_name(layer, head), *(float(one[layer, head]) for one in each)) for layer, head in heads]
         rows = rows if n is None else rows[: max(0, n - 1)]
         even = ("even attention", *(self.uniform[kind] for kind in KINDS), self.uniform_entropy)
         return Table(("head", *KINDS, "entropy"), [*rows, even]).head(n)
@@ -92,7 +93,7 @@ class HeadScores(Result):
         return heatmap(
             shown,
             x=[f"{kind} H{head}" for kind in KINDS for head in range(heads)],
-            y=[f"L{layer}" for layer in range(len(shown))],
+            y=layer_names(len(shown)),
             title="Share of attention by kind of key",
             y_title="layer",
             diverging=False,

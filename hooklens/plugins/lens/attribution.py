@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name, head_names, layer_names, neuron_name
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.ids import show
@@ -83,7 +84,7 @@ class LogitAttribution(Result):
 
     def top(self, k: int = 10) -> Table:
         """The `k` heads of the largest attribution."""
-        names = [f"L{i}H{j}" for i in range(self.heads.shape[1]) for j in range(self.heads.shape[2])]
+        names = head_names(self.heads.shape[1], self.heads.shape[2])
         return self._ranked(self.heads.flatten(1), self.head_spread.flatten(1), names).head(k)
 
     def top_neurons(self, k: int = 10) -> Table:
@@ -91,7 +92,7 @@ class LogitAttribution(Result):
         mean = self.neurons.mean(0)
         chosen = mean.flatten().abs().argsort(descending=True, stable=True)[:k].tolist()
         each = [(i // mean.shape[1], i % mean.shape[1]) for i in chosen]
-        return Table(("neuron", "attribution"), [(f"L{i}N{j}", float(mean[i, j])) for i, j in each])
+        return Table(("neuron", "attribution"), [(neuron_name(i, j), float(mean[i, j])) for i, j in each])
 
     def _ranked(self, values: Tensor, spread: Tensor, names: list[str]) -> Table:
         mean, wide, (low, high) = values.mean(0), spread.mean(0), self.interval(values)
@@ -111,7 +112,7 @@ class LogitAttribution(Result):
         return heatmap(
             self.heads.mean(0),
             x=[f"H{head}" for head in range(n_heads)],
-            y=[f"L{layer}" for layer in range(n_layers)],
+            y=layer_names(n_layers),
             title=f"What each head adds directly to {self._asked()}",
             x_title="head",
             y_title="layer",
@@ -131,7 +132,7 @@ class LogitAttribution(Result):
         """From which positions a head moved what it adds."""
         from hooklens.viz.figures import bars
 
-        title = f"L{layer}H{head}: what it moved from each position to {self._asked()}"
+        title = f"{head_name(layer, head)}: what it moved from each position to {self._asked()}"
         values = self.sources[prompt][layer, head]
         return bars(
             values, labels=self.str_tokens[prompt][: len(values)], title=title, x_title="token", y_title="logit"

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
@@ -103,7 +104,7 @@ class Trajectory(Result):
         """The `k` blocks after which the answer's log-probability rose most, mean over prompts."""
         rise = self.log_prob.diff(dim=1).mean(0)
         chosen = rise.argsort(descending=True, stable=True)[:k].tolist()
-        return Table(("block", "rise of log prob"), [(f"L{i}", float(rise[i])) for i in chosen])
+        return Table(("block", "rise of log prob"), [(layer_name(i), float(rise[i])) for i in chosen])
 
     def figure(self) -> Any:
         """Log10 of one plus the answer's rank, against that of the control."""

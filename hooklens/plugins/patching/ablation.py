@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
@@ -22,6 +23,7 @@ from hooklens.plugins.patching.grid import (
     labels_of,
     largest_first,
     patch_name,
+    read_patches,
     shape_of,
 )
 from hooklens.results.claims import HeldOutEffects
@@ -142,14 +144,14 @@ class AblationSweep(Result):
 
 def ablate(
     model: "HookedTransformer",
-    prompts: Prompts,
-    metric: Any,
+    prompts: Prompts | PromptPairs,
+    metric: Any = None,
     *,
     site: str = "z",
     by: str | Sequence[str] | None = None,
     value: Value = "resample",
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Patch] | None = None,
+    patches: Sequence[Any] | None = None,
 ) -> AblationSweep:
     """What does the metric lose without each component? One exact ablation for every cell of a grid.
 
@@ -161,8 +163,10 @@ def ablate(
     tensor([[-1.2000,  0.0000],
             [ 0.0000, -2.4000]])
 
+    `PromptPairs` stand for their clean prompts, metric and groups.
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
-    attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for.
+    attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for,
+    such as ["L5H1", "L2H0"].
 
     `value` is what is written, a `Replacement` or its word. "resample": the activation of other prompts of the set,
     four draws averaged (`Resample` says how many, of which prompts, and the seed). "mean of others": the mean over all
@@ -177,15 +181,15 @@ def ablate(
     "Causal scrubbing" (resampling).
     """
     site, replacement = site_kind(site), as_replacement(value)
-    axes = settle_by(model, site, by)
-    groups = read_pairs(model, prompts, prompts, _needs(axes, patches))
-    check_metric(metric, groups)
-    n = sum(len(each.index) for each in groups)
-    number = group_numbers(n, None if group is None else torch.as_tensor(group))
+    axes, patches = settle_by(model, site, by), None if patches is None else read_patches(model, patches)
+    pairs = as_pairs(model, prompts, metric=metric, group=group)
+    groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, patches))
+    check_metric(pairs.metric, groups)
+    n, number = len(pairs), group_numbers(len(pairs), pairs.group)
     with torch.no_grad(), packed_linears(rows=1024):
         draws = [
             [
-                _one(model, each, metric=metric, site=site, by=axes, written=to, patches=patches)
+                _one(model, each, metric=pairs.metric, site=site, by=axes, written=to, patches=patches)
                 for each, to in zip(groups, written, strict=True)
             ]
             for written in replacement.every_draw(targets_of(model, groups, points_of(model, site), paired=False))

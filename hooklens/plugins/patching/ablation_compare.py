@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
@@ -15,7 +16,6 @@ from hooklens.plugins.patching.grid import cell_names, largest_first
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
-from hooklens.sweeps.plan import Patch
 from hooklens.sweeps.replacement import Mean, MeanOfOthers, Replacement, Resample, Zero
 from hooklens.sweeps.settings import engine
 
@@ -89,14 +89,14 @@ class AblationComparison(Result):
 
 def compare_ablations(
     model: "HookedTransformer",
-    prompts: Prompts,
-    metric: Any,
+    prompts: Prompts | PromptPairs,
+    metric: Any = None,
     *,
     site: str = "z",
     by: str | Sequence[str] | None = None,
     reference: Any = None,
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Patch] | None = None,
+    patches: Sequence[Any] | None = None,
 ) -> AblationComparison:
     """Does a component's zero ablation effect survive when what is written is a value that the model does hold?
 

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, labels_of, largest_first
@@ -118,9 +120,9 @@ class PatchSweep(TwoRuns, Result):
 
 def patch(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     site: str | tuple | Site = "resid_pre",
     by: str | Sequence[str] | None = None,
@@ -128,6 +130,8 @@ def patch(
     resume: str | Path | Resume | None = None,
 ) -> PatchSweep:
     """Which activations carry the difference between clean and corrupted? One exact patch for every cell of a grid.
+
+    Give two prompts (or lists of them) and a metric, or `PromptPairs`, as every method between two prompts takes them.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
@@ -154,20 +158,23 @@ def patch(
     site, layer = site_and_layer(model, site)
     axes, replacement = settle_by(model, site, by), as_replacement(value)
     into = "corrupted" if is_run(replacement, "clean") else "clean"
-    groups = read_pairs(model, clean, corrupted, axes)
-    check_metric(metric, groups)
+    pairs = as_pairs(model, clean, corrupted, metric)
+    groups = read_pairs(model, pairs.clean, pairs.corrupted, axes)
+    check_metric(pairs.metric, groups)
     if is_run(replacement, "clean") or is_run(replacement, "corrupted"):
         check_prompts_differ(groups)
     file = resume_of(resume, groups)
     with products_of(file), hint(resume, "hl.patch"):
         written = replacement.once(targets_of(model, groups, points_of(model, site), into=into))
-        asked = _Asked(metric=metric, site=site, by=axes, layer=layer, into=into, replacement=replacement, file=file)
+        asked = _Asked(
+            metric=pairs.metric, site=site, by=axes, layer=layer, into=into, replacement=replacement, file=file
+        )
         found = [_sweep(model, group, to, asked) for group, to in zip(groups, written, strict=True)]
     shape, outcome = found[0][0], joined(groups, [part for _, part in found])
     clean_end, corrupted_end = ends_of(outcome, into)
     labels = labels_of(model, axes, shape, groups[0])
     if layer is not None:
-        labels["layer"] = [f"L{layer}"]
+        labels["layer"] = [layer_name(layer)]
     return PatchSweep(
         per_pair=outcome.values.T.reshape(-1, *shape),
         clean_per_pair=clean_end,
@@ -228,11 +235,4 @@ def _sweep(model, group: Pairs, written: Written, asked: _Asked) -> tuple[tuple[
 
 def demo(model: "HookedTransformer") -> PatchSweep:
     """A resid_pre sweep on two short prompts that differ in one token; numbers where the model has no tokenizer."""
-    clean, corrupted, *_ = demo_pairs(model, 1, 8)
-    with torch.no_grad():
-        best = int(model(clean, logits_at=-1)[0, 0].argmax())
-
-    def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
-        return logits[:, -1, best]
-
-    return patch(model, clean, corrupted, logit)
+    return patch(model, demo_pairs(model, 1, 8))

@@ -12,8 +12,9 @@ from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.core.names import axes
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
-from hooklens.metrics import ReadingMetric, log_prob
+from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.attribution_result import AttributionPatching, Grid
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 def attribution_patching(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     site: str = "resid_pre",
     by: str | Sequence[str] | None = None,
@@ -61,14 +62,13 @@ def attribution_patching(
     Circuit Discovery", equation 2.
     """
     site, axes_ = site_kind(site), settle_by(model, site, by)
-    groups = read_pairs(model, clean, corrupted, axes_)
+    pairs = as_pairs(model, clean, corrupted, metric, group)
+    groups = read_pairs(model, pairs.clean, pairs.corrupted, axes_)
     check_prompts_differ(groups)
-    check_metric(metric, groups)
+    check_metric(pairs.metric, groups)
     _refuse(model, site, exact)
-    n = sum(len(each.index) for each in groups)
-    number = group_numbers(n, None if group is None else torch.as_tensor(group))
-    parts = _pieces(model, groups, metric, site)
-    found = [_estimate(model, part, part.of(metric), site, axes_) for part in parts]
+    parts = _pieces(model, groups, pairs.metric, site)
+    found = [_estimate(model, part, part.of(pairs.metric), site, axes_) for part in parts]
     per_pair, moved, clean_end, corrupted_end = (in_order(parts, list(each)) for each in zip(*found, strict=True))
     checked = _to_check(per_pair.mean(0), moved.any(0), exact)
     shape = shape_of(model, site, axes_, groups[0].clean.shape[1])
@@ -80,9 +80,9 @@ def attribution_patching(
         by=axes_,
         labels=labels_of(model, axes_, shape, groups[0]),
         checked=checked,
-        exact_per_pair=_exactly(model, groups, metric=metric, site=site, by=axes_, checked=checked),
+        exact_per_pair=_exactly(model, groups, metric=pairs.metric, site=site, by=axes_, checked=checked),
         n_top=min(exact, len(checked)),
-        group=number,
+        group=group_numbers(len(pairs), pairs.group),
     )
 
 
@@ -186,8 +186,5 @@ def _exactly(
 
 def demo(model: "HookedTransformer") -> AttributionPatching:
     """Heads on two short prompts that differ in one token, half of them checked; numbers without a tokenizer."""
-    clean, corrupted, *_ = demo_pairs(model, 1, 8)
-    with torch.no_grad():
-        best = int(model(clean, logits_at=-1)[0, 0].argmax())
     with engine(progress=False):
-        return attribution_patching(model, clean, corrupted, log_prob(model, answer=best), site="z", exact=1)
+        return attribution_patching(model, demo_pairs(model, 1, 8), site="z", exact=1)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts
-from hooklens.metrics import log_prob
 from hooklens.plugins.patching.embedding_path import EmbeddingPath
 from hooklens.plugins.patching.quadrature import integrate
 from hooklens.plugins.patching.weight_randomisation import WeightRandomisation, randomise
@@ -159,7 +158,6 @@ def integrated_gradients(
 
 def demo(model: "HookedTransformer") -> InputAttribution:
     """Integrated gradients between two short prompts that differ in one token; numbers without a tokenizer."""
-    clean, corrupted, *_ = demo_pairs(model)
-    with torch.no_grad():
-        best = int(model(clean, logits_at=-1)[0, 0].argmax())
-    return integrated_gradients(model, clean, log_prob(model, answer=best), baseline=corrupted, steps=17, stages=2)
+    pairs = demo_pairs(model)
+    metric = pairs.metric_of(model)
+    return integrated_gradients(model, pairs.clean, metric, baseline=pairs.corrupted, steps=17, stages=2)

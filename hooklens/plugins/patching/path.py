@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.path_sweep import PathSweep
@@ -48,9 +49,9 @@ class Fixed:
 
 def path_patch(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     receivers: Any = "final",
     senders: Any = None,
@@ -92,15 +93,16 @@ def path_patch(
     held = receivers if isinstance(receivers, Fixed) else None
     semantics = EDGES if held is None else FIXED if held.mlps == "recomputed" else FIXED_FROZEN
     ends = _Ends(read_senders(model, senders), read_receivers(model, receivers if held is None else held.receivers))
-    groups = _aligned(model, clean, corrupted)
-    check_metric(metric, groups)
+    pairs = as_pairs(model, clean, corrupted, metric)
+    groups = _aligned(model, pairs)
+    check_metric(pairs.metric, groups)
     file = resume_of(resume, groups)
     with products_of(file), hint(resume, "path_patch"):
-        parts, n = [], sum(len(group.index) for group in groups)
+        parts, n = [], len(pairs)
         for group in groups:
             made = _plan(model, group, n, ends, semantics=semantics, into=into)
             other = made.new.streams[model.cfg.n_layers]
-            outcome = execute(PathPatches(made), group.of(metric), resume=file, other=other)
+            outcome = execute(PathPatches(made), group.of(pairs.metric), resume=file, other=other)
             parts.append(with_other(model, outcome, group, value))
     outcome = joined(groups, parts)
     clean_end, corrupted_end = ends_of(outcome, into)
@@ -109,13 +111,13 @@ def path_patch(
         clean_per_pair=clean_end,
         corrupted_per_pair=corrupted_end,
         senders=[sender.name for sender in ends.senders],
-        receivers=[one.name(grouped=model.cfg.n_heads != model.cfg.n_key_value_heads) for one in ends.receivers],
+        receivers=[receiver.name for receiver in ends.receivers],
         semantics=semantics,
         into=into,
         place=torch.tensor([[s.layer, -1 if s.head is None else s.head] for s in ends.senders]),
         reaches=_reaches(model, *ends),
         shape=(model.cfg.n_layers, model.cfg.n_heads),
-        group=group_numbers(len(clean_end), None),
+        group=group_numbers(len(clean_end), pairs.group),
         computed=outcome.computed,
         largest_error=outcome.largest_error,
         n_verified=outcome.n_verified,
@@ -141,11 +143,11 @@ def _read_run(value: Value) -> str:
     return replacement.label
 
 
-def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> list[Pairs]:
+def _aligned(model: "HookedTransformer", pairs: PromptPairs) -> list[Pairs]:
     """Pairs by their length; senders are patched at all positions, so both prompts of a pair have the same."""
-    groups = read_pairs(model, clean, corrupted, ())
+    groups = read_pairs(model, pairs.clean, pairs.corrupted, ())
     if not all(one.aligned for one in groups):
-        read_pairs(model, clean, corrupted, ("pos",))  # raises, and says where they part
+        read_pairs(model, pairs.clean, pairs.corrupted, ("pos",))  # raises, and says where they part
     check_prompts_differ(groups)
     return groups
 
@@ -165,11 +167,6 @@ def _reaches(model: "HookedTransformer", senders: tuple[Sender, ...], receivers:
 
 def demo(model: "HookedTransformer") -> PathSweep:
     """Who talks to the query and value of the last layer's first head; with one layer, to the logits."""
-    clean, corrupted, *_ = demo_pairs(model, 2)
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), ("v", last, 0)] if last else "final"
-
-    def logit(logits: Tensor) -> Tensor:
-        return logits[:, -1, 0] - logits[:, -1, 1 % logits.shape[2]]
-
-    return path_patch(model, clean, corrupted, logit, receivers=receivers)
+    return path_patch(model, demo_pairs(model, 2), receivers=receivers)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_names
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import (
@@ -160,7 +161,7 @@ class PathSweep(TwoRuns, Result):
         return heatmap(
             self.grid(shown),
             x=[*(f"H{i}" for i in range(self.shape[1])), "MLP"],
-            y=[f"L{i}" for i in range(self.shape[0])],
+            y=layer_names(self.shape[0]),
             title=f"sender to {self._to} ({self.semantics}): {name}",
             x_title="sender",
             y_title="layer",

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.core.names import AXES, site
 from hooklens.core.progress import progress
@@ -83,7 +84,7 @@ class ContrastDirections(Result):
         sizes = self.direction.norm(dim=1)
         parts = (self.separation, self.null.mean(0), self.p, self.q, self.gap, sizes, self.norm)
         rows = zip(*(part.tolist() for part in parts), strict=True)
-        return Table(columns, [(f"L{i}", *row) for i, row in enumerate(rows)]).head(n)
+        return Table(columns, [(layer_name(i), *row) for i, row in enumerate(rows)]).head(n)
 
     def top(self, k: int = 5) -> Table:
         """The `k` layers of the best held-out separation, of equal ones the first."""
@@ -194,6 +195,7 @@ def _check_position(rows: list[Int[Tensor, "_pos"]], pos: int | None) -> None:
 
 def demo(model: "HookedTransformer") -> ContrastDirections:
     """Prompts that end in the right answer against the same ones that end in a wrong one."""
-    start, _, *ends = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    pairs = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    start, ends = pairs.clean, (pairs.answer, pairs.wrong_answer)
     positive, negative = (torch.cat([start, torch.tensor(end).to(start)[:, None]], 1) for end in ends)
     return contrast_direction(model, positive, negative, draws=99)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name
 from hooklens.model.config import LayerNormPart
 from hooklens.model.factored import FactoredMatrix
 from hooklens.plugins.weights.matrices import folded_heads, folded_neurons, heads_of, need_sum
@@ -38,11 +39,11 @@ def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
         heads = folded_heads(model, layer)
         _, S, V = FactoredMatrix(heads.V, _centred(model, heads.O)).svd()
         for head in range(model.cfg.n_heads):
-            yield _part(f"L{layer}H{head}", layer, False, V[head].mT, S[head])
+            yield _part(head_name(layer, head), layer, False, V[head].mT, S[head])
         if mlps and not model.cfg.attn_only:
             rows = _centred(model, folded_neurons(model, layer).writes)
             _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-            yield _part(f"MLP{layer}", layer, True, Vh, S)
+            yield _part(Component("mlp", layer).name, layer, True, Vh, S)
 
 
 def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
@@ -50,18 +51,18 @@ def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
     need_sum(model)
     cfg = model.cfg
     group = cfg.n_heads // cfg.n_key_value_heads
-    keyed = "H" if group == 1 else "KV"
     for layer in range(cfg.n_layers):
         raw, reads = heads_of(model, layer), model.blocks[layer].reads_through("attn")
-        for which, stacked, head in (("q", raw.Q, "H"), ("k", raw.K[::group], keyed), ("v", raw.V[::group], keyed)):
+        for which, stacked in (("q", raw.Q), ("k", raw.K[::group]), ("v", raw.V[::group])):
             U, S, _ = torch.linalg.svd(reads.folded(stacked), full_matrices=False)
             for i in range(len(stacked)):
-                yield _part(f"L{layer}{head}{i}.{which}", layer, False, U[i].mT, S[i])
+                name = Component(which, layer, i, keyed=which != "q" and group > 1).name
+                yield _part(name, layer, False, U[i].mT, S[i])
         if mlps and not cfg.attn_only:
             found = folded_neurons(model, layer)
             both = found.reads if found.gate is None else torch.cat([found.reads, found.gate], dim=1)
             U, S, _ = torch.linalg.svd(both, full_matrices=False)
-            yield _part(f"MLP{layer}", layer, True, U.mT, S)
+            yield _part(Component("mlp", layer).name, layer, True, U.mT, S)
 
 
 def _part(

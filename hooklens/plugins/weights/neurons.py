@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from hooklens.core.component import neuron_name
 from hooklens.core.errors import InputError
 from hooklens.core.progress import progress
 from hooklens.plugins.weights.matrices import check_layer, folded_neurons
@@ -71,7 +72,9 @@ class NeuronTokens(Result):
         for i in self.order()[:n]:
             words = [listed(one.words(i)) for one in self.lists] + [listed(self.writes.words(i, high=False))]
             peaked = [float(one.kurtosis[i]) for one in self.lists]
-            rows.append((f"L{self.layer}N{int(self.neurons[i])}", *words, *peaked, float(q[i]), float(self.in_out[i])))
+            rows.append(
+                (neuron_name(self.layer, int(self.neurons[i])), *words, *peaked, float(q[i]), float(self.in_out[i]))
+            )
         return Table(columns, rows)
 
     def figure(self) -> Any:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import head_name, layer_name
 from hooklens.core.errors import InputError
 from hooklens.model.norms import Passage
 from hooklens.plugins.weights.matrices import (
@@ -98,7 +99,7 @@ def ov_directions(
         reading_side(model, block.reads_through("attn"), seed=seed),
         writing_side(model, block.writes_through("attn"), seed=seed),
     ]
-    return _directions(model, f"L{layer}H{head} OV", S=S, vectors=(U, V), sides=sides, size=(k, top))
+    return _directions(model, f"{head_name(layer, head)} OV", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
 
 def qk_directions(
@@ -120,7 +121,7 @@ def qk_directions(
     U, S, V = folded_heads(model, layer).QK[head].svd()
     side = reading_side(model, model.blocks[layer].reads_through("attn"), seed=seed)
     sides = [side._replace(name="queries"), side._replace(name="keys")]
-    return _directions(model, f"L{layer}H{head} QK", S=S, vectors=(U, V), sides=sides, size=(k, top))
+    return _directions(model, f"{head_name(layer, head)} QK", S=S, vectors=(U, V), sides=sides, size=(k, top))
 
 
 def mlp_read_directions(
@@ -143,7 +144,7 @@ def mlp_read_directions(
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
     sides = [reading_side(model, model.blocks[layer].reads_through("mlp"), seed=seed)]
     return _directions(
-        model, f"L{layer} {'W_gate' if gate else 'W_in'}", S=S, vectors=(U, None), sides=sides, size=(k, top)
+        model, f"{layer_name(layer)} {'W_gate' if gate else 'W_in'}", S=S, vectors=(U, None), sides=sides, size=(k, top)
     )
 
 
@@ -159,7 +160,7 @@ def mlp_write_directions(
     check_layer(model, layer)
     _, S, Vh = torch.linalg.svd(folded_neurons(model, layer).writes, full_matrices=False)
     sides = [writing_side(model, model.blocks[layer].writes_through("mlp"), seed=seed)]
-    return _directions(model, f"L{layer} W_out", S=S, vectors=(None, Vh.mT), sides=sides, size=(k, top))
+    return _directions(model, f"{layer_name(layer)} W_out", S=S, vectors=(None, Vh.mT), sides=sides, size=(k, top))
 
 
 def reading_side(model: "HookedTransformer", reads: Passage, *, seed: int = 0, draws: int = _DRAWS) -> Side:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name, layer_names
 from hooklens.model.linear import matrix_of
 from hooklens.plugins.weights.matrices import embedding_matrix, heads_of, wide
 from hooklens.results.result import Result, Table
@@ -141,14 +142,14 @@ class Spectra(Result):
 
         both = [one.effective / one.initial_effective.mean() for one in (self.QK, self.OV)]
         heads = [f"{name} H{i}" for name in ("QK", "OV") for i in range(both[0].shape[1])]
-        layers = [f"L{i}" for i in range(len(both[0]))]
+        layers = layer_names(len(both[0]))
         title = "Effective rank of every head, as a share of that at initialisation"
         return heatmap(torch.cat(both, 1), x=heads, y=layers, title=title, colourbar="share", zmid=1.0)
 
     def _head_row(self, name: str, layer: int, head: int) -> tuple:
         one: Spectrum = getattr(self, name)
         s = Spectrum(one.singular[layer, head], one.initial.flatten(0, -2), one.shape, one.eps)
-        return _row(f"L{layer}H{head} {name}", s)
+        return _row(f"{head_name(layer, head)} {name}", s)
 
 
 _COLUMNS = (

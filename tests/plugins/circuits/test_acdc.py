@@ -7,9 +7,10 @@ from recorded_circuits import ACDC
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
 import hooklens as hl
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.plugins.circuits.acdc import acdc, acdc_nodes
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
-from hooklens.plugins.circuits.eap import demo_pairs, eap
+from hooklens.plugins.circuits.eap import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.prune import prune_edges, prune_edges_below, prune_nodes, prune_nodes_below
 from hooklens.plugins.circuits.run import run_edges
@@ -85,32 +86,32 @@ KINDS = [{}, {"block": "parallel"}, {"block": "sandwich"}, {"n_key_value_heads":
 def test_the_circuit_handed_over_has_the_metric_that_was_reported(changes, ablation):
     """In a sandwich block an edge into a head matters by the norm that all heads of the layer share."""
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
-    clean, corrupted, metric = demo_pairs(model, 2)
+    pairs = demo_pairs(model, 2)
 
     def value(circuit) -> float:
-        return float(circuit.run(model, clean, corrupted, metric).per_pair.mean())
+        return float(circuit.run(model, pairs).per_pair.mean())
 
-    found = acdc(model, clean, corrupted, metric, threshold=0.003, value=ablation)
+    found = acdc(model, pairs, threshold=0.003, value=ablation)
     assert 0 < found.circuit.n_edges < found.circuit.graph.n_edges
     assert found.metric_of_circuit == pytest.approx(value(found.circuit), abs=1e-12)
     start = whole_circuit(model, value=ablation)
     for pruned in (
-        prune_edges(model, start, clean, corrupted, metric, size=30, share=0.3),
-        prune_edges_below(model, start, clean, corrupted, metric, threshold=0.003),
+        prune_edges(model, start, pairs, size=30, share=0.3),
+        prune_edges_below(model, start, pairs, threshold=0.003),
     ):
-        kept = run_edges(model, pruned.circuit.kept, clean, corrupted, metric, value=ablation)
+        kept = run_edges(model, pruned.circuit.kept, pairs, value=ablation)
         assert float(pruned.metric[-1]) == pytest.approx(float(kept.per_pair.mean()), abs=1e-12)
 
 
 @pytest.mark.parametrize("changes", KINDS)
 def test_a_circuit_cut_from_scores_loses_no_edge_that_acts(changes):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
-    clean, corrupted, metric = demo_pairs(model, 2)
-    scores = eap(model, clean, corrupted, metric)
+    pairs = demo_pairs(model, 2)
+    scores = eap(model, pairs)
     for threshold in scores.scores.abs().quantile(torch.tensor([0.6, 0.8, 0.9], dtype=torch.float64)).tolist():
         chosen = scores.scores.abs() >= threshold
         circuit = scores.above(threshold)
-        runs = run_edges(model, torch.stack([chosen, circuit.kept]), clean, corrupted, metric)
+        runs = run_edges(model, torch.stack([chosen, circuit.kept]), pairs)
         torch.testing.assert_close(runs.per_pair[0], runs.per_pair[1], atol=1e-12, rtol=0)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import hooklens as hl
 from hooklens.data.ioi import ioi
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench, run_edges
@@ -138,7 +139,7 @@ def test_a_metric_that_gives_one_number_is_asked_pair_by_pair():
 
 def test_a_bench_answers_again_as_it_did_before():
     model = tiny_model(dtype=torch.float64)
-    bench = Bench(model, CLEAN, CORRUPTED, diff, "corrupted", keep=True)
+    bench = Bench(model, PromptPairs(CLEAN, CORRUPTED, diff), "corrupted", keep=True)
     masks = some_masks(bench.graph)
     first, second = bench.run(masks), bench.run(masks.flip(0))
     torch.testing.assert_close(first.per_pair, second.per_pair.flip(0), atol=1e-12, rtol=0)
@@ -220,10 +221,10 @@ def test_what_cannot_be_run_says_so():
 def test_on_a_real_model_all_edges_are_the_model_and_none_is_the_corrupted_run():
     model = hl.load("smollm2-135m-instruct")
     pairs = ioi(model, 4)
-    metric = hl.logit_diff(model, answer=pairs.answer_tokens, wrong_answer=pairs.wrong_answer_tokens)
+    metric, (clean, corrupted) = pairs.metric_of(model), pairs.tokens(model)
     graph = circuit_graph(model)
     kept = torch.stack([torch.ones(graph.n_edges), torch.zeros(graph.n_edges)]).bool()
-    found = run_edges(model, kept, pairs.clean_tokens, pairs.corrupted_tokens, metric)
+    found = run_edges(model, kept, pairs)
     assert graph.n_edges == 70_651
-    torch.testing.assert_close(found.per_pair[0], metric(model(pairs.clean_tokens)).detach(), atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(found.per_pair[1], metric(model(pairs.corrupted_tokens)).detach(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.per_pair[0], metric(model(clean)).detach(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.per_pair[1], metric(model(corrupted)).detach(), atol=1e-3, rtol=1e-4)

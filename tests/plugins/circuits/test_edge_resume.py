@@ -37,7 +37,7 @@ def test_an_interrupted_question_resumed_gives_the_bits_of_an_uninterrupted_one(
         right(patches, reader, items, *rest)
 
     monkeypatch.setattr(engine, "_run_bin", run_bin)
-    ask = functools.partial(run_edges, model, masks, CLEAN, CORRUPTED, metric_of(model), ablation=ablation)
+    ask = functools.partial(run_edges, model, masks, CLEAN, CORRUPTED, metric_of(model), value=ablation)
     with hl.engine(memory=30_000, verify=0):
         with pytest.raises(KeyboardInterrupt):
             ask(resume=tmp_path / "circuits")
@@ -60,7 +60,7 @@ def test_other_circuits_prompts_ablation_or_metric_under_one_file_are_refused(tm
         with pytest.raises(FileRefused, match="another sweep"):
             run_edges(model, *changed, resume=file)
     with pytest.raises(FileRefused, match="another sweep"):
-        run_edges(model, masks, CLEAN, CORRUPTED, diff, ablation="zero", resume=file)
+        run_edges(model, masks, CLEAN, CORRUPTED, diff, value="zero", resume=file)
 
 
 def test_what_a_wrong_key_brings_back_is_checked_and_raises(tmp_path):
@@ -92,9 +92,9 @@ def test_the_plain_loop_gives_the_same_numbers_for_mixed_edges(ablation):
     model = tiny_model(n_heads=4, n_key_value_heads=2, positional_embedding_type="rotary", dtype=torch.float64)
     masks = torch.rand(4, circuit_graph(model).n_edges, generator=torch.Generator().manual_seed(1)).double()
     metric = hl.logit_diff(model, answer=[3, 1], wrong_answer=4, pos=2)
-    fast = run_edges(model, masks, CLEAN, CORRUPTED, metric, ablation=ablation)
+    fast = run_edges(model, masks, CLEAN, CORRUPTED, metric, value=ablation)
     with hl.engine(plain=True):
-        slow = run_edges(model, masks, CLEAN, CORRUPTED, metric, ablation=ablation)
+        slow = run_edges(model, masks, CLEAN, CORRUPTED, metric, value=ablation)
     torch.testing.assert_close(fast.per_pair, slow.per_pair, atol=1e-11, rtol=1e-11)
 
 

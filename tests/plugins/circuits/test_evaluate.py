@@ -10,9 +10,11 @@ from mutations import resealed
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
 from hooklens.core.errors import FileRefused, InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
-from hooklens.plugins.circuits.eap import demo_pairs, eap
+from hooklens.plugins.circuits.eap import eap
 from hooklens.plugins.circuits.evaluate import evaluate
 from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
 from hooklens.plugins.circuits.graph import CircuitGraph
@@ -127,7 +129,7 @@ def test_an_or_gate_s_head_edge_is_worth_1_without_the_other_and_0_beside_it():
 def test_an_edge_s_worth_is_what_cutting_it_and_the_set_says():
     model = tiny_model(dtype=torch.float64)
     circuit = whole_circuit(model)
-    bench = Bench(model, CLEAN, CORRUPTED, diff, "corrupted")
+    bench = Bench(model, PromptPairs(CLEAN, CORRUPTED, diff), "corrupted")
     sets, _ = subsets(circuit.graph, circuit.kept, 6, torch.Generator().manual_seed(1))
     edges = torch.tensor([3, 17, 45])
     found = _worth(bench, circuit.kept[None], sets[None], edges[None])[0]
@@ -146,10 +148,10 @@ def test_completeness_searches_nodes_and_forty_sets_and_measures_the_complement(
     assert found.faithfulness.value == 0.0 and found.completeness.complement == 1.0
     assert (found.completeness.complement_low, found.completeness.complement_high) == (1.0, 1.0)
     model = tiny_model(dtype=torch.float64)
-    clean, corrupted, metric = demo_pairs(model, 4)
-    half = eap(model, clean[:2], corrupted[:2], metric).top_edges(20)
-    found = evaluate(model, half, clean[2:], corrupted[2:], metric).completeness
-    outside = run_edges(model, ~half.kept, clean[2:], corrupted[2:], metric).faithfulness
+    pairs = demo_pairs(model, 4)
+    half = eap(model, pairs[:2]).top_edges(20)
+    found = evaluate(model, half, pairs[2:]).completeness
+    outside = run_edges(model, ~half.kept, pairs[2:]).faithfulness
     assert found.complement == pytest.approx(float(outside[0])) and 0 < found.complement_p <= 1
     assert len(found.random) == 40 and len(found.complement_null) == 100
     writers = {name for name in half.senders if name != "embed"}
@@ -159,9 +161,9 @@ def test_completeness_searches_nodes_and_forty_sets_and_measures_the_complement(
 
 def test_faithfulness_is_what_its_formula_says_on_pairs_not_seen():
     model = tiny_model(dtype=torch.float64)
-    clean, corrupted, logit_of_one = demo_pairs(model, 6)
-    circuit = eap(model, clean[:3], corrupted[:3], logit_of_one).top_edges(20)
-    clean, corrupted = clean[2:], corrupted[2:]
+    pairs = demo_pairs(model, 6)
+    circuit = eap(model, pairs[:3]).top_edges(20)
+    clean, corrupted = pairs[2:].clean, pairs[2:].corrupted
     metric = kl(model, clean)
     found = faithfulness(model, circuit, clean, corrupted, metric, group=torch.tensor([0, 0, 1, 1]), seed=3)
     runs = run_edges(model, circuit.kept, clean, corrupted, metric)
@@ -186,10 +188,10 @@ def test_without_a_difference_nothing_is_faithful():
 
 def test_a_curve_grows_to_the_model():
     model = tiny_model(dtype=torch.float64)
-    clean, corrupted, metric = demo_pairs(model, 4)
-    scores = eap(model, clean[:2], corrupted[:2], metric)
+    pairs = demo_pairs(model, 4)
+    scores = eap(model, pairs[:2])
     n = scores.graph.n_edges
-    curve = faithfulness_curve(model, scores, clean[2:], corrupted[2:], metric, sizes=[10, 20, 30, n])
+    curve = faithfulness_curve(model, scores, pairs[2:], sizes=[10, 20, 30, n])
     assert float(curve.values[-1]) == pytest.approx(1.0) and int(curve.sizes[-1]) == n and curve.n_seen == 0
     x, y = [0, *curve.sizes.tolist()], [0.0, *curve.values.tolist()]
     by_hand = sum((b - a) * (u + v) / 2 for a, b, u, v in zip(x, x[1:], y, y[1:], strict=False)) / n
@@ -249,13 +251,11 @@ def test_a_small_file_does_not_stand_for_a_graph_that_exhausts_memory(tmp_path, 
 @pytest.mark.parametrize("changes", [{"n_key_value_heads": 2}, {}, {"attn_only": True}])
 def test_path_patching_takes_a_circuit_s_nodes_by_their_names(changes):
     model = tiny_model(n_heads=4, **changes)
-    clean, corrupted, metric = demo_pairs(model, 2)
-    circuit = eap(model, clean, corrupted, metric).top_edges(40)
-    found = path_patch(
-        model, clean, corrupted, metric, senders=circuit.senders, receivers=[*circuit.receivers, "logits"]
-    )
+    pairs = demo_pairs(model, 2)
+    circuit = eap(model, pairs).top_edges(40)
+    found = path_patch(model, pairs, senders=circuit.senders, receivers=[*circuit.receivers, "logits"])
     assert [sender.name for sender in read_senders(model, circuit.senders)] == circuit.senders
-    names = [one.name(grouped=circuit.graph.group > 1) for one in read_receivers(model, circuit.receivers)]
+    names = [one.name for one in read_receivers(model, circuit.receivers)]
     assert names == [name.replace("logits", "final") for name in circuit.receivers]
     assert found.effect.numel() == len(circuit.senders)
 
