@@ -18,7 +18,7 @@ from hooklens.core.checksum import Digest, save_tensors
 from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.files import make_folder, reading
 from hooklens.model.config import HookedTransformerConfig
-from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
 from hooklens.pretrained.safetensors_file import DTYPES, SafetensorsFile, is_safetensors, read_header
 
@@ -42,6 +42,7 @@ def save(model: HookedTransformer, path: str | Path) -> None:
     >>> load_checkpoint(path).cfg == tiny_model().cfg
     True
     """
+    need_hooked(model, "save")
     path = path_of(path)
     tensors = _savable(model)
     metadata = {"format": FORMAT, "config": json.dumps(model.cfg.to_json(), allow_nan=False)}

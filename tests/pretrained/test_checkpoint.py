@@ -9,7 +9,7 @@ from families import FAMILIES, tiny, tiny_tokens
 from safetensors.torch import load_file, save_file
 
 from hooklens.core.checksum import save_tensors
-from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.model.config import HookedTransformerConfig, LinearScore, Rotary, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.checkpoint import FORMAT, load_checkpoint, save
@@ -192,3 +192,9 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("hooklens.core.files._flush", full)
     with pytest.raises(Unavailable, match="the disk is full"):
         save(tiny("llama"), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("given", [None, torch.nn.Linear(2, 2), "gpt2"])
+def test_what_is_no_model_is_not_saved(given, tmp_path):
+    with pytest.raises(WrongType, match="save needs a HookedTransformer, got"):
+        save(given, tmp_path / "x.safetensors")
