@@ -66,11 +66,18 @@ class AtPosition(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pos", _positions(self.pos).reshape(-1))  # a number or a list will do
+        rows = {name: len(value) for name, value in self._fields().items()}
+        if len({n for n in rows.values() if n != 1}) > 1:
+            raise InputError(
+                f"the fields of {type(self).__name__} have one row for each pair, or one for all; got "
+                + ", ".join(f"{n} for {name}" for name, n in rows.items())
+            )
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
         """One value a pair, from full logits."""
-        if len(self.pos) not in (1, len(logits)):
-            raise InputError(f"the metric was made for {len(self.pos)} pairs, and got logits of {len(logits)}")
+        n = max(map(len, self._fields().values()))
+        if n not in (1, len(logits)):
+            raise InputError(f"the metric was made for {n} pairs, and got logits of {len(logits)}")
         this = self.pairs(torch.arange(len(logits)))
         pos, tokens = this.reads
         pos, tokens = pos.to(logits.device), None if tokens is None else tokens.to(logits.device)
@@ -84,10 +91,12 @@ class AtPosition(ABC):
         """The same metric with one row for each of these pairs; a metric of one pair serves any number."""
         changed = {
             name: value[index] if len(value) > 1 else value.expand(len(index), *value.shape[1:])
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            for name, value in self._fields().items()
         }
         return replace(self, **changed)
+
+    def _fields(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and value.ndim}
 
     @property
     def reads(self) -> Reads:

@@ -1,5 +1,7 @@
 """Metrics: their values, what they say they read, and what they refuse."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import Tensor
 
 import hooklens as hl
 from hooklens.core.errors import InputError, WrongType
-from hooklens.metrics import ReadingMetric, answer_ids, kl_divergence
+from hooklens.metrics import AtPosition, ReadingMetric, answer_ids, kl_divergence
 from hooklens.model.config import Biases
 from hooklens.testing import tiny_model
 
@@ -271,3 +273,20 @@ def test_a_probability_too_small_to_write_does_not_hide_an_infinite_difference()
     target, said = torch.tensor([0.0, -200.0]), torch.tensor([0.0, float("-inf")])
     assert kl_divergence(target, said).item() == float("inf")
     assert kl_divergence(target, target).item() == 0.0
+
+
+def test_fields_of_two_rows_are_no_metric_of_one_pair_or_of_three():
+    @dataclass(frozen=True, eq=False)
+    class Share(AtPosition):
+        share: torch.Tensor
+
+        def on_read(self, logits):
+            return logits[:, 0, 0] * self.share
+
+    metric = Share(pos=-1, share=torch.tensor([1.0, 2.0]))
+    assert metric(LOGITS[:2]).tolist() == (LOGITS[:2, -1, 0] * torch.tensor([1.0, 2.0])).tolist()
+    for n in (1, 3):
+        with pytest.raises(InputError, match=f"made for 2 pairs, and got logits of {n}"):
+            metric(LOGITS[:n])
+    with pytest.raises(InputError, match="one row for each pair, or one for all; got 3 for pos, 2 for share"):
+        Share(pos=[-1, -1, -1], share=torch.tensor([1.0, 2.0]))

@@ -25,7 +25,7 @@ def plugins(as_json: AsJson = False) -> None:
     from hooklens.results.table import Table
 
     rows = [(info.name, info.error or info.summary, info.package) for info in available()]
-    show(Table(("plugin", "what it answers", "package"), rows), as_json)
+    show(Table(("plugin", "what it answers", "package"), rows), as_json, sentences=True)
 
 
 @app.command()

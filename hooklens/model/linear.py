@@ -204,6 +204,21 @@ def packing_gain(rows: int = 240) -> float:
     return (_measured() if rows > 16 else _measured(1, 16384))[1]
 
 
+def vector_pays(weight: Float[Tensor, "d_out d_in"]) -> bool:
+    """Is a weight times a vector about as fast as times one row here, or faster? Measured once a process for a shape.
+
+    Both read the weight once; BLAS has a routine for each, and which is the better one differs from machine to machine.
+    """
+    return weight.numel() < 2**20 or _vector_gain(weight.shape, weight.dtype) > 0.8
+
+
+@cache
+def _vector_gain(shape: torch.Size, dtype: torch.dtype) -> float:
+    weight, x = torch.ones(shape, dtype=dtype), torch.ones(1, shape[1], dtype=dtype)
+    with torch.no_grad():
+        return _seconds(lambda: torch.mm(x, weight.t()), 3) / _seconds(lambda: torch.mv(weight, x[0]), 3)
+
+
 @cache
 def _measured(rows: int = 240, d_out: int = 768) -> tuple[bool, float]:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -227,9 +242,9 @@ def _measured(rows: int = 240, d_out: int = 768) -> tuple[bool, float]:
         return False, 0.0  # another torch, another signature: torch's own path is always there
 
 
-def _seconds(work: Callable[[], Tensor]) -> float:
+def _seconds(work: Callable[[], Tensor], tries: int = 9) -> float:
     times = []
-    for _ in range(9):
+    for _ in range(tries):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)

@@ -17,7 +17,7 @@ from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.files import make_folder, reading
 from hooklens.core.safetensors_file import DTYPES, FLOATS, is_safetensors, read_header
 from hooklens.model.config import HookedTransformerConfig
-from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def save(model: HookedTransformer, path: str | Path) -> None:
     >>> load_checkpoint(path).cfg == tiny_model().cfg
     True
     """
+    need_hooked(model, "save")
     path = path_of(path)
     tensors = _savable(model)
     content: dict[str, Any] = {"config": model.cfg.to_json()}

@@ -366,3 +366,11 @@ def test_the_same_folder_was_told_twice(model_path, tmp_path):
     assert f"report: {out}\nnumbers: ioi.json, beside it\n" in done.output
     as_json = json.loads(invoke(*patch_arguments(model_path, out, "--site", "resid_pre", "--json")).output)
     assert as_json["numbers"] == str(out.with_suffix(".json"))  # whole, for programs
+
+
+def test_the_list_of_plugins_fits_80_columns_in_a_pipe():
+    text = invoke("plugins").output
+    assert max(map(len, text.splitlines())) <= 80
+    said = " ".join(text.split())
+    rows = json.loads(invoke("plugins", "--json").output)["rows"]
+    assert all(row["plugin"] in said for row in rows) and "Zero, mean and resample" in said  # wrapped, and not cut

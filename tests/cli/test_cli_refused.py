@@ -1,8 +1,10 @@
 """Questions that have no answer are refused before the model runs, and the message names the options given."""
 
 import json
+import time
 
 import pytest
+import torch
 from test_cli import CLEAN, CORRUPTED, invoke, model_path  # noqa: F401  a fixture
 
 import hooklens as hl
@@ -291,3 +293,15 @@ def test_an_interrupted_command_named_an_argument_of_python(model_path, tmp_path
     monkeypatch.setattr(activation, "execute", stop)
     done = invoke("heads", *pair(), "--model", model_path, "--out", tmp_path / "o.html")
     assert (done.exit_code, done.stderr.splitlines()[-1]) == (cli.INTERRUPTED, "interrupted")
+
+
+def test_one_disturbed_pass_does_not_make_the_estimate_ten_times_too_long(monkeypatch):
+    model, delays = tiny_model(), iter([0.0, 0.5])  # what is made ready first, and a pass that other work holds up
+    plain = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        time.sleep(next(delays, 0.0))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert estimates._seconds_of_a_pass(model, torch.ones(1, 4, dtype=torch.long)) < 0.4

@@ -10,7 +10,7 @@ from mutations import resealed
 from safetensors.torch import load_file, save_file
 
 from hooklens.core.envelope import read_envelope, write_envelope
-from hooklens.core.errors import FileRefused, InputError, Unavailable
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.core.safetensors_file import read_header
 from hooklens.model.config import HookedTransformerConfig, LinearScore, Rotary, VectorEmbed
 from hooklens.model.transformer import HookedTransformer
@@ -195,3 +195,9 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("hooklens.core.files._flush", full)
     with pytest.raises(Unavailable, match="the disk is full"):
         save(tiny("llama"), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("given", [None, torch.nn.Linear(2, 2), "gpt2"])
+def test_what_is_no_model_is_not_saved(given, tmp_path):
+    with pytest.raises(WrongType, match="save needs a HookedTransformer, got"):
+        save(given, tmp_path / "x.safetensors")

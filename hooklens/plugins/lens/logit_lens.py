@@ -39,10 +39,10 @@ _LARGEST = 2**30  # numbers of full logits
 class LogitLens(Result):
     """What each layer's stream says at every position, the last row being the model itself.
 
-    Ranks count from 0; tokens that tie share the middle place. `control_ranks` are the ranks of the same answers in the
-    streams of other positions at the same layer, NaN where such a position has that answer itself: a rank says
-    something about this position only where it lies well below those. `kl` is KL(model || lens) in nats. `words` is the
-    text of every token id that occurs.
+    Ranks count from 0; tokens that tie share the middle place. `control_ranks` are the ranks of the same answers in
+    the streams of other positions at the same layer, NaN where such a position has that answer itself (unless one
+    answer was given for all): a rank says something about this position only where it lies well below those. `kl`
+    is KL(model || lens) in nats. `words` is the text of every token id that occurs.
     """
 
     terms = {
@@ -168,6 +168,7 @@ def read_lens(
         raise InputError(f"k is how many likely tokens are kept in every cell, at least 1; got {k}")
     check_quiet(model)
     wanted = None if answer is None else _each_position(model, answer, ids)
+    one_for_all = wanted is not None and bool((wanted == wanted[0, 0]).all())
     answers: list[Tensor] = []
     controls: list[Tensor] = []
     readings: list[Reading] = []
@@ -181,7 +182,7 @@ def read_lens(
             asked = torch.stack([mine, *(mine.roll(shift) for shift in shifts)], 1)
             reading = read_streams(model, streams, asked, k=k, translate=translate, final=final)
             answers.append(mine.view(some.shape))
-            controls.append(elsewhere(reading, mine, shifts))
+            controls.append(elsewhere(reading, mine, shifts, one_for_all=one_for_all))
             readings.append(reading)
     return _assembled(
         model,

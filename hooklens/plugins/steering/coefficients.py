@@ -20,7 +20,7 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.positions import Positions
-from hooklens.plugins.steering.steer import Direction, adding, of_point, point_shape, steer
+from hooklens.plugins.steering.steer import Adding, Direction, of_point, point_shape, steer
 from hooklens.plugins.steering.variants import Row, Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result
 from hooklens.sweeps.many_edits import Hooks
@@ -150,7 +150,7 @@ def _planned(
 
     def edits(positions: Positions) -> Variants:
         def hooks(index: Int[Tensor, "row"]) -> Hooks:
-            return [(name, adding(at[name][index], torch.ones(()), positions)) for name in names]
+            return [(name, Adding(at[name][index], torch.ones(()), positions)) for name in names]
 
         return Variants(len(vectors), hooks, first_layer(names))
 

@@ -15,7 +15,7 @@ from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
-from hooklens.plugins.steering.steer import ablate_direction, removing, stream_sites
+from hooklens.plugins.steering.steer import Removing, ablate_direction, stream_sites
 from hooklens.plugins.steering.variants import Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, null_p, quantiles
@@ -185,7 +185,7 @@ def direction_ablation(
     vectors = torch.cat([wide[None], random.flatten(0, 1)])
 
     def hooks(index: Int[Tensor, "row"]) -> Hooks:
-        return [(name, removing(vectors[index], "all")) for name in names]
+        return [(name, Removing(vectors[index], "all")) for name in names]
 
     texts = check_texts(rows if neutral is None else rows_of(model, neutral, "neutral"), "neutral")
     edited, plain = Variants(len(vectors), hooks, first_layer(names)), Variants(1, lambda index: [], 0)

@@ -1,6 +1,7 @@
 """Edits along a direction: add it, or take it out, in a forward pass and in every step of a generation."""
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,9 @@ class StreamEdit(AbstractContextManager["StreamEdit"]):
 
     def __exit__(self, *exc: object) -> None:
         self._open.pop().__exit__(*exc)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": []}  # a copy is not entered
 
     def __repr__(self) -> str:
         return f"StreamEdit({self.what})"
@@ -77,23 +81,26 @@ def steer(
     hooks: list[tuple[Where, HookFn]] = []
     for name in points:
         vector = of_point(direction, name, point_shape(model, name, "steer"))
-        hooks.append((name, adding(vector[None], amount, positions)))
+        hooks.append((name, Adding(vector[None], amount, positions)))
     return StreamEdit(model, hooks, f"adds at {what}")
 
 
-def adding(vector: Float[Tensor, "row *point"], amount: Tensor, positions: Positions) -> HookFn:
+@dataclass(frozen=True, eq=False)
+class Adding:
     """A hook that adds amount * vector at the positions: one vector to all rows of the batch, or to each its own."""
 
-    def add(act: Tensor, hook: HookCall) -> Tensor | None:
-        where = touched(positions, hook, act.shape[1])
+    vector: Float[Tensor, "row *point"]
+    amount: Tensor
+    positions: Positions
+
+    def __call__(self, act: Tensor, hook: HookCall) -> Tensor | None:
+        where = touched(self.positions, hook, act.shape[1])
         if where is False:
             return None
-        scale = amount.to(act)
-        scale = scale.view(-1, *[1] * (vector.ndim - 1)) if scale.ndim else scale
-        moved = act + _by_row(scale * vector.to(act), act)
+        scale = self.amount.to(act)
+        scale = scale.view(-1, *[1] * (self.vector.ndim - 1)) if scale.ndim else scale
+        moved = act + _by_row(scale * self.vector.to(act), act)
         return moved if where is True else torch.where(_mask(where, act), moved, act)
-
-    return add
 
 
 def project_out(
@@ -136,21 +143,23 @@ def ablate_direction(
         vector = of_point(direction, name, point_shape(model, name, "ablate"))
         if not bool(vector.isfinite().all()) or not bool(vector.any()):
             raise InputError("a direction to ablate is finite and not 0; the one given points nowhere")
-        hooks.append((name, removing(vector[None], positions)))
+        hooks.append((name, Removing(vector[None], positions)))
     return StreamEdit(model, hooks, f"ablates a direction at {len(points)} points, positions {positions!r}")
 
 
-def removing(vector: Float[Tensor, "row *point"], positions: Positions) -> HookFn:
+@dataclass(frozen=True, eq=False)
+class Removing:
     """A hook that projects a vector out at the positions: one out of all rows of the batch, or out of each its own."""
 
-    def remove(act: Tensor, hook: HookCall) -> Tensor | None:
-        where = touched(positions, hook, act.shape[1])
+    vector: Float[Tensor, "row *point"]
+    positions: Positions
+
+    def __call__(self, act: Tensor, hook: HookCall) -> Tensor | None:
+        where = touched(self.positions, hook, act.shape[1])
         if where is False:
             return None
-        left = project_out(act, _by_row(vector, act))
+        left = project_out(act, _by_row(self.vector, act))
         return left if where is True else torch.where(_mask(where, act), left, act)
-
-    return remove
 
 
 def stream_sites(model: "HookedTransformer") -> list[str]:

@@ -264,3 +264,13 @@ def test_a_token_that_the_model_alone_allows_makes_the_divergence_infinite():
     probs, z = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, float("-inf"), float("-inf")]])
     assert expected(probs, z).tolist() == [float("-inf")]
     assert expected(probs, z * float("nan")).isnan().all()
+
+
+def test_where_every_row_says_the_same_no_other_row_is_a_control():
+    model = tiny_model(biases=Biases(unembed=True))
+    with torch.no_grad():
+        model.unembed.linear.bias.copy_(50 * (torch.arange(11) == 7))  # the model's own answer is 7 everywhere
+    own = logit_lens(model, TOKENS)
+    assert own.answer.unique().tolist() == [7] and bool(own.control_ranks.isnan().all())
+    given = logit_lens(model, TOKENS, answer=7)  # asked for everywhere, whatever a position says
+    assert bool(given.control_ranks[: len(given.layers)].isfinite().any())

@@ -1,5 +1,8 @@
 """Adding and ablating directions: against hooks by hand, against recomputing whole prompts, and what is refused."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -287,3 +290,15 @@ def test_directions_at_heads_that_do_not_fit_are_refused_with_a_reason():
         steer(model, wrong, site=("k", 0))
     with pytest.raises(InputError, match="points nowhere"):
         ablate_direction(model, torch.zeros_like(wrong), sites=("z", 0))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda edit: pickle.loads(pickle.dumps(edit))])
+def test_an_edit_can_be_copied_and_pickled_also_while_it_is_entered(duplicate):
+    model, direction, tokens = tiny_model(), torch.arange(8.0), torch.tensor([[1, 2, 3]])
+    for edit in (steer(model, direction, 2.0, site=("resid_post", 0)), ablate_direction(model, direction)):
+        with edit:
+            other, expected = duplicate(edit), model(tokens)
+        plain = other.model(tokens)
+        with other:
+            assert torch.equal(other.model(tokens), expected) and not torch.equal(plain, expected)
+        assert torch.equal(other.model(tokens), plain)
