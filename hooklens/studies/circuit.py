@@ -94,10 +94,6 @@ class CircuitStudy(Result):
             ]
         return Table(("what", "value"), rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges with the largest scores."""
-        return self.circuit.top(k)
-
     def figure(self) -> Any:
         """The circuit, drawn upwards."""
         return self.circuit.figure()

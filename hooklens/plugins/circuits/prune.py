@@ -31,10 +31,6 @@ class Pruning(Result):
     base: float
     empty: float
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges that are worth most."""
-        return self.circuit.top(k)
-
     def table(self, n: int | None = None) -> Table:
         """One row a round: how many edges were left, and the metric with them."""
         rows = zip(self.sizes.tolist(), self.metric.tolist(), strict=True)

@@ -68,10 +68,6 @@ class CircuitTransfer(Result):
         """How often a circuit on random heads is at least as faithful as the one on matched heads."""
         return self.mapped.p
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` nodes that the task needs most in the source, and who stands for them."""
-        return self.matching.table(k)
-
     def table(self, n: int | None = None) -> Table:
         """Faithfulness with its 95 % interval; for random circuits the median and the middle 90 %."""
         lost = f", {len(self.matching.lost)} of {self.matching.n_edges} edges lost"

@@ -67,7 +67,7 @@ class Calibration(Result):
         rows = [(float(self.said[i]), float(self.was[i]), int(self.count[i])) for i in kept]
         return Table(("said", "came true", "examples"), rows)
 
-    def top(self, k: int = 3) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` bins that lie furthest from what was said, weighed by their examples: what `ece` is made of."""
         share = (self.count * (self.said - self.was).abs()).nan_to_num() / self.count.sum()
         order = share.argsort(descending=True, stable=True)[:k].tolist()

@@ -108,7 +108,7 @@ class CausalCheck(Result):
                 rows.append((f"  random, {null}", *map(float, numbers), None, None))
         return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` prompts from which ablation takes most; to quote these is to choose by what was measured."""
         order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
         rows = [(i, self.classes[int(self.label[i])], *map(float, (self.told[i], *self.fall[:, i]))) for i in order]

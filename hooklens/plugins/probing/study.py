@@ -145,7 +145,7 @@ class ProbeStudy(Result):
         ]
         return Table(("what", "balanced accuracy", "95% low", "95% high", "accuracy", "p"), rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` points of the largest balanced accuracy. To pick one of these is to look at the test examples."""
         values, (low, high) = balanced(self.correct, self.label), self.interval(self.correct)
         columns = (values, low, high, self.correct.mean(1), self.point_p, self.point_q)

@@ -79,7 +79,7 @@ class Transfer(Result):
                 rows.append((trained, tested, *(float(one[i, j]) for one in each), int(self.n[i, j])))
         return Table(columns, rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` pairs of different tasks with the largest AUC; `q` counts all pairs."""
         whole = self.table()
         apart = [row for row in whole.rows if row[0] != row[1] and row[6] == row[6]]

@@ -113,7 +113,7 @@ class CoefficientSweep(Result):
         listed = (one.tolist() if isinstance(one, Tensor) else one for one in columns.values())
         return Table(tuple(columns), list(zip(*listed, strict=True))).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` coefficients of the largest effect, whatever its sign."""
         rows = self.table().rows
         order = self.effect.abs().argsort(descending=True, stable=True)[:k].tolist()

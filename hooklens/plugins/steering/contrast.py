@@ -86,7 +86,7 @@ class ContrastDirections(Result):
         rows = zip(*(part.tolist() for part in parts), strict=True)
         return Table(columns, [(layer_name(i), *row) for i, row in enumerate(rows)]).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` layers of the best held-out separation, of equal ones the first."""
         rows = self.table().rows
         order = sorted(range(len(rows)), key=lambda i: -float(self.separation[i]))

@@ -61,7 +61,7 @@ class SingularDirections(Result):
                 rows.append((f"{i}{'+' if high else '-'}", float(self.singular[i]), float(self.share[i]), *words, *q))
         return Table(columns, rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """Both signs of the `k` largest directions."""
         return self.table(2 * k)
 

@@ -185,7 +185,7 @@ def test_the_result_draws_reports_and_loads_back(tmp_path):
     circuit = circuit_of(small, INDUCTION, value="zero")
     found = transfer_circuit(small, circuit, repeats(small, 8), big, repeats(big, 8), taxonomies=labels)
     assert len(found.table()) == 5 and len(found.figure().data) > 0
-    assert {row[0]: row[3] for row in found.top(2).rows} == {"L0H0": "L0H1", "L1H1": "L1H2"}
+    assert {row[0]: row[3] for row in found.matching.top(2).rows} == {"L0H0": "L0H1", "L1H1": "L1H2"}
     found.save(tmp_path / "found.safetensors")
     back = Result.load(tmp_path / "found.safetensors")
     assert back.matching.target == found.matching.target and back.p == found.p

@@ -243,8 +243,8 @@ def test_induction_heads_are_scored_and_their_ablation_costs_the_repeat():
 def test_bad_input_says_what_would_work():
     asked = {
         r"n is .* at least 6": {"n": 3},
-        "level lies": {"level": 0.0},
-        "level": {"level": 1.5},
+        "alpha lies": {"alpha": 0.0},
+        "alpha": {"alpha": 1.5},
         "ioi is": {"ioi": 3},
     }
     for said, wrong in asked.items():
