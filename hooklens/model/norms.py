@@ -154,7 +154,7 @@ class Passage(NamedTuple):
         """
         return x if self.norm is None else self.norm.linearised(x, torch.ones_like(x[..., :1]))
 
-    def scaled_as(self, parts: Vector, whole: Vector) -> Float[Tensor, "... width"]:
+    def scaled_as(self, parts: Vector, whole: Float[Tensor, "*whole width"]) -> Float[Tensor, "... width"]:
         """The same for parts of a sum, each at the scale that the sum has."""
         if self.norm is None:
             return parts
@@ -178,7 +178,7 @@ class Passage(NamedTuple):
         centred = self.norm.centred(x)
         return centred / self.norm.rms(centred)
 
-    def bias(self, like: Vector) -> Vector:
+    def bias(self, like: Vector) -> Float[Tensor, "width"]:
         """What comes out where nothing goes in."""
         bias = None if self.norm is None else self.norm.bias
         return like.new_zeros(like.shape[-1]) if bias is None else bias
