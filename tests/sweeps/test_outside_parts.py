@@ -50,10 +50,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class HalfSandwich(BlockPart):
-    """A norm behind attention, none behind the MLP; `gain` is what it starts with."""
+    """A norm behind attention, of whose output a share is added; the MLP adds a share of what it wrote."""
 
     name = "half sandwich"
-    gain: float = 1.0
+    share: float = 0.5
 
 
 class HalfSandwichBlock(Block):
@@ -68,11 +68,16 @@ class HalfSandwichBlock(Block):
         self.behind = make_norm(cfg.d_model, cfg.normalization_type)
         self._modules.update(later)  # points are listed in the order in which they fire
 
+        self.share = cfg.block.share
+
     def attn_adds(self, raw: Tensor) -> Tensor:
-        return self.behind(raw)
+        return self.share * self.behind(raw)
+
+    def mlp_adds(self, raw: Tensor) -> Tensor:
+        return self.share * raw
 
     def writes_through(self, part: str) -> Passage:
-        return Passage(self.behind if part == "attn" else None)
+        return Passage(self.behind if part == "attn" else None, factor=self.share)
 
 
 def outside(block="mlp_first", **changes):
@@ -92,7 +97,7 @@ def own(logits: Tensor) -> Tensor:
 # -- a block kind
 
 
-@pytest.mark.parametrize("block", ["mlp_first", "half sandwich", HalfSandwich(gain=0.5)])
+@pytest.mark.parametrize("block", ["mlp_first", "half sandwich", HalfSandwich(share=0.25)])
 def test_a_model_with_a_block_kind_from_outside_is_saved_and_rebuilt(block, tmp_path):
     model = outside(block)
     assert type(model.blocks[1]) is BLOCKS[type(model.cfg.block)]

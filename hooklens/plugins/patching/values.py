@@ -64,7 +64,7 @@ def _of_pairs(site: str) -> bool:
 def aligned(model, into: Tensor, other: Tensor, site: str) -> dict[str, Tensor]:
     """The other run's activations at the positions that both prompts share, the base run's own between."""
     if _of_pairs(site):
-        raise InputError(f"a {site} of prompts of different length cannot be matched; patch z, or re-word the prompts")
+        raise InputError(f"{site}s of prompts of different length cannot be matched; patch z, or re-word the prompts")
     layers = range(model.cfg.n_layers)
     mine, theirs = (base_run(model, tokens, site, layers).acts for tokens in (into, other))
     names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
