@@ -59,6 +59,24 @@ print(json.dumps({"class": type(result).__name__, "entropy": result.entropy.toli
 """
 
 
+PARTS = """
+import json, sys
+import torch
+import hooklens as hl
+from hooklens.testing import tiny_model
+import hooklens_mlp_first, hooklens_more_sites
+model = tiny_model(block="mlp_first", positional_embedding_type="rotary")
+clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+metric, found = hl.logit_diff(model, answer=5, wrong_answer=6), {}
+for site in ("post", "mlp_in", "rot_q"):
+    sweep = hl.patch(model, clean, corrupted, metric, site=site)
+    with hl.engine(plain=True):
+        plain = hl.patch(model, clean, corrupted, metric, site=site)
+    found[site] = [sweep.how, plain.how, float((sweep.values - plain.values).abs().max())]
+print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The folder into which pip installed the package, from a copy: building writes beside the source."""
@@ -101,3 +119,8 @@ def test_its_replacement_is_written_by_every_method_and_named_by_a_saved_result(
     used = python(WRITE, file, path=installed)
     assert used == {"zeroed": -1.0, "written": 0.0, "circuit": 1.0, "says": "median over", "resumed": True}
     assert python(LABEL, file, path=tmp_path) == "median over"  # where the package is not installed
+
+
+def test_its_block_kind_and_its_sites_are_swept_exactly(installed):
+    for how, plain, error in python(PARTS, path=installed).values():
+        assert how == "engine" and plain.startswith("plain loop") and error < 1e-5

@@ -129,12 +129,18 @@ class RMSNorm(Norm):
 
 
 class Passage(NamedTuple):
-    """What stands between a part of a block and the residual stream: a norm, or nothing.
+    """What stands between a part of a block and the residual stream: a norm, a factor, or nothing.
 
     Frozen at the scale that it had in a run, it is linear: how a part of what passes, or a direction, comes out.
     """
 
     norm: Norm | None = None
+    factor: float = 1.0
+
+    @property
+    def open(self) -> bool:
+        """Does everything come out as it went in?"""
+        return self.norm is None and self.factor == 1.0
 
     @property
     def scales(self) -> tuple[str, ...]:
@@ -143,7 +149,7 @@ class Passage(NamedTuple):
 
     def frozen(self, x: Vector, scale_at: Callable[[str], Scale]) -> Float[Tensor, "... width"]:
         """The vectors as they come out, the scale being what `scale_at` gives for its point; without the bias."""
-        return x if self.norm is None else self.norm.linearised(x, scale_at(*self.scales).to(x))
+        return self._times(x if self.norm is None else self.norm.linearised(x, scale_at(*self.scales).to(x)))
 
     def unscaled(self, x: Vector) -> Vector:
         """The vectors as they come out at scale 1, without the bias.
@@ -152,13 +158,13 @@ class Passage(NamedTuple):
         >>> Passage(part).unscaled(torch.tensor([3.0, 1.0])).tolist(), Passage().unscaled(torch.ones(2)).tolist()
         ([1.0, -1.0], [1.0, 1.0])
         """
-        return x if self.norm is None else self.norm.linearised(x, torch.ones_like(x[..., :1]))
+        return self._times(x if self.norm is None else self.norm.linearised(x, torch.ones_like(x[..., :1])))
 
-    def scaled_as(self, parts: Vector, whole: Vector) -> Float[Tensor, "... width"]:
+    def scaled_as(self, parts: Vector, whole: Float[Tensor, "*whole width"]) -> Float[Tensor, "... width"]:
         """The same for parts of a sum, each at the scale that the sum has."""
         if self.norm is None:
-            return parts
-        return self.norm.linearised(parts, self.norm.rms(self.norm.centred(widened(whole))))
+            return self._times(parts)
+        return self._times(self.norm.linearised(parts, self.norm.rms(self.norm.centred(widened(whole)))))
 
     def folded(self, matrix: Float[Tensor, "*lead width columns"]) -> Float[Tensor, "*lead width columns"]:
         """N W with x N the vector x as it comes out at scale 1: what W reads of a vector before the norm.
@@ -166,10 +172,10 @@ class Passage(NamedTuple):
         N = P diag(gain) with P the centring (symmetric), so that N W centres the columns of gain * W.
         """
         if self.norm is None:
-            return matrix
+            return self._times(matrix)
         gain = self.norm.gain()
         columns = matrix.mT if gain is None else matrix.mT * gain.detach().to(matrix)
-        return self.norm.centred(columns).mT
+        return self._times(self.norm.centred(columns).mT)
 
     def normalised(self, x: Vector) -> Vector:
         """The vectors centred and scaled as the norm does it, each by itself; its weight and bias left out."""
@@ -178,10 +184,13 @@ class Passage(NamedTuple):
         centred = self.norm.centred(x)
         return centred / self.norm.rms(centred)
 
-    def bias(self, like: Vector) -> Vector:
+    def bias(self, like: Vector) -> Float[Tensor, "width"]:
         """What comes out where nothing goes in."""
         bias = None if self.norm is None else self.norm.bias
-        return like.new_zeros(like.shape[-1]) if bias is None else bias
+        return like.new_zeros(like.shape[-1]) if bias is None else self._times(bias)
+
+    def _times(self, x: Vector) -> Vector:
+        return x if self.factor == 1.0 else x * self.factor
 
 
 def make_norm(width: int, made: NormPart | None) -> Norm | None:

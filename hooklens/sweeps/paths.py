@@ -225,7 +225,7 @@ def heads_write(
         change = torch.einsum("chd,hdm->cm", new[:, heads] - old[:, heads], attn.W_O[heads])
     else:
         change = (attn.results(new[None]) - attn.results(old[None]))[0, :, heads].sum(1)
-    if block.writes_through("attn").norm is None:
+    if block.writes_through("attn").open:
         return change
     raw = attn.o(old.flatten(1))
     return block.attn_adds(raw + change) - plan.base.attn_out[layer][pair, pos]

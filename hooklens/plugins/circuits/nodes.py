@@ -94,7 +94,7 @@ def head_outputs(
 ) -> Float[Tensor, "chosen pair pos d_model"]:
     """What each chosen head adds to the stream; b_O is nobody's, but a norm behind attention mixes it in."""
     attn, passage = block.attn, block.writes_through("attn")
-    if passage.norm is None:
+    if passage.open:
         if is_plain(attn.o):
             some = len(heads) < attn.n_heads
             return torch.einsum("bphd,hdm->hbpm", *((z[:, :, heads], attn.W_O[heads]) if some else (z, attn.W_O)))
@@ -114,7 +114,7 @@ def attn_constant(block: Any) -> Float[Tensor, "1 1 d_model"]:
     """What attention adds that no head wrote: b_O, or the bias of a norm behind it."""
     attn, passage = block.attn, block.writes_through("attn")
     written = attn.o(next(attn.o.parameters()).new_zeros(1, 1, attn.n_heads * attn.d_head))
-    return written if passage.norm is None else passage.bias(written).expand_as(written)
+    return written if passage.open else passage.bias(written).expand_as(written)
 
 
 def node_points(graph: CircuitGraph) -> list[str]:
