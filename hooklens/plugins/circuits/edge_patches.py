@@ -14,6 +14,7 @@ from hooklens.plugins.circuits.nodes import head_outputs
 from hooklens.plugins.circuits.runner import EdgeRunner, Kept
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.protocol import Item, Patches
+from hooklens.sweeps.settings import current
 
 _POSITIONS = 512  # of one batch of rows: products are efficient from there on, and fewer circuits share more idle nodes
 
@@ -55,7 +56,9 @@ class EdgePatches(Patches):
     def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "mask pair"]:
         """The clean run, in which whatever reads a cut edge has its live value taken off and the ablated one added."""
         runner, n_pairs = self.runner, len(self.tokens)
-        at_once = max(1, self.positions // self.tokens.shape[1])
+        # every node's output is held: ablated, and by how much that differs from the live one
+        position = 3 * runner.graph.n_sources * self.model.cfg.d_model * self.stream.element_size()
+        at_once = max(1, current().memory // position // self.tokens.shape[1])
         streams: list[list[Tensor]] = [[] for _ in numbers]
         for rows in (slice(i, min(i + at_once, n_pairs)) for i in range(0, n_pairs, at_once)):
             ablated = runner.cut(rows)

@@ -91,7 +91,8 @@ def run_edges(
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=resume).run(kept)
+    with hint(resume, "run_edges"):
+        return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=resume).run(kept)
 
 
 class Bench:
@@ -137,7 +138,7 @@ class Bench:
         total = len(masks) * self.n_pairs
         bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
         checks = engine(verify=0) if self.checked else nullcontext()  # one question of a bench is run both ways
-        with products_of(self.file), hint(self.file, "run_edges"), bar as advance, checks:
+        with products_of(self.file), bar as advance, checks:
             played = in_play(self.graph, masks, rooted=self.replacement.from_runs)
             values = self.base_per_pair.new_empty(len(masks), self.n_pairs)
             file = None if self.file is None else self._progressed(masks, values)

@@ -93,7 +93,7 @@ def test_the_plain_loop_gives_the_same_numbers_for_mixed_edges(ablation):
     masks = torch.rand(4, circuit_graph(model).n_edges, generator=torch.Generator().manual_seed(1)).double()
     metric = hl.logit_diff(model, answer=[3, 1], wrong_answer=4, pos=2)
     fast = run_edges(model, masks, CLEAN, CORRUPTED, metric, value=ablation)
-    with hl.engine(plain=True):
+    with hl.engine(plain=True, memory=10_000):  # one pair at a time
         slow = run_edges(model, masks, CLEAN, CORRUPTED, metric, value=ablation)
     torch.testing.assert_close(fast.per_pair, slow.per_pair, atol=1e-11, rtol=1e-11)
 
