@@ -151,7 +151,10 @@ def path_patch_fixed_frozen(
 
 
 def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, senders, value, group) -> PathSweep:
-    value = _read_run(value)
+    replacement = as_replacement(value)
+    if not (is_run(replacement, "clean") or is_run(replacement, "corrupted")):
+        raise InputError(f"a path carries the value of a run, value='clean' or 'corrupted', got {replacement.label!r}")
+    value = replacement.label
     sending, reading = read_senders(model, senders), read_receivers(model, receivers)
     groups = _aligned(model, clean, corrupted)
     check_metric(metric, groups)
@@ -183,16 +186,6 @@ def _path_patch(semantics: str, model, clean, corrupted, metric, receivers, send
         how=parts[0].how,
         kernel=parts[0].kernel,
     )
-
-
-def _read_run(value: Value) -> str:
-    """The run of the pair whose value is sent."""
-    replacement = as_replacement(value)
-    if not (is_run(replacement, "clean") or is_run(replacement, "corrupted")):
-        raise InputError(
-            f"a path carries the value of the pair's other run, value='clean' or 'corrupted'; got {replacement.label!r}"
-        )
-    return replacement.label
 
 
 def _aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts) -> list[Pairs]:
