@@ -45,18 +45,13 @@ class Runs:
     read: Callable[[Tokens], Acts]
     held: bool
 
-    def mean(self, rows: Sequence[Int[Tensor, "_"]], *, by_pos: bool) -> dict[str, Tensor]:
-        """The mean over prompts at each position, or over all of their positions."""
-        n = len(rows) if by_pos else sum(map(len, rows))
-        return {name: total / n for name, total in self._sums(rows, by_pos).items()}
-
     @cached_property
     def over_positions(self) -> dict[str, Tensor]:
         """The sum over every position of the method's own prompts, which prompts of several lengths share."""
-        return self._sums(self.prompts, by_pos=False)
+        return self.sums(self.prompts, by_pos=False)
 
-    def _sums(self, rows: Sequence[Int[Tensor, "_"]], by_pos: bool) -> dict[str, Tensor]:
-        """Prompts are run one at a time: of many only sums are held."""
+    def sums(self, rows: Sequence[Int[Tensor, "_"]], *, by_pos: bool) -> dict[str, Tensor]:
+        """Over prompts at each position, or over all of their positions; run one at a time, so that sums are held."""
         sums: dict[str, Tensor] = {}
         for row in rows:
             for name, act in self.read(row[None]).items():
@@ -83,9 +78,9 @@ class Target:
         """What a run on these tokens holds at the points."""
         return self.runs.read(tokens)
 
-    def rows(self, prompts: Prompts) -> list[Int[Tensor, "_"]]:
-        """Reference prompts (texts or token ids) as one row of token ids each."""
-        return rows_of(self.runs.model, prompts, "reference")
+    def rows(self, prompts: Prompts | None) -> list[Int[Tensor, "_"]]:
+        """Reference prompts (texts or token ids) as rows of token ids; None: every prompt that the method writes to."""
+        return self.runs.prompts if prompts is None else rows_of(self.runs.model, prompts, "reference")
 
     def fits(self, rows: Sequence[Int[Tensor, "_"]]) -> bool:
         """Have all of these prompts the length of the prompts written to, so that positions correspond?"""
@@ -231,15 +226,14 @@ class Mean(Replacement):
         return super().label + ("" if self.reference is None else " of reference")
 
     def write(self, target: Target) -> Written:
-        own = self.reference is None
-        rows = target.runs.prompts if own else target.rows(self.reference)
-        if own:
-            _need_others(target, f"value={self.label!r} is the mean over the prompts")
+        runs, rows = target.runs, target.rows(self.reference)
+        if self.reference is None:
+            _need_others(target, self)
         if not target.fits(rows):
-            return _over_positions(target, None if own else rows)
-        if own and target.runs.held:
+            return _over_positions(runs, rows)
+        if rows is runs.prompts and runs.held:
             return lambda act, name: act.mean(0, keepdim=True)
-        return target.runs.mean(rows, by_pos=True)
+        return {name: total / len(rows) for name, total in runs.sums(rows, by_pos=True).items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,11 +241,7 @@ class MeanOverPositions(Mean):
     """The mean over all positions of `reference` prompts, or of the prompts written to."""
 
     def write(self, target: Target) -> Written:
-        if self.reference is not None:
-            return _over_positions(target, target.rows(self.reference))
-        if target.runs.held and target.fits(target.runs.prompts):
-            return lambda act, name: _summed(act, name).mean(0, keepdim=True) / act.shape[1]
-        return _over_positions(target, None)
+        return _over_positions(target.runs, target.rows(self.reference))
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,11 +255,11 @@ class MeanOfOthers(Replacement):
 
     def write(self, target: Target) -> Written:
         prompts, length = target.runs.prompts, target.tokens.shape[1]
-        _need_others(target, f"value={self.label!r} is the mean over the other prompts")
+        _need_others(target, self)
         if target.fits(prompts):
-            return lambda act, name: _without_own(widened(act), widened(act).sum(0, keepdim=True), len(prompts) - 1)
+            return lambda act, name: (widened(act).sum(0, keepdim=True) - widened(act)) / (len(prompts) - 1)
         sums, n = target.runs.over_positions, sum(map(len, prompts)) - length
-        return lambda act, name: _without_own(widened(_summed(act, name)), widened(sums[name]), n)
+        return lambda act, name: (widened(sums[name]) - widened(_summed(act, name))) / n
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,8 +280,7 @@ class Resample(Replacement):
 
     def every_draw(self, targets: Sequence[Target]) -> list[list[Written]]:
         whole("draws", self.draws, 1)
-        pool = targets[0].runs.prompts if self.reference is None else targets[0].rows(self.reference)
-        generator = seeded(self.seed)
+        pool, generator = targets[0].rows(self.reference), seeded(self.seed)
         donors = [donors_of(target.tokens, pool, self.draws, generator) for target in targets]
         return [[each[draw % len(each)] for each in donors] for draw in range(max(map(len, donors)))]
 
@@ -314,14 +303,9 @@ class Given(Replacement):
 
 Value = str | Replacement | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
 
+_DEFAULTS = (OtherRun("clean"), OtherRun("corrupted"), Zero(), Mean(), MeanOfOthers(), MeanOverPositions(), Resample())
 #: The words that stand for a replacement, in every method; each is also its label.
-WORDS: dict[str, Replacement] = {
-    made.label: made
-    for made in (
-        *(OtherRun("clean"), OtherRun("corrupted"), Zero()),
-        *(Mean(), MeanOfOthers(), MeanOverPositions(), Resample()),
-    )
-}
+WORDS: dict[str, Replacement] = {replacement.label: replacement for replacement in _DEFAULTS}
 
 
 def as_replacement(value: Value) -> Replacement:
@@ -406,10 +390,9 @@ def donors_of(
     tokens: Tokens, pool: Sequence[Int[Tensor, "_"]], draws: int, generator: torch.Generator
 ) -> Int[Tensor, "draw prompt pos"]:
     """For every prompt, other prompts of its length from the pool, none twice before all were drawn."""
-    same_length = [row for row in pool if len(row) == tokens.shape[1]]
     chosen: list[list[Tensor]] = []
     for own in tokens:
-        others = [row for row in same_length if not torch.equal(row, own)]
+        others = [row for row in pool if len(row) == len(own) and not torch.equal(row, own)]
         if not others:
             raise InputError(
                 f"resampling needs another prompt of {len(own)} tokens for every prompt of that length, and there is "
@@ -421,18 +404,17 @@ def donors_of(
     return torch.stack([torch.stack([others[draw % len(others)] for others in chosen]) for draw in range(most)])
 
 
-def _need_others(target: Target, what: str) -> None:
+def _need_others(target: Target, mean: Replacement) -> None:
     if len(target.runs.prompts) < 2:
-        raise InputError(f"{what}, and there is one prompt; give more, or value=hl.Mean(reference=prompts)")
+        raise InputError(
+            f"value={mean.label!r} is a mean over prompts, and there is one prompt; give more, or "
+            "value=hl.Mean(reference=prompts)"
+        )
 
 
-def _over_positions(target: Target, rows: Sequence[Int[Tensor, "_"]] | None) -> Written:
-    """The mean over all positions of the rows, or (None) of the method's own prompts."""
-    runs = target.runs
-    if rows is not None:
-        return runs.mean(rows, by_pos=False)
-    n = sum(map(len, runs.prompts))
-    return {name: total / n for name, total in runs.over_positions.items()}
+def _over_positions(runs: Runs, rows: list[Int[Tensor, "_"]]) -> dict[str, Tensor]:
+    sums, n = runs.over_positions if rows is runs.prompts else runs.sums(rows, by_pos=False), sum(map(len, rows))
+    return {name: total / n for name, total in sums.items()}
 
 
 def _summed(act: Tensor, name: str) -> Tensor:
@@ -445,7 +427,3 @@ def _summed(act: Tensor, name: str) -> Tensor:
 def is_run(replacement: Replacement, name: str) -> bool:
     """Is it the value of that run of the pair, "clean" or "corrupted"?"""
     return isinstance(replacement, OtherRun) and isinstance(replacement.run, str) and replacement.run == name
-
-
-def _without_own(own: Tensor, total: Tensor, n: int) -> Tensor:
-    return (total - own) / n

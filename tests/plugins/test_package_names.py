@@ -23,7 +23,7 @@ heads: Composition CopySuppression Copying Criteria HeadScores InductionHeads Kn
 lens: Calibration LogitAttribution LogitLens Trajectory TunedLens TunedLensTraining calibration
     direct_logit_attribution fit_tuned_lens lens_logits logit_lens train_tuned_lens trajectory tuned_lens
 patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed Given InformationFlow
-    InputAttribution Mean MeanOfOthers MeanOverPositions OtherRun PatchSweep PathSweep Replacement Resample Target
+    InputAttribution Mean MeanOfOthers MeanOverPositions OtherRun PatchSweep PathSweep Replacement Resample
     WeightRandomisation Zero ablate attribution_patching compare_ablations gradient_x_input information_flow
     integrated_gradients patch path_patch
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +34,12 @@ class Run:
     streams: list[Float[Tensor, "pair pos d_model"]]
     past: list[tuple[Keyed, Keyed]]
     tokens: Int[Tensor, "pair pos"] | None = None
+
+    def part(self, rows: slice) -> "Run":
+        """The same of some pairs; one row serves all."""
+        if self.nodes.shape[1] == 1:
+            return self
+        return Run(self.nodes[:, rows], [stream[rows] for stream in self.streams], [])
 
 
 def refuse(model: "HookedTransformer") -> None:
@@ -141,20 +146,14 @@ def ablated_runs(
 
     targets = targets_of(model, groups, node_points(graph), read=read)
     for group, target, written in zip(groups, targets, replacement.once(targets), strict=True):
-        if are_tokens(written):
-            yield group, partial(_of_rows, model, graph, written, wanted)
-        else:
-            yield group, partial(_rows, _run_of(model, graph, target, written=written, wanted=wanted))
+        if not are_tokens(written):
+            yield group, _run_of(model, graph, target, written=written, wanted=wanted).part
+            continue
 
+        def of_rows(rows: slice, ids: Tensor = written) -> Run:
+            return observe(model, graph, ids[rows], wanted)
 
-def _of_rows(model: "HookedTransformer", graph: CircuitGraph, tokens: Tensor, wanted: Tensor, rows: slice) -> Run:
-    return observe(model, graph, tokens[rows], wanted)
-
-
-def _rows(run: Run, rows: slice) -> Run:
-    if run.nodes.shape[1] == 1:
-        return run
-    return Run(run.nodes[:, rows], [stream[rows] for stream in run.streams], [])
+        yield group, of_rows
 
 
 def _run_of(model: "HookedTransformer", graph: CircuitGraph, target: Target, written: Written, wanted: Tensor) -> Run:
@@ -180,7 +179,8 @@ def _run_of(model: "HookedTransformer", graph: CircuitGraph, target: Target, wri
 
 def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
     """Has what is written one row, which serves every pair?"""
-    return all(value.ndim < own[name].ndim or len(value) == 1 for name, value in written.items() if name in own)
+    shapes = [(torch.as_tensor(value).shape, own[name].ndim) for name, value in written.items() if name in own]
+    return all(len(shape) < n or shape[0] == 1 for shape, n in shapes)
 
 
 def _by_point(graph: CircuitGraph, nodes: Float[Tensor, "source pair pos d_model"]) -> dict[str, Tensor]:

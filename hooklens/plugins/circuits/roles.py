@@ -144,10 +144,10 @@ def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "
         patches = [Patch(nodes[i][0], None, nodes[i][1] if site == "z" else None) for i in rows]
         if not rows:
             continue
-        targets = targets_of(bench.model, bench.groups, points_of(bench.model, site))
-        for group, written in zip(bench.groups, bench.replacement.once(targets), strict=True):
-            with torch.no_grad(), packed_linears(rows=1024):
+        with torch.no_grad(), packed_linears(rows=1024):
+            targets = targets_of(bench.model, bench.groups, points_of(bench.model, site))
+            for group, written in zip(bench.groups, bench.replacement.once(targets), strict=True):
                 made = plan(bench.model, group.clean, site, written, patches=patches)
                 outcome = execute(SitePatches(made), group.of(bench.metric))
-            fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
+                fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
     return fall

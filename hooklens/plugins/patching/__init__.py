@@ -20,7 +20,6 @@ from hooklens.sweeps.replacement import (
     OtherRun,
     Replacement,
     Resample,
-    Target,
     Zero,
 )
 
@@ -42,7 +41,6 @@ __all__ = [
     "PathSweep",
     "Replacement",
     "Resample",
-    "Target",
     "WeightRandomisation",
     "Zero",
     "ablate",
