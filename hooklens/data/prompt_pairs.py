@@ -197,11 +197,12 @@ def _one_a_pair(name: str, answer: Answers | None, n: int) -> Any:
 def _rows(index: Any, n: int) -> list[int]:
     """The numbers of the pairs that an index means."""
     try:
-        return list(range(n))[index] if isinstance(index, slice) else torch.arange(n)[index].reshape(-1).tolist()
+        if isinstance(index, slice):
+            return list(range(n))[index]
+        return torch.arange(n)[index.cpu() if isinstance(index, Tensor) else index].reshape(-1).tolist()
     except (IndexError, TypeError) as error:
-        raise OutOfRange(
-            f"pairs are indexed by a slice, numbers below {n} or {n} booleans, got {index!r:.60}"
-        ) from error
+        said = f"pairs are indexed by a slice, numbers below {n} or {n} booleans"
+        raise OutOfRange(f"{said}; got {index!r:.60}") from error
 
 
 def _some(column: Any, rows: list[int]) -> Any:
