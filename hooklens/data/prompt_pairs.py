@@ -55,13 +55,8 @@ class PromptPairs(Result):
         if (self.answer is None) != (self.wrong_answer is None):
             raise ArgumentError("{answer} and {wrong_answer} are given together, and one of them is missing")
         n = len(clean)
-        changed = {
-            "clean": clean,
-            "corrupted": corrupted,
-            "answer": _one_a_pair("answer", self.answer, n),
-            "wrong_answer": _one_a_pair("wrong_answer", self.wrong_answer, n),
-            "group": None if self.group is None else _numbers(self.group),
-        }
+        changed = {name: _one_a_pair(name, getattr(self, name), n) for name in ("answer", "wrong_answer")}
+        changed |= {"clean": clean, "corrupted": corrupted, "group": _numbers(self.group)}
         for name, value in changed.items():
             object.__setattr__(self, name, value)
         for name, column in {"group": self.group, **self.columns}.items():
@@ -80,12 +75,10 @@ class PromptPairs(Result):
             if index not in self.columns:
                 raise did_you_mean("column", index, self.columns)
             return self.columns[index]
-        rows = _rows(index, len(self))
-        given = {
-            name: _some(getattr(self, name), rows) for name in ("clean", "corrupted", "answer", "wrong_answer", "group")
-        }
+        rows, given = _rows(index, len(self)), ("clean", "corrupted", "answer", "wrong_answer", "group")
         columns = {name: _some(column, rows) for name, column in self.columns.items()}
-        return replace(self, metric=self._metric_of_some(rows), columns=columns, **given)
+        parts = {name: _some(getattr(self, name), rows) for name in given}
+        return replace(self, metric=self._metric_of_some(rows), columns=columns, **parts)
 
     def _metric_of_some(self, rows: list[int]) -> Any:
         metric = self.metric
@@ -105,13 +98,13 @@ class PromptPairs(Result):
 
     def metric_of(self, model: "HookedTransformer") -> Any:
         """The metric that the pairs were made with; else the logit difference of their answers."""
-        if self.metric is None and self.answer is None:
+        if self.metric is not None:
+            return self.metric
+        if self.answer is None:
             raise ArgumentError(
                 "{metric} is missing, and the pairs hold no answers; give a function of logits such as "
                 "hl.logit_diff(...), or PromptPairs(..., answer=, wrong_answer=)"
             )
-        if self.metric is not None:
-            return self.metric
         return logit_diff(model, answer=self.answer, wrong_answer=self.wrong_answer)
 
     def tokens(self, model: "HookedTransformer") -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
@@ -168,12 +161,13 @@ def numbered(labels: Sequence[Any]) -> Int[Tensor, "pair"]:
     return torch.tensor([order[label] for label in labels])
 
 
-def _numbers(group: Any) -> Int[Tensor, "pair"]:
+def _numbers(group: Any) -> Int[Tensor, "pair"] | None:
     """Groups as numbers: numbers stay as they are."""
-    if isinstance(group, Tensor) or hasattr(group, "dtype"):
+    if group is None:
+        return None
+    if hasattr(group, "dtype") or all(type(label) is int for label in group):
         return torch.as_tensor(group).cpu()
-    labels = list(group)
-    return torch.tensor(labels) if all(type(label) is int for label in labels) else numbered(labels)
+    return numbered(group)
 
 
 def _listed(prompts: Any) -> Any:
@@ -190,7 +184,7 @@ def _listed(prompts: Any) -> Any:
     return [rows] if single else rows
 
 
-def _one_a_pair(name: str, answer: Answers | None, n: int) -> list[Any] | None:
+def _one_a_pair(name: str, answer: Answers | None, n: int) -> Any:
     if answer is None:
         return None
     given: Any = answer.tolist() if hasattr(answer, "tolist") else answer
@@ -202,17 +196,13 @@ def _one_a_pair(name: str, answer: Answers | None, n: int) -> list[Any] | None:
 
 def _rows(index: Any, n: int) -> list[int]:
     """The numbers of the pairs that an index means."""
-    if isinstance(index, slice):
-        return list(range(n))[index]
-    rows = torch.as_tensor(index)
-    if rows.dtype == torch.bool and rows.shape == (n,):
-        return rows.nonzero().flatten().tolist()
-    if rows.dtype == torch.bool or (rows.is_floating_point() and rows.numel()) or rows.ndim > 1:
-        raise WrongType(f"pairs are indexed by numbers or by {n} booleans, got {rows.dtype} {list(rows.shape)}")
-    numbers = rows.long().reshape(-1).tolist()
-    if any(not -n <= i < n for i in numbers):
-        raise OutOfRange(f"pair {next(i for i in numbers if not -n <= i < n)} was asked for; there are {n}")
-    return [i % n for i in numbers]
+    try:
+        if isinstance(index, slice):
+            return list(range(n))[index]
+        return torch.arange(n)[index.cpu() if isinstance(index, Tensor) else index].reshape(-1).tolist()
+    except (IndexError, TypeError) as error:
+        said = f"pairs are indexed by a slice, numbers below {n} or {n} booleans"
+        raise OutOfRange(f"{said}; got {index!r:.60}") from error
 
 
 def _some(column: Any, rows: list[int]) -> Any:
