@@ -32,6 +32,10 @@ _open_packs: set[Lifetime] = set()
 ENV = "HOOKLENS_PACKED_LINEARS"
 # Packed for one row, a weight is laid out for a kernel that reads it a fifth slower than the one for 16 rows.
 _FEWEST_ROWS = 16
+# Numbers of a weight from which on the two kinds of plain product of one row are timed, and how many times faster than
+# a row a vector was.
+_WORTH_MEASURING = 2**20
+_vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
 class Linear(nn.Linear):
@@ -209,14 +213,14 @@ def vector_pays(weight: Float[Tensor, "d_out d_in"]) -> bool:
 
     Both read the weight once; BLAS has a routine for each, and which is the better one differs from machine to machine.
     """
-    return weight.numel() < 2**20 or _vector_gain(weight.shape, weight.dtype) > 0.8
-
-
-@cache
-def _vector_gain(shape: torch.Size, dtype: torch.dtype) -> float:
-    weight, x = torch.ones(shape, dtype=dtype), torch.ones(1, shape[1], dtype=dtype)
-    with torch.no_grad():
-        return _seconds(lambda: torch.mm(x, weight.t()), 3) / _seconds(lambda: torch.mv(weight, x[0]), 3)
+    if weight.numel() < _WORTH_MEASURING:
+        return True
+    key, weight = (weight.shape, weight.dtype), weight.detach()
+    if key not in _vector_gains:
+        x = weight.new_ones(1, weight.shape[1])
+        row, vector = _seconds(lambda: torch.mm(x, weight.t()), 3), _seconds(lambda: torch.mv(weight, x[0]), 3)
+        _vector_gains[key] = row / vector
+    return _vector_gains[key] > 0.8
 
 
 @cache

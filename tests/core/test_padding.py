@@ -381,7 +381,7 @@ def test_captures_while_generating_say_which_positions_are_padding():
 def test_a_hook_attached_when_prompts_have_left_the_batch_is_refused():
     """It saw a batch of fewer rows than prompts, and no word of which they were."""
     model = tiny_model()
-    batch = _Batch(model, [torch.tensor([1, 2]), torch.tensor([3])], alone=False)
+    batch = _Batch(model, [torch.tensor([1, 2]), torch.tensor([3])], None)
     with torch.no_grad():
         batch.feed(batch.logits().argmax(-1), [False, True])
         assert batch.rows == [1]
