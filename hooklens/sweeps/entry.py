@@ -38,7 +38,7 @@ def _written(
     plan: Plan, layer: int, patches: list[Patch], pair: Int[Tensor, "row"], span: slice
 ) -> Shaped[Tensor, "row ..."]:
     """The site's activation at the positions of `span`, with every row's patch written."""
-    axis, names = plan.swept.pos_axis, plan.axes[1:]
+    axis, names = plan.axes.index(plan.pos_name), plan.axes[1:]
     column = next((names.index(name) for name in ("head", "kv_head", "d_mlp") if name in names), axis - 1) + 1
     order = (axis, column) if column != axis else (axis,)
     to = tuple(range(1, 1 + len(order)))  # row, position, head or neuron, the rest
@@ -58,7 +58,7 @@ def _run_whole(
     plan: Plan, layer: int, patches: list[Patch], pair: Int[Tensor, "row"], start: int
 ) -> Float[Tensor, "row pos d_model"]:
     """What leaves a block that is run from its beginning, with the written activation at its point."""
-    keys_only = plan.axes[plan.swept.pos_axis] == "key_pos"  # the point sees the keys before `start` too
+    keys_only = plan.pos_name == "key_pos"  # the point sees the keys before `start` too
     span = slice(0 if keys_only else start, plan.tokens.shape[1])
     written = _written(plan, layer, patches=patches, pair=pair, span=span)
     ctx = _AfterBase(plan.base.past, pair, start, plan.tokens.shape[1])

@@ -62,6 +62,11 @@ class Plan:
         return axes(self.point(0))
 
     @cached_property
+    def pos_name(self) -> str:
+        """Which of them a position narrows."""
+        return self.axes[self.swept.pos_axis]
+
+    @cached_property
     def local(self) -> bool:
         """Does what is written at a position change there only what leaves the block?"""
         return self.causal and self.swept.point not in self.model.blocks[0].early
@@ -80,7 +85,7 @@ class Plan:
 
     def region(self, patch: Patch) -> tuple:
         """The index, behind the pair axis, of what the patch overwrites in its point's activation."""
-        chosen = {self.axes[self.swept.pos_axis]: patch.pos, "d_mlp": patch.neuron}
+        chosen = {self.pos_name: patch.pos, "d_mlp": patch.neuron}
         chosen |= dict.fromkeys(_HEAD_AXES, patch.head)
         return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in self.axes[1:])
 
