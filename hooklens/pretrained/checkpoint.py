@@ -1,6 +1,6 @@
-"""Our own checkpoints: one safetensors file that says how to build the model, or a folder with its tokenizer beside it.
+"""hooklens checkpoints: one safetensors file that says how to build the model, or a folder that adds its tokenizer.
 
-The weights stand under their names in `model.state_dict()` (`blocks.0.attn.q.weight`), a tied one once; the
+The weights have their names in `model.state_dict()` (`blocks.0.attn.q.weight`); a tied weight is stored once. The
 configuration is JSON in the file's metadata.
 """
 
@@ -31,10 +31,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def save(model: HookedTransformer, path: str | Path) -> None:
-    """Write a model, its configuration and its tokenizer; `load(path)` brings them back.
+    """Save a model, its configuration and its tokenizer; `load(path)` reads them back.
 
-    A path that ends in .safetensors becomes one file, any other a folder of that file and the tokenizer's. The file is
-    written aside and renamed: it is whole or not there. Hooks are not saved.
+    A path that ends in .safetensors becomes one file; any other path becomes a folder with that file and the
+    tokenizer's files. The file is written to a temporary name and then renamed, so it is never partial. Hooks are not
+    saved.
 
     >>> from hooklens.testing import tiny_model
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
@@ -63,7 +64,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
-    """The model that `save` wrote, in the dtype that it had unless another is asked for."""
+    """Load a model that `save` wrote, in its saved dtype unless `dtype` is given."""
     path = path_of(path)
     with reading(path, "a checkpoint"):
         file = read_header(path / FOLDER_FILE if path.is_dir() else path)
@@ -79,20 +80,20 @@ def load_checkpoint(
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Is there a file, and is it a checkpoint of ours?"""
+    """Whether the file exists and is a hooklens checkpoint."""
     return path.is_file() and is_safetensors(path) and read_header(path).metadata.get("format") == FORMAT
 
 
 def _damaged(file: SafetensorsFile) -> FileRefused:
-    return FileRefused(f"{file.path} is damaged: its content does not match its own sha256; save or copy it again")
+    return FileRefused(f"{file.path} is damaged: its content does not match its sha256; save or copy it again")
 
 
 def _without_weights(file: SafetensorsFile, digest: Digest, dtype: torch.dtype | None) -> HookedTransformer:
-    """The model that the file's configuration describes, on the meta device; names and shapes are those in the file."""
+    """The model of the file's configuration, on the meta device, with the names and shapes checked against the file."""
     cfg, where = _config(file, digest), str(file.path)
     if cfg.n_layers > len(file.entries):
         raise FileRefused(
-            f"{where} holds {len(file.entries)} weights, its configuration says {cfg.n_layers:,} layers; save it again"
+            f"{where} has {len(file.entries)} weights, but its config has {cfg.n_layers:,} layers; save it again"
         )
     first = next((DTYPES[entry.kind] for entry in file.entries.values() if entry.kind in DTYPES), torch.float32)
     model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
@@ -104,12 +105,12 @@ def _without_weights(file: SafetensorsFile, digest: Digest, dtype: torch.dtype |
 
 
 def _savable(model: HookedTransformer) -> dict[str, Tensor]:
-    """The parameters by name, after it was checked that the configuration alone describes them."""
+    """The parameters by name. Raises unless the configuration alone describes them."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in own_parameters(model, "a checkpoint").items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise InputError(
-                f"{name} is {tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}: convert the model first"
+                f"{name} is {tensor.dtype}; a checkpoint can store {', '.join(DTYPES)}: convert the model first"
             )
     return tensors
 
@@ -117,8 +118,8 @@ def _savable(model: HookedTransformer) -> dict[str, Tensor]:
 def _config(file: SafetensorsFile, digest: Digest) -> HookedTransformerConfig:
     if file.metadata.get("format") != FORMAT:
         raise FileRefused(
-            f"{file.path} is a safetensors file, but no checkpoint that hooklens saved (format {FORMAT!r}, this has "
-            f"{file.metadata.get('format')!r}); a Hugging Face model is loaded by its folder, config.json included"
+            f"{file.path} is a safetensors file, but not a checkpoint that hooklens saved (expected format {FORMAT!r}, "
+            f"got {file.metadata.get('format')!r}); to load a Hugging Face model, give its folder, with config.json"
         )
     if not digest.header_agrees(file.metadata):
         raise _damaged(file)
@@ -126,8 +127,8 @@ def _config(file: SafetensorsFile, digest: Digest) -> HookedTransformerConfig:
         return HookedTransformerConfig.from_json(json.loads(file.metadata["config"]))
     except HooklensError as error:
         raise FileRefused(
-            f"{file.path} holds a configuration that cannot be read ({type(error).__name__}: {error}); if it "
-            "has a part of your own, import the module that defines it first"
+            f"{file.path} contains a configuration that cannot be read ({type(error).__name__}: {error}); if it "
+            "uses a part that you defined, import the module that defines it first"
         ) from error
 
 
@@ -153,8 +154,8 @@ def _tokenizer_of(path: Path, file: SafetensorsFile) -> "Tokenizer | None":
         told = file.metadata.get("tokenizer_sha256")
         if told is not None and not (_all_there(path) and told == json.dumps(_file_sums(path))):
             raise FileRefused(
-                f"{' or '.join(_TOKENIZER_FILES)} in {path} is not the one that was saved with the model, damaged or "
-                "changed; copy the folder again, or give tokenizer="
+                f"{' or '.join(_TOKENIZER_FILES)} in {path} differs from the file that was saved with the model; copy "
+                "the folder again, or give tokenizer="
             )
         return Tokenizer.from_folder(path) if (path / _TOKENIZER_FILES[0]).is_file() else None
     if "tokenizer" not in file.metadata:

@@ -98,7 +98,7 @@ def test_values_in_a_message_are_not_taken_for_names():
 
 def test_an_empty_name_was_the_current_folder():
     for name in ("", "  "):
-        with pytest.raises(InputError, match=r"empty name.*hooklens models"):
+        with pytest.raises(InputError, match=r"is empty.*hooklens models"):
             hl.load(name)
 
 
@@ -119,7 +119,7 @@ def test_a_device_that_is_not_there_was_torchs_bare_assertion(model_path):  # no
     if not torch.cuda.is_available():
         with pytest.raises(Unavailable, match=r"the device 'cuda' cannot be used here"):
             hl.load(model_path, device="cuda")
-    with pytest.raises(InputError, match="'warp' is no device; use cpu"):
+    with pytest.raises(InputError, match="'warp' is not a device; use cpu"):
         hl.load(model_path, device="warp")
 
 
@@ -224,7 +224,7 @@ ALL_AT_ONCE = [
     ),
     (["lens", "--answer", " a", "--wrong-answer", " a"], ["give PROMPT or --pairs", "--answer and --wrong-answer"]),
     (["probe", "no.jsonl", "--site", "nope"], ["TEXTS: ", "no.jsonl", "--site: no site named 'nope'"]),
-    (["demo", "--pairs", "3", "--device", "xx"], ["--pairs is", "--device: 'xx' is no device"]),
+    (["demo", "--pairs", "3", "--device", "xx"], ["--pairs is", "--device: 'xx' is not a device"]),
     (
         ["run", "nope", "--model", "m.gguf", "--seed", "3"],
         ["PLUGIN: no plugin", "`hooklens plugins`", "--seed 3", "--model: "],

@@ -1,4 +1,4 @@
-"""By which road does a head act: straight to the logits, through later MLPs, or through later heads?"""
+"""Mediation of a head's effect: directly to the logits, through later MLPs, or through later heads."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,12 @@ ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
 
 @dataclass(frozen=True, eq=False)
 class Mediation(Result):
-    """How far the metric falls without each head, and by which road, sequence by sequence.
+    """The decrease of the metric without each head, in total and by path, sequence by sequence.
 
-    `total`: everything after the head answers. `direct`: only the final norm and the unembedding do. `mlps`, `through
-    heads`: later MLPs (later heads) answer as well, later heads (MLPs) hold their value of the untouched run; the
-    direct effect is taken off. Roads that need both, and what does not add up, are `interaction` = total - the other
-    three.
+    `total`: everything after the head responds. `direct`: only the final norm and the unembedding respond. `mlps`
+    (`later_heads`): later MLPs (heads) respond as well, while later heads (MLPs) keep their values of the untouched
+    run, minus the direct effect. `interaction` = total - the other three: paths that need both, and effects that do not
+    add.
     """
 
     heads: list[str]
@@ -44,7 +44,7 @@ class Mediation(Result):
 
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen"]:
-        """What of the total the three roads on their own do not explain."""
+        """The part of the total that the three separate paths do not explain."""
         return self.total - self.direct - self.mlps - self.later_heads
 
     def parts(self) -> Float[Tensor, "road sequence chosen"]:
@@ -52,26 +52,26 @@ class Mediation(Result):
         return torch.stack([self.total, self.direct, self.mlps, self.later_heads, self.interaction])
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "road chosen"], Float[Tensor, "road chosen"]]:
-        """Both ends of every mean, by a bootstrap over sequences."""
+        """The interval of every mean, from a bootstrap over sequences."""
         return mean_interval(self.parts().transpose(0, 1), level=level)
 
     @property
     def q(self) -> Float[Tensor, "road chosen"]:
-        """Benjamini-Hochberg over heads and roads, from sign flips of whole sequences."""
+        """Benjamini-Hochberg over heads and paths, from sign flips of whole sequences."""
         return q_values(sign_flip_p(self.parts().transpose(0, 1)))
 
     def top(self, k: int = 10) -> Table:
-        """The `k` heads of the largest total effect."""
+        """The `k` heads with the largest total effect."""
         return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: total and roads, the interval and q-value of the total; `roads` has those of each road."""
+        """One row per head: total and paths, and interval and q-value of the total; `roads` has those of each path."""
         mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
         rows = [(self.heads[i], *mean[:, i].tolist(), *(float(x[0, i]) for x in (low, high, q))) for i in self._order()]
         return Table(("head", *ROADS, "total low", "total high", "q"), rows).head(n)
 
     def roads(self, n: int | None = None) -> Table:
-        """One row a head and road: the mean fall, its interval over sequences, and the q-value of "none"."""
+        """One row per head and path: the mean decrease, its interval over sequences, and the q-value of "none"."""
         mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
         rows = [
             (self.heads[i], road, *(float(x[at, i]) for x in (mean, low, high, q)))
@@ -84,11 +84,11 @@ class Mediation(Result):
         return self.total.mean(0).abs().argsort(descending=True, stable=True).tolist()
 
     def figure(self) -> Any:
-        """Heads down, roads across."""
+        """Heads down, paths across."""
         from hooklens.viz.figures import heatmap
 
         shown = self.parts().mean(1).T
-        return heatmap(shown, x=ROADS, y=self.heads, title="By which road a head acts", colourbar="fall of the metric")
+        return heatmap(shown, x=ROADS, y=self.heads, title="By which path a head acts", colourbar="fall of the metric")
 
 
 def mediation(
@@ -99,10 +99,11 @@ def mediation(
     *,
     reference: Int[Tensor, "other other_pos"] | None = None,
 ) -> Mediation:
-    """What of a head's effect on the metric is direct, through later MLPs, through later heads? By exact interventions.
+    """How much of a head's effect on the metric is direct, through later MLPs, or through later heads?
 
-    The head's z is replaced by its mean over the `reference` prompts, position by position (over all positions of the
-    prompts themselves, if none are given). A head's own block counts as later where its MLP reads what attention wrote.
+    Measured by exact interventions. The head's z is replaced by its mean over the `reference` prompts, position by
+    position (by default over all positions of the prompts themselves). A head's own block counts as later if its MLP
+    reads what attention wrote.
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); text = repeated_tokens(model, 4)
@@ -143,7 +144,7 @@ def mediation(
 def mean_z(
     model: "HookedTransformer", cache: "ActivationCache", reference: Tensor | None, tokens: Tensor
 ) -> dict[int, Float[Tensor, "one pos head d_head"]]:
-    """The mean z by layer: over the reference prompts at each position, else over all positions of the prompts."""
+    """The mean z by layer: over the reference prompts at each position, or over all positions of the prompts."""
     layers = range(model.cfg.n_layers)
     if reference is None:
         return {
@@ -151,7 +152,7 @@ def mean_z(
         }
     if reference.shape[1] != tokens.shape[1]:
         raise InputError(
-            f"reference prompts have {reference.shape[1]} tokens and the prompts {tokens.shape[1]}; a mean position by "
+            f"reference prompts have {reference.shape[1]} tokens and the prompts {tokens.shape[1]}; a mean for each "
             "position needs equal lengths"
         )
     _, other = model.run_with_cache(reference, "z", stop_at_layer=model.cfg.n_layers)
@@ -159,7 +160,7 @@ def mean_z(
 
 
 def on_stream(reader: Reader, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
-    """The metric, whether or not it says what it reads."""
+    """Evaluate the metric on the stream, whether or not it declares what it reads."""
     return reader.on_full(reader.model.read_out(stream)) if reader.read is None else reader.on_stream(stream)
 
 
@@ -177,7 +178,7 @@ def _run(
     head: int,
     frozen: tuple,
 ) -> Float[Tensor, "sequence pos d_model"]:
-    """The last stream without the head; later parts named in `frozen` keep what they wrote in the untouched run."""
+    """The last stream without the head; parts in `frozen` keep their output of the untouched run."""
 
     def without(z: Tensor, hook: Any) -> Tensor:
         z[:, :, head] = mean[layer][:, :, head]
@@ -190,13 +191,13 @@ def _run(
     for name in _there(model, list(frozen)):
         first = (
             layer if name == "mlp_out" else layer + 1
-        )  # the own block's MLP may read the head; its attention is edited
+        )  # its own block's MLP may read the head; its attention is edited
         hooks += [(f"blocks.{later}.hook_{name}", hold) for later in range(first, model.cfg.n_layers)]
     return model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
 
 
 def demo(model: "HookedTransformer") -> Mediation:
-    """Two heads on short sequences that repeat; any model whose blocks are not post-norm."""
+    """Two heads on short sequences that repeat; works on any model whose blocks are not post-norm."""
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]

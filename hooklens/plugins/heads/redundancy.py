@@ -1,4 +1,4 @@
-"""Do heads stand in for one another, or need one another? Joint ablation against the sum of single ones."""
+"""Redundant and complementary heads: joint ablation compared with the sum of single ablations."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -29,12 +29,12 @@ Square = Float[Tensor, "chosen chosen"]
 
 @dataclass(frozen=True, eq=False)
 class Redundancy(Result):
-    """How far the metric falls without each head, without each pair, and how alike the heads write.
+    """The decrease of the metric without each head and without each pair, and the similarity of the heads' outputs.
 
-    `joint[s, i, j]` is the fall without both, on the diagonal without the one. `interaction` is joint minus the two
-    single falls: above 0 the heads stand in for one another (redundant: losing both costs more than the sum), below 0
-    they work on the same road (complementary: without one the other is worth less). `cosine` and `cka` compare what
-    they write, `cka_shuffled` is the CKA of the same outputs with tokens shuffled, which few tokens alone would give.
+    `joint[s, i, j]` is the decrease without both, on the diagonal without the single head. `interaction` is joint minus
+    the two single decreases. Above 0 the heads are redundant: losing both costs more than the sum. Below 0 they are
+    complementary, on the same path: without one, the other is worth less. `cosine` and `cka` compare their outputs;
+    `cka_shuffled` is the CKA of the same outputs with shuffled tokens, which a small number of tokens alone would give.
     """
 
     terms = {
@@ -50,12 +50,12 @@ class Redundancy(Result):
 
     @property
     def single(self) -> Float[Tensor, "sequence chosen"]:
-        """The fall without each head alone."""
+        """The decrease without each single head."""
         return self.joint.diagonal(dim1=1, dim2=2)
 
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen chosen"]:
-        """Joint minus single falls; 0 on the diagonal."""
+        """Joint minus single decreases; 0 on the diagonal."""
         found = self.joint - self.single[:, :, None] - self.single[:, None, :]
         own = torch.eye(len(self.heads), dtype=torch.bool, device=found.device)
         return found.masked_fill(own, 0.0)
@@ -75,23 +75,23 @@ class Redundancy(Result):
         return sorted(rows, key=lambda row: -abs(row[4]))
 
     def top(self, k: int = 10) -> Table:
-        """The `k` pairs that add up least."""
+        """The `k` pairs with the largest interaction."""
         return self.table(k)
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a pair, the largest interaction first."""
+        """One row per pair, the largest interaction first."""
         falls = ("first alone", "second alone", "both", "interaction", "95% low", "95% high", "q")
         return Table(("heads", *falls, "cosine", "CKA", "CKA shuffled"), self._rows()[:n])
 
     def figure(self) -> Any:
-        """Pair by pair: blue where losing both costs more than the sum, orange where less."""
+        """Pair by pair: blue if losing both costs more than the sum, orange if less."""
         from hooklens.viz.figures import heatmap
 
         return heatmap(
             self.interaction.mean(0),
             x=self.heads,
             y=self.heads,
-            title="Joint minus single ablation: blue stand in for one another, orange share a road",
+            title="Joint minus single ablation: blue are redundant, orange share a path",
             colourbar="nats a token",
         )
 
@@ -105,10 +105,10 @@ def redundancy(
     reference: Int[Tensor, "other other_pos"] | None = None,
     seed: int = 0,
 ) -> Redundancy:
-    """Which of these heads are redundant, which complementary? Every head and every pair is ablated, exactly.
+    """Which of these heads are redundant, and which complementary? Every head and every pair is ablated, exactly.
 
-    Ablated heads hold their mean z over the `reference` prompts, position by position (over the prompts' own positions,
-    if none are given). Choose the heads on other sequences than those given here.
+    Ablated heads are set to their mean z over the `reference` prompts, position by position (by default over the
+    prompts' own positions). Choose the heads on other sequences than those given here.
 
     >>> from hooklens.testing import or_gate
     >>> gate = or_gate()                              # two heads; either one is enough
@@ -123,7 +123,7 @@ def redundancy(
     refuse_dropout(model)
     tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     if len(chosen) < 2:
-        raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
+        raise InputError(f"redundancy compares pairs of heads and needs at least two; got {heads!r:.80}")
     return _redundancy(model, tokens, metric=metric, chosen=chosen, reference=reference, seed=seed)
 
 
@@ -161,7 +161,7 @@ def _redundancy(
 
 
 def _without(mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> list[tuple]:
-    """A hook a head."""
+    """One hook per head."""
 
     def hook_of(layer: int, head: int) -> tuple:
         def edit(z: Tensor, hook: Any) -> Tensor:
@@ -176,7 +176,7 @@ def _without(mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> list[tuple
 def _outputs(
     model: "HookedTransformer", cache: "ActivationCache", heads: list[tuple[int, int]]
 ) -> Float[Tensor, "chosen token d_model"]:
-    """What each head writes at every position but the first."""
+    """Each head's output at every position except the first."""
     rows = []
     for layer, head in heads:
         z = cache["z", layer][:, 1:]
@@ -210,5 +210,5 @@ def demo(model: "HookedTransformer") -> Redundancy:
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
-    # a model of one head has no pair to show, which a user is told and a demo is not
+    # a model with one head has no pair: an error for a user, but not for a demo
     return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), reference=others.tokens, seed=0)

@@ -1,4 +1,4 @@
-"""Which heads were asked about, and whether a model can be asked at all: the same for every method of this folder."""
+"""Parse and check the requested heads, and refuse unsupported models: shared by the methods of this folder."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _NAME = re.compile(r"L(-?\d+)H(\d+)")
 
 
 def read_heads(model: "HookedTransformer", heads: Heads | None) -> list[tuple[int, int]]:
-    """(layer, head) of every head asked for, all of them for None; at least one, none twice, all of them there.
+    """(layer, head) of every requested head, all of them for None; at least one, no duplicates, all existing.
 
     >>> from hooklens.testing import tiny_model
     >>> read_heads(tiny_model(), ["L0H1", (-1, 0)])
@@ -36,7 +36,7 @@ def read_heads(model: "HookedTransformer", heads: Heads | None) -> list[tuple[in
         )
     chosen = [(at[0] % n_layers, at[1]) for at in found if at is not None]
     if len(set(chosen)) < len(chosen):
-        raise InputError(f"heads= holds one twice: {', '.join(f'L{a}H{b}' for a, b in chosen)}")
+        raise InputError(f"heads= contains duplicates: {', '.join(f'L{a}H{b}' for a, b in chosen)}")
     return chosen
 
 
@@ -52,8 +52,8 @@ def _read(one: Any) -> tuple[int, int] | None:
 
 
 def refuse_dropout(model: "HookedTransformer") -> None:
-    """Effects are differences between passes, and with dropout each pass draws masks of its own."""
+    """Effects are differences between passes, and with dropout each pass draws its own masks."""
     if drops_out(model):
         raise InputError(
-            "heads are compared between passes that must agree, and dropout is on; model.eval() turns it off"
+            "heads are compared between passes, which dropout makes different; call model.eval() to turn it off"
         )

@@ -1,4 +1,4 @@
-"""A model's matrices as they act on the stream: wrapped layers multiplied out, the norm before a reader folded in."""
+"""A model's matrices as they act on the stream: wrapped layers are multiplied out, norms are folded into the reader."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +22,7 @@ Rows = Float[Tensor, "row d_model"]
 
 
 class Heads(NamedTuple):
-    """What a layer's heads read with and write with; keys and values of a group repeated for its heads."""
+    """The read and write matrices of a layer's heads; keys and values of a group are repeated for its heads."""
 
     Q: Float[Tensor, "head d_model d_head"]
     K: Float[Tensor, "head d_model d_head"]
@@ -39,7 +39,7 @@ class Heads(NamedTuple):
 
 
 def heads_of(model: "HookedTransformer", layer: int) -> Heads:
-    """W_Q, W_K, W_V and W_O of a layer as they are stored, one of each a head.
+    """W_Q, W_K, W_V and W_O of a layer as stored, one of each per head.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -53,10 +53,10 @@ def heads_of(model: "HookedTransformer", layer: int) -> Heads:
 
 
 def folded_heads(model: "HookedTransformer", layer: int) -> Heads:
-    """The same for the raw stream: ln1's weight (and a LayerNorm's centring) moved into what reads it.
+    """The same for the raw stream: ln1's weight (and a LayerNorm's centring) is folded into what reads it.
 
-    Scales of norms are left out: x @ QK @ y is a score, and x @ OV what is written, up to a positive factor a position.
-    The weights of q/k norms and of a norm after the branch are moved in too.
+    The scales of norms are left out: x @ QK @ y is a score, and x @ OV an output, up to a positive factor per position.
+    The weights of q/k norms and of a norm after the branch are folded in too.
     """
     refuse_post_norm(model)
     block, raw = model.blocks[layer], heads_of(model, layer)
@@ -66,7 +66,7 @@ def folded_heads(model: "HookedTransformer", layer: int) -> Heads:
 
 
 class Neurons(NamedTuple):
-    """What a layer's neurons read with and write with, seen from the raw stream; `gate` where there is one."""
+    """The read and write matrices of a layer's neurons for the raw stream; `gate` if the MLP is gated."""
 
     reads: Float[Tensor, "d_model d_mlp"]
     gate: Float[Tensor, "d_model d_mlp"] | None
@@ -74,11 +74,11 @@ class Neurons(NamedTuple):
 
 
 def folded_neurons(model: "HookedTransformer", layer: int) -> Neurons:
-    """W_in, W_gate and W_out of a layer, with ln2's weight moved into the first two."""
+    """W_in, W_gate and W_out of a layer, with ln2's weight folded into the first two."""
     refuse_post_norm(model)
     block = model.blocks[layer]
     if block.mlp is None:
-        raise InputError("neurons were asked of a model without MLPs (attn_only); read its heads")
+        raise InputError("a model without MLPs (attn_only) has no neurons; read its heads")
     gate = getattr(block.mlp, "gate", None)
     reads = [
         None if linear is None else read_through(block.ln2, wide(matrix_of(linear, model.cfg.d_model)).mT)
@@ -89,9 +89,9 @@ def folded_neurons(model: "HookedTransformer", layer: int) -> Neurons:
 
 
 def read_through(norm: Norm | None, matrix: Reading) -> Reading:
-    """N W with x N the norm of x at scale 1 and without its bias: what W reads from the stream before the norm.
+    """N W, with x N the norm of x at scale 1 and without its bias: what W reads from the stream before the norm.
 
-    N = P diag(gain) with P the centring (symmetric), so that N W centres the columns of gain * W.
+    N = P diag(gain) with the (symmetric) centring P, so N W centres the columns of gain * W.
     """
     if norm is None:
         return matrix
@@ -101,14 +101,14 @@ def read_through(norm: Norm | None, matrix: Reading) -> Reading:
 
 
 def one_scale(norm: Norm | None, rows: Writing) -> Writing:
-    """Rows as they leave a norm of scale 1, its bias left out."""
+    """Rows after a norm with scale 1 and without its bias."""
     return rows if norm is None else norm.linearised(rows, torch.ones_like(rows[..., :1]))
 
 
 def embedding_rows(model: "HookedTransformer", norm: Norm | None) -> Float[Tensor, "d_vocab d_model"]:
-    """Each token's embedding, centred and scaled as the norm does; the norm's weight is in what reads it."""
+    """Each token's embedding, centred and scaled as the norm does; the norm's weight is folded into the reader."""
     if not isinstance(model.cfg.embed, TokenEmbed):
-        raise InputError("tokens were asked for, and this model reads vectors; its spectra need no tokens")
+        raise InputError("this model reads vectors and has no token embeddings; spectrum(model) needs none")
     rows = _embedded(model)
     if norm is None:
         return rows
@@ -117,7 +117,7 @@ def embedding_rows(model: "HookedTransformer", norm: Norm | None) -> Float[Tenso
 
 
 def embedding_matrix(model: "HookedTransformer") -> Float[Tensor, "rows columns"]:
-    """W_E as it is stored, also where the embedding is wrapped."""
+    """W_E as stored, also if the embedding is wrapped."""
     plain = type(model.embed) in (TokenEmbedding, VectorEmbedding)
     return wide(model.W_E) if plain else _embedded(model) / model.cfg.embed.scale
 
@@ -128,7 +128,7 @@ def _embedded(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
 
 
 def unembedding_rows(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
-    """Each token's column of W_U with the final norm's weight and centring moved in, its scale left out."""
+    """Each token's column of W_U with the final norm's weight and centring folded in, without its scale."""
     rows = wide(matrix_of(model.unembed.linear, model.cfg.d_model))
     return read_through(model.ln_final, rows.mT).mT
 
@@ -136,8 +136,8 @@ def unembedding_rows(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_mod
 def refuse_post_norm(model: "HookedTransformer") -> None:
     if getattr(model.blocks[0], "renorms_stream", False):
         raise InputError(
-            "weights are read against a stream that components add to; this model's post-norm blocks normalise the "
-            "stream itself, so that nothing can be moved past a norm; spectrum(model) works there"
+            "weights can be read only in a stream that components add to; this model's post-norm blocks normalise the "
+            "stream itself, so nothing can be folded through a norm; spectrum(model) works there"
         )
 
 
@@ -145,11 +145,11 @@ def check_layer(model: "HookedTransformer", layer: int, head: int | None = None)
     """Refuse a layer or head that the model does not have."""
     for name, value, n in (("layer", layer, model.cfg.n_layers), ("head", head, model.cfg.n_heads)):
         if value is not None and not 0 <= value < n:
-            raise InputError(f"{name} {value} was asked for; this model has {name}s 0 to {n - 1}")
+            raise InputError(f"there is no {name} {value}; this model has {name}s 0 to {n - 1}")
 
 
 def wide(weight: Tensor) -> Tensor:
-    """Detached, in float32 or the weight's own type, whichever is wider."""
+    """Detached, in float32 or the weight's own dtype, whichever is wider."""
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 

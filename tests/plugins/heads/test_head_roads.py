@@ -205,7 +205,7 @@ def test_bad_input_says_what_would_work():
         redundancy(model, text.tokens, text.metric(), [(0, 0)])
     with pytest.raises(InputError, match="post-norm"):
         mediation(tiny_model(block="post"), text.tokens, text.metric(), [(0, 0)])
-    with pytest.raises(InputError, match="without a position signal"):
+    with pytest.raises(InputError, match="without one"):
         position_scores(tiny_model(positional_embedding_type="none"))
     with pytest.raises(InputError, match="queries are normalised"):
         position_scores(tiny_model(qk_norm="RMS"))

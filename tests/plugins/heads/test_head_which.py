@@ -43,7 +43,7 @@ def test_heads_are_pairs_or_names_and_layers_count_from_the_end(method):
     for heads in ([(0, 1), (1, 0)], ["L0H1", "L1H0"], [(-2, 1), "L-1H0"]):
         assert asked(model, heads)[method]() == ["L0H1", "L1H0"]
     for heads in ([(2, 0)], ["L0H7"], ["head 3"], [], [(0, 0), (-2, 0)]):
-        with pytest.raises(InputError, match=r"layers 0 to 1.*heads 0 to 1|one twice"):
+        with pytest.raises(InputError, match=r"layers 0 to 1.*heads 0 to 1|contains duplicates"):
             asked(model, heads)[method]()
 
 

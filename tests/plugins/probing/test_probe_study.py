@@ -341,7 +341,7 @@ def test_a_study_is_a_result(tmp_path):
 def test_errors_say_what_would_work():
     model = tiny_model()
     rows = [[1, 2], [3, 4], [5, 6], [7, 8]]
-    with pytest.raises(InputError, match="one entry a prompt, got 3"):
+    with pytest.raises(InputError, match="one entry per prompt, got 3"):
         read_task(model, rows, [0, 1, 0])
     with pytest.raises(InputError, match="all"):
         read_task(model, rows, [1, 1, 1, 1])

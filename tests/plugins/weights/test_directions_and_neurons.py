@@ -131,7 +131,7 @@ def test_what_cannot_be_listed_is_refused_with_a_reason():
         ov_directions(model, 0, 0, k=99)
     with pytest.raises(InputError, match="W_gate"):
         mlp_read_directions(model, 0, gate=True)
-    with pytest.raises(InputError, match="neurons are numbers from 0 to 31"):
+    with pytest.raises(InputError, match="neurons must be indices from 0 to 31"):
         neuron_tokens(model, 0, [32])
     with pytest.raises(InputError, match="from 1 to 11"):
         neuron_tokens(model, 0, top=12)
