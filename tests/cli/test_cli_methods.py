@@ -120,7 +120,7 @@ def test_heads_on_pairs_of_ones_own(model_path, pairs_file, tmp_path):  # noqa: 
     rows = json.loads(done.stdout)["rows"]
     assert {"head", "fall", "q", "direct", "looks at answer", "on repeated tokens"} <= set(rows[0])
     page = out.read_text()
-    assert "on 4 prompt pairs</h1>" in page and "Attention heads by what they do, on random tokens" in page
+    assert "on 4 prompt pairs</h1>" in page and "Attention heads by function, on random tokens" in page
     done = invoke(*asked, *ONE)
     assert done.exit_code == 0 and "q" not in json.loads(done.stdout)["rows"][0]  # one pair: nothing to test on
     done = invoke(*asked, *ONE[:2])

@@ -26,7 +26,7 @@ def test_a_taxonomy_claims_the_heads_it_labels_and_no_other():
     assert {one.statement for one in claims.claims} == {"L0H0 is a previous token head", "L1H1 is an induction head"}
     assert {one.statement for one in claims.claims if one.causal} == {"L1H1 is an induction head"}
     assert {one.intervention.metric for one in claims.claims} == {"minus_repeat_loss"}
-    assert "What may be claimed" in taxonomy_report(found).to_html()
+    assert "Claims" in taxonomy_report(found).to_html()
 
 
 def test_a_taxonomy_without_scores_claims_nothing():
@@ -112,7 +112,7 @@ def test_a_causal_check_claims_what_it_finds_used():
 def test_a_circuit_study_claims_no_more_than_its_pairs_allow():
     study = circuit_study.demo(tiny_model())
     assert "2 groups of prompts cannot give p < 0.5; 6 are the least" in study.claim().lacks
-    assert "What may be claimed" in study.report().to_html()
+    assert "Claims" in study.report().to_html()
     n, generator = 12, torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(102, n, generator=generator)
     parts = {"empty_per_pair": torch.zeros(n), "model_per_pair": 3 + noise[0], "group": torch.arange(n)}

@@ -41,7 +41,7 @@ def test_one_group_is_measured_where_it_was_chosen_and_says_so():
     pairs = PromptPairs(*(each[:1] for each in (PAIRS.clean, PAIRS.corrupted, PAIRS.answer, PAIRS.wrong_answer)), ["a"])
     found = head_study(induction_model(), pairs)
     assert found.held_out is None and "q" not in found.table().columns
-    assert "the first falls are too large" in found.report().to_html()
+    assert "the largest falls are biased upwards." in found.report().to_html()
 
 
 def test_an_answer_that_is_not_in_the_prompt_has_no_attention():
