@@ -222,7 +222,10 @@ ALL_AT_ONCE = [
             "z",
         ],
     ),
-    (["lens", "--answer", " a", "--wrong-answer", " a"], ["give PROMPT or --pairs", "--answer and --wrong-answer"]),
+    (
+        ["lens", "--answer", " a", "--wrong-answer", " a"],
+        ["give either PROMPT or --pairs", "--answer and --wrong-answer"],
+    ),
     (["probe", "no.jsonl", "--site", "nope"], ["TEXTS: ", "no.jsonl", "--site: no site named 'nope'"]),
     (["demo", "--pairs", "3", "--device", "xx"], ["--pairs is", "--device: 'xx' is not a device"]),
     (

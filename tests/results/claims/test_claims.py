@@ -335,7 +335,9 @@ def test_reports_mark_what_was_not_registered_and_escape_it(model, tmp_path):
     assert "exploratory" in page and "<b>bold</b>" not in page and "&lt;b&gt;bold" in page
     plan = planned(tmp_path)
     page = Report("claims").claims(family(model, [made(model, registered=plan)])).to_html()
-    assert plan.written in page and plan.digest[:8] in page and "by its author" in page and "self-dated" in page
+    assert (
+        plan.written in page and plan.digest[:8] in page and "according to its author" in page and "self-dated" in page
+    )
 
 
 def test_of_many_claims_the_words_are_folded(model):
