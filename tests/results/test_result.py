@@ -243,7 +243,7 @@ def test_a_forged_structure_is_refused(plugin, tmp_path, body):
 
 
 def test_tensors_that_nothing_refers_to_are_refused(plugin, tmp_path):
-    with pytest.raises(FileRefused, match="do not belong together"):
+    with pytest.raises(FileRefused, match="do not match its structure"):
         Result.load(forge(tmp_path / "a", node(), {"0": torch.ones(1)}))
 
 
@@ -362,7 +362,7 @@ def test_json_of_a_result():
         "site": "z",
         "inner": {"class": "Homeless", "values": [], "clean": 2.0, "site": "z", "inner": None},
     }
-    with pytest.raises(WrongType, match="a set was to be written as JSON"):
+    with pytest.raises(WrongType, match="a set cannot be written as JSON"):
         plain({1, 2})
 
 

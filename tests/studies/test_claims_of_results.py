@@ -54,7 +54,7 @@ def test_the_edge_of_a_null_is_reached_by_few_of_its_draws():
         edge = Measured.edge_of("random", shifted)
         assert int((side * shifted.mean(1) > side * edge.mean).sum()) == 9  # of 400; 2.5 % of 401 is 10.02
     assert abs(Measured.edge_of("random", draws[:5]).mean) == float(draws[:5].mean(1).abs().max())
-    with pytest.raises(InputError, match="one row a draw"):
+    with pytest.raises(InputError, match="one row per draw"):
         Measured.edge_of("random", torch.zeros(3))
 
 
@@ -111,7 +111,7 @@ def test_a_causal_check_claims_what_it_finds_used():
 
 def test_a_circuit_study_claims_no_more_than_its_pairs_allow():
     study = circuit_study.demo(tiny_model())
-    assert "2 groups of prompts cannot give p < 0.5; 6 are the least" in study.claim().lacks
+    assert "2 groups of prompts cannot give p < 0.5; at least 6 are needed" in study.claim().lacks
     assert "Claims" in study.report().to_html()
     n, generator = 12, torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(102, n, generator=generator)
