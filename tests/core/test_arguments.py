@@ -48,7 +48,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "stop_at_layer='a'": (lambda: MODEL.run_with_cache(TOKENS, stop_at_layer="a"), "stop_at_layer is .* got 'a'"),
     "stop_at_layer=True": (lambda: MODEL(TOKENS, stop_at_layer=True), "stop_at_layer is .* got True"),
     "start_at_layer=1.0": (lambda: MODEL(torch.zeros(1, 2, 8), start_at_layer=1.0), r"start_at_layer is .* got 1\.0"),
-    "kv_cache=3": (lambda: MODEL(TOKENS, kv_cache=3), "kv_cache is an hl.KVCache"),
+    "kv_cache=3": (lambda: MODEL(TOKENS, kv_cache=3), "kv_cache must be an hl.KVCache"),
     "top_k=True": (lambda: generate(temperature=1.0, top_k=True), "top_k is a whole number, got True"),
     "temperature=True": (lambda: generate(temperature=True), "temperature is a number, got True"),
     "seed=2**70": (lambda: generate(temperature=1.0, seed=2**70), "seed is a whole number from"),
@@ -105,9 +105,9 @@ def test_a_wrong_argument_is_named_with_what_was_seen(call, tmp_path, monkeypatc
 
 def test_an_index_past_the_key_value_heads_is_an_index_error_too_and_writes_are_checked():
     attn = tiny_model(n_heads=4, n_key_value_heads=2).blocks[0].attn
-    with pytest.raises(IndexError, match="query head h reads that of"):
+    with pytest.raises(IndexError, match="query head h reads entry"):
         attn.W_K[3]
-    with pytest.raises(IndexError, match="query head h reads that of"), torch.no_grad():
+    with pytest.raises(IndexError, match="query head h reads entry"), torch.no_grad():
         attn.W_V[3] = 0
     with torch.no_grad():
         attn.W_K[1] = 7.0

@@ -95,7 +95,7 @@ def test_vh_is_v_as_in_transformer_lens_and_says_so():
 
 
 def test_a_tensor_that_is_no_number_does_not_multiply():
-    with pytest.raises(InputError, match="takes one number"):
+    with pytest.raises(InputError, match="needs a single number"):
         _ = made((), 3, 2, 3) * torch.ones(3)
     with pytest.raises(InputError, match="adds a batch axis"):
         made((), 3, 2, 3).unsqueeze(-1)

@@ -203,7 +203,7 @@ def test_ablating_at_one_site_is_the_hook_written_by_hand():
         ({"direction": torch.ones(8, dtype=torch.long)}, (WrongType, TypeError), "float tensor|'direction'"),
         ({"direction": torch.full((8,), torch.nan)}, InputError, "finite"),
         ({"coefficient": float("inf")}, InputError, "finite"),
-        ({"coefficient": torch.ones(2, 2)}, InputError, "one a row"),
+        ({"coefficient": torch.ones(2, 2)}, InputError, "one per row"),
         ({"site": "z"}, InputError, r"holds \[2, 4\] at each position"),
         ({"site": "pattern"}, InputError, "one vector per position"),
         ({"site": "resid_pos"}, NameNotFound, "resid_post"),
