@@ -111,7 +111,7 @@ class KVCache:
 
 
 class View(NamedTuple):
-    """The keys that queries may attend to; `seen` None: all, or a lower triangle if `causal`. `blank`: some get none."""
+    """The keys that queries may attend to; `seen` None: all, or a lower triangle if `causal`. `blank`: some see 0."""
 
     seen: Bool[Tensor, "batch 1 query_pos key_pos"] | None
     causal: bool = False
