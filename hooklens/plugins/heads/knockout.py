@@ -67,7 +67,7 @@ class Knockout(Result):
         from hooklens.viz.figures import bars
 
         title = f"Metric lost when attention to {self.kind} keys is blocked"
-        return bars(self.fall.mean(0), *self.interval(), self.heads, title, y_title="nats a token")
+        return bars(self.fall.mean(0), *self.interval(), self.heads, title, y_title="nats per token")
 
 
 def knockout(

@@ -92,7 +92,7 @@ class Redundancy(Result):
             x=self.heads,
             y=self.heads,
             title="Joint minus single ablation: blue are redundant, orange share a path",
-            colourbar="nats a token",
+            colourbar="nats per token",
         )
 
 
