@@ -86,7 +86,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "engine(seed=2**70)": (lambda: hl.engine(seed=2**70), "seed is a whole number from"),
     "a model's seed": (lambda: hl.HookedTransformer(MODEL.cfg, seed=-(2**63) - 1), "seed is a whole number from"),
     "an interval's seed": (lambda: mean_interval(torch.randn(8, 2), seed=2**64), "seed is a whole number from"),
-    "W_K[9]": (lambda: MODEL.blocks[0].attn.W_K[9], r"index 9 does not fit a weight of shape .* a key/value head"),
+    "W_K[9]": (lambda: MODEL.blocks[0].attn.W_K[9], r"index 9 does not fit a weight of shape .* per key/value head"),
     "b_V[9]": (lambda: MODEL.blocks[0].attn.b_V[9], "index 9 does not fit a weight of shape"),
     "model.W_V[0][9]": (lambda: MODEL.W_V[0][9], "index 9 does not fit a weight of shape"),
     "model.W_V[:][0, 9]": (lambda: MODEL.W_V[:][0, 9], r"index \(0, 9\) does not fit a weight of shape"),

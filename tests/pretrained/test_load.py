@@ -356,7 +356,9 @@ def test_what_is_no_model_is_described(tmp_path, folder):
         load(torch.nn.Linear(2, 2))
     with pytest.raises(WrongType, match="already loaded; use"):
         load(tiny("llama"))
-    with pytest.raises(InputError, match="38 plays of Shakespeare as text, no model; models among the assets: smollm2"):
+    with pytest.raises(
+        InputError, match="38 plays of Shakespeare as text, not a model; assets that are models: smollm2"
+    ):
         load("shakespeare")
     with pytest.raises(NameNotFound, match="closest: smollm2-135m-instruct"):
         load("smollm2-135m")
