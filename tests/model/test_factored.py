@@ -148,4 +148,4 @@ def test_half_precision_factors_are_decomposed_as_exactly_as_their_numbers_in_fl
 def test_the_rank_is_at_most_each_of_the_three_sizes_of_which_mdim_is_the_inner_one():
     wide = FactoredMatrix(torch.ones(2, 6), torch.ones(6, 3))
     assert (wide.ldim, wide.mdim, wide.rdim) == (2, 6, 3) and wide.S.shape[-1] == 2
-    assert "at most the least" in FactoredMatrix.mdim.__doc__
+    assert "at most the minimum" in FactoredMatrix.mdim.__doc__
