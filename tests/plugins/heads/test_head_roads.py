@@ -197,7 +197,7 @@ def test_bad_input_says_what_would_work():
     text = repeated_tokens(model, 2)
     with pytest.raises(InputError, match="layers 0 to 1"):
         mediation(model, text.tokens, text.metric(), [(5, 0)])
-    with pytest.raises(InputError, match="twice"):
+    with pytest.raises(InputError, match="duplicates"):
         redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 0)])
     with pytest.raises(InputError, match="equal lengths"):
         redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 1)], reference=text.tokens[:, :4])

@@ -81,7 +81,7 @@ def test_what_cannot_be_followed_is_refused():
         trajectory(model, TOKENS, 1, pos=7)
     with pytest.raises(InputError, match="one per prompt, got 3 for 2"):
         trajectory(model, TOKENS, [1, 2, 3])
-    with pytest.raises(InputError, match="3 layers of d_model 8; the model has 2"):
+    with pytest.raises(InputError, match="3 layers of d_model 8, but the model has 2"):
         trajectory(model, TOKENS, 1, lens=TunedLens(3, 8))
 
 

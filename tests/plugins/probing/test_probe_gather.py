@@ -201,7 +201,7 @@ def test_errors_say_what_would_work():
         gather(model, ROWS, site="pattern")
     with pytest.raises(InputError, match="vectors of one size,"):
         gather(model, ROWS, site=["resid_post", "post"])
-    with pytest.raises(InputError, match="position 4 of prompt 1"):
+    with pytest.raises(InputError, match="position 4 is out of range for prompt 1"):
         gather(model, ROWS, pos=[0, 4, 0, 0, 0])
     with pytest.raises(InputError, match="got 2 for 5 prompts"):
         gather(model, ROWS, pos=[0, 1])

@@ -347,7 +347,7 @@ def test_errors_say_what_would_work():
         read_task(model, rows, [1, 1, 1, 1])
     with pytest.raises(InputError, match="at most 20"):
         read_task(model, [[i % 11, i // 11] for i in range(30)], [i / 3 for i in range(30)])
-    with pytest.raises(InputError, match="position 2 of prompt 0"):
+    with pytest.raises(InputError, match="position 2 is out of range for prompt 0"):
         read_task(model, rows, [0, 1, 0, 1], pos=2)
     with pytest.raises(InputError, match="at least two groups"):
         probe_texts(model, rows, [0, 1, 0, 1], group=["a", "b", "a", "b"])
