@@ -174,7 +174,7 @@ def test_a_page_says_what_the_controls_take_away():
     x = torch.randn(16, 40, generator=generator, dtype=torch.float64)[token][None]
     words = verdicts(study_of(x, token, token % 2))
     assert len(words) == 2 and "an embedding of the tokens does as well" in words[0]
-    assert "Random labels (one a token) are read as well" in words[1]
+    assert "Random labels (one per token) are read as well" in words[1]
     label = torch.randint(2, (240,), generator=generator)
     y = torch.randn(2, 240, 6, generator=generator, dtype=torch.float64)
     y[1, :, 0] += 4.0 * label  # the layer above the embedding, which is y[0]
