@@ -46,7 +46,7 @@ REFUSED = [
     (["register", "p.json", "--hypothesis", "h", "--control", "c", "--n", "0"], ["--n is", "at least 2"]),
     (
         ["register", "p.json", "--hypothesis", "h", "--control", "c", "--n", "8", "--threshold", "nan"],
-        ["--threshold is"],
+        ["--threshold must"],
     ),
 ]
 
@@ -236,7 +236,7 @@ ALL_AT_ONCE = [
     (["check", "m.gguf", "--device", "xx"], ["MODEL: 'm.gguf': there is no such file", "--device: 'xx'"]),
     (
         ["register", "p.json", "--hypothesis", " ", "--control", "c", "--n", "0", "--threshold", "-1"],
-        ["--hypothesis is empty", "--n is", "--threshold is"],
+        ["--hypothesis is empty", "--n is", "--threshold must"],
     ),
 ]
 
@@ -263,7 +263,7 @@ def test_an_unknown_model_or_site_was_answered_in_words_of_python(model_path, tm
     commands = [["patch", *pair()], ["probe", "texts.jsonl"], ["run", "patching"], ["circuit", *pair()], ["lens", "a"]]
     for command in commands:
         said = invoke(*command, "--model", "nope").stderr
-        assert said.startswith("error: --model: no asset, file or folder here is named 'nope' (assets: smollm2"), said
+        assert said.startswith("error: --model: there is no asset, file or folder named 'nope' (assets: smollm2"), said
         assert "`hooklens models` lists all" in said and "hl." not in said and "load(" not in said
     for command in commands[:2]:
         for site in ("nope", "blocks.0.attn.hook_nope", "blocks.7.hook_resid_post"):
