@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Which edges say who gets the drink, and would any others do?
+# # Which edges carry the answer, and would any others do as well?
 #
-# Indirect objects again (Wang et al. 2022). A circuit is a set of edges between heads, MLPs, embedding and logits;
-# every other edge carries what it would on the corrupted prompt. Here one is found on half of the prompts and judged on
-# the other half, beside random circuits of the same make. Set `HOOKLENS_TINY=1` to run on a hand-set induction model,
-# whose attention is so sharp that gradients see its last edge only.
+# Indirect objects again (Wang et al. 2022). A circuit is a set of edges between heads, MLPs, embedding and logits; all
+# other edges carry their corrupted value. Here a circuit is found on half of the prompts and tested on the other half,
+# compared with similar random circuits. Set `HOOKLENS_TINY=1` to run on a hand-set induction model, whose attention is
+# so sharp that gradients see only its last edge.
 
 # %%
 import os
@@ -29,7 +29,7 @@ else:
     pairs = ioi(model, 32)
 
 # %% [markdown]
-# Prompts that share names and a sentence stay together: no name of one half is scored with the help of the other.
+# Prompts that share names and a sentence stay together: no prompt is tested with names that were used in the search.
 
 # %%
 discover, judge = pairs.split(seed=0)
@@ -38,9 +38,9 @@ print(f"metric: clean {scores.base:.3f}, corrupted {scores.empty:.3f}, mean over
 print(f"{scores.graph.n_edges} edges, scored by two forward passes and one backward:\n{scores.table(12)}")
 
 # %% [markdown]
-# A score is a linear guess. What a circuit does is measured: 0 is the corrupted run, 1 the model. The last columns are
-# 100 random circuits with as many edges between the same layers and kinds, each on whole paths. Where they do as well,
-# the circuit says nothing about which heads matter.
+# A score is a linear approximation. The circuit's effect is measured: 0 is the corrupted run, 1 the model. The last
+# columns are 100 random circuits with as many edges between the same layers and kinds, each on complete paths. If they
+# do as well, the circuit shows nothing about which heads matter.
 
 # %%
 curve = faithfulness_curve(model, scores, judge, sizes=sizes)
@@ -50,7 +50,7 @@ print(f"area under the curve {curve.area:.3f}, of random circuits {chance:.3f} (
 print(f"{curve.n_seen} of {curve.n_pairs} prompts were used to find the edges")
 
 # %% [markdown]
-# The picture: blue edges raise the logit difference, orange ones lower it; hover for the score.
+# The figure: blue edges raise the logit difference, orange ones lower it; hover for the score.
 
 # %%
 circuit = scores.greedy_edges(sizes[1])

@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Three misconceptions, failing with numbers
+# # Three misconceptions, refuted with numbers
 #
 # "Zeroing it breaks the model, so it does the task." "It attends to the name, so it matters." "A probe reads it, so
 # the model uses it." Each is tested on indirect objects ("When Mary and John went to the store, John gave a drink
-# to"). A case and its control are searched for on one half of the prompts and measured on the other, and what counts as
-# "nothing" is set before that half is touched. Set `HOOKLENS_TINY=1` to run the steps on a small random model.
+# to"). A case and its control are searched for on one half of the prompts and measured on the other; the definition of
+# "nothing" is fixed before that half is used. Set `HOOKLENS_TINY=1` to run the steps on a small random model.
 
 # %%
 import os
@@ -50,8 +50,8 @@ difference = pairs.metric_of(model)
 
 # %% [markdown]
 # The four prompts of a sentence and two names stay in one half. The first two cases use one of the four, the third all.
-# "Nothing" is a 95% interval within 5% of the model's logit difference, that of the first half; "something" one that
-# lies outside of it. This is written down before anything is run on the second half.
+# "Nothing" is a 95% interval within 5% of the model's logit difference on the first half; "something" is an interval
+# outside it. This is registered before anything runs on the second half.
 
 # %%
 choose, report = halves(len(tokens), group=pairs.group)
@@ -73,12 +73,12 @@ def ends(change, group=None):
 
 
 def furthest(change, group=None):
-    """The end of the interval that lies further from 0: what a search for "nothing" makes small."""
+    """The end of the interval further from 0: a search for "nothing" minimises it."""
     return max(map(abs, ends(change, group)))
 
 
 def measured(name, change, group=None):
-    """One bar of the picture, and what may be said of it."""
+    """Measure one bar of the figure, and return its verdict."""
     low, high = ends(change, group)
     verdict = "nothing" if -margin < low and high < margin else "undecided"
     verdict = "something" if low > margin or high < -margin else verdict
@@ -97,8 +97,8 @@ def without(patches, half, value, **asked):
 # %% [markdown]
 # ## 1. "Zeroing it breaks the model, so it does the task"
 #
-# Of the twelve heads whose zeroing matters most, the one that does least when it is given another prompt's output. It
-# is needed, and carries nothing about these names: what reads it expects that something is there.
+# Of the twelve heads with the largest effect when set to zero, take the one with the smallest effect when it gets
+# another prompt's output. It is needed, but carries nothing about these names: its readers expect it to be active.
 
 # %%
 every_head = [Patch(layer, head=head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
@@ -115,7 +115,8 @@ measured(f"control: {used} resampled", others[1])
 # %% [markdown]
 # ## 2. "It attends to the name, so it matters"
 #
-# Of the heads that pay most attention from the last position to the two names, the one that does least when resampled.
+# Of the heads with the most attention from the last position to the two names, the one with the smallest effect when
+# resampled.
 
 # %%
 io, subject = difference.answer, difference.wrong_answer
@@ -142,9 +143,9 @@ for place, role, change in zip(picked, ("", "control: "), found, strict=True):
 # ## 3. "A probe reads it, so the model uses it"
 #
 # Which name came first can be read from the last position. The probe's direction is ablated there: every activation is
-# moved along it until the probe cannot tell. Held against it: the logit of the first name minus that of the second,
-# which is the logit difference with the sign of the order. Of the layers at which a probe reads well on the first half,
-# the one where that does least, and as control the one where it does most.
+# moved along it to the midpoint of the classes. The metric is the logit of the first name minus that of the second,
+# which is the logit difference with the sign of the order. Of the layers where a probe reads well on the first half,
+# take the one with the smallest effect, and as control the one with the largest.
 
 # %%
 first = torch.tensor([order == "ABBA" for order in pairs["order"]])
@@ -163,8 +164,8 @@ for layer in range(model.cfg.n_layers) if tiny else (20, 24, 28):
     well += [layer] * (study.accuracy >= 0.9)
 
 # %% [markdown]
-# On the second half it also has to lie within what random directions do, of the same length and drawn as activations
-# vary.
+# On the second half, the effect must also lie within that of random directions of the same length, drawn with the
+# covariance of the activations.
 
 # %%
 well = well or list(far)
@@ -182,8 +183,8 @@ for layer, role, draws in ((min(well, key=far.get), "", 40), (max(well, key=far.
     cases.setdefault("readable but idle", verdict == "nothing" and inside)
 
 # %% [markdown]
-# What was found, and what was not. None of it says that the parts are idle in general: the metric is one, the prompts
-# are of one kind, and others may make up for what is gone.
+# What was found, and what was not. This does not show that the components are idle in general: there is one metric and
+# one kind of prompt, and other components may compensate for the ablated one.
 
 # %%
 for case, holds in cases.items():

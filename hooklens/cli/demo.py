@@ -37,6 +37,6 @@ def demo(
     say_how_long(loaded, estimates.of_demo(loaded, n, int(ioi(loaded, n, seed=seed)["end"][0]) + 1))
     study = ioi_study(loaded, n, seed=seed)
     study.report().save(out, data=study)
-    halves = "called on one half of the pairs, measured on the other" if study.held_out else "all on the same pairs"
-    caption = f"Heads, {halves}. patched, direct: what each restores of the clean-corrupted difference."
+    halves = "labelled on one half of the pairs, measured on the other" if study.held_out else "all on the same pairs"
+    caption = f"Heads, {halves}. patched, direct: the share of the clean-corrupted difference restored."
     show(study.table(), as_json, caption=caption, more={"finding": study.finding(), **written(out)})

@@ -45,7 +45,7 @@ def lens(
     dtype: OfDtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would the model say after every layer, and which parts write its answer?
+    """What would the model predict after every layer, and which components write its answer?
 
     Example: `hooklens lens "When Mary and John went to the store, John gave a drink to" --answer " Mary" --wrong-answer
     " John"`
@@ -53,7 +53,7 @@ def lens(
 
     def prompts() -> "PromptPairs | None":
         if (prompt is None) == (pairs is None):
-            raise InputError("give PROMPT or --pairs file.jsonl, one of the two")
+            raise InputError("give either PROMPT or --pairs file.jsonl")
         return None if pairs is None else pairs_of(pairs, None, None, answer, wrong_answer)
 
     known = {"out": lambda: check_out(out), "pairs": prompts, **of_pair(None, None, answer, wrong_answer)}
@@ -68,7 +68,7 @@ def lens(
         study = lens_study(loaded, str(prompt), answer=answer, wrong_answer=wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
         layers = study.lenses[0].table()
-        _show_lens(study, as_json, ("What the stream says after each layer.", layers), study.lenses[0].terms, out)
+        _show_lens(study, as_json, ("The stream's prediction after each layer.", layers), study.lenses[0].terms, out)
         return
     from hooklens.data.jsonl import check_pairs
 
@@ -82,7 +82,7 @@ def lens(
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
     path = study.trajectory.table()
     layers = Table(path.columns, [row for row in path.rows if not str(row[0]).endswith("_mid")])
-    before = ("Layer by layer: medians of ranks, means of the rest, over prompts.", layers)
+    before = ("Layer by layer: medians of ranks, means of the other columns, over prompts.", layers)
     _show_lens(study, as_json, layers=before, terms=study.trajectory.terms, out=out, more={"read": told})
 
 
@@ -95,11 +95,11 @@ def _show_lens(
     more: Mapping[str, str] | None = None,
 ) -> None:
     controls = "; ".join(f"{name}: {terms[name]}" for name in layers[1].columns if name.startswith("control"))
-    caption = "What each part adds directly to the answer's logit, the largest first; nothing where it is not large "
+    caption = "Direct contribution of each component to the answer's logit, the largest first; compare it "
     show(
         study.table(),
         as_json,
-        caption=f"{caption}beside its spread over tokens.",
+        caption=f"{caption}with the spread over tokens.",
         before={"layers": (f"{layers[0]} {controls}.", layers[1])},
         more={**(more or {}), **written(out)},
     )

@@ -1,4 +1,4 @@
-"""What commands print: tables or JSON, where the report is, how long it will take."""
+"""The output of commands: tables or JSON, the report's path, and the estimated duration."""
 
 import sys
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def written(out: Path) -> dict[str, Any]:
-    """Where the report and its numbers are, from anywhere."""
+    """The absolute paths of the report and its numbers."""
     return {"report": out.absolute(), "numbers": out.with_suffix(".json").absolute()}
 
 
 def say_how_long(model: "HookedTransformer", tokens: int | float) -> None:
-    """Before a command that takes more than a minute: about how long."""
+    """Print the estimated duration before a command that takes more than a minute."""
     from hooklens.cli.estimates import how_long
 
     say(*how_long(model, tokens))
@@ -42,7 +42,7 @@ def show(
     more: Mapping[str, Any] | None = None,
     sentences: bool = False,
 ) -> None:
-    """A table under a line that says what it shows, and what else there is to say; or all of it as one JSON object.
+    """Print a table below its caption, with additional lines; or everything as one JSON object.
 
     `terms` say what columns are; `before` are tables that come first, each with its own line. Into a file or a pipe a
     row is a line, which a program can read; with `sentences` it is wrapped there too.
@@ -82,7 +82,7 @@ def _print(caption: str, table: "Table", wrap: bool) -> None:
 
 
 def _short(more: Mapping[str, Any]) -> dict[str, Any]:
-    """Files beside the first are told by name alone."""
+    """Files after the first are shown by name only."""
     paths = [value for value in more.values() if isinstance(value, Path)]
     beside = [path for path in paths[1:] if path.parent == paths[0].parent]
     return {

@@ -1,7 +1,7 @@
 """safetensors files, written without gaps and read one tensor at a time, each into memory of its own.
 
-The safetensors package maps the file instead: its tensors would keep the whole file in memory beside the converted
-weights, and a file that shrinks later would end the process.
+The safetensors package maps the file instead: its tensors would keep the whole file in memory in addition to the
+converted weights, and a file that shrinks later would crash the process.
 
 Reference: the format section of the safetensors README.
 """
@@ -60,7 +60,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A safetensors file that was found whole.
+    """A complete safetensors file.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
@@ -89,7 +89,7 @@ class SafetensorsFile:
             raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
             file.seek(entry.start)
             if file.readinto(raw.numpy().data) != len(raw):
-                raise FileRefused(f"{self.path.name} became shorter while the tensor {name!r} was read; read it again")
+                raise FileRefused(f"{self.path.name} shrank while the tensor {name!r} was being read; load it again")
             seen(raw.numpy().data)
             return raw.view(DTYPES[entry.kind]).view(entry.shape)
 
@@ -145,11 +145,11 @@ def _cut(asked: str, what: str, end: int, size: int) -> FileRefused:
 
 
 def _parse(raw: bytes, base: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries and metadata of a header; a malformed one raises whatever it runs into, as the caller expects."""
+    """Entries and metadata of a header. A malformed header raises any error; the caller handles it."""
     header = json.loads(raw, object_pairs_hook=_once)
     metadata = header.pop("__metadata__", {})
     if not all(isinstance(text, str) for text in metadata.values()):
-        raise TypeError("its metadata should be texts")
+        raise TypeError("its metadata should be strings")
     return {name: _entry(described, base) for name, described in header.items()}, metadata
 
 
@@ -163,14 +163,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(described: dict[str, Any], base: int) -> Entry:
     kind, shape, (start, end) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
     if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
-        raise ValueError(f"a shape of {len(shape)} axes, or a size or an offset that no tensor has")
+        raise ValueError(f"a shape of {len(shape)} axes, or an impossible size or offset")
     if kind in DTYPES and end - start != math.prod(shape) * DTYPES[kind].itemsize:
         raise ValueError(f"{end - start} bytes for {kind} {list(shape)}")
     return Entry(kind, shape, base + start, base + end)
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
-    """Does the file begin like one: a length, then a JSON object?"""
+    """Whether the file begins like a safetensors file: a length, then a JSON object."""
     with open(path, "rb") as file:
         begin = file.read(9)
     return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= LARGEST_HEADER

@@ -1,4 +1,4 @@
-"""A block: attention and an MLP on the residual stream. Four kinds, by where the norms stand.
+"""A block: attention and an MLP on the residual stream. Four kinds, which differ in the position of the norms.
 
 A block also says what its parts read and write, so that nobody else knows where its norms stand: is the stream a sum,
 through which norm does a part read (`reads_through`) and write (`writes_through`), which part reads the other. A kind
@@ -19,8 +19,8 @@ from hooklens.model.mlp import MLP, GatedMLP
 from hooklens.model.norms import Norm, Passage, make_norm
 
 Stream = Float[Tensor, "batch pos d_model"]
-Vectors = Float[Tensor, "*lead d_model"]  # what norms take: one a position, or one a head there
-Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the chosen one
+Vectors = Float[Tensor, "*lead d_model"]  # inputs of norms: one per position, or one per head and position
+Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the selected one
 
 
 #: The module of each kind of block.
@@ -43,7 +43,7 @@ class Block(HookedPart):
     ln2: Norm | None
     ln1_post: Norm | None
     ln2_post: Norm | None
-    #: Points that see the stream that enters, keys or values, and so every position, whatever queries are chosen.
+    #: Points of the incoming stream, keys and values: they see every position, whatever queries are selected.
     early: ClassVar[tuple[str, ...]] = (
         *("hook_resid_pre", "hook_attn_in", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),
         *("attn.hook_k", "attn.hook_v", "attn.hook_rot_k", "attn.k_norm.hook_scale", "attn.k_norm.hook_normalized"),
@@ -67,7 +67,7 @@ class Block(HookedPart):
         self.build(cfg, layer)
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
-        """Modules in the order in which their points fire."""
+        """Create modules in the order in which their points fire."""
         self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
         self.attn = Attention(cfg, layer)
         self.hook_attn_out = HookPoint()
@@ -91,7 +91,7 @@ class Block(HookedPart):
         return self.finish(ctx.select(x), self.hook_attn_out(self.attn_adds(raw)))
 
     def finish(self, x: Stream, attn_out: Stream) -> Stream:
-        """Everything after `attn_out`, from the stream `x` that entered the block."""
+        """Everything after `attn_out`, given the stream `x` that entered the block."""
         if self.mlp is None:
             return self.leave(x + attn_out)
         if not self.mlp_reads_attn:
@@ -140,12 +140,12 @@ class Block(HookedPart):
         return Passage()
 
     def mlp_out(self, stream: Stream) -> Stream:
-        """What the MLP adds, given the stream that it reads."""
+        """The output of the MLP for the stream that it reads."""
         assert self.mlp is not None
         return self.hook_mlp_out(self.mlp_adds(self.mlp(self.before_mlp(self.hook_mlp_in(stream)))))
 
     def leave(self, post: Stream) -> Stream:
-        """`resid_post`, and what the next block gets of it."""
+        """`resid_post`, and the stream that the next block receives."""
         return self.hook_resid_post(post)
 
     def before_attn(self, x: Stream) -> Stream:
@@ -155,22 +155,22 @@ class Block(HookedPart):
         return x if self.ln2 is None else self.ln2(x)
 
     def attn_adds(self, raw: Vectors) -> Vectors:
-        """`attn_out`, from what the heads wrote."""
+        """`attn_out`, from the output of the heads."""
         return raw
 
     def mlp_adds(self, raw: Vectors) -> Vectors:
-        """`mlp_out`, from what the neurons wrote."""
+        """`mlp_out`, from the output of the neurons."""
         return raw
 
     def after_mid(self, mid: Stream) -> Stream:
         return mid
 
     def quiet_norm(self, x: Vectors) -> Vectors:
-        """The norm that attention reads through, without its points."""
+        """The norm before attention, without its hook points."""
         return x if self.ln1 is None else self.ln1.fused(x)
 
     def own_inputs(self, x: Stream, ctx: Context) -> OwnInputs:
-        """A head's own q, k or v input, normalised on its own path, where somebody edits it; else None."""
+        """A head's own q, k or v input, normalised on its own path, if a hook edits it; else None."""
         shared = getattr(self, "hook_attn_in", None)
         points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
         if not any(point.listening() for point in points) and not (shared is not None and shared.listening()):
@@ -185,7 +185,7 @@ class Block(HookedPart):
         return (None if own[0] is None else ctx.select(own[0]), own[1], own[2])
 
     def query_points(self) -> list[HookPoint]:
-        """The points that see every query position: all but those of the stream that enters, keys and values."""
+        """The points that see every query position: all except those of the incoming stream, keys and values."""
         return [m for name, m in self.named_modules() if isinstance(m, HookPoint) and name not in self.early]
 
 
@@ -221,9 +221,9 @@ class SandwichBlock(Block):
 
 
 class PostNormBlock(Block):
-    """The norms stand after the sums (Vaswani et al. 2017): mid = pre + attn(pre), post = ln1(mid) + mlp(ln1(mid)).
+    """Norms after the sums (Vaswani et al. 2017): mid = pre + attn(pre), post = ln1(mid) + mlp(ln1(mid)).
 
-    `resid_mid` and `resid_post` are the sums, before their norm; the next block reads ln2(resid_post).
+    `resid_mid` and `resid_post` are the sums before their norm; the next block reads ln2(resid_post).
     """
 
     part = PostNorm
@@ -265,7 +265,7 @@ class PostNormBlock(Block):
 
 
 class ParallelBlock(Block):
-    """Attention and MLP both read the stream that enters (Wang and Komatsuzaki 2021): post = pre + attn + mlp."""
+    """Attention and MLP both read the incoming stream (Wang and Komatsuzaki 2021): post = pre + attn + mlp."""
 
     part = Parallel
     mlp_reads_attn = False

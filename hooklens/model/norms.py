@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm, by hand where somebody looks inside, by torch's kernel where nobody does."""
+"""LayerNorm and RMSNorm: written out if a hook needs the intermediate values, torch's fused kernel otherwise."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,14 +19,14 @@ Scale = Float[Tensor, "*lead 1"]
 
 
 class Norm(HookedPart, ABC):
-    """normalized = centred(x) / scale, then the weight and bias. Subclasses say what is centred and what scales.
+    """normalized = centred(x) / scale, then weight and bias. Subclasses define the centring and the scale.
 
-    The points are served beside torch's fused kernel; only an edit or a gradient there sends the values through them.
+    The points can be read next to torch's fused kernel; only an edit or a gradient there disables it.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    unit_weight = 1.0  # the stored weight that multiplies by 1
+    unit_weight = 1.0  # the stored weight that means a factor of 1
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -55,7 +55,7 @@ class Norm(HookedPart, ABC):
         return x
 
     def gain(self) -> Float[Tensor, "width"] | None:
-        """What the normalised vector is multiplied by."""
+        """The factor of the normalised vector."""
         return self.weight
 
     def affine(self, normalized: Vector) -> Vector:
@@ -65,12 +65,12 @@ class Norm(HookedPart, ABC):
 
     @abstractmethod
     def fused(self, x: Vector) -> Vector:
-        """The whole norm at once, where nobody looks inside."""
+        """The whole norm in one kernel, if nothing needs the intermediate values."""
 
     def linearised(
         self, stack: Float[Tensor, "*lead width"], scale: Float[Tensor, "*scales 1"]
     ) -> Float[Tensor, "... width"]:
-        """The norm with its scale frozen and its bias left out: linear in the stack."""
+        """The norm with its scale frozen and without its bias: linear in the stack."""
         gain = self.gain()
         out = self.centred(stack) / scale
         return out if gain is None else out * gain.detach().to(out)
@@ -118,7 +118,7 @@ class RMSNorm(Norm):
 
     def fused(self, x: Vector) -> Vector:
         wide = widened(x)
-        if wide is x and not self.offset:  # nothing is rounded on the way: torch's kernel gives the same bits
+        if wide is x and not self.offset:  # no intermediate rounding: torch's kernel gives the same bits
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         gain = self.gain()
@@ -194,7 +194,7 @@ class Passage(NamedTuple):
 
 
 def make_norm(width: int, made: NormPart | None) -> Norm | None:
-    """The norm that a part describes; None for None.
+    """Build the norm that a part describes; None for None.
 
     >>> make_norm(8, None) is None
     True

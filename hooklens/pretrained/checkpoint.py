@@ -1,6 +1,6 @@
-"""Our own checkpoints: one safetensors file that says how to build the model, or a folder with its tokenizer beside it.
+"""hooklens checkpoints: one safetensors file that says how to build the model, or a folder that adds its tokenizer.
 
-The weights stand under their names in `model.state_dict()` (`blocks.0.attn.q.weight`), a tied one once; the
+The weights have their names in `model.state_dict()` (`blocks.0.attn.q.weight`); a tied weight is stored once. The
 configuration is JSON in the file's metadata.
 """
 
@@ -30,10 +30,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def save(model: HookedTransformer, path: str | Path) -> None:
-    """Write a model, its configuration and its tokenizer; `load(path)` brings them back.
+    """Save a model, its configuration and its tokenizer; `load(path)` reads them back.
 
-    A path that ends in .safetensors becomes one file, any other a folder of that file and the tokenizer's. The file is
-    written aside and renamed: it is whole or not there. Hooks are not saved.
+    A path that ends in .safetensors becomes one file; any other path becomes a folder with that file and the
+    tokenizer's files. The file is written to a temporary name and then renamed, so it is never partial. Hooks are not
+    saved.
 
     >>> from hooklens.testing import tiny_model
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
@@ -63,7 +64,7 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
-    """The model that `save` wrote, in the dtype that it had unless another is asked for."""
+    """Load a model that `save` wrote, in its saved dtype unless `dtype` is given."""
     path = path_of(path)
     file = read_envelope(path / FOLDER_FILE if path.is_dir() else path, SCHEMA)
     with reading(path, SCHEMA.what):
@@ -99,7 +100,7 @@ def _without_weights(file: Envelope, dtype: torch.dtype | None) -> HookedTransfo
 
 
 def _savable(model: HookedTransformer) -> dict[str, Tensor]:
-    """The parameters by name, after it was checked that the configuration alone describes them."""
+    """The parameters by name. Raises unless the configuration alone describes them."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in own_parameters(model, "a checkpoint").items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in [DTYPES[kind] for kind in FLOATS]:
@@ -114,8 +115,8 @@ def _config(file: Envelope) -> HookedTransformerConfig:
         return HookedTransformerConfig.from_json(file.content["config"])
     except HooklensError as error:
         raise FileRefused(
-            f"{file.path} holds a configuration that cannot be read ({type(error).__name__}: {error}); if it "
-            "has a part of your own, import the module that defines it first"
+            f"{file.path} contains a configuration that cannot be read ({type(error).__name__}: {error}); if it "
+            "uses a part that you defined, import the module that defines it first"
         ) from error
 
 
@@ -141,8 +142,8 @@ def _tokenizer_of(path: Path, content: dict[str, Any]) -> "Tokenizer | None":
         told = content.get("tokenizer_sha256")
         if told is not None and not (_all_there(path) and told == _file_sums(path)):
             raise FileRefused(
-                f"{' or '.join(_TOKENIZER_FILES)} in {path} is not the one that was saved with the model, damaged or "
-                "changed; copy the folder again, or give tokenizer="
+                f"{' or '.join(_TOKENIZER_FILES)} in {path} differs from the file that was saved with the model; copy "
+                "the folder again, or give tokenizer="
             )
         return Tokenizer.from_folder(path) if (path / _TOKENIZER_FILES[0]).is_file() else None
     if "tokenizer" not in content:

@@ -1,4 +1,4 @@
-"""The indirect-object experiment: the shown pair cell by cell, and many balanced pairs for what may be claimed."""
+"""The indirect-object experiment: one pair shown in detail, and many balanced pairs for the claims."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
 ANSWER, WRONG_ANSWER = " Mary", " John"
-_CANDIDATES = 10  # heads taken from each of two rankings: the shown pair's patches, and direct effects over the pairs
+_CANDIDATES = 10  # heads taken from each of two rankings: patches of the shown pair, and direct effects over the pairs
 _DRAWN = 6
 
 
 @dataclass(frozen=True, eq=False)
 class IOIStudy(Result):
-    """The shown pair, the same question asked of many pairs, and the evidence head by head.
+    """The shown pair, the same experiment on many pairs, and the evidence for each head.
 
-    `total` is the logit difference after each of `heads` was patched in each pair (every later layer recomputed), as
-    against `movers.direct`, where only the final norm and the unembedding see the patch. Heads are chosen and called by
-    the pairs `chosen_on`; what is said of them is measured on `reported_on`, the other half of the groups (all pairs
-    both times where there is one group). `claims` are of those heads; None where there is none, or too few pairs.
+    `total` is the logit difference after each of `heads` was patched in each pair, with all later layers recomputed;
+    in `movers.direct` only the final norm and the unembedding see the patch. Heads are chosen and labelled by the pairs
+    `chosen_on`, and reported numbers come from `reported_on`, the other half of the groups (all pairs both times if
+    there is only one group). `claims` are about those heads; None if there are none, or too few pairs.
     """
 
     ranked_by = "effect of the patch"
@@ -61,17 +61,17 @@ class IOIStudy(Result):
 
     @cached_property
     def named(self) -> NameMovers:
-        """What names the heads."""
+        """The measurements that label the heads."""
         return of_pairs(self.movers, self.chosen_on)
 
     @cached_property
     def reported(self) -> NameMovers:
-        """What is reported of them."""
+        """The measurements that are reported."""
         return of_pairs(self.movers, self.reported_on)
 
     @property
     def held_out(self) -> bool:
-        """Did the pairs that are reported on have no part in the naming?"""
+        """Whether the reported pairs had no part in the labelling."""
         return not torch.isin(self.reported_on, self.chosen_on).any()
 
     @property
@@ -81,12 +81,12 @@ class IOIStudy(Result):
 
     @property
     def correct(self) -> float:
-        """In what share of pairs is the indirect object likelier than the subject?"""
+        """The share of pairs in which the indirect object is more likely than the subject."""
         return float((self.clean_per_pair > 0).float().mean())
 
     @property
     def recovered(self) -> Float[Tensor, "head"]:
-        """What patching each of `heads` restores, all later layers recomputed."""
+        """The share of the difference that patching each of `heads` restores, all later layers recomputed."""
         return self._recovered(self.reported_on)
 
     def recovered_interval(self) -> tuple[Float[Tensor, "head"], Float[Tensor, "head"]]:
@@ -109,7 +109,7 @@ class IOIStudy(Result):
         return ratio_interval(by_group(moved[every], group), by_group(self.movers.gap[every], group), level=level)
 
     def called(self) -> list[str]:
-        """What each of `heads` is called by the pairs that name: a name mover by all three tests, else by its patch."""
+        """The label of each of `heads`: name mover if all three tests hold, else a description of its patch."""
         (low, high), least = self.interval(self._moved, self.chosen_on), self.movers.criteria.least_direct
         movers = set(self.named.name_movers)
         names = []
@@ -125,13 +125,13 @@ class IOIStudy(Result):
         return names
 
     def finding(self) -> str:
-        """What was found, in a sentence or two: the opening of the page."""
+        """The main result in one or two sentences: the opening of the page."""
         from hooklens.studies.pages import finding
 
         return finding(self)
 
     def table(self, n: int | None = 14) -> Table:
-        """One row a head: called and ranked by one half of the pairs, name movers first; measured on the other."""
+        """One row per head: labelled and ranked by one half of the pairs, name movers first; measured on the other."""
         columns = ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO"]
         columns += ["margin", "copies", "suppresses"]
         movers, (low, high), called = self.reported, self.recovered_interval(), self.called()
@@ -190,13 +190,13 @@ def ioi_study(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
 
 
 def _candidates(shown: PairStudy, named: NameMovers) -> list[tuple[int, int]]:
-    """The heads worth patching in every pair: name movers, then the strongest directly, then on the shown pair."""
+    """The heads to patch in every pair: name movers, then the largest direct effects, then those of the shown pair."""
     patched = [(layer, head) for layer, head in shown.sweeps["z"].order()[:_CANDIDATES]]
     return list(dict.fromkeys([*named.name_movers, *named.order()[:_CANDIDATES], *patched]))
 
 
 def demo(model: "HookedTransformer") -> NameMovers | IOIStudy:
-    """The study on four pairs where the model has a tokenizer that knows the names; else name movers among numbers."""
+    """The study on four pairs if the tokenizer knows the names; else name movers among token numbers."""
     from hooklens.plugins.heads.name_movers import demo as numbers
 
     return numbers(model) if model.tokenizer is None else ioi_study(model, 4)

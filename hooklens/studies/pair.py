@@ -1,4 +1,4 @@
-"""One prompt pair looked at from all sides: predictions, sweeps, layers, and what the strongest heads attend to."""
+"""One prompt pair in detail: predictions, sweeps, layers, and the attention patterns of the strongest heads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,11 +30,11 @@ _GUESSES = 5
 
 @dataclass(frozen=True, eq=False)
 class PairStudy(Result):
-    """What the model says after both prompts, and what every patch between them did to the logit difference.
+    """The model's predictions for both prompts, and the effect of every patch between them on the logit difference.
 
-    `sweeps` are the sites asked for, `layers` whole layers of attn_out and mlp_out; `patterns` belong to `heads`, those
-    whose patch moved the metric most (none where z was not swept). `shared` counts the tokens that both prompts share
-    at their beginning and end, the only ones patched by layer or head where the prompts differ in length.
+    `sweeps` are the requested sites, `layers` whole layers of attn_out and mlp_out. `patterns` belong to `heads`, those
+    whose patch changed the metric most (empty if z was not swept). `shared` is the number of tokens that both prompts
+    share at their beginning and end; only these are patched by layer or head if the prompts differ in length.
     """
 
     model: str
@@ -52,11 +52,11 @@ class PairStudy(Result):
 
     @property
     def any_sweep(self) -> PatchSweep:
-        """A sweep, for the two baselines that all share."""
+        """Any of the sweeps, for the two baselines that all share."""
         return next(iter(self.sweeps.values()))
 
     def table(self, n: int | None = 16) -> Table:
-        """The patches that moved the logit difference most, as many of each site; at most `n` in all."""
+        """The patches that changed the logit difference most, equally many per site; at most `n` in total."""
         each = None if n is None else -(-n // max(1, len(self.sweeps)))
         tables = {site: sweep.table(each) for site, sweep in self.sweeps.items()}
         rows = [(site, *row) for site, table in tables.items() for row in table.rows]
@@ -81,14 +81,14 @@ def study_pair(
     by: str | None = None,
     resume: Mapping[str, Path] | None = None,
 ) -> PairStudy:
-    """Sweep several sites of one pair, and whole layers, by the logit difference of two answers.
+    """Sweep several sites of one pair, and whole layers, with the logit difference of two answers as the metric.
 
     >>> from hooklens.testing import tiny_model
     >>> study = study_pair(tiny_model(), PromptPairs([1, 2, 3], [1, 4, 3], answer=5, wrong_answer=6))
     >>> study.sweeps["z"].values.shape, len(study.heads)         # layer head
     (torch.Size([2, 2]), 4)
 
-    `by` is the grid of the sites that are swept by position otherwise; `resume` names a file a site.
+    `by` is the grid of the sites that are swept by position by default; `resume` gives one file per site.
     """
     with torch.no_grad(), packed_linears(rows=1024):  # the weights are packed once for all sweeps
         study = sweep_pair(model, pairs, sites=sites, by=by, resume=resume)
@@ -135,7 +135,7 @@ def check_pair(
     sites: Sequence[str],
     by: str | None,
 ) -> tuple[int, list[tuple[str, ...]]]:
-    """The clean prompt's length and every site's grid; what `study_pair` cannot use raises, and nothing has run."""
+    """Return the clean prompt's length and every site's grid; raise for unusable arguments before anything runs."""
     axes = list(grids(sites, by).values())
 
     def prompts() -> int:
@@ -154,7 +154,7 @@ def check_pair(
 
 
 def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
-    """The grid of each site: `by` where the site has those axes, else its own. A `by` that fits none of them raises.
+    """The grid of each site: `by` if the site has those axes, else its own. Raises if `by` fits none of them.
 
     >>> grids(["resid_pre", "z"], "layer x head x pos")
     {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
@@ -183,7 +183,7 @@ def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchS
 def head_patterns(
     model: "HookedTransformer", ids: Tensor, heads: Sequence[tuple[int, ...]]
 ) -> Float[Tensor, "head query_pos key_pos"]:
-    """The attention patterns of these (layer, head) on one prompt."""
+    """The attention patterns of the given heads on one prompt."""
     n = len(ids)
     if not heads:
         return torch.zeros(0, n, n)

@@ -117,7 +117,7 @@ def test_a_demo_as_json_and_a_seed_that_would_do_nothing(model_path):
     done = invoke("run", "patching", "--json")
     assert done.exit_code == 0 and {"resid_pre", "metric"} <= set(json.loads(done.stdout)["rows"][0])
     done = invoke("run", "patching", "--model", model_path, "--seed", "3")
-    assert done.exit_code == cli.BAD_INPUT and "leave one of them out" in done.stderr
+    assert done.exit_code == cli.BAD_INPUT and "leave out one of them" in done.stderr
 
 
 def test_where_nothing_can_be_written_nothing_is_loaded(tmp_path):
@@ -197,7 +197,7 @@ def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, mon
     assert part.name in done.stderr and "goes on from there" in done.stderr
     monkeypatch.setattr(Progressed, "save", save)
     done = invoke(*arguments)
-    assert done.exit_code == 0 and f"going on from {part}" in done.stderr
+    assert done.exit_code == 0 and f"continuing from {part}" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json"]
 
 

@@ -40,7 +40,7 @@ def test_lens_of_a_prompt_and_of_a_file(model_path, pairs_file, tmp_path):  # no
     assert invoke("lens", CLEAN, *asked).exit_code == 0  # the answer is then the model's own
     for wrong in ([], [CLEAN, "--pairs", pairs_file]):
         done = invoke("lens", *wrong, *asked)
-        assert done.exit_code == cli.BAD_INPUT and "one of the two" in done.stderr
+        assert done.exit_code == cli.BAD_INPUT and "file.jsonl" in done.stderr
 
 
 def test_lens_shows_every_line_and_says_what_it_does_not_read(model_path, pairs_file, tmp_path):  # noqa: F811
@@ -120,7 +120,7 @@ def test_heads_on_pairs_of_ones_own(model_path, pairs_file, tmp_path):  # noqa: 
     rows = json.loads(done.stdout)["rows"]
     assert {"head", "fall", "q", "direct", "looks at answer", "on repeated tokens"} <= set(rows[0])
     page = out.read_text()
-    assert "on 4 prompt pairs</h1>" in page and "Attention heads by what they do, on random tokens" in page
+    assert "on 4 prompt pairs</h1>" in page and "Attention heads by function, on random tokens" in page
     done = invoke(*asked, *ONE)
     assert done.exit_code == 0 and "q" not in json.loads(done.stdout)["rows"][0]  # one pair: nothing to test on
     done = invoke(*asked, *ONE[:2])
@@ -191,7 +191,7 @@ def test_lens_printed_components_only_and_no_word_of_what_they_are(model_path, p
         at = [i for i, line in enumerate(told) if line.startswith(("stream ", "component "))]
         assert len(at) == 2, told
         assert "layer" in told[at[0] - 1] and "other positions" in told[at[0] - 1]  # what control is
-        assert "adds directly to the answer's logit" in told[at[1] - 1]
+        assert "component to the answer's logit" in told[at[1] - 1]
         streams = [line.split()[0] for line in told[at[0] + 1 : at[1] - 1]]
         assert streams == ["0_pre", "1_pre", "final_post"]
         assert set(json.loads(invoke(*asked, "--json").output)) >= {"rows", "layers"}

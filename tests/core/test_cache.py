@@ -384,7 +384,7 @@ def test_a_wrapped_layer_that_is_not_linear_is_refused():
     _, cache = model.run_with_cache(TOKENS)
     stack = cache.decompose_resid()[0]
     handle = model.unembed.linear.register_forward_hook(lambda part, args, out: out.relu())
-    with pytest.raises(InputError, match=r"matrix of a Linear, which is no linear map.*remove torch hooks"):
+    with pytest.raises(InputError, match=r"matrix of a Linear, which is not a linear map.*remove torch hooks"):
         cache.logit_attrs(stack, 3)
     handle.remove()
     for block in model.blocks:

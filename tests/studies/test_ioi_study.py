@@ -72,9 +72,9 @@ def test_the_demos_page_says_on_which_pairs_heads_were_called():
     page = report.to_html()
     heads = next(table for table in report._tables if table["columns"][0] == "head")
     assert all(f"{name}: " in heads["caption"] for name in heads["columns"])
-    assert "called by 12 of the pairs; every number is of the other 12, which share no group with them" in page
+    assert "labelled by 12 of the pairs; every number comes from the other 12, which share no group with them" in page
     assert "-0%" not in page and "the strongest are ." not in page and "No other head restores" in page
-    assert page.index("who looks at the indirect object") < page.index("attends to IO</th>")  # picture, then table
+    assert page.index("attention to the indirect object") < page.index("attends to IO</th>")  # picture, then table
 
 
 def test_one_group_names_nobody_and_says_that_there_is_no_interval():

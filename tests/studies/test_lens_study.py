@@ -35,7 +35,7 @@ def test_components_are_reported_on_prompts_that_did_not_choose_them():
 def test_one_group_of_several_prompts_has_no_interval():
     study = lens_study(tiny_model(), PROMPTS, answer=ANSWERS, group=torch.zeros(4, dtype=torch.long))
     assert study.held_out is None and "95% low" not in study.table().columns
-    assert "the first rows are too large" in study.report().to_html()
+    assert "the first rows are biased upwards." in study.report().to_html()
 
 
 def test_without_answers_each_prompt_has_its_own():

@@ -590,9 +590,9 @@ def test_one_layer_of_prompts_of_several_lengths_and_resumed(model, tmp_path):
     ("site", "error", "says"),
     [
         (["z", "q"], WrongType, r"one site is swept at a time.*sweep each of \['z', 'q'\] alone"),
-        (("z", "q"), WrongType, "takes its layer as an integer"),
-        (5, WrongType, "a site is named by a string"),
-        (None, WrongType, "a site is named by a string"),
+        (("z", "q"), WrongType, "needs an integer layer,"),
+        (5, WrongType, "a site's name must be a string"),
+        (None, WrongType, "a site's name must be a string"),
         (hl.site("z", 2), InputError, r"z at 2 asked for; there are layers 0 to 1 \(or -2 to -1\)"),
         (hl.site("scale", 0, "ln1"), KeyError, "no site to sweep named 'scale'"),
     ],

@@ -1,4 +1,4 @@
-"""Which heads read what which others wrote? Q-, K- and V-composition of weights, and which pairs stand out."""
+"""Q-, K- and V-composition of weights: which heads read what other heads write, and which pairs stand out."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,14 +28,14 @@ MODES = ("Q", "K", "V")
 
 @dataclass(frozen=True, eq=False)
 class Composition(Result):
-    """Composition scores of every pair of heads: writer first, then the later head that reads; 0 for other pairs.
+    """Composition scores of every pair of heads: the writer first, then the later head that reads; 0 for other pairs.
 
-    `scores` are |W_OV W_QK| / (|W_OV| |W_QK|) and the like (Frobenius). `specific` is how far a pair stands out from
-    what its writer gives every reader, what its reader takes from every writer and what pairs of that layer distance
-    show, in robust standard deviations: heads that share a few directions of the stream do not stand out by that.
-    `z` holds the score against the same two matrices in random orientation to each other, whose mean square score is
-    1 / d_model whatever their spectra (`chance` is its root). `null` says which of the two `p` belongs to:
-    "orientation" where there are too few heads for the other. NaN where there is no pair.
+    `scores` are |W_OV W_QK| / (|W_OV| |W_QK|) and the like (Frobenius). `specific` measures, in robust standard
+    deviations, how far a pair stands out from the means of its writer, of its reader and of pairs at the same layer
+    distance; heads that merely share a few directions of the stream do not stand out. `z` compares the score with that
+    of the same two matrices in random relative orientation, whose mean square is 1 / d_model for any spectra (`chance`
+    is its root). `null` says which of the two `p` refers to: "orientation" if there are too few heads for the other.
+    NaN where there is no pair.
     """
 
     ranked_by = "distance above the null"
@@ -71,7 +71,7 @@ class Composition(Result):
         return Table(("writer", "reader", "mode", "score", "stands out", "z", f"q ({self.null})"), rows)
 
     def figure(self) -> Any:
-        """Writers down, readers across: how far each pair lies above its null, its largest mode."""
+        """Writers down, readers across: how far each pair lies above its null in its largest mode."""
         from hooklens.viz.figures import heatmap
 
         by_null = self.specific if self.null == "specific" else self.z
@@ -95,18 +95,18 @@ class Composition(Result):
 def composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: int = 0) -> Composition:
     """Which later heads' queries, keys and values are set up to read what which earlier heads write?
 
-    Every matrix is kept as two thin factors. Norms, those of queries and keys too, are linearised: their weight (and
-    LayerNorm's centring) belongs to what reads the stream, their scale is left out. Rotary turns, position embeddings
-    and biases have no part in it.
+    Every matrix is kept as two thin factors. Norms, including those of queries and keys, are linearised: their weight
+    (and LayerNorm's centring) is folded into the reader, and their scale is left out. Rotary rotations, position
+    embeddings and biases are ignored.
 
     >>> from hooklens.testing import induction_model
     >>> found = composition(induction_model())
     >>> found.order()[0]                     # the induction head's keys read what the previous-token head wrote
     ('K', 0, 0, 1, 1)
 
-    A pair is judged by how far it stands out among the pairs of its writer and of its reader. With fewer than five
-    heads a layer that cannot be told, and `draws` random orientations of each pair, with their own spectra, make the
-    null; the draws of all pairs and modes are pooled in standard deviations.
+    A pair is judged by how far it stands out among the pairs of its writer and of its reader. This needs at least five
+    heads per layer. With fewer, the null is `draws` random orientations of each pair with its own spectra, and the
+    draws of all pairs and modes are pooled in standard deviations.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Q-, K-, and V-composition";
     Efron (2004), "Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis" (empirical null).
@@ -145,7 +145,7 @@ def _refuse(model: "HookedTransformer") -> None:
         wrapped = [name for name in "qkvo" if not is_plain(getattr(block.attn, name))]
         if wrapped:
             raise InputError(
-                f"composition reads weights, and blocks.{layer}.attn.{wrapped[0]} is not a plain linear layer; merge "
+                f"composition reads weights, but blocks.{layer}.attn.{wrapped[0]} is not a plain linear layer; merge "
                 "the adapter into it first"
             )
 
@@ -153,7 +153,7 @@ def _refuse(model: "HookedTransformer") -> None:
 def _factors(
     model: "HookedTransformer",
 ) -> tuple[Float[Tensor, "layer head d_head d_model"], dict[str, Float[Tensor, "layer head d_model d_head"]]]:
-    """What each head writes, and what its queries, keys and values read, each times the triangle of its other factor.
+    """The factors that each head writes, and that its q, k and v read, each times the triangle of its other factor.
 
     |A B C D| = |R (B C) S| where A = Q R and D^T = Q' S^T: rotations change no norm, and the inner product is small.
     """
@@ -184,7 +184,7 @@ def _mode(
     layers, d_model = len(writers), writers.shape[-1]
     norms = writers.flatten(2).norm(dim=2)[:, :, None, None] * readers.flatten(2).norm(dim=2)
     scores = torch.zeros_like(norms)
-    for layer in range(1, layers):  # only what earlier layers wrote can be read
+    for layer in range(1, layers):  # only earlier layers' output can be read
         inner = torch.einsum("lhdm,gme->lhgde", writers[:layer], readers[layer])
         scores[:layer, :, layer] = inner.flatten(3).norm(dim=3)
     later = torch.arange(layers)[:, None] < torch.arange(layers)
@@ -224,7 +224,7 @@ def _random_z(
     draws: int,
     generator: torch.Generator,
 ) -> Float[Tensor, "drawn"]:
-    """The z of every pair with its own spectra in random orientation, of `draws` models."""
+    """The z of every pair with its own spectra in random orientation, for `draws` models."""
     left, right, d_model = _spectra(writers), _spectra(readers), writers.shape[-1]
     found = [left.new_zeros(0)]
     for layer in range(len(left) - 1):
@@ -245,8 +245,8 @@ def _random(
 ) -> list[Float[Tensor, "writer reader"]]:
     """Squared scores of the same spectra in random orientation: s^T (G o G) t for G between two random frames.
 
-    Every writer and reader gets a frame of its own. With one for all, the pairs of a draw would rise and fall together,
-    and many of them would be no more of a null than one.
+    Every writer and reader gets its own random frame. With a shared frame, the pairs of a draw would vary together, and
+    many pairs would be no better a null than one.
     """
     out, s, t = [], _normal(left), _normal(right)
     for _ in range(draws):

@@ -1,4 +1,4 @@
-"""Does a head write the token that it looks at, or its opposite? The OV circuit from tokens to logits."""
+"""Does a head write the token it attends to, or its opposite? The OV circuit from tokens to logits."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Columns = Float[Tensor, "head d_head token"]
-_ROWS = 16  # tokens a sequence
+_ROWS = 16  # tokens per sequence
 
 
 @dataclass(frozen=True, eq=False)
 class Copying(Result):
-    """How each head's OV maps a sample of tokens onto their own logits.
+    """How each head's OV maps a sample of tokens to their own logits.
 
-    `own` is the logit that a token gives itself through a head, minus the mean that it gives the sampled tokens (the
-    norms' scales left out, so only its sign and its rank compare between heads). `rank` is the token's place among the
-    sampled ones, 0 the first, the middle of those that tie. `positive` is the sum of the circuit's eigenvalues over the
-    sum of their sizes: 1 if the head copies every token, -1 if it writes every token's opposite. `z` is mean `own` in
-    standard deviations of the same head with its values rotated at random, `copies` and `suppresses` the p-values.
+    `own` is the logit that a token gives itself through a head, minus the mean logit that it gives the sampled tokens
+    (without the norms' scales, so only its sign and rank are comparable between heads). `rank` is the token's rank
+    among the sampled ones, 0 the first; ties get the middle rank. `positive` is the sum of the circuit's eigenvalues
+    over the sum of their absolute values: 1 if the head copies every token, -1 if it writes every token's opposite. `z`
+    is the mean of `own` in standard deviations of the same head with randomly rotated values; `copies` and `suppresses`
+    are the p-values.
     """
 
     ranked_by = "how much the OV circuit copies or suppresses"
@@ -48,11 +49,11 @@ class Copying(Result):
     suppresses: PerHead
 
     def top_share(self, k: int = 5) -> PerHead:
-        """The share of tokens that are among the `k` which their own OV raises most."""
+        """The share of tokens that are among the `k` tokens their own OV raises most."""
         return (self.rank < k).to(self.own).mean(0)
 
     def bottom_share(self, k: int = 5) -> PerHead:
-        """The share of tokens that are among the `k` which their own OV lowers most."""
+        """The share of tokens that are among the `k` tokens their own OV lowers most."""
         return (self.rank >= len(self.tokens) - k).to(self.own).mean(0)
 
     def order(self) -> list[tuple[int, int]]:
@@ -61,14 +62,14 @@ class Copying(Result):
         return [divmod(i, self.z.shape[1]) for i in by]
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
+        """One row per head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
         q = q_values(torch.stack([self.copies, self.suppresses]))
         each = (self.positive, self.top_share(), self.bottom_share(), self.z, *q)
         rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
         return Table(("head", "eigenvalues", "own in top 5", "in bottom 5", "z", "q copies", "q suppresses"), rows)
 
     def figure(self) -> Any:
-        """How far each head's copying lies from chance, in standard deviations of rotated heads."""
+        """How far each head's copying is from chance, in standard deviations of rotated heads."""
         from hooklens.viz.figures import heatmap
 
         rows = layer_names(len(self.z))
@@ -78,10 +79,11 @@ class Copying(Result):
 
 
 def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
-    """Which heads would write the token they look at, wherever they look? Weights alone, no attention.
+    """Which heads would write the token they attend to, wherever they attend? Uses weights only, no attention.
 
-    A sample of tokens is put through each head's values and output, the final norm's weight and W_U: as embedded for
-    layer 0, as block 0 leaves them in random text for later layers. Norm scales are left out (positive, so ranks stay).
+    A sample of tokens is passed through each head's values and output, the final norm's weight and W_U. For layer 0 the
+    input is the embedding, for later layers the output of block 0 on random text. The scales of norms are left out
+    (they are positive, so ranks are unchanged).
 
     >>> from hooklens.testing import induction_model
     >>> found = copying(induction_model())
@@ -117,7 +119,7 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
 def _streams(
     model: "HookedTransformer", n_tokens: int, seed: int
 ) -> tuple[Int[Tensor, "token"], list[Float[Tensor, "token d_model"]]]:
-    """Sampled tokens; each as it is embedded, and as block 0 leaves it, mean over the places where it was drawn."""
+    """Sampled tokens; their embeddings, and their mean output of block 0 over the places where they were drawn."""
     per_row = repeated_tokens(model, 1, length=2 * _ROWS + 1, seed=seed).first_query - 1
     text = repeated_tokens(model, -(-n_tokens // per_row), length=2 * per_row + 1, period=per_row, seed=seed)
     rows = text.tokens[:, : per_row + 1]
@@ -130,7 +132,7 @@ def _streams(
 
 
 def _read(model, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "head token d_head"]:
-    """What each head's values make of the tokens, biases left out; heads of a group share theirs."""
+    """Each head's values for the tokens, without biases; heads of a group share values."""
     block, attn = model.blocks[layer], model.blocks[layer].attn
     normed = block.before_attn(x)[:, None]
     v = attn.heads(attn.v, normed, None) - attn.heads(attn.v, torch.zeros_like(normed), None)
@@ -164,7 +166,7 @@ def _of_layer(
     rank = ((logits > own[..., None]).sum(-1) + (logits >= own[..., None]).sum(-1) - 1) / 2
     eigenvalues = torch.linalg.eigvals(columns @ read)  # the non-zero ones of `logits`
     size = eigenvalues.abs().sum(-1)
-    # The mean of `own` is the inner product of the identity with G, so that of a rotated head is that of R with G.
+    # The mean of `own` is the inner product of the identity with G; for a rotated head it is that of R with G.
     G = (read.mT @ (columns - columns.mean(-1, keepdim=True)).mT).double()
     heads, d = G.shape[:2]
     deviation = G.flatten(1).norm(dim=1) / d**0.5  # of <R, G> over random rotations, whose mean is 0

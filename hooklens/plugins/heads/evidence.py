@@ -18,9 +18,9 @@ _SUPPRESSION = ("anti-copy", "ECE change")
 
 
 def label_rows(found: "Taxonomy", n: int | None) -> Table:
-    """One row a head and label. `effect` is in nats a token, of names the share of the logit difference.
+    """One row per head and label. `effect` is in nats per token; for name labels, the share of the logit difference.
 
-    `share of loss` is the effect as a share of the loss of the repeated tokens.
+    `share of loss` is the effect as a share of the loss on the repeated tokens.
     """
     called, make = found.called(), {**_on_repeats(found), **_on_names(found)}
     first, suppressed = found.scores.mean("first"), _suppressed(found)
@@ -47,7 +47,7 @@ def label_rows(found: "Taxonomy", n: int | None) -> Table:
 
 
 def _doubts(found: "Taxonomy", kind: str, at: tuple[int, int]) -> list[str]:
-    """What qualifies a head's evidence for a label: its size, and a control that could not take as much attention."""
+    """Qualifications of a head's evidence for a label: a negligible effect, or a control that could not match it."""
     if kind not in LABELS:
         return []
     told = {"detectable, negligible": found.negligible, "no matched control": found.unmatched}
@@ -55,7 +55,7 @@ def _doubts(found: "Taxonomy", kind: str, at: tuple[int, int]) -> list[str]:
 
 
 def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
-    """Score, q, effect, both ends, its q, its share of the loss, placebo and what it took, label by label."""
+    """Score, q, effect, its interval, its q, its share of the loss, placebo and its attention, label by label."""
     (low, high), score_q, effect_q = found.interval(), found.score_q, found.effect_q
     effect, rest = found.effect.mean(0), (found.share, found.placebo.mean(0), found.matched)
     return {
@@ -65,7 +65,7 @@ def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
 
 
 def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
-    """The same of indirect-object prompts: q of the pairs that label, margin and direct effect of the others."""
+    """The same on indirect-object prompts: q of the labelling pairs, margin and direct effect of the others."""
     if found.names is None:
         return {}
     movers, q = found.names.reported, found.names.q
@@ -77,7 +77,7 @@ def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
 
 
 def _suppressed(found: "Taxonomy") -> dict[tuple[int, int], tuple[float, float | None]]:
-    """What a head takes from the logit of the token that it looks at, and the calibration change without it."""
+    """How much a head lowers the logit of the token it attends to, and the calibration change without it."""
     if found.suppression is None or found.suppression.calibration is None:
         return {}
     change, anti = found.suppression.calibration, found.suppression.anti
@@ -86,7 +86,7 @@ def _suppressed(found: "Taxonomy") -> dict[tuple[int, int], tuple[float, float |
 
 
 def _nearest(found: "Taxonomy", at: tuple[int, int]) -> int:
-    """The label whose effect goes the other way, if there is one, else that of the least p."""
+    """The label with the opposite effect if there is one, else that with the smallest p."""
     against = found.opposite[:, at[0], at[1]]
     by = found.score_p[:, at[0], at[1]]
     return int((torch.where(against.to(by.device), by - 2, by)).argmin())
@@ -97,7 +97,7 @@ def _number(value: Tensor) -> float | None:
 
 
 def attention_map(found: "Taxonomy") -> Any:
-    """Layer by label and head: attention above chance, negative where the label was not earned."""
+    """Layer by label and head: attention above chance, negative if the label was not earned."""
     from hooklens.viz.figures import heatmap
 
     attention = torch.stack([found.scores.mean(kind) for kind, _ in LABELS.values()])

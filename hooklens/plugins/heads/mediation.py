@@ -1,4 +1,4 @@
-"""By which road does a head act: straight to the logits, through later MLPs, or through later heads?"""
+"""Mediation of a head's effect: directly to the logits, through later MLPs, or through later heads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
 
 @dataclass(frozen=True, eq=False)
 class Mediation(Result):
-    """How far the metric falls without each head, and by which road, sequence by sequence.
+    """The decrease of the metric without each head, in total and by path, sequence by sequence.
 
-    `total`: everything after the head answers. `direct`: only the final norm and the unembedding do. `mlps`, `through
-    heads`: later MLPs (later heads) answer as well, later heads (MLPs) hold their value of the untouched run; the
-    direct effect is taken off. Roads that need both, and what does not add up, are `interaction` = total - the other
-    three.
+    `total`: everything after the head responds. `direct`: only the final norm and the unembedding respond. `mlps`
+    (`later_heads`): later MLPs (heads) respond as well, while later heads (MLPs) keep their values of the untouched
+    run, minus the direct effect. `interaction` = total - the other three: paths that need both, and effects that do not
+    add.
     """
 
     ranked_by = "total effect"
@@ -54,7 +54,7 @@ class Mediation(Result):
 
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen"]:
-        """What of the total the three roads on their own do not explain."""
+        """The part of the total that the three separate paths do not explain."""
         return self.total - self.direct - self.mlps - self.later_heads
 
     def parts(self) -> Float[Tensor, "road sequence chosen"]:
@@ -62,22 +62,22 @@ class Mediation(Result):
         return torch.stack([self.total, self.direct, self.mlps, self.later_heads, self.interaction])
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "road chosen"], Float[Tensor, "road chosen"]]:
-        """Both ends of every mean, by a bootstrap over sequences."""
+        """The interval of every mean, from a bootstrap over sequences."""
         return mean_interval(self.parts().transpose(0, 1), level=level)
 
     @property
     def q(self) -> Float[Tensor, "road chosen"]:
-        """Benjamini-Hochberg over heads and roads, from sign flips of whole sequences."""
+        """Benjamini-Hochberg over heads and paths, from sign flips of whole sequences."""
         return q_values(sign_flip_p(self.parts().transpose(0, 1)))
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: total and roads, the interval and q-value of the total; `roads` has those of each road."""
+        """One row per head: total and paths, and interval and q-value of the total; `roads` has those of each path."""
         mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
         rows = [(self.heads[i], *mean[:, i].tolist(), *(float(x[0, i]) for x in (low, high, q))) for i in self._order()]
         return Table(("head", *ROADS, "total low", "total high", "q"), rows).head(n)
 
     def roads(self, n: int | None = None) -> Table:
-        """One row a head and road: the mean fall, its interval over sequences, and the q-value of "none"."""
+        """One row per head and path: the mean decrease, its interval over sequences, and the q-value of "none"."""
         mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
         rows = [
             (self.heads[i], road, *(float(x[at, i]) for x in (mean, low, high, q)))
@@ -90,11 +90,11 @@ class Mediation(Result):
         return self.total.mean(0).abs().argsort(descending=True, stable=True).tolist()
 
     def figure(self) -> Any:
-        """Heads down, roads across."""
+        """Heads down, paths across."""
         from hooklens.viz.figures import heatmap
 
         shown = self.parts().mean(1).T
-        return heatmap(shown, x=ROADS, y=self.heads, title="By which road a head acts", colourbar="fall of the metric")
+        return heatmap(shown, x=ROADS, y=self.heads, title="By which path a head acts", colourbar="fall of the metric")
 
 
 def mediation(
@@ -105,7 +105,7 @@ def mediation(
     *,
     value: Value = "mean over positions",
 ) -> Mediation:
-    """What of a head's effect on the metric is direct, through later MLPs, through later heads? By exact interventions.
+    """How much of a head's effect on the metric is direct, through later MLPs, or through later heads?
 
     `value` is what is written in place of the head's z, as in `hl.ablate`: its mean over all positions of the prompts,
     or `hl.Mean(reference=prompts)` by position. A head's own block counts as later where its MLP reads what attention
@@ -197,7 +197,7 @@ def without(rows: Index, written: dict[str, Tensor], at: tuple[int, int]) -> tup
 
 
 def demo(model: "HookedTransformer") -> Mediation:
-    """Two heads on short sequences that repeat; any model whose blocks are not post-norm."""
+    """Two heads on short sequences that repeat; works on any model whose blocks are not post-norm."""
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]

@@ -1,4 +1,4 @@
-"""Name movers: heads that look at the indirect object and write its name, each claim measured on its own."""
+"""Name movers: heads that attend to the indirect object and write its name, with each claim measured separately."""
 
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def name_movers(model: "HookedTransformer", pairs: PromptPairs, *, criteria: Criteria | None = None) -> NameMovers:
     """Which heads move the indirect object's name to the answer? Three measurements, each of which can say no.
 
-    The metric is the logit difference of the indirect object and the subject at the last position. A direct effect is
-    exact, final norm included: every other component keeps its value of the corrupted run.
+    The metric is the logit difference of the indirect object and the subject at the last position. Direct effects are
+    exact, including the final norm: every other component keeps its value of the corrupted run.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -38,7 +38,7 @@ def name_movers(model: "HookedTransformer", pairs: PromptPairs, *, criteria: Cri
     """
     model.blocks[0].need_sum("a direct effect")
     if drops_out(model):
-        raise InputError("two runs are compared, and dropout is on: they would differ by its masks; call model.eval()")
+        raise InputError("this compares two runs, and with dropout they would differ by its masks; call model.eval()")
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     first = "blocks.0.hook_resid_post"
     with torch.no_grad(), packed_linears(rows=1024):
@@ -121,7 +121,7 @@ def _of_other_names(answer: Int[Tensor, "pair"], wrong_answer: Int[Tensor, "pair
 def _written(
     model: "HookedTransformer", cache: "ActivationCache", layer: int, end: Int[Tensor, "pair"]
 ) -> Float[Tensor, "pair head d_model"]:
-    """What each head adds to the stream at the last position."""
+    """Each head's output to the stream at the last position."""
     row, block = torch.arange(len(end), device=end.device), model.blocks[layer]
     result = block.attn.results(cache["z", layer][row, end][:, None])[:, 0]
     return block.writes_through("attn").frozen(result, lambda name: cache[name][row, end][:, None])
@@ -135,14 +135,14 @@ def _ranks(
     row = torch.arange(len(io), device=names.device)
     places, written = [], []
     for layer in tracked(range(model.cfg.n_layers), "what heads copy", "layers"):
-        # the first block's heads read the embedding, later ones the name as block 0 leaves it
+        # the first block's heads read the embedding, later ones the output of block 0
         source = "hook_embed" if layer == 0 else "blocks.0.hook_resid_post"
         name = by_group(cache[source][row, io], which)
         logits = widened(_unembedded(model, _through_ov(model, layer, name)))
         written.append(logits[:, :, names])
         own = logits.gather(2, names[:, None, None].expand(-1, logits.shape[1], 1))
-        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie: a
-        # head that writes nothing neither copies nor suppresses
+        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle rank of ties: a head that
+        # writes nothing neither copies nor suppresses
         signs = (logits - own).sign_().sum(-1)
         places.append((signs.long() + logits.shape[-1] - 1) // 2)
     return torch.stack(places, 1), torch.stack(written, 1)
@@ -151,7 +151,7 @@ def _ranks(
 def _through_ov(
     model: "HookedTransformer", layer: int, x: Float[Tensor, "name d_model"]
 ) -> Float[Tensor, "name head d_model"]:
-    """What each head writes when it attends to x alone, biases left out."""
+    """Each head's output when it attends to x only, without biases."""
     block, attn = model.blocks[layer], model.blocks[layer].attn
     normed = block.before_attn(x)
     v = attn.heads(attn.v, normed[:, None], None) - attn.heads(attn.v, torch.zeros_like(normed)[:, None], None)
@@ -170,7 +170,7 @@ def _unembedded(
 
 
 def demo(model: "HookedTransformer") -> NameMovers:
-    """Eight pairs of token numbers in the shape of "so A and B, B gave to"; any model, no tokenizer needed."""
+    """Eight pairs of token numbers in the form "so A and B, B gave to"; works on any model, without a tokenizer."""
     wide = max(model.cfg.d_vocab - 4, 1)
     couples = [(4 + 2 * i % wide, 4 + (2 * i + 1) % wide) for i in range(2)]
     roles = [(a, b, order) for x, y in couples for a, b in ((x, y), (y, x)) for order in ("ABBA", "BABA")]

@@ -1,4 +1,4 @@
-"""Do heads stand in for one another, or need one another? Joint ablation against the sum of single ones."""
+"""Redundant and complementary heads: joint ablation compared with the sum of single ablations."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -34,12 +34,12 @@ Square = Float[Tensor, "chosen chosen"]
 
 @dataclass(frozen=True, eq=False)
 class Redundancy(Result):
-    """How far the metric falls without each head, without each pair, and how alike the heads write.
+    """The decrease of the metric without each head and without each pair, and the similarity of the heads' outputs.
 
-    `joint[s, i, j]` is the fall without both, on the diagonal without the one. `interaction` is joint minus the two
-    single falls: above 0 the heads stand in for one another (redundant: losing both costs more than the sum), below 0
-    they work on the same road (complementary: without one the other is worth less). `cosine` and `cka` compare what
-    they write, `cka_shuffled` is the CKA of the same outputs with tokens shuffled, which few tokens alone would give.
+    `joint[s, i, j]` is the decrease without both, on the diagonal without the single head. `interaction` is joint minus
+    the two single decreases. Above 0 the heads are redundant: losing both costs more than the sum. Below 0 they are
+    complementary, on the same path: without one, the other is worth less. `cosine` and `cka` compare their outputs;
+    `cka_shuffled` is the CKA of the same outputs with shuffled tokens, which a small number of tokens alone would give.
     """
 
     ranked_by = "how far the pair is from adding up"
@@ -57,12 +57,12 @@ class Redundancy(Result):
 
     @property
     def single(self) -> Float[Tensor, "sequence chosen"]:
-        """The fall without each head alone."""
+        """The decrease without each single head."""
         return self.joint.diagonal(dim1=1, dim2=2)
 
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen chosen"]:
-        """Joint minus single falls; 0 on the diagonal."""
+        """Joint minus single decreases; 0 on the diagonal."""
         found = self.joint - self.single[:, :, None] - self.single[:, None, :]
         own = torch.eye(len(self.heads), dtype=torch.bool, device=found.device)
         return found.masked_fill(own, 0.0)
@@ -82,20 +82,20 @@ class Redundancy(Result):
         return sorted(rows, key=lambda row: -abs(row[4]))
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a pair, the largest interaction first."""
+        """One row per pair, the largest interaction first."""
         falls = ("first alone", "second alone", "both", "interaction", "95% low", "95% high", "q")
         return Table(("heads", *falls, "cosine", "CKA", "CKA shuffled"), self._rows()[:n])
 
     def figure(self) -> Any:
-        """Pair by pair: blue where losing both costs more than the sum, orange where less."""
+        """Pair by pair: blue if losing both costs more than the sum, orange if less."""
         from hooklens.viz.figures import heatmap
 
         return heatmap(
             self.interaction.mean(0),
             x=self.heads,
             y=self.heads,
-            title="Joint minus single ablation: blue stand in for one another, orange share a road",
-            colourbar="nats a token",
+            title="Joint minus single ablation: blue are redundant, orange share a path",
+            colourbar="nats per token",
         )
 
 
@@ -108,7 +108,7 @@ def redundancy(
     value: Value = "mean over positions",
     seed: int = 0,
 ) -> Redundancy:
-    """Which of these heads are redundant, which complementary? Every head and every pair is ablated, exactly.
+    """Which of these heads are redundant, and which complementary? Every head and every pair is ablated, exactly.
 
     `value` is what is written in place of an ablated head's z, as in `hl.ablate`: its mean over all positions of the
     prompts, or `hl.Mean(reference=prompts)` by position. Choose the heads on other sequences than those given here.
@@ -173,7 +173,7 @@ def _without(rows: Index, new: dict[str, Tensor], heads: set[tuple[int, int]]) -
 def _outputs(
     model: "HookedTransformer", cache: "ActivationCache", heads: list[tuple[int, int]]
 ) -> Float[Tensor, "chosen token d_model"]:
-    """What each head writes at every position but the first."""
+    """Each head's output at every position except the first."""
     rows = []
     for layer, head in heads:
         z = cache["z", layer][:, 1:]

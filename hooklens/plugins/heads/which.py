@@ -14,8 +14,8 @@ Heads = Sequence[tuple[int, int] | str]
 
 
 def refuse_dropout(model: "HookedTransformer") -> None:
-    """Effects are differences between passes, and with dropout each pass draws masks of its own."""
+    """Effects are differences between passes, and with dropout each pass draws its own masks."""
     if drops_out(model):
         raise InputError(
-            "heads are compared between passes that must agree, and dropout is on; model.eval() turns it off"
+            "heads are compared between passes, which dropout makes different; call model.eval() to turn it off"
         )

@@ -1,4 +1,4 @@
-"""What a rank is read against: the same answer, looked for in the streams of other positions at the same layer."""
+"""The control for a rank: the rank of the same answer in the streams of other positions at the same layer."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,11 +6,11 @@ from torch import Tensor
 
 from hooklens.plugins.lens.reading import Reading
 
-DRAWS = 4  # other positions in which each answer is looked for
+DRAWS = 4  # number of other positions in which each answer is ranked
 
 
 def shifts_round(n: int) -> list[int]:
-    """Up to `DRAWS` different distances round n rows, none of them 0."""
+    """Up to `DRAWS` distinct cyclic shifts of n rows, none of them 0."""
     many = min(DRAWS, n - 1)
     return [1 + i * (n - 1) // many for i in range(many)]
 

@@ -1,6 +1,6 @@
-"""Direct effects of prompts of one length: activations times the vector by which the answer's logit reads them.
+"""Direct effects for prompts of one length: activations times the vector that maps the stream to the answer's logit.
 
-No weight is read: what goes into a linear layer times the gradient there is exact whatever wraps the layer (LoRA).
+Weights are never read: input times gradient is exact for a linear layer, whatever wraps it (LoRA).
 """
 
 from collections.abc import Callable
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Vector = Float[Tensor, "prompt d_model"]
 Pick = Callable[[Float[Tensor, "prompt d_out"]], Float[Tensor, "prompt"]]
 
-_TOKENS_COMPARED = 2048  # tokens of the vocabulary over which a spread is taken
-_TOKENS_AT_ONCE = 4096  # tokens of prompts in one forward pass
+_TOKENS_COMPARED = 2048  # number of tokens of the vocabulary used for a spread
+_TOKENS_AT_ONCE = 4096  # maximum number of prompt tokens per forward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Direct:
 
     @staticmethod
     def tensors() -> list[str]:
-        """The fields that have a row a prompt."""
+        """The fields with one row per prompt."""
         return [f.name for f in fields(Direct) if f.name not in ("sources", "labels", "error")]
 
 
@@ -56,7 +56,7 @@ class DirectEffects:
 
     def __init__(self, model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
         if not -tokens.shape[1] <= pos < tokens.shape[1]:
-            raise InputError(f"pos={pos} was asked for in a prompt of {tokens.shape[1]} tokens")
+            raise InputError(f"pos={pos} is out of range for a prompt of {tokens.shape[1]} tokens")
         self.model, self.pick = model, pick
         self.cache, stream = _run(model, tokens, pos)
         points = ["unembed.hook_out", *Passage(model.ln_final).scales]
@@ -71,7 +71,7 @@ class DirectEffects:
         self.norm_bias = _bias_read(self.final, read)
 
     def dot(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
-        """What these vectors in the stream add to the answer's logit."""
+        """The contribution of these stream vectors to the answer's logit."""
         return (x.to(self.wide) * self.vector.to(self.wide)).sum(-1)
 
     def spread(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
@@ -102,7 +102,7 @@ def direct_effects(
     wrong: Int[Tensor, "prompt"] | None,
     pos: int,
 ) -> list[Direct]:
-    """Everything that a LogitAttribution holds, for as many prompts at a time as fit."""
+    """The fields of a LogitAttribution, computed for as many prompts at a time as fit in memory."""
     need_gradients("direct logit attribution")
     some = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
     found = []
@@ -123,7 +123,7 @@ def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int
     components = at.dot(stack).T
     heads, head_spread, attn_bias, sources = (torch.stack(part, 1) for part in _attention(model, at))
     neurons, mlp_bias = _mlps(model, at)
-    pair = 1.0 if wrong is None else 2**0.5  # two random tokens differ by so much more than one does from the mean
+    pair = 1.0 if wrong is None else 2**0.5  # standard deviation of a difference of two tokens
     parts = dict(zip(labels, components.T, strict=True))
     error = _checked(
         model, at, parts=parts, heads=heads, attn_bias=attn_bias, sources=sources, neurons=neurons, mlp_bias=mlp_bias
@@ -146,7 +146,7 @@ def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int
 
 
 def _run(model: "HookedTransformer", tokens: Tensor, pos: int) -> tuple[ActivationCache, Vector]:
-    """What is needed of a forward pass: all keys' values, everything else at the one query position."""
+    """The values needed from a forward pass: of all keys, and of everything else at the query position."""
     kept: dict[str, Tensor] = {}
 
     def keep(act: Tensor, hook: Any) -> None:
@@ -163,7 +163,7 @@ def _run(model: "HookedTransformer", tokens: Tensor, pos: int) -> tuple[Activati
 
 
 def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Layer by layer: what heads add, their spread, what biases add, and what each head moved from each position."""
+    """Per layer: contributions of heads, their spread, contributions of biases, and of each head's source positions."""
     found: tuple[list[Tensor], ...] = ([], [], [], [])
     for layer, block in enumerate(model.blocks):
         name, attn = f"blocks.{layer}", block.attn
@@ -181,7 +181,7 @@ def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], li
 
 
 def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"], Float[Tensor, "prompt layer"]]:
-    """What each neuron adds, and what biases add; no neurons in attention-only models."""
+    """Contributions of neurons and of biases; no neurons in attention-only models."""
     n_prompts, n_layers = len(at.logit), model.cfg.n_layers
     if model.blocks[0].mlp is None:
         return at.logit.new_zeros(n_prompts, n_layers, 0), at.logit.new_zeros(n_prompts, n_layers)
@@ -195,7 +195,7 @@ def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"
 
 
 def _checked(model, at: DirectEffects, parts: dict[str, Tensor], heads, attn_bias, sources, neurons, mlp_bias) -> float:
-    """By how much a sum misses at most. One that misses by more than rounding is an edit that the parts do not show."""
+    """The largest deviation of a sum. A deviation beyond rounding means that a hook made an edit the parts lack."""
     misses = [sum(parts.values()) - (at.logit - at.unembed_bias - at.norm_bias), (sources.sum(-1) - heads).flatten()]
     for layer in range(model.cfg.n_layers):
         misses.append(heads[:, layer].sum(-1) + attn_bias[:, layer] - parts[f"{layer}_attn_out"])
@@ -206,14 +206,14 @@ def _checked(model, at: DirectEffects, parts: dict[str, Tensor], heads, attn_bia
     allowed = 1e-3 if at.vector.dtype in (torch.float32, torch.float64) else 0.1
     if not error <= allowed * (1 + largest):
         raise InputError(
-            f"the parts do not sum to what they are parts of: they miss by {error:.3g}. Is a hook editing z, result, "
-            "attn_out, mlp_out or the stream? Parts of what a hook has written are not known; leave that scope"
+            f"the parts do not sum to their total; the difference is {error:.3g}. Is a hook editing z, result, "
+            "attn_out, mlp_out or the stream? Values written by a hook have no known parts; leave that scope"
         )
     return error
 
 
 def _read_by(module: Any, at: Float[Tensor, "prompt d_in"], pick: Pick) -> tuple[Tensor, Float[Tensor, "prompt"]]:
-    """The gradient of what is picked from an affine module's output, and what is picked where its input is 0."""
+    """The gradient of the picked output of an affine module, and the picked output for input 0."""
     with torch.enable_grad():
         x = torch.zeros_like(at).requires_grad_()
         picked = pick(module(x))

@@ -1,4 +1,4 @@
-"""The tuned lens as a module: an affine map for every stream but the last, and the file that holds it."""
+"""The tuned lens as a module: an affine map for every stream except the last, and its file format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ LENS_SCHEMA = Schema("hooklens.tuned_lens", 1, "a tuned lens", "TunedLens.save")
 
 
 class TunedLens(nn.Module):
-    """From the stream before a block to the stream that the final norm should read: x + x weight + bias, a map a layer.
+    """Maps the stream before a block to the stream that the final norm reads: x + x weight + bias, one map per layer.
 
-    All zero it is the logit lens.
+    With all zeros it equals the logit lens.
 
     >>> lens = TunedLens(n_layers=2, d_model=8)
     >>> x = torch.ones(3, 8)
@@ -38,17 +38,17 @@ class TunedLens(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_layers, d_model, device=device, dtype=dtype))
 
     def forward(self, layer: int, stream: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
-        """What the final norm reads in place of the stream that enters this layer."""
+        """The vector that the final norm reads in place of the stream that enters this layer."""
         wide = stream.to(self.weight.dtype)
         return (wide + wide @ self.weight[layer] + self.bias[layer]).to(stream.dtype)
 
     def check_fits(self, model: "HookedTransformer") -> None:
-        """Is there a map of the right size for every block of the model?"""
+        """Raise unless there is a map of the right size for every block of the model."""
         n_layers, d_model = self.weight.shape[:2]
         if (n_layers, d_model) != (model.cfg.n_layers, model.cfg.d_model):
             raise InputError(
-                f"this tuned lens was made for {n_layers} layers of d_model {d_model}; the model has "
-                f"{model.cfg.n_layers} layers of d_model {model.cfg.d_model}: train one for it with train_tuned_lens"
+                f"this tuned lens has {n_layers} layers of d_model {d_model}, but the model has "
+                f"{model.cfg.n_layers} layers of d_model {model.cfg.d_model}: train a lens for it with train_tuned_lens"
             )
 
     def save(self, path: str | Path) -> None:
@@ -68,7 +68,7 @@ class TunedLens(nn.Module):
 
     @classmethod
     def of(cls, weight: Float[Tensor, "layer d_model d_model"], bias: Float[Tensor, "layer d_model"]) -> "TunedLens":
-        """The lens with these maps."""
+        """Make a lens from these maps."""
         lens = cls(*weight.shape[:2], device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             lens.weight.copy_(weight)

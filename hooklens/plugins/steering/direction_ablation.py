@@ -1,4 +1,4 @@
-"""Does the model need a direction? The metric and the loss without it, beside the same without random ones."""
+"""Does the model need a direction? The metric and the loss after ablating it, compared with random directions."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class DirectionAblation(Result):
-    """The metric and the loss of neutral text with the direction taken out, and with random directions taken out.
+    """The metric and the loss on neutral text after ablating the direction, and after ablating random directions.
 
-    The losses are in nats a token. `share` is how much of the activations' squared length lies along the direction,
-    each position counting the same. Random directions are of three `nulls`: isotropic ones, which hold little of the
-    stream, so that beating them says little; ones that lie as the activations do; and ones that hold as large a share
-    of them as the direction. Directions that were given make one null, "given".
+    The losses are in nats per token. `share` is the share of the activations' squared length along the direction, with
+    every position weighted equally. There are three `nulls` of random directions: isotropic ones, which contain little
+    of the stream, so exceeding them shows little; directions distributed like the activations; and directions with as
+    large a share as the direction itself. Directions given by the caller form one null, "given".
     """
 
     metric: Float[Tensor, "prompt"]
@@ -63,16 +63,16 @@ class DirectionAblation(Result):
         return float(low), float(high)
 
     def random_band(self, level: float = 0.95) -> tuple[Float[Tensor, "null"], Float[Tensor, "null"]]:
-        """Between which ends the effects of random directions lie, for each null."""
+        """The interval of the effects of random directions, for each null."""
         low, high = _ends(self.random_effect, level)
         return low, high
 
     @property
     def against(self) -> list[str]:
-        """Where the whole interval lies, for each null: "beyond" 95 % of random directions, "inside", or neither.
+        """The position of the whole interval, for each null: "beyond" 95 % of random directions, "inside", or neither.
 
-        Sizes are compared, whatever the sign. Only "beyond" speaks for the direction, and only "inside" against it: a
-        large p alone is "undecided".
+        Absolute values are compared. Only "beyond" supports the direction, and only "inside" is evidence against it: a
+        large p alone means "undecided".
         """
         low, high = self.interval()
         most = torch.quantile(self.random_effect.abs(), 0.95, dim=1).tolist()
@@ -84,17 +84,17 @@ class DirectionAblation(Result):
 
     @property
     def null_p(self) -> Float[Tensor, "null"]:
-        """How often taking out a random direction moves the metric as far, to either side, for each null."""
+        """How often ablating a random direction changes the metric as much, in either direction, for each null."""
         null = self.random_effect.abs().T
         return null_p(torch.full_like(null[0], abs(self.effect)), null)
 
     @property
     def p(self) -> float:
-        """The same for the last null: directions that hold as large a share, or those given."""
+        """`null_p` of the last null: directions with as large a share, or the given ones."""
         return float(self.null_p[-1])
 
     def table(self, n: int | None = None) -> Table:
-        """The direction, and random ones: effect with its ends, p, where the interval lies, share, perplexity."""
+        """The direction and the random ones: effect with interval, p, position of the interval, share, perplexity."""
         mean, (least, most), paid = (
             self.random_effect.mean(1),
             self.random_band(),
@@ -120,7 +120,7 @@ class DirectionAblation(Result):
         return Table(columns, rows).head(n)
 
     def figure(self) -> Any:
-        """The effect on the metric and the rise of the loss, with the ranges of random directions."""
+        """The effect on the metric and the increase of the loss, with the ranges of random directions."""
         from hooklens.viz.figures import bars
         from hooklens.viz.panels import panels
 
@@ -156,11 +156,11 @@ def direction_ablation(
     group: Int[Tensor, "prompt"] | None = None,
     controls: int | Float[Tensor, "draw width"] = 24,
 ) -> DirectionAblation:
-    """What does the model lose when it can no longer use a direction, and would it lose as much without any other?
+    """What does the model lose when it cannot use a direction, and would it lose as much without any other direction?
 
-    The direction is taken out of the stream wherever it stands, or at chosen sites. `neutral` is text whose loss should
-    not change; None takes the prompts themselves. `group` has one label a prompt: the interval resamples groups.
-    `controls` is a number of random directions of each kind, the same in every call, or the directions.
+    The direction is ablated everywhere in the stream, or at chosen sites. `neutral` is text whose loss should not
+    change; None uses the prompts themselves. `group` has one label per prompt: the interval resamples groups.
+    `controls` is the number of random directions of each kind (the same in every call), or the directions themselves.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -171,9 +171,9 @@ def direction_ablation(
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", sections 2.4 and 3.
     """
     if direction.ndim != 1:
-        raise InputError(f"one direction [width] is taken out and compared, got {list(direction.shape)}")
+        raise InputError(f"direction_ablation needs a single direction [width], got {list(direction.shape)}")
     where = stream_sites(model) if sites is None else sites
-    ablate_direction(model, direction, sites=where)  # refuses what cannot be ablated there
+    ablate_direction(model, direction, sites=where)  # raises if it cannot be ablated there
     names = [point.name for point in model.resolve(where)]
     groups, rows = read_pairs(model, prompts, prompts, ()), rows_of(model, prompts, "prompts")
     check_metric(metric, groups)
@@ -204,14 +204,14 @@ def _controls(
     controls: int | Float[Tensor, "draw width"], moment: Float[Tensor, "width width"], direction: Float[Tensor, "width"]
 ) -> tuple[Float[Tensor, "null draw width"], list[str]]:
     """Random directions by null, and the nulls' names."""
-    given = unit_controls(controls, direction, 0)  # refuses what are none
+    given = unit_controls(controls, direction, 0)  # raises if these are not directions
     if isinstance(controls, Tensor):
         return given[None], ["given"]
     return random_ablations(moment, direction, controls, 0), list(NULLS)
 
 
 def demo(model: "HookedTransformer") -> DirectionAblation:
-    """The direction that raises one token's logit, taken out everywhere; its effect on that logit."""
+    """Ablate the direction that raises one token's logit, everywhere; measure the effect on that logit."""
     prompts = demo_texts(model, 4, 4)
     token = 1 % model.cfg.d_vocab_out
 

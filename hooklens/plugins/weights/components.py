@@ -1,4 +1,4 @@
-"""Writers and readers of the stream: which directions each uses, and how strongly."""
+"""Writers and readers of the residual stream: the directions that each uses, and how strongly."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A writer or reader: where it is, its directions in the stream, and how strongly each is used."""
+    """A writer or reader: its place, its directions in the stream, and their singular values."""
 
     name: str
     layer: int
@@ -68,13 +68,13 @@ def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
 def _part(
     name: str, layer: int, mlp: bool, basis: Float[Tensor, "rank d_model"], singular: Float[Tensor, "rank"]
 ) -> Part:
-    """The directions that rounding cannot have made."""
+    """The directions with singular values above rounding error."""
     kept = int(numerical_rank(singular, (basis.shape[1], basis.shape[1]), torch.finfo(singular.dtype).eps))
     return Part(name, layer, mlp, basis[:kept].cpu(), singular[:kept].cpu())
 
 
 def _centred(model: "HookedTransformer", rows: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
-    """What readers behind a LayerNorm see of it: not its mean."""
+    """Subtract the mean if the readers are behind a LayerNorm, which ignores it."""
     return rows - rows.mean(-1, keepdim=True) if _centres(model) else rows
 
 
@@ -83,14 +83,14 @@ def _centres(model: "HookedTransformer") -> bool:
 
 
 def stream_width(model: "HookedTransformer") -> int:
-    """How many dimensions of the stream readers see."""
+    """The number of dimensions of the stream that readers can see."""
     return model.cfg.d_model - _centres(model)
 
 
 def random_block(
     rows: int, columns: int, width: int, generator: torch.Generator, like: Tensor
 ) -> Float[Tensor, "rows columns"]:
-    """The corner of a random orthogonal matrix, up to signs of its rows or columns, which no use here sees."""
+    """The corner of a random orthogonal matrix, up to the signs of rows or columns, which have no effect here."""
     few, many = sorted((rows, columns))
     drawn = torch.randn(width, few, generator=generator, dtype=torch.float64).to(like.dtype)
     block = torch.linalg.qr(drawn).Q[:many]

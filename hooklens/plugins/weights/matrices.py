@@ -1,4 +1,4 @@
-"""A model's matrices as they act on the stream: wrapped layers multiplied out, the norm before a reader folded in."""
+"""A model's matrices as they act on the stream: wrapped layers are multiplied out, norms are folded into the reader."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +20,7 @@ Rows = Float[Tensor, "row d_model"]
 
 
 class Heads(NamedTuple):
-    """What a layer's heads read with and write with; keys and values of a group repeated for its heads."""
+    """The read and write matrices of a layer's heads; keys and values of a group are repeated for its heads."""
 
     Q: Float[Tensor, "head d_model d_head"]
     K: Float[Tensor, "head d_model d_head"]
@@ -37,7 +37,7 @@ class Heads(NamedTuple):
 
 
 def heads_of(model: "HookedTransformer", layer: int) -> Heads:
-    """W_Q, W_K, W_V and W_O of a layer as they are stored, one of each a head.
+    """W_Q, W_K, W_V and W_O of a layer as stored, one of each per head.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -53,8 +53,8 @@ def heads_of(model: "HookedTransformer", layer: int) -> Heads:
 def folded_heads(model: "HookedTransformer", layer: int) -> Heads:
     """The same for the raw stream: the norm's weight (and a LayerNorm's centring) moved into what reads it.
 
-    Scales of norms are left out: x @ QK @ y is a score, and x @ OV what is written, up to a positive factor a position.
-    The weights of q/k norms and of a norm after the branch are moved in too.
+    The scales of norms are left out: x @ QK @ y is a score, and x @ OV an output, up to a positive factor per position.
+    The weights of q/k norms and of a norm after the branch are folded in too.
     """
     need_sum(model)
     block, raw = model.blocks[layer], heads_of(model, layer)
@@ -64,7 +64,7 @@ def folded_heads(model: "HookedTransformer", layer: int) -> Heads:
 
 
 class Neurons(NamedTuple):
-    """What a layer's neurons read with and write with, seen from the raw stream; `gate` where there is one."""
+    """The read and write matrices of a layer's neurons for the raw stream; `gate` if the MLP is gated."""
 
     reads: Float[Tensor, "d_model d_mlp"]
     gate: Float[Tensor, "d_model d_mlp"] | None
@@ -76,7 +76,7 @@ def folded_neurons(model: "HookedTransformer", layer: int) -> Neurons:
     need_sum(model)
     block = model.blocks[layer]
     if block.mlp is None:
-        raise InputError("neurons were asked of a model without MLPs (attn_only); read its heads")
+        raise InputError("a model without MLPs (attn_only) has no neurons; read its heads")
     gate = getattr(block.mlp, "gate", None)
     reads = [
         None if linear is None else block.reads_through("mlp").folded(wide(matrix_of(linear, model.cfg.d_model)).mT)
@@ -94,7 +94,7 @@ def embedding_rows(model: "HookedTransformer", passage: Passage) -> Float[Tensor
 
 
 def embedding_matrix(model: "HookedTransformer") -> Float[Tensor, "rows columns"]:
-    """W_E as it is stored, also where the embedding is wrapped."""
+    """W_E as stored, also if the embedding is wrapped."""
     plain = type(model.embed) in (TokenEmbedding, VectorEmbedding)
     return wide(model.W_E) if plain else _embedded(model) / model.cfg.embed.scale
 
@@ -105,7 +105,7 @@ def _embedded(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
 
 
 def unembedding_rows(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
-    """Each token's column of W_U with the final norm's weight and centring moved in, its scale left out."""
+    """Each token's column of W_U with the final norm's weight and centring folded in, without its scale."""
     rows = wide(matrix_of(model.unembed.linear, model.cfg.d_model))
     return Passage(model.ln_final).folded(rows.mT).mT
 
@@ -119,11 +119,11 @@ def check_layer(model: "HookedTransformer", layer: int, head: int | None = None)
     """Refuse a layer or head that the model does not have."""
     for name, value, n in (("layer", layer, model.cfg.n_layers), ("head", head, model.cfg.n_heads)):
         if value is not None and not 0 <= value < n:
-            raise InputError(f"{name} {value} was asked for; this model has {name}s 0 to {n - 1}")
+            raise InputError(f"there is no {name} {value}; this model has {name}s 0 to {n - 1}")
 
 
 def wide(weight: Tensor) -> Tensor:
-    """Detached, in float32 or the weight's own type, whichever is wider."""
+    """Detached, in float32 or the weight's own dtype, whichever is wider."""
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""What a demo returns on a model that its method cannot read."""
+"""A demo's result on a model that its method does not support."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Needs(Result):
-    """What the method would need, in words."""
+    """What the method needs, in words."""
 
     what: str
 
     def figure(self) -> Any:
-        """That there is nothing to draw."""
+        """An empty figure: there is nothing to draw."""
         from hooklens.viz.figures import bars
 
         return bars(torch.zeros(1), labels=[self.what], title=f"Needs {self.what}")
 
 
 def lacking(model: "HookedTransformer", *, mlp: bool = False, tokens: bool = True) -> Needs | None:
-    """What the model lacks for a method that reads weights against the stream; None if nothing.
+    """What the model lacks for a method that reads weights in the stream; None if nothing.
 
     >>> from hooklens.testing import tiny_model
     >>> lacking(tiny_model()) is None, lacking(tiny_model(attn_only=True), mlp=True)

@@ -1,4 +1,4 @@
-"""Singular directions of a head or an MLP as tokens: what each reads from the stream and what it writes there."""
+"""Singular directions of a head or an MLP as tokens: what each direction reads from the stream and writes to it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,12 @@ _DRAWS = 200  # random vectors: each is multiplied with the whole vocabulary
 
 @dataclass(frozen=True, eq=False)
 class SingularDirections(Result):
-    """The largest singular directions of a matrix, each with the tokens on its sides.
+    """The largest singular directions of a matrix, each with its tokens on both sides.
 
-    `left` and `right` are unit vectors of the raw stream (or None where that side is neurons), the norm before the
-    matrix folded into it; `lists` holds their tokens, with random vectors beside them. A direction and its negative are
-    the same one: both sides may change sign together, so that the highest tokens of one side belong to the highest of
-    the other, and the lowest to the lowest.
+    `left` and `right` are unit vectors of the raw stream (None if that side is neurons), with the norm before the
+    matrix folded in; `lists` contains their tokens, compared with random vectors. A direction is defined up to sign:
+    both sides may change sign together, so the top tokens of one side belong to the top tokens of the other, and the
+    bottom tokens to the bottom tokens.
     """
 
     matrix: str
@@ -51,7 +51,7 @@ class SingularDirections(Result):
         return q_values(torch.stack([one.p for one in self.lists]))
 
     def table(self, n: int | None = 10) -> Table:
-        """Two rows a direction, one a sign: the tokens that go together."""
+        """Two rows per direction, one per sign: the tokens that belong together."""
         sides = [one.name for one in self.lists]
         columns = ("direction", "singular value", "share", *(side for side in sides), *(f"q {side}" for side in sides))
         rows: list[tuple] = []
@@ -66,7 +66,7 @@ class SingularDirections(Result):
         return self.table(2 * k)
 
     def figure(self) -> Any:
-        """How peaked each direction's token scores are, beside the 95th percentile of random vectors."""
+        """How peaked each direction's token scores are, with the 95th percentile of random vectors."""
         from hooklens.viz.curves import lines
 
         values = {one.name: one.kurtosis for one in self.lists}
@@ -78,11 +78,11 @@ class SingularDirections(Result):
 def ov_directions(
     model: "HookedTransformer", layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
-    """Which tokens does a head read from where it looks, and which does it then write?
+    """Which tokens does a head read from the positions it attends to, and which does it then write?
 
-    W_V W_O, with the weight of the norm before it folded in, is a sum of terms: read u, write v, as strongly as the
-    singular value says. Reading is shown for a stream that holds one token's embedding alone, writing as the logits
-    that v alone adds, the final norm's scale left out.
+    W_V W_O, with the weight of the norm before it folded in, is a sum of terms: read u, write v, with the singular
+    value as strength. Reading is computed for a stream that contains only one token's embedding, writing as the logits
+    that v alone adds, without the final norm's scale.
 
     >>> from hooklens.testing import tiny_model
     >>> found = ov_directions(tiny_model(), 1, 0, k=2, top=3)
@@ -105,11 +105,11 @@ def ov_directions(
 def qk_directions(
     model: "HookedTransformer", layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
-    """Which tokens look, and which do they look for? `queries` on the left of W_Q W_K^T, `keys` on its right.
+    """Which tokens attend to which? `queries` are the left side of W_Q W_K^T, `keys` the right side.
 
-    Both are read from the stream through the same norm, whose weight is folded in. Rotary models: the score of a query
-    and a key at the same position; at a distance it is turned. Norms of q and k: their weight, not their scale.
-    Biases are left out: keys that all queries look at alike, through b_Q W_K^T, do not show.
+    Both are read from the stream through the same norm, whose weight is folded in. In rotary models this is the score
+    of a query and a key at the same position; at a distance it is rotated. Of q and k norms, the weight is included and
+    the scale is not. Biases are left out: keys that all queries attend to alike, through b_Q W_K^T, do not appear.
 
     >>> from hooklens.testing import tiny_model
     >>> [one.name for one in qk_directions(tiny_model(), 1, 0, k=2, top=3).lists]
@@ -129,7 +129,7 @@ def mlp_read_directions(
 ) -> SingularDirections:
     """Which directions of the stream does an MLP read most strongly? Left singular vectors of W_in, or of W_gate.
 
-    The activation function stands between reading and writing, so that what is read here has no partner in
+    The activation function lies between reading and writing, so the directions here have no counterparts in
     `mlp_write_directions`.
 
     >>> from hooklens.testing import tiny_model
@@ -140,7 +140,7 @@ def mlp_read_directions(
     found = folded_neurons(model, layer)
     matrix = found.gate if gate else found.reads
     if matrix is None:
-        raise InputError("W_gate was asked of an MLP without one; this model has W_in and W_out")
+        raise InputError("this MLP has no W_gate; it has W_in and W_out")
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
     sides = [reading_side(model, model.blocks[layer].reads_through("mlp"), seed=seed)]
     return _directions(
@@ -185,9 +185,9 @@ def _directions(
 ) -> SingularDirections:
     k, top = size
     if not 1 <= k <= len(S):
-        raise InputError(f"{name} has {len(S)} singular directions, and k={k} of them were asked for")
+        raise InputError(f"{name} has {len(S)} singular directions, fewer than k={k}")
     first = next(one for one in vectors if one is not None)
-    # of both signs the one whose largest entry is positive: a decomposition leaves it open
+    # choose the sign for which the largest entry is positive: the decomposition leaves it open
     largest = first[:, :k].gather(0, first[:, :k].abs().argmax(0)[None])[0]
     kept = [None if one is None else (one[:, :k] * largest.sign()).mT.contiguous() for one in vectors]
     pairs = zip(sides, [one for one in kept if one is not None], strict=True)
@@ -200,5 +200,5 @@ def _directions(
 
 
 def demo(model: "HookedTransformer") -> SingularDirections | Needs:
-    """The first head's OV, where weights can be read against the stream."""
+    """The first head's OV, if weights can be read in the stream."""
     return lacking(model) or ov_directions(model, 0, 0, k=min(4, model.cfg.d_head), top=min(5, model.cfg.d_vocab))

@@ -1,4 +1,4 @@
-"""A claim written down before the run: what would confirm it, hashed so that it cannot be fitted to what came out."""
+"""A claim written down before the run: a hashed plan, so that it cannot be adapted to the result."""
 
 import math
 import re
@@ -21,7 +21,7 @@ _SCHEMA = Schema("hooklens.registration", 1, "a registration", "Registration.wri
 
 @dataclass(frozen=True, eq=False)
 class Registration(Result):
-    """A hypothesis, and what will be held against it.
+    """A hypothesis, and the criterion for its confirmation.
 
     >>> plan = Registration("L5H1 moves names", "logit_diff", "random heads of layer 5", threshold=0.05, n=64)
     >>> len(plan.digest), plan.written
@@ -47,18 +47,18 @@ class Registration(Result):
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{{{name}}} is empty, and a registration says it before the run; give a few words"
+            f"{{{name}}} is empty, but a registration must state it; give a few words"
             for name in ("hypothesis", "metric", "control")
             if not getattr(self, name).strip()
         ]
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            wrong.append(f"{{threshold}} is a distance from 0, at least 0, got {self.threshold}")
+            wrong.append(f"{{threshold}} must be a distance from 0, at least 0, got {self.threshold}")
         if self.n < 2:
-            wrong.append(f"{{n}} is the number of prompts, at least 2 for an interval, got {self.n}")
+            wrong.append(f"{{n}} is the number of prompts; an interval needs at least 2, got {self.n}")
         if wrong:
             raise ArgumentError("; ".join(wrong))
         if self.side not in SIDES:
-            raise InputError(f"side is 'above' or 'below', got {self.side!r}")
+            raise InputError(f"side must be 'above' or 'below', got {self.side!r}")
 
     @property
     def digest(self) -> str:
@@ -71,7 +71,7 @@ class Registration(Result):
 
     @property
     def dated(self) -> str:
-        """What dates the plan, with the first digits of its digest: "registered ..." or "self-dated ...".
+        """How the plan is dated, with the first digits of its digest: "registered ..." or "self-dated ...".
 
         >>> Registration("L5H1 moves names", "logit_diff", "random heads", threshold=0.05, n=64).dated
         'unwritten ...'
@@ -81,9 +81,9 @@ class Registration(Result):
         return f"{'registered' if self.published else 'self-dated'} {self.written} as {self.digest[:8]}"
 
     def write(self, path: str | Path) -> "Registration":
-        """Keep the registration as JSON, with the time and the digest, and return it as it was written.
+        """Write the registration as JSON, with the time and the digest, and return it as written.
 
-        A file that is there already is not overwritten, and a plan that was written is not written again.
+        An existing file is never overwritten, and a plan that was written is not written again.
         """
         path = path_of(path)
         if self.written:
@@ -95,10 +95,10 @@ class Registration(Result):
 
     @classmethod
     def read(cls, path: str | Path, *, digest: str | None = None) -> "Registration":
-        """The registration in a file; one that was edited after it was written is refused.
+        """Read the registration in a file; a file that was edited after writing raises an error.
 
-        The digest in the file shows an accident. An edit with a digest recomputed shows only against the `digest` that
-        was published, all 64 digits of it. Without one the plan is "self-dated".
+        The digest in the file reveals accidental changes. An edit with a recomputed digest is revealed only by the
+        published `digest`, all 64 digits of it. Without it the plan is "self-dated".
         """
         if digest is not None:
             digest = _whole(digest)
@@ -116,12 +116,12 @@ class Registration(Result):
 
 
 def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list[Registration]:
-    """The plans in these files, each marked as published if its digest is among `digests`.
+    """Read the plans in these files; each is marked as published if its digest is among `digests`.
 
     >>> read_plans([])
     []
 
-    A digest that belongs to none of them is refused: the plan it was published for is another file, or was edited.
+    A digest that belongs to none of them raises an error: its plan is another file, or was edited.
     """
     plans, left = [Registration.read(path) for path in paths], {_whole(digest) for digest in digests}
     found = [replace(plan, published=plan.digest if plan.digest in left else "") for plan in plans]
@@ -135,17 +135,17 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
 
 
 def check_new(path: Path) -> None:
-    """Can a plan be written there? One that exists is never overwritten."""
+    """Raise if a plan cannot be written there; an existing file is never overwritten."""
     check_writable(path)
     if path.exists():
         raise _once(f"{path} exists")
 
 
 def _once(seen: str) -> InputError:
-    return InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
+    return InputError(f"a registration is written once, before the run, but {seen}; make another plan or name")
 
 
 def _whole(digest: str) -> str:
     if not _DIGEST.fullmatch(digest.strip().lower()):
-        raise InputError(f"a published digest is all 64 hexadecimal digits of it, got {len(digest)}: {digest[:80]!r}")
+        raise InputError(f"a published digest has 64 hexadecimal digits, got {len(digest)}: {digest[:80]!r}")
     return digest.strip().lower()

@@ -190,7 +190,7 @@ def test_the_result_draws_reports_and_loads_back(tmp_path):
     back = Result.load(tmp_path / "found.safetensors")
     assert back.matching.target == found.matching.target and back.p == found.p
     transfer_report(found).save(tmp_path / "page.html")
-    assert "Who stands for whom" in (tmp_path / "page.html").read_text()
+    assert "Matched nodes" in (tmp_path / "page.html").read_text()
 
 
 def test_pairs_are_cut_with_their_metric():

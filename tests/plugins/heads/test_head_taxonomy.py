@@ -155,8 +155,8 @@ def test_a_placebo_that_took_nothing_made_a_label_causal():
     assert row["label"] == "induction (no matched control)" and row["placebo took"] == pytest.approx(0.0, abs=1e-5)
     assert found.labels()[1][1] == "induction"  # the attention and its effect are as they were
     said = {one.statement: one for one in taxonomy_claims(found).claims}["L1H1 is an induction head"]
-    assert not said.causal and said.control is None and "no control beside it" in said.sentence()
-    assert "no matched control: its other keys could give 0%" in said.sentence()
+    assert not said.causal and said.control is None and "no control" in said.sentence()
+    assert "no matched control: its other keys have only 0%" in said.sentence()
     page = str(taxonomy_report(found).to_html())
     assert "induction (no matched control)" in page and "placebo took" in page
     assert dict(zip(found.counts().columns, found.counts().rows[2], strict=True))["no matched control"] == 1

@@ -136,11 +136,11 @@ def test_what_cannot_be_read_is_refused():
         logit_lens(model, TOKENS, answer=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(InputError, match="one for each of 2 prompts"):
         logit_lens(model, TOKENS, answer=[1, 2, 3])
-    with pytest.raises(InputError, match="run the lens with k=9"):
+    with pytest.raises(InputError, match="run it again with k=9"):
         logit_lens(model, TOKENS).top(9)
     with (
         model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: None)]),
-        pytest.raises(InputError, match="listening"),
+        pytest.raises(InputError, match="are active"),
     ):
         logit_lens(model, TOKENS)
     broken = tiny_model()

@@ -253,7 +253,7 @@ def test_what_cannot_be_trained_on_is_refused():
             train_tuned_lens(model, WINDOWS, **options)
     with pytest.raises(InputError, match="at least two"):
         train_tuned_lens(model, WINDOWS[:1])
-    with pytest.raises(InputError, match="share one length"):
+    with pytest.raises(InputError, match="must have one length"):
         train_tuned_lens(model, [WINDOWS, WINDOWS[:, :3]])
 
 

@@ -359,5 +359,5 @@ def test_one_prompt_cannot_be_resampled_or_averaged_over():
     for value, words in refused.items():
         with pytest.raises(InputError, match=words):
             ablate(model, PROMPTS[:1], metric, value=value)
-    with pytest.raises(InputError, match="k lies between 1 and the 4 components"):
+    with pytest.raises(InputError, match="k must be between 1 and the number of components, 4"):
         ablate(model, PROMPTS, metric, value="zero").held_out_top(5)

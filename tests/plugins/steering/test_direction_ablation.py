@@ -53,7 +53,7 @@ def test_the_induction_model_loses_its_answer_with_the_direction_that_carries_it
 
 def test_what_cannot_be_ablated_is_refused_with_a_reason():
     metric = lambda logits: logits[:, -1, 0]  # noqa: E731
-    with pytest.raises((InputError, TypeError), match=r"one direction|'direction'"):
+    with pytest.raises((InputError, TypeError), match=r"a single direction|'direction'"):
         direction_ablation(tiny_model(), PROMPTS[:1], torch.ones(2, 8), metric)
     with pytest.raises(InputError, match="post-norm"):
         direction_ablation(zoo_model("post"), PROMPTS[:1], torch.ones(8), metric)
@@ -137,5 +137,5 @@ def test_intervals_resample_groups_and_are_held_against_random_directions():
     for said, end in zip(grouped.against, most.tolist(), strict=True):
         expected = "beyond" if low > end or high < -end else "inside" if -end <= low and high <= end else "undecided"
         assert said == expected
-    with pytest.raises(InputError, match="one label a pair"):
+    with pytest.raises(InputError, match="one label per pair"):
         direction_ablation(model, prompts, v, metric, group=torch.arange(3))

@@ -123,15 +123,15 @@ def test_a_vector_without_tokens_has_flat_lists():
 
 def test_what_cannot_be_listed_is_refused_with_a_reason():
     model = tiny_model()
-    with pytest.raises(InputError, match="layer 2 was asked for"):
+    with pytest.raises(InputError, match="there is no layer 2"):
         ov_directions(model, 2, 0)
-    with pytest.raises(InputError, match="head 5 was asked for"):
+    with pytest.raises(InputError, match="there is no head 5"):
         qk_directions(model, 0, 5)
     with pytest.raises(InputError, match="k=99"):
         ov_directions(model, 0, 0, k=99)
     with pytest.raises(InputError, match="W_gate"):
         mlp_read_directions(model, 0, gate=True)
-    with pytest.raises(InputError, match="neurons are numbers from 0 to 31"):
+    with pytest.raises(InputError, match="neurons must be indices from 0 to 31"):
         neuron_tokens(model, 0, [32])
     with pytest.raises(InputError, match="from 1 to 11"):
         neuron_tokens(model, 0, top=12)
