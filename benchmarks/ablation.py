@@ -20,7 +20,7 @@ import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, machine, write
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.plugins.patching.attribution_patching import attribution_patch
 from hooklens.sweeps.replacement import Resample
 
 N_POS, RIGHT, WRONG = 20, 1000, 2000
@@ -153,7 +153,7 @@ def estimate(model, rounds: int, raw: dict[str, Any]) -> list[dict[str, Any]]:
 
     runs: dict[str, Callable[[], Any]] = {
         "attribution_patching, no control": lambda: (
-            attribution_patching(model, clean, corrupted, metric, site="z", exact=0).effect
+            attribution_patch(model, clean, corrupted, metric, site="z", exact=0).effect
         ),
         "hl.patch": lambda: hl.patch(model, clean, corrupted, metric, site="z").effect,
         "one forward and backward": backward,

@@ -12,11 +12,11 @@ from rounds import write
 from torch import Tensor
 
 from hooklens.plugins.probing.folds import make_folds
-from hooklens.plugins.probing.gather import Activations
+from hooklens.plugins.probing.gathering import Activations
+from hooklens.plugins.probing.probe_training import _study
 from hooklens.plugins.probing.probes import Logistic, MassMean, ProbeKind, Ridge
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import ProbeTask, read_task
-from hooklens.plugins.probing.train import _study
 from hooklens.results.claims import Measured, claim
 from hooklens.results.statistics import mean_interval, ratio_interval, sign_flip_p, studentised_interval
 from hooklens.testing import tiny_model

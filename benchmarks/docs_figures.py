@@ -10,10 +10,10 @@ import torch
 
 import hooklens as hl
 from benchmarks.rounds import write
-from hooklens.data.ioi import ioi
-from hooklens.plugins.lens.logit_lens import logit_lens
-from hooklens.plugins.lens.tuned_lens import fit_tuned_lens
-from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.data.indirect_object import ioi
+from hooklens.plugins.lens.affine_lens import fit_tuned_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
+from hooklens.plugins.patching.attribution_patching import attribution_patch
 from hooklens.plugins.patching.input_attribution import integrated_gradients
 from hooklens.pretrained.assets import text
 
@@ -33,13 +33,13 @@ def main() -> None:
 
 def attribution(model: hl.HookedTransformer) -> Iterator[Row]:
     pairs = ioi(model, 16, seed=0)
-    mlps = attribution_patching(model, pairs, site="mlp_out", by="layer", exact=15)
+    mlps = attribution_patch(model, pairs, site="mlp_out", by="layer", exact=15)
     place = mlps.checked[:, 0].tolist()
     yield {"what": "first MLP, estimated", "value": float(mlps.estimated[place.index(0)])}
     yield {"what": "first MLP, exact", "value": float(mlps.exact[place.index(0)])}
     late = [i for i, layer in enumerate(place) if layer >= 15]
     yield {"what": "MLPs 15 to 29, correlation", "value": _correlation(mlps.estimated[late], mlps.exact[late])}
-    z = attribution_patching(model, pairs, site="z", by=("layer", "head"), exact=20)
+    z = attribution_patch(model, pairs, site="z", by=("layer", "head"), exact=20)
     yield {"what": "40 heads, correlation", "value": z.correlation}
     some = pairs[:4]
     for baseline in (some.corrupted, "mean"):

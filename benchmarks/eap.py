@@ -17,7 +17,7 @@ import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, ratios, write
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.plugins.circuits.eap import eap
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench
 

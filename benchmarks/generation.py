@@ -13,7 +13,7 @@ from benchmarks import peers
 from benchmarks.rounds import alternate, ratios, write
 from hooklens.model.linear import packing_gain
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 
 ASSET = "smollm2-135m-instruct"
 PROMPT = "When Mary and John went to the store, John gave a drink to"

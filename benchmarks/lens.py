@@ -15,8 +15,8 @@ import torch
 import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, ratios, write
-from hooklens.plugins.lens.attribution import direct_logit_attribution
-from hooklens.plugins.lens.logit_lens import logit_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
+from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.lens.reading import packing, streams_of
 
 LENS, NEEDED = "logit lens", "forward and unembeddings"

@@ -16,7 +16,7 @@ BODY = """
 import json, resource, time, torch
 torch.set_num_threads(2)
 import hooklens as hl
-from hooklens.plugins.lens.tuned_lens import fit_tuned_lens, train_tuned_lens
+from hooklens.plugins.lens.affine_lens import fit_tuned_lens, train_tuned_lens
 from hooklens.pretrained.assets import text
 model = hl.load("smollm2-135m-instruct")
 ids = model.to_tokens(text("shakespeare")[1_000_000:1_000_000 + {characters}])[0]

@@ -13,7 +13,7 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.plugins.lens import direct_logit_attribution, fit_tuned_lens, logit_lens, trajectory, tuned_lens
+from hooklens.plugins.lens import direct_logit_attribution, fit_tuned_lens, logit_lens, trace_predictions, tuned_lens
 from hooklens.testing import induction_model
 
 if os.environ.get("HOOKLENS_TINY"):
@@ -42,7 +42,7 @@ print(lens.table())
 # The answer's rank, the entropy and the difference of the two names by layer, compared with other positions.
 
 # %%
-path = trajectory(model, prompt, answer=answer, wrong_answer=wrong_answer)
+path = trace_predictions(model, prompt, answer=answer, wrong_answer=wrong_answer)
 print(path.top(5), "\n")
 
 # %% [markdown]

@@ -17,9 +17,9 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.data.ioi import ioi
-from hooklens.plugins.heads import name_movers
-from hooklens.plugins.patching import Choice, Fixed, information_flow, path_patch
+from hooklens.data.indirect_object import ioi
+from hooklens.plugins.heads import find_name_movers
+from hooklens.plugins.patching import Choice, Fixed, path_patch, trace_information
 from hooklens.testing import induction_model
 
 TINY = bool(os.environ.get("HOOKLENS_TINY"))
@@ -56,7 +56,7 @@ print(direct.top(8))
 if TINY:
     movers, strongest = [(1, 1)], None
 else:
-    movers = name_movers(model, scouts).name_movers
+    movers = find_name_movers(model, scouts).name_movers
     strongest = next((int(layer), int(head)) for layer, head in direct.place[direct.order()] if head >= 0)
     if strongest in movers:
         strongest = None
@@ -96,7 +96,7 @@ if strongest is not None:
     layer, head = (int(x) for x in feeder[1:].split("H"))
     receivers[f"L{strongest[0]}H{strongest[1]}'s value"] = ("v", strongest[0], strongest[1] // shared)
     receivers[f"{feeder}'s value"] = ("v", layer, head // shared)
-flow = information_flow(model, pairs, receivers=receivers, choice=Choice(per_receiver=3, draws=39, choose_on=8))
+flow = trace_information(model, pairs, receivers=receivers, choice=Choice(per_receiver=3, draws=39, choose_on=8))
 print(flow.table())
 
 # %% [markdown]

@@ -13,7 +13,14 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.plugins.heads import composition, head_scores, induction_heads, position_scores, redundancy, taxonomy
+from hooklens.plugins.heads import (
+    classify_heads,
+    find_induction_heads,
+    measure_redundancy,
+    score_composition,
+    score_heads,
+    score_positions,
+)
 from hooklens.results.statistics import mean_interval
 from hooklens.testing import induction_model
 
@@ -53,7 +60,7 @@ small = induction_model() if TINY else trained()
 # much there does not matter because of induction.
 
 # %%
-scores, heads = head_scores(small), induction_heads(small)
+scores, heads = score_heads(small), find_induction_heads(small)
 print(scores.table(), "\n")
 print(f"loss on the repeat {heads.loss.mean():.4f}")
 print(heads.table(), "\n")
@@ -64,8 +71,8 @@ print(heads.table(), "\n")
 # which stand out)? And for which heads do positions alone select the previous token, compared with rotated queries?
 
 # %%
-print(composition(small).top(4), "\n")
-print(position_scores(small).top(2), "\n")
+print(score_composition(small).top(4), "\n")
+print(score_positions(small).top(2), "\n")
 
 # %% [markdown]
 # Now a real model. A label needs attention beyond that of heads with randomly rotated queries *and* a change of the
@@ -73,7 +80,7 @@ print(position_scores(small).top(2), "\n")
 
 # %%
 model = induction_model() if TINY else hl.load("smollm2-135m-instruct")
-found = taxonomy(model, n=6 if TINY else 12, ioi=0)
+found = classify_heads(model, n=6 if TINY else 12, ioi=0)
 print(found.counts(), "\n")
 print(found.table(12), "\n")
 
@@ -87,7 +94,7 @@ from hooklens.data.repeated import repeated_tokens
 pair = scores.order("induction")[:2] if TINY else found.scores.order("induction")[:2]
 text = repeated_tokens(model, 24, seed=7)
 measured, reference = text.part(0, 12), text.part(12, 24)
-both = redundancy(model, measured.tokens, measured.metric(), pair, value=hl.Mean(reference.tokens))
+both = measure_redundancy(model, measured.tokens, measured.metric(), pair, value=hl.Mean(reference.tokens))
 print(both.table())
 low, high = (float(end[0, 1]) for end in mean_interval(both.interaction))
 verdict = "are redundant" if low > 0 else "share a path" if high < 0 else "cannot be told apart from adding up"

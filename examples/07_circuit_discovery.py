@@ -13,8 +13,8 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.data.ioi import ioi
-from hooklens.plugins.circuits import eap, faithfulness_curve
+from hooklens.data.indirect_object import ioi
+from hooklens.plugins.circuits import eap, trace_faithfulness
 from hooklens.testing import induction_model
 
 if os.environ.get("HOOKLENS_TINY"):
@@ -43,7 +43,7 @@ print(f"{scores.graph.n_edges} edges, scored by two forward passes and one backw
 # do as well, the circuit shows nothing about which heads matter.
 
 # %%
-curve = faithfulness_curve(model, scores, judge, sizes=sizes)
+curve = trace_faithfulness(model, scores, judge, sizes=sizes)
 print(curve.table())
 chance = float(curve.random_area.mean())
 print(f"area under the curve {curve.area:.3f}, of random circuits {chance:.3f} (p = {curve.p:.3f})")

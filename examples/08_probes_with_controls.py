@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import hooklens as hl
-from hooklens.plugins.probing.causal import EDITS, causal_check
 from hooklens.plugins.probing.labels import odd_first, subject_number
-from hooklens.plugins.probing.train import train_probe
+from hooklens.plugins.probing.probe_training import train_probe
+from hooklens.plugins.probing.probe_use import EDITS, check_probe_use
 from hooklens.results.statistics import q_values
 from hooklens.testing import tiny_model
 from hooklens.viz import Report
@@ -60,7 +60,7 @@ checks = []
 n = model.cfg.n_layers
 for layer in ((n - 1) // 2, n * 9 // 10):
     probe, _ = train_probe(model, reading, site=("resid_post", layer), null_draws=0)
-    check = causal_check(model, probe, testing, metric, draws=draws)
+    check = check_probe_use(model, probe, testing, metric, draws=draws)
     checks.append(check)
     print(f"\n{check.point}: right on {check.accuracy:.0%}, used: {check.used}")
     print(check.table())

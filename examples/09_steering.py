@@ -12,10 +12,10 @@ import sys
 import torch
 
 import hooklens as hl
-from hooklens.plugins.steering.coefficients import SweepSettings, coefficient_sweep
-from hooklens.plugins.steering.contrast import contrast_direction
-from hooklens.plugins.steering.direction_ablation import direction_ablation
-from hooklens.plugins.steering.steer import steer
+from hooklens.plugins.steering.coefficients import SweepSettings, sweep_coefficients
+from hooklens.plugins.steering.contrast import find_direction
+from hooklens.plugins.steering.direction_ablation import measure_direction_ablation
+from hooklens.plugins.steering.steering_edit import steer
 from hooklens.results.statistics import halves
 from hooklens.testing import tiny_model
 
@@ -52,7 +52,7 @@ else:
 
 # %%
 assert not any(word in (text if tiny else text.split()) for text in kind + unkind for word in answers)
-directions = contrast_direction(model, kind, unkind, group=same_thing)
+directions = find_direction(model, kind, unkind, group=same_thing)
 print(directions.top(4), "\n")
 print(f"best layer {directions.best}, p {directions.best_p:.3f} with the choice of layer counted in\n")
 
@@ -84,7 +84,7 @@ print({one: round(size, 2) for one, size in moved.items()}, f"so layer {layer}\n
 # %%
 asked = [prompts[i] for i in report]
 metric = hl.logit_diff(model, answer=answers[0], wrong_answer=answers[1])
-sweep = coefficient_sweep(
+sweep = sweep_coefficients(
     model,
     asked,
     directions.at(layer),
@@ -103,7 +103,7 @@ print(sweep.samples(), "\n")
 # sentences have in common along the direction is removed as well, so the odds may move in either direction.
 
 # %%
-without = direction_ablation(
+without = measure_direction_ablation(
     model, asked, directions.at(layer), metric, neutral=neutral, group=about[report], controls=sizes["controls"]
 )
 print(without.table(), "\n")

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 import hooklens as hl
-from hooklens.data.ioi import ioi
+from hooklens.data.indirect_object import ioi
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.probing.causal import causal_check
+from hooklens.plugins.probing.probe_training import train_probe
+from hooklens.plugins.probing.probe_use import check_probe_use
 from hooklens.plugins.probing.probes import WhitenedMassMean
 from hooklens.plugins.probing.task import read_task
-from hooklens.plugins.probing.train import train_probe
 from hooklens.results.claims.registration import Registration
 from hooklens.results.statistics import halves, mean_interval
-from hooklens.sweeps.plan import Patch
+from hooklens.sweeps.planning import Patch
 from hooklens.sweeps.replacement import Resample
 from hooklens.testing import tiny_model
 from hooklens.viz import bars
@@ -158,7 +158,7 @@ probes, far, well = {}, {}, []
 for layer in range(model.cfg.n_layers) if tiny else (20, 24, 28):
     fit = {"site": ("resid_post", layer), "kind": WhitenedMassMean(), "null_draws": 0}
     probes[layer], study = train_probe(model, task.take(choose), **fit)
-    check = causal_check(model, probes[layer], task.take(choose), by_order.pairs(choose), draws=1)
+    check = check_probe_use(model, probes[layer], task.take(choose), by_order.pairs(choose), draws=1)
     print(f"layer {layer}: read with accuracy {study.accuracy:.2f}, ablating it takes {check.effect[0]:+.3f}")
     far[layer] = furthest(check.fall[0], check.group)
     well += [layer] * (study.accuracy >= 0.9)
@@ -170,7 +170,7 @@ for layer in range(model.cfg.n_layers) if tiny else (20, 24, 28):
 # %%
 well = well or list(far)
 for layer, role, draws in ((min(well, key=far.get), "", 40), (max(well, key=far.get), "control: ", 5)):
-    check = causal_check(model, probes[layer], task.take(report), by_order.pairs(report), draws=draws)
+    check = check_probe_use(model, probes[layer], task.take(report), by_order.pairs(report), draws=draws)
     print(check.table())
     before, after = check.refit_accuracy.tolist()
     print(f"a probe trained anew reads it with accuracy {before:.2f} before, {after:.2f} after the ablation")

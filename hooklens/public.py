@@ -10,7 +10,7 @@ from hooklens.core.component import Component
 from hooklens.core.errors import HooklensError
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import Site, site
-from hooklens.core.wrap import wrap
+from hooklens.core.wrapping import wrap
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
 from hooklens.model.attention import differentiable_attention
@@ -20,7 +20,7 @@ from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.checkpoint import save
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.resume import Resume
 from hooklens.sweeps.settings import engine

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 
 N_CTX, D_VOCAB = 64, 97
 _SIZES: dict[str, Any] = {

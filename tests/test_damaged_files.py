@@ -31,7 +31,7 @@ from hooklens.plugins.circuits.circuit import Circuit, circuit_of
 from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens
 from hooklens.plugins.probing.store import Files
 from hooklens.pretrained.checkpoint import save
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 from hooklens.results.claims.registration import Registration
 from hooklens.results.result import Result

@@ -27,7 +27,7 @@ FLOORS = (
 )
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
 #: Reports are written by studies and the command line; what is below them draws figures, and only when asked.
-PAGES = ("hooklens.viz.report", "hooklens.viz.page")
+PAGES = ("hooklens.viz.report", "hooklens.viz.html_page")
 #: Doors that open upwards, inside a function: a model generates, and its class is on a lower floor than sampling.
 #: A result draws itself, and viz is on the floor above: that door is open to every `figure()`, not to pages.
 DOORS = {("hooklens.model.transformer", "hooklens.generation.sampling")}

@@ -11,7 +11,7 @@ from model.zoo import TOKENS, ZOO, zoo_model
 import hooklens as hl
 from hooklens.metrics import kl, logit_diff
 from hooklens.plugins import available
-from hooklens.plugins.lens.logit_lens import logit_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
 from hooklens.plugins.patching.ablation import ablate
 from hooklens.plugins.patching.path import path_patch
 from hooklens.pretrained.checkpoint import save

@@ -12,7 +12,7 @@ from hooklens.anatomy.description import describe
 from hooklens.core.terminal import printable
 from hooklens.generation.sampling import Generation
 from hooklens.plugins import find
-from hooklens.plugins.lens.logit_lens import logit_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
 from hooklens.plugins.patching.activation import demo as sweep_demo
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.results.result import Result, summary

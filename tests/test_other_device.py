@@ -15,16 +15,16 @@ import hooklens as hl
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, logit_diff, loss
 from hooklens.plugins import available, find
+from hooklens.plugins.circuits.circuit_metrics import measured
 from hooklens.plugins.circuits.completeness import completeness_of
-from hooklens.plugins.circuits.eap import eap
-from hooklens.plugins.circuits.measure import measured
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.minimality import minimality_of
-from hooklens.plugins.circuits.random_circuits import random_circuits
+from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench, run_edges
-from hooklens.plugins.heads import knockout, mediation, redundancy
-from hooklens.plugins.lens import calibration, direct_logit_attribution, logit_lens, trajectory
+from hooklens.plugins.heads import knock_out_keys, measure_mediation, measure_redundancy
+from hooklens.plugins.lens import direct_logit_attribution, logit_lens, measure_calibration, trace_predictions
 from hooklens.plugins.patching import Mean, Resample, ablate, path_patch
-from hooklens.plugins.steering import ablate_direction, direction_ablation, steer
+from hooklens.plugins.steering import ablate_direction, measure_direction_ablation, steer
 from hooklens.results import statistics
 from hooklens.testing import induction_model, tiny_model
 
@@ -155,19 +155,19 @@ VERBS = {
     "paths": lambda model, put: path_patch(model, put(TOKENS), put(CORRUPTED), _difference(model, put)).table(),
     "ablate": lambda model, put: ablate(model, put(TOKENS), _difference(model, put), value=Resample()).table(),
     "logit_lens": lambda model, put: logit_lens(model, put(TOKENS)).table(),
-    "trajectory": lambda model, put: trajectory(model, put(TOKENS), answer=put(torch.tensor([3, 4]))).table(),
+    "trajectory": lambda model, put: trace_predictions(model, put(TOKENS), answer=put(torch.tensor([3, 4]))).table(),
     "attribution": lambda model, put: direct_logit_attribution(model, put(TOKENS), answer=put(torch.tensor([3, 4]))),
-    "calibration": lambda model, put: calibration(model, put(TOKENS)).table(),
-    "knockout": lambda model, put: knockout(
+    "calibration": lambda model, put: measure_calibration(model, put(TOKENS)).table(),
+    "knockout": lambda model, put: knock_out_keys(
         model, put(TOKENS), loss(model, put(TOKENS)), mask=put(torch.ones(2, 5, 5).tril(-1).bool())
     ).table(),
-    "redundancy": lambda model, put: redundancy(
+    "redundancy": lambda model, put: measure_redundancy(
         model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], value=Mean(put(CORRUPTED))
     ).table(),
-    "mediation": lambda model, put: mediation(
+    "mediation": lambda model, put: measure_mediation(
         model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], value=Mean(put(CORRUPTED))
     ).table(),
-    "direction_ablation": lambda model, put: direction_ablation(
+    "direction_ablation": lambda model, put: measure_direction_ablation(
         model, put(TOKENS), put(DIRECTION), _difference(model, put), group=put(torch.tensor([0, 1])), controls=5
     ).table(),
     "edges": lambda model, put: run_edges(

@@ -15,7 +15,7 @@ from hooklens.core.errors import FileRefused, InputError, WrongType
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import run_edges
-from hooklens.plugins.heads.mediation import mediation
+from hooklens.plugins.heads.mediation import measure_mediation
 from hooklens.plugins.patching import AblationSweep
 from hooklens.sweeps.replacement import Replacement
 from hooklens.testing import or_gate, tiny_model
@@ -164,7 +164,7 @@ def test_a_circuit_runs_with_it_and_its_file_names_it(tmp_path):
 
 def test_other_methods_take_it_too():
     gate, logit = or_gate(), lambda logits: logits[:, -1, 1]
-    found = mediation(gate, torch.zeros(1, 1, dtype=torch.long), logit, [(0, 0)], value=MedianOver([[0]]))
+    found = measure_mediation(gate, torch.zeros(1, 1, dtype=torch.long), logit, [(0, 0)], value=MedianOver([[0]]))
     assert found.total.tolist() == [[0.0]]  # the median of a constant is that constant
 
 

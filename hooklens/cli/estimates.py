@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hooklens.pretrained.check import random_inputs
+from hooklens.pretrained.model_check import random_inputs
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -43,7 +43,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def of_model(model: str | None, device: str | None) -> dict[str, Callable[[], Any]]:
     """Checks of these two options that need no loaded model."""
-    from hooklens.pretrained.load import as_device, check_source
+    from hooklens.pretrained.loading import as_device, check_source
 
     return {"model": lambda: model is None or check_source(model), "device": lambda: as_device(device)}
 
@@ -63,7 +63,7 @@ def of_pair(
 
 
 def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
-    from hooklens.pretrained.load import load
+    from hooklens.pretrained.loading import load
 
     return judge({"model": lambda: load(model, device=device, dtype=None if dtype is None else dtype.value)})["model"]
 

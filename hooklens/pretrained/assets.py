@@ -24,7 +24,7 @@ from pathlib import Path
 from hooklens.core.envelope import Schema, digest, file_digest, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable, did_you_mean
 from hooklens.core.files import sweep, unfinished_name
-from hooklens.core.progress import progress as bar
+from hooklens.core.progress_bar import progress as bar
 from hooklens.core.terminal import printable
 
 _STAMP = ".verified.json"

@@ -18,7 +18,7 @@ from hooklens.core.files import make_folder, reading
 from hooklens.core.safetensors_file import DTYPES, FLOATS, is_safetensors, read_header
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer, need_hooked
-from hooklens.pretrained.build import assign, check_names, check_shapes, own_parameters, parameter_shapes
+from hooklens.pretrained.builder import assign, check_names, check_shapes, own_parameters, parameter_shapes
 
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer

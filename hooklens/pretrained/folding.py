@@ -19,7 +19,7 @@ from hooklens.model.block import Block
 from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart, Sinusoidal
 from hooklens.model.norms import Norm
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.build import assign, own_parameters, parameter_shapes
+from hooklens.pretrained.builder import assign, own_parameters, parameter_shapes
 
 Weights = dict[str, Tensor]
 _READERS: dict[Literal["attn", "mlp"], tuple[str, ...]] = {

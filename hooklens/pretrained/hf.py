@@ -12,7 +12,7 @@ from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.core.files import read_json, reading
 from hooklens.core.safetensors_file import SafetensorsFile, read_header
 from hooklens.model.transformer import HookedTransformer
-from hooklens.pretrained.build import Weights, build
+from hooklens.pretrained.builder import Weights, build
 
 if TYPE_CHECKING:
     from hooklens.pretrained.gguf import GGUFFile

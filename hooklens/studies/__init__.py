@@ -1,16 +1,16 @@
 """Studies: several methods combined on your own prompts, with claims and a report. The command line calls them."""
 
-from hooklens.studies.circuit import CircuitStudy, study_circuit
+from hooklens.studies.circuit_study import CircuitStudy, study_circuit
 from hooklens.studies.head_claims import taxonomy_claims
-from hooklens.studies.heads import HeadStudy, head_study
+from hooklens.studies.head_study import HeadStudy, study_heads
 from hooklens.studies.heads_page import taxonomy_report
-from hooklens.studies.ioi import IOIStudy, ioi_study
-from hooklens.studies.lens import LensStudy, lens_study
-from hooklens.studies.mover_claims import mover_claims
-from hooklens.studies.pair import PairStudy, study_pair
+from hooklens.studies.ioi_study import IOIStudy, study_ioi
+from hooklens.studies.lens_study import LensStudy, study_lens
+from hooklens.studies.mover_evidence import mover_claims
+from hooklens.studies.pair_study import PairStudy, study_pair
 from hooklens.studies.probe_claims import causal_claims
 from hooklens.studies.probe_page import probe_report
-from hooklens.studies.steering_claims import steering_claims
+from hooklens.studies.steering_evidence import steering_claims
 from hooklens.studies.transfer_page import transfer_report
 
 __all__ = [
@@ -20,13 +20,13 @@ __all__ = [
     "LensStudy",
     "PairStudy",
     "causal_claims",
-    "head_study",
-    "ioi_study",
-    "lens_study",
     "mover_claims",
     "probe_report",
     "steering_claims",
     "study_circuit",
+    "study_heads",
+    "study_ioi",
+    "study_lens",
     "study_pair",
     "taxonomy_claims",
     "taxonomy_report",

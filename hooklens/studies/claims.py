@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def zeroed_heads(
+def zero_heads(
     model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], metric: Any, *, layer: int = 0
 ) -> ClaimFamily:
     """Does a head of this layer matter? Each is set to zero, and its effect is compared with the next head's.
 
     >>> from hooklens.testing import induction_model
     >>> model, tokens = induction_model(), torch.tensor([[3, 1, 4, 3, 1, 4]])
-    >>> [one.statement for one in zeroed_heads(model, tokens, loss(model, tokens), layer=1).claims]
+    >>> [one.statement for one in zero_heads(model, tokens, loss(model, tokens), layer=1).claims]
     ['L1H0 matters', 'L1H1 matters']
     """
     heads, site = range(model.cfg.n_heads), ("z", layer)
@@ -52,4 +52,4 @@ def _zero(head: int) -> Any:
 def demo(model: "HookedTransformer") -> ClaimFamily:
     """Does a head of the first layer matter for the loss on six short prompts?"""
     tokens = demo_texts(model, 6, 8)
-    return zeroed_heads(model, tokens, loss(model, tokens))
+    return zero_heads(model, tokens, loss(model, tokens))

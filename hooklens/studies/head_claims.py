@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hooklens.core.component import head_name
 from hooklens.data.repeated import MinusRepeatLoss
-from hooklens.plugins.heads.labels import Taxonomy
-from hooklens.plugins.heads.scores import LABELS
+from hooklens.plugins.heads.head_labels import Taxonomy
+from hooklens.plugins.heads.head_scores import LABELS
 from hooklens.results.claims import Claim, ClaimFamily, Measured, Registration, claim, family
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
-    from hooklens.plugins.heads.labels import Taxonomy
+    from hooklens.plugins.heads.head_labels import Taxonomy
     from hooklens.results.claims import Registration
 
 _SHOWN = 20  # number of rows in a table; more are in a folded section
@@ -73,7 +73,7 @@ def taxonomy_report(
 
 def _labelled(report: Any, found: "Taxonomy") -> None:
     """The criteria for a label, the number of heads with each, and the evidence of the strongest."""
-    from hooklens.plugins.heads.labels import LEAST_MATCH, LEAST_SHARE
+    from hooklens.plugins.heads.head_labels import LEAST_MATCH, LEAST_SHARE
 
     labelled, total = len(found.called()), found.score_p[0].numel()
     report.text(

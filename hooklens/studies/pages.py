@@ -8,12 +8,12 @@ from hooklens.core.component import head_name
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
 from hooklens.results.result import Table
-from hooklens.studies.mover_claims import LEAST_GROUPS
+from hooklens.studies.mover_evidence import LEAST_GROUPS
 from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
-    from hooklens.studies.ioi import IOIStudy
-    from hooklens.studies.pair import PairStudy
+    from hooklens.studies.ioi_study import IOIStudy
+    from hooklens.studies.pair_study import PairStudy
     from hooklens.viz.report import Report
 
 _UNITS = {"head": "one head at a time", "neuron": "one neuron at a time"}
@@ -153,7 +153,7 @@ def _prompts(report: "Report", study: "PairStudy") -> None:
 
 
 def _attention(patterns: Any, tokens: list[str], heads: list[str]) -> Any:
-    from hooklens.viz.heads import attention_heads
+    from hooklens.viz.head_drawing import attention_heads
 
     return attention_heads(patterns, tokens, heads)
 

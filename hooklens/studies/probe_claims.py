@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hooklens.plugins.probing.causal import EDITS, NULLS, CausalCheck
+from hooklens.plugins.probing.probe_use import EDITS, NULLS, CausalCheck
 from hooklens.results.claims import ClaimFamily, Measured, Registration, claim, family
 
 if TYPE_CHECKING:

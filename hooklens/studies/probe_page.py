@@ -65,7 +65,7 @@ def verdicts(study: "ProbeStudy") -> list[str]:
     """The limits that the controls put on the accuracy, in sentences; empty if there are none.
 
     >>> from hooklens.testing import tiny_model
-    >>> from hooklens.plugins.probing.train import demo
+    >>> from hooklens.plugins.probing.probe_training import demo
     >>> verdicts(demo(tiny_model()))[0]
     'Shuffled labels are read as well (p ...): there is no evidence for the label.'
     """

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hooklens.plugins.circuits.transfer import CircuitTransfer
+    from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer
 
 
 def transfer_report(found: "CircuitTransfer") -> Any:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooklens.model.kv_cache import Context, KVCache
-from hooklens.sweeps.plan import Patch, Plan
+from hooklens.sweeps.planning import Patch, Plan
 from hooklens.sweeps.rows import Group
 from hooklens.sweeps.sites import Entry
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
-from hooklens.core.progress import Advance
+from hooklens.core.progress_bar import Advance
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.protocol import row_bytes

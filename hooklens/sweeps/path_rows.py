@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.hooks import HookFn
-from hooklens.core.progress import step
+from hooklens.core.progress_bar import step
 from hooklens.model.kv_cache import Context, View
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.path_reads import Flat, Index, Live, cells_of, reading

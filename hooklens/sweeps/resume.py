@@ -14,7 +14,7 @@ from hooklens.core.arguments import path_of
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import check_writable, reading
-from hooklens.core.identity import identity
+from hooklens.core.fingerprint import identity
 from hooklens.model.linear import packed_linears
 from hooklens.sweeps.settings import KERNELS, current, pinned
 

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hooklens.core import progress
+from hooklens.core import progress_bar as progress
 from hooklens.core.arguments import seed_number, whole
 from hooklens.core.errors import InputError, Unavailable
 from hooklens.core.scope import Lifetime, Scope

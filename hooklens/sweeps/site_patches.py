@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.hooks import HookFn
-from hooklens.core.progress import step
+from hooklens.core.progress_bar import step
 from hooklens.sweeps.entry import entering
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite, under_hooks
-from hooklens.sweeps.plan import Patch, Plan
+from hooklens.sweeps.planning import Patch, Plan
 from hooklens.sweeps.protocol import Item, Sweep
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
 

@@ -13,7 +13,7 @@ from hooklens.core.names import AXES, axes, parse
 from hooklens.model.kv_cache import Context
 
 if TYPE_CHECKING:
-    from hooklens.sweeps.plan import BaseRun
+    from hooklens.sweeps.planning import BaseRun
 
 Rows = Float[Tensor, "row pos d_model"]
 _BY_HEAD = ("layer", "head")

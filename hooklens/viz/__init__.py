@@ -1,12 +1,12 @@
 """Figures, coloured text and offline reports: the only package of hooklens that imports Plotly."""
 
+from hooklens.viz.circuit_drawing import layered_graph as layered_graph
 from hooklens.viz.curves import beside as beside
 from hooklens.viz.curves import lines as lines
 from hooklens.viz.curves import scatter as scatter
 from hooklens.viz.figures import bars as bars
 from hooklens.viz.figures import heatmap as heatmap
-from hooklens.viz.graph import layered_graph as layered_graph
-from hooklens.viz.heads import attention_heads as attention_heads
+from hooklens.viz.head_drawing import attention_heads as attention_heads
 from hooklens.viz.report import Report as Report
 from hooklens.viz.text import Html as Html
 from hooklens.viz.tokens import token_strip as token_strip

@@ -18,7 +18,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.files import write_atomically
 from hooklens.results.result import plain
 from hooklens.results.table import Table, format_number
-from hooklens.viz.page import page
+from hooklens.viz.html_page import page
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 
 _CLAIMS = (

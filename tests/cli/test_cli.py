@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import hooklens as hl
 from hooklens import cli
-from hooklens.data.ioi import NAMES
+from hooklens.data.indirect_object import NAMES
 from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
@@ -162,7 +162,7 @@ def test_something_unexpected_ends_with_1_and_says_how_to_see_more(monkeypatch):
     def broken():
         raise ZeroDivisionError("by nought")
 
-    monkeypatch.setattr("hooklens.pretrained.load.models", broken)
+    monkeypatch.setattr("hooklens.pretrained.loading.models", broken)
     done = invoke("models")
     assert done.exit_code == cli.FAILED and "ZeroDivisionError: by nought" in done.stderr and "--debug" in done.stderr
 
@@ -279,7 +279,7 @@ def test_closed_or_full_outputs_change_neither_the_exit_code_nor_raise(redirecte
 
 
 def test_a_bar_without_standard_error_is_silent(monkeypatch):
-    from hooklens.core.progress import progress
+    from hooklens.core.progress_bar import progress
 
     monkeypatch.setattr(sys, "stderr", None)  # what Python makes of one that was closed before the start
     with progress("counting", 1) as advance:
@@ -349,7 +349,7 @@ def test_controls_stood_in_tables_unexplained():
 
 def test_check_printed_counts_with_exponents(model_path, capsys):
     """The largest id of a tokenizer with 49152 tokens came out as 4.92e+04."""
-    from hooklens.pretrained.check import CheckReport
+    from hooklens.pretrained.model_check import CheckReport
 
     texts = CheckReport("m", [("the tokenizer's largest id", 49151.0, 49151.0, True)]).table().rows
     assert texts[0][1:3] == ("49,151", "49,151")

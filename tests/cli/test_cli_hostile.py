@@ -11,8 +11,8 @@ from test_cli import CLEAN, CORRUPTED, invoke
 from test_cli_methods import pairs_file  # noqa: F401  a fixture
 
 from hooklens import cli
-from hooklens.cli import models
-from hooklens.data.ioi import NAMES
+from hooklens.cli import models_command as models
+from hooklens.data.indirect_object import NAMES
 from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model

@@ -157,7 +157,7 @@ def test_no_estimate_was_given_before_check_run_probe_lens_and_generate(model_pa
 
 
 def test_a_check_is_about_as_many_passes_as_are_foretold(model_path, monkeypatch):  # noqa: F811
-    from hooklens.pretrained.check import check
+    from hooklens.pretrained.model_check import check
 
     model, passes = hl.load(model_path), []
     plain = HookedTransformer._run

@@ -9,7 +9,7 @@ from hooklens.core.component import Component, head_names
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.sweeps.nodes import read_components, read_heads, read_receivers, read_senders
-from hooklens.sweeps.plan import Patch
+from hooklens.sweeps.planning import Patch
 from hooklens.testing import tiny_model
 
 NUMBERS = st.integers(0, 200)

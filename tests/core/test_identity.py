@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hooklens.core.errors import InputError
-from hooklens.core.identity import identity
+from hooklens.core.fingerprint import identity
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 

@@ -7,10 +7,10 @@ from torch import nn
 
 import hooklens.core.hooks as hooks_module
 from hooklens.core.hooks import HookedModule, HookPoint, moment
-from hooklens.core.wrap import wrap
+from hooklens.core.wrapping import wrap
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.steering.steer import StreamEdit
+from hooklens.plugins.steering.steering_edit import StreamEdit
 from hooklens.sweeps.settings import current, engine
 
 FILES = ("core/hooks.py", "core/scope.py", "core/wrap.py", "model/linear.py", "model/attention.py", "steering/steer.py")

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import hooklens as hl
-from hooklens.core.wrap import wrap
-from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.core.wrapping import wrap
+from hooklens.plugins.patching.attribution_patching import attribution_patch
 from hooklens.testing import tiny_model
 
 TOKENS = torch.tensor([[1, 5, 2, 7]])
@@ -90,7 +90,7 @@ def wrapped_with_gradients(model, net):
 
 
 def attributed(model, net):
-    return attribution_patching(model, TOKENS, OTHER, hl.logit_diff(model, answer=5, wrong_answer=6))
+    return attribution_patch(model, TOKENS, OTHER, hl.logit_diff(model, answer=5, wrong_answer=6))
 
 
 WORK = [

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import hooklens as hl
-from hooklens.core import progress as bars
+from hooklens.core import progress_bar as bars
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations
+from hooklens.plugins.circuits.integrated_edges import eap_ig, eap_ig_activations
 from hooklens.plugins.patching.path import path_patch
 from hooklens.plugins.probing import probe_texts
-from hooklens.sweeps import execute
+from hooklens.sweeps import execution as execute
 from hooklens.testing import tiny_model
 
 CLEAN, CORRUPTED = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 5, 3, 4]])
@@ -60,7 +60,7 @@ def test_the_bar_of_a_path_sweep_moves_with_the_layers(monkeypatch):
 @pytest.mark.parametrize("method", [eap_ig, eap_ig_activations])
 def test_the_bar_of_integrated_gradients_moves_with_its_steps(method, monkeypatch):
     model = tiny_model()
-    with recording(import_module("hooklens.plugins.circuits.eap"), monkeypatch) as told:
+    with recording(import_module("hooklens.plugins.circuits.edge_attribution"), monkeypatch) as told:
         method(model, demo_pairs(model, 2), steps=4)
     ((total, amounts),) = told
     assert len(amounts) >= 4 and sum(amounts) == pytest.approx(total, rel=1e-12)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from hooklens.core import errors
-from hooklens.core import progress as module
+from hooklens.core import progress_bar as module
 from hooklens.core.terminal import json_line, printable, visible
 from hooklens.results.table import Table
 from hooklens.testing import tiny_model

@@ -13,7 +13,7 @@ from close import close
 from torch import nn
 
 from hooklens.core.errors import HookError, InputError, NameNotFound
-from hooklens.core.wrap import wrap
+from hooklens.core.wrapping import wrap
 
 
 class ConvNet(nn.Module):
@@ -321,7 +321,7 @@ def test_hooks_of_a_transformers_model_are_told_the_step_of_its_own_generate(gpt
 
 
 def torch_hooks_of_ours(module) -> int:
-    from hooklens.core.wrap import _TorchHook
+    from hooklens.core.wrapping import _TorchHook
 
     kinds = [hooks for m in module.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
     return sum(isinstance(hook, _TorchHook) for hooks in kinds for hook in hooks.values())

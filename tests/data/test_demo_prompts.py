@@ -8,7 +8,7 @@ from hooklens.data.demo_prompts import _CAPITALS, demo_pairs, demo_texts
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 
-logit_lens = import_module("hooklens.plugins.lens.logit_lens")
+logit_lens = import_module("hooklens.plugins.lens.layer_lens")
 activation = import_module("hooklens.plugins.patching.activation")
 
 

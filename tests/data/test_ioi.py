@@ -8,7 +8,7 @@ import tokenizers
 import torch
 
 from hooklens.core.errors import InputError
-from hooklens.data.ioi import NAMES, TEMPLATES, ioi
+from hooklens.data.indirect_object import NAMES, TEMPLATES, ioi
 from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 
 

@@ -9,8 +9,16 @@ import hooklens as hl
 from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.data.jsonl import read_pairs_file, write_pairs_file
 from hooklens.data.prompt_pairs import as_pairs
-from hooklens.plugins.circuits import acdc, eap, eap_ig_midpoint, faithfulness, prune_edges, run_edges, whole_circuit
-from hooklens.plugins.patching import attribution_patching, compare_ablations, information_flow
+from hooklens.plugins.circuits import (
+    acdc,
+    eap,
+    eap_ig_midpoint,
+    measure_faithfulness,
+    prune_edges,
+    run_edges,
+    whole_circuit,
+)
+from hooklens.plugins.patching import attribution_patch, compare_ablations, trace_information
 from hooklens.results.result import Result
 from hooklens.testing import tiny_model
 
@@ -25,14 +33,14 @@ METHODS = {
     "ablate": lambda model, *given: hl.ablate(model, given[0], *given[2:], value="mean").per_prompt,
     "compare_ablations": lambda model, *given: compare_ablations(model, given[0], *given[2:]).zero.per_prompt,
     "path_patch": lambda model, *given: hl.path_patch(model, *given).per_pair,
-    "attribution_patching": lambda model, *given: attribution_patching(model, *given, exact=1).per_pair,
-    "information_flow": lambda model, *given: information_flow(model, *given, receivers="final").moved,
+    "attribution_patching": lambda model, *given: attribution_patch(model, *given, exact=1).per_pair,
+    "information_flow": lambda model, *given: trace_information(model, *given, receivers="final").moved,
     "eap": lambda model, *given: eap(model, *given).scores,
     "eap_ig_midpoint": lambda model, *given: eap_ig_midpoint(model, *given, steps=2).scores,
     "acdc": lambda model, *given: acdc(model, *given, threshold=0.1).circuit.scores,
     "prune_edges": lambda model, *given: prune_edges(model, whole_circuit(model), *given, size=5).metric,
     "run_edges": lambda model, *given: run_edges(model, whole_circuit(model).kept, *given).per_pair,
-    "faithfulness": lambda model, *given: faithfulness(model, whole_circuit(model), *given).per_pair,
+    "faithfulness": lambda model, *given: measure_faithfulness(model, whole_circuit(model), *given).per_pair,
 }
 
 

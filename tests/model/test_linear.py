@@ -18,10 +18,10 @@ from hooklens.model.linear import (
     packing_works,
     without_bias,
 )
-from hooklens.plugins.heads.copy_suppression import copy_suppression
-from hooklens.plugins.heads.copying import copying
-from hooklens.plugins.lens.attribution import direct_logit_attribution
-from hooklens.plugins.lens.tuned_lens import train_tuned_lens
+from hooklens.plugins.heads.copy_suppression import score_copy_suppression
+from hooklens.plugins.heads.copying import score_copying
+from hooklens.plugins.lens.affine_lens import train_tuned_lens
+from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.testing import tiny_model
 
 works = pytest.mark.skipif(not _measured()[0], reason="this torch or CPU has no packed linear")
@@ -155,8 +155,8 @@ def forbidding(wrapped):
 TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed(0))
 METHODS = {
     "direct_logit_attribution": lambda model: direct_logit_attribution(model, TEXTS_WITHOUT, answer=3, wrong_answer=5),
-    "copying": lambda model: copying(model, draws=10),
-    "copy_suppression": lambda model: copy_suppression(model, TEXTS_WITHOUT, heads=["L1H1"]),
+    "copying": lambda model: score_copying(model, draws=10),
+    "copy_suppression": lambda model: score_copy_suppression(model, TEXTS_WITHOUT, heads=["L1H1"]),
     "tuned_lens": lambda model: train_tuned_lens(model, TEXTS_WITHOUT, steps=2)[1],
 }
 

@@ -100,9 +100,9 @@ def test_the_function_stands_whatever_is_imported_first_and_nothing_heavy_comes_
 
 
 def test_both_ways_of_importing_give_one_function():
-    import hooklens.plugins.lens.logit_lens
+    import hooklens.plugins.lens.layer_lens
     from hooklens.plugins.lens import logit_lens
-    from hooklens.plugins.lens.logit_lens import logit_lens as the_long_way
+    from hooklens.plugins.lens.layer_lens import logit_lens as the_long_way
 
-    assert logit_lens is the_long_way is hooklens.plugins.lens.logit_lens
-    assert importlib.import_module("hooklens.plugins.lens.logit_lens").logit_lens is logit_lens
+    assert logit_lens is the_long_way is hooklens.plugins.lens.layer_lens
+    assert importlib.import_module("hooklens.plugins.lens.layer_lens").logit_lens is logit_lens

@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny, tiny_tokens
 
-from hooklens.pretrained.check import check
+from hooklens.pretrained.model_check import check
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -16,7 +16,7 @@ from hooklens.model.config import HookedTransformerConfig, LinearScore, Rotary, 
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.checkpoint import SCHEMA, load_checkpoint, save
 from hooklens.pretrained.folding import fold_ln
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 

@@ -8,7 +8,6 @@ from families import FAMILIES, tiny, tiny_tokens
 
 from hooklens.core.errors import InputError
 from hooklens.model.config import Biases, LinearScore, RMSNormPart, VectorEmbed
-from hooklens.pretrained.check import check, random_inputs
 from hooklens.pretrained.folding import (
     FOLDINGS,
     center_unembed,
@@ -17,6 +16,7 @@ from hooklens.pretrained.folding import (
     fold_ln,
     fold_value_biases,
 )
+from hooklens.pretrained.model_check import check, random_inputs
 from hooklens.testing import tiny_model
 
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}

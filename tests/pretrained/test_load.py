@@ -16,7 +16,7 @@ from hooklens.core.errors import FileRefused, InputError, NameNotFound, Unavaila
 from hooklens.model.config import DividedScaling, Llama3Scaling
 from hooklens.pretrained.families import families, find_family
 from hooklens.pretrained.hf_config import HFConfig
-from hooklens.pretrained.load import load, models
+from hooklens.pretrained.loading import load, models
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from reference import InFloat64, reference_logits
 from tiny_gguf import hf_model, write_gguf
 
 from hooklens.model.kv_cache import KVCache
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -9,9 +9,9 @@ import torch
 
 from hooklens.core.errors import Unavailable
 from hooklens.pretrained.assets import fetch
-from hooklens.pretrained.check import check
 from hooklens.pretrained.checkpoint import save
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
+from hooklens.pretrained.model_check import check
 
 pytestmark = pytest.mark.slow
 NAME = "smollm2-135m-instruct"
@@ -22,7 +22,7 @@ COST = """
 import json, sys, time
 import torch, gguf, safetensors, tokenizers
 torch.set_num_threads(1)  # a second one would spin while it waits, and that would count as work
-from hooklens.pretrained.load import load
+from hooklens.pretrained.loading import load
 peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before, start, worked = peak(), time.perf_counter(), time.thread_time()
 model = load(sys.argv[1])

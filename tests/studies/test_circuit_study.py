@@ -7,7 +7,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.results.statistics import halves
-from hooklens.studies.circuit import CircuitStudy, study_circuit
+from hooklens.studies.circuit_study import CircuitStudy, study_circuit
 from hooklens.testing import tiny_model
 
 

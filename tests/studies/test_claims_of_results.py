@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import hooklens as hl
-import hooklens.plugins.probing.causal
+import hooklens.plugins.probing.probe_use
 import hooklens.plugins.steering.coefficients
 from hooklens.core.errors import InputError
-from hooklens.plugins.heads import taxonomy
+from hooklens.plugins.heads import classify_heads
 from hooklens.plugins.patching import ablate
 from hooklens.results.claims import Measured, Registration, claim
 from hooklens.studies import causal_claims, steering_claims, taxonomy_claims, taxonomy_report
-from hooklens.studies import circuit as circuit_study
+from hooklens.studies import circuit_study as circuit_study
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -21,7 +21,7 @@ def test_a_taxonomy_claims_the_heads_it_labels_and_no_other():
     model = induction_model()
     with torch.no_grad():
         model.blocks[1].attn.W_Q[1].mul_(0.002)  # so that other keys hold as much as its target, for the placebo
-    found = taxonomy(model, ioi=0)
+    found = classify_heads(model, ioi=0)
     claims = taxonomy_claims(found, model)
     assert {one.statement for one in claims.claims} == {"L0H0 is a previous token head", "L1H1 is an induction head"}
     assert {one.statement for one in claims.claims if one.causal} == {"L1H1 is an induction head"}
@@ -30,7 +30,7 @@ def test_a_taxonomy_claims_the_heads_it_labels_and_no_other():
 
 
 def test_a_taxonomy_without_scores_claims_nothing():
-    found = taxonomy(induction_model(), ioi=0)
+    found = classify_heads(induction_model(), ioi=0)
     assert taxonomy_claims(replace(found, effect=torch.full_like(found.effect, torch.nan))) is None
 
 
@@ -99,7 +99,7 @@ def test_steering_is_causal_where_it_moves_further_than_random_directions_do():
 
 
 def test_a_causal_check_claims_what_it_finds_used():
-    check = hooklens.plugins.probing.causal.demo(tiny_model())
+    check = hooklens.plugins.probing.probe_use.demo(tiny_model())
     idle = causal_claims(check, "a model", "logit")
     assert [one.statement[-7:] for one in idle.claims] == ["ablate)", "(steer)"]
     assert not any(one.causal for one in idle.claims) and not check.used

@@ -7,10 +7,10 @@ import torch
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.heads.mover_result import NameMovers
 from hooklens.results.statistics import halves
-from hooklens.studies.ioi import IOIStudy
-from hooklens.studies.mover_claims import demo_movers
-from hooklens.studies.pair import by_layer
-from hooklens.studies.pair import demo as pair_demo
+from hooklens.studies.ioi_study import IOIStudy
+from hooklens.studies.mover_evidence import demo_movers
+from hooklens.studies.pair_study import by_layer
+from hooklens.studies.pair_study import demo as pair_demo
 from hooklens.sweeps.settings import engine
 from hooklens.testing import tiny_model
 

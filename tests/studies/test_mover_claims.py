@@ -7,7 +7,7 @@ import torch
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.heads.name_movers import _of_other_names, demo
-from hooklens.studies.mover_claims import demo_movers, mover_claims, of_pairs
+from hooklens.studies.mover_evidence import demo_movers, mover_claims, of_pairs
 from hooklens.testing import tiny_model
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.metrics import Reads
-from hooklens.sweeps.execute import execute, make_bins
+from hooklens.sweeps.execution import execute, make_bins
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.site_patches import SitePatches
 from hooklens.testing import tiny_model
 

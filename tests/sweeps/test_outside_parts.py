@@ -18,20 +18,20 @@ from hooklens.model.block import BLOCKS, Block
 from hooklens.model.config import BlockPart, HookedTransformerConfig, Rotary
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.norms import Passage, make_norm
-from hooklens.plugins.circuits.eap import eap
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import run_edges
-from hooklens.plugins.lens.attribution import direct_logit_attribution
-from hooklens.plugins.lens.logit_lens import logit_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
+from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.plugins.patching.attribution_patching import attribution_patch
 from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
-from hooklens.plugins.weights.overlap import overlap
-from hooklens.pretrained.check import check
+from hooklens.plugins.weights.overlap import measure_overlap
 from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.folding import fold_ln
-from hooklens.pretrained.load import load
-from hooklens.sweeps.plan import has_site
+from hooklens.pretrained.loading import load
+from hooklens.pretrained.model_check import check
+from hooklens.sweeps.planning import has_site
 from hooklens.sweeps.sites import SITES, SweptSite, add_site
 from hooklens.testing import tiny_model
 
@@ -224,7 +224,7 @@ def test_edges_of_a_block_kind_from_outside_are_run_or_refused_with_the_one_erro
 
 
 def test_weights_compose_in_the_order_in_which_the_parts_of_a_block_write():
-    found = overlap(outside(), draws=2)
+    found = measure_overlap(outside(), draws=2)
     at = {name: i for i, name in enumerate(found.writers)}, {name: i for i, name in enumerate(found.readers)}
     assert found.composition[at[0]["MLP0"], at[1]["L0H0.q"]] > 0
     assert found.composition[at[0]["L0H0"], at[1]["MLP0"]].isnan()
@@ -284,7 +284,7 @@ def test_a_site_from_outside_is_ablated_estimated_and_named_in_errors():
     write = [(("rot_q", 1), lambda act, hook: torch.cat((act[:, :, :1] * 0, act[:, :, 1:]), 2))]
     expected = metric_of(model)(model.run_with_hooks(CLEAN, fwd_hooks=write))
     torch.testing.assert_close(zero[:, 1, 0], expected, atol=1e-9, rtol=1e-9)
-    found = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="mlp_in")
+    found = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="mlp_in")
     exact = hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="mlp_in")
     assert found.per_pair.shape == exact.per_pair.shape
     with pytest.raises(InputError, match=r"this model has no rot_q .*which is not in every kind of block"):

@@ -11,7 +11,7 @@ from test_resume import CLEAN, CORRUPTED, Rounding, margin
 import hooklens as hl
 from hooklens.core.errors import CheckFailed, FileRefused
 from hooklens.plugins.patching.path import Fixed, path_patch
-from hooklens.sweeps import execute as engine
+from hooklens.sweeps import execution as engine
 
 
 @pytest.fixture
@@ -95,7 +95,8 @@ def counting(monkeypatch, module, name):
 
 @pytest.mark.parametrize("site", ["z", hl.site("z", 1)])
 def test_a_sweep_makes_its_grid_and_asks_why_plain_once(monkeypatch, site):
-    from hooklens.sweeps import measure, plan
+    from hooklens.sweeps import measure
+    from hooklens.sweeps import planning as plan
 
     grids = counting(monkeypatch, plan, "grid")
     reasons = counting(monkeypatch, engine, "why_plain"), counting(monkeypatch, measure, "why_plain")

@@ -16,7 +16,7 @@ import hooklens as hl
 from hooklens.core.component import Component
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.path import Fixed, path_patch
-from hooklens.sweeps.execute import execute
+from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import At, read_receivers, read_senders
 from hooklens.sweeps.path_patches import PathPatches
 from hooklens.sweeps.paths import EDGES, plan_paths, sent

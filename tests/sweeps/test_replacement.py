@@ -7,12 +7,12 @@ from close import close
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of
-from hooklens.plugins.circuits.eap import eap
+from hooklens.plugins.circuits.edge_attribution import eap
+from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import run_edges
-from hooklens.plugins.circuits.scores import EdgeScores
-from hooklens.plugins.heads.mediation import mediation
-from hooklens.plugins.heads.redundancy import redundancy
+from hooklens.plugins.heads.mediation import measure_mediation
+from hooklens.plugins.heads.redundancy import measure_redundancy
 from hooklens.plugins.patching import Mean, OtherRun, Resample
 from hooklens.sweeps.replacement import WORDS
 from hooklens.testing import tiny_model
@@ -90,8 +90,8 @@ def test_mean_meant_one_thing_in_patch_another_in_ablate_and_a_third_in_circuits
     patched = hl.patch(model, CLEAN, CORRUPTED, metric, site="z", value=word).per_pair.flatten(1)
     ablated = hl.ablate(model, CLEAN, metric, value=word).per_prompt.flatten(1)
     edges = without_each_head(model, CLEAN, CORRUPTED, metric, word)
-    mediated = mediation(model, CLEAN, metric, HEADS, value=word)
-    redundant = redundancy(model, CLEAN, metric, HEADS, value=word)
+    mediated = measure_mediation(model, CLEAN, metric, HEADS, value=word)
+    redundant = measure_redundancy(model, CLEAN, metric, HEADS, value=word)
     roads = mediated.base[:, None] - mediated.total, redundant.base[:, None] - redundant.single
     for found in (patched, ablated, edges, *roads):
         assert close(found, expected, 1000)
@@ -122,7 +122,7 @@ def test_the_mean_of_circuits_was_over_corrupted_prompts(model, metric):
 def test_a_mean_over_a_reference_of_another_length_was_refused_by_head_studies(model, metric):
     reference = [[9, 8, 7], [3, 0]]
     means = [torch.cat(acts).mean(0, keepdim=True) for acts in z_of(model, reference)]
-    found = mediation(model, CLEAN, metric, [(1, 0)], value=Mean(reference))
+    found = measure_mediation(model, CLEAN, metric, [(1, 0)], value=Mean(reference))
 
     def write(z, hook):
         z[:, :, 0] = means[1][:, 0]

@@ -308,7 +308,7 @@ class Rounding(nn.Module):
 @pytest.mark.parametrize(("site", "memory"), [("z", 100_000), ("resid_pre", 30_000)])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, site, memory, kernel):
     """What is left after the first bin runs in the bins it would have run in."""
-    from hooklens.sweeps import execute as module
+    from hooklens.sweeps import execution as module
 
     model = zoo_model("llama", n_layers=4, d_model=48, d_mlp=192)
     for block in model.blocks:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import hooklens as hl
 from hooklens.core.errors import CheckFailed, FileRefused, InputError, WrongType
 from hooklens.metrics import Reads
-from hooklens.sweeps.execute import execute
-from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.execution import execute
+from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.site_patches import SitePatches
 from hooklens.testing import tiny_model
 
@@ -296,7 +296,7 @@ def test_an_interrupt_says_that_there_is_resume(model, tmp_path, interrupted, pl
 
 def test_interrupts_at_every_bin(model, tmp_path, interrupted, monkeypatch):
     """Interrupted again and again, after every bin: still the same numbers, each bin run once or twice."""
-    from hooklens.sweeps import execute as module
+    from hooklens.sweeps import execution as module
 
     right, bins = module._run_bin, []
 
@@ -321,7 +321,7 @@ def test_interrupts_at_every_bin(model, tmp_path, interrupted, monkeypatch):
 
 def test_other_last_bits_are_still_the_same_sweep(model, tmp_path, monkeypatch):
     """Another process may have another number of threads, or packed weights: what it computes differs by rounding."""
-    from hooklens.sweeps import plan as module
+    from hooklens.sweeps import planning as module
 
     path, right = tmp_path / "sweep", module.base_run
     hl.patch(model, CLEAN, CORRUPTED, own, site="z", resume=path)
@@ -603,7 +603,7 @@ def test_a_site_that_cannot_be_swept_says_so(model, site, error, says):
 
 
 def test_a_site_at_one_layer_where_all_are_swept():
-    from hooklens.sweeps.plan import site_kind
+    from hooklens.sweeps.planning import site_kind
 
     with pytest.raises(InputError, match="site is swept at every layer, and 'z at 5' is one layer's; give 'z'"):
         site_kind(hl.site("z", 5))

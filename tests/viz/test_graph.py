@@ -2,7 +2,7 @@
 
 import pytest
 
-from hooklens.viz.graph import layered_graph
+from hooklens.viz.circuit_drawing import layered_graph
 
 
 def test_boxes_arrows_and_hover():

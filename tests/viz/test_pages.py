@@ -11,14 +11,14 @@ import hooklens as hl
 from hooklens import viz
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.plugins.heads import taxonomy
+from hooklens.plugins.heads import classify_heads
 from hooklens.plugins.heads.ece_change import CalibrationChange
-from hooklens.plugins.probing.train import demo as probe_demo
+from hooklens.plugins.probing.probe_training import demo as probe_demo
 from hooklens.results.claims import Measured, claim, family
 from hooklens.studies import probe_report, study_circuit, taxonomy_report
-from hooklens.studies.heads import demo as head_demo
-from hooklens.studies.lens import lens_study
-from hooklens.studies.pair import study_pair
+from hooklens.studies.head_study import demo as head_demo
+from hooklens.studies.lens_study import study_lens
+from hooklens.studies.pair_study import study_pair
 from hooklens.testing import induction_model, tiny_model
 
 CLEAN, CORRUPTED = [1, 2, 3, 4, 5], [1, 4, 3, 6, 5]
@@ -72,7 +72,7 @@ def circuit_report(full=False):
 
 def lens_report(n=3):
     rows = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]]
-    return lens_study(
+    return study_lens(
         induction_model(), (rows * 4)[:n], answer=([1, 2, 9] * 4)[:n], wrong_answer=([4, 6, 8] * 4)[:n]
     ).report()
 
@@ -80,7 +80,7 @@ def lens_report(n=3):
 REPORTS = {
     "pair": lambda: pair().report(),
     "lens": lens_report,
-    "heads": lambda: taxonomy_report(taxonomy(induction_model(), n=6)),
+    "heads": lambda: taxonomy_report(classify_heads(induction_model(), n=6)),
     "heads on pairs": lambda: head_demo(tiny_model()).report(),
     "circuit": circuit_report,
     "circuit in full": lambda: circuit_report(full=True),
@@ -108,7 +108,7 @@ def test_a_column_stood_on_the_page_without_a_word_about_it(name):
 def test_every_kind_of_evidence_about_heads_is_explained():
     """Those too that the model of the test above does not show."""
     from hooklens.plugins.heads.evidence import _EFFECT, _SUPPRESSION
-    from hooklens.plugins.heads.labels import Taxonomy
+    from hooklens.plugins.heads.head_labels import Taxonomy
     from hooklens.studies import heads_page as report
 
     assert {*_EFFECT, *_SUPPRESSION, "score", "q", "rests", "by position"} <= Taxonomy.terms.keys()

@@ -117,7 +117,7 @@ class Circuit(Result):
 
     def figure(self) -> Any:
         """The circuit, embedding below and logits on top: blue edges raise the metric, orange ones lower it."""
-        from hooklens.viz.graph import layered_graph
+        from hooklens.viz.circuit_drawing import layered_graph
 
         drawn = self.order()[:_DRAWN]
         sources, receivers = (ends[drawn].tolist() for ends in self.graph.ends)

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.measure import measured, tied_p
+from hooklens.plugins.circuits.circuit_metrics import measured, tied_p
+from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.run import Bench
-from hooklens.plugins.circuits.scores import EdgeScores
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import quantiles
 

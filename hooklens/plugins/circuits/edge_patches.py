@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.plugins.circuits.graph import Slot
-from hooklens.plugins.circuits.nodes import head_outputs
+from hooklens.plugins.circuits.node_runs import head_outputs
 from hooklens.plugins.circuits.runner import EdgeRunner, Kept
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.protocol import Item, Patches

@@ -100,7 +100,7 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
     return ends[int(total(torch.stack(ends)).argmin())]
 
 
-def matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles, target: Roles) -> Matching:
+def measure_matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles, target: Roles) -> Matching:
     """The map as a result."""
     nodes = carrier.nodes
     to = found[nodes].tolist()

@@ -13,11 +13,11 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
-from hooklens.plugins.heads.scores import KINDS
+from hooklens.plugins.heads.head_scores import KINDS
 from hooklens.plugins.heads.taxonomy import Taxonomy
 from hooklens.results.result import Result, Table
-from hooklens.sweeps.execute import execute
-from hooklens.sweeps.plan import Patch, plan, points_of
+from hooklens.sweeps.execution import execute
+from hooklens.sweeps.planning import Patch, plan, points_of
 from hooklens.sweeps.replacement import Value, targets_of
 from hooklens.sweeps.site_patches import SitePatches
 
@@ -72,11 +72,11 @@ def roles_of(
 ) -> Roles:
     """What is each node for, by its label in a taxonomy and by what the task loses without it?
 
-    >>> from hooklens.plugins.heads.taxonomy import taxonomy
+    >>> from hooklens.plugins.heads.taxonomy import classify_heads
     >>> from hooklens.testing import induction_model
     >>> model = induction_model()
     >>> pairs = PromptPairs([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
-    >>> print(roles_of(model, pairs, taxonomy(model)).table(3).rows[0][:3])
+    >>> print(roles_of(model, pairs, classify_heads(model)).table(3).rows[0][:3])
     ('L1H1', 'induction', 1.0)
 
     `nodes` says which effects to measure (all of them by default). Effects are exact, one node at a time.

@@ -12,18 +12,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.core.identity import identity
-from hooklens.core.progress import Advance, progress
+from hooklens.core.fingerprint import identity
+from hooklens.core.progress_bar import Advance, progress
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import kernel_of
 from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.nodes import ablated_runs, refuse
+from hooklens.plugins.circuits.node_runs import ablated_runs, refuse
 from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
 from hooklens.results.result import Result, Table
-from hooklens.sweeps.execute import run
+from hooklens.sweeps.execution import run
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Replacement, Value, as_replacement, is_run
 from hooklens.sweeps.resume import Part, Progressed, Resume, hint, key_of, products_of, sketch_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot
-from hooklens.plugins.circuits.nodes import Run, embedded, head_outputs, mlp_output
+from hooklens.plugins.circuits.node_runs import Run, embedded, head_outputs, mlp_output
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:

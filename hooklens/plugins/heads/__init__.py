@@ -1,17 +1,17 @@
 """Attention heads: where each attends, what it writes, its causal effect, and the labels that the evidence supports."""
 
-from hooklens.plugins.heads.composition import Composition, composition
-from hooklens.plugins.heads.copy_suppression import CopySuppression, copy_suppression
-from hooklens.plugins.heads.copying import Copying, copying
-from hooklens.plugins.heads.induction import InductionHeads, induction_heads
-from hooklens.plugins.heads.knockout import Knockout, knockout
-from hooklens.plugins.heads.mediation import Mediation, mediation
+from hooklens.plugins.heads.composition import Composition, score_composition
+from hooklens.plugins.heads.copy_suppression import CopySuppression, score_copy_suppression
+from hooklens.plugins.heads.copying import Copying, score_copying
+from hooklens.plugins.heads.head_scores import HeadScores, score_heads
+from hooklens.plugins.heads.induction import InductionHeads, find_induction_heads
+from hooklens.plugins.heads.knockout import Knockout, knock_out_keys
+from hooklens.plugins.heads.mediation import Mediation, measure_mediation
 from hooklens.plugins.heads.mover_result import Criteria, NameMovers
-from hooklens.plugins.heads.name_movers import name_movers
-from hooklens.plugins.heads.previous_token import PositionScores, position_scores
-from hooklens.plugins.heads.redundancy import Redundancy, redundancy
-from hooklens.plugins.heads.scores import HeadScores, head_scores
-from hooklens.plugins.heads.taxonomy import Taxonomy, taxonomy
+from hooklens.plugins.heads.name_movers import find_name_movers
+from hooklens.plugins.heads.previous_token import PositionScores, score_positions
+from hooklens.plugins.heads.redundancy import Redundancy, measure_redundancy
+from hooklens.plugins.heads.taxonomy import Taxonomy, classify_heads
 
 __all__ = [
     "Composition",
@@ -26,15 +26,15 @@ __all__ = [
     "PositionScores",
     "Redundancy",
     "Taxonomy",
-    "composition",
-    "copy_suppression",
-    "copying",
-    "head_scores",
-    "induction_heads",
-    "knockout",
-    "mediation",
-    "name_movers",
-    "position_scores",
-    "redundancy",
-    "taxonomy",
+    "classify_heads",
+    "find_induction_heads",
+    "find_name_movers",
+    "knock_out_keys",
+    "measure_mediation",
+    "measure_redundancy",
+    "score_composition",
+    "score_copy_suppression",
+    "score_copying",
+    "score_heads",
+    "score_positions",
 ]

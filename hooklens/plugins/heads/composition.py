@@ -92,7 +92,7 @@ class Composition(Result):
         )
 
 
-def composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: int = 0) -> Composition:
+def score_composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: int = 0) -> Composition:
     """Which later heads' queries, keys and values are set up to read what which earlier heads write?
 
     Every matrix is kept as two thin factors. Norms, including those of queries and keys, are linearised: their weight
@@ -100,7 +100,7 @@ def composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: int = 
     embeddings and biases are ignored.
 
     >>> from hooklens.testing import induction_model
-    >>> found = composition(induction_model())
+    >>> found = score_composition(induction_model())
     >>> found.order()[0]                     # the induction head's keys read what the previous-token head wrote
     ('K', 0, 0, 1, 1)
 
@@ -262,4 +262,4 @@ def _random(
 
 def demo(model: "HookedTransformer") -> Composition:
     """Every pair of heads; with one layer there are none, and the table is empty."""
-    return composition(model, draws=20)
+    return score_composition(model, draws=20)

@@ -14,8 +14,8 @@ from hooklens.data.prompts import Prompts
 from hooklens.model.linear import is_plain, packed_linears, without_bias
 from hooklens.model.norms import Passage
 from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_change, calibration_text
+from hooklens.plugins.heads.head_scores import one_length
 from hooklens.plugins.heads.mediation import mean_z
-from hooklens.plugins.heads.scores import one_length
 from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
@@ -87,7 +87,7 @@ class CopySuppression(Result):
         return heatmap(-self.anti, y=rows, title=title, x_title="head", y_title="layer", colourbar="logit")
 
 
-def copy_suppression(
+def score_copy_suppression(
     model: "HookedTransformer",
     prompts: Prompts | None = None,
     *,
@@ -105,7 +105,7 @@ def copy_suppression(
     tokenizer, else random tokens that repeat.
 
     >>> from hooklens.testing import induction_model
-    >>> found = copy_suppression(induction_model(), heads=["L1H1"])
+    >>> found = score_copy_suppression(induction_model(), heads=["L1H1"])
     >>> bool(found.direct.mean(0)[1, 1] > 5), found.direct.mean(0)[0].tolist(), found.calibration.heads
     (True, [0.0, 0.0], ['L1H1'])
 
@@ -180,4 +180,4 @@ def _most_negative(difference: PerSequence) -> list[tuple[int, int]]:
 
 def demo(model: "HookedTransformer") -> CopySuppression:
     """Four short sequences."""
-    return copy_suppression(model, n=4)
+    return score_copy_suppression(model, n=4)

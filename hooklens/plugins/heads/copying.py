@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.component import head_name, layer_names
 from hooklens.core.precision import widened
-from hooklens.core.progress import tracked
+from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import is_plain, packed_linears, without_bias
 from hooklens.model.norms import Passage
@@ -78,7 +78,7 @@ class Copying(Result):
         )
 
 
-def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
+def score_copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
     """Which heads would write the token they attend to, wherever they attend? Uses weights only, no attention.
 
     A sample of tokens is passed through each head's values and output, the final norm's weight and W_U. For layer 0 the
@@ -86,7 +86,7 @@ def copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRA
     (they are positive, so ranks are unchanged).
 
     >>> from hooklens.testing import induction_model
-    >>> found = copying(induction_model())
+    >>> found = score_copying(induction_model())
     >>> found.positive[1, 1].item(), found.top_share(1)[1, 1].item(), found.rank[0, 0, 0].item()
     (1.0, 1.0, 5.0)
 
@@ -183,4 +183,4 @@ def _of_layer(
 
 def demo(model: "HookedTransformer") -> Copying:
     """32 tokens through every head."""
-    return copying(model, n_tokens=32, draws=50)
+    return score_copying(model, n_tokens=32, draws=50)

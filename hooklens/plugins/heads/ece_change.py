@@ -11,11 +11,11 @@ from hooklens.core.arguments import seeded
 from hooklens.core.component import head_name
 from hooklens.core.errors import HooklensError
 from hooklens.core.precision import widened
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z
-from hooklens.plugins.lens.calibration import Calibration, binned_error, calibration
+from hooklens.plugins.lens.calibration import Calibration, binned_error, measure_calibration
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, null_p, q_values, quantiles
 
@@ -126,7 +126,7 @@ def calibration_change(
     >>> found.change[0].item(), bool(found.change[1] != 0), found.control.shape      # chosen control
     (0.0, True, torch.Size([2, 2]))
     """
-    bins, n_heads = calibration(model, tokens), model.cfg.n_heads
+    bins, n_heads = measure_calibration(model, tokens), model.cfg.n_heads
     every = [divmod(i, n_heads) for i in range(model.cfg.n_layers * n_heads)]
     near = {head: _nearest(head, [one for one in every if one not in heads], controls) for head in heads}
     with torch.no_grad(), packed_linears(rows=1024):

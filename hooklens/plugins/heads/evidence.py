@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from hooklens.core.component import Component, head_name, layer_names
+from hooklens.plugins.heads.head_scores import LABELS
 from hooklens.plugins.heads.named import NAME_LABELS
-from hooklens.plugins.heads.scores import LABELS
 from hooklens.results.result import Table
 
 if TYPE_CHECKING:
-    from hooklens.plugins.heads.labels import Taxonomy
+    from hooklens.plugins.heads.head_labels import Taxonomy
 
 _EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo", "placebo took")
 _SUPPRESSION = ("anti-copy", "ECE change")

@@ -12,14 +12,14 @@ from hooklens.core.errors import InputError
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.metrics import MinusLoss
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import mass
-from hooklens.plugins.heads.scores import key_masks
 from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.execute import execute
+from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import read_heads
-from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _known(value: Tensor) -> float | None:
     return None if bool(value.isnan()) else float(value)
 
 
-def induction_heads(
+def find_induction_heads(
     model: "HookedTransformer",
     *,
     n: int = 8,
@@ -125,7 +125,7 @@ def induction_heads(
     other sequences that repeat with other periods. The result is exact, computed by the sweep engine.
 
     >>> from hooklens.testing import induction_model
-    >>> found = induction_heads(induction_model())
+    >>> found = find_induction_heads(induction_model())
     >>> found.score.mean(0)[1].tolist(), bool(found.loss.mean() < 0.01), bool(found.rise.mean(0)[1, 1] > 1)
     ([0.0..., 1.0], True, True)
 
@@ -200,4 +200,4 @@ def _ablate(
 
 def demo(model: "HookedTransformer") -> InductionHeads:
     """Four short sequences; works on any model that reads tokens."""
-    return induction_heads(model, n=4, length=13)
+    return find_induction_heads(model, n=4, length=13)

@@ -13,14 +13,14 @@ from hooklens.core.errors import InputError, did_you_mean
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import Mask
-from hooklens.plugins.heads.scores import key_masks
 from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.execute import execute
+from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import read_heads
-from hooklens.sweeps.plan import Patch, plan
+from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Knockout(Result):
         return bars(self.fall.mean(0), *self.interval(), self.heads, title, y_title="nats per token")
 
 
-def knockout(
+def knock_out_keys(
     model: "HookedTransformer",
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
@@ -93,7 +93,7 @@ def knockout(
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); sequences = repeated_tokens(model, 4)
-    >>> found = knockout(model, sequences.tokens, sequences.metric())
+    >>> found = knock_out_keys(model, sequences.tokens, sequences.metric())
     >>> found.table(1).rows[0][0], bool(found.fall.mean(0)[3] > 1), found.fall.mean(0)[2].item()
     ('L1H1', True, 0.0)
 
@@ -186,4 +186,4 @@ def _mask(tokens: Tensor, kind: str) -> Mask:
 def demo(model: "HookedTransformer") -> Knockout:
     """Block attention to what followed earlier occurrences, on random tokens that repeat."""
     sequences = repeated_tokens(model, 4)
-    return knockout(model, sequences.tokens, sequences.metric())
+    return knock_out_keys(model, sequences.tokens, sequences.metric())

@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.core.component import head_name
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Pairs
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
@@ -23,7 +23,7 @@ from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.nodes import read_heads
-from hooklens.sweeps.plan import points_of
+from hooklens.sweeps.planning import points_of
 from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Mediation(Result):
         return heatmap(shown, x=ROADS, y=self.heads, title="By which path a head acts", colourbar="fall of the metric")
 
 
-def mediation(
+def measure_mediation(
     model: "HookedTransformer",
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
@@ -113,7 +113,7 @@ def mediation(
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); text = repeated_tokens(model, 4)
-    >>> found = mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)])
+    >>> found = measure_mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)])
     >>> found.direct.mean(0).tolist()[0], torch.equal(found.total[:, 1], found.direct[:, 1])
     (0.0, True)
 
@@ -201,4 +201,4 @@ def demo(model: "HookedTransformer") -> Mediation:
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]
-    return mediation(model, text.tokens, text.metric(), heads, value=Mean(others.tokens))
+    return measure_mediation(model, text.tokens, text.metric(), heads, value=Mean(others.tokens))

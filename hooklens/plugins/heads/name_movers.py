@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
-from hooklens.core.progress import tracked
+from hooklens.core.progress_bar import tracked
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import LogitDiff, answer_ids, logit_diff
 from hooklens.model.linear import packed_linears
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def name_movers(model: "HookedTransformer", pairs: PromptPairs, *, criteria: Criteria | None = None) -> NameMovers:
+def find_name_movers(model: "HookedTransformer", pairs: PromptPairs, *, criteria: Criteria | None = None) -> NameMovers:
     """Which heads move the indirect object's name to the answer? Three measurements, each of which can say no.
 
     The metric is the logit difference of the indirect object and the subject at the last position. Direct effects are
@@ -187,4 +187,4 @@ def demo(model: "HookedTransformer") -> NameMovers:
         group=torch.arange(2).repeat_interleave(4),
         columns={"io": torch.where(first, 1, 3), "end": torch.full((len(roles),), 6)},
     )
-    return name_movers(model, pairs)
+    return find_name_movers(model, pairs)

@@ -12,9 +12,9 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
-from hooklens.data.ioi import ioi
+from hooklens.data.indirect_object import ioi
 from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
-from hooklens.plugins.heads.name_movers import name_movers
+from hooklens.plugins.heads.name_movers import find_name_movers
 from hooklens.plugins.heads.rotations import PerHead, above
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values, sign_flip_p
@@ -103,7 +103,7 @@ def name_evidence(
         pairs = ioi(model, n, seed=seed)
         if int(pairs["end"][0]) >= model.cfg.n_ctx:
             raise InputError(f"the prompts do not fit n_ctx {model.cfg.n_ctx}")
-        found = name_movers(model, pairs)
+        found = find_name_movers(model, pairs)
     except InputError as error:
         return None, f"no name movers: {error}"
     evidence = evidence_of(found, seed)

@@ -12,7 +12,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
-from hooklens.core.progress import tracked
+from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Learned, Sinusoidal
 from hooklens.model.embed import rotary_tables, rotate
@@ -116,7 +116,7 @@ def _margin(scores: Float[Tensor, "*lead query_pos key_pos"]) -> Float[Tensor, "
     return (scores.diagonal(offset=-1, dim1=-2, dim2=-1) - rest).mean(-1)
 
 
-def position_scores(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, seed: int = 0) -> PositionScores:
+def score_positions(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, seed: int = 0) -> PositionScores:
     """Where would each head attend if tokens differed only by their positions?
 
     Learned or sinusoidal positions: the matrix W_pos W_Q W_K^T W_pos^T over the score scale, with position vectors read
@@ -126,7 +126,7 @@ def position_scores(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, 
     0 otherwise. `seed` also draws the rotations for the p-values.
 
     >>> from hooklens.testing import induction_model
-    >>> found = position_scores(induction_model())
+    >>> found = score_positions(induction_model())
     >>> found.share[0, 0].item(), found.p[0, 0].item(), found.p[0, 1].item()    # a head without queries is never better
     (1.0, 0.001..., 1.0)
 
@@ -213,4 +213,4 @@ def _from_rotary(
 
 def demo(model: "HookedTransformer") -> PositionScores:
     """Eight positions; works on any model whose every layer has a position signal."""
-    return position_scores(model, n_pos=8, n=4)
+    return score_positions(model, n_pos=8, n=4)

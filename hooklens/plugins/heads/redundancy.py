@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
@@ -99,7 +99,7 @@ class Redundancy(Result):
         )
 
 
-def redundancy(
+def measure_redundancy(
     model: "HookedTransformer",
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
@@ -116,7 +116,7 @@ def redundancy(
     >>> from hooklens.testing import or_gate
     >>> gate = or_gate()                              # two heads; either one is enough
     >>> zero = torch.zeros(1, 1, dtype=torch.long)
-    >>> found = redundancy(gate, zero, lambda logits: logits[:, -1, 1], [(0, 0), (0, 1)])
+    >>> found = measure_redundancy(gate, zero, lambda logits: logits[:, -1, 1], [(0, 0), (0, 1)])
     >>> found.interaction[0, 0, 1].item()             # the mean of a constant is that constant: nothing is ablated
     0.0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
-from hooklens.core.progress import tracked
+from hooklens.core.progress_bar import tracked
 from hooklens.model.kv_cache import Context
 from hooklens.results.statistics import PValues
 

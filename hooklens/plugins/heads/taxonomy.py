@@ -8,18 +8,18 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
-from hooklens.data.ioi import check_n_pairs
+from hooklens.data.indirect_object import check_n_pairs
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
-from hooklens.plugins.heads.copying import Copying, copying
+from hooklens.plugins.heads.copying import Copying, score_copying
 from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
+from hooklens.plugins.heads.head_labels import UNLABELLED, Taxonomy
+from hooklens.plugins.heads.head_scores import LABELS, HeadScores, key_masks, score_heads
 from hooklens.plugins.heads.knockout import Keeps, all_but, knockout_after, scores_and_values
-from hooklens.plugins.heads.labels import UNLABELLED, Taxonomy
 from hooklens.plugins.heads.named import name_evidence
-from hooklens.plugins.heads.previous_token import PositionScores, position_scores
+from hooklens.plugins.heads.previous_token import PositionScores, score_positions
 from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead
-from hooklens.plugins.heads.scores import LABELS, HeadScores, head_scores, key_masks
 from hooklens.results.statistics import q_values
 from hooklens.sweeps.settings import engine
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
-__all__ = ["LABELS", "UNLABELLED", "Taxonomy", "demo", "placebo_keep", "taxonomy"]
+__all__ = ["LABELS", "UNLABELLED", "Taxonomy", "classify_heads", "demo", "placebo_keep"]
 _N_POS = 16
 _LEAST_SEQUENCES = 6
 _TEXTS = 8  # for the calibration change: each control needs a run over them
 _SUPPRESSORS = ("copy suppression", "negative name mover")
 
 
-def taxonomy(
+def classify_heads(
     model: "HookedTransformer", *, n: int = 12, alpha: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
 ) -> Taxonomy:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads, with evidence?
@@ -47,7 +47,7 @@ def taxonomy(
     (`placebo_keep`). A head with several labels keeps that of the largest effect; one without stays unlabelled.
 
     >>> from hooklens.testing import induction_model
-    >>> taxonomy(induction_model()).labels()
+    >>> classify_heads(induction_model()).labels()
     [['previous token', 'unlabelled'], ['unlabelled', 'induction']]
 
     With a tokenizer that knows names, `ioi` prompt pairs are used to look for name movers and negative name movers (0
@@ -61,8 +61,8 @@ def taxonomy(
     both = repeated_tokens(model, 2 * n, seed=seed)
     chosen, reported = both.part(0, n), both.part(n, 2 * n)
     with torch.no_grad(), packed_linears(rows=1024):
-        scores = head_scores(model, chosen.tokens, draws=draws, seed=seed)
-        ov = copying(model, draws=draws, seed=seed)
+        scores = score_heads(model, chosen.tokens, draws=draws, seed=seed)
+        ov = score_copying(model, draws=draws, seed=seed)
         score_p = torch.stack([_score_p(label, scores, ov) for label in LABELS])
         masks = key_masks(reported.tokens)
         loss = -reported.metric()(model(reported.tokens))
@@ -191,7 +191,7 @@ def _effects(
 
 def _positions(model: "HookedTransformer", seed: int) -> PositionScores | None:
     try:
-        return position_scores(model, n_pos=_N_POS, seed=seed)
+        return score_positions(model, n_pos=_N_POS, seed=seed)
     except InputError:  # positions cannot be separated in this model
         return None
 
@@ -209,4 +209,4 @@ def _suppression(model: "HookedTransformer", found: Taxonomy, reported: Repeated
 
 def demo(model: "HookedTransformer") -> Taxonomy:
     """The taxonomy on a few short sequences; works on any model that reads tokens."""
-    return taxonomy(model, n=6, draws=50, ioi=0)
+    return classify_heads(model, n=6, draws=50, ioi=0)

@@ -159,14 +159,14 @@ class Calibration(Result):
         return low, high
 
 
-def calibration(
+def measure_calibration(
     model: "HookedTransformer", tokens: Prompts, *, n_bins: int = 15, adaptive: bool = True, seed: int = 0
 ) -> Calibration:
     """Does the model's confidence match its accuracy? Loss and entropy of every next token, reliability, and its error.
 
     >>> from hooklens.testing import tiny_model
     >>> tokens = torch.randint(11, (20, 16), generator=torch.Generator().manual_seed(0))
-    >>> found = calibration(tiny_model(), tokens)
+    >>> found = measure_calibration(tiny_model(), tokens)
     >>> found.loss.shape, round(found.uniform, 4)          # batch predicted
     (torch.Size([20, 15]), 2.3979)
 
@@ -253,4 +253,4 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
 
 def demo(model: "HookedTransformer") -> Calibration:
     """Twelve short sentences; without a tokenizer, random token numbers, which no model can predict."""
-    return calibration(model, demo_texts(model, 12, 16))
+    return measure_calibration(model, demo_texts(model, 12, 16))

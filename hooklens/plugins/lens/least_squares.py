@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.lens.reading import prompts_at_once, streams_of
 from hooklens.plugins.lens.translators import TunedLens

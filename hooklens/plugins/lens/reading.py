@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.precision import widened
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.metrics import answer_ids, check_answers_differ
 from hooklens.model.linear import packed_linears

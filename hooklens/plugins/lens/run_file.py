@@ -10,8 +10,8 @@ from torch import Tensor
 from hooklens.core.envelope import read_envelope, write_envelope
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
-from hooklens.core.identity import identity
-from hooklens.core.progress import progress
+from hooklens.core.fingerprint import identity
+from hooklens.core.progress_bar import progress
 from hooklens.plugins.lens.reading import check_quiet
 from hooklens.plugins.lens.training import Schedule, State, advanced, begin, constant_kl, gradients, window_kl
 from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens

@@ -131,7 +131,7 @@ class Trajectory(Result):
         return lines(means, bands=bands, title=f"{self.lens}: distance to the end", x_title="layer", y_title="nats")
 
 
-def trajectory(
+def trace_predictions(
     model: "HookedTransformer",
     tokens: Prompts,
     *,
@@ -144,7 +144,7 @@ def trajectory(
     """At which layer does the answer appear? Rank, probability, entropy and KL of every stream.
 
     >>> from hooklens.testing import induction_model
-    >>> path = trajectory(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
+    >>> path = trace_predictions(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
     >>> path.rank.tolist(), path.logit_diff.tolist()            # prompt layer
     ([[5, 5, 0]], [[0.0, 0.0, 10.0]])
 
@@ -220,4 +220,4 @@ def _others(n: int, at: int) -> list[int]:
 def demo(model: "HookedTransformer") -> Trajectory:
     """Two short prompts; token numbers if the model has no tokenizer."""
     pairs = demo_pairs(model, 2)
-    return trajectory(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    return trace_predictions(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)

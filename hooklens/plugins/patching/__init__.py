@@ -1,12 +1,12 @@
 """Patching: what an activation, a path or a component carries, by writing another value there."""
 
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
-from hooklens.plugins.patching.ablation_compare import AblationComparison, compare_ablations
+from hooklens.plugins.patching.ablation_comparison import AblationComparison, compare_ablations
 from hooklens.plugins.patching.activation import PatchSweep, patch
-from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.plugins.patching.attribution_patching import attribution_patch
 from hooklens.plugins.patching.attribution_result import AttributionPatching
 from hooklens.plugins.patching.flow import Choice, InformationFlow
-from hooklens.plugins.patching.information_flow import information_flow
+from hooklens.plugins.patching.information_flow import trace_information
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
 from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep
@@ -44,11 +44,11 @@ __all__ = [
     "WeightRandomisation",
     "Zero",
     "ablate",
-    "attribution_patching",
+    "attribution_patch",
     "compare_ablations",
     "gradient_x_input",
-    "information_flow",
     "integrated_gradients",
     "patch",
     "path_patch",
+    "trace_information",
 ]

@@ -29,8 +29,8 @@ from hooklens.plugins.patching.grid import (
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.execute import Outcome, execute
-from hooklens.sweeps.plan import Patch, plan, points_of, settle_by, site_kind
+from hooklens.sweeps.execution import Outcome, execute
+from hooklens.sweeps.planning import Patch, plan, points_of, settle_by, site_kind
 from hooklens.sweeps.replacement import Resample, Value, Written, as_replacement, targets_of
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches

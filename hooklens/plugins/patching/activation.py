@@ -20,8 +20,8 @@ from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, labe
 from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, with_other
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, ratio_interval
-from hooklens.sweeps.execute import Outcome, execute
-from hooklens.sweeps.plan import plan, points_of, settle_by, site_and_layer
+from hooklens.sweeps.execution import Outcome, execute
+from hooklens.sweeps.planning import plan, points_of, settle_by, site_and_layer
 from hooklens.sweeps.replacement import Replacement, Value, Written, as_replacement, is_run, targets_of
 from hooklens.sweeps.resume import Resume, hint, products_of
 from hooklens.sweeps.site_patches import SitePatches

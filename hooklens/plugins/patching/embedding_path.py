@@ -13,7 +13,7 @@ from hooklens.data.prompts import Prompts, rows_of
 from hooklens.metrics import ReadingMetric
 from hooklens.model.config import TokenEmbed
 from hooklens.model.ids import show
-from hooklens.plugins.patching.attribution import backward_rows
+from hooklens.plugins.patching.attribution_patching import backward_rows
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain
 

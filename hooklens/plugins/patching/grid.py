@@ -13,7 +13,7 @@ from hooklens.core.component import Component, no_component
 from hooklens.data.prompts import Pairs
 from hooklens.model.ids import show
 from hooklens.sweeps.nodes import read_components
-from hooklens.sweeps.plan import Patch, sizes_of
+from hooklens.sweeps.planning import Patch, sizes_of
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
-def information_flow(
+def trace_information(
     model: "HookedTransformer",
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -211,4 +211,4 @@ def demo(model: "HookedTransformer") -> InformationFlow:
     """Four short prompt pairs; who talks to a query of the last layer and to the logits."""
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), "final"] if last else "final"
-    return information_flow(model, demo_pairs(model, 4), receivers=receivers, choice=Choice(per_receiver=2, draws=9))
+    return trace_information(model, demo_pairs(model, 4), receivers=receivers, choice=Choice(per_receiver=2, draws=9))

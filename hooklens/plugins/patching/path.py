@@ -15,7 +15,7 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.path_sweep import PathSweep
 from hooklens.plugins.patching.two_runs import ends_of, joined, resume_of, with_other
 from hooklens.results.statistics import group_numbers
-from hooklens.sweeps.execute import execute
+from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, read_receivers, read_senders
 from hooklens.sweeps.path_patches import PathPatches
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, plan_paths

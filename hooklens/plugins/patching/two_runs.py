@@ -12,7 +12,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
 from hooklens.plugins.patching.grid import in_order
-from hooklens.sweeps.execute import Outcome
+from hooklens.sweeps.execution import Outcome
 from hooklens.sweeps.naive import first_nonfinite, not_finite
 from hooklens.sweeps.resume import Resume
 

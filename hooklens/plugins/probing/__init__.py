@@ -1,10 +1,9 @@
 """Linear probes: what can be read from an activation, compared with what can be read without the model."""
 
-from hooklens.plugins.probing.calibration import Calibration
-from hooklens.plugins.probing.causal import CausalCheck, causal_check
+from hooklens.plugins.probing.confidence import Calibration
 from hooklens.plugins.probing.directions import TokenProjection, project_tokens
-from hooklens.plugins.probing.gather import Activations, gather
-from hooklens.plugins.probing.geometry import Geometry, probe_geometry
+from hooklens.plugins.probing.gathering import Activations, gather
+from hooklens.plugins.probing.geometry import Geometry, measure_geometry
 from hooklens.plugins.probing.labels import (
     TASKS,
     next_vowel,
@@ -14,11 +13,12 @@ from hooklens.plugins.probing.labels import (
     subject_number,
     sum_over_50,
 )
+from hooklens.plugins.probing.probe_training import probe_texts, train_probe
+from hooklens.plugins.probing.probe_transfer import Transfer, transfer_probe
+from hooklens.plugins.probing.probe_use import CausalCheck, check_probe_use
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean, Probe, ProbeKind, Ridge, WhitenedMassMean
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import ProbeTask, read_task
-from hooklens.plugins.probing.train import probe_texts, train_probe
-from hooklens.plugins.probing.transfer import Transfer, transfer
 
 __all__ = [
     "PROBES",
@@ -37,12 +37,12 @@ __all__ = [
     "TokenProjection",
     "Transfer",
     "WhitenedMassMean",
-    "causal_check",
+    "check_probe_use",
     "gather",
+    "measure_geometry",
     "next_vowel",
     "odd_first",
     "part_of_speech",
-    "probe_geometry",
     "probe_texts",
     "project_tokens",
     "read_task",
@@ -50,5 +50,5 @@ __all__ = [
     "subject_number",
     "sum_over_50",
     "train_probe",
-    "transfer",
+    "transfer_probe",
 ]

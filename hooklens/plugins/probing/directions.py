@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.model.ids import show
-from hooklens.plugins.probing.causal import NULLS, random_directions
-from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.labels import odd_first
+from hooklens.plugins.probing.probe_use import NULLS, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import as_rows, fit
 from hooklens.results.result import Result

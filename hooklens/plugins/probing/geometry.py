@@ -87,7 +87,7 @@ class Geometry(Result):
         return heatmap(shown, x=self.names, y=self.names, title=title, colourbar="cosine")
 
 
-def probe_geometry(
+def measure_geometry(
     model: "HookedTransformer",
     tasks: Sequence[ProbeTask],
     *,
@@ -100,7 +100,7 @@ def probe_geometry(
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model(); tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
-    >>> found = probe_geometry(model, tasks, site=("resid_post", 0), draws=20)
+    >>> found = measure_geometry(model, tasks, site=("resid_post", 0), draws=20)
     >>> found.cosine.shape, found.null.shape                # task other; draw task other
     (torch.Size([2, 2]), torch.Size([20, 2, 2]))
 
@@ -149,4 +149,4 @@ def direction_of(kind: ProbeKind, x: np.ndarray, label: Int[Tensor, "example"]) 
 def demo(model: "HookedTransformer") -> Geometry:
     """Odd first tokens in two draws of random prompts, at the first layer; works on any model, without a tokenizer."""
     tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
-    return probe_geometry(model, tasks, site="blocks.0.hook_resid_post", draws=50)
+    return measure_geometry(model, tasks, site="blocks.0.hook_resid_post", draws=50)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
-from hooklens.plugins.probing.balanced import balanced
+from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.folds import Classes, Fold, shuffled_in_folds
 from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import ProbeKind

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.plugins.probing.balanced import balanced
-from hooklens.plugins.probing.calibration import temperature
+from hooklens.plugins.probing.balancing import balanced
+from hooklens.plugins.probing.confidence import temperature
 from hooklens.plugins.probing.folds import Fold, Index
 from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import ProbeKind, Weights, class_means

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.names import parse
-from hooklens.plugins.probing.balanced import Ends, balanced, ends, resampled
-from hooklens.plugins.probing.calibration import Calibration
+from hooklens.plugins.probing.balancing import Ends, balanced, ends, resampled
+from hooklens.plugins.probing.confidence import Calibration
 from hooklens.plugins.probing.probes import Probe
 from hooklens.results.result import Result
 from hooklens.results.statistics import null_p, q_values

@@ -8,7 +8,7 @@ import torch
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
-from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.scoring import as_rows
 from hooklens.plugins.probing.task import ProbeTask
 

@@ -129,7 +129,7 @@ class CoefficientSweep(Result):
     def figure(self) -> Any:
         """Effect (top) and perplexity (bottom) against the coefficient, with the bands of random directions."""
         from hooklens.viz.curves import lines
-        from hooklens.viz.panels import panels
+        from hooklens.viz.small_multiples import panels
 
         x, bands = self.coefficients, {"this direction": self.interval(), "random directions": self.random_band()}
         values = {"this direction": self.effect, "random directions": self.random_effect.mean(0)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.generation.sampling import Generation
@@ -20,7 +20,7 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.positions import Positions
-from hooklens.plugins.steering.steer import Adding, Direction, of_point, point_shape, steer
+from hooklens.plugins.steering.steering_edit import Adding, Direction, of_point, point_shape, steer
 from hooklens.plugins.steering.variants import Row, Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result
 from hooklens.sweeps.many_edits import Hooks
@@ -47,7 +47,7 @@ class SweepSettings:
     seed: int = 0
 
 
-def coefficient_sweep(
+def sweep_coefficients(
     model: "HookedTransformer",
     prompts: Prompts,
     direction: Direction,
@@ -69,7 +69,7 @@ def coefficient_sweep(
     >>> from hooklens.metrics import logit_diff
     >>> model = tiny_model(); metric = logit_diff(model, answer=3, wrong_answer=4)
     >>> few = SweepSettings(controls=4, written=1, new_tokens=3)
-    >>> sweep = coefficient_sweep(model, [[1, 2], [5, 6]], model.W_U[:, 3] - model.W_U[:, 4], [0, 4], metric,
+    >>> sweep = sweep_coefficients(model, [[1, 2], [5, 6]], model.W_U[:, 3] - model.W_U[:, 4], [0, 4], metric,
     ...                           site=("resid_post", 1), settings=few)
     >>> sweep.effect[0].item(), sweep.effect[1].item() > 0, sweep.random_effect.shape     # draw coefficient
     (0.0, True, torch.Size([4, 2]))
@@ -194,4 +194,4 @@ def demo(model: "HookedTransformer") -> CoefficientSweep | NoSweep:
 
     few = SweepSettings(controls=4, written=1, new_tokens=3)
     coefficients, site = (-1.0, 0.0, 1.0), ("resid_post", 0)
-    return coefficient_sweep(model, prompts, direction, coefficients, first_logit, site=site, settings=few)
+    return sweep_coefficients(model, prompts, direction, coefficients, first_logit, site=site, settings=few)

@@ -10,11 +10,11 @@ from torch import Tensor
 from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.core.names import AXES, site
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.steering.held_out import cross_fit, made_splits
+from hooklens.plugins.steering.held_out_steering import cross_fit, made_splits
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p, q_values, quantiles
 
@@ -103,7 +103,7 @@ class ContrastDirections(Result):
         return lines(values, bands={"shuffled labels": (ends[0], ends[1])}, title=title, **axes)
 
 
-def contrast_direction(
+def find_direction(
     model: "HookedTransformer",
     positive: Prompts,
     negative: Prompts,
@@ -123,7 +123,7 @@ def contrast_direction(
     swapped together.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = contrast_direction(tiny_model(), [[i, 1] for i in range(10)], [[i, 2] for i in range(10)], draws=99)
+    >>> found = find_direction(tiny_model(), [[i, 1] for i in range(10)], [[i, 2] for i in range(10)], draws=99)
     >>> found.direction.shape, found.separation[0].item(), found.p[0].item()      # layer width
     (torch.Size([2, 8]), 1.0, 0.01)
 
@@ -199,4 +199,4 @@ def demo(model: "HookedTransformer") -> ContrastDirections:
     pairs = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
     start, ends = pairs.clean, (pairs.answer, pairs.wrong_answer)
     positive, negative = (torch.cat([start, torch.tensor(end).to(start)[:, None]], 1) for end in ends)
-    return contrast_direction(model, positive, negative, draws=99)
+    return find_direction(model, positive, negative, draws=99)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
-from hooklens.plugins.steering.steer import Removing, ablate_direction, stream_sites
+from hooklens.plugins.steering.steering_edit import Removing, ablate_direction, stream_sites
 from hooklens.plugins.steering.variants import Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, null_p, quantiles
@@ -122,7 +122,7 @@ class DirectionAblation(Result):
     def figure(self) -> Any:
         """The effect on the metric and the increase of the loss, with the ranges of random directions."""
         from hooklens.viz.figures import bars
-        from hooklens.viz.panels import panels
+        from hooklens.viz.small_multiples import panels
 
         rise = self.neutral_loss - self.base_neutral_loss
         random_rise = (self.random_neutral_loss - self.base_neutral_loss).mean(2)
@@ -145,7 +145,7 @@ def _ends(values: Float[Tensor, "null draw"], level: float) -> Float[Tensor, "tw
     return quantiles(values.T, ((1 - level) / 2, (1 + level) / 2))
 
 
-def direction_ablation(
+def measure_direction_ablation(
     model: "HookedTransformer",
     prompts: Prompts,
     direction: Float[Tensor, "width"],
@@ -164,7 +164,7 @@ def direction_ablation(
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
-    >>> seen = direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], lambda logits: logits[:, -1, 5], controls=9)
+    >>> seen = measure_direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], lambda logits: logits[:, -1, 5], controls=9)
     >>> seen.random_effect.shape, len(seen.sites)                              # null draw
     (torch.Size([3, 9]), 6)
 
@@ -220,4 +220,4 @@ def demo(model: "HookedTransformer") -> DirectionAblation:
 
     everywhere = model.blocks[0].not_a_sum is None  # else the stream cannot be cleared of a direction
     direction, sites = model.W_U[:, token].detach(), None if everywhere else "resid_post"
-    return direction_ablation(model, prompts, direction, logit, sites=sites, controls=8)
+    return measure_direction_ablation(model, prompts, direction, logit, sites=sites, controls=8)

@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.core.names import parse
-from hooklens.core.progress import Advance
+from hooklens.core.progress_bar import Advance
 from hooklens.data.prompts import Pairs
 from hooklens.generation.sampling import Generation
 from hooklens.plugins.patching.grid import in_order

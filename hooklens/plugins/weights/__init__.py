@@ -1,8 +1,9 @@
 """Analysis of weights: spectra, the tokens that singular directions and neurons read and write, and composition."""
 
-from hooklens.plugins.weights.angles import PrincipalAngles, principal_angles
-from hooklens.plugins.weights.neurons import NeuronTokens, neuron_tokens
-from hooklens.plugins.weights.overlap import Overlap, overlap
+from hooklens.plugins.weights.angles import PrincipalAngles, measure_angles
+from hooklens.plugins.weights.neurons import NeuronTokens, read_neurons
+from hooklens.plugins.weights.overlap import Overlap, measure_overlap
+from hooklens.plugins.weights.ranked_tokens import TokenLists
 from hooklens.plugins.weights.singular_directions import (
     SingularDirections,
     mlp_read_directions,
@@ -14,11 +15,10 @@ from hooklens.plugins.weights.spectrum import (
     Spectra,
     Spectrum,
     effective_rank,
+    measure_spectrum,
     numerical_rank,
     participation_ratio,
-    spectrum,
 )
-from hooklens.plugins.weights.token_lists import TokenLists
 
 __all__ = [
     "NeuronTokens",
@@ -29,14 +29,14 @@ __all__ = [
     "Spectrum",
     "TokenLists",
     "effective_rank",
+    "measure_angles",
+    "measure_overlap",
+    "measure_spectrum",
     "mlp_read_directions",
     "mlp_write_directions",
-    "neuron_tokens",
     "numerical_rank",
     "ov_directions",
-    "overlap",
     "participation_ratio",
-    "principal_angles",
     "qk_directions",
-    "spectrum",
+    "read_neurons",
 ]

@@ -62,13 +62,13 @@ class PrincipalAngles(Result):
         return lines(values, bands={"random subspaces": (ends[0], ends[1])}, title="Principal angles", **axes)
 
 
-def principal_angles(
+def measure_angles(
     model: "HookedTransformer", writer: str, reader: str, *, draws: int = _DRAWS, seed: int = 0
 ) -> PrincipalAngles:
     """How close are the subspace that `writer` ("L0H1", "MLP2") writes and the one that `reader` ("L3H0.q") reads?
 
     >>> from hooklens.testing import tiny_model
-    >>> principal_angles(tiny_model(), "L0H1", "L1H0.q", draws=20).cosine.shape
+    >>> measure_angles(tiny_model(), "L0H1", "L1H0.q", draws=20).cosine.shape
     torch.Size([4])
 
     Reference: Bjorck and Golub (1973), "Numerical Methods for Computing Angles Between Linear Subspaces".
@@ -91,4 +91,4 @@ def demo(model: "HookedTransformer") -> PrincipalAngles | Needs:
     """The first head against its layer's MLP, or against its own queries if there is none."""
     lacks = lacking(model, tokens=False)
     reader = "L0H0.q" if model.cfg.attn_only else "MLP0"
-    return lacks or principal_angles(model, "L0H0", reader, draws=20)
+    return lacks or measure_angles(model, "L0H0", reader, draws=20)

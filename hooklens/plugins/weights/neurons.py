@@ -11,11 +11,11 @@ from torch.nn.functional import cosine_similarity
 
 from hooklens.core.component import neuron_name
 from hooklens.core.errors import InputError
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.plugins.weights.matrices import check_layer, folded_neurons
 from hooklens.plugins.weights.needs import Needs, lacking
+from hooklens.plugins.weights.ranked_tokens import Side, TokenLists, list_tokens, listed
 from hooklens.plugins.weights.singular_directions import reading_side, writing_side
-from hooklens.plugins.weights.token_lists import Side, TokenLists, listed, token_lists
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 
@@ -91,7 +91,7 @@ class NeuronTokens(Result):
         return figure.add_vline(x=ends[0], line_dash="dash").add_hline(y=ends[1], line_dash="dash")
 
 
-def neuron_tokens(
+def read_neurons(
     model: "HookedTransformer",
     layer: int,
     neurons: Sequence[int] | None = None,
@@ -107,7 +107,7 @@ def neuron_tokens(
     `None` means all neurons.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = neuron_tokens(tiny_model(), 0, [3, 5], top=2)
+    >>> found = read_neurons(tiny_model(), 0, [3, 5], top=2)
     >>> found.reads.high.shape, found.gate is None
     (torch.Size([2, 2]), True)
 
@@ -126,7 +126,7 @@ def neuron_tokens(
         jobs.append((reading._replace(name="gate"), found.gate.mT[at]))
     jobs.append((writing_side(model, block.writes_through("mlp"), seed=seed, draws=draws), found.writes[at]))
     with progress(f"neurons of layer {layer}", len(jobs) * len(at), unit="list") as advance:
-        lists = [token_lists(model, side, vectors, top=top, advance=advance) for side, vectors in jobs]
+        lists = [list_tokens(model, side, vectors, top=top, advance=advance) for side, vectors in jobs]
     gate = lists[1] if found.gate is not None else None
     in_out = cosine_similarity(jobs[-2][1], jobs[-1][1], dim=1).cpu()
     return NeuronTokens(
@@ -143,4 +143,4 @@ def neuron_tokens(
 def demo(model: "HookedTransformer") -> NeuronTokens | Needs:
     """The first layer's first 16 neurons; a model without MLPs has none."""
     lacks = lacking(model, mlp=True)
-    return lacks or neuron_tokens(model, 0, range(min(16, model.cfg.d_mlp)), top=min(5, model.cfg.d_vocab))
+    return lacks or read_neurons(model, 0, range(min(16, model.cfg.d_mlp)), top=min(5, model.cfg.d_vocab))

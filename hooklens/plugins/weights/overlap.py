@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
-from hooklens.core.progress import progress
+from hooklens.core.progress_bar import progress
 from hooklens.plugins.weights.components import Part, random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.result import Result, Table
@@ -105,7 +105,7 @@ class Overlap(Result):
         return f"{self.writers[rows[i]]} to {self.readers[columns[j]]}"
 
 
-def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAWS, seed: int = 0) -> Overlap:
+def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAWS, seed: int = 0) -> Overlap:
     """Which components write into directions that later ones read, more than their spectra alone would have it?
 
     Writers are heads (W_V W_O) and MLPs (W_out). Readers are heads' q, k and v and MLPs (W_in next to W_gate), with the
@@ -113,7 +113,7 @@ def overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAW
     one large singular value has no advantage. The mean square of the null is 1 / d_model.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = overlap(tiny_model(n_layers=2, attn_only=True), draws=50)
+    >>> found = measure_overlap(tiny_model(n_layers=2, attn_only=True), draws=50)
     >>> found.writers, found.readers[:3]
     (['L0H0', 'L0H1', 'L1H0', 'L1H1'], ['L0H0.q', 'L0H1.q', 'L0H0.k'])
     >>> bool(found.composition[2:].isnan().all())      # nothing reads what the last layer's heads write
@@ -200,4 +200,4 @@ def _by_layer(names: list[str]) -> dict[str, list[int]]:
 
 def demo(model: "HookedTransformer") -> Overlap | Needs:
     """Every pair of the model, with 40 draws; one layer without an MLP has no pairs."""
-    return lacking(model, tokens=False) or overlap(model, draws=40)
+    return lacking(model, tokens=False) or measure_overlap(model, draws=40)

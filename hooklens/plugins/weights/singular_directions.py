@@ -18,7 +18,7 @@ from hooklens.plugins.weights.matrices import (
     unembedding_rows,
 )
 from hooklens.plugins.weights.needs import Needs, lacking
-from hooklens.plugins.weights.token_lists import Side, TokenLists, listed, random_vectors, token_lists
+from hooklens.plugins.weights.ranked_tokens import Side, TokenLists, list_tokens, listed, random_vectors
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 
@@ -191,7 +191,7 @@ def _directions(
     largest = first[:, :k].gather(0, first[:, :k].abs().argmax(0)[None])[0]
     kept = [None if one is None else (one[:, :k] * largest.sign()).mT.contiguous() for one in vectors]
     pairs = zip(sides, [one for one in kept if one is not None], strict=True)
-    lists = [token_lists(model, side, one, top=top) for side, one in pairs]
+    lists = [list_tokens(model, side, one, top=top) for side, one in pairs]
     share = S.square() / S.square().sum()
     left, right = (None if one is None else one.cpu() for one in kept)
     return SingularDirections(

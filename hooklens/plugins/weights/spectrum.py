@@ -158,7 +158,7 @@ _COLUMNS = (
 )
 
 
-def spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
+def measure_spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
     """How many directions do the embeddings and each head's QK and OV use, compared with a freshly initialised model?
 
     QK and OV stay factored: no d_model x d_model matrix is formed. Weights are used as stored; for what a head reads
@@ -166,7 +166,7 @@ def spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
     position.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = spectrum(tiny_model())
+    >>> found = measure_spectrum(tiny_model())
     >>> found.OV.singular.shape                    # layer head value
     torch.Size([2, 2, 4])
     >>> found.embeddings["W_E"].initial_rank.item()        # min(d_vocab, d_model)
@@ -229,4 +229,4 @@ def _row(name: str, one: Spectrum) -> tuple:
 
 def demo(model: "HookedTransformer") -> Spectra:
     """Every spectrum of the model, and that of a fresh one."""
-    return spectrum(model)
+    return measure_spectrum(model)

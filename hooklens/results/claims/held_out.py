@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.results.claims.claim import claim
-from hooklens.results.claims.family import ClaimFamily, family
+from hooklens.results.claims.claim_family import ClaimFamily, family
 from hooklens.results.claims.measured import Measured
 from hooklens.results.claims.registration import Registration
+from hooklens.results.claims.single_claim import claim
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups, group_numbers, halves, mean_interval, q_values, sign_flip_p
 

@@ -8,11 +8,11 @@ from test_circuit_run import CLEAN, CORRUPTED, diff
 
 import hooklens as hl
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.plugins.circuits.acdc import acdc, acdc_nodes
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
-from hooklens.plugins.circuits.eap import eap
+from hooklens.plugins.circuits.discovery import acdc, acdc_nodes
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
-from hooklens.plugins.circuits.prune import prune_edges, prune_edges_below, prune_nodes, prune_nodes_below
+from hooklens.plugins.circuits.pruning import prune_edges, prune_edges_below, prune_nodes, prune_nodes_below
 from hooklens.plugins.circuits.run import run_edges
 from hooklens.testing import and_gate, or_gate, tiny_model
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hooklens.plugins.circuits.carry import Carrier, head_nodes, is_head, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
-from hooklens.plugins.circuits.matching import match, matching
+from hooklens.plugins.circuits.matching import match, measure_matching
 from hooklens.plugins.circuits.roles import Roles
 
 SHAPES = [(3, 4, 4, True), (3, 4, 2, True), (2, 6, 3, False), (2, 4, 1, True, True)]
@@ -88,7 +88,7 @@ def test_an_edge_that_runs_backwards_is_lost_and_named():
     found = placed(carrier, L0H1="L1H1", MLP0="MLP1", L1H0="L0H0")
     assert set(carried(carrier, found)) == {"L0H0->logits", "embed->L1H1.v"}
     assert float(carrier.lost(found[None])) == pytest.approx(0.5)  # (2 + 3) of 10; a parallel MLP reads no head
-    result = matching(carrier, found, roles(graph, {}), roles(carrier.target, {}))
+    result = measure_matching(carrier, found, roles(graph, {}), roles(carrier.target, {}))
     assert result.lost == ["L0H1->MLP0", "L0H1->L1H0.k"] and result.n_edges == 4
 
 
@@ -173,7 +173,7 @@ def test_labels_come_first_then_effects():
         graph, {"L0H0": 0.9, "L0H1": 0.1, "L0H2": 0.2, "L0H3": 0.5}, {"L0H1": "induction", "L0H2": "name mover"}
     )
     carrier = Carrier(circuit(graph, edges), graph)
-    result = matching(carrier, match(carrier, source, target), source, target)
+    result = measure_matching(carrier, match(carrier, source, target), source, target)
     assert dict(zip(result.source, result.target, strict=True)) == {"L0H0": "L0H1", "L0H1": "L0H2", "L0H2": "L0H3"}
     assert (result.same_label, result.labelled) == (1, 2)
     assert result.distance.tolist() == pytest.approx([0.8, 0.3, 0.4])
@@ -197,7 +197,7 @@ def test_mlps_go_by_depth_and_some_stay_alone():
     source = roles(graph, {"MLP0": 0.5, "MLP1": 0.01, "MLP2": 0.02, "MLP3": 0.4})
     target = roles(shallow, {"MLP0": 0.5, "MLP1": 0.4})
     found = match(carrier, source, target)
-    result = matching(carrier, found, source, target)
+    result = measure_matching(carrier, found, source, target)
     places = dict(zip(result.source, result.target, strict=True))
     assert places["MLP0"] == "MLP0" and places["MLP3"] == "MLP1" and places["MLP1"] == places["MLP2"] == ""
     assert result.lost == ["MLP1->logits", "MLP2->logits"]

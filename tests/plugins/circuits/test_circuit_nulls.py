@@ -9,17 +9,17 @@ from test_circuit_run import CLEAN, CORRUPTED, diff
 
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.plugins.circuits.circuit import circuit_of
+from hooklens.plugins.circuits.circuit_metrics import measured
 from hooklens.plugins.circuits.completeness import completeness_of
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
-from hooklens.plugins.circuits.eap import demo_circuit, eap
-from hooklens.plugins.circuits.evaluate import evaluate
-from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
-from hooklens.plugins.circuits.measure import measured
+from hooklens.plugins.circuits.edge_attribution import demo_circuit, eap
+from hooklens.plugins.circuits.evaluation import evaluate_circuit
+from hooklens.plugins.circuits.faithfulness import measure_faithfulness, trace_faithfulness
 from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
-from hooklens.plugins.circuits.random_circuits import random_circuits
+from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.statistics import mean_interval, null_p
-from hooklens.studies.circuit import study_circuit
+from hooklens.studies.circuit_study import study_circuit
 from hooklens.testing import tiny_model
 
 BOTH_WAYS = torch.tensor([1.0, -1.0])
@@ -45,7 +45,7 @@ def test_a_value_that_is_not_known_is_reached_by_no_draw_and_significant_nowhere
 
 def test_where_the_gap_may_be_0_no_part_of_an_evaluation_is_significant(found):
     model, scores, circuit, pairs = found
-    seen = evaluate(model, circuit, pairs, metric=either_way)
+    seen = evaluate_circuit(model, circuit, pairs, metric=either_way)
     assert not seen.faithfulness.defined and seen.faithfulness.p != seen.faithfulness.p
     assert seen.completeness.p != seen.completeness.p
     assert bool(seen.minimality.p.isnan().all()) and bool(seen.minimality.q.isnan().all())
@@ -53,13 +53,13 @@ def test_where_the_gap_may_be_0_no_part_of_an_evaluation_is_significant(found):
     rows = dict(seen.table().rows)
     assert rows["edges worth more than a random circuit's (q < 0.05)"] is None
     assert rows["edges that may be worth nothing"] is None
-    curve = faithfulness_curve(model, scores, pairs, metric=either_way, sizes=[5, 10])
+    curve = trace_faithfulness(model, scores, pairs, metric=either_way, sizes=[5, 10])
     assert bool(curve.values.isnan().all()) and curve.p != curve.p
 
 
 def test_with_one_pair_no_edge_is_called_needed(found):
     model, _, circuit, pairs = found
-    seen = evaluate(model, circuit, pairs[:1])
+    seen = evaluate_circuit(model, circuit, pairs[:1])
     assert seen.minimality.idle is None and dict(seen.table().rows)["edges that may be worth nothing"] is None
     assert len(seen.minimality.table()) > 0
 
@@ -67,9 +67,9 @@ def test_with_one_pair_no_edge_is_called_needed(found):
 def test_fewer_than_100_random_circuits_are_refused(found):
     model, scores, circuit, pairs = found
     for ask in (
-        lambda: faithfulness(model, circuit, pairs, draws=99),
-        lambda: evaluate(model, circuit, pairs, draws=3),
-        lambda: faithfulness_curve(model, scores, pairs, sizes=[10], draws=3),
+        lambda: measure_faithfulness(model, circuit, pairs, draws=99),
+        lambda: evaluate_circuit(model, circuit, pairs, draws=3),
+        lambda: trace_faithfulness(model, scores, pairs, sizes=[10], draws=3),
         lambda: study_circuit(model, pairs, edges=12, draws=5),
     ):
         with pytest.raises(ValueError, match="draws must be at least 100 random circuits"):
@@ -198,12 +198,12 @@ def test_edges_of_one_random_circuit_that_are_alike_count_once():
 
 def test_a_curve_says_on_how_many_of_its_prompts_the_edges_were_found(found):
     model, scores, _, pairs = found
-    half = faithfulness_curve(model, scores, demo_pairs(model, 4)[1:], sizes=[20])
+    half = trace_faithfulness(model, scores, demo_pairs(model, 4)[1:], sizes=[20])
     assert (half.n_seen, half.n_pairs) == (1, 3)
     row = dict(zip(half.table().columns, half.table().rows[0], strict=True))
     assert (row["pairs"], row["of these used to find it"]) == (3, 1)
     assert "1 of 3 pairs used to find it" in half.figure().layout.title.text
-    held_out = faithfulness_curve(model, scores, pairs, sizes=[20])
+    held_out = trace_faithfulness(model, scores, pairs, sizes=[20])
     assert "used to find" not in held_out.figure().layout.title.text
 
 
@@ -216,5 +216,5 @@ def test_a_curve_is_compared_in_its_own_precision():
 
 def test_a_circuit_of_one_edge_has_nothing_left_without_it():
     model = tiny_model()
-    seen = evaluate(model, circuit_of(model, ["embed->logits"]), CLEAN, CORRUPTED, diff)
+    seen = evaluate_circuit(model, circuit_of(model, ["embed->logits"]), CLEAN, CORRUPTED, diff)
     assert seen.minimality.null.shape == (100, 1) and seen.minimality.effect.shape == (1,)

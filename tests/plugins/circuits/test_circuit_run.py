@@ -10,7 +10,7 @@ from slow_edges import slow_logits
 from torch import nn
 
 import hooklens as hl
-from hooklens.data.ioi import ioi
+from hooklens.data.indirect_object import ioi
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
 from hooklens.plugins.circuits.graph import circuit_graph

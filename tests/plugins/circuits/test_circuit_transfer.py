@@ -13,12 +13,12 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import circuit_of
-from hooklens.plugins.circuits.eap import eap
-from hooklens.plugins.circuits.eap_ig import eap_ig
+from hooklens.plugins.circuits.circuit_transfer import transfer_circuit
+from hooklens.plugins.circuits.edge_attribution import eap
+from hooklens.plugins.circuits.integrated_edges import eap_ig
 from hooklens.plugins.circuits.roles import _by_edges, _by_patches, roles_of
 from hooklens.plugins.circuits.run import Bench
-from hooklens.plugins.circuits.transfer import transfer_circuit
-from hooklens.plugins.heads.taxonomy import taxonomy
+from hooklens.plugins.heads.taxonomy import classify_heads
 from hooklens.results.result import Result
 from hooklens.results.statistics import halves
 from hooklens.studies import transfer_report
@@ -30,7 +30,7 @@ INDUCTION = [*INDUCTION, "L1H1->logits"]
 
 
 def quick(model):
-    return taxonomy(model, n=6, draws=50, ioi=0)
+    return classify_heads(model, n=6, draws=50, ioi=0)
 
 
 def own_task(model, n: int = 8) -> PromptPairs:
@@ -145,7 +145,7 @@ def test_an_induction_circuit_is_found_in_a_larger_model(sizes, ablation):
     small, big = induction_model(), larger({"L0H0": "L1H3", "L1H1": "L3H5"}, n_layers=4, **sizes)
     task, there = repeats(small), repeats(big)
     circuit = circuit_of(small, INDUCTION, value=ablation)
-    labels = taxonomy(small), taxonomy(big, draws=500)  # few heads in it have any pattern to make a null of
+    labels = classify_heads(small), classify_heads(big, draws=500)  # few heads in it have any pattern to make a null of
     found = transfer_circuit(small, circuit, task, big, there, taxonomies=labels)
     places = {"L0H0": "L1H3", "L1H1": "L3H5"}
     assert dict(zip(found.matching.source, found.matching.target, strict=True)) == places
@@ -173,7 +173,7 @@ def test_a_random_model_has_no_induction_circuit(seed):
     """Undefined or not small: `p` is no finding either way."""
     small, target = induction_model(), tiny_model(n_layers=3, n_heads=4, attn_only=True, seed=seed)
     circuit = circuit_of(small, INDUCTION)
-    labels = taxonomy(small), quick(target)
+    labels = classify_heads(small), quick(target)
     found = transfer_circuit(small, circuit, repeats(small, 32), target, repeats(target, 32), taxonomies=labels)
     assert not found.p <= 0.05 and len(found.mapped.random) == 100
     assert found.matching.same_label == 0 and found.matching.labelled == 2

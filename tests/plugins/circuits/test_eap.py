@@ -10,10 +10,10 @@ from slow_edges import node_outputs
 from test_circuit_run import CLEAN, CORRUPTED, LoRA, changed, diff
 
 import hooklens as hl
-from hooklens.plugins.circuits.eap import eap
+from hooklens.plugins.circuits.edge_attribution import eap
+from hooklens.plugins.circuits.edge_scores import _grown
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import run_edges
-from hooklens.plugins.circuits.scores import _grown
 from hooklens.testing import and_gate, or_gate, tiny_model
 
 

@@ -14,9 +14,9 @@ from test_eap import slow_scores
 
 import hooklens as hl
 from hooklens.model.config import Biases
-from hooklens.plugins.circuits.eap import eap
-from hooklens.plugins.circuits.eap_ig import eap_ig, eap_ig_activations, eap_ig_midpoint, eap_ig_own_source
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
+from hooklens.plugins.circuits.integrated_edges import eap_ig, eap_ig_activations, eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.run import run_edges
 from hooklens.testing import _blank, or_gate, tiny_model
 

@@ -12,7 +12,7 @@ from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench, run_edges
 from hooklens.plugins.circuits.runner import EdgeRunner
-from hooklens.sweeps import execute as engine
+from hooklens.sweeps import execution as engine
 from hooklens.testing import tiny_model
 
 METRICS = {

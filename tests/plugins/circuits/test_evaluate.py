@@ -14,14 +14,14 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
-from hooklens.plugins.circuits.eap import eap
-from hooklens.plugins.circuits.evaluate import evaluate
-from hooklens.plugins.circuits.faithful import faithfulness, faithfulness_curve
+from hooklens.plugins.circuits.edge_attribution import eap
+from hooklens.plugins.circuits.evaluation import evaluate_circuit
+from hooklens.plugins.circuits.faithfulness import measure_faithfulness, trace_faithfulness
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.minimality import _worth
-from hooklens.plugins.circuits.random_circuits import random_circuits
+from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench, run_edges
-from hooklens.plugins.circuits.subsets import subsets
+from hooklens.plugins.circuits.subset_search import subsets
 from hooklens.plugins.patching.path import path_patch
 from hooklens.sweeps.nodes import read_receivers, read_senders
 from hooklens.testing import and_gate, or_gate, tiny_model
@@ -88,7 +88,7 @@ def test_a_circuit_that_is_fed_by_nothing_is_matched_as_it_is():
 
 def test_the_whole_model_is_faithful_and_complete():
     model = tiny_model(dtype=torch.float64)
-    found = evaluate(model, whole_circuit(model), CLEAN, CORRUPTED, diff)
+    found = evaluate_circuit(model, whole_circuit(model), CLEAN, CORRUPTED, diff)
     assert found.faithfulness.value == pytest.approx(1.0) and found.faithfulness.p == 1.0  # all random ones are it
     assert found.faithfulness.overlap == 1.0 and found.completeness.worst == pytest.approx(0.0, abs=1e-12)
     assert found.minimality.effect.shape == (46,) and len(found.faithfulness.random) == 100
@@ -98,7 +98,7 @@ def test_an_and_gate_s_path_is_faithful_minimal_and_beats_chance():
     gate = and_gate()
     path = circuit_of(gate, ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"])
     clean, corrupted = [[1, 1, 1], [1, 1, 1]], [[1, 0, 1], [0, 1, 1]]
-    found = evaluate(gate, path, clean, corrupted, logit)
+    found = evaluate_circuit(gate, path, clean, corrupted, logit)
     assert found.faithfulness.value == pytest.approx(1.0)
     assert found.minimality.effect.tolist() == pytest.approx([1.0] * 3) and found.minimality.idle == []
     assert found.completeness.worst == pytest.approx(0.0, abs=1e-9)
@@ -107,7 +107,7 @@ def test_an_and_gate_s_path_is_faithful_minimal_and_beats_chance():
 def test_half_of_an_or_gate_is_faithful_and_not_complete():
     gate = or_gate()
     half = circuit_of(gate, ["L0H0->MLP0", "MLP0->logits"], value="zero")
-    found = evaluate(gate, half, [[0], [1]], None, logit)
+    found = evaluate_circuit(gate, half, [[0], [1]], None, logit)
     assert found.faithfulness.value == 1.0
     # without L0H0 the circuit says 0, and the model, which has L0H1, still 1
     assert found.completeness.worst == 1.0 and "L0H0->MLP0" in found.completeness.greedy_edges
@@ -118,7 +118,7 @@ def test_an_or_gate_s_head_edge_is_worth_1_without_the_other_and_0_beside_it():
     """Wang et al.: an edge is not idle if there is any K without which it is needed; with K empty both would be."""
     gate = or_gate()
     both = circuit_of(gate, ["L0H0->MLP0", "L0H1->MLP0", "MLP0->logits"], value="zero")
-    found = evaluate(gate, both, [[0], [1]], None, logit).minimality
+    found = evaluate_circuit(gate, both, [[0], [1]], None, logit).minimality
     worth = dict(
         zip(found.edges, zip(found.effect.tolist(), found.alone.tolist(), found.given, strict=True), strict=True)
     )
@@ -144,13 +144,13 @@ def test_an_edge_s_worth_is_what_cutting_it_and_the_set_says():
 def test_completeness_searches_nodes_and_forty_sets_and_measures_the_complement():
     """One head of an OR gate: the other edges alone do the task. All the model: nothing is left outside."""
     gate = or_gate()
-    found = evaluate(gate, circuit_of(gate, ["L0H0->MLP0"], value="zero"), [[0], [1]], None, logit)
+    found = evaluate_circuit(gate, circuit_of(gate, ["L0H0->MLP0"], value="zero"), [[0], [1]], None, logit)
     assert found.faithfulness.value == 0.0 and found.completeness.complement == 1.0
     assert (found.completeness.complement_low, found.completeness.complement_high) == (1.0, 1.0)
     model = tiny_model(dtype=torch.float64)
     pairs = demo_pairs(model, 4)
     half = eap(model, pairs[:2]).top_edges(20)
-    found = evaluate(model, half, pairs[2:]).completeness
+    found = evaluate_circuit(model, half, pairs[2:]).completeness
     outside = run_edges(model, ~half.kept, pairs[2:]).faithfulness
     assert found.complement == pytest.approx(float(outside[0])) and 0 < found.complement_p <= 1
     assert len(found.random) == 40 and len(found.complement_null) == 100
@@ -165,7 +165,7 @@ def test_faithfulness_is_what_its_formula_says_on_pairs_not_seen():
     circuit = eap(model, pairs[:3]).top_edges(20)
     clean, corrupted = pairs[2:].clean, pairs[2:].corrupted
     metric = kl(model, clean)
-    found = faithfulness(model, circuit, clean, corrupted, metric, group=torch.tensor([0, 0, 1, 1]), seed=3)
+    found = measure_faithfulness(model, circuit, clean, corrupted, metric, group=torch.tensor([0, 0, 1, 1]), seed=3)
     runs = run_edges(model, circuit.kept, clean, corrupted, metric)
     with torch.no_grad():
         empty, whole = metric(model(corrupted)).mean(), metric(model(clean)).mean()
@@ -182,7 +182,7 @@ def test_faithfulness_is_what_its_formula_says_on_pairs_not_seen():
 
 def test_without_a_difference_nothing_is_faithful():
     model = tiny_model()
-    found = faithfulness(model, circuit_of(model, ["embed->logits"]), CLEAN, CLEAN, diff)
+    found = measure_faithfulness(model, circuit_of(model, ["embed->logits"]), CLEAN, CLEAN, diff)
     assert not found.defined and found.value != found.value and found.p != found.p
 
 
@@ -191,7 +191,7 @@ def test_a_curve_grows_to_the_model():
     pairs = demo_pairs(model, 4)
     scores = eap(model, pairs[:2])
     n = scores.graph.n_edges
-    curve = faithfulness_curve(model, scores, pairs[2:], sizes=[10, 20, 30, n])
+    curve = trace_faithfulness(model, scores, pairs[2:], sizes=[10, 20, 30, n])
     assert float(curve.values[-1]) == pytest.approx(1.0) and int(curve.sizes[-1]) == n and curve.n_seen == 0
     x, y = [0, *curve.sizes.tolist()], [0.0, *curve.values.tolist()]
     by_hand = sum((b - a) * (u + v) / 2 for a, b, u, v in zip(x, x[1:], y, y[1:], strict=False)) / n

@@ -5,19 +5,19 @@ import torch
 from torch import nn
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.heads.composition import MODES, _moments, _random, composition
+from hooklens.plugins.heads.composition import MODES, _moments, _random, score_composition
 from hooklens.plugins.heads.stand_out import _t_tail, standing_out
 from hooklens.testing import induction_model, tiny_model
 
 
 def test_the_induction_head_reads_its_keys_from_the_previous_token_head():
-    found = composition(induction_model())
+    found = score_composition(induction_model())
     assert found.order()[0] == ("K", 0, 0, 1, 1)
     assert found.scores["Q"][0, 0, 1, 1] == found.scores["V"][0, 0, 1, 1] == 0
     model = induction_model()
     with torch.no_grad():
         model.blocks[1].attn.W_K[1, 11] = 0.0  # the row that keeps position 0 out, which is the largest by far
-    found = composition(model, draws=100)
+    found = score_composition(model, draws=100)
     # |A B| / (|A| |B|) for A and B both the identity between the same 11 dimensions
     assert float(found.scores["K"][0, 0, 1, 1]) == pytest.approx(11**-0.5, abs=1e-6)
     assert found.z["K"][0, 0, 1, 1] > 10 and found.q["K"][0, 0, 1, 1] < 0.05
@@ -30,7 +30,7 @@ def test_the_factored_score_is_that_of_the_formed_matrices(changes):
     with torch.no_grad():
         for block in model.blocks:
             block.ln1.weight.copy_(1 + 0.3 * torch.randn(8, generator=generator))
-    found = composition(model, draws=2)
+    found = score_composition(model, draws=2)
     centre = torch.eye(8, dtype=torch.float64)
     if not changes:
         centre = centre - 1 / 8
@@ -60,7 +60,7 @@ def test_the_moments_of_random_orientation_are_those_of_many_draws():
 def test_random_weights_compose_by_chance():
     p = []
     for seed in range(20):
-        found = composition(tiny_model(seed=seed, n_heads=4, d_model=32, attn_only=True), seed=seed)
+        found = score_composition(tiny_model(seed=seed, n_heads=4, d_model=32, attn_only=True), seed=seed)
         p += [found.p[mode][0, :, 1].flatten() for mode in MODES]
     p = torch.cat(p)
     for level in (0.05, 0.1, 0.5):
@@ -70,7 +70,8 @@ def test_random_weights_compose_by_chance():
 def models_called(n_models, **shape):
     """Of models with random weights: the share in which any pair and mode is called, and all of their p."""
     found = [
-        composition(tiny_model(seed=seed, attn_only=True, **shape), draws=20, seed=seed) for seed in range(n_models)
+        score_composition(tiny_model(seed=seed, attn_only=True, **shape), draws=20, seed=seed)
+        for seed in range(n_models)
     ]
     called = sum(bool(torch.stack([one.q[mode] for mode in MODES]).nan_to_num(1.0).min() <= 0.05) for one in found)
     p = torch.cat([one.p[mode].flatten() for one in found for mode in MODES])
@@ -107,12 +108,12 @@ def test_the_tail_of_student_s_t_is_that_of_the_tables(df, t, p):
 
 def test_what_it_cannot_read_is_refused():
     with pytest.raises(InputError, match="post-norm"):
-        composition(tiny_model(block="post"))
+        score_composition(tiny_model(block="post"))
     model = tiny_model()
     model.blocks[1].attn.k = nn.Sequential(model.blocks[1].attn.k)
     with pytest.raises(InputError, match=r"blocks.1.attn.k is not a plain linear"):
-        composition(model)
-    assert len(composition(tiny_model(n_layers=1)).table()) == 0
+        score_composition(model)
+    assert len(score_composition(tiny_model(n_layers=1)).table()) == 0
 
 
 def sharing(strength, seed):
@@ -133,7 +134,7 @@ def sharing(strength, seed):
 @pytest.mark.parametrize("strength", [0.0, 1.0, 3.0])
 def test_heads_that_share_a_direction_of_the_stream_are_not_called_composed(strength):
     """Against random orientation two thirds of all pairs of such a model had p <= 0.05."""
-    found = [composition(sharing(strength, seed)[0], draws=2) for seed in range(6)]
+    found = [score_composition(sharing(strength, seed)[0], draws=2) for seed in range(6)]
     assert {one.null for one in found} == {"specific"}
     p = torch.cat([torch.stack([one.p[mode] for mode in MODES]).flatten() for one in found])
     p = p[~p.isnan()]
@@ -154,13 +155,13 @@ def test_a_pair_that_is_linked_stands_first_among_heads_that_share_a_direction()
         written = model.blocks[1].attn.W_O[3]  # d_head d_model
         own = written - (written @ shared)[:, None] * shared
         model.blocks[2].attn.W_K[5] += 2 * own.T
-    found = composition(model, draws=2)
+    found = score_composition(model, draws=2)
     assert found.order()[0] == ("K", 1, 3, 2, 5) and found.q["K"][1, 3, 2, 5] < 0.01
     assert found.table(1).rows[0][:3] == ("L1H3", "L2H5", "K") and found.table().columns[-1] == "q (specific)"
 
 
 def test_with_few_heads_random_orientation_is_the_null_and_the_table_says_so():
-    found = composition(tiny_model(), draws=5)
+    found = score_composition(tiny_model(), draws=5)
     assert found.null == "orientation" and found.table().columns[-1] == "q (orientation)"
     assert all(bool(found.specific[mode].isnan().all()) for mode in MODES)
     assert found.table(1).rows[0][4] is None

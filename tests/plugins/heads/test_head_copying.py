@@ -5,10 +5,10 @@ import torch
 
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
-from hooklens.plugins.heads.copy_suppression import _another, copy_suppression
-from hooklens.plugins.heads.copying import _streams, copying
+from hooklens.plugins.heads.copy_suppression import _another, score_copy_suppression
+from hooklens.plugins.heads.copying import _streams, score_copying
 from hooklens.plugins.heads.ece_change import calibration_change
-from hooklens.plugins.lens.calibration import calibration
+from hooklens.plugins.lens.calibration import measure_calibration
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -21,7 +21,7 @@ def negated():
 
 
 def test_the_copying_head_copies_and_its_negative_suppresses():
-    found, turned = copying(induction_model()), copying(negated())
+    found, turned = score_copying(induction_model()), score_copying(negated())
     assert found.positive[1, 1] == pytest.approx(1, abs=1e-5) and found.top_share(1)[1, 1] == 1
     assert turned.positive[1, 1] == pytest.approx(-1, abs=1e-5) and turned.bottom_share(1)[1, 1] == 1
     assert turned.z[1, 1] == pytest.approx(-float(found.z[1, 1]), rel=1e-5)
@@ -40,7 +40,7 @@ def test_the_copying_head_copies_and_its_negative_suppresses():
 )
 def test_the_eigenvalues_are_those_of_the_token_by_token_circuit(changes):
     model = tiny_model(dtype=torch.float64, **changes)
-    found = copying(model, n_tokens=40, draws=10)
+    found = score_copying(model, n_tokens=40, draws=10)
     tokens, streams = _streams(model, 40, 0)
     assert torch.equal(tokens, found.tokens)
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_p_values_of_freshly_initialised_heads_are_uniform():
     p = []
     for seed in range(50):
         model = tiny_model(seed=seed, n_heads=4, d_model=32, d_vocab=50, tie_word_embeddings=bool(seed % 2))
-        found = copying(model, n_tokens=64, seed=seed)
+        found = score_copying(model, n_tokens=64, seed=seed)
         p.append(torch.stack([found.copies, found.suppresses]).flatten())
     p = torch.cat(p)
     for level in (0.05, 0.1, 0.5):
@@ -75,13 +75,13 @@ def test_p_values_of_freshly_initialised_heads_are_uniform():
 
 
 def test_post_norm_blocks_are_refused():
-    for method in (copying, copy_suppression):
+    for method in (score_copying, score_copy_suppression):
         with pytest.raises(InputError, match="post-norm"):
             method(tiny_model(block="post"))
 
 
 def test_the_negative_head_lowers_the_token_it_looks_at_and_the_control_does_not_move():
-    found = copy_suppression(negated())
+    found = score_copy_suppression(negated())
     assert found.order()[0] == (1, 1) and found.calibration.heads[0] == "L1H1"
     assert found.direct.mean(0)[1, 1] < -1 < found.control.mean(0)[1, 1]
     assert found.direct[:, 0].abs().max() == 0
@@ -90,7 +90,7 @@ def test_the_negative_head_lowers_the_token_it_looks_at_and_the_control_does_not
 def test_the_direct_effect_is_a_run_in_which_everything_else_is_held():
     model = tiny_model(dtype=torch.float64, normalization_type="RMS", n_heads=4, n_key_value_heads=2)
     tokens = torch.tensor([[1, 5, 2, 7, 5, 2], [3, 8, 9, 4, 8, 9]])
-    found = copy_suppression(model, tokens, heads=[(0, 1)])
+    found = score_copy_suppression(model, tokens, heads=[(0, 1)])
     layer, head = 0, 1
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
@@ -117,7 +117,7 @@ def test_the_control_of_the_anti_copy_effect_is_never_the_token_itself():
 
 
 def test_ablating_an_idle_head_changes_no_calibration():
-    found = copy_suppression(induction_model(), heads=[(0, 1), "L1H1"]).calibration
+    found = score_copy_suppression(induction_model(), heads=[(0, 1), "L1H1"]).calibration
     assert found.heads == ["L0H1", "L1H1"]
     assert found.change[0] == 0 and found.low[0] == found.high[0] == 0
     assert found.change[1] != 0
@@ -127,7 +127,7 @@ def test_the_calibration_change_is_that_of_a_hooked_run_on_the_untouched_runs_bi
     model = tiny_model(dtype=torch.float64, n_heads=4, n_key_value_heads=2, normalization_type="RMS")
     tokens = repeated_tokens(model, 12).tokens
     found = calibration_change(model, tokens, [(1, 2)], "repeats")
-    base = calibration(model, tokens)
+    base = measure_calibration(model, tokens)
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens, "z")
         mean = cache["z", 1][:, :, 2].mean((0, 1))
@@ -158,7 +158,7 @@ def test_the_calibration_change_has_a_control_and_most_heads_of_random_models_do
 
 
 def test_calibration_is_measured_on_text_where_there_is_a_tokenizer():
-    assert copy_suppression(induction_model()).data == "random tokens that repeat"
-    assert copy_suppression(induction_model(), [[1, 2, 3, 4]] * 4).calibration.data == "prompts"
-    found = copy_suppression(induction_model(), [[1, 2, 3, 4]] * 4, calibrate_on=[[5, 6, 7]] * 3, heads=[(1, 1)])
+    assert score_copy_suppression(induction_model()).data == "random tokens that repeat"
+    assert score_copy_suppression(induction_model(), [[1, 2, 3, 4]] * 4).calibration.data == "prompts"
+    found = score_copy_suppression(induction_model(), [[1, 2, 3, 4]] * 4, calibrate_on=[[5, 6, 7]] * 3, heads=[(1, 1)])
     assert found.calibration.loss_change.shape == (3, 1) and found.direct.shape[0] == 4

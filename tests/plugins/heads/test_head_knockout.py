@@ -5,8 +5,8 @@ import torch
 
 from hooklens.core.errors import HooklensError
 from hooklens.data.repeated import repeated_tokens
-from hooklens.plugins.heads.knockout import knockout, without_keys
-from hooklens.plugins.heads.scores import key_masks
+from hooklens.plugins.heads.head_scores import key_masks
+from hooklens.plugins.heads.knockout import knock_out_keys, without_keys
 from hooklens.testing import induction_model, tiny_model
 
 FAMILIES = {
@@ -28,7 +28,7 @@ FAMILIES = {
 def test_it_is_the_run_in_which_a_hook_blocks_the_scores_of_one_head(family):
     model = tiny_model(dtype=torch.float64, **FAMILIES[family])
     text = repeated_tokens(model, 3)
-    found = knockout(model, text.tokens, text.metric(), kind="previous")
+    found = knock_out_keys(model, text.tokens, text.metric(), kind="previous")
     mask = key_masks(text.tokens)["previous"]
 
     for number, name in enumerate(found.heads):
@@ -58,7 +58,8 @@ def test_the_hand_set_heads_matter_and_the_idle_ones_do_not():
     model = induction_model()
     text = repeated_tokens(model, 6)
     falls = {
-        kind: knockout(model, text.tokens, text.metric(), kind=kind).fall.mean(0) for kind in key_masks(text.tokens)
+        kind: knock_out_keys(model, text.tokens, text.metric(), kind=kind).fall.mean(0)
+        for kind in key_masks(text.tokens)
     }
     assert falls["previous"][0] > 1 and falls["induction"][3] > 1
     assert falls["previous"][1:].abs().max() < 1e-5 and falls["duplicate"].abs().max() < 1e-5
@@ -68,10 +69,10 @@ def test_the_hand_set_heads_matter_and_the_idle_ones_do_not():
 def test_bad_input_says_what_would_work():
     model, text = tiny_model(), repeated_tokens(tiny_model(), 2)
     with pytest.raises(HooklensError, match="closest: induction"):
-        knockout(model, text.tokens, text.metric(), kind="inducton")
+        knock_out_keys(model, text.tokens, text.metric(), kind="inducton")
     with pytest.raises(HooklensError, match="need \\[sequence query key\\]"):
-        knockout(model, text.tokens, text.metric(), mask=torch.ones(1, 2, 2, dtype=torch.bool))
+        knock_out_keys(model, text.tokens, text.metric(), mask=torch.ones(1, 2, 2, dtype=torch.bool))
     with pytest.raises(HooklensError, match="at least one"):
-        knockout(model, text.tokens, text.metric(), heads=[])
+        knock_out_keys(model, text.tokens, text.metric(), heads=[])
     with pytest.raises(HooklensError, match="layers 0 to 1"):
-        knockout(model, text.tokens, text.metric(), heads=[(9, 0)])
+        knock_out_keys(model, text.tokens, text.metric(), heads=[(9, 0)])

@@ -7,14 +7,14 @@ import torch
 from plugins.heads.test_name_movers import known_model, known_pairs
 
 from hooklens.core.errors import InputError
-from hooklens.data.ioi import NAMES
+from hooklens.data.indirect_object import NAMES
 from hooklens.plugins.heads.mover_result import Criteria, NameMovers
-from hooklens.plugins.heads.name_movers import name_movers
+from hooklens.plugins.heads.name_movers import find_name_movers
 from hooklens.plugins.heads.named import copying_p, evidence_of, name_evidence
-from hooklens.plugins.heads.taxonomy import taxonomy
+from hooklens.plugins.heads.taxonomy import classify_heads
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.studies import taxonomy_report
-from hooklens.studies.mover_claims import demo_movers
+from hooklens.studies.mover_evidence import demo_movers
 from hooklens.testing import tiny_model
 
 
@@ -88,7 +88,7 @@ def test_freshly_initialised_models_copy_names_by_chance(reader):
 
 
 def test_what_is_written_of_names_is_the_full_ov_circuit():
-    found = name_movers(known_model(), known_pairs())
+    found = find_name_movers(known_model(), known_pairs())
     names = len(found.written)
     torch.testing.assert_close(found.written[:, 1, 0], torch.eye(names))  # L1H0 copies, L1H1 writes a quarter less
     torch.testing.assert_close(found.written[:, 1, 1], -0.25 * torch.eye(names))
@@ -97,7 +97,7 @@ def test_what_is_written_of_names_is_the_full_ov_circuit():
 def test_name_movers_have_rows_of_their_own():
     """A row showed the label of names beside the numbers of the nearest label of repeats."""
     model = tiny_model(n_layers=1, n_heads=4, d_head=2)
-    found = replace(taxonomy(model, n=6, draws=50, ioi=0), names=evidence_of(made_up()))
+    found = replace(classify_heads(model, n=6, draws=50, ioi=0), names=evidence_of(made_up()))
     assert found.labels()[0][:2] == ["name mover", "negative name mover"]
     rows = {row[0]: dict(zip(found.table().columns, row, strict=True)) for row in found.table().rows}
     movers = found.names.reported
@@ -124,7 +124,7 @@ def test_heads_were_labelled_and_measured_on_the_same_pairs():
     row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L0H0"), strict=True))
     assert row["direct effect"] == pytest.approx(float(movers.direct[reported, 0, 0].mean()), abs=1e-6)
     model = tiny_model(n_layers=1, n_heads=4, d_head=2)
-    whole = replace(taxonomy(model, n=6, draws=50, ioi=0), names=found, note=found.note(0.05))
+    whole = replace(classify_heads(model, n=6, draws=50, ioi=0), names=found, note=found.note(0.05))
     rows = {r[0]: dict(zip(whole.table().columns, r, strict=True)) for r in whole.table().rows}
     assert rows["L0H0"]["label"] == "name mover" and rows["L0H0"]["effect"] == row["direct effect"] < 0.5
     assert "measured on 48 others" in str(taxonomy_report(whole).to_html())
@@ -143,4 +143,4 @@ def test_dropout_that_is_on_is_refused():
     model = tiny_model()
     model.add_module("dropout", torch.nn.Dropout(0.1))
     with pytest.raises(InputError, match="dropout"):
-        name_movers(model, known_pairs())
+        find_name_movers(model, known_pairs())

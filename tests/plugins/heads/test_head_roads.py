@@ -6,9 +6,9 @@ import torch
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
-from hooklens.plugins.heads.mediation import mediation
-from hooklens.plugins.heads.previous_token import position_scores
-from hooklens.plugins.heads.redundancy import redundancy
+from hooklens.plugins.heads.mediation import measure_mediation
+from hooklens.plugins.heads.previous_token import score_positions
+from hooklens.plugins.heads.redundancy import measure_redundancy
 from hooklens.testing import induction_model, or_gate, tiny_model
 
 
@@ -20,7 +20,7 @@ def test_the_previous_token_head_acts_through_the_induction_head_alone():
     model = induction_model()
     both = repeated_tokens(model, 8)
     text, others = both.part(0, 4), both.part(4, 8)
-    found = mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)], value=hl.Mean(others.tokens))
+    found = measure_mediation(model, text.tokens, text.metric(), [(0, 0), (1, 1)], value=hl.Mean(others.tokens))
     assert bool((found.total > 1).all())
     assert found.direct[:, 0].abs().max() == 0 and found.mlps.abs().max() == 0
     torch.testing.assert_close(found.later_heads[:, 0], found.total[:, 0])
@@ -36,13 +36,13 @@ def test_the_gates_head_acts_through_the_mlp_alone():
     gate = or_gate()
     with torch.no_grad():
         gate.blocks[0].attn.b_V[1] = 0.0  # one head on
-    found = mediation(gate, torch.zeros(2, 3, dtype=torch.long), logit, [(0, 0)])
+    found = measure_mediation(gate, torch.zeros(2, 3, dtype=torch.long), logit, [(0, 0)])
     assert found.total.abs().max() == 0  # the mean of a constant is that constant
     with torch.no_grad():
         gate.blocks[0].attn.b_V[0] = 0.0
         gate.W_E[1, 0] = gate.blocks[0].attn.W_V[0, 0, 0] = gate.blocks[0].attn.W_O[0, 0, 0] = 1.0
     tokens = torch.tensor([[1, 1], [1, 1]])
-    found = mediation(gate, tokens, logit, [(0, 0)], value=hl.Mean(torch.tensor([[0, 0]])))
+    found = measure_mediation(gate, tokens, logit, [(0, 0)], value=hl.Mean(torch.tensor([[0, 0]])))
     assert found.direct.abs().max() == 0 and found.later_heads.abs().max() == 0
     torch.testing.assert_close(found.mlps, found.total)
 
@@ -53,7 +53,7 @@ def test_total_and_direct_are_plain_hooked_runs(changes):
     both = repeated_tokens(model, 4)
     text, others = both.part(0, 2), both.part(2, 4)
     layer, head = 1, 1
-    found = mediation(model, text.tokens, text.metric(), [(layer, head)], value=hl.Mean(others.tokens))
+    found = measure_mediation(model, text.tokens, text.metric(), [(layer, head)], value=hl.Mean(others.tokens))
     with torch.no_grad():
         logits, cache = model.run_with_cache(text.tokens)
         _, other = model.run_with_cache(others.tokens, "z")
@@ -82,7 +82,7 @@ def _with_hook(model, tokens, layer, edit):
 def test_in_the_last_attention_only_layer_all_is_direct():
     model = tiny_model(attn_only=True, dtype=torch.float64)
     text = repeated_tokens(model, 3)
-    found = mediation(model, text.tokens, text.metric(), [(1, 0)])
+    found = measure_mediation(model, text.tokens, text.metric(), [(1, 0)])
     torch.testing.assert_close(found.direct, found.total, atol=1e-12, rtol=0)
     assert found.later_heads.abs().max() < 1e-12
 
@@ -98,7 +98,7 @@ def test_two_heads_of_which_one_is_enough_are_redundant():
     def said(logits):
         return logits[:, -1, 1]
 
-    found = redundancy(gate, one, said, [(0, 0), (0, 1)], value=hl.Mean(zero))
+    found = measure_redundancy(gate, one, said, [(0, 0), (0, 1)], value=hl.Mean(zero))
     assert found.single.abs().max() == 0
     assert found.joint[:, 0, 1].tolist() == [2.0, 2.0, 2.0] == found.interaction[:, 0, 1].tolist()
     assert found.cosine[0, 1] == pytest.approx(1.0)
@@ -108,7 +108,9 @@ def test_heads_on_one_road_are_complementary():
     model = induction_model()
     both = repeated_tokens(model, 12)
     text, others = both.part(0, 6), both.part(6, 12)
-    found = redundancy(model, text.tokens, text.metric(), [(0, 0), (1, 1), (0, 1)], value=hl.Mean(others.tokens))
+    found = measure_redundancy(
+        model, text.tokens, text.metric(), [(0, 0), (1, 1), (0, 1)], value=hl.Mean(others.tokens)
+    )
     single = found.single.mean(0)
     assert bool((single[:2] > 1).all()) and single[2].abs() < 1e-5
     assert found.interaction.mean(0)[0, 1] < -0.5 * single.min(dim=0).values.clamp_min(1)
@@ -119,7 +121,7 @@ def test_heads_on_one_road_are_complementary():
 def test_joint_ablation_is_one_hooked_run_and_likeness_is_within_bounds():
     model = tiny_model(dtype=torch.float64)
     text = repeated_tokens(model, 4)
-    found = redundancy(model, text.tokens, text.metric(), [(0, 1), (1, 0), (1, 1)])
+    found = measure_redundancy(model, text.tokens, text.metric(), [(0, 1), (1, 0), (1, 1)])
     with torch.no_grad():
         _, cache = model.run_with_cache(text.tokens, "z")
 
@@ -147,14 +149,14 @@ def test_joint_ablation_is_one_hooked_run_and_likeness_is_within_bounds():
 
 
 def test_positions_of_the_hand_set_head():
-    found = position_scores(induction_model())
+    found = score_positions(induction_model())
     assert found.share[0].tolist() == pytest.approx([1.0, found.chance], abs=1e-6)  # a head of zeros ties everywhere
     assert found.margin[0, 0] >= 0 and found.order()[0] == (0, 0)
 
 
 def test_the_table_is_the_product_of_the_weights():
     model = tiny_model(dtype=torch.float64)
-    found = position_scores(model, n_pos=6)
+    found = score_positions(model, n_pos=6)
     with torch.no_grad():
         w = model.W_pos[:6]
         w = w - w.mean(1, keepdim=True)
@@ -174,7 +176,7 @@ def test_a_rotary_head_set_to_look_one_back():
         angle = torch.tensor(1.0, dtype=torch.float64)
         attn.b_Q[0, 0], attn.b_Q[0, 4] = 10 * angle.cos(), -10 * angle.sin()
         attn.b_K[0, 0] = 1.0
-    found = position_scores(model, n_pos=4)
+    found = score_positions(model, n_pos=4)
     kernel = [float(found.scores[0, 0, p, p - 1] - found.scores[0, 0, p, p]) for p in range(1, 4)]
     assert kernel[0] == pytest.approx(kernel[1]) == pytest.approx(kernel[2])  # of the distance alone
     assert found.share[0, 0] == 1.0 and kernel[0] > 0
@@ -186,7 +188,7 @@ def test_the_position_share_has_a_null_that_freshly_initialised_models_follow():
     p = []
     for seed in range(30):
         model = tiny_model(seed=seed, n_heads=4, d_model=32, n_ctx=16, d_vocab=30, **families[seed % 3])
-        p.append(position_scores(model, n_pos=8, n=4, seed=seed).p.flatten())
+        p.append(score_positions(model, n_pos=8, n=4, seed=seed).p.flatten())
     p = torch.cat(p)
     for level in (0.05, 0.1, 0.5):
         assert abs(float((p <= level).float().mean()) - level) < 4 * (level * (1 - level) / len(p)) ** 0.5 + 0.01
@@ -197,14 +199,14 @@ def test_bad_input_says_what_would_work():
     model = tiny_model()
     text = repeated_tokens(model, 2)
     with pytest.raises(InputError, match="layers 0 to 1"):
-        mediation(model, text.tokens, text.metric(), [(5, 0)])
+        measure_mediation(model, text.tokens, text.metric(), [(5, 0)])
     with pytest.raises(InputError, match="duplicates"):
-        redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 0)])
+        measure_redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 0)])
     with pytest.raises(InputError, match="at least two"):  # the table was empty, without a word
-        redundancy(model, text.tokens, text.metric(), [(0, 0)])
+        measure_redundancy(model, text.tokens, text.metric(), [(0, 0)])
     with pytest.raises(InputError, match="post-norm"):
-        mediation(tiny_model(block="post"), text.tokens, text.metric(), [(0, 0)])
+        measure_mediation(tiny_model(block="post"), text.tokens, text.metric(), [(0, 0)])
     with pytest.raises(InputError, match="without one"):
-        position_scores(tiny_model(positional_embedding_type="none"))
+        score_positions(tiny_model(positional_embedding_type="none"))
     with pytest.raises(InputError, match="queries are normalised"):
-        position_scores(tiny_model(qk_norm="RMS"))
+        score_positions(tiny_model(qk_norm="RMS"))

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooklens.core.errors import HooklensError, InputError
+from hooklens.plugins.heads.head_scores import KINDS, key_masks, score_heads
 from hooklens.plugins.heads.rotations import above, haar, mass, pooled_p, query_rotations, rotated_masses
-from hooklens.plugins.heads.scores import KINDS, head_scores, key_masks
 from hooklens.results.statistics import q_values
 from hooklens.testing import induction_model, tiny_model
 
@@ -28,7 +28,7 @@ def test_the_masks_are_what_a_loop_would_mark(tokens):
 
 
 def test_the_hand_set_heads_score_1_and_the_idle_ones_as_even_attention():
-    found = head_scores(induction_model())
+    found = score_heads(induction_model())
     assert found.mean("previous")[0, 0] == 1.0 and found.mean("induction")[1, 1] == 1.0
     for kind in KINDS:
         assert found.mean(kind)[0, 1].item() == pytest.approx(found.uniform[kind], abs=1e-5)
@@ -76,7 +76,7 @@ def test_p_values_of_freshly_initialised_heads_are_uniform():
     found, any_called = [], 0
     for seed in range(45):
         model = tiny_model(seed=seed, n_heads=4, d_model=32, d_vocab=64, **families[seed % 3])
-        scores = head_scores(model, seed=seed)
+        scores = score_heads(model, seed=seed)
         each = torch.stack([scores.p[kind] for kind in KINDS])
         any_called += bool((q_values(each) <= 0.05).any())
         found.append(each.flatten())
@@ -97,16 +97,16 @@ def test_pooled_p_orders_heads_and_never_is_0():
 
 def test_prompts_of_ones_own_and_those_that_cannot_be_scored():
     model = tiny_model()
-    found = head_scores(model, [[1, 2, 3, 2], [4, 5, 6, 4]], draws=20)
+    found = score_heads(model, [[1, 2, 3, 2], [4, 5, 6, 4]], draws=20)
     assert found.scores["duplicate"].shape == (2, 2, 2)
-    alone = head_scores(model, [[1, 2, 3, 4]], draws=20)
+    alone = score_heads(model, [[1, 2, 3, 4]], draws=20)
     assert bool(alone.mean("duplicate").isnan().all()) and bool((alone.p["duplicate"] == 1).all())
     with pytest.raises(HooklensError, match="one length"):
-        head_scores(model, [[1, 2, 3], [1, 2]])
+        score_heads(model, [[1, 2, 3], [1, 2]])
 
 
 def test_heads_far_from_softmax_and_with_windows_are_scored():
     for changes in ({"score_fn": "linear"}, {"mask": {"part": "sliding_window", "window": 4}}, {"mask": "none"}):
-        found = head_scores(tiny_model(**changes), n=4, draws=20)
+        found = score_heads(tiny_model(**changes), n=4, draws=20)
         assert all(bool(found.mean(kind).isfinite().all()) for kind in KINDS)
         assert bool(found.entropy.isfinite().all())

@@ -8,16 +8,16 @@ import torch
 
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
-from hooklens.plugins.heads.induction import induction_heads
+from hooklens.plugins.heads.head_scores import key_masks
+from hooklens.plugins.heads.induction import find_induction_heads
 from hooklens.plugins.heads.knockout import knockout_after, scores_and_values
-from hooklens.plugins.heads.scores import key_masks
-from hooklens.plugins.heads.taxonomy import LABELS, placebo_keep, taxonomy
+from hooklens.plugins.heads.taxonomy import LABELS, classify_heads, placebo_keep
 from hooklens.studies import taxonomy_claims, taxonomy_report
 from hooklens.testing import induction_model, tiny_model
 
 
 def test_the_hand_set_heads_get_their_labels_and_the_idle_ones_none():
-    found = taxonomy(induction_model())
+    found = classify_heads(induction_model())
     assert found.labels() == [["previous token", "unlabelled"], ["unlabelled", "induction"]]
     assert (
         found.note
@@ -45,7 +45,7 @@ def with_a_negative_head():
 
 
 def test_a_head_that_looks_like_induction_and_lowers_the_logit_is_copy_suppression():
-    found = taxonomy(with_a_negative_head())
+    found = classify_heads(with_a_negative_head())
     assert found.labels()[1] == ["copy suppression", "induction"]
     at = list(LABELS).index("copy suppression"), 1, 0
     assert found.effect[:, *at].mean() < 0 and found.interval()[1][at] < 0
@@ -62,7 +62,7 @@ def test_a_head_that_looks_but_writes_nothing_stays_unlabelled():
     with torch.no_grad():
         model.blocks[1].attn.W_Q[0] = model.blocks[1].attn.W_Q[1]
         model.blocks[1].attn.W_K[0] = model.blocks[1].attn.W_K[1]
-    found = taxonomy(model)
+    found = classify_heads(model)
     at = list(LABELS).index("induction"), 1, 0
     assert found.score_q[at] < 0.05 and found.labels()[1] == ["unlabelled", "induction"]
     row = next(row for row in found.counts().rows if row[0] == "induction")
@@ -78,7 +78,7 @@ def test_freshly_initialised_models_earn_at_most_the_nominal_share_of_labels():
     labelled = total = 0
     for seed in range(24):
         model = tiny_model(seed=seed, n_heads=4, d_model=32, d_vocab=64, **families[seed % 3])
-        found = taxonomy(model, seed=seed, ioi=0)
+        found = classify_heads(model, seed=seed, ioi=0)
         labelled += sum(label != "unlabelled" for row in found.labels() for label in row)
         total += 8
     assert labelled / total <= 0.02  # of 192 heads; nominal: fewer than one model in twenty calls any head
@@ -127,7 +127,7 @@ def test_what_was_blocked_is_reported_beside_the_effect_for_label_and_placebo():
     model = with_a_negative_head()
     with torch.no_grad():
         model.blocks[1].attn.W_Q[1].mul_(0.002)  # so that others are attended to as well
-    found = taxonomy(model)
+    found = classify_heads(model)
     at = list(LABELS).index("induction"), 1, 1
     own, placebo = found.blocked[:, *at].tolist()
     assert 0.3 < own < 0.5 and placebo == pytest.approx(own, abs=0.01)
@@ -148,7 +148,7 @@ def softened(scale):
 
 def test_a_placebo_that_took_nothing_made_a_label_causal():
     """A head that gives its target all of its attention leaves the placebo none, and only `blocked` said so."""
-    found, at = taxonomy(induction_model(), ioi=0), (list(LABELS).index("induction"), 1, 1)
+    found, at = classify_heads(induction_model(), ioi=0), (list(LABELS).index("induction"), 1, 1)
     assert found.blocked[:, *at].tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
     assert bool(found.passes[at]) and bool(found.unmatched[at])
     row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L1H1"), strict=True))
@@ -166,7 +166,7 @@ def test_a_placebo_that_took_nothing_made_a_label_causal():
 def test_the_placebo_is_matched_while_the_target_has_up_to_two_thirds(scale):
     """Of t on the target the others hold 1 - t: they can give all of t up to a half, (1 - t) / t of it beyond."""
     model, at = softened(scale), (list(LABELS).index("induction"), 1, 1)
-    found = taxonomy(model, n=6, ioi=0)
+    found = classify_heads(model, n=6, ioi=0)
     own, placebo = found.blocked[:, *at].tolist()
     assert found.matched[at].item() == pytest.approx(placebo / own) and placebo <= min(own, 1 - own) + 1e-5
     assert bool(found.unmatched[at]) == (scale == 0.004)
@@ -184,7 +184,7 @@ def test_a_placebo_gave_back_what_it_took_when_rows_were_normalised():
 
 def test_an_effect_that_goes_the_other_way_is_said_to():
     """L24H4 of a real model: attention of an induction head, effect -0.245 [-0.315, -0.179], "no effect shown"."""
-    found = taxonomy(with_a_negative_head(), ioi=0)
+    found = classify_heads(with_a_negative_head(), ioi=0)
     at = list(LABELS).index("induction"), 1, 0
     low, high = (float(end[at]) for end in found.interval())
     assert low < high < 0 and bool(found.opposite[at]) and not bool(found.candidates[at])
@@ -199,7 +199,7 @@ def test_an_effect_that_goes_the_other_way_is_said_to():
 
 
 def test_a_labelled_head_of_almost_no_effect_is_called_negligible():
-    found = taxonomy(with_a_negative_head(), ioi=0)
+    found = classify_heads(with_a_negative_head(), ioi=0)
     at = list(LABELS).index("induction"), 1, 1
     assert bool(found.passes[at]) and not bool(found.negligible[at])
     assert float(found.share[at]) == pytest.approx(float(found.effect[:, *at].mean() / found.loss.mean()))
@@ -215,7 +215,7 @@ def test_a_labelled_head_of_almost_no_effect_is_called_negligible():
 def test_the_score_at_a_fixed_offset_is_that_of_the_literature():
     """The mean of the diagonal period - 1 below the main one, on random tokens twice over: period + 1 places."""
     model = induction_model()
-    found = induction_heads(model, n=4, length=9)
+    found = find_induction_heads(model, n=4, length=9)
     tokens = repeated_tokens(model, 4, length=9, period=4, seed=1).tokens[:, 1:]
     assert torch.equal(tokens[:, :4], tokens[:, 4:])
     _, cache = model.run_with_cache(tokens, "pattern")
@@ -229,13 +229,13 @@ def test_the_score_at_a_fixed_offset_is_that_of_the_literature():
 
 
 def test_induction_heads_are_scored_and_their_ablation_costs_the_repeat():
-    found = induction_heads(induction_model(), n=6)
+    found = find_induction_heads(induction_model(), n=6)
     assert found.score.mean(0)[1, 1] == 1 and found.order()[0] == (1, 1)
     low, _ = found.interval()
     assert low[1, 1] > 1 and low[0, 0] > 1
     assert found.rise[:, 0, 1].abs().max() < 1e-5
     assert found.rise[:, 1, 1].mean() > found.rise_before[:, 1, 1].mean()
-    some = induction_heads(induction_model(), n=6, heads=[(1, 1)])
+    some = find_induction_heads(induction_model(), n=6, heads=[(1, 1)])
     torch.testing.assert_close(some.rise[:, 1, 1], found.rise[:, 1, 1])
     assert bool(some.rise[:, 0].isnan().all()) and len(some.table().rows) == 4
 
@@ -249,8 +249,8 @@ def test_bad_input_says_what_would_work():
     }
     for said, wrong in asked.items():
         with pytest.raises(InputError, match=said):
-            taxonomy(tiny_model(), **wrong)
+            classify_heads(tiny_model(), **wrong)
     with pytest.raises(InputError, match="two sequences"):
-        induction_heads(tiny_model(), n=1)
+        find_induction_heads(tiny_model(), n=1)
     with pytest.raises(InputError, match="post-norm"):
-        taxonomy(tiny_model(block="post"))
+        classify_heads(tiny_model(block="post"))

@@ -5,15 +5,15 @@ import torch
 
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
-from hooklens.plugins.heads.copy_suppression import copy_suppression
-from hooklens.plugins.heads.copying import copying
-from hooklens.plugins.heads.induction import induction_heads
-from hooklens.plugins.heads.knockout import knockout
-from hooklens.plugins.heads.mediation import mediation
-from hooklens.plugins.heads.previous_token import position_scores
-from hooklens.plugins.heads.redundancy import redundancy
-from hooklens.plugins.heads.scores import head_scores
-from hooklens.plugins.heads.taxonomy import taxonomy
+from hooklens.plugins.heads.copy_suppression import score_copy_suppression
+from hooklens.plugins.heads.copying import score_copying
+from hooklens.plugins.heads.head_scores import score_heads
+from hooklens.plugins.heads.induction import find_induction_heads
+from hooklens.plugins.heads.knockout import knock_out_keys
+from hooklens.plugins.heads.mediation import measure_mediation
+from hooklens.plugins.heads.previous_token import score_positions
+from hooklens.plugins.heads.redundancy import measure_redundancy
+from hooklens.plugins.heads.taxonomy import classify_heads
 from hooklens.sweeps.nodes import read_heads
 from hooklens.testing import check_plugin, tiny_model
 
@@ -27,12 +27,12 @@ def asked(model, heads):
     text = repeated_tokens(model, 4)
     both = model, text.tokens, text.metric()
     return {
-        "mediation": lambda: mediation(*both, heads).heads,
-        "redundancy": lambda: redundancy(*both, heads).heads,
-        "knockout": lambda: knockout(*both, heads=heads).heads,
-        "copy_suppression": lambda: copy_suppression(model, n=4, heads=heads).calibration.heads,
+        "mediation": lambda: measure_mediation(*both, heads).heads,
+        "redundancy": lambda: measure_redundancy(*both, heads).heads,
+        "knockout": lambda: knock_out_keys(*both, heads=heads).heads,
+        "copy_suppression": lambda: score_copy_suppression(model, n=4, heads=heads).calibration.heads,
         "induction_heads": lambda: [
-            f"L{a}H{b}" for a, b in (~induction_heads(model, n=4, heads=heads).rise[0].isnan()).nonzero().tolist()
+            f"L{a}H{b}" for a, b in (~find_induction_heads(model, n=4, heads=heads).rise[0].isnan()).nonzero().tolist()
         ],
     }
 
@@ -57,12 +57,12 @@ def test_dropout_that_is_on_is_refused_by_every_method_that_runs_the_model():
     model = tiny_model()
     model.add_module("dropout", torch.nn.Dropout(0.1))
     text = repeated_tokens(model, 4)
-    calls = [taxonomy, head_scores, copying, position_scores, *asked(model, [(0, 0), (0, 1)]).values()]
+    calls = [classify_heads, score_heads, score_copying, score_positions, *asked(model, [(0, 0), (0, 1)]).values()]
     for call in calls:
         with pytest.raises(InputError, match="dropout"):
-            call(model) if call in (taxonomy, head_scores, copying, position_scores) else call()
+            call(model) if call in (classify_heads, score_heads, score_copying, score_positions) else call()
     model.eval()
-    assert len(mediation(model, text.tokens, text.metric(), ["L0H0"]).heads) == 1
+    assert len(measure_mediation(model, text.tokens, text.metric(), ["L0H0"]).heads) == 1
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
@@ -74,5 +74,5 @@ def test_models_in_bfloat16_are_answered_and_keep_the_contract(plugin):
 
 
 def test_effects_of_a_bfloat16_model_are_not_rounded_to_eight_bits():
-    found = taxonomy(tiny_model(dtype=torch.bfloat16), n=6, draws=50, ioi=0)
+    found = classify_heads(tiny_model(dtype=torch.bfloat16), n=6, draws=50, ioi=0)
     assert found.effect.dtype == found.placebo.dtype == torch.float32

@@ -5,9 +5,9 @@ import torch
 from model.parity import transformer_lens_model
 from recorded_heads import COMPOSED, DETECTED, TOKENS
 
-from hooklens.plugins.heads.composition import composition
+from hooklens.plugins.heads.composition import score_composition
+from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import mass
-from hooklens.plugins.heads.scores import key_masks
 
 
 @pytest.mark.parametrize(("name", "kind"), DETECTED)
@@ -28,6 +28,6 @@ def test_the_share_of_attention_that_detect_head_finds(name, kind):
 @pytest.mark.parametrize(("name", "mode"), COMPOSED)
 def test_the_composition_scores_of_folded_weights(name, mode):
     model = transformer_lens_model(name)
-    found = composition(model, draws=2).scores[mode]
+    found = score_composition(model, draws=2).scores[mode]
     expected = torch.tensor(COMPOSED[name, mode]).view_as(found)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

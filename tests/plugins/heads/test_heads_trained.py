@@ -6,12 +6,12 @@ import pytest
 from trained import D_VOCAB, trained_on_repeats
 
 import hooklens as hl
-from hooklens.plugins.heads.composition import composition
-from hooklens.plugins.heads.copying import copying
-from hooklens.plugins.heads.induction import induction_heads
-from hooklens.plugins.heads.previous_token import position_scores
-from hooklens.plugins.heads.scores import head_scores
-from hooklens.plugins.heads.taxonomy import taxonomy
+from hooklens.plugins.heads.composition import score_composition
+from hooklens.plugins.heads.copying import score_copying
+from hooklens.plugins.heads.head_scores import score_heads
+from hooklens.plugins.heads.induction import find_induction_heads
+from hooklens.plugins.heads.previous_token import score_positions
+from hooklens.plugins.heads.taxonomy import classify_heads
 
 pytestmark = pytest.mark.slow
 
@@ -20,32 +20,32 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_model_trained_on_repeats_forms_an_induction_circuit(seed):
     model, _ = trained_on_repeats(seed)
-    found, scores = induction_heads(model, n=8), head_scores(model)
+    found, scores = find_induction_heads(model, n=8), score_heads(model)
     layer, head = found.order()[0]
     assert layer == 1 and found.score.mean(0)[layer, head] > 0.6
     assert found.loss.mean() < 0.1 * math.log(D_VOCAB)
     first = int(scores.mean("previous")[0].argmax())
     low, _ = found.interval()
     assert low[0, first] > 0.5 * math.log(D_VOCAB)  # most of what guessing would cost comes back with it
-    labels = taxonomy(model, ioi=0).labels()
+    labels = classify_heads(model, ioi=0).labels()
     assert labels[0][first] == "previous token" and labels[layer][head] == "induction"
     assert not any(label == "induction" for label in labels[0])
 
 
 def test_the_circuit_is_in_the_weights():
     model, _ = trained_on_repeats(0)
-    scores, found = head_scores(model), composition(model)
+    scores, found = score_heads(model), score_composition(model)
     previous = int(scores.mean("previous")[0].argmax())
     induction = int(scores.mean("induction")[1].argmax())
     best = found.order()[0]
     assert best[0] == "K" and best[1:4] == (0, previous, 1) and found.q["K"][0, previous, 1, induction] < 0.05
-    assert copying(model).positive[1, induction] > 0.5
-    assert position_scores(model).share[0].argmax() == previous
+    assert score_copying(model).positive[1, induction] > 0.5
+    assert score_positions(model).share[0].argmax() == previous
 
 
 def test_the_taxonomy_of_smollm2_is_that_which_was_read_head_by_head():
     model = hl.load("smollm2-135m-instruct")
-    found = taxonomy(model, seed=3)
+    found = classify_heads(model, seed=3)
     labels = found.labels()
     assert labels[16][0] == "previous token" and labels[18][6] == labels[17][3] == "induction"
     assert labels[24][4] == "copy suppression, negative name mover"

@@ -6,7 +6,7 @@ import hooklens as hl
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.config import Biases
 from hooklens.plugins.heads.mover_result import Criteria, by_group
-from hooklens.plugins.heads.name_movers import _unembedded, name_movers
+from hooklens.plugins.heads.name_movers import _unembedded, find_name_movers
 from hooklens.testing import tiny_model
 
 FILLERS, NAMES = 4, 12
@@ -83,7 +83,7 @@ def known_pairs(*, turned: bool = False) -> PromptPairs:
 
 
 def test_the_only_name_mover_is_the_head_that_was_set_to_be_one():
-    found = name_movers(known_model(), known_pairs(), criteria=Criteria(top_k=1))
+    found = find_name_movers(known_model(), known_pairs(), criteria=Criteria(top_k=1))
     assert found.name_movers == [(1, 0)]
     called = found.verdict()
     assert called[1][:2] == ["name mover", "lowers the logit difference"]
@@ -92,7 +92,7 @@ def test_the_only_name_mover_is_the_head_that_was_set_to_be_one():
 
 
 def test_each_number_is_the_one_that_was_set():
-    found = name_movers(known_model(), known_pairs(), criteria=Criteria(top_k=1))
+    found = find_name_movers(known_model(), known_pairs(), criteria=Criteria(top_k=1))
     # L1H0 adds 1 to the indirect object's logit in the clean run and to the subject's in the corrupted one, L1H1 takes
     # away a quarter of that, L1H2 takes 1 from the name that is repeated: the difference is 2 (1 - 0.25 + 1) = 3.5
     torch.testing.assert_close(found.gap, torch.full((8,), 3.5), atol=1e-4, rtol=0)
@@ -105,21 +105,21 @@ def test_each_number_is_the_one_that_was_set():
 
 def test_each_of_the_three_can_say_no():
     pairs = known_pairs()
-    assert name_movers(known_model(), known_pairs(turned=True), criteria=Criteria(top_k=1)).name_movers == []
+    assert find_name_movers(known_model(), known_pairs(turned=True), criteria=Criteria(top_k=1)).name_movers == []
     deaf = known_model()
     with torch.no_grad():
         deaf.blocks[1].attn.W_O[0] = deaf.blocks[1].attn.W_O[0].roll(1, 0)  # copies every name into the next one
-    assert name_movers(deaf, pairs, criteria=Criteria(top_k=1)).name_movers == []
-    assert name_movers(known_model(), pairs, criteria=Criteria(top_k=1, least_direct=0.9)).name_movers == []
+    assert find_name_movers(deaf, pairs, criteria=Criteria(top_k=1)).name_movers == []
+    assert find_name_movers(known_model(), pairs, criteria=Criteria(top_k=1, least_direct=0.9)).name_movers == []
 
 
 def test_a_model_that_does_not_do_the_task_has_no_name_movers():
-    found = name_movers(tiny_model(n_layers=1, d_vocab=VOCAB), known_pairs())
+    found = find_name_movers(tiny_model(n_layers=1, d_vocab=VOCAB), known_pairs())
     assert not found.defined or not found.name_movers
     idle = known_model()
     with torch.no_grad():
         idle.W_U.zero_()
-    found = name_movers(idle, known_pairs(), criteria=Criteria(top_k=1))
+    found = find_name_movers(idle, known_pairs(), criteria=Criteria(top_k=1))
     assert not found.defined and found.name_movers == []
     assert {name for row in found.verdict() for name in row} == {"little direct effect"}
 
@@ -129,7 +129,7 @@ def test_the_direct_effect_is_a_hooked_run_in_which_later_layers_are_held():
         tiny_model(d_vocab=VOCAB, n_key_value_heads=1, normalization_type="RMS", dtype=torch.float64),
         known_pairs(),
     )
-    found = name_movers(model, pairs)
+    found = find_name_movers(model, pairs)
     metric = pairs.metric_of(model)
     _, clean = model.run_with_cache(pairs.clean, ["result"])
     names = ["attn_out", "mlp_out", "result"]
@@ -153,7 +153,7 @@ def test_the_ranks_are_those_of_the_full_ov_circuit_with_grouped_values():
         d_vocab=VOCAB, n_heads=4, d_head=4, n_key_value_heads=2, normalization_type="RMS", dtype=torch.float64
     )
     pairs = known_pairs()
-    found = name_movers(model, pairs)
+    found = find_name_movers(model, pairs)
     _, cache = model.run_with_cache(pairs.clean, ["blocks.0.hook_resid_post"])
     answer = torch.tensor(pairs.answer)
     names = answer.unique()

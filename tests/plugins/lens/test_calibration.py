@@ -11,7 +11,7 @@ from model.zoo import TOKENS, zoo_model
 from hooklens.core.errors import InputError
 from hooklens.model.config import Biases
 from hooklens.plugins.lens import reading
-from hooklens.plugins.lens.calibration import Calibration, calibration
+from hooklens.plugins.lens.calibration import Calibration, measure_calibration
 from hooklens.testing import tiny_model
 
 module = import_module("hooklens.plugins.lens.calibration")  # the package has a function of that name
@@ -54,11 +54,11 @@ def test_cross_entropy_minus_entropy_rate_is_the_kl():
     source, other = transition(), transition(seed=5)
     pairs = torch.cartesian_prod(torch.arange(N), torch.arange(N))
     weight = (stationary(source)[:, None] * source).flatten()
-    found = calibration(predicting(other), pairs)
+    found = measure_calibration(predicting(other), pairs)
     rate = -(weight * source.log().flatten()).sum()
     kl = (stationary(source)[:, None] * source * (source / other).log()).sum()
     torch.testing.assert_close((weight * found.loss[:, 0]).sum(), rate + kl, atol=1e-10, rtol=0)
-    own = calibration(predicting(source), pairs)
+    own = measure_calibration(predicting(source), pairs)
     torch.testing.assert_close((weight * own.loss[:, 0]).sum(), rate, atol=1e-10, rtol=0)
     torch.testing.assert_close((weight * own.entropy[:, 0]).sum(), rate, atol=1e-10, rtol=0)
 
@@ -66,7 +66,7 @@ def test_cross_entropy_minus_entropy_rate_is_the_kl():
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_the_sources_own_distribution_is_calibrated(adaptive):
     probs = transition()
-    found = calibration(predicting(probs), texts(probs), adaptive=adaptive)
+    found = measure_calibration(predicting(probs), texts(probs), adaptive=adaptive)
     low, high = found.surplus_interval()
     assert low < 0 < high
     assert found.p > 0.05 and found.expected_error < found.null.max()
@@ -76,7 +76,7 @@ def test_the_sources_own_distribution_is_calibrated(adaptive):
 @pytest.mark.parametrize(("sharpness", "sign"), [(3.0, 1), (0.3, -1)])
 def test_one_that_is_too_sure_or_not_sure_enough_is_not(sharpness, sign):
     probs = transition()
-    found = calibration(predicting(probs, sharpness), texts(probs))
+    found = measure_calibration(predicting(probs, sharpness), texts(probs))
     low, high = found.surplus_interval()
     assert (low if sign > 0 else -high) > 0  # the loss lies above the entropy, or below it
     assert found.p < 0.01 and found.expected_error > 3 * found.null.max()
@@ -90,7 +90,7 @@ def test_intervals_hold_what_they_should():
     model = predicting(probs)
     held = 0
     for seed in range(40):
-        low, high = calibration(model, texts(probs, n=40, length=8, seed=seed)).surplus_interval()
+        low, high = measure_calibration(model, texts(probs, n=40, length=8, seed=seed)).surplus_interval()
         held += low <= 0 <= high
     assert 33 <= held <= 40
 
@@ -99,13 +99,13 @@ def test_chance_is_what_a_calibrated_model_shows():
     """The p-values of forty samples from the source are spread over the unit interval."""
     probs = transition()
     model = predicting(probs)
-    ps = [calibration(model, texts(probs, n=30, length=8, seed=seed), n_bins=5).p for seed in range(40)]
+    ps = [measure_calibration(model, texts(probs, n=30, length=8, seed=seed), n_bins=5).p for seed in range(40)]
     assert sum(p < 0.05 for p in ps) <= 6 and sum(p > 0.5 for p in ps) >= 10
 
 
 def test_every_number_by_hand():
     model = zoo_model("gemma2", dtype=torch.float64)
-    found = calibration(model, TOKENS, n_bins=3, adaptive=False)
+    found = measure_calibration(model, TOKENS, n_bins=3, adaptive=False)
     log_probs = model(TOKENS).log_softmax(-1)[:, :-1]
     expected = -log_probs.gather(2, TOKENS[:, 1:, None])[..., 0]
     torch.testing.assert_close(found.loss, expected.detach(), atol=1e-10, rtol=0)
@@ -122,18 +122,18 @@ def test_every_number_by_hand():
 
 
 def test_adaptive_bins_hold_equally_many():
-    found = calibration(zoo_model("gpt2"), texts(transition(), n=40, length=8), n_bins=7)
+    found = measure_calibration(zoo_model("gpt2"), texts(transition(), n=40, length=8), n_bins=7)
     counts = found.counts.sum(0)
     assert len(counts) == 7 and (counts - 40).abs().max() <= 4  # texts that begin alike tie
-    same = calibration(predicting(transition().mean(0).expand(N, N)), texts(transition(), n=40, length=8))
+    same = measure_calibration(predicting(transition().mean(0).expand(N, N)), texts(transition(), n=40, length=8))
     assert same.counts.sum() == 280 and len(same.edges) <= 3  # one confidence: one bin, not fifteen
 
 
 def test_texts_in_groups_are_texts_together(monkeypatch):
     model, tokens = tiny_model(), torch.arange(60).view(10, 6) % 11
-    whole = calibration(model, tokens)
+    whole = measure_calibration(model, tokens)
     monkeypatch.setattr(reading, "_STREAMS_AT_ONCE", 1000)
-    parts = calibration(model, tokens)
+    parts = measure_calibration(model, tokens)
     torch.testing.assert_close(parts.loss, whole.loss)
     assert torch.equal(parts.correct, whole.correct)
 
@@ -141,15 +141,15 @@ def test_texts_in_groups_are_texts_together(monkeypatch):
 def test_what_cannot_be_predicted_is_refused():
     model = tiny_model()
     with pytest.raises(InputError, match="two tokens"):
-        calibration(model, [[1]])
+        measure_calibration(model, [[1]])
     with pytest.raises(InputError, match="n_bins"):
-        calibration(model, TOKENS, n_bins=0)
+        measure_calibration(model, TOKENS, n_bins=0)
     with pytest.raises(InputError, match="one length"):
-        calibration(model, [[1, 2], [1, 2, 3]])
+        measure_calibration(model, [[1, 2], [1, 2, 3]])
 
 
 def test_tables_figures_files(tmp_path):
-    found = calibration(tiny_model(), TOKENS)
+    found = measure_calibration(tiny_model(), TOKENS)
     assert sum(row[1] for row in found.table().rows) == 8
     assert len(found.summary()) == 5 and "by chance" in str(found.summary())
     losses = [row[3] for row in found.top(4).rows]
@@ -160,7 +160,7 @@ def test_tables_figures_files(tmp_path):
     found.save(tmp_path / "found.safetensors")
     assert Calibration.load(tmp_path / "found.safetensors").expected_error == found.expected_error
     json.dumps(found.to_json(), allow_nan=False)
-    one = calibration(tiny_model(), TOKENS[:1])
+    one = measure_calibration(tiny_model(), TOKENS[:1])
     assert math.isnan(one.expected_error_interval()[0]) and math.isnan(one.surplus_interval()[0])
     one.figure().to_json()
 

@@ -7,9 +7,9 @@ from torch import nn
 
 import hooklens as hl
 from hooklens.core.errors import InputError
-from hooklens.plugins.lens import attribution as module
 from hooklens.plugins.lens import direct
-from hooklens.plugins.lens.attribution import LogitAttribution, direct_logit_attribution
+from hooklens.plugins.lens import logit_attribution as module
+from hooklens.plugins.lens.logit_attribution import LogitAttribution, direct_logit_attribution
 from hooklens.testing import induction_model, tiny_model
 
 ADDITIVE = [name for name in ZOO if not name.startswith("post")]

@@ -5,8 +5,8 @@ import torch
 from model.parity import TOKENS, transformer_lens_model
 from recorded_logit_attribution import RECORDED
 
-from hooklens.plugins.lens.attribution import direct_logit_attribution
-from hooklens.plugins.lens.logit_lens import logit_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
+from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 
 ANSWER, WRONG_ANSWER = torch.tensor([3, 1]), torch.tensor([7, 2])
 

@@ -13,12 +13,12 @@ from torch import nn
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.model.config import Biases
-from hooklens.plugins.lens import calibration, reading, train_tuned_lens, trajectory
-from hooklens.plugins.lens.logit_lens import LogitLens, lens_logits, logit_lens
+from hooklens.plugins.lens import measure_calibration, reading, trace_predictions, train_tuned_lens
+from hooklens.plugins.lens.layer_lens import LogitLens, lens_logits, logit_lens
 from hooklens.plugins.lens.reading import expected
 from hooklens.testing import induction_model, tiny_model
 
-module = import_module("hooklens.plugins.lens.logit_lens")  # the package has a function of that name
+module = import_module("hooklens.plugins.lens.layer_lens")  # the package has a function of that name
 
 
 def by_hand(model, tokens, answer):
@@ -239,8 +239,8 @@ TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed
     "read",
     [
         logit_lens,
-        lambda model, tokens: trajectory(model, tokens, answer=3, wrong_answer=7),
-        calibration,
+        lambda model, tokens: trace_predictions(model, tokens, answer=3, wrong_answer=7),
+        measure_calibration,
         lambda model, tokens: train_tuned_lens(model, tokens, steps=3)[1],
     ],
     ids=["logit_lens", "trajectory", "calibration", "tuned_lens"],
@@ -256,7 +256,7 @@ def test_forbidden_tokens_tie_with_each_other():
     model = forbidding(float("-inf"))
     with torch.no_grad():
         model.b_U[9] = float("-inf")
-    path = trajectory(model, TEXTS_WITHOUT, answer=7)
+    path = trace_predictions(model, TEXTS_WITHOUT, answer=7)
     assert path.rank.eq(9).all() and path.log_prob.isneginf().all()  # of 11 tokens 9 lie above, and two tie
 
 

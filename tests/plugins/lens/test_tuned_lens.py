@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.plugins.lens import run_file, training
-from hooklens.plugins.lens.logit_lens import logit_lens
+from hooklens.plugins.lens.affine_lens import TunedLens, TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
+from hooklens.plugins.lens.layer_lens import logit_lens
 from hooklens.plugins.lens.reading import streams_of
-from hooklens.plugins.lens.tuned_lens import TunedLens, TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
 from hooklens.testing import tiny_model
 
-module = import_module("hooklens.plugins.lens.tuned_lens")  # the package has a function of that name
+module = import_module("hooklens.plugins.lens.affine_lens")  # the package has a function of that name
 
 WINDOWS = torch.randint(11, (16, 6), generator=torch.Generator().manual_seed(0))
 QUICK = {"steps": 6, "lr": 0.02, "batch": 2}
@@ -272,7 +272,7 @@ def test_tables_figures_files(tmp_path):
 IN_FOUR_GIGABYTES = """
 import resource
 import hooklens as hl
-from hooklens.plugins.lens.tuned_lens import fit_tuned_lens, train_tuned_lens
+from hooklens.plugins.lens.affine_lens import fit_tuned_lens, train_tuned_lens
 from hooklens.pretrained.assets import text
 
 model = hl.load("smollm2-135m-instruct")

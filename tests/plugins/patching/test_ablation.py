@@ -11,10 +11,10 @@ from model.zoo import ZOO, zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError, NameNotFound
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
-from hooklens.plugins.patching.ablation_compare import AblationComparison, compare_ablations
+from hooklens.plugins.patching.ablation_comparison import AblationComparison, compare_ablations
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.statistics import q_values, sign_flip_p
-from hooklens.sweeps.plan import Patch
+from hooklens.sweeps.planning import Patch
 from hooklens.sweeps.replacement import OtherRun, Resample
 from hooklens.testing import induction_model, or_gate, tiny_model
 

@@ -7,7 +7,7 @@ from recorded_ablation import ABLATIONS, ATTRIBUTIONS
 
 import hooklens as hl
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.attribution import attribution_patching
+from hooklens.plugins.patching.attribution_patching import attribution_patch
 
 PROMPTS = torch.tensor([[1, 5, 2, 7, 3, 0], [4, 4, 9, 10, 8, 6], [2, 0, 0, 5, 7, 1]])
 CORRUPTED = torch.tensor([[1, 5, 6, 7, 3, 0], [4, 2, 9, 10, 1, 6], [2, 0, 3, 5, 7, 1]])
@@ -26,6 +26,6 @@ def test_ablations(name, kind):
 def test_attributions(name, site, by):
     model = transformer_lens_model(name)
     metric = hl.logit_diff(model, answer=3, wrong_answer=7)
-    found = attribution_patching(model, PROMPTS, CORRUPTED, metric, site=site, by=by, exact=0)
+    found = attribution_patch(model, PROMPTS, CORRUPTED, metric, site=site, by=by, exact=0)
     expected = torch.tensor(ATTRIBUTIONS[name, site, by]).view_as(found.per_pair)
     torch.testing.assert_close(found.per_pair, expected, atol=1e-5, rtol=1e-5)

@@ -8,7 +8,7 @@ from model.zoo import ZOO, zoo_model
 
 import hooklens as hl
 from hooklens.core.errors import InputError
-from hooklens.plugins.patching.attribution import AttributionPatching, attribution_patching
+from hooklens.plugins.patching.attribution_patching import AttributionPatching, attribution_patch
 from hooklens.sweeps.sites import SITES as KINDS
 from hooklens.testing import or_gate, tiny_model
 
@@ -53,7 +53,7 @@ def linear_model(*, dtype=torch.float64, **changes):
 def test_on_a_linear_path_it_is_activation_patching(site):
     model = linear_model(n_heads=4, n_key_value_heads=2)
     by = SITES[site]
-    found = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site=site, by=by)
+    found = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site=site, by=by)
     exact = hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site=site, by=by)
     moved = exact.per_pair - exact.corrupted_per_pair.view(-1, *[1] * (exact.per_pair.ndim - 1))
     torch.testing.assert_close(found.per_pair, moved, atol=1e-12, rtol=1e-9)
@@ -72,11 +72,11 @@ def test_a_frozen_pattern_makes_it_exact_too():
         return held[hook.name]
 
     with model.hooks(fwd_hooks=[("pattern", freeze)]):
-        found = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=4)
+        found = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=4)
         exact = hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="z")
     assert exact.how.startswith("plain loop")
     torch.testing.assert_close(found.effect, exact.effect, atol=1e-12, rtol=1e-9)
-    unfrozen = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=4)
+    unfrozen = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=4)
     assert found.largest_error < 1e-12 < 1e-5 < unfrozen.largest_error
 
 
@@ -88,7 +88,7 @@ def test_a_linear_mlp_keeps_it_exact_and_a_relu_does_not():
                 for linear in (block.attn.q, block.attn.k):
                     for p in linear.parameters():
                         p.zero_()
-        return attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=4).largest_error
+        return attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=4).largest_error
 
     assert error("identity") < 1e-12
     assert error("relu") > 1e-4
@@ -96,7 +96,7 @@ def test_a_linear_mlp_keeps_it_exact_and_a_relu_does_not():
 
 def test_the_last_stream_without_a_norm_is_linear_in_any_model():
     model = tiny_model(final_norm=None, dtype=torch.float64)
-    found = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="resid_post", by="layer")
+    found = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="resid_post", by="layer")
     assert float(found.effect[-1]) == pytest.approx(found.clean - found.corrupted, abs=1e-12)
 
 
@@ -113,7 +113,7 @@ def test_a_saturated_gate_has_no_gradient():
     def says(logits):
         return logits[:, -1, 1]
 
-    found = attribution_patching(gate, [[1]], [[0]], says, site="z", by="layer", exact=1)
+    found = attribution_patch(gate, [[1]], [[0]], says, site="z", by="layer", exact=1)
     assert found.corrupted == 1 and found.clean == 0
     assert found.effect.tolist() == [0.0] and found.exact.tolist() == [-2.0] and found.largest_error == 2.0
 
@@ -128,7 +128,7 @@ def test_every_family_and_site_is_the_gradient_times_the_difference(name):
     for site, by in SITES.items():
         if f"blocks.0.{KINDS[site].point}" not in model.hook_points():
             continue
-        found = attribution_patching(model, CLEAN, CORRUPTED, metric, site=site, by=by, exact=0)
+        found = attribution_patch(model, CLEAN, CORRUPTED, metric, site=site, by=by, exact=0)
         layers = [small_step(model, metric, site, layer) for layer in range(model.cfg.n_layers)]
         summed = found.per_pair.flatten(2).sum(2) if found.per_pair.ndim > 2 else found.per_pair
         torch.testing.assert_close(summed, torch.stack(layers, 1), atol=1e-5, rtol=1e-4)
@@ -153,34 +153,34 @@ def small_step(model, metric, site, layer, h=1e-5):
 def test_grids_are_in_the_order_asked_for():
     model = tiny_model(dtype=torch.float64)
     metric = metric_of(model)
-    one = attribution_patching(model, CLEAN, CORRUPTED, metric, site="z", by="layer x head x pos")
-    other = attribution_patching(model, CLEAN, CORRUPTED, metric, site="z", by="layer x pos x head")
+    one = attribution_patch(model, CLEAN, CORRUPTED, metric, site="z", by="layer x head x pos")
+    other = attribution_patch(model, CLEAN, CORRUPTED, metric, site="z", by="layer x pos x head")
     torch.testing.assert_close(one.per_pair, other.per_pair.transpose(2, 3))
-    heads = attribution_patching(model, CLEAN, CORRUPTED, metric, site="z")
+    heads = attribution_patch(model, CLEAN, CORRUPTED, metric, site="z")
     torch.testing.assert_close(one.per_pair.sum(3), heads.per_pair)
 
 
 def test_pairs_together_are_pairs_alone_whatever_the_memory():
     model = tiny_model(dtype=torch.float64)
     metric = metric_of(model)
-    together = attribution_patching(model, CLEAN, CORRUPTED, metric)
+    together = attribution_patch(model, CLEAN, CORRUPTED, metric)
     with hl.engine(memory=1):
-        apart = attribution_patching(model, CLEAN, CORRUPTED, metric)
+        apart = attribution_patch(model, CLEAN, CORRUPTED, metric)
     torch.testing.assert_close(together.per_pair, apart.per_pair, atol=1e-12, rtol=1e-10)
     for i in range(3):
-        alone = attribution_patching(model, CLEAN[i : i + 1], CORRUPTED[i : i + 1], metric.pairs(torch.tensor([i])))
+        alone = attribution_patch(model, CLEAN[i : i + 1], CORRUPTED[i : i + 1], metric.pairs(torch.tensor([i])))
         torch.testing.assert_close(together.per_pair[i], alone.per_pair[0], atol=1e-12, rtol=1e-10)
 
 
 def test_metrics_of_every_kind():
     model = tiny_model(dtype=torch.float64)
-    reading = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model))
-    plain = attribution_patching(model, CLEAN, CORRUPTED, lambda logits: metric_of(model)(logits))
+    reading = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model))
+    plain = attribution_patch(model, CLEAN, CORRUPTED, lambda logits: metric_of(model)(logits))
     torch.testing.assert_close(reading.per_pair, plain.per_pair, atol=1e-12, rtol=1e-10)
-    single = attribution_patching(model, CLEAN, CORRUPTED, lambda logits: logits[:, -1, 3].mean())
-    by_pair = attribution_patching(model, CLEAN, CORRUPTED, lambda logits: logits[:, -1, 3])
+    single = attribution_patch(model, CLEAN, CORRUPTED, lambda logits: logits[:, -1, 3].mean())
+    by_pair = attribution_patch(model, CLEAN, CORRUPTED, lambda logits: logits[:, -1, 3])
     torch.testing.assert_close(single.per_pair, by_pair.per_pair, atol=1e-12, rtol=1e-10)
-    attribution_patching(model, CLEAN, CORRUPTED, hl.loss(model, CLEAN))
+    attribution_patch(model, CLEAN, CORRUPTED, hl.loss(model, CLEAN))
 
 
 def test_prompts_of_different_length():
@@ -188,7 +188,7 @@ def test_prompts_of_different_length():
     model = linear_model()
     clean, corrupted = [[1, 5, 8, 7], [4, 3, 9]], [[1, 5, 2, 6, 7], [4, 2, 9]]
     metric = hl.logit_diff(model, answer=[3, 1], wrong_answer=[4, 2])
-    found = attribution_patching(model, clean, corrupted, metric, site="z", exact=2)
+    found = attribution_patch(model, clean, corrupted, metric, site="z", exact=2)
     exact = hl.patch(model, clean, corrupted, metric, site="z")
     torch.testing.assert_close(found.effect, exact.effect, atol=1e-12, rtol=1e-9)
 
@@ -198,7 +198,7 @@ def test_prompts_of_different_length():
 
 def test_the_control_is_what_patching_finds(tmp_path):
     model = tiny_model(n_heads=4, dtype=torch.float64)
-    found = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=3, group=[0, 0, 1])
+    found = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="z", exact=3, group=[0, 0, 1])
     exact = hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="z").effect
     cells = [tuple(index) for index in found.checked.tolist()]
     assert len(set(cells)) == 6 and cells[:3] == found.order()[:3] and found.n_top == 3
@@ -216,29 +216,29 @@ def test_the_control_is_what_patching_finds(tmp_path):
 def test_cells_that_no_patch_changes_are_no_control():
     """Before the first difference everything is equal: agreeing there is no agreement."""
     model = tiny_model()
-    found = attribution_patching(model, CLEAN[:1], CORRUPTED[:1], hl.log_prob(model, answer=3), exact=99)
+    found = attribution_patch(model, CLEAN[:1], CORRUPTED[:1], hl.log_prob(model, answer=3), exact=99)
     assert {pos for _, pos in found.checked.tolist()} == {2, 3} and len(found.checked) == 3
-    none = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), exact=0)
+    none = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), exact=0)
     assert none.correlation != none.correlation and not len(none.checked) and none.table(2).rows[0][-1] is None
 
 
 def test_frozen_weights_and_switched_off_gradients_are_no_obstacle():
     model = tiny_model()
-    expected = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="z")
+    expected = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="z")
     for p in model.parameters():
         p.requires_grad_(False)
     with torch.no_grad():
-        found = attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), site="z")
+        found = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="z")
     torch.testing.assert_close(found.per_pair, expected.per_pair)
 
 
 def test_what_has_no_gradient_is_refused():
     model = tiny_model()
     with pytest.raises(InputError, match="no gradient"):
-        attribution_patching(model, CLEAN, CORRUPTED, lambda logits: (logits[:, -1].argmax(-1) == 3).float())
+        attribution_patch(model, CLEAN, CORRUPTED, lambda logits: (logits[:, -1].argmax(-1) == 3).float())
     with pytest.raises(InputError, match="at least 0, got -1"):
-        attribution_patching(model, CLEAN, CORRUPTED, metric_of(model), exact=-1)
+        attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), exact=-1)
     with pytest.raises(InputError, match="has no mlp_out"):
-        attribution_patching(tiny_model(attn_only=True), CLEAN, CORRUPTED, metric_of(model), site="mlp_out")
+        attribution_patch(tiny_model(attn_only=True), CLEAN, CORRUPTED, metric_of(model), site="mlp_out")
     with pytest.raises(InputError, match="same length"):
-        attribution_patching(model, [[1, 2]], [[1, 2, 3]], metric_of(model))
+        attribution_patch(model, [[1, 2]], [[1, 2, 3]], metric_of(model))

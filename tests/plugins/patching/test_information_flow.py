@@ -8,7 +8,7 @@ import torch
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.flow import Choice, InformationFlow
-from hooklens.plugins.patching.information_flow import information_flow
+from hooklens.plugins.patching.information_flow import trace_information
 from hooklens.plugins.patching.path import path_patch
 from hooklens.results.statistics import halves
 from hooklens.sweeps.nodes import At
@@ -24,7 +24,7 @@ ANSWER, WRONG = CLEAN[:, 1].tolist(), [4] * N
 def flow(model, **changes):
     metric = changes.pop("metric", None) or hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
     arguments = {"choice": Choice(per_receiver=2, draws=19)} | changes
-    return information_flow(model, CLEAN, CORRUPTED, metric, **arguments)
+    return trace_information(model, CLEAN, CORRUPTED, metric, **arguments)
 
 
 def test_in_an_induction_model_the_previous_token_head_carries_all_to_the_keys():
@@ -94,7 +94,7 @@ def test_a_plain_function_is_asked_about_all_pairs():
 def test_a_single_pair_is_reported_as_what_it_is():
     model = induction_model()
     metric = hl.logit_diff(model, answer=1, wrong_answer=4)
-    one = information_flow(
+    one = trace_information(
         model, [[3, 1, 4, 9, 3]], [[0, 1, 4, 9, 3]], metric, receivers="final", senders=[(1, 1)], choice=Choice(draws=3)
     )
     assert not one.halved and bool(one.interval()[0].isnan().all()) and bool(one.typical.isnan().all())
@@ -105,7 +105,7 @@ def test_prompts_that_do_not_differ_carry_nothing():
     model = tiny_model()
     metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
     with pytest.raises(InputError, match="the same tokens"):
-        information_flow(model, CLEAN, CLEAN, metric, receivers="final", choice=Choice(draws=3))
+        trace_information(model, CLEAN, CLEAN, metric, receivers="final", choice=Choice(draws=3))
 
 
 def test_choosing_on_fewer_pairs_leaves_those_that_report():
@@ -174,7 +174,7 @@ def test_the_direction_matters_but_every_sender_does_as_much():
 def test_a_real_path_of_a_model_with_many_senders_is_found_at_the_defaults():
     """120 heads of layer 0 write noise of one size; one writes the answer's direction where the pairs differ."""
     model, metric = one_talks()
-    found = information_flow(model, CLEAN, CORRUPTED, metric, receivers="final", senders=[(0, i) for i in range(120)])
+    found = trace_information(model, CLEAN, CORRUPTED, metric, receivers="final", senders=[(0, i) for i in range(120)])
     assert found.paths[0] == "L0H7 to final" and found.least_q < 0.05
     assert (found.q < 0.05).tolist() == [True, False, False, False]
 
@@ -220,7 +220,7 @@ def test_options_that_make_no_sense_are_refused():
     with pytest.raises(hl.HooklensError, match="draws is a whole number of at least 1, got 0"):
         Choice(draws=0)
     with pytest.raises(hl.HooklensError, match="got 1 clean and 2 corrupted"):
-        information_flow(tiny_model(), [[1, 2]], [[1, 2], [1, 3]], lambda x: x[:, 0, 0], receivers="final")
+        trace_information(tiny_model(), [[1, 2]], [[1, 2], [1, 3]], lambda x: x[:, 0, 0], receivers="final")
     with pytest.raises(hl.HooklensError, match=r"no sender reaches L0H0\.q"):
         flow(tiny_model(), receivers=("q", 0, 0))
 

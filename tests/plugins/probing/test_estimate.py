@@ -2,7 +2,7 @@
 
 import torch
 
-from hooklens.plugins.probing import train
+from hooklens.plugins.probing import probe_training as train
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import Ridge
 from hooklens.testing import tiny_model

@@ -7,12 +7,12 @@ from model.zoo import zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
-from hooklens.plugins.probing.causal import CausalCheck, causal_check, random_directions
 from hooklens.plugins.probing.edited_runs import EditedRuns
-from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.gathering import gather
+from hooklens.plugins.probing.probe_training import train_probe
+from hooklens.plugins.probing.probe_use import CausalCheck, check_probe_use, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.task import read_task
-from hooklens.plugins.probing.train import train_probe
 from hooklens.testing import tiny_model
 
 VOCAB, D = 40, 12
@@ -53,7 +53,7 @@ def odd(model, n: int = 30, lengths=(3,), seed: int = 0):
 
 def test_a_probe_that_is_right_about_what_nothing_reads_has_no_effect():
     model = two_copies()
-    check = causal_check(model, along(INERT), odd(model), hl.logit_diff(model, answer=1, wrong_answer=0), draws=20)
+    check = check_probe_use(model, along(INERT), odd(model), hl.logit_diff(model, answer=1, wrong_answer=0), draws=20)
     assert check.accuracy == 1.0
     assert bool((check.fall.abs() < 1e-12).all()) and check.p.tolist() == [1.0, 1.0] and not check.used
     assert bool((check.random.abs().amax(-1) > 1e-3).all())  # random directions do something: the metric can move
@@ -62,13 +62,13 @@ def test_a_probe_that_is_right_about_what_nothing_reads_has_no_effect():
 def test_what_ablation_of_one_direction_leaves_is_read_by_a_new_probe():
     """The class stands twice in the stream: with one direction gone a new probe reads the other."""
     model, metric = two_copies(), hl.logit_diff(two_copies(), answer=1, wrong_answer=0)
-    check = causal_check(model, along(ACTIVE), odd(model, 60), metric, draws=1)
+    check = check_probe_use(model, along(ACTIVE), odd(model, 60), metric, draws=1)
     assert check.refit_accuracy[0] == 1.0 and check.refit_accuracy[1] > 0.9
     with torch.no_grad():
         model.W_E[:, INERT] = 0.0
         model.W_E[1:, :ACTIVE] = model.W_E[0, :ACTIVE]
         model.W_pos.zero_()
-    alone = causal_check(model, along(ACTIVE), odd(model, 60), metric, draws=1)
+    alone = check_probe_use(model, along(ACTIVE), odd(model, 60), metric, draws=1)
     assert alone.refit_accuracy[0] == 1.0 and alone.refit_accuracy[1] <= 0.6
     assert "after" in alone.figure().layout.title.text
 
@@ -77,13 +77,13 @@ def test_the_effect_of_what_the_logits_read_is_the_one_that_was_set():
     """Ablating moves a coordinate of 0 or 3 to 1.5, steering by a gap of 3; a unit of it is worth 3 + 1."""
     model = two_copies()
     metric = hl.logit_diff(model, answer=1, wrong_answer=0)
-    check = causal_check(model, along(ACTIVE), odd(model, 60), metric, draws=40)
+    check = check_probe_use(model, along(ACTIVE), odd(model, 60), metric, draws=40)
     label = check.label
     weight = 60 / (2 * torch.bincount(label).double()[label])
     torch.testing.assert_close(check.fall[0], 6.0 * weight, atol=1e-9, rtol=0)
     torch.testing.assert_close(check.fall[1], 12.0 * weight, atol=1e-9, rtol=0)
     assert check.effect.tolist() == pytest.approx([6.0, 12.0]) and check.used
-    doubled = causal_check(model, along(ACTIVE), odd(model, 60), metric, draws=1, strength=2.0)
+    doubled = check_probe_use(model, along(ACTIVE), odd(model, 60), metric, draws=1, strength=2.0)
     assert doubled.effect.tolist() == pytest.approx([6.0, 24.0])
 
 
@@ -111,7 +111,7 @@ def test_edits_are_those_of_a_hooked_run_of_each_prompt(name, by_metric):
     layer = 0
     probe, _ = train_probe(model, task, site=(site, layer), kind=MassMean(), null_draws=1)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4) if by_metric else difference
-    check = causal_check(model, probe, task, metric, draws=3, seed=5)
+    check = check_probe_use(model, probe, task, metric, draws=3, seed=5)
     x = gather(model, task, site=probe.point).x[0]
     null = random_directions(x, task.label, 3, 5)
     where, sign = probe.direction, 2 * task.label.double() - 1
@@ -168,7 +168,7 @@ def test_what_is_told_is_half_the_difference_of_the_class_means():
     model = two_copies()
     metric = hl.logit_diff(model, answer=1, wrong_answer=0)
     task = odd(model, 31)
-    check = causal_check(model, along(ACTIVE), task, metric, draws=2)
+    check = check_probe_use(model, along(ACTIVE), task, metric, draws=2)
     values = metric(model(torch.stack(task.tokens)))
     halfway = (values[task.label == 1].mean() - values[task.label == 0].mean()) / 2
     torch.testing.assert_close(check.told.mean(), halfway.detach(), atol=1e-9, rtol=0)
@@ -179,7 +179,7 @@ def test_the_order_of_the_examples_changes_nothing():
     model = tiny_model(d_vocab=VOCAB, d_model=D, dtype=torch.float64)
     task, metric = odd(model, 24, lengths=(3, 4)), hl.logit_diff(model, answer=1, wrong_answer=0)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
-    straight, turned = (causal_check(model, along(ACTIVE), one, metric, draws=3) for one in (task, task.take(order)))
+    straight, turned = (check_probe_use(model, along(ACTIVE), one, metric, draws=3) for one in (task, task.take(order)))
     assert torch.equal(turned.label, straight.label[order])
     torch.testing.assert_close(turned.told, straight.told[order], atol=1e-9, rtol=0)
     torch.testing.assert_close(turned.fall, straight.fall[:, order], atol=1e-9, rtol=0)
@@ -188,7 +188,7 @@ def test_the_order_of_the_examples_changes_nothing():
 
 def test_a_check_is_a_result(tmp_path):
     model = two_copies()
-    check = causal_check(model, along(ACTIVE), odd(model), hl.logit_diff(model, answer=1, wrong_answer=0), draws=25)
+    check = check_probe_use(model, along(ACTIVE), odd(model), hl.logit_diff(model, answer=1, wrong_answer=0), draws=25)
     check.save(tmp_path / "check.safetensors")
     back = CausalCheck.load(tmp_path / "check.safetensors")
     assert str(back.table()) == str(check.table()) and len(check.table()) == 6 and len(check.table(2)) == 2
@@ -205,13 +205,13 @@ def test_errors_say_what_would_work():
     homeless = along(ACTIVE)
     homeless.point = None
     with pytest.raises(InputError, match="activations inside a layer"):
-        causal_check(model, homeless, task, metric)
+        check_probe_use(model, homeless, task, metric)
     three = read_task(model, task.tokens, [i % 3 for i in range(30)])
     with pytest.raises(InputError, match="needs two classes, got 3"):
-        causal_check(model, along(ACTIVE), three, metric)
+        check_probe_use(model, along(ACTIVE), three, metric)
     twice = task.take(torch.tensor([0, 1, 2, 3, 0, 1]))
     with pytest.raises(InputError, match="one position"):
-        causal_check(model, along(ACTIVE), twice, metric)
+        check_probe_use(model, along(ACTIVE), twice, metric)
 
 
 def test_long_rotary_turns_the_reused_beginning_of_a_prompt_as_its_whole_row():

@@ -8,11 +8,11 @@ from sklearn.metrics import roc_auc_score
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.probing.directions import TokenProjection, fisher, project_tokens
-from hooklens.plugins.probing.geometry import Geometry, probe_geometry
+from hooklens.plugins.probing.geometry import Geometry, measure_geometry
+from hooklens.plugins.probing.probe_transfer import Transfer, transfer_probe
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import as_rows, fit
 from hooklens.plugins.probing.task import read_task
-from hooklens.plugins.probing.transfer import Transfer, transfer
 from hooklens.results.statistics import auc
 from hooklens.testing import tiny_model
 
@@ -95,7 +95,7 @@ def tasks(model, seed: int = 0):
 
 def test_directions_at_right_angles_and_directions_of_the_same_thing():
     model, _ = marked(3.0)
-    found = probe_geometry(model, tasks(model), site=("resid_pre", 0), draws=60)
+    found = measure_geometry(model, tasks(model), site=("resid_pre", 0), draws=60)
     assert abs(float(found.cosine[0, 1])) < 0.35 and float(found.cosine[0, 2]) > 0.9
     assert bool((found.repeat > 0.9).all())
     assert float(found.p[0, 2]) == pytest.approx(1 / 61) and bool(found.p.diagonal().isnan().all())
@@ -105,7 +105,7 @@ def test_directions_at_right_angles_and_directions_of_the_same_thing():
 
 def test_the_bound_for_isotropic_directions_is_that_of_draws():
     model, _ = marked()
-    found = probe_geometry(model, tasks(model)[:1], site=("resid_pre", 0), draws=1)
+    found = measure_geometry(model, tasks(model)[:1], site=("resid_pre", 0), draws=1)
     drawn = torch.randn(2, 20_000, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cosines = torch.cosine_similarity(*drawn, dim=-1).abs()
     assert found.isotropic == pytest.approx(float(cosines.quantile(0.95)), abs=0.01)
@@ -118,20 +118,20 @@ def test_a_direction_of_few_groups_does_not_look_as_if_it_did_not_repeat():
     label = [int(i < 8) for i in range(40)]
     rare = read_task(model, tokens, label, group=[max(i, 7) for i in range(40)], name="in a group")
     two = read_task(model, tokens, label, group=[max(i, 3) if i < 4 else max(i, 7) for i in range(40)], name="in two")
-    found = probe_geometry(model, [rare, two], site=("resid_pre", 0), draws=2)
+    found = measure_geometry(model, [rare, two], site=("resid_pre", 0), draws=2)
     assert math.isnan(float(found.repeat[0])) and found.repeat[1].abs() > 1e-6
 
 
 def test_geometry_is_a_result(tmp_path):
     model, _ = marked()
-    found = probe_geometry(model, tasks(model), site=("resid_pre", 0), draws=10)
+    found = measure_geometry(model, tasks(model), site=("resid_pre", 0), draws=10)
     found.save(tmp_path / "found.safetensors")
     assert str(Geometry.load(tmp_path / "found.safetensors").table()) == str(found.table())
     assert len(found.table()) == 3 and len(found.top(2)) == 2 and found.figure().data
     with pytest.raises(InputError, match="at a single point"):
-        probe_geometry(model, tasks(model), site="resid_pre")
+        measure_geometry(model, tasks(model), site="resid_pre")
     three = read_task(model, [[i] for i in range(30)], [i % 3 for i in range(30)], name="thirds")
-    for compare in (probe_geometry, transfer):
+    for compare in (measure_geometry, transfer_probe):
         with pytest.raises(InputError, match="'thirds' has"):
             compare(model, [three], site=("resid_pre", 0))
 
@@ -140,7 +140,7 @@ def test_a_probe_carries_over_where_the_same_thing_is_asked_and_not_elsewhere():
     model, _ = marked(4.0)
     odd, upper, again = tasks(model)
     free = read_task(model, odd.tokens, odd.label.tolist(), name="odd, ungrouped")
-    found = transfer(model, [free, upper, again], site=("resid_pre", 0), draws=39)
+    found = transfer_probe(model, [free, upper, again], site=("resid_pre", 0), draws=39)
     assert float(found.accuracy[0, 2]) > 0.95 and float(found.auc[2, 0]) > 0.95
     assert abs(float(found.auc[2, 1]) - 0.5) < 0.15
     kept = found.n > 0
@@ -154,7 +154,7 @@ def test_a_probe_carries_over_where_the_same_thing_is_asked_and_not_elsewhere():
 def test_what_is_shared_with_the_training_task_is_left_out():
     model, _ = marked()
     odd, upper, again = tasks(model)
-    found = transfer(model, [odd, upper, again], site=("resid_pre", 0), draws=2)
+    found = transfer_probe(model, [odd, upper, again], site=("resid_pre", 0), draws=2)
     assert found.n[0, 1] == 0 and math.isnan(float(found.accuracy[0, 1]))  # the same prompts under another question
     assert 0 < int(found.n[0, 2]) <= 160 and found.n.diagonal().tolist() == [160] * 3
     x = model.run_with_cache(torch.stack(odd.tokens), "blocks.0.hook_resid_pre")[1]["resid_pre", 0][:, -1]
@@ -168,7 +168,7 @@ def test_what_is_shared_with_the_training_task_is_left_out():
 
 def test_transfer_is_a_result(tmp_path):
     model, _ = marked()
-    found = transfer(model, tasks(model), site=("resid_pre", 0), draws=5)
+    found = transfer_probe(model, tasks(model), site=("resid_pre", 0), draws=5)
     found.save(tmp_path / "found.safetensors")
     assert str(Transfer.load(tmp_path / "found.safetensors").table()) == str(found.table())
     assert len(found.table()) == 9 and found.figure().data

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.plugins.probing.gather import gather
+from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.task import read_task
 from hooklens.testing import tiny_model
 
-gathering = import_module("hooklens.plugins.probing.gather")  # the package has a function of that name
+gathering = import_module("hooklens.plugins.probing.gathering")  # the package has a function of that name
 
-gathering = importlib.import_module("hooklens.plugins.probing.gather")  # the package has a function of that name
+gathering = importlib.import_module("hooklens.plugins.probing.gathering")  # the package has a function of that name
 ROWS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [1], [3, 3]]
 MODELS = {
     "plain": {},

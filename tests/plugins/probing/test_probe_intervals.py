@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from hooklens.plugins.probing.balanced import balanced, ends, resampled
+from hooklens.plugins.probing.balancing import balanced, ends, resampled
 from hooklens.plugins.probing.folds import Fold, make_folds, split
-from hooklens.plugins.probing.gather import Activations
+from hooklens.plugins.probing.gathering import Activations
+from hooklens.plugins.probing.probe_training import _study
 from hooklens.plugins.probing.probes import MassMean, Ridge
 from hooklens.plugins.probing.scoring import correct
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
-from hooklens.plugins.probing.train import _study
 from hooklens.testing import tiny_model
 
 

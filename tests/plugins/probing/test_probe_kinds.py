@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.probing.calibration import Calibration, temperature
+from hooklens.plugins.probing.confidence import Calibration, temperature
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean, Probe, Ridge, WhitenedMassMean
 from hooklens.plugins.probing.scoring import correct, cross_validate, fit, majority, said

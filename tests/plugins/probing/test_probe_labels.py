@@ -15,7 +15,7 @@ from hooklens.plugins.probing.labels import (
     part_of_speech,
     vowel_tokens,
 )
-from hooklens.plugins.probing.train import train_probe
+from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
 

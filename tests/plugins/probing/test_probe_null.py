@@ -4,16 +4,16 @@ import pytest
 import torch
 
 import hooklens as hl
-from hooklens.plugins.probing.causal import causal_check
 from hooklens.plugins.probing.directions import project_tokens
 from hooklens.plugins.probing.folds import make_folds, shuffled_in_folds
-from hooklens.plugins.probing.gather import Activations
-from hooklens.plugins.probing.geometry import probe_geometry
+from hooklens.plugins.probing.gathering import Activations
+from hooklens.plugins.probing.geometry import measure_geometry
+from hooklens.plugins.probing.probe_training import _study
+from hooklens.plugins.probing.probe_transfer import transfer_probe
+from hooklens.plugins.probing.probe_use import check_probe_use
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, Ridge
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
-from hooklens.plugins.probing.train import _study
-from hooklens.plugins.probing.transfer import transfer
 from hooklens.testing import tiny_model
 
 VOCAB = 60
@@ -90,14 +90,16 @@ def random_tasks(model, seed: int, n: int = 40):
 def test_transfer_between_labels_that_mean_nothing_has_the_p_values_of_noise():
     model = tiny_model(d_vocab=VOCAB)
     p = torch.stack(
-        [transfer(model, random_tasks(model, seed), site=("resid_post", 0), draws=19).p for seed in range(40)]
+        [transfer_probe(model, random_tasks(model, seed), site=("resid_post", 0), draws=19).p for seed in range(40)]
     )
     assert share(p.diagonal(dim1=1, dim2=2)) <= 0.10 and share(p[:, 0, 1]) <= 0.10 and share(p[:, 1, 0]) <= 0.10
 
 
 def test_angles_between_labels_that_mean_nothing_have_the_p_values_of_noise():
     model = tiny_model(d_vocab=VOCAB)
-    found = [probe_geometry(model, random_tasks(model, s), site=("resid_post", 0), draws=19).p[0, 1] for s in range(60)]
+    found = [
+        measure_geometry(model, random_tasks(model, s), site=("resid_post", 0), draws=19).p[0, 1] for s in range(60)
+    ]
     assert share(torch.stack(found)) <= 0.10 and 0.35 < torch.stack(found).mean() < 0.65
 
 
@@ -119,5 +121,5 @@ def test_edits_along_a_random_direction_have_the_p_values_of_noise():
     p = []
     for seed in range(40):
         task = random_tasks(model, seed, 16)[0]
-        p.append(causal_check(model, random_probe(seed), task, metric, draws=19).p)
+        p.append(check_probe_use(model, random_probe(seed), task, metric, draws=19).p)
     assert share(torch.stack(p)) <= 0.10

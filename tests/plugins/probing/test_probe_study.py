@@ -11,16 +11,16 @@ from sklearn.preprocessing import StandardScaler
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.jsonl import read_texts_file
-from hooklens.plugins.probing.causal import causal_check
 from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import make_folds
-from hooklens.plugins.probing.gather import Activations, gather
+from hooklens.plugins.probing.gathering import Activations, gather
 from hooklens.plugins.probing.null import Null
+from hooklens.plugins.probing.probe_training import _study, probe_texts, train_probe
+from hooklens.plugins.probing.probe_use import check_probe_use
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
 from hooklens.plugins.probing.scoring import correct
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
-from hooklens.plugins.probing.train import _study, probe_texts, train_probe
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.studies import probe_report
 from hooklens.studies.probe_page import verdicts
@@ -362,7 +362,7 @@ def test_a_model_in_bfloat16_is_probed():
     assert study.accuracy == 1.0 and study.correct.dtype == probe.weight.dtype == torch.float32
     assert float(probe.direction @ where.float()) > 0.99
     metric = hl.logit_diff(model, answer=1, wrong_answer=0)
-    check = causal_check(model, probe, task, metric, draws=5)
-    wide = causal_check(model.to(torch.float32), probe, task, metric, draws=5)
+    check = check_probe_use(model, probe, task, metric, draws=5)
+    wide = check_probe_use(model.to(torch.float32), probe, task, metric, draws=5)
     assert check.accuracy == wide.accuracy == 1.0
     torch.testing.assert_close(check.effect, wide.effect, atol=0.05 * float(wide.told.abs().mean()), rtol=0.05)

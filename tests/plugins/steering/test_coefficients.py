@@ -6,9 +6,9 @@ from model.zoo import zoo_model
 
 import hooklens as hl
 from hooklens.core.errors import InputError
-from hooklens.plugins.steering.coefficients import SweepSettings, coefficient_sweep
+from hooklens.plugins.steering.coefficients import SweepSettings, sweep_coefficients
 from hooklens.plugins.steering.fluency import continuation_loss, repeated
-from hooklens.plugins.steering.steer import steer
+from hooklens.plugins.steering.steering_edit import steer
 from hooklens.plugins.steering.variants import unit_controls
 from hooklens.testing import tiny_model
 
@@ -26,7 +26,7 @@ def swept(name="gpt2", coefficients=(-2.0, 0.0, 1.5), site=("resid_post", 0), se
     return (
         model,
         metric,
-        coefficient_sweep(model, PROMPTS, direction(), coefficients, metric, site=site, settings=settings, **more),
+        sweep_coefficients(model, PROMPTS, direction(), coefficients, metric, site=site, settings=settings, **more),
     )
 
 
@@ -88,7 +88,7 @@ def test_where_nothing_stands_between_the_effect_is_the_coefficient_times_the_do
     read = (model.W_U[:, 3] - model.W_U[:, 4]).detach()
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     amounts = [-3.0, -1.0, 0.0, 0.5, 2.0]
-    found = coefficient_sweep(model, PROMPTS, read, amounts, metric, site=("resid_post", 1), settings=FEW)
+    found = sweep_coefficients(model, PROMPTS, read, amounts, metric, site=("resid_post", 1), settings=FEW)
     expected = torch.tensor(amounts, dtype=torch.float64) * read.square().sum()
     torch.testing.assert_close(found.effect, expected, atol=1e-9, rtol=1e-9)
     for end in found.interval():
@@ -113,7 +113,7 @@ def test_controls_have_the_directions_length_and_may_be_given():
 def test_a_metric_of_any_kind_is_read():
     model = zoo_model("gpt2", dtype=torch.float64)
     metric = lambda logits: logits[:, -1].softmax(-1)[:, 3]  # noqa: E731
-    found = coefficient_sweep(
+    found = sweep_coefficients(
         model, [[1, 2], [3, 4]], direction(), [1.0], metric, site=("mlp_out", 1), settings=SweepSettings(2, 1, 3)
     )
     with steer(model, direction(), 1.0, site=("mlp_out", 1)):
@@ -160,7 +160,7 @@ def test_what_cannot_be_swept_is_refused_with_a_reason(change, said):
 
 @pytest.mark.slow
 def test_smollm2_says_more_kind_words_along_a_direction_than_along_random_ones():
-    from hooklens.plugins.steering.contrast import contrast_direction
+    from hooklens.plugins.steering.contrast import find_direction
 
     model = hl.load("smollm2-135m-instruct")
     things, words = (
@@ -168,9 +168,9 @@ def test_smollm2_says_more_kind_words_along_a_direction_than_along_random_ones()
         (("wonderful", "superb"), ("dreadful", "awful")),
     )  # not " terrible", which is asked about
     kind, unkind = ([f"The {thing} was {word}, and I would" for thing in things for word in some] for some in words)
-    made = contrast_direction(model, kind, unkind, group=torch.arange(4).repeat_interleave(2), draws=49)
+    made = find_direction(model, kind, unkind, group=torch.arange(4).repeat_interleave(2), draws=49)
     assert made.separation[20] > 0.95
-    found = coefficient_sweep(
+    found = sweep_coefficients(
         model,
         ["The cake was", "The show was", "Overall it was"],
         made.at(20),
@@ -194,7 +194,7 @@ def test_directions_a_layer_and_at_heads_are_swept_as_plain_steered_runs(name, s
     v = torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     v[..., 0, :] = 0  # the controls leave alone what the direction leaves alone
     metric = hl.logit_diff(model, answer=[1, 2, 3, 4], wrong_answer=5)
-    found = coefficient_sweep(model, PROMPTS, v, [-2.0, 1.5], metric, site=site, settings=FEW)
+    found = sweep_coefficients(model, PROMPTS, v, [-2.0, 1.5], metric, site=site, settings=FEW)
     controls = unit_controls(3, v, 5) * v.norm(dim=-1, keepdim=True)
     assert not controls[..., 0, :].any() and controls[..., 1, :].any()
     for measured, vector in ((found.metric, v), (found.random_metric[1], controls[1])):
@@ -225,7 +225,7 @@ def test_a_direction_that_means_nothing_is_rarely_beyond_random_ones():
     small = 0
     for seed in range(80):
         settings = SweepSettings(controls=19, written=1, new_tokens=1, seed=1000 + seed)
-        found = coefficient_sweep(
+        found = sweep_coefficients(
             model, [[1, 2], [3, 4]], direction(seed=seed), [1.0], metric, site=("resid_post", 0), settings=settings
         )
         small += int(found.p[0] <= 0.05)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from model.zoo import zoo_model
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.steering.contrast import contrast_direction
-from hooklens.plugins.steering.held_out import cross_fit, made_splits
+from hooklens.plugins.steering.contrast import find_direction
+from hooklens.plugins.steering.held_out_steering import cross_fit, made_splits
 from hooklens.results.statistics import auc
 from hooklens.testing import tiny_model
 
@@ -26,7 +26,7 @@ def pairs(n=12, length=4, ends=(1, 2), seed=0):
 
 def test_the_direction_where_prompts_enter_is_the_difference_of_their_embeddings():
     model = zoo_model("gpt2", dtype=torch.float64)
-    found = contrast_direction(model, *pairs(), site="resid_pre", draws=99)
+    found = find_direction(model, *pairs(), site="resid_pre", draws=99)
     torch.testing.assert_close(found.at(0), (model.W_E[1] - model.W_E[2]).detach(), atol=1e-12, rtol=1e-12)
     assert found.separation[0] == 1 and found.gap[0].item() == pytest.approx(1, abs=1e-9)
     assert found.p[0] == pytest.approx(1 / 100) and found.best == 0 and found.best_p == pytest.approx(1 / 100)
@@ -36,7 +36,7 @@ def test_the_mean_over_positions_and_a_position_are_the_activations_means():
     model, (a, b) = zoo_model("llama", dtype=torch.float64), pairs()
     acts = [model.run_with_cache(rows, names="mlp_out")[1]["mlp_out", 1] for rows in (a, b)]
     for pos, read in ((None, lambda x: x.mean(1)), (2, lambda x: x[:, 2]), (-1, lambda x: x[:, -1])):
-        found = contrast_direction(model, a, b, site="mlp_out", pos=pos, draws=9)
+        found = find_direction(model, a, b, site="mlp_out", pos=pos, draws=9)
         expected = read(acts[0]).mean(0) - read(acts[1]).mean(0)
         torch.testing.assert_close(found.at(1), expected, atol=1e-10, rtol=1e-10)
 
@@ -44,7 +44,7 @@ def test_the_mean_over_positions_and_a_position_are_the_activations_means():
 def test_prompts_of_different_lengths_are_read_where_they_end():
     model = zoo_model("gpt2", dtype=torch.float64)
     a, b = [[5, 1], [4, 6, 1], [7, 1]], [[5, 2], [4, 6, 2], [7, 2]]
-    found = contrast_direction(model, a, b, site="resid_pre", draws=9)
+    found = find_direction(model, a, b, site="resid_pre", draws=9)
     torch.testing.assert_close(found.at(0), (model.W_E[1] - model.W_E[2]).detach(), atol=1e-12, rtol=1e-12)
 
 
@@ -86,7 +86,7 @@ def test_labels_that_mean_nothing_are_called_so():
 
 def test_the_choice_of_the_best_layer_is_counted_in():
     acts = normal(40, 16, 5)
-    found = contrast_direction(zoo_model("gpt2"), *pairs(), draws=19)
+    found = find_direction(zoo_model("gpt2"), *pairs(), draws=19)
     assert found.best_p >= found.p.min()
     null = cross_fit(acts, made_splits(8, 8, None, 0), 99, 0, keep=1)
     best, each = null.separation.max(), null.null
@@ -120,22 +120,22 @@ def test_the_area_is_that_of_scikit_learn_ties_included(scores, data):
 def test_what_cannot_be_contrasted_is_refused_with_a_reason():
     model = tiny_model()
     with pytest.raises(InputError, match="one vector per position"):
-        contrast_direction(model, [[1], [2]], [[3], [4]], site="z")
+        find_direction(model, [[1], [2]], [[3], [4]], site="z")
     with pytest.raises(InputError, match="shortest prompt has 1 tokens"):
-        contrast_direction(model, [[1], [2, 3]], [[3], [4]], pos=1)
+        find_direction(model, [[1], [2, 3]], [[3], [4]], pos=1)
     with pytest.raises(InputError, match="make no pairs"):
-        contrast_direction(model, [[1], [2]], [[3], [4], [5]], group=torch.arange(2))
+        find_direction(model, [[1], [2]], [[3], [4], [5]], group=torch.arange(2))
     with pytest.raises(InputError, match="at least two independent"):
-        contrast_direction(model, [[1]], [[3]])
+        find_direction(model, [[1]], [[3]])
     with pytest.raises(InputError, match="positive is empty"):
-        contrast_direction(model, [], [[3]])
+        find_direction(model, [], [[3]])
     with pytest.raises(InputError, match="at least 1"):
-        contrast_direction(model, [[1], [2]], [[3], [4]], draws=0)
+        find_direction(model, [[1], [2]], [[3], [4]], draws=0)
 
 
 def test_directions_of_half_precision_models_are_not_rounded_differences_of_rounded_means():
     rows = [[[i, token] for i in range(10)] for token in (1, 2)]
-    half = contrast_direction(tiny_model().to(torch.bfloat16), *rows, draws=9)
+    half = find_direction(tiny_model().to(torch.bfloat16), *rows, draws=9)
     model = tiny_model().to(torch.bfloat16)
     acts = [model.run_with_cache(some, names=["resid_post"])[1]["resid_post", 1][:, -1].double() for some in rows]
     expected = acts[0].mean(0) - acts[1].mean(0)

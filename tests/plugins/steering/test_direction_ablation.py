@@ -10,8 +10,8 @@ import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import read_pairs
 from hooklens.plugins.steering.ablation_controls import random_ablations, second_moment, share_of
-from hooklens.plugins.steering.direction_ablation import direction_ablation
-from hooklens.plugins.steering.steer import ablate_direction, stream_sites
+from hooklens.plugins.steering.direction_ablation import measure_direction_ablation
+from hooklens.plugins.steering.steering_edit import ablate_direction, stream_sites
 from hooklens.plugins.steering.variants import unit_controls
 from hooklens.testing import induction_model, tiny_model
 
@@ -25,7 +25,7 @@ def test_every_number_is_that_of_a_plain_ablated_run(name, sites):
     v = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     given = unit_controls(2, v, 4)
-    found = direction_ablation(model, PROMPTS, v, metric, sites=sites, controls=given)
+    found = measure_direction_ablation(model, PROMPTS, v, metric, sites=sites, controls=given)
     for k, vector in enumerate([v, *given]):
         seen, paid = [], []
         with ablate_direction(model, vector, sites=sites):
@@ -45,7 +45,7 @@ def test_the_induction_model_loses_its_answer_with_the_direction_that_carries_it
     """L1H1 writes the next token to a slot of its own, which W_U reads: without that direction the logit is 0."""
     model, tokens = induction_model(dtype=torch.float64), [[3, 1, 4, 9, 3]]
     answer = model.W_U[:, 1].detach()
-    found = direction_ablation(model, tokens, answer, lambda logits: logits[:, -1, 1], controls=19)
+    found = measure_direction_ablation(model, tokens, answer, lambda logits: logits[:, -1, 1], controls=19)
     assert found.base_per_prompt.item() == pytest.approx(10) and found.effect == pytest.approx(-10)
     assert found.p == pytest.approx(1 / 20) and found.random_effect[[0, 2]].abs().max() < 5
     assert found.null_p[0] == pytest.approx(1 / 20)  # those that lie as activations do hold far more of the stream
@@ -54,14 +54,14 @@ def test_the_induction_model_loses_its_answer_with_the_direction_that_carries_it
 def test_what_cannot_be_ablated_is_refused_with_a_reason():
     metric = lambda logits: logits[:, -1, 0]  # noqa: E731
     with pytest.raises((InputError, TypeError), match=r"a single direction|'direction'"):
-        direction_ablation(tiny_model(), PROMPTS[:1], torch.ones(2, 8), metric)
+        measure_direction_ablation(tiny_model(), PROMPTS[:1], torch.ones(2, 8), metric)
     with pytest.raises(InputError, match="post-norm"):
-        direction_ablation(zoo_model("post"), PROMPTS[:1], torch.ones(8), metric)
+        measure_direction_ablation(zoo_model("post"), PROMPTS[:1], torch.ones(8), metric)
     with pytest.raises(InputError, match="points nowhere"):
-        direction_ablation(tiny_model(), PROMPTS[:1], torch.ones(8), metric, controls=torch.zeros(1, 8))
+        measure_direction_ablation(tiny_model(), PROMPTS[:1], torch.ones(8), metric, controls=torch.zeros(1, 8))
     with pytest.raises(InputError, match="a logit for every token"):
-        direction_ablation(zoo_model("bidirectional"), PROMPTS[:1], torch.ones(8), metric)
-    assert direction_ablation(
+        measure_direction_ablation(zoo_model("bidirectional"), PROMPTS[:1], torch.ones(8), metric)
+    assert measure_direction_ablation(
         zoo_model("post"), PROMPTS[:1], torch.ones(8), metric, sites="resid_pre"
     ).metric.isfinite()
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_ablated_is_refused_with_a_reason():
 def test_the_share_is_that_of_the_activations_squared_length(sites):
     model = zoo_model("gpt2", dtype=torch.float64)
     v = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = direction_ablation(
+    found = measure_direction_ablation(
         model, PROMPTS, v, hl.logit_diff(model, answer=1, wrong_answer=2), sites=sites, controls=30
     )
     shares = []
@@ -120,7 +120,7 @@ def test_a_direction_of_much_variance_that_means_nothing_beats_isotropic_ones_on
     for seed in range(80):
         v = random_ablations(moment, torch.ones(32), 1, 5000 + seed)[1, 0]
         for i, null in enumerate(random_ablations(moment, v, 19, seed)[[0, 2]]):
-            small[i] += direction_ablation(model, prompts, v, metric, neutral=[[1, 2]], controls=null).p <= 0.05
+            small[i] += measure_direction_ablation(model, prompts, v, metric, neutral=[[1, 2]], controls=null).p <= 0.05
     assert small[0] >= 12 and small[1] <= 8, small  # 4 are expected
 
 
@@ -128,7 +128,7 @@ def test_intervals_resample_groups_and_are_held_against_random_directions():
     model, v = tiny_model(dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     metric, prompts = lambda logits: logits[:, -1, 3], [[1, 5], [1, 5], [4, 9], [4, 9], [3, 7], [3, 7]]
     alone, grouped = (
-        direction_ablation(model, prompts, v, metric, group=group, controls=9)
+        measure_direction_ablation(model, prompts, v, metric, group=group, controls=9)
         for group in (None, torch.arange(3).repeat_interleave(2))
     )
     assert grouped.interval()[1] - grouped.interval()[0] > alone.interval()[1] - alone.interval()[0]
@@ -138,4 +138,4 @@ def test_intervals_resample_groups_and_are_held_against_random_directions():
         expected = "beyond" if low > end or high < -end else "inside" if -end <= low and high <= end else "undecided"
         assert said == expected
     with pytest.raises(InputError, match="one label per pair"):
-        direction_ablation(model, prompts, v, metric, group=torch.arange(3))
+        measure_direction_ablation(model, prompts, v, metric, group=torch.arange(3))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model.zoo import TOKENS, ZOO, zoo_model
 
 from hooklens.core.errors import InputError, NameNotFound, WrongType
-from hooklens.plugins.steering.steer import ablate_direction, project_out, steer, stream_sites
+from hooklens.plugins.steering.steering_edit import ablate_direction, project_out, steer, stream_sites
 from hooklens.testing import tiny_model
 
 CAUSAL = sorted(set(ZOO) - {"bidirectional"})

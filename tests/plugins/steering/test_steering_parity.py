@@ -5,7 +5,7 @@ import torch
 from model.parity import TOKENS, fill, transformer_lens_model
 from recorded_steering import LOGITS
 
-from hooklens.plugins.steering.steer import ablate_direction, point_shape, steer
+from hooklens.plugins.steering.steering_edit import ablate_direction, point_shape, steer
 
 
 @pytest.mark.parametrize(("name", "site"), LOGITS)

@@ -7,14 +7,14 @@ from model.zoo import TOKENS, zoo_model
 from hooklens.core.errors import InputError
 from hooklens.model.config import Biases
 from hooklens.plugins.weights.matrices import embedding_rows, folded_heads, folded_neurons, unembedding_rows
-from hooklens.plugins.weights.neurons import neuron_tokens
+from hooklens.plugins.weights.neurons import read_neurons
+from hooklens.plugins.weights.ranked_tokens import Side, list_tokens, random_vectors
 from hooklens.plugins.weights.singular_directions import (
     mlp_read_directions,
     mlp_write_directions,
     ov_directions,
     qk_directions,
 )
-from hooklens.plugins.weights.token_lists import Side, random_vectors, token_lists
 from hooklens.testing import tiny_model
 
 
@@ -75,7 +75,7 @@ def test_a_neurons_lists_are_its_preactivation_on_lone_tokens_and_the_logits_it_
     model = unbiased(name, normalization_type="RMS")
     with torch.no_grad():
         model.blocks[0].attn.o.weight.zero_()  # the MLP then reads the embedding
-    found = neuron_tokens(model, 0, top=11)
+    found = read_neurons(model, 0, top=11)
     first = found.reads if found.gate is None else found.gate
     for token in range(11):
         _, cache = model.run_with_cache([[token]], names=["pre", *(["pre_linear"] if found.gate else [])])
@@ -92,7 +92,7 @@ def test_kurtosis_and_cosine_are_those_of_scipy_and_by_hand():
     from scipy.stats import kurtosis
 
     model = zoo_model("gpt2", dtype=torch.float64, d_vocab=50)
-    found, wrote = neuron_tokens(model, 1, [4, 9, 2]), folded_neurons(model, 1).writes[[4, 9, 2]]
+    found, wrote = read_neurons(model, 1, [4, 9, 2]), folded_neurons(model, 1).writes[[4, 9, 2]]
     rows = unembedding_rows(model)
     assert found.writes.kurtosis.tolist() == pytest.approx(kurtosis((wrote @ rows.T).numpy(), axis=1).tolist())
     cosines = torch.nn.functional.cosine_similarity(wrote[:, None], rows[None], dim=-1).abs().amax(1)
@@ -103,13 +103,13 @@ def test_kurtosis_and_cosine_are_those_of_scipy_and_by_hand():
 
 def test_a_planted_neuron_stands_out_and_those_of_a_fresh_model_do_not():
     model = tiny_model(d_vocab=200, d_model=32, n_heads=2, dtype=torch.float64)
-    fresh = neuron_tokens(model, 0, draws=400)
+    fresh = read_neurons(model, 0, draws=400)
     shares = [float((one.p <= 0.05).double().mean()) for one in fresh.lists]
     assert all(share < 0.13 for share in shares) and not (fresh.q <= 0.05).any()
     with torch.no_grad():
         model.blocks[0].mlp.W_out[7] = 3 * (model.W_U[:, 123] - model.W_U[:, 123].mean())
         model.blocks[0].mlp.W_in[:, 7] = model.W_E[45] - model.W_E[45].mean()
-    found = neuron_tokens(model, 0, draws=4000)
+    found = read_neurons(model, 0, draws=4000)
     assert found.writes.words(7)[0] == "123" and found.reads.words(7)[0] == "45"
     assert found.order()[0] == 7 and found.q[1, 7] <= 0.05 and found.writes.cosine[7].item() == pytest.approx(1)
     assert found.table(1).rows[0][0] == "L0N7"
@@ -117,7 +117,7 @@ def test_a_planted_neuron_stands_out_and_those_of_a_fresh_model_do_not():
 
 def test_a_vector_without_tokens_has_flat_lists():
     side = Side("reads", torch.ones(6, 3), random_vectors(5, torch.zeros(3), 0))
-    found = token_lists(tiny_model(), side, torch.zeros(2, 3), top=2)
+    found = list_tokens(tiny_model(), side, torch.zeros(2, 3), top=2)
     assert found.kurtosis.tolist() == [0, 0] and found.cosine.tolist() == [0, 0]
 
 
@@ -132,9 +132,9 @@ def test_what_cannot_be_listed_is_refused_with_a_reason():
     with pytest.raises(InputError, match="W_gate"):
         mlp_read_directions(model, 0, gate=True)
     with pytest.raises(InputError, match="neurons must be indices from 0 to 31"):
-        neuron_tokens(model, 0, [32])
+        read_neurons(model, 0, [32])
     with pytest.raises(InputError, match="from 1 to 11"):
-        neuron_tokens(model, 0, top=12)
+        read_neurons(model, 0, top=12)
     assert model(TOKENS).shape[-1] == 11
 
 

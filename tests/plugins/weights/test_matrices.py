@@ -14,8 +14,8 @@ from hooklens.plugins.weights.matrices import (
     heads_of,
     unembedding_rows,
 )
-from hooklens.plugins.weights.overlap import overlap
-from hooklens.plugins.weights.spectrum import spectrum
+from hooklens.plugins.weights.overlap import measure_overlap
+from hooklens.plugins.weights.spectrum import measure_spectrum
 
 FOLDABLE = [name for name in sorted(ZOO) if not name.startswith("post")]
 
@@ -97,8 +97,10 @@ def test_wrapped_layers_count_with_what_they_add():
     ):
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(spectrum(wrapped).OV.singular, spectrum(merged).OV.singular, atol=1e-9, rtol=1e-9)
-    a, b = (overlap(model, draws=2).composition for model in (wrapped, merged))
+    torch.testing.assert_close(
+        measure_spectrum(wrapped).OV.singular, measure_spectrum(merged).OV.singular, atol=1e-9, rtol=1e-9
+    )
+    a, b = (measure_overlap(model, draws=2).composition for model in (wrapped, merged))
     torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9, equal_nan=True)
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from model.zoo import ZOO, vector_model, zoo_model
 
 import hooklens as hl
-from hooklens.plugins.weights.spectrum import effective_rank, numerical_rank, participation_ratio, spectrum
+from hooklens.plugins.weights.spectrum import effective_rank, measure_spectrum, numerical_rank, participation_ratio
 from hooklens.testing import tiny_model
 
 
@@ -15,7 +15,7 @@ from hooklens.testing import tiny_model
 @given(d_vocab=st.integers(2, 40), d_head=st.integers(1, 6), heads=st.integers(1, 3), seed=st.integers(0, 99))
 def test_at_initialisation_the_numerical_rank_is_the_smaller_side(d_vocab, d_head, heads, seed):
     d_model = d_head * heads
-    found = spectrum(tiny_model(d_vocab=d_vocab, d_model=d_model, n_heads=heads, n_layers=1), seed=seed)
+    found = measure_spectrum(tiny_model(d_vocab=d_vocab, d_model=d_model, n_heads=heads, n_layers=1), seed=seed)
     for name, (rows, columns) in {"W_E": (d_vocab, d_model), "W_U": (d_model, d_vocab), "W_pos": (32, d_model)}.items():
         one = found.embeddings[name]
         assert one.shape == (rows, columns) and one.initial_rank.item() == min(rows, columns)
@@ -42,7 +42,7 @@ def test_effective_ranks_lie_between_1_and_the_rank_and_large_values_weigh_more_
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_singular_values_are_those_of_the_dense_matrices(name):
     model = zoo_model(name, dtype=torch.float64)
-    found = spectrum(model)
+    found = measure_spectrum(model)
     dense = {"W_E": model.W_E, "W_U": model.W_U, **({} if model.pos_embed is None else {"W_pos": model.W_pos})}
     assert set(found.embeddings) == set(dense)
     for key, matrix in dense.items():
@@ -55,9 +55,9 @@ def test_singular_values_are_those_of_the_dense_matrices(name):
 
 def test_the_baseline_is_a_fresh_model_of_that_configuration():
     model = zoo_model("llama", dtype=torch.float64)
-    found, fresh = spectrum(model, seed=3), hl.HookedTransformer(model.cfg, seed=3, dtype=torch.float64)
-    torch.testing.assert_close(found.OV.initial, spectrum(fresh).OV.singular, atol=1e-12, rtol=1e-12)
-    again = spectrum(fresh, seed=3)
+    found, fresh = measure_spectrum(model, seed=3), hl.HookedTransformer(model.cfg, seed=3, dtype=torch.float64)
+    torch.testing.assert_close(found.OV.initial, measure_spectrum(fresh).OV.singular, atol=1e-12, rtol=1e-12)
+    again = measure_spectrum(fresh, seed=3)
     torch.testing.assert_close(again.QK.effective, again.QK.initial_effective, atol=1e-12, rtol=1e-12)
 
 
@@ -66,19 +66,19 @@ def test_a_planted_low_rank_is_found():
     with torch.no_grad():
         model.W_E[:, 3:] = 0
         model.blocks[1].attn.W_Q[0, :, 1:] = 0
-    found = spectrum(model)
+    found = measure_spectrum(model)
     assert found.embeddings["W_E"].rank.item() == 3 and found.QK.rank.tolist() == [[4, 4], [1, 4]]
     assert found.order()[0] == ("QK", 1, 0) and found.top(1).rows[0][0] == "L1H0 QK"
     assert found.QK.effective[1, 0].item() == pytest.approx(1)
 
 
 def test_models_that_read_vectors_have_spectra():
-    assert spectrum(vector_model()).embeddings["W_E"].shape == (8, 3)
+    assert measure_spectrum(vector_model()).embeddings["W_E"].shape == (8, 3)
 
 
 @pytest.mark.slow
 def test_smollm2_and_a_fresh_model_have_full_numerical_rank():
-    found = spectrum(hl.load("smollm2-135m-instruct"))
+    found = measure_spectrum(hl.load("smollm2-135m-instruct"))
     one = found.embeddings["W_E"]
     assert one.initial_rank.item() == 576 and one.initial_effective > 570
     assert one.effective < one.initial_effective and one.participation < 10 < one.initial_participation
@@ -89,6 +89,6 @@ def test_smollm2_and_a_fresh_model_have_full_numerical_rank():
 def test_half_precision_weights_do_not_have_rank_0(dtype):
     """The precision that singular values are computed in counts, not that of the weights, which are exact numbers."""
     model = tiny_model(d_vocab=500, d_model=64, n_heads=4, n_layers=1).to(dtype)
-    found = spectrum(model)
+    found = measure_spectrum(model)
     assert found.embeddings["W_E"].rank.item() == found.embeddings["W_E"].initial_rank.item() == 64
     assert (found.QK.rank == 16).all() and (found.OV.initial_rank == 16).all()

@@ -1,0 +1,229 @@
+"""Automated circuit discovery: walk from the logits down and cut every edge, or node, that the metric does not miss."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.progress_bar import progress
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.data.prompts import Prompts
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.circuits.circuit import Circuit
+from hooklens.plugins.circuits.graph import CircuitGraph
+from hooklens.plugins.circuits.run import Bench
+from hooklens.results.result import Result, Table
+from hooklens.sweeps.replacement import Value
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_MOST = 64  # cuts that are tried at once
+
+
+@dataclass(frozen=True, eq=False)
+class Discovery(Result):
+    """The circuit that was left, and what each cut, made or refused, did to the metric.
+
+    `drop` is how far the metric fell when the unit was cut from what was left at that time; NaN for a unit that was not
+    tried, because by then nothing that it could change led to the logits.
+    """
+
+    ranked_by = "what losing the unit would cost"
+
+    circuit: Circuit
+    units: list[str]
+    drop: Float[Tensor, "unit"]
+    removed: Bool[Tensor, "unit"]
+    threshold: float
+    base: float
+    metric_of_circuit: float
+    empty: float
+    n_runs: int
+
+    @property
+    def kept(self) -> list[str]:
+        """The units that stayed, in the order in which they were tried."""
+        return [unit for unit, gone in zip(self.units, self.removed.tolist(), strict=True) if not gone]
+
+    def table(self, n: int | None = 20) -> Table:
+        """The kept units by what their loss would have cost."""
+        kept = (~self.removed).nonzero().flatten()
+        order = kept[self.drop[kept].argsort(descending=True, stable=True)].tolist()[:n]
+        return Table(("kept", "the metric's fall if cut"), [(self.units[i], float(self.drop[i])) for i in order])
+
+    def figure(self) -> Any:
+        """The circuit that was left."""
+        return self.circuit.figure()
+
+
+def acdc(
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    threshold: float,
+    value: Value = "corrupted",
+) -> Discovery:
+    """Which edges can be cut one after another, each at the cost of less than `threshold`? Exact, from the logits down.
+
+    Receivers are visited from the logits to the embedding, the edges into each from the latest source to the earliest.
+    An edge is cut for good when the metric, mean over pairs, falls by less than the threshold; one that rises without
+    it is cut too. With `hl.kl(model, clean)` as metric this is the divergence of the paper.
+
+    >>> from hooklens.testing import or_gate
+    >>> found = acdc(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], threshold=0.1, value="zero")
+    >>> found.kept                               # one of the two heads: either is enough
+    ['MLP0->logits', 'L0H0->MLP0']
+
+    Many cuts are tried in one batch, each as if those before it had been made; what follows the first refused one is
+    tried again. So the outcome is that of one trial after the other.
+
+    Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
+    """
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
+    units = torch.arange(bench.graph.n_edges)
+    stages = [list(stage) for stage in _by_receiver(bench.graph)]
+    return _discover(bench, _Units(units, stages, [bench.graph.name(e) for e in units.tolist()], "ACDC"), threshold)
+
+
+def acdc_nodes(
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    threshold: float,
+    value: Value = "corrupted",
+) -> Discovery:
+    """Which whole nodes can be cut one after another, the last first? A cut node hands everyone its ablated output.
+
+    >>> from hooklens.testing import or_gate
+    >>> logit = lambda logits: logits[:, -1, 1]
+    >>> acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, value="zero").kept
+    ['MLP0', 'L0H0']
+
+    Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1, on nodes.
+    """
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
+    graph = bench.graph
+    order = [list(range(graph.n_sources))[::-1]]
+    return _discover(bench, _Units(graph.ends[0], order, graph.source_names, "ACDC over nodes"), threshold)
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """What is cut in one step: the unit of each edge, and the units in order, in stages that are idle together."""
+
+    of_edge: Int[Tensor, "edge"]
+    stages: list[list[int]]
+    names: list[str]
+    method: str
+
+
+def _by_receiver(graph: CircuitGraph) -> Iterator[range]:
+    """The edges into each receiver, the last source first; receivers from the logits down."""
+    for slot in graph.slots[::-1]:
+        for row in range(slot.rows)[::-1]:
+            start = slot.start + row * slot.columns
+            yield range(start + slot.columns - 1, start - 1, -1)
+
+
+class _Walk:
+    """The edges that are left, the metric with them, and what each trial found."""
+
+    def __init__(self, bench: Bench, units: _Units, threshold: float):
+        self.bench, self.units, self.threshold = bench, units, threshold
+        self.kept = torch.ones(bench.graph.n_edges, dtype=torch.bool)
+        first = bench.run(self.kept)
+        self.whole, self.empty = float(first.per_pair.mean()), float(first.empty_per_pair.mean())
+        self.value, self.n_runs, self.width = self.whole, 1, 8
+        self.drop = torch.full((len(units.names),), torch.nan, dtype=first.per_pair.dtype)
+        self.removed = torch.zeros(len(units.names), dtype=torch.bool)
+
+    def idle(self, stage: list[int]) -> bool:
+        """Does nothing of this stage lead to the logits any more?"""
+        graph = self.bench.graph
+        mine = torch.isin(self.units.of_edge, torch.tensor(stage)) & self.kept
+        return not bool((graph.on_a_path(self.kept[None], rooted=False)[0] & mine).any())
+
+    def cut(self, stage: list[int]) -> None:
+        self.removed[stage] = True
+        self.kept = self.kept & ~torch.isin(self.units.of_edge, torch.tensor(stage))
+
+    def try_all(self, stage: list[int]) -> None:
+        """Cut the units of a stage one after another, where the metric bears it."""
+        while stage:
+            batch = stage[: self.width]
+            masks, kept = [], self.kept
+            for unit in batch:
+                kept = kept & (self.units.of_edge != unit)
+                masks.append(kept)
+            means = self.bench.run(torch.stack(masks)).per_pair.mean(1).cpu()
+            falls = torch.cat((means.new_tensor([self.value]), means))[:-1] - means
+            self.n_runs += len(batch)
+            refused = (falls >= self.threshold).nonzero().flatten().tolist()
+            n_cut = refused[0] if refused else len(batch)
+            self.drop[batch[: n_cut + 1]] = falls[: n_cut + 1]
+            if n_cut:
+                self.removed[batch[:n_cut]] = True
+                self.kept, self.value = masks[n_cut - 1], float(means[n_cut - 1])
+            self.width = max(1, self.width // 2) if refused else min(2 * self.width, _MOST)
+            stage = stage[n_cut + bool(refused) :]
+
+
+def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
+    if not threshold > 0:
+        raise InputError(f"threshold is how far the metric may fall at one cut, a number above 0; got {threshold!r}")
+    walk = _Walk(bench, units, threshold)
+    total = len(units.names)
+    bar = progress(units.method, total, unit="units")
+    with torch.no_grad(), packed_linears(rows=512), bar as advance:
+        for stage in units.stages:
+            if walk.idle(stage):
+                walk.cut(stage)
+            else:
+                walk.try_all(stage)
+            advance(len(stage))
+    order = torch.tensor([unit for stage in units.stages for unit in stage])
+    graph, name = bench.graph, f"{units.method}, threshold {threshold:g}"
+    # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
+    tidy = graph.on_a_path(walk.kept[None], rooted=bench.replacement.from_runs)[0]
+    scores = torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0)
+    dropped, of_model = int(walk.kept.sum() - tidy.sum()), bench.model.cfg.model_name
+    circuit = Circuit(
+        graph=graph,
+        kept=tidy,
+        scores=scores,
+        method=name,
+        replacement=bench.replacement,
+        model_name=of_model,
+        dropped=dropped,
+        found_on=bench.pairs.digests(bench.model),
+    )
+    return Discovery(
+        circuit=circuit,
+        units=[units.names[i] for i in order.tolist()],
+        drop=walk.drop[order],
+        removed=walk.removed[order],
+        threshold=float(threshold),
+        base=walk.whole,
+        metric_of_circuit=walk.value,
+        empty=walk.empty,
+        n_runs=walk.n_runs,
+    )
+
+
+def demo(model: "HookedTransformer") -> Discovery:
+    """Whole nodes of a short prompt pair, at a threshold of a tenth of the difference; any model."""
+    pairs = demo_pairs(model)
+    metric = pairs.metric_of(model)
+    with torch.no_grad():
+        gap = float((metric(model(pairs.clean)) - metric(model(pairs.corrupted))).mean())
+    return acdc_nodes(model, pairs, threshold=max(abs(gap) / 10, 1e-6))

@@ -1,0 +1,259 @@
+"""Gather activations at chosen sites and positions of many prompts, in batches, into memory or onto disk."""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.core.fingerprint import identity
+from hooklens.core.hooks import edited_elsewhere
+from hooklens.core.names import Where, axes, parse, resolve
+from hooklens.core.progress_bar import progress
+from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.config import TokenEmbed
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.probing.store import Files, Memory, unnamed
+from hooklens.plugins.probing.task import ProbeTask, components
+from hooklens.results.result import Result
+from hooklens.results.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_AT_ONCE = 2**28  # maximum bytes of activations per batch before positions are selected
+_MOST_TOKENS = 8192
+_POSITIONS = ("pos", "query_pos")
+
+
+@dataclass(frozen=True, eq=False)
+class Activations(Result):
+    """The activations of each point at each example's position; head and other axes are flattened into one.
+
+    `embed` is the example's token embedding as it enters the stream, without its position. `context` is its mean over
+    the prompt up to that position: the information available before the model computes anything. On disk `x` is
+    memory-mapped: read one point at a time.
+    """
+
+    x: Float[Tensor, "point example d"]
+    points: list[str]
+    token: Int[Tensor, "example"]
+    prompt: Int[Tensor, "example"]
+    pos: Int[Tensor, "example"]
+    group: Int[Tensor, "example"]
+    embed: Float[Tensor, "example d_model"]
+    context: Float[Tensor, "example d_model"]
+
+    def __len__(self) -> int:
+        return self.x.shape[1]
+
+    def at(self, point: str | int) -> Float[Tensor, "example d"]:
+        """The rows of one point, by full name, or by layer if exactly one point has this layer."""
+        found = [i for i, name in enumerate(self.points) if point in (name, getattr(parse(name), "layer", None))]
+        if len(found) != 1:
+            raise InputError(f"{point!r} names {len(found)} of the points {', '.join(self.points)}; give a full name")
+        return self.x[found[0]]
+
+    def table(self, n: int | None = None) -> Table:
+        """One row per point: the mean norm of its vectors, and their mean distance from the mean."""
+        rows = []
+        for name, x in zip(self.points[:n], self.x, strict=False):
+            rows.append((name, x.shape[1], float(x.norm(dim=1).mean()), float((x - x.mean(0)).norm(dim=1).mean())))
+        return Table(("point", "width", "mean norm", "mean distance from mean"), rows)
+
+    def figure(self) -> Any:
+        """The mean norm at each point, and the mean distance from the mean."""
+        from hooklens.viz.curves import lines
+
+        rows = self.table().rows
+        shown = {name: torch.tensor([row[i] for row in rows]) for i, name in ((2, "norm"), (3, "distance from mean"))}
+        return lines(shown, title="Gathered activations", x_title="point", y_title="mean over examples")
+
+
+def gather(
+    model: "HookedTransformer",
+    prompts: ProbeTask | Prompts,
+    *,
+    site: Where = "resid_post",
+    pos: int | Sequence[int] | None = -1,
+    folder: str | Path | None = None,
+    memory: int = 2**30,
+) -> Activations:
+    """Collect the activations of a site at one position of each prompt, or at the positions of a task.
+
+    >>> from hooklens.testing import tiny_model
+    >>> acts = gather(tiny_model(), [[1, 2, 3], [4, 5]], site="resid_post")
+    >>> acts.x.shape, acts.token.tolist()                 # point example d; the last token of each prompt
+    (torch.Size([2, 2, 8]), [3, 5])
+    >>> gather(tiny_model(), [[1, 2, 3], [4, 5]], site=("z", 1), pos=None).prompt.tolist()       # every position
+    [0, 0, 0, 1, 1]
+
+    Prompts run in batches of similar length, only as far as the last point needs, and only the chosen positions are
+    kept. With `folder`, activations go to memory-mapped files in it, and an interrupted run can be continued (not while
+    hooks are active, because the files would outlive them). Without `folder`, they stay in memory up to `memory` bytes
+    and go to unnamed temporary files beyond that.
+    """
+    if not isinstance(model.cfg.embed, TokenEmbed):
+        raise InputError("gather needs token prompts, but this model reads vectors; use run_with_cache")
+    if folder is not None and _hooked(model):
+        raise InputError(
+            f"folder={str(folder)!r} stores activations of the unedited model, but hooks are active on it now (steer, "
+            "ablate, hooks, ...), and the folder could not tell them apart; gather without folder, or without hooks"
+        )
+    rows, prompt, at, group = _examples(model, prompts, pos)
+    points = resolve(site, model.hook_names())
+    batches = _batches([len(row) for row in rows], _tokens_at_once(model, points))
+    holds = [torch.isin(prompt, torch.tensor(batch)).nonzero().flatten() for batch in batches]
+    width = _width(model, points, rows[batches[-1][-1]])
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    shapes: dict[str, tuple[int, ...]] = {"x": (len(points), len(prompt), width)}
+    shapes |= dict.fromkeys(("embed", "context"), (len(prompt), model.cfg.d_model))
+    size = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    with ExitStack() as stack:
+        store: Memory | Files
+        if folder is not None:
+            key = _key(model, (rows, prompt, at, points, batches))
+            store = Files(Path(folder), shapes, dtype, key, [index.tolist() for index in holds])
+        elif size > memory:
+            store, temporary = unnamed(shapes, dtype, [index.tolist() for index in holds])
+            stack.enter_context(temporary)
+        else:
+            store = Memory(shapes, dtype)
+        _fill(model, store, points=points, rows=rows, prompt=prompt, at=at, batches=batches, holds=holds)
+        kept = store.finish()
+    token = torch.tensor([int(rows[i][p]) for i, p in zip(prompt.tolist(), at.tolist(), strict=True)])
+    return Activations(
+        x=kept["x"],
+        points=points,
+        token=token,
+        prompt=prompt,
+        pos=at,
+        group=group,
+        embed=kept["embed"],
+        context=kept["context"],
+    )
+
+
+def _examples(
+    model: "HookedTransformer", prompts: ProbeTask | Prompts, pos: int | Sequence[int] | None
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Token rows, and the prompt, position and group of every example."""
+    if isinstance(prompts, ProbeTask):
+        return prompts.tokens, prompts.prompt, prompts.pos, prompts.group
+    rows = [row.cpu() for row in rows_of(model, prompts, "prompts")]
+    if pos is None:
+        pairs = [(i, p) for i, row in enumerate(rows) for p in range(len(row))]
+    else:
+        places = [pos] * len(rows) if isinstance(pos, int) else list(pos)
+        if len(places) != len(rows):
+            raise InputError(f"pos needs one position per prompt, got {len(places)} for {len(rows)} prompts")
+        pairs = [(i, int(p)) for i, p in enumerate(places)]
+    for i, p in pairs:
+        if not -len(rows[i]) <= p < len(rows[i]):
+            raise InputError(f"position {p} is out of range for prompt {i}, which has {len(rows[i])} tokens")
+    same = components([[tuple(rows[i].tolist())] for i, _ in pairs])
+    prompt = torch.tensor([i for i, _ in pairs])
+    return rows, prompt, torch.tensor([p % len(rows[i]) for i, p in pairs]), same
+
+
+def _tokens_at_once(model: "HookedTransformer", points: list[str]) -> int:
+    cfg = model.cfg
+    widest = max(cfg.d_model, cfg.d_mlp or 0, cfg.n_heads * cfg.d_head)
+    widest = max(widest, cfg.d_vocab_out if any(_stop(point) is None for point in points) else 0)
+    return max(1, min(_MOST_TOKENS, _AT_ONCE // (4 * widest * (len(points) + 1))))
+
+
+def _batches(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Batches of prompts, from the longest to the shortest, with at most the given number of padded tokens per batch.
+
+    >>> _batches([2, 5, 3, 3], 6)
+    [[1], [2, 3], [0]]
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _stop(point: str) -> int | None:
+    """The layer at which a forward pass can stop after the point has fired; None for the end."""
+    found = parse(point)
+    if found is not None and found.layer is not None:
+        return found.layer + 1
+    return 0 if point in ("hook_embed", "hook_pos_embed") else None
+
+
+def _run(model: "HookedTransformer", rows: list[Tensor], points: list[str]) -> Any:
+    """The values of the points and of the embedding for a batch, padded on the right."""
+    longest, n = max(map(len, rows)), len(rows)
+    tokens = torch.zeros((n, longest), dtype=torch.long)
+    real = torch.zeros((n, longest), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], real[i, : len(row)] = row, True
+    stops = [_stop(point) for point in points]
+    last = None if None in stops else max(stop for stop in stops if stop is not None)
+    mask = None if bool(real.all()) else real.to(model.device)
+    names = list(dict.fromkeys([*points, "hook_embed"]))
+    _, cache = model.run_with_cache(tokens.to(model.device), names, stop_at_layer=last, attention_mask=mask)
+    return cache
+
+
+def _width(model: "HookedTransformer", points: list[str], row: Tensor) -> int:
+    """The vector size of a point at one position, from a run on one prompt; all points must have the same size."""
+    for point in points:
+        names = axes(point)
+        if not any(name in names for name in (*_POSITIONS, "key_pos")) or {"query_pos", "key_pos"} <= set(names):
+            raise InputError(
+                f"{point} has the axes {', '.join(names)}, not one vector per position of the same size in every "
+                "prompt; probe resid_pre/mid/post, attn_out, mlp_out, z, q, k, v, post, ..."
+            )
+    with torch.no_grad():
+        cache = _run(model, [row], points)
+    widths = {point: cache[point][:, 0].numel() if cache[point].ndim > 2 else 1 for point in points}
+    if len(set(widths.values())) != 1:
+        raise InputError(f"points gathered together need vectors of one size, got {widths}; gather each separately")
+    return next(iter(widths.values()))
+
+
+def _fill(
+    model: "HookedTransformer",
+    store: Memory | Files,
+    points: list[str],
+    rows: list[Tensor],
+    prompt: Tensor,
+    at: Tensor,
+    batches: list[list[int]],
+    holds: list[Tensor],
+) -> None:
+    with torch.no_grad(), packed_linears(rows=1024), progress("gathering", len(batches), unit="batches") as advance:
+        advance(store.done)
+        for batch, index in list(zip(batches, holds, strict=True))[store.done :]:
+            cache = _run(model, [rows[i] for i in batch], points)
+            place = torch.empty(len(rows), dtype=torch.long)
+            place[batch] = torch.arange(len(batch))
+            row, pos = place[prompt[index]], at[index]
+            embed = cache["hook_embed"].float() if model.dtype != torch.float64 else cache["hook_embed"]
+            count = torch.arange(1, embed.shape[1] + 1, device=embed.device)[:, None]
+            values = {"embed": embed[row, pos], "context": (embed.cumsum(1) / count)[row, pos]}
+            values["x"] = torch.stack([cache[point][row, pos].flatten(1).to(embed.dtype) for point in points])
+            store.write(index, {name: value.cpu() for name, value in values.items()})
+            advance()
+
+
+def _hooked(model: "HookedTransformer") -> bool:
+    """Whether any hook is active that could edit activations."""
+    torch_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return torch_hooks or edited_elsewhere(model.hook_points().values())
+
+
+def _key(model: "HookedTransformer", parts: tuple) -> str:
+    return identity((model.cfg.to_json(), dict(model.state_dict()), parts), "the gathered activations")

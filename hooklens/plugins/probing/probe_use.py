@@ -1,0 +1,244 @@
+"""Does the model use what a probe reads? Edit the probe's direction, and compare with random directions."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.arguments import seeded
+from hooklens.core.errors import InputError
+from hooklens.core.names import parse
+from hooklens.core.progress_bar import progress
+from hooklens.data.prompts import read_pairs
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.probing.balancing import balanced
+from hooklens.plugins.probing.edited_runs import EditedRuns, refitted
+from hooklens.plugins.probing.gathering import gather
+from hooklens.plugins.probing.probe_training import train_probe
+from hooklens.plugins.probing.probes import MassMean, Probe
+from hooklens.plugins.probing.task import ProbeTask, read_task
+from hooklens.results.result import Result
+from hooklens.results.statistics import mean_interval, null_p, q_values, quantiles
+from hooklens.results.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered
+EDITS = ("ablate", "steer")
+NULLS = ("isotropic", "as the data vary")
+
+
+@dataclass(frozen=True, eq=False)
+class CausalCheck(Result):
+    """The loss of class separation in the metric when the probe's direction is edited.
+
+    `told` is each prompt's margin: how far its metric lies from the midpoint of the two class means, towards its own
+    class (on average half their difference). `fall[edit]` is the decrease of the margin under an edit, with both
+    classes weighted equally. "ablate" moves each activation along the direction until the probe reads the midpoint of
+    the class means. "steer" moves it by `strength` times the gap between the means towards the other class.
+    `random_fall[edit, null]` is the decrease when vectors of the same length, prompt by prompt, are added along random
+    directions: isotropic ones, and ones with the covariance of the activations within the classes. `read` says where
+    the probe is correct. `refit` says where a new probe is correct, fitted out of fold on the original and on the
+    ablated activations: what it still reads there was not removed by the edit.
+    """
+
+    point: str
+    classes: list[str]
+    label: Int[Tensor, "prompt"]
+    group: Int[Tensor, "prompt"]
+    read: Float[Tensor, "prompt"]
+    refit: Float[Tensor, "state prompt"]
+    told: Float[Tensor, "prompt"]
+    fall: Float[Tensor, "edit prompt"]
+    random_fall: Float[Tensor, "edit null draw prompt"]
+    strength: float
+    gap: float
+
+    @property
+    def accuracy(self) -> float:
+        """The accuracy of the probe on these prompts, for comparison with the causal effect."""
+        return float(self.read.mean())
+
+    @property
+    def refit_accuracy(self) -> Float[Tensor, "state"]:
+        """Balanced accuracy of a new probe on these prompts, before and after ablation; NaN without folds."""
+        return balanced(self.refit, self.label)
+
+    @property
+    def random(self) -> Float[Tensor, "edit null draw"]:
+        """The mean decrease for each random direction."""
+        return self.random_fall.mean(-1)
+
+    @property
+    def effect(self) -> Float[Tensor, "edit"]:
+        """The mean decrease for each edit."""
+        return self.fall.mean(1)
+
+    def interval(self) -> tuple[Float[Tensor, "edit"], Float[Tensor, "edit"]]:
+        """The 95 % interval of `effect`, from a bootstrap over groups of prompts."""
+        return mean_interval(self.fall.T, group=self.group)
+
+    @property
+    def p(self) -> Float[Tensor, "edit"]:
+        """How often a random direction changes the metric as much, in either direction; the larger of the two nulls."""
+        null = self.random.abs().movedim(-1, 0)
+        return null_p(self.effect[:, None].expand(null.shape[1:]), null).amax(1)
+
+    @property
+    def q(self) -> Float[Tensor, "edit"]:
+        """`p` of the edits as false discovery rates; to correct over layers too, use `q_values` on all their `p`."""
+        return q_values(self.p)
+
+    @property
+    def used(self) -> bool:
+        """Do both edits reduce the margin, with intervals above 0 and more than 95 % of random directions do?"""
+        return bool(((self.interval()[0] > 0) & (self.p <= 0.05)).all())
+
+    def table(self, n: int | None = None) -> Table:
+        """One row per edit of the probe's direction, followed by the random directions."""
+        (low, high), p, q = self.interval(), self.p, self.q
+        rows: list[tuple] = []
+        for i, edit in enumerate(EDITS):
+            rows.append((f"{edit} the probe's direction", *map(float, (self.effect[i], low[i], high[i], p[i], q[i]))))
+            for j, null in enumerate(NULLS):
+                ci = quantiles(self.random[i, j], (0.025, 0.975))
+                numbers = self.random[i, j].mean(), ci[0], ci[1]
+                rows.append((f"  random, {null}", *map(float, numbers), None, None))
+        return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` prompts from which ablation takes most; to quote these is to choose by what was measured."""
+        order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
+        rows = [(i, self.classes[int(self.label[i])], *map(float, (self.told[i], *self.fall[:, i]))) for i in order]
+        return Table(("prompt", "class", "told", *EDITS), rows)
+
+    def figure(self) -> Any:
+        """The decrease for the probe's direction with its interval, and the middle 95 % of random directions."""
+        from hooklens.viz.figures import bars
+
+        rows = self.table().rows
+        names = [f"{EDITS[i // 3]}: {('probe', *NULLS)[i % 3]}" for i in range(len(rows))]
+        value, low, high = (torch.tensor([float(row[k]) for row in rows]) for k in (1, 2, 3))
+        told, right = float(self.told.mean()), self.accuracy
+        title = f"Probe at {self.point}, accuracy {right:.0%}: {'used' if self.used else 'no sure use'} by the metric"
+        before, after = self.refit_accuracy.tolist()
+        title += f"; a new probe has {before:.0%} before ablation, {after:.0%} after"
+        return bars(value, low, high, names, title, y_title="fall of the metric", marks={"all of it": told})
+
+
+def check_probe_use(
+    model: "HookedTransformer",
+    probe: Probe,
+    task: ProbeTask,
+    metric: Any,
+    *,
+    draws: int = _DRAWS,
+    strength: float = 1.0,
+    seed: int = 0,
+) -> CausalCheck:
+    """Does the metric depend on the direction that the probe reads, at the place where it reads it?
+
+    Pass prompts that the probe was not trained on (`task.halves()`), two classes, one position per prompt, and a metric
+    that is higher for class 1, such as the logit difference of the classes' words.
+
+    >>> from hooklens.testing import tiny_model
+    >>> check = demo(tiny_model())
+    >>> check.fall.shape, check.random.shape                    # edit prompt; edit null draw
+    (torch.Size([2, 20]), torch.Size([2, 2, 20]))
+
+    Reference: Elazar et al. (2021), "Amnesic Probing", for ablation with random directions as a control; Marks and
+    Tegmark (2023), "The Geometry of Truth", for steering by the difference of class means.
+    """
+    layer, point = _check(model, probe, task)
+    acts = gather(model, task, site=point)
+    x, label = acts.x[0], task.label
+    where = probe.direction.to(x)
+    sign = 2 * label.to(x) - 1
+    shift = torch.stack([probe.middle - probe.coordinate(x).to(x), -sign * strength * probe.gap])  # edit prompt
+    null = random_directions(x, label, draws, seed)  # null draw d
+    directions = torch.cat([where[None], null.flatten(0, 1)])
+    clean, edited = torch.zeros_like(x[:, 0]), x.new_zeros(len(EDITS), len(directions), len(x))
+    with torch.no_grad(), packed_linears(rows=1024), progress("directions", len(x), unit="prompts") as advance:
+        prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
+        for pairs in read_pairs(model, prompts, prompts, ()):
+            rows = torch.tensor(pairs.index)
+            runs = EditedRuns(model=model, pairs=pairs, metric=metric, point=point, layer=layer, pos=task.pos[rows])
+            clean[rows] = runs.reader.base.to(clean)
+            edited[:, :, rows] = runs.edited(shift[:, rows], directions).to(edited)
+            advance(len(rows))
+    weight = sign * len(x) / (2 * torch.bincount(label, minlength=2).to(x)[label])
+    fall = weight * (clean - edited)
+    random = fall[:, 1:].view(len(EDITS), len(NULLS), draws, len(x))
+    right = (probe.predict(x) == label).to(x)
+    told = sign * (clean - _between(clean, label))
+    refit = refitted(torch.stack([x, x + shift[0][:, None] * where]), label, task.group, seed)
+    return CausalCheck(
+        point=point,
+        classes=task.classes,
+        label=label,
+        group=task.group,
+        read=right,
+        refit=refit,
+        told=told,
+        fall=fall[:, 0],
+        random_fall=random,
+        strength=float(strength),
+        gap=probe.gap,
+    )
+
+
+def _check(model: "HookedTransformer", probe: Probe, task: ProbeTask) -> tuple[int, str]:
+    site = None if probe.point is None else parse(probe.point)
+    if site is None or site.layer is None:
+        raise InputError(
+            f"only activations inside a layer can be edited, but this probe's point is {probe.point!r}; "
+            "give Probe(..., point='blocks.3.hook_resid_post')"
+        )
+    if len(task.classes) != 2 or len(task.label.unique()) != 2:
+        raise InputError(f"a direction needs two classes, got {len(task.classes)}; choose two")
+    if len(task.prompt.unique()) < len(task):
+        raise InputError(
+            f"each prompt is edited at one position, got {len(task)} examples of {len(task.tokens)} prompts; "
+            "use one example per prompt"
+        )
+    assert probe.point is not None
+    return site.layer, probe.point
+
+
+def random_directions(
+    x: Float[Tensor, "row d"], label: Int[Tensor, "row"], draws: int, seed: int
+) -> Float[Tensor, "null draw d"]:
+    """Random unit vectors: isotropic ones, and ones with the covariance of the rows within the two classes.
+
+    >>> random_directions(torch.randn(6, 3), torch.tensor([0, 1] * 3), draws=4, seed=0).norm(dim=-1).mean()
+    tensor(1.)
+    """
+    generator = seeded(seed)
+    isotropic = torch.randn(draws, x.shape[1], generator=generator, dtype=torch.float64)
+    means = torch.stack([x[label == one].double().mean(0) for one in range(2)])
+    within = (x.double() - means[label]).cpu()
+    varied = torch.randn(draws, len(x), generator=generator, dtype=torch.float64) @ within
+    both = torch.stack([isotropic, varied])
+    return (both / both.norm(dim=-1, keepdim=True).clamp_min(1e-300)).to(x)
+
+
+def _between(values: Float[Tensor, "prompt"], label: Int[Tensor, "prompt"]) -> Float[Tensor, ""]:
+    """The midpoint of the two class means."""
+    return (values[label == 0].mean() + values[label == 1].mean()) / 2
+
+
+def demo(model: "HookedTransformer") -> CausalCheck:
+    """Is the last token's number odd, and does the logit of token 1 depend on this direction? Works on any model."""
+    d_vocab, generator = model.cfg.d_vocab, torch.Generator().manual_seed(0)
+    tokens = torch.randint(d_vocab, (40, min(3, model.cfg.n_ctx)), generator=generator)
+    task = read_task(model, tokens, [int(row[-1]) % 2 for row in tokens], name="last token is odd")
+    point = "blocks.0.hook_resid_post"
+    probe, _ = train_probe(model, task.take(torch.arange(20)), site=point, kind=MassMean(), null_draws=0)
+
+    def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
+        return logits[:, -1, min(1, d_vocab - 1)]
+
+    return check_probe_use(model, probe, task.take(torch.arange(20, 40)), logit, draws=20)

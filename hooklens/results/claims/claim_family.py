@@ -1,0 +1,115 @@
+"""Claims that were tested together: each verdict corrects for the number of claims."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.errors import InputError
+from hooklens.results.claims.registration import Registration
+from hooklens.results.claims.single_claim import Claim, claim
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import q_values
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class ClaimFamily(Result):
+    """Claims tested together, each with its false discovery rate; made by `family`."""
+
+    terms = {
+        "control": "the same measurement without the claim's cause; each claim names its own",
+    }
+
+    claims: list[Claim]
+
+    @property
+    def q(self) -> Float[Tensor, "claim"]:
+        """Benjamini-Hochberg q-values over all claims with an intervention; NaN for the others."""
+        return torch.tensor([float("nan") if one.q is None else one.q for one in self.claims], dtype=torch.float64)
+
+    def table(self, n: int | None = None) -> Table:
+        """One row per claim, as in a report."""
+        rows = []
+        for one in self.claims:
+            effect = one.intervention
+            ends = (None, None, None) if effect is None else (effect.mean, *effect.interval())
+            control = None if one.control is None else one.control.mean
+            rows.append((one.statement, one.status, one.verdict, *ends, control, one.q))
+        return Table(("claim", "status", "verdict", "effect", "low", "high", "control", "q"), rows).head(n)
+
+    def top(self, k: int = 10) -> Table:
+        """The `k` claims with the smallest q; causal claims first."""
+        by, found = self.q.nan_to_num(2.0).tolist(), self.table()
+        order = sorted(range(len(by)), key=lambda i: (not self.claims[i].causal, by[i], i))
+        return Table(found.columns, [found.rows[i] for i in order[:k]])
+
+    def figure(self) -> Any:
+        """Every effect with its interval."""
+        from hooklens import viz
+
+        shown = [one for one in self.claims if one.intervention is not None] or self.claims
+        parts = [one.intervention or one.observation for one in shown]
+        ends = torch.tensor([part.interval() for part in parts], dtype=torch.float64)
+        means = torch.tensor([part.mean for part in parts], dtype=torch.float64)
+        names = [one.statement for one in shown]
+        return viz.bars(means, ends[:, 0], ends[:, 1], names, "Effects of the interventions")
+
+
+def family(
+    model: "HookedTransformer | str", claims: Sequence[Claim], *, registered: Sequence[Registration] = ()
+) -> ClaimFamily:
+    """Combine claims about one model that were tested together: each verdict then also requires q of at most 0.05.
+
+    Registrations in `registered` are assigned to the claims whose statement is their hypothesis.
+
+    >>> from hooklens.results.claims.measured import Measured
+    >>> seen = Measured.of("seen", [1.0] * 6)
+    >>> idle, held = ([-0.1, 0.1] * 3, [2.0, 1.5, 1.8, 2.2, 1.9, 2.1])
+    >>> made = [
+    ...     claim("a model", f"L0H{i} matters", observation=seen, intervention=Measured.of("effect", values),
+    ...           control=Measured.of("control", [0.0] * 6))
+    ...     for i, values in enumerate([held, idle, idle])
+    ... ]
+    >>> made[0].verdict, [one.verdict for one in family("a model", made).claims][0]      # q is 3 * 2 / 2^6
+    ('causal', 'no causal effect shown')
+
+    Reference: Benjamini and Hochberg (1995), "Controlling the False Discovery Rate", equation 1.
+    """
+    name = model if isinstance(model, str) else model.cfg.model_name
+    wrong = sorted({one.model for one in claims} - {name})
+    if not claims or wrong:
+        raise InputError(f"a family needs at least one claim, and all must be about {name!r}; got {wrong or 'none'}")
+    plans = {plan.hypothesis: plan for plan in registered}
+    unmet = sorted(plans.keys() - {one.statement for one in claims})
+    if unmet or len(plans) < len(registered):
+        what = f"no claim states {unmet[0]!r}; one states {claims[0].statement!r}" if unmet else "two plans state one"
+        raise InputError(f"each registered hypothesis must be the statement of one claim: {what}")
+    held = [replace(one, registered=plans.get(one.statement, one.registered)) for one in claims]
+    q = q_values(torch.tensor([one.p for one in held], dtype=torch.float64)).tolist()
+    n = sum(one.intervention is not None for one in held)
+    return ClaimFamily(
+        [replace(one, q=None if value != value else value, n_tested=n) for one, value in zip(held, q, strict=True)]
+    )
+
+
+def plans_met(claims: ClaimFamily | None, registered: Sequence[Registration]) -> tuple[list[Registration], list[str]]:
+    """The plans whose hypothesis is the statement of a claim, and a sentence for each other plan: none is dropped.
+
+    >>> plan = Registration("L5H1 moves names", "logit_diff", "other heads", threshold=0.5, n=64)
+    >>> plans_met(None, [plan])[1]
+    ["Plan unwritten ...: no result supports it, as no claim says 'L5H1 moves names'."]
+    """
+    stated = set() if claims is None else {one.statement for one in claims.claims}
+    met = [plan for plan in registered if plan.hypothesis in stated]
+    unmet = [
+        f"Plan {plan.dated}: no result supports it, as no claim says {plan.hypothesis!r}."
+        for plan in registered
+        if plan.hypothesis not in stated
+    ]
+    return met, unmet

@@ -1,0 +1,208 @@
+"""Heads on your own prompt pairs: the loss without each, its contribution to the answer, and where it attends."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooklens.core.component import Component, head_name, head_names, layer_names
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import rows_of
+from hooklens.metrics import answer_ids
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
+from hooklens.plugins.patching.activation import PatchSweep, patch
+from hooklens.results.claims import HeldOutEffects, held_out_top
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import few_groups, group_numbers, mean_interval
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_TERMS = {
+    "head": "L5H1 is head 1 of layer 5",
+    "fall": "decrease of the logit difference, mean over pairs",
+    "95% low": "lower end of its interval over groups",
+    "95% high": "upper end of that interval",
+    "q": "the false discovery rate over these heads (Benjamini-Hochberg)",
+    "where chosen": "the fall on the pairs that chose the head; biased upwards for this reason",
+    "direct": "the head's direct contribution to the logit difference on the clean prompt",
+    "looks at answer": "the last position's attention to the answer in the prompt, nan if it does not occur",
+    "looks at wrong answer": "the same for the wrong answer",
+    "on repeated tokens": "its label in the taxonomy of heads",
+}
+_CHOSEN = 20  # heads that the first half of the pairs chooses
+PerHead = Float[Tensor, "pair layer head"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStudy(Result):
+    """Every head on these pairs; the metric is the logit of the answer minus that of the wrong answer.
+
+    `sweep` writes each head's corrupted value into the clean run and recomputes everything after it: the decrease is
+    the part of the difference between the prompts that the head carries. `direct` is the head's own contribution to the
+    metric on the clean prompt (NaN in post-norm models, which have no such sum). `to_answer` and `to_wrong` are the
+    last position's attention to earlier positions with those tokens; NaN if they do not occur. `held_out` contains the
+    heads with the largest decrease on half of the groups, measured on the other half; None for one group.
+    """
+
+    ranked_by = "what the head carries"
+
+    model: str
+    sweep: PatchSweep
+    direct: PerHead
+    to_answer: PerHead
+    to_wrong: PerHead
+    group: Int[Tensor, "pair"]
+    held_out: HeldOutEffects | None
+    labels: list[list[str]] | None = None  # by layer and head, the labels of `taxonomy` on repeated tokens
+
+    @property
+    def fall(self) -> PerHead:
+        """The decrease of the metric without what each head carries, pair by pair."""
+        return self.sweep.clean_per_pair[:, None, None] - self.sweep.per_pair
+
+    def table(self, n: int | None = 12) -> Table:
+        """The heads that carry most; with at least two groups, measured on pairs that did not choose them."""
+        held, mean = self.held_out, self.fall.mean(0)
+        if held is None:
+            low, high = mean_interval(self.fall, group=self.group)
+            best = [
+                divmod(i, mean.shape[1]) for i in mean.flatten().abs().argsort(descending=True, stable=True).tolist()
+            ]
+            rows = [(head_name(*at), *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
+            return Table(("head", "fall", "95% low", "95% high", *self._columns), rows).head(n)
+        numbers = (held.mean[0], held.low[0], held.high[0], held.q[0], held.chosen_by)
+        places = [Component.parse(name).place for name in held.names]
+        rows = [
+            (name, *(float(x[i]) for x in numbers), *self._beside(at))
+            for i, (name, at) in enumerate(zip(held.names, places, strict=True))
+        ]
+        return Table(("head", "fall", "95% low", "95% high", "q", "where chosen", *self._columns), rows).head(n)
+
+    def _beside(self, at: tuple[int, int]) -> list[Any]:
+        label = [] if self.labels is None else [self.labels[at[0]][at[1]]]
+        return [float(each.nanmean(0)[at]) for each in (self.direct, self.to_answer, self.to_wrong)] + label
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        label = () if self.labels is None else ("on repeated tokens",)
+        return "direct", "looks at answer", "looks at wrong answer", *label
+
+    def figure(self) -> Any:
+        """Layer by head: the decrease of the metric, mean over pairs."""
+        from hooklens.viz.figures import heatmap
+
+        mean = self.fall.mean(0)
+        return heatmap(
+            mean,
+            x=[f"H{head}" for head in range(mean.shape[1])],
+            y=layer_names(mean.shape[0]),
+            title="What falls when a head's value is that of the corrupted prompt",
+            x_title="head",
+            y_title="layer",
+            colourbar="fall of the logit difference",
+        )
+
+    def report(self) -> Any:
+        """The study as a page."""
+        from hooklens.viz.report import Report
+
+        n, groups = len(self.fall), int(self.group.max()) + 1
+        report = Report(f"Attention heads of {self.model} on {n} prompt {'pair' if n == 1 else 'pairs'}").numbers(
+            {
+                "pairs": n,
+                "groups": groups,
+                "metric, clean": self.sweep.clean,
+                "metric, corrupted": self.sweep.corrupted,
+                "fall of the median head": float(self.fall.mean(0).abs().median()),
+            }
+        )
+        report.text(
+            "Fall: the exact decrease of the metric on the clean prompt when the head's output is replaced by the "
+            "corrupted one and everything after it is recomputed. A head with a small fall may still do the job, if "
+            "other heads compensate; where a head attends shows nothing by itself."
+        )
+        how = "Heads were chosen and measured on the same pairs, so the largest falls are biased upwards."
+        if self.held_out is not None:
+            chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)
+            units = len(self.group[self.held_out.reported_on].unique())
+            how = (
+                f"Heads were chosen on {chosen} pairs; falls, intervals and q are from {reported} others that share no "
+                f"group with them: {units} groups, for which no p is below {2 / 2**units:.2g}{few_groups(units, '; ')}."
+            )
+        return report.figure(self.figure(), f"Mean over {n} pairs.").table(
+            self.table(_CHOSEN),
+            f"{how} Related prompts form one group.",
+            _TERMS,
+        )
+
+
+def study_heads(
+    model: "HookedTransformer", pairs: PromptPairs, *, labels: list[list[str]] | None = None, seed: int = 0
+) -> HeadStudy:
+    """Which heads carry the answers of these pairs? By exact interventions, with what they write and where they attend.
+
+    >>> from hooklens.testing import induction_model
+    >>> clean = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [6, 3, 2, 6]]
+    >>> corrupted = [[0, *row[1:]] for row in clean]
+    >>> pairs = PromptPairs(clean, corrupted, answer=[1, 2, 9, 3], wrong_answer=[4, 6, 8, 2])
+    >>> study = study_heads(induction_model(), pairs)
+    >>> sorted(row[0] for row in study.table(2).rows), study.to_answer[:, 1, 1].tolist()
+    (['L0H0', 'L1H1'], [1.0, 1.0, 1.0, 1.0])
+
+    Clean and corrupted prompts must have one length within a pair; pairs may differ. Pairs of one `group` are related:
+    heads are chosen on half of the groups and measured on the other. `labels` (`classify_heads(model).labels()`) are shown
+    next to them in the table. A head that carries nothing of the difference between these prompts may still be needed
+    for both.
+
+    Reference: Wang et al. (2022), "Interpretability in the Wild"; Zhang and Nanda (2024), "Towards Best Practices of
+    Activation Patching in Language Models" (corrupted into clean).
+    """
+    group = group_numbers(len(pairs), pairs.group)
+    sweep = patch(model, pairs, site="z", value="corrupted")
+    rows = rows_of(model, pairs.clean, "clean")
+    right, wrong = (answer_ids(model, each).to(model.device) for each in (pairs.answer, pairs.wrong_answer))
+    to_answer, to_wrong = _attention(model, rows, right, wrong)
+    if model.blocks[0].not_a_sum is not None:
+        direct = torch.full_like(to_answer, torch.nan)
+    else:
+        direct = direct_logit_attribution(model, rows, answer=right, wrong_answer=wrong).heads
+    held, shape = None, sweep.values.shape
+    if int(group.max()):
+        names = head_names(shape[0], shape[1])
+        fall = (sweep.clean_per_pair[:, None, None] - sweep.per_pair).cpu()
+        held = held_out_top(model, fall, names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
+    return HeadStudy(
+        model=model.cfg.model_name,
+        sweep=sweep,
+        direct=direct,
+        to_answer=to_answer,
+        to_wrong=to_wrong,
+        group=group,
+        held_out=held,
+        labels=labels,
+    )
+
+
+def _attention(
+    model: "HookedTransformer", rows: list[Int[Tensor, "_"]], right: Int[Tensor, "pair"], wrong: Int[Tensor, "pair"]
+) -> tuple[PerHead, PerHead]:
+    """Attention from each prompt's last position to its answer and to its wrong answer."""
+    found = []
+    with torch.no_grad(), packed_linears(rows=1024):
+        for row, *asked in zip(rows, right, wrong, strict=True):
+            _, cache = model.run_with_cache(row[None], "pattern", stop_at_layer=model.cfg.n_layers)
+            seen = torch.stack([cache["pattern", layer][0, :, -1] for layer in range(model.cfg.n_layers)])
+            there = [row == token for token in asked]
+            found.append([(seen * at).sum(-1) if bool(at.any()) else seen[..., 0] * torch.nan for at in there])
+    to_answer, to_wrong = (torch.stack(each) for each in zip(*found, strict=True))
+    return to_answer, to_wrong
+
+
+def demo(model: "HookedTransformer") -> HeadStudy:
+    """Four short prompt pairs; token numbers where the model has no tokenizer."""
+    return study_heads(model, demo_pairs(model, 4))

@@ -1,0 +1,202 @@
+"""One prompt pair in detail: predictions, sweeps, layers, and the attention patterns of the strongest heads."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooklens.core.component import head_name
+from hooklens.core.errors import ArgumentError, InputError, judge
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import check_prompts_differ, common_ends, read_pairs, rows_of
+from hooklens.model.ids import show
+from hooklens.model.linear import packed_linears
+from hooklens.plugins.patching.activation import PatchSweep, patch
+from hooklens.results.result import Result, Table
+from hooklens.sweeps.planning import grid_axes, has_site, site_kind
+from hooklens.sweeps.sites import SITES
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_STRONGEST = 6
+_GUESSES = 5
+
+
+@dataclass(frozen=True, eq=False)
+class PairStudy(Result):
+    """The model's predictions for both prompts, and the effect of every patch between them on the logit difference.
+
+    `sweeps` are the requested sites, `layers` whole layers of attn_out and mlp_out. `patterns` belong to `heads`, those
+    whose patch changed the metric most (empty if z was not swept). `shared` is the number of tokens that both prompts
+    share at their beginning and end; only these are patched by layer or head if the prompts differ in length.
+    """
+
+    model: str
+    clean: list[str]
+    corrupted: list[str]
+    answer: str
+    wrong_answer: str
+    clean_top: list[tuple[str, float]]
+    corrupted_top: list[tuple[str, float]]
+    sweeps: dict[str, PatchSweep]
+    layers: dict[str, PatchSweep]
+    heads: list[str]
+    patterns: Float[Tensor, "head query_pos key_pos"]
+    shared: tuple[int, int]
+
+    @property
+    def any_sweep(self) -> PatchSweep:
+        """Any of the sweeps, for the two baselines that all share."""
+        return next(iter(self.sweeps.values()))
+
+    def table(self, n: int | None = 16) -> Table:
+        """The patches that changed the logit difference most, equally many per site; at most `n` in total."""
+        each = None if n is None else -(-n // max(1, len(self.sweeps)))
+        tables = {site: sweep.table(each) for site, sweep in self.sweeps.items()}
+        rows = [(site, *row) for site, table in tables.items() for row in table.rows]
+        return Table(("site", "patch", "logit difference", *next(iter(tables.values())).columns[2:]), rows).head(n)
+
+    def figure(self) -> Any:
+        """The first site's sweep."""
+        return self.any_sweep.figure()
+
+    def report(self) -> Any:
+        """The study as a page: `study.report().save("study.html", data=study)`."""
+        from hooklens.studies.pages import pair_report
+
+        return pair_report(self)
+
+
+def study_pair(
+    model: "HookedTransformer",
+    pairs: PromptPairs,
+    *,
+    sites: Sequence[str] = ("resid_pre", "z"),
+    by: str | None = None,
+    resume: Mapping[str, Path] | None = None,
+) -> PairStudy:
+    """Sweep several sites of one pair, and whole layers, with the logit difference of two answers as the metric.
+
+    >>> from hooklens.testing import tiny_model
+    >>> study = study_pair(tiny_model(), PromptPairs([1, 2, 3], [1, 4, 3], answer=5, wrong_answer=6))
+    >>> study.sweeps["z"].values.shape, len(study.heads)         # layer head
+    (torch.Size([2, 2]), 4)
+
+    `by` is the grid of the sites that are swept by position by default; `resume` gives one file per site.
+    """
+    with torch.no_grad(), packed_linears(rows=1024):  # the weights are packed once for all sweeps
+        study = sweep_pair(model, pairs, sites=sites, by=by, resume=resume)
+        return replace(study, layers=by_layer(model, pairs))
+
+
+def sweep_pair(
+    model: "HookedTransformer",
+    pairs: PromptPairs,
+    *,
+    sites: Sequence[str] = ("resid_pre", "z"),
+    by: str | None = None,
+    resume: Mapping[str, Path] | None = None,
+) -> PairStudy:
+    """`study_pair` without its whole layers."""
+    files, metric = resume or {}, pairs.metric_of(model)
+    with torch.no_grad():
+        sweeps = {}
+        for site, axes in grids(sites, by).items():
+            sweeps[site] = patch(model, pairs, site=site, by=axes, resume=files.get(site))
+        ids = [rows_of(model, prompts, "prompts")[0] for prompts in (pairs.clean, pairs.corrupted)]
+        by_head = "z" in sweeps and sweeps["z"].by == ("layer", "head")
+        chosen = sweeps["z"].order()[:_STRONGEST] if by_head else []
+        return PairStudy(
+            model.cfg.model_name,
+            clean=show(model, ids[0]),
+            corrupted=show(model, ids[1]),
+            answer=show(model, metric.answer)[0],
+            wrong_answer=show(model, metric.wrong_answer)[0],
+            clean_top=_guesses(model, ids[0]),
+            corrupted_top=_guesses(model, ids[1]),
+            sweeps=sweeps,
+            layers={},
+            heads=[head_name(layer, head) for layer, head in chosen],
+            patterns=head_patterns(model, ids[0], chosen),
+            shared=common_ends(*ids),
+        )
+
+
+def check_pair(
+    model: "HookedTransformer",
+    pairs: PromptPairs,
+    *,
+    sites: Sequence[str],
+    by: str | None,
+) -> tuple[int, list[tuple[str, ...]]]:
+    """Return the clean prompt's length and every site's grid; raise for unusable arguments before anything runs."""
+    axes = list(grids(sites, by).values())
+
+    def prompts() -> int:
+        groups = read_pairs(model, pairs.clean, pairs.corrupted, [name for names in axes for name in names])
+        check_prompts_differ(groups)
+        return groups[0].clean.shape[1]
+
+    found = judge(
+        {
+            "answer": lambda: pairs.metric_of(model),
+            "sites": lambda: [has_site(model, site_kind(site)) for site in sites],
+            "clean": prompts,
+        }
+    )
+    return found["clean"], axes
+
+
+def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
+    """The grid of each site: `by` if the site has those axes, else its own. Raises if `by` fits none of them.
+
+    >>> grids(["resid_pre", "z"], "layer x head x pos")
+    {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
+    """
+    if not sites:
+        raise ArgumentError("{sites} is empty; give at least one of {0}", ", ".join(SITES))
+    found, refused = {}, []
+    for site in dict.fromkeys(site_kind(site) for site in sites):
+        try:
+            found[site] = grid_axes(site, by)
+        except InputError as error:
+            refused.append(error)
+            found[site] = grid_axes(site, None)
+    if len(refused) == len(found):
+        raise refused[0]
+    return found
+
+
+def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchSweep]:
+    """What does each layer's attention, and each layer's MLP, restore at all positions at once?"""
+    points = model.hook_points()
+    sites = [site for site in ("attn_out", "mlp_out") if f"blocks.0.{SITES[site].point}" in points]
+    return {site: patch(model, pairs, site=site, by="layer") for site in sites}
+
+
+def head_patterns(
+    model: "HookedTransformer", ids: Tensor, heads: Sequence[tuple[int, ...]]
+) -> Float[Tensor, "head query_pos key_pos"]:
+    """The attention patterns of the given heads on one prompt."""
+    n = len(ids)
+    if not heads:
+        return torch.zeros(0, n, n)
+    _, cache = model.run_with_cache(ids[None], [("pattern", layer) for layer in sorted({layer for layer, _ in heads})])
+    return torch.stack([cache["pattern", layer][0, head] for layer, head in heads])
+
+
+def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]:
+    probs = model(ids[None], logits_at=-1)[0, 0].float().softmax(-1)
+    best = probs.topk(min(_GUESSES, len(probs)))
+    return list(zip(show(model, best.indices), best.values.tolist(), strict=True))
+
+
+def demo(model: "HookedTransformer") -> PairStudy:
+    """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
+    return study_pair(model, demo_pairs(model))
