@@ -101,7 +101,7 @@ def python(program, *arguments, path):
 def test_it_is_found_keeps_the_contract_and_its_result_comes_back(installed, tmp_path):
     file = tmp_path / "entropy.safetensors"
     used = python(USE, file, path=installed)
-    assert {"attention_entropy", "patching"} <= set(used["listed"])
+    assert {"attention_entropy", "patch"} <= set(used["listed"])
     assert used["info"]["package"] == "hooklens-attention-entropy"
     assert used["info"]["summary"].startswith("Attention entropy: how widely")
     assert used["entropy"][0][0] == 0  # the previous-token head

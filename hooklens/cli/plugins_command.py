@@ -40,7 +40,7 @@ def run(
 ) -> None:
     """Run a plugin's demo and print its result, on short prompts, or on token numbers if there is no tokenizer.
 
-    Example: `hooklens run patching --model smollm2-135m-instruct --out patching.html`
+    Example: `hooklens run patch --model smollm2-135m-instruct --out patch.html`
     """
     from hooklens.cli import estimates
     from hooklens.plugins import find

@@ -47,7 +47,7 @@ class PluginInfo:
 def available() -> list[PluginInfo]:
     """Every registered plugin, by name; one that does not import is listed with its error and stops nobody.
 
-    >>> "patching" in [info.name for info in available() if info.package == "hooklens"]
+    >>> "patch" in [info.name for info in available() if info.package == "hooklens"]
     True
     """
     return sorted(map(_info, _entries()), key=lambda info: (info.name, info.package))
@@ -56,7 +56,7 @@ def available() -> list[PluginInfo]:
 def find(name: str) -> PluginInfo:
     """The plugin of that name; an unknown one raises with the nearest, a name that two packages use with both.
 
-    >>> find("patching").module
+    >>> find("patch").module
     'hooklens.plugins.patching.activation'
     """
     entries = _entries()

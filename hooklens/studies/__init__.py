@@ -1,6 +1,8 @@
 """Studies: several methods combined on your own prompts, with claims and a report. The command line calls them."""
 
+from hooklens.studies.chosen_heads import choose_heads
 from hooklens.studies.circuit_study import CircuitStudy, study_circuit
+from hooklens.studies.claims import zero_heads
 from hooklens.studies.head_claims import taxonomy_claims
 from hooklens.studies.head_study import HeadStudy, study_heads
 from hooklens.studies.heads_page import taxonomy_report
@@ -20,6 +22,7 @@ __all__ = [
     "LensStudy",
     "PairStudy",
     "causal_claims",
+    "choose_heads",
     "mover_claims",
     "probe_report",
     "steering_claims",
@@ -31,4 +34,5 @@ __all__ = [
     "taxonomy_claims",
     "taxonomy_report",
     "transfer_report",
+    "zero_heads",
 ]

@@ -114,9 +114,9 @@ def test_a_grid_is_for_the_sites_that_have_its_axes(model_path, tmp_path):
 
 
 def test_a_demo_as_json_and_a_seed_that_would_do_nothing(model_path):
-    done = invoke("run", "patching", "--json")
+    done = invoke("run", "patch", "--json")
     assert done.exit_code == 0 and {"resid_pre", "metric"} <= set(json.loads(done.stdout)["rows"][0])
-    done = invoke("run", "patching", "--model", model_path, "--seed", "3")
+    done = invoke("run", "patch", "--model", model_path, "--seed", "3")
     assert done.exit_code == cli.BAD_INPUT and "leave out one of them" in done.stderr
 
 
@@ -203,7 +203,7 @@ def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, mon
 
 def test_run_prints_a_plugins_demo_and_writes_its_figure(tmp_path):
     out = tmp_path / "run.html"
-    done = invoke("run", "patching", "--out", out, "--dtype", "float64")
+    done = invoke("run", "patch", "--out", out, "--dtype", "float64")
     assert done.exit_code == 0, done.output
     assert "recovered" in done.output and str(out) in done.output
     assert out.exists()
@@ -245,7 +245,7 @@ def test_on_a_full_disk_a_report_ends_with_3_and_leaves_no_half_file(tmp_path):
 
     small = (30_000, 30_000)
     done = subprocess.run(
-        [*COMMAND, "run", "patching", "--out", str(tmp_path / "a.html")],
+        [*COMMAND, "run", "patch", "--out", str(tmp_path / "a.html")],
         capture_output=True,
         text=True,
         timeout=300,

@@ -144,7 +144,7 @@ def test_no_estimate_was_given_before_check_run_probe_lens_and_generate(model_pa
     out = ["--out", tmp_path / "o.html"]
     commands = [
         ["check", model_path],
-        ["run", "patching", "--model", model_path],
+        ["run", "patch", "--model", model_path],
         ["lens", CLEAN, "--model", model_path, *out],
         ["generate", "When", "--model", model_path, "--max-new-tokens", 2],
         ["probe", tmp_path / "texts.jsonl", "--model", model_path, *out],
@@ -191,10 +191,10 @@ def test_the_demo_ends_with_the_full_path_and_what_was_found(model_path, tmp_pat
 
 def test_the_page_of_a_demo_says_what_the_method_is_for_and_that_its_model_is_random(model_path, tmp_path):  # noqa: F811
     out = tmp_path / "o.html"
-    assert invoke("run", "patching", "--out", out).exit_code == 0
+    assert invoke("run", "patch", "--out", out).exit_code == 0
     page = out.read_text()
     assert "Activation patching: overwrite one site" in page and "tiny and random" in page
-    done = invoke("run", "patching", "--out", out, "--model", model_path, "--json")
+    done = invoke("run", "patch", "--out", out, "--model", model_path, "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["report"] == str(out)
     assert "tiny and random" not in out.read_text()
 
@@ -262,7 +262,7 @@ def test_an_unknown_model_or_site_was_answered_in_words_of_python(model_path, tm
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"text": f"a{i}", "label": i % 2}) + "\n" for i in range(8))
     )
-    commands = [["patch", *pair()], ["probe", "texts.jsonl"], ["run", "patching"], ["circuit", *pair()], ["lens", "a"]]
+    commands = [["patch", *pair()], ["probe", "texts.jsonl"], ["run", "patch"], ["circuit", *pair()], ["lens", "a"]]
     for command in commands:
         said = invoke(*command, "--model", "nope").stderr
         assert said.startswith("error: --model: there is no asset, file or folder named 'nope' (assets: smollm2"), said

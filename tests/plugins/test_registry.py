@@ -43,7 +43,7 @@ def test_a_plugin_of_another_package_is_listed_and_found(folder):
     assert (info.module, info.package, info.error) == ("their_module", "their-package", None)
     assert info.summary == "What does it answer?"
     assert info.demo()("any model") is None
-    assert named("patching").error is None
+    assert named("patch").error is None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_plugin_of_another_package_is_listed_and_found(folder):
 def test_a_plugin_that_does_not_import_is_listed_with_its_error(folder, source, error):
     install(folder, "broken-package", {"broken": "broken_module"}, broken_module=source)
     assert named("broken").error.startswith(error)
-    assert named("patching").error is None
+    assert named("patch").error is None
     with pytest.raises(Unavailable, match=r"the plugin 'broken' was asked for.*uninstall the package 'broken-package'"):
         find("broken").load()
 
@@ -68,7 +68,7 @@ def test_an_entry_point_that_names_an_object_is_listed_as_wrong(folder):
 
 
 def test_an_unknown_name_raises_with_the_nearest():
-    with pytest.raises(NameNotFound, match="no plugin named 'pathing'; closest: patching"):
+    with pytest.raises(NameNotFound, match="no plugin named 'pathing'; closest: patch"):
         find("pathing")
 
 

@@ -164,7 +164,8 @@ def measure_direction_ablation(
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
-    >>> seen = measure_direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], lambda logits: logits[:, -1, 5], controls=9)
+    >>> logit = lambda logits: logits[:, -1, 5]
+    >>> seen = measure_direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], logit, controls=9)
     >>> seen.random_effect.shape, len(seen.sites)                              # null draw
     (torch.Size([3, 9]), 6)
 
