@@ -155,9 +155,9 @@ def study_heads(
     (['L0H0', 'L1H1'], [1.0, 1.0, 1.0, 1.0])
 
     Clean and corrupted prompts must have one length within a pair; pairs may differ. Pairs of one `group` are related:
-    heads are chosen on half of the groups and measured on the other. `labels` (`classify_heads(model).labels()`) are shown
-    next to them in the table. A head that carries nothing of the difference between these prompts may still be needed
-    for both.
+    heads are chosen on half of the groups and measured on the other. `labels` (`classify_heads(model).labels()`) are
+    shown next to them in the table. A head that carries nothing of the difference between these prompts may still be
+    needed for both.
 
     Reference: Wang et al. (2022), "Interpretability in the Wild"; Zhang and Nanda (2024), "Towards Best Practices of
     Activation Patching in Language Models" (corrupted into clean).
