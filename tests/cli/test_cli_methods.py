@@ -81,7 +81,7 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     out.unlink()
     for wrong, told in (
         ("", "64 hexadecimal digits"),
-        (digest[:8], "all 64"),
+        (digest[:8], "64 hexadecimal digits"),
         ("0" * 64, "no plan has the published digest 0000"),
     ):
         done = invoke(*run, "--registered", plan, "--digest", wrong)
