@@ -194,7 +194,7 @@ def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, mon
     done = invoke(*arguments)
     assert done.exit_code == cli.INTERRUPTED
     (part,) = tmp_path.iterdir()
-    assert part.name in done.stderr and "goes on from there" in done.stderr
+    assert part.name in done.stderr and "continues from there" in done.stderr
     monkeypatch.setattr(Progressed, "save", save)
     done = invoke(*arguments)
     assert done.exit_code == 0 and f"continuing from {part}" in done.stderr

@@ -79,7 +79,11 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     assert "Plan self-dated 20" in page  # the other one: no published digest witnesses its time
     assert "no result supports it, as no claim says &#x27;&lt;b&gt;edges" in page
     out.unlink()
-    for wrong, told in (("", "all 64"), (digest[:8], "all 64"), ("0" * 64, "no plan has the published digest 0000")):
+    for wrong, told in (
+        ("", "64 hexadecimal digits"),
+        (digest[:8], "64 hexadecimal digits"),
+        ("0" * 64, "no plan has the published digest 0000"),
+    ):
         done = invoke(*run, "--registered", plan, "--digest", wrong)
         assert done.exit_code in (cli.MISSING, cli.BAD_INPUT) and told in done.stderr and not out.exists()
     plan.write_text(plan.read_text().replace("0.5", "0.1"))
