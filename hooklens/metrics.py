@@ -77,7 +77,7 @@ class AtPosition(ABC):
         """One value a pair, from full logits."""
         n = max(map(len, self._fields().values()))
         if n not in (1, len(logits)):
-            raise InputError(f"the metric was made for {n} pairs, and got logits of {len(logits)}")
+            raise InputError(f"the metric was made for {n} pairs, but got logits of {len(logits)}")
         this = self.pairs(torch.arange(len(logits)))
         pos, tokens = this.reads
         pos, tokens = pos.to(logits.device), None if tokens is None else tokens.to(logits.device)

@@ -168,13 +168,12 @@ def _slots(**widths: int) -> dict[str, slice]:
 def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransformer] | None = None) -> None:
     """Does a plugin keep the contract? Raises AssertionError with the clause that it breaks.
 
-    >>> check_plugin("patching")
+    >>> check_plugin("patch")
 
     `plugin` is a registered name or the module itself. Its `demo(model)` runs on `models` (by what to call them in a
-    message; by default tiny ones: two layers, one layer, float64, bfloat16, attention only, grouped
-    keys). Clauses: signature, conventions (docs/naming.md),
-    docstring, runs, weights, gradients, hooks, grad mode, generators, training mode, same twice, frozen, dtype, table,
-    figure, JSON, saved.
+    message; by default tiny ones: two layers, one layer, float64, bfloat16, attention only, grouped keys). Clauses:
+    signature, conventions (docs/naming.md), docstring, runs, weights, gradients, hooks, grad mode, generators,
+    training mode, same twice, frozen, dtype, table, figure, JSON, saved.
     """
     module = find(plugin).load() if isinstance(plugin, str) else plugin
     if not isinstance(module, ModuleType):

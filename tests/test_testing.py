@@ -283,7 +283,7 @@ BROKEN = {
         having("base = property(lambda self: self.sums)"),
     ),
     "baselines that are not there": ("conventions", r"baselines names \['clean'\]", having("baselines = ('clean',)")),
-    "no figure": ("figure", "WrongType: figure.. was asked", {"def figure": "def picture"}),
+    "no figure": ("figure", "WrongType: a Sums has no figure", {"def figure": "def picture"}),
     "empty figure": ("figure", "not a Plotly figure", {"return bars(self.sums)": "return bars"}),
     "no table": (
         "table",
@@ -337,7 +337,7 @@ def test_every_model_with_a_known_answer_can_be_given():
 
 
 def test_a_name_that_is_not_registered_and_a_thing_that_is_no_module_are_refused():
-    with pytest.raises(NameNotFound, match="no plugin named 'patchin'; closest: patching"):
+    with pytest.raises(NameNotFound, match="no plugin named 'patchin'; closest: patch"):
         check_plugin("patchin")
     with pytest.raises(TypeError):  # ours, or that of executed annotations
         check_plugin(print)

@@ -19,7 +19,6 @@ from hooklens.cli.options import (
     of_pair,
 )
 from hooklens.cli.output import say_how_long, show, written
-from hooklens.core.envelope import digest
 from hooklens.core.errors import judge
 
 
@@ -64,7 +63,7 @@ def patch(
     n_pos, swept = check_pair(loaded, pair, sites=sites, by=by)
     say_how_long(loaded, estimates.of_patch(loaded, n_pos, swept))
 
-    say(*(f"going on from {path}" for path in parts.values() if path.exists()))
+    say(*(f"continuing from {path}" for path in parts.values() if path.exists()))
     try:
         with engine(seed=seed):
             study = study_pair(loaded, pair, sites=sites, by=by, resume=parts)
@@ -85,5 +84,7 @@ def patch(
 
 def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     """Where a site's unfinished sweep is kept: another question has another file."""
+    from hooklens.core.envelope import digest  # it brings torch, which help does not wait for
+
     question = digest(["\0".join(asked)])[:8]
     return out.with_name(f"{out.stem}.{site}.{question}.part")

@@ -82,8 +82,8 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.kind not in DTYPES or entry.kind not in kinds:
             raise FileRefused(
-                f"{self.path.name}: the tensor {name!r} is stored as {entry.kind}; "
-                f"types that can be read: {', '.join(kind for kind in DTYPES if kind in kinds)}"
+                f"{self.path.name}: the tensor {name!r} has the type {entry.kind}; "
+                f"supported types: {', '.join(kind for kind in DTYPES if kind in kinds)}"
             )
         with reading(self.path, f"the tensor {name!r}"), open(self.path, "rb") as file:
             raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
@@ -133,7 +133,7 @@ def read_header(path: str | os.PathLike, what: str = "a safetensors file") -> Sa
     if max(ends) > size:
         raise _cut(asked, f"the tensor {max(entries, key=lambda name: entries[name].end)!r}", max(ends), size)
     if starts != ends:
-        raise FileRefused(f"{asked} it is damaged: its tensors overlap or leave holes; download or save it again")
+        raise FileRefused(f"{asked} it is damaged: its tensors overlap or leave gaps; download or save it again")
     return SafetensorsFile(path, entries, metadata, header)
 
 

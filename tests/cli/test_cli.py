@@ -57,7 +57,7 @@ def test_models_and_plugins_as_tables_and_as_json():
     rows = json.loads(invoke("models", "--json").output)["rows"]
     assert rows[0]["source"] == "smollm2-135m-instruct"
     plugins = {row["plugin"] for row in json.loads(invoke("plugins", "--json").output)["rows"]}
-    assert {"patching", "name_movers", "ioi"} <= plugins
+    assert {"patch", "find_name_movers", "study_ioi"} <= plugins
 
 
 def test_patch_writes_a_report_with_its_numbers_beside_it(model_path, tmp_path):
@@ -343,7 +343,10 @@ def test_controls_stood_in_tables_unexplained():
         if missing := [one for one in columns if one not in result.terms]:
             unexplained[info.name] = missing
         strange = set(result.terms) - set(result.table().columns)
-        assert info.name in ("heads", "trajectory") or not strange, (info.name, strange)  # these depend on the model
+        assert info.name in ("classify_heads", "trace_predictions") or not strange, (
+            info.name,
+            strange,
+        )  # these depend on the model
     assert not unexplained
 
 

@@ -105,6 +105,7 @@ FORMATS = {
 OTHERS = {
     "core/files.py": "the renaming itself",
     "core/envelope.py": "the envelope",
+    "data/jsonl.py": "pairs as text, a line each, which people write too",
     "viz/report.py": "pages, and their tables for other programs",
     "pretrained/tokenizer.py": "the tokenizers library's files",
     "pretrained/checkpoint.py": "a tokenizer's files, to hand them to that library",
@@ -210,11 +211,11 @@ def test_a_tokenizer_exchanged_beside_a_checkpoint_is_refused(name, tmp_path):
     assert load().tokenizer.vocab_size
     file = tmp_path / "m" / name
     file.write_text(file.read_text() + " ")
-    with pytest.raises(FileRefused, match="not the one that was saved with the model"):
+    with pytest.raises(FileRefused, match="differs from the file that was saved with the model"):
         load()
     load_checkpoint(tmp_path / "m", tokenizer=tiny_tokenizer("Ġa Ġb"))
     file.unlink()
-    with pytest.raises(FileRefused, match="not the one that was saved with the model"):
+    with pytest.raises(FileRefused, match="differs from the file that was saved with the model"):
         load()
 
 

@@ -59,7 +59,7 @@ def test_groups_of_pairs_are_those_of_the_interval():
     model = tiny_model()
     with hl.engine(verify=0):
         assert hl.path_patch(model, PAIRS).group.tolist() == [0, 1, 0, 2]
-        assert hl.path_patch(model, PAIRS, group=torch.tensor([0, 0, 1, 1])).group.tolist() == [0, 0, 1, 1]
+        assert hl.path_patch(model, PAIRS).grouped(torch.tensor([0, 0, 1, 1])).group.tolist() == [0, 0, 1, 1]
 
 
 def test_pairs_are_cut_with_answers_metric_groups_and_columns():

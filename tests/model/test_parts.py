@@ -297,7 +297,7 @@ def test_a_configuration_survives_json(kind):
         ({"mask": "causall"}, NameNotFound, "no mask part named 'causall'; closest: causal"),
         ({"mask": ("causal",)}, InputError, "tuple of 2"),
         ({"mask": "rotary"}, NameNotFound, "no mask part named 'rotary'"),
-        ({"mask": Softmax()}, InputError, "is a score part, asked for as mask"),
+        ({"mask": Softmax()}, InputError, "is a score part, but mask was expected"),
         ({"normalization_type": ("LN", "RMS")}, InputError, "takes one part"),
         ({"tie_word_embeddings": True, "d_vocab_out": 3}, InputError, "tied embeddings"),
     ],

@@ -72,7 +72,7 @@ def test_the_self_check_sees_a_stream_that_something_else_was_added_to():
     model = tiny("llama")
     model.add_hook(("resid_post", 1), lambda act, hook: act + 0.1)
     failed = [row[0] for row in check(model).rows if not row[3]]
-    assert "resid_post = the stream + mlp_out" in failed
+    assert "resid_post against the stream + mlp_out" in failed
 
 
 def test_the_self_check_table_names_what_failed():

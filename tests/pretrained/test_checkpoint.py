@@ -136,7 +136,7 @@ def rewritten(path, config) -> None:
 def test_a_configuration_of_a_billion_layers_is_refused_before_any_is_made(tmp_path):
     save(tiny("llama"), tmp_path / "m.safetensors")
     rewritten(tmp_path / "m.safetensors", {"n_layers": 10**9})
-    with pytest.raises(FileRefused, match=r"its config has 1,000,000,000 layers"):
+    with pytest.raises(FileRefused, match=r"its configuration says 1,000,000,000 layers"):
         load(tmp_path / "m.safetensors")
 
 

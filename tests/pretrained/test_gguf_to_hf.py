@@ -167,7 +167,9 @@ def test_what_is_refused_before_any_tensor(tmp_path):
     file = read_gguf(write_gguf(tmp_path / "m.gguf", "llama", model))
     with pytest.raises(FileRefused, match=r"architecture 'mamba'; supported architectures: llama, qwen2"):
         with_metadata(file, general__architecture="mamba").hf_config()
-    with pytest.raises(FileRefused, match=r"no metadata key 'llama.block_count'.*it has llama.context_length"):
+    with pytest.raises(
+        FileRefused, match=r"no metadata key 'llama.block_count'.*similar keys in it: llama.context_length"
+    ):
         with_metadata(file, llama__block_count=None).hf_tensors()
     with pytest.raises(FileRefused, match="mixture of 8 experts"):
         with_metadata(file, llama__expert_count=8).hf_config()

@@ -25,7 +25,7 @@ from hooklens.plugins.lens.layer_lens import logit_lens
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.ablation import ablate
 from hooklens.plugins.patching.attribution_patching import attribution_patch
-from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
+from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.plugins.weights.overlap import measure_overlap
 from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.folding import fold_ln
@@ -197,11 +197,11 @@ SENDERS = {"L0H0": ("head", 0, 0), "MLP0": ("mlp", 0), "MLP1": ("mlp", 1), "embe
 def test_paths_into_and_out_of_a_block_kind_from_outside(block):
     model = outside(block, positional_embedding_type="rotary")
     metric = metric_of(model)
-    verbs = {"edges": path_patch, "fixed": path_patch_fixed, "fixed, frozen": path_patch_fixed_frozen}
-    for semantics, verb in verbs.items():
+    kinds = {"edges": lambda to: to, "fixed": Fixed, "fixed, frozen": lambda to: Fixed(to, mlps="frozen")}
+    for semantics, kind in kinds.items():
         for receivers in (RECEIVERS, [("final",)]):
             asked = ["final" if one == ("final",) else ("mlp", 1) if one[0] == "mlp_in" else one for one in receivers]
-            sweep = verb(model, CLEAN, CORRUPTED, metric, receivers=asked, senders=list(SENDERS))
+            sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=kind(asked), senders=list(SENDERS))
             for name, values in zip(sweep.senders, sweep.per_pair.unbind(1), strict=True):
                 arguments = (model, CORRUPTED, CLEAN, metric, semantics, SENDERS[name], receivers)
                 torch.testing.assert_close(values, reference(*arguments), atol=1e-9, rtol=1e-9)

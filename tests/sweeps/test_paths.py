@@ -501,7 +501,7 @@ def test_what_cannot_be_exact_or_does_not_exist_is_refused():
     grouped = tiny_model(n_heads=4, n_key_value_heads=2)
     refused("there are key/value heads 0 to 1", model=grouped, receivers=("k", 1, 3))
     refused("the MLP of layer 0 was asked for as a receiver", model=tiny_model(attn_only=True), receivers="MLP0")
-    refused("value='clean' or 'corrupted', got 'zero'", value="zero")
+    refused("value='clean' or 'corrupted'; got 'zero'", value="zero")
     refused("senders= names none", senders=[])
     refused("receivers= names none", receivers=[])
     refused("must tokenise to the same length", corrupted=[[1, 4, 3, 2]])

@@ -92,7 +92,10 @@ def test_mean_meant_one_thing_in_patch_another_in_ablate_and_a_third_in_circuits
     edges = without_each_head(model, CLEAN, CORRUPTED, metric, word)
     mediated = measure_mediation(model, CLEAN, metric, HEADS, value=word)
     redundant = measure_redundancy(model, CLEAN, metric, HEADS, value=word)
-    roads = mediated.base[:, None] - mediated.total, redundant.base[:, None] - redundant.single
+    roads = (
+        mediated.base_per_sequence[:, None] - mediated.total,
+        redundant.base_per_sequence[:, None] - redundant.single,
+    )
     for found in (patched, ablated, edges, *roads):
         assert close(found, expected, 1000)
 
@@ -129,7 +132,7 @@ def test_a_mean_over_a_reference_of_another_length_was_refused_by_head_studies(m
         return z
 
     expected = metric(model.run_with_hooks(CLEAN, fwd_hooks=[(("z", 1), write)])).detach()
-    assert close(found.base - found.total[:, 0], expected, 1000)
+    assert close(found.base_per_sequence - found.total[:, 0], expected, 1000)
 
 
 def test_given_runs_leave_the_two_ends_of_a_patch_as_they_are(model, metric):

@@ -120,7 +120,7 @@ class Bench:
         self.file, self.checked = None if resume is None else Resume.of(resume), False
         if self.file is not None:  # before the metric is called for the first time, which may change what it refers to
             asked = "circuits", [(group.index, group.clean, group.corrupted) for group in self.groups]
-            self.key = key_of(model, (asked, {"the value to write": self.replacement}), metric, self.file)
+            self.key = key_of(model, (asked, {"the value to write": self.replacement}), self.metric, self.file)
         numbers = sum(group.clean.numel() for group in self.groups) * self.graph.n_sources * model.cfg.d_model
         self.keep = keep and numbers * model.dtype.itemsize <= current().memory
         self.kept_runners: list[EdgeRunner] = []

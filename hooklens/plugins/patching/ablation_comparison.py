@@ -30,6 +30,11 @@ class AblationComparison(Result):
     """The same components ablated in three ways. Zero is a value that most sites never hold; the others are held."""
 
     ranked_by = "effect of zero"
+    terms = {
+        "mean of others": "the change of the metric when the mean activation over the other prompts is written",
+        "mean of others low": "the lower end of its 95 % interval over prompts",
+        "mean of others high": "the upper end of its 95 % interval over prompts",
+    }
 
     zero: AblationSweep
     mean: AblationSweep

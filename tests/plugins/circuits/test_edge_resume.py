@@ -80,7 +80,7 @@ def test_a_runner_that_is_wrong_shows(monkeypatch):
 
 def test_a_bench_is_checked_once_and_says_so():
     model = tiny_model(dtype=torch.float64)
-    bench = Bench(model, CLEAN, CORRUPTED, diff, "corrupted", keep=True)
+    bench = Bench(model, hl.PromptPairs(CLEAN, CORRUPTED, diff), "corrupted", keep=True)
     masks = some_masks(bench.graph)
     first, second = bench.run(masks), bench.run(masks)
     assert (first.n_verified, second.n_verified) == (2, 0) and first.largest_error < 1e-12

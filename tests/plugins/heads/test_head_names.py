@@ -135,7 +135,7 @@ def test_too_few_pairs_for_halves_are_said_to_be():
     one = evidence_of(replace(movers, group=torch.zeros(8, dtype=torch.long)))
     assert "labelled and measured on the same 8 pairs" in one.note(0.05) and one.chosen_on.equal(one.reported_on)
     two = evidence_of(movers).note(0.05)
-    assert "4 pairs, measured on 4 others" in two and "groups to label by (1)" in two and "64 pairs are enough" in two
+    assert "4 pairs, measured on 4 others" in two and "groups to label by: 1" in two and "64 pairs are enough" in two
     assert "cannot reach" not in evidence_of(made_up(64)).note(0.05)  # 8 groups label: 8 p of 2^-8 each lie below 0.05
 
 

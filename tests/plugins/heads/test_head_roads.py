@@ -200,7 +200,7 @@ def test_bad_input_says_what_would_work():
     text = repeated_tokens(model, 2)
     with pytest.raises(InputError, match="layers 0 to 1"):
         measure_mediation(model, text.tokens, text.metric(), [(5, 0)])
-    with pytest.raises(InputError, match="duplicates"):
+    with pytest.raises(InputError, match="one twice"):
         measure_redundancy(model, text.tokens, text.metric(), [(0, 0), (0, 0)])
     with pytest.raises(InputError, match="at least two"):  # the table was empty, without a word
         measure_redundancy(model, text.tokens, text.metric(), [(0, 0)])

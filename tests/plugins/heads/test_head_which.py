@@ -18,8 +18,17 @@ from hooklens.sweeps.nodes import read_heads
 from hooklens.testing import check_plugin, tiny_model
 
 PLUGINS = [
-    *("heads", "head_scores", "knockout", "induction", "copying", "copy_suppression", "composition", "redundancy"),
-    *("previous_token", "mediation", "name_movers"),
+    *(
+        "classify_heads",
+        "score_heads",
+        "knock_out_keys",
+        "find_induction_heads",
+        "score_copying",
+        "score_copy_suppression",
+        "score_composition",
+        "measure_redundancy",
+    ),
+    *("score_positions", "measure_mediation", "find_name_movers"),
 ]
 
 

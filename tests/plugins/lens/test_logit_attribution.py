@@ -137,7 +137,7 @@ def test_post_norm_and_edits_that_no_part_shows_are_refused():
         assert direct_logit_attribution(model, TOKENS, answer=ANSWER).heads.abs().max() == 0
     with pytest.raises(InputError, match="pos=9"):
         direct_logit_attribution(model, TOKENS, answer=1, pos=9)
-    with pytest.raises(InputError, match="one a prompt, got 3 for 2"):
+    with pytest.raises(InputError, match="one per prompt, got 3 for 2"):
         direct_logit_attribution(model, TOKENS, answer=[1, 2, 3])
 
 

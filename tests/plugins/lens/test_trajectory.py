@@ -79,9 +79,9 @@ def test_what_cannot_be_followed_is_refused():
     model = tiny_model()
     with pytest.raises(InputError, match="pos=7"):
         trace_predictions(model, TOKENS, answer=1, pos=7)
-    with pytest.raises(InputError, match="one a prompt, got 3 for 2"):
+    with pytest.raises(InputError, match="one per prompt, got 3 for 2"):
         trace_predictions(model, TOKENS, answer=[1, 2, 3])
-    with pytest.raises(InputError, match="3 layers of d_model 8; the model has 2"):
+    with pytest.raises(InputError, match="3 layers of d_model 8, but the model has 2"):
         trace_predictions(model, TOKENS, answer=1, lens=TunedLens(3, 8))
 
 

@@ -209,7 +209,7 @@ def test_saved_and_loaded(tmp_path):
     assert same_lens(TunedLens.load(tmp_path / "lens.safetensors"), lens)
     state = lens.state_dict()
     assert list(state) == ["weight", "bias"]
-    with pytest.raises(InputError, match="2 layers of d_model 8; the model has 3 layers"):
+    with pytest.raises(InputError, match="2 layers of d_model 8, but the model has 3 layers"):
         tuned_lens(tiny_model(n_layers=3), TOKENS, lens)
 
 

@@ -78,7 +78,7 @@ def test_a_projection_is_a_result(tmp_path):
     assert [trace.name for trace in drawn.data] == ["0", "1"] and sum(len(trace.x) for trace in drawn.data) == VOCAB
     with pytest.raises(InputError, match="0 or 1"):
         project_tokens(model, of(both[0]), tokens, tokens % 3)
-    with pytest.raises(InputError, match="vectors of 5"):
+    with pytest.raises(InputError, match="vectors of size 5"):
         project_tokens(model, of(torch.ones(5).double()), tokens, tokens % 2)
 
 
