@@ -20,8 +20,8 @@ import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, machine, write
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.ablation_kinds import Resample
 from hooklens.plugins.patching.attribution_patching import attribution_patch
+from hooklens.sweeps.replacement import Resample
 
 N_POS, RIGHT, WRONG = 20, 1000, 2000
 
@@ -133,7 +133,7 @@ def sites(model, names: list[str]) -> dict[str, Any]:
 
 def donors(tokens: torch.Tensor) -> torch.Tensor:
     """The other prompts that one draw of `Resample` writes, worked out as it does."""
-    from hooklens.plugins.patching.ablation_kinds import donors_of
+    from hooklens.sweeps.replacement import donors_of
 
     return donors_of(tokens, list(tokens), 1, torch.Generator().manual_seed(0))[0]
 

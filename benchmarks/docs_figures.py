@@ -11,7 +11,6 @@ import torch
 import hooklens as hl
 from benchmarks.rounds import write
 from hooklens.data.indirect_object import ioi
-from hooklens.metrics import LogitDiff
 from hooklens.plugins.lens.affine_lens import fit_tuned_lens
 from hooklens.plugins.lens.layer_lens import logit_lens
 from hooklens.plugins.patching.attribution_patching import attribution_patch
@@ -33,26 +32,24 @@ def main() -> None:
 
 
 def attribution(model: hl.HookedTransformer) -> Iterator[Row]:
-    made = ioi(model, 16, seed=0)
-    metric = LogitDiff(made.end, made.answer_tokens, made.wrong_answer_tokens)
-    pairs = (model, made.clean_tokens, made.corrupted_tokens, metric)
-    mlps = attribution_patch(*pairs, site="mlp_out", by="layer", exact=15, group=made.group)
+    pairs = ioi(model, 16, seed=0)
+    mlps = attribution_patch(model, pairs, site="mlp_out", by="layer", exact=15)
     place = mlps.checked[:, 0].tolist()
     yield {"what": "first MLP, estimated", "value": float(mlps.estimated[place.index(0)])}
     yield {"what": "first MLP, exact", "value": float(mlps.exact[place.index(0)])}
     late = [i for i, layer in enumerate(place) if layer >= 15]
     yield {"what": "MLPs 15 to 29, correlation", "value": _correlation(mlps.estimated[late], mlps.exact[late])}
-    z = attribution_patch(*pairs, site="z", by=("layer", "head"), exact=20, group=made.group)
+    z = attribution_patch(model, pairs, site="z", by=("layer", "head"), exact=20)
     yield {"what": "40 heads, correlation", "value": z.correlation}
-    some = (made.clean_tokens[:4], metric.pairs(torch.arange(4)))
-    for baseline in (made.corrupted_tokens[:4], "mean"):
-        found = integrated_gradients(model, *some, baseline=baseline, steps=64, stages=0)
+    some = pairs[:4]
+    for baseline in (some.corrupted, "mean"):
+        found = integrated_gradients(model, some.clean, some.metric_of(model), baseline=baseline, steps=64, stages=0)
         name = baseline if isinstance(baseline, str) else "corrupted prompts"
         yield {"what": f"integrated gradients, 64 steps from {name}: missing share", "value": found.incompleteness}
 
 
 def lens(model: hl.HookedTransformer) -> Iterator[Row]:
-    reading = logit_lens(model, ioi(model, 16, seed=0).clean_tokens)
+    reading = logit_lens(model, ioi(model, 16, seed=0).clean)
     kl = reading.kl.flatten(1).mean(1)
     for layer in (0, 1, 10, 20, 29):
         yield {"what": f"logit lens before block {layer}, KL in nats", "value": float(kl[layer])}

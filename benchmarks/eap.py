@@ -16,6 +16,7 @@ import torch
 import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, ratios, write
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench
@@ -36,7 +37,7 @@ def main() -> None:
     corrupted = clean.clone()
     corrupted[:, N_POS // 2] = torch.randint(50257, (chosen.pairs,), generator=generator)
     metric = hl.logit_diff(model, answer=RIGHT, wrong_answer=WRONG)
-    bench = Bench(model, clean, corrupted, metric, "corrupted", keep=True)
+    bench = Bench(model, PromptPairs(clean, corrupted, metric), "corrupted", keep=True)
     cut = ~torch.eye(bench.graph.n_edges, dtype=torch.bool)[:: bench.graph.n_edges // chosen.edges][: chosen.edges]
     runs: dict[str, Callable[[], Any]] = {
         "EAP, all edges": partial(eap, model, clean, corrupted, metric),

@@ -18,7 +18,7 @@ import hooklens as hl
 from benchmarks import peers
 from benchmarks.rounds import alternate, write
 from benchmarks.sweeps import RIGHT, WRONG, keep, prompts
-from hooklens.plugins.patching.path import path_patch, path_patch_fixed
+from hooklens.plugins.patching.path import Fixed, path_patch
 
 LAYER, HEAD = 9, 9
 QUERY = ("q", LAYER, HEAD)
@@ -38,21 +38,21 @@ def main() -> None:
     senders = [(i // 12, i % 12) for i in range(144)]
     few = senders[:: 144 // chosen.loop]
     peer = None if chosen.ours_only else peers.transformer_lens(model)
-    cases: dict[str, tuple[Callable, Any]] = {
-        "to the logits, edges": (path_patch, "final"),
-        "to the logits, fixed receivers": (path_patch_fixed, "final"),
-        f"to L{LAYER}H{HEAD}.q, edges": (path_patch, QUERY),
-        f"to L{LAYER}H{HEAD}.q, fixed receivers": (path_patch_fixed, QUERY),
+    cases: dict[str, Any] = {
+        "to the logits, edges": "final",
+        "to the logits, fixed receivers": Fixed("final"),
+        f"to L{LAYER}H{HEAD}.q, edges": QUERY,
+        f"to L{LAYER}H{HEAD}.q, fixed receivers": Fixed(QUERY),
     }
     rows, raw = [], {}
-    for name, (method, receivers) in cases.items():
-        asked = partial(method, model, clean, corrupted, metric, receivers=receivers)
+    for name, receivers in cases.items():
+        asked = partial(path_patch, model, clean, corrupted, metric, receivers=receivers)
         ours = partial(asked, senders=senders)
         runs: dict[str, Callable[[], Any]] = {"hooklens": lambda ours=ours: ours().values}
         runs["hooklens, unpacked"] = partial(unpacked, ours)
         runs["hooklens's own loop"] = partial(plain, partial(asked, senders=few))
-        if peer is not None and method is path_patch_fixed:
-            runs["TransformerLens 3.9.0, loop"] = partial(theirs, peer, clean, corrupted, few, receivers)
+        if peer is not None and isinstance(receivers, Fixed):
+            runs["TransformerLens 3.9.0, loop"] = partial(theirs, peer, clean, corrupted, few, receivers.receivers)
         out: dict[str, Any] = {}
         runs["hooklens"]()
         seconds = alternate({key: partial(keep, out, key, run) for key, run in runs.items()}, chosen.rounds)

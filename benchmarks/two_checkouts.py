@@ -22,7 +22,7 @@ import hooklens as hl
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens import logit_lens
-from hooklens.plugins.patching import ablate, patch, path_patch, path_patch_fixed
+from hooklens.plugins.patching import ablate, patch, path_patch
 from hooklens.plugins.circuits import circuit_graph, run_edges
 
 torch.set_num_threads(2)
@@ -46,7 +46,7 @@ tasks = {
     "patch z, layer x head": lambda: patch(model, clean, corrupted, metric, site="z").values,
     "ablate all heads by zero": lambda: ablate(model, eight, metric).values,
     "path_patch to the logits": lambda: path_patch(model, clean, corrupted, metric, receivers="final").values,
-    "path_patch_fixed to L6H1.q": lambda: path_patch_fixed(model, clean, corrupted, metric, receivers=query).values,
+    "path_patch to L6H1.q": lambda: path_patch(model, clean, corrupted, metric, receivers=query).values,
     "run_edges, 8 circuits": lambda: run_edges(model, masks, clean, corrupted, metric).per_pair,
     "logit lens, 1 x 20": lambda: logit_lens(model, clean).table(3),
     "generate 24 tokens": lambda: model.generate(clean, 24),

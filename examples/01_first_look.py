@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A first look at activations
 #
-# Load a model, read what it holds on the way from tokens to logits, and edit it. Set `HOOKLENS_TINY=1` to run on a
-# small random model instead of downloading one.
+# Load a model, read its activations between tokens and logits, and edit them. Set `HOOKLENS_TINY=1` to run on a small
+# random model instead of downloading one.
 
 # %%
 import os
@@ -19,7 +19,7 @@ model = tiny_model(n_ctx=64) if tiny else hl.load("smollm2-135m-instruct")
 print(model)
 
 # %% [markdown]
-# A prompt becomes tokens. A space belongs to the word after it.
+# A prompt becomes tokens. A leading space belongs to the word after it.
 
 # %%
 prompt = "When Mary and John went to the store, John gave a drink to"
@@ -28,7 +28,7 @@ words = [str(int(i)) for i in tokens[0]] if tiny else model.to_str_tokens(prompt
 print(words)
 
 # %% [markdown]
-# One forward pass, and what some points held. Ask for what you need; the rest is not kept.
+# Run one forward pass and keep the activations at some points. Only the requested points are kept.
 
 # %%
 with torch.no_grad():
@@ -45,7 +45,7 @@ said = [str(int(i)) for i in ids] if tiny else [model.to_string(i[None]) for i i
 print(hl.Table(("next token", "probability"), list(zip(said, chances.tolist(), strict=True))))
 
 # %% [markdown]
-# Attention adds to the residual stream; the sum holds at every layer.
+# Attention adds its output to the residual stream; this holds at every layer.
 
 # %%
 for n in range(model.cfg.n_layers):
@@ -53,7 +53,7 @@ for n in range(model.cfg.n_layers):
 print("resid_mid = resid_pre + attn_out, at every layer")
 
 # %% [markdown]
-# Now edit: without one head, how much does the best guess lose? The hook is gone after the `with` block.
+# Now edit: how much does the logit of the best guess change without one head? The hook ends with the `with` block.
 
 # %%
 layer, head = model.cfg.n_layers - 1, 1
@@ -70,7 +70,7 @@ before, after = (float(out[0, -1, ids[0]]) for out in (logits, without))
 print(f"logit of {said[0]!r}: {before:.3f}, without L{layer}H{head}: {after:.3f}")
 
 # %% [markdown]
-# Where do the heads of that layer look?
+# Where do the heads of this layer attend?
 
 # %%
 names = [f"L{layer}H{n}" for n in range(model.cfg.n_heads)]

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Which activations say who gets the drink?
+# # Which activations carry the answer to "who gets the drink"?
 #
 # Indirect objects (Wang et al. 2022): in "When Mary and John went to the store, John gave a drink to" the next word
-# is " Mary". Change who gives, and it is " John". Patching finds the activations that carry that difference. Set
+# is " Mary". If the giver changes, it is " John". Patching finds the activations that carry this difference. Set
 # `HOOKLENS_TINY=1` to run on a hand-set induction model, whose answer is known.
 
 # %%
@@ -25,31 +25,30 @@ else:
     metric = hl.logit_diff(model, answer=" Mary", wrong_answer=" John")
 
 # %% [markdown]
-# The metric is the difference of two logits. First the two runs that are needed to read every other number.
+# The metric is the difference of two logits. All other numbers are relative to these two runs.
 
 # %%
 sweep = hl.patch(model, clean, corrupted, metric, site="resid_pre")
 print(f"clean {sweep.clean:.3f}, corrupted {sweep.corrupted:.3f}")
 
 # %% [markdown]
-# Every layer and position of the residual stream: the clean value, written into the corrupted run. Early on the
-# difference sits at the word that was changed; late, at the last position, where the answer is read.
+# Every layer and position of the residual stream: the clean value is written into the corrupted run. In early layers
+# the difference is at the changed word; in late layers it is at the last position, where the answer is predicted.
 
 # %%
 print(sweep.table(8))
 print(f"computed {sweep.computed:.1%} of what the loop would; largest difference from it {sweep.largest_error:.1e}")
 
 # %% [markdown]
-# Which layer moves it? The same with every position at once, attention and MLP apart.
+# Which layer moves it? The same for all positions at once, with attention and MLP separate.
 
 # %%
 for site in ("attn_out", *(["mlp_out"] if model.cfg.d_mlp else [])):
     print(hl.patch(model, clean, corrupted, metric, site=site, by="layer").table(4), "\n")
 
 # %% [markdown]
-# And which heads? A head that restores the difference is not yet a name mover: for that it must also look at the
-# name, copy it, and write it to the logits directly. `hooklens demo` checks all three on many prompts; one pair shows
-# one pair.
+# And which heads? A head that restores the difference is not yet a name mover: it must also attend to the name, copy
+# it, and write it to the logits directly. `hooklens demo` checks all three on many prompts; this is a single pair.
 
 # %%
 heads = hl.patch(model, clean, corrupted, metric, site="z")

@@ -19,23 +19,23 @@ from hooklens.testing import check_plugin, induction_model, tiny_model
 __doc__ = "Stream change: how much does each layer change the direction of the residual stream?"
 
 # %% [markdown]
-# The result holds numbers and what is needed to read them. `figure()` draws and computes nothing.
+# The result contains numbers and what is needed to read them. `figure()` draws and computes nothing.
 
 
 # %%
 @dataclass(frozen=True, eq=False)
 class StreamChange(Result):
-    """The cosine between the stream before and after each layer: 1 where a layer changes no direction."""
+    """The cosine between the stream before and after each layer: 1 if a layer does not change the direction."""
 
     cosine: Float[Tensor, "layer"]
     n_tokens: int
 
     def table(self, n: int | None = None) -> Table:
-        """One row a layer."""
+        """One row per layer."""
         return Table(("layer", "cosine"), list(enumerate(self.cosine.tolist()))).head(n)
 
     def figure(self) -> Any:
-        """One bar a layer."""
+        """One bar per layer."""
         from hooklens.viz import bars
 
         labels = [f"L{n}" for n in range(len(self.cosine))]
@@ -43,8 +43,8 @@ class StreamChange(Result):
 
 
 # %% [markdown]
-# The method asks for the points that it needs, and nothing else. It leaves no trace: no hooks, no gradients, no
-# random numbers.
+# The method requests the points that it needs, and no others. It leaves nothing behind: no hooks, no gradients, no
+# change of the random state.
 
 
 # %%
@@ -64,8 +64,8 @@ def demo(model: HookedTransformer) -> StreamChange:
 
 
 # %% [markdown]
-# Try it where the answer is known: heads of the induction model write to dimensions of their own, so no cosine is 1
-# or 0.
+# Test it where the answer is known: the heads of the induction model write to separate dimensions, so no cosine is 1 or
+# 0.
 
 # %%
 result = demo(tiny_model())
@@ -73,8 +73,8 @@ print(result)
 print(demo(induction_model()).table())
 
 # %% [markdown]
-# The battery says which clause of the contract is broken. Here it is the last one: a result can be loaded only if its
-# module is declared as an entry point, which takes a package. `docs/add_a_plugin.md` has the few lines.
+# The contract checks report which clause is violated. Here it is the last one: a result can be loaded only if its
+# module is declared as an entry point, which needs a package. `docs/add_a_plugin.md` shows the few lines.
 
 # %%
 try:

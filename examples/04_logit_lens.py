@@ -1,9 +1,10 @@
 # %% [markdown]
-# # When does the answer appear, and who writes it?
+# # When does the answer appear, and which components write it?
 #
-# "When Mary and John went to the store, John gave a drink to": the model says " Mary". A logit lens unembeds the
-# residual stream before every block, as if the model stopped there; direct logit attribution splits the answer's logit
-# into what each head added. Set `HOOKLENS_TINY=1` to run on a hand-set induction model, whose answer is known.
+# "When Mary and John went to the store, John gave a drink to": the model predicts " Mary". A logit lens unembeds the
+# residual stream before every block, as if the model stopped there. Direct logit attribution splits the answer's logit
+# into the contributions of the heads. Set `HOOKLENS_TINY=1` to run on a hand-set induction model, whose answer is
+# known.
 
 # %%
 import os
@@ -28,26 +29,26 @@ else:
     windows = ids[: len(ids) // 32 * 32].view(-1, 32)
 
 # %% [markdown]
-# The lens at the last position, stream by stream. The last row is the model itself. `control` is the rank that the same
-# answer has at other positions of the prompt, at the same layer: only a rank far below it says something about this
-# position. In SmolLM2 the early rows are confident and wrong. They are written in a basis that the unembedding does not
-# read, which is no proof that the model knows nothing there.
+# The lens at the last position, stream by stream. The last row is the model itself. `control` is the rank of the same
+# answer at other positions of the prompt, at the same layer: only a rank far below it is informative about this
+# position. In SmolLM2 the early rows are confident and wrong. They use a basis that the unembedding does not read,
+# which does not prove that the information is absent.
 
 # %%
 lens = logit_lens(model, prompt, answer=answer)
 print(lens.table())
 
 # %% [markdown]
-# The answer's rank, the entropy and the difference of the two names on the way, against the other positions.
+# The answer's rank, the entropy and the difference of the two names by layer, compared with other positions.
 
 # %%
-path = trace_predictions(model, prompt, answer, wrong_answer)
+path = trace_predictions(model, prompt, answer=answer, wrong_answer=wrong_answer)
 print(path.top(5), "\n")
 
 # %% [markdown]
-# A tuned lens reads each layer through an affine map of its own. Here it is fitted in closed form on a few pages of
-# Shakespeare; KL is that from the model's own prediction, on pages that it has not seen. Read so, SmolLM2
-# has the answer after block 23, where the logit lens sees it at the very end.
+# A tuned lens reads each layer through its own affine map. Here it is fitted in closed form on a few pages of
+# Shakespeare; the KL is measured against the model's own prediction, on held-out pages. With this lens, SmolLM2 has the
+# answer after block 23; the logit lens sees it only at the very end.
 
 # %%
 tuned, fit = fit_tuned_lens(model, windows)
@@ -56,18 +57,18 @@ reading = tuned_lens(model, prompt, tuned, answer=answer)
 print(reading.table())
 
 # %% [markdown]
-# Who writes it there? The logit difference is the sum of what the components added (with the final norm's scale
-# frozen). `spread` is what a component adds to a pair of random tokens: an attribution is about this answer only where
-# it stands out of that. Adding directly is not the whole of what a head does; patch it to see that.
+# Which components write it? The logit difference is the sum of the components' contributions (with the final norm's
+# scale frozen). `spread` is a component's contribution for a pair of random tokens: an attribution is specific to this
+# answer only if it is clearly larger. The direct contribution is not a head's whole effect; patch it to see that.
 
 # %%
-found = direct_logit_attribution(model, prompt, answer, wrong_answer)
+found = direct_logit_attribution(model, prompt, answer=answer, wrong_answer=wrong_answer)
 print(f"logit difference {float(found.logit):.3f}, sum of all components {float(found.total):.3f}")
 print(found.table(8), "\n")
 print(found.top(6))
 
 # %% [markdown]
-# And from where did the first of these heads move it?
+# And from which position did the first of these heads move it?
 
 # %%
 layer, head = divmod(int(found.heads[0].abs().argmax()), found.heads.shape[2])

@@ -1,14 +1,14 @@
 # %% [markdown]
-# # Who moves the name, and who tells them which one?
+# # Which heads move the name, and which tell them which name?
 #
-# "When Mary and John went to the store, John gave a drink to" continues with " Mary". Wang et al. (2022) took the
-# circuit behind this apart in GPT-2 small: name movers write the name, S-inhibition heads tell their queries which name
-# not to look at. Here the same questions are put to SmolLM2, path by path. Set `HOOKLENS_TINY=1` to run on a hand-set
-# induction model, whose answer is known.
+# "When Mary and John went to the store, John gave a drink to" continues with " Mary". Wang et al. (2022) analysed the
+# circuit behind this in GPT-2 small: name movers write the name, and S-inhibition heads tell their queries which name
+# not to attend to. Here the same questions are asked of SmolLM2, path by path. Set `HOOKLENS_TINY=1` to run on a
+# hand-set induction model, whose answer is known.
 #
-# A path is patched by letting one reader of the residual stream (a head's query, say) see one component's value of the
-# other run, while everybody else sees what is there. What is chosen is chosen on some prompts (`scouts`), what is
-# reported is measured on others (`pairs`).
+# To patch a path, one reader of the residual stream (for example a head's query) sees one component's value from the
+# other run, while all other readers see the original value. Choices are made on some prompts (`scouts`), and reported
+# numbers are measured on others (`pairs`).
 
 # %%
 import os
@@ -18,49 +18,45 @@ import torch
 
 import hooklens as hl
 from hooklens.data.indirect_object import ioi
-from hooklens.metrics import LogitDiff
 from hooklens.plugins.heads import find_name_movers
-from hooklens.plugins.patching import Choice, path_patch, path_patch_fixed, trace_information
+from hooklens.plugins.patching import Choice, Fixed, path_patch, trace_information
 from hooklens.testing import induction_model
 
 TINY = bool(os.environ.get("HOOKLENS_TINY"))
 model = induction_model() if TINY else hl.load("smollm2-135m-instruct")
 
 
-def prompts(n: int, seed: int) -> tuple:
-    """Clean and corrupted tokens, their metric, and the groups of pairs that share names and sentence."""
+def prompts(n: int, seed: int) -> hl.PromptPairs:
+    """Pairs with their answers, and the groups of those that share names and sentence."""
     if TINY:  # the first token differs: is it the one that is repeated?
         clean = torch.tensor([[a, 1, 4, 9, a] for a in (3, 5, 6, 7)]) + (seed > 0)
         corrupted = clean.clone()
         corrupted[:, 0] = 0
-        return clean, corrupted, hl.logit_diff(model, answer=1 + (seed > 0), wrong_answer=4), torch.arange(4)
-    made = ioi(model, n, seed=seed)
-    metric = LogitDiff(made.end, made.answer_tokens, made.wrong_answer_tokens)
-    return made.clean_tokens, made.corrupted_tokens, metric, made.group
+        return hl.PromptPairs(clean, corrupted, answer=1 + (seed > 0), wrong_answer=4)
+    return ioi(model, n, seed=seed)
 
 
-*scouts, scout_groups = prompts(16, seed=1)
-*pairs, groups = prompts(32, seed=0)
+scouts, pairs = prompts(16, seed=1), prompts(32, seed=0)
 
 # %% [markdown]
-# First the direct paths to the logits: what would the final norm and the unembedding alone make of each head's clean
-# value? The corrupted prompt names the other person the second time, so that its answer is the other name.
+# First the direct paths to the logits: the effect of each head's clean value if only the final norm and the unembedding
+# see it. The corrupted prompt repeats the other name, so its answer is the other name.
 
 # %%
-direct = path_patch(model, *scouts, receivers="final", group=scout_groups)
+direct = path_patch(model, scouts, receivers="final")
 print(f"clean {direct.clean:.2f}, corrupted {direct.corrupted:.2f}")
 print(direct.top(8))
 
 # %% [markdown]
-# Not every head in this list need move a name: a name mover looks at the indirect object and copies it. So the
-# receivers are the heads that pass all three tests of `name_movers`, and where the head with the largest direct effect
-# is none of them, it is asked separately.
+# Not every head in this list is a name mover: a name mover attends to the indirect object and copies it. So the
+# receivers are the heads that pass all three tests of `name_movers`. If the head with the largest direct effect is not
+# among them, it is examined separately.
 
 # %%
 if TINY:
     movers, strongest = [(1, 1)], None
 else:
-    movers = find_name_movers(model, ioi(model, 16, seed=1)).name_movers
+    movers = find_name_movers(model, scouts).name_movers
     strongest = next((int(layer), int(head)) for layer, head in direct.place[direct.order()] if head >= 0)
     if strongest in movers:
         strongest = None
@@ -69,23 +65,24 @@ else:
 print("name movers:", ", ".join(f"L{layer}H{head}" for layer, head in movers))
 
 # %% [markdown]
-# Who feeds their queries? One call sweeps all heads and MLPs. Beside it the five strongest once more as Wang et al. do
-# it: recorded with the other heads frozen and the MLPs recomputed, then held. The two need not agree: one counts the
-# edge alone, the other also what MLPs make of the sender on the way.
+# Which components feed their queries? One call sweeps all heads and MLPs. The five strongest are also computed in the
+# way of Wang et al.: recorded with the other heads frozen and the MLPs recomputed, then held. The two need not agree:
+# one counts the edge alone, the other includes the MLPs' effect on the sender's output.
 
 # %%
-few = slice(0, 8)
-some = (scouts[0][few], scouts[1][few], scouts[2].pairs(torch.arange(len(scouts[0]))[few]))
+some = scouts[:8]
 part = "k" if TINY else "q"
-feeding = path_patch(model, *some, receivers=[(part, *head) for head in movers], group=scout_groups[few])
+queries = [(part, *head) for head in movers]
+feeding = path_patch(model, some, receivers=queries)
 print(feeding.top(5))
 names = [row[0] for row in feeding.top(5).rows]
-print(path_patch_fixed(model, *some, receivers=[(part, *head) for head in movers], senders=names).table())
+print(path_patch(model, some, receivers=Fixed(queries), senders=names).table())
 
 # %% [markdown]
-# Now the claims, on prompts that had no part in any choice of receivers. For each receiver the strongest senders are
-# chosen on one half of the pairs, and measured on the other with 95 % intervals over groups of pairs. Two controls
-# stand beside each: the same sender writing as much in random directions ("turned"), and others drawn at random.
+# Now the claims, on prompts that were not used to choose receivers. For each receiver the strongest senders are chosen
+# on one half of the pairs, and measured on the other with 95 % intervals over groups of pairs. Two controls are
+# reported with each: the same sender writing as much in random directions ("turned"), and other senders drawn at
+# random.
 
 # %%
 shared = model.cfg.n_heads // model.cfg.n_key_value_heads  # heads that share a key and a value
@@ -99,16 +96,14 @@ if strongest is not None:
     layer, head = (int(x) for x in feeder[1:].split("H"))
     receivers[f"L{strongest[0]}H{strongest[1]}'s value"] = ("v", strongest[0], strongest[1] // shared)
     receivers[f"{feeder}'s value"] = ("v", layer, head // shared)
-flow = trace_information(
-    model, *pairs, receivers=receivers, group=groups, choice=Choice(per_receiver=3, draws=39, choose_on=8)
-)
+flow = trace_information(model, pairs, receivers=receivers, choice=Choice(per_receiver=3, draws=39, choose_on=8))
 print(flow.table())
 
 # %% [markdown]
-# Read with care. A share is that of the clean-corrupted difference, each path alone: shares of different paths need not
-# add up. Whatever treats both names alike (that there are names at all, that one is repeated) cannot show here. "of
-# receiver" is what the path carries of all that its receiver could get; it is nan where the interval of what the
-# receiver as a whole carries includes 0. And the prompts are templates: nothing is said about other sentences.
+# Limits: a share refers to the clean-corrupted difference, for each path alone; shares of different paths need not add
+# up. Components that treat both names alike (that there are names at all, that one is repeated) cannot show up here.
+# "of receiver" is the path's share of everything that its receiver could get; it is nan if the interval of the
+# receiver's total includes 0. The prompts are templates, so this shows nothing about other sentences.
 
 # %%
 ends = list(zip(flow.receivers, *(end.tolist() for end in flow.interval()), strict=True))

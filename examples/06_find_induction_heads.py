@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Find induction heads
 #
-# In "A B ... A" an induction head says "B": it looks at what followed the last A, and copies it (Olsson et al. 2022).
-# We grow the circuit in a model small enough to see all of it, then look for its parts among the 270 heads of SmolLM2.
+# In "A B ... A" an induction head predicts "B": it attends to the token after the last A, and copies it (Olsson et al.
+# 2022). We train a model small enough to see the whole circuit, then look for its parts among the 270 heads of SmolLM2.
 # Set `HOOKLENS_TINY=1` to use a hand-set model in place of both.
 
 # %%
@@ -27,8 +27,8 @@ from hooklens.testing import induction_model
 TINY = bool(os.environ.get("HOOKLENS_TINY"))
 
 # %% [markdown]
-# Training data: a random pattern, again and again. Only the sequence itself tells what comes next, so the loss falls
-# below ln V only when two heads of different layers have found each other.
+# Training data: a random pattern, repeated. Only the sequence itself determines the next token, so the loss falls below
+# ln V only when two heads of different layers form the circuit.
 
 
 # %%
@@ -56,8 +56,8 @@ def trained(steps=700, d_vocab=64, length=33):
 small = induction_model() if TINY else trained()
 
 # %% [markdown]
-# Who looks where, and what does it cost to take each head away? "Before repeats" is the control: a head that costs as
-# much there is not missed for its induction.
+# Where does each head attend, and what does ablating it cost? "Before repeats" is the control: a head that costs as
+# much there does not matter because of induction.
 
 # %%
 scores, heads = score_heads(small), find_induction_heads(small)
@@ -66,17 +66,17 @@ print(f"loss on the repeat {heads.loss.mean():.4f}")
 print(heads.table(), "\n")
 
 # %% [markdown]
-# Does the circuit also stand in the weights? Which later head's queries, keys or values are set up to read what which
-# earlier head wrote, against the same matrices in random orientation (two heads a layer are too few to ask which pairs
-# stand out)? And which heads would positions alone send one back, against the same head with rotated queries?
+# Is the circuit also visible in the weights? Which later head's queries, keys or values read what which earlier head
+# writes, compared with the same matrices in random orientation (with two heads per layer there are too few pairs to see
+# which stand out)? And for which heads do positions alone select the previous token, compared with rotated queries?
 
 # %%
 print(score_composition(small).top(4), "\n")
 print(score_positions(small).top(2), "\n")
 
 # %% [markdown]
-# Now a real model. A label takes attention beyond that of heads with randomly rotated queries *and* a loss that moves
-# the right way, on other sequences, when exactly that attention is blocked.
+# Now a real model. A label needs attention beyond that of heads with randomly rotated queries *and* a change of the
+# loss in the right direction, on other sequences, when exactly this attention is blocked.
 
 # %%
 model = induction_model() if TINY else hl.load("smollm2-135m-instruct")
@@ -85,8 +85,8 @@ print(found.counts(), "\n")
 print(found.table(12), "\n")
 
 # %% [markdown]
-# Heads may look like induction heads without being missed one by one. Do they stand in for one another? The two that
-# look most, ablated one by one and together, on sequences that chose nothing.
+# A head may look like an induction head although ablating it alone has no effect. Are such heads redundant? Ablate the
+# two with the highest scores, singly and together, on sequences that were not used to choose them.
 
 # %%
 from hooklens.data.repeated import repeated_tokens
@@ -94,17 +94,15 @@ from hooklens.data.repeated import repeated_tokens
 pair = scores.order("induction")[:2] if TINY else found.scores.order("induction")[:2]
 text = repeated_tokens(model, 24, seed=7)
 measured, reference = text.part(0, 12), text.part(12, 24)
-both = measure_redundancy(model, measured.tokens, measured.metric(), pair, reference=reference.tokens)
+both = measure_redundancy(model, measured.tokens, measured.metric(), pair, value=hl.Mean(reference.tokens))
 print(both.table())
 low, high = (float(end[0, 1]) for end in mean_interval(both.interaction))
-verdict = (
-    "stand in for one another" if low > 0 else "share a road" if high < 0 else "cannot be told apart from adding up"
-)
-print(f"{' and '.join(both.heads)} {verdict}: interaction {low:.3f} to {high:.3f} nats a token\n")
+verdict = "are redundant" if low > 0 else "share a path" if high < 0 else "cannot be told apart from adding up"
+print(f"{' and '.join(both.heads)} {verdict}: interaction {low:.3f} to {high:.3f} nats per token\n")
 
 # %% [markdown]
-# The picture: every head that looks at a label's keys more than chance allows. Blue ones earned the label. Orange ones
-# look there too, but blocking it does not raise the loss: looking is not doing.
+# The figure: every head that attends to a label's keys more than chance allows. Blue heads earned the label. Orange
+# heads attend there too, but blocking it does not raise the loss: attention alone is not evidence.
 
 # %%
 figure = found.figure()

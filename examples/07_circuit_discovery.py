@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Which edges say who gets the drink, and would any others do?
+# # Which edges carry the answer, and would any others do as well?
 #
-# Indirect objects again (Wang et al. 2022). A circuit is a set of edges between heads, MLPs, embedding and logits;
-# every other edge carries what it would on the corrupted prompt. Here one is found on half of the prompts and judged on
-# the other half, beside random circuits of the same make. Set `HOOKLENS_TINY=1` to run on a hand-set induction model,
-# whose attention is so sharp that gradients see its last edge only.
+# Indirect objects again (Wang et al. 2022). A circuit is a set of edges between heads, MLPs, embedding and logits; all
+# other edges carry their corrupted value. Here a circuit is found on half of the prompts and tested on the other half,
+# compared with similar random circuits. Set `HOOKLENS_TINY=1` to run on a hand-set induction model, whose attention is
+# so sharp that gradients see only its last edge.
 
 # %%
 import os
@@ -14,9 +14,7 @@ import torch
 
 import hooklens as hl
 from hooklens.data.indirect_object import ioi
-from hooklens.metrics import LogitDiff
 from hooklens.plugins.circuits import eap, trace_faithfulness
-from hooklens.results.statistics import halves
 from hooklens.testing import induction_model
 
 if os.environ.get("HOOKLENS_TINY"):
@@ -25,38 +23,34 @@ if os.environ.get("HOOKLENS_TINY"):
     first, second, third, last = torch.randperm(10, generator=torch.Generator().manual_seed(0))[:8].view(4, 2) + 1
     clean = torch.stack([first, second, third, last, first], 1)
     corrupted = torch.stack([first, second, third, last, second], 1)
-    metric, group = hl.logit_diff(model, answer=second, wrong_answer=third), torch.arange(2)
+    pairs = hl.PromptPairs(clean, corrupted, answer=second, wrong_answer=third)
 else:
     model, sizes = hl.load("smollm2-135m-instruct"), [50, 100, 200, 400]
     pairs = ioi(model, 32)
-    clean, corrupted, group = pairs.clean_tokens, pairs.corrupted_tokens, pairs.group
-    metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
 
 # %% [markdown]
-# Prompts that share names and a sentence stay together: no name of one half is scored with the help of the other.
+# Prompts that share names and a sentence stay together: no prompt is tested with names that were used in the search.
 
 # %%
-discover, judge = halves(len(clean), group=group)
-scores = eap(model, clean[discover], corrupted[discover], metric.pairs(discover))
-print(f"metric: clean {scores.clean:.3f}, corrupted {scores.ablated:.3f}, mean over {scores.n_pairs} pairs")
+discover, judge = pairs.split(seed=0)
+scores = eap(model, discover)
+print(f"metric: clean {scores.base:.3f}, corrupted {scores.empty:.3f}, mean over {scores.n_pairs} pairs")
 print(f"{scores.graph.n_edges} edges, scored by two forward passes and one backward:\n{scores.table(12)}")
 
 # %% [markdown]
-# A score is a linear guess. What a circuit does is measured: 0 is the corrupted run, 1 the model. The last columns are
-# 100 random circuits with as many edges between the same layers and kinds, each on whole paths. Where they do as well,
-# the circuit says nothing about which heads matter.
+# A score is a linear approximation. The circuit's effect is measured: 0 is the corrupted run, 1 the model. The last
+# columns are 100 random circuits with as many edges between the same layers and kinds, each on complete paths. If they
+# do as well, the circuit shows nothing about which heads matter.
 
 # %%
-curve = trace_faithfulness(
-    model, scores, clean[judge], corrupted[judge], metric.pairs(judge), sizes=sizes, group=group[judge]
-)
+curve = trace_faithfulness(model, scores, judge, sizes=sizes)
 print(curve.table())
 chance = float(curve.random_area.mean())
 print(f"area under the curve {curve.area:.3f}, of random circuits {chance:.3f} (p = {curve.p:.3f})")
 print(f"{curve.n_seen} of {curve.n_pairs} prompts were used to find the edges")
 
 # %% [markdown]
-# The picture: blue edges raise the logit difference, orange ones lower it; hover for the score.
+# The figure: blue edges raise the logit difference, orange ones lower it; hover for the score.
 
 # %%
 circuit = scores.greedy_edges(sizes[1])

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # A probe reads the number of the subject. Does the model use it?
 #
-# "The cats near the tree": is the subject one or many? Read at the last noun, which is as often one as many, so that
-# the word itself says nothing. An accuracy alone says little: it stands here beside a control task, shuffled labels and
-# what the embeddings know before the model computes anything. And a probe that reads well need not read what the model
-# uses: for that its direction is edited. Set `HOOKLENS_TINY=1` to run on a tiny random model.
+# "The cats near the tree": is the subject singular or plural? The probe reads the last noun, which is equally often
+# singular and plural, so the word itself carries no information. Accuracy alone shows little: it is compared with a
+# control task, shuffled labels and the embeddings before any computation. A probe that reads well need not read what
+# the model uses: to test that, its direction is edited. Set `HOOKLENS_TINY=1` to run on a tiny random model.
 
 # %%
 import os
@@ -37,9 +37,9 @@ else:
 print(task.table(5))
 
 # %% [markdown]
-# One half of the prompts is for reading, the other for the causal test; no noun stands in both. Within the first half,
-# folds keep nouns apart as well, and the layer is chosen in inner folds, so that the accuracy is that of prompts which
-# had no say in it.
+# One half of the prompts is for reading, the other for the causal test; no noun occurs in both. Within the first half,
+# folds keep nouns apart as well, and the layer is chosen in inner folds, so the accuracy is measured on prompts that
+# were not used for the choice.
 
 # %%
 reading, testing = task.halves()
@@ -48,12 +48,11 @@ print(study.table())
 print(f"\nreads best at {study.point}; calibration error {study.calibration.ece:.3f}")
 
 # %% [markdown]
-# Now the test that reading is not, at two layers that were fixed before anything was measured, half and nine tenths of
-# the way up: a probe may read at either, and the question is whether what follows uses it. Move each prompt's
-# activation along the probe's direction until the probe cannot tell (ablate), or over to the other class (steer), and
-# see how far " are" against " is" moves. Beside it: vectors of the same length along random directions. Two edits at
-# two layers are four tests, hence q over all four. One direction may not be all there is: a probe fitted anew says what
-# is left.
+# Now the causal test, at two layers that were fixed beforehand, half and nine tenths of the way up: a probe may read at
+# either layer, and the question is whether later layers use it. Move each prompt's activation along the probe's
+# direction to the midpoint of the classes (ablate) or over to the other class (steer), and measure the change of " are"
+# against " is". The control: vectors of the same length along random directions. Two edits at two layers are four
+# tests, hence q over all four. There may be more than one such direction: a newly fitted probe shows what is left.
 
 # %%
 testing = testing.take(torch.randperm(len(testing), generator=torch.Generator().manual_seed(0))[:tests])
@@ -72,7 +71,7 @@ q = q_values(torch.stack([check.p for check in checks]))
 for check, row in zip(checks, q.tolist(), strict=True):
     for edit, value, low in zip(EDITS, row, check.interval()[0].tolist(), strict=True):
         moved = value <= 0.05 and low > 0
-        said = "takes more than random directions do" if moved else "takes no more than random directions may"
+        said = "has a larger effect than random directions" if moved else "has no larger effect than random directions"
         print(f"{edit} at {check.point}: q {value:.3f}, {said}")
 
 # %%

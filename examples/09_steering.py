@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Can a direction make the model say it is wonderful, and what does that cost?
+# # Can a direction make the model positive, and what does that cost?
 #
 # The difference of mean activations between kind and unkind sentences is a direction. Added while the model reads and
-# writes, it should make the model kinder, more so than random directions of the same length, and before the text falls
-# apart. Set `HOOKLENS_TINY=1` to run on a small random model, which shows the steps and nothing else.
+# writes, it should make the model kinder, more than random directions of the same length, and before the text
+# degenerates. Set `HOOKLENS_TINY=1` to run on a small random model, which only shows the steps.
 
 # %%
 import os
@@ -46,9 +46,9 @@ else:
     sizes = {"controls": 20, "written": 1, "new_tokens": 16, "temperature": 0.7}
 
 # %% [markdown]
-# The direction, at every layer, and how well it tells apart sentences that it was not made from. Sentences about one
-# thing stay together, so that nothing is learned from the thing; labels swapped at random show what chance does. The
-# words whose odds are read below stand in none of the sentences: the direction does not just hold them.
+# The direction at every layer, and how well it separates held-out sentences. Sentences about one thing stay together,
+# so that nothing is learned from the thing; randomly swapped labels show the chance level. The words whose odds are
+# measured below occur in none of the sentences: the direction does not simply contain them.
 
 # %%
 assert not any(word in (text if tiny else text.split()) for text in kind + unkind for word in answers)
@@ -57,9 +57,9 @@ print(directions.top(4), "\n")
 print(f"best layer {directions.best}, p {directions.best_p:.3f} with the choice of layer counted in\n")
 
 # %% [markdown]
-# That it separates sentences does not say that the model uses it: it is added to other sentences. The layer is the one
-# where adding and subtracting it moves the odds of " great" against " terrible" most on one half of them; all that
-# follows is from the other half. The two sentences about one thing stay in one half.
+# Separating sentences does not show that the model uses the direction, so it is added to other sentences. The layer is
+# the one where adding and subtracting it changes the odds of " great" against " terrible" most on one half of them; all
+# results below are from the other half. The two sentences about one thing stay in one half.
 
 # %%
 about = torch.arange(len(prompts) // 2).repeat_interleave(2)
@@ -78,8 +78,8 @@ layer = max(moved, key=moved.get)
 print({one: round(size, 2) for one, size in moved.items()}, f"so layer {layer}\n")
 
 # %% [markdown]
-# In steps, beside random directions of the same length: the change of the odds (effect), the perplexity of the text
-# that the steered model writes, and that of neutral text under the steered model.
+# Over coefficients, compared with random directions of the same length: the change of the odds (effect), the perplexity
+# of the steered model's text, and that of neutral text under the steered model.
 
 # %%
 asked = [prompts[i] for i in report]
@@ -98,9 +98,9 @@ print(sweep.table(), "\n")
 print(sweep.samples(), "\n")
 
 # %% [markdown]
-# The other way round: does the model need the direction to answer? It is taken out of the stream at every layer. Random
-# directions hold little of the stream, so others stand beside them that hold as large a share of it.
-# What all sentences have in common along it goes as well, so that the odds may move to either side.
+# Conversely: does the model need the direction to answer? It is ablated from the stream at every layer. Isotropic
+# random directions contain little of the stream, so there are also controls with as large a share of it. What all
+# sentences have in common along the direction is removed as well, so the odds may move in either direction.
 
 # %%
 without = measure_direction_ablation(
@@ -109,7 +109,7 @@ without = measure_direction_ablation(
 print(without.table(), "\n")
 
 # %% [markdown]
-# And as one would use it: only from the last prompt token on, while generating.
+# And in typical use: only from the last prompt token on, while generating.
 
 # %%
 with steer(model, directions.at(layer), 2.0, site=("resid_post", layer), positions=slice(-1, None)):

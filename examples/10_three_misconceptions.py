@@ -1,24 +1,22 @@
 # %% [markdown]
-# # Three misconceptions, failing with numbers
+# # Three misconceptions, refuted with numbers
 #
 # "Zeroing it breaks the model, so it does the task." "It attends to the name, so it matters." "A probe reads it, so
 # the model uses it." Each is tested on indirect objects ("When Mary and John went to the store, John gave a drink
-# to"). A case and its control are searched for on one half of the prompts and measured on the other, and what counts as
-# "nothing" is set before that half is touched. Set `HOOKLENS_TINY=1` to run the steps on a small random model.
+# to"). A case and its control are searched for on one half of the prompts and measured on the other; the definition of
+# "nothing" is fixed before that half is used. Set `HOOKLENS_TINY=1` to run the steps on a small random model.
 
 # %%
 import os
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
 import hooklens as hl
 from hooklens.data.indirect_object import ioi
 from hooklens.plugins.patching.ablation import ablate
-from hooklens.plugins.patching.ablation_kinds import Resample
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probe_use import check_probe_use
 from hooklens.plugins.probing.probes import WhitenedMassMean
@@ -26,6 +24,7 @@ from hooklens.plugins.probing.task import read_task
 from hooklens.results.claims.registration import Registration
 from hooklens.results.statistics import halves, mean_interval
 from hooklens.sweeps.planning import Patch
+from hooklens.sweeps.replacement import Resample
 from hooklens.testing import tiny_model
 from hooklens.viz import bars
 
@@ -37,23 +36,22 @@ def pairs_of_numbers(n):
     """The shape of "so A and B, B gave to", for a model without words; the two names and their two orders: a group."""
     ids = (torch.randint(18, (n, 2), generator=torch.Generator().manual_seed(0)) + torch.tensor([4, 22])).tolist()
     roles = [(a, b, order) for x, y in ids for a, b in ((x, y), (y, x)) for order in ("ABBA", "BABA")]
-    answer, wrong = (torch.tensor([role[i] for role in roles]) for i in (0, 1))
     rows = [[0, a, 1, b, 2, b, 3] if order == "ABBA" else [0, b, 1, a, 2, b, 3] for a, b, order in roles]
-    made = {"answer_tokens": answer, "wrong_answer_tokens": wrong, "order": [role[2] for role in roles]}
-    return SimpleNamespace(
-        clean_tokens=torch.tensor(rows), group=torch.arange(n).repeat_interleave(4), end=torch.full((4 * n,), 6), **made
-    )
+    other = [[*row[:5], a, 3] for row, (a, _, _) in zip(rows, roles, strict=True)]
+    columns = {"order": [role[2] for role in roles], "end": torch.full((4 * n,), 6)}
+    made = {"answer": [role[0] for role in roles], "wrong_answer": [role[1] for role in roles], "columns": columns}
+    return hl.PromptPairs(rows, other, group=torch.arange(n).repeat_interleave(4), **made)
 
 
 model = tiny_model(d_vocab=40, n_layers=4, d_model=32, n_heads=4) if tiny else hl.load("smollm2-135m-instruct")
 pairs = pairs_of_numbers(n_groups) if tiny else ioi(model, 4 * n_groups, seed=2)
-tokens, every = pairs.clean_tokens, torch.arange(4 * n_groups)
-difference = hl.logit_diff(model, answer=pairs.answer_tokens, wrong_answer=pairs.wrong_answer_tokens)
+(tokens, _), every = pairs.tokens(model), torch.arange(4 * n_groups)
+difference = pairs.metric_of(model)
 
 # %% [markdown]
 # The four prompts of a sentence and two names stay in one half. The first two cases use one of the four, the third all.
-# "Nothing" is a 95% interval within 5% of the model's logit difference, that of the first half; "something" one that
-# lies outside of it. This is written down before anything is run on the second half.
+# "Nothing" is a 95% interval within 5% of the model's logit difference on the first half; "something" is an interval
+# outside it. This is registered before anything runs on the second half.
 
 # %%
 choose, report = halves(len(tokens), group=pairs.group)
@@ -75,12 +73,12 @@ def ends(change, group=None):
 
 
 def furthest(change, group=None):
-    """The end of the interval that lies further from 0: what a search for "nothing" makes small."""
+    """The end of the interval further from 0: a search for "nothing" minimises it."""
     return max(map(abs, ends(change, group)))
 
 
 def measured(name, change, group=None):
-    """One bar of the picture, and what may be said of it."""
+    """Measure one bar of the figure, and return its verdict."""
     low, high = ends(change, group)
     verdict = "nothing" if -margin < low and high < margin else "undecided"
     verdict = "something" if low > margin or high < -margin else verdict
@@ -99,8 +97,8 @@ def without(patches, half, value, **asked):
 # %% [markdown]
 # ## 1. "Zeroing it breaks the model, so it does the task"
 #
-# Of the twelve heads whose zeroing matters most, the one that does least when it is given another prompt's output. It
-# is needed, and carries nothing about these names: what reads it expects that something is there.
+# Of the twelve heads with the largest effect when set to zero, take the one with the smallest effect when it gets
+# another prompt's output. It is needed, but carries nothing about these names: its readers expect it to be active.
 
 # %%
 every_head = [Patch(layer, head=head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
@@ -117,15 +115,16 @@ measured(f"control: {used} resampled", others[1])
 # %% [markdown]
 # ## 2. "It attends to the name, so it matters"
 #
-# Of the heads that pay most attention from the last position to the two names, the one that does least when resampled.
+# Of the heads with the most attention from the last position to the two names, the one with the smallest effect when
+# resampled.
 
 # %%
-io, subject = pairs.answer_tokens, pairs.wrong_answer_tokens
+io, subject = difference.answer, difference.wrong_answer
 is_name = ((tokens == io[:, None]) | (tokens == subject[:, None]))[one_each]
 with torch.no_grad():
     _, cache = model.run_with_cache(tokens[one_each], names="pattern")
 row = torch.arange(len(one_each))
-last = torch.stack([cache["pattern", n][row, :, pairs.end[one_each]] for n in range(model.cfg.n_layers)], 1)
+last = torch.stack([cache["pattern", n][row, :, pairs["end"][one_each]] for n in range(model.cfg.n_layers)], 1)
 looks = (last * is_name[:, None, None]).sum(-1).flatten(1)  # prompt head: attention paid to the names
 in_a = torch.isin(one_each, a)
 most = looks[in_a].mean(0).topk(4 if tiny else 8).indices.tolist()
@@ -144,13 +143,13 @@ for place, role, change in zip(picked, ("", "control: "), found, strict=True):
 # ## 3. "A probe reads it, so the model uses it"
 #
 # Which name came first can be read from the last position. The probe's direction is ablated there: every activation is
-# moved along it until the probe cannot tell. Held against it: the logit of the first name minus that of the second,
-# which is the logit difference with the sign of the order. Of the layers at which a probe reads well on the first half,
-# the one where that does least, and as control the one where it does most.
+# moved along it to the midpoint of the classes. The metric is the logit of the first name minus that of the second,
+# which is the logit difference with the sign of the order. Of the layers where a probe reads well on the first half,
+# take the one with the smallest effect, and as control the one with the largest.
 
 # %%
-first = torch.tensor([order == "ABBA" for order in pairs.order])
-task = read_task(model, tokens, first.tolist(), group=pairs.group.tolist(), pos=pairs.end.tolist(), name="order")
+first = torch.tensor([order == "ABBA" for order in pairs["order"]])
+task = read_task(model, tokens, first.tolist(), group=pairs.group.tolist(), pos=pairs["end"].tolist(), name="order")
 names = torch.where(first, io, subject), torch.where(first, subject, io)
 by_order = hl.logit_diff(model, answer=names[0], wrong_answer=names[1])
 
@@ -165,8 +164,8 @@ for layer in range(model.cfg.n_layers) if tiny else (20, 24, 28):
     well += [layer] * (study.accuracy >= 0.9)
 
 # %% [markdown]
-# On the second half it also has to lie within what random directions do, of the same length and drawn as activations
-# vary.
+# On the second half, the effect must also lie within that of random directions of the same length, drawn with the
+# covariance of the activations.
 
 # %%
 well = well or list(far)
@@ -184,8 +183,8 @@ for layer, role, draws in ((min(well, key=far.get), "", 40), (max(well, key=far.
     cases.setdefault("readable but idle", verdict == "nothing" and inside)
 
 # %% [markdown]
-# What was found, and what was not. None of it says that the parts are idle in general: the metric is one, the prompts
-# are of one kind, and others may make up for what is gone.
+# What was found, and what was not. This does not show that the components are idle in general: there is one metric and
+# one kind of prompt, and other components may compensate for the ablated one.
 
 # %%
 for case, holds in cases.items():

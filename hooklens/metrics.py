@@ -1,7 +1,7 @@
-"""Metrics: functions of logits, one value a prompt pair, higher meaning more like clean.
+"""Metrics: functions of logits that return one value per prompt pair; higher means more like clean.
 
-Any function of logits `[pair pos d_vocab]` is a metric. The ones here also say what they read, which lets a sweep skip
-the rest of the unembedding.
+Any function of logits `[pair pos d_vocab]` is a metric. The metrics here also declare what they read, so a sweep can
+skip the rest of the unembedding.
 """
 
 import operator
@@ -28,9 +28,9 @@ Answers = str | int | Sequence[str] | Sequence[int] | Tensor
 
 
 class Reads(NamedTuple):
-    """What a metric reads: positions `[pair read]` (negative: from the end), tokens `[pair token]` or None for all.
+    """The inputs of a metric: positions `[pair read]` (negative: from the end), tokens `[pair token]` or None for all.
 
-    Positions count the real tokens of each prompt, where it is padded.
+    If prompts are padded, positions count the real tokens of each prompt.
     """
 
     pos: Int[Tensor, "pair read"]
@@ -39,7 +39,7 @@ class Reads(NamedTuple):
 
 @runtime_checkable
 class ReadingMetric(Protocol):
-    """A metric that says what it reads; `pairs(index)` is the same metric for these pairs, one row each."""
+    """A metric that declares what it reads; `pairs(index)` is the same metric for these pairs, one row each."""
 
     @property
     def reads(self) -> Reads: ...
@@ -49,10 +49,10 @@ class ReadingMetric(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AtPosition(ABC):
-    """The base of a metric that reads the logits at one position of each prompt, which a sweep then computes alone.
+    """Base class of metrics that read the logits at one position of each prompt; a sweep computes only these.
 
-    A subclass is a frozen dataclass whose fields are tensors with one row for each pair, or one row for all. It defines
-    `on_read`, and `read_tokens` where it reads the logits of a few tokens only.
+    A subclass is a frozen dataclass whose fields are tensors with one row per pair, or one row for all pairs. It
+    defines `on_read`, and also `read_tokens` if it reads the logits of only a few tokens.
 
     >>> @dataclass(frozen=True, eq=False)
     ... class Confidence(AtPosition):
@@ -66,11 +66,18 @@ class AtPosition(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pos", _positions(self.pos).reshape(-1))  # a number or a list will do
+        rows = {name: len(value) for name, value in self._fields().items()}
+        if len({n for n in rows.values() if n != 1}) > 1:
+            raise InputError(
+                f"the fields of {type(self).__name__} have one row for each pair, or one for all; got "
+                + ", ".join(f"{n} for {name}" for name, n in rows.items())
+            )
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
         """One value a pair, from full logits."""
-        if len(self.pos) not in (1, len(logits)):
-            raise InputError(f"the metric was made for {len(self.pos)} pairs, and got logits of {len(logits)}")
+        n = max(map(len, self._fields().values()))
+        if n not in (1, len(logits)):
+            raise InputError(f"the metric was made for {n} pairs, but got logits of {len(logits)}")
         this = self.pairs(torch.arange(len(logits)))
         pos, tokens = this.reads
         pos, tokens = pos.to(logits.device), None if tokens is None else tokens.to(logits.device)
@@ -81,13 +88,15 @@ class AtPosition(ABC):
         return this.on_read(read if tokens is None else read.gather(2, tokens[:, None].expand(-1, read.shape[1], -1)))
 
     def pairs(self, index: Int[Tensor, "row"]) -> Any:
-        """The same metric with one row for each of these pairs; a metric of one pair serves any number."""
+        """The same metric with one row for each of these pairs; a metric of one pair works for any number."""
         changed = {
             name: value[index] if len(value) > 1 else value.expand(len(index), *value.shape[1:])
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            for name, value in self._fields().items()
         }
         return replace(self, **changed)
+
+    def _fields(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and value.ndim}
 
     @property
     def reads(self) -> Reads:
@@ -96,18 +105,18 @@ class AtPosition(ABC):
         if tokens is not None and not good:
             seen = list(tokens.shape) if isinstance(tokens, Tensor) else repr(tokens)[:80]
             raise WrongType(
-                f"{type(self).__name__}.read_tokens gives a tensor of token ids [pair token], at least one for each "
+                f"{type(self).__name__}.read_tokens must return a tensor of token ids [pair token], at least one per "
                 f"pair, or None for the whole vocabulary; got {seen}"
             )
         return Reads(self.pos[:, None], tokens)
 
     def read_tokens(self) -> Int[Tensor, "pair token"] | None:
-        """The tokens whose logits `on_read` is given, a row for each pair; None: the whole vocabulary."""
+        """The tokens whose logits `on_read` receives, one row per pair; None for the whole vocabulary."""
         return None
 
     @abstractmethod
     def on_read(self, logits: Read) -> Values:
-        """One value for each row, from the logits that the metric reads: `[row, 1, token]`."""
+        """One value per row, from the logits that the metric reads: `[row, 1, token]`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +156,9 @@ class LogProb(AtPosition):
 
 @dataclass(frozen=True, eq=False)
 class MinusKL(AtPosition):
-    """-KL(reference || model) at one position, in nats; 0 where the model predicts as the reference does.
+    """-KL(reference || model) at one position, in nats; 0 if the model's prediction equals the reference's.
 
-    -inf where the model forbids (logit -inf) a token that the reference allows.
+    -inf if the model forbids (logit -inf) a token that the reference allows.
     """
 
     log_probs: Float[Tensor, "pair d_vocab"]
@@ -161,15 +170,15 @@ class MinusKL(AtPosition):
 
 @dataclass(frozen=True, eq=False)
 class MinusLoss(AtPosition):
-    """Minus the mean next-token cross-entropy over each prompt, in nats a token.
+    """Minus the mean next-token cross-entropy over each prompt, in nats per token.
 
-    `pos` is the place of each prompt's last token; what stands after it is padding.
+    `pos` is the position of each prompt's last token; everything after it is padding.
     """
 
     tokens: Int[Tensor, "pair pos"]
 
     def __call__(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Values:
-        """One value a pair, from full logits; padding that they know of is left out of the tokens too."""
+        """One value per pair, from full logits; if the logits have an attention mask, padding is left out."""
         if not isinstance(logits, PaddedTensor):
             return super().__call__(logits)
         mask = logits.attention_mask.to(self.tokens.device)
@@ -184,8 +193,8 @@ class MinusLoss(AtPosition):
     def _without(self, mask: Bool[Tensor, "pair pos"]) -> "MinusLoss":
         if self.tokens.shape != mask.shape:
             raise InputError(
-                f"the loss was made for prompts of {(self._predicted() + 1).tolist()} tokens, and got logits of "
-                f"{mask.sum(1).tolist()}; make it from what the model read"
+                f"the loss was made for prompts of {(self._predicted() + 1).tolist()} tokens, but got logits of "
+                f"{mask.sum(1).tolist()}; make it from the prompts that the model reads"
             )
         tokens, pos = _unpadded(self.tokens, mask)
         return replace(self, tokens=tokens, pos=pos)
@@ -193,7 +202,7 @@ class MinusLoss(AtPosition):
     @property
     def reads(self) -> Reads:
         n = self._predicted()[:, None]
-        # a prompt that is shorter than the longest has its last prediction read again, which `on_read` does not count
+        # a prompt shorter than the longest has its last prediction repeated, which `on_read` does not count
         at = torch.arange(self._first(), int(n.max()), device=n.device)
         return Reads(torch.minimum(at.expand(len(n), -1), n - 1), None)
 
@@ -210,7 +219,7 @@ class MinusLoss(AtPosition):
 
 
 def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answers, pos: Positions = -1) -> LogitDiff:
-    """How much more the model says `answer` than `wrong_answer`, as a difference of logits; one answer or one a pair.
+    """How much does the model prefer `answer` to `wrong_answer`, as a difference of logits? One answer or one per pair.
 
     >>> from hooklens.testing import tiny_model
     >>> metric = logit_diff(tiny_model(), answer=3, wrong_answer=4)
@@ -226,12 +235,12 @@ def logit_diff(model: HookedTransformer, *, answer: Answers, wrong_answer: Answe
 
 
 def prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> Prob:
-    """The probability that the model gives `answer`, between 0 and 1."""
+    """What probability does the model give to `answer`? Between 0 and 1."""
     return Prob(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
 def log_prob(model: HookedTransformer, *, answer: Answers, pos: Positions = -1) -> LogProb:
-    """The log-probability that the model gives `answer`, in nats."""
+    """What log-probability does the model give to `answer`? In nats."""
     return LogProb(*_one_a_pair(pos=_positions(pos), answer=answer_ids(model, answer)))
 
 
@@ -253,21 +262,21 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1, attention_mas
 def kl_divergence(
     target: Float[Tensor, "*row token"], said: Float[Tensor, "*any_row token"]
 ) -> Float[Tensor, "*out_row"]:
-    """KL(target || said) in nats, of log-probabilities. A token that the target forbids adds 0, as p log p does at 0.
+    """KL(target || said) in nats, from log-probabilities. A token that the target forbids contributes 0.
 
     >>> never = float("-inf")
     >>> kl_divergence(torch.tensor([0.0, never]), torch.tensor([[0.0, never], [never, 0.0]])).tolist()
     [0.0, inf]
     """
-    # A probability too small to be written is not 0: times an infinite difference it is infinite, not NaN.
+    # A probability too small to represent is not 0: times an infinite difference it gives infinity, not NaN.
     p = target.exp().clamp_min(torch.finfo(target.dtype).tiny)
     return (p * (target - said)).masked_fill(target.isneginf(), 0.0).sum(-1)
 
 
 def loss(model: HookedTransformer, tokens: Any, *, attention_mask: Any = None) -> MinusLoss:
-    """Minus the mean next-token cross-entropy on `tokens`, in nats a token (minus, so that higher is better).
+    """Minus the mean next-token cross-entropy on `tokens`, in nats per token (minus, so that higher is better).
 
-    Each prompt's mean is over its own tokens: texts may differ in length, and ids that are padded come with their mask.
+    Each prompt's mean is over its own tokens. Texts may differ in length; padded ids need their mask.
     """
     need_hooked(model, "loss(model, tokens), which makes a metric of logits,")
     texts = [tokens] if isinstance(tokens, str) else tokens
@@ -286,17 +295,17 @@ def loss(model: HookedTransformer, tokens: Any, *, attention_mask: Any = None) -
 def _unpadded(
     tokens: Int[Tensor, "pair pos"], mask: Bool[Tensor, "pair pos"]
 ) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair"]]:
-    """The real tokens of each row first, and the place of the last of them."""
+    """Move the real tokens of each row to the front, and return the position of the last one."""
     return tokens.gather(1, first_real(mask)), mask.sum(1).cpu() - 1
 
 
 def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
-    """The share of the clean-corrupted difference that a value restores: 0 at corrupted, 1 at clean."""
+    """What share of the clean-corrupted difference does a value restore? 0 at corrupted, 1 at clean."""
     return (values - corrupted) / (clean - corrupted)
 
 
 def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
-    """Token ids of one answer or several; a text of several tokens is refused, with its tokens shown."""
+    """Token ids of one answer or several; a text of several tokens raises an error that shows its tokens."""
     need_hooked(model, "an answer")
     given: Any = answer  # NumPy arrays too
     several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) > 0
@@ -313,10 +322,10 @@ def _positions(pos: Positions) -> Int[Tensor, "*pair"]:
 
 
 def check_answers_differ(model: HookedTransformer, answer: Int[Tensor, "pair"], wrong: Int[Tensor, "wrong"]) -> None:
-    """One token in both places is refused: their difference is 0, whatever the model says."""
+    """Raise if the two answers are the same token: their difference is 0, whatever the model predicts."""
     n = max(len(answer), len(wrong))
     if min(len(answer), len(wrong)) not in (1, n):
-        return  # another error, which says how many there are
+        return  # this raises another error, which gives the numbers
     same = (answer.cpu() == wrong.cpu()).expand(n).nonzero().flatten().tolist()
     if same:
         shown = show(model, answer[same[0] % len(answer)][None])[0]
@@ -340,13 +349,13 @@ def _token_id(model: HookedTransformer, one: Any, name: str) -> int:
             raise TypeError
         return operator.index(one)
     except TypeError as error:
-        raise WrongType(f"{name} is a token, its text or its id, or a list of one a pair; got {one!r:.60}") from error
+        raise WrongType(f"{name} must be a token, its text or its id, or a list of these; got {one!r:.60}") from error
 
 
 def _one_a_pair(**given: Tensor) -> list[Int[Tensor, "pair"]]:
-    """Each brought to one value a pair; what is given once holds for all pairs."""
+    """Expand each to one value per pair; a single value applies to all pairs."""
     n = max(value.numel() for value in given.values())
     if any(value.ndim > 1 or value.numel() not in (1, n) for value in given.values()):
         seen = ", ".join(f"{value.numel()} for {name}" for name, value in given.items())
-        raise InputError(f"{' and '.join(given)} are one for all pairs or one a pair, got {seen}")
+        raise InputError(f"{' and '.join(given)} must be one for all pairs or one per pair, got {seen}")
     return [value.reshape(-1).expand(n) for value in given.values()]

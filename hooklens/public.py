@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from hooklens.anatomy.description import describe
 from hooklens.core.cache import ActivationCache
+from hooklens.core.component import Component
 from hooklens.core.errors import HooklensError
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import Site, site
 from hooklens.core.wrapping import wrap
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, log_prob, logit_diff, loss, prob, recovered
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import HookedTransformerConfig
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from hooklens import studies
     from hooklens.plugins import circuits, heads, lens, patching, probing, steering, weights
     from hooklens.plugins.lens import logit_lens
-    from hooklens.plugins.patching import Mean, PatchSweep, ablate, patch, path_patch
+    from hooklens.plugins.patching import Mean, PatchSweep, Replacement, ablate, patch, path_patch
     from hooklens.plugins.probing import train_probe
     from hooklens.plugins.steering import steer
 
@@ -43,6 +45,7 @@ _FAMILIES = {
 _VERBS = {
     "Mean": "patching",
     "PatchSweep": "patching",
+    "Replacement": "patching",
     "ablate": "patching",
     "logit_lens": "lens",
     "patch": "patching",
@@ -53,6 +56,7 @@ _VERBS = {
 
 __all__ = [
     "ActivationCache",
+    "Component",
     "FactoredMatrix",
     "HookCall",
     "HookPoint",
@@ -63,6 +67,8 @@ __all__ = [
     "KVCache",
     "Mean",
     "PatchSweep",
+    "PromptPairs",
+    "Replacement",
     "Result",
     "Resume",
     "Site",

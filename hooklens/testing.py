@@ -1,12 +1,12 @@
 """Tiny models with known answers, and the battery that every plugin passes."""
 
-import hashlib
 import inspect
 import json
 import random
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
@@ -19,15 +19,24 @@ import torch
 from torch import Tensor
 
 from hooklens.core import hooks
+from hooklens.core.envelope import digest
 from hooklens.core.errors import WrongType
 from hooklens.model.config import Biases, HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins import find
+from hooklens.results import statistics
 from hooklens.results.result import Result, Table
+from hooklens.results.result_file import Kept
 
 __all__ = ["and_gate", "check_plugin", "induction_model", "methods", "or_gate", "same", "tiny_model"]
 
 _MOST_PARAMETERS = 8
+#: What a method may study, as its first argument.
+_STUDIED = ("model", "module", "run", "points")
+_KEYWORDS = ("answer", "wrong_answer", "draws", "seed", "level")
+#: Other words for a baseline, which has one name in every result.
+_BASELINES = dict.fromkeys(("whole", "untouched", "unedited", "unpatched", "original", "intact", "baseline"), "base")
+_BASELINES |= dict.fromkeys(("nothing", "ablated", "none"), "empty")
 
 
 # -- models
@@ -159,13 +168,12 @@ def _slots(**widths: int) -> dict[str, slice]:
 def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransformer] | None = None) -> None:
     """Does a plugin keep the contract? Raises AssertionError with the clause that it breaks.
 
-    >>> check_plugin("patching")
+    >>> check_plugin("patch")
 
     `plugin` is a registered name or the module itself. Its `demo(model)` runs on `models` (by what to call them in a
-    message; by default tiny ones: two layers, one layer, float64, bfloat16, attention only, grouped
-    keys). Clauses: signature,
-    docstring, runs, weights, gradients, hooks, grad mode, generators, training mode, same twice, frozen, dtype, table,
-    figure, JSON, saved.
+    message; by default tiny ones: two layers, one layer, float64, bfloat16, attention only, grouped keys). Clauses:
+    signature, conventions (docs/naming.md), docstring, runs, weights, gradients, hooks, grad mode, generators,
+    training mode, same twice, frozen, dtype, table, figure, JSON, saved.
     """
     module = find(plugin).load() if isinstance(plugin, str) else plugin
     if not isinstance(module, ModuleType):
@@ -181,6 +189,7 @@ def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransfo
         _require(same(first, second), where, "same twice", "demo(model) gave two different results; take a seed")
         _check_result(first, where)
         _check_dtype(first, model, where)
+        _check_conventions(first, where)
         results[where] = first
     for where, result in results.items():  # last: the one clause that needs a package around the module
         _check_clause(result, where, "saved", _saved)
@@ -205,7 +214,7 @@ def _require(kept: bool, where: str, clause: str, seen: str) -> None:
 
 
 def methods(module: ModuleType) -> dict[str, Callable]:
-    """The plugin's own public functions that take a model or return a Result: what the signature rules are for.
+    """The plugin's own public functions that take what they study first or return a Result: what the rules are for.
 
     >>> from hooklens.plugins.patching import activation
     >>> list(methods(activation))
@@ -216,7 +225,7 @@ def methods(module: ModuleType) -> dict[str, Callable]:
         own = inspect.isfunction(fn) and (fn.__module__ + ".").startswith(module.__name__ + ".")
         if own and name != "demo" and not name.startswith("_"):
             first = next(iter(inspect.signature(fn).parameters), "")
-            if first == "model" or _returns_result(fn, module):
+            if first in _STUDIED or _returns_result(fn, module):
                 found[name] = fn
     return found
 
@@ -228,11 +237,14 @@ def _returns_result(fn: Callable, module: ModuleType) -> bool:
 
 
 def _check_signatures(module: ModuleType) -> None:
-    """Model first, few parameters, no **kwargs, and words for whoever lists plugins."""
+    """What is studied first, few parameters, no **kwargs, and words for whoever lists plugins."""
     where, found = module.__name__, methods(module)
     _require(callable(getattr(module, "demo", None)), where, "signature", "there is no demo(model)")
     _require(
-        bool(found), where, "signature", "no public function takes a model first or is annotated to return a Result"
+        bool(found),
+        where,
+        "signature",
+        f"no public function takes one of {', '.join(_STUDIED)} first or is annotated to return a Result",
     )
     _require(
         bool(inspect.getdoc(module)), where, "docstring", "the module has no docstring, so that a list shows nothing"
@@ -243,13 +255,43 @@ def _check_signatures(module: ModuleType) -> None:
         parameters = inspect.signature(fn).parameters
         open_ended = [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         first = next(iter(parameters), None)
-        _require(first == "model", where, "signature", f"{name} takes {first!r} first; a method takes the model first")
+        seen = f"{name} takes {first!r} first; a method takes what it studies first: {', '.join(_STUDIED)}"
+        _require(first in _STUDIED, where, "signature", seen)
         _require(
             not open_ended, where, "signature", f"{name} takes {', '.join(map(str, open_ended))}; name every option"
         )
         seen = f"{name} takes {len(parameters)} parameters, more than {_MOST_PARAMETERS}; split it into two methods"
         _require(len(parameters) <= _MOST_PARAMETERS, where, "signature", seen)
         _require(bool(inspect.getdoc(fn)), where, "docstring", f"{name} has no docstring")
+        for seen in _unconventional(fn):
+            raise AssertionError(f"{where} breaks the clause 'conventions': {name} {seen}")
+
+
+def _unconventional(fn: Callable, *, of_result: bool = False) -> Iterator[str]:
+    """What in a signature is not as docs/naming.md has it."""
+    for name, parameter in inspect.signature(fn).parameters.items():
+        by_position = name == "level" and of_result  # interval(0.9) reads well
+        if name in _KEYWORDS and parameter.kind != parameter.KEYWORD_ONLY and not by_position:
+            yield f"takes {name} by position; it is a keyword: put it after *"
+        default = {"seed": 0, "level": 0.95}.get(name, parameter.default)
+        if parameter.default != default:
+            yield f"has {parameter}; everywhere it is {name}={default}"
+        usual = parameter.default in (None, parameter.empty, statistics.DRAWS)
+        if name == "draws" and not usual and not _explained(fn, parameter.default):
+            yield (
+                f"has {parameter}; it is results.statistics.DRAWS ({statistics.DRAWS}), or a constant named ..._DRAWS "
+                "with the reason, what a draw costs, in a comment beside it"
+            )
+
+
+def _explained(fn: Callable, draws: int) -> bool:
+    """Is the number a constant whose line says why, or one that is imported?"""
+    named = [name for name, value in fn.__globals__.items() if name.endswith("DRAWS") and value == draws]
+    try:
+        text = "".join(inspect.findsource(fn)[0])
+    except OSError:  # typed in, so that there is no file to read the comment in
+        return bool(named)
+    return any(re.search(rf"^{name} = .*#|^from .*\b{name}\b", text, re.M) for name in named)
 
 
 def _run(module: ModuleType, model: HookedTransformer, where: str) -> Result:
@@ -311,7 +353,7 @@ def _torch_hooks(module: torch.nn.Module) -> int:
 
 def _digest(tensor: Tensor) -> tuple:
     dense = tensor.detach().cpu().contiguous().reshape(-1)
-    return tensor.dtype, tuple(tensor.shape), hashlib.sha256(dense.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return tensor.dtype, tuple(tensor.shape), digest([dense.view(torch.uint8).numpy().data])
 
 
 def _tidy(model: HookedTransformer, before: dict[str, Any]) -> None:
@@ -361,6 +403,42 @@ def _tabulated(result: Result) -> str | None:
     if not isinstance(table, Table) or not str(table):
         return f"table() returned {type(table).__name__}, not a hooklens.Table with columns"
     return None if len(result.table(1)) <= 1 else "table(1) has more than one row; table(n) shows at most n"
+
+
+def _check_conventions(result: Result, where: str) -> None:
+    """What a result calls things: docs/naming.md, "Results"."""
+    cls, clause = type(result), "conventions"
+    read = {f.name for f in fields(result)} | {n for n in dir(cls) if _is_property(inspect.getattr_static(cls, n))}
+    methods = {name: method for name, method in vars(cls).items() if inspect.isfunction(method)}
+    called = [name for name in methods if name in ("p", "q") or name.endswith(("_p", "_q"))]
+    _require(not called, where, clause, f"{', '.join(called)} is a method; p and q are fields or properties")
+    many = "p" in read and not isinstance(getattr(result, "p", None), float | None) and "q" not in read
+    _require(not many, where, clause, "p holds several tests and there is no q; make it a property: q_values(self.p)")
+    for name in sorted(methods.keys() & {"interval", "held_out_top"}):
+        for seen in _unconventional(methods[name], of_result=True):
+            raise AssertionError(f"{where} breaks the clause {clause!r}: {cls.__name__}.{name} {seen}")
+    if "top" in methods:
+        code = inspect.unwrap(methods["top"]).__code__
+        repeats = code.co_names == ("table",) and {None, methods["top"].__doc__}.issuperset(code.co_consts)
+        _require(not repeats, where, clause, "top(k) only repeats table(k); say ranked_by = '...' and leave it out")
+    _check_baselines(result, read, where)
+
+
+def _check_baselines(result: Result, read: Iterable[str], where: str) -> None:
+    for name in sorted(read):
+        other = _BASELINES.get(name.partition("_per_")[0])
+        wrong = other is not None and isinstance(getattr(result, name), float | Tensor)
+        seen = f"{name} is a baseline, which is called {other} in every result ({other}_per_... the tensor)"
+        _require(not wrong, where, "conventions", seen)
+    for name in {"clean", "corrupted", "base", "empty"}.intersection(read):
+        seen = f"{name} is a tensor; a baseline is a number, the mean, and its tensor {name}_per_prompt, _per_pair, ..."
+        _require(not isinstance(getattr(result, name), Tensor), where, "conventions", seen)
+    odd = [name for name in result.baselines if not isinstance(getattr(result, name, None), float | int)]
+    _require(not odd, where, "conventions", f"baselines names {odd}, which are not numbers of the result")
+
+
+def _is_property(found: Any) -> bool:
+    return isinstance(found, property | cached_property)
 
 
 def _drawn(result: Result) -> str | None:
@@ -432,7 +510,7 @@ def same(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, Tensor):
         return _digest(a) == _digest(b)
-    if isinstance(a, Result):
+    if isinstance(a, Kept):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     if isinstance(a, Mapping):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)

@@ -4,9 +4,10 @@ import json
 import math
 import random
 import struct
+from collections.abc import Callable
 from typing import Any
 
-from hooklens.core.checksum import FIELD, Digest, sealed_json
+from hooklens.core.envelope import Schema, rendered
 from hooklens.pretrained.gguf import _Header
 
 _DEEP = "[" * 50_000 + "]" * 50_000
@@ -58,28 +59,29 @@ def damaged_header(content: bytes, draw: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
-def resealed_json(content: bytes, draw: random.Random) -> bytes:
-    """A JSON file with a checksum damaged as JSON, its checksum set right; as it is where that cannot be."""
-    damaged = damaged_json(content, draw)
-    try:
-        return sealed_json(json.loads(damaged)).encode()
-    except (ValueError, TypeError, RecursionError):  # no object, NaN, or nested too deeply
-        return damaged
-
-
-def resealed_header(content: bytes, draw: random.Random) -> bytes:
-    """One text of the metadata of a safetensors file damaged, its checksum set right."""
+def resealed(content: bytes, change: Callable[[Any], Any]) -> bytes:
+    """A file in our envelope with its content changed, its digest set right."""
+    if content[:1] == b"{":
+        found = json.loads(content)
+        schema = Schema(found["schema"], found["version"], "a file", "save", as_json=True)
+        return rendered(schema, change(found["content"]), {}, "")[0]
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    metadata, described = header.pop("__metadata__"), {name: (e["dtype"], e["shape"]) for name, e in header.items()}
-    name = draw.choice([name for name in metadata if name not in (FIELD, "format")] or [FIELD])
-    metadata[name] = str(_changed(metadata[name], draw))
-    digest = Digest(metadata, described)
-    for _, entry in sorted(header.items()):
-        start, end = entry["data_offsets"]
-        digest.update(content[8 + length + start : 8 + length + end])
-    text = json.dumps({"__metadata__": metadata | {FIELD: digest.hex()}, **header}).encode()
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    found, described = header.pop("__metadata__"), {name: (e["dtype"], e["shape"]) for name, e in header.items()}
+    schema = Schema(found["schema"], int(found["version"]), "a file", "save")
+    return rendered(schema, change(json.loads(found["content"])), described, found["data"])[0] + content[8 + length :]
+
+
+def damaged_content(content: bytes, draw: random.Random) -> bytes:
+    """A file in our envelope, its content damaged as JSON, its digest set right; as bytes where that cannot be."""
+
+    def change(value: Any) -> Any:
+        return json.loads(json.dumps(_changed(value, draw)).replace('"@deep"', _DEEP))
+
+    try:
+        return resealed(content, change)
+    except (ValueError, RecursionError):  # NaN, or nested too deeply
+        return damaged_bytes(content, draw)
 
 
 def damaged_numbers(content: bytes, draw: random.Random) -> bytes:

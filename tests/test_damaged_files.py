@@ -14,28 +14,28 @@ import pytest
 import torch
 from mutations import (
     damaged_bytes,
+    damaged_content,
     damaged_header,
     damaged_json,
     damaged_lines,
     damaged_metadata,
     damaged_numbers,
-    resealed_header,
-    resealed_json,
 )
 from safetensors.torch import save_file
 
 from hooklens.core.cache import ActivationCache
-from hooklens.core.checksum import save_tensors
+from hooklens.core.envelope import write_envelope
 from hooklens.core.errors import HooklensError
 from hooklens.data.jsonl import read_pairs_file
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of
-from hooklens.plugins.lens.translators import TunedLens, write_lens
+from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens
 from hooklens.plugins.probing.store import Files
 from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.loading import load
 from hooklens.pretrained.tokenizer import Tokenizer, tiny_tokenizer
 from hooklens.results.claims.registration import Registration
 from hooklens.results.result import Result
+from hooklens.sweeps import resume
 from hooklens.sweeps.resume import Progressed
 from hooklens.testing import tiny_model
 
@@ -169,8 +169,8 @@ def a_result() -> Result:
 GGUF = (damaged_bytes, damaged_numbers, damaged_metadata, damaged_metadata)
 JSON = (damaged_bytes, damaged_json, damaged_json)
 HEADER = (damaged_bytes, damaged_header, damaged_header)
-# A checksum stops most damage at once: what stands behind it is damaged too, and the checksum set right.
-SEALED_JSON, SEALED = (*JSON, resealed_json, resealed_json), (*HEADER, resealed_header, resealed_header)
+# A digest stops most damage at once: what stands behind it is damaged too, and the digest set right.
+SEALED_JSON, SEALED = (*JSON, damaged_content, damaged_content), (*HEADER, damaged_content, damaged_content)
 FORMATS = {
     "config": Format(hub_folder, "config.json", JSON, lambda path: finite(load(path.parent))),
     "weights": Format(hub_folder, "model.safetensors", HEADER, lambda path: finite(load(path.parent))),
@@ -207,7 +207,7 @@ FORMATS = {
     ),
     "result": Format(lambda folder: a_result().save(folder / "r"), "r", SEALED, Result.load),
     "circuit": Format(lambda folder: a_result().save_json(folder / "c.json"), "c.json", SEALED_JSON, Circuit.load_json),
-    "plan": Format(lambda folder: plan(folder / "p.json"), "p.json", JSON, Registration.read),
+    "plan": Format(lambda folder: plan(folder / "p.json"), "p.json", SEALED_JSON, Registration.read),
     "prompts": Format(
         lambda folder: (folder / "p.jsonl").write_text(
             json.dumps({"clean": "a b", "corrupted": "a c", "answer": " d", "wrong_answer": " e", "group": 1}) + "\n"
@@ -256,15 +256,15 @@ ODD = [
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda tensor: f"{tensor.dtype} {list(tensor.shape)}")
-def test_tensors_of_another_shape_are_refused_although_their_checksum_is_right(odd, tmp_path):
+def test_tensors_of_another_shape_are_refused_although_their_digest_is_right(odd, tmp_path):
     for weight, bias in ((odd, torch.zeros(2, 4)), (torch.zeros(2, 4, 4), odd)):
-        write_lens(tmp_path / "lens", {"weight": weight, "bias": bias}, {})
+        write_envelope(tmp_path / "lens", LENS_SCHEMA, None, {"weight": weight, "bias": bias})
         with pytest.raises(HooklensError):
             TunedLens.load(tmp_path / "lens")
     for name in ("done", "values", "sketch"):
         progress = sweep(tmp_path / "none")
         setattr(progress, name, odd)
         held = {"done": progress.done, "values": progress.values, "sketch": progress.sketch}
-        save_tensors(tmp_path / "s", held, {"format": "hooklens-sweep-2", "key": "key"})
+        write_envelope(tmp_path / "s", resume._SCHEMA, {"key": "key", "kernel": "linear"}, held)
         with pytest.raises(HooklensError):
             sweep(tmp_path / "s")

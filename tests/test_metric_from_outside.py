@@ -79,7 +79,7 @@ def test_a_position_as_a_number_or_a_list_ended_in_a_raw_error(pos):
 @pytest.mark.parametrize("tokens", [[[3, 5], [4, 6]], torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 2)])
 def test_tokens_that_are_none_ended_in_a_raw_error(tokens, monkeypatch):
     monkeypatch.setattr(Contrast, "read_tokens", lambda self: tokens)
-    with pytest.raises(hl.HooklensError, match=r"read_tokens gives a tensor of token ids \[pair token\]"):
+    with pytest.raises(hl.HooklensError, match=r"read_tokens must return a tensor of token ids \[pair token\]"):
         hl.patch(zoo_model("gpt2"), TOKENS, CORRUPTED, METRIC)
 
 

@@ -1,5 +1,7 @@
 """Metrics: their values, what they say they read, and what they refuse."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import Tensor
 
 import hooklens as hl
 from hooklens.core.errors import InputError, WrongType
-from hooklens.metrics import ReadingMetric, answer_ids, kl_divergence
+from hooklens.metrics import AtPosition, ReadingMetric, answer_ids, kl_divergence
 from hooklens.model.config import Biases
 from hooklens.testing import tiny_model
 
@@ -81,7 +83,7 @@ def test_pairs_chooses_rows(name, rows):
 def test_a_metric_of_one_pair_serves_any_number():
     metric = hl.logit_diff(MODEL, answer=1, wrong_answer=2)
     assert torch.equal(metric(LOGITS), LOGITS[:, -1, 1] - LOGITS[:, -1, 2])
-    with pytest.raises(InputError, match="made for 2 pairs, and got logits of 3"):
+    with pytest.raises(InputError, match="made for 2 pairs, but got logits of 3"):
         hl.prob(MODEL, answer=[1, 2])(LOGITS)
 
 
@@ -119,7 +121,7 @@ def test_answers():
     with pytest.raises(InputError, match="no tokenizer"):
         hl.prob(MODEL, answer=" Mary")
     for given_answers in ({"answer": [1, 2], "wrong_answer": [3, 4, 5]}, {"answer": [1, 2], "wrong_answer": 3}):
-        with pytest.raises(InputError, match="one for all pairs or one a pair"):
+        with pytest.raises(InputError, match="one for all pairs or one per pair"):
             hl.logit_diff(MODEL, **given_answers, pos=[0, 1, 2])
     assert len(hl.prob(MODEL, answer=1, pos=[0, 1]).reads.pos) == 2
 
@@ -130,7 +132,7 @@ def test_answers():
 )
 def test_an_answer_that_is_no_token_is_refused(answer):
     """1.5 was taken as token 1."""
-    with refused(WrongType, "answer is a token, its text or its id"):
+    with refused(WrongType, "answer must be a token, its text or its id"):
         hl.logit_diff(MODEL, answer=answer, wrong_answer=4)
 
 
@@ -211,7 +213,7 @@ def test_loss_counted_padding_and_refused_texts_of_different_length(side):
         torch.testing.assert_close(metric(logits), alone, atol=1e-12, rtol=1e-12)
         torch.testing.assert_close(metric.pairs(torch.tensor([2, 0]))(logits[[2, 0]]), alone[[2, 0]])
     torch.testing.assert_close(hl.loss(model, texts)(model(texts)), alone, atol=1e-12, rtol=1e-12)
-    with refused(InputError, r"made for prompts of \[2, 2, 2\] tokens, and got logits of \[3, 8, 2\]"):
+    with refused(InputError, r"made for prompts of \[2, 2, 2\] tokens, but got logits of \[3, 8, 2\]"):
         hl.loss(model, ["ab", "ab", "xy"])(logits)
     with refused(InputError, "at least two tokens, got .* real tokens"):
         hl.loss(model, ids, attention_mask=mask & mask.cumsum(1).eq(1))
@@ -271,3 +273,20 @@ def test_a_probability_too_small_to_write_does_not_hide_an_infinite_difference()
     target, said = torch.tensor([0.0, -200.0]), torch.tensor([0.0, float("-inf")])
     assert kl_divergence(target, said).item() == float("inf")
     assert kl_divergence(target, target).item() == 0.0
+
+
+def test_fields_of_two_rows_are_no_metric_of_one_pair_or_of_three():
+    @dataclass(frozen=True, eq=False)
+    class Share(AtPosition):
+        share: torch.Tensor
+
+        def on_read(self, logits):
+            return logits[:, 0, 0] * self.share
+
+    metric = Share(pos=-1, share=torch.tensor([1.0, 2.0]))
+    assert metric(LOGITS[:2]).tolist() == (LOGITS[:2, -1, 0] * torch.tensor([1.0, 2.0])).tolist()
+    for n in (1, 3):
+        with pytest.raises(InputError, match=f"made for 2 pairs, and got logits of {n}"):
+            metric(LOGITS[:n])
+    with pytest.raises(InputError, match="one row for each pair, or one for all; got 3 for pos, 2 for share"):
+        Share(pos=[-1, -1, -1], share=torch.tensor([1.0, 2.0]))

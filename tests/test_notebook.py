@@ -85,7 +85,7 @@ def test_print_of_a_sweep_was_a_dump_of_fields():
 
 def test_print_of_any_demo_is_its_name_a_line_and_its_first_rows():
     model = tiny_model()
-    for name in ("copying", "logit_attribution", "path_patching", "trajectory", "prune"):
+    for name in ("score_copying", "direct_logit_attribution", "path_patch", "trace_predictions", "prune_edges"):
         found = find(name).demo()(model)
         lines = repr(found).splitlines()
         assert lines[0].startswith(type(found).__name__) and len(lines) <= 11
@@ -93,7 +93,7 @@ def test_print_of_any_demo_is_its_name_a_line_and_its_first_rows():
 
 
 def test_the_line_above_the_rows_begins_with_what_they_are_compared_to():
-    for name, baseline in (("ablation", "whole"), ("previous_token", "chance"), ("patching", "clean")):
+    for name, baseline in (("ablate", "base"), ("score_positions", "chance"), ("patch", "clean")):
         found = find(name).demo()(tiny_model())
         assert repr(found).startswith(f"{type(found).__name__}: {baseline} {summary(getattr(found, baseline))}, ")
 

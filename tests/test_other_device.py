@@ -12,6 +12,7 @@ from model.zoo import TOKENS, ZOO, zoo_model
 from other_device import OTHER, other_device
 
 import hooklens as hl
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, logit_diff, loss
 from hooklens.plugins import available, find
 from hooklens.plugins.circuits.circuit_metrics import measured
@@ -22,7 +23,7 @@ from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench, run_edges
 from hooklens.plugins.heads import knock_out_keys, measure_mediation, measure_redundancy
 from hooklens.plugins.lens import direct_logit_attribution, logit_lens, measure_calibration, trace_predictions
-from hooklens.plugins.patching import Resample, ablate, path_patch
+from hooklens.plugins.patching import Mean, Resample, ablate, path_patch
 from hooklens.plugins.steering import ablate_direction, measure_direction_ablation, steer
 from hooklens.results import statistics
 from hooklens.testing import induction_model, tiny_model
@@ -161,10 +162,10 @@ VERBS = {
         model, put(TOKENS), loss(model, put(TOKENS)), mask=put(torch.ones(2, 5, 5).tril(-1).bool())
     ).table(),
     "redundancy": lambda model, put: measure_redundancy(
-        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], reference=put(CORRUPTED)
+        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], value=Mean(put(CORRUPTED))
     ).table(),
     "mediation": lambda model, put: measure_mediation(
-        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], reference=put(CORRUPTED)
+        model, put(TOKENS), loss(model, put(TOKENS)), [(0, 0), (1, 1)], value=Mean(put(CORRUPTED))
     ).table(),
     "direction_ablation": lambda model, put: measure_direction_ablation(
         model, put(TOKENS), put(DIRECTION), _difference(model, put), group=put(torch.tensor([0, 1])), controls=5
@@ -214,9 +215,9 @@ def test_completeness_and_minimality_of_a_circuit_run_elsewhere(device):
     metric = _difference(model, lambda x: x)
     circuit = eap(model, TOKENS, CORRUPTED, metric).top_edges(6)
     with torch.no_grad():
-        bench = Bench(model, TOKENS, CORRUPTED, metric, circuit.ablation, keep=True)
-        faithful, draw = measured(bench, circuit, torch.arange(2), 3, 0), torch.Generator().manual_seed(0)
-        null, unit = random_circuits(bench.graph, circuit.kept, 3, seed=0), faithful.model_per_pair.mean()
+        bench = Bench(model, PromptPairs(TOKENS, CORRUPTED, metric), circuit.replacement, keep=True)
+        faithful, draw = measured(bench, circuit, 3, 0), torch.Generator().manual_seed(0)
+        null, unit = random_circuits(bench.graph, circuit.kept, 3, seed=0), faithful.base_per_pair.mean()
         results = [of(bench, circuit, null, faithful, unit, draw) for of in (completeness_of, minimality_of)]
     for result in (faithful, circuit, *results):
         result.table()

@@ -12,6 +12,7 @@ import hooklens as hl
 
 NAMES = [
     "ActivationCache",
+    "Component",
     "FactoredMatrix",
     "HookCall",
     "HookPoint",
@@ -22,6 +23,8 @@ NAMES = [
     "KVCache",
     "Mean",
     "PatchSweep",
+    "PromptPairs",
+    "Replacement",
     "Result",
     "Resume",
     "Site",

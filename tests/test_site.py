@@ -41,10 +41,10 @@ def test_every_public_name_is_described_once(site, reference):
         assert names <= set(described), module.__name__
 
 
-def test_a_description_is_of_the_value_itself_where_a_module_has_its_name(site):
+def test_a_description_is_of_the_value_itself(site):
     path = site.paths(hooklens.plugins.lens)["logit_lens"]
     module, _, name = path.rpartition(".")
-    assert getattr(importlib.import_module(module), name) is hooklens.plugins.lens.layer_lens
+    assert getattr(importlib.import_module(module), name) is hooklens.plugins.lens.logit_lens
 
 
 def test_every_public_name_has_a_docstring(site):

@@ -1,5 +1,6 @@
 """The tiny models have the answers that they promise, and the battery names the clause that a plugin breaks."""
 
+import linecache
 import random
 import sys
 import types
@@ -133,6 +134,7 @@ def plugin(source=GOOD, **replaced):
         assert old in source
         source = source.replace(old, new)
     made = types.ModuleType("made_up")
+    linecache.cache["made_up.py"] = (len(source), None, source.splitlines(keepends=True), "made_up.py")
     exec(compile(source, "made_up.py", "exec"), made.__dict__)
     return made
 
@@ -160,6 +162,31 @@ def checked(change=None, source=GOOD, models=None):
 
 def test_a_plugin_that_keeps_the_contract_passes():
     checked()
+
+
+def taking(more):
+    """The change that gives the method more parameters."""
+    return {"sums(model, tokens)": f"sums(model, tokens, {more})"}
+
+
+def having(*lines):
+    """The change that gives the result more members."""
+    return {"    def figure": "".join(f"    {line}\n" for line in lines) + "    def figure"}
+
+
+@pytest.mark.parametrize("studied", ["module", "run", "points"])
+def test_a_method_may_study_a_module_a_run_or_points(studied):
+    checked({"sums(model, tokens)": f"sums({studied}, tokens)", "Sums(model(": f"Sums({studied}("})
+
+
+def test_what_is_named_by_convention_passes():
+    constants = "import torch\nfrom hooklens.results.statistics import DRAWS\nMY_DRAWS = 50  # each draw is a run\n"
+    members = having("ranked_by = 'sum'", "baselines = ('base',)", "base = property(lambda self: 1.0)")
+    other = "def other(model, *, draws=MY_DRAWS) -> Sums:\n    'Other sums.'\n\ndef demo("
+    more = taking("*, answer=0, draws=DRAWS, seed=0, level=0.95")
+    checked({"import torch\n": constants, "def demo(": other} | members | more)
+    found = plugin(change=members).sums(tiny_model(), [[1, 2]])
+    assert found.top(1).rows == found.table(1).rows and found.headline().startswith("base 1")
 
 
 RUN = "    return sums(model, [[1, 2, 3]])"
@@ -216,7 +243,47 @@ BROKEN = {
     ),
     "compares": ("frozen", "not declared with", {"frozen=True, eq=False": "frozen=True"}),
     "float32": ("dtype", "result.sums is torch.float32", {"sum(-1))": "sum(-1).float())"}),
-    "no figure": ("figure", "WrongType: figure.. was asked", {"def figure": "def picture"}),
+    "answer by position": ("conventions", "sums takes answer by position", taking("answer=0")),
+    "seed by position": ("conventions", "takes seed by position", taking("seed=0")),
+    "another seed": ("conventions", "everywhere it is seed=0", taking("*, seed=1")),
+    "no default seed": ("conventions", "everywhere it is seed=0", taking("*, seed")),
+    "another level": ("conventions", r"everywhere it is level=0\.95", taking("*, level=0.9")),
+    "draws without a reason": ("conventions", r"a constant named \.\.\._DRAWS", taking("*, draws=50")),
+    "a constant without a reason": (
+        "conventions",
+        "with the reason",
+        taking("*, draws=MY_DRAWS") | {"import torch\n": "import torch\nMY_DRAWS = 50\n"},
+    ),
+    "q is a method": ("conventions", "q is a method", having("def q(self, mode): return 1.0")),
+    "p without q": ("conventions", "no q", having("p = property(lambda self: self.sums.double())")),
+    "narrow p": ("dtype", "p and q are float64", having("p = property(lambda self: self.sums.float())")),
+    "top repeats the table": (
+        "conventions",
+        "only repeats table",
+        having("def top(self, k=10):", "    return self.table(k)"),
+    ),
+    "another level of an interval": (
+        "conventions",
+        r"Sums.interval has level=0\.9; everywhere",
+        having("def interval(self, level=0.9): return 0.0, 1.0"),
+    ),
+    "another word for a baseline": (
+        "conventions",
+        "whole is a baseline, which is called base",
+        having("whole = property(lambda self: 1.0)"),
+    ),
+    "another word for a baseline of each prompt": (
+        "conventions",
+        "whole_per_prompt is a baseline, which is called base",
+        having("whole_per_prompt = property(lambda self: self.sums)"),
+    ),
+    "a baseline that is a tensor": (
+        "conventions",
+        "base is a tensor; a baseline is a number",
+        having("base = property(lambda self: self.sums)"),
+    ),
+    "baselines that are not there": ("conventions", r"baselines names \['clean'\]", having("baselines = ('clean',)")),
+    "no figure": ("figure", "WrongType: a Sums has no figure", {"def figure": "def picture"}),
     "empty figure": ("figure", "not a Plotly figure", {"return bars(self.sums)": "return bars"}),
     "no table": (
         "table",
@@ -270,7 +337,7 @@ def test_every_model_with_a_known_answer_can_be_given():
 
 
 def test_a_name_that_is_not_registered_and_a_thing_that_is_no_module_are_refused():
-    with pytest.raises(NameNotFound, match="no plugin named 'patchin'; closest: patching"):
+    with pytest.raises(NameNotFound, match="no plugin named 'patchin'; closest: patch"):
         check_plugin("patchin")
     with pytest.raises(TypeError):  # ours, or that of executed annotations
         check_plugin(print)

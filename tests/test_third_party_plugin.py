@@ -26,11 +26,54 @@ result.save(sys.argv[1])
 print(json.dumps({"listed": [i.name for i in available()], "info": vars(info), "entropy": result.entropy.tolist()}))
 """
 
+WRITE = """
+import json, sys
+import torch
+import hooklens as hl
+from hooklens.plugins.circuits import circuit_of
+from hooklens.testing import or_gate
+from hooklens_median import MedianOver
+gate, logit, value = or_gate(), lambda logits: logits[:, -1, 1], MedianOver([[0], [1], [1]])
+zeroed, written = (
+    hl.ablate(gate, [[0]], logit, site="attn_out", by="layer", value=each).effect.item() for each in ("zero", value)
+)
+sweep = hl.patch(gate, [[0]], [[1]], logit, site="z", value=value, resume=sys.argv[1] + ".part")
+again = hl.patch(gate, [[0]], [[1]], logit, site="z", value=value, resume=sys.argv[1] + ".part")
+sweep.save(sys.argv[1])
+circuit = circuit_of(gate, ["MLP0->logits"], value=value).run(gate, [[0]], None, logit)
+print(json.dumps({"zeroed": zeroed, "written": written, "circuit": circuit.per_pair.item(), "says": circuit.replacement,
+                  "resumed": torch.equal(sweep.per_pair, again.per_pair)}))
+"""
+
+LABEL = """
+import json, sys
+from hooklens import Result
+print(json.dumps(Result.load(sys.argv[1]).replacement))
+"""
+
 READ = """
 import json, sys
 from hooklens import Result
 result = Result.load(sys.argv[1])
 print(json.dumps({"class": type(result).__name__, "entropy": result.entropy.tolist(), "table": str(result.table(1))}))
+"""
+
+
+PARTS = """
+import json, sys
+import torch
+import hooklens as hl
+from hooklens.testing import tiny_model
+import hooklens_mlp_first, hooklens_more_sites
+model = tiny_model(block="mlp_first", positional_embedding_type="rotary")
+clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])
+metric, found = hl.logit_diff(model, answer=5, wrong_answer=6), {}
+for site in ("post", "mlp_in", "rot_q"):
+    sweep = hl.patch(model, clean, corrupted, metric, site=site)
+    with hl.engine(plain=True):
+        plain = hl.patch(model, clean, corrupted, metric, site=site)
+    found[site] = [sweep.how, plain.how, float((sweep.values - plain.values).abs().max())]
+print(json.dumps(found))
 """
 
 
@@ -68,3 +111,16 @@ def test_it_is_found_keeps_the_contract_and_its_result_comes_back(installed, tmp
     assert "L0H0" in read["table"]
     with pytest.raises(Unavailable, match="if you trust that, pip install hooklens-attention-entropy"):
         Result.load(file)
+
+
+def test_its_replacement_is_written_by_every_method_and_named_by_a_saved_result(installed, tmp_path):
+    """Both heads of the gate write 1 on every prompt, so that their median keeps it open, and zeros do not."""
+    file = tmp_path / "sweep.safetensors"
+    used = python(WRITE, file, path=installed)
+    assert used == {"zeroed": -1.0, "written": 0.0, "circuit": 1.0, "says": "median over", "resumed": True}
+    assert python(LABEL, file, path=tmp_path) == "median over"  # where the package is not installed
+
+
+def test_its_block_kind_and_its_sites_are_swept_exactly(installed):
+    for how, plain, error in python(PARTS, path=installed).values():
+        assert how == "engine" and plain.startswith("plain loop") and error < 1e-5

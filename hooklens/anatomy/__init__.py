@@ -1,1 +1,1 @@
-"""What a model is made of and what it costs: parameters, shapes, operations, memory, and its diagram."""
+"""The components of a model and their costs: parameters, shapes, operations, memory, and a diagram."""

@@ -1,4 +1,4 @@
-"""What a model is made of and what it costs: parameters, shapes, work and memory, as formulas and as numbers."""
+"""The components of a model and their costs: parameters, shapes, operations and memory, as formulas and as numbers."""
 
 import html
 import math
@@ -27,7 +27,7 @@ from hooklens.results.result import Result
 from hooklens.results.table import Table, visible
 
 _WIDTH = 80  # columns of a terminal
-_DENOMINATOR = 99  # a coefficient of more digits is written as a decimal number
+_DENOMINATOR = 99  # a coefficient with more digits is written as a decimal number
 # Floating-point operations of each matrix product, a multiplication and an addition counted as two, over all layers.
 # Elementwise work (norms, softmax, activations) is left out, as in torch.utils.flop_counter.
 _WORK = {
@@ -42,7 +42,7 @@ _WORK = {
     "mlp.out": "2 L n d m",
     "unembed.linear": "2 n d V",
 }
-# Whose activation a hook point holds. The stream between the parts is a component of its own, without parameters.
+# The component that each hook point belongs to. The stream between components is a component without parameters.
 _OWNER = {
     "hook_embed": "embed",
     "hook_pos_embed": "pos_embed",
@@ -73,9 +73,9 @@ _AXES = {
 
 @dataclass(frozen=True, eq=False)
 class Component(Result):
-    """One kind of part, all layers together. `flops` and `bytes` are those of one sequence of n tokens.
+    """One kind of component, all layers together. `flops` and `bytes` are for one sequence of n tokens.
 
-    `bytes` is what a cache of every point but the lazy ones holds, each tensor once.
+    `bytes` is the size of a cache of all points except the lazy ones, with each tensor counted once.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Stage(Result):
 
 @dataclass(frozen=True, eq=False)
 class Timing(Result):
-    """Seconds that one layer's attention took at each length: the four projections, and scores with their mixing."""
+    """Seconds of one layer's attention at each length: the four projections, and the scores with the mixing."""
 
     lengths: Int[Tensor, "length"]
     projections: Float[Tensor, "length"]
@@ -107,7 +107,7 @@ class Timing(Result):
     scores_formula: Float[Tensor, "length"]
 
     def table(self, n: int | None = None) -> Table:
-        """Measured seconds beside those of the formula at the rate (operations a second) that fits it best."""
+        """Measured seconds and those of the formula, at the rate (operations per second) that fits best."""
         columns = ("n", "projections ms", "by formula", "scores ms", "by formula")
         parts = (self.projections, self.projections_formula, self.scores, self.scores_formula)
         rows = zip(self.lengths.tolist(), *((part * 1e3).tolist() for part in parts), strict=True)
@@ -128,17 +128,17 @@ class Timing(Result):
         return viz.lines(self._curves(), x=self.lengths, x_title="n", y_title="ms a layer")
 
     def diagram(self) -> str:
-        """The same as SVG."""
+        """The same figure as SVG."""
         curves = {name: values.tolist() for name, values in self._curves().items()}
         return draw_curves(self.lengths.tolist(), curves, "n", "ms a layer")
 
 
 @dataclass(frozen=True, eq=False)
 class Description(Result):
-    """What `describe` found. `sizes` says what each letter of the formulas is.
+    """The result of `describe`. `sizes` gives the meaning of each letter in the formulas.
 
     `crossover` is the length from which a layer's attention scores cost more operations than its q, k, v and o
-    projections, `crossover_layer` that from which they cost more than projections and MLP together.
+    projections; `crossover_layer` is the length from which they cost more than projections and MLP together.
     """
 
     model_name: str
@@ -152,7 +152,7 @@ class Description(Result):
 
     @property
     def parameters(self) -> int:
-        """All of them; a weight that two parts share counts once."""
+        """The number of parameters; a weight shared by two components counts once."""
         return sum(c.parameters for c in self.components)
 
     @property
@@ -161,7 +161,7 @@ class Description(Result):
         return sum(c.flops for c in self.components)
 
     def table(self, n: int | None = None) -> Table:
-        """A row a component, then their sum: formulas, and what they come to at this n in millions and in MiB."""
+        """One row per component, and their sum: formulas, and their values at this n in millions and in MiB."""
         columns = ("component", "parameters", "FLOPs", "MFLOPs", "activations", "MiB")
         rows = [
             (c.name, c.parameters, c.flops_formula, c.flops / 1e6, c.memory_formula, c.bytes / 2**20)
@@ -171,14 +171,14 @@ class Description(Result):
         return Table(columns, rows).head(n)
 
     def stage_table(self) -> Table:
-        """A row a hook point: axes and sizes. Lazy points are computed only while somebody listens."""
+        """One row per hook point: axes and sizes. Lazy points are computed only while something listens to them."""
         rows = [(s.point, s.axes, " x ".join(map(str, s.shape)), "lazy" if s.lazy else "") for s in self.stages]
         return Table(("point", "axes", f"shape at n={self.n}", ""), rows)
 
     def figure(self) -> Any:
-        """The timing curve beside its formula, where one was measured."""
+        """The measured times with the formula, if times were measured."""
         if self.timing is None:
-            raise InputError("figure() draws measured times; ask for them with describe(model, lengths=(64, 128, 256))")
+            raise InputError("figure() draws measured times; measure them with describe(model, lengths=(64, 128, 256))")
         return self.timing.figure()
 
     def diagram(self) -> str:
@@ -186,12 +186,12 @@ class Description(Result):
         return draw(self.model_name, [(s.point, s.axes, s.shape) for s in self.stages], self.sizes["L"])
 
     def to_html(self) -> str:
-        """Diagram and tables as a piece of HTML that loads nothing."""
+        """Diagram and tables as a piece of HTML that loads nothing from the network."""
         legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
         tables = [self.table(), self.stage_table()] + ([] if self.timing is None else [self.timing.table()])
         note = (
-            f"{html.escape(legend)}. Scores overtake the projections from n = {self.crossover:.0f}, projections and "
-            f"MLP together from n = {self.crossover_layer:.0f}."
+            f"{html.escape(legend)}. Scores cost more than the projections from n = {self.crossover:.0f}, and more "
+            f"than projections and MLP together from n = {self.crossover_layer:.0f}."
         )
         curves = "" if self.timing is None else self.timing.diagram()
         return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}{curves}</div>"
@@ -207,9 +207,9 @@ class Description(Result):
 def describe(
     model: HookedTransformer | HookedTransformerConfig, *, n: int | None = None, lengths: Sequence[int] = ()
 ) -> Description:
-    """What is this model made of, and what does each part cost on a sequence of `n` tokens?
+    """What are the components of this model, and what does each cost on a sequence of `n` tokens?
 
-    A configuration is described without making its weights. With `lengths` attention is timed on this machine too.
+    A configuration is described without creating weights. With `lengths`, attention is also timed on this machine.
 
     >>> from hooklens.testing import tiny_model
     >>> found = describe(tiny_model(), n=16)
@@ -275,7 +275,7 @@ def _components(model: HookedTransformer, sizes: dict[str, int]) -> list[Compone
 
 
 def _counts(model: HookedTransformer) -> dict[str, int]:
-    """Parameters a component, in forward order; the stream, scores, z and activations have none."""
+    """Parameters per component, in forward order; the stream, scores, z and activations have none."""
     counts: dict[str, int] = {}
     owned = {id(p): p.numel() for p in model.parameters()}
     before = {
@@ -296,7 +296,7 @@ def _counts(model: HookedTransformer) -> dict[str, int]:
 
 
 def _held(model: HookedTransformer) -> dict[str, list[str]]:
-    """What each component's points hold, each tensor once, as products."""
+    """The tensors of each component's points, each tensor once, as products."""
     held: dict[str, list[str]] = {}
     for point in dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.0.", name) for name in model.hook_names()):
         kind, known = point.removeprefix("blocks.0."), parse(point)
@@ -307,7 +307,7 @@ def _held(model: HookedTransformer) -> dict[str, list[str]]:
         letters = [_AXES[axis] for axis in axes(point) if _AXES[axis] != "1"]
         held.setdefault(owner, []).append(" ".join((["L"] if point != kind else []) + letters))
     # What enters a block is what left the one before, but for a norm between them and for positions added.
-    if model.cfg.block == "post":
+    if model.blocks[0].leaves_through().norm is not None:
         held["stream"].append("L n d")
     elif model.pos_embed is not None:
         held["stream"].append("n d")
@@ -316,11 +316,11 @@ def _held(model: HookedTransformer) -> dict[str, list[str]]:
 
 def _is_the_stream(model: HookedTransformer, kind: str) -> bool:
     """Does the unembedding read the last block's output itself?"""
-    return kind == "unembed.hook_in" and model.ln_final is None and model.cfg.block != "post"
+    return kind == "unembed.hook_in" and model.reads_through(model.cfg.n_layers).norm is None
 
 
 def formula(products: Sequence[str], sizes: dict[str, int]) -> str:
-    """A sum of products in L, n, d, h and V: h e, g e and m are written as the multiples of d that they are.
+    """A sum of products in L, n, d, h and V: h e, g e and m are written as multiples of d.
 
     >>> formula(["2 L n d m"], {"d": 8, "m": 32, "h": 2, "g": 2, "e": 4})
     '8 L n d²'
@@ -359,10 +359,10 @@ def _value(product: str, sizes: dict[str, int]) -> int:
 def _crossover(cfg: HookedTransformerConfig, *, mlp: bool = False) -> float:
     """The n from which scores and mixing cost more than the projections (and the MLP).
 
-    A layer's scores and mixing are 2 n² h e each; q and o are 2 n d h e each, k and v 2 n d g e, each matrix of the MLP
-    2 n d m. So 4 n² h e > 4 n d e (h + g) from n = d (h + g) / h on: 2 d with as many key as query heads. With k MLP
-    matrices it is n = d (h + g) / h + k d m / (2 h e). The whole square is counted; a kernel that skips its causal half
-    gets there at twice that n.
+    Per layer, scores and mixing cost 2 n² h e each; q and o 2 n d h e each, k and v 2 n d g e, each matrix of the MLP
+    2 n d m. So 4 n² h e > 4 n d e (h + g) from n = d (h + g) / h on: 2 d for as many key heads as query heads. With k
+    MLP matrices it is n = d (h + g) / h + k d m / (2 h e). The whole square is counted; for a kernel that skips the
+    causal half, n is twice as large.
     """
     heads, groups = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
     projections = cfg.d_model * (heads + groups) / heads
@@ -392,7 +392,7 @@ def _timed(model: HookedTransformer, lengths: Sequence[int]) -> Timing:
     at = torch.tensor(list(lengths))
     per_token = 4 * cfg.d_model * cfg.d_head * (cfg.n_heads + (cfg.n_key_value_heads or cfg.n_heads))
     work = torch.stack((at * per_token, 4 * at**2 * cfg.n_heads * cfg.d_head), dim=1).double()
-    # One rate a part: the one at which formula and measurement agree over all lengths, as ratios.
+    # One rate per part: the one at which formula and measurement agree over all lengths, as ratios.
     rate = (work / measured).log().mean(0).exp()
     return Timing(at, *(column.clone() for column in (*measured.T, *(work / rate).T)))
 

@@ -1,10 +1,10 @@
-"""The stages of a model as a picture: one box a hook point, from tokens to logits, drawn as SVG by hand."""
+"""A diagram of a model's stages: one box per hook point, from tokens to logits, drawn as SVG."""
 
 import html
 from collections.abc import Mapping, Sequence
 
 _ROW, _WIDTH, _LEFT = 26, 720, 60
-#: Colours by what a point belongs to; the first part of the name that is found decides.
+#: Colours by the part of the model; the first matching part of the name decides.
 _COLOURS = {
     "attn": "#dbe9f6",
     "mlp": "#fde6cd",
@@ -16,7 +16,7 @@ _COLOURS = {
 
 
 def draw(title: str, stages: Sequence[tuple[str, str, Sequence[int]]], n_layers: int) -> str:
-    """An SVG element with a box a stage `(point, axes, shape)`; a frame holds those of a block.
+    """An SVG element with one box per stage `(point, axes, shape)`; a frame surrounds those of a block.
 
     >>> picture = draw("a<b", [("hook_embed", "batch pos d_model", [1, 4, 8])], 2)
     >>> "a&lt;b" in picture, "1 × 4 × 8" in picture
@@ -69,11 +69,11 @@ def _stream(top: int, bottom: int) -> str:
     )
 
 
-_INKS = ("#1f6fb4", "#1f6fb4", "#c2571a", "#c2571a")  # what was measured full, what was computed dashed
+_INKS = ("#1f6fb4", "#1f6fb4", "#c2571a", "#c2571a")  # measured curves are solid, computed curves dashed
 
 
 def draw_curves(x: Sequence[int | float], curves: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
-    """An SVG element with curves over the same x, every second one dashed; each is named beside its end.
+    """An SVG element with curves over a common x, every second one dashed; each is named at its end.
 
     >>> picture = draw_curves([1, 2], {"seen": [1.0, 3.0], "by formula": [1.0, 2.0]}, "n", "ms")
     >>> picture.count("<polyline"), "by formula" in picture

@@ -1,4 +1,4 @@
-"""The command line, a file a group of commands: each adds its own to `app`, in the order in which help lists them."""
+"""The command line, one file per group of commands: each adds its own to `app`, in the order of the help text."""
 
 # isort: off
 from hooklens.cli import demo_command, patch_command, models_command, plugins_command, lens_command  # noqa: F401

@@ -1,7 +1,7 @@
-"""The command line: parses, calls a plugin, prints a table, writes a report. Everything heavy is imported when needed.
+"""The command line: parses options, calls a plugin, prints a table, writes a report. Heavy imports happen on demand.
 
-Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a command or an input that cannot be used;
-3 something outside is missing (network, disk, a device, a package); 130 interrupted.
+Exit codes: 0 success; 1 a check failed, or an unexpected error occurred; 2 an unusable command or input; 3 something
+outside is missing (network, disk, a device, a package); 130 interrupted.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ OK, FAILED, BAD_INPUT, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 
 _HELP = """Every activation of a transformer by name, and exact patching experiments.
 
-Begin with `hooklens demo`. Exit codes: 0 done; 1 a check failed, or something unexpected happened; 2 a command or an
-input that cannot be used; 3 something outside is missing (network, disk, a device, a package); 130 interrupted."""
+Begin with `hooklens demo`. Exit codes: 0 success; 1 a check failed, or an unexpected error occurred; 2 an unusable
+command or input; 3 something outside is missing (network, disk, a device, a package); 130 interrupted."""
 
 
 class _Group(TyperGroup):
-    """Turns what a command raises into one message and an exit code."""
+    """Converts an exception of a command into one message and an exit code."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with _usage_shown():
@@ -37,12 +37,12 @@ class _Group(TyperGroup):
             with _usage_shown():
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            say("interrupted")  # notes on it are for Python, such as an argument that would keep what is done
+            say("interrupted")  # its notes are for Python users, such as an argument that keeps finished work
             raise typer.Exit(INTERRUPTED) from error
         except HooklensError as error:
             _fail(ctx, f"error: {_in_options(ctx, error)}", error)
             raise typer.Exit(_code(error)) from error
-        except BrokenPipeError:  # whoever read the output has heard enough: typer ends quietly
+        except BrokenPipeError:  # the reader of the output closed it: typer ends quietly
             raise
         except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
             if type(error).__module__.startswith(("click", "typer")):  # usage errors and exits print themselves
@@ -53,7 +53,7 @@ class _Group(TyperGroup):
 
 @contextmanager
 def _usage_shown() -> Iterator[None]:
-    """Usage errors print themselves, and quote what was given: nothing in it may act on the terminal."""
+    """Usage errors print themselves and quote the input: escape anything in it that could act on the terminal."""
     try:
         yield
     except Exception as error:
@@ -79,7 +79,7 @@ def _version(asked: bool | None) -> None:
 def _options(
     debug: Annotated[bool, typer.Option(help="Show where an error was raised.")] = False,
     version: Annotated[
-        bool | None, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+        bool | None, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = None,
 ) -> None:
     """Options of every command; `_Group` reads `debug`, `_version` the other."""
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def _in_options(ctx: Any, error: HooklensError) -> str:
-    """The message, with the command's options in place of the arguments that it names: parameters are named alike."""
+    """The message with the command's options in place of argument names; options have the names of the arguments."""
     if not isinstance(error, ArgumentError | Refused):
         return str(error)
     command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")

@@ -40,15 +40,15 @@ def circuit(
     answer: Answer = None,
     wrong_answer: WrongAnswer = None,
     pairs: PairsFile = None,
-    edges: Annotated[int, typer.Option(help="How many edges the circuit may have.")] = 200,
-    draws: Annotated[int, typer.Option(help="Random circuits that stand beside it, at least 100.")] = 100,
+    edges: Annotated[int, typer.Option(help="The largest number of edges in the circuit.")] = 200,
+    draws: Annotated[int, typer.Option(help="Random circuits to compare with, at least 100.")] = 100,
     full: Annotated[
-        bool, typer.Option("--full", help="Also completeness, minimality and the curve over sizes: minutes a pair.")
+        bool, typer.Option("--full", help="Also completeness, minimality and the curve over sizes: minutes per pair.")
     ] = False,
     model: Model = DEFAULT,
     registered: Plans = None,
     digest: Digests = None,
-    out: Annotated[Path, typer.Option(help="The report; its numbers and the circuit go beside it.")] = Path(
+    out: Annotated[Path, typer.Option(help="The report; its numbers and the circuit are saved beside it.")] = Path(
         "circuit.html"
     ),
     device: Device = None,
@@ -60,7 +60,7 @@ def circuit(
 
     Example: `hooklens circuit --pairs ioi.jsonl --edges 200 --out circuit.html`
 
-    A single pair can only be tested on itself, which the report says.
+    A single pair can only be tested on itself; the report says so.
     """
     from hooklens.cli import estimates
     from hooklens.plugins.circuits import circuit_graph
@@ -88,5 +88,5 @@ def circuit(
     study = study_circuit(loaded, read, edges=edges, full=full, draws=draws, seed=seed)
     study.report(registered=plans).save(out, data=study)
     kept = study.circuit.save_json(out.with_suffix(".circuit.json"))
-    told = "How much of the logit difference the circuit keeps alone, beside random circuits of as many edges."
+    told = "The share of the logit difference that the circuit alone keeps, and random circuits with as many edges."
     show(study.table(), as_json, caption=told, more={**written(out), "circuit": kept.absolute()})

@@ -34,9 +34,9 @@ def demo(
     from hooklens.cli import estimates
     from hooklens.studies.ioi_study import study_ioi
 
-    say_how_long(loaded, estimates.of_demo(loaded, *ioi(loaded, n, seed=seed).clean_tokens.shape))
+    say_how_long(loaded, estimates.of_demo(loaded, n, int(ioi(loaded, n, seed=seed)["end"][0]) + 1))
     study = study_ioi(loaded, n, seed=seed)
     study.report().save(out, data=study)
-    halves = "called on one half of the pairs, measured on the other" if study.held_out else "all on the same pairs"
-    caption = f"Heads, {halves}. patched, direct: what each restores of the clean-corrupted difference."
+    halves = "labelled on one half of the pairs, measured on the other" if study.held_out else "all on the same pairs"
+    caption = f"Heads, {halves}. patched, direct: the share of the clean-corrupted difference restored."
     show(study.table(), as_json, caption=caption, more={"finding": study.finding(), **written(out)})

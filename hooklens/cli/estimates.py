@@ -1,7 +1,7 @@
-"""How long will a command take? Counted in tokens that pass the whole model, times one timed pass; said beforehand.
+"""How long will a command take? Counted in tokens that pass the whole model, times a timed pass; said beforehand.
 
-The counts are those of causal prompts, of whose patches half a model and half the later positions are recomputed. They
-are meant to tell a minute from an hour.
+The counts assume causal prompts, whose patches recompute on average half of the model and half of the later positions.
+They are meant to distinguish a minute from an hour.
 """
 
 import time
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 _WORTH_SAYING = 60  # seconds
 _TIMED = 256  # tokens of the timed pass: with few, a token takes longer than in a sweep
+_PASSES, _TIMING = 7, 2.0  # at most so many timed passes, and none begun after so many seconds of them
 _DEMO_TOKENS = 64  # of the prompts of a demo
 _CANDIDATES = 20  # heads that the demo patches in every pair
-# shares of heads, measured on SmolLM2: whose attention to a kind of key is above chance; that suppress a token
+# shares of heads, measured on SmolLM2: with attention to a kind of key above chance; that suppress a token
 _SCORED, _SUPPRESSORS = 0.25, 0.08
-# passes that a token costs: in integrated gradients, in one random circuit, and how much more a full study does
+# passes per token: in integrated gradients, in one random circuit, and the factor of a full study
 _GRADIENT, _A_CIRCUIT, _FULL = 100, 0.8, 40
 
 
 def of_patch(model: "HookedTransformer", n_pos: int, grids: Sequence[Sequence[str]]) -> float:
-    """Tokens of a sweep over each of these grids, and of whole layers."""
+    """Token count of a sweep over each of these grids, and of whole layers."""
     cfg = model.cfg
     sizes = {"layer": cfg.n_layers, "pos": n_pos, "head": cfg.n_heads, "neuron": cfg.d_mlp}
     total = float(cfg.n_layers * n_pos)
@@ -40,13 +41,13 @@ def of_patch(model: "HookedTransformer", n_pos: int, grids: Sequence[Sequence[st
 
 
 def of_demo(model: "HookedTransformer", n_pairs: int, n_pos: int) -> float:
-    """Tokens of the shown pair's sweeps, and of whole layers and the strongest heads in every pair."""
+    """Token count of the shown pair's sweeps, and of whole layers and the strongest heads in every pair."""
     shown = of_patch(model, n_pos, [("layer", "pos"), ("layer", "head")])
     return shown + n_pairs * n_pos * (4 + model.cfg.n_layers / 2 + _CANDIDATES / 4)
 
 
 def of_heads(model: "HookedTransformer", n: int, ioi: int, n_pos: int = 25) -> float:
-    """Tokens of blocked attention on `n` sequences, of runs without a head on text, and of prompt pairs."""
+    """Token count of blocked attention on `n` sequences, of runs without a head on text, and of prompt pairs."""
     heads = model.cfg.n_layers * model.cfg.n_heads
     blocked = 2 * 3 * _SCORED * heads * n * n_pos / 2
     without = _SUPPRESSORS * heads * 20 * 8 * 32
@@ -54,24 +55,24 @@ def of_heads(model: "HookedTransformer", n: int, ioi: int, n_pos: int = 25) -> f
 
 
 def of_head_study(model: "HookedTransformer", tokens: int) -> float:
-    """Tokens of a sweep over all heads of pairs that have so many, and of three passes over them."""
+    """Token count of a sweep over all heads for pairs with this many tokens, and of three passes over them."""
     return tokens * (3 + model.cfg.n_layers * model.cfg.n_heads / 2)
 
 
 def of_lens(model: "HookedTransformer", tokens: int) -> float:
-    """Tokens of the passes over these, and of unembedding every layer's stream."""
+    """Token count of the passes over these tokens, and of unembedding every layer's stream."""
     unembed = model.cfg.d_model * model.cfg.d_vocab_out
     share = unembed / (unembed + sum(weight.numel() for weight in model.blocks.parameters()))
     return tokens * (3 + model.cfg.n_layers * share)
 
 
 def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: bool) -> float:
-    """Tokens of gradients on half of the pairs and of random circuits on the other half."""
+    """Token count of gradients on half of the pairs, and of random circuits on the other half."""
     return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
 
 
 def of_demo_of(model: "HookedTransformer", module: str) -> float:
-    """Tokens of a plugin's demo, roughly: a sweep over all heads of four short pairs, or what its family takes more."""
+    """Approximate token count of a plugin's demo: a sweep over all heads of four pairs, plus its family's extra."""
     sweep = of_head_study(model, _DEMO_TOKENS)
     if ".circuits." in module:
         return max(sweep, of_circuit(model, _DEMO_TOKENS, 100, full=module.endswith(".evaluate")))
@@ -79,17 +80,17 @@ def of_demo_of(model: "HookedTransformer", module: str) -> float:
 
 
 def of_check(model: "HookedTransformer") -> float:
-    """Seconds of a self check: some twenty passes over few tokens, of which twelve are steps."""
+    """Seconds of a self check: about twenty passes over few tokens, twelve of which are steps."""
     return 20 * _seconds_of_a_pass(model, random_inputs(model, batch=2, pos=min(12, model.cfg.n_ctx), seed=0))
 
 
 def of_generate(model: "HookedTransformer", max_new_tokens: int) -> float:
-    """Seconds of so many steps, each a pass over one token."""
+    """Seconds of this number of steps, each a pass over one token."""
     return max_new_tokens * _seconds_of_a_pass(model, torch.ones(1, 1, dtype=torch.long, device=model.device))
 
 
 def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
-    """A line with the time that so many tokens will take; none where it is under a minute.
+    """A line with the time that this many tokens take; none if it is under a minute.
 
     >>> from hooklens.testing import tiny_model
     >>> how_long(tiny_model(), 1), in_words(150), in_words(3 * 3600)
@@ -99,24 +100,28 @@ def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
 
 
 def told(seconds: float) -> list[str]:
-    """The line that foretells so many seconds; none where it is under a minute."""
+    """A line that announces this many seconds; none if it is under a minute."""
     if seconds < _WORTH_SAYING:
         return []
-    return [f"this will take about {in_words(seconds)} here, by the time of one pass; Ctrl-C stops it"]
+    return [f"this will take about {in_words(seconds)} on this machine (estimated from one pass); Ctrl-C stops it"]
 
 
 def seconds_a_token(model: "HookedTransformer") -> float:
-    """How long one token takes in a pass of a few hundred."""
+    """The duration of one token in a pass of a few hundred."""
     n = min(_TIMED, model.cfg.n_ctx)
     return _seconds_of_a_pass(model, torch.ones(1, n, dtype=torch.long, device=model.device)) / n
 
 
 def _seconds_of_a_pass(model: "HookedTransformer", inputs: Tensor) -> float:
+    """The least of a few: other work on the machine only ever adds."""
+    seconds: list[float] = []
     with torch.no_grad():
         model(inputs[:, :1], logits_at=-1)  # what is made ready once is not counted
-        begin = time.perf_counter()
-        float(model(inputs, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
-    return time.perf_counter() - begin
+        while not seconds or (len(seconds) < _PASSES and sum(seconds) < _TIMING):
+            begin = time.perf_counter()
+            float(model(inputs, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
+            seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def in_words(seconds: int | float) -> str:

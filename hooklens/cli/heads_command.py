@@ -47,7 +47,7 @@ def heads(
         int, typer.Option("--sequences", help="Random sequences for scores, and as many for effects; at least 6.")
     ] = 12,
     ioi: Annotated[
-        int, typer.Option(help="Prompt pairs to label name movers by, and measure them on; a multiple of 4; 0: none.")
+        int, typer.Option(help="Prompt pairs to label and measure name movers; a multiple of 4; 0: none.")
     ] = 128,
     registered: Plans = None,
     digest: Digests = None,
@@ -59,7 +59,8 @@ def heads(
 ) -> None:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads, and on what evidence?
 
-    With prompt pairs, also: which heads carry the answer there, chosen on half of the pairs and measured on the other?
+    With prompt pairs, also: which heads carry the answer there? They are chosen on half of the pairs, measured on the
+    other half.
 
     Example: `hooklens heads --pairs ioi.jsonl --out heads.html`
     """
@@ -90,10 +91,10 @@ def heads(
     found = classify_heads(loaded, n=n, ioi=ioi, seed=seed)
     if read is None:
         taxonomy_report(found, loaded, registered=plans).save(out, data=found)
-        told = "Heads on random sequences that repeat: attention, what the loss rises by without it, and the control."
+        told = "Heads on random sequences that repeat: attention, the loss increase without it, and the control."
         show(found.table(20), as_json, caption=told, more={"names": found.note, **written(out)})
         return
     study = study_heads(loaded, read, labels=found.labels(), seed=seed)
     taxonomy_report(found, loaded, study.report(), registered=plans).save(out, data={"taxonomy": found, "pairs": study})
-    told = "What the logit difference falls by without what each head carries, the largest first."
+    told = "The decrease of the logit difference without what each head carries, the largest first."
     show(study.table(20), as_json, caption=told, more=written(out))

@@ -28,7 +28,7 @@ from hooklens.cli.output import say_how_long, show, written
 from hooklens.core.errors import InputError, judge
 
 if TYPE_CHECKING:
-    from hooklens.data.jsonl import PromptPairs
+    from hooklens.data.prompt_pairs import PromptPairs
     from hooklens.results.table import Table
     from hooklens.studies import LensStudy
 
@@ -45,7 +45,7 @@ def lens(
     dtype: OfDtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would the model say after every layer, and which parts write its answer?
+    """What would the model predict after every layer, and which components write its answer?
 
     Example: `hooklens lens "When Mary and John went to the store, John gave a drink to" --answer " Mary" --wrong-answer
     " John"`
@@ -53,7 +53,7 @@ def lens(
 
     def prompts() -> "PromptPairs | None":
         if (prompt is None) == (pairs is None):
-            raise InputError("give PROMPT or --pairs file.jsonl, one of the two")
+            raise InputError("give either PROMPT or --pairs file.jsonl")
         return None if pairs is None else pairs_of(pairs, None, None, answer, wrong_answer)
 
     known = {"out": lambda: check_out(out), "pairs": prompts, **of_pair(None, None, answer, wrong_answer)}
@@ -65,22 +65,24 @@ def lens(
 
     if read is None:
         say_how_long(loaded, estimates.of_lens(loaded, len(loaded.to_tokens(str(prompt))[0])))
-        study = study_lens(loaded, str(prompt), answer, wrong_answer, names=["the prompt"])
+        study = study_lens(loaded, str(prompt), answer=answer, wrong_answer=wrong_answer, names=["the prompt"])
         study.report().save(out, data=study)
         layers = study.lenses[0].table()
-        _show_lens(study, as_json, ("What the stream says after each layer.", layers), study.lenses[0].terms, out)
+        _show_lens(study, as_json, ("The stream's prediction after each layer.", layers), study.lenses[0].terms, out)
         return
     from hooklens.data.jsonl import check_pairs
 
     check_pairs(loaded, read, str(pairs), corrupted=False)
     say_how_long(loaded, estimates.of_lens(loaded, tokens_of(loaded, read)))
-    names = [f"line {line}" for line in read.lines]
-    study = study_lens(loaded, read.clean, read.answer, read.wrong_answer, group=read.group_numbers(), names=names)
+    names = [f"line {line}" for line in read["line"]]
+    study = study_lens(
+        loaded, read.clean, answer=read.answer, wrong_answer=read.wrong_answer, group=read.group, names=names
+    )
     told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
     study.report().text(f"Read from {pairs}: {told}.").save(out, data=study)
     path = study.trajectory.table()
     layers = Table(path.columns, [row for row in path.rows if not str(row[0]).endswith("_mid")])
-    before = ("Layer by layer: medians of ranks, means of the rest, over prompts.", layers)
+    before = ("Layer by layer: medians of ranks, means of the other columns, over prompts.", layers)
     _show_lens(study, as_json, layers=before, terms=study.trajectory.terms, out=out, more={"read": told})
 
 
@@ -93,11 +95,11 @@ def _show_lens(
     more: Mapping[str, str] | None = None,
 ) -> None:
     controls = "; ".join(f"{name}: {terms[name]}" for name in layers[1].columns if name.startswith("control"))
-    caption = "What each part adds directly to the answer's logit, the largest first; nothing where it is not large "
+    caption = "Direct contribution of each component to the answer's logit, the largest first; compare it "
     show(
         study.table(),
         as_json,
-        caption=f"{caption}beside its spread over tokens.",
+        caption=f"{caption}with the spread over tokens.",
         before={"layers": (f"{layers[0]} {controls}.", layers[1])},
         more={**(more or {}), **written(out)},
     )

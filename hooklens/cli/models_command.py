@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def models(as_json: AsJson = False) -> None:
-    """What can be loaded, and from where.
+    """Which models can be loaded, and from where?
 
     Example: `hooklens models --json`
     """
@@ -33,7 +33,7 @@ def check(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Load a model and verify what every model here promises; exit code 1 if something does not hold.
+    """Load a model and check the guarantees of every hooklens model; the exit code is 1 if a check fails.
 
     Example: `hooklens check smollm2-135m-instruct --dtype float64`
     """
@@ -46,7 +46,7 @@ def check(
     say(*estimates.told(estimates.of_check(loaded)))
     report = verify(loaded, seed=seed)
     numbers = Table(("check", "measured", "at most", "ok"), report.rows)
-    caption = "What was measured, and the most that it may be."
+    caption = "The measured values and their bounds."
     show(
         numbers if as_json else report.table(), as_json, caption=caption, more={"model": report.model, "ok": report.ok}
     )
@@ -55,17 +55,17 @@ def check(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the model goes on from.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: Model = DEFAULT,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 50,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    chat: Annotated[bool, typer.Option(help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="The maximum number of new tokens.")] = 50,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    chat: Annotated[bool, typer.Option(help="Apply the model's chat template to the prompt.")] = False,
     device: Device = None,
     dtype: OfDtype = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Go on from a prompt, token by token to the terminal.
+    """Continue a prompt, and print token by token.
 
     Example: `hooklens generate --chat "Why is the sky blue?" --temperature 0.7`
     """

@@ -1,4 +1,4 @@
-"""What commands print: tables or JSON, where the report is, how long it will take."""
+"""The output of commands: tables or JSON, the report's path, and the estimated duration."""
 
 import sys
 from collections.abc import Mapping
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 
 def written(out: Path) -> dict[str, Any]:
-    """Where the report and its numbers are, from anywhere."""
+    """The absolute paths of the report and its numbers."""
     return {"report": out.absolute(), "numbers": out.with_suffix(".json").absolute()}
 
 
 def say_how_long(model: "HookedTransformer", tokens: int | float) -> None:
-    """Before a command that takes more than a minute: about how long."""
+    """Print the estimated duration before a command that takes more than a minute."""
     from hooklens.cli.estimates import how_long
 
     say(*how_long(model, tokens))
 
+
+_PIPED = 80  # columns of sentences where there is no terminal
 
 Tables = Mapping[str, tuple[str, "Table"]]
 
@@ -38,10 +40,12 @@ def show(
     terms: Mapping[str, str] | None = None,
     before: Tables | None = None,
     more: Mapping[str, Any] | None = None,
+    sentences: bool = False,
 ) -> None:
-    """A table under a line that says what it shows, and what else there is to say; or all of it as one JSON object.
+    """Print a table below its caption, with additional lines; or everything as one JSON object.
 
-    `terms` say what columns are; `before` are tables that come first, each with its own line.
+    `terms` say what columns are; `before` are tables that come first, each with its own line. Into a file or a pipe a
+    row is a line, which a program can read; with `sentences` it is wrapped there too.
     """
     more = more or {}
     if as_json:
@@ -50,7 +54,7 @@ def show(
         typer.echo(json_line(_plain({"rows": _objects(table), **others, **told})))
         return
     for line, one in (*(before or {}).values(), (caption, table)):
-        _print(line, one)
+        _print(line, one, sentences)
     known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
     typer.echo("".join(f"{name}: {printable(value)}\n" for name, value in (known | _short(more)).items()), nl=False)
 
@@ -65,19 +69,20 @@ def _objects(table: "Table") -> list[dict[str, Any]]:
     return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
-def _print(caption: str, table: "Table") -> None:
+def _print(caption: str, table: "Table", wrap: bool) -> None:
     if caption:
         typer.echo(printable(caption))
-    if sys.stdout is not None and sys.stdout.isatty():  # None: it was closed before the start
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed before the start
+    if terminal or wrap:
         from rich.console import Console
 
-        Console().print(table)
+        Console(width=None if terminal else _PIPED).print(table)
     else:
         typer.echo(printable(table))
 
 
 def _short(more: Mapping[str, Any]) -> dict[str, Any]:
-    """Files beside the first are told by name alone."""
+    """Files after the first are shown by name only."""
     paths = [value for value in more.values() if isinstance(value, Path)]
     beside = [path for path in paths[1:] if path.parent == paths[0].parent]
     return {

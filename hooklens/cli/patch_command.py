@@ -1,6 +1,5 @@
-"""`hooklens patch`: a pair of prompts of one's own."""
+"""`hooklens patch`: patch your own pair of prompts."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,14 +24,14 @@ from hooklens.core.errors import judge
 
 @app.command()
 def patch(
-    clean: Annotated[str, typer.Option(help="The prompt that is answered rightly.")],
+    clean: Annotated[str, typer.Option(help="The prompt that the model answers correctly.")],
     corrupted: Annotated[str, typer.Option(help="The same prompt with one thing changed.")],
     answer: Annotated[str, typer.Option(help="The clean prompt's next token, often with a leading space.")],
     wrong_answer: Annotated[str, typer.Option(help="The corrupted prompt's next token.")],
     model: Model = DEFAULT,
-    sites: Annotated[list[str] | None, typer.Option("--site", help="What is patched; may be repeated.")] = None,
+    sites: Annotated[list[str] | None, typer.Option("--site", help="The site to patch; may be repeated.")] = None,
     by: Annotated[
-        str | None, typer.Option(help="The grid, such as 'layer x head x pos', of the sites that have these axes.")
+        str | None, typer.Option(help="The grid, such as 'layer x head x pos', for the sites with these axes.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")] = Path("patch.html"),
     device: Device = None,
@@ -45,11 +44,12 @@ def patch(
     Example: `hooklens patch --clean "When Mary and John went to the store, John gave a drink to" --corrupted "When Mary
     and John went to the store, Mary gave a drink to" --answer " Mary" --wrong-answer " John" --site z --out ioi.html`
 
-    An interrupted run goes on where it stopped when the same command is given again. The seed chooses which patches are
-    checked against the plain way.
+    If a run is interrupted, the same command continues it. The seed chooses the patches that are checked against plain
+    hooked passes.
     """
     sites = sites or ["resid_pre", "z"]
     from hooklens.cli import estimates
+    from hooklens.data.prompt_pairs import PromptPairs
     from hooklens.studies.pair_study import check_pair, grids, study_pair
     from hooklens.sweeps.settings import engine
 
@@ -59,36 +59,32 @@ def patch(
     parts = {name: _part(out, name, asked) for name in judge(known)["sites"]}
     loaded = load_reader(model, device, dtype)
 
-    n_pos, swept = check_pair(loaded, clean, corrupted, answer, wrong_answer, sites=sites, by=by)
+    pair = PromptPairs(clean, corrupted, answer=answer, wrong_answer=wrong_answer)
+    n_pos, swept = check_pair(loaded, pair, sites=sites, by=by)
     say_how_long(loaded, estimates.of_patch(loaded, n_pos, swept))
 
-    options: dict[str, Any] = {
-        "answer": answer,
-        "wrong_answer": wrong_answer,
-        "sites": sites,
-        "by": by,
-        "resume": parts,
-    }
-    say(*(f"going on from {path}" for path in parts.values() if path.exists()))
+    say(*(f"continuing from {path}" for path in parts.values() if path.exists()))
     try:
         with engine(seed=seed):
-            study = study_pair(loaded, clean, corrupted, **options)
+            study = study_pair(loaded, pair, sites=sites, by=by, resume=parts)
     except KeyboardInterrupt:
         if kept := ", ".join(str(path) for path in parts.values() if path.exists()):
-            say(f"what is done is kept in {kept}; the same command goes on from there")
+            say(f"finished work is kept in {kept}; the same command continues from there")
         raise
     study.report().save(out, data=study)
     for path in parts.values():
         path.unlink(missing_ok=True)
     one = study.any_sweep
     scale = "0 as in the corrupted run, 1 as in the clean one"
-    scale = scale if one.defined else "nan: the two runs do not surely differ"
+    scale = scale if one.defined else "nan: the two runs do not differ significantly"
     runs: dict[str, Any] = {"clean": round(one.clean, 4), "corrupted": round(one.corrupted, 4), "recovered": scale}
-    caption = "The patches that moved the logit difference most; recovered: the share of clean minus corrupted."
+    caption = "The patches that changed the logit difference most; recovered: the share of clean minus corrupted."
     show(study.table(), as_json, caption=caption, more=runs | written(out))
 
 
 def _part(out: Path, site: str, asked: tuple[str, ...]) -> Path:
     """Where a site's unfinished sweep is kept: another question has another file."""
-    digest = hashlib.blake2b("\0".join(asked).encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
-    return out.with_name(f"{out.stem}.{site}.{digest}.part")
+    from hooklens.core.envelope import digest  # it brings torch, which help does not wait for
+
+    question = digest(["\0".join(asked)])[:8]
+    return out.with_name(f"{out.stem}.{site}.{question}.part")

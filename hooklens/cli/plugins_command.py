@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def plugins(as_json: AsJson = False) -> None:
-    """Which methods are installed, ours and other people's.
+    """Which methods are installed, including those of other packages?
 
     Example: `hooklens plugins`
     """
@@ -25,7 +25,7 @@ def plugins(as_json: AsJson = False) -> None:
     from hooklens.results.table import Table
 
     rows = [(info.name, info.error or info.summary, info.package) for info in available()]
-    show(Table(("plugin", "what it answers", "package"), rows), as_json)
+    show(Table(("plugin", "what it answers", "package"), rows), as_json, sentences=True)
 
 
 @app.command()
@@ -38,7 +38,7 @@ def run(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a plugin's demo and print its result: on short prompts, or on token numbers without a tokenizer.
+    """Run a plugin's demo and print its result, on short prompts, or on token numbers if there is no tokenizer.
 
     Example: `hooklens run patch --model smollm2-135m-instruct --out patch.html`
     """
@@ -47,7 +47,7 @@ def run(
 
     def check_seed() -> None:
         if model is not None and seed:
-            raise InputError(f"--seed {seed} draws the tiny model, and --model {model} is given; leave one of them out")
+            raise InputError(f"--seed {seed} draws the tiny model, but --model {model} is given; leave out one of them")
 
     known = {"plugin": lambda: find(plugin), "seed": check_seed, "out": lambda: out and check_out(out)}
     info = judge({**known, **of_model(model, device)})["plugin"]
@@ -69,7 +69,7 @@ def run(
 
 
 _TINY = (
-    " Its model is tiny and random: this shows what the method gives, and its numbers mean nothing; "
+    " Its model is tiny and random: this shows the form of the result, and its numbers mean nothing; "
     "--model smollm2-135m-instruct runs it on a trained one."
 )
 

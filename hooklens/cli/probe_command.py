@@ -13,8 +13,8 @@ from hooklens.core.errors import judge
 
 @app.command()
 def probe(
-    texts: Annotated[Path, typer.Argument(help="A JSONL file: a text and a label a line; see the docs.")],
-    site: Annotated[str, typer.Option(help="What is read, at every layer.")] = "resid_post",
+    texts: Annotated[Path, typer.Argument(help="A JSONL file with one text and label per line; see the docs.")],
+    site: Annotated[str, typer.Option(help="The site to read, at every layer.")] = "resid_post",
     model: Model = DEFAULT,
     out: Out = Path("probe.html"),
     device: Device = None,
@@ -22,7 +22,7 @@ def probe(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Can a linear probe read these labels, where, and how much of that is the probe's own doing?
+    """Can a linear probe read these labels, at which layer, and how much of that is due to the probe itself?
 
     Example: `hooklens probe sentiment.jsonl --site resid_post --out probe.html`
     """
@@ -37,10 +37,8 @@ def probe(
     names = loaded.hook_names()
     judge({"texts": lambda: check_texts(loaded, read, str(texts)), "site": lambda: resolve(site, names)})
 
-    say_how_long(loaded, sum(len(loaded.to_tokens(text)[0]) for text in read.text))  # of what is read; fits tell theirs
+    say_how_long(loaded, sum(len(loaded.to_tokens(text)[0]) for text in read.text))  # reading only; fits print theirs
     study = probe_texts(loaded, read.text, read.label, group=read.group, site=site, seed=seed)
     probe_report(study, f"A probe of {texts.stem} in {loaded.cfg.model_name}").save(out, data=study)
-    told = (
-        "How well the label is read from texts that the probe was not fitted on, and what reads it without the model."
-    )
+    told = "How well the label is read from texts that the probe was not fitted on, and baselines without the model."
     show(study.table(), as_json, caption=told, more=written(out))

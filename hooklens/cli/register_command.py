@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 @app.command()
 def register(
     plan: Annotated[Path, typer.Argument(help="The file to write; one that exists is never overwritten.")],
-    hypothesis: Annotated[str, typer.Option(help="The statement, as the method's page will put it.")],
-    control: Annotated[str, typer.Option(help="What the effect is held against, in the method's words.")],
-    n: Annotated[int, typer.Option("--n", help="How many prompts the effect will be measured on.")],
-    metric: Annotated[str, typer.Option(help="What is measured.")] = "logit_diff",
-    threshold: Annotated[float, typer.Option(help="How far beyond 0 the effect has to lie.")] = 0.0,
+    hypothesis: Annotated[str, typer.Option(help="The statement, as in the method's report.")],
+    control: Annotated[str, typer.Option(help="The control of the effect, in the method's words.")],
+    n: Annotated[int, typer.Option("--n", help="The number of prompts for the effect.")],
+    metric: Annotated[str, typer.Option(help="The metric.")] = "logit_diff",
+    threshold: Annotated[float, typer.Option(help="How far beyond 0 the effect must lie.")] = 0.0,
     below: Annotated[bool, typer.Option("--below", help="The effect should lie below 0.")] = False,
     model: Annotated[str, typer.Option("--model", "-m", help="The model's name, if the plan is for one only.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Write a claim down before the run: `heads` and `circuit` hold what they find against it (--registered).
+    """Register a claim before the run: `heads` and `circuit` compare their results with it (--registered).
 
     Example: `hooklens register plan.json --hypothesis "200 edges carry the answer" --threshold 0.5 --n 32
     --control "what random circuits keep, 97.5 % edge of 100"`, and after it `hooklens circuit --pairs ioi.jsonl
     --registered plan.json`
 
-    The statements and controls of each command stand in docs/claims.md. Publish the digest that is printed, and give
-    it to the run (`--digest`): without it the plan counts as self-dated.
+    The statements and controls of each command are listed in docs/claims.md. Publish the printed digest, and pass it to
+    the run (`--digest`): without it the plan counts as self-dated.
     """
     from hooklens.results.claims import Registration
     from hooklens.results.claims.registration import check_new

@@ -1,4 +1,4 @@
-"""Arguments that many methods take, checked where they come in: whole numbers, seeds, paths."""
+"""Checks of arguments that many methods share: whole numbers, seeds, paths."""
 
 import os
 from numbers import Integral
@@ -9,11 +9,11 @@ import torch
 
 from hooklens.core.errors import ArgumentError, InputError, WrongType
 
-_SEEDS = range(-(2**63), 2**64)  # those that torch's generator takes
+_SEEDS = range(-(2**63), 2**64)  # the range of torch's generator
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
-    """A whole number of at least `least`; True and 1.0 are none.
+    """Return a whole number of at least `least`; True and 1.0 are refused.
 
     >>> whole("k", 1.5)
     Traceback (most recent call last):
@@ -26,14 +26,14 @@ def whole(name: str, value: Any, least: int = 0) -> int:
 
 
 def layer_number(name: str, value: Any) -> int | None:
-    """A layer as it was asked for: a whole number or None; whether there is such a layer the caller knows."""
+    """Return a layer number or None; the caller checks whether the layer exists."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise WrongType(f"{name} is the number of a layer, or None; got {value!r:.80}")
     return None if value is None else int(value)
 
 
 def seed_number(seed: Any) -> int:
-    """A seed that torch's generator takes.
+    """Return a seed for torch's generator.
 
     >>> seed_number(2**70)
     Traceback (most recent call last):
@@ -48,7 +48,7 @@ def seed_number(seed: Any) -> int:
 
 
 def seeded(seed: int, nth: int = 0, *, stride: int = 1) -> torch.Generator:
-    """A fresh generator. With `nth` and `stride` one of several that a seed stands for: seed * stride + nth.
+    """Return a new generator. `nth` and `stride` derive several from one seed: seed * stride + nth.
 
     >>> torch.rand(1, generator=seeded(0)) == torch.rand(1, generator=torch.Generator().manual_seed(0))
     tensor([True])
@@ -58,7 +58,7 @@ def seeded(seed: int, nth: int = 0, *, stride: int = 1) -> torch.Generator:
 
 
 def path_of(value: Any, name: str = "path") -> Path:
-    """The path that a text or a path object names.
+    """Return the path of a string or path object.
 
     >>> path_of(3, "resume")
     Traceback (most recent call last):
@@ -68,12 +68,12 @@ def path_of(value: Any, name: str = "path") -> Path:
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise WrongType(f"{name} is the path of a file or folder, a text or a pathlib.Path; got {value!r:.80}")
     if value == "":
-        raise InputError(f"{name} is the empty text, which names no file; give a path, '.' for the current folder")
+        raise InputError(f"{name} is empty, so it names no file; give a path, '.' for the current folder")
     return Path(value)
 
 
 def check_target(device: Any, dtype: Any) -> None:
-    """Can what is captured be moved there?"""
+    """Raise unless captured activations can be moved to this device and dtype."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise WrongType(f"dtype is a floating-point torch.dtype of 16 bits or more, got {dtype!r:.80}")
     if device is None:

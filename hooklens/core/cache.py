@@ -1,6 +1,5 @@
 """The activations of one forward pass, by name: slice them, stack them, take the residual stream apart."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import check_target, layer_number
+from hooklens.core.component import head_name, neuron_name
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError, NameNotFound, WrongType
+from hooklens.core.files import reading
 from hooklens.core.names import Where, axes, parse, resolve
 from hooklens.core.padding import take
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 Index = int | slice | Sequence[int] | Tensor
 Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
-_FORMAT = "hooklens-cache-2"
+_SCHEMA = Schema("hooklens.cache", 1, "an activation cache", "ActivationCache.save")
 
 
 class Entries(dict[str, Tensor]):
@@ -230,7 +232,7 @@ class ActivationCache(Mapping[str, Tensor]):
         labelled = []
         for n in range(self._end(layer)):
             result = self._head_result(n, pos)
-            labelled += [(f"L{n}H{head}", act) for head, act in enumerate(result.unbind(-2))]
+            labelled += [(head_name(n, head), act) for head, act in enumerate(result.unbind(-2))]
         if incl_remainder:
             labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
         return self._stacked(labelled, layer, apply_ln, pos)
@@ -256,8 +258,8 @@ class ActivationCache(Mapping[str, Tensor]):
             post = self._sliced_entry(f"blocks.{n}.mlp.hook_post", pos)
             chosen = _chosen("neurons", neurons, post.shape[-1], f"the MLP of layer {n}")
             added = post[..., chosen, None] * self._block(n).mlp.output_matrix().detach()[chosen].to(post)
-            added = self._after_post_norm(n, "ln2_post", added, pos)
-            labelled += [(f"L{n}N{int(i)}", act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
+            added = self._in_stream(n, "mlp", added, pos)
+            labelled += [(neuron_name(n, int(i)), act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
         if incl_remainder:
             labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
         return self._stacked(labelled, layer, apply_ln, pos)
@@ -277,16 +279,17 @@ class ActivationCache(Mapping[str, Tensor]):
         """
         if not isinstance(stack, Tensor):
             raise WrongType(f"a stack is a tensor [component ... d_model], as decompose_resid gives; got {stack!r:.80}")
-        norm, name = self._norm(layer, mlp_input)
-        if norm is None:
-            return stack
-        scale = self._sliced_entry(f"{name}.hook_scale", pos)
-        if stack.shape[1:-1] != scale.shape[:-1]:
-            raise InputError(
-                f"a stack {list(stack.shape)} cannot be divided by {name}.hook_scale {list(scale.shape)}; give pos= "
-                "here as it was given to the stack, and take both from one cache"
-            )
-        return norm.linearised(stack, scale.to(stack))
+
+        def scale_at(name: str) -> Tensor:
+            scale = self._sliced_entry(name, pos)
+            if stack.shape[1:-1] != scale.shape[:-1]:
+                raise InputError(
+                    f"a stack {list(stack.shape)} cannot be divided by {name} {list(scale.shape)}; give pos= here as "
+                    "it was given to the stack, and take both from one cache"
+                )
+            return scale
+
+        return self._need_model().reads_through(self._end(layer), mlp=mlp_input).frozen(stack, scale_at)
 
     def logit_attrs(
         self,
@@ -320,28 +323,23 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write the cache as safetensors: every tensor once, written aside and renamed. Read it with `load`."""
-        from hooklens.core.checksum import save_tensors
-
         first: dict[tuple, str] = {}
         same = {name: first.setdefault(_identity(act), name) for name, act in self._entries.items()}
         tensors = {name: self._entries[name] for name in first.values()}
         if self.attention_mask is not None:
             tensors["attention_mask"] = self.attention_mask
-        save_tensors(path, tensors, {"format": _FORMAT, "entries": json.dumps(same)})
+        write_envelope(path, _SCHEMA, same, tensors)
 
     @classmethod
     def load(cls, path: str | Path, model: "HookedModule | None" = None) -> "ActivationCache":
         """The cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
-        from hooklens.core.checksum import load_tensors
-        from hooklens.core.files import reading
-
-        tensors, metadata = load_tensors(path, _FORMAT, "an activation cache")
-        with reading(path, "an activation cache"):
+        file = read_envelope(path, _SCHEMA)
+        tensors = dict(file.tensors())
+        with reading(path, _SCHEMA.what):
             mask = tensors.get("attention_mask")
             if mask is not None and (mask.dtype != torch.bool or mask.ndim not in (1, 2)):
                 raise TypeError(f"its attention_mask is {mask.dtype} {list(mask.shape)}")
-            entries = json.loads(metadata["entries"])
-            return cls({name: tensors[stored] for name, stored in entries.items()}, model, mask)
+            return cls({name: tensors[stored] for name, stored in file.content.items()}, model, mask)
 
     # -- helpers
 
@@ -382,35 +380,16 @@ class ActivationCache(Mapping[str, Tensor]):
         else:
             z = self._sliced_entry(f"{attn}.hook_z", pos)
             result = torch.einsum("...hd,hdm->...hm", z, self._block(layer).attn.output_matrix().detach().to(z))
-        return self._after_post_norm(layer, "ln1_post", result, pos)
+        return self._in_stream(layer, "attn", result, pos)
 
-    def _after_post_norm(self, layer: int, name: str, added: Tensor, pos: Index | None) -> Tensor:
-        """In sandwich-norm blocks a part of the branch reaches the stream through the post-norm, its scale frozen."""
-        norm = getattr(self._block(layer), name, None)
-        if norm is None:
-            return added
-        scale = self._sliced_entry(f"blocks.{layer}.{name}.hook_scale", pos)
-        return norm.linearised(added, scale.unsqueeze(-2).to(added))
+    def _in_stream(self, layer: int, part: str, written: Tensor, pos: Index | None) -> Tensor:
+        """What components of a part wrote, as it reaches the stream: linear, with the scales of this run."""
+        passage = self._block(layer).writes_through(part)
+        return passage.frozen(written, lambda name: self._sliced_entry(name, pos).unsqueeze(-2))
 
     def _additive(self, asker: str) -> None:
-        if self.model is not None and getattr(self._block(0), "renorms_stream", False):
-            raise InputError(
-                f"{asker} needs a stream that is the sum of what was added to it; in post-norm blocks each layer "
-                "normalises the stream itself. accumulated_resid works there"
-            )
-
-    def _norm(self, layer: int | None, mlp_input: bool):
-        model: Any = self._need_model()
-        end = self._end(layer)
-        if getattr(model.blocks[0], "renorms_stream", False):  # the norm stands at the end of the block before
-            block, name = (end, "ln1") if mlp_input else (end - 1, "ln2")
-        elif end == self._n_layers():
-            return getattr(model, "ln_final", None), "ln_final"
-        else:
-            block, name = end, "ln2" if mlp_input else "ln1"
-        if not 0 <= block < self._n_layers():
-            raise InputError(f"no norm of this model reads the stream at layer {layer}; leave apply_ln out")
-        return getattr(model.blocks[block], name, None), f"blocks.{block}.{name}"
+        if self.model is not None:
+            self._block(0).need_sum(asker, "accumulated_resid works there")
 
     def _stacked(self, labelled, layer, apply_ln: bool, pos) -> tuple[Tensor, list[str]]:
         if not labelled:

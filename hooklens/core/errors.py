@@ -1,4 +1,4 @@
-"""Errors a user can act on: what was asked, what was seen, what would work."""
+"""Errors that a user can act on: what was asked, what was seen, what would work."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,9 +9,9 @@ from hooklens.core.terminal import printable
 
 
 class HooklensError(Exception):
-    """Base of every error that hooklens raises on purpose; catch it to catch them all.
+    """Base class of every error that hooklens raises deliberately; catch it to catch them all.
 
-    A message quotes names from files and users, and ends up in a terminal: what does not print is written out.
+    A message quotes names from files and users and is printed on a terminal, so unprintable characters are escaped.
 
     >>> print(HooklensError("no tensor named \x1b[31mred"))
     no tensor named \\x1b[31mred
@@ -22,11 +22,11 @@ class HooklensError(Exception):
 
 
 class InputError(HooklensError, ValueError):
-    """A value that cannot be used: the message says which would be."""
+    """A value that cannot be used; the message says which values can."""
 
 
 class Absent(InputError, AttributeError):
-    """An attribute that objects of this kind can have and this one has not: `hasattr` is False, `getattr` defaults."""
+    """An attribute that objects of this kind may have, but this one lacks: `hasattr` is False, `getattr` defaults."""
 
 
 class OutOfRange(InputError, IndexError):
@@ -34,9 +34,9 @@ class OutOfRange(InputError, IndexError):
 
 
 class KeepsPropertyErrors:
-    """Put before nn.Module: what a property says of an attribute that is absent reaches the caller.
+    """Mixin, placed before nn.Module, that preserves the message of an AttributeError raised by a property.
 
-    Where a property raises AttributeError Python asks `__getattr__`, and nn.Module's raises another, without the words.
+    If a property raises AttributeError, Python calls `__getattr__`, and nn.Module's raises a different error.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -45,20 +45,20 @@ class KeepsPropertyErrors:
 
 
 class ArgumentError(InputError):
-    """An argument that cannot be used; the message has its name in braces, so that a command can put its option there.
+    """An argument that cannot be used. The message has its name in braces, so a command can insert its option there.
 
     >>> error = ArgumentError("{edges} is from 1 to {0}, got {1}", 9, 0)
     >>> print(error, "|", error.told({"edges": "--edges"}))
     edges is from 1 to 9, got 0 | --edges is from 1 to 9, got 0
 
-    Values are numbered and come after the message, so that braces in them stay as they are.
+    Values are numbered and passed after the message, so that braces in them are not interpreted.
     """
 
     def __init__(self, message: str, *values: Any):
         super().__init__(message, *values)
 
     def told(self, names: Mapping[str, str]) -> str:
-        """The message with other names for these arguments."""
+        """The message with other names for the arguments."""
         message, *values = self.args
         return printable(Formatter().vformat(message, values, _Names(names)))
 
@@ -67,14 +67,14 @@ class ArgumentError(InputError):
 
 
 class Refused(InputError):
-    """Arguments that cannot be used: each one's name with what is wrong with it. `judge` raises it."""
+    """Several unusable arguments, each with its name and what is wrong with it. Raised by `judge`."""
 
     def __init__(self, errors: Sequence[tuple[str, HooklensError]]):
         self.errors = errors
         super().__init__(self.told({}))
 
     def told(self, names: Mapping[str, str]) -> str:
-        """All messages. One that does not name its argument begins with that name, or the one in `names`."""
+        """All messages. A message that does not name its argument is prefixed with its name, or that in `names`."""
         lines = []
         for name, error in self.errors:
             if isinstance(error, ArgumentError | Refused):
@@ -86,7 +86,7 @@ class Refused(InputError):
 
 
 def judge(checks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """What these checks return, by the argument that each is about; all errors are raised together.
+    """Run checks, one per argument; return their results, or raise all their errors together.
 
     >>> judge({"edges": lambda: int("3")})
     {'edges': 3}
@@ -112,23 +112,23 @@ class NameNotFound(HooklensError, KeyError):
     """A name that does not exist; the message lists the closest ones."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # KeyError would show the repr, quotes and all
+        return str(self.args[0])  # KeyError would show the repr with quotes
 
 
 class WrongType(HooklensError, TypeError):
-    """An object of a kind that cannot be used here."""
+    """An object of an unsupported type."""
 
 
 class HookError(HooklensError, ValueError):
-    """A hook that broke its contract: wrong shape, wrong dtype, or an in-place edit that it did not return."""
+    """A hook that broke its contract: wrong shape, wrong dtype, or an in-place edit that was not returned."""
 
 
 class FileRefused(HooklensError, ValueError):
-    """A damaged, truncated or foreign file, refused before any tensor of it is used."""
+    """A damaged, truncated or foreign file, refused before any of its tensors is used."""
 
 
 class CheckFailed(HooklensError, RuntimeError):
-    """Numbers that do not agree with their own check: they are not given out."""
+    """Numbers that failed their own check; they are not returned."""
 
 
 class Unavailable(HooklensError, RuntimeError):
@@ -136,7 +136,7 @@ class Unavailable(HooklensError, RuntimeError):
 
 
 def did_you_mean(what: str, name: str, known: Iterable[str], *, many: int = 3) -> NameNotFound:
-    """The error for an unknown name, with its nearest neighbours.
+    """The error for an unknown name, with the closest names.
 
     >>> print(did_you_mean("site", "resid_pos", ["resid_post", "resid_pre", "z"]))
     no site named 'resid_pos'; closest: resid_post, resid_pre

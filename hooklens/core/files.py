@@ -79,10 +79,15 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
     {'n_layers': 2}
     """
     with reading(path, what):
-        held = json.loads(read_text(path, what))
-        if not isinstance(held, dict):
-            raise TypeError(f"it should hold a JSON object, it holds a {type(held).__name__}")
-        return held
+        return json_object(read_text(path, what))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The JSON object in a text; what is none raises, as the body of `reading` may."""
+    held = json.loads(text)
+    if not isinstance(held, dict):
+        raise TypeError(f"it should hold a JSON object, it holds a {type(held).__name__}")
+    return held
 
 
 def _fault(error: BaseException) -> str:

@@ -21,20 +21,20 @@ from hooklens.core.scope import Lifetime, Scope
 
 HookFn = Callable[[Tensor, "HookCall"], Tensor | None]
 
-# Every scope that this thread or task has entered; a thread starts with none, a task with those of its creator.
+# All scopes that this thread or task has entered; a thread starts with none, a task with those of its creator.
 _scopes: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_scopes", default=())
-# Open scopes in the whole process: the one thing that an unhooked forward pass looks at.
+# Open scopes in the whole process: the only thing that a forward pass without hooks checks.
 _open_scopes: set[Lifetime] = set()
 _moments: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_moments", default=())
 _order = itertools.count()
 
 
 class HookCall(NamedTuple):
-    """What a hook is told beside the activation: the point's name, and when in a generation this is.
+    """The second argument of a hook: the point's name, and the step of the generation.
 
-    `step` is 0 for the prompt and counts up with every later forward pass through the same KV cache; `offset` is the
-    absolute position of the first new token. `seen` [batch key_pos] says which tokens, cached ones included, are real
-    and not padding; None where nothing is padded.
+    `step` is 0 for the prompt and increases with every later forward pass through the same KV cache; `offset` is the
+    absolute position of the first new token. `seen` [batch key_pos] says which tokens, including cached ones, are real
+    and not padding; None if nothing is padded.
     """
 
     name: str
@@ -43,7 +43,7 @@ class HookCall(NamedTuple):
     seen: Tensor | None = None
 
     def layer(self) -> int:
-        """The layer of the point; raises where it belongs to none."""
+        """The layer of the point; raises if it belongs to none."""
         found = parse(self.name)
         if found is None or found.layer is None:
             raise InputError(f"the hook point {self.name!r} belongs to no layer")
@@ -51,7 +51,7 @@ class HookCall(NamedTuple):
 
 
 def this_moment(name: str) -> HookCall:
-    """What hooks at a point are told in the forward pass under way."""
+    """The HookCall for a point in the current forward pass."""
     return HookCall(name, *(moment.innermost() or ()))
 
 
@@ -66,7 +66,7 @@ class _Hook:
 
 
 class _Capture:
-    """Where captured activations go, and how: detached unless gradients are asked for, cast on arrival."""
+    """The destination of captured activations: detached unless gradients are requested, cast on arrival."""
 
     def __init__(self, entries: Entries, device, dtype, grads: bool, asked: bool):
         self.entries, self.device, self.dtype, self.grads, self.asked = entries, device, dtype, grads, asked
@@ -81,7 +81,7 @@ class _Capture:
     def _cast(self, act: Tensor, kept: Tensor) -> Tensor:
         if self.device is None and self.dtype is None:
             return kept
-        # One tensor that stands at two points (resid_post, the next resid_pre) is moved once and stays one.
+        # A tensor that stands at two points (resid_post, the next resid_pre) is moved once and stays one tensor.
         known = self.moved.get(id(act))
         if known is None or known[0]() is not act:
             known = self.moved[id(act)] = (weakref.ref(act), converted(kept, self.device, self.dtype))
@@ -89,7 +89,7 @@ class _Capture:
 
 
 def _gradient_into(entries: Callable[[], Entries | None], name: str) -> Callable[[Tensor], None]:
-    # Weakly: entries hold the activation, whose graph holds this function, and no collector sees through the graph.
+    # Weakly: entries contain the activation, whose graph contains this function, and no collector sees that cycle.
     def fire(grad: Tensor) -> None:
         kept = entries()
         if kept is not None:
@@ -99,23 +99,23 @@ def _gradient_into(entries: Callable[[], Entries | None], name: str) -> Callable
 
 
 class HookPoint(nn.Module):
-    """An identity in the forward pass, by whose name an activation is seen and edited.
+    """An identity in the forward pass; its name addresses the activation for reading and editing.
 
     >>> point = HookPoint(); point.name = "hook_x"
     >>> point(torch.ones(2)).tolist()
     [1.0, 1.0]
     """
 
-    #: May what comes after the point write into its activation? Then what is kept of it is copied.
+    #: Whether later operations may write into the activation. If so, captured activations are copied.
     overwritten = False
 
     def __init__(self) -> None:
         super().__init__()
         self.name = ""
-        self.handles: dict[_Hook, None] = {}  # a dict takes and gives up an item in one step, whatever other threads do
+        self.handles: dict[_Hook, None] = {}  # a dict adds and removes an item atomically
 
     def __call__(self, act: Tensor) -> Tensor:
-        # No nn.Module.__call__: a point that nobody listens to must cost one check.
+        # No nn.Module.__call__: a point without listeners must cost only one check.
         if not _open_scopes and not self.handles:
             return act
         return self.forward(act)
@@ -125,13 +125,13 @@ class HookPoint(nn.Module):
         return dispatch(this_moment(self.name), hooks, act, self.overwritten) if hooks else act
 
     def hold(self, holder: Lifetime) -> None:
-        """Somebody begins to listen: a scope opens or a handle is made."""
+        """Called when a listener starts: a scope opens or a handle is made."""
 
     def release(self, holder: Lifetime) -> None:
-        """The holder ends, if it ever began; may be called twice."""
+        """Called when the holder ends, if it ever began; may be called twice."""
 
     def listening(self) -> bool:
-        """Does anybody, in this thread or task, see this point? Lazy points are computed only then."""
+        """Whether anything in this thread or task listens to this point. Lazy points are computed only then."""
         if not _open_scopes and not self.handles:
             return False
         return bool(self.active())
@@ -146,12 +146,12 @@ class HookPoint(nn.Module):
         return hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handles": {}}  # a copy of a model carries no hooks
+        return {**self.__dict__, "handles": {}}  # a copy of a model has no hooks
 
-    # -- torch's own ways to hook a module: `__call__` is not torch's, so they become handles
+    # -- torch's own methods for hooking a module: `__call__` is not torch's, so they are implemented as handles
 
     def register_forward_hook(self, hook: Callable, *, prepend=False, with_kwargs=False, always_call=False) -> Any:
-        """`hook(point, (act,), act)` as a handle: what it returns goes on, and an edit in place must be returned."""
+        """`hook(point, (act,), act)` as a handle; its return value is used, and an edit in place must be returned."""
         given: tuple = ({},) if with_kwargs else ()
         return self._of_torch(lambda point, act: hook(point, (act,), *given, act), prepend)
 
@@ -162,7 +162,7 @@ class HookPoint(nn.Module):
         return self._of_torch(lambda point, act: hook(point, (act,)), prepend)
 
     def register_full_backward_hook(self, hook: Callable, prepend: bool = False) -> Any:
-        """`hook(point, (grad,), (grad,))` as a handle: at an identity both gradients are one."""
+        """`hook(point, (grad,), (grad,))` as a handle: for an identity both gradients are the same."""
         return self._of_torch(lambda point, grad: hook(point, (grad,), (grad,)), prepend, backward=True)
 
     def register_full_backward_pre_hook(self, hook: Callable, prepend: bool = False) -> Any:
@@ -186,7 +186,7 @@ class HookPoint(nn.Module):
 
 
 def dispatch(call: HookCall, hooks: Sequence[_Hook], act: Tensor, overwritten: bool) -> Tensor:
-    """The edits in their order, then backward hooks and captures on what the edits left."""
+    """Apply the edits in order, then backward hooks and captures on the result."""
     for hook in hooks:
         if hook.fn is not None and not hook.backward:
             act = run_hook(hook.fn, act, call, copy=overwritten)
@@ -205,7 +205,7 @@ def dispatch(call: HookCall, hooks: Sequence[_Hook], act: Tensor, overwritten: b
 
 
 def _own_node(act: Tensor) -> Tensor:
-    """The same values as a node of their own in the graph, so that a gradient belongs to one point only."""
+    """The same values as a separate node in the graph, so that a gradient belongs to one point only."""
     if not torch.is_grad_enabled() or not (act.is_floating_point() or act.is_complex()):
         return act
     return act.view_as(act) if act.requires_grad else act.detach().requires_grad_()
@@ -219,10 +219,10 @@ def _backward_hook(hook: _Hook, call: HookCall) -> Callable[[Tensor], Tensor | N
 
 
 def run_hook(fn: HookFn, act: Tensor, call: HookCall, *, copy: bool = False) -> Tensor:
-    """Give a hook an activation of its own and check what comes back: None leaves the activation as it is.
+    """Give a hook its own activation and check its return value: None leaves the activation unchanged.
 
-    A hook that returns None may have kept its activation, for its gradient: then the value goes on from what it kept.
-    With `copy` what the hook returned is copied, so that nobody writes into a tensor that the hook still holds.
+    A hook that returns None may have kept its activation for its gradient; the model then continues from the kept one.
+    With `copy` the returned tensor is copied, so that nothing writes into a tensor that the hook still holds.
     """
     own = act.clone()
     before, holders = _version(own), sys.getrefcount(own)
@@ -238,7 +238,7 @@ def run_hook(fn: HookFn, act: Tensor, call: HookCall, *, copy: bool = False) -> 
                 "leaves the model unchanged; return the tensor to make the edit count"
             )
         kept = own.requires_grad and (sys.getrefcount(own) > holders or own._backward_hooks)
-        # A clone: gradients pass through it to what was kept, and later edits of that do not reach the model.
+        # A clone: gradients pass through it to the kept tensor, and later edits of that do not reach the model.
         return own.clone() if kept and torch.is_grad_enabled() else act
     same = isinstance(result, Tensor) and result.shape == act.shape and result.dtype == act.dtype
     if not same or result.device != act.device:
@@ -252,7 +252,7 @@ def run_hook(fn: HookFn, act: Tensor, call: HookCall, *, copy: bool = False) -> 
 def _version(act: Tensor) -> int | None:
     try:
         return act._version
-    except (RuntimeError, NotImplementedError):  # inference tensors and vmap keep no version
+    except (RuntimeError, NotImplementedError):  # inference tensors and vmap have no version
         return None
 
 
@@ -267,7 +267,7 @@ def _look(value: Any) -> str:
 
 
 class HookScope(Scope):
-    """The hooks of one `with` block. Leaving it, also by an exception or late, ends them; nobody else's are touched."""
+    """The hooks of one `with` block. Leaving it, even by an exception or late, ends them and no other hooks."""
 
     stack, anywhere = _scopes, _open_scopes
 
@@ -291,7 +291,7 @@ class HookScope(Scope):
 
 
 class Handle:
-    """A hook that stays on the model, in every thread, until `remove()`; also usable as a `with` block."""
+    """A hook that stays on the model, in every thread, until `remove()`; can also be used as a `with` block."""
 
     def __init__(self, points: Sequence[HookPoint], fn: HookFn, backward: bool):
         self.points, self.lifetime = tuple(points), Lifetime()
@@ -306,7 +306,7 @@ class Handle:
             raise
 
     def remove(self) -> None:
-        """Take the hook off; doing so twice is harmless."""
+        """Remove the hook; calling it twice is harmless."""
         try:
             self._end()
         except BaseException:  # Ctrl-C: finish first
@@ -337,7 +337,7 @@ def _take_off(point: HookPoint, lifetime: Lifetime) -> None:
 
 
 class moment(Scope):
-    """While this block runs, hooks are told that the forward pass is `step`, from position `offset`, with `seen`."""
+    """Within this block, hooks are told that the forward pass is `step`, from position `offset`, with `seen`."""
 
     stack = _moments
 
@@ -350,19 +350,19 @@ class moment(Scope):
 
 
 def edited_elsewhere(points: Iterable[HookPoint]) -> bool:
-    """Is any of these points listened to in this thread or task? Shortcuts that skip points fall back if so."""
+    """Whether any of these points has a listener in this thread or task. Shortcuts that skip points fall back if so."""
     return any(point.listening() for point in points)
 
 
 class HookedPart(nn.Module):
-    """An nn.Module that owns hook points, and keeps them: where one is replaced, edits by its name would do nothing."""
+    """An nn.Module that owns hook points and forbids replacing them: edits by a replaced point's name would be lost."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         there = self.__dict__.get("_modules", {}).get(name)
         if isinstance(there, HookPoint) and there.name and value is not there:
             raise WrongType(
-                f"{there.name} is a hook point, which {type(value).__name__} cannot replace; to edit what passes there "
-                "use model.hooks(fwd_hooks=[(name, function)]). A point that nobody listens to costs one check"
+                f"{there.name} is a hook point and cannot be replaced by a {type(value).__name__}; to edit the "
+                "activation use model.hooks(fwd_hooks=[(name, function)]). A point without listeners costs one check"
             )
         super().__setattr__(name, value)
 
@@ -385,11 +385,11 @@ class HookedModule(HookedPart):
         return list(self._points)
 
     def resolve(self, where: Where) -> list[HookPoint]:
-        """The points that a name, short site, list or predicate asks for; unknown ones raise with the nearest."""
+        """The points selected by a name, short site, list or predicate; unknown names raise with the closest ones."""
         return self._standing({name: self._points[name] for name in resolve(where, self.hook_names())})
 
     def _standing(self, points: dict[str, HookPoint]) -> list[HookPoint]:
-        """The points, each of which must still be part of this module: nothing fires where one was replaced."""
+        """The points, each checked to still be part of this module: a replaced point never fires."""
         for name, point in points.items():
             part: nn.Module | None = self
             for step in name.split("."):
@@ -406,7 +406,7 @@ class HookedModule(HookedPart):
     ) -> HookScope:
         """A `with` block inside which the hooks are active, in this thread or task only.
 
-        A hook is `(act, hook) -> Tensor | None`; `act` is its own to edit, `None` leaves the activation unchanged.
+        A hook is `(act, hook) -> Tensor | None`; it may edit `act`, its own copy, and `None` leaves it unchanged.
         """
         scope = HookScope(self, {})
         self._attach(scope, fwd_hooks, scope.lifetime, backward=False)
@@ -418,7 +418,7 @@ class HookedModule(HookedPart):
     ) -> None:
         for pair in hooks:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
-                raise WrongType(f"a hook is given as (where, function), for example (('z', 5), fn); got {pair!r}")
+                raise WrongType(f"a hook must be given as (where, function), for example (('z', 5), fn); got {pair!r}")
             _check_takes_two(pair[1])
             for point in self.resolve(pair[0]):
                 scope.entries.setdefault(point, []).append(_Hook(lifetime, pair[1], backward=backward))
@@ -428,12 +428,12 @@ class HookedModule(HookedPart):
         if dir not in ("fwd", "bwd"):
             raise InputError(f"dir must be 'fwd' or 'bwd', got {dir!r}")
         if not callable(fn):
-            raise WrongType(f"a hook is a function (act, hook) -> Tensor | None, got {fn!r}")
+            raise WrongType(f"a hook must be a function (act, hook) -> Tensor | None, got {fn!r}")
         _check_takes_two(fn)
         return Handle(self.resolve(where), fn, dir == "bwd")
 
     def reset_hooks(self) -> None:
-        """Remove every hook that `add_hook` put on this model. Open `with` blocks keep theirs."""
+        """Remove every hook that `add_hook` attached to this model. Open `with` blocks keep theirs."""
         for point in self._points.values():
             for hook in list(point.handles):
                 hook.lifetime.open = False
@@ -446,7 +446,7 @@ class HookedModule(HookedPart):
         bwd_hooks: Iterable[tuple[Where, HookFn]] = (),
         **kwargs: Any,
     ) -> Any:
-        """One forward pass with these hooks. Backward hooks live on in the graph of this call, and only there."""
+        """Run one forward pass with these hooks. Backward hooks stay in the graph of this call, and only there."""
         scope = self.hooks(fwd_hooks)
         self._attach(scope, bwd_hooks, Lifetime(open=True), backward=True)
         with scope:
@@ -455,14 +455,14 @@ class HookedModule(HookedPart):
     def capture(
         self, where: Where | None = None, *, device=None, dtype: torch.dtype | None = None, grads: bool = False
     ) -> tuple[HookScope, ActivationCache]:
-        """A scope and the cache that it fills: what each named point held after all edits, one tensor once.
+        """A scope and the cache that it fills with each named point's value after all edits, each tensor once.
 
-        `None` asks for every point except the lazy ones. A second forward pass inside the scope overwrites the first.
+        `None` means every point except the lazy ones. A second forward pass inside the scope overwrites the first.
         """
         if grads:
             need_gradients("grads=True")
         if grads and not torch.is_grad_enabled():
-            raise InputError("grads=True needs gradients, which are switched off here; leave the torch.no_grad() block")
+            raise InputError("grads=True needs gradients, which are disabled here; leave the torch.no_grad() block")
         keep_freed_pages()
         check_target(device, dtype)
         chosen = self._plain_points() if where is None else self.resolve(where)
@@ -486,7 +486,7 @@ class HookedModule(HookedPart):
         grads: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
-        """The output, and what the named points held on the way.
+        """Run the model, and return its output and the activations at the named points.
 
         Entries are detached; with `grads=True` they stay in the graph and the caller's backward fills `<name>_grad`.
         """
@@ -497,16 +497,16 @@ class HookedModule(HookedPart):
 
 
 def _check_takes_two(fn: HookFn) -> None:
-    """Can the function be called with an activation and a HookCall?"""
+    """Raise unless the function can be called with an activation and a HookCall."""
     try:
         takes = inspect.signature(fn)
-    except (TypeError, ValueError):  # written in C: it does not say
+    except (TypeError, ValueError):  # written in C: no signature available
         return
     try:
         takes.bind(None, None)
     except TypeError as error:
         raise WrongType(
-            f"a hook is called with two arguments, (act, hook) -> Tensor | None, and {_name_of(fn)} takes {takes} "
+            f"a hook is called with two arguments, (act, hook) -> Tensor | None, but {_name_of(fn)} takes {takes} "
             f"({error}); write, for example, lambda act, hook: act * 0"
         ) from error
 

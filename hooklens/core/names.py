@@ -1,4 +1,4 @@
-"""Names of sites: "blocks.5.attn.hook_z" is the point, ("z", 5) the short form, `site("z", 5)` what both parse to."""
+"""Names of sites: "blocks.5.attn.hook_z" is the point, ("z", 5) the short form; both parse to `site("z", 5)`."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ _SCORES = ("batch", "head", "query_pos", "key_pos")
 _PER_HEAD = ("batch", "pos", "head", "d_model")
 _NEURON = ("batch", "pos", "d_mlp")
 
-#: The axes of every site, by short name; norms inside attention have a head axis more.
+#: The axes of every site, by short name; norms inside attention have an additional head axis.
 AXES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("embed", "pos_embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"), _STREAM),
     **dict.fromkeys(("mlp_in", "normalized", "in"), _STREAM),
@@ -31,7 +31,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "out": ("batch", "pos", "d_vocab"),
 }
 
-#: Points that cost something extra and are left out when a cache is asked for without names.
+#: Points that cost extra and are left out of a cache that is requested without names.
 LAZY = frozenset({"attn_in", "q_input", "k_input", "v_input", "mlp_in", "result"})
 
 _ALIASES = {"attn": "pattern", "attn_logits": "attn_scores"}
@@ -39,14 +39,14 @@ _ALIASES = {"attn": "pattern", "attn_logits": "attn_scores"}
 
 @dataclass(frozen=True)
 class Site:
-    """A kind of activation, at one layer or at each; `part` tells points of one name apart: ("scale", 4, "ln1")."""
+    """A kind of activation, at one layer or at all; `part` distinguishes points of one name: ("scale", 4, "ln1")."""
 
     name: str
     layer: int | None = None
     part: str | None = None
 
     def matches(self, point: "Site") -> bool:
-        """Is the point one of those that this site asks for?"""
+        """Whether this site includes the point."""
         if self.name != point.name or (self.layer is not None and self.layer != point.layer):
             return False
         return self.part is None or point.part == self.part or (point.part or "").split(".")[-1] == self.part
@@ -56,13 +56,13 @@ class Site:
         return f"{self.part + '.' if self.part else ''}{self.name}{where}"
 
 
-#: What may stand wherever points are asked for: a full name, a short name (every layer), a tuple ("z", 5), a Site,
-#: a predicate on full names, or a list of these.
+#: The values that select points: a full name, a short name (every layer), a tuple ("z", 5), a Site, a predicate on full
+#: names, or a list of these.
 Where = Union[str, tuple, Site, Callable[[str], bool], Sequence["Where"], set, frozenset]  # noqa: UP007 (it names itself)
 
 
 def site(name: str, layer: SupportsIndex | None = None, part: str | None = None) -> Site:
-    """The site of that short name, at one layer (negative counts from the last) or, without layer, at every layer.
+    """The site with this short name, at one layer (negative counts from the last) or, without layer, at every layer.
 
     >>> site("z", 5)
     Site(name='z', layer=5, part=None)
@@ -70,19 +70,19 @@ def site(name: str, layer: SupportsIndex | None = None, part: str | None = None)
     Site(name='scale', layer=3, part='ln1')
     """
     if not isinstance(name, str):
-        raise WrongType(f"a site is named by a string such as 'resid_pre' or 'z', got {name!r}")
+        raise WrongType(f"a site's name must be a string such as 'resid_pre' or 'z', got {name!r}")
     parsed = parse(name)
     if parsed is not None:
         if layer is not None or part is not None:
-            raise InputError(f"{name!r} is one point's full name; give it alone, or site({parsed.name!r}, {layer})")
+            raise InputError(f"{name!r} is the full name of a point; give it alone, or site({parsed.name!r}, {layer})")
         return parsed
     if layer is not None and (isinstance(layer, bool) or not hasattr(layer, "__index__")):
-        raise WrongType(f"site({name!r}) takes its layer as an integer, got {layer!r}")
+        raise WrongType(f"site({name!r}) needs an integer layer, got {layer!r}")
     return Site(_ALIASES.get(name, name), None if layer is None else int(layer), part)
 
 
 def parse(name: str) -> Site | None:
-    """What a full point name says, or None if it is not one.
+    """Parse a full point name; None if it is not one.
 
     >>> parse("blocks.5.attn.hook_z")
     Site(name='z', layer=5, part='attn')
@@ -110,7 +110,7 @@ def axes(name: str) -> tuple[str, ...]:
     found = AXES[asked.name]
     in_head = (asked.part or "").split(".")[-1]
     if asked.name in ("in", "out") and in_head not in ("", "unembed"):
-        raise NameNotFound(f"the axes of {name!r} are not known: it is a point of a wrapped module")
+        raise NameNotFound(f"the axes of {name!r} are unknown: it is a point of a wrapped module")
     if in_head in ("q_norm", "k_norm"):
         head = "head" if in_head == "q_norm" else "kv_head"
         return ("batch", "pos", head, "one" if asked.name == "scale" else "d_head")
@@ -118,7 +118,7 @@ def axes(name: str) -> tuple[str, ...]:
 
 
 def resolve(where: Where, names: Sequence[str]) -> list[str]:
-    """The full names, in firing order, of every point that `where` asks for; unknown ones raise with the nearest.
+    """The full names, in firing order, of all points that `where` selects; unknown names raise with the closest ones.
 
     >>> resolve(("z", -1), ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"])
     ['blocks.1.attn.hook_z']
@@ -130,7 +130,7 @@ def resolve(where: Where, names: Sequence[str]) -> list[str]:
 
 
 def flatten(where: Where) -> Iterable:
-    """What lists in `where` ask for, one by one.
+    """The elements of nested lists in `where`, one by one.
 
     >>> list(flatten(["z", ("q", 5), ["k", "v"]]))
     ['z', ('q', 5), 'k', 'v']
@@ -162,7 +162,7 @@ def _resolve_one(where, names: Sequence[str]) -> list[str]:
     if isinstance(where, str | tuple):
         where = site(*((where,) if isinstance(where, str) else where))
     if not isinstance(where, Site):
-        raise WrongType(f"hook points are asked for by name, ('z', 5), site('z', 5) or a predicate; got {where!r}")
+        raise WrongType(f"hook points are selected by name, ('z', 5), site('z', 5) or a predicate; got {where!r}")
     return _resolve_site(where, names)
 
 

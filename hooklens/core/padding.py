@@ -1,4 +1,4 @@
-"""Padding: which tokens of each row are real, and selections of positions that count in real tokens."""
+"""Padding: which tokens of each row are real, and selections of positions that count real tokens."""
 
 import copy
 from typing import Any
@@ -11,14 +11,14 @@ from hooklens.core.errors import InputError
 
 Mask = Bool[Tensor, "batch pos"]
 
-# Operations that leave the axes batch and pos as they are, so that their result has the padding of what they got ...
+# Operations that keep the axes batch and pos, so that their result has the padding of their input ...
 _ELEMENTWISE = {"abs", "add", "div", "exp", "log", "mul", "neg", "__rdiv__", "__rsub__", "sub"}
 _ELEMENTWISE |= {"bfloat16", "clone", "contiguous", "cpu", "cuda", "detach", "double", "float", "half", "to"}
 # ... if they work along the last axis only.
 _LAST_AXIS = {"amax", "argmax", "argsort", "log_softmax", "logsumexp", "max", "mean", "min", "softmax", "sort", "sum"}
 _KEEPING = _ELEMENTWISE | _LAST_AXIS | {"topk"}
-# Operations that take, leave out, repeat or join rows where they work along the batch axis, so that each row of their
-# result has the mask it had; and which of their arguments is the axis.
+# Operations that select, repeat, reorder or join rows along the batch axis, so that each row of the result keeps its
+# mask; and which of their arguments is the axis.
 _BY_ROW = {"cat": 1, "chunk": 2, "concat": 1, "concatenate": 1, "flip": 1, "index_select": 1, "narrow": 1}
 _BY_ROW |= {"repeat_interleave": 2, "roll": 2, "select": 1, "split": 2, "stack": 1, "tensor_split": 2}
 # Operations that would select by column, padding included.
@@ -26,7 +26,7 @@ _BY_COLUMN = frozenset({"select", "narrow", "index_select", "__setitem__"})
 
 
 def columns(real: Mask, positions: Int[Tensor, "any_batch n"]) -> Int[Tensor, "batch n"]:
-    """The column in which each row holds its n-th real token: 0 is the first, -1 the last.
+    """The column of each row's n-th real token: 0 is the first, -1 the last.
 
     >>> columns(torch.tensor([[True, True, False], [False, True, True]]), torch.tensor([[0, -1]]))
     tensor([[0, 1],
@@ -42,18 +42,18 @@ def columns(real: Mask, positions: Int[Tensor, "any_batch n"]) -> Int[Tensor, "b
         held = f"0 to {n - 1} (or -{n} to -1)" if n else "none"
         raise InputError(
             f"pos {int(positions.expand_as(at)[row, which])} asked for; a row with {n} real tokens has {held}, the "
-            "rest of it is padding; ask for positions that every row has, or for some rows only"
+            "rest of it is padding; choose positions that every row has, or select some rows only"
         )
     return first_real(real).gather(1, at)
 
 
 def first_real(real: Mask) -> Int[Tensor, "batch pos"]:
-    """The columns of each row, those of its real tokens first."""
+    """The columns of each row, with those of its real tokens first."""
     return real.long().argsort(dim=1, descending=True, stable=True)
 
 
 def per_row(real: Mask, pos: Any) -> tuple[Int[Tensor, "any_batch n"], Any]:
-    """The positions of each row that an index of the position axis asks for, and what then stands in its place.
+    """The positions of each row that an index of the position axis selects, and the index to use in its place.
 
     >>> real = torch.tensor([[True, True, False], [False, True, True]])
     >>> per_row(real, slice(-1, None)), per_row(real, 5)
@@ -83,7 +83,7 @@ def per_row(real: Mask, pos: Any) -> tuple[Int[Tensor, "any_batch n"], Any]:
 def take(
     act: Shaped[Tensor, "batch ..."], axis: int, real: Bool[Tensor, "batch _"], pos: Any
 ) -> Shaped[Tensor, "batch ..."]:
-    """The activation at some positions, each row's counted in its real tokens.
+    """The activation at some positions, counted in each row's real tokens.
 
     >>> act, real = torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([[True, True, False], [True, True, True]])
     >>> take(act, 1, real, -1), take(act, 1, real, [0, -1]).tolist()
@@ -97,15 +97,15 @@ def take(
 
 
 class PaddedTensor(Tensor):
-    """Logits, or a residual stream, of rows of different length: `attention_mask` [batch pos] is False at padding.
+    """Logits, or a residual stream, of rows of different lengths: `attention_mask` [batch pos] is False at padding.
 
-    Numbers that index the position axis count each row's real tokens, and raise where a row has fewer: `logits[:, -1]`
-    is what each prompt's last token says, `logits[:, -2:]` what its last two say. Slices from the start, such as
-    `logits[:, 1:]` and `logits[:, :-1]`, leave out columns and keep the mask of the others, as does what works on each
-    position alone, such as `log_softmax(-1)`. What takes, reorders or joins rows (`logits.flip(0)`, `index_select`,
-    `split`, `torch.cat` of batches, of which a plain one has no padding) gives each row its mask. Any other operation
-    gives a plain tensor, whose columns are as padded, and so does a file; `as_subclass(torch.Tensor)` gives that at
-    once, `logits[mask]` all real positions.
+    Integers that index the position axis count each row's real tokens, and raise if a row has fewer: `logits[:, -1]`
+    are the logits at each prompt's last token, `logits[:, -2:]` those at its last two. Slices from the start, such as
+    `logits[:, 1:]` and `logits[:, :-1]`, drop columns and keep the mask of the others, and so do operations on single
+    positions, such as `log_softmax(-1)`. Operations that select, reorder or join rows (`logits.flip(0)`,
+    `index_select`, `split`, `torch.cat` of batches, where a plain one counts as unpadded) keep each row's mask. Any
+    other operation, and loading from a file, gives a plain tensor with the padded columns. `as_subclass(torch.Tensor)`
+    gives this plain tensor, `logits[mask]` all real positions.
 
     >>> logits = padded(torch.tensor([[[1.0], [2.0], [0.0]]]), torch.tensor([[True, True, False]]))
     >>> logits[0, -1], type(logits.sum()).__name__
@@ -138,12 +138,12 @@ class PaddedTensor(Tensor):
         return padded(copy.deepcopy(self.as_subclass(Tensor), memo), self.attention_mask)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A plain tensor, so that torch.load(weights_only=True) reads it, also where there is no hooklens.
+        # A plain tensor, so that torch.load(weights_only=True) reads it, even where hooklens is not installed.
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def padded(x: Tensor, real: Bool[Tensor, "*batch pos"]) -> Tensor:
-    """The tensor [batch pos ...] with its mask; a plain one where nothing is padded."""
+    """The tensor [batch pos ...] with its mask; a plain tensor if nothing is padded."""
     if bool(real.all()):
         return x
     marked = x.as_subclass(PaddedTensor)
@@ -152,7 +152,7 @@ def padded(x: Tensor, real: Bool[Tensor, "*batch pos"]) -> Tensor:
 
 
 def _rowwise(name: str, args: tuple, kwargs: dict) -> bool:
-    """Does this call work on each position alone?"""
+    """Whether this call works on each position separately."""
     if name not in _KEEPING or not args:
         return False
     if name in _ELEMENTWISE:
@@ -163,7 +163,7 @@ def _rowwise(name: str, args: tuple, kwargs: dict) -> bool:
 
 
 def _kept(out: Any, args: tuple) -> Any:
-    """The result with the mask of the operands, where they agree on it and it fits."""
+    """The result with the mask of the operands, if they agree on it and it fits."""
     if isinstance(out, tuple):
         return type(out)(_kept(one, args) for one in out)  # type: ignore[call-arg]  # values and indices
     masks = [arg.attention_mask for arg in args if isinstance(arg, PaddedTensor)]
@@ -173,7 +173,7 @@ def _kept(out: Any, args: tuple) -> Any:
 
 
 def _moved_masks(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
-    """What the operation makes of the masks, as of its tensors; None where it does more than move whole rows."""
+    """The result of applying the operation to the masks; None if it does more than move whole rows."""
     given = list(args[0]) if isinstance(args[0], list | tuple) else [args[0]]
     n_axes = 1 if name == "stack" else 2  # rows are stacked to a batch; all others have one
     masks = [x.attention_mask if isinstance(x, PaddedTensor) else x.new_ones(x.shape[:n_axes]).bool() for x in given]
@@ -191,7 +191,7 @@ def _moved_masks(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
 
 
 def _dims(name: str, args: tuple, kwargs: dict, ndim: int) -> set[int]:
-    """The axes that an operation was asked to work along; empty where it flattens."""
+    """The axes along which an operation works; empty if it flattens."""
     asked = [kwargs[key] for key in ("dim", "dims", "axis") if key in kwargs]
     asked = asked or list(args[_BY_ROW[name] :] if name == "flip" else args[_BY_ROW[name] :][:1])
     if not asked and name not in ("repeat_interleave", "roll"):
@@ -209,7 +209,7 @@ def _with_rows(out: Any, masks: Any) -> Any:
 
 
 def _selects_columns(x: PaddedTensor, name: str, args: tuple, kwargs: dict) -> bool:
-    """Does this call select along the position axis?"""
+    """Whether this call selects along the position axis."""
     axis = x.attention_mask.ndim - 1
     if name == "__setitem__":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
@@ -228,7 +228,7 @@ def _item(x: PaddedTensor, index: Any) -> Tensor:
 
 
 def _of_batch(plain: Tensor, real: Mask, index: list[Any]) -> Tensor:
-    """The entries of a full index, of which the first two axes are batch and pos (None adds an axis between)."""
+    """The entries of a full index whose first two axes are batch and pos (None adds an axis between)."""
     at_row, at_pos = [i for i, part in enumerate(index) if part is not None][:2]
     row, pos = index[at_row], index[at_pos]
     if _by_columns(pos):
@@ -247,7 +247,7 @@ def _of_batch(plain: Tensor, real: Mask, index: list[Any]) -> Tensor:
 
 
 def _full(index: tuple, ndim: int) -> list[Any]:
-    """An index with one entry for every axis, Ellipsis and what is left out written as whole slices."""
+    """An index with one entry for every axis; Ellipsis and omitted axes become full slices."""
     parts = list(index)
     n = ndim - sum(part is not None and part is not Ellipsis for part in parts)
     at = next((i for i, part in enumerate(parts) if part is Ellipsis), None)
@@ -257,7 +257,7 @@ def _full(index: tuple, ndim: int) -> list[Any]:
 
 
 def _is_mask(index: tuple) -> bool:
-    """Does a mask over several axes, as `logits[attention_mask]`, say which entries are meant?"""
+    """Whether the index contains a mask over several axes, as in `logits[attention_mask]`."""
     return any(isinstance(part, Tensor) and part.dtype == torch.bool and part.ndim > 1 for part in index)
 
 

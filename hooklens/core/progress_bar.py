@@ -1,7 +1,7 @@
-"""Progress bars with rate and time left: on a terminal and in a notebook, silent where nobody is looking.
+"""Progress bars with rate and remaining time, shown on a terminal and in a notebook only.
 
-`HOOKLENS_PROGRESS=0` in the environment switches every bar off and `1` switches it on; `hl.engine(progress=False)` does
-so for a `with` block.
+`HOOKLENS_PROGRESS=0` in the environment disables all bars and `1` enables them; `hl.engine(progress=False)` does so for
+a `with` block.
 """
 
 import os
@@ -18,7 +18,7 @@ from hooklens.core.terminal import visible
 Item = TypeVar("Item")
 ENV = "HOOKLENS_PROGRESS"
 _display: ContextVar[Any] = ContextVar("hooklens_progress_display", default=None)
-_REDRAW = 0.1  # seconds between two drawings in a notebook
+_REDRAW = 0.1  # seconds between two redraws in a notebook
 
 
 @runtime_checkable
@@ -33,13 +33,13 @@ _step: ContextVar[Callable[[int | float], None] | None] = ContextVar("hooklens_p
 
 @contextmanager
 def progress(title: str, total: int | float, *, unit: str = "it", show: bool | None = None) -> Iterator[Advance]:
-    """A bar on standard error (or under a notebook's cell) for `total` units of work; bars within bars are stacked.
+    """A bar on standard error (or below a notebook's cell) for `total` units of work; nested bars are stacked.
 
     >>> with progress("counting", 3) as advance:
     ...     for _ in range(3):
     ...         advance()
 
-    `show=None` means: as `hl.engine(progress=...)` or the environment say, else on a terminal and in a notebook only.
+    `show=None` follows `hl.engine(progress=...)` or the environment; by default, a terminal or notebook shows bars.
     """
     if not is_shown(show):
         yield lambda amount=1: None
@@ -56,7 +56,7 @@ def progress(title: str, total: int | float, *, unit: str = "it", show: bool | N
 
 
 def tracked(items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
-    """The items one by one, with a bar over them.
+    """Iterate over the items with a progress bar.
 
     >>> list(tracked([1, 2], "counting", "numbers"))
     [1, 2]
@@ -69,7 +69,7 @@ def tracked(items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
 
 @contextmanager
 def within(advance: Advance, amount: int | float, total: int | float) -> Iterator[None]:
-    """Work worth `amount` on a bar, during which `total` calls of `step` move it; the end makes up what is missing.
+    """Work worth `amount` on a bar, advanced by `total` calls of `step`; the end adds what is missing.
 
     >>> with within(print, 6, 4):
     ...     step()
@@ -96,14 +96,14 @@ def within(advance: Advance, amount: int | float, total: int | float) -> Iterato
 
 
 def step(n: int | float = 1) -> None:
-    """Move the bar of the `within` block around, if there is one."""
+    """Advance the bar of the surrounding `within` block, if there is one."""
     move = _step.get()
     if move is not None:
         move(n)
 
 
 def is_shown(show: bool | None = None) -> bool:
-    """Is a bar drawn here? The first that says so decides: `show`, `hl.engine`, the environment, where stderr goes."""
+    """Whether a bar is drawn. The first that is set decides: `show`, `hl.engine`, the environment, the terminal."""
     for said in (show, asked(), {"0": False, "1": True}.get(os.environ.get(ENV, ""))):
         if said is not None:
             return said
@@ -111,7 +111,7 @@ def is_shown(show: bool | None = None) -> bool:
 
 
 def asked() -> bool | None:
-    """What `hl.engine(progress=...)` says of bars, None for nothing; sweeps.settings puts its own function here."""
+    """The setting of `hl.engine(progress=...)`, None if unset; sweeps.settings puts its own function here."""
     return None
 
 
@@ -151,7 +151,7 @@ def _columns() -> tuple:
 
 
 def _under_a_cell() -> Any:
-    """Bars as text in a cell's output, which every notebook can update; rich's own need the package ipywidgets."""
+    """Bars as text in a cell's output, which every notebook can update; rich's own bars need the package ipywidgets."""
     from IPython.display import display
     from rich.console import Console
     from rich.progress import Progress
@@ -181,7 +181,7 @@ def _under_a_cell() -> Any:
 
 
 def say_estimate(what: str, seconds: float, *, least: float = 60.0) -> None:
-    """Say on standard error, once the first part was timed, how long all of it will take: where it is over a minute.
+    """Print an estimate of the whole duration on standard error, after timing the first part, if over a minute.
 
     >>> say_estimate("three layers", 2.0)
     """

@@ -1,4 +1,4 @@
-"""`with` blocks that hold for one thread or task, and end with their block whatever interrupts them."""
+"""`with` blocks that apply to one thread or task, and end with their block even if interrupted."""
 
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -7,10 +7,10 @@ from hooklens.core.errors import InputError
 
 
 class Lifetime:
-    """How long something holds: while `open`. `value` is what holds then; who still lists it afterwards keeps nothing.
+    """How long something is in effect: while `open`. `value` is what is in effect; once closed, it keeps nothing alive.
 
-    Scopes refer to what they own and what is owned refers to a lifetime, never to the scope: so nothing here is a
-    cycle, and memory is free as soon as the last reference goes.
+    Scopes refer to what they own, and owned objects refer to a lifetime, never to the scope. So there are no reference
+    cycles, and memory is freed when the last reference is dropped.
     """
 
     __slots__ = ("open", "value")
@@ -21,14 +21,14 @@ class Lifetime:
 
 
 class Scope:
-    """A `with` block that this thread or task is in.
+    """A `with` block of one thread or task.
 
-    `stack` lists what this thread or task has entered, innermost last. `anywhere` holds what is open in the whole
-    process: it is looked at first, so that code outside of every scope costs one check and compiles whole.
+    `stack` lists the scopes that this thread or task has entered, innermost last. `anywhere` contains the scopes open
+    in the whole process. It is checked first, so that code outside every scope costs one check and compiles completely.
 
-    Ctrl-C may fall between any two instructions, also in here. So `open` is set last, each step of the way out may be
-    taken twice, and what is interrupted on the way in or out is undone before the interrupt goes on. A scope that
-    nobody refers to any more ends too: Ctrl-C at the first instruction of `__exit__` leaves it to that.
+    Ctrl-C may come between any two instructions, including in this class. So `open` is set last, each step of the exit
+    can be repeated, and an interrupted entry or exit is undone before the interrupt continues. A scope without
+    references ends too, which covers Ctrl-C at the first instruction of `__exit__`.
     """
 
     stack: ClassVar[ContextVar[tuple[Lifetime, ...]]]
@@ -42,7 +42,7 @@ class Scope:
             raise InputError(f"this {type(self).__name__} is already open; make a new one for a block inside its block")
         try:
             self.lifetime.value = self.begin()
-            # Scopes that ended in another context are still listed in this one: they go now.
+            # Scopes that ended in another context may still be listed in this one; remove them now.
             self.stack.set((*(held for held in self.stack.get() if held.open), self.lifetime))
             self.anywhere.add(self.lifetime)
             self.lifetime.open = True
@@ -59,28 +59,28 @@ class Scope:
             raise
 
     def __del__(self) -> None:
-        lifetime = getattr(self, "lifetime", None)  # None where __init__ was interrupted
+        lifetime = getattr(self, "lifetime", None)  # None if __init__ was interrupted
         if lifetime is not None and lifetime.open:
             self.end()
 
     def begin(self) -> Any:
-        """What holds inside the block."""
+        """The value that is in effect inside the block."""
 
     def given(self) -> Any:
-        """What `with ... as` binds."""
+        """The value that `with ... as` binds."""
         return self
 
     def end(self) -> None:
-        """The way out, from wherever the way in has come to."""
+        """Undo `begin`, however far it got."""
         self.lifetime.open = False
-        # By identity, not by token: the block may end in another context than the one it began in.
+        # By identity, not by token: the block may end in a different context than it began in.
         self.stack.set(tuple(held for held in self.stack.get() if held is not self.lifetime))
         self.anywhere.discard(self.lifetime)
         self.lifetime.value = None
 
     @classmethod
     def innermost(cls) -> Any:
-        """The value of the innermost open scope of this kind in this thread or task; None outside of all."""
+        """The value of the innermost open scope of this kind in this thread or task; None outside all scopes."""
         for held in reversed(cls.stack.get()):
             if held.open:
                 return held.value

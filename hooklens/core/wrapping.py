@@ -1,4 +1,4 @@
-"""wrap(any nn.Module): the same hooks, scopes and cache for a module that was written without hook points."""
+"""wrap(any nn.Module): the same hooks, scopes and cache for a module without hook points."""
 
 import copy
 import dataclasses
@@ -18,7 +18,7 @@ from hooklens.core.names import Where, flatten
 from hooklens.core.scope import Lifetime, Scope
 
 _calls: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_calls", default=())
-# What a clock was told last, and in which period of being held: (period, (step, offset, seen)).
+# The last information given to a clock, and its period of being held: (period, (step, offset, seen)).
 _told: ContextVar[tuple[Any, tuple] | None] = ContextVar("hooklens_told", default=None)
 # (step, offset) of the last call with each KV cache of transformers.
 _steps: weakref.WeakKeyDictionary[Any, tuple[int, int]] = weakref.WeakKeyDictionary()
@@ -27,7 +27,7 @@ _NUMBERED = re.compile(r"^(?P<name>.+)#(?P<call>\d+)$")
 
 
 def wrap(module: nn.Module) -> "WrappedModule":
-    """Any module with hook points at the entry and exit of each of its submodules; the module itself stays as it is.
+    """Add hook points at the entry and exit of each submodule of any module; the module itself is unchanged.
 
     >>> net = wrap(nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True)))
     >>> net.hook_names()
@@ -45,10 +45,10 @@ def wrap(module: nn.Module) -> "WrappedModule":
 class WrappedModule(HookedModule):
     """A module, shared and not copied, whose submodules' inputs and outputs are hook points.
 
-    A point is `<path>.hook_in` (the first tensor among the arguments, then among the keywords) or `<path>.hook_out`
-    (the first tensor in what is returned). A name asks for every call of its submodule in one forward pass; the second
-    call is known as `name#1`, and `name#0` or `name#1` ask for one call only. A point that is asked for and does not
-    fire raises.
+    A point is `<path>.hook_in` (the first tensor in the arguments, then in the keywords) or `<path>.hook_out` (the
+    first tensor in the return value). A name selects every call of its submodule in one forward pass; the second call
+    is named `name#1`, and `name#0` or `name#1` select a single call. A selected point that does not fire raises an
+    error.
     """
 
     def __init__(self, module: nn.Module):
@@ -72,7 +72,7 @@ class WrappedModule(HookedModule):
         return list(self.hook_points())
 
     def resolve(self, where: Where) -> list[HookPoint]:
-        """The points that a name, `name#1`, site, list or predicate asks for; unknown ones raise with the nearest."""
+        """The points selected by a name, `name#1`, site, list or predicate; unknown ones raise with the closest."""
         found: dict[HookPoint, None] = {}
         for one in flatten(where):
             numbered = _NUMBERED.match(one) if isinstance(one, str) else None
@@ -81,7 +81,7 @@ class WrappedModule(HookedModule):
         return list(found)
 
     def _standing(self, points: dict[str, HookPoint]) -> list[HookPoint]:
-        return list(points.values())  # beside the module, not in it: one whose module is not called says so
+        return list(points.values())  # they are not part of the module; a point whose module is not called raises
 
     def _of_call(self, numbered: re.Match) -> "ModulePoint":
         every = self._points.get(numbered["name"])
@@ -94,7 +94,7 @@ class WrappedModule(HookedModule):
         return every.calls[call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns; then every point that was asked for must have fired."""
+        """Call the module; then check that every selected point has fired."""
         with _Call() as fired:
             output = self.module(*args, **kwargs)
             self._check(fired)
@@ -107,8 +107,8 @@ class WrappedModule(HookedModule):
             if any(hook.capture is None or hook.capture.asked for hook in point.active()):
                 times = "" if point.every() is None else f" (its module was called {fired.get(point.every(), 0)} times)"
                 raise HookError(
-                    f"the hook point {point.name!r} did not fire in this call{times}: its module was not called, or no "
-                    f"tensor is among what it {'was given' if point.side == 'in' else 'returned'}; hook another point"
+                    f"the hook point {point.name!r} did not fire in this call{times}: its module was not called, or "
+                    f"{'was given' if point.side == 'in' else 'returned'} no tensor; hook another point"
                 )
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class WrappedModule(HookedModule):
 
 
 class _Call(Scope):
-    """How often each point has fired in the call of a wrapped module under way."""
+    """How often each point has fired in the current call of a wrapped module."""
 
     stack = _calls
 
@@ -128,7 +128,7 @@ class _Call(Scope):
 
 
 class _Weak:
-    """A weak reference that is copied and pickled together with what it refers to."""
+    """A weak reference that is copied and pickled together with its target."""
 
     def __init__(self, target: Any):
         self.ref = (lambda: None) if target is None else weakref.ref(target)
@@ -141,9 +141,9 @@ class _Weak:
 
 
 class _Listener(ABC):
-    """torch's own hooks on one module, there only while somebody holds the listener.
+    """torch's own hooks on one module, installed only while the listener has holders.
 
-    The module refers to its listener, and not the other way round: a cycle would keep both until the collector runs.
+    The module refers to its listener, not vice versa: a cycle would keep both until the collector runs.
     """
 
     def __init__(self, part: nn.Module):
@@ -153,7 +153,7 @@ class _Listener(ABC):
         self.live: weakref.ref[_TorchHook] | None = None
 
     def hold(self, holder: Lifetime) -> None:
-        """Install torch's hook, unless somebody else has."""
+        """Install torch's hook, unless it is installed already."""
         with _install:
             self.holders.add(holder)
             part = self.part()
@@ -163,7 +163,7 @@ class _Listener(ABC):
                 self.live = weakref.ref(hook)
 
     def release(self, holder: Lifetime) -> None:
-        """Remove torch's hook when the last one leaves."""
+        """Remove torch's hook when the last holder leaves."""
         with _install:
             self.holders.discard(holder)
             part = self.part()
@@ -177,21 +177,21 @@ class _Listener(ABC):
 
     @abstractmethod
     def called(self, args: tuple, given: Any) -> Any:
-        """The module is called with these, or has returned `given`."""
+        """The module is called with these arguments, or has returned `given`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "holders": set(), "live": None}  # type: ignore[dict-item]  # nobody holds a copy
+        return {**super().__getstate__(), "holders": set(), "live": None}  # type: ignore[dict-item]  # a copy has no holders
 
 
 class ModulePoint(_Listener, HookPoint):
-    """The entry or exit of a module that knows nothing of it."""
+    """The entry or exit of a module that was written without hook points."""
 
-    overwritten = True  # a module may work in place on what it is given and on what it returned
+    overwritten = True  # a module may modify its inputs and outputs in place
 
     def __init__(self, name: str, part: nn.Module, side: str, clock: "_Clock", every: "ModulePoint | None" = None):
         super().__init__(part)
         self.name, self.side, self.clock = name, side, clock
-        #: The point of all calls, where this is that of one. Weakly, because it lists this one.
+        #: The point of all calls, if this is the point of one call. Weakly, because it lists this one.
         self.every = _Weak(every)
         self.calls: dict[int, ModulePoint] = {}
 
@@ -223,7 +223,7 @@ class ModulePoint(_Listener, HookPoint):
         return args, _through(given, self.fire)
 
     def fire(self, act: Tensor) -> Tensor:
-        """The hooks of this call, those of every call among them."""
+        """The hooks of this call, including those of every call."""
         fired = _Call.innermost()
         call = 0 if fired is None else fired.get(self, 0)
         one = self.calls.get(call)
@@ -237,19 +237,19 @@ class ModulePoint(_Listener, HookPoint):
 
 
 class _Clock(_Listener):
-    """When in a generation the wrapped module is called: told by the KV cache that transformers hands it."""
+    """The step of the generation, from the KV cache that transformers passes to the wrapped module."""
 
     def moment(self, name: str) -> HookCall:
-        """What hooks are told at that point."""
+        """The HookCall for this point."""
         told = _told.get()
-        # What was told while others held this clock is out of date: Ctrl-C may have ended the call that it was of.
+        # Information from an earlier period of holding is out of date: Ctrl-C may have ended its call.
         return HookCall(name, *told[1]) if told is not None and told[0] is self.live else this_moment(name)
 
     def install(self, part: nn.Module, hook: "_TorchHook") -> None:
         part.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
     def called(self, args: tuple, given: dict[str, Any]) -> None:
-        # By what it can do: its name is past_key_values in some versions of transformers and cache in others.
+        # Recognised by its methods: its name is past_key_values in some versions of transformers, cache in others.
         past = next((value for value in (*args, *given.values()) if hasattr(value, "get_seq_length")), None)
         if past is None:
             _told.set(None)
@@ -262,7 +262,7 @@ class _Clock(_Listener):
 
 
 def _seen(args: tuple, given: dict[str, Any], offset: int) -> Tensor | None:
-    """Which tokens are real, from a mask [batch key_pos] over the cached and the new ones; None where all are."""
+    """Which tokens are real, from a mask [batch key_pos] over cached and new tokens; None if all are."""
     mask = given.get("attention_mask")
     new = next((value for value in (*args, *given.values()) if isinstance(value, Tensor)), None)
     if not isinstance(mask, Tensor) or new is None or mask.shape != (new.shape[0], offset + new.shape[1]):
@@ -271,7 +271,7 @@ def _seen(args: tuple, given: dict[str, Any], offset: int) -> Tensor | None:
 
 
 class _TorchHook:
-    """What torch calls. A copy of it, made with a copy of the module, belongs to no listener and does nothing."""
+    """The function that torch calls. A copy, made with a copy of the module, has no listener and does nothing."""
 
     def __init__(self, listener: _Listener):
         self.listener = listener
@@ -282,7 +282,7 @@ class _TorchHook:
 
 
 def _uninstall(part: nn.Module, listener: _Listener) -> None:
-    # Looked for, not removed by a handle: Ctrl-C may have fallen between torch's entry and the handle it returns.
+    # Searched for, not removed by a handle: Ctrl-C may have come between torch's entry and the handle that it returns.
     for hooks in (part._forward_hooks, part._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             if isinstance(hook, _TorchHook) and hook.listener is listener:
@@ -291,7 +291,7 @@ def _uninstall(part: nn.Module, listener: _Listener) -> None:
 
 
 def _through(value: Any, fire: Callable[[Tensor], Tensor]) -> Any:
-    """The value with its first tensor as `fire` leaves it; containers are copied, never written to."""
+    """The value with its first tensor replaced by the result of `fire`; containers are copied, never modified."""
     if isinstance(value, Tensor):
         return fire(value)
     is_data = dataclasses.is_dataclass(value) and not isinstance(value, Mapping | tuple)

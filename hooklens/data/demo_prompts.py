@@ -1,13 +1,14 @@
 """Prompts for a method's demo: sentences where the model reads text, token numbers where it does not."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import HooklensError
+from hooklens.data.prompt_pairs import PromptPairs
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -28,31 +29,27 @@ _CAPITALS = {
 }
 
 
-class DemoPairs(NamedTuple):
-    """Pairs that differ in one token, and the next tokens of the clean and the corrupted prompt."""
-
-    clean: Int[Tensor, "pair pos"]
-    corrupted: Int[Tensor, "pair pos"]
-    answer: list[int]
-    wrong_answer: list[int]
-
-
-def demo_pairs(model: "HookedTransformer", n: int = 1, n_pos: int = 6) -> DemoPairs:
+def demo_pairs(model: "HookedTransformer", n: int = 1, n_pos: int = 6) -> PromptPairs:
     """`n` pairs such as "The capital of France is" and "The capital of Italy is", or of `n_pos` token numbers.
+
+    Prompts are token ids, and so are answers. Those of numbers are the two tokens between which the model decides most.
 
     >>> from hooklens.testing import tiny_model
     >>> pairs = demo_pairs(tiny_model(), 1, 4)
     >>> pairs.clean.tolist(), pairs.corrupted.tolist(), pairs.answer, pairs.wrong_answer
-    ([[1, 2, 3, 4]], [[1, 2, 4, 4]], [0], [1])
+    ([[1, 2, 3, 4]], [[1, 2, 5, 4]], [2], [3])
     """
     rows, answers = _sentences(model, n)
     if rows is not None:
-        return DemoPairs(rows[:n], rows[1:], answers[:n], answers[1:])
-    n_pos, d_vocab = min(n_pos, model.cfg.n_ctx), model.cfg.d_vocab
-    clean = torch.arange(1, n * n_pos + 1, device=model.device).view(n, n_pos) % d_vocab
+        return PromptPairs(rows[:n], rows[1:], answer=answers[:n], wrong_answer=answers[1:])
+    n_pos, d_vocab, row = min(n_pos, model.cfg.n_ctx), model.cfg.d_vocab, torch.arange(n, device=model.device)[:, None]
+    clean = (torch.arange(n_pos, device=model.device) + 3 * row + 1) % d_vocab
     corrupted = clean.clone()
-    corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 1) % d_vocab
-    return DemoPairs(clean, corrupted, [0] * n, [min(1, model.cfg.d_vocab_out - 1)] * n)
+    corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % d_vocab
+    with torch.no_grad():
+        gap = model(clean, logits_at=-1)[:, 0].mean(0) - model(corrupted, logits_at=-1)[:, 0].mean(0)
+    order = gap[: min(d_vocab, model.cfg.d_vocab_out)].argsort(descending=True, stable=True)
+    return PromptPairs(clean, corrupted, answer=int(order[0]), wrong_answer=int(order[-1]))
 
 
 def demo_texts(model: "HookedTransformer", n: int, n_pos: int) -> Int[Tensor, "text pos"]:

@@ -3,17 +3,13 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError
-from hooklens.results.result import Result
-from hooklens.results.table import Table
+from hooklens.data.prompt_pairs import PromptPairs
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -40,53 +36,25 @@ OBJECTS = ("drink", "book", "ring", "gift", "letter", "ball", "key", "ticket", "
 _ORDERS = ("ABBA", "BABA")
 
 
-@dataclass(frozen=True, eq=False)
-class IOIPairs(Result):
-    """Prompt pairs of one length: in the clean one the subject is named again, in the corrupted one the other name is.
-
-    The answer to the clean prompt is the indirect object (`answer`), to the corrupted one the subject (`wrong_answer`).
-    `order` says which name comes first: ABBA the indirect object, BABA the subject. Positions are token positions in
-    the clean prompt: of the indirect object, of the subject's first and second mention, and of the last token. Pairs of
-    one `group` share names and sentence, so they are not independent: intervals should resample groups.
-    """
-
-    clean: list[str]
-    corrupted: list[str]
-    clean_tokens: Int[Tensor, "pair pos"]
-    corrupted_tokens: Int[Tensor, "pair pos"]
-    answer: list[str]
-    wrong_answer: list[str]
-    answer_tokens: Int[Tensor, "pair"]
-    wrong_answer_tokens: Int[Tensor, "pair"]
-    io: Int[Tensor, "pair"]
-    s1: Int[Tensor, "pair"]
-    s2: Int[Tensor, "pair"]
-    end: Int[Tensor, "pair"]
-    order: list[str]
-    template: list[str]
-    group: Int[Tensor, "pair"]
-
-    def __len__(self) -> int:
-        return len(self.clean)
-
-    def table(self, n: int | None = 8) -> Table:
-        """One row a pair."""
-        columns = (self.clean, self.answer, self.wrong_answer, self.order)
-        return Table(("clean", "answer", "wrong answer", "order"), list(zip(*columns, strict=True))).head(n)
-
-
-def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64, *, seed: int = 0) -> IOIPairs:
+def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64, *, seed: int = 0) -> PromptPairs:
     """`n` indirect-object pairs in which nothing but the grammar tells the answer.
+
+    In the clean prompt the subject is named again, in the corrupted one the other name is. The answer to the clean
+    prompt is the indirect object, to the corrupted one the subject (`wrong_answer`).
 
     Two names and one sentence make four pairs: each name once the indirect object and once the subject, each once first
     and once second. So over all pairs every name is as often indirect object as subject, in each order, and knowing the
     name, the order or the sentence helps nobody. Names are single tokens with their space; all prompts have the same
-    number of tokens (sentences of another length in this tokenizer are left out).
+    number of tokens (sentences of another length in this tokenizer are left out). The four pairs are one group.
+
+    Columns: "order", which name comes first (ABBA the indirect object, BABA the subject); "template", the sentence; and
+    token positions in the clean prompt: "io" of the indirect object, "s1" and "s2" of the subject's first and second
+    mention, "end" of the last token.
 
     >>> from hooklens.pretrained.tokenizer import tiny_tokenizer
     >>> tokenizer = tiny_tokenizer(" ".join(f"Ġ{name}" for name in NAMES))
     >>> pairs = ioi(tokenizer, 8)
-    >>> sorted(set(pairs.order)), len(set(pairs.answer)), len(pairs)
+    >>> sorted(set(pairs["order"])), len(set(pairs.answer)), len(pairs)
     (['ABBA', 'BABA'], 4, 8)
 
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 2 and appendix E.
@@ -99,7 +67,7 @@ def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64
     draw = random.Random(seed)
     couples, frames = _couples(names, n // 4, draw), _frames(tokenizer, names, n // 4, draw)
     rows = [row for couple, frame in zip(couples, frames, strict=True) for row in _four(couple, *frame)]
-    return _pairs(tokenizer, rows, getattr(model_or_tokenizer, "device", "cpu"))
+    return _pairs(tokenizer, rows)
 
 
 def check_n_pairs(n: int, name: str = "n") -> None:
@@ -156,30 +124,25 @@ def _four(couple: tuple[str, str], frame: str, template: str) -> Iterator[tuple[
         yield clean, corrupted, io, subject, order, template
 
 
-def _pairs(tokenizer: "Tokenizer", rows: list, device: torch.device | str) -> IOIPairs:
+def _pairs(tokenizer: "Tokenizer", rows: list) -> PromptPairs:
     clean, corrupted, answer, wrong, order, template = (list(column) for column in zip(*rows, strict=True))
-    a, b = (torch.stack([tokenizer.to_tokens(text)[0] for text in texts]).to(device) for texts in (clean, corrupted))
-    right, other = (torch.tensor(list(map(tokenizer.to_single_token, names))).to(device) for names in (answer, wrong))
+    tokens = torch.stack([tokenizer.to_tokens(text)[0] for text in clean])
+    indirect, subject = (
+        torch.tensor([tokenizer.to_single_token(name) for name in names])[:, None] for names in (answer, wrong)
+    )
     # the indirect object is named once in the clean prompt, the subject twice: the first and the last time
-    is_subject = (a == other[:, None]).long()
-    s1, s2 = is_subject.argmax(1), a.shape[1] - 1 - is_subject.flip(1).argmax(1)
-    io = (a == right[:, None]).long().argmax(1)
-    end = torch.full_like(io, a.shape[1] - 1)
-    group = torch.arange(len(rows) // 4).repeat_interleave(4).to(device)
-    return IOIPairs(
-        clean=clean,
-        corrupted=corrupted,
-        clean_tokens=a,
-        corrupted_tokens=b,
+    is_subject, last = (tokens == subject).long(), tokens.shape[1] - 1
+    places = {
+        "io": (tokens == indirect).long().argmax(1),
+        "s1": is_subject.argmax(1),
+        "s2": last - is_subject.flip(1).argmax(1),
+        "end": torch.full((len(tokens),), last),
+    }
+    return PromptPairs(
+        clean,
+        corrupted,
         answer=answer,
         wrong_answer=wrong,
-        answer_tokens=right,
-        wrong_answer_tokens=other,
-        io=io,
-        s1=s1,
-        s2=s2,
-        end=end,
-        order=order,
-        template=template,
-        group=group,
+        group=torch.arange(len(rows) // 4).repeat_interleave(4),
+        columns={"order": order, "template": template, **places},
     )

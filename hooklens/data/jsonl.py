@@ -14,7 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, HooklensError, InputError, Refused
-from hooklens.core.files import read_text
+from hooklens.core.files import read_text, write_atomically
+from hooklens.data.prompt_pairs import PromptPairs, numbered
 from hooklens.data.prompts import common_ends
 from hooklens.model.ids import show
 
@@ -23,28 +24,6 @@ if TYPE_CHECKING:
 
 _LARGEST = 1 << 30  # bytes
 _REPORTED = 10  # bad lines of which a message shows what is wrong; of the others it gives the numbers
-
-
-@dataclass(frozen=True)
-class PromptPairs:
-    """Clean and corrupted prompts with their next tokens, as texts or as ids. Pairs of one `group` share something.
-
-    `lines` are their lines in the file that they were read from.
-    """
-
-    clean: list[Any]
-    corrupted: list[Any]
-    answer: list[Any]
-    wrong_answer: list[Any]
-    group: list[str]
-    lines: Sequence[int] = ()
-
-    def __len__(self) -> int:
-        return len(self.clean)
-
-    def group_numbers(self) -> Int[Tensor, "pair"]:
-        """The group of each pair as a number."""
-        return numbered(self.group)
 
 
 @dataclass(frozen=True)
@@ -74,8 +53,30 @@ def read_pairs_file(path: str | Path) -> PromptPairs:
     rows = list(lines.values())
     clean, corrupted, answer, wrong = ([row[name] for row in rows] for name in fields)
     return PromptPairs(
-        clean=clean, corrupted=corrupted, answer=answer, wrong_answer=wrong, group=groups(rows), lines=list(lines)
+        clean, corrupted, answer=answer, wrong_answer=wrong, group=numbered(groups(rows)), columns={"line": list(lines)}
     )
+
+
+def write_pairs_file(pairs: PromptPairs, path: str | Path) -> None:
+    """Pairs of texts as lines that `read_pairs_file` reads, whole or not at all; other columns are left out.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "pairs.jsonl"
+    >>> write_pairs_file(PromptPairs("a b", "a c", answer=" d", wrong_answer=" e", group=[3]), path)
+    >>> path.read_text(encoding="utf-8")
+    '{"clean": "a b", "corrupted": "a c", "answer": " d", "wrong_answer": " e", "group": 3}\\n'
+    """
+    fields = ("clean", "corrupted", "answer", "wrong_answer")
+    columns = {name: getattr(pairs, name) for name in fields}
+    for name, column in columns.items():
+        if column is None or not all(isinstance(value, str) for value in column):
+            seen = "none" if column is None else f"{next(v for v in column if not isinstance(v, str))!r:.60}"
+            raise InputError(f"a file of pairs holds texts, and these pairs have as {name}: {seen}")
+    if pairs.group is not None:
+        columns["group"] = pairs.group.tolist()
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    with write_atomically(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_texts_file(path: str | Path) -> LabelledTexts:
@@ -113,7 +114,7 @@ def check_pairs(model: "HookedTransformer", pairs: PromptPairs, source: str, *, 
     With `corrupted`, each clean prompt must also differ from its corrupted one, and be as long.
     """
     bad = {}
-    for line, i in zip(pairs.lines or range(1, len(pairs) + 1), range(len(pairs)), strict=True):
+    for line, i in zip(pairs.columns.get("line", range(1, len(pairs) + 1)), range(len(pairs)), strict=True):
         one = (pairs.clean[i], pairs.corrupted[i] if corrupted else None, pairs.answer[i], pairs.wrong_answer[i])
         if found := "; ".join(map(str, _unusable_pair(model, *one))):
             bad[line] = found
@@ -144,16 +145,6 @@ def check_texts(model: "HookedTransformer", texts: LabelledTexts, source: str) -
 def groups(rows: list[dict]) -> list[str]:
     """Each row's group; a row that names none is one of its own."""
     return [f"given {row['group']}" if "group" in row else f"line {i}" for i, row in enumerate(rows)]
-
-
-def numbered(group: list[str]) -> Int[Tensor, "pair"]:
-    """Labels as numbers, in order of first appearance.
-
-    >>> numbered(["x", "y", "x"]).tolist()
-    [0, 1, 0]
-    """
-    order = {label: i for i, label in enumerate(dict.fromkeys(group))}
-    return torch.tensor([order[label] for label in group])
 
 
 def _unusable_pair(

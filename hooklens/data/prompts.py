@@ -38,13 +38,11 @@ class Pairs:
         return metric.pairs(torch.tensor(self.index))
 
 
-def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, by: Sequence[str]) -> list[Pairs]:
+def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, by: Sequence[str]) -> list[Pairs]:
     """The pairs grouped by their two lengths; by position there must be one group, and both lengths equal."""
+    if corrupted is None:
+        raise ArgumentError("{corrupted} prompts are missing; give as many as clean ones, or PromptPairs with both")
     left, right = rows_of(model, clean, "clean"), rows_of(model, corrupted, "corrupted")
-    if len(left) != len(right):
-        raise InputError(
-            f"clean and corrupted are patched pair by pair, got {len(left)} clean and {len(right)} corrupted prompts"
-        )
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         if len(a) != len(b) and "pos" in by:

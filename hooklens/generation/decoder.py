@@ -4,27 +4,32 @@ A step of one row reads every weight once and computes little, so the calls arou
 time or more. Here no hook point is passed, and where packing pays the layers that read the same input are one product.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hooklens.core.hooks import HookPoint, edited_elsewhere
 from hooklens.model.attention import Attention
 from hooklens.model.block import Block, ParallelBlock, SandwichBlock
-from hooklens.model.embed import Unembedding, rotate
+from hooklens.model.config import Rotary
+from hooklens.model.embed import Unembedding
 from hooklens.model.kv_cache import Context, KVCache
-from hooklens.model.linear import Linear, pack, packed_product, packing_wanted
+from hooklens.model.linear import Linear, pack, packed_product, packing_wanted, vector_pays
 from hooklens.model.mlp import MLP, GatedMLP, activation
 from hooklens.model.norms import LayerNorm, Norm, RMSNorm
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-Stream = Float[Tensor, "batch d_model"]
+Stream = Float[Tensor, "*batch d_model"]  # without batch for a single vector
+# Packing the weights takes about as long as it saves in this many steps.
+PACKING_PAYS_FROM = 24
 _KNOWN = {
     *(Block, SandwichBlock, ParallelBlock, Attention, MLP, GatedMLP, LayerNorm, RMSNorm, Unembedding),
     *(Linear, nn.Linear, HookPoint),
@@ -32,7 +37,7 @@ _KNOWN = {
 
 
 class Decoder:
-    """The steps of a generation, on weights that are joined and packed once, where that pays.
+    """The steps of a generation; weights are joined and packed once, where that pays for so many steps.
 
     >>> from hooklens.testing import tiny_model
     >>> model, past = tiny_model(), KVCache()
@@ -44,7 +49,7 @@ class Decoder:
     """
 
     @classmethod
-    def of(cls, model: "HookedTransformer", rows: int) -> "Decoder | None":
+    def of(cls, model: "HookedTransformer", rows: int, *, steps: int = PACKING_PAYS_FROM) -> "Decoder | None":
         """A decoder where it would be right: every part is one of ours, as it was made, in one dtype."""
         from hooklens.model.transformer import HookedTransformer
 
@@ -53,23 +58,34 @@ class Decoder:
         if not alike or type(model) is not HookedTransformer:
             return None
         inner = [module for part in (*model.blocks, model.ln_final, model.unembed) if part for module in part.modules()]
-        return cls(model, rows) if all(map(_as_made, inner)) and _unhooked(model) else None
+        made = all(type(module) in _KNOWN for module in inner) and not _hooked(map(vars, inner))
+        return cls(model, rows, steps=steps) if made else None
 
-    def __init__(self, model: "HookedTransformer", rows: int):
+    def __init__(self, model: "HookedTransformer", rows: int, *, steps: int = PACKING_PAYS_FROM):
         self.model = model
         self.points = list(model.hook_points().values())
-        self.modules = [module for module in model.modules() if not isinstance(module, HookPoint)]
-        held = [(m._parameters, name) for m in self.modules for name in m._parameters]
+        modules = [module for module in model.modules() if not isinstance(module, HookPoint)]
+        self.parts = [vars(module) for module in modules]
+        held = [(m._parameters, name) for m in modules for name in m._parameters]
         self.weights = [(at, name, w, w.data_ptr(), w._version) for at, name in held if (w := at[name]) is not None]
-        weight = model.unembed.linear.weight
-        packs = weight.dtype == torch.float32 and weight.device.type == "cpu" and packing_wanted(rows)
-        join = partial(_Packed, rows=rows) if packs else _Side
-        self.layers = [_Layer(block, join) for block in model.blocks]
-        self.norm, self.unembed = _short(model.ln_final), join([model.unembed.linear])
+        product = self._product(rows, steps)
+        self.layers = [_Layer(block, product) for block in model.blocks]
+        self.vector = product is _Vector
+        self.norm, self.unembed = _short(model.ln_final, self.vector), product([model.unembed.linear])
+        self.rows = 0
+
+    def _product(self, rows: int, steps: int) -> Callable[[Sequence[nn.Linear]], "_Rows"]:
+        """How one input is multiplied by the weights of several layers here."""
+        weight = self.model.unembed.linear.weight
+        if weight.device.type != "cpu":
+            return _Rows
+        if steps >= PACKING_PAYS_FROM and weight.dtype == torch.float32 and packing_wanted(rows):
+            return partial(_Packed, rows=rows)
+        return _Vector if rows == 1 and weight.dtype.itemsize >= 4 and vector_pays(weight) else _Rows
 
     def serves(self) -> bool:
         """Is every weight still what was packed, and does nobody listen?"""
-        if edited_elsewhere(self.points) or not all(map(_unhooked, self.modules)):
+        if edited_elsewhere(self.points) or _hooked(self.parts):
             return False
         return all(at[name] is w and w._version == v and w.data_ptr() == to for at, name, w, to, v in self.weights)
 
@@ -78,121 +94,207 @@ class Decoder:
         model = self.model
         ctx = model._context(tokens, None, past)
         x = model.embed_input(tokens, ctx)[:, 0]
+        if len(x) != self.rows:
+            self.rows = len(x)
+            with torch.inference_mode(False):  # buffers of the inference mode could not be written to outside it
+                for layer in self.layers:
+                    layer.fit(self.rows)
+        x = x[0] if self.vector else x
+        turns: dict[Rotary, _Turn] = {}
         for layer in self.layers:
-            x = layer(x, ctx, past)
+            x = layer(x, ctx, past, turns)
         past.advance(tokens, ctx)
-        return model.unembed.cap(self.unembed(x if self.norm is None else self.norm(x)))
+        logits = model.unembed.cap(self.unembed(x if self.norm is None else self.norm(x)))
+        return logits[None] if self.vector else logits
 
 
-class _Side:
-    """Layers that read the same input, one product each.
+class _Rows:
+    """Layers that read the same input, rows by plain weights: one product each, side by side in a buffer.
 
     Joining their weights would copy them, which takes as long as a few tokens do, and one product is no faster for it.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]):
-        self.layers = [(x.weight.detach().t(), None if x.bias is None else x.bias.detach()) for x in layers]
+        self.sizes = [layer.out_features for layer in layers]
+        self.layers = [(x.weight.detach(), None if x.bias is None else x.bias.detach()) for x in layers]
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """What the layers give, side by side."""
-        each = self.apart(x)
-        return each[0] if len(each) == 1 else torch.cat(each, 1)
+    def fit(self, rows: int) -> list[Float[Tensor, "..."]]:
+        """A buffer for what the layers give of so many rows, overwritten by every `fill`: each layer's share of it."""
+        self.buffer = self.layers[0][0].new_empty(rows, sum(self.sizes))
+        self.shares = list(self.buffer.split(self.sizes, 1))
+        return self.shares
 
-    def apart(self, x: Float[Tensor, "batch d_in"]) -> list[Float[Tensor, "batch _"]]:
-        """What each layer gives."""
-        return [torch.mm(x, w) if bias is None else torch.addmm(bias, x, w) for w, bias in self.layers]
+    def fill(self, x: Stream) -> None:
+        """What each layer gives, into its share of the buffer."""
+        for (weight, bias), share in zip(self.layers, self.shares, strict=True):
+            self.product(x, weight, bias, share)
+
+    def __call__(self, x: Stream) -> Float[Tensor, "*batch d_out"]:
+        """What the only layer gives."""
+        return self.product(x, *self.layers[0])
+
+    def onto(self, stream: Stream, x: Float[Tensor, "*batch d_in"]) -> Stream:
+        """The stream, and what the only layer adds to it; in half precision it is rounded first, as in the model."""
+        weight, bias = self.layers[0]
+        joins = bias is None and weight.dtype.itemsize >= 4
+        return self.product(x, weight, stream) if joins else stream + self(x)
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, plus: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """x times the weight, plus a bias or a stream."""
+        if plus is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(plus, x, weight.t(), out=out)
 
 
-class _Packed:
-    """The same as one product, on weights packed for so many rows."""
+class _Vector(_Rows):
+    """The same for one row, given and returned without its dimension: BLAS has a faster product for it."""
+
+    def fit(self, rows: int) -> list[Float[Tensor, "..."]]:
+        self.shares = [share[0] for share in super().fit(rows)]
+        return self.shares
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, plus: Tensor | None, out: Tensor | None = None) -> Tensor:
+        return torch.mv(weight, x, out=out) if plus is None else torch.addmv(plus, weight, x, out=out)
+
+
+class _Packed(_Rows):
+    """The same as one product, on weights joined and packed for so many rows."""
 
     def __init__(self, layers: Sequence[nn.Linear], *, rows: int):
-        weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
-        self.sizes = [len(weight) for weight in weights]
+        super().__init__(layers)
+        weights, biases = zip(*self.layers, strict=True)
         self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0], rows)
         self.bias: Float[Tensor, " d_out"] | None = None
         if any(bias is not None for bias in biases):
-            pairs = zip(weights, biases, strict=True)
-            self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in pairs])
+            self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in self.layers])
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+    def fill(self, x: Stream) -> None:
+        self.buffer.copy_(self(x))
+
+    def __call__(self, x: Stream) -> Float[Tensor, "batch d_out"]:
         return packed_product(x, self.weight, self.bias)
 
-    def apart(self, x: Float[Tensor, "batch d_in"]) -> Sequence[Float[Tensor, "batch _"]]:
-        return self(x).split(self.sizes, 1)
+    def onto(self, stream: Stream, x: Float[Tensor, "batch d_in"]) -> Stream:
+        return self(x).add_(stream)
 
 
-_Joint = _Side | _Packed
-
-
-def _short(norm: Norm | None) -> Callable[[Stream], Stream] | None:
+def _short(norm: Norm | None, vector: bool) -> Callable[[Stream], Stream] | None:
     """The norm in few calls: torch's own RMS norm takes a dozen on a CPU, which for one row is all of its time."""
     if not isinstance(norm, RMSNorm) or norm.offset or norm.weight is None or norm.weight.dtype.itemsize < 4:
         return None if norm is None else norm.fused
-    weight, share = norm.weight.detach(), 1 / norm.width
-    eps = torch.tensor([[norm.eps]], dtype=weight.dtype, device=weight.device)
+    weight, share, eps = norm.weight.detach(), 1 / norm.width, norm.eps
+    zero, least = weight.new_zeros(1), weight.new_full((1, 1), eps)
 
-    def rms_norm(x: Stream) -> Stream:
+    def of_vector(x: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        square = torch.dot(x, x).item() * share + eps
+        return torch.addcmul(zero, x, weight, value=square**-0.5 if square else math.inf)
+
+    def of_rows(x: Stream) -> Stream:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x * torch.addcmul(eps, size, size, value=share).rsqrt_() * weight
+        return x * torch.addcmul(least, size, size, value=share).rsqrt_() * weight
 
-    return rms_norm
+    return of_vector if vector else of_rows
+
+
+class _Turn(NamedTuple):
+    """Rotary tables of one step: cosines, and the signed sines that the first and second of each pair are given."""
+
+    cos: Float[Tensor, "#batch 1 1 d_head"]
+    first: Float[Tensor, "#batch 1 1 half"]
+    second: Float[Tensor, "#batch 1 1 half"]
+
+    @classmethod
+    def of(cls, rotary: Rotary, d_head: int, dtype: torch.dtype, ctx: Context) -> "_Turn":
+        cos, sin = (table.unsqueeze(-2) for table in ctx.tables(rotary, d_head, dtype))
+        return cls(F.pad(cos, (0, d_head - cos.shape[-1]), value=1.0), *_pairs(sin, rotary.interleaved))
+
+
+def _pairs(x: Float[Tensor, "*lead dim"], interleaved: bool) -> Sequence[Float[Tensor, "*lead half"]]:
+    """The first and the second number of every pair that rotary turns."""
+    return (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
 
 
 class _Layer:
     """A block, from the stream that enters it to the one that leaves it. The seams of Block, without its points."""
 
-    def __init__(self, block: Block, join: Callable[[Sequence[nn.Linear]], _Joint]):
+    def __init__(self, block: Block, product: Callable[[Sequence[nn.Linear]], _Rows]):
         self.attn: Attention = block.attn
         self.mlp = mlp = block.mlp
-        self.parallel = not block.mlp_reads_attn
-        self.norms = [_short(norm) for norm in (block.ln1, block.ln1_post)]
+        self.parallel, vector = not block.mlp_reads_attn, product is _Vector
+        self.norms = [_short(norm, vector) for norm in (block.ln1, block.ln1_post)]
         self.fused = self.attn.score.fusable and self.attn.soft_cap is None
-        self.qkv, self.o = join([self.attn.q, self.attn.k, self.attn.v]), join([self.attn.o])
-        self.heads = [self.attn.n_heads, self.attn.n_kv_heads, self.attn.n_kv_heads]
+        self.rotary = self.attn.rotary if self.attn.q_norm is None else None  # norms come between: see Attention.place
+        self.qkv, self.o = product([self.attn.q, self.attn.k, self.attn.v]), product([self.attn.o])
         if mlp is not None:
-            self.norms += [_short(norm) for norm in (block.ln2, block.ln2_post)]
-            self.act, self.gated = activation(mlp.act), isinstance(mlp, GatedMLP)
-            self.into = join([mlp.gate, mlp.in_] if isinstance(mlp, GatedMLP) else [mlp.in_])
-            self.out = join([mlp.out])
+            self.norms += [_short(norm, vector) for norm in (block.ln2, block.ln2_post)]
+            self.act = activation(mlp.act)
+            self.into = product([mlp.gate, mlp.in_] if isinstance(mlp, GatedMLP) else [mlp.in_])
+            self.out = product([mlp.out])
 
-    def __call__(self, x: Stream, ctx: Context, past: KVCache) -> Stream:
+    def fit(self, rows: int) -> None:
+        """Buffers for so many rows, and every view of them that a step takes."""
+        attn = self.attn
+        n_q, n_kv, d_head = attn.n_heads, attn.n_kv_heads, attn.d_head
+        self.qkv.fit(rows)
+        heads = self.qkv.buffer.view(rows, 1, -1, d_head)
+        self.q, self.k, self.v = heads.split([n_q, n_kv, n_kv], 2)
+        if self.rotary is not None:  # queries and keys are turned alike, so in one go
+            self.before = heads.narrow(2, 0, n_q + n_kv)
+            self.turned = torch.empty_like(self.before)
+            dim, interleaved = self.rotary.dim or d_head, self.rotary.interleaved
+            self.first, self.second = _pairs(self.before[..., :dim], interleaved)
+            self.turned_first, self.turned_second = _pairs(self.turned[..., :dim], interleaved)
+            self.q, self.k = self.turned.split([n_q, n_kv], 2)
+        if self.mlp is not None:
+            self.neurons = self.into.fit(rows)
+
+    def __call__(self, x: Stream, ctx: Context, past: KVCache, turns: dict[Rotary, _Turn]) -> Stream:
         ln1, ln1_post = self.norms[:2]
-        wrote = self.o(self.mixed(x if ln1 is None else ln1(x), ctx, past))
-        mid = x + (wrote if ln1_post is None else ln1_post(wrote))
+        z = self.mixed(x if ln1 is None else ln1(x), ctx, past, turns).reshape(*x.shape[:-1], -1)
+        mid = self.o.onto(x, z) if ln1_post is None else x + ln1_post(self.o(z))
         if self.mlp is None:
             return mid
         ln2, ln2_post = self.norms[2:]
         read = x if self.parallel else mid
-        wrote = self.out(self.neurons(read if ln2 is None else ln2(read)))
-        return mid + (wrote if ln2_post is None else ln2_post(wrote))
+        self.into.fill(read if ln2 is None else ln2(read))
+        post = self.act(self.neurons[0])
+        if len(self.neurons) == 2:
+            post.mul_(self.neurons[1])  # of the activation's own making, or in the buffer
+        return self.out.onto(mid, post) if ln2_post is None else mid + ln2_post(self.out(post))
 
-    def mixed(self, x: Stream, ctx: Context, past: KVCache) -> Float[Tensor, "batch heads_by_d_head"]:
-        attn = self.attn
-        each = self.qkv(x).view(len(x), 1, -1, attn.d_head)
-        n_q, n_kv = attn.n_heads, attn.n_kv_heads
-        if attn.q_norm is not None or attn.rotary is None:
-            q, k, v = each.split(self.heads, 2)
+    def mixed(
+        self, x: Stream, ctx: Context, past: KVCache, turns: dict[Rotary, _Turn]
+    ) -> Float[Tensor, "batch #head #head d_head"]:
+        """What every head read, its values weighed: z."""
+        attn, q, k = self.attn, self.q, self.k
+        self.qkv.fill(x)
+        if self.rotary is None:
             q, k = attn.place(q, k, ctx)
-        else:  # queries and keys are turned alike, so in one go
-            cos, sin = ctx.tables(attn.rotary, attn.d_head, each.dtype)
-            turned = rotate(each.narrow(2, 0, n_q + n_kv), cos, sin, attn.rotary.interleaved)
-            q, k, v = turned.narrow(2, 0, n_q), turned.narrow(2, n_q, n_kv), each.narrow(2, n_q + n_kv, n_kv)
-        k, v = past.extend(attn.layer, k, v)
-        mix = attn.fused if self.fused else attn.mix
-        return mix(q, k, v, ctx.view(attn.mask)).flatten(1)
+        else:
+            turn = turns.get(self.rotary) or turns.setdefault(
+                self.rotary, _Turn.of(self.rotary, attn.d_head, x.dtype, ctx)
+            )
+            torch.mul(self.before, turn.cos, out=self.turned)
+            self.turned_first.addcmul_(self.second, turn.first)
+            self.turned_second.addcmul_(self.first, turn.second)
+        k, v = past.extend(attn.layer, k, self.v)
+        view = ctx.view(attn.mask)
+        if not self.fused:
+            return attn.mix(q, k, v, view)
+        if view.seen is not None:
+            return attn.fused(q, k, v, view)
+        # One query that sees every key: Attention.fused without what only masks need, and in fewer calls.
+        return F.scaled_dot_product_attention(
+            q.view(len(q), attn.n_heads, 1, attn.d_head),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            scale=1 / attn.scale,
+            enable_gqa=attn.n_heads != attn.n_kv_heads,
+        )
 
-    def neurons(self, x: Stream) -> Float[Tensor, "batch d_mlp"]:
-        if not self.gated:
-            return self.act(self.into(x))
-        gate, linear = self.into.apart(x)
-        return self.act(gate) * linear
 
-
-def _as_made(module: nn.Module) -> bool:
-    """Is the module one of ours whose forward nobody replaced?"""
-    return type(module) in _KNOWN and _unhooked(module)
-
-
-def _unhooked(module: nn.Module) -> bool:
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+def _hooked(parts: Iterable[dict[str, Any]]) -> bool:
+    """Has one of these modules, given by their attributes, a torch hook or another forward?"""
+    return any(part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part for part in parts)

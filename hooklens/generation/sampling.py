@@ -19,7 +19,7 @@ from hooklens.core.hooks import HookScope, edited_elsewhere
 from hooklens.core.names import Where
 from hooklens.core.terminal import printable
 from hooklens.generation.continuation import Continuation, OnPiece, Stops
-from hooklens.generation.decoder import Decoder
+from hooklens.generation.decoder import PACKING_PAYS_FROM, Decoder
 from hooklens.model.config import TokenEmbed
 from hooklens.model.ids import as_ids
 from hooklens.model.kv_cache import KVCache
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 Prompt = Any  # text, ids, a tensor [pos] or [batch pos], or a list of texts or of id rows of any lengths
 Row = Int[Tensor, "_pos"]  # rows of one call differ in length
 Logits = Float[Tensor, "batch d_vocab"]
-# Packing the weights takes about as long as it saves in this many steps.
-_PACKING_PAYS_FROM = 24
 _PRINTED, _PROMPT_SHOWN = 8, 300  # prompts, and characters of each, where a generation is printed
 
 
@@ -253,9 +251,9 @@ def _run(
 ) -> None:
     # What hooks and captures keep may enter a graph later, which tensors of the faster inference_mode cannot.
     heard = bool(scopes) or edited_elsewhere(model.hook_points().values())
-    pays = n_steps >= _PACKING_PAYS_FROM
-    batch = _Batch(model, [row.prompt for row in rows], alone=pays and not heard, whole_until=max(scopes, default=0))
-    pack = packed_linears(rows=len(rows)) if pays and batch.decoder is None else nullcontext()
+    decoder = None if heard or n_steps == 1 else Decoder.of(model, len(rows), steps=n_steps)
+    batch = _Batch(model, [row.prompt for row in rows], decoder, whole_until=max(scopes, default=0))
+    pack = packed_linears(rows=len(rows)) if n_steps >= PACKING_PAYS_FROM and decoder is None else nullcontext()
     with torch.no_grad() if heard else torch.inference_mode(), pack:
         for step in range(n_steps):
             scope, cache = scopes.get(step, (nullcontext(), None))
@@ -277,14 +275,16 @@ def _run(
 class _Batch:
     """The prompts still being continued: rows of one KV cache. `rows` says which prompt each is.
 
-    With `alone` single steps go through a `Decoder` for as long as nobody listens and no weight is edited. Up to step
-    `whole_until`, the last one to be captured, every prompt keeps its row.
+    Single steps go through the decoder for as long as nobody listens and no weight is edited. Up to step `whole_until`,
+    the last one to be captured, every prompt keeps its row.
     """
 
-    def __init__(self, model: "HookedTransformer", prompts: Sequence[Row], alone: bool, whole_until: int = 0):
+    def __init__(
+        self, model: "HookedTransformer", prompts: Sequence[Row], decoder: Decoder | None, whole_until: int = 0
+    ):
         self.model, self.past, self.rows = model, KVCache(), list(range(len(prompts)))
         self.n_prompts, self.whole_until = len(prompts), whole_until
-        self.decoder = Decoder.of(model, len(prompts)) if alone else None
+        self.decoder = decoder
         longest = max(map(len, prompts))
         # On the left, so that every row's last token stands in the last column and new ones follow it.
         self.tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompts])

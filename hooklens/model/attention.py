@@ -24,7 +24,7 @@ Keys = Float[Tensor, "batch key_pos kv_head d_head"]
 Scores = Float[Tensor, "batch head query_pos key_pos"]
 PerHead = Float[Tensor, "batch pos head d_model"]
 Queried = Float[Tensor, "batch query_pos d_model"]
-#: What each head reads as query, key and value, where somebody edits it.
+#: The inputs that each head reads as query, key and value, if a hook edits them.
 OwnInputs = tuple[
     Float[Tensor, "batch query_pos head d_model"] | None,
     Float[Tensor, "batch pos kv_head d_model"] | None,
@@ -36,9 +36,9 @@ _open_blocks: set[Lifetime] = set()
 
 
 class differentiable_attention(Scope):
-    """A `with` block in which attention is written out, so that it can be differentiated twice or in forward mode.
+    """A `with` block in which attention is unfused, so that it can be differentiated twice or in forward mode.
 
-    The fused CPU kernel has neither. Numbers are the same to rounding.
+    The fused CPU kernel supports neither. The numbers agree up to rounding.
     """
 
     stack, anywhere = _written_out, _open_blocks
@@ -48,7 +48,7 @@ class differentiable_attention(Scope):
 
 
 class Attention(HookedPart):
-    """softmax(q k / scale) v, or whatever the parts make of it."""
+    """softmax(q k / scale) v, with each step replaceable by a part."""
 
     def __init__(self, cfg: HookedTransformerConfig, layer: int):
         super().__init__()
@@ -73,7 +73,7 @@ class Attention(HookedPart):
         return self.output(z)
 
     def project(self, x: Stream, ctx: Context, own: OwnInputs) -> tuple[Queries, Keys, Keys]:
-        """Queries, keys and values, normed and turned where the parts say so. A head's own input takes x's place."""
+        """Queries, keys and values, with norm and rotation if configured. A head's own input replaces x."""
         q = self.hook_q(self.heads(self.q, ctx.select(x), own[0]))
         k = self.hook_k(self.heads(self.k, x, own[1]))
         v = self.hook_v(self.heads(self.v, x, own[2]))
@@ -101,11 +101,11 @@ class Attention(HookedPart):
         return q, rotate(k, cos, sin, self.rotary.interleaved)
 
     def see_keys(self, k: Keys) -> Keys:
-        """The point at which all keys, the cached ones included, are seen in rotary models."""
+        """In rotary models, the hook point for all keys, including cached ones."""
         return self.hook_rot_k(k) if self.rotary is not None else k
 
     def mix(self, q: Queries, k: Keys, v: Keys, view: View) -> Queries:
-        """z: values weighed by the pattern; by the fused kernel where nobody looks at scores or pattern."""
+        """z: values weighted by the pattern; uses the fused kernel if nothing listens to scores or pattern."""
         if self.fusable(q):
             return self.fused(q, k, v, view)
         scores = self.hook_attn_scores(self.scores(q, k, view))
@@ -120,9 +120,9 @@ class Attention(HookedPart):
         return not (self.hook_attn_scores.listening() or self.hook_pattern.listening())
 
     def scores(self, q: Queries, k: Keys, view: View) -> Scores:
-        """q k / scale, capped, masked with -inf; in float32 or wider, as the fused kernel forms them: in half precision
-        a product can overflow, and a large score is rounded by more than its neighbours differ. torch.autocast is kept
-        out of it too.
+        """q k / scale, capped, and masked with -inf. Computed in float32 or wider, like the fused kernel: in half
+        precision a product can overflow, and rounding of a large score exceeds the differences between scores.
+        torch.autocast is disabled for the same reason.
         """
         batch, n_q, n_k = q.shape[0], q.shape[1], k.shape[1]
         q, k = widened(q), widened(k)
@@ -155,7 +155,7 @@ class Attention(HookedPart):
         return (z if blank is None else z.masked_fill(blank, 0.0)).transpose(1, 2)
 
     def output(self, z: Queries) -> Queried:
-        """What the heads write: W_O z + b_O, head by head where somebody listens to `result`."""
+        """The output of the heads: W_O z + b_O, head by head if something listens to `result`."""
         if not self.hook_result.listening():
             return self.o(z.flatten(2))
         result = self.results(z)
@@ -166,7 +166,7 @@ class Attention(HookedPart):
         return summed if bias is None else summed + bias
 
     def results(self, z: Queries) -> Float[Tensor, "batch query_pos head d_model"]:
-        """z W_O a head, without b_O."""
+        """z W_O per head, without b_O."""
         if is_plain(self.o):
             return torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
         bias = self.output_bias(z)
@@ -175,11 +175,11 @@ class Attention(HookedPart):
         return torch.stack(each, dim=2)
 
     def output_matrix(self) -> Float[Tensor, "head d_head d_model"]:
-        """W_O, also where `o` is wrapped."""
+        """W_O, even if `o` is wrapped."""
         return matrix_of(self.o, self.n_heads * self.d_head).T.unflatten(0, (self.n_heads, self.d_head))
 
     def output_bias(self, z: Queries) -> Float[Tensor, "*one d_model"] | None:
-        """What is written where z is 0: b_O, also where `o` is wrapped."""
+        """The output for z = 0: b_O, even if `o` is wrapped."""
         return self.o.bias if is_plain(self.o) else self.o(torch.zeros_like(z[:1, :1]).flatten(2))
 
     @property
@@ -216,15 +216,15 @@ class Attention(HookedPart):
 
     @property
     def QK(self) -> FactoredMatrix:
-        """W_Q W_K^T of every head, keys of a group repeated for its heads."""
+        """W_Q W_K^T of every head, with keys of a group repeated for its heads."""
         return FactoredMatrix(self.W_Q, self.W_K.repeat_interleave(self.n_heads // self.n_kv_heads, 0).mT)
 
     @property
     def OV(self) -> FactoredMatrix:
-        """W_V W_O of every head, values of a group repeated for its heads."""
+        """W_V W_O of every head, with values of a group repeated for its heads."""
         return FactoredMatrix(self.W_V.repeat_interleave(self.n_heads // self.n_kv_heads, 0), self.W_O)
 
 
 def under_transform(x: Shaped[Tensor, "..."]) -> bool:
-    """Is the tensor inside vmap or grad of torch.func, where the fused kernel has no rule and values cannot be read?"""
+    """Whether the tensor is inside vmap or grad of torch.func, where the fused kernel has no rule."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -1,39 +1,60 @@
-"""A block: attention and an MLP on the residual stream. Four kinds, by where the norms stand.
+"""A block: attention and an MLP on the residual stream. Four kinds, which differ in the position of the norms.
 
-The methods besides `forward` are its seams: exact sweeps enter a block there, in the middle, with edited values.
+A block also says what its parts read and write, so that nobody else knows where its norms stand: is the stream a sum,
+through which norm does a part read (`reads_through`) and write (`writes_through`), which part reads the other. A kind
+of one's own is a `BlockPart` with a name and a subclass of `Block` with that `part`.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.attention import Attention, OwnInputs
-from hooklens.model.config import HookedTransformerConfig
+from hooklens.model.config import BlockPart, HookedTransformerConfig, Parallel, PostNorm, PreNorm, Sandwich
 from hooklens.model.kv_cache import Context
 from hooklens.model.mlp import MLP, GatedMLP
-from hooklens.model.norms import Norm, make_norm
+from hooklens.model.norms import Norm, Passage, make_norm
 
 Stream = Float[Tensor, "batch pos d_model"]
-Vectors = Float[Tensor, "*lead d_model"]  # what norms take: one a position, or one a head there
-Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the chosen one
+Vectors = Float[Tensor, "*lead d_model"]  # inputs of norms: one per position, or one per head and position
+Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the selected one
+
+
+#: The module of each kind of block.
+BLOCKS: dict[type[BlockPart], "type[Block]"] = {}
 
 
 class Block(HookedPart):
     """Pre-norm: mid = pre + attn(ln1(pre)), post = mid + mlp(ln2(mid)) (Xiong et al. 2020, figure 1b)."""
 
-    #: Does the MLP read what attention wrote? Do later blocks read a normalised stream?
-    mlp_reads_attn, renorms_stream = True, False
+    part: ClassVar[type[BlockPart]] = PreNorm
+    #: Why the residual stream is not the sum of what was added to it; None where it is.
+    not_a_sum: ClassVar[str | None] = None
+    #: Which part reads what the other one of this block wrote?
+    mlp_reads_attn: ClassVar[bool] = True
+    attn_reads_mlp: ClassVar[bool] = False
+    #: Is the forward pass made of `before_attn`, `attn_adds`, `finish`, `finish_mid`, `mlp_base` and `leave`, attention
+    #: first? Exact sweeps then enter the block in the middle. They run any other block from its beginning.
+    in_steps: ClassVar[bool] = True
     ln1: Norm | None
     ln2: Norm | None
     ln1_post: Norm | None
     ln2_post: Norm | None
-    #: Points that see the stream that enters, keys or values, and so every position, whatever queries are chosen.
+    #: Points of the incoming stream, keys and values: they see every position, whatever queries are selected.
     early: ClassVar[tuple[str, ...]] = (
-        *("hook_resid_pre", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),
+        *("hook_resid_pre", "hook_attn_in", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),
         *("attn.hook_k", "attn.hook_v", "attn.hook_rot_k", "attn.k_norm.hook_scale", "attn.k_norm.hook_normalized"),
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "part" in cls.__dict__:
+            BLOCKS[cls.part] = cls
+        if {"forward", "finish"} & cls.__dict__.keys():
+            cls.in_steps = cls.__dict__.get("in_steps", False)
 
     def __init__(self, cfg: HookedTransformerConfig, layer: int):
         super().__init__()
@@ -42,11 +63,11 @@ class Block(HookedPart):
         if self.n_heads == self.n_kv_heads:
             self.hook_attn_in = HookPoint()
         self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
-        self.ln1_post = self.ln2_post = None
+        self.ln1 = self.ln2 = self.ln1_post = self.ln2_post = None
         self.build(cfg, layer)
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
-        """Modules in the order in which their points fire."""
+        """Create modules in the order in which their points fire."""
         self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
         self.attn = Attention(cfg, layer)
         self.hook_attn_out = HookPoint()
@@ -70,9 +91,11 @@ class Block(HookedPart):
         return self.finish(ctx.select(x), self.hook_attn_out(self.attn_adds(raw)))
 
     def finish(self, x: Stream, attn_out: Stream) -> Stream:
-        """Everything after `attn_out`, from the stream `x` that entered the block."""
+        """Everything after `attn_out`, given the stream `x` that entered the block."""
         if self.mlp is None:
             return self.leave(x + attn_out)
+        if not self.mlp_reads_attn:
+            return self.leave(x + attn_out + self.mlp_out(x))
         return self.finish_mid(self.hook_resid_mid(x + attn_out))
 
     def finish_mid(self, mid: Stream) -> Stream:
@@ -84,13 +107,45 @@ class Block(HookedPart):
         """The stream to which the block adds `mlp_out`."""
         return self.after_mid(x + attn_out)
 
+    def need_sum(self, asker: str, instead: str = "activation patching of z works there") -> None:
+        """Refuse what takes the stream for a sum, where it is none."""
+        if self.not_a_sum is not None:
+            raise InputError(
+                f"{asker} needs a residual stream that is the sum of what components add to it, and {self.not_a_sum}; "
+                f"{instead}"
+            )
+
+    def need_steps(self, asker: str) -> None:
+        """Refuse what runs attention and then the MLP by themselves, where the block is another computation."""
+        if not self.in_steps:
+            raise InputError(
+                f"{asker} runs attention and then the MLP of a block by themselves, and blocks of the kind "
+                f"{self.part.name!r} have a forward pass of their own; activation patching works there"
+            )
+
+    def reads_through(self, part: Literal["attn", "mlp"]) -> Passage:
+        """Through what attention's q, k and v, or the MLP, read the stream of this block."""
+        return Passage(self.ln1 if part == "attn" else self.ln2)
+
+    def writes_through(self, part: Literal["attn", "mlp"]) -> Passage:
+        """Through what a head's `result`, or the rows of W_out times the neurons, reach the stream."""
+        return Passage(self.ln1_post if part == "attn" else self.ln2_post)
+
+    def enters_through(self) -> Passage:
+        """Through what the stream that enters is first read."""
+        return self.reads_through("mlp" if self.attn_reads_mlp and self.mlp is not None else "attn")
+
+    def leaves_through(self) -> Passage:
+        """Through what the stream `resid_post` leaves for the next block."""
+        return Passage()
+
     def mlp_out(self, stream: Stream) -> Stream:
-        """What the MLP adds, given the stream that it reads."""
+        """The output of the MLP for the stream that it reads."""
         assert self.mlp is not None
         return self.hook_mlp_out(self.mlp_adds(self.mlp(self.before_mlp(self.hook_mlp_in(stream)))))
 
     def leave(self, post: Stream) -> Stream:
-        """`resid_post`, and what the next block gets of it."""
+        """`resid_post`, and the stream that the next block receives."""
         return self.hook_resid_post(post)
 
     def before_attn(self, x: Stream) -> Stream:
@@ -100,22 +155,22 @@ class Block(HookedPart):
         return x if self.ln2 is None else self.ln2(x)
 
     def attn_adds(self, raw: Vectors) -> Vectors:
-        """`attn_out`, from what the heads wrote."""
+        """`attn_out`, from the output of the heads."""
         return raw
 
     def mlp_adds(self, raw: Vectors) -> Vectors:
-        """`mlp_out`, from what the neurons wrote."""
+        """`mlp_out`, from the output of the neurons."""
         return raw
 
     def after_mid(self, mid: Stream) -> Stream:
         return mid
 
     def quiet_norm(self, x: Vectors) -> Vectors:
-        """The norm that attention reads through, without its points."""
+        """The norm before attention, without its hook points."""
         return x if self.ln1 is None else self.ln1.fused(x)
 
     def own_inputs(self, x: Stream, ctx: Context) -> OwnInputs:
-        """A head's own q, k or v input, normalised on its own path, where somebody edits it; else None."""
+        """A head's own q, k or v input, normalised on its own path, if a hook edits it; else None."""
         shared = getattr(self, "hook_attn_in", None)
         points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
         if not any(point.listening() for point in points) and not (shared is not None and shared.listening()):
@@ -130,12 +185,14 @@ class Block(HookedPart):
         return (None if own[0] is None else ctx.select(own[0]), own[1], own[2])
 
     def query_points(self) -> list[HookPoint]:
-        """The points that see every query position: all but those of the stream that enters, keys and values."""
+        """The points that see every query position: all except those of the incoming stream, keys and values."""
         return [m for name, m in self.named_modules() if isinstance(m, HookPoint) and name not in self.early]
 
 
 class SandwichBlock(Block):
     """Pre-norm, and each branch normalised again before it is added (Gemma 2): mid = pre + ln1_post(attn(ln1(pre)))."""
+
+    part = Sandwich
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
         self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
@@ -164,12 +221,13 @@ class SandwichBlock(Block):
 
 
 class PostNormBlock(Block):
-    """The norms stand after the sums (Vaswani et al. 2017): mid = pre + attn(pre), post = ln1(mid) + mlp(ln1(mid)).
+    """Norms after the sums (Vaswani et al. 2017): mid = pre + attn(pre), post = ln1(mid) + mlp(ln1(mid)).
 
-    `resid_mid` and `resid_post` are the sums, before their norm; the next block reads ln2(resid_post).
+    `resid_mid` and `resid_post` are the sums before their norm; the next block reads ln2(resid_post).
     """
 
-    renorms_stream = True
+    part = PostNorm
+    not_a_sum = "post-norm blocks normalise the stream itself"
     early = tuple(name for name in Block.early if not name.startswith("ln1."))  # here it reads what attention added to
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
@@ -199,10 +257,17 @@ class PostNormBlock(Block):
     def quiet_norm(self, x: Vectors) -> Vectors:
         return x
 
+    def reads_through(self, part: Literal["attn", "mlp"]) -> Passage:
+        return Passage() if part == "attn" else Passage(self.ln1)
+
+    def leaves_through(self) -> Passage:
+        return Passage(self.ln2)
+
 
 class ParallelBlock(Block):
-    """Attention and MLP both read the stream that enters (Wang and Komatsuzaki 2021): post = pre + attn + mlp."""
+    """Attention and MLP both read the incoming stream (Wang and Komatsuzaki 2021): post = pre + attn + mlp."""
 
+    part = Parallel
     mlp_reads_attn = False
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
@@ -215,19 +280,8 @@ class ParallelBlock(Block):
         self.build_mlp(cfg)
         self.hook_resid_post = HookPoint()
 
-    def finish(self, x: Stream, attn_out: Stream) -> Stream:
-        return self.leave(x + attn_out if self.mlp is None else x + attn_out + self.mlp_out(x))
 
-    def mlp_base(self, x: Stream, attn_out: Stream) -> Stream:
-        return x + attn_out
-
-
-BLOCKS: dict[str, type[Block]] = {
-    "pre": Block,
-    "post": PostNormBlock,
-    "sandwich": SandwichBlock,
-    "parallel": ParallelBlock,
-}
+BLOCKS[PreNorm] = Block
 
 
 def _per_head(x: Stream, n: int) -> Float[Tensor, "batch pos head d_model"]:

@@ -1,4 +1,4 @@
-"""What a model is made of: a short list of sizes, and parts that are injected rather than switched."""
+"""The configuration of a model: a short list of sizes, and injected parts instead of switches."""
 
 import math
 import numbers
@@ -27,13 +27,13 @@ _POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", 
 _NOT_NEGATIVE = {"eps", "std", "unembed_std"}
 _KINDS: dict[Any, str] = {bool: "True or False", str: "a name", int: "a whole number", float: "a finite number"}
 _LARGEST_WHOLE = 2**63 - 1  # torch's
-_LARGEST_REAL = 1e12  # no model comes near it, and the square of it is finite in float32
+_LARGEST_REAL = 1e12  # far above any model's values, and its square is finite in float32
 _NUMBERS = (int, float, int | None, float | None, tuple[float, ...])
 
 
 @dataclass(frozen=True)
 class Part:
-    """A component choice, written to JSON by its registered name so that a checkpoint rebuilds the model."""
+    """A choice of component. JSON stores its registered name, so that a checkpoint can rebuild the model."""
 
     slot: ClassVar[str]
     name: ClassVar[str]
@@ -47,13 +47,13 @@ class Part:
         check_values(self, type(self).__name__)
 
     def to_json(self) -> dict[str, Any]:
-        """The part as plain values, its registered name under "part"."""
+        """The part as plain values, with its registered name under "part"."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"part": self.name} | {k: v.to_json() if isinstance(v, Part) else v for k, v in values.items()}
 
 
 def check_values(holder: Any, where: str) -> None:
-    """Refuse values of a wrong type or range, which would end in NaN logits or in an error far from here.
+    """Raise for values of a wrong type or range, which would cause NaN logits or a later, unrelated error.
 
     >>> LinearScaling(factor=0.0)
     Traceback (most recent call last):
@@ -70,14 +70,14 @@ def check_values(holder: Any, where: str) -> None:
 
 
 def _needed(name: str, kind: Any, value: Any) -> str | None:
-    """What a field takes instead of this value; None where the value will do, or the field takes anything."""
+    """The expected values of a field, if this value is invalid; None if it is valid or the field accepts anything."""
     if kind in (bool, str):
         return None if isinstance(value, kind) else _KINDS[kind]
     if kind not in _NUMBERS and name not in _POSITIVE:
         return None
     whole = kind in (int, int | None)
     good = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-    good = good and abs(value) <= (_LARGEST_WHOLE if whole else _LARGEST_REAL)  # NaN is not
+    good = good and abs(value) <= (_LARGEST_WHOLE if whole else _LARGEST_REAL)  # False for NaN
     bound = ""
     if name in _POSITIVE:
         good, bound = good and value > 0, " above 0"
@@ -87,14 +87,14 @@ def _needed(name: str, kind: Any, value: Any) -> str | None:
 
 
 def part(slot: str, value: Any) -> Any:
-    """The part that a name, a dict from JSON or a part itself stands for.
+    """Convert a name, a dict from JSON or a part to a part.
 
     >>> part("position", "rotary")
     Rotary(base=10000.0, dim=None, scaling=None, interleaved=False)
     """
     if isinstance(value, Part) or value is None:
         if value is not None and value.slot != slot:
-            raise InputError(f"{value!r} is a {value.slot} part, asked for as {slot}")
+            raise InputError(f"{value!r} is a {value.slot} part, but {slot} was expected")
         return value
     if isinstance(value, dict):
         return _find(slot, value.get("part", "")).from_json({k: v for k, v in value.items() if k != "part"})
@@ -103,7 +103,8 @@ def part(slot: str, value: Any) -> Any:
 
 def _find(slot: str, name: str) -> Any:
     if name not in _PARTS[slot]:
-        raise did_you_mean(f"{slot} part", str(name), _PARTS[slot])
+        unknown = did_you_mean(f"{slot} part", str(name), _PARTS[slot])
+        raise type(unknown)(f"{unknown}. A part of another package is known once that package is imported")
     return _PARTS[slot][name]
 
 
@@ -118,7 +119,7 @@ class _FromJson:
 
 @dataclass(frozen=True)
 class PositionPart(_FromJson, Part):
-    """How a model knows where a token stands."""
+    """How a model represents the position of a token."""
 
     slot = "position"
 
@@ -140,20 +141,20 @@ class Sinusoidal(PositionPart):
 
 @dataclass(frozen=True)
 class NoPositions(PositionPart):
-    """No position signal but the causal mask."""
+    """No position signal except the causal mask."""
 
     name = "none"
 
 
 @dataclass(frozen=True)
 class ScalingPart(_FromJson, Part):
-    """How rotary frequencies are changed to reach a longer context."""
+    """A change of rotary frequencies for longer contexts."""
 
     slot = "scaling"
 
     def scale(self, freq: Frequencies) -> Frequencies:
         raise InputError(
-            f"{type(self).__name__} does not say how it changes frequencies; a scaling part defines scale()"
+            f"{type(self).__name__} does not define how it changes frequencies; a scaling part must define scale()"
         )
 
 
@@ -195,9 +196,9 @@ class Llama3Scaling(ScalingPart):
 
 @dataclass(frozen=True)
 class DividedScaling(ScalingPart):
-    """Every frequency divided by a number of its own (Phi-3 long rope), sines and cosines times `magnitude`.
+    """Every frequency divided by its own number (Phi-3 long rope), sines and cosines times `magnitude`.
 
-    `long` is used instead of `short` at every position of a row of more than `original_n_ctx` tokens.
+    `long` replaces `short` at every position of a row with more than `original_n_ctx` tokens.
     """
 
     name = "divided"
@@ -207,7 +208,7 @@ class DividedScaling(ScalingPart):
     magnitude: float = 1.0
 
     def is_long(self, lengths: Lengths) -> Bool[Tensor, "..."]:
-        """Which rows of that many tokens are longer than the original context."""
+        """Which rows with these lengths are longer than the original context."""
         return lengths > self.original_n_ctx
 
     def scale(self, freq: Frequencies, lengths: Lengths | None = None) -> RowFrequencies:
@@ -217,9 +218,9 @@ class DividedScaling(ScalingPart):
 
 @dataclass(frozen=True)
 class Rotary(PositionPart):
-    """Queries and keys turned by an angle proportional to position (Su et al. 2021, equation 34).
+    """Queries and keys rotated by an angle proportional to position (Su et al. 2021, equation 34).
 
-    `dim` of each head's dimensions are turned (None: all). Pairs are (i, i + dim/2), or (2i, 2i + 1) if interleaved.
+    `dim` of each head's dimensions are rotated (None: all). Pairs are (i, i + dim/2), or (2i, 2i + 1) if interleaved.
     """
 
     name = "rotary"
@@ -238,18 +239,18 @@ class Rotary(PositionPart):
 
 @dataclass(frozen=True)
 class MaskPart(_FromJson, Part):
-    """Which keys a query may see, by absolute position. `causal` says that none lies after it."""
+    """Which keys a query may attend to, by absolute position. `causal` means that none lies after the query."""
 
     slot = "mask"
     causal: ClassVar[bool] = True
 
     def allows(self, query_pos: Positions, key_pos: Positions) -> Allowed:
-        raise InputError(f"{type(self).__name__} does not say what it allows; a mask part defines allows()")
+        raise InputError(f"{type(self).__name__} does not define what it allows; a mask part must define allows()")
 
 
 @dataclass(frozen=True)
 class Causal(MaskPart):
-    """A query sees itself and what came before."""
+    """A query attends to itself and earlier positions."""
 
     name = "causal"
 
@@ -259,7 +260,7 @@ class Causal(MaskPart):
 
 @dataclass(frozen=True)
 class SlidingWindow(MaskPart):
-    """A query sees itself and the `window` - 1 tokens before it."""
+    """A query attends to itself and the `window` - 1 tokens before it."""
 
     name = "sliding_window"
     window: int = 4096
@@ -270,7 +271,7 @@ class SlidingWindow(MaskPart):
 
 @dataclass(frozen=True)
 class NoMask(MaskPart):
-    """Every query sees every key."""
+    """Every query attends to every key."""
 
     name = "none"
     causal = False
@@ -284,19 +285,19 @@ class NoMask(MaskPart):
 
 @dataclass(frozen=True)
 class ScorePart(_FromJson, Part):
-    """What turns masked scores into a pattern. `row_sums_to_one` says whether rows are averages."""
+    """A map from masked scores to a pattern. `row_sums_to_one` says whether rows are averages."""
 
     slot = "score"
     row_sums_to_one: ClassVar[bool] = True
     fusable: ClassVar[bool] = False
 
     def pattern(self, scores: Scores, seen: Seen) -> Scores:
-        raise InputError(f"{type(self).__name__} does not say how to weigh; a score part defines pattern()")
+        raise InputError(f"{type(self).__name__} does not define a pattern; a score part must define pattern()")
 
 
 @dataclass(frozen=True)
 class Softmax(ScorePart):
-    """exp(score), normalised over keys; a row that sees nothing is 0."""
+    """exp(score), normalised over keys; a row without visible keys is 0."""
 
     name = "softmax"
     fusable = True
@@ -305,7 +306,7 @@ class Softmax(ScorePart):
         wide = torch.promote_types(scores.dtype, torch.float32)
         if seen is None:
             return torch.softmax(scores, dim=-1, dtype=wide).to(scores.dtype)
-        # A row of -inf would be NaN, and its gradient with it: give it zeros to normalise, then blank it.
+        # A row of -inf would give NaN, also in its gradient: normalise zeros instead, then set it to 0.
         blank = ~seen.any(dim=-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(blank, 0.0), dim=-1, dtype=wide)
         return weights.masked_fill(blank, 0.0).to(scores.dtype)
@@ -327,7 +328,7 @@ class LinearScore(ScorePart):
 
 @dataclass(frozen=True)
 class NormPart(_FromJson, Part):
-    """How a vector is brought to scale."""
+    """How a vector is normalised."""
 
     slot = "norm"
 
@@ -344,7 +345,7 @@ class LayerNormPart(NormPart):
 
 @dataclass(frozen=True)
 class RMSNormPart(NormPart):
-    """Divided by the root mean square (Zhang and Sennrich 2019). The stored weight lacks `weight_offset` (Gemma: 1)."""
+    """Divided by the root mean square (Zhang and Sennrich 2019). `weight_offset` is added to the weight (Gemma: 1)."""
 
     name = "RMS"
     eps: float = 1e-5
@@ -352,19 +353,59 @@ class RMSNormPart(NormPart):
     weight_offset: float = 0.0
 
 
+# -- how attention, MLP and norms stand on the stream
+
+
+@dataclass(frozen=True)
+class BlockPart(_FromJson, Part):
+    """The kind of a model's blocks. The module is the `Block` subclass whose `part` this is (model/block.py)."""
+
+    slot = "block"
+    final_norm: ClassVar[bool] = True  # does the stream that leaves the last block still need a norm?
+
+
+@dataclass(frozen=True)
+class PreNorm(BlockPart):
+    """A norm before attention and before the MLP (Xiong et al. 2020, figure 1b)."""
+
+    name = "pre"
+
+
+@dataclass(frozen=True)
+class PostNorm(BlockPart):
+    """The norms stand after the sums (Vaswani et al. 2017)."""
+
+    name = "post"
+    final_norm = False
+
+
+@dataclass(frozen=True)
+class Sandwich(BlockPart):
+    """Pre-norm, and each branch normalised again before it is added (Gemma 2)."""
+
+    name = "sandwich"
+
+
+@dataclass(frozen=True)
+class Parallel(BlockPart):
+    """Attention and MLP both read the stream that enters (Wang and Komatsuzaki 2021)."""
+
+    name = "parallel"
+
+
 # -- what enters
 
 
 @dataclass(frozen=True)
 class EmbedPart(_FromJson, Part):
-    """What the model reads."""
+    """The input that the model reads."""
 
     slot = "embed"
 
 
 @dataclass(frozen=True)
 class TokenEmbed(EmbedPart):
-    """One row of W_E a token, times `scale` (Gemma: sqrt d_model)."""
+    """One row of W_E per token, times `scale` (Gemma: sqrt d_model)."""
 
     name = "tokens"
     scale: float = 1.0
@@ -372,7 +413,7 @@ class TokenEmbed(EmbedPart):
 
 @dataclass(frozen=True)
 class VectorEmbed(EmbedPart):
-    """Vectors `batch pos d_in` through a linear map, for in-context regression and the like."""
+    """Vectors `batch pos d_in` through a linear map, for example for in-context regression."""
 
     name = "vectors"
     d_in: int = 1
@@ -410,10 +451,11 @@ class Biases:
     gate: bool | None = None
 
 
-PerLayer = Any  # a part, its name, or a tuple of one a layer
-Settled = Any  # may be given as None; a number from __post_init__ on
+PerLayer = Any  # a part, its name, or a tuple with one per layer
+Settled = Any  # None allowed as input; a number after __post_init__
 
 _SLOTS = {
+    "block": "block",
     "positional_embedding_type": "position",
     "mask": "mask",
     "score_fn": "score",
@@ -425,12 +467,11 @@ _SLOTS = {
 }
 _MAY_VARY = ("positional_embedding_type", "mask")
 _MAY_LACK = ("normalization_type", "final_norm", "qk_norm", "positional_embedding_type")
-_BLOCKS = ("pre", "post", "sandwich", "parallel")
 
 
 @dataclass(frozen=True)
 class HookedTransformerConfig:
-    """Sizes and parts of a HookedTransformer. Names follow TransformerLens 3; parts may be given by name.
+    """Sizes and parts of a HookedTransformer. Names follow TransformerLens 3; parts can be given by name.
 
     >>> cfg = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, n_heads=4, d_vocab=50)
     >>> cfg.d_head, cfg.d_mlp, cfg.mask
@@ -449,7 +490,7 @@ class HookedTransformerConfig:
     act_fn: str = "gelu_new"
     gated_mlp: bool = False
     attn_only: bool = False
-    block: str = "pre"
+    block: Any = "pre"
     normalization_type: Any = "LN"
     final_norm: Any = "same"
     qk_norm: Any = None
@@ -480,9 +521,9 @@ class HookedTransformerConfig:
         settle(self, "d_mlp", 0 if self.attn_only else self.d_mlp or 4 * self.d_model)
         settle(self, "d_vocab_out", self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out)
         settle(self, "attn_scale", self.attn_scale or math.sqrt(self.d_head))
-        if self.final_norm == "same":
-            settle(self, "final_norm", None if self.block == "post" else self.normalization_type)
         for name, slot in _SLOTS.items():
+            if name == "final_norm" and self.final_norm == "same":
+                settle(self, "final_norm", self.normalization_type if self.block.final_norm else None)
             settle(self, name, self._settled(name, slot))
         self._check()
 
@@ -494,7 +535,7 @@ class HookedTransformerConfig:
             parts = tuple(part(slot, one) for one in value)
             return parts[0] if len(set(parts)) == 1 else parts
         if value is None and name not in _MAY_LACK:
-            raise InputError(f"{name} is a part, such as {', '.join(_PARTS[slot])}; got None")
+            raise InputError(f"{name} must be a part, such as {', '.join(_PARTS[slot])}; got None")
         return part(slot, value)
 
     def _positive(self, *names: str) -> None:
@@ -510,8 +551,6 @@ class HookedTransformerConfig:
         self._positive("d_vocab_out", *(() if self.attn_only else ("d_mlp",)))
         if self.n_heads % self.n_key_value_heads:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
-        if self.block not in _BLOCKS:
-            raise did_you_mean("block", self.block, _BLOCKS)
         if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:
             raise InputError(f"tied embeddings need d_vocab_out {self.d_vocab_out} equal to d_vocab {self.d_vocab}")
 
@@ -520,14 +559,14 @@ class HookedTransformerConfig:
         return self.mask[layer] if isinstance(self.mask, tuple) else self.mask
 
     def rotary_at(self, layer: int) -> Rotary | None:
-        """The rotary part of one layer, None where it has none."""
+        """The rotary part of one layer, None if it has none."""
         positions = self.positional_embedding_type
         here = positions[layer] if isinstance(positions, tuple) else positions
         return here if isinstance(here, Rotary) else None
 
     @property
     def causal(self) -> bool:
-        """Can no position see a later one, at any layer?"""
+        """Whether no position attends to a later one, at any layer."""
         return all(self.mask_at(layer).causal for layer in range(self.n_layers))
 
     def to_json(self) -> dict[str, Any]:
@@ -537,7 +576,7 @@ class HookedTransformerConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "HookedTransformerConfig":
-        """The configuration that `to_json` wrote; an unknown field is refused."""
+        """Rebuild a configuration from `to_json`; an unknown field raises an error."""
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:

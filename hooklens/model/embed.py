@@ -1,4 +1,4 @@
-"""Into the residual stream and out of it: embeddings, positions, the unembedding."""
+"""The ends of the residual stream: embeddings, positions, the unembedding."""
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ Angles = Float[Tensor, "*batch pos turned"]
 
 
 class Embedding(nn.Embedding):
-    """A row of the weight for each index; on the meta device nothing is drawn."""
+    """A row of the weight for each index; on the meta device no values are drawn."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # see Linear
@@ -22,7 +22,7 @@ class Embedding(nn.Embedding):
 
 
 class TokenEmbedding(Embedding):
-    """One row of W_E a token, times the part's scale."""
+    """One row of W_E per token, times the part's scale."""
 
     def __init__(self, cfg: HookedTransformerConfig):
         super().__init__(cfg.d_vocab, cfg.d_model)
@@ -42,7 +42,7 @@ class VectorEmbedding(Linear):
 
 
 class Unembedding(HookedPart):
-    """From the stream to logits, a soft cap last. `hook_out` is before the cap."""
+    """From the stream to logits, with an optional soft cap last. `hook_out` is before the cap."""
 
     def __init__(self, cfg: HookedTransformerConfig):
         super().__init__()
@@ -79,7 +79,7 @@ def sinusoidal_table(n_ctx: int, d_model: int, base: float = 10000.0) -> Float[T
 
 
 class SinusoidalPositions(nn.Module):
-    """The fixed table, as a buffer that is rebuilt rather than saved."""
+    """The fixed table, as a buffer that is rebuilt instead of saved."""
 
     def __init__(self, cfg: HookedTransformerConfig):
         super().__init__()
@@ -102,7 +102,7 @@ def rotary_tables(
 ) -> tuple[Angles, Angles]:
     """Cosines and signed sines of position times frequency, frequency base^(-2i/dim) (Su et al. 2021, equation 15).
 
-    `lengths` says how many tokens each row has (None: as far as its positions reach), where frequencies depend on it.
+    `lengths` is the number of tokens of each row, for frequencies that depend on it (None: up to the last position).
 
     >>> cos, sin = rotary_tables(Rotary(), 4, torch.tensor([0, 1]), torch.float32)
     >>> cos[0].tolist(), sin[1].tolist()
@@ -110,7 +110,7 @@ def rotary_tables(
     """
     dim = made.dim or d_head
     if dim > d_head or dim % 2:
-        raise InputError(f"rotary turns an even number of at most d_head {d_head} dimensions, got {dim}")
+        raise InputError(f"rotary rotates an even number of at most d_head {d_head} dimensions, got {dim}")
     wide = torch.promote_types(dtype, torch.float32)
     freq = 1.0 / made.base ** (torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim)
     magnitude = 1.0
@@ -129,7 +129,7 @@ def rotary_tables(
 def rotate(
     x: Float[Tensor, "batch pos head d_head"], cos: Angles, sin: Angles, interleaved: bool
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Each pair of dimensions turned by its angle (Su et al. 2021, equation 34); dimensions past the tables stay."""
+    """Rotate each pair of dimensions by its angle (Su et al. 2021, equation 34); dimensions past the tables stay."""
     dim = cos.shape[-1]
     turned = x if dim == x.shape[-1] else x[..., :dim]
     # (a, b) becomes (a cos - b sin, b cos + a sin): each number times cos, plus its partner times the signed sine.

@@ -1,4 +1,4 @@
-"""A matrix kept as a product of two thin ones: algebra without forming it."""
+"""A matrix kept as a product of two thin factors: algebra without forming the product."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ class FactoredMatrix:
     >>> m.shape, m.AB[0].tolist(), round(float(m.norm()), 4)
     (torch.Size([4, 3]), [2.0, 2.0, 2.0], 6.9282)
 
-    Names and values are those of TransformerLens 3's class. Each use of `U`, `S` or `V` is a decomposition: take all
-    three from `svd()`. Decompositions of half-precision factors are computed and returned in float32.
+    Names and values are those of TransformerLens 3's class. Each use of `U`, `S` or `V` computes a decomposition: get
+    all three from `svd()`. Decompositions of half-precision factors are computed and returned in float32.
     """
 
     def __init__(self, A: Float[Tensor, "*lead left inner"], B: Float[Tensor, "*lead2 inner right"]):
@@ -38,17 +38,17 @@ class FactoredMatrix:
 
     @property
     def ldim(self) -> int:
-        """How many rows the product has."""
+        """The number of rows of the product."""
         return self.A.shape[-2]
 
     @property
     def mdim(self) -> int:
-        """The inner dimension. The product's rank is at most the least of `ldim`, `mdim` and `rdim`."""
+        """The inner dimension. The product's rank is at most the minimum of `ldim`, `mdim` and `rdim`."""
         return self.A.shape[-1]
 
     @property
     def rdim(self) -> int:
-        """How many columns the product has."""
+        """The number of columns of the product."""
         return self.B.shape[-1]
 
     @property
@@ -62,14 +62,14 @@ class FactoredMatrix:
 
     @property
     def AB(self) -> Float[Tensor, "*lead left right"]:
-        """The product, formed."""
+        """The product as a full matrix."""
         return self.A @ self.B
 
     @property
     def BA(self) -> Float[Tensor, "*lead inner inner"]:
-        """The small product the other way round, with the same non-zero eigenvalues; needs a square AB."""
+        """The small product in the other order, with the same non-zero eigenvalues; needs a square AB."""
         if self.A.shape[-2] != self.B.shape[-1]:
-            raise Absent(f"BA needs a square matrix, this one is {list(self.shape[-2:])}")
+            raise Absent(f"BA needs a square matrix, but this one is {list(self.shape[-2:])}")
         return self.B @ self.A
 
     @property
@@ -91,14 +91,14 @@ class FactoredMatrix:
     def __mul__(self, scalar: int | float | Tensor) -> "FactoredMatrix":
         if isinstance(scalar, Tensor) and scalar.numel() != 1:
             raise InputError(
-                f"* takes one number, got a tensor {list(scalar.shape)}; products of matrices are m @ other"
+                f"* needs a single number, got a tensor {list(scalar.shape)}; products of matrices are m @ other"
             )
         return FactoredMatrix(self.A * scalar, self.B)
 
     __rmul__ = __mul__
 
     def __getitem__(self, index) -> "FactoredMatrix":
-        """Index batch axes, then rows, then columns; both of these stay axes, an integer picks one of size 1."""
+        """Index batch axes, then rows, then columns; the last two remain axes, an integer selects one of size 1."""
         index = index if isinstance(index, tuple) else (index,)
         given, lead = sum(i is not None for i in index), self.ndim - 2
         if given > self.ndim or any(i is Ellipsis for i in index):
@@ -124,7 +124,7 @@ class FactoredMatrix:
         return widened(self.A), widened(self.B)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U, S and V with AB = U diag(S) V^T, from QR of the thin factors: the large product is never formed."""
+        """U, S and V with AB = U diag(S) V^T, from QR of the thin factors; the large product is never formed."""
         A, B = self._wide()
         Qa, Ra = torch.linalg.qr(A)
         Qb, Rb = torch.linalg.qr(B.mT)
@@ -145,7 +145,7 @@ class FactoredMatrix:
 
     @property
     def Vh(self) -> Float[Tensor, "*lead right rank"]:
-        """V, by the name that TransformerLens gave it: there, too, it is not transposed, and warns."""
+        """V, under TransformerLens's name: it is not transposed there either, and warns."""
         warnings.warn(
             "Vh is V, not transposed, as in TransformerLens; use V, or V.mT", DeprecationWarning, stacklevel=2
         )
@@ -157,7 +157,7 @@ class FactoredMatrix:
         return torch.linalg.eigvals(FactoredMatrix(*self._wide()).BA)
 
     def make_even(self) -> "FactoredMatrix":
-        """The same product with the singular values shared out: U sqrt(S) and sqrt(S) V^T."""
+        """The same product with the singular values split evenly: U sqrt(S) and sqrt(S) V^T."""
         U, S, V = self.svd()
         root = S.sqrt()
         return FactoredMatrix(U * root[..., None, :], root[..., :, None] * V.mT)
@@ -173,18 +173,18 @@ class FactoredMatrix:
         return U * S[..., None, :]
 
     def get_corner(self, k: int = 3) -> Tensor:
-        """The first `k` entries along every axis, formed: a look at the numbers."""
+        """The first `k` entries along every axis of the product, for inspection."""
         corner = (slice(k),) * (self.ndim - 2)
         return self.A[corner][..., :k, :] @ self.B[corner][..., :, :k]
 
     def unsqueeze(self, k: int) -> "FactoredMatrix":
-        """A new batch axis of size 1 at `k`."""
+        """Insert a batch axis of size 1 at `k`."""
         if not 0 <= (k + self.ndim + 1 if k < 0 else k) <= self.ndim - 2:
             raise InputError(f"unsqueeze adds a batch axis, at 0 to {self.ndim - 2} of {list(self.shape)}, got {k}")
         return FactoredMatrix(self.A.unsqueeze(k), self.B.unsqueeze(k))
 
     def norm(self) -> Float[Tensor, "*lead"]:
-        """The Frobenius norm: with B^T = Q R that of A R^T, in which nothing large cancels."""
+        """The Frobenius norm: that of A R^T with B^T = Q R, which avoids cancellation."""
         A, B = self._wide()
         _, R = torch.linalg.qr(B.mT)
         return (A @ R.mT).norm(dim=(-2, -1)).to(self.A)
@@ -195,7 +195,7 @@ class FactoredMatrix:
 
 
 def _kept(index: int | slice | list | Tensor, size: int) -> slice | list | Tensor:
-    """An index under which its axis stays."""
+    """An index that keeps its axis."""
     if not isinstance(index, int):
         return index
     if not -size <= index < size:

@@ -1,4 +1,4 @@
-"""Token ids as people write them, brought to one tensor."""
+"""Token ids in the forms that people write, converted to one tensor."""
 
 from collections.abc import Sequence, Sized
 from typing import Any
@@ -13,7 +13,7 @@ from hooklens.core.errors import InputError, WrongType
 def as_ids(
     tokens: Any, what: str = "tokens are integers [batch pos]", device: torch.device | str | None = None
 ) -> Int[Tensor, "..."]:
-    """Integers of any width, in lists, arrays or tensors, as one int64 tensor; `what` begins the error for others.
+    """Convert integers of any width, in lists, arrays or tensors, to one int64 tensor; `what` begins the error.
 
     >>> as_ids(torch.tensor([[7, 250]], dtype=torch.uint8))
     tensor([[  7, 250]])
@@ -30,28 +30,28 @@ def as_ids(
         if len(lengths) > 1:
             raise InputError(
                 f"{what}, got rows of {' and '.join(map(str, lengths))}; pad them and give an attention_mask, or run "
-                "each length on its own (texts are padded for you)"
+                "each length separately (texts are padded for you)"
             ) from error
         raise WrongType(f"{what}, got {tokens!r:.80}") from error
     if ids.dtype == torch.bool or ids.is_complex() or (ids.is_floating_point() and ids.numel()):
         raise WrongType(f"{what}, got {ids.dtype} {list(ids.shape)}")
-    return ids.long()  # torch makes floats of an empty list
+    return ids.long()  # torch converts an empty list to floats
 
 
 def _lengths(tokens: Any) -> list[int]:
-    """The lengths of rows that differ in length, in their order."""
+    """The distinct lengths of the rows, in order."""
     if not isinstance(tokens, Sequence) or not all(isinstance(row, Sized) for row in tokens):
         return []
     return list(dict.fromkeys(len(row) for row in tokens))
 
 
 def as_mask(mask: Any, device: torch.device | str | None = None) -> Bool[Tensor, "rows pos"]:
-    """An attention mask, 1 or True at real tokens and 0 or False at padding, as booleans [batch pos].
+    """Convert an attention mask, 1 or True at real tokens and 0 or False at padding, to booleans [batch pos].
 
     >>> as_mask([[1, 1, 0]])
     tensor([[ True,  True, False]])
 
-    Floating-point masks are refused: some libraries add those to the scores, with 0 at real tokens.
+    Floating-point masks raise an error: some libraries add these to the scores, with 0 at real tokens.
     """
     asked = "attention_mask is 1 (or True) at real tokens and 0 (or False) at padding, whole numbers or booleans"
     try:
@@ -69,6 +69,6 @@ def as_mask(mask: Any, device: torch.device | str | None = None) -> Bool[Tensor,
 
 
 def show(model: "HookedTransformer", ids: Any) -> list[str]:
-    """Each token as text, or as its number where the model has no tokenizer."""
+    """Each token as text, or as its number if the model has no tokenizer."""
     ids = torch.as_tensor(ids)
     return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)

@@ -1,4 +1,4 @@
-"""What the blocks share in one forward pass: where each token stands, what it may see, keys and values from before."""
+"""The state that blocks share in a forward pass: token positions, masks, and earlier keys and values."""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ QueryAngles = Float[Tensor, "*query_batch query_pos turned"]
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, as attention uses them (keys after rotary).
+    """The keys and values of the tokens so far, as attention uses them (keys after rotary).
 
     >>> from hooklens.testing import tiny_model
     >>> model, past = tiny_model(), KVCache()
@@ -35,14 +35,14 @@ class KVCache:
     def __init__(self) -> None:
         self.length = self.step = 0
         self.seen: Bool[Tensor, "batch key"] | None = None
-        #: Where rotary frequencies depend on a row's length: the lengths that the keys are turned for, and what each
-        #: pass read and the layer it began at, from which they are rebuilt when a row outgrows its frequencies.
+        #: If rotary frequencies depend on a row's length: the lengths for which the keys are rotated, and each pass's
+        #: input and first layer, from which they are rebuilt when a row outgrows its frequencies.
         self.lengths: Int[Tensor, "*row"] | None = None
         self.passes: list[tuple[Shaped[Tensor, "batch new_pos *rest"], int | None]] = []
         self._layers: dict[int, tuple[Keys, Keys]] = {}
 
     def extend(self, layer: int, k: NewKeys, v: NewKeys) -> tuple[Keys, Keys]:
-        """Keep the new keys and values of a layer; return them after those from before."""
+        """Append a layer's new keys and values; return all, including earlier ones."""
         stores = self._layers.get(layer)
         self._check(layer, k, stores)
         end = self.length + k.shape[1]
@@ -62,16 +62,14 @@ class KVCache:
     def _check(self, layer: int, k: NewKeys, stores: tuple[Kept, Kept] | None) -> None:
         if self.length and stores is None:
             raise InputError(
-                f"this KV cache holds {self.length} tokens but not layer {layer}: an earlier pass stopped below it or "
+                f"this KV cache has {self.length} tokens but no layer {layer}: an earlier pass stopped below it or "
                 "started above it; use a KV cache with one range of layers only"
             )
         if self.length and stores is not None and stores[0].shape[0] != k.shape[0]:
-            raise InputError(
-                f"this KV cache holds {stores[0].shape[0]} rows and was given {k.shape[0]}; keep_rows() chooses rows"
-            )
+            raise InputError(f"this KV cache has {stores[0].shape[0]} rows, got {k.shape[0]}; keep_rows() selects rows")
 
     def _grown(self, old: Store | None, new: NewKeys, end: int) -> Float[Tensor, "batch more_room kv_head d_head"]:
-        room = end if old is None else max(end, 2 * old.shape[1])  # doubling: each key is copied twice at most
+        room = end if old is None else max(end, 2 * old.shape[1])  # doubling: each key is copied at most twice
         store = new.new_empty((new.shape[0], room, *new.shape[2:]))
         if old is not None:
             store[:, : self.length] = old[:, : self.length]
@@ -80,31 +78,31 @@ class KVCache:
     def of_layer(self, layer: int) -> tuple[Keys, Keys]:
         """The keys and values of one layer."""
         if layer not in self._layers:
-            raise InputError(f"this KV cache holds no layer {layer}; it has seen {self.length} tokens")
+            raise InputError(f"this KV cache has no layer {layer}; it has {self.length} tokens")
         k, v = self._layers[layer]
         return k[:, : self.length], v[:, : self.length]
 
     @property
     def top(self) -> int:
-        """The layer below which it holds keys and values."""
+        """The layer below which the cache contains keys and values."""
         return max(self._layers, default=-1) + 1
 
     def advance(self, x: Shaped[Tensor, "batch new_pos *rest"], ctx: "Context", start_at: int | None = None) -> None:
-        """A forward pass over `x` (tokens, or the stream that enters layer `start_at`) is complete."""
+        """Record a complete forward pass over `x` (tokens, or the stream that enters layer `start_at`)."""
         self.length, self.step, self.seen = self.length + x.shape[1], self.step + 1, ctx.key_seen
         if ctx.lengths is not None:
             self.lengths = ctx.lengths
             self.passes.append((x, start_at))
 
     def keep_rows(self, rows: Int[Tensor, "kept"]) -> None:
-        """Keep some rows of the batch, in that order: finished prompts leave, beams are reordered."""
+        """Keep some rows of the batch, in the given order: to drop finished prompts or reorder beams."""
         self._layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self._layers.items()}
         self.seen = None if self.seen is None else self.seen[rows]
         self.lengths = self.lengths[rows] if self.lengths is not None and self.lengths.ndim else self.lengths
         self.passes = [(x[rows], start_at) for x, start_at in self.passes]
 
     def before(self, pos: int) -> "KVCache":
-        """A cache of what stands before a position, as the whole rows make it; what follows is as long as they are."""
+        """A cache of the tokens before a position, with the rotary lengths of the whole rows."""
         kept = copy.copy(self)
         kept.length, kept.seen = pos, None if self.seen is None else self.seen[:, :pos]
         kept._layers = {layer: (k[:, :pos], v[:, :pos]) for layer, (k, v) in self._layers.items()}
@@ -113,7 +111,7 @@ class KVCache:
 
 
 class View(NamedTuple):
-    """What queries may see: with `seen` None all, or a lower triangle if `causal`. `blank`: some see nothing."""
+    """The keys that queries may attend to; `seen` None: all, or a lower triangle if `causal`. `blank`: some see 0."""
 
     seen: Bool[Tensor, "batch 1 query_pos key_pos"] | None
     causal: bool = False
@@ -122,23 +120,23 @@ class View(NamedTuple):
 
 @dataclass
 class Context:
-    """Positions, masks and cache of one forward pass. The sweep engine passes one of its own kind."""
+    """Positions, masks and cache of one forward pass. The sweep engine passes its own kind."""
 
     positions: Int[Tensor, "*batch pos"]
     offset: int = 0
     key_seen: Bool[Tensor, "batch key"] | None = None
     cache: KVCache | None = None
     chosen: Int[Tensor, "batch"] | None = None
-    lengths: Int[Tensor, "*row"] | None = None  # tokens of each row; None: as far as the positions reach
+    lengths: Int[Tensor, "*row"] | None = None  # tokens of each row; None: up to the last position
     _tables: dict = field(default_factory=dict)
     _views: dict = field(default_factory=dict)
 
     def narrowed(self, chosen: Int[Tensor, "batch"]) -> "Context":
-        """The same pass, working only for one chosen query position a row."""
+        """The same pass, restricted to one selected query position per row."""
         return replace(self, chosen=chosen, _views={}, _tables=self._tables)
 
     def select(self, x: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "batch query_pos *rest"]:
-        """The rows of `x` (batch pos ...) that queries are worked for: all, or the chosen one of each."""
+        """The rows of `x` (batch pos ...) at the query positions: all, or the selected one of each row."""
         if self.chosen is None:
             return x
         return x[torch.arange(x.shape[0], device=x.device), self.chosen][:, None]
@@ -152,13 +150,13 @@ class Context:
         return self._tables[key]
 
     def query_tables(self, cos: Angles, sin: Angles, batch: int) -> tuple[QueryAngles, QueryAngles]:
-        """The rows of the tables that belong to the queries."""
+        """The rows of the tables at the query positions."""
         if self.chosen is None:
             return cos, sin
         return self.select(cos.expand(batch, -1, -1)), self.select(sin.expand(batch, -1, -1))
 
     def view(self, mask: MaskPart) -> View:
-        """What this pass's queries may see under a mask; made once for all layers that share it."""
+        """The keys that this pass's queries may attend to under a mask; computed once for all layers that share it."""
         if mask not in self._views:
             self._views[mask] = self._make_view(mask)
         return self._views[mask]
@@ -174,7 +172,7 @@ class Context:
                 return View(None, causal=True)
         if self.key_seen is None:
             keys = torch.arange(self.offset + n_new, device=self.positions.device)[None]
-        else:  # padding takes no place, or a window would reach less far across it; before the first token it is -1
+        else:  # padding is not counted, or a window would cover fewer tokens; before the first token it is -1
             keys = self.key_seen.long().cumsum(1) - 1
         queries = keys[:, self.offset :]
         if self.chosen is not None:
@@ -185,7 +183,7 @@ class Context:
         return View(seen, blank=self.key_seen is not None)
 
     def attend(self, attn, q: Queries, k: NewKeys, v: NewKeys) -> Queries:
-        """Each query's mixture of values, the cached ones included."""
+        """Each query's weighted sum of values, including cached ones."""
         if self.cache is not None:
             k, v = self.cache.extend(attn.layer, k, v)
         return attn.mix(q, attn.see_keys(k), v, self.view(attn.mask))

@@ -1,8 +1,8 @@
-"""Linear layers, and a scope in which they run on weights packed for the CPU.
+"""Linear layers, and a scope in which they use weights packed for the CPU.
 
-oneDNN keeps a weight in the order in which its kernels read it; on some CPUs that multiplies two to three times faster
-than torch's default. Packing costs one pass over the weight, so it is done for a sweep, a generation or a `with` block,
-and dropped at its end.
+oneDNN can store a weight in the order in which its kernels read it; on some CPUs this multiplies two to three times
+faster than torch's default. Packing costs one pass over the weight, so it is done for a sweep, a generation or a `with`
+block, and dropped at its end.
 """
 
 import os
@@ -21,24 +21,28 @@ from torch.nn import functional as F
 from hooklens.core.errors import InputError
 from hooklens.core.scope import Lifetime, Scope
 
-# A weight in an order of oneDNN's own; its logical shape stays.
+# A weight in oneDNN's internal order; its logical shape is unchanged.
 Packed = Float[Tensor, "d_out d_in"]
 # A weight, the version of it that was packed, and its pack.
 Known = tuple[Float[Tensor, "d_out d_in"], int, Packed]
 
 _packs: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_packed", default=())
 _open_packs: set[Lifetime] = set()
-#: The setting that switches packed linears off for a process.
+#: The environment variable that disables packed linears for a process.
 ENV = "HOOKLENS_PACKED_LINEARS"
-# Packed for one row, a weight is laid out for a kernel that reads it a fifth slower than the one for 16 rows.
+# Packed for one row, a weight is laid out for a kernel that reads it a fifth more slowly than the one for 16 rows.
 _FEWEST_ROWS = 16
+# Numbers of a weight from which on the two kinds of plain product of one row are timed, and how many times faster than
+# a row a vector was.
+_WORTH_MEASURING = 2**20
+_vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
 class Linear(nn.Linear):
-    """nn.Linear, multiplied with packed weights inside a `packed_linears` scope and by torch everywhere else."""
+    """nn.Linear that uses packed weights inside a `packed_linears` scope and torch's product otherwise."""
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # drawing nothing on the meta device makes torch import its compiler, for a second
+        if not self.weight.is_meta:  # on the meta device torch would import its compiler, which takes a second
             super().reset_parameters()
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
@@ -50,17 +54,16 @@ class Linear(nn.Linear):
 
 
 class packed_linears(Scope):
-    """A `with` block in which no-grad float32 CPU linear layers use packed weights, where these measure faster.
+    """A `with` block in which no-grad float32 CPU linear layers use packed weights if these are measured to be faster.
 
     >>> layer = Linear(8, 8)
     >>> with torch.no_grad(), packed_linears():
     ...     torch.allclose(layer(torch.ones(2, 8)), F.linear(torch.ones(2, 8), layer.weight, layer.bias), atol=1e-4)
     True
 
-    A weight is packed at its first use and packed again if it is edited inside the block (through `.data` torch keeps
-    no account of edits: use no_grad). `rows` is the number of rows that most products will have. Inside another block
-    that one decides, except where `enabled` says otherwise. The environment variable HOOKLENS_PACKED_LINEARS=0 switches
-    packing off.
+    A weight is packed at its first use, and packed again if it is edited inside the block (torch does not track edits
+    through `.data`: use no_grad). `rows` is the typical number of rows of the products. Inside another block the outer
+    one decides, unless `enabled` is set. The environment variable HOOKLENS_PACKED_LINEARS=0 disables packing.
     """
 
     stack, anywhere = _packs, _open_packs
@@ -74,7 +77,7 @@ class packed_linears(Scope):
     def begin(self) -> "_Packs":
         outer = self.innermost()
         own = outer is None or (self.pinned and outer.enabled != self.enabled)
-        # Inside another scope its packs are used: nothing is packed twice.
+        # Inside another scope, its packs are used, so that nothing is packed twice.
         return _Packs(self.rows, self.enabled, self.packs) if own else outer
 
     def end(self) -> None:
@@ -89,24 +92,24 @@ class _Packs:
         self.rows, self.enabled, self.packs = rows, enabled, packs
 
     def weight_of(self, layer: Linear, x: Float[Tensor, "... d_in"]) -> Packed | None:
-        """The packed weight for this product, or None where torch's own path must run."""
+        """The packed weight for this product, or None if torch's own path must run."""
         weight = layer.weight
         if not self.enabled or x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.device.type != "cpu":
             return None
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return None
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-        if wrapped(x) or wrapped(weight) or weight.is_inference():  # these tell no version, or no address
+        if wrapped(x) or wrapped(weight) or weight.is_inference():  # these have no version, or no address
             return None
         known = self.packs.get(layer)
         if known is None or known[0].data_ptr() != weight.data_ptr() or known[1] != weight._version:
-            # The weight is kept beside its pack: a freed one's address might come back as that of another.
+            # The weight is kept with its pack: a freed weight's address might be reused by another.
             known = self.packs[layer] = (weight.detach(), weight._version, pack(weight, self.rows))
         return known[2]
 
 
 def pack(weight: Float[Tensor, "d_out d_in"], rows: int) -> Packed:
-    """A copy of the weight in the order in which oneDNN reads it for products of about that many rows."""
+    """A copy of the weight in the order in which oneDNN reads it for products of about this many rows."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), max(rows, _FEWEST_ROWS))
 
 
@@ -118,15 +121,15 @@ def packed_product(
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Is the layer an nn.Linear and nothing more, so that its weight says all (LoRA and torch hooks say more)?"""
+    """Whether the layer is a plain nn.Linear, fully described by its weight and bias (no LoRA, no torch hooks)."""
     return type(linear) in (Linear, nn.Linear) and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def matrix_of(linear: nn.Module, d_in: int) -> Float[Tensor, "d_out d_in"]:
-    """What the layer multiplies by: its weight, or where it is wrapped (LoRA) what calls of it show.
+    """The matrix that the layer multiplies by: its weight, or, if it is wrapped (LoRA), the result of calling it.
 
-    A wrapped layer is called on the unit vectors, and once more to see that it is linear: dropout that is on, or a
-    torch hook that tells positions apart, raises.
+    A wrapped layer is called on the unit vectors, and again to check that it is linear: active dropout, or a torch hook
+    that treats positions differently, raises an error.
 
     >>> layer = Linear(2, 3)
     >>> matrix_of(layer, 2) is layer.weight
@@ -140,20 +143,20 @@ def matrix_of(linear: nn.Module, d_in: int) -> Float[Tensor, "d_out d_in"]:
     found, expected = without_bias(linear, probe), F.linear(probe, matrix)
     if not bool((found - expected).abs().max() <= torch.finfo(like.dtype).eps ** 0.5 * found.abs().max()):
         raise InputError(
-            f"this method needs the matrix of a {type(linear).__name__}, which is no linear map as it stands: call "
-            "model.eval(), remove torch hooks that edit it, or merge the adapter into the weight"
+            f"this method needs the matrix of a {type(linear).__name__}, which is not a linear map in its current "
+            "state: call model.eval(), remove torch hooks that edit it, or merge the adapter into the weight"
         )
     return matrix
 
 
 def without_bias(linear: nn.Module, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-    """x times what the layer multiplies by, also where it is wrapped: linear(x) - linear(0).
+    """x times the layer's matrix, even if the layer is wrapped: linear(x) - linear(0).
 
     >>> layer = Linear(2, 3)
     >>> torch.allclose(without_bias(nn.Sequential(layer), torch.ones(4, 2)), torch.ones(4, 2) @ layer.weight.T)
     True
 
-    A bias of -inf, which forbids a token, is called as 0: it would leave nothing of the product.
+    A bias of -inf, which forbids a token, is treated as 0: otherwise the product would be lost.
     """
     if is_plain(linear):
         return F.linear(x, linear.weight)
@@ -165,9 +168,9 @@ def without_bias(linear: nn.Module, x: Float[Tensor, "... d_in"]) -> Float[Tenso
 
 
 def kernel_of(model: nn.Module) -> str:
-    """Which products the model's linear layers run on here, without gradients: "packed" weights or torch's "linear".
+    """Which products do the model's linear layers use here, without gradients: "packed" or torch's "linear"?
 
-    The two differ in the last bits, so a result says which it came from.
+    The two differ in the last bits, so every result states which one was used.
 
     >>> layer = Linear(8, 8)
     >>> with packed_linears(enabled=False):
@@ -180,28 +183,43 @@ def kernel_of(model: nn.Module) -> str:
 
 
 def packing_works() -> bool:
-    """Are the operators there, not switched off, and right? They are private to torch, so this is looked at first."""
+    """Whether the operators exist, are enabled, and compute correctly. They are private to torch, hence this check."""
     return os.environ.get(ENV, "1") != "0" and _measured()[0]
 
 
 def packing_wanted(rows: int) -> bool:
-    """Should products of that many rows be packed here? An open scope has decided; else whether it pays does."""
+    """Whether products with this many rows should be packed here: an open scope decides, else whether it pays."""
     packs = packed_linears.innermost()
     return packing_pays(rows) if packs is None else packs.enabled
 
 
 def packing_pays(rows: int = 240) -> bool:
-    """Do packed products of that many rows beat torch's own on this machine? Measured once a process."""
+    """Whether packed products with this many rows are faster than torch's own on this machine; measured once."""
     return os.environ.get(ENV, "1") != "0" and packing_gain(rows) > 1.1
 
 
 def packing_gain(rows: int = 240) -> float:
-    """How many times faster a packed product is than torch's own here; 0 where packing does not work.
+    """How many times faster is a packed product than torch's own on this machine? 0 if packing does not work.
 
-    240 rows, in about 30 ms. For a few rows one is measured, in 0.3 s: their time goes into reading the weight, so it
-    must be one that no cache holds.
+    Takes about 30 ms for 240 rows. A few rows take 0.3 s: their time is spent reading the weight, so the weight must be
+    larger than any cache.
     """
     return (_measured() if rows > 16 else _measured(1, 16384))[1]
+
+
+def vector_pays(weight: Float[Tensor, "d_out d_in"]) -> bool:
+    """Is a weight times a vector about as fast as times one row here, or faster? Measured once a process for a shape.
+
+    Both read the weight once; BLAS has a routine for each, and which is the better one differs from machine to machine.
+    """
+    if weight.numel() < _WORTH_MEASURING:
+        return True
+    key, weight = (weight.shape, weight.dtype), weight.detach()
+    if key not in _vector_gains:
+        x = weight.new_ones(1, weight.shape[1])
+        row, vector = _seconds(lambda: torch.mm(x, weight.t()), 3), _seconds(lambda: torch.mv(weight, x[0]), 3)
+        _vector_gains[key] = row / vector
+    return _vector_gains[key] > 0.8
 
 
 @cache
@@ -224,13 +242,13 @@ def _measured(rows: int = 240, d_out: int = 768) -> tuple[bool, float]:
                 return False, 0.0
             return True, _seconds(theirs) / _seconds(ours)
     except (RuntimeError, AttributeError, TypeError):
-        return False, 0.0  # another torch, another signature: torch's own path is always there
+        return False, 0.0  # the signature differs between versions of torch: fall back to torch's own path
 
 
-def _seconds(work: Callable[[], Tensor]) -> float:
+def _seconds(work: Callable[[], Tensor], tries: int = 9) -> float:
     times = []
-    for _ in range(9):
+    for _ in range(tries):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    return min(times)  # the least disturbed run: other work on the machine only ever adds
+    return min(times)  # the least disturbed run: other work on the machine only adds time

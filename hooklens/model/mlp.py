@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation function of that name.
+    """The activation function with this name.
 
     >>> activation("relu")(torch.tensor([-1.0, 2.0])).tolist()
     [0.0, 2.0]
@@ -58,7 +58,7 @@ class MLP(HookedPart):
         return self.hook_post(activation(self.act)(pre))
 
     def output_matrix(self) -> Float[Tensor, "d_mlp d_model"]:
-        """W_out, also where `out` is wrapped."""
+        """W_out, even if `out` is wrapped."""
         return matrix_of(self.out, self.d_mlp).T
 
     @property

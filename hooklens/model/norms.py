@@ -1,6 +1,8 @@
-"""LayerNorm and RMSNorm, by hand where somebody looks inside, by torch's kernel where nobody does."""
+"""LayerNorm and RMSNorm: written out if a hook needs the intermediate values, torch's fused kernel otherwise."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,14 +19,14 @@ Scale = Float[Tensor, "*lead 1"]
 
 
 class Norm(HookedPart, ABC):
-    """normalized = centred(x) / scale, then the weight and bias. Subclasses say what is centred and what scales.
+    """normalized = centred(x) / scale, then weight and bias. Subclasses define the centring and the scale.
 
-    The points are served beside torch's fused kernel; only an edit or a gradient there sends the values through them.
+    The points can be read next to torch's fused kernel; only an edit or a gradient there disables it.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    unit_weight = 1.0  # the stored weight that multiplies by 1
+    unit_weight = 1.0  # the stored weight that means a factor of 1
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -53,7 +55,7 @@ class Norm(HookedPart, ABC):
         return x
 
     def gain(self) -> Float[Tensor, "width"] | None:
-        """What the normalised vector is multiplied by."""
+        """The factor of the normalised vector."""
         return self.weight
 
     def affine(self, normalized: Vector) -> Vector:
@@ -63,12 +65,12 @@ class Norm(HookedPart, ABC):
 
     @abstractmethod
     def fused(self, x: Vector) -> Vector:
-        """The whole norm at once, where nobody looks inside."""
+        """The whole norm in one kernel, if nothing needs the intermediate values."""
 
     def linearised(
         self, stack: Float[Tensor, "*lead width"], scale: Float[Tensor, "*scales 1"]
     ) -> Float[Tensor, "... width"]:
-        """The norm with its scale frozen and its bias left out: linear in the stack."""
+        """The norm with its scale frozen and without its bias: linear in the stack."""
         gain = self.gain()
         out = self.centred(stack) / scale
         return out if gain is None else out * gain.detach().to(out)
@@ -116,7 +118,7 @@ class RMSNorm(Norm):
 
     def fused(self, x: Vector) -> Vector:
         wide = widened(x)
-        if wide is x and not self.offset:  # nothing is rounded on the way: torch's kernel gives the same bits
+        if wide is x and not self.offset:  # no intermediate rounding: torch's kernel gives the same bits
             return F.rms_norm(x, (self.width,), self.weight, self.eps)
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         gain = self.gain()
@@ -126,8 +128,73 @@ class RMSNorm(Norm):
         return (scaled * gain).to(x.dtype) if self.offset else scaled.to(x.dtype) * gain
 
 
+class Passage(NamedTuple):
+    """What stands between a part of a block and the residual stream: a norm, a factor, or nothing.
+
+    Frozen at the scale that it had in a run, it is linear: how a part of what passes, or a direction, comes out.
+    """
+
+    norm: Norm | None = None
+    factor: float = 1.0
+
+    @property
+    def open(self) -> bool:
+        """Does everything come out as it went in?"""
+        return self.norm is None and self.factor == 1.0
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The hook point of the scale, for `run_with_cache`; none where nothing stands."""
+        return () if self.norm is None else (self.norm.hook_scale.name,)
+
+    def frozen(self, x: Vector, scale_at: Callable[[str], Scale]) -> Float[Tensor, "... width"]:
+        """The vectors as they come out, the scale being what `scale_at` gives for its point; without the bias."""
+        return self._times(x if self.norm is None else self.norm.linearised(x, scale_at(*self.scales).to(x)))
+
+    def unscaled(self, x: Vector) -> Vector:
+        """The vectors as they come out at scale 1, without the bias.
+
+        >>> part = LayerNorm(2, LayerNormPart())
+        >>> Passage(part).unscaled(torch.tensor([3.0, 1.0])).tolist(), Passage().unscaled(torch.ones(2)).tolist()
+        ([1.0, -1.0], [1.0, 1.0])
+        """
+        return self._times(x if self.norm is None else self.norm.linearised(x, torch.ones_like(x[..., :1])))
+
+    def scaled_as(self, parts: Vector, whole: Float[Tensor, "*whole width"]) -> Float[Tensor, "... width"]:
+        """The same for parts of a sum, each at the scale that the sum has."""
+        if self.norm is None:
+            return self._times(parts)
+        return self._times(self.norm.linearised(parts, self.norm.rms(self.norm.centred(widened(whole)))))
+
+    def folded(self, matrix: Float[Tensor, "*lead width columns"]) -> Float[Tensor, "*lead width columns"]:
+        """N W with x N the vector x as it comes out at scale 1: what W reads of a vector before the norm.
+
+        N = P diag(gain) with P the centring (symmetric), so that N W centres the columns of gain * W.
+        """
+        if self.norm is None:
+            return self._times(matrix)
+        gain = self.norm.gain()
+        columns = matrix.mT if gain is None else matrix.mT * gain.detach().to(matrix)
+        return self._times(self.norm.centred(columns).mT)
+
+    def normalised(self, x: Vector) -> Vector:
+        """The vectors centred and scaled as the norm does it, each by itself; its weight and bias left out."""
+        if self.norm is None:
+            return x
+        centred = self.norm.centred(x)
+        return centred / self.norm.rms(centred)
+
+    def bias(self, like: Vector) -> Float[Tensor, "width"]:
+        """What comes out where nothing goes in."""
+        bias = None if self.norm is None else self.norm.bias
+        return like.new_zeros(like.shape[-1]) if bias is None else self._times(bias)
+
+    def _times(self, x: Vector) -> Vector:
+        return x if self.factor == 1.0 else x * self.factor
+
+
 def make_norm(width: int, made: NormPart | None) -> Norm | None:
-    """The norm that a part describes; None for None.
+    """Build the norm that a part describes; None for None.
 
     >>> make_norm(8, None) is None
     True

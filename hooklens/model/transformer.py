@@ -1,4 +1,4 @@
-"""HookedTransformer: tokens to logits, every activation on the way by name."""
+"""HookedTransformer: from tokens to logits, with every activation accessible by name."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -24,7 +24,7 @@ from hooklens.model.factored import FactoredMatrix
 from hooklens.model.ids import as_ids, as_mask
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.model.linear import matrix_of
-from hooklens.model.norms import Norm, make_norm
+from hooklens.model.norms import Norm, Passage, make_norm
 from hooklens.model.views import StackedWeight, write_all
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ Tokens = Text | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Ten
 
 
 class HookedTransformer(KeepsPropertyErrors, HookedModule):
-    """A transformer whose activations can be seen and edited by name; hook names as in TransformerLens 3.
+    """A transformer whose activations can be read and edited by name; hook names as in TransformerLens 3.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -63,7 +63,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
     ):
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
-        with torch.device("meta"):  # nothing is drawn yet, and the global generator is left alone
+        with torch.device("meta"):  # draws no values and leaves the global generator unchanged
             self._build()
         self.name_points()
         self.to(dtype or torch.get_default_dtype())
@@ -84,18 +84,18 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         if self.pos_embed is not None:
             self.hook_pos_embed = HookPoint()
         # Any: torch knows the elements as bare modules, and every attribute of those as a tensor or a module.
-        self.blocks: Any = nn.ModuleList(BLOCKS[cfg.block](cfg, layer) for layer in range(cfg.n_layers))
+        self.blocks: Any = nn.ModuleList(BLOCKS[type(cfg.block)](cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg.d_model, cfg.final_norm)
         self.unembed = Unembedding(cfg)
 
     def tie(self) -> None:
-        """Make the unembedding the embedding's own weight, where the configuration says so."""
+        """Share the embedding's weight with the unembedding, if the configuration says so."""
         if self.cfg.tie_word_embeddings:
             self.unembed.linear.weight = self.embed.weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HookedTransformer":
         super()._apply(fn, recurse)
-        self.tie()  # leaving the meta device makes two parameters of one
+        self.tie()  # leaving the meta device splits the shared parameter
         return self
 
     # -- forward
@@ -110,12 +110,13 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         attention_mask: Bool[Tensor, "*batch key_pos"] | Int[Tensor, "*batch key_pos"] | None = None,
         logits_at: int | Sequence[int] | Integer[Tensor, "batch"] | None = None,
     ) -> Logits | Stream:
-        """Logits of every position; with `stop_at_layer` the residual stream that enters that layer.
+        """Logits of every position; with `stop_at_layer`, the residual stream that enters that layer.
 
-        With `start_at_layer` the input is the residual stream there. With a `kv_cache` the tokens follow those already
-        in it. `logits_at` asks for one position a row (negative: from its last real token), and the last block then
-        works only for it; the result keeps a position axis of size 1. `attention_mask` is 0 at padding, left or right;
-        where there is some, also in texts, the result is a `PaddedTensor`: `[:, -1]` is each row's last real position.
+        With `start_at_layer` the input is the residual stream at that layer. With a `kv_cache` the tokens follow those
+        in the cache. `logits_at` selects one position per row (negative: from its last real token), and the last block
+        then computes only this one; the result keeps a position axis of size 1. `attention_mask` is 0 at padding, left
+        or right; if there is padding, also in texts, the result is a `PaddedTensor`: `[:, -1]` is each row's last real
+        position.
         """
         start, stop = self._layers(start_at_layer, stop_at_layer)
         x, attention_mask = self._input(tokens, attention_mask, start_at_layer is not None)
@@ -160,11 +161,23 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         return stream + self.hook_pos_embed(positions.expand(stream.shape[0], -1, -1))
 
     def read_out(self, x: Stream, ctx: Context | None = None) -> Logits:
-        """Final norm and unembedding; a context says which position of each row is unembedded."""
+        """Final norm and unembedding; a context selects the position of each row."""
         if isinstance(x, PaddedTensor):
             return padded(self.read_out(x.as_subclass(Tensor), ctx), x.attention_mask)
         x = x if self.ln_final is None else self.ln_final(x)
         return self.unembed(x if ctx is None else ctx.select(x))
+
+    def reads_through(self, layer: int, *, mlp: bool = False) -> Passage:
+        """The norm through which a layer's attention or MLP (`layer` = n_layers: the unembedding) reads the stream."""
+        n = self.cfg.n_layers
+        normed = not mlp and self.blocks[0].leaves_through().norm is not None  # by the block before
+        if not normed <= layer < n + (not mlp):
+            raise InputError(f"no norm of this model reads the stream at layer {layer}; leave apply_ln out")
+        if mlp:
+            return self.blocks[layer].reads_through("mlp")
+        if normed:
+            return self.blocks[layer - 1].leaves_through()
+        return Passage(self.ln_final) if layer == n else self.blocks[layer].enters_through()
 
     @cached_property  # looked at in every step of a generation
     def _late_points(self) -> list[HookPoint]:
@@ -187,7 +200,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         if isinstance(tokens, str) or (isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str)):
             tokens, real = self._need_tokenizer().to_tokens(tokens, return_mask=True, device=self.device)
             mask = real if mask is None and not bool(real.all()) else mask
-        if isinstance(tokens, PaddedTensor):  # what model(texts, stop_at_layer=...) gave
+        if isinstance(tokens, PaddedTensor):  # the result of model(texts, stop_at_layer=...)
             mask = tokens.attention_mask if mask is None else mask
             tokens = tokens.as_subclass(Tensor)
         if not is_stream and isinstance(self.cfg.embed, TokenEmbed):
@@ -215,7 +228,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
 
     def _context(self, x: Input | Stream, mask: Mask | None, past: KVCache | None) -> Context:
         if not isinstance(past, KVCache | None):
-            raise WrongType(f"kv_cache is an hl.KVCache, which passes fill, or None; got {past!r:.80}")
+            raise WrongType(f"kv_cache must be an hl.KVCache or None; got {past!r:.80}")
         n_new, offset = x.shape[1], 0 if past is None else past.length
         if offset + n_new > self.cfg.n_ctx:
             n_ctx = self.cfg.n_ctx
@@ -235,12 +248,12 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
 
     @cached_property
     def _by_length(self) -> set[DividedScaling]:
-        """The rotary scalings whose frequencies depend on how many tokens a row has."""
+        """The rotary scalings whose frequencies depend on the number of tokens in a row."""
         rotary = [self.cfg.rotary_at(layer) for layer in range(self.cfg.n_layers)]
         return {one.scaling for one in rotary if one is not None and isinstance(one.scaling, DividedScaling)}
 
     def _measured(self, ctx: Context) -> Context:
-        """The context, with its rows' lengths; a cache for which these mean other rotary frequencies is rebuilt."""
+        """The context with its rows' lengths; rebuilds the cache if these change its rotary frequencies."""
         past = ctx.cache
         if past is None or not self._by_length:
             return ctx
@@ -252,16 +265,16 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         return ctx
 
     def _rebuild(self, past: KVCache, lengths: Int[Tensor, "*row"]) -> None:
-        """Run what a cache has read once more, as rows of these lengths: turning its keys anew would not do, for what
-        later layers hold of the same tokens was read from attention with the old ones.
+        """Run the inputs of a cache again, as rows of these lengths. Rotating its keys again would not suffice: later
+        layers' keys and values were computed from attention with the old frequencies.
 
-        Hooks see the passes again, each with its step; where nobody listens they are one.
+        Hooks see the passes again, each with its step; without listeners they are merged into one pass.
         """
         passes, fresh = past.passes, KVCache()
         if sum(x.shape[1] for x, _ in passes) != past.length:
             raise InputError(
-                f"{int(lengths.max())} tokens pass this model's original context, where its rotary frequencies change, "
-                "and this KV cache is part of another, from which it cannot be rebuilt; start with an empty KVCache"
+                f"{int(lengths.max())} tokens exceed this model's original context, where its rotary frequencies "
+                "change, but this KV cache is part of another one and cannot be rebuilt; start with an empty KVCache"
             )
         if len({start for _, start in passes}) == 1 and not edited_elsewhere(self.hook_points().values()):
             passes = [(torch.cat([x for x, _ in passes], 1), passes[0][1])]
@@ -275,7 +288,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         batch, n_new = x.shape[:2]
         index = as_ids(at, "logits_at is an integer, or one for each row", x.device)
         if index.ndim > 1 or index.numel() not in (1, batch):
-            raise InputError(f"logits_at is one position for all rows or one a row, got {index.numel()} for {batch}")
+            raise InputError(f"logits_at is one position for all rows or one per row, got {index.numel()} for {batch}")
         index = index.reshape(-1).expand(batch)
         if ctx.key_seen is not None:
             return columns(ctx.key_seen[:, ctx.offset :], index[:, None])[:, 0]
@@ -297,7 +310,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         kv_cache: KVCache | None = None,
         attention_mask: AnyMask | None = None,
     ) -> tuple[Logits | Stream, ActivationCache]:
-        """The output, and what the named points held on the way (None: every point but the lazy ones).
+        """Run the model, and return its output and the activations at the named points (None: all except lazy points).
 
         Entries are detached, moved to `device` and cast to `dtype` on capture. With `grads=True` they stay in the graph
         and the caller's backward fills `<name>_grad`.
@@ -329,10 +342,10 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         padding_side: Literal["left", "right"] = "right",
         return_mask: bool = False,
     ) -> Any:
-        """Token ids [batch pos], one row a text. `prepend_bos=None` adds BOS only where the model was trained with it.
+        """Convert texts to token ids [batch pos]. `prepend_bos=None` adds BOS only if the model was trained with it.
 
-        Shorter texts are padded, and the ids do not show where: `return_mask=True` gives (ids, mask [batch pos]), and
-        `model(ids, attention_mask=mask)` ignores the padding. Texts given to the model itself bring their mask.
+        Shorter texts are padded, and the ids do not show where: `return_mask=True` returns (ids, mask [batch pos]), and
+        `model(ids, attention_mask=mask)` ignores the padding. Texts passed to the model itself get their mask.
         """
         tokens, mask = self._need_tokenizer().to_tokens(
             text, prepend_bos=prepend_bos, padding_side=padding_side, return_mask=True, device=self.device
@@ -344,11 +357,11 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         return self._need_tokenizer().to_string(tokens)
 
     def to_str_tokens(self, text: str | Tensor | Sequence[int], *, prepend_bos: bool | None = None) -> list[str]:
-        """Each token's text on its own."""
+        """The text of each token."""
         return self._need_tokenizer().to_str_tokens(text, prepend_bos=prepend_bos)
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is one token; an error shows the tokens where it is several."""
+        """The id of a text that is one token; otherwise the error shows its tokens."""
         return self._need_tokenizer().to_single_token(text)
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "... d_model"]:
@@ -382,8 +395,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         stream: "bool | OnPiece" = False,
         capture: Mapping[int, Where | None] | None = None,
     ) -> "Generation":
-        """What does the model say next? See `hooklens.generation.sampling.generate`, which this is."""
-        from hooklens.generation.sampling import generate  # the floor above: a model is known there
+        """Generate text: what does the model say next? See `hooklens.generation.sampling.generate`."""
+        from hooklens.generation.sampling import generate  # imported here, because generation is a layer above
 
         return generate(
             self,
@@ -448,7 +461,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
 
 
 def need_hooked(model: Any, asker: str) -> None:
-    """Anything but a HookedTransformer raises with what would work.
+    """Raise for anything except a HookedTransformer, and say what would work.
 
     >>> need_hooked(nn.Linear(2, 2), "a sweep")
     Traceback (most recent call last):
@@ -469,7 +482,7 @@ def _check_ids(ids: Int[Tensor, "..."], d_vocab: int) -> None:
 
 
 def _readable(*tensors: Shaped[Tensor, "..."]) -> bool:
-    """Can the values be looked at? Not while a graph is recorded, and not under vmap."""
+    """Whether the values can be read: not while a graph is recorded, and not under vmap."""
     return not torch.compiler.is_compiling() and not any(x.is_meta or under_transform(x) for x in tensors)
 
 
@@ -497,7 +510,7 @@ for _name in ("W_in", "W_gate", "W_out", "b_in", "b_out"):
 
 
 def initialise(model: HookedTransformer, seed: int) -> None:
-    """Draw the initial weights from a generator of their own: N(0, std^2) weights, zero biases, unit norms."""
+    """Draw the initial weights from a separate generator: N(0, std^2) weights, zero biases, unit norms."""
     cfg = model.cfg
     generator = seeded(seed)
     std = cfg.init.std or 0.8 / math.sqrt(cfg.d_model)

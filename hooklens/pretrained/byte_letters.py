@@ -1,13 +1,13 @@
-"""The letters that byte-level vocabularies write bytes as."""
+"""The letters that byte-level vocabularies use for bytes."""
 
 from functools import lru_cache
 
 
 @lru_cache
 def byte_values() -> dict[str, int]:
-    """GPT-2's alphabet: which byte each letter of a byte-level vocabulary stands for.
+    """GPT-2's alphabet: the byte that each letter of a byte-level vocabulary stands for.
 
-    Bytes that print as Latin-1 stand for themselves, the others for the letters from U+0100 on, in order.
+    A byte that is printable in Latin-1 is its own letter. The other bytes use the letters from U+0100 on, in order.
 
     >>> byte_values()["Ġ"], byte_values()["a"]
     (32, 97)

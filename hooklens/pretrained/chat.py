@@ -1,4 +1,4 @@
-"""Chat templates: small Jinja programs that come with instruct models, run in a sandbox."""
+"""Chat templates: small Jinja programs that come with instruct models. They run in a sandbox."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def render(
     tokens: Mapping[str, str] | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text that a template makes of a conversation; `variables` are what it reads beside the messages.
+    """Render a conversation with a chat template; `variables` are the template's inputs besides the messages.
 
     >>> template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\\n{% endfor %}"
     >>> render(template, [{"role": "user", "content": "Hi"}], add_generation_prompt=False)
@@ -36,7 +36,7 @@ def render(
         return _compiled(template).render(named)
     except TemplateError as error:
         raise InputError(
-            f"the model's chat template refuses this conversation: {error}; roles given: "
+            f"the model's chat template rejects this conversation: {error}; roles given: "
             f"{', '.join(message['role'] for message in messages)}"
         ) from error
 
@@ -45,14 +45,14 @@ def _check(messages: list[dict[str, Any]]) -> None:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise WrongType(f"messages must be a list of dicts like {_EXAMPLE}, got {messages!r:.80}")
     if not messages:
-        raise InputError(f"messages is empty; give at least one, like {_EXAMPLE}")
+        raise InputError(f"messages is empty; give at least one message, like {_EXAMPLE}")
     for i, message in enumerate(messages):
         if "role" not in message or "content" not in message:
             raise InputError(f"message {i} is {message!r:.80}; a message looks like {_EXAMPLE}")
 
 
 def _check_variables(template: str, given: Mapping[str, Any], arguments: Collection[str]) -> None:
-    """What a template does not read would change nothing, without a word."""
+    """Refuse variables that the template does not read: they would have no effect, silently."""
     from jinja2 import meta
 
     environment = _compiled(template).environment
@@ -60,13 +60,13 @@ def _check_variables(template: str, given: Mapping[str, Any], arguments: Collect
     known = sorted(read - set(arguments) - set(environment.globals))
     for name in given:
         if name in arguments:
-            raise InputError(f"{name} is an argument of its own; leave it out of variables")
+            raise InputError(f"{name} is a separate argument; leave it out of variables")
         if name not in known:
             raise did_you_mean("variable of this chat template", name, known)
 
 
 def _plain(template: str) -> str:
-    """The template without the tag by which transformers marks the assistant's words, which changes nothing."""
+    """The template without transformers' tag around the assistant's words, which has no effect on the text."""
     plain = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
     return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", plain)
 
@@ -80,7 +80,7 @@ def _compiled(template: str) -> Any:
         raise TemplateError(message)
 
     def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)  # Jinja's own escapes for HTML
+        return json.dumps(value, ensure_ascii=False, **options)  # Jinja's own version escapes for HTML
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -1,11 +1,9 @@
-"""Our own checkpoints: one safetensors file that says how to build the model, or a folder with its tokenizer beside it.
+"""hooklens checkpoints: one safetensors file that says how to build the model, or a folder that adds its tokenizer.
 
-The weights stand under their names in `model.state_dict()` (`blocks.0.attn.q.weight`), a tied one once; the
+The weights have their names in `model.state_dict()` (`blocks.0.attn.q.weight`); a tied weight is stored once. The
 configuration is JSON in the file's metadata.
 """
 
-import hashlib
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,27 +12,29 @@ import torch
 from torch import Tensor
 
 from hooklens.core.arguments import path_of
-from hooklens.core.checksum import Digest, save_tensors
+from hooklens.core.envelope import Envelope, Schema, file_digest, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.files import make_folder, reading
+from hooklens.core.safetensors_file import DTYPES, FLOATS, is_safetensors, read_header
 from hooklens.model.config import HookedTransformerConfig
-from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.pretrained.builder import assign, check_names, check_shapes, own_parameters, parameter_shapes
-from hooklens.pretrained.safetensors_file import DTYPES, SafetensorsFile, is_safetensors, read_header
 
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer
 
-FORMAT = "hooklens-model-2"
+_WRITER = "hl.save, or load a Hugging Face model by its folder, config.json included"
+SCHEMA = Schema("hooklens.model", 1, "a checkpoint", _WRITER)
 FOLDER_FILE = "model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def save(model: HookedTransformer, path: str | Path) -> None:
-    """Write a model, its configuration and its tokenizer; `load(path)` brings them back.
+    """Save a model, its configuration and its tokenizer; `load(path)` reads them back.
 
-    A path that ends in .safetensors becomes one file, any other a folder of that file and the tokenizer's. The file is
-    written aside and renamed: it is whole or not there. Hooks are not saved.
+    A path that ends in .safetensors becomes one file; any other path becomes a folder with that file and the
+    tokenizer's files. The file is written to a temporary name and then renamed, so it is never partial. Hooks are not
+    saved.
 
     >>> from hooklens.testing import tiny_model
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
@@ -42,18 +42,19 @@ def save(model: HookedTransformer, path: str | Path) -> None:
     >>> load_checkpoint(path).cfg == tiny_model().cfg
     True
     """
+    need_hooked(model, "save")
     path = path_of(path)
     tensors = _savable(model)
-    metadata = {"format": FORMAT, "config": json.dumps(model.cfg.to_json(), allow_nan=False)}
+    content: dict[str, Any] = {"config": model.cfg.to_json()}
     if path.suffix != ".safetensors":
         make_folder(path)
         if model.tokenizer is not None:
             model.tokenizer.save(path)
-            metadata["tokenizer_sha256"] = json.dumps(_file_sums(path))
+            content["tokenizer_sha256"] = _file_sums(path)
         path = path / FOLDER_FILE
     elif model.tokenizer is not None:
-        metadata["tokenizer"] = _packed(model.tokenizer)
-    save_tensors(path, tensors, metadata)
+        content["tokenizer"] = _packed(model.tokenizer)
+    write_envelope(path, SCHEMA, content, tensors)
 
 
 def load_checkpoint(
@@ -63,79 +64,67 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
-    """The model that `save` wrote, in the dtype that it had unless another is asked for."""
+    """Load a model that `save` wrote, in its saved dtype unless `dtype` is given."""
     path = path_of(path)
-    with reading(path, "a checkpoint"):
-        file = read_header(path / FOLDER_FILE if path.is_dir() else path)
-        digest = Digest(file.metadata, {name: (entry.kind, entry.shape) for name, entry in file.entries.items()})
-        model = _without_weights(file, digest, dtype)
-        model.tokenizer = tokenizer or _tokenizer_of(path, file)
-    for name in sorted(file.entries):
-        assign(model, name, file.tensor(name, digest.update).to(device=device or "cpu", dtype=dtype))
+    file = read_envelope(path / FOLDER_FILE if path.is_dir() else path, SCHEMA)
+    with reading(path, SCHEMA.what):
+        model = _without_weights(file, dtype)
+        model.tokenizer = tokenizer or _tokenizer_of(path, file.content)
+    for name, weight in file.tensors():
+        assign(model, name, weight.to(device=device or "cpu", dtype=dtype))
     model.tie()
-    if not digest.agrees(file.metadata):
-        raise _damaged(file)
     return model
 
 
 def is_checkpoint(path: Path) -> bool:
     """Is there a file, and is it a checkpoint of ours?"""
-    return path.is_file() and is_safetensors(path) and read_header(path).metadata.get("format") == FORMAT
+    return path.is_file() and is_safetensors(path) and read_header(path).metadata.get("schema") == SCHEMA.name
 
 
-def _damaged(file: SafetensorsFile) -> FileRefused:
-    return FileRefused(f"{file.path} is damaged: its content does not match its own sha256; save or copy it again")
-
-
-def _without_weights(file: SafetensorsFile, digest: Digest, dtype: torch.dtype | None) -> HookedTransformer:
+def _without_weights(file: Envelope, dtype: torch.dtype | None) -> HookedTransformer:
     """The model that the file's configuration describes, on the meta device; names and shapes are those in the file."""
-    cfg, where = _config(file, digest), str(file.path)
-    if cfg.n_layers > len(file.entries):
+    cfg, where, entries = _config(file), str(file.path), file.entries
+    if cfg.n_layers > len(entries):
         raise FileRefused(
-            f"{where} holds {len(file.entries)} weights, its configuration says {cfg.n_layers:,} layers; save it again"
+            f"{where} holds {len(entries)} weights, its configuration says {cfg.n_layers:,} layers; save it again"
         )
-    first = next((DTYPES[entry.kind] for entry in file.entries.values() if entry.kind in DTYPES), torch.float32)
+    if odd := sorted({entry.kind for entry in entries.values()} - set(FLOATS)):
+        raise FileRefused(f"{where} holds weights stored as {odd[0]}; a checkpoint holds {', '.join(FLOATS)}")
+    first = next((DTYPES[entry.kind] for entry in entries.values()), torch.float32)
     model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
     wanted = parameter_shapes(model)
-    check_names(file.entries, wanted, where, "its own configuration")
-    shapes = {name: (entry.shape, wanted[name]) for name, entry in file.entries.items()}
+    check_names(entries, wanted, where, "its own configuration")
+    shapes = {name: (entry.shape, wanted[name]) for name, entry in entries.items()}
     check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, where)
     return model
 
 
 def _savable(model: HookedTransformer) -> dict[str, Tensor]:
-    """The parameters by name, after it was checked that the configuration alone describes them."""
+    """The parameters by name. Raises unless the configuration alone describes them."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in own_parameters(model, "a checkpoint").items()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in [DTYPES[kind] for kind in FLOATS]:
             raise InputError(
-                f"{name} is {tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}: convert the model first"
+                f"{name} is {tensor.dtype}; a checkpoint holds {', '.join(FLOATS)}: convert the model first"
             )
     return tensors
 
 
-def _config(file: SafetensorsFile, digest: Digest) -> HookedTransformerConfig:
-    if file.metadata.get("format") != FORMAT:
-        raise FileRefused(
-            f"{file.path} is a safetensors file, but no checkpoint that hooklens saved (format {FORMAT!r}, this has "
-            f"{file.metadata.get('format')!r}); a Hugging Face model is loaded by its folder, config.json included"
-        )
-    if not digest.header_agrees(file.metadata):
-        raise _damaged(file)
+def _config(file: Envelope) -> HookedTransformerConfig:
     try:
-        return HookedTransformerConfig.from_json(json.loads(file.metadata["config"]))
+        return HookedTransformerConfig.from_json(file.content["config"])
     except HooklensError as error:
         raise FileRefused(
-            f"{file.path} holds a configuration that cannot be read ({type(error).__name__}: {error}); if it "
-            "has a part of your own, import the module that defines it first"
+            f"{file.path} contains a configuration that cannot be read ({type(error).__name__}: {error}); if it "
+            "uses a part that you defined, import the module that defines it first"
         ) from error
 
 
-def _packed(tokenizer: "Tokenizer") -> str:
-    """The tokenizer's own files as one JSON text."""
+def _packed(tokenizer: "Tokenizer") -> dict[str, str]:
+    """The texts of the tokenizer's own files."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        return json.dumps({name: (Path(folder) / name).read_text(encoding="utf-8") for name in _TOKENIZER_FILES})
+        return {name: (Path(folder) / name).read_text(encoding="utf-8") for name in _TOKENIZER_FILES}
 
 
 def _all_there(folder: Path) -> bool:
@@ -143,24 +132,23 @@ def _all_there(folder: Path) -> bool:
 
 
 def _file_sums(folder: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _TOKENIZER_FILES}
+    return {name: file_digest(folder / name) for name in _TOKENIZER_FILES}
 
 
-def _tokenizer_of(path: Path, file: SafetensorsFile) -> "Tokenizer | None":
+def _tokenizer_of(path: Path, content: dict[str, Any]) -> "Tokenizer | None":
     from hooklens.pretrained.tokenizer import Tokenizer
 
     if path.is_dir():
-        told = file.metadata.get("tokenizer_sha256")
-        if told is not None and not (_all_there(path) and told == json.dumps(_file_sums(path))):
+        told = content.get("tokenizer_sha256")
+        if told is not None and not (_all_there(path) and told == _file_sums(path)):
             raise FileRefused(
-                f"{' or '.join(_TOKENIZER_FILES)} in {path} is not the one that was saved with the model, damaged or "
-                "changed; copy the folder again, or give tokenizer="
+                f"{' or '.join(_TOKENIZER_FILES)} in {path} differs from the file that was saved with the model; copy "
+                "the folder again, or give tokenizer="
             )
         return Tokenizer.from_folder(path) if (path / _TOKENIZER_FILES[0]).is_file() else None
-    if "tokenizer" not in file.metadata:
+    if "tokenizer" not in content:
         return None
-    contents: dict[str, Any] = json.loads(file.metadata["tokenizer"])
     with tempfile.TemporaryDirectory() as folder:
         for name in _TOKENIZER_FILES:
-            (Path(folder) / name).write_text(contents[name], encoding="utf-8")
+            (Path(folder) / name).write_text(content["tokenizer"][name], encoding="utf-8")
         return Tokenizer.from_folder(folder)

@@ -1,8 +1,8 @@
-"""The block formats of GGUF files, turned back into float32.
+"""Convert the block formats of GGUF files back to float32.
 
-A quantised tensor is a row of blocks; each block packs 32 or 256 small integers and the scales that turn them into
-numbers. Every function here gives bit for bit what `gguf.dequantize` gives, some ten times faster: it writes into the
-result in pieces that stay in the processor's cache, instead of building a list of arrays.
+A quantised tensor is a row of blocks. Each block packs 32 or 256 small integers and the scales that turn them into
+numbers. Every function here returns the values of `gguf.dequantize` bit for bit, about ten times faster: it writes into
+the result in pieces that fit the processor's cache, instead of building a list of arrays.
 
 Reference: the block structures in ggml's `ggml-common.h`.
 """
@@ -23,7 +23,7 @@ def _half(blocks: Blocks, start: int) -> Float32[Tensor, "block 1"]:
 
 
 def _nibbles(packed: UInt8[Tensor, "block group byte"]) -> UInt8[Tensor, "block group 2 byte"]:
-    """The low halves of a group's bytes, then the high halves."""
+    """The low halves of a group's bytes, followed by the high halves."""
     return torch.stack((packed & 15, packed >> 4), dim=2)
 
 
@@ -61,8 +61,8 @@ def _q4_1(blocks: Blocks, out: Values) -> None:
 def _k_scales(blocks: Blocks) -> tuple[Float32[Tensor, "block 8 1"], Float32[Tensor, "block 8 1"]]:
     """Scale and offset of the eight sub-blocks of Q4_K and Q5_K.
 
-    Twelve bytes hold sixteen 6-bit numbers: four low scales, four low offsets, and the nibbles of the four high ones
-    whose two top bits sit in the top bits of the first eight bytes.
+    Twelve bytes store sixteen 6-bit numbers: four low scales, four low offsets, and the nibbles of the four high pairs,
+    whose top two bits are stored in the top bits of the first eight bytes.
     """
     scale, offset, high = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
     scales = torch.cat((scale & 63, (high & 15) | ((scale >> 2) & 48)), dim=1)
@@ -78,7 +78,7 @@ def _q4_k(blocks: Blocks, out: Values) -> None:
 
 
 def _q5_k(blocks: Blocks, out: Values) -> None:
-    """As Q4_K with a fifth bit: bit j of the 32 bytes at 16 belongs to sub-block j."""
+    """Like Q4_K with a fifth bit: bit j of the 32 bytes at offset 16 belongs to sub-block j."""
     scale, offset = _k_scales(blocks)
     low = _nibbles(blocks[:, 48:].view(-1, 4, 32)).view(-1, 8, 32)
     shift = torch.arange(8, dtype=torch.uint8)[:, None]
@@ -110,7 +110,7 @@ DEQUANTISERS: dict[str, Callable[[Tensor, Tensor], None]] = {
 
 
 def can_dequantise(kind: str) -> bool:
-    """Whether tensors of this type can be read: by this file, or by the gguf package (slower).
+    """Whether tensors of this type can be read, by this file or by the (slower) gguf package.
 
     >>> can_dequantise("Q4_1"), can_dequantise("Q5_0"), can_dequantise("I32")
     (True, True, False)

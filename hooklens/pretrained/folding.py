@@ -1,27 +1,31 @@
-"""Foldings: pure functions from a model to a new one that computes the same log-probabilities with simpler weights.
+"""Weight folding: pure functions from a model to a new model with the same log-probabilities and simpler weights.
 
-Each copies the weights, leaves the model it was given untouched, records its name in `cfg.folded`, and is refused where
-it could not be exact.
+Each function copies the weights, leaves the original model unchanged, records its name in `cfg.folded`, and raises
+where it would not be exact.
 
 Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", appendix; TransformerLens's
 `fold_ln` and friends.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError, did_you_mean
+from hooklens.model.block import Block
 from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart, Sinusoidal
 from hooklens.model.norms import Norm
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.builder import assign, own_parameters, parameter_shapes
 
 Weights = dict[str, Tensor]
-_READERS = {"ln1": ("attn.q", "attn.k", "attn.v"), "ln2": ("mlp.in_", "mlp.gate")}
+_READERS: dict[Literal["attn", "mlp"], tuple[str, ...]] = {
+    "attn": ("attn.q", "attn.k", "attn.v"),
+    "mlp": ("mlp.in_", "mlp.gate"),
+}
 _GROUPS = {
     "qkv": ("attn.q.bias", "attn.k.bias", "attn.v.bias"),
     "o": ("attn.o.bias",),
@@ -35,40 +39,38 @@ _EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
 def fold_ln(model: HookedTransformer) -> HookedTransformer:
     """Move each norm's weight and bias into the layers that read it: W (g x + s) = (W g) x + W s.
 
-    Norms keep their place and divide as before, with weight 1 and bias 0. Tied embeddings come apart, as the final
-    norm's weight goes into the unembedding alone. Norms inside attention (q/k) and after a branch (sandwich) have no
-    layer behind them and stay as they are.
+    Norms stay in place and divide as before, with weight 1 and bias 0. Tied embeddings are untied, because the final
+    norm's weight goes into the unembedding only. Norms inside attention (q/k) and after a branch (sandwich) are not
+    followed by a linear layer and stay unchanged.
 
     >>> from hooklens.testing import tiny_model
     >>> folded = fold_ln(tiny_model())
     >>> folded.ln_final.weight.unique(), folded.cfg.folded
     (tensor([1.], grad_fn=<...>), ('fold_ln',))
     """
-    if model.cfg.block == "post":
-        raise _refused(
-            "fold_ln", "in a post-norm block the norm's output is the residual stream itself, which is added to"
-        )
+    if model.blocks[0].not_a_sum is not None:
+        raise _refused("fold_ln", f"{model.blocks[0].not_a_sum}: the norm's output is the residual stream")
     weights = _copied(model, "fold_ln")
     for layer, block in enumerate(model.blocks):
-        for norm, linears in _READERS.items():
-            at = f"blocks.{layer}."
-            _absorb(weights, getattr(block, norm, None), at + norm, [at + linear for linear in linears])
+        for part, linears in _READERS.items():
+            norm = block.reads_through(part).norm
+            _absorb(weights, norm, [f"blocks.{layer}.{linear}" for linear in linears])
     _untie(weights)
-    _absorb(weights, model.ln_final, "ln_final", ["unembed.linear"])
+    _absorb(weights, model.ln_final, ["unembed.linear"])
     return _made(model, weights, "fold_ln")
 
 
 def center_writing_weights(model: HookedTransformer) -> HookedTransformer:
-    """Take the mean over d_model out of everything that is written to the residual stream.
+    """Subtract the mean over d_model from everything that is written to the residual stream.
 
-    Every reader is a LayerNorm, which subtracts that mean anyway, so no number after it changes. Tied embeddings come
-    apart: the unembedding keeps the old rows.
+    Every reader is a LayerNorm, which subtracts this mean anyway, so its output is unchanged. Tied embeddings are
+    untied: the unembedding keeps the old rows.
 
     >>> from hooklens.testing import tiny_model
     >>> bool(center_writing_weights(tiny_model()).W_E.mean(-1).abs().max() < 1e-6)
     True
     """
-    _check_centring(model.cfg)
+    _check_centring(model.cfg, model.blocks[0])
     weights = _copied(model, "center_writing_weights")
     _untie(weights)
     for name, weight in weights.items():
@@ -80,16 +82,16 @@ def center_writing_weights(model: HookedTransformer) -> HookedTransformer:
 
 
 def center_unembed(model: HookedTransformer) -> HookedTransformer:
-    """Take the mean over the vocabulary out of W_U and b_U: every logit of a position falls by the same amount.
+    """Subtract the mean over the vocabulary from W_U and b_U, so that all logits of a position shift by one amount.
 
-    Log-probabilities stay; logits do not.
+    Log-probabilities are unchanged; logits are not.
 
     >>> from hooklens.testing import tiny_model
     >>> bool(center_unembed(tiny_model()).W_U.mean(-1).abs().max() < 1e-6)
     True
     """
     if model.cfg.output_logits_soft_cap is not None:
-        raise _refused("center_unembed", "the logits pass a soft cap, so that a shift before it changes probabilities")
+        raise _refused("center_unembed", "a soft cap follows the logits, so a shift before it changes probabilities")
     weights = _copied(model, "center_unembed")
     _untie(weights)
     for name in (_HEAD, "unembed.linear.bias"):
@@ -99,7 +101,7 @@ def center_unembed(model: HookedTransformer) -> HookedTransformer:
 
 
 def fold_value_biases(model: HookedTransformer) -> HookedTransformer:
-    """Move b_V into b_O: rows of a pattern sum to 1, so that every query receives b_V whole, whatever it attends to.
+    """Fold b_V into b_O: the rows of a pattern sum to 1, so every query receives the whole b_V wherever it attends.
 
     >>> from hooklens.testing import tiny_model
     >>> int(fold_value_biases(tiny_model()).b_V.count_nonzero())
@@ -108,7 +110,7 @@ def fold_value_biases(model: HookedTransformer) -> HookedTransformer:
     if not model.cfg.score_fn.row_sums_to_one:
         raise _refused(
             "fold_value_biases",
-            f"rows of a pattern of the {model.cfg.score_fn.name!r} score function need not sum to 1",
+            f"the rows of a pattern with the score function {model.cfg.score_fn.name!r} need not sum to 1",
         )
     weights = _copied(model, "fold_value_biases")
     for layer in range(model.cfg.n_layers):
@@ -130,7 +132,7 @@ _WRITERS = ("attn.o.weight", "attn.o.bias", "mlp.out.weight", "mlp.out.bias")
 
 
 def fold_all(model: HookedTransformer, names: Sequence[str]) -> HookedTransformer:
-    """The model after each of the named foldings, in that order.
+    """Apply the named foldings in order.
 
     >>> from hooklens.testing import tiny_model
     >>> fold_all(tiny_model(), ["fold_ln", "center_unembed"]).cfg.folded
@@ -144,7 +146,7 @@ def fold_all(model: HookedTransformer, names: Sequence[str]) -> HookedTransforme
 
 
 def _refused(name: str, why: str) -> InputError:
-    return InputError(f"{name} would not be exact on this model: {why}; use the raw weights")
+    return InputError(f"{name} would not be exact on this model: {why}; use the model without this folding")
 
 
 def _copied(model: HookedTransformer, name: str) -> Weights:
@@ -163,16 +165,17 @@ def _less_mean(weight: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*sha
 
 
 def _add(weights: Weights, linear: str, shift: Float[Tensor, "d_out"]) -> None:
-    """Add to a layer's bias, which it may not have yet."""
+    """Add to a layer's bias; creates the bias if there is none."""
     old = weights.get(f"{linear}.bias")
     total = shift if old is None else old.double() + shift
     weights[f"{linear}.bias"] = total.to(weights[f"{linear}.weight"].dtype)
 
 
-def _absorb(weights: Weights, norm: Norm | None, name: str, linears: list[str]) -> None:
+def _absorb(weights: Weights, norm: Norm | None, linears: list[str]) -> None:
     """Put a norm's weight and bias into the layers behind it."""
     if norm is None or norm.weight is None:
         return
+    name = norm.hook_scale.name.removesuffix(".hook_scale")
     gain = norm.gain().detach().double()  # type: ignore[union-attr]
     for linear in (linear for linear in linears if f"{linear}.weight" in weights):
         weight = weights[f"{linear}.weight"]
@@ -184,22 +187,24 @@ def _absorb(weights: Weights, norm: Norm | None, name: str, linears: list[str]) 
         weights[f"{name}.bias"] = torch.zeros_like(weights[f"{name}.bias"])
 
 
-def _check_centring(cfg: HookedTransformerConfig) -> None:
+def _check_centring(cfg: HookedTransformerConfig, block: Block) -> None:
     name = "center_writing_weights"
-    if cfg.block not in ("pre", "parallel"):
-        raise _refused(name, f"in a {cfg.block}-norm block a norm writes to the residual stream, and its mean stays")
+    written = [*block.writes_through("attn").scales, *block.writes_through("mlp").scales]
+    if written or block.leaves_through().norm is not None or block.not_a_sum is not None:
+        kind = block.part.name
+        raise _refused(name, f"in a {kind}-norm block a norm writes to the residual stream, and its mean stays")
     for norm in (cfg.normalization_type, cfg.final_norm):
         if not isinstance(norm, LayerNormPart):
             what = (
                 "no norm" if norm is None else f"{type(norm).__name__.removesuffix('Part')}, which does not subtract it"
             )
-            raise _refused(name, f"the stream's mean is read through {what}")
+            raise _refused(name, f"a layer reads the stream through {what}")
     if isinstance(cfg.positional_embedding_type, Sinusoidal):
-        raise _refused(name, "the fixed sinusoidal positions write to the residual stream, and their mean stays")
+        raise _refused(name, "the fixed sinusoidal positions write to the residual stream, and their mean remains")
 
 
 def _made(model: HookedTransformer, weights: Weights, name: str) -> HookedTransformer:
-    """A model with these weights: untied or with more biases than before, where there are such weights now."""
+    """A model with these weights; it is untied and has additional biases where the weights require it."""
     cfg = model.cfg
     present: dict[str, Any] = {f: any(key.endswith(names) for key in weights) for f, names in _GROUPS.items()}
     if not cfg.gated_mlp or present["gate"] == present["mlp"]:
@@ -215,7 +220,7 @@ def _made(model: HookedTransformer, weights: Weights, name: str) -> HookedTransf
         dtype=model.dtype,
     )
     for key, shape in parameter_shapes(made).items():
-        if key not in weights:  # a bias whose group has others now
+        if key not in weights:  # a new bias in a group where another layer now has one
             weights[key] = weights[key.removesuffix("bias") + "weight"].new_zeros(shape)
         assign(made, key, weights[key])
     made.tie()

@@ -1,8 +1,8 @@
-"""GGUF files: read the header, refuse what is damaged, hand out float tensors one at a time.
+"""GGUF files: read the header, refuse damaged files, and return float tensors one at a time.
 
 The gguf package supplies the table of tensor types. Its reader is not used: it builds an array object for each of the
-hundred thousand strings of a vocabulary (3.3 s for a 98 MB model, where this takes 0.1 s) and maps the whole file
-without asking whether the file is all there.
+hundred thousand strings of a vocabulary (3.3 s for a 98 MB model; this reader takes 0.1 s), and it maps the whole file
+without checking that the file is complete.
 
 Reference: the GGUF specification, docs/gguf.md in the ggml repository.
 """
@@ -29,15 +29,15 @@ from hooklens.pretrained.gguf_to_hf import find_architecture, hf_names
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-# Values dequantised at a time. Below torch's threshold for using threads (32,768) on purpose: thousands of tiny
-# parallel regions cost nothing on an idle machine, and 10 to 30 s where another process keeps the cores busy.
+# Number of values dequantised at a time. Deliberately below torch's threshold for threads (32,768): thousands of tiny
+# parallel regions cost nothing on an idle machine, but 10 to 30 s if another process keeps the cores busy.
 _CHUNK = 1 << 14
 _LONGEST_ARRAY = 1 << 24  # elements; the vocabularies are below a million
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies in the file; `shape` is torch's order, the reverse of the file's."""
+    """Where a tensor lies in the file; `shape` is in torch's order, the reverse of the file's."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file that was found whole: its metadata, and its tensors on demand.
+    """A complete GGUF file: its metadata, and its tensors on demand.
 
     >>> import gguf, tempfile
     >>> path = Path(tempfile.mkdtemp()) / "tiny.gguf"
@@ -68,34 +68,34 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        """The model's kind, in llama.cpp's words."""
+        """The model's architecture, as llama.cpp names it."""
         return self.require("general.architecture")
 
     def require(self, key: str) -> Any:
-        """The metadata under `key`, or an error that shows the keys there are."""
+        """The metadata under `key`; a missing key raises an error that lists similar keys."""
         if key not in self.metadata:
             near = [known for known in self.metadata if known.split(".")[0] == key.split(".")[0]]
             raise FileRefused(
                 f"{self.path.name} has no metadata key {key!r}, which is needed to build the model; "
-                f"it has {', '.join(near) or 'none that begin like it'}; convert the model again"
+                f"similar keys in it: {', '.join(near) or 'none'}; convert the model again"
             )
         return self.metadata[key]
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
-        """One tensor by its name in the file, dequantised, laid out as the file has it."""
+        """One tensor by its name in the file, dequantised, in the layout of the file."""
         info = self.tensors[name]
         self.check_types([info])
         with reading(self.path, f"the tensor {name!r}"), open(self.path, "rb") as file:
             return _read(file, info).to(dtype)
 
     def check_types(self, tensors: list[GGUFTensor]) -> None:
-        """Refuse tensor types that cannot be turned into floats, before any is read."""
+        """Refuse tensor types that cannot be converted to floats, before reading any tensor."""
         readable = {kind for kind in {info.kind for info in tensors} if can_dequantise(kind)}
         for info in tensors:
             if info.kind not in readable:
                 raise FileRefused(
-                    f"{self.path.name}: the tensor {info.name!r} is stored as {info.kind}, which cannot be read; types "
-                    f"that can: {', '.join(DEQUANTISERS)} and what gguf.dequantize knows; quantise the model to these"
+                    f"{self.path.name}: the tensor {info.name!r} has the unreadable type {info.kind}; readable "
+                    f"types: {', '.join(DEQUANTISERS)} and those of gguf.dequantize; quantise the model to one of these"
                 )
 
     @cached_property
@@ -103,16 +103,16 @@ class GGUFFile:
         return find_architecture(self)
 
     def hf_config(self) -> dict[str, Any]:
-        """What the model's `config.json` on the hub would say, as far as it matters for computing with it."""
+        """The model's `config.json` as it would be on the hub, as far as the computation depends on it."""
         with reading(self.path, "a model's configuration"):
             return self._family.config(self)
 
     def hf_tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
         """The weights under their Hugging Face names and in that layout, one at a time.
 
-        Undoes what the conversion to GGUF did (rotary rows of Llama, `1 + weight` norms of Gemma, transposed and
-        regrouped matrices of GPT-2 and GPT-NeoX). Nothing is yielded from a file with a tensor that has no known
-        name or type.
+        Undoes the changes of the conversion to GGUF (rotary rows of Llama, `1 + weight` norms of Gemma, transposed and
+        regrouped matrices of GPT-2 and GPT-NeoX). Raises before the first tensor if any tensor has an unknown name or
+        type.
         """
         names = hf_names(self)
         config = self.hf_config()
@@ -129,9 +129,9 @@ class GGUFFile:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Read a GGUF file's header; the tensors stay on disk until they are asked for.
+    """Read a GGUF file's header; tensors stay on disk until they are requested.
 
-    A file that is not GGUF, is cut short, or declares tensors beyond its end is refused here.
+    A file that is not GGUF, is truncated, or declares tensors beyond its end raises an error.
     """
     path = path_of(path)
     with reading(path, "a GGUF model"), open(path, "rb") as file:
@@ -139,7 +139,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
         magic = file.read(4)
         if magic != b"GGUF":
             raise FileRefused(
-                f"{path.name} begins with {magic!r}, a GGUF file begins with b'GGUF'; is it another format?"
+                f"{path.name} begins with {magic!r}, but a GGUF file begins with b'GGUF'; is it another format?"
             )
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Header(data, path.name)
@@ -151,8 +151,8 @@ def read_gguf(path: str | Path) -> GGUFFile:
                 f"{path.name} is cut short: the tensor {info.name!r} should end at byte {info.offset + info.nbytes:,}, "
                 f"the file has {size:,} bytes; download or copy it again"
             )
-    if held > size:  # a small file must not stand for a large model
-        raise header.damaged(f"its tensors overlap: they take {held:,} bytes of a file of {size:,}")
+    if held > size:  # a small file must not expand to a large model
+        raise header.damaged(f"its tensors overlap: they need {held:,} bytes, the file has {size:,}")
     return GGUFFile(path, metadata, tensors)
 
 
@@ -170,7 +170,7 @@ class _Header:
         if version not in (2, 3):
             big = " (it was written for big-endian machines)" if version & 0xFFFF == 0 else ""
             raise FileRefused(
-                f"{self.name} is GGUF version {version}{big}; versions 2 and 3 can be read: convert it again"
+                f"{self.name} is GGUF version {version}{big}; supported versions are 2 and 3: convert it again"
             )
         n_tensors, n_keys = self.number("Q"), self.number("Q")
         metadata: dict[str, Any] = {}
@@ -190,7 +190,7 @@ class _Header:
         return metadata, tensors
 
     def take(self, n: int) -> int:
-        """Step over n bytes and return where they begin."""
+        """Advance n bytes and return where they begin."""
         start, self.at = self.at, self.at + n
         if self.at > len(self.data):
             raise FileRefused(
@@ -220,14 +220,14 @@ class _Header:
         if code == _ARRAY:
             return self.array(self.number("I"), self.number("Q"))
         if code not in _SCALARS:
-            raise self.damaged(f"there is no metadata type {code} (near byte {self.at})")
+            raise self.damaged(f"unknown metadata type {code} (near byte {self.at})")
         return self.number(_SCALARS[code])
 
     def array(self, code: int, length: int) -> list[Any]:
         if code == _STRING:
             return [self.string() for _ in range(length)]
         if code not in _SCALARS:
-            raise self.damaged(f"there is no array of metadata type {code} (near byte {self.at})")
+            raise self.damaged(f"unknown array type {code} (near byte {self.at})")
         size = struct.calcsize(f"<{_SCALARS[code]}")
         start = self.take(length * size)
         if length > _LONGEST_ARRAY:  # a list takes up to 36 bytes an element
@@ -250,17 +250,17 @@ class _Header:
         except (ValueError, KeyError):
             raise FileRefused(
                 f"{self.name}: the tensor {name!r} has the type number {code}, which the installed gguf package does "
-                "not know; a newer gguf may"
+                "not know; a newer gguf package may know it"
             ) from None
         if shape and shape[-1] % per_block:
             raise self.damaged(
-                f"the tensor {name!r} has rows of {shape[-1]}, {kind.name} needs multiples of {per_block}"
+                f"the tensor {name!r} has rows of {shape[-1]} values, but {kind.name} needs a multiple of {per_block}"
             )
         return GGUFTensor(name, shape, kind.name, offset, prod(shape) // per_block * block_bytes)
 
 
 def _read(file: Any, info: GGUFTensor) -> Float32[Tensor, "..."]:
-    """A tensor as float32, a chunk at a time so that no second copy of it is ever held."""
+    """Read a tensor as float32, chunk by chunk, so that no second copy of it is ever in memory."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[info.kind]]
@@ -273,6 +273,6 @@ def _read(file: Any, info: GGUFTensor) -> Float32[Tensor, "..."]:
         piece = values[start : start + step]
         raw = buffer[: len(piece) * block_bytes]
         if file.readinto(raw.numpy()) != len(raw):
-            raise FileRefused(f"{file.name} became shorter while the tensor {info.name!r} was read; read it again")
+            raise FileRefused(f"{file.name} shrank while the tensor {info.name!r} was being read; load it again")
         dequantise(info.kind, raw.view(-1, block_bytes), piece)
     return out

@@ -1,9 +1,9 @@
-"""What llama.cpp's conversion did to a model's names, layouts and configuration, undone.
+"""Undo the changes of llama.cpp's conversion to a model's names, layouts and configuration.
 
-One `Architecture` a family: where its tensors are called what on the hub, which of them were rearranged, and how its
-metadata reads as a `config.json`.
+One `Architecture` per family: the hub names of its tensors, the tensors that were rearranged, and the conversion of its
+metadata to a `config.json`.
 
-Reference: convert_hf_to_gguf.py in the llama.cpp repository, whose forward direction each `undo` inverts.
+Reference: convert_hf_to_gguf.py in the llama.cpp repository, each `undo` inverts its conversion.
 """
 
 import math
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 Undo = Callable[[str, Tensor, dict[str, Any]], Tensor]
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
-_FOR_POSITIONS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # in the config instead
+_FOR_POSITIONS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # config has them
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one llama.cpp architecture is spelled on the hub."""
+    """How one llama.cpp architecture is represented on the hub."""
 
     config: Callable[["GGUFFile"], dict[str, Any]]
     top: dict[str, str]
@@ -38,24 +38,24 @@ class Architecture:
 
 
 def find_architecture(file: "GGUFFile") -> Architecture:
-    """The file's architecture, or an error that lists those that are known."""
+    """The file's architecture; an unknown one raises an error that lists the supported ones."""
     name = file.architecture
     if name not in ARCHITECTURES:
         raise FileRefused(
-            f"{file.path.name} holds a model of the architecture {name!r}; those that can be loaded: "
+            f"{file.path.name} contains a model of the architecture {name!r}; supported architectures: "
             f"{', '.join(ARCHITECTURES)}"
         )
     experts = file.metadata.get(f"{name}.expert_count", 0)
     if experts:
         raise FileRefused(
-            f"{file.path.name} holds a mixture of {experts} experts; dense models can be loaded: "
+            f"{file.path.name} contains a mixture of {experts} experts; only dense models are supported: "
             f"{', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 
 
 def hf_names(file: "GGUFFile") -> dict[str, str]:
-    """For each tensor in the file, its name on the hub; a tensor without one is refused."""
+    """The hub name of each tensor in the file; a tensor without one raises an error."""
     family = find_architecture(file)
     names: dict[str, str] = {}
     unknown = []
@@ -74,7 +74,7 @@ def hf_names(file: "GGUFFile") -> dict[str, str]:
         shown = ", ".join(unknown[:5]) + (f", ... ({len(unknown)} in all)" if len(unknown) > 5 else "")
         raise FileRefused(
             f"{file.path.name} has tensors that a {file.architecture!r} model does not have: {shown}; it may be "
-            "another architecture under this name, or hold an adapter"
+            "another architecture under this name, or contain an adapter"
         )
     return names
 
@@ -91,7 +91,7 @@ def _split(name: str) -> tuple[int | None, str, str]:
 
 
 def _output_is_embedding(file: "GGUFFile") -> bool:
-    """Whether the model is tied: no output matrix, or (older conversions of GPT-2) the embedding written twice."""
+    """Whether the model is tied: no output matrix, or (older conversions of GPT-2) a second copy of the embedding."""
     output, embedding = file.tensors.get("output.weight"), file.tensors.get("token_embd.weight")
     if output is None or embedding is None:
         return output is None
@@ -110,7 +110,7 @@ def _output_is_embedding(file: "GGUFFile") -> bool:
 
 
 def _blocks(file: "GGUFFile") -> int:
-    """How many blocks the model has. Each has tensors of its own, so a larger number than theirs is no model's."""
+    """The number of blocks. Each block has its own tensors, so a block count above the number of tensors is wrong."""
     n_blocks = file.require(f"{file.architecture}.block_count")
     if type(n_blocks) is not int or not 0 < n_blocks <= len(file.tensors):
         raise FileRefused(
@@ -126,14 +126,14 @@ def _one(file: "GGUFFile", key: str, default: Any = None) -> Any:
     if isinstance(value, list):
         if len(set(value)) != 1:
             raise FileRefused(
-                f"{file.path.name}: {key} differs between layers ({value}); one value for all can be loaded"
+                f"{file.path.name}: {key} differs between layers ({value}); one value for all layers is needed"
             )
         value = value[0]
     return value
 
 
 def _eps(value: float) -> float:
-    """The float32 in the file as the decimal number it stands for.
+    """Convert the file's float32 to the decimal number it stands for.
 
     >>> _eps(9.999999747378752e-06)
     1e-05
@@ -142,16 +142,16 @@ def _eps(value: float) -> float:
 
 
 def _common(file: "GGUFFile", model_type: str, name: str) -> dict[str, Any]:
-    """What every configuration holds: kind, vocabulary, special tokens, tied or not."""
+    """The settings of every configuration: kind, vocabulary, special tokens, tied or not."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise FileRefused(f"{file.path.name} has no tensor 'token_embd.weight': it holds an adapter or part of a model")
+        raise FileRefused(f"{file.path.name} has no tensor 'token_embd.weight': it is an adapter or part of a model")
     return {
         "model_type": model_type,
         "architectures": [name],
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": _output_is_embedding(file),
-        # Absent ones are None on purpose: a family's own default may lie outside this vocabulary.
+        # Absent ids are None on purpose: a family's default may lie outside this vocabulary.
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
@@ -179,7 +179,7 @@ def _decoder(file: "GGUFFile", model_type: str, name: str) -> dict[str, Any]:
 
 
 def _scaling(file: "GGUFFile") -> dict[str, Any] | None:
-    """How rotary frequencies were stretched for long contexts, or None."""
+    """The scaling of the rotary frequencies for long contexts, or None."""
     arch = file.architecture
     kind = file.metadata.get(f"{arch}.rope.scaling.type", "none")
     factor = file.metadata.get(f"{arch}.rope.scaling.factor")
@@ -195,7 +195,7 @@ def _scaling(file: "GGUFFile") -> dict[str, Any] | None:
 def llama3_factors(
     theta: float, d_rot: int, *, factor: float, low: float, high: float, original: int
 ) -> Float[Tensor, "frequency"]:
-    """By how much Llama 3 divides each rotary frequency: 1 for fast ones, `factor` for slow ones, blended between.
+    """The divisor of each rotary frequency in Llama 3: 1 for fast ones, `factor` for slow ones, blended between.
 
     Reference: Llama 3.1's `apply_scaling`, written as the factors that GGUF files hold.
     """
@@ -205,7 +205,7 @@ def llama3_factors(
 
 
 def _llama3_scaling(file: "GGUFFile", original: int) -> dict[str, Any] | None:
-    """The file stores the outcome, one factor a frequency; the settings it came from are found and checked."""
+    """The file stores only one factor per frequency; recover the settings they came from, and check them."""
     seen = file.tensor("rope_freqs.weight", torch.float64)
     theta = float(file.metadata.get(f"{file.architecture}.rope.freq_base", 10000.0))
     # The slowest frequency carries the full factor, except in models too small to have one slow enough.
@@ -216,7 +216,7 @@ def _llama3_scaling(file: "GGUFFile", original: int) -> dict[str, Any] | None:
     if not torch.allclose(seen, expected, rtol=1e-4):
         raise FileRefused(
             f"{file.path.name}: rope_freqs.weight is {seen.tolist()[:4]}..., Llama 3's scaling with {settings} gives "
-            f"{expected.tolist()[:4]}...; only that scaling can be loaded"
+            f"{expected.tolist()[:4]}...; only Llama 3's scaling is supported"
         )
     return {
         "rope_type": "llama3",
@@ -245,8 +245,8 @@ def _qwen3(file: "GGUFFile") -> dict[str, Any]:
 
 
 def _gemma(file: "GGUFFile", model_type: str, name: str, largest: int) -> dict[str, Any]:
-    """What Gemma 2 and 3 share. The files do not say how queries are scaled: llama.cpp, and so we, tell the 27B model
-    by its number of layers; it divides by the width per head, all others by the head's dimension."""
+    """The settings that Gemma 2 and 3 share. The files do not store the scale of the queries. llama.cpp recognises the
+    27B model by its number of layers, and so does this: it divides by the width per head, all others by d_head."""
     base = _decoder(file, model_type, name)
     per_head = base["hidden_size"] // base["num_attention_heads"]
     base |= {
@@ -332,7 +332,7 @@ def _gptneox(file: "GGUFFile") -> dict[str, Any]:
 
 
 def interleaved_to_halves(weight: Float[Tensor, "rows *columns"], n_heads: int) -> Float[Tensor, "rows *columns"]:
-    """Rows of a query or key matrix, from llama.cpp's rotary pairs (2i, 2i+1) to the hub's (i, i + d_head/2).
+    """Reorder rows of a query or key matrix from llama.cpp's rotary pairs (2i, 2i+1) to the hub's (i, i + d_head/2).
 
     >>> interleaved_to_halves(torch.tensor([0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0]), 1).tolist()
     [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
@@ -354,12 +354,12 @@ def _undo_gemma(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
 
 
 def _undo_gpt2(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
-    # The hub's GPT-2 keeps its matrices as (in, out).
+    # The hub's GPT-2 stores its matrices as (in, out).
     return weight.T.contiguous() if name.startswith("blk.") and weight.ndim == 2 else weight
 
 
 def _undo_gptneox(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
-    """All queries, all keys, all values, back to (query, key, value) head by head."""
+    """Reorder from all queries, all keys, all values to (query, key, value) per head."""
     if ".attn_qkv." not in name:
         return weight
     apart = weight.view(3, config["num_attention_heads"], -1, *weight.shape[1:])

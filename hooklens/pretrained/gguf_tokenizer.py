@@ -1,9 +1,9 @@
-"""A tokenizer rebuilt from a GGUF file's metadata, in the shape the model's own tokenizer.json has.
+"""A tokenizer rebuilt from a GGUF file's metadata, equivalent to the model's own tokenizer.json.
 
 The file stores the vocabulary, merges or scores, and two names: `tokenizer.ggml.model` ("gpt2": byte-level BPE,
 "llama": SentencePiece BPE) and `tokenizer.ggml.pre`, which says how text is split before merging. transformers knows
-some of the latter and silently splits as GPT-2 did for the others (so for smollm, which splits digits one by one);
-here each known name has its rule and an unknown one is refused.
+some of the latter and silently splits like GPT-2 for the others (for example smollm, which splits off single digits).
+Here each known name has its rule, and an unknown name raises an error.
 
 Reference: llama.cpp's `llama-vocab.cpp` for the names; the tokenizer.json of each model for its rule.
 """
@@ -25,7 +25,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 
 def _cased(ending: str, digits: str) -> str:
-    """The rule of Tekken and GPT-4o: words part where lower case meets upper case."""
+    """The rule of Tekken and GPT-4o: words are split where lower case meets upper case."""
     start = r"[^\r\n\p{L}\p{N}]?"
     words = f"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}"
     return words + rf"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*" + _TAIL
@@ -33,13 +33,13 @@ def _cased(ending: str, digits: str) -> str:
 
 @dataclass(frozen=True)
 class Split:
-    """How text is cut before merging: by GPT-2's expression, or another; single digits first; characters composed."""
+    """How text is split before merging: the expression (default GPT-2's), single digits first, Unicode composition."""
 
     pattern: str | None = None
     digits: bool = False
     compose: bool = False
-    whole_words: bool = False  # a piece that is in the vocabulary is taken whole, merges or not
-    bos: bool = False  # add BOS where the file does not say
+    whole_words: bool = False  # a piece in the vocabulary becomes one token, whatever the merges
+    bos: bool = False  # whether to add BOS if the file does not say
 
 
 PRE_TOKENIZERS: dict[str, Split] = {
@@ -63,7 +63,7 @@ PRE_TOKENIZERS: dict[str, Split] = {
 
 
 def rebuild(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Tokenizer's fields, from a GGUF file's metadata."""
+    """Return the fields of Tokenizer from a GGUF file's metadata."""
     with reading(str(metadata.get("general.name", "GGUF metadata")), "a tokenizer"):
         return _rebuilt(metadata)
 
@@ -72,13 +72,13 @@ def _rebuilt(metadata: dict[str, Any]) -> dict[str, Any]:
     kind = _need(metadata, "model")
     if kind not in ("gpt2", "llama"):
         raise FileRefused(
-            f"the file's tokenizer is of the kind {kind!r}; kinds that can be rebuilt: 'gpt2' (byte-level BPE) and "
+            f"the file's tokenizer has the type {kind!r}; supported types: 'gpt2' (byte-level BPE) and "
             "'llama' (SentencePiece BPE); load the tokenizer from a folder instead"
         )
     backend = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
     ids = {name: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _NAMED.items()}
     _add_special(backend, metadata, ids)
-    # Older files have no flag: llama.cpp adds BOS to every SentencePiece vocabulary, and where the rule says so.
+    # Older files have no flag: llama.cpp adds BOS for every SentencePiece vocabulary, and where the split rule says so.
     usual = kind == "llama" or _split(metadata).bos
     eot = metadata.get("tokenizer.ggml.eot_token_id")
     return {
@@ -104,12 +104,12 @@ def _need(metadata: dict[str, Any], key: str) -> Any:
 
 
 def _tokens(metadata: dict[str, Any]) -> list[str]:
-    """The vocabulary. Ways to split a token grow with its length, and each takes its length: long ones are refused."""
+    """The vocabulary. Long tokens are refused: a token's splits grow with its length, and so does the cost of each."""
     tokens = _need(metadata, "tokens")
     longest = max(map(len, tokens), default=0)
     if longest > _LONGEST_TOKEN:
         raise FileRefused(
-            f"the file's vocabulary has a token of {longest:,} characters (at most {_LONGEST_TOKEN:,} are read); "
+            f"the file's vocabulary has a token of {longest:,} characters (the limit is {_LONGEST_TOKEN:,}); "
             "convert it again"
         )
     return tokens
@@ -124,34 +124,34 @@ def _model(vocab: dict[str, int], merges: list[tuple[str, str]], size: int, **op
     from tokenizers import Tokenizer, models
 
     if len(vocab) != size:
-        raise FileRefused(f"the file's vocabulary has {size} entries but {len(vocab)} different ones; convert it again")
+        raise FileRefused(f"the file's vocabulary has {size} entries, only {len(vocab)} distinct; convert it again")
     try:
         return Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
-    except Exception as error:  # the library raises bare Exception
-        raise FileRefused(f"the file's merges do not fit its vocabulary: {error}; convert it again") from error
+    except Exception as error:  # the library raises a bare Exception
+        raise FileRefused(f"the file's merges do not match its vocabulary: {error}; convert it again") from error
 
 
 def _split(metadata: dict[str, Any]) -> Split:
-    """How the file says that text is cut. Only GPT-2 itself is known to be cut as GPT-2 where it does not say."""
+    """The file's rule for splitting text. If the file names none, only GPT-2 itself is known to split like GPT-2."""
     name = metadata.get("tokenizer.ggml.pre", "gpt-2" if metadata.get("general.architecture") == "gpt2" else None)
     if name not in PRE_TOKENIZERS:
-        seen = "does not say how it splits text" if name is None else f"splits text as {name!r}, which is not known"
+        seen = "does not say how it splits text" if name is None else f"splits text as {name!r}, an unknown rule"
         raise FileRefused(
-            f"the file's tokenizer {seen} (tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS)}; convert it "
-            "again with a newer llama.cpp, or, in Python, give load(path, tokenizer=folder) another tokenizer"
+            f"the file's tokenizer {seen} (tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS)}; convert the file "
+            "again with a newer llama.cpp, or, in Python, pass another tokenizer as load(path, tokenizer=folder)"
         )
     return PRE_TOKENIZERS[name]
 
 
 def _byte_level(metadata: dict[str, Any]) -> Any:
-    """Byte-level BPE: every byte is a letter, text is cut by the rule named in the file and merged within pieces."""
+    """Byte-level BPE: every byte is a letter; text is split by the file's rule and merged within pieces."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     split = _split(metadata)
     tokens = _tokens(metadata)
     letter_of = {value: letter for letter, value in byte_values().items()}
     vocab = {
-        # Some converters write added words as plain text; a merged token is always in the byte alphabet.
+        # Some converters write added words as plain text; merged tokens always use the byte alphabet.
         token if kind in (_CONTROL, _USER_DEFINED) or in_byte_alphabet(token) else _in_letters(token, letter_of): i
         for i, (token, kind) in enumerate(zip(tokens, _types(metadata), strict=True))
     }
@@ -184,21 +184,21 @@ def _merges(lines: list[str]) -> list[tuple[str, str]]:
     pairs = [tuple(line.split(" ")) for line in lines]
     bad = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
     if bad is not None:
-        raise FileRefused(f"merge {bad} of the file is {lines[bad]!r}; it should be two tokens with a space between")
+        raise FileRefused(f"merge {bad} of the file is {lines[bad]!r}; expected two tokens with a space between")
     return pairs  # type: ignore[return-value]
 
 
 def _sentencepiece(metadata: dict[str, Any]) -> Any:
-    """SentencePiece BPE: spaces are `▁`, what is not in the vocabulary falls back to bytes.
+    """SentencePiece BPE: spaces are `▁`; text outside the vocabulary falls back to bytes.
 
-    Where the space in front comes from differs by model and is not in the file: Gemma has none, Phi-3 puts one before
-    every stretch of text, the others before the first.
+    The rule for the space in front of a text depends on the model and is not in the file: Gemma adds none, Phi-3 adds
+    one before every stretch of text, the others before the first.
     """
     from tokenizers import decoders, normalizers, pre_tokenizers
 
     arch = metadata.get("general.architecture", "")
     gemma = arch.startswith("gemma")
-    # Gemma's runs of spaces are stored as spaces, its merges look for runs of `▁`.
+    # Gemma's runs of spaces are stored as spaces; its merges use runs of `▁`.
     tokens = ["▁" * len(t) if gemma and t and not t.strip(" ") else t for t in _tokens(metadata)]
     vocab = {token: i for i, token in enumerate(tokens)}
     unk = metadata.get("tokenizer.ggml.unknown_token_id")
@@ -223,10 +223,10 @@ def _sentencepiece(metadata: dict[str, Any]) -> Any:
 def _merges_of(
     metadata: dict[str, Any], tokens: list[str], vocab: dict[str, int], by_position: bool
 ) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece vocabulary, best first: every way to put a token together from two others.
+    """The merges of a SentencePiece vocabulary, best first: every way to join two tokens into another token.
 
-    SentencePiece stores no merges, it joins the pair whose result has the highest score; Gemma's scores do not follow
-    its merges, the order of its tokens does. Ties: the longer left part first, then the longer right part.
+    SentencePiece stores no merges; it joins the pair whose result has the highest score. For Gemma the order of the
+    tokens, not their score, gives the order of merges. Ties: the longer left part first, then the longer right part.
     """
     if "tokenizer.ggml.merges" in metadata:
         return _merges(metadata["tokenizer.ggml.merges"])
@@ -242,7 +242,7 @@ def _merges_of(
 
 
 def _add_special(backend: Any, metadata: dict[str, Any], ids: dict[str, int | None]) -> None:
-    """Tokens that are matched whole in the text: control tokens and the named ones, and words the user defined."""
+    """Register the tokens that are matched whole: control tokens, the named special tokens, and user-defined words."""
     from tokenizers import AddedToken
 
     tokens, types = _tokens(metadata), _types(metadata)

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face kind: a local folder, a hub id, a transformers model in memory, a GGUF file."""
+"""Load Hugging Face models: a local folder, a hub id, a transformers model in memory, a GGUF file."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable
 from hooklens.core.files import read_json, reading
+from hooklens.core.safetensors_file import SafetensorsFile, read_header
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.builder import Weights, build
-from hooklens.pretrained.safetensors_file import SafetensorsFile, read_header
 
 if TYPE_CHECKING:
     from hooklens.pretrained.gguf import GGUFFile
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Device = str | torch.device | None
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-#: What is fetched from the hub: weights in safetensors, and settings. Nothing that could hold code.
+#: Files fetched from the hub: safetensors weights and settings. Nothing that could contain code.
 HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -61,7 +61,7 @@ class MemoryWeights(Weights):
 
 
 class GGUFWeights(Weights):
-    """The tensors of a GGUF file, dequantised; their shapes on the hub are known once they are read."""
+    """The tensors of a GGUF file, dequantised; their hub shapes are known only after reading."""
 
     def __init__(self, file: "GGUFFile"):
         from hooklens.pretrained.gguf_to_hf import hf_names
@@ -81,7 +81,7 @@ def load_folder(
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
 ) -> HookedTransformer:
-    """The model in a Hugging Face folder: config.json, safetensors (one file or shards), tokenizer.json if present."""
+    """Load a Hugging Face folder: config.json, safetensors (one file or shards), and tokenizer.json if present."""
     from hooklens.pretrained.tokenizer import Tokenizer
 
     with reading(folder, "a model"):
@@ -103,7 +103,7 @@ def load_gguf(
     dtype: torch.dtype,
     name: str | None = None,
 ) -> HookedTransformer:
-    """The model in a GGUF file, with the tokenizer that its metadata describes."""
+    """Load a GGUF file, with the tokenizer of its metadata."""
     from hooklens.pretrained.gguf import read_gguf
     from hooklens.pretrained.tokenizer import Tokenizer
 
@@ -120,7 +120,7 @@ def load_gguf(
 def load_module(
     module: Any, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype | None = None
 ) -> HookedTransformer:
-    """A copy of a transformers model in memory, on its device and in its dtype unless others are asked for."""
+    """Copy a transformers model in memory, on its device and in its dtype unless others are given."""
     first = next(module.parameters())
     values = module.config.to_dict()
     generation = getattr(module, "generation_config", None) or module.config
@@ -136,12 +136,12 @@ def load_module(
 
 
 def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
-    """The tokenizer, ending a reply also at the tokens (one, or several) that the model's own settings end it at."""
+    """The tokenizer, with the stop tokens (one or several) of the model's own settings added."""
     if tokenizer is None:
         return None
     ids = [i for i in (ends if isinstance(ends, list | tuple) else [ends]) if i is not None]
-    if not all(type(i) is int and -1 <= i < 2**32 for i in ids):  # -1 is how some say none
-        raise InputError(f"eos_token_id is a token id, a list of these or none, got {ends!r:.80}; correct the settings")
+    if not all(type(i) is int and -1 <= i < 2**32 for i in ids):  # some files use -1 for none
+        raise InputError(f"eos_token_id is a token id, a list of ids or null, got {ends!r:.80}; correct the settings")
     stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *(i for i in ids if i >= 0))))
     return tokenizer if stops == tokenizer.stop_ids else replace(tokenizer, stop_ids=stops)
 
@@ -149,28 +149,28 @@ def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
 def load_hub(
     repo: str, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype = torch.float32
 ) -> HookedTransformer:
-    """The model of a hub id, through huggingface_hub and its cache."""
+    """Load a hub id, through huggingface_hub and its cache."""
     folder = fetch_from_hub(repo)
     return load_folder(folder, tokenizer=tokenizer, device=device, dtype=dtype, name=repo)
 
 
 def fetch_from_hub(repo: str) -> Path:
-    """The folder with a hub model's configuration, safetensors and tokenizer; nothing else is downloaded."""
+    """Download a hub model's configuration, safetensors and tokenizer, and nothing else; return their folder."""
     try:
         import huggingface_hub
     except ImportError:
         raise Unavailable(
-            f"to load {repo!r} from the hub takes the package huggingface_hub, which is not installed; "
+            f"loading {repo!r} from the hub needs the package huggingface_hub, which is not installed; "
             "run `pip install 'hooklens[hub]'`, or give the path of a folder or a GGUF file"
         ) from None
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # its own, requests', httpx' and the system's errors, by version
+    except Exception as error:  # depending on its version: its own, requests', httpx's or system errors
         raise _hub_failed(repo, error) from error
 
 
 def _hub_failed(repo: str, error: Exception) -> Exception:
-    kind, first = type(error).__name__, (str(error).strip() or "no further word").splitlines()[0]
+    kind, first = type(error).__name__, (str(error).strip() or "no message").splitlines()[0]
     if kind in ("RepositoryNotFoundError", "HFValidationError"):
         return InputError(
             f"the hub has no model {repo!r} ({kind}: {first}); check its spelling, or log in if it is private"
@@ -187,12 +187,12 @@ def _configuration(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        raise FileRefused(f"{folder} has no {path.name} (it has {there}); is it a Hugging Face model's folder?")
+        raise FileRefused(f"{folder} has no {path.name} (it contains {there}); is it a Hugging Face model's folder?")
     return read_json(path, "a model's configuration")
 
 
 def _shards(folder: Path) -> list[SafetensorsFile]:
-    """The folder's safetensors files: those of its index, or the only one."""
+    """The folder's safetensors files: those of its index, or the only file."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return [read_header(_only_file(folder))]
@@ -200,7 +200,7 @@ def _shards(folder: Path) -> list[SafetensorsFile]:
     if not isinstance(where, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in where.values()
     ):
-        raise FileRefused(f"{index} has no weight_map from names to files beside it; download it again")
+        raise FileRefused(f"{index} has no weight_map from names to files in its folder; download it again")
     names = sorted(set(where.values()))
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise FileRefused(f"{folder} lacks {len(absent)} of its {len(names)} weight files: {', '.join(absent[:4])}")
@@ -222,13 +222,13 @@ def _only_file(folder: Path) -> Path:
         return found[0]
     if found:
         raise FileRefused(
-            f"{folder} has {len(found)} safetensors files ({', '.join(f.name for f in found[:4])}) and no "
-            "model.safetensors.index.json that says which belong to the model; add the index"
+            f"{folder} has {len(found)} safetensors files ({', '.join(f.name for f in found[:4])}) but no "
+            "model.safetensors.index.json to say which belong to the model; add the index"
         )
     pickled = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLED)
     if pickled:
         raise FileRefused(
-            f"{folder} holds pickled weights ({', '.join(pickled[:4])}): opening a pickle runs the code in it, "
-            "so hooklens never does; save the model again as safetensors, with transformers' save_pretrained"
+            f"{folder} contains pickled weights ({', '.join(pickled[:4])}): opening a pickle runs the code in it, "
+            "so hooklens never does it; save the model again as safetensors, with transformers' save_pretrained"
         )
-    raise FileRefused(f"{folder} has no safetensors file; the model's weights are expected beside its config.json")
+    raise FileRefused(f"{folder} has no safetensors file; the weights are expected in the same folder as config.json")

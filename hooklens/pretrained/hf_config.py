@@ -1,4 +1,4 @@
-"""Reading a Hugging Face config.json: sizes, activation, rotary positions and windows, each checked before use."""
+"""Read a Hugging Face config.json: sizes, activation, rotary positions and windows, each checked before use."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from hooklens.model.config import (
     SlidingWindow,
 )
 
-#: Hugging Face's names of activation functions, and ours.
+#: Names of activation functions: Hugging Face's to ours.
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -41,13 +41,13 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
-    if isinstance(value, dict):  # one for each part of a model of several
+    if isinstance(value, dict):  # one per part of a composite model
         return all(one is None or _is_dtype(one) for one in value.values())
     named = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     return value == "auto" or isinstance(named, torch.dtype)
 
 
-#: Settings that many configurations hold and not every family reads: of a wrong kind, the file is not what it seems.
+#: Settings of many configurations that not every family reads. A wrong type means that the file is not a valid config.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sliding_window": (_is_count, "a whole number of tokens"),
     "max_window_layers": (_is_count, "a whole number of layers"),
@@ -61,13 +61,14 @@ _WINDOWED = {"sliding_attention": True, "full_attention": False}
 
 
 class HFConfig:
-    """The values of a config.json, and where they came from for the errors.
+    """The values of a config.json, and their origin for error messages.
 
     >>> config = HFConfig({"hidden_size": 64, "hidden_act": "silu"}, "config.json")
     >>> config.size("hidden_size"), config.activation("hidden_act")
     (64, 'silu')
 
-    `most_layers` is the number of tensors beside it: every layer has some, and what a layer brings is made at once.
+    `most_layers` is the number of tensors in the checkpoint. Every layer has at least one, so a config with more layers
+    is refused before any layer is built.
     """
 
     def __init__(self, values: dict[str, Any], where: str, *, most_layers: int | None = None):
@@ -78,7 +79,7 @@ class HFConfig:
                 raise InputError(f"{where}: {key} is {value!r:.80}; {needed} is needed, or null")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or the default where the key is absent or null."""
+        """The value, or the default if the key is absent or null."""
         value = self.values.get(key)
         return default if value is None else value
 
@@ -94,17 +95,17 @@ class HFConfig:
         return value
 
     def layers(self, key: str, default: int | None = None) -> int:
-        """How many layers: a size that the tensors beside the configuration can bear out."""
+        """The number of layers, checked against the number of tensors in the checkpoint."""
         n_layers = self.size(key, default)
         if self.most_layers is not None and n_layers > self.most_layers:
             raise InputError(
-                f"{self.where}: {key} is {n_layers:,}, and there are {self.most_layers} tensors for them; "
+                f"{self.where}: {key} is {n_layers:,}, but there are only {self.most_layers} tensors; "
                 "do the configuration and the weights belong together?"
             )
         return n_layers
 
     def number(self, key: str, default: float) -> float:
-        """A positive, finite number: every number of a config that is read so divides something or is divided."""
+        """A positive, finite number. Every number read this way is a divisor or is divided."""
         return self._number(key, self.get(key, default))
 
     def _number(self, key: str, value: Any) -> float:
@@ -114,30 +115,30 @@ class HFConfig:
         return number
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false; anything else (a variant of the architecture) is refused."""
+        """True or false; any other value (a variant of the architecture) raises an error."""
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise InputError(f"{self.where}: {key} is {value!r}; the variants that can be loaded are true and false")
+            raise InputError(f"{self.where}: {key} is {value!r}; only true and false are supported")
         return value
 
     def refuse(self, key: str, *, allowed: Any, why: str) -> None:
-        """Refuse a setting that this library's parts do not express."""
+        """Refuse a setting that this library cannot represent."""
         value = self.get(key, allowed)
         if value != allowed:
-            raise InputError(f"{self.where}: {key} is {value!r}: {why}; {allowed!r} can be loaded")
+            raise InputError(f"{self.where}: {key} is {value!r}: {why}; only {allowed!r} is supported")
 
     def activation(self, key: str, default: str = "silu") -> str:
-        """Our name of an activation function."""
+        """Our name for the activation function."""
         name = self.get(key, default)
         if name not in ACTIVATIONS:
             raise InputError(
-                f"{self.where}: {key} is {name!r}, an activation function that cannot be loaded; "
-                f"those that can: {', '.join(ACTIVATIONS)}"
+                f"{self.where}: {key} is {name!r}, an unsupported activation function; "
+                f"supported: {', '.join(ACTIVATIONS)}"
             )
         return ACTIVATIONS[name]
 
     def rope_settings(self) -> dict[str, Any]:
-        """The rotary settings, from where transformers 5 writes them or from where transformers 4 did."""
+        """The rotary settings, in the format of transformers 5 or 4."""
         settings = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
         if self.get("rope_theta") is not None:
             settings.setdefault("rope_theta", self.get("rope_theta"))
@@ -146,19 +147,19 @@ class HFConfig:
         return settings
 
     def rotary(self, d_head: int, settings: dict[str, Any] | None = None, *, theta: float = 10000.0) -> Rotary:
-        """The rotary part that the settings describe."""
+        """Build the rotary part from the settings."""
         settings = self.rope_settings() if settings is None else settings
         nested = [key for key, value in settings.items() if isinstance(value, dict)]
         if nested:
             raise InputError(
-                f"{self.where}: rotary settings by kind of layer ({', '.join(nested)}) are not known for this family; "
-                "one setting for all layers can be loaded"
+                f"{self.where}: this family has no rotary settings by kind of layer ({', '.join(nested)}); "
+                "only one setting for all layers is supported"
             )
         dim = int(d_head * self._number("partial_rotary_factor", settings.get("partial_rotary_factor") or 1.0))
         if dim < 2 or dim > d_head or dim % 2:
             raise InputError(
-                f"{self.where}: rotary positions would turn {dim} of {d_head} dimensions a head; "
-                "an even number of them can be turned"
+                f"{self.where}: rotary positions would rotate {dim} of {d_head} dimensions of a head; "
+                "the number must be even"
             )
         base = self._number("rope_theta", theta if settings.get("rope_theta") is None else settings["rope_theta"])
         return Rotary(base, None if dim == d_head else dim, self._scaling(settings, dim))
@@ -167,7 +168,7 @@ class HFConfig:
         kind = settings.get("rope_type") or settings.get("type") or "default"
         if kind not in ROPE_TYPES:
             raise InputError(
-                f"{self.where}: the rope type {kind!r} cannot be loaded; those that can: {', '.join(ROPE_TYPES)}"
+                f"{self.where}: the rope type {kind!r} is not supported; supported:  {', '.join(ROPE_TYPES)}"
             )
         try:
             if kind == "linear":
@@ -187,12 +188,12 @@ class HFConfig:
         return self.size("original_max_position_embeddings", fallback)
 
     def _long(self, settings: dict[str, Any], dim: int) -> DividedScaling:
-        """A divisor a frequency, in two sets (Ding et al. 2024, LongRoPE); cosines and sines grow by `magnitude`."""
+        """One divisor per frequency, in two sets (Ding et al. 2024, LongRoPE); cos and sin scale by `magnitude`."""
         original = self._original(settings)
         short, long = (tuple(map(float, settings[f"{name}_factor"])) for name in ("short", "long"))
         if not len(short) == len(long) == dim // 2:
             raise InputError(
-                f"{self.where}: longrope needs {dim // 2} factors, one a frequency; "
+                f"{self.where}: longrope needs {dim // 2} factors, one per frequency; "
                 f"it has {len(short)} short and {len(long)} long ones"
             )
         stretch = settings.get("factor") or self.size("max_position_embeddings") / original
@@ -200,7 +201,7 @@ class HFConfig:
         return DividedScaling(short, long, original, float(settings.get("attention_factor") or grown))
 
     def masks(self, window: int | None, layer_types: list[str] | None = None) -> MaskPart | tuple[MaskPart, ...]:
-        """The mask of every layer: windowed where `layer_types` says so, or everywhere if it is None."""
+        """The mask of every layer: windowed where `layer_types` says so, or in all layers if it is None."""
         if window is None:
             return Causal()
         if layer_types is None:
@@ -208,14 +209,14 @@ class HFConfig:
         unknown = sorted(set(layer_types) - set(_WINDOWED))
         if unknown:
             raise InputError(
-                f"{self.where}: layers of the kind {', '.join(unknown)} cannot be loaded; "
-                f"those that can: {', '.join(_WINDOWED)}"
+                f"{self.where}: layers of the kind {', '.join(unknown)} are not supported; "
+                f"supported: {', '.join(_WINDOWED)}"
             )
         return tuple(SlidingWindow(window) if _WINDOWED[kind] else Causal() for kind in layer_types)
 
     def layer_types(self, default: list[str]) -> list[str]:
-        """Which kind of attention each layer has."""
+        """The kind of attention of each layer."""
         kinds = list(self.get("layer_types", default))
         if len(kinds) != len(default):
-            raise InputError(f"{self.where}: layer_types names {len(kinds)} layers; the model has {len(default)}")
+            raise InputError(f"{self.where}: layer_types lists {len(kinds)} layers, but the model has {len(default)}")
         return kinds

@@ -1,4 +1,4 @@
-"""`load(source)`: a model with real weights, from wherever they are."""
+"""`load(source)`: load a model with real weights, from any supported source."""
 
 import difflib
 import re
@@ -30,12 +30,12 @@ def load(
     dtype: torch.dtype | str | None = None,
     fold: Sequence[str] = (),
 ) -> HookedTransformer:
-    """A HookedTransformer with the weights of `source`, as they were trained.
+    """Load a HookedTransformer with the trained weights of `source`.
 
     `source` is a named asset ("smollm2-135m-instruct"), the path of a GGUF file, of a folder with config.json and
-    safetensors, or of a checkpoint that hooklens saved, a transformers model in memory, or a hub id. Weights become
-    float32 unless `dtype` is given; those in memory and in our own checkpoints keep theirs. `fold` names foldings
-    (`hooklens.pretrained.folding`) to apply. Nothing is ever unpickled.
+    safetensors, or of a checkpoint that hooklens saved, a transformers model in memory, or a hub id. Weights are
+    converted to float32 unless `dtype` is given; models in memory and hooklens checkpoints keep their dtype. `fold`
+    names foldings (`hooklens.pretrained.folding`) to apply. Pickles are never opened.
 
     >>> import tempfile
     >>> from hooklens.pretrained.checkpoint import save
@@ -57,7 +57,7 @@ def load(
 
 
 def models() -> Table:
-    """What can be loaded, and from where.
+    """Which models can be loaded, and from where?
 
     >>> models().columns
     ('source', 'what', 'where from')
@@ -85,7 +85,7 @@ def models() -> Table:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point dtype, from itself or its name.
+    """Convert a dtype or its name to a floating-point dtype.
 
     >>> as_dtype("bfloat16")
     torch.bfloat16
@@ -96,12 +96,12 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
             raise did_you_mean("dtype", dtype, known)
         return known[dtype]
     if dtype is not None and dtype not in known.values():
-        raise InputError(f"a model's dtype is a floating-point one, got {dtype!r}; choose from {', '.join(known)}")
+        raise InputError(f"a model's dtype must be floating-point, got {dtype!r}; choose from {', '.join(known)}")
     return dtype
 
 
 def as_device(device: str | torch.device | None) -> str | torch.device | None:
-    """The device, tried with one number: torch's own errors come later and say less.
+    """Return the device after trying it with one number: torch's own errors come later and are less clear.
 
     >>> as_device("cpu")
     'cpu'
@@ -111,7 +111,7 @@ def as_device(device: str | torch.device | None) -> str | torch.device | None:
     try:
         torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"{device!r} is no device; use cpu, cuda, cuda:1, mps, ...") from error
+        raise InputError(f"{device!r} is not a device; use cpu, cuda, cuda:1, mps, ...") from error
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -122,7 +122,7 @@ def as_device(device: str | torch.device | None) -> str | torch.device | None:
 
 
 def as_tokenizer(given: Any) -> "Tokenizer | None":
-    """Our tokenizer, from itself, a transformers tokenizer, or the path of a folder that holds one."""
+    """Return a hooklens tokenizer, from a hooklens or transformers tokenizer or the path of a tokenizer's folder."""
     from hooklens.pretrained.tokenizer import Tokenizer
 
     if given is None or isinstance(given, Tokenizer):
@@ -134,17 +134,17 @@ def _from_memory(source: Any, dtype: torch.dtype | None, options: dict[str, Any]
     from hooklens.pretrained.hf import load_module
 
     if isinstance(source, HookedTransformer):
-        raise WrongType("load() was given a HookedTransformer, which is loaded already; copy.deepcopy(model) copies it")
+        raise WrongType("load() got a HookedTransformer, which is already loaded; use copy.deepcopy(model) to copy it")
     if not (isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict")):
         raise WrongType(
             f"load() takes a name, a path or a transformers model, got a {type(source).__name__}; "
-            "hooklens.wrap(module) hooks any other nn.Module"
+            "hooklens.wrap(module) adds hooks to any other nn.Module"
         )
     return load_module(source, dtype=dtype, **options)
 
 
 def check_source(source: str) -> str:
-    """The name or path, if it can be a model's: what is known without loading it or asking the hub raises.
+    """Return the name or path if it can be a model's; an error that needs neither loading nor the hub is raised here.
 
     >>> check_source("smollm2-135m-instruct")
     'smollm2-135m-instruct'
@@ -153,14 +153,14 @@ def check_source(source: str) -> str:
 
     if not source.strip():
         raise InputError(
-            f"a model of the empty name {source!r} was asked for; `hooklens models` lists what can be loaded, and '.' "
-            "is the current folder"
+            f"the name of the model is empty: {source!r}; `hooklens models` lists what can be loaded, and '.' is the "
+            "current folder"
         )
     if source in ASSETS:
         if ASSETS[source].is_folder:
             usable = ", ".join(name for name, asset in ASSETS.items() if not asset.is_folder)
             raise InputError(
-                f"the asset {source!r} is {ASSETS[source].what}, no model; models among the assets: {usable}"
+                f"the asset {source!r} is {ASSETS[source].what}, not a model; assets that are models: {usable}"
             )
         return source
     with reading(source, "a model"):
@@ -195,13 +195,13 @@ def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) 
 
 
 def _without_hub(source: str) -> str:
-    """What can be loaded by name where the hub cannot be asked, the closest first."""
+    """The error message where the hub is unavailable: the names that can be loaded, the closest first."""
     from hooklens.pretrained.assets import ASSETS
 
     names = [name for name, asset in ASSETS.items() if not asset.is_folder]
     close = [name for name in names if source.lower() in name] or difflib.get_close_matches(source, names, cutoff=0.4)
     found = f"closest: {', '.join(close)}" if close else f"assets: {', '.join(names)}"
-    return f"no asset, file or folder here is named {source!r} ({found}; `hooklens models` lists all)"
+    return f"there is no asset, file or folder named {source!r} ({found}; `hooklens models` lists all)"
 
 
 def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
@@ -211,14 +211,14 @@ def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any])
     if not (path / "config.json").is_file() and is_checkpoint(path / FOLDER_FILE):
         return load_checkpoint(path, dtype=dtype, **options)
     if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
-        raise FileRefused(f"{path} is a folder of GGUF files; give the path of one, {str(found[0])!r}")
+        raise FileRefused(f"{path} is a folder of GGUF files; give the path of one file, for example {str(found[0])!r}")
     return load_folder(path, dtype=dtype or torch.float32, **options)
 
 
 def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
+    from hooklens.core.safetensors_file import is_safetensors
     from hooklens.pretrained.checkpoint import load_checkpoint
     from hooklens.pretrained.hf import load_gguf
-    from hooklens.pretrained.safetensors_file import is_safetensors
 
     with reading(path, "a model"), open(path, "rb") as file:
         begin = file.read(4)
@@ -228,8 +228,8 @@ def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -
         return load_checkpoint(path, dtype=dtype, **options)
     if begin.startswith(_PICKLE_STARTS):
         raise FileRefused(
-            f"{path} looks like a pickle (it begins with {begin!r}): opening one runs the code in it, so hooklens "
-            "never does; GGUF and safetensors files can be loaded"
+            f"{path} looks like a pickle (it begins with {begin!r}): opening a pickle runs the code in it, so hooklens "
+            "never does it; use GGUF or safetensors files instead"
         )
     raise FileRefused(
         f"{path} begins with {begin!r}; a GGUF file begins with b'GGUF', a safetensors file with a length and '{{'"

@@ -1,4 +1,4 @@
-"""A model's self check: are its weights finite, do its identities hold, do its several ways to one number agree?"""
+"""A model's self check: are the weights finite, do the identities hold, do different ways to the logits agree?"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from hooklens.results.table import Table
 Inputs = Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_in"]
 Row = tuple[str, float, float, bool]
 
-#: How far two ways to one number may part, as a share of the largest: rounding, summed over the layers.
+#: The largest allowed difference between two computations, as a share of the largest value: rounding over the layers.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 _RESIDUAL_BOUND = 1e-6
 _ROOM = 3  # positions of padding
@@ -27,7 +27,7 @@ _ROOM = 3  # positions of padding
 
 @dataclass(frozen=True, eq=False)
 class CheckReport(Result):
-    """What was checked: name, what was measured, how large it may be, and whether it is."""
+    """The checks that ran: name, measured value, bound, and whether the check passed."""
 
     model: str
     rows: list[Row]
@@ -38,7 +38,7 @@ class CheckReport(Result):
         return all(row[3] for row in self.rows)
 
     def table(self, n: int | None = None) -> Table:
-        """One row a check."""
+        """One row per check."""
         shown = [
             (name, _readable(measured), _readable(bound), "ok" if ok else "FAILED")
             for name, measured, bound, ok in self.rows
@@ -47,7 +47,7 @@ class CheckReport(Result):
 
 
 def _readable(value: float) -> str:
-    """Counts in full; how far two ways part in two digits.
+    """Format counts in full, and differences with two digits.
 
     >>> [_readable(x) for x in (0.0, 49151.0, 0.0001, 1.23456e-07, 1234.5, float("nan"))]
     ['0', '49,151', '0.0001', '1.2e-07', '1,234', 'nan']
@@ -56,17 +56,17 @@ def _readable(value: float) -> str:
 
 
 def check(model: HookedTransformer, *, n_tokens: int = 12, seed: int = 0) -> CheckReport:
-    """Does this model keep what every HookedTransformer promises? Some nine forward passes on random tokens.
+    """Does this model satisfy what every HookedTransformer promises? Runs about nine forward passes on random tokens.
 
     >>> from hooklens.testing import tiny_model
     >>> check(tiny_model()).ok
     True
     """
     x = random_inputs(model, batch=2, pos=max(1, min(n_tokens, model.cfg.n_ctx - _ROOM)), seed=seed)
-    rows = [_row("values in the weights that are not finite", _not_finite(model), 0)]
+    rows = [_row("non-finite values in the weights", _not_finite(model), 0)]
     with torch.no_grad():
         rows += _identities(model, x)
-        rows.append(_row("hook points that are missing or out of order", _out_of_order(model, x), 0))
+        rows.append(_row("hook points missing or out of order", _out_of_order(model, x), 0))
         whole = model(x)
         bound = BOUNDS.get(model.dtype, 1e-4)
         for name, other in _other_ways(model, x, whole).items():
@@ -77,7 +77,7 @@ def check(model: HookedTransformer, *, n_tokens: int = 12, seed: int = 0) -> Che
 
 
 def random_inputs(model: HookedTransformer, *, batch: int, pos: int, seed: int) -> Inputs:
-    """Random tokens, or vectors where the model reads these."""
+    """Random tokens, or random vectors if the model reads vectors."""
     cfg, generator = model.cfg, seeded(seed)
     if isinstance(cfg.embed, TokenEmbed):
         return torch.randint(cfg.d_vocab, (batch, pos), generator=generator).to(model.device)
@@ -85,36 +85,37 @@ def random_inputs(model: HookedTransformer, *, batch: int, pos: int, seed: int) 
 
 
 def _row(name: str, measured: float | int, bound: float | int) -> Row:
-    return name, float(measured), float(bound), bool(measured <= bound)  # NaN is not
+    return name, float(measured), float(bound), bool(measured <= bound)  # False for NaN
 
 
 def _apart(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
-    """The largest difference, as a share of the largest number; tokens that are forbidden in both, -inf, agree."""
+    """The largest difference, as a share of the largest value; tokens with -inf in both agree."""
     forbidden = a.isneginf() & b.isneginf()
     a, b = (x.double().masked_fill(forbidden, 0.0) for x in (a, b))
     return float((a - b).abs().amax() / b.abs().amax().clamp_min(1e-30))
 
 
 def _not_finite(model: HookedTransformer) -> int:
-    forbids = model.unembed.linear.bias  # a token with -inf here is never said
+    forbids = model.unembed.linear.bias  # -inf here means that the model never predicts this token
     return sum(int((~p.isfinite() & ~(p.isneginf() if p is forbids else False)).sum()) for p in model.parameters())
 
 
 def _identities(model: HookedTransformer, x: Inputs) -> list[Row]:
-    """The two sums that the residual stream is made of, at the layer where they are worst."""
+    """Check the two sums that make up the residual stream, at the layer with the largest error."""
     _, cache = model.run_with_cache(x, names=["resid_pre", "attn_out", "resid_post", *_optional(model)])
     worst: dict[str, float] = {}
     block: Any
     for layer, block in enumerate(model.blocks):
-        before, attn = cache["resid_pre", layer], cache["attn_out", layer]
-        stream = before + attn
+        order = ("mlp_out", "attn_out") if block.attn_reads_mlp else ("attn_out", "mlp_out")
+        first, *later = [site for site in order if (site, layer) in cache]
+        stream = cache["resid_pre", layer] + cache[first, layer]
         if ("resid_mid", layer) in cache:
-            name = "resid_mid against resid_pre + attn_out"
+            name = f"resid_mid against resid_pre + {first}"
             worst[name] = max(worst.get(name, 0.0), _apart(cache["resid_mid", layer], stream))
             stream = block.after_mid(cache["resid_mid", layer])
-        if ("mlp_out", layer) in cache:
-            stream = stream + cache["mlp_out", layer]
-        name = "resid_post against the stream + mlp_out"
+        for site in later:
+            stream = stream + cache[site, layer]
+        name = f"resid_post against the stream + {later[0] if later else first}"
         worst[name] = max(worst.get(name, 0.0), _apart(cache["resid_post", layer], stream))
     return [_row(name, apart, _RESIDUAL_BOUND) for name, apart in worst.items()]
 
@@ -139,12 +140,12 @@ def _out_of_order(model: HookedTransformer, x: Inputs) -> int:
 def _other_ways(
     model: HookedTransformer, x: Inputs, whole: Float[Tensor, "batch pos d_vocab"]
 ) -> dict[str, Float[Tensor, "batch pos d_vocab"]]:
-    """The same logits, reached differently."""
-    ways = {"every point listened to": model.run_with_hooks(x, fwd_hooks=[(model.hook_names(), _leave)])}
+    """The same logits, computed in different ways."""
+    ways = {"hooks on every point": model.run_with_hooks(x, fwd_hooks=[(model.hook_names(), _leave)])}
     with differentiable_attention():
-        ways["attention written out, not fused"] = model(x)
+        ways["attention not fused"] = model(x)
     half = model(x, stop_at_layer=model.cfg.n_layers // 2)
-    ways["stopped half way and started again"] = model(half, start_at_layer=model.cfg.n_layers // 2)
+    ways["stopped half way and restarted"] = model(half, start_at_layer=model.cfg.n_layers // 2)
     ways["left padding"] = _padded(model, x, left=True)
     ways["right padding"] = _padded(model, x, left=False)
     if model.cfg.causal:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: a small wrapper around the `tokenizers` library in which nothing is added silently."""
+"""Text to tokens and back: a thin wrapper around the `tokenizers` library that adds nothing silently."""
 
 import itertools
 import json
@@ -23,10 +23,10 @@ Tokens = Int[Tensor, "batch pos"]
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """What turns text into token ids for one model.
+    """Convert text to token ids and back, for one model.
 
-    `default_prepend_bos` says whether the model was trained with a BOS token in front. It is the only token that
-    `to_tokens` ever adds, and only there; the text of a special token (`<|im_end|>`) is read as that token.
+    `default_prepend_bos` says whether the model was trained with a BOS token in front. BOS is the only token that is
+    ever added, and only by `to_tokens`. The text of a special token (`<|im_end|>`) is read as that token.
 
     >>> tokenizer = tiny_tokenizer("he llo", extra=("<bos>",))
     >>> tokenizer.to_tokens("hello hello")
@@ -37,60 +37,60 @@ class Tokenizer:
     ['hello 🙂']
     """
 
-    backend: Any = field(repr=False)  # a tokenizers.Tokenizer, used read-only
+    backend: Any = field(repr=False)  # a tokenizers.Tokenizer, never modified
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
     unk_id: int | None = None
     default_prepend_bos: bool = False
     chat_template: str | None = field(default=None, repr=False)
-    stop_ids: tuple[int, ...] = ()  # every token that ends a reply; some instruct models have several
+    stop_ids: tuple[int, ...] = ()  # all tokens that end a reply; some instruct models have several
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        """From a Hugging Face folder: tokenizer.json, and what the settings files beside it say."""
+        """Read a Hugging Face folder: tokenizer.json and the settings files next to it."""
         from hooklens.pretrained.tokenizer_files import read_folder
 
         return cls(**read_folder(path_of(folder, "folder")))
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any]) -> "Tokenizer":
-        """Rebuilt from the `tokenizer.ggml.*` metadata of a GGUF file."""
+        """Rebuild the tokenizer from the `tokenizer.ggml.*` metadata of a GGUF file."""
         from hooklens.pretrained.gguf_tokenizer import rebuild
 
         return cls(**rebuild(metadata))
 
     @classmethod
     def from_transformers(cls, tokenizer: Any) -> "Tokenizer":
-        """From an in-memory transformers tokenizer, which is copied."""
+        """Copy an in-memory transformers tokenizer."""
         from hooklens.pretrained.tokenizer_files import read_transformers
 
         return cls(**read_transformers(tokenizer))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
-        return self  # nothing in it changes; copying a large vocabulary takes longer than copying a small model
+        return self  # immutable; copying a large vocabulary takes longer than copying a small model
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens it knows; the model may have more rows than that, for padding."""
+        """The number of tokens; the model may have more rows, for padding."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of the tokens that stand for something other than text."""
+        """Ids of the tokens that do not stand for text."""
         added = self.backend.get_added_tokens_decoder()
         named = (self.bos_id, self.eos_id, self.pad_id, self.unk_id, *self.stop_ids)
         return frozenset(i for i, token in added.items() if token.special) | {i for i in named if i is not None}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text and nothing else: no BOS, and none for the empty text."""
+        """The ids of a text only: no BOS, and an empty list for the empty text."""
         if not isinstance(text, str):
             raise WrongType(f"a text must be a str, got {type(text).__name__}; give a str or a list of str")
         half = next((at for at, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
         if half is not None:
             raise InputError(
-                f"the text holds {text[half]!r} at {half}, half of a surrogate pair, which is no character; decode the "
-                "bytes it came from as UTF-8"
+                f"the text contains {text[half]!r} at {half}, half of a surrogate pair, which is not a character; "
+                "decode the original bytes as UTF-8"
             )
         return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -125,11 +125,11 @@ class Tokenizer:
         return_mask: bool = False,
         device: torch.device | str | None = None,
     ) -> Tokens | tuple[Tokens, Bool[Tensor, "batch pos"]]:
-        """Token ids of one text or of several, as one tensor.
+        """Convert one text or several to token ids, as one tensor.
 
-        `prepend_bos=None` does what the model was trained with, once: a text that begins with BOS already (as chat
-        templates write it) gets no second one. True always adds it, False never. Shorter rows are padded; the mask
-        is False there.
+        `prepend_bos=None` follows the model's training and adds BOS at most once: a text that already begins with BOS
+        (as from a chat template) gets no second one. True always adds BOS, False never. Shorter rows are padded; the
+        mask is False there.
         """
         if padding_side not in ("left", "right"):
             raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
@@ -151,20 +151,20 @@ class Tokenizer:
         ids = self.encode(text)
         if prepend_bos and self.bos_id is None:
             raise InputError(
-                "prepend_bos=True, but this tokenizer has no BOS token; leave it out, or write a token into the text"
+                "prepend_bos=True, but this tokenizer has no BOS token; leave it out, or write the token into the text"
             )
         wanted = self.default_prepend_bos and ids[:1] != [self.bos_id] if prepend_bos is None else prepend_bos
         if wanted and self.bos_id is not None:
             ids = [self.bos_id, *ids]
         if not ids:
             raise InputError(
-                f"the prompt {text!r}{number} is empty: it gives no tokens; give some text, or "
-                "prepend_bos=True for a model that has a BOS token"
+                f"the prompt {text!r}{number} is empty: it has no tokens; give some text, or "
+                "prepend_bos=True for a model with a BOS token"
             )
         return ids
 
     def padding_within(self, d_vocab: int) -> "Tokenizer":
-        """This tokenizer, padding with a token that the model has a row for (one added for padding may have none)."""
+        """This tokenizer, padding with a token within the model's vocabulary (an added one may lie outside)."""
         if self._padding < d_vocab:
             return self
         return replace(self, pad_id=self.eos_id if self.eos_id is not None and self.eos_id < d_vocab else 0)
@@ -176,9 +176,9 @@ class Tokenizer:
     def to_string(
         self, tokens: Integer[Tensor, "*shape"] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | int
     ) -> Any:
-        """The text of token ids: a str for one sequence, a list of str for a batch. Special tokens are spelled out.
+        """Convert token ids to text: a str for one sequence, a list of str for a batch. Special tokens are spelled out.
 
-        Models have rows for more tokens than their tokenizer has texts: such a token reads `<49160>`.
+        A model may have rows for tokens that the tokenizer does not know: such a token is written `<49160>`.
         """
         ids = _listed(tokens)
         if isinstance(ids, int):
@@ -195,9 +195,9 @@ class Tokenizer:
     def to_str_tokens(
         self, tokens: str | Integer[Tensor, "*shape"] | Sequence[int], *, prepend_bos: bool | None = None
     ) -> list[str]:
-        """One string a token, the leading space included, for one text or one sequence of ids.
+        """One string per token, including its leading space, for one text or one sequence of ids.
 
-        A character that is split over several tokens shows as � in each of them.
+        A character that is split over several tokens is shown as � in each of them.
         """
         if isinstance(tokens, str):
             tokens = self._row(tokens, prepend_bos)
@@ -211,7 +211,7 @@ class Tokenizer:
         return [self._spelling(i) for i in ids]
 
     def find_token(self, text: str) -> int | None:
-        """The id of the token that spells exactly this text, its leading space included; None where no token does.
+        """The id of the token with exactly this text, including a leading space; None if there is none.
 
         >>> tokenizer = tiny_tokenizer("he")
         >>> tokenizer.find_token("he"), tokenizer.find_token("hello")
@@ -222,13 +222,13 @@ class Tokenizer:
         spaced = bool(ids) and spelled[0].startswith(" ") and not text.startswith(" ")
         if len(ids) == 1 and not spaced:
             return ids[0] if ids[0] != self.unk_id or spelled == [text] else None
-        # SentencePiece tokenizers put a space of their own in front, so that 'Mary' is read as ' Mary', and ' Mary' as
-        # two tokens: there the vocabulary is asked.
+        # SentencePiece tokenizers add a leading space, so 'Mary' is read as ' Mary', and ' Mary' as two tokens. For
+        # these, look the text up in the vocabulary.
         return self.backend.token_to_id(self._piece(text)) if spaced or not self._byte_level else None
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is exactly one token. ' Mary' is a token that follows another word, 'Mary' one that
-        does not, also where the tokenizer reads both alike at the beginning of a text.
+        """The id of a text that is exactly one token. ' Mary' is the token after another word, 'Mary' the token at the
+        start, even where the tokenizer reads both alike at the beginning of a text.
 
         >>> tiny_tokenizer("he llo").to_single_token("hello")
         Traceback (most recent call last):
@@ -240,11 +240,11 @@ class Tokenizer:
             return found
         ids = self.encode(text)
         if not ids:
-            raise InputError(f"{text!r} is no token at all; give a word, often with a leading space: ' Mary'")
+            raise InputError(f"{text!r} has no tokens; give a word, often with a leading space: ' Mary'")
         pieces = [self._spelling(i) for i in ids]
         if len(ids) == 1:
             raise InputError(
-                f"the vocabulary has no token {text!r}, and reads it as {pieces[0]!r}; use that, or a word that is one "
+                f"the vocabulary has no token {text!r} and reads it as {pieces[0]!r}; use that, or a word that is one "
                 "token"
             )
         raise InputError(
@@ -259,14 +259,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the text that an instruct model was trained on; give it to `to_tokens`.
+        """Format a conversation as the text that an instruct model was trained on; pass the result to `to_tokens`.
 
-        `variables` are what the model's template reads besides: `{"enable_thinking": False}`, `{"tools": [...]}`.
+        `variables` are further inputs of the model's template: `{"enable_thinking": False}`, `{"tools": [...]}`.
         """
         from hooklens.pretrained.chat import render
 
         if self.chat_template is None:
-            raise InputError("this tokenizer has no chat template; instruct models have one, others take plain text")
+            raise InputError("this tokenizer has no chat template; instruct models have one; others take plain text")
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
         named = {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
         return render(
@@ -278,7 +278,7 @@ class Tokenizer:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which `from_folder` and transformers read."""
+        """Write tokenizer.json and tokenizer_config.json; `from_folder` and transformers read them."""
         folder = make_folder(folder)
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
         config: dict[str, Any] = {
@@ -295,7 +295,7 @@ class Tokenizer:
                 aside.write_text(text, encoding="utf-8")
 
     def _with_bos_rule(self) -> Any:
-        """The backend, adding BOS as `default_prepend_bos` says: readers of tokenizer.json look there."""
+        """The backend, set to add BOS as `default_prepend_bos` says: readers of tokenizer.json rely on it."""
         from tokenizers import Tokenizer as Backend
         from tokenizers.processors import TemplateProcessing
 
@@ -318,24 +318,24 @@ class Tokenizer:
 
     def _check(self, ids: Sequence[int]) -> None:
         if any(isinstance(i, list) for i in ids):
-            raise InputError("tokens are one sequence of ids or several, got a mixture of both")
+            raise InputError("tokens must be one sequence of ids or several, got a mixture of both")
         bad = next((i for i in ids if not 0 <= i < 2**31), None)
         if bad is not None:
-            raise InputError(f"{bad} is no token id; this tokenizer's ids go from 0 to {self.vocab_size - 1}")
+            raise InputError(f"{bad} is not a token id; this tokenizer's ids are 0 to {self.vocab_size - 1}")
 
     def _knows(self, token: int) -> bool:
-        # ids may have gaps, so that a few valid ones lie above the size
+        # ids may have gaps, so a few valid ids exceed the size
         return 0 <= token < self.vocab_size or (0 <= token < 2**32 and self.backend.id_to_token(token) is not None)
 
     def _piece(self, text: str) -> str:
-        """How the vocabulary writes a text."""
+        """The vocabulary's spelling of a text."""
         if not self._byte_level:
             return text.replace(" ", "▁")
         letter_of = {value: letter for letter, value in byte_values().items()}
         return "".join(letter_of[byte] for byte in text.encode())
 
     def _spelling(self, token: int) -> str:
-        """What a token adds to the text, its leading space included, which `decode` of one token may strip."""
+        """The text that a token adds, including its leading space, which `decode` of a single token may strip."""
         if token in self._added:
             return self._added[token]
         piece = self.backend.id_to_token(token)
@@ -352,20 +352,20 @@ class Tokenizer:
 
 
 def _listed(tokens: Any) -> Any:
-    """Ids of any integer type, alone or in lists of lists, as Python numbers."""
+    """Convert ids of any integer type, single or in nested lists, to Python integers."""
     ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     if isinstance(ids, list | tuple):
         return [_listed(one) for one in ids]
     try:
         return operator.index(ids)
     except TypeError as error:
-        raise WrongType(f"tokens are integers, in one sequence or in several, got {tokens!r:.60}") from error
+        raise WrongType(f"tokens must be integers, in one sequence or in several, got {tokens!r:.60}") from error
 
 
 def tiny_tokenizer(words: str = "", extra: Sequence[str] = ()) -> Tokenizer:
-    """A byte-level tokenizer that knows every byte and a few words, for examples and tests.
+    """A byte-level tokenizer with every byte and a few words, for examples and tests.
 
-    `extra` are special tokens; the first of them is BOS.
+    `extra` lists special tokens; the first of them is BOS.
 
     >>> tiny_tokenizer("the").to_str_tokens("the cat")
     ['the', ' ', 'c', 'a', 't']

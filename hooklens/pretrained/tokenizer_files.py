@@ -1,4 +1,4 @@
-"""Reading a tokenizer from a Hugging Face folder or from a transformers object, into the fields of Tokenizer."""
+"""Read the fields of Tokenizer from a Hugging Face folder or a transformers object."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from hooklens.core.files import read_json, read_text, reading
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """Tokenizer's fields, from tokenizer.json and the settings beside it."""
+    """Read the fields of Tokenizer from tokenizer.json and the settings next to it."""
     import tokenizers
 
     path = folder / "tokenizer.json"
@@ -22,7 +22,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         backend = tokenizers.Tokenizer.from_str(read_text(path, "a tokenizer"))
         backend.no_truncation()
         backend.no_padding()
-        # What does not fit together inside it shows, as a panic, only when it is used.
+        # An inconsistent file causes a panic, but only when the tokenizer is used.
         backend.decode(backend.encode("Two words, 1984.", add_special_tokens=False).ids)
         return _fields(backend, folder)
 
@@ -30,7 +30,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 def _fields(backend: Any, folder: Path) -> dict[str, Any]:
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     numbers = _json(folder / "config.json") | _json(folder / "generation_config.json")
-    # Tokenizer.save, whose settings have stop_token_ids, once stated there whether BOS is added, and nowhere else
+    # Files of an earlier Tokenizer.save, recognised by stop_token_ids, record BOS only in this setting.
     stated = settings.get("add_bos_token") if "stop_token_ids" in settings else None
     ids = {name: _id(backend, settings, numbers, name) for name in ("bos", "eos", "pad", "unk")}
     return {
@@ -43,13 +43,13 @@ def _fields(backend: Any, folder: Path) -> dict[str, Any]:
 
 
 def read_transformers(tokenizer: Any) -> dict[str, Any]:
-    """Tokenizer's fields, from a transformers tokenizer that stands on the tokenizers library."""
+    """Read the fields of Tokenizer from a transformers tokenizer that is built on the tokenizers library."""
     import tokenizers
 
     if not isinstance(getattr(tokenizer, "backend_tokenizer", None), tokenizers.Tokenizer):
         raise WrongType(
-            f"a {type(tokenizer).__name__} has no backend_tokenizer of the tokenizers library; load it with "
-            "AutoTokenizer.from_pretrained(...), which gives one that has"
+            f"a {type(tokenizer).__name__} has no backend_tokenizer of the tokenizers library; load a tokenizer that "
+            "has one with AutoTokenizer.from_pretrained(...)"
         )
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -72,7 +72,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _id(backend: Any, settings: dict[str, Any], numbers: dict[str, Any], name: str) -> int | None:
-    """A special token's id: by its text in the tokenizer's settings, else by number in the model's."""
+    """A special token's id: by its text in the tokenizer's settings, else by its number in the model's."""
     entry = settings.get(f"{name}_token")
     text = entry.get("content") if isinstance(entry, dict) else entry
     if text is not None:
@@ -81,7 +81,7 @@ def _id(backend: Any, settings: dict[str, Any], numbers: dict[str, Any], name: s
 
 
 def _ids(given: Any) -> list[int]:
-    """Token ids that a settings file gives as a number, a list or null; -1 is how some say none."""
+    """Token ids in a settings file: a number, a list or null; some files use -1 for none."""
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(type(i) is int and -1 <= i < 2**32 for i in ids):
         raise TypeError(f"a token id is a whole number of at least 0, got {given!r:.80}")
@@ -93,15 +93,15 @@ def _stops(given: Any, eos: int | None) -> tuple[int, ...]:
 
 
 def _trained_with_bos(backend: Any, bos: int | None) -> bool:
-    """Whether BOS belongs in front: as the tokenizer's own post-processor does it.
+    """Whether BOS belongs in front, according to the tokenizer's own post-processor.
 
-    Not as `add_bos_token` of the settings says: transformers 5 reads a tokenizer.json as it is, whatever that states.
+    `add_bos_token` in the settings is ignored: transformers 5 uses tokenizer.json as it is, whatever the setting says.
     """
     return bos is not None and backend.encode("", add_special_tokens=True).ids[:1] == [bos]
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The chat template: in a file of its own, or in the settings, where several may be named."""
+    """The chat template: from its own file, or from the settings, which may name several."""
     alone = folder / "chat_template.jinja"
     if alone.is_file():
         return read_text(alone, "a chat template")
@@ -109,5 +109,5 @@ def _template(folder: Path, settings: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if template is not None and not isinstance(template, str):
-        raise TypeError(f"its chat template is a {type(template).__name__}, not a text")
+        raise TypeError(f"its chat template is a {type(template).__name__}, not a string")
     return template

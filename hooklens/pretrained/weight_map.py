@@ -1,4 +1,4 @@
-"""How a family's weights on the hub become ours: names, order, fused layers cut apart. Declared, not programmed."""
+"""Declarative maps from a family's weights on the hub to ours: names, order, and how fused layers are split."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -17,9 +17,9 @@ Names = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class From:
-    """A layer on the hub that holds one or several of ours, its rows one after the other.
+    """A layer on the hub that contains one or several of ours, with their rows one after the other.
 
-    `transposed`: stored as (in, out). `by_head`: rows go head by head, each with its share of every part.
+    `transposed`: stored as (in, out). `by_head`: rows are ordered by head, and each head has its share of every part.
     """
 
     name: str
@@ -29,7 +29,7 @@ class From:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor on the hub: which of our parameters it holds, and its shape there."""
+    """One tensor on the hub: the parameters in it, and its shape there."""
 
     ours: tuple[str, ...]
     how: From
@@ -37,7 +37,7 @@ class Piece:
     rows: tuple[int, ...]
 
     def cut(self, weight: Float[Tensor, "..."], n_heads: int) -> dict[str, Float[Tensor, "..."]]:
-        """Our parameters, each in memory of its own."""
+        """Split the tensor into our parameters, each in its own memory."""
         weight = weight.T if self.how.transposed and weight.ndim == 2 else weight
         if len(self.ours) == 1:
             return {self.ours[0]: weight.contiguous()}
@@ -52,10 +52,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Family:
-    """All that is particular to one family of models on the hub: how its config reads, what its layers are called.
+    """Everything specific to one model family on the hub: how to read its config, and the names of its layers.
 
     `outside` and `inside` (a block) map our layers to the hub's, without `.weight` and `.bias`. `ignored` are patterns
-    of buffers that hold no weights; `renames` bring other spellings of a name to the usual one.
+    of buffers without weights; `renames` convert other spellings of a name to the usual one.
     """
 
     name: str
@@ -71,9 +71,9 @@ class Family:
     head: str = field(default="lm_head.weight")
 
     def usual_names(self, names: Iterable[str]) -> dict[str, str]:
-        """For each name in a file the one that this map speaks of; buffers are left out.
+        """Map each name in a file to the usual name in this map; buffers are left out.
 
-        A file saved from the model without its head lacks the prefix.
+        A file saved from the model without its head lacks the prefix of the names.
         """
         found = {}
         for name in names:
@@ -87,13 +87,13 @@ class Family:
         return found
 
     def pieces(self, cfg: HookedTransformerConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
-        """Every tensor that a file must hold, by its usual name, for parameters of these shapes."""
+        """Every tensor that a file must contain, by its usual name, for parameters of these shapes."""
         pieces = self._pieces("", "", self.outside, shapes)
         for layer in range(cfg.n_layers):
             pieces |= self._pieces(f"blocks.{layer}.", self.layer.format(layer), self.inside, shapes)
         held = {name for piece in pieces.values() for name in piece.ours}
         if left := sorted(set(shapes) - held):
-            raise FileRefused(f"the {self.name} family does not say where {', '.join(left[:4])} come from")
+            raise FileRefused(f"the {self.name} family has no source for {', '.join(left[:4])}")
         return pieces
 
     def _pieces(

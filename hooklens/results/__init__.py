@@ -1,1 +1,1 @@
-"""What every method returns, how it is kept, and what may be claimed of it."""
+"""The results that methods return, their files, and the claims that they support."""

@@ -1,4 +1,4 @@
-"""What every method returns: a frozen record that shows shapes, draws itself and can be saved and read back."""
+"""The base of all results: a frozen record with a compact repr, a table, a figure, and a file format."""
 
 import functools
 import inspect
@@ -20,8 +20,8 @@ from hooklens.results.table import Table, format_number
 
 __all__ = ["Result", "Table", "plain", "summary"]
 
-_SHOWN = 24  # rows of a table in a notebook
-_PRINTED = 8  # rows of a table where a result is printed
+_SHOWN = 24  # number of table rows shown in a notebook
+_PRINTED = 8  # number of table rows when a result is printed
 _HEADLINE = 110  # characters
 R = TypeVar("R", bound="Result")
 _KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "complex": "Complex", "bool": "Bool"}
@@ -29,7 +29,7 @@ _KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "c
 
 @dataclass(frozen=True, eq=False)
 class Result(Kept):
-    """Base of every result: declare fields, get a compact repr, a table, a file and JSON.
+    """Base class of all results: declare fields, and get a compact repr, a table, a file format and JSON.
 
     >>> @dataclass(frozen=True, eq=False)
     ... class HeadScores(Result):
@@ -46,13 +46,15 @@ class Result(Kept):
     site    'z'
 
     Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
-    A subclass overrides `table`, `top` and `figure` where they mean something; then it prints as its first rows. Its
+    A subclass overrides `table` and `figure` where they mean something; then it prints as its first rows. Its
     `terms` say what the columns of its table are where their names do not: a control always.
     """
 
     terms: ClassVar[Mapping[str, str]] = {}
-    #: Properties that are needed to read the table, which the headline begins with.
-    _baselines: ClassVar[tuple[str, ...]] = ()
+    #: What the rows of its table are ordered by, the largest first, if they are: `top(k)` is `table(k)` then.
+    ranked_by: ClassVar[str] = ""
+    #: Fields and properties that are needed to read the table, which the headline begins with.
+    baselines: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -63,20 +65,20 @@ class Result(Kept):
                 setattr(cls, name, _counting(method))
 
     def __repr__(self) -> str:
-        """Name, headline and the first rows of the table; a class that has no table of its own in one line."""
+        """Name, headline and the first rows of the table; a single line for a class without its own table."""
         if type(self).table is Result.table:
             return self._in_one_line()
         try:
             table, head = self.table(_PRINTED + 1), self.headline()
             more = "\n... more rows: .table(None)" if len(table) > _PRINTED else ""
             return f"{type(self).__name__}{': ' if head else ''}{head}\n{table.head(_PRINTED)}{more}"
-        except Exception:  # a repr must not fail: tracebacks and debuggers show it, also of a result half made
+        except Exception:  # a repr must not fail: tracebacks and debuggers show it, also for a partially built result
             return self._in_one_line()
 
     def headline(self) -> str:
-        """One line to read the table by: the baselines, then what else is a number or a word."""
+        """One line of context for the table: the baselines, then the other numbers and words."""
         line = ""
-        for name in (*self._baselines, *(field.name for field in fields(self) if field.repr)):
+        for name in (*self.baselines, *(field.name for field in fields(self) if field.repr)):
             value = getattr(self, name)
             if isinstance(value, bool | str | Real) and value != "":
                 longer = f"{line}{', ' if line else ''}{name} {summary(value)}"
@@ -88,40 +90,42 @@ class Result(Kept):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def table(self, n: int | None = None) -> Table:
-        """What does it say, in rows? At most `n` of them; here one row a field, which subclasses replace."""
+        """What does the result say, in rows? At most `n` of them; by default one row per field."""
         return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in fields(self)]).head(n)
 
-    def top(self, k: int = 10) -> Any:
-        """Which `k` entries matter most? Only results that rank something answer."""
-        raise self._has_no("top(k)", "nothing in it is ranked", "table()")
+    def top(self, k: int = 10) -> Table:
+        """The `k` rows that matter most: the first of a table that is ranked. Only results that rank answer."""
+        if not self.ranked_by:
+            raise self._has_no("top(k)", "nothing in it is ranked", "table()")
+        return self.table(whole("k", k))
 
     def figure(self) -> Any:  # a plotly Figure, which only viz may import
-        """The result as a Plotly figure. Only results that have a picture answer."""
+        """The result as a Plotly figure. Defined only for results that have one."""
         raise self._has_no("figure()", "it defines no picture", "table(), or hooklens.viz on its fields")
 
     def _has_no(self, asked: str, seen: str, instead: str) -> WrongType:
-        return WrongType(f"{asked} was asked of a {type(self).__name__}, but {seen}; use {instead}")
+        return WrongType(f"a {type(self).__name__} has no {asked}: {seen}; use {instead}")
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the table. It is escaped, as everything in a table is."""
+        """The table for a notebook, fully escaped."""
         table = self.table()
         more = len(table) - _SHOWN
         rest = f"<p>{more} more rows: .table(None)</p>" if more > 0 else ""
         return f"<div><b>{type(self).__name__}</b>{table.head(_SHOWN).to_html()}{rest}</div>"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """The figure above the table where the class has one, in the form of Plotly's renderer for this place."""
+        """The figure above the table if the class has one, in the format of the active Plotly renderer."""
         table = self._repr_html_()
         if type(self).figure is Result.figure:
             return {"text/html": table}
         try:
             drawn = self.figure()._repr_mimebundle_()
-        except HooklensError:  # nothing to draw in this one
+        except HooklensError:  # this result has nothing to draw
             drawn = {}
         return drawn | {"text/html": drawn.get("text/html", "") + table}
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as plain numbers, for `json.dumps`.
+        """Convert every field to plain numbers, for `json.dumps`.
 
         >>> Result().to_json()
         {'class': 'Result'}
@@ -129,7 +133,7 @@ class Result(Kept):
         return plain(self)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the result as one safetensors file, whole or not at all; `Result.load` reads it back."""
+        """Write the result as one safetensors file, atomically; `Result.load` reads it back."""
         write_result(self, path)
 
     @classmethod
@@ -141,14 +145,14 @@ class Result(Kept):
         result = read_result(path)
         if not isinstance(result, cls):
             raise WrongType(
-                f"{cls.__name__}.load({str(path)!r}) was asked, but the file holds a {type(result).__name__}; "
+                f"{cls.__name__}.load cannot read {str(path)!r}: the file contains a {type(result).__name__}; "
                 f"use {type(result).__name__}.load or Result.load"
             )
         return result
 
 
 def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`table(n)`, `top(k)`, `top_edges(n)`: the number checked, since a slice takes -1 as "all but the last"."""
+    """Check the number of `table(n)`, `top(k)`, `top_edges(n)`: a slice would read -1 as "all but the last"."""
     number = next(itertools.islice(inspect.signature(method).parameters, 1, None), None)
 
     @functools.wraps(method)
@@ -162,7 +166,7 @@ def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def summary(value: Any) -> str:
-    """A value in a few characters: shapes instead of numbers, counts instead of elements.
+    """Summarise a value in a few characters: shapes instead of numbers, counts instead of elements.
 
     >>> summary(torch.zeros(2, 3, dtype=torch.int64)), summary([1, 2]), summary("a" * 99)
     ('Int[2 3]', 'list of 2', "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'")
@@ -186,7 +190,7 @@ def summary(value: Any) -> str:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    """jaxtyping's word for a dtype, with the width where it is not the usual one: Float, Float64, BFloat16, Int."""
+    """jaxtyping's name of a dtype, with the width if it is unusual: Float, Float64, BFloat16, Int."""
     name = str(dtype).removeprefix("torch.")
     word = name.rstrip("0123456789")
     usual = {torch.float32, torch.int64, torch.complex64, torch.bool}
@@ -194,7 +198,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as strict JSON can hold it: tensors as nested lists, results as dicts, no NaN literals.
+    """Convert a value to strict JSON: tensors as nested lists, results as dicts, no NaN literals.
 
     >>> plain({5: torch.tensor([1.5, float("nan")]), "site": ("z", None)})
     {'5': [1.5, 'NaN'], 'site': ['z', None]}
@@ -203,7 +207,7 @@ def plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, Result):
+    if isinstance(value, Kept):
         return {"class": type(value).__name__} | {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return _plain_dict(value)
@@ -218,7 +222,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [plain(item) for item in value]
     raise WrongType(
-        f"a {type(value).__name__} was to be written as JSON, which holds only numbers, strings, booleans, None, "
+        f"a {type(value).__name__} cannot be written as JSON, which supports numbers, strings, booleans, None, "
         "lists and dicts (and tensors and results as those); convert it first"
     )
 
@@ -233,7 +237,7 @@ def _plain_dict(value: Mapping) -> dict[str, Any]:
     named = {str(key): plain(item) for key, item in value.items()}
     if len(named) != len(value):
         raise InputError(
-            f"a dict with keys {list(value)[:6]} was to be written as JSON, where keys are strings and some of these "
+            f"a dict with keys {list(value)[:6]} cannot be written as JSON, where keys are strings and some of these "
             "become equal; rename them"
         )
     return named

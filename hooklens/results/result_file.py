@@ -1,8 +1,7 @@
-"""Results on disk: one safetensors file, its structure as JSON in the metadata, its classes found among plugins."""
+"""Results on disk: one safetensors file with its structure as JSON metadata; classes are looked up among plugins."""
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import os
 import re
@@ -15,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooklens.core.checksum import load_tensors, save_tensors
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.core.files import reading
 
 GROUP = "hooklens.plugins"
-_FORMAT = "hooklens.result/2"
-_LARGEST_BODY = 64 * 2**20  # safetensors refuses to read a header above 100 MB
+_SCHEMA = Schema("hooklens.result", 1, "a result", "Result.save")
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What a file can hold as a whole: a dataclass that is found again by its module and name. `Result` is one."""
+    """An object that a file stores as a whole: a dataclass that is found again by module and name, such as `Result`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -37,43 +35,37 @@ _CLASSES: dict[tuple[str, str], type[Kept]] = {}
 
 
 def known_classes() -> Mapping[tuple[str, str], type[Kept]]:
-    """Every such class defined so far, by module and qualified name: what a file may be matched against."""
+    """All such classes defined so far, by module and qualified name, for matching with a file."""
     return _CLASSES
 
 
 def write_result(result: Kept, path: str | os.PathLike) -> None:
     """Write `result` to `path`; see `Result.save`."""
     packed = _Packer()
-    body = json.dumps(packed.node(result, type(result).__name__), allow_nan=False)
-    if len(body) > _LARGEST_BODY:
-        raise InputError(
-            f"a {type(result).__name__} was to be saved, but its lists, dicts and strings take {len(body):,} bytes "
-            f"as JSON (at most {_LARGEST_BODY:,}); keep long lists of numbers in tensors"
-        )
-    save_tensors(path, packed.tensors, {"format": _FORMAT, "body": body})
+    write_envelope(path, _SCHEMA, packed.node(result, type(result).__name__), packed.tensors)
 
 
 def read_result(path: str | os.PathLike) -> Kept:
     """Read what `write_result` wrote; see `Result.load`."""
-    tensors, metadata = load_tensors(path, _FORMAT, "a result")
-    used: set[str] = set()
-    with reading(path, "a result"):
-        result = _unpack(json.loads(metadata["body"]), tensors, used)
+    file = read_envelope(path, _SCHEMA)
+    tensors, used = dict(file.tensors()), set[str]()
+    with reading(path, _SCHEMA.what):
+        result = _unpack(file.content, tensors, used)
     if not isinstance(result, Kept) or used != set(tensors):
-        raise _refused(path, "its tensors and its structure do not belong together")
+        raise _refused(path, "its tensors do not match its structure")
     return result
 
 
 def _refused(path: str | os.PathLike, seen: str) -> FileRefused:
-    return FileRefused(f"a result was to be loaded from {str(path)!r}, but {seen}; save it again with Result.save")
+    return FileRefused(f"cannot load a result from {str(path)!r}: {seen}; save it again with Result.save")
 
 
 @dataclass
 class _Packer:
-    """Turns a value into JSON, putting its tensors aside under the names "0", "1", ..."""
+    """Converts a value to JSON and collects its tensors under the names "0", "1", ..."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    names: dict[int, str] = field(default_factory=dict)  # id of a tensor -> its name: one seen twice is kept once
+    names: dict[int, str] = field(default_factory=dict)  # id of a tensor -> its name: stored once if seen twice
     kept: list[Tensor] = field(default_factory=list)  # keeps those ids from being reused
 
     def node(self, value: Any, where: str) -> Any:
@@ -85,7 +77,7 @@ class _Packer:
         if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a NumPy number
             return self.node(value.item(), where)
         raise WrongType(
-            f"{where} is a {type(value).__name__}, which a result file cannot hold; use tensors, numbers, strings, "
+            f"{where} is a {type(value).__name__}, which a result file cannot store; use tensors, numbers, strings, "
             "booleans, None, results, or lists, tuples and dicts of these"
         )
 
@@ -118,13 +110,13 @@ class _Packer:
             self.kept.append(value)
             dense = value.detach().resolve_conj().resolve_neg()
             dense = torch.view_as_real(dense) if dense.is_complex() else dense
-            # a copy, because two views of one memory cannot both be stored, and because a view may have gaps
+            # a copy: two views of one memory cannot both be stored, and a view may have gaps
             self.tensors[self.names[id(value)]] = dense.to("cpu", copy=True).contiguous()
         return {"complex" if value.is_complex() else "tensor": self.names[id(value)]}
 
 
 def _unpack(node: Any, tensors: dict[str, Tensor], used: set[str]) -> Any:
-    """The value that `_Packer.node` was given. A malformed node raises whatever it runs into: the caller refuses it."""
+    """Rebuild the value given to `_Packer.node`. A malformed node raises any error; the caller reports it."""
     if isinstance(node, list):
         return [_unpack(item, tensors, used) for item in node]
     if not isinstance(node, dict):
@@ -151,14 +143,14 @@ def _build(cls: type[Kept], values: dict[str, Any]) -> Kept:
     extra = sorted(set(values) - set(known))
     if missing or extra:
         raise FileRefused(
-            f"a {cls.__name__} was to be loaded, but the file lacks the fields {missing} and has {extra}, which this "
+            f"cannot load a {cls.__name__}: the file lacks the fields {missing} and has {extra}, which this "
             "version does not know; load it with the version that saved it"
         )
     try:
         return cls(**values)
     except Exception as error:  # its own checks (shapes, ranges) may raise anything
         raise FileRefused(
-            f"a {cls.__name__} was to be loaded, but its values were not accepted ({error}); save it again"
+            f"cannot load a {cls.__name__}: its values were not accepted ({error}); save it again"
         ) from error
 
 
@@ -167,27 +159,27 @@ def _is_required(known: Field) -> bool:
 
 
 def _plugin_of(cls: type[Kept]) -> tuple[str, str]:
-    """The registered plugin that `cls` will be found in again, and the package that brings it.
+    """The registered plugin in which `cls` will be found again, and the package that provides it.
 
-    Our own modules outside plugins/ count as a plugin named "hooklens", which needs no entry point.
+    hooklens's own modules outside plugins/ count as a plugin named "hooklens", which needs no entry point.
     """
     exports = [entry for entry in _entries() if getattr(sys.modules.get(entry.module), cls.__name__, None) is cls]
     around = [entry for entry in _entries() if _within(cls.__module__, _package(entry))]
     for entry in exports + sorted(around, key=lambda entry: -len(_package(entry))):
-        with contextlib.suppress(Unavailable):  # a broken neighbour is no reason not to save
+        with contextlib.suppress(Unavailable):  # a broken other plugin must not prevent saving
             if _lookup(entry, cls.__module__, cls.__qualname__) is cls:
                 return entry.name, entry.dist.name if entry.dist else entry.module.partition(".")[0]
     if _within(cls.__module__, "hooklens") and _known("hooklens", cls.__module__, cls.__qualname__) is cls:
         return "hooklens", "hooklens"
     raise InputError(
-        f"a {cls.__qualname__} was to be saved, but its module {cls.__module__!r} is not part of a registered plugin, "
-        f"so that nothing could load it; declare the module as an entry point of the group {GROUP!r} in its package's "
+        f"a {cls.__qualname__} cannot be saved: its module {cls.__module__!r} is not part of a registered plugin, so "
+        f"nothing could load it; declare the module as an entry point of the group {GROUP!r} in its package's "
         "metadata and install that, or use to_json()"
     )
 
 
 def _class_named(plugin: str, module: str, name: str, package: str) -> type[Kept]:
-    """The Result subclass `name` of a registered plugin; nothing is imported but the plugin's own declared module."""
+    """The Result subclass `name` of a registered plugin; only the plugin's own declared module is imported."""
     entries = [entry for entry in _entries() if entry.name == plugin]
     if plugin == "hooklens" and (ours := _known("hooklens", module, name)) is not None:
         return ours
@@ -197,7 +189,7 @@ def _class_named(plugin: str, module: str, name: str, package: str) -> type[Kept
         if (found := _lookup(entry, module, name)) is not None:
             return found
     raise Unavailable(
-        f"the file holds a {name!r} of the plugin {plugin!r}, which is installed but has no such result; "
+        f"the file contains a {name!r} of the plugin {plugin!r}, which is installed but has no such result; "
         f"install the version of {_shown(package)} that saved the file"
     )
 
@@ -205,24 +197,24 @@ def _class_named(plugin: str, module: str, name: str, package: str) -> type[Kept
 def _plugin_missing(plugin: str, name: str, package: str) -> Unavailable:
     known = sorted({entry.name for entry in _entries()})
     return Unavailable(
-        f"the file holds a {name!r} of the plugin {plugin!r}, which is not installed (installed: "
+        f"the file contains a {name!r} of the plugin {plugin!r}, which is not installed (installed: "
         f"{', '.join(known) or 'none'}); the file says that it comes with the package {_shown(package)}: "
         f"if you trust that, pip install {_shown(package)}"
     )
 
 
 def _shown(package: str) -> str:
-    """The package's name as the file gives it, if it can be one: it ends up in a command that people copy."""
+    """The package's name in the file, if it is a valid name: it becomes part of a command that people copy."""
     return package if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", str(package)) else "(unreadable name)"
 
 
 def _lookup(entry: EntryPoint, module_name: str, name: str) -> type[Kept] | None:
-    """The class among what the plugin's module exports, or among what its package has defined."""
+    """The class among the exports of the plugin's module, or among the classes that its package defined."""
     try:
         module = entry.load()
     except Exception as error:
         raise Unavailable(
-            f"the plugin {entry.name!r} was to be loaded, but importing {entry.value!r} raised "
+            f"cannot load the plugin {entry.name!r}: importing {entry.value!r} raised "
             f"{type(error).__name__}: {error}; repair or uninstall that package"
         ) from error
     exported = vars(module).get(name)
@@ -232,7 +224,7 @@ def _lookup(entry: EntryPoint, module_name: str, name: str) -> type[Kept] | None
 
 
 def _known(package: str, module: str, name: str) -> type[Kept] | None:
-    """An already defined Result subclass inside `package`; the module only decides between classes of one name."""
+    """An already defined Result subclass inside `package`; the module only distinguishes classes of one name."""
     found = {at: cls for (at, known), cls in known_classes().items() if known == name and _within(at, package)}
     return found.get(module) or (next(iter(found.values())) if len(found) == 1 else None)
 
@@ -242,7 +234,7 @@ def _entries() -> list[EntryPoint]:
 
 
 def _package(entry: EntryPoint) -> str:
-    """The package that a plugin's classes live in: the folder of its module, or the module where it stands alone."""
+    """The package of a plugin's classes: the folder of its module, or the module itself if it has no folder."""
     if hasattr(sys.modules.get(entry.module), "__path__"):
         return entry.module
     return entry.module.rpartition(".")[0] or entry.module
@@ -253,5 +245,5 @@ def _within(module: str, package: str) -> bool:
 
 
 def _spelled(value: float) -> str:
-    """An infinity or NaN in words that float() reads back, the sign of a NaN too, which str() drops."""
+    """An infinity or NaN in words that float() reads back, including the sign of a NaN, which str() drops."""
     return ("-" if math.copysign(1, value) < 0 else "") + str(abs(value))

@@ -1,4 +1,4 @@
-"""Intervals, p-values and splits over prompts; the unit is a group of prompts that share something."""
+"""Intervals, p-values and splits over prompts; the independent unit is a group of related prompts."""
 
 import math
 from collections.abc import Sequence
@@ -15,15 +15,17 @@ from hooklens.core.precision import widened
 Ends = tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]
 Groups = Int[Tensor, "pair"] | None
 PValues = Float64[Tensor, "*cell"]  # in float32 1/20 lies above 0.05
+DRAWS = 2000  # resamples: the Monte Carlo error of an end of a 95 % interval is then 3 % of half its width
+FLIPS = 4096  # patterns of signs: as many as 12 groups have, which are tried one and all
 LEAST_GROUPS = 6  # with fewer, intervals cover less than they say and no p of sign flips reaches 0.05
 _COVERAGE = {2: 50, 3: 75, 4: 87, 5: 91}  # of a mean of so many normal values, in percent
 _CELLS = 4096  # 2,000 draws of 36,864 neurons would not fit
 
 
 def mean_interval(
-    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> Ends:
-    """Bootstrap interval of the mean over pairs, by resampling pairs, or whole groups of them: see `ratio_interval`.
+    """Bootstrap interval of the mean over pairs; resamples pairs, or whole groups of pairs (see `ratio_interval`).
 
     >>> low, high = mean_interval(torch.tensor([1.0, 1.0, 1.0]))
     >>> float(low), float(high)
@@ -39,7 +41,7 @@ def ratio_interval(
     *,
     group: Groups = None,
     level: float = 0.95,
-    draws: int = 2000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Ends:
     """Bootstrap interval of mean(numerator) / mean(denominator), both means recomputed on every resample.
@@ -48,10 +50,10 @@ def ratio_interval(
     >>> float(low[0]), float(high[0])
     (0.5, 0.5)
 
-    With `group`, whole groups are drawn (a cluster bootstrap): pairs that share names are not independent. NaN for one
-    group, which says nothing about others. Resamples of few groups vary too little, so the percentiles taken lie
-    further out, as far as Student's t and the lost degree of freedom ask. No resample leaves the range of the groups'
-    own means: with fewer than 6 groups that range is nearly the interval, and it covers less than 0.95.
+    With `group`, whole groups are resampled (a cluster bootstrap), because pairs that share names are not independent.
+    NaN for one group. Resamples of few groups vary too little, so more extreme percentiles are used, according to
+    Student's t and the lost degree of freedom. No resample leaves the range of the groups' means: with fewer than 6
+    groups this range is almost the interval, and the coverage is below 0.95.
 
     Reference: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", section 13.3; Hesterberg (2015), "What
     Teachers Should Know About the Bootstrap", section 4 (expanded percentiles).
@@ -71,12 +73,12 @@ def ratio_interval(
 
 
 def studentised_interval(
-    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = 2000, seed: int = 0
+    values: Float[Tensor, "pair *cell"], *, group: Groups = None, level: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> Ends:
-    """Bootstrap interval of the mean over pairs that follows the skew of the values: the bootstrap of Student's t.
+    """Bootstrap interval of the mean over pairs that accounts for the skew of the values: the bootstrap-t interval.
 
-    A resample with a low mean of skewed values has a small spread too, and so a t far from 0: the interval reaches
-    further to the side on which large values may have been missed. Resamples without spread are left out. NaN for one
+    A resample of skewed values with a low mean also has a small spread, and so a t far from 0: the interval extends
+    further to the side where large values may have been missed. Resamples without spread are left out. NaN for one
     group, and for two, whose resamples with spread are all alike.
 
     >>> skewed = torch.tensor([0.1, 0.2, 0.1, 0.3, 0.2, 0.1, 0.2, 2.0])
@@ -98,7 +100,7 @@ def studentised_interval(
         sums = wide.new_zeros(n, cells.shape[1]).index_add_(0, number.to(wide.device), cells)
         centre, error = _mean_and_error(torch.ones_like(size)[None], sums, size)
         off, own = _mean_and_error(counts, sums - centre * size[:, None], size)
-        # a resample that holds copies of one value has no error but rounding, and no t
+        # a resample with copies of a single value has only rounding error, and no t
         t = torch.where(own > 1e-6 * error, off / own, torch.nan)
         reach = torch.nanquantile(t, ends, dim=0, interpolation="nearest")
         found.append(centre - torch.where(error > 0, reach * error, 0.0))
@@ -109,7 +111,7 @@ def studentised_interval(
 def _mean_and_error(
     counts: Float[Tensor, "draw group"], sums: Float[Tensor, "group cell"], size: Float[Tensor, "group"]
 ) -> tuple[Float[Tensor, "draw cell"], Float[Tensor, "draw cell"]]:
-    """The mean over pairs of each draw of groups, and its standard error over groups of unequal size."""
+    """The mean over pairs of each bootstrap draw of groups, and its standard error for groups of unequal size."""
     n, total = len(size), (counts @ size)[:, None]
     mean = counts @ sums / total
     crossed, squares = counts @ (sums * size[:, None]), (counts @ size.square())[:, None]
@@ -118,12 +120,12 @@ def _mean_and_error(
 
 
 def few_groups(n: int, before: str = "") -> str:
-    """What belongs beside a 95 % interval over fewer than 6 groups, after `before`; empty from 6 on.
+    """The note for a 95 % interval over fewer than 6 groups, after `before`; empty from 6 groups on.
 
     >>> few_groups(3), few_groups(6)
     ('few groups: 95 % intervals of 3 cover about 75 %', '')
 
-    For normal values; up to 4 groups the interval is their range, which misses where all lie to one side: 2 / 2^n.
+    For normal values. With up to 4 groups the interval is their range, which misses if all lie on one side: 2 / 2^n.
     """
     if n >= LEAST_GROUPS:
         return ""
@@ -133,10 +135,10 @@ def few_groups(n: int, before: str = "") -> str:
 
 
 def _tail(number: Int[Tensor, "pair"], level: float) -> float:
-    """The share of resamples left out at each end: that of a normal beyond t * sqrt(n / (n - 1)).
+    """The share of resamples left out at each end: the tail of a normal beyond t * sqrt(n / (n - 1)).
 
-    n counts equal groups; unequal ones are worth fewer: (sum of sizes)^2 / sum of squared sizes. The quantile of
-    Student's t is Abramowitz and Stegun (1964), 26.7.5: good to 1 % from 4 degrees of freedom on, below which no
+    n is the number of equal groups; unequal ones count less: (sum of sizes)^2 / sum of squared sizes. The quantile of
+    Student's t is Abramowitz and Stegun (1964), 26.7.5: accurate to 1 % from 4 degrees of freedom on; below that no
     resample reaches the quantile anyway.
     """
     size = number.bincount().double()
@@ -153,11 +155,11 @@ def _tail(number: Int[Tensor, "pair"], level: float) -> float:
 
 
 def sign_flip_p(
-    values: Float[Tensor, "pair *cell"], *, group: Groups = None, draws: int = 4096, seed: int = 0
+    values: Float[Tensor, "pair *cell"], *, group: Groups = None, draws: int = FLIPS, seed: int = 0
 ) -> PValues:
-    """Two-sided p-value of "the mean is 0", from flipping the sign of each group's values at random.
+    """Two-sided p-value of "the mean is 0", from random sign flips of each group's values.
 
-    Exact where there are at most 12 groups (every pattern of signs is tried), so that its smallest value is 2 / 2^n.
+    Exact for at most 12 groups (all sign patterns are used), so its smallest value is 2 / 2^n.
 
     >>> sign_flip_p(torch.tensor([1.0, 1.0, 1.0, 1.0])).item()
     0.125
@@ -166,14 +168,14 @@ def sign_flip_p(
     """
     number = group_numbers(len(values), group)
     n = int(number.max()) + 1
-    wide = values.double()  # in float32 rounding would lose the pattern that was seen among those tried
+    wide = values.double()  # in float32 rounding could lose the observed pattern among those tried
     sums = wide.new_zeros(n, *wide.shape[1:]).index_add_(0, number.to(wide.device), wide).reshape(n, -1)
     if n <= 12:
         signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0])] * n).reshape(-1, n)
         extra = 0
     else:
         signs = torch.randint(2, (draws, n), generator=seeded(seed)) * 2.0 - 1
-        extra = 1  # what was seen is one of the patterns
+        extra = 1  # the observed values are one of the patterns
     hits = []
     for cells in sums.split(max(1, _CELLS * 4096 // len(signs)), dim=1):
         seen, slack = cells.sum(0).abs(), 1e-9 * cells.abs().sum(0)
@@ -191,7 +193,7 @@ def quantiles(values: Float[Tensor, "draw *cell"], shares: Sequence[float]) -> F
 
 
 def null_p(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> PValues:
-    """How often a draw from the null reaches the value, the value itself counted in: never 0. NaN where any is NaN.
+    """How often does a draw from the null reach the value? The value itself counts: never 0. NaN if any value is NaN.
 
     >>> null_p(torch.tensor(5.0), torch.tensor([1.0, 2.0, 6.0])).item()
     0.5
@@ -203,7 +205,7 @@ def null_p(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> 
 
 
 def q_values(p: Float[Tensor, "*cell"]) -> PValues:
-    """Benjamini-Hochberg: the false discovery rate at which each of a family of tests would be called; NaN stays out.
+    """Benjamini-Hochberg: the false discovery rate at which each test of a family is significant; NaN is left out.
 
     >>> q_values(torch.tensor([0.01, 0.02, 0.03, 0.5], dtype=torch.float64)).tolist()
     [0.04, 0.04, 0.04, 0.5]
@@ -221,7 +223,7 @@ def q_values(p: Float[Tensor, "*cell"]) -> PValues:
 
 
 def halves(n: int, *, group: Groups = None, seed: int = 0) -> tuple[Int[Tensor, "chosen"], Int[Tensor, "reported"]]:
-    """Two disjoint halves of the pairs, no group in both: one to choose on, one to report on.
+    """Two disjoint halves of the pairs with no common group: one to choose on, one to report on.
 
     >>> choose, report = halves(4, group=torch.tensor([0, 0, 1, 1]))
     >>> sorted([choose.tolist(), report.tolist()])
@@ -237,7 +239,7 @@ def halves(n: int, *, group: Groups = None, seed: int = 0) -> tuple[Int[Tensor, 
 
 
 def group_numbers(n: int, group: Groups) -> Int[Tensor, "pair"]:
-    """Groups counted from 0 in order of their label; every pair its own where none are given.
+    """Number the groups from 0 in order of their labels; by default every pair is its own group.
 
     >>> group_numbers(3, torch.tensor([7, 4, 7])).tolist()
     [1, 0, 1]
@@ -245,24 +247,24 @@ def group_numbers(n: int, group: Groups) -> Int[Tensor, "pair"]:
     if group is None:
         return torch.arange(n)
     if len(group) != n:
-        raise InputError(f"group has one label a pair, got {len(group)} labels for {n} pairs")
+        raise InputError(f"group needs one label per pair, got {len(group)} labels for {n} pairs")
     return torch.as_tensor(group).cpu().unique(return_inverse=True)[1]
 
 
 def _weights(number: Int[Tensor, "pair"], draws: int, seed: int) -> Float[Tensor, "draw pair"]:
-    """How often each draw holds each pair; groups of unequal size weigh as many pairs as they have."""
+    """How often each draw contains each pair; groups of unequal size have the weight of their pairs."""
     weight = _counts(int(number.max()) + 1, draws, seed)[:, number]
     return weight / weight.sum(1, keepdim=True)
 
 
 def _counts(n: int, draws: int, seed: int) -> Float[Tensor, "draw group"]:
-    """How often each draw holds each group."""
+    """How often each draw contains each group."""
     drawn = torch.randint(n, (draws, n), generator=seeded(seed))
     return torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(draws, n, dtype=torch.float64))
 
 
 def correlation(a: Float[Tensor, "cell"], b: Float[Tensor, "cell"]) -> Float[Tensor, ""]:
-    """Pearson's correlation; NaN where either is constant or there is one cell.
+    """Pearson's correlation; NaN if either is constant or there is only one cell.
 
     >>> round(correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])).item(), 6)
     1.0
@@ -272,7 +274,7 @@ def correlation(a: Float[Tensor, "cell"], b: Float[Tensor, "cell"]) -> Float[Ten
 
 
 def rank_correlation(a: Float[Tensor, "cell"], b: Float[Tensor, "cell"]) -> Float[Tensor, ""]:
-    """Spearman's rank correlation, equal values sharing their mean rank; NaN where either is constant.
+    """Spearman's rank correlation with mean ranks for ties; NaN if either is constant.
 
     >>> round(rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 5.0, 6.0])).item(), 6)
     1.0
@@ -288,13 +290,13 @@ def _ranks(x: Float[Tensor, "cell"]) -> Float[Tensor, "cell"]:
 
 
 def auc(values: Float[Tensor, "*cell row"], positive: Bool[Tensor, "row"]) -> Float[Tensor, "*cell"]:
-    """How often a positive row has the larger value, ties counting half.
+    """How often a positive row has the larger value, with ties counting half.
 
     >>> auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])).item()
     0.75
 
     Reference: Mann and Whitney (1947); Hanley and McNeil (1982), "The meaning and use of the area under a receiver
-    operating characteristic", for its being that area.
+    operating characteristic", for the equality with that area.
     """
     one, ordered = values[..., positive].contiguous(), values[..., ~positive].sort(-1).values
     below, up_to = (torch.searchsorted(ordered, one, right=right) for right in (False, True))

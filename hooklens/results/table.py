@@ -12,12 +12,12 @@ from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.core.terminal import visible
 
-_UNWRAPPED = 20  # on a terminal, text is not wrapped to less than this to make room for another column
+_UNWRAPPED = 20  # minimum width to which text is wrapped on a terminal
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows of values under named columns: `print` it, or ask for another form.
+    """Rows of values under named columns; `print` it, or convert it to another format.
 
     >>> table = Table(["head", "effect", "token"], [("L9H6", 0.51234, " Mary"), ("L10H0", -0.0871, "\\n")])
     >>> print(table)
@@ -41,7 +41,7 @@ class Table:
             if len(row) != len(self.columns):
                 raise InputError(
                     f"a table with {len(self.columns)} columns ({', '.join(self.columns)}) needs as many cells in "
-                    f"each row, got {len(row)} in row {index}; give None for a cell that has no value"
+                    f"each row, got {len(row)} in row {index}; give None for an empty cell"
                 )
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Table:
         return self if n is None else Table(self.columns, self.rows[: whole("n", n)])
 
     def texts(self) -> list[list[str]]:
-        """Every cell as it is shown: numbers of a column share their decimals, control characters are visible.
+        """The text of every cell: numbers of a column share their decimals, control characters are visible.
 
         >>> Table(["p"], [(0.5,), (3e-9,), (None,), (float("nan"),)]).texts()
         [['0.5000'], ['3.0e-09'], [''], ['nan']]
@@ -65,7 +65,7 @@ class Table:
         return [list(cells) for cells in zip(*by_column, strict=True)] if self.columns else []
 
     def is_numeric(self) -> list[bool]:
-        """Which columns hold only numbers (and are set flush right).
+        """Which columns contain only numbers (and are right-aligned).
 
         >>> Table(["head", "effect"], [("L0H1", 2.0), ("L0H2", None)]).is_numeric()
         [False, True]
@@ -80,7 +80,7 @@ class Table:
         return "\n".join(_aligned(line, widths, numeric) for line in lines)
 
     def to_markdown(self) -> str:
-        """The table as GitHub Markdown, with everything that Markdown would interpret escaped.
+        """The table as GitHub Markdown, with all special characters escaped.
 
         >>> print(Table(["token"], [("a|b <i>",)]).to_markdown())
         | token |
@@ -93,7 +93,7 @@ class Table:
         return "\n".join([f"| {header} |", f"|{rule}|", *(f"| {row} |" for row in body)])
 
     def to_html(self) -> str:
-        """The table as an HTML element, escaped; number cells carry the class "number".
+        """The table as an HTML element, escaped; number cells have the class "number".
 
         >>> print(Table(["token"], [("<b>",)]).to_html())
         <table><thead><tr><th>token</th></tr></thead><tbody><tr><td>&lt;b&gt;</td></tr></tbody></table>
@@ -106,7 +106,7 @@ class Table:
     _repr_html_ = to_html
 
     def joined(self) -> list[tuple[str, list[str], bool]]:
-        """Name, texts and "is it of numbers?" of each column, a value and its interval in one.
+        """Name, texts and "is numeric" of each column, with a value and its interval combined.
 
         >>> Table(["head", "effect", "95% low", "95% high"], [("L0H1", 0.4123, 0.3611, 0.4508)]).joined()[1]
         ('effect [95%]', ['0.412 [0.361, 0.451]'], True)
@@ -126,7 +126,7 @@ class Table:
         return found
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        """For rich: no number is cut; columns of numbers that do not fit are named below, and text is wrapped."""
+        """Render with rich: numbers are never cut; number columns that do not fit are named below; text is wrapped."""
         from rich.text import Text  # as Text: a token such as "[bold]" must not be read as markup
 
         columns = self.joined()
@@ -140,7 +140,7 @@ class Table:
 
 
 def _intervals(cells: Sequence[Sequence[Any]]) -> list[str]:
-    """Value and both ends in three significant digits of the largest."""
+    """Value and both ends with three significant digits of the largest."""
     flat = [x for row in cells for x in row if _is_number(x) and math.isfinite(x) and x]
     decimals = max(0, min(_decimals(max(map(abs, flat))), 4) - 1) if flat else 1
     rows = ([_cell_text(None if cell != cell else cell, decimals) for cell in row] for row in cells)
@@ -148,16 +148,16 @@ def _intervals(cells: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _widths(columns: Sequence[tuple[str, list[str], bool]], room: int) -> list[int | None] | None:
-    """A width for each column, so that no number is cut; None where there are too many columns of numbers."""
+    """A width for each column such that no number is cut; None if there are too many number columns."""
     least, most = [], []
     for name, texts, number in columns:
         widest, word = (max(map(_width, some), default=0) for some in (texts, name.split()))
         least.append(max(word, widest if number else min(widest, _UNWRAPPED)))
         most.append(max(widest, _width(name)))
-    free = room - sum(least) - (3 * len(columns) - 1)  # what rich puts between and around columns
+    free = room - sum(least) - (3 * len(columns) - 1)  # rich's separators between and around columns
     if free < 0 and sum(number for _, _, number in columns) > 1:
         return None
-    if free < 0:  # text takes what is left, however narrow
+    if free < 0:  # text gets the remaining width, however narrow
         return [low if number else None for low, (_, _, number) in zip(least, columns, strict=True)]
     widths: list[int | None] = []
     for low, high in zip(least, most, strict=True):
@@ -181,7 +181,7 @@ def _rich(columns: Sequence[tuple[str, list[str], bool]], widths: Sequence[int |
 
 
 def format_number(value: int | float, decimals: int | None = None) -> str:
-    """A number in as many digits as help: about four significant ones.
+    """Format a number with about four significant digits.
 
     >>> [format_number(x) for x in (3.2, 12, 1234.567, 0.00012, -1e-9, -0.0, float("inf"))]
     ['3.200', '12', '1235', '0.0001200', '-1.00e-09', '0', 'inf']
@@ -205,7 +205,7 @@ def _decimals(value: float) -> int:
 
 
 def _column_texts(cells: list[Any]) -> list[str]:
-    """Decimals by the column's largest number, so that points line up; a number that would vanish gets an exponent."""
+    """Decimals follow the column's largest number, to align points; a number that would vanish gets an exponent."""
     floats = [abs(c) for c in cells if _is_number(c) and not isinstance(c, Integral) and math.isfinite(c) and c != 0]
     decimals = min(_decimals(max(floats)), 4) if floats else 1
     if floats and max(floats) < 0.001:
@@ -224,12 +224,12 @@ def _is_number(cell: Any) -> bool:
 
 
 def _scalar(cell: Any) -> Any:
-    """A 0-d tensor or NumPy number as the Python number that it holds."""
+    """Convert a 0-d tensor or NumPy number to a Python number."""
     return cell.item() if hasattr(cell, "item") and getattr(cell, "ndim", 0) == 0 else cell
 
 
 def _width(text: str) -> int:
-    """How many terminal columns the text takes: wide (East Asian) characters two, combining marks none."""
+    """The width of a text in terminal columns: wide (East Asian) characters count two, combining marks none."""
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 

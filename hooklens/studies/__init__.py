@@ -1,4 +1,4 @@
-"""Studies: several methods put together on one's own prompts, with claims and a report. The command line calls them."""
+"""Studies: several methods combined on your own prompts, with claims and a report. The command line calls them."""
 
 from hooklens.studies.chosen_heads import choose_heads
 from hooklens.studies.circuit_study import CircuitStudy, study_circuit

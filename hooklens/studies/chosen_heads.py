@@ -1,4 +1,4 @@
-"""The largest of many effects is too large: choose on one half of the prompts, report on the other."""
+"""The largest of many effects is biased upwards: choose on one half of the prompts, report on the other."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def choose_heads(model: "HookedTransformer", tokens: Prompts, metric: Any, *, k: int = 4) -> HeldOutEffects:
-    """Which `k` heads does the metric need most? Chosen on half of the prompts, each zeroed; reported on the others.
+    """Which `k` heads does the metric need most? Chosen on half of the prompts by zeroing, reported on the others.
 
     >>> from hooklens.testing import induction_model
     >>> model, tokens = induction_model(), [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [2, 3, 5, 2]]
@@ -26,7 +26,7 @@ def choose_heads(model: "HookedTransformer", tokens: Prompts, metric: Any, *, k:
 
 
 def demo(model: "HookedTransformer") -> HeldOutEffects:
-    """Which heads' zeroing changes the loss most? Chosen on half of twelve short prompts, reported on the rest."""
+    """Which heads change the loss most when set to zero? Chosen on half of twelve prompts, reported on the rest."""
     tokens = demo_texts(model, 12, 8)
     with engine(progress=False, verify=0):
         return choose_heads(model, tokens, loss(model, tokens), k=min(4, model.cfg.n_layers * model.cfg.n_heads))

@@ -1,19 +1,16 @@
-"""A circuit from prompt pairs of one's own: found on one half, tested on the other, beside random circuits."""
+"""Circuit discovery on your own prompt pairs: found on one half, tested on the other, compared with random circuits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hooklens.core.errors import ArgumentError
-from hooklens.data.jsonl import PromptPairs, numbered
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import check_prompts_differ, read_pairs
-from hooklens.metrics import logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, check_draws
+from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
-from hooklens.plugins.circuits.edge_attribution import demo_pairs
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.evaluation import CircuitEvaluation, evaluate_circuit
 from hooklens.plugins.circuits.faithfulness import measure_faithfulness
@@ -21,57 +18,58 @@ from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import halves
+from hooklens.results.statistics import group_numbers
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
     from hooklens.results.claims import Claim, Registration
 
 
-_SHOWN = 20  # rows of a table of edges
+_SHOWN = 20  # number of rows in a table of edges
 _RANDOM = (
-    "Faithfulness: the metric of the circuit alone, all other edges corrupted, as a share of that of the model; 0: no "
+    "Faithfulness: the metric of the circuit alone, with all other edges corrupted, as a share of the model's; 0: no "
     "edge, 1: the model. Random circuits have as many edges of the same kinds."
 )
 _EDGE = {"edge": "from and to", "score": "its estimated effect on the logit difference"}
 _MEASURED = {
-    "what": "faithfulness with its interval over groups of pairs and that of random circuits; p is how often those are "
+    "what": "faithfulness with its interval over groups of pairs, and for random circuits; p is how often those are "
     "as close to 1; the metric is the logit difference",
     "value": "the number",
 }
 _CURVE = {
-    "edges": "the size of the circuit",
+    "edges": "the number of edges in the circuit",
     "faithfulness": "as above",
     "95% low": "lower end of its interval over groups",
-    "95% high": "its upper end",
-    "random: median": "that of random circuits of this size",
-    "random: 95%": "which 95 % of them do not exceed",
-    "pairs": "how many it is measured on",
-    "of these used to find it": "how many of those",
+    "95% high": "upper end of that interval",
+    "random: median": "median of random circuits of this size",
+    "random: 95%": "the value that 95 % of them do not exceed",
+    "pairs": "number of pairs it is measured on",
+    "of these used to find it": "number of these that were used to find it",
 }
 _K = {
-    "K": "how the set was drawn; greedy ones grow edge by edge where the two differ most",
-    "edges in K": "how many edges are taken out of both",
-    "parts by (share)": "how far the metrics of circuit and model then differ, in shares of the model's; 0: complete",
+    "K": "how the set was drawn; greedy sets add the edge with the largest difference",
+    "edges in K": "number of edges removed from both",
+    "parts by (share)": "difference of the metrics of circuit and model, as a share of the model's; 0: complete",
 }
 _WORTH = {
     "edge": "from and to",
-    "worth (share)": "how much of the model's metric the circuit loses without the edge",
+    "worth (share)": "the share of the model's metric that the circuit loses without the edge",
     "95% low": "lower end of its interval over groups",
-    "95% high": "its upper end",
-    "q": "the rate of false discoveries, against edges of random circuits",
-    "with all others": "the same with nothing else taken out",
-    "most without": "the set of edges without which the edge is worth that much",
+    "95% high": "upper end of that interval",
+    "q": "the false discovery rate, against edges of random circuits",
+    "with all others": "the same with all other edges kept",
+    "most without": "the removed set for which the edge has this value",
 }
-_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the curve, in shares of the edges asked for
+_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # sizes of the curve, as shares of the requested number of edges
 
 
 @dataclass(frozen=True, eq=False)
 class CircuitStudy(Result):
-    """The circuit, and how faithful it is on pairs that it was not found on.
+    """The circuit, and its faithfulness on pairs that were not used to find it.
 
-    `held_out` is False where there was one group of pairs only: the test is then on the pairs of the search, and says
-    less. A full study has the `evaluation` (with completeness and minimality) and the `curve` over sizes, else None.
+    `held_out` is False if there was only one group of pairs: the test then uses the pairs of the search, and is weaker
+    evidence. A full study has the `evaluation` (with completeness and minimality) and the `curve` over sizes, else
+    None.
     """
 
     model: str
@@ -84,7 +82,7 @@ class CircuitStudy(Result):
     curve: FaithfulnessCurve | None = None
 
     def table(self, n: int | None = None) -> Table:
-        """The faithfulness beside random circuits, and what it was measured on."""
+        """The faithfulness, that of random circuits, and the pairs it was measured on."""
         seen = "not seen in the search" if self.held_out else "the same as in the search"
         tested = self.faithfulness if self.evaluation is None else self.evaluation
         rows = [*tested.table().rows, ("pairs of the search", self.n_found_on)]
@@ -97,40 +95,36 @@ class CircuitStudy(Result):
             ]
         return Table(("what", "value"), rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges with the largest scores."""
-        return self.circuit.top(k)
-
     def figure(self) -> Any:
         """The circuit, drawn upwards."""
         return self.circuit.figure()
 
     def claim(self, statement: str | None = None, *, registered: "Registration | None" = None) -> "Claim":
-        """That these edges carry the answer: what they restore of the metric, beside random circuits of their make."""
+        """The claim that these edges carry the answer: the metric they restore, compared with random circuits."""
         from hooklens.results.claims import Measured, claim
 
         tested, name = self.faithfulness, {"metric": "logit_diff"}
-        group, whole = tested.group.cpu(), tested.model_per_pair.cpu()
+        group, whole = tested.group.cpu(), tested.base_per_pair.cpu()
         empty, own, random = tested.empty_per_pair.cpu(), tested.per_pair.cpu(), tested.random_per_pair.cpu()
         return claim(
             self.model,
             statement or f"{self.circuit.n_edges} edges carry the answer",
             observation=Measured.of("metric of the whole model", whole, group, **name),
-            intervention=Measured.of("what the circuit keeps of it, all else ablated", own - empty, group, **name),
+            intervention=Measured.of("the circuit's share of it, all else ablated", own - empty, group, **name),
             control=Measured.edge_of("what random circuits keep", random - empty, group, **name),
             registered=registered,
             side="below" if bool((whole - empty).mean() < 0) else "above",
         )
 
     def report(self, *, registered: "Sequence[Registration]" = ()) -> Any:
-        """The study as a page; what was `registered` before the run is held against its plan."""
+        """The study as a page; registrations made before the run are compared with its claims."""
         from hooklens.results.claims import family, plans_met
         from hooklens.viz.report import Report
 
         report = Report(f"A circuit of {self.circuit.n_edges} edges in {self.model}")
         report.text(
-            "Edges by integrated gradients between corrupted and clean prompts; every other edge carries the corrupted "
-            "run. A faithful circuit is one way in which these prompts can be answered, not the only one."
+            "Edges by integrated gradients between corrupted and clean prompts; all other edges carry the corrupted "
+            "run. A faithful circuit is one way to answer these prompts, not the only one."
         )
         report.figure(self.figure(), f"Blue edges raise the logit difference, orange ones lower it. {self._names()}")
         report.table(self.circuit.top(_SHOWN), "The edges with the largest scores.", _EDGE)
@@ -138,21 +132,21 @@ class CircuitStudy(Result):
         report.table(self.table(), "", _MEASURED)
         claims = family(self.model, [self.claim()])
         met, unmet = plans_met(claims, registered)
-        report.heading("What may be claimed").claims(family(self.model, claims.claims, registered=met))
+        report.heading("Claims").claims(family(self.model, claims.claims, registered=met))
         for sentence in unmet:
             report.text(sentence)
         if self.curve is not None:
             report.heading("By size").figure(self.curve.figure()).table(self.curve.table(), "", _CURVE)
         if self.evaluation is not None:
             complete, minimal = self.evaluation.completeness, self.evaluation.minimality
-            report.heading("Does it hold all of it?").figure(complete.figure())
-            report.table(complete.table(10), "The sets K of edges without which circuit and model differ most.", _K)
-            report.heading("Does it need every edge?").figure(minimal.figure())
+            report.heading("Completeness").figure(complete.figure())
+            report.table(complete.table(10), "The removed sets K of edges for which circuit and model differ most.", _K)
+            report.heading("Minimality").figure(minimal.figure())
             report.table(minimal.table(_SHOWN), "", _WORTH)
         return report
 
     def _names(self) -> str:
-        """How nodes and edges are called."""
+        """The names of nodes and edges."""
         shared = "; L5G1 is a key/value head (G) of layer 5, whose keys and values the heads tied to it share"
         return (
             "L5H1 is head 1 of layer 5, MLP5 that layer's MLP, and L3H2->L5H1.q an edge from one head into the queries "
@@ -166,13 +160,13 @@ def study_circuit(
     *,
     edges: int = 200,
     full: bool = False,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitStudy:
-    """Which edges carry the answer of these pairs? Found on one half of their groups, tested on the other.
+    """Which edges carry the answer of these pairs? Found on one half of the groups, tested on the other.
 
-    `full` adds completeness, minimality and the faithfulness of smaller and larger circuits, each beside random ones:
-    some forty times the work of the test.
+    `full` adds completeness, minimality and the faithfulness of smaller and larger circuits, each compared with random
+    ones: about forty times the work of the test.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -181,24 +175,20 @@ def study_circuit(
     """
     check_draws(draws)
     check_edges(edges, circuit_graph(model))
-    group = numbered(pairs.group)
-    held_out = int(group.max()) > 0
-    every = torch.arange(len(pairs))
-    found_on, tested_on = halves(len(pairs), group=group, seed=seed) if held_out else (every, every)
-    metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    pairs = as_pairs(model, pairs)
+    pairs = replace(pairs, group=group_numbers(len(pairs), pairs.group))
     check_prompts_differ(read_pairs(model, pairs.clean, pairs.corrupted, ()))
-    one, other = (_some(pairs, index.tolist()) for index in (found_on, tested_on))
-    scores = eap_ig_midpoint(model, *one, metric.pairs(found_on) if len(pairs) > 1 else metric)
+    held_out = len(pairs.group.unique()) > 1
+    found_on, tested_on = pairs.split(seed=seed) if held_out else (pairs, pairs)
+    scores = eap_ig_midpoint(model, found_on)
     circuit = scores.top_edges(edges)
-    tested = metric.pairs(tested_on) if len(pairs) > 1 else metric
     evaluation = curve = None
     if full:
-        evaluation = evaluate_circuit(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
+        evaluation = evaluate_circuit(model, circuit, tested_on, draws=draws, seed=seed)
         faithful = evaluation.faithfulness
-        bench = Bench(model, *other, tested, circuit.ablation, keep=True)
-        curve = curve_of(bench, scores, _grown(scores, edges), group[tested_on], draws)
+        curve = curve_of(Bench(model, tested_on, circuit.replacement, keep=True), scores, _grown(scores, edges), draws)
     else:
-        faithful = measure_faithfulness(model, circuit, *other, tested, group=group[tested_on], draws=draws, seed=seed)
+        faithful = measure_faithfulness(model, circuit, tested_on, draws=draws, seed=seed)
     return CircuitStudy(
         model=model.cfg.model_name,
         circuit=circuit,
@@ -212,26 +202,19 @@ def study_circuit(
 
 
 def check_edges(edges: int, graph: CircuitGraph | None = None) -> None:
-    """Can a circuit of that size be looked for? Without the model's graph: is it a size?"""
+    """Raise if a circuit of this size cannot be searched for; without the graph, check only that it is a size."""
     if edges < 1 or (graph is not None and edges > graph.n_edges):
         most = "" if graph is None else f", at most the {graph.n_edges:,} edges of this model"
-        raise ArgumentError("{edges} is how many edges the circuit may have, at least 1{0}; got {1}", most, edges)
+        raise ArgumentError("{edges} is the most edges of the circuit, at least 1{0}; got {1}", most, edges)
 
 
 def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
-    """Circuits around the size asked for, cut as the one of the study is."""
+    """Circuits around the requested size, cut in the same way as the study's."""
     sizes = {min(max(1, round(share * edges)), scores.graph.n_edges) for share in _SIZES}
     circuits = {circuit.n_edges: circuit for circuit in map(scores.top_edges, sorted(sizes))}
     return [circuits[n] for n in sorted(circuits) if n]
 
 
-def _some(pairs: PromptPairs, index: list[int]) -> tuple[list[Any], list[Any]]:
-    return [pairs.clean[i] for i in index], [pairs.corrupted[i] for i in index]
-
-
 def demo(model: "HookedTransformer") -> CircuitStudy:
     """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
-    clean, corrupted, _ = demo_pairs(model, 4)
-    answers = [int(x) for x in clean[:, 0]], [int(x) for x in corrupted[:, -1]]
-    pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(len(clean))])
-    return study_circuit(model, pairs, edges=12)
+    return study_circuit(model, demo_pairs(model, 4), edges=12)

@@ -1,4 +1,4 @@
-"""Claims: what was seen, what was changed, what happened beside a control, and what may be said of it."""
+"""Claims: what was observed, what was changed, the effect compared with a control, and the resulting verdict."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.metrics import loss
 from hooklens.results.claims import ClaimFamily, Measured, claim, family
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def zero_heads(
     model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], metric: Any, *, layer: int = 0
 ) -> ClaimFamily:
-    """Does a head of this layer matter? Each is zeroed, and the fall of the metric held beside that of the next head.
+    """Does a head of this layer matter? Each is set to zero, and its effect is compared with the next head's.
 
     >>> from hooklens.testing import induction_model
     >>> model, tokens = induction_model(), torch.tensor([[3, 1, 4, 3, 1, 4]])
@@ -35,7 +36,8 @@ def zero_heads(
         other = fall[(i + 1) % len(fall)].cpu()
         seen = Measured.of("length of z", size[:, i].cpu())
         control = Measured.of("the same for the next head", other, metric=metric) if len(fall) > 1 else None
-        made.append(claim(model, f"L{layer}H{i} matters", observation=seen, intervention=effect[i], control=control))
+        matters = f"{head_name(layer, i)} matters"
+        made.append(claim(model, matters, observation=seen, intervention=effect[i], control=control))
     return family(model, made)
 
 
@@ -48,6 +50,6 @@ def _zero(head: int) -> Any:
 
 
 def demo(model: "HookedTransformer") -> ClaimFamily:
-    """Does a head of the first layer matter for the loss of six short prompts?"""
+    """Does a head of the first layer matter for the loss on six short prompts?"""
     tokens = demo_texts(model, 6, 8)
     return zero_heads(model, tokens, loss(model, tokens))

@@ -1,4 +1,4 @@
-"""Heads on prompt pairs of one's own: what is lost without each, what it writes of the answer, where it looks."""
+"""Heads on your own prompt pairs: the loss without each, its contribution to the answer, and where it attends."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,31 +7,32 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name, head_names, layer_names
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.jsonl import PromptPairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
-from hooklens.metrics import answer_ids, logit_diff
+from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import few_groups, mean_interval
+from hooklens.results.statistics import few_groups, group_numbers, mean_interval
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _TERMS = {
     "head": "L5H1 is head 1 of layer 5",
-    "fall": "how much lower the logit difference is, mean over pairs",
+    "fall": "decrease of the logit difference, mean over pairs",
     "95% low": "lower end of its interval over groups",
-    "95% high": "its upper end",
-    "q": "the rate of false discoveries over these heads (Benjamini-Hochberg)",
-    "where chosen": "the fall on the pairs that chose the head, too large for that",
-    "direct": "what the head itself adds to the logit difference on the clean prompt",
-    "looks at answer": "the last position's attention to where the answer stands in the prompt, nan where it does not",
+    "95% high": "upper end of that interval",
+    "q": "the false discovery rate over these heads (Benjamini-Hochberg)",
+    "where chosen": "the fall on the pairs that chose the head; biased upwards for this reason",
+    "direct": "the head's direct contribution to the logit difference on the clean prompt",
+    "looks at answer": "the last position's attention to the answer in the prompt, nan if it does not occur",
     "looks at wrong answer": "the same for the wrong answer",
-    "on repeated tokens": "what the taxonomy of heads calls it",
+    "on repeated tokens": "its label in the taxonomy of heads",
 }
 _CHOSEN = 20  # heads that the first half of the pairs chooses
 PerHead = Float[Tensor, "pair layer head"]
@@ -41,12 +42,14 @@ PerHead = Float[Tensor, "pair layer head"]
 class HeadStudy(Result):
     """Every head on these pairs; the metric is the logit of the answer minus that of the wrong answer.
 
-    `sweep` writes each head's corrupted value into the clean run, everything after it answering: what falls is what
-    the head carries of the difference between the prompts. `direct` is what it adds to the metric itself on the clean
-    prompt (NaN in post-norm models, where no such sum exists). `to_answer` and `to_wrong` are the attention that the
-    last position pays to earlier places where those tokens stand; NaN where they do not occur. `held_out` holds the
-    heads of largest fall on half of the groups, measured on the other; None for one group.
+    `sweep` writes each head's corrupted value into the clean run and recomputes everything after it: the decrease is
+    the part of the difference between the prompts that the head carries. `direct` is the head's own contribution to the
+    metric on the clean prompt (NaN in post-norm models, which have no such sum). `to_answer` and `to_wrong` are the
+    last position's attention to earlier positions with those tokens; NaN if they do not occur. `held_out` contains the
+    heads with the largest decrease on half of the groups, measured on the other half; None for one group.
     """
+
+    ranked_by = "what the head carries"
 
     model: str
     sweep: PatchSweep
@@ -55,25 +58,25 @@ class HeadStudy(Result):
     to_wrong: PerHead
     group: Int[Tensor, "pair"]
     held_out: HeldOutEffects | None
-    labels: list[list[str]] | None = None  # by layer and head, what `taxonomy` calls them on repeated tokens
+    labels: list[list[str]] | None = None  # by layer and head, the labels of `taxonomy` on repeated tokens
 
     @property
     def fall(self) -> PerHead:
-        """How far the metric falls without what each head carries, pair by pair."""
+        """The decrease of the metric without what each head carries, pair by pair."""
         return self.sweep.clean_per_pair[:, None, None] - self.sweep.per_pair
 
     def table(self, n: int | None = 12) -> Table:
-        """The heads that carry most; with two groups of pairs measured on those that did not choose them."""
+        """The heads that carry most; with at least two groups, measured on pairs that did not choose them."""
         held, mean = self.held_out, self.fall.mean(0)
         if held is None:
             low, high = mean_interval(self.fall, group=self.group)
             best = [
                 divmod(i, mean.shape[1]) for i in mean.flatten().abs().argsort(descending=True, stable=True).tolist()
             ]
-            rows = [(f"L{at[0]}H{at[1]}", *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
+            rows = [(head_name(*at), *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
             return Table(("head", "fall", "95% low", "95% high", *self._columns), rows).head(n)
         numbers = (held.mean[0], held.low[0], held.high[0], held.q[0], held.chosen_by)
-        places = [(int(a), int(b)) for a, b in (name[1:].split("H") for name in held.names)]
+        places = [Component.parse(name).place for name in held.names]
         rows = [
             (name, *(float(x[i]) for x in numbers), *self._beside(at))
             for i, (name, at) in enumerate(zip(held.names, places, strict=True))
@@ -89,19 +92,15 @@ class HeadStudy(Result):
         label = () if self.labels is None else ("on repeated tokens",)
         return "direct", "looks at answer", "looks at wrong answer", *label
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads that carry most."""
-        return self.table(k)
-
     def figure(self) -> Any:
-        """Layer by head: how far the metric falls, mean over pairs."""
+        """Layer by head: the decrease of the metric, mean over pairs."""
         from hooklens.viz.figures import heatmap
 
         mean = self.fall.mean(0)
         return heatmap(
             mean,
             x=[f"H{head}" for head in range(mean.shape[1])],
-            y=[f"L{layer}" for layer in range(mean.shape[0])],
+            y=layer_names(mean.shape[0]),
             title="What falls when a head's value is that of the corrupted prompt",
             x_title="head",
             y_title="layer",
@@ -123,21 +122,21 @@ class HeadStudy(Result):
             }
         )
         report.text(
-            "Fall: what the metric loses on the clean prompt when the head's output is that of the corrupted one, "
-            "exactly, all that follows from it included. A head that is not missed may still do its work, where "
-            "others take over; where a head looks says nothing by itself."
+            "Fall: the exact decrease of the metric on the clean prompt when the head's output is replaced by the "
+            "corrupted one and everything after it is recomputed. A head with a small fall may still do the job, if "
+            "other heads compensate; where a head attends shows nothing by itself."
         )
-        how = "Heads chosen and measured on the same pairs, so that the first falls are too large."
+        how = "Heads were chosen and measured on the same pairs, so the largest falls are biased upwards."
         if self.held_out is not None:
             chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)
             units = len(self.group[self.held_out.reported_on].unique())
             how = (
-                f"Heads chosen on {chosen} pairs; falls, intervals and q on {reported} others that share no group with "
-                f"them: {units} groups, with which no p lies below {2 / 2**units:.2g}{few_groups(units, '; ')}."
+                f"Heads were chosen on {chosen} pairs; falls, intervals and q are from {reported} others that share no "
+                f"group with them: {units} groups, for which no p is below {2 / 2**units:.2g}{few_groups(units, '; ')}."
             )
         return report.figure(self.figure(), f"Mean over {n} pairs.").table(
             self.table(_CHOSEN),
-            f"{how} Groups: prompts that share something count as one.",
+            f"{how} Related prompts form one group.",
             _TERMS,
         )
 
@@ -145,37 +144,36 @@ class HeadStudy(Result):
 def study_heads(
     model: "HookedTransformer", pairs: PromptPairs, *, labels: list[list[str]] | None = None, seed: int = 0
 ) -> HeadStudy:
-    """Which heads carry the answers of these pairs? By exact interventions, beside what they write and where they look.
+    """Which heads carry the answers of these pairs? By exact interventions, with what they write and where they attend.
 
     >>> from hooklens.testing import induction_model
     >>> clean = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [6, 3, 2, 6]]
     >>> corrupted = [[0, *row[1:]] for row in clean]
-    >>> pairs = PromptPairs(clean, corrupted, [1, 2, 9, 3], [4, 6, 8, 2], ["a", "b", "c", "d"])
+    >>> pairs = PromptPairs(clean, corrupted, answer=[1, 2, 9, 3], wrong_answer=[4, 6, 8, 2])
     >>> study = study_heads(induction_model(), pairs)
     >>> sorted(row[0] for row in study.table(2).rows), study.to_answer[:, 1, 1].tolist()
     (['L0H0', 'L1H1'], [1.0, 1.0, 1.0, 1.0])
 
-    Clean and corrupted prompts have one length within a pair; pairs may differ. Pairs of one `group` share something:
-    heads are chosen on half of the groups and measured on the other. `labels` (`classify_heads(model).labels()`) stand
-    beside them in the table. A head that carries nothing of the difference between these prompts may still be needed
-    for both.
+    Clean and corrupted prompts must have one length within a pair; pairs may differ. Pairs of one `group` are related:
+    heads are chosen on half of the groups and measured on the other. `labels` (`classify_heads(model).labels()`) are
+    shown next to them in the table. A head that carries nothing of the difference between these prompts may still be
+    needed for both.
 
     Reference: Wang et al. (2022), "Interpretability in the Wild"; Zhang and Nanda (2024), "Towards Best Practices of
     Activation Patching in Language Models" (corrupted into clean).
     """
-    group = pairs.group_numbers()
-    metric = logit_diff(model, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
-    sweep = patch(model, pairs.clean, pairs.corrupted, metric, site="z", value="corrupted")
+    group = group_numbers(len(pairs), pairs.group)
+    sweep = patch(model, pairs, site="z", value="corrupted")
     rows = rows_of(model, pairs.clean, "clean")
     right, wrong = (answer_ids(model, each).to(model.device) for each in (pairs.answer, pairs.wrong_answer))
     to_answer, to_wrong = _attention(model, rows, right, wrong)
-    if getattr(model.blocks[0], "renorms_stream", False):
+    if model.blocks[0].not_a_sum is not None:
         direct = torch.full_like(to_answer, torch.nan)
     else:
-        direct = direct_logit_attribution(model, rows, right, wrong).heads
+        direct = direct_logit_attribution(model, rows, answer=right, wrong_answer=wrong).heads
     held, shape = None, sweep.values.shape
     if int(group.max()):
-        names = [f"L{layer}H{head}" for layer in range(shape[0]) for head in range(shape[1])]
+        names = head_names(shape[0], shape[1])
         fall = (sweep.clean_per_pair[:, None, None] - sweep.per_pair).cpu()
         held = held_out_top(model, fall, names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
     return HeadStudy(
@@ -193,7 +191,7 @@ def study_heads(
 def _attention(
     model: "HookedTransformer", rows: list[Int[Tensor, "_"]], right: Int[Tensor, "pair"], wrong: Int[Tensor, "pair"]
 ) -> tuple[PerHead, PerHead]:
-    """From each prompt's last position to where its answer, and its wrong answer, stand."""
+    """Attention from each prompt's last position to its answer and to its wrong answer."""
     found = []
     with torch.no_grad(), packed_linears(rows=1024):
         for row, *asked in zip(rows, right, wrong, strict=True):
@@ -207,7 +205,4 @@ def _attention(
 
 def demo(model: "HookedTransformer") -> HeadStudy:
     """Four short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, answer, wrong = demo_pairs(model, 4)
-    return study_heads(
-        model, PromptPairs(clean.tolist(), corrupted.tolist(), answer, wrong, [str(i) for i in range(4)])
-    )
+    return study_heads(model, demo_pairs(model, 4))

@@ -1,4 +1,4 @@
-"""The indirect-object experiment: the shown pair cell by cell, and many balanced pairs for what may be claimed."""
+"""The indirect-object experiment: one pair shown in detail, and many balanced pairs for the claims."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.data.indirect_object import IOIPairs, ioi
-from hooklens.metrics import LogitDiff, logit_diff
+from hooklens.core.component import head_name
+from hooklens.data.indirect_object import ioi
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mover_result import NameMovers, by_group, of_pairs
 from hooklens.plugins.heads.name_movers import find_name_movers
@@ -22,6 +23,7 @@ from hooklens.studies.pair_study import PairStudy, by_layer, head_patterns, swee
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.settings import engine
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -29,22 +31,24 @@ if TYPE_CHECKING:
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
 ANSWER, WRONG_ANSWER = " Mary", " John"
-_CANDIDATES = 10  # heads taken from each of two rankings: the shown pair's patches, and direct effects over the pairs
+_CANDIDATES = 10  # heads taken from each of two rankings: patches of the shown pair, and direct effects over the pairs
 _DRAWN = 6
 
 
 @dataclass(frozen=True, eq=False)
 class IOIStudy(Result):
-    """The shown pair, the same question asked of many pairs, and the evidence head by head.
+    """The shown pair, the same experiment on many pairs, and the evidence for each head.
 
-    `total` is the logit difference after each of `heads` was patched in each pair (every later layer recomputed), as
-    against `movers.direct`, where only the final norm and the unembedding see the patch. Heads are chosen and called by
-    the pairs `chosen_on`; what is said of them is measured on `reported_on`, the other half of the groups (all pairs
-    both times where there is one group). `claims` are of those heads; None where there is none, or too few pairs.
+    `total` is the logit difference after each of `heads` was patched in each pair, with all later layers recomputed;
+    in `movers.direct` only the final norm and the unembedding see the patch. Heads are chosen and labelled by the pairs
+    `chosen_on`, and reported numbers come from `reported_on`, the other half of the groups (all pairs both times if
+    there is only one group). `claims` are about those heads; None if there are none, or too few pairs.
     """
 
+    ranked_by = "effect of the patch"
+
     shown: PairStudy
-    pairs: IOIPairs
+    pairs: PromptPairs
     movers: NameMovers
     layers: dict[str, PatchSweep]
     heads: list[tuple[int, int]]
@@ -57,17 +61,17 @@ class IOIStudy(Result):
 
     @cached_property
     def named(self) -> NameMovers:
-        """What names the heads."""
+        """The measurements that label the heads."""
         return of_pairs(self.movers, self.chosen_on)
 
     @cached_property
     def reported(self) -> NameMovers:
-        """What is reported of them."""
+        """The measurements that are reported."""
         return of_pairs(self.movers, self.reported_on)
 
     @property
     def held_out(self) -> bool:
-        """Did the pairs that are reported on have no part in the naming?"""
+        """Whether the reported pairs had no part in the labelling."""
         return not torch.isin(self.reported_on, self.chosen_on).any()
 
     @property
@@ -77,12 +81,12 @@ class IOIStudy(Result):
 
     @property
     def correct(self) -> float:
-        """In what share of pairs is the indirect object likelier than the subject?"""
+        """The share of pairs in which the indirect object is more likely than the subject."""
         return float((self.clean_per_pair > 0).float().mean())
 
     @property
     def recovered(self) -> Float[Tensor, "head"]:
-        """What patching each of `heads` restores, all later layers recomputed."""
+        """The share of the difference that patching each of `heads` restores, all later layers recomputed."""
         return self._recovered(self.reported_on)
 
     def recovered_interval(self) -> tuple[Float[Tensor, "head"], Float[Tensor, "head"]]:
@@ -105,7 +109,7 @@ class IOIStudy(Result):
         return ratio_interval(by_group(moved[every], group), by_group(self.movers.gap[every], group), level=level)
 
     def called(self) -> list[str]:
-        """What each of `heads` is called by the pairs that name: a name mover by all three tests, else by its patch."""
+        """The label of each of `heads`: name mover if all three tests hold, else a description of its patch."""
         (low, high), least = self.interval(self._moved, self.chosen_on), self.movers.criteria.least_direct
         movers = set(self.named.name_movers)
         names = []
@@ -121,13 +125,13 @@ class IOIStudy(Result):
         return names
 
     def finding(self) -> str:
-        """What was found, in a sentence or two: the opening of the page."""
+        """The main result in one or two sentences: the opening of the page."""
         from hooklens.studies.pages import finding
 
         return finding(self)
 
     def table(self, n: int | None = 14) -> Table:
-        """One row a head: called and ranked by one half of the pairs, name movers first; measured on the other."""
+        """One row per head: labelled and ranked by one half of the pairs, name movers first; measured on the other."""
         columns = ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO"]
         columns += ["margin", "copies", "suppresses"]
         movers, (low, high), called = self.reported, self.recovered_interval(), self.called()
@@ -137,12 +141,8 @@ class IOIStudy(Result):
         for i in sorted(range(len(called)), key=lambda i: (called[i] != "name mover", -size[i])):
             a, b = self.heads[i]
             patched = (float(value[i]) for value in (self.recovered, low, high))
-            rows.append((f"L{a}H{b}", called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
+            rows.append((head_name(a, b), called[i], *patched, *(float(value[a, b]) for value in (*direct, *rest))))
         return Table(columns, rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose patch restores or lowers most."""
-        return self.table(k)
 
     def figure(self) -> Any:
         """Every head by attention, direct effect and copying."""
@@ -161,16 +161,17 @@ def study_ioi(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
     Needs a tokenizer in which the names are single tokens. Reference: Wang et al. (2022).
     """
     pairs = ioi(model, n, seed=seed)
-    metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
+    clean, corrupted = pairs.tokens(model)
     with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
-        shown = sweep_pair(model, CLEAN, CORRUPTED, logit_diff(model, answer=ANSWER, wrong_answer=WRONG_ANSWER))
+        shown = sweep_pair(model, PromptPairs(CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER))
         movers = find_name_movers(model, pairs)
         chosen_on, reported_on = movers.halves(seed=seed)
         heads = _candidates(shown, of_pairs(movers, chosen_on))
         patches = [Patch(layer, head=head) for layer, head in heads]
         with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
-            layers = by_layer(model, pairs.clean_tokens, pairs.corrupted_tokens, metric)
-            outcome = execute(plan(model, pairs.corrupted_tokens, "z", pairs.clean_tokens, patches=patches), metric)
+            layers = by_layer(model, pairs)
+            made = plan(model, corrupted, "z", clean, patches=patches)
+            outcome = execute(SitePatches(made), pairs.metric_of(model))
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
     claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
     return IOIStudy(
@@ -189,13 +190,13 @@ def study_ioi(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
 
 
 def _candidates(shown: PairStudy, named: NameMovers) -> list[tuple[int, int]]:
-    """The heads worth patching in every pair: name movers, then the strongest directly, then on the shown pair."""
+    """The heads to patch in every pair: name movers, then the largest direct effects, then those of the shown pair."""
     patched = [(layer, head) for layer, head in shown.sweeps["z"].order()[:_CANDIDATES]]
     return list(dict.fromkeys([*named.name_movers, *named.order()[:_CANDIDATES], *patched]))
 
 
 def demo(model: "HookedTransformer") -> NameMovers | IOIStudy:
-    """The study on four pairs where the model has a tokenizer that knows the names; else name movers among numbers."""
+    """The study on four pairs if the tokenizer knows the names; else name movers among token numbers."""
     from hooklens.plugins.heads.name_movers import demo as numbers
 
     return numbers(model) if model.tokenizer is None else study_ioi(model, 4)

@@ -1,4 +1,4 @@
-"""Lenses on prompts of one's own: what is said after every layer, where the answer comes up, which parts write it."""
+"""Lenses on your own prompts: predictions after every layer, where the answer appears, and what writes it."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 _PROMPT = {
     "prompt": "its name",
     "text": "how it ends",
-    "answer": "the token followed",
-    "probability": "the model's of that token",
-    "rank": "its place among all tokens, 0 the likeliest",
-    "on top from": "the stream from which on it has rank 0 up to the model's output",
+    "answer": "the token that is tracked",
+    "probability": "the model's probability of that token",
+    "rank": "its rank among all tokens, 0 the most likely",
+    "on top from": "the first stream from which on it has rank 0 up to the output",
 }
 _COMPONENT = {
-    "component": "L5H1 is head 1 of layer 5, 5_attn_out and 5_mlp_out are what its attention and its MLP add",
-    "attribution": "what the component adds directly to the answer's logit, minus that of the wrong answer if there is "
-    "one",
+    "component": "L5H1 is head 1 of layer 5, 5_attn_out and 5_mlp_out are the outputs of its attention and MLP",
+    "attribution": "the component's direct contribution to the answer's logit, minus that to the wrong answer's if "
+    "there is one",
     "95% low": "lower end of its interval",
-    "95% high": "its upper end",
-    "q": "the rate of false discoveries over these components",
-    "where chosen": "the attribution on the prompts that chose the component, too large for that",
-    "spread over tokens": "how far what it adds differs from token to token of the vocabulary",
+    "95% high": "upper end of that interval",
+    "q": "the false discovery rate over these components",
+    "where chosen": "the attribution on the prompts that chose the component; biased upwards for this reason",
+    "spread over tokens": "standard deviation of its contribution over tokens of the vocabulary",
 }
 _CHOSEN = 20  # components that the first half of the prompts chooses
 _SHOWN_TEXT = 60  # characters of a prompt's end in a table
@@ -48,12 +48,14 @@ _SHOWN_TEXT = 60  # characters of a prompt's end in a table
 class LensStudy(Result):
     """The logit lens, the trajectory and the direct logit attribution of the same prompts.
 
-    `lenses` are those of the first prompts. `held_out` holds components chosen by their attribution on half of the
-    groups of prompts and measured on the other; None where all prompts are of one group.
+    `lenses` are those of the first prompts. `held_out` contains components chosen by their attribution on half of the
+    groups of prompts and measured on the other half; None if all prompts form one group.
     """
 
+    ranked_by = "what it writes of the answer"
+
     model: str
-    names: list[str]  # what each prompt is called
+    names: list[str]  # the name of each prompt
     lenses: list[LogitLens]
     trajectory: Trajectory
     attribution: LogitAttribution
@@ -61,7 +63,7 @@ class LensStudy(Result):
     group: Int[Tensor, "prompt"]
 
     def prompt_table(self, n: int | None = None) -> Table:
-        """One row a prompt: how it ends, how likely its answer is, and from which stream on the answer is on top."""
+        """One row per prompt: its end, the probability of its answer, and the stream from which on it is on top."""
         path, rows = self.trajectory, []
         for i, name in enumerate(self.names):
             on_top = (path.rank[i] == 0).flip(0).long().cumprod(0).sum()
@@ -71,9 +73,9 @@ class LensStudy(Result):
         return Table(("prompt", "text", "answer", "probability", "rank", "on top from"), rows).head(n)
 
     def table(self, n: int | None = 12) -> Table:
-        """The components that write most of the answer; measured on the prompts that did not choose, where they can be.
+        """The components that contribute most to the answer; measured on held-out prompts if possible.
 
-        Without two groups the components are chosen and measured on the same prompts.
+        With fewer than two groups, components are chosen and measured on the same prompts.
         """
         held = self.held_out
         if held is None:
@@ -84,12 +86,8 @@ class LensStudy(Result):
         columns = ("component", "attribution", "95% low", "95% high", "q", "where chosen", "spread over tokens")
         return Table(columns, rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` components that write most of the answer."""
-        return self.table(k)
-
     def figure(self) -> Any:
-        """Where the answer comes up, over all prompts."""
+        """The layer at which the answer appears, over all prompts."""
         return self.trajectory.figure()
 
     def report(self) -> Any:
@@ -98,24 +96,24 @@ class LensStudy(Result):
 
         report = Report(f"Logit lens in {self.model}")
         report.text(
-            "Every stream is read as if it were the last. Early streams need not be written in the basis that the "
-            "unembedding reads, so that an answer that is not seen there may be there. What a part adds directly "
-            "leaves out all that it does through later parts."
+            "Every stream is read as if it were the last. Early streams need not use the basis that the unembedding "
+            "reads, so an answer may be present without being visible. A component's direct contribution leaves out "
+            "all effects through later components."
         )
         report.heading("When the answer comes up").figure(self.figure(), self._over())
-        report.table(self.prompt_table(_CHOSEN), "What the model makes of each prompt.", _PROMPT)
+        report.table(self.prompt_table(_CHOSEN), "The model's prediction for each prompt.", _PROMPT)
         if len(self.names) > _CHOSEN:
             with report.fold(f"All {len(self.names)} prompts"):
                 report.table(self.prompt_table(), "Columns as above.")
-        caption = "Medians of ranks, means of the other columns, over prompts."
+        caption = "Medians of ranks and means of the other columns, over prompts."
         report.table(self.trajectory.table(None), caption, Trajectory.terms)
-        report.heading("Which parts write it").figure(self.attribution.figure(), self._over())
+        report.heading("Which components write it").figure(self.attribution.figure(), self._over())
         report.table(self.table(_CHOSEN), self._how(), _COMPONENT)
         shown = f", the first {len(self.lenses)} of {len(self.names)} prompts" * (len(self.lenses) < len(self.names))
         report.heading(f"What the model would say after every layer{shown}")
         each = list(zip(self.prompt_table().rows, self.lenses, strict=False))
         for i, ((name, text, answer, *_), lens) in enumerate(each):
-            caption = f"{name}; the answer is {answer}. In each cell the likeliest token, coloured by its probability."
+            caption = f"{name}; the answer is {answer}. Cells: the most likely token, coloured by its probability."
             with report.fold(f"{name}: {text}") if i else nullcontext():
                 report.figure(lens.figure(), caption)
         return report
@@ -123,16 +121,16 @@ class LensStudy(Result):
     def _over(self) -> str:
         n, groups = len(self.names), int(self.group.max()) + 1
         if n == 1:
-            return "One prompt: no interval, and nothing is said about others."
+            return "One prompt: there is no interval, and this shows nothing about other prompts."
         return f"Mean over {n} prompts in {groups} {'group' if groups == 1 else 'groups'}{few_groups(groups, '; ')}."
 
     def _how(self) -> str:
-        control = "An attribution that is not large beside the spread over tokens is nothing."
+        control = "An attribution that is not large relative to the spread over tokens is not specific to the answer."
         if self.held_out is None:
-            return f"Ranked and measured on the same prompts, so the first rows are too large. {control}"
+            return f"Ranked and measured on the same prompts, so the first rows are biased upwards. {control}"
         chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)
         n = len(self.group[self.held_out.reported_on].unique())
-        least = f"with which no p lies below {2 / 2**n:.2g}{few_groups(n, '; ')}"
+        least = f"for which no p is below {2 / 2**n:.2g}{few_groups(n, '; ')}"
         return (
             f"Chosen by size on {chosen} prompts, measured on {reported} others that share no group with them; "
             f"intervals and q over their {n} groups, {least}. {control}"
@@ -142,24 +140,25 @@ class LensStudy(Result):
 def study_lens(
     model: "HookedTransformer",
     prompts: Prompts,
+    *,
     answer: Answers | None = None,
     wrong_answer: Answers | None = None,
-    *,
     group: Groups = None,
     names: Sequence[str] | None = None,
     shown: int = 12,
     seed: int = 0,
 ) -> LensStudy:
-    """What would the model say after every layer of these prompts, and which parts write the answers?
+    """What would the model predict after every layer of these prompts, and which components write the answers?
 
     >>> from hooklens.testing import induction_model
-    >>> study = study_lens(induction_model(), [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [1, 3, 2, 1]], [1, 2, 9, 3])
+    >>> prompts = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [1, 3, 2, 1]]
+    >>> study = study_lens(induction_model(), prompts, answer=[1, 2, 9, 3])
     >>> study.prompt_table(1).rows[0][2:], study.table(1).rows[0][0]        # chosen on two prompts, measured on two
     (("'1'", 0.999..., 0, 'final_post'), '1_attn_out')
 
-    `answer` is one token for all prompts or one a prompt; None: what the model itself says. The lens is kept for the
-    first `shown` prompts, everything else for all. Prompts of one `group` share something: none is chosen on and
-    reported.
+    `answer` is one token for all prompts or one per prompt; None: the model's own prediction. The lens is kept for the
+    first `shown` prompts, everything else for all prompts. Prompts of one `group` are related: a group is used either
+    for choosing or for reporting.
 
     Reference: those of `logit_lens`, `trajectory` and `direct_logit_attribution`.
     """
@@ -168,8 +167,8 @@ def study_lens(
     if answer is None:
         with torch.no_grad():
             answer = [int(model(row[None], logits_at=-1)[0, 0].argmax()) for row in rows]
-    path = trace_predictions(model, rows, answer, wrong_answer, group=number)
-    parts = direct_logit_attribution(model, rows, answer, wrong_answer, group=number)
+    path = trace_predictions(model, rows, answer=answer, wrong_answer=wrong_answer, group=number)
+    parts = direct_logit_attribution(model, rows, answer=answer, wrong_answer=wrong_answer, group=number)
     held = None
     if int(number.max()):
         k = min(_CHOSEN, len(parts.labels))
@@ -193,7 +192,8 @@ def _end(text: str) -> str:
 
 def demo(model: "HookedTransformer") -> LensStudy | NoAttribution:
     """Four short prompts; token numbers where the model has no tokenizer."""
-    if getattr(model.blocks[0], "renorms_stream", False):
-        return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
+    why = model.blocks[0].not_a_sum
+    if why is not None:
+        return NoAttribution(f"{why}, so that it is no sum of what was added")
     pairs = demo_pairs(model, 4)
-    return study_lens(model, pairs.clean, pairs.answer, pairs.wrong_answer, shown=1)
+    return study_lens(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)

@@ -1,10 +1,11 @@
-"""What may be claimed of name movers: heads named on one half of the pairs, their direct effect shown on the other."""
+"""Claims about name movers: heads are labelled on one half of the pairs, and tested on the other."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
 from hooklens.results.claims import Claim, ClaimFamily, Measured, Registration, claim, family
@@ -13,27 +14,27 @@ from hooklens.results.statistics import LEAST_GROUPS as _A_HALF
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-LEAST_GROUPS = 2 * _A_HALF  # with fewer, no head of the half that is reported could be called causal
-_METRIC = "logit_diff"  # what NameMovers.direct is measured by
-_CONTROL = "the same head, its output of a pair with other names"
+LEAST_GROUPS = 2 * _A_HALF  # with fewer, no head could be called causal on the reported half
+_METRIC = "logit_diff"  # the metric of NameMovers.direct
+_CONTROL = "the same head's output from a pair with other names"
 
 
 def mover_claims(
     model: "HookedTransformer", movers: NameMovers, *, registered: Sequence[Registration] = (), seed: int = 0
 ) -> ClaimFamily | None:
-    """A claim for each head that one half of the pairs calls a name mover, measured on the other half.
+    """One claim for each head that one half of the pairs labels a name mover, measured on the other half.
 
-    The intervention is the exact direct effect, as a share of the clean-corrupted difference; its control is that of
-    the same head's clean output of another pair, of other names: what it takes to no longer write the wrong name, or
-    just any name. None where no head was called.
+    The intervention is the exact direct effect, as a share of the clean-corrupted difference. Its control uses the same
+    head's clean output from another pair with other names: the effect of no longer writing the wrong name, or of
+    writing any name. None if no head was labelled.
 
-    Plans in `registered` are held against the claim that states their hypothesis, such as "L5H1 moves the name".
+    Registrations in `registered` are compared with the claim of the same hypothesis, such as "L5H1 moves the name".
     """
     n_groups = len(movers.group.unique())
     if n_groups < LEAST_GROUPS:
         raise InputError(
-            f"two halves of {_A_HALF} groups of pairs need {LEAST_GROUPS}, got {n_groups}; with fewer no p "
-            "can be 0.05 or less. A group is four pairs that share names and sentence"
+            f"two halves of {_A_HALF} groups of pairs need {LEAST_GROUPS}, got {n_groups}; with fewer, no p can reach "
+            "0.05. A group is four pairs that share names and sentence"
         )
     named, reported = (of_pairs(movers, one) for one in movers.halves(seed=seed))
     made = [_claim(model, reported, head) for head in named.name_movers]
@@ -46,7 +47,7 @@ def _claim(model: "HookedTransformer", movers: NameMovers, head: tuple[int, int]
     group = movers.group
     return claim(
         model,
-        f"L{layer}H{number} moves the name",
+        f"{head_name(layer, number)} moves the name",
         observation=Measured.of("attention to the indirect object", movers.attention[:, layer, number].cpu(), group),
         intervention=Measured.of("share restored directly", share, group, metric=_METRIC),
         control=Measured.of(_CONTROL, control, group, metric=_METRIC),
@@ -55,7 +56,7 @@ def _claim(model: "HookedTransformer", movers: NameMovers, head: tuple[int, int]
 
 
 def demo_movers(n: int = 8, heads: int = 2) -> NameMovers:
-    """Made-up measurements in which L0H0 is a name mover, for tests and examples.
+    """Synthetic measurements in which L0H0 is a name mover, for tests and examples.
 
     >>> demo_movers().name_movers
     [(0, 0)]

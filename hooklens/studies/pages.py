@@ -1,43 +1,31 @@
-"""The pages that patching experiments are read on: they draw what a study holds and compute nothing but intervals."""
+"""The report pages of patching experiments: they draw the content of a study and compute only intervals."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hooklens.core.component import head_name
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
 from hooklens.results.result import Table
 from hooklens.studies.mover_evidence import LEAST_GROUPS
+from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
     from hooklens.studies.ioi_study import IOIStudy
     from hooklens.studies.pair_study import PairStudy
     from hooklens.viz.report import Report
 
-_SITES = {
-    "resid_pre": "the residual stream before each layer",
-    "resid_mid": "the residual stream between attention and MLP",
-    "resid_post": "the residual stream after each layer",
-    "attn_out": "what attention adds to the residual stream",
-    "mlp_out": "what the MLP adds to the residual stream",
-    "post": "the MLP's neurons after their activation function",
-    "q": "the heads' queries",
-    "k": "the heads' keys",
-    "v": "the heads' values",
-    "z": "the heads' output",
-    "pattern": "the heads' attention patterns",
-    "result": "what the heads write to the residual stream",
-}
 _UNITS = {"head": "one head at a time", "neuron": "one neuron at a time"}
 _PATCHES = {
     "metric": "the logit difference after this patch",
     "recovered": "its share of the difference to restore, 0 as in the corrupted run, 1 as in the clean run",
 }
-_NAMES = "L5 is layer 5, L5H1 its head 1; behind that the token and, in brackets, its position"
+_NAMES = "L5 is layer 5, L5H1 its head 1; followed by the token and, in brackets, its position"
 
 
 def pair_report(study: "PairStudy") -> "Report":
-    """The page of one pair: predictions, a figure a site, layers, heads, numbers."""
+    """The page of one pair: predictions, a figure per site, layers, heads, numbers."""
     from hooklens.viz.report import Report
 
     report = Report(f"Activation patching in {study.model}")
@@ -53,14 +41,14 @@ def pair_report(study: "PairStudy") -> "Report":
     if study.heads:
         report.heading("What the strongest heads attend to").figure(
             _attention(study.patterns, study.clean, study.heads),
-            "On the clean prompt. That a head restores the logit difference says nothing yet about how: to call it a "
-            "name mover takes many pairs, as in `hooklens demo`.",
+            "On the clean prompt. A head that restores the logit difference need not be a name mover: this label needs "
+            "many pairs, as in `hooklens demo`.",
         )
     return _exactness(report, [*study.sweeps.values(), *study.layers.values()])
 
 
 def _swept(report: "Report", study: "PairStudy", sweep: PatchSweep) -> None:
-    """A sweep's figure; where it leaves rows out, all of them behind a fold."""
+    """A sweep's figure; if it leaves out rows, all rows are in a folded section."""
     report.figure(sweep.figure(), patched(study, sweep))
     rows = sweep.values[..., 0].numel()
     if sweep.values.ndim == 3 and rows > STRONGEST:
@@ -69,7 +57,7 @@ def _swept(report: "Report", study: "PairStudy", sweep: PatchSweep) -> None:
 
 
 def patched(study: "PairStudy", sweep: PatchSweep) -> str:
-    """What a sweep of this pair wrote where, and how its numbers are read."""
+    """What a sweep of this pair wrote where, and how to read its numbers."""
     unit = next((words for axis, words in _UNITS.items() if axis in sweep.by), "one layer at a time")
     first, last = study.shared
     if "pos" in sweep.by:
@@ -78,17 +66,17 @@ def patched(study: "PairStudy", sweep: PatchSweep) -> str:
         where = "at all positions"
     else:
         where = (
-            f"only at the first {first} and the last {last} tokens, which both prompts share, as the prompts have "
-            f"{len(study.clean)} and {len(study.corrupted)} tokens; those between keep their own value"
+            f"only at the first {first} and the last {last} tokens, which both prompts share, because the prompts have "
+            f"{len(study.clean)} and {len(study.corrupted)} tokens; the tokens between keep their own value"
         )
     read = (
         "0: as in the corrupted run, 1: as in the clean run."
         if sweep.defined
-        else "Both runs have the same logit difference, so that its change is shown."
+        else "Both runs have the same logit difference, so its change is shown."
     )
     return (
-        f"Patched: {_SITES[sweep.site]}, {unit}, {where}. Written: its value in the clean run, into the corrupted run, "
-        f"every later layer recomputed. {read}"
+        f"Patched: {SITES[sweep.site].words or sweep.site}, {unit}, {where}. Written: its value in the clean run, into "
+        f"the corrupted run, every later layer recomputed. {read}"
     )
 
 
@@ -109,7 +97,7 @@ def ioi_report(study: "IOIStudy") -> "Report":
             "their direct effect": _whole(sum(float(movers.share[i]) for i in named)),
         }
     )
-    report.heading("The pair shown, and what the model says")
+    report.heading("The shown pair, and the model's predictions")
     _prompts(report, shown)
     report.heading("Where the answer is, layer by layer")
     _swept(report, shown, shown.sweeps["resid_pre"])
@@ -128,17 +116,17 @@ _WHISKERS = "Whiskers: 95 % intervals over groups of four pairs that share names
 
 
 def finding(study: "IOIStudy") -> str:
-    """Which heads move the name, and what each restores; or why nothing can be said."""
+    """The heads that move the name, and what each restores; or the reason why there is no result."""
     movers = study.reported
     if not movers.defined:
         return (
-            "On these pairs the model does not tell the indirect object from the subject: the interval of the "
-            "clean-corrupted difference includes 0, so nothing can be said to restore it."
+            "On these pairs the model does not distinguish the indirect object from the subject: the interval of the "
+            "clean-corrupted difference includes 0, so there is nothing to restore."
         )
-    heads = ", ".join(f"L{a}H{b} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
+    heads = ", ".join(f"{head_name(a, b)} ({_whole(movers.share[a, b])})" for a, b in study.named.name_movers)
     others = [row for row in study.table(None).rows if row[1] == "restores the logit difference"][:3]
     also = ", ".join(f"{row[0]} ({_whole(row[2])})" for row in others)
-    named = f"Name movers, with what each restores directly: {heads}." if heads else "No head passes all three tests."
+    named = f"Name movers, and the share each restores: {heads}." if heads else "No head passes all three tests."
     if not others:
         return f"{named} No other head restores the logit difference."
     return f"{named} Other heads restore the logit difference without moving a name; the strongest are {also}."
@@ -150,7 +138,7 @@ def _prompts(report: "Report", study: "PairStudy") -> None:
         study.corrupted,
         clean_top=study.clean_top,
         corrupted_top=study.corrupted_top,
-        caption="Coloured: where the prompts differ. Below each, the model's likeliest next tokens.",
+        caption="Coloured: where the prompts differ. Below each prompt: the model's most likely next tokens.",
     )
     sweep = study.any_sweep
     report.numbers(
@@ -171,47 +159,48 @@ def _attention(patterns: Any, tokens: list[str], heads: list[str]) -> Any:
 
 
 def _heads(report: "Report", study: "IOIStudy") -> None:
-    """The picture of all heads, the table of the strongest, and the patterns of the first."""
+    """The figure of all heads, the table of the strongest, and the patterns of the first."""
     asked = study.movers.criteria
     report.heading(f"Head by head, over {len(study.reported_on)} pairs")
     report.figure(
         study.figure(),
-        "Every head of the model; the strongest are named. Name movers stand to the upper right, in dark.",
+        "Every head of the model; the strongest are named. Name movers are at the upper right, in dark.",
     )
     report.table(_short(study.table()), *_columns(study))
     report.text(
-        "A head is called a name mover only if all three hold. It attends: the last position's attention to the "
-        f"indirect object exceeds that to any other position but the first by more than {asked.least_margin:g} (lower "
-        f"end of the interval). It copies: for at least {asked.least_copying:.0%} of the names its OV puts the name "
-        f"itself among the {asked.top_k} likeliest tokens. It acts directly: the lower end of its direct effect "
-        f"exceeds {asked.least_direct:.0%}. Any other head at most restores, or lowers, the logit difference."
+        "A head is labelled a name mover only if all three criteria hold. It attends: the last position's attention to "
+        "the indirect object exceeds that to any other position except the first by more than "
+        f"{asked.least_margin:g} (lower end of the interval). It copies: for at least {asked.least_copying:.0%} of the "
+        f"names, its OV puts the name itself among the {asked.top_k} most likely tokens. It acts directly: the lower "
+        f"end of its direct effect exceeds {asked.least_direct:.0%}. Other heads are described by their patch: they "
+        "restore the logit difference, or lower it."
     )
     drawn, called = study.heads[: len(study.patterns)], study.called()
-    names = [f"L{a}H{b}, {called[i]}" for i, (a, b) in enumerate(drawn)]
+    names = [f"{head_name(a, b)}, {called[i]}" for i, (a, b) in enumerate(drawn)]
     report.heading("What the strongest heads attend to").figure(
         _attention(study.patterns, study.shown.clean, names),
-        "On the clean prompt shown above; the bottom row is the last position, from which the answer is read.",
+        "On the clean prompt shown above; the bottom row is the last position, where the answer is predicted.",
     )
 
 
 def _claims(report: "Report", study: "IOIStudy") -> None:
-    report.heading("What may be claimed")
+    report.heading("Claims")
     if study.claims is not None:
-        report.text("Heads were called name movers on one half of the pairs; the numbers are of the other half.")
+        report.text("Heads were labelled on one half of the pairs; the numbers come from the other half.")
         report.claims(study.claims)
         return
     n = len(study.movers.group.unique())
     if n < LEAST_GROUPS:
         report.text(
-            f"Nothing: of {n} groups of pairs (four share names and sentence) one half names heads and the other tests "
-            f"them, and a test that could say anything takes {LEAST_GROUPS} groups, {4 * LEAST_GROUPS} pairs."
+            f"None: there are {n} groups of pairs (four share names and sentence). One half labels heads and the other "
+            f"half tests them, which needs at least {LEAST_GROUPS} groups, {4 * LEAST_GROUPS} pairs."
         )
     else:
-        report.text("Nothing: on the half of the pairs that names heads, no head passed all three tests.")
+        report.text("None: on the half of the pairs that labels heads, no head passed all three tests.")
 
 
 def _short(table: Table) -> Table:
-    """Each interval beside its number: "41% [37, 44]"."""
+    """Each interval next to its number: "41% [37, 44]"."""
     columns = ("head", "called", "patched", "direct", "attends to IO", "margin", "copies", "suppresses")
     rows = []
     for head, called, *numbers in table.rows:
@@ -234,21 +223,21 @@ def _percent(value: float, low: float, high: float) -> str:
 def _columns(study: "IOIStudy") -> tuple[str, dict[str, str]]:
     k, held_out = study.movers.criteria.top_k, study.held_out
     how = (
-        f"Heads are chosen and called by {len(study.chosen_on)} of the pairs; every number is of the other "
+        f"Heads are chosen and labelled by {len(study.chosen_on)} of the pairs; every number comes from the other "
         f"{len(study.reported_on)}, which share no group with them."
         if held_out
-        else "All pairs are of one group, so that heads are chosen and measured on the same ones, without intervals."
+        else "All pairs form one group, so heads are chosen and measured on the same pairs, without intervals."
     )
     return f"{how} Unrounded numbers are in the JSON file.", {
         "head": "L5H1 is head 1 of layer 5",
-        "called": "name mover where all three tests below hold, else what its patch does",
-        "patched": "share of the clean-corrupted difference that the head's clean output restores, later layers "
-        "recomputed, with its 95 % interval",
-        "direct": "the same where only the final norm and the unembedding see it",
+        "called": "name mover if all three tests hold, else the effect of its patch",
+        "patched": "share of the clean-corrupted difference that the head's clean output restores with all later "
+        "layers recomputed, with its 95 % interval",
+        "direct": "the same if only the final norm and the unembedding see it",
         "attends to IO": "the last position's attention to the indirect object",
-        "margin": "how much more than to any other position but the first",
-        "copies": f"share of names that the head's OV (what it writes of a token it attends to) puts among the {k} "
-        "likeliest tokens",
+        "margin": "excess over the attention to any other position except the first",
+        "copies": f"share of names that the head's OV (what it writes for a token it attends to) puts among the {k} "
+        "most likely tokens",
         "suppresses": f"share of names that its OV puts among the {k} least likely tokens",
     }
 
@@ -263,11 +252,11 @@ def _bars(study: "IOIStudy", sweep: PatchSweep) -> Any:
 
 def _how(report: "Report", study: "IOIStudy") -> None:
     pairs, movers = study.pairs, study.reported
-    orders = {order: pairs.order.count(order) for order in dict.fromkeys(pairs.order)}
+    orders = {order: pairs["order"].count(order) for order in dict.fromkeys(pairs["order"])}
     balance = " and ".join(f"{count} {order}" for order, count in orders.items())
     report.heading("How this was measured").text(
         f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in "
-        f"each order; {len(set(pairs.template))} sentences; all prompts are {pairs.clean_tokens.shape[1]} tokens long. "
+        f"each order; {len(set(pairs['template']))} sentences; all prompts are {int(pairs['end'][0]) + 1} tokens long. "
         "Two names in one sentence give four pairs, which are not independent: every interval over pairs resamples "
         f"such groups ({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is "
         "measured on each name as it leaves block 0, put through the head's own values (shared by its group of heads "
@@ -290,12 +279,12 @@ def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
     checked = sum(sweep.n_verified for sweep in sweeps)
     kernels = " and ".join(_PRODUCTS[name] for name in sorted({s.kernel for s in sweeps}) if name in _PRODUCTS)
     products = (
-        f" Linear layers multiplied with {kernels}: the other kind gives other last digits, and which is faster is "
-        "measured anew in every process; in Python, hl.engine(kernel=...) settles it."
+        f" Linear layers were multiplied with {kernels}. The other kernel gives other last digits, and each process "
+        "measures which is faster; in Python, hl.engine(kernel=...) fixes the choice."
     )
     return report.text(
-        f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. What had to be "
-        "computed, as a share of that plain loop: "
+        f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. The work done, as a "
+        "share of that plain loop: "
         + ", ".join(f"{s.site} by {' x '.join(s.by)} {s.computed:.0%}" for s in sweeps)
         + "."
         + products * bool(kernels)

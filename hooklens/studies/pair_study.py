@@ -1,4 +1,4 @@
-"""One prompt pair looked at from all sides: predictions, sweeps, layers, and what the strongest heads attend to."""
+"""One prompt pair in detail: predictions, sweeps, layers, and the attention patterns of the strongest heads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import ArgumentError, InputError, judge
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, check_prompts_differ, common_ends, read_pairs, rows_of
-from hooklens.metrics import Answers, LogitDiff, logit_diff
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import check_prompts_differ, common_ends, read_pairs, rows_of
 from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.result import Result, Table
-from hooklens.sweeps.planning import SITES, grid_axes, has_site, site_kind
+from hooklens.sweeps.planning import grid_axes, has_site, site_kind
+from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -28,11 +30,11 @@ _GUESSES = 5
 
 @dataclass(frozen=True, eq=False)
 class PairStudy(Result):
-    """What the model says after both prompts, and what every patch between them did to the logit difference.
+    """The model's predictions for both prompts, and the effect of every patch between them on the logit difference.
 
-    `sweeps` are the sites asked for, `layers` whole layers of attn_out and mlp_out; `patterns` belong to `heads`, those
-    whose patch moved the metric most (none where z was not swept). `shared` counts the tokens that both prompts share
-    at their beginning and end, the only ones patched by layer or head where the prompts differ in length.
+    `sweeps` are the requested sites, `layers` whole layers of attn_out and mlp_out. `patterns` belong to `heads`, those
+    whose patch changed the metric most (empty if z was not swept). `shared` is the number of tokens that both prompts
+    share at their beginning and end; only these are patched by layer or head if the prompts differ in length.
     """
 
     model: str
@@ -50,11 +52,11 @@ class PairStudy(Result):
 
     @property
     def any_sweep(self) -> PatchSweep:
-        """A sweep, for the two baselines that all share."""
+        """Any of the sweeps, for the two baselines that all share."""
         return next(iter(self.sweeps.values()))
 
     def table(self, n: int | None = 16) -> Table:
-        """The patches that moved the logit difference most, as many of each site; at most `n` in all."""
+        """The patches that changed the logit difference most, equally many per site; at most `n` in total."""
         each = None if n is None else -(-n // max(1, len(self.sweeps)))
         tables = {site: sweep.table(each) for site, sweep in self.sweeps.items()}
         rows = [(site, *row) for site, table in tables.items() for row in table.rows]
@@ -73,47 +75,41 @@ class PairStudy(Result):
 
 def study_pair(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
+    pairs: PromptPairs,
     *,
-    answer: Answers,
-    wrong_answer: Answers,
     sites: Sequence[str] = ("resid_pre", "z"),
     by: str | None = None,
     resume: Mapping[str, Path] | None = None,
 ) -> PairStudy:
-    """Sweep several sites of one pair, and whole layers, by the logit difference of two answers.
+    """Sweep several sites of one pair, and whole layers, with the logit difference of two answers as the metric.
 
     >>> from hooklens.testing import tiny_model
-    >>> study = study_pair(tiny_model(), [1, 2, 3], [1, 4, 3], answer=5, wrong_answer=6)
+    >>> study = study_pair(tiny_model(), PromptPairs([1, 2, 3], [1, 4, 3], answer=5, wrong_answer=6))
     >>> study.sweeps["z"].values.shape, len(study.heads)         # layer head
     (torch.Size([2, 2]), 4)
 
-    `by` is the grid of the sites that are swept by position otherwise; `resume` names a file a site.
+    `by` is the grid of the sites that are swept by position by default; `resume` gives one file per site.
     """
-    metric = logit_diff(model, answer=answer, wrong_answer=wrong_answer)
     with torch.no_grad(), packed_linears(rows=1024):  # the weights are packed once for all sweeps
-        study = sweep_pair(model, clean, corrupted, metric, sites=sites, by=by, resume=resume)
-        return replace(study, layers=by_layer(model, clean, corrupted, metric))
+        study = sweep_pair(model, pairs, sites=sites, by=by, resume=resume)
+        return replace(study, layers=by_layer(model, pairs))
 
 
 def sweep_pair(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: LogitDiff,
+    pairs: PromptPairs,
     *,
     sites: Sequence[str] = ("resid_pre", "z"),
     by: str | None = None,
     resume: Mapping[str, Path] | None = None,
 ) -> PairStudy:
     """`study_pair` without its whole layers."""
-    files = resume or {}
+    files, metric = resume or {}, pairs.metric_of(model)
     with torch.no_grad():
         sweeps = {}
         for site, axes in grids(sites, by).items():
-            sweeps[site] = patch(model, clean, corrupted, metric, site=site, by=axes, resume=files.get(site))
-        ids = [rows_of(model, prompt, name)[0] for prompt, name in ((clean, "clean"), (corrupted, "corrupted"))]
+            sweeps[site] = patch(model, pairs, site=site, by=axes, resume=files.get(site))
+        ids = [rows_of(model, prompts, "prompts")[0] for prompts in (pairs.clean, pairs.corrupted)]
         by_head = "z" in sweeps and sweeps["z"].by == ("layer", "head")
         chosen = sweeps["z"].order()[:_STRONGEST] if by_head else []
         return PairStudy(
@@ -126,7 +122,7 @@ def sweep_pair(
             corrupted_top=_guesses(model, ids[1]),
             sweeps=sweeps,
             layers={},
-            heads=[f"L{layer}H{head}" for layer, head in chosen],
+            heads=[head_name(layer, head) for layer, head in chosen],
             patterns=head_patterns(model, ids[0], chosen),
             shared=common_ends(*ids),
         )
@@ -134,25 +130,22 @@ def sweep_pair(
 
 def check_pair(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    answer: Answers,
-    wrong_answer: Answers,
+    pairs: PromptPairs,
     *,
     sites: Sequence[str],
     by: str | None,
 ) -> tuple[int, list[tuple[str, ...]]]:
-    """The clean prompt's length and every site's grid; what `study_pair` cannot use raises, and nothing has run."""
+    """Return the clean prompt's length and every site's grid; raise for unusable arguments before anything runs."""
     axes = list(grids(sites, by).values())
 
     def prompts() -> int:
-        pairs = read_pairs(model, clean, corrupted, [name for names in axes for name in names])
-        check_prompts_differ(pairs)
-        return pairs[0].clean.shape[1]
+        groups = read_pairs(model, pairs.clean, pairs.corrupted, [name for names in axes for name in names])
+        check_prompts_differ(groups)
+        return groups[0].clean.shape[1]
 
     found = judge(
         {
-            "answer": lambda: logit_diff(model, answer=answer, wrong_answer=wrong_answer),
+            "answer": lambda: pairs.metric_of(model),
             "sites": lambda: [has_site(model, site_kind(site)) for site in sites],
             "clean": prompts,
         }
@@ -161,7 +154,7 @@ def check_pair(
 
 
 def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
-    """The grid of each site: `by` where the site has those axes, else its own. A `by` that fits none of them raises.
+    """The grid of each site: `by` if the site has those axes, else its own. Raises if `by` fits none of them.
 
     >>> grids(["resid_pre", "z"], "layer x head x pos")
     {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
@@ -180,17 +173,17 @@ def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def by_layer(model: "HookedTransformer", clean: Prompts, corrupted: Prompts, metric: Any) -> dict[str, PatchSweep]:
+def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchSweep]:
     """What does each layer's attention, and each layer's MLP, restore at all positions at once?"""
     points = model.hook_points()
     sites = [site for site in ("attn_out", "mlp_out") if f"blocks.0.{SITES[site].point}" in points]
-    return {site: patch(model, clean, corrupted, metric, site=site, by="layer") for site in sites}
+    return {site: patch(model, pairs, site=site, by="layer") for site in sites}
 
 
 def head_patterns(
     model: "HookedTransformer", ids: Tensor, heads: Sequence[tuple[int, ...]]
 ) -> Float[Tensor, "head query_pos key_pos"]:
-    """The attention patterns of these (layer, head) on one prompt."""
+    """The attention patterns of the given heads on one prompt."""
     n = len(ids)
     if not heads:
         return torch.zeros(0, n, n)
@@ -206,5 +199,4 @@ def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]
 
 def demo(model: "HookedTransformer") -> PairStudy:
     """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
-    clean, corrupted, answer, wrong_answer = demo_pairs(model)
-    return study_pair(model, clean, corrupted, answer=answer[0], wrong_answer=wrong_answer[0])
+    return study_pair(model, demo_pairs(model))

@@ -1,4 +1,4 @@
-"""A causal check as claims: that the model uses what the probe reads, one for each edit."""
+"""The claims of a causal check: that the model uses what the probe reads, one for each edit."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 def causal_claims(
     check: CausalCheck, model: "HookedTransformer | str", metric: Any = "", *, registered: Sequence[Registration] = ()
 ) -> ClaimFamily:
-    """The probe's accuracy as the observation, each edit's fall as the intervention, random directions as the control.
+    """The probe's accuracy as observation, each edit's effect as intervention, random directions as the control.
 
-    The control is the 97.5 % edge of that kind of random direction which moves the metric further.
+    The control is the 97.5 % quantile for the kind of random direction that changes the metric more.
     """
     group, made = check.group.cpu(), []
-    seen = Measured.of("the probe is right", check.read.cpu(), group)
+    seen = Measured.of("the probe is correct", check.read.cpu(), group)
     for i, edit in enumerate(EDITS):
         effect = Measured.of(f"fall of the metric, {edit}", check.fall[i].cpu(), group, metric=metric)
         edges = [

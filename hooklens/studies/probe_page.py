@@ -1,4 +1,4 @@
-"""A probe's study as a page: what was read, what else reads it, and what the numbers do not let one say."""
+"""The report page of a probe study: accuracy, baselines, and the limits of what the numbers show."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,21 +8,21 @@ if TYPE_CHECKING:
     from hooklens.plugins.probing.study import ProbeStudy
 
 _WHAT = {
-    "what": "the labels that are read, or what else reads them: the control task has random labels, the same ones for "
-    "all tokens (or groups) alike, and selectivity is how much better the real ones are read than those"
+    "what": "the labels that are read, and the baselines: the control task has random labels, the same for all "
+    "occurrences of a token (or group), and selectivity is the accuracy on the real labels minus that on those"
 }
 _ACCURACY = {
-    "balanced accuracy": "share right, averaged within classes first",
+    "balanced accuracy": "accuracy averaged within classes first",
     "95% low": "lower end of its interval over groups",
-    "95% high": "its upper end",
+    "95% high": "upper end of that interval",
     "accuracy": "share right",
-    "p": "how often shuffled labels are read as well",
-    "q": "the rate of false discoveries over all points",
+    "p": "how often shuffled labels reach this accuracy",
+    "q": "the false discovery rate over all points",
 }
 
 
 def probe_report(study: "ProbeStudy", title: str = "") -> Any:
-    """Counts, a verdict in words, accuracy by layer, what reaches it without the model, and calibration."""
+    """Counts, a verdict in words, accuracy by layer, the baselines, and calibration."""
     from hooklens.viz.report import Report
 
     n, groups = len(study.label), int(study.group.max()) + 1
@@ -37,47 +37,45 @@ def probe_report(study: "ProbeStudy", title: str = "") -> Any:
     )
     for sentence in verdicts(study):
         report.text(sentence)
-    report.text("That a label can be read does not show that the model uses it: steer or ablate along the direction.")
-    over = f"Intervals over groups, widened by what refitting the probes adds{few_groups(groups, '; ')}."
-    report.figure(study.figure(), f"{over} To pick the best layer here is to look at the test texts.")
-    caption = f"Out of fold, the layer chosen in inner folds of other groups; {groups} groups."
+    report.text("A label that can be read need not be used by the model: steer or ablate the direction to test it.")
+    over = f"Intervals over groups, widened for the variance of refitting the probes{few_groups(groups, '; ')}."
+    report.figure(study.figure(), f"{over} Choosing the best layer here would use the test texts.")
+    caption = f"Out of fold, with the layer chosen in inner folds of other groups; {groups} groups."
     report.table(study.table(), caption, _WHAT | _ACCURACY)
-    terms = {"point": "where the probe reads"} | _ACCURACY
+    terms = {"point": "the point that the probe reads"} | _ACCURACY
     report.heading("By layer").table(study.top(10), _by_layer(study), terms)
-    return report.heading("Is it as sure as it is right?").figure(
+    return report.heading("Calibration").figure(
         study.calibration.figure(),
-        "How often a class came true, against the probability that the probe gave it, out of fold; on the diagonal "
-        "where the two agree.",
+        "Observed frequency of a class against the probability predicted by the probe, out of fold; on the diagonal "
+        "the two agree.",
     )
 
 
 def _by_layer(study: "ProbeStudy") -> str:
-    """What p and q of single layers are, and how small they can be."""
+    """The meaning of p and q of single layers, and their smallest possible values."""
     said, draws = "p against shuffled labels, q over all of these", len(study.point_null)
     if not draws:
         return f"{said}; no labels were shuffled."
     if study.least_q > 0.05:
-        return (
-            f"{said}; no single layer can reach q 0.05: the least that {draws} draws allow it is {study.least_q:.2g}."
-        )
-    return f"{said}; the least q that {draws} draws allow a single layer is {study.least_q:.2g}."
+        return f"{said}; no single layer can reach q 0.05: with {draws} draws the smallest q is {study.least_q:.2g}."
+    return f"{said}; with {draws} draws the smallest q of a single layer is {study.least_q:.2g}."
 
 
 def verdicts(study: "ProbeStudy") -> list[str]:
-    """What the controls take away from the accuracy, in sentences; empty where they take nothing away.
+    """The limits that the controls put on the accuracy, in sentences; empty if there are none.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.plugins.probing.probe_training import demo
     >>> verdicts(demo(tiny_model()))[0]
-    'Labels that say nothing are read as well (p ...): nothing was shown to be there.'
+    'Shuffled labels are read as well (p ...): there is no evidence for the label.'
     """
     said = []
     if study.p > 0.05:
-        said.append(f"Labels that say nothing are read as well (p {study.p:.2g}): nothing was shown to be there.")
+        said.append(f"Shuffled labels are read as well (p {study.p:.2g}): there is no evidence for the label.")
     value, low, high = study.over_embeddings()
     if not low > 0:
         said.append(
-            "It is not shown that the model's layers add anything: an embedding of the tokens does as well (probe "
+            "There is no evidence that the model's layers add anything: an embedding of the tokens does as well (probe "
             f"minus embedding {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
         )
     value, low, high = study.selectivity_interval()
@@ -85,7 +83,7 @@ def verdicts(study: "ProbeStudy") -> list[str]:
         said.append(
             f"There is no control task here: {study.no_control}."
             if study.control_by is None
-            else f"Random labels (one a {study.control_by}) are read as well from the same streams, so that the probe "
-            f"may have learnt the task by itself (selectivity {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
+            else f"Random labels (one per {study.control_by}) are read as well from the same streams, so the probe may "
+            f"have learnt the task by itself (selectivity {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
         )
     return said

@@ -1,4 +1,4 @@
-"""A coefficient sweep as claims: that steering moves the metric, one for each coefficient."""
+"""The claims of a coefficient sweep: that steering changes the metric, one for each coefficient."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ def steering_claims(
     *,
     registered: Sequence[Registration] = (),
 ) -> ClaimFamily:
-    """A claim a coefficient but 0: that steering moves the metric, beside random directions of its length."""
+    """One claim per coefficient except 0: that steering changes the metric, compared with random directions."""
 
-    base, group, made = found.base.cpu(), found.group.cpu(), []
+    base, group, made = found.base_per_prompt.cpu(), found.group.cpu(), []
     seen = Measured.of("metric, not steered", base, group, metric=metric)
     for i in found.coefficients.nonzero().flatten().tolist():
         moved, random = found.metric[i].cpu() - base, found.random_metric[:, i].cpu() - base

@@ -1,4 +1,4 @@
-"""A circuit carried over to another model, as a page."""
+"""The report page of a circuit that was transferred to another model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ def transfer_report(found: "CircuitTransfer") -> Any:
     report = Report(f"A circuit of {found.source} in {found.target}")
     report.text(
         "Nodes were matched by label and by their effect on one half of the prompts; faithfulness is measured on "
-        "the other. A match of roles is no match of mechanisms."
+        "the other. Matching roles do not imply matching mechanisms."
     )
     report.figure(found.figure()).table(found.table())
-    report.heading("Who stands for whom").figure(found.matching.figure()).table(found.matching.table())
+    report.heading("Matched nodes").figure(found.matching.figure()).table(found.matching.table())
     return report.heading("The circuit in the target").figure(found.mapped.circuit.figure())

@@ -1,17 +1,15 @@
 """How an overwritten site enters its block: the stream that leaves the block, recomputed only where it can change."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooklens.model.kv_cache import Context
-from hooklens.sweeps.planning import SITES, Patch, Plan
+from hooklens.model.kv_cache import Context, KVCache
+from hooklens.sweeps.planning import Patch, Plan
 from hooklens.sweeps.rows import Group
-
-if TYPE_CHECKING:
-    from hooklens.model.block import Block
+from hooklens.sweeps.sites import Entry
 
 
 def entering(plan: Plan, layer: int, start: int, items: list[tuple[int, Patch, int]]) -> Group:
@@ -19,98 +17,64 @@ def entering(plan: Plan, layer: int, start: int, items: list[tuple[int, Patch, i
 
     For resid_pre: as they enter it.
     """
-    device = plan.tokens.device
+    device, site, block = plan.tokens.device, plan.swept, plan.model.blocks[layer]
     pair = torch.tensor([b for _, _, b in items], device=device)
     item = torch.tensor([number for number, _, _ in items], device=device)
-    patches = [patch for _, patch, _ in items]
-    end = _last_written(plan, patches[0], start)
-    written = _write(plan, layer, patches=patches, pair=pair, start=start, end=end)
-    if plan.site == "resid_pre":
-        x = plan.base.streams[layer][pair, start:]
-        x[:, : end - start] = written
-        return Group(start, pair, item, x)
+    patches, n_pos = [patch for _, patch, _ in items], plan.tokens.shape[1]
+    if site.before_block:
+        return Group(start, pair, item, _written(plan, layer, patches=patches, pair=pair, span=slice(start, n_pos)))
+    if site.enter is None or not block.in_steps:
+        return Group(start, pair, item, _run_whole(plan, layer, patches=patches, pair=pair, start=start))
+    end = start + 1 if plan.local and patches[0].pos is not None else n_pos
+    span = slice(0, n_pos) if site.whole else slice(start, end)
+    written = _written(plan, layer, patches=patches, pair=pair, span=span)
+    entry = Entry(site=site, block=block, layer=layer, base=plan.base, pair=pair, start=start, end=end, written=written)
     x = plan.base.streams[layer + 1][pair, start:]
-    x[:, : end - start] = _leaving(plan, layer, pair=pair, start=start, end=end, written=written)
+    x[:, : end - start] = site.enter(entry)
     return Group(start, pair, item, x)
 
 
-def _last_written(plan: Plan, patch: Patch, start: int) -> int:
-    """Where this layer's output stops changing: keys and values reach every later query, the rest its own position."""
-    local = plan.causal and patch.pos is not None and plan.site not in ("k", "v")
-    return start + 1 if local else plan.tokens.shape[1]
-
-
-def _write(plan: Plan, layer: int, patches: list[Patch], pair: Tensor, start: int, end: int) -> Tensor:
-    """The site's activation at positions `start` to `end` with every patch written (all positions for q, k, v)."""
-    span = slice(0, None) if plan.site in ("q", "k", "v") else slice(start, end)
-    old, new = plan.base.acts[layer], plan.values[layer]
-    if plan.site == "pattern":
-        out, value = old[pair, :, span], new[pair, :, span]
-        rows = _rows(patches, start, end)
-        for row, patch in enumerate(patches):
-            head = slice(None) if patch.head is None else patch.head
-            out[row, head, rows] = value[row, head, rows]
-        return out
-    out, value = old[pair, span], new[pair, span]
-    at = patches[0].pos
-    where = slice(None) if at is None else slice(at - (span.start or 0), at - (span.start or 0) + 1)
-    heads = _column([patch.head for patch in patches], pair)
-    neurons = _column([patch.neuron for patch in patches], pair)
-    if heads is None and neurons is None:
+def _written(
+    plan: Plan, layer: int, patches: list[Patch], pair: Int[Tensor, "row"], span: slice
+) -> Shaped[Tensor, "row ..."]:
+    """The site's activation at the positions of `span`, with every row's patch written."""
+    axis, names = plan.axes.index(plan.pos_name), plan.axes[1:]
+    column = next((names.index(name) for name in ("head", "kv_head", "d_mlp") if name in names), axis - 1) + 1
+    order = (axis, column) if column != axis else (axis,)
+    to = tuple(range(1, 1 + len(order)))  # row, position, head or neuron, the rest
+    out, value = (act.movedim(order, to)[pair, span] for act in (plan.base.acts[layer], plan.values[layer]))
+    at, first = patches[0].pos, span.start
+    where = slice(None) if at is None else slice(at - first, at - first + 1)
+    chosen = [patch.neuron if patch.head is None else patch.head for patch in patches]
+    if chosen[0] is None:
         out[:, where] = value[:, where]
     else:
-        column = heads if heads is not None else neurons
-        every = torch.arange(len(pair), device=pair.device)
-        out[every, where, column] = value[every, where, column]
-    return out
+        every, which = torch.arange(len(pair), device=pair.device), torch.tensor(chosen, device=pair.device)
+        out[every, where, which] = value[every, where, which]
+    return out.movedim(to, order)
 
 
-def _rows(patches: list[Patch], start: int, end: int) -> slice:
-    return slice(None) if patches[0].pos is None else slice(patches[0].pos - start, patches[0].pos - start + 1)
+def _run_whole(
+    plan: Plan, layer: int, patches: list[Patch], pair: Int[Tensor, "row"], start: int
+) -> Float[Tensor, "row pos d_model"]:
+    """What leaves a block that is run from its beginning, with the written activation at its point."""
+    keys_only = plan.pos_name == "key_pos"  # the point sees the keys before `start` too
+    span = slice(0 if keys_only else start, plan.tokens.shape[1])
+    written = _written(plan, layer, patches=patches, pair=pair, span=span)
+    ctx = _AfterBase(plan.base.past, pair, start, plan.tokens.shape[1])
+    with plan.model.hooks([(plan.point(layer), lambda act, hook: written)]):
+        return plan.model.blocks[layer](plan.base.streams[layer][pair, start:], ctx)
 
 
-def _column(values: list[int | None], like: Tensor) -> Int[Tensor, "row"] | None:
-    return None if values[0] is None else torch.tensor(values, device=like.device)
+class _AfterBase(Context):
+    """Rows from `start` on; before it each has the keys and values of its pair in the base run."""
 
+    def __init__(self, past: KVCache, pair: Int[Tensor, "row"], start: int, n_pos: int):
+        super().__init__(torch.arange(start, n_pos, device=pair.device), start)
+        self.past, self.pair = past, pair
 
-def _leaving(plan: Plan, layer: int, pair: Tensor, start: int, end: int, written: Tensor) -> Float[Tensor, "row pos d"]:
-    """What leaves the block at positions `start` to `end`, from the written activation."""
-    block: Block = plan.model.blocks[layer]
-    mlp: Any = block.mlp
-    base, entry = plan.base, SITES[plan.site].entry
-    if entry == "stream":  # resid_post
-        return block.leave(written)
-    if entry == "mid":
-        return block.finish_mid(written)
-    x = base.streams[layer][pair, start:end]
-    if entry == "attn":
-        return block.finish(x, _attn_out(plan, block, layer=layer, pair=pair, start=start, end=end, written=written))
-    stream = block.mlp_base(x, base.attn_out[layer][pair, start:end])
-    added = written if plan.site == "mlp_out" else block.mlp_adds(mlp.out(written))
-    return block.leave(stream + added)
-
-
-def _attn_out(plan: Plan, block: "Block", layer: int, pair: Tensor, start: int, end: int, written: Tensor) -> Tensor:
-    if plan.site == "attn_out":
-        return written
-    attn = block.attn
-    if plan.site == "result":
-        z = plan.base.z[layer][pair, start:end]
-        raw = attn.output(z) + (written - plan.base.acts[layer][pair, start:end]).sum(2)
-        return block.attn_adds(raw)
-    if plan.site == "pattern":
-        _, v = plan.base.past.of_layer(layer)
-        z = attn.weigh(written, v[pair])
-    elif plan.site == "z":
-        z = written
-    else:
-        z = _z_from_qkv(plan, attn, layer, pair, written)[:, start:end]
-    return block.attn_adds(attn.output(z))
-
-
-def _z_from_qkv(plan: Plan, attn, layer: int, pair: Tensor, written: Tensor) -> Tensor:
-    q, k, v = (act[pair] for act in plan.base.qkv[layer])
-    q, k, v = (written if plan.site == name else act for name, act in (("q", q), ("k", k), ("v", v)))
-    ctx = Context(torch.arange(plan.tokens.shape[1], device=pair.device))
-    q, k = attn.place(q, k, ctx)
-    return attn.mix(q, attn.see_keys(k), v, ctx.view(attn.mask))
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.offset:
+            before_k, before_v = (x[self.pair, : self.offset] for x in self.past.of_layer(attn.layer))
+            k, v = torch.cat((before_k, k), 1), torch.cat((before_v, v), 1)
+        return attn.mix(q, attn.see_keys(k), v, self.view(attn.mask))

@@ -22,10 +22,18 @@ _LOGITS_AT_ONCE = 32 * 2**20  # numbers, not bytes: a chunk of full logits
 class Reader:
     """A metric bound to a model and the streams of the base run.
 
-    `read` is the positions `[pair read]` that it reads, None if it may read any.
+    `read` is the positions `[pair read]` that it reads, None if it may read any. `whole`: must it see the logits of all
+    pairs at once? None finds out.
     """
 
-    def __init__(self, model: "HookedTransformer", metric: Any, stream: Float[Tensor, "pair pos d_model"]):
+    def __init__(
+        self,
+        model: "HookedTransformer",
+        metric: Any,
+        stream: Float[Tensor, "pair pos d_model"],
+        *,
+        whole: bool | None = None,
+    ):
         if not callable(metric):
             raise WrongType(f"a metric is a function of logits [pair pos d_vocab], got {metric!r}")
         self.model, self.metric, self.stream = model, metric, stream
@@ -34,7 +42,8 @@ class Reader:
         self.read: Int[Tensor, "pair read"] | None = None
         self.tokens: Int[Tensor, "pair token"] | None = None
         self.by_pair = False
-        self.whole = why_plain(model) is not None  # a hook on the way out may look at positions, so that it sees all
+        # a hook on the way out may look at positions, so that it sees all
+        self.whole = why_plain(model) is not None if whole is None else whole
         self.base_logits: Tensor | None = None
         if getattr(metric, "reads", None) is not None:
             self._bind_reads(stream.device)
@@ -136,7 +145,8 @@ class Reader:
 
     def on_stream(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
         """The metric on the stream that leaves the last block; every token is unembedded where the metric reads."""
-        assert self.read is not None
+        if self.read is None or self.whole:
+            return self.on_logits(self.model.read_out(stream))
         rows = torch.arange(self.n_pairs, device=stream.device)[:, None]
         logits = self.model.read_out(stream[rows, self.read])
         if self.tokens is not None:
@@ -201,6 +211,9 @@ class Reader:
             return self._checked(self.metric.on_read(read))
         assert self.base_logits is not None
         logits = self.base_logits.clone()
-        for pair, start, x in rows:
-            logits[pair, start:] = self.model.read_out(x[None])[0]
+        at_once = max(1, _LOGITS_AT_ONCE // logits[0].numel())
+        for start in {start for _, start, _ in rows}:
+            here = [(pair, x) for pair, begin, x in rows if begin == start]
+            for some in (here[i : i + at_once] for i in range(0, len(here), at_once)):
+                logits[[pair for pair, _ in some], start:] = self.model.read_out(torch.stack([x for _, x in some]))
         return self.on_full(logits)

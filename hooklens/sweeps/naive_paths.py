@@ -8,37 +8,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.hooks import HookFn
+from hooklens.sweeps.naive import Hooks, under_hooks
 from hooklens.sweeps.nodes import Receiver, Sender
 from hooklens.sweeps.paths import EDGES, PathPlan, sent
 
 if TYPE_CHECKING:
     from hooklens.sweeps.measure import Reader
 
-Hooks = list[tuple[Any, HookFn]]
-
-
-def plain_path(plan: PathPlan, sender: Sender, reader: "Reader") -> Float[Tensor, "pair"]:
-    """The metric of one sender's patch, from whole forward passes."""
-    if plan.semantics == EDGES:
-        return _metric(plan, reader, _adding(plan, sender))
-    held = _recorded(plan, sender)
-    last = plan.model.cfg.n_layers - 1
-    if any(r.kind == "final" for r in plan.receivers):
-        held_there = _only(plan.where("final", -1), held["resid_post", last])
-        return _metric(plan, reader, [(("resid_post", last), held_there)])
-    return _metric(plan, reader, [(point, _holding(plan, point, value)) for point, value in held.items()])
-
 
 def plain_paths(plan: PathPlan, senders: Sequence[Sender], reader: "Reader") -> Float[Tensor, "sender pair"]:
     """The metric of some senders' patches, one after the other."""
-    return torch.stack([plain_path(plan, sender, reader) for sender in senders])
+    return torch.cat([under_hooks(reader, plan.tokens, _patching(plan, sender)) for sender in senders])
 
 
-def _metric(plan: PathPlan, reader: "Reader", hooks: Hooks) -> Float[Tensor, "pair"]:
-    if reader.read is None or reader.whole:
-        return reader.on_logits(plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks))
-    stream = plan.model.run_with_hooks(plan.tokens, fwd_hooks=hooks, stop_at_layer=plan.model.cfg.n_layers)
-    return reader.on_stream(stream)
+def _patching(plan: PathPlan, sender: Sender) -> Hooks:
+    """One sender's patch as hooks on the run that is patched."""
+    if plan.semantics == EDGES:
+        return _adding(plan, sender)
+    held = _recorded(plan, sender)
+    last = plan.model.cfg.n_layers - 1
+    if any(r.kind == "final" for r in plan.receivers):
+        return [(("resid_post", last), _only(plan.where("final", -1), held["resid_post", last]))]
+    return [(point, _holding(plan, point, value)) for point, value in held.items()]
 
 
 def _adding(plan: PathPlan, sender: Sender) -> Hooks:
@@ -46,7 +37,7 @@ def _adding(plan: PathPlan, sender: Sender) -> Hooks:
     n_pair, n_pos = plan.tokens.shape
     every = torch.arange(n_pair * n_pos, device=plan.tokens.device)
     change = sent(plan, sender, every // n_pos, every % n_pos).view(n_pair, n_pos, -1)
-    hooks: Hooks = []
+    hooks: list[tuple[Any, HookFn]] = []
     for kind, layer in dict.fromkeys((r.kind, r.layer) for r in plan.receivers):
         if plan.order.reads_at(Receiver(kind, layer)) < plan.order.feeds_from(sender):
             continue
@@ -92,7 +83,7 @@ def _recorded(plan: PathPlan, sender: Sender) -> dict[tuple[str, int], Tensor]:
     else:
         values["z", layer], at = values["z", layer].clone(), (slice(None), slice(None), sender.head)
         values["z", layer][at] = torch.where(here, plan.new.z[layer][at], plan.base.z[layer][at])
-    hooks: Hooks = [(point, _replacing(value)) for point, value in values.items()]
+    hooks = [(point, _replacing(value)) for point, value in values.items()]
     with model.hooks(hooks):
         _, seen = model.run_with_cache(plan.tokens, _points(plan), stop_at_layer=1 + max(x for _, x in _points(plan)))
     return {point: seen[point] for point in _points(plan)}

@@ -1,24 +1,26 @@
 """Where a path begins and where it ends: senders write to the residual stream, receivers read from it."""
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from hooklens.core.component import Component, no_component
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Site
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_PARTS = {"q": "q", "k": "k", "v": "v", "mlp": "mlp_in", "mlp_in": "mlp_in"}
-_SENDER = re.compile(r"^L(?P<layer>\d+)H(?P<head>\d+)$|^MLP(?P<mlp>\d+)$")
-_RECEIVER = re.compile(r"^L(?P<layer>\d+)[HG](?P<head>\d+)\.(?P<part>[qkv])$|^MLP(?P<mlp>\d+)$")
+_WRITES, _READS = ("head", "mlp", "embed"), ("q", "k", "v", "mlp_in", "final")
+#: What stands before a layer's number in a tuple or a Site: the kind of component.
+_KINDS = {"z": "head", "head": "head", "mlp_out": "mlp", "post": "neuron"}
+_KINDS |= {kind: kind for kind in ("q", "k", "v", "mlp", "mlp_in", "neuron", "layer")}
 
-
-Pos = int | tuple[int, ...] | None  # one position of every pair, one a pair, or all
+Sender = Component  # at the beginning of a path: it writes to the stream
+Receiver = Component  # at its end: it reads from the stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,45 +36,7 @@ class At:
     name: str = ""
 
 
-class Sender(NamedTuple):
-    """A head, an MLP or the embedding. `turned`: what it sends is turned into a random direction drawn by that seed."""
-
-    kind: str  # "head", "mlp", "embed"
-    layer: int = -1
-    head: int | None = None
-    turned: int | None = None
-    pos: Pos = None
-    at: str = ""
-
-    @property
-    def name(self) -> str:
-        """L5H3, MLP5, embed."""
-        name = {"head": f"L{self.layer}H{self.head}", "mlp": f"MLP{self.layer}", "embed": "embed"}[self.kind] + self.at
-        return name if self.turned is None else f"{name} turned {self.turned}"
-
-
-class Receiver(NamedTuple):
-    """What reads the stream: the q, k or v of a head (k, v: of a key/value head), an MLP, or the final norm."""
-
-    kind: str  # "q", "k", "v", "mlp_in", "final"
-    layer: int = -1
-    head: int | None = None
-    pos: Pos = None
-    at: str = ""
-
-    def name(self, *, grouped: bool = False) -> str:
-        """L9H6.q, MLP9, final; the key/value heads of a grouped model are called G."""
-        if self.kind == "final":
-            return f"final{self.at}"
-        if self.kind == "mlp_in":
-            return f"MLP{self.layer}{self.at}"
-        return f"L{self.layer}{'G' if grouped and self.kind != 'q' else 'H'}{self.head}.{self.kind}{self.at}"
-
-
-Node = TypeVar("Node", Sender, Receiver)
-
-
-def of_pairs(nodes: Sequence[Node], index: Sequence[int], n: int) -> tuple[Node, ...]:
+def of_pairs(nodes: Sequence[Component], index: Sequence[int], n: int) -> tuple[Component, ...]:
     """The same nodes for some of n pairs: positions given one a pair are those pairs' own."""
     found = []
     for node in nodes:
@@ -82,7 +46,7 @@ def of_pairs(nodes: Sequence[Node], index: Sequence[int], n: int) -> tuple[Node,
     return tuple(found)
 
 
-def on_tokens(nodes: Sequence[Node], n: int, n_pos: int) -> tuple[Node, ...]:
+def on_tokens(nodes: Sequence[Component], n: int, n_pos: int) -> tuple[Component, ...]:
     """The same nodes with positions counted from the start, one a pair, for n pairs of n_pos tokens."""
     found = []
     for node in nodes:
@@ -95,70 +59,136 @@ def on_tokens(nodes: Sequence[Node], n: int, n_pos: int) -> tuple[Node, ...]:
 
 
 class Order:
-    """Who comes before whom. Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm."""
+    """Who comes before whom. Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm.
+
+    In blocks whose attention reads the MLP, these two change places.
+    """
 
     def __init__(self, model: "HookedTransformer"):
         self.end = 2 * model.cfg.n_layers
         block = model.blocks[0]
-        self.within = bool(getattr(block, "mlp_reads_attn", True)) and getattr(block, "mlp", None) is not None
+        self.within = block.mlp is not None and block.mlp_reads_attn
+        self.first = "mlp" if block.mlp is not None and block.attn_reads_mlp else "head"
+        self.follows = self.within or self.first == "mlp"  # does one part read what the other of its block wrote?
 
-    def reads_at(self, receiver: Receiver) -> int:
+    def reads_at(self, receiver: Component) -> int:
         """The stage at which a receiver reads."""
-        return self.end if receiver.kind == "final" else 2 * receiver.layer + (receiver.kind == "mlp_in")
+        if receiver.kind == "final":
+            return self.end
+        return 2 * receiver.layer + (("mlp" if receiver.kind == "mlp_in" else "head") != self.first)
 
-    def feeds_from(self, sender: Sender) -> int:
+    def feeds_from(self, sender: Component) -> int:
         """The first stage that reads what a sender writes; the MLP of a parallel block reads no head of its layer."""
         if sender.kind == "embed":
             return 0
-        return 2 * sender.layer + (1 if sender.kind == "head" and self.within else 2)
+        return 2 * sender.layer + (1 if sender.kind == self.first and self.follows else 2)
 
 
-def read_senders(model: "HookedTransformer", asked: Any) -> tuple[Sender, ...]:
+def read_components(model: "HookedTransformer", asked: Any, what: str = "component") -> list[Component]:
+    """What a name, a tuple or a Site means in this model, one or (of a whole layer) several; what it lacks raises.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model()
+    >>> [one.name for asked in ("L1H0@-1", ("q", -1), ("mlp", 0)) for one in read_components(model, asked)]
+    ['L1H0@-1', 'L1H0.q', 'L1H1.q', 'MLP0']
+    """
+    if isinstance(asked, Component):
+        return [_check(model, asked, what)]
+    if isinstance(asked, str):
+        named = Component.parse(asked, what)
+        if named.kind == "head" and named.keyed:  # keys and values are shared, the head is not
+            raise no_component(asked, what)
+        return [_check(model, named, what)]
+    parts = (asked.name, asked.layer) if isinstance(asked, Site) else tuple(asked) if _is_tuple(asked) else ()
+    if len(parts) == 2 and _is_number(parts[0]):
+        parts = ("head", *parts)
+    kind = _KINDS.get(parts[0]) if parts and isinstance(parts[0], str) else None
+    if kind is None or len(parts) > 3 or not all(map(_is_number, parts[1:])) or len(parts) < 2:
+        raise no_component(asked, what)
+    layer, *rest = (int(number) for number in parts[1:])
+    if kind in ("mlp", "mlp_in", "layer") or (kind == "neuron" and rest):
+        return [_check(model, Component(kind, layer, neuron=rest[0] if rest else None), what)]
+    heads = rest or range(_n_heads(model, kind))
+    return [_check(model, Component(kind, layer, head), what) for head in heads]
+
+
+def read_senders(model: "HookedTransformer", asked: Any) -> tuple[Component, ...]:
     """Senders from what a user writes: (9, 6) or "L9H6", ("mlp", 9) or "MLP9", "embed", "heads", "mlps"; None: all.
 
-    Any of them within `At(..., pos)`: at that position only.
+    "L9H6@-1", or any of them within `At(..., pos)`: at that position only.
 
     >>> from hooklens.testing import tiny_model
     >>> [sender.name for sender in read_senders(tiny_model(), ["heads", "MLP1", "embed"])]
     ['L0H0', 'L0H1', 'L1H0', 'L1H1', 'MLP1', 'embed']
     """
     cfg = model.cfg
-    heads = [Sender("head", layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
-    mlps = [] if cfg.attn_only else [Sender("mlp", layer) for layer in range(cfg.n_layers)]
+    heads = [Component("head", layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    mlps = [] if cfg.attn_only else [Component("mlp", layer) for layer in range(cfg.n_layers)]
     if asked is None:
         return (*heads, *mlps)
-    found: list[Sender] = []
+    found: list[Component] = []
     for one in _listed(asked, "senders"):
         if isinstance(one, At):
             found += _placed(read_senders(model, one.node), one)
-        elif one in ("heads", "mlps"):
+        elif isinstance(one, str) and one in ("heads", "mlps"):
             found += heads if one == "heads" else mlps
         else:
-            found.append(_check(model, _sender(one), "sender"))
+            found += _of_kinds(read_components(model, one, "sender"), _WRITES, one, "sender")
     if not found:
         raise InputError("senders= names none; give at least one, or leave it out for all heads and MLPs")
     return tuple(dict.fromkeys(found))
 
 
-def read_receivers(model: "HookedTransformer", asked: Any) -> tuple[Receiver, ...]:
+def read_receivers(model: "HookedTransformer", asked: Any) -> tuple[Component, ...]:
     """Receivers from what a user writes: ("q", 9, 6) or "L9H6.q", ("k", 9): every head, ("mlp", 9), "final", "all".
 
     >>> from hooklens.testing import tiny_model
-    >>> [receiver.name() for receiver in read_receivers(tiny_model(), [("q", 1), "MLP1", "final"])]
+    >>> [receiver.name for receiver in read_receivers(tiny_model(), [("q", 1), "MLP1", "final"])]
     ['L1H0.q', 'L1H1.q', 'MLP1', 'final']
     """
-    found: list[Receiver] = []
+    found: list[Component] = []
     for one in _listed(asked, "receivers"):
         if isinstance(one, At):
             found += _placed(read_receivers(model, one.node), one)
+        elif isinstance(one, str) and one == "all":
+            found += _all(model)
         else:
-            found += _all(model) if one == "all" else _receivers(model, one)
+            named = read_components(model, one, "receiver")
+            reading = [node._replace(kind="mlp_in") if node.kind == "mlp" else node for node in named]
+            found += _of_kinds(reading, _READS, one, "receiver")
     if not found:
         raise InputError('receivers= names none; give at least one such as ("q", 9, 6), "L9H6.q" or "final"')
-    return tuple(dict.fromkeys(_check(model, one, "receiver") for one in found))
+    return tuple(dict.fromkeys(found))
 
 
-def _placed(nodes: Sequence[Node], at: At) -> list[Node]:
+def read_heads(model: "HookedTransformer", heads: Any) -> list[tuple[int, int]]:
+    """(layer, head) of every head asked for, all of them for None; at least one, none twice, all of them there.
+
+    >>> from hooklens.testing import tiny_model
+    >>> read_heads(tiny_model(), ["L0H1", (-1, 0)])
+    [(0, 1), (1, 0)]
+    """
+    asked = ["heads"] if heads is None else _listed(heads, "heads")
+    found: list[Component] = []
+    for one in asked:
+        if isinstance(one, str) and one == "heads":
+            found += [node for node in read_senders(model, None) if node.kind == "head"]
+        else:
+            found += _of_kinds(read_components(model, one, "head"), ("head",), one, "head")
+    if not found:
+        raise InputError("heads= names none; give at least one, such as 'L0H1' or (0, 1)")
+    if len(set(found)) < len(found):
+        raise InputError(f"heads= holds one twice: {', '.join(head.name for head in found)}")
+    return [node.place for node in found]
+
+
+def _of_kinds(nodes: Sequence[Component], kinds: Sequence[str], asked: Any, what: str) -> Sequence[Component]:
+    if any(node.kind not in kinds for node in nodes):
+        raise no_component(asked, what)
+    return nodes
+
+
+def _placed(nodes: Sequence[Component], at: At) -> list[Component]:
     try:
         pos = torch.as_tensor(at.pos)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -175,88 +205,54 @@ def _placed(nodes: Sequence[Node], at: At) -> list[Node]:
 
 def _listed(asked: Any, what: str) -> Iterable[Any]:
     """One thing or several: a tuple such as ("q", 9, 6) or (9, 6) is one."""
-    if isinstance(asked, str | Site | Sender | Receiver | At) or (isinstance(asked, tuple) and asked and _plain(asked)):
+    if isinstance(asked, str | Site | Component | At) or (isinstance(asked, tuple) and asked and _plain(asked)):
         return [asked]
-    if isinstance(asked, Sequence | set | frozenset):
-        return asked
+    if isinstance(asked, Iterable):
+        return asked.tolist() if isinstance(asked, Tensor) else asked
     raise WrongType(f"{what} are a list of names or tuples, got {asked!r:.80}")
 
 
 def _plain(one: tuple) -> bool:
-    numbers = [hasattr(x, "__index__") for x in one]
-    return all(numbers[1:]) and (numbers[0] or (one[0] in _PARTS and len(one) > 1))
+    return len(one) > 1 and all(map(_is_number, one[1:])) and (_is_number(one[0]) or one[0] in _KINDS)
 
 
-def _sender(one: Any) -> Sender:
-    if isinstance(one, Sender):
-        return one
-    if one == "embed":
-        return Sender("embed")
-    match = _SENDER.match(one) if isinstance(one, str) else None
-    if match:
-        return Sender("mlp", int(match["mlp"])) if match["mlp"] else Sender("head", int(match[1]), int(match[2]))
-    if isinstance(one, tuple | list) and len(one) == 2 and hasattr(one[1], "__index__"):
-        if one[0] in ("mlp", "mlp_out"):
-            return Sender("mlp", int(one[1]))
-        if hasattr(one[0], "__index__"):
-            return Sender("head", int(one[0]), int(one[1]))
-    raise InputError(
-        f'no sender is called {one!r:.60}; a head is (9, 6) or "L9H6", an MLP ("mlp", 9) or "MLP9", and there are '
-        '"embed", "heads" and "mlps"'
-    )
+def _is_tuple(asked: Any) -> bool:
+    return isinstance(asked, tuple | list) or hasattr(asked, "tolist")
 
 
-def _receivers(model: "HookedTransformer", one: Any) -> list[Receiver]:
-    if isinstance(one, Receiver):
-        return [one]
-    if one in ("final", "logits"):  # the final norm reads for the logits, which is what circuits call it
-        return [Receiver("final")]
-    match = _RECEIVER.match(one) if isinstance(one, str) else None
-    if match:
-        at = (match["layer"], match["head"]) if match["mlp"] is None else (match["mlp"], None)
-        return [Receiver(match["part"] or "mlp_in", int(at[0]), None if at[1] is None else int(at[1]))]
-    parts = (one.name, one.layer, one.part) if isinstance(one, Site) else tuple(one) if isinstance(one, tuple) else ()
-    numbers = [int(x) for x in parts[1:] if hasattr(x, "__index__")]
-    kind = _PARTS.get(parts[0]) if parts and isinstance(parts[0], str) else None
-    if kind == "mlp_in" and len(numbers) == 1:
-        return [Receiver(kind, numbers[0])]
-    if kind in ("q", "k", "v") and len(numbers) == 2:
-        return [Receiver(kind, numbers[0], numbers[1])]
-    if kind in ("q", "k", "v") and len(numbers) == 1:
-        return [Receiver(kind, numbers[0], head) for head in range(_n_heads(model, kind))]
-    raise InputError(
-        f'no receiver is called {one!r:.60}; the query of a head is ("q", 9, 6) or "L9H6.q", that of every head of a '
-        'layer ("q", 9), and so for k and v; an MLP is ("mlp", 9) or "MLP9", and there are "final" and "all"'
-    )
+def _is_number(x: Any) -> bool:
+    return hasattr(x, "__index__")
 
 
 def _n_heads(model: "HookedTransformer", kind: str) -> int:
     return model.cfg.n_key_value_heads if kind in ("k", "v") else model.cfg.n_heads
 
 
-def _all(model: "HookedTransformer") -> list[Receiver]:
+def _all(model: "HookedTransformer") -> list[Component]:
     """Everything that reads the stream."""
     found = []
     for layer in range(model.cfg.n_layers):
-        found += [Receiver(kind, layer, head) for kind in "qkv" for head in range(_n_heads(model, kind))]
-        found += [] if model.cfg.attn_only else [Receiver("mlp_in", layer)]
-    return [*found, Receiver("final")]
+        found += [Component(kind, layer, head) for kind in "qkv" for head in range(_n_heads(model, kind))]
+        found += [] if model.cfg.attn_only else [Component("mlp_in", layer)]
+    return [*(_check(model, node, "receiver") for node in found), Component("final")]
 
 
-def _check(model: "HookedTransformer", node: Any, what: str) -> Any:
+def _check(model: "HookedTransformer", node: Component, what: str) -> Component:
     """Layers may count from the last; one that does not exist raises with what does."""
     cfg = model.cfg
     if node.kind in ("embed", "final"):
         return node
-    if node.kind in ("mlp", "mlp_in") and cfg.attn_only:
+    if node.kind in ("mlp", "mlp_in", "neuron") and cfg.attn_only:
         raise InputError(f"the MLP of layer {node.layer} was asked for as a {what}; this model is attention-only")
     layer = node.layer + cfg.n_layers if -cfg.n_layers <= node.layer < 0 else node.layer
     if not 0 <= layer < cfg.n_layers:
         raise InputError(f"layer {node.layer} was asked for as a {what}; there are layers 0 to {cfg.n_layers - 1}")
-    heads = _n_heads(model, node.kind)
-    if node.head is not None and not 0 <= node.head < heads:
-        which = "key/value heads" if node.kind in ("k", "v") else "heads"
-        raise InputError(
-            f"head {node.head} of layer {layer} was asked for as a {what}; there are {which} 0 to {heads - 1}"
-        )
-    return node._replace(layer=layer)
+    shared = cfg.n_heads != cfg.n_key_value_heads and node.kind in ("k", "v")
+    numbers = {"head": (node.head, _n_heads(model, node.kind)), "neuron": (node.neuron, cfg.d_mlp)}
+    for name, (number, n) in numbers.items():
+        if number is not None and not 0 <= number < n:
+            which = "key/value heads" if name == "head" and shared else f"{name}s"
+            raise InputError(
+                f"{name} {number} of layer {layer} was asked for as a {what}; there are {which} 0 to {n - 1}"
+            )
+    return node._replace(layer=layer, keyed=shared)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,10 +10,8 @@ from torch import Tensor
 
 from hooklens.core.hooks import HookFn
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, sent
+from hooklens.sweeps.protocol import Item
 from hooklens.sweeps.rows import Group
-
-if TYPE_CHECKING:
-    from hooklens.sweeps.execution import Item
 
 Flat = Float[Tensor, "cell d_model"]
 Index = Int[Tensor, "cell"]
@@ -34,7 +32,7 @@ class Cells:
         return (self.first[group.item][:, None] + at).flatten()
 
 
-def cells_of(plan: PathPlan, items: Sequence["Item"], where: Sequence[Int[Tensor, "_"]]) -> Cells:
+def cells_of(plan: PathPlan, items: Sequence[Item], where: Sequence[Int[Tensor, "_"]]) -> Cells:
     """Cells of items, each at its own positions; neighbours of one sender are worked on together."""
     device = plan.tokens.device
     lengths = torch.tensor([len(positions) for positions in where], device=device)

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,15 +14,13 @@ from hooklens.model.kv_cache import Context, View
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.path_reads import Flat, Index, Live, cells_of, reading
 from hooklens.sweeps.paths import PathPlan, heads_write, receiver_heads
+from hooklens.sweeps.protocol import Item
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
-
-if TYPE_CHECKING:
-    from hooklens.sweeps.execution import Item
 
 Edits = list[tuple[Any, HookFn]]
 
 
-def walk_paths(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tensor]:
+def walk_paths(plan: PathPlan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
     """The stream that leaves the last block, at the positions that are read, for every item."""
     out: dict[int, Tensor] = {}
     late = [i for i, item in enumerate(items) if is_late(plan, reader, item)]
@@ -33,13 +31,13 @@ def walk_paths(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[
     return [out[i] for i in range(len(items))]
 
 
-def stage_of(plan: PathPlan, item: "Item") -> int:
+def stage_of(plan: PathPlan, item: Item) -> int:
     stage = plan.enters(plan.senders[item.patch])
     assert stage is not None  # a sender that reaches nothing is no item
     return stage
 
 
-def is_late(plan: PathPlan, reader: Reader, item: "Item") -> bool:
+def is_late(plan: PathPlan, reader: Reader, item: Item) -> bool:
     """Is the item first read by the final norm, or by queries or the MLP of the last layer? Then no position that the
     metric does not read matters."""
     stage = stage_of(plan, item)
@@ -49,7 +47,7 @@ def is_late(plan: PathPlan, reader: Reader, item: "Item") -> bool:
     return plan.causal and reader.read is not None and stage // 2 == last and not plan.moves_keys(last)
 
 
-def _late(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tensor]:
+def _late(plan: PathPlan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
     """Late items: worked out at the positions that are read."""
     last, end = plan.model.cfg.n_layers - 1, plan.order.end
     every = torch.arange(plan.tokens.shape[1], device=plan.tokens.device)
@@ -67,14 +65,14 @@ def _late(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tenso
     return list(final.split(lengths.tolist()))
 
 
-def _early(plan: PathPlan, reader: Reader, items: Sequence["Item"]) -> list[Tensor]:
+def _early(plan: PathPlan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
     return _Walk(plan, reader, items).run()
 
 
 class _Walk:
     """Items whose rows pass whole blocks, from where some head or MLP first reads the sender."""
 
-    def __init__(self, plan: PathPlan, reader: Reader, items: Sequence["Item"]):
+    def __init__(self, plan: PathPlan, reader: Reader, items: Sequence[Item]):
         self.plan, self.reader, self.items = plan, reader, items
         every = torch.arange(plan.tokens.shape[1], device=plan.tokens.device)
         self.cells = cells_of(plan, items, [every[item.start :] for item in items])

@@ -53,12 +53,6 @@ class PathPlan:
     base: PathRun
     new: PathRun
     first_change: Int[Tensor, "pair"]
-    site: str = "paths"
-
-    @property
-    def patches(self) -> tuple[Sender, ...]:
-        """What the engine puts into bins."""
-        return self.senders
 
     @cached_property
     def causal(self) -> bool:
@@ -155,8 +149,7 @@ def plan_paths(
         first_change=first,
     )
     if all(made.enters(sender) is None for sender in made.senders):
-        grouped = model.cfg.n_heads != model.cfg.n_key_value_heads
-        names = ", ".join(receiver.name(grouped=grouped) for receiver in receivers[:4])
+        names = ", ".join(receiver.name for receiver in receivers[:4])
         raise InputError(
             f"no sender reaches {names}: a path leads upwards, and of {len(senders)} senders the first is "
             f'{senders[0].name}; choose later receivers, or senders=["embed"], which reaches all'
@@ -165,15 +158,11 @@ def plan_paths(
 
 
 def _refuse(model: "HookedTransformer", receivers: Sequence[Receiver], semantics: str) -> None:
-    if getattr(model.blocks[0], "renorms_stream", False):
-        raise InputError(
-            "path patching needs a stream that is the sum of what components add to it; this model's post-norm blocks "
-            "normalise the stream itself, so no part of it is one sender's; activation patching of z works there"
-        )
+    model.blocks[0].need_sum("path patching")
     if semantics != EDGES and len(receivers) > 1 and any(r.kind == "final" for r in receivers):
         raise InputError(
             "with fixed receivers the final stream is held as it was recorded, so that nothing held below it could "
-            f'count; {len(receivers)} receivers were given. Ask for "final" alone, or use path_patch'
+            f'count; {len(receivers)} receivers were given. Ask for "final" alone, or leave Fixed out'
         )
 
 
@@ -205,7 +194,7 @@ def sent(
 ) -> Float[Tensor, "cell d_model"]:
     """By how much the stream changes at these pairs and positions when the sender takes its new value (where it sends).
 
-    In sandwich blocks a head reaches the stream through a norm of the whole layer: the change is that of the norm's
+    Where a head reaches the stream through a norm of the whole layer, the change is that of the norm's
     output when this head alone is exchanged.
     """
     if sender.kind == "embed":
@@ -236,7 +225,7 @@ def heads_write(
         change = torch.einsum("chd,hdm->cm", new[:, heads] - old[:, heads], attn.W_O[heads])
     else:
         change = (attn.results(new[None]) - attn.results(old[None]))[0, :, heads].sum(1)
-    if block.ln1_post is None:
+    if block.writes_through("attn").open:
         return change
     raw = attn.o(old.flatten(1))
     return block.attn_adds(raw + change) - plan.base.attn_out[layer][pair, pos]

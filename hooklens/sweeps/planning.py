@@ -1,45 +1,21 @@
 """What a sweep overwrites: a list of patches on a grid, the run they go into, and the values they write."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import ArgumentError, InputError, NameNotFound, WrongType, did_you_mean
+from hooklens.core.errors import ArgumentError, InputError, WrongType, did_you_mean
 from hooklens.core.names import Site, axes, site
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.transformer import HookedTransformer, need_hooked
-
-
-class SiteKind(NamedTuple):
-    """How a site enters a block: where its point stands, and which axis of its activation is the position."""
-
-    point: str
-    entry: str  # "stream", "attn", "mid", "mlp"
-    default_by: tuple[str, ...]
-
-
-_BY_POS, _BY_HEAD = ("layer", "pos"), ("layer", "head")
-
-#: The sites that a sweep can overwrite.
-SITES: dict[str, SiteKind] = {
-    "resid_pre": SiteKind("hook_resid_pre", "stream", _BY_POS),
-    "resid_mid": SiteKind("hook_resid_mid", "mid", _BY_POS),
-    "resid_post": SiteKind("hook_resid_post", "stream", _BY_POS),
-    "attn_out": SiteKind("hook_attn_out", "attn", _BY_POS),
-    "mlp_out": SiteKind("hook_mlp_out", "mlp", _BY_POS),
-    "post": SiteKind("mlp.hook_post", "mlp", _BY_POS),
-    "q": SiteKind("attn.hook_q", "attn", _BY_HEAD),
-    "k": SiteKind("attn.hook_k", "attn", _BY_HEAD),
-    "v": SiteKind("attn.hook_v", "attn", _BY_HEAD),
-    "z": SiteKind("attn.hook_z", "attn", _BY_HEAD),
-    "pattern": SiteKind("attn.hook_pattern", "attn", _BY_HEAD),
-    "result": SiteKind("attn.hook_result", "attn", _BY_HEAD),
-}
+from hooklens.sweeps.replacement import Written, activations_of, are_tokens
+from hooklens.sweeps.sites import SITES, SweptSite
 
 _ALIASES = {"mlp_post": "post", "mlp.post": "post", "attn": "pattern"}
 _HEAD_AXES = ("head", "kv_head")
@@ -68,16 +44,36 @@ class Plan:
     values: dict[int, Tensor]
     first_change: Int[Tensor, "pair"]
     donor: Float[Tensor, "pair pos d_model"] | None = None  # the last stream of the run that the values come from
-    source: Any = None  # what was asked to be written: tokens, activations by name, or a function
+    source: Any = None  # what was asked to be written, which identifies the sweep
 
     @cached_property
     def causal(self) -> bool:
         """Can a patch at a position change nothing before it?"""
         return self.model.cfg.causal
 
+    @property
+    def swept(self) -> SweptSite:
+        """The site that this sweep overwrites."""
+        return SITES[self.site]
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of its activation."""
+        return axes(self.point(0))
+
+    @cached_property
+    def pos_name(self) -> str:
+        """Which of them a position narrows."""
+        return self.axes[self.swept.pos_axis]
+
+    @cached_property
+    def local(self) -> bool:
+        """Does what is written at a position change there only what leaves the block?"""
+        return self.causal and self.swept.point not in self.model.blocks[0].early
+
     def point(self, layer: int) -> str:
         """The hook point that this sweep overwrites at a layer."""
-        return f"blocks.{layer}.{SITES[self.site].point}"
+        return f"blocks.{layer}.{self.swept.point}"
 
     def start(self, patch: Patch) -> Int[Tensor, "pair"]:
         """The first position at which a patch can change anything, for every pair."""
@@ -89,25 +85,22 @@ class Plan:
 
     def region(self, patch: Patch) -> tuple:
         """The index, behind the pair axis, of what the patch overwrites in its point's activation."""
-        names = axes(self.point(patch.layer))[1:]
-        chosen = {"pos": patch.pos, "query_pos": patch.pos, "d_mlp": patch.neuron}
+        chosen = {self.pos_name: patch.pos, "d_mlp": patch.neuron}
         chosen |= dict.fromkeys(_HEAD_AXES, patch.head)
-        return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in names)
+        return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in self.axes[1:])
 
 
 @dataclass(eq=False)
 class BaseRun:
-    """The run that is patched: streams between blocks, keys and values, and the site's own activations."""
+    """The run that is patched: streams between blocks, keys and values, and the site's own activations.
+
+    `reads` has, by point, what else the site needs to enter a block.
+    """
 
     streams: list[Tensor]
     past: KVCache
     acts: dict[int, Tensor]
-    attn_out: dict[int, Tensor]
-    qkv: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    z: dict[int, Tensor] = field(default_factory=dict)
-
-
-Value = str | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
+    reads: Mapping[str, Tensor]
 
 
 def site_kind(asked: str | tuple | Site) -> str:
@@ -152,15 +145,20 @@ def _read(asked: str | tuple | Site) -> Site:
 
 
 def has_site(model: HookedTransformer, site: str) -> str:
-    """The site, if the model has it: a parallel block, for one, has no resid_mid."""
+    """The site, if the model's blocks have its point."""
     missing = f"blocks.0.{SITES[site].point}"
     if missing not in model.hook_points():
         there = [name for name, kind in SITES.items() if f"blocks.0.{kind.point}" in model.hook_points()]
         raise ArgumentError(
-            "{site}: this model has no {0} (no point {1}), as attention-only and parallel blocks lack it; it has {2}",
+            "{site}: this model has no {0} (no point {1}), which is not in every kind of block; it has {2}",
             *(site, missing, ", ".join(there)),
         )
     return site
+
+
+def points_of(model: HookedTransformer, site: str) -> list[str]:
+    """The hook points of a site that the model has, layer by layer."""
+    return [f"blocks.{layer}.{SITES[has_site(model, site)].point}" for layer in range(model.cfg.n_layers)]
 
 
 def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -209,18 +207,19 @@ def sizes_of(model: HookedTransformer, site: str, n_pos: int) -> dict[str, int]:
     {'layer': 2, 'pos': 5, 'head': 2, 'neuron': 32}
     """
     cfg = model.cfg
-    heads = cfg.n_key_value_heads if site in ("k", "v") else cfg.n_heads
+    heads = cfg.n_key_value_heads if "kv_head" in axes(f"blocks.0.{SITES[site].point}") else cfg.n_heads
     return {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
 
 
-def grid(model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int) -> tuple[tuple[int, ...], list[Patch]]:
-    """The shape of a sweep's grid and its patches in order."""
+def grid(
+    model: HookedTransformer, site: str, by: tuple[str, ...], n_pos: int, layer: int | None = None
+) -> tuple[tuple[int, ...], list[Patch]]:
+    """The shape of a sweep's grid and its patches in order; one layer high where that layer is asked for."""
     sizes = sizes_of(model, site, n_pos)
-    shape = tuple(sizes[name] for name in by)
-    patches = []
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in shape)).reshape(-1, len(shape)).tolist():
-        patches.append(Patch(**dict(zip(by, index, strict=True))))
-    return shape, patches
+    along = [range(sizes[name]) for name in by]
+    if layer is not None:
+        along[0] = range(layer, layer + 1)
+    return tuple(map(len, along)), [Patch(**dict(zip(by, index, strict=True))) for index in product(*along)]
 
 
 def check_patches(model: HookedTransformer, site: str, patches: Sequence[Patch], n_pos: int) -> None:
@@ -250,32 +249,33 @@ def plan(
     model: HookedTransformer,
     tokens: Int[Tensor, "pair pos"],
     site: str,
-    value: "Int[Tensor, 'pair pos'] | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]",
+    value: Written,
     *,
     by: str | Sequence[str] | None = None,
+    layer: int | None = None,
     patches: Sequence[Patch] | None = None,
 ) -> Plan:
-    """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid or at the patches given.
+    """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid, in one layer, or at the patches given.
 
-    `value` is what is written: other tokens (their run's activations), activations by point name, or a function of
-    (activation, point name).
+    `value` is what a replacement answers: other tokens (their run's activations), activations by point name, or a
+    function of (activation, point name).
     """
     site = site_kind(site)
     has_site(model, site)
     names = settle_by(model, site, by)
-    shape, made = grid(model, site, names, tokens.shape[1])
-    if patches is not None:
+    if patches is None:
+        shape, made = grid(model, site, names, tokens.shape[1], layer)
+    else:
         names, shape, made = ("patch",), (len(patches),), list(patches)
         check_patches(model, site, made, tokens.shape[1])
     layers = sorted({patch.layer for patch in made})
     base = base_run(model, tokens, site, layers)
-    donor = None
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        points = [f"blocks.{layer}.{SITES[site].point}" for layer in layers]
-        donor, value_of = model.run_with_cache(value, names=points, stop_at_layer=model.cfg.n_layers)
-        values = _values(site, layers, value_of, base)
-    else:
-        values = _values(site, layers, value, base)
+    points = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
+    donor, written = None, value
+    if are_tokens(value):
+        donor, written = model.run_with_cache(value, names=list(points.values()), stop_at_layer=model.cfg.n_layers)
+    own = {name: base.acts[layer] for layer, name in points.items()}
+    values = activations_of(written, own)
     return Plan(
         model=model,
         site=site,
@@ -284,7 +284,7 @@ def plan(
         patches=tuple(made),
         tokens=tokens,
         base=base,
-        values=values,
+        values={layer: values[name] for layer, name in points.items()},
         first_change=_first_change(tokens, value),
         donor=donor,
         source=value,
@@ -295,63 +295,18 @@ def base_run(model: HookedTransformer, tokens: Tensor, site: str, layers: Sequen
     """Run the model once and keep what patches of this site start from."""
     past, n = KVCache(), model.cfg.n_layers
     points = [f"blocks.{layer}.hook_resid_pre" for layer in range(n)]
-    points += [f"blocks.{layer}.{SITES[site].point}" for layer in layers]
-    entry = SITES[site].entry
-    points += [f"blocks.{layer}.hook_attn_out" for layer in layers if entry == "mlp"]
-    points += [f"blocks.{layer}.attn.hook_{x}" for layer in layers for x in _also(site)]
+    swept = SITES[site]
+    reads = swept.reads if all(getattr(block, "in_steps", False) for block in model.blocks) else ()
+    points += [f"blocks.{layer}.{point}" for layer in layers for point in (swept.point, *reads)]
     last, cache = model.run_with_cache(tokens, names=points, stop_at_layer=n, kv_cache=past)
     streams = [cache[name] for name in points[:n]] + [last]
-    acts = {layer: cache[f"blocks.{layer}.{SITES[site].point}"] for layer in layers}
-    base = BaseRun(streams, past, acts, {})
-    for layer in layers:
-        attn = f"blocks.{layer}.attn.hook_"
-        if entry == "mlp":
-            base.attn_out[layer] = cache[f"blocks.{layer}.hook_attn_out"]
-        if site in ("q", "k", "v"):
-            base.qkv[layer] = (cache[attn + "q"], cache[attn + "k"], cache[attn + "v"])
-        if site == "result":
-            base.z[layer] = cache[attn + "z"]
-    return base
+    acts = {layer: cache[f"blocks.{layer}.{swept.point}"] for layer in layers}
+    return BaseRun(streams, past, acts, reads=cache)
 
 
-def _also(site: str) -> tuple[str, ...]:
-    return {"q": ("q", "k", "v"), "k": ("q", "k", "v"), "v": ("q", "k", "v"), "result": ("z",)}.get(site, ())
-
-
-def _values(site: str, layers: Sequence[int], value: Any, base: BaseRun) -> dict[int, Tensor]:
-    names = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
-    if callable(value):
-        value = {name: value(base.acts[layer].clone(), name) for layer, name in names.items()}
-    if not isinstance(value, Mapping):
-        raise WrongType(
-            "value= is a word such as 'clean' or 'zero', a tensor, activations by point, or a function of (activation, "
-            f"point); got {value!r:.60}"
-        )
-    missing = [name for name in names.values() if name not in value]
-    if missing:
-        raise NameNotFound(
-            f"value= has no activation for {missing[0]} ({len(missing)} of {len(names)} points are missing); give all, "
-            f"for example run_with_cache(tokens, names={site!r})[1], or sweep one layer: site=hl.site({site!r}, 0)"
-        )
-    return {layer: _fitted(value[name], base.acts[layer], name) for layer, name in names.items()}
-
-
-def _fitted(value: Any, act: Tensor, name: str) -> Tensor:
-    try:
-        value = torch.as_tensor(value, dtype=act.dtype, device=act.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise WrongType(f"the value to write at {name} must be a tensor or a number, got {value!r:.60}") from error
-    try:
-        return value.expand_as(act)
-    except RuntimeError as error:
-        raise InputError(
-            f"the value to write at {name} has shape {list(value.shape)}; the activation is {list(act.shape)}"
-        ) from error
-
-
-def _first_change(tokens: Tensor, value: Any) -> Int[Tensor, "pair"]:
+def _first_change(tokens: Tensor, value: Written) -> Int[Tensor, "pair"]:
     """The first position at which the written values can differ from what is there."""
-    if not (isinstance(value, Tensor) and not value.is_floating_point()):
+    if not are_tokens(value):
         return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     differs = tokens != value
     end = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)

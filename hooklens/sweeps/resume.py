@@ -1,26 +1,27 @@
 """Finished bins of a sweep, on disk: an interrupted sweep goes on where it stopped, if it is the same sweep."""
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import path_of
-from hooklens.core.checksum import load_tensors, save_tensors
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import check_writable, reading
 from hooklens.core.fingerprint import identity
-from hooklens.model.linear import kernel_of
-from hooklens.sweeps.planning import Plan
+from hooklens.model.linear import packed_linears
 from hooklens.sweeps.settings import KERNELS, current, pinned
 
-_FORMAT = "hooklens-sweep-2"
-_WHAT = "a sweep in progress"
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+_SCHEMA = Schema("hooklens.sweep", 1, "a sweep in progress", "hl.patch(..., resume=path)")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Resume:
         check_writable(self.path)
         if not Path(self.path).exists():
             return pinned(None)
-        kernel, asked = load_tensors(self.path, _FORMAT, _WHAT)[1].get("kernel", ""), current().kernel
+        with reading(self.path, _SCHEMA.what):
+            kernel = read_envelope(self.path, _SCHEMA).content["kernel"]
+        asked = current().kernel
         if kernel not in KERNELS:
             raise FileRefused(f"{self.path} names no kernel that its numbers came from; delete it")
         if asked not in (None, kernel):
@@ -63,15 +66,17 @@ class Progressed:
 
     def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor, kernel: str):
         self.path, self.key, self.sketch, self.values, self.kernel = Path(path), key, sketch, values, kernel
-        self.done = torch.zeros(len(values), dtype=torch.bool)
+        self.done = torch.zeros(values.shape, dtype=torch.bool)
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
-        tensors, metadata = load_tensors(self.path, _FORMAT, _WHAT)
-        with reading(self.path, _WHAT):
+        file = read_envelope(self.path, _SCHEMA)
+        tensors = dict(file.tensors())
+        with reading(self.path, _SCHEMA.what):
             done, values, sketch = (tensors[name] for name in ("done", "values", "sketch"))
-        if metadata.get("key") != self.key or not self._alike(sketch):
+            key = file.content["key"]
+        if key != self.key or not self._alike(sketch):
             raise FileRefused(
                 f"{self.path} belongs to another sweep (other weights, prompts, sites, values, hooks or metric); "
                 "delete it or give resume= another path. A metric that changes what it refers to as it is called (it "
@@ -87,31 +92,45 @@ class Progressed:
             return False
         return torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
 
+    def finished(self, pairs: slice = slice(None)) -> set[int]:
+        """The patches that are done for these pairs."""
+        return set(self.done[:, pairs].all(1).nonzero().flatten().tolist())
+
+    def save(self, finished: Iterable[int], pairs: slice = slice(None)) -> None:
+        """A bin is complete: write everything found so far, aside and renamed."""
+        self.done[list(finished), pairs] = True
+        tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}
+        write_envelope(self.path, _SCHEMA, {"key": self.key, "kernel": self.kernel}, tensors)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a file keeps of some pairs."""
+
+    whole: Progressed
+    pairs: slice
+
+    @property
+    def path(self) -> Path:
+        return self.whole.path
+
     def finished(self) -> set[int]:
         """The patches that are done."""
-        return set(self.done.nonzero().flatten().tolist())
+        return self.whole.finished(self.pairs)
 
     def save(self, finished: Iterable[int]) -> None:
-        """A bin is complete: write everything found so far, aside and renamed."""
-        self.done[list(finished)] = True
-        tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}
-        save_tensors(self.path, tensors, {"format": _FORMAT, "key": self.key, "kernel": self.kernel})
+        """A bin is complete."""
+        self.whole.save(finished, self.pairs)
 
 
-def progressed(plan: Plan, resume: Resume, key: str, base: Float[Tensor, "pair"], values: Tensor) -> Progressed:
-    """The file of this sweep, what it holds put into `values`."""
-    return Progressed(resume.path, key, sketch_of(plan, base), values, kernel_of(plan.model))
-
-
-def key_of(plan: Plan, metric: Any, resume: Resume) -> str:
+def key_of(model: "HookedTransformer", asked: tuple[Any, Mapping[str, Any]], metric: Any, resume: Resume) -> str:
     """A hash of all that a sweep in progress must share to go on: weights, tokens, hooks, sites, values and metric."""
-    grid = (plan.site, plan.by, plan.shape, plan.patches, plan.tokens)
+    grid, parts = asked
     if resume.key is not None:
-        return identity((plan.model.cfg.to_json(), dict(plan.model.state_dict()), grid, "key", resume.key), "the sweep")
-    source = dict(plan.source) if isinstance(plan.source, Mapping) else plan.source
-    asked = {"the model": _model_parts(plan), "the value to write": source, "the metric": metric}
+        return identity((model.cfg.to_json(), dict(model.state_dict()), grid, "key", resume.key), "the sweep")
+    named = {"the model": _model_parts(model), **parts, "the metric": metric}
     try:
-        return identity((grid, *(identity(part, name) for name, part in asked.items())), "the sweep")
+        return identity((grid, *(identity(part, name) for name, part in named.items())), "the sweep")
     except InputError as error:
         raise InputError(
             f"resume= goes on only with the same sweep, and {error}; give resume=hl.Resume({str(resume.path)!r}, "
@@ -119,20 +138,37 @@ def key_of(plan: Plan, metric: Any, resume: Resume) -> str:
         ) from error
 
 
-def _model_parts(plan: Plan) -> tuple[Any, ...]:
+def _model_parts(model: "HookedTransformer") -> tuple[Any, ...]:
     """The model without its tokenizer, which a sweep over token ids does not ask, and the hooks active on it."""
-    points = plan.model.hook_points()
+    points = model.hook_points()
     hooks = {name: [hook.fn for hook in point.active() if not hook.backward] for name, point in points.items()}
-    model = plan.model
     return model.cfg.to_json(), dict(model.named_children()), dict(model.named_parameters(recurse=False)), hooks
 
 
-def sketch_of(plan: Plan, base: Float[Tensor, "pair"]) -> Float[Tensor, "number"]:
-    """The base metric and two numbers of every layer's values. What a model computes is compared to rounding, not
-    hashed: another number of threads gives other last bits."""
+def sketch_of(base: Float[Tensor, "pair"], parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "number"]:
+    """The base metric and two numbers of every tensor computed before the sweep. What a model computes is compared to
+    rounding, not hashed: another number of threads gives other last bits."""
     found = [base.double().cpu()]
-    for _, value in sorted(plan.values.items()):
-        flat = value.double().flatten().cpu()
+    for part in parts:
+        flat = part.double().flatten().cpu()
         wave = torch.cos(torch.arange(len(flat), dtype=torch.float64))
         found.append(torch.stack([flat.abs().mean(), (flat * wave).sum() / max(1, len(flat)) ** 0.5]))
     return torch.cat(found)
+
+
+@contextmanager
+def products_of(file: Resume | None) -> Iterator[None]:
+    """A `with` block of a sweep: no gradients, and products as the file was begun with, or the faster ones."""
+    with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024):
+        yield
+
+
+@contextmanager
+def hint(asked: object, call: str) -> Iterator[None]:
+    """Tell somebody who interrupts a sweep how not to lose it."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if asked is None:
+            interrupt.add_note(f"{call}(..., resume=path) keeps what is finished in a file, and goes on from there")
+        raise

@@ -1,6 +1,6 @@
 """A few patches run again the plain way: a sweep whose numbers differ by more than rounding is not given out."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import CheckFailed
 from hooklens.core.precision import is_autocast
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.protocol import Patches
 from hooklens.sweeps.settings import current
 
 _AT_ONCE = 512  # tokens in one plain pass: with few, two patches take little longer than one
@@ -18,15 +19,12 @@ _AT_ONCE = 512  # tokens in one plain pass: with few, two patches take little lo
 # 0.7 of it on SmolLM2, 2.3 on tiny models of every family, in float32, bfloat16 and float16.
 _ROUNDINGS = 30
 
-Plain = Callable[[Any, Any, Reader], Float[Tensor, "patch pair"]]
-
 
 def verify(
-    plan: Any,
+    patches: Patches,
     reader: Reader,
     worked: Collection[int],
     values: Float[Tensor, "patch pair"],
-    plain: Plain,
     *,
     resumed: Collection[int] = (),
     file: Any = None,
@@ -38,23 +36,22 @@ def verify(
     drawn = _drawn(set(worked) - set(resumed)) + _drawn(set(resumed))
     if not drawn:
         return (float("nan"), 0) if worked or resumed else (0.0, 0)
-    at_once = max(1, _AT_ONCE // plan.tokens.numel())
+    at_once = max(1, _AT_ONCE // patches.tokens.numel())
     worst = 0.0
     for some in (drawn[i : i + at_once] for i in range(0, len(drawn), at_once)):
-        patches = [plan.patches[i] for i in some]
-        again = plain(plan, patches, reader)
+        again = patches.plain(some, reader)
         errors = (again - values[some]).abs().amax(1)
         worst = max(worst, float(errors.max()))
-        unit = _unit(plan.model) * float(torch.maximum(again.abs(), values[some].abs()).max())
+        unit = _unit(patches.model) * float(torch.maximum(again.abs(), values[some].abs()).max())
         if float(errors.max()) <= _ROUNDINGS * unit:
             continue
         # The very same pass once more: a metric that drifts from call to call would pass for one that rounding moves.
-        same = float((plain(plan, patches, reader) - again).abs().max()) <= _ROUNDINGS * unit
-        moved = _moved_by_rounding(plan, patches, reader, plain, again) if same else 0.0
+        same = float((patches.plain(some, reader) - again).abs().max()) <= _ROUNDINGS * unit
+        moved = _moved_by_rounding(patches, some, reader, again) if same else 0.0
         allowed = _ROUNDINGS * max(unit, moved)
         if float(errors.max()) > allowed:
             number = some[int(errors.argmax())]
-            _raise(plan, number, number in resumed, file, (float(errors.max()), allowed))
+            _raise(patches.name_of(number), number in resumed, file, (float(errors.max()), allowed))
     return worst, len(drawn)
 
 
@@ -64,16 +61,16 @@ def _drawn(numbers: Collection[int]) -> list[int]:
     return [ordered[i] for i in torch.randperm(len(ordered), generator=generator)[: settings.verify].tolist()]
 
 
-def _moved_by_rounding(plan: Any, patches: Any, reader: Reader, plain: Plain, exact: Tensor) -> float:
+def _moved_by_rounding(patches: Patches, some: Sequence[int], reader: Reader, exact: Tensor) -> float:
     """How far the metric moves when every number of the stream moves up or down by one rounding, before every block."""
-    unit, generator = _unit(plan.model), torch.Generator().manual_seed(0)
+    unit, generator = _unit(patches.model), torch.Generator().manual_seed(0)
 
     def nudge(act: Tensor, hook: Any) -> Tensor:
         up = torch.randint(0, 2, act.shape, generator=generator).to(act)
         return act * (1 + unit * (2 * up - 1))
 
-    with plan.model.hooks(fwd_hooks=[("resid_pre", nudge)]):
-        return float((plain(plan, patches, reader) - exact).abs().max())
+    with patches.model.hooks(fwd_hooks=[("resid_pre", nudge)]):
+        return float((patches.plain(some, reader) - exact).abs().max())
 
 
 def _unit(model: Any) -> float:
@@ -83,21 +80,16 @@ def _unit(model: Any) -> float:
     return max(torch.finfo(dtype).eps, shorter if dtype == torch.float32 else 0.0)
 
 
-def _raise(plan: Any, number: int, resumed: bool, file: Any, sizes: tuple[float, float]) -> None:
+def _raise(name: str, resumed: bool, file: Any, sizes: tuple[float, float]) -> None:
     error, allowed = sizes
-    patch = plan.patches[number]
-    name = getattr(patch, "name", None)
-    if name is None:
-        at = ", ".join(f"{axis} {index}" for axis, index in patch._asdict().items() if index is not None)
-        name = f"{plan.site} at {at}"
     seen = f"differs by {error:.3g} from a plain hooked run, and rounding explains at most {allowed:.1g}"
     if resumed:
         raise CheckFailed(
-            f"the metric of the patch of {name}, kept in {file}, {seen}: the file was made by another sweep (another "
+            f"the metric of {name}, kept in {file}, {seen}: the file was made by another sweep (another "
             "metric, value or model under the same key); delete it or give resume= another path"
         )
     raise CheckFailed(
-        f"the metric of the patch of {name} {seen}: the metric gives other numbers when it is called again, or the "
+        f"the metric of {name} {seen}: the metric gives other numbers when it is called again, or the "
         "engine is wrong here; in Python, hl.engine(plain=True) runs every patch plainly, and hl.engine(verify=0) does "
         "not check"
     )

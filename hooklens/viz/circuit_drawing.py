@@ -1,4 +1,4 @@
-"""A graph in layers: boxes in rows from below to above, arrows whose width is a score and whose colour is its sign."""
+"""A layered graph: boxes in rows from bottom to top, and arrows whose width is a score and whose colour is its sign."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,13 +24,13 @@ def layered_graph(
     ties: Sequence[tuple[str, str]] = (),
     score: str = "score",
 ) -> go.Figure:
-    """Who passes what to whom? `rows` are the boxes of each level, the lowest first; edges are (from, to, score).
+    """Which boxes send information to which? `rows` are the boxes per level, the lowest first; edges (from, to, score).
 
     >>> figure = layered_graph({"in": ["a"], "out": ["<b>"]}, [("a", "<b>.q", -1.0)])
     >>> [trace.name for trace in figure.data if trace.showlegend], figure.layout.annotations[1].text
     (['lowers the metric'], '&lt;b&gt;')
 
-    An edge to `name.q`, `name.k` or `name.v` ends left, in the middle or right of the box `name`. `ties` are boxes that
+    An edge to `name.q`, `name.k` or `name.v` ends at the left, middle or right of the box `name`. `ties` are boxes that
     belong together, joined by a grey line.
     """
     places = _places(rows)
@@ -65,23 +65,23 @@ def _places(rows: Mapping[str, Sequence[str]]) -> dict[str, tuple[float, float]]
     for height, names in enumerate(rows.values()):
         for i, name in enumerate(names):
             if name in places:
-                raise InputError(f"layered_graph got the box {name!r} twice; each has one place")
+                raise InputError(f"layered_graph got the box {name!r} twice; box names must be unique")
             places[name] = (i - (len(names) - 1) / 2, float(height))
     return places
 
 
 def _ends(places: Mapping[str, tuple[float, float]], start: str, end: str) -> tuple[np.ndarray, np.ndarray]:
-    """The upper side of the box that an edge leaves, the lower side of the one it enters."""
+    """The top side of the box that an edge leaves, and the bottom side of the box that it enters."""
     into, _, port = (end, "", "") if end in places else end.rpartition(".")
     for name in (start, into):
         if name not in places:
-            raise InputError(f"layered_graph got an edge {start!r} to {end!r}, and no box is called {name!r}")
+            raise InputError(f"layered_graph got an edge {start!r} to {end!r}, but there is no box named {name!r}")
     a, b = np.array(places[start]), np.array(places[into])
     return a + np.array([0, _BOX[1]]), b + np.array([_PORTS.get(port, 0.0), -_BOX[1]])
 
 
 def _curve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A cubic curve that leaves and arrives upright; one across many rows swings out, past the boxes between."""
+    """A cubic curve with vertical ends; one across many rows bends outwards, past the boxes between."""
     rise = b[1] - a[1]
     bow = 0.0 if rise < 1.5 else (0.55 + 0.05 * min(rise, 12)) * (1 if a[0] + b[0] >= 0 else -1)
     c, d = a + np.array([bow, 0.45 * rise]), b + np.array([bow, -0.45 * rise])
@@ -114,7 +114,7 @@ def _tie(places: Mapping[str, tuple[float, float]], start: str, end: str) -> go.
 def _with_boxes(
     figure: go.Figure, rows: Mapping[str, Sequence[str]], places: Mapping[str, tuple[float, float]]
 ) -> go.Figure:
-    """Boxes over the arrows, names in them, and the levels' names at the left."""
+    """Draw boxes over the arrows, with names in them, and the levels' names at the left."""
     wide, high = _BOX
     figure.update_layout(
         shapes=[

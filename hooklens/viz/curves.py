@@ -1,4 +1,4 @@
-"""Lines, scatter plots, and values beside the draws of a null."""
+"""Lines, scatter plots, and values compared with the draws of a null distribution."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +23,7 @@ def lines(
     y_title: str = "",
     marks: Mapping[str, float] | None = None,
 ) -> go.Figure:
-    """How do these change along x? One line a name; `bands` are (low, high) for the names that have an interval.
+    """How do these values change along x? One line per name; `bands` are (low, high) for names with an interval.
 
     >>> import torch
     >>> len(lines({"loss": torch.rand(3)}, bands={"loss": (torch.zeros(3), torch.ones(3))}).data)
@@ -57,7 +57,7 @@ def scatter(
     colour: Num[Tensor, " point"] | None = None,
     colourbar: str = "",
 ) -> go.Figure:
-    """How do two numbers go together? `labels` appear in the hover box; `colour` shows a third number.
+    """How are two numbers related? `labels` appear in the hover box; `colour` shows a third number.
 
     >>> import torch
     >>> scatter(torch.rand(4), torch.rand(4), ["a", "b", "c", "<i>"]).data[0].text[3].split("<br>")[0]
@@ -88,14 +88,14 @@ def beside(
     drawn: str = "random draws",
     marks: Mapping[str, float] | None = None,
 ) -> go.Figure:
-    """Where do these lie among draws of a null? Each of `found` is its value and the ends of its interval (NaN: none).
+    """Where do these values lie among draws of a null? Each of `found` is a value and its interval's ends (NaN: none).
 
     >>> import torch
     >>> figure = beside({"circuit": (0.6, 0.5, 0.7)}, torch.rand(100) / 2, marks={"the model": 1.0})
     >>> int(sum(figure.data[0].y)), figure.data[1].x
     (100, (0.6,))
 
-    `marks` are named vertical lines. Draws that are NaN or infinite are left out of the bars, and their number is said.
+    `marks` are named vertical lines. Draws that are NaN or infinite are not shown, and their number is reported.
     """
     draws = as_array(null, "draw", "beside")
     finite = draws[np.isfinite(draws)]

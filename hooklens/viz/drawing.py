@@ -1,4 +1,4 @@
-"""The pieces that every figure is put together from."""
+"""Building blocks of all figures."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, limits, template
 
 _PLACES = ("top right", "top left", "bottom right", "bottom left")
-_NEAR = 0.06  # of the figure's height: what a line of text takes
+_NEAR = 0.06  # height of a line of text, as a share of the figure's
 
 
 def new_figure(traces: list, title: str, x_title: str, y_title: str, height: int = 380) -> go.Figure:
@@ -40,7 +40,7 @@ def span(array: np.ndarray, diverging: bool, middle: float) -> tuple[float, floa
 
 
 def box(*lines: tuple[str, object]) -> str:
-    """A hover box: one "name value" a line. Values that are text have been escaped already."""
+    """A hover box with one "name value" per line. Text values must be escaped already."""
     shown = ((label(name), value if isinstance(value, str) else number(value)) for name, value in lines)
     return "<br>".join(f"{name} <b>{value}</b>" if name else str(value) for name, value in shown)
 
@@ -50,7 +50,7 @@ def number(value: object) -> str:
 
 
 def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:
-    """Named horizontal lines; the name of one that lies close to another stands elsewhere along it."""
+    """Named horizontal lines; the name of a line close to another is placed elsewhere along it."""
     heights = [float(value) for value in (marks or {}).values()]
     seen = np.concatenate([heights, *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
     near = _NEAR * np.ptp(seen[np.isfinite(seen)]) if np.isfinite(seen).any() else 0.0

@@ -1,4 +1,4 @@
-"""Heat maps and bars of results: they draw what they are given and compute nothing."""
+"""Heat maps and bars: they draw the given values and compute nothing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from hooklens.viz.inputs import as_array, as_labels, same_length, ticks
 from hooklens.viz.theme import DIVERGING, NEGATIVE, NEUTRAL, POSITIVE, SEQUENTIAL, plotly_scale
 
 _IN_CELL = 9  # characters that fit a cell
-_LONGEST = 24  # characters of a tick label: a longer one would take the drawing's room
+_LONGEST = 24  # characters of a tick label: a longer one would take too much room
 
 
 def heatmap(
@@ -29,17 +29,17 @@ def heatmap(
     zmid: float = 0.0,
     cells: Sequence[Sequence[object]] | None = None,
 ) -> go.Figure:
-    """Where in the grid are the large values? Row 0 on top; `hover` adds a line of text to each cell's box.
+    """Where in the grid are the large values? Row 0 is on top; `hover` adds a line of text to each cell's box.
 
-    A tuple in `hover` is several lines. `cells` is a short text written into each cell, such as a token.
+    A tuple in `hover` gives several lines. `cells` are short texts written into the cells, such as tokens.
 
     >>> import torch
     >>> figure = heatmap(torch.tensor([[1.0, -2.0]]), x=["the", "the"], y_title="layer")
     >>> figure.data[0].zmin, figure.data[0].zmax, list(figure.layout.xaxis.ticktext)
     (-2.0, 2.0, ['the', 'the'])
 
-    A diverging scale is centred at `zmid` and reaches equally far to both sides; else colours span the values.
-    Cells that are NaN or infinite stay empty.
+    A diverging scale is centred at `zmid` and symmetric; otherwise colours span the values. Cells that are NaN or
+    infinite stay empty.
     """
     array = as_array(values, "y x", "heatmap")
     rows = as_labels(y, len(array), "y", "heatmap", _LONGEST)
@@ -79,7 +79,7 @@ def bars(
     y_title: str = "",
     marks: Mapping[str, float] | None = None,
 ) -> go.Figure:
-    """How large is each, and how sure is that? `low` and `high` are the ends of the intervals, drawn as whiskers.
+    """How large is each value, and how certain? `low` and `high` are the ends of the intervals, drawn as whiskers.
 
     >>> import torch
     >>> figure = bars(torch.tensor([1.0, -2.0]), torch.tensor([0.5, -3.0]), torch.tensor([1.5, -1.0]), ["L0", "L1"])
@@ -104,19 +104,19 @@ def bars(
 
 
 def _lines(cells: Sequence[object], count: int) -> list[str]:
-    """What is added to the hover box of each cell of a row."""
+    """Additional lines of the hover box for each cell of a row."""
     each = [cell if isinstance(cell, tuple | list) else (cell,) for cell in cells]
     same_length("hover", columns=range(count), cells=each)
     return ["<br>".join(as_labels(cell, len(cell), "line", "hover")) for cell in each]
 
 
 def _height(rows: int) -> int:
-    """Rows of readable height, within what fits a screen."""
+    """A readable height for each row, within the size of a screen."""
     return 130 + int(min(max(rows * (28 if rows <= 16 else 20), 110), 620))
 
 
 def _slant(labels: list[str]) -> dict:
-    """Long labels stand upright: a slanted one at the left edge would not fit, and Plotly would leave it out."""
+    """Long labels are vertical: a slanted label at the left edge would not fit, and Plotly would omit it."""
     return {"autotickangles": [0, -90] if max(map(len, labels), default=0) > 12 else [0, -45, -90]}
 
 
@@ -125,7 +125,7 @@ def _signs(array: np.ndarray) -> list[str]:
 
 
 def _whiskers(low: np.ndarray, high: np.ndarray) -> go.Scatter:
-    """Intervals around their own middle, so that they are true also where the value lies outside."""
+    """Intervals around their own midpoint, so that they are correct even if the value lies outside."""
     error = {"type": "data", "array": (high - low) / 2, "thickness": 1.5, "width": 4, "color": NEUTRAL}
     invisible = {"opacity": 0}
     return go.Scatter(y=(high + low) / 2, error_y=error, mode="markers", marker=invisible, hoverinfo="skip")

@@ -16,9 +16,9 @@ from hooklens.viz.inputs import as_array, as_labels, ticks
 from hooklens.viz.text import label, token_labels
 from hooklens.viz.theme import SEQUENTIAL, limits, plotly_scale, template
 
-_GAP, _LINE = 26, 18  # pixels between two rows, and of one line of a head's name above each
-_NAME = 60  # characters of a head's name in all its lines
-_LETTER, _NARROWEST = 7, 400  # pixels of a letter, and of all maps together on the narrowest page
+_GAP, _LINE = 26, 18  # pixels between two rows, and per line of a head's name above each
+_NAME = 60  # maximum characters of a head's name over all its lines
+_LETTER, _NARROWEST = 7, 400  # pixels per letter, and total width of the maps on the narrowest page
 
 
 def attention_heads(
@@ -29,21 +29,22 @@ def attention_heads(
     *,
     title: str = "",
 ) -> go.Figure:
-    """Where does each of these heads look? A grid of heat maps, query down and key across, on one colour scale.
+    """Where does each of these heads attend? A grid of heat maps, query down and key across, with one colour scale.
 
     >>> import torch
     >>> figure = attention_heads(torch.eye(3).expand(2, 3, 3), ["<s>", " a", " a"], ["L0H1", "L5H3"])
     >>> len(figure.data), list(figure.layout.xaxis.ticktext)
     (2, ['&lt;s&gt;', '·a', '·a'])
 
-    When there are more keys than tokens given (or fewer), that is an error; queries are the last tokens.
+    The number of keys must equal the number of tokens; queries are the last tokens.
     """
     array = as_array(patterns, "head query_pos key_pos", "attention_heads")
     heads, queries, keys = array.shape
     if keys != len(str_tokens) or queries > keys or ncols < 1 or heads == 0:
         raise InputError(
-            f"attention_heads draws one token a key in at least one column and head, got patterns {list(array.shape)} "
-            f"[head query_pos key_pos], {len(str_tokens)} tokens, ncols={ncols}; pass the tokens that the model ran on"
+            "attention_heads needs one token per key, and at least one column and head; got patterns "
+            f"{list(array.shape)} [head query_pos key_pos], {len(str_tokens)} tokens, ncols={ncols}; pass the "
+            "tokens that the model ran on"
         )
     called = names if names is not None else [str(i) for i in range(heads)]
     names = as_labels(names, heads, "head", "attention_heads")
@@ -51,7 +52,7 @@ def attention_heads(
     nrows = -(-heads // ncols)
     titles = [_wrapped(str(name), ncols) for name in called]
     above = _LINE * max(title.count("<br>") + 1 for title in titles)
-    side = {1: 480, 2: 400}.get(ncols, 800 // ncols)  # about square on a page of usual width
+    side = {1: 480, 2: 400}.get(ncols, 800 // ncols)  # roughly square on a page of typical width
     inside = nrows * side + (nrows - 1) * (_GAP + above)
     spacing = {"horizontal_spacing": 0.03, "vertical_spacing": (_GAP + above) / inside}
     figure = make_subplots(nrows, ncols, subplot_titles=titles, **spacing)
@@ -67,14 +68,14 @@ def attention_heads(
 
 
 def _wrapped(name: str, ncols: int) -> str:
-    """A head's name in lines that do not reach into the next map, however narrow the page."""
+    """Wrap a head's name into lines that do not reach into the next map, even on a narrow page."""
     shown = name if len(name) <= _NAME else name[: _NAME - 1] + "…"
     lines = textwrap.wrap(shown, _NARROWEST // (_LETTER * ncols), drop_whitespace=True) or [shown]
     return "<br>".join(label(line) or "∅" for line in lines)
 
 
 def _colours(array: np.ndarray) -> dict:
-    """One scale for all heads: from 0, or below where unnormalised attention goes there."""
+    """One scale for all heads: from 0, or from below if unnormalised attention is negative."""
     seen = array[np.isfinite(array)]
     low, high = limits(float(seen.min(initial=0.0)), float(seen.max(initial=0.0)), diverging=False)
     return {"colorscale": plotly_scale(SEQUENTIAL), "cmin": low, "cmax": high, "colorbar": colour_bar("attention")}
@@ -93,7 +94,7 @@ def _map(pattern: np.ndarray, tokens: list[str], name: str) -> go.Heatmap:
 
 
 def _axes(figure: go.Figure, tokens: list[str], queries: int, place: dict, has_below: bool) -> None:
-    """Tokens are written once: beside the first column and under the lowest map of each column."""
+    """Tokens are written once: next to the first column and below the lowest map of each column."""
     look = {"showgrid": False, "zeroline": False, "tickfont": {"size": 11 if len(tokens) <= 16 else 9}}
     figure.update_xaxes(**ticks(tokens, 48), **look, **place, tickangle=-90, showticklabels=not has_below)
     rows = {"range": [queries - 0.5, -0.5], "showticklabels": place["col"] == 1}

@@ -1,4 +1,4 @@
-"""The frame of an offline page: its style, its policy, and the script that draws its figures."""
+"""The frame of an offline page: its style, its content security policy, and the script that draws its figures."""
 
 import base64
 import hashlib
@@ -60,7 +60,7 @@ footer { color: var(--soft); font-size: .8125rem; margin-top: 2.5rem; }
 @media print { section { break-inside: avoid; } body { background: none; } }
 """
 
-# Figures with our transparent template follow the page into dark mode; others keep the colours they came with.
+# Figures with our transparent template follow the page's dark mode; others keep their own colours.
 _SCRIPT = """
 "use strict";
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -91,14 +91,14 @@ document.addEventListener("toggle", (event) => draw(event.target), true);  // a 
 
 
 def page(title: str, parts: Sequence[Html], figures: Sequence[str], footer: str) -> Html:
-    """A whole HTML document that loads nothing: `figures` are Plotly figures as JSON, drawn into `<div id="figure-N">`.
+    """A complete HTML document that loads nothing: `figures` are Plotly figures as JSON, drawn into `#figure-N`.
 
     >>> text = page("<b>", [Html("<p>one</p>")], [], "made here")
     >>> "<h1>&lt;b&gt;</h1>" in text, "connect-src" in text, len(text) < 10_000
     (True, False, True)
 
-    Only the scripts written here may run, by their hashes: were a token ever to slip through unescaped, the browser
-    would still refuse to run it.
+    The policy allows only the scripts written here, by their hashes: even if a token slipped through unescaped, the
+    browser would refuse to run it.
     """
     scripts = [get_plotlyjs(), _SCRIPT] if figures else []
     data = [

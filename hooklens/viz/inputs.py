@@ -1,4 +1,4 @@
-"""What figures take: tensors of any dtype and device, and labels that must match them."""
+"""Inputs of figures: tensors of any dtype and device, and labels that must match them."""
 
 from collections.abc import Sequence, Sized
 
@@ -12,7 +12,7 @@ from hooklens.viz.text import label
 
 
 def as_array(values: Shaped[Tensor, "..."], axes: str, what: str) -> np.ndarray:
-    """Values as float64, checked to have the axes named ("y x"); infinities become NaN, which is drawn as a gap.
+    """Convert values to float64 and check that they have the named axes ("y x"); infinities become NaN, drawn as gaps.
 
     >>> as_array(torch.ones(2, 3), "y x", "heatmap").shape
     (2, 3)
@@ -26,13 +26,13 @@ def as_array(values: Shaped[Tensor, "..."], axes: str, what: str) -> np.ndarray:
         ) from error
     if array.ndim != len(axes.split()):
         raise InputError(
-            f"{what} draws values with the axes [{axes}], got shape {list(array.shape)}; pick or average the rest"
+            f"{what} draws values with the axes [{axes}], got shape {list(array.shape)}; select or average the rest"
         )
     return np.where(np.isfinite(array), array, np.nan)
 
 
 def as_labels(labels: Sequence[object] | None, count: int, axis: str, what: str, longest: int = 60) -> list[str]:
-    """One label an entry, escaped; the entries' numbers where none are given.
+    """One label per entry, escaped; the indices of the entries if none are given.
 
     >>> as_labels(None, 2, "x", "heatmap"), as_labels(["<b>", 5], 2, "x", "heatmap")
     (['0', '1'], ['&lt;b&gt;', '5'])
@@ -47,7 +47,7 @@ def as_labels(labels: Sequence[object] | None, count: int, axis: str, what: str,
 
 
 def same_length(what: str, **counted: Sized) -> None:
-    """Refuse inputs of different length that belong together entry by entry.
+    """Raise if inputs that belong together entry by entry differ in length.
 
     >>> same_length("bars", values=[1, 2], low=[0])
     Traceback (most recent call last):
@@ -61,7 +61,7 @@ def same_length(what: str, **counted: Sized) -> None:
 
 
 def ticks(labels: Sequence[str], most: int = 64) -> dict:
-    """Axis settings that put each label at its position. Equal labels stay apart; of very many, every k-th is shown.
+    """Axis settings that put each label at its position. Equal labels stay separate; of very many, every k-th is shown.
 
     >>> ticks(["the", "the"])
     {'tickmode': 'array', 'tickvals': [0, 1], 'ticktext': ['the', 'the']}

@@ -1,4 +1,4 @@
-"""A report: one HTML file that opens without a network, and its numbers as JSON beside it."""
+"""A report: one HTML file that opens without a network, and its numbers as JSON next to it."""
 
 import html
 import json
@@ -22,21 +22,20 @@ from hooklens.viz.html_page import page
 from hooklens.viz.text import Html, escape, shown_token, token_markup
 
 _CLAIMS = (
-    "Claim: the statement; each in words below. Status: exploratory, not written down before the run; self-dated, "
-    "written to a file at the time shown, by its author's clock alone; registered, the same, and the digest of that "
-    "file is the published one. Verdict: causal, an intervention whose effect lies off 0 (or the registered threshold) "
-    "and is larger than that of its control, by 95 % intervals over groups of prompts, by p of at most 0.05, and by q "
-    "of at most 0.05; opposite effect, one as surely on the other side of 0 than the claim says. Effect: mean over "
-    "prompts, with the low and high end of its interval. Control: the mean of the intervention that should do nothing. "
-    "q: the rate of false discoveries if this claim and all with a smaller p were called causal (Benjamini-Hochberg, "
-    "over this table)."
+    "Claim: the statement; each is explained below. Status: exploratory, not written down before the run; self-dated, "
+    "written to a file at the time shown, according to its author's clock only; registered, self-dated and with a "
+    "digest equal to the published one. Verdict: causal, the effect of the intervention exceeds 0 (or the registered "
+    "threshold) and the effect of its control, by 95 % intervals over groups of prompts, with p and q of at most 0.05; "
+    "opposite effect, a significant effect in the direction opposite to the claim. Effect: mean over prompts, with the "
+    "low and high end of its interval. Control: the mean effect of an intervention that should do nothing. q: the "
+    "false discovery rate if this claim and all with a smaller p were called causal (Benjamini-Hochberg, this table)."
 )
-_READ_AT_ONCE = 6  # claims whose sentences stand open below their table
-_ROWS = 20  # claims whose rows stand open
+_READ_AT_ONCE = 6  # number of claims whose sentences are shown unfolded below the table
+_ROWS = 20  # number of claims whose rows are shown unfolded
 
 
 class Report:
-    """Put text, numbers, tables and figures in order, then save them as one page.
+    """Collect text, numbers, tables and figures in order, then save them as one page.
 
     >>> import tempfile
     >>> report = Report("Indirect objects").text("One pair.").numbers({"clean": 3.2})
@@ -44,7 +43,7 @@ class Report:
     >>> path.name, path.with_suffix(".json").read_text()[:27]
     ('ioi.html', '{"title": "Indirect objects')
 
-    Every method returns the report. All text is shown as it is: nothing in it is taken for markup.
+    Every method returns the report. All text is shown literally: it is never interpreted as markup.
     """
 
     def __init__(self, title: str) -> None:
@@ -55,15 +54,15 @@ class Report:
         self._tables: list[dict[str, Any]] = []
 
     def heading(self, text: str) -> "Report":
-        """A heading above what follows."""
+        """Add a heading."""
         return self._add(f"<h2>{escape(text)}</h2>")
 
     def text(self, paragraph: str) -> "Report":
-        """A paragraph of plain text."""
+        """Add a paragraph of plain text."""
         return self._add(f"<p>{escape(paragraph)}</p>")
 
     def numbers(self, numbers: Mapping[str, Any]) -> "Report":
-        """A few named numbers (or words), large enough to be read first."""
+        """Add a few named numbers (or words) in large type."""
         self._numbers |= {str(name): plain(value) for name, value in numbers.items()}
         cells = (
             f"<div><dt>{escape(name)}</dt><dd>{escape(_shown(value))}</dd></div>" for name, value in numbers.items()
@@ -72,7 +71,7 @@ class Report:
 
     @contextmanager
     def fold(self, summary: str) -> Iterator["Report"]:
-        """What is added inside stands behind one line, which opens it.
+        """Everything added inside the block is folded behind one line.
 
         >>> with Report("x").fold("the other prompts") as report:
         ...     _ = report.text("one more")
@@ -86,7 +85,7 @@ class Report:
             self._add("</details>")
 
     def table(self, table: Table, caption: str = "", terms: Mapping[str, str] | None = None) -> "Report":
-        """A table; its values also go into the JSON. `terms` say what its columns are; of others nothing is said."""
+        """Add a table; its values also go into the JSON. `terms` explain columns; other columns have no note."""
         known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
         words = " ".join([caption, *(f"{name}: {meaning}." for name, meaning in known.items())]).strip()
         self._tables.append({"caption": words, "columns": list(table.columns), "rows": _plain_rows(table)})
@@ -94,7 +93,7 @@ class Report:
         return self._card(f'<div class="wide">{table.to_html()}</div>', Html(escape(caption) + shown))
 
     def figure(self, figure: go.Figure, caption: str = "") -> "Report":
-        """A Plotly figure. Its title becomes a heading of the page, which wraps where a figure's would be cut."""
+        """Add a Plotly figure. Its title becomes a heading of the page, which wraps instead of being cut."""
         figure = go.Figure(figure)
         title, margin = figure.layout.title.text, figure.layout.margin.t
         if title:
@@ -106,7 +105,7 @@ class Report:
         return self._card(f'{heading}<div class="wide">{place}</div>', caption)
 
     def claims(self, family: Any, caption: str = "") -> "Report":
-        """What is claimed, with what evidence: a `ClaimFamily`. What was not registered before the run says so."""
+        """Add a `ClaimFamily` with its evidence. Claims that were not registered before the run are marked as such."""
         n, caption = len(family.claims), caption or _CLAIMS
         if n > _ROWS:
             self.table(family.top(_ROWS), f"The {_ROWS} of {n} claims with the smallest q. {caption}")
@@ -114,14 +113,14 @@ class Report:
                 self.table(family.table(), "Columns as above.")
         else:
             self.table(family.table(), caption)
-        words = f"The {n} claims in words, each with what was seen, done and held against it"
+        words = f"The {n} claims in words, each with its observation, intervention and control"
         with self.fold(words) if n > _READ_AT_ONCE else nullcontext():
             for one in family.claims:
                 self.text(one.sentence())
         return self
 
     def tokens(self, strip: Html, caption: str = "") -> "Report":
-        """A text coloured by one number a token: what `token_strip` returns."""
+        """Add a text coloured by one number per token: the result of `token_strip`."""
         return self._card(escape(strip), caption)
 
     def prompts(
@@ -133,9 +132,9 @@ class Report:
         corrupted_top: Sequence[tuple[str, float]] = (),
         caption: str = "",
     ) -> "Report":
-        """Two prompts token by token, where they differ, and what the model says after each.
+        """Add two prompts token by token, with their differences and the model's predictions after each.
 
-        The tops are (token, probability), most probable first.
+        The predictions are (token, probability), most probable first.
         """
         differs = SequenceMatcher(None, clean, corrupted, autojunk=False).get_opcodes()
         ours = {i for kind, start, stop, _, _ in differs if kind != "equal" for i in range(start, stop)}
@@ -146,18 +145,16 @@ class Report:
         return self._card("".join(rows), caption)
 
     def to_html(self) -> Html:
-        """The whole page."""
+        """The whole page as HTML."""
         footer = f"Made by hooklens {__version__}. This page is complete: it loads nothing."
         return page(self.title, self._parts, self._figures, footer)
 
     def save(self, path: str | os.PathLike, *, data: Any = None) -> Path:
-        """Write the page to `path`, and the title, numbers, tables and `data` as JSON beside it (same stem)."""
+        """Write the page to `path`, and the title, numbers, tables and `data` as JSON next to it (same stem)."""
         path = path_of(path)
         beside = path.with_suffix(".json") if path.name else path
         if path == beside and path.name:
-            raise InputError(
-                f"the page was to be written to {str(path)!r}, the name of the JSON beside it; choose {path.stem}.html"
-            )
+            raise InputError(f"{str(path)!r} is the name of the JSON file next to the page; choose {path.stem}.html")
         held = {"title": self.title, "numbers": self._numbers, "tables": self._tables, "data": plain(data)}
         text = json.dumps(held, allow_nan=False)
         with write_atomically(path) as page_path, write_atomically(beside) as json_path:

@@ -1,4 +1,4 @@
-"""Several figures in one, below each other."""
+"""Several figures combined into one, below each other."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from plotly.subplots import make_subplots
 
 from hooklens.viz.theme import template
 
-_GAP = 110  # pixels between two panels, for a title, a legend of one row and the labels of the axis above
-_ROW = 20  # pixels of a further row of a legend
+_GAP = 110  # pixels between two panels: a title, a one-row legend and the axis labels above
+_ROW = 20  # pixels per additional row of a legend
 
 
 def panels(figures: Sequence[go.Figure]) -> go.Figure:
-    """The figures below each other, each with its own axes, title and legend.
+    """Stack the figures, each with its own axes, title and legend.
 
     >>> import torch
     >>> from hooklens.viz.curves import lines
@@ -54,7 +54,7 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
 
 
 def _legend_rows(figure: go.Figure) -> int:
-    """How many rows a legend takes in a page of 1,000 pixels: its entries are all as wide as the longest."""
+    """The number of rows of a legend on a page of 1,000 pixels: all entries are as wide as the longest."""
     names = [trace.name or "" for trace in figure.data if trace.showlegend is not False]
     if not names or figure.layout.showlegend is False:
         return 1

@@ -1,4 +1,4 @@
-"""Words of models and users inside pages and figures: shown as they are, interpreted never."""
+"""Text from models and users inside pages and figures: shown literally, never interpreted."""
 
 import html
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ _SIGNS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
 class Html(str):
-    """Markup that is safe to put on a page as it stands; a notebook shows it rendered."""
+    """Markup that is safe to insert into a page; a notebook renders it."""
 
     __slots__ = ()
 
@@ -18,7 +18,7 @@ class Html(str):
 
 
 def escape(text: object) -> Html:
-    """Any text as HTML that shows exactly that text, control characters written out; what is Html already stays.
+    """Convert any text to HTML that shows exactly this text, with control characters spelled out; Html is unchanged.
 
     >>> escape("<b>&amp;\\x1b")
     '&lt;b&gt;&amp;amp;\\\\x1b'
@@ -29,7 +29,7 @@ def escape(text: object) -> Html:
 
 
 def shown_token(token: str) -> str:
-    """A token with its white space made visible.
+    """A token with visible white space.
 
     >>> shown_token(" Mary"), shown_token("\\n\\n"), shown_token(""), shown_token("\\x00")
     ('·Mary', '↵↵', '∅', '\\\\x00')
@@ -38,7 +38,7 @@ def shown_token(token: str) -> str:
 
 
 def token_markup(token: str) -> Html:
-    """A token as HTML, the signs for white space paler than its letters.
+    """A token as HTML, with the signs for white space paler than its letters.
 
     >>> token_markup(" <i>")
     '<span style="opacity:.55">·</span>&lt;i&gt;'
@@ -52,7 +52,7 @@ def token_markup(token: str) -> Html:
 
 
 def label(text: object, longest: int = 60) -> str:
-    """Text for a Plotly title, tick or hover box, which would take <b>, <a href> and &amp; for markup.
+    """Escape text for a Plotly title, tick or hover box, which would interpret <b>, <a href> and &amp; as markup.
 
     >>> label(" <b>&amp;"), label("layer 3\\n")
     ('·&lt;b&gt;&amp;amp;', 'layer 3↵')
@@ -78,7 +78,7 @@ def token_labels(str_tokens: Sequence[str]) -> list[str]:
 
 
 def script_safe(json_text: str) -> str:
-    """JSON that can stand inside a <script> element: no `</script>`, no `<!--`, nothing that ends a line in JavaScript.
+    """Escape JSON for use inside a <script> element: no `</script>`, no `<!--`, no JavaScript line terminators.
 
     >>> script_safe('["</script>"]')
     '["\\\\u003c/script\\\\u003e"]'

@@ -1,4 +1,4 @@
-"""The look of every figure: colours that colour-blind readers can tell apart, and one template."""
+"""The style of all figures: colours that colour-blind readers can distinguish, and one template."""
 
 import functools
 import itertools
@@ -8,13 +8,13 @@ import plotly.graph_objects as go
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 INK = "#24292f"
-GRID = "rgba(128, 136, 148, 0.22)"  # seen on white and on black
+GRID = "rgba(128, 136, 148, 0.22)"  # visible on white and on black
 POSITIVE, NEGATIVE, NEUTRAL = "#2166ac", "#d9701e", "#6e7781"
 
 # Okabe and Ito (2008), without the yellow that vanishes on white
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e7781")
 
-# orange: negative, blue: positive; lightness falls evenly to both sides
+# orange: negative, blue: positive; lightness decreases evenly to both sides
 DIVERGING = ("#8c3a04", "#d9701e", "#f5b583", "#fbe3d0", "#f7f7f7", "#d6e4f0", "#94bcdc", "#3f86c0", "#0b3f78")
 SEQUENTIAL = ("#f7f9fc", "#d6e4f0", "#a6c8e4", "#6aa3d2", "#3179b5", "#12549a", "#082f63")
 
@@ -31,7 +31,7 @@ def template() -> go.layout.Template:
         "zerolinecolor": "rgba(128, 136, 148, 0.55)",
         "zerolinewidth": 1,
         "linecolor": GRID,
-        "ticks": "outside",  # not seen: they keep the labels off the drawing
+        "ticks": "outside",  # invisible: they keep the labels away from the drawing
         "ticklen": 5,
         "tickcolor": "rgba(0,0,0,0)",
         "automargin": True,  # long labels widen the margin instead of being cut
@@ -56,7 +56,7 @@ def template() -> go.layout.Template:
 
 
 def plotly_scale(colours: tuple[str, ...]) -> list[list]:
-    """Evenly spaced colours as Plotly takes them.
+    """Evenly spaced colours in Plotly's format.
 
     >>> plotly_scale(("#000000", "#ffffff"))
     [[0.0, '#000000'], [1.0, '#ffffff']]
@@ -65,7 +65,7 @@ def plotly_scale(colours: tuple[str, ...]) -> list[list]:
 
 
 def colour_at(colours: tuple[str, ...], fraction: float) -> str:
-    """The colour a fraction of the way along a scale.
+    """The colour at a fraction of a scale.
 
     >>> colour_at(("#000000", "#ffffff"), 0.5), colour_at(DIVERGING, 0.5)
     ('#808080', '#f7f7f7')
@@ -77,7 +77,7 @@ def colour_at(colours: tuple[str, ...], fraction: float) -> str:
 
 
 def text_on(background: str) -> str:
-    """Dark or light text, whichever can be read on that background (WCAG 2.1 contrast, at least 4.5).
+    """Dark or light text, whichever is readable on this background (WCAG 2.1 contrast of at least 4.5).
 
     >>> text_on("#f7f7f7"), text_on("#0b3f78")
     ('#000000', '#ffffff')
@@ -96,7 +96,7 @@ def contrast(a: str, b: str) -> float:
 
 
 def limits(low: float, high: float, *, diverging: bool, middle: float = 0.0) -> tuple[float, float]:
-    """The values at the ends of a colour scale; around `middle`, as far on one side as on the other.
+    """The values at the ends of a colour scale; around `middle`, equally far on both sides.
 
     >>> limits(-1.0, 3.0, diverging=True), limits(-1.0, 3.0, diverging=False), limits(2.0, 2.0, diverging=False)
     ((-3.0, 3.0), (-1.0, 3.0), (2.0, 3.0))

@@ -1,4 +1,4 @@
-"""A text whose tokens are coloured by a number."""
+"""A text with tokens coloured by a number."""
 
 import html
 import math
@@ -24,7 +24,7 @@ def token_strip(
     zmid: float = 0.0,
     hover: Sequence[object] | None = None,
 ) -> Html:
-    """Which tokens have large values? The text itself, each token on its colour, its number in the tool tip.
+    """Which tokens have large values? The text itself, with each token coloured and its number in the tool tip.
 
     >>> import torch
     >>> strip = token_strip(["<b>", " a"], torch.tensor([1.0, -1.0]), title="effect")

@@ -57,7 +57,7 @@ def test_models_and_plugins_as_tables_and_as_json():
     rows = json.loads(invoke("models", "--json").output)["rows"]
     assert rows[0]["source"] == "smollm2-135m-instruct"
     plugins = {row["plugin"] for row in json.loads(invoke("plugins", "--json").output)["rows"]}
-    assert {"patching", "name_movers", "ioi"} <= plugins
+    assert {"patch", "find_name_movers", "study_ioi"} <= plugins
 
 
 def test_patch_writes_a_report_with_its_numbers_beside_it(model_path, tmp_path):
@@ -117,7 +117,7 @@ def test_a_demo_as_json_and_a_seed_that_would_do_nothing(model_path):
     done = invoke("run", "patch", "--json")
     assert done.exit_code == 0 and {"resid_pre", "metric"} <= set(json.loads(done.stdout)["rows"][0])
     done = invoke("run", "patch", "--model", model_path, "--seed", "3")
-    assert done.exit_code == cli.BAD_INPUT and "leave one of them out" in done.stderr
+    assert done.exit_code == cli.BAD_INPUT and "leave out one of them" in done.stderr
 
 
 def test_where_nothing_can_be_written_nothing_is_loaded(tmp_path):
@@ -194,10 +194,10 @@ def test_an_interrupted_patch_goes_on_where_it_stopped(model_path, tmp_path, mon
     done = invoke(*arguments)
     assert done.exit_code == cli.INTERRUPTED
     (part,) = tmp_path.iterdir()
-    assert part.name in done.stderr and "goes on from there" in done.stderr
+    assert part.name in done.stderr and "continues from there" in done.stderr
     monkeypatch.setattr(Progressed, "save", save)
     done = invoke(*arguments)
-    assert done.exit_code == 0 and f"going on from {part}" in done.stderr
+    assert done.exit_code == 0 and f"continuing from {part}" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "a.json"]
 
 
@@ -343,7 +343,10 @@ def test_controls_stood_in_tables_unexplained():
         if missing := [one for one in columns if one not in result.terms]:
             unexplained[info.name] = missing
         strange = set(result.terms) - set(result.table().columns)
-        assert info.name in ("heads", "trajectory") or not strange, (info.name, strange)  # these depend on the model
+        assert info.name in ("classify_heads", "trace_predictions") or not strange, (
+            info.name,
+            strange,
+        )  # these depend on the model
     assert not unexplained
 
 
@@ -366,3 +369,11 @@ def test_the_same_folder_was_told_twice(model_path, tmp_path):
     assert f"report: {out}\nnumbers: ioi.json, beside it\n" in done.output
     as_json = json.loads(invoke(*patch_arguments(model_path, out, "--site", "resid_pre", "--json")).output)
     assert as_json["numbers"] == str(out.with_suffix(".json"))  # whole, for programs
+
+
+def test_the_list_of_plugins_fits_80_columns_in_a_pipe():
+    text = invoke("plugins").output
+    assert max(map(len, text.splitlines())) <= 80
+    said = " ".join(text.split())
+    rows = json.loads(invoke("plugins", "--json").output)["rows"]
+    assert all(row["plugin"] in said for row in rows) and "Zero, mean and resample" in said  # wrapped, and not cut

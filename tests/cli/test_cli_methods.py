@@ -40,7 +40,7 @@ def test_lens_of_a_prompt_and_of_a_file(model_path, pairs_file, tmp_path):  # no
     assert invoke("lens", CLEAN, *asked).exit_code == 0  # the answer is then the model's own
     for wrong in ([], [CLEAN, "--pairs", pairs_file]):
         done = invoke("lens", *wrong, *asked)
-        assert done.exit_code == cli.BAD_INPUT and "one of the two" in done.stderr
+        assert done.exit_code == cli.BAD_INPUT and "file.jsonl" in done.stderr
 
 
 def test_lens_shows_every_line_and_says_what_it_does_not_read(model_path, pairs_file, tmp_path):  # noqa: F811
@@ -79,13 +79,17 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     assert "Plan self-dated 20" in page  # the other one: no published digest witnesses its time
     assert "no result supports it, as no claim says &#x27;&lt;b&gt;edges" in page
     out.unlink()
-    for wrong, told in (("", "all 64"), (digest[:8], "all 64"), ("0" * 64, "no plan has the published digest 0000")):
+    for wrong, told in (
+        ("", "64 hexadecimal digits"),
+        (digest[:8], "64 hexadecimal digits"),
+        ("0" * 64, "no plan has the published digest 0000"),
+    ):
         done = invoke(*run, "--registered", plan, "--digest", wrong)
         assert done.exit_code in (cli.MISSING, cli.BAD_INPUT) and told in done.stderr and not out.exists()
     plan.write_text(plan.read_text().replace("0.5", "0.1"))
     done = invoke(*run, "--registered", plan)
     assert done.exit_code == cli.MISSING or done.exit_code == cli.BAD_INPUT
-    assert "was changed after it was registered" in done.stderr and not out.exists()
+    assert "it was damaged or edited" in done.stderr and not out.exists()
 
 
 @pytest.mark.parametrize("command", ["lens", "heads", "circuit"])
@@ -120,7 +124,7 @@ def test_heads_on_pairs_of_ones_own(model_path, pairs_file, tmp_path):  # noqa: 
     rows = json.loads(done.stdout)["rows"]
     assert {"head", "fall", "q", "direct", "looks at answer", "on repeated tokens"} <= set(rows[0])
     page = out.read_text()
-    assert "on 4 prompt pairs</h1>" in page and "Attention heads by what they do, on random tokens" in page
+    assert "on 4 prompt pairs</h1>" in page and "Attention heads by function, on random tokens" in page
     done = invoke(*asked, *ONE)
     assert done.exit_code == 0 and "q" not in json.loads(done.stdout)["rows"][0]  # one pair: nothing to test on
     done = invoke(*asked, *ONE[:2])
@@ -191,7 +195,7 @@ def test_lens_printed_components_only_and_no_word_of_what_they_are(model_path, p
         at = [i for i, line in enumerate(told) if line.startswith(("stream ", "component "))]
         assert len(at) == 2, told
         assert "layer" in told[at[0] - 1] and "other positions" in told[at[0] - 1]  # what control is
-        assert "adds directly to the answer's logit" in told[at[1] - 1]
+        assert "component to the answer's logit" in told[at[1] - 1]
         streams = [line.split()[0] for line in told[at[0] + 1 : at[1] - 1]]
         assert streams == ["0_pre", "1_pre", "final_post"]
         assert set(json.loads(invoke(*asked, "--json").output)) >= {"rows", "layers"}

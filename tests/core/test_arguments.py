@@ -48,7 +48,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "stop_at_layer='a'": (lambda: MODEL.run_with_cache(TOKENS, stop_at_layer="a"), "stop_at_layer is .* got 'a'"),
     "stop_at_layer=True": (lambda: MODEL(TOKENS, stop_at_layer=True), "stop_at_layer is .* got True"),
     "start_at_layer=1.0": (lambda: MODEL(torch.zeros(1, 2, 8), start_at_layer=1.0), r"start_at_layer is .* got 1\.0"),
-    "kv_cache=3": (lambda: MODEL(TOKENS, kv_cache=3), "kv_cache is an hl.KVCache"),
+    "kv_cache=3": (lambda: MODEL(TOKENS, kv_cache=3), "kv_cache must be an hl.KVCache"),
     "top_k=True": (lambda: generate(temperature=1.0, top_k=True), "top_k is a whole number, got True"),
     "temperature=True": (lambda: generate(temperature=True), "temperature is a number, got True"),
     "seed=2**70": (lambda: generate(temperature=1.0, seed=2**70), "seed is a whole number from"),
@@ -65,12 +65,12 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "by=[['pos']]": (lambda: patch(by=[["pos"]]), "by is the grid .* got"),
     "resume=3": (lambda: patch(resume=3), "resume is the path of a file .* got 3"),
     "resume=Resume(3)": (lambda: patch(resume=hl.Resume(3)), "resume is the path of a file .* got 3"),
-    "resume=''": (lambda: patch(resume=""), "resume is the empty text"),
+    "resume=''": (lambda: patch(resume=""), "resume is empty"),
     "save(model, 3)": (lambda: save(MODEL, 3), "path is the path of a file .* got 3"),
-    "save(model, '')": (lambda: save(MODEL, ""), "path is the empty text"),
+    "save(model, '')": (lambda: save(MODEL, ""), "path is empty"),
     "load_checkpoint(3)": (lambda: load_checkpoint(3), "path is the path of a file .* got 3"),
     "cache.save(3)": (lambda: CACHE.save(3), "path is the path of a file .* got 3"),
-    "cache.save('')": (lambda: CACHE.save(""), "path is the empty text"),
+    "cache.save('')": (lambda: CACHE.save(""), "path is empty"),
     "ActivationCache.load(3)": (lambda: hl.ActivationCache.load(3), "path is the path of a file .* got 3"),
     "sweep.save(3)": (lambda: SWEEP.save(3), "path is the path of a file .* got 3"),
     "Result.load(b'a')": (lambda: Result.load(b"a"), "path is the path of a file .* got b'a'"),
@@ -86,7 +86,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "engine(seed=2**70)": (lambda: hl.engine(seed=2**70), "seed is a whole number from"),
     "a model's seed": (lambda: hl.HookedTransformer(MODEL.cfg, seed=-(2**63) - 1), "seed is a whole number from"),
     "an interval's seed": (lambda: mean_interval(torch.randn(8, 2), seed=2**64), "seed is a whole number from"),
-    "W_K[9]": (lambda: MODEL.blocks[0].attn.W_K[9], r"index 9 does not fit a weight of shape .* a key/value head"),
+    "W_K[9]": (lambda: MODEL.blocks[0].attn.W_K[9], r"index 9 does not fit a weight of shape .* per key/value head"),
     "b_V[9]": (lambda: MODEL.blocks[0].attn.b_V[9], "index 9 does not fit a weight of shape"),
     "model.W_V[0][9]": (lambda: MODEL.W_V[0][9], "index 9 does not fit a weight of shape"),
     "model.W_V[:][0, 9]": (lambda: MODEL.W_V[:][0, 9], r"index \(0, 9\) does not fit a weight of shape"),
@@ -105,9 +105,9 @@ def test_a_wrong_argument_is_named_with_what_was_seen(call, tmp_path, monkeypatc
 
 def test_an_index_past_the_key_value_heads_is_an_index_error_too_and_writes_are_checked():
     attn = tiny_model(n_heads=4, n_key_value_heads=2).blocks[0].attn
-    with pytest.raises(IndexError, match="query head h reads that of"):
+    with pytest.raises(IndexError, match="query head h reads entry"):
         attn.W_K[3]
-    with pytest.raises(IndexError, match="query head h reads that of"), torch.no_grad():
+    with pytest.raises(IndexError, match="query head h reads entry"), torch.no_grad():
         attn.W_V[3] = 0
     with torch.no_grad():
         attn.W_K[1] = 7.0

@@ -1,6 +1,5 @@
 """The cache: what is kept, how it is asked for and sliced, the stream taken apart, files."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
 from zoo import TOKENS, ZOO, LowRank, Peft, vector_model, wrap_layers, zoo_model
 
+from hooklens.core import cache as cache_module
 from hooklens.core.cache import ActivationCache
-from hooklens.core.checksum import save_tensors
+from hooklens.core.envelope import write_envelope
 from hooklens.core.errors import FileRefused, HooklensError, InputError, NameNotFound
 from hooklens.core.names import site
 from hooklens.model.kv_cache import KVCache
@@ -384,7 +384,7 @@ def test_a_wrapped_layer_that_is_not_linear_is_refused():
     _, cache = model.run_with_cache(TOKENS)
     stack = cache.decompose_resid()[0]
     handle = model.unembed.linear.register_forward_hook(lambda part, args, out: out.relu())
-    with pytest.raises(InputError, match=r"matrix of a Linear, which is no linear map.*remove torch hooks"):
+    with pytest.raises(InputError, match=r"matrix of a Linear, which is not a linear map.*remove torch hooks"):
         cache.logit_attrs(stack, 3)
     handle.remove()
     for block in model.blocks:
@@ -501,13 +501,13 @@ def test_a_damaged_or_foreign_file_is_refused(run, tmp_path):
     whole = path.read_bytes()
     for cut in (0, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(FileRefused, match="damaged"):
+        with pytest.raises(FileRefused, match=r"an activation cache was to be read from"):
             ActivationCache.load(path)
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(FileRefused, match=r"an activation cache was to be read from .* it is another file"):
         ActivationCache.load(path)
-    for entries in ("{", json.dumps(["a"]), json.dumps({"hook_embed": "b"}), json.dumps({"hook_embed": ["a"]})):
-        save_tensors(path, {"a": torch.ones(1)}, {"format": "hooklens-cache-2", "entries": entries})
+    for entries in ("{", ["a"], {"hook_embed": "b"}, {"hook_embed": ["a"]}):
+        write_envelope(path, cache_module._SCHEMA, entries, {"a": torch.ones(1)})
         with pytest.raises(FileRefused, match="damaged"):
             ActivationCache.load(path)
     with pytest.raises(InputError, match="there is no such file"):

@@ -8,8 +8,8 @@ import torch
 from hooklens.core.errors import InputError
 from hooklens.testing import tiny_model
 
-METHODS = ["patching.attribution", "patching.input_attribution", "circuits.eap", "circuits.eap_ig"]
-METHODS += ["lens.attribution", "lens.tuned_lens"]
+METHODS = ["patching.attribution_patching", "patching.input_attribution"]
+METHODS += ["circuits.edge_attribution", "circuits.integrated_edges", "lens.logit_attribution", "lens.affine_lens"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -405,9 +405,9 @@ def test_a_hook_that_keeps_nothing_leaves_the_activation_itself(model):
 )
 def test_a_point_that_is_replaced_says_so_when_it_is_replaced(model, path):
     owner, _, name = path.rpartition(".")
-    with pytest.raises(TypeError, match=rf"{path} is a hook point, which Identity cannot replace.*fwd_hooks"):
+    with pytest.raises(TypeError, match=rf"{path} is a hook point and cannot be replaced by a Identity.*fwd_hooks"):
         setattr(model.get_submodule(owner), name, nn.Identity())
-    with pytest.raises(TypeError, match="cannot replace"):
+    with pytest.raises(TypeError, match="cannot be replaced"):
         model.set_submodule(path, nn.Identity())
     fired = []
     model.run_with_hooks(TOKENS, fwd_hooks=[(path, lambda act, hook: fired.append(hook.name))])

@@ -49,8 +49,8 @@ def test_every_form_resolves_in_firing_order(where, found):
         (("z", 3), NameNotFound, r"no site z at 3: this model has attn\.z and layers 0 to 2 \(or -3 to -1\)"),
         (("z", -4), NameNotFound, "no site z at -4"),
         (("scale", 0, "ln3"), NameNotFound, r"ln3\.scale at 0: this model has .*ln1\.scale"),
-        (("z", True), WrongType, "takes its layer as an integer, got True"),
-        (("z", 0.5), WrongType, r"hook points are asked for by name"),
+        (("z", True), WrongType, "needs an integer layer, got True"),
+        (("z", 0.5), WrongType, r"hook points are selected by name"),
         (7, WrongType, "got 7"),
         (lambda name: False, InputError, "true for none of the 18 hook points"),
     ],
@@ -66,7 +66,7 @@ def test_what_does_not_exist_is_refused_in_words(where, error, said):
 
 def test_a_full_name_with_a_layer_beside_it_is_refused_rather_than_half_obeyed():
     assert site("blocks.3.ln1.hook_scale") == Site("scale", 3, "ln1")
-    with pytest.raises(InputError, match="one point's full name"):
+    with pytest.raises(InputError, match="the full name of a point;"):
         site("blocks.3.ln1.hook_scale", 5)
 
 

@@ -138,15 +138,13 @@ def test_the_mask_goes_with_the_cache_into_a_file_and_another_dtype(given, tmp_p
 
 
 def test_a_mask_that_is_no_mask_is_refused(tmp_path):
-    from safetensors import safe_open
-
-    from hooklens.core.checksum import save_tensors
+    from hooklens.core.cache import _SCHEMA
+    from hooklens.core.envelope import read_envelope, write_envelope
 
     model, path = reading_model(), tmp_path / "cache"
     model.run_with_cache(TEXTS, "z")[1].save(path)
-    with safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_tensors(path, tensors | {"attention_mask": torch.ones(2, 8)}, metadata)
+    file = read_envelope(path, _SCHEMA)
+    write_envelope(path, _SCHEMA, file.content, dict(file.tensors()) | {"attention_mask": torch.ones(2, 8)})
     with refused(FileRefused, "its attention_mask is torch.float32"):
         ActivationCache.load(tmp_path / "cache", model)
 
@@ -383,7 +381,7 @@ def test_captures_while_generating_say_which_positions_are_padding():
 def test_a_hook_attached_when_prompts_have_left_the_batch_is_refused():
     """It saw a batch of fewer rows than prompts, and no word of which they were."""
     model = tiny_model()
-    batch = _Batch(model, [torch.tensor([1, 2]), torch.tensor([3])], alone=False)
+    batch = _Batch(model, [torch.tensor([1, 2]), torch.tensor([3])], None)
     with torch.no_grad():
         batch.feed(batch.logits().argmax(-1), [False, True])
         assert batch.rows == [1]

@@ -10,7 +10,7 @@ import torch
 
 import hooklens as hl
 from hooklens.core import progress_bar as bars
-from hooklens.plugins.circuits.edge_attribution import demo_pairs
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.plugins.circuits.integrated_edges import eap_ig, eap_ig_activations
 from hooklens.plugins.patching.path import path_patch
 from hooklens.plugins.probing import probe_texts
@@ -60,9 +60,8 @@ def test_the_bar_of_a_path_sweep_moves_with_the_layers(monkeypatch):
 @pytest.mark.parametrize("method", [eap_ig, eap_ig_activations])
 def test_the_bar_of_integrated_gradients_moves_with_its_steps(method, monkeypatch):
     model = tiny_model()
-    clean, corrupted, metric = demo_pairs(model, 2)
     with recording(import_module("hooklens.plugins.circuits.edge_attribution"), monkeypatch) as told:
-        method(model, clean, corrupted, metric, steps=4)
+        method(model, demo_pairs(model, 2), steps=4)
     ((total, amounts),) = told
     assert len(amounts) >= 4 and sum(amounts) == pytest.approx(total, rel=1e-12)
 

@@ -24,7 +24,7 @@ def write(tmp_path, *lines):
 def test_pairs_and_their_groups(tmp_path):
     pairs = read_pairs_file(write(tmp_path, GOOD, "", {**GOOD, "answer": " ü", "group": 3}, {**GOOD, "group": 3}))
     assert len(pairs) == 3 and pairs.answer == [" d", " ü", " d"] and pairs.corrupted == ["a c"] * 3
-    assert pairs.group_numbers().tolist() == [0, 1, 1]
+    assert pairs.group.tolist() == [0, 1, 1]
 
 
 def test_texts_with_labels_of_any_kind(tmp_path):
@@ -101,7 +101,7 @@ def test_any_objects_are_read_back(tmp_path_factory, rows, ascii_only, end):
     pairs = read_pairs_file(path)
     assert (pairs.clean, pairs.corrupted) == ([row["clean"] for row in rows], [row["corrupted"] for row in rows])
     assert (pairs.answer, pairs.wrong_answer) == ([r["answer"] for r in rows], [r["wrong_answer"] for r in rows])
-    assert list(pairs.lines) == [1 + i * end.count("\n") for i in range(len(rows))]
+    assert list(pairs["line"]) == [1 + i * end.count("\n") for i in range(len(rows))]
     named = [row.get("group", i) for i, row in enumerate(rows)]
     together = [str(a) == str(b) and ("group" in r) == ("group" in s)
                 for a, r in zip(named, rows, strict=True) for b, s in zip(named, rows, strict=True)]  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model.zoo import ZOO, zoo_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooklens.generation import decoder
 from hooklens.generation.continuation import Continuation
@@ -47,7 +48,7 @@ def close(got, expected, ulps=1000):
 
 def kinds(served):
     models = {kind: zoo_model(kind) for kind in ZOO}
-    return [kind for kind, model in models.items() if model.cfg.causal and (model.cfg.block != "post") == served]
+    return [kind for kind, model in models.items() if model.cfg.causal and (model.cfg.block.name != "post") == served]
 
 
 @pytest.mark.parametrize("kind", kinds(served=True))
@@ -113,6 +114,51 @@ def test_other_dtypes_take_the_same_steps_on_plain_weights(dtype, ulps, packs):
 def test_where_packing_does_not_pay_a_generation_still_takes_the_short_way(counted, packs, weights):
     zoo_model("llama").generate([1, 2, 3], 26, stop=())
     assert len(counted) == 25 and bool(packs) == (weights == "packed")
+
+
+def test_a_short_generation_takes_the_short_way_on_plain_weights(counted, packs):
+    model = zoo_model("llama")
+    expected = model.generate([1, 2, 3], 12, stop=(), capture={0: "resid_post"}).new_tokens[0]
+    assert not counted
+    assert torch.equal(model.generate([1, 2, 3], 12, stop=()).new_tokens[0], expected)
+    assert len(counted) == 11 and not packs
+
+
+class Counted(TorchDispatchMode):
+    """How many operators ran: views, products and all."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_of_a_step_takes_few_calls(weights):
+    def calls(n_layers):
+        model, past = zoo_model("llama", n_layers=n_layers), KVCache()
+        with torch.no_grad():
+            step = Decoder.of(model, rows=1)
+            for tokens in torch.tensor([[1, 2]]), torch.tensor([[3]]), torch.tensor([[4]]):
+                with Counted() as ops:
+                    _ = step(tokens, past) if past.length else model(tokens, kv_cache=past)
+        return ops.n
+
+    # 7 products (or 4 and 2 copies into the buffers), 2 norms of 3 or 5, 3 to turn, 6 of the cache, attention, the MLP
+    assert calls(3) - calls(2) <= 34
+
+
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_where_blas_is_slower_with_vectors_a_row_is_multiplied_as_a_row(gain, weights, monkeypatch):
+    monkeypatch.setattr(decoder, "vector_pays", lambda weight: gain > 1)
+    model, past = zoo_model("llama"), KVCache()
+    with torch.no_grad():
+        step = Decoder.of(model, rows=1)
+        model(torch.tensor([[1, 2]]), kv_cache=past)
+        close(step(torch.tensor([[3]]), past), model(torch.tensor([[1, 2, 3]]))[:, -1])
+    assert step.vector == (gain > 1 and weights == "plain")
 
 
 def test_packing_switched_off_around_a_generation_is_off_in_it(packs):

@@ -95,7 +95,7 @@ def test_vh_is_v_as_in_transformer_lens_and_says_so():
 
 
 def test_a_tensor_that_is_no_number_does_not_multiply():
-    with pytest.raises(InputError, match="takes one number"):
+    with pytest.raises(InputError, match="needs a single number"):
         _ = made((), 3, 2, 3) * torch.ones(3)
     with pytest.raises(InputError, match="adds a batch axis"):
         made((), 3, 2, 3).unsqueeze(-1)
@@ -148,4 +148,4 @@ def test_half_precision_factors_are_decomposed_as_exactly_as_their_numbers_in_fl
 def test_the_rank_is_at_most_each_of_the_three_sizes_of_which_mdim_is_the_inner_one():
     wide = FactoredMatrix(torch.ones(2, 6), torch.ones(6, 3))
     assert (wide.ldim, wide.mdim, wide.rdim) == (2, 6, 3) and wide.S.shape[-1] == 2
-    assert "at most the least" in FactoredMatrix.mdim.__doc__
+    assert "at most the minimum" in FactoredMatrix.mdim.__doc__

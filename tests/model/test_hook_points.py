@@ -18,21 +18,21 @@ def documented(cfg) -> list[str]:
     ln = lambda name: [f"{name}.{h}" for h in NORM] if normed else []  # noqa: E731
     block = ["hook_resid_pre"] + ["hook_attn_in"] * (cfg.n_heads == cfg.n_key_value_heads)
     block += ["hook_q_input", "hook_k_input", "hook_v_input"]
-    block += ln("ln1") if cfg.block != "post" else []
+    block += ln("ln1") if cfg.block.name != "post" else []
     block += ["attn.hook_q", "attn.hook_k", "attn.hook_v"]
     block += [f"attn.{n}_norm.{h}" for n in "qk" for h in NORM] if cfg.qk_norm is not None else []
     block += ["attn.hook_rot_q", "attn.hook_rot_k"] if rotary else []
     block += ["attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z", "attn.hook_result"]
-    block += ln("ln1_post") if cfg.block == "sandwich" else []
+    block += ln("ln1_post") if cfg.block.name == "sandwich" else []
     block += ["hook_attn_out"]
-    block += ["hook_resid_mid"] if has_mlp and cfg.block != "parallel" else []
-    block += ln("ln1") if cfg.block == "post" and has_mlp else []
+    block += ["hook_resid_mid"] if has_mlp and cfg.block.name != "parallel" else []
+    block += ln("ln1") if cfg.block.name == "post" and has_mlp else []
     if has_mlp:
-        block += ["hook_mlp_in"] + (ln("ln2") if cfg.block != "post" else [])
+        block += ["hook_mlp_in"] + (ln("ln2") if cfg.block.name != "post" else [])
         block += ["mlp.hook_pre"] + ["mlp.hook_pre_linear"] * cfg.gated_mlp + ["mlp.hook_post"]
-        block += ln("ln2_post") if cfg.block == "sandwich" else []
+        block += ln("ln2_post") if cfg.block.name == "sandwich" else []
         block += ["hook_mlp_out"]
-    block += ["hook_resid_post"] + (ln("ln2") if cfg.block == "post" else [])
+    block += ["hook_resid_post"] + (ln("ln2") if cfg.block.name == "post" else [])
     names = ["hook_embed"] + ["hook_pos_embed"] * (not rotary and cfg.positional_embedding_type.name != "none")
     names += [f"blocks.{layer}.{name}" for layer in range(cfg.n_layers) for name in block]
     names += [f"ln_final.{h}" for h in NORM] if cfg.final_norm is not None else []
@@ -78,14 +78,14 @@ def test_both_residual_identities_hold_exactly(kind):
             assert torch.equal(post, pre + attn)
             continue
         mlp = cache["mlp_out", layer]
-        if model.cfg.block == "parallel":
+        if model.cfg.block.name == "parallel":
             assert torch.equal(post, pre + attn + mlp)
             continue
         mid = cache["resid_mid", layer]
         assert torch.equal(mid, pre + attn)
-        stream = mid if model.cfg.block != "post" else model.blocks[layer].ln1(mid)
+        stream = mid if model.cfg.block.name != "post" else model.blocks[layer].ln1(mid)
         assert torch.equal(post, stream + mlp)
-        if model.cfg.block == "post" and layer:
+        if model.cfg.block.name == "post" and layer:
             assert torch.equal(pre, model.blocks[layer - 1].ln2(cache["resid_post", layer - 1]))
 
 

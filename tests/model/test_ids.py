@@ -68,5 +68,5 @@ def test_lists_of_tensors_are_rows():
 
 
 def test_logits_at_of_another_number_of_rows_says_so():
-    with refused(InputError, "one position for all rows or one a row, got 2 for 3"):
+    with refused(InputError, "one position for all rows or one per row, got 2 for 3"):
         MODEL(IDS * 3, logits_at=[0, 1])

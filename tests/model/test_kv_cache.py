@@ -155,11 +155,11 @@ def test_a_cache_that_lacks_a_layer_or_holds_other_rows_is_refused_rather_than_r
         with torch.set_grad_enabled(grad):
             past = KVCache()
             model(TOKENS, kv_cache=past, stop_at_layer=1)
-            with pytest.raises(InputError, match="5 tokens but not layer 1"):
+            with pytest.raises(InputError, match="5 tokens but no layer 1"):
                 model(TOKENS, kv_cache=past)
             past = KVCache()
             model(TOKENS, kv_cache=past)
-            with pytest.raises(InputError, match=r"holds 2 rows and was given 1; keep_rows"):
+            with pytest.raises(InputError, match=r"has 2 rows, got 1; keep_rows"):
                 model(TOKENS[:1], kv_cache=past)
     with pytest.raises(InputError, match="no layer 7"):
         past.of_layer(7)
@@ -255,7 +255,7 @@ def test_the_beginning_of_a_cache_is_continued_to_the_length_it_had():
             assert torch.allclose(again, expected[:, pos:], atol=1e-11)
         model(TOKENS[:, :3], kv_cache=(past := KVCache()))
         part = past.before(2)
-        with pytest.raises(InputError, match="4 tokens pass this model's original context"):
+        with pytest.raises(InputError, match="4 tokens exceed this model's original context"):
             model(TOKENS[:, 2:4], kv_cache=part)
 
 

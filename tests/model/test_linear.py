@@ -6,6 +6,7 @@ from close import close
 from torch.nn import functional as F
 from zoo import TOKENS, LowRank, wrap_layers, zoo_model
 
+from hooklens.model import linear
 from hooklens.model.config import Biases
 from hooklens.model.linear import (
     ENV,
@@ -153,7 +154,7 @@ def forbidding(wrapped):
 
 TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed(0))
 METHODS = {
-    "direct_logit_attribution": lambda model: direct_logit_attribution(model, TEXTS_WITHOUT, 3, 5),
+    "direct_logit_attribution": lambda model: direct_logit_attribution(model, TEXTS_WITHOUT, answer=3, wrong_answer=5),
     "copying": lambda model: score_copying(model, draws=10),
     "copy_suppression": lambda model: score_copy_suppression(model, TEXTS_WITHOUT, heads=["L1H1"]),
     "tuned_lens": lambda model: train_tuned_lens(model, TEXTS_WITHOUT, steps=2)[1],
@@ -174,3 +175,18 @@ def test_the_matrix_of_a_wrapped_layer_is_there_where_its_bias_is_minus_infinity
     x = torch.randn(3, 8, dtype=torch.float64)
     torch.testing.assert_close(without_bias(wrapped, x), x @ plain.weight.T, rtol=1e-12, atol=1e-12)
     assert wrapped(x)[:, 7].isneginf().all() and wrapped.base.bias[7].isneginf()
+
+
+def test_the_product_of_one_row_is_chosen_by_its_time_and_measured_once(monkeypatch):
+    timed = []
+
+    def seconds(work, tries):
+        timed.append(work().ndim)
+        return {2: 1.0, 1: 2.0}[work().ndim]  # of a row, and of a vector
+
+    monkeypatch.setattr(linear, "_seconds", seconds)
+    monkeypatch.setattr(linear, "_vector_gains", {})
+    monkeypatch.setattr(linear, "_WORTH_MEASURING", 12)
+    assert linear.vector_pays(torch.ones(2, 3)) and not timed  # too small to matter
+    assert not linear.vector_pays(torch.ones(4, 3)) and not linear.vector_pays(torch.ones(4, 3))
+    assert timed == [2, 1]

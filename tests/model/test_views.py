@@ -40,7 +40,7 @@ def test_assigning_the_whole_writes_every_layer(name):
         expected = value.detach().clone()
         setattr(model, name, value)
         assert torch.equal(getattr(model, name).detach(), expected)
-    with pytest.raises(InputError, match="was assigned one of shape"):
+    with pytest.raises(InputError, match="cannot be assigned shape"):
         setattr(model, name, torch.zeros(3))
 
 

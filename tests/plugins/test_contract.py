@@ -9,7 +9,7 @@ PLUGINS = available()
 
 
 def test_ours_are_registered():
-    assert "patching" in {info.name for info in PLUGINS if info.package == "hooklens"}
+    assert "patch" in {info.name for info in PLUGINS if info.package == "hooklens"}
 
 
 @pytest.mark.parametrize("info", PLUGINS, ids=lambda info: info.name)

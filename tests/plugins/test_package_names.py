@@ -12,7 +12,7 @@ import pytest
 
 NAMES = """
 circuits: Circuit CircuitEvaluation CircuitGraph CircuitTransfer Completeness Discovery EdgeRuns EdgeScores
-    Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles Task acdc acdc_nodes circuit_graph circuit_of eap
+    Faithfulness FaithfulnessCurve Matching Minimality Pruning Roles acdc acdc_nodes circuit_graph circuit_of eap
     eap_ig eap_ig_activations eap_ig_midpoint eap_ig_own_source evaluate_circuit measure_faithfulness
     trace_faithfulness prune_edges prune_edges_below prune_nodes prune_nodes_below random_circuits run_edges
     transfer_circuit whole_circuit
@@ -22,9 +22,10 @@ heads: Composition CopySuppression Copying Criteria HeadScores InductionHeads Kn
     classify_heads
 lens: Calibration LogitAttribution LogitLens Trajectory TunedLens TunedLensTraining measure_calibration
     direct_logit_attribution fit_tuned_lens lens_logits logit_lens train_tuned_lens trace_predictions tuned_lens
-patching: AblationComparison AblationSweep At AttributionPatching Choice Freeze InformationFlow InputAttribution Mean
-    PatchSweep PathSweep Resample WeightRandomisation ablate attribution_patch compare_ablations gradient_x_input
-    trace_information integrated_gradients patch path_patch path_patch_fixed path_patch_fixed_frozen
+patching: AblationComparison AblationSweep At AttributionPatching Choice Fixed Given InformationFlow InputAttribution
+    Mean MeanOfOthers MeanOverPositions OtherRun PatchSweep PathSweep Replacement Resample WeightRandomisation Zero
+    ablate attribution_patch compare_ablations gradient_x_input trace_information integrated_gradients patch
+    path_patch
 probing: PROBES TASKS Activations Calibration CausalCheck Geometry Logistic MassMean Probe ProbeKind ProbeStudy
     ProbeTask Ridge TokenProjection Transfer WhitenedMassMean check_probe_use gather next_vowel odd_first
     part_of_speech measure_geometry probe_texts project_tokens read_task sentiment subject_number sum_over_50
@@ -53,7 +54,7 @@ def test_a_package_has_these_names_and_they_are_no_modules(package):
         assert not inspect.ismodule(value)
         if inspect.isroutine(value) or inspect.isclass(value):
             assert value.__name__ == name and value.__module__.startswith(
-                ("hooklens.plugins.", "hooklens.sweeps.nodes")
+                ("hooklens.plugins.", "hooklens.sweeps.nodes", "hooklens.sweeps.replacement")
             )
 
 

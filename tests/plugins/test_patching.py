@@ -25,7 +25,7 @@ def made(per_pair, clean, corrupted, **changes) -> PatchSweep:
         "site": "resid_pre",
         "by": ("layer",),
         "into": "corrupted",
-        "value": "clean",
+        "replacement": "clean",
         "computed": 0.5,
         "largest_error": 0.0,
     }
@@ -43,7 +43,9 @@ def test_recovered_is_a_ratio_of_means():
     assert sweep.recovered.tolist() == [0.5, 2 / 6]  # not the mean of 1/2 and 1/2, of 1 and 1/5
     assert (sweep.clean, sweep.corrupted) == (6.0, 0.0)
     assert sweep.effect.tolist() == [3.0, 2.0]
-    noised = made([[1.0, 2.0], [5.0, 2.0]], clean=[2.0, 10.0], corrupted=[0.0, 0.0], into="clean", value="corrupted")
+    noised = made(
+        [[1.0, 2.0], [5.0, 2.0]], clean=[2.0, 10.0], corrupted=[0.0, 0.0], into="clean", replacement="corrupted"
+    )
     assert noised.effect.tolist() == [-3.0, -4.0] and noised.order() == [(1,), (0,)]
 
 
@@ -222,5 +224,5 @@ def test_restoring_and_noising_everything_are_each_other_reversed():
 
 def test_the_table_of_a_study_of_two_pairs_was_refused():
     clean, corrupted = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]), torch.tensor([[1, 5, 3, 4], [2, 6, 4, 5]])
-    study = study_pair(tiny_model(), clean, corrupted, answer=[5, 6], wrong_answer=[6, 7])
+    study = study_pair(tiny_model(), hl.PromptPairs(clean, corrupted, answer=[5, 6], wrong_answer=[6, 7]))
     assert study.table(4).columns[-2:] == ("95% low", "95% high") and len(study.table(4)) == 4

@@ -42,7 +42,7 @@ def test_the_residual_stream_is_the_sum_of_what_was_written(name):
         _, cache = model.run_with_cache(tiny_tokens(2, 9))
     for layer in range(model.cfg.n_layers):
         pre, attn, mlp = (cache[site, layer] for site in ("resid_pre", "attn_out", "mlp_out"))
-        if model.cfg.block == "parallel":
+        if model.cfg.block.name == "parallel":
             assert ("resid_mid", layer) not in cache
             assert torch.equal(cache["resid_post", layer], pre + attn + mlp)
         else:

@@ -46,10 +46,10 @@ def test_the_date_is_todays():
 @pytest.mark.parametrize(
     ("template", "messages", "why"),
     [
-        ("{{ raise_exception('no system') }}", TALK, "refuses this conversation: no system; roles given: system, user"),
+        ("{{ raise_exception('no system') }}", TALK, "rejects this conversation: no system; roles given: system, user"),
         ("{% for %}", TALK, "not valid Jinja, line 1"),
-        ("{{ ''.__class__.__mro__ }}", TALK, "refuses this conversation: access to attribute"),
-        ("x", [], "messages is empty; give at least one, like {'role'"),
+        ("{{ ''.__class__.__mro__ }}", TALK, "rejects this conversation: access to attribute"),
+        ("x", [], "messages is empty; give at least one message, like {'role'"),
         ("x", [{"role": "user"}], "message 0 is {'role': 'user'}"),
     ],
 )
@@ -74,5 +74,5 @@ def test_a_template_is_given_the_variables_that_it_reads_and_no_others():
     assert tokenizer.apply_chat_template(TALK[:1], variables={"tools": "T"}) == TALK[0]["content"] + "T<s>"
     with pytest.raises(NameNotFound, match="'enable_thinkin'; closest: enable_thinking"):
         tokenizer.apply_chat_template(TALK[:1], variables={"enable_thinkin": False})
-    with pytest.raises(InputError, match="messages is an argument of its own"):
+    with pytest.raises(InputError, match="messages is a separate argument"):
         tokenizer.apply_chat_template(TALK[:1], variables={"messages": []})

@@ -82,7 +82,7 @@ def test_the_message_for_a_short_file_names_the_tensor_and_the_sizes(llama, tmp_
 
 def test_other_formats_and_missing_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(FileRefused, match=r"begins with .*, a GGUF file begins with b'GGUF'"):
+    with pytest.raises(FileRefused, match=r"begins with .*, but a GGUF file begins with b'GGUF'"):
         read_gguf(tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"none.gguf', but there is no such file"):
         read_gguf(tmp_path / "none.gguf")
@@ -98,14 +98,14 @@ def test_other_versions(tmp_path, version, why):
     ("keys", "tensors", "why"),
     [
         ([("a", 0, b"\1"), ("a", 0, b"\1")], b"", "the metadata key 'a' occurs twice"),
-        ([("a", 99, b"")], b"", "no metadata type 99"),
+        ([("a", 99, b"")], b"", "unknown metadata type 99"),
         ([("a", 8, struct.pack("<Q", 2) + b"\xff\xfe")], b"", "is not UTF-8 text"),
         ([("a", 8, struct.pack("<Q", 1 << 60))], b"", "cut short: its header runs past the end"),
         ([("a", 9, struct.pack("<IQ", 4, 1 << 60))], b"", "cut short: its header runs past the end"),
-        ([("a", 9, struct.pack("<IQ", 9, 1))], b"", "no array of metadata type 9"),
+        ([("a", 9, struct.pack("<IQ", 9, 1))], b"", "unknown array type 9"),
         ([("general.alignment", 4, struct.pack("<I", 0))], b"", "general.alignment is 0"),
         ([], described("w", 1, kind=999), "type number 999, which the installed gguf package does not know"),
-        ([], described("w", 33, kind=8), "rows of 33, Q8_0 needs multiples of 32"),
+        ([], described("w", 33, kind=8), "rows of 33 values, but Q8_0 needs a multiple of 32"),
         ([], described("w", *[1] * 9), "claims 9 dimensions"),
         ([], described("w", 1 << 40), "is cut short: the tensor 'w' should end at byte"),
         ([], described("w", 0) + described("w", 0), "the tensor 'w' occurs twice"),
@@ -121,7 +121,7 @@ def test_a_small_file_does_not_stand_for_a_large_model_by_tensors_that_overlap(t
     tensors = b"".join(described(f"w{i}", 1 << 12) for i in range(100))
     path = header(tmp_path / "m.gguf", tensors=tensors, n_tensors=100)
     path.write_bytes(path.read_bytes() + bytes(1 << 15))
-    with pytest.raises(FileRefused, match=r"its tensors overlap: they take 1,638,400 bytes of a file of"):
+    with pytest.raises(FileRefused, match=r"its tensors overlap: they need 1,638,400 bytes, the file has"):
         read_gguf(path)
 
 
@@ -132,7 +132,7 @@ def test_a_type_that_cannot_be_read_is_named_before_any_tensor(tmp_path):
     path.write_bytes(path.read_bytes() + b"\0" * 256)
     file = read_gguf(path)
     assert torch.equal(file.tensor("token_embd.weight"), torch.zeros(4, 4))
-    with pytest.raises(FileRefused, match=r"'output_norm.weight' is stored as I32.*F32, F16"):
+    with pytest.raises(FileRefused, match=r"'output_norm.weight' has the unreadable type I32.*F32, F16"):
         file.tensor("output_norm.weight")
 
 

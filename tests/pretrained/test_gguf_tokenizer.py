@@ -141,11 +141,11 @@ def test_stop_tokens_and_template():
     ("change", "why"),
     [
         ({"tokenizer.ggml.pre": "klingon"}, r"splits text as 'klingon'.*known: default, gpt-2"),
-        ({"tokenizer.ggml.model": "t5"}, r"of the kind 't5'; kinds that can be rebuilt: 'gpt2'"),
+        ({"tokenizer.ggml.model": "t5"}, r"has the type 't5'; supported types: 'gpt2'"),
         ({"tokenizer.ggml.tokens": None}, r"has no tokenizer\.ggml\.tokens.*it has model"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "merge 0 of the file is 'a b c'"),
-        ({"tokenizer.ggml.merges": ["qqq zzz"]}, "merges do not fit its vocabulary"),
-        ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": None}, "2 entries but 1 different"),
+        ({"tokenizer.ggml.merges": ["qqq zzz"]}, "merges do not match its vocabulary"),
+        ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": None}, "2 entries, only 1 distinct"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, r"eos_token_id = 1000000 lies outside its vocabulary"),
     ],
 )

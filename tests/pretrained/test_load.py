@@ -218,7 +218,7 @@ def test_a_tied_model_whose_file_holds_another_unembedding_is_untied(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "bloom"}, "'bloom'.*of no family.*llama"),
+        ({"model_type": "bloom"}, "'bloom'.*no supported family.*llama"),
         ({"model_type": "absent", "architectures": "absent"}, "no model_type.*llama"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*LlamaForCausalLM"),
         ({"hidden_act": "relu2"}, "hidden_act is 'relu2'.*silu"),
@@ -249,8 +249,8 @@ def test_a_configuration_that_cannot_be_loaded_is_refused_before_weights_are_rea
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "kind chunked_attention.*sliding_attention"),
-        ("gemma2", {"layer_types": ["full_attention"]}, "names 1 layers; the model has 3"),
-        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "would turn 0 of 8"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "lists 1 layers, but the model has 3"),
+        ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.01}}, "would rotate 0 of 8"),
     ],
 )
 def test_variants_of_a_family_that_its_parts_do_not_express_are_refused(tmp_path, name, changes, said):
@@ -268,10 +268,10 @@ def without(name):
     ("edit", "said"),
     [
         (without("model.layers.1.self_attn.k_proj.weight"), "lacks 1 of the weights.*layers.1.self_attn.k_proj.weight"),
-        (lambda w: w | {"model.layers.0.extra.weight": torch.ones(2)}, "holds 1 weights that are no part.*0.extra"),
-        (lambda w: w | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "no part.*q_proj.bias"),
+        (lambda w: w | {"model.layers.0.extra.weight": torch.ones(2)}, "contains 1 weights that .*0.extra"),
+        (lambda w: w | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "does not have.*q_proj.bias"),
         (lambda w: w | {"model.norm.weight": torch.ones(31)}, "model.norm.weight is \\[31\\] instead of \\[32\\]"),
-        (lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "stored as I8.*BF16"),
+        (lambda w: w | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "has the type I8.*BF16"),
     ],
     ids=["missing", "extra", "extra bias", "misshapen", "integers"],
 )
@@ -292,7 +292,7 @@ def test_a_fused_weight_of_the_wrong_shape_is_named(tmp_path):
 def test_a_safetensors_file_that_was_cut_short_is_refused(folder, kept):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:kept])
-    with pytest.raises(FileRefused, match=r"model.safetensors is (cut short|not a safetensors)"):
+    with pytest.raises(FileRefused, match=r"model.safetensors.* it is (cut short|not a safetensors)"):
         load(folder)
 
 
@@ -300,7 +300,7 @@ def test_a_safetensors_header_that_lies_is_refused(folder):
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content + b"more")
-    with pytest.raises(FileRefused, match="overlap or leave holes"):
+    with pytest.raises(FileRefused, match="overlap or leave gaps;"):
         load(folder)
     path.write_bytes(content.replace(b'"F32"', b'"F64"', 1))
     with pytest.raises(FileRefused, match="bytes for F64"):
@@ -346,17 +346,19 @@ def test_what_is_no_model_is_described(tmp_path, folder):
     with pytest.raises(FileRefused, match=r"begins with b'hell'; a GGUF file begins"):
         load(tmp_path / "notes.txt")
     (folder / "config.json").unlink()
-    with pytest.raises(FileRefused, match=r"has no config.json \(it has"):
+    with pytest.raises(FileRefused, match=r"has no config.json \(it contains"):
         load(folder)
-    with pytest.raises(FileRefused, match="no checkpoint that hooklens saved"):
+    with pytest.raises(FileRefused, match="another file: its schema is None"):
         load(folder / "model.safetensors")
     with pytest.raises(FileRefused, match="no such file or folder"):
         load(tmp_path / "absent.gguf")
     with pytest.raises(WrongType, match=r"got a Linear; hooklens.wrap"):
         load(torch.nn.Linear(2, 2))
-    with pytest.raises(WrongType, match="loaded already"):
+    with pytest.raises(WrongType, match="already loaded; use"):
         load(tiny("llama"))
-    with pytest.raises(InputError, match="38 plays of Shakespeare as text, no model; models among the assets: smollm2"):
+    with pytest.raises(
+        InputError, match="38 plays of Shakespeare as text, not a model; assets that are models: smollm2"
+    ):
         load("shakespeare")
     with pytest.raises(NameNotFound, match="closest: smollm2-135m-instruct"):
         load("smollm2-135m")
@@ -455,7 +457,7 @@ def test_a_number_that_would_end_in_nan_logits_is_refused_by_its_name(folder, ch
 
 def test_a_config_of_a_billion_layers_is_refused_before_any_is_made(folder):
     edit_config(folder, num_hidden_layers=10**9)
-    with pytest.raises(InputError, match=r"num_hidden_layers is 1,000,000,000, and there are \d+ tensors"):
+    with pytest.raises(InputError, match=r"num_hidden_layers is 1,000,000,000, but there are only \d+ tensors"):
         load(folder)
 
 
@@ -468,7 +470,7 @@ def test_a_header_with_huge_numbers_in_its_shapes_is_refused_at_once(folder):
         header["model.norm.weight"]["shape"] = shape
         bad = json.dumps(header).encode()
         path.write_bytes(len(bad).to_bytes(8, "little") + bad + content[8 + length :])
-        with pytest.raises(FileRefused, match="a size or an offset that no tensor has"):
+        with pytest.raises(FileRefused, match="an impossible size or offset"):
             load(folder)
 
 

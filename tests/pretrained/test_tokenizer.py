@@ -129,7 +129,7 @@ def test_single_tokens():
     assert TINY.to_single_token("<eos>") == TINY.backend.token_to_id("<eos>")
     with pytest.raises(InputError, match=r"'Mary!' is 2 tokens \['Mary', '!'\], one is needed; use 'Mary', its first"):
         TINY.to_single_token("Mary!")
-    with pytest.raises(InputError, match="'' is no token at all"):
+    with pytest.raises(InputError, match="'' has no tokens"):
         TINY.to_single_token("")
 
 
@@ -159,7 +159,7 @@ def test_a_word_with_and_without_its_space_are_two_tokens_where_the_tokenizer_ad
         assert tokenizer.to_str_tokens([tokenizer.to_single_token(word)]) == [word]
         assert tokenizer.to_str_tokens([tokenizer.to_single_token(f" {word}")]) == [f" {word}"]
     assert tokenizer.find_token("Anna") is None and tokenizer.find_token(" Anna") is not None
-    with pytest.raises(InputError, match="the vocabulary has no token 'Anna', and reads it as ' Anna'; use that"):
+    with pytest.raises(InputError, match="the vocabulary has no token 'Anna' and reads it as ' Anna'; use that"):
         tokenizer.to_single_token("Anna")
     model = tiny_model(d_vocab=tokenizer.vocab_size)
     model.tokenizer = tokenizer
@@ -171,7 +171,7 @@ def test_a_word_that_is_unknown_is_no_single_token():
     words = tokenizers.models.WordLevel({"<unk>": 0, "Mary": 1}, unk_token="<unk>")
     tokenizer = Tokenizer(tokenizers.Tokenizer(words), unk_id=0)
     assert tokenizer.to_single_token("Mary") == 1 and tokenizer.find_token("Anna") is None
-    with pytest.raises(InputError, match="the vocabulary has no token 'Anna', and reads it as '<unk>'"):
+    with pytest.raises(InputError, match="the vocabulary has no token 'Anna' and reads it as '<unk>'"):
         tokenizer.to_single_token("Anna")
 
 
@@ -199,7 +199,7 @@ def test_refusals():
         TINY.to_tokens(["x", 3])
     with pytest.raises(InputError, match="half of a surrogate pair"):
         TINY.to_tokens("a\ud800b")
-    with pytest.raises(InputError, match=f"-1 is no token id; this tokenizer's ids go from 0 to {TINY.vocab_size - 1}"):
+    with pytest.raises(InputError, match=f"-1 is not a token id; this tokenizer's ids are 0 to {TINY.vocab_size - 1}"):
         TINY.to_str_tokens([-1])
 
 

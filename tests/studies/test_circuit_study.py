@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hooklens.core.errors import InputError
-from hooklens.data.jsonl import PromptPairs
-from hooklens.plugins.circuits.edge_attribution import demo_pairs
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.results.statistics import halves
 from hooklens.studies.circuit_study import CircuitStudy, study_circuit
 from hooklens.testing import tiny_model
@@ -14,11 +14,11 @@ from hooklens.testing import tiny_model
 @pytest.fixture(scope="module")
 def studies():
     model = tiny_model(dtype=torch.float64)
-    clean, corrupted, _ = demo_pairs(model, 8)
+    pairs = demo_pairs(model, 8)
     with torch.no_grad():
-        raised = (model(clean) - model(corrupted))[:, -1]
-    answers = raised.argmax(1).tolist(), raised.argmin(1).tolist()
-    pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i // 2) for i in range(8)])
+        raised = (model(pairs.clean) - model(pairs.corrupted))[:, -1]
+    answers = {"answer": raised.argmax(1), "wrong_answer": raised.argmin(1)}
+    pairs = PromptPairs(pairs.clean, pairs.corrupted, group=torch.arange(8) // 2, **answers)
     return study_circuit(model, pairs, edges=16), study_circuit(model, pairs, edges=16, full=True)
 
 
@@ -41,7 +41,7 @@ def test_a_full_study_s_table_and_page_hold_completeness_minimality_and_the_area
     assert rows["area: p"] == full.curve.p and rows["completeness: p"] == full.evaluation.completeness.p
     assert "edges that may be worth nothing" in rows and not {"area: p", "completeness: p"} & others.keys()
     assert others.items() <= rows.items()
-    for heading in ("By size", "Does it hold all of it?", "Does it need every edge?"):
+    for heading in ("By size", "Completeness", "Minimality"):
         assert (heading in full.report().to_html()) and heading not in short.report().to_html()
 
 
@@ -54,13 +54,14 @@ def test_a_full_study_loads_back(studies, tmp_path):
 
 def test_where_the_pairs_show_no_difference_a_full_study_says_so():
     model = tiny_model()
-    clean, other = (tokens.tolist() for tokens in demo_pairs(model, 4)[:2])
-    answers = [1, 2, 3, 4], [5, 6, 7, 8]
+    pairs = demo_pairs(model, 4)
+    clean, other = pairs.clean, pairs.corrupted
+    answers = {"answer": [1, 2, 3, 4], "wrong_answer": [5, 6, 7, 8]}
     with pytest.raises(InputError, match="clean and corrupted are the same tokens"):
-        study_circuit(model, PromptPairs(clean, clean, *answers, list("abcd")), edges=9)
+        study_circuit(model, PromptPairs(clean, clean, **answers), edges=9)
     searched = set(halves(4, group=torch.arange(4), seed=0)[0].tolist())
     corrupted = [other[i] if i in searched else clean[i] for i in range(4)]  # no difference where it is tested
-    pairs = PromptPairs(clean, corrupted, *answers, list("abcd"))
+    pairs = PromptPairs(clean, corrupted, **answers)
     found = study_circuit(model, pairs, full=True, edges=9)
     rows = dict(found.table().rows)
     assert not found.faithfulness.defined and rows["area: p"] != rows["area: p"]

@@ -26,7 +26,7 @@ def test_a_taxonomy_claims_the_heads_it_labels_and_no_other():
     assert {one.statement for one in claims.claims} == {"L0H0 is a previous token head", "L1H1 is an induction head"}
     assert {one.statement for one in claims.claims if one.causal} == {"L1H1 is an induction head"}
     assert {one.intervention.metric for one in claims.claims} == {"minus_repeat_loss"}
-    assert "What may be claimed" in taxonomy_report(found).to_html()
+    assert "Claims" in taxonomy_report(found).to_html()
 
 
 def test_a_taxonomy_without_scores_claims_nothing():
@@ -54,7 +54,7 @@ def test_the_edge_of_a_null_is_reached_by_few_of_its_draws():
         edge = Measured.edge_of("random", shifted)
         assert int((side * shifted.mean(1) > side * edge.mean).sum()) == 9  # of 400; 2.5 % of 401 is 10.02
     assert abs(Measured.edge_of("random", draws[:5]).mean) == float(draws[:5].mean(1).abs().max())
-    with pytest.raises(InputError, match="one row a draw"):
+    with pytest.raises(InputError, match="one row per draw"):
         Measured.edge_of("random", torch.zeros(3))
 
 
@@ -78,7 +78,7 @@ def steered(effect, *, n=12, draws=50):
         found,
         coefficients=coefficients,
         metric=coefficients[:, None] * effect + noise,
-        base=torch.zeros(n),
+        base_per_prompt=torch.zeros(n),
         random_metric=coefficients[:, None] * random,
         group=torch.arange(n),
         continuation_loss=torch.zeros(3, n),
@@ -111,11 +111,11 @@ def test_a_causal_check_claims_what_it_finds_used():
 
 def test_a_circuit_study_claims_no_more_than_its_pairs_allow():
     study = circuit_study.demo(tiny_model())
-    assert "2 groups of prompts cannot give p < 0.5; 6 are the least" in study.claim().lacks
-    assert "What may be claimed" in study.report().to_html()
+    assert "2 groups of prompts cannot give p < 0.5; at least 6 are needed" in study.claim().lacks
+    assert "Claims" in study.report().to_html()
     n, generator = 12, torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(102, n, generator=generator)
-    parts = {"empty_per_pair": torch.zeros(n), "model_per_pair": 3 + noise[0], "group": torch.arange(n)}
+    parts = {"empty_per_pair": torch.zeros(n), "base_per_pair": 3 + noise[0], "group": torch.arange(n)}
     for kept, verdict in ((2.5, "causal"), (0.4, "no causal effect shown")):
         random = noise[2:] + torch.linspace(0, 1, 100)[:, None]
         faithful = replace(study.faithfulness, per_pair=kept + noise[1], random_per_pair=random, **parts)

@@ -3,12 +3,13 @@
 import torch
 
 import hooklens as hl
-from hooklens.data.jsonl import PromptPairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.studies import study_heads
 from hooklens.testing import induction_model, tiny_model
 
 CLEAN = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7], [6, 3, 2, 6, 3, 6]]
-PAIRS = PromptPairs(CLEAN, [[0, *row[1:]] for row in CLEAN], [1, 2, 9, 3], [4, 6, 8, 2], ["a", "a", "b", "c"])
+CORRUPTED = [[0, *row[1:]] for row in CLEAN]
+PAIRS = PromptPairs(CLEAN, CORRUPTED, answer=[1, 2, 9, 3], wrong_answer=[4, 6, 8, 2], group=["a", "a", "b", "c"])
 
 
 def test_a_fall_is_that_of_a_plain_hooked_run():
@@ -38,13 +39,12 @@ def test_heads_are_reported_on_pairs_that_did_not_choose_them():
 
 
 def test_one_group_is_measured_where_it_was_chosen_and_says_so():
-    pairs = PromptPairs(*(each[:1] for each in (PAIRS.clean, PAIRS.corrupted, PAIRS.answer, PAIRS.wrong_answer)), ["a"])
-    found = study_heads(induction_model(), pairs)
+    found = study_heads(induction_model(), PAIRS[0])
     assert found.held_out is None and "q" not in found.table().columns
-    assert "the first falls are too large" in found.report().to_html()
+    assert "the largest falls are biased upwards." in found.report().to_html()
 
 
 def test_an_answer_that_is_not_in_the_prompt_has_no_attention():
-    pairs = PromptPairs([[3, 1, 4, 3]], [[0, 1, 4, 3]], [8], [1], ["a"])
+    pairs = PromptPairs([3, 1, 4, 3], [0, 1, 4, 3], answer=8, wrong_answer=1)
     found = study_heads(induction_model(), pairs)
     assert bool(found.to_answer.isnan().all()) and float(found.to_wrong[0, 1, 1]) == 1.0

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from hooklens.data.indirect_object import IOIPairs
-from hooklens.metrics import logit_diff
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.heads.mover_result import NameMovers
 from hooklens.results.statistics import halves
 from hooklens.studies.ioi_study import IOIStudy
@@ -31,15 +30,11 @@ def study(n: int = 24) -> IOIStudy:
     tokens = torch.arange(1, 8).expand(n, 7) % model.cfg.d_vocab
     corrupted = tokens.clone()
     corrupted[:, 3] = 0
-    words = [[str(i)] * n for i in range(4)]
-    at = [torch.full((n,), place) for place in (1, 3, 5, 6)]
-    ids = torch.full((n,), 5), torch.full((n,), 6)
-    orders = ["ABBA"] * n
-    pairs = IOIPairs(*words[:2], tokens, corrupted, *words[2:], *ids, *at, orders, ["numbers"] * n, movers.group)
+    columns = {"order": ["ABBA"] * n, "template": ["numbers"] * n, "end": torch.full((n,), 6)}
+    pairs = PromptPairs(tokens, corrupted, answer=5, wrong_answer=6, group=movers.group, columns=columns)
     shown = replace(pair_demo(model), layers={})
-    metric = logit_diff(model, answer=5, wrong_answer=6)
     with engine(verify=0):
-        layers = by_layer(model, tokens, corrupted, metric)
+        layers = by_layer(model, pairs)
     return IOIStudy(
         shown=shown,
         pairs=pairs,
@@ -77,9 +72,9 @@ def test_the_demos_page_says_on_which_pairs_heads_were_called():
     page = report.to_html()
     heads = next(table for table in report._tables if table["columns"][0] == "head")
     assert all(f"{name}: " in heads["caption"] for name in heads["columns"])
-    assert "called by 12 of the pairs; every number is of the other 12, which share no group with them" in page
+    assert "labelled by 12 of the pairs; every number comes from the other 12, which share no group with them" in page
     assert "-0%" not in page and "the strongest are ." not in page and "No other head restores" in page
-    assert page.index("who looks at the indirect object") < page.index("attends to IO</th>")  # picture, then table
+    assert page.index("attention to the indirect object") < page.index("attends to IO</th>")  # picture, then table
 
 
 def test_one_group_names_nobody_and_says_that_there_is_no_interval():

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.patching.path import Fixed
 
 Sender = tuple  # ("head", layer, head), ("mlp", layer), ("embed",)
 Receiver = tuple  # ("q" | "k" | "v", layer, head), ("mlp_in", layer), ("final",)
+#: How the receivers of each variant are given.
+HELD = {"edges": lambda asked: asked, "fixed": Fixed, "frozen": lambda asked: Fixed(asked, mlps="frozen")}
 
 
 def change_of(model: HookedTransformer, base: Tensor, new: Tensor, sender: Sender) -> Tensor:
@@ -35,7 +38,10 @@ def change_of(model: HookedTransformer, base: Tensor, new: Tensor, sender: Sende
 def comes_before(model: HookedTransformer, sender: Sender, receiver: Receiver) -> bool:
     if sender[0] == "embed" or receiver[0] == "final":
         return True
-    if receiver[0] == "mlp_in" and sender[0] == "head" and model.cfg.block != "parallel":
+    block = model.blocks[0]
+    if receiver[0] == "mlp_in" and sender[0] == "head" and block.mlp_reads_attn:
+        return sender[1] <= receiver[1]
+    if receiver[0] in ("q", "k", "v") and sender[0] == "mlp" and block.attn_reads_mlp:
         return sender[1] <= receiver[1]
     return sender[1] < receiver[1]
 
@@ -126,7 +132,7 @@ def _reading_anew(model, kind: str, layer: int, head: int, stream: Callable, liv
         act[:, :, head] = linear(normed).unflatten(-1, (-1, block.attn.d_head))[:, :, head]
         return act
 
-    return [(("resid_pre", layer), keep), ((kind, layer), write)]
+    return [(("resid_mid" if block.attn_reads_mlp else "resid_pre", layer), keep), ((kind, layer), write)]
 
 
 def there(tokens: Tensor, at) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.metrics import Reads
-from hooklens.sweeps.execution import execute, live_items
+from hooklens.sweeps.execution import execute, make_bins
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.planning import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 from hooklens.testing import tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2], [8, 1, 1, 3, 2, 5]])
@@ -261,7 +262,7 @@ def test_patches_of_ones_own(site):
     kind = {"z": "head", "pattern": "head", "v": "head", "post": "neuron"}.get(site)
     patches = [Patch(1, pos=5), Patch(0), Patch(1, pos=2), Patch(1), Patch(0, pos=5), Patch(1, pos=5)]
     patches += [] if kind is None else [Patch(0, **{kind: 1}), Patch(1, pos=3, **{kind: 0})]
-    made = plan(model, CORRUPTED, site, CLEAN, patches=patches)
+    made = SitePatches(plan(model, CORRUPTED, site, CLEAN, patches=patches))
     got = execute(made, metric)
     with hl.engine(plain=True):
         expected = execute(made, metric)
@@ -284,11 +285,9 @@ def test_memory_changes_no_number(site, metric):
 
 
 def test_bins_hold_whole_patches_and_respect_the_budget():
-    from hooklens.sweeps.execution import make_bins
-
     model = tiny_model()
-    made = plan(model, CORRUPTED, "resid_pre", CLEAN)
-    items = live_items(made, Reader(model, own, made.base.streams[-1]))
+    made = SitePatches(plan(model, CORRUPTED, "resid_pre", CLEAN))
+    items = made.live(Reader(model, own, made.stream))
     for rows in (1, 10, 30, 1000):
         bins = make_bins(made, items, rows)
         assert sorted((x.patch, x.pair) for one in bins for x in one) == [(x.patch, x.pair) for x in items]

@@ -9,18 +9,19 @@ from families import FAMILIES, tiny, tiny_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model.zoo import ZOO, zoo_model
-from path_loop import change_of, reference
+from path_loop import HELD, change_of, reference
 from torch import nn
 
 import hooklens as hl
+from hooklens.core.component import Component
 from hooklens.core.errors import InputError
-from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
-from hooklens.sweeps.nodes import At, Sender, read_receivers, read_senders
-from hooklens.sweeps.path_execution import execute_paths
+from hooklens.plugins.patching.path import Fixed, path_patch
+from hooklens.sweeps.execution import execute
+from hooklens.sweeps.nodes import At, read_receivers, read_senders
+from hooklens.sweeps.path_patches import PathPatches
 from hooklens.sweeps.paths import EDGES, plan_paths, sent
 from hooklens.testing import induction_model, or_gate, tiny_model
 
-METHODS = {"edges": path_patch, "fixed": path_patch_fixed, "frozen": path_patch_fixed_frozen}
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2], [8, 1, 1, 3, 2, 5]])
 CLEAN = torch.tensor([[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1, 2], [3, 1, 1, 3, 9, 5]])  # they part at 2, 4 and 0
 STREAMED = [name for name in ZOO if ZOO[name].get("block") != "post"]
@@ -33,6 +34,10 @@ def own(logits):
     """A metric that says nothing about what it reads: all positions, all tokens."""
     weight = torch.linspace(-1, 1, logits[0].numel(), dtype=logits.dtype).view(logits[0].shape)
     return (logits.log_softmax(-1) * weight).sum((1, 2))
+
+
+def by(semantics, *rows, receivers="final", **more):
+    return path_patch(*rows, receivers=HELD[semantics](receivers), **more)
 
 
 def senders_of(model):
@@ -58,9 +63,8 @@ def agree(model, clean, corrupted, metric, semantics, receivers, *, value="clean
     """Run the engine with all senders, and hold it to hooked forward passes."""
     asked = [one if len(one) > 1 else one[0] for one in receivers]
     with hl.engine(verify=1, progress=False):
-        sweep = METHODS[semantics](
-            model, clean, corrupted, metric, receivers=asked, senders=["heads", *_mlps(model), "embed"], value=value
-        )
+        every = ["heads", *_mlps(model), "embed"]
+        sweep = by(semantics, model, clean, corrupted, metric, receivers=asked, senders=every, value=value)
     assert sweep.how == "engine" and not sweep.largest_error > tolerance
     base, new = (corrupted, clean) if value == "clean" else (clean, corrupted)
     for i, sender in enumerate(senders_of(model)):
@@ -73,7 +77,7 @@ def _mlps(model):
     return [] if model.cfg.attn_only else ["mlps"]
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model(name, semantics):
     model = zoo_model(name, dtype=torch.float64)
@@ -89,7 +93,7 @@ def test_queries_read_before_the_original_context_ends_turn_as_their_whole_row_d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_in_float32(name, semantics):
     model = tiny(name)
@@ -102,7 +106,7 @@ def test_families_in_float32(name, semantics):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_and_every_set_of_receivers(name, semantics):
     model = tiny(name, torch.float64)
@@ -119,7 +123,7 @@ def test_every_family_and_every_set_of_receivers(name, semantics):
 SEND, READ = [3, 4, 1], [5, 4, 2]  # one a pair; nothing is new there in the first two pairs
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 @pytest.mark.parametrize("name", sorted(QUICK))
 @pytest.mark.parametrize(("send", "read"), [(SEND, torch.tensor(READ)), (-2, None)])
 def test_senders_and_receivers_at_positions_are_the_loop(name, semantics, send, read):
@@ -130,7 +134,8 @@ def test_senders_and_receivers_at_positions_are_the_loop(name, semantics, send, 
     for i, receivers in enumerate(receiver_sets(model, semantics)[-2:]):
         asked = [one if len(one) > 1 else one[0] for one in receivers]
         with hl.engine(verify=2, progress=False):
-            sweep = METHODS[semantics](
+            sweep = by(
+                semantics,
                 model,
                 CLEAN,
                 CORRUPTED,
@@ -145,7 +150,7 @@ def test_senders_and_receivers_at_positions_are_the_loop(name, semantics, send, 
             torch.testing.assert_close(sweep.per_pair[:, j], expected, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 def test_a_receiver_at_several_positions_and_heads_at_different_ones(semantics):
     """Receivers of one kind that read at other positions are patched together, each at its own."""
     model = zoo_model("gpt2", dtype=torch.float64)
@@ -153,7 +158,7 @@ def test_a_receiver_at_several_positions_and_heads_at_different_ones(semantics):
     last = model.cfg.n_layers - 1
 
     def run(receivers):
-        return METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers, senders="heads")
+        return by(semantics, model, CLEAN, CORRUPTED, metric, receivers=receivers, senders="heads")
 
     every = run([At(("v", last, 0), pos) for pos in range(6)])
     torch.testing.assert_close(every.per_pair, run(("v", last, 0)).per_pair, atol=1e-9, rtol=1e-9)
@@ -237,8 +242,8 @@ def test_with_all_receivers_fixed_they_are_not():
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     everything = [r for r in read_receivers(model, "all") if r.kind != "final"]
     whole = hl.patch(model, CLEAN, CORRUPTED, metric, site="z").per_pair.flatten(1)
-    for method in (path_patch_fixed, path_patch_fixed_frozen):
-        found = method(model, CLEAN, CORRUPTED, metric, receivers=everything, senders="heads").per_pair
+    for held in (Fixed(everything), Fixed(everything, mlps="frozen")):
+        found = path_patch(model, CLEAN, CORRUPTED, metric, receivers=held, senders="heads").per_pair
         assert float((found - whole).abs().max()) > 1e-3
 
 
@@ -247,9 +252,8 @@ def test_with_one_receiver_and_frozen_mlps_fixed_is_edges(name):
     model = zoo_model(name, dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for receiver in ("final", ("q", 1, 1), ("v", 1, 0)):
-        one, other = (
-            f(model, CLEAN, CORRUPTED, metric, receivers=receiver) for f in (path_patch, path_patch_fixed_frozen)
-        )
+        ways = receiver, Fixed(receiver, mlps="frozen")
+        one, other = (path_patch(model, CLEAN, CORRUPTED, metric, receivers=way) for way in ways)
         torch.testing.assert_close(one.per_pair, other.per_pair, atol=1e-12, rtol=1e-12)
 
 
@@ -258,9 +262,8 @@ def test_without_mlps_there_is_nothing_to_recompute(name):
     model = zoo_model(name, dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for receiver in ("final", ("q", 1, 1)):
-        one, other = (
-            f(model, CLEAN, CORRUPTED, metric, receivers=receiver) for f in (path_patch_fixed, path_patch_fixed_frozen)
-        )
+        ways = Fixed(receiver), Fixed(receiver, mlps="frozen")
+        one, other = (path_patch(model, CLEAN, CORRUPTED, metric, receivers=way) for way in ways)
         torch.testing.assert_close(one.per_pair, other.per_pair, atol=1e-12, rtol=1e-12)
 
 
@@ -286,23 +289,23 @@ def test_a_sender_that_is_all_of_the_stream_brings_the_other_runs_query():
         torch.testing.assert_close(path.per_pair[:, 0], whole, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 def test_the_same_prompt_twice_has_no_effect_and_is_no_question_alone(semantics):
     model = zoo_model("gemma3")
     half = torch.cat((CLEAN[:1], CORRUPTED[1:2]))
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for receivers in ("final", [("q", 1, 0), ("v", 1, 0)]):
         with pytest.raises(InputError, match="the same tokens"):
-            METHODS[semantics](model, CLEAN, CLEAN, metric, receivers=receivers)
-        sweep = METHODS[semantics](model, CLEAN[:2], half, metric, receivers=receivers)
+            by(semantics, model, CLEAN, CLEAN, metric, receivers=receivers)
+        sweep = by(semantics, model, CLEAN[:2], half, metric, receivers=receivers)
         assert bool((sweep.per_pair[0] == sweep.corrupted_per_pair[0]).all())
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 def test_a_sender_after_every_receiver_has_no_effect(semantics):
     model = zoo_model("gpt2", dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    sweep = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=[("q", 1, 0), ("mlp", 0)])
+    sweep = by(semantics, model, CLEAN, CORRUPTED, metric, receivers=[("q", 1, 0), ("mlp", 0)])
     names = [name for name, reaches in zip(sweep.senders, sweep.reaches, strict=True) if reaches]
     assert names == ["L0H0", "L0H1", "MLP0"]  # the MLP reads the heads of its layer, the query only what is below
     assert bool((sweep.moved[:, ~sweep.reaches] == 0).all()) and bool((sweep.moved[:, sweep.reaches] != 0).all())
@@ -325,11 +328,12 @@ def test_induction_goes_through_the_keys():
     model = induction_model(dtype=torch.float64)
     clean, corrupted = torch.tensor([[3, 1, 4, 9, 3]]), torch.tensor([[5, 1, 4, 9, 3]])
     metric = hl.logit_diff(model, answer=1, wrong_answer=4)
-    for method in METHODS.values():
-        by_keys = method(model, clean, corrupted, metric, receivers=("k", 1, 1), senders="heads")
+    for semantics in HELD:
+        by_keys = by(semantics, model, clean, corrupted, metric, receivers=("k", 1, 1), senders="heads")
         torch.testing.assert_close(by_keys.share, torch.tensor([1.0, 0, 0, 0], dtype=torch.float64))
         for part in ("L1H1.q", "L1H1.v", "L1H0.k"):
-            assert not bool(method(model, clean, corrupted, metric, receivers=part, senders="heads").effect.any())
+            other = by(semantics, model, clean, corrupted, metric, receivers=part, senders="heads")
+            assert not bool(other.effect.any())
     direct = path_patch(model, clean, corrupted, metric, senders="heads")
     torch.testing.assert_close(direct.share, torch.tensor([0, 0, 0, 1.0], dtype=torch.float64))
 
@@ -374,15 +378,16 @@ def test_any_receivers_prompts_and_memory(n_pos, at, seed, picks, memory, pos):
     every = read_receivers(model, "all")
     receivers = list(dict.fromkeys(every[pick % len(every)] for pick in picks))
     metric = hl.logit_diff(model, answer=3, wrong_answer=4, pos=pos % n_pos)
-    plan = plan_paths(model, corrupted, clean, read_senders(model, ["heads", "mlps", "embed"]), receivers, EDGES)
+    senders = read_senders(model, ["heads", "mlps", "embed"])
+    patches = PathPatches(plan_paths(model, corrupted, clean, senders, receivers, EDGES))
     with hl.engine(memory=memory, progress=False, verify=0):
-        found = execute_paths(plan, metric).values
+        found = execute(patches, metric).values
     with hl.engine(plain=True, progress=False):
-        plain = execute_paths(plan, metric).values
+        plain = execute(patches, metric).values
     torch.testing.assert_close(found, plain, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 def test_every_metric(semantics):
     model = zoo_model("llama", dtype=torch.float64)
     metrics = [
@@ -404,18 +409,18 @@ def test_a_metric_that_reads_before_the_change_has_no_effect():
     assert bool((sweep.moved == 0).all()) and sweep.computed == 0.0
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 def test_where_the_engine_must_not_be_used_the_loop_is(semantics):
     model = zoo_model("gpt2", dtype=torch.float64)
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     for receivers in ("final", [("q", 1, 0), ("mlp", 1)]):
-        fast = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers)
+        fast = by(semantics, model, CLEAN, CORRUPTED, metric, receivers=receivers)
         with hl.engine(plain=True):
-            slow = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers)
+            slow = by(semantics, model, CLEAN, CORRUPTED, metric, receivers=receivers)
         assert fast.how == "engine" and slow.how == "plain loop: asked for"
         torch.testing.assert_close(fast.per_pair, slow.per_pair, atol=1e-9, rtol=1e-9)
         with model.hooks([("mlp_out", lambda act, hook: act * 1.5)]):
-            other = METHODS[semantics](model, CLEAN, CORRUPTED, metric, receivers=receivers)
+            other = by(semantics, model, CLEAN, CORRUPTED, metric, receivers=receivers)
             names = [("head", 0, 1), ("mlp", 0)]
             asked = [("final",)] if receivers == "final" else [("q", 1, 0), ("mlp_in", 1)]
             expected = [reference(model, CORRUPTED, CLEAN, metric, semantics, s, asked) for s in names]
@@ -439,7 +444,7 @@ class Doubled(nn.Module):
         return 2 * self.inner(x) + x @ self.more.T
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_layers_that_hold_an_adapter(name, semantics):
     model = copy.deepcopy(zoo_model(name, dtype=torch.float64))
@@ -465,7 +470,7 @@ def test_pairs_of_several_lengths_come_back_in_order():
 
 def test_a_turned_sender_sends_as_much_elsewhere():
     model = zoo_model("gpt2", dtype=torch.float64)
-    senders = [Sender("head", 0, 1), Sender("head", 0, 1, 5), Sender("head", 0, 1, 5), Sender("head", 0, 1, 6)]
+    senders = [Component("head", 0, 1, turned=turned) for turned in (None, 5, 5, 6)]
     plan = plan_paths(model, CORRUPTED, CLEAN, senders, read_receivers(model, "final"), EDGES)
     pair, pos = torch.arange(18) // 6, torch.arange(18) % 6
     plain, five, again, six = (sent(plan, sender, pair, pos) for sender in senders)
@@ -478,16 +483,15 @@ def test_a_turned_sender_sends_as_much_elsewhere():
 
 def refused(match, **changes):
     model = changes.pop("model", None) or tiny_model()
-    arguments = {"receivers": "final", "method": path_patch} | changes
-    method = arguments.pop("method")
+    arguments = {"receivers": "final"} | changes
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     with pytest.raises(hl.HooklensError, match=match):
-        method(model, [[1, 2, 3]], arguments.pop("corrupted", [[1, 4, 3]]), metric, **arguments)
+        path_patch(model, [[1, 2, 3]], arguments.pop("corrupted", [[1, 4, 3]]), metric, **arguments)
 
 
 def test_what_cannot_be_exact_or_does_not_exist_is_refused():
     refused("post-norm blocks normalise the stream itself", model=tiny_model(block="post"))
-    refused("nothing held below it could count", method=path_patch_fixed, receivers=["final", ("q", 1, 0)])
+    refused("nothing held below it could count", receivers=Fixed(["final", ("q", 1, 0)]))
     refused("no sender reaches L0H0.q: a path leads upwards", receivers=("q", 0, 0))
     refused("no sender is called 'L0H', or|no sender is called 'L0H'", senders=["L0H"])
     refused("no receiver is called 'L0H0.z'", receivers=["L0H0.z"])
@@ -497,7 +501,7 @@ def test_what_cannot_be_exact_or_does_not_exist_is_refused():
     grouped = tiny_model(n_heads=4, n_key_value_heads=2)
     refused("there are key/value heads 0 to 1", model=grouped, receivers=("k", 1, 3))
     refused("the MLP of layer 0 was asked for as a receiver", model=tiny_model(attn_only=True), receivers="MLP0")
-    refused("no value to send named 'zero'", value="zero")
+    refused("value='clean' or 'corrupted'; got 'zero'", value="zero")
     refused("senders= names none", senders=[])
     refused("receivers= names none", receivers=[])
     refused("must tokenise to the same length", corrupted=[[1, 4, 3, 2]])
@@ -505,8 +509,8 @@ def test_what_cannot_be_exact_or_does_not_exist_is_refused():
 
 def test_names_are_read_as_they_are_written():
     model = tiny_model(n_heads=4, n_key_value_heads=2)
-    names = [r.name(grouped=True) for r in read_receivers(model, "all")]
-    assert [r.name(grouped=True) for r in read_receivers(model, names)] == names
+    names = [r.name for r in read_receivers(model, "all")]
+    assert [r.name for r in read_receivers(model, names)] == names
     senders = read_senders(model, ["heads", "mlps", "embed"])
     assert read_senders(model, [s.name for s in senders]) == senders
     assert read_receivers(model, [("q", -1)]) == read_receivers(model, [f"L1H{i}.q" for i in range(4)])
@@ -515,12 +519,12 @@ def test_names_are_read_as_they_are_written():
     assert read_senders(model, (0, 1)) == read_senders(model, "L0H1")
 
 
-@pytest.mark.parametrize("semantics", METHODS)
+@pytest.mark.parametrize("semantics", HELD)
 def test_a_metric_that_is_not_finite_says_where_it_began(semantics):
     model = tiny_model()
     model.W_in[1] = float("nan")
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     with pytest.raises(hl.HooklensError, match=r"finite from blocks\.1\.mlp\.hook_pre on"):
-        METHODS[semantics](model, CLEAN, CORRUPTED, metric)
+        by(semantics, model, CLEAN, CORRUPTED, metric)
     with pytest.raises(hl.HooklensError, match="look at the metric"):
-        METHODS[semantics](tiny_model(), CLEAN, CORRUPTED, lambda logits: logits[:, -1, 0] * float("nan"))
+        by(semantics, tiny_model(), CLEAN, CORRUPTED, lambda logits: logits[:, -1, 0] * float("nan"))

@@ -18,6 +18,7 @@ from hooklens.core.errors import CheckFailed, FileRefused, InputError, WrongType
 from hooklens.metrics import Reads
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 from hooklens.testing import tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2]])
@@ -186,7 +187,7 @@ def test_under_any_grad_mode(model, mode):
     expected = looped(model, CORRUPTED, CLEAN, metric_of(model), "k", "layer x head")
     with mode():
         made = plan(model, CORRUPTED, "k", CLEAN)
-        got = execute(made, metric_of(model)).values.T.reshape(2, 2, -1)
+        got = execute(SitePatches(made), metric_of(model)).values.T.reshape(2, 2, -1)
         assert not made.base.streams[-1].requires_grad
     close(got.clone(), expected)
 
@@ -227,7 +228,7 @@ def test_a_metric_that_drifts_from_call_to_call_passed_for_one_that_rounding_mov
 
 
 def test_the_check_shows_an_engine_that_is_wrong(model, monkeypatch):
-    from hooklens.sweeps import execution as module
+    from hooklens.sweeps import site_patches as module
 
     right = module.entering
     monkeypatch.setattr(module, "entering", lambda *args: _moved(right(*args)))
@@ -589,9 +590,9 @@ def test_one_layer_of_prompts_of_several_lengths_and_resumed(model, tmp_path):
     ("site", "error", "says"),
     [
         (["z", "q"], WrongType, r"one site is swept at a time.*sweep each of \['z', 'q'\] alone"),
-        (("z", "q"), WrongType, "takes its layer as an integer"),
-        (5, WrongType, "a site is named by a string"),
-        (None, WrongType, "a site is named by a string"),
+        (("z", "q"), WrongType, "needs an integer layer,"),
+        (5, WrongType, "a site's name must be a string"),
+        (None, WrongType, "a site's name must be a string"),
         (hl.site("z", 2), InputError, r"z at 2 asked for; there are layers 0 to 1 \(or -2 to -1\)"),
         (hl.site("scale", 0, "ln1"), KeyError, "no site to sweep named 'scale'"),
     ],
@@ -686,7 +687,7 @@ def test_values_that_do_not_fit(model):
     for wrong in (None, 0.3, [1, 2]):
         with refused(WrongType, "value= is a word such as"):
             patch(value=wrong)
-    with pytest.raises(InputError, match="there is one pair"):
+    with pytest.raises(InputError, match="there is one prompt"):
         hl.patch(model, CLEAN[:1], CORRUPTED[:1], hl.prob(model, answer=1), value="mean")
     with pytest.raises(InputError, match="mean pattern"):
         hl.patch(model, CLEAN, CORRUPTED, metric, site="pattern", value=hl.Mean([[1, 2, 3]]))

@@ -14,6 +14,9 @@ from hooklens import HookedTransformer, Result, Table
 class AttentionEntropy(Result):
     """Entropy in nats of each head's pattern, a mean over queries, and that of uniform attention to read it by."""
 
+    ranked_by = "narrowness"
+    baselines = ("uniform",)
+
     entropy: Float[Tensor, "layer head"]
     uniform: float
 
@@ -22,16 +25,12 @@ class AttentionEntropy(Result):
         """The share of the largest possible entropy: 0 looks at one key, 1 at all keys equally."""
         return self.entropy / self.uniform
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads that look most narrowly."""
-        n_heads = self.entropy.shape[1]
-        order = self.entropy.flatten().argsort(stable=True)[:k].tolist()
-        rows = [(f"L{i // n_heads}H{i % n_heads}", self.entropy.flatten()[i], self.width.flatten()[i]) for i in order]
-        return Table(("head", "entropy (nats)", "of uniform"), rows)
-
     def table(self, n: int | None = None) -> Table:
         """Every head, the narrowest first."""
-        return self.top(self.entropy.numel() if n is None else n)
+        n_heads = self.entropy.shape[1]
+        order = self.entropy.flatten().argsort(stable=True)[:n].tolist()
+        rows = [(f"L{i // n_heads}H{i % n_heads}", self.entropy.flatten()[i], self.width.flatten()[i]) for i in order]
+        return Table(("head", "entropy (nats)", "of uniform"), rows)
 
     def figure(self) -> Any:
         """Layer by head, as a share of uniform attention."""

@@ -23,7 +23,7 @@ def test_boxes_arrows_and_hover():
 
 def test_a_graph_may_be_empty_and_a_missing_box_is_named():
     assert not layered_graph({"in": ["a"]}, []).data
-    with pytest.raises(ValueError, match="no box is called 'x'"):
+    with pytest.raises(ValueError, match="no box named 'x'"):
         layered_graph({"in": ["a"]}, [("a", "x.q", 1.0)])
     with pytest.raises(ValueError, match="twice"):
         layered_graph({"in": ["a"], "out": ["a"]}, [])

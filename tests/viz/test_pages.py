@@ -9,8 +9,8 @@ from browser import open_page
 
 import hooklens as hl
 from hooklens import viz
-from hooklens.data.jsonl import PromptPairs
-from hooklens.plugins.circuits.edge_attribution import demo_pairs
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.heads import classify_heads
 from hooklens.plugins.heads.ece_change import CalibrationChange
 from hooklens.plugins.probing.probe_training import demo as probe_demo
@@ -27,7 +27,7 @@ CLAIMS = ["claim", "status", "verdict", "effect", "low", "high", "control", "q"]
 
 def pair(corrupted=CORRUPTED, **options):
     with hl.engine(verify=0):
-        return study_pair(tiny_model(), CLEAN, corrupted, answer=5, wrong_answer=6, **options)
+        return study_pair(tiny_model(), PromptPairs(CLEAN, corrupted, answer=5, wrong_answer=6), **options)
 
 
 def caption(study, site):
@@ -57,7 +57,7 @@ def test_zero_and_one_were_explained_where_neither_is_shown():
     with torch.no_grad():
         model.embed.weight[9] = model.embed.weight[2]  # another token, and the same run
     with hl.engine(verify=0):
-        study = study_pair(model, CLEAN, [1, 9, 3, 4, 5], answer=5, wrong_answer=6, sites=["z"])
+        study = study_pair(model, PromptPairs(CLEAN, [1, 9, 3, 4, 5], answer=5, wrong_answer=6), sites=["z"])
     assert not study.sweeps["z"].defined
     assert "1: as in the clean run" not in caption(study, "z") and "its change is shown" in caption(study, "z")
 
@@ -67,15 +67,14 @@ def circuit_report(full=False):
     model = tiny_model(
         n_heads=4, n_key_value_heads=2, positional_embedding_type="rotary", gated_mlp=True, normalization_type="RMS"
     )
-    clean, corrupted, _ = demo_pairs(model, 4)
-    answers = [int(x) for x in clean[:, 0]], [int(x) for x in corrupted[:, -1]]
-    pairs = PromptPairs(clean.tolist(), corrupted.tolist(), *answers, [str(i) for i in range(len(clean))])
-    return study_circuit(model, pairs, edges=12, full=full).report()
+    return study_circuit(model, demo_pairs(model, 4), edges=12, full=full).report()
 
 
 def lens_report(n=3):
     rows = [[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]]
-    return study_lens(induction_model(), (rows * 4)[:n], ([1, 2, 9] * 4)[:n], ([4, 6, 8] * 4)[:n]).report()
+    return study_lens(
+        induction_model(), (rows * 4)[:n], answer=([1, 2, 9] * 4)[:n], wrong_answer=([4, 6, 8] * 4)[:n]
+    ).report()
 
 
 REPORTS = {

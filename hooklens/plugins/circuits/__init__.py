@@ -2,7 +2,6 @@
 
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
 from hooklens.plugins.circuits.circuit_metrics import Faithfulness
-from hooklens.plugins.circuits.circuit_task import Task
 from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer, transfer_circuit
 from hooklens.plugins.circuits.completeness import Completeness
 from hooklens.plugins.circuits.discovery import Discovery, acdc, acdc_nodes
@@ -34,7 +33,6 @@ __all__ = [
     "Minimality",
     "Pruning",
     "Roles",
-    "Task",
     "acdc",
     "acdc_nodes",
     "circuit_graph",

@@ -1,7 +1,6 @@
 """A circuit: the edges that are kept, what the others carry, how it was found; it runs, draws and saves itself."""
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,37 +10,39 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.checksum import FIELD, sealed_json, unsealed
+from hooklens.core.component import Component, head_name, layer_name
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError
-from hooklens.core.files import read_json, reading, write_atomically
+from hooklens.core.files import reading
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.run import EdgeRuns, run_edges
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.replacement import WORDS, Replacement, Value, as_replacement
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_FORMAT, _FIRST = "hooklens.circuit/3", "hooklens.circuit/1"
-_UNSEALED = (_FIRST, "hooklens.circuit/2")  # these had no checksum
-#: What the first format called an MLP and a key/value head, and what they are called now.
-_RENAMED = ((re.compile(r"\bL(\d+)MLP\b"), r"MLP\1"), (re.compile(r"\bL(\d+)KV(\d+)"), r"L\1G\2"))
+_SCHEMA = Schema("hooklens.circuit", 1, "a circuit", "Circuit.save_json", as_json=True)
 _DRAWN = 400  # edges; the picture of more is a smear
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit(Result):
-    """A set of edges of a model's graph, the ablation that all others carry, and the scores by which it was cut.
+    """A set of edges of a model's graph, what all others carry, and the scores by which it was cut.
 
     `dropped` counts edges that were chosen but lay on no path. `found_on` holds a digest of each prompt pair that chose
     it.
     """
 
+    ranked_by = "score"
+
     graph: CircuitGraph
     kept: Bool[Tensor, "edge"]
     scores: Float[Tensor, "edge"]
     method: str
-    ablation: str
+    replacement: Replacement
     model_name: str
     dropped: int
     found_on: list[str]
@@ -83,13 +84,13 @@ class Circuit(Result):
     def run(
         self,
         model: "HookedTransformer",
-        clean: Prompts,
-        corrupted: Prompts | None,
-        metric: Any,
+        clean: Prompts | PromptPairs,
+        corrupted: Prompts | None = None,
+        metric: Any = None,
     ) -> EdgeRuns:
         """The metric when only this circuit's edges carry live values, beside that of the model and of no edge."""
         self.check(model)
-        return run_edges(model, self.kept, clean, corrupted, metric, ablation=self.ablation)
+        return run_edges(model, self.kept, clean, corrupted, metric, value=self.replacement)
 
     def check(self, model: "HookedTransformer") -> None:
         """Does the model have this circuit's nodes?"""
@@ -110,10 +111,6 @@ class Circuit(Result):
         chosen = self.kept.nonzero().flatten()
         return chosen[self.scores[chosen].abs().argsort(descending=True, stable=True)].tolist()
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges of the largest scores."""
-        return self.table(k)
-
     def table(self, n: int | None = 20) -> Table:
         """The kept edges by score."""
         return Table(("edge", "score"), [(self.graph.name(e), float(self.scores[e])) for e in self.order()[:n]])
@@ -129,7 +126,7 @@ class Circuit(Result):
             for a, b, e in zip(sources, receivers, drawn, strict=True)
         ]
         more = f", the {_DRAWN} largest" if self.n_edges > _DRAWN else ""
-        title = f"{self.n_edges} of {self.graph.n_edges} edges{more} ({self.method}, {self.ablation} ablation)"
+        title = f"{self.n_edges} of {self.graph.n_edges} edges{more} ({self.method}, {self.replacement} ablation)"
         return layered_graph(self._rows(drawn), arrows, title, ties=self._ties(drawn))
 
     def _rows(self, drawn: list[int]) -> dict[str, list[str]]:
@@ -137,10 +134,11 @@ class Circuit(Result):
         named, graph = set(self._nodes(drawn)), self.graph
         rows = {"embed": ["embed"]}
         for layer in range(graph.n_layers):
-            keyed = [f"L{layer}G{i}" for i in range(graph.n_kv_heads)]
-            rows[f"L{layer} keys, values"] = keyed if graph.group > 1 else []
-            rows[f"L{layer} heads"] = [f"L{layer}H{h}" for h in range(graph.n_heads)]
-            rows[f"MLP{layer}"] = [f"MLP{layer}"]
+            keyed = [head_name(layer, i, keyed=True) for i in range(graph.n_kv_heads)]
+            name, mlp = layer_name(layer), Component("mlp", layer).name
+            rows[f"{name} keys, values"] = keyed if graph.group > 1 else []
+            rows[f"{name} heads"] = [head_name(layer, h) for h in range(graph.n_heads)]
+            rows[mlp] = [mlp]
         chosen = {label: [name for name in names if name in named] for label, names in rows.items()}
         return {label: names for label, names in chosen.items() if names} | {"logits": ["logits"]}
 
@@ -149,7 +147,8 @@ class Circuit(Result):
         named, graph = set(self._nodes(drawn)), self.graph
         if graph.group == 1:
             return []
-        pairs = [(f"L{i}G{h // graph.group}", f"L{i}H{h}") for i in range(graph.n_layers) for h in range(graph.n_heads)]
+        heads = [(layer, head) for layer in range(graph.n_layers) for head in range(graph.n_heads)]
+        pairs = [(head_name(i, h // graph.group, keyed=True), head_name(i, h)) for i, h in heads]
         return [pair for pair in pairs if named.issuperset(pair)]
 
     # -- files
@@ -161,50 +160,48 @@ class Circuit(Result):
         shape |= {"mlp": graph.mlp, "parallel": graph.parallel, "shared_scale": graph.shared_scale}
         chosen = self.kept.nonzero().flatten().tolist()
         held = {
-            "format": _FORMAT,
             "model": self.model_name,
             "graph": shape,
             "method": self.method,
-            "ablation": self.ablation,
+            "ablation": str(self.replacement),
             "dropped": self.dropped,
             "found_on": self.found_on,
-            "edges": [[graph.name(e), float(self.scores[e])] for e in chosen],
+            "edges": {graph.name(e): float(self.scores[e]) for e in chosen},
         }
-        with write_atomically(path) as temporary:
-            temporary.write_text(sealed_json(held), encoding="utf-8")
+        write_envelope(path, _SCHEMA, held)
         return Path(path)
 
     @classmethod
-    def load_json(cls, path: str | os.PathLike) -> "Circuit":
-        """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape."""
-        with reading(path, "a circuit"):
-            held = read_json(path, "a circuit")
-            if held["format"] not in _UNSEALED or FIELD in held:
-                held = unsealed(held)
-            if held["format"] not in (_FORMAT, *_UNSEALED):
-                raise ValueError(f"its format is {held['format']!r}")
+    def load_json(cls, path: str | os.PathLike, *, value: Value | None = None) -> "Circuit":
+        """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape.
+
+        The file only names what cut edges carry: give `value` where that is no word, such as "mean of reference".
+        """
+        held = read_envelope(path, _SCHEMA).content
+        with reading(path, _SCHEMA.what):
             shape = held["graph"]
             layers, heads, keyed = (shape[name] for name in ("n_layers", "n_heads", "n_kv_heads"))
             mlp, parallel, shared = (bool(shape[name]) for name in ("mlp", "parallel", "shared_scale"))
             graph = CircuitGraph(
                 n_layers=layers, n_heads=heads, n_kv_heads=keyed, mlp=mlp, parallel=parallel, shared_scale=shared
             )
-            names = [_renamed(str(name), held["format"]) for name, _ in held["edges"]]
-            numbers = graph.numbers(names)
+            numbers = graph.numbers(list(held["edges"]))
             if len(set(numbers)) != len(numbers):
                 raise ValueError("an edge is there twice")
             scores = torch.zeros(graph.n_edges, dtype=torch.float64)
-            scores[numbers] = torch.tensor([float(score) for _, score in held["edges"]], dtype=torch.float64)
+            scores[numbers] = torch.tensor([float(score) for score in held["edges"].values()], dtype=torch.float64)
             if not scores.isfinite().all():
                 raise ValueError("a score is not finite")
             seen = [str(mark) for mark in held["found_on"]]
-            method, ablation, name = (str(held[key]) for key in ("method", "ablation", "model"))
+            method, written, name = (str(held[key]) for key in ("method", "ablation", "model"))
+            if value is None and written not in WORDS:
+                raise ValueError(f"its cut edges carry {written!r:.40}, of which it holds the name only: give value=")
             return cls(
                 graph=graph,
                 kept=graph.mask(numbers),
                 scores=scores,
                 method=method,
-                ablation=ablation,
+                replacement=as_replacement(written if value is None else value),
                 model_name=name,
                 dropped=int(held["dropped"]),
                 found_on=seen,
@@ -215,7 +212,7 @@ def circuit_of(
     model: "HookedTransformer",
     edges: Iterable[str] | Iterable[int],
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     method: str = "by hand",
 ) -> Circuit:
     """The circuit of these edges, by name.
@@ -232,24 +229,17 @@ def circuit_of(
         kept=kept,
         scores=ones,
         method=method,
-        ablation=ablation,
+        replacement=as_replacement(value),
         model_name=model.cfg.model_name,
         dropped=0,
         found_on=[],
     )
 
 
-def whole_circuit(model: "HookedTransformer", *, ablation: str = "corrupted") -> Circuit:
+def whole_circuit(model: "HookedTransformer", *, value: Value = "corrupted") -> Circuit:
     """Every edge of the model: where pruning begins."""
     graph = circuit_graph(model)
-    return circuit_of(model, range(graph.n_edges), ablation=ablation, method="all edges")
-
-
-def _renamed(edge: str, written_as: str) -> str:
-    """An edge's name, of whichever format, as edges are called now."""
-    for old, new in _RENAMED if written_as == _FIRST else ():
-        edge = old.sub(new, edge)
-    return edge
+    return circuit_of(model, range(graph.n_edges), value=value, method="all edges")
 
 
 def _words(graph: CircuitGraph) -> str:

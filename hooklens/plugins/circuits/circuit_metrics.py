@@ -9,13 +9,13 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_prompts import marks_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, null_p, quantiles, ratio_interval
+from hooklens.sweeps.replacement import Replacement
 
-LEAST_DRAWS = 100
+LEAST_DRAWS = 100  # random circuits: each runs on every pair; with fewer no p lies below 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +26,10 @@ class Faithfulness(Result):
     `overlap` is the share of the circuit's edges that a random one has too, on average: what the control cannot see.
     """
 
-    _baselines = ("value",)
+    baselines = ("value",)
     circuit: Circuit
     per_pair: Float[Tensor, "pair"]
-    model_per_pair: Float[Tensor, "pair"]
+    base_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
     random_per_pair: Float[Tensor, "draw pair"]
     overlap: float
@@ -37,14 +37,14 @@ class Faithfulness(Result):
     n_seen: int
 
     @property
-    def ablation(self) -> str:
+    def replacement(self) -> Replacement:
         """What the edges outside the circuit carried."""
-        return self.circuit.ablation
+        return self.circuit.replacement
 
     @property
     def defined(self) -> bool:
         """Does ablating everything move the metric by more than chance over groups of pairs?"""
-        return defined(self.model_per_pair - self.empty_per_pair, self.group)
+        return defined(self.base_per_pair - self.empty_per_pair, self.group)
 
     @property
     def value(self) -> float:
@@ -71,12 +71,12 @@ class Faithfulness(Result):
         if not self.defined:
             return float("nan"), float("nan")
         above = (values - self.empty_per_pair)[:, None]
-        low, high = ratio_interval(above, self.model_per_pair - self.empty_per_pair, group=self.group)
+        low, high = ratio_interval(above, self.base_per_pair - self.empty_per_pair, group=self.group)
         return float(low[0]), float(high[0])
 
     def share(self, values: Float[Tensor, "row pair"]) -> Float[Tensor, "row"]:
         """The normalised metric of these values, one row a circuit; NaN where it is not defined."""
-        empty, whole = self.empty_per_pair.mean(), self.model_per_pair.mean()
+        empty, whole = self.empty_per_pair.mean(), self.base_per_pair.mean()
         shares = (values.mean(1) - empty) / (whole - empty)
         return shares if self.defined else torch.full_like(shares, torch.nan)
 
@@ -94,8 +94,8 @@ class Faithfulness(Result):
             ("p against random circuits", self.p),
             ("edges that a random circuit shares", self.overlap),
             ("metric of the circuit", float(self.per_pair.mean())),
-            ("metric of the model", float(self.model_per_pair.mean())),
-            (f"metric of no edge ({self.ablation} ablation)", float(self.empty_per_pair.mean())),
+            ("metric of the model", float(self.base_per_pair.mean())),
+            (f"metric of no edge ({self.replacement} ablation)", float(self.empty_per_pair.mean())),
             ("edges", self.circuit.n_edges),
             ("prompt pairs", len(self.per_pair)),
             ("of these used to find it", self.n_seen),
@@ -106,7 +106,7 @@ class Faithfulness(Result):
         """Faithfulness of the circuit, with its interval, among the random ones."""
         from hooklens.viz.curves import beside
 
-        title = f"Faithfulness of {self.circuit.n_edges} edges beside random circuits ({self.ablation} ablation)"
+        title = f"Faithfulness of {self.circuit.n_edges} edges beside random circuits ({self.replacement} ablation)"
         marks, found = {"the model": 1.0, "no edge": 0.0}, {"the circuit": (self.value, *self.interval())}
         return beside(found, self.random, title, x_title="faithfulness", drawn="random circuits", marks=marks)
 
@@ -122,22 +122,21 @@ def check_draws(draws: int) -> None:
         )
 
 
-def measured(bench: Bench, circuit: Circuit, group: Tensor | None, draws: int, seed: int) -> Faithfulness:
+def measured(bench: Bench, circuit: Circuit, draws: int, seed: int) -> Faithfulness:
     """The faithfulness of one circuit, on a bench that may be used for more."""
-    number = group_numbers(bench.n_pairs, group)
     null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
     runs = bench.run(torch.cat((circuit.kept[None].cpu(), null)))
     overlap = float((null & circuit.kept.cpu()).sum() / (draws * max(circuit.n_edges, 1)))
-    seen = sum(mark in set(circuit.found_on) for mark in marks_of(bench.groups))
+    seen = sum(mark in set(circuit.found_on) for mark in bench.pairs.digests(bench.model))
     values, random = runs.per_pair[0], runs.per_pair[1:]
     return Faithfulness(
         circuit=circuit,
         per_pair=values,
-        model_per_pair=runs.model_per_pair,
+        base_per_pair=runs.base_per_pair,
         empty_per_pair=runs.empty_per_pair,
         random_per_pair=random,
         overlap=overlap,
-        group=number,
+        group=group_numbers(bench.n_pairs, bench.pairs.group),
         n_seen=seen,
     )
 

@@ -8,20 +8,21 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.plugins.circuits.carry import Carrier, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, check_draws, measured
-from hooklens.plugins.circuits.circuit_prompts import marks_of
-from hooklens.plugins.circuits.circuit_task import Task
-from hooklens.plugins.circuits.edge_attribution import demo_pairs, eap
+from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws, measured
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.matching import Matching, match, measure_matching
 from hooklens.plugins.circuits.roles import comparable, roles_of
-from hooklens.plugins.circuits.run import Bench, aligned_pairs
+from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.taxonomy import Taxonomy, classify_heads
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, halves, quantiles
+from hooklens.sweeps.replacement import Replacement, is_run
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -58,18 +59,14 @@ class CircuitTransfer(Result):
     n_different: dict[str, int]
 
     @property
-    def ablation(self) -> str:
+    def replacement(self) -> Replacement:
         """What edges outside a circuit, and nodes whose effect is measured, carried in either model."""
-        return self.mapped.ablation
+        return self.mapped.replacement
 
     @property
     def p(self) -> float:
         """How often a circuit on random heads is at least as faithful as the one on matched heads."""
         return self.mapped.p
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` nodes that the task needs most in the source, and who stands for them."""
-        return self.matching.table(k)
 
     def table(self, n: int | None = None) -> Table:
         """Faithfulness with its 95 % interval; for random circuits the median and the middle 90 %."""
@@ -103,7 +100,7 @@ class CircuitTransfer(Result):
         names = [*shown, *self.n_different]
         value, low, high = torch.tensor(rows, dtype=self.mapped.per_pair.dtype).nan_to_num().T
         known = all(x == x for row in rows for x in row)
-        title = f"Does the circuit transfer? ({self.ablation} ablation, {len(self.mapped.per_pair)} held-out pairs)"
+        title = f"Does the circuit transfer? ({self.replacement} ablation, {len(self.mapped.per_pair)} held-out pairs)"
         marks = {"the model": 1.0, "no edge": 0.0}
         ends = (low, high) if known else (None, None)
         return bars(value, ends[0], ends[1], names, title, y_title="faithfulness", marks=marks)
@@ -112,12 +109,12 @@ class CircuitTransfer(Result):
 def transfer_circuit(
     model: "HookedTransformer",
     circuit: Circuit,
-    task: Task,
+    task: PromptPairs,
     target: "HookedTransformer",
-    target_task: Task,
+    target_task: PromptPairs,
     *,
     taxonomies: tuple[Taxonomy, Taxonomy] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitTransfer:
     """Does a circuit of `model` exist in `target`: another checkpoint, another seed, another architecture?
@@ -142,22 +139,23 @@ def transfer_circuit(
     Analyses Are Consistent Across Training and Scale"; Merullo et al. (2023), "Circuit Component Reuse Across Tasks".
     """
     check_draws(draws)
+    task, target_task = as_pairs(model, task), as_pairs(target, target_task)
     carrier = _checked(model, circuit, task, target, target_task)
-    chosen, tested = (part.tolist() for part in halves(len(task), group=task.group, seed=seed))
-    mine, theirs = task.part(chosen), target_task.part(chosen)
+    chosen, tested = halves(len(task), group=task.group, seed=seed)
+    mine, theirs = task[chosen], target_task[chosen]
     found = (classify_heads(model, seed=seed), classify_heads(target, seed=seed)) if taxonomies is None else taxonomies
     evidence = comparable(*found)
     nodes = torch.isin(torch.arange(circuit.graph.n_sources), torch.tensor(carrier.nodes))
-    ours = roles_of(model, mine, evidence[0], ablation=circuit.ablation, nodes=nodes)
-    others = roles_of(target, theirs, evidence[1], ablation=circuit.ablation)
+    ours = roles_of(model, mine, evidence[0], value=circuit.replacement, nodes=nodes)
+    others = roles_of(target, theirs, evidence[1], value=circuit.replacement)
     places = match(carrier, ours, others)
     carried = _carried(circuit, carrier, places, target, theirs)
-    home = _at_home(model, circuit, task.part(tested), draws, seed)
+    home = _at_home(model, circuit, task[tested], draws, seed)
     nulls = [carrier.masks(draw(carrier, places, draws, seed=seed)) for draw in (random_maps, shuffled)]
     same_shape = circuit.graph.shape == carrier.target.shape
     circuits = [carried, _own(target, theirs, carried), *([circuit] if same_shape else [])]
-    by_role, own, *by_index = _beside(target, target_task.part(tested), circuits, nulls[0], home)
-    (in_layers,) = _beside(target, target_task.part(tested), [carried], nulls[1], home)
+    by_role, own, *by_index = _beside(target, target_task[tested], circuits, nulls[0], home)
+    (in_layers,) = _beside(target, target_task[tested], [carried], nulls[1], home)
     return CircuitTransfer(
         source=model.cfg.model_name,
         target=target.cfg.model_name,
@@ -174,7 +172,7 @@ def transfer_circuit(
     )
 
 
-def _checked(model, circuit: Circuit, task: Task, target, target_task: Task) -> Carrier:
+def _checked(model, circuit: Circuit, task: PromptPairs, target, target_task: PromptPairs) -> Carrier:
     """The circuit's edges, ready to be carried over, where the question can be asked at all."""
     circuit.check(model)
     carrier = Carrier(circuit, circuit_graph(target))
@@ -194,10 +192,9 @@ def _checked(model, circuit: Circuit, task: Task, target, target_task: Task) -> 
     return carrier
 
 
-def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: Task) -> Circuit:
+def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: PromptPairs) -> Circuit:
     """The circuit in the target's graph."""
     kept = carrier.masks(places[None])[0]
-    groups = aligned_pairs(target, task.clean, task.corrupted, task.metric, circuit.ablation)
     method = f"{circuit.method}; carried over from {circuit.model_name} by role"
     scores, name = carrier.scores(circuit, places), target.cfg.model_name
     return Circuit(
@@ -205,31 +202,29 @@ def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: T
         kept=kept,
         scores=scores,
         method=method,
-        ablation=circuit.ablation,
+        replacement=circuit.replacement,
         model_name=name,
         dropped=0,
-        found_on=marks_of(groups),
+        found_on=task.digests(target),
     )
 
 
-def _own(target, task: Task, carried: Circuit) -> Circuit:
+def _own(target, task: PromptPairs, carried: Circuit) -> Circuit:
     """A circuit of as many edges that the target itself shows."""
-    asked = target, task.clean, task.corrupted, task.metric
-    if carried.ablation == "corrupted":
-        return eap_ig_midpoint(*asked).greedy_edges(max(1, carried.n_edges))
-    return eap_ig_own_source(*asked, ablation=carried.ablation).greedy_edges(max(1, carried.n_edges))
+    if is_run(carried.replacement, "corrupted"):
+        return eap_ig_midpoint(target, task).greedy_edges(max(1, carried.n_edges))
+    return eap_ig_own_source(target, task, value=carried.replacement).greedy_edges(max(1, carried.n_edges))
 
 
-def _at_home(model, circuit: Circuit, task: Task, draws: int, seed: int) -> Faithfulness:
-    bench = Bench(model, task.clean, task.corrupted, task.metric, circuit.ablation, keep=True)
-    return measured(bench, circuit, task.group, draws, seed)
+def _at_home(model, circuit: Circuit, task: PromptPairs, draws: int, seed: int) -> Faithfulness:
+    return measured(Bench(model, task, circuit.replacement, keep=True), circuit, draws, seed)
 
 
 def _beside(
-    target, task: Task, circuits: list[Circuit], null: Bool[Tensor, "draw edge"], home: Faithfulness
+    target, task: PromptPairs, circuits: list[Circuit], null: Bool[Tensor, "draw edge"], home: Faithfulness
 ) -> list[Faithfulness]:
     """Circuits of the target, each beside the same random ones. The texts are those of `home`, seen or not."""
-    bench = Bench(target, task.clean, task.corrupted, task.metric, home.ablation, keep=True)
+    bench = Bench(target, task, home.replacement, keep=True)
     own = torch.stack([circuit.kept.cpu() for circuit in circuits])
     runs = bench.run(torch.cat((own, null)))
     random, found = runs.per_pair[len(own) :], []
@@ -238,7 +233,7 @@ def _beside(
         beside = Faithfulness(
             circuit=circuit,
             per_pair=values,
-            model_per_pair=runs.model_per_pair,
+            base_per_pair=runs.base_per_pair,
             empty_per_pair=runs.empty_per_pair,
             random_per_pair=random,
             overlap=overlap,
@@ -255,9 +250,8 @@ def _quantiles(values: Tensor) -> list[float]:
 
 def demo(model: "HookedTransformer") -> CircuitTransfer:
     """A few edges of a model, carried over to the same model; any model that reads tokens."""
-    clean, corrupted, metric = demo_pairs(model, 4)
-    task, chosen = Task(clean, corrupted, metric), halves(4)[0]
-    scores = eap(model, clean[chosen], corrupted[chosen], metric)
+    task = demo_pairs(model, 4)
+    scores = eap(model, task.split()[0])
     sizes = [2**i for i in range(2, 30) if 2**i < scores.graph.n_edges]
     circuits = (scores.greedy_edges(size) for size in (*sizes, scores.graph.n_edges))
     circuit = next(one for one in circuits if any("H" in name for name in one.nodes))

@@ -42,7 +42,7 @@ class Completeness(Result):
     complement_low: float
     complement_high: float
     complement_null: Float[Tensor, "draw"]
-    ablation: str
+    replacement: str
 
     @property
     def worst(self) -> float:
@@ -74,7 +74,7 @@ class Completeness(Result):
         sizes = torch.cat((self.sizes, torch.arange(1, len(self.greedy) + 1)))
         names = [*self.kinds, *(f"greedy, with {name}" for name in self.greedy_edges)]
         gaps = torch.cat((self.random, self.greedy))
-        title = f"Completeness: at most {self.worst:.2f} apart ({self.ablation} ablation)"
+        title = f"Completeness: at most {self.worst:.2f} apart ({self.replacement} ablation)"
         return scatter(sizes, gaps, names, title, x_title="edges in K", y_title="|m(C - K) - m(M - K)|, share")
 
 
@@ -113,7 +113,7 @@ def completeness_of(
         complement_low=low,
         complement_high=high,
         complement_null=shares[1:],
-        ablation=bench.ablation,
+        replacement=str(bench.replacement),
     )
 
 

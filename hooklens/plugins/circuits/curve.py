@@ -27,7 +27,7 @@ class FaithfulnessCurve(Result):
     random: Float[Tensor, "draw size"]
     n_edges: int
     method: str
-    ablation: str
+    replacement: str
     n_pairs: int
     n_seen: int
 
@@ -78,7 +78,7 @@ class FaithfulnessCurve(Result):
         bands = {"random circuits (5 to 95%)": (q[0], q[2])} | ({self.method: (self.low, self.high)} if known else {})
         areas = f"area {self.area:.2f}, random {self.random_area.mean():.2f}"
         seen = f"; {self.n_seen} of {self.n_pairs} pairs used to find it" if self.n_seen else ""
-        title = f"Faithfulness by size ({self.ablation} ablation): {areas}{seen}"
+        title = f"Faithfulness by size ({self.replacement} ablation): {areas}{seen}"
         drawn = lines(
             {self.method: self.values, "random circuits (5 to 95%)": q[1]},
             self.sizes,
@@ -91,11 +91,9 @@ class FaithfulnessCurve(Result):
         return drawn.update_xaxes(type="log")
 
 
-def curve_of(
-    bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], group: Int[Tensor, "pair"] | None, draws: int
-) -> FaithfulnessCurve:
+def curve_of(bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], draws: int) -> FaithfulnessCurve:
     """The curve of circuits that were cut from scores, the smallest first."""
-    found = [measured(bench, circuit, group, draws, seed=i) for i, circuit in enumerate(circuits)]
+    found = [measured(bench, circuit, draws, seed=i) for i, circuit in enumerate(circuits)]
     ends = torch.tensor([one.interval() for one in found])
     values = torch.stack([one.share(one.per_pair[None])[0] for one in found]).cpu()
     return FaithfulnessCurve(
@@ -106,7 +104,7 @@ def curve_of(
         random=torch.stack([one.random for one in found], 1).cpu(),
         n_edges=scores.graph.n_edges,
         method=scores.method,
-        ablation=scores.ablation,
+        replacement=str(scores.replacement),
         n_pairs=bench.n_pairs,
         n_seen=found[0].n_seen,
     )

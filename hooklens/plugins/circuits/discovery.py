@@ -10,14 +10,15 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import progress
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_prompts import marks_of
-from hooklens.plugins.circuits.edge_attribution import demo_pairs
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.replacement import Value
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -33,24 +34,22 @@ class Discovery(Result):
     tried, because by then nothing that it could change led to the logits.
     """
 
+    ranked_by = "what losing the unit would cost"
+
     circuit: Circuit
     units: list[str]
     drop: Float[Tensor, "unit"]
     removed: Bool[Tensor, "unit"]
     threshold: float
-    metric_of_model: float
+    base: float
     metric_of_circuit: float
-    metric_of_nothing: float
+    empty: float
     n_runs: int
 
     @property
     def kept(self) -> list[str]:
         """The units that stayed, in the order in which they were tried."""
         return [unit for unit, gone in zip(self.units, self.removed.tolist(), strict=True) if not gone]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` kept units whose loss would have cost most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The kept units by what their loss would have cost."""
@@ -65,12 +64,12 @@ class Discovery(Result):
 
 def acdc(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     threshold: float,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
 ) -> Discovery:
     """Which edges can be cut one after another, each at the cost of less than `threshold`? Exact, from the logits down.
 
@@ -79,7 +78,7 @@ def acdc(
     it is cut too. With `hl.kl(model, clean)` as metric this is the divergence of the paper.
 
     >>> from hooklens.testing import or_gate
-    >>> found = acdc(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], threshold=0.1, ablation="zero")
+    >>> found = acdc(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], threshold=0.1, value="zero")
     >>> found.kept                               # one of the two heads: either is enough
     ['MLP0->logits', 'L0H0->MLP0']
 
@@ -88,7 +87,7 @@ def acdc(
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
     """
-    bench = Bench(model, clean, corrupted, metric, ablation, keep=True)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     units = torch.arange(bench.graph.n_edges)
     stages = [list(stage) for stage in _by_receiver(bench.graph)]
     return _discover(bench, _Units(units, stages, [bench.graph.name(e) for e in units.tolist()], "ACDC"), threshold)
@@ -96,23 +95,23 @@ def acdc(
 
 def acdc_nodes(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     threshold: float,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
 ) -> Discovery:
     """Which whole nodes can be cut one after another, the last first? A cut node hands everyone its ablated output.
 
     >>> from hooklens.testing import or_gate
     >>> logit = lambda logits: logits[:, -1, 1]
-    >>> acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept
+    >>> acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, value="zero").kept
     ['MLP0', 'L0H0']
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1, on nodes.
     """
-    bench = Bench(model, clean, corrupted, metric, ablation, keep=True)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
     order = [list(range(graph.n_sources))[::-1]]
     return _discover(bench, _Units(graph.ends[0], order, graph.source_names, "ACDC over nodes"), threshold)
@@ -195,7 +194,7 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
     order = torch.tensor([unit for stage in units.stages for unit in stage])
     graph, name = bench.graph, f"{units.method}, threshold {threshold:g}"
     # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
-    tidy = graph.on_a_path(walk.kept[None], rooted=bench.ablation == "corrupted")[0]
+    tidy = graph.on_a_path(walk.kept[None], rooted=bench.replacement.from_runs)[0]
     scores = torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0)
     dropped, of_model = int(walk.kept.sum() - tidy.sum()), bench.model.cfg.model_name
     circuit = Circuit(
@@ -203,10 +202,10 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
         kept=tidy,
         scores=scores,
         method=name,
-        ablation=bench.ablation,
+        replacement=bench.replacement,
         model_name=of_model,
         dropped=dropped,
-        found_on=marks_of(bench.groups),
+        found_on=bench.pairs.digests(bench.model),
     )
     return Discovery(
         circuit=circuit,
@@ -214,16 +213,17 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
         drop=walk.drop[order],
         removed=walk.removed[order],
         threshold=float(threshold),
-        metric_of_model=walk.whole,
+        base=walk.whole,
         metric_of_circuit=walk.value,
-        metric_of_nothing=walk.empty,
+        empty=walk.empty,
         n_runs=walk.n_runs,
     )
 
 
 def demo(model: "HookedTransformer") -> Discovery:
     """Whole nodes of a short prompt pair, at a threshold of a tenth of the difference; any model."""
-    clean, corrupted, metric = demo_pairs(model, 1)
+    pairs = demo_pairs(model)
+    metric = pairs.metric_of(model)
     with torch.no_grad():
-        gap = float((metric(model(clean)) - metric(model(corrupted))).mean())
-    return acdc_nodes(model, clean, corrupted, metric, threshold=max(abs(gap) / 10, 1e-6))
+        gap = float((metric(model(pairs.clean)) - metric(model(pairs.corrupted))).mean())
+    return acdc_nodes(model, pairs, threshold=max(abs(gap) / 10, 1e-6))

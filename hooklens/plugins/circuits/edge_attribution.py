@@ -10,11 +10,10 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.core.progress_bar import Advance, progress, within
-from hooklens.data import demo_prompts
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts
-from hooklens.metrics import LogitDiff, logit_diff
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_prompts import marks_of
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.gradient_pass import (
     differentiable_values,
@@ -25,9 +24,10 @@ from hooklens.plugins.circuits.gradient_pass import (
     trace,
 )
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.node_runs import Run, ablated_run, check_ablation, embedded, refuse
+from hooklens.plugins.circuits.node_runs import Run, ablated_runs, embedded, refuse
 from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Value, as_replacement
 from hooklens.sweeps.settings import current
 
 if TYPE_CHECKING:
@@ -38,7 +38,12 @@ Scored = tuple[Float[Tensor, "pair edge"], Float[Tensor, "pair"]]
 
 
 def eap(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, ablation: str = "corrupted"
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    value: Value = "corrupted",
 ) -> EdgeScores:
     """How much would the metric fall if one edge carried the ablated run? A linear estimate for every edge at once.
 
@@ -54,9 +59,8 @@ def eap(
     Reference: Syed et al. (2023), "Attribution Patching Outperforms Automated Circuit Discovery", equation 2; Nanda
     (2023), "Attribution Patching".
     """
-    return scored(
-        model, clean, corrupted=corrupted, metric=metric, ablation=ablation, name="EAP", one_batch=_clean_gradient
-    )
+    pairs = as_pairs(model, clean, corrupted, metric)
+    return scored(model, pairs, value=value, name="EAP", one_batch=_clean_gradient)
 
 
 def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
@@ -68,26 +72,21 @@ def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, abla
 
 
 def scored(
-    model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
-    ablation: str,
-    name: str,
-    one_batch: Callable[..., Scored],
+    model: "HookedTransformer", pairs: PromptPairs, value: Value, name: str, one_batch: Callable[..., Scored]
 ) -> EdgeScores:
     """The scores that a method finds, batch by batch."""
     need_gradients(name)
     refuse(model)
-    check_ablation(ablation)
-    graph = circuit_graph(model)
-    groups = aligned_pairs(model, clean, corrupted, metric, ablation)
-    n = sum(len(group.index) for group in groups)
+    graph, replacement = circuit_graph(model), as_replacement(value)
+    groups = aligned_pairs(model, pairs, replacement)
+    n = len(pairs)
     parts: list[tuple[Tensor, ...]] = []
     with progress(name, n, unit="pairs") as advance:
-        for group in groups:
+        with torch.no_grad():
+            ablated = list(ablated_runs(model, graph, groups, replacement))
+        for group, of_rows in ablated:
             parts += _batches(
-                model, graph, group=group, metric=metric, ablation=ablation, one_batch=one_batch, advance=advance
+                model, graph, group=group, metric=pairs.metric, ablated_of=of_rows, one_batch=one_batch, advance=advance
             )
     whole, empty = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     total, squares = (torch.stack([part[i] for part in parts]).sum(0) for i in (2, 3))
@@ -99,13 +98,13 @@ def scored(
         graph=graph,
         scores=mean,
         std_error=(spread / n).sqrt(),
-        clean=float(whole.mean()),
-        ablated=float(empty.mean()),
+        base=float(whole.mean()),
+        empty=float(empty.mean()),
         n_pairs=n,
         method=name,
-        ablation=ablation,
+        replacement=replacement,
         model_name=model.cfg.model_name,
-        found_on=marks_of(groups),
+        found_on=pairs.digests(model),
     )
 
 
@@ -114,21 +113,17 @@ def _batches(
     graph: CircuitGraph,
     group: Pairs,
     metric: Any,
-    ablation: str,
+    ablated_of: Callable[[slice], Run],
     one_batch: Callable[..., Scored],
     advance: Advance,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of every batch: the metric of the model and of the ablated run, the sum of scores and of their squares."""
     metric, n = group.of(metric), len(group.index)
     at_once = pairs_at_once(model, graph, group.clean.shape[1], current().memory) if reads_of(metric) else n
-    shared = None
-    if ablation != "corrupted":
-        with torch.no_grad():
-            shared = ablated_run(model, graph, group.corrupted, ablation)
     for rows in chunks(n, at_once):
         clean, here = group.clean[rows], of_pairs(metric, rows, n)
         with torch.no_grad():
-            ablated = shared or ablated_run(model, graph, group.corrupted[rows], ablation)
+            ablated = ablated_of(rows)
             empty = Reader(model, here, ablated.streams[-1].expand(len(clean), -1, -1)).base
         with torch.enable_grad(), within(advance, len(clean), 1):  # methods of several steps tell which share is done
             found, base = one_batch(model, graph, here, clean, ablated)
@@ -137,27 +132,12 @@ def _batches(
 
 def demo(model: "HookedTransformer") -> EdgeScores:
     """Every edge's score on two short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, metric = demo_pairs(model)
-    return eap(model, clean, corrupted, metric)
+    return eap(model, demo_pairs(model, 2))
 
 
-def demo_circuit(model: "HookedTransformer", clean: Tensor, corrupted: Tensor, metric: Any) -> Circuit:
+def demo_circuit(model: "HookedTransformer", pairs: PromptPairs) -> Circuit:
     """The smallest circuit, of 4, 8, 16, ... edges, that reaches from the embedding to the logits."""
-    scores = eap(model, clean, corrupted, metric)
+    scores = eap(model, pairs)
     sizes = [2**i for i in range(2, 30) if 2**i < scores.graph.n_edges]
     circuits = (scores.greedy_edges(size) for size in (*sizes, scores.graph.n_edges))
     return next(circuit for circuit in circuits if circuit.n_edges)
-
-
-def demo_pairs(model: "HookedTransformer", n: int = 2) -> tuple[Tensor, Tensor, LogitDiff]:
-    """Pairs that differ in one token, and the two logits between which the model itself then decides most."""
-    if model.tokenizer is not None:
-        clean, corrupted, *_ = demo_prompts.demo_pairs(model, n)
-    else:
-        n_pos, words, row = min(6, model.cfg.n_ctx), model.cfg.d_vocab, torch.arange(n, device=model.device)[:, None]
-        clean = (torch.arange(n_pos, device=model.device) + 3 * row + 1) % words
-        corrupted = clean.clone()
-        corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % words
-    with torch.no_grad():
-        gap = model(clean, logits_at=-1)[:, 0].mean(0) - model(corrupted, logits_at=-1)[:, 0].mean(0)
-    return clean, corrupted, logit_diff(model, answer=int(gap.argmax()), wrong_answer=int(gap.argmin()))

@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.replacement import Replacement
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +24,16 @@ class EdgeScores(Result):
     evaluation can say whether its prompts are new.
     """
 
+    ranked_by = "score"
+
     graph: CircuitGraph
     scores: Float[Tensor, "edge"]
     std_error: Float[Tensor, "edge"]
-    clean: float
-    ablated: float
+    base: float
+    empty: float
     n_pairs: int
     method: str
-    ablation: str
+    replacement: Replacement
     model_name: str
     found_on: list[str]
 
@@ -87,7 +91,7 @@ class EdgeScores(Result):
         return self._circuit(self.graph.mask(order[:fits]), how)
 
     def _tidy(self, kept: Tensor) -> Tensor:
-        return self.graph.on_a_path(kept[None].cpu(), rooted=self.ablation == "corrupted")[0]
+        return self.graph.on_a_path(kept[None].cpu(), rooted=self.replacement.from_runs)[0]
 
     def _circuit(self, kept: Tensor, how: str) -> Circuit:
         tidy = self._tidy(kept)
@@ -96,17 +100,13 @@ class EdgeScores(Result):
             kept=tidy,
             scores=torch.where(tidy, self.scores.cpu(), 0.0),
             method=f"{self.method}, {how}",
-            ablation=self.ablation,
+            replacement=self.replacement,
             model_name=self.model_name,
             dropped=int(kept.sum()) - int(tidy.sum()),
             found_on=self.found_on,
         )
 
     # -- reading
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges of the largest scores."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """Edges by score, whatever its sign."""
@@ -121,8 +121,8 @@ class EdgeScores(Result):
         wide = graph.n_heads + graph.mlp
         nodes = self.node_scores[1:].view(graph.n_layers, wide)
         columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
-        rows = [f"L{i}" for i in range(graph.n_layers)]
-        title = f"{self.method}: score of each node ({self.ablation} ablation), the sum over its edges"
+        rows = layer_names(graph.n_layers)
+        title = f"{self.method}: score of each node ({self.replacement} ablation), the sum over its edges"
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="score")
 
 

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, check_draws, measured
+from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.completeness import Completeness, completeness_of
-from hooklens.plugins.circuits.edge_attribution import demo_circuit, demo_pairs
+from hooklens.plugins.circuits.edge_attribution import demo_circuit
 from hooklens.plugins.circuits.minimality import Minimality, minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench
@@ -60,12 +62,12 @@ class CircuitEvaluation(Result):
 def evaluate_circuit(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitEvaluation:
     """Does the circuit do what the model does, does it hold all of it, and does it need every edge?
@@ -89,12 +91,12 @@ def evaluate_circuit(
     circuit.check(model)
     if not circuit.n_edges:
         raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")
-    bench = Bench(model, clean, corrupted, metric, circuit.ablation, keep=True)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), circuit.replacement, keep=True)
     with torch.no_grad(), packed_linears(rows=512):
-        faithful = measured(bench, circuit, group, draws, seed)
+        faithful = measured(bench, circuit, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
         draw = seeded(seed)
-        unit = faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()
+        unit = faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()
         unit = unit.abs() if faithful.defined else torch.full_like(unit, torch.nan)
         complete = completeness_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
         minimal = minimality_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
@@ -103,6 +105,5 @@ def evaluate_circuit(
 
 def demo(model: "HookedTransformer") -> CircuitEvaluation:
     """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
-    clean, corrupted, metric = demo_pairs(model, 4)
-    circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
-    return evaluate_circuit(model, circuit, clean[2:], corrupted[2:], metric)
+    pairs = demo_pairs(model, 4)
+    return evaluate_circuit(model, demo_circuit(model, pairs[:2]), pairs[2:])

@@ -7,11 +7,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, check_draws, measured
+from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
-from hooklens.plugins.circuits.edge_attribution import demo_circuit, demo_pairs
+from hooklens.plugins.circuits.edge_attribution import demo_circuit
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.run import Bench
 
@@ -24,12 +26,12 @@ _SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 def measure_faithfulness(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> Faithfulness:
     """How much of what the model does is left when only the circuit's edges are live, and how much would be by chance?
@@ -39,7 +41,7 @@ def measure_faithfulness(
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
-    >>> found.random.shape, 0 < found.p <= 1, found.ablation
+    >>> found.random.shape, 0 < found.p <= 1, str(found.replacement)
     (torch.Size([100]), True, 'corrupted')
 
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 4; Hanna et al. (2024), "Have Faith in
@@ -47,20 +49,20 @@ def measure_faithfulness(
     """
     check_draws(draws)
     circuit.check(model)
-    bench = Bench(model, clean, corrupted, metric, circuit.ablation, keep=True)
-    return measured(bench, circuit, group, draws, seed)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), circuit.replacement, keep=True)
+    return measured(bench, circuit, draws, seed)
 
 
 def trace_faithfulness(
     model: "HookedTransformer",
     scores: EdgeScores,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     sizes: Sequence[int] | None = None,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 100,
+    draws: int = LEAST_DRAWS,
 ) -> FaithfulnessCurve:
     """How does faithfulness grow with the number of edges that the scores let in, and what would chance give?
 
@@ -77,12 +79,11 @@ def trace_faithfulness(
             f"no circuit of at most {max(wanted)} edges reaches from the embedding to the logits; take larger sizes"
         )
     circuits[next(iter(circuits))].check(model)
-    bench = Bench(model, clean, corrupted, metric, scores.ablation, keep=True)
-    return curve_of(bench, scores, [circuits[n] for n in sorted(circuits)], group, draws)
+    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), scores.replacement, keep=True)
+    return curve_of(bench, scores, [circuits[n] for n in sorted(circuits)], draws)
 
 
 def demo(model: "HookedTransformer") -> Faithfulness:
     """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
-    clean, corrupted, metric = demo_pairs(model, 4)
-    circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
-    return measure_faithfulness(model, circuit, clean[2:], corrupted[2:], metric)
+    pairs = demo_pairs(model, 4)
+    return measure_faithfulness(model, demo_circuit(model, pairs[:2]), pairs[2:])

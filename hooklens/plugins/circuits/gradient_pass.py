@@ -117,7 +117,7 @@ def _through(
 
 def _through_norm(block: Any, x: Stream, grad: Tensor) -> Float[Tensor, "pair receiver pos d_model"]:
     """Every receiver has the norm on its own path: the same stream, a gradient of its own."""
-    if block.ln1 is None:
+    if block.reads_through("attn").norm is None:
         return grad
     with torch.enable_grad():
         copies = x[:, None].expand_as(grad).detach().requires_grad_()

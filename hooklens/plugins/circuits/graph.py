@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.results.result import Result, Table
 
@@ -113,20 +114,22 @@ class CircuitGraph(Result):
 
     @cached_property
     def source_names(self) -> list[str]:
-        layers = range(self.n_layers)
-        one = [[*(f"L{i}H{h}" for h in range(self.n_heads)), *([f"MLP{i}"] if self.mlp else [])] for i in layers]
-        return ["embed", *(name for names in one for name in names)]
+        found = ["embed"]
+        for layer in range(self.n_layers):
+            found += [head_name(layer, head) for head in range(self.n_heads)]
+            found += [Component("mlp", layer).name] if self.mlp else []
+        return found
 
     @cached_property
     def receiver_names(self) -> list[str]:
         found: list[str] = []
         for slot in self.slots:
             if slot.kind != "attn":
-                found.append("logits" if slot.kind == "logits" else f"MLP{slot.layer}")
+                found.append("logits" if slot.kind == "logits" else Component("mlp", slot.layer).name)
                 continue
-            keyed = "H" if self.group == 1 else "G"
-            found += [f"L{slot.layer}H{h}.q" for h in range(self.n_heads)]
-            found += [f"L{slot.layer}{keyed}{h}.{which}" for which in "kv" for h in range(self.n_kv_heads)]
+            for part, n in (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads)):
+                shared = part != "q" and self.group > 1
+                found += [Component(part, slot.layer, head, keyed=shared).name for head in range(n)]
         return found
 
     @cached_property
@@ -181,7 +184,7 @@ class CircuitGraph(Result):
     def live(self, kept: Mask) -> Bool[Tensor, "mask source"]:
         """Which nodes a path of kept edges reaches from the embedding.
 
-        The heads of a sandwich block also reach each other, by the norm that scales their sum.
+        Heads behind which a norm stands also reach each other: it scales their sum.
         """
         live = torch.zeros(len(kept), self.n_sources, dtype=torch.bool, device=kept.device)
         live[:, 0] = True
@@ -195,7 +198,7 @@ class CircuitGraph(Result):
         return live
 
     def useful(self, kept: Mask) -> Bool[Tensor, "mask source"]:
-        """From which nodes a path of kept edges, or in a sandwich block the norm they share, leads to the logits."""
+        """From which nodes a path of kept edges, or the norm that a layer's heads share, leads to the logits."""
         useful = self.block(kept, self.slots[-1])[:, 0].clone()
         for slot in self.slots[-2::-1]:
             if slot.kind == "attn" and self.shared_scale:
@@ -277,23 +280,20 @@ def circuit_graph(model: "HookedTransformer") -> CircuitGraph:
     >>> graph.n_edges, graph.name(22)
     (23, 'MLP0->logits')
 
-    In parallel blocks a layer's MLP does not read its heads. In sandwich blocks a head's output is its share of
-    `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of W_O in equal parts); that one
-    scale is shared by the layer's heads and is no edge.
+    In parallel blocks a layer's MLP does not read its heads. Where a norm stands behind attention (sandwich blocks), a
+    head's output is its share of `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of
+    W_O in equal parts); that one scale is shared by the layer's heads and is no edge.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 2 and appendix.
     """
-    cfg = model.cfg
-    if cfg.block == "post":
-        raise InputError(
-            "a circuit's edges need a residual stream that is the sum of what nodes add to it; this model's post-norm "
-            "blocks normalise the stream itself, so that no reader sees a sum; activation patching of z works there"
-        )
+    cfg, block = model.cfg, model.blocks[0]
+    block.need_sum("a graph of edges")
+    block.need_steps("a graph of edges")
     return CircuitGraph(
         cfg.n_layers,
         cfg.n_heads,
         cfg.n_key_value_heads,
         mlp=not cfg.attn_only,
-        parallel=cfg.block == "parallel",
-        shared_scale=cfg.block == "sandwich",
+        parallel=not block.mlp_reads_attn,
+        shared_scale=bool(block.writes_through("attn").scales),
     )

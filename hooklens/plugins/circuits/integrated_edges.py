@@ -9,20 +9,28 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import step
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
-from hooklens.plugins.circuits.edge_attribution import Scored, demo_pairs, scored
+from hooklens.plugins.circuits.edge_attribution import Scored, scored
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.gradient_pass import differentiable_values, edge_gradients, edge_scores, trace
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.node_runs import Run, observe
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.replacement import Value
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 
 def eap_ig(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, steps: int = 10
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    steps: int = 10,
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over inputs between the corrupted and the clean prompt's embedding.
 
@@ -39,13 +47,17 @@ def eap_ig(
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 and its code (EAP-IG over inputs).
     """
     whole("steps", steps, 1)
-    return _of_inputs(
-        model, clean, corrupted=corrupted, metric=metric, name="EAP-IG", shares=[k / steps for k in range(steps)]
-    )
+    pairs = as_pairs(model, clean, corrupted, metric)
+    return _of_inputs(model, pairs, name="EAP-IG", shares=[k / steps for k in range(steps)])
 
 
 def eap_ig_midpoint(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, *, steps: int = 10
+    model: "HookedTransformer",
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    steps: int = 10,
 ) -> EdgeScores:
     """The integral of `eap_ig` by the midpoint rule: a quarter of the error at twice the steps, in place of half.
 
@@ -58,27 +70,18 @@ def eap_ig_midpoint(
     the middle of each.
     """
     whole("steps", steps, 1)
-    return _of_inputs(
-        model, clean, corrupted=corrupted, metric=metric, name="EAP-IG at midpoints", shares=_middles(steps)
-    )
+    pairs = as_pairs(model, clean, corrupted, metric)
+    return _of_inputs(model, pairs, name="EAP-IG at midpoints", shares=_middles(steps))
 
 
-def _of_inputs(model, clean: Prompts, corrupted: Prompts | None, metric: Any, name: str, shares: list[float]):
-    if corrupted is None:
+def _of_inputs(model, pairs: PromptPairs, name: str, shares: list[float]) -> EdgeScores:
+    if pairs.corrupted is None:
         raise InputError(
             "integrated gradients over inputs need the corrupted prompts at which they begin; "
-            "eap_ig_activations(..., ablation='zero') does without"
+            "eap_ig_activations(..., value='zero') does without"
         )
     name = f"{name}, {len(shares)} steps"
-    return scored(
-        model,
-        clean,
-        corrupted=corrupted,
-        metric=metric,
-        ablation="corrupted",
-        name=name,
-        one_batch=partial(_over_inputs, shares),
-    )
+    return scored(model, pairs, value="corrupted", name=name, one_batch=partial(_over_inputs, shares))
 
 
 def _over_inputs(shares: list[float], model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
@@ -97,11 +100,11 @@ def _over_inputs(shares: list[float], model, graph: CircuitGraph, metric: Any, c
 
 def eap_ig_activations(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     steps: int = 10,
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over runs in which one group of nodes is between ablated and clean.
@@ -113,11 +116,11 @@ def eap_ig_activations(
 
     >>> from hooklens.testing import or_gate
     >>> metric = lambda logits: logits[:, -1, 1]
-    >>> scores = eap_ig_activations(or_gate(), [[0]], None, metric, ablation="zero", steps=5)
+    >>> scores = eap_ig_activations(or_gate(), [[0]], None, metric, value="zero", steps=5)
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]     # heads: open at 2 of 5 steps, 1 of 3 groups
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.1333), ('L0H1->MLP0', 0.1333)]
 
-    That works with every ablation. `eap_ig_own_source` scores an edge in the runs of its own source alone.
+    That works whatever ablated edges carry. `eap_ig_own_source` scores an edge in the runs of its own source alone.
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """
@@ -125,10 +128,8 @@ def eap_ig_activations(
     name, shares = f"EAP-IG over activations, {steps} steps", [(k + 1) / steps for k in range(steps)]
     return scored(
         model,
-        clean,
-        corrupted=corrupted,
-        metric=metric,
-        ablation=ablation,
+        as_pairs(model, clean, corrupted, metric),
+        value=value,
         name=name,
         one_batch=partial(_over_activations, shares, False),
     )
@@ -136,11 +137,11 @@ def eap_ig_activations(
 
 def eap_ig_own_source(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     steps: int = 10,
 ) -> EdgeScores:
     """Edge attribution with each edge's gradient averaged between its own source's ablated and clean outputs.
@@ -150,7 +151,7 @@ def eap_ig_own_source(
     such group add up to what ablating them does.
 
     >>> from hooklens.testing import or_gate
-    >>> scores = eap_ig_own_source(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero")
+    >>> scores = eap_ig_own_source(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], value="zero")
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.5), ('L0H1->MLP0', 0.5)]
 
@@ -161,10 +162,8 @@ def eap_ig_own_source(
     name = f"EAP-IG over each edge's own source, {steps} steps"
     return scored(
         model,
-        clean,
-        corrupted=corrupted,
-        metric=metric,
-        ablation=ablation,
+        as_pairs(model, clean, corrupted, metric),
+        value=value,
         name=name,
         one_batch=partial(_over_activations, _middles(steps), True),
     )
@@ -209,5 +208,4 @@ def _middles(steps: int) -> list[float]:
 
 def demo(model: "HookedTransformer") -> EdgeScores:
     """Every edge's score on two short prompt pairs; token numbers where the model has no tokenizer."""
-    clean, corrupted, metric = demo_pairs(model)
-    return eap_ig(model, clean, corrupted, metric, steps=4)
+    return eap_ig(model, demo_pairs(model, 2), steps=4)

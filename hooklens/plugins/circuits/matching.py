@@ -28,6 +28,8 @@ class Matching(Result):
     are the circuit's edges that the target has no counterpart for, whole or for one of the heads that read them.
     """
 
+    ranked_by = "how much the task needs the node in the source"
+
     source: list[str]
     source_label: list[str]
     source_effect: Float[Tensor, "node"]
@@ -52,10 +54,6 @@ class Matching(Result):
     def labelled(self) -> int:
         """How many of the circuit's heads have a label at all: the others are matched by effect alone."""
         return sum(label not in ("MLP", UNLABELLED) for label in self.source_label)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` nodes that the task needs most in the source."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a node of the circuit, the largest effect in the source first."""

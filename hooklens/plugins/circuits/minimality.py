@@ -33,6 +33,8 @@ class Minimality(Result):
     Benjamini-Hochberg values over the circuit's edges of being worth more than those.
     """
 
+    ranked_by = "what the edge is worth"
+
     edges: list[str]
     effect: Float[Tensor, "edge"]
     low: Float[Tensor, "edge"]
@@ -40,7 +42,7 @@ class Minimality(Result):
     alone: Float[Tensor, "edge"]
     given: list[str]
     null: Float[Tensor, "draw cut"]
-    ablation: str
+    replacement: str
 
     @property
     def p(self) -> Float[Tensor, "edge"]:
@@ -74,10 +76,6 @@ class Minimality(Result):
             return None
         return [name for name, a, b in zip(self.edges, self.low, self.high, strict=True) if a <= 0 <= b]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges that are worth most."""
-        return self.table(k)
-
     def table(self, n: int | None = 20) -> Table:
         """One row an edge."""
         order = self.effect.abs().argsort(descending=True, stable=True).tolist()
@@ -92,7 +90,7 @@ class Minimality(Result):
         order = self.effect.abs().argsort(descending=True, stable=True)[:40].tolist()
         known = bool(self.low.isfinite().all())
         low, high = (self.low[order], self.high[order]) if known else (None, None)
-        title = f"Minimality: what each edge is worth ({self.ablation} ablation)"
+        title = f"Minimality: what each edge is worth ({self.replacement} ablation)"
         names = [self.edges[i] for i in order]
         return bars(self.effect[order], low, high, names, title, y_title="share of the difference")
 
@@ -122,7 +120,7 @@ def minimality_of(
         alone=worth[:, 0].mean(1).cpu(),
         given=[names[i] for i in best.tolist()],
         null=by_chance.abs().cpu(),
-        ablation=bench.ablation,
+        replacement=str(bench.replacement),
     )
 
 

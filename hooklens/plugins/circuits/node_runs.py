@@ -1,5 +1,6 @@
-"""What every node writes in a run, and the three runs that ablated edges can carry."""
+"""What every node writes in a run, and the runs that ablated edges carry."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,17 +8,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.errors import InputError
+from hooklens.data.prompts import Pairs
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.sweeps.naive import why_plain
+from hooklens.sweeps.replacement import Replacement, Target, Written, activations_of, are_tokens, targets_of
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-#: What a cut edge carries: the corrupted run's value, nothing, or the mean over the corrupted prompts.
-ABLATIONS = ("corrupted", "zero", "mean")
 Keyed = Float[Tensor, "pair pos kv_head d_head"]
 
 
@@ -25,12 +26,20 @@ Keyed = Float[Tensor, "pair pos kv_head d_head"]
 class Run:
     """One run seen from the graph: what the wanted nodes wrote, and the stream that each group of receivers read.
 
-    `past` holds keys (turned by position) and values, where positions before the first difference can be reused.
+    `tokens` and `past`, keys (turned by position) and values, are those of a run of the model: positions before its
+    first difference can be reused.
     """
 
     nodes: Float[Tensor, "source pair pos d_model"]
     streams: list[Float[Tensor, "pair pos d_model"]]
     past: list[tuple[Keyed, Keyed]]
+    tokens: Int[Tensor, "pair pos"] | None = None
+
+    def part(self, rows: slice) -> "Run":
+        """The same of some pairs; one row serves all."""
+        if self.nodes.shape[1] == 1:
+            return self
+        return Run(self.nodes[:, rows], [stream[rows] for stream in self.streams], [])
 
 
 def refuse(model: "HookedTransformer") -> None:
@@ -41,11 +50,6 @@ def refuse(model: "HookedTransformer") -> None:
             f"a circuit needs the model's own forward pass, but {why}; leave the `with` block, remove the hooks, or "
             "call model.eval() first"
         )
-
-
-def check_ablation(ablation: str) -> None:
-    if ablation not in ABLATIONS:
-        raise did_you_mean("ablation", ablation, ABLATIONS)
 
 
 def embedded(model: "HookedTransformer", tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
@@ -87,15 +91,15 @@ def observe(
             nodes.append(wrote[None])
         x = mid + wrote
     written = torch.cat(nodes) if nodes else x.new_zeros(0, *x.shape)
-    return Run(written, [*streams, x], past)
+    return Run(written, [*streams, x], past, tokens)
 
 
 def head_outputs(
     block: Any, z: Float[Tensor, "pair pos head d_head"], heads: Int[Tensor, "chosen"]
 ) -> Float[Tensor, "chosen pair pos d_model"]:
-    """What each chosen head adds to the stream; b_O is nobody's, but in sandwich blocks a norm mixes it in."""
-    attn, norm = block.attn, block.ln1_post
-    if norm is None:
+    """What each chosen head adds to the stream; b_O is nobody's, but a norm behind attention mixes it in."""
+    attn, passage = block.attn, block.writes_through("attn")
+    if passage.open:
         if is_plain(attn.o):
             some = len(heads) < attn.n_heads
             return torch.einsum("bphd,hdm->hbpm", *((z[:, :, heads], attn.W_O[heads]) if some else (z, attn.W_O)))
@@ -103,8 +107,7 @@ def head_outputs(
     raw = attn.o(z.flatten(2))
     each = attn.results(z)
     share = each + ((raw - each.sum(2)) / attn.n_heads)[:, :, None]
-    wide = raw.to(torch.promote_types(raw.dtype, torch.float32))
-    return norm.linearised(share, norm.rms(norm.centred(wide))[:, :, None])[:, :, heads].permute(2, 0, 1, 3).to(raw)
+    return passage.scaled_as(share, raw[:, :, None])[:, :, heads].permute(2, 0, 1, 3).to(raw)
 
 
 def mlp_output(block: Any, read: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair pos d_model"]:
@@ -113,56 +116,76 @@ def mlp_output(block: Any, read: Float[Tensor, "pair pos d_model"]) -> Float[Ten
 
 
 def attn_constant(block: Any) -> Float[Tensor, "1 1 d_model"]:
-    """What attention adds that no head wrote: b_O, or the bias of a sandwich block's norm."""
-    attn, norm = block.attn, block.ln1_post
-    nothing = attn.o.weight.new_zeros(1, 1, attn.n_heads * attn.d_head) if is_plain(attn.o) else None
-    if norm is not None:
-        return torch.zeros(1, 1, norm.width) if norm.bias is None else norm.bias[None, None]
-    if nothing is None:
-        probe = next(attn.o.parameters())
-        nothing = probe.new_zeros(1, 1, attn.n_heads * attn.d_head)
-    return attn.o(nothing)
+    """What attention adds that no head wrote: b_O, or the bias of a norm behind it."""
+    attn, passage = block.attn, block.writes_through("attn")
+    written = attn.o(next(attn.o.parameters()).new_zeros(1, 1, attn.n_heads * attn.d_head))
+    return written if passage.open else passage.bias(written).expand_as(written)
 
 
-def ablated_run(
+def node_points(graph: CircuitGraph) -> list[str]:
+    """The hook points that hold what nodes write: the embedding, every layer's heads, every MLP.
+
+    In sandwich blocks a head writes its share of what the norm makes of all heads, not the result itself.
+    """
+    parts = ["attn.hook_result", *(["hook_mlp_out"] if graph.mlp else [])]
+    return ["blocks.0.hook_resid_pre", *(f"blocks.{i}.{part}" for i in range(graph.n_layers) for part in parts)]
+
+
+def ablated_runs(
     model: "HookedTransformer",
     graph: CircuitGraph,
-    tokens: Int[Tensor, "pair pos"],
-    ablation: str,
+    groups: Sequence[Pairs],
+    replacement: Replacement,
     wanted: Bool[Tensor, "source"] | None = None,
-) -> Run:
-    """The run whose values ablated edges carry. For "zero" and "mean" it has one row, which serves every pair."""
-    if ablation == "corrupted":
-        return observe(model, graph, tokens, wanted)
-    if ablation == "mean":
-        return _mean_run(model, graph, tokens, wanted)
-    x = embedded(model, tokens[:1])
-    stream, streams = torch.zeros_like(x), []
+) -> Iterator[tuple[Pairs, Callable[[slice], Run]]]:
+    """For each group of pairs, the run whose values ablated edges carry: of any rows; one row where all share it."""
+    wanted = torch.ones(graph.n_sources, dtype=torch.bool) if wanted is None else wanted
+
+    def read(tokens: Tensor) -> dict[str, Tensor]:
+        return _by_point(graph, observe(model, graph, tokens).nodes)
+
+    targets = targets_of(model, groups, node_points(graph), read=read)
+    for group, target, written in zip(groups, targets, replacement.once(targets), strict=True):
+        if not are_tokens(written):
+            yield group, _run_of(model, graph, target, written=written, wanted=wanted).part
+            continue
+
+        def of_rows(rows: slice, ids: Tensor = written) -> Run:
+            return observe(model, graph, ids[rows], wanted)
+
+        yield group, of_rows
+
+
+def _run_of(model: "HookedTransformer", graph: CircuitGraph, target: Target, written: Written, wanted: Tensor) -> Run:
+    """The run in which every node writes what is given: streams are the sums of these, and of what no node writes."""
+    own = target.read(target.tokens if callable(written) else target.tokens[:1])
+    if isinstance(written, Mapping) and not _same_for_all(written, own):
+        own = {name: act.expand(len(target.tokens), *act.shape[1:]) for name, act in own.items()}
+    given = activations_of(written, own).values()
+    nodes = torch.cat([act.movedim(2, 0) if act.ndim == 4 else act[None] for act in given])
+    stream, streams, beside = nodes[0], [], torch.zeros_like(nodes[0])
     for slot in graph.slots[:-1]:
         streams.append(stream)
-        if slot.kind == "attn" and not graph.parallel:
-            stream = stream + attn_constant(model.blocks[slot.layer]).to(x)
-        if graph.parallel and (slot.kind == "mlp" or not graph.mlp):
-            stream = stream + attn_constant(model.blocks[slot.layer]).to(x)
-    n = graph.n_sources if wanted is None else int(wanted.sum())
-    return Run(x.new_zeros(n, *x.shape), [*streams, stream], [])
-
-
-def _mean_run(
-    model: "HookedTransformer", graph: CircuitGraph, tokens: Int[Tensor, "pair pos"], wanted: Tensor | None
-) -> Run:
-    if len(tokens) < 2:
-        raise InputError(
-            "ablation='mean' is the mean over the corrupted prompts of one length, and there is one such prompt; give "
-            "more of them, or ablation='corrupted'"
-        )
-    total: Run | None = None
-    for row in tokens:
-        one = observe(model, graph, row[None], wanted)
-        if total is None:
-            total = Run(one.nodes, one.streams, [])
+        if slot.kind == "mlp":
+            stream = stream + beside + nodes[graph.mlp_at(slot.layer)]
+            continue
+        heads = nodes[graph.heads_at(slot.layer)].sum(0) + attn_constant(model.blocks[slot.layer]).to(stream)
+        if graph.parallel and graph.mlp:  # its MLP reads what its attention read
+            beside = heads
         else:
-            total.nodes += one.nodes
-            total.streams = [a + b for a, b in zip(total.streams, one.streams, strict=True)]
-    assert total is not None
-    return Run(total.nodes / len(tokens), [stream / len(tokens) for stream in total.streams], [])
+            stream = stream + heads
+    return Run(nodes[wanted], [*streams, stream], [])
+
+
+def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Has what is written one row, which serves every pair?"""
+    shapes = [(torch.as_tensor(value).shape, own[name].ndim) for name, value in written.items() if name in own]
+    return all(len(shape) < n or shape[0] == 1 for shape, n in shapes)
+
+
+def _by_point(graph: CircuitGraph, nodes: Float[Tensor, "source pair pos d_model"]) -> dict[str, Tensor]:
+    found = [nodes[0]]
+    for layer in range(graph.n_layers):
+        found.append(nodes[graph.heads_at(layer)].movedim(0, 2))
+        found += [nodes[graph.mlp_at(layer)]] if graph.mlp else []
+    return dict(zip(node_points(graph), found, strict=True))

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import progress
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.circuits.circuit import Circuit, whole_circuit
-from hooklens.plugins.circuits.circuit_prompts import marks_of
-from hooklens.plugins.circuits.edge_attribution import demo_pairs
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 
@@ -28,12 +28,8 @@ class Pruning(Result):
     circuit: Circuit
     sizes: Int[Tensor, "round"]
     metric: Float[Tensor, "round"]
-    metric_of_model: float
-    metric_of_nothing: float
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` edges that are worth most."""
-        return self.circuit.top(k)
+    base: float
+    empty: float
 
     def table(self, n: int | None = None) -> Table:
         """One row a round: how many edges were left, and the metric with them."""
@@ -44,17 +40,17 @@ class Pruning(Result):
         """The metric as edges are cut."""
         from hooklens.viz.curves import lines
 
-        marks = {"the model": self.metric_of_model, "no edge": self.metric_of_nothing}
-        name = f"{self.circuit.method} ({self.circuit.ablation} ablation)"
+        marks = {"the model": self.base, "no edge": self.empty}
+        name = f"{self.circuit.method} ({self.circuit.replacement} ablation)"
         return lines({name: self.metric}, self.sizes, title=name, x_title="edges", y_title="metric", marks=marks)
 
 
 def prune_edges(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     size: int,
     share: float = 0.1,
@@ -66,11 +62,11 @@ def prune_edges(
 
     >>> from hooklens.testing import or_gate
     >>> gate, logit = or_gate(), lambda logits: logits[:, -1, 1]
-    >>> start = whole_circuit(gate, ablation="zero")
+    >>> start = whole_circuit(gate, value="zero")
     >>> prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01).circuit.edges
     ['L0H1->MLP0', 'MLP0->logits']
     """
-    bench = _bench(model, circuit, clean, corrupted, metric)
+    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
     return _greedily(
         bench, circuit, of_edge=torch.arange(bench.graph.n_edges), size=size, share=share, name="greedy pruning"
     )
@@ -79,9 +75,9 @@ def prune_edges(
 def prune_nodes(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     size: int,
     share: float = 0.1,
@@ -90,7 +86,7 @@ def prune_nodes(
 
     `size` counts nodes that edges leave, the embedding included.
     """
-    bench = _bench(model, circuit, clean, corrupted, metric)
+    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
     return _greedily(
         bench, circuit, of_edge=bench.graph.ends[0], size=size, share=share, name="greedy pruning of nodes"
     )
@@ -99,34 +95,34 @@ def prune_nodes(
 def prune_edges_below(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     threshold: float,
 ) -> Pruning:
     """Threshold: cut at once every edge that alone is worth less than this. Redundant edges go together, unseen."""
-    bench = _bench(model, circuit, clean, corrupted, metric)
+    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
     return _below(bench, circuit, torch.arange(bench.graph.n_edges), threshold, "threshold pruning")
 
 
 def prune_nodes_below(
     model: "HookedTransformer",
     circuit: Circuit,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     threshold: float,
 ) -> Pruning:
     """Threshold: cut at once every node that alone is worth less than this."""
-    bench = _bench(model, circuit, clean, corrupted, metric)
+    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
     return _below(bench, circuit, bench.graph.ends[0], threshold, "threshold pruning of nodes")
 
 
-def _bench(model, circuit: Circuit, clean: Prompts, corrupted: Prompts | None, metric: Any) -> Bench:
+def _bench(model, circuit: Circuit, pairs: PromptPairs) -> Bench:
     circuit.check(model)
-    return Bench(model, clean, corrupted, metric, circuit.ablation, keep=True)
+    return Bench(model, pairs, circuit.replacement, keep=True)
 
 
 def _worth(bench: Bench, kept: Tensor, of_edge: Tensor) -> tuple[Tensor, Float[Tensor, "unit"], float]:
@@ -179,7 +175,7 @@ def _below(bench: Bench, circuit: Circuit, of_edge: Tensor, threshold: float, na
 
 
 def _tidy(bench: Bench, kept: Tensor) -> Tensor:
-    return bench.graph.on_a_path(kept[None], rooted=bench.ablation == "corrupted")[0]
+    return bench.graph.on_a_path(kept[None], rooted=bench.replacement.from_runs)[0]
 
 
 def _result(
@@ -188,7 +184,7 @@ def _result(
     units, worth = measured
     by_unit = worth.new_zeros(int(of_edge.max()) + 1).index_copy_(0, units, worth)
     scores = torch.where(kept, by_unit[of_edge], 0.0)
-    seen = list(dict.fromkeys([*circuit.found_on, *marks_of(bench.groups)]))
+    seen = list(dict.fromkeys([*circuit.found_on, *bench.pairs.digests(bench.model)]))
     left = replace(circuit, kept=kept, scores=scores, method=f"{circuit.method}, {name}", found_on=seen)
     ends = bench.run(kept)
     sizes, values = zip(*history, strict=True)
@@ -196,12 +192,11 @@ def _result(
         left,
         torch.tensor(sizes),
         torch.tensor(values, dtype=ends.per_pair.dtype),
-        float(ends.model_per_pair.mean()),
+        float(ends.base_per_pair.mean()),
         float(ends.empty_per_pair.mean()),
     )
 
 
 def demo(model: "HookedTransformer") -> Pruning:
     """From every edge of the model down to a handful, on one short prompt pair; numbers without a tokenizer."""
-    clean, corrupted, metric = demo_pairs(model, 1)
-    return prune_edges(model, whole_circuit(model), clean, corrupted, metric, size=5, share=0.3)
+    return prune_edges(model, whole_circuit(model), demo_pairs(model), size=5, share=0.3)

@@ -1,6 +1,5 @@
 """What is each node of a model for? A head's label and where it looks, and what a task loses without the node."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,17 +7,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
-from hooklens.data.prompts import Pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.circuits.circuit_task import Task
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.head_scores import KINDS
 from hooklens.plugins.heads.taxonomy import Taxonomy
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execution import execute
-from hooklens.sweeps.planning import Patch, plan
+from hooklens.sweeps.planning import Patch, plan, points_of
+from hooklens.sweeps.replacement import Value, targets_of
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -33,23 +34,21 @@ class Roles(Result):
     the kinds of key of `head_scores`, on repeated random tokens; 0 for nodes that are no heads.
     """
 
+    ranked_by = "how much the task needs the node"
+
     graph: CircuitGraph
     labels: list[str]
     attention: Float[Tensor, "source kind"]
     effect: Float[Tensor, "source"]
-    ablation: str
+    replacement: str
     n_pairs: int
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` nodes that the task needs most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a node, the largest effect first."""
         order = self.effect.nan_to_num().abs().argsort(descending=True, stable=True).tolist()[:n]
         names = self.graph.source_names
         rows = [(names[i], self.labels[i], float(self.effect[i]), *self.attention[i].tolist()) for i in order]
-        return Table(("node", "label", f"effect ({self.ablation})", *KINDS), rows)
+        return Table(("node", "label", f"effect ({self.replacement})", *KINDS), rows)
 
     def figure(self) -> Any:
         """The effect of every node, layer by layer."""
@@ -58,17 +57,17 @@ class Roles(Result):
         graph = self.graph
         columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
         nodes = self.effect[1:].view(graph.n_layers, len(columns))
-        rows = [f"L{i}" for i in range(graph.n_layers)]
-        title = f"What the task loses without each node ({self.ablation} ablation)"
+        rows = layer_names(graph.n_layers)
+        title = f"What the task loses without each node ({self.replacement} ablation)"
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="share of the metric")
 
 
 def roles_of(
     model: "HookedTransformer",
-    task: Task,
+    pairs: PromptPairs,
     evidence: Taxonomy,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
     nodes: Bool[Tensor, "source"] | None = None,
 ) -> Roles:
     """What is each node for, by its label in a taxonomy and by what the task loses without it?
@@ -76,13 +75,13 @@ def roles_of(
     >>> from hooklens.plugins.heads.taxonomy import classify_heads
     >>> from hooklens.testing import induction_model
     >>> model = induction_model()
-    >>> task = Task([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
-    >>> print(roles_of(model, task, classify_heads(model)).table(3).rows[0][:3])
+    >>> pairs = PromptPairs([[3, 1, 4, 3]], [[3, 1, 4, 5]], lambda logits: logits[:, -1, 1])
+    >>> print(roles_of(model, pairs, classify_heads(model)).table(3).rows[0][:3])
     ('L1H1', 'induction', 1.0)
 
     `nodes` says which effects to measure (all of them by default). Effects are exact, one node at a time.
     """
-    bench = Bench(model, task.clean, task.corrupted, task.metric, ablation)
+    bench = Bench(model, pairs, value)
     graph = bench.graph
     labels = evidence.labels()
     if (len(labels), len(labels[0])) != (graph.n_layers, graph.n_heads):
@@ -102,7 +101,7 @@ def roles_of(
         labels=named,
         attention=attention,
         effect=_effects(bench, wanted),
-        ablation=ablation,
+        replacement=str(bench.replacement),
         n_pairs=bench.n_pairs,
     )
 
@@ -116,11 +115,13 @@ def comparable(source: Taxonomy, target: Taxonomy) -> tuple[Taxonomy, Taxonomy]:
 
 def _effects(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "source"]:
     nothing = torch.zeros(bench.graph.n_edges, dtype=torch.bool)
-    gap = (bench.model_per_pair - bench.run(nothing).empty_per_pair).cpu()
+    gap = (bench.base_per_pair - bench.run(nothing).empty_per_pair).cpu()
     # the mean of sizes, with the sign of the mean: no division by almost nothing where the model does not do the task
     unit = gap.abs().mean() * (-1.0 if float(gap.mean()) < 0 else 1.0)
-    # the heads of a sandwich block share a norm, which in the graph is no part of a node
-    falls = (_by_edges if bench.graph.shared_scale else _by_patches)(bench, wanted)
+    # the heads of a sandwich block share a norm, which in the graph is no part of a node; and what is written at z is
+    # what is written at a node only if W_O commutes with it
+    in_graph = bench.graph.shared_scale or not bench.replacement.linear
+    falls = (_by_edges if in_graph else _by_patches)(bench, wanted)
     found = torch.full((bench.graph.n_sources,), torch.nan, dtype=falls.dtype)
     found[wanted] = falls.cpu() / unit if float(unit) else torch.zeros_like(falls, device="cpu")
     return found
@@ -130,7 +131,7 @@ def _by_edges(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wa
     """The mean fall of the metric without all edges of a node, in the graph itself."""
     sources = bench.graph.ends[0]
     masks = torch.stack([sources != node for node in wanted.nonzero().flatten()])
-    return (bench.model_per_pair - bench.run(masks).per_pair).mean(1)
+    return (bench.base_per_pair - bench.run(masks).per_pair).mean(1)
 
 
 def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wanted"]:
@@ -141,21 +142,12 @@ def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "
     for site in ("z", "mlp_out"):
         rows = [i for i, (_, at) in enumerate(nodes) if (at < graph.n_heads) == (site == "z")]
         patches = [Patch(nodes[i][0], None, nodes[i][1] if site == "z" else None) for i in rows]
-        for group in bench.groups if rows else []:
-            with torch.no_grad(), packed_linears(rows=1024):
-                written = _written(bench, group, site)
-                outcome = execute(
-                    plan(bench.model, group.clean, site, written, patches=patches), group.of(bench.metric)
-                )
-            fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
+        if not rows:
+            continue
+        with torch.no_grad(), packed_linears(rows=1024):
+            targets = targets_of(bench.model, bench.groups, points_of(bench.model, site))
+            for group, written in zip(bench.groups, bench.replacement.once(targets), strict=True):
+                made = plan(bench.model, group.clean, site, written, patches=patches)
+                outcome = execute(SitePatches(made), group.of(bench.metric))
+                fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
     return fall
-
-
-def _written(bench: Bench, group: Pairs, site: str) -> Tensor | Callable[[Tensor, str], Tensor]:
-    """What the ablated run has there: the corrupted prompt's, nothing, or the mean over corrupted prompts."""
-    if bench.ablation == "corrupted":
-        return group.corrupted
-    if bench.ablation == "zero":
-        return lambda x, name: torch.zeros_like(x)
-    _, cache = bench.model.run_with_cache(group.corrupted, [site])
-    return lambda x, name: cache[name].mean(0, keepdim=True).expand_as(x)

@@ -1,7 +1,10 @@
 """Exact edge patching: run a model in which only some edges carry live values. Many circuits and prompts in a batch."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,22 +12,27 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError
-from hooklens.core.progress_bar import progress
+from hooklens.core.fingerprint import identity
+from hooklens.core.progress_bar import Advance, progress
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import ReadingMetric
-from hooklens.model.linear import packed_linears
+from hooklens.model.linear import kernel_of
+from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.node_runs import ablated_run, check_ablation, refuse
+from hooklens.plugins.circuits.node_runs import ablated_runs, refuse
 from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
 from hooklens.results.result import Result, Table
+from hooklens.sweeps.execution import run
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.settings import current
+from hooklens.sweeps.replacement import Replacement, Value, as_replacement, is_run
+from hooklens.sweeps.resume import Part, Progressed, Resume, hint, key_of, products_of, sketch_of
+from hooklens.sweeps.settings import current, engine
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 OneOrMore = Bool[Tensor, "*mask edge"] | Float[Tensor, "*mask edge"]
-_POSITIONS = 512  # of one batch of rows: products are efficient from there on, and fewer circuits share more idle nodes
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +40,17 @@ class EdgeRuns(Result):
     """The metric of every circuit on every pair, beside that of the model and of the run with every edge ablated."""
 
     per_pair: Float[Tensor, "mask pair"]
-    model_per_pair: Float[Tensor, "pair"]
+    base_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
-    ablation: str
+    replacement: str
+    largest_error: float  # between circuits run both ways; NaN if none was
+    n_verified: int
 
     @property
     def faithfulness(self) -> Float[Tensor, "mask"]:
         """(m(C) - m(empty)) / (m(M) - m(empty)), each a mean over pairs: 0 as ablated, 1 as the model."""
         empty = self.empty_per_pair.mean()
-        return (self.per_pair.mean(1) - empty) / (self.model_per_pair.mean() - empty)
+        return (self.per_pair.mean(1) - empty) / (self.base_per_pair.mean() - empty)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a circuit."""
@@ -51,11 +61,12 @@ class EdgeRuns(Result):
 def run_edges(
     model: "HookedTransformer",
     kept: OneOrMore,
-    clean: Prompts,
-    corrupted: Prompts | None,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
-    ablation: str = "corrupted",
+    value: Value = "corrupted",
+    resume: str | Path | Resume | None = None,
 ) -> EdgeRuns:
     """What does the model say when only these edges carry what it computes, and the others carry an ablated run?
 
@@ -66,51 +77,57 @@ def run_edges(
     >>> from hooklens.testing import or_gate
     >>> model = or_gate(); graph = circuit_graph(model)
     >>> kept = torch.stack([graph.mask(["L0H0->MLP0", "MLP0->logits"]), graph.mask(["MLP0->logits"])])
-    >>> run_edges(model, kept, [[0]], None, lambda logits: logits[:, -1, 1], ablation="zero").per_pair
+    >>> run_edges(model, kept, [[0]], None, lambda logits: logits[:, -1, 1], value="zero").per_pair
     tensor([[1.],
             [0.]])
 
-    `ablation` is "corrupted" (the run on the corrupted prompt), "zero" (nodes write nothing, biases of W_O stay) or
-    "mean" (every node's mean over the corrupted prompts, by position; these may be any prompts of the same length). A
-    plain function as metric sees all pairs at once, so that they are run together, whatever memory that takes.
+    `value` is what ablated edges carry, as in `hl.patch`: "corrupted" (the run on the corrupted prompt), "zero" (nodes
+    write nothing, biases of W_O stay), "mean" (every node's mean over the clean prompts), or any other `Replacement`,
+    such as Mean(reference=prompts). A plain function as metric sees all pairs at once, so that they are run together,
+    whatever memory that takes. `resume` names a file in which finished circuits are
+    kept, as in `hl.patch`. A few circuits are run again by hooks on the model's own forward pass, and the largest
+    difference is in the result.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    return Bench(model, clean, corrupted, metric, ablation).run(kept)
+    with hint(resume, "run_edges"):
+        return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=resume).run(kept)
 
 
 class Bench:
     """A model, prompt pairs and a metric, ready to be asked about one set of circuits after another.
 
-    With `keep` the ablated runs stay in memory between questions, where they fit.
+    With `keep` the ablated runs stay in memory between questions, where they fit. `resume`: a file for one question.
     """
 
     def __init__(
         self,
         model: "HookedTransformer",
-        clean: Prompts,
-        corrupted: Prompts | None,
-        metric: Any,
-        ablation: str,
+        pairs: PromptPairs,
+        value: Value,
         *,
         keep: bool = False,
+        resume: str | Path | Resume | None = None,
     ):
         refuse(model)
-        check_ablation(ablation)
-        self.model, self.metric, self.ablation = model, metric, ablation
+        self.model, self.pairs, self.replacement = model, as_pairs(model, pairs), as_replacement(value)
+        self.metric, self.n_pairs = self.pairs.metric, len(pairs)
         self.graph = circuit_graph(model)
-        self.groups = aligned_pairs(model, clean, corrupted, metric, ablation)
-        self.n_pairs = sum(len(group.index) for group in self.groups)
+        self.groups = aligned_pairs(model, self.pairs, self.replacement)
         order = torch.tensor([i for group in self.groups for i in group.index])
         self.order = order.argsort().to(model.device)
+        self.file, self.checked = None if resume is None else Resume.of(resume), False
+        if self.file is not None:  # before the metric is called for the first time, which may change what it refers to
+            asked = "circuits", [(group.index, group.clean, group.corrupted) for group in self.groups]
+            self.key = key_of(model, (asked, {"the value to write": self.replacement}), self.metric, self.file)
         numbers = sum(group.clean.numel() for group in self.groups) * self.graph.n_sources * model.cfg.d_model
         self.keep = keep and numbers * model.dtype.itemsize <= current().memory
         self.kept_runners: list[EdgeRunner] = []
         with torch.no_grad():
             whole = [self._of_model(group) for group in self.groups]
-        self.model_per_pair = torch.cat(whole)[self.order]
-        if not bool(self.model_per_pair.isfinite().all()):
+        self.base_per_pair = torch.cat(whole)[self.order]
+        if not bool(self.base_per_pair.isfinite().all()):
             raise InputError(
                 "the metric of the model on the clean prompts is not finite; hooklens check shows where it begins"
             )
@@ -120,24 +137,37 @@ class Bench:
         masks = checked_masks(self.graph, kept)
         total = len(masks) * self.n_pairs
         bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
-        values, empty = [], []
-        with torch.no_grad(), packed_linears(rows=_POSITIONS), bar as advance:
-            played = in_play(self.graph, masks, self.ablation)
+        checks = engine(verify=0) if self.checked else nullcontext()  # one question of a bench is run both ways
+        with products_of(self.file), bar as advance, checks:
+            played = in_play(self.graph, masks, rooted=self.replacement.from_runs)
+            values = self.base_per_pair.new_empty(len(masks), self.n_pairs)
+            file = None if self.file is None else self._progressed(masks, values)
+            at_once = self._positions(int(sources_of(self.graph, played).sum()))
+            parts, first = [], 0
             for runner in self._runners(played):
-                positions = runner.n_pairs * runner.embedded.shape[1]
-                at_once = max(
-                    1, min(_POSITIONS, self._positions(int(sources_of(self.graph, played).sum()))) // positions
-                )
-                found = []
-                for some in chunks(len(played), at_once):
-                    found.append(runner.values(played[some]))
-                    advance(len(found[-1]) * runner.n_pairs)
-                values.append(torch.cat(found))
-                empty.append(runner.reader.base)
-        per_pair, nothing = torch.cat(values, 1)[:, self.order], torch.cat(empty)[self.order]
-        if not bool(nothing.isfinite().all() & per_pair.isfinite().all()):
-            raise InputError("the metric of the ablated run or of a circuit is not finite, though the model's own is")
-        return EdgeRuns(per_pair, self.model_per_pair, nothing, self.ablation)
+                pairs = slice(first, first + runner.n_pairs)
+                part = None if file is None else Part(file, pairs)
+                new = torch.ones(len(masks), dtype=torch.bool)
+                new[list(part.finished() if part else ())] = False
+                values[new, pairs] = runner.reader.base
+                circuits = EdgePatches(runner, played, masks, at_once)
+                move = _times(advance, runner.n_pairs)
+                parts.append(run(circuits, runner.reader, values[:, pairs], kept=part, advance=move))
+                first = pairs.stop
+        self.checked = True
+        return EdgeRuns(
+            per_pair=values[:, self.order],
+            base_per_pair=self.base_per_pair,
+            empty_per_pair=torch.cat([part.base for part in parts])[self.order],
+            replacement=str(self.replacement),
+            largest_error=float(torch.tensor([part.largest_error for part in parts]).max()),
+            n_verified=sum(part.n_verified for part in parts),
+        )
+
+    def _progressed(self, masks: Kept, values: Float[Tensor, "mask pair"]) -> Progressed:
+        assert self.file is not None
+        key = identity((self.key, masks), "the circuits")
+        return Progressed(self.file.path, key, sketch_of(self.base_per_pair, ()), values, kernel_of(self.model))
 
     def _of_model(self, group: Pairs) -> Float[Tensor, "pair"]:
         n, metric = len(group.index), group.of(self.metric)
@@ -153,27 +183,28 @@ class Bench:
             yield from self.kept_runners
             return
         held = torch.ones(self.graph.n_sources, dtype=torch.bool) if self.keep else sources_of(self.graph, played)
-        for group in self.groups:
+        for group, ablated_of in ablated_runs(self.model, self.graph, self.groups, self.replacement, held):
             n, n_pos = group.clean.shape
-            metric, shared = group.of(self.metric), None
-            if self.ablation != "corrupted":
-                shared = ablated_run(self.model, self.graph, group.corrupted, self.ablation, held)
+            metric = group.of(self.metric)
             for rows in chunks(n, self._pairs_at_once(n_pos, int(held.sum()), n)):
-                clean, corrupted = group.clean[rows], group.corrupted[rows]
-                ablated = shared or ablated_run(self.model, self.graph, corrupted, self.ablation, held)
-                first = first_difference(clean, corrupted) if ablated.past and self.model.cfg.causal else 0
                 runner = EdgeRunner(
-                    model=self.model,
-                    graph=self.graph,
-                    clean=clean,
-                    metric=of_pairs(metric, rows, n),
-                    ablated=ablated,
+                    self.model,
+                    self.graph,
+                    group.clean[rows],
+                    of_pairs(metric, rows, n),
+                    cut=partial(self._cut, group, rows),
+                    ablated=ablated_of(rows),
                     held=held,
-                    first=first,
                 )
                 if self.keep:
                     self.kept_runners.append(runner)
                 yield runner
+
+    def _cut(self, group: Pairs, rows: slice, some: slice) -> Float[Tensor, "source _pair pos d_model"]:
+        """What every node of the ablated run writes, on some of these pairs of a group."""
+        runs = ablated_runs(self.model, self.graph, self.groups, self.replacement)
+        ablated_of = next(of_rows for one, of_rows in runs if one is group)
+        return ablated_of(slice(rows.start + some.start, rows.start + some.stop)).nodes
 
     def _pairs_at_once(self, n_pos: int, n_sources: int, n: int) -> int:
         return max(1, self._positions(n_sources) // n_pos) if isinstance(self.metric, ReadingMetric) else n
@@ -197,22 +228,25 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
     return masks
 
 
-def aligned_pairs(
-    model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, metric: Any, ablation: str
-) -> list[Pairs]:
+def aligned_pairs(model: "HookedTransformer", pairs: PromptPairs, replacement: Replacement) -> list[Pairs]:
     """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
-    if corrupted is None and ablation != "zero":
-        raise InputError(f"ablation={ablation!r} needs corrupted prompts; only ablation='zero' does without")
-    groups = read_pairs(model, clean, clean if corrupted is None else corrupted, ())
+    if pairs.corrupted is None and is_run(replacement, "corrupted"):
+        raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
+    groups = read_pairs(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted, ())
     for group in groups:
         if not group.aligned:
             read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises: says where the two part
-    if len(groups) > 1 and not isinstance(metric, ReadingMetric):
+    if len(groups) > 1 and not isinstance(pairs.metric, ReadingMetric):
         raise InputError(
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
             "tensor; use a built-in metric, or prompts of one length"
         )
     return groups
+
+
+def _times(advance: Advance, n: int) -> Advance:
+    """The bar moved n times as far: by runs of the pairs of a circuit."""
+    return lambda amount=1: advance(amount * n)
 
 
 def chunks(n: int, at_once: int) -> Iterator[slice]:
@@ -225,9 +259,3 @@ def of_pairs(metric: Any, rows: slice, n: int) -> Any:
     if rows == slice(0, n) or len(metric.reads.pos) == 1:
         return metric
     return metric.pairs(torch.arange(rows.start, rows.stop))
-
-
-def first_difference(clean: Tensor, corrupted: Tensor) -> int:
-    """The first position at which any pair's prompts differ; the last one where none does."""
-    differs = (clean != corrupted).any(0)
-    return int(differs.long().argmax()) if bool(differs.any()) else clean.shape[1] - 1

@@ -1,5 +1,6 @@
 """One batch of exact edge patching: prompt pairs of one length, with the ablated run that their cut edges carry."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +20,11 @@ Kept = Bool[Tensor, "mask edge"] | Float[Tensor, "mask edge"]
 Moved = Float[Tensor, "mask source pair pos d_model"]
 
 
-def in_play(graph: CircuitGraph, masks: Kept, ablation: str) -> Kept:
-    """The masks without the edges that can change nothing: they carry the ablated value anyway, or lead nowhere."""
-    rooted = ablation == "corrupted"  # with zeros or means for inputs a node still writes something of its own
+def in_play(graph: CircuitGraph, masks: Kept, *, rooted: bool) -> Kept:
+    """The masks without the edges that can change nothing: they carry the ablated value anyway, or lead nowhere.
+
+    `rooted`: the ablated run is one of the model. With zeros or means for inputs a node writes something of its own.
+    """
     path = graph.on_a_path(masks.ne(0), rooted=rooted)
     return masks & path if masks.dtype == torch.bool else masks * path
 
@@ -34,7 +37,7 @@ def sources_of(graph: CircuitGraph, masks: Kept) -> Bool[Tensor, "source"]:
 
 
 class EdgeRunner:
-    """The metric of any circuits on some pairs. `held` says which nodes' outputs the ablated run has."""
+    """The streams of any circuits on some pairs. `held` says which nodes' outputs the ablated run has."""
 
     def __init__(
         self,
@@ -42,44 +45,44 @@ class EdgeRunner:
         graph: CircuitGraph,
         clean: Int[Tensor, "pair pos"],
         metric: Any,
+        *,
+        cut: Callable[[slice], Moved],
         ablated: Run,
         held: Bool[Tensor, "source"],
-        first: int,
     ):
-        self.model, self.graph, self.n_pairs = model, graph, len(clean)
+        self.model, self.graph, self.clean, self.cut, self.n_pairs = model, graph, clean, cut, len(clean)
+        first = first_difference(clean, ablated.tokens) if model.cfg.causal else 0
         streams = [stream.expand(self.n_pairs, -1, -1) for stream in ablated.streams]
         self.reader = Reader(model, metric, streams[-1])
         self.start = first if self.reader.read is None else min(first, int(self.reader.read.min()))
-        self.before = streams[-1][:, : self.start]
         self.bases = [stream[:, self.start :] for stream in streams]
         self.held = held.nonzero().flatten()
         self.written = ablated.nodes[:, :, self.start :]
         self.ctx = _AfterPrefix(clean.shape[1], self.start, ablated.past, clean.device)
         self.embedded = embedded(model, clean)[:, self.start :]
 
-    def values(self, masks: Kept) -> Float[Tensor, "mask pair"]:
-        """The metric of each circuit on each pair; all nodes of the masks are held."""
+    def streams(self, masks: Kept) -> Float[Tensor, "mask pair some d_model"]:
+        """What leaves the last block with each circuit, where the metric reads, or from `start` on; all nodes of the
+        masks are held."""
         batch = _Batch(self, masks)
         for slot, base in zip(self.graph.slots[:-1], self.bases[:-1], strict=True):
             if slot.kind == "mlp":
                 batch.mlp(slot, base)
             else:
                 batch.heads(slot, base)
-        return self._measured(batch)
+        last, base, read = self.graph.slots[-1], self.bases[-1], self.reader.read
+        if read is None:
+            return batch.read(last, base)[:, 0]
+        at = torch.arange(self.n_pairs, device=base.device)[:, None], read - self.start
+        return batch.read(last, base[at], moved=batch.moved[:, :, *at])[:, 0]
 
-    def _measured(self, batch: "_Batch") -> Float[Tensor, "mask pair"]:
-        reader, base, n = self.reader, self.bases[-1], len(batch.kept)
-        if reader.rowwise():
-            assert reader.read is not None
-            row = torch.arange(self.n_pairs, device=base.device)
-            at = row[:, None], reader.read - self.start
-            x = batch.read(self.graph.slots[-1], base[at], moved=batch.moved[:, :, *at])[:, 0]
-            which = row.repeat(n)
-            return reader.values_of_rows(x.flatten(0, 1), which, torch.zeros_like(which)).view(n, -1)
-        streams = batch.read(self.graph.slots[-1], base)[:, 0]
-        whole = (torch.cat((self.before, stream), 1) for stream in streams)
-        measure = reader.on_stream if reader.read is not None else lambda x: reader.on_full(self.model.read_out(x))
-        return torch.stack([measure(stream) for stream in whole])
+
+def first_difference(clean: Tensor, other: Tensor | None) -> int:
+    """The first position at which any pair's prompts differ; the last one where none does, 0 without another run."""
+    if other is None:
+        return 0
+    differs = (clean != other).any(0)
+    return int(differs.long().argmax()) if bool(differs.any()) else clean.shape[1] - 1
 
 
 class _Batch:
@@ -122,7 +125,7 @@ class _Batch:
         wrote = torch.tensor([h for h, column in enumerate(columns) if column >= 0], dtype=torch.long)
         if not len(wrote):
             return
-        # the scale of a sandwich block's norm depends on every head of the layer
+        # the scale of a norm behind attention depends on every head of the layer
         heads = torch.arange(graph.n_heads) if graph.shared_scale else wrote
         keyed = (heads // graph.group).unique()
         rows = torch.cat((heads, graph.n_heads + keyed, graph.n_heads + graph.n_kv_heads + keyed))

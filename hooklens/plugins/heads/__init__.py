@@ -1,4 +1,4 @@
-"""Attention heads: what each looks at, what it writes, what it does, and the labels that evidence allows."""
+"""Attention heads: where each attends, what it writes, its causal effect, and the labels that the evidence supports."""
 
 from hooklens.plugins.heads.composition import Composition, score_composition
 from hooklens.plugins.heads.copy_suppression import CopySuppression, score_copy_suppression

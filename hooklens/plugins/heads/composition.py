@@ -1,4 +1,4 @@
-"""Which heads read what which others wrote? Q-, K- and V-composition of weights, and which pairs stand out."""
+"""Q-, K- and V-composition of weights: which heads read what other heads write, and which pairs stand out."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,9 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name, head_names
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.model.linear import is_plain
+from hooklens.model.norms import Passage
 from hooklens.plugins.heads.rotations import above
 from hooklens.plugins.heads.stand_out import LEAST_PARTNERS, standing_out
 from hooklens.results.result import Result, Table
@@ -20,20 +22,23 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Pairs = Float[Tensor, "layer head reader_layer reader_head"]
+_DRAWS = 50  # orientations of each pair, which has a product of its own for each; all pairs are pooled
 MODES = ("Q", "K", "V")
 
 
 @dataclass(frozen=True, eq=False)
 class Composition(Result):
-    """Composition scores of every pair of heads: writer first, then the later head that reads; 0 for other pairs.
+    """Composition scores of every pair of heads: the writer first, then the later head that reads; 0 for other pairs.
 
-    `scores` are |W_OV W_QK| / (|W_OV| |W_QK|) and the like (Frobenius). `specific` is how far a pair stands out from
-    what its writer gives every reader, what its reader takes from every writer and what pairs of that layer distance
-    show, in robust standard deviations: heads that share a few directions of the stream do not stand out by that.
-    `z` holds the score against the same two matrices in random orientation to each other, whose mean square score is
-    1 / d_model whatever their spectra (`chance` is its root). `null` says which of the two `p` belongs to:
-    "orientation" where there are too few heads for the other. NaN where there is no pair.
+    `scores` are |W_OV W_QK| / (|W_OV| |W_QK|) and the like (Frobenius). `specific` measures, in robust standard
+    deviations, how far a pair stands out from the means of its writer, of its reader and of pairs at the same layer
+    distance; heads that merely share a few directions of the stream do not stand out. `z` compares the score with that
+    of the same two matrices in random relative orientation, whose mean square is 1 / d_model for any spectra (`chance`
+    is its root). `null` says which of the two `p` refers to: "orientation" if there are too few heads for the other.
+    NaN where there is no pair.
     """
+
+    ranked_by = "distance above the null"
 
     scores: dict[str, Pairs]
     specific: dict[str, Pairs]
@@ -42,10 +47,10 @@ class Composition(Result):
     null: str
     chance: float
 
-    def q(self, mode: str) -> Pairs:
+    @property
+    def q(self) -> dict[str, Pairs]:
         """Benjamini-Hochberg over all pairs and all three modes."""
-        together = q_values(torch.stack([self.p[one] for one in self.p]))
-        return together[list(self.p).index(mode)]
+        return dict(zip(self.p, q_values(torch.stack(list(self.p.values()))), strict=True))
 
     def order(self) -> list[tuple[str, int, int, int, int]]:
         """(mode, layer, head, reader's layer, reader's head), the pair farthest above its null first."""
@@ -56,26 +61,22 @@ class Composition(Result):
         index = torch.stack(torch.unravel_index(by, stack.shape), 1).tolist()
         return [(MODES[m], *rest) for m, *rest in index]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` pairs farthest above their null."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
         """One row a pair and mode; with one layer there is none."""
-        q, shown = {mode: self.q(mode) for mode in MODES}, (self.scores, self.specific, self.z)
+        q, shown = self.q, (self.scores, self.specific, self.z)
         rows = [
-            (f"L{a}H{b}", f"L{c}H{d}", mode, *(_number(x[mode][a, b, c, d]) for x in (*shown, q)))
+            (head_name(a, b), head_name(c, d), mode, *(_number(x[mode][a, b, c, d]) for x in (*shown, q)))
             for mode, a, b, c, d in self.order()[:n]
         ]
         return Table(("writer", "reader", "mode", "score", "stands out", "z", f"q ({self.null})"), rows)
 
     def figure(self) -> Any:
-        """Writers down, readers across: how far each pair lies above its null, its largest mode."""
+        """Writers down, readers across: how far each pair lies above its null in its largest mode."""
         from hooklens.viz.figures import heatmap
 
         by_null = self.specific if self.null == "specific" else self.z
         z = torch.stack([by_null[mode] for mode in MODES]).nan_to_num(-torch.inf).amax(0)
-        names = [f"L{i}H{j}" for i in range(z.shape[0]) for j in range(z.shape[1])]
+        names = head_names(z.shape[0], z.shape[1])
         shown = z.flatten(2).flatten(0, 1)
         shown = (
             torch.where(shown.isinf(), torch.nan, shown) if bool(shown.isfinite().any()) else torch.zeros_like(shown)
@@ -91,21 +92,21 @@ class Composition(Result):
         )
 
 
-def score_composition(model: "HookedTransformer", *, draws: int = 50, seed: int = 0) -> Composition:
+def score_composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: int = 0) -> Composition:
     """Which later heads' queries, keys and values are set up to read what which earlier heads write?
 
-    Every matrix is kept as two thin factors. Norms, those of queries and keys too, are linearised: their weight (and
-    LayerNorm's centring) belongs to what reads the stream, their scale is left out. Rotary turns, position embeddings
-    and biases have no part in it.
+    Every matrix is kept as two thin factors. Norms, including those of queries and keys, are linearised: their weight
+    (and LayerNorm's centring) is folded into the reader, and their scale is left out. Rotary rotations, position
+    embeddings and biases are ignored.
 
     >>> from hooklens.testing import induction_model
     >>> found = score_composition(induction_model())
     >>> found.order()[0]                     # the induction head's keys read what the previous-token head wrote
     ('K', 0, 0, 1, 1)
 
-    A pair is judged by how far it stands out among the pairs of its writer and of its reader. With fewer than five
-    heads a layer that cannot be told, and `draws` random orientations of each pair, with their own spectra, make the
-    null; the draws of all pairs and modes are pooled in standard deviations.
+    A pair is judged by how far it stands out among the pairs of its writer and of its reader. This needs at least five
+    heads per layer. With fewer, the null is `draws` random orientations of each pair with its own spectra, and the
+    draws of all pairs and modes are pooled in standard deviations.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Q-, K-, and V-composition";
     Efron (2004), "Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis" (empirical null).
@@ -139,15 +140,12 @@ def _number(value: Tensor) -> float | None:
 
 
 def _refuse(model: "HookedTransformer") -> None:
-    if model.blocks[0].renorms_stream:
-        raise InputError(
-            "composition of weights needs heads that read and write one stream; post-norm blocks normalise it"
-        )
+    model.blocks[0].need_sum("composition of weights")
     for layer, block in enumerate(model.blocks):
         wrapped = [name for name in "qkvo" if not is_plain(getattr(block.attn, name))]
         if wrapped:
             raise InputError(
-                f"composition reads weights, and blocks.{layer}.attn.{wrapped[0]} is not a plain linear layer; merge "
+                f"composition reads weights, but blocks.{layer}.attn.{wrapped[0]} is not a plain linear layer; merge "
                 "the adapter into it first"
             )
 
@@ -155,7 +153,7 @@ def _refuse(model: "HookedTransformer") -> None:
 def _factors(
     model: "HookedTransformer",
 ) -> tuple[Float[Tensor, "layer head d_head d_model"], dict[str, Float[Tensor, "layer head d_model d_head"]]]:
-    """What each head writes, and what its queries, keys and values read, each times the triangle of its other factor.
+    """The factors that each head writes, and that its q, k and v read, each times the triangle of its other factor.
 
     |A B C D| = |R (B C) S| where A = Q R and D^T = Q' S^T: rotations change no norm, and the inner product is small.
     """
@@ -163,29 +161,16 @@ def _factors(
     readers: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
     for block in model.blocks:
         attn, repeat = block.attn, model.cfg.n_heads // model.cfg.n_key_value_heads
-        q = read_by(block, widened(attn.W_Q))
-        k, v = (read_by(block, widened(w)).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
-        if attn.q_norm is not None:
-            q, k = (norm.linearised(w, torch.ones_like(w[..., :1])) for norm, w in ((attn.q_norm, q), (attn.k_norm, k)))
-        o = widened(attn.W_O) if block.ln1_post is None else _sandwich(block, widened(attn.W_O))
+        reads = block.reads_through("attn")
+        q = Passage(attn.q_norm).unscaled(reads.folded(widened(attn.W_Q)))
+        k, v = (reads.folded(widened(w)).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
+        k = Passage(attn.k_norm).unscaled(k)
+        o = block.writes_through("attn").unscaled(widened(attn.W_O))
         written.append(_triangle(v) @ o)
         readers["Q"].append(q @ _triangle(k).mT)
         readers["K"].append(k @ _triangle(q).mT)
         readers["V"].append(v @ _triangle(o.mT).mT)
     return torch.stack(written), {mode: torch.stack(parts) for mode, parts in readers.items()}
-
-
-def read_by(block, weight: Float[Tensor, "head d_model d_head"]) -> Float[Tensor, "head d_model d_head"]:
-    """A weight that reads the stream through the block's first norm, with that norm's weight and centring folded in."""
-    if block.ln1 is None:
-        return weight
-    gain = block.ln1.gain()
-    scaled = weight if gain is None else weight * gain.to(weight)[:, None]
-    return block.ln1.centred(scaled.mT).mT  # the centring is symmetric, so it may act on the weight
-
-
-def _sandwich(block, weight: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "head d_head d_model"]:
-    return block.ln1_post.linearised(weight, torch.ones_like(weight[..., :1]))
 
 
 def _triangle(x: Float[Tensor, "head long d_head"]) -> Float[Tensor, "head small d_head"]:
@@ -199,7 +184,7 @@ def _mode(
     layers, d_model = len(writers), writers.shape[-1]
     norms = writers.flatten(2).norm(dim=2)[:, :, None, None] * readers.flatten(2).norm(dim=2)
     scores = torch.zeros_like(norms)
-    for layer in range(1, layers):  # only what earlier layers wrote can be read
+    for layer in range(1, layers):  # only earlier layers' output can be read
         inner = torch.einsum("lhdm,gme->lhgde", writers[:layer], readers[layer])
         scores[:layer, :, layer] = inner.flatten(3).norm(dim=3)
     later = torch.arange(layers)[:, None] < torch.arange(layers)
@@ -239,7 +224,7 @@ def _random_z(
     draws: int,
     generator: torch.Generator,
 ) -> Float[Tensor, "drawn"]:
-    """The z of every pair with its own spectra in random orientation, of `draws` models."""
+    """The z of every pair with its own spectra in random orientation, for `draws` models."""
     left, right, d_model = _spectra(writers), _spectra(readers), writers.shape[-1]
     found = [left.new_zeros(0)]
     for layer in range(len(left) - 1):
@@ -260,8 +245,8 @@ def _random(
 ) -> list[Float[Tensor, "writer reader"]]:
     """Squared scores of the same spectra in random orientation: s^T (G o G) t for G between two random frames.
 
-    Every writer and reader gets a frame of its own. With one for all, the pairs of a draw would rise and fall together,
-    and many of them would be no more of a null than one.
+    Every writer and reader gets its own random frame. With a shared frame, the pairs of a draw would vary together, and
+    many pairs would be no better a null than one.
     """
     out, s, t = [], _normal(left), _normal(right)
     for _ in range(draws):

@@ -1,4 +1,4 @@
-"""Does a head write the token that it looks at, or its opposite? The OV circuit from tokens to logits."""
+"""Does a head write the token it attends to, or its opposite? The OV circuit from tokens to logits."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,11 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
-from hooklens.core.errors import InputError
+from hooklens.core.component import head_name, layer_names
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import is_plain, packed_linears, without_bias
+from hooklens.model.norms import Passage
 from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
 from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.results.result import Result, Table
@@ -22,19 +23,22 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Columns = Float[Tensor, "head d_head token"]
-_ROWS = 16  # tokens a sequence
+_ROWS = 16  # tokens per sequence
 
 
 @dataclass(frozen=True, eq=False)
 class Copying(Result):
-    """How each head's OV maps a sample of tokens onto their own logits.
+    """How each head's OV maps a sample of tokens to their own logits.
 
-    `own` is the logit that a token gives itself through a head, minus the mean that it gives the sampled tokens (the
-    norms' scales left out, so only its sign and its rank compare between heads). `rank` is the token's place among the
-    sampled ones, 0 the first, the middle of those that tie. `positive` is the sum of the circuit's eigenvalues over the
-    sum of their sizes: 1 if the head copies every token, -1 if it writes every token's opposite. `z` is mean `own` in
-    standard deviations of the same head with its values rotated at random, `copies` and `suppresses` the p-values.
+    `own` is the logit that a token gives itself through a head, minus the mean logit that it gives the sampled tokens
+    (without the norms' scales, so only its sign and rank are comparable between heads). `rank` is the token's rank
+    among the sampled ones, 0 the first; ties get the middle rank. `positive` is the sum of the circuit's eigenvalues
+    over the sum of their absolute values: 1 if the head copies every token, -1 if it writes every token's opposite. `z`
+    is the mean of `own` in standard deviations of the same head with randomly rotated values; `copies` and `suppresses`
+    are the p-values.
     """
+
+    ranked_by = "how much the OV circuit copies or suppresses"
 
     tokens: Int[Tensor, "token"]
     own: Float[Tensor, "token layer head"]
@@ -45,11 +49,11 @@ class Copying(Result):
     suppresses: PerHead
 
     def top_share(self, k: int = 5) -> PerHead:
-        """The share of tokens that are among the `k` which their own OV raises most."""
+        """The share of tokens that are among the `k` tokens their own OV raises most."""
         return (self.rank < k).to(self.own).mean(0)
 
     def bottom_share(self, k: int = 5) -> PerHead:
-        """The share of tokens that are among the `k` which their own OV lowers most."""
+        """The share of tokens that are among the `k` tokens their own OV lowers most."""
         return (self.rank >= len(self.tokens) - k).to(self.own).mean(0)
 
     def order(self) -> list[tuple[int, int]]:
@@ -57,32 +61,29 @@ class Copying(Result):
         by = self.z.flatten().nan_to_num(0).abs().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.z.shape[1]) for i in by]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose OV copies or suppresses most."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
+        """One row per head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
         q = q_values(torch.stack([self.copies, self.suppresses]))
         each = (self.positive, self.top_share(), self.bottom_share(), self.z, *q)
-        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
         return Table(("head", "eigenvalues", "own in top 5", "in bottom 5", "z", "q copies", "q suppresses"), rows)
 
     def figure(self) -> Any:
-        """How far each head's copying lies from chance, in standard deviations of rotated heads."""
+        """How far each head's copying is from chance, in standard deviations of rotated heads."""
         from hooklens.viz.figures import heatmap
 
-        rows = [f"L{i}" for i in range(len(self.z))]
+        rows = layer_names(len(self.z))
         return heatmap(
             self.z, y=rows, title="OV copying against rotated heads", x_title="head", y_title="layer", colourbar="z"
         )
 
 
 def score_copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
-    """Which heads would write the token they look at, wherever they look? Weights alone, no attention.
+    """Which heads would write the token they attend to, wherever they attend? Uses weights only, no attention.
 
-    A sample of tokens is put through each head's values and output, the final norm's weight and W_U: as embedded for
-    layer 0, as block 0 leaves them in random text for later layers. Norm scales are left out (positive, so ranks stay).
+    A sample of tokens is passed through each head's values and output, the final norm's weight and W_U. For layer 0 the
+    input is the embedding, for later layers the output of block 0 on random text. The scales of norms are left out
+    (they are positive, so ranks are unchanged).
 
     >>> from hooklens.testing import induction_model
     >>> found = score_copying(induction_model())
@@ -91,7 +92,7 @@ def score_copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Detecting copying behavior".
     """
-    refuse_post_norm(model)
+    model.blocks[0].need_sum("a head's direct path to the logits")
     refuse_dropout(model)
     tokens, streams = _streams(model, n_tokens, seed)
     found: dict[str, list[Tensor]] = {name: [] for name in ("own", "rank", "positive", "z", "null")}
@@ -115,19 +116,10 @@ def score_copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int
     )
 
 
-def refuse_post_norm(model: "HookedTransformer") -> None:
-    """Post-norm blocks normalise the stream itself, so that no head writes to the logits directly."""
-    if model.blocks[0].renorms_stream:
-        raise InputError(
-            "a head's direct path to the logits was asked for, and this model's post-norm blocks normalise the stream "
-            "on the way; activation patching of z measures total effects there"
-        )
-
-
 def _streams(
     model: "HookedTransformer", n_tokens: int, seed: int
 ) -> tuple[Int[Tensor, "token"], list[Float[Tensor, "token d_model"]]]:
-    """Sampled tokens; each as it is embedded, and as block 0 leaves it, mean over the places where it was drawn."""
+    """Sampled tokens; their embeddings, and their mean output of block 0 over the places where they were drawn."""
     per_row = repeated_tokens(model, 1, length=2 * _ROWS + 1, seed=seed).first_query - 1
     text = repeated_tokens(model, -(-n_tokens // per_row), length=2 * per_row + 1, period=per_row, seed=seed)
     rows = text.tokens[:, : per_row + 1]
@@ -140,9 +132,9 @@ def _streams(
 
 
 def _read(model, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "head token d_head"]:
-    """What each head's values make of the tokens, biases left out; heads of a group share theirs."""
+    """Each head's values for the tokens, without biases; heads of a group share values."""
     block, attn = model.blocks[layer], model.blocks[layer].attn
-    normed = (x if block.ln1 is None else block.ln1(x))[:, None]
+    normed = block.before_attn(x)[:, None]
     v = attn.heads(attn.v, normed, None) - attn.heads(attn.v, torch.zeros_like(normed), None)
     return v[:, 0].repeat_interleave(attn.n_heads // attn.n_kv_heads, 1).transpose(0, 1)
 
@@ -152,17 +144,14 @@ def written_logits(model: "HookedTransformer", layer: int, tokens: Int[Tensor, "
     attn, block = model.blocks[layer].attn, model.blocks[layer]
     unit = torch.eye(attn.d_head, dtype=model.dtype, device=model.device)
     rows = attn.results(unit[:, None, None].expand(-1, 1, attn.n_heads, -1).contiguous())[:, 0]
-    if block.ln1_post is not None:
-        rows = block.ln1_post.linearised(rows, torch.ones_like(rows[..., :1]))
-    return to_logits(model, rows, tokens).transpose(0, 1)
+    return to_logits(model, block.writes_through("attn").unscaled(rows), tokens).transpose(0, 1)
 
 
 def to_logits(
     model: "HookedTransformer", x: Float[Tensor, "*lead d_model"], tokens: Int[Tensor, "token"]
 ) -> Float[Tensor, "*lead token"]:
     """The logits of these tokens, uncapped, from what is added to the stream; the final norm's scale left out."""
-    if model.ln_final is not None:
-        x = model.ln_final.linearised(x, torch.ones_like(x[..., :1]))
+    x = Passage(model.ln_final).unscaled(x)
     linear = model.unembed.linear
     if is_plain(linear):
         return x @ linear.weight[tokens].T
@@ -177,7 +166,7 @@ def _of_layer(
     rank = ((logits > own[..., None]).sum(-1) + (logits >= own[..., None]).sum(-1) - 1) / 2
     eigenvalues = torch.linalg.eigvals(columns @ read)  # the non-zero ones of `logits`
     size = eigenvalues.abs().sum(-1)
-    # The mean of `own` is the inner product of the identity with G, so that of a rotated head is that of R with G.
+    # The mean of `own` is the inner product of the identity with G; for a rotated head it is that of R with G.
     G = (read.mT @ (columns - columns.mean(-1, keepdim=True)).mT).double()
     heads, d = G.shape[:2]
     deviation = G.flatten(1).norm(dim=1) / d**0.5  # of <R, G> over random rotations, whose mean is 0

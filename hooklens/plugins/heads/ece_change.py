@@ -1,4 +1,4 @@
-"""What becomes of a model's calibration without a head, and under as large a change to another one?"""
+"""The change of a model's calibration when a head is ablated, compared with equally large changes to other heads."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import HooklensError
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import progress
@@ -16,26 +17,27 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.mediation import mean_z
 from hooklens.plugins.lens.calibration import Calibration, binned_error, measure_calibration
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import null_p, quantiles
+from hooklens.results.statistics import DRAWS, null_p, q_values, quantiles
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
 _CONTROLS = 19  # the smallest p is then 0.05
-_DRAWS = 1000
 _LENGTH = 32  # tokens of an excerpt
 Head = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationChange(Result):
-    """How the expected calibration error changes when each head is ablated by its mean: above 0, it calibrates.
+    """The change of the expected calibration error when each head is mean-ablated: above 0, the head calibrates.
 
-    `low` and `high` come from a bootstrap over texts. `control` are the changes when another head is moved towards its
-    mean instead, so far that what is written changes by the same norm: the heads nearest in depth, the same layer
-    first; NaN where there are fewer. `loss_change` stands beside it, since a worse model is a worse calibrated one.
+    `low` and `high` come from a bootstrap over texts. `control` contains the changes when another head is moved towards
+    its mean instead, far enough to change the output by the same norm: the heads nearest in depth, the same layer
+    first; NaN if there are fewer. `loss_change` is reported too, because a worse model is also worse calibrated.
     """
+
+    ranked_by = "change of the calibration error"
 
     heads: list[str]
     ece: float
@@ -48,25 +50,26 @@ class CalibrationChange(Result):
 
     @property
     def p(self) -> Float[Tensor, "chosen"]:
-        """How often a control changes the error by as much, in either direction; at least 1 / (controls + 1)."""
+        """How often a control changes the error as much, in either direction; at least 1 / (controls + 1)."""
         each = [
             null_p(x.abs(), c[~c.isnan()].abs()) if bool((~c.isnan()).any()) else x.new_tensor(torch.nan).double()
             for x, c in zip(self.change, self.control, strict=True)
         ]
         return torch.stack(each) if each else self.change.double()
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose loss changes the error most."""
-        return self.table(k)
+    @property
+    def q(self) -> Float[Tensor, "chosen"]:
+        """Benjamini-Hochberg over the heads."""
+        return q_values(self.p)
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: the change, its interval, what the controls do, and the loss."""
+        """One row per head: the change, its interval, the controls, and the loss."""
         shown = (self.change, self.low, self.high, self.p, self.control.abs().nanmean(1), self.loss_change.mean(0))
         rows = [(self.heads[i], *(_number(one[i]) for one in shown)) for i in _largest(self.change)[:n]]
         return Table(("head", "ECE change", "low", "high", "p", "controls (size)", "loss change"), rows)
 
     def figure(self) -> Any:
-        """The change of every head with its interval."""
+        """The change for every head, with its interval."""
         from hooklens.viz.figures import bars
 
         title = f"Calibration error without each head (with all: {self.ece:.3f})"
@@ -82,10 +85,10 @@ def _number(value: Tensor) -> float | None:
 
 
 def calibration_text(model: "HookedTransformer", n: int, seed: int = 0) -> tuple[Int[Tensor, "sequence pos"], str]:
-    """Text on which calibration means something, and what it is: excerpts where there is a tokenizer, else repeats."""
+    """Text for measuring calibration, and its name: excerpts if there is a tokenizer, else repeated random tokens."""
     try:
         excerpts = None if model.tokenizer is None else _excerpts(model, n, seed)
-    except HooklensError:  # the text is not here and cannot be fetched
+    except HooklensError:  # the text is not in the cache and cannot be fetched
         excerpts = None
     if excerpts is not None:
         return excerpts, "excerpts of Shakespeare"
@@ -93,7 +96,7 @@ def calibration_text(model: "HookedTransformer", n: int, seed: int = 0) -> tuple
 
 
 def _excerpts(model: "HookedTransformer", n: int, seed: int) -> Int[Tensor, "sequence pos"] | None:
-    """Pieces of the text asset from random places; None where this tokenizer cannot read it."""
+    """Pieces of the text asset from random places; None if this tokenizer cannot read it."""
     from hooklens.pretrained.assets import text
 
     whole, length = text(), min(_LENGTH, model.cfg.n_ctx)
@@ -115,7 +118,7 @@ def calibration_change(
     controls: int = _CONTROLS,
     seed: int = 0,
 ) -> CalibrationChange:
-    """How does the calibration error on these texts change without each head, against `controls` other heads?
+    """How does the calibration error on these texts change without each head, compared with `controls` other heads?
 
     >>> from hooklens.testing import induction_model
     >>> tokens = repeated_tokens(induction_model(), 8).tokens
@@ -128,7 +131,7 @@ def calibration_change(
     near = {head: _nearest(head, [one for one in every if one not in heads], controls) for head in heads}
     with torch.no_grad(), packed_linears(rows=1024):
         _, cache = model.run_with_cache(tokens, ["z", "resid_pre"], stop_at_layer=model.cfg.n_layers)
-        mean = mean_z(model, cache, None, tokens)
+        mean = mean_z(model, cache)
         size = torch.stack([_size(model, cache, mean, layer) for layer in range(model.cfg.n_layers)])
         base = _moved(
             model, tokens, cache=cache, mean=mean, head=every[-1], by=0.0, base=bins
@@ -149,7 +152,7 @@ def calibration_change(
             control[i, j] = other.expected_error - base.expected_error
     loss = torch.stack([row[0].loss.mean(1) - base.loss.mean(1) for row in runs], 1)
     return CalibrationChange(
-        heads=[f"L{a}H{b}" for a, b in heads],
+        heads=[head_name(a, b) for a, b in heads],
         ece=base.expected_error,
         change=change,
         low=low,
@@ -165,7 +168,7 @@ def _nearest(head: Head, others: list[Head], n: int) -> list[Head]:
 
 
 def _size(model, cache: "ActivationCache", mean: dict[int, Tensor], layer: int) -> Float[Tensor, "head"]:
-    """How much of what each head of a layer writes is lost when it writes its mean."""
+    """How much of each head's output in a layer is lost when it is replaced by its mean."""
     attn, z = model.blocks[layer].attn, cache["z", layer]
     return widened(attn.results(z) - attn.results(mean[layer].to(z))).square().sum((0, 1, 3)).sqrt()
 
@@ -173,7 +176,7 @@ def _size(model, cache: "ActivationCache", mean: dict[int, Tensor], layer: int) 
 def _moved(
     model, tokens: Tensor, cache: "ActivationCache", mean: dict[int, Tensor], head: Head, by: float, base: Calibration
 ) -> Calibration:
-    """The predictions when a head's z goes so far towards its mean; binned as those of the untouched run are."""
+    """The predictions when a head's z is moved part of the way to its mean, in the bins of the untouched run."""
     layer, number = head
 
     def move(z: Tensor, hook: Any) -> Tensor:
@@ -192,10 +195,10 @@ def _moved(
 
 
 def _changes(base: Calibration, edited: list[Calibration], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The change of the error and both ends of its interval: all texts are drawn again, runs together."""
+    """The change of the error and the ends of its interval; texts are resampled, the same for all runs."""
     gaps = torch.stack([_gaps(one) for one in (base, *edited)])  # [run text bin]
     n = gaps.shape[1]
-    drawn = torch.randint(n, (_DRAWS, n), generator=seeded(seed))
+    drawn = torch.randint(n, (DRAWS, n), generator=seeded(seed))
     times = torch.stack([torch.ones(n, dtype=torch.long), *(row.bincount(minlength=n) for row in drawn)]).to(gaps)
     errors = binned_error(torch.einsum("dt,rtb->rdb", times, gaps), base.loss.numel())
     change = errors[1:] - errors[0]
@@ -204,6 +207,6 @@ def _changes(base: Calibration, edited: list[Calibration], seed: int) -> tuple[T
 
 
 def _gaps(found: Calibration) -> Float[Tensor, "sequence bin"]:
-    """Confidence minus correctness, summed over each text's predictions bin by bin."""
+    """Confidence minus correctness, summed over each text's predictions per bin."""
     gap = found.confidence - found.correct.to(found.confidence)
     return gap.new_zeros(len(gap), len(found.edges) - 1).scatter_add_(1, found.bin, gap)

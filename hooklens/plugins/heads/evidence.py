@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name, layer_names
 from hooklens.plugins.heads.head_scores import LABELS
 from hooklens.plugins.heads.named import NAME_LABELS
 from hooklens.results.result import Table
@@ -17,9 +18,9 @@ _SUPPRESSION = ("anti-copy", "ECE change")
 
 
 def label_rows(found: "Taxonomy", n: int | None) -> Table:
-    """One row a head and label. `effect` is in nats a token, of names the share of the logit difference.
+    """One row per head and label. `effect` is in nats per token; for name labels, the share of the logit difference.
 
-    `share of loss` is the effect as a share of the loss of the repeated tokens.
+    `share of loss` is the effect as a share of the loss on the repeated tokens.
     """
     called, make = found.called(), {**_on_repeats(found), **_on_names(found)}
     first, suppressed = found.scores.mean("first"), _suppressed(found)
@@ -40,13 +41,13 @@ def label_rows(found: "Taxonomy", n: int | None) -> Table:
             nearest = [f"{near}{': opposite effect' if against else '?'}"] * (label not in make)
             doubts = nearest + _doubts(found, kind, at)
             said = f"{label} ({'; '.join(doubts)})" if doubts else label
-            row = (f"L{at[0]}H{at[1]}", said, *(_number(x[at]) for x in make[kind]), float(first[at]))
+            row = (head_name(*at), said, *(_number(x[at]) for x in make[kind]), float(first[at]))
             rows.append((*row, *position, *(negative if suppressed else ())))
     return Table(("head", "label", "score", "q", *_EFFECT, "rests", *extra), rows).head(n)
 
 
 def _doubts(found: "Taxonomy", kind: str, at: tuple[int, int]) -> list[str]:
-    """What qualifies a head's evidence for a label: its size, and a control that could not take as much attention."""
+    """Qualifications of a head's evidence for a label: a negligible effect, or a control that could not match it."""
     if kind not in LABELS:
         return []
     told = {"detectable, negligible": found.negligible, "no matched control": found.unmatched}
@@ -54,7 +55,7 @@ def _doubts(found: "Taxonomy", kind: str, at: tuple[int, int]) -> list[str]:
 
 
 def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
-    """Score, q, effect, both ends, its q, its share of the loss, placebo and what it took, label by label."""
+    """Score, q, effect, its interval, its q, its share of the loss, placebo and its attention, label by label."""
     (low, high), score_q, effect_q = found.interval(), found.score_q, found.effect_q
     effect, rest = found.effect.mean(0), (found.share, found.placebo.mean(0), found.matched)
     return {
@@ -64,7 +65,7 @@ def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
 
 
 def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
-    """The same of indirect-object prompts: q of the pairs that label, margin and direct effect of the others."""
+    """The same on indirect-object prompts: q of the labelling pairs, margin and direct effect of the others."""
     if found.names is None:
         return {}
     movers, q = found.names.reported, found.names.q
@@ -76,16 +77,16 @@ def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
 
 
 def _suppressed(found: "Taxonomy") -> dict[tuple[int, int], tuple[float, float | None]]:
-    """What a head takes from the logit of the token that it looks at, and the calibration change without it."""
+    """How much a head lowers the logit of the token it attends to, and the calibration change without it."""
     if found.suppression is None or found.suppression.calibration is None:
         return {}
     change, anti = found.suppression.calibration, found.suppression.anti
-    at = [(int(a), int(b)) for a, b in (name[1:].split("H") for name in change.heads)]
+    at = [Component.parse(name).place for name in change.heads]
     return {one: (float(anti[one]), float(change.change[i])) for i, one in enumerate(at)}
 
 
 def _nearest(found: "Taxonomy", at: tuple[int, int]) -> int:
-    """The label whose effect goes the other way, if there is one, else that of the least p."""
+    """The label with the opposite effect if there is one, else that with the smallest p."""
     against = found.opposite[:, at[0], at[1]]
     by = found.score_p[:, at[0], at[1]]
     return int((torch.where(against.to(by.device), by - 2, by)).argmin())
@@ -96,12 +97,12 @@ def _number(value: Tensor) -> float | None:
 
 
 def attention_map(found: "Taxonomy") -> Any:
-    """Layer by label and head: attention above chance, negative where the label was not earned."""
+    """Layer by label and head: attention above chance, negative if the label was not earned."""
     from hooklens.viz.figures import heatmap
 
     attention = torch.stack([found.scores.mean(kind) for kind, _ in LABELS.values()])
     shown = torch.where(found.passes, attention, -attention)
-    shown = shown.masked_fill(found.score_q > found.level, torch.nan)
+    shown = shown.masked_fill(found.score_q > found.alpha, torch.nan)
     mean, n_heads = found.effect.mean(0), shown.shape[2]
     hover = [
         [f"loss rise {float(x):.3f}" if x == x else "chance" for x in row.tolist()]
@@ -110,7 +111,7 @@ def attention_map(found: "Taxonomy") -> Any:
     drawn = heatmap(
         (shown if bool(shown.isfinite().any()) else torch.zeros_like(shown)).transpose(0, 1).flatten(1),
         x=[f"{label} H{head}" for label in LABELS for head in range(n_heads)],
-        y=[f"L{layer}" for layer in range(shown.shape[1])],
+        y=layer_names(shown.shape[1]),
         title="Attention above chance: blue earned the label, orange did not",
         y_title="layer",
         hover=hover,

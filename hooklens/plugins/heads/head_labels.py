@@ -1,4 +1,4 @@
-"""What the evidence allows each head to be called, and the rows that show it."""
+"""The labels that the evidence supports for each head, and the table that shows the evidence."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,45 +20,48 @@ if TYPE_CHECKING:
     pass
 
 UNLABELLED = "unlabelled"
-#: Of the loss: an effect of less is detectable, and negligible.
+#: As a share of the loss: a smaller effect is detectable but negligible.
 LEAST_SHARE = 0.01
-#: Of the attention that was blocked: a placebo that takes less is no matched control.
+#: As a share of the blocked attention: a placebo that takes less is not a matched control.
 LEAST_MATCH = 0.5
 PerLabel = Float[Tensor, "label layer head"]
 
 
 @dataclass(frozen=True, eq=False)
 class Taxonomy(Result):
-    """Every head's evidence for every label, and the labels that it allows.
+    """Every head's evidence for every label, and the labels that it supports.
 
-    `score_p` is the null model's: the share of randomly rotated heads that score as high (for copy suppression, the
-    larger of that and the OV's). `effect` is the rise of the loss, in nats a token, on other repeated sequences when
-    the head may not look at the label's keys: NaN where the score did not pass, for then it was not measured.
-    `placebo` is the rise when as much attention is taken from its other keys: NaN also where the effect on its own is
-    not off 0. `blocked` is the attention that was taken for each of the two: a head that gives its label's keys more
-    than half of its attention has less elsewhere for the placebo to take (see `matched`). `names` is the
-    evidence of indirect-object prompts, `positions` what positions alone do to queries and keys, `suppression` what the
-    heads called copy suppression or negative name mover do to the token that they look at and to calibration; None
-    where the model could not be asked, or no head was called so. `note` says why, or which pairs label name movers.
+    `score_p` comes from the null model: the share of randomly rotated heads with as high a score (for copy suppression,
+    the larger of that and the OV's). `effect` is the increase of the loss, in nats per token, on other repeated
+    sequences when the head cannot attend to the label's keys; it is not measured, and NaN, if the score did not pass.
+    `placebo` is the increase when the same amount of attention is taken from the head's other keys; it is NaN also if
+    the effect alone does not differ from 0. `blocked` is the attention that was taken in each of the two: a head that
+    pays more than half of its attention to the label's keys leaves less elsewhere for the placebo to take (see
+    `matched`). `names` is the evidence from indirect-object prompts, and `positions` the effect of positions alone on
+    queries and keys. `suppression` is the effect of heads labelled copy suppression or negative name mover on the token
+    they attend to and on calibration. These are None if the model does not support them, or if no head has such a
+    label. `note` gives the reason, or says which pairs label name movers.
     """
+
+    ranked_by = "strength of the evidence"
 
     terms = {
         "head": "L5H1 is head 1 of layer 5",
-        "label": "the name that it earned, else the nearest, with a question mark",
-        "score": "mean attention to the label's keys, of names the margin over any other position",
-        "q": "of the score, the rate of false discoveries over all heads and labels",
-        "effect": "rise of the loss in nats a token when the head may not attend to these keys (of names: the share of "
+        "label": "the head's label, or the nearest label with a question mark",
+        "score": "mean attention to the label's keys; for names, the margin over any other position",
+        "q": "the false discovery rate of the score, over all heads and labels",
+        "effect": "rise of the loss in nats per token when the head cannot attend to these keys (names: the share of "
         "the logit difference that it restores directly)",
         "low": "lower end of the effect's 95 % interval over sequences",
-        "high": "its upper end",
-        "q of effect": "the same rate of the effect, over those measured",
+        "high": "upper end of that interval",
+        "q of effect": "the false discovery rate of the effect, over those measured",
         "share of loss": "the effect as a share of the loss",
-        "placebo": "the rise when as much attention is taken from its other keys, the control",
-        "placebo took": "the attention that the placebo took, as a share of what was blocked: where other keys hold "
-        "less there is no more to take, and under half is no matched control",
-        "rests": "mean attention to the first token, where heads attend that do nothing",
-        "by position": "share of queries that positions alone would send to the previous token",
-        "anti-copy": "what the head takes from the logit of the token attended to, beyond that of another token",
+        "placebo": "the control: the rise when as much attention is taken from its other keys",
+        "placebo took": "the attention that the placebo took, as a share of what was blocked: other keys may hold too "
+        "little; below half, it is not a matched control",
+        "rests": "mean attention to the first token, to which idle heads attend",
+        "by position": "share of queries for which positions alone select the previous token",
+        "anti-copy": "how much more the head lowers the logit of the attended token than that of another",
         "ECE change": "rise of the expected calibration error, the mean gap between confidence and accuracy, without "
         "the head",
     }
@@ -71,7 +74,7 @@ class Taxonomy(Result):
     loss: Float[Tensor, "sequence"]
     names: NameEvidence | None
     note: str
-    level: float
+    alpha: float
     positions: PositionScores | None = None
     suppression: CopySuppression | None = None
     blocked: Float[Tensor, "keys label layer head"] | None = None
@@ -83,51 +86,51 @@ class Taxonomy(Result):
 
     @property
     def effect_q(self) -> Float[Tensor, "label layer head"]:
-        """Benjamini-Hochberg over the effects that were measured: those whose score passed, on other sequences."""
+        """Benjamini-Hochberg over the measured effects: those whose score passed, on other sequences."""
         p = sign_flip_p(self.effect.nan_to_num())
         return q_values(torch.where(self.effect[0].isnan(), torch.nan, p))
 
     def interval(self) -> tuple[PerLabel, PerLabel]:
-        """Both ends of the mean effect, by a bootstrap over sequences, at 1 - `level`."""
+        """Both ends of the mean effect, by a bootstrap over sequences, at 1 - `alpha`."""
         return self._interval(self.effect)
 
     def _interval(self, values: Float[Tensor, "sequence label layer head"]) -> tuple[PerLabel, PerLabel]:
-        low, high = mean_interval(values.nan_to_num(), level=1 - self.level)
+        low, high = mean_interval(values.nan_to_num(), level=1 - self.alpha)
         missing = values[0].isnan()
         return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
 
     @property
     def candidates(self) -> Bool[Tensor, "label layer head"]:
-        """Where the score passes, and the effect's interval and q-value exclude 0 on the side that the label claims."""
+        """Where the score passes, and the effect's interval and q-value exclude 0 in the direction of the label."""
         low, _ = self._interval(signs(self.effect) * self.effect)
-        return (self.score_q <= self.level) & (low > 0) & (self.effect_q <= self.level)
+        return (self.score_q <= self.alpha) & (low > 0) & (self.effect_q <= self.alpha)
 
     @property
     def opposite(self) -> Bool[Tensor, "label layer head"]:
-        """Where the score passes, and the effect's interval and q-value exclude 0 on the other side."""
+        """Where the score passes, and the effect's interval and q-value exclude 0 in the opposite direction."""
         _, high = self._interval(signs(self.effect) * self.effect)
-        return (self.score_q <= self.level) & (high < 0) & (self.effect_q <= self.level)
+        return (self.score_q <= self.alpha) & (high < 0) & (self.effect_q <= self.alpha)
 
     @property
     def share(self) -> Float[Tensor, "label layer head"]:
-        """The effect's size: as a share of the loss of the repeated tokens, in the untouched run."""
+        """The size of the effect as a share of the loss on the repeated tokens in the untouched run."""
         return self.effect.mean(0) / self.loss.mean()
 
     @property
     def negligible(self) -> Bool[Tensor, "label layer head"]:
-        """Where the label is earned by an effect that is surely there, and less than 1 % of the loss."""
+        """Where the label is earned by a significant effect of less than 1 % of the loss."""
         return self.passes & (self.share.abs() < LEAST_SHARE)
 
     @property
     def matched(self) -> Float[Tensor, "label layer head"]:
-        """The attention that the placebo took, as a share of what was blocked; NaN where neither was asked for."""
+        """The attention that the placebo took, as a share of the blocked attention; NaN if not measured."""
         if self.blocked is None:
             return torch.full_like(self.score_p, torch.nan)
         return self.blocked[1] / self.blocked[0]
 
     @property
     def unmatched(self) -> Bool[Tensor, "label layer head"]:
-        """Where the placebo took less than half: the effect has no control that could have shown as much."""
+        """Where the placebo took less than half: no control could have shown an effect of that size."""
         return self.matched < LEAST_MATCH
 
     @property
@@ -137,29 +140,29 @@ class Taxonomy(Result):
         return self.candidates & (above_placebo > 0)
 
     def called(self) -> dict[tuple[int, int], list[str]]:
-        """The labels of each labelled head: of those of repeated tokens that of the largest effect, then of names."""
+        """The labels of each labelled head: the one with the largest effect on repeated tokens, then name labels."""
         mean = torch.where(self.passes, self.effect.mean(0).abs(), -1.0)
         best, which = mean.max(0)
         kinds, found = list(LABELS), {}
         for layer, head in (best >= 0).nonzero().tolist():
             found[layer, head] = [kinds[int(which[layer, head])]]
-        named = {} if self.names is None else self.names.labelled(self.level)
+        named = {} if self.names is None else self.names.labelled(self.alpha)
         for label, heads in named.items():
             for at in heads:
                 found.setdefault(at, []).append(label)
         return found
 
     def labels(self) -> list[list[str]]:
-        """What each head of each layer is called."""
+        """The label of each head of each layer."""
         called, (n_layers, n_heads) = self.called(), self.score_p.shape[1:]
         return [
             [", ".join(called.get((layer, head), [UNLABELLED])) for head in range(n_heads)] for layer in range(n_layers)
         ]
 
     def counts(self) -> Table:
-        """How many heads each label has, and how many had the score but not the effect, or the opposite one."""
+        """The number of heads with each label, with the score but no effect, and with the opposite effect."""
         flat = [label for labels in self.called().values() for label in labels]
-        scored = self.score_q <= self.level
+        scored = self.score_q <= self.alpha
         unmatched = self.passes & self.unmatched.to(scored.device)
         parts = (scored, scored & ~self.passes & ~self.opposite, self.opposite, self.negligible, unmatched)
         sums = [one.flatten(1).sum(1).tolist() for one in parts]
@@ -177,7 +180,7 @@ class Taxonomy(Result):
         return Table(("label", "heads", *columns), rows)
 
     def order(self) -> list[tuple[int, int]]:
-        """Every (layer, head): labelled ones first, by the size of their effect, then those measured, then the rest."""
+        """Every (layer, head): labelled heads first, by effect size, then measured ones, then the rest."""
         strong = torch.where(self.passes, self.effect.mean(0).abs(), 0.0).amax(0)
         measured = self.effect.mean(0).abs().nan_to_num(0).amax(0)
         labelled = torch.zeros_like(strong)
@@ -187,19 +190,15 @@ class Taxonomy(Result):
         by = key.flatten().argsort(descending=True, stable=True).tolist()
         return [divmod(i, strong.shape[1]) for i in by]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads with the strongest evidence."""
-        return self.table(k)
-
     def table(self, n: int | None = 20) -> Table:
-        """One row a head and label, with that label's evidence; a head without one shows the nearest, with "?"."""
+        """One row per head and label, with the label's evidence; a head without a label shows the nearest, with "?"."""
         return label_rows(self, n)
 
     def figure(self) -> Any:
-        """Label by label, layer by head: who looks at its keys. Blue earned the label; orange only looks."""
+        """Layer by label and head: which heads attend to a label's keys. Blue earned the label, orange did not."""
         return attention_map(self)
 
 
 def signs(like: Tensor) -> Float[Tensor, "label one one"]:
-    """The direction in which each label claims that the loss moves."""
+    """The direction in which each label predicts that the loss changes."""
     return torch.tensor([sign for _, sign in LABELS.values()]).to(like)[:, None, None]

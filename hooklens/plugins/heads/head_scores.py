@@ -1,4 +1,4 @@
-"""Where does each head look: at the previous token, at a duplicate, after it, at the first position? And how widely?"""
+"""Attention scores of each head: previous token, duplicate token, induction, first position, and entropy."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name, layer_names
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.data.repeated import repeated_tokens
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 KINDS = ("previous", "duplicate", "induction", "first")
 #: The labels that repeated tokens can give, the keys whose attention is scored and blocked, and the sign of the loss
-#: change that the label claims.
+#: change that the label predicts.
 LABELS = {
     "previous token": ("previous", 1.0),
     "duplicate token": ("duplicate", 1.0),
@@ -34,9 +35,10 @@ LABELS = {
 class HeadScores(Result):
     """The share of attention that each head pays to four kinds of key, and its entropy in nats.
 
-    `previous`: the token before. `duplicate`: earlier occurrences of the query's own token. `induction`: what followed
-    them. `first`: position 0. Each is a mean over the queries for which such a key exists. `uniform` is what even
-    attention would give, `p` how often a head with randomly rotated queries reaches the score (`pooled_p`).
+    `previous`: the token before. `duplicate`: earlier occurrences of the query's own token. `induction`: the tokens
+    that followed them. `first`: position 0. Each is a mean over the queries for which such a key exists. `uniform` is
+    the score of uniform attention; `p` is how often a head with randomly rotated queries reaches the score
+    (`pooled_p`).
     """
 
     scores: dict[str, Float[Tensor, "sequence layer head"]]
@@ -46,7 +48,7 @@ class HeadScores(Result):
     p: dict[str, PerHead]
 
     def mean(self, kind: str) -> PerHead:
-        """A score, mean over the sequences that have such keys."""
+        """A score, averaged over the sequences that have such keys."""
         return self.scores[kind].nanmean(0)
 
     @property
@@ -63,28 +65,28 @@ class HeadScores(Result):
         return [divmod(i, shown.shape[1]) for i in by]
 
     def top(self, k: int = 10, kind: str = "induction") -> Table:
-        """The `k` heads that score highest on one kind, with interval over sequences, p and q."""
+        """The `k` heads with the highest score of one kind, with interval over sequences, p and q."""
         value, q = self.mean(kind), self.q[kind]
         low, high = mean_interval(self.scores[kind].nan_to_num())
         each = (value, low, high, self.p[kind], q)
         rows = [
-            (f"L{layer}H{head}", *(float(one[layer, head]) for one in each)) for layer, head in self.order(kind)[:k]
+            (head_name(layer, head), *(float(one[layer, head]) for one in each)) for layer, head in self.order(kind)[:k]
         ]
         return Table(("head", kind, "95% low", "95% high", "p", "q"), rows)
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head, in order of its largest score but that of the first position; the even pattern last."""
+        """One row per head, by largest score except that of the first position; uniform attention last."""
         content = torch.stack([self.mean(kind).nan_to_num(-1) for kind in KINDS[:3]]).amax(0)
         by = content.flatten().argsort(descending=True, stable=True).tolist()
         each = (*(self.mean(kind) for kind in KINDS), self.entropy.mean(0))
         heads = [divmod(i, content.shape[1]) for i in by]
-        rows = [(f"L{layer}H{head}", *(float(one[layer, head]) for one in each)) for layer, head in heads]
+        rows = [(head_name(layer, head), *(float(one[layer, head]) for one in each)) for layer, head in heads]
         rows = rows if n is None else rows[: max(0, n - 1)]
         even = ("even attention", *(self.uniform[kind] for kind in KINDS), self.uniform_entropy)
         return Table(("head", *KINDS, "entropy"), [*rows, even]).head(n)
 
     def figure(self) -> Any:
-        """Layer by head, four maps side by side in one: which head looks where."""
+        """Layer by head, four maps side by side: where each head attends."""
         from hooklens.viz.figures import heatmap
 
         heads = self.entropy.shape[2]
@@ -92,7 +94,7 @@ class HeadScores(Result):
         return heatmap(
             shown,
             x=[f"{kind} H{head}" for kind in KINDS for head in range(heads)],
-            y=[f"L{layer}" for layer in range(len(shown))],
+            y=layer_names(len(shown)),
             title="Share of attention by kind of key",
             y_title="layer",
             diverging=False,
@@ -103,7 +105,7 @@ class HeadScores(Result):
 def score_heads(
     model: "HookedTransformer", prompts: Prompts | None = None, *, n: int = 8, draws: int = DRAWS, seed: int = 0
 ) -> HeadScores:
-    """Where does each head look? On random tokens that repeat, or on prompts of one length of your own.
+    """Where does each head attend, on random tokens that repeat or on your own prompts of one length?
 
     >>> from hooklens.testing import induction_model
     >>> found = score_heads(induction_model())
@@ -112,7 +114,7 @@ def score_heads(
     >>> found.top(1).rows[0][0], bool(found.q["induction"][1, 1] < 0.05)
     ('L1H1', True)
 
-    `draws` rotations a head make the null. With `prompts`, `n` is not used.
+    The null uses `draws` rotations per head. With `prompts`, `n` is not used.
 
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads", section on head-level scores.
     """
@@ -132,12 +134,12 @@ def score_heads(
 
 
 def key_masks(tokens: Int[Tensor, "sequence pos"]) -> dict[str, Mask]:
-    """Which keys count for each kind, query by query.
+    """The keys that count for each kind, query by query.
 
     >>> {kind: mask[0, 3].int().tolist() for kind, mask in key_masks(torch.tensor([[7, 8, 9, 8]])).items()}
     {'previous': [0, 0, 1, 0], 'duplicate': [0, 1, 0, 0], 'induction': [0, 0, 1, 0], 'first': [1, 0, 0, 0]}
 
-    Position 0 counts for `first` only: heads that do nothing look there, whatever the token.
+    Position 0 counts for `first` only: idle heads attend to it, whatever the token.
     """
     pos = torch.arange(tokens.shape[1], device=tokens.device)
     query, key = pos[:, None], pos
@@ -153,19 +155,19 @@ def key_masks(tokens: Int[Tensor, "sequence pos"]) -> dict[str, Mask]:
 
 
 def one_length(model: "HookedTransformer", prompts: Prompts) -> Int[Tensor, "sequence pos"]:
-    """The prompts' token ids, which must be as many in each."""
+    """The prompts' token ids; all prompts must have the same number of tokens."""
     rows = rows_of(model, prompts, "prompts")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1 or lengths[0] < 2:
         raise InputError(
-            f"scores are taken over prompts of one length of at least two tokens, got lengths {lengths}; "
-            "score each length on its own"
+            f"scores need prompts of one length of at least two tokens, got lengths {lengths}; "
+            "score each length separately"
         )
     return torch.stack(rows)
 
 
 def _entropy(pattern: Float[Tensor, "sequence head query_pos key_pos"]) -> Float[Tensor, "sequence head"]:
-    """Mean over queries but the first, which has one key; rows that need not sum to 1 are normalised by their size."""
+    """Mean over queries except the first, which has one key; rows that need not sum to 1 are normalised."""
     share = pattern[:, :, 1:].abs()
     share = share / share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
     return torch.special.entr(share).sum(-1).mean(-1)
@@ -178,5 +180,5 @@ def _even(model: "HookedTransformer", layer: int, tokens: Tensor) -> Float[Tenso
 
 
 def demo(model: "HookedTransformer") -> HeadScores:
-    """Four short sequences of random tokens that repeat; any model that reads tokens."""
+    """Four short sequences of random tokens that repeat; works on any model that reads tokens."""
     return score_heads(model, n=4, draws=50)

@@ -1,4 +1,4 @@
-"""Which heads continue repeated text? The attention score, and the loss that their ablation costs, side by side."""
+"""Which heads continue repeated text? The attention score, and the increase of the loss under ablation."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,17 +7,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import head_name, head_names
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.metrics import MinusLoss
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import mass
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
+from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -27,19 +30,21 @@ PerSequence = Float[Tensor, "sequence layer head"]
 
 @dataclass(frozen=True, eq=False)
 class InductionHeads(Result):
-    """Induction score and loss rise of every head, sequence by sequence.
+    """Induction score and loss increase of every head, sequence by sequence.
 
-    `score` is the attention to what followed earlier occurrences of the query's token, in sequences of different
-    periods, over the queries that have such a key. `offset_score` is the score of the literature: the mean attention
-    from each query to the key one less than a fixed period back, on other random tokens repeated once; a head that
-    looks that far back whatever stands there scores, too. `rise` is how much the loss of
-    the repeated tokens rises, in nats a token, when the head's output is replaced by its mean over other sequences;
-    `rise_before` the same for the tokens before any repeat, where there is nothing to copy: a head that does more there
-    is useful, but not for induction. NaN for heads that were not ablated.
+    `score` is the attention to the tokens that followed earlier occurrences of the query's token, in sequences with
+    different periods, over the queries that have such a key. `offset_score` is the score of the literature: the mean
+    attention from each query to the key one less than a fixed period back, on other random tokens repeated once; a head
+    that attends to this distance whatever the tokens scores too. `rise` is the increase of the loss on the repeated
+    tokens, in nats per token, when the head's output is replaced by its mean over other sequences. `rise_before` is the
+    same for the tokens before any repeat, where there is nothing to copy: a head with a large value is useful, but not
+    for induction. NaN for heads that were not ablated.
     """
 
+    ranked_by = "induction score"
+
     terms = {
-        "before repeats": "the control: the rise of the loss before any repeat, where there is nothing to copy",
+        "before repeats": "the control: the increase of the loss before any repeat, where there is nothing to copy",
     }
 
     score: PerSequence
@@ -57,7 +62,7 @@ class InductionHeads(Result):
         return q_values(sign_flip_p(self.rise.nan_to_num()).masked_fill(missing, torch.nan))
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
-        """Both ends of the mean `rise`, by a bootstrap over sequences."""
+        """The interval of the mean `rise`, from a bootstrap over sequences."""
         low, high = mean_interval(self.rise.nan_to_num(), level=level)
         missing = self.rise[0].isnan()
         return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
@@ -67,12 +72,8 @@ class InductionHeads(Result):
         by = self.score.mean(0).flatten().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.score.shape[2]) for i in by]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads of the highest induction score."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: both scores, what its ablation costs after a repeat and before, and the q-value."""
+        """One row per head: both scores, the loss increase after and before a repeat, and the q-value."""
         (low, high), q = self.interval(), self.q
         each = (
             self.score.mean(0),
@@ -83,24 +84,24 @@ class InductionHeads(Result):
             self.rise_before.mean(0),
             q,
         )
-        rows = [(f"L{i}H{j}", *(_known(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        rows = [(head_name(i, j), *(_known(one[i, j]) for one in each)) for i, j in self.order()[:n]]
         return Table(
             ("head", "score", "at fixed offset", "loss rise", "95% low", "95% high", "before repeats", "q"), rows
         )
 
     def figure(self) -> Any:
-        """Every head by score and by what its ablation costs: who looks but does not matter lies low on the right."""
+        """Every head by score and loss increase: heads that attend but have no effect lie at the lower right."""
         from hooklens.viz.curves import scatter
 
-        names = [f"L{i}H{j}" for i in range(self.score.shape[1]) for j in range(self.score.shape[2])]
+        names = head_names(self.score.shape[1], self.score.shape[2])
         seen = ~self.rise[0].isnan().flatten()
         return scatter(
             self.score.mean(0).flatten()[seen],
             self.rise.mean(0).flatten()[seen],
             [name for name, here in zip(names, seen.tolist(), strict=True) if here],
-            "Looking is not doing: induction score and the loss that ablation costs",
+            "Induction score and loss increase under ablation",
             x_title="attention to what followed the last occurrence",
-            y_title="loss rise on repeats (nats a token)",
+            y_title="loss rise on repeats (nats per token)",
             colour=self.rise_before.mean(0).flatten()[seen],
             colourbar="before repeats",
         )
@@ -118,10 +119,10 @@ def find_induction_heads(
     heads: Heads | None = None,
     seed: int = 0,
 ) -> InductionHeads:
-    """Which heads are induction heads: who looks at what came next, and whose loss costs the repeat?
+    """Which heads are induction heads: which attend to the token that came next, and which does the loss depend on?
 
-    Each of `heads` (all by default) is ablated alone: its z becomes the mean, position by position, over as many other
-    sequences that repeat at other periods. Exact, through the sweep engine.
+    Each of `heads` (all by default) is ablated alone: its z is replaced by the mean, position by position, over as many
+    other sequences that repeat with other periods. The result is exact, computed by the sweep engine.
 
     >>> from hooklens.testing import induction_model
     >>> found = find_induction_heads(induction_model())
@@ -167,8 +168,8 @@ def find_induction_heads(
 
 
 def _at_fixed_offset(model: "HookedTransformer", n: int, length: int, seed: int) -> PerSequence:
-    """The mean of the diagonal of each pattern that lies period - 1 below the main one, random tokens twice over."""
-    period = int(repeated_tokens(model, 1, length=length).period.max())  # as long as this model allows
+    """The mean of the diagonal of each pattern that lies period - 1 below the main one, on tokens repeated once."""
+    period = int(repeated_tokens(model, 1, length=length).period.max())  # the longest that this model allows
     tokens = repeated_tokens(model, n, length=2 * period + 1, period=period, seed=seed + 1).tokens[:, 1:]
     _, cache = model.run_with_cache(tokens, "pattern", stop_at_layer=model.cfg.n_layers)
     diagonals = [cache["pattern", i].diagonal(1 - period, -2, -1).mean(-1) for i in range(model.cfg.n_layers)]
@@ -187,10 +188,10 @@ def _mean_z(model: "HookedTransformer", others: Repeated) -> dict[str, Float[Ten
 def _ablate(
     model: "HookedTransformer", tokens: Tensor, metric: MinusLoss, heads: list[tuple[int, int]], mean: dict[str, Tensor]
 ) -> tuple[PerSequence, Float[Tensor, "sequence"]]:
-    """How much the loss rises without each head, NaN for the others; and the loss of the untouched run."""
+    """The increase of the loss without each head, NaN for the others; and the loss of the untouched run."""
     values = {name: act[:, : tokens.shape[1]] for name, act in mean.items()}
     made = plan(model, tokens, "z", values, patches=[Patch(layer, None, head) for layer, head in heads])
-    found = execute(made, metric)
+    found = execute(SitePatches(made), metric)
     rise = torch.full((len(tokens), model.cfg.n_layers, model.cfg.n_heads), torch.nan).to(found.values)
     layers, which = (list(part) for part in zip(*heads, strict=True))
     rise[:, layers, which] = (found.base - found.values).T
@@ -198,5 +199,5 @@ def _ablate(
 
 
 def demo(model: "HookedTransformer") -> InductionHeads:
-    """Four short sequences; any model that reads tokens."""
+    """Four short sequences; works on any model that reads tokens."""
     return find_induction_heads(model, n=4, length=13)

@@ -1,4 +1,4 @@
-"""What is attention to some keys good for? Block it, let the head attend to the rest, and see how the metric moves."""
+"""Attention knockout: block a head's attention to some keys, renormalise over the rest, and measure the metric."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,66 +8,72 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import Mask
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
+from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import Patch, plan
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
     from hooklens.model.transformer import HookedTransformer
 
-#: Layer by layer, which share of its weight each key keeps before the rest is normalised: 0 is blocked. One head where
-#: all have the same.
+#: For each layer, the share of its weight that each key keeps before the rest is normalised: 0 is blocked. A single
+#: head if all have the same.
 Keeps = list[Float[Tensor, "sequence some_head query_pos key_pos"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Knockout(Result):
-    """How far the metric falls when each head may not look at the marked keys (above 0: looking there helps).
+    """The decrease of the metric when each head cannot attend to the marked keys (above 0: this attention helps).
 
-    `fall` is the metric of the untouched run minus that of the edited one, sequence by sequence.
+    `fall` is the metric of the untouched run minus that of the edited run, sequence by sequence.
     """
+
+    ranked_by = "change of the metric"
 
     heads: list[str]
     kind: str
     fall: Float[Tensor, "sequence chosen"]
-    base: Float[Tensor, "sequence"]
+    base_per_sequence: Float[Tensor, "sequence"]
     largest_error: float
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "chosen"], Float[Tensor, "chosen"]]:
-        """Both ends of the mean fall, by a bootstrap over sequences."""
+        """The interval of the mean decrease, from a bootstrap over sequences."""
         return mean_interval(self.fall, level=level)
 
     @property
     def p(self) -> Float[Tensor, "chosen"]:
-        """Two-sided p-value of "no fall", by flipping signs of whole sequences."""
+        """Two-sided p-value of "no decrease", from sign flips of whole sequences."""
         return sign_flip_p(self.fall)
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads whose knockout moves the metric most."""
-        return self.table(k)
+    @property
+    def q(self) -> Float[Tensor, "chosen"]:
+        """Benjamini-Hochberg over the heads."""
+        return q_values(self.p)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head, the largest mean change first."""
-        mean, (low, high), q = self.fall.mean(0), self.interval(), q_values(self.p)
+        mean, (low, high), q = self.fall.mean(0), self.interval(), self.q
         order = mean.abs().argsort(descending=True, stable=True).tolist()[:n]
         rows = [(self.heads[i], float(mean[i]), float(low[i]), float(high[i]), float(q[i])) for i in order]
         return Table(("head", f"fall without {self.kind}", "95% low", "95% high", "q"), rows)
 
     def figure(self) -> Any:
-        """Every head's mean fall with its interval."""
+        """Every head's mean decrease with its interval."""
         from hooklens.viz.figures import bars
 
         title = f"Metric lost when attention to {self.kind} keys is blocked"
-        return bars(self.fall.mean(0), *self.interval(), self.heads, title, y_title="nats a token")
+        return bars(self.fall.mean(0), *self.interval(), self.heads, title, y_title="nats per token")
 
 
 def knock_out_keys(
@@ -79,11 +85,11 @@ def knock_out_keys(
     mask: Bool[Tensor, "row query_pos key_pos"] | None = None,
     heads: Heads | None = None,
 ) -> Knockout:
-    """What does each head's attention to one kind of key do for the metric? Exact, one head at a time.
+    """What does each head's attention to one kind of key contribute to the metric? Exact, one head at a time.
 
-    Scores of the marked keys are set to minus infinity in that head alone; its softmax gives their share to the others.
-    A query that sees nothing but marked keys is left as it was. `kind` is one of `key_masks`, or the name of your own
-    `mask`; `heads` are (layer, head) or names, all of them by default.
+    The scores of the marked keys are set to minus infinity in that head only; the softmax distributes their share over
+    the other keys. A query that sees only marked keys is unchanged. `kind` is one of `key_masks`, or the name of your
+    own `mask`; `heads` are (layer, head) or names, all of them by default.
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); sequences = repeated_tokens(model, 4)
@@ -106,7 +112,7 @@ def knock_out_keys(
 
 
 def all_but(mask: Mask, model: "HookedTransformer") -> Keeps:
-    """Nothing of the marked keys, all of the others, in every layer and head."""
+    """Shares that block the marked keys and keep all others, in every layer and head."""
     return [(~mask[:, None]).to(model.dtype)] * model.cfg.n_layers
 
 
@@ -119,28 +125,28 @@ def knockout_after(
     keeps: Keeps,
     chosen: list[tuple[int, int]],
 ) -> Knockout:
-    """The same, with shares a layer, from the scores and values of a run that was made before: several can share it."""
+    """`knockout` with shares per layer, using the scores and values of an earlier run, so that calls can share it."""
     with torch.no_grad(), packed_linears(rows=1024):
         patches = [Patch(layer, None, head) for layer, head in chosen]
         values = _weakening(model, untouched, keeps)
         made = plan(model, tokens, "z", values, patches=patches)
-        # in a causal model nothing can change before the first query that has a marked key
+        # in a causal model nothing changes before the first query with a marked key
         blocked = torch.stack([(keep < 1).any(-1).any(1) for keep in keeps]).any(0)
         first = torch.where(blocked.any(1), blocked.long().argmax(1), tokens.shape[1])
-        outcome = execute(replace(made, first_change=first.to(made.first_change)), metric)
+        outcome = execute(SitePatches(replace(made, first_change=first.to(made.first_change))), metric)
     fall = (outcome.base - outcome.values).T
-    return Knockout([f"L{layer}H{head}" for layer, head in chosen], kind, fall, outcome.base, outcome.largest_error)
+    return Knockout([head_name(layer, head) for layer, head in chosen], kind, fall, outcome.base, outcome.largest_error)
 
 
 def without_keys(
     model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], mask: Mask
 ) -> Callable[[Tensor, str], Tensor]:
-    """What to write at the z points so that no head looks at the marked keys: a function of (activation, point)."""
+    """The values to write at the z points so that no head attends to the marked keys, as a function (act, point)."""
     return _weakening(model, scores_and_values(model, tokens), all_but(mask, model))
 
 
 def scores_and_values(model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"]) -> "ActivationCache":
-    """What a knockout needs of the untouched run, whatever keys it blocks."""
+    """Everything that a knockout needs from the untouched run, whichever keys it blocks."""
     with torch.no_grad(), packed_linears(rows=1024):
         return model.run_with_cache(tokens, ["attn_scores", "v"], stop_at_layer=model.cfg.n_layers)[1]
 
@@ -160,7 +166,7 @@ def _weakening(model: "HookedTransformer", cache: "ActivationCache", keeps: Keep
             pattern = kept / whole
         changed[name] = (blocked | (keep < 1)).any(-1).transpose(1, 2)[..., None]
         new[name] = attn.weigh(pattern.to(v.dtype), v)
-    # where nothing is blocked the value that is there stays, to the last bit
+    # where nothing is blocked, the original value stays, bit for bit
     return lambda z, name: torch.where(changed[name], new[name], z)
 
 
@@ -178,6 +184,6 @@ def _mask(tokens: Tensor, kind: str) -> Mask:
 
 
 def demo(model: "HookedTransformer") -> Knockout:
-    """Attention to what followed earlier occurrences, blocked on random tokens that repeat."""
+    """Block attention to what followed earlier occurrences, on random tokens that repeat."""
     sequences = repeated_tokens(model, 4)
     return knock_out_keys(model, sequences.tokens, sequences.metric())

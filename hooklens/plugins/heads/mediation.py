@@ -1,22 +1,30 @@
-"""By which road does a head act: straight to the logits, through later MLPs, or through later heads?"""
+"""Mediation of a head's effect: directly to the logits, through later MLPs, or through later heads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.component import head_name
+from hooklens.core.hooks import HookFn
+from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
+from hooklens.data.prompts import Pairs
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.copying import refuse_post_norm
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.nodes import read_heads
+from hooklens.sweeps.planning import points_of
+from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -27,24 +35,26 @@ ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
 
 @dataclass(frozen=True, eq=False)
 class Mediation(Result):
-    """How far the metric falls without each head, and by which road, sequence by sequence.
+    """The decrease of the metric without each head, in total and by path, sequence by sequence.
 
-    `total`: everything after the head answers. `direct`: only the final norm and the unembedding do. `mlps`, `through
-    heads`: later MLPs (later heads) answer as well, later heads (MLPs) hold their value of the untouched run; the
-    direct effect is taken off. Roads that need both, and what does not add up, are `interaction` = total - the other
-    three.
+    `total`: everything after the head responds. `direct`: only the final norm and the unembedding respond. `mlps`
+    (`later_heads`): later MLPs (heads) respond as well, while later heads (MLPs) keep their values of the untouched
+    run, minus the direct effect. `interaction` = total - the other three: paths that need both, and effects that do not
+    add.
     """
+
+    ranked_by = "total effect"
 
     heads: list[str]
     total: Float[Tensor, "sequence chosen"]
     direct: Float[Tensor, "sequence chosen"]
     mlps: Float[Tensor, "sequence chosen"]
     later_heads: Float[Tensor, "sequence chosen"]
-    base: Float[Tensor, "sequence"]
+    base_per_sequence: Float[Tensor, "sequence"]
 
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen"]:
-        """What of the total the three roads on their own do not explain."""
+        """The part of the total that the three separate paths do not explain."""
         return self.total - self.direct - self.mlps - self.later_heads
 
     def parts(self) -> Float[Tensor, "road sequence chosen"]:
@@ -52,26 +62,22 @@ class Mediation(Result):
         return torch.stack([self.total, self.direct, self.mlps, self.later_heads, self.interaction])
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "road chosen"], Float[Tensor, "road chosen"]]:
-        """Both ends of every mean, by a bootstrap over sequences."""
+        """The interval of every mean, from a bootstrap over sequences."""
         return mean_interval(self.parts().transpose(0, 1), level=level)
 
     @property
     def q(self) -> Float[Tensor, "road chosen"]:
-        """Benjamini-Hochberg over heads and roads, from sign flips of whole sequences."""
+        """Benjamini-Hochberg over heads and paths, from sign flips of whole sequences."""
         return q_values(sign_flip_p(self.parts().transpose(0, 1)))
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads of the largest total effect."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: total and roads, the interval and q-value of the total; `roads` has those of each road."""
+        """One row per head: total and paths, and interval and q-value of the total; `roads` has those of each path."""
         mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
         rows = [(self.heads[i], *mean[:, i].tolist(), *(float(x[0, i]) for x in (low, high, q))) for i in self._order()]
         return Table(("head", *ROADS, "total low", "total high", "q"), rows).head(n)
 
     def roads(self, n: int | None = None) -> Table:
-        """One row a head and road: the mean fall, its interval over sequences, and the q-value of "none"."""
+        """One row per head and path: the mean decrease, its interval over sequences, and the q-value of "none"."""
         mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
         rows = [
             (self.heads[i], road, *(float(x[at, i]) for x in (mean, low, high, q)))
@@ -84,11 +90,11 @@ class Mediation(Result):
         return self.total.mean(0).abs().argsort(descending=True, stable=True).tolist()
 
     def figure(self) -> Any:
-        """Heads down, roads across."""
+        """Heads down, paths across."""
         from hooklens.viz.figures import heatmap
 
         shown = self.parts().mean(1).T
-        return heatmap(shown, x=ROADS, y=self.heads, title="By which road a head acts", colourbar="fall of the metric")
+        return heatmap(shown, x=ROADS, y=self.heads, title="By which path a head acts", colourbar="fall of the metric")
 
 
 def measure_mediation(
@@ -97,12 +103,13 @@ def measure_mediation(
     metric: Any,
     heads: Heads,
     *,
-    reference: Int[Tensor, "other other_pos"] | None = None,
+    value: Value = "mean over positions",
 ) -> Mediation:
-    """What of a head's effect on the metric is direct, through later MLPs, through later heads? By exact interventions.
+    """How much of a head's effect on the metric is direct, through later MLPs, or through later heads?
 
-    The head's z is replaced by its mean over the `reference` prompts, position by position (over all positions of the
-    prompts themselves, if none are given). A head's own block counts as later where its MLP reads what attention wrote.
+    `value` is what is written in place of the head's z, as in `hl.ablate`: its mean over all positions of the prompts,
+    or `hl.Mean(reference=prompts)` by position. A head's own block counts as later where its MLP reads what attention
+    wrote.
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model(); text = repeated_tokens(model, 4)
@@ -112,92 +119,86 @@ def measure_mediation(
 
     Reference: Pearl (2001), "Direct and Indirect Effects"; Vig et al. (2020), "Causal Mediation Analysis".
     """
-    refuse_post_norm(model)
+    model.blocks[0].need_sum("a head's direct path to the logits")
     refuse_dropout(model)
     tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     names = ["z", "attn_out", "mlp_out"]
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, _there(model, names), stop_at_layer=model.cfg.n_layers)
-        reader = Reader(model, metric, stream)
-        mean = mean_z(model, cache, reference, tokens)
-        found: list[list[Tensor]] = []
-        with progress("following roads", 4 * len(chosen), unit="runs") as advance:
-            for layer, head in chosen:
-                runs = []
-                for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",)):
-                    out = _run(model, tokens, cache=cache, mean=mean, layer=layer, head=head, frozen=frozen)
-                    runs.append(reader.base - on_stream(reader, out))
-                    advance()
-                found.append(runs)
-    total, direct, mlps, later = (torch.stack([runs[i] for runs in found], 1) for i in range(4))
+        base = Reader(model, metric, stream).base
+        written = written_z(model, tokens, cache, value)
+        runs = [
+            partial(_hooks, cache=cache, written=written, at=at, frozen=_there(model, frozen))
+            for at in chosen
+            for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",))
+        ]
+        edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in chosen))
+        with progress("following roads", len(runs) * len(tokens), unit="prompts") as advance:
+            values = edits.values(model, tokens, metric, advance)
+    total, direct, mlps, later = (base - values).view(len(chosen), 4, -1).permute(1, 2, 0)
     return Mediation(
-        heads=[f"L{layer}H{head}" for layer, head in chosen],
+        heads=[head_name(layer, head) for layer, head in chosen],
         total=total,
         direct=direct,
         mlps=mlps - direct,
         later_heads=later - direct,
-        base=reader.base,
+        base_per_sequence=base,
     )
 
 
-def mean_z(
-    model: "HookedTransformer", cache: "ActivationCache", reference: Tensor | None, tokens: Tensor
-) -> dict[int, Float[Tensor, "one pos head d_head"]]:
-    """The mean z by layer: over the reference prompts at each position, else over all positions of the prompts."""
-    layers = range(model.cfg.n_layers)
-    if reference is None:
-        return {
-            layer: cache["z", layer].mean((0, 1), keepdim=True).expand(1, tokens.shape[1], -1, -1) for layer in layers
-        }
-    if reference.shape[1] != tokens.shape[1]:
-        raise InputError(
-            f"reference prompts have {reference.shape[1]} tokens and the prompts {tokens.shape[1]}; a mean position by "
-            "position needs equal lengths"
-        )
-    _, other = model.run_with_cache(reference, "z", stop_at_layer=model.cfg.n_layers)
-    return {layer: other["z", layer].mean(0, keepdim=True) for layer in layers}
+def mean_z(model: "HookedTransformer", cache: "ActivationCache") -> dict[int, Float[Tensor, "one one head d_head"]]:
+    """The mean z over all positions of the prompts, by layer."""
+    return {layer: cache["z", layer].mean((0, 1), keepdim=True) for layer in range(model.cfg.n_layers)}
 
 
-def on_stream(reader: Reader, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
-    """The metric, whether or not it says what it reads."""
-    return reader.on_full(reader.model.read_out(stream)) if reader.read is None else reader.on_stream(stream)
+def written_z(
+    model: "HookedTransformer", tokens: Tensor, cache: "ActivationCache", value: Value
+) -> dict[str, Float[Tensor, "sequence pos head d_head"]]:
+    """What is written at every z in place of what the prompts hold there."""
+    pairs = Pairs(tuple(range(len(tokens))), tokens, tokens)
+    points = points_of(model, "z")
+    (target,) = targets_of(model, [pairs], points, paired=False)
+    (written,) = as_replacement(value).once([target])
+    own = {name: cache[name] for name in points}
+    return activations_of(target.read(written) if are_tokens(written) else written, own)
 
 
-def _there(model: "HookedTransformer", names: list[str]) -> list[str]:
+def _there(model: "HookedTransformer", names: Sequence[str]) -> list[str]:
     points = model.hook_points()
     return [name for name in names if name != "mlp_out" or "blocks.0.hook_mlp_out" in points]
 
 
-def _run(
-    model: "HookedTransformer",
-    tokens: Tensor,
-    cache: "ActivationCache",
-    mean: dict,
-    layer: int,
-    head: int,
-    frozen: tuple,
-) -> Float[Tensor, "sequence pos d_model"]:
-    """The last stream without the head; later parts named in `frozen` keep what they wrote in the untouched run."""
-
-    def without(z: Tensor, hook: Any) -> Tensor:
-        z[:, :, head] = mean[layer][:, :, head]
-        return z
+def _hooks(
+    rows: Index, cache: "ActivationCache", written: dict[str, Tensor], at: tuple[int, int], frozen: Sequence[str]
+) -> Hooks:
+    """In these rows the head is replaced, and later parts named in `frozen` keep their value of the untouched run."""
 
     def hold(act: Tensor, hook: Any) -> Tensor:
-        return cache[hook.name]
+        act[rows] = cache[hook.name]
+        return act
 
-    hooks: list = [(("z", layer), without)]
-    for name in _there(model, list(frozen)):
-        first = (
-            layer if name == "mlp_out" else layer + 1
-        )  # the own block's MLP may read the head; its attention is edited
-        hooks += [(f"blocks.{later}.hook_{name}", hold) for later in range(first, model.cfg.n_layers)]
-    return model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
+    hooks = [without(rows, written, at)]
+    for name in frozen:
+        # the own block's MLP may read the head; its attention is edited
+        first = at[0] if name == "mlp_out" else at[0] + 1
+        hooks += [((name, later), hold) for later in range(first, len(written))]
+    return hooks
+
+
+def without(rows: Index, written: dict[str, Tensor], at: tuple[int, int]) -> tuple[Where, HookFn]:
+    """A hook that replaces a head's z, in these rows."""
+    layer, head = at
+
+    def edit(z: Tensor, hook: Any) -> Tensor:
+        z[rows, :, head] = written[hook.name][:, :, head]
+        return z
+
+    return ("z", layer), edit
 
 
 def demo(model: "HookedTransformer") -> Mediation:
-    """Two heads on short sequences that repeat; any model whose blocks are not post-norm."""
+    """Two heads on short sequences that repeat; works on any model whose blocks are not post-norm."""
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]
-    return measure_mediation(model, text.tokens, text.metric(), heads, reference=others.tokens)
+    return measure_mediation(model, text.tokens, text.metric(), heads, value=Mean(others.tokens))

@@ -1,4 +1,4 @@
-"""What was measured of every head that may move a name, and what it is then called."""
+"""The measurements of every head that may move a name, and the resulting verdict."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name, head_names
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, ratio_interval
 
@@ -17,12 +18,12 @@ _NAMED = 10  # heads whose name is written into the figure
 
 @dataclass(frozen=True)
 class Criteria(Result):
-    """What a head must show to be called a name mover; `level` is that of every interval.
+    """The criteria for a name mover; `level` is that of every interval.
 
-    attention: the last position's attention to the indirect object, minus that to any other position but the first
-    (where idle heads rest), lies above `least_margin`. copying: for at least `least_copying` of the names the head's OV
-    puts the name itself among the `top_k` tokens. direct: the share of the clean-corrupted difference that the head
-    restores on its direct path to the logits lies above `least_direct`.
+    attention: the last position's attention to the indirect object, minus that to any other position except the first
+    (to which idle heads attend), exceeds `least_margin`. copying: for at least a share `least_copying` of the names,
+    the head's OV puts the name itself among the `top_k` tokens. direct: the share of the clean-corrupted difference
+    that the head restores on its direct path to the logits exceeds `least_direct`.
     """
 
     least_margin: float = 0.1
@@ -34,17 +35,19 @@ class Criteria(Result):
 
 @dataclass(frozen=True, eq=False)
 class NameMovers(Result):
-    """The three measurements of every head, pair by pair, and the criteria that they are held against.
+    """The three measurements of every head, pair by pair, and the criteria that they are compared with.
 
-    `attention` is what the last position pays to the indirect object, `margin` how much more than to any other position
-    but the first. `rank` is the place that a name takes among all tokens when the name itself, as it leaves block 0, is
-    put through the head's values and output, the final norm's weight and W_U (0: first; in the last places: the head
-    writes the opposite of the name). `written` is what that adds to the logits of all the prompts' names: its diagonal,
-    above what is written of the others, is copying of names rather than a liking for names. `direct` is the change of
-    the logit difference when the head's output in the corrupted run is replaced by the clean one for the final norm and
-    the unembedding only. `group` says which pairs share names and sentence: intervals resample groups, as pairs within
-    one are not independent.
+    `attention` is the last position's attention to the indirect object, and `margin` how much it exceeds that to any
+    other position except the first. `rank` is a name's rank among all tokens after the name, as block 0 outputs it, is
+    passed through the head's values and output, the final norm's weight and W_U (0: first; last ranks: the head writes
+    the opposite of the name). `written` is what that adds to the logits of all the prompts' names: the excess of its
+    diagonal over the other names is copying, as opposed to raising all names. `direct` is the change of the logit
+    difference when the head's output in the corrupted run is replaced by the clean one for the final norm and the
+    unembedding only. `group` says which pairs share names and sentence: intervals resample groups, because pairs within
+    a group are not independent.
     """
+
+    ranked_by = "direct effect"
 
     attention: Float[Tensor, "pair layer head"]
     margin: Float[Tensor, "pair layer head"]
@@ -70,7 +73,7 @@ class NameMovers(Result):
 
     @property
     def share(self) -> PerHead:
-        """What each head restores on its direct path, as a share of the clean-corrupted difference."""
+        """The share of the clean-corrupted difference that each head restores on its direct path."""
         return self.direct.mean(0) / self.gap.mean()
 
     def share_interval(self) -> Ends:
@@ -96,9 +99,9 @@ class NameMovers(Result):
         return torch.stack([attends, self.copying >= asked.least_copying, acts & self.defined])
 
     def verdict(self) -> list[list[str]]:
-        """What each head of each layer is called: "name mover" where all three hold, else what its direct effect is.
+        """The verdict on each head: "name mover" if all three hold, else a description of its direct effect.
 
-        Numbers of the same pairs flatter the heads so called: report those of others, as `table` does.
+        Numbers from the same pairs are biased upwards for these heads: report those of other pairs, as `table` does.
         """
         low, high = self.share_interval()
         least, all_three = self.criteria.least_direct, self.passes.all(0)
@@ -118,7 +121,7 @@ class NameMovers(Result):
         ]
 
     def halves(self, *, seed: int = 0) -> tuple[Int[Tensor, "chosen"], Int[Tensor, "reported"]]:
-        """The pairs that name heads and the others, that report their numbers; of one group all pairs, twice."""
+        """The pairs that label heads, and the others, that report numbers; if there is one group, all pairs twice."""
         n = len(self.group)
         if len(self.group.unique()) < 2:
             return torch.arange(n), torch.arange(n)
@@ -131,36 +134,32 @@ class NameMovers(Result):
         return sorted(found, key=lambda index: -float(self.share[index]))
 
     def order(self) -> list[tuple[int, int]]:
-        """Every (layer, head), the largest direct effect first, whatever its sign."""
+        """Every (layer, head), the largest direct effect first, regardless of sign."""
         by = self.share.flatten().abs().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.share.shape[1]) for i in by]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads of the largest direct effect."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: called and ranked by one half of the pairs, measured on the other."""
+        """One row per head: labelled and ranked by one half of the pairs, measured on the other."""
         columns = ("head", "called", "direct effect", "low", "high", "attends to IO", "margin", "copies", "suppresses")
         named, found = (of_pairs(self, one) for one in self.halves())
         (low, high), verdict = found.share_interval(), named.verdict()
         each = (found.share, low, high, found.attention.mean(0), found.margin.mean(0), found.copying, found.suppressing)
         rows = [
-            (f"L{layer}H{head}", verdict[layer][head], *(float(value[layer, head]) for value in each))
+            (head_name(layer, head), verdict[layer][head], *(float(value[layer, head]) for value in each))
             for layer, head in named.order()[:n]
         ]
         return Table(columns, rows)
 
     def figure(self) -> Any:
-        """Every head by its attention to the indirect object and its direct effect, coloured by how well it copies."""
+        """Every head by its attention to the indirect object and its direct effect, coloured by copying."""
         from hooklens.viz.curves import scatter
 
-        heads = [f"L{i}H{j}" for i in range(self.share.shape[0]) for j in range(self.share.shape[1])]
+        heads = head_names(self.share.shape[0], self.share.shape[1])
         drawn = scatter(
             self.attention.mean(0).flatten(),
             self.share.flatten(),
             heads,
-            "Heads: who looks at the indirect object, and who acts on the logits",
+            "Heads: attention to the indirect object, and effect on the logits",
             x_title="attention of the last position to the indirect object",
             y_title="direct effect (share of the difference)",
             colour=self.copying.flatten(),
@@ -168,7 +167,7 @@ class NameMovers(Result):
         )
         for layer, head in self.order()[:_NAMED]:
             at = {"x": float(self.attention[:, layer, head].mean()), "y": float(self.share[layer, head])}
-            drawn.add_annotation(**at, text=f"L{layer}H{head}", showarrow=False, yshift=12, font_size=11)
+            drawn.add_annotation(**at, text=head_name(layer, head), showarrow=False, yshift=12, font_size=11)
         return drawn
 
     def _interval(self, values: Float[Tensor, "pair layer head"], below: Float[Tensor, "pair"]) -> Ends:
@@ -178,7 +177,7 @@ class NameMovers(Result):
 
 
 def of_pairs(movers: NameMovers, index: Int[Tensor, "some"]) -> NameMovers:
-    """The same measurements of some of the pairs and their names."""
+    """The same measurements for some of the pairs and their names."""
     per_pair = ("attention", "margin", "direct", "placebo", "gap", "group")
     index = index.to(movers.gap.device)
     assert set(per_pair) < {field.name for field in fields(movers)}

@@ -1,4 +1,4 @@
-"""Name movers for the taxonomy: the measurements of `name_movers`, each with a p-value of its own."""
+"""Name movers for the taxonomy: the measurements of `name_movers`, each with its own p-value."""
 
 import math
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.data.indirect_object import ioi
 from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
@@ -21,22 +22,22 @@ from hooklens.results.statistics import q_values, sign_flip_p
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-#: The labels that these prompts can give, and the sign of copying and direct effect that each claims.
+#: The labels that these prompts can give, and the sign of copying and direct effect that each implies.
 NAME_LABELS = {"name mover": 1.0, "negative name mover": -1.0}
-_FLIPS = 2**16  # two-sided, with 270 heads: the smallest q-value of a single head lies below 0.05
+_FLIPS = 2**16  # two-sided, with 270 heads: the smallest q-value of a single head is below 0.05
 _PERMUTED = 1000  # pooled over heads
 
 
 @dataclass(frozen=True, eq=False)
 class NameEvidence(Result):
-    """Indirect-object prompts: does a head look at the name, copy it and write it? `p` is the largest of the three.
+    """Evidence from indirect-object prompts: does a head attend to the name, copy it and write it? `p` is the largest.
 
-    Heads are labelled by the pairs `chosen_on` (`p` is theirs), and numbers are those of `reported_on`: the other half
-    of the groups of pairs, or the same pairs where there is one group.
+    Heads are labelled by the pairs `chosen_on` (`p` is theirs), and the numbers come from `reported_on`: the other half
+    of the groups of pairs, or the same pairs if there is only one group.
 
-    Attention margin and direct effect are tested by flipping signs over groups of prompts that share names; copying by
-    permuting which name was read: a head that raises every name alike copies none. For a negative name mover the last
-    two are turned: it lowers the name that it looks at, and the logit difference.
+    Attention margin and direct effect are tested by sign flips over groups of prompts that share names. Copying is
+    tested by permuting which name was read: a head that raises all names alike copies none. For a negative name mover
+    the last two are reversed: it lowers the name that it attends to, and the logit difference.
     """
 
     found: NameMovers
@@ -46,24 +47,24 @@ class NameEvidence(Result):
 
     @cached_property
     def named(self) -> NameMovers:
-        """What labels the heads."""
+        """The measurements that label the heads."""
         return of_pairs(self.found, self.chosen_on)
 
     @cached_property
     def reported(self) -> NameMovers:
-        """What is reported of them."""
+        """The measurements that are reported."""
         return of_pairs(self.found, self.reported_on)
 
-    def note(self, level: float) -> str:
+    def note(self, alpha: float) -> str:
         """On which pairs heads were labelled and measured, and whether these are enough for a label."""
         n_named, n_reported = len(self.chosen_on), len(self.reported_on)
-        told = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others, of other groups"
+        told = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others, from other groups"
         if bool(torch.isin(self.reported_on, self.chosen_on).any()):
             told = f"Name movers: labelled and measured on the same {n_named} pairs, as all of them are of one group"
-        groups, needed = len(self.named.group.unique()), math.ceil(math.log2(self.p.numel() / level))
+        groups, needed = len(self.named.group.unique()), math.ceil(math.log2(self.p.numel() / alpha))
         if groups < needed:
             told += (
-                f". With so few (groups to label by: {groups}) one head alone cannot reach q {level:g} over "
+                f". With so few (groups to label by: {groups}) one head alone cannot reach q {alpha:g} over "
                 f"{self.p[0].numel()} heads and both labels; {8 * needed} pairs are enough"
             )
         return f"{told}."
@@ -73,26 +74,26 @@ class NameEvidence(Result):
         """Benjamini-Hochberg over heads and both labels."""
         return q_values(self.p)
 
-    def labelled(self, level: float) -> dict[str, list[tuple[int, int]]]:
+    def labelled(self, alpha: float) -> dict[str, list[tuple[int, int]]]:
         """Heads by label, whose three tests all pass at that false discovery rate, where the model does the task."""
         low, high = self.named.share_interval()
         sides = {"name mover": low > 0, "negative name mover": high < 0}
-        good = [(q <= level) & sides[name] & self.named.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
+        good = [(q <= alpha) & sides[name] & self.named.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
         return {name: [(int(a), int(b)) for a, b in one.nonzero()] for name, one in zip(NAME_LABELS, good, strict=True)}
 
     def table(self, n: int | None = 12) -> Table:
-        """One row a head, ranked and labelled (q) by one half of the pairs; margin and direct effect on the other."""
+        """One row per head, ranked and labelled (q) by one half of the pairs; margin and direct effect on the other."""
         (low, high), q = self.reported.share_interval(), self.q
         each = (self.reported.margin.mean(0), self.reported.share, low, high, *q)
-        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.named.order()[:n]]
+        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.named.order()[:n]]
         columns = ("margin", "direct effect", "low", "high", "q name mover", "q negative")
         return Table(("head", *columns), rows)
 
 
 def name_evidence(
-    model: "HookedTransformer", n: int = 128, *, level: float = 0.05, seed: int = 0
+    model: "HookedTransformer", n: int = 128, *, alpha: float = 0.05, seed: int = 0
 ) -> tuple[NameEvidence | None, str]:
-    """The evidence of `n` prompt pairs, with `NameEvidence.note`; None, and why, where the model cannot be asked.
+    """Evidence from `n` prompt pairs, with `NameEvidence.note`; or None and the reason why there is none.
 
     >>> from hooklens.testing import tiny_model
     >>> name_evidence(tiny_model())
@@ -100,13 +101,13 @@ def name_evidence(
     """
     try:
         pairs = ioi(model, n, seed=seed)
-        if pairs.clean_tokens.shape[1] > model.cfg.n_ctx:
+        if int(pairs["end"][0]) >= model.cfg.n_ctx:
             raise InputError(f"the prompts do not fit n_ctx {model.cfg.n_ctx}")
         found = find_name_movers(model, pairs)
     except InputError as error:
         return None, f"no name movers: {error}"
     evidence = evidence_of(found, seed)
-    return evidence, evidence.note(level)
+    return evidence, evidence.note(alpha)
 
 
 def evidence_of(found: NameMovers, seed: int = 0) -> NameEvidence:
@@ -125,10 +126,10 @@ def _one_sided(values: Float[Tensor, "pair layer head"], group: Tensor) -> PerHe
 
 
 def copying_p(written: Float[Tensor, "name layer head other"], seed: int = 0) -> tuple[PerHead, PerHead]:
-    """How often names paired at random are raised (lowered) as much as each name is by its own reading.
+    """How often names paired at random are raised (lowered) as much as each name is by reading itself.
 
-    What a source gives all names, and what a name is given by all sources, is taken out first; the sum over the pairs
-    of a random pairing then has a known deviation (Hoeffding), in which all heads' permutations are pooled.
+    The mean of each source over names, and of each name over sources, is subtracted first. The sum over the pairs of a
+    random pairing then has a known deviation (Hoeffding), in which the permutations of all heads are pooled.
 
     >>> own = torch.eye(8)[:, None, None] * torch.tensor([1.0, 0.0])[:, None]
     >>> copies, suppresses = copying_p(own + torch.randn(8, generator=torch.Generator().manual_seed(0)))

@@ -1,4 +1,4 @@
-"""Do positions alone make a head look at the previous token? W_pos W_Q W_K^T W_pos^T, or its rotary equivalent."""
+"""Do positions alone make a head attend to the previous token? W_pos W_Q W_K^T W_pos^T, or its rotary equivalent."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import tracked
@@ -16,7 +17,6 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Learned, Sinusoidal
 from hooklens.model.embed import rotary_tables, rotate
 from hooklens.model.linear import is_plain, packed_linears
-from hooklens.plugins.heads.composition import read_by
 from hooklens.plugins.heads.which import refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 PerHead = Float[Tensor, "layer head"]
 Vectors = Float[Tensor, "draw pos head d_head"]
-_DRAWS = (
-    999  # the smallest p is 0.001: the rows of a head are not independent, so that each head needs a null of its own
-)
+_DRAWS = 999  # the smallest p is 0.001: the rows of a head are not independent, so each head needs its own null
 _AT_ONCE = 2**22  # scores of rotated heads kept at a time
 
 
 @dataclass(frozen=True, eq=False)
 class PositionScores(Result):
-    """The score that each query position gives each key position through positions alone, and where its maximum lies.
+    """The score from each query position to each key position due to positions alone, and the place of its maximum.
 
     `scores` is `[layer head query key]`, up to `n_pos` positions. `share` is the share of rows p >= 1 whose maximum
-    over keys 0..p lies at p - 1; `chance` what scores without any order would give. A previous-token head by position
-    needs, for every p, w_p W_Q W_K^T w_{p-1}^T > w_p W_Q W_K^T w_j^T for every other j <= p. `p` is how often the same
-    head with its queries rotated at random has as large a share (where shares are equal, as large a margin): rows go
-    together, so that one head in a few reaches a share of 1 by chance where positions are rotary.
+    over keys 0..p lies at p - 1; `chance` is that of scores in random order. A previous-token head by position needs,
+    for every p, w_p W_Q W_K^T w_{p-1}^T > w_p W_Q W_K^T w_j^T for every other j <= p. `p` is how often the same head
+    with randomly rotated queries has as large a share (for equal shares, as large a margin). Rows are correlated, so
+    with rotary positions one head in a few reaches a share of 1 by chance.
     """
 
-    _baselines = ("chance",)
+    ranked_by = "attention to the previous token by position alone"
+
+    baselines = ("chance",)
     scores: Float[Tensor, "layer head query_pos key_pos"]
     p: PerHead
     how: str
@@ -74,14 +74,10 @@ class PositionScores(Result):
         key = self.share.double() * 1e6 + self.margin.double().clamp(-1e5, 1e5)
         return [divmod(i, self.share.shape[1]) for i in key.flatten().argsort(descending=True, stable=True).tolist()]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads that positions drive most to the previous token."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row a head: the share of rows, the margin, and what rotated queries say of it."""
+        """One row per head: the share of rows, the margin, and the comparison with rotated queries."""
         each = (self.share, self.margin, self.p, self.q)
-        rows = [(f"L{i}H{j}", *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
+        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
         return Table(("head", f"rows with maximum at p - 1 (chance {self.chance:.3f})", "margin", "p", "q"), rows)
 
     def figure(self) -> Any:
@@ -95,7 +91,7 @@ class PositionScores(Result):
         middle = shown.nanmean(-1, keepdim=True)
         return heatmap(
             shown - middle,
-            title=f"L{layer}H{head}: {self.how}, row mean taken away",
+            title=f"{head_name(layer, head)}: {self.how}, row mean taken away",
             x_title="key position",
             y_title="query position",
             colourbar="score",
@@ -121,13 +117,13 @@ def _margin(scores: Float[Tensor, "*lead query_pos key_pos"]) -> Float[Tensor, "
 
 
 def score_positions(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, seed: int = 0) -> PositionScores:
-    """What would each head look at if only positions told tokens apart?
+    """Where would each head attend if tokens differed only by their positions?
 
-    Learned or sinusoidal positions: the matrix W_pos W_Q W_K^T W_pos^T over the score scale, position vectors read
-    through the norm's weight (its scale, the biases and a soft cap left out). Rotary positions: the queries and keys
-    of `n` random sequences, each head's averaged over tokens and positions but the first, then turned by their
-    angles; the kernel then depends on the distance alone, so that the share of rows is near 1 where distance 1 scores
-    highest and near 0 elsewhere. `seed` also draws the rotations that the p-values rest on.
+    Learned or sinusoidal positions: the matrix W_pos W_Q W_K^T W_pos^T over the score scale, with position vectors read
+    through the norm's weight (its scale, biases and a soft cap are left out). Rotary positions: the queries and keys of
+    `n` random sequences, averaged per head over tokens and positions except the first, then rotated by their angles.
+    The kernel then depends on the distance only, so the share of rows is near 1 if distance 1 scores highest, and near
+    0 otherwise. `seed` also draws the rotations for the p-values.
 
     >>> from hooklens.testing import induction_model
     >>> found = score_positions(induction_model())
@@ -138,11 +134,11 @@ def score_positions(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, 
     """
     n_pos = min(n_pos, model.cfg.n_ctx)
     if n_pos < 2:
-        raise InputError(f"a previous position needs two positions, got n_pos {n_pos} (n_ctx {model.cfg.n_ctx})")
+        raise InputError(f"a previous token needs at least two positions, got n_pos {n_pos} (n_ctx {model.cfg.n_ctx})")
     refuse_dropout(model)
     table = isinstance(model.cfg.positional_embedding_type, Learned | Sinusoidal)
     if not table and any(model.cfg.rotary_at(layer) is None for layer in range(model.cfg.n_layers)):
-        raise InputError("positions alone were asked for, and this model has layers without a position signal")
+        raise InputError("position_scores needs a position signal in every layer; this model has layers without one")
     with torch.no_grad():
         cache = None if table else _queries_and_keys(model, n, seed)
         scores, p = [], []
@@ -155,10 +151,10 @@ def score_positions(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, 
 
 
 def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], draw: torch.Generator) -> Float[Tensor, "head"]:
-    """The share of rotated queries whose share, then margin, is as large, the head's own counted in."""
+    """The share of rotated queries whose share, then margin, is as large, counting the head's own."""
     heads, d = q.shape[2:]
     share, margin, slack = _share(seen), _margin(seen), 1e-6 * seen.abs().amax((-1, -2))
-    # of a rotation only what it makes of these few vectors is needed: as many orthonormal directions, drawn at random
+    # only the images of these few vectors are needed from a rotation: as many orthonormal directions, drawn at random
     left, size, _ = torch.linalg.svd(q[0].transpose(0, 1).double(), full_matrices=False)
     drawn = torch.randn(_DRAWS, heads, d, size.shape[1], generator=draw).double()
     Q, R = torch.linalg.qr(drawn)
@@ -174,21 +170,22 @@ def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], draw: torch
 
 
 def _from_table(model: "HookedTransformer", layer: int, n_pos: int) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
-    """The queries of positions, and what scores such queries get from the keys of positions."""
+    """The queries of positions, and the function that scores such queries against the keys of positions."""
     block = model.blocks[layer]
     if model.cfg.qk_norm is not None or not (is_plain(block.attn.q) and is_plain(block.attn.k)):
         raise InputError(
-            f"W_Q W_K^T of layer {layer} was asked for, and its queries are normalised or its linear layers wrapped; "
+            f"W_Q W_K^T of layer {layer} cannot be used: its queries are normalised, or its linear layers are wrapped; "
             "head_scores measures the attention itself"
         )
     attn, w = block.attn, widened(model.W_pos[:n_pos])
-    q, k = (torch.einsum("pm,hmd->phd", w, read_by(block, widened(x))) for x in (attn.W_Q, attn.W_K))
+    reads = block.reads_through("attn")
+    q, k = (torch.einsum("pm,hmd->phd", w, reads.folded(widened(x))) for x in (attn.W_Q, attn.W_K))
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return q[None], lambda x: torch.einsum("tphd,khd->thpk", x, k) / attn.scale
 
 
 def _queries_and_keys(model: "HookedTransformer", n: int, seed: int) -> dict[int, list[Float[Tensor, "head d_head"]]]:
-    """Each layer's mean query and key over tokens and positions but the first, as their rotary turn finds them."""
+    """Each layer's mean query and key over tokens and positions except the first, before the rotary rotation."""
     tokens, found = repeated_tokens(model, n, seed=seed).tokens, {}
     with packed_linears(rows=1024):
         _, cache = model.run_with_cache(tokens, ["q", "k"], stop_at_layer=model.cfg.n_layers)
@@ -203,7 +200,7 @@ def _from_rotary(
     model: "HookedTransformer", layer: int, n_pos: int, means: dict[int, list[Tensor]]
 ) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
     attn, made = model.blocks[layer].attn, model.cfg.rotary_at(layer)
-    assert made is not None  # looked at by the caller
+    assert made is not None  # checked by the caller
     q, k = (mean[None, None] for mean in means[layer])
     tables = rotary_tables(made, attn.d_head, torch.arange(n_pos, device=q.device), q.dtype)
 
@@ -215,5 +212,5 @@ def _from_rotary(
 
 
 def demo(model: "HookedTransformer") -> PositionScores:
-    """Eight positions of any model whose every layer has a position signal."""
+    """Eight positions; works on any model whose every layer has a position signal."""
     return score_positions(model, n_pos=8, n=4)

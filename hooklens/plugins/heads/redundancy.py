@@ -1,6 +1,7 @@
-"""Do heads stand in for one another, or need one another? Joint ablation against the sum of single ones."""
+"""Redundant and complementary heads: joint ablation compared with the sum of single ablations."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +10,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import progress
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.mediation import mean_z, on_stream
-from hooklens.plugins.heads.which import Heads, read_heads, refuse_dropout
+from hooklens.plugins.heads.mediation import without, written_z
+from hooklens.plugins.heads.which import Heads, refuse_dropout
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.nodes import read_heads
+from hooklens.sweeps.replacement import Mean, Value
 
 if TYPE_CHECKING:
     from hooklens.core.cache import ActivationCache
@@ -29,13 +34,15 @@ Square = Float[Tensor, "chosen chosen"]
 
 @dataclass(frozen=True, eq=False)
 class Redundancy(Result):
-    """How far the metric falls without each head, without each pair, and how alike the heads write.
+    """The decrease of the metric without each head and without each pair, and the similarity of the heads' outputs.
 
-    `joint[s, i, j]` is the fall without both, on the diagonal without the one. `interaction` is joint minus the two
-    single falls: above 0 the heads stand in for one another (redundant: losing both costs more than the sum), below 0
-    they work on the same road (complementary: without one the other is worth less). `cosine` and `cka` compare what
-    they write, `cka_shuffled` is the CKA of the same outputs with tokens shuffled, which few tokens alone would give.
+    `joint[s, i, j]` is the decrease without both, on the diagonal without the single head. `interaction` is joint minus
+    the two single decreases. Above 0 the heads are redundant: losing both costs more than the sum. Below 0 they are
+    complementary, on the same path: without one, the other is worth less. `cosine` and `cka` compare their outputs;
+    `cka_shuffled` is the CKA of the same outputs with shuffled tokens, which a small number of tokens alone would give.
     """
+
+    ranked_by = "how far the pair is from adding up"
 
     terms = {
         "CKA shuffled": "the control: the CKA of the same outputs with tokens shuffled",
@@ -46,16 +53,16 @@ class Redundancy(Result):
     cosine: Square
     cka: Square
     cka_shuffled: Square
-    base: Float[Tensor, "sequence"]
+    base_per_sequence: Float[Tensor, "sequence"]
 
     @property
     def single(self) -> Float[Tensor, "sequence chosen"]:
-        """The fall without each head alone."""
+        """The decrease without each single head."""
         return self.joint.diagonal(dim1=1, dim2=2)
 
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen chosen"]:
-        """Joint minus single falls; 0 on the diagonal."""
+        """Joint minus single decreases; 0 on the diagonal."""
         found = self.joint - self.single[:, :, None] - self.single[:, None, :]
         own = torch.eye(len(self.heads), dtype=torch.bool, device=found.device)
         return found.masked_fill(own, 0.0)
@@ -74,25 +81,21 @@ class Redundancy(Result):
             rows.append((f"{self.heads[i]} {self.heads[j]}", *falls, *ends, *alike))
         return sorted(rows, key=lambda row: -abs(row[4]))
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` pairs that add up least."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row a pair, the largest interaction first."""
+        """One row per pair, the largest interaction first."""
         falls = ("first alone", "second alone", "both", "interaction", "95% low", "95% high", "q")
         return Table(("heads", *falls, "cosine", "CKA", "CKA shuffled"), self._rows()[:n])
 
     def figure(self) -> Any:
-        """Pair by pair: blue where losing both costs more than the sum, orange where less."""
+        """Pair by pair: blue if losing both costs more than the sum, orange if less."""
         from hooklens.viz.figures import heatmap
 
         return heatmap(
             self.interaction.mean(0),
             x=self.heads,
             y=self.heads,
-            title="Joint minus single ablation: blue stand in for one another, orange share a road",
-            colourbar="nats a token",
+            title="Joint minus single ablation: blue are redundant, orange share a path",
+            colourbar="nats per token",
         )
 
 
@@ -102,13 +105,13 @@ def measure_redundancy(
     metric: Any,
     heads: Heads,
     *,
-    reference: Int[Tensor, "other other_pos"] | None = None,
+    value: Value = "mean over positions",
     seed: int = 0,
 ) -> Redundancy:
-    """Which of these heads are redundant, which complementary? Every head and every pair is ablated, exactly.
+    """Which of these heads are redundant, and which complementary? Every head and every pair is ablated, exactly.
 
-    Ablated heads hold their mean z over the `reference` prompts, position by position (over the prompts' own positions,
-    if none are given). Choose the heads on other sequences than those given here.
+    `value` is what is written in place of an ablated head's z, as in `hl.ablate`: its mean over all positions of the
+    prompts, or `hl.Mean(reference=prompts)` by position. Choose the heads on other sequences than those given here.
 
     >>> from hooklens.testing import or_gate
     >>> gate = or_gate()                              # two heads; either one is enough
@@ -124,7 +127,7 @@ def measure_redundancy(
     tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
     if len(chosen) < 2:
         raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
-    return _redundancy(model, tokens, metric=metric, chosen=chosen, reference=reference, seed=seed)
+    return _redundancy(model, tokens, metric=metric, chosen=chosen, value=value, seed=seed)
 
 
 def _redundancy(
@@ -132,51 +135,45 @@ def _redundancy(
     tokens: Tensor,
     metric: Any,
     chosen: list[tuple[int, int]],
-    reference: Tensor | None,
+    value: Value,
     seed: int,
 ) -> Redundancy:
     with torch.no_grad(), packed_linears(rows=1024):
         stream, cache = model.run_with_cache(tokens, "z", stop_at_layer=model.cfg.n_layers)
-        reader = Reader(model, metric, stream)
-        mean = mean_z(model, cache, reference, tokens)
+        base = Reader(model, metric, stream).base
+        new = written_z(model, tokens, cache, value)
         n = len(chosen)
-        joint = torch.zeros(len(tokens), n, n).to(reader.base)
-        groups = [(i, i) for i in range(n)] + list(combinations(range(n), 2))
-        with progress("ablating pairs", len(groups), unit="runs") as advance:
-            for i, j in groups:
-                hooks = _without(mean, {chosen[i], chosen[j]})
-                out = model.run_with_hooks(tokens, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
-                joint[:, i, j] = joint[:, j, i] = reader.base - on_stream(reader, out)
-                advance()
+        first, second = torch.triu_indices(n, n)
+        runs = [
+            partial(_without, new=new, heads={chosen[i], chosen[j]})
+            for i, j in zip(first.tolist(), second.tolist(), strict=True)
+        ]
+        edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in chosen))
+        with progress("ablating pairs", len(runs) * len(tokens), unit="prompts") as advance:
+            fall = base - edits.values(model, tokens, metric, advance)
+        joint = fall.new_zeros(len(tokens), n, n)
+        joint[:, first, second] = joint[:, second, first] = fall.T
         written = _outputs(model, cache, chosen)
     cka, shuffled = _cka(written), _cka(written, _shuffles(written, seed))
     return Redundancy(
-        heads=[f"L{a}H{b}" for a, b in chosen],
+        heads=[head_name(a, b) for a, b in chosen],
         joint=joint,
         cosine=_cosine(written),
         cka=cka,
         cka_shuffled=shuffled,
-        base=reader.base,
+        base_per_sequence=base,
     )
 
 
-def _without(mean: dict[int, Tensor], heads: set[tuple[int, int]]) -> list[tuple]:
+def _without(rows: Index, new: dict[str, Tensor], heads: set[tuple[int, int]]) -> Hooks:
     """A hook a head."""
-
-    def hook_of(layer: int, head: int) -> tuple:
-        def edit(z: Tensor, hook: Any) -> Tensor:
-            z[:, :, head] = mean[layer][:, :, head]
-            return z
-
-        return ("z", layer), edit
-
-    return [hook_of(layer, head) for layer, head in sorted(heads)]
+    return [without(rows, new, head) for head in sorted(heads)]
 
 
 def _outputs(
     model: "HookedTransformer", cache: "ActivationCache", heads: list[tuple[int, int]]
 ) -> Float[Tensor, "chosen token d_model"]:
-    """What each head writes at every position but the first."""
+    """Each head's output at every position except the first."""
     rows = []
     for layer, head in heads:
         z = cache["z", layer][:, 1:]
@@ -211,4 +208,4 @@ def demo(model: "HookedTransformer") -> Redundancy:
     text, others = both.part(0, 4), both.part(4, 8)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
     # a model of one head has no pair to show, which a user is told and a demo is not
-    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), reference=others.tokens, seed=0)
+    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), value=Mean(others.tokens), seed=0)

@@ -1,8 +1,8 @@
-"""What would a head score by chance? The same head with its queries, or its values, turned by a random rotation.
+"""The null model of a head's score: the same head with randomly rotated queries or values.
 
-A rotation of the d_head dimensions between W_Q and W_K (or W_V and W_O) keeps what the head reads, what it writes and
-how strongly, and loses which goes with which. A freshly initialised head and its rotation are drawn from one
-distribution, so that p-values there are exact.
+A rotation of the d_head dimensions between W_Q and W_K (or W_V and W_O) preserves what the head reads and writes and
+how strongly, but destroys which input goes with which output. A freshly initialised head and its rotation have the same
+distribution, so p-values are exact there.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 Mask = Bool[Tensor, "sequence query_pos key_pos"]
 PerHead = Float[Tensor, "layer head"]
-DRAWS = 100  # with the draws of all heads pooled, the smallest p-value lies below 0.05 / (4 kinds x heads)
+DRAWS = 100  # with the draws of all heads pooled, the smallest p-value is below 0.05 / (4 kinds x heads)
 _AT_ONCE = 2**22  # numbers in the largest tensor of a chunk of draws
 
 
 def haar(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "draw d d"]:
-    """`n` random rotations (reflections among them), each orientation as likely as any other.
+    """`n` random orthogonal matrices (rotations and reflections), uniform over orientations.
 
     >>> R = haar(2, 3, torch.Generator().manual_seed(0))
     >>> torch.allclose(R @ R.mT, torch.eye(3, dtype=R.dtype).expand(2, 3, 3))
@@ -42,7 +42,7 @@ def haar(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "draw d d"
 
 
 def query_rotations(n: int, heads: int, d: int, generator: torch.Generator) -> Float[Tensor, "draw head d d"]:
-    """A rotation a draw, its rows shuffled and their signs flipped afresh for each head: as random as a new one."""
+    """One rotation per draw, with rows shuffled and signs flipped separately for each head: as random as new ones."""
     base = haar(n, d, generator)
     order = torch.rand(n, heads, d, generator=generator).argsort(-1)
     signs = torch.randint(2, (n, heads, d, 1), generator=generator) * 2.0 - 1
@@ -68,7 +68,7 @@ def rotated_masses(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, Float[Tensor, "draw layer head"]]:
-    """The mean `mass` over sequences that each head has when its queries are rotated; the cache holds q and k."""
+    """Each head's mean `mass` over sequences with rotated queries; the cache contains q and k."""
     found: dict[str, list[Tensor]] = {name: [] for name in masks}
     for layer in tracked(range(model.cfg.n_layers), "rotating queries", "layers"):
         generator = seeded(seed, layer, stride=1_000_003)
@@ -99,8 +99,8 @@ def _of_layer(
 def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PValues:
     """How often a rotated head lies as far above its own mean as this head does, in standard deviations; never 0.
 
-    Each head is measured by the mean and deviation of its own rotations (of signed square roots, which are less
-    skewed), then held against those of all heads together. A head that no rotation changes gets 1.
+    Each head is standardised by the mean and deviation of its own rotations (of signed square roots, which are less
+    skewed), then compared with those of all heads together. A head that no rotation changes gets 1.
 
     >>> null = torch.randn(200, 1, 4, generator=torch.Generator().manual_seed(0)).abs()
     >>> pooled_p(torch.tensor([[0.5, 9.0, 0.5, 0.5]]), null)[0, 1].item() < 0.01
@@ -112,13 +112,13 @@ def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PValues:
         raise InputError(f"a null needs at least two draws, got {len(null)}")
     root, roots = signed_root(value).double(), signed_root(null).double()
     middle, spread = roots.mean(0), roots.std(0)
-    moves = spread > 1e-6 * (1e-6 + roots.abs().amax(0))  # less is rounding: a head with no queries, one token
+    moves = spread > 1e-6 * (1e-6 + roots.abs().amax(0))  # smaller is rounding: a head without queries, or one token
     safe = torch.where(moves & ~root.isnan(), spread, torch.nan)
     return above((root - middle) / safe, (roots - middle) / safe)
 
 
 def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "*drawn"]) -> PValues:
-    """The share of the null of all cells that reaches each value, itself counted in; 1 where a value is NaN.
+    """The share of the pooled null that reaches each value, counting the value itself; 1 where a value is NaN.
 
     >>> above(torch.tensor([0.5, 3.0]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])).tolist()
     [0.6, 0.2]
@@ -129,5 +129,5 @@ def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "*drawn"]) -> PValu
 
 
 def signed_root(x: Tensor) -> Tensor:
-    """sign(x) sqrt|x|: shares keep their order, and their spread depends less on their size."""
+    """sign(x) sqrt|x|: preserves the order of shares, and makes their spread depend less on their size."""
     return x.sign() * x.abs().sqrt()

@@ -1,23 +1,23 @@
-"""Which pairs stand out once what either side does with everyone is taken out?"""
+"""Which pairs stand out after removing the mean of their writer and of their reader?"""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 Pairs = Float[Tensor, "layer head reader_layer reader_head"]
-LEAST_PARTNERS = 5  # with fewer a pair is a large part of its own writer's mean
-_LEAST_CELLS = 20  # of one layer distance, for a spread of their own
-_EFFICIENCY = 0.37  # of the median absolute deviation: it knows a normal spread as well as a third of the cells would
+LEAST_PARTNERS = 5  # with fewer, a pair is a large part of its own writer's mean
+_LEAST_CELLS = 20  # needed at one layer distance to estimate a separate spread
+_EFFICIENCY = 0.37  # of the median absolute deviation, relative to the standard deviation
 _SWEEPS = 30
 
 
 def standing_out(scores: Pairs, is_pair: Bool[Tensor, "layer head reader_layer reader_head"]) -> tuple[Pairs, Pairs]:
     """How far each pair lies above writer, reader and layer distance, in robust deviations; and its one-sided p.
 
-    Logarithms of scores are fitted by a level a writer and a level a reader. What is left is centred and scaled by
-    median and absolute deviation among pairs of the same layer distance. That scale is itself uncertain, so that p is
-    Student's t with as many degrees of freedom as the scale is worth: among few heads a normal tail calls pairs of
-    random weights (one model in four, with 3 layers of 6 heads). A pair whose score is 0 has p = 1.
+    Logarithms of scores are fitted by one level per writer and one per reader. The residuals are centred and scaled by
+    median and absolute deviation among pairs of the same layer distance. This scale is itself uncertain, so p comes
+    from Student's t with the degrees of freedom of the scale: with few heads a normal tail would call pairs of random
+    weights significant (in one model in four, with 3 layers of 6 heads). A pair with score 0 has p = 1.
 
     >>> scores = torch.rand(2, 6, 2, 6, generator=torch.Generator().manual_seed(0)) + 0.5
     >>> scores[0, 2, 1, 3] = 20.0
@@ -33,13 +33,13 @@ def standing_out(scores: Pairs, is_pair: Bool[Tensor, "layer head reader_layer r
     flat, pair = (x.flatten(2).flatten(0, 1) for x in (scores.double(), is_pair))
     usable = pair & (flat > 0)
     left = torch.where(usable, flat.log(), torch.nan)
-    for _ in range(_SWEEPS):  # pairs exist for later readers only, so that the two levels are not orthogonal
+    for _ in range(_SWEEPS):  # pairs exist for later readers only, so the two levels are not orthogonal
         for axis in (1, 0):
             left = left - left.nanmean(axis, keepdim=True).nan_to_num()
     partners = 1 - 1 / torch.stack([usable.sum(1, keepdim=True).expand_as(flat), usable.sum(0).expand_as(flat)])
-    left = left / partners.prod(0).clamp_min(0.1).sqrt()  # a fit to few leaves less of each
+    left = left / partners.prod(0).clamp_min(0.1).sqrt()  # a fit to few partners leaves smaller residuals
     z, df, every = torch.full_like(left, torch.nan), torch.ones_like(left), _robust(left[usable])
-    free = 1 - (usable.any(0).sum() + usable.any(1).sum() - 1) / usable.sum()  # of what the fit leaves of each cell
+    free = 1 - (usable.any(0).sum() + usable.any(1).sum() - 1) / usable.sum()  # degrees of freedom left per cell
     for one in distance[usable].unique():
         at = usable & (distance == one)
         alone = int(at.sum()) >= _LEAST_CELLS
@@ -51,7 +51,7 @@ def standing_out(scores: Pairs, is_pair: Bool[Tensor, "layer head reader_layer r
 
 
 def _t_tail(t: Float[Tensor, "*cell"], df: Float[Tensor, "*cell"]) -> Float[Tensor, "*cell"]:
-    """How often Student's t lies above: within 5 % down to 1e-4 from 5 degrees of freedom on, too large farther out.
+    """The upper tail of Student's t: within 5 % down to 1e-4 from 5 degrees of freedom on, too large farther out.
 
     >>> _t_tail(torch.tensor(2.262), torch.tensor(9.0)).item()
     0.025...

@@ -1,4 +1,4 @@
-"""What kinds of heads does a model have? One label a head, with the score, the causal effect and the doubt."""
+"""A taxonomy of heads: one label per head, with its score, its causal effect and its caveats."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 __all__ = ["LABELS", "UNLABELLED", "Taxonomy", "classify_heads", "demo", "placebo_keep"]
 _N_POS = 16
 _LEAST_SEQUENCES = 6
-_TEXTS = 8  # for the calibration change: each control is a run over them
+_TEXTS = 8  # for the calibration change: each control needs a run over them
 _SUPPRESSORS = ("copy suppression", "negative name mover")
 
 
 def classify_heads(
-    model: "HookedTransformer", *, n: int = 12, level: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
+    model: "HookedTransformer", *, n: int = 12, alpha: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
 ) -> Taxonomy:
-    """Which heads are previous-token, duplicate-token, induction or copy-suppression heads? Only where evidence allows.
+    """Which heads are previous-token, duplicate-token, induction or copy-suppression heads, with evidence?
 
     A label takes two findings. The score: on `n` repeated random sequences the head looks at the label's keys more
     than heads do whose queries are rotated at random (and for copy suppression its OV lowers the token it reads more
-    than rotated values do), at q <= `level` over all heads and labels. The effect: on `n` other sequences, blocking
+    than rotated values do), at q <= `alpha` over all heads and labels. The effect: on `n` other sequences, blocking
     exactly that attention raises the loss of the repeated tokens (for copy suppression: lowers it), with an interval
     and a q-value that exclude 0, and more than taking as much attention from the head's other keys
     (`placebo_keep`). A head with several labels keeps that of the largest effect; one without stays unlabelled.
@@ -50,13 +50,13 @@ def classify_heads(
     >>> classify_heads(induction_model()).labels()
     [['previous token', 'unlabelled'], ['unlabelled', 'induction']]
 
-    With a tokenizer that knows names, `ioi` prompt pairs also look for name movers and negative name movers (0: no):
-    half of them label heads, the numbers are those of the other half.
+    With a tokenizer that knows names, `ioi` prompt pairs are used to look for name movers and negative name movers (0
+    to skip): half of them label heads, and the numbers come from the other half.
 
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
     """
-    check_sizes(n, level)
+    check_sizes(n, alpha)
     check_pairs_asked(ioi)
     both = repeated_tokens(model, 2 * n, seed=seed)
     chosen, reported = both.part(0, n), both.part(n, 2 * n)
@@ -67,11 +67,11 @@ def classify_heads(
         masks = key_masks(reported.tokens)
         loss = -reported.metric()(model(reported.tokens))
         names, note = (
-            name_evidence(model, ioi, level=level, seed=seed) if ioi else (None, "name movers were not asked for")
+            name_evidence(model, ioi, alpha=alpha, seed=seed) if ioi else (None, "name movers were not asked for")
         )
         untouched = scores_and_values(model, reported.tokens)
         blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
-        effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= level)
+        effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= alpha)
         found = Taxonomy(
             scores=scores,
             ov=ov,
@@ -81,13 +81,13 @@ def classify_heads(
             loss=loss,
             names=names,
             note=note,
-            level=level,
+            alpha=alpha,
         )
         patterns = _patterns(model, untouched)
         whole = model.blocks[0].attn.score.row_sums_to_one
         others = {kind: [placebo_keep(one, mask, normalised=whole) for one in patterns] for kind, mask in masks.items()}
         asked = found.candidates | found.opposite
-        with engine(verify=0):  # the same sweep with other keys, checked above
+        with engine(verify=0):  # the same sweep with other keys was checked above
             placebo = _effects(model, reported, untouched, others, asked)
         blocked = torch.stack([_blocked(patterns, masks, keeps, whole) for keeps in (blocking, others)])
         found = replace(found, blocked=blocked.where(asked.to(blocked.device), torch.nan))
@@ -95,10 +95,10 @@ def classify_heads(
         return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
 
 
-def check_sizes(n: int, level: float = 0.05) -> None:
+def check_sizes(n: int, alpha: float = 0.05) -> None:
     """Are these enough sequences for a p-value at this level?"""
-    if not 0 < level < 1:
-        raise ArgumentError("{level} lies between 0 and 1, got {0}", level)
+    if not 0 < alpha < 1:
+        raise ArgumentError("{alpha} lies between 0 and 1, got {0}", alpha)
     if n < _LEAST_SEQUENCES:
         raise ArgumentError(
             "{n} is the number of random sequences, at least {0}: p-values come from flipping their signs; got {1}",
@@ -108,7 +108,7 @@ def check_sizes(n: int, level: float = 0.05) -> None:
 
 
 def check_pairs_asked(ioi: int) -> None:
-    """Can so many prompt pairs be made? 0 asks for none."""
+    """Raise if this number of prompt pairs cannot be made; 0 means none."""
     if ioi:
         check_n_pairs(ioi, "ioi")
 
@@ -116,12 +116,12 @@ def check_pairs_asked(ioi: int) -> None:
 def placebo_keep(
     pattern: Float[Tensor, "sequence head query_pos key_pos"], mask: Mask, *, normalised: bool = True
 ) -> Float[Tensor, "sequence head query_pos key_pos"]:
-    """Which share of their weight other keys keep, to lose as much attention together as the marked ones hold.
+    """The share of their weight that the other keys keep when they lose as much attention as the marked keys have.
 
-    All of them lose the same share, query by query; where they hold less than the marked keys, all that they hold. In a
-    `normalised` pattern the rows are divided by their sums afterwards, which gives back a part of what was taken: with
-    t on the marked keys and o = 1 - t on others that keep k, the others hold k o / (k o + t) in the end. That is o - t,
-    as much less as the marked keys held, at k = (o - t) / 2 o.
+    All other keys lose the same share, query by query; if they have less than the marked keys, they lose everything. In
+    a `normalised` pattern the rows are divided by their sums afterwards, which returns part of what was taken. With t
+    on the marked keys and o = 1 - t on others that keep k, the others end up with k o / (k o + t). This equals o - t, a
+    loss equal to the marked keys' attention, at k = (o - t) / 2 o.
 
     >>> pattern = torch.tensor([[[[0.5, 0.2, 0.25, 0.05]]]])
     >>> keep = placebo_keep(pattern, torch.tensor([[[False, True, False, False]]]))[0, 0, 0]
@@ -144,7 +144,7 @@ def _patterns(
 def _blocked(
     patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps], normalised: bool
 ) -> Float[Tensor, "label layer head"]:
-    """The attention that keys lose by these shares in the end, mean over the queries that have a key of the label."""
+    """The attention that keys finally lose with these shares, mean over the queries with a key of the label."""
     found = []
     for kind, _ in LABELS.values():
         queries = masks[kind].any(-1)[:, None]
@@ -172,9 +172,9 @@ def _effects(
     keeps: dict[str, Keeps],
     asked: Bool[Tensor, "label layer head"],
 ) -> Float[Tensor, "sequence label layer head"]:
-    """The knockout effect of every head and label asked for, NaN elsewhere; labels of one kind share a sweep."""
+    """The knockout effect of every requested head and label, NaN elsewhere; labels of one kind share a sweep."""
     metric, kinds = sequences.metric(), [kind for kind, _ in LABELS.values()]
-    wide = torch.promote_types(model.dtype, torch.float32)  # of the falls: half precision would round them
+    wide = torch.promote_types(model.dtype, torch.float32)  # dtype of the decreases: half precision would round them
     effect = torch.full((len(sequences), *asked.shape), torch.nan, dtype=wide, device=model.device)
     for kind in dict.fromkeys(kinds):
         rows = [i for i, one in enumerate(kinds) if one == kind]
@@ -192,21 +192,21 @@ def _effects(
 def _positions(model: "HookedTransformer", seed: int) -> PositionScores | None:
     try:
         return score_positions(model, n_pos=_N_POS, seed=seed)
-    except InputError:  # no positions that could be looked at alone
+    except InputError:  # positions cannot be separated in this model
         return None
 
 
 def _suppression(model: "HookedTransformer", found: Taxonomy, reported: Repeated, seed: int) -> CopySuppression | None:
-    """What the heads called so do to the token that they look at, on these sequences, and to calibration on text."""
+    """The effect of the suppressing heads on the token they attend to, on these sequences, and on calibration."""
     heads = sorted(at for at, labels in found.called().items() if set(labels) & set(_SUPPRESSORS))
     if not heads:
         return None
-    direct, control = anti_copy(model, reported.tokens, seed)
+    direct, control = anti_copy(model, reported.tokens, seed=seed)
     text, data = calibration_text(model, _TEXTS, seed)
     change = calibration_change(model, text, heads, data, seed=seed)
     return CopySuppression(direct, control, change, "random tokens that repeat")
 
 
 def demo(model: "HookedTransformer") -> Taxonomy:
-    """The taxonomy on few short sequences; any model that reads tokens."""
+    """The taxonomy on a few short sequences; works on any model that reads tokens."""
     return classify_heads(model, n=6, draws=50, ioi=0)

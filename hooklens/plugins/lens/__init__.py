@@ -1,6 +1,6 @@
-"""Lenses: what each layer's stream would say, which parts write the answer, and how far that may be trusted."""
+"""Lenses: what each layer's stream predicts, which components write the answer, and the controls for both."""
 
-# Every module is imported here, so that where one is called as its function is, the name is the function's for good.
+# All modules are imported here, so that a name shared by a module and its function always means the function.
 from hooklens.plugins.lens.affine_lens import TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
 from hooklens.plugins.lens.calibration import Calibration, measure_calibration
 from hooklens.plugins.lens.layer_lens import LogitLens, lens_logits, logit_lens

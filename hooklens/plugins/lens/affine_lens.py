@@ -1,4 +1,4 @@
-"""Tuned lens: a logit lens with a trained affine map a layer, so that each layer is read in its own basis."""
+"""Tuned lens: a logit lens with a trained affine map per layer, so that each layer is read in its own basis."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TunedLensTraining(Result):
-    """What training did for each layer, on windows that it never saw: KL(model || lens) in nats a token.
+    """The effect of training for each layer, on held-out windows: KL(model || lens) in nats per token.
 
-    `before` is the logit lens, `after` the tuned one. `constant` is what one fixed distribution reaches, the model's
-    mean prediction: a layer above it tells the lens less than nothing. `loss` is the training KL of every step.
+    `before` is the logit lens, `after` the tuned lens. `constant` is the KL of one fixed distribution, the model's mean
+    prediction: a layer with a higher KL is worse than not reading the stream at all. `loss` is the training KL of every
+    step.
     """
 
     before: Float[Tensor, "window layer"]
@@ -49,19 +50,19 @@ class TunedLensTraining(Result):
 
     @property
     def fall(self) -> Float[Tensor, "layer"]:
-        """By how much the held-out KL of each layer fell, mean over windows."""
+        """The decrease of each layer's held-out KL, mean over windows."""
         return (self.before - self.after).mean(0)
 
     def fall_interval(self, level: float = 0.95) -> tuple[Float[Tensor, "layer"], Float[Tensor, "layer"]]:
-        """Its interval, by a bootstrap over held-out windows; NaN for one window."""
+        """The interval of `fall`, from a bootstrap over held-out windows; NaN for one window."""
         return mean_interval(self.before - self.after, level=level)
 
     def table(self, n: int | None = None) -> Table:
-        """One row a layer: held-out KL of both lenses, and the fall with its interval."""
+        """One row per layer: held-out KL of both lenses, and the decrease with its interval."""
         return self._rows(list(range(len(self.layers)))[:n])
 
     def top(self, k: int = 10) -> Table:
-        """The `k` layers that gained most."""
+        """The `k` layers with the largest decrease."""
         return self._rows(self.fall.argsort(descending=True, stable=True)[:k].tolist())
 
     def _rows(self, chosen: list[int]) -> Table:
@@ -71,7 +72,7 @@ class TunedLensTraining(Result):
         return Table(("stream", "logit lens", "tuned lens", "fall", "95% low", "95% high"), rows)
 
     def figure(self) -> Any:
-        """Held-out KL by layer, before and after, and what reading nothing would reach."""
+        """Held-out KL by layer, before and after training, and that of one fixed distribution."""
         from hooklens.viz.curves import lines
 
         nothing = self.constant.mean().expand(len(self.layers))
@@ -79,7 +80,7 @@ class TunedLensTraining(Result):
             {"logit lens": self.before.mean(0), "tuned lens": self.after.mean(0), "one fixed distribution": nothing},
             title="KL from the model's own prediction, held-out windows",
             x_title="layer",
-            y_title="KL (nats a token)",
+            y_title="KL (nats per token)",
         )
         return drawn.update_yaxes(type="log")
 
@@ -87,7 +88,7 @@ class TunedLensTraining(Result):
 def fit_tuned_lens(
     model: "HookedTransformer", tokens: Prompts | Iterable[Int[Tensor, "batch pos"]]
 ) -> tuple[TunedLens, TunedLensTraining]:
-    """The tuned lens in closed form: for each layer the affine map whose output is nearest to the model's last stream.
+    """The tuned lens in closed form: for each layer, the affine map with the output closest to the final stream.
 
     >>> from hooklens.testing import tiny_model
     >>> tokens = torch.randint(11, (20, 8), generator=torch.Generator().manual_seed(0))
@@ -95,9 +96,9 @@ def fit_tuned_lens(
     >>> bool((fit.fall > 0).all())
     True
 
-    It never unembeds while it fits, so that it takes far less time than a training, whose start it can be:
-    `train_tuned_lens(model, tokens, start=lens, lr=1e-4)`. The last eighth of the windows is only measured on. A ridge
-    of 1 % keeps directions near 0 that the windows do not determine: give several times d_model tokens.
+    The fit never unembeds, so it takes far less time than training, and it is a good starting point for it:
+    `train_tuned_lens(model, tokens, start=lens, lr=1e-4)`. The last eighth of the windows is used for measuring only. A
+    ridge of 1 % keeps directions that the windows do not determine near 0: use several times d_model tokens.
 
     Reference: Din et al. (2023), "Jump to Conclusions: Short-Cutting Transformers With Linear Transformations".
     """
@@ -133,7 +134,7 @@ def train_tuned_lens(
     start: TunedLens | None = None,
     path: str | Path | None = None,
 ) -> tuple[TunedLens, TunedLensTraining]:
-    """Train an affine map for every layer so that, unembedded, it says what the model will say at the end.
+    """Train an affine map for every layer so that its unembedded output predicts the model's final distribution.
 
     >>> from hooklens.testing import tiny_model
     >>> tokens = torch.randint(11, (20, 8), generator=torch.Generator().manual_seed(0))
@@ -141,11 +142,12 @@ def train_tuned_lens(
     >>> bool((training.fall > 0).all())
     True
 
-    `tokens` are windows of text `[window pos]`, or batches of them; the last eighth is only measured on. A step takes
-    `batch` windows. It starts from zero maps, the logit lens, or from another lens. All layers train from one forward
-    pass, one layer and some hundred tokens at a time, so that memory does not grow with layers times vocabulary. With
-    `path`, the lens and all that going on needs are written every minute, at the end, and on Ctrl-C; the same call goes
-    on from there and ends with the very bits of an uninterrupted run. `TunedLens.load(path)` reads it at any time.
+    `tokens` are windows of text `[window pos]`, or batches of them; the last eighth is used for measuring only. A step
+    uses `batch` windows. Training starts from zero maps (the logit lens) or from another lens. All layers train from
+    one forward pass, one layer and some hundred tokens at a time, so memory does not grow with layers times vocabulary.
+    With `path`, the lens and the training state are written every minute, at the end, and on Ctrl-C; the same call
+    continues from there, and the result equals that of an uninterrupted run bit for bit. `TunedLens.load(path)` reads
+    the file at any time.
 
     Reference: Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", section 2.
     """
@@ -179,15 +181,15 @@ def train_tuned_lens(
 def tuned_lens(
     model: "HookedTransformer", tokens: Prompts, lens: TunedLens, *, answer: Answers | None = None, k: int = 5
 ) -> LogitLens:
-    """What does each layer say, read through its own trained map? An untrained lens gives what `logit_lens` does.
+    """What does each layer predict through its own trained map? An untrained lens gives the result of `logit_lens`.
 
     >>> from hooklens.testing import tiny_model
     >>> reading = tuned_lens(tiny_model(), [[1, 2, 3]], TunedLens(n_layers=2, d_model=8))
     >>> reading.lens, reading.kl.shape                    # layer batch pos
     ('tuned lens', torch.Size([3, 1, 3]))
 
-    The map is trained to agree with the model's end. It may therefore compute what the layer does not yet hold in any
-    form that later blocks use.
+    The map is trained to agree with the model's output. It may therefore compute things that the layer does not yet
+    contain in a form that later blocks use.
 
     Reference: Belrose et al. (2023), section 2.
     """
@@ -199,15 +201,15 @@ def _check(steps: int, lr: float, batch: int) -> None:
     for name, value in (("steps", steps), ("batch", batch)):
         whole(name, value, 1)
     if not lr > 0:
-        raise InputError(f"lr is a learning rate above 0, got {lr!r}; 1e-3 from zero maps, 1e-4 from fitted ones")
+        raise InputError(f"lr must be a learning rate above 0, got {lr!r}; 1e-3 from zero maps, 1e-4 from fitted ones")
 
 
 def _split(windows: Int[Tensor, "window pos"]) -> tuple[Int[Tensor, "kept pos"], Int[Tensor, "measured pos"]]:
-    """Windows to learn from, and the last eighth to measure on."""
+    """Split into training windows and the last eighth for measuring."""
     if len(windows) < 2:
         raise InputError(
-            f"a tuned lens needs windows to learn from and windows to measure on, got {len(windows)}; cut the text "
-            "into at least two"
+            f"a tuned lens needs windows for training and windows for measuring, got {len(windows)}; cut the text into "
+            "at least two"
         )
     measured = max(1, round(len(windows) / 8))
     return windows[:-measured], windows[-measured:]
@@ -221,11 +223,11 @@ def _windows(model: "HookedTransformer", tokens: Any) -> Int[Tensor, "window pos
     if parts and all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
         lengths = sorted({part.shape[1] for part in parts})
         if len(lengths) > 1:
-            raise InputError(f"batches of windows [batch pos] share one length, got {lengths}; cut the text evenly")
+            raise InputError(f"batches of windows [batch pos] must have one length, got {lengths}; cut the text evenly")
         return one_length(model, torch.cat(parts))
     return one_length(model, parts)
 
 
 def demo(model: "HookedTransformer") -> TunedLensTraining:
-    """Twenty steps on eight short sentences; random token numbers where the model has no tokenizer."""
+    """Twenty steps on eight short sentences; random token numbers if the model has no tokenizer."""
     return train_tuned_lens(model, demo_texts(model, 8, 8), steps=20, lr=0.02)[1]

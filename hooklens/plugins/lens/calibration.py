@@ -1,4 +1,4 @@
-"""Calibration: is the model right as often as it says? Loss and entropy of every token, and a reliability diagram."""
+"""Calibration: does the model's confidence match its accuracy? Loss and entropy of every token; reliability diagram."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,24 +14,23 @@ from hooklens.data.prompts import Prompts
 from hooklens.model.ids import show
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import mean_interval, null_p, quantiles
+from hooklens.results.statistics import DRAWS, mean_interval, null_p, quantiles
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_DRAWS = 1000
 # Confidences that differ by less than so many roundings are one.
 _ROUNDINGS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration(Result):
-    """Every next-token prediction of some texts, in nats, and how confidence and accuracy go together.
+    """Every next-token prediction on some texts, in nats, and the relation of confidence and accuracy.
 
-    `loss` is the surprisal of the token that came, `entropy` what the model expected it to be, `confidence` the
-    probability of its most likely token, `correct` whether that one came. `unigram` is the loss of the texts' own token
-    frequencies (which it has seen: a real unigram model does worse), `uniform` is ln d_vocab. `null` are errors that a
-    perfectly calibrated model of these confidences shows by chance.
+    `loss` is the surprisal of the actual token, `entropy` that of the model's distribution, `confidence` the
+    probability of its most likely token, and `correct` whether that token came. `unigram` is the loss of the texts' own
+    token frequencies (fitted on the same texts: a real unigram model does worse), `uniform` is ln d_vocab. `null`
+    contains the errors that a perfectly calibrated model with these confidences shows by chance.
     """
 
     loss: Float[Tensor, "batch predicted"]
@@ -51,7 +50,7 @@ class Calibration(Result):
 
     @property
     def counts(self) -> Float[Tensor, "batch bin"]:
-        """How many predictions of each text fall into each bin."""
+        """The number of predictions of each text in each bin."""
         return self._sums(torch.ones_like(self.confidence))
 
     @property
@@ -60,19 +59,19 @@ class Calibration(Result):
         return float(binned_error(self._gaps().sum(0), self.loss.numel()))
 
     def expected_error_interval(self, level: float = 0.95, *, seed: int = 0) -> tuple[float, float]:
-        """Its interval, by a bootstrap over texts; NaN for one text. Like the error itself it is biased upwards."""
+        """The interval of `expected_error`, from a bootstrap over texts; NaN for one text. It is biased upwards too."""
         gaps = self._gaps()
         if len(gaps) < 2:
             return float("nan"), float("nan")
-        drawn = torch.randint(len(gaps), (_DRAWS, len(gaps)), generator=seeded(seed))
-        times = torch.zeros(_DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
+        drawn = torch.randint(len(gaps), (DRAWS, len(gaps)), generator=seeded(seed))
+        times = torch.zeros(DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
         errors = binned_error(times.to(gaps.device) @ gaps, self.loss.numel())
         low, high = quantiles(errors, ((1 - level) / 2, (1 + level) / 2)).tolist()
         return low, high
 
     @property
     def p(self) -> float:
-        """How often a calibrated model of these confidences shows an error as large, by chance."""
+        """How often a calibrated model with these confidences shows an error as large by chance."""
         return float(null_p(torch.tensor(self.expected_error, dtype=self.null.dtype), self.null))
 
     @property
@@ -81,12 +80,12 @@ class Calibration(Result):
         return (self.loss - self.entropy).mean(1)
 
     def surplus_interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The interval of its mean, by a bootstrap over texts; NaN for one text."""
+        """The interval of the mean surplus, from a bootstrap over texts; NaN for one text."""
         low, high = mean_interval(self.surplus, level=level)
         return float(low), float(high)
 
     def table(self, n: int | None = None) -> Table:
-        """One row a bin: how many predictions, how sure, how often right."""
+        """One row per bin: number of predictions, mean confidence, accuracy."""
         counts, sure = self.counts.sum(0), self._sums(self.confidence).sum(0)
         right = self._sums(self.correct.to(self.confidence)).sum(0)
         rows = [
@@ -97,20 +96,20 @@ class Calibration(Result):
         return Table(("confidence", "predictions", "mean confidence", "accuracy", "gap"), rows).head(n)
 
     def summary(self) -> Table:
-        """The texts as a whole, each number beside what it is read against."""
+        """The texts as a whole, each number with its reference value."""
         (low, high), chance = self.surplus_interval(), float(self.null.mean())
         accuracy, sure = float(self.correct.double().mean()), float(self.confidence.mean())
         rows = [
             ("loss", float(self.loss.mean()), f"unigram {self.unigram:.3f}, uniform {self.uniform:.3f}"),
             ("entropy", float(self.entropy.mean()), "equal to the loss if calibrated"),
-            ("loss minus entropy", float(self.surplus.mean()), f"[{low:.3f}, {high:.3f}] holds 0 if calibrated"),
+            ("loss minus entropy", float(self.surplus.mean()), f"[{low:.3f}, {high:.3f}] contains 0 if calibrated"),
             ("accuracy", accuracy, f"mean confidence {sure:.3f}"),
             ("expected calibration error", self.expected_error, f"by chance {chance:.4f}, p {self.p:.3f}"),
         ]
         return Table(("quantity", "value", "read against"), rows)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` tokens that surprised the model most."""
+        """The `k` tokens with the largest surprisal."""
         chosen = self.loss.flatten().argsort(descending=True, stable=True)[:k].tolist()
         n = self.loss.shape[1]
         rows = [
@@ -152,9 +151,9 @@ class Calibration(Result):
         return values.new_zeros(len(values), len(self.edges) - 1).scatter_add_(1, self.bin, values)
 
     def _accuracy_interval(self, has: Tensor) -> tuple[Tensor, Tensor]:
-        """95 % by a bootstrap over texts, for each bin that holds a prediction."""
+        """95 % intervals from a bootstrap over texts, for each bin that is not empty."""
         right, counts = (x[:, has] for x in (self._sums(self.correct.to(self.confidence)), self.counts))
-        drawn = torch.randint(len(right), (_DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(len(right), (DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
         shares = torch.stack([right[rows].sum(0) / counts[rows].sum(0) for rows in drawn.to(right.device)])
         low, high = shares.nanquantile(shares.new_tensor([0.025, 0.975]), dim=0)
         return low, high
@@ -163,7 +162,7 @@ class Calibration(Result):
 def measure_calibration(
     model: "HookedTransformer", tokens: Prompts, *, n_bins: int = 15, adaptive: bool = True, seed: int = 0
 ) -> Calibration:
-    """Is the model right as often as it says? Loss and entropy of every next token, confidence against accuracy.
+    """Does the model's confidence match its accuracy? Loss and entropy of every next token, reliability, and its error.
 
     >>> from hooklens.testing import tiny_model
     >>> tokens = torch.randint(11, (20, 16), generator=torch.Generator().manual_seed(0))
@@ -171,9 +170,9 @@ def measure_calibration(
     >>> found.loss.shape, round(found.uniform, 4)          # batch predicted
     (torch.Size([20, 15]), 2.3979)
 
-    `tokens` are texts of one length. Bins hold equally many predictions (`adaptive`) or are equally wide. The error is
-    never 0, however good the model, since accuracy in a bin varies by chance: it is given beside what chance alone
-    does. `seed` draws that.
+    `tokens` are texts of one length. Bins contain equally many predictions (`adaptive`) or are equally wide. The error
+    is never 0, even for a perfect model, because the accuracy in a bin varies by chance; the error by chance alone is
+    reported with it. `seed` draws that.
 
     Reference: Guo et al. (2017), "On Calibration of Modern Neural Networks", equation 3; Nguyen and O'Connor (2015),
     "Posterior calibration and exploratory analysis for natural language processing models" (adaptive bins).
@@ -181,7 +180,7 @@ def measure_calibration(
     whole("n_bins", n_bins, 1)
     ids = one_length(model, tokens)
     if ids.shape[1] < 2:
-        raise InputError("calibration predicts each token from those before it: texts need at least two tokens")
+        raise InputError("calibration predicts each token from the ones before it: texts need at least two tokens")
     check_quiet(model)
     loss, entropy, confidence, correct = _predictions(model, ids)
     edges = _edges(confidence, n_bins, adaptive)
@@ -210,7 +209,7 @@ def binned_error(gaps: Float[Tensor, "*draw bin"], n: int) -> Float[Tensor, "*dr
 
 
 def _predictions(model: "HookedTransformer", ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, entropy, confidence and correctness of every token but the first."""
+    """Loss, entropy, confidence and correctness of every token except the first."""
     found = []
     with packing(ids.numel()):
         for some in prompts_at_once(model, ids):
@@ -225,9 +224,9 @@ def _predictions(model: "HookedTransformer", ids: Int[Tensor, "batch pos"]) -> t
 
 
 def _edges(confidence: Tensor, n_bins: int, adaptive: bool) -> Float[Tensor, "edge"]:
-    """From 0 to 1; adaptive ones lie between a quantile and the next confidence, equal ones merged.
+    """Bin edges from 0 to 1; adaptive ones lie between a quantile and the next confidence, with equal edges merged.
 
-    At the quantile itself the last bits of a kernel would say in which of two bins it falls.
+    An edge at the quantile itself would let a kernel's last bits decide which of two bins a prediction falls into.
     """
     at = torch.linspace(0, 1, n_bins + 1, dtype=confidence.dtype, device=confidence.device)
     if not adaptive:
@@ -240,7 +239,7 @@ def _edges(confidence: Tensor, n_bins: int, adaptive: bool) -> Float[Tensor, "ed
 
 
 def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -> Float[Tensor, "draw"]:
-    """Errors of a model that is right exactly as often as it says."""
+    """Errors of a model that is perfectly calibrated."""
     generator = seeded(seed)
     flat = confidence.flatten()
     which = torch.bucketize(flat, edges[1:-1])
@@ -253,5 +252,5 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
 
 
 def demo(model: "HookedTransformer") -> Calibration:
-    """Twelve short sentences; random token numbers, of which no model can know the next, without a tokenizer."""
+    """Twelve short sentences; without a tokenizer, random token numbers, which no model can predict."""
     return measure_calibration(model, demo_texts(model, 12, 16))

@@ -1,6 +1,6 @@
-"""Direct effects of prompts of one length: activations times the vector by which the answer's logit reads them.
+"""Direct effects for prompts of one length: activations times the vector that maps the stream to the answer's logit.
 
-No weight is read: what goes into a linear layer times the gradient there is exact whatever wraps the layer (LoRA).
+Weights are never read: input times gradient is exact for a linear layer, whatever wraps it (LoRA).
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.model.linear import is_plain, without_bias
+from hooklens.model.norms import Passage
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 Vector = Float[Tensor, "prompt d_model"]
 Pick = Callable[[Float[Tensor, "prompt d_out"]], Float[Tensor, "prompt"]]
 
-_TOKENS_COMPARED = 2048  # tokens of the vocabulary over which a spread is taken
-_TOKENS_AT_ONCE = 4096  # tokens of prompts in one forward pass
+_TOKENS_COMPARED = 2048  # number of tokens of the vocabulary used for a spread
+_TOKENS_AT_ONCE = 4096  # maximum number of prompt tokens per forward pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Direct:
 
     @staticmethod
     def tensors() -> list[str]:
-        """The fields that have a row a prompt."""
+        """The fields with one row per prompt."""
         return [f.name for f in fields(Direct) if f.name not in ("sources", "labels", "error")]
 
 
@@ -55,43 +56,43 @@ class DirectEffects:
 
     def __init__(self, model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
         if not -tokens.shape[1] <= pos < tokens.shape[1]:
-            raise InputError(f"pos={pos} was asked for in a prompt of {tokens.shape[1]} tokens")
+            raise InputError(f"pos={pos} is out of range for a prompt of {tokens.shape[1]} tokens")
         self.model, self.pick = model, pick
         self.cache, stream = _run(model, tokens, pos)
-        points = ["unembed.hook_out", *(["ln_final.hook_scale"] if model.ln_final is not None else [])]
+        points = ["unembed.hook_out", *Passage(model.ln_final).scales]
         with torch.no_grad():
             _, last = model.run_with_cache(stream[:, None], points, start_at_layer=model.cfg.n_layers)
-        self.scale = None if model.ln_final is None else last["ln_final.hook_scale"][:, 0]
+        self.final_scale = lambda name: last[name][:, 0]
         self.wide = torch.promote_types(stream.dtype, torch.float32)
         self.logit = pick(last["unembed.hook_out"][:, 0].to(self.wide))
         read, self.unembed_bias = _read_by(model.unembed.linear, stream, lambda out: pick(out.to(self.wide)))
-        self.vector = _through_norm(model.ln_final, self.scale, read)
-        self.norm_bias = _norm_bias(model.ln_final, read)
+        self.final = Passage(model.ln_final)
+        self.vector = _before(self.final, self.final_scale, read)
+        self.norm_bias = _bias_read(self.final, read)
 
     def dot(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
-        """What these vectors in the stream add to the answer's logit."""
+        """The contribution of these stream vectors to the answer's logit."""
         return (x.to(self.wide) * self.vector.to(self.wide)).sum(-1)
 
     def spread(self, x: Float[Tensor, "*lead prompt d_model"]) -> Float[Tensor, "*lead prompt"]:
         """The standard deviation over the vocabulary of what they add to a token's logit."""
-        norm, linear = self.model.ln_final, self.model.unembed.linear
+        linear = self.model.unembed.linear
         with torch.no_grad():
-            read = x if norm is None or self.scale is None else norm.linearised(x, self.scale)
+            read = self.final.frozen(x, self.final_scale)
             n = self.model.cfg.d_vocab_out
             some = torch.arange(0, n, -(-n // _TOKENS_COMPARED), device=x.device)
             if is_plain(linear):
                 return (read @ linear.weight[some].T).to(self.wide).std(-1, correction=0)
             return torch.stack([without_bias(linear, one)[..., some].std(-1, correction=0) for one in read])
 
-    def branch(self, module: Any, norm: Any, name: str, x: Float[Tensor, "prompt d_in"]) -> tuple[Tensor, Tensor]:
+    def branch(self, module: Any, passage: Passage, x: Float[Tensor, "prompt d_in"]) -> tuple[Tensor, Tensor]:
         """What each number that enters a branch's last linear layer adds, and what the branch's constants add.
 
-        In sandwich-norm blocks the branch reaches the stream through a norm, whose scale is frozen too.
+        Scales on the way to the stream are frozen too.
         """
-        scale = None if norm is None else self.cache[f"{name}.hook_scale"]
-        vector = _through_norm(norm, scale, self.vector)
+        vector = _before(passage, self.cache.__getitem__, self.vector)
         read, constant = _read_by(module, x, lambda out: (out * vector).sum(-1).to(self.wide))
-        return read.to(self.wide), constant + _norm_bias(norm, self.vector).to(self.wide)
+        return read.to(self.wide), constant + _bias_read(passage, self.vector).to(self.wide)
 
 
 def direct_effects(
@@ -101,7 +102,7 @@ def direct_effects(
     wrong: Int[Tensor, "prompt"] | None,
     pos: int,
 ) -> list[Direct]:
-    """Everything that a LogitAttribution holds, for as many prompts at a time as fit."""
+    """The fields of a LogitAttribution, computed for as many prompts at a time as fit in memory."""
     need_gradients("direct logit attribution")
     some = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
     found = []
@@ -122,7 +123,7 @@ def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int
     components = at.dot(stack).T
     heads, head_spread, attn_bias, sources = (torch.stack(part, 1) for part in _attention(model, at))
     neurons, mlp_bias = _mlps(model, at)
-    pair = 1.0 if wrong is None else 2**0.5  # two random tokens differ by so much more than one does from the mean
+    pair = 1.0 if wrong is None else 2**0.5  # standard deviation of a difference of two tokens
     parts = dict(zip(labels, components.T, strict=True))
     error = _checked(
         model, at, parts=parts, heads=heads, attn_bias=attn_bias, sources=sources, neurons=neurons, mlp_bias=mlp_bias
@@ -145,37 +146,34 @@ def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int
 
 
 def _run(model: "HookedTransformer", tokens: Tensor, pos: int) -> tuple[ActivationCache, Vector]:
-    """What is needed of a forward pass: all keys' values, everything else at the one query position."""
+    """The values needed from a forward pass: of all keys, and of everything else at the query position."""
     kept: dict[str, Tensor] = {}
 
     def keep(act: Tensor, hook: Any) -> None:
         site = hook.name.rpartition("hook_")[2]
         kept[hook.name] = act.clone() if site == "v" else (act[:, :, pos] if site == "pattern" else act[:, pos]).clone()
 
-    wanted = {"embed", "pos_embed", "attn_out", "mlp_out", "z", "v", "pattern"}
-    names = [
-        name
-        for name in model.hook_names()
-        if name.rpartition("hook_")[2] in wanted or name.endswith(("mlp.hook_post", "_post.hook_scale"))
-    ]
+    wanted = {"embed", "pos_embed", "attn_out", "mlp_out", "z", "v", "pattern", "post"}
+    names = [name for name in model.hook_names() if name.rpartition("hook_")[2] in wanted]
+    for block in model.blocks:
+        names += [*block.writes_through("attn").scales, *block.writes_through("mlp").scales]
     with torch.no_grad():
         stream = model.run_with_hooks(tokens, fwd_hooks=[(names, keep)], stop_at_layer=model.cfg.n_layers)
     return ActivationCache(kept, model), stream[:, pos]
 
 
 def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """Layer by layer: what heads add, their spread, what biases add, and what each head moved from each position."""
+    """Per layer: contributions of heads, their spread, contributions of biases, and of each head's source positions."""
     found: tuple[list[Tensor], ...] = ([], [], [], [])
     for layer, block in enumerate(model.blocks):
         name, attn = f"blocks.{layer}", block.attn
         z, v, pattern = (at.cache[f"{name}.attn.hook_{site}"] for site in ("z", "v", "pattern"))
-        read, constant = at.branch(attn.o, block.ln1_post, f"{name}.ln1_post", z.flatten(1))
+        passage = block.writes_through("attn")
+        read, constant = at.branch(attn.o, passage, z.flatten(1))
         read = read.view(z.shape)
         values = v.repeat_interleave(attn.n_heads // attn.n_kv_heads, 2).to(read)
         with torch.no_grad():
-            result = attn.results(z[:, None])[:, 0].transpose(0, 1)
-            if block.ln1_post is not None:
-                result = block.ln1_post.linearised(result, at.cache[f"{name}.ln1_post.hook_scale"])
+            result = passage.frozen(attn.results(z[:, None])[:, 0].transpose(0, 1), at.cache.__getitem__)
         by_source = torch.einsum("nhk,nkhd,nhd->nhk", pattern.to(read), values, read)
         for part, value in zip(found, ((z * read).sum(-1), at.spread(result).T, constant, by_source), strict=True):
             part.append(value)
@@ -183,21 +181,21 @@ def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], li
 
 
 def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"], Float[Tensor, "prompt layer"]]:
-    """What each neuron adds, and what biases add; no neurons in attention-only models."""
+    """Contributions of neurons and of biases; no neurons in attention-only models."""
     n_prompts, n_layers = len(at.logit), model.cfg.n_layers
     if model.blocks[0].mlp is None:
         return at.logit.new_zeros(n_prompts, n_layers, 0), at.logit.new_zeros(n_prompts, n_layers)
     neurons, constants = [], []
     for layer, block in enumerate(model.blocks):
         post = at.cache[f"blocks.{layer}.mlp.hook_post"]
-        read, constant = at.branch(block.mlp.out, block.ln2_post, f"blocks.{layer}.ln2_post", post)
+        read, constant = at.branch(block.mlp.out, block.writes_through("mlp"), post)
         neurons.append(post * read)
         constants.append(constant)
     return torch.stack(neurons, 1), torch.stack(constants, 1)
 
 
 def _checked(model, at: DirectEffects, parts: dict[str, Tensor], heads, attn_bias, sources, neurons, mlp_bias) -> float:
-    """By how much a sum misses at most. One that misses by more than rounding is an edit that the parts do not show."""
+    """The largest deviation of a sum. A deviation beyond rounding means that a hook made an edit the parts lack."""
     misses = [sum(parts.values()) - (at.logit - at.unembed_bias - at.norm_bias), (sources.sum(-1) - heads).flatten()]
     for layer in range(model.cfg.n_layers):
         misses.append(heads[:, layer].sum(-1) + attn_bias[:, layer] - parts[f"{layer}_attn_out"])
@@ -208,14 +206,14 @@ def _checked(model, at: DirectEffects, parts: dict[str, Tensor], heads, attn_bia
     allowed = 1e-3 if at.vector.dtype in (torch.float32, torch.float64) else 0.1
     if not error <= allowed * (1 + largest):
         raise InputError(
-            f"the parts do not sum to what they are parts of: they miss by {error:.3g}. Is a hook editing z, result, "
-            "attn_out, mlp_out or the stream? Parts of what a hook has written are not known; leave that scope"
+            f"the parts do not sum to their total; the difference is {error:.3g}. Is a hook editing z, result, "
+            "attn_out, mlp_out or the stream? Values written by a hook have no known parts; leave that scope"
         )
     return error
 
 
 def _read_by(module: Any, at: Float[Tensor, "prompt d_in"], pick: Pick) -> tuple[Tensor, Float[Tensor, "prompt"]]:
-    """The gradient of what is picked from an affine module's output, and what is picked where its input is 0."""
+    """The gradient of the picked output of an affine module, and the picked output for input 0."""
     with torch.enable_grad():
         x = torch.zeros_like(at).requires_grad_()
         picked = pick(module(x))
@@ -223,17 +221,13 @@ def _read_by(module: Any, at: Float[Tensor, "prompt d_in"], pick: Pick) -> tuple
     return gradient, picked.detach()
 
 
-def _through_norm(norm: Any, scale: Tensor | None, vector: Vector) -> Vector:
-    """The vector that reads, before a norm of frozen scale, what this one reads behind it."""
-    if norm is None:
-        return vector
+def _before(passage: Passage, scale_at: Callable[[str], Tensor], vector: Vector) -> Vector:
+    """The vector that reads, before a passage of frozen scale, what this one reads behind it."""
     with torch.enable_grad():
         x = torch.zeros_like(vector).requires_grad_()
-        (gradient,) = torch.autograd.grad((norm.linearised(x, scale) * vector).sum(), x)
+        (gradient,) = torch.autograd.grad((passage.frozen(x, scale_at) * vector).sum(), x)
     return gradient
 
 
-def _norm_bias(norm: Any, vector: Vector) -> Float[Tensor, "prompt"]:
-    if norm is None or norm.bias is None:
-        return vector.new_zeros(len(vector))
-    return (norm.bias.detach() * vector).sum(-1)
+def _bias_read(passage: Passage, vector: Vector) -> Float[Tensor, "prompt"]:
+    return (passage.bias(vector).detach() * vector).sum(-1)

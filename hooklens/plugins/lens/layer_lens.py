@@ -1,4 +1,4 @@
-"""Logit lens: unembed the residual stream before every block, and see when the model's answer appears."""
+"""Logit lens: unembed the residual stream before every block, and see at which layer the model's answer appears."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,23 +31,23 @@ from hooklens.results.result import Result, Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_WRITTEN = 40  # columns up to which a figure's cells can hold a word
-_LARGEST = 2**30  # numbers of full logits
+_WRITTEN = 40  # maximum number of columns for which a figure's cells show words
+_LARGEST = 2**30  # maximum size of full logits
 
 
 @dataclass(frozen=True, eq=False)
 class LogitLens(Result):
-    """What each layer's stream says at every position, the last row being the model itself.
+    """The predictions of each layer's stream at every position; the last row is the model itself.
 
-    Ranks count from 0; tokens that tie share the middle place. `control_ranks` are the ranks of the same answers in the
-    streams of other positions at the same layer, NaN where such a position has that answer itself: a rank says
-    something about this position only where it lies well below those. `kl` is KL(model || lens) in nats. `words` is the
-    text of every token id that occurs.
+    Ranks count from 0; tokens that tie share the middle place. `control_ranks` are the ranks of the same answers in
+    the streams of other positions at the same layer, NaN where such a position has that answer itself (unless one
+    answer was given for all): a rank says something about this position only where it lies well below those. `kl`
+    is KL(model || lens) in nats. `words` is the text of every token id that occurs.
     """
 
     terms = {
         "control": "the median rank of the same answer in the streams of other positions; a rank that is not well "
-        "below it says nothing of this position",
+        "below it says nothing about this position",
     }
 
     tokens: Int[Tensor, "batch pos"]
@@ -65,19 +65,19 @@ class LogitLens(Result):
 
     @property
     def control_rank(self) -> Float[Tensor, "layer batch pos"]:
-        """The median rank of each answer in the streams of other positions; NaN where there is none."""
+        """The median rank of each answer in the streams of other positions; NaN if there is none."""
         if not len(self.control_ranks):
             return torch.full_like(self.kl, float("nan"))
         return self.control_ranks.nanmedian(0).values
 
     @property
     def settled(self) -> Int[Tensor, "batch pos"]:
-        """The first row of `layers` from which on the most likely token stays the model's own."""
+        """The first row of `layers` from which on the most likely token equals the model's own."""
         same = (self.top_tokens[..., 0] == self.top_tokens[-1, ..., 0]).flip(0).long()
         return len(self.layers) - same.cumprod(0).sum(0)
 
     def table(self, n: int | None = None) -> Table:
-        """Row by row, what the last position of the first prompt says; `control` is the answer's rank elsewhere."""
+        """Row by row, the prediction at the last position of the first prompt; `control` is the rank elsewhere."""
         answer = self.words[int(self.answer[0, -1])]
         columns = ("stream", "says", "probability", f"rank of {answer!r}", "control", "log prob", "entropy", "KL")
         rows = []
@@ -92,7 +92,7 @@ class LogitLens(Result):
         """The `k` most likely tokens of every row, at the last position of the first prompt."""
         kept = self.top_tokens.shape[-1]
         if k > kept:
-            raise InputError(f"the {k} most likely tokens were asked for, {kept} were kept; run the lens with k={k}")
+            raise InputError(f"the lens kept {kept} likely tokens, {k} were requested; run it again with k={k}")
         rows = [
             (name, *(repr(self.words[int(token)]) for token in self.top_tokens[i, 0, -1, :k]))
             for i, name in enumerate(self.layers)
@@ -100,7 +100,7 @@ class LogitLens(Result):
         return Table(("stream", *(str(i + 1) for i in range(k))), rows)
 
     def figure(self, prompt: int = 0) -> Any:
-        """Layers upwards, positions across: in each cell the most likely token, coloured by its probability."""
+        """Layers upwards, positions across; each cell shows the most likely token, coloured by its probability."""
         from hooklens.viz.figures import heatmap
 
         layers = list(reversed(range(len(self.layers))))
@@ -120,7 +120,7 @@ class LogitLens(Result):
         )
 
     def _cell(self, layer: int, prompt: int, pos: int) -> tuple[str, ...]:
-        """What the hover box says below the token's probability, line by line."""
+        """The lines of the hover box below the token's probability."""
         at = (layer, prompt, pos)
         pairs = zip(self.top_tokens[at].tolist(), self.top_log_probs[at].exp().tolist(), strict=True)
         said = (f"{self.words[token]!r} {prob:.3f}" for token, prob in pairs)
@@ -142,10 +142,10 @@ def logit_lens(
     >>> lens.rank.shape, lens.rank[:, 0, -1].tolist()    # layer batch pos
     (torch.Size([3, 1, 5]), [5, 5, 0])
 
-    The last row is the model itself. `answer` is the token whose rank is followed: one for all positions, one for each
-    `[batch pos]`, or (None) the model's own. Each answer is also looked for at other positions, as a control.
-    `incl_mid` reads the stream between attention and MLP too. Early streams need not be written in the basis that the
-    unembedding reads: a high KL there is no proof that the model knows nothing.
+    The last row is the model itself. `answer` is the token whose rank is reported: one for all positions, one for each
+    `[batch pos]`, or (None) the model's own prediction. As a control, each answer is also ranked at other positions.
+    `incl_mid` also reads the stream between attention and MLP. Early streams need not use the basis that the
+    unembedding reads: a high KL there does not prove that the information is absent.
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens".
     """
@@ -163,11 +163,12 @@ def read_lens(
     translate: Translate | None = None,
     lens: str = "logit lens",
 ) -> LogitLens:
-    """The lens of that name, whatever it does to the streams before they are unembedded."""
+    """Read streams with the given lens, whatever it does to them before they are unembedded."""
     if k < 1:
-        raise InputError(f"k is how many likely tokens are kept in every cell, at least 1; got {k}")
+        raise InputError(f"k is the number of likely tokens to keep per cell, at least 1; got {k}")
     check_quiet(model)
     wanted = None if answer is None else _each_position(model, answer, ids)
+    one_for_all = wanted is not None and bool((wanted == wanted[0, 0]).all())
     answers: list[Tensor] = []
     controls: list[Tensor] = []
     readings: list[Reading] = []
@@ -181,7 +182,7 @@ def read_lens(
             asked = torch.stack([mine, *(mine.roll(shift) for shift in shifts)], 1)
             reading = read_streams(model, streams, asked, k=k, translate=translate, final=final)
             answers.append(mine.view(some.shape))
-            controls.append(elsewhere(reading, mine, shifts))
+            controls.append(elsewhere(reading, mine, shifts, one_for_all=one_for_all))
             readings.append(reading)
     return _assembled(
         model,
@@ -197,7 +198,7 @@ def read_lens(
 def lens_logits(
     model: "HookedTransformer", tokens: Prompts, *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_vocab"]:
-    """The whole logits of a logit lens, for short prompts: the last row is bit for bit what `model(tokens)` returns.
+    """The full logits of a logit lens, for short prompts: the last row equals `model(tokens)` bit for bit.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -211,14 +212,14 @@ def lens_logits(
     if numbers > _LARGEST:
         raise InputError(
             f"the logits of every layer and position would be {numbers:,} numbers (at most {_LARGEST:,}); give fewer "
-            "or shorter prompts, or use logit_lens, which keeps the likely tokens, ranks, entropy and KL only"
+            "or shorter prompts, or use logit_lens, which keeps only the likely tokens, ranks, entropy and KL"
         )
     with torch.no_grad():
         return torch.stack([model.read_out(stream) for stream in streams_of(model, ids, incl_mid=incl_mid)])
 
 
 def _each_position(model: "HookedTransformer", answer: Answers, ids: Tensor) -> Int[Tensor, "batch pos"]:
-    """One answer for all, one a prompt, or one a position."""
+    """Expand one answer for all, one per prompt, or one per position."""
     if isinstance(answer, Tensor) and answer.ndim == 2:
         if answer.shape != ids.shape:
             raise InputError(f"answer [batch pos] has the prompts' shape {list(ids.shape)}, got {list(answer.shape)}")
@@ -234,7 +235,7 @@ def _each_position(model: "HookedTransformer", answer: Answers, ids: Tensor) -> 
 def _assembled(
     model, ids: Tensor, answer: Tensor, controls: Tensor, readings: list[Reading], incl_mid: bool, lens: str
 ) -> LogitLens:
-    """The groups of prompts side by side again."""
+    """Join the groups of prompts again."""
     whole = Reading(*(torch.cat(parts, 1).unflatten(1, ids.shape) for parts in zip(*readings, strict=True)))
     known = torch.cat([whole.top.unique(), ids.unique(), answer.unique()]).unique()
     return LogitLens(
@@ -254,5 +255,5 @@ def _assembled(
 
 
 def demo(model: "HookedTransformer") -> LogitLens:
-    """The lens on two short prompts; token numbers where the model has no tokenizer."""
+    """The lens on two short prompts; token numbers if the model has no tokenizer."""
     return logit_lens(model, demo_pairs(model, 2).clean)

@@ -1,4 +1,4 @@
-"""A tuned lens in closed form: regress the last stream on each layer's, and no vocabulary is touched."""
+"""A tuned lens in closed form: regress the final stream on each layer's stream, without unembedding."""
 
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,16 @@ from hooklens.plugins.lens.translators import TunedLens
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_RIDGE = 0.01  # of each feature's own variance: few windows leave directions that they do not determine
+_RIDGE = 0.01  # share of each feature's own variance: few windows leave some directions undetermined
 
 
 def stream_sizes(streams: Float[Tensor, "layer row d_model"]) -> Float[Tensor, "layer"]:
-    """How long a layer's streams are, a coordinate; the median, for single tokens can be a hundred times as long."""
+    """The typical size of a coordinate of each layer's stream; the median, as single tokens can be 100 times larger."""
     return streams.square().mean(-1).sqrt().median(-1).values.clamp_min(1e-6)
 
 
 def regressed(model: "HookedTransformer", tokens: Int[Tensor, "window pos"]) -> TunedLens:
-    """The maps x -> x + x A + b nearest to the final stream, every token weighed as the final norm will divide it."""
+    """The maps x -> x + x A + b closest to the final stream, with tokens weighted by the final norm's scale."""
     n, d = model.cfg.n_layers, model.cfg.d_model
     gram = torch.zeros(n, d + 1, d + 1, dtype=torch.float64, device=tokens.device)
     cross = gram.new_zeros(n, d + 1, d)
@@ -35,7 +35,7 @@ def regressed(model: "HookedTransformer", tokens: Int[Tensor, "window pos"]) -> 
                 size = stream_sizes(streams[:-1].double()) if size is None else size
                 _add(gram, cross, streams, size)
                 advance(window.numel())
-    gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(1e-12)  # a coordinate that is always 0 must not divide by it
+    gram.diagonal(dim1=1, dim2=2).mul_(1 + _RIDGE).add_(1e-12)  # avoids division by 0 for a coordinate that is always 0
     # by Cholesky, as the matrix is positive definite; batched LU on two threads also fails in torch's MKL (docs/log.md)
     maps = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
     wide = torch.promote_types(model.dtype, torch.float32)
@@ -49,7 +49,7 @@ def _add(
     streams: Float[Tensor, "layer+1 row d_model"],
     size: Float[Tensor, "layer"],
 ) -> None:
-    """Normal equations of every layer, these rows added."""
+    """Add these rows to the normal equations of every layer."""
     final = streams[-1].double()
     weight = 1 / final.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     for layer, stream in enumerate(streams[:-1]):

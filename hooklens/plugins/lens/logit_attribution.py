@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each part of the model adds to an answer's logit, and that the parts sum to it."""
+"""Direct logit attribution: the contribution of each component to an answer's logit, and a check of their sum."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.component import head_name, head_names, layer_names, neuron_name
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.ids import show
@@ -27,13 +27,14 @@ _FROZEN = (
 
 @dataclass(frozen=True, eq=False)
 class LogitAttribution(Result):
-    """What each component added directly to the logit of `answer` (minus that of `wrong_answer`), prompt by prompt.
+    """The direct contribution of each component to the logit of `answer` (minus that of `wrong_answer`), per prompt.
 
-    `components` sum to `logit - unembed_bias - norm_bias`; `error` is by how much they, and the parts of components
-    below, miss at most. A layer's attention is its `heads` and `attn_bias`, a head its `sources` (the share that it
-    moved from each position), an MLP its `neurons` and `mlp_bias`. `spread` is the control: the standard deviation,
-    over tokens spread over the whole vocabulary, of what the component adds to a token's logit (to the difference of
-    two such tokens where a wrong answer is given). What is not large beside it is nothing about this answer.
+    `components` sum to `logit - unembed_bias - norm_bias`; `error` is the largest deviation of this sum, and of the
+    sums of the parts below. A layer's attention consists of its `heads` and `attn_bias`, a head of its `sources` (the
+    share moved from each position), an MLP of its `neurons` and `mlp_bias`. `spread` is the control: the standard
+    deviation, over a sample of tokens of the vocabulary, of the component's contribution to a token's logit (or to the
+    difference of two such tokens if there is a wrong answer). A contribution that is not large relative to it is not
+    specific to this answer.
     """
 
     components: Float[Tensor, "prompt component"]
@@ -42,7 +43,7 @@ class LogitAttribution(Result):
     heads: Float[Tensor, "prompt layer head"]
     head_spread: Float[Tensor, "prompt layer head"]
     attn_bias: Float[Tensor, "prompt layer"]
-    sources: list[Float[Tensor, "layer head _"]]  # by position attended to; prompts may differ in length
+    sources: list[Float[Tensor, "layer head _"]]  # by attended position; prompts may differ in length
     neurons: Float[Tensor, "prompt layer neuron"]
     mlp_bias: Float[Tensor, "prompt layer"]
     logit: Float[Tensor, "prompt"]
@@ -54,7 +55,7 @@ class LogitAttribution(Result):
     capped: bool
     error: float
     frozen: str = _FROZEN
-    group: Int[Tensor, "prompt"] | None = None  # prompts that share something; None: each is its own
+    group: Int[Tensor, "prompt"] | None = None  # groups of related prompts; None: every prompt is its own group
 
     @property
     def total(self) -> Float[Tensor, "prompt"]:
@@ -63,7 +64,7 @@ class LogitAttribution(Result):
 
     @property
     def layers(self) -> Float[Tensor, "prompt layer"]:
-        """What each layer added, attention and MLP together."""
+        """The contribution of each layer, attention and MLP together."""
         found = torch.zeros_like(self.attn_bias)
         for i, name in enumerate(self.labels):
             if name[0].isdigit():
@@ -79,20 +80,20 @@ class LogitAttribution(Result):
         return int(group_numbers(len(self.components), self.group).max()) > 0
 
     def table(self, n: int | None = 12) -> Table:
-        """The components of the largest attribution, mean over prompts, each beside its spread over all tokens."""
+        """The components with the largest attribution, mean over prompts, each with its spread over tokens."""
         return self._ranked(self.components, self.spread, self.labels).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` heads of the largest attribution."""
-        names = [f"L{i}H{j}" for i in range(self.heads.shape[1]) for j in range(self.heads.shape[2])]
+        names = head_names(self.heads.shape[1], self.heads.shape[2])
         return self._ranked(self.heads.flatten(1), self.head_spread.flatten(1), names).head(k)
 
     def top_neurons(self, k: int = 10) -> Table:
-        """The `k` neurons of the largest attribution, mean over prompts."""
+        """The `k` neurons with the largest attribution, mean over prompts."""
         mean = self.neurons.mean(0)
         chosen = mean.flatten().abs().argsort(descending=True, stable=True)[:k].tolist()
         each = [(i // mean.shape[1], i % mean.shape[1]) for i in chosen]
-        return Table(("neuron", "attribution"), [(f"L{i}N{j}", float(mean[i, j])) for i, j in each])
+        return Table(("neuron", "attribution"), [(neuron_name(i, j), float(mean[i, j])) for i, j in each])
 
     def _ranked(self, values: Tensor, spread: Tensor, names: list[str]) -> Table:
         mean, wide, (low, high) = values.mean(0), spread.mean(0), self.interval(values)
@@ -112,7 +113,7 @@ class LogitAttribution(Result):
         return heatmap(
             self.heads.mean(0),
             x=[f"H{head}" for head in range(n_heads)],
-            y=[f"L{layer}" for layer in range(n_layers)],
+            y=layer_names(n_layers),
             title=f"What each head adds directly to {self._asked()}",
             x_title="head",
             y_title="layer",
@@ -121,7 +122,7 @@ class LogitAttribution(Result):
         )
 
     def component_figure(self) -> Any:
-        """Every component in order, mean over prompts, with its interval where there are several."""
+        """Every component in order, mean over prompts, with intervals if there are several prompts."""
         from hooklens.viz.figures import bars
 
         low, high = self.interval(self.components) if self._several else (None, None)
@@ -129,10 +130,10 @@ class LogitAttribution(Result):
         return bars(self.components.mean(0), low, high, self.labels, title, x_title="component", y_title="logit")
 
     def source_figure(self, layer: int, head: int, prompt: int = 0) -> Any:
-        """From which positions a head moved what it adds."""
+        """The positions from which a head moved its contribution."""
         from hooklens.viz.figures import bars
 
-        title = f"L{layer}H{head}: what it moved from each position to {self._asked()}"
+        title = f"{head_name(layer, head)}: what it moved from each position to {self._asked()}"
         values = self.sources[prompt][layer, head]
         return bars(
             values, labels=self.str_tokens[prompt][: len(values)], title=title, x_title="token", y_title="logit"
@@ -149,13 +150,13 @@ class LogitAttribution(Result):
 def direct_logit_attribution(
     model: "HookedTransformer",
     tokens: Prompts,
+    *,
     answer: Answers,
     wrong_answer: Answers | None = None,
-    *,
     pos: int = -1,
     group: Groups = None,
 ) -> LogitAttribution:
-    """Which parts of the model write the answer? Its logit as a sum over components, heads, neurons and sources.
+    """Which components write the answer? Its logit as a sum over components, heads, neurons and source positions.
 
     >>> from hooklens.testing import induction_model
     >>> model = induction_model()
@@ -167,18 +168,14 @@ def direct_logit_attribution(
     >>> float(found.logit), float(found.total)
     (10.0, 10.0)
 
-    `answer` and `wrong_answer` are one for all prompts or one a prompt; prompts may differ in length. Without a wrong
-    answer the numbers hold only up to what is added to all logits alike. A component that acts through later layers
-    adds nothing here; and what a later layer takes back still counts. Prompts of one `group` share something: intervals
-    are over groups.
+    `answer` and `wrong_answer` are one token for all prompts or one per prompt; prompts may differ in length. Without a
+    wrong answer the numbers are defined only up to a shift of all logits. A component that acts only through later
+    layers contributes nothing here, and a contribution that a later layer removes still counts. Prompts of one `group`
+    are related: intervals are over groups.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
     """
-    if getattr(model.blocks[0], "renorms_stream", False):
-        raise InputError(
-            "direct logit attribution needs a stream that is the sum of what was added to it, and this model's "
-            "post-norm blocks normalise the stream itself; activation patching of z works there"
-        )
+    model.blocks[0].need_sum("direct logit attribution")
     rows = rows_of(model, tokens, "tokens")
     right = one_a_prompt(model, answer, len(rows), "answer")
     wrong = another_a_prompt(model, wrong_answer, right)
@@ -210,14 +207,15 @@ def _result(
 
 @dataclass(frozen=True, eq=False)
 class NoAttribution(Result):
-    """Why a model's logits are no sum over its components."""
+    """The reason why a model's logits are not a sum over its components."""
 
     reason: str
 
 
 def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
     """Two short prompts; token numbers where the model has no tokenizer."""
-    if getattr(model.blocks[0], "renorms_stream", False):
-        return NoAttribution("post-norm blocks normalise the stream itself, so that it is no sum of what was added")
+    why = model.blocks[0].not_a_sum
+    if why is not None:
+        return NoAttribution(f"{why}, so that it is no sum of what was added")
     pairs = demo_pairs(model, 2)
-    return direct_logit_attribution(model, pairs.clean, pairs.answer, pairs.wrong_answer)
+    return direct_logit_attribution(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)

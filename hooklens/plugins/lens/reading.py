@@ -1,4 +1,4 @@
-"""What a lens says of streams: they are unembedded block by block, and only what readers ask for is kept."""
+"""Read streams with a lens: unembed them block by block, and keep only the requested values."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Answers = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
-#: From a layer's row and the streams there to the streams that the final norm should read instead.
+#: Maps a layer's row and its streams to the streams that the final norm reads instead.
 Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_model"]]
 
-_LOGITS_AT_ONCE = 7 * 2**20  # numbers in one product: 28 MiB; from 32 MiB on, fresh pages are mapped for each
-_STREAMS_AT_ONCE = 64 * 2**20  # numbers of streams kept while they are read
-_FINAL_AT_ONCE = 32 * 2**20  # numbers of the model's own logits kept while its streams are read: 128 MiB
-_WORTH_PACKING = 256  # rows
-_DESCRIBED_AT_ONCE = 2**19  # logits that pass through the cores' caches together: with two more of that size 6 MiB
-_SET = 32  # tokens in a set of which only the largest logit is looked at first
+_LOGITS_AT_ONCE = 7 * 2**20  # size of one product: 28 MiB; from 32 MiB on, fresh pages are mapped for each
+_STREAMS_AT_ONCE = 64 * 2**20  # size of the streams kept while they are read
+_FINAL_AT_ONCE = 32 * 2**20  # size of the model's own logits kept while its streams are read: 128 MiB
+_WORTH_PACKING = 256  # minimum number of rows
+_DESCRIBED_AT_ONCE = 2**19  # logits per pass through the cores' caches: 6 MiB with two scratch arrays
+_SET = 32  # tokens per set; a first pass looks only at the largest logit of each set
 
 
 class Reading(NamedTuple):
-    """What each row of the streams says, layer by layer. Ranks count from 0, tied tokens share the middle place."""
+    """The predictions of each row of the streams, layer by layer. Ranks count from 0; ties get the middle rank."""
 
     top: Int[Tensor, "layer row k"]
     top_log_probs: Float[Tensor, "layer row k"]
@@ -44,24 +44,24 @@ class Reading(NamedTuple):
 
 
 def packing(rows: int) -> AbstractContextManager:
-    """Packed weights where so many rows are multiplied; packing is a pass over the weights, too much for a few."""
+    """Pack the weights if many rows are multiplied; packing costs a pass over the weights, too much for a few rows."""
     return packed_linears(rows=1024) if rows >= _WORTH_PACKING else nullcontext()
 
 
 def one_length(model: "HookedTransformer", prompts: Prompts) -> Int[Tensor, "batch pos"]:
-    """The prompts as tokens [batch pos]; those of different length are refused, with what would work."""
+    """The prompts as tokens [batch pos]; prompts of different lengths raise an error."""
     rows = rows_of(model, prompts, "tokens")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise InputError(
-            f"a lens reads every position of prompts of one length, got prompts of {lengths} tokens; read them one by "
-            "one, or use trajectory, which reads one position of each"
+            f"a lens reads all positions of prompts of one length, got prompts of {lengths} tokens; read them one by "
+            "one, or use trajectory, which reads one position per prompt"
         )
     return torch.stack(rows)
 
 
 def by_length(rows: list[Int[Tensor, "_"]]) -> list[list[int]]:
-    """Which prompts have the same number of tokens.
+    """Group the indices of prompts with the same number of tokens.
 
     >>> by_length([torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([3])])
     [[0, 2], [1]]
@@ -73,17 +73,17 @@ def by_length(rows: list[Int[Tensor, "_"]]) -> list[list[int]]:
 
 
 def one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str = "answer") -> Int[Tensor, "prompt"]:
-    """Token ids of one answer for all prompts, or of one a prompt."""
+    """Token ids of one answer for all prompts, or of one per prompt."""
     ids = answer_ids(model, answer, name).to(model.device)
     if len(ids) not in (1, n):
-        raise InputError(f"{name} is one token for all prompts or one a prompt, got {len(ids)} for {n} prompts")
+        raise InputError(f"{name} must be one token for all prompts or one per prompt, got {len(ids)} for {n} prompts")
     return ids.expand(n)
 
 
 def another_a_prompt(
     model: "HookedTransformer", wrong_answer: Answers | None, right: Int[Tensor, "prompt"]
 ) -> Int[Tensor, "prompt"] | None:
-    """Token ids of the wrong answers, none of them the right one; None where there are none."""
+    """Token ids of the wrong answers, each different from the answer; None if there are none."""
     if wrong_answer is None:
         return None
     wrong = one_a_prompt(model, wrong_answer, len(right), "wrong_answer")
@@ -92,7 +92,7 @@ def another_a_prompt(
 
 
 def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list[str]:
-    """What the streams of `streams_of` are called: 0_pre, 1_pre, ..., final_post."""
+    """The names of the streams of `streams_of`: 0_pre, 1_pre, ..., final_post."""
     n = model.cfg.n_layers
     mids = ("pre", "mid") if incl_mid else ("pre",)
     return [f"{layer}_{part}" for layer in range(n) for part in mids] + ["final_post"]
@@ -101,51 +101,51 @@ def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list
 def streams_of(
     model: "HookedTransformer", tokens: Int[Tensor, "batch pos"], *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_model"]:
-    """The stream before every block (with `incl_mid`, also after its attention), and what the final norm reads."""
+    """The stream before every block (with `incl_mid`, also after its attention), and the input of the final norm."""
     sites = ["resid_pre", "resid_mid"] if incl_mid else ["resid_pre"]
     if incl_mid and "blocks.0.hook_resid_mid" not in model.hook_points():
-        raise InputError("incl_mid asks for the stream between attention and MLP, and this model's blocks have none")
+        raise InputError("incl_mid needs a stream between attention and MLP, and this model's blocks have none")
     with torch.no_grad():
-        # not the last resid_post: post-norm blocks normalise it once more before it is unembedded
+        # not the last resid_post: post-norm blocks normalise it again before it is unembedded
         final, cache = model.run_with_cache(tokens, sites, stop_at_layer=model.cfg.n_layers)
     return torch.stack([*(cache[name] for name in cache), final])
 
 
 def prompts_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
-    """Groups of prompts whose streams fit the memory that they may take."""
+    """Groups of prompts whose streams fit the memory limit."""
     each = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
     yield from tokens.split(max(1, _STREAMS_AT_ONCE // each))
 
 
 def read_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
-    """Groups of prompts for which the model's own logits can be kept too."""
+    """Groups of prompts for which the model's own logits also fit."""
     each = tokens.shape[1] * model.cfg.d_vocab_out
     for group in prompts_at_once(model, tokens):
         yield from group.split(max(1, _FINAL_AT_ONCE // each))
 
 
 def final_logits(model: "HookedTransformer", stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """What the model itself says of rows, with the products that `read_streams` would form for it."""
+    """The model's own logits for these rows, computed with the same products as in `read_streams`."""
     with torch.no_grad():
         each = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
     return each[0] if len(each) == 1 else torch.cat(each)
 
 
 def _rows_at_once(model: "HookedTransformer", n_rows: int) -> int:
-    """Rows whose logits in one layer are at most `_LOGITS_AT_ONCE` numbers, in blocks of one size."""
+    """The number of rows per block, of equal size, with at most `_LOGITS_AT_ONCE` logits per layer."""
     width = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)
     return -(-n_rows // -(-n_rows // width))
 
 
 def check_quiet(model: "HookedTransformer") -> None:
-    """Refuse what would be silently wrong: passes that never agree, and hooks that would take layers for positions."""
+    """Refuse silent errors: dropout, which makes passes differ, and hooks that would mistake layers for positions."""
     if drops_out(model):
-        raise InputError("a lens compares passes that must agree, and dropout is on; turn it off with model.eval()")
+        raise InputError("a lens compares passes, which dropout makes different; turn it off with model.eval()")
     points = [point for name, point in model.hook_points().items() if name.startswith(("ln_final.", "unembed."))]
     if edited_elsewhere(points):
         raise InputError(
-            "a lens unembeds the streams of all layers in blocks, and hooks are listening at ln_final or unembed, "
-            "which would take these for positions of the prompt; leave that scope, or hook the blocks only"
+            "a lens unembeds the streams of all layers in blocks, and hooks at ln_final or unembed are active, which "
+            "would mistake these for positions of the prompt; leave that scope, or hook the blocks only"
         )
 
 
@@ -160,8 +160,8 @@ def read_streams(
 ) -> Reading:
     """Unembed every layer's streams; the last layer's are the model's own and are never translated.
 
-    At most `_LOGITS_AT_ONCE` logits exist at a time, beside those of the last layer for the same rows. `final` gives
-    the last layer's where the caller has them (from `final_logits`), which saves a product.
+    At most `_LOGITS_AT_ONCE` logits exist at a time, plus those of the last layer for the same rows. `final` passes the
+    last layer's logits if the caller has them (from `final_logits`), which saves a product.
     """
     check_quiet(model)
     n_layers, n_rows = streams.shape[:2]
@@ -181,13 +181,13 @@ def read_streams(
     if not bool(reading.entropy.isfinite().all()):
         layer = int((~reading.entropy.isfinite()).any(1).nonzero()[0])
         raise InputError(
-            f"the stream in row {layer} of the lens, or its logits, are not finite: there is nothing to read"
+            f"the stream in row {layer} of the lens, or its logits, are not finite, so the lens cannot read them"
         )
     return reading
 
 
 def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, translate: Translate | None) -> Reading:
-    """Rows few enough that their final distributions are kept while all layers are compared with them."""
+    """Read a number of rows for which the final distributions fit in memory while all layers are compared with them."""
     n_layers, n_rows = streams.shape[:2]
     target = widened(final).softmax(-1)
     readings = []
@@ -200,14 +200,14 @@ def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, tr
     readings.append(_described(final, target, asked, k))
     found = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
     kl = (found.kl - found.entropy[-1]).clamp_min_(0)
-    kl[-1] = 0  # the model's from itself: not rounding
+    kl[-1] = 0  # the model against itself: exactly 0, without rounding
     return found._replace(kl=kl)
 
 
 def _described(
     logits: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], asked: Tensor, k: int
 ) -> Reading:
-    """One layer's rows; under `kl` the cross-entropy, from which the target's entropy is still to be taken."""
+    """Read one layer's rows; `kl` contains the cross-entropy, still without the target's entropy subtracted."""
     k = min(k, logits.shape[-1])
     own = logits.gather(-1, asked).to(target.dtype)
     sums = _sums(logits, target, own)
@@ -217,7 +217,7 @@ def _described(
     return Reading(
         top=ids,
         top_log_probs=best - log_total,
-        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle place of those that tie
+        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle rank of ties
         rank=(sums.signs.T.long() + logits.shape[-1] - 1) // 2,
         log_prob=own - log_total,
         entropy=log_total[:, 0] - sums.mean,
@@ -226,7 +226,7 @@ def _described(
 
 
 class _Sums(NamedTuple):
-    """What the passes over the vocabulary give; `largest` is of the sets of `_set_maxima`."""
+    """The results of the passes over the vocabulary; `largest` belongs to the sets of `_set_maxima`."""
 
     largest: Float[Tensor, "row n_sets"]
     top_prob: Float[Tensor, "row"]
@@ -238,7 +238,7 @@ class _Sums(NamedTuple):
 def _sums(
     logits: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], own: Float[Tensor, "row asked"]
 ) -> _Sums:
-    """A few rows at a time, so that each pass finds its logits in the core's cache, in one scratch for all."""
+    """Process a few rows at a time, so that each pass finds its logits in the core's cache, with one shared scratch."""
     n_rows, d_vocab = logits.shape
     few = max(1, min(n_rows, _DESCRIBED_AT_ONCE // d_vocab))
     found = _Sums(
@@ -249,7 +249,7 @@ def _sums(
         signs=own.new_empty(own.shape[::-1]),
     )
     scratch = own.new_empty(few, d_vocab)
-    # forbidden tokens, -inf, tie with each other, and their difference is no number
+    # forbidden tokens, -inf, tie with each other, and their difference is NaN
     forbids = bool(own.isneginf().any())
     bounds = own.clamp_min(torch.finfo(own.dtype).min) if forbids else own
     for start in range(0, n_rows, few):
@@ -271,7 +271,7 @@ def _sums(
 
 
 def _set_maxima(z: Float[Tensor, "row d_vocab"], out: Float[Tensor, "row n_sets"]) -> None:
-    """The largest logit of every set of `_SET` tokens that lie n_sets apart."""
+    """The largest logit of every set of `_SET` tokens, which lie n_sets apart."""
     n = out.shape[-1]
     if n:
         torch.amax(z[:, : n * _SET].unflatten(-1, (_SET, n)), 1, out=out)
@@ -280,9 +280,9 @@ def _set_maxima(z: Float[Tensor, "row d_vocab"], out: Float[Tensor, "row n_sets"
 def top_tokens(
     logits: Float[Tensor, "row d_vocab"], largest: Float[Tensor, "row n_sets"], k: int
 ) -> Int[Tensor, "row k"]:
-    """The tokens of the k largest logits of each row, as `topk` finds them, in a third of its time.
+    """The tokens of the k largest logits of each row, equal to `topk` in a third of its time.
 
-    They lie among the k sets of tokens whose own largest, given by `largest`, are largest.
+    They lie in the k sets of tokens with the largest maxima, given by `largest`.
 
     >>> logits = torch.arange(10000.0).roll(3)[None]
     >>> largest = torch.empty(1, 10000 // 32)
@@ -301,7 +301,7 @@ def top_tokens(
 
 
 def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row"]:
-    """The mean of z under each row of probabilities; a token that is forbidden in both, 0 * -inf, adds nothing.
+    """The mean of z under each row of probabilities; a token that is forbidden in both, 0 * -inf, contributes 0.
 
     >>> expected(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 3.0, float("-inf")]])).tolist()
     [2.0]

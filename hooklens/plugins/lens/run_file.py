@@ -1,4 +1,4 @@
-"""A training of a tuned lens from its beginning, or from its file, to its end."""
+"""Run the training of a tuned lens from its beginning, or from its file, to its end."""
 
 import time
 from pathlib import Path
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hooklens.core.envelope import read_envelope, write_envelope
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 from hooklens.core.fingerprint import identity
 from hooklens.core.progress_bar import progress
 from hooklens.plugins.lens.reading import check_quiet
 from hooklens.plugins.lens.training import Schedule, State, advanced, begin, constant_kl, gradients, window_kl
-from hooklens.plugins.lens.translators import TunedLens, read_lens_file, write_lens
+from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -24,7 +25,7 @@ _SECONDS_BETWEEN_FILES = 60.0
 def train(
     model: "HookedTransformer", schedule: Schedule, held_out: Tensor, start: TunedLens | None, path: Path | None
 ) -> tuple[State, dict[str, Tensor]]:
-    """All steps that are left, the file kept up to date; on Ctrl-C the last complete step is written."""
+    """Run all remaining steps and keep the file up to date; Ctrl-C writes the last complete step."""
     check_quiet(model)
     key = "" if path is None else run_key(model, schedule, held_out, start)
     if path is not None and path.exists():
@@ -53,29 +54,28 @@ def train(
 
 
 def run_key(model: "HookedTransformer", schedule: Schedule, held_out: Tensor, start: TunedLens | None) -> str:
-    """A hash of everything that a run in progress must share with the one that goes on."""
+    """A hash of everything that a run must share with its continuation."""
     fixed = (schedule.train, held_out, schedule.steps, schedule.lr, schedule.seed, schedule.batch)
     return identity((model.cfg.to_json(), dict(model.state_dict()), fixed, start), "the run")
 
 
 def save_state(path: Path, state: State, held: dict[str, Tensor], key: str) -> None:
-    """The lens so far, and what going on needs beside it."""
+    """Save the current lens and the state needed to continue."""
     lens = state.lens()
     tensors = {"weight": lens.weight, "bias": lens.bias, "loss": state.loss, "size": state.size, **held}
     tensors |= {"maps": state.maps, "first": state.first, "second": state.second}
-    # distinct memory for each: safetensors refuses tensors that share theirs, as the zeros of a beginning do
-    write_lens(path, {name: tensor.detach().clone() for name, tensor in tensors.items()}, {"key": key})
+    write_envelope(path, LENS_SCHEMA, key, tensors)
 
 
 def read_state(path: Path, key: str, device: torch.device) -> tuple[State, dict[str, Tensor]]:
     """Where a run stands; the file of another run is refused."""
-    tensors, metadata = read_lens_file(path)
-    if metadata.get("key") != key:
+    file = read_envelope(path, LENS_SCHEMA)
+    if file.content != key:
         raise FileRefused(
-            f"{path} holds a tuned lens of another run (other weights, tokens, start, steps, lr, seed or batch), or "
-            "one without a run; give path= a name of its own, or read it with TunedLens.load"
+            f"{path} contains a tuned lens of another run (other weights, tokens, start, steps, lr, seed or batch), or "
+            "one without a run; give another path=, or read it with TunedLens.load"
         )
-    on = {name: tensor.to(device) for name, tensor in tensors.items()}
+    on = {name: tensor.to(device) for name, tensor in file.tensors()}
     with reading(path, "a tuned lens in training"):
         state = State(*(on[name] for name in ("maps", "first", "second", "size", "loss")))
         return state, {name: on[name] for name in ("before", "constant")}

@@ -1,4 +1,4 @@
-"""How a tuned lens is trained: Adam on KL(model || lens), all layers from one forward pass, in bounded memory."""
+"""Training of a tuned lens: Adam on KL(model || lens), all layers from one forward pass, in bounded memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from hooklens.plugins.lens.translators import TunedLens
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_LOGITS_AT_ONCE = 16 * 2**20  # numbers; about four such tensors exist while a gradient is taken
+_LOGITS_AT_ONCE = 16 * 2**20  # about four tensors of this size exist during a gradient
 _BETA1, _BETA2, _EPS = 0.9, 0.98, 1e-8
 
 Maps = Float[Tensor, "layer in d_model"]
@@ -27,7 +27,7 @@ Maps = Float[Tensor, "layer in d_model"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """What fixes a run: the same schedule on the same model and windows gives the same lens, bit for bit."""
+    """The settings that determine a run: the same schedule, model and windows give the same lens, bit for bit."""
 
     train: Int[Tensor, "window pos"]
     steps: int
@@ -36,23 +36,23 @@ class Schedule:
     batch: int
 
     def windows(self, step: int) -> Int[Tensor, "batch pos"]:
-        """The windows of one step: every window is used once before any is used again, in an order drawn by epoch."""
+        """The windows of one step: every window is used once per epoch, in an order drawn for each epoch."""
         n = len(self.train)
         at = torch.arange(step * self.batch, (step + 1) * self.batch)
         orders = {epoch: torch.randperm(n, generator=seeded(self.seed, epoch)) for epoch in (at // n).unique().tolist()}
         return self.train[torch.stack([orders[int(i) // n][i % n] for i in at]).to(self.train.device)]
 
     def rate(self, step: int) -> float:
-        """The learning rate, falling linearly to 0."""
+        """The learning rate, decaying linearly to 0."""
         return self.lr * (1 - step / self.steps)
 
 
 @dataclass(frozen=True)
 class State:
-    """A run between two steps. A step makes a new one, so that an interruption never finds a half-updated lens.
+    """A run between two steps. Each step makes a new state, so an interrupt never leaves a half-updated lens.
 
-    The last row of a layer's map is its bias, in units of `size`, how large the layer's stream is: Adam moves all
-    numbers equally far, and a bias must keep up with the stream.
+    The last row of a layer's map is its bias, in units of `size`, the size of the layer's stream: Adam moves all
+    parameters equally far, and the bias must keep up with the stream.
     """
 
     maps: Maps
@@ -71,7 +71,7 @@ class State:
 
 
 def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: TunedLens | None = None) -> State:
-    """Maps of zeros, or those to start from, and the size of each layer's stream, measured on a few windows."""
+    """Zero maps, or those to start from, and the size of each layer's stream, measured on a few windows."""
     streams = streams_of(model, train[: max(1, 512 // train.shape[1])]).flatten(1, 2)[:-1]
     streams = widened(streams)
     size = stream_sizes(streams)
@@ -86,7 +86,7 @@ def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: T
 def gradients(
     model: "HookedTransformer", state: State, tokens: Int[Tensor, "batch pos"]
 ) -> tuple[Maps, Float[Tensor, "layer"]]:
-    """d mean KL / d maps of every layer, and the mean KL itself, a few rows and one layer at a time."""
+    """d mean KL / d maps of every layer, and the mean KL, a few rows and one layer at a time."""
     grads, loss = torch.zeros_like(state.maps), state.size.new_zeros(len(state.maps))
     for some in prompts_at_once(model, tokens):
         streams = streams_of(model, some).flatten(1, 2)
@@ -102,7 +102,7 @@ def gradients(
 def _one_layer(
     model, state: State, layer: int, stream: Float[Tensor, "row d_model"], target: Float[Tensor, "row d_vocab"]
 ) -> tuple[Float[Tensor, "in d_model"], Float[Tensor, ""]]:
-    """d KL / d maps and the KL, summed over rows. Only the final norm goes through autograd where that is enough."""
+    """d KL / d maps and the KL, summed over rows. Where possible, only the final norm uses autograd."""
     wide = stream.to(state.maps.dtype)
     with torch.enable_grad():
         maps = state.maps[layer].clone().requires_grad_()
@@ -121,7 +121,7 @@ def _one_layer(
 def _through_unembedding(
     model, normed: Float[Tensor, "row d_model"], target: Float[Tensor, "row d_vocab"]
 ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, ""]]:
-    """d KL / d normed by hand, softmax minus target times W_U, in two tensors of logits instead of autograd's five."""
+    """d KL / d normed in closed form, (softmax - target) W_U, with two tensors of logits instead of autograd's five."""
     linear, cap = model.unembed.linear, model.unembed.soft_cap
     raw = linear(normed)
     z = model.unembed.cap(raw).to(target.dtype)
@@ -154,7 +154,7 @@ def advanced(state: State, grads: Maps, loss: Float[Tensor, "layer"], rate: floa
     )
 
 
-# -- what the result needs
+# -- values for the result
 
 
 def window_kl(
@@ -174,7 +174,7 @@ def window_kl(
 def constant_kl(
     model: "HookedTransformer", train: Int[Tensor, "train_window pos"], held_out: Int[Tensor, "window pos"]
 ) -> Float[Tensor, "window"]:
-    """KL(model || c) for the one distribution c that is the model's mean over training windows: reading nothing."""
+    """KL(model || c) for the constant distribution c, the model's mean over training windows, as a baseline."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for rows in _final_rows(model, train[:32]):
         total, count = total + rows.exp().sum(0).double().cpu(), count + len(rows)

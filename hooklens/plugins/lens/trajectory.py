@@ -1,4 +1,4 @@
-"""Trajectory: how the answer's rank and probability, entropy, KL and the stream itself change from layer to layer."""
+"""Trajectory: the answer's rank and probability, entropy, KL and the stream itself from layer to layer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
@@ -31,31 +32,31 @@ from hooklens.results.statistics import Groups, group_numbers, mean_interval
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_CONTROLS = 4  # other positions of a prompt in which its answer is looked for
+_CONTROLS = 4  # number of other positions of a prompt in which its answer is ranked
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory(Result):
-    """One position of each prompt, followed through the layers; the last row is the model itself.
+    """One position of each prompt through all layers; the last row is the model itself.
 
     `rank` counts from 0. `control_rank` is the answer's median rank in streams of other positions of its prompt at the
-    same layer (NaN in a prompt of one token): what the layer says of this token wherever one looks. `norm` is the
-    stream's length, `cosine` its cosine to the final stream, `control_cosine` the mean cosine of the other positions'
+    same layer (NaN for a prompt of one token): the layer's general tendency to predict this token. `norm` is the norm
+    of the stream, `cosine` its cosine to the final stream, `control_cosine` the mean cosine of the other positions'
     streams to it.
     """
 
     terms = {
-        "stream": "5_pre is the residual stream before layer 5, 5_mid that between its attention and MLP, final_post "
-        "the model itself",
-        "rank": "the answer's place among all tokens, 0 the likeliest",
+        "stream": "5_pre is the residual stream before layer 5, 5_mid the stream between its attention and MLP, "
+        "final_post the model itself",
+        "rank": "the answer's rank among all tokens, 0 the most likely",
         "control rank": "the same answer's rank in the streams of other positions of its prompt: a rank that is not "
-        "well below it says nothing of this position",
+        "well below it says nothing about this position",
         "probability": "the answer's",
-        "entropy": "of the stream's prediction, in nats",
+        "entropy": "entropy of the stream's prediction, in nats",
         "KL": "KL(model || stream) between their predictions, in nats",
-        "norm": "length of the stream",
-        "cosine": "to the final stream",
-        "control cosine": "that of other positions' streams",
+        "norm": "norm of the stream",
+        "cosine": "cosine to the final stream",
+        "control cosine": "mean cosine of other positions' streams",
         "logit difference": "answer minus wrong answer",
     }
 
@@ -71,11 +72,11 @@ class Trajectory(Result):
     layers: list[str]
     answer: list[str]
     lens: str
-    group: Int[Tensor, "prompt"] | None = None  # prompts that share something; None: each is its own
+    group: Int[Tensor, "prompt"] | None = None  # groups of related prompts; None: every prompt is its own group
 
     @property
     def logit_diff(self) -> Float[Tensor, "prompt layer"] | None:
-        """The lens's logit of the answer minus that of the wrong answer, where there is one."""
+        """The lens's logit of the answer minus that of the wrong answer, if there is one."""
         return None if self.wrong_log_prob is None else self.log_prob - self.wrong_log_prob
 
     def interval(self, values: Float[Tensor, "prompt layer"]) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ class Trajectory(Result):
         return int(group_numbers(len(self.rank), self.group).max()) > 0
 
     def table(self, n: int | None = None) -> Table:
-        """One row a layer: medians of ranks, means of the others, over prompts."""
+        """One row per layer: medians of ranks, means of the other values, over prompts."""
         columns = ["stream", "rank", "control rank", "probability", "entropy", "KL", "norm", "cosine", "control cosine"]
         means = [
             x.mean(0) for x in (self.log_prob.exp(), self.entropy, self.kl, self.norm, self.cosine, self.control_cosine)
@@ -100,13 +101,13 @@ class Trajectory(Result):
         return Table(columns, rows).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` blocks after which the answer's log-probability rose most, mean over prompts."""
+        """The `k` blocks with the largest increase of the answer's log-probability, mean over prompts."""
         rise = self.log_prob.diff(dim=1).mean(0)
         chosen = rise.argsort(descending=True, stable=True)[:k].tolist()
-        return Table(("block", "rise of log prob"), [(f"L{i}", float(rise[i])) for i in chosen])
+        return Table(("block", "rise of log prob"), [(layer_name(i), float(rise[i])) for i in chosen])
 
     def figure(self) -> Any:
-        """Log10 of one plus the answer's rank, against that of the control."""
+        """Log10 of one plus the answer's rank, with the control."""
         from hooklens.viz.curves import lines
 
         ranks = {"answer here": self.rank.to(self.kl), "same answer, other positions": self.control_rank}
@@ -115,40 +116,40 @@ class Trajectory(Result):
         return lines(
             {name: values.nanmean(0) for name, values in shown.items()},
             bands=bands,
-            title=f"{self.lens}: where the answer stands among all tokens",
+            title=f"{self.lens}: the answer's rank among all tokens",
             x_title="layer",
             y_title="log10(1 + rank)",
         )
 
     def distance_figure(self) -> Any:
-        """Entropy and KL to the model's own prediction, layer by layer, in nats."""
+        """Entropy and KL to the model's own prediction by layer, in nats."""
         from hooklens.viz.curves import lines
 
         shown = {"entropy": self.entropy, "KL to the final prediction": self.kl}
         bands = {name: self.interval(values) for name, values in shown.items() if self._several}
         means = {name: values.mean(0) for name, values in shown.items()}
-        return lines(means, bands=bands, title=f"{self.lens}: how far from the end", x_title="layer", y_title="nats")
+        return lines(means, bands=bands, title=f"{self.lens}: distance to the end", x_title="layer", y_title="nats")
 
 
 def trace_predictions(
     model: "HookedTransformer",
     tokens: Prompts,
+    *,
     answer: Answers,
     wrong_answer: Answers | None = None,
-    *,
     pos: int = -1,
     lens: TunedLens | None = None,
     group: Groups = None,
 ) -> Trajectory:
-    """At which layer does the answer come up? Rank, probability, entropy and KL of every stream on the way.
+    """At which layer does the answer appear? Rank, probability, entropy and KL of every stream.
 
     >>> from hooklens.testing import induction_model
     >>> path = trace_predictions(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
     >>> path.rank.tolist(), path.logit_diff.tolist()            # prompt layer
     ([[5, 5, 0]], [[0.0, 0.0, 10.0]])
 
-    One position of each prompt is read (the last); prompts may differ in length. With `lens`, streams go through a
-    tuned lens first. Prompts of one `group` share something: intervals are over groups.
+    One position of each prompt is read (default: the last); prompts may differ in length. With `lens`, streams pass
+    through a tuned lens first. Prompts of one `group` are related: intervals are over groups.
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023), section 3.
     """
@@ -183,10 +184,10 @@ def trace_predictions(
 def _followed(
     model, ids: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt asked"], pos: int, translate: Translate | None
 ) -> dict[str, Tensor]:
-    """The position asked for in the first column, the other positions of the same prompts behind it."""
+    """The requested position in the first column, followed by the other positions of the same prompts."""
     n_prompts, n_pos = ids.shape
     if not -n_pos <= pos < n_pos:
-        raise InputError(f"pos={pos} was asked for in a prompt of {n_pos} tokens")
+        raise InputError(f"pos={pos} is out of range for a prompt of {n_pos} tokens")
     at = pos % n_pos
     streams = streams_of(model, ids)[:, :, [at, *_others(n_pos, at)]]
     n_read = streams.shape[2]
@@ -211,12 +212,12 @@ def _followed(
 
 
 def _others(n: int, at: int) -> list[int]:
-    """Some other positions of a prompt, evenly spread; not the first, whose stream is often unlike all others."""
+    """Some other positions of a prompt, evenly spaced; not the first, whose stream is often unlike the others."""
     rest = [i for i in range(1, n) if i != at] or [i for i in range(n) if i != at]
     return sorted({rest[(2 * i + 1) * len(rest) // (2 * _CONTROLS)] for i in range(_CONTROLS)}) if rest else []
 
 
 def demo(model: "HookedTransformer") -> Trajectory:
-    """Two short prompts; token numbers where the model has no tokenizer."""
+    """Two short prompts; token numbers if the model has no tokenizer."""
     pairs = demo_pairs(model, 2)
-    return trace_predictions(model, pairs.clean, pairs.answer, pairs.wrong_answer)
+    return trace_predictions(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)

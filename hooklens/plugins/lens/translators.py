@@ -1,6 +1,5 @@
-"""The tuned lens as a module: an affine map for every stream but the last, and the file that holds it."""
+"""The tuned lens as a module: an affine map for every stream except the last, and its file format."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,20 +7,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.core.checksum import load_tensors, save_tensors
-from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.envelope import Schema, read_envelope, write_envelope
+from hooklens.core.errors import InputError
 from hooklens.core.files import reading
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-FORMAT = "hooklens-tuned-lens-2"
+LENS_SCHEMA = Schema("hooklens.tuned_lens", 1, "a tuned lens", "TunedLens.save")
 
 
 class TunedLens(nn.Module):
-    """From the stream before a block to the stream that the final norm should read: x + x weight + bias, a map a layer.
+    """Maps the stream before a block to the stream that the final norm reads: x + x weight + bias, one map per layer.
 
-    All zero it is the logit lens.
+    With all zeros it equals the logit lens.
 
     >>> lens = TunedLens(n_layers=2, d_model=8)
     >>> x = torch.ones(3, 8)
@@ -39,28 +38,28 @@ class TunedLens(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_layers, d_model, device=device, dtype=dtype))
 
     def forward(self, layer: int, stream: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
-        """What the final norm reads in place of the stream that enters this layer."""
+        """The vector that the final norm reads in place of the stream that enters this layer."""
         wide = stream.to(self.weight.dtype)
         return (wide + wide @ self.weight[layer] + self.bias[layer]).to(stream.dtype)
 
     def check_fits(self, model: "HookedTransformer") -> None:
-        """Is there a map of the right size for every block of the model?"""
+        """Raise unless there is a map of the right size for every block of the model."""
         n_layers, d_model = self.weight.shape[:2]
         if (n_layers, d_model) != (model.cfg.n_layers, model.cfg.d_model):
             raise InputError(
-                f"this tuned lens was made for {n_layers} layers of d_model {d_model}; the model has "
-                f"{model.cfg.n_layers} layers of d_model {model.cfg.d_model}: train one for it with train_tuned_lens"
+                f"this tuned lens has {n_layers} layers of d_model {d_model}, but the model has "
+                f"{model.cfg.n_layers} layers of d_model {model.cfg.d_model}: train a lens for it with train_tuned_lens"
             )
 
     def save(self, path: str | Path) -> None:
         """Write the maps as one safetensors file, whole or not at all; `TunedLens.load` reads it back."""
-        write_lens(path, {"weight": self.weight, "bias": self.bias}, {})
+        write_envelope(path, LENS_SCHEMA, None, {"weight": self.weight, "bias": self.bias})
 
     @classmethod
     def load(cls, path: str | Path) -> "TunedLens":
         """The lens in a file that `save` or a training, finished or interrupted, has written."""
-        with reading(path, "a tuned lens"):
-            tensors, _ = read_lens_file(path)
+        tensors = dict(read_envelope(path, LENS_SCHEMA).tensors())
+        with reading(path, LENS_SCHEMA.what):
             weight, bias = tensors["weight"], tensors["bias"]
             n_layers, d_model, d_out = weight.shape
             if d_out != d_model or bias.shape != (n_layers, d_model) or not weight.is_floating_point():
@@ -69,22 +68,9 @@ class TunedLens(nn.Module):
 
     @classmethod
     def of(cls, weight: Float[Tensor, "layer d_model d_model"], bias: Float[Tensor, "layer d_model"]) -> "TunedLens":
-        """The lens with these maps."""
+        """Make a lens from these maps."""
         lens = cls(*weight.shape[:2], device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             lens.weight.copy_(weight)
             lens.bias.copy_(bias)
         return lens
-
-
-def write_lens(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, written aside and renamed, with a checksum over all of it."""
-    save_tensors(path, tensors, {**metadata, "format": FORMAT})
-
-
-def read_lens_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata; a foreign or damaged file is refused before a tensor is used."""
-    tensors, metadata = load_tensors(path, FORMAT, "a tuned lens")
-    if not {"weight", "bias"} <= set(tensors):
-        raise FileRefused(f"{path} holds no maps of a tuned lens; TunedLens.save writes them")
-    return tensors, metadata

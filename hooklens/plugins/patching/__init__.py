@@ -2,18 +2,26 @@
 
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
 from hooklens.plugins.patching.ablation_comparison import AblationComparison, compare_ablations
-from hooklens.plugins.patching.ablation_kinds import Freeze, Resample
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.plugins.patching.attribution_patching import attribution_patch
 from hooklens.plugins.patching.attribution_result import AttributionPatching
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import trace_information
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
-from hooklens.plugins.patching.path import path_patch, path_patch_fixed, path_patch_fixed_frozen
+from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep
-from hooklens.plugins.patching.values import Mean
 from hooklens.plugins.patching.weight_randomisation import WeightRandomisation
 from hooklens.sweeps.nodes import At
+from hooklens.sweeps.replacement import (
+    Given,
+    Mean,
+    MeanOfOthers,
+    MeanOverPositions,
+    OtherRun,
+    Replacement,
+    Resample,
+    Zero,
+)
 
 __all__ = [
     "AblationComparison",
@@ -21,14 +29,20 @@ __all__ = [
     "At",
     "AttributionPatching",
     "Choice",
-    "Freeze",
+    "Fixed",
+    "Given",
     "InformationFlow",
     "InputAttribution",
     "Mean",
+    "MeanOfOthers",
+    "MeanOverPositions",
+    "OtherRun",
     "PatchSweep",
     "PathSweep",
+    "Replacement",
     "Resample",
     "WeightRandomisation",
+    "Zero",
     "ablate",
     "attribution_patch",
     "compare_ablations",
@@ -36,7 +50,5 @@ __all__ = [
     "integrated_gradients",
     "patch",
     "path_patch",
-    "path_patch_fixed",
-    "path_patch_fixed_frozen",
     "trace_information",
 ]

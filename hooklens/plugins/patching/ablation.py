@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.ablation_kinds import Kind, Resample, Written, as_kind, word, written_by_draw
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import (
     cell_name,
@@ -23,14 +23,17 @@ from hooklens.plugins.patching.grid import (
     labels_of,
     largest_first,
     patch_name,
+    read_patches,
     shape_of,
 )
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers, mean_interval, q_values, sign_flip_p
+from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execution import Outcome, execute
-from hooklens.sweeps.planning import Patch, plan, settle_by, site_kind
+from hooklens.sweeps.planning import Patch, plan, points_of, settle_by, site_kind
+from hooklens.sweeps.replacement import Resample, Value, Written, as_replacement, targets_of
 from hooklens.sweeps.settings import engine
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -41,20 +44,22 @@ _MOST_FLIPS = 40_000
 
 @dataclass(frozen=True, eq=False)
 class AblationSweep(Result):
-    """The metric after every ablation of a grid, prompt by prompt, beside the metric of the whole model.
+    """The metric after every ablation of a grid, prompt by prompt, beside the metric of the unedited model.
 
-    `kind` is zero, mean, resample or freeze. `by_draw` is the mean effect of each draw of other prompts (one row for
-    the other kinds). Prompts of one `group` share something: intervals and p-values are over groups.
+    `replacement` is what was written. `by_draw` is the mean effect of each draw of other prompts (one row where nothing
+    is drawn). Prompts of one `group` share something: intervals and p-values are over groups.
     """
 
-    _baselines = ("whole",)
+    ranked_by = "effect, on the prompts that chose it"
+
+    baselines = ("base",)
     per_prompt: Float[Tensor, "prompt *grid"]
-    whole_per_prompt: Float[Tensor, "prompt"]
+    base_per_prompt: Float[Tensor, "prompt"]
     by_draw: Float[Tensor, "draw *grid"]
     group: Int[Tensor, "prompt"]
     site: str
     by: tuple[str, ...]
-    kind: str
+    replacement: str
     labels: dict[str, list[str]]
     computed: float
     largest_error: float
@@ -63,9 +68,9 @@ class AblationSweep(Result):
     kernel: str = ""
 
     @property
-    def whole(self) -> float:
-        """The metric of the whole model, mean over prompts."""
-        return float(self.whole_per_prompt.mean())
+    def base(self) -> float:
+        """The metric of the unedited model, mean over prompts."""
+        return float(self.base_per_prompt.mean())
 
     @property
     def values(self) -> Grid:
@@ -75,14 +80,14 @@ class AblationSweep(Result):
     @property
     def effect_per_prompt(self) -> Float[Tensor, "prompt *grid"]:
         """How far each ablation moved each prompt's metric; below 0 where the component helped."""
-        return self.per_prompt - self.whole_per_prompt.view(-1, *[1] * (self.per_prompt.ndim - 1))
+        return self.per_prompt - self.base_per_prompt.view(-1, *[1] * (self.per_prompt.ndim - 1))
 
     @property
     def effect(self) -> Grid:
         """How far each ablation moved the metric, mean over prompts; below 0 where the component helped."""
         return self.effect_per_prompt.mean(0)
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Grid, Grid]:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> tuple[Grid, Grid]:
         """Both ends of `effect`, by a bootstrap over groups of prompts; NaN for a single group."""
         return mean_interval(self.effect_per_prompt, group=self.group, level=level, draws=draws, seed=seed)
 
@@ -118,11 +123,7 @@ class AblationSweep(Result):
     def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
         """The `k` components of largest effect on one half of the prompts, with their effect on the other half."""
         names = cell_names(self.by, self.labels, self.effect.shape)
-        return HeldOutEffects.of({self.kind: self.effect_per_prompt}, names, self.group, k, seed)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` components of largest effect, chosen and measured on the same prompts; see `held_out_top`."""
-        return self.table(k)
+        return HeldOutEffects.of({self.replacement: self.effect_per_prompt}, names, self.group, k, seed)
 
     def table(self, n: int | None = 20) -> Table:
         """The components of largest effect; every one for `n=None`."""
@@ -131,26 +132,26 @@ class AblationSweep(Result):
         for index in self.order()[:n]:
             numbers = (effect, low, high, p, q) if int(self.group.max()) else (effect,)
             rows.append((self.name_of(index), float(values[index]), *(float(each[index]) for each in numbers)))
-        columns = (self.site, "metric", f"effect ({self.kind})", "95% low", "95% high", "p", "q")
+        columns = (self.site, "metric", f"effect ({self.replacement})", "95% low", "95% high", "p", "q")
         return Table(columns[: len(rows[0])] if rows else columns[:3], rows)
 
     def figure(self) -> Any:
         """A heat map over two axes, bars with their interval over one."""
-        title = f"{self.site}: change of the metric under {self.kind} ablation"
+        title = f"{self.site}: change of the metric under {self.replacement} ablation"
         ends = self.interval() if self.per_prompt.ndim == 2 else None
         return draw_grid(self.effect, self.by, labels=self.labels, title=title, name="change of the metric", ends=ends)
 
 
 def ablate(
     model: "HookedTransformer",
-    prompts: Prompts,
-    metric: Any,
+    prompts: Prompts | PromptPairs,
+    metric: Any = None,
     *,
     site: str = "z",
     by: str | Sequence[str] | None = None,
-    value: str | Kind = "resample",
+    value: Value = "resample",
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Patch] | None = None,
+    patches: Sequence[Any] | None = None,
 ) -> AblationSweep:
     """What does the metric lose without each component? One exact ablation for every cell of a grid.
 
@@ -162,33 +163,36 @@ def ablate(
     tensor([[-1.2000,  0.0000],
             [ 0.0000, -2.4000]])
 
+    `PromptPairs` stand for their clean prompts, metric and groups.
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
-    attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for.
+    attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for,
+    such as ["L5H1", "L2H0"].
 
-    `value` is what is written. "resample": the activation of other prompts of the set, four draws averaged (`Resample`
-    says how many, of which prompts, and the seed). "mean": over all other prompts, the prompt's own left out, or
-    `hl.Mean(reference=...)`; position by position where all lengths agree, else over all positions. "zero": a value
-    that most sites never hold, so that what breaks may be the model's surprise rather than its need: see
-    `compare_ablations`. `Freeze(run)`: the activation of that run, prompt by prompt.
+    `value` is what is written, a `Replacement` or its word. "resample": the activation of other prompts of the set,
+    four draws averaged (`Resample` says how many, of which prompts, and the seed). "mean of others": the mean over all
+    other prompts, the prompt's own left out. "mean": over all prompts, or `hl.Mean(reference=prompts)`. Means are
+    position by position where all lengths agree, else over all positions. "zero": a value that most sites never hold,
+    so that what breaks may be the model's surprise rather than its need: see `compare_ablations`. `OtherRun(prompts)`:
+    the activation in other runs, prompt by prompt.
 
     `group` says which prompts share something, one label a prompt: intervals and p-values are then over groups.
 
     Reference: Li and Janson (2024), "Optimal ablation for interpretability", section 2 (the kinds); Chan et al. (2022),
     "Causal scrubbing" (resampling).
     """
-    site, kind = site_kind(site), as_kind(value)
-    axes = settle_by(model, site, by)
-    groups = read_pairs(model, prompts, prompts, _needs(axes, patches))
-    check_metric(metric, groups)
-    n = sum(len(each.index) for each in groups)
-    number = group_numbers(n, None if group is None else torch.as_tensor(group))
+    site, replacement = site_kind(site), as_replacement(value)
+    axes, patches = settle_by(model, site, by), None if patches is None else read_patches(model, patches)
+    pairs = as_pairs(model, prompts, metric=metric, group=group)
+    groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, patches))
+    check_metric(pairs.metric, groups)
+    n, number = len(pairs), group_numbers(len(pairs), pairs.group)
     with torch.no_grad(), packed_linears(rows=1024):
         draws = [
             [
-                _one(model, each, metric=metric, site=site, by=axes, written=to, patches=patches)
+                _one(model, each, metric=pairs.metric, site=site, by=axes, written=to, patches=patches)
                 for each, to in zip(groups, written, strict=True)
             ]
-            for written in written_by_draw(model, kind, prompts, groups, site)
+            for written in replacement.every_draw(targets_of(model, groups, points_of(model, site), paired=False))
         ]
     shape, labels = shape_of(model, site, axes, groups[0].clean.shape[1]), {}
     if patches is None:
@@ -201,12 +205,12 @@ def ablate(
     weights = [len(each.index) / (n * len(draws)) for _ in draws for each in groups]
     return AblationSweep(
         per_prompt=values.mean(0).view(n, *shape),
-        whole_per_prompt=whole,
+        base_per_prompt=whole,
         by_draw=(values.mean(1) - whole.mean()).view(-1, *shape),
         group=number,
         site=site,
         by=axes,
-        kind=word(kind),
+        replacement=str(replacement),
         labels=labels,
         computed=sum(each.computed * weight for each, weight in zip(outcomes, weights, strict=True)),
         largest_error=float(torch.tensor([each.largest_error for each in outcomes]).max()),
@@ -221,7 +225,7 @@ def _one(
 ) -> Outcome:
     """The sweep over prompts of one length with one thing written."""
     made = plan(model, group.clean, site, written, by=by, patches=patches)
-    return execute(made, group.of(metric))
+    return execute(SitePatches(made), group.of(metric))
 
 
 def _needs(axes: tuple[str, ...], patches: Sequence[Patch] | None) -> tuple[str, ...]:

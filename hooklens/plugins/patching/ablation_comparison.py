@@ -8,16 +8,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
-from hooklens.plugins.patching.ablation_kinds import Kind, Resample
-from hooklens.plugins.patching.activation import Mean
 from hooklens.plugins.patching.grid import cell_names, largest_first
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
-from hooklens.sweeps.planning import Patch
+from hooklens.sweeps.replacement import Mean, MeanOfOthers, Replacement, Resample, Zero
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
@@ -30,14 +29,21 @@ _NAMED = 8  # components whose name is written into the figure
 class AblationComparison(Result):
     """The same components ablated in three ways. Zero is a value that most sites never hold; the others are held."""
 
+    ranked_by = "effect of zero"
+    terms = {
+        "mean of others": "the change of the metric when the mean activation over the other prompts is written",
+        "mean of others low": "the lower end of its 95 % interval over prompts",
+        "mean of others high": "the upper end of its 95 % interval over prompts",
+    }
+
     zero: AblationSweep
     mean: AblationSweep
     resample: AblationSweep
 
     @property
     def sweeps(self) -> dict[str, AblationSweep]:
-        """Each sweep by its kind."""
-        return {"zero": self.zero, "mean": self.mean, "resample": self.resample}
+        """Each sweep by what was written."""
+        return {sweep.replacement: sweep for sweep in (self.zero, self.mean, self.resample)}
 
     @property
     def correlation(self) -> float:
@@ -53,10 +59,6 @@ class AblationComparison(Result):
         effects = {kind: sweep.effect_per_prompt for kind, sweep in self.sweeps.items()}
         names = cell_names(self.zero.by, self.zero.labels, self.zero.effect.shape)
         return HeldOutEffects.of(effects, names, self.zero.group, k, seed)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` components of largest zero effect, with what the other kinds say of them."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """A row a component, the largest zero effect first; each effect with its interval where there is one."""
@@ -92,14 +94,14 @@ class AblationComparison(Result):
 
 def compare_ablations(
     model: "HookedTransformer",
-    prompts: Prompts,
-    metric: Any,
+    prompts: Prompts | PromptPairs,
+    metric: Any = None,
     *,
     site: str = "z",
     by: str | Sequence[str] | None = None,
     reference: Any = None,
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Patch] | None = None,
+    patches: Sequence[Any] | None = None,
 ) -> AblationComparison:
     """Does a component's zero ablation effect survive when what is written is a value that the model does hold?
 
@@ -111,18 +113,18 @@ def compare_ablations(
     >>> from hooklens.metrics import prob
     >>> model = tiny_model(); prompts = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     >>> found = compare_ablations(model, prompts, prob(model, answer=3))
-    >>> found.zero.kind, found.resample.kind, found.resample.by_draw.shape      # draw layer head
-    ('zero', 'resample', torch.Size([2, 2, 2]))
+    >>> found.zero.replacement, found.mean.replacement, found.resample.by_draw.shape      # draw layer head
+    ('zero', 'mean of others', torch.Size([2, 2, 2]))
 
     Reference: Chan et al. (2022), "Causal scrubbing"; Li and Janson (2024), "Optimal ablation for interpretability",
     section 2.
     """
-    held = "mean" if reference is None else Mean(reference)
+    mean = MeanOfOthers() if reference is None else Mean(reference)
 
-    def run(value: str | Kind) -> AblationSweep:
+    def run(value: Replacement) -> AblationSweep:
         return ablate(model, prompts, metric, site=site, by=by, value=value, group=group, patches=patches)
 
-    return AblationComparison(run("zero"), run(held), run(Resample(reference)))
+    return AblationComparison(zero=run(Zero()), mean=run(mean), resample=run(Resample(reference)))
 
 
 def demo(model: "HookedTransformer") -> AblationComparison:

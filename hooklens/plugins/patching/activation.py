@@ -1,45 +1,40 @@
 """Activation patching: overwrite one site at a time and see how far the metric moves, exactly and for a whole grid."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.core.component import layer_name
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
-from hooklens.model.linear import packed_linears
-from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, in_order, labels_of, largest_first, shape_of
-from hooklens.plugins.patching.two_runs import TwoRuns
-from hooklens.plugins.patching.values import Mean, aligned, mean_of
+from hooklens.plugins.patching.grid import STRONGEST, cell_name, draw_grid, labels_of, largest_first
+from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, with_other
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import ratio_interval
+from hooklens.results.statistics import DRAWS, ratio_interval
 from hooklens.sweeps.execution import Outcome, execute
-from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import first_nonfinite, not_finite
-from hooklens.sweeps.planning import grid, plan, settle_by, site_and_layer
-from hooklens.sweeps.resume import Resume
-from hooklens.sweeps.settings import pinned
+from hooklens.sweeps.planning import plan, points_of, settle_by, site_and_layer
+from hooklens.sweeps.replacement import Replacement, Value, Written, as_replacement, is_run, targets_of
+from hooklens.sweeps.resume import Resume, hint, products_of
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
-
-_WORDS = ("clean", "corrupted", "zero", "mean")
-
-
-Value = str | Mean | Tensor | Mapping[str, Tensor] | Callable[[Tensor, str], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class PatchSweep(TwoRuns, Result):
     """The metric after every patch of a grid, beside the metric of the two runs that are needed to read it."""
+
+    ranked_by = "change of the metric"
 
     per_pair: Float[Tensor, "pair *grid"]
     clean_per_pair: Float[Tensor, "pair"]
@@ -47,7 +42,7 @@ class PatchSweep(TwoRuns, Result):
     site: str
     by: tuple[str, ...]
     into: str
-    value: str
+    replacement: str
     labels: dict[str, list[str]]
     computed: float
     largest_error: float
@@ -79,7 +74,7 @@ class PatchSweep(TwoRuns, Result):
         low, high = ratio_interval(gap[:, None], torch.ones_like(gap))
         return not bool(low[0] <= 0 <= high[0])
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Both ends of `recovered`, by a bootstrap over pairs that recomputes both means; NaN for one pair."""
         gap = self.clean_per_pair - self.corrupted_per_pair
         if not self.defined:
@@ -102,10 +97,6 @@ class PatchSweep(TwoRuns, Result):
         """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
         return cell_name(self.by, self.labels, index)
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` patches that moved the metric most."""
-        return self._rows(self.order()[:k])
-
     def table(self, n: int | None = 20) -> Table:
         """The patches that moved the metric most, with what they restored; every one for `n=None`."""
         return self._rows(self.order()[:n])
@@ -122,16 +113,16 @@ class PatchSweep(TwoRuns, Result):
     def figure(self, rows: int | None = STRONGEST) -> Any:
         """A heat map over two axes, bars with their interval over one; of three the strongest `rows`, None for all."""
         shown, name = (self.recovered, "recovered") if self.defined else (self.effect, "change of the metric")
-        title = f"{self.site}: {name} ({self.value} into {self.into})"
+        title = f"{self.site}: {name} ({self.replacement} into {self.into})"
         ends = self.interval() if len(self.by) == 1 else None
         return draw_grid(shown, self.by, labels=self.labels, title=title, name=name, ends=ends, rows=rows)
 
 
 def patch(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     site: str | tuple | Site = "resid_pre",
     by: str | Sequence[str] | None = None,
@@ -139,6 +130,8 @@ def patch(
     resume: str | Path | Resume | None = None,
 ) -> PatchSweep:
     """Which activations carry the difference between clean and corrupted? One exact patch for every cell of a grid.
+
+    Give two prompts (or lists of them) and a metric, or `PromptPairs`, as every method between two prompts takes them.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
@@ -152,9 +145,10 @@ def patch(
     `site` is resid_pre/mid/post, attn_out, mlp_out, post (neurons), z, q, k, v, pattern or result, at every layer or,
     as `hl.site("z", 5)`, at one. `by` is the grid: "layer x pos", "layer x head", "layer x head x pos", "layer x
     neuron", "layer". `value` is "clean" (written into the corrupted run) or, written into the clean run, "corrupted"
-    (noising), "zero", "mean" over the clean prompts, Mean(reference=prompts), a tensor, a cache, or a function of
-    (activation, point). `resume` names a file in which finished parts are kept, so that an interrupted sweep goes on; a
-    metric that cannot be recognised there needs a name, `hl.Resume(path, key="...")`.
+    (noising), "zero", "mean" (over the clean prompts), any other `Replacement` such as Mean(reference=prompts), a
+    tensor, a cache, or a function of (activation, point). `resume` names a file in which finished parts are kept, so
+    that an interrupted sweep goes on; a metric that cannot be recognised there needs a name,
+    `hl.Resume(path, key="...")`.
 
     Clean and corrupted prompts of different length can be swept by layer or head: positions are matched at the shared
     beginning and end, and those between keep their own value. Memory, checks and the plain loop: `hl.engine(...)`.
@@ -162,55 +156,40 @@ def patch(
     Reference: Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2.
     """
     site, layer = site_and_layer(model, site)
-    axes = settle_by(model, site, by)
-    into = "corrupted" if isinstance(value, str) and value == "clean" else "clean"
-    groups = read_pairs(model, clean, corrupted, axes)
-    check_metric(metric, groups)
-    if isinstance(value, str) and value in ("clean", "corrupted"):
+    axes, replacement = settle_by(model, site, by), as_replacement(value)
+    into = "corrupted" if is_run(replacement, "clean") else "clean"
+    pairs = as_pairs(model, clean, corrupted, metric)
+    groups = read_pairs(model, pairs.clean, pairs.corrupted, axes)
+    check_metric(pairs.metric, groups)
+    if is_run(replacement, "clean") or is_run(replacement, "corrupted"):
         check_prompts_differ(groups)
-    if resume is not None and len(groups) > 1:
-        raise InputError("resume= needs prompts of one length; patch each length on its own")
-    file = None if resume is None else Resume.of(resume)
-    with torch.no_grad(), pinned(None) if file is None else file.products(), packed_linears(rows=1024), _hint(resume):
-        both = [
-            _patch_group(model, group, metric=metric, site=site, by=axes, layer=layer, value=value, resume=file)
-            for group in groups
-        ]
-    parts = [outcome for outcome, _ in both]
-    ends = (in_order(groups, [other for _, other in both]), in_order(groups, [p.base for p in parts]))
-    clean_end, corrupted_end = ends if into == "corrupted" else ends[::-1]
-    shape = shape_of(model, site, axes, groups[0].clean.shape[1])
+    file = resume_of(resume, groups)
+    with products_of(file), hint(resume, "hl.patch"):
+        written = replacement.once(targets_of(model, groups, points_of(model, site), into=into))
+        asked = _Asked(
+            metric=pairs.metric, site=site, by=axes, layer=layer, into=into, replacement=replacement, file=file
+        )
+        found = [_sweep(model, group, to, asked) for group, to in zip(groups, written, strict=True)]
+    shape, outcome = found[0][0], joined(groups, [part for _, part in found])
+    clean_end, corrupted_end = ends_of(outcome, into)
     labels = labels_of(model, axes, shape, groups[0])
     if layer is not None:
-        shape, labels["layer"] = (1, *shape[1:]), [f"L{layer}"]
-    per_pair = in_order(groups, [p.values.T for p in parts]).reshape(-1, *shape)
-    errors = torch.tensor([p.largest_error for p in parts])
+        labels["layer"] = [layer_name(layer)]
     return PatchSweep(
-        per_pair=per_pair,
+        per_pair=outcome.values.T.reshape(-1, *shape),
         clean_per_pair=clean_end,
         corrupted_per_pair=corrupted_end,
         site=site,
         by=axes,
         into=into,
-        value=_word(value),
+        replacement=str(replacement),
         labels=labels,
-        computed=sum(p.computed * len(g.index) for p, g in zip(parts, groups, strict=True)) / len(per_pair),
-        largest_error=float(errors.max()),
-        n_verified=sum(p.n_verified for p in parts),
-        how=parts[0].how,
-        kernel=parts[0].kernel,
+        computed=outcome.computed,
+        largest_error=outcome.largest_error,
+        n_verified=outcome.n_verified,
+        how=outcome.how,
+        kernel=outcome.kernel,
     )
-
-
-@contextmanager
-def _hint(resume: object) -> Iterator[None]:
-    """Tell somebody who interrupts a sweep how not to lose it."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if resume is None:
-            interrupt.add_note("hl.patch(..., resume=path) keeps what is finished in a file, and goes on from there")
-        raise
 
 
 def check_metric(metric: Any, groups: list[Pairs]) -> None:
@@ -230,82 +209,30 @@ def check_metric(metric: Any, groups: list[Pairs]) -> None:
         raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
 
 
-def _patch_group(
-    model,
-    group: Pairs,
-    metric: Any,
-    site: str,
-    by: tuple[str, ...],
-    layer: int | None,
-    value: Value,
-    resume: Resume | None,
-) -> tuple[Outcome, Float[Tensor, "pair"]]:
-    """The sweep of one group, and the metric of the run that is not patched."""
-    noising = _word(value) != "clean"
-    into, other = (group.clean, group.corrupted) if noising else (group.corrupted, group.clean)
-    written = _written(model, group, into=into, other=other, site=site, value=value)
-    patches = None  # the whole grid, which the plan makes
-    if layer is not None:
-        patches = [patch for patch in grid(model, site, by, into.shape[1])[1] if patch.layer == layer]
-    made = plan(model, into, site, written, by=by, patches=patches)
-    given = dict(value) if isinstance(value, Mapping) else value
-    made = replace(made, source=(given, group.clean, group.corrupted))  # what was asked, which identifies the sweep
-    outcome = execute(made, group.of(metric), resume=resume)
-    return outcome, _other_run(model, group, metric=metric, tokens=other, stream=made.donor, outcome=outcome)
+@dataclass(frozen=True)
+class _Asked:
+    """What a sweep does with each group of pairs."""
+
+    metric: Any
+    site: str
+    by: tuple[str, ...]
+    layer: int | None
+    into: str
+    replacement: Replacement
+    file: Resume | None
 
 
-def _written(model, group: Pairs, into: Tensor, other: Tensor, site: str, value: Value) -> Any:
-    """What a plan takes as values: other tokens, activations by point, or a function."""
-    if isinstance(value, str):
-        if value not in _WORDS:
-            raise did_you_mean("value to write", value, _WORDS)
-        if value in ("clean", "corrupted"):
-            return other if group.aligned else aligned(model, into, other, site)
-        if value == "zero":
-            return lambda act, name: torch.zeros_like(act)
-        if len(into) < 2:
-            raise InputError(
-                "value='mean' is the mean over the pairs, and there is one pair; give more, or "
-                "value=hl.Mean(reference=prompts)"
-            )
-        return lambda act, name: act.mean(0, keepdim=True)
-    if isinstance(value, Mean):
-        return mean_of(model, value, into, site)
-    if isinstance(value, Tensor):
-        return lambda act, name: value
-    return value
-
-
-def _other_run(
-    model, group: Pairs, metric: Any, tokens: Int[Tensor, "pair pos"], stream: Tensor | None, outcome: Outcome
-) -> Float[Tensor, "pair"]:
-    """The metric of the run that is not patched; its stream is known where it gave the values."""
-    stream = model(tokens, stop_at_layer=model.cfg.n_layers) if stream is None else stream
-    found = Reader(model, group.of(metric), stream).base
-    if (said := not_finite(found)) is not None:
-        point = first_nonfinite(model, tokens)
-        where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
-        raise InputError(
-            f"the metric of the {'clean' if tokens is group.clean else 'corrupted'} run is {said}: {where}"
-        )
-    if group.aligned:  # the same prompt twice is the same number, not one to rounding
-        return torch.where((group.clean == group.corrupted).all(1), outcome.base, found)
-    return found
-
-
-def _word(value: Value) -> str:
-    if isinstance(value, str):
-        return value
-    return "mean of reference" if isinstance(value, Mean) else "given value"
+def _sweep(model, group: Pairs, written: Written, asked: _Asked) -> tuple[tuple[int, ...], Outcome]:
+    """The shape of the grid and the sweep of the pairs of one length."""
+    into, other = (group.clean, group.corrupted) if asked.into == "clean" else (group.corrupted, group.clean)
+    made = plan(model, into, asked.site, written, by=asked.by, layer=asked.layer)
+    made = replace(made, source=(asked.replacement, group.clean, group.corrupted))  # which identifies the sweep
+    known = made.donor is not None and written is other
+    stream = made.donor if known else model(other, stop_at_layer=model.cfg.n_layers)
+    outcome = execute(SitePatches(made), group.of(asked.metric), resume=asked.file, other=stream)
+    return made.shape, with_other(model, outcome, group, "clean" if asked.into == "corrupted" else "corrupted")
 
 
 def demo(model: "HookedTransformer") -> PatchSweep:
     """A resid_pre sweep on two short prompts that differ in one token; numbers where the model has no tokenizer."""
-    clean, corrupted, *_ = demo_pairs(model, 1, 8)
-    with torch.no_grad():
-        best = int(model(clean, logits_at=-1)[0, 0].argmax())
-
-    def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
-        return logits[:, -1, best]
-
-    return patch(model, clean, corrupted, logit)
+    return patch(model, demo_pairs(model, 1, 8))

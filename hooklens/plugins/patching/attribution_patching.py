@@ -12,19 +12,21 @@ from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.core.names import axes
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
-from hooklens.metrics import ReadingMetric, log_prob
+from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.attribution_result import AttributionPatching, Grid
 from hooklens.plugins.patching.grid import in_order, labels_of, shape_of
-from hooklens.plugins.patching.values import aligned
 from hooklens.results.statistics import group_numbers
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain
-from hooklens.sweeps.planning import SITES, Patch, plan, settle_by, site_kind
+from hooklens.sweeps.planning import Patch, has_site, plan, points_of, settle_by, site_kind
+from hooklens.sweeps.replacement import OtherRun, matched, targets_of
 from hooklens.sweeps.settings import current, engine
+from hooklens.sweeps.site_patches import SitePatches
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
 
 def attribution_patch(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     site: str = "resid_pre",
     by: str | Sequence[str] | None = None,
@@ -60,14 +62,13 @@ def attribution_patch(
     Circuit Discovery", equation 2.
     """
     site, axes_ = site_kind(site), settle_by(model, site, by)
-    groups = read_pairs(model, clean, corrupted, axes_)
+    pairs = as_pairs(model, clean, corrupted, metric, group)
+    groups = read_pairs(model, pairs.clean, pairs.corrupted, axes_)
     check_prompts_differ(groups)
-    check_metric(metric, groups)
+    check_metric(pairs.metric, groups)
     _refuse(model, site, exact)
-    n = sum(len(each.index) for each in groups)
-    number = group_numbers(n, None if group is None else torch.as_tensor(group))
-    parts = _pieces(model, groups, metric, site)
-    found = [_estimate(model, part, part.of(metric), site, axes_) for part in parts]
+    parts = _pieces(model, groups, pairs.metric, site)
+    found = [_estimate(model, part, part.of(pairs.metric), site, axes_) for part in parts]
     per_pair, moved, clean_end, corrupted_end = (in_order(parts, list(each)) for each in zip(*found, strict=True))
     checked = _to_check(per_pair.mean(0), moved.any(0), exact)
     shape = shape_of(model, site, axes_, groups[0].clean.shape[1])
@@ -79,17 +80,16 @@ def attribution_patch(
         by=axes_,
         labels=labels_of(model, axes_, shape, groups[0]),
         checked=checked,
-        exact_per_pair=_exactly(model, groups, metric=metric, site=site, by=axes_, checked=checked),
+        exact_per_pair=_exactly(model, groups, metric=pairs.metric, site=site, by=axes_, checked=checked),
         n_top=min(exact, len(checked)),
-        group=number,
+        group=group_numbers(len(pairs), pairs.group),
     )
 
 
 def _refuse(model: "HookedTransformer", site: str, exact: int) -> None:
     need_gradients("attribution_patching")
     whole("exact", exact)
-    if f"blocks.0.{SITES[site].point}" not in model.hook_points():
-        raise InputError(f"this model has no {site}: an attention-only or parallel block lacks it")
+    has_site(model, site)
     reason = why_plain(model)
     if reason is not None and reason.startswith("dropout"):
         raise InputError(f"gradients were asked for while {reason}: clean and corrupted would differ by their masks")
@@ -126,11 +126,10 @@ def _estimate(
 ) -> tuple[Float[Tensor, "pair *grid"], Bool[Tensor, "pair *grid"], Float[Tensor, "pair"], Float[Tensor, "pair"]]:
     """(written - there) . gradient of every cell; where the two differ at all; the metric of clean and corrupted."""
     n = model.cfg.n_layers
-    points = [f"blocks.{layer}.{SITES[site].point}" for layer in range(n)]
+    points = points_of(model, site)
     with torch.no_grad():
         stream, written = model.run_with_cache(group.clean, names=points, stop_at_layer=n)
         clean_end = Reader(model, metric, stream).base
-        values = written if group.aligned else aligned(model, group.corrupted, group.clean, site)
     with torch.enable_grad():
         stream, there = model.run_with_cache(group.corrupted, names=points, stop_at_layer=n, grads=True)
         reader = Reader(model, metric, stream.detach())
@@ -138,7 +137,9 @@ def _estimate(
         if not total.requires_grad:
             raise InputError("the metric has no gradient (does it compare, round or take an argmax?); use hl.patch")
         grads = torch.autograd.grad(total, [there[point] for point in points], materialize_grads=True)
-    gaps = [values[point] - there[point].detach() for point in points]
+    own = {point: there[point].detach() for point in points}
+    values = written if group.aligned else matched(group.corrupted, group.clean, own, written)
+    gaps = [values[point] - own[point] for point in points]
     layers = [_summed(gap * grad, point, by) for gap, grad, point in zip(gaps, grads, points, strict=True)]
     moved = [_summed(gap.abs(), point, by) > 0 for gap, point in zip(gaps, points, strict=True)]
     return torch.stack(layers, 1).to(reader.dtype), torch.stack(moved, 1), clean_end, reader.base
@@ -172,20 +173,18 @@ def _exactly(
     patches = [Patch(**dict(zip(by, index, strict=True))) for index in checked.tolist()]
     found = []
     with torch.no_grad(), engine(verify=0), packed_linears(rows=1024):
-        for group in groups:
+        clean = OtherRun("clean").once(targets_of(model, groups, points_of(model, site), into="corrupted"))
+        for group, written in zip(groups, clean, strict=True):
             if not patches:
                 found.append(torch.zeros(len(group.index), 0))
                 continue
-            written = group.clean if group.aligned else aligned(model, group.corrupted, group.clean, site)
-            outcome = execute(plan(model, group.corrupted, site, written, by=by, patches=patches), group.of(metric))
+            made = plan(model, group.corrupted, site, written, by=by, patches=patches)
+            outcome = execute(SitePatches(made), group.of(metric))
             found.append((outcome.values - outcome.base).T)
     return in_order(groups, found)
 
 
 def demo(model: "HookedTransformer") -> AttributionPatching:
     """Heads on two short prompts that differ in one token, half of them checked; numbers without a tokenizer."""
-    clean, corrupted, *_ = demo_pairs(model, 1, 8)
-    with torch.no_grad():
-        best = int(model(clean, logits_at=-1)[0, 0].argmax())
     with engine(progress=False):
-        return attribution_patch(model, clean, corrupted, log_prob(model, answer=best), site="z", exact=1)
+        return attribution_patch(model, demo_pairs(model, 1, 8), site="z", exact=1)

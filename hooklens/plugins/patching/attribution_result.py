@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.plugins.patching.grid import cell_name, draw_grid, largest_first
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import correlation, mean_interval, rank_correlation
+from hooklens.results.statistics import DRAWS, correlation, mean_interval, rank_correlation
 
 Grid = Float[Tensor, "*grid"]
 
@@ -23,6 +23,8 @@ class AttributionPatching(TwoRuns, Result):
     `per_pair` is (clean - corrupted) . gradient at the corrupted run: the change of the metric if the metric were
     linear. The checked cells are the `n_top` of largest estimate, then as many drawn from the rest.
     """
+
+    ranked_by = "estimate"
 
     per_pair: Float[Tensor, "pair *grid"]
     clean_per_pair: Float[Tensor, "pair"]
@@ -40,7 +42,7 @@ class AttributionPatching(TwoRuns, Result):
         """The estimated change of the metric when clean is written into the corrupted run, mean over pairs."""
         return self.per_pair.mean(0)
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> tuple[Grid, Grid]:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> tuple[Grid, Grid]:
         """Both ends of `effect`, over groups of pairs: of the estimate's mean, not of its distance to the truth."""
         return mean_interval(self.per_pair, group=self.group, level=level, draws=draws, seed=seed)
 
@@ -76,10 +78,6 @@ class AttributionPatching(TwoRuns, Result):
     def name_of(self, index: Sequence[int]) -> str:
         """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
         return cell_name(self.by, self.labels, index)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` cells of largest estimate."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The cells of largest estimate, with their exact effect where it was worked out."""

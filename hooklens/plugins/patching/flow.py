@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.plugins.patching.path_sweep import excludes_zero
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import q_values, ratio_interval
+from hooklens.results.statistics import Groups, q_values, ratio_interval
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class Choice(Result):
     """`per_receiver` paths are reported for each receiver, each beside `draws` turned senders drawn by `seed`.
 
     `choose_on`: at most so many pairs of the half that chooses, as all senders are swept there; None: all of it.
+    `group`: one label a pair, of which halves and intervals keep pairs of the same label together.
     """
 
     per_receiver: int = 4
     draws: int = 99
     choose_on: int | None = None
     seed: int = 0
+    group: Groups = None
 
     def __post_init__(self) -> None:
         for name in ("per_receiver", "draws", "choose_on"):
@@ -38,9 +40,11 @@ class InformationFlow(Result):
 
     `moved` is what each path moves the metric by. `turned`: what it moves when the same sender writes as much in random
     directions. `others`: what each other sender that reaches the path's receiver moves, mean over pairs (NaN where a
-    receiver has fewer than the most). A path has to stand out of both: see `p`. `whole`: what the path's receiver moves
+    receiver has fewer than the most). A path has to stand out of both: see `p`. `total`: what the path's receiver moves
     when everything it reads is that of the other run.
     """
+
+    ranked_by = "what the path carries"
 
     terms = {
         "turned 95%": "the control: which share the same sender stays below in 95 % of draws when it writes in random "
@@ -54,7 +58,7 @@ class InformationFlow(Result):
     moved: Float[Tensor, "pair path"]
     turned: Float[Tensor, "draw pair path"]
     others: Float[Tensor, "other path"]
-    whole: Float[Tensor, "pair path"]
+    total: Float[Tensor, "pair path"]
     gap: Float[Tensor, "pair"]
     group: Int[Tensor, "pair"]
     halved: bool  # False: one group of pairs, so that paths were chosen and reported on the same
@@ -77,8 +81,8 @@ class InformationFlow(Result):
 
         NaN where the receiver as a whole moves nothing beyond chance.
         """
-        known = torch.tensor([excludes_zero(one, self.group) for one in self.whole.T], device=self.whole.device)
-        return torch.where(known, self.moved.mean(0) / self.whole.mean(0), float("nan"))
+        known = torch.tensor([excludes_zero(one, self.group) for one in self.total.T], device=self.total.device)
+        return torch.where(known, self.moved.mean(0) / self.total.mean(0), float("nan"))
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "path"], Float[Tensor, "path"]]:
         """Both ends of `share` over groups of pairs; NaN for one group."""
@@ -151,10 +155,6 @@ class InformationFlow(Result):
     def order(self) -> list[int]:
         """The paths, the largest share first."""
         return self.share.abs().nan_to_num(-1).argsort(descending=True, stable=True).tolist()
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` paths that carry most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """One row a path: its share with interval, the share of its receiver, controls and q."""

@@ -9,8 +9,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from hooklens.core.arguments import whole
+from hooklens.core.component import Component, no_component
 from hooklens.data.prompts import Pairs
 from hooklens.model.ids import show
+from hooklens.sweeps.nodes import read_components
 from hooklens.sweeps.planning import Patch, sizes_of
 
 if TYPE_CHECKING:
@@ -41,16 +43,33 @@ def labels_of(model: "HookedTransformer", by: Sequence[str], shape: Sequence[int
     return labels
 
 
+def read_patches(model: "HookedTransformer", asked: Sequence[Any]) -> list[Patch]:
+    """Patches from what a user writes: Patch(5, head=1), "L5H1", (5, 1), ("z", 5) for every head, "L2N17", "L5@-1".
+
+    >>> from hooklens.testing import tiny_model
+    >>> read_patches(tiny_model(), ["L1H0", "L0@-1"]) == [Patch(1, head=0), Patch(0, pos=-1)]
+    True
+    """
+    found = []
+    for one in asked:
+        if isinstance(one, Patch):
+            found.append(one)
+            continue
+        for node in read_components(model, one, "patch"):
+            if node.kind not in ("head", "neuron", "layer") or isinstance(node.pos, tuple):
+                raise no_component(one, "patch")
+            found.append(Patch(node.layer, node.pos, node.head, node.neuron))
+    return found
+
+
 def patch_name(patch: Patch) -> str:
     """What a single patch is called.
 
     >>> patch_name(Patch(5, head=1)), patch_name(Patch(2, pos=3))
     ('L5H1', 'L2 (3)')
     """
-    name = f"L{patch.layer}" + ("" if patch.head is None else f"H{patch.head}")
-    return (
-        name + ("" if patch.neuron is None else f"N{patch.neuron}") + ("" if patch.pos is None else f" ({patch.pos})")
-    )
+    name = Component("layer", patch.layer, patch.head, patch.neuron).name
+    return name if patch.pos is None else f"{name} ({patch.pos})"
 
 
 def cell_name(by: Sequence[str], labels: Mapping[str, Sequence[str]], index: Sequence[int]) -> str:

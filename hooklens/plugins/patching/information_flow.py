@@ -2,23 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.component import Component
+from hooklens.core.files import make_folder
 from hooklens.core.hooks import HookFn
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, read_pairs, rows_of
-from hooklens.metrics import ReadingMetric, logit_diff
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.data.prompts import Prompts, read_pairs
+from hooklens.metrics import ReadingMetric
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.path import path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep
-from hooklens.results.statistics import Groups, group_numbers, halves
+from hooklens.results.statistics import group_numbers, halves
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.nodes import Node, Order, Receiver, Sender, of_pairs, on_tokens, read_receivers, read_senders
+from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, on_tokens, read_receivers, read_senders
 from hooklens.sweeps.settings import engine
 
 if TYPE_CHECKING:
@@ -27,14 +30,14 @@ if TYPE_CHECKING:
 
 def trace_information(
     model: "HookedTransformer",
-    clean: Prompts,
-    corrupted: Prompts,
-    metric: Any,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
     *,
     receivers: Any,
     senders: Any = None,
-    group: Groups = None,
     choice: Choice | None = None,
+    resume: str | Path | None = None,
 ) -> InformationFlow:
     """Which path carries how much, from senders over the q, k or v of these receivers to the logits?
 
@@ -42,6 +45,7 @@ def trace_information(
     The strongest senders of each receiver are chosen on one half of the groups of pairs; what they carry is measured on
     the other, beside control senders: themselves turned into random directions, and all others at that receiver.
     `receivers` as there, each on its own; a dict names several that are patched together: {"queries": [("q", 9)]}.
+    `resume` names a folder with a file a sweep, so that an interrupted study goes on.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -51,11 +55,22 @@ def trace_information(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3; the halves and controls are ours.
     """
     options, sending = choice or Choice(), read_senders(model, senders)
-    pairs = _Pairs(model, clean, corrupted, metric, group)
-    first, second = pairs.halves(options.seed)
+    pairs = as_pairs(model, clean, corrupted, metric, options.group)
+    number, every = group_numbers(len(pairs), pairs.group), torch.arange(len(pairs))
+    halved = len(number.unique()) > 1
+    first, second = halves(len(pairs), group=number, seed=options.seed) if halved else (every, every)
     chosen_on = first[: options.choose_on]
+    between = _Between(model, replace(pairs, group=number), folder=resume)
     parts = [
-        _paths_to(pairs, chosen_on, second=second, name=name, receivers=reading, senders=sending, options=options)
+        _paths_to(
+            between,
+            chosen_on,
+            second=second,
+            name=name,
+            receivers=reading,
+            senders=sending,
+            options=options,
+        )
         for name, reading in _named(model, receivers).items()
     ]
     return InformationFlow(
@@ -65,12 +80,12 @@ def trace_information(
         moved=torch.cat([part.moved for part in parts], -1),
         turned=torch.cat([part.turned for part in parts], -1),
         others=_side_by_side([part.others for part in parts]),
-        whole=torch.cat([part.whole for part in parts], -1),
+        total=torch.cat([part.total for part in parts], -1),
         gap=parts[0].gap,
-        group=pairs.group[second],
-        halved=len(second) < len(pairs.group),
+        group=number[second],
+        halved=halved,
         largest_error=max(part.largest_error for part in parts),
-        choice=options,
+        choice=replace(options, group=None),  # which pairs belong together stands in `group`
     )
 
 
@@ -83,69 +98,56 @@ class _PathsTo(NamedTuple):
     moved: Float[Tensor, "pair path"]
     turned: Float[Tensor, "draw pair path"]
     others: Float[Tensor, "other path"]
-    whole: Float[Tensor, "pair path"]
+    total: Float[Tensor, "pair path"]
     gap: Float[Tensor, "pair"]
     largest_error: float
 
 
-class _Pairs:
-    """The prompt pairs, their metric and groups, of which some are swept at a time."""
+class _Between:
+    """Edges between senders and receivers, of which some pairs are swept at a time."""
 
-    def __init__(self, model: "HookedTransformer", clean: Prompts, corrupted: Prompts, metric: Any, group: Groups):
-        self.model, self.metric = model, metric
-        self.clean, self.corrupted = rows_of(model, clean, "clean"), rows_of(model, corrupted, "corrupted")
-        if len(self.clean) != len(self.corrupted):
-            raise InputError(f"{len(self.clean)} clean and {len(self.corrupted)} corrupted prompts are no pairs")
-        self.group = group_numbers(len(self.clean), group)
-
-    def halves(self, seed: int) -> tuple[Tensor, Tensor]:
-        """To choose on, to report on; with one group of pairs both are all of them."""
-        every = torch.arange(len(self.group))
-        return halves(len(self.group), group=self.group, seed=seed) if len(self.group.unique()) > 1 else (every, every)
+    def __init__(self, model: "HookedTransformer", pairs: PromptPairs, *, folder: str | Path | None):
+        self.model, self.pairs = model, pairs
+        self.folder, self.n_sweeps = None if folder is None else make_folder(folder), 0
 
     def sweep(self, index: Tensor, senders: Sequence[Sender], receivers: tuple[Receiver, ...]) -> PathSweep:
         """The edges from these senders to the receivers, for some pairs."""
-        clean, corrupted, metric, rest, asked = self._some(index)
+        swept, asked, rest = self._some(index)
         ends, starts = self._at(receivers, asked), self._at(senders, asked)
-        found = path_patch(self.model, clean, corrupted, metric, receivers=ends, senders=starts)
-        return replace(found.of_pairs(rest), group=self.group[index])
+        file = None if self.folder is None else self.folder / f"paths-{self.n_sweeps}"
+        self.n_sweeps += 1
+        return path_patch(self.model, swept, receivers=ends, senders=starts, resume=file).of_pairs(rest)
 
     def whole(self, index: Tensor, receivers: tuple[Receiver, ...], base: PathSweep) -> Float[Tensor, "pair"]:
         """How far the metric moves when all that the receivers read is the clean run's."""
-        clean, corrupted, metric, rest, asked = self._some(index)
-        n, found = self.model.cfg.n_layers, base.per_pair.new_zeros(len(clean))
-        for one in read_pairs(self.model, clean, corrupted, ()):
-            own = of_pairs(self._at(receivers, asked), one.index, len(clean))
+        swept, asked, rest = self._some(index)
+        n, found = self.model.cfg.n_layers, base.per_pair.new_zeros(len(swept))
+        for one in read_pairs(self.model, swept.clean, swept.corrupted, ()):
+            own = of_pairs(self._at(receivers, asked), one.index, len(swept))
             points = [(r, _point(self.model, r)) for r in on_tokens(own, *one.clean.shape)]
             with torch.no_grad():
                 _, cache = self.model.run_with_cache(one.clean, [at for _, at in points], stop_at_layer=n)
                 hooks = [(at, _from(cache[at], r)) for r, at in points]
                 stream = self.model.run_with_hooks(one.corrupted, fwd_hooks=hooks, stop_at_layer=n)
-                found[list(one.index)] = Reader(self.model, one.of(metric), stream).base
+                found[list(one.index)] = Reader(self.model, one.of(swept.metric), stream).base
         return found[rest] - base.corrupted_per_pair
 
-    def _at(self, nodes: Sequence[Node], asked: list[int]) -> tuple[Node, ...]:
+    def _at(self, nodes: Sequence[Component], asked: list[int]) -> tuple[Component, ...]:
         """Nodes with the positions of the pairs that are swept."""
-        return of_pairs(nodes, asked, len(self.group))
+        return of_pairs(nodes, asked, len(self.pairs))
 
-    def _some(self, index: Tensor) -> tuple[list[Tensor], list[Tensor], Any, Tensor, list[int]]:
-        """Clean, corrupted, their metric, which of these are meant, and which pairs they are of all.
-
-        A plain function is asked about all pairs.
-        """
-        if not isinstance(self.metric, ReadingMetric):
-            return self.clean, self.corrupted, self.metric, index, list(range(len(self.group)))
-        metric = self.metric.pairs(index) if len(self.metric.reads.pos) > 1 else self.metric
-        clean, corrupted = ([rows[i] for i in index.tolist()] for rows in (self.clean, self.corrupted))
-        return clean, corrupted, metric, torch.arange(len(index)), index.tolist()
+    def _some(self, index: Tensor) -> tuple[PromptPairs, list[int], Tensor]:
+        """The pairs that are swept, their numbers, and which of them are meant: a plain function is asked about all."""
+        if not isinstance(self.pairs.metric, ReadingMetric):
+            return self.pairs, list(range(len(self.pairs))), index
+        return self.pairs[index], index.tolist(), torch.arange(len(index))
 
 
 def _named(model: "HookedTransformer", receivers: Any) -> dict[str, tuple[Receiver, ...]]:
     """Receivers that are patched together, by what they are called."""
     if isinstance(receivers, Mapping):
         return {str(name): read_receivers(model, some) for name, some in receivers.items()}
-    grouped = model.cfg.n_heads != model.cfg.n_key_value_heads
-    return {one.name(grouped=grouped): (one,) for one in read_receivers(model, receivers)}
+    return {one.name: (one,) for one in read_receivers(model, receivers)}
 
 
 def _point(model: "HookedTransformer", receiver: Receiver) -> tuple[str, int]:
@@ -166,7 +168,7 @@ def _from(value: Tensor, receiver: Receiver) -> HookFn:
 
 
 def _paths_to(
-    pairs: _Pairs,
+    pairs: _Between,
     first: Tensor,
     second: Tensor,
     name: str,
@@ -193,7 +195,7 @@ def _paths_to(
         moved=moved[:, best],
         turned=moved[:, n:].unflatten(1, (options.draws, -1)).transpose(0, 1),
         others=torch.stack([torch.cat((effect[:i], effect[i + 1 :])) for i in best], 1),
-        whole=whole[:, None].expand(-1, len(best)),
+        total=whole[:, None].expand(-1, len(best)),
         gap=report.clean_per_pair - report.corrupted_per_pair,
         largest_error=chose.largest_error,
     )
@@ -207,10 +209,6 @@ def _side_by_side(others: list[Float[Tensor, "_ _"]]) -> Float[Tensor, "other pa
 
 def demo(model: "HookedTransformer") -> InformationFlow:
     """Four short prompt pairs; who talks to a query of the last layer and to the logits."""
-    clean, corrupted, answer, wrong_answer = demo_pairs(model, 4)
     last = model.cfg.n_layers - 1
     receivers = [("q", last, 0), "final"] if last else "final"
-    metric = logit_diff(model, answer=answer, wrong_answer=wrong_answer)
-    return trace_information(
-        model, clean, corrupted, metric, receivers=receivers, choice=Choice(per_receiver=2, draws=9)
-    )
+    return trace_information(model, demo_pairs(model, 4), receivers=receivers, choice=Choice(per_receiver=2, draws=9))

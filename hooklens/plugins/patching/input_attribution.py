@@ -8,16 +8,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts
-from hooklens.metrics import log_prob
 from hooklens.plugins.patching.embedding_path import EmbeddingPath
-from hooklens.plugins.patching.quadrature import integrate
+from hooklens.plugins.patching.quadrature import Integral, integrate
 from hooklens.plugins.patching.weight_randomisation import WeightRandomisation, randomise
 from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
+
+_MISSES = 10  # times the difference of the metrics, from which on an integral is refused
 
 PerToken = Float[Tensor, "prompt pos"]
 PerPrompt = Float[Tensor, "prompt"]
@@ -30,6 +32,8 @@ class InputAttribution(Result):
     Where `per_token` sums to the difference of the two metrics, every bit of it is accounted for: `residual` is what is
     missing. Gradient x input does not promise that; integrated gradients do, up to their steps.
     """
+
+    ranked_by = "attribution"
 
     per_token: PerToken
     metric: PerPrompt
@@ -59,10 +63,6 @@ class InputAttribution(Result):
         """(prompt, position) of every token, the largest attribution first, whatever its sign."""
         flat = self.per_token.abs().flatten().argsort(descending=True, stable=True).tolist()
         return [divmod(i, self.per_token.shape[1]) for i in flat]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` tokens of largest attribution."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The tokens of largest attribution, over all prompts."""
@@ -141,9 +141,10 @@ def integrated_gradients(
 
     `baseline` is a choice that decides the answer: other prompts of the same length (their embeddings), "zero", or
     "mean" (of all embeddings; both are inputs that the model never saw). The way is straight in the embeddings and
-    leads through points that are no token. `steps` is the number of gradients a prompt; they are taken where the
-    metric changes in a way that the gradients so far do not explain, and what stays unexplained is the `residual`: look
-    at it first. `stages` is how often the weight-randomisation check looks (0: never), each as dear as the method.
+    leads through points that are no token. `steps` is the number of gradients a prompt; they are taken where the metric
+    changes in a way that the gradients so far do not explain, and what stays unexplained is the `residual`: look at it
+    first; one of ten times the difference is refused. `stages` is how often the weight-randomisation check looks (0:
+    never), each as dear as the method.
 
     Reference: Sundararajan et al. (2017), "Axiomatic Attribution for Deep Networks", section 3 (equation 1;
     completeness: proposition 1).
@@ -154,14 +155,31 @@ def integrated_gradients(
         return integrate(partial(path.slopes, model), len(path.tokens), steps).per_token
 
     found = integrate(partial(path.slopes, model), len(path.tokens), steps)
+    _check_converged(found, path.name)
     sanity = randomise(model, attribute, stages=stages, seed=seed) if stages else None
     said = (path.str_tokens, "integrated gradients", path.name, found.n_nodes, sanity)
     return InputAttribution(found.per_token, found.end, found.start, *said)
 
 
+def _check_converged(found: Integral, baseline: str) -> None:
+    """Refuse an integral that misses many times what it should sum to: such numbers are those of a few steep places."""
+    gap = (found.end - found.start).abs()
+    missing = (found.per_token.sum(1) - (found.end - found.start)).abs()
+    # a difference of almost 0 is missed by many times its size when all is well
+    much = torch.minimum(found.per_token.abs().sum(1) / _MISSES, found.end.abs() + found.start.abs())
+    wrong = ((missing > _MISSES * gap) & (missing > much)).nonzero().flatten().tolist()
+    if wrong:
+        at = wrong[0]
+        raise InputError(
+            f"integrated gradients of prompt {at} from the baseline {baseline} did not converge in {found.n_nodes} "
+            f"gradients: the metrics differ by {float(gap[at]):.3g}, and the sum over tokens misses that by "
+            f"{float(missing[at]):.3g}; give prompts as the baseline (next to the zero embedding a norm divides by "
+            "almost 0), or more steps"
+        )
+
+
 def demo(model: "HookedTransformer") -> InputAttribution:
     """Integrated gradients between two short prompts that differ in one token; numbers without a tokenizer."""
-    clean, corrupted, *_ = demo_pairs(model)
-    with torch.no_grad():
-        best = int(model(clean, logits_at=-1)[0, 0].argmax())
-    return integrated_gradients(model, clean, log_prob(model, answer=best), baseline=corrupted, steps=17, stages=2)
+    pairs = demo_pairs(model)
+    metric = pairs.metric_of(model)
+    return integrated_gradients(model, pairs.clean, metric, baseline=pairs.corrupted, steps=17, stages=2)

@@ -7,9 +7,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_names
 from hooklens.plugins.patching.two_runs import TwoRuns
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import halves, mean_interval, q_values, ratio_interval, sign_flip_p
+from hooklens.results.statistics import (
+    DRAWS,
+    Groups,
+    group_numbers,
+    halves,
+    mean_interval,
+    q_values,
+    ratio_interval,
+    sign_flip_p,
+)
 
 _BARS = 40
 Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
@@ -19,10 +29,12 @@ Ends = tuple[Float[Tensor, "sender"], Float[Tensor, "sender"]]
 class PathSweep(TwoRuns, Result):
     """The metric after each sender was patched into the receivers, beside that of the two runs it lies between.
 
-    `semantics` says what the receivers read: see `path_patch`, `path_patch_fixed`, `path_patch_fixed_frozen`.
-    `place` is each sender's layer and head (-1: none); `reaches` says which senders come before some receiver: the
-    effect of the others is 0. Pairs of one `group` share something: intervals resample groups.
+    `semantics` says what the receivers read: see `path_patch` and `Fixed`. `place` is each sender's layer and head (-1:
+    none); `reaches` says which senders come before some receiver: the effect of the others is 0. Pairs of one `group`
+    share something, see `grouped`: intervals resample groups.
     """
+
+    ranked_by = "change of the metric"
 
     per_pair: Float[Tensor, "pair sender"]
     clean_per_pair: Float[Tensor, "pair"]
@@ -80,7 +92,7 @@ class PathSweep(TwoRuns, Result):
         """Are there at least two independent groups, so that an interval means something?"""
         return len(self.group.unique()) > 1
 
-    def interval(self, level: float = 0.95, *, draws: int = 2000, seed: int = 0) -> Ends:
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> Ends:
         """Both ends of `share`, by a bootstrap over groups that recomputes both means; NaN for one group."""
         if not self.defined:
             nothing = torch.full_like(self.effect, float("nan"))
@@ -101,10 +113,6 @@ class PathSweep(TwoRuns, Result):
         """The senders that reach a receiver, the largest effect first."""
         by = self.effect.abs().nan_to_num(-1).argsort(descending=True, stable=True).tolist()
         return [i for i in by if self.reaches[i]]
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` senders whose path moved the metric most."""
-        return self.table(k)
 
     def table(self, n: int | None = 20) -> Table:
         """The senders whose path moved the metric most, with their share of the difference; every one for `n=None`."""
@@ -135,6 +143,10 @@ class PathSweep(TwoRuns, Result):
         fields = ("per_pair", "clean_per_pair", "corrupted_per_pair", "group")
         return replace(self, **{name: getattr(self, name)[index] for name in fields})
 
+    def grouped(self, labels: Groups) -> "PathSweep":
+        """The same sweep with one label a pair: pairs of one label share something, and intervals resample groups."""
+        return replace(self, group=group_numbers(len(self.per_pair), labels))
+
     def figure(self) -> Any:
         """Layers by heads, MLPs in the last column: the share of the difference that each sender's path carries.
 
@@ -149,7 +161,7 @@ class PathSweep(TwoRuns, Result):
         return heatmap(
             self.grid(shown),
             x=[*(f"H{i}" for i in range(self.shape[1])), "MLP"],
-            y=[f"L{i}" for i in range(self.shape[0])],
+            y=layer_names(self.shape[0]),
             title=f"sender to {self._to} ({self.semantics}): {name}",
             x_title="sender",
             y_title="layer",

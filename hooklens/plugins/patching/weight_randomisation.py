@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.arguments import seeded, whole
+from hooklens.core.component import layer_name
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
 
@@ -79,7 +80,7 @@ def randomise(
     parts: list[tuple[str, nn.Module]] = []
     if copied.unembed.linear.weight is not copied.embed.weight:
         parts.append(("unembedding", copied.unembed))
-    parts += [(f"L{layer}", copied.blocks[layer]) for layer in reversed(range(model.cfg.n_layers))]
+    parts += [(layer_name(layer), copied.blocks[layer]) for layer in reversed(range(model.cfg.n_layers))]
     stops = sorted({round(len(parts) * (i + 1) / stages) for i in range(stages)} - {0})
     generator = seeded(seed)
     scrambled: list[str] = []

@@ -1,4 +1,4 @@
-"""Linear probes: what can be read from an activation, beside everything that could read it without the model."""
+"""Linear probes: what can be read from an activation, compared with what can be read without the model."""
 
 from hooklens.plugins.probing.confidence import Calibration
 from hooklens.plugins.probing.directions import TokenProjection, project_tokens

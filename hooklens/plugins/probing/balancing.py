@@ -1,4 +1,4 @@
-"""Balanced accuracy: how often a class is right, averaged over classes; saying the commonest earns nothing."""
+"""Balanced accuracy: the accuracy within each class, averaged over classes; a constant answer scores at chance."""
 
 import math
 
@@ -8,14 +8,13 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from hooklens.core.arguments import seeded
-from hooklens.results.statistics import group_numbers
+from hooklens.results.statistics import DRAWS, group_numbers
 
-_DRAWS = 2000
 Ends = tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]
 
 
 def balanced(right: Float[Tensor, "*cell example"], label: Int[Tensor, "*labelled example"]) -> Float[Tensor, "*cell"]:
-    """Right or wrong of each example, averaged within classes and then over those that there are.
+    """Average the correctness of the examples within each class, then over the classes that occur.
 
     >>> balanced(torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0, 0, 0, 1])).item()          # always says 0
     0.5
@@ -34,10 +33,10 @@ def resampled(
     least: float = 0.0,
     seed: int = 0,
 ) -> Float[Tensor, "draw *cell"]:
-    """Balanced accuracies when whole groups are drawn again; the same seed draws the same groups. NaN for one group.
+    """Balanced accuracies of bootstrap samples of whole groups; the same seed draws the same groups. NaN for one group.
 
-    Each class gets one more example that is right (1) and one that is wrong (`least`: 0, or -1 for a difference), so
-    that 64 right of 64 is not certainty.
+    Each class gets one additional correct example (1) and one incorrect example (`least`: 0, or -1 for a difference),
+    so that 64 of 64 correct is not taken as certainty.
 
     >>> drawn = resampled(torch.ones(2, 6), torch.tensor([0, 1] * 3), torch.arange(6))
     >>> drawn.shape, round(float(drawn.mean()), 1)                             # 4 right of 5 in each class
@@ -49,7 +48,7 @@ def resampled(
     number = group_numbers(right.shape[-1], group)
     n, n_classes = int(number.max()) + 1, int(label.max()) + 1
     if n < 2:
-        return right.new_full((_DRAWS, *right.shape[:-1]), float("nan"))
+        return right.new_full((DRAWS, *right.shape[:-1]), float("nan"))
     classes = torch.arange(n_classes, device=label.device).repeat(2)
     added = torch.where(torch.arange(2 * n_classes) < n_classes, 1.0, least).to(right)
     right = torch.cat([right, added.expand(*right.shape[:-1], -1)], -1)
@@ -62,18 +61,18 @@ def resampled(
         right.new_zeros(len(rows), n, of_class.shape[-1]).index_add_(1, number, one)
         for one in (rows[..., None] * of_class, of_class)
     )
-    drawn = torch.randint(n, (_DRAWS, n), generator=seeded(seed))
-    counts = right.new_zeros(_DRAWS, n).scatter_add_(1, drawn, right.new_ones(_DRAWS, n))
+    drawn = torch.randint(n, (DRAWS, n), generator=seeded(seed))
+    counts = right.new_zeros(DRAWS, n).scatter_add_(1, drawn, right.new_ones(DRAWS, n))
     top, bottom = (torch.einsum("dg,cgk->dck", counts, one) for one in (sums, sizes))
-    return (top / bottom).nanmean(-1).view(_DRAWS, *right.shape[:-1])
+    return (top / bottom).nanmean(-1).view(DRAWS, *right.shape[:-1])
 
 
 def ends(drawn: Float[Tensor, "draw *cell"], folds: int, level: float = 0.95) -> Ends:
-    """Where the middle 95 % of draws end, widened by what refitting the probes would add; from -1 to 1.
+    """The 95 % interval of the draws, widened for the variance of refitting the probes; within -1 to 1.
 
-    Draws hold the fitted probes, and so only the variance of the test examples, s^2 / k over k folds of variance s^2.
-    Folds share training examples: the variance of their mean is (1 / k + n_test / n_train) s^2, larger by a factor of
-    1 + k / (k - 1). Draws in which no class was left count for nothing.
+    The draws use the fitted probes, so they contain only the variance of the test examples, s^2 / k over k folds of
+    variance s^2. The folds share training examples: the variance of their mean is (1 / k + n_test / n_train) s^2,
+    larger by a factor of 1 + k / (k - 1). Draws without any class are ignored.
 
     >>> low, high = ends(torch.arange(101.0) / 100, folds=5)
     >>> round(float(low), 3), round(float(high), 3)

@@ -1,4 +1,4 @@
-"""Does a probe that says 80 % come true in 80 of 100 cases? Reliability, expected calibration error, Brier score."""
+"""Calibration of a probe: reliability curve, expected calibration error, Brier score."""
 
 import math
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from hooklens.results.table import Table
 
 @dataclass(frozen=True, eq=False)
 class Calibration(Result):
-    """Examples in bins of equal width by what the probe said: its mean in each, how often it came true, and how many.
+    """Examples in bins of equal width by predicted probability: mean prediction, observed frequency, count per bin.
 
-    For two classes what it said is the probability of class 1, for more that of the class it chose. `ece` is the mean
-    distance of the two over examples; `brier` the mean squared distance between the probabilities and what was, and
-    `brier_of_shares` that of always saying how frequent each class is.
+    For two classes the prediction is the probability of class 1, for more classes that of the predicted class. `ece` is
+    the mean absolute difference of prediction and frequency over examples. `brier` is the mean squared difference of
+    the probabilities and the outcomes, and `brier_of_shares` that of always predicting the class frequencies.
     """
 
     said: Float[Tensor, "bin"]
@@ -32,7 +32,7 @@ class Calibration(Result):
     def of(
         cls, prob: Float[Tensor, "example n_class"], label: Int[Tensor, "example"], *, bins: int = 10
     ) -> "Calibration":
-        """From probabilities that were said of examples which had no part in making them.
+        """Compute the calibration of out-of-sample probabilities: the examples must not have been used for the fit.
 
         >>> made = Calibration.of(torch.tensor([[0.2, 0.8]] * 5), torch.tensor([1, 1, 1, 1, 0]))
         >>> round(made.ece, 6), round(made.brier, 6)
@@ -62,12 +62,12 @@ class Calibration(Result):
         )
 
     def table(self, n: int | None = None) -> Table:
-        """One row a bin that holds something."""
+        """One row per bin that is not empty."""
         kept = self.count.nonzero().flatten()[:n].tolist()
         rows = [(float(self.said[i]), float(self.was[i]), int(self.count[i])) for i in kept]
         return Table(("said", "came true", "examples"), rows)
 
-    def top(self, k: int = 3) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` bins that lie furthest from what was said, weighed by their examples: what `ece` is made of."""
         share = (self.count * (self.said - self.was).abs()).nan_to_num() / self.count.sum()
         order = share.argsort(descending=True, stable=True)[:k].tolist()
@@ -75,7 +75,7 @@ class Calibration(Result):
         return Table(("said", "came true", "examples"), rows)
 
     def figure(self) -> Any:
-        """How often it came true against what was said; on the diagonal a probe is calibrated."""
+        """Observed frequency against predicted probability; a calibrated probe lies on the diagonal."""
         from hooklens.viz.curves import lines
 
         kept = self.count > 0
@@ -83,14 +83,14 @@ class Calibration(Result):
         return lines(
             shown,
             self.said[kept],
-            title=f"Calibration: error {self.ece:.3f}, Brier {self.brier:.3f} (of shares {self.brier_of_shares:.3f})",
-            x_title="probability that the probe said",
+            title=f"Calibration: error {self.ece:.3f}, Brier {self.brier:.3f} (shares {self.brier_of_shares:.3f})",
+            x_title="predicted probability",
             y_title="share of examples",
         )
 
 
 def temperature(logits: Float[Tensor, "example n_class"], label: Int[Tensor, "example"]) -> float:
-    """The factor on the logits under which the labels are likeliest; it changes no prediction.
+    """The factor on the logits that maximises the likelihood of the labels; it changes no prediction.
 
     >>> logits = torch.tensor([[0.0, 1.0]] * 4); label = torch.tensor([1, 1, 1, 0])
     >>> round(temperature(logits, label), 3)                       # log(3): then class 1 has probability 3/4

@@ -1,4 +1,4 @@
-"""Control tasks: random labels that only memory can get right, beside the real labels in the very same folds."""
+"""Control tasks: random labels that can only be memorised, scored in the same folds as the real labels."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ _TRIES = 30
 
 @dataclass(frozen=True)
 class ControlTasks:
-    """Random labels of types, each with folds in which a type stands on both sides; none where `missing` says why.
+    """Random labels of types, with folds where each type is in training and test; none if `missing` gives a reason.
 
-    `by` is what was given a label: "token", or "group" where tokens do not recur.
+    `by` says what was labelled: "token", or "group" if tokens do not recur.
     """
 
     by: str | None
@@ -34,7 +34,7 @@ class ControlTasks:
     def of(
         cls, real: Classes, token: Classes, text: Classes, group: Classes, *, folds: int, seed: int
     ) -> "ControlTasks":
-        """Labellings of the examples' tokens or groups, drawn until each can be cut into folds.
+        """Draw labellings of the examples' tokens or groups until each can be split into folds.
 
         >>> rows = torch.arange(40)
         >>> made = ControlTasks.of(rows % 2, rows % 10, rows, rows, folds=5, seed=0)
@@ -59,7 +59,7 @@ class ControlTasks:
     def scores(
         self, x: np.ndarray, kind: ProbeKind
     ) -> tuple[Float[Tensor, "labelling example"], Float[Tensor, "labelling example"]]:
-        """Right or wrong about the random labels, and about the real ones, fitted and tested on the same rows."""
+        """Correctness on the random labels and on the real labels, fitted and tested on the same rows."""
         n, none = int(self.real.max()) + 1, torch.zeros(0, len(x), dtype=torch.float64)
         if not self.folds:
             return none, none
@@ -71,9 +71,9 @@ class ControlTasks:
 
 
 def _parts(real: Classes, label: Classes, text: Classes, folds: int, seed: int) -> list[Fold]:
-    """Folds stratified by both labels where that leaves as many, else by the random one; none where it has none.
+    """Folds stratified by both labels if possible, else by the random labels; empty if neither is possible.
 
-    Prompts that are the same would make remembering a type remembering a row: they stay together.
+    Identical prompts stay together: otherwise memorising a row would suffice instead of memorising a type.
     """
     if len(label.unique()) < 2:
         return []

@@ -1,4 +1,4 @@
-"""Which tokens lie along a probe's direction: their embeddings in a plane, and how far apart two classes are there."""
+"""Token embeddings along a probe's direction: a plane of tokens, and how well the direction separates two classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 500  # random directions: each is compared with every row of the embedding
 _MASS_MEAN = MassMean()
 _COLOURS = ("#d55e00", "#0072b2")
 
@@ -30,8 +31,9 @@ _COLOURS = ("#d55e00", "#0072b2")
 class TokenProjection(Result):
     """Token embeddings along a probe's direction (`along`) and along a second one (`across`).
 
-    `auc` is how often a token of class 1 lies further along than one of class 0, `fisher` the squared distance of the
-    class means over the sum of the variances; `random_auc` and `random_fisher` the same along random directions.
+    `auc` is how often a token of class 1 lies further along the direction than one of class 0. `fisher` is the squared
+    distance of the class means over the sum of the variances. `random_auc` and `random_fisher` are the same for random
+    directions.
     """
 
     tokens: Int[Tensor, "token"]
@@ -48,12 +50,12 @@ class TokenProjection(Result):
 
     @property
     def p(self) -> float:
-        """How often a random direction separates the classes as well by AUC, either way round; the larger null."""
+        """How often a random direction has an AUC as far from 0.5; the larger of the two nulls."""
         null = (self.random_auc - 0.5).abs().T
         return float(null_p(torch.full((len(NULLS),), abs(self.auc - 0.5)).to(null), null).max())
 
     def table(self, n: int | None = None) -> Table:
-        """How well the classes are apart, along the probe's direction and along random ones (95 % of them below)."""
+        """The separation along the probe's direction, and the value that 95 % of random directions stay below."""
         rows = [("the probe's direction", self.auc, self.fisher, self.p)]
         for name, area, ratio in zip(NULLS, self.random_auc, self.random_fisher, strict=True):
             folded = (area - 0.5).abs().quantile(0.95) + 0.5
@@ -61,7 +63,7 @@ class TokenProjection(Result):
         return Table(("direction", "AUC", "Fisher ratio", "p"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` tokens that lie furthest along the direction, and the `k` that lie furthest back."""
+        """The `k` tokens with the largest and the `k` with the smallest coordinate along the direction."""
         order = self.along.argsort(descending=True, stable=True).tolist()
         chosen = [*order[:k], *order[-k:]] if len(order) > 2 * k else order
         return Table(
@@ -70,7 +72,7 @@ class TokenProjection(Result):
         )
 
     def figure(self) -> Any:
-        """Every token in the plane of the two directions, coloured by its class."""
+        """All tokens in the plane of the two directions, coloured by class."""
         from hooklens.viz.curves import scatter
 
         low, high = self.table().rows[1][1], self.table().rows[2][1]
@@ -93,13 +95,13 @@ def project_tokens(
     label: Sequence[int] | Int[Tensor, "token"],
     *,
     second: Probe | None = None,
-    draws: int = 500,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> TokenProjection:
-    """Are tokens of two classes apart along a probe's direction, before the model computes anything?
+    """Does a probe's direction separate the token embeddings of two classes, before the model computes anything?
 
-    The embeddings are what enters the stream, without positions. Take tokens that the probe was not trained on. The
-    second axis is `second`'s direction, or the one in which the embeddings vary most beside the first.
+    The embeddings are those that enter the stream, without positions. Use tokens that the probe was not trained on. The
+    second axis is `second`'s direction, or the direction of largest variance orthogonal to the first.
 
     >>> from hooklens.testing import tiny_model
     >>> shown = demo(tiny_model())
@@ -118,8 +120,8 @@ def project_tokens(
     where = probe.direction.to(embed)
     if len(where) != embed.shape[1]:
         raise InputError(
-            f"this probe reads vectors of {len(where)} at {probe.point}, token embeddings have {embed.shape[1]}; "
-            "take a probe of the residual stream"
+            f"this probe reads vectors of size {len(where)} at {probe.point}, token embeddings have {embed.shape[1]}; "
+            "use a probe of the residual stream"
         )
     across, name = _across(embed, where, second)
     random = random_directions(embed, classes, draws, seed)
@@ -157,12 +159,12 @@ def _across(embed: Tensor, where: Tensor, second: Probe | None) -> tuple[Tensor,
     rest = embed - embed.mean(0)
     rest = rest - (rest @ where)[:, None] * where
     axis = torch.linalg.eigh(rest.T @ rest).eigenvectors[:, -1]
-    axis = axis * axis[axis.abs().argmax()].sign()  # an eigenvector has no sign of its own
-    return embed @ axis, "where they vary most beside it"
+    axis = axis * axis[axis.abs().argmax()].sign()  # the sign of an eigenvector is arbitrary
+    return embed @ axis, "largest remaining variance"
 
 
 def demo(model: "HookedTransformer") -> TokenProjection:
-    """Odd and even token numbers along a direction at the first layer; any model, no tokenizer needed."""
+    """Odd and even token numbers along a direction at the first layer; works on any model, without a tokenizer."""
     task = odd_first(model)
     x = gather(model, task, site="blocks.0.hook_resid_post").x[0]
     weight, bias, step = (torch.from_numpy(one).to(x) for one in fit(_MASS_MEAN, as_rows(x), task.label.numpy(), 2))

@@ -1,4 +1,4 @@
-"""Prompts run again from an edited position on, many directions at once."""
+"""Run prompts again from an edited position on, with many directions at once."""
 
 import copy
 from typing import TYPE_CHECKING, Any
@@ -19,16 +19,16 @@ from hooklens.sweeps.measure import Reader
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_ROWS = 2048  # positions that run at once
+_ROWS = 2048  # maximum number of positions per forward pass
 
 
 class EditedRuns:
-    """Prompts of one length, run again from the edited layer and position on, many directions at once."""
+    """Prompts of one length that are run again from the edited layer and position, with many directions at once."""
 
     def __init__(self, model: "HookedTransformer", pairs: Pairs, metric: Any, point: str, layer: int, pos: Tensor):
         self.model, self.point, self.layer = model, point, layer
         tokens, n = pairs.clean, model.cfg.n_layers
-        # what stands before the first edit keeps its keys and values; rot_k shows the cached ones again
+        # positions before the first edit keep their keys and values; rot_k fires again for the cached ones
         self.start = int(pos.min()) if model.cfg.causal and "key_pos" not in axes(point) else 0
         self.pos = pos.to(tokens.device) - self.start
         before, whole = f"blocks.{layer}.hook_resid_pre", KVCache()
@@ -40,7 +40,7 @@ class EditedRuns:
     def edited(
         self, shift: Float[Tensor, "edit prompt"], directions: Float[Tensor, "direction d"]
     ) -> Float[Tensor, "edit direction prompt"]:
-        """The metric when each prompt's activation moves by its shift along each direction."""
+        """The metric after each prompt's activation is moved by its shift along each direction."""
         n, length = self.before.shape[:2]
         at_once = max(1, _ROWS // (n * length))
         moves = [(i, j) for i in range(len(shift)) for j in range(len(directions))]
@@ -77,7 +77,7 @@ class EditedRuns:
 def refitted(
     x: Float[Tensor, "state prompt d"], label: Int[Tensor, "prompt"], group: Int[Tensor, "prompt"], seed: int
 ) -> Float[Tensor, "state prompt"]:
-    """Right or wrong out of fold, in the same folds, for activations as they were and as they were edited."""
+    """Out-of-fold correctness, in the same folds, for the original and for the edited activations."""
     try:
         parts = [Fold(train, test, ()) for train, test in split(label, group, 5, seed)]
     except InputError:

@@ -1,4 +1,4 @@
-"""Which examples a probe is fitted and tested on, and labels that could have been: folds, shuffles, control tasks."""
+"""Folds for fitting and testing probes, and alternative labels: shuffled labels and control tasks."""
 
 import random
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from hooklens.results.statistics import group_numbers
 Index = np.ndarray
 Classes = Int[Tensor, "example"]
 _TRIES = 20
-_FEWEST_TYPES = 8  # with fewer, a random label a type is an easy task, not a test of memory
+_FEWEST_TYPES = 8  # with fewer types, a random label per type is an easy task and does not test memory
 
 
 class Fold(NamedTuple):
-    """Rows to fit on, rows to test on, and the same within the rows to fit on."""
+    """Training rows, test rows, and inner folds within the training rows."""
 
     train: Index
     test: Index
@@ -27,7 +27,7 @@ class Fold(NamedTuple):
 
 
 def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3, seed: int = 0) -> list[Fold]:
-    """Stratified folds that split no group, each with inner folds of its own for choices such as that of the layer.
+    """Stratified folds that do not split groups, each with inner folds for choices such as that of the layer.
 
     >>> label, group = torch.tensor([0, 1] * 8), torch.arange(16) // 2
     >>> made = make_folds(label, group, folds=4, inner=2)
@@ -49,37 +49,37 @@ def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3
 def split(
     label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples"
 ) -> list[tuple[Index, Index]]:
-    """(train, test) rows of each fold; fewer folds than asked for where a class occurs in fewer groups."""
+    """(train, test) rows of each fold; fewer folds than requested if a class occurs in fewer groups."""
     before = random.getstate()
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    random.setstate(before)  # its first import draws from the global generator
+    random.setstate(before)  # importing it draws from the global generator
     spread = [len(group[label == one].unique()) for one in label.unique()]
     n = min(folds, *spread)
     if n < 2:
         raise InputError(
             f"folds need every class in at least two groups that share no prompt and no entity; in {what} the classes "
-            f"occur in {spread} groups; give more prompts, or groups that hang together less"
+            f"occur in {spread} groups; give more prompts, or prompts that share fewer entities"
         )
     y, g = label.cpu().numpy(), group.cpu().numpy()
     for tried in range(n, 1, -1):
-        # groups of one are stratified exactly, and at once: the other takes seconds for thousands of them
+        # groups of one can be stratified exactly and fast: the other splitter takes seconds for thousands of groups
         alone = len(np.unique(g)) == len(g)
         maker = StratifiedKFold if alone else StratifiedGroupKFold
         made = list(maker(tried, shuffle=True, random_state=seed).split(y[:, None], y, None if alone else g))
         if all(len(np.unique(y[train])) == len(spread) and len(test) for train, test in made):
             return made
     raise InputError(
-        f"no folds of {what} leave every class something to fit on: a class is nearly all in one group of "
-        f"{int(torch.bincount(group_numbers(len(group), group)).max())} examples; give groups that are smaller"
+        f"no folds of {what} leave training examples of every class: one class lies almost entirely in a group of "
+        f"{int(torch.bincount(group_numbers(len(group), group)).max())} examples; give smaller groups"
     )
 
 
 def shuffled(label: Classes, group: Classes, generator: torch.Generator) -> Classes:
-    """Labels as they could have fallen if activations said nothing about them.
+    """Labels shuffled under the null hypothesis that activations carry no information about them.
 
-    Within a group that holds several classes its labels change places; groups of one class swap that class whole. To
-    shuffle single examples where a label belongs to its group would make the null too narrow.
+    Labels are permuted within a group of several classes; groups of one class exchange their class as a whole.
+    Shuffling single examples where the label belongs to the group would make the null too narrow.
 
     >>> label, group = torch.tensor([0, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 1, 2, 2])
     >>> drawn = shuffled(label, group, torch.Generator().manual_seed(0))
@@ -94,19 +94,19 @@ def shuffled(label: Classes, group: Classes, generator: torch.Generator) -> Clas
     new = least.clone()
     new[pure] = least[pure[torch.randperm(len(pure), generator=generator)]]
     drawn = torch.empty_like(label)
-    # the order of the labels within each mixed group: shuffle all rows, then sort stably by group
+    # permute the labels within each mixed group: shuffle all rows, then sort stably by group
     order = torch.randperm(len(label), generator=generator)
     drawn[number.argsort(stable=True)] = label[order[number[order].argsort(stable=True)]]
     return torch.where((least == most)[number], new[number], drawn)
 
 
 def shuffled_in_folds(label: Classes, group: Classes, folds: Sequence[Fold], generator: torch.Generator) -> Classes:
-    """Labels as they could have fallen, each fold's test examples among themselves: the folds stay stratified.
+    """Shuffled labels, permuted among the test examples of each fold, so that the folds stay stratified.
 
-    Were labels to move between folds, these would hold unequal shares of them. A fit with an intercept then leans to
-    the class that is commoner among its rows, which is the rarer one among those it is tested on: the null would lie
-    below chance. And in the same folds, what depends on the rows alone is computed once for all draws. Where groups of
-    one class differ in size, the most even of a few draws is taken.
+    If labels moved between folds, the folds would contain unequal shares of the classes. A fit with an intercept then
+    favours the class that is more common in its training rows, which is the rarer one in its test rows: the null would
+    lie below chance. With fixed folds, everything that depends only on the rows is computed once for all draws. Where
+    groups of one class differ in size, the most balanced of a few draws is used.
 
     >>> label, group = torch.tensor([0, 1] * 10), torch.arange(20)
     >>> folds = make_folds(label, group)
@@ -132,9 +132,9 @@ def shuffled_in_folds(label: Classes, group: Classes, folds: Sequence[Fold], gen
 
 
 def control_types(token: Classes, prompt: Classes, group: Classes) -> tuple[Classes, str] | None:
-    """What a control task gives a random label: the token read, or the group where hardly any token recurs.
+    """The unit that a control task labels at random: the token that is read, or the group if few tokens recur.
 
-    None where neither comes back in several prompts: then nothing can be memorised.
+    None if neither recurs in several prompts: then nothing can be memorised.
 
     >>> control_types(torch.tensor([5] * 20), torch.arange(20), torch.arange(20) % 10)[1]
     'group'
@@ -149,7 +149,7 @@ def control_types(token: Classes, prompt: Classes, group: Classes) -> tuple[Clas
 
 
 def control_labels(types: Classes, shares: Sequence[float], generator: torch.Generator) -> Classes:
-    """A random class for every type, in about the shares that the real classes have.
+    """A random class for every type, with about the class shares of the real labels.
 
     >>> control_labels(torch.tensor([0, 1, 0, 2, 3]), [0.5, 0.5], torch.Generator().manual_seed(1)).tolist()
     [0, 1, 0, 1, 0]

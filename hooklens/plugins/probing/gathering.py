@@ -1,4 +1,4 @@
-"""Activations at chosen sites and positions of many prompts, in batches, to memory or to disk."""
+"""Gather activations at chosen sites and positions of many prompts, in batches, into memory or onto disk."""
 
 import math
 from collections.abc import Sequence
@@ -27,18 +27,18 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-_AT_ONCE = 2**28  # bytes of activations that one batch may hold before the positions are chosen
+_AT_ONCE = 2**28  # maximum bytes of activations per batch before positions are selected
 _MOST_TOKENS = 8192
 _POSITIONS = ("pos", "query_pos")
 
 
 @dataclass(frozen=True, eq=False)
 class Activations(Result):
-    """What each point held at each example's position; head and other axes are flattened into one.
+    """The activations of each point at each example's position; head and other axes are flattened into one.
 
-    `embed` is the example's own token as it enters the stream, without its position, and `context` the mean of that
-    over the prompt up to there: what is known before the model computes anything. On disk `x` is memory-mapped: take
-    one point at a time.
+    `embed` is the example's token embedding as it enters the stream, without its position. `context` is its mean over
+    the prompt up to that position: the information available before the model computes anything. On disk `x` is
+    memory-mapped: read one point at a time.
     """
 
     x: Float[Tensor, "point example d"]
@@ -54,14 +54,14 @@ class Activations(Result):
         return self.x.shape[1]
 
     def at(self, point: str | int) -> Float[Tensor, "example d"]:
-        """The rows of one point, by full name or by layer where one point has that layer."""
+        """The rows of one point, by full name, or by layer if exactly one point has this layer."""
         found = [i for i, name in enumerate(self.points) if point in (name, getattr(parse(name), "layer", None))]
         if len(found) != 1:
             raise InputError(f"{point!r} names {len(found)} of the points {', '.join(self.points)}; give a full name")
         return self.x[found[0]]
 
     def table(self, n: int | None = None) -> Table:
-        """One row a point: how long its vectors are on average, and how far they lie from their mean."""
+        """One row per point: the mean norm of its vectors, and their mean distance from the mean."""
         rows = []
         for name, x in zip(self.points[:n], self.x, strict=False):
             rows.append((name, x.shape[1], float(x.norm(dim=1).mean()), float((x - x.mean(0)).norm(dim=1).mean())))
@@ -73,7 +73,7 @@ class Activations(Result):
 
         rows = self.table().rows
         shown = {name: torch.tensor([row[i] for row in rows]) for i, name in ((2, "norm"), (3, "distance from mean"))}
-        return lines(shown, title="Activations that were gathered", x_title="point", y_title="mean over examples")
+        return lines(shown, title="Gathered activations", x_title="point", y_title="mean over examples")
 
 
 def gather(
@@ -85,7 +85,7 @@ def gather(
     folder: str | Path | None = None,
     memory: int = 2**30,
 ) -> Activations:
-    """The activations of a site at one position of each prompt, or of a task at its own positions.
+    """Collect the activations of a site at one position of each prompt, or at the positions of a task.
 
     >>> from hooklens.testing import tiny_model
     >>> acts = gather(tiny_model(), [[1, 2, 3], [4, 5]], site="resid_post")
@@ -94,17 +94,17 @@ def gather(
     >>> gather(tiny_model(), [[1, 2, 3], [4, 5]], site=("z", 1), pos=None).prompt.tolist()       # every position
     [0, 0, 0, 1, 1]
 
-    Prompts run in batches of similar length, no further than the last point needs, and only the chosen positions are
-    kept. With `folder` they go to memory-mapped files there, and a run that was interrupted goes on (not while hooks
-    are active: the files would outlive them); without, they stay in memory up to `memory` bytes and go to unnamed
-    temporary files beyond.
+    Prompts run in batches of similar length, only as far as the last point needs, and only the chosen positions are
+    kept. With `folder`, activations go to memory-mapped files in it, and an interrupted run can be continued (not while
+    hooks are active, because the files would outlive them). Without `folder`, they stay in memory up to `memory` bytes
+    and go to unnamed temporary files beyond that.
     """
     if not isinstance(model.cfg.embed, TokenEmbed):
-        raise InputError("activations are gathered for token prompts, and this model reads vectors; use run_with_cache")
+        raise InputError("gather needs token prompts, but this model reads vectors; use run_with_cache")
     if folder is not None and _hooked(model):
         raise InputError(
-            f"folder={str(folder)!r} keeps activations of the model as it is, and hooks are active on it now (steer, "
-            "ablate, hooks, ...), which the folder cannot tell from others; gather without folder, or outside of them"
+            f"folder={str(folder)!r} stores activations of the unedited model, but hooks are active on it now (steer, "
+            "ablate, hooks, ...), and the folder could not tell them apart; gather without folder, or without hooks"
         )
     rows, prompt, at, group = _examples(model, prompts, pos)
     points = resolve(site, model.hook_names())
@@ -143,7 +143,7 @@ def gather(
 def _examples(
     model: "HookedTransformer", prompts: ProbeTask | Prompts, pos: int | Sequence[int] | None
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Token rows, and for every example its prompt, position and group."""
+    """Token rows, and the prompt, position and group of every example."""
     if isinstance(prompts, ProbeTask):
         return prompts.tokens, prompts.prompt, prompts.pos, prompts.group
     rows = [row.cpu() for row in rows_of(model, prompts, "prompts")]
@@ -152,11 +152,11 @@ def _examples(
     else:
         places = [pos] * len(rows) if isinstance(pos, int) else list(pos)
         if len(places) != len(rows):
-            raise InputError(f"pos has one position a prompt, got {len(places)} for {len(rows)} prompts")
+            raise InputError(f"pos needs one position per prompt, got {len(places)} for {len(rows)} prompts")
         pairs = [(i, int(p)) for i, p in enumerate(places)]
     for i, p in pairs:
         if not -len(rows[i]) <= p < len(rows[i]):
-            raise InputError(f"position {p} of prompt {i} was asked for, which has {len(rows[i])} tokens")
+            raise InputError(f"position {p} is out of range for prompt {i}, which has {len(rows[i])} tokens")
     same = components([[tuple(rows[i].tolist())] for i, _ in pairs])
     prompt = torch.tensor([i for i, _ in pairs])
     return rows, prompt, torch.tensor([p % len(rows[i]) for i, p in pairs]), same
@@ -170,7 +170,7 @@ def _tokens_at_once(model: "HookedTransformer", points: list[str]) -> int:
 
 
 def _batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Prompts from the longest to the shortest, so many a batch that its padded tokens stay within the number given.
+    """Batches of prompts, from the longest to the shortest, with at most the given number of padded tokens per batch.
 
     >>> _batches([2, 5, 3, 3], 6)
     [[1], [2, 3], [0]]
@@ -185,7 +185,7 @@ def _batches(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def _stop(point: str) -> int | None:
-    """The layer at which a forward pass may stop once the point has fired; None: at the end."""
+    """The layer at which a forward pass can stop after the point has fired; None for the end."""
     found = parse(point)
     if found is not None and found.layer is not None:
         return found.layer + 1
@@ -193,7 +193,7 @@ def _stop(point: str) -> int | None:
 
 
 def _run(model: "HookedTransformer", rows: list[Tensor], points: list[str]) -> Any:
-    """What the points and the embedding hold for a batch, padded on the right."""
+    """The values of the points and of the embedding for a batch, padded on the right."""
     longest, n = max(map(len, rows)), len(rows)
     tokens = torch.zeros((n, longest), dtype=torch.long)
     real = torch.zeros((n, longest), dtype=torch.bool)
@@ -208,19 +208,19 @@ def _run(model: "HookedTransformer", rows: list[Tensor], points: list[str]) -> A
 
 
 def _width(model: "HookedTransformer", points: list[str], row: Tensor) -> int:
-    """How many numbers a point holds at one position, from a run on one prompt; all points must hold as many."""
+    """The vector size of a point at one position, from a run on one prompt; all points must have the same size."""
     for point in points:
         names = axes(point)
         if not any(name in names for name in (*_POSITIONS, "key_pos")) or {"query_pos", "key_pos"} <= set(names):
             raise InputError(
-                f"{point} has the axes {', '.join(names)}, which is not one vector a position of the same length in "
-                "every prompt; probe resid_pre/mid/post, attn_out, mlp_out, z, q, k, v, post, ..."
+                f"{point} has the axes {', '.join(names)}, not one vector per position of the same size in every "
+                "prompt; probe resid_pre/mid/post, attn_out, mlp_out, z, q, k, v, post, ..."
             )
     with torch.no_grad():
         cache = _run(model, [row], points)
     widths = {point: cache[point][:, 0].numel() if cache[point].ndim > 2 else 1 for point in points}
     if len(set(widths.values())) != 1:
-        raise InputError(f"points gathered together must hold vectors of one width, got {widths}; gather each alone")
+        raise InputError(f"points gathered together need vectors of one size, got {widths}; gather each separately")
     return next(iter(widths.values()))
 
 
@@ -250,10 +250,10 @@ def _fill(
 
 
 def _hooked(model: "HookedTransformer") -> bool:
-    """Does anybody listen, who could also edit?"""
+    """Whether any hook is active that could edit activations."""
     torch_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return torch_hooks or edited_elsewhere(model.hook_points().values())
 
 
 def _key(model: "HookedTransformer", parts: tuple) -> str:
-    return identity((model.cfg.to_json(), dict(model.state_dict()), parts), "what is gathered")
+    return identity((model.cfg.to_json(), dict(model.state_dict()), parts), "the gathered activations")

@@ -1,4 +1,4 @@
-"""What angle probe directions make: cosines beside what shuffled labels and random directions give."""
+"""Angles between probe directions: cosines, compared with those of shuffled labels and of random directions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,21 +25,24 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 200  # shuffled labellings: a direction is fitted to each, at every task
 _MASS_MEAN = MassMean()
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry(Result):
-    """Cosines between the directions of several tasks at one point, and what cosines mean nothing there.
+    """Cosines between the directions of several tasks at one point, and the cosines expected by chance.
 
-    `repeat` is the cosine of a task's two directions from halves that share no group (NaN where a class stands in one
-    group only): no other cosine can be expected to reach beyond it. `null[draw]` holds the cosines of directions fitted
-    on shuffled labels: vectors that vary in few dimensions meet at smaller angles than random ones do, of which 95 %
-    lie below `isotropic`.
+    `repeat` is the cosine of a task's two directions from halves that share no group (NaN if a class occurs in one
+    group only): no other cosine can be expected to exceed it. `null[draw]` contains the cosines of directions fitted on
+    shuffled labels: in data that vary in few dimensions these meet at smaller angles than random directions, of which
+    95 % lie below `isotropic`.
     """
 
+    ranked_by = "cosine"
+
     terms = {
-        "95% of shuffled": "which cosine 95 % of directions that were fitted on shuffled labels stay below",
+        "95% of shuffled": "the cosine below which 95 % of directions fitted on shuffled labels lie",
     }
 
     point: str
@@ -52,27 +55,30 @@ class Geometry(Result):
 
     @property
     def p(self) -> Float[Tensor, "task other"]:
-        """How often shuffled labels give directions as parallel, either way round; NaN for a task with itself."""
+        """How often shuffled labels give directions as parallel, regardless of sign; NaN for a task with itself."""
         found = null_p(self.cosine.abs(), self.null.abs())
         return found.fill_diagonal_(float("nan"))
 
-    def table(self, n: int | None = None) -> Table:
-        """One row a pair of tasks, the most parallel first."""
+    @property
+    def q(self) -> Float[Tensor, "task other"]:
+        """Benjamini-Hochberg over all pairs of tasks, each counted once."""
         i, j = torch.triu_indices(len(self.names), len(self.names), 1)
-        p = self.p[i, j]
-        q, bound = q_values(p), self.null.abs().quantile(0.95, dim=0)[i, j]
+        found = torch.full_like(self.p, float("nan"))
+        found[i, j] = found[j, i] = q_values(self.p[i, j])
+        return found
+
+    def table(self, n: int | None = None) -> Table:
+        """One row per pair of tasks, the most parallel first."""
+        i, j = torch.triu_indices(len(self.names), len(self.names), 1)
+        p, q, bound = self.p[i, j], self.q[i, j], self.null.abs().quantile(0.95, dim=0)[i, j]
         rows = []
         for k in self.cosine[i, j].abs().argsort(descending=True, stable=True).tolist():
             a, b = int(i[k]), int(j[k])
             rows.append((self.names[a], self.names[b], *map(float, (self.cosine[a, b], bound[k], p[k], q[k]))))
         return Table(("task", "other", "cosine", "95% of shuffled", "p", "q"), rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
-        """The `k` most parallel pairs; `q` counts all pairs."""
-        return self.table(k)
-
     def figure(self) -> Any:
-        """The matrix of cosines; on the diagonal how well a direction repeats itself in the other half."""
+        """The matrix of cosines; the diagonal shows the cosine of the directions of two halves of one task."""
         from hooklens.viz.figures import heatmap
 
         shown = self.cosine.clone()
@@ -87,10 +93,10 @@ def measure_geometry(
     *,
     site: Where,
     kind: ProbeKind = _MASS_MEAN,
-    draws: int = 200,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> Geometry:
-    """Do the directions of several two-class tasks at one point lie together more than chance has it there?
+    """Are the directions of several two-class tasks at one point more parallel than expected by chance?
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model(); tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
@@ -124,7 +130,7 @@ def measure_geometry(
 
 
 def _repeat(kind: ProbeKind, x: np.ndarray, task: ProbeTask, seed: int) -> float:
-    """The cosine of the directions of two halves that hold both classes and share no group; NaN where none do."""
+    """The cosine of the directions of two halves that contain both classes and share no group; NaN if impossible."""
     try:
         parts = split(task.label, task.group, 2, seed)[0]
     except InputError:
@@ -134,13 +140,13 @@ def _repeat(kind: ProbeKind, x: np.ndarray, task: ProbeTask, seed: int) -> float
 
 
 def direction_of(kind: ProbeKind, x: np.ndarray, label: Int[Tensor, "example"]) -> Float[Tensor, "d"]:
-    """The unit vector from class 0 to class 1 of a probe fitted on all rows."""
+    """The unit vector from class 0 to class 1 of a probe that is fitted on all rows."""
     step = fit(kind, x, label.numpy(), 2).step
     across = torch.from_numpy(step[1] - step[0])
     return across / across.norm().clamp_min(1e-300)
 
 
 def demo(model: "HookedTransformer") -> Geometry:
-    """Odd first tokens in two draws of random prompts, at the first layer; any model, no tokenizer needed."""
+    """Odd first tokens in two draws of random prompts, at the first layer; works on any model, without a tokenizer."""
     tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
     return measure_geometry(model, tasks, site="blocks.0.hook_resid_post", draws=50)

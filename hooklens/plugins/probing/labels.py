@@ -1,7 +1,7 @@
-"""Labels ready to use: balanced tasks made of stated words and numbers, with the entities that folds keep apart.
+"""Ready-made labels: balanced tasks from fixed words and numbers, with the entities that folds keep apart.
 
-Each is read at the last token of its prompts, and that token alone says nothing about the label: what a probe finds
-there, the model brought there. Words are English.
+Each task is read at the last token of its prompts, and that token alone carries no information about the label: what a
+probe finds there was moved there by the model. Words are English.
 """
 
 import random
@@ -32,7 +32,7 @@ _NOUN_OR_VERB = (
     "walk talk run play work help visit answer look watch fight dance love hope change plan report study call "
     "march paint dream rest cook"
 )
-#: (noun frame, verb frame) of the same words in another order.
+#: (noun frame, verb frame): the same words in different order.
 FRAMES = tuple(
     (f"{who} {place} to the", f"{who} the {place} to")
     for who, place in product(("She was", "They were"), ("next", "first", "last", "closest"))
@@ -60,8 +60,8 @@ class _Row(NamedTuple):
 def next_vowel(reader: Reader, *, seed: int = 0) -> ProbeTask:
     """Does the next token begin with a vowel? Two words alternate, " apple river apple", and the other one comes next.
 
-    The words are tokens of the vocabulary. Four of them, two of each kind, make eight prompts in which every word is
-    followed as often by either kind: the last token says nothing.
+    The words are tokens of the vocabulary. Four words, two of each kind, make eight prompts in which every word is
+    followed equally often by either kind, so the last token carries no information.
     """
     ids, label = vowel_tokens(reader, _VOWEL_WORDS, seed=seed)
     text = _tokenizer(reader).to_str_tokens(ids)
@@ -71,17 +71,17 @@ def next_vowel(reader: Reader, *, seed: int = 0) -> ProbeTask:
     consonant, vowel = (zip(some[::2], some[1::2], strict=True) for some in words)
     rows = []
     for (c1, c2), (v1, v2) in zip(consonant, vowel, strict=True):
-        # each word is followed once by a vowel word and once by the other kind, and follows each as often
+        # each word is followed once by a vowel word and once by a consonant word, and follows each equally often
         for a, b in ((v1, v2), (v2, v1), (c1, c2), (c2, c1), (v1, c1), (c1, v1), (v2, c2), (c2, v2)):
             rows.append(_Row(a + b + a + b + a, int(b in (v1, v2)), (a, b)))
     return _task(reader, "next token begins with a vowel", ["consonant", "vowel"], rows)
 
 
 def sum_over_50(reader: Reader, *, seed: int = 0) -> ProbeTask:
-    """Is the result more than 50? "23 + 41 =" with operands up to 50, read at the equals sign.
+    """Is the sum more than 50? "23 + 41 =" with operands up to 50, read at the equals sign.
 
-    The operands come in sets of four, two up to 25 and two above, and no set shares an operand with another: a probe
-    that remembers operands is tested on others. Within a set both answers are equally frequent.
+    The operands come in sets of four, two up to 25 and two above. Sets share no operands, so a probe that memorises
+    operands is tested on others. Within a set both answers are equally frequent.
     """
     draw = random.Random(seed)
     low, high = draw.sample(range(1, 26), 24), draw.sample(range(26, 51), 24)
@@ -97,7 +97,7 @@ def sum_over_50(reader: Reader, *, seed: int = 0) -> ProbeTask:
 
 
 def subject_number(reader: Reader, *, seed: int = 0) -> ProbeTask:
-    """Is the subject one or many? "The cats near the tree", read at the second noun, which is as often one as many.
+    """Is the subject singular or plural? "The cats near the tree", read at the second noun, balanced over its number.
 
     Two nouns make all eight combinations of order and number, and no other prompt uses either of them.
     """
@@ -112,10 +112,10 @@ def subject_number(reader: Reader, *, seed: int = 0) -> ProbeTask:
 
 
 def part_of_speech(reader: Reader, *, seed: int = 0) -> ProbeTask:
-    """Is the last word a noun or a verb? "She was next to the walk" and "She was the next to walk": only order tells.
+    """Is the last word a noun or a verb? "She was next to the walk" or "She was the next to walk": only order differs.
 
-    The words can be both. Each stands in every frame, so that it alone says nothing, and a noun frame has the same
-    words as its verb frame, so that their mean embedding says nothing either. Folds keep words apart.
+    The words can be both. Each occurs in every frame, so the word alone carries no information. A noun frame has the
+    same words as its verb frame, so the mean embedding carries none either. Folds keep words apart.
     """
     words = _single_tokens(reader, NOUN_OR_VERB)
     _enough(reader, len(words), 8, NOUN_OR_VERB)
@@ -126,10 +126,10 @@ def part_of_speech(reader: Reader, *, seed: int = 0) -> ProbeTask:
 
 
 def sentiment(reader: Reader, *, seed: int = 0) -> ProbeTask:
-    """Is the verdict good or bad? "The movie was not terrible. Overall, it was", half of them negated.
+    """Is the verdict good or bad? "The movie was not terrible. Overall, it was", with half of them negated.
 
-    Every adjective stands with and without " not", so that neither the adjective nor the negation alone decides.
-    Folds keep adjectives apart; the things that are judged stand with all of them.
+    Every adjective occurs with and without " not", so neither the adjective nor the negation alone decides. Folds keep
+    adjectives apart; every judged thing occurs with all adjectives.
     """
     rows = []
     for words, good in ((POSITIVE, 1), (NEGATIVE, 0)):
@@ -141,7 +141,7 @@ def sentiment(reader: Reader, *, seed: int = 0) -> ProbeTask:
 
 
 def odd_first(model: "HookedTransformer", n: int = 40, *, seed: int = 0) -> ProbeTask:
-    """Is the first token's number odd? Random prompts of at most three tokens, read at the last; needs no tokenizer."""
+    """Is the first token's number odd? Random prompts of at most three tokens, read at the last; no tokenizer."""
     width, d_vocab = min(3, model.cfg.n_ctx), model.cfg.d_vocab
     tokens = torch.randint(d_vocab, (n, width), generator=seeded(seed))
     return read_task(model, tokens, [int(row[0]) % 2 for row in tokens], name="first token is odd")
@@ -160,7 +160,7 @@ TASKS: dict[str, Any] = {
 def vowel_tokens(
     reader: Reader, n: int = 400, *, shortest: int = _SHORTEST, seed: int = 0
 ) -> tuple[Int[Tensor, "token"], Int[Tensor, "token"]]:
-    """`n` tokens of the vocabulary that are a space and lower-case letters, half of them beginning with a vowel.
+    """Choose `n` tokens that are a space and lower-case letters, half of them beginning with a vowel.
 
     >>> from hooklens.pretrained.tokenizer import tiny_tokenizer
     >>> tokenizer = tiny_tokenizer("Ġa Ġan Ġthe Ġof Ġto")
@@ -182,8 +182,8 @@ def vowel_tokens(
     half = n // 2
     if min(map(len, kinds)) < half or half < 1:
         raise InputError(
-            f"{n} tokens that are a space and a word were asked for, half of them with a vowel first; this "
-            f"tokenizer has {len(kinds[1])} with a vowel and {len(kinds[0])} without; use prompts of your own"
+            f"{n} tokens of a space and a word are needed, half of them beginning with a vowel; this tokenizer "
+            f"has {len(kinds[1])} with a vowel and {len(kinds[0])} without; use your own prompts"
         )
     draw = random.Random(seed)
     chosen = [(i, label) for label in (0, 1) for i in sorted(draw.sample(kinds[label], half))]
@@ -196,7 +196,7 @@ def _task(reader: Reader, name: str, classes: list[str], rows: Sequence[_Row]) -
     tokens = [tokenizer.to_tokens(row.text)[0] for row in rows]
     for row, ids in zip(rows, tokens, strict=True):
         if tokenizer.unk_id is not None and tokenizer.unk_id in ids.tolist():
-            raise InputError(f"this tokenizer does not know every word of {row.text!r}; use prompts of your own")
+            raise InputError(f"this tokenizer does not know every word of {row.text!r}; use your own prompts")
     return ProbeTask(
         name=name,
         tokens=tokens,
@@ -212,14 +212,12 @@ def _task(reader: Reader, name: str, classes: list[str], rows: Sequence[_Row]) -
 def _tokenizer(reader: Any) -> "Tokenizer":
     tokenizer = getattr(reader, "tokenizer", reader)
     if tokenizer is None:
-        raise InputError(
-            "named labels are made of words, and this model has no tokenizer; use read_task with token ids"
-        )
+        raise InputError("the named labels need words, and this model has no tokenizer; use read_task with token ids")
     return tokenizer
 
 
 def _single_tokens(reader: Reader, words: Sequence[str]) -> list[str]:
-    """Those of the words that are one token with the space before them."""
+    """The words that are a single token with a leading space."""
     tokenizer = _tokenizer(reader)
     return [word for word in words if tokenizer.find_token(f" {word}") is not None]
 
@@ -228,6 +226,6 @@ def _enough(reader: Reader, have: int, need: int, words: Sequence[str]) -> None:
     if have < need:
         shown = _tokenizer(reader).to_str_tokens(f" {words[0]}")
         raise InputError(
-            f"this task needs words that are one token with their space, {need} sets of them, and this tokenizer has "
-            f"{have} (' {words[0]}' becomes {shown}); use prompts of your own with read_task"
+            f"this task needs {need} sets of words that are one token with a leading space, and this tokenizer has "
+            f"{have} (' {words[0]}' becomes {shown}); use your own prompts with read_task"
         )

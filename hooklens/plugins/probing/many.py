@@ -1,4 +1,4 @@
-"""Probes of many labellings of the same rows: what depends on the rows alone is computed once for all of them."""
+"""Probes of many labellings of the same rows: computations that depend only on the rows are shared."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-_TINY = 1e-10  # directions of a smaller share of the largest variance are rounding
-_TOLERANCE = 1e-5  # by how much logits may still move, of rows of the usual length
+_TINY = 1e-10  # directions with a smaller share of the largest variance are rounding error
+_TOLERANCE = 1e-5  # largest remaining change of the logits, for rows of typical norm
 _STEPS = 1000
 
 Rows = Float[Tensor, "train r"]
@@ -19,20 +19,20 @@ Logits = Float[Tensor, "draw test n_class"]
 
 @runtime_checkable
 class FitsMany(Protocol):
-    """A kind of probe that can say what its probes of many labellings would say, faster than one fit at a time."""
+    """A kind of probe that predicts for many labellings at once, faster than one fit at a time."""
 
     def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits: ...
 
 
 def principal(x: np.ndarray, asked: np.ndarray) -> tuple[Rows, Float[Tensor, "test r"], Float[Tensor, "r"]]:
-    """Standardised rows, and others in the same scale, in the coordinates of their principal directions.
+    """Standardise rows, and scale others alike; return both in the coordinates of the principal directions.
 
     >>> rows, other, size = principal(np.array([[0.0, 1.0], [2.0, 1.0]]), np.array([[4.0, 1.0]]))
     >>> rows.abs().flatten().tolist(), other.abs().flatten().tolist(), size.tolist()
     ([1.0, 1.0], [3.0], [2.0])
 
-    A penalty on the length of the weights is the same in these, and there are no more of them than rows. `size` is the
-    sum of squares along each.
+    A penalty on the norm of the weights is unchanged in these coordinates, and there are at most as many as rows.
+    `size` is the sum of squares along each.
     """
     spread = x.std(0)
     spread[spread <= 10 * np.finfo(np.float64).eps * np.abs(x).max(0, initial=0.0)] = 1.0  # as StandardScaler does
@@ -47,7 +47,7 @@ def principal(x: np.ndarray, asked: np.ndarray) -> tuple[Rows, Float[Tensor, "te
 
 
 def ridge_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int, alpha: float) -> Logits:
-    """What least squares on +-1 targets with a penalty says, its one factorisation shared by all labellings."""
+    """Predictions of penalised least squares on +-1 targets, with one factorisation shared by all labellings."""
     rows, other, size = principal(x, asked)
     target = 2 * _one_column(labels, n_classes) - 1  # draw train column
     read = (other / (size + alpha)) @ rows.T  # test train
@@ -56,7 +56,7 @@ def ridge_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: in
 
 
 def mean_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
-    """What the nearest class mean says, for all labellings in one product."""
+    """Predictions of the nearest class mean, for all labellings in one product."""
     middle = x.mean(0)
     rows, other = torch.from_numpy(x - middle), torch.from_numpy(asked - middle)
     of_class = one_hot(labels, n_classes).to(rows).transpose(1, 2)
@@ -65,11 +65,11 @@ def mean_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int
 
 
 def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int, c: float) -> Logits:
-    """What logistic regression with an L2 penalty says, all labellings descended together.
+    """Predictions of logistic regression with an L2 penalty, optimised for all labellings together.
 
-    In principal coordinates the curvature of the loss lies below a diagonal that knows no labels (a quarter of the sum
-    of squares, half for several classes): accelerated steps over that diagonal need no line search and no
-    factorisation.
+    In principal coordinates the Hessian of the loss is bounded by a diagonal that does not depend on the labels (a
+    quarter of the sum of squares, half for several classes). Accelerated steps preconditioned by this diagonal need no
+    line search and no factorisation.
 
     Reference: Böhning and Lindsay (1988), "Monotonicity of quadratic-approximation algorithms"; O'Donoghue and Candès
     (2015), "Adaptive restart for accelerated gradient schemes".
@@ -77,13 +77,13 @@ def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes:
     rows, other, size = principal(x, asked)
     target = _one_column(labels, n_classes).permute(1, 0, 2)  # train draw column
     n, bound = len(rows), 0.25 if n_classes == 2 else 0.5
-    # the intercept, a column of ones at right angles to the others, is not penalised
+    # the intercept, a column of ones orthogonal to the others, is not penalised
     rows, other = (torch.cat([one, one.new_ones(len(one), 1)], 1) for one in (rows, other))
     penalty = torch.cat([size.new_full((len(size),), 1 / c), size.new_zeros(1)])[:, None]
     curvature = penalty + bound * torch.cat([size, size.new_tensor([float(n)])])[:, None]
     weight = ahead = rows.new_zeros(rows.shape[1], target[0].numel())
     momentum = rows.new_ones(weight.shape[1])
-    # the penalty is the least curvature there is: a gradient g leaves a weight at most c g from where it should be
+    # the penalty bounds the curvature from below: a gradient g leaves a weight at most c g from its optimum
     moves = torch.cat([c * (size / n).sqrt(), size.new_tensor([1 / n])])[:, None]
     for step in range(_STEPS):
         logits = (rows @ ahead).view_as(target)
@@ -93,7 +93,7 @@ def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes:
             break
         new = ahead - gradient / curvature
         moved = new - weight
-        uphill = (gradient * moved).sum(0) > 0  # restart those labellings that went too far
+        uphill = (gradient * moved).sum(0) > 0  # restart the labellings that overshot
         following = torch.where(uphill, 1.0, (1 + (1 + 4 * momentum.square()).sqrt()) / 2)
         ahead = new + torch.where(uphill, 0.0, (momentum - 1) / following) * moved
         weight, momentum = new, following
@@ -101,7 +101,7 @@ def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes:
 
 
 def _one_column(labels: Labels, n_classes: int) -> Float[Tensor, "draw train column"]:
-    """1 where it is the class: one column for two classes, as scikit-learn has it, else one each."""
+    """Indicator of the class: one column for two classes, as in scikit-learn, else one column per class."""
     return labels[..., None].double() if n_classes == 2 else one_hot(labels, n_classes).double()
 
 

@@ -1,4 +1,4 @@
-"""What a study would have found if the labels said nothing: shuffled labels that go through the study's own folds."""
+"""The null distribution of a probing study: shuffled labels that go through the study's own folds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from hooklens.plugins.probing.folds import Classes, Fold, shuffled_in_folds
 from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import ProbeKind
 
-_DRAWS = 99
+_DRAWS = 99  # shuffled labellings: a probe is trained on each, at every point
 _PER_POINT = 20  # with 20 draws a point, one point alone can reach q <= 0.05 over all points
 
 
 @dataclass(frozen=True)
 class Null:
-    """Shuffled labels: all are fitted at every point, and the first `n_nested` choose a point as the real ones do.
+    """Shuffled labels: all are fitted at every point; the first `n_nested` also choose a point as the real labels do.
 
-    `least_p` is the smallest p-value that so many draws allow: where labels can be shuffled in few ways, some draws are
-    the real labels again (or these with two classes renamed, which are read as well).
+    `least_p` is the smallest p-value possible with this number of draws: where labels can be shuffled in few ways, some
+    draws equal the real labels (or the real labels with two classes renamed, which are read equally well).
     """
 
     labels: Int[Tensor, "draw example"]
@@ -40,10 +40,10 @@ class Null:
         kind: ProbeKind,
         seed: int,
     ) -> "Null":
-        """`draws` shuffles; by default 99, and for kinds that fit many labellings at once 20 a point.
+        """Draw `draws` shuffles; by default 99, and 20 per point for kinds that fit many labellings at once.
 
-        A kind that fits one labelling at a time takes the points that the real labels chose: to choose anew in every
-        draw would cost a whole study each.
+        A kind that fits one labelling at a time uses the points that the real labels chose: choosing again in every
+        draw would cost a whole study per draw.
         """
         generator, many = seeded(seed), isinstance(kind, FitsMany)
         nested = _DRAWS if draws is None else draws
@@ -52,7 +52,7 @@ class Null:
         return cls(torch.stack(made) if made else label.new_zeros(0, len(label)), nested, many)
 
     def least_p(self, label: Classes) -> float:
-        """The smallest p-value that these draws allow."""
+        """The smallest possible p-value with these draws."""
         same = (self.labels == label).all(1)
         if int(label.max()) == 1:
             same |= (self.labels == 1 - label).all(1)
@@ -68,7 +68,7 @@ class Null:
         chosen: Int[Tensor, "labelling fold"],
         fold: Int[Tensor, "example"],
     ) -> Float[Tensor, "nested_draw"]:
-        """The balanced accuracy of each draw at the points that it, or else the real labels, chose in inner folds."""
+        """The balanced accuracy of each draw at the points that it (or else the real labels) chose in inner folds."""
         chosen = (chosen[1:] if self.chooses else chosen.expand(self.n_nested, -1))[:, fold]  # draw example
         draw, example = torch.arange(len(chosen))[:, None], torch.arange(len(fold))
         return balanced(right[chosen, draw, example].double(), self.labels[: self.n_nested])

@@ -1,4 +1,4 @@
-"""Linear probes at every layer, the layer chosen in inner folds, with the controls that an accuracy needs."""
+"""Linear probes at every layer; the layer is chosen in inner folds, and the accuracy is reported with its controls."""
 
 import time
 from collections.abc import Hashable, Sequence
@@ -40,13 +40,14 @@ def train_probe(
     folder: str | Path | None = None,
     seed: int = 0,
 ) -> tuple[Probe, ProbeStudy]:
-    """Can a linear probe read this class, where, and how much of that is the model's doing?
+    """Can a linear probe read this class, at which layer, and how much of that is due to the model?
 
-    `site` is any site with one vector a position, at every layer or at one: "resid_post", ("z", 3), or a list. `kind`
-    is `Logistic()`, `Ridge()`, `MassMean()` or `WhitenedMassMean()`. Folds are stratified and split no prompt and no
-    entity; standardisation and fit see a fold's own training examples; the point is chosen by the balanced accuracy in
-    inner folds, and what is reached there is reported, beside `null_draws` shuffles of the labels: by default 99, and
-    20 a layer for the p-values of single layers. `folder` keeps the activations on disk: see `gather`.
+    `site` is any site with one vector per position, at every layer or at one: "resid_post", ("z", 3), or a list. `kind`
+    is `Logistic()`, `Ridge()`, `MassMean()` or `WhitenedMassMean()`. Folds are stratified and never split a prompt or
+    an entity; standardisation and fit use only the fold's training examples. The point is chosen by the balanced
+    accuracy in inner folds, and the accuracy at this point is reported, with `null_draws` shuffles of the labels: by
+    default 99, and 20 per layer for the p-values of single layers. `folder` stores the activations on disk: see
+    `gather`.
 
     >>> from hooklens.testing import tiny_model
     >>> probe, study = train_probe(model := tiny_model(), odd_first(model), null_draws=19)
@@ -83,7 +84,7 @@ def probe_texts(
 ) -> ProbeStudy:
     """Can these labels be read from the last token (or from `pos`) of these texts? See `train_probe`.
 
-    Texts of one `group` share something that could give the label away; they are never split between training and test.
+    Texts of one `group` share something that could reveal the label; they are never split between training and test.
     """
     task = read_task(model, texts, labels, group=group, pos=pos)
     return train_probe(model, task, site=site, kind=kind, seed=seed)[1]
@@ -130,7 +131,7 @@ def _study(
 def _at_every_point(
     acts: Activations, labels: Tensor, n: int, folds: list[Fold], kind: ProbeKind, control: ControlTasks, null: Null
 ) -> tuple[list[Scored], list[tuple[Tensor, Tensor]]]:
-    """What probes of the real and the shuffled labels say at each point, and those of the control task."""
+    """Predictions of probes for the real and the shuffled labels at each point, and for the control task."""
     n_inner = 1 + null.n_nested if null.chooses else 1
     scored, beside = [], []
     controls = sum(map(len, control.folds))
@@ -147,14 +148,14 @@ def _at_every_point(
 
 
 def _a_fit(x: Float[Tensor, "example d"], labels: Tensor, n: int, fold: Fold, kind: ProbeKind) -> float:
-    """Seconds of one labelling's probe in one fold, where all of them are fitted."""
+    """Estimate the seconds per fit of one labelling in one fold, when all labellings are fitted together."""
     rows, start = as_rows(x), time.perf_counter()
     asked(kind, rows, labels=labels.cpu(), train=fold.train, test=fold.test, n_classes=n)
     return (time.perf_counter() - start) / len(labels)
 
 
 def _nested(scored: list[Scored], right: Tensor, chosen: Tensor, fold: Tensor) -> dict[str, Tensor]:
-    """Right or wrong, and the probabilities said, at the point that each example's fold chose without looking at it."""
+    """Correctness and predicted probabilities at the point that each example's fold chose in its inner folds."""
     here = (chosen[fold], torch.arange(len(fold)))
     logits = torch.stack([one.logits for one in scored])[here]
     factor = torch.stack([one.factor for one in scored])[chosen[fold], fold]
@@ -162,7 +163,7 @@ def _nested(scored: list[Scored], right: Tensor, chosen: Tensor, fold: Tensor) -
 
 
 def _fold_of(folds: list[Fold], n: int) -> Int[Tensor, "example"]:
-    """Which fold tests each example."""
+    """The fold whose test rows contain each example."""
     fold = torch.empty(n, dtype=torch.long)
     for i, one in enumerate(folds):
         fold[torch.from_numpy(one.test)] = i
@@ -170,7 +171,7 @@ def _fold_of(folds: list[Fold], n: int) -> Int[Tensor, "example"]:
 
 
 def _final(x: Float[Tensor, "example d"], label: Tensor, n: int, kind: ProbeKind, scored: Scored) -> dict[str, Tensor]:
-    """Weights, bias and class means on every example, scaled by the temperature of the folds."""
+    """Weights, bias and class means fitted on all examples, scaled by the temperature of the folds."""
     rows = as_rows(x)
     weight, bias, step = map(torch.from_numpy, fit(kind, rows, label.numpy(), n))
     factor = float(scored.factor.log().mean().exp())
@@ -178,5 +179,5 @@ def _final(x: Float[Tensor, "example d"], label: Tensor, n: int, kind: ProbeKind
 
 
 def demo(model: "HookedTransformer") -> ProbeStudy:
-    """Is the first token's number odd? Random tokens, read at the last; any model, no tokenizer needed."""
+    """Is the first token's number odd? Random tokens, read at the last; works on any model, without a tokenizer."""
     return train_probe(model, odd_first(model), kind=MassMean(), null_draws=19)[1]

@@ -1,4 +1,4 @@
-"""Does a probe that was trained on one data set read another? A matrix of accuracies, its diagonal out of fold."""
+"""Does a probe trained on one data set work on another? A matrix of accuracies, out of fold on the diagonal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 99  # shuffled labellings: a probe is trained on each, for every task
 _MASS_MEAN = MassMean()
 Scored = tuple[Float[Tensor, "example"], Float[Tensor, "null draw"]]  # the score of class 1, the AUCs of two nulls
 
@@ -33,16 +34,16 @@ Scored = tuple[Float[Tensor, "example"], Float[Tensor, "null draw"]]  # the scor
 class Transfer(Result):
     """Accuracy and AUC of the probe of each task (row) on the examples of each task (column).
 
-    Examples that share a prompt or an entity with the training task are left out (`n` remain; NaN where none does); on
-    the diagonal stand out-of-fold predictions. An AUC that stays where accuracy falls says that the direction carries
-    over and the threshold does not. `majority` is the share of the most common class. `null[0]` holds the AUC of probes
-    that were trained on shuffled labels: where activations vary in few dimensions, any direction may tell classes
-    apart. `null[1]` is that of the probe for shuffled labels of the tested task, which `p` counts. On the diagonal both
-    are that of shuffled labels which were trained on and tested in the same folds.
+    Examples that share a prompt or an entity with the training task are left out (`n` remain; NaN if none does). The
+    diagonal contains out-of-fold predictions. If the AUC stays high while the accuracy falls, the direction transfers
+    and the threshold does not. `majority` is the share of the most common class. `null[0]` is the AUC of probes trained
+    on shuffled labels: where activations vary in few dimensions, any direction may separate classes. `null[1]` is the
+    AUC of the probe on shuffled labels of the tested task, used for `p`. On the diagonal both are the AUC of shuffled
+    labels that were used for training and testing in the same folds.
     """
 
     terms = {
-        "95% of shuffled training": "which AUC 95 % of probes that were trained on shuffled labels stay below",
+        "95% of shuffled training": "the AUC below which 95 % of probes trained on shuffled labels lie",
     }
 
     point: str
@@ -58,16 +59,16 @@ class Transfer(Result):
 
     @property
     def p(self) -> Float[Tensor, "trained tested"]:
-        """How often the same probe has an AUC as large for shuffled labels of the tested task; NaN without an AUC."""
+        """How often the probe has an AUC as large on shuffled labels of the tested task; NaN without an AUC."""
         return null_p(self.auc, self.null[1]).where(~self.auc.isnan(), torch.nan)
 
     @property
     def q(self) -> Float[Tensor, "trained tested"]:
-        """`p` over the whole matrix, as false discovery rates."""
+        """`p` of the whole matrix, as false discovery rates."""
         return q_values(self.p)
 
     def table(self, n: int | None = None) -> Table:
-        """One row a pair of tasks."""
+        """One row per pair of tasks."""
         ends = ("accuracy", "95% low", "95% high", "most common")
         columns = ("trained on", "tested on", *ends, "AUC", "95% of shuffled training", "p", "q", "examples")
         each = [self.accuracy, self.low, self.high, self.majority.expand_as(self.auc), self.auc]
@@ -78,14 +79,14 @@ class Transfer(Result):
                 rows.append((trained, tested, *(float(one[i, j]) for one in each), int(self.n[i, j])))
         return Table(columns, rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` pairs of different tasks with the largest AUC; `q` counts all pairs."""
         whole = self.table()
         apart = [row for row in whole.rows if row[0] != row[1] and row[6] == row[6]]
         return Table(whole.columns, sorted(apart, key=lambda row: -row[6])[:k])
 
     def figure(self) -> Any:
-        """The AUC of every pair; in the box the accuracy and q."""
+        """The AUC of every pair; the hover box shows the accuracy and q."""
         from hooklens.viz.figures import heatmap
 
         boxes = [
@@ -104,10 +105,10 @@ def transfer_probe(
     site: Where,
     kind: ProbeKind = _MASS_MEAN,
     folds: int = 5,
-    draws: int = 99,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> Transfer:
-    """Does the probe of one task read the others, at one point of the model? Tasks have two classes each.
+    """Does the probe of one task work on the others, at one point of the model? Each task has two classes.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -145,7 +146,7 @@ def transfer_probe(
 def _of_others(
     x: np.ndarray, label: Tensor, group: Tensor, probes: list[Weights], generator: torch.Generator
 ) -> Scored:
-    """What a probe says of another task's examples, beside probes of shuffled labels and shuffled labels of these."""
+    """Predictions for another task's examples, with two nulls: probes of shuffled labels, and shuffled test labels."""
     score, *unreal = (_margin(torch.from_numpy(said(x, one))) for one in probes)
     again = [auc(score, shuffled(label, group, generator) == 1) for _ in unreal]
     of_probes = [auc(one, label == 1) for one in unreal]
@@ -155,7 +156,7 @@ def _of_others(
 def _out_of_fold(
     x: np.ndarray, label: Tensor, group: Tensor, kind: ProbeKind, folds: int, draws: int, seed: int
 ) -> Scored:
-    """What probes say of examples of their own task, and of shuffled labels that went through the same folds."""
+    """Predictions for examples of the probe's own task, and for shuffled labels in the same folds."""
     parts, generator = make_folds(label, group, folds=folds, seed=seed), seeded(seed)
     labels = torch.stack([label, *(shuffled_in_folds(label, group, parts, generator) for _ in range(draws))])
     margin = _margin(predicted(x, labels, 2, parts, kind))
@@ -181,6 +182,6 @@ def _apart(trained: ProbeTask, tested: ProbeTask) -> Int[Tensor, "kept"]:
 
 
 def demo(model: "HookedTransformer") -> Transfer:
-    """Odd first tokens in two draws of random prompts, at the first layer; any model, no tokenizer needed."""
+    """Odd first tokens in two draws of random prompts, at the first layer; works on any model, without a tokenizer."""
     tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
     return transfer_probe(model, tasks, site="blocks.0.hook_resid_post", draws=19)

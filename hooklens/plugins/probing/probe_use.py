@@ -1,4 +1,4 @@
-"""Does the model use what a probe reads? Ablate the probe's direction, steer along it, beside random directions."""
+"""Does the model use what a probe reads? Edit the probe's direction, and compare with random directions."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,21 +26,23 @@ from hooklens.results.table import Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered
 EDITS = ("ablate", "steer")
 NULLS = ("isotropic", "as the data vary")
 
 
 @dataclass(frozen=True, eq=False)
 class CausalCheck(Result):
-    """How far the metric falls back from what tells the classes apart, when the probe's direction is edited.
+    """The loss of class separation in the metric when the probe's direction is edited.
 
-    `told` is how far each prompt's metric lies on its own class's side of the middle of the two class means, on average
-    half their difference. `fall[edit]` is what an edit takes from it, both classes counting the same: "ablate" moves
-    each activation along the direction until the probe reads what is halfway between the class means, "steer" moves
-    it by `strength` gaps between the means towards the other class. `random_fall[edit, null]` is the fall when vectors
-    of the same length, prompt by prompt, are added along random directions: isotropic ones, and ones drawn as the
-    activations vary within the classes. `read` is where the probe is right, and `refit` where a new one is, fitted out
-    of fold on the activations as they were and on the ablated ones: what it still reads there, the edit has left.
+    `told` is each prompt's margin: how far its metric lies from the midpoint of the two class means, towards its own
+    class (on average half their difference). `fall[edit]` is the decrease of the margin under an edit, with both
+    classes weighted equally. "ablate" moves each activation along the direction until the probe reads the midpoint of
+    the class means. "steer" moves it by `strength` times the gap between the means towards the other class.
+    `random_fall[edit, null]` is the decrease when vectors of the same length, prompt by prompt, are added along random
+    directions: isotropic ones, and ones with the covariance of the activations within the classes. `read` says where
+    the probe is correct. `refit` says where a new probe is correct, fitted out of fold on the original and on the
+    ablated activations: what it still reads there was not removed by the edit.
     """
 
     point: str
@@ -57,46 +59,46 @@ class CausalCheck(Result):
 
     @property
     def accuracy(self) -> float:
-        """How often the probe is right on these prompts: what the causal effect is to be held against."""
+        """The accuracy of the probe on these prompts, for comparison with the causal effect."""
         return float(self.read.mean())
 
     @property
     def refit_accuracy(self) -> Float[Tensor, "state"]:
-        """Balanced accuracy of a probe fitted anew on these prompts, before and after ablation; NaN without folds."""
+        """Balanced accuracy of a new probe on these prompts, before and after ablation; NaN without folds."""
         return balanced(self.refit, self.label)
 
     @property
     def random(self) -> Float[Tensor, "edit null draw"]:
-        """The mean fall of each random direction."""
+        """The mean decrease for each random direction."""
         return self.random_fall.mean(-1)
 
     @property
     def effect(self) -> Float[Tensor, "edit"]:
-        """The mean fall of each edit."""
+        """The mean decrease for each edit."""
         return self.fall.mean(1)
 
     def interval(self) -> tuple[Float[Tensor, "edit"], Float[Tensor, "edit"]]:
-        """The 95 % interval of `effect`, resampling groups of prompts."""
+        """The 95 % interval of `effect`, from a bootstrap over groups of prompts."""
         return mean_interval(self.fall.T, group=self.group)
 
     @property
     def p(self) -> Float[Tensor, "edit"]:
-        """How often a random direction moves the metric as far, to either side; the larger of the two nulls."""
+        """How often a random direction changes the metric as much, in either direction; the larger of the two nulls."""
         null = self.random.abs().movedim(-1, 0)
         return null_p(self.effect[:, None].expand(null.shape[1:]), null).amax(1)
 
     @property
     def q(self) -> Float[Tensor, "edit"]:
-        """`p` over the edits, as false discovery rates; over layers as well: `q_values` of all their `p`."""
+        """`p` of the edits as false discovery rates; to correct over layers too, use `q_values` on all their `p`."""
         return q_values(self.p)
 
     @property
     def used(self) -> bool:
-        """Do both edits take something away, surely over prompts and more than 95 % of random directions do?"""
+        """Do both edits reduce the margin, with intervals above 0 and more than 95 % of random directions do?"""
         return bool(((self.interval()[0] > 0) & (self.p <= 0.05)).all())
 
     def table(self, n: int | None = None) -> Table:
-        """One row an edit of the probe's direction, and below it what random directions do."""
+        """One row per edit of the probe's direction, followed by the random directions."""
         (low, high), p, q = self.interval(), self.p, self.q
         rows: list[tuple] = []
         for i, edit in enumerate(EDITS):
@@ -107,23 +109,23 @@ class CausalCheck(Result):
                 rows.append((f"  random, {null}", *map(float, numbers), None, None))
         return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` prompts from which ablation takes most; to quote these is to choose by what was measured."""
         order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
         rows = [(i, self.classes[int(self.label[i])], *map(float, (self.told[i], *self.fall[:, i]))) for i in order]
         return Table(("prompt", "class", "told", *EDITS), rows)
 
     def figure(self) -> Any:
-        """The fall for the probe's direction with its interval, and the middle 95 % of random directions."""
+        """The decrease for the probe's direction with its interval, and the middle 95 % of random directions."""
         from hooklens.viz.figures import bars
 
         rows = self.table().rows
         names = [f"{EDITS[i // 3]}: {('probe', *NULLS)[i % 3]}" for i in range(len(rows))]
         value, low, high = (torch.tensor([float(row[k]) for row in rows]) for k in (1, 2, 3))
         told, right = float(self.told.mean()), self.accuracy
-        title = f"Probe at {self.point}, right on {right:.0%}: {'used' if self.used else 'no sure use'} by the metric"
+        title = f"Probe at {self.point}, accuracy {right:.0%}: {'used' if self.used else 'no sure use'} by the metric"
         before, after = self.refit_accuracy.tolist()
-        title += f"; a new probe is right on {before:.0%} before ablation, {after:.0%} after"
+        title += f"; a new probe has {before:.0%} before ablation, {after:.0%} after"
         return bars(value, low, high, names, title, y_title="fall of the metric", marks={"all of it": told})
 
 
@@ -133,13 +135,13 @@ def check_probe_use(
     task: ProbeTask,
     metric: Any,
     *,
-    draws: int = 50,
+    draws: int = _DRAWS,
     strength: float = 1.0,
     seed: int = 0,
 ) -> CausalCheck:
-    """Does the metric depend on the direction that the probe reads, where it reads it?
+    """Does the metric depend on the direction that the probe reads, at the place where it reads it?
 
-    Give prompts that the probe was not trained on (`task.halves()`), two classes, one position a prompt, and a metric
+    Pass prompts that the probe was not trained on (`task.halves()`), two classes, one position per prompt, and a metric
     that is higher for class 1, such as the logit difference of the classes' words.
 
     >>> from hooklens.testing import tiny_model
@@ -147,8 +149,8 @@ def check_probe_use(
     >>> check.fall.shape, check.random.shape                    # edit prompt; edit null draw
     (torch.Size([2, 20]), torch.Size([2, 2, 20]))
 
-    Reference: Elazar et al. (2021), "Amnesic Probing", for ablation beside random directions; Marks and Tegmark (2023),
-    "The Geometry of Truth", for steering by the difference of class means.
+    Reference: Elazar et al. (2021), "Amnesic Probing", for ablation with random directions as a control; Marks and
+    Tegmark (2023), "The Geometry of Truth", for steering by the difference of class means.
     """
     layer, point = _check(model, probe, task)
     acts = gather(model, task, site=point)
@@ -192,15 +194,15 @@ def _check(model: "HookedTransformer", probe: Probe, task: ProbeTask) -> tuple[i
     site = None if probe.point is None else parse(probe.point)
     if site is None or site.layer is None:
         raise InputError(
-            f"a direction is edited at a point inside a layer, and this probe's is {probe.point!r}; "
+            f"only activations inside a layer can be edited, but this probe's point is {probe.point!r}; "
             "give Probe(..., point='blocks.3.hook_resid_post')"
         )
     if len(task.classes) != 2 or len(task.label.unique()) != 2:
-        raise InputError(f"a direction leads from one class to another, got {len(task.classes)} classes; take two")
+        raise InputError(f"a direction needs two classes, got {len(task.classes)}; choose two")
     if len(task.prompt.unique()) < len(task):
         raise InputError(
             f"each prompt is edited at one position, got {len(task)} examples of {len(task.tokens)} prompts; "
-            "take one example a prompt"
+            "use one example per prompt"
         )
     assert probe.point is not None
     return site.layer, probe.point
@@ -209,7 +211,7 @@ def _check(model: "HookedTransformer", probe: Probe, task: ProbeTask) -> tuple[i
 def random_directions(
     x: Float[Tensor, "row d"], label: Int[Tensor, "row"], draws: int, seed: int
 ) -> Float[Tensor, "null draw d"]:
-    """Unit vectors: uniform over directions, and with the covariance of the rows within the two classes.
+    """Random unit vectors: isotropic ones, and ones with the covariance of the rows within the two classes.
 
     >>> random_directions(torch.randn(6, 3), torch.tensor([0, 1] * 3), draws=4, seed=0).norm(dim=-1).mean()
     tensor(1.)
@@ -224,12 +226,12 @@ def random_directions(
 
 
 def _between(values: Float[Tensor, "prompt"], label: Int[Tensor, "prompt"]) -> Float[Tensor, ""]:
-    """Halfway between the two class means."""
+    """The midpoint of the two class means."""
     return (values[label == 0].mean() + values[label == 1].mean()) / 2
 
 
 def demo(model: "HookedTransformer") -> CausalCheck:
-    """Is the last token's number odd, and does the logit of token 1 depend on where that is read? Any model."""
+    """Is the last token's number odd, and does the logit of token 1 depend on this direction? Works on any model."""
     d_vocab, generator = model.cfg.d_vocab, torch.Generator().manual_seed(0)
     tokens = torch.randint(d_vocab, (40, min(3, model.cfg.n_ctx)), generator=generator)
     task = read_task(model, tokens, [int(row[-1]) % 2 for row in tokens], name="last token is odd")

@@ -1,4 +1,4 @@
-"""Probes: one linear layer from an activation to a class, fitted in three ways, scikit-learn underneath."""
+"""Linear probes from an activation to a class, fitted in four ways on top of scikit-learn."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,10 +13,10 @@ from hooklens.plugins.probing.many import Labels, Logits, logistic_logits, mean_
 
 
 class Weights(NamedTuple):
-    """A fitted probe in the units of the activation: what it reads, and the step that it measures as steepest.
+    """A fitted probe in the units of the activation: the weights that read, and the step that writes.
 
     `weight` [class d] and `bias` [class] give the logits. `step` [class d] is the displacement that raises a class's
-    logit most for its length, where length is measured as the fit measures it: after standardising, after whitening.
+    logit most per unit length, with length measured as in the fit: after standardising, or after whitening.
     """
 
     weight: np.ndarray
@@ -25,7 +25,7 @@ class Weights(NamedTuple):
 
 
 class Probe(KeepsPropertyErrors, nn.Module):
-    """A fitted probe: the logits of its classes are linear in the activation at `point`, in its own units.
+    """A fitted probe: the logits of its classes are linear in the activation at `point`, in the activation's units.
 
     >>> import torch
     >>> probe = Probe(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.zeros(2), torch.tensor([[0.0, 0.0], [6.0, 8.0]]))
@@ -34,13 +34,13 @@ class Probe(KeepsPropertyErrors, nn.Module):
     >>> probe.predict(torch.tensor([[1.0, 1.0], [-1.0, 0.0]])).tolist()
     [1, 0]
 
-    `means` are the class means of the examples that it was fitted on. The softmax of the logits is a probability.
+    `means` are the class means of the training examples. The softmax of the logits gives probabilities.
 
-    Reading and writing are two things. `weight` reads: it weighs features against each other, and its difference is at
-    right angles to the decision boundary. `step` writes: it is the displacement that raises a class's logit most for
-    its length, length being measured in the standardised or whitened features of the fit. Where features are taken as
-    they are (`MassMean`) the two are one; where they are standardised, the weights of a feature that varies much are
-    small although a class moves it much.
+    Reading and writing need different vectors. `weight` reads: it weighs features against each other, and the
+    difference of its rows is orthogonal to the decision boundary. `step` writes: it is the displacement that raises a
+    class's logit most per unit length, with length measured in the standardised or whitened features of the fit.
+    Without scaling (`MassMean`) the two are the same. With standardised features, a feature with large variance has a
+    small weight even if the class changes it strongly.
 
     Reference: Haufe et al. (2014), "On the interpretation of weight vectors of linear models in multivariate
     neuroimaging", on filters and patterns.
@@ -75,20 +75,20 @@ class Probe(KeepsPropertyErrors, nn.Module):
 
     @property
     def direction(self) -> Float[Tensor, "d"]:
-        """The unit vector along which an activation moves from class 0 to class 1; only two classes have one."""
+        """The unit vector along which an activation moves from class 0 to class 1; defined for two classes only."""
         self._need_two()
         across = self.step[1] - self.step[0]
         return across / across.norm()
 
     @property
     def normal(self) -> Float[Tensor, "d"]:
-        """The unit vector at right angles to the boundary between the two classes: what the probe reads."""
+        """The unit vector orthogonal to the boundary between the two classes: what the probe reads."""
         self._need_two()
         across = (self.weight[1] - self.weight[0]).detach()
         return across / across.norm()
 
     def coordinate(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """What the probe reads, in units of the activation: a step of length 1 along `direction` adds 1.
+        """The probe's reading in units of the activation: a step of length 1 along `direction` adds 1.
 
         >>> import torch
         >>> both = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
@@ -100,20 +100,20 @@ class Probe(KeepsPropertyErrors, nn.Module):
 
     @property
     def gap(self) -> float:
-        """How far apart the two class means lie by `coordinate`."""
+        """The distance between the two class means by `coordinate`."""
         here = self.coordinate(self.means)
         return float(here[1] - here[0])
 
     @property
     def middle(self) -> float:
-        """The coordinate halfway between the two class means."""
+        """The coordinate midway between the two class means."""
         return float(self.coordinate(self.means).mean())
 
     def _need_two(self) -> None:
         if len(self.bias) != 2:
             raise Absent(
-                f"a direction leads from one class to another; this probe has {len(self.bias)} ({self.classes}); fit "
-                "one on two of them"
+                f"a direction needs two classes; this probe has {len(self.bias)} ({self.classes}); fit a probe on two "
+                "of them"
             )
 
     def extra_repr(self) -> str:
@@ -124,8 +124,8 @@ class Probe(KeepsPropertyErrors, nn.Module):
 class ProbeKind(Protocol):
     """A way to fit a linear probe: rows and classes in, weights in the units of the rows out.
 
-    A kind that also has `said_of_many` (see `many.FitsMany`) gets shuffled labels for every point and every choice;
-    one that can only `fit` gets fewer.
+    A kind that also has `said_of_many` (see `many.FitsMany`) gets shuffled labels for every point and every choice; a
+    kind that only has `fit` gets fewer.
     """
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights: ...
@@ -135,8 +135,8 @@ class ProbeKind(Protocol):
 class Logistic:
     """Logistic regression with an L2 penalty on standardised features; a smaller `c` is a stronger penalty.
 
-    The features are standardised by the mean and deviation of the rows that it is fitted on, and the weights are given
-    back in the units of the activation.
+    The features are standardised with the mean and deviation of the training rows, and the weights are returned in the
+    units of the activation.
 
     Reference: Alain and Bengio (2016), "Understanding intermediate layers using linear classifier probes".
     """
@@ -171,10 +171,10 @@ class Ridge:
 
 @dataclass(frozen=True)
 class MassMean:
-    """The nearest class mean: for two classes the direction is the difference of their means, as the model has it.
+    """The nearest class mean: for two classes the direction is the difference of their means, in activation units.
 
-    Nothing is standardised. It ignores how features vary together, and is the direction that moves a model when one
-    steers along it more often than the best separating one does.
+    Nothing is standardised. This ignores how features covary. Steering along this direction changes a model's output
+    more often than steering along the best separating direction.
 
     Reference: Marks and Tegmark (2023), "The Geometry of Truth", mass-mean probing.
     """
@@ -192,7 +192,7 @@ class MassMean:
 
 @dataclass(frozen=True)
 class WhitenedMassMean:
-    """The nearest class mean after whitening within classes: Fisher's discriminant, its covariance shrunk.
+    """The nearest class mean after whitening within classes: Fisher's discriminant with shrunk covariance.
 
     Reference: Marks and Tegmark (2023), "The Geometry of Truth", mass-mean probing of i.i.d. data;
     Ledoit and Wolf (2004), "A well-conditioned estimator for large-dimensional covariance matrices".
@@ -206,7 +206,7 @@ class WhitenedMassMean:
         middle = x.mean(0)
         equal = np.full(n_classes, 1 / n_classes)
         made = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=equal).fit(x - middle, y)
-        # the step that whitening measures as steepest: covariance times weights, which are covariance^-1 times means
+        # the steepest step after whitening: covariance times weights, which are covariance^-1 times means
         return _moved(*_per_class(made), middle, step=made.means_)
 
 
@@ -224,7 +224,7 @@ def class_means(x: np.ndarray, y: np.ndarray, n_classes: int) -> np.ndarray:
 
 
 def _standardised(estimator: Any, x: np.ndarray, y: np.ndarray) -> Weights:
-    """Fit on standardised rows: w (x - m) / s + b is (w / s) x + b - (w / s) m, and a step of w is one of s w."""
+    """Fit on standardised rows: w (x - m) / s + b is (w / s) x + b - (w / s) m, and a step w becomes s w."""
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(x)
@@ -233,7 +233,7 @@ def _standardised(estimator: Any, x: np.ndarray, y: np.ndarray) -> Weights:
 
 
 def _per_class(estimator: Any) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn keeps one row for two classes; here each class has one, and their difference is that row."""
+    """scikit-learn stores one row for two classes; here each class has a row, and their difference is that row."""
     weight, bias = np.atleast_2d(estimator.coef_), np.atleast_1d(estimator.intercept_)
     if len(weight) == 1:
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
@@ -241,5 +241,5 @@ def _per_class(estimator: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _moved(weight: np.ndarray, bias: np.ndarray, origin: np.ndarray, *, step: np.ndarray) -> Weights:
-    """Weights for rows whose origin was moved, for the rows themselves."""
+    """Convert weights for shifted rows to weights for the original rows."""
     return Weights(weight, bias - weight @ origin, step)

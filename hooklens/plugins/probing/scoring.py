@@ -1,4 +1,4 @@
-"""Out-of-fold predictions: a probe is fitted on some examples and asked about others, for one point after another."""
+"""Out-of-fold predictions: a probe is fitted on some examples and predicts others, one point after another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import ProbeKind, Weights, class_means
 from hooklens.plugins.probing.task import most_common
 
-_NEVER = -1e9  # the logit of a class that the rows to fit on lack
+_NEVER = -1e9  # the logit of a class without training rows
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the probes of one point said of the examples that they were not fitted on.
+    """The predictions of one point's probes for examples that they were not fitted on.
 
-    Labels come in several labellings, the real ones first: `logits` are theirs, `right` is of all. `inner` is the
-    balanced accuracy in each fold's own inner folds, which a choice between points may use; `factor` the temperature
-    found there, so that probabilities are not tuned on the examples that they are judged by.
+    Labels come in several labellings, the real ones first: `logits` belong to the real labels, `right` to all. `inner`
+    is the balanced accuracy in each fold's inner folds, which may be used to choose a point. `factor` is the
+    temperature fitted there, so probabilities are not tuned on the examples that judge them.
     """
 
     logits: Float[Tensor, "example n_class"]
@@ -42,7 +42,7 @@ def cross_validate(
     *,
     n_inner: int = 1,
 ) -> Scored:
-    """Fit on each fold's rows and predict the others; for `n_inner` labellings once more inside the rows fitted on.
+    """Fit on each fold's training rows and predict the test rows; for `n_inner` labellings also in the inner folds.
 
     >>> from hooklens.plugins.probing.folds import make_folds
     >>> from hooklens.plugins.probing.probes import MassMean
@@ -70,7 +70,7 @@ def cross_validate(
 def predicted(
     x: np.ndarray, labels: Int[Tensor, "labelling example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
 ) -> Float[Tensor, "labelling example n_class"]:
-    """The out-of-fold logits of each labelling; 0 for examples that no fold tests."""
+    """The out-of-fold logits of each labelling; 0 for examples that are in no test fold."""
     labels = labels.cpu()
     logits = torch.zeros(*labels.shape, n_classes, dtype=torch.float64)
     for fold in folds:
@@ -83,7 +83,7 @@ def predicted(
 def asked(
     kind: ProbeKind, x: np.ndarray, labels: Int[Tensor, "labelling example"], train: Index, test: Index, n_classes: int
 ) -> Float[Tensor, "labelling test n_class"]:
-    """What probes that are fitted on some rows say of others, labelling by labelling or of all at once."""
+    """Fit on the training rows and predict the test rows, one labelling at a time or all at once."""
     known = labels[:, torch.from_numpy(train)]
     if not isinstance(kind, FitsMany):
         each = [said(x[test], fit(kind, x[train], label.numpy(), n_classes)) for label in known]
@@ -96,12 +96,12 @@ def asked(
 def correct(
     x: np.ndarray, label: Int[Tensor, "example"], n_classes: int, folds: Sequence[Fold], kind: ProbeKind
 ) -> Float[Tensor, "example"]:
-    """1 where the out-of-fold prediction is right, 0 elsewhere."""
+    """1 where the out-of-fold prediction is correct, 0 elsewhere."""
     return (predicted(x, label[None], n_classes, folds, kind)[0].argmax(1) == label.cpu()).double()
 
 
 def majority(label: Int[Tensor, "example"], folds: Sequence[Fold]) -> Float[Tensor, "example"]:
-    """1 where the class that is most common among the rows to fit on is right, 0 elsewhere."""
+    """1 where the most common class of the training rows is correct, 0 elsewhere."""
     right = torch.zeros(len(label), dtype=torch.float64)
     for fold in folds:
         test = torch.from_numpy(fold.test)
@@ -110,7 +110,7 @@ def majority(label: Int[Tensor, "example"], folds: Sequence[Fold]) -> Float[Tens
 
 
 def fit(kind: ProbeKind, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
-    """The weights of a probe; a class that the rows lack is never said."""
+    """Fit a probe; it never predicts a class without training rows."""
     there = np.unique(y)
     if len(there) == n_classes:
         return kind.fit(x, y, n_classes)
@@ -129,7 +129,7 @@ def said(x: np.ndarray, weights: Weights) -> np.ndarray:
 
 
 def as_rows(x: Float[Tensor, "example d"]) -> np.ndarray:
-    """Rows as scikit-learn computes with them."""
+    """Convert rows to the dtype that scikit-learn computes in."""
     return x.cpu().numpy().astype(np.float64)
 
 

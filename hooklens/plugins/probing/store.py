@@ -1,9 +1,8 @@
-"""Arrays that are filled batch by batch: in memory, or memory-mapped files that an interrupted run goes on filling."""
+"""Arrays that are filled batch by batch: in memory, or in memory-mapped files that an interrupted run can continue."""
 
-import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooklens.core.checksum import sealed_json, unsealed
+from hooklens.core.envelope import Schema, digest, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError, Unavailable
-from hooklens.core.files import check_writable, make_folder, read_json, reading, write_atomically
+from hooklens.core.files import check_writable, make_folder, reading
 
-_FORMAT = "hooklens.activations/2"
+_SCHEMA = Schema("hooklens.activations", 1, "a manifest of activations", "gather(..., folder=...)", as_json=True)
 _MANIFEST = "activations.json"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Memory:
-    """Arrays in memory: nothing is done beforehand, nothing is left behind."""
+    """Arrays in memory; no files are needed."""
 
     done = 0
 
@@ -29,7 +28,7 @@ class Memory:
         self.arrays = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
 
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        """One batch: `values` has the arrays' shape but for its rows, the axis before the last."""
+        """Store one batch: `values` has the shape of the arrays except for its rows, the second-last axis."""
         for name, value in values.items():
             self.arrays[name][..., rows, :] = value.to(self.arrays[name])
 
@@ -39,10 +38,10 @@ class Memory:
 
 
 class Files:
-    """Arrays in .npy files of a folder, with a manifest that says which batches are in and what each holds.
+    """Arrays in .npy files of a folder, with a manifest of the stored batches and their checksums.
 
-    While it is filled a file is called `x.npy.part`; complete, it is renamed. `key` says what is gathered: a folder
-    with another key, or with bytes that are not those that were written, is refused.
+    An unfinished file is called `x.npy.part` and is renamed when complete. `key` identifies the gathered activations: a
+    folder with another key, or with damaged content, raises an error.
     """
 
     def __init__(self, folder: Path, shapes: Shapes, dtype: torch.dtype, key: str, batches: list[list[int]]):
@@ -59,11 +58,11 @@ class Files:
 
     @property
     def done(self) -> int:
-        """How many batches are in."""
+        """The number of stored batches."""
         return len(self.sums)
 
     def write(self, rows: Tensor, values: Mapping[str, Tensor]) -> None:
-        """One batch, the next one, flushed before the manifest says that it is in."""
+        """Store the next batch, flushed before the manifest records it."""
         for name, value in values.items():
             self.maps[name][..., rows.numpy(), :] = value.cpu().numpy()
             self.maps[name].flush()
@@ -71,7 +70,7 @@ class Files:
         self._write_manifest()
 
     def finish(self) -> dict[str, Tensor]:
-        """The complete arrays, mapped copy-on-write: an edit in memory never reaches the files."""
+        """Return the complete arrays, mapped copy-on-write: edits in memory never reach the files."""
         self.maps.clear()
         for name in self.shapes:
             if self._path(name, ".part").exists():
@@ -83,28 +82,27 @@ class Files:
 
     def _read_manifest(self) -> None:
         path = self.folder / _MANIFEST
-        with reading(path, "a manifest of activations"):
-            manifest = unsealed(read_json(path, "a manifest of activations"))
-            found, key, sums = manifest["format"], manifest["key"], [str(one) for one in manifest["sums"]]
-        if found != _FORMAT or key != self.key:
+        manifest = read_envelope(path, _SCHEMA).content
+        with reading(path, _SCHEMA.what):
+            key, sums = manifest["key"], [str(one) for one in manifest["sums"]]
+        if key != self.key:
             raise FileRefused(
-                f"{self.folder} holds other activations (of other weights, prompts, sites or positions); "
+                f"{self.folder} contains other activations (of other weights, prompts, sites or positions); "
                 "delete it or give another folder"
             )
         self.sums = sums[: len(self.batches)]
 
     def _write_manifest(self) -> None:
-        with write_atomically(self.folder / _MANIFEST) as aside:
-            aside.write_text(sealed_json({"format": _FORMAT, "key": self.key, "sums": self.sums}))
+        write_envelope(self.folder / _MANIFEST, _SCHEMA, {"key": self.key, "sums": self.sums})
 
     def _open(self, name: str, known: bool) -> np.memmap:
-        """The file to write into: that of an earlier run, or a new one whose room on the disk is taken now."""
+        """Open the file to write: that of an earlier run, or a new one with its disk space allocated now."""
         part, shape = self._path(name, ".part"), self.shapes[name]
         here = next((path for path in (self._path(name), part) if path.exists()), None)
         if here is None and known and self.sums:
-            raise FileRefused(f"{self.folder} lacks {name}.npy, which its manifest tells of; delete the folder")
+            raise FileRefused(f"{self.folder} lacks {name}.npy, which its manifest lists; delete the folder")
         if here is not None and not known:
-            raise FileRefused(f"{here} is in the way and no manifest tells what it is; give another folder")
+            raise FileRefused(f"{here} already exists and is in no manifest; give another folder")
         if here is None or not self.sums:
             return self._make(part, shape)
         with reading(here, "stored activations"):
@@ -116,7 +114,7 @@ class Files:
     def _make(self, path: Path, shape: tuple[int, ...]) -> np.memmap:
         try:
             made = np.lib.format.open_memmap(path, mode="w+", dtype=self.dtype, shape=shape)
-            with open(path, "r+b") as file:  # a write into a mapped hole of a full disk would kill the process
+            with open(path, "r+b") as file:  # writing to a mapped hole on a full disk would kill the process
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
         except OSError as error:
@@ -130,17 +128,20 @@ class Files:
     def _check(self) -> None:
         for rows, found in zip(self.batches, self.sums, strict=False):
             if self._sum(rows) != found:
-                raise FileRefused(f"{self.folder} is damaged: its numbers are not those that were written; delete it")
+                raise FileRefused(f"{self.folder} is damaged: its content does not match its checksums; delete it")
 
     def _sum(self, rows: list[int]) -> str:
-        total = hashlib.blake2b(digest_size=16)
-        for name in sorted(self.maps):
-            total.update(np.ascontiguousarray(self.maps[name][..., rows, :]).data)
-        return total.hexdigest()
+        return digest(piece for name in sorted(self.maps) for piece in self._pieces(self.maps[name], rows))
+
+    def _pieces(self, array: np.memmap, rows: list[int]) -> Iterator[bytes | memoryview]:
+        """What identifies a batch in one file: the file's header, and the rows."""
+        with open(str(array.filename), "rb") as file:
+            yield file.read(array.offset)
+        yield np.ascontiguousarray(array[..., rows, :]).data
 
 
 def unnamed(shapes: Shapes, dtype: torch.dtype, batches: list[list[int]]) -> tuple[Files, Any]:
-    """Files in a folder that is removed once they are mapped: their room is free again when the arrays are."""
+    """Files in a folder that is removed once they are mapped: their disk space is freed together with the arrays."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="hooklens-activations-", ignore_cleanup_errors=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a linear probe reads at every layer, beside the controls that an accuracy needs."""
+"""The result of probing every layer: accuracy, with the controls that it needs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,20 +20,20 @@ Row = tuple[str, float, float | None, float | None, float | None, float | None]
 
 @dataclass(frozen=True, eq=False)
 class ProbeStudy(Result):
-    """How well a class can be read, example by example, out of fold, beside what reads it without the model.
+    """How well a class can be read from activations, per example and out of fold, with baselines that need no model.
 
-    `nested` is the number to report: right or wrong at the point that the fold's inner folds chose, for examples that
-    had no part in the choice or the fit. `correct` is the same at every point (whoever picks the best of these has
-    looked at the test examples). `control` is right or wrong about random labels (`control_label`) of token types, or
-    of groups where tokens do not recur (`control_by`), with folds in which types come back, and `same_split` about the
-    real labels in those very folds. `null` is the nested balanced accuracy of labels that could have been, one number a
-    draw, and `point_null` that at each point, with more draws where there are more points: `least_p` is the smallest
-    p-value that they allow. `majority`, `embed` and `context` are the most common
-    class, the token's own embedding and the mean embedding of the prompt so far.
+    `nested` is the number to report: correctness at the point that each fold's inner folds chose, for examples that
+    were used neither for the choice nor for the fit. `correct` is the same at every point (choosing the best of these
+    uses the test examples). `control` is the correctness on random labels (`control_label`) of token types, or of
+    groups where tokens do not recur (`control_by`), with folds in which types recur. `same_split` is the correctness on
+    the real labels in those folds. `null` is the nested balanced accuracy on shuffled labels, one number per draw.
+    `point_null` is the same at each point, with more draws where there are more points; `least_p` is the smallest
+    possible p-value. `majority`, `embed` and `context` are the baselines: the most common class, the token's own
+    embedding, and the mean embedding of the prompt so far.
     """
 
     task: str
-    _baselines = ("balanced_accuracy",)
+    baselines = ("balanced_accuracy",)
     kind: str
     points: list[str]
     classes: list[str]
@@ -63,43 +63,43 @@ class ProbeStudy(Result):
 
     @property
     def accuracy(self) -> float:
-        """The share of examples that are right at the point chosen in inner folds."""
+        """The accuracy at the points chosen in inner folds."""
         return float(self.nested.mean())
 
     @property
     def balanced_accuracy(self) -> float:
-        """The same, averaged within classes first: 1 / classes where nothing is read, whatever their shares."""
+        """The same, averaged within classes first: chance is 1 / classes, whatever the class shares."""
         return float(balanced(self.nested, self.label))
 
     @property
     def p(self) -> float:
-        """How often labels that say nothing reach that balanced accuracy; NaN where none were drawn."""
+        """How often shuffled labels reach this balanced accuracy; NaN without draws."""
         return float(null_p(balanced(self.nested, self.label), self.null)) if len(self.null) else float("nan")
 
     @property
     def point_p(self) -> Float[Tensor, "point"]:
-        """The same for each point, from the draws that were fitted everywhere."""
+        """The same at each point, from the draws that were fitted at every point."""
         value = balanced(self.correct, self.label)
         return null_p(value, self.point_null) if len(self.point_null) else torch.full_like(value, float("nan"))
 
     @property
     def point_q(self) -> Float[Tensor, "point"]:
-        """`point_p` over all points, as false discovery rates."""
+        """`point_p` of all points, as false discovery rates."""
         return q_values(self.point_p)
 
     @property
     def least_q(self) -> float:
-        """The smallest q that one point alone can have, with so many draws over so many points; 1 without draws."""
+        """The smallest q that a single point can reach with this number of draws and points; 1 without draws."""
         return min(1.0, len(self.points) * self.least_p)
 
     @property
     def selectivity(self) -> float:
-        """The balanced accuracy on the real labels minus that on random ones, in the same folds; NaN without these."""
+        """Balanced accuracy on the real labels minus that on random labels, in the same folds; NaN if undefined."""
         return self.selectivity_interval()[0]
 
     @property
     def point(self) -> str:
-        """Where `probe` reads: the point that is best over all folds."""
+        """The point that `probe` reads: the best one over all folds."""
         return self.points[self.best]
 
     @property
@@ -109,13 +109,13 @@ class ProbeStudy(Result):
 
     @property
     def calibration(self) -> Calibration:
-        """Said against come true, out of fold."""
+        """Predicted probability against observed frequency, out of fold."""
         return Calibration.of(self.prob, self.label)
 
     def interval(self, right: Float[Tensor, "*point example"] | None = None) -> Ends:
-        """The 95 % interval of a balanced accuracy over data sets of this size, on which probes are fitted anew.
+        """The 95 % interval of a balanced accuracy over data sets of this size, with the probes refitted on each.
 
-        Groups are resampled, and the variance is corrected for the fits: see `balanced.ends`.
+        Groups are resampled, and the variance is corrected for refitting: see `balanced.ends`.
         """
         low, high = self._ends(resampled(self.nested if right is None else right, self.label, self.group))
         return low.clamp_min(0.0), high
@@ -128,7 +128,7 @@ class ProbeStudy(Result):
         return value, float(low), float(high)
 
     def table(self, n: int | None = None) -> Table:
-        """The balanced accuracy, what else reaches it, and by how much it is better than they are."""
+        """The balanced accuracy, its baselines and controls, and the difference to them."""
         null = self.null if len(self.null) else torch.full_like(self.nested[:1], float("nan"))
         by = self.control_by or self.no_control
         control, same = self._where_chosen(self.control), self._where_chosen(self.same_split)
@@ -145,7 +145,7 @@ class ProbeStudy(Result):
         ]
         return Table(("what", "balanced accuracy", "95% low", "95% high", "accuracy", "p"), rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` points of the largest balanced accuracy. To pick one of these is to look at the test examples."""
         values, (low, high) = balanced(self.correct, self.label), self.interval(self.correct)
         columns = (values, low, high, self.correct.mean(1), self.point_p, self.point_q)
@@ -154,7 +154,7 @@ class ProbeStudy(Result):
         return Table(("point", "balanced accuracy", "95% low", "95% high", "accuracy", "p", "q"), rows)
 
     def figure(self) -> Any:
-        """Balanced accuracy by point beside the control task, with intervals over groups; shuffled labels as a line."""
+        """Balanced accuracy by point with the control task, intervals over groups, and a line for shuffled labels."""
         from hooklens.viz.curves import lines
 
         shown = {"probe": balanced(self.correct, self.label)}
@@ -188,7 +188,7 @@ class ProbeStudy(Result):
         return name, float(balanced(right, self.label)), float(low), float(high), float(right.mean()), p
 
     def over_embeddings(self) -> tuple[float, float, float]:
-        """By how much the probe is better than the better of the two embeddings, with its 95 % interval."""
+        """The probe's balanced accuracy minus that of the better embedding baseline, with its 95 % interval."""
         better = max((self.embed, self.context), key=lambda one: float(balanced(one, self.label)))
         difference = self.nested - better
         drawn = resampled(difference, self.label, self.group, least=-1.0)
@@ -205,7 +205,7 @@ class ProbeStudy(Result):
         return *self._around(drawn, float(balanced(right, label).mean())), float(right.mean())
 
     def selectivity_interval(self) -> tuple[float, float, float]:
-        """`selectivity` with its 95 % interval: groups and labellings are drawn again, both tasks' together."""
+        """`selectivity` with its 95 % interval: groups and labellings are resampled, together for both tasks."""
         if not len(self.control):
             return (float("nan"),) * 3
         pairs = [(self.same_split, self.label), (self.control, self.control_label)]
@@ -216,13 +216,13 @@ class ProbeStudy(Result):
 
 
 def _middle(drawn: Float[Tensor, "draw"]) -> tuple[float, float, float]:
-    """The mean of draws, and where their middle 95 % end."""
+    """The mean of the draws, and the ends of their middle 95 %."""
     low, high = drawn.nanquantile(drawn.new_tensor([0.025, 0.975]))
     return float(drawn.mean()), float(low), float(high)
 
 
 def _over_labellings(drawn: Float[Tensor, "draw labelling *cell"]) -> Float[Tensor, "draw *cell"]:
-    """Each draw's mean over labellings that are drawn again too: which random labels they were is chance as well."""
+    """Each draw's mean over resampled labellings: the choice of random labels is a source of variance too."""
     n = drawn.shape[1]
     again = torch.randint(n, (len(drawn), n), generator=torch.Generator().manual_seed(1))
     return drawn[torch.arange(len(drawn))[:, None], again].mean(1)

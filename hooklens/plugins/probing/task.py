@@ -1,4 +1,4 @@
-"""What a probe is asked: prompts, the positions that are read, a label for each, and who belongs together."""
+"""The data of a probe: prompts, the positions that are read, a label for each, and groups of related examples."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -28,9 +28,9 @@ Label = str | int | float | bool
 class ProbeTask(Result):
     """Examples: prompt `prompt[i]` read at position `pos[i]` has the class `label[i]`.
 
-    `entities` are the things whose identity could give an example's label away (a noun, an operand). Examples that
-    share a prompt or an entity, directly or through others, form one group: folds never split it, and intervals
-    resample it whole.
+    `entities` are the things whose identity could reveal an example's label (a noun, an operand). Examples that share a
+    prompt or an entity, directly or through others, form one group. Folds never split a group, and intervals resample
+    whole groups.
     """
 
     name: str
@@ -47,17 +47,17 @@ class ProbeTask(Result):
 
     @property
     def group(self) -> Int[Tensor, "example"]:
-        """Which examples hang together through a prompt or an entity."""
+        """The group of each example: examples linked by a prompt or an entity."""
         rows = [tuple(row.tolist()) for row in self.tokens]
         return components([[rows[i], *names] for i, names in zip(self.prompt.tolist(), self.entities, strict=True)])
 
     def text_numbers(self) -> Int[Tensor, "example"]:
-        """Which prompt each example reads, the same number for prompts of the same tokens."""
+        """The prompt number of each example; prompts with the same tokens have the same number."""
         rows = [tuple(row.tolist()) for row in self.tokens]
         return components([[rows[i]] for i in self.prompt.tolist()])
 
     def take(self, index: Int[Tensor, "chosen"]) -> "ProbeTask":
-        """Some of the examples, with the prompts they need."""
+        """Select some of the examples, with their prompts."""
         kept, prompt = self.prompt[index].unique(return_inverse=True)
         return ProbeTask(
             name=self.name,
@@ -71,12 +71,12 @@ class ProbeTask(Result):
         )
 
     def halves(self, *, seed: int = 0) -> tuple["ProbeTask", "ProbeTask"]:
-        """Two halves that share no group: one to train on, one to test a claim on."""
+        """Split into two halves that share no group: one for training, one for testing a claim."""
         first, second = halves(len(self), group=self.group, seed=seed)
         return self.take(first), self.take(second)
 
     def table(self, n: int | None = 8) -> Table:
-        """One row an example."""
+        """One row per example."""
         count = len(self) if n is None else min(whole("n", n), len(self))
         group = self.group.tolist()
         rows = [
@@ -86,7 +86,7 @@ class ProbeTask(Result):
         return Table(("prompt", "position", "label", "group"), rows)
 
     def figure(self) -> Any:
-        """How many examples each class has, and in how many groups that hang together: what folds are made of."""
+        """The number of examples of each class, and of groups that folds keep together."""
         from hooklens.viz.figures import bars
 
         kept = [self.label == one for one in range(len(self.classes))]
@@ -105,7 +105,7 @@ def read_task(
     pos: int | Sequence[int] = -1,
     name: str = "given labels",
 ) -> ProbeTask:
-    """A task of one's own: one label a prompt, read at one position of each (negative: from its end).
+    """Make a task from your own prompts: one label per prompt, read at one position (negative: from its end).
 
     >>> from hooklens.testing import tiny_model
     >>> task = read_task(tiny_model(), [[1, 2], [3, 4], [1, 5]], ["odd", "even", "odd"], group=["a", "b", "a"])
@@ -117,7 +117,7 @@ def read_task(
     places = [pos] * n if isinstance(pos, int) else list(pos)
     for what, given in (("labels", labels), ("group", group or rows), ("pos", places)):
         if len(given) != n:
-            raise InputError(f"{what} has one entry a prompt, got {len(given)} for {n} prompts")
+            raise InputError(f"{what} has one entry per prompt, got {len(given)} for {n} prompts")
     label, classes = _classes(labels)
     at = [_place(place, len(row), i) for i, (place, row) in enumerate(zip(places, rows, strict=True))]
     entities = [[] if group is None else [str(one)] for one in (group or rows)]
@@ -135,7 +135,7 @@ def read_task(
 
 
 def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:
-    """Connected components: examples with a key in common are in one, and so are examples linked through others.
+    """Connected components: examples that share a key, directly or through other examples.
 
     >>> components([["a", "b"], ["c"], ["b", "d"], ["d"]]).tolist()
     [0, 1, 0, 0]
@@ -157,11 +157,11 @@ def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:
 def _classes(labels: Sequence[Label]) -> tuple[Int[Tensor, "example"], list[str]]:
     kinds = sorted(set(labels), key=lambda one: (isinstance(one, str), one))  # type: ignore[arg-type]
     if len(kinds) < 2:
-        raise InputError(f"a probe tells classes apart, got {len(labels)} labels that are all {kinds[:1]}")
+        raise InputError(f"a probe needs at least two classes, got {len(labels)} labels that are all {kinds[:1]}")
     if len(kinds) > _MOST_CLASSES:
         raise InputError(
             f"labels are classes, at most {_MOST_CLASSES} of them; got {len(kinds)} different values in {len(labels)} "
-            "labels; sort them into bins first"
+            "labels; bin the values first"
         )
     rank: dict[Any, int] = {kind: i for i, kind in enumerate(kinds)}
     return torch.tensor([rank[one] for one in labels]), [str(kind) for kind in kinds]
@@ -169,12 +169,12 @@ def _classes(labels: Sequence[Label]) -> tuple[Int[Tensor, "example"], list[str]
 
 def _place(pos: int, length: int, index: int) -> int:
     if not -length <= pos < length:
-        raise InputError(f"position {pos} of prompt {index} was to be read, which has {length} tokens")
+        raise InputError(f"position {pos} is out of range for prompt {index}, which has {length} tokens")
     return pos % length
 
 
 def most_common(label: Int[Tensor, "example"]) -> int:
-    """The class that most examples have, the first of those that tie.
+    """The most common class; the first one if several tie.
 
     >>> most_common(torch.tensor([1, 2, 2]))
     2

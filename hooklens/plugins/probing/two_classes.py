@@ -1,4 +1,4 @@
-"""Tasks of two classes at one point of a model: what directions are compared between."""
+"""Two-class tasks at one point of a model, for comparing directions."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def task_rows(
     model: "HookedTransformer", tasks: Sequence[ProbeTask], site: Where
 ) -> tuple[str, torch.dtype, list[np.ndarray]]:
-    """The point's full name, the dtype of its activations, and each task's rows there.
+    """Return the point's full name, the dtype of its activations, and each task's rows.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.plugins.probing.labels import odd_first
@@ -29,11 +29,11 @@ def task_rows(
     """
     for task in tasks:
         if len(task.classes) != 2:
-            raise InputError(f"a direction leads from one class to another, {task.name!r} has {task.classes}; take two")
+            raise InputError(f"a direction needs two classes, {task.name!r} has {task.classes}; choose two")
     gathered = [gather(model, task, site=site) for task in tasks]
     if not gathered:
-        raise InputError("directions of tasks are compared, got no task; give at least one")
+        raise InputError("no task was given to compare directions of; give at least one")
     points = gathered[0].points
     if len(points) != 1:
-        raise InputError(f"directions are compared at one point, got {', '.join(points)}; give ('name', layer)")
+        raise InputError(f"directions are compared at a single point, got {', '.join(points)}; give ('name', layer)")
     return points[0], gathered[0].x.dtype, [as_rows(acts.x[0]) for acts in gathered]

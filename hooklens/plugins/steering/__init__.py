@@ -1,4 +1,4 @@
-"""Steering: directions from contrasts, added to the stream or taken out of it, with what that costs in fluency."""
+"""Steering: add contrast directions to the residual stream or ablate them, and measure the cost in fluency."""
 
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.coefficients import SweepSettings, sweep_coefficients

@@ -1,4 +1,4 @@
-"""Directions to take out beside the one that is asked about: at random, as the stream lies, and as much of it."""
+"""Control directions for an ablation: isotropic, distributed like the activations, or with an equal share of them."""
 
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 NULLS = ("isotropic", "as activations lie", "as large a share")
-_STEEPEST, _HALVINGS = 1e18, 120  # beyond what parts two eigenvalues that are equal but for rounding
+_STEEPEST, _HALVINGS = 1e18, 120  # enough to separate eigenvalues that differ only by rounding
 
 
 def second_moment(model: "HookedTransformer", groups: list[Pairs], names: list[str]) -> Float[Tensor, "width width"]:
     """The mean of x x^T / |x|^2 over points, prompts and positions.
 
-    u M u is then the share of an activation's squared length that lies along u: what taking u out removes, with every
-    position counting the same, however long its vector.
+    u M u is the share of an activation's squared length along u: what ablating u removes, with every position weighted
+    equally, whatever the length of its vector.
     """
     total, seen = torch.zeros((), dtype=torch.float64), 0
     for group in groups:
@@ -34,7 +34,7 @@ def second_moment(model: "HookedTransformer", groups: list[Pairs], names: list[s
 
 
 def share_of(moment: Float[Tensor, "width width"], directions: Float[Tensor, "*draw width"]) -> Float[Tensor, "*draw"]:
-    """The share of the activations that lies along each direction.
+    """The share of the activations' squared length along each direction.
 
     >>> share_of(torch.tensor([[0.75, 0.0], [0.0, 0.25]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]])).tolist()
     [0.75, 0.5]
@@ -45,10 +45,11 @@ def share_of(moment: Float[Tensor, "width width"], directions: Float[Tensor, "*d
 def random_ablations(
     moment: Float[Tensor, "width width"], direction: Float[Tensor, "width"], draws: int, seed: int
 ) -> Float[Tensor, "null draw width"]:
-    """Unit vectors of three kinds: uniform, with the activations' second moments, and with the direction's own share.
+    """Random unit vectors of three kinds: isotropic, with the activations' second moments, with the direction's share.
 
-    All are M^(a/2) g with g normal: a = 0, a = 1, and for the third kind the a, draw by draw, at which u M u is the
-    direction's. That share rises with a from the smallest eigenvalue to the largest, so that there is one.
+    All are M^(a/2) g with g normal: a = 0, a = 1, and for the third kind, draw by draw, the a at which u M u equals
+    that of the direction. This share increases with a from the smallest eigenvalue to the largest, so a solution
+    exists.
 
     >>> moment = torch.diag(torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64))
     >>> found = random_ablations(moment, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), 5, 0)
@@ -57,7 +58,7 @@ def random_ablations(
     """
     values, basis = torch.linalg.eigh(moment)
     largest = float(values[-1])
-    log = (values.clamp_min(1e-12 * largest) / largest).log()  # 0 for the largest: steep powers of it stay exact
+    log = (values.clamp_min(1e-12 * largest) / largest).log()  # 0 for the largest eigenvalue: its powers stay exact
     generator = seeded(seed)
     g = torch.randn(len(NULLS), draws, len(moment), generator=generator, dtype=torch.float64)
     matched = _exponents(log, g[2], float(share_of(moment, direction.double())) / largest)
@@ -68,9 +69,9 @@ def random_ablations(
 
 
 def _exponents(log: Float[Tensor, "width"], g: Float[Tensor, "draw width"], share: float) -> Float[Tensor, "draw"]:
-    """For each draw the a at which M^(a/2) g has that share, by halving.
+    """Find the a at which M^(a/2) g has this share, for each draw, by bisection.
 
-    The closer two eigenvalues lie, the larger an a it takes to tell them apart: a is of the order of 1 / (log's gap).
+    The closer two eigenvalues are, the larger the a that separates them: a is of the order of 1 / (gap of the logs).
     """
     low, high = (g.new_full((len(g), 1), end) for end in (-_STEEPEST, _STEEPEST))
     for _ in range(_HALVINGS):

@@ -1,4 +1,4 @@
-"""What a coefficient sweep found: effect and fluency at every coefficient, for a direction and for random ones."""
+"""The result of a coefficient sweep: effect and fluency at every coefficient, with random directions as a control."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,23 +18,24 @@ Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
 
 @dataclass(frozen=True, eq=False)
 class CoefficientSweep(Result):
-    """Effect and fluency at every coefficient, for the direction and for random ones of its length.
+    """Effect and fluency at every coefficient, for the direction and for random directions of the same length.
 
-    `metric` is read on the prompts; `base` without steering. `continuation_loss` is what the unsteered model pays for
-    the text that the steered one writes, in nats a token, `neutral_loss` what the steered model pays for neutral text:
-    either rises where steering breaks the model. `repeats` is the share of two-token sequences in a continuation that
-    occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it fluent.
+    `metric` is read on the prompts; `base_per_prompt` without steering. `continuation_loss` is what the unsteered model
+    pays for the text that the steered one writes, in nats a token, `neutral_loss` what the steered one pays for neutral
+    text: either rises where steering breaks the model. `repeats` is the share of two-token sequences in a continuation
+    that occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it
+    fluent.
     """
 
     terms = {
-        "random low": "the lower end of what random directions of the same length do",
-        "random high": "its upper end",
+        "random low": "the lower end of the effects of random directions of the same length",
+        "random high": "the upper end",
         "neutral, random": "the perplexity of neutral text under random directions",
     }
 
     coefficients: Float[Tensor, "coefficient"]
     metric: Float[Tensor, "coefficient prompt"]
-    base: Float[Tensor, "prompt"]
+    base_per_prompt: Float[Tensor, "prompt"]
     random_metric: Float[Tensor, "draw coefficient prompt"]
     continuation_loss: Float[Tensor, "coefficient prompt"]
     base_continuation_loss: Float[Tensor, "prompt"]
@@ -55,44 +56,44 @@ class CoefficientSweep(Result):
     @property
     def effect(self) -> Float[Tensor, "coefficient"]:
         """How far steering moves the metric, mean over prompts."""
-        return (self.metric - self.base).mean(1)
+        return (self.metric - self.base_per_prompt).mean(1)
 
     @property
     def random_effect(self) -> Float[Tensor, "draw coefficient"]:
         """The same for each random direction."""
-        return (self.random_metric - self.base).mean(2)
+        return (self.random_metric - self.base_per_prompt).mean(2)
 
     def interval(self, level: float = 0.95) -> Ends:
         """The interval of `effect`, by a bootstrap over groups of prompts."""
-        return mean_interval((self.metric - self.base).T, group=self.group, level=level)
+        return mean_interval((self.metric - self.base_per_prompt).T, group=self.group, level=level)
 
     def random_band(self, level: float = 0.95) -> Ends:
-        """Between which ends the effects of random directions lie."""
+        """The interval of the effects of random directions."""
         return _band(self.random_effect, level)
 
     @property
     def p(self) -> Float[Tensor, "coefficient"]:
-        """How often a random direction moves the metric as far, to either side; 1 where nothing is added."""
+        """How often a random direction changes the metric as much, in either direction; 1 at coefficient 0."""
         return null_p(self.effect.abs(), self.random_effect.abs())
 
     @property
     def q(self) -> Float[Tensor, "coefficient"]:
-        """`p` over coefficients, as false discovery rates; 0 adds nothing and is no test."""
+        """`p` of the coefficients, as false discovery rates; coefficient 0 is not a test."""
         tested = self.coefficients != 0
         return q_values(torch.where(tested, self.p, torch.nan)).where(tested, 1.0)
 
     @property
     def perplexity(self) -> Float[Tensor, "coefficient"]:
-        """Of the steered model's text, under the unsteered model."""
+        """The perplexity of the steered model's text under the unsteered model."""
         return self.continuation_loss.mean(1).exp()
 
     @property
     def neutral_perplexity(self) -> Float[Tensor, "coefficient"]:
-        """Of neutral text, under the steered model."""
+        """The perplexity of neutral text under the steered model."""
         return self.neutral_loss.mean(1).exp()
 
     def table(self, n: int | None = None) -> Table:
-        """One row a coefficient: effect and perplexity, and the beginning of what follows the first prompt."""
+        """One row per coefficient: effect, perplexity, and the beginning of the first prompt's continuation."""
         neutral = self.random_neutral_loss.mean((0, 2)).exp()
         (low, high), (least, most) = self.interval(), self.random_band()
         columns = {
@@ -112,21 +113,21 @@ class CoefficientSweep(Result):
         listed = (one.tolist() if isinstance(one, Tensor) else one for one in columns.values())
         return Table(tuple(columns), list(zip(*listed, strict=True))).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` coefficients of the largest effect, whatever its sign."""
         rows = self.table().rows
         order = self.effect.abs().argsort(descending=True, stable=True)[:k].tolist()
         return Table(self.table().columns, [rows[i] for i in order])
 
     def samples(self, prompt: int = 0) -> Table:
-        """What the model writes after one prompt, at every coefficient."""
+        """The model's continuation of one prompt at every coefficient."""
         rows = [(0.0, self.base_texts[prompt], float(self.base_continuation_loss[prompt].exp()))]
         for value, text, nat in zip(self.coefficients, self.texts, self.continuation_loss, strict=True):
             rows.append((float(value), text[prompt], float(nat[prompt].exp())))
         return Table(("coefficient", "continuation", "perplexity"), rows)
 
     def figure(self) -> Any:
-        """Effect above, perplexity below, against the coefficient, with the bands of random directions."""
+        """Effect (top) and perplexity (bottom) against the coefficient, with the bands of random directions."""
         from hooklens.viz.curves import lines
         from hooklens.viz.small_multiples import panels
 
@@ -143,7 +144,7 @@ class CoefficientSweep(Result):
         }
         ends = _band(random, 0.95)
         shaded = {"neutral text, random directions": (ends[0].exp(), ends[1].exp())}
-        below = lines(costs, x, shaded, "What it costs in fluency", x_title="coefficient", y_title="perplexity")
+        below = lines(costs, x, shaded, "Cost in fluency", x_title="coefficient", y_title="perplexity")
         below.update_yaxes(type="log", dtick="D2")
         return panels([above, below])
 

@@ -1,4 +1,4 @@
-"""How much steering does what, and at what price? Effect and fluency over coefficients, beside random directions."""
+"""The effect of steering and its cost: effect and fluency over coefficients, compared with random directions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.positions import Positions
-from hooklens.plugins.steering.steering_edit import Direction, adding, of_point, point_shape, steer
-from hooklens.plugins.steering.variants import Hooks, Row, Variants, check_texts, first_layer, unit_controls
+from hooklens.plugins.steering.steering_edit import Adding, Direction, of_point, point_shape, steer
+from hooklens.plugins.steering.variants import Row, Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result
+from hooklens.sweeps.many_edits import Hooks
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SweepSettings:
-    """How a coefficient sweep runs.
+    """Settings of a coefficient sweep.
 
-    `controls`: how many random directions, or the directions themselves, `[draw ...]`; they are brought to the
-    direction's length, layer by layer and head by head where it has such axes. `written`: how many of these also write
-    text. `group` has one label a prompt: intervals resample groups.
+    `controls` is the number of random directions, or the directions themselves, `[draw ...]`; they are scaled to the
+    direction's length, separately for each layer and head if it has these axes. `written` is how many of them also
+    generate text. `group` has one label per prompt: intervals resample groups.
     """
 
     controls: int | Float[Tensor, "draw *point"] = 24
@@ -57,12 +58,12 @@ def sweep_coefficients(
     neutral: Prompts | None = None,
     settings: SweepSettings | None = None,
 ) -> CoefficientSweep:
-    """How does the metric move with the coefficient, what does that cost in fluency, and would any direction do?
+    """How does the metric depend on the coefficient, what is the cost in fluency, and would any direction do the same?
 
-    Every number stands beside that of random directions of the same length. `metric` is read on the prompts, steered;
-    then each prompt is continued, steered. `direction` is what `steer` takes: one vector, or one a layer, and at heads
-    one a head; one coefficient scales it all. `neutral` is text that should stay as likely as it was, steered at every
-    position; None takes the unsteered model's own continuations.
+    Every number is reported with that of random directions of the same length. The metric is measured on the steered
+    prompts; then each prompt is continued with steering. `direction` is as in `steer`: one vector, or one per layer,
+    and at heads one per head; one coefficient scales all of them. `neutral` is text whose likelihood should not change,
+    steered at every position; None uses the unsteered model's own continuations.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
@@ -74,14 +75,14 @@ def sweep_coefficients(
     (0.0, True, torch.Size([4, 2]))
 
     Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
-    Activation Addition", section 5 (effect over multipliers, and what it does to other abilities).
+    Activation Addition", section 5 (effect over multipliers, and the effect on other abilities).
     """
     made = settings or SweepSettings()
     plan = _planned(model, direction, coefficients, site, made)
     groups, rows = read_pairs(model, prompts, prompts, ()), rows_of(model, prompts, "prompts")
     check_metric(metric, groups)
     if made.group is not None and len(made.group) != len(rows):
-        raise InputError(f"settings.group has one label a prompt, got {len(made.group)} for {len(rows)} prompts")
+        raise InputError(f"settings.group has one label per prompt, got {len(made.group)} for {len(rows)} prompts")
     with torch.no_grad(), packed_linears(rows=1024):
         texts, losses, repeats = _written(model, plan, rows, made)
         read, starts = texts.tokens[: len(rows)], [len(row) for row in rows]
@@ -111,8 +112,8 @@ def sweep_coefficients(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is run: edit 0 adds nothing. `of` says which edit is the direction (row 0), or a random one, at which
-    coefficient; those of coefficient 0 are edit 0."""
+    """The runs of a sweep: edit 0 adds nothing. `of` gives the edit of the direction (row 0) or of a random one at each
+    coefficient; coefficient 0 is edit 0."""
 
     coefficients: Float[Tensor, "coefficient"]
     names: list[str]
@@ -121,7 +122,7 @@ class _Plan:
     everywhere: Variants
 
     def split(self, values: Float[Tensor, "edit x"]) -> tuple[Tensor, Tensor, Tensor]:
-        """At every coefficient, without steering, and for every random direction that `values` knows."""
+        """Split into the direction at every coefficient, no steering, and every random direction in `values`."""
         known = self.of[1:][self.of[1:].amax(1) < len(values)]
         return values[self.of[0]], values[0], values[known]
 
@@ -131,10 +132,10 @@ def _planned(
 ) -> _Plan:
     if made.positions == "generated":
         raise InputError("the metric is read on prompts, where positions='generated' adds nothing; use slice(-1, None)")
-    steer(model, direction, 1.0, site=site, positions=made.positions)  # refuses what cannot be added there
+    steer(model, direction, 1.0, site=site, positions=made.positions)  # raises if it cannot be added there
     amounts = torch.as_tensor(list(coefficients), dtype=torch.float64)
     if not len(amounts) or not bool(amounts.isfinite().all()):
-        raise InputError("a sweep takes at least one finite coefficient")
+        raise InputError("a sweep needs at least one coefficient, and all must be finite")
     wide = direction.detach().double().cpu()
     controls = unit_controls(made.controls, wide, made.seed) * wide.norm(dim=-1, keepdim=True)
     names = [point.name for point in model.resolve(site)]
@@ -149,7 +150,7 @@ def _planned(
 
     def edits(positions: Positions) -> Variants:
         def hooks(index: Int[Tensor, "row"]) -> Hooks:
-            return [(name, adding(at[name][index], torch.ones(()), positions)) for name in names]
+            return [(name, Adding(at[name][index], torch.ones(()), positions)) for name in names]
 
         return Variants(len(vectors), hooks, first_layer(names))
 
@@ -159,7 +160,7 @@ def _planned(
 def _written(
     model: "HookedTransformer", plan: _Plan, rows: list[Row], made: SweepSettings
 ) -> tuple[Generation, Float[Tensor, "edit prompt"], Float[Tensor, "edit prompt"]]:
-    """What is written after every prompt under the first edits, what the unsteered model pays for it, and repeats."""
+    """The continuations of every prompt under the first edits, the unsteered model's loss on them, and repeats."""
     n = 1 + int(plan.of[: 1 + made.written].amax())
     options = {"max_new_tokens": made.new_tokens, "temperature": made.temperature, "seed": made.seed}
     texts = plan.edits.generate(model, rows, torch.arange(n), options)
@@ -169,19 +170,19 @@ def _written(
 
 @dataclass(frozen=True, eq=False)
 class NoSweep(Result):
-    """What the demo returns for a model that cannot write."""
+    """The demo's result for a model that cannot generate."""
 
     needs: str
 
     def figure(self) -> Any:
-        """That there is nothing to draw."""
+        """An empty figure that says what the model needs."""
         from hooklens.viz.figures import bars
 
         return bars(torch.zeros(1), labels=[self.needs], title=f"Needs {self.needs}")
 
 
 def demo(model: "HookedTransformer") -> CoefficientSweep | NoSweep:
-    """A random direction after the first block, at three coefficients, and the logit of token 1."""
+    """A random direction after the first block, at three coefficients, and its effect on the logit of token 1."""
     if not model.cfg.causal or model.cfg.d_vocab_out != model.cfg.d_vocab:
         return NoSweep("a model that can continue text")
     prompts = demo_texts(model, 4, min(4, model.cfg.n_ctx - 3))

@@ -1,4 +1,4 @@
-"""Contrast directions: what tells two kinds of prompts apart at each layer, tested on prompts it was not made from."""
+"""Contrast directions: the difference of two kinds of prompts at each layer, tested on held-out prompts."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.core.names import AXES, site
 from hooklens.core.progress_bar import progress
@@ -20,23 +21,24 @@ from hooklens.results.statistics import null_p, q_values, quantiles
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 200  # shuffled labellings: a direction is fitted to each on every split
 _TOKENS_AT_ONCE = 2048
 _KEPT = 32  # shuffled directions kept for use as controls
 
 
 @dataclass(frozen=True, eq=False)
 class ContrastDirections(Result):
-    """The difference of the two means at every layer, and how well it separates prompts that it was not made from.
+    """The difference of the two means at every layer, and how well it separates held-out prompts.
 
-    `separation` is the chance that a held-out positive prompt lies further along the direction than a held-out negative
-    one (area under the ROC curve: 0.5 is chance). `gap` is how far apart the held-out means lie along it, in units of
-    the difference that it was made from: 1 where it carries over whole. `null` is the separation with labels shuffled,
-    `shuffled` the difference of means for some of these: directions that are as large as chance makes them. `norm` is
-    the mean norm of an activation.
+    `separation` is the probability that a held-out positive prompt lies further along the direction than a held-out
+    negative one (area under the ROC curve: 0.5 is chance). `gap` is the distance of the held-out means along the
+    direction, in units of the training difference: 1 if it generalises fully. `null` is the separation with shuffled
+    labels, and `shuffled` contains the differences of means for some of these shuffles: directions as large as chance
+    produces. `norm` is the mean norm of an activation.
     """
 
     terms = {
-        "shuffled": "the mean separation where the labels are shuffled; 0.5 is chance",
+        "shuffled": "the mean separation with shuffled labels; 0.5 is chance",
     }
 
     direction: Float[Tensor, "layer width"]
@@ -53,7 +55,7 @@ class ContrastDirections(Result):
     folds: int
 
     def at(self, layer: int) -> Float[Tensor, "width"]:
-        """The direction of one layer: coefficient 1 moves a negative prompt to where positive ones are on average."""
+        """The direction of one layer: coefficient 1 moves a negative prompt to the mean of the positive ones."""
         return self.direction[layer]
 
     @property
@@ -63,41 +65,41 @@ class ContrastDirections(Result):
 
     @property
     def q(self) -> Float[Tensor, "layer"]:
-        """`p` over layers, as false discovery rates."""
+        """`p` of the layers, as false discovery rates."""
         return q_values(self.p)
 
     @property
     def best(self) -> int:
-        """The layer of the best held-out separation; of equal ones the first."""
+        """The layer with the best held-out separation; the first one if several tie."""
         return int((self.separation == self.separation.max()).long().argmax())
 
     @property
     def best_p(self) -> float:
-        """How often the best layer under shuffled labels does as well as `best`: the choice of layer counted in."""
+        """How often the best layer under shuffled labels does as well as `best`: corrected for choosing the layer."""
         return float(null_p(self.separation.max(), self.null.max(1).values))
 
     def table(self, n: int | None = None) -> Table:
-        """One row a layer."""
+        """One row per layer."""
         columns = ("layer", "held-out separation", "shuffled", "p", "q", "gap carried over", "norm", "activation norm")
         sizes = self.direction.norm(dim=1)
         parts = (self.separation, self.null.mean(0), self.p, self.q, self.gap, sizes, self.norm)
         rows = zip(*(part.tolist() for part in parts), strict=True)
-        return Table(columns, [(f"L{i}", *row) for i, row in enumerate(rows)]).head(n)
+        return Table(columns, [(layer_name(i), *row) for i, row in enumerate(rows)]).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top(self, k: int = 10) -> Table:
         """The `k` layers of the best held-out separation, of equal ones the first."""
         rows = self.table().rows
         order = sorted(range(len(rows)), key=lambda i: -float(self.separation[i]))
         return Table(self.table().columns, [rows[i] for i in order[:k]])
 
     def figure(self) -> Any:
-        """Held-out separation by layer, over the band of shuffled labels."""
+        """Held-out separation by layer, with the band of shuffled labels."""
         from hooklens.viz.curves import lines
 
         values = {"held out": self.separation, "shuffled labels": self.null.mean(0), "gap carried over": self.gap}
         ends = quantiles(self.null, (0.025, 0.975))
         axes: dict[str, Any] = {"x_title": f"layer of {self.site}", "y_title": "area under the ROC curve"}
-        title = "Where do the two kinds of prompts come apart?"
+        title = "At which layer can the two kinds of prompts be separated?"
         return lines(values, bands={"shuffled labels": (ends[0], ends[1])}, title=title, **axes)
 
 
@@ -109,15 +111,16 @@ def find_direction(
     site: str = "resid_post",
     pos: int | None = -1,
     group: Int[Tensor, "pair"] | None = None,
-    draws: int = 200,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> ContrastDirections:
-    """Which direction tells positive prompts from negative ones, at each layer, and does it hold on other prompts?
+    """Which direction separates positive from negative prompts at each layer, and does it generalise to other prompts?
 
     The direction is the difference of the two mean activations, at one position (negative: from the end) or, for None,
-    over all of a prompt's. It is tested by folds: made from four fifths of the prompts and asked about the rest.
-    As many positive as negative prompts are taken for pairs, in order: a pair goes to one fold, and the null swaps
-    labels within pairs. `group` has one label a pair: pairs of one group share a fold and are swapped together.
+    averaged over all positions of a prompt. It is cross-validated: computed from four fifths of the prompts and tested
+    on the rest. If there are as many positive as negative prompts, they form pairs, in order: a pair goes to one fold,
+    and the null swaps labels within pairs. `group` has one label per pair: pairs of one group share a fold and are
+    swapped together.
 
     >>> from hooklens.testing import tiny_model
     >>> found = find_direction(tiny_model(), [[i, 1] for i in range(10)], [[i, 2] for i in range(10)], draws=99)
@@ -155,7 +158,7 @@ def _vector_site(name: str) -> str:
     found = site(name).name
     if AXES.get(found, ())[:2] != ("batch", "pos") or len(AXES[found]) != 3 or found in ("scale", "embed", "pos_embed"):
         raise InputError(
-            f"a direction needs one vector a position at every layer, such as resid_post, attn_out, mlp_out or post; "
+            f"a direction needs one vector per position at every layer, such as resid_post, attn_out, mlp_out or post; "
             f"got {name!r}"
         )
     return found
@@ -188,11 +191,12 @@ def _gathered(
 def _check_position(rows: list[Int[Tensor, "_pos"]], pos: int | None) -> None:
     shortest = min(map(len, rows))
     if pos is not None and not -shortest <= pos < shortest:
-        raise InputError(f"position {pos} was asked for, and the shortest prompt has {shortest} tokens")
+        raise InputError(f"position {pos} is out of range: the shortest prompt has {shortest} tokens")
 
 
 def demo(model: "HookedTransformer") -> ContrastDirections:
     """Prompts that end in the right answer against the same ones that end in a wrong one."""
-    start, _, *ends = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    pairs = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
+    start, ends = pairs.clean, (pairs.answer, pairs.wrong_answer)
     positive, negative = (torch.cat([start, torch.tensor(end).to(start)[:, None]], 1) for end in ends)
     return find_direction(model, positive, negative, draws=99)

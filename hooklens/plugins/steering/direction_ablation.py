@@ -1,4 +1,4 @@
-"""Does the model need a direction? The metric and the loss without it, beside the same without random ones."""
+"""Does the model need a direction? The metric and the loss after ablating it, compared with random directions."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
-from hooklens.plugins.steering.steering_edit import ablate_direction, removing, stream_sites
-from hooklens.plugins.steering.variants import Hooks, Variants, check_texts, first_layer, unit_controls
+from hooklens.plugins.steering.steering_edit import Removing, ablate_direction, stream_sites
+from hooklens.plugins.steering.variants import Variants, check_texts, first_layer, unit_controls
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, null_p, quantiles
+from hooklens.sweeps.many_edits import Hooks
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -26,16 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class DirectionAblation(Result):
-    """The metric and the loss of neutral text with the direction taken out, and with random directions taken out.
+    """The metric and the loss on neutral text after ablating the direction, and after ablating random directions.
 
-    The losses are in nats a token. `share` is how much of the activations' squared length lies along the direction,
-    each position counting the same. Random directions are of three `nulls`: isotropic ones, which hold little of the
-    stream, so that beating them says little; ones that lie as the activations do; and ones that hold as large a share
-    of them as the direction. Directions that were given make one null, "given".
+    The losses are in nats per token. `share` is the share of the activations' squared length along the direction, with
+    every position weighted equally. There are three `nulls` of random directions: isotropic ones, which contain little
+    of the stream, so exceeding them shows little; directions distributed like the activations; and directions with as
+    large a share as the direction itself. Directions given by the caller form one null, "given".
     """
 
     metric: Float[Tensor, "prompt"]
-    base: Float[Tensor, "prompt"]
+    base_per_prompt: Float[Tensor, "prompt"]
     random_metric: Float[Tensor, "null draw prompt"]
     neutral_loss: Float[Tensor, "text"]
     base_neutral_loss: Float[Tensor, "text"]
@@ -49,29 +50,29 @@ class DirectionAblation(Result):
     @property
     def effect(self) -> float:
         """How far the metric moves when the direction is taken out, mean over prompts."""
-        return float((self.metric - self.base).mean())
+        return float((self.metric - self.base_per_prompt).mean())
 
     @property
     def random_effect(self) -> Float[Tensor, "null draw"]:
         """The same for each random direction."""
-        return (self.random_metric - self.base).mean(2)
+        return (self.random_metric - self.base_per_prompt).mean(2)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """The interval of `effect`, by a bootstrap over groups of prompts."""
-        low, high = mean_interval(self.metric - self.base, group=self.group, level=level)
+        low, high = mean_interval(self.metric - self.base_per_prompt, group=self.group, level=level)
         return float(low), float(high)
 
     def random_band(self, level: float = 0.95) -> tuple[Float[Tensor, "null"], Float[Tensor, "null"]]:
-        """Between which ends the effects of random directions lie, for each null."""
+        """The interval of the effects of random directions, for each null."""
         low, high = _ends(self.random_effect, level)
         return low, high
 
     @property
     def against(self) -> list[str]:
-        """Where the whole interval lies, for each null: "beyond" 95 % of random directions, "inside", or neither.
+        """The position of the whole interval, for each null: "beyond" 95 % of random directions, "inside", or neither.
 
-        Sizes are compared, whatever the sign. Only "beyond" speaks for the direction, and only "inside" against it: a
-        large p alone is "undecided".
+        Absolute values are compared. Only "beyond" supports the direction, and only "inside" is evidence against it: a
+        large p alone means "undecided".
         """
         low, high = self.interval()
         most = torch.quantile(self.random_effect.abs(), 0.95, dim=1).tolist()
@@ -83,17 +84,17 @@ class DirectionAblation(Result):
 
     @property
     def null_p(self) -> Float[Tensor, "null"]:
-        """How often taking out a random direction moves the metric as far, to either side, for each null."""
+        """How often ablating a random direction changes the metric as much, in either direction, for each null."""
         null = self.random_effect.abs().T
         return null_p(torch.full_like(null[0], abs(self.effect)), null)
 
     @property
     def p(self) -> float:
-        """The same for the last null: directions that hold as large a share, or those given."""
+        """`null_p` of the last null: directions with as large a share, or the given ones."""
         return float(self.null_p[-1])
 
     def table(self, n: int | None = None) -> Table:
-        """The direction, and random ones: effect with its ends, p, where the interval lies, share, perplexity."""
+        """The direction and the random ones: effect with interval, p, position of the interval, share, perplexity."""
         mean, (least, most), paid = (
             self.random_effect.mean(1),
             self.random_band(),
@@ -119,13 +120,13 @@ class DirectionAblation(Result):
         return Table(columns, rows).head(n)
 
     def figure(self) -> Any:
-        """The effect on the metric and the rise of the loss, with the ranges of random directions."""
+        """The effect on the metric and the increase of the loss, with the ranges of random directions."""
         from hooklens.viz.figures import bars
         from hooklens.viz.small_multiples import panels
 
         rise = self.neutral_loss - self.base_neutral_loss
         random_rise = (self.random_neutral_loss - self.base_neutral_loss).mean(2)
-        moved = self.metric - self.base
+        moved = self.metric - self.base_per_prompt
         own = (
             (moved, self.random_effect, mean_interval(moved, group=self.group), "metric"),
             (rise, random_rise, mean_interval(rise), "loss of neutral text"),
@@ -155,11 +156,11 @@ def measure_direction_ablation(
     group: Int[Tensor, "prompt"] | None = None,
     controls: int | Float[Tensor, "draw width"] = 24,
 ) -> DirectionAblation:
-    """What does the model lose when it can no longer use a direction, and would it lose as much without any other?
+    """What does the model lose when it cannot use a direction, and would it lose as much without any other direction?
 
-    The direction is taken out of the stream wherever it stands, or at chosen sites. `neutral` is text whose loss should
-    not change; None takes the prompts themselves. `group` has one label a prompt: the interval resamples groups.
-    `controls` is a number of random directions of each kind, the same in every call, or the directions.
+    The direction is ablated everywhere in the stream, or at chosen sites. `neutral` is text whose loss should not
+    change; None uses the prompts themselves. `group` has one label per prompt: the interval resamples groups.
+    `controls` is the number of random directions of each kind (the same in every call), or the directions themselves.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -171,9 +172,9 @@ def measure_direction_ablation(
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", sections 2.4 and 3.
     """
     if direction.ndim != 1:
-        raise InputError(f"one direction [width] is taken out and compared, got {list(direction.shape)}")
+        raise InputError(f"direction_ablation needs a single direction [width], got {list(direction.shape)}")
     where = stream_sites(model) if sites is None else sites
-    ablate_direction(model, direction, sites=where)  # refuses what cannot be ablated there
+    ablate_direction(model, direction, sites=where)  # raises if it cannot be ablated there
     names = [point.name for point in model.resolve(where)]
     groups, rows = read_pairs(model, prompts, prompts, ()), rows_of(model, prompts, "prompts")
     check_metric(metric, groups)
@@ -185,7 +186,7 @@ def measure_direction_ablation(
     vectors = torch.cat([wide[None], random.flatten(0, 1)])
 
     def hooks(index: Int[Tensor, "row"]) -> Hooks:
-        return [(name, removing(vectors[index], "all")) for name in names]
+        return [(name, Removing(vectors[index], "all")) for name in names]
 
     texts = check_texts(rows if neutral is None else rows_of(model, neutral, "neutral"), "neutral")
     edited, plain = Variants(len(vectors), hooks, first_layer(names)), Variants(1, lambda index: [], 0)
@@ -204,20 +205,20 @@ def _controls(
     controls: int | Float[Tensor, "draw width"], moment: Float[Tensor, "width width"], direction: Float[Tensor, "width"]
 ) -> tuple[Float[Tensor, "null draw width"], list[str]]:
     """Random directions by null, and the nulls' names."""
-    given = unit_controls(controls, direction, 0)  # refuses what are none
+    given = unit_controls(controls, direction, 0)  # raises if these are not directions
     if isinstance(controls, Tensor):
         return given[None], ["given"]
     return random_ablations(moment, direction, controls, 0), list(NULLS)
 
 
 def demo(model: "HookedTransformer") -> DirectionAblation:
-    """The direction that raises one token's logit, taken out everywhere; its effect on that logit."""
+    """Ablate the direction that raises one token's logit, everywhere; measure the effect on that logit."""
     prompts = demo_texts(model, 4, 4)
     token = 1 % model.cfg.d_vocab_out
 
     def logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
         return logits[:, -1, token]
 
-    post = getattr(model.blocks[0], "renorms_stream", False)  # the stream cannot be cleared of a direction there
-    direction, sites = model.W_U[:, token].detach(), "resid_post" if post else None
+    everywhere = model.blocks[0].not_a_sum is None  # else the stream cannot be cleared of a direction
+    direction, sites = model.W_U[:, token].detach(), None if everywhere else "resid_post"
     return measure_direction_ablation(model, prompts, direction, logit, sites=sites, controls=8)

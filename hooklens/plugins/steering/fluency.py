@@ -1,4 +1,4 @@
-"""Is text fluent? What the model itself, unsteered, pays for it, and how much of it repeats."""
+"""Is a text fluent? The loss of the unsteered model on it, and how much of it is repeated."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ _LOGITS_AT_ONCE = 2**25
 
 
 def continuation_loss(model: "HookedTransformer", written: Generation) -> Float[Tensor, "text"]:
-    """Nats a new token that the model, as it is here, pays for each continuation.
+    """The model's loss on each continuation, in nats per new token, with the hooks that are active now.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -31,7 +31,7 @@ def continuation_loss(model: "HookedTransformer", written: Generation) -> Float[
     found = []
     for rows in torch.arange(len(tokens)).split(max(1, _LOGITS_AT_ONCE // (len(step) * model.cfg.d_vocab_out))):
         read = model(tokens[rows], attention_mask=real[rows], stop_at_layer=model.cfg.n_layers)
-        stream = read.as_subclass(torch.Tensor)  # by column: of short rows padding is read too, and not counted below
+        stream = read.as_subclass(torch.Tensor)  # by column: padding of short rows is read too, and not counted below
         each = torch.arange(len(rows))[:, None]
         paid = nats(model.read_out(stream[each, at[rows] - 1]), tokens[rows].gather(1, at[rows]))
         found.append((paid * (step < new[rows, None])).sum(1) / new[rows])
@@ -39,7 +39,7 @@ def continuation_loss(model: "HookedTransformer", written: Generation) -> Float[
 
 
 def repeated(ids: Int[Tensor, "pos"]) -> float:
-    """The share of two-token sequences that occurred before in the same text.
+    """The share of two-token sequences that occurred earlier in the same text.
 
     >>> repeated(torch.tensor([1, 2, 1, 2, 1])), repeated(torch.tensor([1, 2, 3]))
     (0.5, 0.0)

@@ -1,4 +1,4 @@
-"""A difference of means tested on prompts that it was not made from, and the same with labels that mean nothing."""
+"""Cross-validation of a difference of means, and its null distribution under shuffled labels."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +18,7 @@ Signs = Float[Tensor, "draw prompt"]
 
 @dataclass(frozen=True)
 class Split:
-    """Positive prompts, then negative ones: which are tested together, and how labels may be shuffled."""
+    """Positive prompts, then negative ones: the folds, and how labels may be shuffled."""
 
     n_positive: int
     n_negative: int
@@ -31,7 +31,7 @@ class Split:
         return torch.cat([torch.ones(self.n_positive), -torch.ones(self.n_negative)]).double()
 
     def shuffled(self, draws: int, generator: torch.Generator) -> Signs:
-        """Labels as they could have fallen: swapped within the pairs of a group, or dealt anew where there are none."""
+        """Shuffled labels: swapped within the pairs of a group, or permuted if there are no pairs."""
         label = self.labels()
         if self.paired:
             n = int(self.group.max()) + 1
@@ -41,7 +41,7 @@ class Split:
 
 
 class Separation(NamedTuple):
-    """What `cross_fit` found: see `ContrastDirections`."""
+    """The result of `cross_fit`: see `ContrastDirections`."""
 
     separation: Float[Tensor, "layer"]
     gap: Float[Tensor, "layer"]
@@ -51,7 +51,7 @@ class Separation(NamedTuple):
 
 
 def made_splits(n_positive: int, n_negative: int, group: Int[Tensor, "pair"] | None, seed: int) -> Split:
-    """Folds over groups of pairs; over single prompts where there are not as many of one kind as of the other.
+    """Folds over groups of pairs, or over single prompts if the two kinds differ in number.
 
     >>> split = made_splits(3, 3, None, 0)
     >>> split.paired, len(split.folds), bool(sum(fold.long() for fold in split.folds).eq(1).all())
@@ -60,7 +60,7 @@ def made_splits(n_positive: int, n_negative: int, group: Int[Tensor, "pair"] | N
     paired = n_positive == n_negative
     if group is not None and not paired:
         raise InputError(
-            f"group has one label a pair, and {n_positive} positive and {n_negative} negative prompts make no pairs"
+            f"group has one label per pair, but {n_positive} positive and {n_negative} negative prompts make no pairs"
         )
     generator = seeded(seed)
     if paired:
@@ -85,13 +85,13 @@ def made_splits(n_positive: int, n_negative: int, group: Int[Tensor, "pair"] | N
 
 
 def cross_fit(acts: Acts, split: Split, draws: int, seed: int, *, keep: int) -> Separation:
-    """The held-out separation of the labels as they are, and as they could have fallen.
+    """The held-out separation with the actual labels and with shuffled labels.
 
-    A direction is a weighted sum of activations, so that every projection follows from their Gram matrix: a draw costs
-    prompts squared, whatever the width.
+    A direction is a weighted sum of activations, so every projection follows from their Gram matrix. A draw costs the
+    number of prompts squared, whatever the width.
     """
     wide = acts.double()
-    wide = wide - wide.mean(1, keepdim=True)  # no projection that is compared changes, and no digits are lost
+    wide = wide - wide.mean(1, keepdim=True)  # this changes no compared projection, and it avoids cancellation
     gram = wide @ wide.mT
     signs = split.shuffled(draws, seeded(seed, 1))
     label = split.labels()[None]
@@ -105,14 +105,14 @@ def cross_fit(acts: Acts, split: Split, draws: int, seed: int, *, keep: int) -> 
 
 
 def _separation(score: Float[Tensor, "layer draw prompt"], signs: Signs) -> Float[Tensor, "layer draw"]:
-    """The chance that a positive prompt scores above a negative one."""
+    """The probability that a positive prompt scores above a negative one."""
     return torch.stack([auc(score[:, i], sign > 0) for i, sign in enumerate(signs)], 1)
 
 
 def _held_out(
     gram: Float[Tensor, "layer prompt prompt"], signs: Signs, folds: list[Bool[Tensor, "prompt"]]
 ) -> Float[Tensor, "layer draw prompt"]:
-    """Each prompt's coordinate along the direction made without its fold: 0 midway, 1 the distance of the means."""
+    """Each prompt's coordinate along the direction of the other folds: 0 is midway, 1 the distance of the means."""
     score = gram.new_zeros(len(gram), *signs.shape)
     for fold in folds:
         weight = _weights(signs, ~fold)  # the direction, as weights of activations
@@ -125,7 +125,7 @@ def _held_out(
 
 
 def _weights(signs: Signs, rows: Bool[Tensor, "prompt"]) -> Signs:
-    """The weights that make a difference of means of these rows."""
+    """The weights of these rows whose sum is the difference of means."""
     kept = signs * rows
     above, below = kept.clamp_min(0), kept.clamp_max(0)
     return above / above.sum(1, keepdim=True).clamp_min(1) + below / -below.sum(1, keepdim=True).clamp_max(-1)

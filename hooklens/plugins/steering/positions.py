@@ -1,4 +1,4 @@
-"""Which positions of a forward pass an edit touches, counted in real tokens, in a prompt and while generating."""
+"""The positions of a forward pass that an edit changes, counted in real tokens, in a prompt and during generation."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -15,7 +15,7 @@ NAMES = ("all", "prompt", "generated")
 
 
 def checked(positions: Positions) -> Positions:
-    """The positions as given, or an error that says what may be given.
+    """Validate positions; an invalid value raises an error that lists the valid ones.
 
     >>> checked("generated"), checked(-1), checked([0, 3])
     ('generated', [-1], [0, 3])
@@ -27,19 +27,19 @@ def checked(positions: Positions) -> Positions:
     if isinstance(positions, slice):
         ends = (positions.start, positions.stop)
         if positions.step not in (None, 1) or any(end is not None and not isinstance(end, int) for end in ends):
-            raise InputError(f"a slice of positions has whole ends and no step, got {positions}")
+            raise InputError(f"a slice of positions needs integer ends and no step, got {positions}")
         return positions
     many = [positions] if isinstance(positions, int) else positions
     if not isinstance(many, Sequence | Tensor) or any(isinstance(i, bool) for i in many):
-        raise WrongType(f"positions are {', '.join(map(repr, NAMES))}, numbers or a slice, got {positions!r:.60}")
+        raise WrongType(f"positions must be {', '.join(map(repr, NAMES))}, numbers or a slice, got {positions!r:.60}")
     return [int(i) for i in many]
 
 
 def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
-    """Which of the `n_new` positions of this forward pass are meant; True for all, False for none.
+    """Which of the `n_new` positions of this forward pass are selected; True for all, False for none.
 
-    Numbers count real tokens from each row's first, padding left out; negative ones from the end of its prompt, which
-    is the forward pass of `step` 0. Every later position comes after the whole prompt.
+    Numbers count real tokens from each row's first, without padding. Negative numbers count from the end of the row's
+    prompt, which is the forward pass of `step` 0. All later positions come after the whole prompt.
 
     >>> call = HookCall("hook_embed", step=0, offset=0)
     >>> touched(slice(-1, None), call, 4).tolist(), touched([0, -2], call, 4).tolist()
@@ -70,7 +70,7 @@ def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "b
 def _places(
     hook: HookCall, n_new: int
 ) -> tuple[Int[Tensor, "batch_or_one new_pos"], Int[Tensor, "batch_or_one 1"], Bool[Tensor, "batch_or_one new_pos"]]:
-    """Each new position's number among the real tokens of its row, how many those are, and which positions are real."""
+    """Each new position's number among its row's real tokens, their count, and which positions are real."""
     if hook.seen is None:
         place = torch.arange(hook.offset, hook.offset + n_new)[None]
         return place, torch.tensor([[hook.offset + n_new]]), torch.ones_like(place, dtype=torch.bool)

@@ -1,7 +1,6 @@
 """Many edits of the same prompts at once: rows of one batch, started at the first layer that is edited."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,45 +9,28 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
-from hooklens.core.hooks import HookFn
-from hooklens.core.names import Where, parse
+from hooklens.core.names import parse
 from hooklens.core.progress_bar import Advance
 from hooklens.data.prompts import Pairs
 from hooklens.generation.sampling import Generation
 from hooklens.plugins.patching.grid import in_order
-from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.many_edits import Edits
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-Hooks = list[tuple[Where, HookFn]]
 Row = Int[Tensor, "_pos"]  # texts of one call differ in length
-_TOKENS_AT_ONCE = 2048
 _LOGITS_AT_ONCE = 2**25
 
 
-@dataclass(frozen=True)
-class Variants:
-    """`n` edits of a model: `hooks(index)` gives the hooks of a batch whose row i is edited as variant index[i]."""
-
-    n: int
-    hooks: Callable[[Int[Tensor, "row"]], Hooks]
-    first_layer: int
+class Variants(Edits):
+    """Edits of a model, and what it says with them: the metric of prompts, the loss of texts, continuations."""
 
     def metric(
         self, model: "HookedTransformer", groups: list[Pairs], metric: Any, advance: Advance
     ) -> Float[Tensor, "variant prompt"]:
         """The metric of every prompt under every edit."""
-        parts = []
-        for group in groups:
-            base = model(group.clean, stop_at_layer=self.first_layer)
-            values = []
-            for index in self._chunks(group.clean.numel()):
-                finals = self._finals(model, base, index).unflatten(0, (len(index), -1))
-                values += [Reader(model, group.of(metric), one).base for one in finals]
-                advance(len(index) * len(base))
-            parts.append(torch.stack(values, 1))
-        return in_order(groups, parts).T
+        return in_order(groups, [self.values(model, one.clean, one.of(metric), advance).T for one in groups]).T
 
     def loss(
         self, model: "HookedTransformer", rows: Sequence[Row], starts: Sequence[int], advance: Advance
@@ -58,12 +40,8 @@ class Variants:
             raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
         losses = []
         for row, start in zip(rows, starts, strict=True):
-            base = model(row[None], stop_at_layer=self.first_layer)
-            found = []
-            for index in self._chunks(len(row)):
-                found.append(self._losses(model, self._finals(model, base, index), row, start))
-                advance(len(index))
-            losses.append(torch.cat(found))
+            finals = (some[:, 0] for some in self.streams(model, row[None], advance))
+            losses.append(torch.cat([self._losses(model, some, row, start) for some in finals]))
         return torch.stack(losses, 1)
 
     def generate(
@@ -72,19 +50,6 @@ class Variants:
         """Every prompt continued under each of these edits: rows by variant, then prompt."""
         with model.hooks(self.hooks(index.repeat_interleave(len(prompts)))):
             return model.generate([row for _ in index for row in prompts], **options)
-
-    def _chunks(self, tokens: int) -> Sequence[Int[Tensor, "_"]]:
-        return torch.arange(self.n).split(max(1, _TOKENS_AT_ONCE // tokens))
-
-    def _finals(
-        self, model: "HookedTransformer", base: Float[Tensor, "prompt pos d_model"], index: Int[Tensor, "variant"]
-    ) -> Float[Tensor, "row pos d_model"]:
-        """The stream that leaves the last block, variant by variant."""
-        rows = base.repeat(len(index), 1, 1)
-        hooks = self.hooks(index.repeat_interleave(len(base)))
-        n = model.cfg.n_layers
-        with model.hooks(hooks):
-            return model(rows, start_at_layer=self.first_layer, stop_at_layer=n)
 
     def _losses(
         self, model: "HookedTransformer", finals: Float[Tensor, "row pos d_model"], row: Row, start: int

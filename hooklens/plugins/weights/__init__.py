@@ -1,4 +1,4 @@
-"""Weights read as they are: spectra, what singular directions and neurons read and write, who reads whom."""
+"""Analysis of weights: spectra, the tokens that singular directions and neurons read and write, and composition."""
 
 from hooklens.plugins.weights.angles import PrincipalAngles, measure_angles
 from hooklens.plugins.weights.neurons import NeuronTokens, read_neurons

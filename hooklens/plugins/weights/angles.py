@@ -1,4 +1,4 @@
-"""Principal angles between what one component writes and what another reads, beside those of random subspaces."""
+"""Principal angles between what one component writes and what another reads, compared with random subspaces."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,14 @@ from hooklens.results.statistics import null_p, q_values, quantiles
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 200  # random subspaces: each takes a QR decomposition
+
 
 @dataclass(frozen=True, eq=False)
 class PrincipalAngles(Result):
-    """Cosines of the principal angles between what one component writes and another reads, beside random subspaces."""
+    """Cosines of the principal angles between a writer's and a reader's subspace, compared with random subspaces."""
+
+    ranked_by = "smallness of the angle"
 
     terms = {
         "random": "the same cosine between random subspaces of these dimensions",
@@ -33,7 +37,7 @@ class PrincipalAngles(Result):
 
     @property
     def p(self) -> Float[Tensor, "angle"]:
-        """How often the same-numbered angle between random subspaces of these sizes is as small."""
+        """How often the corresponding angle between random subspaces of the same dimensions is as small."""
         return null_p(self.cosine, self.null)
 
     @property
@@ -41,12 +45,8 @@ class PrincipalAngles(Result):
         """`p` over the angles, as false discovery rates."""
         return q_values(self.p)
 
-    def top(self, k: int = 5) -> Table:
-        """The `k` smallest angles."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row an angle, the smallest first."""
+        """One row per angle, the smallest first."""
         columns = ("angle", "degrees", "cosine", "random", "p", "q")
         degrees = self.cosine.clamp(-1, 1).arccos().rad2deg()
         parts = zip(*(one.tolist() for one in (degrees, self.cosine, self.null.mean(0), self.p, self.q)), strict=True)
@@ -63,9 +63,9 @@ class PrincipalAngles(Result):
 
 
 def measure_angles(
-    model: "HookedTransformer", writer: str, reader: str, *, draws: int = 200, seed: int = 0
+    model: "HookedTransformer", writer: str, reader: str, *, draws: int = _DRAWS, seed: int = 0
 ) -> PrincipalAngles:
-    """How do the subspace that `writer` writes ("L0H1", "MLP2") and the one that `reader` reads ("L3H0.q") lie?
+    """How close are the subspace that `writer` ("L0H1", "MLP2") writes and the one that `reader` ("L3H0.q") reads?
 
     >>> from hooklens.testing import tiny_model
     >>> measure_angles(tiny_model(), "L0H1", "L1H0.q", draws=20).cosine.shape
@@ -80,7 +80,7 @@ def measure_angles(
         raise did_you_mean("reader", reader, targets)
     a, b = sources[writer].basis, targets[reader].basis
     if not len(a) or not len(b):
-        raise InputError(f"{writer if not len(a) else reader} is 0 everywhere, and has no subspace to take angles of")
+        raise InputError(f"{writer if not len(a) else reader} is 0 everywhere, so it has no subspace")
     generator = seeded(seed)
     random = [random_block(len(a), len(b), stream_width(model), generator, a) for _ in range(draws)]
     found = torch.linalg.svdvals(a @ b.mT).clamp_max(1)
@@ -88,7 +88,7 @@ def measure_angles(
 
 
 def demo(model: "HookedTransformer") -> PrincipalAngles | Needs:
-    """The first head against its layer's MLP, or where there is none against its own queries."""
+    """The first head against its layer's MLP, or against its own queries if there is none."""
     lacks = lacking(model, tokens=False)
     reader = "L0H0.q" if model.cfg.attn_only else "MLP0"
     return lacks or measure_angles(model, "L0H0", reader, draws=20)

@@ -1,4 +1,4 @@
-"""Writers and readers of the stream: which directions each uses, and how strongly."""
+"""Writers and readers of the residual stream: the directions that each uses, and how strongly."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name
 from hooklens.model.config import LayerNormPart
 from hooklens.model.factored import FactoredMatrix
-from hooklens.plugins.weights.matrices import folded_heads, folded_neurons, heads_of, read_through, refuse_post_norm
+from hooklens.plugins.weights.matrices import folded_heads, folded_neurons, heads_of, need_sum
 from hooklens.plugins.weights.spectrum import numerical_rank
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A writer or reader: where it is, its directions in the stream, and how strongly each is used."""
+    """A writer or reader: its place, its directions in the stream, and their singular values."""
 
     name: str
     layer: int
@@ -33,47 +34,47 @@ class Part(NamedTuple):
 
 def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
     """Every head's W_V W_O and every MLP's W_out, layer by layer."""
-    refuse_post_norm(model)
+    need_sum(model)
     for layer in range(model.cfg.n_layers):
         heads = folded_heads(model, layer)
         _, S, V = FactoredMatrix(heads.V, _centred(model, heads.O)).svd()
         for head in range(model.cfg.n_heads):
-            yield _part(f"L{layer}H{head}", layer, False, V[head].mT, S[head])
+            yield _part(head_name(layer, head), layer, False, V[head].mT, S[head])
         if mlps and not model.cfg.attn_only:
             rows = _centred(model, folded_neurons(model, layer).writes)
             _, S, Vh = torch.linalg.svd(rows, full_matrices=False)
-            yield _part(f"MLP{layer}", layer, True, Vh, S)
+            yield _part(Component("mlp", layer).name, layer, True, Vh, S)
 
 
 def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
     """What every head's q, k and v and every MLP read with, layer by layer, the norm's weight folded in."""
-    refuse_post_norm(model)
+    need_sum(model)
     cfg = model.cfg
     group = cfg.n_heads // cfg.n_key_value_heads
-    keyed = "H" if group == 1 else "KV"
     for layer in range(cfg.n_layers):
-        raw, norm = heads_of(model, layer), model.blocks[layer].ln1
-        for which, stacked, head in (("q", raw.Q, "H"), ("k", raw.K[::group], keyed), ("v", raw.V[::group], keyed)):
-            U, S, _ = torch.linalg.svd(read_through(norm, stacked), full_matrices=False)
+        raw, reads = heads_of(model, layer), model.blocks[layer].reads_through("attn")
+        for which, stacked in (("q", raw.Q), ("k", raw.K[::group]), ("v", raw.V[::group])):
+            U, S, _ = torch.linalg.svd(reads.folded(stacked), full_matrices=False)
             for i in range(len(stacked)):
-                yield _part(f"L{layer}{head}{i}.{which}", layer, False, U[i].mT, S[i])
+                name = Component(which, layer, i, keyed=which != "q" and group > 1).name
+                yield _part(name, layer, False, U[i].mT, S[i])
         if mlps and not cfg.attn_only:
             found = folded_neurons(model, layer)
             both = found.reads if found.gate is None else torch.cat([found.reads, found.gate], dim=1)
             U, S, _ = torch.linalg.svd(both, full_matrices=False)
-            yield _part(f"MLP{layer}", layer, True, U.mT, S)
+            yield _part(Component("mlp", layer).name, layer, True, U.mT, S)
 
 
 def _part(
     name: str, layer: int, mlp: bool, basis: Float[Tensor, "rank d_model"], singular: Float[Tensor, "rank"]
 ) -> Part:
-    """The directions that rounding cannot have made."""
+    """The directions with singular values above rounding error."""
     kept = int(numerical_rank(singular, (basis.shape[1], basis.shape[1]), torch.finfo(singular.dtype).eps))
     return Part(name, layer, mlp, basis[:kept].cpu(), singular[:kept].cpu())
 
 
 def _centred(model: "HookedTransformer", rows: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
-    """What readers behind a LayerNorm see of it: not its mean."""
+    """Subtract the mean if the readers are behind a LayerNorm, which ignores it."""
     return rows - rows.mean(-1, keepdim=True) if _centres(model) else rows
 
 
@@ -82,14 +83,14 @@ def _centres(model: "HookedTransformer") -> bool:
 
 
 def stream_width(model: "HookedTransformer") -> int:
-    """How many dimensions of the stream readers see."""
+    """The number of dimensions of the stream that readers can see."""
     return model.cfg.d_model - _centres(model)
 
 
 def random_block(
     rows: int, columns: int, width: int, generator: torch.Generator, like: Tensor
 ) -> Float[Tensor, "rows columns"]:
-    """The corner of a random orthogonal matrix, up to signs of its rows or columns, which no use here sees."""
+    """The corner of a random orthogonal matrix, up to the signs of rows or columns, which have no effect here."""
     few, many = sorted((rows, columns))
     drawn = torch.randn(width, few, generator=generator, dtype=torch.float64).to(like.dtype)
     block = torch.linalg.qr(drawn).Q[:many]

@@ -1,4 +1,4 @@
-"""A model's matrices as they act on the stream: wrapped layers multiplied out, the norm before a reader folded in."""
+"""A model's matrices as they act on the stream: wrapped layers are multiplied out, norms are folded into the reader."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,18 +11,16 @@ from hooklens.model.config import TokenEmbed
 from hooklens.model.embed import TokenEmbedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.linear import matrix_of
-from hooklens.model.norms import Norm
+from hooklens.model.norms import Passage
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-Reading = Float[Tensor, "*lead d_model width"]
-Writing = Float[Tensor, "*lead width d_model"]
 Rows = Float[Tensor, "row d_model"]
 
 
 class Heads(NamedTuple):
-    """What a layer's heads read with and write with; keys and values of a group repeated for its heads."""
+    """The read and write matrices of a layer's heads; keys and values of a group are repeated for its heads."""
 
     Q: Float[Tensor, "head d_model d_head"]
     K: Float[Tensor, "head d_model d_head"]
@@ -39,7 +37,7 @@ class Heads(NamedTuple):
 
 
 def heads_of(model: "HookedTransformer", layer: int) -> Heads:
-    """W_Q, W_K, W_V and W_O of a layer as they are stored, one of each a head.
+    """W_Q, W_K, W_V and W_O of a layer as stored, one of each per head.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -53,20 +51,20 @@ def heads_of(model: "HookedTransformer", layer: int) -> Heads:
 
 
 def folded_heads(model: "HookedTransformer", layer: int) -> Heads:
-    """The same for the raw stream: ln1's weight (and a LayerNorm's centring) moved into what reads it.
+    """The same for the raw stream: the norm's weight (and a LayerNorm's centring) moved into what reads it.
 
-    Scales of norms are left out: x @ QK @ y is a score, and x @ OV what is written, up to a positive factor a position.
-    The weights of q/k norms and of a norm after the branch are moved in too.
+    The scales of norms are left out: x @ QK @ y is a score, and x @ OV an output, up to a positive factor per position.
+    The weights of q/k norms and of a norm after the branch are folded in too.
     """
-    refuse_post_norm(model)
+    need_sum(model)
     block, raw = model.blocks[layer], heads_of(model, layer)
-    Q, K, V = (read_through(block.ln1, one) for one in (raw.Q, raw.K, raw.V))
-    Q, K = one_scale(block.attn.q_norm, Q), one_scale(block.attn.k_norm, K)
-    return Heads(Q, K, V, one_scale(block.ln1_post, raw.O))
+    Q, K, V = (block.reads_through("attn").folded(one) for one in (raw.Q, raw.K, raw.V))
+    Q, K = Passage(block.attn.q_norm).unscaled(Q), Passage(block.attn.k_norm).unscaled(K)
+    return Heads(Q, K, V, block.writes_through("attn").unscaled(raw.O))
 
 
 class Neurons(NamedTuple):
-    """What a layer's neurons read with and write with, seen from the raw stream; `gate` where there is one."""
+    """The read and write matrices of a layer's neurons for the raw stream; `gate` if the MLP is gated."""
 
     reads: Float[Tensor, "d_model d_mlp"]
     gate: Float[Tensor, "d_model d_mlp"] | None
@@ -74,50 +72,29 @@ class Neurons(NamedTuple):
 
 
 def folded_neurons(model: "HookedTransformer", layer: int) -> Neurons:
-    """W_in, W_gate and W_out of a layer, with ln2's weight moved into the first two."""
-    refuse_post_norm(model)
+    """W_in, W_gate and W_out of a layer, with the norm's weight moved into the first two."""
+    need_sum(model)
     block = model.blocks[layer]
     if block.mlp is None:
-        raise InputError("neurons were asked of a model without MLPs (attn_only); read its heads")
+        raise InputError("a model without MLPs (attn_only) has no neurons; read its heads")
     gate = getattr(block.mlp, "gate", None)
     reads = [
-        None if linear is None else read_through(block.ln2, wide(matrix_of(linear, model.cfg.d_model)).mT)
+        None if linear is None else block.reads_through("mlp").folded(wide(matrix_of(linear, model.cfg.d_model)).mT)
         for linear in (block.mlp.in_, gate)
     ]
     assert reads[0] is not None
-    return Neurons(reads[0], reads[1], one_scale(block.ln2_post, wide(block.mlp.output_matrix())))
+    return Neurons(reads[0], reads[1], block.writes_through("mlp").unscaled(wide(block.mlp.output_matrix())))
 
 
-def read_through(norm: Norm | None, matrix: Reading) -> Reading:
-    """N W with x N the norm of x at scale 1 and without its bias: what W reads from the stream before the norm.
-
-    N = P diag(gain) with P the centring (symmetric), so that N W centres the columns of gain * W.
-    """
-    if norm is None:
-        return matrix
-    gain = norm.gain()
-    columns = matrix.mT if gain is None else matrix.mT * gain.detach().to(matrix)
-    return norm.centred(columns).mT
-
-
-def one_scale(norm: Norm | None, rows: Writing) -> Writing:
-    """Rows as they leave a norm of scale 1, its bias left out."""
-    return rows if norm is None else norm.linearised(rows, torch.ones_like(rows[..., :1]))
-
-
-def embedding_rows(model: "HookedTransformer", norm: Norm | None) -> Float[Tensor, "d_vocab d_model"]:
+def embedding_rows(model: "HookedTransformer", passage: Passage) -> Float[Tensor, "d_vocab d_model"]:
     """Each token's embedding, centred and scaled as the norm does; the norm's weight is in what reads it."""
     if not isinstance(model.cfg.embed, TokenEmbed):
         raise InputError("tokens were asked for, and this model reads vectors; its spectra need no tokens")
-    rows = _embedded(model)
-    if norm is None:
-        return rows
-    centred = norm.centred(rows)
-    return centred / norm.rms(centred)
+    return passage.normalised(_embedded(model))
 
 
 def embedding_matrix(model: "HookedTransformer") -> Float[Tensor, "rows columns"]:
-    """W_E as it is stored, also where the embedding is wrapped."""
+    """W_E as stored, also if the embedding is wrapped."""
     plain = type(model.embed) in (TokenEmbedding, VectorEmbedding)
     return wide(model.W_E) if plain else _embedded(model) / model.cfg.embed.scale
 
@@ -128,28 +105,25 @@ def _embedded(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
 
 
 def unembedding_rows(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
-    """Each token's column of W_U with the final norm's weight and centring moved in, its scale left out."""
+    """Each token's column of W_U with the final norm's weight and centring folded in, without its scale."""
     rows = wide(matrix_of(model.unembed.linear, model.cfg.d_model))
-    return read_through(model.ln_final, rows.mT).mT
+    return Passage(model.ln_final).folded(rows.mT).mT
 
 
-def refuse_post_norm(model: "HookedTransformer") -> None:
-    if getattr(model.blocks[0], "renorms_stream", False):
-        raise InputError(
-            "weights are read against a stream that components add to; this model's post-norm blocks normalise the "
-            "stream itself, so that nothing can be moved past a norm; spectrum(model) works there"
-        )
+def need_sum(model: "HookedTransformer") -> None:
+    """Refuse a model in which no norm can be moved into what reads the stream."""
+    model.blocks[0].need_sum("reading weights against the stream", "spectrum(model) works there")
 
 
 def check_layer(model: "HookedTransformer", layer: int, head: int | None = None) -> None:
     """Refuse a layer or head that the model does not have."""
     for name, value, n in (("layer", layer, model.cfg.n_layers), ("head", head, model.cfg.n_heads)):
         if value is not None and not 0 <= value < n:
-            raise InputError(f"{name} {value} was asked for; this model has {name}s 0 to {n - 1}")
+            raise InputError(f"there is no {name} {value}; this model has {name}s 0 to {n - 1}")
 
 
 def wide(weight: Tensor) -> Tensor:
-    """Detached, in float32 or the weight's own type, whichever is wider."""
+    """Detached, in float32 or the weight's own dtype, whichever is wider."""
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""What a demo returns on a model that its method cannot read."""
+"""A demo's result on a model that its method does not support."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Needs(Result):
-    """What the method would need, in words."""
+    """What the method needs, in words."""
 
     what: str
 
     def figure(self) -> Any:
-        """That there is nothing to draw."""
+        """An empty figure: there is nothing to draw."""
         from hooklens.viz.figures import bars
 
         return bars(torch.zeros(1), labels=[self.what], title=f"Needs {self.what}")
 
 
 def lacking(model: "HookedTransformer", *, mlp: bool = False, tokens: bool = True) -> Needs | None:
-    """What the model lacks for a method that reads weights against the stream; None if nothing.
+    """What the model lacks for a method that reads weights in the stream; None if nothing.
 
     >>> from hooklens.testing import tiny_model
     >>> lacking(tiny_model()) is None, lacking(tiny_model(attn_only=True), mlp=True)
     (True, Needs(what='MLPs'))
     """
-    if getattr(model.blocks[0], "renorms_stream", False):
-        return Needs("a stream that components add to, not post-norm blocks")
+    if model.blocks[0].not_a_sum is not None:
+        return Needs(f"a stream that components add to ({model.blocks[0].not_a_sum})")
     if mlp and model.cfg.attn_only:
         return Needs("MLPs")
     return None if not tokens or isinstance(model.cfg.embed, TokenEmbed) else Needs("tokens")

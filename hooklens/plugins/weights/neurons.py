@@ -1,4 +1,4 @@
-"""Neurons as token lists: what each reads through the embedding and writes through the unembedding, beside chance."""
+"""Neurons as token lists: which tokens each reads and writes, compared with random vectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from hooklens.core.component import neuron_name
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import progress
 from hooklens.plugins.weights.matrices import check_layer, folded_neurons
@@ -21,14 +22,18 @@ from hooklens.results.statistics import q_values
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_DRAWS = 1000  # random vectors: each is multiplied with the whole vocabulary
+
 
 @dataclass(frozen=True, eq=False)
 class NeuronTokens(Result):
-    """Read and write lists of a layer's neurons; `gate` for gated MLPs, whose sign it decides.
+    """Read and write lists of a layer's neurons; `gate` for gated MLPs, where the gate decides whether a neuron fires.
 
-    `in_out` is the cosine of what a neuron reads (the gate, where there is one) and writes: above 0 it strengthens what
-    it finds, below 0 it takes it away. Between random vectors it would vary by `chance`.
+    `in_out` is the cosine of a neuron's read vector (the gate, if there is one) and its write vector: above 0 the
+    neuron amplifies what it reads, below 0 it removes it. For random vectors its standard deviation would be `chance`.
     """
+
+    ranked_by = "how peaked its write list is"
 
     layer: int
     neurons: Int[Tensor, "neuron"]
@@ -40,7 +45,7 @@ class NeuronTokens(Result):
 
     @property
     def lists(self) -> list[TokenLists]:
-        """The lists that there are: reads, gate, writes."""
+        """The available lists: reads, gate, writes."""
         return [one for one in (self.reads, self.gate, self.writes) if one is not None]
 
     @property
@@ -49,15 +54,11 @@ class NeuronTokens(Result):
         return q_values(torch.stack([one.p for one in self.lists]))
 
     def order(self) -> list[int]:
-        """Places of the neurons, the most peaked write list first."""
+        """Indices of the neurons, the most peaked write list first."""
         return self.writes.kurtosis.argsort(descending=True, stable=True).tolist()
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` neurons of the most peaked write lists."""
-        return self.table(k)
-
     def table(self, n: int | None = 10) -> Table:
-        """One row a neuron: the tokens it reads and writes most, how peaked the lists are, against chance."""
+        """One row per neuron: its top read and write tokens, and how peaked the lists are compared with chance."""
         names = [one.name for one in self.lists]
         columns = (
             "neuron",
@@ -71,7 +72,9 @@ class NeuronTokens(Result):
         for i in self.order()[:n]:
             words = [listed(one.words(i)) for one in self.lists] + [listed(self.writes.words(i, high=False))]
             peaked = [float(one.kurtosis[i]) for one in self.lists]
-            rows.append((f"L{self.layer}N{int(self.neurons[i])}", *words, *peaked, float(q[i]), float(self.in_out[i])))
+            rows.append(
+                (neuron_name(self.layer, int(self.neurons[i])), *words, *peaked, float(q[i]), float(self.in_out[i]))
+            )
         return Table(columns, rows)
 
     def figure(self) -> Any:
@@ -81,7 +84,7 @@ class NeuronTokens(Result):
         by = self.reads if self.gate is None else self.gate
         names = [f"N{int(n)} writes {listed(self.writes.words(i)[:4])}" for i, n in enumerate(self.neurons)]
         axes: dict[str, Any] = {"x_title": f"excess kurtosis of what it {by.name}", "y_title": "of what it writes"}
-        title = f"Neurons of layer {self.layer}: whose token lists stand out from random vectors?"
+        title = f"Neurons of layer {self.layer}: which token lists are more peaked than random?"
         colour: dict[str, Any] = {"colour": self.in_out, "colourbar": "in-out cosine"}
         figure = scatter(by.kurtosis, self.writes.kurtosis, names, title, **axes, **colour)
         ends = [float(torch.quantile(one.kurtosis_null, 0.95)) for one in (by, self.writes)]
@@ -94,14 +97,14 @@ def read_neurons(
     neurons: Sequence[int] | None = None,
     *,
     top: int = 8,
-    draws: int = 1000,
+    draws: int = _DRAWS,
     seed: int = 0,
 ) -> NeuronTokens:
-    """Which tokens make each neuron of an MLP fire, and which does it then raise? Random vectors stand beside.
+    """Which tokens make each neuron of an MLP fire, and which does it then promote? Compared with random vectors.
 
-    Reading is shown for a stream that holds one token's embedding alone, the norm's weight folded in; writing as the
-    logits that the neuron's output vector adds, the final norm's weight folded in, its scale left out. `None` asks for
-    all neurons.
+    Reading is computed for a stream that contains only one token's embedding, with the norm's weight folded in. Writing
+    is the logits that the neuron's output vector adds, with the final norm's weight folded in and its scale left out.
+    `None` means all neurons.
 
     >>> from hooklens.testing import tiny_model
     >>> found = read_neurons(tiny_model(), 0, [3, 5], top=2)
@@ -115,13 +118,13 @@ def read_neurons(
     found, block = folded_neurons(model, layer), model.blocks[layer]
     chosen = torch.arange(model.cfg.d_mlp) if neurons is None else torch.as_tensor(list(neurons))
     if not len(chosen) or not 0 <= int(chosen.min()) <= int(chosen.max()) < model.cfg.d_mlp:
-        raise InputError(f"neurons are numbers from 0 to {model.cfg.d_mlp - 1}, got {neurons!r:.60}")
+        raise InputError(f"neurons must be indices from 0 to {model.cfg.d_mlp - 1}, got {neurons!r:.60}")
     at = chosen.to(found.reads.device)
-    reading = reading_side(model, block.ln2, seed, draws)
+    reading = reading_side(model, block.reads_through("mlp"), seed=seed, draws=draws)
     jobs: list[tuple[Side, Tensor]] = [(reading, found.reads.mT[at])]
     if found.gate is not None:
         jobs.append((reading._replace(name="gate"), found.gate.mT[at]))
-    jobs.append((writing_side(model, block.ln2_post, seed, draws), found.writes[at]))
+    jobs.append((writing_side(model, block.writes_through("mlp"), seed=seed, draws=draws), found.writes[at]))
     with progress(f"neurons of layer {layer}", len(jobs) * len(at), unit="list") as advance:
         lists = [list_tokens(model, side, vectors, top=top, advance=advance) for side, vectors in jobs]
     gate = lists[1] if found.gate is not None else None

@@ -1,4 +1,4 @@
-"""Who writes where others read? Every writer against every later reader, beside matrices of the same spectrum."""
+"""Composition of weights: every writer against every later reader, compared with random bases of the same spectrum."""
 
 import re
 from dataclasses import dataclass
@@ -18,24 +18,29 @@ from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 
 if TYPE_CHECKING:
+    from hooklens.model.block import Block
     from hooklens.model.transformer import HookedTransformer
 
 Pairs = Float[Tensor, "writer reader"]
 
+_DRAWS = 200  # random pairs of bases for every pair of parts: each takes a QR decomposition
+
 
 @dataclass(frozen=True, eq=False)
 class Overlap(Result):
-    """Every writer against every reader that it can reach; NaN where it cannot.
+    """Every writer against every reader that it can reach; NaN for other pairs.
 
     `composition` is |W R| / (|W| |R|) in Frobenius norms, for a writer's matrix W and a reader's R. `null_mean` and
-    `null_sd` are those of matrices with the same singular values and random bases, `p` the share of draws that reach
-    the composition. `shared` is the mean squared cosine of the principal angles between the two subspaces, however
-    strongly their directions are used; between random subspaces it is the larger one's share of the stream on average.
+    `null_sd` are those of matrices with the same singular values and random bases; `p` is the share of draws that reach
+    the composition. `shared` is the mean squared cosine of the principal angles between the two subspaces, regardless
+    of how strongly their directions are used; for random subspaces its mean is the larger one's share of the stream.
     """
+
+    ranked_by = "distance above the null"
 
     terms = {
         "random": "the mean composition of matrices with the same singular values and random bases",
-        "times random": "the composition over that",
+        "times random": "the composition divided by that",
     }
 
     writers: list[str]
@@ -49,7 +54,7 @@ class Overlap(Result):
 
     @property
     def q(self) -> Pairs:
-        """False discovery rates over all pairs that there are."""
+        """False discovery rates over all pairs."""
         return q_values(self.p)
 
     @property
@@ -58,17 +63,13 @@ class Overlap(Result):
         return (self.composition - self.null_mean) / self.null_sd
 
     def order(self) -> list[tuple[int, int]]:
-        """Every pair that there is, the largest share above its null first."""
+        """Every pair, the largest ratio to its null first."""
         excess = torch.nan_to_num(self.composition / self.null_mean, nan=-1.0).flatten()
         by = excess.argsort(descending=True, stable=True)[: int((~self.composition.isnan()).sum())]
         return [divmod(i, len(self.readers)) for i in by.tolist()]
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` pairs that compose most, against their null."""
-        return self.table(k)
-
     def table(self, n: int | None = 12) -> Table:
-        """One row a pair."""
+        """One row per pair."""
         columns = ("writer", "reader", "composition", "random", "times random", "z", "p", "q", "shared subspace")
         q, z, rows = self.q, self.z, []
         for i, j in self.order()[:n]:
@@ -78,7 +79,7 @@ class Overlap(Result):
         return Table(columns, rows)
 
     def figure(self) -> Any:
-        """For every pair of layers: the largest composition as a multiple of what random bases give."""
+        """For every pair of layers: the largest composition as a multiple of that of random bases."""
         from hooklens.viz.figures import heatmap
 
         excess = torch.nan_to_num(self.composition / self.null_mean, nan=-1.0)
@@ -104,12 +105,12 @@ class Overlap(Result):
         return f"{self.writers[rows[i]]} to {self.readers[columns[j]]}"
 
 
-def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = 200, seed: int = 0) -> Overlap:
+def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAWS, seed: int = 0) -> Overlap:
     """Which components write into directions that later ones read, more than their spectra alone would have it?
 
-    Writers are heads (W_V W_O) and MLPs (W_out), readers are heads' q, k and v and MLPs (W_in beside W_gate), with the
-    norm's weight folded into the reader. In the null both keep their singular values and their bases are drawn at
-    random (Haar), so that a matrix with one large singular value has no advantage. Its mean square is 1 / d_model.
+    Writers are heads (W_V W_O) and MLPs (W_out). Readers are heads' q, k and v and MLPs (W_in next to W_gate), with the
+    norm's weight folded in. In the null both keep their singular values and get random bases (Haar), so a matrix with
+    one large singular value has no advantage. The mean square of the null is 1 / d_model.
 
     >>> from hooklens.testing import tiny_model
     >>> found = measure_overlap(tiny_model(n_layers=2, attn_only=True), draws=50)
@@ -121,9 +122,8 @@ def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", composition scores.
     """
     if draws < 2:
-        raise InputError(f"draws is the number of random pairs of bases, at least 2 for a deviation, got {draws}")
+        raise InputError(f"draws is the number of random pairs of bases; a deviation needs at least 2, got {draws}")
     sources, targets = list(writers(model, mlps)), list(readers(model, mlps))
-    reads_attn = model.blocks[0].mlp_reads_attn
     seen, shared = (torch.full((len(sources), len(targets)), torch.nan, dtype=sources[0].basis.dtype) for _ in "ab")
     with progress("overlap", 2 * len(targets), unit="reader") as advance:
         for mlp in (False, True):
@@ -134,7 +134,7 @@ def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int
             basis, weight = _padded([one.basis for one in chosen]), _padded([one.weight for one in chosen])
             ranks = torch.tensor([len(one.basis) for one in chosen])
             for j, reader in enumerate(targets):
-                n = sum(_reaches(one, reader, reads_attn) for one in chosen)  # they are sorted by layer
+                n = sum(_reaches(model.blocks[0], one, reader) for one in chosen)  # they are sorted by layer
                 if n:
                     square = (basis[:n] @ reader.basis.mT).square()
                     seen[rows[:n], j] = torch.einsum("nk,nkl,l->n", weight[:n], square, reader.weight).sqrt()
@@ -146,10 +146,11 @@ def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int
     )
 
 
-def _reaches(writer: Part, reader: Part, mlp_reads_attn: bool) -> bool:
+def _reaches(block: "Block", writer: Part, reader: Part) -> bool:
     """Does the writer come before the reader, and is neither of them 0?"""
     before = writer.layer < reader.layer
-    within = writer.layer == reader.layer and reader.mlp and not writer.mlp and mlp_reads_attn
+    after = block.mlp_reads_attn if reader.mlp else block.attn_reads_mlp
+    within = writer.layer == reader.layer and reader.mlp != writer.mlp and after
     return (before or within) and min(len(writer.basis), len(reader.basis)) > 0
 
 
@@ -158,8 +159,8 @@ def _null(
 ) -> tuple[Pairs, Pairs, Pairs]:
     """Mean and deviation of the composition under random bases, and how often it is reached.
 
-    Only how the two bases lie to each other matters, so that one block of a random orthogonal matrix serves every pair
-    of the same kinds in a draw.
+    Only the relative position of the two bases matters, so one block of a random orthogonal matrix serves every pair of
+    the same kinds in a draw.
     """
     mean, sd = torch.full_like(seen, torch.nan), torch.full_like(seen, torch.nan)
     p = torch.full_like(seen, torch.nan, dtype=torch.float64)
@@ -190,7 +191,7 @@ def _padded(parts: list[Tensor]) -> Float[Tensor, "part rank *d_model"]:
 
 
 def _by_layer(names: list[str]) -> dict[str, list[int]]:
-    """Places of the names of each layer."""
+    """Indices of the names of each layer."""
     found: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         found.setdefault(re.split("[HKM]", name)[0], []).append(i)
@@ -198,5 +199,5 @@ def _by_layer(names: list[str]) -> dict[str, list[int]]:
 
 
 def demo(model: "HookedTransformer") -> Overlap | Needs:
-    """Every pair of the model, with 40 draws; in one layer without an MLP nothing is read after it is written."""
+    """Every pair of the model, with 40 draws; one layer without an MLP has no pairs."""
     return lacking(model, tokens=False) or measure_overlap(model, draws=40)

@@ -1,4 +1,4 @@
-"""Vectors of the stream as lists of tokens, and how much more a list says than that of a random vector."""
+"""Vectors of the stream as lists of tokens, and how peaked each list is compared with that of a random vector."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _AT_ONCE = 2**23  # scores held at a time: vectors times tokens
 
 
 class Side(NamedTuple):
-    """What vectors are held against: one row a token, and random vectors as a reader or writer here might be."""
+    """The reference of a list: one row per token, and random vectors distributed like a reader or writer here."""
 
     name: str
     rows: Float[Tensor, "d_vocab d_model"]
@@ -31,11 +31,11 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenLists(Result):
-    """For every vector the tokens of highest and of lowest score, beside what random vectors give.
+    """The highest- and lowest-scoring tokens of every vector, compared with random vectors.
 
-    `kurtosis` is the excess kurtosis of a vector's scores over all tokens: 0 for a bell curve, large where a few tokens
-    stand out. `cosine` is the largest absolute cosine between the vector and any token's row. `kurtosis_null` and
-    `cosine_null` are the same for random vectors.
+    `kurtosis` is the excess kurtosis of a vector's scores over all tokens: 0 for a normal distribution, large if a few
+    tokens stand out. `cosine` is the largest absolute cosine between the vector and any token's row. `kurtosis_null`
+    and `cosine_null` are the same for random vectors.
     """
 
     name: str
@@ -60,18 +60,18 @@ class TokenLists(Result):
         return q_values(self.p)
 
     def words(self, vector: int, *, high: bool = True) -> list[str]:
-        """The tokens of highest (or lowest) score, as text."""
+        """The tokens with the highest (or lowest) score, as text."""
         return [self.text[str(i)] for i in (self.high if high else self.low)[vector].tolist()]
 
     def table(self, n: int | None = 10) -> Table:
-        """One row a vector."""
+        """One row per vector."""
         columns = ("vector", f"{self.name}: highest", "lowest", "kurtosis", "q", "largest cosine")
         numbers = zip(self.kurtosis.tolist(), self.q.tolist(), self.cosine.tolist(), strict=True)
         rows = [(i, listed(self.words(i)), listed(self.words(i, high=False)), *row) for i, row in enumerate(numbers)]
         return Table(columns, rows).head(n)
 
     def figure(self) -> Any:
-        """Peakedness of every vector's scores against its largest cosine with a token; lines: 95 % of random ones."""
+        """Kurtosis of every vector's scores against its largest cosine with a token; lines: 95 % of random vectors."""
         from hooklens.viz.curves import scatter
 
         title = f"{self.name}: which vectors stand out from random ones?"
@@ -99,7 +99,7 @@ def list_tokens(
     (['2', '7'], 0.98, 2.68)
     """
     if not 1 <= top <= len(side.rows):
-        raise InputError(f"top is a number of tokens from 1 to {len(side.rows)}, got {top}")
+        raise InputError(f"top must be a number of tokens from 1 to {len(side.rows)}, got {top}")
     at_once, norms = max(1, _AT_ONCE // len(side.rows)), side.rows.norm(dim=1)
     parts = []
     for chunk in vectors.split(at_once):
@@ -130,7 +130,7 @@ def list_tokens(
 def _shape(
     scores: Float[Tensor, "vector d_vocab"], vectors: Float[Tensor, "vector d_model"], norms: Float[Tensor, "d_vocab"]
 ) -> tuple[Float[Tensor, "vector"], Float[Tensor, "vector"]]:
-    """Excess kurtosis of a vector's scores (0 where they do not vary), and its largest absolute cosine."""
+    """Excess kurtosis of a vector's scores (0 if they are constant), and its largest absolute cosine."""
     centred = scores - scores.mean(1, keepdim=True)
     spread = centred.square().mean(1)
     tiny = torch.finfo(scores.dtype).tiny
@@ -140,7 +140,7 @@ def _shape(
 
 
 def random_vectors(n: int, like: Float[Tensor, "*any d_model"], seed: int = 0) -> Float[Tensor, "draw d_model"]:
-    """Vectors of independent normal entries, by a generator of their own.
+    """Vectors with independent normal entries, from their own generator.
 
     >>> random_vectors(2, torch.zeros(3, 4)).shape
     torch.Size([2, 4])

@@ -1,4 +1,4 @@
-"""Spectra of weights: how many directions do the embeddings and each head's QK and OV use, beside a fresh model's?"""
+"""Spectra of weights: how many directions the embeddings and each head's QK and OV use, compared with a fresh model."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import head_name, layer_names
 from hooklens.model.linear import matrix_of
 from hooklens.plugins.weights.matrices import embedding_matrix, heads_of, wide
 from hooklens.results.result import Result, Table
@@ -40,7 +41,7 @@ def participation_ratio(singular: Values) -> Float[Tensor, "*lead"]:
 
 
 def numerical_rank(singular: Values, shape: tuple[int, int], eps: float) -> Int[Tensor, "*lead"]:
-    """How many singular values stand above max(shape) * eps of the largest: what rounding cannot have made.
+    """The number of singular values above max(shape) * eps of the largest: those that are not rounding error.
 
     >>> numerical_rank(torch.tensor([1.0, 1e-3, 1e-9]), (3, 3), 1.2e-7).item()
     2
@@ -52,7 +53,7 @@ def numerical_rank(singular: Values, shape: tuple[int, int], eps: float) -> Int[
 
 @dataclass(frozen=True, eq=False)
 class Spectrum(Result):
-    """Singular values of a matrix, or of one a layer and head, beside those of a fresh model."""
+    """Singular values of one matrix, or of one per layer and head, and those of a fresh model."""
 
     singular: Float[Tensor, "*lead value"]
     initial: Float[Tensor, "*fresh value"]
@@ -90,12 +91,12 @@ class Spectrum(Result):
         return participation_ratio(self.initial)
 
     def table(self, n: int | None = 20) -> Table:
-        """One row a singular value, averaged over layers and heads where there are several."""
+        """One row per singular value, averaged over layers and heads if there are several."""
         kept = (one.flatten(0, -2).mean(0) if one.ndim > 1 else one for one in (self.singular, self.initial))
         return Table(("number", "singular value", "at initialisation"), _numbered(*kept)).head(n)
 
     def figure(self) -> Any:
-        """Singular values from the largest down, each as a share of the sum; averaged where there are several."""
+        """Singular values in decreasing order, each as a share of the sum; averaged if there are several matrices."""
         from hooklens.viz.curves import lines
 
         both = {"here": self.singular, "at initialisation": self.initial}
@@ -105,12 +106,12 @@ class Spectrum(Result):
 
 @dataclass(frozen=True, eq=False)
 class Spectra(Result):
-    """Spectra of the embeddings by name, and of every head's QK and OV as `layer head value`; raw weights."""
+    """Spectra of the embeddings by name, and of every head's QK and OV as `layer head value`; weights as stored."""
 
     terms = {
-        "rank at init": "the same of a random matrix of this shape, as before training",
-        "effective at init": "the same of a random matrix of this shape, as before training",
-        "participation at init": "the same of a random matrix of this shape, as before training",
+        "rank at init": "the same for a random matrix of this shape, as before training",
+        "effective at init": "the same for a random matrix of this shape, as before training",
+        "participation at init": "the same for a random matrix of this shape, as before training",
     }
 
     embeddings: dict[str, Spectrum]
@@ -118,7 +119,7 @@ class Spectra(Result):
     OV: Spectrum
 
     def order(self) -> list[tuple[str, int, int]]:
-        """Every (matrix, layer, head), the lowest effective rank against initialisation first."""
+        """Every (matrix, layer, head), the lowest effective rank relative to initialisation first."""
         found = []
         for name, one in (("QK", self.QK), ("OV", self.OV)):
             ratio = one.effective / one.initial_effective
@@ -126,11 +127,11 @@ class Spectra(Result):
         return [(name, layer, head) for _, name, layer, head in sorted(found)]
 
     def top(self, k: int = 10) -> Table:
-        """The `k` heads whose effective rank lies lowest against a fresh model's."""
+        """The `k` heads with the lowest effective rank relative to a fresh model."""
         return Table(_COLUMNS, [self._head_row(*one) for one in self.order()[:k]])
 
     def table(self, n: int | None = 12) -> Table:
-        """The embeddings, the means over heads, then the heads of lowest effective rank."""
+        """The embeddings, the means over heads, then the heads with the lowest effective rank."""
         whole = [_row(name, one) for name, one in self.embeddings.items()]
         whole += [_row(f"{name}, mean of heads", one) for name, one in (("QK", self.QK), ("OV", self.OV))]
         return Table(_COLUMNS, [*whole, *(self._head_row(*one) for one in self.order())]).head(n)
@@ -141,14 +142,14 @@ class Spectra(Result):
 
         both = [one.effective / one.initial_effective.mean() for one in (self.QK, self.OV)]
         heads = [f"{name} H{i}" for name in ("QK", "OV") for i in range(both[0].shape[1])]
-        layers = [f"L{i}" for i in range(len(both[0]))]
+        layers = layer_names(len(both[0]))
         title = "Effective rank of every head, as a share of that at initialisation"
         return heatmap(torch.cat(both, 1), x=heads, y=layers, title=title, colourbar="share", zmid=1.0)
 
     def _head_row(self, name: str, layer: int, head: int) -> tuple:
         one: Spectrum = getattr(self, name)
         s = Spectrum(one.singular[layer, head], one.initial.flatten(0, -2), one.shape, one.eps)
-        return _row(f"L{layer}H{head} {name}", s)
+        return _row(f"{head_name(layer, head)} {name}", s)
 
 
 _COLUMNS = (
@@ -158,10 +159,11 @@ _COLUMNS = (
 
 
 def measure_spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
-    """How many directions do the embeddings and each head's QK and OV use? Beside a fresh model of the configuration.
+    """How many directions do the embeddings and each head's QK and OV use, compared with a freshly initialised model?
 
-    QK and OV stay factored: no d_model x d_model matrix is formed. Weights are taken as stored; for what a head reads
-    of the raw stream give `fold_ln(model)`. In rotary models QK is the score of a query and a key at the same position.
+    QK and OV stay factored: no d_model x d_model matrix is formed. Weights are used as stored; for what a head reads
+    from the raw stream, pass `fold_ln(model)`. In rotary models QK is the score of a query and a key at the same
+    position.
 
     >>> from hooklens.testing import tiny_model
     >>> found = measure_spectrum(tiny_model())
@@ -170,14 +172,15 @@ def measure_spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
     >>> found.embeddings["W_E"].initial_rank.item()        # min(d_vocab, d_model)
     8
 
-    The fresh model draws normal weights; their scale changes no rank, so that it may stand for other normal draws.
+    The fresh model draws normal weights; ranks do not depend on their scale, so it represents any normal
+    initialisation.
 
     Reference: Roy and Vetterli (2007), "The effective rank"; Elhage et al. (2021), "A Mathematical Framework for
     Transformer Circuits", QK and OV circuits.
     """
     fresh = type(model)(model.cfg, seed=seed, dtype=model.dtype)
     here, initial = _all(model), _all(fresh)
-    eps = torch.finfo(torch.promote_types(model.dtype, torch.float32)).eps  # half types hold exact numbers: see `wide`
+    eps = torch.finfo(torch.promote_types(model.dtype, torch.float32)).eps  # half types are widened exactly: see `wide`
     made = {name: Spectrum(s, initial[name][0], shape, eps) for name, (s, shape) in here.items()}
     return Spectra({name: one for name, one in made.items() if name not in ("QK", "OV")}, made["QK"], made["OV"])
 
@@ -203,7 +206,7 @@ def _all(model: "HookedTransformer") -> dict[str, tuple[Values, tuple[int, int]]
 
 
 def _singular(matrix: Float[Tensor, "rows columns"]) -> Values:
-    """From the triangular factor of the taller side: a tenth of the work where one side is a vocabulary."""
+    """Computed from the triangular factor of the taller side: a tenth of the work if one side is a vocabulary."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R).cpu()
 
@@ -225,5 +228,5 @@ def _row(name: str, one: Spectrum) -> tuple:
 
 
 def demo(model: "HookedTransformer") -> Spectra:
-    """Every spectrum of the model, beside a fresh one's."""
+    """Every spectrum of the model, and that of a fresh one."""
     return measure_spectrum(model)

@@ -1,4 +1,4 @@
-"""The families of models that can be loaded, one file each; a file put here is found."""
+"""The model families that can be loaded. One file per family; files in this folder are found automatically."""
 
 import importlib
 import pkgutil
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @cache
 def families() -> dict[str, "Family"]:
-    """Every family by its name.
+    """All families by name.
 
     >>> "gpt2" in families()
     True
@@ -23,7 +23,7 @@ def families() -> dict[str, "Family"]:
 
 
 def find_family(config: dict[str, Any], where: str) -> "Family":
-    """The family that a config.json describes, by its model_type, or else by its architecture.
+    """Find the family of a config.json by its model_type, or else by its architecture.
 
     >>> find_family({"model_type": "mistral"}, "config.json").name
     'llama'
@@ -37,13 +37,13 @@ def find_family(config: dict[str, Any], where: str) -> "Family":
     seen = (
         f"the model_type {kind!r}" if kind else f"architectures {architectures}" if architectures else "no model_type"
     )
-    raise InputError(f"{where} has {seen}, which is of no family that can be loaded; model types that are: {known}")
+    raise InputError(f"{where} has {seen}, which belongs to no supported family; supported model types: {known}")
 
 
 def _check_architecture(family: "Family", architectures: list[str], where: str) -> None:
-    """Refuse a classifier or a reward model: its weights would lack the unembedding, or be read as one."""
+    """Refuse a classifier or a reward model: it has no unembedding, or a head that would be mistaken for one."""
     if architectures and not set(architectures) & set(family.architectures):
         raise InputError(
-            f"{where} describes {', '.join(architectures)}; of the {family.name} family these language models can be "
-            f"loaded: {', '.join(family.architectures)}"
+            f"{where} describes {', '.join(architectures)}; supported language models of the {family.name} family: "
+            f"{', '.join(family.architectures)}"
         )

@@ -9,8 +9,8 @@ from hooklens.pretrained.hf_config import HFConfig
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
-    """A Gemma 2's config.json as ours."""
-    hf.refuse("use_bidirectional_attention", allowed=False, why="attention to later tokens is not a language model's")
+    """Convert a Gemma 2 config.json."""
+    hf.refuse("use_bidirectional_attention", allowed=False, why="a causal model does not attend to later tokens")
     n_layers, width, d_head = hf.layers("num_hidden_layers"), hf.size("hidden_size"), hf.size("head_dim", 256)
     kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n_layers)]
     attention_bias = hf.flag("attention_bias", False)

@@ -1,4 +1,4 @@
-"""Gemma 3, its text model: five windowed layers with a rotary base of their own to each full one, q/k norm."""
+"""Gemma 3, its text model: five windowed layers per full layer, each kind with its own rotary base; q/k norm."""
 
 import math
 from dataclasses import replace
@@ -12,9 +12,9 @@ _BASES = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 
 
 def rotary(hf: HFConfig, d_head: int, kind: str) -> Rotary:
-    """The rotary part of one kind of layer; before transformers 5 scaling was for the full ones only."""
+    """The rotary part of one kind of layer; before transformers 5, scaling applied to the full layers only."""
     nested: dict[str, Any] = hf.get("rope_parameters") or {}
-    if nested and not set(nested) & set(_BASES):  # one setting, written for all layers
+    if nested and not set(nested) & set(_BASES):  # one setting for all layers
         return hf.rotary(d_head, theta=_BASES[kind])
     old = {"rope_theta": hf.get("rope_local_base_freq")}
     if kind == "full_attention":
@@ -23,10 +23,10 @@ def rotary(hf: HFConfig, d_head: int, kind: str) -> Rotary:
 
 
 def config(outer: HFConfig) -> HookedTransformerConfig:
-    """A Gemma 3's config.json as ours; of one with images, the text part."""
+    """Convert a Gemma 3 config.json; of a model with images, the text part."""
     hf = HFConfig(outer.get("text_config") or outer.values, outer.where, most_layers=outer.most_layers)
-    hf.refuse("use_bidirectional_attention", allowed=False, why="attention to later tokens is not a language model's")
-    hf.refuse("attn_logit_softcapping", allowed=None, why="transformers ignores it, so what is meant is unclear")
+    hf.refuse("use_bidirectional_attention", allowed=False, why="a causal model does not attend to later tokens")
+    hf.refuse("attn_logit_softcapping", allowed=None, why="transformers ignores it, so its meaning is unclear")
     n_layers, width, d_head = hf.layers("num_hidden_layers", 26), hf.size("hidden_size", 2304), hf.size("head_dim", 256)
     every = hf.size("sliding_window_pattern", 6)
     kinds = ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(n_layers)]

@@ -6,7 +6,7 @@ from hooklens.pretrained.weight_map import Family, From
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
-    """A GPT-2's config.json as ours."""
+    """Convert a GPT-2 config.json."""
     hf.refuse("scale_attn_by_inverse_layer_idx", allowed=False, why="scores scaled by layer are not supported")
     hf.refuse("add_cross_attention", allowed=False, why="cross-attention is not supported")
     width, n_heads = hf.size("n_embd", 768), hf.size("n_head", 12)
@@ -48,5 +48,5 @@ FAMILY = Family(
         "mlp.in_": From("mlp.c_fc", transposed=True),
         "mlp.out": From("mlp.c_proj", transposed=True),
     },
-    ignored=(r"h\.\d+\.attn\.(masked_)?bias$",),  # the causal mask, which old files carry along
+    ignored=(r"h\.\d+\.attn\.(masked_)?bias$",),  # the causal mask, which old files store
 )

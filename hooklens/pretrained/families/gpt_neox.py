@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side (or in sequence), part of each head turned, q k v by head."""
+"""GPT-NeoX and Pythia: parallel (or sequential) attention and MLP, partial rotary, q k v stored by head."""
 
 from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart
 from hooklens.pretrained.hf_config import HFConfig
@@ -6,7 +6,7 @@ from hooklens.pretrained.weight_map import Family, From
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
-    """A GPT-NeoX's config.json as ours."""
+    """Convert a GPT-NeoX config.json."""
     width, n_heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     rope = hf.rope_settings()
     rope.setdefault("rope_theta", hf.number("rotary_emb_base", 10000.0))
@@ -44,6 +44,6 @@ FAMILY = Family(
         "mlp.in_": "mlp.dense_h_to_4h",
         "mlp.out": "mlp.dense_4h_to_h",
     },
-    renames=((r"^embed_out\.", "lm_head."),),  # files written before transformers 5.20 or so
+    renames=((r"^embed_out\.", "lm_head."),),  # files written before about transformers 5.20
     ignored=(r"attention\.(masked_)?bias$", r"rotary_emb\.inv_freq$"),
 )

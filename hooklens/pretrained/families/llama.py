@@ -6,7 +6,7 @@ from hooklens.pretrained.weight_map import Family
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
-    """A Llama's config.json as ours."""
+    """Convert a Llama config.json."""
     n_heads, width = hf.size("num_attention_heads"), hf.size("hidden_size")
     d_head = hf.size("head_dim", width // n_heads)
     mistral = hf.get("model_type") == "mistral"

@@ -1,4 +1,4 @@
-"""Phi 3 and 3.5, Phi 4 mini: a Llama with fused q k v and gate and up; long rotary positions; part of a head turned."""
+"""Phi 3 and 3.5, Phi 4 mini: a Llama with fused q k v and gate/up, long rotary positions, and partial rotary."""
 
 from dataclasses import replace
 
@@ -8,11 +8,11 @@ from hooklens.pretrained.hf_config import HFConfig
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
-    """A Phi 3's config.json as ours."""
+    """Convert a Phi 3 config.json."""
     width, n_heads = hf.size("hidden_size"), hf.size("num_attention_heads")
     d_head = hf.size("head_dim", width // n_heads)
     rope = hf.rope_settings()
-    if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):  # what early files called longrope
+    if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):  # the name of longrope in early files
         rope["rope_type"] = "longrope"
     rope.setdefault("original_max_position_embeddings", 4096)
     return HookedTransformerConfig(

@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: a Llama with biases on q, k and v only, and a window on later layers where that is switched on."""
+"""Qwen 2 and 2.5: a Llama with biases on q, k and v only, and optionally a window on the later layers."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hooklens.pretrained.hf_config import HFConfig
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
-    """A Qwen 2's config.json as ours."""
+    """Convert a Qwen 2 config.json."""
     n_heads, n_layers, width = hf.size("num_attention_heads"), hf.layers("num_hidden_layers"), hf.size("hidden_size")
     d_head = hf.size("head_dim", width // n_heads)
     windowed = hf.flag("use_sliding_window", False)

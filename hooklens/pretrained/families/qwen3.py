@@ -1,4 +1,4 @@
-"""Qwen 3: a Llama with an RMSNorm on every head's query and key, and no biases."""
+"""Qwen 3: a Llama with an RMSNorm on the query and key of every head, and no biases."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hooklens.pretrained.hf_config import HFConfig
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
-    """A Qwen 3's config.json as ours."""
+    """Convert a Qwen 3 config.json."""
     n_layers, n_heads = hf.layers("num_hidden_layers"), hf.size("num_attention_heads")
     d_head, norm = hf.size("head_dim", 128), RMSNormPart(hf.number("rms_norm_eps", 1e-6))
     windowed = hf.flag("use_sliding_window", False)

@@ -1,4 +1,4 @@
-"""What was seen, what was changed, what happened beside a control: claims that say how much they may say."""
+"""Claims: an observation, an intervention and its control, and a verdict on what they show."""
 
 from hooklens.results.claims.claim_family import ClaimFamily, family, plans_met
 from hooklens.results.claims.held_out import HeldOutEffects, held_out_top

@@ -1,4 +1,4 @@
-"""Claims that were tested together: each verdict takes into account how many there are."""
+"""Claims that were tested together: each verdict corrects for the number of claims."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ClaimFamily(Result):
-    """Claims tested together, each with the false discovery rate at which it would be called: made by `family`."""
+    """Claims tested together, each with its false discovery rate; made by `family`."""
 
     terms = {
-        "control": "what the same measure gives where the claim's cause is absent; each claim names its own",
+        "control": "the same measurement without the claim's cause; each claim names its own",
     }
 
     claims: list[Claim]
 
     @property
     def q(self) -> Float[Tensor, "claim"]:
-        """Benjamini-Hochberg q-values over all claims that intervene; NaN for the others."""
+        """Benjamini-Hochberg q-values over all claims with an intervention; NaN for the others."""
         return torch.tensor([float("nan") if one.q is None else one.q for one in self.claims], dtype=torch.float64)
 
     def table(self, n: int | None = None) -> Table:
-        """One row a claim, as a report shows it."""
+        """One row per claim, as in a report."""
         rows = []
         for one in self.claims:
             effect = one.intervention
@@ -44,7 +44,7 @@ class ClaimFamily(Result):
         return Table(("claim", "status", "verdict", "effect", "low", "high", "control", "q"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` claims with the smallest q; those that may be called causal first."""
+        """The `k` claims with the smallest q; causal claims first."""
         by, found = self.q.nan_to_num(2.0).tolist(), self.table()
         order = sorted(range(len(by)), key=lambda i: (not self.claims[i].causal, by[i], i))
         return Table(found.columns, [found.rows[i] for i in order[:k]])
@@ -64,9 +64,9 @@ class ClaimFamily(Result):
 def family(
     model: "HookedTransformer | str", claims: Sequence[Claim], *, registered: Sequence[Registration] = ()
 ) -> ClaimFamily:
-    """Claims about one model that were tested together: a verdict then asks q, over all of them, to be at most 0.05.
+    """Combine claims about one model that were tested together: each verdict then also requires q of at most 0.05.
 
-    Plans in `registered` go to the claims whose statement is their hypothesis.
+    Registrations in `registered` are assigned to the claims whose statement is their hypothesis.
 
     >>> from hooklens.results.claims.measured import Measured
     >>> seen = Measured.of("seen", [1.0] * 6)
@@ -84,12 +84,12 @@ def family(
     name = model if isinstance(model, str) else model.cfg.model_name
     wrong = sorted({one.model for one in claims} - {name})
     if not claims or wrong:
-        raise InputError(f"a family is of at least one claim about {name!r}, got {wrong or 'none'}")
+        raise InputError(f"a family needs at least one claim, and all must be about {name!r}; got {wrong or 'none'}")
     plans = {plan.hypothesis: plan for plan in registered}
     unmet = sorted(plans.keys() - {one.statement for one in claims})
     if unmet or len(plans) < len(registered):
-        what = f"no claim states {unmet[0]!r}; they state {claims[0].statement!r}" if unmet else "two plans state one"
-        raise InputError(f"each registered hypothesis is the statement of one claim: {what}")
+        what = f"no claim states {unmet[0]!r}; one states {claims[0].statement!r}" if unmet else "two plans state one"
+        raise InputError(f"each registered hypothesis must be the statement of one claim: {what}")
     held = [replace(one, registered=plans.get(one.statement, one.registered)) for one in claims]
     q = q_values(torch.tensor([one.p for one in held], dtype=torch.float64)).tolist()
     n = sum(one.intervention is not None for one in held)
@@ -99,7 +99,7 @@ def family(
 
 
 def plans_met(claims: ClaimFamily | None, registered: Sequence[Registration]) -> tuple[list[Registration], list[str]]:
-    """The plans whose hypothesis is stated by a claim, and a sentence for each of the others: a plan is never dropped.
+    """The plans whose hypothesis is the statement of a claim, and a sentence for each other plan: none is dropped.
 
     >>> plan = Registration("L5H1 moves names", "logit_diff", "other heads", threshold=0.5, n=64)
     >>> plans_met(None, [plan])[1]

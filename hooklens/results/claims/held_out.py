@@ -1,4 +1,4 @@
-"""The largest of many effects is too large: choose on one half of the prompts, report on the other."""
+"""The largest of many effects is biased upwards: choose on one half of the prompts, report on the other."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class HeldOutEffects(Result):
-    """Effects of chosen components on prompts that had no say in the choice, a row a kind of effect.
+    """Effects of chosen components on prompts that were not used to choose them, one row per kind of effect.
 
-    `chosen_per_prompt` is the effect (of the first kind) on the half that chose them: the largest of many, and so too
-    large. `others` is the mean effect of all components that were not chosen, on the half that is reported; NaN where
-    all were. p and q values are of the reported half, q over all components and kinds reported.
+    `chosen_per_prompt` is the effect (of the first kind) on the half that chose the components: as the largest of many,
+    it is biased upwards. `others` is the mean effect of all components that were not chosen, on the reported half; NaN
+    if all were chosen. p and q values refer to the reported half, q over all reported components and kinds.
     """
 
     kinds: list[str]
@@ -49,13 +49,13 @@ class HeldOutEffects(Result):
         k: int,
         seed: int,
     ) -> "HeldOutEffects":
-        """The `k` cells of largest mean effect of the first kind on half of the groups; all kinds on the other half."""
+        """Choose the `k` cells with the largest mean effect (first kind) on half of the groups; report the others."""
         flat = torch.stack([each.detach().flatten(1) for each in effects.values()])  # kind prompt cell
         n = flat.shape[2]
         if n != len(names):
-            raise InputError(f"one name a component is needed, got {len(names)} for {n} components")
+            raise InputError(f"one name per component is needed, got {len(names)} for {n} components")
         if not 1 <= k <= n:
-            raise InputError(f"k lies between 1 and the {n} components, got {k}")
+            raise InputError(f"k must be between 1 and the number of components, {n}, got {k}")
         number = group_numbers(flat.shape[1], group)
         choose, report = halves(len(number), group=number, seed=seed)
         by = flat[0, choose].mean(0)
@@ -78,7 +78,7 @@ class HeldOutEffects(Result):
 
     @property
     def chosen_by(self) -> Float[Tensor, "component"]:
-        """The mean effect that each was chosen by."""
+        """The mean effect by which each was chosen."""
         return self.chosen_per_prompt.mean(0)
 
     @property
@@ -100,25 +100,25 @@ class HeldOutEffects(Result):
 
     @cached_property
     def p(self) -> Float[Tensor, "kind component"]:
-        """Two-sided p-value of "no effect" on the other half, by sign flips of groups."""
+        """Two-sided p-value of "no effect" on the other half, from sign flips of groups."""
         return sign_flip_p(self.per_prompt.movedim(1, 0), group=self.group[self.reported_on])
 
     @property
     def q(self) -> Float[Tensor, "kind component"]:
-        """Benjamini-Hochberg q-values over what is reported."""
+        """Benjamini-Hochberg q-values over the reported effects."""
         return q_values(self.p)
 
     @property
     def shrinkage(self) -> float:
-        """The reported effects as a share of those they were chosen by: below 1 where the choice picked luck."""
+        """The reported effects as a share of those on the choosing half: below 1 if the choice was partly luck."""
         return float(self.mean[0].abs().sum() / self.chosen_by.abs().sum())
 
     def claims(
         self, model: "HookedTransformer | str", metric: Any = "", *, registered: Sequence[Registration] = ()
     ) -> ClaimFamily:
-        """A claim for each component and kind, the mean of the components that were not chosen as its control.
+        """One claim per component and kind, with the mean of the components that were not chosen as its control.
 
-        Only for effects of interventions (ablations, patches): an attribution intervenes on nothing.
+        Valid only for effects of interventions (ablations, patches): an attribution is not an intervention.
         """
         first, second = self.group[self.chosen_on], self.group[self.reported_on]
         made = []
@@ -135,7 +135,7 @@ class HeldOutEffects(Result):
         return family(model, made, registered=registered)
 
     def table(self, n: int | None = None) -> Table:
-        """One row a component and kind, components in the order in which they were chosen."""
+        """One row per component and kind, in the order in which components were chosen."""
         columns = ("component", "ablation", "effect", "95% low", "95% high", "p", "q", "where chosen")
         parts = (self.mean, self.low, self.high, self.p, self.q)
         rows = [
@@ -146,7 +146,7 @@ class HeldOutEffects(Result):
         return Table(columns, rows).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The first `k` components that were chosen."""
+        """The first `k` chosen components."""
         return self.table(k * len(self.kinds))
 
     def figure(self) -> Any:
@@ -169,10 +169,10 @@ def held_out_top(
     group: Groups = None,
     seed: int = 0,
 ) -> HeldOutEffects:
-    """Which `k` components matter most, and how much on prompts that had no say in the choice?
+    """Which `k` components matter most, and how large is their effect on prompts that did not choose them?
 
-    `per_prompt` holds each prompt's effect of each component, flattened in the order of `names`. Prompts of one `group`
-    go to one half.
+    `per_prompt` contains each prompt's effect of each component, flattened in the order of `names`. Prompts of one
+    `group` go to the same half.
 
     >>> from hooklens.testing import tiny_model
     >>> noise = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""One number a prompt, what it is, and by which metric: what every claim is made of."""
+"""A measurement for a claim: one number per prompt, its meaning, and its metric."""
 
 import functools
 import math
@@ -15,13 +15,13 @@ from hooklens.results.result import Result
 from hooklens.results.statistics import few_groups, group_numbers, mean_interval, sign_flip_p, studentised_interval
 
 LEVEL = 0.95
-SKEWED_LEVEL = 0.98  # at 0.95, 7 to 11 % of lognormal effects of mean 0 in 6 to 20 groups lie off 0; at 0.98, 5 to 6 %
+SKEWED_LEVEL = 0.98  # at 0.95, 7 to 11 % of lognormal effects of mean 0 in 6 to 20 groups exclude 0; at 0.98, 5 to 6 %
 _FLIPS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
 class Measured(Result):
-    """One number a prompt, which prompts belong together, in words what was measured, and by which metric."""
+    """One number per prompt, the groups of the prompts, a description of the measurement, and its metric."""
 
     what: str
     per_prompt: Float[Tensor, "prompt"]
@@ -30,9 +30,9 @@ class Measured(Result):
 
     @classmethod
     def of(cls, what: str, per_prompt: Any, group: Any = None, *, metric: Any = "") -> "Measured":
-        """From numbers or a tensor. Prompts of one group share something; without groups each is its own.
+        """Make a measurement from numbers or a tensor. Prompts of one group are related; by default each is its own.
 
-        Give the `metric` itself where there is one: its name is what a registration is held against.
+        Pass the `metric` itself if there is one: its name is compared with that in a registration.
 
         >>> Measured.of("attention to the name", [0.5, 1.0]).mean
         0.75
@@ -40,7 +40,7 @@ class Measured(Result):
         values = torch.as_tensor(per_prompt).detach()
         values = values if values.is_floating_point() else values.double()
         if values.ndim != 1 or not len(values):
-            raise InputError(f"{what!r} is one number a prompt, got shape {list(values.shape)}")
+            raise InputError(f"{what!r} needs one number per prompt, got shape {list(values.shape)}")
         if not bool(values.isfinite().all()):
             raise InputError(f"{what!r} is not finite for {int((~values.isfinite()).sum())} of {len(values)} prompts")
         number = group_numbers(len(values), None if group is None else torch.as_tensor(group))
@@ -48,17 +48,17 @@ class Measured(Result):
 
     @classmethod
     def edge_of(cls, what: str, draws: Any, group: Any = None, *, metric: Any = "") -> "Measured":
-        """Of many draws of a control `[draw prompt]`, the one whose mean 97.5 % of them do not exceed to its side.
+        """Of many draws of a control `[draw prompt]`, the one at the 97.5 % quantile of the means, on the larger side.
 
-        Each side has such a draw; it is the one further from 0. An effect has to be larger to be beyond what such draws
-        do by chance; fewer than 39 give their largest.
+        Each side has such a draw; the one further from 0 is used. An effect must exceed it to be larger than what the
+        draws show by chance; with fewer than 39 draws it is the largest.
 
         >>> Measured.edge_of("random directions", [[float(i)] * 2 for i in range(-70, 30)]).mean
         -69.0
         """
         values = torch.as_tensor(draws).detach()
         if values.ndim != 2 or not len(values):
-            raise InputError(f"draws are one row a draw and one number a prompt, got shape {list(values.shape)}")
+            raise InputError(f"draws need one row per draw and one number per prompt, got shape {list(values.shape)}")
         means = values.double().mean(1)
         order = means.argsort(stable=True)
         at = min(len(values), math.ceil((1 + LEVEL) / 2 * (len(values) + 1))) - 1
@@ -71,11 +71,11 @@ class Measured(Result):
 
     @property
     def n_groups(self) -> int:
-        """How many independent units there are."""
+        """The number of independent units."""
         return int(self.group.max()) + 1
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean over groups; NaN for a single group, which has none."""
+        """The 95 % interval of the mean over groups; NaN for a single group."""
         return self._ends
 
     @functools.cached_property
@@ -84,7 +84,7 @@ class Measured(Result):
         return float(low), float(high)
 
     def studentised(self) -> tuple[float, float]:
-        """The 98 % interval that follows the skew of the values: what a claim asks of besides `interval`."""
+        """The 98 % interval that accounts for the skew of the values; a claim requires it in addition to `interval`."""
         return self._skewed_ends
 
     @functools.cached_property
@@ -93,11 +93,11 @@ class Measured(Result):
         return float(low), float(high)
 
     def p(self, null: float = 0.0) -> float:
-        """Two-sided p-value of "the mean is `null`", by flipping signs of groups."""
+        """Two-sided p-value of "the mean is `null`", from sign flips of groups."""
         return float(sign_flip_p(self.per_prompt.double() - null, group=self.group, draws=_FLIPS))
 
     def beyond(self, control: "Measured", *, mirrored: bool = False) -> "Measured":
-        """This minus the control, prompt by prompt; `mirrored`: minus the control with its sign turned."""
+        """This minus the control, prompt by prompt; `mirrored`: minus the control with its sign reversed."""
         if len(self.per_prompt) != len(control.per_prompt) or not torch.equal(self.group, control.group):
             raise InputError(
                 f"{self.what!r} and its control {control.what!r} must be measured on the same prompts in the same "
@@ -123,7 +123,7 @@ class Measured(Result):
 
 
 def metric_name(metric: Any) -> str:
-    """What a metric is called: its function's name, or that of the built-in that made it; words stay as they are.
+    """The name of a metric: that of its function, or of the built-in that made it; a string stays as it is.
 
     >>> from hooklens.metrics import LogitDiff
     >>> one = torch.tensor([0])
@@ -137,5 +137,5 @@ def metric_name(metric: Any) -> str:
     kind = metric if isinstance(metric, type) else type(metric)
     name = None if kind is metric else getattr(metric, "__name__", None)
     if name == "<lambda>":
-        raise InputError("a lambda has no name to be registered by; give the metric as a named function, or its name")
+        raise InputError("a lambda has no name for a registration; give a named function, or the metric's name")
     return name or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()

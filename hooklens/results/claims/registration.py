@@ -1,7 +1,5 @@
-"""A claim written down before the run: what would confirm it, hashed so that it cannot be fitted to what came out."""
+"""A claim written down before the run: a hashed plan, so that it cannot be adapted to the result."""
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -11,27 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from hooklens.core.arguments import path_of
+from hooklens.core.envelope import Schema, digest_of, read_envelope, write_envelope
 from hooklens.core.errors import ArgumentError, FileRefused, InputError
-from hooklens.core.files import check_writable, read_json, reading, write_atomically
+from hooklens.core.files import check_writable, reading
 from hooklens.results.result import Result
 
 SIDES = ("above", "below")
 _DIGEST = re.compile("[0-9a-f]{64}")
+_SCHEMA = Schema("hooklens.registration", 1, "a registration", "Registration.write", as_json=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Registration(Result):
-    """A hypothesis, and what will be held against it.
+    """A hypothesis, and the criterion for its confirmation.
 
     >>> plan = Registration("L5H1 moves names", "logit_diff", "random heads of layer 5", threshold=0.05, n=64)
     >>> len(plan.digest), plan.written
     (64, '')
 
     The claim holds if, over `n` prompts, the effect on `metric` lies more than `threshold` above (or below) 0 and
-    beyond what the `control` gives. `model` may be left open. Only a plan that was written to a file counts:
-    `plan = plan.write("plan.json")` before the run, which sets the time `written` (UTC), or `Registration.read` of it.
-    `digest` is the SHA-256 of these fields, time included, as canonical JSON. `published` is the digest that was made
-    public before the run and that the file was read against; without it nothing but its author's clock dates the plan.
+    beyond what the `control` gives. `model` may be left open. Only a plan that was written to a file counts: `plan =
+    plan.write("plan.json")` before the run, which sets the time `written` (UTC), or `Registration.read` of it. `digest`
+    is that of the file: the SHA-256 of these fields, time included, with the name of the schema. `published` is the
+    digest that was made public before the run and that the file was read against; without it nothing but its author's
+    clock dates the plan.
     """
 
     hypothesis: str
@@ -46,23 +47,23 @@ class Registration(Result):
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{{{name}}} is empty, and a registration says it before the run; give a few words"
+            f"{{{name}}} is empty, but a registration must state it; give a few words"
             for name in ("hypothesis", "metric", "control")
             if not getattr(self, name).strip()
         ]
         if not (math.isfinite(self.threshold) and self.threshold >= 0):
-            wrong.append(f"{{threshold}} is a distance from 0, at least 0, got {self.threshold}")
+            wrong.append(f"{{threshold}} must be a distance from 0, at least 0, got {self.threshold}")
         if self.n < 2:
-            wrong.append(f"{{n}} is the number of prompts, at least 2 for an interval, got {self.n}")
+            wrong.append(f"{{n}} is the number of prompts; an interval needs at least 2, got {self.n}")
         if wrong:
             raise ArgumentError("; ".join(wrong))
         if self.side not in SIDES:
-            raise InputError(f"side is 'above' or 'below', got {self.side!r}")
+            raise InputError(f"side must be 'above' or 'below', got {self.side!r}")
 
     @property
     def digest(self) -> str:
         """What identifies the registration: publish that of the written one, where others see when, before the run."""
-        return hashlib.sha256(json.dumps(self._plan, sort_keys=True).encode()).hexdigest()
+        return digest_of(_SCHEMA, self._plan)
 
     @property
     def _plan(self) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Registration(Result):
 
     @property
     def dated(self) -> str:
-        """What dates the plan, with the first digits of its digest: "registered ..." or "self-dated ...".
+        """How the plan is dated, with the first digits of its digest: "registered ..." or "self-dated ...".
 
         >>> Registration("L5H1 moves names", "logit_diff", "random heads", threshold=0.05, n=64).dated
         'unwritten ...'
@@ -80,50 +81,47 @@ class Registration(Result):
         return f"{'registered' if self.published else 'self-dated'} {self.written} as {self.digest[:8]}"
 
     def write(self, path: str | Path) -> "Registration":
-        """Keep the registration as JSON, with the time and the digest, and return it as it was written.
+        """Write the registration as JSON, with the time and the digest, and return it as written.
 
-        A file that is there already is not overwritten, and a plan that was written is not written again.
+        An existing file is never overwritten, and a plan that was written is not written again.
         """
         path = path_of(path)
         if self.written:
             raise _once(f"this one was written at {self.written}")
         check_new(path)
         made = replace(self, written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-        with write_atomically(path) as aside:
-            aside.write_text(json.dumps({**made._plan, "digest": made.digest}, indent=1) + "\n", encoding="utf-8")
+        write_envelope(path, _SCHEMA, made._plan)
         return made
 
     @classmethod
     def read(cls, path: str | Path, *, digest: str | None = None) -> "Registration":
-        """The registration in a file; one that was edited after it was written is refused.
+        """Read the registration in a file; a file that was edited after writing raises an error.
 
-        The digest in the file shows an accident. An edit with a digest recomputed shows only against the `digest` that
-        was published, all 64 digits of it. Without one the plan is "self-dated".
+        The digest in the file reveals accidental changes. An edit with a recomputed digest is revealed only by the
+        published `digest`, all 64 digits of it. Without it the plan is "self-dated".
         """
         if digest is not None:
             digest = _whole(digest)
-        with reading(path, "a registration"):
-            held = read_json(path, "a registration")
-            own = held.pop("digest")
+        held = read_envelope(path, _SCHEMA).content
+        with reading(path, _SCHEMA.what):
             if "published" in held:
                 raise ValueError("a file cannot say that its digest was published")
             found = cls(**held)
-        for what, asked in (("its digest is", own), ("the published digest is", digest or own)):
-            if asked != found.digest:
-                raise FileRefused(
-                    f"{path} was changed after it was registered: {what} {str(asked)[:12]!r}, its text gives "
-                    f"{found.digest[:12]!r}"
-                )
+        if digest not in (None, found.digest):
+            raise FileRefused(
+                f"{path} was changed after it was registered: the published digest is {digest[:12]!r}, its text gives "
+                f"{found.digest[:12]!r}"
+            )
         return replace(found, published=digest or "")
 
 
 def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list[Registration]:
-    """The plans in these files, each marked as published if its digest is among `digests`.
+    """Read the plans in these files; each is marked as published if its digest is among `digests`.
 
     >>> read_plans([])
     []
 
-    A digest that belongs to none of them is refused: the plan it was published for is another file, or was edited.
+    A digest that belongs to none of them raises an error: its plan is another file, or was edited.
     """
     plans, left = [Registration.read(path) for path in paths], {_whole(digest) for digest in digests}
     found = [replace(plan, published=plan.digest if plan.digest in left else "") for plan in plans]
@@ -137,17 +135,17 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
 
 
 def check_new(path: Path) -> None:
-    """Can a plan be written there? One that exists is never overwritten."""
+    """Raise if a plan cannot be written there; an existing file is never overwritten."""
     check_writable(path)
     if path.exists():
         raise _once(f"{path} exists")
 
 
 def _once(seen: str) -> InputError:
-    return InputError(f"a registration is written once, before the run, and {seen}; make another plan or name")
+    return InputError(f"a registration is written once, before the run, but {seen}; make another plan or name")
 
 
 def _whole(digest: str) -> str:
     if not _DIGEST.fullmatch(digest.strip().lower()):
-        raise InputError(f"a published digest is all 64 hexadecimal digits of it, got {len(digest)}: {digest[:80]!r}")
+        raise InputError(f"a published digest has 64 hexadecimal digits, got {len(digest)}: {digest[:80]!r}")
     return digest.strip().lower()

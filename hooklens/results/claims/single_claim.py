@@ -1,4 +1,4 @@
-"""A claim: an observation, an intervention, a control, an interval, and what may be said with those that are there."""
+"""A claim: an observation, an intervention, a control, an interval, and the verdict that the available ones support."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +20,11 @@ LARGEST_P = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Claim(Result):
-    """A statement about a model and the evidence for it. `causal` says whether it may be called that.
+    """A statement about a model and the evidence for it. `causal` says whether the evidence supports this word.
 
-    `registered` is None where the statement was not written down before the run: it is then exploratory. `q` is None
-    unless the claim was tested with others (`family`), `n_tested` of them; the verdict then asks for q as well.
-    `claimed` is the side of 0 on which the statement says that the effect lies, "above" or "below"; "" if it says none.
+    `registered` is None if the statement was not written down before the run: it is then exploratory. `q` is None
+    unless the claim was tested together with others (`family`), `n_tested` in total; the verdict then requires q as
+    well. `claimed` is the sign of the effect according to the statement, "above" or "below" 0; "" if it has none.
     """
 
     statement: str
@@ -39,7 +39,7 @@ class Claim(Result):
 
     @property
     def side(self) -> float:
-        """1 where the effect should lie above 0, -1 below: as registered, else as claimed, else as it came out."""
+        """1 if the effect should lie above 0, -1 if below: as registered, else as claimed, else as measured."""
         said = self.claimed if self.registered is None else self.registered.side
         if said:
             return 1.0 if said == "above" else -1.0
@@ -48,15 +48,15 @@ class Claim(Result):
 
     @property
     def least(self) -> float:
-        """How far from 0 the effect has to lie: the registered threshold, else 0."""
+        """How far from 0 the effect must lie: the registered threshold, else 0."""
         return 0.0 if self.registered is None else self.registered.threshold
 
     @cached_property
     def beyond(self) -> list[Measured]:
-        """The effect minus that of the control, and plus it, prompt by prompt; none without a control.
+        """The effect minus that of the control, and plus it, prompt by prompt; empty without a control.
 
-        The effect is larger than the control's in size where both lie on its side: a control that moves the metric
-        further to the other side leaves the first there and not the second.
+        The effect is larger in size than the control's if both lie on its side. A control that changes the metric more
+        in the other direction satisfies the first condition but not the second.
         """
         effect, control = self.intervention, self.control
         if effect is None or control is None:
@@ -65,9 +65,9 @@ class Claim(Result):
 
     @cached_property
     def p(self) -> float:
-        """Two-sided p-value: the largest of the effect's beyond `least` and of its size beyond that of its control.
+        """Two-sided p-value: the larger of the effect's beyond `least` and of its size beyond that of its control.
 
-        NaN without an intervention; of the effect alone without a control.
+        NaN without an intervention; that of the effect alone without a control.
         """
         if self.intervention is None:
             return float("nan")
@@ -75,10 +75,10 @@ class Claim(Result):
 
     @cached_property
     def lacks(self) -> list[str]:
-        """What keeps the statement from being causal, in words; empty where nothing does."""
+        """The reasons why the statement is not causal, in words; empty if there are none."""
         if self.intervention is None:
-            return ["nothing was intervened on: an observation alone is a correlation", *self.departures]
-        missing = [] if self.control is not None else ["the intervention has no control beside it"]
+            return ["there was no intervention: an observation alone is a correlation", *self.departures]
+        missing = [] if self.control is not None else ["the intervention has no control"]
         n = self.intervention.n_groups
         if n < 2:
             only = "the effect has no interval: it was measured on one independent group of prompts"
@@ -89,9 +89,9 @@ class Claim(Result):
         if self.beyond:
             low, high = self._least_interval(self.beyond)
             if not low > 0:
-                missing.append(f"the effect does not exceed the control's in size: by [{low:.3g}, {high:.3g}]")
+                missing.append(f"the effect does not exceed the control's in size: difference [{low:.3g}, {high:.3g}]")
         if n < LEAST_GROUPS:
-            missing.append(f"{n} groups of prompts cannot give p < {2 / 2**n:.3g}; {LEAST_GROUPS} are the least")
+            missing.append(f"{n} groups of prompts cannot give p < {2 / 2**n:.3g}; at least {LEAST_GROUPS} are needed")
         elif self.p > LARGEST_P:
             missing.append(f"p is {self.p:.3g}, above {LARGEST_P:g}")
         if self.q is not None and self.p <= LARGEST_P < self.q:
@@ -99,13 +99,13 @@ class Claim(Result):
         return missing + self.departures
 
     def _least_interval(self, parts: list[Measured]) -> list[float]:
-        """Of the percentile and studentised intervals of these, the one that reaches least far to the claim's side."""
+        """The percentile or studentised interval of these that is least favourable to the claim."""
         ends = [pair for part in parts for pair in (part.interval(), part.studentised())]
         return min(sorted(self.side * end for end in pair) for pair in ends)
 
     @cached_property
     def departures(self) -> list[str]:
-        """Where the run was another than the one that was registered; empty where nothing was."""
+        """The differences between the run and the registered plan; empty if nothing was registered."""
         plan, effect = self.registered, self.intervention
         if plan is None:
             return []
@@ -121,14 +121,14 @@ class Claim(Result):
 
     @property
     def causal(self) -> bool:
-        """Is there an intervention whose effect is surely off 0, and surely larger than that of its control?"""
+        """Is there an intervention whose effect differs from 0 and exceeds that of its control, with confidence?"""
         return not self.lacks
 
     @property
     def status(self) -> str:
         """ "exploratory", "self-dated" or "registered", with the author's time and the first digits of the digest.
 
-        Self-dated: only the clock of its author says when the plan was written; it was not read against a published
+        Self-dated: the time of the plan rests on its author's clock only; the plan was not compared with a published
         digest.
         """
         if self.registered is None:
@@ -139,7 +139,7 @@ class Claim(Result):
 
     @property
     def opposite(self) -> bool:
-        """Does the effect lie on the other side of 0 than the statement says, with its whole interval, p and q?"""
+        """Whether the effect lies on the opposite side of 0, with its whole interval, p and q."""
         effect = self.intervention
         if effect is None or effect.n_groups < LEAST_GROUPS:
             return False
@@ -156,13 +156,13 @@ class Claim(Result):
         return "observed" if self.intervention is None else "no causal effect shown"
 
     def require_causal(self) -> "Claim":
-        """The claim itself, if it is causal; else an error that says what it lacks."""
+        """Return the claim if it is causal; else raise an error that lists what is missing."""
         if not self.causal:
             raise InputError(f"{self.statement!r} cannot be called causal: {'; '.join(self.lacks)}")
         return self
 
     def sentence(self) -> str:
-        """The claim as it may be said."""
+        """The claim in words, no stronger than its evidence."""
         said = [f"{self.statement} ({self.status}; {self.verdict}).", f"Seen: {self.observation.said()}."]
         if self.intervention is not None:
             said.append(f"Intervention: {self.intervention.said()}.")
@@ -171,7 +171,7 @@ class Claim(Result):
         return " ".join(said + [f"Lacking: {'; '.join(self.lacks)}."] * bool(self.lacks))
 
     def table(self, n: int | None = None) -> Table:
-        """One row a measurement."""
+        """One row per measurement."""
         rows = []
         for role in ("observation", "intervention", "control"):
             part = getattr(self, role)
@@ -200,7 +200,7 @@ def claim(
     registered: Registration | None = None,
     side: str = "",
 ) -> Claim:
-    """What may be said about a model (or its name) with this evidence? Without all of it: not "causal".
+    """What does this evidence show about a model (or its name)? The verdict is "causal" only if all of it is there.
 
     >>> from hooklens.testing import tiny_model
     >>> seen = Measured.of("attention to the name", [0.9, 0.8, 0.9, 0.7, 0.9, 0.8])
@@ -212,20 +212,20 @@ def claim(
     >>> claim(tiny_model(), "L0H1 moves the name", observation=seen, intervention=effect, control=other).verdict
     'causal'
 
-    Causal takes an intervention with a control on the same prompts; intervals of the effect, and of by how much its
-    size exceeds the control's, that lie on the side of the effect (95 % percentile and 98 % studentised ones); and
-    p-values (sign flips of groups) of at most 0.05, which fewer than 6 groups cannot reach.
+    A causal claim needs an intervention with a control on the same prompts; intervals of the effect, and of the excess
+    of its size over the control's, that lie on the side of the effect (95 % percentile and 98 % studentised intervals);
+    and p-values (sign flips of groups) of at most 0.05, which need at least 6 groups.
 
-    `side` is "above" or "below" where the statement says on which side of 0 the effect lies: one that lies surely on
-    the other has the verdict "opposite effect". Without it the effect's own side counts.
+    `side` is "above" or "below" if the statement gives the sign of the effect: a significant effect with the other sign
+    has the verdict "opposite effect". Without `side` the effect's own sign is used.
 
     Reference: Pearl (2009), "Causality", chapter 1.3 (seeing and doing).
     """
     for name, part in (("observation", observation), ("intervention", intervention), ("control", control)):
         if not isinstance(part, Measured) and not (part is None and name != "observation"):
-            raise WrongType(f"{name} is made with Measured.of(what, values), got {type(part).__name__}")
+            raise WrongType(f"{name} must be made with Measured.of(what, values), got {type(part).__name__}")
     if intervention is None and control is not None:
-        raise InputError(f"a control ({control.what!r}) was given without the intervention that it controls")
+        raise InputError(f"a control ({control.what!r}) was given without an intervention")
     if side and side not in SIDES:
         raise did_you_mean("side", side, SIDES)
     name = model if isinstance(model, str) else model.cfg.model_name

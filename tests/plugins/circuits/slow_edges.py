@@ -36,8 +36,8 @@ def _heads(model, cache, layer: int) -> Tensor:
     return out if norm.gain() is None else out * norm.gain()
 
 
-def ablated_values(model, graph, corrupted, ablation: str) -> tuple[list[Tensor], list[Tensor]]:
-    nodes, reads = node_outputs(model, graph, corrupted)
+def ablated_values(model, graph, clean, corrupted, ablation: str) -> tuple[list[Tensor], list[Tensor]]:
+    nodes, reads = node_outputs(model, graph, clean if ablation == "mean" else corrupted)
     if ablation == "corrupted":
         return nodes, reads
     if ablation == "mean":
@@ -51,7 +51,7 @@ def ablated_values(model, graph, corrupted, ablation: str) -> tuple[list[Tensor]
 def slow_logits(model, kept: Tensor, clean: Tensor, corrupted: Tensor, ablation: str = "corrupted") -> Tensor:
     """The logits of one circuit: layer by layer, every receiver's input is written by a hook."""
     graph = circuit_graph(model)
-    base_nodes, base_reads = ablated_values(model, graph, corrupted, ablation)
+    base_nodes, base_reads = ablated_values(model, graph, clean, corrupted, ablation)
     live = [node.clone() for node in node_outputs(model, graph, clean)[0][:1]]
     kept = kept.to(clean.device).double()
     for slot, base in zip(graph.slots, base_reads, strict=True):

@@ -7,9 +7,10 @@ from recorded_circuits import ACDC
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
 import hooklens as hl
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
 from hooklens.plugins.circuits.discovery import acdc, acdc_nodes
-from hooklens.plugins.circuits.edge_attribution import demo_pairs, eap
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.pruning import prune_edges, prune_edges_below, prune_nodes, prune_nodes_below
 from hooklens.plugins.circuits.run import run_edges
@@ -21,10 +22,10 @@ def logit(logits):
 
 
 def test_an_or_gate_keeps_exactly_one_head():
-    found = acdc(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero")
+    found = acdc(or_gate(), [[0]], None, logit, threshold=0.1, value="zero")
     assert found.kept == ["MLP0->logits", "L0H0->MLP0"]
-    assert found.metric_of_circuit == found.metric_of_model == 1.0 and found.metric_of_nothing == 0.0
-    assert acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, ablation="zero").kept == ["MLP0", "L0H0"]
+    assert found.metric_of_circuit == found.base == 1.0 and found.empty == 0.0
+    assert acdc_nodes(or_gate(), [[0]], None, logit, threshold=0.1, value="zero").kept == ["MLP0", "L0H0"]
 
 
 def test_an_and_gate_keeps_the_one_path():
@@ -37,11 +38,11 @@ def one_after_the_other(model, metric, threshold: float, ablation: str) -> tuple
     """Every edge tried by itself, from the logits down, with a run of its own."""
     graph = circuit_graph(model)
     kept = torch.ones(graph.n_edges, dtype=torch.bool)
-    value = run_edges(model, kept, CLEAN, CORRUPTED, metric, ablation=ablation).per_pair.mean()
+    value = run_edges(model, kept, CLEAN, CORRUPTED, metric, value=ablation).per_pair.mean()
     for edge in reversed(range(graph.n_edges)):
         tried = kept.clone()
         tried[edge] = False
-        after = run_edges(model, tried, CLEAN, CORRUPTED, metric, ablation=ablation).per_pair.mean()
+        after = run_edges(model, tried, CLEAN, CORRUPTED, metric, value=ablation).per_pair.mean()
         if value - after < threshold:
             kept, value = tried, after
     return kept, graph.n_edges
@@ -53,9 +54,9 @@ def test_many_trials_at_once_are_one_after_the_other(threshold, ablation, change
     model = tiny_model(n_layers=1, dtype=torch.float64, **changes)
     metric = hl.kl(model, CLEAN)
     kept, n = one_after_the_other(model, metric, threshold, ablation)
-    found = acdc(model, CLEAN, CORRUPTED, metric, threshold=threshold, ablation=ablation)
+    found = acdc(model, CLEAN, CORRUPTED, metric, threshold=threshold, value=ablation)
     assert found.kept == [found.circuit.graph.name(e) for e in reversed(range(n)) if kept[e]]
-    run = run_edges(model, kept, CLEAN, CORRUPTED, metric, ablation=ablation)
+    run = run_edges(model, kept, CLEAN, CORRUPTED, metric, value=ablation)
     assert found.metric_of_circuit == pytest.approx(float(run.per_pair.mean()), abs=1e-12)
     tidy = found.circuit.graph.on_a_path(kept[None], rooted=ablation == "corrupted")[0]
     assert torch.equal(found.circuit.kept, tidy) and found.circuit.dropped == int(kept.sum() - tidy.sum())
@@ -85,32 +86,32 @@ KINDS = [{}, {"block": "parallel"}, {"block": "sandwich"}, {"n_key_value_heads":
 def test_the_circuit_handed_over_has_the_metric_that_was_reported(changes, ablation):
     """In a sandwich block an edge into a head matters by the norm that all heads of the layer share."""
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
-    clean, corrupted, metric = demo_pairs(model, 2)
+    pairs = demo_pairs(model, 2)
 
     def value(circuit) -> float:
-        return float(circuit.run(model, clean, corrupted, metric).per_pair.mean())
+        return float(circuit.run(model, pairs).per_pair.mean())
 
-    found = acdc(model, clean, corrupted, metric, threshold=0.003, ablation=ablation)
+    found = acdc(model, pairs, threshold=0.003, value=ablation)
     assert 0 < found.circuit.n_edges < found.circuit.graph.n_edges
     assert found.metric_of_circuit == pytest.approx(value(found.circuit), abs=1e-12)
-    start = whole_circuit(model, ablation=ablation)
+    start = whole_circuit(model, value=ablation)
     for pruned in (
-        prune_edges(model, start, clean, corrupted, metric, size=30, share=0.3),
-        prune_edges_below(model, start, clean, corrupted, metric, threshold=0.003),
+        prune_edges(model, start, pairs, size=30, share=0.3),
+        prune_edges_below(model, start, pairs, threshold=0.003),
     ):
-        kept = run_edges(model, pruned.circuit.kept, clean, corrupted, metric, ablation=ablation)
+        kept = run_edges(model, pruned.circuit.kept, pairs, value=ablation)
         assert float(pruned.metric[-1]) == pytest.approx(float(kept.per_pair.mean()), abs=1e-12)
 
 
 @pytest.mark.parametrize("changes", KINDS)
 def test_a_circuit_cut_from_scores_loses_no_edge_that_acts(changes):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
-    clean, corrupted, metric = demo_pairs(model, 2)
-    scores = eap(model, clean, corrupted, metric)
+    pairs = demo_pairs(model, 2)
+    scores = eap(model, pairs)
     for threshold in scores.scores.abs().quantile(torch.tensor([0.6, 0.8, 0.9], dtype=torch.float64)).tolist():
         chosen = scores.scores.abs() >= threshold
         circuit = scores.above(threshold)
-        runs = run_edges(model, torch.stack([chosen, circuit.kept]), clean, corrupted, metric)
+        runs = run_edges(model, torch.stack([chosen, circuit.kept]), pairs)
         torch.testing.assert_close(runs.per_pair[0], runs.per_pair[1], atol=1e-12, rtol=0)
 
 
@@ -123,7 +124,7 @@ def test_pruning_an_and_gate_and_an_or_gate():
     kept = prune_nodes(and_gate(), start, clean, corrupted, logit, size=3).circuit
     assert set(path) <= set(kept.edges)
     # each head of an OR gate alone is worth nothing: a threshold cuts both, a greedy search only one
-    gate, start = or_gate(), whole_circuit(or_gate(), ablation="zero")
+    gate, start = or_gate(), whole_circuit(or_gate(), value="zero")
     one = prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01)
     assert one.circuit.n_edges == 2 and float(one.metric[-1]) == 1.0
     both = prune_edges_below(gate, start, [[0]], None, logit, threshold=0.5)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from test_circuit_run import CLEAN, CORRUPTED, diff
 
-from hooklens.data.jsonl import PromptPairs
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.plugins.circuits.circuit import circuit_of
 from hooklens.plugins.circuits.circuit_metrics import measured
 from hooklens.plugins.circuits.completeness import completeness_of
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
-from hooklens.plugins.circuits.edge_attribution import demo_circuit, demo_pairs, eap
+from hooklens.plugins.circuits.edge_attribution import demo_circuit, eap
 from hooklens.plugins.circuits.evaluation import evaluate_circuit
 from hooklens.plugins.circuits.faithfulness import measure_faithfulness, trace_faithfulness
 from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
@@ -33,10 +33,8 @@ def either_way(logits):
 @pytest.fixture(scope="module")
 def found():
     model = tiny_model()
-    clean, corrupted, metric = demo_pairs(model, 4)
-    scores = eap(model, clean[:2], corrupted[:2], metric)
-    circuit = demo_circuit(model, clean[:2], corrupted[:2], metric)
-    return model, scores, circuit, clean[2:], corrupted[2:], metric
+    pairs = demo_pairs(model, 4)
+    return model, eap(model, pairs[:2]), demo_circuit(model, pairs[:2]), pairs[2:]
 
 
 def test_a_value_that_is_not_known_is_reached_by_no_draw_and_significant_nowhere():
@@ -46,8 +44,8 @@ def test_a_value_that_is_not_known_is_reached_by_no_draw_and_significant_nowhere
 
 
 def test_where_the_gap_may_be_0_no_part_of_an_evaluation_is_significant(found):
-    model, scores, circuit, clean, corrupted, _ = found
-    seen = evaluate_circuit(model, circuit, clean, corrupted, either_way)
+    model, scores, circuit, pairs = found
+    seen = evaluate_circuit(model, circuit, pairs, metric=either_way)
     assert not seen.faithfulness.defined and seen.faithfulness.p != seen.faithfulness.p
     assert seen.completeness.p != seen.completeness.p
     assert bool(seen.minimality.p.isnan().all()) and bool(seen.minimality.q.isnan().all())
@@ -55,24 +53,23 @@ def test_where_the_gap_may_be_0_no_part_of_an_evaluation_is_significant(found):
     rows = dict(seen.table().rows)
     assert rows["edges worth more than a random circuit's (q < 0.05)"] is None
     assert rows["edges that may be worth nothing"] is None
-    curve = trace_faithfulness(model, scores, clean, corrupted, either_way, sizes=[5, 10])
+    curve = trace_faithfulness(model, scores, pairs, metric=either_way, sizes=[5, 10])
     assert bool(curve.values.isnan().all()) and curve.p != curve.p
 
 
 def test_with_one_pair_no_edge_is_called_needed(found):
-    model, _, circuit, clean, corrupted, metric = found
-    seen = evaluate_circuit(model, circuit, clean[:1], corrupted[:1], metric)
+    model, _, circuit, pairs = found
+    seen = evaluate_circuit(model, circuit, pairs[:1])
     assert seen.minimality.idle is None and dict(seen.table().rows)["edges that may be worth nothing"] is None
     assert len(seen.minimality.table()) > 0
 
 
 def test_fewer_than_100_random_circuits_are_refused(found):
-    model, scores, circuit, clean, corrupted, metric = found
-    pairs = PromptPairs(CLEAN.tolist(), CORRUPTED.tolist(), [3, 3], [4, 4], ["a", "b"])
+    model, scores, circuit, pairs = found
     for ask in (
-        lambda: measure_faithfulness(model, circuit, clean, corrupted, metric, draws=99),
-        lambda: evaluate_circuit(model, circuit, clean, corrupted, metric, draws=3),
-        lambda: trace_faithfulness(model, scores, clean, corrupted, metric, sizes=[10], draws=3),
+        lambda: measure_faithfulness(model, circuit, pairs, draws=99),
+        lambda: evaluate_circuit(model, circuit, pairs, draws=3),
+        lambda: trace_faithfulness(model, scores, pairs, sizes=[10], draws=3),
         lambda: study_circuit(model, pairs, edges=12, draws=5),
     ):
         with pytest.raises(ValueError, match="draws must be at least 100 random circuits"):
@@ -89,18 +86,18 @@ def shares(p: list[float], *levels: float) -> list[float]:
 def nothing_special():
     """A bench, scores, and circuits that are themselves random ones of one make."""
     model = tiny_model(n_heads=4)
-    clean, corrupted, metric = demo_pairs(model, 1)
-    scores = eap(model, clean, corrupted, metric)
+    pairs = demo_pairs(model, 1)
+    scores = eap(model, pairs)
     start = scores.greedy_edges(25)
     drawn = random_circuits(start.graph, start.kept, 80, seed=7)
-    bench = Bench(model, clean, corrupted, metric, "corrupted", keep=True)
+    bench = Bench(model, pairs, "corrupted", keep=True)
     return bench, scores, [replace(start, kept=kept) for kept in drawn]
 
 
 @pytest.mark.slow
 def test_a_random_circuit_is_as_faithful_as_others_in_uniform_shares(nothing_special):
     bench, _, circuits = nothing_special
-    p = [measured(bench, one, None, 19, seed=100 + i).p for i, one in enumerate(circuits)]
+    p = [measured(bench, one, 19, seed=100 + i).p for i, one in enumerate(circuits)]
     few, half = shares(p, 0.1, 0.5)
     assert few < 0.22 and 0.33 < half < 0.67  # 0.1 and 0.5, give or take three standard errors
 
@@ -110,9 +107,9 @@ def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(no
     bench, _, circuits = nothing_special
     complete, minimal, least = [], [], []
     for i, one in enumerate(circuits):
-        draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, None, 19, seed=100 + i)
+        draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, 19, seed=100 + i)
         null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
-        unit = (faithful.model_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
+        unit = (faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
         complete.append(completeness_of(bench, one, null, faithful, unit, draw).p)
         found = minimality_of(bench, one, null, faithful, unit, draw)
         minimal += found.p.tolist()
@@ -142,7 +139,7 @@ def test_curves_of_scores_that_know_nothing_are_seldom_called_better_than_chance
             shuffled[edges] = shuffled[edges[torch.randperm(len(edges), generator=draw)]]
         blind = replace(scores, scores=shuffled)
         circuits = {one.n_edges: one for one in map(blind.greedy_edges, (10, 15, 20, 25, 30, 40)) if one.n_edges}
-        p.append(curve_of(bench, blind, [circuits[n] for n in sorted(circuits)], None, 19).p)
+        p.append(curve_of(bench, blind, [circuits[n] for n in sorted(circuits)], 19).p)
     assert shares(p, 0.05)[0] < 0.12 and shares(p, 0.1)[0] < 0.2
 
 
@@ -200,14 +197,13 @@ def test_edges_of_one_random_circuit_that_are_alike_count_once():
 
 
 def test_a_curve_says_on_how_many_of_its_prompts_the_edges_were_found(found):
-    model, scores, _, clean, corrupted, metric = found
-    pairs = demo_pairs(model, 4)
-    half = trace_faithfulness(model, scores, pairs[0][1:], pairs[1][1:], metric, sizes=[20])
+    model, scores, _, pairs = found
+    half = trace_faithfulness(model, scores, demo_pairs(model, 4)[1:], sizes=[20])
     assert (half.n_seen, half.n_pairs) == (1, 3)
     row = dict(zip(half.table().columns, half.table().rows[0], strict=True))
     assert (row["pairs"], row["of these used to find it"]) == (3, 1)
     assert "1 of 3 pairs used to find it" in half.figure().layout.title.text
-    held_out = trace_faithfulness(model, scores, clean, corrupted, metric, sizes=[20])
+    held_out = trace_faithfulness(model, scores, pairs, sizes=[20])
     assert "used to find" not in held_out.figure().layout.title.text
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import hooklens as hl
 from hooklens.data.indirect_object import ioi
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench, run_edges
@@ -44,10 +45,10 @@ def agree(model, clean, corrupted, ablation: str) -> None:
         slow = torch.stack([diff(slow_logits(model, kept, clean, corrupted, ablation)) for kept in masks])
         whole, other = diff(model(clean)), diff(model(corrupted))
     for metric in (diff, hl.logit_diff(model, answer=3, wrong_answer=4)):
-        found = run_edges(model, masks, clean, corrupted, metric, ablation=ablation)
+        found = run_edges(model, masks, clean, corrupted, metric, value=ablation)
         torch.testing.assert_close(found.per_pair, slow, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found.per_pair[-1], whole, atol=1e-9, rtol=0)
-        torch.testing.assert_close(found.model_per_pair, whole, atol=1e-9, rtol=0)
+        torch.testing.assert_close(found.base_per_pair, whole, atol=1e-9, rtol=0)
         torch.testing.assert_close(found.per_pair[-2], found.empty_per_pair, atol=1e-9, rtol=0)
         if ablation == "corrupted":
             torch.testing.assert_close(found.empty_per_pair, other, atol=1e-9, rtol=0)
@@ -71,7 +72,7 @@ def test_circuits_as_auto_circuit_computes_them(name, ablation):
     n = torch.arange(1.0, circuit_graph(model).n_edges + 1)
     kept = torch.stack([torch.sin(1.7 * n + 3 * k) > 0.8 - 0.4 * k for k in range(5)])
     metric = hl.logit_diff(model, answer=3, wrong_answer=7)
-    found = run_edges(model, kept, CLEAN, CORRUPTED, metric, ablation=ablation)
+    found = run_edges(model, kept, CLEAN, CORRUPTED, metric, value=ablation)
     expected = torch.tensor(RECORDED[name, ablation]["values"])
     torch.testing.assert_close(found.per_pair.mean(1), expected, atol=1e-4, rtol=1e-4)
 
@@ -138,7 +139,7 @@ def test_a_metric_that_gives_one_number_is_asked_pair_by_pair():
 
 def test_a_bench_answers_again_as_it_did_before():
     model = tiny_model(dtype=torch.float64)
-    bench = Bench(model, CLEAN, CORRUPTED, diff, "corrupted", keep=True)
+    bench = Bench(model, PromptPairs(CLEAN, CORRUPTED, diff), "corrupted", keep=True)
     masks = some_masks(bench.graph)
     first, second = bench.run(masks), bench.run(masks.flip(0))
     torch.testing.assert_close(first.per_pair, second.per_pair.flip(0), atol=1e-12, rtol=0)
@@ -174,7 +175,7 @@ def test_wrapped_linear_layers_are_called_not_read():
             models.append(model)
     masks = some_masks(circuit_graph(models[0]))
     for ablation in ("corrupted", "zero"):
-        a, b = (run_edges(m, masks, CLEAN, CORRUPTED, diff, ablation=ablation).per_pair for m in models)
+        a, b = (run_edges(m, masks, CLEAN, CORRUPTED, diff, value=ablation).per_pair for m in models)
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -183,12 +184,12 @@ def test_gates():
     graph = circuit_graph(gate)
     names = [["L0H0->MLP0", "MLP0->logits"], ["L0H1->MLP0", "MLP0->logits"], ["MLP0->logits"]]
     kept = torch.stack([graph.mask(edges) for edges in names])
-    found = run_edges(gate, kept, [[0]], None, logit, ablation="zero")
+    found = run_edges(gate, kept, [[0]], None, logit, value="zero")
     assert found.per_pair[:, 0].tolist() == [1.0, 1.0, 0.0] and found.faithfulness.tolist() == [1.0, 1.0, 0.0]
     gate = and_gate()
     circuit = circuit_of(gate, ["embed->L0H0.v", "L0H0->MLP0", "MLP0->logits"])
     run = circuit.run(gate, [[1, 1, 1]], [[1, 0, 1]], logit)
-    assert run.faithfulness.tolist() == [pytest.approx(1.0)] and run.model_per_pair.tolist() == [pytest.approx(1.0)]
+    assert run.faithfulness.tolist() == [pytest.approx(1.0)] and run.base_per_pair.tolist() == [pytest.approx(1.0)]
     assert circuit.without(["L0H0->MLP0"]).run(gate, [[1, 1, 1]], [[1, 0, 1]], logit).per_pair.item() == 0.0
 
 
@@ -197,14 +198,14 @@ def test_what_cannot_be_run_says_so():
     kept = whole_circuit(model).kept
     with pytest.raises(ValueError, match="46 edges"):
         run_edges(model, kept[:-1], CLEAN, CORRUPTED, diff)
-    with pytest.raises(ValueError, match="only ablation='zero'"):
+    with pytest.raises(ValueError, match="needs corrupted prompts"):
         run_edges(model, kept, CLEAN, None, diff)
     with pytest.raises(KeyError, match="mean"):
-        run_edges(model, kept, CLEAN, CORRUPTED, diff, ablation="means")
+        run_edges(model, kept, CLEAN, CORRUPTED, diff, value="means")
     with pytest.raises(ValueError, match="same length"):
         run_edges(model, kept, [[1, 2, 3]], [[1, 2]], diff)
-    with pytest.raises(ValueError, match="one such prompt"):
-        run_edges(model, kept, CLEAN[:1], CORRUPTED[:1], diff, ablation="mean")
+    with pytest.raises(ValueError, match="there is one prompt"):
+        run_edges(model, kept, CLEAN[:1], CORRUPTED[:1], diff, value="mean")
     with pytest.raises(ValueError, match="plain function"):
         run_edges(model, kept, [[1, 2], [1, 2, 3]], [[1, 3], [1, 3, 3]], diff)
     for bad in ("nan", "inf"):
@@ -220,10 +221,10 @@ def test_what_cannot_be_run_says_so():
 def test_on_a_real_model_all_edges_are_the_model_and_none_is_the_corrupted_run():
     model = hl.load("smollm2-135m-instruct")
     pairs = ioi(model, 4)
-    metric = hl.logit_diff(model, answer=pairs.answer_tokens, wrong_answer=pairs.wrong_answer_tokens)
+    metric, (clean, corrupted) = pairs.metric_of(model), pairs.tokens(model)
     graph = circuit_graph(model)
     kept = torch.stack([torch.ones(graph.n_edges), torch.zeros(graph.n_edges)]).bool()
-    found = run_edges(model, kept, pairs.clean_tokens, pairs.corrupted_tokens, metric)
+    found = run_edges(model, kept, pairs)
     assert graph.n_edges == 70_651
-    torch.testing.assert_close(found.per_pair[0], metric(model(pairs.clean_tokens)).detach(), atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(found.per_pair[1], metric(model(pairs.corrupted_tokens)).detach(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.per_pair[0], metric(model(clean)).detach(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(found.per_pair[1], metric(model(corrupted)).detach(), atol=1e-3, rtol=1e-4)

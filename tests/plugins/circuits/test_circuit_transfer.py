@@ -9,11 +9,12 @@ from plugins.heads.trained import trained_on_repeats
 
 import hooklens as hl
 from hooklens.core.errors import InputError
+from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import circuit_of
-from hooklens.plugins.circuits.circuit_task import Task
 from hooklens.plugins.circuits.circuit_transfer import transfer_circuit
-from hooklens.plugins.circuits.edge_attribution import demo_pairs, eap
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.integrated_edges import eap_ig
 from hooklens.plugins.circuits.roles import _by_edges, _by_patches, roles_of
 from hooklens.plugins.circuits.run import Bench
@@ -32,19 +33,19 @@ def quick(model):
     return classify_heads(model, n=6, draws=50, ioi=0)
 
 
-def own_task(model, n: int = 8) -> Task:
-    clean, corrupted, _ = demo_pairs(model, n)
-    return Task(clean, corrupted, lambda logits: logits[:, -1, 3] - logits[:, -1, 4])
+def own_task(model, n: int = 8) -> PromptPairs:
+    pairs = demo_pairs(model, n)
+    return PromptPairs(pairs.clean, pairs.corrupted, lambda logits: logits[:, -1, 3] - logits[:, -1, 4])
 
 
-def repeats(model, n: int = 16, d_vocab: int | None = None) -> Task:
+def repeats(model, n: int = 16, d_vocab: int | None = None) -> PromptPairs:
     """After "x a b c d a b" comes c; in the corrupted prompt the first b is another token, so that nothing says so."""
     draw = torch.Generator().manual_seed(0)
     drawn = torch.rand(n, d_vocab or model.cfg.d_vocab, generator=draw).argsort(1)
     clean = torch.cat([drawn[:, :5], drawn[:, 1:3]], 1)
     corrupted = clean.clone()
     corrupted[:, 2] = drawn[:, 5]
-    return Task(clean, corrupted, hl.logit_diff(model, answer=drawn[:, 3], wrong_answer=drawn[:, 4]))
+    return PromptPairs(clean, corrupted, hl.logit_diff(model, answer=drawn[:, 3], wrong_answer=drawn[:, 4]))
 
 
 def moved(model, seed: int = 0):
@@ -89,12 +90,12 @@ def larger(places: dict[str, str], **sizes):
 def test_what_a_node_is_worth_is_the_same_by_edges_and_by_patches(changes, ablation):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
     task = own_task(model, 4)
-    bench = Bench(model, task.clean, task.corrupted, task.metric, ablation)
+    bench = Bench(model, task, ablation)
     every = torch.ones(bench.graph.n_sources, dtype=torch.bool)
     every[0] = False
     slow = _by_edges(bench, every)
-    found = roles_of(model, task, quick(model), ablation=ablation)
-    gap = bench.model_per_pair - bench.run(torch.zeros(bench.graph.n_edges, dtype=torch.bool)).empty_per_pair
+    found = roles_of(model, task, quick(model), value=ablation)
+    gap = bench.base_per_pair - bench.run(torch.zeros(bench.graph.n_edges, dtype=torch.bool)).empty_per_pair
     unit = gap.abs().mean() * gap.mean().sign()
     torch.testing.assert_close(found.effect[1:], slow / unit, atol=1e-9, rtol=1e-9)
     assert float(slow.abs().max()) > 1e-3 and found.effect[0].isnan()
@@ -107,11 +108,11 @@ def test_what_a_node_is_worth_is_the_same_by_edges_and_by_patches(changes, ablat
 def test_in_the_same_model_the_circuit_is_itself(changes, ablation):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
     task = own_task(model)
-    chosen = task.part(halves(8)[0].tolist())
-    circuit = eap(model, chosen.clean, chosen.corrupted, task.metric, ablation=ablation).greedy_edges(25)
+    chosen = task.split()[0]
+    circuit = eap(model, chosen, value=ablation).greedy_edges(25)
     found = transfer_circuit(model, circuit, task, model, task, taxonomies=(quick(model),) * 2)
     assert found.matching.source == found.matching.target and found.matching.lost == []
-    assert float(found.matching.distance.max()) == 0 and found.ablation == ablation
+    assert float(found.matching.distance.max()) == 0 and str(found.replacement) == ablation
     assert torch.equal(found.mapped.circuit.kept, circuit.kept) and found.mapped.circuit.edges == circuit.edges
     torch.testing.assert_close(found.mapped.circuit.scores, circuit.scores)
     torch.testing.assert_close(found.mapped.per_pair, found.home.per_pair, atol=1e-9, rtol=0)
@@ -127,7 +128,7 @@ def test_heads_that_moved_within_their_layer_are_found(changes, seed):
     task = own_task(model)
     with torch.no_grad():
         torch.testing.assert_close(twin(task.clean), model(task.clean))
-    circuit = eap(model, task.clean, task.corrupted, task.metric).greedy_edges(30)
+    circuit = eap(model, task).greedy_edges(30)
     found = transfer_circuit(model, circuit, task, twin, task, taxonomies=(quick(model), quick(twin)))
     there = dict(zip(found.matching.source, found.matching.target, strict=True))
     heads = [name for name in there if "H" in name]
@@ -143,7 +144,7 @@ def test_heads_that_moved_within_their_layer_are_found(changes, seed):
 def test_an_induction_circuit_is_found_in_a_larger_model(sizes, ablation):
     small, big = induction_model(), larger({"L0H0": "L1H3", "L1H1": "L3H5"}, n_layers=4, **sizes)
     task, there = repeats(small), repeats(big)
-    circuit = circuit_of(small, INDUCTION, ablation=ablation)
+    circuit = circuit_of(small, INDUCTION, value=ablation)
     labels = classify_heads(small), classify_heads(big, draws=500)  # few heads in it have any pattern to make a null of
     found = transfer_circuit(small, circuit, task, big, there, taxonomies=labels)
     places = {"L0H0": "L1H3", "L1H1": "L3H5"}
@@ -181,26 +182,26 @@ def test_a_random_model_has_no_induction_circuit(seed):
 def test_the_result_draws_reports_and_loads_back(tmp_path):
     small, big = induction_model(), larger({"L0H0": "L0H1", "L1H1": "L1H2"}, n_heads=3)
     labels = quick(small), quick(big)
-    circuit = circuit_of(small, INDUCTION, ablation="zero")
+    circuit = circuit_of(small, INDUCTION, value="zero")
     found = transfer_circuit(small, circuit, repeats(small, 8), big, repeats(big, 8), taxonomies=labels)
     assert len(found.table()) == 5 and len(found.figure().data) > 0
-    assert {row[0]: row[3] for row in found.top(2).rows} == {"L0H0": "L0H1", "L1H1": "L1H2"}
+    assert {row[0]: row[3] for row in found.matching.top(2).rows} == {"L0H0": "L0H1", "L1H1": "L1H2"}
     found.save(tmp_path / "found.safetensors")
     back = Result.load(tmp_path / "found.safetensors")
     assert back.matching.target == found.matching.target and back.p == found.p
     transfer_report(found).save(tmp_path / "page.html")
-    assert "Who stands for whom" in (tmp_path / "page.html").read_text()
+    assert "Matched nodes" in (tmp_path / "page.html").read_text()
 
 
-def test_a_task_is_cut_with_its_metric():
+def test_pairs_are_cut_with_their_metric():
     model = tiny_model()
     metric = hl.logit_diff(model, answer=[1, 2, 3], wrong_answer=[4, 5, 6])
-    task = Task(torch.tensor([[1, 2], [3, 4], [5, 6]]), None, metric, torch.tensor([7, 8, 9]))
-    part = task.part([2, 0])
+    task = PromptPairs(torch.tensor([[1, 2], [3, 4], [5, 6]]), None, metric, group=[7, 8, 9])
+    part = task[[2, 0]]
     assert part.metric.answer.tolist() == [3, 1] and part.group.tolist() == [9, 7] and part.corrupted is None
     assert [row.tolist() for row in part.clean] == [[5, 6], [1, 2]] and len(part) == 2
-    assert len(Task("one text", "another", metric)) == len(Task([1, 2, 3], [1, 2, 4], metric)) == 1
-    assert len(Task(["a", "b"], None, metric)) == len(Task([[1], [2]], None, metric)) == 2
+    assert len(PromptPairs("one text", "another", metric)) == len(PromptPairs([1, 2, 3], [1, 2, 4], metric)) == 1
+    assert len(PromptPairs(["a", "b"], None, metric)) == len(PromptPairs([[1], [2]], None, metric)) == 2
 
 
 def test_what_cannot_be_asked_is_said():
@@ -220,18 +221,18 @@ def test_what_cannot_be_asked_is_said():
     with pytest.raises(InputError, match="got 8 pairs for 'tiny' and 4"):
         run(there=own_task(model, 4))
     two = hl.logit_diff(model, answer=[1, 2], wrong_answer=[3, 4])
-    with pytest.raises(InputError, match="the metric was made for 2 pairs, and the task has 8"):
-        run(task=Task(task.clean, task.corrupted, two))
-    with pytest.raises(InputError, match="one of its lists has 2"):
-        run(task=Task(task.clean, task.corrupted[:2], task.metric))
+    with pytest.raises(InputError, match="the metric was made for 2 pairs, and there are 8"):
+        run(task=PromptPairs(task.clean, task.corrupted, two))
+    with pytest.raises(InputError, match="8 clean and 2 corrupted prompts"):
+        run(task=PromptPairs(task.clean, task.corrupted[:2], task.metric))
     with pytest.raises(InputError, match="group their pairs differently"):
-        run(there=Task(task.clean, task.corrupted, task.metric, torch.arange(8) // 2))
+        run(there=PromptPairs(task.clean, task.corrupted, task.metric, group=torch.arange(8) // 2))
     with pytest.raises(InputError, match=r"taxonomy has 1 layers of 2 heads, and 'tiny' has 2"):
         run(taxonomies=(labels, quick(tiny_model(n_layers=1))))
     with pytest.raises(InputError, match="this circuit was found on"):
         run(circuit_of(tiny_model(n_heads=4), ["embed->L0H3.v", "L0H3->logits"]))
     with pytest.raises(InputError, match="at least two independent groups"):
-        run(task=task.part([0]), there=task.part([0]))
+        run(task=task[0], there=task[0])
     with pytest.raises(InputError, match="at least 100 random circuits"):
         run(draws=99)
 
@@ -246,8 +247,8 @@ def test_a_circuit_goes_from_one_trained_model_to_another():
     """To a second seed, and to the hand-set model: heads of the same roles, in other places."""
     one, two = trained(0), trained(1)
     task, there = repeats(one, 32), repeats(two, 32)
-    chosen = task.part(halves(32)[0].tolist())
-    circuit = eap_ig(one, chosen.clean, chosen.corrupted, chosen.metric).greedy_edges(7)
+    chosen = task.split()[0]
+    circuit = eap_ig(one, chosen).greedy_edges(7)
     found = transfer_circuit(one, circuit, task, two, there)
     assert found.matching.same_label == found.matching.labelled == len(found.matching.source) == 3
     assert found.home.value > 0.9 and found.mapped.value > 0.9 and found.home.n_seen == 0
@@ -255,7 +256,7 @@ def test_a_circuit_goes_from_one_trained_model_to_another():
     hand = induction_model()
     small, other = (repeats(model, 32, hand.cfg.d_vocab) for model in (one, hand))
     chosen = small.part(halves(32)[0].tolist())
-    circuit = eap_ig(one, chosen.clean, chosen.corrupted, chosen.metric).greedy_edges(7)
+    circuit = eap_ig(one, chosen).greedy_edges(7)
     found = transfer_circuit(one, circuit, small, hand, other)
     places = dict(zip(found.matching.source, found.matching.target, strict=True))
     assert {"L0H0", "L1H1"} <= set(places.values()) and found.mapped.value == pytest.approx(1, abs=1e-3)

@@ -21,7 +21,7 @@ def derivatives(model, clean, corrupted, ablation: str, step: float = 1e-4) -> t
     """How the metric moves as each edge goes from its live value towards the ablated one, by exact runs."""
     n = circuit_graph(model).n_edges
     whole, eye = torch.ones(n, n, dtype=torch.float64), step * torch.eye(n, dtype=torch.float64)
-    values = run_edges(model, torch.cat([whole + eye, whole - eye]), clean, corrupted, diff, ablation=ablation)
+    values = run_edges(model, torch.cat([whole + eye, whole - eye]), clean, corrupted, diff, value=ablation)
     more, less = values.per_pair.mean(1).chunk(2)
     return (more - less) / (2 * step)
 
@@ -31,7 +31,7 @@ def derivatives(model, clean, corrupted, ablation: str, step: float = 1e-4) -> t
 def test_a_score_is_the_derivative_of_the_exact_run(name, ablation):
     model, corrupted = zoo_model(name, dtype=torch.float64), changed(TOKENS, [(0, 2, 6), (1, 3, 3)])
     exact = derivatives(model, TOKENS, corrupted, ablation)
-    found = eap(model, TOKENS, corrupted, hl.logit_diff(model, answer=3, wrong_answer=4), ablation=ablation)
+    found = eap(model, TOKENS, corrupted, hl.logit_diff(model, answer=3, wrong_answer=4), value=ablation)
     # the central difference is off by the third derivative times step^2
     torch.testing.assert_close(found.scores, exact, atol=1e-6 * float(exact.abs().max().clamp_min(1)), rtol=1e-5)
 
@@ -84,7 +84,7 @@ def test_a_score_is_what_a_hook_at_each_input_gives(name):
 def test_scores_as_auto_circuit_computes_them(name, ablation):
     model = transformer_lens_model(name)
     metric = hl.logit_diff(model, answer=3, wrong_answer=7)
-    found = eap(model, CLEAN, CORRUPTED, metric, ablation=ablation)
+    found = eap(model, CLEAN, CORRUPTED, metric, value=ablation)
     expected = torch.tensor(RECORDED[name, ablation]["scores"])
     torch.testing.assert_close(found.scores, expected, atol=1e-4, rtol=1e-4)
 
@@ -99,17 +99,17 @@ def test_in_a_linear_model_a_score_is_the_exact_effect(attn_only, ablation):
     graph = circuit_graph(model)
     whole = torch.ones(graph.n_edges, dtype=torch.bool)
     kept = torch.cat([whole[None], ~torch.eye(graph.n_edges, dtype=torch.bool)])
-    values = run_edges(model, kept, CLEAN, CORRUPTED, diff, ablation=ablation).per_pair.mean(1)
-    found = eap(model, CLEAN, CORRUPTED, diff, ablation=ablation)
+    values = run_edges(model, kept, CLEAN, CORRUPTED, diff, value=ablation).per_pair.mean(1)
+    found = eap(model, CLEAN, CORRUPTED, diff, value=ablation)
     torch.testing.assert_close(found.scores, values[0] - values[1:], atol=1e-10, rtol=0)
     into_logits = graph.block(found.scores, graph.slots[-1])
-    torch.testing.assert_close(into_logits.sum(), torch.tensor(found.clean - found.ablated).double())
+    torch.testing.assert_close(into_logits.sum(), torch.tensor(found.base - found.empty).double())
 
 
 def test_gates():
     logit = lambda logits: logits[:, -1, 1]  # noqa: E731
-    found = eap(or_gate(), [[0]], None, logit, ablation="zero")
-    assert found.clean == 1.0 and found.ablated == 0.0
+    found = eap(or_gate(), [[0]], None, logit, value="zero")
+    assert found.base == 1.0 and found.empty == 0.0
     graph = found.graph
     heads = found.scores[graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == [0.0, 0.0]

@@ -69,14 +69,14 @@ def test_over_activations_a_head_of_an_or_gate_gets_the_steps_at_which_the_gate_
     1 - relu(1 - 2 k/steps), and in the runs of the MLP its input has no gradient, in those of the embedding the gate is
     closed. The mean is over three groups.
     """
-    found = eap_ig_activations(or_gate(), [[0]], None, logit, ablation="zero", steps=steps)
+    found = eap_ig_activations(or_gate(), [[0]], None, logit, value="zero", steps=steps)
     heads = found.scores[found.graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == pytest.approx([open_steps / steps / 3] * 2)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 10])
 def test_each_head_of_an_or_gate_gets_half(steps):
-    found = eap_ig_own_source(or_gate(), [[0]], None, logit, ablation="zero", steps=steps)
+    found = eap_ig_own_source(or_gate(), [[0]], None, logit, value="zero", steps=steps)
     heads = found.scores[found.graph.numbers(["L0H0->MLP0", "L0H1->MLP0"])]
     assert heads.tolist() == pytest.approx([0.5, 0.5])
 
@@ -99,7 +99,7 @@ def test_over_inputs_each_head_gets_half_too():
     published = eap_ig(gate, [[1]], [[0]], logit, steps=9)
     assert published.scores[heads].tolist() == pytest.approx([5 / 9] * 2)
     for found in (eap_ig_midpoint(gate, [[1]], [[0]], logit), eap_ig_own_source(gate, [[1]], [[0]], logit)):
-        assert found.clean == 1.0 and found.ablated == 0.0
+        assert found.base == 1.0 and found.empty == 0.0
         assert found.scores[heads].tolist() == pytest.approx([0.5, 0.5])
 
 
@@ -153,8 +153,8 @@ def test_what_leaves_the_embedding_adds_up_to_the_whole_difference(name, method)
     off = []
     for steps in (40, 80):
         found = method(model, TOKENS, corrupted, diff, steps=steps)
-        off.append(abs(float(found.node_scores[0]) - (found.clean - found.ablated)))
-    assert off[1] < 1e-3 * abs(found.clean - found.ablated)
+        off.append(abs(float(found.node_scores[0]) - (found.base - found.empty)))
+    assert off[1] < 1e-3 * abs(found.base - found.empty)
     assert off[1] < 0.3 * off[0] or off[1] < 1e-9  # the midpoint rule: a quarter of the error at twice the steps
 
 
@@ -166,9 +166,9 @@ def test_over_own_sources_the_last_group_adds_up_to_its_own_effect(name, ablatio
     graph = circuit_graph(model)
     last = [graph.mlp_at(graph.n_layers - 1)] if graph.mlp else list(range(graph.n_sources)[graph.heads_at(1)])
     cut = ~graph.mask([f"{graph.source_names[i]}->logits" for i in last])
-    runs = run_edges(model, cut, TOKENS, corrupted, diff, ablation=ablation)
-    effect = float((runs.model_per_pair - runs.per_pair[0]).mean())
-    found = eap_ig_own_source(model, TOKENS, corrupted, diff, ablation=ablation, steps=60)
+    runs = run_edges(model, cut, TOKENS, corrupted, diff, value=ablation)
+    effect = float((runs.base_per_pair - runs.per_pair[0]).mean())
+    found = eap_ig_own_source(model, TOKENS, corrupted, diff, value=ablation, steps=60)
     assert float(found.node_scores[last].sum()) == pytest.approx(effect, abs=1e-4 * max(1, abs(effect)))
 
 

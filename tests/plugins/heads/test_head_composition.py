@@ -20,7 +20,7 @@ def test_the_induction_head_reads_its_keys_from_the_previous_token_head():
     found = score_composition(model, draws=100)
     # |A B| / (|A| |B|) for A and B both the identity between the same 11 dimensions
     assert float(found.scores["K"][0, 0, 1, 1]) == pytest.approx(11**-0.5, abs=1e-6)
-    assert found.z["K"][0, 0, 1, 1] > 10 and found.q("K")[0, 0, 1, 1] < 0.05
+    assert found.z["K"][0, 0, 1, 1] > 10 and found.q["K"][0, 0, 1, 1] < 0.05
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_heads": 4, "n_key_value_heads": 2, "normalization_type": "RMS"}])
@@ -73,7 +73,7 @@ def models_called(n_models, **shape):
         score_composition(tiny_model(seed=seed, attn_only=True, **shape), draws=20, seed=seed)
         for seed in range(n_models)
     ]
-    called = sum(bool(torch.stack([one.q(mode) for mode in MODES]).nan_to_num(1.0).min() <= 0.05) for one in found)
+    called = sum(bool(torch.stack([one.q[mode] for mode in MODES]).nan_to_num(1.0).min() <= 0.05) for one in found)
     p = torch.cat([one.p[mode].flatten() for one in found for mode in MODES])
     return called / n_models, p[~p.isnan()]
 
@@ -141,7 +141,7 @@ def test_heads_that_share_a_direction_of_the_stream_are_not_called_composed(stre
     assert len(p) == 6 * 3 * 6 * 64
     for level in (0.01, 0.05, 0.5):
         assert abs(float((p <= level).float().mean()) - level) < 0.015
-    called = sum(bool((one.q(mode) <= 0.05).any()) for one in found for mode in MODES)
+    called = sum(bool((one.q[mode] <= 0.05).any()) for one in found for mode in MODES)
     assert called <= 4  # of 18; a pair is called in one of twenty
 
     if strength == 3.0:
@@ -156,7 +156,7 @@ def test_a_pair_that_is_linked_stands_first_among_heads_that_share_a_direction()
         own = written - (written @ shared)[:, None] * shared
         model.blocks[2].attn.W_K[5] += 2 * own.T
     found = score_composition(model, draws=2)
-    assert found.order()[0] == ("K", 1, 3, 2, 5) and found.q("K")[1, 3, 2, 5] < 0.01
+    assert found.order()[0] == ("K", 1, 3, 2, 5) and found.q["K"][1, 3, 2, 5] < 0.01
     assert found.table(1).rows[0][:3] == ("L1H3", "L2H5", "K") and found.table().columns[-1] == "q (specific)"
 
 

@@ -40,7 +40,7 @@ def test_it_is_the_run_in_which_a_hook_blocks_the_scores_of_one_head(family):
 
         with torch.no_grad():
             logits = model.run_with_hooks(text.tokens, fwd_hooks=[(("attn_scores", layer), block)])
-        expected = found.base - text.metric()(logits)
+        expected = found.base_per_sequence - text.metric()(logits)
         torch.testing.assert_close(found.fall[:, number], expected, atol=1e-9, rtol=0)
 
 

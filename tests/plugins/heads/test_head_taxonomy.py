@@ -120,7 +120,7 @@ def test_weakened_keys_are_those_of_a_hooked_pattern(score):
     for i, (layer, head) in enumerate([(0, 1), (1, 0)]):
         hook = (("pattern", layer), functools.partial(weaken, layer=layer, head=head))
         edited = tokens.metric()(model.run_with_hooks(tokens.tokens, fwd_hooks=[hook]))
-        torch.testing.assert_close(found.fall[:, i], (found.base - edited).detach(), atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(found.fall[:, i], (found.base_per_sequence - edited).detach(), atol=1e-10, rtol=1e-8)
 
 
 def test_what_was_blocked_is_reported_beside_the_effect_for_label_and_placebo():
@@ -155,8 +155,8 @@ def test_a_placebo_that_took_nothing_made_a_label_causal():
     assert row["label"] == "induction (no matched control)" and row["placebo took"] == pytest.approx(0.0, abs=1e-5)
     assert found.labels()[1][1] == "induction"  # the attention and its effect are as they were
     said = {one.statement: one for one in taxonomy_claims(found).claims}["L1H1 is an induction head"]
-    assert not said.causal and said.control is None and "no control beside it" in said.sentence()
-    assert "no matched control: its other keys could give 0%" in said.sentence()
+    assert not said.causal and said.control is None and "no control" in said.sentence()
+    assert "no matched control: its other keys have only 0%" in said.sentence()
     page = str(taxonomy_report(found).to_html())
     assert "induction (no matched control)" in page and "placebo took" in page
     assert dict(zip(found.counts().columns, found.counts().rows[2], strict=True))["no matched control"] == 1
@@ -243,8 +243,8 @@ def test_induction_heads_are_scored_and_their_ablation_costs_the_repeat():
 def test_bad_input_says_what_would_work():
     asked = {
         r"n is .* at least 6": {"n": 3},
-        "level lies": {"level": 0.0},
-        "level": {"level": 1.5},
+        "alpha lies": {"alpha": 0.0},
+        "alpha": {"alpha": 1.5},
         "ioi is": {"ioi": 3},
     }
     for said, wrong in asked.items():

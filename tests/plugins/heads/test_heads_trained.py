@@ -38,7 +38,7 @@ def test_the_circuit_is_in_the_weights():
     previous = int(scores.mean("previous")[0].argmax())
     induction = int(scores.mean("induction")[1].argmax())
     best = found.order()[0]
-    assert best[0] == "K" and best[1:4] == (0, previous, 1) and found.q("K")[0, previous, 1, induction] < 0.05
+    assert best[0] == "K" and best[1:4] == (0, previous, 1) and found.q["K"][0, previous, 1, induction] < 0.05
     assert score_copying(model).positive[1, induction] > 0.5
     assert score_positions(model).share[0].argmax() == previous
 

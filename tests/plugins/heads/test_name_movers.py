@@ -3,8 +3,7 @@
 import torch
 
 import hooklens as hl
-from hooklens.data.indirect_object import IOIPairs
-from hooklens.metrics import LogitDiff
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.config import Biases
 from hooklens.plugins.heads.mover_result import Criteria, by_group
 from hooklens.plugins.heads.name_movers import _unembedded, find_name_movers
@@ -66,7 +65,7 @@ def _look(attn, head: int, place: int, *, key: int, sharp: float) -> None:
     attn.W_K[head, place + key, 0] = 1.0
 
 
-def known_pairs(*, turned: bool = False) -> IOIPairs:
+def known_pairs(*, turned: bool = False) -> PromptPairs:
     """Eight pairs of numbers; `turned`: labels that call the subject the indirect object."""
     couples = [(4, 5), (6, 7)]
     roles = [(a, b, order) for x, y in couples for a, b in ((x, y), (y, x)) for order in ("ABBA", "BABA")]
@@ -77,10 +76,10 @@ def known_pairs(*, turned: bool = False) -> IOIPairs:
     first = torch.tensor([order == "ABBA" for *_, order in roles])
     io, s1 = torch.where(first, 1, 3), torch.where(first, 3, 1)
     io = s1 if turned else io
-    words = [[str(row) for row in column.tolist()] for column in (clean, corrupted, answer, wrong)]
-    orders, group = [order for *_, order in roles], torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    places = io, s1, torch.full((8,), 5), torch.full((8,), 6)
-    return IOIPairs(*words[:2], clean, corrupted, *words[2:], answer, wrong, *places, orders, ["numbers"] * 8, group)
+    columns = {"io": io, "end": torch.full((8,), 6)}
+    return PromptPairs(
+        clean, corrupted, answer=answer, wrong_answer=wrong, group=[0, 0, 0, 0, 1, 1, 1, 1], columns=columns
+    )
 
 
 def test_the_only_name_mover_is_the_head_that_was_set_to_be_one():
@@ -131,10 +130,10 @@ def test_the_direct_effect_is_a_hooked_run_in_which_later_layers_are_held():
         known_pairs(),
     )
     found = find_name_movers(model, pairs)
-    metric = LogitDiff(pairs.end, pairs.answer_tokens, pairs.wrong_answer_tokens)
-    _, clean = model.run_with_cache(pairs.clean_tokens, ["result"])
+    metric = pairs.metric_of(model)
+    _, clean = model.run_with_cache(pairs.clean, ["result"])
     names = ["attn_out", "mlp_out", "result"]
-    logits, held = model.run_with_cache(pairs.corrupted_tokens, names)
+    logits, held = model.run_with_cache(pairs.corrupted, names)
     layer, head = 0, 1
 
     def write(act, hook):
@@ -144,7 +143,7 @@ def test_the_direct_effect_is_a_hooked_run_in_which_later_layers_are_held():
         return held[hook.name]
 
     later = ["blocks.0.hook_mlp_out", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"]
-    patched = model.run_with_hooks(pairs.corrupted_tokens, fwd_hooks=[("blocks.0.hook_attn_out", write), (later, hold)])
+    patched = model.run_with_hooks(pairs.corrupted, fwd_hooks=[("blocks.0.hook_attn_out", write), (later, hold)])
     expected = metric(patched) - metric(logits)
     torch.testing.assert_close(found.direct[:, layer, head], expected, atol=1e-10, rtol=0)
 
@@ -155,11 +154,12 @@ def test_the_ranks_are_those_of_the_full_ov_circuit_with_grouped_values():
     )
     pairs = known_pairs()
     found = find_name_movers(model, pairs)
-    _, cache = model.run_with_cache(pairs.clean_tokens, ["blocks.0.hook_resid_post"])
-    names = pairs.answer_tokens.unique()
-    x = cache["blocks.0.hook_resid_post"][torch.arange(8), pairs.io]
+    _, cache = model.run_with_cache(pairs.clean, ["blocks.0.hook_resid_post"])
+    answer = torch.tensor(pairs.answer)
+    names = answer.unique()
+    x = cache["blocks.0.hook_resid_post"][torch.arange(8), pairs["io"]]
     for row, name in enumerate(names):
-        mean = x[pairs.answer_tokens == name].mean(0)
+        mean = x[answer == name].mean(0)
         read = model.blocks[1].ln1(mean)
         for head in range(4):
             wrote = read @ model.blocks[1].attn.W_V[head // 2] @ model.blocks[1].attn.W_O[head]

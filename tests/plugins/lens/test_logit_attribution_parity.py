@@ -14,7 +14,7 @@ ANSWER, WRONG_ANSWER = torch.tensor([3, 1]), torch.tensor([7, 2])
 @pytest.mark.parametrize(("name", "part"), [key for key in RECORDED if not key[1].startswith("lens")])
 def test_the_same_attributions(name, part):
     wrong = WRONG_ANSWER if part.endswith("difference") else None
-    found = direct_logit_attribution(transformer_lens_model(name), TOKENS, ANSWER, wrong)
+    found = direct_logit_attribution(transformer_lens_model(name), TOKENS, answer=ANSWER, wrong_answer=wrong)
     ours = getattr(found, part.split(" ")[0]).flatten(1)
     torch.testing.assert_close(ours, torch.tensor(RECORDED[name, part]), atol=1e-5, rtol=1e-5)
 

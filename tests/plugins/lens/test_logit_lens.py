@@ -136,11 +136,11 @@ def test_what_cannot_be_read_is_refused():
         logit_lens(model, TOKENS, answer=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(InputError, match="one for each of 2 prompts"):
         logit_lens(model, TOKENS, answer=[1, 2, 3])
-    with pytest.raises(InputError, match="run the lens with k=9"):
+    with pytest.raises(InputError, match="run it again with k=9"):
         logit_lens(model, TOKENS).top(9)
     with (
         model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: None)]),
-        pytest.raises(InputError, match="listening"),
+        pytest.raises(InputError, match="are active"),
     ):
         logit_lens(model, TOKENS)
     broken = tiny_model()
@@ -239,7 +239,7 @@ TEXTS_WITHOUT = torch.randint(7, (6, 8), generator=torch.Generator().manual_seed
     "read",
     [
         logit_lens,
-        lambda model, tokens: trace_predictions(model, tokens, 3, wrong_answer=7),
+        lambda model, tokens: trace_predictions(model, tokens, answer=3, wrong_answer=7),
         measure_calibration,
         lambda model, tokens: train_tuned_lens(model, tokens, steps=3)[1],
     ],
@@ -256,7 +256,7 @@ def test_forbidden_tokens_tie_with_each_other():
     model = forbidding(float("-inf"))
     with torch.no_grad():
         model.b_U[9] = float("-inf")
-    path = trace_predictions(model, TEXTS_WITHOUT, 7)
+    path = trace_predictions(model, TEXTS_WITHOUT, answer=7)
     assert path.rank.eq(9).all() and path.log_prob.isneginf().all()  # of 11 tokens 9 lie above, and two tie
 
 
@@ -264,3 +264,13 @@ def test_a_token_that_the_model_alone_allows_makes_the_divergence_infinite():
     probs, z = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, float("-inf"), float("-inf")]])
     assert expected(probs, z).tolist() == [float("-inf")]
     assert expected(probs, z * float("nan")).isnan().all()
+
+
+def test_where_every_row_says_the_same_no_other_row_is_a_control():
+    model = tiny_model(biases=Biases(unembed=True))
+    with torch.no_grad():
+        model.unembed.linear.bias.copy_(50 * (torch.arange(11) == 7))  # the model's own answer is 7 everywhere
+    own = logit_lens(model, TOKENS)
+    assert own.answer.unique().tolist() == [7] and bool(own.control_ranks.isnan().all())
+    given = logit_lens(model, TOKENS, answer=7)  # asked for everywhere, whatever a position says
+    assert bool(given.control_ranks[: len(given.layers)].isfinite().any())

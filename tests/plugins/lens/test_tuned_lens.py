@@ -192,7 +192,7 @@ def test_files_of_others_are_refused(tmp_path):
     with pytest.raises(FileRefused, match="damaged"):
         TunedLens.load(path)
     path.write_bytes(raw[:100])
-    with pytest.raises(FileRefused, match="damaged"):
+    with pytest.raises(FileRefused, match=r"a tuned lens was to be read from .* it is cut short"):
         TunedLens.load(path)
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(FileRefused, match=r"a tuned lens was to be read from .* it is another file"):
@@ -209,7 +209,7 @@ def test_saved_and_loaded(tmp_path):
     assert same_lens(TunedLens.load(tmp_path / "lens.safetensors"), lens)
     state = lens.state_dict()
     assert list(state) == ["weight", "bias"]
-    with pytest.raises(InputError, match="2 layers of d_model 8; the model has 3 layers"):
+    with pytest.raises(InputError, match="2 layers of d_model 8, but the model has 3 layers"):
         tuned_lens(tiny_model(n_layers=3), TOKENS, lens)
 
 
@@ -253,7 +253,7 @@ def test_what_cannot_be_trained_on_is_refused():
             train_tuned_lens(model, WINDOWS, **options)
     with pytest.raises(InputError, match="at least two"):
         train_tuned_lens(model, WINDOWS[:1])
-    with pytest.raises(InputError, match="share one length"):
+    with pytest.raises(InputError, match="must have one length"):
         train_tuned_lens(model, [WINDOWS, WINDOWS[:, :3]])
 
 

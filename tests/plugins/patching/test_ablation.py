@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from model.zoo import ZOO, zoo_model
 
 import hooklens as hl
-from hooklens.core.errors import InputError, NameNotFound, WrongType
+from hooklens.core.errors import InputError, NameNotFound
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
 from hooklens.plugins.patching.ablation_comparison import AblationComparison, compare_ablations
-from hooklens.plugins.patching.ablation_kinds import Freeze, Resample, as_kind
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.statistics import q_values, sign_flip_p
 from hooklens.sweeps.planning import Patch
+from hooklens.sweeps.replacement import OtherRun, Resample
 from hooklens.testing import induction_model, or_gate, tiny_model
 
 PROMPTS = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [8, 1, 1, 3], [2, 2, 6, 1]])
@@ -55,25 +55,26 @@ def test_zero_and_mean_are_the_loop_in_every_family(name):
     metric, cache = metric_of(model), cache_of(model, PROMPTS)
     with hl.engine(memory=1):  # every bin on its own
         zero = ablate(model, PROMPTS, metric, value="zero")
-    mean = ablate(model, PROMPTS, metric, value="mean")
+    mean = ablate(model, PROMPTS, metric, value="mean of others")
     expected = heads_loop(model, PROMPTS, metric, lambda name: torch.zeros_like(cache[name]))
     torch.testing.assert_close(zero.per_prompt, expected, atol=1e-10, rtol=1e-10)
     n = len(PROMPTS)
     expected = heads_loop(model, PROMPTS, metric, lambda name: (cache[name].sum(0) - cache[name]) / (n - 1))
     torch.testing.assert_close(mean.per_prompt, expected, atol=1e-10, rtol=1e-10)
-    with_own = ablate(model, PROMPTS, metric, value=hl.Mean(PROMPTS))
     expected = heads_loop(model, PROMPTS, metric, lambda name: cache[name].mean(0))
-    torch.testing.assert_close(with_own.per_prompt, expected, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(zero.whole_per_prompt, metric(model(PROMPTS)).detach(), atol=1e-10, rtol=1e-10)
+    for value in ("mean", hl.Mean(PROMPTS)):
+        with_own = ablate(model, PROMPTS, metric, value=value)
+        torch.testing.assert_close(with_own.per_prompt, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(zero.base_per_prompt, metric(model(PROMPTS)).detach(), atol=1e-10, rtol=1e-10)
 
 
 def test_freeze_is_the_loop():
     model = tiny_model(dtype=torch.float64)
     cache = cache_of(model, OTHERS)
-    found = ablate(model, PROMPTS, metric_of(model), value=Freeze(OTHERS))
+    found = ablate(model, PROMPTS, metric_of(model), value=OtherRun(OTHERS))
     expected = heads_loop(model, PROMPTS, metric_of(model), lambda name: cache[name])
     torch.testing.assert_close(found.per_prompt, expected, atol=1e-10, rtol=1e-10)
-    assert found.kind == "freeze"
+    assert found.replacement == "other run"
 
 
 def test_all_draws_of_a_resample_are_the_mean_over_the_other_prompts():
@@ -95,7 +96,7 @@ def test_resampling_never_writes_a_prompts_own_activation(seed, draws):
     """Two prompts: each can only receive the other's, whatever the seed; a repeated prompt is no other one."""
     model, metric = tiny_model(), hl.logit_diff(tiny_model(), answer=3, wrong_answer=4)
     two = PROMPTS[:2]
-    swapped = ablate(model, two, metric, value=Freeze(two.flip(0)))
+    swapped = ablate(model, two, metric, value=OtherRun(two.flip(0)))
     drawn = ablate(model, two, metric, value=Resample(draws=draws, seed=seed))
     torch.testing.assert_close(drawn.per_prompt, swapped.per_prompt)
     repeated = torch.cat([two, two])
@@ -110,7 +111,7 @@ def test_draws_come_from_the_seed_and_the_reference():
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     alone = ablate(model, PROMPTS[:1], metric.pairs(torch.tensor([0])), value=Resample(OTHERS[:1]))
-    frozen = ablate(model, PROMPTS[:1], metric.pairs(torch.tensor([0])), value=Freeze(OTHERS[:1]))
+    frozen = ablate(model, PROMPTS[:1], metric.pairs(torch.tensor([0])), value=OtherRun(OTHERS[:1]))
     assert torch.equal(alone.per_prompt, frozen.per_prompt) and len(alone.by_draw) == 1
 
 
@@ -130,7 +131,7 @@ def test_a_mean_does_not_hold_the_prompt_that_is_ablated(dtype):
     """With two prompts the mean of the others is the other prompt, so that mean and resample are the same."""
     model, two = tiny_model(dtype=dtype), PROMPTS[:2]
     metric = hl.log_prob(model, answer=3)
-    mean, other = (ablate(model, two, metric, value=value) for value in ("mean", Resample(draws=1)))
+    mean, other = (ablate(model, two, metric, value=value) for value in ("mean of others", Resample(draws=1)))
     tolerance = 1e-10 if dtype == torch.float64 else 0.05
     torch.testing.assert_close(mean.per_prompt, other.per_prompt, atol=tolerance, rtol=tolerance)
 
@@ -139,7 +140,7 @@ def test_the_mean_of_the_others_is_over_all_their_positions_where_lengths_differ
     model = tiny_model(dtype=torch.float64)
     mixed = [[1, 5, 2], [4, 4, 9, 0], [8, 1, 1], [2, 2, 6, 1]]
     metric = hl.log_prob(model, answer=3)
-    found = ablate(model, mixed, metric, value="mean")
+    found = ablate(model, mixed, metric, value="mean of others")
     for i, row in enumerate(mixed):
         alone = ablate(model, [row], metric, value=hl.Mean(mixed[:i] + mixed[i + 1 :]))
         torch.testing.assert_close(found.per_prompt[i], alone.per_prompt[0], atol=1e-10, rtol=1e-10)
@@ -169,7 +170,7 @@ UNITS = {
 
 
 @pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("value", ["zero", "mean", "resample", Freeze(OTHERS)])
+@pytest.mark.parametrize("value", ["zero", "mean", "mean of others", "resample", OtherRun(OTHERS)])
 def test_every_unit_and_kind_tables_draws_and_survives_a_file(unit, value, tmp_path):
     model = tiny_model()
     sweep = ablate(model, PROMPTS, metric_of(model), value=value, group=[0, 0, 1, 1], **UNITS[unit])
@@ -268,12 +269,12 @@ def test_a_comparison_holds_the_three_sweeps(tmp_path):
     found = compare_ablations(model, PROMPTS, metric_of(model))
     for kind, sweep in found.sweeps.items():
         assert torch.equal(sweep.per_prompt, ablate(model, PROMPTS, metric_of(model), value=kind).per_prompt)
-        assert sweep.kind == kind
+        assert sweep.replacement == kind
     assert -1 <= found.correlation <= 1 and len(found.figure().data) == 1
     assert len(found.table(3)) == 3 and found.top(1).rows[0][0] == found.zero.top(1).rows[0][0]
     top = found.held_out_top(2)
-    assert top.mean.shape == (3, 2) and top.kinds == ["zero", "mean", "resample"]
-    assert [row[1] for row in top.table().rows] == ["zero", "mean", "resample"] * 2
+    assert top.mean.shape == (3, 2) and top.kinds == ["zero", "mean of others", "resample"]
+    assert [row[1] for row in top.table().rows] == ["zero", "mean of others", "resample"] * 2
     found.save(tmp_path / "comparison.safetensors")
     assert str(AblationComparison.load(tmp_path / "comparison.safetensors").table()) == str(found.table())
 
@@ -287,7 +288,7 @@ def test_a_head_that_writes_a_constant_matters_only_when_zeroed():
     found = compare_ablations(model, PROMPTS, metric_of(model))
     assert float(found.zero.effect[0, 1].abs()) > 0.1
     for sweep in (found.mean, found.resample):
-        torch.testing.assert_close(sweep.per_prompt[:, 0, 1], sweep.whole_per_prompt, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(sweep.per_prompt[:, 0, 1], sweep.base_per_prompt, atol=1e-12, rtol=1e-12)
 
 
 # -- known answers
@@ -309,7 +310,7 @@ def test_induction_heads():
     model = induction_model()
     prompts = torch.tensor([[3, 1, 4, 3], [5, 2, 6, 5], [7, 9, 8, 7]])
     metric = hl.log_prob(model, answer=[1, 2, 9])
-    for value in ("zero", "mean", "resample"):
+    for value in ("zero", "mean", "mean of others", "resample"):
         effect = ablate(model, prompts, metric, value=value).effect
         assert float(effect[1, 1]) < -1 and effect[0, 1] == effect[1, 0] == 0
     with torch.no_grad():  # without the previous-token head the induction head sees only where it does not belong
@@ -318,7 +319,7 @@ def test_induction_heads():
 
 def test_ablating_with_the_same_run_changes_nothing():
     model = tiny_model()
-    sweep = ablate(model, PROMPTS, metric_of(model), value=Freeze(PROMPTS))
+    sweep = ablate(model, PROMPTS, metric_of(model), value=OtherRun(PROMPTS))
     assert torch.equal(sweep.effect_per_prompt, torch.zeros(4, 2, 2)) and bool((sweep.p == 1).all())
 
 
@@ -327,11 +328,11 @@ def test_ablating_with_the_same_run_changes_nothing():
 
 REFUSED = {
     "a kind that does not exist": ({"value": "zeros"}, NameNotFound, "closest: zero"),
-    "no draws": ({"value": Resample(draws=0)}, InputError, "at least one other prompt"),
+    "no draws": ({"value": Resample(draws=0)}, InputError, "draws is a whole number of at least 1"),
     "a reference of another length": ({"value": Resample([[1, 2]])}, InputError, "another prompt of 4 tokens"),
-    "a run of another length": ({"value": Freeze([[1, 2]] * 4)}, InputError, "position by position"),
-    "too few runs": ({"value": Freeze(PROMPTS[:2])}, InputError, "got 2 for 4"),
-    "labels for other prompts": ({"group": [0, 1]}, InputError, "got 2 labels for 4"),
+    "a run of another length": ({"value": OtherRun([[1, 2]] * 4)}, InputError, "position by position"),
+    "too few runs": ({"value": OtherRun(PROMPTS[:2])}, InputError, "got 2 for 4"),
+    "labels for other prompts": ({"group": [0, 1]}, InputError, "one value a pair, got 2 for 4"),
     "a site without heads": ({"site": "mlp_out", "by": "layer x head"}, InputError, "layer x pos"),
 }
 
@@ -344,16 +345,19 @@ def test_what_cannot_be_ablated_is_refused_in_words(case):
         ablate(model, PROMPTS, metric_of(model), **asked)
 
 
-def test_an_arbitrary_value_is_no_kind():
-    with pytest.raises(WrongType, match=r"arbitrary values are written by hl\.patch"):
-        as_kind(0.0)
+def test_a_run_of_a_pair_is_refused_where_prompts_have_no_pairs():
+    model = tiny_model()
+    for value in ("clean", "corrupted"):
+        with pytest.raises(InputError, match="these prompts have no pairs"):
+            ablate(model, PROMPTS, metric_of(model), value=value)
 
 
 def test_one_prompt_cannot_be_resampled_or_averaged_over():
     model = tiny_model()
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    for value, words in (("resample", "another prompt of 4 tokens"), ("mean", "there is one prompt")):
+    refused = {"resample": "another prompt of 4 tokens", "mean": "there is one prompt", "mean of others": "one prompt"}
+    for value, words in refused.items():
         with pytest.raises(InputError, match=words):
             ablate(model, PROMPTS[:1], metric, value=value)
-    with pytest.raises(InputError, match="k lies between 1 and the 4 components"):
+    with pytest.raises(InputError, match="k must be between 1 and the number of components, 4"):
         ablate(model, PROMPTS, metric, value="zero").held_out_top(5)

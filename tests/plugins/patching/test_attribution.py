@@ -9,7 +9,7 @@ from model.zoo import ZOO, zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.patching.attribution_patching import AttributionPatching, attribution_patch
-from hooklens.sweeps.planning import SITES as KINDS
+from hooklens.sweeps.sites import SITES as KINDS
 from hooklens.testing import or_gate, tiny_model
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0], [8, 1, 1, 3]])

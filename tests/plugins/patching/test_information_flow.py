@@ -47,21 +47,21 @@ def test_in_an_induction_model_the_previous_token_head_carries_all_to_the_keys()
 def test_each_number_is_that_of_the_sweeps_it_is_made_of():
     model = tiny_model(n_layers=3, dtype=torch.float64)
     group = torch.arange(N) // 2
-    found = flow(model, receivers=[("q", 2, 0), "MLP1"], group=group)
+    found = flow(model, receivers=[("q", 2, 0), "MLP1"], choice=Choice(per_receiver=2, draws=19, group=group))
     first, second = halves(N, group=group, seed=0)
     for receiver, name in ((("q", 2, 0), "L2H0.q"), ("MLP1", "MLP1")):
         metric = hl.logit_diff(model, answer=ANSWER, wrong_answer=WRONG)
-        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver, group=group)
+        sweep = path_patch(model, CLEAN, CORRUPTED, metric, receivers=receiver).grouped(group)
         chosen = sweep.of_pairs(first).order()[:2]
         columns = [i for i, path in enumerate(found.paths) if path.endswith(f"to {name}")]
         assert [found.paths[i] for i in columns] == [f"{sweep.senders[i]} to {name}" for i in chosen]
         torch.testing.assert_close(found.moved[:, columns], sweep.moved[second][:, chosen], atol=1e-9, rtol=1e-9)
     whole = hl.patch(model, CLEAN, CORRUPTED, metric, site="q")
     moved = (whole.per_pair[:, 2, 0] - whole.corrupted_per_pair)[second]
-    torch.testing.assert_close(found.whole[:, 0], moved, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 0], moved, atol=1e-9, rtol=1e-9)
     mlp = hl.patch(model, CLEAN, CORRUPTED, metric, site="mlp_out", by="layer")
     moved = (mlp.per_pair[:, 1] - mlp.corrupted_per_pair)[second]
-    torch.testing.assert_close(found.whole[:, 2], moved, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 2], moved, atol=1e-9, rtol=1e-9)
     assert torch.equal(found.group, group[second])
 
 
@@ -74,7 +74,7 @@ def test_receivers_of_one_name_are_patched_together():
     sender = both.senders.index(found.paths[0].removesuffix(" to queries"))
     torch.testing.assert_close(found.moved[:, 0], both.moved[second, sender], atol=1e-9, rtol=1e-9)
     assert found.receivers == ["queries"] * 2 + ["rest"] * 2
-    torch.testing.assert_close(found.whole[:, 2], found.gap, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 2], found.gap, atol=1e-9, rtol=1e-9)
 
 
 def test_a_plain_function_is_asked_about_all_pairs():
@@ -87,7 +87,7 @@ def test_a_plain_function_is_asked_about_all_pairs():
 
     one, other = flow(model, receivers=("q", 1, 0)), flow(model, receivers=("q", 1, 0), metric=metric)
     torch.testing.assert_close(one.moved, other.moved, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(one.whole, other.whole, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(one.total, other.total, atol=1e-9, rtol=1e-9)
     assert one.paths == other.paths
 
 
@@ -212,14 +212,35 @@ def test_positions_are_those_of_the_pairs_that_report():
 
     logits = model.run_with_hooks(CORRUPTED, fwd_hooks=[(("v", 2), write)])
     expected = metric(logits) - metric(model(CORRUPTED))
-    torch.testing.assert_close(found.whole[:, 0], expected[second], atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(found.whole[:, 2], found.gap, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 0], expected[second], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(found.total[:, 2], found.gap, atol=1e-9, rtol=1e-9)
 
 
 def test_options_that_make_no_sense_are_refused():
     with pytest.raises(hl.HooklensError, match="draws is a whole number of at least 1, got 0"):
         Choice(draws=0)
-    with pytest.raises(hl.HooklensError, match="are no pairs"):
+    with pytest.raises(hl.HooklensError, match="got 1 clean and 2 corrupted"):
         trace_information(tiny_model(), [[1, 2]], [[1, 2], [1, 3]], lambda x: x[:, 0, 0], receivers="final")
     with pytest.raises(hl.HooklensError, match=r"no sender reaches L0H0\.q"):
         flow(tiny_model(), receivers=("q", 0, 0))
+
+
+def test_an_interrupted_study_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    from hooklens.sweeps.resume import Progressed
+
+    model, save, saves = tiny_model(n_layers=3), Progressed.save, []
+
+    def save_and_stop(self, finished):
+        save(self, finished)
+        saves.append(self.path.name)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    study = {"receivers": [("q", 2, 0), "MLP1"], "choice": Choice(per_receiver=1, draws=3)}
+    monkeypatch.setattr(Progressed, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        flow(model, **study, resume=tmp_path / "study")
+    resumed, whole = flow(model, **study, resume=tmp_path / "study"), flow(model, **study)
+    assert saves == ["paths-0", "paths-1", "paths-2", "paths-3"]  # what was finished was not run again
+    assert torch.equal(resumed.moved, whole.moved) and torch.equal(resumed.turned, whole.turned)
+    assert resumed.paths == whole.paths and torch.equal(resumed.gap, whole.gap)

@@ -8,12 +8,14 @@ from model.zoo import ZOO, vector_model, zoo_model
 
 import hooklens as hl
 from hooklens.core.errors import InputError
+from hooklens.model.config import Biases
 from hooklens.plugins.patching.input_attribution import InputAttribution, gradient_x_input, integrated_gradients
 from hooklens.plugins.patching.weight_randomisation import randomise
 from hooklens.results.statistics import rank_correlation
 from hooklens.testing import and_gate, tiny_model
 
 PROMPTS = torch.tensor([[1, 5, 2, 7], [4, 4, 9, 0]])
+NO_BIASES = Biases(qkv=False, o=False, mlp=False)
 BASELINE = torch.tensor([[1, 5, 8, 7], [4, 3, 9, 10]])
 
 
@@ -204,3 +206,14 @@ def test_a_gradient_that_is_not_finite_is_named():
     overflow = [("hook_embed", lambda grad, hook: grad * torch.inf)]
     with model.hooks(bwd_hooks=overflow), pytest.raises(InputError, match="not finite on the way from the baseline"):
         integrated_gradients(model, PROMPTS, metric_of(model), baseline="zero", stages=0)
+
+
+@pytest.mark.parametrize("n_layers", [2, 3, 4])
+def test_an_integral_that_misses_a_million_times_the_difference_is_refused(n_layers):
+    model = tiny_model(
+        n_layers=n_layers, normalization_type="RMS", positional_embedding_type="rotary", biases=NO_BIASES
+    )
+    with pytest.raises(InputError, match=r"prompt 0 from the baseline zero did not converge in 63 .* misses that by"):
+        integrated_gradients(model, PROMPTS[:1], hl.log_prob(model, answer=5), baseline="zero", stages=0)
+    found = integrated_gradients(model, PROMPTS, hl.log_prob(model, answer=5), baseline=PROMPTS, stages=0)
+    assert found.residual.abs().max() < 1e-4  # a difference of 0 is missed by rounding only, which is no fault

@@ -5,7 +5,7 @@ import torch
 from model.zoo import zoo_model
 
 import hooklens as hl
-from hooklens.plugins.patching.path import demo, path_patch, path_patch_fixed
+from hooklens.plugins.patching.path import Fixed, demo, path_patch
 from hooklens.plugins.patching.path_sweep import PathSweep, excludes_zero
 from hooklens.results.statistics import ratio_interval
 from hooklens.testing import induction_model, tiny_model
@@ -116,7 +116,7 @@ def test_tables_list_senders_that_reach_largest_first():
 def test_semantics_stand_in_the_result():
     model = induction_model()
     metric = hl.logit_diff(model, answer=1, wrong_answer=4)
-    sweep = path_patch_fixed(model, [[3, 1, 4, 9, 3]], [[5, 1, 4, 9, 3]], metric, receivers=("k", 1, 1))
+    sweep = path_patch(model, [[3, 1, 4, 9, 3]], [[5, 1, 4, 9, 3]], metric, receivers=Fixed(("k", 1, 1)))
     assert sweep.semantics == "fixed receivers" and sweep.receivers == ["L1H1.k"] and sweep.into == "corrupted"
     assert 0 < sweep.computed < 1 and sweep.largest_error < 1e-5 and sweep.n_verified == 1
 

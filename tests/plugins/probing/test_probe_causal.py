@@ -204,10 +204,10 @@ def test_errors_say_what_would_work():
     task = odd(model)
     homeless = along(ACTIVE)
     homeless.point = None
-    with pytest.raises(InputError, match="point inside a layer"):
+    with pytest.raises(InputError, match="activations inside a layer"):
         check_probe_use(model, homeless, task, metric)
     three = read_task(model, task.tokens, [i % 3 for i in range(30)])
-    with pytest.raises(InputError, match="got 3 classes"):
+    with pytest.raises(InputError, match="needs two classes, got 3"):
         check_probe_use(model, along(ACTIVE), three, metric)
     twice = task.take(torch.tensor([0, 1, 2, 3, 0, 1]))
     with pytest.raises(InputError, match="one position"):

@@ -64,7 +64,7 @@ def test_tokens_lie_along_the_direction_that_marks_them():
     assert found.auc > 0.95 and found.p == pytest.approx(1 / 501)
     beside = project_tokens(model, of(both[1]), tokens, tokens % 2)
     assert beside.auc < 0.65 and beside.p > 0.01
-    assert float(beside.across @ beside.along) != 0.0 and beside.across_name == "where they vary most beside it"
+    assert float(beside.across @ beside.along) != 0.0 and beside.across_name == "largest remaining variance"
 
 
 def test_a_projection_is_a_result(tmp_path):
@@ -78,7 +78,7 @@ def test_a_projection_is_a_result(tmp_path):
     assert [trace.name for trace in drawn.data] == ["0", "1"] and sum(len(trace.x) for trace in drawn.data) == VOCAB
     with pytest.raises(InputError, match="0 or 1"):
         project_tokens(model, of(both[0]), tokens, tokens % 3)
-    with pytest.raises(InputError, match="vectors of 5"):
+    with pytest.raises(InputError, match="vectors of size 5"):
         project_tokens(model, of(torch.ones(5).double()), tokens, tokens % 2)
 
 
@@ -116,7 +116,7 @@ def test_a_direction_of_few_groups_does_not_look_as_if_it_did_not_repeat():
     model, _ = marked(3.0)
     tokens = torch.randint(VOCAB, (40, 2), generator=torch.Generator().manual_seed(0))
     label = [int(i < 8) for i in range(40)]
-    rare = read_task(model, tokens, label, group=[max(i, 7) for i in range(40)], name="in one group")
+    rare = read_task(model, tokens, label, group=[max(i, 7) for i in range(40)], name="in a group")
     two = read_task(model, tokens, label, group=[max(i, 3) if i < 4 else max(i, 7) for i in range(40)], name="in two")
     found = measure_geometry(model, [rare, two], site=("resid_pre", 0), draws=2)
     assert math.isnan(float(found.repeat[0])) and found.repeat[1].abs() > 1e-6
@@ -128,7 +128,7 @@ def test_geometry_is_a_result(tmp_path):
     found.save(tmp_path / "found.safetensors")
     assert str(Geometry.load(tmp_path / "found.safetensors").table()) == str(found.table())
     assert len(found.table()) == 3 and len(found.top(2)) == 2 and found.figure().data
-    with pytest.raises(InputError, match="at one point"):
+    with pytest.raises(InputError, match="at a single point"):
         measure_geometry(model, tasks(model), site="resid_pre")
     three = read_task(model, [[i] for i in range(30)], [i % 3 for i in range(30)], name="thirds")
     for compare in (measure_geometry, transfer_probe):

@@ -183,7 +183,7 @@ def test_damage_is_refused(tmp_path):
 
 def test_a_strangers_file_is_not_overwritten(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"mine")
-    with pytest.raises(FileRefused, match="in the way"):
+    with pytest.raises(FileRefused, match="already exists"):
         gather(tiny_model(), ROWS, folder=tmp_path)
     assert (tmp_path / "x.npy").read_bytes() == b"mine"
 
@@ -197,11 +197,11 @@ def test_more_than_fits_goes_to_files_that_leave_nothing_behind(tmp_path, monkey
 
 def test_errors_say_what_would_work():
     model = tiny_model()
-    with pytest.raises(InputError, match="not one vector a position"):
+    with pytest.raises(InputError, match="not one vector per position"):
         gather(model, ROWS, site="pattern")
-    with pytest.raises(InputError, match="vectors of one width"):
+    with pytest.raises(InputError, match="vectors of one size,"):
         gather(model, ROWS, site=["resid_post", "post"])
-    with pytest.raises(InputError, match="position 4 of prompt 1"):
+    with pytest.raises(InputError, match="position 4 is out of range for prompt 1"):
         gather(model, ROWS, pos=[0, 4, 0, 0, 0])
     with pytest.raises(InputError, match="got 2 for 5 prompts"):
         gather(model, ROWS, pos=[0, 1])

@@ -98,7 +98,7 @@ def test_the_mean_embedding_of_a_part_of_speech_says_nothing(tokenizer):
 
 def test_a_tokenizer_that_cannot_is_told_so():
     bare = tiny_tokenizer("the")
-    with pytest.raises(InputError, match="one token with their space"):
+    with pytest.raises(InputError, match="one token with a leading space"):
         part_of_speech(bare)
     with pytest.raises(InputError, match="this tokenizer has 0 with a vowel"):
         next_vowel(bare)

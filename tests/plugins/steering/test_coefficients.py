@@ -54,7 +54,7 @@ def test_every_number_is_that_of_a_plain_steered_run(name, positions):
             with steer(model, vector, float(amount), site=site):
                 expected = [nats(model, text, 1) for text in neutral]
             assert paid[c].tolist() == pytest.approx(expected, abs=1e-9)
-    assert torch.equal(found.metric[1], found.base) and found.effect[1] == 0
+    assert torch.equal(found.metric[1], found.base_per_prompt) and found.effect[1] == 0
 
 
 def test_what_is_written_is_judged_by_the_unsteered_model():
@@ -143,13 +143,13 @@ def test_the_table_has_a_row_a_coefficient_and_shows_text():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"coefficients": []}, "at least one finite coefficient"),
-        ({"coefficients": [float("nan")]}, "at least one finite coefficient"),
+        ({"coefficients": []}, "at least one coefficient, and all must be finite"),
+        ({"coefficients": [float("nan")]}, "at least one coefficient, and all must be finite"),
         ({"site": "embed"}, "points inside blocks"),
         ({"settings": SweepSettings(positions="generated")}, "read on prompts"),
         ({"settings": SweepSettings(controls=0)}, "at least 1"),
         ({"settings": SweepSettings(controls=torch.ones(2, 3))}, "are \\[draw 8\\]"),
-        ({"settings": SweepSettings(group=torch.arange(2))}, "one label a prompt"),
+        ({"settings": SweepSettings(group=torch.arange(2))}, "one label per prompt"),
         ({"neutral": [[1]]}, "at least two tokens"),
     ],
 )

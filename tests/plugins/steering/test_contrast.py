@@ -119,7 +119,7 @@ def test_the_area_is_that_of_scikit_learn_ties_included(scores, data):
 
 def test_what_cannot_be_contrasted_is_refused_with_a_reason():
     model = tiny_model()
-    with pytest.raises(InputError, match="one vector a position"):
+    with pytest.raises(InputError, match="one vector per position"):
         find_direction(model, [[1], [2]], [[3], [4]], site="z")
     with pytest.raises(InputError, match="shortest prompt has 1 tokens"):
         find_direction(model, [[1], [2, 3]], [[3], [4]], pos=1)

@@ -46,14 +46,14 @@ def test_the_induction_model_loses_its_answer_with_the_direction_that_carries_it
     model, tokens = induction_model(dtype=torch.float64), [[3, 1, 4, 9, 3]]
     answer = model.W_U[:, 1].detach()
     found = measure_direction_ablation(model, tokens, answer, lambda logits: logits[:, -1, 1], controls=19)
-    assert found.base.item() == pytest.approx(10) and found.effect == pytest.approx(-10)
+    assert found.base_per_prompt.item() == pytest.approx(10) and found.effect == pytest.approx(-10)
     assert found.p == pytest.approx(1 / 20) and found.random_effect[[0, 2]].abs().max() < 5
     assert found.null_p[0] == pytest.approx(1 / 20)  # those that lie as activations do hold far more of the stream
 
 
 def test_what_cannot_be_ablated_is_refused_with_a_reason():
     metric = lambda logits: logits[:, -1, 0]  # noqa: E731
-    with pytest.raises((InputError, TypeError), match=r"one direction|'direction'"):
+    with pytest.raises((InputError, TypeError), match=r"a single direction|'direction'"):
         measure_direction_ablation(tiny_model(), PROMPTS[:1], torch.ones(2, 8), metric)
     with pytest.raises(InputError, match="post-norm"):
         measure_direction_ablation(zoo_model("post"), PROMPTS[:1], torch.ones(8), metric)
@@ -137,5 +137,5 @@ def test_intervals_resample_groups_and_are_held_against_random_directions():
     for said, end in zip(grouped.against, most.tolist(), strict=True):
         expected = "beyond" if low > end or high < -end else "inside" if -end <= low and high <= end else "undecided"
         assert said == expected
-    with pytest.raises(InputError, match="one label a pair"):
+    with pytest.raises(InputError, match="one label per pair"):
         measure_direction_ablation(model, prompts, v, metric, group=torch.arange(3))

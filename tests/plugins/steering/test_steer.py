@@ -1,5 +1,8 @@
 """Adding and ablating directions: against hooks by hand, against recomputing whole prompts, and what is refused."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -198,14 +201,14 @@ def test_ablating_at_one_site_is_the_hook_written_by_hand():
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"direction": torch.ones(7)}, InputError, r"holds \[8\] at each position.*got \[7\]"),
-        ({"direction": torch.ones(3, 8)}, InputError, r"\[2, 8\] with one a layer; got \[3, 8\]"),
+        ({"direction": torch.ones(7)}, InputError, r"shape \[8\] at each position.*got \[7\]"),
+        ({"direction": torch.ones(3, 8)}, InputError, r"\[2, 8\] with one per layer; got \[3, 8\]"),
         ({"direction": torch.ones(8, dtype=torch.long)}, (WrongType, TypeError), "float tensor|'direction'"),
         ({"direction": torch.full((8,), torch.nan)}, InputError, "finite"),
         ({"coefficient": float("inf")}, InputError, "finite"),
-        ({"coefficient": torch.ones(2, 2)}, InputError, "one a row"),
-        ({"site": "z"}, InputError, r"holds \[2, 4\] at each position"),
-        ({"site": "pattern"}, InputError, "one vector stands at each position"),
+        ({"coefficient": torch.ones(2, 2)}, InputError, "one per batch row"),
+        ({"site": "z"}, InputError, r"shape \[2, 4\] at each position"),
+        ({"site": "pattern"}, InputError, "one vector per position"),
         ({"site": "resid_pos"}, NameNotFound, "resid_post"),
         ({"positions": "generate"}, NameNotFound, "generated"),
         ({"positions": slice(0, 4, 2)}, InputError, "no step"),
@@ -219,7 +222,7 @@ def test_what_cannot_be_added_is_refused_with_a_reason(change, error, said):
 
 
 def test_what_cannot_be_ablated_is_refused_with_a_reason():
-    with pytest.raises(InputError, match="points nowhere"):
+    with pytest.raises(InputError, match="finite and not 0"):
         ablate_direction(tiny_model(), torch.zeros(8))
     with pytest.raises(InputError, match="post-norm"):
         ablate_direction(zoo_model("post"), torch.ones(8))
@@ -283,7 +286,19 @@ def test_a_head_loses_its_own_direction_and_one_without_a_direction_nothing():
 def test_directions_at_heads_that_do_not_fit_are_refused_with_a_reason():
     model = zoo_model("llama")
     wrong = torch.ones(model.cfg.n_heads, model.cfg.d_head)
-    with pytest.raises(InputError, match=rf"holds \[{model.cfg.n_key_value_heads}, {model.cfg.d_head}\]"):
+    with pytest.raises(InputError, match=rf"shape \[{model.cfg.n_key_value_heads}, {model.cfg.d_head}\]"):
         steer(model, wrong, site=("k", 0))
-    with pytest.raises(InputError, match="points nowhere"):
+    with pytest.raises(InputError, match="finite and not 0"):
         ablate_direction(model, torch.zeros_like(wrong), sites=("z", 0))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda edit: pickle.loads(pickle.dumps(edit))])
+def test_an_edit_can_be_copied_and_pickled_also_while_it_is_entered(duplicate):
+    model, direction, tokens = tiny_model(), torch.arange(8.0), torch.tensor([[1, 2, 3]])
+    for edit in (steer(model, direction, 2.0, site=("resid_post", 0)), ablate_direction(model, direction)):
+        with edit:
+            other, expected = duplicate(edit), model(tokens)
+        plain = other.model(tokens)
+        with other:
+            assert torch.equal(other.model(tokens), expected) and not torch.equal(plain, expected)
+        assert torch.equal(other.model(tokens), plain)

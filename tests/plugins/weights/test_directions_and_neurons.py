@@ -46,7 +46,7 @@ def test_queries_times_singular_values_times_keys_is_a_token_s_score_with_itself
     """Rotary turns cancel at equal positions."""
     model = unbiased(name, normalization_type="RMS")
     found = qk_directions(model, 0, 1, k=4, top=11)
-    rows = embedding_rows(model, model.blocks[0].ln1)
+    rows = embedding_rows(model, model.blocks[0].reads_through("attn"))
     scores = ((rows @ found.left.T) * found.singular * (rows @ found.right.T)).sum(1)
     for token in range(11):
         seen = model.run_with_cache([[3, token]], names=("attn_scores", 0))[1]["attn_scores", 0][0, 1, 1, 1]
@@ -123,15 +123,15 @@ def test_a_vector_without_tokens_has_flat_lists():
 
 def test_what_cannot_be_listed_is_refused_with_a_reason():
     model = tiny_model()
-    with pytest.raises(InputError, match="layer 2 was asked for"):
+    with pytest.raises(InputError, match="there is no layer 2"):
         ov_directions(model, 2, 0)
-    with pytest.raises(InputError, match="head 5 was asked for"):
+    with pytest.raises(InputError, match="there is no head 5"):
         qk_directions(model, 0, 5)
     with pytest.raises(InputError, match="k=99"):
         ov_directions(model, 0, 0, k=99)
     with pytest.raises(InputError, match="W_gate"):
         mlp_read_directions(model, 0, gate=True)
-    with pytest.raises(InputError, match="neurons are numbers from 0 to 31"):
+    with pytest.raises(InputError, match="neurons must be indices from 0 to 31"):
         read_neurons(model, 0, [32])
     with pytest.raises(InputError, match="from 1 to 11"):
         read_neurons(model, 0, top=12)

@@ -12,7 +12,6 @@ from hooklens.plugins.weights.matrices import (
     folded_heads,
     folded_neurons,
     heads_of,
-    read_through,
     unembedding_rows,
 )
 from hooklens.plugins.weights.overlap import measure_overlap
@@ -59,11 +58,13 @@ def test_norms_of_queries_and_keys_give_their_weight_and_keep_their_scale():
 def test_an_embedding_row_is_the_token_as_a_reader_meets_it(name):
     model = zoo_model(name, dtype=torch.float64)
     block = model.blocks[0]
-    rows = embedding_rows(model, block.ln1)
+    rows = embedding_rows(model, block.reads_through("attn"))
     tokens = torch.arange(11)[None]
     expected = no_bias(block.ln1, model.embed(tokens)) if block.ln1 is not None else model.embed(tokens)
     matrix = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(rows @ read_through(block.ln1, matrix), expected[0] @ matrix, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        rows @ block.reads_through("attn").folded(matrix), expected[0] @ matrix, atol=1e-10, rtol=1e-10
+    )
 
 
 class Lora(nn.Module):

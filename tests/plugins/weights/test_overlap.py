@@ -18,7 +18,7 @@ def test_compositions_are_norms_of_dense_products(name):
     found = measure_overlap(model, draws=2)
     centred = name in ("gpt2", "neox")
     at = {key: i for i, key in enumerate(found.writers)}, {key: i for i, key in enumerate(found.readers)}
-    kv = "KV" if model.cfg.n_key_value_heads < model.cfg.n_heads else "H"
+    kv = "G" if model.cfg.n_key_value_heads < model.cfg.n_heads else "H"
 
     def score(W, R):
         W = W - W.mean(-1, keepdim=True) if centred else W

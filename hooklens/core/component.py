@@ -1,0 +1,124 @@
+"""Components by name: "L5H1" is head 1 of layer 5, "L5H1.q" its queries, "MLP3", the neuron "L2N17", "embed"."""
+
+import re
+from typing import NamedTuple
+
+from hooklens.core.errors import InputError
+
+_NAME = re.compile(
+    r"(?:L(?P<layer>-?\d+)(?:(?P<of>[HGN])(?P<number>\d+))?(?:\.(?P<part>[qkv]))?|MLP(?P<mlp>-?\d+)"
+    r"|(?P<end>embed|final|logits))(?:@(?P<pos>-?\d+))?"
+)
+_EXAMPLES = (
+    'a head is (9, 6) or "L9H6", its query ("q", 9, 6) or "L9H6.q", and so for k and v; an MLP is ("mlp", 9) or '
+    '"MLP9", a neuron "L2N17", a layer "L5", and there are "embed" and "final"; "L9H6@-1" is a head at one position'
+)
+
+Pos = int | tuple[int, ...] | None  # one position of every pair, one a pair, or all
+
+
+class Component(NamedTuple):
+    """What a method acts on or reads: a head, the q, k or v of one, an MLP, a neuron, a layer, where the stream ends.
+
+    >>> Component.parse("L5H1.q@-1")
+    Component(kind='q', layer=5, head=1, neuron=None, pos=-1, at='@-1', keyed=False, turned=None)
+    >>> [str(Component.parse(name)) for name in ("L5H1", "MLP3", "L2N17", "L0G2.k", "embed", "logits")]
+    ['L5H1', 'MLP3', 'L2N17', 'L0G2.k', 'embed', 'final']
+
+    `kind` is head, q, k, v, mlp (what it writes), mlp_in (what it reads), neuron, layer, embed or final (what the final
+    norm reads). `keyed` marks a key/value head that several heads share, which is called G. `at` is what the
+    position is called in names. `turned`: what it sends is turned into a random direction drawn by that seed.
+    """
+
+    kind: str
+    layer: int = -1
+    head: int | None = None
+    neuron: int | None = None
+    pos: Pos = None
+    at: str = ""
+    keyed: bool = False
+    turned: int | None = None
+
+    @property
+    def name(self) -> str:
+        """L5H1, L9H6.q, MLP5, embed; with its position if it has one."""
+        if self.kind in ("embed", "final"):
+            name = self.kind
+        elif self.kind in ("mlp", "mlp_in"):
+            name = f"MLP{self.layer}"
+        elif self.kind in ("q", "k", "v"):
+            name = f"L{self.layer}{'G' if self.keyed else 'H'}{self.head}.{self.kind}"
+        else:
+            name = f"L{self.layer}" + ("" if self.head is None else f"{'G' if self.keyed else 'H'}{self.head}")
+            name += "" if self.neuron is None else f"N{self.neuron}"
+        return name + self.at + ("" if self.turned is None else f" turned {self.turned}")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(layer, head) of what belongs to a head."""
+        if self.head is None:
+            raise InputError(f"a head was asked for, and {self.name} is none")
+        return self.layer, self.head
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def parse(cls, name: str, what: str = "component") -> "Component":
+        """The component that a name means, asked for as `what`; whether a model has it, `read_components` says."""
+        match = _NAME.fullmatch(name)
+        of, part = (match["of"], match["part"]) if match else (None, None)
+        if match is None or (of, part) == ("G", "q") or (part is not None and of not in ("H", "G")):
+            raise no_component(name, what)
+        pos = None if match["pos"] is None else int(match["pos"])
+        at = "" if pos is None else f"@{pos}"
+        if match["end"]:
+            return cls("embed" if match["end"] == "embed" else "final", pos=pos, at=at)
+        if match["mlp"]:
+            return cls("mlp", int(match["mlp"]), pos=pos, at=at)
+        number = None if of is None else int(match["number"])
+        kind = part or {"H": "head", "G": "head", "N": "neuron", None: "layer"}[of]
+        head, neuron = (None, number) if of == "N" else (number, None)
+        return cls(kind, int(match["layer"]), head, neuron=neuron, pos=pos, at=at, keyed=of == "G")
+
+
+def no_component(asked: object, what: str = "component") -> InputError:
+    """The error for what names no component."""
+    return InputError(f"no {what} is called {asked!r:.60}; {_EXAMPLES}")
+
+
+def head_name(layer: int, head: int, *, keyed: bool = False) -> str:
+    """L5H1; a key/value head that several heads share is L5G1.
+
+    >>> head_name(5, 1), head_name(5, 1, keyed=True)
+    ('L5H1', 'L5G1')
+    """
+    return Component("head", layer, head, keyed=keyed).name
+
+
+def head_names(n_layers: int, n_heads: int) -> list[str]:
+    """Every head's name, layer by layer."""
+    return [head_name(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+
+
+def neuron_name(layer: int, neuron: int) -> str:
+    """L2N17.
+
+    >>> neuron_name(2, 17)
+    'L2N17'
+    """
+    return Component("neuron", layer, neuron=neuron).name
+
+
+def layer_name(layer: int) -> str:
+    """L2."""
+    return Component("layer", layer).name
+
+
+def layer_names(n: int) -> list[str]:
+    """The names of the first n layers.
+
+    >>> layer_names(2)
+    ['L0', 'L1']
+    """
+    return [layer_name(layer) for layer in range(n)]

@@ -1,0 +1,175 @@
+"""The envelope of every file that hooklens writes and reads: a schema's name and version, a content, and one digest.
+
+A file with tensors is a safetensors file with these four as its metadata; a file that people read and commit is a JSON
+object of the same four. The digest covers the schema, the content, and every tensor's name, dtype, shape and bytes. The
+same content gives the same bytes, so a file is whole if it is, byte for byte, what would be written for what it says.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooklens.core.errors import FileRefused, InputError
+from hooklens.core.files import json_object, read_text, reading, write_atomically
+from hooklens.core.safetensors_file import DTYPES, LARGEST_HEADER, Entry, SafetensorsFile, header_of, read_header
+
+_KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+Described = Mapping[str, tuple[str, Sequence[int]]]  # of every tensor its dtype, as the format calls it, and its shape
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A kind of file: its name and version, what messages call it, and what writes it; with tensors or as JSON."""
+
+    name: str
+    version: int
+    what: str
+    writer: str
+    as_json: bool = False
+
+    def check(self, path: str | os.PathLike, found: Mapping[str, Any]) -> None:
+        """Is it this kind of file, in the version that is read?"""
+        name, version = found.get("schema"), str(found.get("version"))
+        if name != self.name:
+            seen = f"it is another file: its schema is {name!r:.60} and not {self.name!r}"
+            raise self.refused(path, seen, f"write one with {self.writer}")
+        if version != str(self.version):
+            newer = version.isdecimal() and int(version) > self.version
+            seen = f"it has version {version:.20} of {name!r}, and this hooklens reads version {self.version}"
+            raise self.refused(path, seen, "install a newer one" if newer else f"write it again with {self.writer}")
+
+    def damaged(self, path: str | os.PathLike) -> FileRefused:
+        """What a file that was changed after it was written is refused with."""
+        seen = "its content is not what its digest says: it was damaged or edited"
+        return self.refused(path, seen, f"copy it again, or write it again with {self.writer}")
+
+    def refused(self, path: str | os.PathLike, seen: str, mend: str) -> FileRefused:
+        """What a file that is not this is refused with."""
+        return FileRefused(f"{self.what} was to be read from {os.fspath(path)!r}, but {seen}; {mend}")
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A file of the right schema and version. Everything in it but the tensors' bytes was found whole."""
+
+    schema: Schema
+    path: str | os.PathLike
+    content: Any
+    file: SafetensorsFile | None = field(default=None, repr=False)
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Where each tensor lies, with its dtype and shape, before any is read."""
+        return {} if self.file is None else self.file.entries
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, one read at a time; after the last one a file whose bytes were changed is refused."""
+        if self.file is None:
+            return
+        total = hashlib.sha256()
+        for name in sorted(self.file.entries):
+            yield name, self.file.tensor(name, total.update, DTYPES)
+        if total.hexdigest() != self.file.metadata["data"]:
+            raise self.schema.damaged(self.path)
+
+
+def write_envelope(
+    path: str | os.PathLike, schema: Schema, content: Any, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a content and tensors as one file, whole or not at all.
+
+    >>> import tempfile
+    >>> path, schema = tempfile.mkdtemp() + "/tiny", Schema("tiny", 1, "a tiny file", "write_envelope")
+    >>> write_envelope(path, schema, {"n": 1}, {"x": torch.ones(2)})
+    >>> envelope = read_envelope(path, schema)
+    >>> envelope.content, dict(envelope.tensors())
+    ({'n': 1}, {'x': tensor([1., 1.])})
+    """
+    dense = {
+        name: one.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, one in (tensors or {}).items()
+    }
+    described = {name: (_kind(name, one), one.shape) for name, one in dense.items()}
+    data = "" if schema.as_json else digest(_bytes(dense[name]) for name in sorted(dense))
+    begin, placed = rendered(schema, content, described, data)
+    with write_atomically(path) as aside, open(aside, "wb") as file:
+        file.write(begin)
+        for name in placed:
+            file.write(_bytes(dense[name]))
+
+
+def read_envelope(path: str | os.PathLike, schema: Schema) -> Envelope:
+    """What `write_envelope` wrote; a file that is foreign, of another version, damaged or edited is refused."""
+    with reading(path, schema.what):
+        if schema.as_json:
+            text = read_text(path, schema.what)
+            found, content, described, file = json_object(text), None, {}, None
+            seen = text.replace("\r\n", "\n").encode()  # as some checkouts write line ends
+        else:
+            file = read_header(path, schema.what)
+            found, seen = file.metadata, file.header
+            described = {name: (entry.kind, entry.shape) for name, entry in file.entries.items()}
+        schema.check(path, found)
+        content = found["content"] if schema.as_json else json.loads(found["content"])
+        if seen != rendered(schema, content, described, found.get("data", ""))[0]:
+            raise schema.damaged(path)
+    return Envelope(schema, path, content, file)
+
+
+def rendered(schema: Schema, content: Any, described: Described, data: str) -> tuple[bytes, list[str]]:
+    """The file up to the tensors' bytes, whose digest is `data`, and their names in the order in which they follow."""
+    found = {"schema": schema.name, "version": schema.version}
+    found["digest"] = digest_of(schema, content, described, data)
+    if schema.as_json:
+        return (json.dumps(found | {"content": content}, indent=1, allow_nan=False) + "\n").encode(), []
+    metadata = {name: str(value) for name, value in found.items()} | {"content": _compact(content), "data": data}
+    begin, placed = header_of(described, metadata)
+    if len(begin) > LARGEST_HEADER:
+        raise InputError(
+            f"{schema.what} was to be saved, but its names, lists, dicts and strings take {len(begin):,} bytes as JSON "
+            f"(at most {LARGEST_HEADER:,}); keep long lists of numbers in tensors"
+        )
+    return begin, placed
+
+
+def digest_of(schema: Schema, content: Any, described: Described | None = None, data: str = "") -> str:
+    """What identifies a file's content: 64 hexadecimal digits of everything in it."""
+    tensors = [[name, kind, list(shape)] for name, (kind, shape) in sorted((described or {}).items())]
+    return digest([_compact([schema.name, schema.version, content, tensors, data])])
+
+
+def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
+    """The SHA-256 of texts and bytes, one after the other: is it the same content?
+
+    >>> digest(["a", b"b"]) == digest(["ab"]), digest([])[:8]
+    (True, 'e3b0c442')
+    """
+    total = hashlib.sha256()
+    for piece in pieces:
+        total.update(piece.encode("utf-8", "surrogatepass") if isinstance(piece, str) else piece)
+    return total.hexdigest()
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """The SHA-256 of a whole file of any kind."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compact(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+
+
+def _kind(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in _KINDS:
+        raise InputError(f"{name} is {tensor.dtype}, which a file cannot hold; convert it first")
+    return _KINDS[tensor.dtype]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,217 @@
+"""Prompt pairs with their answers, metric and groups: what tasks make, JSONL files hold and methods take."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType, did_you_mean
+from hooklens.data.prompts import Prompts, read_pairs, rows_of
+from hooklens.metrics import Answers, ReadingMetric, logit_diff
+from hooklens.results.result import Result
+from hooklens.results.statistics import halves
+from hooklens.results.table import Table
+
+if TYPE_CHECKING:
+    from hooklens.model.transformer import HookedTransformer
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPairs(Result):
+    """Clean and corrupted prompts, as texts or token ids, with the metric (or the answers) that a model is judged by.
+
+    >>> pairs = PromptPairs(["a b", "c d", "e f"], ["a x", "c x", "e x"], answer=[" 1", " 2", " 3"], wrong_answer=" 0")
+    >>> len(pairs), pairs[1].clean, pairs[:2].answer, pairs[-1].wrong_answer
+    (3, ['c d'], [' 1', ' 2'], [' 0'])
+    >>> [len(half) for half in pairs.split(seed=0)]
+    [1, 2]
+
+    `answer` and `wrong_answer` are one for all pairs or one a pair. `group` labels pairs that share something, such as
+    a sentence: halves never split a group, and intervals resample groups. `columns` hold what else a task knows of each
+    pair, which `pairs["name"]` gives. A part of the pairs has its own part of a metric of the library; a plain function
+    of logits is called with the pairs of that part, so that it must not hold values pair by pair. `corrupted` may be
+    None for methods that need none.
+    """
+
+    clean: Any
+    corrupted: Any
+    metric: Any = None
+    answer: Any = field(default=None, kw_only=True)
+    wrong_answer: Any = field(default=None, kw_only=True)
+    group: Any = field(default=None, kw_only=True)
+    columns: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        clean, corrupted = _listed(self.clean), None if self.corrupted is None else _listed(self.corrupted)
+        if corrupted is not None and len(clean) != len(corrupted):
+            raise InputError(
+                f"clean and corrupted are patched pair by pair, got {len(clean)} clean and {len(corrupted)} corrupted "
+                "prompts"
+            )
+        if (self.answer is None) != (self.wrong_answer is None):
+            raise ArgumentError("{answer} and {wrong_answer} are given together, and one of them is missing")
+        n = len(clean)
+        changed = {name: _one_a_pair(name, getattr(self, name), n) for name in ("answer", "wrong_answer")}
+        changed |= {"clean": clean, "corrupted": corrupted, "group": _numbers(self.group)}
+        for name, value in changed.items():
+            object.__setattr__(self, name, value)
+        for name, column in {"group": self.group, **self.columns}.items():
+            if column is not None and len(column) != n:
+                raise InputError(f"{name} has one value a pair, got {len(column)} for {n} pairs")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __iter__(self) -> Iterator["PromptPairs"]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Some of the pairs, by number, slice, numbers or booleans; by a name, that column."""
+        if isinstance(index, str):
+            if index not in self.columns:
+                raise did_you_mean("column", index, self.columns)
+            return self.columns[index]
+        rows, given = _rows(index, len(self)), ("clean", "corrupted", "answer", "wrong_answer", "group")
+        columns = {name: _some(column, rows) for name, column in self.columns.items()}
+        parts = {name: _some(getattr(self, name), rows) for name in given}
+        return replace(self, metric=self._metric_of_some(rows), columns=columns, **parts)
+
+    def _metric_of_some(self, rows: list[int]) -> Any:
+        metric = self.metric
+        if not isinstance(metric, ReadingMetric) or len(metric.reads.pos) == 1:
+            return metric
+        if len(metric.reads.pos) != len(self):
+            raise InputError(
+                f"the metric was made for {len(metric.reads.pos)} pairs, and there are {len(self)}; give as many "
+                "answers as prompts, or one for all"
+            )
+        return metric.pairs(torch.tensor(rows, dtype=torch.long))
+
+    def split(self, *, seed: int = 0) -> tuple["PromptPairs", "PromptPairs"]:
+        """Two halves, no group in both: one to choose on, one to report on."""
+        first, second = halves(len(self), group=self.group, seed=seed)
+        return self[first], self[second]
+
+    def metric_of(self, model: "HookedTransformer") -> Any:
+        """The metric that the pairs were made with; else the logit difference of their answers."""
+        if self.metric is not None:
+            return self.metric
+        if self.answer is None:
+            raise ArgumentError(
+                "{metric} is missing, and the pairs hold no answers; give a function of logits such as "
+                "hl.logit_diff(...), or PromptPairs(..., answer=, wrong_answer=)"
+            )
+        return logit_diff(model, answer=self.answer, wrong_answer=self.wrong_answer)
+
+    def tokens(self, model: "HookedTransformer") -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
+        """Clean and corrupted token ids of pairs that all have one length."""
+        (group,) = read_pairs(model, self.clean, self.corrupted, ("pos",))
+        return group.clean, group.corrupted
+
+    def digests(self, model: "HookedTransformer") -> list[str]:
+        """A short digest of each clean prompt's tokens, by which prompts are recognised."""
+        rows = rows_of(model, self.clean, "clean")
+        return [hashlib.sha256(str(row.tolist()).encode()).hexdigest()[:16] for row in rows]
+
+    def table(self, n: int | None = 8) -> Table:
+        """One row a pair: its prompts, its answers, its group."""
+        given = {name.replace("_", " "): getattr(self, name) for name in ("clean", "corrupted", "answer")}
+        given |= {"wrong answer": self.wrong_answer, "group": self.group}
+        shown = {name: list(map(_shown, column)) for name, column in given.items() if column is not None}
+        return Table(tuple(shown), list(zip(*shown.values(), strict=True))).head(n)
+
+
+def as_pairs(
+    model: "HookedTransformer",
+    clean: "Prompts | PromptPairs",
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    group: Any = None,
+) -> PromptPairs:
+    """What a method was given, two prompts and a metric or PromptPairs: as pairs of token ids with their metric.
+
+    A metric or groups beside PromptPairs take the place of theirs.
+    """
+    if not isinstance(clean, PromptPairs):
+        others = None if corrupted is None else rows_of(model, corrupted, "corrupted")
+        pairs = PromptPairs(rows_of(model, clean, "clean"), others, metric, group=group)
+        return replace(pairs, metric=pairs.metric_of(model))
+    if corrupted is not None:
+        raise ArgumentError("{clean} is PromptPairs, which hold their corrupted prompts; leave {corrupted} out")
+    return replace(
+        clean,
+        clean=rows_of(model, clean.clean, "clean"),
+        corrupted=None if clean.corrupted is None else rows_of(model, clean.corrupted, "corrupted"),
+        metric=clean.metric_of(model) if metric is None else metric,
+        group=clean.group if group is None else group,
+    )
+
+
+def numbered(labels: Sequence[Any]) -> Int[Tensor, "pair"]:
+    """Labels as numbers, in order of first appearance.
+
+    >>> numbered(["x", "y", "x"]).tolist()
+    [0, 1, 0]
+    """
+    order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return torch.tensor([order[label] for label in labels])
+
+
+def _numbers(group: Any) -> Int[Tensor, "pair"] | None:
+    """Groups as numbers: numbers stay as they are."""
+    if group is None:
+        return None
+    if hasattr(group, "dtype") or all(type(label) is int for label in group):
+        return torch.as_tensor(group).cpu()
+    return numbered(group)
+
+
+def _listed(prompts: Any) -> Any:
+    """The prompts one by one; a text or a row of token ids is one prompt."""
+    if isinstance(prompts, Tensor):
+        return torch.atleast_2d(prompts)
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        rows = list(prompts)
+    except TypeError as error:
+        raise WrongType(f"prompts are texts or rows of token ids, got {prompts!r:.80}") from error
+    single = bool(rows) and (rows[0].ndim == 0 if hasattr(rows[0], "ndim") else isinstance(rows[0], int))
+    return [rows] if single else rows
+
+
+def _one_a_pair(name: str, answer: Answers | None, n: int) -> Any:
+    if answer is None:
+        return None
+    given: Any = answer.tolist() if hasattr(answer, "tolist") else answer
+    listed = list(given) if isinstance(given, list | tuple) else [given]
+    if len(listed) not in (1, n):
+        raise ArgumentError("{" + name + "} is one for all pairs or one a pair, got {0} for {1} pairs", len(listed), n)
+    return listed * n if len(listed) == 1 else listed
+
+
+def _rows(index: Any, n: int) -> list[int]:
+    """The numbers of the pairs that an index means."""
+    try:
+        if isinstance(index, slice):
+            return list(range(n))[index]
+        return torch.arange(n)[index.cpu() if isinstance(index, Tensor) else index].reshape(-1).tolist()
+    except (IndexError, TypeError) as error:
+        said = f"pairs are indexed by a slice, numbers below {n} or {n} booleans"
+        raise OutOfRange(f"{said}; got {index!r:.60}") from error
+
+
+def _some(column: Any, rows: list[int]) -> Any:
+    if column is None:
+        return None
+    return column[torch.tensor(rows, dtype=torch.long)] if isinstance(column, Tensor) else [column[i] for i in rows]
+
+
+def _shown(value: Any) -> Any:
+    """A prompt, an answer or a group as a table's cell."""
+    plain = value.tolist() if isinstance(value, Tensor) else value
+    return plain if isinstance(plain, str | int) else str(list(plain))

@@ -1,0 +1,104 @@
+"""The patches of paths as the engine runs them: only senders that reach a receiver, only rows that can change."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.naive import first_nonfinite
+from hooklens.sweeps.naive_paths import plain_paths
+from hooklens.sweeps.nodes import Sender
+from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
+from hooklens.sweeps.paths import EDGES, FIXED, PathPlan
+from hooklens.sweeps.protocol import Item, Sweep
+
+
+class PathPatches(Sweep):
+    """One patch a sender: rows join the base run where a receiver first reads it, and go on live."""
+
+    title, unit, steps = "patching paths", "senders", True
+
+    def __init__(self, plan: PathPlan):
+        self.plan, self.model, self.tokens = plan, plan.model, plan.tokens
+
+    def __len__(self) -> int:
+        return len(self.plan.senders)
+
+    @property
+    def stream(self) -> Float[Tensor, "pair pos d_model"]:
+        return self.plan.base.streams[self.model.cfg.n_layers]
+
+    def name_of(self, number: int) -> str:
+        return f"the patch of {self.plan.senders[number].name}"
+
+    def layer_of(self, number: int) -> int:
+        return self.plan.senders[number].layer
+
+    def loop(self) -> Sequence[int]:
+        return [i for i, sender in enumerate(self.plan.senders) if self.plan.enters(sender) is not None]
+
+    def live(self, reader: Reader) -> list[Item]:
+        plan, n_pos, items = self.plan, self.tokens.shape[1], []
+        for number in self.loop():
+            sender = plan.senders[number]
+            starts = plan.start(sender)
+            dead = (starts >= n_pos) | (plan.first_change >= n_pos)
+            if plan.causal and reader.read is not None:
+                dead = dead | (starts > reader.read.amax(1))
+            for pair in (~(dead | self._same(sender))).nonzero().flatten().tolist():
+                items.append(Item(number, pair, int(starts[pair])))
+        return items
+
+    def _same(self, sender: Sender) -> Bool[Tensor, "pair"]:
+        """For which pairs has the sender the same value in both runs, where it sends?"""
+        plan = self.plan
+        if sender.kind == "head":
+            old, new = (run.z[sender.layer][:, :, sender.head] for run in (plan.base, plan.new))
+        elif sender.kind == "mlp":
+            old, new = (run.mlp_out[sender.layer] for run in (plan.base, plan.new))
+        else:
+            old, new = plan.base.streams[0], plan.new.streams[0]
+        return ((old == new).all(-1) | ~plan.here(sender)).all(1)
+
+    def rows_at_once(self, memory: int) -> int:
+        # beside its stream a row has its sender's change, and what was recorded at every stage
+        recorded = len(self.plan.stages) if self.plan.semantics == FIXED else 0
+        return super().rows_at_once(memory // (3 + recorded))
+
+    def walk(self, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
+        return walk_paths(self.plan, reader, items)
+
+    def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "sender pair"]:
+        return plain_paths(self.plan, [self.plan.senders[i] for i in numbers], reader)
+
+    def share(self, reader: Reader, items: Sequence[Item]) -> float:
+        """Token-layers that were worked out, MLPs on the path counted whole, over those of the plain loop."""
+        plan, (n_pair, n_pos), n_layers = self.plan, self.tokens.shape, self.model.cfg.n_layers
+        passes = 1 if plan.semantics == EDGES or plan.stages[-1] == plan.order.end else 2
+        done = 0
+        for item in items:
+            stage, late = stage_of(plan, item), reader.read is not None and is_late(plan, reader, item)
+            width = reader.read.shape[1] if late and reader.read is not None else n_pos - item.start
+            done += (n_layers - stage // 2) * width
+            if plan.semantics == FIXED:
+                done += (plan.stages[-1] // 2 - max(plan.senders[item.patch].layer, 0)) * width
+        return done / max(1, passes * len(self) * n_pair * n_layers * n_pos)
+
+    def asked(self) -> tuple[Any, Mapping[str, Any]]:
+        plan = self.plan
+        return ("paths", plan.semantics, plan.senders, plan.receivers, plan.tokens, plan.other), {}
+
+    def sketch(self) -> Sequence[Float[Tensor, "..."]]:
+        return [self.plan.new.streams[self.model.cfg.n_layers]]
+
+    def fault(self, said: str, values: Float[Tensor, "sender pair"]) -> str:
+        plan, runs = self.plan, ("the run that is patched", "the run that gives the new values")
+        for tokens, name in zip((plan.tokens, plan.other), runs, strict=True):
+            point = first_nonfinite(plan.model, tokens)
+            if point is not None:
+                return f"the metric is {said}: in {name} activations are not finite from {point} on"
+        bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
+        names = ", ".join(plan.senders[i].name for i in bad[:3]) or "the base run"
+        return f"the metric is {said} for {names}, though both runs are finite: look at the metric"

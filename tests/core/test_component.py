@@ -1,0 +1,108 @@
+"""Components by name: one parser, one printer."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hooklens as hl
+from hooklens.core.component import Component, head_names
+from hooklens.core.errors import InputError
+from hooklens.plugins.circuits.graph import circuit_graph
+from hooklens.sweeps.nodes import read_components, read_heads, read_receivers, read_senders
+from hooklens.sweeps.planning import Patch
+from hooklens.testing import tiny_model
+
+NUMBERS = st.integers(0, 200)
+
+
+@st.composite
+def components(draw):
+    pos = draw(st.none() | st.integers(-50, 50))
+    place = {"pos": pos, "at": "" if pos is None else f"@{pos}"}
+    kind = draw(st.sampled_from(["head", "q", "k", "v", "mlp", "neuron", "layer", "embed", "final"]))
+    if kind in ("embed", "final"):
+        return Component(kind, **place)
+    layer = draw(st.integers(-20, 200))
+    if kind == "neuron":
+        return Component(kind, layer, neuron=draw(NUMBERS), **place)
+    if kind in ("mlp", "layer"):
+        return Component(kind, layer, **place)
+    return Component(kind, layer, draw(NUMBERS), keyed=kind != "q" and draw(st.booleans()), **place)
+
+
+@given(components())
+def test_a_name_means_the_component_that_it_was_made_of(one):
+    assert Component.parse(str(one)) == one
+
+
+@given(st.text(alphabet="LHGNMP.qkv@-0123456789 ", max_size=8))
+def test_what_parses_prints_as_itself_but_for_leading_zeros(name):
+    try:
+        one = Component.parse(name)
+    except InputError as error:
+        assert "no component is called" in str(error)
+        return
+    assert Component.parse(str(one)) == one
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_heads": 4, "n_key_value_heads": 2}, {"attn_only": True}])
+def test_paths_and_circuits_call_the_same_things_by_the_same_names(changes):
+    model = tiny_model(**changes)
+    graph = circuit_graph(model)
+    assert [one.name for one in read_senders(model, ["embed", *graph.source_names[1:]])] == graph.source_names
+    named = [one.name for one in read_receivers(model, graph.receiver_names)]
+    assert named == [name.replace("logits", "final") for name in graph.receiver_names]
+    heads = head_names(model.cfg.n_layers, model.cfg.n_heads)
+    assert [f"L{layer}H{head}" for layer, head in read_heads(model, heads)] == heads
+
+
+def test_a_position_in_the_name_is_that_of_at():
+    model = tiny_model()
+    given = [[1, 2, 3]], [[1, 4, 3]], hl.logit_diff(model, answer=5, wrong_answer=6)
+    one = hl.path_patch(model, *given, senders=["L0H0@-1"], receivers="L1H0.q@-1")
+    other = hl.path_patch(model, *given, senders=hl.patching.At("L0H0", -1), receivers=hl.patching.At(("q", 1, 0), -1))
+    assert one.senders == other.senders == ["L0H0@-1"] and one.receivers == other.receivers == ["L1H0.q@-1"]
+    assert one.per_pair.tolist() == other.per_pair.tolist()
+
+
+def test_a_model_is_asked_by_names_tuples_and_sites():
+    model = tiny_model(n_heads=4, n_key_value_heads=2)
+    for asked in ("L1G0.k", "L1H0.k", ("k", 1, 0), ["k", -1, 0], Component("k", -1, 0)):
+        assert [one.name for one in read_components(model, asked)] == ["L1G0.k"]
+    assert len(read_components(model, hl.site("k", 0))) == 2 and len(read_components(model, ("z", 0))) == 4
+    assert read_components(model, ("post", 0, 3)) == read_components(model, "L0N3")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("L0H", "no component is called 'L0H'"),
+        ("L0H1.z", 'its query \\("q", 9, 6\\) or "L9H6.q"'),
+        ("L0N2.q", "no component is called"),
+        ("L0G1.q", "no component is called"),
+        ("L0G1", "no component is called"),
+        (("q", 1, 2, 3), "no component is called"),
+        (("resid_pre", 1), "no component is called"),
+        ("L2H0", "layer 2 was asked for as a component; there are layers 0 to 1"),
+        ("L-3H0", "layer -3 was asked for"),
+        ("L0H4", "head 4 of layer 0 was asked for as a component; there are heads 0 to 3"),
+        ("L0H2.v", "head 2 of layer 0 was asked for as a component; there are key/value heads 0 to 1"),
+        ("L0N99", "neuron 99 of layer 0 was asked for as a component; there are neurons 0 to "),
+    ],
+)
+def test_what_a_model_lacks_is_said_with_what_it_has(asked, said):
+    with pytest.raises(InputError, match=said):
+        read_components(tiny_model(n_heads=4, n_key_value_heads=2), asked)
+
+
+def test_a_few_components_are_ablated_by_their_names():
+    model = tiny_model()
+    given = model, [[1, 2, 3], [4, 5, 6]], hl.logit_diff(model, answer=5, wrong_answer=6)
+    with hl.engine(verify=0):
+        by_name = hl.ablate(*given, patches=["L1H0", (0, 1), Patch(1, head=1)], value="zero")
+        grid = hl.ablate(*given, value="zero")
+        with pytest.raises(InputError, match=r"no patch is called 'L1H0\.q'"):
+            hl.ablate(*given, patches=["L1H0.q"])
+    assert by_name.labels["patch"] == ["L1H0", "L0H1", "L1H1"]
+    expected = [grid.per_prompt[:, layer, head].tolist() for layer, head in ((1, 0), (0, 1), (1, 1))]
+    assert by_name.per_prompt.T.tolist() == [pytest.approx(values, rel=1e-5) for values in expected]
