@@ -286,6 +286,7 @@ def _unconventional(fn: Callable, *, of_result: bool = False) -> Iterator[str]:
 
 def _explained(fn: Callable, draws: int) -> bool:
     """Is the number a constant whose line says why, or one that is imported?"""
+    fn = inspect.unwrap(fn)
     named = [name for name, value in fn.__globals__.items() if name.endswith("DRAWS") and value == draws]
     try:
         text = "".join(inspect.findsource(fn)[0])

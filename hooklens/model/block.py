@@ -148,10 +148,10 @@ class Block(HookedPart):
         """`resid_post`, and the stream that the next block receives."""
         return self.hook_resid_post(post)
 
-    def before_attn(self, x: Stream) -> Stream:
+    def before_attn(self, x: Vectors) -> Vectors:
         return x if self.ln1 is None else self.ln1(x)
 
-    def before_mlp(self, x: Stream) -> Stream:
+    def before_mlp(self, x: Vectors) -> Vectors:
         return x if self.ln2 is None else self.ln2(x)
 
     def attn_adds(self, raw: Vectors) -> Vectors:
@@ -241,10 +241,10 @@ class PostNormBlock(Block):
         self.hook_resid_post = HookPoint()
         self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
 
-    def before_attn(self, x: Stream) -> Stream:
+    def before_attn(self, x: Vectors) -> Vectors:
         return x
 
-    def before_mlp(self, x: Stream) -> Stream:
+    def before_mlp(self, x: Vectors) -> Vectors:
         return x
 
     def after_mid(self, mid: Stream) -> Stream:

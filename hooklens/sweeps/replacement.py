@@ -70,7 +70,7 @@ class Target:
 
     tokens: Tokens
     index: tuple[int, ...]
-    pair: Mapping[str, Tokens]
+    pair: Mapping[str, Int[Tensor, "prompt _other_pos"]]
     points: Sequence[str]
     runs: Runs
 
@@ -369,7 +369,7 @@ def fitted(value: Any, act: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def matched(tokens: Tokens, other: Tokens, mine: Acts, theirs: Acts) -> dict[str, Tensor]:
+def matched(tokens: Tokens, other: Int[Tensor, "prompt _other_pos"], mine: Acts, theirs: Acts) -> dict[str, Tensor]:
     """The other run's activations at the positions that both prompts share, the run's own between."""
     out = {}
     for name in theirs:

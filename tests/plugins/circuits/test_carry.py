@@ -13,13 +13,14 @@ from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.matching import match, measure_matching
 from hooklens.plugins.circuits.roles import Roles
+from hooklens.sweeps.replacement import Zero
 
 SHAPES = [(3, 4, 4, True), (3, 4, 2, True), (2, 6, 3, False), (2, 4, 1, True, True)]
 
 
 def circuit(graph: CircuitGraph, edges, scores=None) -> Circuit:
     kept = graph.mask(edges)
-    return Circuit(graph, kept, kept.double() if scores is None else scores, "by hand", "zero", "source", 0, [])
+    return Circuit(graph, kept, kept.double() if scores is None else scores, "by hand", Zero(), "source", 0, [])
 
 
 def random_circuit(graph: CircuitGraph, seed: int, share: float = 0.15) -> Circuit:

@@ -20,7 +20,6 @@ from hooklens.plugins.circuits.roles import _by_edges, _by_patches, roles_of
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.taxonomy import classify_heads
 from hooklens.results.result import Result
-from hooklens.results.statistics import halves
 from hooklens.studies import transfer_report
 from hooklens.testing import induction_model, tiny_model
 
@@ -255,7 +254,7 @@ def test_a_circuit_goes_from_one_trained_model_to_another():
     assert found.by_index.value < 0.2  # in the other seed another head of layer 0 looks at the previous token
     hand = induction_model()
     small, other = (repeats(model, 32, hand.cfg.d_vocab) for model in (one, hand))
-    chosen = small.part(halves(32)[0].tolist())
+    chosen = small.split()[0]
     circuit = eap_ig(one, chosen).greedy_edges(7)
     found = transfer_circuit(one, circuit, small, hand, other)
     places = dict(zip(found.matching.source, found.matching.target, strict=True))

@@ -6,6 +6,7 @@ from model.zoo import TOKENS, ZOO, vector_model, zoo_model
 from torch import nn
 
 from hooklens.core.errors import InputError
+from hooklens.model.norms import Passage
 from hooklens.plugins.weights.matrices import (
     embedding_matrix,
     embedding_rows,
@@ -126,4 +127,4 @@ def test_what_cannot_be_folded_is_refused_with_a_reason():
     with pytest.raises(InputError, match="without MLPs"):
         folded_neurons(zoo_model("attn_only"), 0)
     with pytest.raises(InputError, match="reads vectors"):
-        embedding_rows(vector_model(), None)
+        embedding_rows(vector_model(), Passage())
