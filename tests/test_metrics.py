@@ -286,7 +286,7 @@ def test_fields_of_two_rows_are_no_metric_of_one_pair_or_of_three():
     metric = Share(pos=-1, share=torch.tensor([1.0, 2.0]))
     assert metric(LOGITS[:2]).tolist() == (LOGITS[:2, -1, 0] * torch.tensor([1.0, 2.0])).tolist()
     for n in (1, 3):
-        with pytest.raises(InputError, match=f"made for 2 pairs, and got logits of {n}"):
+        with pytest.raises(InputError, match=f"made for 2 pairs, but got logits of {n}"):
             metric(LOGITS[:n])
     with pytest.raises(InputError, match="one row for each pair, or one for all; got 3 for pos, 2 for share"):
         Share(pos=[-1, -1, -1], share=torch.tensor([1.0, 2.0]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny, tiny_tokens
 from mutations import resealed
+from refused import refused
 from safetensors.torch import load_file, save_file
 
 from hooklens.core.envelope import read_envelope, write_envelope
@@ -199,5 +200,5 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("given", [None, torch.nn.Linear(2, 2), "gpt2"])
 def test_what_is_no_model_is_not_saved(given, tmp_path):
-    with pytest.raises(WrongType, match="save needs a HookedTransformer, got"):
+    with refused(WrongType, "save needs a HookedTransformer, got"):
         save(given, tmp_path / "x.safetensors")
