@@ -51,7 +51,8 @@ class Component(NamedTuple):
         else:
             name = f"L{self.layer}" + ("" if self.head is None else f"{'G' if self.keyed else 'H'}{self.head}")
             name += "" if self.neuron is None else f"N{self.neuron}"
-        return name + self.at + ("" if self.turned is None else f" turned {self.turned}")
+        at = self.at or (f"@{self.pos}" if isinstance(self.pos, int) else "")
+        return name + at + ("" if self.turned is None else f" turned {self.turned}")
 
     @property
     def place(self) -> tuple[int, int]:

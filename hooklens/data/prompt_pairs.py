@@ -197,6 +197,8 @@ def _one_a_pair(name: str, answer: Answers | None, n: int) -> Any:
 def _rows(index: Any, n: int) -> list[int]:
     """The numbers of the pairs that an index means."""
     try:
+        if index is None or isinstance(index, bool):
+            raise TypeError("torch takes None and a single boolean for a new axis")
         if isinstance(index, slice):
             return list(range(n))[index]
         return torch.arange(n)[index.cpu() if isinstance(index, Tensor) else index].reshape(-1).tolist()

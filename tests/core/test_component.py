@@ -106,3 +106,11 @@ def test_a_few_components_are_ablated_by_their_names():
     assert by_name.labels["patch"] == ["L1H0", "L0H1", "L1H1"]
     expected = [grid.per_prompt[:, layer, head].tolist() for layer, head in ((1, 0), (0, 1), (1, 1))]
     assert by_name.per_prompt.T.tolist() == [pytest.approx(values, rel=1e-5) for values in expected]
+
+
+def test_a_position_given_to_the_constructor_was_left_out_of_the_name():
+    assert str(Component("q", 1, 0, pos=-1)) == "L1H0.q@-1" and Component.parse("L1H0.q@-1").name == "L1H0.q@-1"
+    model = tiny_model()
+    senders = [Component("head", 0, 0, pos=1), Component("head", 0, 0, pos=2)]
+    metric = hl.logit_diff(model, answer=5, wrong_answer=6)
+    assert hl.path_patch(model, [[1, 2, 3]], [[4, 5, 3]], metric, senders=senders).senders == ["L0H0@1", "L0H0@2"]

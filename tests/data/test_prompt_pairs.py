@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hooklens as hl
-from hooklens.core.errors import InputError, NameNotFound, WrongType
+from hooklens.core.errors import InputError, NameNotFound, OutOfRange, WrongType
 from hooklens.data.jsonl import read_pairs_file, write_pairs_file
 from hooklens.data.prompt_pairs import as_pairs
 from hooklens.plugins.circuits import (
@@ -129,3 +129,9 @@ def test_token_ids_are_no_lines_of_a_file(tmp_path):
 def test_what_cannot_be_used_is_said(ask, error, said):
     with pytest.raises(error, match=said):
         ask(tiny_model())
+
+
+@pytest.mark.parametrize("index", [None, True])
+def test_what_means_a_new_axis_to_torch_gave_all_pairs(index):
+    with pytest.raises(OutOfRange, match="pairs are indexed by a slice"):
+        PAIRS[index]
