@@ -21,7 +21,7 @@ from torch import Tensor
 from hooklens.core import hooks
 from hooklens.core.envelope import digest
 from hooklens.core.errors import WrongType
-from hooklens.model.config import Biases, HookedTransformerConfig
+from hooklens.model.config import Biases, HookedTransformerConfig, Softmax
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins import find
 from hooklens.results import statistics
@@ -77,7 +77,7 @@ def induction_model(*, d_vocab: int = 11, n_ctx: int = 32, dtype: torch.dtype = 
     token, place = torch.eye(d_vocab), torch.eye(n_ctx)
     at = _slots(token=d_vocab, place=n_ctx, previous=d_vocab, next=d_vocab)
     sizes: dict[str, Any] = {"n_layers": 2, "d_model": n_ctx + 3 * d_vocab, "n_heads": 2, "d_head": max(d_vocab, n_ctx)}
-    model = _blank("induction", n_ctx=n_ctx, d_vocab=d_vocab, attn_only=True, attn_scale=1.0, **sizes)
+    model = _blank("induction", n_ctx=n_ctx, d_vocab=d_vocab, attn_only=True, score_fn=Softmax(scale=1.0), **sizes)
     blocks: Any = model.blocks
     sharp = 1000.0  # exp(-1000) is 0 in every dtype, so that a pattern is 0 and 1 exactly
     with torch.no_grad():

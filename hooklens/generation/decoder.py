@@ -224,7 +224,7 @@ class _Layer:
         self.mlp = mlp = block.mlp
         self.parallel, vector = not block.mlp_reads_attn, product is _Vector
         self.norms = [_short(norm, vector) for norm in (block.ln1, block.ln1_post)]
-        self.fused = self.attn.score.fusable and self.attn.soft_cap is None
+        self.fused = self.attn.score.fusable and self.attn.score.soft_cap is None
         self.rotary = self.attn.rotary if self.attn.q_norm is None else None  # norms come between: see Attention.place
         self.qkv, self.o = product([self.attn.q, self.attn.k, self.attn.v]), product([self.attn.o])
         if mlp is not None:

@@ -1,5 +1,6 @@
 """Attention: q k v, scores, pattern, z, result. One class; positions, mask, score function and q/k norm are parts."""
 
+import math
 from contextvars import ContextVar
 
 import torch
@@ -53,8 +54,8 @@ class Attention(HookedPart):
     def __init__(self, cfg: HookedTransformerConfig, layer: int):
         super().__init__()
         self.layer, self.n_heads, self.n_kv_heads, self.d_head = layer, cfg.n_heads, cfg.n_key_value_heads, cfg.d_head
-        self.scale, self.soft_cap = cfg.attn_scale, cfg.attn_scores_soft_cap
         self.mask, self.score, self.rotary = cfg.mask_at(layer), cfg.score_fn, cfg.rotary_at(layer)
+        self.scale = self.score.scale or math.sqrt(cfg.d_head)
         d_q, d_kv = cfg.n_heads * cfg.d_head, cfg.n_key_value_heads * cfg.d_head
         self.q = Linear(cfg.d_model, d_q, bias=cfg.biases.qkv)
         self.k = Linear(cfg.d_model, d_kv, bias=cfg.biases.qkv)
@@ -113,7 +114,7 @@ class Attention(HookedPart):
         return self.weigh(self.hook_pattern(pattern.to(v.dtype)), v)
 
     def fusable(self, q: Queries) -> bool:
-        if not self.score.fusable or self.soft_cap is not None or under_transform(q):
+        if not self.score.fusable or self.score.soft_cap is not None or under_transform(q):
             return False
         if _open_blocks and differentiable_attention.innermost():
             return False
@@ -129,7 +130,7 @@ class Attention(HookedPart):
         grouped = q.transpose(1, 2).reshape(batch, self.n_kv_heads, -1, self.d_head)  # heads of a group share keys
         with as_wide_as(q):
             raw = (grouped @ k.permute(0, 2, 3, 1)).view(batch, self.n_heads, n_q, n_k) / self.scale
-        raw = soft_cap(raw, self.soft_cap)
+        raw = soft_cap(raw, self.score.soft_cap)
         if view.causal:
             seen = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril()
             return raw.masked_fill(~seen, -torch.inf)

@@ -22,7 +22,7 @@ Allowed = Bool[Tensor, "..."]
 
 _PARTS: dict[str, dict[str, type]] = {}
 _POSITIVE = {"base", "factor", "low_freq_factor", "high_freq_factor", "magnitude", "short", "long"}
-_POSITIVE |= {"attn_scale", "attn_scores_soft_cap", "output_logits_soft_cap"}
+_POSITIVE |= {"scale", "soft_cap", "output_logits_soft_cap"}
 _POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", "n_ctx", "n_heads", "d_vocab"}
 _NOT_NEGATIVE = {"eps", "std", "unembed_std"}
 _KINDS: dict[Any, str] = {bool: "True or False", str: "a name", int: "a whole number", float: "a finite number"}
@@ -285,11 +285,16 @@ class NoMask(MaskPart):
 
 @dataclass(frozen=True)
 class ScorePart(_FromJson, Part):
-    """A map from masked scores to a pattern. `row_sums_to_one` says whether rows are averages."""
+    """A map from masked scores, q k / scale under a soft cap, to a pattern. `scale` is sqrt d_head if it is None.
+
+    `row_sums_to_one` says whether the rows of the pattern are averages.
+    """
 
     slot = "score"
     row_sums_to_one: ClassVar[bool] = True
     fusable: ClassVar[bool] = False
+    scale: float | None = None
+    soft_cap: float | None = None
 
     def pattern(self, scores: Scores, seen: Seen) -> Scores:
         raise InputError(f"{type(self).__name__} does not define a pattern; a score part must define pattern()")
@@ -361,7 +366,7 @@ class BlockPart(_FromJson, Part):
     """The kind of a model's blocks. The module is the `Block` subclass whose `part` this is (model/block.py)."""
 
     slot = "block"
-    final_norm: ClassVar[bool] = True  # does the stream that leaves the last block still need a norm?
+    final_norm: bool = True  # whether a norm stands between the last block and the unembedding
 
 
 @dataclass(frozen=True)
@@ -376,7 +381,7 @@ class PostNorm(BlockPart):
     """The norms stand after the sums (Vaswani et al. 2017)."""
 
     name = "post"
-    final_norm = False
+    final_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -460,13 +465,12 @@ _SLOTS = {
     "mask": "mask",
     "score_fn": "score",
     "normalization_type": "norm",
-    "final_norm": "norm",
     "qk_norm": "norm",
     "embed": "embed",
     "init": "init",
 }
 _MAY_VARY = ("positional_embedding_type", "mask")
-_MAY_LACK = ("normalization_type", "final_norm", "qk_norm", "positional_embedding_type")
+_MAY_LACK = ("normalization_type", "qk_norm", "positional_embedding_type")
 
 
 @dataclass(frozen=True)
@@ -492,21 +496,16 @@ class HookedTransformerConfig:
     attn_only: bool = False
     block: Any = "pre"
     normalization_type: Any = "LN"
-    final_norm: Any = "same"
     qk_norm: Any = None
     positional_embedding_type: PerLayer = "learned"
     mask: PerLayer = "causal"
     score_fn: Any = "softmax"
     embed: Any = "tokens"
-    attn_scale: Settled = None
-    attn_scores_soft_cap: float | None = None
     output_logits_soft_cap: float | None = None
     biases: Biases = field(default_factory=Biases)
     tie_word_embeddings: bool = False
     init: Any = "normal"
     model_name: str = "custom"
-    family: str | None = None
-    default_prepend_bos: bool = False
     folded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -520,10 +519,7 @@ class HookedTransformerConfig:
         self._positive("d_head", "n_key_value_heads")
         settle(self, "d_mlp", 0 if self.attn_only else self.d_mlp or 4 * self.d_model)
         settle(self, "d_vocab_out", self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out)
-        settle(self, "attn_scale", self.attn_scale or math.sqrt(self.d_head))
         for name, slot in _SLOTS.items():
-            if name == "final_norm" and self.final_norm == "same":
-                settle(self, "final_norm", self.normalization_type if self.block.final_norm else None)
             settle(self, name, self._settled(name, slot))
         self._check()
 
@@ -563,6 +559,11 @@ class HookedTransformerConfig:
         positions = self.positional_embedding_type
         here = positions[layer] if isinstance(positions, tuple) else positions
         return here if isinstance(here, Rotary) else None
+
+    @property
+    def final_norm(self) -> NormPart | None:
+        """The norm before the unembedding."""
+        return self.normalization_type if self.block.final_norm else None
 
     @property
     def causal(self) -> bool:

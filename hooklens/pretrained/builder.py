@@ -65,11 +65,7 @@ def _planned(
         )
     family = find_family(values, config.where)
     usual = family.usual_names(weights.shapes)
-    cfg = family.config(config).replace(
-        model_name=name,
-        family=family.name,
-        default_prepend_bos=bool(tokenizer is not None and tokenizer.default_prepend_bos),
-    )
+    cfg = family.config(config).replace(model_name=name)
     cfg, usual = _tied(cfg, family, usual, weights)
     model = HookedTransformer(cfg, tokenizer=tokenizer, device="meta", dtype=dtype)
     pieces = family.pieces(cfg, parameter_shapes(model))

@@ -111,7 +111,7 @@ def test_scores_overtake_exactly_from_the_crossover(model):
 def test_a_known_answer_gpt2_small():
     cfg = tiny_model().cfg.replace(
         n_layers=12, d_model=768, n_heads=12, d_head=64, d_mlp=3072, n_ctx=1024, d_vocab=50257, d_vocab_out=50257,
-        n_key_value_heads=12, attn_scale=8.0, tie_word_embeddings=True,
+        n_key_value_heads=12, tie_word_embeddings=True,
     )  # fmt: skip
     found = describe(cfg, n=1024)
     assert found.parameters == 124_439_808  # the published 124M

@@ -219,7 +219,7 @@ def test_scores_under_autocast_were_rounded_to_half_precision_while_somebody_loo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_soft_cap_of_large_scores_is_taken_before_they_are_rounded(dtype):
-    model = far_scores(dtype, 43.0, attn_scores_soft_cap=2000.0)
+    model = far_scores(dtype, 43.0, score_fn=Softmax(soft_cap=2000.0))
     exact = copy.deepcopy(model).double()(MANY)
     uncapped = far_scores(dtype, 43.0)
     rounding = (uncapped(MANY) - copy.deepcopy(uncapped).double()(MANY)).abs().max()  # of the fused kernel

@@ -324,11 +324,9 @@ def test_a_seed_gives_one_model_whatever_the_global_generator_which_it_leaves_al
 
 
 def test_norms_start_as_identities_each_by_its_own_offset():
-    model = tiny_model(
-        normalization_type="LN", qk_norm=RMSNormPart(weight_offset=1.0), final_norm=RMSNormPart(weight_offset=0.5)
-    )
-    assert (model.blocks[0].ln1.weight == 1).all() and (model.ln_final.weight == 0.5).all()
-    assert (model.blocks[0].attn.q_norm.weight == 0).all() and (model.blocks[0].ln1.bias == 0).all()
+    model = tiny_model(normalization_type="LN", qk_norm=RMSNormPart(weight_offset=0.5))
+    assert (model.blocks[0].ln1.weight == 1).all() and (model.ln_final.weight == 1).all()
+    assert (model.blocks[0].attn.q_norm.weight == 0.5).all() and (model.blocks[0].ln1.bias == 0).all()
 
 
 def test_initial_weights_have_the_asked_standard_deviation():

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, tiny, tiny_tokens
 
 from hooklens.core.errors import InputError
-from hooklens.model.config import Biases, LinearScore, RMSNormPart, VectorEmbed
+from hooklens.model.config import Biases, LinearScore, PreNorm, RMSNormPart, VectorEmbed
 from hooklens.pretrained.folding import (
     FOLDINGS,
     center_unembed,
@@ -153,7 +153,7 @@ def test_centred_weights_write_a_stream_without_mean():
         (center_unembed, {"output_logits_soft_cap": 5.0}, "soft cap"),
         (center_writing_weights, {"normalization_type": RMSNormPart()}, "RMSNorm, which does not subtract it"),
         (center_writing_weights, {"normalization_type": None}, "no norm"),
-        (center_writing_weights, {"final_norm": None}, "no norm"),
+        (center_writing_weights, {"block": PreNorm(final_norm=False)}, "no norm"),
         (center_writing_weights, {"block": "sandwich"}, "a norm writes to the residual stream"),
         (center_writing_weights, {"block": "post"}, "a norm writes to the residual stream"),
         (center_writing_weights, {"positional_embedding_type": "sinusoidal"}, "sinusoidal"),

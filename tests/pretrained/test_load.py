@@ -111,10 +111,10 @@ def test_the_tokenizer_of_a_folder_comes_along(folder):
     tokenizer.save(folder)
     model = load(folder)
     assert model.to_tokens("hello").tolist() == tokenizer.to_tokens("hello").tolist()
-    assert not model.cfg.default_prepend_bos
+    assert not model.tokenizer.default_prepend_bos
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert load(folder).cfg.default_prepend_bos
+    assert load(folder).tokenizer.default_prepend_bos
 
 
 def test_a_tokenizer_of_transformers_is_taken():

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 
-from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, TokenEmbed
+from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, Softmax, TokenEmbed
 from hooklens.pretrained.families import llama
 from hooklens.pretrained.hf_config import HFConfig
 
@@ -30,8 +30,10 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
         positional_embedding_type=hf.rotary(d_head),
         mask=hf.masks(hf.size("sliding_window", 4096), hf.layer_types(kinds)),
         embed=TokenEmbed(scale=math.sqrt(width)),
-        attn_scale=math.sqrt(hf.number("query_pre_attn_scalar", 256.0)),
-        attn_scores_soft_cap=hf.values.get("attn_logit_softcapping", 50.0),
+        score_fn=Softmax(
+            scale=math.sqrt(hf.number("query_pre_attn_scalar", 256.0)),
+            soft_cap=hf.values.get("attn_logit_softcapping", 50.0),
+        ),
         output_logits_soft_cap=hf.values.get("final_logit_softcapping", 30.0),
         biases=Biases(qkv=attention_bias, o=attention_bias, mlp=False),
         tie_word_embeddings=hf.flag("tie_word_embeddings", True),

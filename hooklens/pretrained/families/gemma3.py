@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, Rotary, TokenEmbed
+from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, Rotary, Softmax, TokenEmbed
 from hooklens.pretrained.families import gemma2
 from hooklens.pretrained.hf_config import HFConfig
 
@@ -50,7 +50,7 @@ def config(outer: HFConfig) -> HookedTransformerConfig:
         mask=hf.masks(hf.size("sliding_window", 4096), kinds),
         positional_embedding_type=tuple(rotary(hf, d_head, kind) for kind in kinds),
         embed=TokenEmbed(scale=math.sqrt(width)),
-        attn_scale=math.sqrt(hf.number("query_pre_attn_scalar", 256.0)),
+        score_fn=Softmax(scale=math.sqrt(hf.number("query_pre_attn_scalar", 256.0))),
         output_logits_soft_cap=hf.get("final_logit_softcapping"),
         biases=Biases(qkv=attention_bias, o=attention_bias, mlp=False),
         tie_word_embeddings=hf.flag("tie_word_embeddings", outer.flag("tie_word_embeddings", True)),

@@ -1,6 +1,6 @@
 """GPT-2: learned positions, LayerNorm, fused q k v, matrices stored as (in, out)."""
 
-from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart
+from hooklens.model.config import Biases, HookedTransformerConfig, LayerNormPart, Softmax
 from hooklens.pretrained.hf_config import HFConfig
 from hooklens.pretrained.weight_map import Family, From
 
@@ -21,7 +21,7 @@ def config(hf: HFConfig) -> HookedTransformerConfig:
         act_fn=hf.activation("activation_function", "gelu_new"),
         normalization_type=LayerNormPart(hf.number("layer_norm_epsilon", 1e-5)),
         positional_embedding_type="learned",
-        attn_scale=None if scaled else 1.0,
+        score_fn=Softmax(scale=None if scaled else 1.0),
         biases=Biases(qkv=True, o=True, mlp=True),
         tie_word_embeddings=hf.flag("tie_word_embeddings", True),
     )

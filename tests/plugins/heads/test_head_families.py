@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from hooklens.model.config import Softmax
 from hooklens.testing import tiny_model
 
 FAMILIES = {
-    "sandwich, soft caps": {"block": "sandwich", "attn_scores_soft_cap": 5.0, "output_logits_soft_cap": 9.0},
+    "sandwich, soft caps": {"block": "sandwich", "score_fn": Softmax(soft_cap=5.0), "output_logits_soft_cap": 9.0},
     "query and key norms": {
         "qk_norm": "RMS",
         "n_heads": 4,

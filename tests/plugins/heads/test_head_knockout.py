@@ -5,6 +5,7 @@ import torch
 
 from hooklens.core.errors import HooklensError
 from hooklens.data.repeated import repeated_tokens
+from hooklens.model.config import Softmax
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.knockout import knock_out_keys, without_keys
 from hooklens.testing import induction_model, tiny_model
@@ -17,7 +18,7 @@ FAMILIES = {
         "positional_embedding_type": "rotary",
         "normalization_type": "RMS",
     },
-    "sandwich, capped": {"block": "sandwich", "attn_scores_soft_cap": 5.0},
+    "sandwich, capped": {"block": "sandwich", "score_fn": Softmax(soft_cap=5.0)},
     "parallel": {"block": "parallel"},
     "post-norm": {"block": "post"},
     "linear attention": {"score_fn": "linear"},

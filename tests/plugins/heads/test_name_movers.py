@@ -4,7 +4,7 @@ import torch
 
 import hooklens as hl
 from hooklens.data.prompt_pairs import PromptPairs
-from hooklens.model.config import Biases
+from hooklens.model.config import Biases, Softmax
 from hooklens.plugins.heads.mover_result import Criteria, by_group
 from hooklens.plugins.heads.name_movers import _unembedded, find_name_movers
 from hooklens.testing import tiny_model
@@ -27,7 +27,7 @@ def known_model() -> hl.HookedTransformer:
             d_head=VOCAB + 1,
             d_vocab=VOCAB,
             attn_only=True,
-            attn_scale=1.0,
+            score_fn=Softmax(scale=1.0),
             normalization_type=None,
             biases=Biases(qkv=False, o=False, mlp=False),
             positional_embedding_type="learned",

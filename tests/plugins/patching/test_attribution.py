@@ -8,6 +8,7 @@ from model.zoo import ZOO, zoo_model
 
 import hooklens as hl
 from hooklens.core.errors import InputError
+from hooklens.model.config import PreNorm
 from hooklens.plugins.patching.attribution_patching import AttributionPatching, attribution_patch
 from hooklens.sweeps.sites import SITES as KINDS
 from hooklens.testing import or_gate, tiny_model
@@ -95,7 +96,7 @@ def test_a_linear_mlp_keeps_it_exact_and_a_relu_does_not():
 
 
 def test_the_last_stream_without_a_norm_is_linear_in_any_model():
-    model = tiny_model(final_norm=None, dtype=torch.float64)
+    model = tiny_model(block=PreNorm(final_norm=False), dtype=torch.float64)
     found = attribution_patch(model, CLEAN, CORRUPTED, metric_of(model), site="resid_post", by="layer")
     assert float(found.effect[-1]) == pytest.approx(found.clean - found.corrupted, abs=1e-12)
 

@@ -50,7 +50,7 @@ def test_queries_times_singular_values_times_keys_is_a_token_s_score_with_itself
     scores = ((rows @ found.left.T) * found.singular * (rows @ found.right.T)).sum(1)
     for token in range(11):
         seen = model.run_with_cache([[3, token]], names=("attn_scores", 0))[1]["attn_scores", 0][0, 1, 1, 1]
-        assert scores[token].item() == pytest.approx(seen.item() * model.cfg.attn_scale, abs=1e-9)
+        assert scores[token].item() == pytest.approx(seen.item() * model.blocks[0].attn.scale, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
