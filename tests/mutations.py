@@ -64,12 +64,16 @@ def resealed(content: bytes, change: Callable[[Any], Any]) -> bytes:
     if content[:1] == b"{":
         found = json.loads(content)
         schema = Schema(found["schema"], found["version"], "a file", "save", as_json=True)
-        return rendered(schema, change(found["content"]), {}, "")[0]
+        return rendered(schema, change(found["content"]), {}, "").encode()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    found, described = header.pop("__metadata__"), {name: (e["dtype"], e["shape"]) for name, e in header.items()}
-    schema = Schema(found["schema"], int(found["version"]), "a file", "save")
-    return rendered(schema, change(json.loads(found["content"])), described, found["data"])[0] + content[8 + length :]
+    found = json.loads(header["__metadata__"]["hooklens"])
+    described = {name: (e["dtype"], e["shape"]) for name, e in header.items() if name != "__metadata__"}
+    schema = Schema(found["schema"], found["version"], "a file", "save")
+    header["__metadata__"]["hooklens"] = rendered(schema, change(found["content"]), described, found["data"])
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
 def damaged_content(content: bytes, draw: random.Random) -> bytes:

@@ -1,8 +1,9 @@
 """The envelope of every file that hooklens writes and reads: a schema's name and version, a content, and one digest.
 
-A file with tensors is a safetensors file with these four as its metadata; a file that people read and commit is a JSON
-object of the same four. The digest covers the schema, the content, and every tensor's name, dtype, shape and bytes. The
-same content gives the same bytes, so a file is whole if it is, byte for byte, what would be written for what it says.
+A file with tensors is a safetensors file with these four as JSON under one key of its metadata; a file that people read
+and commit is a JSON object of the same four. The digest covers the schema, the content, and every tensor's name, dtype,
+shape and bytes. The same content gives the same bytes, so a file is whole if it is, byte for byte, what would be
+written for what it says.
 """
 
 import hashlib
@@ -13,12 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import json_object, read_text, reading, write_atomically
-from hooklens.core.safetensors_file import DTYPES, LARGEST_HEADER, Entry, SafetensorsFile, header_of, read_header
+from hooklens.core.safetensors_file import (
+    DTYPES,
+    LARGEST_HEADER,
+    Entry,
+    SafetensorsFile,
+    read_header,
+    write_safetensors,
+)
 
+_KEY = "hooklens"  # the only key of a safetensors file's metadata
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 Described = Mapping[str, tuple[str, Sequence[int]]]  # of every tensor its dtype, as the format calls it, and its shape
 
@@ -56,16 +66,17 @@ class Schema:
 
 @dataclass(frozen=True)
 class Envelope:
-    """A file of the right schema and version. Everything in it but the tensors' bytes was found whole."""
+    """A file of the right schema and version. Everything in it but the tensors' bytes has been checked."""
 
     schema: Schema
     path: str | os.PathLike
     content: Any
+    data: str = ""  # the digest of the tensors' bytes
     file: SafetensorsFile | None = field(default=None, repr=False)
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """Where each tensor lies, with its dtype and shape, before any is read."""
+        """The dtype and shape of each tensor, before any is read."""
         return {} if self.file is None else self.file.entries
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -74,8 +85,10 @@ class Envelope:
             return
         total = hashlib.sha256()
         for name in sorted(self.file.entries):
-            yield name, self.file.tensor(name, total.update, DTYPES)
-        if total.hexdigest() != self.file.metadata["data"]:
+            tensor = self.file.tensor(name, DTYPES)
+            total.update(_bytes(tensor))
+            yield name, tensor
+        if total.hexdigest() != self.data:
             raise self.schema.damaged(self.path)
 
 
@@ -96,45 +109,55 @@ def write_envelope(
     }
     described = {name: (_kind(name, one), one.shape) for name, one in dense.items()}
     data = "" if schema.as_json else digest(_bytes(dense[name]) for name in sorted(dense))
-    begin, placed = rendered(schema, content, described, data)
-    with write_atomically(path) as aside, open(aside, "wb") as file:
-        file.write(begin)
-        for name in placed:
-            file.write(_bytes(dense[name]))
+    head = rendered(schema, content, described, data)
+    with write_atomically(path) as aside:
+        if schema.as_json:
+            aside.write_bytes(head.encode())
+            return
+        try:
+            write_safetensors(aside, dense, {_KEY: head})
+        except SafetensorError as error:
+            if "header too large" not in str(error):
+                raise
+            raise InputError(
+                f"{schema.what} was to be saved, but its names, lists, dicts and strings take over {LARGEST_HEADER:,} "
+                "bytes as JSON; keep long lists of numbers in tensors"
+            ) from error
 
 
 def read_envelope(path: str | os.PathLike, schema: Schema) -> Envelope:
-    """What `write_envelope` wrote; a file that is foreign, of another version, damaged or edited is refused."""
+    """Read what `write_envelope` wrote; a file that is foreign, of another version, damaged or edited is refused."""
     with reading(path, schema.what):
         if schema.as_json:
-            text = read_text(path, schema.what)
-            found, content, described, file = json_object(text), None, {}, None
-            seen = text.replace("\r\n", "\n").encode()  # as some checkouts write line ends
+            head = read_text(path, schema.what).replace("\r\n", "\n")  # as some checkouts write line ends
+            file, described, canonical = None, {}, True
         else:
             file = read_header(path, schema.what)
-            found, seen = file.metadata, file.header
+            head = file.metadata.get(_KEY, "{}")
             described = {name: (entry.kind, entry.shape) for name, entry in file.entries.items()}
+            canonical = len(file.metadata) == 1 and file.is_canonical()
+        found = json_object(head)
         schema.check(path, found)
-        content = found["content"] if schema.as_json else json.loads(found["content"])
-        if seen != rendered(schema, content, described, found.get("data", ""))[0]:
+        content, data = found["content"], found.get("data", "")
+        if not canonical or head != rendered(schema, content, described, data):
             raise schema.damaged(path)
-    return Envelope(schema, path, content, file)
+    return Envelope(schema, path, content, data, file)
 
 
-def rendered(schema: Schema, content: Any, described: Described, data: str) -> tuple[bytes, list[str]]:
-    """The file up to the tensors' bytes, whose digest is `data`, and their names in the order in which they follow."""
+def schema_name(path: str | os.PathLike) -> Any:
+    """The name of the schema of a safetensors file; None if the file has no envelope."""
+    file = read_header(path)
+    with reading(path, "a safetensors file"):
+        return json_object(file.metadata.get(_KEY, "{}")).get("schema")
+
+
+def rendered(schema: Schema, content: Any, described: Described, data: str) -> str:
+    """The JSON of a file: all of it, or the metadata beside the tensors, whose bytes have the digest `data`."""
     found = {"schema": schema.name, "version": schema.version}
     found["digest"] = digest_of(schema, content, described, data)
     if schema.as_json:
-        return (json.dumps(found | {"content": content}, indent=1, allow_nan=False) + "\n").encode(), []
-    metadata = {name: str(value) for name, value in found.items()} | {"content": _compact(content), "data": data}
-    begin, placed = header_of(described, metadata)
-    if len(begin) > LARGEST_HEADER:
-        raise InputError(
-            f"{schema.what} was to be saved, but its names, lists, dicts and strings take {len(begin):,} bytes as JSON "
-            f"(at most {LARGEST_HEADER:,}); keep long lists of numbers in tensors"
-        )
-    return begin, placed
+        return json.dumps(found | {"content": content}, indent=1, allow_nan=False) + "\n"
+    return _compact(found | {"content": content, "data": data})
 
 
 def digest_of(schema: Schema, content: Any, described: Described | None = None, data: str = "") -> str:

@@ -1,28 +1,26 @@
-"""safetensors files, written without gaps and read one tensor at a time, each into memory of its own.
+"""safetensors files: written from the tensors' own memory, and read one tensor at a time.
 
-The safetensors package maps the file instead: its tensors would keep the whole file in memory in addition to the
-converted weights, and a file that shrinks later would crash the process.
-
-Reference: the format section of the safetensors README.
+The safetensors package reads with `pread` here. Its default maps the file: mapped tensors would keep the whole file in
+memory in addition to the converted weights, and a file that shrinks later would crash the process.
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 
-# What the format calls each dtype, the widest first: tensors in this order are aligned without gaps.
+#: The name of each dtype in the format.
 DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
     "F64": torch.float64,
@@ -44,27 +42,29 @@ DTYPES: dict[str, torch.dtype] = {
 #: The dtypes of weights: integers would be quantised ones, which mean nothing without their scales.
 FLOATS = ("F64", "F32", "F16", "BF16")
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
-_ALIGNMENT = 8
-_MOST_AXES = 8
+# What the package's errors mean for the file, by a part of their text.
+_FAULTS = {
+    "header too": "it is not a safetensors file",
+    "invalid header length": "it is cut short",
+    "not fully covered": "it is cut short, or bytes follow that belong to no tensor",
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in the file."""
+    """The dtype of a tensor in the file, as the format calls it, and its shape."""
 
     kind: str
     shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A complete safetensors file.
+    """An open safetensors file, whose header the package has found consistent with the size of the file.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "tiny.safetensors"
-    >>> _ = path.write_bytes(header_of({"w": ("U8", [2])}, {})[0] + bytes([5, 6]))
+    >>> write_safetensors(path, {"w": torch.tensor([5, 6], dtype=torch.uint8)}, {})
     >>> file = read_header(path)
     >>> file.entries["w"].shape, file.tensor("w", kinds=DTYPES)
     ((2,), tensor([5, 6], dtype=torch.uint8))
@@ -73,100 +73,62 @@ class SafetensorsFile:
     path: Path
     entries: dict[str, Entry] = field(repr=False)
     metadata: dict[str, str] = field(repr=False)
-    header: bytes = field(repr=False)  # with its length in front
+    header: bytes = field(repr=False)  # without its length
+    handle: Any = field(repr=False)
 
-    def tensor(
-        self, name: str, seen: Callable[[memoryview], None] = lambda raw: None, kinds: Container[str] = FLOATS
-    ) -> Shaped[Tensor, "..."]:
-        """One tensor, in the dtype that the file has, which is to be one of `kinds`; `seen` is given its bytes."""
+    def tensor(self, name: str, kinds: Container[str] = FLOATS) -> Shaped[Tensor, "..."]:
+        """One tensor in memory of its own, in the dtype that the file has, which must be one of `kinds`."""
         entry = self.entries[name]
         if entry.kind not in DTYPES or entry.kind not in kinds:
             raise FileRefused(
                 f"{self.path.name}: the tensor {name!r} has the type {entry.kind}; "
                 f"supported types: {', '.join(kind for kind in DTYPES if kind in kinds)}"
             )
-        with reading(self.path, f"the tensor {name!r}"), open(self.path, "rb") as file:
-            raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-            file.seek(entry.start)
-            if file.readinto(raw.numpy().data) != len(raw):
-                raise FileRefused(f"{self.path.name} shrank while the tensor {name!r} was being read; load it again")
-            seen(raw.numpy().data)
-            return raw.view(DTYPES[entry.kind]).view(entry.shape)
+        with reading(self.path, f"the tensor {name!r}"):
+            return self.handle.get_tensor(name)
+
+    def is_canonical(self) -> bool:
+        """Whether the header is, byte for byte, what the package writes for what it says."""
+        text = json.dumps(json.loads(self.header), separators=(",", ":"), ensure_ascii=False).encode()
+        return self.header == text + b" " * (-len(text) % 8)
 
 
-def header_of(
-    described: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[str]]:
-    """What a file begins with, and the names in the order in which their bytes follow.
+def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write contiguous tensors of the CPU without a copy of them in memory.
 
-    `described` has the dtype and the shape of every tensor. The same content gives the same bytes.
+    The same tensors give the same bytes in any order. Several keys of metadata do not: the package writes them in an
+    order that differs from process to process.
     """
-    kinds = list(DTYPES)
-    placed = sorted(described, key=lambda name: (kinds.index(described[name][0]), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in placed:
-        kind, shape = described[name]
-        start, end = end, end + math.prod(shape) * DTYPES[kind].itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text, placed
+    specs = {
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=list(tensor.shape),
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for name, tensor in tensors.items()
+    }
+    serialize_file(specs, path, metadata)
 
 
 def read_header(path: str | os.PathLike, what: str = "a safetensors file") -> SafetensorsFile:
-    """What a safetensors file holds; one that is cut short, or is none, is refused here as `what` it should be."""
+    """Open a safetensors file; one that is cut short, or of another format, is refused here as `what` it should be."""
     path = path_of(path)
-    asked = f"{what} was to be read from {str(path)!r}, but"
-    with reading(path, what), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > LARGEST_HEADER:
-            raise FileRefused(f"{asked} it is not a safetensors file ({size:,} bytes); is it another format?")
-        if 8 + length > size:
-            raise _cut(asked, "its header", 8 + length, size)
-        file.seek(0)
-        header = file.read(8 + length)
-        entries, metadata = _parse(header[8:], 8 + length)
-    placed = sorted((entry.start, entry.end) for entry in entries.values())
-    starts, ends = [*(start for start, _ in placed), size], [8 + length, *(end for _, end in placed)]
-    if max(ends) > size:
-        raise _cut(asked, f"the tensor {max(entries, key=lambda name: entries[name].end)!r}", max(ends), size)
-    if starts != ends:
-        raise FileRefused(f"{asked} it is damaged: its tensors overlap or leave gaps; download or save it again")
-    return SafetensorsFile(path, entries, metadata, header)
-
-
-def _cut(asked: str, what: str, end: int, size: int) -> FileRefused:
-    return FileRefused(
-        f"{asked} it is cut short: {what} should end at byte {end:,}, the file has {size:,} bytes; "
-        "download or copy it again"
-    )
-
-
-def _parse(raw: bytes, base: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries and metadata of a header. A malformed header raises any error; the caller handles it."""
-    header = json.loads(raw, object_pairs_hook=_once)
-    metadata = header.pop("__metadata__", {})
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise TypeError("its metadata should be strings")
-    return {name: _entry(described, base) for name, described in header.items()}, metadata
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
-def _entry(described: dict[str, Any], base: int) -> Entry:
-    kind, shape, (start, end) = described["dtype"], tuple(described["shape"]), described["data_offsets"]
-    if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end)):
-        raise ValueError(f"a shape of {len(shape)} axes, or an impossible size or offset")
-    if kind in DTYPES and end - start != math.prod(shape) * DTYPES[kind].itemsize:
-        raise ValueError(f"{end - start} bytes for {kind} {list(shape)}")
-    return Entry(kind, shape, base + start, base + end)
+    with reading(path, what), open(path, "rb") as raw:
+        try:
+            handle = safe_open(path, "pt", backend="pread")
+        except SafetensorError as error:
+            fault = next((fault for text, fault in _FAULTS.items() if text in str(error)), "it is damaged")
+            raise FileRefused(
+                f"{what} was to be read from {str(path)!r}, but {fault} ({path.stat().st_size:,} bytes; {error}); "
+                "download, copy or save it again"
+            ) from error
+        entries = {}
+        for name in handle.offset_keys():
+            tensor = handle.get_slice(name)
+            entries[name] = Entry(tensor.get_dtype(), tuple(tensor.get_shape()))
+        header = raw.read(int.from_bytes(raw.read(8), "little"))
+    return SafetensorsFile(path, entries, handle.metadata() or {}, header, handle)
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:

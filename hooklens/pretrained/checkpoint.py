@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hooklens.core.arguments import path_of
-from hooklens.core.envelope import Envelope, Schema, file_digest, read_envelope, write_envelope
+from hooklens.core.envelope import Envelope, Schema, file_digest, read_envelope, schema_name, write_envelope
 from hooklens.core.errors import FileRefused, HooklensError, InputError
 from hooklens.core.files import make_folder, reading
-from hooklens.core.safetensors_file import DTYPES, FLOATS, is_safetensors, read_header
+from hooklens.core.safetensors_file import DTYPES, FLOATS, is_safetensors
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.pretrained.builder import assign, check_names, check_shapes, own_parameters, parameter_shapes
@@ -78,7 +78,7 @@ def load_checkpoint(
 
 def is_checkpoint(path: Path) -> bool:
     """Is there a file, and is it a checkpoint of ours?"""
-    return path.is_file() and is_safetensors(path) and read_header(path).metadata.get("schema") == SCHEMA.name
+    return path.is_file() and is_safetensors(path) and schema_name(path) == SCHEMA.name
 
 
 def _without_weights(file: Envelope, dtype: torch.dtype | None) -> HookedTransformer:

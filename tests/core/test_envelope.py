@@ -116,7 +116,7 @@ OTHERS = {
 
 def fields_of(path):
     raw = path.read_bytes()
-    return json.loads(raw) if path.suffix == ".json" else read_header(path).metadata
+    return json.loads(raw if path.suffix == ".json" else read_header(path).metadata["hooklens"])
 
 
 def test_every_writer_of_the_library_is_here():
@@ -182,12 +182,12 @@ def test_another_kind_of_file_and_another_version_are_refused_in_words(name, tmp
     path = tmp_path / name
     load = FORMATS[name](path)
     whole = path.read_bytes()
-    schema, version = (f'"{key}":{" " * (path.suffix == ".json")}' for key in ("schema", "version"))
-    quote = "" if path.suffix == ".json" else '"'
+    quote, space = ('"', " ") if path.suffix == ".json" else ('\\"', "")
+    version, schema = f"{quote}version{quote}:{space}", f"{quote}schema{quote}:{space}{quote}hooklen"
     for old, new, said in (
-        (f'{schema}"hooklens.', f'{schema}"hooklenz.', "was to be read from .* another file.* write one with"),
-        (f"{version}{quote}1", f"{version}{quote}0", "it has version 0 of .* reads version 1; write it again with"),
-        (f"{version}{quote}1", f"{version}{quote}2", "it has version 2 of .* reads version 1; install a newer one"),
+        (f"{schema}s.", f"{schema}z.", "was to be read from .* another file.* write one with"),
+        (f"{version}1", f"{version}0", "it has version 0 of .* reads version 1; write it again with"),
+        (f"{version}1", f"{version}2", "it has version 2 of .* reads version 1; install a newer one"),
     ):
         assert whole.count(old.encode()) == 1
         path.write_bytes(whole.replace(old.encode(), new.encode()))
@@ -198,7 +198,7 @@ def test_another_kind_of_file_and_another_version_are_refused_in_words(name, tmp
 def test_a_changed_word_of_a_checkpoints_configuration_or_tokenizer_is_refused(tmp_path):
     load = checkpoint_file(tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()
-    for old, new in ((b'\\"gelu_new\\"', b'\\"gelu\\"    '), (b"\\u0120a", b"\\u0120c")):
+    for old, new in ((b'\\"gelu_new\\"', b'\\"gelu\\"    '), (b"\\\\u0120a", b"\\\\u0120c")):
         assert old in whole
         (tmp_path / "m.safetensors").write_bytes(whole.replace(old, new))
         with pytest.raises(FileRefused, match="its content is not what its digest says"):
@@ -238,6 +238,20 @@ def test_saving_twice_gives_the_same_bytes(name, tmp_path):
         FORMATS[name](tmp_path / folder / name)
         written.append((tmp_path / folder / name).read_bytes())
     assert written[0] == written[1]
+
+
+def test_a_header_in_another_layout_or_with_more_in_it_is_refused(tmp_path):
+    write_envelope(tmp_path / "a", TINY, {"n": 1}, {"x": torch.ones(2)})
+    whole = (tmp_path / "a").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = whole[8 : 8 + length], whole[8 + length :]
+    assert header.endswith(b" ") and header.startswith(b'{"__metadata__":{')
+    twice = header.rstrip()[:-1] + b"," + header.rstrip().rpartition(b"},")[2]
+    more = header.replace(b'{"__metadata__":{', b'{"__metadata__":{"other":"1",')
+    for other in (header[:-1] + b"\t", header + b" " * 8, header.replace(b",", b", ", 1), more, twice):
+        (tmp_path / "a").write_bytes(len(other).to_bytes(8, "little") + other + data)
+        with pytest.raises(FileRefused, match="its content is not what its digest says"):
+            read_envelope(tmp_path / "a", TINY)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +320,7 @@ def test_what_the_digest_covers_is_everything(tmp_path):
         (TINY, 1, {"x": torch.ones(2, 3)}),
     ):
         write_envelope(path, schema, content, tensors)
-        digests.add(read_header(path).metadata["digest"])
+        digests.add(fields_of(path)["digest"])
     assert len(digests) == 8
     raw = path.read_bytes()
     assert resealed(raw, lambda content: content) == raw

@@ -300,10 +300,10 @@ def test_a_safetensors_header_that_lies_is_refused(folder):
     path = folder / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content + b"more")
-    with pytest.raises(FileRefused, match="overlap or leave gaps;"):
+    with pytest.raises(FileRefused, match="bytes follow that belong to no tensor"):
         load(folder)
     path.write_bytes(content.replace(b'"F32"', b'"F64"', 1))
-    with pytest.raises(FileRefused, match="bytes for F64"):
+    with pytest.raises(FileRefused, match=r"it is damaged .*invalid shape, data type, or offset"):
         load(folder)
 
 
@@ -470,7 +470,7 @@ def test_a_header_with_huge_numbers_in_its_shapes_is_refused_at_once(folder):
         header["model.norm.weight"]["shape"] = shape
         bad = json.dumps(header).encode()
         path.write_bytes(len(bad).to_bytes(8, "little") + bad + content[8 + length :])
-        with pytest.raises(FileRefused, match="an impossible size or offset"):
+        with pytest.raises(FileRefused, match=r"model.safetensors.* it is damaged"):
             load(folder)
 
 
