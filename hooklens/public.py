@@ -1,13 +1,12 @@
 """Every public name: `hooklens` takes them from here when the first one is asked for."""
 
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hooklens.anatomy.description import describe
 from hooklens.core.cache import ActivationCache
 from hooklens.core.component import Component
-from hooklens.core.errors import HooklensError
+from hooklens.core.errors import HooklensError, closest
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import Site, site
 from hooklens.core.wrapping import wrap
@@ -121,6 +120,6 @@ def _hint(name: str) -> str:
     inside = [f"hl.{where}" for where, each in known.items() if each == name]
     if inside:
         return f"; it is {' and '.join(inside)}"
-    near = get_close_matches(name, [*__all__, *known.values()], n=2, cutoff=0.75)
+    near = closest(name, [*__all__, *known.values()], many=2, cutoff=0.75)
     where = [each if each in __all__ else next(at for at, held in known.items() if held == each) for each in near]
     return f"; closest: {', '.join(f'hl.{each}' for each in dict.fromkeys(where))}" if where else ""

@@ -1,9 +1,11 @@
 """Components by name: "L5H1" is head 1 of layer 5, "L5H1.q" its queries, "MLP3", the neuron "L2N17", "embed"."""
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 
 _NAME = re.compile(
     r"(?:L(?P<layer>-?\d+)(?:(?P<of>[HGN])(?P<number>\d+))?(?:\.(?P<part>[qkv]))?|MLP(?P<mlp>-?\d+)"
@@ -15,9 +17,13 @@ _EXAMPLES = (
 )
 
 Pos = int | tuple[int, ...] | None  # one position of every pair, one a pair, or all
+# Every kind, and what is numbered in its layer.
+_NUMBERED = {**dict.fromkeys(("head", "q", "k", "v"), "head"), "neuron": "neuron"}
+_NUMBERED |= dict.fromkeys(("mlp", "mlp_in", "layer", "embed", "final"), "")
 
 
-class Component(NamedTuple):
+@dataclass(frozen=True)
+class Component:
     """What a method acts on or reads: a head, the q, k or v of one, an MLP, a neuron, a layer, where the stream ends.
 
     >>> Component.parse("L5H1.q@-1")
@@ -38,6 +44,22 @@ class Component(NamedTuple):
     at: str = ""
     keyed: bool = False
     turned: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _NUMBERED:
+            raise did_you_mean("kind of component", self.kind, _NUMBERED)
+        if not _is_whole(self.layer):
+            raise WrongType(f"the layer of a component is a whole number, got {self.layer!r:.80}")
+        for what, number in (("head", self.head), ("neuron", self.neuron)):
+            if _NUMBERED[self.kind] != what and number is not None:
+                raise InputError(f"a component of kind {self.kind!r} has no {what}, got {what}={number!r:.80}")
+            if _NUMBERED[self.kind] == what and not (_is_whole(number) and number >= 0):
+                raise InputError(
+                    f"a component of kind {self.kind!r} needs the number of its {what}, got {what}={number!r:.80}; "
+                    f"{_EXAMPLES}"
+                )
+        if self.pos is not None and not all(map(_is_whole, self.pos if isinstance(self.pos, tuple) else (self.pos,))):
+            raise WrongType(f"pos is a whole number, or a tuple of one for each pair; got {self.pos!r:.80}")
 
     @property
     def name(self) -> str:
@@ -66,8 +88,8 @@ class Component(NamedTuple):
 
     @classmethod
     def parse(cls, name: str, what: str = "component") -> "Component":
-        """The component that a name means, asked for as `what`; whether a model has it, `read_components` says."""
-        match = _NAME.fullmatch(name)
+        """The component with this name. `what` is its role in error messages; `read_components` checks the model."""
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
         of, part = (match["of"], match["part"]) if match else (None, None)
         if match is None or (of, part) == ("G", "q") or (part is not None and of not in ("H", "G")):
             raise no_component(name, what)
@@ -83,9 +105,22 @@ class Component(NamedTuple):
         return cls(kind, int(match["layer"]), head, neuron=neuron, pos=pos, at=at, keyed=of == "G")
 
 
-def no_component(asked: object, what: str = "component") -> InputError:
-    """The error for what names no component."""
+def no_component(asked: Any, what: str = "component") -> InputError:
+    """The error for what names no component.
+
+    >>> print(no_component("l1h0"))
+    no component is called 'l1h0'; closest: L1H0
+    """
+    if isinstance(asked, str):
+        raised = re.sub(r"\.[QKV]", lambda part: part[0].lower(), asked.upper())
+        for near in (raised, asked.lower()):
+            if near != asked and _NAME.fullmatch(near):
+                return InputError(f"no {what} is called {asked!r}; closest: {near}")
     return InputError(f"no {what} is called {asked!r:.60}; {_EXAMPLES}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def head_name(layer: int, head: int, *, keyed: bool = False) -> str:

@@ -135,15 +135,27 @@ class Unavailable(HooklensError, RuntimeError):
     """Something outside the program is missing: the network, an extra package, disk space."""
 
 
-def did_you_mean(what: str, name: str, known: Iterable[str], *, many: int = 3) -> NameNotFound:
+def closest(name: object, known: Iterable[str], *, many: int = 3, cutoff: float = 0.5) -> list[str]:
+    """The known names most like this one, upper or lower case.
+
+    >>> closest("MEAN", ["mean", "median", "zero"], many=1)
+    ['mean']
+    """
+    by_lower: dict[str, list[str]] = {}
+    for one in known:
+        by_lower.setdefault(one.lower(), []).append(one)
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=many, cutoff=cutoff)
+    return [one for lower in near for one in by_lower[lower]][:many]
+
+
+def did_you_mean(what: str, name: object, known: Iterable[str], *, many: int = 3) -> NameNotFound:
     """The error for an unknown name, with the closest names.
 
     >>> print(did_you_mean("site", "resid_pos", ["resid_post", "resid_pre", "z"]))
     no site named 'resid_pos'; closest: resid_post, resid_pre
     """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=many, cutoff=0.5)
-    if close:
+    if close := closest(name, known, many=many):
         return NameNotFound(f"no {what} named {name!r}; closest: {', '.join(close)}")
     shown = ", ".join(known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
     return NameNotFound(f"no {what} named {name!r}; there are: {shown or 'none'}")

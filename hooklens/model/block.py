@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.hooks import HookedPart, HookPoint
 from hooklens.model.attention import Attention, OwnInputs
-from hooklens.model.config import BlockPart, HookedTransformerConfig, Parallel, PostNorm, PreNorm, Sandwich
+from hooklens.model.config import BlockPart, HookedTransformerConfig, Parallel, PostNorm, PreNorm, Sandwich, same_class
 from hooklens.model.kv_cache import Context
 from hooklens.model.mlp import MLP, GatedMLP
 from hooklens.model.norms import Norm, Passage, make_norm
@@ -52,6 +52,15 @@ class Block(HookedPart):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "part" in cls.__dict__:
+            if not (isinstance(cls.part, type) and issubclass(cls.part, BlockPart) and hasattr(cls.part, "name")):
+                raise WrongType(
+                    f"the part of {cls.__qualname__} must be a subclass of BlockPart with a name, got {cls.part!r:.80}"
+                )
+            other = BLOCKS.get(cls.part, cls)
+            if not same_class(other, cls):
+                raise InputError(
+                    f"{cls.__qualname__} has the part {cls.part.__name__}, and so has {other.__qualname__}"
+                )
             BLOCKS[cls.part] = cls
         if {"forward", "finish"} & cls.__dict__.keys():
             cls.in_steps = cls.__dict__.get("in_steps", False)
@@ -282,6 +291,17 @@ class ParallelBlock(Block):
 
 
 BLOCKS[PreNorm] = Block
+
+
+def block_of(part: BlockPart) -> type[Block]:
+    """The module of a kind of block."""
+    if type(part) not in BLOCKS:
+        kind = type(part).__name__
+        raise InputError(
+            f"no Block is defined for {part!r}; write a subclass of Block with part = {kind}, and import it before the "
+            "model is made"
+        )
+    return BLOCKS[type(part)]
 
 
 def _per_head(x: Stream, n: int) -> Float[Tensor, "batch pos head d_model"]:

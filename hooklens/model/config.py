@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, did_you_mean
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 
 Frequencies = Float[Tensor, "pair"]
 RowFrequencies = Float[Tensor, "*batch pair"]
@@ -40,8 +40,18 @@ class Part:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in cls.__dict__:
-            _PARTS.setdefault(cls.slot, {})[cls.name] = cls
+        if "name" not in cls.__dict__:
+            return
+        if not isinstance(cls.name, str):
+            raise WrongType(f"the name of the part {cls.__qualname__} must be a string, got {cls.name!r:.80}")
+        known = _PARTS.setdefault(cls.slot, {})
+        other = known.get(cls.name, cls)
+        if not same_class(other, cls):
+            raise InputError(
+                f"{cls.__qualname__} is a {cls.slot} part named {cls.name!r}, and so is {other.__module__}."
+                f"{other.__qualname__}; give it another name"
+            )
+        known[cls.name] = cls
 
     def __post_init__(self) -> None:
         check_values(self, type(self).__name__)
@@ -50,6 +60,25 @@ class Part:
         """The part as plain values, with its registered name under "part"."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {"part": self.name} | {k: v.to_json() if isinstance(v, Part) else v for k, v in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]):
+        """The part with these fields; an unknown field raises an error."""
+        check_fields(cls, values, f"field of {cls.__name__}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def same_class(one: type, other: type) -> bool:
+    """Whether two classes are one, possibly defined twice, as by a notebook's cell that is run again."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+
+
+def check_fields(holder: type, values: dict[str, Any], what: str) -> None:
+    """Raise for a name that is not a field of the dataclass."""
+    known = [f.name for f in fields(holder)]
+    for name in values:
+        if name not in known:
+            raise did_you_mean(what, name, known)
 
 
 def check_values(holder: Any, where: str) -> None:
@@ -92,33 +121,33 @@ def part(slot: str, value: Any) -> Any:
     >>> part("position", "rotary")
     Rotary(base=10000.0, dim=None, scaling=None, interleaved=False)
     """
-    if isinstance(value, Part) or value is None:
-        if value is not None and value.slot != slot:
+    if value is None:
+        return None
+    if isinstance(value, Part):
+        if value.slot != slot:
             raise InputError(f"{value!r} is a {value.slot} part, but {slot} was expected")
+        if not same_class(_PARTS[slot].get(getattr(value, "name", ""), Part), type(value)):
+            raise InputError(
+                f"{value!r} has no name of its own, which a checkpoint stores; write name = '...' in its class"
+            )
         return value
-    if isinstance(value, dict):
-        return _find(slot, value.get("part", "")).from_json({k: v for k, v in value.items() if k != "part"})
-    return _find(slot, value)()
-
-
-def _find(slot: str, name: str) -> Any:
+    values = dict(value) if isinstance(value, dict) else {"part": value}
+    name = values.pop("part", None)
+    if not isinstance(name, str):
+        raise WrongType(
+            f"a {slot} part is given as an instance, a name, or a dict with the name under 'part'; got {value!r:.80}"
+        )
     if name not in _PARTS[slot]:
-        unknown = did_you_mean(f"{slot} part", str(name), _PARTS[slot])
+        unknown = did_you_mean(f"{slot} part", name, _PARTS[slot])
         raise type(unknown)(f"{unknown}. A part of another package is known once that package is imported")
-    return _PARTS[slot][name]
-
-
-class _FromJson:
-    @classmethod
-    def from_json(cls, values: dict[str, Any]):
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return _PARTS[slot][name].from_json(values)
 
 
 # -- positions
 
 
 @dataclass(frozen=True)
-class PositionPart(_FromJson, Part):
+class PositionPart(Part):
     """How a model represents the position of a token."""
 
     slot = "position"
@@ -147,7 +176,7 @@ class NoPositions(PositionPart):
 
 
 @dataclass(frozen=True)
-class ScalingPart(_FromJson, Part):
+class ScalingPart(Part):
     """A change of rotary frequencies for longer contexts."""
 
     slot = "scaling"
@@ -231,14 +260,14 @@ class Rotary(PositionPart):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]):
-        return cls(**values | {"scaling": part("scaling", values.get("scaling"))})
+        return super().from_json(values | {"scaling": part("scaling", values.get("scaling"))})
 
 
 # -- what a query may see
 
 
 @dataclass(frozen=True)
-class MaskPart(_FromJson, Part):
+class MaskPart(Part):
     """Which keys a query may attend to, by absolute position. `causal` means that none lies after the query."""
 
     slot = "mask"
@@ -284,7 +313,7 @@ class NoMask(MaskPart):
 
 
 @dataclass(frozen=True)
-class ScorePart(_FromJson, Part):
+class ScorePart(Part):
     """A map from masked scores, q k / scale under a soft cap, to a pattern. `scale` is sqrt d_head if it is None.
 
     `row_sums_to_one` says whether the rows of the pattern are averages.
@@ -332,7 +361,7 @@ class LinearScore(ScorePart):
 
 
 @dataclass(frozen=True)
-class NormPart(_FromJson, Part):
+class NormPart(Part):
     """How a vector is normalised."""
 
     slot = "norm"
@@ -362,7 +391,7 @@ class RMSNormPart(NormPart):
 
 
 @dataclass(frozen=True)
-class BlockPart(_FromJson, Part):
+class BlockPart(Part):
     """The kind of a model's blocks. The module is the `Block` subclass whose `part` this is (model/block.py)."""
 
     slot = "block"
@@ -402,7 +431,7 @@ class Parallel(BlockPart):
 
 
 @dataclass(frozen=True)
-class EmbedPart(_FromJson, Part):
+class EmbedPart(Part):
     """The input that the model reads."""
 
     slot = "embed"
@@ -429,7 +458,7 @@ class VectorEmbed(EmbedPart):
 
 
 @dataclass(frozen=True)
-class InitPart(_FromJson, Part):
+class InitPart(Part):
     """The standard deviations of the initial weights; biases start at 0, norm weights at 1."""
 
     slot = "init"
@@ -578,10 +607,7 @@ class HookedTransformerConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "HookedTransformerConfig":
         """Rebuild a configuration from `to_json`; an unknown field raises an error."""
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise did_you_mean("configuration field", name, known)
+        check_fields(cls, values, "configuration field")
         biases = Biases(**values["biases"]) if "biases" in values else Biases()
         return cls(**values | {"biases": biases, "folded": tuple(values.get("folded", ()))})
 

@@ -17,7 +17,7 @@ from hooklens.core.names import Where
 from hooklens.core.padding import PaddedTensor, columns, padded
 from hooklens.core.terminal import visible
 from hooklens.model.attention import under_transform
-from hooklens.model.block import BLOCKS
+from hooklens.model.block import block_of
 from hooklens.model.config import DividedScaling, HookedTransformerConfig, Learned, Sinusoidal, TokenEmbed
 from hooklens.model.embed import Embedding, SinusoidalPositions, TokenEmbedding, Unembedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
@@ -84,7 +84,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         if self.pos_embed is not None:
             self.hook_pos_embed = HookPoint()
         # Any: torch knows the elements as bare modules, and every attribute of those as a tensor or a module.
-        self.blocks: Any = nn.ModuleList(BLOCKS[type(cfg.block)](cfg, layer) for layer in range(cfg.n_layers))
+        kind = block_of(cfg.block)
+        self.blocks: Any = nn.ModuleList(kind(cfg, layer) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg.d_model, cfg.final_norm)
         self.unembed = Unembedding(cfg)
 

@@ -1,6 +1,5 @@
 """`load(source)`: load a model with real weights, from any supported source."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, did_you_mean
+from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, closest, did_you_mean
 from hooklens.core.files import reading
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.table import Table
@@ -170,7 +169,7 @@ def check_source(source: str) -> str:
         raise FileRefused(
             f"{source!r}: there is no such file or folder; give the path of one, or a name that `hooklens models` lists"
         )
-    if "/" not in source and (close := difflib.get_close_matches(source, ASSETS, n=1)):
+    if "/" not in source and (close := closest(source, ASSETS, many=1, cutoff=0.6)):
         raise did_you_mean("asset, file or folder", source, close)
     return source
 
@@ -199,7 +198,7 @@ def _without_hub(source: str) -> str:
     from hooklens.pretrained.assets import ASSETS
 
     names = [name for name, asset in ASSETS.items() if not asset.is_folder]
-    close = [name for name in names if source.lower() in name] or difflib.get_close_matches(source, names, cutoff=0.4)
+    close = [name for name in names if source.lower() in name] or closest(source, names, cutoff=0.4)
     found = f"closest: {', '.join(close)}" if close else f"assets: {', '.join(names)}"
     return f"there is no asset, file or folder named {source!r} ({found}; `hooklens models` lists all)"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.core.hooks import HookFn
 from hooklens.sweeps.naive import Hooks, under_hooks
-from hooklens.sweeps.nodes import Receiver, Sender
+from hooklens.sweeps.nodes import Sender
 from hooklens.sweeps.paths import EDGES, PathPlan, sent
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def _adding(plan: PathPlan, sender: Sender) -> Hooks:
     every = torch.arange(n_pair * n_pos, device=plan.tokens.device)
     change = sent(plan, sender, every // n_pos, every % n_pos).view(n_pair, n_pos, -1)
     hooks: list[tuple[Any, HookFn]] = []
-    for kind, layer in dict.fromkeys((r.kind, r.layer) for r in plan.receivers):
-        if plan.order.reads_at(Receiver(kind, layer)) < plan.order.feeds_from(sender):
+    for (kind, layer), receiver in {(r.kind, r.layer): r for r in plan.receivers}.items():
+        if plan.order.reads_at(receiver) < plan.order.feeds_from(sender):
             continue
         where = plan.where(kind, layer)
         if kind in ("q", "k", "v"):

@@ -1,7 +1,7 @@
 """Where a path begins and where it ends: senders write to the residual stream, receivers read from it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,7 @@ def of_pairs(nodes: Sequence[Component], index: Sequence[int], n: int) -> tuple[
     for node in nodes:
         if isinstance(node.pos, tuple) and len(node.pos) != n:
             raise InputError(f"{len(node.pos)} positions ({node.at[1:]}) were given for {n} pairs; give one a pair")
-        found.append(node._replace(pos=tuple(node.pos[i] for i in index)) if isinstance(node.pos, tuple) else node)
+        found.append(replace(node, pos=tuple(node.pos[i] for i in index)) if isinstance(node.pos, tuple) else node)
     return tuple(found)
 
 
@@ -54,7 +54,7 @@ def on_tokens(nodes: Sequence[Component], n: int, n_pos: int) -> tuple[Component
         for one in pos or ():
             if not -n_pos <= one < n_pos:
                 raise InputError(f"position {one} was asked for ({node.at[1:]}) in a prompt of {n_pos} tokens")
-        found.append(node if pos is None else node._replace(pos=tuple(one % n_pos for one in pos)))
+        found.append(node if pos is None else replace(node, pos=tuple(one % n_pos for one in pos)))
     return tuple(found)
 
 
@@ -106,7 +106,7 @@ def read_components(model: "HookedTransformer", asked: Any, what: str = "compone
     if kind is None or len(parts) > 3 or not all(map(_is_number, parts[1:])) or len(parts) < 2:
         raise no_component(asked, what)
     layer, *rest = (int(number) for number in parts[1:])
-    if kind in ("mlp", "mlp_in", "layer") or (kind == "neuron" and rest):
+    if kind in ("mlp", "mlp_in", "layer", "neuron"):
         return [_check(model, Component(kind, layer, neuron=rest[0] if rest else None), what)]
     heads = rest or range(_n_heads(model, kind))
     return [_check(model, Component(kind, layer, head), what) for head in heads]
@@ -154,7 +154,7 @@ def read_receivers(model: "HookedTransformer", asked: Any) -> tuple[Component, .
             found += _all(model)
         else:
             named = read_components(model, one, "receiver")
-            reading = [node._replace(kind="mlp_in") if node.kind == "mlp" else node for node in named]
+            reading = [replace(node, kind="mlp_in") if node.kind == "mlp" else node for node in named]
             found += _of_kinds(reading, _READS, one, "receiver")
     if not found:
         raise InputError('receivers= names none; give at least one such as ("q", 9, 6), "L9H6.q" or "final"')
@@ -200,7 +200,7 @@ def _placed(nodes: Sequence[Component], at: At) -> list[Component]:
             raise InputError(f"{node.at[1:]} was given a second position; give each node one At")
     ends = sorted({int(pos.min()), int(pos.max())})
     name = f"@{at.name or '..'.join(map(str, ends))}"
-    return [node._replace(pos=tuple(pos.tolist()) if pos.ndim else int(pos), at=name) for node in nodes]
+    return [replace(node, pos=tuple(pos.tolist()) if pos.ndim else int(pos), at=name) for node in nodes]
 
 
 def _listed(asked: Any, what: str) -> Iterable[Any]:
@@ -255,4 +255,4 @@ def _check(model: "HookedTransformer", node: Component, what: str) -> Component:
             raise InputError(
                 f"{name} {number} of layer {layer} was asked for as a {what}; there are {which} 0 to {n - 1}"
             )
-    return node._replace(layer=layer, keyed=shared)
+    return replace(node, layer=layer, keyed=shared)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 import hooklens as hl
 from hooklens.core.component import Component, head_names
-from hooklens.core.errors import InputError
+from hooklens.core.errors import HooklensError, InputError, NameNotFound
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.sweeps.nodes import read_components, read_heads, read_receivers, read_senders
 from hooklens.sweeps.planning import Patch
@@ -114,3 +114,44 @@ def test_a_position_given_to_the_constructor_was_left_out_of_the_name():
     senders = [Component("head", 0, 0, pos=1), Component("head", 0, 0, pos=2)]
     metric = hl.logit_diff(model, answer=5, wrong_answer=6)
     assert hl.path_patch(model, [[1, 2, 3]], [[4, 5, 3]], metric, senders=senders).senders == ["L0H0@1", "L0H0@2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("bogus", 1), "no kind of component named 'bogus'"),
+        (("HEAD", 1, 0), "no kind of component named 'HEAD'; closest: head"),
+        (("head", 1), "a component of kind 'head' needs the number of its head, got head=None"),
+        (("q", 1, -1), "a component of kind 'q' needs the number of its head, got head=-1"),
+        (("neuron", 1, 0), "a component of kind 'neuron' has no head, got head=0"),
+        (("mlp", 1, None, 3), "a component of kind 'mlp' has no neuron, got neuron=3"),
+        (("head", "1", 0), "the layer of a component is a whole number, got '1'"),
+        (("head", 1, 0, None, "S2"), "pos is a whole number, or a tuple of one for each pair; got 'S2'"),
+    ],
+)
+def test_a_component_that_cannot_be_was_made_and_failed_later(given, said):
+    with pytest.raises(HooklensError, match=said):
+        Component(*given)
+
+
+@pytest.mark.parametrize("asked", [None, 3, ("q", 1, 0), Component("mlp", 0)])
+def test_parsing_what_is_no_string_ended_in_a_bare_error(asked):
+    with pytest.raises(InputError, match="no component is called"):
+        Component.parse(asked)
+
+
+def test_a_neuron_without_its_number_was_taken_for_one_neuron_a_head():
+    with pytest.raises(InputError, match="a component of kind 'neuron' needs the number of its neuron"):
+        read_components(tiny_model(), ("post", 0))
+
+
+def test_a_name_in_another_case_is_the_closest_one():
+    for asked, near in (("l1h0", "L1H0"), ("l1h0.Q@-1", r"L1H0\.q@-1"), ("mlp3", "MLP3"), ("Embed", "embed")):
+        with pytest.raises(InputError, match=f"no component is called '{asked}'; closest: {near}$"):
+            Component.parse(asked)
+    with pytest.raises(NameNotFound, match="no value to write named 'MEAN'; closest: mean"):
+        hl.ablate(tiny_model(), [[1, 2, 3]], hl.logit_diff(tiny_model(), answer=5, wrong_answer=6), value="MEAN")
+    with pytest.raises(NameNotFound, match="closest: resid_post"):
+        tiny_model().run_with_cache([[1, 2]], names="RESID_POST")
+    with pytest.raises(AttributeError, match=r"closest: hl\.logit_lens"):
+        hl.LOGIT_LENS  # noqa: B018

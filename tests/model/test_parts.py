@@ -3,17 +3,20 @@
 import copy
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.nn import functional as F
 from zoo import TOKENS, ZOO, LowRank, Peft, wrap_layers, zoo_model
 
-from hooklens.core.errors import InputError, NameNotFound
+from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.core.hooks import Handle
 from hooklens.model.attention import differentiable_attention
+from hooklens.model.block import Block
 from hooklens.model.config import (
     Biases,
+    BlockPart,
     Causal,
     DividedScaling,
     HookedTransformerConfig,
@@ -23,6 +26,8 @@ from hooklens.model.config import (
     Llama3Scaling,
     NoMask,
     NoPositions,
+    Parallel,
+    PreNorm,
     RMSNormPart,
     Rotary,
     SlidingWindow,
@@ -305,6 +310,61 @@ def test_a_configuration_survives_json(kind):
 def test_a_configuration_that_cannot_be_is_refused(changes, error, said):
     with pytest.raises(error, match=said):
         tiny_model(**changes)
+
+
+def test_of_two_parts_with_one_name_the_second_was_taken_silently():
+    with pytest.raises(InputError, match=r"Other.* is a block part named 'sandwich', and so is .*\.Sandwich; give it"):
+
+        @dataclass(frozen=True)
+        class Other(BlockPart):
+            name = "sandwich"
+
+    assert type(tiny_model(block="sandwich").blocks[0]).__name__ == "SandwichBlock"
+
+
+@dataclass(frozen=True)
+class Nameless(BlockPart):
+    """A part without a name."""
+
+
+@dataclass(frozen=True)
+class Heir(PreNorm):
+    """A part with the name of another one."""
+
+
+@dataclass(frozen=True)
+class Bare(BlockPart):
+    """A part without a block."""
+
+    name = "bare"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"block": Nameless()}, InputError, r"Nameless\(final_norm=True\) has no name of its own"),
+        ({"block": Heir()}, InputError, "has no name of its own"),
+        ({"block": Bare()}, InputError, r"no Block is defined for Bare.*; write a subclass of Block with part = Bare"),
+        ({"block": 3}, WrongType, "a block part is given as an instance, a name, or a dict .*; got 3"),
+        ({"block": Bare}, WrongType, "a block part is given as an instance"),
+        ({"block": {"part": ["pre"]}}, WrongType, "a block part is given as an instance"),
+        ({"mask": {"part": "sliding_window", "windw": 2}}, NameNotFound, "no field of SlidingWindow named 'windw'; cl"),
+    ],
+)
+def test_a_misused_part_ended_in_a_bare_error(changes, error, said):
+    with pytest.raises(error, match=said):
+        tiny_model(**changes)
+
+
+def test_a_block_with_a_misused_part_ended_in_a_bare_error_or_replaced_another_block():
+    for part_of, error, said in (
+        ("pre", WrongType, "must be a subclass of BlockPart with a name, got 'pre'"),
+        (Nameless, WrongType, "must be a subclass of BlockPart with a name"),
+        (Parallel, InputError, "has the part Parallel, and so has ParallelBlock"),
+    ):
+        with pytest.raises(error, match=said):
+            type("Mine", (Block,), {"part": part_of})
+    assert type(tiny_model(block="parallel").blocks[0]).__name__ == "ParallelBlock"
 
 
 def test_names_stand_for_parts_and_an_unknown_field_is_refused():

@@ -68,7 +68,8 @@ def patch_name(patch: Patch) -> str:
     >>> patch_name(Patch(5, head=1)), patch_name(Patch(2, pos=3))
     ('L5H1', 'L2 (3)')
     """
-    name = Component("layer", patch.layer, patch.head, patch.neuron).name
+    kind = "neuron" if patch.neuron is not None else "layer" if patch.head is None else "head"
+    name = Component(kind, patch.layer, patch.head, patch.neuron).name
     return name if patch.pos is None else f"{name} ({patch.pos})"
 
 

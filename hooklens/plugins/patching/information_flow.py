@@ -182,7 +182,7 @@ def _paths_to(
     reaching = [sender for sender in senders if order.feeds_from(sender) <= last] or list(senders)
     chose = pairs.sweep(first, reaching, receivers)
     best = chose.order()[: options.per_receiver]
-    turned = [reaching[i]._replace(turned=options.seed + draw) for draw in range(options.draws) for i in best]
+    turned = [replace(reaching[i], turned=options.seed + draw) for draw in range(options.draws) for i in best]
     with engine(verify=0):  # the same senders were checked on the half that chose
         report = pairs.sweep(second, [*reaching, *turned], receivers)
         whole = pairs.whole(second, receivers, report)
