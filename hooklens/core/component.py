@@ -50,14 +50,13 @@ class Component:
             raise did_you_mean("kind of component", self.kind, _NUMBERED)
         if not _is_whole(self.layer):
             raise WrongType(f"the layer of a component is a whole number, got {self.layer!r:.80}")
-        for what, number in (("head", self.head), ("neuron", self.neuron)):
+        numbers: dict[str, Any] = {"head": self.head, "neuron": self.neuron}
+        for what, number in numbers.items():
+            asked = f"a component of kind {self.kind!r}"
             if _NUMBERED[self.kind] != what and number is not None:
-                raise InputError(f"a component of kind {self.kind!r} has no {what}, got {what}={number!r:.80}")
+                raise InputError(f"{asked} has no {what}, got {what}={number!r:.80}")
             if _NUMBERED[self.kind] == what and not (_is_whole(number) and number >= 0):
-                raise InputError(
-                    f"a component of kind {self.kind!r} needs the number of its {what}, got {what}={number!r:.80}; "
-                    f"{_EXAMPLES}"
-                )
+                raise InputError(f"{asked} needs the number of its {what}, got {what}={number!r:.80}; {_EXAMPLES}")
         if self.pos is not None and not all(map(_is_whole, self.pos if isinstance(self.pos, tuple) else (self.pos,))):
             raise WrongType(f"pos is a whole number, or a tuple of one for each pair; got {self.pos!r:.80}")
 

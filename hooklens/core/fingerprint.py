@@ -1,8 +1,8 @@
-"""Is this value the one of an earlier run? A hash of a value and of everything that it refers to.
+"""A hash of a value and of everything that it refers to: is this value the same as in an earlier run?
 
-Functions count by their code, defaults, closure and the globals that they reach; classes by their attributes; objects
-by their whole state. What is installed (the standard library, site-packages, hooklens) counts by name and version. What
-cannot be read is refused: a hash that leaves something out would take two values for one.
+A function is hashed by its code, defaults, closure and the globals that it reaches, a class by its attributes, and an
+object by its whole state. Installed code (the standard library, site-packages, hooklens) is hashed by name and version.
+A value that cannot be read raises an error: a hash that omits something could be the same for two different values.
 """
 
 import builtins
@@ -17,7 +17,7 @@ import os
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ _NAMED = (
     types.GetSetDescriptorType,
     types.MemberDescriptorType,
 )
-#: What they read is not among the names that their caller mentions, or lies outside the program.
+#: Functions that read names which their caller does not mention, or data outside the program.
 _UNSEEN = ("eval", "exec", "globals", "__import__", "open", "input")
 #: Attributes of classes that say nothing about what its objects do.
 _ASIDE = {
@@ -49,19 +49,24 @@ _ASIDE = {
     *("__dataclass_fields__", "__dataclass_params__", "__match_args__", "__orig_bases__", "__parameters__"),
     *("__abstractmethods__", "_abc_impl"),
 }
+#: Attributes of code that decide what it does, unlike its file and line numbers.
+_CODE = (
+    *("co_code", "co_exceptiontable", "co_consts", "co_names", "co_varnames", "co_freevars", "co_cellvars"),
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags"),
+)
 _HEAP, _IMMUTABLE = 1 << 9, 1 << 8  # CPython's flags of classes
 _POINTER = 8
 
 
 def identity(value: Any, name: str = "the value") -> str:
-    """A hash of a value and of all that it refers to: the same in every process, another one for another value.
+    """Hash a value and everything that it refers to; the hash is the same in every process.
 
     >>> def scaled(by: float):
     ...     return lambda x: x * by
     >>> identity(scaled(2.0)) == identity(scaled(2.0)), identity(scaled(2.0)) == identity(scaled(3.0))
     (True, False)
 
-    A value that refers to something that cannot be read (a file, a lock, a generator) raises, and says what it is.
+    A value that refers to something unreadable (a file, a lock, a generator) raises an error that names it.
     """
     try:
         return _Walk().digest(value, name).hex()
@@ -70,12 +75,12 @@ def identity(value: Any, name: str = "the value") -> str:
 
 
 class _Walk:
-    """Every value is hashed once; one that is met inside itself counts by how far up it began."""
+    """Hashes each value once; a value that contains itself is hashed there by its depth."""
 
     def __init__(self) -> None:
         self.known: dict[int, bytes] = {}
         self.under_way: dict[int, int] = {}
-        self.kept: list[Any] = []  # what was hashed stays alive, so that its id is not given to another value
+        self.kept: list[Any] = []  # hashed values stay alive, so that no other value gets the id of one
 
     def digest(self, value: Any, where: str) -> bytes:
         if isinstance(value, _RAW):
@@ -107,11 +112,16 @@ def _kind_of(value: Any) -> str:
 
 
 def _parts(value: Any, where: str) -> Iterable[Part]:
-    """What tells a value from others of its class, each part under a name."""
+    """The named parts that distinguish a value from others of its class."""
     for kinds, parts in _KINDS.items():
         if isinstance(value, kinds):
             return parts(value, where)
     return _object(value, where)
+
+
+def _attributes(*names: str) -> Callable[[Any, str], Iterable[Part]]:
+    """The parts of a value that some of its attributes describe completely."""
+    return lambda value, where: [(name, getattr(value, name)) for name in names]
 
 
 def _refused(where: str, what: str) -> InputError:
@@ -140,7 +150,7 @@ def _array(value: Any, where: str) -> Iterator[Part]:
 
 
 def _set(value: Any, where: str) -> Iterator[Part]:
-    # Each alone: the order in which a set is walked differs between processes.
+    # Each element is hashed alone: the order of a set differs between processes.
     yield "elements", sorted(_Walk().digest(element, where) for element in value)
     yield from _own(value)
 
@@ -159,21 +169,21 @@ def _list(value: Iterable, where: str) -> Iterator[Part]:
 
 
 def _own(value: Any) -> Iterator[Part]:
-    """What a class of somebody's own adds to a built-in container."""
+    """The class and state of a container whose class is not built in."""
     if type(value).__module__ not in ("builtins", "collections"):
         yield "class", type(value)
         yield from _state(value)
 
 
 def _module(value: types.ModuleType, where: str) -> Iterator[Part]:
-    """An installed module is its name and version; one of the user's is everything in it."""
+    """Name and version of an installed module; everything in any other module."""
     if _is_installed(value.__name__):
         return iter([("installed", _version(value.__name__))])
     return ((name, item) for name, item in sorted(vars(value).items()) if not name.startswith("__"))
 
 
 def _torch_module(value: nn.Module, where: str) -> Iterator[Part]:
-    """Parameters, buffers, parts and attributes; torch's own hooks without their numbers, which no process shares."""
+    """Parameters, buffers, submodules and attributes; torch's hooks without their ids, which vary by process."""
     yield "class", type(value)
     for name, item in _state(value):
         if name.startswith(("_forward", "_backward", "_state_dict", "_load_state", "_is_full", "_non_persistent")):
@@ -182,7 +192,7 @@ def _torch_module(value: nn.Module, where: str) -> Iterator[Part]:
 
 
 def _object(value: Any, where: str) -> Iterator[Part]:
-    """Any other object: its class, its attributes, its slots, and what a class written in C holds beside these."""
+    """Any other object: its class, attributes and slots, and the additional state of classes written in C."""
     yield "class", type(value)
     for base in (str, int, float, complex):
         if isinstance(value, base):
@@ -195,12 +205,12 @@ def _object(value: Any, where: str) -> Iterator[Part]:
 
 
 def _state(value: Any) -> Iterator[Part]:
-    """Attributes and slots by name. What an installed class leaves out of copies is left out here too."""
+    """Attributes and slots by name, without those that an installed class leaves out of copies."""
     cls = type(value)
     held: dict[str, Any] = {}
     for base in cls.__mro__:
         for name, slot in vars(base).items():
-            # not the double underscores, which hold addresses
+            # Names with double underscores hold addresses.
             if isinstance(slot, types.MemberDescriptorType) and not name.startswith("__") and hasattr(value, name):
                 held[f"{base.__qualname__}.{name}"] = slot.__get__(value)
     attributes = getattr(value, "__dict__", {})
@@ -209,7 +219,7 @@ def _state(value: Any) -> Iterator[Part]:
         given = value.__getstate__()
         attributes = given if isinstance(given, dict) else {"state": given}
     for name, item in attributes.items():
-        if not isinstance(_static(cls, name), functools.cached_property):  # worked out from the rest, or not yet
+        if not isinstance(_static(cls, name), functools.cached_property):  # derived from the rest
             held[str(name)] = item
     return iter(sorted(held.items()))
 
@@ -219,7 +229,7 @@ def _static(cls: type, name: Any) -> Any:
 
 
 def _hides_state(cls: type) -> bool:
-    """Do its objects hold more than attributes and slots? Classes written in C do."""
+    """Whether its objects hold more than attributes and slots, as those of classes written in C do."""
     for base in cls.__mro__[:-1]:
         if not base.__flags__ & _HEAP or base.__flags__ & _IMMUTABLE:
             return True
@@ -228,9 +238,9 @@ def _hides_state(cls: type) -> bool:
 
 
 def _reduced(value: Any, where: str) -> Any:
-    """What a copy would be made of, as pickling has it."""
+    """The parts from which pickling would make a copy."""
     reducer = copyreg.dispatch_table.get(type(value))
-    getattr(value, "__dict__", None)  # the first look makes an empty one, and pickling tells that from none
+    getattr(value, "__dict__", None)  # the first access creates an empty one, which pickling distinguishes from none
     try:
         reduced = value.__reduce_ex__(2) if reducer is None else reducer(value)
     except Exception as error:
@@ -244,7 +254,7 @@ def _reduced(value: Any, where: str) -> Any:
 
 
 def _function(value: types.FunctionType, where: str) -> Iterator[Part]:
-    # Where its globals are, because functools.wraps gives a function the module of what it wraps.
+    # The module of its globals: functools.wraps gives a function the __module__ of the function that it wraps.
     installed = _is_installed(str(value.__globals__.get("__name__")))
     if installed and _named(value):
         yield "installed", (value.__module__, value.__qualname__, _version(value.__module__))
@@ -257,40 +267,18 @@ def _function(value: types.FunctionType, where: str) -> Iterator[Part]:
         yield from _reached(value, where)
 
 
-def _code(value: types.CodeType, where: str) -> Iterator[Part]:
-    yield "code", value.co_code
-    yield "exceptions", getattr(value, "co_exceptiontable", b"")
-    yield "constants", value.co_consts
-    yield "names", (value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
-    yield "arguments", (value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags)
-
-
 def _cell(value: types.CellType, where: str) -> Iterator[Part]:
     try:
         yield "content", value.cell_contents
-    except ValueError:  # empty yet
+    except ValueError:  # still empty
         yield "empty", None
 
 
-def _method(value: types.MethodType, where: str) -> Iterator[Part]:
-    yield "function", value.__func__
-    yield "self", value.__self__
-
-
 def _by_name(value: Any, where: str) -> Iterator[Part]:
-    """Functions and descriptors written in C: their name, and whose they are."""
+    """Functions and descriptors written in C: their name and owner."""
     yield "name", value.__qualname__
     owner = getattr(value, "__objclass__", None) or getattr(value, "__self__", None)
     yield "owner", owner if owner is not None else getattr(value, "__module__", None)
-
-
-def _property(value: property, where: str) -> Iterator[Part]:
-    return iter([("get", value.fget), ("set", value.fset), ("delete", value.fdel)])
-
-
-def _wrapper(value: Any, where: str) -> Iterator[Part]:
-    """staticmethod, classmethod, and a function whose answers are remembered: the function."""
-    yield "function", value.__wrapped__
 
 
 def _class(value: type, where: str) -> Iterator[Part]:
@@ -306,7 +294,7 @@ def _class(value: type, where: str) -> Iterator[Part]:
 
 
 def _reached(function: types.FunctionType, where: str) -> Iterator[Part]:
-    """The globals that a function's code mentions; of a module as far as the code names what it takes from there."""
+    """The globals that a function's code mentions; for a module, only the attributes that the code takes from it."""
     for path in sorted(set(_mentioned(function.__code__, function.__globals__))):
         name, *attributes = path
         if name in function.__globals__:
@@ -315,7 +303,7 @@ def _reached(function: types.FunctionType, where: str) -> Iterator[Part]:
             value = _imported(name.removeprefix("import "))
         elif hasattr(builtins, name):
             if name in _UNSEEN:
-                raise InputError(f"{where} calls {name}(), and what that gives cannot be compared between runs")
+                raise InputError(f"{where} calls {name}(), whose result cannot be compared between runs")
             continue
         else:
             continue
@@ -330,7 +318,7 @@ def _reached(function: types.FunctionType, where: str) -> Iterator[Part]:
 
 
 def _mentioned(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Every global name in the code and in functions inside it, each with the attributes that are taken from it."""
+    """Every global name in the code and in nested functions, each with the attributes taken from it."""
     path: list[str] = []
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")]
     for number, step in enumerate(steps):
@@ -349,7 +337,7 @@ def _mentioned(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[tuple
 
 
 def _imported(name: str) -> Any:
-    """A module that a function imports when it is called, as it is about to be."""
+    """A module that a function imports when it is called."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -360,7 +348,7 @@ def _imported(name: str) -> Any:
 
 
 def _named(value: Any) -> bool:
-    """Is it what its module has under its name, so that the name says all?"""
+    """Whether its module has this object under its name, so that the name identifies it."""
     found: Any = sys.modules.get(value.__module__)
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -369,7 +357,7 @@ def _named(value: Any) -> bool:
 
 @functools.cache
 def _is_installed(module: str) -> bool:
-    """Does the module come with Python, from site-packages, or with hooklens?"""
+    """Whether the module belongs to Python, site-packages or hooklens."""
     top = module.partition(".")[0]
     file = getattr(sys.modules.get(module) or sys.modules.get(top), "__file__", None)
     if top == "hooklens":
@@ -401,13 +389,13 @@ _KINDS: dict[Any, Any] = {
     types.ModuleType: _module,
     nn.Module: _torch_module,
     types.FunctionType: _function,
-    types.CodeType: _code,
+    types.CodeType: _attributes(*_CODE),
     types.CellType: _cell,
-    types.MethodType: _method,
+    types.MethodType: _attributes("__func__", "__self__"),
     _NAMED: _by_name,
-    property: _property,
-    (staticmethod, classmethod, functools._lru_cache_wrapper): _wrapper,
-    functools.cached_property: lambda value, where: iter([("function", value.func)]),
-    logging.Logger: lambda value, where: iter([("name", value.name)]),
+    property: _attributes("fget", "fset", "fdel"),
+    (staticmethod, classmethod, functools._lru_cache_wrapper): _attributes("__wrapped__"),
+    functools.cached_property: _attributes("func"),
+    logging.Logger: _attributes("name"),
     type: _class,
 }

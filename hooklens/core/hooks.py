@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hooklens.core.allocator import keep_freed_pages
 from hooklens.core.arguments import check_target
 from hooklens.core.cache import ActivationCache, Entries, converted
-from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
+from hooklens.core.errors import HookError, InputError, WrongType
 from hooklens.core.gradients import need_gradients
 from hooklens.core.names import LAZY, Where, parse, resolve
 from hooklens.core.scope import Lifetime, Scope
@@ -152,32 +152,29 @@ class HookPoint(nn.Module):
 
     def register_forward_hook(self, hook: Callable, *, prepend=False, with_kwargs=False, always_call=False) -> Any:
         """`hook(point, (act,), act)` as a handle; its return value is used, and an edit in place must be returned."""
-        given: tuple = ({},) if with_kwargs else ()
-        return self._of_torch(lambda point, act: hook(point, (act,), *given, act), prepend)
+        return self._torch_handle(hook, lambda act: ((act,), {}, act) if with_kwargs else ((act,), act), prepend)
 
     def register_forward_pre_hook(self, hook: Callable, *, prepend=False, with_kwargs=False) -> Any:
         """`hook(point, (act,))` as a handle."""
-        if with_kwargs:
-            return self._of_torch(lambda point, act: (hook(point, (act,), {}) or (None,))[0], prepend)
-        return self._of_torch(lambda point, act: hook(point, (act,)), prepend)
+        return self._torch_handle(hook, lambda act: ((act,), {}) if with_kwargs else ((act,),), prepend)
 
     def register_full_backward_hook(self, hook: Callable, prepend: bool = False) -> Any:
         """`hook(point, (grad,), (grad,))` as a handle: for an identity both gradients are the same."""
-        return self._of_torch(lambda point, grad: hook(point, (grad,), (grad,)), prepend, backward=True)
+        return self._torch_handle(hook, lambda grad: ((grad,), (grad,)), prepend, backward=True)
 
     def register_full_backward_pre_hook(self, hook: Callable, prepend: bool = False) -> Any:
         """`hook(point, (grad,))` as a handle."""
-        return self._of_torch(lambda point, grad: hook(point, (grad,)), prepend, backward=True)
+        return self._torch_handle(hook, lambda grad: ((grad,),), prepend, backward=True)
 
     register_backward_hook = register_full_backward_hook
 
-    def _of_torch(self, call: Callable[[Any, Tensor], Any], prepend: bool, *, backward: bool = False) -> "Handle":
+    def _torch_handle(self, hook: Callable, arguments: Callable, prepend: bool, *, backward: bool = False) -> "Handle":
         if prepend:
             raise InputError("hooks at a hook point run in the order in which they were attached; leave out prepend")
         point = weakref.ref(self)
 
         def fn(act: Tensor, _: HookCall) -> Tensor | None:
-            result = call(point(), act)
+            result = hook(point(), *arguments(act))
             while isinstance(result, tuple):
                 result = result[0]
             return result
@@ -474,8 +471,9 @@ class HookedModule(HookedPart):
         return scope, ActivationCache(entries, self)
 
     def _plain_points(self) -> list[HookPoint]:
-        plain = {name: point for name, point in self.hook_points().items() if _site_name(name) not in LAZY}
-        return self._standing(plain)
+        sites = {name: parse(name) for name in self.hook_points()}
+        lazy = {name for name, point in sites.items() if point is not None and point.name in LAZY}
+        return self._standing({name: point for name, point in self.hook_points().items() if name not in lazy})
 
     def run_with_cache(
         self,
@@ -509,10 +507,3 @@ def _check_takes_two(fn: HookFn) -> None:
             f"a hook is called with two arguments, (act, hook) -> Tensor | None, but {_name_of(fn)} takes {takes} "
             f"({error}); write, for example, lambda act, hook: act * 0"
         ) from error
-
-
-def _site_name(name: str) -> str:
-    found = parse(name)
-    if found is None:
-        raise NameNotFound(f"{name!r} is not the name of a hook point")
-    return found.name

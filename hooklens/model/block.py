@@ -1,8 +1,8 @@
 """A block: attention and an MLP on the residual stream. Four kinds, which differ in the position of the norms.
 
-A block also says what its parts read and write, so that nobody else knows where its norms stand: is the stream a sum,
-through which norm does a part read (`reads_through`) and write (`writes_through`), which part reads the other. A kind
-of one's own is a `BlockPart` with a name and a subclass of `Block` with that `part`.
+A block also describes what its parts read and write, so that no other code needs to know where its norms are: whether
+the stream is a sum, through which norm a part reads (`reads_through`) and writes (`writes_through`), and which part
+reads the other. A new kind is a `BlockPart` with a name and a subclass of `Block` with that `part`.
 """
 
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from hooklens.model.norms import Norm, Passage, make_norm
 Stream = Float[Tensor, "batch pos d_model"]
 Vectors = Float[Tensor, "*lead d_model"]  # inputs of norms: one per position, or one per head and position
 Queried = Float[Tensor, "batch query_pos d_model"]  # every position, or the selected one
-
+_INPUTS = ("hook_resid_pre", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 
 #: The module of each kind of block.
 BLOCKS: dict[type[BlockPart], "type[Block]"] = {}
@@ -39,10 +39,28 @@ class Block(HookedPart):
     #: Is the forward pass made of `before_attn`, `attn_adds`, `finish`, `finish_mid`, `mlp_base` and `leave`, attention
     #: first? Exact sweeps then enter the block in the middle. They run any other block from its beginning.
     in_steps: ClassVar[bool] = True
+    #: The modules in the order in which their points fire: points, attention, the MLP; any other name is a norm.
+    order: ClassVar[tuple[str, ...]] = (
+        *(*_INPUTS, "ln1", "attn", "hook_attn_out", "hook_resid_mid"),
+        *("hook_mlp_in", "ln2", "mlp", "hook_mlp_out", "hook_resid_post"),
+    )
+    #: The modules that an attention-only model lacks.
+    of_mlp: ClassVar[tuple[str, ...]] = ("hook_resid_mid", "hook_mlp_in", "ln2", "mlp", "ln2_post", "hook_mlp_out")
+    attn: Attention
+    mlp: MLP | None
     ln1: Norm | None
     ln2: Norm | None
     ln1_post: Norm | None
     ln2_post: Norm | None
+    hook_resid_pre: HookPoint
+    hook_q_input: HookPoint
+    hook_k_input: HookPoint
+    hook_v_input: HookPoint
+    hook_attn_out: HookPoint
+    hook_resid_mid: HookPoint
+    hook_mlp_in: HookPoint
+    hook_mlp_out: HookPoint
+    hook_resid_post: HookPoint
     #: Points of the incoming stream, keys and values: they see every position, whatever queries are selected.
     early: ClassVar[tuple[str, ...]] = (
         *("hook_resid_pre", "hook_attn_in", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),
@@ -68,30 +86,21 @@ class Block(HookedPart):
     def __init__(self, cfg: HookedTransformerConfig, layer: int):
         super().__init__()
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_key_value_heads
-        self.hook_resid_pre = HookPoint()
-        if self.n_heads == self.n_kv_heads:
-            self.hook_attn_in = HookPoint()
-        self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
-        self.ln1 = self.ln2 = self.ln1_post = self.ln2_post = None
+        self.mlp = self.ln1 = self.ln2 = self.ln1_post = self.ln2_post = None
         self.build(cfg, layer)
 
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
-        """Create modules in the order in which their points fire."""
-        self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
-        self.attn = Attention(cfg, layer)
-        self.hook_attn_out = HookPoint()
-        if not cfg.attn_only:
-            self.hook_resid_mid = HookPoint()
-            self.hook_mlp_in = HookPoint()
-            self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
-        self.build_mlp(cfg)
-        self.hook_resid_post = HookPoint()
-
-    def build_mlp(self, cfg: HookedTransformerConfig) -> None:
-        self.mlp: MLP | None = None
-        if not cfg.attn_only:
-            self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
-            self.hook_mlp_out = HookPoint()
+        """Create the modules that this block has, in their order."""
+        for name in self.order:
+            if (name in self.of_mlp and cfg.attn_only) or (name == "hook_attn_in" and self.n_heads != self.n_kv_heads):
+                continue
+            if name == "attn":
+                self.attn = Attention(cfg, layer)
+            elif name == "mlp":
+                self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
+            else:
+                is_point = name.startswith("hook_")
+                setattr(self, name, HookPoint() if is_point else make_norm(cfg.d_model, cfg.normalization_type))
 
     def forward(self, x: Stream, ctx: Context) -> Queried:
         x = self.hook_resid_pre(x)
@@ -203,24 +212,10 @@ class SandwichBlock(Block):
 
     part = Sandwich
 
-    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
-        self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
-        self.attn = Attention(cfg, layer)
-        self.ln1_post = make_norm(cfg.d_model, cfg.normalization_type)
-        self.hook_attn_out = HookPoint()
-        if not cfg.attn_only:
-            self.hook_resid_mid = HookPoint()
-            self.hook_mlp_in = HookPoint()
-            self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
-        self.build_mlp(cfg)
-        self.hook_resid_post = HookPoint()
-
-    def build_mlp(self, cfg: HookedTransformerConfig) -> None:
-        self.mlp = None
-        if not cfg.attn_only:
-            self.mlp = GatedMLP(cfg) if cfg.gated_mlp else MLP(cfg)
-            self.ln2_post = make_norm(cfg.d_model, cfg.normalization_type)
-            self.hook_mlp_out = HookPoint()
+    order = (
+        *(*_INPUTS, "ln1", "attn", "ln1_post", "hook_attn_out", "hook_resid_mid"),
+        *("hook_mlp_in", "ln2", "mlp", "ln2_post", "hook_mlp_out", "hook_resid_post"),
+    )
 
     def attn_adds(self, raw: Vectors) -> Vectors:
         return raw if self.ln1_post is None else self.ln1_post(raw)
@@ -239,16 +234,11 @@ class PostNormBlock(Block):
     not_a_sum = "post-norm blocks normalise the stream itself"
     early = tuple(name for name in Block.early if not name.startswith("ln1."))  # here it reads what attention added to
 
-    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
-        self.attn = Attention(cfg, layer)
-        self.hook_attn_out = HookPoint()
-        if not cfg.attn_only:
-            self.hook_resid_mid = HookPoint()
-            self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
-            self.hook_mlp_in = HookPoint()
-        self.build_mlp(cfg)
-        self.hook_resid_post = HookPoint()
-        self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
+    order = (
+        *(*_INPUTS, "attn", "hook_attn_out", "hook_resid_mid", "ln1"),
+        *("hook_mlp_in", "mlp", "hook_mlp_out", "hook_resid_post", "ln2"),
+    )
+    of_mlp = ("hook_resid_mid", "ln1", "hook_mlp_in", "mlp", "hook_mlp_out")
 
     def before_attn(self, x: Vectors) -> Vectors:
         return x
@@ -278,16 +268,7 @@ class ParallelBlock(Block):
 
     part = Parallel
     mlp_reads_attn = False
-
-    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
-        self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
-        self.attn = Attention(cfg, layer)
-        self.hook_attn_out = HookPoint()
-        if not cfg.attn_only:
-            self.hook_mlp_in = HookPoint()
-            self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
-        self.build_mlp(cfg)
-        self.hook_resid_post = HookPoint()
+    order = tuple(name for name in Block.order if name != "hook_resid_mid")
 
 
 BLOCKS[PreNorm] = Block

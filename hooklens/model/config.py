@@ -20,7 +20,7 @@ Seen = Bool[Tensor, "#batch #head query_pos key_pos"] | None
 Positions = Int[Tensor, "..."]
 Allowed = Bool[Tensor, "..."]
 
-_PARTS: dict[str, dict[str, type]] = {}
+_PARTS: dict[str, dict[str, Any]] = {}  # the classes by slot and name
 _POSITIVE = {"base", "factor", "low_freq_factor", "high_freq_factor", "magnitude", "short", "long"}
 _POSITIVE |= {"scale", "soft_cap", "output_logits_soft_cap"}
 _POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", "n_ctx", "n_heads", "d_vocab"}

@@ -17,7 +17,7 @@ from hooklens.core.names import AXES
 from hooklens.model.block import BLOCKS, Block
 from hooklens.model.config import BlockPart, HookedTransformerConfig, Rotary
 from hooklens.model.kv_cache import KVCache
-from hooklens.model.norms import Passage, make_norm
+from hooklens.model.norms import Passage
 from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import run_edges
@@ -61,13 +61,11 @@ class HalfSandwichBlock(Block):
 
     part = HalfSandwich
 
+    at = Block.order.index("hook_attn_out")
+    order = (*Block.order[:at], "behind", *Block.order[at:])
+
     def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
         super().build(cfg, layer)
-        names = list(self._modules)
-        later = {name: self._modules.pop(name) for name in names[names.index("hook_attn_out") :]}
-        self.behind = make_norm(cfg.d_model, cfg.normalization_type)
-        self._modules.update(later)  # points are listed in the order in which they fire
-
         self.share = cfg.block.share
 
     def attn_adds(self, raw: Tensor) -> Tensor:

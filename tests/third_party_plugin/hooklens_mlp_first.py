@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.hooks import HookPoint
-from hooklens.model.attention import Attention
 from hooklens.model.block import Block
-from hooklens.model.config import BlockPart, HookedTransformerConfig
+from hooklens.model.config import BlockPart
 from hooklens.model.kv_cache import Context
-from hooklens.model.norms import make_norm
 
 
 @dataclass(frozen=True)
@@ -36,20 +33,11 @@ class MLPFirstBlock(Block):
         *("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post"),
     )
 
-    def build(self, cfg: HookedTransformerConfig, layer: int) -> None:
-        inputs = {name: self._modules.pop(name) for name in list(self._modules) if name != "hook_resid_pre"}
-        if not cfg.attn_only:
-            self.hook_mlp_in = HookPoint()
-            self.ln2 = make_norm(cfg.d_model, cfg.normalization_type)
-            self.build_mlp(cfg)
-            self.hook_resid_mid = HookPoint()
-        else:
-            self.mlp = None
-        self._modules.update(inputs)  # points are listed in the order in which they fire
-        self.ln1 = make_norm(cfg.d_model, cfg.normalization_type)
-        self.attn = Attention(cfg, layer)
-        self.hook_attn_out = HookPoint()
-        self.hook_resid_post = HookPoint()
+    order = (
+        *("hook_resid_pre", "hook_mlp_in", "ln2", "mlp", "hook_mlp_out", "hook_resid_mid"),
+        *("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input", "ln1", "attn"),
+        *("hook_attn_out", "hook_resid_post"),
+    )
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], ctx: Context) -> Float[Tensor, "batch query_pos d_model"]:
         mid = self.hook_resid_pre(x)
