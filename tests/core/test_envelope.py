@@ -145,7 +145,7 @@ def test_a_file_says_its_schema_version_and_digest_and_no_flipped_byte_is_read(n
     assert fields["schema"].startswith("hooklens.") and int(fields["version"]) >= 1 and len(fields["digest"]) == 64
     whole = path.read_bytes()
     draw = random.Random(0)
-    places = range(len(whole)) if len(whole) < 700 else (*draw.sample(range(len(whole)), 60), len(whole) - 1)
+    places = {0, len(whole) - 1, *draw.sample(range(len(whole)), 40)}
     for at in places:
         flipped = bytearray(whole)
         flipped[at] ^= draw.randrange(1, 256)
@@ -282,7 +282,7 @@ def test_a_dtype_that_no_file_holds_is_said(tmp_path):
 
 def test_a_content_that_no_reader_would_take_is_not_written(tmp_path):
     with pytest.raises(HooklensError, match=r"a tiny file was to be saved, but .* keep long lists"):
-        write_envelope(tmp_path / "a", TINY, "x" * 100_000_000)
+        write_envelope(tmp_path / "a", TINY, '"' * 26_000_000)  # four bytes each in a JSON string of a JSON text
     assert not list(tmp_path.iterdir())
 
 
