@@ -24,6 +24,8 @@ _PARTS: dict[str, dict[str, Any]] = {}  # the classes by slot and name
 _POSITIVE = {"base", "factor", "low_freq_factor", "high_freq_factor", "magnitude", "short", "long"}
 _POSITIVE |= {"scale", "soft_cap", "output_logits_soft_cap"}
 _POSITIVE |= {"dim", "window", "original_n_ctx", "d_in", "n_layers", "d_model", "n_ctx", "n_heads", "d_vocab"}
+_SETTLED = ("d_head", "n_key_value_heads", "d_vocab_out", "d_mlp")  # their defaults follow from other fields
+_POSITIVE |= set(_SETTLED)
 _NOT_NEGATIVE = {"eps", "std", "unembed_std"}
 _KINDS: dict[Any, str] = {bool: "True or False", str: "a name", int: "a whole number", float: "a finite number"}
 _LARGEST_WHOLE = 2**63 - 1  # torch's
@@ -91,7 +93,7 @@ def check_values(holder: Any, where: str) -> None:
     """
     for f in fields(holder):
         given = getattr(holder, f.name)
-        if given is None and f.type not in _KINDS:
+        if f.name in _SETTLED or (given is None and f.type not in _KINDS):
             continue
         for value in given if f.type == tuple[float, ...] and isinstance(given, tuple | list) else (given,):
             if needed := _needed(f.name, f.type, value):
@@ -143,6 +145,10 @@ def part(slot: str, value: Any) -> Any:
     return _PARTS[slot][name].from_json(values)
 
 
+def _undefined(part: Part, method: str) -> InputError:
+    return InputError(f"{type(part).__name__} does not define {method}, which every {part.slot} part needs")
+
+
 # -- positions
 
 
@@ -182,9 +188,8 @@ class ScalingPart(Part):
     slot = "scaling"
 
     def scale(self, freq: Frequencies) -> Frequencies:
-        raise InputError(
-            f"{type(self).__name__} does not define how it changes frequencies; a scaling part must define scale()"
-        )
+        """The changed frequencies."""
+        raise _undefined(self, "scale()")
 
 
 @dataclass(frozen=True)
@@ -274,7 +279,7 @@ class MaskPart(Part):
     causal: ClassVar[bool] = True
 
     def allows(self, query_pos: Positions, key_pos: Positions) -> Allowed:
-        raise InputError(f"{type(self).__name__} does not define what it allows; a mask part must define allows()")
+        raise _undefined(self, "allows()")
 
 
 @dataclass(frozen=True)
@@ -326,7 +331,7 @@ class ScorePart(Part):
     soft_cap: float | None = None
 
     def pattern(self, scores: Scores, seen: Seen) -> Scores:
-        raise InputError(f"{type(self).__name__} does not define a pattern; a score part must define pattern()")
+        raise _undefined(self, "pattern()")
 
 
 @dataclass(frozen=True)
@@ -539,13 +544,13 @@ class HookedTransformerConfig:
 
     def __post_init__(self) -> None:
         settle = object.__setattr__
-        self._positive("n_layers", "d_model", "n_ctx", "n_heads", "d_vocab")
+        check_values(self, "the configuration")
+        check_values(self.biases, "biases")
         if self.d_head == -1:
             if self.d_model % self.n_heads:
                 raise InputError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; give d_head")
             settle(self, "d_head", self.d_model // self.n_heads)
         settle(self, "n_key_value_heads", self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads)
-        self._positive("d_head", "n_key_value_heads")
         settle(self, "d_mlp", 0 if self.attn_only else self.d_mlp or 4 * self.d_model)
         settle(self, "d_vocab_out", self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out)
         for name, slot in _SLOTS.items():
@@ -563,17 +568,11 @@ class HookedTransformerConfig:
             raise InputError(f"{name} must be a part, such as {', '.join(_PARTS[slot])}; got None")
         return part(slot, value)
 
-    def _positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if not whole or not 1 <= value <= _LARGEST_WHOLE:
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r:.80}")
-
     def _check(self) -> None:
-        check_values(self, "the configuration")
-        check_values(self.biases, "biases")
-        self._positive("d_vocab_out", *(() if self.attn_only else ("d_mlp",)))
+        for name in _SETTLED:
+            needed = _needed(name, int, getattr(self, name))
+            if needed and not (name == "d_mlp" and self.attn_only):
+                raise InputError(f"the configuration: {name} is {getattr(self, name)!r:.80}; {needed} is needed")
         if self.n_heads % self.n_key_value_heads:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
         if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:

@@ -133,7 +133,7 @@ class Context:
 
     def narrowed(self, chosen: Int[Tensor, "batch"]) -> "Context":
         """The same pass, restricted to one selected query position per row."""
-        return replace(self, chosen=chosen, _views={}, _tables=self._tables)
+        return replace(self, chosen=chosen, _views={})
 
     def select(self, x: Shaped[Tensor, "batch pos *rest"]) -> Shaped[Tensor, "batch query_pos *rest"]:
         """The rows of `x` (batch pos ...) at the query positions: all, or the selected one of each row."""
@@ -163,14 +163,11 @@ class Context:
 
     def _make_view(self, mask: MaskPart) -> View:
         n_new = self.positions.shape[-1]
-        if self.key_seen is None and isinstance(mask, NoMask):
-            return View(None)
-        if self.key_seen is None and self.chosen is None and isinstance(mask, Causal):
-            if n_new == 1:
-                return View(None)
-            if self.offset == 0:
-                return View(None, causal=True)
         if self.key_seen is None:
+            if isinstance(mask, NoMask):
+                return View(None)
+            if self.chosen is None and isinstance(mask, Causal) and (n_new == 1 or self.offset == 0):
+                return View(None, causal=n_new > 1)
             keys = torch.arange(self.offset + n_new, device=self.positions.device)[None]
         else:  # padding is not counted, or a window would cover fewer tokens; before the first token it is -1
             keys = self.key_seen.long().cumsum(1) - 1

@@ -1,15 +1,16 @@
 """Linear layers, and a scope in which they use weights packed for the CPU.
 
-oneDNN can store a weight in the order in which its kernels read it; on some CPUs this multiplies two to three times
-faster than torch's default. Packing costs one pass over the weight, so it is done for a sweep, a generation or a `with`
-block, and dropped at its end.
+oneDNN can store a weight in the order in which its kernels read it; on some CPUs products are then two to three times
+faster than torch's default. Packing costs one pass over the weight, so packs last for a sweep, a generation or a `with`
+block.
 """
 
 import os
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TypeGuard
 
 import torch
@@ -30,10 +31,9 @@ _packs: ContextVar[tuple[Lifetime, ...]] = ContextVar("hooklens_packed", default
 _open_packs: set[Lifetime] = set()
 #: The environment variable that disables packed linears for a process.
 ENV = "HOOKLENS_PACKED_LINEARS"
-# Packed for one row, a weight is laid out for a kernel that reads it a fifth more slowly than the one for 16 rows.
+# A weight packed for one row gets the layout of a kernel that is a fifth slower than the one for 16 rows.
 _FEWEST_ROWS = 16
-# Numbers of a weight from which on the two kinds of plain product of one row are timed, and how many times faster than
-# a row a vector was.
+# The size of a weight from which the two plain products of one row are timed, and the speed of a vector over a row.
 _WORTH_MEASURING = 2**20
 _vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
@@ -85,11 +85,13 @@ class packed_linears(Scope):
         self.packs.clear()
 
 
+@dataclass
 class _Packs:
     """The weights that a scope has packed."""
 
-    def __init__(self, rows: int, enabled: bool, packs: "dict[Linear, Known]"):
-        self.rows, self.enabled, self.packs = rows, enabled, packs
+    rows: int
+    enabled: bool
+    packs: "dict[Linear, Known]"
 
     def weight_of(self, layer: Linear, x: Float[Tensor, "... d_in"]) -> Packed | None:
         """The packed weight for this product, or None if torch's own path must run."""
@@ -168,7 +170,7 @@ def without_bias(linear: nn.Module, x: Float[Tensor, "... d_in"]) -> Float[Tenso
 
 
 def kernel_of(model: nn.Module) -> str:
-    """Which products do the model's linear layers use here, without gradients: "packed" or torch's "linear"?
+    """The products that the model's linear layers use here, without gradients: "packed" or torch's "linear".
 
     The two differ in the last bits, so every result states which one was used.
 
@@ -199,7 +201,7 @@ def packing_pays(rows: int = 240) -> bool:
 
 
 def packing_gain(rows: int = 240) -> float:
-    """How many times faster is a packed product than torch's own on this machine? 0 if packing does not work.
+    """How many times faster a packed product is than torch's own on this machine; 0 if packing does not work.
 
     Takes about 30 ms for 240 rows. A few rows take 0.3 s: their time is spent reading the weight, so the weight must be
     larger than any cache.
@@ -208,9 +210,9 @@ def packing_gain(rows: int = 240) -> float:
 
 
 def vector_pays(weight: Float[Tensor, "d_out d_in"]) -> bool:
-    """Is a weight times a vector about as fast as times one row here, or faster? Measured once a process for a shape.
+    """Whether a weight times a vector is at least about as fast as times one row here; measured once for each shape.
 
-    Both read the weight once; BLAS has a routine for each, and which is the better one differs from machine to machine.
+    Both read the weight once; BLAS has a routine for each, and the faster one differs between machines.
     """
     if weight.numel() < _WORTH_MEASURING:
         return True
@@ -230,14 +232,7 @@ def _measured(rows: int = 240, d_out: int = 768) -> tuple[bool, float]:
     x, weight = (torch.randn(size, 768, generator=generator) for size in (rows, d_out))
     try:
         with torch.no_grad():
-            packed = pack(weight, rows)
-
-            def ours() -> Tensor:
-                return packed_product(x, packed, None)
-
-            def theirs() -> Tensor:
-                return F.linear(x, weight)
-
+            ours, theirs = partial(packed_product, x, pack(weight, rows), None), partial(F.linear, x, weight)
             if not torch.allclose(ours(), theirs(), atol=1e-3, rtol=1e-4):
                 return False, 0.0
             return True, _seconds(theirs) / _seconds(ours)

@@ -123,14 +123,11 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         x, attention_mask = self._input(tokens, attention_mask, start_at_layer is not None)
         ctx = self._context(x, attention_mask, kv_cache)
         chosen = None if logits_at is None or stop_at_layer is not None else self._chosen(logits_at, x, ctx)
+        layers, embeds, reads_out = range(start, stop), start_at_layer is None, stop_at_layer is None
         if kv_cache is None and (ctx.key_seen is None or torch.compiler.is_compiling()):
-            return self._run(
-                x, ctx, start=start, stop=stop, stop_at=stop_at_layer, start_at=start_at_layer, chosen=chosen
-            )
+            return self._run(x, ctx, layers, chosen, embeds=embeds, reads_out=reads_out)
         with moment(0 if kv_cache is None else kv_cache.step, ctx.offset, ctx.key_seen):
-            out = self._run(
-                x, ctx, start=start, stop=stop, stop_at=stop_at_layer, start_at=start_at_layer, chosen=chosen
-            )
+            out = self._run(x, ctx, layers, chosen, embeds=embeds, reads_out=reads_out)
         if kv_cache is not None:
             kv_cache.advance(x, ctx, start_at_layer)
         if ctx.key_seen is None or chosen is not None or not _readable(out, ctx.key_seen):
@@ -138,20 +135,18 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         return padded(out, ctx.key_seen[:, ctx.offset :])
 
     def _run(
-        self, x: Input | Stream, ctx: Context, start: int, stop: int, stop_at, start_at, chosen: Chosen | None
+        self, x: Input | Stream, ctx: Context, layers: range, chosen: Chosen | None, *, embeds: bool, reads_out: bool
     ) -> Logits | Stream:
-        if start_at is None:
+        if embeds:
             x = self.embed_input(x, ctx)
-        late = stop_at is None and chosen is not None and start < self.cfg.n_layers
-        narrow = late and not edited_elsewhere(self._late_points)
-        for layer in range(start, stop):
+        one_query = None if chosen is None else ctx.narrowed(chosen)
+        narrow = one_query is not None and len(layers) > 0 and not edited_elsewhere(self._late_points)
+        for layer in layers:
             last = narrow and layer == self.cfg.n_layers - 1
-            x = self.blocks[layer](x, ctx.narrowed(chosen) if last and chosen is not None else ctx)
-        if stop_at is not None:
+            x = self.blocks[layer](x, one_query if last else ctx)
+        if not reads_out:
             return x
-        if chosen is not None and narrow:
-            return self.read_out(x)
-        return self.read_out(x, None if chosen is None else ctx.narrowed(chosen))
+        return self.read_out(x, None if narrow else one_query)
 
     def embed_input(self, x: Input, ctx: Context) -> Stream:
         """The residual stream that enters block 0."""
@@ -180,7 +175,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             return self.blocks[layer - 1].leaves_through()
         return Passage(self.ln_final) if layer == n else self.blocks[layer].enters_through()
 
-    @cached_property  # looked at in every step of a generation
+    @cached_property  # used in every step of a generation
     def _late_points(self) -> list[HookPoint]:
         final = [] if self.ln_final is None else [self.ln_final.hook_scale, self.ln_final.hook_normalized]
         return self.blocks[-1].query_points() + final
@@ -443,14 +438,16 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
     @property
     def QK(self) -> FactoredMatrix:
         """W_Q W_K^T of every layer and head."""
-        parts = [block.attn.QK for block in self.blocks]
-        return FactoredMatrix(torch.stack([p.A for p in parts]), torch.stack([p.B for p in parts]))
+        return self._factored("QK")
 
     @property
     def OV(self) -> FactoredMatrix:
         """W_V W_O of every layer and head."""
-        parts = [block.attn.OV for block in self.blocks]
-        return FactoredMatrix(torch.stack([p.A for p in parts]), torch.stack([p.B for p in parts]))
+        return self._factored("OV")
+
+    def _factored(self, name: str) -> FactoredMatrix:
+        factors = [getattr(block.attn, name).pair for block in self.blocks]
+        return FactoredMatrix(*map(torch.stack, zip(*factors, strict=True)))
 
     def __repr__(self) -> str:
         cfg = self.cfg
@@ -489,9 +486,8 @@ def _readable(*tensors: Shaped[Tensor, "..."]) -> bool:
 
 def _stacked(part: str, name: str) -> property:
     def views(model: HookedTransformer) -> list[Tensor]:
-        found = [getattr(getattr(block, part, None), name, None) for block in model.blocks]
-        views = [view for view in found if view is not None]
-        if len(views) < len(found):
+        views: list[Any] = [getattr(getattr(block, part, None), name, None) for block in model.blocks]
+        if any(view is None for view in views):
             raise Absent(f"this model has no {name}")
         return views
 

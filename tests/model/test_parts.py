@@ -294,9 +294,9 @@ def test_a_configuration_survives_json(kind):
     [
         ({"n_heads": 3}, InputError, "d_model 8 is not a multiple of n_heads 3; give d_head"),
         ({"n_heads": 4, "n_key_value_heads": 3}, InputError, "not a multiple of n_key_value_heads 3"),
-        ({"n_layers": 0}, InputError, "n_layers must be a whole number of at least 1, got 0"),
-        ({"n_heads": 0}, InputError, "n_heads must be a whole number of at least 1, got 0"),
-        ({"d_head": -2}, InputError, "d_head must be a whole number of at least 1, got -2"),
+        ({"n_layers": 0}, InputError, "the configuration: n_layers is 0; a whole number above 0 is needed"),
+        ({"n_heads": 0}, InputError, "the configuration: n_heads is 0; a whole number above 0 is needed"),
+        ({"d_head": -2}, InputError, "the configuration: d_head is -2; a whole number above 0 is needed"),
         ({"block": "prenorm"}, NameNotFound, "no block part named 'prenorm'; closest: pre"),
         ({"act_fn": "gelu_fast"}, NameNotFound, "no activation function named 'gelu_fast'; closest: gelu"),
         ({"mask": "causall"}, NameNotFound, "no mask part named 'causall'; closest: causal"),
