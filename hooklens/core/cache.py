@@ -1,4 +1,4 @@
-"""The activations of one forward pass, by name: slice them, stack them, take the residual stream apart."""
+"""The activations of one forward pass by name: slicing, stacking, and decomposition of the residual stream."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from hooklens.core.hooks import HookedModule
 
 Index = int | slice | Sequence[int] | Tensor
+Labelled = list[tuple[str, Tensor]]
 Tokens = str | int | Sequence[str] | Sequence[int] | Tensor
 _SCHEMA = Schema("hooklens.cache", 1, "an activation cache", "ActivationCache.save")
 
 
 class Entries(dict[str, Tensor]):
-    """Activations by full name, and the mask [batch key_pos] of the forward pass that they are from."""
+    """Activations by full name, and the mask [batch key_pos] of their forward pass."""
 
     attention_mask: Tensor | None = None
 
 
 class ActivationCache(Mapping[str, Tensor]):
-    """What the points of a model held in one forward pass.
+    """The activations of one forward pass: a mapping from full names.
 
-    A mapping from full names; short forms work too: `cache["z", 5]`, `cache["resid_post", -1]`, `cache["embed"]`.
-    Two points that held one tensor share its memory, here and in a saved file. `pos=`, wherever it may be given, counts
-    each row's real tokens: -1 is its last, 0 its first. `layer=`, where the stream is taken apart, is None or -1 for
-    all layers.
+    Short forms work too: `cache["z", 5]`, `cache["resid_post", -1]`, `cache["embed"]`. Points with the same tensor
+    share its memory, also in a saved file. `pos=` counts the real tokens of each row: 0 is the first, -1 the last.
+    `layer=` of a decomposition is None or -1 for all layers.
 
     >>> from hooklens.testing import tiny_model
     >>> logits, cache = tiny_model().run_with_cache([[1, 2, 3]])
@@ -57,7 +57,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     @property
     def attention_mask(self) -> Bool[Tensor, "*batch key_pos"] | None:
-        """False where a key is padding; the last columns are the positions of this pass. None: nothing is padded."""
+        """False where a key is padding; the last columns are the positions of this pass. None if nothing is padded."""
         mask = self._entries.attention_mask
         return None if mask is None or bool(mask.all()) else mask
 
@@ -66,11 +66,11 @@ class ActivationCache(Mapping[str, Tensor]):
             return self._entries[key]
         found = self._find(key)
         if len(found) > 1:
-            raise NameNotFound(f"{key!r} is {len(found)} activations ({', '.join(found[:4])}, ...); name one of them")
+            raise NameNotFound(f"{key!r} matches {len(found)} activations ({', '.join(found[:4])}, ...); name one")
         return self._entries[found[0]]
 
     def _find(self, key: Where) -> list[str]:
-        """The full names that `key` asks for, negative layers counted in the model, not in what was kept of it."""
+        """The full names that match `key`; negative layers count from the model's last one."""
         names = list(self._entries)
         if self.model is None:
             return resolve(key, names)
@@ -103,14 +103,14 @@ class ActivationCache(Mapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory held: every distinct storage once."""
+        """Bytes of memory, counting every storage once."""
         storages = [act.untyped_storage() for act in self._entries.values()]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    # -- moving and slicing: a new cache, this one stays as it is
+    # -- moving and slicing: all return a new cache
 
     def map(self, change) -> "ActivationCache":
-        """A cache of `change(name, tensor)`; entries that are one tensor are changed once and stay one."""
+        """A cache of `change(name, tensor)`; entries that share a tensor still share the changed one."""
         done: dict[tuple, Tensor] = {}
         entries = {}
         for name, act in self._entries.items():
@@ -128,10 +128,10 @@ class ActivationCache(Mapping[str, Tensor]):
     def slice(
         self, *, batch: Index | None = None, pos: Index | None = None, layers: Index | None = None
     ) -> "ActivationCache":
-        """Part of the cache: some batch rows, some positions (of the query, where there are two), some layers.
+        """Part of the cache: some batch rows, positions (of queries, where keys have their own) or layers.
 
-        An integer drops its axis. Points outside the blocks stay whatever the layers. Where rows are padded, positions
-        that every row has are taken of each, counted in its real tokens; what is left then has no padding.
+        An integer drops its axis. `layers` does not affect points outside the blocks. If rows are padded, `pos` counts
+        the real tokens of each row and must exist in all of them; the result then has no padding.
         """
         kept = self if layers is None else self._of_layers(layers)
         if kept.attention_mask is not None:
@@ -142,7 +142,7 @@ class ActivationCache(Mapping[str, Tensor]):
         one = isinstance(batch, int) or (isinstance(batch, Tensor) and batch.ndim == 0)
         kept = self
         if batch is not None:  # rows first: positions need to exist in these only
-            some = [int(batch)] if one else batch  # type: ignore[arg-type]
+            some = torch.as_tensor(batch).reshape(1) if one else batch
             mask = mask[_as_index("batch", some, len(mask), "this cache")]
             kept = kept.map(lambda name, act: _sliced(name, act, some, None))
         if pos is not None:
@@ -157,11 +157,11 @@ class ActivationCache(Mapping[str, Tensor]):
         return ActivationCache(entries, self.model, self._entries.attention_mask)
 
     def stack(self, where: Where) -> Float[Tensor, "layer ..."]:
-        """One site at every layer, stacked: `cache.stack("resid_post")` is layer batch pos d_model."""
+        """One site of every layer, stacked: `cache.stack("resid_post")` has the axes layer batch pos d_model."""
         found = self._find(where)
         kinds = {(p.name, p.part) for p in map(parse, found) if p is not None}
         if len(kinds) > 1:
-            raise InputError(f"{where!r} is several sites, {sorted(map(str, kinds))}; stack one of them")
+            raise InputError(f"{where!r} matches several sites, {sorted(map(str, kinds))}; stack one of them")
         return torch.stack([self._entries[name] for name in found])
 
     def _n_layers(self) -> int:
@@ -170,26 +170,23 @@ class ActivationCache(Mapping[str, Tensor]):
             return cfg.n_layers
         return 1 + max((layer for layer in map(_layer_of, self._entries) if layer is not None), default=-1)
 
-    # -- the residual stream, taken apart
+    # -- decomposition of the residual stream
 
     def accumulated_resid(
         self, layer: int | None = None, *, incl_mid: bool = False, apply_ln: bool = False, pos: Index | None = None
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """The residual stream before each block up to `layer` (None or -1: to the end), and a label for each.
+        """The residual stream before each block up to `layer` (None or -1: to the end), with labels.
 
         With `incl_mid` also between attention and MLP.
         """
-        end = self._end(layer)
-        names = []
+        end, points = self._end(layer), self._points()
+        names = {}
         for n in range(end):
-            names.append((f"{n}_pre", f"blocks.{n}.hook_resid_pre"))
-            if incl_mid and f"blocks.{n}.hook_resid_mid" in self._points():
-                names.append((f"{n}_mid", f"blocks.{n}.hook_resid_mid"))
-        if end == self._n_layers():
-            names.append(("final_post", f"blocks.{end - 1}.hook_resid_post"))
-        else:
-            names.append((f"{end}_pre", f"blocks.{end}.hook_resid_pre"))
-        return self._stacked([(label, self._sliced_entry(name, pos)) for label, name in names], layer, apply_ln, pos)
+            names[f"{n}_pre"] = f"blocks.{n}.hook_resid_pre"
+            if incl_mid and f"blocks.{n}.hook_resid_mid" in points:
+                names[f"{n}_mid"] = f"blocks.{n}.hook_resid_mid"
+        names["final_post" if end == self._n_layers() else f"{end}_pre"] = self._stream_at(end)
+        return self._stacked([(label, self._entry(name, pos)) for label, name in names.items()], layer, apply_ln, pos)
 
     def decompose_resid(
         self,
@@ -200,20 +197,21 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What each component added to the stream that enters `layer` (None or -1: leaves the last block), labelled.
+        """The contribution of each component to the stream that enters `layer` (None or -1: leaves the last block).
 
-        The sum over components is that stream. `mode` is "all", "attn" or "mlp".
+        The contributions, here with labels, sum to that stream. `mode` is "all", "attn" or "mlp".
         """
         if mode not in ("all", "attn", "mlp"):
             raise InputError(f"mode must be 'all', 'attn' or 'mlp', got {mode!r}")
         self._additive("decompose_resid")
         points = self._points()
-        names = [(n, f"hook_{n}") for n in ("embed", "pos_embed") if incl_embeds and f"hook_{n}" in points]
+        names = {n: f"hook_{n}" for n in ("embed", "pos_embed") if incl_embeds and f"hook_{n}" in points}
         for n in range(self._end(layer)):
-            names += [(f"{n}_attn_out", f"blocks.{n}.hook_attn_out")] if mode != "mlp" else []
-            has_mlp = f"blocks.{n}.hook_mlp_out" in points
-            names += [(f"{n}_mlp_out", f"blocks.{n}.hook_mlp_out")] if mode != "attn" and has_mlp else []
-        return self._stacked([(label, self._sliced_entry(name, pos)) for label, name in names], layer, apply_ln, pos)
+            if mode != "mlp":
+                names[f"{n}_attn_out"] = f"blocks.{n}.hook_attn_out"
+            if mode != "attn" and f"blocks.{n}.hook_mlp_out" in points:
+                names[f"{n}_mlp_out"] = f"blocks.{n}.hook_mlp_out"
+        return self._stacked([(label, self._entry(name, pos)) for label, name in names.items()], layer, apply_ln, pos)
 
     def stack_head_results(
         self,
@@ -223,19 +221,17 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What every head of the layers below `layer` (None or -1: of all) wrote to the stream, as L0H0, L0H1, ...
+        """The contribution of every head below `layer` (None or -1: of all layers) to the stream, as L0H0, L0H1, ...
 
-        Taken from the cached `result` or else computed from `z`. With `incl_remainder` a last component holds the rest
-        of the stream: embeddings, MLPs and biases.
+        Read from the cached `result`, or computed from `z`. With `incl_remainder` the last component is the rest of the
+        stream: embeddings, MLPs and biases.
         """
         self._additive("stack_head_results")
         labelled = []
         for n in range(self._end(layer)):
             result = self._head_result(n, pos)
             labelled += [(head_name(n, head), act) for head, act in enumerate(result.unbind(-2))]
-        if incl_remainder:
-            labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
-        return self._stacked(labelled, layer, apply_ln, pos)
+        return self._stacked(labelled, layer, apply_ln, pos, incl_remainder)
 
     def stack_neuron_results(
         self,
@@ -246,23 +242,21 @@ class ActivationCache(Mapping[str, Tensor]):
         apply_ln: bool = False,
         pos: Index | None = None,
     ) -> tuple[Float[Tensor, "component ..."], list[str]]:
-        """What every MLP neuron of the layers below `layer` (None or -1: of all) wrote to the stream, as L0N0, ...
+        """The contribution of every neuron below `layer` (None or -1: of all layers) to the stream, as L0N0, L0N1, ...
 
-        Large: d_mlp vectors a layer and position. `neurons` and `pos` narrow it.
+        Large: d_mlp vectors for each layer and position. `neurons` and `pos` select some.
         """
         self._additive("stack_neuron_results")
         labelled = []
         for n in range(self._end(layer)):
             if f"blocks.{n}.mlp.hook_post" not in self._points():
                 continue
-            post = self._sliced_entry(f"blocks.{n}.mlp.hook_post", pos)
+            post = self._entry(f"blocks.{n}.mlp.hook_post", pos)
             chosen = _chosen("neurons", neurons, post.shape[-1], f"the MLP of layer {n}")
             added = post[..., chosen, None] * self._block(n).mlp.output_matrix().detach()[chosen].to(post)
             added = self._in_stream(n, "mlp", added, pos)
             labelled += [(neuron_name(n, int(i)), act) for i, act in zip(chosen, added.unbind(-2), strict=True)]
-        if incl_remainder:
-            labelled.append(("remainder", self._stream(layer, pos) - sum(act for _, act in labelled)))
-        return self._stacked(labelled, layer, apply_ln, pos)
+        return self._stacked(labelled, layer, apply_ln, pos, incl_remainder)
 
     def apply_ln_to_stack(
         self,
@@ -272,16 +266,16 @@ class ActivationCache(Mapping[str, Tensor]):
         mlp_input: bool = False,
         pos: Index | None = None,
     ) -> Float[Tensor, "component ... d_model"]:
-        """The stack through the norm that reads `layer` (None or -1: the final norm), with its cached scale.
+        """Apply the norm that reads the stream at `layer` (None or -1: the final norm), with its cached scale.
 
-        Linear in the stack: centred where the norm centres, divided by the scale, times the norm's weight, without its
-        bias. So the sum over components of a full decomposition is the norm's output minus its bias.
+        Linear in the stack: centred if the norm centres, divided by the scale, times the norm's weight, without its
+        bias. So a full decomposition sums to the norm's output minus its bias.
         """
         if not isinstance(stack, Tensor):
-            raise WrongType(f"a stack is a tensor [component ... d_model], as decompose_resid gives; got {stack!r:.80}")
+            raise WrongType(f"a stack is a tensor [component ... d_model] as of decompose_resid; got {stack!r:.80}")
 
         def scale_at(name: str) -> Tensor:
-            scale = self._sliced_entry(name, pos)
+            scale = self._entry(name, pos)
             if stack.shape[1:-1] != scale.shape[:-1]:
                 raise InputError(
                     f"a stack {list(stack.shape)} cannot be divided by {name} {list(scale.shape)}; give pos= here as "
@@ -299,9 +293,9 @@ class ActivationCache(Mapping[str, Tensor]):
         *,
         pos: Index | None = None,
     ) -> Float[Tensor, "component ..."]:
-        """How much each component of a stack adds to the logit of `tokens` (minus that of `incorrect_tokens`).
+        """The contribution of each component of a stack to the logit of `tokens` (minus that of `incorrect_tokens`).
 
-        Direct effect only, with the final norm's scale frozen. Over a full decomposition it sums to the logit before
+        The direct effect only, with the final norm's scale frozen. For a full decomposition it sums to the logit before
         any soft cap, minus b_U and minus the final norm's bias through W_U.
         """
         model: Any = self._need_model()
@@ -309,20 +303,20 @@ class ActivationCache(Mapping[str, Tensor]):
         if incorrect_tokens is not None:
             directions = directions - model.tokens_to_residual_directions(incorrect_tokens).detach()
         scaled = self.apply_ln_to_stack(stack, None, pos=pos)
-        if directions.ndim == 2 and scaled.ndim == 4:  # one direction a prompt, every position kept
+        if directions.ndim == 2 and scaled.ndim == 4:  # one direction for each prompt, at every position
             directions = directions[:, None]
         fit = zip(reversed(directions.shape[:-1]), reversed(scaled.shape[1:-1]), strict=False)
         if directions.ndim >= scaled.ndim or any(given not in (1, n) for given, n in fit):
             raise InputError(
                 f"tokens {list(directions.shape[:-1])} do not fit a stack {list(stack.shape)}; give one token, or one "
-                "a prompt"
+                "for each prompt"
             )
         return (scaled * directions.to(scaled)).sum(-1)
 
     # -- saving
 
     def save(self, path: str | Path) -> None:
-        """Write the cache as safetensors: every tensor once, written aside and renamed. Read it with `load`."""
+        """Save the cache as a safetensors file with every tensor once; `load` reads it."""
         first: dict[tuple, str] = {}
         same = {name: first.setdefault(_identity(act), name) for name, act in self._entries.items()}
         tensors = {name: self._entries[name] for name in first.values()}
@@ -332,7 +326,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path, model: "HookedModule | None" = None) -> "ActivationCache":
-        """The cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
+        """Load a cache that `save` wrote; a damaged or foreign file is refused before any tensor is used."""
         file = read_envelope(path, _SCHEMA)
         tensors = dict(file.tensors())
         with reading(path, _SCHEMA.what):
@@ -345,7 +339,7 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def _need_model(self):
         if self.model is None:
-            raise InputError("this cache knows no model; load it with ActivationCache.load(path, model)")
+            raise InputError("this cache has no model; load it with ActivationCache.load(path, model)")
         return self.model
 
     def _block(self, layer: int):
@@ -365,35 +359,40 @@ class ActivationCache(Mapping[str, Tensor]):
             )
         return n_layers if layer == -1 else layer
 
-    def _sliced_entry(self, name: str, pos: Index | None) -> Tensor:
+    def _entry(self, name: str, pos: Index | None) -> Tensor:
         return _sliced(name, self[name], None, pos, self.attention_mask)
 
-    def _stream(self, layer: int | None, pos: Index | None) -> Tensor:
-        end = self._end(layer)
-        last = end == self._n_layers()
-        return self._sliced_entry(f"blocks.{end - 1}.hook_resid_post" if last else f"blocks.{end}.hook_resid_pre", pos)
+    def _stream_at(self, end: int) -> str:
+        """The point of the stream that enters a layer, or leaves the last one."""
+        return f"blocks.{end - 1}.hook_resid_post" if end == self._n_layers() else f"blocks.{end}.hook_resid_pre"
 
     def _head_result(self, layer: int, pos: Index | None) -> Tensor:
         attn = f"blocks.{layer}.attn"
         if f"{attn}.hook_result" in self._entries:
-            result = self._sliced_entry(f"{attn}.hook_result", pos)
+            result = self._entry(f"{attn}.hook_result", pos)
         else:
-            z = self._sliced_entry(f"{attn}.hook_z", pos)
+            z = self._entry(f"{attn}.hook_z", pos)
             result = torch.einsum("...hd,hdm->...hm", z, self._block(layer).attn.output_matrix().detach().to(z))
         return self._in_stream(layer, "attn", result, pos)
 
     def _in_stream(self, layer: int, part: str, written: Tensor, pos: Index | None) -> Tensor:
-        """What components of a part wrote, as it reaches the stream: linear, with the scales of this run."""
+        """The outputs of a part's components as they reach the stream: linear, with the scales of this run."""
         passage = self._block(layer).writes_through(part)
-        return passage.frozen(written, lambda name: self._sliced_entry(name, pos).unsqueeze(-2))
+        return passage.frozen(written, lambda name: self._entry(name, pos).unsqueeze(-2))
 
     def _additive(self, asker: str) -> None:
         if self.model is not None:
             self._block(0).need_sum(asker, "accumulated_resid works there")
 
-    def _stacked(self, labelled, layer, apply_ln: bool, pos) -> tuple[Tensor, list[str]]:
+    def _stacked(
+        self, labelled: Labelled, layer: int | None, apply_ln: bool, pos: Index | None, rest: bool = False
+    ) -> tuple[Tensor, list[str]]:
+        """The labelled contributions as one tensor, if asked with the rest of the stream and through its norm."""
+        if rest:
+            stream = self._entry(self._stream_at(self._end(layer)), pos)
+            labelled = [*labelled, ("remainder", stream - sum(act for _, act in labelled))]
         if not labelled:
-            raise InputError(f"no component of that kind lies below layer {layer}: nothing to stack")
+            raise InputError(f"there is no component of this kind below layer {layer}")
         stack = torch.stack([act for _, act in labelled])
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, pos=pos)
@@ -409,7 +408,7 @@ def axes_or_none(name: str) -> tuple[str, ...] | None:
 
 
 def converted(act: Tensor, device, dtype: torch.dtype | None) -> Tensor:
-    """The activation elsewhere, or in another dtype if it is floating-point; what it repeats stays one.
+    """The activation on another device, or in another dtype if it is floating-point; expanded axes stay expanded.
 
     >>> converted(torch.ones(2, 1).expand(2, 500), None, torch.float64).untyped_storage().nbytes()
     16
@@ -428,7 +427,7 @@ def _layer_of(name: str) -> int | None:
 
 
 def _as_index(what: str, index: Index, size: int, of: str) -> Any:
-    """An index as torch takes it on every device; one that does not fit raises with what there is."""
+    """An index in a form that torch takes on every device; one that does not fit raises an error with the range."""
     if not isinstance(index, slice) and not _fits(index, size):
         raise InputError(f"{what} {index!r:.60} asked for; {of} has {what} 0 to {size - 1} (or -{size} to -1)")
     if isinstance(index, Tensor):
@@ -449,7 +448,7 @@ def _fits(index: Any, size: int) -> bool:
 
 
 def _chosen(what: str, index: Index | None, size: int, of: str) -> Int[Tensor, "chosen"]:
-    """The numbers that an index picks from 0 to `size`."""
+    """The numbers below `size` that an index selects."""
     everything = torch.arange(size)
     return everything if index is None else everything[_as_index(what, index, size, of)].reshape(-1)
 
@@ -461,7 +460,7 @@ def _sliced(
         return act
     names = axes_or_none(name)
     if names is None or act.ndim != len(names):
-        raise InputError(f"{name} has shape {list(act.shape)}, whose axes are not known or already sliced")
+        raise InputError(f"the axes of {name} {list(act.shape)} are unknown, or one is already sliced")
     if pos is not None:
         axis = next(i for i, axis in enumerate(names) if axis in ("pos", "query_pos", "key_pos"))
         if real is None:

@@ -51,7 +51,7 @@ def test_short_forms_negative_layers_and_full_names_are_one_entry(run):
 @pytest.mark.parametrize(
     "key, said",
     [
-        ("z", r"'z' is 2 activations \(blocks\.0\.attn\.hook_z, blocks\.1\.attn\.hook_z"),
+        ("z", r"'z' matches 2 activations \(blocks\.0\.attn\.hook_z, blocks\.1\.attn\.hook_z"),
         (("zz", 0), "no site named 'zz'"),
         (("z", 2), "layers 0 to 1"),
         (("result", 0), r"\('result', 0\) was not captured; this cache holds 40 activations .* run_with_cache\(names"),
@@ -462,7 +462,7 @@ def test_components_are_labelled_and_narrowed(run):
         assert close(stack[0], cache["post", 0][..., n, None] * model.blocks[0].mlp.W_out[n], ulps=20)
     with pytest.raises(InputError, match="'all', 'attn' or 'mlp'"):
         cache.decompose_resid(mode="heads")
-    with pytest.raises(InputError, match="nothing to stack"):
+    with pytest.raises(InputError, match="no component of this kind below"):
         cache.stack_head_results(0)
     with pytest.raises(InputError, match="layer 3 asked for"):
         cache.decompose_resid(3)
