@@ -16,24 +16,24 @@ _EXAMPLES = (
     '"MLP9", a neuron "L2N17", a layer "L5", and there are "embed" and "final"; "L9H6@-1" is a head at one position'
 )
 
-Pos = int | tuple[int, ...] | None  # one position of every pair, one a pair, or all
-# Every kind, and what is numbered in its layer.
+Pos = int | tuple[int, ...] | None  # one position of every pair, one for each pair, or all
+# Every kind, and whether its head or neuron has a number.
 _NUMBERED = {**dict.fromkeys(("head", "q", "k", "v"), "head"), "neuron": "neuron"}
 _NUMBERED |= dict.fromkeys(("mlp", "mlp_in", "layer", "embed", "final"), "")
 
 
 @dataclass(frozen=True)
 class Component:
-    """What a method acts on or reads: a head, the q, k or v of one, an MLP, a neuron, a layer, where the stream ends.
+    """A part of a model: a head, its q, k or v, an MLP, a neuron, a layer, the embedding, or the final stream.
 
     >>> Component.parse("L5H1.q@-1")
     Component(kind='q', layer=5, head=1, neuron=None, pos=-1, at='@-1', keyed=False, turned=None)
     >>> [str(Component.parse(name)) for name in ("L5H1", "MLP3", "L2N17", "L0G2.k", "embed", "logits")]
     ['L5H1', 'MLP3', 'L2N17', 'L0G2.k', 'embed', 'final']
 
-    `kind` is head, q, k, v, mlp (what it writes), mlp_in (what it reads), neuron, layer, embed or final (what the final
-    norm reads). `keyed` marks a key/value head that several heads share, which is called G. `at` is what the
-    position is called in names. `turned`: what it sends is turned into a random direction drawn by that seed.
+    `kind` is head, q, k, v, mlp (its output), mlp_in (its input), neuron, layer, embed or final (the input of the final
+    norm). `keyed` marks a key/value head that several heads share, named G. `at` is the name of the position.
+    `turned` is the seed of a random direction that replaces that of its output.
     """
 
     kind: str
@@ -77,9 +77,9 @@ class Component:
 
     @property
     def place(self) -> tuple[int, int]:
-        """(layer, head) of what belongs to a head."""
+        """(layer, head), for a component of a head."""
         if self.head is None:
-            raise InputError(f"a head was asked for, and {self.name} is none")
+            raise InputError(f"{self.name} is not a head")
         return self.layer, self.head
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ class Component:
 
 
 def no_component(asked: Any, what: str = "component") -> InputError:
-    """The error for what names no component.
+    """The error for an argument that names no component.
 
     >>> print(no_component("l1h0"))
     no component is called 'l1h0'; closest: L1H0

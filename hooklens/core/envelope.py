@@ -2,8 +2,8 @@
 
 A file with tensors is a safetensors file with these four as JSON under one key of its metadata; a file that people read
 and commit is a JSON object of the same four. The digest covers the schema, the content, and every tensor's name, dtype,
-shape and bytes. The same content gives the same bytes, so a file is whole if it is, byte for byte, what would be
-written for what it says.
+shape and bytes. The same content gives the same bytes, so a file is intact if writing its content again
+would give the same bytes.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ from hooklens.core.safetensors_file import (
 
 _KEY = "hooklens"  # the only key of a safetensors file's metadata
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
-Described = Mapping[str, tuple[str, Sequence[int]]]  # of every tensor its dtype, as the format calls it, and its shape
+Described = Mapping[str, tuple[str, Sequence[int]]]  # the dtype of every tensor, named as in the format, and its shape
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A kind of file: its name and version, what messages call it, and what writes it; with tensors or as JSON."""
+    """A kind of file: name, version, description and writer for messages; with tensors or as JSON."""
 
     name: str
     version: int
@@ -44,7 +44,7 @@ class Schema:
     as_json: bool = False
 
     def check(self, path: str | os.PathLike, found: Mapping[str, Any]) -> None:
-        """Is it this kind of file, in the version that is read?"""
+        """Raise unless the file has this schema and version."""
         name, version = found.get("schema"), str(found.get("version"))
         if name != self.name:
             seen = f"it is another file: its schema is {name!r:.60} and not {self.name!r}"
@@ -55,12 +55,12 @@ class Schema:
             raise self.refused(path, seen, "install a newer one" if newer else f"write it again with {self.writer}")
 
     def damaged(self, path: str | os.PathLike) -> FileRefused:
-        """What a file that was changed after it was written is refused with."""
+        """The error for a file that was changed after it was written."""
         seen = "its content is not what its digest says: it was damaged or edited"
         return self.refused(path, seen, f"copy it again, or write it again with {self.writer}")
 
     def refused(self, path: str | os.PathLike, seen: str, mend: str) -> FileRefused:
-        """What a file that is not this is refused with."""
+        """The error for a file that is refused."""
         return FileRefused(f"{self.what} was to be read from {os.fspath(path)!r}, but {seen}; {mend}")
 
 
@@ -80,7 +80,7 @@ class Envelope:
         return {} if self.file is None else self.file.entries
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor, one read at a time; after the last one a file whose bytes were changed is refused."""
+        """Names and tensors, read one at a time; after the last one, changed bytes raise an error."""
         if self.file is None:
             return
         total = hashlib.sha256()
@@ -133,8 +133,7 @@ def read_envelope(path: str | os.PathLike, schema: Schema) -> Envelope:
             file, described, canonical = None, {}, True
         else:
             file = read_header(path, schema.what)
-            head = file.metadata.get(_KEY, "{}")
-            described = {name: (entry.kind, entry.shape) for name, entry in file.entries.items()}
+            head, described = file.metadata.get(_KEY, "{}"), file.entries
             canonical = len(file.metadata) == 1 and file.is_canonical()
         found = json_object(head)
         schema.check(path, found)
@@ -161,13 +160,13 @@ def rendered(schema: Schema, content: Any, described: Described, data: str) -> s
 
 
 def digest_of(schema: Schema, content: Any, described: Described | None = None, data: str = "") -> str:
-    """What identifies a file's content: 64 hexadecimal digits of everything in it."""
+    """The digest of a file: 64 hexadecimal digits that identify everything in it."""
     tensors = [[name, kind, list(shape)] for name, (kind, shape) in sorted((described or {}).items())]
     return digest([_compact([schema.name, schema.version, content, tensors, data])])
 
 
 def digest(pieces: Iterable[str | bytes | memoryview]) -> str:
-    """The SHA-256 of texts and bytes, one after the other: is it the same content?
+    """The SHA-256 of texts and bytes in sequence.
 
     >>> digest(["a", b"b"]) == digest(["ab"]), digest([])[:8]
     (True, 'e3b0c442')

@@ -67,7 +67,7 @@ class ArgumentError(InputError):
 
 
 class Refused(InputError):
-    """Several unusable arguments, each with its name and what is wrong with it. Raised by `judge`."""
+    """Several unusable arguments, each with its name and error. Raised by `judge`."""
 
     def __init__(self, errors: Sequence[tuple[str, HooklensError]]):
         self.errors = errors

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read so that whatever is wrong with one is said in words."""
+"""Atomic writing of files, and reading with a clear error for every fault."""
 
 import contextlib
 import errno
@@ -30,7 +30,7 @@ _DAY = 24 * 3600.0
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Turn whatever the body meets in a file into one error: FileRefused, or InputError where the file is missing.
+    """Turn every error of the body into one about the file: FileRefused, or InputError if the file is missing.
 
     >>> with reading("no_such_file.json", "a circuit"):
     ...     text = Path("no_such_file.json").read_text()
@@ -38,9 +38,8 @@ def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
     ...
     hooklens.core.errors.InputError: a circuit was to be read from 'no_such_file.json', but there is no such file; ...
 
-    Readers catch nothing on their own. The body reads and parses, and does nothing that can fail for another reason
-    than the file: every exception in it is taken as the file's fault. Errors of hooklens pass through, but a name that
-    does not exist is the file's fault too.
+    The body only reads and parses, because every exception in it is attributed to the file. Errors of hooklens pass
+    through, except for a name that does not exist.
     """
     asked = f"{what} was to be read from {str(path_of(path))!r}, but"
     try:
@@ -54,7 +53,7 @@ def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
     except OSError as error:
         raise FileRefused(f"{asked} it cannot be read ({error.strerror or error}); check the path") from error
     except BaseException as error:
-        # A panic in a Rust library is no Exception, so that it passes `except Exception`; its class cannot be imported.
+        # A panic in a Rust library is not an Exception, and its class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise FileRefused(f"{asked} {_fault(error)}; save, copy or download it again") from error
@@ -83,7 +82,7 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The JSON object in a text; what is none raises, as the body of `reading` may."""
+    """The JSON object in a text; raises for anything else, inside `reading`."""
     held = json.loads(text)
     if not isinstance(held, dict):
         raise TypeError(f"it should hold a JSON object, it holds a {type(held).__name__}")
@@ -91,7 +90,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def _fault(error: BaseException) -> str:
-    """What is wrong with the file that led to this error."""
+    """The fault of the file that caused this error."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):
@@ -115,8 +114,8 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
     >>> [p.name for p in folder.iterdir()]
     ['numbers.txt']
 
-    An existing file keeps its old content until the new one is complete, also when the body raises
-    or the program is interrupted. A symbolic link is followed: what it points to is replaced.
+    An existing file keeps its content until the new one is complete, also if the body raises or the program is
+    interrupted. A symbolic link is followed, and its target replaced.
     """
     target = _target(path_of(path))
     _sweep_once(target.parent)
@@ -140,7 +139,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Could `path` be written now? Raises what write_atomically would: ask before a long computation, not after.
+    """Raise the error that write_atomically would raise for this path, before a long computation.
 
     >>> check_writable("no_such_folder/report.html")
     Traceback (most recent call last):
@@ -157,7 +156,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> Path:
-    """The folder of that path, made with the folders above it where they are missing."""
+    """Create a folder, with missing folders above it."""
     folder = path_of(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,14 +167,14 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 
 def unfinished_name(prefix: str) -> str:
-    """A fresh name for what is not finished yet; it tells whose it is, so that `sweep` removes it if that one dies."""
+    """A new name for an unfinished file, with the process in it, so that `sweep` can remove what a dead one left."""
     return f"{prefix}{_machine()}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def sweep(folder: Path, prefix: str) -> None:
-    """Remove what killed processes left in a folder: files and folders of `unfinished_name`.
+    """Remove files and folders of `unfinished_name` that killed processes left in a folder.
 
-    Those of a process of this machine go once it no longer runs, all others after a day.
+    Those of a process of this machine are removed once it no longer runs, all others after a day.
     """
     pattern = re.compile(re.escape(prefix) + r"(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{12}(\..*)?")
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -211,7 +210,7 @@ def _left_behind(entry: os.DirEntry, machine: str, pid: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Where a process id means something: a host and, on Linux, a namespace of ids, of which each container has one."""
+    """The scope of a process id: a host and, on Linux, a namespace of ids, of which each container has its own."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -220,7 +219,7 @@ def _machine() -> str:
 
 
 def _target(path: Path) -> Path:
-    """Where the bytes will really go. Devices and pipes are refused: a rename would replace them, not write to them."""
+    """The real path of the file. Devices and pipes are refused, because a rename would replace them."""
     asked = f"cannot write {str(path)!r}:"
     if not path.name:
         raise InputError(f"{asked} it names a folder; add a file name to it")
@@ -242,7 +241,7 @@ def _target(path: Path) -> Path:
 
 
 def _create(path: Path) -> int:
-    """Make the empty file now, so that a read-only folder is known before the work starts; its mode by the umask."""
+    """Create the empty file, so that a read-only folder fails before the work starts; return its mode."""
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(handle).st_mode)
@@ -253,13 +252,13 @@ def _create(path: Path) -> int:
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDWR)
     try:
-        os.fsync(handle)  # else a power cut after the rename could leave the new name with no content
+        os.fsync(handle)  # a power cut after the rename could otherwise leave an empty file
     finally:
         os.close(handle)
 
 
 def _reason(error: Exception, temporary: Path) -> str | None:
-    """What stopped the write, in words; None when the error is not about this file."""
+    """The reason why the write failed; None if the error is not about this file."""
     code, name = getattr(error, "errno", None), getattr(error, "filename", None)
     if code is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         code = int(found.group(1))  # safetensors reports the system's error inside its own

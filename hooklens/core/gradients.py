@@ -1,4 +1,4 @@
-"""Whether gradients can be had here."""
+"""A check that gradients are available."""
 
 import torch
 

@@ -81,7 +81,7 @@ class _Capture:
     def _cast(self, act: Tensor, kept: Tensor) -> Tensor:
         if self.device is None and self.dtype is None:
             return kept
-        # A tensor that stands at two points (resid_post, the next resid_pre) is moved once and stays one tensor.
+        # A tensor of two points (resid_post, the next resid_pre) is converted once and stays one tensor.
         known = self.moved.get(id(act))
         if known is None or known[0]() is not act:
             known = self.moved[id(act)] = (weakref.ref(act), converted(kept, self.device, self.dtype))
@@ -379,7 +379,7 @@ class HookedModule(HookedPart):
 
     def hook_names(self) -> list[str]:
         """The full name of every point, in the order in which they fire."""
-        return list(self._points)
+        return list(self.hook_points())
 
     def resolve(self, where: Where) -> list[HookPoint]:
         """The points selected by a name, short site, list or predicate; unknown names raise with the closest ones."""

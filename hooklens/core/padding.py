@@ -66,15 +66,14 @@ def per_row(real: Mask, pos: Any) -> tuple[Int[Tensor, "any_batch n"], Any]:
         if len({len(some) for some in chosen}) > 1:
             raise InputError(
                 f"pos {pos} is {sorted({len(some) for some in chosen})} positions of rows that have "
-                f"{sorted(set(lengths))} real tokens; ask for as many of each row, such as slice(-2, None), or select "
+                f"{sorted(set(lengths))} real tokens; select the same number in each row, such as slice(-2, None), or "
                 "rows of one length first"
             )
         return torch.tensor(chosen, dtype=torch.long, device=real.device), slice(None)
     asked = torch.as_tensor(pos, device=real.device)
     if asked.dtype == torch.bool or (asked.is_floating_point() and asked.numel()):
         raise InputError(
-            f"pos {pos!r:.60} asked for where rows are padded; positions count each row's real tokens there, so give "
-            "integers or a slice"
+            f"pos {pos!r:.60} was given for padded rows, where positions count real tokens; give integers or a slice"
         )
     again: Any = 0 if asked.ndim == 0 else torch.arange(asked.numel(), device=real.device).view(asked.shape)
     return asked.reshape(1, -1).long(), again

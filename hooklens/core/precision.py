@@ -1,4 +1,4 @@
-"""What must not be computed in half precision: sums, softmax, norms."""
+"""Wider dtypes for sums, softmax and norms, which half precision cannot represent well enough."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -28,7 +28,7 @@ def as_wide_as(x: Tensor) -> AbstractContextManager[None]:
 
 
 def is_autocast(device: torch.device) -> bool:
-    """Is torch.autocast on there? torch's own question raises for the devices that have no autocast, such as meta.
+    """Whether torch.autocast is on for a device; torch's own function raises for devices without it, such as meta.
 
     >>> is_autocast(torch.device("meta"))
     False

@@ -69,7 +69,7 @@ def tracked(items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
 
 @contextmanager
 def within(advance: Advance, amount: int | float, total: int | float) -> Iterator[None]:
-    """Work worth `amount` on a bar, advanced by `total` calls of `step`; the end adds what is missing.
+    """A block that advances a bar by `amount` in `total` calls of `step`; its end adds the rest.
 
     >>> with within(print, 6, 4):
     ...     step()

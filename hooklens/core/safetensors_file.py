@@ -9,7 +9,7 @@ import os
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Shaped
@@ -50,8 +50,7 @@ _FAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """The dtype of a tensor in the file, as the format calls it, and its shape."""
 
     kind: str
@@ -88,7 +87,7 @@ class SafetensorsFile:
             return self.handle.get_tensor(name)
 
     def is_canonical(self) -> bool:
-        """Whether the header is, byte for byte, what the package writes for what it says."""
+        """Whether the package would write this header again with the same bytes."""
         text = json.dumps(json.loads(self.header), separators=(",", ":"), ensure_ascii=False).encode()
         return self.header == text + b" " * (-len(text) % 8)
 
@@ -112,7 +111,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], me
 
 
 def read_header(path: str | os.PathLike, what: str = "a safetensors file") -> SafetensorsFile:
-    """Open a safetensors file; one that is cut short, or of another format, is refused here as `what` it should be."""
+    """Open a safetensors file. A truncated file or one of another format raises an error about `what` was expected."""
     path = path_of(path)
     with reading(path, what), open(path, "rb") as raw:
         try:
@@ -123,10 +122,8 @@ def read_header(path: str | os.PathLike, what: str = "a safetensors file") -> Sa
                 f"{what} was to be read from {str(path)!r}, but {fault} ({path.stat().st_size:,} bytes; {error}); "
                 "download, copy or save it again"
             ) from error
-        entries = {}
-        for name in handle.offset_keys():
-            tensor = handle.get_slice(name)
-            entries[name] = Entry(tensor.get_dtype(), tuple(tensor.get_shape()))
+        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+        entries = {name: Entry(tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
         header = raw.read(int.from_bytes(raw.read(8), "little"))
     return SafetensorsFile(path, entries, handle.metadata() or {}, header, handle)
 

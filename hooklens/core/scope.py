@@ -7,7 +7,7 @@ from hooklens.core.errors import InputError
 
 
 class Lifetime:
-    """How long something is in effect: while `open`. `value` is what is in effect; once closed, it keeps nothing alive.
+    """The lifetime of a setting: in effect while `open`. `value` is the setting; once closed, it keeps nothing alive.
 
     Scopes refer to what they own, and owned objects refer to a lifetime, never to the scope. So there are no reference
     cycles, and memory is freed when the last reference is dropped.

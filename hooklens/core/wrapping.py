@@ -67,10 +67,6 @@ class WrappedModule(HookedModule):
         """Every point by its name, module by module; points of single calls (`name#1`) are not listed."""
         return {name: point for name, point in self._points.items() if point.every() is None}
 
-    def hook_names(self) -> list[str]:
-        """The name of every point, module by module."""
-        return list(self.hook_points())
-
     def resolve(self, where: Where) -> list[HookPoint]:
         """The points selected by a name, `name#1`, site, list or predicate; unknown ones raise with the closest."""
         found: dict[HookPoint, None] = {}

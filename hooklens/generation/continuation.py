@@ -1,4 +1,4 @@
-"""What has been generated for one prompt so far: its ids, its text as it grows, and whether a stop was met."""
+"""The continuation of one prompt: its ids, its growing text, and whether a stop was reached."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from hooklens.core.errors import InputError, WrongType
 
 #: Given the number of the prompt and the next piece of its text.
 OnPiece = Callable[[int, str], None]
-# Tokens of the prompt that are decoded along with what follows: whether a token begins with a space can depend on them.
+# The last tokens of the prompt are decoded with the new ones: a leading space can depend on them.
 _CONTEXT = 8
 
 
 @dataclass(frozen=True)
 class Stops:
-    """What ends a continuation: a token of `ids`, or one of `texts` anywhere in the new text.
+    """The stops of a continuation: a token of `ids`, or one of `texts` anywhere in the new text.
 
     >>> Stops.of([5, "END"], None)
     Stops(ids=frozenset({5}), texts=('END',))
@@ -28,7 +28,7 @@ class Stops:
 
     @classmethod
     def of(cls, stop: int | str | Collection[int | str] | None, tokenizer: Any) -> "Stops":
-        """From ids and strings; None is what the tokenizer ends a text with, an empty sequence never stops."""
+        """From ids and strings. None means the tokenizer's end of text; an empty sequence never stops."""
         if stop is None:
             ids = {*getattr(tokenizer, "stop_ids", ()), getattr(tokenizer, "eos_id", None)} - {None}
             return cls(frozenset(ids))
@@ -37,12 +37,12 @@ class Stops:
         if wrong:
             raise WrongType(f"stop takes token ids and strings, got {wrong[0]!r}; give one or a list of these")
         if "" in given:
-            raise InputError("stop holds the empty string, which every text contains; stop=() never stops")
+            raise InputError("stop contains the empty string, which occurs in every text; stop=() never stops")
         return cls(frozenset(s for s in given if isinstance(s, int)), tuple(s for s in given if isinstance(s, str)))
 
 
 class Continuation:
-    """The new tokens of one prompt, and their text, handed on in pieces that are whole characters.
+    """The new tokens of one prompt, and their text, emitted in pieces of whole characters.
 
     >>> from hooklens.pretrained.tokenizer import tiny_tokenizer
     >>> tokenizer, pieces = tiny_tokenizer(), []
@@ -60,7 +60,7 @@ class Continuation:
         self.stopped, self.shown = False, 0
         if tokenizer is None and emit is not None:
             raise InputError(
-                "stream= hands on text, which needs a tokenizer, and this model has none; leave stream out and read "
+                "stream= emits text, which needs a tokenizer, but this model has none; leave stream out and read "
                 "the result's new_tokens, or give the model one: hl.load(..., tokenizer=...)"
             )
         if tokenizer is None and stops.texts:
@@ -70,7 +70,7 @@ class Continuation:
             )
 
     def add(self, token: int) -> None:
-        """One token more; after a stop nothing is added."""
+        """Append a token, unless a stop was reached."""
         if self.stopped:
             return
         self.ids.append(token)
@@ -88,7 +88,7 @@ class Continuation:
         return text[: min([text.index(stop) for stop in self.stops.texts if stop in text], default=None)]
 
     def finish(self) -> None:
-        """Nothing follows: hand on what was held back."""
+        """Emit the rest of the text."""
         if self.emit is not None:
             self._show(self.text())
 
@@ -99,7 +99,7 @@ class Continuation:
         return whole[len(before) :] if whole.startswith(before) else self.tokenizer.to_string(ids)
 
     def _settled(self, text: str) -> int:
-        """How far the text is sure to stay: not half a character, not what may become a stop text."""
+        """The length of the text that is final: without half a character or the beginning of a stop text."""
         end = len(text.rstrip("\ufffd"))
         starts = (stop[:n] for stop in self.stops.texts for n in range(1, len(stop)))
         return end - max([len(start) for start in starts if text[:end].endswith(start)], default=0)

@@ -1,7 +1,7 @@
-"""One new token through a model that nobody listens to: the numbers of its forward, with far fewer calls.
+"""A fast forward pass of one new token for a model without listeners: the same numbers with far fewer calls.
 
 A step of one row reads every weight once and computes little, so the calls around each product take a quarter of its
-time or more. Here no hook point is passed, and where packing pays the layers that read the same input are one product.
+time or more. Here hook points are skipped, and layers that read the same input are one product if packing pays.
 """
 
 import math
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 Stream = Float[Tensor, "*batch d_model"]  # without batch for a single vector
-# Packing the weights takes about as long as it saves in this many steps.
+# Packing the weights takes about as much time as it saves in this many steps.
 PACKING_PAYS_FROM = 24
 _KNOWN = {
     *(Block, SandwichBlock, ParallelBlock, Attention, MLP, GatedMLP, LayerNorm, RMSNorm, Unembedding),
@@ -37,7 +37,7 @@ _KNOWN = {
 
 
 class Decoder:
-    """The steps of a generation; weights are joined and packed once, where that pays for so many steps.
+    """The steps of a generation; weights are joined and packed once if that pays for this number of steps.
 
     >>> from hooklens.testing import tiny_model
     >>> model, past = tiny_model(), KVCache()
@@ -50,7 +50,7 @@ class Decoder:
 
     @classmethod
     def of(cls, model: "HookedTransformer", rows: int, *, steps: int = PACKING_PAYS_FROM) -> "Decoder | None":
-        """A decoder where it would be right: every part is one of ours, as it was made, in one dtype."""
+        """A decoder, or None unless every module is an unmodified one of hooklens and all have one dtype."""
         from hooklens.model.transformer import HookedTransformer
 
         weights = list(model.parameters())
@@ -75,7 +75,7 @@ class Decoder:
         self.rows = 0
 
     def _product(self, rows: int, steps: int) -> Callable[[Sequence[nn.Linear]], "_Rows"]:
-        """How one input is multiplied by the weights of several layers here."""
+        """The kind of product of one input with the weights of several layers."""
         weight = self.model.unembed.linear.weight
         if weight.device.type != "cpu":
             return _Rows
@@ -84,13 +84,13 @@ class Decoder:
         return _Vector if rows == 1 and weight.dtype.itemsize >= 4 and vector_pays(weight) else _Rows
 
     def serves(self) -> bool:
-        """Is every weight still what was packed, and does nobody listen?"""
+        """Whether every weight is unchanged and no hook is active."""
         if edited_elsewhere(self.points) or _hooked(self.parts):
             return False
         return all(at[name] is w and w._version == v and w.data_ptr() == to for at, name, w, to, v in self.weights)
 
     def __call__(self, tokens: Int[Tensor, "batch 1"], past: KVCache) -> Float[Tensor, "batch d_vocab"]:
-        """Logits of what follows the new token of each row, which joins the cache."""
+        """Append the new token of each row to the cache and return the logits after it."""
         model = self.model
         ctx = model._context(tokens, None, past)
         x = model.embed_input(tokens, ctx)[:, 0]
@@ -109,9 +109,9 @@ class Decoder:
 
 
 class _Rows:
-    """Layers that read the same input, rows by plain weights: one product each, side by side in a buffer.
+    """Layers that read the same input, with plain weights: one product each, side by side in a buffer.
 
-    Joining their weights would copy them, which takes as long as a few tokens do, and one product is no faster for it.
+    Joining the weights would copy them, which takes as long as a few tokens, and one product is not faster.
     """
 
     def __init__(self, layers: Sequence[nn.Linear]):
@@ -119,22 +119,22 @@ class _Rows:
         self.layers = [(x.weight.detach(), None if x.bias is None else x.bias.detach()) for x in layers]
 
     def fit(self, rows: int) -> list[Float[Tensor, "..."]]:
-        """A buffer for what the layers give of so many rows, overwritten by every `fill`: each layer's share of it."""
+        """Allocate the buffer for the outputs of this number of rows; return each layer's share of it."""
         self.buffer = self.layers[0][0].new_empty(rows, sum(self.sizes))
         self.shares = list(self.buffer.split(self.sizes, 1))
         return self.shares
 
     def fill(self, x: Stream) -> None:
-        """What each layer gives, into its share of the buffer."""
+        """Write the output of each layer into its share of the buffer."""
         for (weight, bias), share in zip(self.layers, self.shares, strict=True):
             self.product(x, weight, bias, share)
 
     def __call__(self, x: Stream) -> Float[Tensor, "*batch d_out"]:
-        """What the only layer gives."""
+        """The output of the only layer."""
         return self.product(x, *self.layers[0])
 
     def onto(self, stream: Stream, x: Float[Tensor, "*batch d_in"]) -> Stream:
-        """The stream, and what the only layer adds to it; in half precision it is rounded first, as in the model."""
+        """The stream plus the output of the only layer, which is rounded first in half precision, as in the model."""
         weight, bias = self.layers[0]
         joins = bias is None and weight.dtype.itemsize >= 4
         return self.product(x, weight, stream) if joins else stream + self(x)
@@ -148,7 +148,7 @@ class _Rows:
 
 
 class _Vector(_Rows):
-    """The same for one row, given and returned without its dimension: BLAS has a faster product for it."""
+    """The same for one row without its axis: BLAS has a faster product for a vector."""
 
     def fit(self, rows: int) -> list[Float[Tensor, "..."]]:
         self.shares = [share[0] for share in super().fit(rows)]
@@ -160,7 +160,7 @@ class _Vector(_Rows):
 
 
 class _Packed(_Rows):
-    """The same as one product, on weights joined and packed for so many rows."""
+    """The same as one product, with weights joined and packed for this number of rows."""
 
     def __init__(self, layers: Sequence[nn.Linear], *, rows: int):
         super().__init__(layers)
@@ -181,7 +181,7 @@ class _Packed(_Rows):
 
 
 def _short(norm: Norm | None, vector: bool) -> Callable[[Stream], Stream] | None:
-    """The norm in few calls: torch's own RMS norm takes a dozen on a CPU, which for one row is all of its time."""
+    """The norm in few calls: torch's RMS norm makes a dozen on a CPU, which takes most of the time for one row."""
     if not isinstance(norm, RMSNorm) or norm.offset or norm.weight is None or norm.weight.dtype.itemsize < 4:
         return None if norm is None else norm.fused
     weight, share, eps = norm.weight.detach(), 1 / norm.width, norm.eps
@@ -199,7 +199,7 @@ def _short(norm: Norm | None, vector: bool) -> Callable[[Stream], Stream] | None
 
 
 class _Turn(NamedTuple):
-    """Rotary tables of one step: cosines, and the signed sines that the first and second of each pair are given."""
+    """Rotary tables of one step: cosines, and the signed sines of the first and second number of each pair."""
 
     cos: Float[Tensor, "#batch 1 1 d_head"]
     first: Float[Tensor, "#batch 1 1 half"]
@@ -212,12 +212,12 @@ class _Turn(NamedTuple):
 
 
 def _pairs(x: Float[Tensor, "*lead dim"], interleaved: bool) -> Sequence[Float[Tensor, "*lead half"]]:
-    """The first and the second number of every pair that rotary turns."""
+    """The first and the second number of every pair that is rotated."""
     return (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
 
 
 class _Layer:
-    """A block, from the stream that enters it to the one that leaves it. The seams of Block, without its points."""
+    """A block without its hook points, from the incoming to the outgoing stream."""
 
     def __init__(self, block: Block, product: Callable[[Sequence[nn.Linear]], _Rows]):
         self.attn: Attention = block.attn
@@ -234,13 +234,13 @@ class _Layer:
             self.out = product([mlp.out])
 
     def fit(self, rows: int) -> None:
-        """Buffers for so many rows, and every view of them that a step takes."""
+        """Allocate the buffers for this number of rows, and every view of them that a step uses."""
         attn = self.attn
         n_q, n_kv, d_head = attn.n_heads, attn.n_kv_heads, attn.d_head
         self.qkv.fit(rows)
         heads = self.qkv.buffer.view(rows, 1, -1, d_head)
         self.q, self.k, self.v = heads.split([n_q, n_kv, n_kv], 2)
-        if self.rotary is not None:  # queries and keys are turned alike, so in one go
+        if self.rotary is not None:  # queries and keys are rotated together
             self.before = heads.narrow(2, 0, n_q + n_kv)
             self.turned = torch.empty_like(self.before)
             dim, interleaved = self.rotary.dim or d_head, self.rotary.interleaved
@@ -261,13 +261,13 @@ class _Layer:
         self.into.fill(read if ln2 is None else ln2(read))
         post = self.act(self.neurons[0])
         if len(self.neurons) == 2:
-            post.mul_(self.neurons[1])  # of the activation's own making, or in the buffer
+            post.mul_(self.neurons[1])  # a new tensor, or a view of the buffer
         return self.out.onto(mid, post) if ln2_post is None else mid + ln2_post(self.out(post))
 
     def mixed(
         self, x: Stream, ctx: Context, past: KVCache, turns: dict[Rotary, _Turn]
     ) -> Float[Tensor, "batch #head #head d_head"]:
-        """What every head read, its values weighed: z."""
+        """z: the values of each head, weighted by its pattern."""
         attn, q, k = self.attn, self.q, self.k
         self.qkv.fill(x)
         if self.rotary is None:
@@ -285,7 +285,7 @@ class _Layer:
             return attn.mix(q, k, v, view)
         if view.seen is not None:
             return attn.fused(q, k, v, view)
-        # One query that sees every key: Attention.fused without what only masks need, and in fewer calls.
+        # One query that sees every key: Attention.fused without the calls for masks.
         return F.scaled_dot_product_attention(
             q.view(len(q), attn.n_heads, 1, attn.d_head),
             k.transpose(1, 2),
@@ -296,5 +296,5 @@ class _Layer:
 
 
 def _hooked(parts: Iterable[dict[str, Any]]) -> bool:
-    """Has one of these modules, given by their attributes, a torch hook or another forward?"""
+    """Whether one of these modules, given by their attributes, has a torch hook or a replaced forward."""
     return any(part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part for part in parts)

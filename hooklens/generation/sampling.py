@@ -2,9 +2,10 @@
 
 import html
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +39,12 @@ _PRINTED, _PROMPT_SHOWN = 8, 300  # prompts, and characters of each, where a gen
 
 @dataclass(frozen=True, eq=False)
 class Generation(Result):
-    """What was generated, a prompt at a time.
+    """The generated tokens and texts of each prompt.
 
-    `new_tokens` end with the stop token where one was met; `texts` and `prompt_texts` are None without a tokenizer, and
-    `texts` leave every stop out.
-    `caches` are those asked for, by step; a row of theirs is a prompt, also one that had stopped by then and was only
-    run on beside the others. Shorter prompts are padded on the left there, where `attention_mask` is False: take
-    positions with `cache.slice(pos=-1)`. `seed` repeats the draw.
+    `new_tokens` include the stop token that ended them; `texts` do not include any stop. Without a tokenizer `texts`
+    and `prompt_texts` are None. `caches` has the requested steps; each row is a prompt, even if it stopped earlier.
+    Shorter prompts are padded on the left there (`attention_mask` is False): select positions with
+    `cache.slice(pos=-1)`. `seed` reproduces the draw.
     """
 
     prompts: list[Row]
@@ -57,16 +57,16 @@ class Generation(Result):
 
     @property
     def text(self) -> str:
-        """The new text of the only prompt."""
+        """The new text, if there is one prompt."""
         if self.texts is None:
-            raise Absent("text was asked of a generation without a tokenizer; read its new_tokens")
+            raise Absent("a generation without a tokenizer has no text; read its new_tokens")
         if len(self.texts) != 1:
-            raise Absent(f"text was asked of a generation from {len(self.texts)} prompts; read its texts")
+            raise Absent(f"a generation from {len(self.texts)} prompts has no single text; read its texts")
         return self.texts[0]
 
     @property
     def tokens(self) -> list[Row]:
-        """Prompt and new tokens of each."""
+        """The prompt and new tokens of each row."""
         return [torch.cat(pair) for pair in zip(self.prompts, self.new_tokens, strict=True)]
 
     def padded(self, pad: int = 0) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
@@ -77,14 +77,14 @@ class Generation(Result):
         return stack(rows, batch_first=True, padding_value=pad), stack(real, batch_first=True)
 
     def table(self, n: int | None = None) -> Table:
-        """One row a prompt."""
+        """One row for each prompt."""
         texts = self.texts or _as_numbers(self.new_tokens)
         counts = map(len, self.new_tokens)
         rows = zip(range(len(texts)), texts, counts, self.stopped, strict=True)
         return Table(("prompt", "continuation", "new tokens", "stopped"), list(rows)).head(n)
 
     def __repr__(self) -> str:
-        """Each prompt, its end only where it is long, and what follows it."""
+        """Each prompt, or its end if it is long, and its continuation."""
         lines = [f"Generation: {len(self.prompts)} prompt{'s'[: len(self.prompts) > 1]}"]
         for i, (prompt, text, told) in enumerate(self._told()[:_PRINTED]):
             asked = prompt if len(prompt) <= _PROMPT_SHOWN else f"...{prompt[-_PROMPT_SHOWN:]}"
@@ -93,7 +93,7 @@ class Generation(Result):
         return "\n".join(lines + ([f"... {rest} more: .texts"] if rest > 0 else []))
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: each prompt, paler, and what follows it, with their own lines."""
+        """The display in a notebook: each prompt in a paler colour, and its continuation, with their line breaks."""
         look, shown = "white-space:pre-wrap;margin:.3em 0 1em", []
         for i, (prompt, text, told) in enumerate(self._told()):
             asked = f'<span class="prompt" style="opacity:.6">{html.escape(prompt)}</span>'
@@ -113,7 +113,7 @@ class Generation(Result):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits. At temperature 0 the largest logit wins; else softmax(logits / temperature).
+    """The choice of a token: the largest logit at temperature 0, otherwise a draw from softmax(logits / temperature).
 
     `top_k` keeps the k likeliest tokens, then `top_p` the smallest set of likeliest ones whose mass reaches p
     (Holtzman et al. 2020, equation 2): always at least one.
@@ -141,7 +141,7 @@ class Sampling:
             raise InputError(f"top_p is a probability mass, above 0 and at most 1, got {self.top_p}; None keeps all")
 
     def choose(self, logits: Logits, draws: Float[Tensor, "batch"] | None = None) -> Int[Tensor, "batch"]:
-        """One token a row. `draws` are uniform on [0, 1), one a row, so that no row's token depends on another row."""
+        """One token for each row. `draws`, uniform on [0, 1), has one number for each row, so rows are independent."""
         if draws is None or self.temperature == 0:
             return logits.argmax(-1)
         probs, ids = self.probabilities(logits)
@@ -151,7 +151,7 @@ class Sampling:
         return at[:, 0] if ids is None else ids.gather(-1, at)[:, 0]
 
     def probabilities(self, logits: Logits) -> tuple[Float[Tensor, "batch kept"], Int[Tensor, "batch kept"] | None]:
-        """Probabilities and the tokens that they belong to, likeliest first; (all, None) where nothing is cut."""
+        """Probabilities and their tokens, the most likely first; (all, None) if nothing is cut."""
         scaled = (logits.double() - logits.amax(-1, keepdim=True)) / self.temperature  # at most 0: no overflow
         ids = None
         if self.top_k is not None:
@@ -179,10 +179,10 @@ def generate(
     stream: bool | OnPiece = False,
     capture: Mapping[int, Where | None] | None = None,
 ) -> Generation:
-    """What does the model say next? Prompts of different lengths go as a list and come out as they would one by one.
+    """Continue prompts. Prompts of different lengths, given as a list, have the same continuations as one by one.
 
-    Hooks see every step (`hook.step`: 0 is the prompt, each later step one new token); `capture` says what to cache at
-    which steps. Weights, hooks and torch's global generator stay as they are.
+    Hooks see every step (`hook.step`: 0 is the prompt, each later step one new token); `capture` maps steps to the
+    points that are cached. Weights, hooks and torch's global generator are unchanged.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -195,16 +195,16 @@ def generate(
     >>> out.caches[2]["pattern", 0].shape            # batch head query_pos key_pos
     torch.Size([1, 2, 1, 5])
 
-    `temperature` 0 is greedy, `top_k` and `top_p` cut the tail; `seed` may be a generator (None: a fresh one, which the
-    result names). `stop` takes token ids and strings (None: the tokenizer's end of text; (): never). `stream=True`
-    prints the text as it comes; a function is given the prompt's number and each piece. Ctrl-C raises
-    KeyboardInterrupt as always, with what there was so far as its `.generation`.
+    `temperature` 0 is greedy; `top_k` and `top_p` cut the tail. `seed` is a number or a generator (None: a new seed,
+    which the result has). `stop` takes token ids and strings (None: the tokenizer's end of text; (): never).
+    `stream=True` prints the text as it grows; a function receives the prompt's number and each piece. Ctrl-C raises
+    KeyboardInterrupt with the tokens so far as its `.generation`.
     """
     sampling = Sampling(temperature, top_k, top_p)
     prompts = prompt_rows(model, prompt)
     _check_room(model, prompts, max_new_tokens)
     stops, emit = Stops.of(stop, model.tokenizer), _emitter(stream, len(prompts))
-    rows = [Continuation(p, model.tokenizer, stops, emit and _to(emit, i)) for i, p in enumerate(prompts)]
+    rows = [Continuation(p, model.tokenizer, stops, emit and partial(emit, i)) for i, p in enumerate(prompts)]
     scopes = _captures(model, capture or {}, max_new_tokens)
     drawn = _generator(seed)
     generator, named = drawn if temperature else (None, None)
@@ -249,7 +249,7 @@ def _run(
     reached: dict[int, ActivationCache],
     n_steps: int,
 ) -> None:
-    # What hooks and captures keep may enter a graph later, which tensors of the faster inference_mode cannot.
+    # Tensors kept by hooks and captures may enter a graph later, which tensors of inference_mode cannot.
     heard = bool(scopes) or edited_elsewhere(model.hook_points().values())
     decoder = None if heard or n_steps == 1 else Decoder.of(model, len(rows), steps=n_steps)
     batch = _Batch(model, [row.prompt for row in rows], decoder, whole_until=max(scopes, default=0))
@@ -262,7 +262,7 @@ def _run(
             if cache is not None:
                 reached[step] = cache
             _check_logits(logits, step)
-            # A number a prompt, finished ones included: a row's draws do not depend on when others end.
+            # One number for each prompt, including finished ones, so that draws do not depend on when others end.
             draws = None if generator is None else torch.rand(len(rows), generator=generator, dtype=torch.float64)
             chosen = sampling.choose(logits, None if draws is None else draws[batch.rows].to(logits.device))
             for row, token in zip(batch.rows, chosen.tolist(), strict=True):
@@ -273,10 +273,10 @@ def _run(
 
 
 class _Batch:
-    """The prompts still being continued: rows of one KV cache. `rows` says which prompt each is.
+    """The unfinished prompts: rows of one KV cache. `rows` has the prompt's number of each.
 
-    Single steps go through the decoder for as long as nobody listens and no weight is edited. Up to step `whole_until`,
-    the last one to be captured, every prompt keeps its row.
+    Single steps use the decoder as long as no hook is active and no weight is edited. Up to step `whole_until`, the
+    last captured one, every prompt keeps its row.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class _Batch:
         self.n_prompts, self.whole_until = len(prompts), whole_until
         self.decoder = decoder
         longest = max(map(len, prompts))
-        # On the left, so that every row's last token stands in the last column and new ones follow it.
+        # Padded on the left, so that every row's last token is in the last column.
         self.tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in prompts])
         self.mask: Bool[Tensor, "batch pos"] | None = None
         if any(len(row) < longest for row in prompts):
@@ -294,7 +294,7 @@ class _Batch:
             self.mask = torch.arange(longest, device=self.tokens.device) >= starts[:, None]
 
     def logits(self) -> Logits:
-        """What follows the tokens that were fed last."""
+        """The logits after the last tokens."""
         if self.past.step and self.decoder is not None and self.decoder.serves():
             return self.decoder(self.tokens, self.past)
         if len(self.rows) < self.n_prompts and self._heard():
@@ -306,7 +306,7 @@ class _Batch:
         return out[:, -1]
 
     def feed(self, chosen: Int[Tensor, "batch"], going: list[bool]) -> None:
-        """Each row's next token. Finished rows leave unless somebody listens: hooks see one batch throughout."""
+        """Set each row's next token. Finished rows leave the batch, except under hooks, which see a constant batch."""
         self.tokens, self.mask = chosen[:, None], None
         if not all(going) and self.past.step > self.whole_until and not self._heard():
             kept = [i for i, goes_on in enumerate(going) if goes_on]
@@ -319,7 +319,7 @@ class _Batch:
 
 
 def prompt_rows(model: "HookedTransformer", prompt: Prompt) -> list[Row]:
-    """One row of ids a prompt, from text, ids, or a list of either.
+    """One row of ids for each prompt, from text, ids, or a list of either.
 
     >>> from hooklens.testing import tiny_model
     >>> [row.tolist() for row in prompt_rows(tiny_model(), [[1, 2], [3]])]
@@ -348,7 +348,7 @@ def _row(model: "HookedTransformer", one: Any) -> Row:
 
 
 def check_length(max_new_tokens: int) -> None:
-    """Can so many tokens be asked for?"""
+    """Raise unless this is a valid number of new tokens."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ArgumentError(
             "{max_new_tokens} is the number of tokens to generate, at least 1, got {0!r}", max_new_tokens
@@ -359,7 +359,7 @@ def _check_room(model: "HookedTransformer", prompts: Sequence[Row], max_new_toke
     cfg = model.cfg
     check_length(max_new_tokens)
     if not isinstance(cfg.embed, TokenEmbed) or cfg.d_vocab_out > cfg.d_vocab:
-        raise InputError("generation feeds the model its own tokens, which this model cannot read; step it by hand")
+        raise InputError("generation needs a model that reads its own output tokens; run this one step by step")
     if not cfg.causal:
         raise InputError("generation needs a causal mask: in this model earlier positions would see the new tokens")
     needed = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not read again
@@ -384,7 +384,7 @@ def _captures(
     model: "HookedTransformer", capture: Mapping[int, Where | None], n_steps: int
 ) -> dict[int, tuple[HookScope, ActivationCache]]:
     if not isinstance(capture, Mapping):
-        raise WrongType(f"capture maps steps to what is cached there, such as {{0: 'resid_post'}}; got {capture!r}")
+        raise WrongType(f"capture maps steps to points, for example {{0: 'resid_post'}}; got {capture!r}")
     wrong = [s for s in capture if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < n_steps]
     if wrong:
         last = n_steps - 1
@@ -415,10 +415,6 @@ def _emitter(stream: bool | OnPiece, n_prompts: int) -> OnPiece | None:
             "prompt's number and a piece"
         )
     return _print if stream is True else stream or None
-
-
-def _to(emit: OnPiece, number: int) -> Callable[[str], None]:
-    return lambda piece: emit(number, piece)
 
 
 def _print(number: int, piece: str) -> None:

@@ -31,13 +31,13 @@ class Block(HookedPart):
     """Pre-norm: mid = pre + attn(ln1(pre)), post = mid + mlp(ln2(mid)) (Xiong et al. 2020, figure 1b)."""
 
     part: ClassVar[type[BlockPart]] = PreNorm
-    #: Why the residual stream is not the sum of what was added to it; None where it is.
+    #: The reason why the residual stream is not the sum of the components' outputs; None if it is.
     not_a_sum: ClassVar[str | None] = None
-    #: Which part reads what the other one of this block wrote?
+    #: Whether one part reads the output of the other part of this block.
     mlp_reads_attn: ClassVar[bool] = True
     attn_reads_mlp: ClassVar[bool] = False
-    #: Is the forward pass made of `before_attn`, `attn_adds`, `finish`, `finish_mid`, `mlp_base` and `leave`, attention
-    #: first? Exact sweeps then enter the block in the middle. They run any other block from its beginning.
+    #: Whether the forward pass consists of `before_attn`, `attn_adds`, `finish`, `finish_mid`, `mlp_base` and `leave`,
+    #: attention first. Exact sweeps then enter the block in the middle; they run any other block from its beginning.
     in_steps: ClassVar[bool] = True
     #: The modules in the order in which their points fire: points, attention, the MLP; any other name is a norm.
     order: ClassVar[tuple[str, ...]] = (
@@ -61,7 +61,7 @@ class Block(HookedPart):
     hook_mlp_in: HookPoint
     hook_mlp_out: HookPoint
     hook_resid_post: HookPoint
-    #: Points of the incoming stream, keys and values: they see every position, whatever queries are selected.
+    #: Points of the incoming stream, keys and values, which see every position even if one query is selected.
     early: ClassVar[tuple[str, ...]] = (
         *("hook_resid_pre", "hook_attn_in", "hook_k_input", "hook_v_input", "ln1.hook_scale", "ln1.hook_normalized"),
         *("attn.hook_k", "attn.hook_v", "attn.hook_rot_k", "attn.k_norm.hook_scale", "attn.k_norm.hook_normalized"),
@@ -126,35 +126,35 @@ class Block(HookedPart):
         return self.after_mid(x + attn_out)
 
     def need_sum(self, asker: str, instead: str = "activation patching of z works there") -> None:
-        """Refuse what takes the stream for a sum, where it is none."""
+        """Raise unless the residual stream is a sum."""
         if self.not_a_sum is not None:
             raise InputError(
-                f"{asker} needs a residual stream that is the sum of what components add to it, and {self.not_a_sum}; "
+                f"{asker} needs a residual stream that is the sum of its components' outputs, but {self.not_a_sum}; "
                 f"{instead}"
             )
 
     def need_steps(self, asker: str) -> None:
-        """Refuse what runs attention and then the MLP by themselves, where the block is another computation."""
+        """Raise unless the forward pass runs attention and the MLP as separate steps."""
         if not self.in_steps:
             raise InputError(
-                f"{asker} runs attention and then the MLP of a block by themselves, and blocks of the kind "
+                f"{asker} runs attention and the MLP of a block as separate steps, but blocks of the kind "
                 f"{self.part.name!r} have a forward pass of their own; activation patching works there"
             )
 
     def reads_through(self, part: Literal["attn", "mlp"]) -> Passage:
-        """Through what attention's q, k and v, or the MLP, read the stream of this block."""
+        """The norm through which q, k and v, or the MLP, read the stream of this block; the forward pass applies it."""
         return Passage(self.ln1 if part == "attn" else self.ln2)
 
     def writes_through(self, part: Literal["attn", "mlp"]) -> Passage:
-        """Through what a head's `result`, or the rows of W_out times the neurons, reach the stream."""
+        """The norm through which a head's `result`, or a neuron's output, reaches the stream; likewise applied."""
         return Passage(self.ln1_post if part == "attn" else self.ln2_post)
 
     def enters_through(self) -> Passage:
-        """Through what the stream that enters is first read."""
+        """The norm of the first part that reads the incoming stream."""
         return self.reads_through("mlp" if self.attn_reads_mlp and self.mlp is not None else "attn")
 
     def leaves_through(self) -> Passage:
-        """Through what the stream `resid_post` leaves for the next block."""
+        """The norm between `resid_post` and the next block."""
         return Passage()
 
     def mlp_out(self, stream: Stream) -> Stream:
@@ -164,28 +164,28 @@ class Block(HookedPart):
 
     def leave(self, post: Stream) -> Stream:
         """`resid_post`, and the stream that the next block receives."""
-        return self.hook_resid_post(post)
+        return self.leaves_through()(self.hook_resid_post(post))
 
     def before_attn(self, x: Vectors) -> Vectors:
-        return x if self.ln1 is None else self.ln1(x)
+        return self.reads_through("attn")(x)
 
     def before_mlp(self, x: Vectors) -> Vectors:
-        return x if self.ln2 is None else self.ln2(x)
+        return self.reads_through("mlp")(x)
 
     def attn_adds(self, raw: Vectors) -> Vectors:
         """`attn_out`, from the output of the heads."""
-        return raw
+        return self.writes_through("attn")(raw)
 
     def mlp_adds(self, raw: Vectors) -> Vectors:
         """`mlp_out`, from the output of the neurons."""
-        return raw
+        return self.writes_through("mlp")(raw)
 
     def after_mid(self, mid: Stream) -> Stream:
         return mid
 
     def quiet_norm(self, x: Vectors) -> Vectors:
         """The norm before attention, without its hook points."""
-        return x if self.ln1 is None else self.ln1.fused(x)
+        return self.reads_through("attn").without_hooks(x)
 
     def own_inputs(self, x: Stream, ctx: Context) -> OwnInputs:
         """A head's own q, k or v input, normalised on its own path, if a hook edits it; else None."""
@@ -217,12 +217,6 @@ class SandwichBlock(Block):
         *("hook_mlp_in", "ln2", "mlp", "ln2_post", "hook_mlp_out", "hook_resid_post"),
     )
 
-    def attn_adds(self, raw: Vectors) -> Vectors:
-        return raw if self.ln1_post is None else self.ln1_post(raw)
-
-    def mlp_adds(self, raw: Vectors) -> Vectors:
-        return raw if self.ln2_post is None else self.ln2_post(raw)
-
 
 class PostNormBlock(Block):
     """Norms after the sums (Vaswani et al. 2017): mid = pre + attn(pre), post = ln1(mid) + mlp(ln1(mid)).
@@ -232,7 +226,7 @@ class PostNormBlock(Block):
 
     part = PostNorm
     not_a_sum = "post-norm blocks normalise the stream itself"
-    early = tuple(name for name in Block.early if not name.startswith("ln1."))  # here it reads what attention added to
+    early = tuple(name for name in Block.early if not name.startswith("ln1."))  # this ln1 follows attention
 
     order = (
         *(*_INPUTS, "attn", "hook_attn_out", "hook_resid_mid", "ln1"),
@@ -240,21 +234,11 @@ class PostNormBlock(Block):
     )
     of_mlp = ("hook_resid_mid", "ln1", "hook_mlp_in", "mlp", "hook_mlp_out")
 
-    def before_attn(self, x: Vectors) -> Vectors:
-        return x
-
     def before_mlp(self, x: Vectors) -> Vectors:
-        return x
+        return x  # normalised by `after_mid`
 
     def after_mid(self, mid: Stream) -> Stream:
-        return mid if self.ln1 is None else self.ln1(mid)
-
-    def leave(self, post: Stream) -> Stream:
-        post = self.hook_resid_post(post)
-        return post if self.ln2 is None else self.ln2(post)
-
-    def quiet_norm(self, x: Vectors) -> Vectors:
-        return x
+        return self.reads_through("mlp")(mid)
 
     def reads_through(self, part: Literal["attn", "mlp"]) -> Passage:
         return Passage() if part == "attn" else Passage(self.ln1)

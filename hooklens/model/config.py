@@ -400,7 +400,7 @@ class BlockPart(Part):
     """The kind of a model's blocks. The module is the `Block` subclass whose `part` this is (model/block.py)."""
 
     slot = "block"
-    final_norm: bool = True  # whether a norm stands between the last block and the unembedding
+    final_norm: bool = True  # whether a norm follows the last block
 
 
 @dataclass(frozen=True)

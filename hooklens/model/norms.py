@@ -129,30 +129,38 @@ class RMSNorm(Norm):
 
 
 class Passage(NamedTuple):
-    """What stands between a part of a block and the residual stream: a norm, a factor, or nothing.
+    """The map between a part of a block and the residual stream: a norm, a factor, or the identity.
 
-    Frozen at the scale that it had in a run, it is linear: how a part of what passes, or a direction, comes out.
+    With its scale frozen at the value of a run it is linear, so it can be applied to components and directions.
     """
 
     norm: Norm | None = None
     factor: float = 1.0
 
+    def __call__(self, x: Vector) -> Vector:
+        """Apply the map, with the hook points of the norm."""
+        return self._times(x if self.norm is None else self.norm(x))
+
+    def without_hooks(self, x: Vector) -> Vector:
+        """Apply the map, without the hook points of the norm."""
+        return self._times(x if self.norm is None else self.norm.fused(x))
+
     @property
     def open(self) -> bool:
-        """Does everything come out as it went in?"""
+        """Whether this is the identity."""
         return self.norm is None and self.factor == 1.0
 
     @property
     def scales(self) -> tuple[str, ...]:
-        """The hook point of the scale, for `run_with_cache`; none where nothing stands."""
+        """The hook point of the scale, for `run_with_cache`; empty without a norm."""
         return () if self.norm is None else (self.norm.hook_scale.name,)
 
     def frozen(self, x: Vector, scale_at: Callable[[str], Scale]) -> Float[Tensor, "... width"]:
-        """The vectors as they come out, the scale being what `scale_at` gives for its point; without the bias."""
+        """Apply the map with the scale that `scale_at` returns for its hook point, without the bias."""
         return self._times(x if self.norm is None else self.norm.linearised(x, scale_at(*self.scales).to(x)))
 
     def unscaled(self, x: Vector) -> Vector:
-        """The vectors as they come out at scale 1, without the bias.
+        """Apply the map with scale 1, without the bias.
 
         >>> part = LayerNorm(2, LayerNormPart())
         >>> Passage(part).unscaled(torch.tensor([3.0, 1.0])).tolist(), Passage().unscaled(torch.ones(2)).tolist()
@@ -161,13 +169,13 @@ class Passage(NamedTuple):
         return self._times(x if self.norm is None else self.norm.linearised(x, torch.ones_like(x[..., :1])))
 
     def scaled_as(self, parts: Vector, whole: Float[Tensor, "*whole width"]) -> Float[Tensor, "... width"]:
-        """The same for parts of a sum, each at the scale that the sum has."""
+        """Apply the map to the parts of a sum with the scale of the sum, without the bias."""
         if self.norm is None:
             return self._times(parts)
         return self._times(self.norm.linearised(parts, self.norm.rms(self.norm.centred(widened(whole)))))
 
     def folded(self, matrix: Float[Tensor, "*lead width columns"]) -> Float[Tensor, "*lead width columns"]:
-        """N W with x N the vector x as it comes out at scale 1: what W reads of a vector before the norm.
+        """N W, where x N is the map of x with scale 1: the matrix that W applies to a vector before the norm.
 
         N = P diag(gain) with P the centring (symmetric), so that N W centres the columns of gain * W.
         """
@@ -178,14 +186,14 @@ class Passage(NamedTuple):
         return self._times(self.norm.centred(columns).mT)
 
     def normalised(self, x: Vector) -> Vector:
-        """The vectors centred and scaled as the norm does it, each by itself; its weight and bias left out."""
+        """Centre and scale each vector as the norm does, without its weight and bias."""
         if self.norm is None:
             return x
         centred = self.norm.centred(x)
         return centred / self.norm.rms(centred)
 
     def bias(self, like: Vector) -> Float[Tensor, "width"]:
-        """What comes out where nothing goes in."""
+        """The output for a vector of zeros."""
         bias = None if self.norm is None else self.norm.bias
         return like.new_zeros(like.shape[-1]) if bias is None else self._times(bias)
 

@@ -391,7 +391,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
         stream: "bool | OnPiece" = False,
         capture: Mapping[int, Where | None] | None = None,
     ) -> "Generation":
-        """Generate text: what does the model say next? See `hooklens.generation.sampling.generate`."""
+        """Generate text. See `hooklens.generation.sampling.generate`."""
         from hooklens.generation.sampling import generate  # imported here, because generation is a layer above
 
         return generate(
@@ -459,7 +459,7 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
 
 
 def need_hooked(model: Any, asker: str) -> None:
-    """Raise for anything except a HookedTransformer, and say what would work.
+    """Raise for anything except a HookedTransformer.
 
     >>> need_hooked(nn.Linear(2, 2), "a sweep")
     Traceback (most recent call last):

@@ -68,12 +68,6 @@ class HalfSandwichBlock(Block):
         super().build(cfg, layer)
         self.share = cfg.block.share
 
-    def attn_adds(self, raw: Tensor) -> Tensor:
-        return self.share * self.behind(raw)
-
-    def mlp_adds(self, raw: Tensor) -> Tensor:
-        return self.share * raw
-
     def writes_through(self, part: str) -> Passage:
         return Passage(self.behind if part == "attn" else None, factor=self.share)
 
