@@ -100,7 +100,7 @@ def test_keys_and_queries_are_selected_in_each_row_too(kind):
         ([0, 7], "pos 7 asked for; a row with 3 real tokens"),
         (slice(None), r"\[3, 8\] positions of rows that have \[3, 8\] real tokens"),
         (slice(1, 5), r"\[2, 4\] positions"),
-        (torch.tensor([True] * 8), "positions count each row's real tokens there, so give integers"),
+        (torch.tensor([True] * 8), "positions count real tokens; give integers"),
     ],
 )
 def test_what_cannot_be_selected_in_each_row_is_refused(given, pos, said):

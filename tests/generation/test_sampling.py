@@ -309,7 +309,7 @@ def test_the_result_shows_and_saves_itself(tmp_path):
     out.save(tmp_path / "out.safetensors")
     loaded = type(out).load(tmp_path / "out.safetensors")
     assert loaded.texts == out.texts and loaded.new_tokens[1].tolist() == out.new_tokens[1].tolist()
-    with pytest.raises(InputError, match="2 prompts; read its texts"):
+    with pytest.raises(InputError, match="2 prompts has no single text; read its texts"):
         _ = out.text
 
 
@@ -359,7 +359,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_runs():
 def test_models_that_cannot_be_continued_are_refused():
     with pytest.raises(InputError, match="causal"):
         tiny_model(mask="none").generate([1], 2)
-    with pytest.raises(InputError, match="its own tokens"):
+    with pytest.raises(InputError, match="its own output tokens"):
         tiny_model(embed="vectors").generate([1], 2)
 
 
