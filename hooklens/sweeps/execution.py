@@ -49,7 +49,7 @@ def execute(
     resume: str | Path | Resume | None = None,
     other: Float[Tensor, "pair pos d_model"] | None = None,
 ) -> Outcome:
-    """The metric of every patch, exactly as a hooked forward pass a patch would give it.
+    """The metric of every patch, equal to that of one hooked forward pass per patch.
 
     `other` is the stream that leaves the last block of another run, whose metric is wanted beside the base run's.
     """

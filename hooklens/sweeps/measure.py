@@ -1,4 +1,4 @@
-"""A metric, asked about patched streams: unembed only what it reads, and give it pairs in the order it expects."""
+"""The metric of patched streams: only what it reads is unembedded, and pairs come in the order that it expects."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ class Reader:
     """A metric bound to a model and the streams of the base run.
 
     `read` is the positions `[pair read]` that it reads, None if it may read any. `whole`: must it see the logits of all
-    pairs at once? None finds out.
+    pairs at once? With None the reader decides.
     """
 
     def __init__(

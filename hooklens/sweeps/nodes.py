@@ -68,9 +68,10 @@ def on_tokens(nodes: Sequence[Component], n: int, n_pos: int) -> tuple[Component
 
 
 class Order:
-    """Who comes before whom. Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm.
+    """The order in which components read and write.
 
-    In blocks whose attention reads the MLP, these two change places.
+    Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm. In blocks whose attention reads
+    the MLP, these two change places.
     """
 
     def __init__(self, model: HookedTransformer):
@@ -94,7 +95,7 @@ class Order:
 
 
 def read_components(model: HookedTransformer, asked: Any, what: str = "component") -> list[Component]:
-    """What a name, a tuple or a Site means in this model, one or (of a whole layer) several; what it lacks raises.
+    """The components that a name, a tuple or a Site selects in this model; one that does not exist raises.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -251,7 +252,7 @@ def _receivers(model: HookedTransformer) -> list[Component]:
 
 
 def _check(model: HookedTransformer, node: Component, what: str) -> Component:
-    """Layers may count from the last; one that does not exist raises with what does."""
+    """The component, its layer counted from the first; one that does not exist raises with those that do."""
     cfg = model.cfg
     if node.kind in ("embed", "final"):
         return node

@@ -1,4 +1,4 @@
-"""What receivers read: the live stream with the sender's new value in it, or what was recorded before."""
+"""What receivers read: the live stream with the sender's new value in it, or a stream that was recorded before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -245,7 +245,7 @@ def plan(
 ) -> Plan:
     """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid, in one layer, or at the patches given.
 
-    `value` is what a replacement answers: other tokens (their run's activations), activations by point name, or a
+    `value` is what a replacement returns: other tokens (their run's activations), activations by point name, or a
     function of (activation, point name).
     """
     swept = SITES[has_site(model, site_kind(site))]

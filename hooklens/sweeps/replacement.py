@@ -1,8 +1,8 @@
 """What is written in place of an activation: one small class for each meaning, the same in every method.
 
-A method asks a replacement by its `Target`s: prompts of one length, at the points that are overwritten. A word such as
-"zero" stands for a class with its defaults; `as_replacement` is the only reader of words. A kind of one's own is one
-class, in any package.
+A method passes its `Target`s to a replacement: prompts of one length, at the points that are overwritten. A word such
+as "zero" stands for a class with its defaults; `as_replacement` alone reads words. A new kind is one class, in any
+package.
 """
 
 import re
@@ -26,7 +26,7 @@ from hooklens.results.result_file import Kept
 
 Tokens = Int[Tensor, "prompt pos"]
 Acts = Mapping[str, Tensor]
-#: What a replacement answers: token ids, whose run holds the values; activations by point, of shapes that broadcast; or
+#: What a replacement returns: token ids, whose run holds the values; activations by point, of shapes that broadcast; or
 #: a function of (activation, point).
 Written = Tensor | Acts | Callable[[Tensor, str], Tensor]
 

@@ -1,4 +1,4 @@
-"""The sites that a sweep can overwrite: each says its point, its grid, and how what is written there enters a block."""
+"""The sites that a sweep can overwrite: their points, their grids, and how a written activation enters a block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A few patches run again the plain way: a sweep whose numbers differ by more than rounding is not given out."""
+"""A few patches are run again the plain way; a sweep whose numbers differ by more than rounding raises."""
 
 from collections.abc import Collection, Sequence
 from typing import Any

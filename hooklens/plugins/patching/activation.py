@@ -103,6 +103,7 @@ def patch(
 
     Give two prompts (or lists of them) and a metric, or `PromptPairs`, as every method between two prompts takes them.
 
+    >>> import torch
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
     >>> model = tiny_model(); clean, corrupted = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4, 3]])

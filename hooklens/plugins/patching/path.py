@@ -1,4 +1,4 @@
-"""Path patching: some readers of the residual stream see a component's value of the other run, all others do not."""
+"""Path patching: only some readers of the residual stream see a component's value of the other run."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ class Fixed:
 
 @dataclass(frozen=True, eq=False)
 class PathSweep(TwoRuns, Result):
-    """The metric after each sender was patched into the receivers, beside that of the two runs it lies between.
+    """The metric after each sender was patched into the receivers, beside that of the clean and the corrupted run.
 
     `semantics` says what the receivers read: see `path_patch` and `Fixed`. `place` is each sender's layer and head (-1:
     none); `reaches` says which senders come before some receiver: the effect of the others is 0. Pairs of one `group`
@@ -199,7 +199,7 @@ def path_patch(
     value: Value = "clean",
     resume: str | Path | Resume | None = None,
 ) -> PathSweep:
-    """What does each component tell these readers? Only the edges from sender to receivers carry its new value.
+    """What does each component send to these receivers? Only the edges from sender to receivers carry its new value.
 
     A receiver reads the live stream in which the sender has its value of the other run; the sender itself, and whatever
     comes after the receivers, is live. With every receiver (`receivers="all"`) this is activation patching.

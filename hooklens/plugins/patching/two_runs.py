@@ -1,4 +1,4 @@
-"""The two runs that a patched one is read between, and sweeps of pairs of several lengths as one."""
+"""The clean and the corrupted run beside a sweep, and the sweeps of pairs of several lengths joined into one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
