@@ -46,7 +46,7 @@ def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts | 
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
         if len(a) != len(b) and "pos" in by:
-            raise _part(model, a, b)
+            raise _part(model, a, b, " to be patched by position", " or patch by layer only ({by}='layer')")
         groups.setdefault((len(a), len(b)), []).append(i)
     if "pos" in by and len(groups) > 1:
         lengths = sorted(n for n, _ in groups)
@@ -63,6 +63,15 @@ def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts | 
         )
         for index in groups.values()
     ]
+
+
+def read_aligned(model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None) -> list[Pairs]:
+    """The pairs grouped by length, for methods in which both prompts of a pair must have one length."""
+    groups = read_pairs(model, clean, corrupted, ())
+    for group in groups:
+        if not group.aligned:
+            raise _part(model, group.clean[0], group.corrupted[0])
+    return groups
 
 
 def check_prompts_differ(pairs: Sequence[Pairs]) -> None:
@@ -117,11 +126,11 @@ def _empty(name: str, seen: Any) -> InputError:
     )
 
 
-def _part(model: "HookedTransformer", a: Tensor, b: Tensor) -> ArgumentError:
+def _part(model: "HookedTransformer", a: Tensor, b: Tensor, why: str = "", instead: str = "") -> ArgumentError:
     at = common_ends(a, b)[0]
     shown = " | ".join(repr(show(model, row[at : at + 1])[0]) if at < len(row) else "(end)" for row in (a, b))
     return ArgumentError(
-        "{clean} and {corrupted} must tokenise to the same length to be patched by position, got {0} and {1} tokens "
-        "(first difference at {2}: {3}); re-word the prompts or patch by layer only ({by}='layer')",
+        "{clean} and {corrupted} must tokenise to the same length" + why + ", got {0} and {1} tokens "
+        "(first difference at {2}: {3}); re-word the prompts" + instead,
         *(len(a), len(b), at, shown),
     )

@@ -17,7 +17,7 @@ from hooklens.model.linear import kernel_of
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out, not_finite, why_plain
 from hooklens.sweeps.protocol import Item, Patches, Sweep
-from hooklens.sweeps.resume import Part, Progressed, Resume, key_of, products_of, sketch_of
+from hooklens.sweeps.resume import UNKEPT, Kept, Progressed, Resume, key_of, products_of, sketch_of
 from hooklens.sweeps.settings import current
 from hooklens.sweeps.verification import verify
 
@@ -28,12 +28,18 @@ class Outcome:
 
     values: Float[Tensor, "patch pair"]
     base: Float[Tensor, "pair"]
-    computed: float  # share of the plain loop's token-layers that were worked out
+    computed: float  # share of the plain loop's token-layers that were computed
     largest_error: float  # between patches run both ways; NaN if none was
     n_verified: int
     how: str
     kernel: str  # "linear" or "packed": what linear layers multiplied with
     other: Float[Tensor, "pair"] | None = None  # the metric of the run that gave the values, where one was asked for
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """How the values were computed, as fields of a result."""
+        names = ("computed", "largest_error", "n_verified", "how", "kernel")
+        return {name: getattr(self, name) for name in names}
 
 
 def execute(
@@ -43,7 +49,7 @@ def execute(
     resume: str | Path | Resume | None = None,
     other: Float[Tensor, "pair pos d_model"] | None = None,
 ) -> Outcome:
-    """The metric of every patch, exactly as a hooked forward pass a patch would give it.
+    """The metric of every patch, equal to that of one hooked forward pass per patch.
 
     `other` is the stream that leaves the last block of another run, whose metric is wanted beside the base run's.
     """
@@ -69,7 +75,7 @@ def run(
     reader: Reader,
     values: Float[Tensor, "patch pair"],
     *,
-    kept: Progressed | Part | None = None,
+    kept: Kept | None = None,
     reason: str | None = None,
     advance: Advance | None = None,
 ) -> Outcome:
@@ -77,23 +83,24 @@ def run(
 
     `advance` moves a bar that is there already.
     """
-    resumed = set() if kept is None else kept.finished()
+    kept = UNKEPT if kept is None else kept
     if current().plain:
         reason = reason or "asked for"
     if reason is None:
         items = patches.live(reader)
-        run_bins(patches, reader, items=items, values=values, kept=kept, advance=advance)
-        worked, computed, how = {item.patch for item in items}, patches.share(reader, items), "engine"
-        resumed &= worked
+        live, computed, how = {item.patch for item in items}, patches.share(reader, items), "engine"
     else:
-        _run_plain(patches, reader, values=values, kept=kept, advance=advance)
-        worked, computed, how = set(), 1.0, f"plain loop: {reason}"
-        resumed = set() if drops_out(patches.model) else resumed  # no two passes with dropout agree
-    if (said := not_finite(values, reader.base)) is not None:
-        raise InputError(patches.fault(said, values))
+        items = [Item(number, 0, 0) for number in patches.loop()]
+        live, computed, how = set(), 1.0, f"plain loop: {reason}"
+    resumed = kept.finished() & {item.patch for item in items}
+    if reason is not None and drops_out(patches.model):
+        resumed = set()  # no two passes with dropout agree
+    _run_bins(patches, reader, items=items, values=values, kept=kept, plain=reason is not None, advance=advance)
+    if (fault := not_finite(values, reader.base)) is not None:
+        raise InputError(patches.fault(fault, values))
     error, n = float("nan"), 0
     if reason is None or resumed:
-        error, n = verify(patches, reader, worked, values, resumed=resumed, file=kept and kept.path)
+        error, n = verify(patches, reader, live, values, resumed=resumed, file=kept.path)
     return Outcome(
         values=values,
         base=reader.base,
@@ -105,48 +112,37 @@ def run(
     )
 
 
-def _run_plain(
-    patches: Patches, reader: Reader, values: Tensor, kept: Progressed | Part | None, advance: Advance | None
-) -> None:
-    finished = set() if kept is None else kept.finished()
-    todo = [number for number in patches.loop() if number not in finished]
-    with _bar(patches, todo, advance) as move:
-        for number in todo:
-            values[number] = patches.plain([number], reader)[0]
-            move()
-            if kept is not None:
-                kept.save([number])
-
-
-def run_bins(
+def _run_bins(
     patches: Patches,
     reader: Reader,
+    *,
     items: list[Item],
     values: Tensor,
-    kept: Progressed | Part | None,
-    advance: Advance | None = None,
+    kept: Kept,
+    plain: bool,
+    advance: Advance | None,
 ) -> None:
-    """The values of all items, a bin at a time."""
+    """The values of all items, a bin at a time; a patch at a time by plain hooked passes."""
     rows = patches.rows_at_once(current().memory)
-    # Every bin is made, then those that are finished are left out: what is left runs in the company it would have had.
-    finished = set() if kept is None else kept.finished()
-    bins = [one for one in make_bins(patches, items, rows) if not finished.issuperset(item.patch for item in one)]
-    todo = {item.patch for one in bins for item in one}
-    with _bar(patches, todo, advance) as move:
+    # All bins are made before finished ones are left out, so that the rest runs in the same batches as ever.
+    bins = [[item] for item in items] if plain else make_bins(patches, items, rows)
+    finished = kept.finished()
+    bins = [one for one in bins if not finished.issuperset(item.patch for item in one)]
+    n_todo = len({item.patch for one in bins for item in one})
+    if advance is None:
+        bar: Any = progress(patches.title, n_todo, unit=patches.unit)
+    else:  # a bar that is there already moves on by those that need no run
+        advance(len(patches) - n_todo)
+        bar = nullcontext(advance)
+    with bar as move:
         for one in bins:
             numbers = {item.patch for item in one}
             with within(move, len(numbers), patches.rows_of_layers(one)):
-                _run_bin(patches, reader, one, values, rows)
-            if kept is not None:
-                kept.save(numbers)
-
-
-def _bar(patches: Patches, todo: Any, advance: Advance | None) -> Any:
-    """A bar of the patches to run; one that is there already moves on by those that need no run."""
-    if advance is None:
-        return progress(patches.title, len(todo), unit=patches.unit)
-    advance(len(patches) - len(todo))
-    return nullcontext(advance)
+                if plain:
+                    values[one[0].patch] = patches.plain([one[0].patch], reader)[0]
+                else:
+                    _run_bin(patches, reader, one, values, rows)
+            kept.save(numbers)
 
 
 def make_bins(patches: Patches, items: Iterable[Item], rows: int) -> list[list[Item]]:
@@ -181,14 +177,10 @@ def _run_bin(patches: Patches, reader: Reader, items: list[Item], values: Tensor
         pieces[-1].append(item)
         filled += n_pos - item.start
     finals = [x for piece in pieces for x in patches.walk(reader, piece)]
+    patch, pair, start = torch.tensor([(x.patch, x.pair, x.start) for x in items], device=values.device).unbind(1)
     if reader.rowwise():
-        pair = torch.tensor([item.pair for item in items], device=values.device)
-        start = torch.tensor([item.start for item in items], device=values.device)
-        found = reader.values_of_rows(torch.stack(finals), pair, start)
-        values[[i.patch for i in items], [i.pair for i in items]] = found
+        values[patch, pair] = reader.values_of_rows(torch.stack(finals), pair, start)
         return
-    by_patch: dict[int, list[tuple[int, int, Tensor]]] = defaultdict(list)
-    for item, x in zip(items, finals, strict=True):
-        by_patch[item.patch].append((item.pair, item.start, x))
-    for patch, rows_of in by_patch.items():
-        values[patch] = reader.values_of_patch(rows_of)
+    for number in patch.unique().tolist():
+        own = (patch == number).nonzero().flatten()
+        values[number] = reader.values_of_patch([finals[i] for i in own.tolist()], pair[own], start[own])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,13 +11,11 @@ from torch import Tensor
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import Advance
+from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.protocol import row_bytes
 from hooklens.sweeps.settings import current
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Hooks = list[tuple[Where, HookFn]]
 Index = Int[Tensor, "row"]
@@ -33,7 +31,7 @@ class Edits:
     first_layer: int
 
     def streams(
-        self, model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], advance: Advance
+        self, model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], advance: Advance
     ) -> Iterator[Float[Tensor, "edit prompt pos d_model"]]:
         """The stream that leaves the last block under every edit, as many edits at a time as memory allows."""
         base, n_layers = model(tokens, stop_at_layer=self.first_layer), model.cfg.n_layers
@@ -46,7 +44,7 @@ class Edits:
             advance(len(index) * len(base))
 
     def values(
-        self, model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], metric: Any, advance: Advance
+        self, model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], metric: Any, advance: Advance
     ) -> Float[Tensor, "edit prompt"]:
         """The metric of every prompt under every edit."""
         whole = why_plain(model) is not None
@@ -55,5 +53,5 @@ class Edits:
 
 
 def by_edit(index: Index, edits: Sequence[Callable[[Index], Hooks]]) -> Hooks:
-    """The hooks of edits that are made one by one, each in its rows of the batch."""
+    """The hooks of a batch in which every edit has hooks of its own, for its rows."""
     return [hook for number in index.unique().tolist() for hook in edits[number]((index == number).nonzero().flatten())]

@@ -1,20 +1,21 @@
-"""A metric, asked about patched streams: unembed only what it reads, and give it pairs in the order it expects."""
+"""The metric of patched streams: only what it reads is unembedded, and pairs come in the order that it expects."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
+from hooklens.core.hooks import HookFn
+from hooklens.core.names import Where
 from hooklens.metrics import ReadingMetric, Reads
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import is_plain
+from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.rows import Group
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _LOGITS_AT_ONCE = 32 * 2**20  # numbers, not bytes: a chunk of full logits
 
@@ -23,12 +24,12 @@ class Reader:
     """A metric bound to a model and the streams of the base run.
 
     `read` is the positions `[pair read]` that it reads, None if it may read any. `whole`: must it see the logits of all
-    pairs at once? None finds out.
+    pairs at once? With None the reader decides.
     """
 
     def __init__(
         self,
-        model: "HookedTransformer",
+        model: HookedTransformer,
         metric: Any,
         stream: Float[Tensor, "pair pos d_model"],
         *,
@@ -38,6 +39,7 @@ class Reader:
             raise WrongType(f"a metric is a function of logits [pair pos d_vocab], got {metric!r}")
         self.model, self.metric, self.stream = model, metric, stream
         self.n_pairs, self.n_pos = stream.shape[:2]
+        self.every = torch.arange(self.n_pairs, device=stream.device)
         self.dtype = torch.promote_types(stream.dtype, torch.float32)  # of values: means over pairs are taken of them
         self.read: Int[Tensor, "pair read"] | None = None
         self.tokens: Int[Tensor, "pair token"] | None = None
@@ -52,7 +54,7 @@ class Reader:
     def _bind_reads(self, device: torch.device) -> None:
         if isinstance(self.metric, ReadingMetric):
             self._check_pairs(len(self.metric.reads.pos))
-            self.metric = self.metric.pairs(torch.arange(self.n_pairs)) if self.n_pairs > 1 else self.metric
+            self.metric = self.metric.pairs(self.every.cpu()) if self.n_pairs > 1 else self.metric
         reads = self.metric.reads
         self._check_reads(reads)
         pos = as_ids(reads.pos, "reads.pos of a metric is integers [pair read]", device)
@@ -85,49 +87,87 @@ class Reader:
 
     # -- streams to logits
 
-    def finals(self, group: Group, read_only: bool) -> Tensor:
-        """What of a group's rows is unembedded: the read positions, or all from its start."""
-        if self.read is None or read_only:
-            return group.x
-        at = (self.read[group.pair] - group.start).clamp_min(0)
-        return group.x[torch.arange(len(at), device=at.device)[:, None], at]
+    def finals(self, groups: Sequence[Group], read_only: bool) -> dict[int, Float[Tensor, "_pos d_model"]]:
+        """What is unembedded of every item's rows: the read positions, or all from its start.
+
+        `read_only`: the groups hold the read positions alone.
+        """
+        streams: dict[int, Tensor] = {}
+        for group in groups:
+            x = group.x
+            if self.read is not None and not read_only:
+                at = (self.read[group.pair] - group.start).clamp_min(0)
+                x = x[torch.arange(len(at), device=at.device)[:, None], at]
+            streams |= dict(zip(group.item.tolist(), x, strict=True))
+        return streams
 
     def logits(self, x: Float[Tensor, "row read d_model"], pair: Int[Tensor, "row"]) -> Float[Tensor, "row read token"]:
         """Logits of the tokens that are read (of all, if the metric does not say)."""
-        model = self.model
-        linear = model.unembed.linear
-        if self.tokens is None:
-            return model.read_out(x)
-        if not is_plain(linear):
-            return model.read_out(x).gather(2, self.tokens[pair][:, None].expand(-1, x.shape[1], -1))
-        normed = x if model.ln_final is None else model.ln_final(x)
-        tokens = self.tokens[pair]
+        model, linear = self.model, self.model.unembed.linear
+        if self.tokens is None or not is_plain(linear):
+            return self._of_tokens(model.read_out(x), pair)
+        normed, tokens = x if model.ln_final is None else model.ln_final(x), self.tokens[pair]
         out = torch.einsum("nrd,nkd->nrk", normed, linear.weight[tokens])
         out = out if linear.bias is None else out + linear.bias[tokens][:, None]
         return model.unembed.cap(out)
+
+    def _of_tokens(self, logits: Float[Tensor, "row read d_vocab"], pair: Tensor) -> Float[Tensor, "row read token"]:
+        if self.tokens is None:
+            return logits
+        return logits.gather(2, self.tokens[pair][:, None].expand(-1, logits.shape[1], -1))
+
+    def _at_read(self, x: Float[Tensor, "pair pos d"]) -> Float[Tensor, "pair read d"]:
+        return x[self.every[:, None], self.read]
 
     # -- metric values
 
     def _base_values(self) -> Float[Tensor, "pair"]:
         if self.whole:
             self.base_logits = self.model.read_out(self.stream)
-            return self.on_logits(self.base_logits.clone())
-        every = torch.arange(self.n_pairs, device=self.stream.device)
-        if self.read is not None:
-            x = self.stream[every[:, None], self.read]
+        elif self.read is None:
+            self.base_logits = torch.cat([self.model.read_out(self.stream[i : i + 1]) for i in range(self.n_pairs)])
+        else:
+            x, every = self._at_read(self.stream), self.every
             self.base_read = torch.cat([self.logits(x[i : i + 1], every[i : i + 1]) for i in range(self.n_pairs)])
             return self._checked(self.metric.on_read(self.base_read.clone()))  # a metric may write into what it gets
-        self.base_logits = torch.cat([self.model.read_out(self.stream[i : i + 1]) for i in range(self.n_pairs)])
-        return self.on_full(self.base_logits.clone())
+        return self.on_logits(self.base_logits.clone())
 
-    def on_full(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
+    def _of_logits(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Tensor:
         """The metric on full logits of all pairs; one that returns a single number is asked pair by pair."""
+        if self.read is not None:
+            return self.metric.on_read(self._of_tokens(self._at_read(logits), self.every))
         value = None if self.by_pair else self._numbers(self.metric(logits))
         if value is None or (value.ndim == 0 and self.n_pairs > 1):
             self.by_pair = True
-            each = [self._numbers(self.metric(logits[i : i + 1])) for i in range(self.n_pairs)]
-            value = torch.stack([one.squeeze() for one in each])
-        return self._checked(value)
+            values = [self._numbers(self.metric(logits[i : i + 1])) for i in range(self.n_pairs)]
+            value = torch.stack([one.squeeze() for one in values])
+        return value
+
+    def on_logits(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
+        """The metric on full logits, whether or not it says what it reads."""
+        return self._checked(self._of_logits(logits))
+
+    def on_stream(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
+        """The metric on the stream that leaves the last block; every token is unembedded where the metric reads."""
+        if self.read is None or self.whole:
+            return self.on_logits(self.model.read_out(stream))
+        logits = self._of_tokens(self.model.read_out(self._at_read(stream)), self.every)
+        return self._checked(self.metric.on_read(logits))
+
+    def in_graph(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
+        """The metric on the stream that leaves the last block, in the graph: for a backward pass."""
+        if self.read is None or self.whole:
+            return self._of_logits(self.model.read_out(stream)).view(self.n_pairs)
+        return self.metric.on_read(self.logits(self._at_read(stream), self.every))
+
+    def under_hooks(
+        self, tokens: Int[Tensor, "pair pos"], hooks: Sequence[tuple[Where, HookFn]], times: int = 1
+    ) -> Float[Tensor, "time pair"]:
+        """The metric under hooks, from one forward pass of a batch that has all pairs so many times."""
+        last = None if self.read is None or self.whole else self.model.cfg.n_layers
+        out = self.model.run_with_hooks(tokens.repeat(times, 1), fwd_hooks=hooks, stop_at_layer=last)
+        measure = self.on_logits if last is None else self.on_stream
+        return torch.stack([measure(rows) for rows in out.split(len(tokens))])
 
     def _numbers(self, value: Any) -> Tensor:
         if isinstance(value, Tensor):
@@ -138,37 +178,6 @@ class Reader:
             raise WrongType(
                 f"the metric returned {value!r:.60}; a metric returns one value a pair, or a single number"
             ) from error
-
-    def on_logits(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
-        """The metric on full logits, whether or not it says what it reads."""
-        return self.on_full(logits) if self.read is None else self._checked(self.metric.on_read(self._gathered(logits)))
-
-    def on_stream(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
-        """The metric on the stream that leaves the last block; every token is unembedded where the metric reads."""
-        if self.read is None or self.whole:
-            return self.on_logits(self.model.read_out(stream))
-        rows = torch.arange(self.n_pairs, device=stream.device)[:, None]
-        logits = self.model.read_out(stream[rows, self.read])
-        if self.tokens is not None:
-            logits = logits.gather(2, self.tokens[:, None].expand(-1, logits.shape[1], -1))
-        return self._checked(self.metric.on_read(logits))
-
-    def in_graph(self, stream: Float[Tensor, "pair pos d_model"]) -> Float[Tensor, "pair"]:
-        """The metric on the stream that leaves the last block, in the graph: for a backward pass."""
-        if self.read is None or self.whole:
-            logits = self.model.read_out(stream)
-            if self.read is not None:
-                return self.metric.on_read(self._gathered(logits))
-            if self.by_pair:
-                return torch.stack([self.metric(logits[i : i + 1]).squeeze() for i in range(self.n_pairs)])
-            return self.metric(logits).view(self.n_pairs)
-        every = torch.arange(self.n_pairs, device=stream.device)
-        return self.metric.on_read(self.logits(stream[every[:, None], self.read], every))
-
-    def _gathered(self, logits: Tensor) -> Tensor:
-        assert self.read is not None
-        read = logits[torch.arange(self.n_pairs, device=logits.device)[:, None], self.read]
-        return read if self.tokens is None else read.gather(2, self.tokens[:, None].expand(-1, read.shape[1], -1))
 
     def _checked(self, value: Any) -> Float[Tensor, "pair"]:
         value = self._numbers(value)
@@ -181,7 +190,7 @@ class Reader:
         return value.detach().to(self.dtype)
 
     def rowwise(self) -> bool:
-        """Can values be worked out for any rows, in any order?"""
+        """Can values be computed for any rows, in any order?"""
         return self.read is not None and isinstance(self.metric, ReadingMetric)
 
     def values_of_rows(self, x: Tensor, pair: Int[Tensor, "row"], start: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
@@ -201,19 +210,16 @@ class Reader:
         before = self.read[pair] < start[:, None]
         return torch.where(before[..., None], self.base_read[pair], read) if bool(before.any()) else read
 
-    def values_of_patch(self, rows: list[tuple[int, int, Tensor]]) -> Float[Tensor, "pair"]:
-        """The metric of one patch from its rows (pair, start, streams); other pairs keep the base run's logits."""
+    def values_of_patch(self, rows: Sequence[Tensor], pair: Tensor, start: Tensor) -> Float[Tensor, "pair"]:
+        """The metric of one patch from the streams of its rows; other pairs keep the base run's logits."""
         if self.read is not None:
             read = self.base_read.clone()
-            for pair, start, x in rows:
-                one = torch.tensor([pair], device=x.device)
-                read[pair] = self._with_base(self.logits(x[None], one), one, torch.tensor([start], device=x.device))[0]
+            read[pair] = self._with_base(self.logits(torch.stack(list(rows)), pair), pair, start)
             return self._checked(self.metric.on_read(read))
         assert self.base_logits is not None
         logits = self.base_logits.clone()
         at_once = max(1, _LOGITS_AT_ONCE // logits[0].numel())
-        for start in {start for _, start, _ in rows}:
-            here = [(pair, x) for pair, begin, x in rows if begin == start]
-            for some in (here[i : i + at_once] for i in range(0, len(here), at_once)):
-                logits[[pair for pair, _ in some], start:] = self.model.read_out(torch.stack([x for _, x in some]))
-        return self.on_full(logits)
+        for begin in start.unique().tolist():
+            for some in (start == begin).nonzero().flatten().split(at_once):
+                logits[pair[some], begin:] = self.model.read_out(torch.stack([rows[i] for i in some.tolist()]))
+        return self.on_logits(logits)

@@ -1,37 +1,19 @@
-"""Hooked forward passes: the reference that the engine is tested against, its fallback, and when it must fall back."""
+"""When a sweep must run as plain hooked forward passes, and where numbers stop being finite."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.hooks import HookFn, edited_elsewhere
-from hooklens.core.names import Where
 from hooklens.model.attention import Attention
 from hooklens.model.block import BLOCKS, Block
 from hooklens.model.mlp import MLP, GatedMLP
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.sweeps.measure import Reader
-
-Hooks = Sequence[tuple[Where, HookFn]]
+from hooklens.model.transformer import HookedTransformer
 
 
-def under_hooks(
-    reader: "Reader", tokens: Int[Tensor, "pair pos"], hooks: Hooks, times: int = 1
-) -> Float[Tensor, "time pair"]:
-    """The metric under hooks, from one forward pass of a batch that has all pairs so many times."""
-    model, n, rows = reader.model, len(tokens), tokens.repeat(times, 1)
-    if reader.read is None or reader.whole:
-        return torch.stack([reader.on_logits(x) for x in model.run_with_hooks(rows, fwd_hooks=hooks).split(n)])
-    streams = model.run_with_hooks(rows, fwd_hooks=hooks, stop_at_layer=model.cfg.n_layers)
-    return torch.stack([reader.on_stream(x) for x in streams.split(n)])
-
-
-def why_plain(model: "HookedTransformer", *, steps: bool = False) -> str | None:
+def why_plain(model: HookedTransformer, *, steps: bool = False) -> str | None:
     """Why the engine must not be used now: hooks of others would be skipped, or every pass draws new dropout masks.
 
     `steps`: it runs attention and the MLP of a block by themselves.
@@ -61,7 +43,7 @@ def _is_ours(block: nn.Module) -> bool:
     return type(block.attn) is Attention and type(block.mlp) in (MLP, GatedMLP, type(None))
 
 
-def first_nonfinite(model: "HookedTransformer", tokens: Tensor, *edits: tuple[str, HookFn]) -> str | None:
+def first_nonfinite(model: HookedTransformer, tokens: Tensor, *edits: tuple[str, HookFn]) -> str | None:
     """The first hook point that holds NaN or an infinity, None if all are finite; -inf forbids a key or a token.
 
     >>> from hooklens.testing import tiny_model
@@ -69,18 +51,18 @@ def first_nonfinite(model: "HookedTransformer", tokens: Tensor, *edits: tuple[st
     >>> first_nonfinite(model, torch.tensor([[1, 2]]))
     'blocks.1.mlp.hook_pre'
     """
-    found: list[str] = []
+    points: list[str] = []
 
     def look(act: Tensor, hook: Any) -> None:
         forbids = hook.name.endswith("hook_attn_scores") or hook.name == "unembed.hook_out"
         bad = act.isnan() | act.isposinf() if forbids else ~act.isfinite()
-        if not found and bool(bad.any()):
-            found.append(hook.name)
+        if not points and bool(bad.any()):
+            points.append(hook.name)
 
     with torch.no_grad():
         looking = (lambda name: not name.endswith(("_input", "attn_in", "result")), look)
         model.run_with_hooks(tokens, fwd_hooks=[*edits, looking])
-    return found[0] if found else None
+    return points[0] if points else None
 
 
 def not_finite(*values: Float[Tensor, "..."]) -> str | None:

@@ -2,22 +2,29 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hooklens.core.component import Component, no_component
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.names import Site
+from hooklens.model.transformer import HookedTransformer
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
-_WRITES, _READS = ("head", "mlp", "embed"), ("q", "k", "v", "mlp_in", "final")
 #: What stands before a layer's number in a tuple or a Site: the kind of component.
 _KINDS = {"z": "head", "head": "head", "mlp_out": "mlp", "post": "neuron"}
 _KINDS |= {kind: kind for kind in ("q", "k", "v", "mlp", "mlp_in", "neuron", "layer")}
+#: What a method asks for: the kinds of components that it takes, and how they are written.
+_TAKES = {
+    "sender": (("head", "mlp", "embed"), 'senders write to the residual stream: "L9H6", "MLP9", "embed"'),
+    "receiver": (
+        ("q", "k", "v", "mlp_in", "final"),
+        'receivers read from the residual stream: "L9H6.q" (or .k, .v), "MLP9", "final"',
+    ),
+    "head": (("head",), 'heads are written (9, 6) or "L9H6"'),
+    "patch": (("head", "neuron", "layer"), 'patches are written "L9H6", "L2N17", "L5" or, at one position, "L9H6@-1"'),
+}
 
 Sender = Component  # at the beginning of a path: it writes to the stream
 Receiver = Component  # at its end: it reads from the stream
@@ -38,33 +45,36 @@ class At:
 
 def of_pairs(nodes: Sequence[Component], index: Sequence[int], n: int) -> tuple[Component, ...]:
     """The same nodes for some of n pairs: positions given one a pair are those pairs' own."""
-    found = []
+    chosen = []
     for node in nodes:
-        if isinstance(node.pos, tuple) and len(node.pos) != n:
-            raise InputError(f"{len(node.pos)} positions ({node.at[1:]}) were given for {n} pairs; give one a pair")
-        found.append(replace(node, pos=tuple(node.pos[i] for i in index)) if isinstance(node.pos, tuple) else node)
-    return tuple(found)
+        if isinstance(node.pos, tuple):
+            if len(node.pos) != n:
+                raise InputError(f"{len(node.pos)} positions ({node.at[1:]}) were given for {n} pairs; give one a pair")
+            node = replace(node, pos=tuple(node.pos[i] for i in index))
+        chosen.append(node)
+    return tuple(chosen)
 
 
 def on_tokens(nodes: Sequence[Component], n: int, n_pos: int) -> tuple[Component, ...]:
     """The same nodes with positions counted from the start, one a pair, for n pairs of n_pos tokens."""
-    found = []
+    placed = []
     for node in nodes:
-        pos = (node.pos,) * n if isinstance(node.pos, int) else node.pos
-        for one in pos or ():
-            if not -n_pos <= one < n_pos:
-                raise InputError(f"position {one} was asked for ({node.at[1:]}) in a prompt of {n_pos} tokens")
-        found.append(node if pos is None else replace(node, pos=tuple(one % n_pos for one in pos)))
-    return tuple(found)
+        positions = (node.pos,) * n if isinstance(node.pos, int) else node.pos or ()
+        for pos in positions:
+            if not -n_pos <= pos < n_pos:
+                raise InputError(f"position {pos} was asked for ({node.at[1:]}) in a prompt of {n_pos} tokens")
+        placed.append(replace(node, pos=tuple(pos % n_pos for pos in positions) or None))
+    return tuple(placed)
 
 
 class Order:
-    """Who comes before whom. Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm.
+    """The order in which components read and write.
 
-    In blocks whose attention reads the MLP, these two change places.
+    Stage 2 l is the attention of layer l, 2 l + 1 its MLP, 2 n_layers the final norm. In blocks whose attention reads
+    the MLP, these two change places.
     """
 
-    def __init__(self, model: "HookedTransformer"):
+    def __init__(self, model: HookedTransformer):
         self.end = 2 * model.cfg.n_layers
         block = model.blocks[0]
         self.within = block.mlp is not None and block.mlp_reads_attn
@@ -84,8 +94,8 @@ class Order:
         return 2 * sender.layer + (1 if sender.kind == self.first and self.follows else 2)
 
 
-def read_components(model: "HookedTransformer", asked: Any, what: str = "component") -> list[Component]:
-    """What a name, a tuple or a Site means in this model, one or (of a whole layer) several; what it lacks raises.
+def read_components(model: HookedTransformer, asked: Any, what: str = "component") -> list[Component]:
+    """The components that a name, a tuple or a Site selects in this model; one that does not exist raises.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
@@ -95,7 +105,7 @@ def read_components(model: "HookedTransformer", asked: Any, what: str = "compone
     if isinstance(asked, Component):
         return [_check(model, asked, what)]
     if isinstance(asked, str):
-        named = Component.parse(asked, what)
+        named = _parsed(model, asked, what)
         if named.kind == "head" and named.keyed:  # keys and values are shared, the head is not
             raise no_component(asked, what)
         return [_check(model, named, what)]
@@ -112,7 +122,16 @@ def read_components(model: "HookedTransformer", asked: Any, what: str = "compone
     return [_check(model, Component(kind, layer, head), what) for head in heads]
 
 
-def read_senders(model: "HookedTransformer", asked: Any) -> tuple[Component, ...]:
+def _parsed(model: HookedTransformer, name: str, what: str) -> Component:
+    try:
+        return Component.parse(name, what)
+    except InputError as error:
+        names = dict.fromkeys(node.name for node in (*_heads(model), *_mlps(model), *_receivers(model)))
+        closest = str(did_you_mean(what, name, names)).rpartition("; ")[2]
+        raise InputError(f"{error}; {closest}") from error
+
+
+def read_senders(model: HookedTransformer, asked: Any) -> tuple[Component, ...]:
     """Senders from what a user writes: (9, 6) or "L9H6", ("mlp", 9) or "MLP9", "embed", "heads", "mlps"; None: all.
 
     "L9H6@-1", or any of them within `At(..., pos)`: at that position only.
@@ -121,71 +140,57 @@ def read_senders(model: "HookedTransformer", asked: Any) -> tuple[Component, ...
     >>> [sender.name for sender in read_senders(tiny_model(), ["heads", "MLP1", "embed"])]
     ['L0H0', 'L0H1', 'L1H0', 'L1H1', 'MLP1', 'embed']
     """
-    cfg = model.cfg
-    heads = [Component("head", layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
-    mlps = [] if cfg.attn_only else [Component("mlp", layer) for layer in range(cfg.n_layers)]
-    if asked is None:
-        return (*heads, *mlps)
-    found: list[Component] = []
-    for one in _listed(asked, "senders"):
-        if isinstance(one, At):
-            found += _placed(read_senders(model, one.node), one)
-        elif isinstance(one, str) and one in ("heads", "mlps"):
-            found += heads if one == "heads" else mlps
-        else:
-            found += _of_kinds(read_components(model, one, "sender"), _WRITES, one, "sender")
-    if not found:
-        raise InputError("senders= names none; give at least one, or leave it out for all heads and MLPs")
-    return tuple(dict.fromkeys(found))
+    asked = ["heads", *(() if model.cfg.attn_only else ["mlps"])] if asked is None else asked
+    return tuple(dict.fromkeys(_read(model, asked, "sender", {"heads": _heads(model), "mlps": _mlps(model)})))
 
 
-def read_receivers(model: "HookedTransformer", asked: Any) -> tuple[Component, ...]:
+def read_receivers(model: HookedTransformer, asked: Any) -> tuple[Component, ...]:
     """Receivers from what a user writes: ("q", 9, 6) or "L9H6.q", ("k", 9): every head, ("mlp", 9), "final", "all".
 
     >>> from hooklens.testing import tiny_model
     >>> [receiver.name for receiver in read_receivers(tiny_model(), [("q", 1), "MLP1", "final"])]
     ['L1H0.q', 'L1H1.q', 'MLP1', 'final']
     """
-    found: list[Component] = []
-    for one in _listed(asked, "receivers"):
-        if isinstance(one, At):
-            found += _placed(read_receivers(model, one.node), one)
-        elif isinstance(one, str) and one == "all":
-            found += _all(model)
-        else:
-            named = read_components(model, one, "receiver")
-            reading = [replace(node, kind="mlp_in") if node.kind == "mlp" else node for node in named]
-            found += _of_kinds(reading, _READS, one, "receiver")
-    if not found:
-        raise InputError('receivers= names none; give at least one such as ("q", 9, 6), "L9H6.q" or "final"')
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(_read(model, asked, "receiver", {"all": _receivers(model)})))
 
 
-def read_heads(model: "HookedTransformer", heads: Any) -> list[tuple[int, int]]:
+def read_heads(model: HookedTransformer, heads: Any) -> list[tuple[int, int]]:
     """(layer, head) of every head asked for, all of them for None; at least one, none twice, all of them there.
 
     >>> from hooklens.testing import tiny_model
     >>> read_heads(tiny_model(), ["L0H1", (-1, 0)])
     [(0, 1), (1, 0)]
     """
-    asked = ["heads"] if heads is None else _listed(heads, "heads")
-    found: list[Component] = []
-    for one in asked:
-        if isinstance(one, str) and one == "heads":
-            found += [node for node in read_senders(model, None) if node.kind == "head"]
+    nodes = _read(model, "heads" if heads is None else heads, "head", {"heads": _heads(model)})
+    if len(set(nodes)) < len(nodes):
+        raise InputError(f"heads= holds one twice: {', '.join(head.name for head in nodes)}")
+    return [node.place for node in nodes]
+
+
+def _read(model: HookedTransformer, asked: Any, what: str, sets: dict[str, list[Component]]) -> list[Component]:
+    """The components that a user asks for as `what`; the words in `sets` stand for several."""
+    nodes: list[Component] = []
+    for one in listed(asked, f"{what}s"):
+        if isinstance(one, At) and what != "head":
+            nodes += _placed(_read(model, one.node, what, sets), one)
+        elif isinstance(one, str) and one in sets:
+            nodes += sets[one]
         else:
-            found += _of_kinds(read_components(model, one, "head"), ("head",), one, "head")
-    if not found:
-        raise InputError("heads= names none; give at least one, such as 'L0H1' or (0, 1)")
-    if len(set(found)) < len(found):
-        raise InputError(f"heads= holds one twice: {', '.join(head.name for head in found)}")
-    return [node.place for node in found]
-
-
-def _of_kinds(nodes: Sequence[Component], kinds: Sequence[str], asked: Any, what: str) -> Sequence[Component]:
-    if any(node.kind not in kinds for node in nodes):
-        raise no_component(asked, what)
+            nodes += of_kinds(read_components(model, one, what), what)
+    if not nodes:
+        raise InputError(f"{what}s= names none; give at least one: {_TAKES[what][1]}")
     return nodes
+
+
+def of_kinds(nodes: Sequence[Component], what: str) -> list[Component]:
+    """The components, if a method takes them as `what`; an MLP as a receiver stands for what it reads."""
+    if what == "receiver":
+        nodes = [replace(node, kind="mlp_in") if node.kind == "mlp" else node for node in nodes]
+    kinds, written = _TAKES[what]
+    for node in nodes:
+        if node.kind not in kinds:
+            raise InputError(f"{node.name} was asked for as a {what}; {written}")
+    return list(nodes)
 
 
 def _placed(nodes: Sequence[Component], at: At) -> list[Component]:
@@ -203,7 +208,7 @@ def _placed(nodes: Sequence[Component], at: At) -> list[Component]:
     return [replace(node, pos=tuple(pos.tolist()) if pos.ndim else int(pos), at=name) for node in nodes]
 
 
-def _listed(asked: Any, what: str) -> Iterable[Any]:
+def listed(asked: Any, what: str) -> Iterable[Any]:
     """One thing or several: a tuple such as ("q", 9, 6) or (9, 6) is one."""
     if isinstance(asked, str | Site | Component | At) or (isinstance(asked, tuple) and asked and _plain(asked)):
         return [asked]
@@ -224,21 +229,30 @@ def _is_number(x: Any) -> bool:
     return hasattr(x, "__index__")
 
 
-def _n_heads(model: "HookedTransformer", kind: str) -> int:
+def _n_heads(model: HookedTransformer, kind: str) -> int:
     return model.cfg.n_key_value_heads if kind in ("k", "v") else model.cfg.n_heads
 
 
-def _all(model: "HookedTransformer") -> list[Component]:
+def _heads(model: HookedTransformer) -> list[Component]:
+    cfg = model.cfg
+    return [Component("head", layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+
+
+def _mlps(model: HookedTransformer) -> list[Component]:
+    return [] if model.cfg.attn_only else [Component("mlp", layer) for layer in range(model.cfg.n_layers)]
+
+
+def _receivers(model: HookedTransformer) -> list[Component]:
     """Everything that reads the stream."""
-    found = []
+    nodes: list[Component] = []
     for layer in range(model.cfg.n_layers):
-        found += [Component(kind, layer, head) for kind in "qkv" for head in range(_n_heads(model, kind))]
-        found += [] if model.cfg.attn_only else [Component("mlp_in", layer)]
-    return [*(_check(model, node, "receiver") for node in found), Component("final")]
+        nodes += [Component(kind, layer, head) for kind in "qkv" for head in range(_n_heads(model, kind))]
+        nodes += [] if model.cfg.attn_only else [Component("mlp_in", layer)]
+    return [*(_check(model, node, "receiver") for node in nodes), Component("final")]
 
 
-def _check(model: "HookedTransformer", node: Component, what: str) -> Component:
-    """Layers may count from the last; one that does not exist raises with what does."""
+def _check(model: HookedTransformer, node: Component, what: str) -> Component:
+    """The component, its layer counted from the first; one that does not exist raises with those that do."""
     cfg = model.cfg
     if node.kind in ("embed", "final"):
         return node

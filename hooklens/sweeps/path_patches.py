@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.hooks import HookFn
+from hooklens.core.names import Where
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite
-from hooklens.sweeps.naive_paths import plain_paths
-from hooklens.sweeps.nodes import Sender
+from hooklens.sweeps.nodes import Receiver, Sender
 from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
-from hooklens.sweeps.paths import EDGES, FIXED, PathPlan
+from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, point_of, sent, writing
 from hooklens.sweeps.protocol import Item, Sweep
 
 
@@ -53,14 +55,8 @@ class PathPatches(Sweep):
 
     def _same(self, sender: Sender) -> Bool[Tensor, "pair"]:
         """For which pairs has the sender the same value in both runs, where it sends?"""
-        plan = self.plan
-        if sender.kind == "head":
-            old, new = (run.z[sender.layer][:, :, sender.head] for run in (plan.base, plan.new))
-        elif sender.kind == "mlp":
-            old, new = (run.mlp_out[sender.layer] for run in (plan.base, plan.new))
-        else:
-            old, new = plan.base.streams[0], plan.new.streams[0]
-        return ((old == new).all(-1) | ~plan.here(sender)).all(1)
+        old, new = self.plan.base.of(sender), self.plan.new.of(sender)
+        return ((old == new).all(-1) | ~self.plan.here(sender)).all(1)
 
     def rows_at_once(self, memory: int) -> int:
         # beside its stream a row has its sender's change, and what was recorded at every stage
@@ -71,10 +67,10 @@ class PathPatches(Sweep):
         return walk_paths(self.plan, reader, items)
 
     def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "sender pair"]:
-        return plain_paths(self.plan, [self.plan.senders[i] for i in numbers], reader)
+        return torch.cat([reader.under_hooks(self.tokens, _patching(self.plan, self.plan.senders[i])) for i in numbers])
 
     def share(self, reader: Reader, items: Sequence[Item]) -> float:
-        """Token-layers that were worked out, MLPs on the path counted whole, over those of the plain loop."""
+        """Token-layers that were computed, MLPs on the path counted whole, over those of the plain loop."""
         plan, (n_pair, n_pos), n_layers = self.plan, self.tokens.shape, self.model.cfg.n_layers
         passes = 1 if plan.semantics == EDGES or plan.stages[-1] == plan.order.end else 2
         done = 0
@@ -102,3 +98,61 @@ class PathPatches(Sweep):
         bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
         names = ", ".join(plan.senders[i].name for i in bad[:3]) or "the base run"
         return f"the metric is {said} for {names}, though both runs are finite: look at the metric"
+
+
+def _patching(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
+    """One sender's patch as hooks on the run that is patched."""
+    if plan.semantics == EDGES:
+        return _adding(plan, sender)
+    hooks: list[tuple[Where, HookFn]] = []
+    for (kind, layer), value in _recorded(plan, sender).items():
+        heads = plan.heads_at(kind, layer) or None
+        value = value if heads is None else value[:, :, heads]
+        hooks.append((point_of(plan.model, kind, layer), writing(value, plan.where(kind, layer), heads)))
+    return hooks
+
+
+def _adding(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
+    """Each receiver that comes after the sender gets its new value in what it reads, and nothing else does."""
+    n_pair, n_pos = plan.tokens.shape
+    every = torch.arange(n_pair * n_pos, device=plan.tokens.device)
+    change = sent(plan, sender, every // n_pos, every % n_pos).view(n_pair, n_pos, -1)
+    hooks: list[tuple[Where, HookFn]] = []
+    for kind, layer in plan.reading:
+        if plan.order.reads_at(Receiver(kind, layer)) < plan.order.feeds_from(sender):
+            continue
+        heads = plan.heads_at(kind, layer) or None  # which read copies of the stream of their own
+        point = point_of(plan.model, kind, layer) if heads is None else (f"{kind}_input", layer)
+        hooks.append((point, _adding_to(change, plan.where(kind, layer), heads)))
+    return hooks
+
+
+def _adding_to(change: Tensor, where: Tensor | None, heads: list[int] | None) -> HookFn:
+    by_head = change[:, :, None] if where is None else change[:, :, None] * where[..., None]
+
+    def add(act: Tensor, hook: Any) -> Tensor:
+        if heads is None:
+            return act + by_head[:, :, 0]
+        act[:, :, heads] += by_head
+        return act
+
+    return add
+
+
+def _recorded(plan: PathPlan, sender: Sender) -> dict[tuple[str, int], Tensor]:
+    """What the receivers read when the sender takes its new value and the other heads keep theirs."""
+    model, here = plan.model, plan.here(sender)[..., None]
+    points = {place: point_of(model, *place) for place in plan.reading}
+    value = torch.where(here, plan.new.of(sender), plan.base.of(sender))
+    values = {("z", layer): z for layer, z in plan.base.z.items()}
+    if plan.semantics == FIXED_FROZEN:
+        values |= {("mlp_out", layer): out for layer, out in plan.base.mlp_out.items()}
+    if sender.kind == "head":
+        values["z", sender.layer] = values["z", sender.layer].clone()
+        values["z", sender.layer][:, :, sender.head] = value
+    else:
+        values["resid_pre" if sender.kind == "embed" else "mlp_out", max(sender.layer, 0)] = value
+    with model.hooks([(point, writing(value, None, None)) for point, value in values.items()]):
+        stop = 1 + max(layer for _, layer in points.values())
+        _, seen = model.run_with_cache(plan.tokens, list(points.values()), stop_at_layer=stop)
+    return {place: seen[point] for place, point in points.items()}

@@ -1,4 +1,4 @@
-"""What receivers read: the live stream with the sender's new value in it, or what was recorded before."""
+"""What receivers read: the live stream with the sender's new value in it, or a stream that was recorded before."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,49 +56,35 @@ class Live:
 
     def where(self, kind: str, layer: int, index: Index) -> Bool[Tensor, "cell head"] | None:
         """Which receivers of a kind read at these cells; None: all of them, everywhere."""
-        found = self.plan.where(kind, layer)
-        return None if found is None else found[self.cells.pair[index], self.cells.pos[index]]
+        where = self.plan.where(kind, layer)
+        return None if where is None else where[self.cells.pair[index], self.cells.pos[index]]
 
     def mlp(self, layer: int, stream: Flat, index: Index) -> Flat:
         """What the MLP of a layer reads: at the receiver's positions what it is patched with, elsewhere the stream."""
-        where, read = self.where("mlp_in", layer, index), self.at_mlp(layer, stream, index)
-        return read if where is None else torch.where(where, read, stream)
+        return self._at("mlp_in", layer, 2 * layer + 1, stream, index)
 
     def final(self, stream: Flat, index: Index) -> Flat:
         """The same for the final norm."""
-        where, read = self.where("final", -1, index), self.at_end(stream, index)
+        return self._at("final", -1, self.plan.order.end, stream, index)
+
+    def _at(self, kind: str, layer: int, stage: int, stream: Flat, index: Index) -> Flat:
+        where, read = self.where(kind, layer, index), self.received(stage, stream, index)
         return read if where is None else torch.where(where, read, stream)
 
-    def at_attn(self, layer: int, stream: Flat, index: Index) -> Flat:
-        """What the queries, keys and values of a layer read, where they are receivers."""
-        return stream + self.change[index]
-
-    def at_mlp(self, layer: int, stream: Flat, index: Index) -> Flat:
-        """What the MLP of a layer reads, where it is a receiver."""
-        return stream + self.change[index]
-
-    def at_end(self, stream: Flat, index: Index) -> Flat:
-        """What the final norm reads, where it is a receiver."""
+    def received(self, stage: int, stream: Flat, index: Index) -> Flat:
+        """What the receivers at a stage read: attention at 2 l, the MLP at 2 l + 1, then the final norm."""
         return stream + self.change[index]
 
 
 class Held(Live):
     """`fixed receivers, MLPs frozen`: a receiver holds the base run's stream with the sender's new value in it."""
 
-    def base(self, layer: int, index: Index) -> Flat:
-        return self.plan.base.streams[layer][self.cells.pair[index], self.cells.pos[index]]
-
-    def at_attn(self, layer: int, stream: Flat, index: Index) -> Flat:
-        return self.base(layer, index) + self.change[index]
-
-    def at_mlp(self, layer: int, stream: Flat, index: Index) -> Flat:
-        base = self.base(layer, index)
-        if self.plan.order.within:
-            base = base + self.plan.base.attn_out[layer][self.cells.pair[index], self.cells.pos[index]]
+    def received(self, stage: int, stream: Flat, index: Index) -> Flat:
+        plan, at = self.plan, (self.cells.pair[index], self.cells.pos[index])
+        base = plan.base.streams[stage // 2][at]
+        if stage % 2 and plan.order.within:
+            base = base + plan.base.attn_out[stage // 2][at]
         return base + self.change[index]
-
-    def at_end(self, stream: Flat, index: Index) -> Flat:
-        return self.base(self.plan.model.cfg.n_layers, index) + self.change[index]
 
 
 class Recorded(Live):
@@ -112,14 +98,8 @@ class Recorded(Live):
         self.seen: dict[int, Flat] = {}  # by stage
         self._record()
 
-    def at_attn(self, layer: int, stream: Flat, index: Index) -> Flat:
-        return self.seen[2 * layer][index]
-
-    def at_mlp(self, layer: int, stream: Flat, index: Index) -> Flat:
-        return self.seen[2 * layer + 1][index]
-
-    def at_end(self, stream: Flat, index: Index) -> Flat:
-        return self.seen[self.plan.order.end][index]
+    def received(self, stage: int, stream: Flat, index: Index) -> Flat:
+        return self.seen[stage][index]
 
     def _record(self) -> None:
         """Walk the layers once with attention frozen; cells join at their sender."""

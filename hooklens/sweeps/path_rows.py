@@ -5,17 +5,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.hooks import HookFn
-from hooklens.core.progress_bar import step
 from hooklens.model.kv_cache import Context, View
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.path_reads import Flat, Index, Live, cells_of, reading
-from hooklens.sweeps.paths import PathPlan, heads_write, receiver_heads
+from hooklens.sweeps.paths import PathPlan, heads_write, receiver_heads, writing
 from hooklens.sweeps.protocol import Item
-from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
+from hooklens.sweeps.rows import Group, PackedContext, merge, pack, through, unpack
 
 Edits = list[tuple[Any, HookFn]]
 
@@ -23,11 +22,13 @@ Edits = list[tuple[Any, HookFn]]
 def walk_paths(plan: PathPlan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
     """The stream that leaves the last block, at the positions that are read, for every item."""
     out: dict[int, Tensor] = {}
-    late = [i for i, item in enumerate(items) if is_late(plan, reader, item)]
-    early = sorted(set(range(len(items))) - set(late))
-    for chosen, walk in ((late, _late), (early, _early)):
-        if chosen:
-            out |= dict(zip(chosen, walk(plan, reader, [items[i] for i in chosen]), strict=True))
+    late = [is_late(plan, reader, item) for item in items]
+    for which in (True, False):
+        numbers = [i for i, at_end in enumerate(late) if at_end is which]
+        if numbers:
+            chosen = [items[i] for i in numbers]
+            streams = _late(plan, reader, chosen) if which else _Walk(plan, reader, chosen).run()
+            out |= dict(zip(numbers, streams, strict=True))
     return [out[i] for i in range(len(items))]
 
 
@@ -48,7 +49,7 @@ def is_late(plan: PathPlan, reader: Reader, item: Item) -> bool:
 
 
 def _late(plan: PathPlan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
-    """Late items: worked out at the positions that are read."""
+    """Late items: computed only at the positions that are read."""
     last, end = plan.model.cfg.n_layers - 1, plan.order.end
     every = torch.arange(plan.tokens.shape[1], device=plan.tokens.device)
     where = [every[item.start :] if reader.read is None else reader.read[item.pair] for item in items]
@@ -65,10 +66,6 @@ def _late(plan: PathPlan, reader: Reader, items: Sequence[Item]) -> list[Tensor]
     return list(final.split(lengths.tolist()))
 
 
-def _early(plan: PathPlan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
-    return _Walk(plan, reader, items).run()
-
-
 class _Walk:
     """Items whose rows pass whole blocks, from where some head or MLP first reads the sender."""
 
@@ -80,7 +77,6 @@ class _Walk:
         self.joining: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # stage, start: items
         for number, item in enumerate(items):
             self.joining[stage_of(plan, item)][item.start].append(number)
-        self.out: dict[int, Tensor] = {}
 
     def run(self) -> list[Tensor]:
         plan, last = self.plan, self.plan.model.cfg.n_layers - 1
@@ -97,19 +93,20 @@ class _Walk:
                     left = _joining_after(plan, self.reads, layer, index, queries=queries)
                     groups += unpack(left[None], [group], None if read is None else read.shape[1])
             groups = merge(groups) if layer < last else groups
-        for group in groups:
-            self._collect(group, read is not None)
-        return [self.out[i] for i in range(len(self.items))]
+        streams = self.reader.finals(groups, read is not None)
+        if plan.stages[-1] == plan.order.end:
+            self._patch_final(groups, streams)
+        return [streams[i] for i in range(len(self.items))]
 
     def _joined(self, layer: int, stage: int) -> list[Group]:
         """The base run's rows of items that first differ at this stage, as they enter the layer."""
         device = self.plan.tokens.device
-        found = []
+        groups = []
         for start, numbers in self.joining.get(stage, {}).items():
             pair = torch.tensor([self.items[i].pair for i in numbers], device=device)
             x = self.plan.base.streams[layer][pair, start:]
-            found.append(Group(start, pair, torch.tensor(numbers, device=device), x))
-        return found
+            groups.append(Group(start, pair, torch.tensor(numbers, device=device), x))
+        return groups
 
     def _block(self, layer: int, groups: list[Group], read: Tensor | None) -> list[Group]:
         """Through a block, with what its receivers read written in."""
@@ -118,16 +115,14 @@ class _Walk:
         index = torch.cat([self.cells.of(group) for group in groups])
         edits = self._qkv(layer, flat, index, ctx) + _mlp_edit(plan, self.reads, layer, ctx.select(index[None])[0])
         with plan.model.hooks(edits):
-            out = plan.model.blocks[layer](flat, ctx)
-        step(flat.shape[1])
-        return unpack(out, groups, None if read is None else read.shape[1])
+            return through(plan.model.blocks[layer], flat, groups, ctx)
 
     def _qkv(self, layer: int, flat: Float[Tensor, "one cell d_model"], index: Index, ctx: Context) -> Edits:
         """Hooks that write the q, k, v of this layer's receivers, each read through the block's own norm."""
         plan, block = self.plan, self.plan.model.blocks[layer]
         if 2 * layer not in plan.stages:
             return []
-        read = self.reads.at_attn(layer, flat[0], index)[None]
+        read = self.reads.received(2 * layer, flat[0], index)[None]
         asking = ctx.select(index[None])[0]
         edits: Edits = []
         for kind in ("q", "k", "v"):
@@ -136,32 +131,21 @@ class _Walk:
                 normed = block.quiet_norm(ctx.select(read) if kind == "q" else read)
                 value = receiver_heads(getattr(block.attn, kind), normed, heads, block.attn.d_head)
                 where = self.reads.where(kind, layer, asking if kind == "q" else index)
-                edits.append(((kind, layer), _writing(heads, value, where)))
+                edits.append(((kind, layer), writing(value, None if where is None else where[None], heads)))
         return edits
 
-    def _collect(self, group: Group, read_only: bool) -> None:
-        """What is unembedded of each row, with the sender's new value in it where the final stream is a receiver."""
-        finals = self.reader.finals(group, read_only)
-        if self.plan.stages[-1] == self.plan.order.end:
-            index = self.cells.of(group, _places(group, self.reader.read))
+    def _patch_final(self, groups: list[Group], streams: dict[int, Tensor]) -> None:
+        """Put the sender's new value into what is unembedded, where the final stream is a receiver."""
+        for group in groups:
+            items, index = group.item.tolist(), self.cells.of(group, _places(group, self.reader.read))
+            finals = torch.stack([streams[item] for item in items])
             finals = self.reads.final(finals.flatten(0, 1), index).view_as(finals)
-        for row, item in enumerate(group.item.tolist()):
-            self.out[item] = finals[row]
+            streams |= dict(zip(items, finals, strict=True))
 
 
 def _places(group: Group, read: Int[Tensor, "pair read"] | None) -> Int[Tensor, "row read"] | None:
     """The read positions of a group's rows, counted from its start; one before it is clamped, and ignored later."""
     return None if read is None else (read[group.pair] - group.start).clamp_min(0)
-
-
-def _writing(
-    heads: list[int], value: Float[Tensor, "one cell some_head d_head"], where: Bool[Tensor, "cell some_head"] | None
-) -> HookFn:
-    def write(act: Tensor, hook: Any) -> Tensor:
-        act[:, :, heads] = value if where is None else torch.where(where[..., None], value, act[:, :, heads])
-        return act
-
-    return write
 
 
 def _mlp_edit(plan: PathPlan, reads: Live, layer: int, index: Index) -> Edits:
@@ -184,7 +168,7 @@ def _asked_anew(plan: PathPlan, reads: Live, layer: int, index: Index) -> Flat:
     """attn_out where the receivers' queries differ: only their heads' mixtures of the base run's values change."""
     block, attn, heads = plan.model.blocks[layer], plan.model.blocks[layer].attn, plan.heads_at("q", layer)
     pair, pos = reads.cells.pair[index], reads.cells.pos[index]
-    read = reads.at_attn(layer, plan.base.streams[layer][pair, pos], index)
+    read = reads.received(2 * layer, plan.base.streams[layer][pair, pos], index)
     q = read.new_zeros(1, len(read), attn.n_heads, attn.d_head)
     q[:, :, heads] = receiver_heads(attn.q, block.quiet_norm(read[None]), heads, attn.d_head)
     # rotary frequencies can depend on how long the whole row is, which these positions alone do not say

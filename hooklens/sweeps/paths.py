@@ -1,9 +1,9 @@
-"""What a path-patching sweep needs before it knows its metric: both runs, who sends what to whom."""
+"""What a path-patching sweep needs before it knows its metric: both runs, the senders and the receivers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.core.hooks import HookFn
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import is_plain
+from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.nodes import Order, Receiver, Sender, on_tokens
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.sweeps.planning import first_difference
 
 #: Receivers read the live stream with the sender's new value in it.
 EDGES = "edges"
@@ -39,12 +39,18 @@ class PathRun:
     z: dict[int, Tensor] = field(default_factory=dict)
     past: KVCache = field(default_factory=KVCache)
 
+    def of(self, sender: Sender) -> Float[Tensor, "pair pos d"]:
+        """The activation that a sender sends: its z, what the MLP adds, or the embedding."""
+        if sender.kind == "embed":
+            return self.streams[0]
+        return self.mlp_out[sender.layer] if sender.kind == "mlp" else self.z[sender.layer][:, :, sender.head]
+
 
 @dataclass(frozen=True, eq=False)
 class PathPlan:
-    """One patch a sender: the receivers read its value of the other run, and the metric says what came of it."""
+    """One patch for every sender, whose value of the other run the receivers read."""
 
-    model: "HookedTransformer"
+    model: HookedTransformer
     senders: tuple[Sender, ...]
     receivers: tuple[Receiver, ...]
     semantics: str
@@ -61,7 +67,7 @@ class PathPlan:
 
     @cached_property
     def order(self) -> Order:
-        """Who comes before whom."""
+        """The order in which the components of the model read and write."""
         return Order(self.model)
 
     @cached_property
@@ -70,16 +76,14 @@ class PathPlan:
         return sorted({self.order.reads_at(receiver) for receiver in self.receivers})
 
     @cached_property
-    def frozen(self) -> dict[tuple[str, int], Tensor]:
-        """What the plain loop freezes while it records: every head's z and, where so meant, what every MLP adds."""
-        names = ["z"] + (["mlp_out"] if self.semantics == FIXED_FROZEN and not self.model.cfg.attn_only else [])
-        kept = {"z": self.base.z, "mlp_out": self.base.mlp_out}
-        return {(name, layer): kept[name][layer] for name in names for layer in range(self.model.cfg.n_layers)}
+    def reading(self) -> list[tuple[str, int]]:
+        """The kind and layer of every receiver, each once."""
+        return list(dict.fromkeys((receiver.kind, receiver.layer) for receiver in self.receivers))
 
     def heads_at(self, kind: str, layer: int) -> list[int]:
         """The heads whose q, k or v is a receiver at a layer."""
-        found = (r.head for r in self.receivers if r.kind == kind and r.layer == layer and r.head is not None)
-        return list(dict.fromkeys(found))
+        heads = (r.head for r in self.receivers if r.kind == kind and r.layer == layer and r.head is not None)
+        return list(dict.fromkeys(heads))
 
     def where(self, kind: str, layer: int) -> Bool[Tensor, "pair pos head"] | None:
         """Where the receivers of this kind read, heads as in `heads_at` (else one column); None: at all positions."""
@@ -87,16 +91,16 @@ class PathPlan:
         if all(r.pos is None for r in some):
             return None
         heads: list[int | None] = [*self.heads_at(kind, layer)] or [None]
-        found = torch.zeros(*self.tokens.shape, len(heads), dtype=torch.bool, device=self.tokens.device)
+        where = torch.zeros(*self.tokens.shape, len(heads), dtype=torch.bool, device=self.tokens.device)
         for one in some:
-            found[:, :, heads.index(one.head)] |= self.here(one)
-        return found
+            where[:, :, heads.index(one.head)] |= self.here(one)
+        return where
 
     def here(self, node: Sender | Receiver) -> Bool[Tensor, "pair pos"]:
         """The positions at which a node sends or reads."""
         if node.pos is None:
             return torch.ones_like(self.tokens, dtype=torch.bool)
-        assert isinstance(node.pos, tuple)  # `plan_paths` made it so
+        assert isinstance(node.pos, tuple)  # since `on_tokens`
         pos = torch.tensor(node.pos, device=self.tokens.device)
         return torch.arange(self.tokens.shape[1], device=pos.device) == pos[:, None]
 
@@ -121,8 +125,13 @@ class PathPlan:
         return read.long().argmax(1)
 
 
+def point_of(model: HookedTransformer, kind: str, layer: int) -> tuple[str, int]:
+    """The hook point whose activation receivers of a kind read: the stream for the final norm."""
+    return ("resid_post", model.cfg.n_layers - 1) if kind == "final" else (kind, layer)
+
+
 def plan_paths(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Int[Tensor, "pair pos"],
     other: Int[Tensor, "pair pos"],
     senders: Sequence[Sender],
@@ -132,32 +141,36 @@ def plan_paths(
     """Run both prompts and keep what the paths start from: `tokens` is patched, `other` gives the new values."""
     senders, receivers = on_tokens(senders, *tokens.shape), on_tokens(receivers, *tokens.shape)
     _refuse(model, receivers, semantics)
+    every = range(model.cfg.n_layers)
+    kept = {"hook_resid_pre": every, "hook_attn_out": every, "attn.hook_z": every}
+    kept |= {} if model.cfg.attn_only else {"hook_mlp_out": every}
+    sending = {"hook_resid_pre": {0}, "attn.hook_z": set(), "hook_mlp_out": set()}
+    for sender in senders:
+        if sender.kind != "embed":
+            sending["attn.hook_z" if sender.kind == "head" else "hook_mlp_out"].add(sender.layer)
     with torch.no_grad():
-        base, new = _base_run(model, tokens), _new_run(model, other, senders)
-    differs = tokens != other
-    end = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-    first = torch.where(differs.any(1), differs.long().argmax(1), end)
-    made = PathPlan(
+        base, new = _run(model, tokens, kept), _run(model, other, sending)
+    plan = PathPlan(
         model=model,
-        senders=tuple(senders),
-        receivers=tuple(receivers),
+        senders=senders,
+        receivers=receivers,
         semantics=semantics,
         tokens=tokens,
         other=other,
         base=base,
         new=new,
-        first_change=first,
+        first_change=first_difference(tokens, other),
     )
-    if all(made.enters(sender) is None for sender in made.senders):
+    if all(plan.enters(sender) is None for sender in senders):
         names = ", ".join(receiver.name for receiver in receivers[:4])
         raise InputError(
             f"no sender reaches {names}: a path leads upwards, and of {len(senders)} senders the first is "
             f'{senders[0].name}; choose later receivers, or senders=["embed"], which reaches all'
         )
-    return made
+    return plan
 
 
-def _refuse(model: "HookedTransformer", receivers: Sequence[Receiver], semantics: str) -> None:
+def _refuse(model: HookedTransformer, receivers: Sequence[Receiver], semantics: str) -> None:
     model.blocks[0].need_sum("path patching")
     if semantics != EDGES and len(receivers) > 1 and any(r.kind == "final" for r in receivers):
         raise InputError(
@@ -166,26 +179,18 @@ def _refuse(model: "HookedTransformer", receivers: Sequence[Receiver], semantics
         )
 
 
-def _base_run(model: "HookedTransformer", tokens: Tensor) -> PathRun:
-    n = model.cfg.n_layers
-    points = ["hook_resid_pre", "hook_attn_out", "attn.hook_z", *([] if model.cfg.attn_only else ["hook_mlp_out"])]
-    run = PathRun({})
-    names = [f"blocks.{layer}.{point}" for layer in range(n) for point in points]
-    last, cache = model.run_with_cache(tokens, names, stop_at_layer=n, kv_cache=run.past)
-    kept = [{layer: cache[f"blocks.{layer}.{point}"] for layer in range(n)} for point in points]
-    run.streams, run.attn_out, run.z = kept[0] | {n: last}, kept[1], kept[2]
-    run.mlp_out = kept[3] if len(kept) > 3 else {}
-    return run
-
-
-def _new_run(model: "HookedTransformer", tokens: Tensor, senders: Sequence[Sender]) -> PathRun:
-    n, points = model.cfg.n_layers, {"head": "attn.hook_z", "mlp": "hook_mlp_out"}
-    names = list(dict.fromkeys(f"blocks.{s.layer}.{points[s.kind]}" for s in senders if s.kind in points))
-    last, cache = model.run_with_cache(tokens, ["blocks.0.hook_resid_pre", *names], stop_at_layer=n)
+def _run(model: HookedTransformer, tokens: Tensor, points: Mapping[str, Iterable[int]]) -> PathRun:
+    """A run of which the activations at these points of these layers are kept."""
+    past, n = KVCache(), model.cfg.n_layers
+    names = [f"blocks.{layer}.{point}" for point, layers in points.items() for layer in layers]
+    last, cache = model.run_with_cache(tokens, names, stop_at_layer=n, kv_cache=past)
+    kept = {name: {layer: cache[f"blocks.{layer}.{name}"] for layer in layers} for name, layers in points.items()}
     return PathRun(
-        {0: cache["blocks.0.hook_resid_pre"], n: last},
-        z={s.layer: cache[f"blocks.{s.layer}.attn.hook_z"] for s in senders if s.kind == "head"},
-        mlp_out={s.layer: cache[f"blocks.{s.layer}.hook_mlp_out"] for s in senders if s.kind == "mlp"},
+        streams=kept["hook_resid_pre"] | {n: last},
+        attn_out=kept.get("hook_attn_out", {}),
+        mlp_out=kept.get("hook_mlp_out", {}),
+        z=kept["attn.hook_z"],
+        past=past,
     )
 
 
@@ -197,23 +202,14 @@ def sent(
     Where a head reaches the stream through a norm of the whole layer, the change is that of the norm's
     output when this head alone is exchanged.
     """
-    if sender.kind == "embed":
-        old, new = plan.base.streams[0], plan.new.streams[0]
-        change = new[pair, pos] - old[pair, pos]
-    elif sender.kind == "mlp":
-        old, new = plan.base.mlp_out[sender.layer], plan.new.mlp_out[sender.layer]
-        change = new[pair, pos] - old[pair, pos]
+    if sender.head is None:
+        change = plan.new.of(sender)[pair, pos] - plan.base.of(sender)[pair, pos]
     else:
-        change = _sent_by_head(plan, sender, pair, pos)
+        old, new = (run.z[sender.layer][pair, pos] for run in (plan.base, plan.new))
+        change = heads_write(plan, sender.layer, pair=pair, pos=pos, old=old, new=new, heads=[sender.head])
     if sender.pos is not None:
         change = change * plan.here(sender)[pair, pos, None]
     return change if sender.turned is None else _turn(change, sender.turned)
-
-
-def _sent_by_head(plan: PathPlan, sender: Sender, pair: Tensor, pos: Tensor) -> Float[Tensor, "cell d_model"]:
-    old, new = (run.z[sender.layer][pair, pos] for run in (plan.base, plan.new))
-    assert sender.head is not None
-    return heads_write(plan, sender.layer, pair=pair, pos=pos, old=old, new=new, heads=[sender.head])
 
 
 def heads_write(
@@ -246,3 +242,17 @@ def receiver_heads(linear, normed: Float[Tensor, "*cell d_model"], heads: list[i
     weight = linear.weight.view(-1, d_head, linear.weight.shape[1])[heads].flatten(0, 1)
     bias = None if linear.bias is None else linear.bias.view(-1, d_head)[heads].flatten()
     return torch.nn.functional.linear(normed, weight, bias).unflatten(-1, (-1, d_head))
+
+
+def writing(
+    value: Float[Tensor, "row pos *heads d"], where: Bool[Tensor, "row pos some_head"] | None, heads: list[int] | None
+) -> HookFn:
+    """A hook that writes a value at the positions `where` (None: all), in some heads (None: there are no heads)."""
+
+    def write(act: Tensor, hook: Any) -> Tensor:
+        if heads is None:
+            return value if where is None else torch.where(where, value, act)
+        act[:, :, heads] = value if where is None else torch.where(where[..., None], value, act[:, :, heads])
+        return act
+
+    return write

@@ -59,7 +59,7 @@ class Plan:
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """The axes of its activation."""
-        return axes(self.point(0))
+        return axes(self.swept.at(0))
 
     @cached_property
     def pos_name(self) -> str:
@@ -70,10 +70,6 @@ class Plan:
     def local(self) -> bool:
         """Does what is written at a position change there only what leaves the block?"""
         return self.causal and self.swept.point not in self.model.blocks[0].early
-
-    def point(self, layer: int) -> str:
-        """The hook point that this sweep overwrites at a layer."""
-        return f"blocks.{layer}.{self.swept.point}"
 
     def start(self, patch: Patch) -> Int[Tensor, "pair"]:
         """The first position at which a patch can change anything, for every pair."""
@@ -109,11 +105,11 @@ def site_kind(asked: str | tuple | Site) -> str:
     >>> site_kind("mlp_post"), site_kind(site("z"))
     ('post', 'z')
     """
-    found = _read(asked)
-    if found.layer is not None:
-        name, given = found.name, str(asked)
+    swept = _read(asked)
+    if swept.layer is not None:
+        name, given = swept.name, str(asked)
         raise ArgumentError("{site} is swept at every layer, and {1!r} is one layer's; give {0!r}", name, given)
-    return found.name
+    return swept.name
 
 
 def site_and_layer(model: HookedTransformer, asked: str | tuple | Site) -> tuple[str, int | None]:
@@ -124,12 +120,12 @@ def site_and_layer(model: HookedTransformer, asked: str | tuple | Site) -> tuple
     (('z', None), ('z', 1))
     """
     need_hooked(model, "a sweep")
-    found, n = _read(asked), model.cfg.n_layers
-    if found.layer is None:
-        return found.name, None
-    if not -n <= found.layer < n:
-        raise InputError(f"{found} asked for; there are layers 0 to {n - 1} (or -{n} to -1)")
-    return found.name, found.layer % n
+    swept, n = _read(asked), model.cfg.n_layers
+    if swept.layer is None:
+        return swept.name, None
+    if not -n <= swept.layer < n:
+        raise InputError(f"{swept} asked for; there are layers 0 to {n - 1} (or -{n} to -1)")
+    return swept.name, swept.layer % n
 
 
 def _read(asked: str | tuple | Site) -> Site:
@@ -137,18 +133,19 @@ def _read(asked: str | tuple | Site) -> Site:
         raise WrongType(
             f"one site is swept at a time, such as 'z' or hl.site('z', 5); sweep each of {asked!r:.60} alone"
         )
-    found = asked if isinstance(asked, Site) else site(*asked) if isinstance(asked, tuple) else site(asked)
-    name = _ALIASES.get(found.name, found.name)
+    named = asked if isinstance(asked, Site) else site(*asked) if isinstance(asked, tuple) else site(asked)
+    name = _ALIASES.get(named.name, named.name)
     if name not in SITES:
         raise did_you_mean("site to sweep", name, SITES)
-    return replace(found, name=name)
+    return replace(named, name=name)
 
 
 def has_site(model: HookedTransformer, site: str) -> str:
     """The site, if the model's blocks have its point."""
-    missing = f"blocks.0.{SITES[site].point}"
-    if missing not in model.hook_points():
-        there = [name for name, kind in SITES.items() if f"blocks.0.{kind.point}" in model.hook_points()]
+    need_hooked(model, "a sweep")
+    missing, points = SITES[site].at(0), model.hook_points()
+    if missing not in points:
+        there = [name for name, kind in SITES.items() if kind.at(0) in points]
         raise ArgumentError(
             "{site}: this model has no {0} (no point {1}), which is not in every kind of block; it has {2}",
             *(site, missing, ", ".join(there)),
@@ -158,25 +155,15 @@ def has_site(model: HookedTransformer, site: str) -> str:
 
 def points_of(model: HookedTransformer, site: str) -> list[str]:
     """The hook points of a site that the model has, layer by layer."""
-    return [f"blocks.{layer}.{SITES[has_site(model, site)].point}" for layer in range(model.cfg.n_layers)]
-
-
-def settle_by(model: HookedTransformer, site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The axes of a sweep's grid, layer first; checked against what the site has.
-
-    >>> from hooklens.testing import tiny_model
-    >>> settle_by(tiny_model(), "z", "layer x head x pos")
-    ('layer', 'head', 'pos')
-    """
-    need_hooked(model, "a sweep")
-    return grid_axes(site, by)
+    swept = SITES[has_site(model, site)]
+    return [swept.at(layer) for layer in range(model.cfg.n_layers)]
 
 
 def grid_axes(site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
-    """`settle_by` where no model is at hand: the axes belong to the site.
+    """The axes of a sweep's grid, layer first; checked against what the site has.
 
-    >>> grid_axes("z", None), grid_axes("resid_pre", "layer")
-    (('layer', 'head'), ('layer',))
+    >>> grid_axes("z", "layer x head x pos"), grid_axes("resid_pre", "layer")
+    (('layer', 'head', 'pos'), ('layer',))
     """
     if by is None:
         return SITES[site].default_by
@@ -207,7 +194,7 @@ def sizes_of(model: HookedTransformer, site: str, n_pos: int) -> dict[str, int]:
     {'layer': 2, 'pos': 5, 'head': 2, 'neuron': 32}
     """
     cfg = model.cfg
-    heads = cfg.n_key_value_heads if "kv_head" in axes(f"blocks.0.{SITES[site].point}") else cfg.n_heads
+    heads = cfg.n_key_value_heads if "kv_head" in axes(SITES[site].at(0)) else cfg.n_heads
     return {"layer": cfg.n_layers, "pos": n_pos, "head": heads, "neuron": cfg.d_mlp}
 
 
@@ -222,24 +209,25 @@ def grid(
     return tuple(map(len, along)), [Patch(**dict(zip(by, index, strict=True))) for index in product(*along)]
 
 
-def check_patches(model: HookedTransformer, site: str, patches: Sequence[Patch], n_pos: int) -> None:
-    """A layer, head, neuron or position that does not exist raises with what does."""
+def checked_patches(model: HookedTransformer, site: str, patches: Sequence[Patch], n_pos: int) -> list[Patch]:
+    """The patches, positions counted from the start; what does not exist raises with what does."""
     sizes, has = sizes_of(model, site, n_pos), _axes_of(site)
     if not patches:
         raise InputError("patches= is empty; give at least one Patch, or leave it out to sweep the whole grid")
     for patch in patches:
         for name, size in sizes.items():
-            value = getattr(patch, name)
+            value, least = getattr(patch, name), -size if name == "pos" else 0
             if value is not None and name not in has:
                 raise InputError(f"{name} {value} of {site} asked for; {site} has {', '.join(sorted(has))}")
-            if (value is None and name == "layer") or (value is not None and not 0 <= value < size):
-                many = "positions" if name == "pos" else f"{name}s"
-                raise InputError(f"{name} {value} of {site} asked for; there are {many} 0 to {size - 1}")
+            if (value is None and name == "layer") or (value is not None and not least <= value < size):
+                many = f"positions 0 to {size - 1} (or -{size} to -1)" if name == "pos" else f"{name}s 0 to {size - 1}"
+                raise InputError(f"{name} {value} of {site} asked for; there are {many}")
+    return [patch if patch.pos is None else patch._replace(pos=patch.pos % n_pos) for patch in patches]
 
 
 def _axes_of(site: str) -> set[str]:
     """What a patch of this site can be narrowed to."""
-    names = axes(f"blocks.0.{SITES[site].point}")
+    names = axes(SITES[site].at(0))
     has = {"layer", "pos"} | ({"head"} if any(axis in names for axis in _HEAD_AXES) else set())
     return has | ({"neuron"} if "d_mlp" in names else set())
 
@@ -257,57 +245,52 @@ def plan(
 ) -> Plan:
     """Prepare to overwrite a site of the run on `tokens`, everywhere on a grid, in one layer, or at the patches given.
 
-    `value` is what a replacement answers: other tokens (their run's activations), activations by point name, or a
+    `value` is what a replacement returns: other tokens (their run's activations), activations by point name, or a
     function of (activation, point name).
     """
-    site = site_kind(site)
-    has_site(model, site)
-    names = settle_by(model, site, by)
+    swept = SITES[has_site(model, site_kind(site))]
+    names, n_pos = grid_axes(swept.name, by), tokens.shape[1]
     if patches is None:
-        shape, made = grid(model, site, names, tokens.shape[1], layer)
+        shape, patches = grid(model, swept.name, names, n_pos, layer)
     else:
-        names, shape, made = ("patch",), (len(patches),), list(patches)
-        check_patches(model, site, made, tokens.shape[1])
-    layers = sorted({patch.layer for patch in made})
-    base = base_run(model, tokens, site, layers)
-    points = {layer: f"blocks.{layer}.{SITES[site].point}" for layer in layers}
+        names, shape, patches = ("patch",), (len(patches),), checked_patches(model, swept.name, patches, n_pos)
+    points = {layer: swept.at(layer) for layer in sorted({patch.layer for patch in patches})}
+    base = base_run(model, tokens, swept, list(points))
     donor, written = None, value
     if are_tokens(value):
         donor, written = model.run_with_cache(value, names=list(points.values()), stop_at_layer=model.cfg.n_layers)
-    own = {name: base.acts[layer] for layer, name in points.items()}
-    values = activations_of(written, own)
+    values = activations_of(written, {name: base.acts[layer] for layer, name in points.items()})
     return Plan(
         model=model,
-        site=site,
+        site=swept.name,
         by=names,
         shape=shape,
-        patches=tuple(made),
+        patches=tuple(patches),
         tokens=tokens,
         base=base,
         values={layer: values[name] for layer, name in points.items()},
-        first_change=_first_change(tokens, value),
+        first_change=first_difference(tokens, value) if are_tokens(value) else tokens.new_zeros(len(tokens)),
         donor=donor,
         source=value,
     )
 
 
-def base_run(model: HookedTransformer, tokens: Tensor, site: str, layers: Sequence[int]) -> BaseRun:
+def base_run(model: HookedTransformer, tokens: Tensor, swept: SweptSite, layers: Sequence[int]) -> BaseRun:
     """Run the model once and keep what patches of this site start from."""
     past, n = KVCache(), model.cfg.n_layers
     points = [f"blocks.{layer}.hook_resid_pre" for layer in range(n)]
-    swept = SITES[site]
     reads = swept.reads if all(getattr(block, "in_steps", False) for block in model.blocks) else ()
-    points += [f"blocks.{layer}.{point}" for layer in layers for point in (swept.point, *reads)]
-    last, cache = model.run_with_cache(tokens, names=points, stop_at_layer=n, kv_cache=past)
-    streams = [cache[name] for name in points[:n]] + [last]
-    acts = {layer: cache[f"blocks.{layer}.{swept.point}"] for layer in layers}
-    return BaseRun(streams, past, acts, reads=cache)
+    needed = [f"blocks.{layer}.{point}" for layer in layers for point in (swept.point, *reads)]
+    last, cache = model.run_with_cache(tokens, names=points + needed, stop_at_layer=n, kv_cache=past)
+    acts = {layer: cache[swept.at(layer)] for layer in layers}
+    return BaseRun([*(cache[name] for name in points), last], past, acts, reads=cache)
 
 
-def _first_change(tokens: Tensor, value: Written) -> Int[Tensor, "pair"]:
-    """The first position at which the written values can differ from what is there."""
-    if not are_tokens(value):
-        return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-    differs = tokens != value
-    end = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-    return torch.where(differs.any(1), differs.long().argmax(1), end)
+def first_difference(tokens: Int[Tensor, "pair pos"], other: Int[Tensor, "pair pos"]) -> Int[Tensor, "pair"]:
+    """The first position at which two prompts of a pair differ; their length where they do not.
+
+    >>> first_difference(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[1, 9, 3], [4, 5, 6]])).tolist()
+    [1, 3]
+    """
+    differs = tokens != other
+    return torch.where(differs.any(1), differs.long().argmax(1), tokens.shape[1])

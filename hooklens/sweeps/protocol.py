@@ -3,14 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.sweeps.measure import Reader
+from hooklens.model.transformer import HookedTransformer
+from hooklens.sweeps.measure import Reader
 
 
 @dataclass
@@ -23,9 +22,9 @@ class Item:
 
 
 class Patches(ABC):
-    """Patches as the engine sees them: a list by number, each of which moves the metric of every pair."""
+    """Patches as the engine sees them: numbered, each with one value of the metric for every pair."""
 
-    model: "HookedTransformer"
+    model: HookedTransformer
     tokens: Int[Tensor, "pair pos"]
     title: str  # what the progress bar says
     unit = "patches"
@@ -43,27 +42,35 @@ class Patches(ABC):
 
     @abstractmethod
     def name_of(self, number: int) -> str:
-        """What a patch is called in errors."""
+        """The name of a patch in errors."""
 
     @abstractmethod
     def layer_of(self, number: int) -> int:
-        """The layer at which its rows begin: patches of near layers run together."""
+        """The layer at which a patch's rows begin: patches of near layers run together."""
 
     @abstractmethod
-    def live(self, reader: "Reader") -> list[Item]:
+    def live(self, reader: Reader) -> list[Item]:
         """Every (patch, pair) that can move the metric; the value of the others is the base run's."""
 
     @abstractmethod
-    def walk(self, reader: "Reader", items: Sequence[Item]) -> list[Float[Tensor, "_pos d_model"]]:
+    def walk(self, reader: Reader, items: Sequence[Item]) -> list[Float[Tensor, "_pos d_model"]]:
         """The stream that leaves the last block, where the metric reads it (or from its start), for every item."""
 
     @abstractmethod
-    def plain(self, numbers: Sequence[int], reader: "Reader") -> Float[Tensor, "patch pair"]:
+    def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "patch pair"]:
         """The metric of these patches by ordinary hooked forward passes."""
 
     @abstractmethod
     def fault(self, said: str, values: Float[Tensor, "patch pair"]) -> str:
-        """The error where the metric is `said` (NaN or infinite): where that begins."""
+        """The message where the metric is `said` (NaN or infinite), with the point where that begins."""
+
+    def outside(self) -> list[str]:
+        """What takes part in the sweep and is not the library's own, for errors."""
+        block = self.model.blocks[0]
+        ours = type(block).__module__.startswith("hooklens.")
+        return (
+            [] if ours else [f"the block kind {block.part.name!r} (its `writes_through` and the methods it overrides)"]
+        )
 
     def loop(self) -> Sequence[int]:
         """The patches that the plain loop has to run."""
@@ -73,8 +80,8 @@ class Patches(ABC):
         """How many token positions of rows fit so many bytes."""
         return max(1, memory // row_bytes(self.model, self.stream.element_size()))
 
-    def share(self, reader: "Reader", items: Sequence[Item]) -> float:
-        """The share of the plain loop's token-layers that these items work out."""
+    def share(self, reader: Reader, items: Sequence[Item]) -> float:
+        """The share of the plain loop's token-layers that these items compute."""
         n_pair, n_pos = self.tokens.shape
         return self.rows_of_layers(items) / max(1, len(self) * n_pair * self.model.cfg.n_layers * n_pos)
 
@@ -96,7 +103,7 @@ class Sweep(Patches):
         """What was computed before the sweep: it is compared with that of a file, to rounding."""
 
 
-def row_bytes(model: "HookedTransformer", itemsize: int) -> int:
+def row_bytes(model: HookedTransformer, itemsize: int) -> int:
     """What one token position of one row needs at its widest: a few streams, q k v, the MLP's hidden layer."""
     cfg = model.cfg
     hidden = (3 if cfg.gated_mlp else 2) * cfg.d_mlp

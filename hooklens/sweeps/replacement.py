@@ -1,8 +1,8 @@
 """What is written in place of an activation: one small class for each meaning, the same in every method.
 
-A method asks a replacement by its `Target`s: prompts of one length, at the points that are overwritten. A word such as
-"zero" stands for a class with its defaults; `as_replacement` is the only reader of words. A kind of one's own is one
-class, in any package.
+A method passes its `Target`s to a replacement: prompts of one length, at the points that are overwritten. A word such
+as "zero" stands for a class with its defaults; `as_replacement` alone reads words. A new kind is one class, in any
+package.
 """
 
 import re
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from jaxtyping import Int
@@ -21,14 +21,12 @@ from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_me
 from hooklens.core.names import axes
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Pairs, Prompts, common_ends, rows_of
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result_file import Kept
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Tokens = Int[Tensor, "prompt pos"]
 Acts = Mapping[str, Tensor]
-#: What a replacement answers: token ids, whose run holds the values; activations by point, of shapes that broadcast; or
+#: What a replacement returns: token ids, whose run holds the values; activations by point, of shapes that broadcast; or
 #: a function of (activation, point).
 Written = Tensor | Acts | Callable[[Tensor, str], Tensor]
 
@@ -40,7 +38,7 @@ class Runs:
     `held`: the method has the activations of its own prompts anyway, so that a function of these costs no further run.
     """
 
-    model: "HookedTransformer"
+    model: HookedTransformer
     prompts: list[Int[Tensor, "_"]]
     read: Callable[[Tokens], Acts]
     held: bool
@@ -50,13 +48,18 @@ class Runs:
         """The sum over every position of the method's own prompts, which prompts of several lengths share."""
         return self.sums(self.prompts, by_pos=False)
 
+    def mean_over_positions(self, rows: list[Int[Tensor, "_"]]) -> dict[str, Tensor]:
+        """The mean over all positions of these prompts."""
+        sums = self.over_positions if rows is self.prompts else self.sums(rows, by_pos=False)
+        return {name: total / sum(map(len, rows)) for name, total in sums.items()}
+
     def sums(self, rows: Sequence[Int[Tensor, "_"]], *, by_pos: bool) -> dict[str, Tensor]:
         """Over prompts at each position, or over all of their positions; run one at a time, so that sums are held."""
         sums: dict[str, Tensor] = {}
         for row in rows:
             for name, act in self.read(row[None]).items():
-                found = act if by_pos else _summed(act, name)
-                sums[name] = sums[name] + found if name in sums else found
+                term = act if by_pos else _summed(act, name)
+                sums[name] = sums[name] + term if name in sums else term
         return sums
 
 
@@ -88,7 +91,7 @@ class Target:
 
 
 def targets_of(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     groups: Sequence[Pairs],
     points: Sequence[str],
     *,
@@ -97,19 +100,17 @@ def targets_of(
     read: Callable[[Tokens], Acts] | None = None,
 ) -> list[Target]:
     """A target for each group of prompts of one length. `read` is a method's own way to read activations by point."""
-    tokens = [getattr(group, into) for group in groups]
-    prompts: dict[int, Tensor] = {}
-    for group, ids in zip(groups, tokens, strict=True):
-        prompts |= dict(zip(group.index, ids, strict=True))
+    prompts = {i: row for group in groups for i, row in zip(group.index, getattr(group, into), strict=True)}
 
     def at_points(ids: Tokens) -> Acts:
         return model.run_with_cache(ids, names=list(points), stop_at_layer=model.cfg.n_layers)[1]
 
-    runs = Runs(model, [prompts[at] for at in sorted(prompts)], read or at_points, held=read is None)
-    pairs = [{"clean": group.clean, "corrupted": group.corrupted} if paired else {} for group in groups]
-    return [
-        Target(ids, group.index, pair, points, runs) for ids, group, pair in zip(tokens, groups, pairs, strict=True)
-    ]
+    runs = Runs(model, [prompts[i] for i in sorted(prompts)], read or at_points, held=read is None)
+    targets = []
+    for group in groups:
+        pair = {"clean": group.clean, "corrupted": group.corrupted} if paired else {}
+        targets.append(Target(getattr(group, into), group.index, pair, points, runs))
+    return targets
 
 
 class Replacement(Kept, ABC):
@@ -145,13 +146,14 @@ class Replacement(Kept, ABC):
 
     def once(self, targets: Sequence[Target]) -> list[Written]:
         """The same, for a method that writes one value."""
-        found = self.every_draw(targets)
-        if len(found) > 1:
+        draws = self.every_draw(targets)
+        if len(draws) > 1:
+            words = ", ".join(repr(word) for word in WORDS if word != self.label)
             raise InputError(
-                f"this method writes one value, and {self!r:.80} draws {len(found)}; give one draw, such as "
-                "Resample(draws=1), or average over draws with hl.ablate"
+                f"this method writes one value, and {self!r:.80} draws {len(draws)}; give one draw, such as "
+                f"Resample(draws=1), or a value that is not drawn ({words}), or average over draws with hl.ablate"
             )
-        return found[0]
+        return draws[0]
 
     def __str__(self) -> str:
         return self.label
@@ -230,7 +232,7 @@ class Mean(Replacement):
         if self.reference is None:
             _need_others(target, self)
         if not target.fits(rows):
-            return _over_positions(runs, rows)
+            return runs.mean_over_positions(rows)
         if rows is runs.prompts and runs.held:
             return lambda act, name: act.mean(0, keepdim=True)
         return {name: total / len(rows) for name, total in runs.sums(rows, by_pos=True).items()}
@@ -241,7 +243,7 @@ class MeanOverPositions(Mean):
     """The mean over all positions of `reference` prompts, or of the prompts written to."""
 
     def write(self, target: Target) -> Written:
-        return _over_positions(target.runs, target.rows(self.reference))
+        return target.runs.mean_over_positions(target.rows(self.reference))
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,11 +412,6 @@ def _need_others(target: Target, mean: Replacement) -> None:
             f"value={mean.label!r} is a mean over prompts, and there is one prompt; give more, or "
             "value=hl.Mean(reference=prompts)"
         )
-
-
-def _over_positions(runs: Runs, rows: list[Int[Tensor, "_"]]) -> dict[str, Tensor]:
-    sums, n = runs.over_positions if rows is runs.prompts else runs.sums(rows, by_pos=False), sum(map(len, rows))
-    return {name: total / n for name, total in sums.items()}
 
 
 def _summed(act: Tensor, name: str) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,10 +16,8 @@ from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import check_writable, reading
 from hooklens.core.fingerprint import identity
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.settings import KERNELS, current, pinned
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _SCHEMA = Schema("hooklens.sweep", 1, "a sweep in progress", "hl.patch(..., resume=path)")
 
@@ -29,8 +27,11 @@ class Resume:
     """Where a sweep keeps its finished parts, and how it is recognised: `hl.patch(..., resume=hl.Resume(path))`.
 
     Without `key` the metric and the values to write are hashed with all that they refer to. A key takes the place of
-    these hashes, for a metric that cannot be hashed or that changes as it is called: give another key for another
-    metric or value. Weights and tokens are compared in any case.
+    the metric's hash, for a metric that cannot be hashed or that changes as it is called: give another key for another
+    metric. Weights, tokens and values to write are compared in any case, values that cannot be hashed by their name.
+
+    The file is written whenever a batch of patches is finished. An interrupt loses the batch under way, so a sweep of a
+    single batch starts from zero. A smaller `hl.engine(memory=)` makes smaller batches.
     """
 
     path: str | Path
@@ -56,13 +57,31 @@ class Resume:
         if asked not in (None, kernel):
             raise InputError(
                 f"kernel={asked!r} was asked for, and {self.path} was begun with kernel={kernel!r}, which gives other "
-                "last bits; leave the kernel out, or delete the file to begin anew"
+                "last bits; leave the kernel out, or delete the file to start again"
             )
         return pinned(kernel)
 
 
-class Progressed:
-    """The values found so far, and the file that keeps them."""
+class Kept:
+    """The finished patches of a sweep; this base class keeps none, for a sweep without a file."""
+
+    path: Path | None = None
+
+    def finished(self) -> set[int]:
+        """The patches that are done."""
+        return set()
+
+    def save(self, finished: Iterable[int]) -> None:
+        """A bin is complete."""
+
+
+UNKEPT = Kept()
+
+
+class Progressed(Kept):
+    """The values computed so far, and the file that keeps them."""
+
+    path: Path
 
     def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor, kernel: str):
         self.path, self.key, self.sketch, self.values, self.kernel = Path(path), key, sketch, values, kernel
@@ -76,7 +95,8 @@ class Progressed:
         with reading(self.path, _SCHEMA.what):
             done, values, sketch = (tensors[name] for name in ("done", "values", "sketch"))
             key = file.content["key"]
-        if key != self.key or not self._alike(sketch):
+        alike = sketch.shape == self.sketch.shape and torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
+        if key != self.key or not alike:
             raise FileRefused(
                 f"{self.path} belongs to another sweep (other weights, prompts, sites, values, hooks or metric); "
                 "delete it or give resume= another path. A metric that changes what it refers to as it is called (it "
@@ -87,47 +107,36 @@ class Progressed:
         self.done = done
         self.values[done] = values[done].to(self.values)
 
-    def _alike(self, sketch: Tensor) -> bool:
-        if sketch.shape != self.sketch.shape:
-            return False
-        return torch.allclose(sketch, self.sketch, 1e-3, 1e-4, equal_nan=True)
-
     def finished(self, pairs: slice = slice(None)) -> set[int]:
         """The patches that are done for these pairs."""
         return set(self.done[:, pairs].all(1).nonzero().flatten().tolist())
 
     def save(self, finished: Iterable[int], pairs: slice = slice(None)) -> None:
-        """A bin is complete: write everything found so far, aside and renamed."""
+        """Write all values computed so far, aside and renamed: a bin is complete."""
         self.done[list(finished), pairs] = True
         tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}
         write_envelope(self.path, _SCHEMA, {"key": self.key, "kernel": self.kernel}, tensors)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Kept):
     """What a file keeps of some pairs."""
 
-    whole: Progressed
-    pairs: slice
-
-    @property
-    def path(self) -> Path:
-        return self.whole.path
+    def __init__(self, whole: Progressed, pairs: slice):
+        self.whole, self.pairs, self.path = whole, pairs, whole.path
 
     def finished(self) -> set[int]:
-        """The patches that are done."""
         return self.whole.finished(self.pairs)
 
     def save(self, finished: Iterable[int]) -> None:
-        """A bin is complete."""
         self.whole.save(finished, self.pairs)
 
 
-def key_of(model: "HookedTransformer", asked: tuple[Any, Mapping[str, Any]], metric: Any, resume: Resume) -> str:
+def key_of(model: HookedTransformer, asked: tuple[Any, Mapping[str, Any]], metric: Any, resume: Resume) -> str:
     """A hash of all that a sweep in progress must share to go on: weights, tokens, hooks, sites, values and metric."""
     grid, parts = asked
     if resume.key is not None:
-        return identity((model.cfg.to_json(), dict(model.state_dict()), grid, "key", resume.key), "the sweep")
+        written = [_hash_or_name(part, name) for name, part in parts.items()]
+        return identity((model.cfg.to_json(), dict(model.state_dict()), grid, written, "key", resume.key), "the sweep")
     named = {"the model": _model_parts(model), **parts, "the metric": metric}
     try:
         return identity((grid, *(identity(part, name) for name, part in named.items())), "the sweep")
@@ -138,7 +147,17 @@ def key_of(model: "HookedTransformer", asked: tuple[Any, Mapping[str, Any]], met
         ) from error
 
 
-def _model_parts(model: "HookedTransformer") -> tuple[Any, ...]:
+def _hash_or_name(part: Any, name: str) -> Any:
+    """A hash of a value to write, or what it is called where it cannot be hashed."""
+    if isinstance(part, tuple):
+        return tuple(_hash_or_name(one, name) for one in part)
+    try:
+        return identity(part, name)
+    except InputError:
+        return getattr(part, "label", type(part).__qualname__)
+
+
+def _model_parts(model: HookedTransformer) -> tuple[Any, ...]:
     """The model without its tokenizer, which a sweep over token ids does not ask, and the hooks active on it."""
     points = model.hook_points()
     hooks = {name: [hook.fn for hook in point.active() if not hook.backward] for name, point in points.items()}
@@ -148,12 +167,12 @@ def _model_parts(model: "HookedTransformer") -> tuple[Any, ...]:
 def sketch_of(base: Float[Tensor, "pair"], parts: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, "number"]:
     """The base metric and two numbers of every tensor computed before the sweep. What a model computes is compared to
     rounding, not hashed: another number of threads gives other last bits."""
-    found = [base.double().cpu()]
+    numbers = [base.double().cpu()]
     for part in parts:
         flat = part.double().flatten().cpu()
         wave = torch.cos(torch.arange(len(flat), dtype=torch.float64))
-        found.append(torch.stack([flat.abs().mean(), (flat * wave).sum() / max(1, len(flat)) ** 0.5]))
-    return torch.cat(found)
+        numbers.append(torch.stack([flat.abs().mean(), (flat * wave).sum() / max(1, len(flat)) ** 0.5]))
+    return torch.cat(numbers)
 
 
 @contextmanager

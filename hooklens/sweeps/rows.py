@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from hooklens.core.progress_bar import step
+from hooklens.model.block import Block
 from hooklens.model.config import Causal, MaskPart
 from hooklens.model.embed import rotary_tables
 from hooklens.model.kv_cache import Context, KVCache, View
@@ -16,7 +18,7 @@ Flat = Float[Tensor, "one row d_model"]
 
 @dataclass(eq=False)
 class Group:
-    """Rows that begin at one position: `x` is row, position from `start` on, d_model; `item` says whose each row is."""
+    """Rows that begin at one position: `x` is row, position from `start` on, d_model; `item` names each row."""
 
     start: int
     pair: Int[Tensor, "row"]
@@ -25,20 +27,16 @@ class Group:
 
     def join(self, other: "Group") -> "Group":
         """Both groups' rows; they begin at the same position."""
-        return Group(
-            self.start,
-            torch.cat((self.pair, other.pair)),
-            torch.cat((self.item, other.item)),
-            torch.cat((self.x, other.x)),
-        )
+        parts = ((self.pair, other.pair), (self.item, other.item), (self.x, other.x))
+        return Group(self.start, *map(torch.cat, parts))
 
 
 def merge(groups: Sequence[Group]) -> list[Group]:
     """One group a start position."""
-    found: dict[int, Group] = {}
+    merged: dict[int, Group] = {}
     for group in groups:
-        found[group.start] = found[group.start].join(group) if group.start in found else group
-    return [found[start] for start in sorted(found)]
+        merged[group.start] = merged[group.start].join(group) if group.start in merged else group
+    return [merged[start] for start in sorted(merged)]
 
 
 def pack(groups: Sequence[Group]) -> Flat:
@@ -118,6 +116,13 @@ class PackedContext(Context):
             return View(mask.allows(keys[group.start :, None], keys)[None, None])
         queries = self.read[group.pair].clamp_min(group.start)
         return View(mask.allows(queries[:, None, :, None], keys))
+
+
+def through(block: Block, flat: Flat, groups: Sequence[Group], ctx: PackedContext) -> list[Group]:
+    """The groups, packed as `flat`, as they leave a block: at every position, or those that the context reads."""
+    out = block(flat, ctx)
+    step(flat.shape[1])
+    return unpack(out, groups, None if ctx.read is None else ctx.read.shape[1])
 
 
 def _after_prefix(base: Tensor, own: Tensor, group: Group) -> Tensor:

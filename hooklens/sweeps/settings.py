@@ -20,8 +20,8 @@ class Settings:
 
     `kernel` is how linear layers multiply: "linear" is torch's product, "packed" one on weights packed for the CPU, and
     None the one that was faster when it was measured at the start of the process. The two differ in the last bits.
-    `seed` draws the patches that are verified. `progress`: bars of every method, True, False or None (where somebody is
-    looking: on a terminal and in a notebook).
+    `seed` draws the patches that are verified. `progress`: bars of every method, True, False or None (on a terminal
+    and in a notebook).
     """
 
     memory: int = 256 * 2**20
@@ -58,9 +58,8 @@ class engine(Scope):
         if changes.get("kernel") not in (None, *KERNELS):
             raise InputError(f"kernel is 'linear', 'packed' or None (the faster one), got {changes['kernel']!r}")
         if changes.get("progress") not in (None, False, True):
-            raise InputError(f"progress is True, False or None (where somebody looks), got {changes['progress']!r}")
+            raise InputError(f"progress is True, False or None (on a terminal), got {changes['progress']!r}")
         self.changes = changes
-
         self.block = pinned(changes.get("kernel"))
 
     def begin(self) -> Settings:

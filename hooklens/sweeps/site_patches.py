@@ -1,20 +1,25 @@
-"""The patches of sites as the engine runs them: only the rows that can change, only the layers above."""
+"""The patches of sites as the engine runs them: only the rows that can change, only the layers above.
+
+A row enters the walk where its patch is; what leaves that block is recomputed only where it can change.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from hooklens.core.errors import WrongType
 from hooklens.core.hooks import HookFn
-from hooklens.core.progress_bar import step
-from hooklens.sweeps.entry import entering
+from hooklens.model.kv_cache import Context, KVCache
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import first_nonfinite, under_hooks
+from hooklens.sweeps.naive import first_nonfinite
 from hooklens.sweeps.planning import Patch, Plan
 from hooklens.sweeps.protocol import Item, Sweep
-from hooklens.sweeps.rows import Group, PackedContext, merge, pack, unpack
+from hooklens.sweeps.rows import Group, PackedContext, merge, pack, through
+from hooklens.sweeps.sites import OURS, Entry
 
 
 class SitePatches(Sweep):
@@ -65,7 +70,7 @@ class SitePatches(Sweep):
     def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "patch pair"]:
         n = len(self.tokens)
         hooks = [self.writing(number, slice(i * n, (i + 1) * n)) for i, number in enumerate(numbers)]
-        return under_hooks(reader, self.tokens, hooks, len(numbers))
+        return reader.under_hooks(self.tokens, hooks, len(numbers))
 
     def writing(self, number: int, rows: slice = slice(None)) -> tuple[str, HookFn]:
         """The patch as a hook, in those rows of the batch."""
@@ -76,7 +81,11 @@ class SitePatches(Sweep):
             act[(rows, *region)] = value[(slice(None), *region)]
             return act
 
-        return self.plan.point(patch.layer), write
+        return self.plan.swept.at(patch.layer), write
+
+    def outside(self) -> list[str]:
+        site = self.plan.site
+        return super().outside() + ([] if site in OURS else [f"the site {site!r} (its `enter`)"])
 
     def asked(self) -> tuple[Any, Mapping[str, Any]]:
         plan = self.plan
@@ -92,7 +101,7 @@ class SitePatches(Sweep):
             return f"the metric is {said}: the model's own activations are not finite from {point} on{more}"
         for layer, value in plan.values.items():
             if not bool(value.isfinite().all()):
-                return f"the metric is {said}: the values to write at {plan.point(layer)} are not finite"
+                return f"the metric is {said}: the values to write at {plan.swept.at(layer)} are not finite"
         bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
         where = f"the metric is {said} for {len(bad)} of {len(values)} patches"
         point = first_nonfinite(plan.model, plan.tokens, self.writing(bad[0])) if bad else None
@@ -128,28 +137,24 @@ class _Same:
 def _propagate(plan: Plan, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
     """Walk the layers once: rows enter where their patch is, and pass through every block above."""
     joining = _joining(plan, items)
-    n_layers, n_pos = plan.model.cfg.n_layers, plan.tokens.shape[1]
+    last, n_pos = plan.model.cfg.n_layers - 1, plan.tokens.shape[1]
     before = plan.swept.before_block  # enters before its block, every other site after it
     groups: list[Group] = []
     out: dict[int, Tensor] = {}
-    for layer in range(min(layer for layer, _ in joining), n_layers):
+    for layer in range(min(layer for layer, _ in joining), last + 1):
         new = [entering(plan, layer, start, one) for (at, (start, *_)), one in joining.items() if at == layer]
         if before:
             groups = merge(groups + new)
-        last = layer == n_layers - 1
         if groups:
-            read = reader.read if last and plan.causal else None
+            read = reader.read if layer == last and plan.causal else None
             ctx = PackedContext(plan.base.past, n_pos, groups, read)
-            packed = pack(groups)
-            flat = plan.model.blocks[layer](packed, ctx)
-            step(packed.shape[1])
-            groups = unpack(flat, groups, None if read is None else read.shape[1])
-            if last:
-                _collect(out, groups, reader, read is not None)
+            groups = through(plan.model.blocks[layer], pack(groups), groups, ctx)
+            if layer == last:
+                out |= reader.finals(groups, read is not None)
                 groups = []
         if not before:
             groups = merge(groups + new)
-    _collect(out, groups, reader, False)
+    out |= reader.finals(groups, False)
     return [out[i] for i in range(len(items))]
 
 
@@ -163,8 +168,76 @@ def _joining(plan: Plan, items: Sequence[Item]) -> dict[tuple, list[tuple[int, P
     return joining
 
 
-def _collect(out: dict[int, Tensor], groups: list[Group], reader: Reader, read_only: bool) -> None:
-    for group in groups:
-        finals = reader.finals(group, read_only)
-        for row, item in enumerate(group.item.tolist()):
-            out[item] = finals[row]
+def entering(plan: Plan, layer: int, start: int, items: list[tuple[int, Patch, int]]) -> Group:
+    """The rows, as they leave block `layer`, of patches there that begin at `start`; items are (number, patch, pair).
+
+    For resid_pre: as they enter it.
+    """
+    device, site, block = plan.tokens.device, plan.swept, plan.model.blocks[layer]
+    pair = torch.tensor([b for _, _, b in items], device=device)
+    item = torch.tensor([number for number, _, _ in items], device=device)
+    patches, n_pos = [patch for _, patch, _ in items], plan.tokens.shape[1]
+    if site.before_block:
+        return Group(start, pair, item, _written(plan, layer, patches=patches, pair=pair, span=slice(start, n_pos)))
+    if site.enter is None or not block.in_steps:
+        return Group(start, pair, item, _run_whole(plan, layer, patches=patches, pair=pair, start=start))
+    end = start + 1 if plan.local and patches[0].pos is not None else n_pos
+    span = slice(0, n_pos) if site.whole else slice(start, end)
+    written = _written(plan, layer, patches=patches, pair=pair, span=span)
+    entry = Entry(site=site, block=block, layer=layer, base=plan.base, pair=pair, start=start, end=end, written=written)
+    x = plan.base.streams[layer + 1][pair, start:]
+    left, width = site.enter(entry), end - start
+    if not isinstance(left, Tensor) or left.shape != x[:, :width].shape:
+        seen = list(left.shape) if isinstance(left, Tensor) else left
+        raise WrongType(
+            f"`enter` of the site {site.name!r} returns the stream that leaves the block, [row pos d_model] = "
+            f"{list(x[:, :width].shape)}; got {seen!r:.60}"
+        )
+    x[:, :width] = left
+    return Group(start, pair, item, x)
+
+
+def _written(
+    plan: Plan, layer: int, patches: list[Patch], pair: Int[Tensor, "row"], span: slice
+) -> Shaped[Tensor, "row ..."]:
+    """The site's activation at the positions of `span`, with every row's patch written."""
+    axis, names = plan.axes.index(plan.pos_name), plan.axes[1:]
+    column = next((names.index(name) for name in ("head", "kv_head", "d_mlp") if name in names), axis - 1) + 1
+    order = (axis, column) if column != axis else (axis,)
+    to = tuple(range(1, 1 + len(order)))  # row, position, head or neuron, the rest
+    out, value = (act.movedim(order, to)[pair, span] for act in (plan.base.acts[layer], plan.values[layer]))
+    at, first = patches[0].pos, span.start
+    where = slice(None) if at is None else slice(at - first, at - first + 1)
+    chosen = [patch.neuron if patch.head is None else patch.head for patch in patches]
+    if chosen[0] is None:
+        out[:, where] = value[:, where]
+    else:
+        every, which = torch.arange(len(pair), device=pair.device), torch.tensor(chosen, device=pair.device)
+        out[every, where, which] = value[every, where, which]
+    return out.movedim(to, order)
+
+
+def _run_whole(
+    plan: Plan, layer: int, patches: list[Patch], pair: Int[Tensor, "row"], start: int
+) -> Float[Tensor, "row pos d_model"]:
+    """What leaves a block that is run from its beginning, with the written activation at its point."""
+    keys_only = plan.pos_name == "key_pos"  # the point sees the keys before `start` too
+    span = slice(0 if keys_only else start, plan.tokens.shape[1])
+    written = _written(plan, layer, patches=patches, pair=pair, span=span)
+    ctx = _AfterBase(plan.base.past, pair, start, plan.tokens.shape[1])
+    with plan.model.hooks([(plan.swept.at(layer), lambda act, hook: written)]):
+        return plan.model.blocks[layer](plan.base.streams[layer][pair, start:], ctx)
+
+
+class _AfterBase(Context):
+    """Rows from `start` on; before it each has the keys and values of its pair in the base run."""
+
+    def __init__(self, past: KVCache, pair: Int[Tensor, "row"], start: int, n_pos: int):
+        super().__init__(torch.arange(start, n_pos, device=pair.device), start)
+        self.past, self.pair = past, pair
+
+    def attend(self, attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.offset:
+            before_k, before_v = (x[self.pair, : self.offset] for x in self.past.of_layer(attn.layer))
+            k, v = torch.cat((before_k, k), 1), torch.cat((before_v, v), 1)
+        return attn.mix(q, attn.see_keys(k), v, self.view(attn.mask))

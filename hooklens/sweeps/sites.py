@@ -1,4 +1,4 @@
-"""The sites that a sweep can overwrite: each says its point, its grid, and how what is written there enters a block."""
+"""The sites that a sweep can overwrite: their points, their grids, and how a written activation enters a block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import AXES, axes, parse
 from hooklens.model.kv_cache import Context
 
@@ -38,6 +38,21 @@ class SweptSite:
     reads: tuple[str, ...] = ()  # points of the base run, beside the stream that enters, that `enter` needs
     whole: bool = False  # does `enter` need the written activation at every position?
 
+    def __post_init__(self) -> None:
+        for name in ("name", "point"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise WrongType(f"a site has a {name}, such as 'z' at 'attn.hook_z'; got {getattr(self, name)!r:.60}")
+        axes = self.default_by
+        if not isinstance(axes, tuple) or axes[:1] != ("layer",) or not {*axes[1:]} <= {"pos", "head", "neuron"}:
+            raise InputError(
+                f"default_by of the site {self.name!r} is a tuple of axes such as ('layer', 'head'), layer first; got "
+                f"{axes!r:.60}"
+            )
+
+    def at(self, layer: int) -> str:
+        """The full name of the point in a layer."""
+        return f"blocks.{layer}.{self.point}"
+
     @property
     def before_block(self) -> bool:
         """Is it the stream that enters the block?"""
@@ -46,7 +61,7 @@ class SweptSite:
     @property
     def pos_axis(self) -> int:
         """Which axis of its activation a position narrows: the query's, where there are two."""
-        names = axes(f"blocks.0.{self.point}")
+        names = axes(self.at(0))
         return next(names.index(name) for name in ("pos", "query_pos", "key_pos") if name in names)
 
 
@@ -91,12 +106,12 @@ def add_site(site: SweptSite) -> SweptSite:
     >>> SITES.pop("rotated q").pos_axis
     1
     """
-    point = parse(f"blocks.0.{site.point}")
+    point = parse(site.at(0))
     if point is None:
         raise InputError(f"a point is named such as 'attn.hook_z' within its block; got {site.point!r:.60}")
     known = AXES.get(point.name)
     if known is None and not site.axes:
-        raise InputError(f"{site.point} is a point that nobody has named the axes of; give axes=('batch', 'pos', ...)")
+        raise InputError(f"the axes of the point {site.point} are unknown; give axes=('batch', 'pos', ...)")
     taken = SITES.get(site.name)
     if (known is not None and site.axes not in ((), known)) or (taken is not None and taken.point != site.point):
         there = taken.point if taken is not None else " ".join(known or ())
@@ -188,3 +203,5 @@ for _site in (
     ),
 ):
     add_site(_site)
+#: Those of the library itself.
+OURS = frozenset(SITES)

@@ -1,4 +1,4 @@
-"""A few patches run again the plain way: a sweep whose numbers differ by more than rounding is not given out."""
+"""A few patches are run again the plain way; a sweep whose numbers differ by more than rounding raises."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -41,17 +41,19 @@ def verify(
     for some in (drawn[i : i + at_once] for i in range(0, len(drawn), at_once)):
         again = patches.plain(some, reader)
         errors = (again - values[some]).abs().amax(1)
-        worst = max(worst, float(errors.max()))
+        error = float(errors.max())
+        worst = max(worst, error)
         unit = _unit(patches.model) * float(torch.maximum(again.abs(), values[some].abs()).max())
-        if float(errors.max()) <= _ROUNDINGS * unit:
+        if error <= _ROUNDINGS * unit:
             continue
         # The very same pass once more: a metric that drifts from call to call would pass for one that rounding moves.
         same = float((patches.plain(some, reader) - again).abs().max()) <= _ROUNDINGS * unit
         moved = _moved_by_rounding(patches, some, reader, again) if same else 0.0
         allowed = _ROUNDINGS * max(unit, moved)
-        if float(errors.max()) > allowed:
+        if error > allowed:
             number = some[int(errors.argmax())]
-            _raise(patches.name_of(number), number in resumed, file, (float(errors.max()), allowed))
+            seen = f"differs by {error:.3g} from a plain hooked run, and rounding explains at most {allowed:.1g}"
+            raise _differs(patches, number, seen, file if number in resumed else None)
     return worst, len(drawn)
 
 
@@ -80,16 +82,17 @@ def _unit(model: Any) -> float:
     return max(torch.finfo(dtype).eps, shorter if dtype == torch.float32 else 0.0)
 
 
-def _raise(name: str, resumed: bool, file: Any, sizes: tuple[float, float]) -> None:
-    error, allowed = sizes
-    seen = f"differs by {error:.3g} from a plain hooked run, and rounding explains at most {allowed:.1g}"
-    if resumed:
-        raise CheckFailed(
+def _differs(patches: Patches, number: int, seen: str, file: Any) -> CheckFailed:
+    """The error for a patch whose value is not that of the plain run; `file`: where the value was kept."""
+    name = patches.name_of(number)
+    if file is not None:
+        return CheckFailed(
             f"the metric of {name}, kept in {file}, {seen}: the file was made by another sweep (another "
             "metric, value or model under the same key); delete it or give resume= another path"
         )
-    raise CheckFailed(
-        f"the metric of {name} {seen}: the metric gives other numbers when it is called again, or the "
-        "engine is wrong here; in Python, hl.engine(plain=True) runs every patch plainly, and hl.engine(verify=0) does "
-        "not check"
+    causes = ["the metric gives other numbers when it is called again"]
+    causes += [f"{part} does not say what is computed" for part in patches.outside()]
+    return CheckFailed(
+        f"the metric of {name} {seen}: {', or '.join(causes)}, or the engine is wrong here; in Python, "
+        "hl.engine(plain=True) runs every patch plainly, and hl.engine(verify=0) does not check"
     )

@@ -54,13 +54,16 @@ ZOO_SITES = [(name, site) for name, site in ZOO_SITES if name != "phi3" or site 
 
 @pytest.mark.parametrize(("name", "site"), ZOO_SITES)
 def test_every_site_of_every_kind_of_model(name, site):
+    """Two of four questions each, so that every kind and every site meets all four."""
     model = zoo_model(name, dtype=torch.float64, **({} if ZOO[name].get("attn_only") else SMALL))
     one_read = hl.logit_diff(model, answer=[3, 1], wrong_answer=4)
     by_pos, whole = (next(by for by in BYS[site] if ("pos" in by) is wanted) for wanted in (True, False))
-    agree(model, CLEAN[1:], CORRUPTED[1:], one_read, site, by_pos, tolerance=1e-9)
-    agree(model, CLEAN[:2], CORRUPTED[:2], own, site, by_pos, value="corrupted", tolerance=1e-9)
-    agree(model, CLEAN, CORRUPTED, own, site, whole, tolerance=1e-9)
-    agree(model, CLEAN, CORRUPTED, own, site, "layer", value="mean", tolerance=1e-9)
+    if (list(ZOO).index(name) + list(POINTS).index(site)) % 2:
+        agree(model, CLEAN[1:], CORRUPTED[1:], one_read, site, by_pos, tolerance=1e-9)
+        agree(model, CLEAN, CORRUPTED, own, site, "layer", value="mean", tolerance=1e-9)
+    else:
+        agree(model, CLEAN[:2], CORRUPTED[:2], own, site, by_pos, value="corrupted", tolerance=1e-9)
+        agree(model, CLEAN, CORRUPTED, own, site, whole, tolerance=1e-9)
 
 
 NOWHERE = ("gpt_neox", "resid_mid")  # attention and MLP of its blocks run side by side
@@ -150,11 +153,9 @@ METRICS = {
 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric(name):
-    for kind in ("llama", "gemma2", "bidirectional"):
+    for kind, site in (("llama", "resid_pre"), ("llama", "k"), ("gemma2", "z"), ("bidirectional", "mlp_out")):
         model = zoo_model(kind, dtype=torch.float64, **SMALL | {"d_vocab_out": -1})
-        metric = METRICS[name](model)
-        for site in ("resid_pre", "z", "mlp_out", "k"):
-            agree(model, CLEAN, CORRUPTED, metric, site, "layer x pos", tolerance=1e-9)
+        agree(model, CLEAN, CORRUPTED, METRICS[name](model), site, "layer x pos", tolerance=1e-9)
 
 
 def test_a_function_that_returns_one_number_is_asked_pair_by_pair():
@@ -278,7 +279,7 @@ def test_memory_changes_no_number(site, metric):
     metric = hl.logit_diff(model, answer=3, wrong_answer=4) if metric == "logit_diff" else metric
     by = BYS[site][-1]
     expected = looped(model, CORRUPTED, CLEAN, metric, site, by)
-    for memory in (0, 3_000, 20_000, 2**28):
+    for memory in (0, 20_000):  # the default is that of every other test
         with hl.engine(memory=memory, verify=0):
             got = hl.patch(model, CLEAN, CORRUPTED, metric, site=site, by=by).per_pair
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
@@ -330,7 +331,7 @@ def pairs(draw):
     return torch.where(kept < draw(st.floats(0, 1)), other, corrupted), corrupted
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     both=pairs(),
     site=st.sampled_from(list(POINTS)),

@@ -9,10 +9,11 @@ import torch
 from loop import BYS, POINTS, looped
 from model.zoo import GQA, zoo_model
 from path_loop import reference
+from refused import refused
 from torch import Tensor
 
 import hooklens as hl
-from hooklens.core.errors import InputError, NameNotFound
+from hooklens.core.errors import CheckFailed, InputError, NameNotFound, WrongType
 from hooklens.core.names import AXES
 from hooklens.model.block import BLOCKS, Block
 from hooklens.model.config import BlockPart, HookedTransformerConfig, Rotary
@@ -286,8 +287,65 @@ def test_a_site_from_outside_is_ablated_estimated_and_named_in_errors():
 def test_a_site_that_is_known_otherwise_or_has_unknown_axes_is_refused():
     with pytest.raises(InputError, match=r"'z' at attn.hook_q was to be added; it is known already, as attn.hook_z"):
         add_site(SweptSite("z", "attn.hook_q"))
-    with pytest.raises(InputError, match="nobody has named the axes of"):
+    with pytest.raises(InputError, match="the axes of the point hook_gate_out are unknown"):
         add_site(SweptSite("gate", "hook_gate_out"))
     with pytest.raises(InputError, match="known already, as batch pos head d_head"):
         add_site(SweptSite("another z", "attn.hook_z", axes=("batch", "pos", "d_model")))
     assert "gate" not in SITES and "gate_out" not in AXES
+
+
+@pytest.mark.parametrize(
+    ("site", "error", "said"),
+    [
+        (
+            lambda: SweptSite("a site", "attn.hook_z", "layer x head"),
+            InputError,
+            "default_by of the site 'a site' is a",
+        ),
+        (lambda: SweptSite("a site", "attn.hook_z", ("head",)), InputError, "layer first"),
+        (lambda: SweptSite("", "attn.hook_z"), WrongType, "a site has a name"),
+        (lambda: SweptSite("a site", None), WrongType, "a site has a point"),
+    ],
+)
+def test_a_site_that_is_described_wrongly_ended_in_a_raw_error(site, error, said):
+    with refused(error, said):
+        site()
+
+
+@pytest.fixture
+def wrong_site(request):
+    add_site(SweptSite("a site", "attn.hook_z", ("layer", "head"), enter=request.param))
+    yield "a site"
+    del SITES["a site"]
+
+
+@pytest.mark.parametrize("wrong_site", [lambda entry: None, lambda entry: entry.stream[:, :0]], indirect=True)
+def test_an_enter_that_returns_no_stream_ended_in_a_raw_error(wrong_site):
+    model = outside(block="pre")
+    with pytest.raises(WrongType, match=r"`enter` of the site 'a site' returns the stream .*\[row pos d_model\]"):
+        hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site=wrong_site)
+
+
+@pytest.mark.parametrize("wrong_site", [lambda entry: entry.stream], indirect=True)
+def test_a_wrong_enter_was_blamed_on_the_metric_or_the_engine(wrong_site):
+    model = outside(block="pre")
+    with pytest.raises(CheckFailed, match=r"or the site 'a site' \(its `enter`\) does not say what is computed"):
+        hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site=wrong_site)
+
+
+@dataclass(frozen=True)
+class Unstated(HalfSandwich):
+    name = "unstated"
+
+
+class UnstatedBlock(HalfSandwichBlock):
+    part = Unstated
+
+    def writes_through(self, part: str) -> Passage:
+        return Passage()
+
+
+def test_a_passage_that_is_not_stated_was_blamed_on_the_metric_or_the_engine():
+    model = outside("unstated")
+    with pytest.raises(CheckFailed, match=r"the block kind 'unstated' \(its `writes_through`"):
+        path_patch(model, CLEAN, CORRUPTED, metric_of(model), senders="heads", receivers=Fixed("final"))

@@ -15,6 +15,8 @@ from torch import nn
 import hooklens as hl
 from hooklens.core.component import Component
 from hooklens.core.errors import InputError
+from hooklens.plugins.circuits.graph import circuit_graph
+from hooklens.plugins.circuits.run import run_edges
 from hooklens.plugins.patching.path import Fixed, path_patch
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import At, read_receivers, read_senders
@@ -367,7 +369,7 @@ def test_redundant_heads_hide_each_other_on_the_path_too():
     memory=st.sampled_from([1, 20_000, 2**28]),
     pos=st.integers(0, 6),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_any_receivers_prompts_and_memory(n_pos, at, seed, picks, memory, pos):
     model = zoo_model("llama", dtype=torch.float64, n_layers=3)
     generator = torch.Generator().manual_seed(seed)
@@ -397,9 +399,9 @@ def test_every_metric(semantics):
         hl.loss(model, CLEAN),
         lambda logits: logits[:, 3, 1],
     ]
-    for metric in metrics:
-        for receivers in ([("q", 1, 0)], [("q", 0, 1), ("v", 1, 0)]):
-            agree(model, CLEAN, CORRUPTED, metric, semantics, receivers)
+    sets = [[("q", 1, 0)], [("q", 0, 1), ("v", 1, 0)]]
+    for i, metric in enumerate(metrics):
+        agree(model, CLEAN, CORRUPTED, metric, semantics, sets[(i + list(HELD).index(semantics)) % 2])
 
 
 def test_a_metric_that_reads_before_the_change_has_no_effect():
@@ -493,7 +495,7 @@ def test_what_cannot_be_exact_or_does_not_exist_is_refused():
     refused("post-norm blocks normalise the stream itself", model=tiny_model(block="post"))
     refused("nothing held below it could count", receivers=Fixed(["final", ("q", 1, 0)]))
     refused("no sender reaches L0H0.q: a path leads upwards", receivers=("q", 0, 0))
-    refused("no sender is called 'L0H', or|no sender is called 'L0H'", senders=["L0H"])
+    refused("no sender is called 'L0H'", senders=["L0H"])
     refused("no receiver is called 'L0H0.z'", receivers=["L0H0.z"])
     refused("layer 7 was asked for as a receiver; there are layers 0 to 1", receivers=("q", 7, 0))
     refused("head 5 of layer 1 was asked for as a receiver; there are heads 0 to 1", receivers=("q", 1, 5))
@@ -504,7 +506,20 @@ def test_what_cannot_be_exact_or_does_not_exist_is_refused():
     refused("value='clean' or 'corrupted'; got 'zero'", value="zero")
     refused("senders= names none", senders=[])
     refused("receivers= names none", receivers=[])
-    refused("must tokenise to the same length", corrupted=[[1, 4, 3, 2]])
+    refused(r"must tokenise to the same length, got 3 and 4 tokens .*; re-word the prompts$", corrupted=[[1, 4, 3, 2]])
+
+
+def test_edges_of_prompts_of_unequal_length_advised_an_option_that_they_do_not_have():
+    model = tiny_model()
+    kept, metric = torch.ones(circuit_graph(model).n_edges, dtype=torch.bool), lambda logits: logits[:, -1, 1]
+    with pytest.raises(InputError, match=r"first difference at 3: \(end\) \| '2'\); re-word the prompts$"):
+        run_edges(model, kept, [[1, 2, 3]], [[1, 2, 3, 2]], metric)
+
+
+def test_a_head_asked_for_as_a_receiver_was_said_not_to_exist():
+    refused(r'^L1H0 was asked for as a receiver; receivers read from the .* "L9H6.q"', receivers="L1H0")
+    refused("^L1H0.q was asked for as a sender; senders write to", senders="L1H0.q")
+    refused("no receiver is called 'l1h0.q'.*closest: L1H0.q", receivers="l1h0.q")
 
 
 def test_names_are_read_as_they_are_written():

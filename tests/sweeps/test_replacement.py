@@ -163,6 +163,11 @@ def test_methods_that_write_one_value_take_one_draw(model, metric):
     assert close(without_each_head(model, CLEAN, CORRUPTED, metric, one), ablated.flatten(1), 1000)
 
 
+def test_a_drawn_value_is_refused_with_the_words_that_would_work(model, metric):
+    with pytest.raises(InputError, match=r"draws 4; .*\('clean', 'corrupted', 'zero', 'mean', .*\), or average"):
+        hl.patch(model, CLEAN, CORRUPTED, metric, site="z", value="resample")
+
+
 def test_every_word_is_the_label_that_results_print():
     assert {word: replacement.label for word, replacement in WORDS.items()} == {word: word for word in WORDS}
 

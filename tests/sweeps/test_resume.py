@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import hooklens as hl
 from hooklens.core.errors import CheckFailed, FileRefused, InputError
 from hooklens.model.linear import packing_works
+from hooklens.plugins.circuits.graph import circuit_graph
+from hooklens.plugins.circuits.run import run_edges
 
 CORRUPTED = torch.tensor([[1, 5, 2, 7, 3, 6], [4, 4, 9, 0, 10, 2]])
 CLEAN = torch.tensor([[1, 5, 8, 7, 3, 6], [4, 4, 9, 0, 1, 2]])
@@ -255,6 +257,27 @@ def test_under_one_key_other_weights_or_prompts_are_still_another_sweep(model, r
         model.blocks[0].mlp.out.weight[0, 0] += 1e-6
     with pytest.raises(FileRefused, match="another sweep"):
         run(own, resume=named)
+
+
+def test_a_key_took_another_value_to_write_for_the_same_where_nothing_was_verified(model, run, tmp_path):
+    named = hl.Resume(tmp_path / "sweep", key="margin")
+    kept = torch.arange(circuit_graph(model).n_edges) % 2 == 0
+    edges = functools.partial(run_edges, model, kept, CLEAN, CORRUPTED, margin)
+    with hl.engine(verify=0):
+        first = run(own, value="zero", resume=named)
+        assert torch.equal(run(own, value="zero", resume=named).per_pair, first.per_pair)
+        with pytest.raises(FileRefused, match="another sweep"):
+            run(own, value=torch.full((4,), 1e-6, dtype=torch.float64), resume=named)
+        edges(value="zero", resume=hl.Resume(tmp_path / "edges", key="margin"))
+        with pytest.raises(FileRefused, match="another sweep"):
+            edges(value="mean", resume=hl.Resume(tmp_path / "edges", key="margin"))
+
+
+def test_under_a_key_a_value_that_cannot_be_hashed_counts_by_its_name(run, tmp_path):
+    lock, named = threading.Lock(), hl.Resume(tmp_path / "sweep", key="margin and doubled")
+    doubled = lambda act, name: act * (1 + (lock is not None))  # noqa: E731
+    first = run(own, value=doubled, resume=named)
+    assert torch.equal(run(own, value=doubled, resume=named).per_pair, first.per_pair)
 
 
 @pytest.mark.parametrize("plain", [False, True])

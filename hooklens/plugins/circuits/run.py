@@ -15,7 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.fingerprint import identity
 from hooklens.core.progress_bar import Advance, progress
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.prompts import Pairs, Prompts, read_aligned
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import kernel_of
 from hooklens.plugins.circuits.edge_patches import EdgePatches
@@ -232,10 +232,7 @@ def aligned_pairs(model: "HookedTransformer", pairs: PromptPairs, replacement: R
     """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
     if pairs.corrupted is None and is_run(replacement, "corrupted"):
         raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
-    groups = read_pairs(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted, ())
-    for group in groups:
-        if not group.aligned:
-            read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises: says where the two part
+    groups = read_aligned(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted)
     if len(groups) > 1 and not isinstance(pairs.metric, ReadingMetric):
         raise InputError(
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "

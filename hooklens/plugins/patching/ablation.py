@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,39 +11,28 @@ from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
-from hooklens.data.prompts import Pairs, Prompts, read_pairs
+from hooklens.data.prompts import Prompts, read_pairs
 from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.grid import (
-    cell_name,
-    cell_names,
-    draw_grid,
-    in_order,
-    labels_of,
-    largest_first,
-    patch_name,
-    read_patches,
-    shape_of,
-)
+from hooklens.plugins.patching.grid import OnGrid, labels_of, patch_name, read_patches
+from hooklens.plugins.patching.two_runs import joined, max_error
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.execution import Outcome, execute
-from hooklens.sweeps.planning import Patch, plan, points_of, settle_by, site_kind
-from hooklens.sweeps.replacement import Resample, Value, Written, as_replacement, targets_of
+from hooklens.sweeps.execution import execute
+from hooklens.sweeps.planning import Patch, grid_axes, has_site, plan, points_of, site_kind
+from hooklens.sweeps.replacement import Resample, Value, as_replacement, targets_of
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Grid = Float[Tensor, "*grid"]
 _MOST_FLIPS = 40_000
 
 
 @dataclass(frozen=True, eq=False)
-class AblationSweep(Result):
+class AblationSweep(OnGrid, Result):
     """The metric after every ablation of a grid, prompt by prompt, beside the metric of the unedited model.
 
     `replacement` is what was written. `by_draw` is the mean effect of each draw of other prompts (one row where nothing
@@ -112,38 +101,27 @@ class AblationSweep(Result):
         # one component of m has q = m p, and p is at least 1 / (flips + 1): 40 a component let it pass 0.05
         return min(max(4096, 40 * self.effect.numel()), _MOST_FLIPS)
 
-    def order(self) -> list[tuple[int, ...]]:
-        """Every grid index, the largest effect first, whatever its sign."""
-        return largest_first(self.effect)
-
-    def name_of(self, index: Sequence[int]) -> str:
-        """What a grid index is called: L5H1, L3 ' Mary' (4), L2N17."""
-        return cell_name(self.by, self.labels, index)
-
     def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
         """The `k` components of largest effect on one half of the prompts, with their effect on the other half."""
-        names = cell_names(self.by, self.labels, self.effect.shape)
-        return HeldOutEffects.of({self.replacement: self.effect_per_prompt}, names, self.group, k, seed)
+        return HeldOutEffects.of({self.replacement: self.effect_per_prompt}, self.names, self.group, k, seed)
 
     def table(self, n: int | None = 20) -> Table:
         """The components of largest effect; every one for `n=None`."""
-        values, effect, p, q, (low, high) = self.values, self.effect, self.p, self.q, self.interval()
-        rows = []
-        for index in self.order()[:n]:
-            numbers = (effect, low, high, p, q) if int(self.group.max()) else (effect,)
-            rows.append((self.name_of(index), float(values[index]), *(float(each[index]) for each in numbers)))
+        parts = [self.values, self.effect]
+        parts += (*self.interval(), self.p, self.q) if int(self.group.max()) else ()
+        rows = [(self.name_of(index), *(float(part[index]) for part in parts)) for index in self.order()[:n]]
         columns = (self.site, "metric", f"effect ({self.replacement})", "95% low", "95% high", "p", "q")
-        return Table(columns[: len(rows[0])] if rows else columns[:3], rows)
+        return Table(columns[: 1 + len(parts)], rows)
 
     def figure(self) -> Any:
         """A heat map over two axes, bars with their interval over one."""
         title = f"{self.site}: change of the metric under {self.replacement} ablation"
         ends = self.interval() if self.per_prompt.ndim == 2 else None
-        return draw_grid(self.effect, self.by, labels=self.labels, title=title, name="change of the metric", ends=ends)
+        return self.draw(self.effect, title, "change of the metric", ends)
 
 
 def ablate(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts | PromptPairs,
     metric: Any = None,
     *,
@@ -151,7 +129,7 @@ def ablate(
     by: str | Sequence[str] | None = None,
     value: Value = "resample",
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Any] | None = None,
+    patches: Any = None,
 ) -> AblationSweep:
     """What does the metric lose without each component? One exact ablation for every cell of a grid.
 
@@ -180,52 +158,41 @@ def ablate(
     Reference: Li and Janson (2024), "Optimal ablation for interpretability", section 2 (the kinds); Chan et al. (2022),
     "Causal scrubbing" (resampling).
     """
-    site, replacement = site_kind(site), as_replacement(value)
-    axes, patches = settle_by(model, site, by), None if patches is None else read_patches(model, patches)
+    site, replacement = has_site(model, site_kind(site)), as_replacement(value)
+    axes, asked = grid_axes(site, by), None if patches is None else read_patches(model, patches)
     pairs = as_pairs(model, prompts, metric=metric, group=group)
-    groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, patches))
+    groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, asked))
     check_metric(pairs.metric, groups)
-    n, number = len(pairs), group_numbers(len(pairs), pairs.group)
+    draws = []
     with torch.no_grad(), packed_linears(rows=1024):
-        draws = [
-            [
-                _one(model, each, metric=pairs.metric, site=site, by=axes, written=to, patches=patches)
-                for each, to in zip(groups, written, strict=True)
-            ]
-            for written in replacement.every_draw(targets_of(model, groups, points_of(model, site), paired=False))
-        ]
-    shape, labels = shape_of(model, site, axes, groups[0].clean.shape[1]), {}
-    if patches is None:
-        labels = labels_of(model, axes, shape, groups[0])
+        for written in replacement.every_draw(targets_of(model, groups, points_of(model, site), paired=False)):
+            parts = []
+            for part, to in zip(groups, written, strict=True):
+                planned = plan(model, part.clean, site, to, by=axes, patches=asked)
+                parts.append(execute(SitePatches(planned), part.of(pairs.metric)))
+            draws.append(joined(groups, parts))
+    if asked is None:
+        labels = labels_of(model, site, axes, groups[0])
     else:
-        axes, shape, labels = ("patch",), (len(patches),), {"patch": [patch_name(patch) for patch in patches]}
-    whole = in_order(groups, [each.base for each in draws[0]])
-    values = torch.stack([in_order(groups, [each.values.T for each in found]) for found in draws])
-    outcomes = [each for found in draws for each in found]
-    weights = [len(each.index) / (n * len(draws)) for _ in draws for each in groups]
+        axes, labels = ("patch",), {"patch": [patch_name(patch) for patch in asked]}
+    base, values = draws[0].base, torch.stack([draw.values.T for draw in draws])
+    shape = [len(labels[axis]) for axis in axes]
+    account = draws[0].account | {
+        "computed": sum(draw.computed for draw in draws) / len(draws),
+        "largest_error": max_error(draws),
+        "n_verified": sum(draw.n_verified for draw in draws),
+    }
     return AblationSweep(
-        per_prompt=values.mean(0).view(n, *shape),
-        base_per_prompt=whole,
-        by_draw=(values.mean(1) - whole.mean()).view(-1, *shape),
-        group=number,
+        per_prompt=values.mean(0).view(-1, *shape),
+        base_per_prompt=base,
+        by_draw=(values.mean(1) - base.mean()).view(-1, *shape),
+        group=group_numbers(len(pairs), pairs.group),
         site=site,
         by=axes,
         replacement=str(replacement),
         labels=labels,
-        computed=sum(each.computed * weight for each, weight in zip(outcomes, weights, strict=True)),
-        largest_error=float(torch.tensor([each.largest_error for each in outcomes]).max()),
-        n_verified=sum(each.n_verified for each in outcomes),
-        how=outcomes[0].how,
-        kernel=outcomes[0].kernel,
+        **account,
     )
-
-
-def _one(
-    model, group: Pairs, metric: Any, site: str, by: tuple[str, ...], written: Written, patches: Sequence[Patch] | None
-) -> Outcome:
-    """The sweep over prompts of one length with one thing written."""
-    made = plan(model, group.clean, site, written, by=by, patches=patches)
-    return execute(SitePatches(made), group.of(metric))
 
 
 def _needs(axes: tuple[str, ...], patches: Sequence[Patch] | None) -> tuple[str, ...]:
@@ -235,7 +202,7 @@ def _needs(axes: tuple[str, ...], patches: Sequence[Patch] | None) -> tuple[str,
     return ("layer", "pos") if any(patch.pos is not None for patch in patches) else ("layer",)
 
 
-def demo(model: "HookedTransformer") -> AblationSweep:
+def demo(model: HookedTransformer) -> AblationSweep:
     """Every head, resampled among six short prompts; random token numbers where the model has no tokenizer."""
     with engine(progress=False):
         return ablate(model, demo_texts(model, 6, 8), log_prob(model, answer=0), value=Resample(draws=2))

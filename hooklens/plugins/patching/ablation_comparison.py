@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -11,16 +11,13 @@ from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
-from hooklens.plugins.patching.grid import cell_names, largest_first
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
 from hooklens.sweeps.replacement import Mean, MeanOfOthers, Replacement, Resample, Zero
 from hooklens.sweeps.settings import engine
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _NAMED = 8  # components whose name is written into the figure
 
@@ -52,13 +49,12 @@ class AblationComparison(Result):
 
     def order(self) -> list[tuple[int, ...]]:
         """Every grid index, the largest zero effect first, whatever its sign."""
-        return largest_first(self.zero.effect)
+        return self.zero.order()
 
     def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
         """The `k` components of largest zero effect on half of the prompts; all three effects on the other half."""
         effects = {kind: sweep.effect_per_prompt for kind, sweep in self.sweeps.items()}
-        names = cell_names(self.zero.by, self.zero.labels, self.zero.effect.shape)
-        return HeldOutEffects.of(effects, names, self.zero.group, k, seed)
+        return HeldOutEffects.of(effects, self.zero.names, self.zero.group, k, seed)
 
     def table(self, n: int | None = 20) -> Table:
         """A row a component, the largest zero effect first; each effect with its interval where there is one."""
@@ -75,11 +71,10 @@ class AblationComparison(Result):
         from hooklens.viz.curves import scatter
 
         zero, resample = self.zero.effect.flatten(), self.resample.effect.flatten()
-        names = cell_names(self.zero.by, self.zero.labels, self.zero.effect.shape)
         drawn = scatter(
             zero,
             resample,
-            names,
+            self.zero.names,
             f"{self.zero.site}: the same components, zeroed and resampled",
             x_title="change of the metric, zero ablation",
             y_title="change of the metric, resampled",
@@ -93,7 +88,7 @@ class AblationComparison(Result):
 
 
 def compare_ablations(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts | PromptPairs,
     metric: Any = None,
     *,
@@ -101,7 +96,7 @@ def compare_ablations(
     by: str | Sequence[str] | None = None,
     reference: Any = None,
     group: Sequence[int] | Int[Tensor, "prompt"] | None = None,
-    patches: Sequence[Any] | None = None,
+    patches: Any = None,
 ) -> AblationComparison:
     """Does a component's zero ablation effect survive when what is written is a value that the model does hold?
 
@@ -127,7 +122,7 @@ def compare_ablations(
     return AblationComparison(zero=run(Zero()), mean=run(mean), resample=run(Resample(reference)))
 
 
-def demo(model: "HookedTransformer") -> AblationComparison:
+def demo(model: HookedTransformer) -> AblationComparison:
     """Every head, on six short prompts; random token numbers where the model has no tokenizer."""
     with engine(progress=False):
         return compare_ablations(model, demo_texts(model, 6, 8), log_prob(model, answer=0))

@@ -1,39 +1,123 @@
 """Attribution patching: what activation patching would find, estimated for a whole grid by one backward pass."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError
-from hooklens.core.gradients import need_gradients
 from hooklens.core.names import axes
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.attribution_result import AttributionPatching, Grid
-from hooklens.plugins.patching.grid import in_order, labels_of, shape_of
-from hooklens.results.statistics import group_numbers
+from hooklens.plugins.patching.backward import backward_rows, gradients_of, need_backward
+from hooklens.plugins.patching.grid import OnGrid, in_order, labels_of
+from hooklens.plugins.patching.two_runs import TwoRuns, joined
+from hooklens.results.result import Result, Table
+from hooklens.results.statistics import DRAWS, correlation, group_numbers, mean_interval, rank_correlation
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.measure import Reader
-from hooklens.sweeps.naive import why_plain
-from hooklens.sweeps.planning import Patch, has_site, plan, points_of, settle_by, site_kind
+from hooklens.sweeps.planning import Patch, grid_axes, has_site, plan, points_of, site_kind
 from hooklens.sweeps.replacement import OtherRun, matched, targets_of
-from hooklens.sweeps.settings import current, engine
+from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+Grid = Float[Tensor, "*grid"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionPatching(OnGrid, TwoRuns, Result):
+    """The estimated effect of every patch of a grid, pair by pair, and exact effects of some cells as its control.
+
+    `per_pair` is (clean - corrupted) . gradient at the corrupted run: the change of the metric if the metric were
+    linear. The checked cells are the `n_top` of largest estimate, then as many drawn from the rest.
+    """
+
+    ranked_by = "estimate"
+
+    per_pair: Float[Tensor, "pair *grid"]
+    clean_per_pair: Float[Tensor, "pair"]
+    corrupted_per_pair: Float[Tensor, "pair"]
+    site: str
+    by: tuple[str, ...]
+    labels: dict[str, list[str]]
+    checked: Int[Tensor, "checked axis"]
+    exact_per_pair: Float[Tensor, "pair checked"]
+    n_top: int
+    group: Int[Tensor, "pair"]
+
+    @property
+    def effect(self) -> Grid:
+        """The estimated change of the metric when clean is written into the corrupted run, mean over pairs."""
+        return self.per_pair.mean(0)
+
+    def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> tuple[Grid, Grid]:
+        """Both ends of `effect`, over groups of pairs: of the estimate's mean, not of its distance to the truth."""
+        return mean_interval(self.per_pair, group=self.group, level=level, draws=draws, seed=seed)
+
+    @property
+    def exact(self) -> Float[Tensor, "checked"]:
+        """What patching itself finds for the checked cells, mean over pairs."""
+        return self.exact_per_pair.mean(0)
+
+    @property
+    def estimated(self) -> Float[Tensor, "checked"]:
+        """The estimates of the checked cells."""
+        return self.effect[tuple(self.checked.T)]
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's correlation of estimate and exact effect over the checked cells; NaN where none was checked."""
+        return float(correlation(self.estimated, self.exact))
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's correlation over the checked cells."""
+        return float(rank_correlation(self.estimated, self.exact))
+
+    @property
+    def largest_error(self) -> float:
+        """How far an estimate of a checked cell lies from its exact effect, at most; NaN where none was checked."""
+        return float((self.estimated - self.exact).abs().max()) if len(self.checked) else float("nan")
+
+    def table(self, n: int | None = 20) -> Table:
+        """The cells of largest estimate, with their exact effect where it was computed."""
+        exact = dict(zip(map(tuple, self.checked.tolist()), self.exact.tolist(), strict=True))
+        many = int(self.group.max()) > 0
+        parts = (self.effect, *self.interval()) if many else (self.effect,)
+        rows = [
+            (self.name_of(index), *(float(part[index]) for part in parts), exact.get(index))
+            for index in self.order()[:n]
+        ]
+        return Table((self.site, "estimate", *(("95% low", "95% high") if many else ()), "exact"), rows)
+
+    def figure(self) -> Any:
+        """The estimates: a heat map over two axes, bars over one."""
+        title = f"{self.site}: estimated effect"
+        if len(self.checked):
+            title += f"; correlation with {len(self.checked)} exact ones {self.correlation:.2f}"
+        return self.draw(self.effect, title, "estimate", self.interval() if len(self.by) == 1 else None)
+
+    def check_figure(self) -> Any:
+        """The checked cells by their exact effect and its estimate; on the diagonal the two agree."""
+        from hooklens.viz.curves import scatter
+
+        names = [self.name_of(index) for index in self.checked.tolist()]
+        title = f"{self.site}: attribution against patching"
+        drawn = scatter(self.exact, self.estimated, names, title, x_title="exact effect", y_title="estimate")
+        low, high = (float(end) for end in self.exact.aminmax())
+        return drawn.add_shape(type="line", x0=low, x1=high, y0=low, y1=high, line={"dash": "dot", "width": 1})
 
 
 def attribution_patch(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -54,31 +138,32 @@ def attribution_patch(
 
     It costs two forward passes and a backward one, whatever the grid. It is exact where the metric is linear in the
     site. A norm bends, and a saturated softmax or a neuron that is off in the corrupted run has no gradient, so that
-    what it would do is missed. `exact` is the control: patching itself works out that many cells of largest estimate
+    what it would do is missed. `exact` is the control: patching itself computes that many cells of largest estimate
     and as many others, drawn by seed from those that differ between the runs, and the result carries their correlation.
     `site`, `by` and prompts are those of `hl.patch`; `group` says which pairs share something.
 
     Reference: Nanda (2023), "Attribution Patching"; Syed et al. (2023), "Attribution Patching Outperforms Automated
     Circuit Discovery", equation 2.
     """
-    site, axes_ = site_kind(site), settle_by(model, site, by)
+    site = has_site(model, site_kind(site))
+    axes_ = grid_axes(site, by)
     pairs = as_pairs(model, clean, corrupted, metric, group)
     groups = read_pairs(model, pairs.clean, pairs.corrupted, axes_)
     check_prompts_differ(groups)
     check_metric(pairs.metric, groups)
-    _refuse(model, site, exact)
+    need_backward(model, "attribution patching")
+    whole("exact", exact)
     parts = _pieces(model, groups, pairs.metric, site)
-    found = [_estimate(model, part, part.of(pairs.metric), site, axes_) for part in parts]
-    per_pair, moved, clean_end, corrupted_end = (in_order(parts, list(each)) for each in zip(*found, strict=True))
+    estimates = [_estimate(model, part, part.of(pairs.metric), site, axes_) for part in parts]
+    per_pair, moved, clean_end, corrupted_end = (in_order(parts, rows) for rows in zip(*estimates, strict=True))
     checked = _to_check(per_pair.mean(0), moved.any(0), exact)
-    shape = shape_of(model, site, axes_, groups[0].clean.shape[1])
     return AttributionPatching(
         per_pair=per_pair,
         clean_per_pair=clean_end,
         corrupted_per_pair=corrupted_end,
         site=site,
         by=axes_,
-        labels=labels_of(model, axes_, shape, groups[0]),
+        labels=labels_of(model, site, axes_, groups[0]),
         checked=checked,
         exact_per_pair=_exactly(model, groups, metric=pairs.metric, site=site, by=axes_, checked=checked),
         n_top=min(exact, len(checked)),
@@ -86,16 +171,7 @@ def attribution_patch(
     )
 
 
-def _refuse(model: "HookedTransformer", site: str, exact: int) -> None:
-    need_gradients("attribution_patching")
-    whole("exact", exact)
-    has_site(model, site)
-    reason = why_plain(model)
-    if reason is not None and reason.startswith("dropout"):
-        raise InputError(f"gradients were asked for while {reason}: clean and corrupted would differ by their masks")
-
-
-def _pieces(model: "HookedTransformer", groups: list[Pairs], metric: Any, site: str) -> list[Pairs]:
+def _pieces(model: HookedTransformer, groups: list[Pairs], metric: Any, site: str) -> list[Pairs]:
     """Groups cut so that a backward pass fits the engine's memory; a plain function must see its pairs together."""
     if not isinstance(metric, ReadingMetric):
         return groups
@@ -111,18 +187,8 @@ def _pieces(model: "HookedTransformer", groups: list[Pairs], metric: Any, site: 
     return pieces
 
 
-def backward_rows(model: "HookedTransformer", n_pos: int, width: int = 0) -> int:
-    """How many prompts of that length a backward pass through the model takes in the engine's memory, about.
-
-    `width` is how much of each position and layer is kept beside what the backward pass itself keeps.
-    """
-    cfg = model.cfg
-    kept = 16 * cfg.d_model + 4 * (cfg.d_mlp or 0) + 3 * width
-    return current().memory // (cfg.n_layers * n_pos * kept * model.W_E.element_size())
-
-
 def _estimate(
-    model: "HookedTransformer", group: Pairs, metric: Any, site: str, by: tuple[str, ...]
+    model: HookedTransformer, group: Pairs, metric: Any, site: str, by: tuple[str, ...]
 ) -> tuple[Float[Tensor, "pair *grid"], Bool[Tensor, "pair *grid"], Float[Tensor, "pair"], Float[Tensor, "pair"]]:
     """(written - there) . gradient of every cell; where the two differ at all; the metric of clean and corrupted."""
     n = model.cfg.n_layers
@@ -132,17 +198,13 @@ def _estimate(
         clean_end = Reader(model, metric, stream).base
     with torch.enable_grad():
         stream, there = model.run_with_cache(group.corrupted, names=points, stop_at_layer=n, grads=True)
-        reader = Reader(model, metric, stream.detach())
-        total = reader.in_graph(stream).sum()
-        if not total.requires_grad:
-            raise InputError("the metric has no gradient (does it compare, round or take an argmax?); use hl.patch")
-        grads = torch.autograd.grad(total, [there[point] for point in points], materialize_grads=True)
+        base, grads = gradients_of(model, metric, stream, [there[point] for point in points])
     own = {point: there[point].detach() for point in points}
     values = written if group.aligned else matched(group.corrupted, group.clean, own, written)
     gaps = [values[point] - own[point] for point in points]
     layers = [_summed(gap * grad, point, by) for gap, grad, point in zip(gaps, grads, points, strict=True)]
     moved = [_summed(gap.abs(), point, by) > 0 for gap, point in zip(gaps, points, strict=True)]
-    return torch.stack(layers, 1).to(reader.dtype), torch.stack(moved, 1), clean_end, reader.base
+    return torch.stack(layers, 1).to(base), torch.stack(moved, 1), clean_end, base
 
 
 _CALLED = {"query_pos": "pos", "kv_head": "head", "d_mlp": "neuron"}
@@ -167,24 +229,23 @@ def _to_check(effect: Grid, moved: Bool[Tensor, "*grid"], exact: int) -> Int[Ten
 
 
 def _exactly(
-    model: "HookedTransformer", groups: list[Pairs], metric: Any, site: str, by: tuple[str, ...], checked: Tensor
+    model: HookedTransformer, groups: list[Pairs], metric: Any, site: str, by: tuple[str, ...], checked: Tensor
 ) -> Float[Tensor, "pair checked"]:
-    """What patching finds for these cells."""
+    """The exact effects of these cells, by patching."""
     patches = [Patch(**dict(zip(by, index, strict=True))) for index in checked.tolist()]
-    found = []
+    if not patches:
+        return torch.zeros(sum(len(group.index) for group in groups), 0)
+    outcomes = []
     with torch.no_grad(), engine(verify=0), packed_linears(rows=1024):
         clean = OtherRun("clean").once(targets_of(model, groups, points_of(model, site), into="corrupted"))
         for group, written in zip(groups, clean, strict=True):
-            if not patches:
-                found.append(torch.zeros(len(group.index), 0))
-                continue
-            made = plan(model, group.corrupted, site, written, by=by, patches=patches)
-            outcome = execute(SitePatches(made), group.of(metric))
-            found.append((outcome.values - outcome.base).T)
-    return in_order(groups, found)
+            planned = plan(model, group.corrupted, site, written, by=by, patches=patches)
+            outcomes.append(execute(SitePatches(planned), group.of(metric)))
+    outcome = joined(groups, outcomes)
+    return (outcome.values - outcome.base).T
 
 
-def demo(model: "HookedTransformer") -> AttributionPatching:
+def demo(model: HookedTransformer) -> AttributionPatching:
     """Heads on two short prompts that differ in one token, half of them checked; numbers without a tokenizer."""
     with engine(progress=False):
         return attribution_patch(model, demo_pairs(model, 1, 8), site="z", exact=1)

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.plugins.patching.path_sweep import excludes_zero
+from hooklens.plugins.patching.two_runs import excludes_zero, share_ends, share_of
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Groups, q_values, ratio_interval
+from hooklens.results.statistics import Ends, Groups, q_values
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,14 @@ class InformationFlow(Result):
         return excludes_zero(self.gap, self.group)
 
     @property
+    def effect(self) -> Float[Tensor, "path"]:
+        """What each path moves, mean over pairs."""
+        return self.moved.mean(0)
+
+    @property
     def share(self) -> Float[Tensor, "path"]:
         """What each path moves, as a share of the clean-corrupted difference; NaN where that is not `defined`."""
-        return self._shares(self.moved.mean(0))
+        return self._shares(self.effect)
 
     @property
     def of_receiver(self) -> Float[Tensor, "path"]:
@@ -82,14 +87,11 @@ class InformationFlow(Result):
         NaN where the receiver as a whole moves nothing beyond chance.
         """
         known = torch.tensor([excludes_zero(one, self.group) for one in self.total.T], device=self.total.device)
-        return torch.where(known, self.moved.mean(0) / self.total.mean(0), float("nan"))
+        return torch.where(known, self.effect / self.total.mean(0), float("nan"))
 
-    def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "path"], Float[Tensor, "path"]]:
+    def interval(self, level: float = 0.95) -> Ends:
         """Both ends of `share` over groups of pairs; NaN for one group."""
-        if not self.defined:
-            nothing = torch.full_like(self.share, float("nan"))
-            return nothing, nothing.clone()
-        return ratio_interval(self.moved, self.gap, group=self.group, level=level)
+        return share_ends(self.moved, self.gap, group=self.group, level=level)
 
     @property
     def turned_edge(self) -> Float[Tensor, "path"]:
@@ -103,12 +105,12 @@ class InformationFlow(Result):
 
     @property
     def p_turned(self) -> Float[Tensor, "path"]:
-        """How often a turned sender moves the metric as far as the path itself does: does it matter what is said?
+        """How often a turned sender moves the metric as far as the path itself: does the direction matter?
 
         The turned senders of all paths are one null, each over the root mean square of its own path's other draws, so
         that p can survive the number of paths. That takes turned effects of all paths to be spread alike, but for size.
         """
-        effect, turned = self.moved.mean(0).abs(), self.turned.mean(1).abs()
+        effect, turned = self.effect.abs(), self.turned.mean(1).abs()
         squares, draws = turned.square(), len(turned)
         rest = ((squares.sum(0) - squares).clamp_min(0) / max(1, draws - 1)).sqrt()
         null, own = _times(turned, rest).flatten(), _times(effect, squares.mean(0).sqrt())
@@ -120,7 +122,7 @@ class InformationFlow(Result):
 
         A rank, which says that the path stands out; NaN where there is no other sender.
         """
-        every = torch.cat((self.moved.mean(0)[None], self.others)).abs()
+        every = torch.cat((self.effect[None], self.others)).abs()
         there = every[:, self._pooled]
         n = there.isfinite().sum(0)
         rest = (there.nansum(0) - there) / (n - 1)  # the mean of the others at the same receiver
@@ -167,16 +169,11 @@ class InformationFlow(Result):
         from hooklens.viz.figures import bars
 
         order, (low, high) = self.order(), self.interval()
-        have = bool(low.isfinite().all())
-        shown = self.share if self.defined else self.moved.mean(0)
-        drawn = bars(
-            shown[order],
-            low[order] if have else None,
-            high[order] if have else None,
-            [self.paths[i] for i in order],
-            "Which path carries how much",
-            y_title="share of the difference" if self.defined else "change of the metric",
-        )
+        finite = bool(low.isfinite().all())
+        ends: dict[str, Any] = {"low": low[order], "high": high[order]} if finite else {}
+        shown, name = (self.share, "share of the difference") if self.defined else (self.effect, "change of the metric")
+        names, title = [self.paths[i] for i in order], "Which path carries how much"
+        drawn = bars(shown[order], labels=names, title=title, y_title=name, **ends)
         edge = self.turned_edge[order].tolist()
         texts = [f"turned senders: 95 % below {value:.4f}" for value in edge]
         mark = {"symbol": "diamond-open", "size": 9, "color": "black"}
@@ -184,7 +181,7 @@ class InformationFlow(Result):
         return drawn.add_scatter(y=edge, mode="markers", marker=mark, text=texts, hoverinfo="text", showlegend=False)
 
     def _shares(self, effect: Float[Tensor, "*draw path"]) -> Float[Tensor, "*draw path"]:
-        return effect / self.gap.mean() if self.defined else torch.full_like(effect, float("nan"))
+        return share_of(effect, self.gap, self.group)
 
 
 def _times(values: Float[Tensor, "*other path"], mean: Float[Tensor, "*other path"]) -> Float[Tensor, "*other path"]:

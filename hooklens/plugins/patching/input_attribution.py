@@ -2,27 +2,132 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts
-from hooklens.plugins.patching.embedding_path import EmbeddingPath
+from hooklens.data.prompts import Prompts, rows_of
+from hooklens.metrics import ReadingMetric
+from hooklens.model.config import TokenEmbed
+from hooklens.model.ids import show
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.patching.backward import backward_rows, gradients_of, need_backward
 from hooklens.plugins.patching.quadrature import Integral, integrate
 from hooklens.plugins.patching.weight_randomisation import WeightRandomisation, randomise
 from hooklens.results.result import Result, Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.sweeps.measure import Reader
 
 _MISSES = 10  # times the difference of the metrics, from which on an integral is refused
+_WORDS = ("zero", "mean")  # baselines that are no prompts
 
 PerToken = Float[Tensor, "prompt pos"]
 PerPrompt = Float[Tensor, "prompt"]
+
+
+@dataclass(frozen=True)
+class EmbeddingPath:
+    """The straight line of embeddings from a baseline (0) to the prompts (1).
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.metrics import log_prob
+    >>> model = tiny_model()
+    >>> path = EmbeddingPath.of(model, [[1, 2, 3]], log_prob(model, answer=4), "zero")
+    >>> value, slope = path.slopes(model, torch.tensor([[0.5], [1.0]]))
+    >>> value.shape, slope.shape                 # node prompt; node prompt pos
+    (torch.Size([2, 1]), torch.Size([2, 1, 3]))
+    """
+
+    tokens: Int[Tensor, "prompt pos"]
+    baseline: str | Int[Tensor, "prompt pos"]
+    metric: Any
+    str_tokens: list[list[str]]
+
+    @classmethod
+    def of(cls, model: HookedTransformer, prompts: Prompts, metric: Any, baseline: Any) -> "EmbeddingPath":
+        need_backward(model, "an attribution to tokens")
+        if not isinstance(model.cfg.embed, TokenEmbed):
+            raise InputError("token attributions need a model that reads tokens; this one reads vectors")
+        tokens = _of_one_length(rows_of(model, prompts, "prompts"))
+        if not isinstance(baseline, str) or baseline not in _WORDS:
+            baseline = _of_one_length(rows_of(model, baseline, "baseline"))
+            if baseline.shape != tokens.shape:
+                raise InputError(
+                    f"a baseline holds one prompt of the same length for each, got {list(baseline.shape)} tokens for "
+                    f"{list(tokens.shape)}; or 'zero' or 'mean'"
+                )
+        return cls(tokens, baseline, metric, [show(model, row) for row in tokens])
+
+    @property
+    def name(self) -> str:
+        """What the baseline is called."""
+        return "other prompts" if isinstance(self.baseline, Tensor) else self.baseline
+
+    def slopes(
+        self, model: HookedTransformer, at: Float[Tensor, "node prompt"]
+    ) -> tuple[Float[Tensor, "node prompt"], Float[Tensor, "node prompt pos"]]:
+        """The metric at these places of the line, and its slope along it, token by token."""
+        start, step = self._ends(model)
+        n_at_once = 1  # a plain function must see its prompts together, in order
+        if isinstance(self.metric, ReadingMetric):
+            n_at_once = max(1, backward_rows(model, self.tokens.shape[1]) // len(self.tokens))
+        parts = [self._some(model, start, step, some) for some in at.split(n_at_once)]
+        slopes = torch.cat([slope for _, slope in parts])
+        if not bool(slopes.isfinite().all()):
+            raise InputError(
+                "the gradient is not finite on the way from the baseline (at the zero embedding a norm without biases "
+                "has none); use baseline='mean', or other prompts"
+            )
+        return torch.cat([value for value, _ in parts]), slopes
+
+    @torch.no_grad()
+    def metric_at_baseline(self, model: HookedTransformer) -> PerPrompt:
+        """The metric where the line begins; no gradient is asked for there, which may not be finite."""
+        return Reader(model, self.metric, self._stream(model, self._ends(model)[0])).base
+
+    def _ends(self, model: HookedTransformer) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            x = _embedded(model, self.tokens)
+            if isinstance(self.baseline, Tensor):
+                start = _embedded(model, self.baseline)
+            elif self.baseline == "zero":
+                start = torch.zeros_like(x)
+            else:
+                start = model.embed(torch.arange(model.cfg.d_vocab, device=x.device)[None])[0].mean(0).expand_as(x)
+        return start, x - start
+
+    def _some(self, model: HookedTransformer, start: Tensor, step: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        n, metric = len(at), self.metric
+        if isinstance(metric, ReadingMetric):
+            metric = metric.pairs(torch.arange(len(self.tokens)).repeat(n))
+        with torch.enable_grad():
+            x = (start + at.to(step)[..., None, None] * step).flatten(0, 1).requires_grad_()
+            values, (grad,) = gradients_of(model, metric, self._stream(model, x, n), [x])
+        return values.view(n, -1), (grad.unflatten(0, (n, -1)) * step).sum(-1).to(values)
+
+    def _stream(self, model: HookedTransformer, x: Tensor, n: int = 1) -> Tensor:
+        """The stream that leaves the last block of the prompts, `n` times, with other embeddings."""
+        write, tokens = ("hook_embed", lambda act, hook: x), self.tokens.repeat(n, 1)
+        return model.run_with_hooks(tokens, fwd_hooks=[write], stop_at_layer=model.cfg.n_layers)
+
+    def at_end(self, model: HookedTransformer) -> PerToken:
+        """Gradient x input: the slope at the prompts themselves."""
+        return self.slopes(model, torch.ones(1, len(self.tokens)))[1][0]
+
+
+def _embedded(model: HookedTransformer, tokens: Int[Tensor, "prompt pos"]) -> Float[Tensor, "prompt pos d_model"]:
+    """What `hook_embed` holds, other people's edits included."""
+    return model.run_with_cache(tokens, names="hook_embed", stop_at_layer=0)[1]["hook_embed"]
+
+
+def _of_one_length(rows: list[Int[Tensor, "_"]]) -> Int[Tensor, "prompt pos"]:
+    if len({len(row) for row in rows}) > 1:
+        lengths = sorted({len(row) for row in rows})
+        raise InputError(f"tokens are attributed prompt by prompt of one length, got {lengths}; take each length apart")
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +192,7 @@ class InputAttribution(Result):
 
 
 def gradient_x_input(
-    model: "HookedTransformer", prompts: Prompts, metric: Any, *, stages: int = 3, seed: int = 0
+    model: HookedTransformer, prompts: Prompts, metric: Any, *, stages: int = 3, seed: int = 0
 ) -> InputAttribution:
     """Which tokens would the metric miss most, to first order? Embedding times gradient, summed over its dimensions.
 
@@ -106,22 +211,20 @@ def gradient_x_input(
     """
     path = EmbeddingPath.of(model, prompts, metric, "zero")
     value, slope = path.slopes(model, torch.ones(1, len(path.tokens)))
-    sanity = randomise(model, path.at_end, stages=stages, seed=seed) if stages else None
-    empty = path.metric_at_baseline(model)
     return InputAttribution(
         per_token=slope[0],
         metric=value[0],
-        baseline_metric=empty,
+        baseline_metric=path.metric_at_baseline(model),
         str_tokens=path.str_tokens,
         method="gradient x input",
         baseline=path.name,
         n_gradients=1,
-        sanity=sanity,
+        sanity=randomise(model, path.at_end, stages=stages, seed=seed) if stages else None,
     )
 
 
 def integrated_gradients(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts,
     metric: Any,
     *,
@@ -151,34 +254,42 @@ def integrated_gradients(
     """
     path = EmbeddingPath.of(model, prompts, metric, baseline)
 
-    def attribute(model: "HookedTransformer") -> PerToken:
-        return integrate(partial(path.slopes, model), len(path.tokens), steps).per_token
+    def integral(model: HookedTransformer) -> Integral:
+        return integrate(partial(path.slopes, model), len(path.tokens), steps)
 
-    found = integrate(partial(path.slopes, model), len(path.tokens), steps)
-    _check_converged(found, path.name)
-    sanity = randomise(model, attribute, stages=stages, seed=seed) if stages else None
-    said = (path.str_tokens, "integrated gradients", path.name, found.n_nodes, sanity)
-    return InputAttribution(found.per_token, found.end, found.start, *said)
+    whole = integral(model)
+    _check_converged(whole, path.name)
+    sanity = randomise(model, lambda copy: integral(copy).per_token, stages=stages, seed=seed) if stages else None
+    return InputAttribution(
+        per_token=whole.per_token,
+        metric=whole.end,
+        baseline_metric=whole.start,
+        str_tokens=path.str_tokens,
+        method="integrated gradients",
+        baseline=path.name,
+        n_gradients=whole.n_nodes,
+        sanity=sanity,
+    )
 
 
-def _check_converged(found: Integral, baseline: str) -> None:
+def _check_converged(whole: Integral, baseline: str) -> None:
     """Refuse an integral that misses many times what it should sum to: such numbers are those of a few steep places."""
-    gap = (found.end - found.start).abs()
-    missing = (found.per_token.sum(1) - (found.end - found.start)).abs()
+    gap = whole.end - whole.start
+    missing = (whole.per_token.sum(1) - gap).abs()
     # a difference of almost 0 is missed by many times its size when all is well
-    much = torch.minimum(found.per_token.abs().sum(1) / _MISSES, found.end.abs() + found.start.abs())
-    wrong = ((missing > _MISSES * gap) & (missing > much)).nonzero().flatten().tolist()
+    much = torch.minimum(whole.per_token.abs().sum(1) / _MISSES, whole.end.abs() + whole.start.abs())
+    wrong = ((missing > _MISSES * gap.abs()) & (missing > much)).nonzero().flatten().tolist()
     if wrong:
         at = wrong[0]
         raise InputError(
-            f"integrated gradients of prompt {at} from the baseline {baseline} did not converge in {found.n_nodes} "
-            f"gradients: the metrics differ by {float(gap[at]):.3g}, and the sum over tokens misses that by "
+            f"integrated gradients of prompt {at} from the baseline {baseline} did not converge in {whole.n_nodes} "
+            f"gradients: the metrics differ by {float(gap[at].abs()):.3g}, and the sum over tokens misses that by "
             f"{float(missing[at]):.3g}; give prompts as the baseline (next to the zero embedding a norm divides by "
             "almost 0), or more steps"
         )
 
 
-def demo(model: "HookedTransformer") -> InputAttribution:
+def demo(model: HookedTransformer) -> InputAttribution:
     """Integrated gradients between two short prompts that differ in one token; numbers without a tokenizer."""
     pairs = demo_pairs(model)
     metric = pairs.metric_of(model)

@@ -49,8 +49,8 @@ def integrate(evaluate: Evaluate, n_prompts: int, most: int) -> Integral:
         n = min(_AT_ONCE, (most - len(at)) // 2, panels.shape[1])
         worst = _missing(at, values, slopes, panels).topk(n, dim=1).indices
         halves, new = _halved(at, panels, worst)
-        found = evaluate(new)
-        at, values, slopes = torch.cat([at, new]), torch.cat([values, found[0]]), torch.cat([slopes, found[1]])
+        more = evaluate(new)
+        at, values, slopes = torch.cat([at, new]), torch.cat([values, more[0]]), torch.cat([slopes, more[1]])
         panels = halves
     per_token = _simpson(at, slopes, panels).sum(1)
     return Integral(per_token, values[0], values[2 * first], len(at))

@@ -1,9 +1,9 @@
-"""The two runs that a patched one is read between."""
+"""The clean and the corrupted run beside a sweep, and the sweeps of pairs of several lengths joined into one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import in_order
+from hooklens.results.statistics import DRAWS, Ends, Groups, mean_interval, ratio_interval
 from hooklens.sweeps.execution import Outcome
 from hooklens.sweeps.naive import first_nonfinite, not_finite
 from hooklens.sweeps.resume import Resume
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 class TwoRuns:
@@ -37,6 +36,48 @@ class TwoRuns:
         """The metric of the corrupted run, mean over pairs."""
         return float(self.corrupted_per_pair.mean())
 
+    @property
+    def gap(self) -> Float[Tensor, "pair"]:
+        """The difference between the two runs, clean minus corrupted."""
+        return self.clean_per_pair - self.corrupted_per_pair
+
+    @property
+    def defined(self) -> bool:
+        """Does the interval of clean minus corrupted exclude 0? With one group of pairs: do they differ?"""
+        return excludes_zero(self.gap, getattr(self, "group", None))
+
+
+def excludes_zero(gap: Float[Tensor, "pair"], group: Groups) -> bool:
+    """Does the interval of the mean over groups exclude 0? With one group: is the mean another number?
+
+    >>> excludes_zero(torch.tensor([1.0, 2.0, 1.5]), torch.tensor([0, 1, 2]))
+    True
+    """
+    if len(gap if group is None else group.unique()) < 2:
+        return bool(gap.mean() != 0)
+    low, high = mean_interval(gap, group=group)
+    return not bool(low <= 0 <= high)
+
+
+def share_of(effect: Float[Tensor, "*cell"], gap: Float[Tensor, "pair"], group: Groups) -> Float[Tensor, "*cell"]:
+    """Effects as shares of the mean gap between two runs; NaN where the gap could be chance."""
+    return effect / gap.mean() if excludes_zero(gap, group) else torch.full_like(effect, float("nan"))
+
+
+def share_ends(
+    moved: Float[Tensor, "pair *cell"],
+    gap: Float[Tensor, "pair"],
+    *,
+    group: Groups,
+    level: float = 0.95,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Ends:
+    """Both ends of a share, by a bootstrap over groups that recomputes both means; NaN for one group."""
+    if not excludes_zero(gap, group):
+        return torch.full_like(moved[0], float("nan")), torch.full_like(moved[0], float("nan"))
+    return ratio_interval(moved, gap, group=group, level=level, draws=draws, seed=seed)
+
 
 def resume_of(asked: str | Path | Resume | None, groups: Sequence[Pairs]) -> Resume | None:
     """The file of a sweep, if one was asked for: it keeps pairs of one length."""
@@ -45,35 +86,41 @@ def resume_of(asked: str | Path | Resume | None, groups: Sequence[Pairs]) -> Res
     return None if asked is None else Resume.of(asked)
 
 
-def with_other(model: "HookedTransformer", outcome: Outcome, group: Pairs, name: str) -> Outcome:
+def with_other(model: HookedTransformer, outcome: Outcome, group: Pairs, name: str) -> Outcome:
     """The sweep, once the metric of the other run ("clean" or "corrupted") is known to be finite."""
-    found, tokens = outcome.other, group.clean if name == "clean" else group.corrupted
-    assert found is not None
-    if (said := not_finite(found)) is not None:
+    other, tokens = outcome.other, group.clean if name == "clean" else group.corrupted
+    assert other is not None
+    if (fault := not_finite(other)) is not None:
         point = first_nonfinite(model, tokens)
         where = "every activation is finite: look at the metric" if point is None else f"not finite from {point} on"
-        raise InputError(f"the metric of the {name} run is {said}: {where}")
+        raise InputError(f"the metric of the {name} run is {fault}: {where}")
     if group.aligned:  # the same prompt twice is the same number, not one to rounding
-        found = torch.where((group.clean == group.corrupted).all(1), outcome.base, found)
-    return replace(outcome, other=found)
+        other = torch.where((group.clean == group.corrupted).all(1), outcome.base, other)
+    return replace(outcome, other=other)
 
 
 def joined(groups: Sequence[Pairs], parts: Sequence[Outcome]) -> Outcome:
     """The sweeps of the pairs of each length as one, the pairs in the order in which they were given."""
     sizes = [len(group.index) for group in groups]
-    return Outcome(
+    others = [part.other for part in parts if part.other is not None]
+    return replace(
+        parts[0],
         values=in_order(groups, [part.values.T for part in parts]).T,
         base=in_order(groups, [part.base for part in parts]),
         computed=sum(part.computed * n for part, n in zip(parts, sizes, strict=True)) / sum(sizes),
-        largest_error=float(torch.tensor([part.largest_error for part in parts]).max()),
+        largest_error=max_error(parts),
         n_verified=sum(part.n_verified for part in parts),
-        how=parts[0].how,
-        kernel=parts[0].kernel,
-        other=in_order(groups, [part.other for part in parts if part.other is not None]),
+        other=in_order(groups, others) if others else None,
     )
 
 
-def ends_of(outcome: Outcome, into: str) -> tuple[Float[Tensor, "pair"], Float[Tensor, "pair"]]:
-    """The metric of the clean and of the corrupted run, of which one was patched."""
+def max_error(parts: Sequence[Outcome]) -> float:
+    """The largest error of several sweeps; NaN if one of them is."""
+    return float(torch.tensor([part.largest_error for part in parts]).max())
+
+
+def ends_of(outcome: Outcome, into: str) -> dict[str, Any]:
+    """The metric of the clean and of the corrupted run, of which one was patched, as fields of a result."""
     assert outcome.other is not None
-    return (outcome.other, outcome.base) if into == "corrupted" else (outcome.base, outcome.other)
+    ends = (outcome.other, outcome.base) if into == "corrupted" else (outcome.base, outcome.other)
+    return dict(zip(("clean_per_pair", "corrupted_per_pair"), ends, strict=True))

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.component import layer_name
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 PerToken = Float[Tensor, "prompt pos"]
 
@@ -56,8 +54,8 @@ class WeightRandomisation(Result):
 
 
 def randomise(
-    model: "HookedTransformer",
-    attribute: Callable[["HookedTransformer"], PerToken],
+    model: HookedTransformer,
+    attribute: Callable[[HookedTransformer], PerToken],
     *,
     stages: int = 3,
     seed: int = 0,
@@ -88,10 +86,10 @@ def randomise(
     for at, (name, part) in enumerate(parts, 1):
         _scramble(part, generator)
         if at in stops:
-            found = attribute(copied)
+            scrambled_attribution = attribute(copied)
             scrambled.append(name if at == 1 else f"{parts[0][0]} to {name}")
-            signed.append(_correlations(original, found))
-            absolute.append(_correlations(original.abs(), found.abs()))
+            signed.append(_correlations(original, scrambled_attribution))
+            absolute.append(_correlations(original.abs(), scrambled_attribution.abs()))
     return WeightRandomisation(scrambled, torch.stack(signed), torch.stack(absolute), original.shape[1])
 
 
@@ -105,8 +103,8 @@ def _scramble(part: nn.Module, generator: torch.Generator) -> None:
 
 def _correlations(a: PerToken, b: PerToken) -> Float[Tensor, "prompt"]:
     """Over the tokens to which either gives anything: a token that is no part of the input agrees for nothing."""
-    found = []
+    correlations = []
     for x, y in zip(a, b, strict=True):
         counts = (x != 0) | (y != 0)
-        found.append(rank_correlation(x[counts], y[counts]) if int(counts.sum()) > 1 else x.new_tensor(float("nan")))
-    return torch.stack(found)
+        correlations.append(rank_correlation(x[counts], y[counts]))
+    return torch.stack(correlations)

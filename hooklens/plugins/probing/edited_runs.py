@@ -69,9 +69,7 @@ class EditedRuns:
             return self.model(self.before[rows], start_at_layer=self.layer, stop_at_layer=n, kv_cache=past)
 
     def _metric(self, stream: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt"]:
-        if self.reader.read is not None:
-            return self.reader.on_stream(stream)
-        return self.reader.on_full(self.model.read_out(stream))
+        return self.reader.on_stream(stream)
 
 
 def refitted(

@@ -1,5 +1,6 @@
 """ablate: each kind against a loop of hooked forwards, what its result says, and answers that are known."""
 
+import functools
 import json
 
 import pytest
@@ -90,13 +91,18 @@ def test_all_draws_of_a_resample_are_the_mean_over_the_other_prompts():
     torch.testing.assert_close(found.by_draw.mean(0), found.effect, atol=1e-10, rtol=1e-10)
 
 
+@functools.cache
+def two_prompts():
+    model, two = tiny_model(), PROMPTS[:2]
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    return model, metric, two, ablate(model, two, metric, value=OtherRun(two.flip(0)))
+
+
 @given(seed=st.integers(0, 10**6), draws=st.integers(1, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_resampling_never_writes_a_prompts_own_activation(seed, draws):
     """Two prompts: each can only receive the other's, whatever the seed; a repeated prompt is no other one."""
-    model, metric = tiny_model(), hl.logit_diff(tiny_model(), answer=3, wrong_answer=4)
-    two = PROMPTS[:2]
-    swapped = ablate(model, two, metric, value=OtherRun(two.flip(0)))
+    model, metric, two, swapped = two_prompts()
     drawn = ablate(model, two, metric, value=Resample(draws=draws, seed=seed))
     torch.testing.assert_close(drawn.per_prompt, swapped.per_prompt)
     repeated = torch.cat([two, two])
@@ -169,8 +175,11 @@ UNITS = {
 }
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("value", ["zero", "mean", "mean of others", "resample", OtherRun(OTHERS)])
+VALUES = ["zero", "mean", "mean of others", "resample", OtherRun(OTHERS)]
+EVERY_OTHER = [(unit, VALUES[(i + j) % 5]) for i, unit in enumerate(UNITS) for j in (0, 2)]  # each twice or more
+
+
+@pytest.mark.parametrize(("unit", "value"), EVERY_OTHER)
 def test_every_unit_and_kind_tables_draws_and_survives_a_file(unit, value, tmp_path):
     model = tiny_model()
     sweep = ablate(model, PROMPTS, metric_of(model), value=value, group=[0, 0, 1, 1], **UNITS[unit])
@@ -187,10 +196,23 @@ def test_every_unit_and_kind_tables_draws_and_survives_a_file(unit, value, tmp_p
     json.dumps(sweep.to_json(), allow_nan=False)
 
 
+def test_a_negative_position_of_a_patch_was_refused_and_one_name_was_read_letter_by_letter():
+    model = tiny_model()
+    metric = metric_of(model)
+    last = ablate(model, PROMPTS, metric, value="zero", patches=["L1H0@-1", "L0@-2"])
+    counted = ablate(model, PROMPTS, metric, value="zero", patches=[Patch(1, pos=3, head=0), Patch(0, pos=2)])
+    assert torch.equal(last.per_prompt, counted.per_prompt)
+    assert last.labels == {"patch": ["L1H0@-1", "L0@-2"]} and counted.labels == {"patch": ["L1H0@3", "L0@2"]}
+    for one in ("L1H0", Patch(1, head=0), (1, 0)):
+        assert ablate(model, PROMPTS, metric, value="zero", patches=one).labels == {"patch": ["L1H0"]}
+    with pytest.raises(InputError, match=r"pos -5 of z asked for; there are positions 0 to 3 \(or -4 to -1\)"):
+        ablate(model, PROMPTS, metric, value="zero", patches="L1H0@-5")
+
+
 def test_names():
     model = tiny_model()
     some = ablate(model, PROMPTS, metric_of(model), value="zero", **UNITS["some"])
-    assert some.labels == {"patch": ["L1H0", "L0H1 (2)"]} and some.name_of((1,)) == "L0H1 (2)"
+    assert some.labels == {"patch": ["L1H0", "L0H1@2"]} and some.name_of((1,)) == "L0H1@2"
     whole = ablate(model, PROMPTS, metric_of(model), value="zero")
     torch.testing.assert_close(some.per_prompt[:, 0], whole.per_prompt[:, 1, 0])
 

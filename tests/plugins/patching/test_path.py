@@ -5,8 +5,8 @@ import torch
 from model.zoo import zoo_model
 
 import hooklens as hl
-from hooklens.plugins.patching.path import Fixed, demo, path_patch
-from hooklens.plugins.patching.path_sweep import PathSweep, excludes_zero
+from hooklens.plugins.patching.path import Fixed, PathSweep, demo, path_patch
+from hooklens.plugins.patching.two_runs import excludes_zero
 from hooklens.results.statistics import ratio_interval
 from hooklens.testing import induction_model, tiny_model
 
