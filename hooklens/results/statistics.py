@@ -17,6 +17,8 @@ Groups = Int[Tensor, "pair"] | None
 PValues = Float64[Tensor, "*cell"]  # in float32 1/20 lies above 0.05
 DRAWS = 2000  # resamples: the Monte Carlo error of an end of a 95 % interval is then 3 % of half its width
 FLIPS = 4096  # patterns of signs: as many as 12 groups have, which are tried one and all
+#: The meaning of an interval's columns, for the `terms` of a table.
+INTERVAL_TERMS = {"95% low": "lower end of its interval over groups", "95% high": "upper end of that interval"}
 LEAST_GROUPS = 6  # with fewer, intervals cover less than they say and no p of sign flips reaches 0.05
 _COVERAGE = {2: 50, 3: 75, 4: 87, 5: 91}  # of a mean of so many normal values, in percent
 _CELLS = 4096  # 2,000 draws of 36,864 neurons would not fit

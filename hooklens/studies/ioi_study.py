@@ -18,8 +18,8 @@ from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.results.claims import ClaimFamily
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
-from hooklens.studies.mover_evidence import LEAST_GROUPS, mover_claims
-from hooklens.studies.pair_study import PairStudy, by_layer, head_patterns, sweep_pair
+from hooklens.studies.pair_study import PairStudy, by_layer, grids, head_patterns, sweep_pair
+from hooklens.studies.result_claims import LEAST_GROUPS, mover_claims
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.settings import engine
@@ -104,28 +104,27 @@ class IOIStudy(Result):
         self, moved: Float[Tensor, "pair cell"], index: Int[Tensor, "some"] | None = None
     ) -> tuple[Float[Tensor, "cell"], Float[Tensor, "cell"]]:
         """The interval of a share of the clean-corrupted difference, resampling groups of pairs; None: of all pairs."""
-        every = torch.arange(len(moved)) if index is None else index
-        group, level = self.movers.group[every], self.movers.criteria.level
-        return ratio_interval(by_group(moved[every], group), by_group(self.movers.gap[every], group), level=level)
+        some = torch.arange(len(moved)) if index is None else index
+        group, level = self.movers.group[some], self.movers.criteria.level
+        return ratio_interval(by_group(moved[some], group), by_group(self.movers.gap[some], group), level=level)
 
     def called(self) -> list[str]:
         """The label of each of `heads`: name mover if all three tests hold, else a description of its patch."""
         (low, high), least = self.interval(self._moved, self.chosen_on), self.movers.criteria.least_direct
-        movers = set(self.named.name_movers)
-        names = []
+        labels = []
         for i, head in enumerate(self.heads):
-            if head in movers:
-                names.append("name mover")
+            if head in self.named.name_movers:
+                labels.append("name mover")
             elif self.named.defined and low[i] > least:
-                names.append("restores the logit difference")
+                labels.append("restores the logit difference")
             elif self.named.defined and high[i] < -least:
-                names.append("lowers the logit difference")
+                labels.append("lowers the logit difference")
             else:
-                names.append("no clear effect" if len(self.named.group.unique()) > 1 else "no interval")
-        return names
+                labels.append("no clear effect" if len(self.named.group.unique()) > 1 else "no interval")
+        return labels
 
     def finding(self) -> str:
-        """The main result in one or two sentences: the opening of the page."""
+        """The main result in one or two sentences, with which the page begins."""
         from hooklens.studies.pages import finding
 
         return finding(self)
@@ -163,15 +162,16 @@ def study_ioi(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
     pairs = ioi(model, n, seed=seed)
     clean, corrupted = pairs.tokens(model)
     with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
-        shown = sweep_pair(model, PromptPairs(CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER))
+        pair = PromptPairs(CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER)
+        shown = sweep_pair(model, pair, grids(("resid_pre", "z"), None), {})
         movers = find_name_movers(model, pairs)
         chosen_on, reported_on = movers.halves(seed=seed)
         heads = _candidates(shown, of_pairs(movers, chosen_on))
         patches = [Patch(layer, head=head) for layer, head in heads]
         with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
             layers = by_layer(model, pairs)
-            made = plan(model, corrupted, "z", clean, patches=patches)
-            outcome = execute(SitePatches(made), pairs.metric_of(model))
+            planned = plan(model, corrupted, "z", clean, patches=patches)
+            outcome = execute(SitePatches(planned), pairs.metric_of(model))
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
     claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
     return IOIStudy(

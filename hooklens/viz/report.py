@@ -86,7 +86,7 @@ class Report:
 
     def table(self, table: Table, caption: str = "", terms: Mapping[str, str] | None = None) -> "Report":
         """Add a table; its values also go into the JSON. `terms` explain columns; other columns have no note."""
-        known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
+        known = {name: terms[name] for name in table.columns if terms and name in terms}
         words = " ".join([caption, *(f"{name}: {meaning}." for name, meaning in known.items())]).strip()
         self._tables.append({"caption": words, "columns": list(table.columns), "rows": _plain_rows(table)})
         shown = "".join(f" <b>{escape(name)}</b>: {escape(meaning)}." for name, meaning in known.items())

@@ -37,7 +37,7 @@ class Measured(Result):
         >>> Measured.of("attention to the name", [0.5, 1.0]).mean
         0.75
         """
-        values = torch.as_tensor(per_prompt).detach()
+        values = torch.as_tensor(per_prompt).detach().cpu()
         values = values if values.is_floating_point() else values.double()
         if values.ndim != 1 or not len(values):
             raise InputError(f"{what!r} needs one number per prompt, got shape {list(values.shape)}")
@@ -56,7 +56,7 @@ class Measured(Result):
         >>> Measured.edge_of("random directions", [[float(i)] * 2 for i in range(-70, 30)]).mean
         -69.0
         """
-        values = torch.as_tensor(draws).detach()
+        values = torch.as_tensor(draws).detach().cpu()
         if values.ndim != 2 or not len(values):
             raise InputError(f"draws need one row per draw and one number per prompt, got shape {list(values.shape)}")
         means = values.double().mean(1)
