@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooklens.core.errors import ArgumentError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import check_prompts_differ, read_pairs
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
@@ -17,14 +18,10 @@ from hooklens.plugins.circuits.faithfulness import measure_faithfulness
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint
 from hooklens.plugins.circuits.run import Bench
+from hooklens.results.claims import Claim, Measured, Registration, claim, family
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, group_numbers
 from hooklens.studies.pages import add_claims
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.results.claims import Claim, Registration
-
 
 _SHOWN = 20  # number of rows in a table of edges
 _RANDOM = (
@@ -98,10 +95,8 @@ class CircuitStudy(Result):
         """The circuit, drawn upwards."""
         return self.circuit.figure()
 
-    def claim(self, statement: str | None = None, *, registered: "Registration | None" = None) -> "Claim":
+    def claim(self, statement: str | None = None, *, registered: Registration | None = None) -> Claim:
         """The claim that these edges carry the answer: the metric they restore, compared with random circuits."""
-        from hooklens.results.claims import Measured, claim
-
         tested, metric = self.faithfulness, "logit_diff"
         group, whole, empty = tested.group, tested.base_per_pair, tested.empty_per_pair
         kept, random = tested.per_pair - empty, tested.random_per_pair - empty
@@ -115,9 +110,8 @@ class CircuitStudy(Result):
             side="below" if bool((whole - empty).mean() < 0) else "above",
         )
 
-    def report(self, *, registered: "Sequence[Registration]" = ()) -> Any:
+    def report(self, *, registered: Sequence[Registration] = ()) -> Any:
         """The study as a page; registrations made before the run are compared with its claims."""
-        from hooklens.results.claims import family
         from hooklens.viz.report import Report
 
         report = Report(f"A circuit of {self.circuit.n_edges} edges in {self.model}")
@@ -150,7 +144,7 @@ class CircuitStudy(Result):
 
 
 def study_circuit(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     *,
     edges: int = 200,
@@ -210,6 +204,6 @@ def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
     return [circuits[n] for n in sorted(circuits) if n]
 
 
-def demo(model: "HookedTransformer") -> CircuitStudy:
+def demo(model: HookedTransformer) -> CircuitStudy:
     """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
     return study_circuit(model, demo_pairs(model, 4), edges=12)

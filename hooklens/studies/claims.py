@@ -1,6 +1,6 @@
 """Claims about heads that are set to zero, each compared with the next head of its layer."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -9,14 +9,12 @@ from torch import Tensor
 from hooklens.core.component import head_name
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.metrics import loss
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.claims import ClaimFamily, Measured, claim, family
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 def zero_heads(
-    model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], metric: Any, *, layer: int = 0
+    model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], metric: Any, *, layer: int = 0
 ) -> ClaimFamily:
     """Does a head of this layer matter? Each is set to zero, and its effect is compared with the next head's.
 
@@ -51,7 +49,7 @@ def _zero(head: int) -> Any:
     return lambda z, hook: z.index_fill(2, torch.tensor([head], device=z.device), 0.0)
 
 
-def demo(model: "HookedTransformer") -> ClaimFamily:
+def demo(model: HookedTransformer) -> ClaimFamily:
     """Does a head of the first layer matter for the loss on six short prompts?"""
     tokens = demo_texts(model, 6, 8)
     return zero_heads(model, tokens, loss(model, tokens))

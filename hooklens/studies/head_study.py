@@ -1,7 +1,7 @@
 """Heads on your own prompt pairs: the loss without each, its contribution to the answer, and where it attends."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,14 +13,12 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
 from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, group_numbers, mean_interval
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _TERMS = {
     "head": "L5H1 is head 1 of layer 5",
@@ -127,7 +125,7 @@ class HeadStudy(Result):
 
 
 def study_heads(
-    model: "HookedTransformer", pairs: PromptPairs, *, labels: list[list[str]] | None = None, seed: int = 0
+    model: HookedTransformer, pairs: PromptPairs, *, labels: list[list[str]] | None = None, seed: int = 0
 ) -> HeadStudy:
     """Which heads carry the answers of these pairs? By exact interventions, with what they write and where they attend.
 
@@ -174,7 +172,7 @@ def study_heads(
 
 
 def _attention(
-    model: "HookedTransformer", rows: list[Int[Tensor, "_"]], right: Int[Tensor, "pair"], wrong: Int[Tensor, "pair"]
+    model: HookedTransformer, rows: list[Int[Tensor, "_"]], right: Int[Tensor, "pair"], wrong: Int[Tensor, "pair"]
 ) -> tuple[PerHead, PerHead]:
     """Attention from each prompt's last position to its answer and to its wrong answer."""
     attention = []
@@ -189,6 +187,6 @@ def _attention(
     return to_answer, to_wrong
 
 
-def demo(model: "HookedTransformer") -> HeadStudy:
+def demo(model: HookedTransformer) -> HeadStudy:
     """Four short prompt pairs; token numbers where the model has no tokenizer."""
     return study_heads(model, demo_pairs(model, 4))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from hooklens.core.component import head_name
 from hooklens.data.indirect_object import ioi
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.mover_result import NameMovers, by_group, of_pairs
 from hooklens.plugins.heads.name_movers import find_name_movers
 from hooklens.plugins.patching.activation import PatchSweep
@@ -24,9 +25,6 @@ from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
@@ -154,7 +152,7 @@ class IOIStudy(Result):
         return ioi_report(self)
 
 
-def study_ioi(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIStudy:
+def study_ioi(model: HookedTransformer, n: int = 64, *, seed: int = 0) -> IOIStudy:
     """How does this model know who gets the drink? The shown pair in detail, `n` balanced pairs for the claims.
 
     Needs a tokenizer in which the names are single tokens. Reference: Wang et al. (2022).
@@ -195,7 +193,7 @@ def _candidates(shown: PairStudy, named: NameMovers) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*named.name_movers, *named.order()[:_CANDIDATES], *patched]))
 
 
-def demo(model: "HookedTransformer") -> NameMovers | IOIStudy:
+def demo(model: HookedTransformer) -> NameMovers | IOIStudy:
     """The study on four pairs if the tokenizer knows the names; else name movers among token numbers."""
     from hooklens.plugins.heads.name_movers import demo as numbers
 

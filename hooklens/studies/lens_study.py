@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, logit_lens
 from hooklens.plugins.lens.logit_attribution import LogitAttribution, NoAttribution, direct_logit_attribution
 from hooklens.plugins.lens.reading import Answers
@@ -18,9 +19,6 @@ from hooklens.plugins.lens.trajectory import Trajectory, trace_predictions
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, Groups, few_groups, group_numbers
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _PROMPT = {
     "prompt": "its name",
@@ -132,7 +130,7 @@ class LensStudy(Result):
 
 
 def study_lens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts,
     *,
     answer: Answers | None = None,
@@ -178,7 +176,7 @@ def study_lens(
     )
 
 
-def demo(model: "HookedTransformer") -> LensStudy | NoAttribution:
+def demo(model: HookedTransformer) -> LensStudy | NoAttribution:
     """Four short prompts; token numbers where the model has no tokenizer."""
     why = model.blocks[0].not_a_sum
     if why is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,13 +16,11 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import check_prompts_differ, common_ends, read_pairs, rows_of
 from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.planning import grid_axes, has_site, site_kind
 from hooklens.sweeps.sites import SITES
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _STRONGEST = 6
 _GUESSES = 5
@@ -73,7 +71,7 @@ class PairStudy(Result):
 
 
 def study_pair(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     *,
     sites: Sequence[str] = ("resid_pre", "z"),
@@ -95,7 +93,7 @@ def study_pair(
 
 
 def sweep_pair(
-    model: "HookedTransformer", pairs: PromptPairs, axes: Mapping[str, tuple[str, ...]], resume: Mapping[str, Path]
+    model: HookedTransformer, pairs: PromptPairs, axes: Mapping[str, tuple[str, ...]], resume: Mapping[str, Path]
 ) -> PairStudy:
     """`study_pair` without its whole layers: sweeps over the grid of each site. Gradients must be off."""
     metric = pairs.metric_of(model)
@@ -120,7 +118,7 @@ def sweep_pair(
 
 
 def check_pair(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     *,
     sites: Sequence[str],
@@ -159,7 +157,7 @@ def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
     return axes
 
 
-def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchSweep]:
+def by_layer(model: HookedTransformer, pairs: PromptPairs) -> dict[str, PatchSweep]:
     """What does each layer's attention, and each layer's MLP, restore at all positions at once?"""
     points = model.hook_points()
     sites = [site for site in ("attn_out", "mlp_out") if f"blocks.0.{SITES[site].point}" in points]
@@ -167,7 +165,7 @@ def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchS
 
 
 def head_patterns(
-    model: "HookedTransformer", ids: Tensor, heads: Sequence[tuple[int, ...]]
+    model: HookedTransformer, ids: Tensor, heads: Sequence[tuple[int, ...]]
 ) -> Float[Tensor, "head query_pos key_pos"]:
     """The attention patterns of the given heads on one prompt."""
     if not heads:
@@ -176,12 +174,12 @@ def head_patterns(
     return torch.stack([cache["pattern", layer][0, head] for layer, head in heads])
 
 
-def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]:
+def _guesses(model: HookedTransformer, ids: Tensor) -> list[tuple[str, float]]:
     probs = model(ids[None], logits_at=-1)[0, 0].float().softmax(-1)
     best = probs.topk(min(_GUESSES, len(probs)))
     return list(zip(show(model, best.indices), best.values.tolist(), strict=True))
 
 
-def demo(model: "HookedTransformer") -> PairStudy:
+def demo(model: HookedTransformer) -> PairStudy:
     """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
     return study_pair(model, demo_pairs(model))

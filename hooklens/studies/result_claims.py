@@ -1,7 +1,7 @@
 """The claims that results of other methods support: name movers, the taxonomy of heads, probes and steering."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.data.repeated import MinusRepeatLoss
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_labels import Taxonomy
 from hooklens.plugins.heads.head_scores import LABELS
 from hooklens.plugins.heads.mover_result import Criteria, NameMovers, of_pairs
@@ -17,15 +18,12 @@ from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.results import statistics
 from hooklens.results.claims import Claim, ClaimFamily, Measured, Registration, claim, family
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
 LEAST_GROUPS = 2 * statistics.LEAST_GROUPS  # with fewer, no name mover could be called causal on the reported half
 _METRIC = "logit_diff"  # the metric of NameMovers.direct
 
 
 def mover_claims(
-    model: "HookedTransformer", movers: NameMovers, *, registered: Sequence[Registration] = (), seed: int = 0
+    model: HookedTransformer, movers: NameMovers, *, registered: Sequence[Registration] = (), seed: int = 0
 ) -> ClaimFamily | None:
     """One claim for each head that one half of the pairs labels a name mover, measured on the other half.
 
@@ -46,7 +44,7 @@ def mover_claims(
     return family(model, claims, registered=registered) if claims else None
 
 
-def _mover_claim(model: "HookedTransformer", movers: NameMovers, head: tuple[int, int]) -> Claim:
+def _mover_claim(model: HookedTransformer, movers: NameMovers, head: tuple[int, int]) -> Claim:
     layer, number = head
     share, placebo = ((moved / movers.gap.mean())[:, layer, number] for moved in (movers.direct, movers.placebo))
     other_pair, group = "the same head's output from a pair with other names", movers.group
@@ -84,7 +82,7 @@ def demo_movers(n: int = 8, heads: int = 2) -> NameMovers:
 
 
 def taxonomy_claims(
-    taxonomy: Taxonomy, model: "HookedTransformer | str" = "this model", *, registered: Sequence[Registration] = ()
+    taxonomy: Taxonomy, model: HookedTransformer | str = "this model", *, registered: Sequence[Registration] = ()
 ) -> ClaimFamily | None:
     """Attention as observation, blocking it as intervention, taking as much from other keys as the control.
 
@@ -122,7 +120,7 @@ def _taxonomy_claim(model: Any, taxonomy: Taxonomy, label: int, layer: int, head
 
 
 def causal_claims(
-    check: CausalCheck, model: "HookedTransformer | str", metric: Any = "", *, registered: Sequence[Registration] = ()
+    check: CausalCheck, model: HookedTransformer | str, metric: Any = "", *, registered: Sequence[Registration] = ()
 ) -> ClaimFamily:
     """One claim for each edit: that the model uses what the probe reads.
 
@@ -148,7 +146,7 @@ def causal_claims(
 
 def steering_claims(
     sweep: CoefficientSweep,
-    model: "HookedTransformer | str",
+    model: HookedTransformer | str,
     metric: Any = "",
     *,
     registered: Sequence[Registration] = (),
