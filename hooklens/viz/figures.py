@@ -8,7 +8,7 @@ from jaxtyping import Num
 from torch import Tensor
 
 from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
-from hooklens.viz.inputs import as_array, as_labels, same_length, ticks
+from hooklens.viz.inputs import as_array, as_labels, as_series, same_length, ticks
 from hooklens.viz.theme import DIVERGING, NEGATIVE, NEUTRAL, POSITIVE, SEQUENTIAL, plotly_scale
 
 _IN_CELL = 9  # characters that fit a cell
@@ -93,8 +93,7 @@ def bars(
     boxes = [box((x_title, name), (y_title, value)) for name, value in zip(names, array, strict=True)]
     traces: list = [go.Bar(y=array, marker={"color": _signs(array)}, hovertext=boxes, hoverinfo="text")]
     if low is not None and high is not None:
-        ends = as_array(low, "bar", "bars"), as_array(high, "bar", "bars")
-        same_length("bars", values=array, low=ends[0], high=ends[1])
+        _, *ends = as_series("bars", "bar", values=values, low=low, high=high)
         boxes = [f"{text}<br>[{number(a)}, {number(b)}]" for text, a, b in zip(boxes, *ends, strict=True)]
         traces = [traces[0].update(hovertext=boxes), _whiskers(*ends)]
     figure = new_figure(traces, title, x_title, y_title)

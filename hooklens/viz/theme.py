@@ -1,7 +1,6 @@
 """The style of all figures: colours that colour-blind readers can distinguish, and one template."""
 
 import functools
-import itertools
 import math
 
 import plotly.graph_objects as go
@@ -72,8 +71,8 @@ def colour_at(colours: tuple[str, ...], fraction: float) -> str:
     """
     at = min(max(fraction, 0.0), 1.0) * (len(colours) - 1)
     low = min(int(at), len(colours) - 2)
-    (a, b), part = itertools.islice(map(_rgb, colours), low, low + 2), at - low
-    return "#" + "".join(f"{round(x + (y - x) * part):02x}" for x, y in zip(a, b, strict=True))
+    pairs = zip(_rgb(colours[low]), _rgb(colours[low + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in pairs)
 
 
 def text_on(background: str) -> str:
