@@ -6,7 +6,7 @@ skip the rest of the unembedding.
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +22,6 @@ from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]
 Values = Float[Tensor, "row"]
-MetricFn = Callable[[Float[Tensor, "pair pos d_vocab"]], Tensor]
 Positions = int | Sequence[int] | Integer[Tensor, "*pair"]
 Answers = str | int | Sequence[str] | Sequence[int] | Tensor
 

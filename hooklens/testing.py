@@ -331,24 +331,17 @@ def _state(model: HookedTransformer) -> dict[str, Any]:
     """Everything that a plugin must leave as it was, a fingerprint a clause."""
     modules, parameters = list(model.modules()), list(model.parameters())
     points = [m for m in modules if isinstance(m, hooks.HookPoint)]
+    numpy = [np.asarray(part).tolist() for part in np.random.get_state()]
+    # Where shapes are executed, beartype draws from this generator to choose which element of a list it looks at.
+    python = None if "beartype" in sys.modules else random.getstate()
     return {
         "hooks": [frozenset(hooks._open_scopes), *(len(p.handles) for p in points), *map(_torch_hooks, modules)],
         "weights": {name: _digest(t) for name, t in [*model.named_parameters(), *model.named_buffers()]},
         "gradients": [(p.requires_grad, None if p.grad is None else _digest(p.grad)) for p in parameters],
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "generators": (_digest(torch.get_rng_state()), _numpy_state(), _random_state()),
+        "generators": (_digest(torch.get_rng_state()), numpy, python),
         "training mode": [m.training for m in modules],
     }
-
-
-def _numpy_state() -> tuple:
-    kind, keys, *rest = np.random.get_state()
-    return kind, np.asarray(keys).tobytes(), *rest
-
-
-def _random_state() -> tuple | None:
-    # Where shapes are executed, beartype draws from this generator to choose which element of a list it looks at.
-    return None if "beartype" in sys.modules else random.getstate()
 
 
 def _torch_hooks(module: torch.nn.Module) -> int:

@@ -19,6 +19,7 @@ from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.results.claims import ClaimFamily
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
+from hooklens.studies import pages
 from hooklens.studies.pair_study import PairStudy, by_layer, grids, head_patterns, sweep_pair
 from hooklens.studies.result_claims import LEAST_GROUPS, mover_claims
 from hooklens.sweeps.execution import execute
@@ -87,10 +88,6 @@ class IOIStudy(Result):
         """The share of the difference that patching each of `heads` restores, all later layers recomputed."""
         return self._recovered(self.reported_on)
 
-    def recovered_interval(self) -> tuple[Float[Tensor, "head"], Float[Tensor, "head"]]:
-        """The 95 % interval of `recovered`, over groups of pairs."""
-        return self.interval(self._moved, self.reported_on)
-
     @property
     def _moved(self) -> Float[Tensor, "pair head"]:
         return self.total - self.corrupted[:, None]
@@ -123,15 +120,13 @@ class IOIStudy(Result):
 
     def finding(self) -> str:
         """The main result in one or two sentences, with which the page begins."""
-        from hooklens.studies.pages import finding
-
-        return finding(self)
+        return pages.finding(self)
 
     def table(self, n: int | None = 14) -> Table:
         """One row per head: labelled and ranked by one half of the pairs, name movers first; measured on the other."""
         columns = ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO"]
         columns += ["margin", "copies", "suppresses"]
-        movers, (low, high), called = self.reported, self.recovered_interval(), self.called()
+        movers, (low, high), called = self.reported, self.interval(self._moved, self.reported_on), self.called()
         direct = (movers.share, *movers.share_interval())
         rest = (movers.attention.mean(0), movers.margin.mean(0), movers.copying, movers.suppressing)
         rows, size = [], self._recovered(self.chosen_on).abs().tolist()
@@ -147,9 +142,7 @@ class IOIStudy(Result):
 
     def report(self) -> Any:
         """The study as a page: `study.report().save("ioi.html", data=study)`."""
-        from hooklens.studies.pages import ioi_report
-
-        return ioi_report(self)
+        return pages.ioi_report(self)
 
 
 def study_ioi(model: HookedTransformer, n: int = 64, *, seed: int = 0) -> IOIStudy:

@@ -19,6 +19,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.result import Result, Table
+from hooklens.studies import pages
 from hooklens.sweeps.planning import grid_axes, has_site, site_kind
 from hooklens.sweeps.sites import SITES
 
@@ -65,9 +66,7 @@ class PairStudy(Result):
 
     def report(self) -> Any:
         """The study as a page: `study.report().save("study.html", data=study)`."""
-        from hooklens.studies.pages import pair_report
-
-        return pair_report(self)
+        return pages.pair_report(self)
 
 
 def study_pair(

@@ -18,6 +18,9 @@ DIVERGING = ("#8c3a04", "#d9701e", "#f5b583", "#fbe3d0", "#f7f7f7", "#d6e4f0", "
 SEQUENTIAL = ("#f7f9fc", "#d6e4f0", "#a6c8e4", "#6aa3d2", "#3179b5", "#12549a", "#082f63")
 
 
+_MIDDLE = (1.05 * 0.05) ** 0.5 - 0.05  # luminance with equal contrast, (a + 0.05) / (b + 0.05), to black and to white
+
+
 @functools.cache
 def template() -> go.layout.Template:
     """Margins, fonts and grid of every figure.
@@ -81,17 +84,7 @@ def text_on(background: str) -> str:
     >>> text_on("#f7f7f7"), text_on("#0b3f78")
     ('#000000', '#ffffff')
     """
-    return max("#000000", "#ffffff", key=lambda ink: contrast(ink, background))
-
-
-def contrast(a: str, b: str) -> float:
-    """WCAG 2.1's contrast ratio of two colours.
-
-    >>> round(contrast("#000000", "#ffffff"))
-    21
-    """
-    low, high = sorted((_luminance(a), _luminance(b)))
-    return (high + 0.05) / (low + 0.05)
+    return "#000000" if luminance(background) > _MIDDLE else "#ffffff"
 
 
 def limits(low: float, high: float, *, diverging: bool, middle: float = 0.0) -> tuple[float, float]:
@@ -112,7 +105,8 @@ def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
-def _luminance(colour: str) -> float:
+def luminance(colour: str) -> float:
+    """WCAG 2.1's relative luminance, from 0 (black) to 1 (white)."""
     parts = (part / 255 for part in _rgb(colour))
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
