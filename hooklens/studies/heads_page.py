@@ -1,12 +1,13 @@
 """The taxonomy as a page."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.plugins.heads.head_labels import Taxonomy
-    from hooklens.results.claims import Registration
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_labels import LEAST_MATCH, LEAST_SHARE, Taxonomy
+from hooklens.results.claims import Registration
+from hooklens.studies.pages import add_claims
+from hooklens.studies.result_claims import taxonomy_claims
 
 _SHOWN = 20  # number of rows in a table; more are in a folded section
 _LABELS = {
@@ -53,15 +54,13 @@ _CALIBRATION = {
 
 
 def taxonomy_report(
-    taxonomy: "Taxonomy",
-    model: "HookedTransformer | str" = "this model",
+    taxonomy: Taxonomy,
+    model: HookedTransformer | str = "this model",
     report: Any = None,
     *,
-    registered: "Sequence[Registration]" = (),
+    registered: Sequence[Registration] = (),
 ) -> Any:
     """Counts, the labelled heads with their evidence, and their scores; added below the existing report, if any."""
-    from hooklens.studies.pages import add_claims
-    from hooklens.studies.result_claims import taxonomy_claims
     from hooklens.viz.report import Report
 
     title = "Attention heads by function"
@@ -73,10 +72,8 @@ def taxonomy_report(
     return report if taxonomy.names is not None or not taxonomy.note else report.text(taxonomy.note)
 
 
-def _labelled(report: Any, taxonomy: "Taxonomy") -> None:
+def _labelled(report: Any, taxonomy: Taxonomy) -> None:
     """The criteria for a label, the number of heads with each, and the evidence of the strongest."""
-    from hooklens.plugins.heads.head_labels import LEAST_MATCH, LEAST_SHARE
-
     labelled, total = len(taxonomy.called()), taxonomy.score_p[0].numel()
     report.text(
         "A label needs a score above that of heads with randomly rotated queries, and a change of the loss in the "
@@ -104,7 +101,7 @@ def _labelled(report: Any, taxonomy: "Taxonomy") -> None:
             report.table(taxonomy.table(labelled), "Columns as above.")
 
 
-def _scores(report: Any, taxonomy: "Taxonomy") -> None:
+def _scores(report: Any, taxonomy: Taxonomy) -> None:
     """Where the heads attend, and what they write."""
     report.figure(
         taxonomy.scores.figure(),
@@ -118,7 +115,7 @@ def _scores(report: Any, taxonomy: "Taxonomy") -> None:
     )
 
 
-def _further_evidence(report: Any, taxonomy: "Taxonomy") -> None:
+def _further_evidence(report: Any, taxonomy: Taxonomy) -> None:
     """Names, positions and suppression, if the model supports them."""
     if taxonomy.names is not None:
         report.table(taxonomy.names.table(_SHOWN), f"Indirect-object prompts. {taxonomy.note}", _NAMES)

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hooklens.core.component import head_name
+from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
+from hooklens.results.claims import ClaimFamily, Registration, plans_met
 from hooklens.results.result import Table
 from hooklens.studies.result_claims import LEAST_GROUPS
 from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
-    from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer
-    from hooklens.results.claims import ClaimFamily, Registration
     from hooklens.studies.ioi_study import IOIStudy
     from hooklens.studies.pair_study import PairStudy
     from hooklens.viz.report import Report
@@ -29,12 +29,10 @@ _NAMES = "L5 is layer 5, L5H1 its head 1; followed by the token and, in brackets
 
 def add_claims(
     report: "Report",
-    claims_for: "Callable[[Sequence[Registration]], ClaimFamily | None]",
-    registered: "Sequence[Registration]",
+    claims_for: Callable[[Sequence[Registration]], ClaimFamily | None],
+    registered: Sequence[Registration],
 ) -> None:
     """Add claims, each with the plan that was registered for it, and a sentence for each plan without a claim."""
-    from hooklens.results.claims import plans_met
-
     met, unmet = plans_met(claims_for(()), registered)
     claims = claims_for(met)
     if claims is not None:
@@ -43,7 +41,7 @@ def add_claims(
         report.text(sentence)
 
 
-def transfer_report(transfer: "CircuitTransfer") -> "Report":
+def transfer_report(transfer: CircuitTransfer) -> "Report":
     """The page of a circuit that was transferred to another model."""
     from hooklens.viz.report import Report
 

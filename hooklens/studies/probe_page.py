@@ -1,11 +1,9 @@
 """The report page of a probe study: accuracy, baselines, and the limits of what the numbers show."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.results.statistics import INTERVAL_TERMS, few_groups
-
-if TYPE_CHECKING:
-    from hooklens.plugins.probing.study import ProbeStudy
 
 _WHAT = {
     "what": "the labels that are read, and the baselines: the control task has random labels, the same for all "
@@ -20,7 +18,7 @@ _ACCURACY = {
 }
 
 
-def probe_report(study: "ProbeStudy", title: str = "") -> Any:
+def probe_report(study: ProbeStudy, title: str = "") -> Any:
     """Counts, a verdict in words, accuracy by layer, the baselines, and calibration."""
     from hooklens.viz.report import Report
 
@@ -50,7 +48,7 @@ def probe_report(study: "ProbeStudy", title: str = "") -> Any:
     )
 
 
-def _by_layer(study: "ProbeStudy") -> str:
+def _by_layer(study: ProbeStudy) -> str:
     """The meaning of p and q of single layers, and their smallest possible values."""
     words, draws = "p against shuffled labels, q over all of these", len(study.point_null)
     if not draws:
@@ -59,7 +57,7 @@ def _by_layer(study: "ProbeStudy") -> str:
     return f"{words}; {none}with {draws} draws the smallest q of a single layer is {study.least_q:.2g}."
 
 
-def verdicts(study: "ProbeStudy") -> list[str]:
+def verdicts(study: ProbeStudy) -> list[str]:
     """The limits that the controls put on the accuracy, in sentences; empty if there are none.
 
     >>> from hooklens.testing import tiny_model
