@@ -15,6 +15,7 @@ from hooklens.pretrained.model_check import random_inputs
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins import PluginInfo
 
 _WORTH_SAYING = 60  # seconds
 _TIMED = 256  # tokens of the timed pass: with few, a token takes longer than in a sweep
@@ -71,12 +72,14 @@ def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: boo
     return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
 
 
-def of_demo_of(model: "HookedTransformer", module: str) -> float:
-    """Approximate token count of a plugin's demo: a sweep over all heads of four pairs, plus its family's extra."""
-    sweep = of_head_study(model, _DEMO_TOKENS)
-    if ".circuits." in module:
-        return max(sweep, of_circuit(model, _DEMO_TOKENS, 100, full=module.endswith(".evaluate")))
-    return max(sweep, of_heads(model, 6, 0)) if module.endswith((".taxonomy", ".labels")) else sweep
+def of_plugin(model: "HookedTransformer", plugin: "PluginInfo") -> float:
+    """Approximate token count of a plugin's demo: a sweep over all heads of four pairs, or what takes longer."""
+    more = 0.0
+    if ".circuits." in plugin.module or plugin.name == "study_circuit":
+        more = of_circuit(model, _DEMO_TOKENS, 100, full=plugin.name == "evaluate_circuit")
+    elif plugin.name == "classify_heads":
+        more = of_heads(model, 6, 0)
+    return max(of_head_study(model, _DEMO_TOKENS), more)
 
 
 def of_check(model: "HookedTransformer") -> float:

@@ -52,7 +52,7 @@ def run(
     demo = info.demo()
     loaded = _tiny(settings) if model is None else settings.load()
     if model is not None and loaded.cfg.d_vocab:
-        say(*estimates.how_long(loaded, estimates.of_demo_of(loaded, info.module)))
+        say(*estimates.how_long(loaded, estimates.of_plugin(loaded, info)))
     result = demo(loaded)
     first_line = (inspect.getdoc(demo) or "").partition("\n")[0]
     told = f"A demo. {first_line}" + _TINY * (model is None)

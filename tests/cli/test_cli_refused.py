@@ -156,6 +156,20 @@ def test_no_estimate_was_given_before_check_run_probe_lens_and_generate(model_pa
         assert done.stderr.startswith("this will take about "), (command, done.stderr)
 
 
+def test_the_evaluation_of_a_circuit_was_foretold_as_short_as_its_search(model_path, monkeypatch):  # noqa: F811
+    """Its module had been renamed, and the estimate looked for the old name: forty times too short."""
+    tokens = []
+
+    def stop(model, n):
+        tokens.append(n)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimates, "how_long", stop)
+    for plugin in ("eap", "evaluate_circuit", "classify_heads", "patch"):
+        assert invoke("run", plugin, "--model", model_path).exit_code == cli.INTERRUPTED
+    assert tokens[1] == 40 * tokens[0] and tokens[0] > tokens[2] > tokens[3]
+
+
 def test_a_check_is_about_as_many_passes_as_are_foretold(model_path, monkeypatch):  # noqa: F811
     from hooklens.pretrained.model_check import check
 
