@@ -66,6 +66,7 @@ class _Packer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # id of a tensor -> its name: stored once if seen twice
     kept: list[Tensor] = field(default_factory=list)  # keeps those ids from being reused
+    plugins: dict[type[Kept], tuple[str, str]] = field(default_factory=dict)  # found once for each class
 
     def node(self, value: Any, where: str) -> Any:
         match value:
@@ -98,10 +99,13 @@ class _Packer:
         return [self.node(item, f"{where}[{index}]") for index, item in enumerate(value)]
 
     def _result(self, value: Kept, where: str) -> dict:
-        plugin, package = _plugin_of(type(value))
+        cls = type(value)
+        if cls not in self.plugins:
+            self.plugins[cls] = _plugin_of(cls)
+        plugin, package = self.plugins[cls]
         stored = {f.name: self.node(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value) if f.init}
-        names = {"plugin": plugin, "package": package, "module": type(value).__module__}
-        return {"result": names | {"class": type(value).__qualname__, "fields": stored}}
+        names = {"plugin": plugin, "package": package, "module": cls.__module__}
+        return {"result": names | {"class": cls.__qualname__, "fields": stored}}
 
     def _tensor(self, value: Tensor, where: str) -> dict:
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
@@ -160,8 +164,9 @@ def _plugin_of(cls: type[Kept]) -> tuple[str, str]:
 
     hooklens's own modules outside plugins/ count as a plugin named "hooklens", which needs no entry point.
     """
-    exports = [entry for entry in _entries() if getattr(sys.modules.get(entry.module), cls.__name__, None) is cls]
-    around = [entry for entry in _entries() if _within(cls.__module__, _package(entry))]
+    entries = _entries()
+    exports = [entry for entry in entries if getattr(sys.modules.get(entry.module), cls.__name__, None) is cls]
+    around = [entry for entry in entries if _within(cls.__module__, _package(entry))]
     for entry in exports + sorted(around, key=lambda entry: -len(_package(entry))):
         with contextlib.suppress(Unavailable):  # a broken other plugin must not prevent saving
             if _lookup(entry, cls.__module__, cls.__qualname__) is cls:

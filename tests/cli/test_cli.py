@@ -251,13 +251,14 @@ def test_on_a_full_disk_a_report_ends_with_3_and_leaves_no_half_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["models", "--json"], ["--help"]])
-def test_a_reader_that_has_heard_enough_ends_it_quietly(arguments):
+def test_a_reader_that_has_heard_enough_ends_it_quietly():
     """As in `hooklens models --json | head -1`: it used to report an unexpected BrokenPipeError."""
     read, write = os.pipe()
     os.close(read)
     try:
-        done = subprocess.run([*COMMAND, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(
+            [*COMMAND, "models", "--json"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+        )
     finally:
         os.close(write)
     assert done.stderr == ""

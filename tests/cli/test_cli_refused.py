@@ -128,10 +128,17 @@ def test_a_device_that_is_not_there_was_torchs_bare_assertion(model_path):  # no
 def test_a_command_of_more_than_a_minute_says_so_first(model_path, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(estimates, "seconds_a_token", lambda model: 10.0)
     out = ["--model", model_path, "--out", tmp_path / "o.html"]
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hooklens.studies.ioi_study.study_ioi", stop)
+    monkeypatch.setattr("hooklens.plugins.heads.classify_heads", stop)
+    monkeypatch.setattr("hooklens.studies.pair_study.study_pair", stop)
     for arguments in (["patch", *pair()], ["demo", "--pairs", 4], ["heads", "--sequences", 6, "--ioi", 0]):
         done = invoke(*arguments, *out)
         first = done.stderr.splitlines()[0]
-        assert done.exit_code == 0 and first.startswith("this will take about ") and "Ctrl-C" in first
+        assert done.exit_code == cli.INTERRUPTED and first.startswith("this will take about ") and "Ctrl-C" in first
     monkeypatch.undo()
     assert invoke("patch", *pair(), *out).stderr == ""
 
