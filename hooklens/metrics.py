@@ -6,7 +6,7 @@ skip the rest of the unembedding.
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +22,6 @@ from hooklens.model.transformer import HookedTransformer, need_hooked
 
 Read = Float[Tensor, "row read token"]
 Values = Float[Tensor, "row"]
-MetricFn = Callable[[Float[Tensor, "pair pos d_vocab"]], Tensor]
 Positions = int | Sequence[int] | Integer[Tensor, "*pair"]
 Answers = str | int | Sequence[str] | Sequence[int] | Tensor
 
@@ -78,14 +77,16 @@ class AtPosition(ABC):
         n = max(map(len, self._fields().values()))
         if n not in (1, len(logits)):
             raise InputError(f"the metric was made for {n} pairs, but got logits of {len(logits)}")
-        this = self.pairs(torch.arange(len(logits)))
-        pos, tokens = this.reads
+        metric = self.pairs(torch.arange(len(logits)))
+        pos, tokens = metric.reads
         pos, tokens = pos.to(logits.device), None if tokens is None else tokens.to(logits.device)
         if isinstance(logits, PaddedTensor):
             pos, logits = columns(logits.attention_mask, pos), logits.as_subclass(Tensor)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         read = logits[rows, pos]
-        return this.on_read(read if tokens is None else read.gather(2, tokens[:, None].expand(-1, read.shape[1], -1)))
+        if tokens is not None:
+            read = read.gather(2, tokens[:, None].expand(-1, read.shape[1], -1))
+        return metric.on_read(read)
 
     def pairs(self, index: Int[Tensor, "row"]) -> Any:
         """The same metric with one row for each of these pairs; a metric of one pair works for any number."""
@@ -164,8 +165,8 @@ class MinusKL(AtPosition):
     log_probs: Float[Tensor, "pair d_vocab"]
 
     def on_read(self, logits: Read) -> Values:
-        said = widened(logits[:, 0]).log_softmax(-1)
-        return -kl_divergence(self.log_probs.to(said), said)
+        log_probs = widened(logits[:, 0]).log_softmax(-1)
+        return -kl_divergence(self.log_probs.to(log_probs), log_probs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,22 +183,20 @@ class MinusLoss(AtPosition):
         if not isinstance(logits, PaddedTensor):
             return super().__call__(logits)
         mask = logits.attention_mask.to(self.tokens.device)
-        this = self.pairs(torch.arange(len(mask))) if len(self.pos) == 1 else self
-        if not torch.equal(this._predicted() + 1, mask.sum(1).to(self.pos.device)):
-            this = this._without(mask)
-        return AtPosition.__call__(this, logits)
+        metric = self.pairs(torch.arange(len(mask))) if len(self.pos) == 1 else self
+        lengths = metric._predicted() + 1
+        if torch.equal(lengths, mask.sum(1).to(self.pos.device)):
+            return AtPosition.__call__(metric, logits)
+        if metric.tokens.shape != mask.shape:
+            raise InputError(
+                f"the loss was made for prompts of {lengths.tolist()} tokens, but got logits of "
+                f"{mask.sum(1).tolist()}; make it from the prompts that the model reads"
+            )
+        tokens, pos = _unpadded(metric.tokens, mask)
+        return AtPosition.__call__(replace(metric, tokens=tokens, pos=pos), logits)
 
     def _predicted(self) -> Int[Tensor, "pair"]:
         return self.pos % self.tokens.shape[1]
-
-    def _without(self, mask: Bool[Tensor, "pair pos"]) -> "MinusLoss":
-        if self.tokens.shape != mask.shape:
-            raise InputError(
-                f"the loss was made for prompts of {(self._predicted() + 1).tolist()} tokens, but got logits of "
-                f"{mask.sum(1).tolist()}; make it from the prompts that the model reads"
-            )
-        tokens, pos = _unpadded(self.tokens, mask)
-        return replace(self, tokens=tokens, pos=pos)
 
     @property
     def reads(self) -> Reads:
@@ -260,9 +259,9 @@ def kl(model: HookedTransformer, reference: Any, *, pos: int = -1, attention_mas
 
 
 def kl_divergence(
-    target: Float[Tensor, "*row token"], said: Float[Tensor, "*any_row token"]
+    target: Float[Tensor, "*row token"], predicted: Float[Tensor, "*any_row token"]
 ) -> Float[Tensor, "*out_row"]:
-    """KL(target || said) in nats, from log-probabilities. A token that the target forbids contributes 0.
+    """KL(target || predicted) in nats, from log-probabilities. A token that the target forbids contributes 0.
 
     >>> never = float("-inf")
     >>> kl_divergence(torch.tensor([0.0, never]), torch.tensor([[0.0, never], [never, 0.0]])).tolist()
@@ -270,7 +269,7 @@ def kl_divergence(
     """
     # A probability too small to represent is not 0: times an infinite difference it gives infinity, not NaN.
     p = target.exp().clamp_min(torch.finfo(target.dtype).tiny)
-    return (p * (target - said)).masked_fill(target.isneginf(), 0.0).sum(-1)
+    return (p * (target - predicted)).masked_fill(target.isneginf(), 0.0).sum(-1)
 
 
 def loss(model: HookedTransformer, tokens: Any, *, attention_mask: Any = None) -> MinusLoss:
@@ -307,9 +306,10 @@ def recovered(values: Tensor, clean: float, corrupted: float) -> Tensor:
 def answer_ids(model: HookedTransformer, answer: Answers, name: str = "answer") -> Int[Tensor, "pair"]:
     """Token ids of one answer or several; a text of several tokens raises an error that shows its tokens."""
     need_hooked(model, "an answer")
-    given: Any = answer  # NumPy arrays too
-    several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) > 0
-    ids = [_token_id(model, one, name) for one in (given if several else [given])]
+    answers: Any = answer  # NumPy arrays too
+    if not isinstance(answers, list | tuple) and not getattr(answers, "ndim", 0):
+        answers = [answers]
+    ids = [_token_id(model, token, name) for token in answers]
     if not ids or min(ids) < 0 or max(ids) >= model.cfg.d_vocab_out:
         raise ArgumentError(
             f"{{{name}}} must be tokens between 0 and {{0}}, got {{1!r:.80}}", model.cfg.d_vocab_out - 1, answer
@@ -338,18 +338,18 @@ def check_answers_differ(model: HookedTransformer, answer: Int[Tensor, "pair"], 
         )
 
 
-def _token_id(model: HookedTransformer, one: Any, name: str) -> int:
-    if isinstance(one, str):
+def _token_id(model: HookedTransformer, token: Any, name: str) -> int:
+    if isinstance(token, str):
         try:
-            return model.to_single_token(one)
+            return model.to_single_token(token)
         except InputError as error:
             raise ArgumentError(f"{{{name}}}: {{0}}", error) from None
     try:
-        if isinstance(one, bool) or (isinstance(one, Tensor) and one.ndim):
+        if isinstance(token, bool) or (isinstance(token, Tensor) and token.ndim):
             raise TypeError
-        return operator.index(one)
+        return operator.index(token)
     except TypeError as error:
-        raise WrongType(f"{name} must be a token, its text or its id, or a list of these; got {one!r:.60}") from error
+        raise WrongType(f"{name} must be a token, its text or its id, or a list of these; got {token!r:.60}") from error
 
 
 def _one_a_pair(**given: Tensor) -> list[Int[Tensor, "pair"]]:

@@ -34,21 +34,11 @@ if TYPE_CHECKING:
 
 #: Families of methods, and the methods that most people begin with: they come when they are asked for, since each
 #: brings its whole family.
-_FAMILIES = {
-    **{
-        name: f"hooklens.plugins.{name}"
-        for name in ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
-    },
-    "studies": "hooklens.studies",
-}
+_PLUGINS = ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
+_FAMILIES = {name: f"hooklens.plugins.{name}" for name in _PLUGINS} | {"studies": "hooklens.studies"}
 _VERBS = {
-    "Mean": "patching",
-    "PatchSweep": "patching",
-    "Replacement": "patching",
-    "ablate": "patching",
+    **dict.fromkeys(("Mean", "PatchSweep", "Replacement", "ablate", "patch", "path_patch"), "patching"),
     "logit_lens": "lens",
-    "patch": "patching",
-    "path_patch": "patching",
     "steer": "steering",
     "train_probe": "probing",
 }
@@ -116,10 +106,9 @@ def _hint(name: str) -> str:
     """In which families a name is, if it is in any; else the names nearest to it."""
     if name.startswith("_"):
         return ""
-    known = {f"{family}.{each}": each for family, module in _FAMILIES.items() for each in import_module(module).__all__}
-    inside = [f"hl.{where}" for where, each in known.items() if each == name]
-    if inside:
+    known = {f"{family}.{verb}": verb for family, path in _FAMILIES.items() for verb in import_module(path).__all__}
+    if inside := [f"hl.{path}" for path, verb in known.items() if verb == name]:
         return f"; it is {' and '.join(inside)}"
     near = closest(name, [*__all__, *known.values()], many=2, cutoff=0.75)
-    where = [each if each in __all__ else next(at for at, held in known.items() if held == each) for each in near]
-    return f"; closest: {', '.join(f'hl.{each}' for each in dict.fromkeys(where))}" if where else ""
+    paths = [name if name in __all__ else next(path for path, verb in known.items() if verb == name) for name in near]
+    return f"; closest: {', '.join(f'hl.{path}' for path in dict.fromkeys(paths))}" if paths else ""

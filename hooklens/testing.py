@@ -6,7 +6,7 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
@@ -33,10 +33,14 @@ __all__ = ["and_gate", "check_plugin", "induction_model", "methods", "or_gate", 
 _MOST_PARAMETERS = 8
 #: What a method may study, as its first argument.
 _STUDIED = ("model", "module", "run", "points")
-_KEYWORDS = ("answer", "wrong_answer", "draws", "seed", "level")
+#: Arguments that are keywords, with the default that they have everywhere; None: any default.
+_KEYWORDS = {"answer": None, "wrong_answer": None, "draws": None, "seed": 0, "level": 0.95, "alpha": 0.05}
 #: Other words for a baseline, which has one name in every result.
 _BASELINES = dict.fromkeys(("whole", "untouched", "unedited", "unpatched", "original", "intact", "baseline"), "base")
 _BASELINES |= dict.fromkeys(("nothing", "ablated", "none"), "empty")
+#: Words in the name of a table's column that holds a control.
+_CONTROLS = ("control", "placebo", "random", "shuffled", "others", "before repeats", "another token", "at init")
+Problems = Iterator[tuple[str, str]]  # the clause that is broken, and what was seen
 
 
 # -- models
@@ -178,21 +182,19 @@ def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransfo
     module = find(plugin).load() if isinstance(plugin, str) else plugin
     if not isinstance(module, ModuleType):
         raise WrongType(f"check_plugin takes a plugin's registered name or its module, got {plugin!r:.80}")
-    name = module.__name__
-    _check_signatures(module)
-    results = {}
+    name, results = module.__name__, {}
+    _refuse(name, _signature_problems(module))
     for what, model in (_models() if models is None else models).items():
         where = f"{name} on a model with {what}" if models is None else f"{name} on {what}"
         first = _run(module, model, where)
         with _other_modes(model):
             second = _run(module, model, f"{where}, gradients off and training mode flipped")
-        _require(same(first, second), where, "same twice", "demo(model) gave two different results; take a seed")
-        _check_result(first, where)
-        _check_dtype(first, model, where)
-        _check_conventions(first, where)
+        if not same(first, second):
+            _refuse(where, iter([("same twice", "demo(model) gave two different results; take a seed")]))
+        _refuse(where, _result_problems(first, model))
         results[where] = first
     for where, result in results.items():  # last: the one clause that needs a package around the module
-        _check_clause(result, where, "saved", _saved)
+        _refuse(where, _tried("saved", _saved, result))
 
 
 def _models() -> dict[str, HookedTransformer]:
@@ -208,8 +210,9 @@ def _models() -> dict[str, HookedTransformer]:
     }
 
 
-def _require(kept: bool, where: str, clause: str, seen: str) -> None:
-    if not kept:
+def _refuse(where: str, problems: Problems) -> None:
+    """Raise for the first of these problems, if there is one."""
+    for clause, seen in problems:
         raise AssertionError(f"{where} breaks the clause {clause!r}: {seen}")
 
 
@@ -236,51 +239,52 @@ def _returns_result(fn: Callable, module: ModuleType) -> bool:
     return any(isinstance(kind, type) and issubclass(kind, Result) for kind in kinds)
 
 
-def _check_signatures(module: ModuleType) -> None:
+def _signature_problems(module: ModuleType) -> Problems:
     """What is studied first, few parameters, no **kwargs, and words for whoever lists plugins."""
-    where, found = module.__name__, methods(module)
-    _require(callable(getattr(module, "demo", None)), where, "signature", "there is no demo(model)")
-    _require(
-        bool(found),
-        where,
-        "signature",
-        f"no public function takes one of {', '.join(_STUDIED)} first or is annotated to return a Result",
-    )
-    _require(
-        bool(inspect.getdoc(module)), where, "docstring", "the module has no docstring, so that a list shows nothing"
-    )
-    needed = [p for p in inspect.signature(module.demo).parameters.values() if p.default is p.empty]
-    _require(len(needed) == 1, where, "signature", f"demo takes the model alone, not {[p.name for p in needed]}")
-    for name, fn in found.items():
+    if not callable(getattr(module, "demo", None)):
+        yield "signature", "there is no demo(model)"
+    if not methods(module):
+        studied = ", ".join(_STUDIED)
+        yield "signature", f"no public function takes one of {studied} first or is annotated to return a Result"
+    if not inspect.getdoc(module):
+        yield "docstring", "the module has no docstring, so that a list shows nothing"
+    needed = [p.name for p in inspect.signature(module.demo).parameters.values() if p.default is p.empty]
+    if len(needed) != 1:
+        yield "signature", f"demo takes the model alone, not {needed}"
+    for name, fn in methods(module).items():
         parameters = inspect.signature(fn).parameters
-        open_ended = [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         first = next(iter(parameters), None)
-        seen = f"{name} takes {first!r} first; a method takes what it studies first: {', '.join(_STUDIED)}"
-        _require(first in _STUDIED, where, "signature", seen)
-        _require(
-            not open_ended, where, "signature", f"{name} takes {', '.join(map(str, open_ended))}; name every option"
-        )
-        seen = f"{name} takes {len(parameters)} parameters, more than {_MOST_PARAMETERS}; split it into two methods"
-        _require(len(parameters) <= _MOST_PARAMETERS, where, "signature", seen)
-        _require(bool(inspect.getdoc(fn)), where, "docstring", f"{name} has no docstring")
-        for seen in _unconventional(fn):
-            raise AssertionError(f"{where} breaks the clause 'conventions': {name} {seen}")
+        if first not in _STUDIED:
+            studied = ", ".join(_STUDIED)
+            yield "signature", f"{name} takes {first!r} first; a method takes what it studies first: {studied}"
+        open_ended = [str(p) for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if open_ended:
+            yield "signature", f"{name} takes {', '.join(open_ended)}; name every option"
+        if len(parameters) > _MOST_PARAMETERS:
+            many = f"{name} takes {len(parameters)} parameters, more than {_MOST_PARAMETERS}"
+            yield "signature", f"{many}; split it into two methods"
+        if not inspect.getdoc(fn):
+            yield "docstring", f"{name} has no docstring"
+        yield from _unconventional(name, fn)
 
 
-def _unconventional(fn: Callable, *, of_result: bool = False) -> Iterator[str]:
-    """What in a signature is not as docs/naming.md has it."""
+def _unconventional(called: str, fn: Callable, *, of_result: bool = False) -> Problems:
+    """Parameters that are not as docs/naming.md has them."""
     for name, parameter in inspect.signature(fn).parameters.items():
+        if name not in _KEYWORDS:
+            continue
         by_position = name == "level" and of_result  # interval(0.9) reads well
-        if name in _KEYWORDS and parameter.kind != parameter.KEYWORD_ONLY and not by_position:
-            yield f"takes {name} by position; it is a keyword: put it after *"
-        default = {"seed": 0, "level": 0.95}.get(name, parameter.default)
-        if parameter.default != default:
-            yield f"has {parameter}; everywhere it is {name}={default}"
+        if parameter.kind != parameter.KEYWORD_ONLY and not by_position:
+            yield "conventions", f"{called} takes {name} by position; it is a keyword: put it after *"
+        default = _KEYWORDS[name]
+        if default is not None and parameter.default != default:
+            yield "conventions", f"{called} has {parameter}; everywhere it is {name}={default}"
         usual = parameter.default in (None, parameter.empty, statistics.DRAWS)
         if name == "draws" and not usual and not _explained(fn, parameter.default):
             yield (
-                f"has {parameter}; it is results.statistics.DRAWS ({statistics.DRAWS}), or a constant named ..._DRAWS "
-                "with the reason, what a draw costs, in a comment beside it"
+                "conventions",
+                f"{called} has {parameter}; it is results.statistics.DRAWS ({statistics.DRAWS}), or a constant named "
+                "..._DRAWS with the reason, what a draw costs, in a comment beside it",
             )
 
 
@@ -307,9 +311,9 @@ def _run(module: ModuleType, model: HookedTransformer, where: str) -> Result:
     finally:
         after = _state(model)
         _tidy(model, before)
-    for clause, value in before.items():
-        _require(value == after[clause], where, clause, _CHANGED[clause])
-    _require(isinstance(result, Result), where, "frozen", f"demo returned a {type(result).__name__}, not a Result")
+    _refuse(where, ((clause, _CHANGED[clause]) for clause, value in before.items() if value != after[clause]))
+    if not isinstance(result, Result):
+        _refuse(where, iter([("frozen", f"demo returned a {type(result).__name__}, not a Result")]))
     return result
 
 
@@ -327,24 +331,17 @@ def _state(model: HookedTransformer) -> dict[str, Any]:
     """Everything that a plugin must leave as it was, a fingerprint a clause."""
     modules, parameters = list(model.modules()), list(model.parameters())
     points = [m for m in modules if isinstance(m, hooks.HookPoint)]
+    numpy = [np.asarray(part).tolist() for part in np.random.get_state()]
+    # Where shapes are executed, beartype draws from this generator to choose which element of a list it looks at.
+    python = None if "beartype" in sys.modules else random.getstate()
     return {
         "hooks": [frozenset(hooks._open_scopes), *(len(p.handles) for p in points), *map(_torch_hooks, modules)],
         "weights": {name: _digest(t) for name, t in [*model.named_parameters(), *model.named_buffers()]},
         "gradients": [(p.requires_grad, None if p.grad is None else _digest(p.grad)) for p in parameters],
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "generators": (_digest(torch.get_rng_state()), _numpy_state(), _random_state()),
+        "generators": (_digest(torch.get_rng_state()), numpy, python),
         "training mode": [m.training for m in modules],
     }
-
-
-def _numpy_state() -> tuple:
-    kind, keys, *rest = np.random.get_state()
-    return kind, np.asarray(keys).tobytes(), *rest
-
-
-def _random_state() -> tuple | None:
-    # Where shapes are executed, beartype draws from this generator to choose which element of a list it looks at.
-    return None if "beartype" in sys.modules else random.getstate()
 
 
 def _torch_hooks(module: torch.nn.Module) -> int:
@@ -381,22 +378,32 @@ def _other_modes(model: HookedTransformer) -> Iterator[None]:
             m.training = flag
 
 
-def _check_result(result: Result, where: str) -> None:
-    """Frozen, readable as a table, drawable, plain enough for JSON."""
-    kind = type(result)
-    made = vars(kind).get("__dataclass_params__")
-    declared = made is not None and made.frozen and not made.eq
-    _require(declared, where, "frozen", f"{kind.__name__} is not declared with @dataclass(frozen=True, eq=False)")
+def _result_problems(result: Result, model: HookedTransformer) -> Problems:
+    """Frozen, readable as a table, drawable, plain enough for JSON, precise, and named as other results are."""
+    declared = vars(type(result)).get("__dataclass_params__")
+    if declared is None or not declared.frozen or declared.eq:
+        yield "frozen", f"{type(result).__name__} is not declared with @dataclass(frozen=True, eq=False)"
     for clause, check in (("table", _tabulated), ("figure", _drawn), ("JSON", _as_json)):
-        _check_clause(result, where, clause, check)
+        yield from _tried(clause, check, result)
+    for name, tensor in _tensors(result):
+        if tensor.is_floating_point() and model.dtype == torch.float64 != tensor.dtype:
+            yield "dtype", f"{name} is {tensor.dtype}, though the model computes in float64"
+    for name, tensor in _p_values(result):
+        if tensor.dtype != torch.float64:
+            yield "dtype", f"{name} is {tensor.dtype}; p and q are float64: in float32 1/20 lies above 0.05"
+    yield from (("conventions", seen) for seen in _misnamed(result))
+    for name, method in vars(type(result)).items():
+        if name in ("interval", "held_out_top"):
+            yield from _unconventional(f"{type(result).__name__}.{name}", method, of_result=True)
 
 
-def _check_clause(result: Result, where: str, clause: str, check: Callable[[Result], str | None]) -> None:
+def _tried(clause: str, check: Callable[[Result], str | None], result: Result) -> Problems:
     try:
         problem = check(result)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    _require(not problem, where, clause, str(problem))
+    if problem:
+        yield clause, problem
 
 
 def _tabulated(result: Result) -> str | None:
@@ -406,36 +413,34 @@ def _tabulated(result: Result) -> str | None:
     return None if len(result.table(1)) <= 1 else "table(1) has more than one row; table(n) shows at most n"
 
 
-def _check_conventions(result: Result, where: str) -> None:
-    """What a result calls things: docs/naming.md, "Results"."""
-    cls, clause = type(result), "conventions"
+def _misnamed(result: Result) -> Iterator[str]:
+    """What a result calls otherwise than docs/naming.md, "Results"."""
+    cls = type(result)
     read = {f.name for f in fields(result)} | {n for n in dir(cls) if _is_property(inspect.getattr_static(cls, n))}
     methods = {name: method for name, method in vars(cls).items() if inspect.isfunction(method)}
     called = [name for name in methods if name in ("p", "q") or name.endswith(("_p", "_q"))]
-    _require(not called, where, clause, f"{', '.join(called)} is a method; p and q are fields or properties")
-    many = "p" in read and not isinstance(getattr(result, "p", None), float | None) and "q" not in read
-    _require(not many, where, clause, "p holds several tests and there is no q; make it a property: q_values(self.p)")
-    for name in sorted(methods.keys() & {"interval", "held_out_top"}):
-        for seen in _unconventional(methods[name], of_result=True):
-            raise AssertionError(f"{where} breaks the clause {clause!r}: {cls.__name__}.{name} {seen}")
+    if called:
+        yield f"{', '.join(called)} is a method; p and q are fields or properties"
+    if "p" in read and "q" not in read and not isinstance(getattr(result, "p", None), float | None):
+        yield "p holds several tests and there is no q; make it a property: q_values(self.p)"
     if "top" in methods:
         code = inspect.unwrap(methods["top"]).__code__
-        repeats = code.co_names == ("table",) and {None, methods["top"].__doc__}.issuperset(code.co_consts)
-        _require(not repeats, where, clause, "top(k) only repeats table(k); say ranked_by = '...' and leave it out")
-    _check_baselines(result, read, where)
-
-
-def _check_baselines(result: Result, read: Iterable[str], where: str) -> None:
+        if code.co_names == ("table",) and {None, methods["top"].__doc__}.issuperset(code.co_consts):
+            yield "top(k) only repeats table(k); say ranked_by = '...' and leave it out"
     for name in sorted(read):
         other = _BASELINES.get(name.partition("_per_")[0])
-        wrong = other is not None and isinstance(getattr(result, name), float | Tensor)
-        seen = f"{name} is a baseline, which is called {other} in every result ({other}_per_... the tensor)"
-        _require(not wrong, where, "conventions", seen)
-    for name in {"clean", "corrupted", "base", "empty"}.intersection(read):
-        seen = f"{name} is a tensor; a baseline is a number, the mean, and its tensor {name}_per_prompt, _per_pair, ..."
-        _require(not isinstance(getattr(result, name), Tensor), where, "conventions", seen)
+        if other is not None and isinstance(getattr(result, name), float | Tensor):
+            yield f"{name} is a baseline, which is called {other} in every result ({other}_per_... the tensor)"
+    for name in {"clean", "corrupted", "base", "empty", "chance"}.intersection(read):
+        if isinstance(getattr(result, name), Tensor):
+            per = f"{name}_per_prompt, _per_pair, ..."
+            yield f"{name} is a tensor; a baseline is a number, the mean, and its tensor {per}"
     odd = [name for name in result.baselines if not isinstance(getattr(result, name, None), float | int)]
-    _require(not odd, where, "conventions", f"baselines names {odd}, which are not numbers of the result")
+    if odd:
+        yield f"baselines names {odd}, which are not numbers of the result"
+    columns = [column for column in result.table().columns if any(word in column for word in _CONTROLS)]
+    if unexplained := [column for column in columns if column not in result.terms]:
+        yield f"the table has a control that its `terms` do not explain: {', '.join(unexplained)}"
 
 
 def _is_property(found: Any) -> bool:
@@ -446,9 +451,8 @@ def _drawn(result: Result) -> str | None:
     figure = result.figure()
     if not hasattr(figure, "to_plotly_json") or not len(figure.data):
         return f"figure() returned {figure!r:.60}, not a Plotly figure with something in it"
-    return (
-        None if figure.to_json() == result.figure().to_json() else "figure() drew two different figures of one result"
-    )
+    same_again = figure.to_json() == result.figure().to_json()
+    return None if same_again else "figure() drew two different figures of one result"
 
 
 def _as_json(result: Result) -> str | None:
@@ -462,17 +466,6 @@ def _saved(result: Result) -> str | None:
         result.save(path)
         back = Result.load(path)
     return None if same(result, back) else f"the {type(back).__name__} that was read back differs from what was saved"
-
-
-def _check_dtype(result: Result, model: HookedTransformer, where: str) -> None:
-    wrong = [
-        f"{field} is {t.dtype}"
-        for field, t in _tensors(result)
-        if t.is_floating_point() and model.dtype == torch.float64 != t.dtype
-    ]
-    _require(not wrong, where, "dtype", f"{', '.join(wrong)}, though the model computes in float64")
-    narrow = [f"{name} is {t.dtype}" for name, t in _p_values(result) if t.dtype != torch.float64]
-    _require(not narrow, where, "dtype", f"{', '.join(narrow)}; p and q are float64: in float32 1/20 lies above 0.05")
 
 
 def _p_values(value: Any) -> Iterator[tuple[str, Tensor]]:

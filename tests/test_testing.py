@@ -233,7 +233,7 @@ BROKEN = {
     "differs": (
         "same twice",
         "two different results",
-        {RUN: "    import time; return Sums(torch.tensor([time.perf_counter()]))"},
+        {RUN: "    runs.append(1); return Sums(torch.ones(1) * len(runs))\n\nruns = []"},
     ),
     "not a result": ("frozen", "returned a dict, not a Result", {RUN: "    return {}"}),
     "not declared": (
@@ -283,6 +283,14 @@ BROKEN = {
         having("base = property(lambda self: self.sums)"),
     ),
     "baselines that are not there": ("conventions", r"baselines names \['clean'\]", having("baselines = ('clean',)")),
+    "another alpha": ("conventions", r"everywhere it is alpha=0\.05", taking("*, alpha=0.01")),
+    "chance is a tensor": ("conventions", "chance is a tensor", having("chance = property(lambda self: self.sums)")),
+    "a control without a word": (
+        "conventions",
+        "`terms` do not explain: random heads",
+        having("def table(self, n=None):", "    return super().table(0) if n == 0 else Controls.head(n)")
+        | {"def sums(": "from hooklens import Table\nControls = Table(('sum', 'random heads'), [(1, 2)])\n\ndef sums("},
+    ),
     "no figure": ("figure", "WrongType: a Sums has no figure", {"def figure": "def picture"}),
     "empty figure": ("figure", "not a Plotly figure", {"return bars(self.sums)": "return bars"}),
     "no table": (

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.anatomy.diagram import draw, draw_curves
+from hooklens.anatomy.diagram import draw
 from hooklens.core.errors import InputError
 from hooklens.core.names import LAZY, axes, parse
 from hooklens.model.config import HookedTransformerConfig, VectorEmbed
@@ -113,24 +113,17 @@ class Timing(Result):
         rows = zip(self.lengths.tolist(), *((part * 1e3).tolist() for part in parts), strict=True)
         return Table(columns, list(rows)).head(n)
 
-    def _curves(self) -> dict[str, Float[Tensor, "length"]]:
-        return {
+    def figure(self) -> Any:
+        """Measured and computed milliseconds against length."""
+        from hooklens import viz
+
+        curves = {
             "projections, measured": self.projections * 1e3,
             "projections, formula": self.projections_formula * 1e3,
             "scores, measured": self.scores * 1e3,
             "scores, formula": self.scores_formula * 1e3,
         }
-
-    def figure(self) -> Any:
-        """Measured and computed milliseconds against length."""
-        from hooklens import viz
-
-        return viz.lines(self._curves(), x=self.lengths, x_title="n", y_title="ms a layer")
-
-    def diagram(self) -> str:
-        """The same figure as SVG."""
-        curves = {name: values.tolist() for name, values in self._curves().items()}
-        return draw_curves(self.lengths.tolist(), curves, "n", "ms a layer")
+        return viz.lines(curves, x=self.lengths, x_title="n", y_title="ms a layer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,21 +180,22 @@ class Description(Result):
 
     def to_html(self) -> str:
         """Diagram and tables as a piece of HTML that loads nothing from the network."""
-        legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
         tables = [self.table(), self.stage_table()] + ([] if self.timing is None else [self.timing.table()])
         note = (
-            f"{html.escape(legend)}. Scores cost more than the projections from n = {self.crossover:.0f}, and more "
-            f"than projections and MLP together from n = {self.crossover_layer:.0f}."
+            f"{html.escape(self._legend)}. Scores cost more than the projections from n = {self.crossover:.0f}, and "
+            f"more than projections and MLP together from n = {self.crossover_layer:.0f}."
         )
-        curves = "" if self.timing is None else self.timing.diagram()
-        return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}{curves}</div>"
+        return f"<div>{self.diagram()}<p>{note}</p>{''.join(table.to_html() for table in tables)}</div>"
 
     _repr_html_ = to_html
 
+    @property
+    def _legend(self) -> str:
+        return ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
+
     def __str__(self) -> str:
-        legend = ", ".join(f"{letter} = {size}" for letter, size in self.sizes.items())
-        told = f"{visible(self.model_name)}: {self.parameters:,} parameters. One sequence of n tokens: {legend}"
-        return f"{textwrap.fill(told, _WIDTH)}\n{self.table()}"
+        title = f"{visible(self.model_name)}: {self.parameters:,} parameters. One sequence of n tokens: {self._legend}"
+        return f"{textwrap.fill(title, _WIDTH)}\n{self.table()}"
 
 
 def describe(
@@ -212,10 +206,10 @@ def describe(
     A configuration is described without creating weights. With `lengths`, attention is also timed on this machine.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = describe(tiny_model(), n=16)
-    >>> found.parameters == sum(p.numel() for p in tiny_model().parameters()), found.crossover
+    >>> description = describe(tiny_model(), n=16)
+    >>> description.parameters == sum(p.numel() for p in tiny_model().parameters()), description.crossover
     (True, 16.0)
-    >>> print(found.table(5))
+    >>> print(description.table(5))
     component  parameters  FLOPs     MFLOPs  activations       MiB
     embed              88            0.0000  n d            0.0005
     pos_embed         256            0.0000  n d            0.0005
@@ -250,17 +244,15 @@ def position_figure(model: HookedTransformer, *, n: int | None = None) -> Any:
     """The position embedding as a heat map, position by dimension: learned, or sines and cosines."""
     from hooklens import viz
 
-    table = model.W_pos.detach()[:n]
-    return viz.heatmap(
-        table, x_title="dimension", y_title="position", title=f"position embedding of {model.cfg.model_name}"
-    )
+    title = f"position embedding of {model.cfg.model_name}"
+    return viz.heatmap(model.W_pos.detach()[:n], x_title="dimension", y_title="position", title=title)
 
 
 def _components(model: HookedTransformer, sizes: dict[str, int]) -> list[Component]:
-    held, components = _held(model), []
+    activations, components = _activations(model), []
     for name, parameters in _counts(model).items():
         work = "2 n i d" if name == "embed" and "i" in sizes else _WORK.get(name, "")
-        products = held.get(name, [])
+        products = activations.get(name, [])
         components.append(
             Component(
                 name=name,
@@ -295,28 +287,24 @@ def _counts(model: HookedTransformer) -> dict[str, int]:
     return counts
 
 
-def _held(model: HookedTransformer) -> dict[str, list[str]]:
+def _activations(model: HookedTransformer) -> dict[str, list[str]]:
     """The tensors of each component's points, each tensor once, as products."""
-    held: dict[str, list[str]] = {}
+    activations: dict[str, list[str]] = {}
+    same = model.reads_through(model.cfg.n_layers).norm is None  # the unembedding reads the last block's output itself
     for point in dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.0.", name) for name in model.hook_names()):
         kind, known = point.removeprefix("blocks.0."), parse(point)
-        if known is None or known.name in LAZY or kind == "hook_resid_pre" or _is_the_stream(model, kind):
+        if known is None or known.name in LAZY or kind == "hook_resid_pre" or (kind == "unembed.hook_in" and same):
             continue
         owner = _OWNER.get(kind) or ("mlp.gate" if model.cfg.gated_mlp else "mlp.in_")
         owner = kind.rpartition(".hook_")[0] if kind.endswith((".hook_scale", ".hook_normalized")) else owner
         letters = [_AXES[axis] for axis in axes(point) if _AXES[axis] != "1"]
-        held.setdefault(owner, []).append(" ".join((["L"] if point != kind else []) + letters))
-    # What enters a block is what left the one before, but for a norm between them and for positions added.
+        activations.setdefault(owner, []).append(" ".join((["L"] if point != kind else []) + letters))
+    # The input of a block is the output of the previous one, unless a norm stands between or positions are added.
     if model.blocks[0].leaves_through().norm is not None:
-        held["stream"].append("L n d")
+        activations["stream"].append("L n d")
     elif model.pos_embed is not None:
-        held["stream"].append("n d")
-    return held
-
-
-def _is_the_stream(model: HookedTransformer, kind: str) -> bool:
-    """Does the unembedding read the last block's output itself?"""
-    return kind == "unembed.hook_in" and model.reads_through(model.cfg.n_layers).norm is None
+        activations["stream"].append("n d")
+    return activations
 
 
 def formula(products: Sequence[str], sizes: dict[str, int]) -> str:
@@ -345,11 +333,11 @@ def formula(products: Sequence[str], sizes: dict[str, int]) -> str:
         powers = {letter: letters.count(letter) for letter in "LnihdV" if letter in letters}
         name = " ".join(letter + ("", "²", "³")[power - 1] for letter, power in powers.items())
         terms[name] = terms.get(name, Fraction(0)) + factor
-    return " + ".join(name if factor == 1 else f"{_coefficient(factor)} {name}" for name, factor in terms.items())
-
-
-def _coefficient(factor: Fraction) -> str:
-    return str(factor) if factor.denominator <= _DENOMINATOR else f"{float(factor):.4g}"
+    parts = []
+    for name, factor in terms.items():
+        number = str(factor) if factor.denominator <= _DENOMINATOR else f"{float(factor):.4g}"
+        parts.append(name if factor == 1 else f"{number} {name}")
+    return " + ".join(parts)
 
 
 def _value(product: str, sizes: dict[str, int]) -> int:
@@ -371,14 +359,11 @@ def _crossover(cfg: HookedTransformerConfig, *, mlp: bool = False) -> float:
 
 
 def _stages(model: HookedTransformer, sizes: dict[str, int]) -> list[Stage]:
-    names = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.N.", name) for name in model.hook_names())
-    stages = []
-    for name in names:
-        numbered = name.replace("blocks.N.", "blocks.0.")
-        found, known = axes(numbered), parse(numbered)
-        letters = [_AXES[axis] for axis in found]
-        shape = [1 if letter == "1" else sizes[letter] for letter in letters]
-        stages.append(Stage(name, " ".join(found), shape, known is not None and known.name in LAZY))
+    sizes, stages = {"1": 1} | sizes, []
+    for point in dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.0.", name) for name in model.hook_names()):
+        names, known = axes(point), parse(point)
+        shape, name = [sizes[_AXES[axis]] for axis in names], point.replace("blocks.0.", "blocks.N.")
+        stages.append(Stage(name, " ".join(names), shape, known is not None and known.name in LAZY))
     return stages
 
 

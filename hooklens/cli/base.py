@@ -5,10 +5,13 @@ outside is missing (network, disk, a device, a package); 130 interrupted.
 """
 
 import contextlib
+import functools
+import inspect
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -67,6 +70,40 @@ app = typer.Typer(
 )
 
 
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Add a command to the program. A parameter whose type is a dataclass becomes one option for each of its fields.
+
+    A parameter of the command's own takes the place of the field with its name, for another default or help text.
+    """
+    own = get_type_hints(function, include_extras=True)
+    del own["return"]
+    groups: dict[str, Any] = {name: kind for name, kind in own.items() if is_dataclass(kind)}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    options: dict[str, inspect.Parameter] = {}
+    for name, kind in own.items():
+        if name not in groups:
+            options[name] = inspect.Parameter(name, _NAMED, default=defaults[name], annotation=kind)
+            continue
+        for field in fields(groups[name]):
+            if field.name not in own:
+                option = inspect.Parameter(field.name, _NAMED, default=field.default, annotation=field.type)
+                options[field.name] = option
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        given = {name: values[name] for name in own if name not in groups}
+        for name, group in groups.items():
+            given[name] = group(**{field.name: values[field.name] for field in fields(group)})
+        function(**given)
+
+    vars(run)["__signature__"] = inspect.Signature(list(options.values()))
+    run.__annotations__ = {name: option.annotation for name, option in options.items()}
+    return app.command()(run)
+
+
+_NAMED = inspect.Parameter.KEYWORD_ONLY
+
+
 def _version(asked: bool | None) -> None:
     if asked:
         from importlib.metadata import version
@@ -102,9 +139,10 @@ def _in_options(ctx: Any, error: HooklensError) -> str:
 
 def _code(error: HooklensError) -> int:
     errors = [one for _, one in error.errors] if isinstance(error, Refused) else [error]
-    if all(isinstance(one, Unavailable) for one in errors):
-        return MISSING
-    return FAILED if isinstance(error, CheckFailed) else BAD_INPUT
+    for kind, code in ((Unavailable, MISSING), (CheckFailed, FAILED)):
+        if all(isinstance(one, kind) for one in errors):
+            return code
+    return BAD_INPUT
 
 
 def _fail(ctx: Any, message: str, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""How long will a command take? Counted in tokens that pass the whole model, times a timed pass; said beforehand.
+"""How long will a command take? The number of tokens that pass the whole model, times the duration of a timed pass.
 
 The counts assume causal prompts, whose patches recompute on average half of the model and half of the later positions.
 They are meant to distinguish a minute from an hour.
@@ -15,13 +15,14 @@ from hooklens.pretrained.model_check import random_inputs
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
+    from hooklens.plugins import PluginInfo
 
 _WORTH_SAYING = 60  # seconds
 _TIMED = 256  # tokens of the timed pass: with few, a token takes longer than in a sweep
 _PASSES, _TIMING = 7, 2.0  # at most so many timed passes, and none begun after so many seconds of them
 _DEMO_TOKENS = 64  # of the prompts of a demo
 _CANDIDATES = 20  # heads that the demo patches in every pair
-# shares of heads, measured on SmolLM2: with attention to a kind of key above chance; that suppress a token
+# shares of heads, measured on SmolLM2: those with attention to a kind of key above chance; those that suppress a token
 _SCORED, _SUPPRESSORS = 0.25, 0.08
 # passes per token: in integrated gradients, in one random circuit, and the factor of a full study
 _GRADIENT, _A_CIRCUIT, _FULL = 100, 0.8, 40
@@ -71,12 +72,14 @@ def of_circuit(model: "HookedTransformer", tokens: int, draws: int, *, full: boo
     return tokens / 2 * (_GRADIENT + _A_CIRCUIT * draws) * (_FULL if full else 1)
 
 
-def of_demo_of(model: "HookedTransformer", module: str) -> float:
-    """Approximate token count of a plugin's demo: a sweep over all heads of four pairs, plus its family's extra."""
-    sweep = of_head_study(model, _DEMO_TOKENS)
-    if ".circuits." in module:
-        return max(sweep, of_circuit(model, _DEMO_TOKENS, 100, full=module.endswith(".evaluate")))
-    return max(sweep, of_heads(model, 6, 0)) if module.endswith((".taxonomy", ".labels")) else sweep
+def of_plugin(model: "HookedTransformer", plugin: "PluginInfo") -> float:
+    """Approximate token count of a plugin's demo: a sweep over all heads of four pairs, or what takes longer."""
+    more = 0.0
+    if ".circuits." in plugin.module or plugin.name == "study_circuit":
+        more = of_circuit(model, _DEMO_TOKENS, 100, full=plugin.name == "evaluate_circuit")
+    elif plugin.name == "classify_heads":
+        more = of_heads(model, 6, 0)
+    return max(of_head_study(model, _DEMO_TOKENS), more)
 
 
 def of_check(model: "HookedTransformer") -> float:
@@ -93,17 +96,22 @@ def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
     """A line with the time that this many tokens take; none if it is under a minute.
 
     >>> from hooklens.testing import tiny_model
-    >>> how_long(tiny_model(), 1), in_words(150), in_words(3 * 3600)
-    ([], '3 minutes', '3.0 hours')
+    >>> how_long(tiny_model(), 1)
+    []
     """
-    return told(tokens * seconds_a_token(model))
+    return announced(tokens * seconds_a_token(model))
 
 
-def told(seconds: float) -> list[str]:
-    """A line that announces this many seconds; none if it is under a minute."""
+def announced(seconds: float) -> list[str]:
+    """A line that announces this many seconds; none if it is under a minute.
+
+    >>> [announced(seconds)[0][:33] for seconds in (150, 3 * 3600)]
+    ['this will take about 3 minutes on', 'this will take about 3.0 hours on']
+    """
     if seconds < _WORTH_SAYING:
         return []
-    return [f"this will take about {in_words(seconds)} on this machine (estimated from one pass); Ctrl-C stops it"]
+    words = f"{-(-seconds // 60):.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
+    return [f"this will take about {words} on this machine (estimated from one pass); Ctrl-C stops it"]
 
 
 def seconds_a_token(model: "HookedTransformer") -> float:
@@ -116,14 +124,9 @@ def _seconds_of_a_pass(model: "HookedTransformer", inputs: Tensor) -> float:
     """The least of a few: other work on the machine only ever adds."""
     seconds: list[float] = []
     with torch.no_grad():
-        model(inputs[:, :1], logits_at=-1)  # what is made ready once is not counted
+        model(inputs[:, :1], logits_at=-1)  # one-time preparation is not counted
         while not seconds or (len(seconds) < _PASSES and sum(seconds) < _TIMING):
             begin = time.perf_counter()
             float(model(inputs, logits_at=-1).flatten()[0])  # waits for a device that runs ahead
             seconds.append(time.perf_counter() - begin)
     return min(seconds)
-
-
-def in_words(seconds: int | float) -> str:
-    """A duration to one or two digits."""
-    return f"{-(-seconds // 60):.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"

@@ -1,6 +1,10 @@
-"""Options shared by several commands, and checks that need no loaded model."""
+"""Options that several commands share, in groups, and their checks that need no loaded model.
 
-from collections.abc import Callable
+A group is a dataclass: a command that takes one as a parameter has an option for each of its fields (`base.command`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +19,15 @@ if TYPE_CHECKING:
     from hooklens.results.claims import Registration
 
 DEFAULT = "smollm2-135m-instruct"
+SOURCE = "An asset, a GGUF file, a folder, a checkpoint or a hub id."
+CLEAN = typer.Option(help="The prompt that the model answers correctly.")
+CORRUPTED = typer.Option(help="The same prompt with one thing changed.")
+ANSWER = typer.Option(help="The prompt's next token, often with a leading space.")
+WRONG_ANSWER = typer.Option(help="Another next token to compare it with.")
+PAIRS_FILE = typer.Option("--pairs", help="A JSONL file of prompt pairs instead; see docs.")
+Out = Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Checks = Mapping[str, Callable[[], Any]]
 
 
 class Dtype(StrEnum):
@@ -26,61 +39,145 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help="An asset, a GGUF file, a folder, a checkpoint or a hub id.")]
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, the seed of all random choices, and the format of the output."""
+
+    model: Annotated[str | None, typer.Option("--model", "-m", help=SOURCE)] = DEFAULT
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")] = None
+    dtype: Annotated[Dtype | None, typer.Option(help="The dtype of the weights; by default float32.")] = None
+    seed: Annotated[
+        int, typer.Option(help="Seed of all random choices, for exact repetition.", min=0, max=2**32 - 1)
+    ] = 0
+    as_json: AsJson = False
+
+    def judge(self, checks: Checks) -> dict[str, Any]:
+        """Run these checks and those of the model's options; nothing is loaded or computed before they pass."""
+        from hooklens.pretrained.loading import as_device, check_source
+
+        source = {"model": lambda: self.model is None or check_source(self.model)}
+        return judge({**checks, **source, "device": lambda: as_device(self.device)})
+
+    def load(self) -> "HookedTransformer":
+        """Load the model."""
+        from hooklens.pretrained.loading import load
+
+        source, dtype = str(self.model), None if self.dtype is None else self.dtype.value
+        return judge({"model": lambda: load(source, device=self.device, dtype=dtype)})["model"]
+
+    def load_reader(self) -> "HookedTransformer":
+        """Load a model with a tokenizer."""
+        loaded = self.load()
+        if loaded.tokenizer is None:
+            raise InputError(
+                f"--model {self.model} has no tokenizer, and this command reads text; give a model with a tokenizer, "
+                "such as a GGUF file or a folder with tokenizer.json (in Python, token ids suffice)"
+            )
+        return loaded
 
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")]
+@dataclass(frozen=True)
+class ReportOptions(ModelOptions):
+    """The same, and the file of the report. Commands set its name."""
+
+    out: Annotated[Path | None, typer.Option(help="Write the result's table and figure as a page.")] = None
+
+    def judge(self, checks: Checks) -> dict[str, Any]:
+        """The same, after a check that the report can be written."""
+        return super().judge({"out": lambda: None if self.out is None else check_out(self.out), **checks})
+
+    def write(self, report: Any, data: Any) -> dict[str, Path]:
+        """Save the report with its numbers, and return the absolute paths of both files."""
+        path = report.save(self.out, data=data)
+        return {"report": path.absolute(), "numbers": path.with_suffix(".json").absolute()}
 
 
-OfDtype = Annotated[Dtype | None, typer.Option(help="The dtype of the weights; by default float32.")]
+@dataclass(frozen=True)
+class PairOptions:
+    """Prompt pairs: a file, or one pair as options."""
+
+    clean: Annotated[str | None, CLEAN] = None
+    corrupted: Annotated[str | None, CORRUPTED] = None
+    answer: Annotated[str | None, ANSWER] = None
+    wrong_answer: Annotated[str | None, WRONG_ANSWER] = None
+    pairs: Annotated[Path | None, PAIRS_FILE] = None
+
+    def given(self) -> list[str]:
+        """The options of a single pair that were given."""
+        options = {
+            "--clean": self.clean,
+            "--corrupted": self.corrupted,
+            "--answer": self.answer,
+            "--wrong-answer": self.wrong_answer,
+        }
+        return [name for name, value in options.items() if value is not None]
+
+    def checks(self) -> dict[str, Callable[[], Any]]:
+        """Checks before a model reads them: the two prompts, and the two answers, must differ."""
+
+        def differ(value: str | None, other: str | None, message: str) -> None:
+            if value is not None and value == other:
+                raise ArgumentError(message, value)
+
+        prompts = "{clean} and {corrupted} are the same; change one word of {corrupted}"
+        answers = "{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0"
+        return {
+            "clean": lambda: differ(self.clean, self.corrupted, prompts),
+            "answer": lambda: differ(self.answer, self.wrong_answer, answers),
+        }
+
+    def read(self) -> "PromptPairs":
+        """The pairs of the file, or the pair of the options; not both, and no incomplete pair."""
+        from hooklens.data.jsonl import read_pairs_file
+        from hooklens.data.prompt_pairs import PromptPairs
+
+        given = self.given()
+        if self.pairs is not None:
+            if given:
+                raise InputError(
+                    f"--pairs {self.pairs} has prompts and answers, so {' and '.join(given)} cannot be given too"
+                )
+            return read_pairs_file(self.pairs)
+        names = ("--clean", "--corrupted", "--answer", "--wrong-answer")
+        if missing := [name for name in names if name not in given]:
+            raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(names)}; missing: {', '.join(missing)}")
+        return PromptPairs(self.clean, self.corrupted, answer=self.answer, wrong_answer=self.wrong_answer)
+
+    def check(self, model: "HookedTransformer", pairs: "PromptPairs") -> None:
+        """Raise if the model cannot use these pairs; lists every unusable line of a file, before anything runs."""
+        from hooklens.data.jsonl import check_pair, check_pairs
+
+        if self.pairs is None:
+            check_pair(model, pairs)
+        else:
+            check_pairs(model, pairs, str(self.pairs))
 
 
-Seed = Annotated[int, typer.Option(help="Seed of all random choices, for exact repetition.", min=0, max=2**32 - 1)]
+@dataclass(frozen=True)
+class PlanOptions:
+    """Claims that were registered before the run."""
+
+    registered: Annotated[
+        list[Path] | None, typer.Option(help="A plan that `hooklens register` wrote before the run.")
+    ] = None
+    digest: Annotated[
+        list[str] | None, typer.Option(help="A plan's full digest as published; without: self-dated.")
+    ] = None
+
+    def read(self) -> "list[Registration]":
+        """The plans in these files; a missing or edited plan raises before anything runs."""
+        from hooklens.results.claims import read_plans
+
+        return read_plans(self.registered or [], self.digest or [])
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-def of_model(model: str | None, device: str | None) -> dict[str, Callable[[], Any]]:
-    """Checks of these two options that need no loaded model."""
-    from hooklens.pretrained.loading import as_device, check_source
-
-    return {"model": lambda: model is None or check_source(model), "device": lambda: as_device(device)}
-
-
-def of_pair(
-    clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
-) -> dict[str, Callable[[], Any]]:
-    """Checks of a pair before a model reads it: the two prompts, and the two answers, must differ."""
-
-    def differ(one: str | None, other: str | None, message: str) -> None:
-        if one is not None and one == other:
-            raise ArgumentError(message, one)
-
-    prompts = "{clean} and {corrupted} are the same; change one word of {corrupted}"
-    answers = "{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0"
-    return {"clean": lambda: differ(clean, corrupted, prompts), "answer": lambda: differ(answer, wrong_answer, answers)}
-
-
-def load_model(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
-    from hooklens.pretrained.loading import load
-
-    return judge({"model": lambda: load(model, device=device, dtype=None if dtype is None else dtype.value)})["model"]
-
-
-def load_reader(model: str, device: str | None, dtype: Dtype | None) -> "HookedTransformer":
-    """Load a model with a tokenizer."""
-    loaded = load_model(model, device, dtype)
-    if loaded.tokenizer is None:
-        raise InputError(
-            f"--model {model} has no tokenizer, and this command reads text; give a model with a tokenizer, such as a "
-            "GGUF file or a folder with tokenizer.json (in Python, token ids suffice)"
-        )
-    return loaded
+def tokens_of(model: "HookedTransformer", pairs: "PromptPairs") -> int:
+    """The number of tokens of all clean prompts."""
+    return sum(len(model.to_tokens(text)[0]) for text in pairs.clean)
 
 
 def check_out(out: Path) -> Path:
-    """Return the report's path if both of its files can be written; checked before anything is computed."""
+    """Return the path of the report if both of its files can be written."""
     from hooklens.core.files import check_writable
 
     if not out.name or out.is_dir():
@@ -90,72 +187,3 @@ def check_out(out: Path) -> Path:
     for path in (out, out.with_suffix(".json")):
         check_writable(path)
     return out
-
-
-Clean = Annotated[str | None, typer.Option(help="The prompt that the model answers correctly.")]
-
-
-Corrupted = Annotated[str | None, typer.Option(help="The same prompt with one thing changed.")]
-
-
-Answer = Annotated[str | None, typer.Option(help="The prompt's next token, often with a leading space.")]
-
-
-WrongAnswer = Annotated[str | None, typer.Option(help="Another next token to compare it with.")]
-
-
-Out = Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")]
-
-
-PairsFile = Annotated[Path | None, typer.Option("--pairs", help="A JSONL file of prompt pairs instead; see docs.")]
-
-
-Plans = Annotated[
-    list[Path] | None, typer.Option("--registered", help="A plan that `hooklens register` wrote before the run.")
-]
-
-
-Digests = Annotated[
-    list[str] | None, typer.Option("--digest", help="A plan's full digest as published; without: self-dated.")
-]
-
-
-def pairs_of(
-    path: Path | None, clean: str | None, corrupted: str | None, answer: str | None, wrong_answer: str | None
-) -> "PromptPairs":
-    """Pairs from a file or the one of the options; not both, not half of one."""
-    from hooklens.data.jsonl import read_pairs_file
-    from hooklens.data.prompt_pairs import PromptPairs
-
-    given = {"--clean": clean, "--corrupted": corrupted, "--answer": answer, "--wrong-answer": wrong_answer}
-    named = [name for name, value in given.items() if value is not None]
-    if path is not None:
-        if named:
-            raise InputError(f"--pairs {path} has prompts and answers, so {' and '.join(named)} cannot be given too")
-        return read_pairs_file(path)
-    if len(named) < len(given):
-        missing = [name for name in given if name not in named]
-        raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(given)}; missing: {', '.join(missing)}")
-    return PromptPairs(clean, corrupted, answer=answer, wrong_answer=wrong_answer)
-
-
-def tokens_of(model: "HookedTransformer", pairs: "PromptPairs") -> int:
-    """The number of tokens of all clean prompts."""
-    return sum(len(model.to_tokens(text)[0]) for text in pairs.clean)
-
-
-def plans_of(paths: list[Path] | None, digests: list[str] | None) -> "list[Registration]":
-    """The plans in these files; a missing or edited plan raises before anything runs."""
-    from hooklens.results.claims import read_plans
-
-    return read_plans(paths or [], digests or [])
-
-
-def check_pairs(model: "HookedTransformer", pairs: "PromptPairs", path: Path | None) -> None:
-    """Raise if the model cannot use these pairs; lists every unusable line of a file, before anything runs."""
-    from hooklens.data.jsonl import check_pair, check_pairs
-
-    if path is None:
-        check_pair(model, pairs)
-    else:
-        check_pairs(model, pairs, str(path))

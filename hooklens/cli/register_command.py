@@ -1,20 +1,17 @@
 """`hooklens register`: a plan, written before the run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from hooklens.cli.base import app
+from hooklens.cli.base import command
 from hooklens.cli.options import AsJson
 from hooklens.cli.output import show
 from hooklens.core.errors import judge
 
-if TYPE_CHECKING:
-    pass
 
-
-@app.command()
+@command
 def register(
     plan: Annotated[Path, typer.Argument(help="The file to write; one that exists is never overwritten.")],
     hypothesis: Annotated[str, typer.Option(help="The statement, as in the method's report.")],
@@ -44,7 +41,8 @@ def register(
         "plan": lambda: check_new(plan),
         "hypothesis": lambda: Registration(hypothesis, metric, control, threshold, n, side=side, model=model),
     }
-    made = judge(checks)["hypothesis"].write(plan)
-    rows = [(name, getattr(made, name)) for name in ("hypothesis", "metric", "control", "threshold", "side", "n")]
-    more = {"plan": str(plan), "written": made.written, "digest": made.digest}
-    show(Table(("plan", "held to"), rows), as_json, more=more)
+    registration = judge(checks)["hypothesis"].write(plan)
+    columns = ("hypothesis", "metric", "control", "threshold", "side", "n")
+    rows = [(name, getattr(registration, name)) for name in columns]
+    more = {"plan": str(plan), "written": registration.written, "digest": registration.digest}
+    show(Table(("plan", "value"), rows), as_json, more=more)

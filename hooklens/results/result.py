@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ __all__ = ["Result", "Table", "plain", "summary"]
 _SHOWN = 24  # number of table rows shown in a notebook
 _PRINTED = 8  # number of table rows when a result is printed
 _HEADLINE = 110  # characters
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 R = TypeVar("R", bound="Result")
 _KINDS = {"float": "Float", "bfloat": "BFloat", "int": "Int", "uint": "UInt", "complex": "Complex", "bool": "Bool"}
 
@@ -96,15 +96,13 @@ class Result(Kept):
     def top(self, k: int = 10) -> Table:
         """The `k` rows that matter most: the first of a table that is ranked. Only results that rank answer."""
         if not self.ranked_by:
-            raise self._has_no("top(k)", "nothing in it is ranked", "table()")
+            raise WrongType(f"a {type(self).__name__} has no top(k): nothing in it is ranked; use table()")
         return self.table(whole("k", k))
 
     def figure(self) -> Any:  # a plotly Figure, which only viz may import
         """The result as a Plotly figure. Defined only for results that have one."""
-        raise self._has_no("figure()", "it defines no picture", "table(), or hooklens.viz on its fields")
-
-    def _has_no(self, asked: str, seen: str, instead: str) -> WrongType:
-        return WrongType(f"a {type(self).__name__} has no {asked}: {seen}; use {instead}")
+        kind = type(self).__name__
+        raise WrongType(f"a {kind} has no figure(): it defines no picture; use table(), or hooklens.viz on its fields")
 
     def _repr_html_(self) -> str:
         """The table for a notebook, fully escaped."""
@@ -153,13 +151,14 @@ class Result(Kept):
 
 def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
     """Check the number of `table(n)`, `top(k)`, `top_edges(n)`: a slice would read -1 as "all but the last"."""
-    number = next(itertools.islice(inspect.signature(method).parameters, 1, None), None)
+    parameters = list(inspect.signature(method).parameters)
+    name = parameters[1] if len(parameters) > 1 else ""
 
     @functools.wraps(method)
     def counted(self: Result, *args: Any, **named: Any) -> Any:
-        asked = args[0] if args else named.get(str(number))
-        if asked is not None:
-            whole(str(number), asked)
+        number = args[0] if args else named.get(name)
+        if number is not None:
+            whole(name, number)
         return method(self, *args, **named)
 
     return counted
@@ -179,9 +178,9 @@ def summary(value: Any) -> str:
         return repr(value if len(value) <= 38 else value[:35] + "...")
     if isinstance(value, Real) and not isinstance(value, bool):
         return format_number(int(value) if isinstance(value, Integral) else float(value))
-    if isinstance(value, list | tuple | dict):
-        kind = next(kind.__name__ for kind in (list, tuple, dict) if isinstance(value, kind))
-        return f"{kind} of {len(value)}"
+    for kind in (list, tuple, dict):
+        if isinstance(value, kind):
+            return f"{kind.__name__} of {len(value)}"
     if isinstance(value, Result):
         return value._in_one_line()
     if value is None or isinstance(value, bool):
@@ -210,7 +209,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, Kept):
         return {"class": type(value).__name__} | {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return _plain_dict(value)
+        named = {str(key): plain(item) for key, item in value.items()}
+        if len(named) == len(value):
+            return named
+        raise InputError(
+            f"a dict with keys {list(value)[:6]} cannot be written as JSON, where keys are strings and some of these "
+            "become equal; rename them"
+        )
     if isinstance(value, complex):
         return [plain(value.real), plain(value.imag)]
     if hasattr(value, "tolist"):  # tensors and NumPy arrays
@@ -218,26 +223,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
-        return _plain_float(float(value))
+        number = float(value)
+        return number if math.isfinite(number) else _NOT_FINITE[str(number)]
     if isinstance(value, Sequence):
         return [plain(item) for item in value]
     raise WrongType(
         f"a {type(value).__name__} cannot be written as JSON, which supports numbers, strings, booleans, None, "
         "lists and dicts (and tensors and results as those); convert it first"
     )
-
-
-def _plain_float(value: float) -> float | str:
-    if math.isnan(value):
-        return "NaN"
-    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
-
-
-def _plain_dict(value: Mapping) -> dict[str, Any]:
-    named = {str(key): plain(item) for key, item in value.items()}
-    if len(named) != len(value):
-        raise InputError(
-            f"a dict with keys {list(value)[:6]} cannot be written as JSON, where keys are strings and some of these "
-            "become equal; rename them"
-        )
-    return named

@@ -6,8 +6,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -52,12 +52,11 @@ def read_result(path: str | os.PathLike) -> Kept:
     with reading(path, _SCHEMA.what):
         result = _unpack(file.content, tensors, used)
     if not isinstance(result, Kept) or used != set(tensors):
-        raise _refused(path, "its tensors do not match its structure")
+        raise FileRefused(
+            f"cannot load a result from {str(path)!r}: its tensors do not match its structure; save it again with "
+            "Result.save"
+        )
     return result
-
-
-def _refused(path: str | os.PathLike, seen: str) -> FileRefused:
-    return FileRefused(f"cannot load a result from {str(path)!r}: {seen}; save it again with Result.save")
 
 
 @dataclass
@@ -67,13 +66,28 @@ class _Packer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)  # id of a tensor -> its name: stored once if seen twice
     kept: list[Tensor] = field(default_factory=list)  # keeps those ids from being reused
+    plugins: dict[type[Kept], tuple[str, str]] = field(default_factory=dict)  # found once for each class
 
     def node(self, value: Any, where: str) -> Any:
-        if value is None or isinstance(value, bool):
-            return value
-        for kind, pack in self._kinds().items():
-            if isinstance(value, kind):
-                return pack(value, where)
+        match value:
+            case None | bool():
+                return value
+            case str():
+                return str(value)
+            case int():
+                return int(value)
+            case float():
+                return float(value) if math.isfinite(value) else {"float": _spelled(float(value))}
+            case Tensor():
+                return self._tensor(value, where)
+            case Kept():
+                return self._result(value, where)
+            case list():
+                return self._items(value, where)
+            case tuple():
+                return {"tuple": self._items(value, where)}
+            case dict():
+                return {"dict": [self._items(pair, f"{where}[{pair[0]!r}]") for pair in value.items()]}
         if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:  # a NumPy number
             return self.node(value.item(), where)
         raise WrongType(
@@ -81,26 +95,17 @@ class _Packer:
             "booleans, None, results, or lists, tuples and dicts of these"
         )
 
-    def _kinds(self) -> dict[type, Callable[[Any, str], Any]]:
-        return {
-            str: lambda value, _: str(value),
-            int: lambda value, _: int(value),
-            float: lambda value, _: float(value) if math.isfinite(value) else {"float": _spelled(float(value))},
-            Tensor: self._tensor,
-            Kept: self._result,
-            list: self._items,
-            tuple: lambda value, where: {"tuple": self._items(value, where)},
-            dict: lambda value, where: {"dict": [self._items(pair, f"{where}[{pair[0]!r}]") for pair in value.items()]},
-        }
-
     def _items(self, value: list | tuple, where: str) -> list:
         return [self.node(item, f"{where}[{index}]") for index, item in enumerate(value)]
 
     def _result(self, value: Kept, where: str) -> dict:
-        plugin, package = _plugin_of(type(value))
+        cls = type(value)
+        if cls not in self.plugins:
+            self.plugins[cls] = _plugin_of(cls)
+        plugin, package = self.plugins[cls]
         stored = {f.name: self.node(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value) if f.init}
-        names = {"plugin": plugin, "package": package, "module": type(value).__module__}
-        return {"result": names | {"class": type(value).__qualname__, "fields": stored}}
+        names = {"plugin": plugin, "package": package, "module": cls.__module__}
+        return {"result": names | {"class": cls.__qualname__, "fields": stored}}
 
     def _tensor(self, value: Tensor, where: str) -> dict:
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
@@ -138,8 +143,8 @@ def _unpack(node: Any, tensors: dict[str, Tensor], used: set[str]) -> Any:
 
 
 def _build(cls: type[Kept], values: dict[str, Any]) -> Kept:
-    known = {f.name: f for f in fields(cls) if f.init}
-    missing = [name for name, f in known.items() if name not in values and _is_required(f)]
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls) if f.init}
+    missing = [name for name, required in known.items() if required and name not in values]
     extra = sorted(set(values) - set(known))
     if missing or extra:
         raise FileRefused(
@@ -154,17 +159,14 @@ def _build(cls: type[Kept], values: dict[str, Any]) -> Kept:
         ) from error
 
 
-def _is_required(known: Field) -> bool:
-    return known.default is MISSING and known.default_factory is MISSING
-
-
 def _plugin_of(cls: type[Kept]) -> tuple[str, str]:
     """The registered plugin in which `cls` will be found again, and the package that provides it.
 
     hooklens's own modules outside plugins/ count as a plugin named "hooklens", which needs no entry point.
     """
-    exports = [entry for entry in _entries() if getattr(sys.modules.get(entry.module), cls.__name__, None) is cls]
-    around = [entry for entry in _entries() if _within(cls.__module__, _package(entry))]
+    entries = _entries()
+    exports = [entry for entry in entries if getattr(sys.modules.get(entry.module), cls.__name__, None) is cls]
+    around = [entry for entry in entries if _within(cls.__module__, _package(entry))]
     for entry in exports + sorted(around, key=lambda entry: -len(_package(entry))):
         with contextlib.suppress(Unavailable):  # a broken other plugin must not prevent saving
             if _lookup(entry, cls.__module__, cls.__qualname__) is cls:
@@ -183,29 +185,22 @@ def _class_named(plugin: str, module: str, name: str, package: str) -> type[Kept
     entries = [entry for entry in _entries() if entry.name == plugin]
     if plugin == "hooklens" and (ours := _known("hooklens", module, name)) is not None:
         return ours
-    if not entries and plugin != "hooklens":
-        raise _plugin_missing(plugin, name, package)
     for entry in entries:
-        if (found := _lookup(entry, module, name)) is not None:
-            return found
-    raise Unavailable(
-        f"the file contains a {name!r} of the plugin {plugin!r}, which is installed but has no such result; "
-        f"install the version of {_shown(package)} that saved the file"
-    )
-
-
-def _plugin_missing(plugin: str, name: str, package: str) -> Unavailable:
+        if (cls := _lookup(entry, module, name)) is not None:
+            return cls
+    # The package's name comes from the file and becomes part of a command that people copy.
+    package = package if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", package) else "(unreadable name)"
+    if entries or plugin == "hooklens":
+        raise Unavailable(
+            f"the file contains a {name!r} of the plugin {plugin!r}, which is installed but has no such result; "
+            f"install the version of {package} that saved the file"
+        )
     known = sorted({entry.name for entry in _entries()})
-    return Unavailable(
+    raise Unavailable(
         f"the file contains a {name!r} of the plugin {plugin!r}, which is not installed (installed: "
-        f"{', '.join(known) or 'none'}); the file says that it comes with the package {_shown(package)}: "
-        f"if you trust that, pip install {_shown(package)}"
+        f"{', '.join(known) or 'none'}); the file says that it comes with the package {package}: if you trust that, "
+        f"pip install {package}"
     )
-
-
-def _shown(package: str) -> str:
-    """The package's name in the file, if it is a valid name: it becomes part of a command that people copy."""
-    return package if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", str(package)) else "(unreadable name)"
 
 
 def _lookup(entry: EntryPoint, module_name: str, name: str) -> type[Kept] | None:
@@ -225,8 +220,8 @@ def _lookup(entry: EntryPoint, module_name: str, name: str) -> type[Kept] | None
 
 def _known(package: str, module: str, name: str) -> type[Kept] | None:
     """An already defined Result subclass inside `package`; the module only distinguishes classes of one name."""
-    found = {at: cls for (at, known), cls in known_classes().items() if known == name and _within(at, package)}
-    return found.get(module) or (next(iter(found.values())) if len(found) == 1 else None)
+    classes = {at: cls for (at, known), cls in _CLASSES.items() if known == name and _within(at, package)}
+    return classes.get(module) or (next(iter(classes.values())) if len(classes) == 1 else None)
 
 
 def _entries() -> list[EntryPoint]:

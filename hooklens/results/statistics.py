@@ -1,7 +1,7 @@
 """Intervals, p-values and splits over prompts; the independent unit is a group of related prompts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import torch
@@ -17,6 +17,8 @@ Groups = Int[Tensor, "pair"] | None
 PValues = Float64[Tensor, "*cell"]  # in float32 1/20 lies above 0.05
 DRAWS = 2000  # resamples: the Monte Carlo error of an end of a 95 % interval is then 3 % of half its width
 FLIPS = 4096  # patterns of signs: as many as 12 groups have, which are tried one and all
+#: The meaning of an interval's columns, for the `terms` of a table.
+INTERVAL_TERMS = {"95% low": "lower end of its interval over groups", "95% high": "upper end of that interval"}
 LEAST_GROUPS = 6  # with fewer, intervals cover less than they say and no p of sign flips reaches 0.05
 _COVERAGE = {2: 50, 3: 75, 4: 87, 5: 91}  # of a mean of so many normal values, in percent
 _CELLS = 4096  # 2,000 draws of 36,864 neurons would not fit
@@ -60,16 +62,11 @@ def ratio_interval(
     """
     number, numerator, denominator = group_numbers(len(denominator), group), widened(numerator), widened(denominator)
     if int(number.max()) < 1:
-        nothing = torch.full_like(numerator[0], torch.nan)
-        return nothing, nothing.clone()
-    weight = _weights(number, draws, seed).to(numerator)
-    tail = _tail(number, level)
-    bottom = weight @ denominator
-    flat = numerator.reshape(len(numerator), -1)
-    ends = (tail, 1 - tail)
-    found = [quantiles((weight @ cells) / bottom[:, None], ends) for cells in flat.split(_CELLS, dim=1)]
-    low, high = torch.cat(found, dim=1).view(2, *numerator.shape[1:])
-    return low, high
+        return _no_interval(numerator)
+    weight = _counts(int(number.max()) + 1, draws, seed)[:, number]  # how often each draw contains each pair
+    weight = (weight / weight.sum(1, keepdim=True)).to(numerator)
+    tail, bottom = _tail(number, level), (weight @ denominator)[:, None]
+    return _ends_of(numerator, lambda cells: quantiles((weight @ cells) / bottom, (tail, 1 - tail)))
 
 
 def studentised_interval(
@@ -92,19 +89,31 @@ def studentised_interval(
     number, wide = group_numbers(len(values), group), widened(values).double()
     n = int(number.max()) + 1
     if n < 3:
-        return (nothing := torch.full_like(widened(values[0]), torch.nan)), nothing.clone()
+        return _no_interval(widened(values))
     size, tail = number.bincount().to(wide), (1 - level) / 2
-    counts, ends = _counts(n, draws, seed).to(wide), wide.new_tensor([1 - tail, tail])
-    found = []
-    for cells in wide.reshape(len(wide), -1).split(_CELLS, dim=1):
+    counts, shares = _counts(n, draws, seed).to(wide), wide.new_tensor([1 - tail, tail])
+
+    def ends(cells: Float[Tensor, "pair cell"]) -> Float[Tensor, "2 cell"]:
         sums = wide.new_zeros(n, cells.shape[1]).index_add_(0, number.to(wide.device), cells)
         centre, error = _mean_and_error(torch.ones_like(size)[None], sums, size)
         off, own = _mean_and_error(counts, sums - centre * size[:, None], size)
         # a resample with copies of a single value has only rounding error, and no t
         t = torch.where(own > 1e-6 * error, off / own, torch.nan)
-        reach = torch.nanquantile(t, ends, dim=0, interpolation="nearest")
-        found.append(centre - torch.where(error > 0, reach * error, 0.0))
-    low, high = torch.cat(found, dim=1).to(widened(values)).view(2, *values.shape[1:])
+        reach = torch.nanquantile(t, shares, dim=0, interpolation="nearest")
+        return centre - torch.where(error > 0, reach * error, 0.0)
+
+    low, high = _ends_of(wide, ends)
+    return low.to(widened(values)), high.to(widened(values))
+
+
+def _no_interval(values: Float[Tensor, "pair *cell"]) -> Ends:
+    return torch.full_like(values[0], torch.nan), torch.full_like(values[0], torch.nan)
+
+
+def _ends_of(values: Float[Tensor, "pair *cell"], ends: Callable[[Tensor], Tensor]) -> Ends:
+    """Both ends for every cell, computed for a limited number of cells at a time."""
+    flat = values.reshape(len(values), -1)
+    low, high = torch.cat([ends(cells) for cells in flat.split(_CELLS, dim=1)], dim=1).view(2, *values.shape[1:])
     return low, high
 
 
@@ -249,12 +258,6 @@ def group_numbers(n: int, group: Groups) -> Int[Tensor, "pair"]:
     if len(group) != n:
         raise InputError(f"group needs one label per pair, got {len(group)} labels for {n} pairs")
     return torch.as_tensor(group).cpu().unique(return_inverse=True)[1]
-
-
-def _weights(number: Int[Tensor, "pair"], draws: int, seed: int) -> Float[Tensor, "draw pair"]:
-    """How often each draw contains each pair; groups of unequal size have the weight of their pairs."""
-    weight = _counts(int(number.max()) + 1, draws, seed)[:, number]
-    return weight / weight.sum(1, keepdim=True)
 
 
 def _counts(n: int, draws: int, seed: int) -> Float[Tensor, "draw group"]:

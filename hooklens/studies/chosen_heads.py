@@ -1,19 +1,17 @@
 """The largest of many effects is biased upwards: choose on one half of the prompts, report on the other."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import loss
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.ablation import ablate
 from hooklens.results.claims import HeldOutEffects
 from hooklens.sweeps.settings import engine
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
-
-def choose_heads(model: "HookedTransformer", tokens: Prompts, metric: Any, *, k: int = 4) -> HeldOutEffects:
+def choose_heads(model: HookedTransformer, tokens: Prompts, metric: Any, *, k: int = 4) -> HeldOutEffects:
     """Which `k` heads does the metric need most? Chosen on half of the prompts by zeroing, reported on the others.
 
     >>> from hooklens.testing import induction_model
@@ -25,7 +23,7 @@ def choose_heads(model: "HookedTransformer", tokens: Prompts, metric: Any, *, k:
     return sweep.held_out_top(k)
 
 
-def demo(model: "HookedTransformer") -> HeldOutEffects:
+def demo(model: HookedTransformer) -> HeldOutEffects:
     """Which heads change the loss most when set to zero? Chosen on half of twelve prompts, reported on the rest."""
     tokens = demo_texts(model, 12, 8)
     with engine(progress=False, verify=0):

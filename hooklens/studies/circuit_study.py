@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hooklens.core.errors import ArgumentError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import check_prompts_differ, read_pairs
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
@@ -17,13 +18,10 @@ from hooklens.plugins.circuits.faithfulness import measure_faithfulness
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint
 from hooklens.plugins.circuits.run import Bench
+from hooklens.results.claims import Claim, Measured, Registration, claim, family
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.results.claims import Claim, Registration
-
+from hooklens.results.statistics import INTERVAL_TERMS, group_numbers
+from hooklens.studies.pages import add_claims
 
 _SHOWN = 20  # number of rows in a table of edges
 _RANDOM = (
@@ -39,8 +37,7 @@ _MEASURED = {
 _CURVE = {
     "edges": "the number of edges in the circuit",
     "faithfulness": "as above",
-    "95% low": "lower end of its interval over groups",
-    "95% high": "upper end of that interval",
+    **INTERVAL_TERMS,
     "random: median": "median of random circuits of this size",
     "random: 95%": "the value that 95 % of them do not exceed",
     "pairs": "number of pairs it is measured on",
@@ -54,8 +51,7 @@ _K = {
 _WORTH = {
     "edge": "from and to",
     "worth (share)": "the share of the model's metric that the circuit loses without the edge",
-    "95% low": "lower end of its interval over groups",
-    "95% high": "upper end of that interval",
+    **INTERVAL_TERMS,
     "q": "the false discovery rate, against edges of random circuits",
     "with all others": "the same with all other edges kept",
     "most without": "the removed set for which the edge has this value",
@@ -83,10 +79,10 @@ class CircuitStudy(Result):
 
     def table(self, n: int | None = None) -> Table:
         """The faithfulness, that of random circuits, and the pairs it was measured on."""
-        seen = "not seen in the search" if self.held_out else "the same as in the search"
+        which = "not seen in the search" if self.held_out else "the same as in the search"
         tested = self.faithfulness if self.evaluation is None else self.evaluation
         rows = [*tested.table().rows, ("pairs of the search", self.n_found_on)]
-        rows.append((f"pairs of the test, {seen}", self.n_tested_on))
+        rows.append((f"pairs of the test, {which}", self.n_tested_on))
         if self.curve is not None:
             rows += [
                 (f"area under the curve, up to {int(self.curve.sizes[-1])} edges", self.curve.area),
@@ -99,26 +95,23 @@ class CircuitStudy(Result):
         """The circuit, drawn upwards."""
         return self.circuit.figure()
 
-    def claim(self, statement: str | None = None, *, registered: "Registration | None" = None) -> "Claim":
+    def claim(self, statement: str | None = None, *, registered: Registration | None = None) -> Claim:
         """The claim that these edges carry the answer: the metric they restore, compared with random circuits."""
-        from hooklens.results.claims import Measured, claim
-
-        tested, name = self.faithfulness, {"metric": "logit_diff"}
-        group, whole = tested.group.cpu(), tested.base_per_pair.cpu()
-        empty, own, random = tested.empty_per_pair.cpu(), tested.per_pair.cpu(), tested.random_per_pair.cpu()
+        tested, metric = self.faithfulness, "logit_diff"
+        group, whole, empty = tested.group, tested.base_per_pair, tested.empty_per_pair
+        kept, random = tested.per_pair - empty, tested.random_per_pair - empty
         return claim(
             self.model,
             statement or f"{self.circuit.n_edges} edges carry the answer",
-            observation=Measured.of("metric of the whole model", whole, group, **name),
-            intervention=Measured.of("the circuit's share of it, all else ablated", own - empty, group, **name),
-            control=Measured.edge_of("what random circuits keep", random - empty, group, **name),
+            observation=Measured.of("metric of the whole model", whole, group, metric=metric),
+            intervention=Measured.of("the circuit's share of it, all else ablated", kept, group, metric=metric),
+            control=Measured.edge_of("what random circuits keep", random, group, metric=metric),
             registered=registered,
             side="below" if bool((whole - empty).mean() < 0) else "above",
         )
 
-    def report(self, *, registered: "Sequence[Registration]" = ()) -> Any:
+    def report(self, *, registered: Sequence[Registration] = ()) -> Any:
         """The study as a page; registrations made before the run are compared with its claims."""
-        from hooklens.results.claims import family, plans_met
         from hooklens.viz.report import Report
 
         report = Report(f"A circuit of {self.circuit.n_edges} edges in {self.model}")
@@ -130,11 +123,7 @@ class CircuitStudy(Result):
         report.table(self.circuit.top(_SHOWN), "The edges with the largest scores.", _EDGE)
         report.heading("Against random circuits").figure(self.faithfulness.figure(), _RANDOM)
         report.table(self.table(), "", _MEASURED)
-        claims = family(self.model, [self.claim()])
-        met, unmet = plans_met(claims, registered)
-        report.heading("Claims").claims(family(self.model, claims.claims, registered=met))
-        for sentence in unmet:
-            report.text(sentence)
+        add_claims(report, lambda plans: family(self.model, [self.claim()], registered=plans), registered)
         if self.curve is not None:
             report.heading("By size").figure(self.curve.figure()).table(self.curve.table(), "", _CURVE)
         if self.evaluation is not None:
@@ -155,7 +144,7 @@ class CircuitStudy(Result):
 
 
 def study_circuit(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     *,
     edges: int = 200,
@@ -169,8 +158,8 @@ def study_circuit(
     ones: about forty times the work of the test.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = demo(tiny_model())
-    >>> found.held_out, found.circuit.n_edges <= 12
+    >>> study = demo(tiny_model())
+    >>> study.held_out, study.circuit.n_edges <= 12
     (True, True)
     """
     check_draws(draws)
@@ -215,6 +204,6 @@ def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
     return [circuits[n] for n in sorted(circuits) if n]
 
 
-def demo(model: "HookedTransformer") -> CircuitStudy:
+def demo(model: HookedTransformer) -> CircuitStudy:
     """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
     return study_circuit(model, demo_pairs(model, 4), edges=12)

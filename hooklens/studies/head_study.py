@@ -1,7 +1,7 @@
 """Heads on your own prompt pairs: the loss without each, its contribution to the answer, and where it attends."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,20 +13,17 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
 from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import few_groups, group_numbers, mean_interval
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.results.statistics import INTERVAL_TERMS, group_numbers, mean_interval
 
 _TERMS = {
     "head": "L5H1 is head 1 of layer 5",
     "fall": "decrease of the logit difference, mean over pairs",
-    "95% low": "lower end of its interval over groups",
-    "95% high": "upper end of that interval",
+    **INTERVAL_TERMS,
     "q": "the false discovery rate over these heads (Benjamini-Hochberg)",
     "where chosen": "the fall on the pairs that chose the head; biased upwards for this reason",
     "direct": "the head's direct contribution to the logit difference on the clean prompt",
@@ -67,37 +64,31 @@ class HeadStudy(Result):
 
     def table(self, n: int | None = 12) -> Table:
         """The heads that carry most; with at least two groups, measured on pairs that did not choose them."""
-        held, mean = self.held_out, self.fall.mean(0)
-        if held is None:
-            low, high = mean_interval(self.fall, group=self.group)
-            best = [
-                divmod(i, mean.shape[1]) for i in mean.flatten().abs().argsort(descending=True, stable=True).tolist()
-            ]
-            rows = [(head_name(*at), *(float(x[at]) for x in (mean, low, high)), *self._beside(at)) for at in best]
-            return Table(("head", "fall", "95% low", "95% high", *self._columns), rows).head(n)
-        numbers = (held.mean[0], held.low[0], held.high[0], held.q[0], held.chosen_by)
-        places = [Component.parse(name).place for name in held.names]
-        rows = [
-            (name, *(float(x[i]) for x in numbers), *self._beside(at))
-            for i, (name, at) in enumerate(zip(held.names, places, strict=True))
-        ]
-        return Table(("head", "fall", "95% low", "95% high", "q", "where chosen", *self._columns), rows).head(n)
+        columns = ["head", "fall", "95% low", "95% high"]
+        if self.held_out is not None:
+            columns += ["q", "where chosen"]
+            rows = self.held_out.rows()
+        else:
+            numbers = (self.fall.mean(0), *mean_interval(self.fall, group=self.group))
+            order = numbers[0].flatten().abs().argsort(descending=True, stable=True).tolist()
+            best = [divmod(i, numbers[0].shape[1]) for i in order]
+            rows = [(head_name(*at), *(float(part[at]) for part in numbers)) for at in best]
+        columns += ["direct", "looks at answer", "looks at wrong answer"]
+        columns += [] if self.labels is None else ["on repeated tokens"]
+        return Table(columns, [(*row, *self._evidence(row[0])) for row in rows]).head(n)
 
-    def _beside(self, at: tuple[int, int]) -> list[Any]:
-        label = [] if self.labels is None else [self.labels[at[0]][at[1]]]
-        return [float(each.nanmean(0)[at]) for each in (self.direct, self.to_answer, self.to_wrong)] + label
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        label = () if self.labels is None else ("on repeated tokens",)
-        return "direct", "looks at answer", "looks at wrong answer", *label
+    def _evidence(self, name: str) -> list[Any]:
+        layer, head = Component.parse(name).place
+        label = [] if self.labels is None else [self.labels[layer][head]]
+        parts = (self.direct, self.to_answer, self.to_wrong)
+        return [float(part[:, layer, head].nanmean()) for part in parts] + label
 
     def figure(self) -> Any:
         """Layer by head: the decrease of the metric, mean over pairs."""
-        from hooklens.viz.figures import heatmap
+        from hooklens import viz
 
         mean = self.fall.mean(0)
-        return heatmap(
+        return viz.heatmap(
             mean,
             x=[f"H{head}" for head in range(mean.shape[1])],
             y=layer_names(mean.shape[0]),
@@ -128,21 +119,13 @@ class HeadStudy(Result):
         )
         how = "Heads were chosen and measured on the same pairs, so the largest falls are biased upwards."
         if self.held_out is not None:
-            chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)
-            units = len(self.group[self.held_out.reported_on].unique())
-            how = (
-                f"Heads were chosen on {chosen} pairs; falls, intervals and q are from {reported} others that share no "
-                f"group with them: {units} groups, for which no p is below {2 / 2**units:.2g}{few_groups(units, '; ')}."
-            )
-        return report.figure(self.figure(), f"Mean over {n} pairs.").table(
-            self.table(_CHOSEN),
-            f"{how} Related prompts form one group.",
-            _TERMS,
-        )
+            how = self.held_out.how("pairs")
+        report.figure(self.figure(), f"Mean over {n} pairs.")
+        return report.table(self.table(_CHOSEN), f"{how} Related prompts form one group.", _TERMS)
 
 
 def study_heads(
-    model: "HookedTransformer", pairs: PromptPairs, *, labels: list[list[str]] | None = None, seed: int = 0
+    model: HookedTransformer, pairs: PromptPairs, *, labels: list[list[str]] | None = None, seed: int = 0
 ) -> HeadStudy:
     """Which heads carry the answers of these pairs? By exact interventions, with what they write and where they attend.
 
@@ -165,44 +148,45 @@ def study_heads(
     group = group_numbers(len(pairs), pairs.group)
     sweep = patch(model, pairs, site="z", value="corrupted")
     rows = rows_of(model, pairs.clean, "clean")
-    right, wrong = (answer_ids(model, each).to(model.device) for each in (pairs.answer, pairs.wrong_answer))
+    right, wrong = (answer_ids(model, answer).to(model.device) for answer in (pairs.answer, pairs.wrong_answer))
     to_answer, to_wrong = _attention(model, rows, right, wrong)
     if model.blocks[0].not_a_sum is not None:
         direct = torch.full_like(to_answer, torch.nan)
     else:
         direct = direct_logit_attribution(model, rows, answer=right, wrong_answer=wrong).heads
-    held, shape = None, sweep.values.shape
-    if int(group.max()):
-        names = head_names(shape[0], shape[1])
-        fall = (sweep.clean_per_pair[:, None, None] - sweep.per_pair).cpu()
-        held = held_out_top(model, fall, names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
-    return HeadStudy(
+    study = HeadStudy(
         model=model.cfg.model_name,
         sweep=sweep,
         direct=direct,
         to_answer=to_answer,
         to_wrong=to_wrong,
         group=group,
-        held_out=held,
+        held_out=None,
         labels=labels,
     )
+    if not int(group.max()):
+        return study
+    names = head_names(*sweep.values.shape)
+    held_out = held_out_top(model, study.fall.cpu(), names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
+    return replace(study, held_out=held_out)
 
 
 def _attention(
-    model: "HookedTransformer", rows: list[Int[Tensor, "_"]], right: Int[Tensor, "pair"], wrong: Int[Tensor, "pair"]
+    model: HookedTransformer, rows: list[Int[Tensor, "_"]], right: Int[Tensor, "pair"], wrong: Int[Tensor, "pair"]
 ) -> tuple[PerHead, PerHead]:
     """Attention from each prompt's last position to its answer and to its wrong answer."""
-    found = []
+    attention = []
     with torch.no_grad(), packed_linears(rows=1024):
-        for row, *asked in zip(rows, right, wrong, strict=True):
+        for row, *answers in zip(rows, right, wrong, strict=True):
             _, cache = model.run_with_cache(row[None], "pattern", stop_at_layer=model.cfg.n_layers)
             seen = torch.stack([cache["pattern", layer][0, :, -1] for layer in range(model.cfg.n_layers)])
-            there = [row == token for token in asked]
-            found.append([(seen * at).sum(-1) if bool(at.any()) else seen[..., 0] * torch.nan for at in there])
-    to_answer, to_wrong = (torch.stack(each) for each in zip(*found, strict=True))
+            places = torch.stack([row == token for token in answers])[:, None, None]  # answer 1 1 pos
+            there = places.any(-1)
+            attention.append(torch.where(there, (seen * places).sum(-1), torch.nan))
+    to_answer, to_wrong = torch.stack(attention, dim=1)
     return to_answer, to_wrong
 
 
-def demo(model: "HookedTransformer") -> HeadStudy:
+def demo(model: HookedTransformer) -> HeadStudy:
     """Four short prompt pairs; token numbers where the model has no tokenizer."""
     return study_heads(model, demo_pairs(model, 4))

@@ -1,12 +1,13 @@
 """The taxonomy as a page."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.plugins.heads.head_labels import Taxonomy
-    from hooklens.results.claims import Registration
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_labels import LEAST_MATCH, LEAST_SHARE, Taxonomy
+from hooklens.results.claims import Registration
+from hooklens.studies.pages import add_claims
+from hooklens.studies.result_claims import taxonomy_claims
 
 _SHOWN = 20  # number of rows in a table; more are in a folded section
 _LABELS = {
@@ -53,29 +54,27 @@ _CALIBRATION = {
 
 
 def taxonomy_report(
-    found: "Taxonomy",
-    model: "HookedTransformer | str" = "this model",
+    taxonomy: Taxonomy,
+    model: HookedTransformer | str = "this model",
     report: Any = None,
     *,
-    registered: "Sequence[Registration]" = (),
+    registered: Sequence[Registration] = (),
 ) -> Any:
     """Counts, the labelled heads with their evidence, and their scores; added below the existing report, if any."""
     from hooklens.viz.report import Report
 
     title = "Attention heads by function"
     report = Report(title) if report is None else report.heading(f"{title}, on random tokens")
-    _labelled(report, found)
-    _claimed(report, found, model, registered)
-    _scores(report, found)
-    _further_evidence(report, found)
-    return report if found.names is not None or not found.note else report.text(found.note)
+    _labelled(report, taxonomy)
+    add_claims(report, lambda plans: taxonomy_claims(taxonomy, model, registered=plans), registered)
+    _scores(report, taxonomy)
+    _further_evidence(report, taxonomy)
+    return report if taxonomy.names is not None or not taxonomy.note else report.text(taxonomy.note)
 
 
-def _labelled(report: Any, found: "Taxonomy") -> None:
+def _labelled(report: Any, taxonomy: Taxonomy) -> None:
     """The criteria for a label, the number of heads with each, and the evidence of the strongest."""
-    from hooklens.plugins.heads.head_labels import LEAST_MATCH, LEAST_SHARE
-
-    labelled, total = len(found.called()), found.score_p[0].numel()
+    labelled, total = len(taxonomy.called()), taxonomy.score_p[0].numel()
     report.text(
         "A label needs a score above that of heads with randomly rotated queries, and a change of the loss in the "
         "direction that the label predicts when exactly this attention is blocked, measured on other sequences. Taking "
@@ -85,66 +84,54 @@ def _labelled(report: Any, found: "Taxonomy") -> None:
         "head that attends to the label's keys with a significant effect in the opposite direction gets no label. A "
         "head without a label may have functions that repeated random tokens cannot show."
     )
-    report.numbers({"heads": total, "labelled": labelled, "loss on repeats": float(found.loss.mean())})
+    report.numbers({"heads": total, "labelled": labelled, "loss on repeats": float(taxonomy.loss.mean())})
     report.table(
-        found.counts(),
+        taxonomy.counts(),
         "Labels, and the number of heads with the score but without the effect, or with the opposite effect.",
         _LABELS,
     )
     report.figure(
-        found.figure(),
+        taxonomy.figure(),
         "Empty: chance. Blue: more attention than chance, and the label earned. Orange: more attention than chance, "
         "but blocking it does not have the effect that the label predicts.",
     )
-    report.table(found.table(_SHOWN), "The heads with the strongest evidence, labelled heads first.", found.terms)
+    report.table(taxonomy.table(_SHOWN), "The heads with the strongest evidence, labelled heads first.", taxonomy.terms)
     if labelled > _SHOWN:
         with report.fold(f"All {labelled} labelled heads"):
-            report.table(found.table(labelled), "Columns as above.")
+            report.table(taxonomy.table(labelled), "Columns as above.")
 
 
-def _claimed(
-    report: Any, found: "Taxonomy", model: "HookedTransformer | str", registered: "Sequence[Registration]"
-) -> None:
-    """Claims for the labels, including those registered before the run."""
-    from hooklens.results.claims import plans_met
-    from hooklens.studies.head_claims import taxonomy_claims
-
-    met, unmet = plans_met(taxonomy_claims(found, model), registered)
-    claims = taxonomy_claims(found, model, registered=met)
-    if claims is not None:
-        report.heading("Claims").claims(claims)
-    for sentence in unmet:
-        report.text(sentence)
-
-
-def _scores(report: Any, found: "Taxonomy") -> None:
+def _scores(report: Any, taxonomy: Taxonomy) -> None:
     """Where the heads attend, and what they write."""
     report.figure(
-        found.scores.figure(),
+        taxonomy.scores.figure(),
         "Mean attention to each kind of key, on random tokens that repeat. Previous: the token before; duplicate: "
         "earlier occurrences of the query's own token; induction: what followed them; first: position 0.",
     )
     report.figure(
-        found.ov.figure(),
+        taxonomy.ov.figure(),
         "The head's OV: what it writes for a token that it attends to. Blue: it raises that token's own logit; orange: "
         "it lowers it. z: distance from heads with randomly rotated outputs, in their standard deviations.",
     )
 
 
-def _further_evidence(report: Any, found: "Taxonomy") -> None:
+def _further_evidence(report: Any, taxonomy: Taxonomy) -> None:
     """Names, positions and suppression, if the model supports them."""
-    if found.names is not None:
-        report.table(found.names.table(_SHOWN), f"Indirect-object prompts. {found.note}", _NAMES)
-    if found.positions is not None:
-        caption = "Heads that attend to the previous token because of positions alone. Rows: queries whose largest "
-        caption += "score by positions alone is that of the previous position (p - 1)."
-        report.table(found.positions.table(_SHOWN), caption, _POSITIONS)
-    if found.suppression is not None and found.suppression.calibration is not None:
+    if taxonomy.names is not None:
+        report.table(taxonomy.names.table(_SHOWN), f"Indirect-object prompts. {taxonomy.note}", _NAMES)
+    if taxonomy.positions is not None:
         report.table(
-            found.suppression.table(_SHOWN),
+            taxonomy.positions.table(_SHOWN),
+            "Heads that attend to the previous token because of positions alone. Rows: queries whose largest score by "
+            "positions alone is that of the previous position (p - 1).",
+            _POSITIONS,
+        )
+    if taxonomy.suppression is not None and taxonomy.suppression.calibration is not None:
+        report.table(
+            taxonomy.suppression.table(_SHOWN),
             "Suppression of the attended token, on repeated tokens.",
             _SUPPRESSION | _CALIBRATION,
         )
-        change = found.suppression.calibration
+        change = taxonomy.suppression.calibration
         terms = {"head": "the mean-ablated head", **_CALIBRATION}
         report.table(change.table(None), f"Calibration without these heads, on {change.data}.", terms)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,21 +12,20 @@ from hooklens.core.component import head_name
 from hooklens.data.indirect_object import ioi
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.mover_result import NameMovers, by_group, of_pairs
 from hooklens.plugins.heads.name_movers import find_name_movers
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.results.claims import ClaimFamily
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
-from hooklens.studies.mover_evidence import LEAST_GROUPS, mover_claims
-from hooklens.studies.pair_study import PairStudy, by_layer, head_patterns, sweep_pair
+from hooklens.studies import pages
+from hooklens.studies.pair_study import PairStudy, by_layer, grids, head_patterns, sweep_pair
+from hooklens.studies.result_claims import LEAST_GROUPS, mover_claims
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
@@ -89,10 +88,6 @@ class IOIStudy(Result):
         """The share of the difference that patching each of `heads` restores, all later layers recomputed."""
         return self._recovered(self.reported_on)
 
-    def recovered_interval(self) -> tuple[Float[Tensor, "head"], Float[Tensor, "head"]]:
-        """The 95 % interval of `recovered`, over groups of pairs."""
-        return self.interval(self._moved, self.reported_on)
-
     @property
     def _moved(self) -> Float[Tensor, "pair head"]:
         return self.total - self.corrupted[:, None]
@@ -104,37 +99,34 @@ class IOIStudy(Result):
         self, moved: Float[Tensor, "pair cell"], index: Int[Tensor, "some"] | None = None
     ) -> tuple[Float[Tensor, "cell"], Float[Tensor, "cell"]]:
         """The interval of a share of the clean-corrupted difference, resampling groups of pairs; None: of all pairs."""
-        every = torch.arange(len(moved)) if index is None else index
-        group, level = self.movers.group[every], self.movers.criteria.level
-        return ratio_interval(by_group(moved[every], group), by_group(self.movers.gap[every], group), level=level)
+        some = torch.arange(len(moved)) if index is None else index
+        group, level = self.movers.group[some], self.movers.criteria.level
+        return ratio_interval(by_group(moved[some], group), by_group(self.movers.gap[some], group), level=level)
 
     def called(self) -> list[str]:
         """The label of each of `heads`: name mover if all three tests hold, else a description of its patch."""
         (low, high), least = self.interval(self._moved, self.chosen_on), self.movers.criteria.least_direct
-        movers = set(self.named.name_movers)
-        names = []
+        labels = []
         for i, head in enumerate(self.heads):
-            if head in movers:
-                names.append("name mover")
+            if head in self.named.name_movers:
+                labels.append("name mover")
             elif self.named.defined and low[i] > least:
-                names.append("restores the logit difference")
+                labels.append("restores the logit difference")
             elif self.named.defined and high[i] < -least:
-                names.append("lowers the logit difference")
+                labels.append("lowers the logit difference")
             else:
-                names.append("no clear effect" if len(self.named.group.unique()) > 1 else "no interval")
-        return names
+                labels.append("no clear effect" if len(self.named.group.unique()) > 1 else "no interval")
+        return labels
 
     def finding(self) -> str:
-        """The main result in one or two sentences: the opening of the page."""
-        from hooklens.studies.pages import finding
-
-        return finding(self)
+        """The main result in one or two sentences, with which the page begins."""
+        return pages.finding(self)
 
     def table(self, n: int | None = 14) -> Table:
         """One row per head: labelled and ranked by one half of the pairs, name movers first; measured on the other."""
         columns = ["head", "called", "patched", "low", "high", "direct", "d. low", "d. high", "attends to IO"]
         columns += ["margin", "copies", "suppresses"]
-        movers, (low, high), called = self.reported, self.recovered_interval(), self.called()
+        movers, (low, high), called = self.reported, self.interval(self._moved, self.reported_on), self.called()
         direct = (movers.share, *movers.share_interval())
         rest = (movers.attention.mean(0), movers.margin.mean(0), movers.copying, movers.suppressing)
         rows, size = [], self._recovered(self.chosen_on).abs().tolist()
@@ -150,12 +142,10 @@ class IOIStudy(Result):
 
     def report(self) -> Any:
         """The study as a page: `study.report().save("ioi.html", data=study)`."""
-        from hooklens.studies.pages import ioi_report
-
-        return ioi_report(self)
+        return pages.ioi_report(self)
 
 
-def study_ioi(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIStudy:
+def study_ioi(model: HookedTransformer, n: int = 64, *, seed: int = 0) -> IOIStudy:
     """How does this model know who gets the drink? The shown pair in detail, `n` balanced pairs for the claims.
 
     Needs a tokenizer in which the names are single tokens. Reference: Wang et al. (2022).
@@ -163,15 +153,16 @@ def study_ioi(model: "HookedTransformer", n: int = 64, *, seed: int = 0) -> IOIS
     pairs = ioi(model, n, seed=seed)
     clean, corrupted = pairs.tokens(model)
     with torch.no_grad(), packed_linears(rows=1024):  # packed once for everything below
-        shown = sweep_pair(model, PromptPairs(CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER))
+        pair = PromptPairs(CLEAN, CORRUPTED, answer=ANSWER, wrong_answer=WRONG_ANSWER)
+        shown = sweep_pair(model, pair, grids(("resid_pre", "z"), None), {})
         movers = find_name_movers(model, pairs)
         chosen_on, reported_on = movers.halves(seed=seed)
         heads = _candidates(shown, of_pairs(movers, chosen_on))
         patches = [Patch(layer, head=head) for layer, head in heads]
         with engine(verify=0):  # the shown pair's sweeps are checked; one check here costs as much as half of the sweep
             layers = by_layer(model, pairs)
-            made = plan(model, corrupted, "z", clean, patches=patches)
-            outcome = execute(SitePatches(made), pairs.metric_of(model))
+            planned = plan(model, corrupted, "z", clean, patches=patches)
+            outcome = execute(SitePatches(planned), pairs.metric_of(model))
         patterns = head_patterns(model, model.to_tokens(CLEAN)[0], heads[:_DRAWN])
     claims = mover_claims(model, movers, seed=seed) if len(movers.group.unique()) >= LEAST_GROUPS else None
     return IOIStudy(
@@ -195,7 +186,7 @@ def _candidates(shown: PairStudy, named: NameMovers) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*named.name_movers, *named.order()[:_CANDIDATES], *patched]))
 
 
-def demo(model: "HookedTransformer") -> NameMovers | IOIStudy:
+def demo(model: HookedTransformer) -> NameMovers | IOIStudy:
     """The study on four pairs if the tokenizer knows the names; else name movers among token numbers."""
     from hooklens.plugins.heads.name_movers import demo as numbers
 

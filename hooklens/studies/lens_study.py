@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -11,16 +11,14 @@ from torch import Tensor
 
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, logit_lens
 from hooklens.plugins.lens.logit_attribution import LogitAttribution, NoAttribution, direct_logit_attribution
 from hooklens.plugins.lens.reading import Answers
 from hooklens.plugins.lens.trajectory import Trajectory, trace_predictions
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Groups, few_groups, group_numbers
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.results.statistics import INTERVAL_TERMS, Groups, few_groups, group_numbers
 
 _PROMPT = {
     "prompt": "its name",
@@ -34,8 +32,7 @@ _COMPONENT = {
     "component": "L5H1 is head 1 of layer 5, 5_attn_out and 5_mlp_out are the outputs of its attention and MLP",
     "attribution": "the component's direct contribution to the answer's logit, minus that to the wrong answer's if "
     "there is one",
-    "95% low": "lower end of its interval",
-    "95% high": "upper end of that interval",
+    **INTERVAL_TERMS,
     "q": "the false discovery rate over these components",
     "where chosen": "the attribution on the prompts that chose the component; biased upwards for this reason",
     "spread over tokens": "standard deviation of its contribution over tokens of the vocabulary",
@@ -66,10 +63,12 @@ class LensStudy(Result):
         """One row per prompt: its end, the probability of its answer, and the stream from which on it is on top."""
         path, rows = self.trajectory, []
         for i, name in enumerate(self.names):
-            on_top = (path.rank[i] == 0).flip(0).long().cumprod(0).sum()
-            since = path.layers[len(path.layers) - int(on_top)] if on_top else "never"
-            ends = (float(path.log_prob[i, -1].exp()), int(path.rank[i, -1]))
-            rows.append((name, _end("".join(self.attribution.str_tokens[i])), repr(path.answer[i]), *ends, since))
+            on_top = int((path.rank[i] == 0).flip(0).long().cumprod(0).sum())  # number of streams, from the last down
+            since = path.layers[-on_top] if on_top else "never"
+            text = "".join(self.attribution.str_tokens[i])
+            end = text if len(text) <= _SHOWN_TEXT else f"…{text[1 - _SHOWN_TEXT :]}"
+            output = (float(path.log_prob[i, -1].exp()), int(path.rank[i, -1]))
+            rows.append((name, end, repr(path.answer[i]), *output, since))
         return Table(("prompt", "text", "answer", "probability", "rank", "on top from"), rows).head(n)
 
     def table(self, n: int | None = 12) -> Table:
@@ -77,12 +76,11 @@ class LensStudy(Result):
 
         With fewer than two groups, components are chosen and measured on the same prompts.
         """
-        held = self.held_out
-        if held is None:
+        if self.held_out is None:
             return self.attribution.table(n)
-        spread = dict(zip(self.attribution.labels, self.attribution.spread[held.reported_on].mean(0), strict=True))
-        numbers = (held.mean[0], held.low[0], held.high[0], held.q[0], held.chosen_by)
-        rows = [(name, *(float(part[i]) for part in numbers), float(spread[name])) for i, name in enumerate(held.names)]
+        spread = self.attribution.spread[self.held_out.reported_on].mean(0)
+        of = dict(zip(self.attribution.labels, spread.tolist(), strict=True))
+        rows = [(*row, of[row[0]]) for row in self.held_out.rows()]
         columns = ("component", "attribution", "95% low", "95% high", "q", "where chosen", "spread over tokens")
         return Table(columns, rows).head(n)
 
@@ -111,8 +109,8 @@ class LensStudy(Result):
         report.table(self.table(_CHOSEN), self._how(), _COMPONENT)
         shown = f", the first {len(self.lenses)} of {len(self.names)} prompts" * (len(self.lenses) < len(self.names))
         report.heading(f"What the model would say after every layer{shown}")
-        each = list(zip(self.prompt_table().rows, self.lenses, strict=False))
-        for i, ((name, text, answer, *_), lens) in enumerate(each):
+        for i, (row, lens) in enumerate(zip(self.prompt_table().rows, self.lenses, strict=False)):
+            name, text, answer = row[:3]
             caption = f"{name}; the answer is {answer}. Cells: the most likely token, coloured by its probability."
             with report.fold(f"{name}: {text}") if i else nullcontext():
                 report.figure(lens.figure(), caption)
@@ -128,17 +126,11 @@ class LensStudy(Result):
         control = "An attribution that is not large relative to the spread over tokens is not specific to the answer."
         if self.held_out is None:
             return f"Ranked and measured on the same prompts, so the first rows are biased upwards. {control}"
-        chosen, reported = len(self.held_out.chosen_on), len(self.held_out.reported_on)
-        n = len(self.group[self.held_out.reported_on].unique())
-        least = f"for which no p is below {2 / 2**n:.2g}{few_groups(n, '; ')}"
-        return (
-            f"Chosen by size on {chosen} prompts, measured on {reported} others that share no group with them; "
-            f"intervals and q over their {n} groups, {least}. {control}"
-        )
+        return f"{self.held_out.how()} {control}"
 
 
 def study_lens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts,
     *,
     answer: Answers | None = None,
@@ -169,28 +161,22 @@ def study_lens(
             answer = [int(model(row[None], logits_at=-1)[0, 0].argmax()) for row in rows]
     path = trace_predictions(model, rows, answer=answer, wrong_answer=wrong_answer, group=number)
     parts = direct_logit_attribution(model, rows, answer=answer, wrong_answer=wrong_answer, group=number)
-    held = None
+    held_out = None
     if int(number.max()):
         k = min(_CHOSEN, len(parts.labels))
-        held = held_out_top(model, parts.components.cpu(), parts.labels, k=k, group=number, seed=seed)
-    called = [f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else list(names)
-    lenses = [logit_lens(model, row[None]) for row in rows[:shown]]
+        held_out = held_out_top(model, parts.components.cpu(), parts.labels, k=k, group=number, seed=seed)
     return LensStudy(
         model=model.cfg.model_name,
-        names=called,
-        lenses=lenses,
+        names=[f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else list(names),
+        lenses=[logit_lens(model, row[None]) for row in rows[:shown]],
         trajectory=path,
         attribution=parts,
-        held_out=held,
+        held_out=held_out,
         group=number,
     )
 
 
-def _end(text: str) -> str:
-    return text if len(text) <= _SHOWN_TEXT else f"…{text[1 - _SHOWN_TEXT :]}"
-
-
-def demo(model: "HookedTransformer") -> LensStudy | NoAttribution:
+def demo(model: HookedTransformer) -> LensStudy | NoAttribution:
     """Four short prompts; token numbers where the model has no tokenizer."""
     why = model.blocks[0].not_a_sum
     if why is not None:

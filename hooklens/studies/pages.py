@@ -1,14 +1,17 @@
-"""The report pages of patching experiments: they draw the content of a study and compute only intervals."""
+"""Report pages: they draw the content of a study and compute only intervals."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hooklens.core.component import head_name
+from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
+from hooklens.results.claims import ClaimFamily, Registration, plans_met
 from hooklens.results.result import Table
-from hooklens.studies.mover_evidence import LEAST_GROUPS
+from hooklens.studies.result_claims import LEAST_GROUPS
 from hooklens.sweeps.sites import SITES
 
 if TYPE_CHECKING:
@@ -24,8 +27,37 @@ _PATCHES = {
 _NAMES = "L5 is layer 5, L5H1 its head 1; followed by the token and, in brackets, its position"
 
 
+def add_claims(
+    report: "Report",
+    claims_for: Callable[[Sequence[Registration]], ClaimFamily | None],
+    registered: Sequence[Registration],
+) -> None:
+    """Add claims, each with the plan that was registered for it, and a sentence for each plan without a claim."""
+    met, unmet = plans_met(claims_for(()), registered)
+    claims = claims_for(met)
+    if claims is not None:
+        report.heading("Claims").claims(claims)
+    for sentence in unmet:
+        report.text(sentence)
+
+
+def transfer_report(transfer: CircuitTransfer) -> "Report":
+    """The page of a circuit that was transferred to another model."""
+    from hooklens.viz.report import Report
+
+    report = Report(f"A circuit of {transfer.source} in {transfer.target}")
+    report.text(
+        "Nodes were matched by label and by their effect on one half of the prompts; faithfulness is measured on "
+        "the other. Matching roles do not imply matching mechanisms."
+    )
+    report.figure(transfer.figure()).table(transfer.table())
+    report.heading("Matched nodes").figure(transfer.matching.figure()).table(transfer.matching.table())
+    return report.heading("The circuit in the target").figure(transfer.mapped.circuit.figure())
+
+
 def pair_report(study: "PairStudy") -> "Report":
     """The page of one pair: predictions, a figure per site, layers, heads, numbers."""
+    from hooklens import viz
     from hooklens.viz.report import Report
 
     report = Report(f"Activation patching in {study.model}")
@@ -40,7 +72,7 @@ def pair_report(study: "PairStudy") -> "Report":
         report.figure(sweep.figure(), f"{patched(study, sweep)} One pair has no interval.")
     if study.heads:
         report.heading("What the strongest heads attend to").figure(
-            _attention(study.patterns, study.clean, study.heads),
+            viz.attention_heads(study.patterns, study.clean, study.heads),
             "On the clean prompt. A head that restores the logit difference need not be a name mover: this label needs "
             "many pairs, as in `hooklens demo`.",
         )
@@ -69,11 +101,8 @@ def patched(study: "PairStudy", sweep: PatchSweep) -> str:
             f"only at the first {first} and the last {last} tokens, which both prompts share, because the prompts have "
             f"{len(study.clean)} and {len(study.corrupted)} tokens; the tokens between keep their own value"
         )
-    read = (
-        "0: as in the corrupted run, 1: as in the clean run."
-        if sweep.defined
-        else "Both runs have the same logit difference, so its change is shown."
-    )
+    read = "Both runs have the same logit difference, so its change is shown."
+    read = "0: as in the corrupted run, 1: as in the clean run." if sweep.defined else read
     return (
         f"Patched: {SITES[sweep.site].words or sweep.site}, {unit}, {where}. Written: its value in the clean run, into "
         f"the corrupted run, every later layer recomputed. {read}"
@@ -152,45 +181,41 @@ def _prompts(report: "Report", study: "PairStudy") -> None:
     )
 
 
-def _attention(patterns: Any, tokens: list[str], heads: list[str]) -> Any:
-    from hooklens.viz.head_drawing import attention_heads
-
-    return attention_heads(patterns, tokens, heads)
-
-
 def _heads(report: "Report", study: "IOIStudy") -> None:
     """The figure of all heads, the table of the strongest, and the patterns of the first."""
-    asked = study.movers.criteria
+    from hooklens import viz
+
+    criteria = study.movers.criteria
     report.heading(f"Head by head, over {len(study.reported_on)} pairs")
     report.figure(
         study.figure(),
         "Every head of the model; the strongest are named. Name movers are at the upper right, in dark.",
     )
-    report.table(_short(study.table()), *_columns(study))
+    report.table(_short(study.table()), f"{_chosen(study)} Unrounded numbers are in the JSON file.", _terms(study))
     report.text(
         "A head is labelled a name mover only if all three criteria hold. It attends: the last position's attention to "
         "the indirect object exceeds that to any other position except the first by more than "
-        f"{asked.least_margin:g} (lower end of the interval). It copies: for at least {asked.least_copying:.0%} of the "
-        f"names, its OV puts the name itself among the {asked.top_k} most likely tokens. It acts directly: the lower "
-        f"end of its direct effect exceeds {asked.least_direct:.0%}. Other heads are described by their patch: they "
+        f"{criteria.least_margin:g} (lower end of the interval). It copies: for at least "
+        f"{criteria.least_copying:.0%} of the names, its OV puts the name itself among the {criteria.top_k} most "
+        "likely tokens. It acts directly: the lower end of its direct effect exceeds "
+        f"{criteria.least_direct:.0%}. Other heads are described by their patch: they "
         "restore the logit difference, or lower it."
     )
     drawn, called = study.heads[: len(study.patterns)], study.called()
     names = [f"{head_name(a, b)}, {called[i]}" for i, (a, b) in enumerate(drawn)]
     report.heading("What the strongest heads attend to").figure(
-        _attention(study.patterns, study.shown.clean, names),
+        viz.attention_heads(study.patterns, study.shown.clean, names),
         "On the clean prompt shown above; the bottom row is the last position, where the answer is predicted.",
     )
 
 
 def _claims(report: "Report", study: "IOIStudy") -> None:
     report.heading("Claims")
+    n = len(study.movers.group.unique())
     if study.claims is not None:
         report.text("Heads were labelled on one half of the pairs; the numbers come from the other half.")
         report.claims(study.claims)
-        return
-    n = len(study.movers.group.unique())
-    if n < LEAST_GROUPS:
+    elif n < LEAST_GROUPS:
         report.text(
             f"None: there are {n} groups of pairs (four share names and sentence). One half labels heads and the other "
             f"half tests them, which needs at least {LEAST_GROUPS} groups, {4 * LEAST_GROUPS} pairs."
@@ -204,9 +229,10 @@ def _short(table: Table) -> Table:
     columns = ("head", "called", "patched", "direct", "attends to IO", "margin", "copies", "suppresses")
     rows = []
     for head, called, *numbers in table.rows:
-        patched, direct, rest = numbers[:3], numbers[3:6], numbers[6:]
-        looks = (f"{rest[0]:.2f}", f"{rest[1]:+.2f}", *(f"{share:.0%}" for share in rest[2:]))
-        rows.append((head, called, *(_percent(*triple) for triple in (patched, direct)), *looks))
+        patched, direct = _percent(*numbers[:3]), _percent(*numbers[3:6])
+        attention, margin, copies, suppresses = numbers[6:]
+        evidence = (f"{attention:.2f}", f"{margin:+.2f}", f"{copies:.0%}", f"{suppresses:.0%}")
+        rows.append((head, called, patched, direct, *evidence))
     return Table(columns, rows)
 
 
@@ -220,15 +246,18 @@ def _percent(value: float, low: float, high: float) -> str:
     return f"{_whole(value)} [{_whole(low)[:-1]}, {_whole(high)[:-1]}]"
 
 
-def _columns(study: "IOIStudy") -> tuple[str, dict[str, str]]:
-    k, held_out = study.movers.criteria.top_k, study.held_out
-    how = (
+def _chosen(study: "IOIStudy") -> str:
+    if not study.held_out:
+        return "All pairs form one group, so heads are chosen and measured on the same pairs, without intervals."
+    return (
         f"Heads are chosen and labelled by {len(study.chosen_on)} of the pairs; every number comes from the other "
         f"{len(study.reported_on)}, which share no group with them."
-        if held_out
-        else "All pairs form one group, so heads are chosen and measured on the same pairs, without intervals."
     )
-    return f"{how} Unrounded numbers are in the JSON file.", {
+
+
+def _terms(study: "IOIStudy") -> dict[str, str]:
+    k = study.movers.criteria.top_k
+    return {
         "head": "L5H1 is head 1 of layer 5",
         "called": "name mover if all three tests hold, else the effect of its patch",
         "patched": "share of the clean-corrupted difference that the head's clean output restores with all later "
@@ -243,11 +272,11 @@ def _columns(study: "IOIStudy") -> tuple[str, dict[str, str]]:
 
 
 def _bars(study: "IOIStudy", sweep: PatchSweep) -> Any:
-    from hooklens.viz.figures import bars
+    from hooklens import viz
 
     low, high = study.interval(sweep.per_pair - sweep.corrupted_per_pair[:, None])
     title = f"{sweep.site}: recovered by each layer"
-    return bars(sweep.recovered, low, high, sweep.labels["layer"], title, x_title="layer", y_title="recovered")
+    return viz.bars(sweep.recovered, low, high, sweep.labels["layer"], title, x_title="layer", y_title="recovered")
 
 
 def _how(report: "Report", study: "IOIStudy") -> None:
@@ -275,17 +304,15 @@ _PRODUCTS = {"linear": "torch's own products", "packed": "weights packed for thi
 def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
     errors = torch.tensor([sweep.largest_error for sweep in sweeps])
     known = errors[errors.isfinite()]
-    seen = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
+    largest = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
     checked = sum(sweep.n_verified for sweep in sweeps)
-    kernels = " and ".join(_PRODUCTS[name] for name in sorted({s.kernel for s in sweeps}) if name in _PRODUCTS)
+    work = ", ".join(f"{sweep.site} by {' x '.join(sweep.by)} {sweep.computed:.0%}" for sweep in sweeps)
+    kernels = " and ".join(_PRODUCTS[name] for name in sorted({sweep.kernel for sweep in sweeps}) if name in _PRODUCTS)
     products = (
         f" Linear layers were multiplied with {kernels}. The other kernel gives other last digits, and each process "
         "measures which is faster; in Python, hl.engine(kernel=...) fixes the choice."
     )
     return report.text(
-        f"Every patch is exact. {checked} were run again as plain hooked forward passes{seen}. The work done, as a "
-        "share of that plain loop: "
-        + ", ".join(f"{s.site} by {' x '.join(s.by)} {s.computed:.0%}" for s in sweeps)
-        + "."
-        + products * bool(kernels)
+        f"Every patch is exact. {checked} were run again as plain hooked forward passes{largest}. The work done, as a "
+        f"share of that plain loop: {work}.{products if kernels else ''}"
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,13 +16,12 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import check_prompts_differ, common_ends, read_pairs, rows_of
 from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.result import Result, Table
+from hooklens.studies import pages
 from hooklens.sweeps.planning import grid_axes, has_site, site_kind
 from hooklens.sweeps.sites import SITES
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _STRONGEST = 6
 _GUESSES = 5
@@ -57,10 +56,9 @@ class PairStudy(Result):
 
     def table(self, n: int | None = 16) -> Table:
         """The patches that changed the logit difference most, equally many per site; at most `n` in total."""
-        each = None if n is None else -(-n // max(1, len(self.sweeps)))
-        tables = {site: sweep.table(each) for site, sweep in self.sweeps.items()}
-        rows = [(site, *row) for site, table in tables.items() for row in table.rows]
-        return Table(("site", "patch", "logit difference", *next(iter(tables.values())).columns[2:]), rows).head(n)
+        per_site = None if n is None else -(-n // max(1, len(self.sweeps)))
+        rows = [(site, *row) for site, sweep in self.sweeps.items() for row in sweep.table(per_site).rows]
+        return Table(("site", "patch", "logit difference", *self.any_sweep.table(0).columns[2:]), rows).head(n)
 
     def figure(self) -> Any:
         """The first site's sweep."""
@@ -68,13 +66,11 @@ class PairStudy(Result):
 
     def report(self) -> Any:
         """The study as a page: `study.report().save("study.html", data=study)`."""
-        from hooklens.studies.pages import pair_report
-
-        return pair_report(self)
+        return pages.pair_report(self)
 
 
 def study_pair(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     *,
     sites: Sequence[str] = ("resid_pre", "z"),
@@ -91,45 +87,37 @@ def study_pair(
     `by` is the grid of the sites that are swept by position by default; `resume` gives one file per site.
     """
     with torch.no_grad(), packed_linears(rows=1024):  # the weights are packed once for all sweeps
-        study = sweep_pair(model, pairs, sites=sites, by=by, resume=resume)
+        study = sweep_pair(model, pairs, grids(sites, by), resume or {})
         return replace(study, layers=by_layer(model, pairs))
 
 
 def sweep_pair(
-    model: "HookedTransformer",
-    pairs: PromptPairs,
-    *,
-    sites: Sequence[str] = ("resid_pre", "z"),
-    by: str | None = None,
-    resume: Mapping[str, Path] | None = None,
+    model: HookedTransformer, pairs: PromptPairs, axes: Mapping[str, tuple[str, ...]], resume: Mapping[str, Path]
 ) -> PairStudy:
-    """`study_pair` without its whole layers."""
-    files, metric = resume or {}, pairs.metric_of(model)
-    with torch.no_grad():
-        sweeps = {}
-        for site, axes in grids(sites, by).items():
-            sweeps[site] = patch(model, pairs, site=site, by=axes, resume=files.get(site))
-        ids = [rows_of(model, prompts, "prompts")[0] for prompts in (pairs.clean, pairs.corrupted)]
-        by_head = "z" in sweeps and sweeps["z"].by == ("layer", "head")
-        chosen = sweeps["z"].order()[:_STRONGEST] if by_head else []
-        return PairStudy(
-            model.cfg.model_name,
-            clean=show(model, ids[0]),
-            corrupted=show(model, ids[1]),
-            answer=show(model, metric.answer)[0],
-            wrong_answer=show(model, metric.wrong_answer)[0],
-            clean_top=_guesses(model, ids[0]),
-            corrupted_top=_guesses(model, ids[1]),
-            sweeps=sweeps,
-            layers={},
-            heads=[head_name(layer, head) for layer, head in chosen],
-            patterns=head_patterns(model, ids[0], chosen),
-            shared=common_ends(*ids),
-        )
+    """`study_pair` without its whole layers: sweeps over the grid of each site. Gradients must be off."""
+    metric = pairs.metric_of(model)
+    sweeps = {site: patch(model, pairs, site=site, by=by, resume=resume.get(site)) for site, by in axes.items()}
+    clean, corrupted = (rows_of(model, prompts, "prompts")[0] for prompts in (pairs.clean, pairs.corrupted))
+    by_head = "z" in sweeps and sweeps["z"].by == ("layer", "head")
+    strongest = sweeps["z"].order()[:_STRONGEST] if by_head else []
+    return PairStudy(
+        model.cfg.model_name,
+        clean=show(model, clean),
+        corrupted=show(model, corrupted),
+        answer=show(model, metric.answer)[0],
+        wrong_answer=show(model, metric.wrong_answer)[0],
+        clean_top=_guesses(model, clean),
+        corrupted_top=_guesses(model, corrupted),
+        sweeps=sweeps,
+        layers={},
+        heads=[head_name(layer, head) for layer, head in strongest],
+        patterns=head_patterns(model, clean, strongest),
+        shared=common_ends(clean, corrupted),
+    )
 
 
 def check_pair(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     *,
     sites: Sequence[str],
@@ -143,14 +131,9 @@ def check_pair(
         check_prompts_differ(groups)
         return groups[0].clean.shape[1]
 
-    found = judge(
-        {
-            "answer": lambda: pairs.metric_of(model),
-            "sites": lambda: [has_site(model, site_kind(site)) for site in sites],
-            "clean": prompts,
-        }
-    )
-    return found["clean"], axes
+    answers = {"answer": lambda: pairs.metric_of(model)}
+    there = {"sites": lambda: [has_site(model, site_kind(site)) for site in sites]}
+    return judge({**answers, **there, "clean": prompts})["clean"], axes
 
 
 def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
@@ -161,19 +144,19 @@ def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
     """
     if not sites:
         raise ArgumentError("{sites} is empty; give at least one of {0}", ", ".join(SITES))
-    found, refused = {}, []
-    for site in dict.fromkeys(site_kind(site) for site in sites):
+    axes, refused = {}, []
+    for site in map(site_kind, sites):
         try:
-            found[site] = grid_axes(site, by)
+            axes[site] = grid_axes(site, by)
         except InputError as error:
             refused.append(error)
-            found[site] = grid_axes(site, None)
-    if len(refused) == len(found):
+            axes[site] = grid_axes(site, None)
+    if len(refused) == len(sites):
         raise refused[0]
-    return found
+    return axes
 
 
-def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchSweep]:
+def by_layer(model: HookedTransformer, pairs: PromptPairs) -> dict[str, PatchSweep]:
     """What does each layer's attention, and each layer's MLP, restore at all positions at once?"""
     points = model.hook_points()
     sites = [site for site in ("attn_out", "mlp_out") if f"blocks.0.{SITES[site].point}" in points]
@@ -181,22 +164,21 @@ def by_layer(model: "HookedTransformer", pairs: PromptPairs) -> dict[str, PatchS
 
 
 def head_patterns(
-    model: "HookedTransformer", ids: Tensor, heads: Sequence[tuple[int, ...]]
+    model: HookedTransformer, ids: Tensor, heads: Sequence[tuple[int, ...]]
 ) -> Float[Tensor, "head query_pos key_pos"]:
     """The attention patterns of the given heads on one prompt."""
-    n = len(ids)
     if not heads:
-        return torch.zeros(0, n, n)
+        return torch.zeros(0, len(ids), len(ids))
     _, cache = model.run_with_cache(ids[None], [("pattern", layer) for layer in sorted({layer for layer, _ in heads})])
     return torch.stack([cache["pattern", layer][0, head] for layer, head in heads])
 
 
-def _guesses(model: "HookedTransformer", ids: Tensor) -> list[tuple[str, float]]:
+def _guesses(model: HookedTransformer, ids: Tensor) -> list[tuple[str, float]]:
     probs = model(ids[None], logits_at=-1)[0, 0].float().softmax(-1)
     best = probs.topk(min(_GUESSES, len(probs)))
     return list(zip(show(model, best.indices), best.values.tolist(), strict=True))
 
 
-def demo(model: "HookedTransformer") -> PairStudy:
+def demo(model: HookedTransformer) -> PairStudy:
     """Two short prompts that differ in one token; token numbers where the model has no tokenizer."""
     return study_pair(model, demo_pairs(model))

@@ -1,11 +1,9 @@
 """The report page of a probe study: accuracy, baselines, and the limits of what the numbers show."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hooklens.results.statistics import few_groups
-
-if TYPE_CHECKING:
-    from hooklens.plugins.probing.study import ProbeStudy
+from hooklens.plugins.probing.study import ProbeStudy
+from hooklens.results.statistics import INTERVAL_TERMS, few_groups
 
 _WHAT = {
     "what": "the labels that are read, and the baselines: the control task has random labels, the same for all "
@@ -13,15 +11,14 @@ _WHAT = {
 }
 _ACCURACY = {
     "balanced accuracy": "accuracy averaged within classes first",
-    "95% low": "lower end of its interval over groups",
-    "95% high": "upper end of that interval",
+    **INTERVAL_TERMS,
     "accuracy": "share right",
     "p": "how often shuffled labels reach this accuracy",
     "q": "the false discovery rate over all points",
 }
 
 
-def probe_report(study: "ProbeStudy", title: str = "") -> Any:
+def probe_report(study: ProbeStudy, title: str = "") -> Any:
     """Counts, a verdict in words, accuracy by layer, the baselines, and calibration."""
     from hooklens.viz.report import Report
 
@@ -51,17 +48,16 @@ def probe_report(study: "ProbeStudy", title: str = "") -> Any:
     )
 
 
-def _by_layer(study: "ProbeStudy") -> str:
+def _by_layer(study: ProbeStudy) -> str:
     """The meaning of p and q of single layers, and their smallest possible values."""
-    said, draws = "p against shuffled labels, q over all of these", len(study.point_null)
+    words, draws = "p against shuffled labels, q over all of these", len(study.point_null)
     if not draws:
-        return f"{said}; no labels were shuffled."
-    if study.least_q > 0.05:
-        return f"{said}; no single layer can reach q 0.05: with {draws} draws the smallest q is {study.least_q:.2g}."
-    return f"{said}; with {draws} draws the smallest q of a single layer is {study.least_q:.2g}."
+        return f"{words}; no labels were shuffled."
+    none = "no single layer can reach q 0.05: " if study.least_q > 0.05 else ""
+    return f"{words}; {none}with {draws} draws the smallest q of a single layer is {study.least_q:.2g}."
 
 
-def verdicts(study: "ProbeStudy") -> list[str]:
+def verdicts(study: ProbeStudy) -> list[str]:
     """The limits that the controls put on the accuracy, in sentences; empty if there are none.
 
     >>> from hooklens.testing import tiny_model
@@ -69,21 +65,21 @@ def verdicts(study: "ProbeStudy") -> list[str]:
     >>> verdicts(demo(tiny_model()))[0]
     'Shuffled labels are read as well (p ...): there is no evidence for the label.'
     """
-    said = []
+    sentences = []
     if study.p > 0.05:
-        said.append(f"Shuffled labels are read as well (p {study.p:.2g}): there is no evidence for the label.")
+        sentences.append(f"Shuffled labels are read as well (p {study.p:.2g}): there is no evidence for the label.")
     value, low, high = study.over_embeddings()
     if not low > 0:
-        said.append(
+        sentences.append(
             "There is no evidence that the model's layers add anything: an embedding of the tokens does as well (probe "
             f"minus embedding {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
         )
     value, low, high = study.selectivity_interval()
     if not low > 0:
-        said.append(
-            f"There is no control task here: {study.no_control}."
-            if study.control_by is None
-            else f"Random labels (one per {study.control_by}) are read as well from the same streams, so the probe may "
-            f"have learnt the task by itself (selectivity {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
+        learnt = (
+            f"Random labels (one per {study.control_by}) are read as well from the same streams, so the probe may have "
+            f"learnt the task by itself (selectivity {value:.3f}, 95 % [{low:.3f}, {high:.3f}])."
         )
-    return said
+        none = f"There is no control task here: {study.no_control}."
+        sentences.append(none if study.control_by is None else learnt)
+    return sentences

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from jaxtyping import Num
 from torch import Tensor
 
 from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
-from hooklens.viz.inputs import as_array, as_labels, same_length
+from hooklens.viz.inputs import as_array, as_labels, as_series
 from hooklens.viz.text import label
 from hooklens.viz.theme import NEUTRAL, POSITIVE, SEQUENTIAL, SERIES, plotly_scale
 
@@ -31,13 +32,13 @@ def lines(
     """
     figure = new_figure([], title, x_title, y_title)
     for index, (name, series) in enumerate(values.items()):
-        array, colour = as_array(series, "point", "lines"), SERIES[index % len(SERIES)]
-        at = np.arange(len(array)) if x is None else as_array(x, "point", "lines")
-        same_length("lines", x=at, values=array)
+        places = torch.arange(len(series)) if x is None else x
+        at, array = as_series("lines", "point", x=places, values=series)
+        colour = SERIES[index % len(SERIES)]
         if bands and name in bands:
-            low, high = (as_array(end, "point", "lines") for end in bands[name])
-            same_length("lines", x=at, low=low, high=high)
-            figure.add_trace(_band(at, low, high, colour))
+            low, high = bands[name]
+            at, lowest, highest = as_series("lines", "point", x=places, low=low, high=high)
+            figure.add_trace(_band(at, lowest, highest, colour))
         shown = label(name) or "∅"
         boxes = [box(("", shown), (x_title, a), (y_title, b)) for a, b in zip(at, array, strict=True)]
         line = {"color": colour, "width": 2, "dash": ("solid", "dash", "dot")[index // len(SERIES) % 3]}
@@ -63,14 +64,12 @@ def scatter(
     >>> scatter(torch.rand(4), torch.rand(4), ["a", "b", "c", "<i>"]).data[0].text[3].split("<br>")[0]
     '&lt;i&gt;'
     """
-    across, up = as_array(x, "point", "scatter"), as_array(y, "point", "scatter")
-    same_length("scatter", x=across, y=up)
+    across, up = as_series("scatter", "point", x=x, y=y)
     names = as_labels(labels, len(across), "point", "scatter")
     boxes = [box(("", n), (x_title, a), (y_title, b)) for n, a, b in zip(names, across, up, strict=True)]
     marker: dict = {"size": 7, "opacity": 0.8, "color": POSITIVE}
     if colour is not None:
-        third = as_array(colour, "point", "scatter")
-        same_length("scatter", x=across, colour=third)
+        _, third = as_series("scatter", "point", x=x, colour=colour)
         low, high = span(third, False, 0.0)
         boxes = [f"{text}<br>{label(colourbar)} {number(c)}" for text, c in zip(boxes, third, strict=True)]
         marker |= {"color": third, "cmin": low, "cmax": high}

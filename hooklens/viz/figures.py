@@ -8,7 +8,7 @@ from jaxtyping import Num
 from torch import Tensor
 
 from hooklens.viz.drawing import box, colour_bar, mark, new_figure, number, span
-from hooklens.viz.inputs import as_array, as_labels, same_length, ticks
+from hooklens.viz.inputs import as_array, as_labels, as_series, same_length, ticks
 from hooklens.viz.theme import DIVERGING, NEGATIVE, NEUTRAL, POSITIVE, SEQUENTIAL, plotly_scale
 
 _IN_CELL = 9  # characters that fit a cell
@@ -60,7 +60,9 @@ def heatmap(
         same_length("heatmap", rows=array, cells=cells)
         written = [as_labels(line, array.shape[1], "x", "cells", _IN_CELL) for line in cells]
         drawn.update(hovertext=boxes, text=written, texttemplate="%{text}", textfont={"size": 10})
-    figure = new_figure([drawn], title, x_title, y_title, height=_height(len(array)))
+    # a readable height for each row, within the size of a screen
+    height = 130 + int(min(max(len(array) * (28 if len(array) <= 16 else 20), 110), 620))
+    figure = new_figure([drawn], title, x_title, y_title, height=height)
     figure.update_traces(xgap=1, ygap=1, selector=lambda _: array.size <= 4000)
     figure.update_xaxes(
         **ticks(columns), **_slant(columns), showgrid=False, zeroline=False, range=[-0.5, array.shape[1] - 0.5]
@@ -91,10 +93,10 @@ def bars(
     array = as_array(values, "bar", "bars")
     names = as_labels(labels, len(array), "bar", "bars", _LONGEST)
     boxes = [box((x_title, name), (y_title, value)) for name, value in zip(names, array, strict=True)]
-    traces: list = [go.Bar(y=array, marker={"color": _signs(array)}, hovertext=boxes, hoverinfo="text")]
+    colours = [NEGATIVE if value < 0 else POSITIVE for value in array]
+    traces: list = [go.Bar(y=array, marker={"color": colours}, hovertext=boxes, hoverinfo="text")]
     if low is not None and high is not None:
-        ends = as_array(low, "bar", "bars"), as_array(high, "bar", "bars")
-        same_length("bars", values=array, low=ends[0], high=ends[1])
+        _, *ends = as_series("bars", "bar", values=values, low=low, high=high)
         boxes = [f"{text}<br>[{number(a)}, {number(b)}]" for text, a, b in zip(boxes, *ends, strict=True)]
         traces = [traces[0].update(hovertext=boxes), _whiskers(*ends)]
     figure = new_figure(traces, title, x_title, y_title)
@@ -105,23 +107,14 @@ def bars(
 
 def _lines(cells: Sequence[object], count: int) -> list[str]:
     """Additional lines of the hover box for each cell of a row."""
-    each = [cell if isinstance(cell, tuple | list) else (cell,) for cell in cells]
-    same_length("hover", columns=range(count), cells=each)
-    return ["<br>".join(as_labels(cell, len(cell), "line", "hover")) for cell in each]
-
-
-def _height(rows: int) -> int:
-    """A readable height for each row, within the size of a screen."""
-    return 130 + int(min(max(rows * (28 if rows <= 16 else 20), 110), 620))
+    same_length("hover", columns=range(count), cells=cells)
+    texts = [cell if isinstance(cell, tuple | list) else (cell,) for cell in cells]
+    return ["<br>".join(as_labels(lines, len(lines), "line", "hover")) for lines in texts]
 
 
 def _slant(labels: list[str]) -> dict:
     """Long labels are vertical: a slanted label at the left edge would not fit, and Plotly would omit it."""
     return {"autotickangles": [0, -90] if max(map(len, labels), default=0) > 12 else [0, -45, -90]}
-
-
-def _signs(array: np.ndarray) -> list[str]:
-    return [NEGATIVE if value < 0 else POSITIVE for value in array]
 
 
 def _whiskers(low: np.ndarray, high: np.ndarray) -> go.Scatter:

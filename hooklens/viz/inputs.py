@@ -46,6 +46,17 @@ def as_labels(labels: Sequence[object] | None, count: int, axis: str, what: str,
     return shown
 
 
+def as_series(what: str, axis: str, **values: Shaped[Tensor, "..."]) -> list[np.ndarray]:
+    """Convert values along one axis that belong together entry by entry; see `as_array` and `same_length`.
+
+    >>> [len(array) for array in as_series("bars", "bar", values=torch.ones(2), low=torch.zeros(2))]
+    [2, 2]
+    """
+    arrays = {name: as_array(value, axis, what) for name, value in values.items()}
+    same_length(what, **arrays)
+    return list(arrays.values())
+
+
 def same_length(what: str, **counted: Sized) -> None:
     """Raise if inputs that belong together entry by entry differ in length.
 

@@ -86,7 +86,7 @@ class Report:
 
     def table(self, table: Table, caption: str = "", terms: Mapping[str, str] | None = None) -> "Report":
         """Add a table; its values also go into the JSON. `terms` explain columns; other columns have no note."""
-        known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
+        known = {name: terms[name] for name in table.columns if terms and name in terms}
         words = " ".join([caption, *(f"{name}: {meaning}." for name, meaning in known.items())]).strip()
         self._tables.append({"caption": words, "columns": list(table.columns), "rows": _plain_rows(table)})
         shown = "".join(f" <b>{escape(name)}</b>: {escape(meaning)}." for name, meaning in known.items())
@@ -115,8 +115,8 @@ class Report:
             self.table(family.table(), caption)
         words = f"The {n} claims in words, each with its observation, intervention and control"
         with self.fold(words) if n > _READ_AT_ONCE else nullcontext():
-            for one in family.claims:
-                self.text(one.sentence())
+            for claim in family.claims:
+                self.text(claim.sentence())
         return self
 
     def tokens(self, strip: Html, caption: str = "") -> "Report":
@@ -155,8 +155,8 @@ class Report:
         beside = path.with_suffix(".json") if path.name else path
         if path == beside and path.name:
             raise InputError(f"{str(path)!r} is the name of the JSON file next to the page; choose {path.stem}.html")
-        held = {"title": self.title, "numbers": self._numbers, "tables": self._tables, "data": plain(data)}
-        text = json.dumps(held, allow_nan=False)
+        content = {"title": self.title, "numbers": self._numbers, "tables": self._tables, "data": plain(data)}
+        text = json.dumps(content, allow_nan=False)
         with write_atomically(path) as page_path, write_atomically(beside) as json_path:
             page_path.write_text(self.to_html(), encoding="utf-8", newline="\n")
             json_path.write_text(text + "\n", encoding="utf-8")
@@ -197,7 +197,6 @@ def _prompt(name: str, str_tokens: Sequence[str], differs: set[int], top: Sequen
         f'<i style="width:{100 * min(max(float(share), 0.0), 1.0):.2f}%"></i><span class="share">{share:.1%}</span>'
         for token, share in top
     )
-    said = f'<div class="guesses">{guesses}</div>' if guesses else ""
-    return (
-        f'<div class="prompt"><h3>{name}, {len(str_tokens)} tokens</h3><div class="tokens">{tokens}</div>{said}</div>'
-    )
+    below = f'<div class="guesses">{guesses}</div>' if guesses else ""
+    title = f"<h3>{name}, {len(str_tokens)} tokens</h3>"
+    return f'<div class="prompt">{title}<div class="tokens">{tokens}</div>{below}</div>'

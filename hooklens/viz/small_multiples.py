@@ -20,37 +20,36 @@ def panels(figures: Sequence[go.Figure]) -> go.Figure:
     >>> len(both.data), [note.text for note in both.layout.annotations]
     (2, ['A', 'B'])
     """
-    sizes = [int(one.layout.height or 380) for one in figures]
-    rows = [_legend_rows(one) for one in figures]
+    sizes = [int(figure.layout.height or 380) for figure in figures]
+    rows = [_legend_rows(figure) for figure in figures]
     gap = _GAP + _ROW * (max(rows) - 1)
     total = sum(sizes) + gap * (len(figures) - 1)
-    titles = [one.layout.title.text or "" for one in figures]
-    made = make_subplots(
+    titles = [figure.layout.title.text or "" for figure in figures]
+    stacked = make_subplots(
         rows=len(figures), cols=1, row_heights=sizes, vertical_spacing=gap / total, subplot_titles=titles
     )
-    made.update_layout(template=template(), height=total, margin={"t": 76 + _ROW * (rows[0] - 1), "b": 48})
-    made.update_annotations(x=0, xanchor="left", font={"size": 15})
-    for title, n in zip(
-        made.layout.annotations, [n for n, text in zip(rows, titles, strict=True) if text], strict=True
-    ):
+    stacked.update_layout(template=template(), height=total, margin={"t": 76 + _ROW * (rows[0] - 1), "b": 48})
+    stacked.update_annotations(x=0, xanchor="left", font={"size": 15})
+    titled = [n for n, text in zip(rows, titles, strict=True) if text]
+    for title, n in zip(stacked.layout.annotations, titled, strict=True):
         title.yshift = 24 + _ROW * (n - 1)  # above the legend
-    for row, one in enumerate(figures, 1):
+    for row, figure in enumerate(figures, 1):
         legend = "legend" if row == 1 else f"legend{row}"
-        for trace in one.data:
+        for trace in figure.data:
             drawn = go.Figure([trace]).data[0].update(legend=legend)
-            drawn.showlegend = one.layout.showlegend if trace.showlegend is None else trace.showlegend
-            made.add_trace(drawn, row=row, col=1)
-        for kind, update in (("x", made.update_xaxes), ("y", made.update_yaxes)):
-            axis = one.layout[f"{kind}axis"].to_plotly_json()
+            drawn.showlegend = figure.layout.showlegend if trace.showlegend is None else trace.showlegend
+            stacked.add_trace(drawn, row=row, col=1)
+        for kind, update in (("x", stacked.update_xaxes), ("y", stacked.update_yaxes)):
+            axis = figure.layout[f"{kind}axis"].to_plotly_json()
             update(row=row, col=1, **{name: value for name, value in axis.items() if name not in ("domain", "anchor")})
         place = {"xref": "x domain", "yref": "y"} if row == 1 else {"xref": f"x{row} domain", "yref": f"y{row}"}
-        for shape in one.layout.shapes:
-            made.add_shape(shape.update(place))
-        for note in one.layout.annotations:
-            made.add_annotation(note.update(place))
-        top = made.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
-        made.update_layout({legend: {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "xanchor": "left"}})
-    return made
+        for shape in figure.layout.shapes:
+            stacked.add_shape(shape.update(place))
+        for note in figure.layout.annotations:
+            stacked.add_annotation(note.update(place))
+        top = stacked.layout["yaxis" if row == 1 else f"yaxis{row}"].domain[1]
+        stacked.update_layout({legend: {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "xanchor": "left"}})
+    return stacked
 
 
 def _legend_rows(figure: go.Figure) -> int:

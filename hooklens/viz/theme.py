@@ -1,7 +1,6 @@
 """The style of all figures: colours that colour-blind readers can distinguish, and one template."""
 
 import functools
-import itertools
 import math
 
 import plotly.graph_objects as go
@@ -17,6 +16,9 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6e
 # orange: negative, blue: positive; lightness decreases evenly to both sides
 DIVERGING = ("#8c3a04", "#d9701e", "#f5b583", "#fbe3d0", "#f7f7f7", "#d6e4f0", "#94bcdc", "#3f86c0", "#0b3f78")
 SEQUENTIAL = ("#f7f9fc", "#d6e4f0", "#a6c8e4", "#6aa3d2", "#3179b5", "#12549a", "#082f63")
+
+
+_MIDDLE = (1.05 * 0.05) ** 0.5 - 0.05  # luminance with equal contrast, (a + 0.05) / (b + 0.05), to black and to white
 
 
 @functools.cache
@@ -72,8 +74,8 @@ def colour_at(colours: tuple[str, ...], fraction: float) -> str:
     """
     at = min(max(fraction, 0.0), 1.0) * (len(colours) - 1)
     low = min(int(at), len(colours) - 2)
-    (a, b), part = itertools.islice(map(_rgb, colours), low, low + 2), at - low
-    return "#" + "".join(f"{round(x + (y - x) * part):02x}" for x, y in zip(a, b, strict=True))
+    pairs = zip(_rgb(colours[low]), _rgb(colours[low + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in pairs)
 
 
 def text_on(background: str) -> str:
@@ -82,17 +84,7 @@ def text_on(background: str) -> str:
     >>> text_on("#f7f7f7"), text_on("#0b3f78")
     ('#000000', '#ffffff')
     """
-    return max("#000000", "#ffffff", key=lambda ink: contrast(ink, background))
-
-
-def contrast(a: str, b: str) -> float:
-    """WCAG 2.1's contrast ratio of two colours.
-
-    >>> round(contrast("#000000", "#ffffff"))
-    21
-    """
-    low, high = sorted((_luminance(a), _luminance(b)))
-    return (high + 0.05) / (low + 0.05)
+    return "#000000" if luminance(background) > _MIDDLE else "#ffffff"
 
 
 def limits(low: float, high: float, *, diverging: bool, middle: float = 0.0) -> tuple[float, float]:
@@ -113,7 +105,8 @@ def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
 
 
-def _luminance(colour: str) -> float:
+def luminance(colour: str) -> float:
+    """WCAG 2.1's relative luminance, from 0 (black) to 1 (white)."""
     parts = (part / 255 for part in _rgb(colour))
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

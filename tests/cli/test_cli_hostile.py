@@ -11,8 +11,8 @@ from test_cli import CLEAN, CORRUPTED, invoke
 from test_cli_methods import pairs_file  # noqa: F401  a fixture
 
 from hooklens import cli
-from hooklens.cli import models_command as models
 from hooklens.data.indirect_object import NAMES
+from hooklens.pretrained import loading
 from hooklens.pretrained.checkpoint import save
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.testing import tiny_model
@@ -140,12 +140,12 @@ def test_hostile_files_are_refused_in_plain_characters(hostile, tmp_path):
 
 
 def test_something_unexpected_is_told_in_plain_characters(hostile, monkeypatch):
-    def raising(*args):
+    def raising(*args, **options):
         error = RuntimeError(EVIL)
         error.add_note(EVIL)
         raise error
 
-    monkeypatch.setattr(models, "load_model", raising)
+    monkeypatch.setattr(loading, "load", raising)
     for debug in ([], ["--debug"]):
         text = told(invoke(*debug, "check", hostile), cli.FAILED)
         assert text.count("owned") >= 2
@@ -155,5 +155,5 @@ def test_a_failed_check_of_numbers_ends_with_1(hostile, monkeypatch):
     from hooklens.core.errors import CheckFailed
 
     failing = (_ for _ in ()).throw
-    monkeypatch.setattr(models, "load_model", lambda *args: failing(CheckFailed("z at layer 0 differs")))
+    monkeypatch.setattr(loading, "load", lambda *args, **options: failing(CheckFailed("z at layer 0 differs")))
     assert "z at layer 0 differs" in told(invoke("check", hostile), cli.FAILED)

@@ -128,10 +128,17 @@ def test_a_device_that_is_not_there_was_torchs_bare_assertion(model_path):  # no
 def test_a_command_of_more_than_a_minute_says_so_first(model_path, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(estimates, "seconds_a_token", lambda model: 10.0)
     out = ["--model", model_path, "--out", tmp_path / "o.html"]
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hooklens.studies.ioi_study.study_ioi", stop)
+    monkeypatch.setattr("hooklens.plugins.heads.classify_heads", stop)
+    monkeypatch.setattr("hooklens.studies.pair_study.study_pair", stop)
     for arguments in (["patch", *pair()], ["demo", "--pairs", 4], ["heads", "--sequences", 6, "--ioi", 0]):
         done = invoke(*arguments, *out)
         first = done.stderr.splitlines()[0]
-        assert done.exit_code == 0 and first.startswith("this will take about ") and "Ctrl-C" in first
+        assert done.exit_code == cli.INTERRUPTED and first.startswith("this will take about ") and "Ctrl-C" in first
     monkeypatch.undo()
     assert invoke("patch", *pair(), *out).stderr == ""
 
@@ -154,6 +161,20 @@ def test_no_estimate_was_given_before_check_run_probe_lens_and_generate(model_pa
         done = invoke(*command)
         assert done.exit_code == 0, done.output
         assert done.stderr.startswith("this will take about "), (command, done.stderr)
+
+
+def test_the_evaluation_of_a_circuit_was_foretold_as_short_as_its_search(model_path, monkeypatch):  # noqa: F811
+    """Its module had been renamed, and the estimate looked for the old name: forty times too short."""
+    tokens = []
+
+    def stop(model, n):
+        tokens.append(n)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimates, "how_long", stop)
+    for plugin in ("eap", "evaluate_circuit", "classify_heads", "patch"):
+        assert invoke("run", plugin, "--model", model_path).exit_code == cli.INTERRUPTED
+    assert tokens[1] == 40 * tokens[0] and tokens[0] > tokens[2] > tokens[3]
 
 
 def test_a_check_is_about_as_many_passes_as_are_foretold(model_path, monkeypatch):  # noqa: F811

@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -118,7 +117,7 @@ nested = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=nested, note=st.text())
 def test_any_nested_structure_comes_back_exactly(plugin, tmp_path, value, note):
     result = plugin.Box([value, plugin.Box(value)], note)
@@ -295,14 +294,6 @@ def test_load_through_another_class_says_which_one_it_is(plugin, tmp_path):
     assert plugin.Box.load(tmp_path / "a").value == 1
     with pytest.raises(WrongType, match="contains a Box"):
         Homeless.load(tmp_path / "a")
-
-
-def test_a_fresh_process_reads_the_file(plugin, tmp_path):
-    plugin.Box((torch.ones(2), float("inf"))).save(tmp_path / "a")
-    code = f"from hooklens.results.result import Result; print(Result.load({str(tmp_path / 'a')!r}))"
-    environment = os.environ | {"PYTHONPATH": str(Path(plugin.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "Box(value=tuple of 2, note='none')", done.stderr
 
 
 def test_repr_shows_shapes_not_numbers():

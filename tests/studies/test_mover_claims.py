@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hooklens.core.errors import InputError
+from hooklens.plugins.heads.mover_result import of_pairs
 from hooklens.plugins.heads.name_movers import _of_other_names, demo
-from hooklens.studies.mover_evidence import demo_movers, mover_claims, of_pairs
+from hooklens.studies.result_claims import demo_movers, mover_claims
 from hooklens.testing import tiny_model
 
 

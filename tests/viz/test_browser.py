@@ -1,5 +1,6 @@
 """The browser helper notices what the report tests rely on it to notice."""
 
+import pytest
 from browser import open_page, screenshot
 
 
@@ -16,6 +17,7 @@ def test_errors_and_requests_of_a_page_are_seen(tmp_path):
     assert seen.figures == 0
 
 
+@pytest.mark.slow  # no test of the default run takes a picture
 def test_a_screenshot_is_a_picture(tmp_path):
     (tmp_path / "page.html").write_text("<!DOCTYPE html><p>hello")
     picture = screenshot(tmp_path / "page.html", tmp_path / "a.png", 300, 200)

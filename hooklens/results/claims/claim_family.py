@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.results.claims.registration import Registration
-from hooklens.results.claims.single_claim import Claim, claim
+from hooklens.results.claims.single_claim import Claim
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 
@@ -22,43 +22,40 @@ if TYPE_CHECKING:
 class ClaimFamily(Result):
     """Claims tested together, each with its false discovery rate; made by `family`."""
 
-    terms = {
-        "control": "the same measurement without the claim's cause; each claim names its own",
-    }
+    terms = {"control": "the same measurement without the claim's cause; each claim names its own"}
 
     claims: list[Claim]
 
     @property
     def q(self) -> Float[Tensor, "claim"]:
         """Benjamini-Hochberg q-values over all claims with an intervention; NaN for the others."""
-        return torch.tensor([float("nan") if one.q is None else one.q for one in self.claims], dtype=torch.float64)
+        return torch.tensor([torch.nan if claim.q is None else claim.q for claim in self.claims], dtype=torch.float64)
 
     def table(self, n: int | None = None) -> Table:
         """One row per claim, as in a report."""
         rows = []
-        for one in self.claims:
-            effect = one.intervention
-            ends = (None, None, None) if effect is None else (effect.mean, *effect.interval())
-            control = None if one.control is None else one.control.mean
-            rows.append((one.statement, one.status, one.verdict, *ends, control, one.q))
+        for claim in self.claims:
+            effect = claim.intervention
+            numbers = (None, None, None) if effect is None else (effect.mean, *effect.interval())
+            control = None if claim.control is None else claim.control.mean
+            rows.append((claim.statement, claim.status, claim.verdict, *numbers, control, claim.q))
         return Table(("claim", "status", "verdict", "effect", "low", "high", "control", "q"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` claims with the smallest q; causal claims first."""
-        by, found = self.q.nan_to_num(2.0).tolist(), self.table()
-        order = sorted(range(len(by)), key=lambda i: (not self.claims[i].causal, by[i], i))
-        return Table(found.columns, [found.rows[i] for i in order[:k]])
+        q, table = self.q.nan_to_num(2.0).tolist(), self.table()
+        order = sorted(range(len(q)), key=lambda i: (not self.claims[i].causal, q[i]))
+        return Table(table.columns, [table.rows[i] for i in order[:k]])
 
     def figure(self) -> Any:
         """Every effect with its interval."""
         from hooklens import viz
 
-        shown = [one for one in self.claims if one.intervention is not None] or self.claims
-        parts = [one.intervention or one.observation for one in shown]
-        ends = torch.tensor([part.interval() for part in parts], dtype=torch.float64)
-        means = torch.tensor([part.mean for part in parts], dtype=torch.float64)
-        names = [one.statement for one in shown]
-        return viz.bars(means, ends[:, 0], ends[:, 1], names, "Effects of the interventions")
+        shown = [claim for claim in self.claims if claim.intervention is not None] or self.claims
+        effects = [claim.intervention or claim.observation for claim in shown]
+        numbers = torch.tensor([(effect.mean, *effect.interval()) for effect in effects], dtype=torch.float64)
+        mean, low, high = numbers.T
+        return viz.bars(mean, low, high, [claim.statement for claim in shown], "Effects of the interventions")
 
 
 def family(
@@ -68,34 +65,33 @@ def family(
 
     Registrations in `registered` are assigned to the claims whose statement is their hypothesis.
 
-    >>> from hooklens.results.claims.measured import Measured
+    >>> from hooklens.results.claims import Measured, claim
     >>> seen = Measured.of("seen", [1.0] * 6)
-    >>> idle, held = ([-0.1, 0.1] * 3, [2.0, 1.5, 1.8, 2.2, 1.9, 2.1])
-    >>> made = [
+    >>> none, some = ([-0.1, 0.1] * 3, [2.0, 1.5, 1.8, 2.2, 1.9, 2.1])
+    >>> claims = [
     ...     claim("a model", f"L0H{i} matters", observation=seen, intervention=Measured.of("effect", values),
     ...           control=Measured.of("control", [0.0] * 6))
-    ...     for i, values in enumerate([held, idle, idle])
+    ...     for i, values in enumerate([some, none, none])
     ... ]
-    >>> made[0].verdict, [one.verdict for one in family("a model", made).claims][0]      # q is 3 * 2 / 2^6
+    >>> claims[0].verdict, family("a model", claims).claims[0].verdict      # q is 3 * 2 / 2^6
     ('causal', 'no causal effect shown')
 
     Reference: Benjamini and Hochberg (1995), "Controlling the False Discovery Rate", equation 1.
     """
     name = model if isinstance(model, str) else model.cfg.model_name
-    wrong = sorted({one.model for one in claims} - {name})
+    wrong = sorted({claim.model for claim in claims} - {name})
     if not claims or wrong:
         raise InputError(f"a family needs at least one claim, and all must be about {name!r}; got {wrong or 'none'}")
     plans = {plan.hypothesis: plan for plan in registered}
-    unmet = sorted(plans.keys() - {one.statement for one in claims})
+    unmet = sorted(plans.keys() - {claim.statement for claim in claims})
     if unmet or len(plans) < len(registered):
         what = f"no claim states {unmet[0]!r}; one states {claims[0].statement!r}" if unmet else "two plans state one"
         raise InputError(f"each registered hypothesis must be the statement of one claim: {what}")
-    held = [replace(one, registered=plans.get(one.statement, one.registered)) for one in claims]
-    q = q_values(torch.tensor([one.p for one in held], dtype=torch.float64)).tolist()
-    n = sum(one.intervention is not None for one in held)
-    return ClaimFamily(
-        [replace(one, q=None if value != value else value, n_tested=n) for one, value in zip(held, q, strict=True)]
-    )
+    planned = [replace(claim, registered=plans.get(claim.statement, claim.registered)) for claim in claims]
+    q_of = q_values(torch.tensor([claim.p for claim in planned], dtype=torch.float64)).tolist()
+    n = sum(claim.intervention is not None for claim in planned)
+    q_or_none = [None if q != q else q for q in q_of]
+    return ClaimFamily([replace(claim, q=q, n_tested=n) for claim, q in zip(planned, q_or_none, strict=True)])
 
 
 def plans_met(claims: ClaimFamily | None, registered: Sequence[Registration]) -> tuple[list[Registration], list[str]]:
@@ -105,11 +101,7 @@ def plans_met(claims: ClaimFamily | None, registered: Sequence[Registration]) ->
     >>> plans_met(None, [plan])[1]
     ["Plan unwritten ...: no result supports it, as no claim says 'L5H1 moves names'."]
     """
-    stated = set() if claims is None else {one.statement for one in claims.claims}
-    met = [plan for plan in registered if plan.hypothesis in stated]
-    unmet = [
-        f"Plan {plan.dated}: no result supports it, as no claim says {plan.hypothesis!r}."
-        for plan in registered
-        if plan.hypothesis not in stated
-    ]
-    return met, unmet
+    statements = set() if claims is None else {claim.statement for claim in claims.claims}
+    met = [plan for plan in registered if plan.hypothesis in statements]
+    rest = [plan for plan in registered if plan.hypothesis not in statements]
+    return met, [f"Plan {plan.dated}: no result supports it, as no claim says {plan.hypothesis!r}." for plan in rest]

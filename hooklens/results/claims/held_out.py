@@ -15,7 +15,16 @@ from hooklens.results.claims.measured import Measured
 from hooklens.results.claims.registration import Registration
 from hooklens.results.claims.single_claim import claim
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Groups, group_numbers, halves, mean_interval, q_values, sign_flip_p
+from hooklens.results.statistics import (
+    INTERVAL_TERMS,
+    Groups,
+    few_groups,
+    group_numbers,
+    halves,
+    mean_interval,
+    q_values,
+    sign_flip_p,
+)
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -29,6 +38,11 @@ class HeldOutEffects(Result):
     it is biased upwards. `others` is the mean effect of all components that were not chosen, on the reported half; NaN
     if all were chosen. p and q values refer to the reported half, q over all reported components and kinds.
     """
+
+    terms = INTERVAL_TERMS | {
+        "q": "the false discovery rate over the rows of this table (Benjamini-Hochberg)",
+        "where chosen": "the effect on the prompts that chose the component; biased upwards for this reason",
+    }
 
     kinds: list[str]
     names: list[str]
@@ -50,7 +64,7 @@ class HeldOutEffects(Result):
         seed: int,
     ) -> "HeldOutEffects":
         """Choose the `k` cells with the largest mean effect (first kind) on half of the groups; report the others."""
-        flat = torch.stack([each.detach().flatten(1) for each in effects.values()])  # kind prompt cell
+        flat = torch.stack([effect.detach().flatten(1) for effect in effects.values()])  # kind prompt cell
         n = flat.shape[2]
         if n != len(names):
             raise InputError(f"one name per component is needed, got {len(names)} for {n} components")
@@ -62,14 +76,13 @@ class HeldOutEffects(Result):
         best = by.abs().argsort(descending=True, stable=True)[:k]
         rest = torch.ones(n, dtype=torch.bool, device=flat.device)
         rest[best] = False
-        kept = flat[:, report]
-        chosen = [names[cell] for cell in best.tolist()]
+        reported = flat[:, report]
         return cls(
             kinds=list(effects),
-            names=chosen,
+            names=[names[cell] for cell in best.tolist()],
             chosen_per_prompt=flat[0, choose][:, best],
-            per_prompt=kept[:, :, best],
-            others=kept[:, :, rest].mean(2),
+            per_prompt=reported[:, :, best],
+            others=reported[:, :, rest].mean(2),
             chosen_on=choose,
             reported_on=report,
             group=number,
@@ -121,18 +134,34 @@ class HeldOutEffects(Result):
         Valid only for effects of interventions (ablations, patches): an attribution is not an intervention.
         """
         first, second = self.group[self.chosen_on], self.group[self.reported_on]
-        made = []
+        claims = []
         for j, kind in enumerate(self.kinds):
-            said = kind if kind == "effect" else f"effect of {kind} ablation"
-            other = None
+            what, which = ("effect", "") if kind == "effect" else (f"effect of {kind} ablation", f" ({kind} ablation)")
+            rest = None
             if bool(self.others[j].isfinite().all()):
-                other = Measured.of(f"{said}, mean of the rest", self.others[j].cpu(), second, metric=metric)
+                rest = Measured.of(f"{what}, mean of the rest", self.others[j], second, metric=metric)
             for i, name in enumerate(self.names):
-                seen = Measured.of("effect where chosen", self.chosen_per_prompt[:, i].cpu(), first, metric=metric)
-                effect = Measured.of(said, self.per_prompt[j, :, i].cpu(), second, metric=metric)
-                statement = f"{name} matters" if kind == "effect" else f"{name} matters ({kind} ablation)"
-                made.append(claim(model, statement, observation=seen, intervention=effect, control=other))
-        return family(model, made, registered=registered)
+                seen = Measured.of("effect where chosen", self.chosen_per_prompt[:, i], first, metric=metric)
+                effect = Measured.of(what, self.per_prompt[j, :, i], second, metric=metric)
+                claims.append(
+                    claim(model, f"{name} matters{which}", observation=seen, intervention=effect, control=rest)
+                )
+        return family(model, claims, registered=registered)
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Name, effect, both ends of its interval, q, and the effect where chosen; of the first kind of effect."""
+        numbers = (self.mean[0], self.low[0], self.high[0], self.q[0], self.chosen_by)
+        return [(name, *(float(part[i]) for part in numbers)) for i, name in enumerate(self.names)]
+
+    def how(self, prompts: str = "prompts") -> str:
+        """How many prompts chose the components, and how many measured them, as a sentence."""
+        chosen, reported = len(self.chosen_on), len(self.reported_on)
+        n = len(self.group[self.reported_on].unique())
+        groups = f"{n} group" if n == 1 else f"{n} groups"
+        return (
+            f"Chosen by size on {chosen} {prompts}, measured on {reported} others that share no group with them; "
+            f"intervals and q over their {groups}, for which no p is below {2 / 2**n:.2g}{few_groups(n, '; ')}."
+        )
 
     def table(self, n: int | None = None) -> Table:
         """One row per component and kind, in the order in which components were chosen."""

@@ -37,7 +37,7 @@ class Measured(Result):
         >>> Measured.of("attention to the name", [0.5, 1.0]).mean
         0.75
         """
-        values = torch.as_tensor(per_prompt).detach()
+        values = torch.as_tensor(per_prompt).detach().cpu()
         values = values if values.is_floating_point() else values.double()
         if values.ndim != 1 or not len(values):
             raise InputError(f"{what!r} needs one number per prompt, got shape {list(values.shape)}")
@@ -56,7 +56,7 @@ class Measured(Result):
         >>> Measured.edge_of("random directions", [[float(i)] * 2 for i in range(-70, 30)]).mean
         -69.0
         """
-        values = torch.as_tensor(draws).detach()
+        values = torch.as_tensor(draws).detach().cpu()
         if values.ndim != 2 or not len(values):
             raise InputError(f"draws need one row per draw and one number per prompt, got shape {list(values.shape)}")
         means = values.double().mean(1)
@@ -76,21 +76,18 @@ class Measured(Result):
 
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of the mean over groups; NaN for a single group."""
-        return self._ends
-
-    @functools.cached_property
-    def _ends(self) -> tuple[float, float]:
-        low, high = mean_interval(self.per_prompt.double(), group=self.group, level=LEVEL)
-        return float(low), float(high)
+        return self._ends[0]
 
     def studentised(self) -> tuple[float, float]:
         """The 98 % interval that accounts for the skew of the values; a claim requires it in addition to `interval`."""
-        return self._skewed_ends
+        return self._ends[1]
 
     @functools.cached_property
-    def _skewed_ends(self) -> tuple[float, float]:
-        low, high = studentised_interval(self.per_prompt.double(), group=self.group, level=SKEWED_LEVEL)
-        return float(low), float(high)
+    def _ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        values, group = self.per_prompt.double(), self.group
+        low, high = mean_interval(values, group=group, level=LEVEL)
+        skewed_low, skewed_high = studentised_interval(values, group=group, level=SKEWED_LEVEL)
+        return (float(low), float(high)), (float(skewed_low), float(skewed_high))
 
     def p(self, null: float = 0.0) -> float:
         """Two-sided p-value of "the mean is `null`", from sign flips of groups."""

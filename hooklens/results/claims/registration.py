@@ -89,9 +89,9 @@ class Registration(Result):
         if self.written:
             raise _once(f"this one was written at {self.written}")
         check_new(path)
-        made = replace(self, written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-        write_envelope(path, _SCHEMA, made._plan)
-        return made
+        written = replace(self, written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+        write_envelope(path, _SCHEMA, written._plan)
+        return written
 
     @classmethod
     def read(cls, path: str | Path, *, digest: str | None = None) -> "Registration":
@@ -102,17 +102,17 @@ class Registration(Result):
         """
         if digest is not None:
             digest = _whole(digest)
-        held = read_envelope(path, _SCHEMA).content
+        content = read_envelope(path, _SCHEMA).content
         with reading(path, _SCHEMA.what):
-            if "published" in held:
+            if "published" in content:
                 raise ValueError("a file cannot say that its digest was published")
-            found = cls(**held)
-        if digest not in (None, found.digest):
+            plan = cls(**content)
+        if digest not in (None, plan.digest):
             raise FileRefused(
                 f"{path} was changed after it was registered: the published digest is {digest[:12]!r}, its text gives "
-                f"{found.digest[:12]!r}"
+                f"{plan.digest[:12]!r}"
             )
-        return replace(found, published=digest or "")
+        return replace(plan, published=digest or "")
 
 
 def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list[Registration]:
@@ -123,15 +123,14 @@ def read_plans(paths: Sequence[str | Path], digests: Sequence[str] = ()) -> list
 
     A digest that belongs to none of them raises an error: its plan is another file, or was edited.
     """
-    plans, left = [Registration.read(path) for path in paths], {_whole(digest) for digest in digests}
-    found = [replace(plan, published=plan.digest if plan.digest in left else "") for plan in plans]
-    unmet = sorted(left - {plan.digest for plan in plans})
+    plans, published = [Registration.read(path) for path in paths], {_whole(digest) for digest in digests}
+    unmet = sorted(published - {plan.digest for plan in plans})
     if unmet:
         seen = ", ".join(f"{path} has {plan.digest[:12]}" for path, plan in zip(paths, plans, strict=True)) or "none"
         raise FileRefused(
             f"no plan has the published digest {unmet[0][:12]}: {seen}; give the plan as it was published"
         )
-    return found
+    return [replace(plan, published=plan.digest if plan.digest in published else "") for plan in plans]
 
 
 def check_new(path: Path) -> None:

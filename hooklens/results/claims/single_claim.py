@@ -40,11 +40,10 @@ class Claim(Result):
     @property
     def side(self) -> float:
         """1 if the effect should lie above 0, -1 if below: as registered, else as claimed, else as measured."""
-        said = self.claimed if self.registered is None else self.registered.side
-        if said:
-            return 1.0 if said == "above" else -1.0
-        effect = self.intervention
-        return -1.0 if effect is not None and effect.mean < 0 else 1.0
+        side = self.claimed if self.registered is None else self.registered.side
+        if not side:
+            side = "below" if self.intervention is not None and self.intervention.mean < 0 else "above"
+        return 1.0 if side == "above" else -1.0
 
     @property
     def least(self) -> float:
@@ -71,7 +70,7 @@ class Claim(Result):
         """
         if self.intervention is None:
             return float("nan")
-        return max([self.intervention.p(self.side * self.least), *(one.p() for one in self.beyond)])
+        return max([self.intervention.p(self.side * self.least), *(excess.p() for excess in self.beyond)])
 
     @cached_property
     def lacks(self) -> list[str]:
@@ -163,12 +162,14 @@ class Claim(Result):
 
     def sentence(self) -> str:
         """The claim in words, no stronger than its evidence."""
-        said = [f"{self.statement} ({self.status}; {self.verdict}).", f"Seen: {self.observation.said()}."]
+        parts = [f"{self.statement} ({self.status}; {self.verdict}).", f"Seen: {self.observation.said()}."]
         if self.intervention is not None:
-            said.append(f"Intervention: {self.intervention.said()}.")
+            parts.append(f"Intervention: {self.intervention.said()}.")
         if self.control is not None:
-            said.append(f"Control: {self.control.said()}.")
-        return " ".join(said + [f"Lacking: {'; '.join(self.lacks)}."] * bool(self.lacks))
+            parts.append(f"Control: {self.control.said()}.")
+        if self.lacks:
+            parts.append(f"Lacking: {'; '.join(self.lacks)}.")
+        return " ".join(parts)
 
     def table(self, n: int | None = None) -> Table:
         """One row per measurement."""
@@ -204,8 +205,8 @@ def claim(
 
     >>> from hooklens.testing import tiny_model
     >>> seen = Measured.of("attention to the name", [0.9, 0.8, 0.9, 0.7, 0.9, 0.8])
-    >>> said = claim(tiny_model(), "L0H1 moves the name", observation=seen)
-    >>> said.verdict, said.causal
+    >>> observed = claim(tiny_model(), "L0H1 moves the name", observation=seen)
+    >>> observed.verdict, observed.causal
     ('observed', False)
     >>> effect = Measured.of("fall of the logit difference, head ablated", [2.0, 1.5, 1.8, 2.2, 1.9, 2.1])
     >>> other = Measured.of("the same, another head of the layer", [0.1, 0.0, -0.1, 0.1, 0.0, 0.1])

@@ -14,7 +14,7 @@ from hooklens.plugins.heads.named import copying_p, evidence_of, name_evidence
 from hooklens.plugins.heads.taxonomy import classify_heads
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.studies import taxonomy_report
-from hooklens.studies.mover_evidence import demo_movers
+from hooklens.studies.result_claims import demo_movers
 from hooklens.testing import tiny_model
 
 
