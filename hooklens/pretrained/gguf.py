@@ -12,7 +12,6 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from hooklens.core.arguments import path_of
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 from hooklens.pretrained.dequantize import DEQUANTISERS, can_dequantise, dequantise
-from hooklens.pretrained.gguf_to_hf import find_architecture, hf_names
+from hooklens.pretrained.gguf_to_hf import find_architecture, hf_config, hf_names
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -98,14 +97,10 @@ class GGUFFile:
                     f"types: {', '.join(DEQUANTISERS)} and those of gguf.dequantize; quantise the model to one of these"
                 )
 
-    @cached_property
-    def _family(self) -> Any:
-        return find_architecture(self)
-
     def hf_config(self) -> dict[str, Any]:
         """The model's `config.json` as it would be on the hub, as far as the computation depends on it."""
         with reading(self.path, "a model's configuration"):
-            return self._family.config(self)
+            return hf_config(self)
 
     def hf_tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
         """The weights under their Hugging Face names and in that layout, one at a time.
@@ -117,15 +112,14 @@ class GGUFFile:
         names = hf_names(self)
         config = self.hf_config()
         self.check_types([self.tensors[name] for name in names])
-        return self._convert(names, config, dtype)
+        undo = find_architecture(self).undo
 
-    def _convert(
-        self, names: dict[str, str], config: dict[str, Any], dtype: torch.dtype
-    ) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-        with reading(self.path, "a model's weights"), open(self.path, "rb") as file:
-            for name, hf_name in names.items():
-                weight = _read(file, self.tensors[name])
-                yield hf_name, self._family.undo(name, weight, config).to(dtype)
+        def converted() -> Iterator[tuple[str, Float[Tensor, "..."]]]:
+            with reading(self.path, "a model's weights"), open(self.path, "rb") as file:
+                for name, hf_name in names.items():
+                    yield hf_name, undo(name, _read(file, self.tensors[name]), config).to(dtype)
+
+        return converted()
 
 
 def read_gguf(path: str | Path) -> GGUFFile:

@@ -1,5 +1,6 @@
 """Read a Hugging Face config.json: sizes, activation, rotary positions and windows, each checked before use."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,7 @@ class HFConfig:
 
     def __init__(self, values: dict[str, Any], where: str, *, most_layers: int | None = None):
         self.values, self.where, self.most_layers = values, where, most_layers
+        self.defaults: dict[str, Any] = {}
         for key, (good, needed) in _KINDS.items():
             value = self.get(key)
             if value is not None and not good(value):
@@ -81,7 +83,20 @@ class HFConfig:
     def get(self, key: str, default: Any = None) -> Any:
         """The value, or the default if the key is absent or null."""
         value = self.values.get(key)
-        return default if value is None else value
+        return self.defaults.get(key, default) if value is None else value
+
+    def with_defaults(self, defaults: dict[str, Any]) -> "HFConfig":
+        """The same values, with a family's defaults for keys that are absent or null."""
+        changed = copy.copy(self)
+        changed.defaults = defaults
+        return changed
+
+    @property
+    def d_head(self) -> int:
+        """The number of dimensions of a head: `head_dim`, or the width divided by the number of heads."""
+        if self.get("head_dim") is not None:
+            return self.size("head_dim")
+        return self.size("hidden_size") // self.size("num_attention_heads")
 
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
@@ -168,7 +183,7 @@ class HFConfig:
         kind = settings.get("rope_type") or settings.get("type") or "default"
         if kind not in ROPE_TYPES:
             raise InputError(
-                f"{self.where}: the rope type {kind!r} is not supported; supported:  {', '.join(ROPE_TYPES)}"
+                f"{self.where}: the rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
             )
         try:
             if kind == "linear":

@@ -70,6 +70,11 @@ class Family:
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     head: str = field(default="lm_head.weight")
 
+    def hub_name(self, layers: Names, block: int | None) -> str | None:
+        """The hub's name of these layers of ours in a block, or outside all blocks; None if the family lacks them."""
+        table, prefix = (self.outside, "") if block is None else (self.inside, self.layer.format(block))
+        return prefix + _as_source(table[layers]).name if layers in table else None
+
     def usual_names(self, names: Iterable[str]) -> dict[str, str]:
         """Map each name in a file to the usual name in this map; buffers are left out.
 
@@ -101,7 +106,7 @@ class Family:
     ) -> dict[str, Piece]:
         found = {}
         for names, source in table.items():
-            how = source if isinstance(source, From) else From(source)
+            how = _as_source(source)
             layers = (names,) if isinstance(names, str) else names
             for suffix in ("weight", "bias"):
                 here = tuple(f"{ours}{name}.{suffix}" for name in layers)
@@ -111,3 +116,7 @@ class Family:
                     shape = shape[::-1] if how.transposed else shape
                     found[f"{theirs}{how.name}.{suffix}"] = Piece(here, how, shape, rows)
         return found
+
+
+def _as_source(source: str | From) -> From:
+    return source if isinstance(source, From) else From(source)

@@ -8,14 +8,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from hooklens.core.errors import FileRefused
 from hooklens.pretrained.gguf import read_gguf
-from hooklens.pretrained.gguf_to_hf import ARCHITECTURES, llama3_factors
+from hooklens.pretrained.gguf_to_hf import ARCHITECTURES
 
 TOKENS = torch.arange(12)[None] * 5 % 48
-
-
-def current_names(file):
-    """Our tensors; GPT-NeoX's output matrix is `embed_out` in every file on the hub, `lm_head` in transformers 5."""
-    return {name.replace("embed_out", "lm_head"): weight for name, weight in file.hf_tensors()}
 
 
 def rebuilt(file):
@@ -24,7 +19,7 @@ def rebuilt(file):
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config.pop("model_type"), attn_implementation="eager", **config)
     )
-    missing, unexpected = model.load_state_dict(current_names(file), strict=False)
+    missing, unexpected = model.load_state_dict(dict(file.hf_tensors()), strict=False)
     tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
     assert not unexpected and set(missing) <= tied
     model.tie_weights()
@@ -39,7 +34,7 @@ def test_every_architecture_is_tested():
 def test_tensors_come_back_under_their_names(tmp_path, arch):
     model = hf_model(arch)
     weights = model.state_dict()
-    seen = current_names(read_gguf(write_gguf(tmp_path / "m.gguf", arch, model)))
+    seen = dict(read_gguf(write_gguf(tmp_path / "m.gguf", arch, model)).hf_tensors())
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert set(seen) == set(weights) - tied
     for name, weight in seen.items():
@@ -88,30 +83,17 @@ def test_biases_of_queries_are_permuted_like_their_weights(tmp_path):
 
 
 def test_llama3_scaling_is_recovered_from_the_factors(tmp_path):
+    """The factors are those by which transformers divides the frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **scaling}
     model = hf_model("llama", head_dim=64, rope_parameters=rope)
-    factors = llama3_factors(500000.0, 64, factor=8.0, low=1.0, high=4.0, original=8192)
+    plain = 500000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    factors = plain / ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")[0].double()
     path = write_gguf(tmp_path / "m.gguf", "llama", model, extra={"rope_freqs.weight": factors})
     config = read_gguf(path).hf_config()
     assert config["rope_scaling"] == {"rope_type": "llama3", **scaling}
-
-
-def test_llama3_factors_are_transformers_frequencies():
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    }
-    config = hf_model("llama", head_dim=64, rope_parameters={**rope, "original_max_position_embeddings": 8192}).config
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    plain = 500000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
-    factors = llama3_factors(500000.0, 64, factor=8.0, low=1.0, high=4.0, original=8192)
-    torch.testing.assert_close(plain / factors, frequencies.double(), rtol=1e-5, atol=0)
 
 
 def test_factors_that_are_not_llama3s_are_refused(tmp_path):
@@ -143,7 +125,7 @@ def test_an_embedding_written_twice_is_tied(tmp_path):
 
 def test_gemma3_layers_and_scaling(tmp_path):
     config = read_gguf(write_gguf(tmp_path / "m.gguf", "gemma3", hf_model("gemma3"))).hf_config()
-    assert config["layer_types"] == ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+    assert config["sliding_window_pattern"] == 6
     assert config["query_pre_attn_scalar"] == 16 and config["rope_local_base_freq"] == 10000.0
 
 
