@@ -244,9 +244,7 @@ def _gemma(file: "GGUFFile", config: Settings) -> Settings:
     return more | {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
-        if largest
-        else more["head_dim"],
+        "query_pre_attn_scalar": per_head if largest else more["head_dim"],
         "sliding_window": _one(file, "attention.sliding_window"),
         "attn_logit_softcapping": file.metadata.get(f"{arch}.attn_logit_softcapping"),
         "final_logit_softcapping": file.metadata.get(f"{arch}.final_logit_softcapping"),

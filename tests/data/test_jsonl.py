@@ -168,7 +168,7 @@ def test_every_line_that_the_model_cannot_use_is_reported(tmp_path):
     assert headline == f"{path} has 6 of 7 lines that this model cannot use:"
     assert [line.split(":")[0] for line in told] == [f"line {i}" for i in (2, 4, 5, 6, 7, 8)]
     assert "answer: ' Mary John' is 2 tokens" in told[0] and "; wrong_answer: " in told[0] and "zebra" in told[0]
-    assert "clean has 3 tokens and corrupted 4 (they part at 1: ' Mary' | ' John')" in told[1]
+    assert "clean has 3 tokens and corrupted 4 (first difference at 1: ' Mary' | ' John')" in told[1]
     assert "same token ' John'" in told[2] and "clean and corrupted are the same" in told[3]
     assert "10 tokens do not fit the model's 5" in told[4] and "7 tokens do not fit" in told[5]
     with pytest.raises(InputError, match="has 4 of 7 lines"):
