@@ -10,6 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.ids import show
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
@@ -160,7 +161,12 @@ class Calibration(Result):
 
 
 def measure_calibration(
-    model: "HookedTransformer", tokens: Prompts, *, n_bins: int = 15, adaptive: bool = True, seed: int = 0
+    model: "HookedTransformer",
+    tokens: Prompts | PromptPairs,
+    *,
+    n_bins: int = 15,
+    adaptive: bool = True,
+    seed: int = 0,
 ) -> Calibration:
     """Does the model's confidence match its accuracy? Loss and entropy of every next token, reliability, and its error.
 
@@ -170,7 +176,7 @@ def measure_calibration(
     >>> found.loss.shape, round(found.uniform, 4)          # batch predicted
     (torch.Size([20, 15]), 2.3979)
 
-    `tokens` are texts of one length. Bins contain equally many predictions (`adaptive`) or are equally wide. The error
+    `tokens` are texts of one length; `PromptPairs` stand for their clean prompts. Bins contain equally many predictions (`adaptive`) or are equally wide. The error
     is never 0, even for a perfect model, because the accuracy in a bin varies by chance; the error by chance alone is
     reported with it. `seed` draws that.
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
-from hooklens.metrics import answer_ids
+from hooklens.metrics import Answers, answer_ids
 from hooklens.model.ids import show
-from hooklens.plugins.lens.controls import elsewhere, shifts_round
 from hooklens.plugins.lens.reading import (
-    Answers,
     Reading,
     Translate,
+    answers_of,
     check_quiet,
     final_logits,
     one_length,
@@ -31,6 +31,7 @@ from hooklens.results.result import Result, Table
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
+_CONTROLS = 4  # number of other positions in which each answer is ranked
 _WRITTEN = 40  # maximum number of columns for which a figure's cells show words
 _LARGEST = 2**30  # maximum size of full logits
 
@@ -131,7 +132,12 @@ class LogitLens(Result):
 
 
 def logit_lens(
-    model: "HookedTransformer", tokens: Prompts, *, answer: Answers | None = None, k: int = 5, incl_mid: bool = False
+    model: "HookedTransformer",
+    tokens: Prompts | PromptPairs,
+    *,
+    answer: Answers | None = None,
+    k: int = 5,
+    incl_mid: bool = False,
 ) -> LogitLens:
     """Unembed the residual stream before every block: what would the model say if it stopped here?
 
@@ -144,13 +150,14 @@ def logit_lens(
 
     The last row is the model itself. `answer` is the token whose rank is reported: one for all positions, one for each
     `[batch pos]`, or (None) the model's own prediction. As a control, each answer is also ranked at other positions.
+    `PromptPairs` stand for their clean prompts and, if they have them, their answers.
     `incl_mid` also reads the stream between attention and MLP. Early streams need not use the basis that the
     unembedding reads: a high KL there does not prove that the information is absent.
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens".
     """
     ids = one_length(model, tokens)
-    return read_lens(model, ids, answer=answer, k=k, incl_mid=incl_mid)
+    return read_lens(model, ids, answer=answers_of(tokens, answer)[0], k=k, incl_mid=incl_mid)
 
 
 def read_lens(
@@ -178,11 +185,11 @@ def read_lens(
             done = sum(len(answer) for answer in answers)
             final = final_logits(model, streams[-1])
             mine = final.argmax(-1) if wanted is None else wanted[done : done + len(some)].flatten()
-            shifts = shifts_round(len(mine))
+            shifts = _shifts(len(mine))
             asked = torch.stack([mine, *(mine.roll(shift) for shift in shifts)], 1)
             reading = read_streams(model, streams, asked, k=k, translate=translate, final=final)
             answers.append(mine.view(some.shape))
-            controls.append(elsewhere(reading, mine, shifts, one_for_all=one_for_all))
+            controls.append(_elsewhere(reading, mine, shifts, one_for_all=one_for_all))
             readings.append(reading)
     return _assembled(
         model,
@@ -196,7 +203,7 @@ def read_lens(
 
 
 def lens_logits(
-    model: "HookedTransformer", tokens: Prompts, *, incl_mid: bool = False
+    model: "HookedTransformer", tokens: Prompts | PromptPairs, *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_vocab"]:
     """The full logits of a logit lens, for short prompts: the last row equals `model(tokens)` bit for bit.
 
@@ -230,6 +237,26 @@ def _each_position(model: "HookedTransformer", answer: Answers, ids: Tensor) -> 
             f"answer is one token, one for each of {len(ids)} prompts, or a tensor [batch pos]; got {len(found)} tokens"
         )
     return found[:, None].expand(ids.shape)
+
+
+def _shifts(n: int) -> list[int]:
+    """Up to `_CONTROLS` distinct cyclic shifts of n rows, none of them 0."""
+    many = min(_CONTROLS, n - 1)
+    return [1 + i * (n - 1) // many for i in range(many)]
+
+
+def _elsewhere(
+    reading: Reading, answer: Int[Tensor, "row"], shifts: list[int], *, one_for_all: bool
+) -> Float[Tensor, "draw layer row"]:
+    """The rank of each row's answer in the rows at these distances; NaN where that row has the same answer.
+
+    With `one_for_all` the answer was given for all rows, so rows with the same answer are controls too.
+    """
+    ranks = torch.full((_CONTROLS, *reading.kl.shape), float("nan"), dtype=reading.kl.dtype, device=answer.device)
+    for draw, shift in enumerate(shifts):
+        there = reading.rank[..., 1 + draw].roll(-shift, 1).to(ranks)
+        ranks[draw] = there if one_for_all else there.where(answer.roll(-shift) != answer, float("nan"))
+    return ranks
 
 
 def _assembled(

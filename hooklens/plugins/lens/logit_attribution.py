@@ -1,6 +1,6 @@
 """Direct logit attribution: the contribution of each component to an answer's logit, and a check of their sum."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,12 +9,14 @@ from torch import Tensor
 
 from hooklens.core.component import head_name, head_names, layer_names, neuron_name
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import Prompts
+from hooklens.metrics import Answers
 from hooklens.model.ids import show
-from hooklens.plugins.lens.direct import Direct, direct_effects
-from hooklens.plugins.lens.reading import Answers, another_a_prompt, by_length, one_a_prompt
+from hooklens.plugins.lens.direct import direct_effects
+from hooklens.plugins.lens.reading import OverPrompts, ask
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Groups, group_numbers, mean_interval
+from hooklens.results.statistics import Groups
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -26,7 +28,7 @@ _FROZEN = (
 
 
 @dataclass(frozen=True, eq=False)
-class LogitAttribution(Result):
+class LogitAttribution(OverPrompts, Result):
     """The direct contribution of each component to the logit of `answer` (minus that of `wrong_answer`), per prompt.
 
     `components` sum to `logit - unembed_bias - norm_bias`; `error` is the largest deviation of this sum, and of the
@@ -70,14 +72,6 @@ class LogitAttribution(Result):
             if name[0].isdigit():
                 found[:, int(name.split("_")[0])] += self.components[:, i]
         return found
-
-    def interval(self, values: Float[Tensor, "prompt *cell"]) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
-        return mean_interval(values, group=self.group)
-
-    @property
-    def _several(self) -> bool:
-        return int(group_numbers(len(self.components), self.group).max()) > 0
 
     def table(self, n: int | None = 12) -> Table:
         """The components with the largest attribution, mean over prompts, each with its spread over tokens."""
@@ -149,9 +143,9 @@ class LogitAttribution(Result):
 
 def direct_logit_attribution(
     model: "HookedTransformer",
-    tokens: Prompts,
+    tokens: Prompts | PromptPairs,
     *,
-    answer: Answers,
+    answer: Answers | None = None,
     wrong_answer: Answers | None = None,
     pos: int = -1,
     group: Groups = None,
@@ -171,37 +165,29 @@ def direct_logit_attribution(
     `answer` and `wrong_answer` are one token for all prompts or one per prompt; prompts may differ in length. Without a
     wrong answer the numbers are defined only up to a shift of all logits. A component that acts only through later
     layers contributes nothing here, and a contribution that a later layer removes still counts. Prompts of one `group`
-    are related: intervals are over groups.
+    are related: intervals are over groups. `PromptPairs` stand for their clean prompts, answers and groups.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
     """
     model.blocks[0].need_sum("direct logit attribution")
-    rows = rows_of(model, tokens, "tokens")
-    right = one_a_prompt(model, answer, len(rows), "answer")
-    wrong = another_a_prompt(model, wrong_answer, right)
-    groups, found = by_length(rows), []
-    for some in groups:
-        wrongs = None if wrong is None else wrong[some]
-        found += direct_effects(model, torch.stack([rows[i] for i in some]), right[some], wrongs, pos)
-    return replace(_result(model, rows, groups=groups, found=found, right=right, wrong=wrong), group=group)
-
-
-def _result(
-    model, rows, groups: list[list[int]], found: list[Direct], right: Tensor, wrong: Tensor | None
-) -> LogitAttribution:
-    """The groups in the prompts' order."""
-    order = torch.tensor([i for some in groups for i in some]).argsort()
-    sources = [one for part in found for one in part.sources]
-    whole: Any = {name: torch.cat([getattr(part, name) for part in found])[order] for name in Direct.tensors()}
+    asked = ask(model, tokens, answer, wrong_answer, group)
+    parts = []
+    for some in asked.by_length():
+        wrong = None if asked.wrong is None else asked.wrong[some]
+        parts += direct_effects(model, torch.stack([asked.rows[i] for i in some]), asked.right[some], wrong, pos)
+    numbers = [i for some in asked.by_length() for i in some]
+    sources = dict(zip(numbers, (one for part in parts for one in part.sources), strict=True))
+    tensors: Any = asked.in_order([part.tensors for part in parts])
     return LogitAttribution(
-        **whole,
-        labels=found[0].labels,
-        sources=[sources[i] for i in order],
-        str_tokens=[show(model, row) for row in rows],
-        answer=show(model, right),
-        wrong_answer=None if wrong is None else show(model, wrong),
+        **tensors,
+        labels=parts[0].labels,
+        sources=[sources[i] for i in range(len(numbers))],
+        str_tokens=[show(model, row) for row in asked.rows],
+        answer=show(model, asked.right),
+        wrong_answer=None if asked.wrong is None else show(model, asked.wrong),
         capped=model.cfg.output_logits_soft_cap is not None,
-        error=max(part.error for part in found),
+        error=max(part.error for part in parts),
+        group=asked.group,
     )
 
 
@@ -217,5 +203,4 @@ def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
     why = model.blocks[0].not_a_sum
     if why is not None:
         return NoAttribution(f"{why}, so that it is no sum of what was added")
-    pairs = demo_pairs(model, 2)
-    return direct_logit_attribution(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    return direct_logit_attribution(model, demo_pairs(model, 2))

@@ -1,26 +1,28 @@
 """Read streams with a lens: unembed them block by block, and keep only the requested values."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import progress
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
-from hooklens.metrics import answer_ids, check_answers_differ
+from hooklens.metrics import Answers, answer_ids, check_answers_differ
 from hooklens.model.linear import packed_linears
+from hooklens.results.statistics import Groups, group_numbers, mean_interval
 from hooklens.sweeps.naive import drops_out
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
-Answers = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
 #: Maps a layer's row and its streams to the streams that the final norm reads instead.
 Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_model"]]
 
@@ -48,47 +50,97 @@ def packing(rows: int) -> AbstractContextManager:
     return packed_linears(rows=1024) if rows >= _WORTH_PACKING else nullcontext()
 
 
-def one_length(model: "HookedTransformer", prompts: Prompts) -> Int[Tensor, "batch pos"]:
+def one_length(model: "HookedTransformer", prompts: Prompts | PromptPairs) -> Int[Tensor, "batch pos"]:
     """The prompts as tokens [batch pos]; prompts of different lengths raise an error."""
-    rows = rows_of(model, prompts, "tokens")
+    rows = rows_of(model, clean_of(prompts), "tokens")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise InputError(
             f"a lens reads all positions of prompts of one length, got prompts of {lengths} tokens; read them one by "
-            "one, or use trajectory, which reads one position per prompt"
+            "one, or use trace_predictions, which reads one position per prompt"
         )
     return torch.stack(rows)
 
 
-def by_length(rows: list[Int[Tensor, "_"]]) -> list[list[int]]:
-    """Group the indices of prompts with the same number of tokens.
+@dataclass(frozen=True)
+class Asked:
+    """Prompts of any lengths, with the answer to each, the wrong answers if any, and the groups of related prompts."""
 
-    >>> by_length([torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([3])])
-    [[0, 2], [1]]
-    """
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(len(row), []).append(i)
-    return list(groups.values())
+    rows: list[Int[Tensor, "_"]]
+    right: Int[Tensor, "prompt"]
+    wrong: Int[Tensor, "prompt"] | None
+    group: Groups
+
+    def by_length(self) -> list[list[int]]:
+        """The numbers of the prompts, grouped by length in tokens."""
+        groups: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            groups.setdefault(len(row), []).append(i)
+        return list(groups.values())
+
+    def in_order(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Join the values of all lengths, in the order of the prompts."""
+        order = torch.tensor([i for some in self.by_length() for i in some]).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str = "answer") -> Int[Tensor, "prompt"]:
-    """Token ids of one answer for all prompts, or of one per prompt."""
+def ask(
+    model: "HookedTransformer",
+    tokens: Prompts | PromptPairs,
+    answer: Answers | None,
+    wrong_answer: Answers | None,
+    group: Groups,
+) -> Asked:
+    """Read prompts and answers. PromptPairs stand for their clean prompts, their answers and their groups."""
+    right, wrong = answers_of(tokens, answer, wrong_answer)
+    if right is None:
+        raise ArgumentError("{answer} is missing; give a token for all prompts or one per prompt, or PromptPairs")
+    rows, wrong_ids = rows_of(model, clean_of(tokens), "tokens"), None
+    right_ids = _one_a_prompt(model, right, len(rows), "answer")
+    if wrong is not None:
+        wrong_ids = _one_a_prompt(model, wrong, len(rows), "wrong_answer")
+        check_answers_differ(model, right_ids, wrong_ids)
+    if group is None and isinstance(tokens, PromptPairs):
+        group = tokens.group
+    return Asked(rows, right_ids, wrong_ids, group)
+
+
+def clean_of(tokens: Prompts | PromptPairs) -> Prompts:
+    """The prompts to read: of PromptPairs the clean ones."""
+    return tokens.clean if isinstance(tokens, PromptPairs) else tokens
+
+
+def answers_of(
+    tokens: Prompts | PromptPairs, answer: Answers | None, wrong_answer: Answers | None = None
+) -> tuple[Answers | None, Answers | None]:
+    """The given answers; if none are given, those of PromptPairs or of their metric."""
+    if answer is not None or not isinstance(tokens, PromptPairs):
+        return answer, wrong_answer
+    source = tokens.metric if tokens.answer is None else tokens
+    wrong = getattr(source, "wrong_answer", None) if wrong_answer is None else wrong_answer
+    return getattr(source, "answer", None), wrong
+
+
+def _one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str) -> Int[Tensor, "prompt"]:
     ids = answer_ids(model, answer, name).to(model.device)
     if len(ids) not in (1, n):
         raise InputError(f"{name} must be one token for all prompts or one per prompt, got {len(ids)} for {n} prompts")
     return ids.expand(n)
 
 
-def another_a_prompt(
-    model: "HookedTransformer", wrong_answer: Answers | None, right: Int[Tensor, "prompt"]
-) -> Int[Tensor, "prompt"] | None:
-    """Token ids of the wrong answers, each different from the answer; None if there are none."""
-    if wrong_answer is None:
-        return None
-    wrong = one_a_prompt(model, wrong_answer, len(right), "wrong_answer")
-    check_answers_differ(model, right, wrong)
-    return wrong
+class OverPrompts:
+    """A mixin for results with values per prompt: intervals of their means."""
+
+    answer: list[str]
+    group: Int[Tensor, "prompt"] | None
+
+    def interval(self, values: Float[Tensor, "prompt *cell"]) -> tuple[Tensor, Tensor]:
+        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
+        return mean_interval(values, group=self.group)
+
+    @property
+    def _several(self) -> bool:
+        return int(group_numbers(len(self.answer), self.group).max()) > 0
 
 
 def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list[str]:

@@ -10,15 +10,15 @@ from torch import Tensor
 from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import Prompts
+from hooklens.metrics import Answers
 from hooklens.model.ids import show
 from hooklens.plugins.lens.reading import (
-    Answers,
+    OverPrompts,
     Translate,
-    another_a_prompt,
-    by_length,
+    ask,
     check_quiet,
-    one_a_prompt,
     packing,
     prompts_at_once,
     read_streams,
@@ -27,7 +27,7 @@ from hooklens.plugins.lens.reading import (
 )
 from hooklens.plugins.lens.translators import TunedLens
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Groups, group_numbers, mean_interval
+from hooklens.results.statistics import Groups
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -36,7 +36,7 @@ _CONTROLS = 4  # number of other positions of a prompt in which its answer is ra
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory(Result):
+class Trajectory(OverPrompts, Result):
     """One position of each prompt through all layers; the last row is the model itself.
 
     `rank` counts from 0. `control_rank` is the answer's median rank in streams of other positions of its prompt at the
@@ -78,14 +78,6 @@ class Trajectory(Result):
     def logit_diff(self) -> Float[Tensor, "prompt layer"] | None:
         """The lens's logit of the answer minus that of the wrong answer, if there is one."""
         return None if self.wrong_log_prob is None else self.log_prob - self.wrong_log_prob
-
-    def interval(self, values: Float[Tensor, "prompt layer"]) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
-        return mean_interval(values, group=self.group)
-
-    @property
-    def _several(self) -> bool:
-        return int(group_numbers(len(self.rank), self.group).max()) > 0
 
     def table(self, n: int | None = None) -> Table:
         """One row per layer: medians of ranks, means of the other values, over prompts."""
@@ -133,9 +125,9 @@ class Trajectory(Result):
 
 def trace_predictions(
     model: "HookedTransformer",
-    tokens: Prompts,
+    tokens: Prompts | PromptPairs,
     *,
-    answer: Answers,
+    answer: Answers | None = None,
     wrong_answer: Answers | None = None,
     pos: int = -1,
     lens: TunedLens | None = None,
@@ -149,35 +141,33 @@ def trace_predictions(
     ([[5, 5, 0]], [[0.0, 0.0, 10.0]])
 
     One position of each prompt is read (default: the last); prompts may differ in length. With `lens`, streams pass
-    through a tuned lens first. Prompts of one `group` are related: intervals are over groups.
+    through a tuned lens first. Prompts of one `group` are related: intervals are over groups. `PromptPairs` stand for
+    their clean prompts, answers and groups.
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023), section 3.
     """
     check_quiet(model)
     if lens is not None:
         lens.check_fits(model)
-    rows = rows_of(model, tokens, "tokens")
-    right = one_a_prompt(model, answer, len(rows), "answer")
-    wrong = another_a_prompt(model, wrong_answer, right)
-    asked = [right] if wrong is None else [right, wrong]
-    groups, found = by_length(rows), []
-    with packing(sum(map(len, rows))):
-        for some in groups:
-            ids, wanted = torch.stack([rows[i] for i in some]), torch.stack(asked, 1)[some]
+    asked = ask(model, tokens, answer, wrong_answer, group)
+    answers = torch.stack([asked.right] if asked.wrong is None else [asked.right, asked.wrong], 1)
+    parts = []
+    with packing(sum(map(len, asked.rows))):
+        for some in asked.by_length():
+            ids, wanted = torch.stack([asked.rows[i] for i in some]), answers[some]
             for part in prompts_at_once(model, ids):
-                found.append(_followed(model, part, wanted[: len(part)], pos, lens))
+                parts.append(_followed(model, part, wanted[: len(part)], pos, lens))
                 wanted = wanted[len(part) :]
-    order = torch.tensor([i for some in groups for i in some]).argsort()
-    whole = {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
-    log_probs = whole.pop("log_probs")
+    values = asked.in_order(parts)
+    log_probs = values.pop("log_probs")
     return Trajectory(
-        **whole,
+        **values,
         log_prob=log_probs[..., 0],
-        wrong_log_prob=None if wrong_answer is None else log_probs[..., 1],
+        wrong_log_prob=None if asked.wrong is None else log_probs[..., 1],
         layers=stream_labels(model),
-        answer=show(model, right),
+        answer=show(model, asked.right),
         lens="logit lens" if lens is None else "tuned lens",
-        group=group,
+        group=asked.group,
     )
 
 
@@ -219,5 +209,4 @@ def _others(n: int, at: int) -> list[int]:
 
 def demo(model: "HookedTransformer") -> Trajectory:
     """Two short prompts; token numbers if the model has no tokenizer."""
-    pairs = demo_pairs(model, 2)
-    return trace_predictions(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    return trace_predictions(model, demo_pairs(model, 2))
