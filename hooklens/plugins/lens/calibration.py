@@ -64,9 +64,7 @@ class Calibration(Result):
         gaps = self._gaps()
         if len(gaps) < 2:
             return float("nan"), float("nan")
-        drawn = torch.randint(len(gaps), (DRAWS, len(gaps)), generator=seeded(seed))
-        times = torch.zeros(DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
-        errors = binned_error(times.to(gaps.device) @ gaps, self.loss.numel())
+        errors = binned_error(_resamples(gaps, seed) @ gaps, self.loss.numel())
         low, high = quantiles(errors, ((1 - level) / 2, (1 + level) / 2)).tolist()
         return low, high
 
@@ -87,12 +85,10 @@ class Calibration(Result):
 
     def table(self, n: int | None = None) -> Table:
         """One row per bin: number of predictions, mean confidence, accuracy."""
-        counts, sure = self.counts.sum(0), self._sums(self.confidence).sum(0)
-        right = self._sums(self.correct.to(self.confidence)).sum(0)
+        has, counts, sure, right = self._bins()
         rows = [
-            (f"{a:.3f} to {b:.3f}", int(count), float(s / count), float(r / count), float((r - s) / count))
-            for a, b, count, s, r in zip(self.edges, self.edges[1:], counts, sure, right, strict=False)
-            if count > 0
+            (f"{self.edges[i]:.3f} to {self.edges[i + 1]:.3f}", int(count), float(s), float(r), float(r - s))
+            for i, count, s, r in zip(has, counts, sure, right, strict=True)
         ]
         return Table(("confidence", "predictions", "mean confidence", "accuracy", "gap"), rows).head(n)
 
@@ -111,26 +107,22 @@ class Calibration(Result):
 
     def top(self, k: int = 10) -> Table:
         """The `k` tokens with the largest surprisal."""
-        chosen = self.loss.flatten().argsort(descending=True, stable=True)[:k].tolist()
-        n = self.loss.shape[1]
-        rows = [
-            (repr(self.str_tokens[i // n][i % n + 1]), i // n, i % n + 1, float(self.loss.flatten()[i])) for i in chosen
-        ]
+        rows = []
+        for i in self.loss.flatten().argsort(descending=True, stable=True)[:k].tolist():
+            text, position = i // self.loss.shape[1], i % self.loss.shape[1] + 1
+            rows.append((repr(self.str_tokens[text][position]), text, position, float(self.loss.flatten()[i])))
         return Table(("token", "text", "position", "loss"), rows)
 
     def figure(self) -> Any:
         """Reliability diagram: accuracy against confidence, with intervals over texts and the diagonal."""
         from hooklens.viz.curves import lines
 
-        counts, sure = self.counts.sum(0), self._sums(self.confidence).sum(0)
-        right = self._sums(self.correct.to(self.confidence)).sum(0)
-        has = counts > 0
-        x, y = (sure / counts)[has], (right / counts)[has]
+        has, _, sure, right = self._bins()
         chance = float(self.null.mean())
         title = f"Reliability: expected calibration error {self.expected_error:.4f} (by chance {chance:.4f})"
         return lines(
-            {"model": y, "calibrated": x},
-            x,
+            {"model": right, "calibrated": sure},
+            sure,
             {"model": self._accuracy_interval(has)} if len(self.loss) > 1 else None,
             title,
             x_title="confidence",
@@ -151,13 +143,27 @@ class Calibration(Result):
     def _sums(self, values: Float[Tensor, "batch predicted"]) -> Float[Tensor, "batch bin"]:
         return values.new_zeros(len(values), len(self.edges) - 1).scatter_add_(1, self.bin, values)
 
-    def _accuracy_interval(self, has: Tensor) -> tuple[Tensor, Tensor]:
+    def _bins(self) -> tuple[Int[Tensor, "filled"], Tensor, Tensor, Tensor]:
+        """The bins that are not empty, with the count, the mean confidence and the accuracy of each."""
+        has = self.counts.sum(0).nonzero().flatten()
+        sums = (self.counts, self._sums(self.confidence), self._sums(self.correct.to(self.confidence)))
+        counts, sure, right = (part.sum(0)[has] for part in sums)
+        return has, counts, sure / counts, right / counts
+
+    def _accuracy_interval(self, has: Int[Tensor, "filled"]) -> tuple[Tensor, Tensor]:
         """95 % intervals from a bootstrap over texts, for each bin that is not empty."""
         right, counts = (x[:, has] for x in (self._sums(self.correct.to(self.confidence)), self.counts))
-        drawn = torch.randint(len(right), (DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
-        shares = torch.stack([right[rows].sum(0) / counts[rows].sum(0) for rows in drawn.to(right.device)])
+        times = _resamples(right, seed=0)
+        shares = (times @ right) / (times @ counts)
         low, high = shares.nanquantile(shares.new_tensor([0.025, 0.975]), dim=0)
         return low, high
+
+
+def _resamples(values: Float[Tensor, "batch bin"], seed: int) -> Float[Tensor, "draw batch"]:
+    """How often each bootstrap draw contains each text."""
+    drawn = torch.randint(len(values), (DRAWS, len(values)), generator=seeded(seed))
+    times = torch.zeros(drawn.shape, dtype=values.dtype)
+    return times.scatter_add_(1, drawn, torch.ones_like(drawn).to(times)).to(values.device)
 
 
 def measure_calibration(
@@ -176,9 +182,9 @@ def measure_calibration(
     >>> found.loss.shape, round(found.uniform, 4)          # batch predicted
     (torch.Size([20, 15]), 2.3979)
 
-    `tokens` are texts of one length; `PromptPairs` stand for their clean prompts. Bins contain equally many predictions (`adaptive`) or are equally wide. The error
-    is never 0, even for a perfect model, because the accuracy in a bin varies by chance; the error by chance alone is
-    reported with it. `seed` draws that.
+    `tokens` are texts of one length; `PromptPairs` stand for their clean prompts. Bins contain equally many predictions
+    (`adaptive`) or are equally wide. The error is never 0, even for a perfect model, because the accuracy in a bin
+    varies by chance; the error by chance alone is reported with it, drawn with `seed`.
 
     Reference: Guo et al. (2017), "On Calibration of Modern Neural Networks", equation 3; Nguyen and O'Connor (2015),
     "Posterior calibration and exploratory analysis for natural language processing models" (adaptive bins).
