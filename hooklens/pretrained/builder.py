@@ -1,7 +1,7 @@
 """Build a model from a config and a stream of weights: check names and shapes, then assign the tensors one by one."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,18 +18,17 @@ from hooklens.pretrained.weight_map import Family, Piece
 if TYPE_CHECKING:
     from hooklens.pretrained.tokenizer import Tokenizer
 
-_EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
 
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors of a model on the hub. A shape may be unknown (None) until its tensor is read.
 
-class Weights(ABC):
-    """Named tensors of a model on the hub, read on request. A shape may be unknown (None) until its tensor is read."""
+    `read` yields the tensors with the given names, one at a time, each in its own memory.
+    """
 
     where: str
-    shapes: dict[str, tuple[int, ...] | None]
-
-    @abstractmethod
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors with these names, one at a time, each in its own memory."""
+    shapes: Mapping[str, tuple[int, ...] | None]
+    read: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
 
 
 def build(
@@ -46,7 +45,7 @@ def build(
         model, usual, pieces = _planned(values, weights, name, tokenizer, dtype)
     for theirs, tensor in weights.read(usual):
         piece = pieces[usual[theirs]]
-        _check_shapes({theirs: tuple(tensor.shape)}, usual, pieces, weights.where)
+        check_shapes({theirs: (tuple(tensor.shape), piece.shape)}, weights.where)
         for ours, part in piece.cut(tensor, model.cfg.n_heads).items():
             assign(model, ours, part.to(device=device or "cpu", dtype=dtype))
     model.tie()
@@ -74,7 +73,8 @@ def _planned(
     model = HookedTransformer(cfg, tokenizer=tokenizer, device="meta", dtype=dtype)
     pieces = family.pieces(cfg, parameter_shapes(model))
     check_names(usual.values(), pieces, weights.where, f"a {family.name} model")
-    _check_shapes({name: weights.shapes[name] for name in usual}, usual, pieces, weights.where)
+    shapes = {name: (weights.shapes[name], pieces[usual_name].shape) for name, usual_name in usual.items()}
+    check_shapes(shapes, weights.where)
     return model, usual, pieces
 
 
@@ -117,10 +117,11 @@ def check_names(seen: Collection[str], wanted: Collection[str], where: str, what
         )
 
 
-def check_shapes(wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> None:
-    """Refuse weights whose shapes differ from those of the configuration."""
+def check_shapes(shapes: Mapping[str, tuple[tuple[int, ...] | None, tuple[int, ...]]], where: str) -> None:
+    """Refuse weights whose shapes differ from those of the configuration; `shapes` holds both, by name."""
+    wrong = {name: pair for name, pair in shapes.items() if pair[0] is not None and pair[0] != pair[1]}
     if wrong:
-        shown = [f"{name} is {list(seen)} instead of {list(wanted)}" for name, (seen, wanted) in wrong.items()]
+        shown = [f"{name} is {list(seen or ())} instead of {list(wanted)}" for name, (seen, wanted) in wrong.items()]
         raise FileRefused(
             f"{where} contains {len(wrong)} weights whose shape differs from its configuration: {listed(shown)}; "
             "do the configuration and the weights belong together?"
@@ -135,17 +136,6 @@ def listed(names: Collection[str], most: int = 6) -> str:
     """
     shown = ", ".join(list(names)[:most])
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
-
-
-def _check_shapes(
-    shapes: dict[str, tuple[int, ...] | None], usual: dict[str, str], pieces: dict[str, Piece], where: str
-) -> None:
-    wrong = {
-        name: (shape, pieces[usual[name]].shape)
-        for name, shape in shapes.items()
-        if shape is not None and shape != pieces[usual[name]].shape
-    }
-    check_shapes(wrong, where)
 
 
 def _tied(

@@ -94,8 +94,7 @@ def _without_weights(file: Envelope, dtype: torch.dtype | None) -> HookedTransfo
     model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
     wanted = parameter_shapes(model)
     check_names(entries, wanted, where, "its own configuration")
-    shapes = {name: (entry.shape, wanted[name]) for name, entry in entries.items()}
-    check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, where)
+    check_shapes({name: (entry.shape, wanted[name]) for name, entry in entries.items()}, where)
     return model
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
-from hooklens.pretrained.byte_letters import byte_values
+from hooklens.pretrained.byte_letters import in_byte_alphabet, in_letters
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _LONGEST_TOKEN = 1024  # characters; SentencePiece's usual limit is 16, runs of spaces in others reach 512
@@ -65,10 +65,10 @@ PRE_TOKENIZERS: dict[str, Split] = {
 def rebuild(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of Tokenizer from a GGUF file's metadata."""
     with reading(str(metadata.get("general.name", "GGUF metadata")), "a tokenizer"):
-        return _rebuilt(metadata)
+        return _fields(metadata)
 
 
-def _rebuilt(metadata: dict[str, Any]) -> dict[str, Any]:
+def _fields(metadata: dict[str, Any]) -> dict[str, Any]:
     kind = _need(metadata, "model")
     if kind not in ("gpt2", "llama"):
         raise FileRefused(
@@ -149,12 +149,11 @@ def _byte_level(metadata: dict[str, Any]) -> Any:
 
     split = _split(metadata)
     tokens = _tokens(metadata)
-    letter_of = {value: letter for letter, value in byte_values().items()}
-    vocab = {
+    vocab = {}
+    for i, (token, kind) in enumerate(zip(tokens, _types(metadata), strict=True)):
         # Some converters write added words as plain text; merged tokens always use the byte alphabet.
-        token if kind in (_CONTROL, _USER_DEFINED) or in_byte_alphabet(token) else _in_letters(token, letter_of): i
-        for i, (token, kind) in enumerate(zip(tokens, _types(metadata), strict=True))
-    }
+        plain = kind in (_CONTROL, _USER_DEFINED) or in_byte_alphabet(token)
+        vocab[token if plain else in_letters(token)] = i
     backend = _model(vocab, _merges(_need(metadata, "merges")), len(tokens), ignore_merges=split.whole_words)
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern is not None:
@@ -165,19 +164,6 @@ def _byte_level(metadata: dict[str, Any]) -> Any:
     if split.compose:
         backend.normalizer = normalizers.NFC()
     return backend
-
-
-def in_byte_alphabet(token: str) -> bool:
-    """Whether a token is written in the byte alphabet.
-
-    >>> in_byte_alphabet("Ġthe"), in_byte_alphabet(" the")
-    (True, False)
-    """
-    return all(letter in byte_values() for letter in token)
-
-
-def _in_letters(token: str, letter_of: dict[int, str]) -> str:
-    return "".join(letter_of[byte] for byte in token.encode())
 
 
 def _merges(lines: list[str]) -> list[tuple[str, str]]:
@@ -245,21 +231,19 @@ def _add_special(backend: Any, metadata: dict[str, Any], ids: dict[str, int | No
     """Register the tokens that are matched whole: control tokens, the named special tokens, and user-defined words."""
     from tokenizers import AddedToken
 
-    tokens, types = _tokens(metadata), _types(metadata)
+    tokens = _tokens(metadata)
     known = {**ids, "eot": metadata.get("tokenizer.ggml.eot_token_id")}
-    given = {name: i for name, i in known.items() if i is not None}
-    inside = {name for name, i in given.items() if type(i) is int and 0 <= i < len(tokens)}
-    outside = next((f"{name}_token_id = {i!r:.40}" for name, i in given.items() if name not in inside), None)
-    if outside is not None:
-        raise FileRefused(f"the file's {outside} lies outside its vocabulary of {len(tokens)}; convert it again")
+    for name, i in known.items():
+        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+            raise FileRefused(
+                f"the file's {name}_token_id = {i!r:.40} lies outside its vocabulary of {len(tokens)}; convert it again"
+            )
     named = {i for i in ids.values() if i is not None}
-    special = [
-        token for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL or i in named
-    ]
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    plain = [
-        t for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _USER_DEFINED and i not in named
-    ]
-    backend.add_tokens(
-        [AddedToken(token, normalized=False) for token in plain if backend.token_to_id(token) is not None]
-    )
+    special, plain = [], []
+    for i, (token, kind) in enumerate(zip(tokens, _types(metadata), strict=True)):
+        if kind == _CONTROL or i in named:
+            special.append(AddedToken(token, normalized=False, special=True))
+        elif kind == _USER_DEFINED and backend.token_to_id(token) is not None:
+            plain.append(AddedToken(token, normalized=False))
+    backend.add_special_tokens(special)
+    backend.add_tokens(plain)

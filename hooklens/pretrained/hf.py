@@ -34,43 +34,29 @@ HUB_FILES = (
 )
 
 
-class FolderWeights(Weights):
+def weights_in_folder(folder: Path) -> Weights:
     """The tensors of a folder's safetensors files."""
-
-    def __init__(self, folder: Path):
-        self.where = str(folder)
-        self.files = {name: file for file in _shards(folder) for name in file.entries}
-        self.shapes = {name: file.entries[name].shape for name, file in self.files.items()}
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, self.files[name].tensor(name)
+    files = {name: file for file in _shards(folder) for name in file.entries}
+    shapes = {name: file.entries[name].shape for name, file in files.items()}
+    return Weights(str(folder), shapes, lambda names: ((name, files[name].tensor(name)) for name in names))
 
 
-class MemoryWeights(Weights):
+def weights_in_memory(module: nn.Module) -> Weights:
     """The tensors of a module in memory, copied."""
-
-    def __init__(self, module: nn.Module):
-        self.where = f"the {type(module).__name__} in memory"
-        self.tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, self.tensors[name].clone()
+    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    where = f"the {type(module).__name__} in memory"
+    return Weights(where, shapes, lambda names: ((name, tensors[name].clone()) for name in names))
 
 
-class GGUFWeights(Weights):
+def weights_in_gguf(file: "GGUFFile") -> Weights:
     """The tensors of a GGUF file, dequantised; their hub shapes are known only after reading."""
+    from hooklens.pretrained.gguf_to_hf import hf_names
 
-    def __init__(self, file: "GGUFFile"):
-        from hooklens.pretrained.gguf_to_hf import hf_names
+    def read(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in file.hf_tensors() if name in names)
 
-        self.where, self.file = str(file.path), file
-        self.shapes = dict.fromkeys(hf_names(file).values())
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor) for name, tensor in self.file.hf_tensors() if name in names)
+    return Weights(str(file.path), dict.fromkeys(hf_names(file).values()), read)
 
 
 def load_folder(
@@ -86,7 +72,7 @@ def load_folder(
 
     with reading(folder, "a model"):
         values = _configuration(folder)
-        weights = FolderWeights(folder)
+        weights = weights_in_folder(folder)
         if tokenizer is None and (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_folder(folder)
         settings = folder / "generation_config.json"
@@ -109,7 +95,7 @@ def load_gguf(
 
     file = read_gguf(path)
     with reading(path, "a model"):
-        weights = GGUFWeights(file)
+        weights = weights_in_gguf(file)
     if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
         tokenizer = Tokenizer.from_gguf(file.metadata)
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
@@ -127,7 +113,7 @@ def load_module(
     name = str(values.get("_name_or_path") or getattr(module.config, "_name_or_path", "") or type(module).__name__)
     return build(
         values | {"architectures": [type(module).__name__]},
-        MemoryWeights(module),
+        weights_in_memory(module),
         name=name,
         tokenizer=with_stops(tokenizer, getattr(generation, "eos_token_id", None)),
         device=first.device if device is None else device,

@@ -16,7 +16,7 @@ from torch import Tensor
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import make_folder, write_atomically
-from hooklens.pretrained.byte_letters import byte_values
+from hooklens.pretrained.byte_letters import byte_values, in_byte_alphabet, in_letters
 
 Tokens = Int[Tensor, "batch pos"]
 
@@ -267,25 +267,19 @@ class Tokenizer:
 
         if self.chat_template is None:
             raise InputError("this tokenizer has no chat template; instruct models have one; others take plain text")
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
-        named = {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
         return render(
             self.chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            tokens=named,
+            tokens=self._named_tokens(),
             variables=variables,
         )
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `from_folder` and transformers read them."""
         folder = make_folder(folder)
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "stop_token_ids": list(self.stop_ids),
-        }
-        config |= {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "stop_token_ids": list(self.stop_ids)}
+        config |= self._named_tokens()
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         written = {"tokenizer.json": self._with_bos_rule().to_str()}
@@ -306,6 +300,11 @@ class Tokenizer:
         single, special = (f"{bos}:0 $A:0", [(bos, self.bos_id)]) if self.default_prepend_bos else ("$A:0", [])
         backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=special)
         return backend
+
+    def _named_tokens(self) -> dict[str, str]:
+        """The texts of the special tokens, as settings files call them: bos_token, eos_token, ..."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
+        return {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -329,10 +328,7 @@ class Tokenizer:
 
     def _piece(self, text: str) -> str:
         """The vocabulary's spelling of a text."""
-        if not self._byte_level:
-            return text.replace(" ", "▁")
-        letter_of = {value: letter for letter, value in byte_values().items()}
-        return "".join(letter_of[byte] for byte in text.encode())
+        return in_letters(text) if self._byte_level else text.replace(" ", "▁")
 
     def _spelling(self, token: int) -> str:
         """The text that a token adds, including its leading space, which `decode` of a single token may strip."""
@@ -342,10 +338,9 @@ class Tokenizer:
         if piece is None:
             return f"<{token}>"
         if self._byte_level:
-            values = byte_values()
-            if all(letter in values for letter in piece):
-                return bytes(values[letter] for letter in piece).decode("utf-8", "replace")
-            return piece
+            if not in_byte_alphabet(piece):
+                return piece
+            return bytes(byte_values()[letter] for letter in piece).decode("utf-8", "replace")
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)]).decode("utf-8", "replace")
         return piece.replace("▁", " ")

@@ -237,7 +237,7 @@ def test_a_tied_model_whose_file_holds_another_unembedding_is_untied(tmp_path):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_a_configuration_that_cannot_be_loaded_is_refused_before_weights_are_read(folder, changes, said, monkeypatch):
-    monkeypatch.setattr("hooklens.pretrained.hf.FolderWeights.read", None)  # reading would raise another error
+    monkeypatch.setattr("hooklens.pretrained.hf.SafetensorsFile.tensor", None)  # reading would raise another error
     edit_config(folder, **changes)
     with pytest.raises(InputError, match=said):
         load(folder)
