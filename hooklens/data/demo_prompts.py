@@ -1,7 +1,6 @@
 """Prompts for a method's demo: sentences where the model reads text, token numbers where it does not."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -9,9 +8,7 @@ from torch import Tensor
 
 from hooklens.core.errors import HooklensError
 from hooklens.data.prompt_pairs import PromptPairs
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 _CAPITALS = {
     "France": "Paris",
@@ -29,7 +26,7 @@ _CAPITALS = {
 }
 
 
-def demo_pairs(model: "HookedTransformer", n: int = 1, n_pos: int = 6) -> PromptPairs:
+def demo_pairs(model: HookedTransformer, n: int = 1, n_pos: int = 6) -> PromptPairs:
     """`n` pairs such as "The capital of France is" and "The capital of Italy is", or of `n_pos` token numbers.
 
     Prompts are token ids, and so are answers. Those of numbers are the two tokens between which the model decides most.
@@ -52,7 +49,7 @@ def demo_pairs(model: "HookedTransformer", n: int = 1, n_pos: int = 6) -> Prompt
     return PromptPairs(clean, corrupted, answer=int(order[0]), wrong_answer=int(order[-1]))
 
 
-def demo_texts(model: "HookedTransformer", n: int, n_pos: int) -> Int[Tensor, "text pos"]:
+def demo_texts(model: HookedTransformer, n: int, n_pos: int) -> Int[Tensor, "text pos"]:
     """`n` short sentences of one length, or rows of `n_pos` random token numbers.
 
     >>> from hooklens.testing import tiny_model
@@ -66,7 +63,7 @@ def demo_texts(model: "HookedTransformer", n: int, n_pos: int) -> Int[Tensor, "t
     return torch.randint(model.cfg.d_vocab, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
-def _sentences(model: "HookedTransformer", n: int) -> tuple[Int[Tensor, "text pos"] | None, list[int]]:
+def _sentences(model: HookedTransformer, n: int) -> tuple[Int[Tensor, "text pos"] | None, list[int]]:
     """`n` + 1 sentences, neighbours never the same, with their answers; None where the model has no use for them."""
     if model.tokenizer is None:
         return None, []

@@ -4,16 +4,14 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import torch
 
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.prompt_pairs import PromptPairs
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.pretrained.tokenizer import Tokenizer
+from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.tokenizer import Tokenizer
 
 _NAMES = (
     "Mary John Tom James Anna Paul Sarah David Lisa Mark Kate Peter Emma Jack Alice Bob Susan Michael Laura Robert "
@@ -36,7 +34,7 @@ OBJECTS = ("drink", "book", "ring", "gift", "letter", "ball", "key", "ticket", "
 _ORDERS = ("ABBA", "BABA")
 
 
-def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64, *, seed: int = 0) -> PromptPairs:
+def ioi(model_or_tokenizer: HookedTransformer | Tokenizer, n: int = 64, *, seed: int = 0) -> PromptPairs:
     """`n` indirect-object pairs in which nothing but the grammar tells the answer.
 
     In the clean prompt the subject is named again, in the corrupted one the other name is. The answer to the clean
@@ -82,7 +80,7 @@ def check_n_pairs(n: int, name: str = "n") -> None:
         )
 
 
-def _single_token_names(tokenizer: "Tokenizer") -> list[str]:
+def _single_token_names(tokenizer: Tokenizer) -> list[str]:
     names = [f" {name}" for name in NAMES if tokenizer.find_token(f" {name}") is not None]
     if len(names) < 2:
         raise InputError(
@@ -102,7 +100,7 @@ def _couples(names: list[str], count: int, draw: random.Random) -> list[tuple[st
     return couples[:count]
 
 
-def _frames(tokenizer: "Tokenizer", names: list[str], count: int, draw: random.Random) -> list[tuple[str, str]]:
+def _frames(tokenizer: Tokenizer, names: list[str], count: int, draw: random.Random) -> list[tuple[str, str]]:
     """(sentence, template) of one length in tokens: the length that most templates have, then most sentences."""
     found: dict[int, dict[str, list[str]]] = {}
     for template, place, thing in product(TEMPLATES, PLACES, OBJECTS):
@@ -124,7 +122,7 @@ def _four(couple: tuple[str, str], frame: str, template: str) -> Iterator[tuple[
         yield clean, corrupted, io, subject, order, template
 
 
-def _pairs(tokenizer: "Tokenizer", rows: list) -> PromptPairs:
+def _pairs(tokenizer: Tokenizer, rows: list) -> PromptPairs:
     clean, corrupted, answer, wrong, order, template = (list(column) for column in zip(*rows, strict=True))
     tokens = torch.stack([tokenizer.to_tokens(text)[0] for text in clean])
     indirect, subject = (

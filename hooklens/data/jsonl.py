@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int
@@ -17,9 +17,7 @@ from hooklens.core.errors import ArgumentError, HooklensError, InputError, Refus
 from hooklens.core.files import read_text, write_atomically
 from hooklens.data.prompt_pairs import PromptPairs, numbered
 from hooklens.data.prompts import first_difference
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 _LARGEST = 1 << 30  # bytes
 _REPORTED = 10  # number of bad lines that a message explains; the others are listed by number
@@ -112,7 +110,7 @@ def read_rows(
     return rows
 
 
-def check_pairs(model: "HookedTransformer", pairs: PromptPairs, source: str, *, corrupted: bool = True) -> None:
+def check_pairs(model: HookedTransformer, pairs: PromptPairs, source: str, *, corrupted: bool = True) -> None:
     """Raise unless the model can use every pair of this file; reports all unusable lines, before anything runs.
 
     With `corrupted`, each clean prompt must also differ from its corrupted one and have the same length.
@@ -123,7 +121,7 @@ def check_pairs(model: "HookedTransformer", pairs: PromptPairs, source: str, *, 
     _check_lines(bad, len(pairs), source)
 
 
-def check_pair(model: "HookedTransformer", pair: PromptPairs) -> None:
+def check_pair(model: HookedTransformer, pair: PromptPairs) -> None:
     """Raise unless the model can use this pair, which was given by arguments."""
     (row,) = _texts_of(pair)
     found = list(_problems(model, row))
@@ -133,7 +131,7 @@ def check_pair(model: "HookedTransformer", pair: PromptPairs) -> None:
         raise error
 
 
-def check_texts(model: "HookedTransformer", texts: LabelledTexts, source: str) -> None:
+def check_texts(model: HookedTransformer, texts: LabelledTexts, source: str) -> None:
     """Raise unless the model can read every text of this file; reports all unreadable lines."""
     lines = texts.lines or range(1, len(texts) + 1)
     read = {line: _tokens(model, text) for line, text in zip(lines, texts.text, strict=True)}
@@ -157,7 +155,7 @@ def _texts_of(pairs: PromptPairs, *, corrupted: bool = True) -> Iterator[dict[st
         yield dict(zip(names, row, strict=True))
 
 
-def _problems(model: "HookedTransformer", row: dict[str, str]) -> Iterator[ArgumentError]:
+def _problems(model: HookedTransformer, row: dict[str, str]) -> Iterator[ArgumentError]:
     """The reasons why the model cannot use a pair, one by one."""
     read = {name: (_single if "answer" in name else _tokens)(model, text) for name, text in row.items()}
     for name, value in read.items():
@@ -178,14 +176,14 @@ def _problems(model: "HookedTransformer", row: dict[str, str]) -> Iterator[Argum
         )
 
 
-def _tokens(model: "HookedTransformer", text: str) -> Int[Tensor, "pos"] | HooklensError:
+def _tokens(model: HookedTransformer, text: str) -> Int[Tensor, "pos"] | HooklensError:
     ids = _or_error(lambda: model.to_tokens(text)[0])
     if isinstance(ids, Tensor) and len(ids) > model.cfg.n_ctx:
         return InputError(f"{len(ids)} tokens do not fit the model's {model.cfg.n_ctx}; shorten it")
     return ids
 
 
-def _single(model: "HookedTransformer", text: str) -> int | HooklensError:
+def _single(model: HookedTransformer, text: str) -> int | HooklensError:
     return _or_error(lambda: model.to_single_token(text))
 
 

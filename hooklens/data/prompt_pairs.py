@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -12,12 +12,10 @@ from torch import Tensor
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType, did_you_mean
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.metrics import Answers, ReadingMetric, logit_diff
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result
 from hooklens.results.statistics import halves
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +94,7 @@ class PromptPairs(Result):
         first, second = halves(len(self), group=self.group, seed=seed)
         return self[first], self[second]
 
-    def metric_of(self, model: "HookedTransformer") -> Any:
+    def metric_of(self, model: HookedTransformer) -> Any:
         """The pairs' metric, or the logit difference of their answers if they have none."""
         if self.metric is not None:
             return self.metric
@@ -107,12 +105,12 @@ class PromptPairs(Result):
             )
         return logit_diff(model, answer=self.answer, wrong_answer=self.wrong_answer)
 
-    def tokens(self, model: "HookedTransformer") -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
+    def tokens(self, model: HookedTransformer) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
         """Clean and corrupted token ids; all prompts must have the same length."""
         (group,) = read_pairs(model, self.clean, self.corrupted, ("pos",))
         return group.clean, group.corrupted
 
-    def digests(self, model: "HookedTransformer") -> list[str]:
+    def digests(self, model: HookedTransformer) -> list[str]:
         """A short digest of each clean prompt's tokens, which identifies the prompt."""
         rows = rows_of(model, self.clean, "clean")
         return [hashlib.sha256(str(row.tolist()).encode()).hexdigest()[:16] for row in rows]
@@ -126,7 +124,7 @@ class PromptPairs(Result):
 
 
 def as_pairs(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: "Prompts | PromptPairs",
     corrupted: Prompts | None = None,
     metric: Any = None,

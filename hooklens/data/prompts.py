@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.model.ids import as_ids, show
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor] | Tensor
 
@@ -38,7 +36,7 @@ class Pairs:
         return metric.pairs(torch.tensor(self.index))
 
 
-def read_pairs(model: "HookedTransformer", clean: Prompts, corrupted: Prompts | None, by: Sequence[str]) -> list[Pairs]:
+def read_pairs(model: HookedTransformer, clean: Prompts, corrupted: Prompts | None, by: Sequence[str]) -> list[Pairs]:
     """Group the pairs by their two lengths. A sweep by position needs one group, with both lengths equal."""
     if corrupted is None:
         raise ArgumentError("{corrupted} prompts are missing; give as many as clean ones, or PromptPairs with both")
@@ -78,7 +76,7 @@ def check_prompts_differ(pairs: Sequence[Pairs]) -> None:
         )
 
 
-def rows_of(model: "HookedTransformer", prompts: Prompts, name: str) -> list[Int[Tensor, "pos"]]:
+def rows_of(model: HookedTransformer, prompts: Prompts, name: str) -> list[Int[Tensor, "pos"]]:
     """The token ids of each prompt."""
     if isinstance(prompts, Tensor) and prompts.numel():
         if prompts.is_floating_point() or prompts.ndim not in (1, 2):
@@ -116,7 +114,7 @@ def common_ends(a: Int[Tensor, "pos"], b: Int[Tensor, "other_pos"]) -> tuple[int
     return first, last
 
 
-def first_difference(model: "HookedTransformer", a: Int[Tensor, "pos"], b: Int[Tensor, "other_pos"]) -> str:
+def first_difference(model: HookedTransformer, a: Int[Tensor, "pos"], b: Int[Tensor, "other_pos"]) -> str:
     """Where two prompts first differ, with their tokens there."""
     at = common_ends(a, b)[0]
     tokens = (repr(show(model, row[at : at + 1])[0]) if at < len(row) else "(end)" for row in (a, b))

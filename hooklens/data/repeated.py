@@ -1,7 +1,6 @@
 """Random tokens that repeat: text in which only the sequence itself can tell what comes next."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -11,9 +10,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.metrics import MinusLoss
 from hooklens.model.config import TokenEmbed
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class MinusRepeatLoss(MinusLoss):
 
 
 def repeated_tokens(
-    model: "HookedTransformer", n: int = 8, *, length: int = 25, period: int | None = None, seed: int = 0
+    model: HookedTransformer, n: int = 8, *, length: int = 25, period: int | None = None, seed: int = 0
 ) -> Repeated:
     """`n` sequences of random tokens that repeat with a period between a third and a half of the length.
 
@@ -102,7 +99,7 @@ def _row(
     return torch.cat([start, drawn[:period].repeat(-(-(length - 1) // period))[: length - 1]])
 
 
-def _usable(model: "HookedTransformer") -> tuple[Int[Tensor, "token"], int | None]:
+def _usable(model: HookedTransformer) -> tuple[Int[Tensor, "token"], int | None]:
     """The tokens that may be drawn, and the one that begins a text."""
     every = torch.arange(min(model.cfg.d_vocab, model.cfg.d_vocab_out))
     tokenizer = model.tokenizer

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,8 @@ from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.families import find_family
 from hooklens.pretrained.hf_config import HFConfig
+from hooklens.pretrained.tokenizer import Tokenizer
 from hooklens.pretrained.weight_map import Family, Piece
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ def build(
     weights: Weights,
     *,
     name: str,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> HookedTransformer:
@@ -53,7 +50,7 @@ def build(
 
 
 def _planned(
-    values: dict, weights: Weights, name: str, tokenizer: "Tokenizer | None", dtype: torch.dtype
+    values: dict, weights: Weights, name: str, tokenizer: Tokenizer | None, dtype: torch.dtype
 ) -> tuple[HookedTransformer, dict[str, str], dict[str, Piece]]:
     """The model without its weights; the usual name of each name in the file; and what each usual name contains."""
     config = HFConfig(values, f"the config of {weights.where}", most_layers=len(weights.shapes))

@@ -6,7 +6,7 @@ configuration is JSON in the file's metadata.
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from hooklens.core.safetensors_file import DTYPES, FLOATS, is_safetensors, read_
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.pretrained.builder import assign, check_names, check_shapes, own_parameters, parameter_shapes
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.tokenizer import Tokenizer
+from hooklens.pretrained.tokenizer import Tokenizer
 
 _WRITER = "hl.save, or load a Hugging Face model by its folder, config.json included"
 SCHEMA = Schema("hooklens.model", 1, "a checkpoint", _WRITER)
@@ -60,7 +58,7 @@ def save(model: HookedTransformer, path: str | Path) -> None:
 def load_checkpoint(
     path: str | Path,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
@@ -119,7 +117,7 @@ def _config(file: Envelope) -> HookedTransformerConfig:
         ) from error
 
 
-def _packed(tokenizer: "Tokenizer") -> dict[str, str]:
+def _packed(tokenizer: Tokenizer) -> dict[str, str]:
     """The texts of the tokenizer's own files."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
@@ -134,9 +132,7 @@ def _file_sums(folder: Path) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in _TOKENIZER_FILES}
 
 
-def _tokenizer_of(path: Path, content: dict[str, Any]) -> "Tokenizer | None":
-    from hooklens.pretrained.tokenizer import Tokenizer
-
+def _tokenizer_of(path: Path, content: dict[str, Any]) -> Tokenizer | None:
     if path.is_dir():
         told = content.get("tokenizer_sha256")
         if told is not None and not (_all_there(path) and told == _file_sums(path)):

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,9 @@ from hooklens.core.files import read_json, reading
 from hooklens.core.safetensors_file import SafetensorsFile, read_header
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.builder import Weights, build
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.gguf import GGUFFile
-    from hooklens.pretrained.tokenizer import Tokenizer
+from hooklens.pretrained.gguf import GGUFFile, read_gguf
+from hooklens.pretrained.gguf_to_hf import hf_names
+from hooklens.pretrained.tokenizer import Tokenizer
 
 Device = str | torch.device | None
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -49,9 +48,8 @@ def weights_in_memory(module: nn.Module) -> Weights:
     return Weights(where, shapes, lambda names: ((name, tensors[name].clone()) for name in names))
 
 
-def weights_in_gguf(file: "GGUFFile") -> Weights:
+def weights_in_gguf(file: GGUFFile) -> Weights:
     """The tensors of a GGUF file, dequantised; their hub shapes are known only after reading."""
-    from hooklens.pretrained.gguf_to_hf import hf_names
 
     def read(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor) for name, tensor in file.hf_tensors() if name in names)
@@ -62,14 +60,12 @@ def weights_in_gguf(file: "GGUFFile") -> Weights:
 def load_folder(
     folder: Path,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: Device = None,
     dtype: torch.dtype = torch.float32,
     name: str | None = None,
 ) -> HookedTransformer:
     """Load a Hugging Face folder: config.json, safetensors (one file or shards), and tokenizer.json if present."""
-    from hooklens.pretrained.tokenizer import Tokenizer
-
     with reading(folder, "a model"):
         values = _configuration(folder)
         weights = weights_in_folder(folder)
@@ -84,15 +80,12 @@ def load_folder(
 def load_gguf(
     path: Path,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: Device = None,
     dtype: torch.dtype,
     name: str | None = None,
 ) -> HookedTransformer:
     """Load a GGUF file, with the tokenizer of its metadata."""
-    from hooklens.pretrained.gguf import read_gguf
-    from hooklens.pretrained.tokenizer import Tokenizer
-
     file = read_gguf(path)
     with reading(path, "a model"):
         weights = weights_in_gguf(file)
@@ -104,7 +97,7 @@ def load_gguf(
 
 
 def load_module(
-    module: Any, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype | None = None
+    module: Any, *, tokenizer: Tokenizer | None = None, device: Device = None, dtype: torch.dtype | None = None
 ) -> HookedTransformer:
     """Copy a transformers model in memory, on its device and in its dtype unless others are given."""
     first = next(module.parameters())
@@ -121,7 +114,7 @@ def load_module(
     )
 
 
-def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
+def with_stops(tokenizer: Tokenizer | None, ends: Any) -> Tokenizer | None:
     """The tokenizer, with the stop tokens (one or several) of the model's own settings added."""
     if tokenizer is None:
         return None
@@ -133,7 +126,7 @@ def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
 
 
 def load_hub(
-    repo: str, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype = torch.float32
+    repo: str, *, tokenizer: Tokenizer | None = None, device: Device = None, dtype: torch.dtype = torch.float32
 ) -> HookedTransformer:
     """Load a hub id, through huggingface_hub and its cache."""
     folder = fetch_from_hub(repo)

@@ -4,18 +4,23 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, did_you_mean
 from hooklens.core.files import reading
+from hooklens.core.safetensors_file import is_safetensors
 from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.assets import ASSETS, cached, fetch
+from hooklens.pretrained.checkpoint import FOLDER_FILE, is_checkpoint, load_checkpoint
+from hooklens.pretrained.families import families
+from hooklens.pretrained.folding import fold_all
+from hooklens.pretrained.gguf_to_hf import ARCHITECTURES
+from hooklens.pretrained.hf import load_folder, load_gguf, load_hub, load_module
+from hooklens.pretrained.tokenizer import Tokenizer
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.tokenizer import Tokenizer
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".ckpt")
@@ -45,8 +50,6 @@ def load(
     >>> load(path)
     HookedTransformer(tiny: 2 layers, d_model 8, 2 heads of 4, d_mlp 32, 0.0M parameters)
     """
-    from hooklens.pretrained.folding import fold_all
-
     options = {"tokenizer": as_tokenizer(tokenizer), "device": as_device(device)}
     wanted = as_dtype(dtype)
     if isinstance(source, str | Path):
@@ -62,10 +65,6 @@ def models() -> Table:
     >>> models().columns
     ('source', 'what', 'where from')
     """
-    from hooklens.pretrained.assets import ASSETS, cached
-    from hooklens.pretrained.families import families
-    from hooklens.pretrained.gguf_to_hf import ARCHITECTURES
-
     kinds = ", ".join(kind for family in families().values() for kind in family.model_types)
     rows = []
     for asset in ASSETS.values():
@@ -121,18 +120,14 @@ def as_device(device: str | torch.device | None) -> str | torch.device | None:
     return device
 
 
-def as_tokenizer(given: Any) -> "Tokenizer | None":
+def as_tokenizer(given: Any) -> Tokenizer | None:
     """Return a hooklens tokenizer, from a hooklens or transformers tokenizer or the path of a tokenizer's folder."""
-    from hooklens.pretrained.tokenizer import Tokenizer
-
     if given is None or isinstance(given, Tokenizer):
         return given
     return Tokenizer.from_folder(given) if isinstance(given, str | Path) else Tokenizer.from_transformers(given)
 
 
 def _from_memory(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.pretrained.hf import load_module
-
     if isinstance(source, HookedTransformer):
         raise WrongType("load() got a HookedTransformer, which is already loaded; use copy.deepcopy(model) to copy it")
     if not (isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict")):
@@ -149,8 +144,6 @@ def check_source(source: str) -> str:
     >>> check_source("smollm2-135m-instruct")
     'smollm2-135m-instruct'
     """
-    from hooklens.pretrained.assets import ASSETS
-
     if not source.strip():
         raise InputError(
             f"the name of the model is empty: {source!r}; `hooklens models` lists what can be loaded, and '.' is the "
@@ -176,9 +169,6 @@ def check_source(source: str) -> str:
 
 
 def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.pretrained.assets import ASSETS, fetch
-    from hooklens.pretrained.hf import load_gguf, load_hub
-
     check_source(source)
     wide = dtype or torch.float32
     if source in ASSETS:
@@ -196,8 +186,6 @@ def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) 
 
 def _without_hub(source: str) -> str:
     """The error message where the hub is unavailable: the names that can be loaded, the closest first."""
-    from hooklens.pretrained.assets import ASSETS
-
     names = [name for name, asset in ASSETS.items() if not asset.is_folder]
     close = [name for name in names if source.lower() in name] or difflib.get_close_matches(source, names, cutoff=0.4)
     found = f"closest: {', '.join(close)}" if close else f"assets: {', '.join(names)}"
@@ -205,9 +193,6 @@ def _without_hub(source: str) -> str:
 
 
 def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.pretrained.checkpoint import FOLDER_FILE, is_checkpoint, load_checkpoint
-    from hooklens.pretrained.hf import load_folder
-
     if not (path / "config.json").is_file() and is_checkpoint(path / FOLDER_FILE):
         return load_checkpoint(path, dtype=dtype, **options)
     if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
@@ -216,10 +201,6 @@ def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any])
 
 
 def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.core.safetensors_file import is_safetensors
-    from hooklens.pretrained.checkpoint import load_checkpoint
-    from hooklens.pretrained.hf import load_gguf
-
     with reading(path, "a model"), open(path, "rb") as file:
         begin = file.read(4)
     if begin == b"GGUF":

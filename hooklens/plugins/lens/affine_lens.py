@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import Answers
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, read_lens
 from hooklens.plugins.lens.least_squares import regressed
 from hooklens.plugins.lens.reading import answers_of, check_quiet, one_length, stream_labels
@@ -26,9 +27,6 @@ from hooklens.plugins.lens.training import Schedule, constant_kl, window_kl
 from hooklens.plugins.lens.translators import TunedLens as TunedLens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +86,7 @@ class TunedLensTraining(Result):
 
 
 def fit_tuned_lens(
-    model: "HookedTransformer", tokens: Prompts | PromptPairs | Iterable[Int[Tensor, "batch pos"]]
+    model: HookedTransformer, tokens: Prompts | PromptPairs | Iterable[Int[Tensor, "batch pos"]]
 ) -> tuple[TunedLens, TunedLensTraining]:
     """The tuned lens in closed form: for each layer, the affine map with the output closest to the final stream.
 
@@ -121,7 +119,7 @@ def fit_tuned_lens(
 
 
 def train_tuned_lens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Prompts | PromptPairs | Iterable[Int[Tensor, "batch pos"]],
     *,
     steps: int = 250,
@@ -175,7 +173,7 @@ def train_tuned_lens(
 
 
 def tuned_lens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Prompts | PromptPairs,
     lens: TunedLens,
     *,
@@ -217,7 +215,7 @@ def _split(windows: Int[Tensor, "window pos"]) -> tuple[Int[Tensor, "kept pos"],
     return windows[:-measured], windows[-measured:]
 
 
-def _windows(model: "HookedTransformer", tokens: Any) -> Int[Tensor, "window pos"]:
+def _windows(model: HookedTransformer, tokens: Any) -> Int[Tensor, "window pos"]:
     """Windows from a tensor, prompts, or batches of windows."""
     if isinstance(tokens, Tensor | str | PromptPairs):
         return one_length(model, tokens)
@@ -230,6 +228,6 @@ def _windows(model: "HookedTransformer", tokens: Any) -> Int[Tensor, "window pos
     return one_length(model, parts)
 
 
-def demo(model: "HookedTransformer") -> TunedLensTraining:
+def demo(model: HookedTransformer) -> TunedLensTraining:
     """Twenty steps on eight short sentences; random token numbers if the model has no tokenizer."""
     return train_tuned_lens(model, demo_texts(model, 8, 8), steps=20, lr=0.02)[1]

@@ -1,7 +1,7 @@
 """Calibration: does the model's confidence match its accuracy? Loss and entropy of every token; reliability diagram."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,12 +13,10 @@ from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.ids import show
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, mean_interval, null_p, quantiles
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 # Confidences that differ by less than so many roundings are one.
 _ROUNDINGS = 64
@@ -167,7 +165,7 @@ def _resamples(values: Float[Tensor, "batch bin"], seed: int) -> Float[Tensor, "
 
 
 def measure_calibration(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Prompts | PromptPairs,
     *,
     n_bins: int = 15,
@@ -220,7 +218,7 @@ def binned_error(gaps: Float[Tensor, "*draw bin"], n: int) -> Float[Tensor, "*dr
     return gaps.abs().sum(-1) / n
 
 
-def _predictions(model: "HookedTransformer", ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _predictions(model: HookedTransformer, ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, entropy, confidence and correctness of every token except the first."""
     found = []
     with packing(ids.numel()):
@@ -263,6 +261,6 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
     return torch.stack(found)
 
 
-def demo(model: "HookedTransformer") -> Calibration:
+def demo(model: HookedTransformer) -> Calibration:
     """Twelve short sentences; without a tokenizer, random token numbers, which no model can predict."""
     return measure_calibration(model, demo_texts(model, 12, 16))

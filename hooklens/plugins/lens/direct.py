@@ -4,7 +4,7 @@ Weights are never read: input times gradient is exact for a linear layer, whatev
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.model.linear import is_plain, without_bias
 from hooklens.model.norms import Passage
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 Vector = Float[Tensor, "prompt d_model"]
 Pick = Callable[[Float[Tensor, "prompt d_out"]], Float[Tensor, "prompt"]]
@@ -38,7 +36,7 @@ class Direct(NamedTuple):
 class DirectEffects:
     """One position of each prompt: its activations, and the vector that turns a stream into the answer's logit."""
 
-    def __init__(self, model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
+    def __init__(self, model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
         if not -tokens.shape[1] <= pos < tokens.shape[1]:
             raise InputError(f"pos={pos} is out of range for a prompt of {tokens.shape[1]} tokens")
         self.model, self.pick = model, pick
@@ -80,7 +78,7 @@ class DirectEffects:
 
 
 def direct_effects(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Int[Tensor, "prompt pos"],
     right: Int[Tensor, "prompt"],
     wrong: Int[Tensor, "prompt"] | None,
@@ -123,7 +121,7 @@ def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int
     return Direct(tensors, list(sources), labels, error)
 
 
-def _run(model: "HookedTransformer", tokens: Tensor, pos: int) -> tuple[ActivationCache, Vector]:
+def _run(model: HookedTransformer, tokens: Tensor, pos: int) -> tuple[ActivationCache, Vector]:
     """The values needed from a forward pass: of all keys, and of everything else at the query position."""
     kept: dict[str, Tensor] = {}
 

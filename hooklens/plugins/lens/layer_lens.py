@@ -1,7 +1,7 @@
 """Logit lens: unembed the residual stream before every block, and see at which layer the model's answer appears."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import Answers, answer_ids
 from hooklens.model.ids import show
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.reading import (
     Reading,
     Translate,
@@ -27,9 +28,6 @@ from hooklens.plugins.lens.reading import (
     streams_of,
 )
 from hooklens.results.result import Result, Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _CONTROLS = 4  # number of other positions in which each answer is ranked
 _WRITTEN = 40  # maximum number of columns for which a figure's cells show words
@@ -132,7 +130,7 @@ class LogitLens(Result):
 
 
 def logit_lens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Prompts | PromptPairs,
     *,
     answer: Answers | None = None,
@@ -161,7 +159,7 @@ def logit_lens(
 
 
 def read_lens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     ids: Int[Tensor, "batch pos"],
     *,
     answer: Answers | None = None,
@@ -203,7 +201,7 @@ def read_lens(
 
 
 def lens_logits(
-    model: "HookedTransformer", tokens: Prompts | PromptPairs, *, incl_mid: bool = False
+    model: HookedTransformer, tokens: Prompts | PromptPairs, *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_vocab"]:
     """The full logits of a logit lens, for short prompts: the last row equals `model(tokens)` bit for bit.
 
@@ -225,7 +223,7 @@ def lens_logits(
         return torch.stack([model.read_out(stream) for stream in streams_of(model, ids, incl_mid=incl_mid)])
 
 
-def _each_position(model: "HookedTransformer", answer: Answers, ids: Tensor) -> Int[Tensor, "batch pos"]:
+def _each_position(model: HookedTransformer, answer: Answers, ids: Tensor) -> Int[Tensor, "batch pos"]:
     """Expand one answer for all, one per prompt, or one per position."""
     if isinstance(answer, Tensor) and answer.ndim == 2:
         if answer.shape != ids.shape:
@@ -281,6 +279,6 @@ def _assembled(
     )
 
 
-def demo(model: "HookedTransformer") -> LogitLens:
+def demo(model: HookedTransformer) -> LogitLens:
     """The lens on two short prompts; token numbers if the model has no tokenizer."""
     return logit_lens(model, demo_pairs(model, 2).clean)

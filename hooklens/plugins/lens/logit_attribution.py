@@ -1,7 +1,7 @@
 """Direct logit attribution: the contribution of each component to an answer's logit, and a check of their sum."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +13,11 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import Answers
 from hooklens.model.ids import show
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.direct import direct_effects
 from hooklens.plugins.lens.reading import OverPrompts, ask
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _FROZEN = (
     "Direct effects only, with the final norm's scale frozen at this prompt's: their sum is the logit before any soft "
@@ -142,7 +140,7 @@ class LogitAttribution(OverPrompts, Result):
 
 
 def direct_logit_attribution(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Prompts | PromptPairs,
     *,
     answer: Answers | None = None,
@@ -198,7 +196,7 @@ class NoAttribution(Result):
     reason: str
 
 
-def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
+def demo(model: HookedTransformer) -> LogitAttribution | NoAttribution:
     """Two short prompts; token numbers where the model has no tokenizer."""
     why = model.blocks[0].not_a_sum
     if why is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +17,9 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.metrics import Answers, answer_ids, check_answers_differ
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.statistics import Groups, group_numbers, mean_interval
 from hooklens.sweeps.naive import drops_out
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 #: Maps a layer's row and its streams to the streams that the final norm reads instead.
 Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_model"]]
@@ -50,7 +48,7 @@ def packing(rows: int) -> AbstractContextManager:
     return packed_linears(rows=1024) if rows >= _WORTH_PACKING else nullcontext()
 
 
-def one_length(model: "HookedTransformer", prompts: Prompts | PromptPairs) -> Int[Tensor, "batch pos"]:
+def one_length(model: HookedTransformer, prompts: Prompts | PromptPairs) -> Int[Tensor, "batch pos"]:
     """The prompts as tokens [batch pos]; prompts of different lengths raise an error."""
     rows = rows_of(model, clean_of(prompts), "tokens")
     lengths = sorted({len(row) for row in rows})
@@ -85,7 +83,7 @@ class Asked:
 
 
 def ask(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Prompts | PromptPairs,
     answer: Answers | None,
     wrong_answer: Answers | None,
@@ -121,7 +119,7 @@ def answers_of(
     return getattr(source, "answer", None), wrong
 
 
-def _one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str) -> Int[Tensor, "prompt"]:
+def _one_a_prompt(model: HookedTransformer, answer: Answers, n: int, name: str) -> Int[Tensor, "prompt"]:
     ids = answer_ids(model, answer, name).to(model.device)
     if len(ids) not in (1, n):
         raise InputError(f"{name} must be one token for all prompts or one per prompt, got {len(ids)} for {n} prompts")
@@ -143,7 +141,7 @@ class OverPrompts:
         return int(group_numbers(len(self.answer), self.group).max()) > 0
 
 
-def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list[str]:
+def stream_labels(model: HookedTransformer, *, incl_mid: bool = False) -> list[str]:
     """The names of the streams of `streams_of`: 0_pre, 1_pre, ..., final_post."""
     n = model.cfg.n_layers
     mids = ("pre", "mid") if incl_mid else ("pre",)
@@ -151,7 +149,7 @@ def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list
 
 
 def streams_of(
-    model: "HookedTransformer", tokens: Int[Tensor, "batch pos"], *, incl_mid: bool = False
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_model"]:
     """The stream before every block (with `incl_mid`, also after its attention), and the input of the final norm."""
     sites = ["resid_pre", "resid_mid"] if incl_mid else ["resid_pre"]
@@ -163,33 +161,33 @@ def streams_of(
     return torch.stack([*(cache[name] for name in cache), final])
 
 
-def prompts_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
+def prompts_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
     """Groups of prompts whose streams fit the memory limit."""
     each = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
     yield from tokens.split(max(1, _STREAMS_AT_ONCE // each))
 
 
-def read_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
+def read_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
     """Groups of prompts for which the model's own logits also fit."""
     each = tokens.shape[1] * model.cfg.d_vocab_out
     for group in prompts_at_once(model, tokens):
         yield from group.split(max(1, _FINAL_AT_ONCE // each))
 
 
-def final_logits(model: "HookedTransformer", stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+def final_logits(model: HookedTransformer, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
     """The model's own logits for these rows, computed with the same products as in `read_streams`."""
     with torch.no_grad():
         each = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
     return each[0] if len(each) == 1 else torch.cat(each)
 
 
-def _rows_at_once(model: "HookedTransformer", n_rows: int) -> int:
+def _rows_at_once(model: HookedTransformer, n_rows: int) -> int:
     """The number of rows per block, of equal size, with at most `_LOGITS_AT_ONCE` logits per layer."""
     width = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)
     return -(-n_rows // -(-n_rows // width))
 
 
-def check_quiet(model: "HookedTransformer") -> None:
+def check_quiet(model: HookedTransformer) -> None:
     """Refuse silent errors: dropout, which makes passes differ, and hooks that would mistake layers for positions."""
     if drops_out(model):
         raise InputError("a lens compares passes, which dropout makes different; turn it off with model.eval()")
@@ -202,7 +200,7 @@ def check_quiet(model: "HookedTransformer") -> None:
 
 
 def read_streams(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     streams: Float[Tensor, "layer row d_model"],
     asked: Int[Tensor, "row asked"],
     *,

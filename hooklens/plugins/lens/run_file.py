@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,18 +11,16 @@ from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 from hooklens.core.fingerprint import identity
 from hooklens.core.progress_bar import progress
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.reading import check_quiet
 from hooklens.plugins.lens.training import Schedule, State, advanced, begin, constant_kl, gradients, window_kl
 from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _SECONDS_BETWEEN_FILES = 60.0
 
 
 def train(
-    model: "HookedTransformer", schedule: Schedule, held_out: Tensor, start: TunedLens | None, path: Path | None
+    model: HookedTransformer, schedule: Schedule, held_out: Tensor, start: TunedLens | None, path: Path | None
 ) -> tuple[State, dict[str, Tensor]]:
     """Run all remaining steps and keep the file up to date; Ctrl-C writes the last complete step."""
     check_quiet(model)
@@ -53,7 +50,7 @@ def train(
     return state, held
 
 
-def run_key(model: "HookedTransformer", schedule: Schedule, held_out: Tensor, start: TunedLens | None) -> str:
+def run_key(model: HookedTransformer, schedule: Schedule, held_out: Tensor, start: TunedLens | None) -> str:
     """A hash of everything that a run must share with its continuation."""
     fixed = (schedule.train, held_out, schedule.steps, schedule.lr, schedule.seed, schedule.batch)
     return identity((model.cfg.to_json(), dict(model.state_dict()), fixed, start), "the run")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -12,12 +11,10 @@ from hooklens.core.arguments import seeded
 from hooklens.core.precision import widened
 from hooklens.metrics import kl_divergence
 from hooklens.model.linear import is_plain
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.least_squares import stream_sizes
 from hooklens.plugins.lens.reading import expected, prompts_at_once, read_streams, streams_of
 from hooklens.plugins.lens.translators import TunedLens
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _LOGITS_AT_ONCE = 16 * 2**20  # about four tensors of this size exist during a gradient
 _BETA1, _BETA2, _EPS = 0.9, 0.98, 1e-8
@@ -70,7 +67,7 @@ class State:
         return TunedLens.of(self.maps[:, :-1], self.maps[:, -1] * self.size[:, None])
 
 
-def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: TunedLens | None = None) -> State:
+def begin(model: HookedTransformer, train: Int[Tensor, "window pos"], start: TunedLens | None = None) -> State:
     """Zero maps, or those to start from, and the size of each layer's stream, measured on a few windows."""
     streams = streams_of(model, train[: max(1, 512 // train.shape[1])]).flatten(1, 2)[:-1]
     streams = widened(streams)
@@ -84,7 +81,7 @@ def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: T
 
 
 def gradients(
-    model: "HookedTransformer", state: State, tokens: Int[Tensor, "batch pos"]
+    model: HookedTransformer, state: State, tokens: Int[Tensor, "batch pos"]
 ) -> tuple[Maps, Float[Tensor, "layer"]]:
     """d mean KL / d maps of every layer, and the mean KL, a few rows and one layer at a time."""
     grads, loss = torch.zeros_like(state.maps), state.size.new_zeros(len(state.maps))
@@ -158,7 +155,7 @@ def advanced(state: State, grads: Maps, loss: Float[Tensor, "layer"], rate: floa
 
 
 def window_kl(
-    model: "HookedTransformer", tokens: Int[Tensor, "window pos"], lens: TunedLens | None = None
+    model: HookedTransformer, tokens: Int[Tensor, "window pos"], lens: TunedLens | None = None
 ) -> Float[Tensor, "window layer"]:
     """KL(model || lens) of every window, mean over its positions; without a lens, that of the logit lens."""
     found = []
@@ -172,7 +169,7 @@ def window_kl(
 
 
 def constant_kl(
-    model: "HookedTransformer", train: Int[Tensor, "train_window pos"], held_out: Int[Tensor, "window pos"]
+    model: HookedTransformer, train: Int[Tensor, "train_window pos"], held_out: Int[Tensor, "window pos"]
 ) -> Float[Tensor, "window"]:
     """KL(model || c) for the constant distribution c, the model's mean over training windows, as a baseline."""
     total, count = torch.zeros((), dtype=torch.float64), 0

@@ -1,7 +1,7 @@
 """Trajectory: the answer's rank and probability, entropy, KL and the stream itself from layer to layer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.metrics import Answers
 from hooklens.model.ids import show
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.reading import (
     OverPrompts,
     Translate,
@@ -28,9 +29,6 @@ from hooklens.plugins.lens.reading import (
 from hooklens.plugins.lens.translators import TunedLens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _CONTROLS = 4  # number of other positions of a prompt in which its answer is ranked
 
@@ -124,7 +122,7 @@ class Trajectory(OverPrompts, Result):
 
 
 def trace_predictions(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Prompts | PromptPairs,
     *,
     answer: Answers | None = None,
@@ -207,6 +205,6 @@ def _others(n: int, at: int) -> list[int]:
     return sorted({rest[(2 * i + 1) * len(rest) // (2 * _CONTROLS)] for i in range(_CONTROLS)}) if rest else []
 
 
-def demo(model: "HookedTransformer") -> Trajectory:
+def demo(model: HookedTransformer) -> Trajectory:
     """Two short prompts; token numbers if the model has no tokenizer."""
     return trace_predictions(model, demo_pairs(model, 2))
