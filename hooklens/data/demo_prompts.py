@@ -1,4 +1,4 @@
-"""Prompts for a method's demo: sentences where the model reads text, token numbers where it does not."""
+"""Prompts for the demos of methods: sentences, or token numbers for models that cannot read these sentences."""
 
 from collections import Counter
 
@@ -10,26 +10,16 @@ from hooklens.core.errors import HooklensError
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.transformer import HookedTransformer
 
-_CAPITALS = {
-    "France": "Paris",
-    "Italy": "Rome",
-    "Germany": "Berlin",
-    "Spain": "Madrid",
-    "Japan": "Tokyo",
-    "Russia": "Moscow",
-    "England": "London",
-    "Egypt": "Cairo",
-    "Austria": "Vienna",
-    "Greece": "Athens",
-    "Ireland": "Dublin",
-    "Cuba": "Havana",
-}
+_COUNTRIES = "France Italy Germany Spain Japan Russia England Egypt Austria Greece Ireland Cuba"
+_CITIES = "Paris Rome Berlin Madrid Tokyo Moscow London Cairo Vienna Athens Dublin Havana"
+_CAPITALS = dict(zip(_COUNTRIES.split(), _CITIES.split(), strict=True))
 
 
 def demo_pairs(model: HookedTransformer, n: int = 1, n_pos: int = 6) -> PromptPairs:
-    """`n` pairs such as "The capital of France is" and "The capital of Italy is", or of `n_pos` token numbers.
+    """`n` pairs such as "The capital of France is" and "The capital of Italy is", or pairs of `n_pos` token numbers.
 
-    Prompts are token ids, and so are answers. Those of numbers are the two tokens between which the model decides most.
+    Prompts and answers are token ids. The answers to token numbers are the two tokens whose logits differ most between
+    the clean and corrupted prompts.
 
     >>> from hooklens.testing import tiny_model
     >>> pairs = demo_pairs(tiny_model(), 1, 4)
@@ -64,7 +54,7 @@ def demo_texts(model: HookedTransformer, n: int, n_pos: int) -> Int[Tensor, "tex
 
 
 def _sentences(model: HookedTransformer, n: int) -> tuple[Int[Tensor, "text pos"] | None, list[int]]:
-    """`n` + 1 sentences, neighbours never the same, with their answers; None where the model has no use for them."""
+    """`n` + 1 sentences, neighbours different, with their answers; None if the model cannot read them."""
     if model.tokenizer is None:
         return None, []
     rows, answers = [], []
@@ -72,7 +62,7 @@ def _sentences(model: HookedTransformer, n: int) -> tuple[Int[Tensor, "text pos"
         for country, capital in _CAPITALS.items():
             answers.append(model.to_single_token(f" {capital}"))
             rows.append(model.to_tokens(f"The capital of {country} is")[0])
-    except HooklensError:  # capitals of several tokens, or a text that this tokenizer cannot read
+    except HooklensError:  # a capital of several tokens, or a text that this tokenizer cannot read
         return None, []
     length = Counter(map(len, rows)).most_common(1)[0][0]
     usable = [i for i, row in enumerate(rows) if len(row) == length]

@@ -65,11 +65,11 @@ def test_special_tokens_are_not_drawn_and_bos_begins():
 
 
 def test_what_cannot_repeat_is_refused():
-    with pytest.raises(InputError, match="a period fits twice"):
+    with pytest.raises(InputError, match="the period must fit twice"):
         repeated_tokens(tiny_model(), 2, length=2)
     with pytest.raises(InputError, match="period of 9"):
         repeated_tokens(tiny_model(), 2, length=13, period=9)
-    with pytest.raises(InputError, match="0 sequences"):
+    with pytest.raises(InputError, match="cannot draw 0 sequences"):
         repeated_tokens(tiny_model(), 0)
     with pytest.raises(InputError, match="reads vectors"):
         repeated_tokens(tiny_model(embed={"part": "vectors", "d_in": 3}), 2)
