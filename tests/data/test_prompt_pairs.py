@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hooklens as hl
@@ -128,6 +128,7 @@ def test_a_metric_that_cannot_be_saved_is_refused_before_the_write(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), min_size=1)] * 4, st.integers(0, 3)), min_size=1

@@ -11,7 +11,7 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.testing import induction_model, or_gate, tiny_model
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 9), st.integers(3, 40), st.integers(3, 60), st.integers(0, 1000))
 def test_every_sequence_repeats_its_pattern_and_no_token_comes_twice_in_one(n, length, d_vocab, seed):
     model = tiny_model(d_vocab=d_vocab, n_ctx=32)
