@@ -35,9 +35,10 @@ def build(
     name: str,
     tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
     """Build the model that a Hugging Face config and weights describe, after checking every name and shape."""
+    dtype = dtype or torch.float32
     with reading(weights.where, "a model"):
         model, usual, pieces = _planned(values, weights, name, tokenizer, dtype)
     for theirs, tensor in weights.read(usual):

@@ -62,7 +62,7 @@ def load_folder(
     *,
     tokenizer: Tokenizer | None = None,
     device: Device = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     name: str | None = None,
 ) -> HookedTransformer:
     """Load a Hugging Face folder: config.json, safetensors (one file or shards), and tokenizer.json if present."""
@@ -82,7 +82,7 @@ def load_gguf(
     *,
     tokenizer: Tokenizer | None = None,
     device: Device = None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     name: str | None = None,
 ) -> HookedTransformer:
     """Load a GGUF file, with the tokenizer of its metadata."""
@@ -123,14 +123,6 @@ def with_stops(tokenizer: Tokenizer | None, ends: Any) -> Tokenizer | None:
         raise InputError(f"eos_token_id is a token id, a list of ids or null, got {ends!r:.80}; correct the settings")
     stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *(i for i in ids if i >= 0))))
     return tokenizer if stops == tokenizer.stop_ids else replace(tokenizer, stop_ids=stops)
-
-
-def load_hub(
-    repo: str, *, tokenizer: Tokenizer | None = None, device: Device = None, dtype: torch.dtype = torch.float32
-) -> HookedTransformer:
-    """Load a hub id, through huggingface_hub and its cache."""
-    folder = fetch_from_hub(repo)
-    return load_folder(folder, tokenizer=tokenizer, device=device, dtype=dtype, name=repo)
 
 
 def fetch_from_hub(repo: str) -> Path:
