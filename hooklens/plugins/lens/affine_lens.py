@@ -22,8 +22,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, read_lens
 from hooklens.plugins.lens.least_squares import regressed
 from hooklens.plugins.lens.reading import answers_of, check_quiet, one_length, stream_labels
-from hooklens.plugins.lens.run_file import train
-from hooklens.plugins.lens.training import Schedule, constant_kl, window_kl
+from hooklens.plugins.lens.training import Schedule, constant_kl, train, window_kl
 from hooklens.plugins.lens.translators import TunedLens as TunedLens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.plugins.lens import run_file, training
+from hooklens.plugins.lens import training
 from hooklens.plugins.lens.affine_lens import TunedLens, TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
 from hooklens.plugins.lens.layer_lens import logit_lens
 from hooklens.plugins.lens.reading import streams_of
@@ -170,7 +170,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(tmp_path):
 
 def test_the_file_is_written_now_and_then_too(tmp_path, monkeypatch):
     """A killed process writes nothing more: what stands there is from before."""
-    monkeypatch.setattr(run_file, "_SECONDS_BETWEEN_FILES", 0.0)
+    monkeypatch.setattr(training, "_SECONDS_BETWEEN_FILES", 0.0)
     model, path = tiny_model(), tmp_path / "lens.safetensors"
     with interrupt_after(model, 21, error=ZeroDivisionError), pytest.raises(ZeroDivisionError):
         train_tuned_lens(model, WINDOWS, **QUICK, path=path)
