@@ -83,14 +83,14 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def own_parameters(model: HookedTransformer, what: str) -> dict[str, nn.Parameter]:
     """The parameters by name, a tied one once. Raises unless the configuration alone describes them."""
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     wanted = parameter_shapes(HookedTransformer(model.cfg, device="meta"))
-    if odd := sorted(name for name in wanted.keys() | found.keys() if (name in wanted) != (name in found)):
+    if odd := sorted(name for name in wanted.keys() | parameters.keys() if (name in wanted) != (name in parameters)):
         raise InputError(
             f"{what} needs a model with exactly the parameters of its configuration; these differ: {listed(odd)}; "
             "merge adapters into the weights first, and tie the weights that cfg declares as tied"
         )
-    return found
+    return parameters
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:

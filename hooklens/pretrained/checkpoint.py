@@ -51,7 +51,7 @@ def save(model: HookedTransformer, path: str | Path) -> None:
             content["tokenizer_sha256"] = _file_sums(path)
         path = path / FOLDER_FILE
     elif model.tokenizer is not None:
-        content["tokenizer"] = _packed(model.tokenizer)
+        content["tokenizer"] = model.tokenizer.files()
     write_envelope(path, SCHEMA, content, tensors)
 
 
@@ -117,25 +117,15 @@ def _config(file: Envelope) -> HookedTransformerConfig:
         ) from error
 
 
-def _packed(tokenizer: Tokenizer) -> dict[str, str]:
-    """The texts of the tokenizer's own files."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return {name: (Path(folder) / name).read_text(encoding="utf-8") for name in _TOKENIZER_FILES}
-
-
-def _all_there(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def _file_sums(folder: Path) -> dict[str, str]:
-    return {name: file_digest(folder / name) for name in _TOKENIZER_FILES}
+def _file_sums(folder: Path) -> dict[str, str | None]:
+    paths = {name: folder / name for name in _TOKENIZER_FILES}
+    return {name: file_digest(path) if path.is_file() else None for name, path in paths.items()}
 
 
 def _tokenizer_of(path: Path, content: dict[str, Any]) -> Tokenizer | None:
     if path.is_dir():
-        told = content.get("tokenizer_sha256")
-        if told is not None and not (_all_there(path) and told == _file_sums(path)):
+        sums = content.get("tokenizer_sha256")
+        if sums is not None and sums != _file_sums(path):
             raise FileRefused(
                 f"{' or '.join(_TOKENIZER_FILES)} in {path} differs from the file that was saved with the model; copy "
                 "the folder again, or give tokenizer="

@@ -217,14 +217,14 @@ def _merges_of(
     if "tokenizer.ggml.merges" in metadata:
         return _merges(metadata["tokenizer.ggml.merges"])
     scores = [-i for i in range(len(tokens))] if by_position else _need(metadata, "scores")
-    found = []
+    merges = []
     for i, token in enumerate(tokens):
         parts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         known = [(left, right) for left, right in parts if left in vocab and right in vocab]
         known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(-scores[i], -len(left), -len(right), left, right) for left, right in known]
-    found.sort(key=lambda merge: merge[:3])
-    return [(left, right) for *_, left, right in found]
+        merges += [(-scores[i], -len(left), -len(right), left, right) for left, right in known]
+    merges.sort(key=lambda merge: merge[:3])
+    return [(left, right) for *_, left, right in merges]
 
 
 def _add_special(backend: Any, metadata: dict[str, Any], ids: dict[str, int | None]) -> None:

@@ -188,12 +188,12 @@ def _shards(folder: Path) -> list[SafetensorsFile]:
 def _only_file(folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder / "model.safetensors"
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
         raise FileRefused(
-            f"{folder} has {len(found)} safetensors files ({', '.join(f.name for f in found[:4])}) but no "
+            f"{folder} has {len(files)} safetensors files ({', '.join(f.name for f in files[:4])}) but no "
             "model.safetensors.index.json to say which belong to the model; add the index"
         )
     pickled = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLED)

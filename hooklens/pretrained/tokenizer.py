@@ -235,9 +235,9 @@ class Tokenizer:
         hooklens.core.errors.InputError: 'hello' is 2 tokens ['he', 'llo'], one is needed; use 'he', its first, or a
         word that is one token
         """
-        found = self.find_token(text)
-        if found is not None:
-            return found
+        token = self.find_token(text)
+        if token is not None:
+            return token
         ids = self.encode(text)
         if not ids:
             raise InputError(f"{text!r} has no tokens; give a word, often with a leading space: ' Mary'")
@@ -278,15 +278,18 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `from_folder` and transformers read them."""
         folder = make_folder(folder)
+        for name, text in self.files().items():
+            with write_atomically(folder / name) as aside:
+                aside.write_text(text, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """The text of each file that `save` writes."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "stop_token_ids": list(self.stop_ids)}
         config |= self._named_tokens()
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        written = {"tokenizer.json": self._with_bos_rule().to_str()}
-        written["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False)
-        for name, text in written.items():
-            with write_atomically(folder / name) as aside:
-                aside.write_text(text, encoding="utf-8")
+        settings = json.dumps(config, indent=2, ensure_ascii=False)
+        return {"tokenizer.json": self._with_bos_rule().to_str(), "tokenizer_config.json": settings}
 
     def _with_bos_rule(self) -> Any:
         """The backend, set to add BOS as `default_prepend_bos` says: readers of tokenizer.json rely on it."""

@@ -80,16 +80,16 @@ class Family:
 
         A file saved from the model without its head lacks the prefix of the names.
         """
-        found = {}
+        usual_of = {}
         for name in names:
             usual = name
             for pattern, replacement in self.renames:
                 usual = re.sub(pattern, replacement, usual)
             if not any(re.search(pattern, usual) for pattern in self.ignored):
-                found[name] = usual
-        if not any(usual.startswith(self.prefix) for usual in found.values()):
-            found = {k: v if v == self.head else self.prefix + v for k, v in found.items()}
-        return found
+                usual_of[name] = usual
+        if not any(usual.startswith(self.prefix) for usual in usual_of.values()):
+            usual_of = {k: v if v == self.head else self.prefix + v for k, v in usual_of.items()}
+        return usual_of
 
     def pieces(self, cfg: HookedTransformerConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
         """Every tensor that a file must contain, by its usual name, for parameters of these shapes."""
@@ -104,7 +104,7 @@ class Family:
     def _pieces(
         self, ours: str, theirs: str, table: dict[Names, str | From], shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, Piece]:
-        found = {}
+        pieces = {}
         for names, source in table.items():
             how = _as_source(source)
             layers = (names,) if isinstance(names, str) else names
@@ -114,8 +114,8 @@ class Family:
                     rows = tuple(shapes[name][0] for name in here)
                     shape = (sum(rows), *shapes[here[0]][1:])
                     shape = shape[::-1] if how.transposed else shape
-                    found[f"{theirs}{how.name}.{suffix}"] = Piece(here, how, shape, rows)
-        return found
+                    pieces[f"{theirs}{how.name}.{suffix}"] = Piece(here, how, shape, rows)
+        return pieces
 
 
 def _as_source(source: str | From) -> From:

@@ -66,8 +66,8 @@ class TunedLensTraining(Result):
 
     def _rows(self, chosen: list[int]) -> Table:
         low, high = self.fall_interval()
-        each = (self.before.mean(0), self.after.mean(0), self.fall, low, high)
-        rows = [(self.layers[i], *(float(value[i]) for value in each)) for i in chosen]
+        values = (self.before.mean(0), self.after.mean(0), self.fall, low, high)
+        rows = [(self.layers[i], *(float(value[i]) for value in values)) for i in chosen]
         return Table(("stream", "logit lens", "tuned lens", "fall", "95% low", "95% high"), rows)
 
     def figure(self) -> Any:

@@ -220,7 +220,7 @@ def binned_error(gaps: Float[Tensor, "*draw bin"], n: int) -> Float[Tensor, "*dr
 
 def _predictions(model: HookedTransformer, ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, entropy, confidence and correctness of every token except the first."""
-    found = []
+    parts_read = []
     with packing(ids.numel()):
         for some in prompts_at_once(model, ids):
             with torch.no_grad():
@@ -228,8 +228,8 @@ def _predictions(model: HookedTransformer, ids: Int[Tensor, "batch pos"]) -> tup
             targets = some[:, 1:].flatten()
             reading = read_streams(model, stream[None], targets[:, None], k=1)
             parts = (-reading.log_prob[0, :, 0], reading.entropy[0], reading.top_log_probs[0, :, 0].exp())
-            found.append([part.view(len(some), -1) for part in (*parts, reading.top[0, :, 0] == targets)])
-    loss, entropy, confidence, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
+            parts_read.append([part.view(len(some), -1) for part in (*parts, reading.top[0, :, 0] == targets)])
+    loss, entropy, confidence, correct = (torch.cat(parts) for parts in zip(*parts_read, strict=True))
     return loss, entropy, confidence.clamp_max(1.0), correct
 
 
@@ -253,12 +253,12 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
     generator = seeded(seed)
     flat = confidence.flatten()
     which = torch.bucketize(flat, edges[1:-1])
-    found = []
+    errors = []
     for _ in range(draws):
         right = torch.rand(len(flat), generator=generator, dtype=torch.float64).to(flat) < flat
         gaps = flat.new_zeros(len(edges) - 1).index_add_(0, which, flat - right.to(flat))
-        found.append(binned_error(gaps, len(flat)))
-    return torch.stack(found)
+        errors.append(binned_error(gaps, len(flat)))
+    return torch.stack(errors)
 
 
 def demo(model: HookedTransformer) -> Calibration:

@@ -87,11 +87,11 @@ def direct_effects(
     """Compute the parts of a LogitAttribution, for as many prompts at a time as fit in memory."""
     need_gradients("direct logit attribution")
     some = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
-    found = []
+    effects = []
     for i in range(0, len(tokens), some):
-        mine = slice(i, i + some)
-        found.append(_direct(model, tokens[mine], right[mine], None if wrong is None else wrong[mine], pos))
-    return found
+        part = slice(i, i + some)
+        effects.append(_direct(model, tokens[part], right[part], None if wrong is None else wrong[part], pos))
+    return effects
 
 
 def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int) -> Direct:

@@ -122,11 +122,11 @@ class LogitLens(Result):
         """The lines of the hover box below the token's probability."""
         at = (layer, prompt, pos)
         pairs = zip(self.top_tokens[at].tolist(), self.top_log_probs[at].exp().tolist(), strict=True)
-        said = (f"{self.words[token]!r} {prob:.3f}" for token, prob in pairs)
+        likely = (f"{self.words[token]!r} {prob:.3f}" for token, prob in pairs)
         answer = self.words[int(self.answer[prompt, pos])]
         control = float(self.control_rank[at])
         rank = f"rank of {answer!r}: {int(self.rank[at])} (elsewhere {control:.0f})"
-        return *said, rank, f"entropy {float(self.entropy[at]):.2f}, KL {float(self.kl[at]):.2f}"
+        return *likely, rank, f"entropy {float(self.entropy[at]):.2f}, KL {float(self.kl[at]):.2f}"
 
 
 def logit_lens(
@@ -229,12 +229,12 @@ def _each_position(model: HookedTransformer, answer: Answers, ids: Tensor) -> In
         if answer.shape != ids.shape:
             raise InputError(f"answer [batch pos] has the prompts' shape {list(ids.shape)}, got {list(answer.shape)}")
         return answer_ids(model, answer.flatten()).view(ids.shape).to(ids.device)
-    found = answer_ids(model, answer).to(ids.device)
-    if len(found) not in (1, len(ids)):
+    tokens = answer_ids(model, answer).to(ids.device)
+    if len(tokens) not in (1, len(ids)):
         raise InputError(
-            f"answer is one token, one for each of {len(ids)} prompts, or a tensor [batch pos]; got {len(found)} tokens"
+            f"answer is one token, one for each of {len(ids)} prompts, or a tensor [batch pos]; got {len(tokens)} tokens"
         )
-    return found[:, None].expand(ids.shape)
+    return tokens[:, None].expand(ids.shape)
 
 
 def _shifts(n: int) -> list[int]:

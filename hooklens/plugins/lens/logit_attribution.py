@@ -65,11 +65,11 @@ class LogitAttribution(OverPrompts, Result):
     @property
     def layers(self) -> Float[Tensor, "prompt layer"]:
         """The contribution of each layer, attention and MLP together."""
-        found = torch.zeros_like(self.attn_bias)
+        totals = torch.zeros_like(self.attn_bias)
         for i, name in enumerate(self.labels):
             if name[0].isdigit():
-                found[:, int(name.split("_")[0])] += self.components[:, i]
-        return found
+                totals[:, int(name.split("_")[0])] += self.components[:, i]
+        return totals
 
     def table(self, n: int | None = 12) -> Table:
         """The components with the largest attribution, mean over prompts, each with its spread over tokens."""
@@ -84,8 +84,8 @@ class LogitAttribution(OverPrompts, Result):
         """The `k` neurons with the largest attribution, mean over prompts."""
         mean = self.neurons.mean(0)
         chosen = mean.flatten().abs().argsort(descending=True, stable=True)[:k].tolist()
-        each = [(i // mean.shape[1], i % mean.shape[1]) for i in chosen]
-        return Table(("neuron", "attribution"), [(neuron_name(i, j), float(mean[i, j])) for i, j in each])
+        neurons = [(i // mean.shape[1], i % mean.shape[1]) for i in chosen]
+        return Table(("neuron", "attribution"), [(neuron_name(i, j), float(mean[i, j])) for i, j in neurons])
 
     def _ranked(self, values: Tensor, spread: Tensor, names: list[str]) -> Table:
         mean, wide, (low, high) = values.mean(0), spread.mean(0), self.interval(values)

@@ -163,22 +163,22 @@ def streams_of(
 
 def prompts_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
     """Groups of prompts whose streams fit the memory limit."""
-    each = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
-    yield from tokens.split(max(1, _STREAMS_AT_ONCE // each))
+    size = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
+    yield from tokens.split(max(1, _STREAMS_AT_ONCE // size))
 
 
 def read_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
     """Groups of prompts for which the model's own logits also fit."""
-    each = tokens.shape[1] * model.cfg.d_vocab_out
+    size = tokens.shape[1] * model.cfg.d_vocab_out
     for group in prompts_at_once(model, tokens):
-        yield from group.split(max(1, _FINAL_AT_ONCE // each))
+        yield from group.split(max(1, _FINAL_AT_ONCE // size))
 
 
 def final_logits(model: HookedTransformer, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
     """The model's own logits for these rows, computed with the same products as in `read_streams`."""
     with torch.no_grad():
-        each = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
-    return each[0] if len(each) == 1 else torch.cat(each)
+        blocks = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _rows_at_once(model: HookedTransformer, n_rows: int) -> int:
@@ -248,10 +248,10 @@ def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, tr
             x = torch.stack([translate(start + i, one) for i, one in enumerate(x)])
         readings += [_described(logits, target, asked, k) for logits in model.read_out(x)]
     readings.append(_described(final, target, asked, k))
-    found = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
-    kl = (found.kl - found.entropy[-1]).clamp_min_(0)
+    reading = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
+    kl = (reading.kl - reading.entropy[-1]).clamp_min_(0)
     kl[-1] = 0  # the model against itself: exactly 0, without rounding
-    return found._replace(kl=kl)
+    return reading._replace(kl=kl)
 
 
 def _described(
@@ -291,7 +291,7 @@ def _sums(
     """Process a few rows at a time, so that each pass finds its logits in the core's cache, with one shared scratch."""
     n_rows, d_vocab = logits.shape
     few = max(1, min(n_rows, _DESCRIBED_AT_ONCE // d_vocab))
-    found = _Sums(
+    sums = _Sums(
         largest=own.new_empty(n_rows, d_vocab // _SET),
         top_prob=own.new_empty(n_rows),
         mean=own.new_empty(n_rows),
@@ -306,18 +306,18 @@ def _sums(
         rows = slice(start, start + few)
         z = logits[rows].to(own.dtype)
         work = scratch[: len(z)]
-        _set_maxima(z, found.largest[rows])
-        torch.amax(torch.softmax(z, -1, out=work), -1, out=found.top_prob[rows])
-        torch.sum(work.mul_(z), -1, out=found.mean[rows])
-        torch.sum(torch.mul(target[rows], z, out=work), -1, out=found.target_mean[rows])
+        _set_maxima(z, sums.largest[rows])
+        torch.amax(torch.softmax(z, -1, out=work), -1, out=sums.top_prob[rows])
+        torch.sum(work.mul_(z), -1, out=sums.mean[rows])
+        torch.sum(torch.mul(target[rows], z, out=work), -1, out=sums.target_mean[rows])
         ranked = z.clamp_min(torch.finfo(z.dtype).min) if forbids else z
-        for column, signs in zip(bounds[rows].T, found.signs, strict=True):
+        for column, signs in zip(bounds[rows].T, sums.signs, strict=True):
             torch.sum(torch.sub(ranked, column[:, None], out=work).sign_(), -1, out=signs[rows])
-    for some in (~(found.mean + found.target_mean).isfinite()).nonzero()[:, 0].split(few):
+    for some in (~(sums.mean + sums.target_mean).isfinite()).nonzero()[:, 0].split(few):
         z = logits[some].to(own.dtype)
-        found.mean[some] = expected(z.softmax(-1), z)
-        found.target_mean[some] = expected(target[some], z)
-    return found
+        sums.mean[some] = expected(z.softmax(-1), z)
+        sums.target_mean[some] = expected(target[some], z)
+    return sums
 
 
 def _set_maxima(z: Float[Tensor, "row d_vocab"], out: Float[Tensor, "row n_sets"]) -> None:
@@ -356,7 +356,7 @@ def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"
     >>> expected(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 3.0, float("-inf")]])).tolist()
     [2.0]
     """
-    found = torch.linalg.vecdot(probs, z)
-    if bool(found.isfinite().all()):
-        return found
+    mean = torch.linalg.vecdot(probs, z)
+    if bool(mean.isfinite().all()):
+        return mean
     return torch.linalg.vecdot(probs, z.masked_fill(z.isneginf() & (probs == 0), 0.0))

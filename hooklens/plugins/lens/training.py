@@ -160,8 +160,8 @@ def gradients(
         for rows in streams.split(max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out), dim=1):
             target = _final(model, rows[-1]).exp()
             for layer in range(len(grads)):
-                found, value = _one_layer(model, state, layer, rows[layer], target)
-                grads[layer] += found / tokens.numel()
+                grad, value = _one_layer(model, state, layer, rows[layer], target)
+                grads[layer] += grad / tokens.numel()
                 loss[layer] += value / tokens.numel()
     return grads, loss
 
@@ -225,14 +225,14 @@ def window_kl(
     model: HookedTransformer, tokens: Int[Tensor, "window pos"], lens: TunedLens | None = None
 ) -> Float[Tensor, "window layer"]:
     """KL(model || lens) of every window, mean over its positions; without a lens, that of the logit lens."""
-    found = []
+    parts = []
     for some in prompts_at_once(model, tokens):
         streams = streams_of(model, some).flatten(1, 2)
         nothing = torch.empty(streams.shape[1], 0, dtype=torch.long, device=tokens.device)
         with torch.no_grad():
             kl = read_streams(model, streams, nothing, k=1, translate=lens).kl[:-1]
-        found.append(kl.unflatten(1, some.shape).mean(-1).T)
-    return torch.cat(found)
+        parts.append(kl.unflatten(1, some.shape).mean(-1).T)
+    return torch.cat(parts)
 
 
 def constant_kl(
@@ -243,11 +243,11 @@ def constant_kl(
     for rows in _final_rows(model, train[:32]):
         total, count = total + rows.exp().sum(0).double().cpu(), count + len(rows)
     mean = (total / count).clamp_min(1e-30).log().to(held_out.device)
-    found = []
+    values = []
     for window in held_out:
         rows = torch.cat([kl_divergence(one, mean.to(one)) for one in _final_rows(model, window[None])])
-        found.append(rows.mean())
-    return torch.stack(found)
+        values.append(rows.mean())
+    return torch.stack(values)
 
 
 def _final_rows(model, tokens: Tensor) -> Iterator[Float[Tensor, "row d_vocab"]]:
