@@ -94,9 +94,9 @@ def ask(
     if right is None:
         raise ArgumentError("{answer} is missing; give a token for all prompts or one per prompt, or PromptPairs")
     rows, wrong_ids = rows_of(model, clean_of(tokens), "tokens"), None
-    right_ids = _one_a_prompt(model, right, len(rows), "answer")
+    right_ids = one_a_prompt(model, right, len(rows), "answer")
     if wrong is not None:
-        wrong_ids = _one_a_prompt(model, wrong, len(rows), "wrong_answer")
+        wrong_ids = one_a_prompt(model, wrong, len(rows), "wrong_answer")
         check_answers_differ(model, right_ids, wrong_ids)
     if group is None and isinstance(tokens, PromptPairs):
         group = tokens.group
@@ -119,7 +119,8 @@ def answers_of(
     return getattr(source, "answer", None), wrong
 
 
-def _one_a_prompt(model: HookedTransformer, answer: Answers, n: int, name: str) -> Int[Tensor, "prompt"]:
+def one_a_prompt(model: HookedTransformer, answer: Answers, n: int, name: str) -> Int[Tensor, "prompt"]:
+    """Token ids of one answer for all prompts, or of one per prompt."""
     ids = answer_ids(model, answer, name).to(model.device)
     if len(ids) not in (1, n):
         raise InputError(f"{name} must be one token for all prompts or one per prompt, got {len(ids)} for {n} prompts")

@@ -15,17 +15,7 @@ from hooklens.data.prompts import Prompts
 from hooklens.metrics import Answers
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.lens.reading import (
-    OverPrompts,
-    Translate,
-    ask,
-    check_quiet,
-    packing,
-    prompts_at_once,
-    read_streams,
-    stream_labels,
-    streams_of,
-)
+from hooklens.plugins.lens import reading
 from hooklens.plugins.lens.translators import TunedLens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups
@@ -34,7 +24,7 @@ _CONTROLS = 4  # number of other positions of a prompt in which its answer is ra
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory(OverPrompts, Result):
+class Trajectory(reading.OverPrompts, Result):
     """One position of each prompt through all layers; the last row is the model itself.
 
     `rank` counts from 0. `control_rank` is the answer's median rank in streams of other positions of its prompt at the
@@ -144,16 +134,16 @@ def trace_predictions(
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023), section 3.
     """
-    check_quiet(model)
+    reading.check_quiet(model)
     if lens is not None:
         lens.check_fits(model)
-    asked = ask(model, tokens, answer, wrong_answer, group)
+    asked = reading.ask(model, tokens, answer, wrong_answer, group)
     answers = torch.stack([asked.right] if asked.wrong is None else [asked.right, asked.wrong], 1)
     parts = []
-    with packing(sum(map(len, asked.rows))):
+    with reading.packing(sum(map(len, asked.rows))):
         for some in asked.by_length():
             ids, wanted = torch.stack([asked.rows[i] for i in some]), answers[some]
-            for part in prompts_at_once(model, ids):
+            for part in reading.prompts_at_once(model, ids):
                 parts.append(_followed(model, part, wanted[: len(part)], pos, lens))
                 wanted = wanted[len(part) :]
     values = asked.in_order(parts)
@@ -162,7 +152,7 @@ def trace_predictions(
         **values,
         log_prob=log_probs[..., 0],
         wrong_log_prob=None if asked.wrong is None else log_probs[..., 1],
-        layers=stream_labels(model),
+        layers=reading.stream_labels(model),
         answer=show(model, asked.right),
         lens="logit lens" if lens is None else "tuned lens",
         group=asked.group,
@@ -170,16 +160,17 @@ def trace_predictions(
 
 
 def _followed(
-    model, ids: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt asked"], pos: int, translate: Translate | None
+    model, ids: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt asked"], pos: int, lens: TunedLens | None
 ) -> dict[str, Tensor]:
     """The requested position in the first column, followed by the other positions of the same prompts."""
     n_prompts, n_pos = ids.shape
     if not -n_pos <= pos < n_pos:
         raise InputError(f"pos={pos} is out of range for a prompt of {n_pos} tokens")
     at = pos % n_pos
-    streams = streams_of(model, ids)[:, :, [at, *_others(n_pos, at)]]
+    streams = reading.streams_of(model, ids)[:, :, [at, *_others(n_pos, at)]]
     n_read = streams.shape[2]
-    read = read_streams(model, streams.flatten(1, 2), asked.repeat_interleave(n_read, 0), k=1, translate=translate)
+    asked = asked.repeat_interleave(n_read, 0)
+    read = reading.read_streams(model, streams.flatten(1, 2), asked, k=1, translate=lens)
     rank, log_prob, entropy, kl = (
         value.unflatten(1, (n_prompts, n_read)).transpose(0, 1)
         for value in (read.rank[..., 0], read.log_prob, read.entropy, read.kl)

@@ -144,7 +144,7 @@ def test_what_cannot_be_read_is_refused():
         logit_lens(model, TOKENS, k=0)
     with pytest.raises(InputError, match=r"prompts' shape"):
         logit_lens(model, TOKENS, answer=torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(InputError, match="one for each of 2 prompts"):
+    with pytest.raises(InputError, match="one per prompt, got 3 for 2"):
         logit_lens(model, TOKENS, answer=[1, 2, 3])
     with pytest.raises(InputError, match="run it again with k=9"):
         logit_lens(model, TOKENS).top(9)
