@@ -28,27 +28,28 @@ Settings = dict[str, Any]
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _FOR_POSITIONS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # config has them
 
-#: llama.cpp's names of layers and ours. A name stands for a fused layer in the families that have one.
-LAYERS: dict[str, tuple[Names, ...]] = {
-    "token_embd": ("embed",),
-    "position_embd": ("pos_embed",),
-    "output_norm": ("ln_final",),
-    "output": ("unembed.linear",),
-    "attn_norm": ("ln1",),
-    "attn_q": ("attn.q",),
-    "attn_k": ("attn.k",),
-    "attn_v": ("attn.v",),
-    "attn_qkv": (("attn.q", "attn.k", "attn.v"),),
-    "attn_q_norm": ("attn.q_norm",),
-    "attn_k_norm": ("attn.k_norm",),
-    "attn_output": ("attn.o",),
-    "post_attention_norm": ("ln1_post",),
-    "ffn_norm": ("ln2",),
-    "ffn_gate": ("mlp.gate",),
-    "ffn_up": ("mlp.in_", ("mlp.gate", "mlp.in_")),
-    "ffn_down": ("mlp.out",),
-    "post_ffw_norm": ("ln2_post",),
+#: Our layers by llama.cpp's names.
+LAYERS: dict[str, Names] = {
+    "token_embd": "embed",
+    "position_embd": "pos_embed",
+    "output_norm": "ln_final",
+    "output": "unembed.linear",
+    "attn_norm": "ln1",
+    "attn_q": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_qkv": ("attn.q", "attn.k", "attn.v"),
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
+    "attn_output": "attn.o",
+    "post_attention_norm": "ln1_post",
+    "ffn_norm": "ln2",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.in_",
+    "ffn_down": "mlp.out",
+    "post_ffw_norm": "ln2_post",
 }
+_FUSED: dict[str, Names] = {"ffn_up": ("mlp.gate", "mlp.in_")}  # in families that fuse these two
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,10 @@ def hf_config(file: "GGUFFile") -> Settings:
 
 def _hf_name(family: Family, name: str) -> str | None:
     block, part, suffix = _split(name)
-    layers = (family.hub_name(ours, block) for ours in LAYERS.get(part, ()))
-    return next((f"{layer}.{suffix}" for layer in layers if layer is not None), None)
+    for table in (LAYERS, _FUSED):
+        if part in table and (layer := family.hub_name(table[part], block)) is not None:
+            return f"{layer}.{suffix}"
+    return None
 
 
 def _split(name: str) -> tuple[int | None, str, str]:
