@@ -7,22 +7,21 @@ Reference: convert_hf_to_gguf.py in the llama.cpp repository, each `undo` invert
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused
+from hooklens.core.files import reading
 from hooklens.model.config import Llama3Scaling
 from hooklens.pretrained.builder import listed
 from hooklens.pretrained.families import families
+from hooklens.pretrained.gguf import GGUFFile
 from hooklens.pretrained.weight_map import Family, Names
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.gguf import GGUFFile
 
 Settings = dict[str, Any]
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
@@ -62,11 +61,11 @@ class Architecture:
 
     family: str
     keys: dict[str, str]
-    more: Callable[["GGUFFile", Settings], Settings]
+    more: Callable[[GGUFFile, Settings], Settings]
     undo: Callable[[str, Tensor, Settings], Tensor] = lambda name, weight, config: weight
 
 
-def find_architecture(file: "GGUFFile") -> Architecture:
+def find_architecture(file: GGUFFile) -> Architecture:
     """The file's architecture; an unknown one raises an error that lists the supported ones."""
     name = file.architecture
     if name not in ARCHITECTURES:
@@ -83,7 +82,7 @@ def find_architecture(file: "GGUFFile") -> Architecture:
     return ARCHITECTURES[name]
 
 
-def hf_names(file: "GGUFFile") -> dict[str, str]:
+def hf_names(file: GGUFFile) -> dict[str, str]:
     """The hub name of each tensor in the file; a tensor without one raises an error."""
     family = families()[find_architecture(file).family]
     skipped = _FOR_POSITIONS | ({"output.weight"} if _output_is_embedding(file) else set())
@@ -96,8 +95,13 @@ def hf_names(file: "GGUFFile") -> dict[str, str]:
     return {name: str(hf_name) for name, hf_name in names.items()}
 
 
-def hf_config(file: "GGUFFile") -> Settings:
+def hf_config(file: GGUFFile) -> Settings:
     """The model's `config.json` as it would be on the hub, as far as the computation depends on it."""
+    with reading(file.path, "a model's configuration"):
+        return _settings(file)
+
+
+def _settings(file: GGUFFile) -> Settings:
     arch, embedding = find_architecture(file), file.tensors.get("token_embd.weight")
     family = families()[arch.family]
     _check_blocks(file)
@@ -115,6 +119,16 @@ def hf_config(file: "GGUFFile") -> Settings:
     }
     config |= {theirs: _decimal(_one(file, key)) for theirs, key in arch.keys.items()}
     return config | arch.more(file, config)
+
+
+def hf_tensors(file: GGUFFile, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
+    """The weights under their Hugging Face names and in that layout, one at a time.
+
+    Undoes the changes of the conversion to GGUF (rotary rows of Llama, `1 + weight` norms of Gemma, transposed and
+    regrouped matrices of GPT-2 and GPT-NeoX). Raises before the first tensor if any tensor has an unknown name or type.
+    """
+    names, config, undo = hf_names(file), hf_config(file), find_architecture(file).undo
+    return ((names[name], undo(name, weight, config).to(dtype)) for name, weight in file.read(names))
 
 
 def _hf_name(family: Family, name: str) -> str | None:
@@ -136,7 +150,7 @@ def _split(name: str) -> tuple[int | None, str, str]:
     return None, part, suffix
 
 
-def _output_is_embedding(file: "GGUFFile") -> bool:
+def _output_is_embedding(file: GGUFFile) -> bool:
     """Whether the model is tied: no output matrix, or (older conversions of GPT-2) a second copy of the embedding."""
     output, embedding = file.tensors.get("output.weight"), file.tensors.get("token_embd.weight")
     if output is None or embedding is None:
@@ -155,7 +169,7 @@ def _output_is_embedding(file: "GGUFFile") -> bool:
     return True
 
 
-def _check_blocks(file: "GGUFFile") -> None:
+def _check_blocks(file: GGUFFile) -> None:
     """Refuse a wrong number of blocks. Each block has its own tensors, so there are at least as many tensors."""
     n_blocks = file.require(f"{file.architecture}.block_count")
     if type(n_blocks) is not int or not 0 < n_blocks <= len(file.tensors):
@@ -165,7 +179,7 @@ def _check_blocks(file: "GGUFFile") -> None:
         )
 
 
-def _one(file: "GGUFFile", key: str, default: Any = None) -> Any:
+def _one(file: GGUFFile, key: str, default: Any = None) -> Any:
     """A setting of the architecture, the same for every layer; some files give a list, one value a layer."""
     key = f"{file.architecture}.{key}"
     value = file.require(key) if default is None else file.metadata.get(key, default)
@@ -187,7 +201,7 @@ def _decimal(value: Any) -> Any:
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _decoder(file: "GGUFFile", config: Settings) -> Settings:
+def _decoder(file: GGUFFile, config: Settings) -> Settings:
     """The settings of a Llama-like decoder."""
     n_heads = config["num_attention_heads"]
     return {
@@ -201,7 +215,7 @@ def _decoder(file: "GGUFFile", config: Settings) -> Settings:
     }
 
 
-def _scaling(file: "GGUFFile") -> Settings | None:
+def _scaling(file: GGUFFile) -> Settings | None:
     """The scaling of the rotary frequencies for long contexts, or None."""
     names = ("type", "factor", "original_context_length")
     kind, factor, original = (file.metadata.get(f"{file.architecture}.rope.scaling.{name}") for name in names)
@@ -213,7 +227,7 @@ def _scaling(file: "GGUFFile") -> Settings | None:
     return scaling if original is None else scaling | {"original_max_position_embeddings": original}
 
 
-def _llama3_scaling(file: "GGUFFile", original: int) -> Settings | None:
+def _llama3_scaling(file: GGUFFile, original: int) -> Settings | None:
     """The file stores only one factor per frequency; recover the settings they came from, and check them."""
     seen = file.tensor("rope_freqs.weight", torch.float64)
     theta, n = float(_one(file, "rope.freq_base", 10000.0)), len(seen)
@@ -238,7 +252,7 @@ def _llama3_scaling(file: "GGUFFile", original: int) -> Settings | None:
     }
 
 
-def _gemma(file: "GGUFFile", config: Settings) -> Settings:
+def _gemma(file: GGUFFile, config: Settings) -> Settings:
     """The settings that Gemma 2 and 3 share. The files do not store the scale of the queries. llama.cpp recognises the
     27B model by its number of layers, and so does this: it divides by the width per head, all others by d_head."""
     more, arch = _decoder(file, config), file.architecture
@@ -254,14 +268,14 @@ def _gemma(file: "GGUFFile", config: Settings) -> Settings:
     }
 
 
-def _gemma3(file: "GGUFFile", config: Settings) -> Settings:
+def _gemma3(file: GGUFFile, config: Settings) -> Settings:
     return _gemma(file, config) | {
         "rope_local_base_freq": float(_one(file, "rope.freq_base_swa", 10000.0)),
         "sliding_window_pattern": _one(file, "attention.sliding_window_pattern", 6),
     }
 
 
-def _phi3(file: "GGUFFile", config: Settings) -> Settings:
+def _phi3(file: GGUFFile, config: Settings) -> Settings:
     more, n_ctx = _decoder(file, config), config["max_position_embeddings"]
     more |= {
         "partial_rotary_factor": _one(file, "rope.dimension_count", more["head_dim"]) / more["head_dim"],
@@ -275,7 +289,7 @@ def _phi3(file: "GGUFFile", config: Settings) -> Settings:
     return more
 
 
-def _gptneox(file: "GGUFFile", config: Settings) -> Settings:
+def _gptneox(file: GGUFFile, config: Settings) -> Settings:
     d_head = config["hidden_size"] // config["num_attention_heads"]
     return {
         "use_parallel_residual": _one(file, "use_parallel_residual", True),

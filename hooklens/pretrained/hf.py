@@ -14,7 +14,7 @@ from hooklens.core.safetensors_file import SafetensorsFile, read_header
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.builder import Weights, build
 from hooklens.pretrained.gguf import GGUFFile, read_gguf
-from hooklens.pretrained.gguf_to_hf import hf_names
+from hooklens.pretrained.gguf_to_hf import hf_config, hf_names, hf_tensors
 from hooklens.pretrained.tokenizer import Tokenizer
 
 Device = str | torch.device | None
@@ -52,7 +52,7 @@ def weights_in_gguf(file: GGUFFile) -> Weights:
     """The tensors of a GGUF file, dequantised; their hub shapes are known only after reading."""
 
     def read(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor) for name, tensor in file.hf_tensors() if name in names)
+        return ((name, tensor) for name, tensor in hf_tensors(file) if name in names)
 
     return Weights(str(file.path), dict.fromkeys(hf_names(file).values()), read)
 
@@ -93,7 +93,7 @@ def load_gguf(
         tokenizer = Tokenizer.from_gguf(file.metadata)
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     tokenizer = with_stops(tokenizer, ends)
-    return build(file.hf_config(), weights, name=name or path.stem, tokenizer=tokenizer, device=device, dtype=dtype)
+    return build(hf_config(file), weights, name=name or path.stem, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
 def load_module(
