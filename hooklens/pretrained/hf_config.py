@@ -8,16 +8,7 @@ from typing import Any
 import torch
 
 from hooklens.core.errors import InputError
-from hooklens.model.config import (
-    Causal,
-    DividedScaling,
-    LinearScaling,
-    Llama3Scaling,
-    MaskPart,
-    Rotary,
-    ScalingPart,
-    SlidingWindow,
-)
+from hooklens.model import config
 
 #: Names of activation functions: Hugging Face's to ours.
 ACTIVATIONS = {
@@ -158,7 +149,7 @@ class HFConfig:
         beside = {key: self.get(key) for key in ("rope_theta", "partial_rotary_factor") if self.get(key) is not None}
         return beside | (self.get("rope_parameters") or self.get("rope_scaling") or {})
 
-    def rotary(self, d_head: int, settings: dict[str, Any] | None = None, *, theta: float = 10000.0) -> Rotary:
+    def rotary(self, d_head: int, settings: dict[str, Any] | None = None, *, theta: float = 10000.0) -> config.Rotary:
         """Build the rotary part from the settings."""
         settings = self.rope_settings() if settings is None else settings
         if nested := [key for key, value in settings.items() if isinstance(value, dict)]:
@@ -172,19 +163,19 @@ class HFConfig:
                 f"rotary positions would rotate {dim} of {d_head} dimensions of a head; it must be even"
             )
         base = self._number("rope_theta", theta if settings.get("rope_theta") is None else settings["rope_theta"])
-        return Rotary(base, None if dim == d_head else dim, self._scaling(settings, dim))
+        return config.Rotary(base, None if dim == d_head else dim, self._scaling(settings, dim))
 
-    def _scaling(self, settings: dict[str, Any], dim: int) -> ScalingPart | None:
+    def _scaling(self, settings: dict[str, Any], dim: int) -> config.ScalingPart | None:
         kind = settings.get("rope_type") or settings.get("type") or "default"
         if kind not in ROPE_TYPES:
             raise self._refused(f"the rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
         try:
             if kind == "linear":
-                return LinearScaling(self._number("factor", settings["factor"]))
+                return config.LinearScaling(self._number("factor", settings["factor"]))
             if kind == "llama3":
                 names = ("factor", "low_freq_factor", "high_freq_factor")
                 factor, low, high = (self._number(name, settings[name]) for name in names)
-                return Llama3Scaling(factor, low, high, self._original(settings))
+                return config.Llama3Scaling(factor, low, high, self._original(settings))
             return self._long(settings, dim) if kind == "longrope" else None
         except KeyError as error:
             found = sorted(settings)
@@ -194,7 +185,7 @@ class HFConfig:
         fallback = settings.get("original_max_position_embeddings") or self.get("max_position_embeddings")
         return self.size("original_max_position_embeddings", fallback)
 
-    def _long(self, settings: dict[str, Any], dim: int) -> DividedScaling:
+    def _long(self, settings: dict[str, Any], dim: int) -> config.DividedScaling:
         """One divisor per frequency, in two sets (Ding et al. 2024, LongRoPE); cos and sin scale by `magnitude`."""
         original = self._original(settings)
         short, long = (tuple(map(float, settings[f"{name}_factor"])) for name in ("short", "long"))
@@ -203,17 +194,17 @@ class HFConfig:
             raise self._refused(f"longrope needs {dim // 2} factors, one per frequency; it has {seen}")
         stretch = settings.get("factor") or self.size("max_position_embeddings") / original
         grown = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-        return DividedScaling(short, long, original, float(settings.get("attention_factor") or grown))
+        return config.DividedScaling(short, long, original, float(settings.get("attention_factor") or grown))
 
-    def masks(self, window: int | None, layer_types: list[str] | None = None) -> MaskPart | tuple[MaskPart, ...]:
+    def masks(self, window: int | None, layer_types: list[str] | None = None) -> config.PerLayer:
         """The mask of every layer: windowed where `layer_types` says so, or in all layers if it is None."""
         if window is None:
-            return Causal()
+            return config.Causal()
         if layer_types is None:
-            return SlidingWindow(window)
+            return config.SlidingWindow(window)
         if unknown := ", ".join(sorted(set(layer_types) - set(_WINDOWED))):
             raise self._refused(f"layers of the kind {unknown} are not supported; supported: {', '.join(_WINDOWED)}")
-        return tuple(SlidingWindow(window) if _WINDOWED[kind] else Causal() for kind in layer_types)
+        return tuple(config.SlidingWindow(window) if _WINDOWED[kind] else config.Causal() for kind in layer_types)
 
     def layer_types(self, default: list[str]) -> list[str]:
         """The kind of attention of each layer."""

@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Integer
 from torch import Tensor
 
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import make_folder, write_atomically
 from hooklens.pretrained.byte_letters import byte_values, in_byte_alphabet, in_letters
-
-Tokens = Int[Tensor, "batch pos"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,28 +92,6 @@ class Tokenizer:
             )
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    @overload
-    def to_tokens(
-        self,
-        text: str | Sequence[str],
-        *,
-        prepend_bos: bool | None = ...,
-        padding_side: Literal["left", "right"] = ...,
-        return_mask: Literal[False] = ...,
-        device: torch.device | str | None = ...,
-    ) -> Tokens: ...
-
-    @overload
-    def to_tokens(
-        self,
-        text: str | Sequence[str],
-        *,
-        prepend_bos: bool | None = ...,
-        padding_side: Literal["left", "right"] = ...,
-        return_mask: Literal[True],
-        device: torch.device | str | None = ...,
-    ) -> tuple[Tokens, Bool[Tensor, "batch pos"]]: ...
-
     def to_tokens(
         self,
         text: str | Sequence[str],
@@ -124,8 +100,8 @@ class Tokenizer:
         padding_side: Literal["left", "right"] = "right",
         return_mask: bool = False,
         device: torch.device | str | None = None,
-    ) -> Tokens | tuple[Tokens, Bool[Tensor, "batch pos"]]:
-        """Convert one text or several to token ids, as one tensor.
+    ) -> Any:
+        """Convert one text or several to token ids `[batch pos]`; with `return_mask`, to (ids, mask).
 
         `prepend_bos=None` follows the model's training and adds BOS at most once: a text that already begins with BOS
         (as from a chat template) gets no second one. True always adds BOS, False never. Shorter rows are padded; the
