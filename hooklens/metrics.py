@@ -19,6 +19,7 @@ from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
 from hooklens.model.ids import as_ids, as_mask, show
 from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.results.result_file import Kept
 
 Read = Float[Tensor, "row read token"]
 Values = Float[Tensor, "row"]
@@ -47,7 +48,7 @@ class ReadingMetric(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class AtPosition(ABC):
+class AtPosition(Kept, ABC):
     """Base class of metrics that read the logits at one position of each prompt; a sweep computes only these.
 
     A subclass is a frozen dataclass whose fields are tensors with one row per pair, or one row for all pairs. It

@@ -1,7 +1,6 @@
-"""Prompts for a method's demo: sentences where the model reads text, token numbers where it does not."""
+"""Prompts for the demos of methods: sentences, or token numbers for models that cannot read these sentences."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -9,30 +8,18 @@ from torch import Tensor
 
 from hooklens.core.errors import HooklensError
 from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.model.transformer import HookedTransformer
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
-_CAPITALS = {
-    "France": "Paris",
-    "Italy": "Rome",
-    "Germany": "Berlin",
-    "Spain": "Madrid",
-    "Japan": "Tokyo",
-    "Russia": "Moscow",
-    "England": "London",
-    "Egypt": "Cairo",
-    "Austria": "Vienna",
-    "Greece": "Athens",
-    "Ireland": "Dublin",
-    "Cuba": "Havana",
-}
+_COUNTRIES = "France Italy Germany Spain Japan Russia England Egypt Austria Greece Ireland Cuba"
+_CITIES = "Paris Rome Berlin Madrid Tokyo Moscow London Cairo Vienna Athens Dublin Havana"
+_CAPITALS = dict(zip(_COUNTRIES.split(), _CITIES.split(), strict=True))
 
 
-def demo_pairs(model: "HookedTransformer", n: int = 1, n_pos: int = 6) -> PromptPairs:
-    """`n` pairs such as "The capital of France is" and "The capital of Italy is", or of `n_pos` token numbers.
+def demo_pairs(model: HookedTransformer, n: int = 1, n_pos: int = 6) -> PromptPairs:
+    """`n` pairs such as "The capital of France is" and "The capital of Italy is", or pairs of `n_pos` token numbers.
 
-    Prompts are token ids, and so are answers. Those of numbers are the two tokens between which the model decides most.
+    Prompts and answers are token ids. The answers to token numbers are the two tokens whose logits differ most between
+    the clean and corrupted prompts.
 
     >>> from hooklens.testing import tiny_model
     >>> pairs = demo_pairs(tiny_model(), 1, 4)
@@ -52,7 +39,7 @@ def demo_pairs(model: "HookedTransformer", n: int = 1, n_pos: int = 6) -> Prompt
     return PromptPairs(clean, corrupted, answer=int(order[0]), wrong_answer=int(order[-1]))
 
 
-def demo_texts(model: "HookedTransformer", n: int, n_pos: int) -> Int[Tensor, "text pos"]:
+def demo_texts(model: HookedTransformer, n: int, n_pos: int) -> Int[Tensor, "text pos"]:
     """`n` short sentences of one length, or rows of `n_pos` random token numbers.
 
     >>> from hooklens.testing import tiny_model
@@ -66,8 +53,8 @@ def demo_texts(model: "HookedTransformer", n: int, n_pos: int) -> Int[Tensor, "t
     return torch.randint(model.cfg.d_vocab, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
-def _sentences(model: "HookedTransformer", n: int) -> tuple[Int[Tensor, "text pos"] | None, list[int]]:
-    """`n` + 1 sentences, neighbours never the same, with their answers; None where the model has no use for them."""
+def _sentences(model: HookedTransformer, n: int) -> tuple[Int[Tensor, "text pos"] | None, list[int]]:
+    """`n` + 1 sentences, neighbours different, with their answers; None if the model cannot read them."""
     if model.tokenizer is None:
         return None, []
     rows, answers = [], []
@@ -75,7 +62,7 @@ def _sentences(model: "HookedTransformer", n: int) -> tuple[Int[Tensor, "text po
         for country, capital in _CAPITALS.items():
             answers.append(model.to_single_token(f" {capital}"))
             rows.append(model.to_tokens(f"The capital of {country} is")[0])
-    except HooklensError:  # capitals of several tokens, or a text that this tokenizer cannot read
+    except HooklensError:  # a capital of several tokens, or a text that this tokenizer cannot read
         return None, []
     length = Counter(map(len, rows)).most_common(1)[0][0]
     usable = [i for i, row in enumerate(rows) if len(row) == length]

@@ -1,19 +1,17 @@
-"""Indirect objects: "When Mary and John went to the store, John gave a drink to", and its mirror image."""
+"""Indirect object identification: "When Mary and John went to the store, John gave a drink to"."""
 
 import random
 from collections import Counter
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 import torch
 
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.prompt_pairs import PromptPairs
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.pretrained.tokenizer import Tokenizer
+from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.tokenizer import Tokenizer
 
 _NAMES = (
     "Mary John Tom James Anna Paul Sarah David Lisa Mark Kate Peter Emma Jack Alice Bob Susan Michael Laura Robert "
@@ -36,20 +34,19 @@ OBJECTS = ("drink", "book", "ring", "gift", "letter", "ball", "key", "ticket", "
 _ORDERS = ("ABBA", "BABA")
 
 
-def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64, *, seed: int = 0) -> PromptPairs:
-    """`n` indirect-object pairs in which nothing but the grammar tells the answer.
+def ioi(model_or_tokenizer: HookedTransformer | Tokenizer, n: int = 64, *, seed: int = 0) -> PromptPairs:
+    """`n` indirect-object pairs, balanced so that only the grammar determines the answer.
 
-    In the clean prompt the subject is named again, in the corrupted one the other name is. The answer to the clean
-    prompt is the indirect object, to the corrupted one the subject (`wrong_answer`).
+    The clean prompt repeats the subject, the corrupted one the other name. The answer to the clean prompt is the
+    indirect object, to the corrupted one the subject (`wrong_answer`).
 
-    Two names and one sentence make four pairs: each name once the indirect object and once the subject, each once first
-    and once second. So over all pairs every name is as often indirect object as subject, in each order, and knowing the
-    name, the order or the sentence helps nobody. Names are single tokens with their space; all prompts have the same
-    number of tokens (sentences of another length in this tokenizer are left out). The four pairs are one group.
+    Two names and one sentence give four pairs, which are one group: each name is once the indirect object and once the
+    subject, in both orders. So the name, the order and the sentence say nothing about the answer. Names are single
+    tokens with their space, and all prompts have the same number of tokens (sentences of other lengths are left out).
 
-    Columns: "order", which name comes first (ABBA the indirect object, BABA the subject); "template", the sentence; and
-    token positions in the clean prompt: "io" of the indirect object, "s1" and "s2" of the subject's first and second
-    mention, "end" of the last token.
+    Columns: "order" (ABBA: the indirect object comes first, BABA: the subject); "template", the sentence; and positions
+    in the clean prompt: "io" (indirect object), "s1" and "s2" (first and second mention of the subject), "end" (last
+    token).
 
     >>> from hooklens.pretrained.tokenizer import tiny_tokenizer
     >>> tokenizer = tiny_tokenizer(" ".join(f"Ġ{name}" for name in NAMES))
@@ -71,30 +68,27 @@ def ioi(model_or_tokenizer: Union["HookedTransformer", "Tokenizer"], n: int = 64
 
 
 def check_n_pairs(n: int, name: str = "n") -> None:
-    """Two names make four pairs; `name` is that of the argument."""
+    """Raise unless `n` is a multiple of 4: two names give four pairs. `name` is the argument's."""
     if n < 4 or n % 4:
         near = " or ".join(str(k) for k in sorted({max(4, n - n % 4), max(4, n + -n % 4)}))
         raise ArgumentError(
-            f"{{{name}}} is the number of prompt pairs, a multiple of 4: two names make four (each is indirect object "
-            "and subject, first and second); got {0}; use {1}",
-            n,
-            near,
+            f"{{{name}}} is the number of prompt pairs, a multiple of 4: two names give four; got {{0}}; use {{1}}",
+            *(n, near),
         )
 
 
-def _single_token_names(tokenizer: "Tokenizer") -> list[str]:
+def _single_token_names(tokenizer: Tokenizer) -> list[str]:
     names = [f" {name}" for name in NAMES if tokenizer.find_token(f" {name}") is not None]
     if len(names) < 2:
         raise InputError(
-            f"pairs need two names that are one token each with their space; of {len(NAMES)} common English ones this "
-            f"tokenizer has {len(names)} (' Mary' becomes {tokenizer.to_str_tokens(' Mary')}); patch your "
-            "own prompts instead"
+            f"ioi needs two names that are single tokens with their space; of {len(NAMES)} common English names, this "
+            f"tokenizer has {len(names)} (' Mary' becomes {tokenizer.to_str_tokens(' Mary')}); use your own prompts"
         )
     return names
 
 
 def _couples(names: list[str], count: int, draw: random.Random) -> list[tuple[str, str]]:
-    """Two names each; every name is used once before any is used again."""
+    """Pairs of names; every name is used once before any is used again."""
     couples: list[tuple[str, str]] = []
     while len(couples) < count:
         shuffled = draw.sample(names, len(names))
@@ -102,35 +96,35 @@ def _couples(names: list[str], count: int, draw: random.Random) -> list[tuple[st
     return couples[:count]
 
 
-def _frames(tokenizer: "Tokenizer", names: list[str], count: int, draw: random.Random) -> list[tuple[str, str]]:
-    """(sentence, template) of one length in tokens: the length that most templates have, then most sentences."""
-    found: dict[int, dict[str, list[str]]] = {}
+def _frames(tokenizer: Tokenizer, names: list[str], count: int, draw: random.Random) -> list[tuple[str, str]]:
+    """(sentence, template) of one length in tokens: the length of most templates, and among these of most sentences."""
+    by_length: dict[int, dict[str, list[str]]] = {}
     for template, place, thing in product(TEMPLATES, PLACES, OBJECTS):
         frame = template.replace("{place}", place).replace("{object}", thing)
         length = len(tokenizer.encode(frame.format(first=names[0], second=names[1], subject=names[0])))
-        found.setdefault(length, {}).setdefault(template, []).append(frame)
-    counts = Counter({length: len(by) * 10_000 + sum(map(len, by.values())) for length, by in found.items()})
-    usable = found[counts.most_common(1)[0][0]]
+        by_length.setdefault(length, {}).setdefault(template, []).append(frame)
+    counts = Counter({length: len(by) * 10_000 + sum(map(len, by.values())) for length, by in by_length.items()})
+    usable = by_length[counts.most_common(1)[0][0]]
     order = draw.sample(sorted(usable), len(usable))
     templates = [order[i % len(order)] for i in range(count)]
     return [(draw.choice(usable[template]), template) for template in templates]
 
 
 def _four(couple: tuple[str, str], frame: str, template: str) -> Iterator[tuple[str, str, str, str, str, str]]:
-    """(clean, corrupted, answer, wrong answer, order, template) of two names in every role."""
+    """(clean, corrupted, answer, wrong answer, order, template), with each name in each role and order."""
     for (io, subject), order in product((couple, couple[::-1]), _ORDERS):
         first, second = (io, subject) if order == "ABBA" else (subject, io)
         clean, corrupted = (frame.format(first=first, second=second, subject=again) for again in (subject, io))
         yield clean, corrupted, io, subject, order, template
 
 
-def _pairs(tokenizer: "Tokenizer", rows: list) -> PromptPairs:
+def _pairs(tokenizer: Tokenizer, rows: list) -> PromptPairs:
     clean, corrupted, answer, wrong, order, template = (list(column) for column in zip(*rows, strict=True))
     tokens = torch.stack([tokenizer.to_tokens(text)[0] for text in clean])
     indirect, subject = (
         torch.tensor([tokenizer.to_single_token(name) for name in names])[:, None] for names in (answer, wrong)
     )
-    # the indirect object is named once in the clean prompt, the subject twice: the first and the last time
+    # the clean prompt mentions the indirect object once and the subject twice
     is_subject, last = (tokens == subject).long(), tokens.shape[1] - 1
     places = {
         "io": (tokens == indirect).long().argmax(1),

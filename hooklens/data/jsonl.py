@@ -1,13 +1,13 @@
-"""Prompts of one's own from a JSONL file: one JSON object a line, every bad line reported with its number."""
+"""Prompts in a JSONL file, one JSON object per line; every bad line is reported with its number."""
 
 import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int
@@ -16,19 +16,19 @@ from torch import Tensor
 from hooklens.core.errors import ArgumentError, HooklensError, InputError, Refused
 from hooklens.core.files import read_text, write_atomically
 from hooklens.data.prompt_pairs import PromptPairs, numbered
-from hooklens.data.prompts import common_ends
-from hooklens.model.ids import show
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.data.prompts import first_difference
+from hooklens.model.transformer import HookedTransformer
 
 _LARGEST = 1 << 30  # bytes
-_REPORTED = 10  # bad lines of which a message shows what is wrong; of the others it gives the numbers
+_REPORTED = 10  # number of bad lines that a message explains; the others are listed by number
+_FIELDS = ("clean", "corrupted", "answer", "wrong_answer")
+_OPTIONAL = {"group": (str, int)}
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts with a label each. Texts of one `group` share something and are never split between training and test."""
+    """Texts with labels. Texts of one `group` share something and are never split between training and test."""
 
     text: list[str]
     label: list[str | int | float | bool]
@@ -40,7 +40,7 @@ class LabelledTexts:
 
 
 def read_pairs_file(path: str | Path) -> PromptPairs:
-    """Prompt pairs: lines with clean, corrupted, answer, wrong_answer and, where pairs share something, group.
+    """Read prompt pairs: lines with clean, corrupted, answer, wrong_answer and, if pairs share something, group.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "pairs.jsonl"
@@ -48,17 +48,16 @@ def read_pairs_file(path: str | Path) -> PromptPairs:
     >>> read_pairs_file(path).answer
     [' d']
     """
-    fields = dict.fromkeys(("clean", "corrupted", "answer", "wrong_answer"), str)
-    lines = read_rows(path, fields, {"group": (str, int)})
+    lines = read_rows(path, dict.fromkeys(_FIELDS, str), _OPTIONAL)
     rows = list(lines.values())
-    clean, corrupted, answer, wrong = ([row[name] for row in rows] for name in fields)
+    clean, corrupted, answer, wrong = ([row[name] for row in rows] for name in _FIELDS)
     return PromptPairs(
         clean, corrupted, answer=answer, wrong_answer=wrong, group=numbered(groups(rows)), columns={"line": list(lines)}
     )
 
 
 def write_pairs_file(pairs: PromptPairs, path: str | Path) -> None:
-    """Pairs of texts as lines that `read_pairs_file` reads, whole or not at all; other columns are left out.
+    """Write pairs of texts as lines that `read_pairs_file` reads, atomically. Other columns are not written.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "pairs.jsonl"
@@ -66,8 +65,12 @@ def write_pairs_file(pairs: PromptPairs, path: str | Path) -> None:
     >>> path.read_text(encoding="utf-8")
     '{"clean": "a b", "corrupted": "a c", "answer": " d", "wrong_answer": " e", "group": 3}\\n'
     """
-    fields = ("clean", "corrupted", "answer", "wrong_answer")
-    columns = {name: getattr(pairs, name) for name in fields}
+    if pairs.metric is not None:
+        raise InputError(
+            "a file of pairs holds texts and answers, and these pairs have a metric, which would be lost; save them "
+            "with PromptPairs.save, or leave the metric out"
+        )
+    columns = {name: getattr(pairs, name) for name in _FIELDS}
     for name, column in columns.items():
         if column is None or not all(isinstance(value, str) for value in column):
             seen = "none" if column is None else f"{next(v for v in column if not isinstance(v, str))!r:.60}"
@@ -80,8 +83,8 @@ def write_pairs_file(pairs: PromptPairs, path: str | Path) -> None:
 
 
 def read_texts_file(path: str | Path) -> LabelledTexts:
-    """Labelled texts: lines with text, label and, where texts share something, group."""
-    lines = read_rows(path, {"text": str, "label": (str, int, float, bool)}, {"group": (str, int)})
+    """Read labelled texts: lines with text, label and, if texts share something, group."""
+    lines = read_rows(path, {"text": str, "label": (str, int, float, bool)}, _OPTIONAL)
     rows = list(lines.values())
     return LabelledTexts([row["text"] for row in rows], [row["label"] for row in rows], groups(rows), list(lines))
 
@@ -89,12 +92,11 @@ def read_texts_file(path: str | Path) -> LabelledTexts:
 def read_rows(
     path: str | Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None
 ) -> dict[int, dict[str, Any]]:
-    """Every line's object by its line number, with these fields of these types. All bad lines are reported at once."""
+    """Read the object of each line, by line number, and check its fields. All bad lines are reported at once."""
     text = read_text(path, "a JSONL file", encoding="utf-8-sig", largest=_LARGEST)
     rows, bad = {}, {}
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # splitlines also cuts where JSON may hold a character, as at U+2028
+    # not splitlines, which also splits at characters that JSON texts may contain, such as U+2028
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         rows[number], problem = _row(line, fields, optional or {})
@@ -108,90 +110,92 @@ def read_rows(
     return rows
 
 
-def check_pairs(model: "HookedTransformer", pairs: PromptPairs, source: str, *, corrupted: bool = True) -> None:
-    """Can the model use every pair of this file? All lines that it cannot are reported at once, before anything runs.
+def check_pairs(model: HookedTransformer, pairs: PromptPairs, source: str, *, corrupted: bool = True) -> None:
+    """Raise unless the model can use every pair of this file; reports all unusable lines, before anything runs.
 
-    With `corrupted`, each clean prompt must also differ from its corrupted one, and be as long.
+    With `corrupted`, each clean prompt must also differ from its corrupted one and have the same length.
     """
-    bad = {}
-    for line, i in zip(pairs.columns.get("line", range(1, len(pairs) + 1)), range(len(pairs)), strict=True):
-        one = (pairs.clean[i], pairs.corrupted[i] if corrupted else None, pairs.answer[i], pairs.wrong_answer[i])
-        if found := "; ".join(map(str, _unusable_pair(model, *one))):
-            bad[line] = found
-    if bad:
-        raise _bad_lines(f"{source} has {len(bad)} of {len(pairs)} lines that this model cannot use", bad)
+    lines = pairs.columns.get("line", range(1, len(pairs) + 1))
+    problems = ("; ".join(map(str, _problems(model, row))) for row in _texts_of(pairs, corrupted=corrupted))
+    bad = {line: found for line, found in zip(lines, problems, strict=True) if found}
+    _check_lines(bad, len(pairs), source)
 
 
-def check_pair(model: "HookedTransformer", pair: PromptPairs) -> None:
-    """The same for one pair that was given by arguments."""
-    found = list(_unusable_pair(model, pair.clean[0], pair.corrupted[0], pair.answer[0], pair.wrong_answer[0]))
+def check_pair(model: HookedTransformer, pair: PromptPairs) -> None:
+    """Raise unless the model can use this pair, which was given by arguments."""
+    (row,) = _texts_of(pair)
+    found = list(_problems(model, row))
     if len(found) > 1:
         raise Refused([("", error) for error in found])
     for error in found:
         raise error
 
 
-def check_texts(model: "HookedTransformer", texts: LabelledTexts, source: str) -> None:
-    """Can the model read every text of this file? All lines that it cannot read are reported at once."""
-    bad = {
-        line: str(found)
-        for line, text in zip(texts.lines or range(1, len(texts) + 1), texts.text, strict=True)
-        if isinstance(found := _tokens(model, text), HooklensError)
-    }
-    if bad:
-        raise _bad_lines(f"{source} has {len(bad)} of {len(texts)} lines that this model cannot use", bad)
+def check_texts(model: HookedTransformer, texts: LabelledTexts, source: str) -> None:
+    """Raise unless the model can read every text of this file; reports all unreadable lines."""
+    lines = texts.lines or range(1, len(texts) + 1)
+    read = {line: _tokens(model, text) for line, text in zip(lines, texts.text, strict=True)}
+    bad = {line: str(error) for line, error in read.items() if isinstance(error, HooklensError)}
+    _check_lines(bad, len(texts), source)
 
 
 def groups(rows: list[dict]) -> list[str]:
-    """Each row's group; a row that names none is one of its own."""
+    """The group of each row; a row without one is a group of its own."""
     return [f"given {row['group']}" if "group" in row else f"line {i}" for i, row in enumerate(rows)]
 
 
-def _unusable_pair(
-    model: "HookedTransformer", clean: str, corrupted: str | None, answer: str, wrong_answer: str
-) -> Iterator[ArgumentError]:
-    """What keeps the model from using a pair, each thing on its own."""
-    prompts = {"clean": clean} | ({} if corrupted is None else {"corrupted": corrupted})
-    rows = {name: _tokens(model, text) for name, text in prompts.items()}
-    answers = {name: _single(model, text) for name, text in (("answer", answer), ("wrong_answer", wrong_answer))}
-    for name, found in (rows | answers).items():
-        if isinstance(found, HooklensError):
-            yield ArgumentError(f"{{{name}}}: {{0}}", found)
-    one, other = answers.values()
-    if isinstance(one, int) and one == other:
-        yield ArgumentError("{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0", answer)
-    a, b = rows["clean"], rows.get("corrupted")
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and (len(a) != len(b) or torch.equal(a, b)):
-        at = common_ends(a, b)[0]
-        parts = (repr(show(model, row[at : at + 1])[0]) if at < len(row) else "(end)" for row in (a, b))
-        if len(a) == len(b):
-            yield ArgumentError("{clean} and {corrupted} are the same; change one word of {corrupted}")
-            return
+def _check_lines(bad: Mapping[int, str], n: int, source: str) -> None:
+    if bad:
+        raise _bad_lines(f"{source} has {len(bad)} of {n} lines that this model cannot use", bad)
+
+
+def _texts_of(pairs: PromptPairs, *, corrupted: bool = True) -> Iterator[dict[str, str]]:
+    names = [name for name in _FIELDS if corrupted or name != "corrupted"]
+    for row in zip(*(getattr(pairs, name) for name in names), strict=True):
+        yield dict(zip(names, row, strict=True))
+
+
+def _problems(model: HookedTransformer, row: dict[str, str]) -> Iterator[ArgumentError]:
+    """The reasons why the model cannot use a pair, one by one."""
+    read = {name: (_single if "answer" in name else _tokens)(model, text) for name, text in row.items()}
+    for name, value in read.items():
+        if isinstance(value, HooklensError):
+            yield ArgumentError(f"{{{name}}}: {{0}}", value)
+    if isinstance(read["answer"], int) and read["answer"] == read["wrong_answer"]:
+        same = "{answer} and {wrong_answer} are the same token {0!r}, so their difference is 0"
+        yield ArgumentError(same, row["answer"])
+    a, b = read["clean"], read.get("corrupted")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return
+    if torch.equal(a, b):
+        yield ArgumentError("{clean} and {corrupted} are the same; change one word of {corrupted}")
+    elif len(a) != len(b):
         yield ArgumentError(
-            "{clean} has {0} tokens and {corrupted} {1} (they part at {2}: {3}); re-word one of them",
-            *(len(a), len(b), at, " | ".join(parts)),
+            "{clean} has {0} tokens and {corrupted} {1} (first difference at {2}); re-word one of them",
+            *(len(a), len(b), first_difference(model, a, b)),
         )
 
 
-def _tokens(model: "HookedTransformer", text: str) -> Int[Tensor, "pos"] | HooklensError:
-    try:
-        ids = model.to_tokens(text)[0]
-    except HooklensError as error:
-        return error
-    if len(ids) > model.cfg.n_ctx:
+def _tokens(model: HookedTransformer, text: str) -> Int[Tensor, "pos"] | HooklensError:
+    ids = _or_error(lambda: model.to_tokens(text)[0])
+    if isinstance(ids, Tensor) and len(ids) > model.cfg.n_ctx:
         return InputError(f"{len(ids)} tokens do not fit the model's {model.cfg.n_ctx}; shorten it")
     return ids
 
 
-def _single(model: "HookedTransformer", text: str) -> int | HooklensError:
+def _single(model: HookedTransformer, text: str) -> int | HooklensError:
+    return _or_error(lambda: model.to_single_token(text))
+
+
+def _or_error(read: Callable[[], Any]) -> Any:
     try:
-        return model.to_single_token(text)
+        return read()
     except HooklensError as error:
         return error
 
 
 def _bad_lines(headline: str, bad: Mapping[int, str]) -> InputError:
-    """The first of them with what is wrong, all others by number."""
+    """An error that explains the first bad lines and lists the others by number."""
     shown = [f"line {number}: {problem}" for number, problem in list(bad.items())[:_REPORTED]]
     if rest := list(bad)[_REPORTED:]:
         shown.append(f"and {'line' if len(rest) == 1 else 'lines'} {_ranges(rest)}")
@@ -199,7 +203,7 @@ def _bad_lines(headline: str, bad: Mapping[int, str]) -> InputError:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers in order, neighbours drawn together.
+    """Format increasing numbers, with consecutive ones as a range.
 
     >>> _ranges([3, 4, 5, 9, 11, 12])
     '3 to 5, 9, 11, 12'
@@ -229,9 +233,11 @@ def _row(line: str, fields: Mapping[str, Any], optional: Mapping[str, Any]) -> t
 
 
 def _wrong(name: str, value: Any, kinds: Any) -> str | None:
-    """What is wrong with a field's value."""
-    if not _is(value, kinds) or (isinstance(value, float) and not math.isfinite(value)):
-        return f"{name} must be {_words(kinds)}, got {value!r:.60}"
+    """The problem with the value of a field, if there is one."""
+    allowed = kinds if isinstance(kinds, tuple) else (kinds,)
+    # not isinstance: True is a number only where booleans are allowed
+    if type(value) not in allowed or (isinstance(value, float) and not math.isfinite(value)):
+        return f"{name} must be {' or '.join(_WORDS[kind] for kind in allowed)}, got {value!r:.60}"
     if not isinstance(value, str):
         return None
     if not value:
@@ -259,13 +265,3 @@ def _named(names: Iterable[str]) -> str:
 
 def _no_number(word: str) -> NoReturn:
     raise ValueError(f"{word} is no JSON number")
-
-
-def _is(value: Any, kinds: Any) -> bool:
-    allowed = kinds if isinstance(kinds, tuple) else (kinds,)
-    return type(value) in allowed  # True is no number here unless booleans are asked for
-
-
-def _words(kinds: Any) -> str:
-    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    return " or ".join(names[kind] for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))

@@ -1,9 +1,9 @@
-"""Prompt pairs with their answers, metric and groups: what tasks make, JSONL files hold and methods take."""
+"""Prompt pairs with their answers, metric and groups: returned by tasks, stored in JSONL files, accepted by methods."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -12,17 +12,15 @@ from torch import Tensor
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType, did_you_mean
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.metrics import Answers, ReadingMetric, logit_diff
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result
 from hooklens.results.statistics import halves
 from hooklens.results.table import Table
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
 
 @dataclass(frozen=True, eq=False)
 class PromptPairs(Result):
-    """Clean and corrupted prompts, as texts or token ids, with the metric (or the answers) that a model is judged by.
+    """Clean and corrupted prompts, as texts or token ids, with the metric or the answers that score a model.
 
     >>> pairs = PromptPairs(["a b", "c d", "e f"], ["a x", "c x", "e x"], answer=[" 1", " 2", " 3"], wrong_answer=" 0")
     >>> len(pairs), pairs[1].clean, pairs[:2].answer, pairs[-1].wrong_answer
@@ -30,11 +28,11 @@ class PromptPairs(Result):
     >>> [len(half) for half in pairs.split(seed=0)]
     [1, 2]
 
-    `answer` and `wrong_answer` are one for all pairs or one a pair. `group` labels pairs that share something, such as
-    a sentence: halves never split a group, and intervals resample groups. `columns` hold what else a task knows of each
-    pair, which `pairs["name"]` gives. A part of the pairs has its own part of a metric of the library; a plain function
-    of logits is called with the pairs of that part, so that it must not hold values pair by pair. `corrupted` may be
-    None for methods that need none.
+    `answer` and `wrong_answer` are one for all pairs or one per pair. `group` labels pairs that share something, such
+    as a sentence: `split` never splits a group, and intervals resample groups. `columns` are further properties of the
+    pairs, read as `pairs["name"]`. `corrupted` may be None for methods that need none. Indexing also selects the rows
+    of a metric of the library; a plain function of logits must not contain values for single pairs, and cannot be
+    saved.
     """
 
     clean: Any
@@ -49,19 +47,19 @@ class PromptPairs(Result):
         clean, corrupted = _listed(self.clean), None if self.corrupted is None else _listed(self.corrupted)
         if corrupted is not None and len(clean) != len(corrupted):
             raise InputError(
-                f"clean and corrupted are patched pair by pair, got {len(clean)} clean and {len(corrupted)} corrupted "
-                "prompts"
+                f"clean and corrupted prompts form pairs, got {len(clean)} clean and {len(corrupted)} corrupted prompts"
             )
         if (self.answer is None) != (self.wrong_answer is None):
             raise ArgumentError("{answer} and {wrong_answer} are given together, and one of them is missing")
         n = len(clean)
+        if not isinstance(self.columns, Mapping):
+            raise WrongType(f"columns is a dict of names and lists with one value per pair, got {self.columns!r:.80}")
+        for name, column in {"group": self.group, **self.columns}.items():
+            _check_length(name, column, n)
         changed = {name: _one_a_pair(name, getattr(self, name), n) for name in ("answer", "wrong_answer")}
         changed |= {"clean": clean, "corrupted": corrupted, "group": _numbers(self.group)}
         for name, value in changed.items():
             object.__setattr__(self, name, value)
-        for name, column in {"group": self.group, **self.columns}.items():
-            if column is not None and len(column) != n:
-                raise InputError(f"{name} has one value a pair, got {len(column)} for {n} pairs")
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -70,7 +68,7 @@ class PromptPairs(Result):
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
-        """Some of the pairs, by number, slice, numbers or booleans; by a name, that column."""
+        """A selection of pairs, by number, slice, list of numbers or mask; a name returns that column."""
         if isinstance(index, str):
             if index not in self.columns:
                 raise did_you_mean("column", index, self.columns)
@@ -92,12 +90,12 @@ class PromptPairs(Result):
         return metric.pairs(torch.tensor(rows, dtype=torch.long))
 
     def split(self, *, seed: int = 0) -> tuple["PromptPairs", "PromptPairs"]:
-        """Two halves, no group in both: one to choose on, one to report on."""
+        """Split into two halves that share no group: one for selection, one for the reported numbers."""
         first, second = halves(len(self), group=self.group, seed=seed)
         return self[first], self[second]
 
-    def metric_of(self, model: "HookedTransformer") -> Any:
-        """The metric that the pairs were made with; else the logit difference of their answers."""
+    def metric_of(self, model: HookedTransformer) -> Any:
+        """The pairs' metric, or the logit difference of their answers if they have none."""
         if self.metric is not None:
             return self.metric
         if self.answer is None:
@@ -107,18 +105,18 @@ class PromptPairs(Result):
             )
         return logit_diff(model, answer=self.answer, wrong_answer=self.wrong_answer)
 
-    def tokens(self, model: "HookedTransformer") -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
-        """Clean and corrupted token ids of pairs that all have one length."""
+    def tokens(self, model: HookedTransformer) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"]]:
+        """Clean and corrupted token ids; all prompts must have the same length."""
         (group,) = read_pairs(model, self.clean, self.corrupted, ("pos",))
         return group.clean, group.corrupted
 
-    def digests(self, model: "HookedTransformer") -> list[str]:
-        """A short digest of each clean prompt's tokens, by which prompts are recognised."""
+    def digests(self, model: HookedTransformer) -> list[str]:
+        """A short digest of each clean prompt's tokens, which identifies the prompt."""
         rows = rows_of(model, self.clean, "clean")
         return [hashlib.sha256(str(row.tolist()).encode()).hexdigest()[:16] for row in rows]
 
     def table(self, n: int | None = 8) -> Table:
-        """One row a pair: its prompts, its answers, its group."""
+        """One row per pair: prompts, answers, group."""
         given = {name.replace("_", " "): getattr(self, name) for name in ("clean", "corrupted", "answer")}
         given |= {"wrong answer": self.wrong_answer, "group": self.group}
         shown = {name: list(map(_shown, column)) for name, column in given.items() if column is not None}
@@ -126,22 +124,22 @@ class PromptPairs(Result):
 
 
 def as_pairs(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: "Prompts | PromptPairs",
     corrupted: Prompts | None = None,
     metric: Any = None,
     group: Any = None,
 ) -> PromptPairs:
-    """What a method was given, two prompts and a metric or PromptPairs: as pairs of token ids with their metric.
+    """Convert a method's arguments, prompts and a metric or PromptPairs, to pairs of token ids with their metric.
 
-    A metric or groups beside PromptPairs take the place of theirs.
+    A metric or groups given with PromptPairs replace theirs.
     """
     if not isinstance(clean, PromptPairs):
         others = None if corrupted is None else rows_of(model, corrupted, "corrupted")
         pairs = PromptPairs(rows_of(model, clean, "clean"), others, metric, group=group)
         return replace(pairs, metric=pairs.metric_of(model))
     if corrupted is not None:
-        raise ArgumentError("{clean} is PromptPairs, which hold their corrupted prompts; leave {corrupted} out")
+        raise ArgumentError("{clean} is PromptPairs, which contain corrupted prompts; leave {corrupted} out")
     return replace(
         clean,
         clean=rows_of(model, clean.clean, "clean"),
@@ -152,7 +150,7 @@ def as_pairs(
 
 
 def numbered(labels: Sequence[Any]) -> Int[Tensor, "pair"]:
-    """Labels as numbers, in order of first appearance.
+    """Number the labels in order of first appearance.
 
     >>> numbered(["x", "y", "x"]).tolist()
     [0, 1, 0]
@@ -162,7 +160,7 @@ def numbered(labels: Sequence[Any]) -> Int[Tensor, "pair"]:
 
 
 def _numbers(group: Any) -> Int[Tensor, "pair"] | None:
-    """Groups as numbers: numbers stay as they are."""
+    """The groups as numbers; integers keep their values."""
     if group is None:
         return None
     if hasattr(group, "dtype") or all(type(label) is int for label in group):
@@ -170,8 +168,16 @@ def _numbers(group: Any) -> Int[Tensor, "pair"] | None:
     return numbered(group)
 
 
+def _check_length(name: str, column: Any, n: int) -> None:
+    try:
+        if column is not None and len(column) != n:
+            raise InputError(f"{name} needs one value per pair, got {len(column)} for {n} pairs")
+    except TypeError as error:
+        raise WrongType(f"{name} is a list or a tensor with one value per pair, got {column!r:.80}") from error
+
+
 def _listed(prompts: Any) -> Any:
-    """The prompts one by one; a text or a row of token ids is one prompt."""
+    """The prompts as a list; a text or a row of token ids is a single prompt."""
     if isinstance(prompts, Tensor):
         return torch.atleast_2d(prompts)
     if isinstance(prompts, str):
@@ -190,12 +196,14 @@ def _one_a_pair(name: str, answer: Answers | None, n: int) -> Any:
     given: Any = answer.tolist() if hasattr(answer, "tolist") else answer
     listed = list(given) if isinstance(given, list | tuple) else [given]
     if len(listed) not in (1, n):
-        raise ArgumentError("{" + name + "} is one for all pairs or one a pair, got {0} for {1} pairs", len(listed), n)
+        raise ArgumentError(
+            "{" + name + "} is one for all pairs or one per pair, got {0} for {1} pairs", len(listed), n
+        )
     return listed * n if len(listed) == 1 else listed
 
 
 def _rows(index: Any, n: int) -> list[int]:
-    """The numbers of the pairs that an index means."""
+    """The numbers of the pairs that an index selects."""
     try:
         if index is None or isinstance(index, bool):
             raise TypeError("torch takes None and a single boolean for a new axis")
@@ -203,8 +211,9 @@ def _rows(index: Any, n: int) -> list[int]:
             return list(range(n))[index]
         return torch.arange(n)[index.cpu() if isinstance(index, Tensor) else index].reshape(-1).tolist()
     except (IndexError, TypeError) as error:
-        said = f"pairs are indexed by a slice, numbers below {n} or {n} booleans"
-        raise OutOfRange(f"{said}; got {index!r:.60}") from error
+        raise OutOfRange(
+            f"pairs are indexed by a slice, numbers below {n} or {n} booleans; got {index!r:.60}"
+        ) from error
 
 
 def _some(column: Any, rows: list[int]) -> Any:
@@ -214,6 +223,6 @@ def _some(column: Any, rows: list[int]) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """A prompt, an answer or a group as a table's cell."""
+    """Format a prompt, an answer or a group as a cell of a table."""
     plain = value.tolist() if isinstance(value, Tensor) else value
     return plain if isinstance(plain, str | int) else str(list(plain))

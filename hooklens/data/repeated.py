@@ -1,7 +1,6 @@
-"""Random tokens that repeat: text in which only the sequence itself can tell what comes next."""
+"""Repeated random tokens: sequences in which the next token can be predicted only from the sequence itself."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -11,17 +10,15 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.metrics import MinusLoss
 from hooklens.model.config import TokenEmbed
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """A first token, then a random pattern again and again; `period` is its length, drawn anew a sequence.
+    """A first token, followed by a random pattern that repeats; `period` is the length of each sequence's pattern.
 
-    No token occurs twice in a pattern. At positions `first_query` to the last but one the next token has been seen
-    before, in every sequence; up to `first_part` nothing but chance tells it.
+    No token occurs twice in a pattern. In every sequence, the token after each position from `first_query` on is a
+    repeat; the first `first_part` tokens contain no repeat.
     """
 
     tokens: Int[Tensor, "sequence pos"]
@@ -29,23 +26,23 @@ class Repeated:
 
     @property
     def first_query(self) -> int:
-        """The first position from which the next token can be known in every sequence."""
+        """The first position from which the next token is a repeat in every sequence."""
         return 1 + int(self.period.max())
 
     @property
     def first_part(self) -> int:
-        """How many tokens come before any repeat in every sequence."""
+        """The number of tokens before the first repeat of any sequence."""
         return 1 + int(self.period.min())
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def part(self, start: int, stop: int) -> "Repeated":
-        """Some of the sequences."""
+        """The sequences from `start` to `stop`."""
         return Repeated(self.tokens[start:stop], self.period[start:stop])
 
     def metric(self) -> "MinusRepeatLoss":
-        """Minus the mean loss where the next token can be known."""
+        """Minus the mean loss at the positions where the next token is a repeat."""
         return MinusRepeatLoss(torch.full((len(self),), -1), self.tokens, self.first_query)
 
 
@@ -60,13 +57,13 @@ class MinusRepeatLoss(MinusLoss):
 
 
 def repeated_tokens(
-    model: "HookedTransformer", n: int = 8, *, length: int = 25, period: int | None = None, seed: int = 0
+    model: HookedTransformer, n: int = 8, *, length: int = 25, period: int | None = None, seed: int = 0
 ) -> Repeated:
     """`n` sequences of random tokens that repeat with a period between a third and a half of the length.
 
-    The period differs between sequences, so that a head that looks a fixed distance back is not taken for one that
-    looks for what came before. Sequences begin with the tokenizer's BOS where there is one, else with a random token
-    that occurs nowhere else; special tokens are not drawn. Short contexts and small vocabularies shorten them.
+    The period differs between sequences, so that a head that attends a fixed distance back is not mistaken for an
+    induction head. Sequences begin with the tokenizer's BOS, or else with a random token that occurs nowhere else;
+    special tokens are not drawn. Short contexts and small vocabularies shorten the sequences.
 
     >>> from hooklens.testing import induction_model
     >>> sequences = repeated_tokens(induction_model(), 2, length=9)
@@ -76,22 +73,22 @@ def repeated_tokens(
     True
     """
     if not isinstance(model.cfg.embed, TokenEmbed):
-        raise InputError("repeated tokens were asked for, and this model reads vectors; give prompts of your own")
+        raise InputError("repeated tokens need a model that reads tokens, and this model reads vectors; give prompts")
     usable, first = _usable(model)
     length = min(length, model.cfg.n_ctx)
     longest = min((length - 1) // 2, len(usable) - (first is None))
     longest = longest if period is None else period
     if n < 1 or longest < 1 or 2 * longest + 1 > length or longest > len(usable) - (first is None):
         raise InputError(
-            f"{n} sequences of {length} tokens with a period of {longest} were asked for; a period fits twice behind "
-            f"the first token, in this model's n_ctx {model.cfg.n_ctx} and {len(usable)} drawable tokens"
+            f"cannot draw {n} sequences of {length} tokens with a period of {longest}: the period must fit twice after "
+            f"the first token, with n_ctx {model.cfg.n_ctx} and {len(usable)} tokens to draw from"
         )
     shortest = max(1, -(-2 * longest // 3)) if period is None else period
     generator = seeded(seed)
-    # every period as often as any other, so that even two sequences differ in theirs
-    each = shortest + (torch.arange(n) + longest - shortest - n + 1) % (longest - shortest + 1)
-    rows = [_row(usable, first, int(p), length, generator) for p in each]
-    return Repeated(torch.stack(rows).to(model.device), each)
+    # all periods equally often, so that even two sequences have different ones
+    periods = shortest + (torch.arange(n) + longest - shortest - n + 1) % (longest - shortest + 1)
+    rows = [_row(usable, first, int(p), length, generator) for p in periods]
+    return Repeated(torch.stack(rows).to(model.device), periods)
 
 
 def _row(
@@ -102,8 +99,8 @@ def _row(
     return torch.cat([start, drawn[:period].repeat(-(-(length - 1) // period))[: length - 1]])
 
 
-def _usable(model: "HookedTransformer") -> tuple[Int[Tensor, "token"], int | None]:
-    """The tokens that may be drawn, and the one that begins a text."""
+def _usable(model: HookedTransformer) -> tuple[Int[Tensor, "token"], int | None]:
+    """The tokens that may be drawn, and the token that begins a text, if there is one."""
     every = torch.arange(min(model.cfg.d_vocab, model.cfg.d_vocab_out))
     tokenizer = model.tokenizer
     if tokenizer is None:

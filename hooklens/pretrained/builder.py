@@ -1,8 +1,7 @@
 """Build a model from a config and a stream of weights: check names and shapes, then assign the tensors one by one."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,23 +12,20 @@ from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.families import find_family
 from hooklens.pretrained.hf_config import HFConfig
+from hooklens.pretrained.tokenizer import Tokenizer
 from hooklens.pretrained.weight_map import Family, Piece
 
-if TYPE_CHECKING:
-    from hooklens.pretrained.tokenizer import Tokenizer
 
-_EMBED, _HEAD = "embed.weight", "unembed.linear.weight"
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors of a model on the hub. A shape may be unknown (None) until its tensor is read.
 
-
-class Weights(ABC):
-    """Named tensors of a model on the hub, read on request. A shape may be unknown (None) until its tensor is read."""
+    `read` yields the tensors with the given names, one at a time, each in its own memory.
+    """
 
     where: str
-    shapes: dict[str, tuple[int, ...] | None]
-
-    @abstractmethod
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors with these names, one at a time, each in its own memory."""
+    shapes: Mapping[str, tuple[int, ...] | None]
+    read: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
 
 
 def build(
@@ -37,16 +33,17 @@ def build(
     weights: Weights,
     *,
     name: str,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
     """Build the model that a Hugging Face config and weights describe, after checking every name and shape."""
+    dtype = dtype or torch.float32
     with reading(weights.where, "a model"):
         model, usual, pieces = _planned(values, weights, name, tokenizer, dtype)
     for theirs, tensor in weights.read(usual):
         piece = pieces[usual[theirs]]
-        _check_shapes({theirs: tuple(tensor.shape)}, usual, pieces, weights.where)
+        check_shapes({theirs: (tuple(tensor.shape), piece.shape)}, weights.where)
         for ours, part in piece.cut(tensor, model.cfg.n_heads).items():
             assign(model, ours, part.to(device=device or "cpu", dtype=dtype))
     model.tie()
@@ -54,7 +51,7 @@ def build(
 
 
 def _planned(
-    values: dict, weights: Weights, name: str, tokenizer: "Tokenizer | None", dtype: torch.dtype
+    values: dict, weights: Weights, name: str, tokenizer: Tokenizer | None, dtype: torch.dtype
 ) -> tuple[HookedTransformer, dict[str, str], dict[str, Piece]]:
     """The model without its weights; the usual name of each name in the file; and what each usual name contains."""
     config = HFConfig(values, f"the config of {weights.where}", most_layers=len(weights.shapes))
@@ -70,7 +67,8 @@ def _planned(
     model = HookedTransformer(cfg, tokenizer=tokenizer, device="meta", dtype=dtype)
     pieces = family.pieces(cfg, parameter_shapes(model))
     check_names(usual.values(), pieces, weights.where, f"a {family.name} model")
-    _check_shapes({name: weights.shapes[name] for name in usual}, usual, pieces, weights.where)
+    shapes = {name: (weights.shapes[name], pieces[usual_name].shape) for name, usual_name in usual.items()}
+    check_shapes(shapes, weights.where)
     return model, usual, pieces
 
 
@@ -81,14 +79,14 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def own_parameters(model: HookedTransformer, what: str) -> dict[str, nn.Parameter]:
     """The parameters by name, a tied one once. Raises unless the configuration alone describes them."""
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     wanted = parameter_shapes(HookedTransformer(model.cfg, device="meta"))
-    if odd := sorted(name for name in wanted.keys() | found.keys() if (name in wanted) != (name in found)):
+    if odd := sorted(name for name in wanted.keys() | parameters.keys() if (name in wanted) != (name in parameters)):
         raise InputError(
             f"{what} needs a model with exactly the parameters of its configuration; these differ: {listed(odd)}; "
             "merge adapters into the weights first, and tie the weights that cfg declares as tied"
         )
-    return found
+    return parameters
 
 
 def assign(model: nn.Module, name: str, value: Tensor) -> None:
@@ -113,10 +111,11 @@ def check_names(seen: Collection[str], wanted: Collection[str], where: str, what
         )
 
 
-def check_shapes(wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], where: str) -> None:
-    """Refuse weights whose shapes differ from those of the configuration."""
+def check_shapes(shapes: Mapping[str, tuple[tuple[int, ...] | None, tuple[int, ...]]], where: str) -> None:
+    """Refuse weights whose shapes differ from those of the configuration; `shapes` holds both, by name."""
+    wrong = {name: pair for name, pair in shapes.items() if pair[0] is not None and pair[0] != pair[1]}
     if wrong:
-        shown = [f"{name} is {list(seen)} instead of {list(wanted)}" for name, (seen, wanted) in wrong.items()]
+        shown = [f"{name} is {list(seen or ())} instead of {list(wanted)}" for name, (seen, wanted) in wrong.items()]
         raise FileRefused(
             f"{where} contains {len(wrong)} weights whose shape differs from its configuration: {listed(shown)}; "
             "do the configuration and the weights belong together?"
@@ -131,17 +130,6 @@ def listed(names: Collection[str], most: int = 6) -> str:
     """
     shown = ", ".join(list(names)[:most])
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
-
-
-def _check_shapes(
-    shapes: dict[str, tuple[int, ...] | None], usual: dict[str, str], pieces: dict[str, Piece], where: str
-) -> None:
-    wrong = {
-        name: (shape, pieces[usual[name]].shape)
-        for name, shape in shapes.items()
-        if shape is not None and shape != pieces[usual[name]].shape
-    }
-    check_shapes(wrong, where)
 
 
 def _tied(

@@ -15,3 +15,26 @@ def byte_values() -> dict[str, int]:
     printing = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def in_letters(text: str) -> str:
+    """Write a text in the byte alphabet.
+
+    >>> in_letters(" the")
+    'Ġthe'
+    """
+    return "".join(_letters()[byte] for byte in text.encode())
+
+
+def in_byte_alphabet(token: str) -> bool:
+    """Whether a token is written in the byte alphabet.
+
+    >>> in_byte_alphabet("Ġthe"), in_byte_alphabet(" the")
+    (True, False)
+    """
+    return byte_values().keys() >= set(token)
+
+
+@lru_cache
+def _letters() -> dict[int, str]:
+    return {byte: letter for letter, byte in byte_values().items()}

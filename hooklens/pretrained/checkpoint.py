@@ -6,7 +6,7 @@ configuration is JSON in the file's metadata.
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,7 @@ from hooklens.core.safetensors_file import DTYPES, FLOATS, is_safetensors
 from hooklens.model.config import HookedTransformerConfig
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.pretrained.builder import assign, check_names, check_shapes, own_parameters, parameter_shapes
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.tokenizer import Tokenizer
+from hooklens.pretrained.tokenizer import Tokenizer
 
 _WRITER = "hl.save, or load a Hugging Face model by its folder, config.json included"
 SCHEMA = Schema("hooklens.model", 1, "a checkpoint", _WRITER)
@@ -53,14 +51,14 @@ def save(model: HookedTransformer, path: str | Path) -> None:
             content["tokenizer_sha256"] = _file_sums(path)
         path = path / FOLDER_FILE
     elif model.tokenizer is not None:
-        content["tokenizer"] = _packed(model.tokenizer)
+        content["tokenizer"] = model.tokenizer.files()
     write_envelope(path, SCHEMA, content, tensors)
 
 
 def load_checkpoint(
     path: str | Path,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> HookedTransformer:
@@ -94,8 +92,7 @@ def _without_weights(file: Envelope, dtype: torch.dtype | None) -> HookedTransfo
     model = HookedTransformer(cfg, device="meta", dtype=dtype or first)
     wanted = parameter_shapes(model)
     check_names(entries, wanted, where, "its own configuration")
-    shapes = {name: (entry.shape, wanted[name]) for name, entry in entries.items()}
-    check_shapes({name: pair for name, pair in shapes.items() if pair[0] != pair[1]}, where)
+    check_shapes({name: (entry.shape, wanted[name]) for name, entry in entries.items()}, where)
     return model
 
 
@@ -120,27 +117,15 @@ def _config(file: Envelope) -> HookedTransformerConfig:
         ) from error
 
 
-def _packed(tokenizer: "Tokenizer") -> dict[str, str]:
-    """The texts of the tokenizer's own files."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return {name: (Path(folder) / name).read_text(encoding="utf-8") for name in _TOKENIZER_FILES}
+def _file_sums(folder: Path) -> dict[str, str | None]:
+    paths = {name: folder / name for name in _TOKENIZER_FILES}
+    return {name: file_digest(path) if path.is_file() else None for name, path in paths.items()}
 
 
-def _all_there(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def _file_sums(folder: Path) -> dict[str, str]:
-    return {name: file_digest(folder / name) for name in _TOKENIZER_FILES}
-
-
-def _tokenizer_of(path: Path, content: dict[str, Any]) -> "Tokenizer | None":
-    from hooklens.pretrained.tokenizer import Tokenizer
-
+def _tokenizer_of(path: Path, content: dict[str, Any]) -> Tokenizer | None:
     if path.is_dir():
-        told = content.get("tokenizer_sha256")
-        if told is not None and not (_all_there(path) and told == _file_sums(path)):
+        sums = content.get("tokenizer_sha256")
+        if sums is not None and sums != _file_sums(path):
             raise FileRefused(
                 f"{' or '.join(_TOKENIZER_FILES)} in {path} differs from the file that was saved with the model; copy "
                 "the folder again, or give tokenizer="

@@ -8,6 +8,7 @@ Reference: the block structures in ggml's `ggml-common.h`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float32, UInt8
@@ -25,18 +26,6 @@ def _half(blocks: Blocks, start: int) -> Float32[Tensor, "block 1"]:
 def _nibbles(packed: UInt8[Tensor, "block group byte"]) -> UInt8[Tensor, "block group 2 byte"]:
     """The low halves of a group's bytes, followed by the high halves."""
     return torch.stack((packed & 15, packed >> 4), dim=2)
-
-
-def _f32(blocks: Blocks, out: Values) -> None:
-    out.copy_(blocks.view(torch.float32))
-
-
-def _f16(blocks: Blocks, out: Values) -> None:
-    out.copy_(blocks.view(torch.float16))
-
-
-def _bf16(blocks: Blocks, out: Values) -> None:
-    out.copy_(blocks.view(torch.bfloat16))
 
 
 def _q8_0(blocks: Blocks, out: Values) -> None:
@@ -96,10 +85,10 @@ def _q6_k(blocks: Blocks, out: Values) -> None:
     out.view(-1, 16, 16).mul_(scale[..., None])
 
 
-DEQUANTISERS: dict[str, Callable[[Tensor, Tensor], None]] = {
-    "F32": _f32,
-    "F16": _f16,
-    "BF16": _bf16,
+DEQUANTISERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "F32": lambda blocks, out: out.copy_(blocks.view(torch.float32)),
+    "F16": lambda blocks, out: out.copy_(blocks.view(torch.float16)),
+    "BF16": lambda blocks, out: out.copy_(blocks.view(torch.bfloat16)),
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,

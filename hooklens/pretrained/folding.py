@@ -209,7 +209,7 @@ def _made(model: HookedTransformer, weights: Weights, name: str) -> HookedTransf
     present: dict[str, Any] = {f: any(key.endswith(names) for key in weights) for f, names in _GROUPS.items()}
     if not cfg.gated_mlp or present["gate"] == present["mlp"]:
         present["gate"] = None
-    made = HookedTransformer(
+    folded = HookedTransformer(
         cfg.replace(
             tie_word_embeddings=cfg.tie_word_embeddings and _HEAD not in weights,
             biases=Biases(**present),
@@ -219,9 +219,9 @@ def _made(model: HookedTransformer, weights: Weights, name: str) -> HookedTransf
         device="meta",
         dtype=model.dtype,
     )
-    for key, shape in parameter_shapes(made).items():
+    for key, shape in parameter_shapes(folded).items():
         if key not in weights:  # a new bias in a group where another layer now has one
             weights[key] = weights[key.removesuffix("bias") + "weight"].new_zeros(shape)
-        assign(made, key, weights[key])
-    made.tie()
-    return made.train(model.training)
+        assign(folded, key, weights[key])
+    folded.tie()
+    return folded.train(model.training)

@@ -10,9 +10,8 @@ Reference: the GGUF specification, docs/gguf.md in the ggml repository.
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from hooklens.core.arguments import path_of
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
 from hooklens.pretrained.dequantize import DEQUANTISERS, can_dequantise, dequantise
-from hooklens.pretrained.gguf_to_hf import find_architecture, hf_names
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -83,13 +81,21 @@ class GGUFFile:
 
     def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
         """One tensor by its name in the file, dequantised, in the layout of the file."""
-        info = self.tensors[name]
-        self.check_types([info])
-        with reading(self.path, f"the tensor {name!r}"), open(self.path, "rb") as file:
-            return _read(file, info).to(dtype)
+        ((_, weight),) = self.read([name])
+        return weight.to(dtype)
 
-    def check_types(self, tensors: list[GGUFTensor]) -> None:
-        """Refuse tensor types that cannot be converted to floats, before reading any tensor."""
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, Float32[Tensor, "..."]]]:
+        """The tensors with these names, one at a time. Types are checked before the first one is read."""
+        self._check_types([self.tensors[name] for name in names])
+        return self._read(names)
+
+    def _read(self, names: Collection[str]) -> Iterator[tuple[str, Float32[Tensor, "..."]]]:
+        with reading(self.path, "a model's weights"), open(self.path, "rb") as file:
+            for name in names:
+                yield name, _dequantised(file, self.tensors[name])
+
+    def _check_types(self, tensors: list[GGUFTensor]) -> None:
+        """Refuse tensor types that cannot be converted to floats."""
         readable = {kind for kind in {info.kind for info in tensors} if can_dequantise(kind)}
         for info in tensors:
             if info.kind not in readable:
@@ -97,35 +103,6 @@ class GGUFFile:
                     f"{self.path.name}: the tensor {info.name!r} has the unreadable type {info.kind}; readable "
                     f"types: {', '.join(DEQUANTISERS)} and those of gguf.dequantize; quantise the model to one of these"
                 )
-
-    @cached_property
-    def _family(self) -> Any:
-        return find_architecture(self)
-
-    def hf_config(self) -> dict[str, Any]:
-        """The model's `config.json` as it would be on the hub, as far as the computation depends on it."""
-        with reading(self.path, "a model's configuration"):
-            return self._family.config(self)
-
-    def hf_tensors(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-        """The weights under their Hugging Face names and in that layout, one at a time.
-
-        Undoes the changes of the conversion to GGUF (rotary rows of Llama, `1 + weight` norms of Gemma, transposed and
-        regrouped matrices of GPT-2 and GPT-NeoX). Raises before the first tensor if any tensor has an unknown name or
-        type.
-        """
-        names = hf_names(self)
-        config = self.hf_config()
-        self.check_types([self.tensors[name] for name in names])
-        return self._convert(names, config, dtype)
-
-    def _convert(
-        self, names: dict[str, str], config: dict[str, Any], dtype: torch.dtype
-    ) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-        with reading(self.path, "a model's weights"), open(self.path, "rb") as file:
-            for name, hf_name in names.items():
-                weight = _read(file, self.tensors[name])
-                yield hf_name, self._family.undo(name, weight, config).to(dtype)
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
@@ -259,7 +236,7 @@ class _Header:
         return GGUFTensor(name, shape, kind.name, offset, prod(shape) // per_block * block_bytes)
 
 
-def _read(file: Any, info: GGUFTensor) -> Float32[Tensor, "..."]:
+def _dequantised(file: Any, info: GGUFTensor) -> Float32[Tensor, "..."]:
     """Read a tensor as float32, chunk by chunk, so that no second copy of it is ever in memory."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 

@@ -1,43 +1,71 @@
 """Undo the changes of llama.cpp's conversion to a model's names, layouts and configuration.
 
-One `Architecture` per family: the hub names of its tensors, the tensors that were rearranged, and the conversion of its
-metadata to a `config.json`.
+One table gives our name of each tensor in a GGUF file, from which the family's own map gives the name on the hub. An
+`Architecture` adds what differs: its settings, and the tensors that the conversion rearranged.
 
 Reference: convert_hf_to_gguf.py in the llama.cpp repository, each `undo` inverts its conversion.
 """
 
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused
+from hooklens.core.files import reading
+from hooklens.model.config import Llama3Scaling
+from hooklens.pretrained.builder import listed
+from hooklens.pretrained.families import families
+from hooklens.pretrained.gguf import GGUFFile
+from hooklens.pretrained.weight_map import Family, Names
 
-if TYPE_CHECKING:
-    from hooklens.pretrained.gguf import GGUFFile
-
-Undo = Callable[[str, Tensor, dict[str, Any]], Tensor]
+Settings = dict[str, Any]
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _FOR_POSITIONS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # config has them
+
+#: Our layers by llama.cpp's names.
+LAYERS: dict[str, Names] = {
+    "token_embd": "embed",
+    "position_embd": "pos_embed",
+    "output_norm": "ln_final",
+    "output": "unembed.linear",
+    "attn_norm": "ln1",
+    "attn_q": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_qkv": ("attn.q", "attn.k", "attn.v"),
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
+    "attn_output": "attn.o",
+    "post_attention_norm": "ln1_post",
+    "ffn_norm": "ln2",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.in_",
+    "ffn_down": "mlp.out",
+    "post_ffw_norm": "ln2_post",
+}
+_FUSED: dict[str, Names] = {"ffn_up": ("mlp.gate", "mlp.in_")}  # in families that fuse these two
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one llama.cpp architecture is represented on the hub."""
+    """How one llama.cpp architecture is represented on the hub.
 
-    config: Callable[["GGUFFile"], dict[str, Any]]
-    top: dict[str, str]
-    layer: str
-    parts: dict[str, str]
-    undo: Undo = lambda name, weight, config: weight
+    `keys` maps settings of config.json to the file's names for them, `more` computes the other settings, and `undo`
+    restores the layout of a tensor.
+    """
+
+    family: str
+    keys: dict[str, str]
+    more: Callable[[GGUFFile, Settings], Settings]
+    undo: Callable[[str, Tensor, Settings], Tensor] = lambda name, weight, config: weight
 
 
-def find_architecture(file: "GGUFFile") -> Architecture:
+def find_architecture(file: GGUFFile) -> Architecture:
     """The file's architecture; an unknown one raises an error that lists the supported ones."""
     name = file.architecture
     if name not in ARCHITECTURES:
@@ -54,29 +82,61 @@ def find_architecture(file: "GGUFFile") -> Architecture:
     return ARCHITECTURES[name]
 
 
-def hf_names(file: "GGUFFile") -> dict[str, str]:
+def hf_names(file: GGUFFile) -> dict[str, str]:
     """The hub name of each tensor in the file; a tensor without one raises an error."""
-    family = find_architecture(file)
-    names: dict[str, str] = {}
-    unknown = []
-    tied = _output_is_embedding(file)
-    for name in file.tensors:
-        if name in _FOR_POSITIONS or (tied and name == "output.weight"):
-            continue
-        block, part, suffix = _split(name)
-        table = family.top if block is None else family.parts
-        if part not in table:
-            unknown.append(name)
-            continue
-        prefix = "" if block is None else family.layer.format(block) + "."
-        names[name] = f"{prefix}{table[part]}.{suffix}"
-    if unknown:
-        shown = ", ".join(unknown[:5]) + (f", ... ({len(unknown)} in all)" if len(unknown) > 5 else "")
+    family = families()[find_architecture(file).family]
+    skipped = _FOR_POSITIONS | ({"output.weight"} if _output_is_embedding(file) else set())
+    names = {name: _hf_name(family, name) for name in file.tensors if name not in skipped}
+    if unknown := [name for name, hf_name in names.items() if hf_name is None]:
         raise FileRefused(
-            f"{file.path.name} has tensors that a {file.architecture!r} model does not have: {shown}; it may be "
-            "another architecture under this name, or contain an adapter"
+            f"{file.path.name} has tensors that a {file.architecture!r} model does not have: {listed(unknown)}; it "
+            "may be another architecture under this name, or contain an adapter"
         )
-    return names
+    return {name: str(hf_name) for name, hf_name in names.items()}
+
+
+def hf_config(file: GGUFFile) -> Settings:
+    """The model's `config.json` as it would be on the hub, as far as the computation depends on it."""
+    with reading(file.path, "a model's configuration"):
+        return _settings(file)
+
+
+def _settings(file: GGUFFile) -> Settings:
+    arch, embedding = find_architecture(file), file.tensors.get("token_embd.weight")
+    family = families()[arch.family]
+    _check_blocks(file)
+    if embedding is None:
+        raise FileRefused(f"{file.path.name} has no tensor 'token_embd.weight': it is an adapter or part of a model")
+    config = {
+        "model_type": family.model_types[0],
+        "architectures": [family.architectures[0]],
+        "vocab_size": embedding.shape[0],
+        "tie_word_embeddings": _output_is_embedding(file),
+        # Absent ids are None on purpose: a family's default may lie outside this vocabulary.
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    config |= {theirs: _decimal(_one(file, key)) for theirs, key in arch.keys.items()}
+    return config | arch.more(file, config)
+
+
+def hf_tensors(file: GGUFFile, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
+    """The weights under their Hugging Face names and in that layout, one at a time.
+
+    Undoes the changes of the conversion to GGUF (rotary rows of Llama, `1 + weight` norms of Gemma, transposed and
+    regrouped matrices of GPT-2 and GPT-NeoX). Raises before the first tensor if any tensor has an unknown name or type.
+    """
+    names, config, undo = hf_names(file), hf_config(file), find_architecture(file).undo
+    return ((names[name], undo(name, weight, config).to(dtype)) for name, weight in file.read(names))
+
+
+def _hf_name(family: Family, name: str) -> str | None:
+    block, part, suffix = _split(name)
+    for table in (LAYERS, _FUSED):
+        if part in table and (layer := family.hub_name(table[part], block)) is not None:
+            return f"{layer}.{suffix}"
+    return None
 
 
 def _split(name: str) -> tuple[int | None, str, str]:
@@ -90,7 +150,7 @@ def _split(name: str) -> tuple[int | None, str, str]:
     return None, part, suffix
 
 
-def _output_is_embedding(file: "GGUFFile") -> bool:
+def _output_is_embedding(file: GGUFFile) -> bool:
     """Whether the model is tied: no output matrix, or (older conversions of GPT-2) a second copy of the embedding."""
     output, embedding = file.tensors.get("output.weight"), file.tensors.get("token_embd.weight")
     if output is None or embedding is None:
@@ -109,19 +169,19 @@ def _output_is_embedding(file: "GGUFFile") -> bool:
     return True
 
 
-def _blocks(file: "GGUFFile") -> int:
-    """The number of blocks. Each block has its own tensors, so a block count above the number of tensors is wrong."""
+def _check_blocks(file: GGUFFile) -> None:
+    """Refuse a wrong number of blocks. Each block has its own tensors, so there are at least as many tensors."""
     n_blocks = file.require(f"{file.architecture}.block_count")
     if type(n_blocks) is not int or not 0 < n_blocks <= len(file.tensors):
         raise FileRefused(
             f"{file.path.name}: {file.architecture}.block_count is {n_blocks!r:.80}, and the file has "
             f"{len(file.tensors)} tensors; convert the model again"
         )
-    return n_blocks
 
 
-def _one(file: "GGUFFile", key: str, default: Any = None) -> Any:
-    """A number that holds for every layer; some files give a list, one value a layer."""
+def _one(file: GGUFFile, key: str, default: Any = None) -> Any:
+    """A setting of the architecture, the same for every layer; some files give a list, one value a layer."""
+    key = f"{file.architecture}.{key}"
     value = file.require(key) if default is None else file.metadata.get(key, default)
     if isinstance(value, list):
         if len(set(value)) != 1:
@@ -132,200 +192,109 @@ def _one(file: "GGUFFile", key: str, default: Any = None) -> Any:
     return value
 
 
-def _eps(value: float) -> float:
-    """Convert the file's float32 to the decimal number it stands for.
+def _decimal(value: Any) -> Any:
+    """Convert the file's float32 to the decimal number it stands for; other values stay as they are.
 
-    >>> _eps(9.999999747378752e-06)
-    1e-05
+    >>> _decimal(9.999999747378752e-06), _decimal(8)
+    (1e-05, 8)
     """
-    return float(f"{value:.7g}")
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _common(file: "GGUFFile", model_type: str, name: str) -> dict[str, Any]:
-    """The settings of every configuration: kind, vocabulary, special tokens, tied or not."""
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise FileRefused(f"{file.path.name} has no tensor 'token_embd.weight': it is an adapter or part of a model")
+def _decoder(file: GGUFFile, config: Settings) -> Settings:
+    """The settings of a Llama-like decoder."""
+    n_heads = config["num_attention_heads"]
     return {
-        "model_type": model_type,
-        "architectures": [name],
-        "vocab_size": embedding.shape[0],
-        "tie_word_embeddings": _output_is_embedding(file),
-        # Absent ids are None on purpose: a family's default may lie outside this vocabulary.
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
-    }
-
-
-def _decoder(file: "GGUFFile", model_type: str, name: str) -> dict[str, Any]:
-    """The configuration of a Llama-like decoder: RMSNorm, rotary positions, gated MLP."""
-    arch = file.architecture
-    n_heads, width = _one(file, f"{arch}.attention.head_count"), file.require(f"{arch}.embedding_length")
-    return {
-        **_common(file, model_type, name),
-        "hidden_size": width,
-        "num_hidden_layers": _blocks(file),
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": _one(file, f"{arch}.attention.head_count_kv", n_heads),
-        "head_dim": file.metadata.get(f"{arch}.attention.key_length", width // n_heads),
-        "intermediate_size": _one(file, f"{arch}.feed_forward_length"),
-        "max_position_embeddings": file.require(f"{arch}.context_length"),
-        "rms_norm_eps": _eps(file.require(f"{arch}.attention.layer_norm_rms_epsilon")),
-        "rope_theta": float(file.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
+        "num_key_value_heads": _one(file, "attention.head_count_kv", n_heads),
+        "head_dim": _one(file, "attention.key_length", config["hidden_size"] // n_heads),
+        "rope_theta": float(_one(file, "rope.freq_base", 10000.0)),
         "rope_scaling": _scaling(file),
         "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
 
 
-def _scaling(file: "GGUFFile") -> dict[str, Any] | None:
+def _scaling(file: GGUFFile) -> Settings | None:
     """The scaling of the rotary frequencies for long contexts, or None."""
-    arch = file.architecture
-    kind = file.metadata.get(f"{arch}.rope.scaling.type", "none")
-    factor = file.metadata.get(f"{arch}.rope.scaling.factor")
-    original = file.metadata.get(f"{arch}.rope.scaling.original_context_length")
+    names = ("type", "factor", "original_context_length")
+    kind, factor, original = (file.metadata.get(f"{file.architecture}.rope.scaling.{name}") for name in names)
     if "rope_freqs.weight" in file.tensors:
         return _llama3_scaling(file, original or 8192)
-    if kind == "none" or factor is None:
+    if kind in (None, "none") or factor is None:
         return None
     scaling = {"rope_type": kind, "factor": float(factor)}
     return scaling if original is None else scaling | {"original_max_position_embeddings": original}
 
 
-def llama3_factors(
-    theta: float, d_rot: int, *, factor: float, low: float, high: float, original: int
-) -> Float[Tensor, "frequency"]:
-    """The divisor of each rotary frequency in Llama 3: 1 for fast ones, `factor` for slow ones, blended between.
-
-    Reference: Llama 3.1's `apply_scaling`, written as the factors that GGUF files hold.
-    """
-    wavelength = 2 * math.pi * theta ** (torch.arange(0, d_rot, 2, dtype=torch.float64) / d_rot)
-    blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - blend) / factor + blend)
-
-
-def _llama3_scaling(file: "GGUFFile", original: int) -> dict[str, Any] | None:
+def _llama3_scaling(file: GGUFFile, original: int) -> Settings | None:
     """The file stores only one factor per frequency; recover the settings they came from, and check them."""
     seen = file.tensor("rope_freqs.weight", torch.float64)
-    theta = float(file.metadata.get(f"{file.architecture}.rope.freq_base", 10000.0))
+    theta, n = float(_one(file, "rope.freq_base", 10000.0)), len(seen)
     # The slowest frequency carries the full factor, except in models too small to have one slow enough.
-    settings: dict[str, Any] = {"factor": round(seen.max().item(), 4), "low": 1.0, "high": 4.0, "original": original}
-    if settings["factor"] == 1.0:
+    factor = round(seen.max().item(), 4)
+    if factor == 1.0:
         return None
-    expected = llama3_factors(theta, 2 * len(seen), **settings)
+    scaling = Llama3Scaling(factor, low_freq_factor=1.0, high_freq_factor=4.0, original_n_ctx=original)
+    frequencies = theta ** -(torch.arange(n, dtype=torch.float64) / n)
+    expected = frequencies / scaling.scale(frequencies)
     if not torch.allclose(seen, expected, rtol=1e-4):
         raise FileRefused(
-            f"{file.path.name}: rope_freqs.weight is {seen.tolist()[:4]}..., Llama 3's scaling with {settings} gives "
+            f"{file.path.name}: rope_freqs.weight is {seen.tolist()[:4]}..., but {scaling} gives "
             f"{expected.tolist()[:4]}...; only Llama 3's scaling is supported"
         )
     return {
         "rope_type": "llama3",
-        "factor": settings["factor"],
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": original,
     }
 
 
-def _llama(file: "GGUFFile") -> dict[str, Any]:
-    return {
-        **_decoder(file, "llama", "LlamaForCausalLM"),
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-    }
-
-
-def _qwen2(file: "GGUFFile") -> dict[str, Any]:
-    return {**_decoder(file, "qwen2", "Qwen2ForCausalLM"), "use_sliding_window": False}
-
-
-def _qwen3(file: "GGUFFile") -> dict[str, Any]:
-    extra = {"use_sliding_window": False, "attention_bias": "blk.0.attn_q.bias" in file.tensors}
-    return {**_decoder(file, "qwen3", "Qwen3ForCausalLM"), **extra}
-
-
-def _gemma(file: "GGUFFile", model_type: str, name: str, largest: int) -> dict[str, Any]:
+def _gemma(file: GGUFFile, config: Settings) -> Settings:
     """The settings that Gemma 2 and 3 share. The files do not store the scale of the queries. llama.cpp recognises the
     27B model by its number of layers, and so does this: it divides by the width per head, all others by d_head."""
-    base = _decoder(file, model_type, name)
-    per_head = base["hidden_size"] // base["num_attention_heads"]
-    base |= {
+    more, arch = _decoder(file, config), file.architecture
+    largest = config["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[arch]
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    return more | {
+        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": per_head if base["num_hidden_layers"] == largest else base["head_dim"],
-        "sliding_window": file.require(f"{file.architecture}.attention.sliding_window"),
-        "attention_bias": False,
-    }
-    del base["hidden_act"]
-    return base
-
-
-def _gemma2(file: "GGUFFile") -> dict[str, Any]:
-    base = _gemma(file, "gemma2", "Gemma2ForCausalLM", largest=46)
-    sliding = [layer % 2 == 0 for layer in range(base["num_hidden_layers"])]
-    return base | {
-        "attn_logit_softcapping": file.metadata.get("gemma2.attn_logit_softcapping"),
-        "final_logit_softcapping": file.metadata.get("gemma2.final_logit_softcapping"),
-        "layer_types": ["sliding_attention" if local else "full_attention" for local in sliding],
+        "query_pre_attn_scalar": per_head if largest else more["head_dim"],
+        "sliding_window": _one(file, "attention.sliding_window"),
+        "attn_logit_softcapping": file.metadata.get(f"{arch}.attn_logit_softcapping"),
+        "final_logit_softcapping": file.metadata.get(f"{arch}.final_logit_softcapping"),
     }
 
 
-def _gemma3(file: "GGUFFile") -> dict[str, Any]:
-    base = _gemma(file, "gemma3_text", "Gemma3ForCausalLM", largest=62)
-    every = file.metadata.get("gemma3.attention.sliding_window_pattern", 6)
-    sliding = [bool((layer + 1) % every) for layer in range(base["num_hidden_layers"])]
-    return base | {
-        "rope_local_base_freq": float(file.metadata.get("gemma3.rope.freq_base_swa", 10000.0)),
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": file.metadata.get("gemma3.final_logit_softcapping"),
-        "layer_types": ["sliding_attention" if local else "full_attention" for local in sliding],
+def _gemma3(file: GGUFFile, config: Settings) -> Settings:
+    return _gemma(file, config) | {
+        "rope_local_base_freq": float(_one(file, "rope.freq_base_swa", 10000.0)),
+        "sliding_window_pattern": _one(file, "attention.sliding_window_pattern", 6),
     }
 
 
-def _phi3(file: "GGUFFile") -> dict[str, Any]:
-    base = _decoder(file, "phi3", "Phi3ForCausalLM")
-    rotary = file.metadata.get("phi3.rope.dimension_count", base["head_dim"])
-    base |= {
-        "partial_rotary_factor": rotary / base["head_dim"],
+def _phi3(file: GGUFFile, config: Settings) -> Settings:
+    more, n_ctx = _decoder(file, config), config["max_position_embeddings"]
+    more |= {
+        "partial_rotary_factor": _one(file, "rope.dimension_count", more["head_dim"]) / more["head_dim"],
         "sliding_window": file.metadata.get("phi3.attention.sliding_window") or None,
+        "original_max_position_embeddings": _one(file, "rope.scaling.original_context_length", n_ctx),
     }
-    base["original_max_position_embeddings"] = file.metadata.get(
-        "phi3.rope.scaling.original_context_length", base["max_position_embeddings"]
-    )
     if "rope_factors_long.weight" in file.tensors:
-        base["rope_scaling"] = {
-            "rope_type": "longrope",
-            "long_factor": file.tensor("rope_factors_long.weight").tolist(),
-            "short_factor": file.tensor("rope_factors_short.weight").tolist(),
+        more["rope_scaling"] = {"rope_type": "longrope"} | {
+            f"{name}_factor": file.tensor(f"rope_factors_{name}.weight").tolist() for name in ("long", "short")
         }
-    return base
+    return more
 
 
-def _gpt2(file: "GGUFFile") -> dict[str, Any]:
+def _gptneox(file: GGUFFile, config: Settings) -> Settings:
+    d_head = config["hidden_size"] // config["num_attention_heads"]
     return {
-        **_common(file, "gpt2", "GPT2LMHeadModel"),
-        "n_embd": file.require("gpt2.embedding_length"),
-        "n_layer": _blocks(file),
-        "n_head": _one(file, "gpt2.attention.head_count"),
-        "n_positions": file.require("gpt2.context_length"),
-        "n_inner": _one(file, "gpt2.feed_forward_length"),
-        "layer_norm_epsilon": _eps(file.require("gpt2.attention.layer_norm_epsilon")),
-        "activation_function": "gelu_new",
-    }
-
-
-def _gptneox(file: "GGUFFile") -> dict[str, Any]:
-    width, heads = file.require("gptneox.embedding_length"), _one(file, "gptneox.attention.head_count")
-    return {
-        **_common(file, "gpt_neox", "GPTNeoXForCausalLM"),
-        "hidden_size": width,
-        "num_hidden_layers": _blocks(file),
-        "num_attention_heads": heads,
-        "intermediate_size": _one(file, "gptneox.feed_forward_length"),
-        "max_position_embeddings": file.require("gptneox.context_length"),
-        "layer_norm_eps": _eps(file.require("gptneox.attention.layer_norm_epsilon")),
-        "use_parallel_residual": file.metadata.get("gptneox.use_parallel_residual", True),
-        "rotary_pct": file.metadata.get("gptneox.rope.dimension_count", width // heads) / (width // heads),
-        "rotary_emb_base": float(file.metadata.get("gptneox.rope.freq_base", 10000.0)),
+        "use_parallel_residual": _one(file, "use_parallel_residual", True),
+        "rotary_pct": _one(file, "rope.dimension_count", d_head) / d_head,
+        "rotary_emb_base": float(_one(file, "rope.freq_base", 10000.0)),
         "hidden_act": "gelu",
         "attention_bias": True,
     }
@@ -341,7 +310,7 @@ def interleaved_to_halves(weight: Float[Tensor, "rows *columns"], n_heads: int) 
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def _undo_llama(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
+def _undo_llama(name: str, weight: Tensor, config: Settings) -> Tensor:
     if ".attn_q." in name:
         return interleaved_to_halves(weight, config["num_attention_heads"])
     if ".attn_k." in name:
@@ -349,16 +318,16 @@ def _undo_llama(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
     return weight
 
 
-def _undo_gemma(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
+def _undo_gemma(name: str, weight: Tensor, config: Settings) -> Tensor:
     return weight - 1 if name.endswith("norm.weight") else weight  # the hub's Gemma computes x * (1 + weight)
 
 
-def _undo_gpt2(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
+def _undo_gpt2(name: str, weight: Tensor, config: Settings) -> Tensor:
     # The hub's GPT-2 stores its matrices as (in, out).
     return weight.T.contiguous() if name.startswith("blk.") and weight.ndim == 2 else weight
 
 
-def _undo_gptneox(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
+def _undo_gptneox(name: str, weight: Tensor, config: Settings) -> Tensor:
     """Reorder from all queries, all keys, all values to (query, key, value) per head."""
     if ".attn_qkv." not in name:
         return weight
@@ -366,68 +335,31 @@ def _undo_gptneox(name: str, weight: Tensor, config: dict[str, Any]) -> Tensor:
     return apart.transpose(0, 1).reshape(weight.shape)
 
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_DECODER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
 }
-_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_SANDWICH = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_PHI3 = {
-    "attn_norm": "input_layernorm",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GPT2_TOP = {
-    "token_embd": "transformer.wte",
-    "position_embd": "transformer.wpe",
-    "output_norm": "transformer.ln_f",
-    "output": "lm_head",
-}
+_DECODER = _SIZES | {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+_GPTNEOX = _SIZES | {"layer_norm_eps": "attention.layer_norm_epsilon"}
 _GPT2 = {
-    "attn_norm": "ln_1",
-    "attn_qkv": "attn.c_attn",
-    "attn_output": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn_up": "mlp.c_fc",
-    "ffn_down": "mlp.c_proj",
+    "n_embd": "embedding_length",
+    "n_layer": "block_count",
+    "n_head": "attention.head_count",
+    "n_inner": "feed_forward_length",
+    "n_positions": "context_length",
+    "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
-_NEOX_TOP = {
-    "token_embd": "gpt_neox.embed_in",
-    "output_norm": "gpt_neox.final_layer_norm",
-    "output": "embed_out",
-}
-_NEOX = {
-    "attn_norm": "input_layernorm",
-    "attn_qkv": "attention.query_key_value",
-    "attn_output": "attention.dense",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_up": "mlp.dense_h_to_4h",
-    "ffn_down": "mlp.dense_4h_to_h",
-}
-_LAYER = "model.layers.{}"
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(_llama, _TOP, _LAYER, _DECODER, _undo_llama),
-    "qwen2": Architecture(_qwen2, _TOP, _LAYER, _DECODER),
-    "qwen3": Architecture(_qwen3, _TOP, _LAYER, _DECODER | _QK_NORM),
-    "gemma2": Architecture(_gemma2, _TOP, _LAYER, _DECODER | _SANDWICH, _undo_gemma),
-    "gemma3": Architecture(_gemma3, _TOP, _LAYER, _DECODER | _SANDWICH | _QK_NORM, _undo_gemma),
-    "phi3": Architecture(_phi3, _TOP, _LAYER, _PHI3),
-    "gpt2": Architecture(_gpt2, _GPT2_TOP, "transformer.h.{}", _GPT2, _undo_gpt2),
-    "gptneox": Architecture(_gptneox, _NEOX_TOP, "gpt_neox.layers.{}", _NEOX, _undo_gptneox),
+    "llama": Architecture("llama", _DECODER, _decoder, _undo_llama),
+    "qwen2": Architecture("qwen2", _DECODER, _decoder),
+    "qwen3": Architecture("qwen3", _DECODER, _decoder),
+    "gemma2": Architecture("gemma2", _DECODER, _gemma, _undo_gemma),
+    "gemma3": Architecture("gemma3", _DECODER, _gemma3, _undo_gemma),
+    "phi3": Architecture("phi3", _DECODER, _phi3),
+    "gpt2": Architecture("gpt2", _GPT2, lambda file, config: {"activation_function": "gelu_new"}, _undo_gpt2),
+    "gptneox": Architecture("gpt_neox", _GPTNEOX, _gptneox, _undo_gptneox),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 from hooklens.core.errors import FileRefused
 from hooklens.core.files import reading
-from hooklens.pretrained.byte_letters import byte_values
+from hooklens.pretrained.byte_letters import in_byte_alphabet, in_letters
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _LONGEST_TOKEN = 1024  # characters; SentencePiece's usual limit is 16, runs of spaces in others reach 512
@@ -65,59 +65,156 @@ PRE_TOKENIZERS: dict[str, Split] = {
 def rebuild(metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of Tokenizer from a GGUF file's metadata."""
     with reading(str(metadata.get("general.name", "GGUF metadata")), "a tokenizer"):
-        return _rebuilt(metadata)
+        vocabulary = _Vocabulary(metadata)
+        kind, ids, get = vocabulary.need("model"), vocabulary.ids, vocabulary.ggml.get
+        if kind not in ("gpt2", "llama"):
+            raise FileRefused(
+                f"the file's tokenizer has the type {kind!r}; supported types: 'gpt2' (byte-level BPE) and "
+                "'llama' (SentencePiece BPE); load the tokenizer from a folder instead"
+            )
+        backend = vocabulary.byte_level() if kind == "gpt2" else vocabulary.sentencepiece()
+        vocabulary.add_special(backend)
+        # Older files have no flag: llama.cpp adds BOS to SentencePiece vocabularies, and where the split rule says so.
+        usual = kind == "llama" or vocabulary.split().bos
+        return {
+            "backend": backend,
+            **{f"{name}_id": i for name, i in ids.items()},
+            "default_prepend_bos": ids["bos"] is not None and bool(get("add_bos_token", usual)),
+            "chat_template": metadata.get("tokenizer.chat_template"),
+            "stop_ids": tuple(dict.fromkeys(i for i in (ids["eos"], get("eot_token_id")) if i is not None)),
+        }
 
 
-def _rebuilt(metadata: dict[str, Any]) -> dict[str, Any]:
-    kind = _need(metadata, "model")
-    if kind not in ("gpt2", "llama"):
-        raise FileRefused(
-            f"the file's tokenizer has the type {kind!r}; supported types: 'gpt2' (byte-level BPE) and "
-            "'llama' (SentencePiece BPE); load the tokenizer from a folder instead"
-        )
-    backend = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
-    ids = {name: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _NAMED.items()}
-    _add_special(backend, metadata, ids)
-    # Older files have no flag: llama.cpp adds BOS for every SentencePiece vocabulary, and where the split rule says so.
-    usual = kind == "llama" or _split(metadata).bos
-    eot = metadata.get("tokenizer.ggml.eot_token_id")
-    return {
-        "backend": backend,
-        **{f"{name}_id": i for name, i in ids.items()},
-        "default_prepend_bos": ids["bos"] is not None and bool(metadata.get("tokenizer.ggml.add_bos_token", usual)),
-        "chat_template": metadata.get("tokenizer.chat_template"),
-        "stop_ids": tuple(dict.fromkeys(i for i in (ids["eos"], eot) if i is not None)),
-    }
+class _Vocabulary:
+    """The `tokenizer.ggml` metadata of a file, and the parts of a tokenizer that are made of it.
 
+    Long tokens are refused: a token has as many splits as characters, and each costs time in proportion to its length.
+    """
 
-_NAMED = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    def __init__(self, metadata: dict[str, Any]) -> None:
+        prefix = "tokenizer.ggml."
+        self.arch = metadata.get("general.architecture", "")
+        self.ggml = {k.removeprefix(prefix): value for k, value in metadata.items() if k.startswith(prefix)}
+        self.tokens: list[str] = self.need("tokens")
+        self.types: list[int] = self.ggml.get("token_type") or [1] * len(self.tokens)
+        self.ids: dict[str, int | None] = {
+            name: self.ggml.get(f"{theirs}_token_id")
+            for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+        }
+        if (longest := max(map(len, self.tokens), default=0)) > _LONGEST_TOKEN:
+            raise FileRefused(
+                f"the file's vocabulary has a token of {longest:,} characters (the limit is {_LONGEST_TOKEN:,}); "
+                "convert it again"
+            )
 
+    def need(self, key: str) -> Any:
+        if key not in self.ggml:
+            raise FileRefused(
+                f"the file has no tokenizer.ggml.{key}, which is needed to rebuild its tokenizer; it has "
+                f"{', '.join(self.ggml) or 'no tokenizer at all'}; load the tokenizer from a folder instead"
+            )
+        return self.ggml[key]
 
-def _need(metadata: dict[str, Any], key: str) -> Any:
-    if f"tokenizer.ggml.{key}" not in metadata:
-        known = [k.removeprefix("tokenizer.ggml.") for k in metadata if k.startswith("tokenizer.ggml.")]
-        raise FileRefused(
-            f"the file has no tokenizer.ggml.{key}, which is needed to rebuild its tokenizer; it has "
-            f"{', '.join(known) or 'no tokenizer at all'}; load the tokenizer from a folder instead"
-        )
-    return metadata[f"tokenizer.ggml.{key}"]
+    def split(self) -> Split:
+        """The file's rule for splitting text. If the file names none, only GPT-2 itself splits like GPT-2."""
+        name = self.ggml.get("pre", "gpt-2" if self.arch == "gpt2" else None)
+        if name not in PRE_TOKENIZERS:
+            seen = "does not say how it splits text" if name is None else f"splits text as {name!r}, an unknown rule"
+            raise FileRefused(
+                f"the file's tokenizer {seen} (tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS)}; convert the "
+                "file again with a newer llama.cpp, or, in Python, pass another tokenizer as load(path, "
+                "tokenizer=folder)"
+            )
+        return PRE_TOKENIZERS[name]
 
+    def byte_level(self) -> Any:
+        """Byte-level BPE: every byte is a letter; text is split by the file's rule and merged within pieces."""
+        from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-def _tokens(metadata: dict[str, Any]) -> list[str]:
-    """The vocabulary. Long tokens are refused: a token's splits grow with its length, and so does the cost of each."""
-    tokens = _need(metadata, "tokens")
-    longest = max(map(len, tokens), default=0)
-    if longest > _LONGEST_TOKEN:
-        raise FileRefused(
-            f"the file's vocabulary has a token of {longest:,} characters (the limit is {_LONGEST_TOKEN:,}); "
-            "convert it again"
-        )
-    return tokens
+        split, vocab = self.split(), {}
+        for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
+            # Some converters write added words as plain text; merged tokens always use the byte alphabet.
+            plain = kind in (_CONTROL, _USER_DEFINED) or in_byte_alphabet(token)
+            vocab[token if plain else in_letters(token)] = i
+        backend = _model(vocab, _merges(self.need("merges")), len(self.tokens), ignore_merges=split.whole_words)
+        steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+        if split.pattern is not None:
+            steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        backend.decoder = decoders.ByteLevel()
+        if split.compose:
+            backend.normalizer = normalizers.NFC()
+        return backend
 
+    def sentencepiece(self) -> Any:
+        """SentencePiece BPE: spaces are `▁`; text outside the vocabulary falls back to bytes.
 
-def _types(metadata: dict[str, Any]) -> list[int]:
-    tokens = _tokens(metadata)
-    return metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+        The rule for the space in front of a text depends on the model and is not in the file: Gemma adds none, Phi-3
+        adds one before every stretch of text, the others before the first.
+        """
+        from tokenizers import decoders, normalizers, pre_tokenizers
+
+        gemma = self.arch.startswith("gemma")
+        # Gemma's runs of spaces are stored as spaces; its merges use runs of `▁`.
+        tokens = ["▁" * len(t) if gemma and t and not t.strip(" ") else t for t in self.tokens]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        unk = None if self.ids["unk"] is None else tokens[self.ids["unk"]]
+        merges = self._sentencepiece_merges(tokens, vocab, by_position=gemma)
+        backend = _model(vocab, merges, len(tokens), fuse_unk=True, byte_fallback=True, unk_token=unk)
+        prefix = self.ggml.get("add_space_prefix", True) and not gemma
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if prefix:
+            steps.append(decoders.Strip(content=" ", left=1))
+        backend.decoder = decoders.Sequence(steps)
+        if gemma:
+            backend.normalizer = normalizers.Replace(" ", "▁")
+            backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+        elif self.arch == "phi3" and prefix:
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            scheme = "first" if prefix else "never"
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+        return backend
+
+    def _sentencepiece_merges(
+        self, tokens: list[str], vocab: dict[str, int], *, by_position: bool
+    ) -> list[tuple[str, str]]:
+        """The merges of a SentencePiece vocabulary, best first: every way to join two tokens into another token.
+
+        SentencePiece stores no merges; it joins the pair whose result has the highest score. For Gemma the order of the
+        tokens, not their score, gives the order of merges. Ties: the longer left part, then the longer right part.
+        """
+        if "merges" in self.ggml:
+            return _merges(self.ggml["merges"])
+        scores = [-i for i in range(len(tokens))] if by_position else self.need("scores")
+        merges = []
+        for i, token in enumerate(tokens):
+            parts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+            known = [(left, right) for left, right in parts if left in vocab and right in vocab]
+            known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+            merges += [(-scores[i], -len(left), -len(right), left, right) for left, right in known]
+        merges.sort(key=lambda merge: merge[:3])
+        return [(left, right) for *_, left, right in merges]
+
+    def add_special(self, backend: Any) -> None:
+        """Register tokens that are matched whole: control tokens, named special tokens, and user-defined words."""
+        from tokenizers import AddedToken
+
+        for name, i in {**self.ids, "eot": self.ggml.get("eot_token_id")}.items():
+            if i is not None and not (type(i) is int and 0 <= i < len(self.tokens)):
+                raise FileRefused(
+                    f"the file's {name}_token_id = {i!r:.40} lies outside its vocabulary of {len(self.tokens)}; "
+                    "convert it again"
+                )
+        special, plain = [], []
+        for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
+            if kind == _CONTROL or i in self.ids.values():
+                special.append(AddedToken(token, normalized=False, special=True))
+            elif kind == _USER_DEFINED and backend.token_to_id(token) is not None:
+                plain.append(AddedToken(token, normalized=False))
+        backend.add_special_tokens(special)
+        backend.add_tokens(plain)
 
 
 def _model(vocab: dict[str, int], merges: list[tuple[str, str]], size: int, **options: Any) -> Any:
@@ -131,135 +228,9 @@ def _model(vocab: dict[str, int], merges: list[tuple[str, str]], size: int, **op
         raise FileRefused(f"the file's merges do not match its vocabulary: {error}; convert it again") from error
 
 
-def _split(metadata: dict[str, Any]) -> Split:
-    """The file's rule for splitting text. If the file names none, only GPT-2 itself is known to split like GPT-2."""
-    name = metadata.get("tokenizer.ggml.pre", "gpt-2" if metadata.get("general.architecture") == "gpt2" else None)
-    if name not in PRE_TOKENIZERS:
-        seen = "does not say how it splits text" if name is None else f"splits text as {name!r}, an unknown rule"
-        raise FileRefused(
-            f"the file's tokenizer {seen} (tokenizer.ggml.pre); known: {', '.join(PRE_TOKENIZERS)}; convert the file "
-            "again with a newer llama.cpp, or, in Python, pass another tokenizer as load(path, tokenizer=folder)"
-        )
-    return PRE_TOKENIZERS[name]
-
-
-def _byte_level(metadata: dict[str, Any]) -> Any:
-    """Byte-level BPE: every byte is a letter; text is split by the file's rule and merged within pieces."""
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
-
-    split = _split(metadata)
-    tokens = _tokens(metadata)
-    letter_of = {value: letter for letter, value in byte_values().items()}
-    vocab = {
-        # Some converters write added words as plain text; merged tokens always use the byte alphabet.
-        token if kind in (_CONTROL, _USER_DEFINED) or in_byte_alphabet(token) else _in_letters(token, letter_of): i
-        for i, (token, kind) in enumerate(zip(tokens, _types(metadata), strict=True))
-    }
-    backend = _model(vocab, _merges(_need(metadata, "merges")), len(tokens), ignore_merges=split.whole_words)
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
-    if split.pattern is not None:
-        steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    backend.decoder = decoders.ByteLevel()
-    if split.compose:
-        backend.normalizer = normalizers.NFC()
-    return backend
-
-
-def in_byte_alphabet(token: str) -> bool:
-    """Whether a token is written in the byte alphabet.
-
-    >>> in_byte_alphabet("Ġthe"), in_byte_alphabet(" the")
-    (True, False)
-    """
-    return all(letter in byte_values() for letter in token)
-
-
-def _in_letters(token: str, letter_of: dict[int, str]) -> str:
-    return "".join(letter_of[byte] for byte in token.encode())
-
-
 def _merges(lines: list[str]) -> list[tuple[str, str]]:
     pairs = [tuple(line.split(" ")) for line in lines]
     bad = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
     if bad is not None:
         raise FileRefused(f"merge {bad} of the file is {lines[bad]!r}; expected two tokens with a space between")
     return pairs  # type: ignore[return-value]
-
-
-def _sentencepiece(metadata: dict[str, Any]) -> Any:
-    """SentencePiece BPE: spaces are `▁`; text outside the vocabulary falls back to bytes.
-
-    The rule for the space in front of a text depends on the model and is not in the file: Gemma adds none, Phi-3 adds
-    one before every stretch of text, the others before the first.
-    """
-    from tokenizers import decoders, normalizers, pre_tokenizers
-
-    arch = metadata.get("general.architecture", "")
-    gemma = arch.startswith("gemma")
-    # Gemma's runs of spaces are stored as spaces; its merges use runs of `▁`.
-    tokens = ["▁" * len(t) if gemma and t and not t.strip(" ") else t for t in _tokens(metadata)]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    unk = metadata.get("tokenizer.ggml.unknown_token_id")
-    options = {"fuse_unk": True, "byte_fallback": True, "unk_token": None if unk is None else tokens[unk]}
-    backend = _model(vocab, _merges_of(metadata, tokens, vocab, gemma), len(tokens), **options)
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True) and not gemma
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix:
-        steps.append(decoders.Strip(content=" ", left=1))
-    backend.decoder = decoders.Sequence(steps)
-    if gemma:
-        backend.normalizer = normalizers.Replace(" ", "▁")
-        backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-    elif arch == "phi3" and prefix:
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        scheme = "first" if prefix else "never"
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
-    return backend
-
-
-def _merges_of(
-    metadata: dict[str, Any], tokens: list[str], vocab: dict[str, int], by_position: bool
-) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece vocabulary, best first: every way to join two tokens into another token.
-
-    SentencePiece stores no merges; it joins the pair whose result has the highest score. For Gemma the order of the
-    tokens, not their score, gives the order of merges. Ties: the longer left part first, then the longer right part.
-    """
-    if "tokenizer.ggml.merges" in metadata:
-        return _merges(metadata["tokenizer.ggml.merges"])
-    scores = [-i for i in range(len(tokens))] if by_position else _need(metadata, "scores")
-    found = []
-    for i, token in enumerate(tokens):
-        parts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        known = [(left, right) for left, right in parts if left in vocab and right in vocab]
-        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        found += [(-scores[i], -len(left), -len(right), left, right) for left, right in known]
-    found.sort(key=lambda merge: merge[:3])
-    return [(left, right) for *_, left, right in found]
-
-
-def _add_special(backend: Any, metadata: dict[str, Any], ids: dict[str, int | None]) -> None:
-    """Register the tokens that are matched whole: control tokens, the named special tokens, and user-defined words."""
-    from tokenizers import AddedToken
-
-    tokens, types = _tokens(metadata), _types(metadata)
-    known = {**ids, "eot": metadata.get("tokenizer.ggml.eot_token_id")}
-    given = {name: i for name, i in known.items() if i is not None}
-    inside = {name for name, i in given.items() if type(i) is int and 0 <= i < len(tokens)}
-    outside = next((f"{name}_token_id = {i!r:.40}" for name, i in given.items() if name not in inside), None)
-    if outside is not None:
-        raise FileRefused(f"the file's {outside} lies outside its vocabulary of {len(tokens)}; convert it again")
-    named = {i for i in ids.values() if i is not None}
-    special = [
-        token for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL or i in named
-    ]
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    plain = [
-        t for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _USER_DEFINED and i not in named
-    ]
-    backend.add_tokens(
-        [AddedToken(token, normalized=False) for token in plain if backend.token_to_id(token) is not None]
-    )

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,9 @@ from hooklens.core.files import read_json, reading
 from hooklens.core.safetensors_file import SafetensorsFile, read_header
 from hooklens.model.transformer import HookedTransformer
 from hooklens.pretrained.builder import Weights, build
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.gguf import GGUFFile
-    from hooklens.pretrained.tokenizer import Tokenizer
+from hooklens.pretrained.gguf import GGUFFile, read_gguf
+from hooklens.pretrained.gguf_to_hf import hf_config, hf_names, hf_tensors
+from hooklens.pretrained.tokenizer import Tokenizer
 
 Device = str | torch.device | None
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -34,59 +33,42 @@ HUB_FILES = (
 )
 
 
-class FolderWeights(Weights):
+def weights_in_folder(folder: Path) -> Weights:
     """The tensors of a folder's safetensors files."""
-
-    def __init__(self, folder: Path):
-        self.where = str(folder)
-        self.files = {name: file for file in _shards(folder) for name in file.entries}
-        self.shapes = {name: file.entries[name].shape for name, file in self.files.items()}
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, self.files[name].tensor(name)
+    files = {name: file for file in _shards(folder) for name in file.entries}
+    shapes = {name: file.entries[name].shape for name, file in files.items()}
+    return Weights(str(folder), shapes, lambda names: ((name, files[name].tensor(name)) for name in names))
 
 
-class MemoryWeights(Weights):
+def weights_in_memory(module: nn.Module) -> Weights:
     """The tensors of a module in memory, copied."""
-
-    def __init__(self, module: nn.Module):
-        self.where = f"the {type(module).__name__} in memory"
-        self.tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            yield name, self.tensors[name].clone()
+    tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    where = f"the {type(module).__name__} in memory"
+    return Weights(where, shapes, lambda names: ((name, tensors[name].clone()) for name in names))
 
 
-class GGUFWeights(Weights):
+def weights_in_gguf(file: GGUFFile) -> Weights:
     """The tensors of a GGUF file, dequantised; their hub shapes are known only after reading."""
 
-    def __init__(self, file: "GGUFFile"):
-        from hooklens.pretrained.gguf_to_hf import hf_names
+    def read(names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in hf_tensors(file) if name in names)
 
-        self.where, self.file = str(file.path), file
-        self.shapes = dict.fromkeys(hf_names(file).values())
-
-    def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor) for name, tensor in self.file.hf_tensors() if name in names)
+    return Weights(str(file.path), dict.fromkeys(hf_names(file).values()), read)
 
 
 def load_folder(
     folder: Path,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: Device = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     name: str | None = None,
 ) -> HookedTransformer:
     """Load a Hugging Face folder: config.json, safetensors (one file or shards), and tokenizer.json if present."""
-    from hooklens.pretrained.tokenizer import Tokenizer
-
     with reading(folder, "a model"):
         values = _configuration(folder)
-        weights = FolderWeights(folder)
+        weights = weights_in_folder(folder)
         if tokenizer is None and (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_folder(folder)
         settings = folder / "generation_config.json"
@@ -98,27 +80,24 @@ def load_folder(
 def load_gguf(
     path: Path,
     *,
-    tokenizer: "Tokenizer | None" = None,
+    tokenizer: Tokenizer | None = None,
     device: Device = None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     name: str | None = None,
 ) -> HookedTransformer:
     """Load a GGUF file, with the tokenizer of its metadata."""
-    from hooklens.pretrained.gguf import read_gguf
-    from hooklens.pretrained.tokenizer import Tokenizer
-
     file = read_gguf(path)
     with reading(path, "a model"):
-        weights = GGUFWeights(file)
+        weights = weights_in_gguf(file)
     if tokenizer is None and "tokenizer.ggml.model" in file.metadata:
         tokenizer = Tokenizer.from_gguf(file.metadata)
     ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     tokenizer = with_stops(tokenizer, ends)
-    return build(file.hf_config(), weights, name=name or path.stem, tokenizer=tokenizer, device=device, dtype=dtype)
+    return build(hf_config(file), weights, name=name or path.stem, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
 def load_module(
-    module: Any, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype | None = None
+    module: Any, *, tokenizer: Tokenizer | None = None, device: Device = None, dtype: torch.dtype | None = None
 ) -> HookedTransformer:
     """Copy a transformers model in memory, on its device and in its dtype unless others are given."""
     first = next(module.parameters())
@@ -127,7 +106,7 @@ def load_module(
     name = str(values.get("_name_or_path") or getattr(module.config, "_name_or_path", "") or type(module).__name__)
     return build(
         values | {"architectures": [type(module).__name__]},
-        MemoryWeights(module),
+        weights_in_memory(module),
         name=name,
         tokenizer=with_stops(tokenizer, getattr(generation, "eos_token_id", None)),
         device=first.device if device is None else device,
@@ -135,7 +114,7 @@ def load_module(
     )
 
 
-def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
+def with_stops(tokenizer: Tokenizer | None, ends: Any) -> Tokenizer | None:
     """The tokenizer, with the stop tokens (one or several) of the model's own settings added."""
     if tokenizer is None:
         return None
@@ -144,14 +123,6 @@ def with_stops(tokenizer: "Tokenizer | None", ends: Any) -> "Tokenizer | None":
         raise InputError(f"eos_token_id is a token id, a list of ids or null, got {ends!r:.80}; correct the settings")
     stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *(i for i in ids if i >= 0))))
     return tokenizer if stops == tokenizer.stop_ids else replace(tokenizer, stop_ids=stops)
-
-
-def load_hub(
-    repo: str, *, tokenizer: "Tokenizer | None" = None, device: Device = None, dtype: torch.dtype = torch.float32
-) -> HookedTransformer:
-    """Load a hub id, through huggingface_hub and its cache."""
-    folder = fetch_from_hub(repo)
-    return load_folder(folder, tokenizer=tokenizer, device=device, dtype=dtype, name=repo)
 
 
 def fetch_from_hub(repo: str) -> Path:
@@ -217,12 +188,12 @@ def _shards(folder: Path) -> list[SafetensorsFile]:
 def _only_file(folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder / "model.safetensors"
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
         raise FileRefused(
-            f"{folder} has {len(found)} safetensors files ({', '.join(f.name for f in found[:4])}) but no "
+            f"{folder} has {len(files)} safetensors files ({', '.join(f.name for f in files[:4])}) but no "
             "model.safetensors.index.json to say which belong to the model; add the index"
         )
     pickled = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLED)

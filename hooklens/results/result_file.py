@@ -92,7 +92,7 @@ class _Packer:
             return self.node(value.item(), where)
         raise WrongType(
             f"{where} is a {type(value).__name__}, which a result file cannot store; use tensors, numbers, strings, "
-            "booleans, None, results, or lists, tuples and dicts of these"
+            "booleans, None, results, metrics of hooklens, or lists, tuples and dicts of these"
         )
 
     def _items(self, value: list | tuple, where: str) -> list:

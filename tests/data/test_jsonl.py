@@ -93,7 +93,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 PAIRS = st.fixed_dictionaries(dict.fromkeys(GOOD, WORDS), optional={"group": WORDS | st.integers()})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(PAIRS, min_size=1), st.booleans(), st.sampled_from(["\n", "\r\n", "\n\n"]))
 def test_any_objects_are_read_back(tmp_path_factory, rows, ascii_only, end):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -111,7 +111,7 @@ def test_any_objects_are_read_back(tmp_path_factory, rows, ascii_only, end):
 BAD = st.sampled_from(["{", "[1]", "null", "3", '{"clean": "a"}', json.dumps({**GOOD, "answer": None}), '"\u2028"'])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(BAD | st.just(json.dumps(GOOD)) | st.just(" "), min_size=1, max_size=40))
 def test_any_set_of_bad_lines_is_reported_whole(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
@@ -168,7 +168,7 @@ def test_every_line_that_the_model_cannot_use_is_reported(tmp_path):
     assert headline == f"{path} has 6 of 7 lines that this model cannot use:"
     assert [line.split(":")[0] for line in told] == [f"line {i}" for i in (2, 4, 5, 6, 7, 8)]
     assert "answer: ' Mary John' is 2 tokens" in told[0] and "; wrong_answer: " in told[0] and "zebra" in told[0]
-    assert "clean has 3 tokens and corrupted 4 (they part at 1: ' Mary' | ' John')" in told[1]
+    assert "clean has 3 tokens and corrupted 4 (first difference at 1: ' Mary' | ' John')" in told[1]
     assert "same token ' John'" in told[2] and "clean and corrupted are the same" in told[3]
     assert "10 tokens do not fit the model's 5" in told[4] and "7 tokens do not fit" in told[5]
     with pytest.raises(InputError, match="has 4 of 7 lines"):
@@ -178,12 +178,12 @@ def test_every_line_that_the_model_cannot_use_is_reported(tmp_path):
         check_texts(model, texts, "texts.jsonl")
 
 
-def test_an_object_of_300_000_keys_takes_no_quadratic_time_nor_a_message_of_its_size(tmp_path):
+def test_an_object_of_100_000_keys_takes_no_quadratic_time_nor_a_message_of_its_size(tmp_path):
     began = time.process_time()
-    for names in (range(300_000), [*range(50_000), *range(50_000)]):
+    for names in (range(100_000), [*range(50_000), *range(50_000)]):
         path = tmp_path / "wide.jsonl"
         path.write_text("{" + ",".join(f'"k{i}":1' for i in names) + "}")
         with pytest.raises(InputError) as caught:
             read_pairs_file(path)
         assert len(str(caught.value)) < 1000
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 5

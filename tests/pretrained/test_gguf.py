@@ -11,6 +11,7 @@ from tiny_gguf import finish, hf_model, write_gguf
 
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.pretrained.gguf import read_gguf
+from hooklens.pretrained.gguf_to_hf import hf_config, hf_tensors
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +168,15 @@ def test_tensors_larger_than_a_chunk(tmp_path, monkeypatch):
     from hooklens.pretrained import gguf as reader
 
     path = write_gguf(tmp_path / "q.gguf", "qwen2", hf_model("qwen2"), "Q8_0")
-    whole = dict(read_gguf(path).hf_tensors())
+    whole = dict(hf_tensors(read_gguf(path)))
     monkeypatch.setattr(reader, "_CHUNK", 96)
-    for name, weight in read_gguf(path).hf_tensors():
+    for name, weight in hf_tensors(read_gguf(path)):
         assert torch.equal(weight, whole[name])
 
 
 def test_dtype_is_a_cast_of_the_float32_values(llama):
-    half = dict(read_gguf(llama).hf_tensors(torch.bfloat16))
-    for name, weight in read_gguf(llama).hf_tensors():
+    half = dict(hf_tensors(read_gguf(llama), torch.bfloat16))
+    for name, weight in hf_tensors(read_gguf(llama)):
         assert torch.equal(half[name], weight.to(torch.bfloat16))
 
 
@@ -189,12 +190,12 @@ def test_smollm2_equals_transformers_dequantisation():
 
     path = fetch("smollm2-135m-instruct")
     file = read_gguf(path)
-    config = file.hf_config()
+    config = hf_config(file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     seen = 0
-    for name, weight in file.hf_tensors():
+    for name, weight in hf_tensors(file):
         assert torch.equal(weight, theirs[name]), name
         seen += 1
     assert seen == len(theirs) == 272

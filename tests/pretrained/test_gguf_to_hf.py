@@ -8,23 +8,18 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from hooklens.core.errors import FileRefused
 from hooklens.pretrained.gguf import read_gguf
-from hooklens.pretrained.gguf_to_hf import ARCHITECTURES, llama3_factors
+from hooklens.pretrained.gguf_to_hf import ARCHITECTURES, hf_config, hf_tensors
 
 TOKENS = torch.arange(12)[None] * 5 % 48
 
 
-def current_names(file):
-    """Our tensors; GPT-NeoX's output matrix is `embed_out` in every file on the hub, `lm_head` in transformers 5."""
-    return {name.replace("embed_out", "lm_head"): weight for name, weight in file.hf_tensors()}
-
-
 def rebuilt(file):
     """A transformers model made of nothing but our configuration and our tensors."""
-    config = file.hf_config()
+    config = hf_config(file)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(config.pop("model_type"), attn_implementation="eager", **config)
     )
-    missing, unexpected = model.load_state_dict(current_names(file), strict=False)
+    missing, unexpected = model.load_state_dict(dict(hf_tensors(file)), strict=False)
     tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
     assert not unexpected and set(missing) <= tied
     model.tie_weights()
@@ -39,7 +34,7 @@ def test_every_architecture_is_tested():
 def test_tensors_come_back_under_their_names(tmp_path, arch):
     model = hf_model(arch)
     weights = model.state_dict()
-    seen = current_names(read_gguf(write_gguf(tmp_path / "m.gguf", arch, model)))
+    seen = dict(hf_tensors(read_gguf(write_gguf(tmp_path / "m.gguf", arch, model))))
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     assert set(seen) == set(weights) - tied
     for name, weight in seen.items():
@@ -60,7 +55,7 @@ def test_as_transformers_reads_the_same_file(tmp_path, arch):
     model = hf_model(arch)
     path = write_gguf(tmp_path / "m.gguf", arch, model, "Q8_0")
     theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
-    ours = dict(read_gguf(path).hf_tensors())
+    ours = dict(hf_tensors(read_gguf(path)))
     assert set(ours) == set(theirs["tensors"])
     for name, weight in ours.items():
         assert torch.equal(weight, theirs["tensors"][name]), name
@@ -71,7 +66,7 @@ def test_what_transformers_says_of_the_configuration(tmp_path, arch):
     """Where transformers reads a setting from the file, it is ours (gpt2's names differ and are tested by logits)."""
     path = write_gguf(tmp_path / "m.gguf", arch, hf_model(arch))
     theirs = load_gguf_checkpoint(str(path))["config"]
-    ours = read_gguf(path).hf_config()
+    ours = hf_config(read_gguf(path))
     for key in set(theirs) & set(ours):
         assert ours[key] == pytest.approx(theirs[key]) if isinstance(ours[key], float) else ours[key] == theirs[key], (
             key
@@ -82,36 +77,23 @@ def test_what_transformers_says_of_the_configuration(tmp_path, arch):
 def test_biases_of_queries_are_permuted_like_their_weights(tmp_path):
     model = hf_model("llama", attention_bias=True, mlp_bias=True)
     file = read_gguf(write_gguf(tmp_path / "m.gguf", "llama", model))
-    assert file.hf_config()["attention_bias"] and file.hf_config()["mlp_bias"]
+    assert hf_config(file)["attention_bias"] and hf_config(file)["mlp_bias"]
     with torch.no_grad():
         torch.testing.assert_close(rebuilt(file)(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-5)
 
 
 def test_llama3_scaling_is_recovered_from_the_factors(tmp_path):
+    """The factors are those by which transformers divides the frequencies."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **scaling}
     model = hf_model("llama", head_dim=64, rope_parameters=rope)
-    factors = llama3_factors(500000.0, 64, factor=8.0, low=1.0, high=4.0, original=8192)
-    path = write_gguf(tmp_path / "m.gguf", "llama", model, extra={"rope_freqs.weight": factors})
-    config = read_gguf(path).hf_config()
-    assert config["rope_scaling"] == {"rope_type": "llama3", **scaling}
-
-
-def test_llama3_factors_are_transformers_frequencies():
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-    }
-    config = hf_model("llama", head_dim=64, rope_parameters={**rope, "original_max_position_embeddings": 8192}).config
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 500000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
-    factors = llama3_factors(500000.0, 64, factor=8.0, low=1.0, high=4.0, original=8192)
-    torch.testing.assert_close(plain / factors, frequencies.double(), rtol=1e-5, atol=0)
+    factors = plain / ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")[0].double()
+    path = write_gguf(tmp_path / "m.gguf", "llama", model, extra={"rope_freqs.weight": factors})
+    config = hf_config(read_gguf(path))
+    assert config["rope_scaling"] == {"rope_type": "llama3", **scaling}
 
 
 def test_factors_that_are_not_llama3s_are_refused(tmp_path):
@@ -119,7 +101,7 @@ def test_factors_that_are_not_llama3s_are_refused(tmp_path):
         tmp_path / "m.gguf", "llama", hf_model("llama"), extra={"rope_freqs.weight": torch.tensor([1.0, 5.0, 2.0, 3.0])}
     )
     with pytest.raises(FileRefused, match="only Llama 3's scaling is supported"):
-        read_gguf(path).hf_config()
+        hf_config(read_gguf(path))
 
 
 def test_linear_scaling_and_head_dimension(tmp_path):
@@ -127,7 +109,7 @@ def test_linear_scaling_and_head_dimension(tmp_path):
 
     file = read_gguf(write_gguf(tmp_path / "m.gguf", "llama", hf_model("llama")))
     more = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0, "llama.attention.key_length": 16}
-    config = GGUFFile(file.path, file.metadata | more, file.tensors).hf_config()
+    config = hf_config(GGUFFile(file.path, file.metadata | more, file.tensors))
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0} and config["head_dim"] == 16
 
 
@@ -136,14 +118,14 @@ def test_an_embedding_written_twice_is_tied(tmp_path):
     model = hf_model("gpt2")
     extra = {"output.weight": model.transformer.wte.weight}
     file = read_gguf(write_gguf(tmp_path / "m.gguf", "gpt2", model, extra=extra))
-    assert file.hf_config()["tie_word_embeddings"] and "lm_head.weight" not in dict(file.hf_tensors())
+    assert hf_config(file)["tie_word_embeddings"] and "lm_head.weight" not in dict(hf_tensors(file))
     untied = read_gguf(write_gguf(tmp_path / "u.gguf", "gpt2", model, extra={"output.weight": torch.zeros(48, 32)}))
-    assert not untied.hf_config()["tie_word_embeddings"] and "lm_head.weight" in dict(untied.hf_tensors())
+    assert not hf_config(untied)["tie_word_embeddings"] and "lm_head.weight" in dict(hf_tensors(untied))
 
 
 def test_gemma3_layers_and_scaling(tmp_path):
-    config = read_gguf(write_gguf(tmp_path / "m.gguf", "gemma3", hf_model("gemma3"))).hf_config()
-    assert config["layer_types"] == ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+    config = hf_config(read_gguf(write_gguf(tmp_path / "m.gguf", "gemma3", hf_model("gemma3"))))
+    assert config["sliding_window_pattern"] == 6
     assert config["query_pre_attn_scalar"] == 16 and config["rope_local_base_freq"] == 10000.0
 
 
@@ -159,26 +141,26 @@ def test_a_block_count_of_a_billion_is_refused_before_anything_of_that_length_is
     file = read_gguf(write_gguf(tmp_path / "m.gguf", arch, hf_model(arch)))
     for count in (10**9, 0, -1, "2", [2]):
         with pytest.raises(FileRefused, match=r"block_count is .*, and the file has \d+ tensors"):
-            with_metadata(file, **{f"{arch}__block_count": count}).hf_config()
+            hf_config(with_metadata(file, **{f"{arch}__block_count": count}))
 
 
 def test_what_is_refused_before_any_tensor(tmp_path):
     model = hf_model("llama")
     file = read_gguf(write_gguf(tmp_path / "m.gguf", "llama", model))
     with pytest.raises(FileRefused, match=r"architecture 'mamba'; supported architectures: llama, qwen2"):
-        with_metadata(file, general__architecture="mamba").hf_config()
+        hf_config(with_metadata(file, general__architecture="mamba"))
     with pytest.raises(
         FileRefused, match=r"no metadata key 'llama.block_count'.*similar keys in it: llama.context_length"
     ):
-        with_metadata(file, llama__block_count=None).hf_tensors()
+        hf_tensors(with_metadata(file, llama__block_count=None))
     with pytest.raises(FileRefused, match="mixture of 8 experts"):
-        with_metadata(file, llama__expert_count=8).hf_config()
+        hf_config(with_metadata(file, llama__expert_count=8))
     with pytest.raises(FileRefused, match=r"head_count_kv differs between layers \(\[2, 1\]\)"):
-        with_metadata(file, llama__attention__head_count_kv=[2, 1]).hf_config()
-    assert with_metadata(file, llama__attention__head_count_kv=[2, 2]).hf_config()["num_key_value_heads"] == 2
+        hf_config(with_metadata(file, llama__attention__head_count_kv=[2, 1]))
+    assert hf_config(with_metadata(file, llama__attention__head_count_kv=[2, 2]))["num_key_value_heads"] == 2
     strange = write_gguf(tmp_path / "s.gguf", "llama", model, extra={"blk.0.ssm_a.weight": torch.ones(4)})
     with pytest.raises(FileRefused, match=r"tensors that a 'llama' model does not have: blk\.0\.ssm_a\.weight"):
-        read_gguf(strange).hf_tensors()
+        hf_tensors(read_gguf(strange))
     part = write_gguf(tmp_path / "p.gguf", "llama", model, skip=("token_embd.weight",))
     with pytest.raises(FileRefused, match=r"has no tensor 'token_embd.weight'"):
-        read_gguf(part).hf_config()
+        hf_config(read_gguf(part))

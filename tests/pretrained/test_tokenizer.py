@@ -28,7 +28,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(TEXT)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_goes_in_comes_out(text):
     assert TINY.to_string(TINY.encode(text)) == text
     if text:
@@ -37,7 +37,7 @@ def test_what_goes_in_comes_out(text):
 
 
 @given(TEXT)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_ascii_str_tokens_join_to_the_text(text):
     text = text.encode("ascii", "ignore").decode()
     if text:

@@ -3,6 +3,7 @@
 Written from the converter's description, not by inverting our own code, so that a round trip is a test.
 """
 
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -56,12 +57,24 @@ GEMMA = {
 }
 
 
-def hf_model(arch: str, seed: int = 0, **changes) -> PreTrainedModel:
-    """A random transformers model of the family that `arch` names, with every weight away from its initial value."""
+def hf_model(arch: str, **changes) -> PreTrainedModel:
+    """A random transformers model of the family that `arch` names, with every weight away from its initial value.
+
+    Without changes all tests share it: read it only.
+    """
+    return _random_model(arch, **changes) if changes else _shared_model(arch)
+
+
+@cache
+def _shared_model(arch: str) -> PreTrainedModel:
+    return _random_model(arch)
+
+
+def _random_model(arch: str, **changes) -> PreTrainedModel:
     config = dict(CONFIGS[arch] | changes)
     config = AutoConfig.for_model(config.pop("model_type"), attn_implementation="eager", **config)
     model = AutoModelForCausalLM.from_config(config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.2)

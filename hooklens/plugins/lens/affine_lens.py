@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,19 +14,18 @@ from hooklens.core.errors import InputError
 from hooklens.core.files import check_writable
 from hooklens.core.gradients import need_gradients
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
+from hooklens.metrics import Answers
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, read_lens
 from hooklens.plugins.lens.least_squares import regressed
-from hooklens.plugins.lens.reading import Answers, check_quiet, one_length, stream_labels
-from hooklens.plugins.lens.run_file import train
-from hooklens.plugins.lens.training import Schedule, constant_kl, window_kl
+from hooklens.plugins.lens.reading import answers_of, check_quiet, one_length, stream_labels
+from hooklens.plugins.lens.training import Schedule, constant_kl, train, window_kl
 from hooklens.plugins.lens.translators import TunedLens as TunedLens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +43,9 @@ class TunedLensTraining(Result):
     loss: Float[Tensor, "step layer"]
     layers: list[str]
     train_tokens: int
-    steps: int
-    lr: float
-    seed: int
+    steps: int = 0
+    lr: float = 0.0
+    seed: int = 0
 
     @property
     def fall(self) -> Float[Tensor, "layer"]:
@@ -67,8 +66,8 @@ class TunedLensTraining(Result):
 
     def _rows(self, chosen: list[int]) -> Table:
         low, high = self.fall_interval()
-        each = (self.before.mean(0), self.after.mean(0), self.fall, low, high)
-        rows = [(self.layers[i], *(float(value[i]) for value in each)) for i in chosen]
+        values = (self.before.mean(0), self.after.mean(0), self.fall, low, high)
+        rows = [(self.layers[i], *(float(value[i]) for value in values)) for i in chosen]
         return Table(("stream", "logit lens", "tuned lens", "fall", "95% low", "95% high"), rows)
 
     def figure(self) -> Any:
@@ -86,7 +85,7 @@ class TunedLensTraining(Result):
 
 
 def fit_tuned_lens(
-    model: "HookedTransformer", tokens: Prompts | Iterable[Int[Tensor, "batch pos"]]
+    model: HookedTransformer, tokens: Prompts | PromptPairs | Iterable[Int[Tensor, "batch pos"]]
 ) -> tuple[TunedLens, TunedLensTraining]:
     """The tuned lens in closed form: for each layer, the affine map with the output closest to the final stream.
 
@@ -108,24 +107,19 @@ def fit_tuned_lens(
     with packed_linears(rows=1024):
         before, constant = window_kl(model, measured), constant_kl(model, kept, measured)
         after = window_kl(model, measured, lens)
-    none = before.new_zeros(0, before.shape[1])
-    layers = stream_labels(model)[:-1]
     return lens, TunedLensTraining(
         before=before,
         after=after,
         constant=constant,
-        loss=none,
-        layers=layers,
+        loss=before.new_zeros(0, before.shape[1]),
+        layers=stream_labels(model)[:-1],
         train_tokens=kept.numel(),
-        steps=0,
-        lr=0.0,
-        seed=0,
     )
 
 
 def train_tuned_lens(
-    model: "HookedTransformer",
-    tokens: Prompts | Iterable[Int[Tensor, "batch pos"]],
+    model: HookedTransformer,
+    tokens: Prompts | PromptPairs | Iterable[Int[Tensor, "batch pos"]],
     *,
     steps: int = 250,
     lr: float = 1e-3,
@@ -164,13 +158,12 @@ def train_tuned_lens(
         state, held = train(model, schedule, measured, start, path)
         lens = state.lens()
         after = window_kl(model, measured, lens)
-    layers = stream_labels(model)[:-1]
     return lens, TunedLensTraining(
         before=held["before"],
         after=after,
         constant=held["constant"],
         loss=state.loss,
-        layers=layers,
+        layers=stream_labels(model)[:-1],
         train_tokens=kept.numel(),
         steps=steps,
         lr=lr,
@@ -179,7 +172,12 @@ def train_tuned_lens(
 
 
 def tuned_lens(
-    model: "HookedTransformer", tokens: Prompts, lens: TunedLens, *, answer: Answers | None = None, k: int = 5
+    model: HookedTransformer,
+    tokens: Prompts | PromptPairs,
+    lens: TunedLens,
+    *,
+    answer: Answers | None = None,
+    k: int = 5,
 ) -> LogitLens:
     """What does each layer predict through its own trained map? An untrained lens gives the result of `logit_lens`.
 
@@ -194,7 +192,8 @@ def tuned_lens(
     Reference: Belrose et al. (2023), section 2.
     """
     lens.check_fits(model)
-    return read_lens(model, one_length(model, tokens), answer=answer, k=k, translate=lens, lens="tuned lens")
+    ids, right = one_length(model, tokens), answers_of(tokens, answer)[0]
+    return read_lens(model, ids, answer=right, k=k, translate=lens, lens="tuned lens")
 
 
 def _check(steps: int, lr: float, batch: int) -> None:
@@ -215,9 +214,9 @@ def _split(windows: Int[Tensor, "window pos"]) -> tuple[Int[Tensor, "kept pos"],
     return windows[:-measured], windows[-measured:]
 
 
-def _windows(model: "HookedTransformer", tokens: Any) -> Int[Tensor, "window pos"]:
+def _windows(model: HookedTransformer, tokens: Any) -> Int[Tensor, "window pos"]:
     """Windows from a tensor, prompts, or batches of windows."""
-    if isinstance(tokens, Tensor | str):
+    if isinstance(tokens, Tensor | str | PromptPairs):
         return one_length(model, tokens)
     parts = list(tokens)
     if parts and all(isinstance(part, Tensor) and part.ndim == 2 for part in parts):
@@ -228,6 +227,6 @@ def _windows(model: "HookedTransformer", tokens: Any) -> Int[Tensor, "window pos
     return one_length(model, parts)
 
 
-def demo(model: "HookedTransformer") -> TunedLensTraining:
+def demo(model: HookedTransformer) -> TunedLensTraining:
     """Twenty steps on eight short sentences; random token numbers if the model has no tokenizer."""
     return train_tuned_lens(model, demo_texts(model, 8, 8), steps=20, lr=0.02)[1]

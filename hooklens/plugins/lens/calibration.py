@@ -1,7 +1,7 @@
 """Calibration: does the model's confidence match its accuracy? Loss and entropy of every token; reliability diagram."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,14 +10,13 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_texts
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.ids import show
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.reading import check_quiet, one_length, packing, prompts_at_once, read_streams
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, mean_interval, null_p, quantiles
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 # Confidences that differ by less than so many roundings are one.
 _ROUNDINGS = 64
@@ -63,9 +62,7 @@ class Calibration(Result):
         gaps = self._gaps()
         if len(gaps) < 2:
             return float("nan"), float("nan")
-        drawn = torch.randint(len(gaps), (DRAWS, len(gaps)), generator=seeded(seed))
-        times = torch.zeros(DRAWS, len(gaps), dtype=gaps.dtype).scatter_add_(1, drawn, torch.ones_like(drawn).to(gaps))
-        errors = binned_error(times.to(gaps.device) @ gaps, self.loss.numel())
+        errors = binned_error(_resamples(gaps, seed) @ gaps, self.loss.numel())
         low, high = quantiles(errors, ((1 - level) / 2, (1 + level) / 2)).tolist()
         return low, high
 
@@ -86,12 +83,10 @@ class Calibration(Result):
 
     def table(self, n: int | None = None) -> Table:
         """One row per bin: number of predictions, mean confidence, accuracy."""
-        counts, sure = self.counts.sum(0), self._sums(self.confidence).sum(0)
-        right = self._sums(self.correct.to(self.confidence)).sum(0)
+        has, counts, sure, right = self._bins()
         rows = [
-            (f"{a:.3f} to {b:.3f}", int(count), float(s / count), float(r / count), float((r - s) / count))
-            for a, b, count, s, r in zip(self.edges, self.edges[1:], counts, sure, right, strict=False)
-            if count > 0
+            (f"{self.edges[i]:.3f} to {self.edges[i + 1]:.3f}", int(count), float(s), float(r), float(r - s))
+            for i, count, s, r in zip(has, counts, sure, right, strict=True)
         ]
         return Table(("confidence", "predictions", "mean confidence", "accuracy", "gap"), rows).head(n)
 
@@ -110,26 +105,22 @@ class Calibration(Result):
 
     def top(self, k: int = 10) -> Table:
         """The `k` tokens with the largest surprisal."""
-        chosen = self.loss.flatten().argsort(descending=True, stable=True)[:k].tolist()
-        n = self.loss.shape[1]
-        rows = [
-            (repr(self.str_tokens[i // n][i % n + 1]), i // n, i % n + 1, float(self.loss.flatten()[i])) for i in chosen
-        ]
+        rows = []
+        for i in self.loss.flatten().argsort(descending=True, stable=True)[:k].tolist():
+            text, position = i // self.loss.shape[1], i % self.loss.shape[1] + 1
+            rows.append((repr(self.str_tokens[text][position]), text, position, float(self.loss.flatten()[i])))
         return Table(("token", "text", "position", "loss"), rows)
 
     def figure(self) -> Any:
         """Reliability diagram: accuracy against confidence, with intervals over texts and the diagonal."""
         from hooklens.viz.curves import lines
 
-        counts, sure = self.counts.sum(0), self._sums(self.confidence).sum(0)
-        right = self._sums(self.correct.to(self.confidence)).sum(0)
-        has = counts > 0
-        x, y = (sure / counts)[has], (right / counts)[has]
+        has, _, sure, right = self._bins()
         chance = float(self.null.mean())
         title = f"Reliability: expected calibration error {self.expected_error:.4f} (by chance {chance:.4f})"
         return lines(
-            {"model": y, "calibrated": x},
-            x,
+            {"model": right, "calibrated": sure},
+            sure,
             {"model": self._accuracy_interval(has)} if len(self.loss) > 1 else None,
             title,
             x_title="confidence",
@@ -150,17 +141,36 @@ class Calibration(Result):
     def _sums(self, values: Float[Tensor, "batch predicted"]) -> Float[Tensor, "batch bin"]:
         return values.new_zeros(len(values), len(self.edges) - 1).scatter_add_(1, self.bin, values)
 
-    def _accuracy_interval(self, has: Tensor) -> tuple[Tensor, Tensor]:
+    def _bins(self) -> tuple[Int[Tensor, "filled"], Tensor, Tensor, Tensor]:
+        """The bins that are not empty, with the count, the mean confidence and the accuracy of each."""
+        has = self.counts.sum(0).nonzero().flatten()
+        sums = (self.counts, self._sums(self.confidence), self._sums(self.correct.to(self.confidence)))
+        counts, sure, right = (part.sum(0)[has] for part in sums)
+        return has, counts, sure / counts, right / counts
+
+    def _accuracy_interval(self, has: Int[Tensor, "filled"]) -> tuple[Tensor, Tensor]:
         """95 % intervals from a bootstrap over texts, for each bin that is not empty."""
         right, counts = (x[:, has] for x in (self._sums(self.correct.to(self.confidence)), self.counts))
-        drawn = torch.randint(len(right), (DRAWS, len(right)), generator=torch.Generator().manual_seed(0))
-        shares = torch.stack([right[rows].sum(0) / counts[rows].sum(0) for rows in drawn.to(right.device)])
+        times = _resamples(right, seed=0)
+        shares = (times @ right) / (times @ counts)
         low, high = shares.nanquantile(shares.new_tensor([0.025, 0.975]), dim=0)
         return low, high
 
 
+def _resamples(values: Float[Tensor, "batch bin"], seed: int) -> Float[Tensor, "draw batch"]:
+    """How often each bootstrap draw contains each text."""
+    drawn = torch.randint(len(values), (DRAWS, len(values)), generator=seeded(seed))
+    times = torch.zeros(drawn.shape, dtype=values.dtype)
+    return times.scatter_add_(1, drawn, torch.ones_like(drawn).to(times)).to(values.device)
+
+
 def measure_calibration(
-    model: "HookedTransformer", tokens: Prompts, *, n_bins: int = 15, adaptive: bool = True, seed: int = 0
+    model: HookedTransformer,
+    tokens: Prompts | PromptPairs,
+    *,
+    n_bins: int = 15,
+    adaptive: bool = True,
+    seed: int = 0,
 ) -> Calibration:
     """Does the model's confidence match its accuracy? Loss and entropy of every next token, reliability, and its error.
 
@@ -170,9 +180,9 @@ def measure_calibration(
     >>> found.loss.shape, round(found.uniform, 4)          # batch predicted
     (torch.Size([20, 15]), 2.3979)
 
-    `tokens` are texts of one length. Bins contain equally many predictions (`adaptive`) or are equally wide. The error
-    is never 0, even for a perfect model, because the accuracy in a bin varies by chance; the error by chance alone is
-    reported with it. `seed` draws that.
+    `tokens` are texts of one length; `PromptPairs` stand for their clean prompts. Bins contain equally many predictions
+    (`adaptive`) or are equally wide. The error is never 0, even for a perfect model, because the accuracy in a bin
+    varies by chance; the error by chance alone is reported with it, drawn with `seed`.
 
     Reference: Guo et al. (2017), "On Calibration of Modern Neural Networks", equation 3; Nguyen and O'Connor (2015),
     "Posterior calibration and exploratory analysis for natural language processing models" (adaptive bins).
@@ -208,9 +218,9 @@ def binned_error(gaps: Float[Tensor, "*draw bin"], n: int) -> Float[Tensor, "*dr
     return gaps.abs().sum(-1) / n
 
 
-def _predictions(model: "HookedTransformer", ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _predictions(model: HookedTransformer, ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, entropy, confidence and correctness of every token except the first."""
-    found = []
+    parts_read = []
     with packing(ids.numel()):
         for some in prompts_at_once(model, ids):
             with torch.no_grad():
@@ -218,8 +228,8 @@ def _predictions(model: "HookedTransformer", ids: Int[Tensor, "batch pos"]) -> t
             targets = some[:, 1:].flatten()
             reading = read_streams(model, stream[None], targets[:, None], k=1)
             parts = (-reading.log_prob[0, :, 0], reading.entropy[0], reading.top_log_probs[0, :, 0].exp())
-            found.append([part.view(len(some), -1) for part in (*parts, reading.top[0, :, 0] == targets)])
-    loss, entropy, confidence, correct = (torch.cat(parts) for parts in zip(*found, strict=True))
+            parts_read.append([part.view(len(some), -1) for part in (*parts, reading.top[0, :, 0] == targets)])
+    loss, entropy, confidence, correct = (torch.cat(parts) for parts in zip(*parts_read, strict=True))
     return loss, entropy, confidence.clamp_max(1.0), correct
 
 
@@ -243,14 +253,14 @@ def _by_chance(confidence: Tensor, edges: Tensor, seed: int, draws: int = 200) -
     generator = seeded(seed)
     flat = confidence.flatten()
     which = torch.bucketize(flat, edges[1:-1])
-    found = []
+    errors = []
     for _ in range(draws):
         right = torch.rand(len(flat), generator=generator, dtype=torch.float64).to(flat) < flat
         gaps = flat.new_zeros(len(edges) - 1).index_add_(0, which, flat - right.to(flat))
-        found.append(binned_error(gaps, len(flat)))
-    return torch.stack(found)
+        errors.append(binned_error(gaps, len(flat)))
+    return torch.stack(errors)
 
 
-def demo(model: "HookedTransformer") -> Calibration:
+def demo(model: HookedTransformer) -> Calibration:
     """Twelve short sentences; without a tokenizer, random token numbers, which no model can predict."""
     return measure_calibration(model, demo_texts(model, 12, 16))

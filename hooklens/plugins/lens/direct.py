@@ -4,8 +4,7 @@ Weights are never read: input times gradient is exact for a linear layer, whatev
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,9 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
 from hooklens.model.linear import is_plain, without_bias
 from hooklens.model.norms import Passage
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 Vector = Float[Tensor, "prompt d_model"]
 Pick = Callable[[Float[Tensor, "prompt d_out"]], Float[Tensor, "prompt"]]
@@ -27,34 +24,19 @@ _TOKENS_COMPARED = 2048  # number of tokens of the vocabulary used for a spread
 _TOKENS_AT_ONCE = 4096  # maximum number of prompt tokens per forward pass
 
 
-@dataclass(frozen=True, eq=False)
-class Direct:
-    """The fields of a LogitAttribution, for prompts of one length."""
+class Direct(NamedTuple):
+    """The parts of a LogitAttribution for prompts of one length; `tensors` have one row per prompt."""
 
-    components: Float[Tensor, "prompt component"]
-    spread: Float[Tensor, "prompt component"]
-    heads: Float[Tensor, "prompt layer head"]
-    head_spread: Float[Tensor, "prompt layer head"]
-    attn_bias: Float[Tensor, "prompt layer"]
-    neurons: Float[Tensor, "prompt layer neuron"]
-    mlp_bias: Float[Tensor, "prompt layer"]
-    logit: Float[Tensor, "prompt"]
-    unembed_bias: Float[Tensor, "prompt"]
-    norm_bias: Float[Tensor, "prompt"]
+    tensors: dict[str, Tensor]
     sources: list[Float[Tensor, "layer head _"]]
     labels: list[str]
     error: float
-
-    @staticmethod
-    def tensors() -> list[str]:
-        """The fields with one row per prompt."""
-        return [f.name for f in fields(Direct) if f.name not in ("sources", "labels", "error")]
 
 
 class DirectEffects:
     """One position of each prompt: its activations, and the vector that turns a stream into the answer's logit."""
 
-    def __init__(self, model: "HookedTransformer", tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
+    def __init__(self, model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], pos: int, pick: Pick):
         if not -tokens.shape[1] <= pos < tokens.shape[1]:
             raise InputError(f"pos={pos} is out of range for a prompt of {tokens.shape[1]} tokens")
         self.model, self.pick = model, pick
@@ -96,20 +78,20 @@ class DirectEffects:
 
 
 def direct_effects(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Int[Tensor, "prompt pos"],
     right: Int[Tensor, "prompt"],
     wrong: Int[Tensor, "prompt"] | None,
     pos: int,
 ) -> list[Direct]:
-    """The fields of a LogitAttribution, computed for as many prompts at a time as fit in memory."""
+    """Compute the parts of a LogitAttribution, for as many prompts at a time as fit in memory."""
     need_gradients("direct logit attribution")
     some = max(1, _TOKENS_AT_ONCE // tokens.shape[1])
-    found = []
+    effects = []
     for i in range(0, len(tokens), some):
-        mine = slice(i, i + some)
-        found.append(_direct(model, tokens[mine], right[mine], None if wrong is None else wrong[mine], pos))
-    return found
+        part = slice(i, i + some)
+        effects.append(_direct(model, tokens[part], right[part], None if wrong is None else wrong[part], pos))
+    return effects
 
 
 def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int) -> Direct:
@@ -120,32 +102,26 @@ def _direct(model, tokens: Tensor, right: Tensor, wrong: Tensor | None, pos: int
 
     at = DirectEffects(model, tokens, pos, pick)
     stack, labels = at.cache.decompose_resid()
-    components = at.dot(stack).T
     heads, head_spread, attn_bias, sources = (torch.stack(part, 1) for part in _attention(model, at))
     neurons, mlp_bias = _mlps(model, at)
     pair = 1.0 if wrong is None else 2**0.5  # standard deviation of a difference of two tokens
-    parts = dict(zip(labels, components.T, strict=True))
-    error = _checked(
-        model, at, parts=parts, heads=heads, attn_bias=attn_bias, sources=sources, neurons=neurons, mlp_bias=mlp_bias
-    )
-    return Direct(
-        components=components,
-        spread=pair * at.spread(stack).T,
-        heads=heads,
-        head_spread=pair * head_spread,
-        attn_bias=attn_bias,
-        neurons=neurons,
-        mlp_bias=mlp_bias,
-        logit=at.logit,
-        unembed_bias=at.unembed_bias,
-        norm_bias=at.norm_bias,
-        sources=list(sources),
-        labels=labels,
-        error=error,
-    )
+    tensors = {
+        "components": at.dot(stack).T,
+        "spread": pair * at.spread(stack).T,
+        "heads": heads,
+        "head_spread": pair * head_spread,
+        "attn_bias": attn_bias,
+        "neurons": neurons,
+        "mlp_bias": mlp_bias,
+        "logit": at.logit,
+        "unembed_bias": at.unembed_bias,
+        "norm_bias": at.norm_bias,
+    }
+    error = _checked(model, labels, tensors, sources)
+    return Direct(tensors, list(sources), labels, error)
 
 
-def _run(model: "HookedTransformer", tokens: Tensor, pos: int) -> tuple[ActivationCache, Vector]:
+def _run(model: HookedTransformer, tokens: Tensor, pos: int) -> tuple[ActivationCache, Vector]:
     """The values needed from a forward pass: of all keys, and of everything else at the query position."""
     kept: dict[str, Tensor] = {}
 
@@ -194,17 +170,18 @@ def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"
     return torch.stack(neurons, 1), torch.stack(constants, 1)
 
 
-def _checked(model, at: DirectEffects, parts: dict[str, Tensor], heads, attn_bias, sources, neurons, mlp_bias) -> float:
+def _checked(model, labels: list[str], tensors: dict[str, Tensor], sources: Tensor) -> float:
     """The largest deviation of a sum. A deviation beyond rounding means that a hook made an edit the parts lack."""
-    misses = [sum(parts.values()) - (at.logit - at.unembed_bias - at.norm_bias), (sources.sum(-1) - heads).flatten()]
-    for layer in range(model.cfg.n_layers):
-        misses.append(heads[:, layer].sum(-1) + attn_bias[:, layer] - parts[f"{layer}_attn_out"])
-        if neurons.shape[-1]:
-            misses.append(neurons[:, layer].sum(-1) + mlp_bias[:, layer] - parts[f"{layer}_mlp_out"])
+    parts, heads, neurons = tensors["components"], tensors["heads"], tensors["neurons"]
+    expected = tensors["logit"] - tensors["unembed_bias"] - tensors["norm_bias"]
+    misses = [parts.sum(1) - expected, sources.sum(-1) - heads]
+    branches = {"attn_out": heads.sum(-1) + tensors["attn_bias"], "mlp_out": neurons.sum(-1) + tensors["mlp_bias"]}
+    for name, branch in branches.items():
+        if columns := [i for i, label in enumerate(labels) if label.endswith(name)]:
+            misses.append(branch - parts[:, columns])
     error = max(float(miss.abs().max()) for miss in misses)
-    largest = max(float(part.abs().max()) for part in parts.values())
-    allowed = 1e-3 if at.vector.dtype in (torch.float32, torch.float64) else 0.1
-    if not error <= allowed * (1 + largest):
+    allowed = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if not error <= allowed * (1 + float(parts.abs().max())):
         raise InputError(
             f"the parts do not sum to their total; the difference is {error:.3g}. Is a hook editing z, result, "
             "attn_out, mlp_out or the stream? Values written by a hook have no known parts; leave that scope"

@@ -1,7 +1,7 @@
 """Logit lens: unembed the residual stream before every block, and see at which layer the model's answer appears."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,28 +9,15 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
-from hooklens.metrics import answer_ids
+from hooklens.metrics import Answers, answer_ids
 from hooklens.model.ids import show
-from hooklens.plugins.lens.controls import elsewhere, shifts_round
-from hooklens.plugins.lens.reading import (
-    Answers,
-    Reading,
-    Translate,
-    check_quiet,
-    final_logits,
-    one_length,
-    packing,
-    read_at_once,
-    read_streams,
-    stream_labels,
-    streams_of,
-)
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.lens import reading
 from hooklens.results.result import Result, Table
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
+_CONTROLS = 4  # number of other positions in which each answer is ranked
 _WRITTEN = 40  # maximum number of columns for which a figure's cells show words
 _LARGEST = 2**30  # maximum size of full logits
 
@@ -123,15 +110,20 @@ class LogitLens(Result):
         """The lines of the hover box below the token's probability."""
         at = (layer, prompt, pos)
         pairs = zip(self.top_tokens[at].tolist(), self.top_log_probs[at].exp().tolist(), strict=True)
-        said = (f"{self.words[token]!r} {prob:.3f}" for token, prob in pairs)
+        likely = (f"{self.words[token]!r} {prob:.3f}" for token, prob in pairs)
         answer = self.words[int(self.answer[prompt, pos])]
         control = float(self.control_rank[at])
         rank = f"rank of {answer!r}: {int(self.rank[at])} (elsewhere {control:.0f})"
-        return *said, rank, f"entropy {float(self.entropy[at]):.2f}, KL {float(self.kl[at]):.2f}"
+        return *likely, rank, f"entropy {float(self.entropy[at]):.2f}, KL {float(self.kl[at]):.2f}"
 
 
 def logit_lens(
-    model: "HookedTransformer", tokens: Prompts, *, answer: Answers | None = None, k: int = 5, incl_mid: bool = False
+    model: HookedTransformer,
+    tokens: Prompts | PromptPairs,
+    *,
+    answer: Answers | None = None,
+    k: int = 5,
+    incl_mid: bool = False,
 ) -> LogitLens:
     """Unembed the residual stream before every block: what would the model say if it stopped here?
 
@@ -144,46 +136,47 @@ def logit_lens(
 
     The last row is the model itself. `answer` is the token whose rank is reported: one for all positions, one for each
     `[batch pos]`, or (None) the model's own prediction. As a control, each answer is also ranked at other positions.
+    `PromptPairs` stand for their clean prompts and, if they have them, their answers.
     `incl_mid` also reads the stream between attention and MLP. Early streams need not use the basis that the
     unembedding reads: a high KL there does not prove that the information is absent.
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens".
     """
-    ids = one_length(model, tokens)
-    return read_lens(model, ids, answer=answer, k=k, incl_mid=incl_mid)
+    ids = reading.one_length(model, tokens)
+    return read_lens(model, ids, answer=reading.answers_of(tokens, answer)[0], k=k, incl_mid=incl_mid)
 
 
 def read_lens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     ids: Int[Tensor, "batch pos"],
     *,
     answer: Answers | None = None,
     k: int = 5,
     incl_mid: bool = False,
-    translate: Translate | None = None,
+    translate: reading.Translate | None = None,
     lens: str = "logit lens",
 ) -> LogitLens:
     """Read streams with the given lens, whatever it does to them before they are unembedded."""
     if k < 1:
         raise InputError(f"k is the number of likely tokens to keep per cell, at least 1; got {k}")
-    check_quiet(model)
+    reading.check_quiet(model)
     wanted = None if answer is None else _each_position(model, answer, ids)
     one_for_all = wanted is not None and bool((wanted == wanted[0, 0]).all())
     answers: list[Tensor] = []
     controls: list[Tensor] = []
-    readings: list[Reading] = []
-    with packing(ids.numel()):
-        for some in read_at_once(model, ids):
-            streams = streams_of(model, some, incl_mid=incl_mid).flatten(1, 2)
+    readings: list[reading.Reading] = []
+    with reading.packing(ids.numel()):
+        for some in reading.read_at_once(model, ids):
+            streams = reading.streams_of(model, some, incl_mid=incl_mid).flatten(1, 2)
             done = sum(len(answer) for answer in answers)
-            final = final_logits(model, streams[-1])
+            final = reading.final_logits(model, streams[-1])
             mine = final.argmax(-1) if wanted is None else wanted[done : done + len(some)].flatten()
-            shifts = shifts_round(len(mine))
+            shifts = _shifts(len(mine))
             asked = torch.stack([mine, *(mine.roll(shift) for shift in shifts)], 1)
-            reading = read_streams(model, streams, asked, k=k, translate=translate, final=final)
+            block = reading.read_streams(model, streams, asked, k=k, translate=translate, final=final)
             answers.append(mine.view(some.shape))
-            controls.append(elsewhere(reading, mine, shifts, one_for_all=one_for_all))
-            readings.append(reading)
+            controls.append(_elsewhere(block, mine, shifts, one_for_all=one_for_all))
+            readings.append(block)
     return _assembled(
         model,
         ids,
@@ -196,7 +189,7 @@ def read_lens(
 
 
 def lens_logits(
-    model: "HookedTransformer", tokens: Prompts, *, incl_mid: bool = False
+    model: HookedTransformer, tokens: Prompts | PromptPairs, *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_vocab"]:
     """The full logits of a logit lens, for short prompts: the last row equals `model(tokens)` bit for bit.
 
@@ -206,41 +199,56 @@ def lens_logits(
     >>> logits.shape, torch.equal(logits[-1], model([[1, 2, 3]]))        # layer batch pos d_vocab
     (torch.Size([3, 1, 3, 11]), True)
     """
-    ids = one_length(model, tokens)
-    check_quiet(model)
-    numbers = len(stream_labels(model, incl_mid=incl_mid)) * ids.numel() * model.cfg.d_vocab_out
+    ids = reading.one_length(model, tokens)
+    reading.check_quiet(model)
+    numbers = len(reading.stream_labels(model, incl_mid=incl_mid)) * ids.numel() * model.cfg.d_vocab_out
     if numbers > _LARGEST:
         raise InputError(
             f"the logits of every layer and position would be {numbers:,} numbers (at most {_LARGEST:,}); give fewer "
             "or shorter prompts, or use logit_lens, which keeps only the likely tokens, ranks, entropy and KL"
         )
     with torch.no_grad():
-        return torch.stack([model.read_out(stream) for stream in streams_of(model, ids, incl_mid=incl_mid)])
+        return torch.stack([model.read_out(stream) for stream in reading.streams_of(model, ids, incl_mid=incl_mid)])
 
 
-def _each_position(model: "HookedTransformer", answer: Answers, ids: Tensor) -> Int[Tensor, "batch pos"]:
+def _each_position(model: HookedTransformer, answer: Answers, ids: Tensor) -> Int[Tensor, "batch pos"]:
     """Expand one answer for all, one per prompt, or one per position."""
     if isinstance(answer, Tensor) and answer.ndim == 2:
         if answer.shape != ids.shape:
             raise InputError(f"answer [batch pos] has the prompts' shape {list(ids.shape)}, got {list(answer.shape)}")
         return answer_ids(model, answer.flatten()).view(ids.shape).to(ids.device)
-    found = answer_ids(model, answer).to(ids.device)
-    if len(found) not in (1, len(ids)):
-        raise InputError(
-            f"answer is one token, one for each of {len(ids)} prompts, or a tensor [batch pos]; got {len(found)} tokens"
-        )
-    return found[:, None].expand(ids.shape)
+    return reading.one_a_prompt(model, answer, len(ids), "answer").to(ids.device)[:, None].expand(ids.shape)
+
+
+def _shifts(n: int) -> list[int]:
+    """Up to `_CONTROLS` distinct cyclic shifts of n rows, none of them 0."""
+    many = min(_CONTROLS, n - 1)
+    return [1 + i * (n - 1) // many for i in range(many)]
+
+
+def _elsewhere(
+    block: reading.Reading, answer: Int[Tensor, "row"], shifts: list[int], *, one_for_all: bool
+) -> Float[Tensor, "draw layer row"]:
+    """The rank of each row's answer in the rows at these distances; NaN where that row has the same answer.
+
+    With `one_for_all` the answer was given for all rows, so rows with the same answer are controls too.
+    """
+    ranks = torch.full((_CONTROLS, *block.kl.shape), float("nan"), dtype=block.kl.dtype, device=answer.device)
+    for draw, shift in enumerate(shifts):
+        there = block.rank[..., 1 + draw].roll(-shift, 1).to(ranks)
+        ranks[draw] = there if one_for_all else there.where(answer.roll(-shift) != answer, float("nan"))
+    return ranks
 
 
 def _assembled(
-    model, ids: Tensor, answer: Tensor, controls: Tensor, readings: list[Reading], incl_mid: bool, lens: str
+    model, ids: Tensor, answer: Tensor, controls: Tensor, readings: list[reading.Reading], incl_mid: bool, lens: str
 ) -> LogitLens:
     """Join the groups of prompts again."""
-    whole = Reading(*(torch.cat(parts, 1).unflatten(1, ids.shape) for parts in zip(*readings, strict=True)))
+    whole = reading.Reading(*(torch.cat(parts, 1).unflatten(1, ids.shape) for parts in zip(*readings, strict=True)))
     known = torch.cat([whole.top.unique(), ids.unique(), answer.unique()]).unique()
     return LogitLens(
         tokens=ids,
-        layers=stream_labels(model, incl_mid=incl_mid),
+        layers=reading.stream_labels(model, incl_mid=incl_mid),
         top_tokens=whole.top,
         top_log_probs=whole.top_log_probs,
         answer=answer,
@@ -254,6 +262,6 @@ def _assembled(
     )
 
 
-def demo(model: "HookedTransformer") -> LogitLens:
+def demo(model: HookedTransformer) -> LogitLens:
     """The lens on two short prompts; token numbers if the model has no tokenizer."""
     return logit_lens(model, demo_pairs(model, 2).clean)

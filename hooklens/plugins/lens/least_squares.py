@@ -1,18 +1,14 @@
 """A tuned lens in closed form: regress the final stream on each layer's stream, without unembedding."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.progress_bar import progress
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.reading import prompts_at_once, streams_of
 from hooklens.plugins.lens.translators import TunedLens
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _RIDGE = 0.01  # share of each feature's own variance: few windows leave some directions undetermined
 
@@ -22,7 +18,7 @@ def stream_sizes(streams: Float[Tensor, "layer row d_model"]) -> Float[Tensor, "
     return streams.square().mean(-1).sqrt().median(-1).values.clamp_min(1e-6)
 
 
-def regressed(model: "HookedTransformer", tokens: Int[Tensor, "window pos"]) -> TunedLens:
+def regressed(model: HookedTransformer, tokens: Int[Tensor, "window pos"]) -> TunedLens:
     """The maps x -> x + x A + b closest to the final stream, with tokens weighted by the final norm's scale."""
     n, d = model.cfg.n_layers, model.cfg.d_model
     gram = torch.zeros(n, d + 1, d + 1, dtype=torch.float64, device=tokens.device)

@@ -1,7 +1,7 @@
 """Direct logit attribution: the contribution of each component to an answer's logit, and a check of their sum."""
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from hooklens.core.component import head_name, head_names, layer_names, neuron_name
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import Prompts
+from hooklens.metrics import Answers
 from hooklens.model.ids import show
-from hooklens.plugins.lens.direct import Direct, direct_effects
-from hooklens.plugins.lens.reading import Answers, another_a_prompt, by_length, one_a_prompt
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.lens.direct import direct_effects
+from hooklens.plugins.lens.reading import OverPrompts, ask
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Groups, group_numbers, mean_interval
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.results.statistics import Groups
 
 _FROZEN = (
     "Direct effects only, with the final norm's scale frozen at this prompt's: their sum is the logit before any soft "
@@ -26,7 +26,7 @@ _FROZEN = (
 
 
 @dataclass(frozen=True, eq=False)
-class LogitAttribution(Result):
+class LogitAttribution(OverPrompts, Result):
     """The direct contribution of each component to the logit of `answer` (minus that of `wrong_answer`), per prompt.
 
     `components` sum to `logit - unembed_bias - norm_bias`; `error` is the largest deviation of this sum, and of the
@@ -65,19 +65,11 @@ class LogitAttribution(Result):
     @property
     def layers(self) -> Float[Tensor, "prompt layer"]:
         """The contribution of each layer, attention and MLP together."""
-        found = torch.zeros_like(self.attn_bias)
+        totals = torch.zeros_like(self.attn_bias)
         for i, name in enumerate(self.labels):
             if name[0].isdigit():
-                found[:, int(name.split("_")[0])] += self.components[:, i]
-        return found
-
-    def interval(self, values: Float[Tensor, "prompt *cell"]) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
-        return mean_interval(values, group=self.group)
-
-    @property
-    def _several(self) -> bool:
-        return int(group_numbers(len(self.components), self.group).max()) > 0
+                totals[:, int(name.split("_")[0])] += self.components[:, i]
+        return totals
 
     def table(self, n: int | None = 12) -> Table:
         """The components with the largest attribution, mean over prompts, each with its spread over tokens."""
@@ -92,8 +84,8 @@ class LogitAttribution(Result):
         """The `k` neurons with the largest attribution, mean over prompts."""
         mean = self.neurons.mean(0)
         chosen = mean.flatten().abs().argsort(descending=True, stable=True)[:k].tolist()
-        each = [(i // mean.shape[1], i % mean.shape[1]) for i in chosen]
-        return Table(("neuron", "attribution"), [(neuron_name(i, j), float(mean[i, j])) for i, j in each])
+        neurons = [(i // mean.shape[1], i % mean.shape[1]) for i in chosen]
+        return Table(("neuron", "attribution"), [(neuron_name(i, j), float(mean[i, j])) for i, j in neurons])
 
     def _ranked(self, values: Tensor, spread: Tensor, names: list[str]) -> Table:
         mean, wide, (low, high) = values.mean(0), spread.mean(0), self.interval(values)
@@ -148,10 +140,10 @@ class LogitAttribution(Result):
 
 
 def direct_logit_attribution(
-    model: "HookedTransformer",
-    tokens: Prompts,
+    model: HookedTransformer,
+    tokens: Prompts | PromptPairs,
     *,
-    answer: Answers,
+    answer: Answers | None = None,
     wrong_answer: Answers | None = None,
     pos: int = -1,
     group: Groups = None,
@@ -171,37 +163,29 @@ def direct_logit_attribution(
     `answer` and `wrong_answer` are one token for all prompts or one per prompt; prompts may differ in length. Without a
     wrong answer the numbers are defined only up to a shift of all logits. A component that acts only through later
     layers contributes nothing here, and a contribution that a later layer removes still counts. Prompts of one `group`
-    are related: intervals are over groups.
+    are related: intervals are over groups. `PromptPairs` stand for their clean prompts, answers and groups.
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
     """
     model.blocks[0].need_sum("direct logit attribution")
-    rows = rows_of(model, tokens, "tokens")
-    right = one_a_prompt(model, answer, len(rows), "answer")
-    wrong = another_a_prompt(model, wrong_answer, right)
-    groups, found = by_length(rows), []
-    for some in groups:
-        wrongs = None if wrong is None else wrong[some]
-        found += direct_effects(model, torch.stack([rows[i] for i in some]), right[some], wrongs, pos)
-    return replace(_result(model, rows, groups=groups, found=found, right=right, wrong=wrong), group=group)
-
-
-def _result(
-    model, rows, groups: list[list[int]], found: list[Direct], right: Tensor, wrong: Tensor | None
-) -> LogitAttribution:
-    """The groups in the prompts' order."""
-    order = torch.tensor([i for some in groups for i in some]).argsort()
-    sources = [one for part in found for one in part.sources]
-    whole: Any = {name: torch.cat([getattr(part, name) for part in found])[order] for name in Direct.tensors()}
+    asked = ask(model, tokens, answer, wrong_answer, group)
+    parts = []
+    for some in asked.by_length():
+        wrong = None if asked.wrong is None else asked.wrong[some]
+        parts += direct_effects(model, torch.stack([asked.rows[i] for i in some]), asked.right[some], wrong, pos)
+    numbers = [i for some in asked.by_length() for i in some]
+    sources = dict(zip(numbers, (one for part in parts for one in part.sources), strict=True))
+    tensors: Any = asked.in_order([part.tensors for part in parts])
     return LogitAttribution(
-        **whole,
-        labels=found[0].labels,
-        sources=[sources[i] for i in order],
-        str_tokens=[show(model, row) for row in rows],
-        answer=show(model, right),
-        wrong_answer=None if wrong is None else show(model, wrong),
+        **tensors,
+        labels=parts[0].labels,
+        sources=[sources[i] for i in range(len(numbers))],
+        str_tokens=[show(model, row) for row in asked.rows],
+        answer=show(model, asked.right),
+        wrong_answer=None if asked.wrong is None else show(model, asked.wrong),
         capped=model.cfg.output_logits_soft_cap is not None,
-        error=max(part.error for part in found),
+        error=max(part.error for part in parts),
+        group=asked.group,
     )
 
 
@@ -212,10 +196,9 @@ class NoAttribution(Result):
     reason: str
 
 
-def demo(model: "HookedTransformer") -> LogitAttribution | NoAttribution:
+def demo(model: HookedTransformer) -> LogitAttribution | NoAttribution:
     """Two short prompts; token numbers where the model has no tokenizer."""
     why = model.blocks[0].not_a_sum
     if why is not None:
         return NoAttribution(f"{why}, so that it is no sum of what was added")
-    pairs = demo_pairs(model, 2)
-    return direct_logit_attribution(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    return direct_logit_attribution(model, demo_pairs(model, 2))

@@ -1,26 +1,26 @@
 """Read streams with a lens: unembed them block by block, and keep only the requested values."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import progress
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
-from hooklens.metrics import answer_ids, check_answers_differ
+from hooklens.metrics import Answers, answer_ids, check_answers_differ
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
+from hooklens.results.statistics import Groups, group_numbers, mean_interval
 from hooklens.sweeps.naive import drops_out
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
-Answers = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
 #: Maps a layer's row and its streams to the streams that the final norm reads instead.
 Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_model"]]
 
@@ -48,31 +48,78 @@ def packing(rows: int) -> AbstractContextManager:
     return packed_linears(rows=1024) if rows >= _WORTH_PACKING else nullcontext()
 
 
-def one_length(model: "HookedTransformer", prompts: Prompts) -> Int[Tensor, "batch pos"]:
+def one_length(model: HookedTransformer, prompts: Prompts | PromptPairs) -> Int[Tensor, "batch pos"]:
     """The prompts as tokens [batch pos]; prompts of different lengths raise an error."""
-    rows = rows_of(model, prompts, "tokens")
+    rows = rows_of(model, clean_of(prompts), "tokens")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise InputError(
             f"a lens reads all positions of prompts of one length, got prompts of {lengths} tokens; read them one by "
-            "one, or use trajectory, which reads one position per prompt"
+            "one, or use trace_predictions, which reads one position per prompt"
         )
     return torch.stack(rows)
 
 
-def by_length(rows: list[Int[Tensor, "_"]]) -> list[list[int]]:
-    """Group the indices of prompts with the same number of tokens.
+@dataclass(frozen=True)
+class Asked:
+    """Prompts of any lengths, with the answer to each, the wrong answers if any, and the groups of related prompts."""
 
-    >>> by_length([torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([3])])
-    [[0, 2], [1]]
-    """
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(len(row), []).append(i)
-    return list(groups.values())
+    rows: list[Int[Tensor, "_"]]
+    right: Int[Tensor, "prompt"]
+    wrong: Int[Tensor, "prompt"] | None
+    group: Groups
+
+    def by_length(self) -> list[list[int]]:
+        """The numbers of the prompts, grouped by length in tokens."""
+        groups: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            groups.setdefault(len(row), []).append(i)
+        return list(groups.values())
+
+    def in_order(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Join the values of all lengths, in the order of the prompts."""
+        order = torch.tensor([i for some in self.by_length() for i in some]).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str = "answer") -> Int[Tensor, "prompt"]:
+def ask(
+    model: HookedTransformer,
+    tokens: Prompts | PromptPairs,
+    answer: Answers | None,
+    wrong_answer: Answers | None,
+    group: Groups,
+) -> Asked:
+    """Read prompts and answers. PromptPairs stand for their clean prompts, their answers and their groups."""
+    right, wrong = answers_of(tokens, answer, wrong_answer)
+    if right is None:
+        raise ArgumentError("{answer} is missing; give a token for all prompts or one per prompt, or PromptPairs")
+    rows, wrong_ids = rows_of(model, clean_of(tokens), "tokens"), None
+    right_ids = one_a_prompt(model, right, len(rows), "answer")
+    if wrong is not None:
+        wrong_ids = one_a_prompt(model, wrong, len(rows), "wrong_answer")
+        check_answers_differ(model, right_ids, wrong_ids)
+    if group is None and isinstance(tokens, PromptPairs):
+        group = tokens.group
+    return Asked(rows, right_ids, wrong_ids, group)
+
+
+def clean_of(tokens: Prompts | PromptPairs) -> Prompts:
+    """The prompts to read: of PromptPairs the clean ones."""
+    return tokens.clean if isinstance(tokens, PromptPairs) else tokens
+
+
+def answers_of(
+    tokens: Prompts | PromptPairs, answer: Answers | None, wrong_answer: Answers | None = None
+) -> tuple[Answers | None, Answers | None]:
+    """The given answers; if none are given, those of PromptPairs or of their metric."""
+    if answer is not None or not isinstance(tokens, PromptPairs):
+        return answer, wrong_answer
+    source = tokens.metric if tokens.answer is None else tokens
+    wrong = getattr(source, "wrong_answer", None) if wrong_answer is None else wrong_answer
+    return getattr(source, "answer", None), wrong
+
+
+def one_a_prompt(model: HookedTransformer, answer: Answers, n: int, name: str) -> Int[Tensor, "prompt"]:
     """Token ids of one answer for all prompts, or of one per prompt."""
     ids = answer_ids(model, answer, name).to(model.device)
     if len(ids) not in (1, n):
@@ -80,18 +127,22 @@ def one_a_prompt(model: "HookedTransformer", answer: Answers, n: int, name: str 
     return ids.expand(n)
 
 
-def another_a_prompt(
-    model: "HookedTransformer", wrong_answer: Answers | None, right: Int[Tensor, "prompt"]
-) -> Int[Tensor, "prompt"] | None:
-    """Token ids of the wrong answers, each different from the answer; None if there are none."""
-    if wrong_answer is None:
-        return None
-    wrong = one_a_prompt(model, wrong_answer, len(right), "wrong_answer")
-    check_answers_differ(model, right, wrong)
-    return wrong
+class OverPrompts:
+    """A mixin for results with values per prompt: intervals of their means."""
+
+    answer: list[str]
+    group: Int[Tensor, "prompt"] | None
+
+    def interval(self, values: Float[Tensor, "prompt *cell"]) -> tuple[Tensor, Tensor]:
+        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
+        return mean_interval(values, group=self.group)
+
+    @property
+    def _several(self) -> bool:
+        return int(group_numbers(len(self.answer), self.group).max()) > 0
 
 
-def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list[str]:
+def stream_labels(model: HookedTransformer, *, incl_mid: bool = False) -> list[str]:
     """The names of the streams of `streams_of`: 0_pre, 1_pre, ..., final_post."""
     n = model.cfg.n_layers
     mids = ("pre", "mid") if incl_mid else ("pre",)
@@ -99,7 +150,7 @@ def stream_labels(model: "HookedTransformer", *, incl_mid: bool = False) -> list
 
 
 def streams_of(
-    model: "HookedTransformer", tokens: Int[Tensor, "batch pos"], *, incl_mid: bool = False
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], *, incl_mid: bool = False
 ) -> Float[Tensor, "layer batch pos d_model"]:
     """The stream before every block (with `incl_mid`, also after its attention), and the input of the final norm."""
     sites = ["resid_pre", "resid_mid"] if incl_mid else ["resid_pre"]
@@ -111,33 +162,33 @@ def streams_of(
     return torch.stack([*(cache[name] for name in cache), final])
 
 
-def prompts_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
+def prompts_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
     """Groups of prompts whose streams fit the memory limit."""
-    each = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
-    yield from tokens.split(max(1, _STREAMS_AT_ONCE // each))
+    size = tokens.shape[1] * model.cfg.d_model * (2 * model.cfg.n_layers + 1)
+    yield from tokens.split(max(1, _STREAMS_AT_ONCE // size))
 
 
-def read_at_once(model: "HookedTransformer", tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
+def read_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Iterator[Int[Tensor, "some pos"]]:
     """Groups of prompts for which the model's own logits also fit."""
-    each = tokens.shape[1] * model.cfg.d_vocab_out
+    size = tokens.shape[1] * model.cfg.d_vocab_out
     for group in prompts_at_once(model, tokens):
-        yield from group.split(max(1, _FINAL_AT_ONCE // each))
+        yield from group.split(max(1, _FINAL_AT_ONCE // size))
 
 
-def final_logits(model: "HookedTransformer", stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+def final_logits(model: HookedTransformer, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
     """The model's own logits for these rows, computed with the same products as in `read_streams`."""
     with torch.no_grad():
-        each = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
-    return each[0] if len(each) == 1 else torch.cat(each)
+        blocks = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def _rows_at_once(model: "HookedTransformer", n_rows: int) -> int:
+def _rows_at_once(model: HookedTransformer, n_rows: int) -> int:
     """The number of rows per block, of equal size, with at most `_LOGITS_AT_ONCE` logits per layer."""
     width = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)
     return -(-n_rows // -(-n_rows // width))
 
 
-def check_quiet(model: "HookedTransformer") -> None:
+def check_quiet(model: HookedTransformer) -> None:
     """Refuse silent errors: dropout, which makes passes differ, and hooks that would mistake layers for positions."""
     if drops_out(model):
         raise InputError("a lens compares passes, which dropout makes different; turn it off with model.eval()")
@@ -150,7 +201,7 @@ def check_quiet(model: "HookedTransformer") -> None:
 
 
 def read_streams(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     streams: Float[Tensor, "layer row d_model"],
     asked: Int[Tensor, "row asked"],
     *,
@@ -198,10 +249,10 @@ def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, tr
             x = torch.stack([translate(start + i, one) for i, one in enumerate(x)])
         readings += [_described(logits, target, asked, k) for logits in model.read_out(x)]
     readings.append(_described(final, target, asked, k))
-    found = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
-    kl = (found.kl - found.entropy[-1]).clamp_min_(0)
+    reading = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
+    kl = (reading.kl - reading.entropy[-1]).clamp_min_(0)
     kl[-1] = 0  # the model against itself: exactly 0, without rounding
-    return found._replace(kl=kl)
+    return reading._replace(kl=kl)
 
 
 def _described(
@@ -241,7 +292,7 @@ def _sums(
     """Process a few rows at a time, so that each pass finds its logits in the core's cache, with one shared scratch."""
     n_rows, d_vocab = logits.shape
     few = max(1, min(n_rows, _DESCRIBED_AT_ONCE // d_vocab))
-    found = _Sums(
+    sums = _Sums(
         largest=own.new_empty(n_rows, d_vocab // _SET),
         top_prob=own.new_empty(n_rows),
         mean=own.new_empty(n_rows),
@@ -256,18 +307,18 @@ def _sums(
         rows = slice(start, start + few)
         z = logits[rows].to(own.dtype)
         work = scratch[: len(z)]
-        _set_maxima(z, found.largest[rows])
-        torch.amax(torch.softmax(z, -1, out=work), -1, out=found.top_prob[rows])
-        torch.sum(work.mul_(z), -1, out=found.mean[rows])
-        torch.sum(torch.mul(target[rows], z, out=work), -1, out=found.target_mean[rows])
+        _set_maxima(z, sums.largest[rows])
+        torch.amax(torch.softmax(z, -1, out=work), -1, out=sums.top_prob[rows])
+        torch.sum(work.mul_(z), -1, out=sums.mean[rows])
+        torch.sum(torch.mul(target[rows], z, out=work), -1, out=sums.target_mean[rows])
         ranked = z.clamp_min(torch.finfo(z.dtype).min) if forbids else z
-        for column, signs in zip(bounds[rows].T, found.signs, strict=True):
+        for column, signs in zip(bounds[rows].T, sums.signs, strict=True):
             torch.sum(torch.sub(ranked, column[:, None], out=work).sign_(), -1, out=signs[rows])
-    for some in (~(found.mean + found.target_mean).isfinite()).nonzero()[:, 0].split(few):
+    for some in (~(sums.mean + sums.target_mean).isfinite()).nonzero()[:, 0].split(few):
         z = logits[some].to(own.dtype)
-        found.mean[some] = expected(z.softmax(-1), z)
-        found.target_mean[some] = expected(target[some], z)
-    return found
+        sums.mean[some] = expected(z.softmax(-1), z)
+        sums.target_mean[some] = expected(target[some], z)
+    return sums
 
 
 def _set_maxima(z: Float[Tensor, "row d_vocab"], out: Float[Tensor, "row n_sets"]) -> None:
@@ -306,7 +357,7 @@ def expected(probs: Float[Tensor, "row d_vocab"], z: Float[Tensor, "row d_vocab"
     >>> expected(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 3.0, float("-inf")]])).tolist()
     [2.0]
     """
-    found = torch.linalg.vecdot(probs, z)
-    if bool(found.isfinite().all()):
-        return found
+    mean = torch.linalg.vecdot(probs, z)
+    if bool(mean.isfinite().all()):
+        return mean
     return torch.linalg.vecdot(probs, z.masked_fill(z.isneginf() & (probs == 0), 0.0))

@@ -1,25 +1,30 @@
 """Training of a tuned lens: Adam on KL(model || lens), all layers from one forward pass, in bounded memory."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.envelope import read_envelope, write_envelope
+from hooklens.core.errors import FileRefused
+from hooklens.core.files import reading
+from hooklens.core.fingerprint import identity
 from hooklens.core.precision import widened
+from hooklens.core.progress_bar import progress
 from hooklens.metrics import kl_divergence
 from hooklens.model.linear import is_plain
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.least_squares import stream_sizes
-from hooklens.plugins.lens.reading import expected, prompts_at_once, read_streams, streams_of
-from hooklens.plugins.lens.translators import TunedLens
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.lens.reading import check_quiet, expected, prompts_at_once, read_streams, streams_of
+from hooklens.plugins.lens.translators import LENS_SCHEMA, TunedLens
 
 _LOGITS_AT_ONCE = 16 * 2**20  # about four tensors of this size exist during a gradient
+_SECONDS_BETWEEN_FILES = 60.0
 _BETA1, _BETA2, _EPS = 0.9, 0.98, 1e-8
 
 Maps = Float[Tensor, "layer in d_model"]
@@ -70,7 +75,69 @@ class State:
         return TunedLens.of(self.maps[:, :-1], self.maps[:, -1] * self.size[:, None])
 
 
-def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: TunedLens | None = None) -> State:
+def train(
+    model: HookedTransformer, schedule: Schedule, held_out: Tensor, start: TunedLens | None, path: Path | None
+) -> tuple[State, dict[str, Tensor]]:
+    """Run all remaining steps and keep the file up to date; Ctrl-C writes the last complete step."""
+    check_quiet(model)
+    key = "" if path is None else _key(model, schedule, held_out, start)
+    if path is not None and path.exists():
+        state, held = _read(path, key, model.device)
+    else:
+        state = begin(model, schedule.train, start)
+        held = {"before": window_kl(model, held_out), "constant": constant_kl(model, schedule.train, held_out)}
+
+    def save() -> None:
+        if path is not None:
+            _save(path, state, held, key)
+
+    written = time.monotonic()
+    with progress("tuned lens", schedule.steps, unit="steps") as advance:
+        advance(state.step)
+        try:
+            while state.step < schedule.steps:
+                grads, loss = gradients(model, state, schedule.windows(state.step))
+                state = advanced(state, grads, loss, schedule.rate(state.step))
+                advance()
+                if time.monotonic() - written > _SECONDS_BETWEEN_FILES:
+                    save()
+                    written = time.monotonic()
+        except KeyboardInterrupt:
+            save()
+            raise
+    save()
+    return state, held
+
+
+def _key(model: HookedTransformer, schedule: Schedule, held_out: Tensor, start: TunedLens | None) -> str:
+    """A hash of everything that a run must share with its continuation."""
+    fixed = (schedule.train, held_out, schedule.steps, schedule.lr, schedule.seed, schedule.batch)
+    return identity((model.cfg.to_json(), dict(model.state_dict()), fixed, start), "the run")
+
+
+def _save(path: Path, state: State, held: dict[str, Tensor], key: str) -> None:
+    """Save the current lens and the state needed to continue."""
+    lens = state.lens()
+    tensors = {"weight": lens.weight, "bias": lens.bias, "loss": state.loss, "size": state.size, **held}
+    tensors |= {"maps": state.maps, "first": state.first, "second": state.second}
+    write_envelope(path, LENS_SCHEMA, key, tensors)
+
+
+def _read(path: Path, key: str, device: torch.device) -> tuple[State, dict[str, Tensor]]:
+    """Read the state of a run; the file of another run is refused."""
+    file = read_envelope(path, LENS_SCHEMA)
+    if file.content != key:
+        raise FileRefused(
+            f"{path} contains a tuned lens of another run (other weights, tokens, start, steps, lr, seed or batch), or "
+            "one without a run; give another path=, or read it with TunedLens.load"
+        )
+    on = {name: tensor.to(device) for name, tensor in file.tensors()}
+    with reading(path, "a tuned lens in training"):
+        state = State(*(on[name] for name in ("maps", "first", "second", "size", "loss")))
+        return state, {name: on[name] for name in ("before", "constant")}
+
+
+def begin(model: HookedTransformer, train: Int[Tensor, "window pos"], start: TunedLens | None = None) -> State:
     """Zero maps, or those to start from, and the size of each layer's stream, measured on a few windows."""
     streams = streams_of(model, train[: max(1, 512 // train.shape[1])]).flatten(1, 2)[:-1]
     streams = widened(streams)
@@ -84,7 +151,7 @@ def begin(model: "HookedTransformer", train: Int[Tensor, "window pos"], start: T
 
 
 def gradients(
-    model: "HookedTransformer", state: State, tokens: Int[Tensor, "batch pos"]
+    model: HookedTransformer, state: State, tokens: Int[Tensor, "batch pos"]
 ) -> tuple[Maps, Float[Tensor, "layer"]]:
     """d mean KL / d maps of every layer, and the mean KL, a few rows and one layer at a time."""
     grads, loss = torch.zeros_like(state.maps), state.size.new_zeros(len(state.maps))
@@ -93,8 +160,8 @@ def gradients(
         for rows in streams.split(max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out), dim=1):
             target = _final(model, rows[-1]).exp()
             for layer in range(len(grads)):
-                found, value = _one_layer(model, state, layer, rows[layer], target)
-                grads[layer] += found / tokens.numel()
+                grad, value = _one_layer(model, state, layer, rows[layer], target)
+                grads[layer] += grad / tokens.numel()
                 loss[layer] += value / tokens.numel()
     return grads, loss
 
@@ -154,36 +221,33 @@ def advanced(state: State, grads: Maps, loss: Float[Tensor, "layer"], rate: floa
     )
 
 
-# -- values for the result
-
-
 def window_kl(
-    model: "HookedTransformer", tokens: Int[Tensor, "window pos"], lens: TunedLens | None = None
+    model: HookedTransformer, tokens: Int[Tensor, "window pos"], lens: TunedLens | None = None
 ) -> Float[Tensor, "window layer"]:
     """KL(model || lens) of every window, mean over its positions; without a lens, that of the logit lens."""
-    found = []
+    parts = []
     for some in prompts_at_once(model, tokens):
         streams = streams_of(model, some).flatten(1, 2)
         nothing = torch.empty(streams.shape[1], 0, dtype=torch.long, device=tokens.device)
         with torch.no_grad():
             kl = read_streams(model, streams, nothing, k=1, translate=lens).kl[:-1]
-        found.append(kl.unflatten(1, some.shape).mean(-1).T)
-    return torch.cat(found)
+        parts.append(kl.unflatten(1, some.shape).mean(-1).T)
+    return torch.cat(parts)
 
 
 def constant_kl(
-    model: "HookedTransformer", train: Int[Tensor, "train_window pos"], held_out: Int[Tensor, "window pos"]
+    model: HookedTransformer, train: Int[Tensor, "train_window pos"], held_out: Int[Tensor, "window pos"]
 ) -> Float[Tensor, "window"]:
     """KL(model || c) for the constant distribution c, the model's mean over training windows, as a baseline."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for rows in _final_rows(model, train[:32]):
         total, count = total + rows.exp().sum(0).double().cpu(), count + len(rows)
     mean = (total / count).clamp_min(1e-30).log().to(held_out.device)
-    found = []
+    values = []
     for window in held_out:
         rows = torch.cat([kl_divergence(one, mean.to(one)) for one in _final_rows(model, window[None])])
-        found.append(rows.mean())
-    return torch.stack(found)
+        values.append(rows.mean())
+    return torch.stack(values)
 
 
 def _final_rows(model, tokens: Tensor) -> Iterator[Float[Tensor, "row d_vocab"]]:

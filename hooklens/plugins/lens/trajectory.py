@@ -1,7 +1,7 @@
 """Trajectory: the answer's rank and probability, entropy, KL and the stream itself from layer to layer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,33 +10,21 @@ from torch import Tensor
 from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import Prompts
+from hooklens.metrics import Answers
 from hooklens.model.ids import show
-from hooklens.plugins.lens.reading import (
-    Answers,
-    Translate,
-    another_a_prompt,
-    by_length,
-    check_quiet,
-    one_a_prompt,
-    packing,
-    prompts_at_once,
-    read_streams,
-    stream_labels,
-    streams_of,
-)
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.lens import reading
 from hooklens.plugins.lens.translators import TunedLens
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Groups, group_numbers, mean_interval
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.results.statistics import Groups
 
 _CONTROLS = 4  # number of other positions of a prompt in which its answer is ranked
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory(Result):
+class Trajectory(reading.OverPrompts, Result):
     """One position of each prompt through all layers; the last row is the model itself.
 
     `rank` counts from 0. `control_rank` is the answer's median rank in streams of other positions of its prompt at the
@@ -78,14 +66,6 @@ class Trajectory(Result):
     def logit_diff(self) -> Float[Tensor, "prompt layer"] | None:
         """The lens's logit of the answer minus that of the wrong answer, if there is one."""
         return None if self.wrong_log_prob is None else self.log_prob - self.wrong_log_prob
-
-    def interval(self, values: Float[Tensor, "prompt layer"]) -> tuple[Tensor, Tensor]:
-        """The 95 % interval of a mean over prompts, by a bootstrap over their groups; NaN for one group."""
-        return mean_interval(values, group=self.group)
-
-    @property
-    def _several(self) -> bool:
-        return int(group_numbers(len(self.rank), self.group).max()) > 0
 
     def table(self, n: int | None = None) -> Table:
         """One row per layer: medians of ranks, means of the other values, over prompts."""
@@ -132,10 +112,10 @@ class Trajectory(Result):
 
 
 def trace_predictions(
-    model: "HookedTransformer",
-    tokens: Prompts,
+    model: HookedTransformer,
+    tokens: Prompts | PromptPairs,
     *,
-    answer: Answers,
+    answer: Answers | None = None,
     wrong_answer: Answers | None = None,
     pos: int = -1,
     lens: TunedLens | None = None,
@@ -149,49 +129,48 @@ def trace_predictions(
     ([[5, 5, 0]], [[0.0, 0.0, 10.0]])
 
     One position of each prompt is read (default: the last); prompts may differ in length. With `lens`, streams pass
-    through a tuned lens first. Prompts of one `group` are related: intervals are over groups.
+    through a tuned lens first. Prompts of one `group` are related: intervals are over groups. `PromptPairs` stand for
+    their clean prompts, answers and groups.
 
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens"; Belrose et al. (2023), section 3.
     """
-    check_quiet(model)
+    reading.check_quiet(model)
     if lens is not None:
         lens.check_fits(model)
-    rows = rows_of(model, tokens, "tokens")
-    right = one_a_prompt(model, answer, len(rows), "answer")
-    wrong = another_a_prompt(model, wrong_answer, right)
-    asked = [right] if wrong is None else [right, wrong]
-    groups, found = by_length(rows), []
-    with packing(sum(map(len, rows))):
-        for some in groups:
-            ids, wanted = torch.stack([rows[i] for i in some]), torch.stack(asked, 1)[some]
-            for part in prompts_at_once(model, ids):
-                found.append(_followed(model, part, wanted[: len(part)], pos, lens))
+    asked = reading.ask(model, tokens, answer, wrong_answer, group)
+    answers = torch.stack([asked.right] if asked.wrong is None else [asked.right, asked.wrong], 1)
+    parts = []
+    with reading.packing(sum(map(len, asked.rows))):
+        for some in asked.by_length():
+            ids, wanted = torch.stack([asked.rows[i] for i in some]), answers[some]
+            for part in reading.prompts_at_once(model, ids):
+                parts.append(_followed(model, part, wanted[: len(part)], pos, lens))
                 wanted = wanted[len(part) :]
-    order = torch.tensor([i for some in groups for i in some]).argsort()
-    whole = {name: torch.cat([part[name] for part in found])[order] for name in found[0]}
-    log_probs = whole.pop("log_probs")
+    values = asked.in_order(parts)
+    log_probs = values.pop("log_probs")
     return Trajectory(
-        **whole,
+        **values,
         log_prob=log_probs[..., 0],
-        wrong_log_prob=None if wrong_answer is None else log_probs[..., 1],
-        layers=stream_labels(model),
-        answer=show(model, right),
+        wrong_log_prob=None if asked.wrong is None else log_probs[..., 1],
+        layers=reading.stream_labels(model),
+        answer=show(model, asked.right),
         lens="logit lens" if lens is None else "tuned lens",
-        group=group,
+        group=asked.group,
     )
 
 
 def _followed(
-    model, ids: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt asked"], pos: int, translate: Translate | None
+    model, ids: Int[Tensor, "prompt pos"], asked: Int[Tensor, "prompt asked"], pos: int, lens: TunedLens | None
 ) -> dict[str, Tensor]:
     """The requested position in the first column, followed by the other positions of the same prompts."""
     n_prompts, n_pos = ids.shape
     if not -n_pos <= pos < n_pos:
         raise InputError(f"pos={pos} is out of range for a prompt of {n_pos} tokens")
     at = pos % n_pos
-    streams = streams_of(model, ids)[:, :, [at, *_others(n_pos, at)]]
+    streams = reading.streams_of(model, ids)[:, :, [at, *_others(n_pos, at)]]
     n_read = streams.shape[2]
-    read = read_streams(model, streams.flatten(1, 2), asked.repeat_interleave(n_read, 0), k=1, translate=translate)
+    asked = asked.repeat_interleave(n_read, 0)
+    read = reading.read_streams(model, streams.flatten(1, 2), asked, k=1, translate=lens)
     rank, log_prob, entropy, kl = (
         value.unflatten(1, (n_prompts, n_read)).transpose(0, 1)
         for value in (read.rank[..., 0], read.log_prob, read.entropy, read.kl)
@@ -217,7 +196,6 @@ def _others(n: int, at: int) -> list[int]:
     return sorted({rest[(2 * i + 1) * len(rest) // (2 * _CONTROLS)] for i in range(_CONTROLS)}) if rest else []
 
 
-def demo(model: "HookedTransformer") -> Trajectory:
+def demo(model: HookedTransformer) -> Trajectory:
     """Two short prompts; token numbers if the model has no tokenizer."""
-    pairs = demo_pairs(model, 2)
-    return trace_predictions(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer)
+    return trace_predictions(model, demo_pairs(model, 2))

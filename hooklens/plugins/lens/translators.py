@@ -1,7 +1,6 @@
 """The tuned lens as a module: an affine map for every stream except the last, and its file format."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -10,9 +9,7 @@ from torch import Tensor, nn
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError
 from hooklens.core.files import reading
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 LENS_SCHEMA = Schema("hooklens.tuned_lens", 1, "a tuned lens", "TunedLens.save")
 
@@ -42,7 +39,7 @@ class TunedLens(nn.Module):
         wide = stream.to(self.weight.dtype)
         return (wide + wide @ self.weight[layer] + self.bias[layer]).to(stream.dtype)
 
-    def check_fits(self, model: "HookedTransformer") -> None:
+    def check_fits(self, model: HookedTransformer) -> None:
         """Raise unless there is a map of the right size for every block of the model."""
         n_layers, d_model = self.weight.shape[:2]
         if (n_layers, d_model) != (model.cfg.n_layers, model.cfg.d_model):

@@ -18,8 +18,8 @@ def families() -> dict[str, "Family"]:
     >>> "gpt2" in families()
     True
     """
-    found = (importlib.import_module(f"{__name__}.{module.name}").FAMILY for module in pkgutil.iter_modules(__path__))
-    return {family.name: family for family in found}
+    known = (importlib.import_module(f"{__name__}.{module.name}").FAMILY for module in pkgutil.iter_modules(__path__))
+    return {family.name: family for family in known}
 
 
 def find_family(config: dict[str, Any], where: str) -> "Family":

@@ -3,40 +3,40 @@
 import math
 from dataclasses import replace
 
-from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, Softmax, TokenEmbed
+from hooklens.model.config import HookedTransformerConfig, Rotary, Softmax, TokenEmbed
 from hooklens.pretrained.families import llama
 from hooklens.pretrained.hf_config import HFConfig
+
+_DEFAULTS = {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+def gemma(hf: HFConfig, positions: Rotary | tuple[Rotary, ...], kinds: list[str]) -> HookedTransformerConfig:
+    """Convert the settings that Gemma 2 and 3 share; `kinds` is the kind of attention of each layer."""
+    hf.refuse("use_bidirectional_attention", allowed=False, why="a causal model does not attend to later tokens")
+    cfg = llama.decoder(hf, positions, norm_offset=1.0)
+    return cfg.replace(
+        act_fn=hf.activation("hidden_activation", "gelu_pytorch_tanh"),
+        block="sandwich",
+        mask=hf.masks(hf.size("sliding_window", 4096), hf.layer_types(kinds)),
+        embed=TokenEmbed(scale=math.sqrt(cfg.d_model)),
+        score_fn=Softmax(scale=math.sqrt(hf.number("query_pre_attn_scalar", 256.0))),
+        biases=replace(cfg.biases, mlp=False),
+    )
 
 
 def config(hf: HFConfig) -> HookedTransformerConfig:
     """Convert a Gemma 2 config.json."""
-    hf.refuse("use_bidirectional_attention", allowed=False, why="a causal model does not attend to later tokens")
-    n_layers, width, d_head = hf.layers("num_hidden_layers"), hf.size("hidden_size"), hf.size("head_dim", 256)
-    kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(n_layers)]
-    attention_bias = hf.flag("attention_bias", False)
-    return HookedTransformerConfig(
-        n_layers=n_layers,
-        d_model=width,
-        n_ctx=hf.size("max_position_embeddings", 8192),
-        n_heads=hf.size("num_attention_heads"),
-        n_key_value_heads=hf.size("num_key_value_heads", 4),
-        d_head=d_head,
-        d_mlp=hf.size("intermediate_size"),
-        d_vocab=hf.size("vocab_size"),
-        act_fn=hf.activation("hidden_activation", "gelu_pytorch_tanh"),
-        gated_mlp=True,
-        block="sandwich",
-        normalization_type=RMSNormPart(hf.number("rms_norm_eps", 1e-6), weight_offset=1.0),
-        positional_embedding_type=hf.rotary(d_head),
-        mask=hf.masks(hf.size("sliding_window", 4096), hf.layer_types(kinds)),
-        embed=TokenEmbed(scale=math.sqrt(width)),
-        score_fn=Softmax(
-            scale=math.sqrt(hf.number("query_pre_attn_scalar", 256.0)),
-            soft_cap=hf.values.get("attn_logit_softcapping", 50.0),
-        ),
+    hf = hf.with_defaults(_DEFAULTS)
+    kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(hf.layers("num_hidden_layers"))]
+    cfg = gemma(hf, hf.rotary(hf.d_head), kinds)
+    return cfg.replace(
+        score_fn=replace(cfg.score_fn, soft_cap=hf.values.get("attn_logit_softcapping", 50.0)),  # null: no cap
         output_logits_soft_cap=hf.values.get("final_logit_softcapping", 30.0),
-        biases=Biases(qkv=attention_bias, o=attention_bias, mlp=False),
-        tie_word_embeddings=hf.flag("tie_word_embeddings", True),
     )
 
 

@@ -1,34 +1,41 @@
 """Llama 1 to 3, SmolLM2, Mistral: pre-norm RMSNorm, rotary positions, gated MLP, grouped keys and values."""
 
-from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart
+from hooklens.model.config import Biases, HookedTransformerConfig, RMSNormPart, Rotary
 from hooklens.pretrained.hf_config import HFConfig
 from hooklens.pretrained.weight_map import Family
 
+_MISTRAL = {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8}
 
-def config(hf: HFConfig) -> HookedTransformerConfig:
-    """Convert a Llama config.json."""
-    n_heads, width = hf.size("num_attention_heads"), hf.size("hidden_size")
-    d_head = hf.size("head_dim", width // n_heads)
-    mistral = hf.get("model_type") == "mistral"
-    window = hf.values.get("sliding_window", 4096) if mistral else None
+
+def decoder(
+    hf: HFConfig, positions: Rotary | tuple[Rotary, ...] | None = None, *, norm_offset: float = 0.0
+) -> HookedTransformerConfig:
+    """Convert the settings that all Llama-like families share; each family replaces the fields that differ."""
     attention_bias = hf.flag("attention_bias", False)
     return HookedTransformerConfig(
         n_layers=hf.layers("num_hidden_layers"),
-        d_model=width,
-        n_ctx=hf.size("max_position_embeddings", 4096 * 32 if mistral else 2048),
-        n_heads=n_heads,
-        n_key_value_heads=hf.size("num_key_value_heads", 8 if mistral else n_heads),
-        d_head=d_head,
+        d_model=hf.size("hidden_size"),
+        n_ctx=hf.size("max_position_embeddings"),
+        n_heads=hf.size("num_attention_heads"),
+        n_key_value_heads=hf.size("num_key_value_heads", hf.size("num_attention_heads")),
+        d_head=hf.d_head,
         d_mlp=hf.size("intermediate_size"),
         d_vocab=hf.size("vocab_size"),
         act_fn=hf.activation("hidden_act"),
         gated_mlp=True,
-        normalization_type=RMSNormPart(hf.number("rms_norm_eps", 1e-6)),
-        positional_embedding_type=hf.rotary(d_head),
-        mask=hf.masks(window),
+        normalization_type=RMSNormPart(hf.number("rms_norm_eps", 1e-6), weight_offset=norm_offset),
+        positional_embedding_type=hf.rotary(hf.d_head) if positions is None else positions,
         biases=Biases(qkv=attention_bias, o=attention_bias, mlp=hf.flag("mlp_bias", False)),
         tie_word_embeddings=hf.flag("tie_word_embeddings", False),
     )
+
+
+def config(hf: HFConfig) -> HookedTransformerConfig:
+    """Convert a Llama or Mistral config.json."""
+    if hf.get("model_type") != "mistral":
+        return decoder(hf.with_defaults({"max_position_embeddings": 2048}))
+    window = hf.values.get("sliding_window", 4096)  # null: no window
+    return decoder(hf.with_defaults(_MISTRAL)).replace(mask=hf.masks(window))
 
 
 FAMILY = Family(

@@ -84,22 +84,16 @@ def test_one_that_is_too_sure_or_not_sure_enough_is_not(sharpness, sign):
     assert found.null.max() < low < found.expected_error < high
 
 
-def test_intervals_hold_what_they_should():
-    """Of forty samples of texts from the source, about 95 % of intervals of loss minus entropy hold its mean, 0."""
+def test_intervals_and_p_values_of_forty_samples_from_the_source():
+    """About 95 % of the intervals of loss minus entropy contain its mean, 0; the p-values fill the unit interval."""
     probs = transition()
-    model = predicting(probs)
-    held = 0
+    model, covered, ps = predicting(probs), 0, []
     for seed in range(40):
-        low, high = measure_calibration(model, texts(probs, n=40, length=8, seed=seed)).surplus_interval()
-        held += low <= 0 <= high
-    assert 33 <= held <= 40
-
-
-def test_chance_is_what_a_calibrated_model_shows():
-    """The p-values of forty samples from the source are spread over the unit interval."""
-    probs = transition()
-    model = predicting(probs)
-    ps = [measure_calibration(model, texts(probs, n=30, length=8, seed=seed), n_bins=5).p for seed in range(40)]
+        found = measure_calibration(model, texts(probs, n=40, length=8, seed=seed), n_bins=5)
+        low, high = found.surplus_interval()
+        covered += low <= 0 <= high
+        ps.append(found.p)
+    assert 33 <= covered <= 40
     assert sum(p < 0.05 for p in ps) <= 6 and sum(p > 0.5 for p in ps) >= 10
 
 

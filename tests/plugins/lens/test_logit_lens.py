@@ -13,9 +13,19 @@ from torch import nn
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.model.config import Biases
-from hooklens.plugins.lens import measure_calibration, reading, trace_predictions, train_tuned_lens
+from hooklens.plugins.lens import (
+    TunedLens,
+    direct_logit_attribution,
+    fit_tuned_lens,
+    measure_calibration,
+    reading,
+    trace_predictions,
+    train_tuned_lens,
+    tuned_lens,
+)
 from hooklens.plugins.lens.layer_lens import LogitLens, lens_logits, logit_lens
 from hooklens.plugins.lens.reading import expected
+from hooklens.results.result import plain
 from hooklens.testing import induction_model, tiny_model
 
 module = import_module("hooklens.plugins.lens.layer_lens")  # the package has a function of that name
@@ -105,7 +115,7 @@ def test_induction_appears_after_the_last_block():
     assert lens.table(1).rows[0][0] == "0_pre"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 10), min_size=4, max_size=4), min_size=1, max_size=3))
 def test_prompts_together_are_prompts_one_by_one(rows):
     model = tiny_model(dtype=torch.float64)
@@ -134,7 +144,7 @@ def test_what_cannot_be_read_is_refused():
         logit_lens(model, TOKENS, k=0)
     with pytest.raises(InputError, match=r"prompts' shape"):
         logit_lens(model, TOKENS, answer=torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(InputError, match="one for each of 2 prompts"):
+    with pytest.raises(InputError, match="one per prompt, got 3 for 2"):
         logit_lens(model, TOKENS, answer=[1, 2, 3])
     with pytest.raises(InputError, match="run it again with k=9"):
         logit_lens(model, TOKENS).top(9)
@@ -207,6 +217,38 @@ def test_saved_read_back_drawn(tmp_path):
     assert trace.z.shape == (3, 5) and "elsewhere" in trace.hovertext[0][0]
     wide = logit_lens(tiny_model(n_ctx=64), torch.zeros(1, 50, dtype=torch.long)).figure().data[0]
     assert wide.texttemplate is None  # too many columns for words
+
+
+PAIRS = hl.PromptPairs(TOKENS, TOKENS.flip(0), answer=[1, 2], wrong_answer=[3, 4], group=[7, 7])
+LENSES = {
+    "logit_lens": lambda model, tokens, **given: logit_lens(model, tokens, answer=given.get("answer")),
+    "lens_logits": lambda model, tokens, **given: lens_logits(model, tokens),
+    "tuned_lens": lambda model, tokens, **given: tuned_lens(model, tokens, TunedLens(2, 8), answer=given.get("answer")),
+    "fit_tuned_lens": lambda model, tokens, **given: fit_tuned_lens(model, tokens)[1],
+    "measure_calibration": lambda model, tokens, **given: measure_calibration(model, tokens),
+    "trace_predictions": lambda model, tokens, **given: trace_predictions(model, tokens, **given),
+    "direct_logit_attribution": lambda model, tokens, **given: direct_logit_attribution(model, tokens, **given),
+}
+
+
+@pytest.mark.parametrize("read", LENSES.values(), ids=LENSES)
+def test_pairs_were_no_prompts_of_a_lens(read):
+    """They stand for their clean prompts, their answers and their groups; a metric may hold the answers."""
+    model = tiny_model()
+    wanted = read(model, TOKENS, answer=[1, 2], wrong_answer=[3, 4], group=torch.tensor([7, 7]))
+    metric = hl.logit_diff(model, answer=[1, 2], wrong_answer=[3, 4])
+    for pairs in (PAIRS, hl.PromptPairs(TOKENS, None, metric, group=[7, 7])):
+        assert plain(read(model, pairs)) == plain(wanted)
+
+
+def test_an_answer_beside_pairs_replaces_theirs_and_one_is_needed():
+    model, prompts = tiny_model(), hl.PromptPairs(TOKENS, None)
+    assert trace_predictions(model, PAIRS, answer=5).answer == ["5", "5"]
+    for method in (trace_predictions, direct_logit_attribution):
+        for tokens in (TOKENS, prompts):
+            with pytest.raises(InputError, match="answer is missing; give a token for all prompts or one per prompt"):
+                method(model, tokens)
+    assert torch.equal(logit_lens(model, prompts).answer, logit_lens(model, TOKENS).answer)  # the model's own
 
 
 @pytest.mark.slow

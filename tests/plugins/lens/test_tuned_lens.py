@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hooklens.core.errors import FileRefused, InputError
-from hooklens.plugins.lens import run_file, training
+from hooklens.plugins.lens import training
 from hooklens.plugins.lens.affine_lens import TunedLens, TunedLensTraining, fit_tuned_lens, train_tuned_lens, tuned_lens
 from hooklens.plugins.lens.layer_lens import logit_lens
 from hooklens.plugins.lens.reading import streams_of
@@ -37,14 +37,14 @@ def test_an_untrained_lens_is_the_logit_lens(name):
     assert (plain.lens, tuned.lens) == ("logit lens", "tuned lens")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "neox", "post", "attn_only"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "post", "attn_only"])
 def test_held_out_kl_falls_at_every_layer(name):
     """`after` is what `tuned_lens` reads, and the last row stays the model's."""
     model = zoo_model(name, n_layers=3, **({"mask": "causal"} if name == "gemma2" else {}))
     windows = torch.randint(11, (60, 8), generator=torch.Generator().manual_seed(0))
-    lens, found = train_tuned_lens(model, windows, steps=50, lr=0.02, batch=8)
+    lens, found = train_tuned_lens(model, windows, steps=30, lr=0.02, batch=8)
     assert bool((found.fall > 0).all()) and bool((found.fall_interval()[0] > 0).all())
-    assert found.before.shape == found.after.shape == (8, 3) and found.loss.shape == (50, 3)
+    assert found.before.shape == found.after.shape == (8, 3) and found.loss.shape == (30, 3)
     reading = tuned_lens(model, windows[-8:], lens)
     torch.testing.assert_close(reading.kl[:-1].mean(-1).T, found.after, atol=1e-5, rtol=1e-4)
     plain = logit_lens(model, windows[-8:])
@@ -52,7 +52,7 @@ def test_held_out_kl_falls_at_every_layer(name):
     torch.testing.assert_close(reading.top_log_probs[-1], plain.top_log_probs[-1])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "neox", "post", "attn_only"])
+@pytest.mark.parametrize("name", ["llama", "neox", "gemma2", "post"])
 def test_so_it_does_in_closed_form_and_training_goes_on_from_there(name):
     model = zoo_model(name, n_layers=3, **({"mask": "causal"} if name == "gemma2" else {}))
     windows = torch.randint(11, (60, 8), generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_so_it_does_in_closed_form_and_training_goes_on_from_there(name):
     state = training.begin(model, windows, lens)
     torch.testing.assert_close(state.lens().weight, lens.weight)
     torch.testing.assert_close(state.lens().bias, lens.bias)
-    _, trained = train_tuned_lens(model, windows, start=lens, steps=20, lr=2e-3, batch=8)
+    _, trained = train_tuned_lens(model, windows, start=lens, steps=10, lr=2e-3, batch=8)
     assert torch.equal(trained.before, fit.before)
     assert float(trained.after.mean()) < float(fit.after.mean())
 
@@ -148,9 +148,8 @@ def interrupt_after(model, forwards, error=KeyboardInterrupt):
     return model.hooks(fwd_hooks=[("hook_embed", count)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(tmp_path, dtype):
-    model, path = tiny_model(dtype=dtype), tmp_path / "lens.safetensors"
+def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(tmp_path):
+    model, path = tiny_model(), tmp_path / "lens.safetensors"
     whole, expected = train_tuned_lens(model, WINDOWS, **QUICK)
     for forwards in (21, 2):  # 1 to begin, 1 held-out, 14 + 2 of the constant; then the steps, and the same again
         with interrupt_after(model, forwards), pytest.raises(KeyboardInterrupt):
@@ -171,7 +170,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(tmp_path, dtype):
 
 def test_the_file_is_written_now_and_then_too(tmp_path, monkeypatch):
     """A killed process writes nothing more: what stands there is from before."""
-    monkeypatch.setattr(run_file, "_SECONDS_BETWEEN_FILES", 0.0)
+    monkeypatch.setattr(training, "_SECONDS_BETWEEN_FILES", 0.0)
     model, path = tiny_model(), tmp_path / "lens.safetensors"
     with interrupt_after(model, 21, error=ZeroDivisionError), pytest.raises(ZeroDivisionError):
         train_tuned_lens(model, WINDOWS, **QUICK, path=path)
