@@ -36,7 +36,7 @@ def principal(x: np.ndarray, asked: np.ndarray) -> tuple[Rows, Float[Tensor, "te
     """
     spread = x.std(0)
     spread[spread <= 10 * np.finfo(np.float64).eps * np.abs(x).max(0, initial=0.0)] = 1.0  # as StandardScaler does
-    rows, other = (torch.from_numpy((one - x.mean(0)) / spread) for one in (x, asked))
+    rows, other = (torch.from_numpy((part - x.mean(0)) / spread) for part in (x, asked))
     wide = rows.shape[0] < rows.shape[1]
     size, basis = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     kept = size > _TINY * size[-1:].clamp_min(_TINY)
@@ -78,7 +78,7 @@ def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes:
     target = _one_column(labels, n_classes).permute(1, 0, 2)  # train draw column
     n, bound = len(rows), 0.25 if n_classes == 2 else 0.5
     # the intercept, a column of ones orthogonal to the others, is not penalised
-    rows, other = (torch.cat([one, one.new_ones(len(one), 1)], 1) for one in (rows, other))
+    rows, other = (torch.cat([part, part.new_ones(len(part), 1)], 1) for part in (rows, other))
     penalty = torch.cat([size.new_full((len(size),), 1 / c), size.new_zeros(1)])[:, None]
     curvature = penalty + bound * torch.cat([size, size.new_tensor([float(n)])])[:, None]
     weight = ahead = rows.new_zeros(rows.shape[1], target[0].numel())

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooklens.core.errors import Absent, KeepsPropertyErrors
+from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.terminal import visible
 from hooklens.plugins.probing.many import Labels, Logits, logistic_logits, mean_logits, ridge_logits
 
@@ -22,6 +22,10 @@ class Weights(NamedTuple):
     weight: np.ndarray
     bias: np.ndarray
     step: np.ndarray
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """The logits [row class] of rows [row d]."""
+        return x @ self.weight.T + self.bias
 
 
 class Probe(KeepsPropertyErrors, nn.Module):
@@ -57,11 +61,17 @@ class Probe(KeepsPropertyErrors, nn.Module):
         point: str | None = None,
     ):
         super().__init__()
+        step = weight if step is None else step
+        shapes = [list(x.shape) for x in (weight, means, step)]
+        if weight.ndim != 2 or shapes[1:] != shapes[:1] * 2 or bias.shape != weight.shape[:1]:
+            raise InputError(
+                f"weight, means and step are [n_class d] and bias is [n_class], got {shapes} and {list(bias.shape)}"
+            )
         self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
         self.means: Tensor
         self.step: Tensor
         self.register_buffer("means", means.clone())
-        self.register_buffer("step", (weight if step is None else step).clone())
+        self.register_buffer("step", step.clone())
         self.classes = [str(i) for i in range(len(bias))] if classes is None else list(classes)
         self.point = point
 
@@ -76,15 +86,20 @@ class Probe(KeepsPropertyErrors, nn.Module):
     @property
     def direction(self) -> Float[Tensor, "d"]:
         """The unit vector along which an activation moves from class 0 to class 1; defined for two classes only."""
-        self._need_two()
-        across = self.step[1] - self.step[0]
-        return across / across.norm()
+        return self._across(self.step)
 
     @property
     def normal(self) -> Float[Tensor, "d"]:
         """The unit vector orthogonal to the boundary between the two classes: what the probe reads."""
-        self._need_two()
-        across = (self.weight[1] - self.weight[0]).detach()
+        return self._across(self.weight.detach())
+
+    def _across(self, rows: Float[Tensor, "n_class d"]) -> Float[Tensor, "d"]:
+        if len(self.bias) != 2:
+            raise Absent(
+                f"a direction needs two classes; this probe has {len(self.bias)} ({self.classes}); fit a probe on two "
+                "of them"
+            )
+        across = rows[1] - rows[0]
         return across / across.norm()
 
     def coordinate(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
@@ -109,13 +124,6 @@ class Probe(KeepsPropertyErrors, nn.Module):
         """The coordinate midway between the two class means."""
         return float(self.coordinate(self.means).mean())
 
-    def _need_two(self) -> None:
-        if len(self.bias) != 2:
-            raise Absent(
-                f"a direction needs two classes; this probe has {len(self.bias)} ({self.classes}); fit a probe on two "
-                "of them"
-            )
-
     def extra_repr(self) -> str:
         return f"{visible(' | '.join(self.classes))} at {self.point}, d={self.weight.shape[1]}"
 
@@ -129,6 +137,17 @@ class ProbeKind(Protocol):
     """
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights: ...
+
+
+def kind_name(kind: ProbeKind) -> str:
+    """The name of a kind of probe; anything else raises.
+
+    >>> kind_name(Ridge())
+    'ridge'
+    """
+    if isinstance(kind, type) or not isinstance(kind, ProbeKind):
+        raise WrongType(f"kind is a kind of probe such as Logistic(), Ridge() or MassMean(), got {kind!r:.80}")
+    return getattr(kind, "name", type(kind).__name__)
 
 
 @dataclass(frozen=True)
@@ -205,9 +224,9 @@ class WhitenedMassMean:
 
         middle = x.mean(0)
         equal = np.full(n_classes, 1 / n_classes)
-        made = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=equal).fit(x - middle, y)
+        fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=equal).fit(x - middle, y)
         # the steepest step after whitening: covariance times weights, which are covariance^-1 times means
-        return _moved(*_per_class(made), middle, step=made.means_)
+        return _moved(*_per_class(fitted), middle, step=fitted.means_)
 
 
 #: The kinds of probe by name.
@@ -220,7 +239,7 @@ def class_means(x: np.ndarray, y: np.ndarray, n_classes: int) -> np.ndarray:
     >>> class_means(np.array([[1.0], [3.0], [5.0]]), np.array([0, 0, 1]), 2).tolist()
     [[2.0], [5.0]]
     """
-    return np.stack([x[y == one].mean(0) for one in range(n_classes)])
+    return np.stack([x[y == i].mean(0) for i in range(n_classes)])
 
 
 def _standardised(estimator: Any, x: np.ndarray, y: np.ndarray) -> Weights:

@@ -12,8 +12,7 @@ from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.confidence import temperature
 from hooklens.plugins.probing.folds import Fold, Index
 from hooklens.plugins.probing.many import FitsMany
-from hooklens.plugins.probing.probes import ProbeKind, Weights, class_means
-from hooklens.plugins.probing.task import most_common
+from hooklens.plugins.probing.probes import ProbeKind, Weights
 
 _NEVER = -1e9  # the logit of a class without training rows
 
@@ -55,16 +54,14 @@ def cross_validate(
     logits = predicted(rows, labels, n_classes, folds, kind)
     inner, factor = [], []
     for fold in folds:
-        parts = [
-            asked(kind, rows, labels=labels[:n_inner], train=a, test=b, n_classes=n_classes) for a, b in fold.inner
-        ]
-        within, tested = torch.cat(parts, 1), torch.from_numpy(np.concatenate([b for _, b in fold.inner]))
-        truth = labels[:n_inner, tested]
+        within = torch.cat(
+            [fit_and_predict(kind, rows, labels[:n_inner], part, n_classes=n_classes) for part in fold.inner], 1
+        )
+        truth = labels[:n_inner, np.concatenate([test for _, test in fold.inner])]
         inner.append(balanced((within.argmax(2) == truth).double(), truth))
         factor.append(temperature(within[0], truth[0]))
-    return Scored(
-        logits[0], logits.argmax(2) == labels, torch.stack(inner, 1), torch.tensor(factor, dtype=torch.float64)
-    )
+    right, factors = logits.argmax(2) == labels, torch.tensor(factor, dtype=torch.float64)
+    return Scored(logits[0], right, inner=torch.stack(inner, 1), factor=factors)
 
 
 def predicted(
@@ -74,22 +71,26 @@ def predicted(
     labels = labels.cpu()
     logits = torch.zeros(*labels.shape, n_classes, dtype=torch.float64)
     for fold in folds:
-        logits[:, torch.from_numpy(fold.test)] = asked(
-            kind, x, labels=labels, train=fold.train, test=fold.test, n_classes=n_classes
-        )
+        logits[:, fold.test] = fit_and_predict(kind, x, labels, fold[:2], n_classes=n_classes)
     return logits
 
 
-def asked(
-    kind: ProbeKind, x: np.ndarray, labels: Int[Tensor, "labelling example"], train: Index, test: Index, n_classes: int
+def fit_and_predict(
+    kind: ProbeKind,
+    x: np.ndarray,
+    labels: Int[Tensor, "labelling example"],
+    part: tuple[Index, Index],
+    *,
+    n_classes: int,
 ) -> Float[Tensor, "labelling test n_class"]:
-    """Fit on the training rows and predict the test rows, one labelling at a time or all at once."""
-    known = labels[:, torch.from_numpy(train)]
+    """Fit on the first rows of `part` and predict the second ones, one labelling at a time or all at once."""
+    train, test = part
+    known = labels[:, train]
     if not isinstance(kind, FitsMany):
-        each = [said(x[test], fit(kind, x[train], label.numpy(), n_classes)) for label in known]
-        return torch.from_numpy(np.stack(each))
+        probes = [fit(kind, x[train], label.numpy(), n_classes) for label in known]
+        return torch.from_numpy(np.stack([probe.logits(x[test]) for probe in probes]))
     logits = kind.said_of_many(x[train], known, x[test], n_classes)
-    lacks = torch.stack([(known != one).all(1) for one in range(n_classes)], 1)
+    lacks = torch.stack([(known != i).all(1) for i in range(n_classes)], 1)
     return logits.masked_fill(lacks[:, None], _NEVER)
 
 
@@ -104,8 +105,7 @@ def majority(label: Int[Tensor, "example"], folds: Sequence[Fold]) -> Float[Tens
     """1 where the most common class of the training rows is correct, 0 elsewhere."""
     right = torch.zeros(len(label), dtype=torch.float64)
     for fold in folds:
-        test = torch.from_numpy(fold.test)
-        right[test] = (label[test] == most_common(label[torch.from_numpy(fold.train)])).double()
+        right[fold.test] = (label[fold.test] == label[fold.train].bincount().argmax()).double()
     return right
 
 
@@ -115,24 +115,14 @@ def fit(kind: ProbeKind, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weight
     if len(there) == n_classes:
         return kind.fit(x, y, n_classes)
     empty = np.zeros((n_classes, x.shape[1]))
-    filled = Weights(empty, np.full(n_classes, _NEVER), empty.copy())
-    filled.bias[there] = 0.0
+    weights = Weights(empty, np.full(n_classes, _NEVER), empty.copy())
+    weights.bias[there] = 0.0
     if len(there) > 1:
-        for all_classes, of_those in zip(filled, kind.fit(x, np.searchsorted(there, y), len(there)), strict=True):
-            all_classes[there] = of_those
-    return filled
-
-
-def said(x: np.ndarray, weights: Weights) -> np.ndarray:
-    """The logits of rows."""
-    return x @ weights.weight.T + weights.bias
+        for of_all, of_these in zip(weights, kind.fit(x, np.searchsorted(there, y), len(there)), strict=True):
+            of_all[there] = of_these
+    return weights
 
 
 def as_rows(x: Float[Tensor, "example d"]) -> np.ndarray:
     """Convert rows to the dtype that scikit-learn computes in."""
     return x.cpu().numpy().astype(np.float64)
-
-
-def means_of(x: np.ndarray, label: Int[Tensor, "example"], n_classes: int) -> Float[Tensor, "n_class d"]:
-    """The class means of all rows."""
-    return torch.from_numpy(class_means(x, label.cpu().numpy(), n_classes))

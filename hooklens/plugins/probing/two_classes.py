@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Where
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.scoring import as_rows
@@ -27,12 +27,12 @@ def task_rows(
     >>> point, rows[0].shape
     ('blocks.0.hook_resid_post', (40, 8))
     """
+    if not isinstance(tasks, Sequence) or not tasks or not all(isinstance(task, ProbeTask) for task in tasks):
+        raise WrongType(f"tasks is a list of at least one ProbeTask, see read_task; got {tasks!r:.60}")
     for task in tasks:
-        if len(task.classes) != 2:
-            raise InputError(f"a direction needs two classes, {task.name!r} has {task.classes}; choose two")
+        if len(task.classes) != 2 or len(task.label.unique()) != 2:
+            raise InputError(f"a direction needs examples of two classes, {task.name!r} has {task.classes}; choose two")
     gathered = [gather(model, task, site=site) for task in tasks]
-    if not gathered:
-        raise InputError("no task was given to compare directions of; give at least one")
     points = gathered[0].points
     if len(points) != 1:
         raise InputError(f"directions are compared at a single point, got {', '.join(points)}; give ('name', layer)")

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.probing.folds import control_labels, control_types, make_folds, shuffled, split
+from hooklens.plugins.probing.control import control_labels, control_types
+from hooklens.plugins.probing.folds import make_folds, shuffled, split
 from hooklens.plugins.probing.probes import Logistic
 from hooklens.plugins.probing.scoring import correct
 from hooklens.plugins.probing.task import components, read_task
@@ -120,5 +121,5 @@ def test_what_a_control_task_labels():
     prompt, many = torch.arange(40), torch.arange(40) % 10
     assert control_types(many, prompt, prompt)[1] == "token"
     assert control_types(torch.zeros_like(prompt), prompt, many)[1] == "group"  # one token is no set of types
-    assert control_types(prompt, prompt, prompt) is None  # nothing comes back
-    assert control_types(many, many, many) is None  # a type comes back in its own prompt only
+    assert control_types(prompt, prompt, prompt)[0] is None  # nothing comes back
+    assert control_types(many, many, many)[0] is None  # a type comes back in its own prompt only

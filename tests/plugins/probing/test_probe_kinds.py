@@ -15,7 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.probing.confidence import Calibration, temperature
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean, Probe, Ridge, WhitenedMassMean
-from hooklens.plugins.probing.scoring import correct, cross_validate, fit, majority, said
+from hooklens.plugins.probing.scoring import correct, cross_validate, fit, majority
 
 PEERS = {
     "logistic": (  # at the default tolerance of 1e-4 one example of the third fold lies on the other side
@@ -82,7 +82,7 @@ def test_many_labellings_at_once_are_read_as_one_at_a_time(kind, n, d, k):
     labels[0] = torch.from_numpy(x[:n, 0].argsort().argsort()) * k // n
     many = kind.said_of_many(x[:n], labels, x[n:], k).softmax(2)
     for found, label in zip(many, labels, strict=True):
-        one = torch.from_numpy(said(x[n:], kind.fit(x[:n], label.numpy(), k))).softmax(1)
+        one = torch.from_numpy(kind.fit(x[:n], label.numpy(), k).logits(x[n:])).softmax(1)
         torch.testing.assert_close(found, one, atol=1e-4, rtol=0)
 
 
@@ -90,7 +90,7 @@ def test_logits_of_logistic_regression_are_scikit_learns():
     for k in (2, 3):
         x, label = classes(k)
         peer = PEERS["logistic"][1]().fit(x.numpy(), label.numpy())
-        logits = torch.from_numpy(said(x.numpy(), fit(Logistic(c=0.3), x.numpy(), label.numpy(), k)))
+        logits = torch.from_numpy(fit(Logistic(c=0.3), x.numpy(), label.numpy(), k).logits(x.numpy()))
         torch.testing.assert_close(logits.softmax(1).numpy(), peer.predict_proba(x.numpy()), atol=1e-8, rtol=0)
 
 
@@ -163,9 +163,9 @@ def test_a_class_that_the_rows_lack_is_never_said():
     x, label = classes(3)
     for kind in PROBES.values():
         rows = (label != 1).numpy()
-        logits = said(x.numpy(), fit(kind, x.numpy()[rows], label.numpy()[rows], 3))
+        logits = fit(kind, x.numpy()[rows], label.numpy()[rows], 3).logits(x.numpy())
         assert set(logits.argmax(1).tolist()) == {0, 2}
-        one = said(x.numpy(), fit(kind, x.numpy()[:1], label.numpy()[:1], 3))
+        one = fit(kind, x.numpy()[:1], label.numpy()[:1], 3).logits(x.numpy())
         assert set(one.argmax(1).tolist()) == {0}
 
 

@@ -14,7 +14,6 @@ from hooklens.data.jsonl import read_texts_file
 from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gathering import Activations, gather
-from hooklens.plugins.probing.null import Null
 from hooklens.plugins.probing.probe_training import _study, probe_texts, train_probe
 from hooklens.plugins.probing.probe_use import check_probe_use
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
@@ -289,8 +288,8 @@ def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_ar
 def test_few_groups_cannot_be_shuffled_in_many_ways_and_the_least_p_says_so():
     """One of each class in four folds: 16 shuffles, of which two are the real labels but for the classes' names."""
     label, group = torch.arange(8) % 2, torch.arange(8)
-    null = Null.of(label, group, make_folds(label, group, folds=4), 400, 1, MassMean(), 0)
-    assert null.least_p(label) == pytest.approx(2 / 16, abs=0.05)
+    study = study_of(torch.randn(1, 8, 3).double(), group, label, MassMean(), null_draws=400, folds=4)
+    assert study.least_p == pytest.approx(2 / 16, abs=0.05)
 
 
 def test_without_types_that_come_back_there_is_no_control_task():
