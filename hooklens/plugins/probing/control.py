@@ -73,12 +73,12 @@ def _parts(real: Classes, label: Classes, text: Classes, folds: int, seed: int) 
 
     Identical prompts stay together: otherwise memorising a row would suffice instead of memorising a type.
     """
-    candidates: list[list] = [[]]
+    candidates: list[list[Fold]] = [[]]
     if len(label.unique()) > 1:
         for strata in (real * (int(label.max()) + 1) + label, label):
             with suppress(InputError):
                 candidates.append(split(strata, text, folds, seed))
-    return [Fold(train, test, ()) for train, test in max(candidates, key=len)]
+    return max(candidates, key=len)
 
 
 def control_types(token: Classes, prompt: Classes, group: Classes) -> tuple[Classes | None, str]:

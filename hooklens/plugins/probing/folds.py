@@ -23,7 +23,7 @@ class Fold(NamedTuple):
 
     train: Index
     test: Index
-    inner: tuple[tuple[Index, Index], ...]
+    inner: tuple[tuple[Index, Index], ...] = ()
 
 
 def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3, seed: int = 0) -> list[Fold]:
@@ -39,17 +39,14 @@ def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3
     Reference: Varma and Simon (2006), "Bias in error estimation when using cross-validation for model selection".
     """
     outer = []
-    for train, test in split(label, group, folds, seed):
-        rows = torch.as_tensor(train)
-        within = split(label[rows], group[rows], inner, seed, "the training rows of a fold")
-        outer.append(Fold(train, test, tuple((train[a], train[b]) for a, b in within)))
+    for train, test, _ in split(label, group, folds, seed):
+        within = split(label[train], group[train], inner, seed, "the training rows of a fold")
+        outer.append(Fold(train, test, tuple((train[part.train], train[part.test]) for part in within)))
     return outer
 
 
-def split(
-    label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples"
-) -> list[tuple[Index, Index]]:
-    """(train, test) rows of each fold; fewer folds than requested if a class occurs in fewer groups."""
+def split(label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples") -> list[Fold]:
+    """Folds without inner folds; fewer than requested if a class occurs in fewer groups."""
     before = random.getstate()
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -67,8 +64,8 @@ def split(
     maker, by = (StratifiedKFold, None) if alone else (StratifiedGroupKFold, g)
     for n_folds in range(n, 1, -1):
         splitter = maker(n_folds, shuffle=True, random_state=seed_number(seed) % 2**32)
-        parts = list(splitter.split(y[:, None], y, by))
-        if all(len(np.unique(y[train])) == len(spread) and len(test) for train, test in parts):
+        parts = [Fold(train, test) for train, test in splitter.split(y[:, None], y, by)]
+        if all(len(np.unique(y[part.train])) == len(spread) and len(part.test) for part in parts):
             return parts
     raise InputError(
         f"no folds of {what} leave training examples of every class: one class lies almost entirely in a group of "

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hooklens.core.arguments import path_of, whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.fingerprint import identity
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.names import Where, axes, parse, resolve
@@ -21,6 +22,7 @@ from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.config import TokenEmbed
 from hooklens.model.linear import packed_linears
+from hooklens.plugins.probing.scoring import as_rows
 from hooklens.plugins.probing.store import Files, Memory, temporary_folder
 from hooklens.plugins.probing.task import ProbeTask, components, positions_of
 from hooklens.results.result import Result
@@ -145,6 +147,29 @@ def gather(
         embed=arrays["embed"],
         context=arrays["context"],
     )
+
+
+def task_rows(
+    model: "HookedTransformer", tasks: Sequence[ProbeTask], site: Where
+) -> tuple[str, torch.dtype, list[np.ndarray]]:
+    """The full name of one point, the dtype of its activations, and the rows of each task, which has two classes.
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.plugins.probing.labels import odd_first
+    >>> point, dtype, rows = task_rows(model := tiny_model(), [odd_first(model)], ("resid_post", 0))
+    >>> point, rows[0].shape
+    ('blocks.0.hook_resid_post', (40, 8))
+    """
+    if not isinstance(tasks, Sequence) or not tasks or not all(isinstance(task, ProbeTask) for task in tasks):
+        raise WrongType(f"tasks is a list of at least one ProbeTask, see read_task; got {tasks!r:.60}")
+    for task in tasks:
+        if len(task.classes) != 2 or len(task.label.unique()) != 2:
+            raise InputError(f"a direction needs examples of two classes, {task.name!r} has {task.classes}; choose two")
+    gathered = [gather(model, task, site=site) for task in tasks]
+    points = gathered[0].points
+    if len(points) != 1:
+        raise InputError(f"directions are compared at a single point, got {', '.join(points)}; give ('name', layer)")
+    return points[0], gathered[0].x.dtype, [as_rows(acts.x[0]) for acts in gathered]
 
 
 def _examples(

@@ -13,11 +13,11 @@ from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
 from hooklens.plugins.probing.folds import shuffled, split
+from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, kind_name
 from hooklens.plugins.probing.scoring import fit
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.plugins.probing.two_classes import task_rows
 from hooklens.results.result import Result
 from hooklens.results.statistics import null_p, q_values
 from hooklens.results.table import Table
@@ -134,10 +134,10 @@ def measure_geometry(
 def _repeat(kind: ProbeKind, x: np.ndarray, task: ProbeTask, seed: int) -> float:
     """The cosine of the directions of two halves that contain both classes and share no group; NaN if impossible."""
     try:
-        parts = split(task.label, task.group, 2, seed)[0]
+        first_half, second_half, _ = split(task.label, task.group, 2, seed)[0]
     except InputError:
         return float("nan")
-    first, second = (direction_of(kind, x[part], task.label[part]) for part in parts)
+    first, second = (direction_of(kind, x[half], task.label[half]) for half in (first_half, second_half))
     return float(first @ second)
 
 

@@ -14,11 +14,11 @@ from hooklens.core.arguments import seeded, whole
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
 from hooklens.plugins.probing.folds import make_folds, shuffled, shuffled_in_folds
+from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights, kind_name
 from hooklens.plugins.probing.scoring import fit, predicted
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.plugins.probing.two_classes import task_rows
 from hooklens.results.result import Result
 from hooklens.results.statistics import auc, mean_interval, null_p, q_values
 from hooklens.results.table import Table

@@ -16,7 +16,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.edited_runs import run_edited
-from hooklens.plugins.probing.folds import Fold, split
+from hooklens.plugins.probing.folds import split
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
@@ -218,7 +218,7 @@ def _check(probe: Probe, task: ProbeTask) -> tuple[int, str]:
 def _refitted(x: Float[Tensor, "state prompt d"], task: ProbeTask, seed: int) -> Float[Tensor, "state prompt"]:
     """Out-of-fold correctness of new probes, in the same folds for each state of the activations; NaN without folds."""
     try:
-        parts = [Fold(train, test, ()) for train, test in split(task.label, task.group, 5, seed)]
+        parts = split(task.label, task.group, 5, seed)
     except InputError:
         return torch.full_like(x[..., 0], float("nan"))
     return torch.stack([correct(as_rows(rows), task.label, 2, parts, Logistic()) for rows in x]).to(x)

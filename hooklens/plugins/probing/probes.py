@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.terminal import visible
-from hooklens.plugins.probing.many import Labels, Logits, logistic_logits, mean_logits, ridge_logits
+from hooklens.plugins.probing.many import Labels, Logits, column_per_class, logistic_logits, one_column, principal
 
 
 class Weights(NamedTuple):
@@ -31,7 +33,6 @@ class Weights(NamedTuple):
 class Probe(KeepsPropertyErrors, nn.Module):
     """A fitted probe: the logits of its classes are linear in the activation at `point`, in the activation's units.
 
-    >>> import torch
     >>> probe = Probe(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.zeros(2), torch.tensor([[0.0, 0.0], [6.0, 8.0]]))
     >>> probe.direction.tolist(), probe.gap                # unit vector from class 0 to class 1, distance of the means
     ([0.60..., 0.80...], 10.0)
@@ -40,11 +41,8 @@ class Probe(KeepsPropertyErrors, nn.Module):
 
     `means` are the class means of the training examples. The softmax of the logits gives probabilities.
 
-    Reading and writing need different vectors. `weight` reads: it weighs features against each other, and the
-    difference of its rows is orthogonal to the decision boundary. `step` writes: it is the displacement that raises a
-    class's logit most per unit length, with length measured in the standardised or whitened features of the fit.
-    Without scaling (`MassMean`) the two are the same. With standardised features, a feature with large variance has a
-    small weight even if the class changes it strongly.
+    `weight` reads and `step` writes (see `Weights`). Without scaling (`MassMean`) the two are the same. With
+    standardised features, a feature with large variance has a small weight even if the class changes it strongly.
 
     Reference: Haufe et al. (2014), "On the interpretation of weight vectors of linear models in multivariate
     neuroimaging", on filters and patterns.
@@ -77,7 +75,7 @@ class Probe(KeepsPropertyErrors, nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n_class"]:
         """The logits of the classes."""
-        return x.to(self.weight) @ self.weight.T + self.bias
+        return self._read(x) @ self.weight.T + self.bias
 
     def predict(self, x: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The class of each activation."""
@@ -105,13 +103,21 @@ class Probe(KeepsPropertyErrors, nn.Module):
     def coordinate(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """The probe's reading in units of the activation: a step of length 1 along `direction` adds 1.
 
-        >>> import torch
-        >>> both = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+            >>> both = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
         >>> Probe(both, torch.zeros(2), both).coordinate(torch.tensor([[3.0, 4.0], [4.0, -3.0]])).tolist()
         [5.0, 0.0]
         """
         normal = self.normal
-        return x.to(normal) @ normal / (normal @ self.direction)
+        return self._read(x) @ normal / (normal @ self.direction)
+
+    def _read(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """The activations in the probe's dtype; another width raises."""
+        if x.shape[-1:] != self.weight.shape[1:]:
+            raise InputError(
+                f"this probe reads vectors of size {self.weight.shape[1]} at {self.point}, got {list(x.shape)}; give "
+                "activations of the point that it was trained on"
+            )
+        return x.to(self.weight)
 
     @property
     def gap(self) -> float:
@@ -180,7 +186,11 @@ class Ridge:
     name = "ridge"
 
     def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
-        return ridge_logits(x, labels, asked, n_classes, self.alpha)
+        rows, other, size = principal(x, asked)
+        target = 2 * one_column(labels, n_classes) - 1  # draw train column
+        read = (other / (size + self.alpha)) @ rows.T  # test train: one factorisation for all labellings
+        middle = target.mean(1, keepdim=True)
+        return column_per_class(torch.einsum("mn,dnk->dmk", read, target - middle) + middle)
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         from sklearn.linear_model import RidgeClassifier
@@ -201,7 +211,10 @@ class MassMean:
     name = "mass-mean"
 
     def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
-        return mean_logits(x, labels, asked, n_classes)
+        rows, other = (torch.from_numpy(part - x.mean(0)) for part in (x, asked))
+        of_class = one_hot(labels, n_classes).to(rows).transpose(1, 2)
+        means = of_class @ rows / of_class.sum(2, keepdim=True).clamp_min(1)  # draw class d
+        return torch.einsum("mi,dki->dmk", other, means) - means.square().sum(2)[:, None] / 2
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         middle = x.mean(0)

@@ -165,7 +165,7 @@ def _written(
     model: "HookedTransformer", plan: _Plan, rows: list[Row], settings: SweepSettings
 ) -> tuple[Generation, Float[Tensor, "edit prompt"], Float[Tensor, "edit prompt"]]:
     """The continuations of every prompt under the first edits, the unsteered model's loss on them, and repeats."""
-    n = 1 + int(plan.of[: 1 + whole("settings.written", settings.written)].amax())
+    n = 1 + int(plan.of[: 1 + whole("written", settings.written)].amax())
     options = {"max_new_tokens": settings.new_tokens, "temperature": settings.temperature, "seed": settings.seed}
     texts = plan.edits.generate(model, rows, torch.arange(n), options)
     losses = continuation_loss(model, texts).view(n, len(rows))

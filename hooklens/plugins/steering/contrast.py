@@ -126,11 +126,12 @@ def find_direction(
     Reference: Marks and Tegmark (2023), "The Geometry of Truth"; Arditi et al. (2024), "Refusal in Language Models Is
     Mediated by a Single Direction", section 2.3.
     """
+    prompts: Any = positive
     if isinstance(positive, PromptPairs):
         if negative is not None:
             raise ArgumentError("{positive} is PromptPairs, which hold their corrupted prompts; leave {negative} out")
-        pairs = positive
-        positive, negative, group = pairs.clean, pairs.corrupted, pairs.group if group is None else group
+        prompts, negative = positive.clean, positive.corrupted
+        group = positive.group if group is None else group
     if negative is None:
         raise ArgumentError("{negative} prompts are missing; give prompts of both kinds, or PromptPairs with both")
     whole("draws", draws, 1)
@@ -138,7 +139,7 @@ def find_direction(
         raise InputError(f"a direction needs one vector per position at every layer: {', '.join(_SITES)}; got {site!r}")
     if pos is not None and (isinstance(pos, bool) or not isinstance(pos, int)):
         raise WrongType(f"pos is a whole number, or None for the mean over all positions; got {pos!r:.40}")
-    rows, others = rows_of(model, positive, "positive"), rows_of(model, negative, "negative")
+    rows, others = rows_of(model, prompts, "positive"), rows_of(model, negative, "negative")
     split = make_splits(len(rows), len(others), group, seed)
     # layer prompt width
     acts = gather(model, [*rows, *others], site=site, pos=-1 if pos is None else pos, average=pos is None).x

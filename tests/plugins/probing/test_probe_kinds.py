@@ -214,7 +214,6 @@ def test_brier_and_bins_by_hand():
     assert made.brier == pytest.approx(((0.49 + 0.64 + 0.01) + (0.01 + 0.01 + 0.04)) / 2)
     assert made.ece == pytest.approx((0.7 + 0.2) / 2) and made.count[[7, 8]].tolist() == [1, 1]
     assert len(made.table()) == 2 and len(made.table(1)) == 1 and made.figure().data
-    assert [row[2] for row in made.top(2).rows] == [1, 1] and made.top(1).rows[0][0] == pytest.approx(0.7)
 
 
 def test_the_temperature_undoes_a_factor():
