@@ -16,7 +16,7 @@ from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gathering import Activations, gather
 from hooklens.plugins.probing.probe_training import _study, probe_texts, train_probe
 from hooklens.plugins.probing.probe_use import check_probe_use
-from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
+from hooklens.plugins.probing.probes import PROBES, MassMean, Ridge
 from hooklens.plugins.probing.scoring import correct
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
@@ -108,11 +108,11 @@ def test_the_best_of_many_layers_is_not_what_is_reported():
 
 
 def test_the_layer_is_chosen_without_the_test_examples():
-    acts, task = noise()
+    acts, task = noise(points=10)
     folds = make_folds(task.label, acts.group)
     before = _study(acts, task, MassMean(), folds, 1, 0)
     x = acts.x.clone()
-    x[:, folds[2].test] += 100 * torch.randn(30, len(folds[2].test), 5, dtype=torch.float64)
+    x[:, folds[2].test] += 100 * torch.randn(10, len(folds[2].test), 5, dtype=torch.float64)
     moved = Activations(x, acts.points, acts.token, acts.prompt, acts.pos, acts.group, acts.embed, acts.context)
     after = _study(moved, task, MassMean(), folds, 1, 0)
     assert after.chosen[2] == before.chosen[2]
@@ -149,7 +149,7 @@ def test_the_control_task_can_be_memorised_and_selectivity_is_what_is_left():
     tokens = torch.randint(12, (240, 3), generator=torch.Generator().manual_seed(0))
     label = [int(row[-1]) % 2 for row in tokens]
     task = read_task(model, tokens, label)
-    _, study = train_probe(model, task, kind=Logistic(c=1.0), null_draws=1)
+    _, study = train_probe(model, task, kind=Ridge(alpha=0.1), null_draws=1)
     assert study.control_by == "token"
     assert float(study.control.mean()) > 0.95 and study.selectivity < 0.06
     assert study.accuracy > 0.95
@@ -163,7 +163,7 @@ def study_of(x, token, label, kind=None, **options):
     names = [f"blocks.{i}.hook_resid_post" for i in range(len(x))]
     acts = Activations(x, names, token, ids, torch.zeros_like(ids), ids, x[0], x[0])
     folds = make_folds(task.label, acts.group, folds=options.pop("folds", 5))
-    return _study(acts, task, kind or Logistic(c=1.0), folds, options.pop("null_draws", 0), 0)
+    return _study(acts, task, kind or Ridge(alpha=1.0), folds, options.pop("null_draws", 0), 0)
 
 
 def test_a_page_says_what_the_controls_take_away():
@@ -215,7 +215,7 @@ def test_selectivity_compares_the_same_rows():
     token, label = torch.arange(120) % 12, torch.randint(2, (120,), generator=generator)
     x = torch.randn(1, 120, 6, generator=generator, dtype=torch.float64)
     made = ControlTasks.of(label, token, torch.arange(120), torch.arange(120), folds=4, seed=0)
-    kind = Logistic(c=1.0)
+    kind = Ridge(alpha=1.0)
     random, real = made.scores(x[0].numpy(), kind)
     for i in range(5):
         assert len(made.folds[i]) == 4
@@ -277,7 +277,7 @@ def test_points_have_q_values_over_all_of_them():
 
 def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_are_taken():
     """With 20 draws a layer the least p was 1/21, and q of one layer alone 30 / 21: nothing said so."""
-    acts, task = noise(points=30)
+    acts, task = noise(n=24, points=30)
     acts.x[7, :, 0] += 5.0 * task.label
     study = _study(acts, task, MassMean(), make_folds(task.label, acts.group), None, 0)
     assert study.point_null.shape == (600, 30) and study.null.shape == (99,)
@@ -303,7 +303,7 @@ def test_several_classes():
     model = tiny_model(d_vocab=VOCAB, d_model=32)
     tokens = torch.randint(VOCAB, (300, 2), generator=torch.Generator().manual_seed(0))
     task = read_task(model, tokens, ["abc"[int(row[-1]) % 3] for row in tokens])
-    _, study = train_probe(model, task, kind=Logistic(c=1.0), site=("resid_post", 0), null_draws=1)
+    _, study = train_probe(model, task, kind=Ridge(alpha=1.0), site=("resid_post", 0), null_draws=1)
     assert study.classes == ["a", "b", "c"] and study.prob.shape == (300, 3)
     assert study.probe(study.weight).shape == (3, 3)
     assert study.accuracy > 0.6 and study.calibration.figure().data

@@ -4,14 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from model.zoo import zoo_model
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.steering.contrast import find_direction
 from hooklens.plugins.steering.held_out_steering import cross_fit, make_splits
-from hooklens.results.statistics import auc
 from hooklens.testing import tiny_model
 
 
@@ -103,18 +100,6 @@ def test_groups_stay_in_one_fold_and_swap_together():
     drawn = split.shuffled(50, torch.Generator().manual_seed(0)) * split.labels()
     assert all(len(drawn[k, split.group == one].unique()) == 1 for k in range(50) for one in range(4))
     assert 0.3 < (drawn > 0).double().mean() < 0.7
-
-
-@settings(max_examples=30, deadline=None)
-@given(scores=st.lists(st.integers(0, 5), min_size=4, max_size=12), data=st.data())
-def test_the_area_is_that_of_scikit_learn_ties_included(scores, data):
-    from sklearn.metrics import roc_auc_score
-
-    label = data.draw(
-        st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)).filter(lambda x: 0 < sum(x) < len(x))
-    )
-    found = auc(torch.tensor(scores, dtype=torch.float64), torch.tensor(label))
-    assert found.item() == pytest.approx(roc_auc_score(label, scores))
 
 
 def test_what_cannot_be_contrasted_is_refused_with_a_reason():
