@@ -64,14 +64,14 @@ class Calibration(Result):
         """One row per bin that is not empty."""
         kept = self.count > 0
         columns = (self.said[kept].tolist(), self.was[kept].tolist(), self.count[kept].tolist())
-        return Table(("said", "came true", "examples"), list(zip(*columns, strict=True))).head(n)
+        return Table(("predicted", "observed", "examples"), list(zip(*columns, strict=True))).head(n)
 
     def figure(self) -> Any:
         """Observed frequency against predicted probability; a calibrated probe lies on the diagonal."""
         from hooklens.viz.curves import lines
 
         kept = self.count > 0
-        shown = {"came true": self.was[kept], "as it should": self.said[kept]}
+        shown = {"observed": self.was[kept], "calibrated": self.said[kept]}
         return lines(
             shown,
             self.said[kept],

@@ -167,7 +167,7 @@ def demo(model: "HookedTransformer") -> TokenProjection:
     """Odd and even token numbers along a direction at the first layer; works on any model, without a tokenizer."""
     task = odd_first(model)
     x = gather(model, task, site="blocks.0.hook_resid_post").x[0]
-    weight, bias, step = (torch.from_numpy(one).to(x) for one in fit(_MASS_MEAN, as_rows(x), task.label.numpy(), 2))
+    weight, bias, step = (torch.from_numpy(part).to(x) for part in fit(_MASS_MEAN, as_rows(x), task.label.numpy(), 2))
     read = Probe(weight, bias, step, classes=task.classes)
     tokens = torch.arange(model.cfg.d_vocab)
     return project_tokens(model, read, tokens, tokens % 2, draws=100)

@@ -42,14 +42,13 @@ def run_edited(
     reader, place = Reader(model, pairs.of(metric), last), pos.to(stream.device) - start
     moves = torch.cartesian_prod(torch.arange(len(shift)), torch.arange(len(directions)))
     values = []
-    for some in moves.split(max(1, _ROWS // stream[..., 0].numel())):
-        change = shift[some[:, 0], :, None] * directions[some[:, 1], None]  # move prompt d
-        rows, rows_past = torch.arange(n, device=stream.device).repeat(len(some)), None
+    for part in moves.split(max(1, _ROWS // stream[..., 0].numel())):
+        change = shift[part[:, 0], :, None] * directions[part[:, 1], None]  # move prompt d
+        rows, rows_past = torch.arange(n, device=stream.device).repeat(len(part)), None
         if start:
             rows_past = copy.copy(past)
             rows_past.keep_rows(rows)
-        add = partial(_add, change.flatten(0, 1).to(stream), place[rows])
-        with model.hooks(fwd_hooks=[(point, add)]):
+        with model.hooks(fwd_hooks=[(point, partial(_add, change.flatten(0, 1).to(stream), place[rows]))]):
             edited = model(stream[rows], start_at_layer=layer, stop_at_layer=n_layers, kv_cache=rows_past)
         for prompts in edited.unflatten(0, (-1, n)):
             values.append(reader.on_stream(torch.cat([last[:, :start], prompts], 1)))

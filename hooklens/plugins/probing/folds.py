@@ -30,10 +30,10 @@ def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3
     """Stratified folds that do not split groups, each with inner folds for choices such as that of the layer.
 
     >>> label, group = torch.tensor([0, 1] * 8), torch.arange(16) // 2
-    >>> made = make_folds(label, group, folds=4, inner=2)
-    >>> len(made), sorted(row for fold in made for row in fold.test.tolist()) == list(range(16))
+    >>> parts = make_folds(label, group, folds=4, inner=2)
+    >>> len(parts), sorted(row for fold in parts for row in fold.test.tolist()) == list(range(16))
     (4, True)
-    >>> all(not set(group[fold.train].tolist()) & set(group[fold.test].tolist()) for fold in made)
+    >>> all(not set(group[fold.train].tolist()) & set(group[fold.test].tolist()) for fold in parts)
     True
 
     Reference: Varma and Simon (2006), "Bias in error estimation when using cross-validation for model selection".

@@ -100,8 +100,8 @@ def measure_geometry(
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model(); tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
-    >>> found = measure_geometry(model, tasks, site=("resid_post", 0), draws=20)
-    >>> found.cosine.shape, found.null.shape                # task other; draw task other
+    >>> geometry = measure_geometry(model, tasks, site=("resid_post", 0), draws=20)
+    >>> geometry.cosine.shape, geometry.null.shape                # task other; draw task other
     (torch.Size([2, 2]), torch.Size([20, 2, 2]))
 
     Reference: Cai, Fan and Jiang (2013), "Distributions of Angles in Random Packing on Spheres", for `isotropic`.

@@ -111,8 +111,8 @@ def transfer_probe(
     """Does the probe of one task work on the others, at one point of the model? Each task has two classes.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = demo(tiny_model())
-    >>> found.accuracy.shape, found.null.shape              # trained tested; null draw trained tested
+    >>> transfer = demo(tiny_model())
+    >>> transfer.accuracy.shape, transfer.null.shape              # trained tested; null draw trained tested
     (torch.Size([2, 2]), torch.Size([2, 19, 2, 2]))
 
     Reference: Marks and Tegmark (2023), "The Geometry of Truth", generalisation between data sets.

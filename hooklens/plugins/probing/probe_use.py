@@ -114,7 +114,7 @@ class CausalCheck(Result):
         """The `k` prompts with the largest decrease under ablation; the choice uses the measured effects."""
         order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
         rows = [(i, self.classes[int(self.label[i])], self.told[i], *self.fall[:, i]) for i in order]
-        return Table(("prompt", "class", "told", *EDITS), rows)
+        return Table(("prompt", "class", "margin", *EDITS), rows)
 
     def figure(self) -> Any:
         """The decrease for the probe's direction with its interval, and the middle 95 % of random directions."""

@@ -120,16 +120,15 @@ def read_task(
     group of pairs, form a group.
     """
     if isinstance(prompts, PromptPairs):
-        clean, corrupted, group = _sides(model, prompts, labels, group)
-        rows, label, classes = [*clean, *corrupted], [1] * len(clean) + [0] * len(corrupted), ["corrupted", "clean"]
+        rows, label, group = _both_sides(model, prompts, labels, group)
+        classes = ["corrupted", "clean"]
     else:
-        rows = [row.cpu() for row in rows_of(model, prompts, "prompts")]
+        rows = rows_of(model, prompts, "prompts")
         label, classes = _classes(_one_per_prompt("labels", labels, len(rows)))
-    if group is not None:
-        group = _one_per_prompt("group", group, len(rows))
+        group = None if group is None else _one_per_prompt("group", group, len(rows))
     return ProbeTask(
         name=name,
-        tokens=rows,
+        tokens=[row.cpu() for row in rows],
         prompt=torch.arange(len(rows)),
         pos=torch.tensor(positions_of(rows, pos)),
         label=torch.tensor(label),
@@ -174,18 +173,16 @@ def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:
     return torch.tensor([number.setdefault(root(("example", i)), len(number)) for i in range(len(keys))])
 
 
-def _sides(
+def _both_sides(
     model: "HookedTransformer", pairs: PromptPairs, labels: Any, group: Any
-) -> tuple[list[Tensor], list[Tensor], list]:
-    """The clean and the corrupted prompts of pairs, and the group of each prompt."""
-    if labels is not None:
-        raise ArgumentError("{labels} are for prompts; PromptPairs are labelled clean and corrupted: leave them out")
-    if pairs.corrupted is None:
-        raise ArgumentError("{corrupted} prompts are missing; give PromptPairs with both, or prompts with labels")
-    clean, corrupted = rows_of(model, pairs.clean, "clean"), rows_of(model, pairs.corrupted, "corrupted")
-    of_pair = next(given for given in (group, pairs.group, range(len(pairs))) if given is not None)
-    of_pair = _one_per_prompt("group", of_pair, len(pairs))
-    return [row.cpu() for row in clean], [row.cpu() for row in corrupted], of_pair * 2
+) -> tuple[list[Tensor], list[int], list]:
+    """The clean and the corrupted prompts of pairs, their labels 1 and 0, and their groups."""
+    if labels is not None or pairs.corrupted is None:
+        raise ArgumentError("PromptPairs need {corrupted} prompts and no {labels}: the classes are clean and corrupted")
+    n, of_pair = len(pairs), pairs.group if group is None else group
+    of_pair = _one_per_prompt("group", list(range(n)) if of_pair is None else of_pair, n)
+    rows = [*rows_of(model, pairs.clean, "clean"), *rows_of(model, pairs.corrupted, "corrupted")]
+    return rows, [1] * n + [0] * n, of_pair * 2
 
 
 def _one_per_prompt(name: str, values: Any, n: int) -> list:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
@@ -21,7 +21,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.positions import Positions
-from hooklens.plugins.steering.steering_edit import Direction, steer
+from hooklens.plugins.steering.steering_edit import Direction, finite_numbers, steer
 from hooklens.plugins.steering.variants import Row, Variants, continuation_loss, repeated, texts_of, unit_controls
 from hooklens.results.result import Result
 from hooklens.results.statistics import group_numbers
@@ -137,7 +137,7 @@ def _planned(
     if settings.positions == "generated":
         raise InputError("the metric is read on prompts, where positions='generated' adds nothing; use slice(-1, None)")
     steer(model, direction, site=site, positions=settings.positions)  # raises if it cannot be added there
-    amounts = _amounts(coefficients)
+    amounts = finite_numbers("coefficients are a row of at least one number", coefficients, dims=(1,)).double().cpu()
     wide = direction.detach().double().cpu()
     controls = unit_controls(settings.controls, wide, settings.seed) * wide.norm(dim=-1, keepdim=True)
     directions, used = torch.cat([wide[None], controls]), (amounts != 0).nonzero().flatten()
@@ -149,16 +149,6 @@ def _planned(
         Variants.of(model, site, vectors, torch.ones(()), positions) for positions in (settings.positions, "all")
     )
     return _Plan(amounts, of, at_positions, everywhere)
-
-
-def _amounts(coefficients: Sequence[float | int]) -> Float[Tensor, "coefficient"]:
-    try:
-        amounts = torch.as_tensor(coefficients, dtype=torch.float64).cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise WrongType(f"coefficients are numbers, got {coefficients!r:.60}") from error
-    if amounts.ndim != 1 or not len(amounts) or not bool(amounts.isfinite().all()):
-        raise InputError(f"a sweep needs a row of at least one coefficient, all finite; got {coefficients!r:.60}")
-    return amounts
 
 
 def _written(

@@ -119,8 +119,8 @@ def find_direction(
     swapped together. Of `PromptPairs` the clean prompts are positive and the corrupted ones negative.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = find_direction(tiny_model(), [[i, 1] for i in range(10)], [[i, 2] for i in range(10)], draws=99)
-    >>> found.direction.shape, found.separation[0].item(), found.p[0].item()      # layer width
+    >>> contrast = find_direction(tiny_model(), [[i, 1] for i in range(10)], [[i, 2] for i in range(10)], draws=99)
+    >>> contrast.direction.shape, contrast.separation[0].item(), contrast.p[0].item()      # layer width
     (torch.Size([2, 8]), 1.0, 0.01)
 
     Reference: Marks and Tegmark (2023), "The Geometry of Truth"; Arditi et al. (2024), "Refusal in Language Models Is

@@ -102,7 +102,7 @@ class DirectionAblation(Result):
         columns += [self.random_share.mean(1), self.random_neutral_loss.mean((1, 2)).exp()]
         for null, *cells in zip(self.nulls, *columns, strict=True):
             rows.append((f"random, {null}", *cells))
-        names = ("taken out", "effect", "low", "high", "p", "interval against these", "share", "perplexity")
+        names = ("ablated", "effect", "low", "high", "p", "interval against these", "share", "perplexity")
         return Table(names, rows).head(n)
 
     def figure(self) -> Any:
@@ -145,8 +145,8 @@ def measure_direction_ablation(
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
     >>> logit = lambda logits: logits[:, -1, 5]
-    >>> seen = measure_direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], logit, controls=9)
-    >>> seen.random_effect.shape, len(seen.sites)                              # null draw
+    >>> ablation = measure_direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], logit, controls=9)
+    >>> ablation.random_effect.shape, len(ablation.sites)                              # null draw
     (torch.Size([3, 9]), 6)
 
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", sections 2.4 and 3.

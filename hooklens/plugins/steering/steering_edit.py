@@ -1,6 +1,6 @@
 """Add a direction to activations or ablate it, in a forward pass and in every step of a generation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,8 @@ def steer(
     Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
     Activation Addition", section 3.
     """
-    positions, amount = checked(positions), _amount(coefficient)
+    amount = finite_numbers("coefficient is a number, or one per batch row", coefficient, dims=(0, 1))
+    positions = checked(positions)
     vectors = at_points(model, site, _checked_direction(direction)[None], "steer")
     what = f"{next(iter(vectors))}{' and others' * (len(vectors) > 1)}, positions {positions!r}"
     if amount.ndim == 0 and float(amount) == 0:
@@ -211,11 +212,17 @@ def _checked_direction(direction: Any) -> Direction:
     return direction
 
 
-def _amount(coefficient: Any) -> Tensor:
+def finite_numbers(what: str, values: Any, *, dims: Sequence[int]) -> Tensor:
+    """The numbers as a tensor with one of these numbers of axes; `what` begins the error.
+
+    >>> finite_numbers("coefficient is a number", float("inf"), dims=[0])
+    Traceback (most recent call last):
+    hooklens.core.errors.InputError: coefficient is a number, all finite; got inf
+    """
     try:
-        amount = torch.as_tensor(coefficient)
+        numbers = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise WrongType(f"coefficient must be a number, or one per batch row, got {coefficient!r:.60}") from error
-    if amount.ndim > 1 or amount.is_complex() or not bool(amount.isfinite().all()):
-        raise InputError(f"coefficient must be a finite number, or one per batch row, got {coefficient!r:.60}")
-    return amount
+        raise WrongType(f"{what}, got {values!r:.60}") from error
+    if numbers.ndim not in dims or numbers.is_complex() or not numbers.numel() or not bool(numbers.isfinite().all()):
+        raise InputError(f"{what}, all finite; got {values!r:.60}")
+    return numbers

@@ -103,8 +103,8 @@ def continuation_loss(model: "HookedTransformer", written: Generation) -> Float[
     for rows in torch.arange(len(tokens)).split(max(1, _LOGITS_AT_ONCE // (len(step) * model.cfg.d_vocab_out))):
         read = model(tokens[rows], attention_mask=real[rows], stop_at_layer=model.cfg.n_layers)
         stream = read.as_subclass(torch.Tensor)  # by column: padding of short rows is read too, and not counted below
-        each = torch.arange(len(rows))[:, None]
-        of_token = nats(model.read_out(stream[each, at[rows] - 1]), tokens[rows].gather(1, at[rows]))
+        number = torch.arange(len(rows))[:, None]
+        of_token = nats(model.read_out(stream[number, at[rows] - 1]), tokens[rows].gather(1, at[rows]))
         losses.append((of_token * (step < new[rows, None])).sum(1) / new[rows])
     return torch.cat(losses)
 

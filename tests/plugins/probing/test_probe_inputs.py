@@ -50,10 +50,9 @@ def test_the_two_sides_of_prompt_pairs_are_two_classes():
     assert task.classes == ["corrupted", "clean"] and task.label.tolist() == [1, 1, 1, 0, 0, 0]
     assert task.group.tolist() == [0, 1, 0, 0, 1, 0]
     assert [row.tolist() for row in task.tokens] == [*map(list, pairs.clean), *map(list, pairs.corrupted)]
-    with pytest.raises(InputError, match=r"leave them out"):
-        read_task(tiny_model(), pairs, [0, 1, 0])
-    with pytest.raises(InputError, match=r"corrupted prompts are missing"):
-        read_task(tiny_model(), hl.PromptPairs([[1, 2]], None))
+    for given in ((pairs, [0, 1, 0]), (hl.PromptPairs([[1, 2]], None),)):
+        with pytest.raises(InputError, match=r"need corrupted prompts and no labels"):
+            read_task(tiny_model(), *given)
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ def test_the_table_has_a_row_a_coefficient_and_shows_text():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"coefficients": []}, "at least one coefficient, all finite"),
-        ({"coefficients": [float("nan")]}, "at least one coefficient, all finite"),
+        ({"coefficients": []}, "a row of at least one number, all finite"),
+        ({"coefficients": [float("nan")]}, "a row of at least one number, all finite"),
         ({"site": "embed"}, "points inside blocks"),
         ({"settings": SweepSettings(positions="generated")}, "read on prompts"),
         ({"settings": SweepSettings(controls=0)}, "at least 1"),
