@@ -12,8 +12,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.plugins.probing.folds import Classes, Fold, split
-from hooklens.plugins.probing.probes import ProbeKind
-from hooklens.plugins.probing.scoring import predicted
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.results.statistics import group_numbers
 
 _LABELLINGS = 5
@@ -59,12 +58,11 @@ class ControlTasks:
                 return cls(by, "", torch.stack(labels), real, parts)
         return cls(None, f"{by}: too few for {len(shares)} classes", none, real, [])
 
-    def scores(self, x: np.ndarray, kind: ProbeKind) -> Float[Tensor, "task labelling example"]:
+    def scores(self, x: np.ndarray, trainer: Trainer) -> Float[Tensor, "task labelling example"]:
         """Correctness on the random labels and on the real labels, fitted and tested on the same rows."""
         right = torch.zeros(2, len(self.label), len(x), dtype=torch.float64)
         for i, (label, parts) in enumerate(zip(self.label, self.folds, strict=True)):
-            both = torch.stack([label, self.real])
-            right[:, i] = (predicted(x, both, int(self.real.max()) + 1, parts, kind).argmax(2) == both).double()
+            right[:, i] = trainer.correct(x, torch.stack([label, self.real]), parts)
         return right
 
 

@@ -15,7 +15,7 @@ from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probe_use import NULLS, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
-from hooklens.plugins.probing.scoring import as_rows, fit
+from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.results.result import Result
 from hooklens.results.statistics import auc, null_p
 from hooklens.results.table import Table
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 500  # random directions: each is compared with every row of the embedding
-_MASS_MEAN = MassMean()
 _COLOURS = ("#d55e00", "#0072b2")
 
 
@@ -167,7 +166,7 @@ def demo(model: "HookedTransformer") -> TokenProjection:
     """Odd and even token numbers along a direction at the first layer; works on any model, without a tokenizer."""
     task = odd_first(model)
     x = gather(model, task, site="blocks.0.hook_resid_post").x[0]
-    weight, bias, step = (torch.from_numpy(part).to(x) for part in fit(_MASS_MEAN, as_rows(x), task.label.numpy(), 2))
-    read = Probe(weight, bias, step, classes=task.classes)
+    fitted = Trainer(MassMean(), 2).fit(as_rows(x), task.label.numpy())
+    probe = Probe(*(torch.from_numpy(part).to(x) for part in fitted), classes=task.classes)
     tokens = torch.arange(model.cfg.d_vocab)
-    return project_tokens(model, read, tokens, tokens % 2, draws=100)
+    return project_tokens(model, probe, tokens, tokens % 2, draws=100)

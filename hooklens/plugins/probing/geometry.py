@@ -16,7 +16,7 @@ from hooklens.plugins.probing.folds import shuffled, split
 from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, kind_name
-from hooklens.plugins.probing.scoring import fit
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
 from hooklens.results.result import Result
 from hooklens.results.statistics import null_p, q_values
@@ -143,7 +143,7 @@ def _repeat(kind: ProbeKind, x: np.ndarray, task: ProbeTask, seed: int) -> float
 
 def direction_of(kind: ProbeKind, x: np.ndarray, label: Int[Tensor, "example"]) -> Float[Tensor, "d"]:
     """The unit vector from class 0 to class 1 of a probe that is fitted on all rows."""
-    step = fit(kind, x, label.numpy(), 2).step
+    step = Trainer(kind, 2).fit(x, label.numpy()).step
     across = torch.from_numpy(step[1] - step[0])
     return across / across.norm().clamp_min(1e-300)
 

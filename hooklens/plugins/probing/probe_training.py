@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,8 +14,8 @@ from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import WrongType
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress, say_estimate
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
-from hooklens.plugins.probing import scoring
 from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import Fold, make_folds, shuffled_in_folds
@@ -22,7 +23,7 @@ from hooklens.plugins.probing.gathering import Activations, gather
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind, class_means, kind_name
-from hooklens.plugins.probing.scoring import Scored, as_rows, cross_validate
+from hooklens.plugins.probing.scoring import Scored, Trainer, as_rows, majority
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import Label, ProbeTask, read_task
 
@@ -76,8 +77,8 @@ def train_probe(
 
 def probe_texts(
     model: "HookedTransformer",
-    texts: Prompts,
-    labels: Sequence[Label],
+    texts: Prompts | PromptPairs,
+    labels: Sequence[Label] | None = None,
     *,
     group: Sequence[Hashable] | None = None,
     pos: int | Sequence[int] = -1,
@@ -85,7 +86,7 @@ def probe_texts(
     kind: ProbeKind = _LOGISTIC,
     seed: int = 0,
 ) -> ProbeStudy:
-    """Can these labels be read from the last token (or from `pos`) of these texts? See `train_probe`.
+    """Can these labels be read from the last token (or from `pos`) of these texts? See `train_probe` and `read_task`.
 
     Texts of one `group` share something that could reveal the label; they are never split between training and test.
     """
@@ -96,12 +97,11 @@ def probe_texts(
 def _study(
     acts: Activations, task: ProbeTask, kind: ProbeKind, folds: list[Fold], null_draws: int | None, seed: int
 ) -> ProbeStudy:
-    label, n, fold = task.label, len(task.classes), _fold_of(folds, len(task.label))
+    label, fold, trainer = task.label, _fold_of(folds, len(task.label)), Trainer(kind, len(task.classes))
     control = ControlTasks.of(label, acts.token, task.text_numbers(), acts.group, folds=len(folds), seed=seed)
     shuffles, n_nested = _shuffles(acts, label, folds, kind, draws=null_draws, seed=seed)
-    scored, in_control = _at_every_point(
-        acts, torch.cat([label[None], shuffles]), n=n, folds=folds, kind=kind, control=control, n_nested=n_nested
-    )
+    labels = torch.cat([label[None], shuffles])
+    scored, in_control = _at_every_point(acts, labels, folds, trainer, control=control, n_nested=n_nested)
     chosen = torch.stack([point.inner for point in scored]).argmax(0)  # labelling fold; the first of those that tie
     chosen_by_null = chosen[1:] if len(chosen) > 1 else chosen.expand(n_nested, -1)
     right, examples = torch.stack([point.right for point in scored]), torch.arange(len(label))
@@ -116,10 +116,10 @@ def _study(
         "same_split": torch.stack([real for _, real in in_control], 1),
         "null": balanced(nested_null, shuffles[:n_nested]),
         "point_null": torch.stack([balanced(point.double(), shuffles) for point in nulls], 1),
-        "majority": scoring.majority(label, folds),
-        "embed": scoring.correct(as_rows(acts.embed), label, n, folds, kind),
-        "context": scoring.correct(as_rows(acts.context), label, n, folds, kind),
-        **_final(acts.x[best], label, n, kind, scored[best]),
+        "majority": majority(label, folds),
+        "embed": trainer.correct(as_rows(acts.embed), label[None], folds)[0],
+        "context": trainer.correct(as_rows(acts.context), label[None], folds)[0],
+        **_final(as_rows(acts.x[best]), label, trainer, scored[best]),
     }
     return ProbeStudy(
         task=task.name,
@@ -167,26 +167,27 @@ def _least_p(label: Int[Tensor, "example"], shuffles: Int[Tensor, "draw example"
 
 
 def _at_every_point(
-    acts: Activations, labels: Tensor, n: int, folds: list[Fold], kind: ProbeKind, control: ControlTasks, n_nested: int
+    acts: Activations, labels: Tensor, folds: list[Fold], trainer: Trainer, *, control: ControlTasks, n_nested: int
 ) -> tuple[list[Scored], list[Tensor]]:
     """Predictions of probes for the real and the shuffled labels at each point, and for the control task."""
-    n_inner = 1 + n_nested if isinstance(kind, FitsMany) else 1
+    n_inner = 1 + n_nested if isinstance(trainer.kind, FitsMany) else 1
     fits = sum(len(labels) + len(fold.inner) * n_inner for fold in folds) + 2 * sum(map(len, control.folds))
-    seconds = _a_fit(acts.x[0], labels, n, folds[0], kind) * fits * len(acts.x)
+    seconds = _a_fit(as_rows(acts.x[0]), labels, folds[0], trainer) * fits * len(acts.x)
     say_estimate(f"probes at {len(acts.points)} points", seconds)
     scored, in_control = [], []
     with progress("probing", len(acts.points), unit="points") as advance:
         for x in acts.x:
-            scored.append(cross_validate(x, labels, n, folds, kind, n_inner=n_inner))
-            in_control.append(control.scores(as_rows(x), kind))
+            rows = as_rows(x)
+            scored.append(trainer.cross_validate(rows, labels, folds, n_inner=n_inner))
+            in_control.append(control.scores(rows, trainer))
             advance()
     return scored, in_control
 
 
-def _a_fit(x: Float[Tensor, "example d"], labels: Tensor, n: int, fold: Fold, kind: ProbeKind) -> float:
+def _a_fit(rows: np.ndarray, labels: Tensor, fold: Fold, trainer: Trainer) -> float:
     """Estimate the seconds per fit of one labelling in one fold, when all labellings are fitted together."""
-    rows, start = as_rows(x), time.perf_counter()
-    scoring.fit_and_predict(kind, rows, labels.cpu(), fold[:2], n_classes=n)
+    start = time.perf_counter()
+    trainer.predict(rows, labels.cpu(), fold.train, fold.test)
     return (time.perf_counter() - start) / len(labels)
 
 
@@ -205,12 +206,12 @@ def _fold_of(folds: list[Fold], n: int) -> Int[Tensor, "example"]:
     return number
 
 
-def _final(x: Float[Tensor, "example d"], label: Tensor, n: int, kind: ProbeKind, scored: Scored) -> dict[str, Tensor]:
+def _final(rows: np.ndarray, label: Tensor, trainer: Trainer, scored: Scored) -> dict[str, Tensor]:
     """Weights, bias and class means fitted on all examples, scaled by the temperature of the folds."""
-    rows, y = as_rows(x), label.cpu().numpy()
-    weight, bias, step = map(torch.from_numpy, scoring.fit(kind, rows, y, n))
+    y = label.cpu().numpy()
+    weight, bias, step = map(torch.from_numpy, trainer.fit(rows, y))
     factor = float(scored.factor.log().mean().exp())
-    means = torch.from_numpy(class_means(rows, y, n))
+    means = torch.from_numpy(class_means(rows, y, trainer.n_classes))
     return {"weight": weight * factor, "bias": bias * factor, "step": step, "means": means}
 
 

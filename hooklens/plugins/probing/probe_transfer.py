@@ -13,11 +13,11 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
-from hooklens.plugins.probing.folds import make_folds, shuffled, shuffled_in_folds
+from hooklens.plugins.probing.folds import Fold, make_folds, shuffled, shuffled_in_folds
 from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights, kind_name
-from hooklens.plugins.probing.scoring import fit, predicted
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
 from hooklens.results.result import Result
 from hooklens.results.statistics import auc, mean_interval, null_p, q_values
@@ -118,6 +118,7 @@ def transfer_probe(
     Reference: Marks and Tegmark (2023), "The Geometry of Truth", generalisation between data sets.
     """
     name, size, generator = kind_name(kind), (len(tasks), len(tasks)), seeded(seed)
+    trainer = Trainer(kind, 2)
     whole("draws", draws, 1)
     point, dtype, rows = task_rows(model, tasks, site)
     cells = {name: torch.full(size, float("nan"), dtype=dtype) for name in ("accuracy", "low", "high", "auc")}
@@ -125,14 +126,15 @@ def transfer_probe(
     with progress("tasks", len(tasks), unit="tasks") as advance:
         for i, trained in enumerate(tasks):
             shuffles = [shuffled(trained.label, trained.group, generator) for _ in range(draws)]
-            probes = [fit(kind, rows[i], label.numpy(), 2) for label in (trained.label, *shuffles)]
+            probes = [trainer.fit(rows[i], label.numpy()) for label in (trained.label, *shuffles)]
             for j, tested in enumerate(tasks):
                 kept = torch.arange(len(tested)) if i == j else _apart(trained, tested)
                 n[i, j], x, label, group = len(kept), rows[j][kept.numpy()], tested.label[kept], tested.group[kept]
                 if not len(kept):
                     continue
                 if i == j:
-                    score, nulls = _out_of_fold(x, label, group=group, kind=kind, folds=folds, draws=draws, seed=seed)
+                    parts = make_folds(label, group, folds=folds, seed=seed)
+                    score, nulls = _out_of_fold(x, label, group, parts, trainer=trainer, draws=draws, seed=seed)
                 else:
                     score, nulls = _of_others(x, label, group, probes, generator)
                 right = ((score > 0) == (label == 1)).double()
@@ -155,12 +157,12 @@ def _of_others(
 
 
 def _out_of_fold(
-    x: np.ndarray, label: Tensor, group: Tensor, kind: ProbeKind, folds: int, draws: int, seed: int
+    x: np.ndarray, label: Tensor, group: Tensor, parts: list[Fold], *, trainer: Trainer, draws: int, seed: int
 ) -> Scored:
     """Predictions for examples of the probe's own task, and for shuffled labels in the same folds."""
-    parts, generator = make_folds(label, group, folds=folds, seed=seed), seeded(seed)
+    generator = seeded(seed)
     labels = torch.stack([label, *(shuffled_in_folds(label, group, parts, generator) for _ in range(draws))])
-    margin = _margin(predicted(x, labels, 2, parts, kind))
+    margin = _margin(trainer.out_of_fold(x, labels, parts))
     null = torch.stack([auc(row, shuffle == 1) for row, shuffle in zip(margin[1:], labels[1:], strict=True)])
     return margin[0], null.expand(2, -1)
 

@@ -20,7 +20,7 @@ from hooklens.plugins.probing.folds import split
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
-from hooklens.plugins.probing.scoring import as_rows, correct
+from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.plugins.probing.task import ProbeTask, read_task
 from hooklens.results.result import Result
 from hooklens.results.statistics import mean_interval, middle, null_p, q_values
@@ -221,7 +221,8 @@ def _refitted(x: Float[Tensor, "state prompt d"], task: ProbeTask, seed: int) ->
         parts = split(task.label, task.group, 5, seed)
     except InputError:
         return torch.full_like(x[..., 0], float("nan"))
-    return torch.stack([correct(as_rows(rows), task.label, 2, parts, Logistic()) for rows in x]).to(x)
+    trainer = Trainer(Logistic(), 2)
+    return torch.cat([trainer.correct(as_rows(rows), task.label[None], parts) for rows in x]).to(x)
 
 
 def random_directions(

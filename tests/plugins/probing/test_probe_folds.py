@@ -9,7 +9,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.probing.control import control_labels, control_types
 from hooklens.plugins.probing.folds import make_folds, shuffled, split
 from hooklens.plugins.probing.probes import Logistic
-from hooklens.plugins.probing.scoring import correct
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import components, read_task
 from hooklens.testing import tiny_model
 
@@ -76,7 +76,7 @@ def test_where_only_the_entity_tells_grouped_folds_are_at_chance_and_naive_ones_
     for seed in range(5):
         x, label, group = entities(seed=seed)
         for folds, into in ((make_folds(label, group), grouped), (make_folds(label, torch.arange(len(label))), naive)):
-            into.append(float(correct(x.numpy(), label, 2, folds, Logistic(c=1.0)).mean()))
+            into.append(float(Trainer(Logistic(c=1.0), 2).correct(x.numpy(), label[None], folds)[0].mean()))
     assert min(naive) > 0.99
     assert abs(sum(grouped) / 5 - 0.5) < 0.12  # 150 entities: a standard error of 0.04
 

@@ -12,6 +12,7 @@ from hooklens.plugins.probing import (
     check_probe_use,
     gather,
     measure_geometry,
+    probe_texts,
     project_tokens,
     read_task,
     train_probe,
@@ -50,6 +51,10 @@ def test_the_two_sides_of_prompt_pairs_are_two_classes():
     assert task.classes == ["corrupted", "clean"] and task.label.tolist() == [1, 1, 1, 0, 0, 0]
     assert task.group.tolist() == [0, 1, 0, 0, 1, 0]
     assert [row.tolist() for row in task.tokens] == [*map(list, pairs.clean), *map(list, pairs.corrupted)]
+    study = probe_texts(
+        tiny_model(), hl.PromptPairs([[i, 1] for i in range(11)], [[i, 2] for i in range(11)]), kind=MassMean()
+    )
+    assert study.classes == task.classes and study.accuracy == 1.0 and len(study.group.unique()) == 11
     for given in ((pairs, [0, 1, 0]), (hl.PromptPairs([[1, 2]], None),)):
         with pytest.raises(InputError, match=r"need corrupted prompts and no labels"):
             read_task(tiny_model(), *given)

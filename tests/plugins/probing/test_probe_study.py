@@ -17,7 +17,7 @@ from hooklens.plugins.probing.gathering import Activations, gather
 from hooklens.plugins.probing.probe_training import _study, probe_texts, train_probe
 from hooklens.plugins.probing.probe_use import check_probe_use
 from hooklens.plugins.probing.probes import PROBES, MassMean, Ridge
-from hooklens.plugins.probing.scoring import correct
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
 from hooklens.pretrained.tokenizer import tiny_tokenizer
@@ -216,11 +216,11 @@ def test_selectivity_compares_the_same_rows():
     x = torch.randn(1, 120, 6, generator=generator, dtype=torch.float64)
     made = ControlTasks.of(label, token, torch.arange(120), torch.arange(120), folds=4, seed=0)
     kind = Ridge(alpha=1.0)
-    random, real = made.scores(x[0].numpy(), kind)
+    random, real = made.scores(x[0].numpy(), Trainer(kind, 2))
     for i in range(5):
         assert len(made.folds[i]) == 4
-        assert torch.equal(random[i], correct(x[0].numpy(), made.label[i], 2, made.folds[i], kind))
-        assert torch.equal(real[i], correct(x[0].numpy(), label, 2, made.folds[i], kind))
+        assert torch.equal(random[i], Trainer(kind, 2).correct(x[0].numpy(), made.label[i][None], made.folds[i])[0])
+        assert torch.equal(real[i], Trainer(kind, 2).correct(x[0].numpy(), label[None], made.folds[i])[0])
 
 
 @pytest.mark.parametrize("seed", range(10))
