@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.names import axes
+from hooklens.core.names import axes, parse
+from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Pairs
 from hooklens.model.kv_cache import KVCache
+from hooklens.model.linear import packed_linears
 from hooklens.sweeps.measure import Reader
 
 if TYPE_CHECKING:
@@ -21,20 +23,34 @@ _ROWS = 2048  # maximum number of positions per forward pass
 
 def run_edited(
     model: "HookedTransformer",
-    pairs: Pairs,
+    groups: list[Pairs],
     metric: Any,
     *,
     point: str,
-    layer: int,
     pos: Int[Tensor, "prompt"],
     shift: Float[Tensor, "edit prompt"],
     directions: Float[Tensor, "direction d"],
 ) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "edit direction prompt"]]:
-    """The metric of prompts of one length, plain and with each activation moved by its shift along each direction.
+    """The metric of every prompt, plain and with its activation moved by its shift along each direction."""
+    n = shift.shape[1]
+    plain, edited = shift.new_zeros(n), shift.new_zeros(len(shift), len(directions), n)
+    with torch.no_grad(), packed_linears(rows=1024), progress("directions", n, unit="prompts") as advance:
+        for pairs in groups:
+            rows = torch.tensor(pairs.index)
+            values = _of_one_length(
+                model, pairs, metric, point=point, pos=pos[rows], shift=shift[:, rows], directions=directions
+            )
+            plain[rows], edited[:, :, rows] = (value.to(shift) for value in values)
+            advance(len(rows))
+    return plain, edited
 
-    Runs start at the edited layer and at the first edited position, with the earlier keys and values of the plain run.
-    """
-    n, n_layers, before = len(pairs.clean), model.cfg.n_layers, f"blocks.{layer}.hook_resid_pre"
+
+def _of_one_length(
+    model: "HookedTransformer", pairs: Pairs, metric: Any, *, point: str, pos: Tensor, shift: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Runs start at the edited layer and at the first edited position, with the earlier keys and values cached."""
+    layer, n, n_layers = getattr(parse(point), "layer", 0), len(pairs.clean), model.cfg.n_layers
+    before = f"blocks.{layer}.hook_resid_pre"
     start = int(pos.min()) if model.cfg.causal and "key_pos" not in axes(point) else 0  # rot_k shows cached keys again
     keys = KVCache()
     last, cache = model.run_with_cache(pairs.clean, names=[before], stop_at_layer=n_layers, kv_cache=keys)

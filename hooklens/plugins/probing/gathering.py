@@ -249,9 +249,9 @@ def _values(
 ) -> dict[str, Tensor]:
     """The vectors that a store keeps of one batch, at these rows and positions."""
     cache = _run(model, rows, points)
-    embed = cache["hook_embed"].to(torch.promote_types(model.dtype, torch.float32))
-    acts = (cache[point].flatten(2).to(embed.dtype) for point in points)
-    x = torch.stack([(_running_mean(act) if average else act)[at] for act in acts])
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    embed, acts = cache["hook_embed"].to(dtype), (cache[point].flatten(2) for point in points)
+    x = torch.stack([_running_mean(act.to(dtype))[at] if average else act[at].to(dtype) for act in acts])
     return {"embed": embed[at].cpu(), "context": _running_mean(embed)[at].cpu(), "x": x.cpu()}
 
 

@@ -10,9 +10,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import parse
-from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import read_pairs
-from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.edited_runs import run_edited
@@ -153,7 +151,7 @@ def check_probe_use(
     Reference: Elazar et al. (2021), "Amnesic Probing", for ablation with random directions as a control; Marks and
     Tegmark (2023), "The Geometry of Truth", for steering by the difference of class means.
     """
-    layer, point = _check(probe, task)
+    point = _checked_point(probe, task)
     whole("draws", draws, 1)
     prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
     groups = read_pairs(model, prompts, prompts, ())
@@ -163,22 +161,7 @@ def check_probe_use(
     shift = torch.stack([probe.middle - probe.coordinate(x).to(x), -sign * strength * probe.gap])  # edit prompt
     where, null = probe.direction.to(x), random_directions(x, label, draws, seed)  # null draw d
     directions = torch.cat([where[None], null.flatten(0, 1)])
-    clean, edited = torch.zeros_like(x[:, 0]), x.new_zeros(len(EDITS), len(directions), len(x))
-    with torch.no_grad(), packed_linears(rows=1024), progress("directions", len(x), unit="prompts") as advance:
-        for pairs in groups:
-            rows = torch.tensor(pairs.index)
-            values = run_edited(
-                model,
-                pairs,
-                metric,
-                point=point,
-                layer=layer,
-                pos=task.pos[rows],
-                shift=shift[:, rows],
-                directions=directions,
-            )
-            clean[rows], edited[:, :, rows] = (value.to(x) for value in values)
-            advance(len(rows))
+    clean, edited = run_edited(model, groups, metric, point=point, pos=task.pos, shift=shift, directions=directions)
     fall = sign * len(x) / (2 * label.bincount().to(x)[label]) * (clean - edited)
     middle = (clean[label == 0].mean() + clean[label == 1].mean()) / 2
     return CausalCheck(
@@ -196,8 +179,8 @@ def check_probe_use(
     )
 
 
-def _check(probe: Probe, task: ProbeTask) -> tuple[int, str]:
-    """The layer and the full name of the probe's point."""
+def _checked_point(probe: Probe, task: ProbeTask) -> str:
+    """The full name of the probe's point, if its activations in the prompts of the task can be edited."""
     site = None if probe.point is None else parse(probe.point)
     if probe.point is None or site is None or site.layer is None:
         raise InputError(
@@ -212,7 +195,7 @@ def _check(probe: Probe, task: ProbeTask) -> tuple[int, str]:
             f"each prompt is edited at one position, got {len(task)} examples of {len(task.tokens)} prompts; "
             "use one example per prompt"
         )
-    return site.layer, probe.point
+    return probe.point
 
 
 def _refitted(x: Float[Tensor, "state prompt d"], task: ProbeTask, seed: int) -> Float[Tensor, "state prompt"]:

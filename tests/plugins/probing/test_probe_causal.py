@@ -220,10 +220,9 @@ def test_long_rotary_turns_the_reused_beginning_of_a_prompt_as_its_whole_row():
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
     clean, edited = run_edited(
         model,
-        Pairs((0, 1), tokens, tokens),
+        [Pairs((0, 1), tokens, tokens)],
         metric,
         point="blocks.0.hook_resid_post",
-        layer=0,
         pos=torch.tensor([3, 3]),
         shift=torch.ones(1, 2, dtype=torch.float64),
         directions=torch.zeros(1, 8, dtype=torch.float64),
