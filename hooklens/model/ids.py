@@ -72,3 +72,8 @@ def show(model: "HookedTransformer", ids: Any) -> list[str]:
     """Each token as text, or as its number if the model has no tokenizer."""
     ids = torch.as_tensor(ids)
     return [str(int(i)) for i in ids] if model.tokenizer is None else model.to_str_tokens(ids)
+
+
+def show_text(model: "HookedTransformer", ids: Any) -> str:
+    """A row of tokens as one text, or as numbers with spaces if the model has no tokenizer."""
+    return (" " if model.tokenizer is None else "").join(show(model, ids))

@@ -201,6 +201,16 @@ def quantiles(values: Float[Tensor, "draw *cell"], shares: Sequence[float]) -> F
     return torch.quantile(values, values.new_tensor(shares), dim=0)
 
 
+def middle(draws: Float[Tensor, "draw *cell"], level: float = 0.95) -> Ends:
+    """The ends between which the middle `level` of the draws lies.
+
+    >>> [end.item() for end in middle(torch.arange(101.0), 0.9)]
+    [5.0, 95.0]
+    """
+    low, high = quantiles(draws, ((1 - level) / 2, (1 + level) / 2))
+    return low, high
+
+
 def null_p(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> PValues:
     """How often does a draw from the null reach the value? The value itself counts: never 0. NaN if any value is NaN.
 

@@ -46,25 +46,19 @@ def resampled(
     proportions".
     """
     number = group_numbers(right.shape[-1], group)
-    n, n_classes = int(number.max()) + 1, int(label.max()) + 1
-    if n < 2:
+    n_groups, n_classes = int(number.max()) + 1, int(label.max()) + 1
+    if n_groups < 2:
         return right.new_full((DRAWS, *right.shape[:-1]), float("nan"))
-    classes = torch.arange(n_classes, device=label.device).repeat(2)
-    added = torch.where(torch.arange(2 * n_classes) < n_classes, 1.0, least).to(right)
+    added = torch.tensor([1.0, least]).repeat_interleave(n_classes).to(right)
     right = torch.cat([right, added.expand(*right.shape[:-1], -1)], -1)
-    label = torch.cat([label, classes.expand(*label.shape[:-1], -1)], -1)
-    number = torch.cat([number, torch.arange(n, n + 2 * n_classes)])
-    n += 2 * n_classes
-    rows = right.reshape(math.prod(right.shape[:-1]), -1)
-    of_class = one_hot(label).to(right).expand(*right.shape, -1).reshape(*rows.shape, -1)
-    sums, sizes = (
-        right.new_zeros(len(rows), n, of_class.shape[-1]).index_add_(1, number, one)
-        for one in (rows[..., None] * of_class, of_class)
-    )
-    drawn = torch.randint(n, (DRAWS, n), generator=seeded(seed))
-    counts = right.new_zeros(DRAWS, n).scatter_add_(1, drawn, right.new_ones(DRAWS, n))
-    top, bottom = (torch.einsum("dg,cgk->dck", counts, one) for one in (sums, sizes))
-    return (top / bottom).nanmean(-1).view(DRAWS, *right.shape[:-1])
+    label = torch.cat([label, torch.arange(n_classes).repeat(2).expand(*label.shape[:-1], -1)], -1)
+    number = torch.cat([number, torch.arange(n_groups, n_groups + len(added))])  # each of the added is a group
+    n_groups += len(added)
+    drawn = torch.randint(n_groups, (DRAWS, n_groups), generator=seeded(seed))
+    counts = right.new_zeros(DRAWS, n_groups).scatter_add_(1, drawn, right.new_ones(drawn.shape))[:, number]
+    of_class = one_hot(label).to(right).expand(*right.shape, -1)
+    hits, sizes = (torch.einsum("de,...ec->d...c", counts, x) for x in (right[..., None] * of_class, of_class))
+    return (hits / sizes).nanmean(-1)
 
 
 def ends(drawn: Float[Tensor, "draw *cell"], folds: int, level: float = 0.95) -> Ends:
@@ -72,7 +66,7 @@ def ends(drawn: Float[Tensor, "draw *cell"], folds: int, level: float = 0.95) ->
 
     The draws use the fitted probes, so they contain only the variance of the test examples, s^2 / k over k folds of
     variance s^2. The folds share training examples: the variance of their mean is (1 / k + n_test / n_train) s^2,
-    larger by a factor of 1 + k / (k - 1). Draws without any class are ignored.
+    larger by a factor of 1 + k / (k - 1). Draws that contain no example are ignored.
 
     >>> low, high = ends(torch.arange(101.0) / 100, folds=5)
     >>> round(float(low), 3), round(float(high), 3)
@@ -81,7 +75,6 @@ def ends(drawn: Float[Tensor, "draw *cell"], folds: int, level: float = 0.95) ->
     Reference: Nadeau and Bengio (2003), "Inference for the Generalization Error", section 3.
     """
     at = drawn.new_tensor([(1 - level) / 2, (1 + level) / 2])
-    centre = drawn.nanmean(0)
-    factor = math.sqrt(1 + folds / (folds - 1))
+    centre, factor = drawn.nanmean(0), math.sqrt(1 + folds / (folds - 1))
     low, high = (centre + factor * (drawn.nanquantile(at, dim=0) - centre)).clamp(-1.0, 1.0)
     return low, high

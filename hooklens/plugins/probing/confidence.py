@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.results.result import Result
 from hooklens.results.table import Table
 
@@ -34,52 +35,43 @@ class Calibration(Result):
     ) -> "Calibration":
         """Compute the calibration of out-of-sample probabilities: the examples must not have been used for the fit.
 
-        >>> made = Calibration.of(torch.tensor([[0.2, 0.8]] * 5), torch.tensor([1, 1, 1, 1, 0]))
-        >>> round(made.ece, 6), round(made.brier, 6)
+        >>> calibration = Calibration.of(torch.tensor([[0.2, 0.8]] * 5), torch.tensor([1, 1, 1, 1, 0]))
+        >>> round(calibration.ece, 6), round(calibration.brier, 6)
         (0.0, 0.16)
 
         Reference: Naeini, Cooper and Hauskrecht (2015), "Obtaining well calibrated probabilities", section 2; Brier
         (1950), halved for two classes so that it is the squared error of one probability.
         """
+        whole("bins", bins, 1)
         two = prob.shape[1] == 2
         said = prob[:, 1] if two else prob.amax(1)
-        was = (label == 1 if two else prob.argmax(1) == label).to(prob.dtype)
+        was = (label == 1 if two else prob.argmax(1) == label).to(prob)
         place = (said * bins).long().clamp_max(bins - 1)
-        count = torch.bincount(place, minlength=bins)
-        mean_said, mean_was = (
-            torch.zeros(bins, dtype=prob.dtype).index_add_(0, place, one) / count for one in (said, was)
-        )
-        share = count / len(label)
-        truth = torch.nn.functional.one_hot(label, prob.shape[1]).to(prob.dtype)
-        scale = 0.5 if two else 1.0
+        count = place.bincount(minlength=bins)
+        sums = torch.zeros(bins, 2).to(prob).index_add_(0, place, torch.stack([said, was], 1))
+        mean_said, mean_was = (sums / count[:, None]).T
+        truth, scale = torch.nn.functional.one_hot(label, prob.shape[1]).to(prob), 0.5 if two else 1.0
         return cls(
             said=mean_said,
             was=mean_was,
             count=count,
-            ece=float((share * (mean_said - mean_was).abs()).nan_to_num().sum()),
-            brier=scale * float(((prob - truth) ** 2).sum(1).mean()),
-            brier_of_shares=scale * float(((truth.mean(0) - truth) ** 2).sum(1).mean()),
+            ece=float((sums[:, 0] - sums[:, 1]).abs().sum() / len(label)),
+            brier=scale * float((prob - truth).square().sum(1).mean()),
+            brier_of_shares=scale * float((truth.mean(0) - truth).square().sum(1).mean()),
         )
 
     def table(self, n: int | None = None) -> Table:
         """One row per bin that is not empty."""
-        kept = self.count.nonzero().flatten()[:n].tolist()
-        rows = [(float(self.said[i]), float(self.was[i]), int(self.count[i])) for i in kept]
-        return Table(("said", "came true", "examples"), rows)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` bins that lie furthest from what was said, weighed by their examples: what `ece` is made of."""
-        share = (self.count * (self.said - self.was).abs()).nan_to_num() / self.count.sum()
-        order = share.argsort(descending=True, stable=True)[:k].tolist()
-        rows = [(float(self.said[i]), float(self.was[i]), int(self.count[i])) for i in order if self.count[i]]
-        return Table(("said", "came true", "examples"), rows)
+        kept = self.count > 0
+        columns = (self.said[kept].tolist(), self.was[kept].tolist(), self.count[kept].tolist())
+        return Table(("predicted", "observed", "examples"), list(zip(*columns, strict=True))).head(n)
 
     def figure(self) -> Any:
         """Observed frequency against predicted probability; a calibrated probe lies on the diagonal."""
         from hooklens.viz.curves import lines
 
         kept = self.count > 0
-        shown = {"came true": self.was[kept], "as it should": self.said[kept]}
+        shown = {"observed": self.was[kept], "calibrated": self.said[kept]}
         return lines(
             shown,
             self.said[kept],
@@ -107,5 +99,5 @@ def temperature(logits: Float[Tensor, "example n_class"], label: Int[Tensor, "ex
     def loss(log_factor: float) -> float:
         return -float((scores * (math.exp(log_factor) / spread)).log_softmax(1)[rows, label].mean())
 
-    found = minimize_scalar(loss, bounds=(-7.0, 5.0), method="bounded", options={"xatol": 1e-6})
-    return float(math.exp(found.x) / spread)
+    optimum = minimize_scalar(loss, bounds=(-7.0, 5.0), method="bounded", options={"xatol": 1e-6})
+    return float(math.exp(optimum.x) / spread)

@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
-from hooklens.model.ids import show
+from hooklens.model.ids import as_ids, show
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probe_use import NULLS, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
-from hooklens.plugins.probing.scoring import as_rows, fit
+from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.results.result import Result
 from hooklens.results.statistics import auc, null_p
 from hooklens.results.table import Table
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 500  # random directions: each is compared with every row of the embedding
-_MASS_MEAN = MassMean()
 _COLOURS = ("#d55e00", "#0072b2")
 
 
@@ -56,36 +56,34 @@ class TokenProjection(Result):
 
     def table(self, n: int | None = None) -> Table:
         """The separation along the probe's direction, and the value that 95 % of random directions stay below."""
-        rows = [("the probe's direction", self.auc, self.fisher, self.p)]
+        rows: list[tuple] = [("the probe's direction", self.auc, self.fisher, self.p)]
         for name, area, ratio in zip(NULLS, self.random_auc, self.random_fisher, strict=True):
             folded = (area - 0.5).abs().quantile(0.95) + 0.5
-            rows.append((f"random, {name}, 95 % below", float(folded), float(ratio.quantile(0.95)), None))  # type: ignore[arg-type]
+            rows.append((f"random, {name}, 95 % below", folded, ratio.quantile(0.95), None))
         return Table(("direction", "AUC", "Fisher ratio", "p"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` tokens with the largest and the `k` with the smallest coordinate along the direction."""
         order = self.along.argsort(descending=True, stable=True).tolist()
         chosen = [*order[:k], *order[-k:]] if len(order) > 2 * k else order
-        return Table(
-            ("token", "class", "along"),
-            [(self.names[i], self.classes[int(self.label[i])], float(self.along[i])) for i in chosen],
-        )
+        rows = [(self.names[i], self.classes[int(self.label[i])], self.along[i]) for i in chosen]
+        return Table(("token", "class", "along"), rows)
 
     def figure(self) -> Any:
         """All tokens in the plane of the two directions, coloured by class."""
         from hooklens.viz.curves import scatter
 
-        low, high = self.table().rows[1][1], self.table().rows[2][1]
-        title = f"Token embeddings: AUC {self.auc:.2f} along the probe; 95 % of random ones below {max(low, high):.2f}"
-        drawn = None
-        for one, name in enumerate(self.classes):
-            kept = (self.label == one).nonzero().flatten()
-            names = [self.names[i] for i in kept.tolist()]
-            axes: dict[str, Any] = {"x_title": "along the probe's direction", "y_title": self.across_name}
-            part = scatter(self.along[kept], self.across[kept], names, title, **axes)
-            part.update_traces(marker_color=_COLOURS[one], name=name, showlegend=True)
-            drawn = part if drawn is None else drawn.add_traces(part.data)
-        return drawn
+        high = max(row[1] for row in self.table().rows[1:])
+        title = f"Token embeddings: AUC {self.auc:.2f} along the probe; 95 % of random ones below {high:.2f}"
+        axes: dict[str, Any] = {"x_title": "along the probe's direction", "y_title": self.across_name}
+        figure = None
+        for i, name in enumerate(self.classes):
+            kept = (self.label == i).nonzero().flatten()
+            names = [self.names[token] for token in kept.tolist()]
+            of_class = scatter(self.along[kept], self.across[kept], names, title, **axes)
+            of_class.update_traces(marker_color=_COLOURS[i], name=name, showlegend=True)
+            figure = of_class if figure is None else figure.add_traces(of_class.data)
+        return figure
 
 
 def project_tokens(
@@ -108,10 +106,12 @@ def project_tokens(
     >>> shown.along.shape, shown.random_auc.shape                  # token; null draw
     (torch.Size([11]), torch.Size([2, 100]))
     """
-    ids, classes = torch.as_tensor(tokens), torch.as_tensor(label)
-    if ids.shape != classes.shape or set(classes.tolist()) != {0, 1}:
+    label = label.long() if isinstance(label, Tensor) and label.dtype == torch.bool else label
+    ids, classes = as_ids(tokens, "tokens are a row of ids"), as_ids(label, "labels are 0 or 1, one per token")
+    if ids.ndim != 1 or ids.shape != classes.shape or set(classes.tolist()) != {0, 1}:
         raise InputError(
-            f"every token has a label, 0 or 1, got {len(ids)} tokens and {len(classes)} labels {set(classes.tolist())}"
+            f"every token has a label, 0 or 1, got {list(ids.shape)} tokens and {list(classes.shape)} labels, of "
+            f"the values {classes.unique().tolist()}"
         )
     with torch.no_grad():
         _, cache = model.run_with_cache(ids[:, None].to(model.device), "hook_embed", stop_at_layer=0)
@@ -124,7 +124,7 @@ def project_tokens(
             "use a probe of the residual stream"
         )
     across, name = _across(embed, where, second)
-    random = random_directions(embed, classes, draws, seed)
+    random = random_directions(embed, classes, whole("draws", draws, 1), seed)
     along = embed @ where
     projected = (embed @ random.flatten(0, 1).T).T
     return TokenProjection(
@@ -148,9 +148,8 @@ def fisher(values: Float[Tensor, "direction row"], label: Int[Tensor, "row"]) ->
     >>> fisher(torch.tensor([[0.0, 2.0, 4.0, 6.0]]), torch.tensor([0, 0, 1, 1])).tolist()
     [8.0]
     """
-    one, other = values[:, label == 1], values[:, label == 0]
-    spread = one.var(1, unbiased=False) + other.var(1, unbiased=False)
-    return (one.mean(1) - other.mean(1)) ** 2 / spread
+    (var_0, mean_0), (var_1, mean_1) = (torch.var_mean(values[:, label == i], 1, correction=0) for i in (0, 1))
+    return (mean_1 - mean_0) ** 2 / (var_0 + var_1)
 
 
 def _across(embed: Tensor, where: Tensor, second: Probe | None) -> tuple[Tensor, str]:
@@ -167,7 +166,7 @@ def demo(model: "HookedTransformer") -> TokenProjection:
     """Odd and even token numbers along a direction at the first layer; works on any model, without a tokenizer."""
     task = odd_first(model)
     x = gather(model, task, site="blocks.0.hook_resid_post").x[0]
-    weight, bias, step = (torch.from_numpy(one).to(x) for one in fit(_MASS_MEAN, as_rows(x), task.label.numpy(), 2))
-    read = Probe(weight, bias, step, classes=task.classes)
+    fitted = Trainer(MassMean(), 2).fit(as_rows(x), task.label.numpy())
+    probe = Probe(*(torch.from_numpy(part).to(x) for part in fitted), classes=task.classes)
     tokens = torch.arange(model.cfg.d_vocab)
-    return project_tokens(model, read, tokens, tokens % 2, draws=100)
+    return project_tokens(model, probe, tokens, tokens % 2, draws=100)

@@ -1,4 +1,4 @@
-"""Folds for fitting and testing probes, and alternative labels: shuffled labels and control tasks."""
+"""Folds for fitting and testing probes, and labels shuffled as they could have fallen."""
 
 import random
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import seed_number, whole
 from hooklens.core.errors import InputError
 from hooklens.results.statistics import group_numbers
 
 Index = np.ndarray
 Classes = Int[Tensor, "example"]
 _TRIES = 20
-_FEWEST_TYPES = 8  # with fewer types, a random label per type is an easy task and does not test memory
 
 
 class Fold(NamedTuple):
@@ -23,52 +23,50 @@ class Fold(NamedTuple):
 
     train: Index
     test: Index
-    inner: tuple[tuple[Index, Index], ...]
+    inner: tuple[tuple[Index, Index], ...] = ()
 
 
 def make_folds(label: Classes, group: Classes, *, folds: int = 5, inner: int = 3, seed: int = 0) -> list[Fold]:
     """Stratified folds that do not split groups, each with inner folds for choices such as that of the layer.
 
     >>> label, group = torch.tensor([0, 1] * 8), torch.arange(16) // 2
-    >>> made = make_folds(label, group, folds=4, inner=2)
-    >>> len(made), sorted(row for fold in made for row in fold.test.tolist()) == list(range(16))
+    >>> parts = make_folds(label, group, folds=4, inner=2)
+    >>> len(parts), sorted(row for fold in parts for row in fold.test.tolist()) == list(range(16))
     (4, True)
-    >>> all(not set(group[fold.train].tolist()) & set(group[fold.test].tolist()) for fold in made)
+    >>> all(not set(group[fold.train].tolist()) & set(group[fold.test].tolist()) for fold in parts)
     True
 
     Reference: Varma and Simon (2006), "Bias in error estimation when using cross-validation for model selection".
     """
-    made = []
-    for train, test in split(label, group, folds, seed):
-        rows = torch.as_tensor(train)
-        within = split(label[rows], group[rows], inner, seed, "the rows that a fold fits on")
-        made.append(Fold(train, test, tuple((train[a], train[b]) for a, b in within)))
-    return made
+    outer = []
+    for train, test, _ in split(label, group, folds, seed):
+        within = split(label[train], group[train], inner, seed, "the training rows of a fold")
+        outer.append(Fold(train, test, tuple((train[part.train], train[part.test]) for part in within)))
+    return outer
 
 
-def split(
-    label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples"
-) -> list[tuple[Index, Index]]:
-    """(train, test) rows of each fold; fewer folds than requested if a class occurs in fewer groups."""
+def split(label: Classes, group: Classes, folds: int, seed: int, what: str = "the examples") -> list[Fold]:
+    """Folds without inner folds; fewer than requested if a class occurs in fewer groups."""
     before = random.getstate()
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     random.setstate(before)  # importing it draws from the global generator
-    spread = [len(group[label == one].unique()) for one in label.unique()]
-    n = min(folds, *spread)
+    spread = [len(group[label == value].unique()) for value in label.unique()]
+    n = min(whole("folds", folds, 2), *spread)
     if n < 2:
         raise InputError(
             f"folds need every class in at least two groups that share no prompt and no entity; in {what} the classes "
             f"occur in {spread} groups; give more prompts, or prompts that share fewer entities"
         )
     y, g = label.cpu().numpy(), group.cpu().numpy()
-    for tried in range(n, 1, -1):
-        # groups of one can be stratified exactly and fast: the other splitter takes seconds for thousands of groups
-        alone = len(np.unique(g)) == len(g)
-        maker = StratifiedKFold if alone else StratifiedGroupKFold
-        made = list(maker(tried, shuffle=True, random_state=seed).split(y[:, None], y, None if alone else g))
-        if all(len(np.unique(y[train])) == len(spread) and len(test) for train, test in made):
-            return made
+    # groups of one can be stratified exactly and fast: the other splitter takes seconds for thousands of groups
+    alone = len(np.unique(g)) == len(g)
+    maker, by = (StratifiedKFold, None) if alone else (StratifiedGroupKFold, g)
+    for n_folds in range(n, 1, -1):
+        splitter = maker(n_folds, shuffle=True, random_state=seed_number(seed) % 2**32)
+        parts = [Fold(train, test) for train, test in splitter.split(y[:, None], y, by)]
+        if all(len(np.unique(y[part.train])) == len(spread) and len(part.test) for part in parts):
+            return parts
     raise InputError(
         f"no folds of {what} leave training examples of every class: one class lies almost entirely in a group of "
         f"{int(torch.bincount(group_numbers(len(group), group)).max())} examples; give smaller groups"
@@ -119,44 +117,12 @@ def shuffled_in_folds(label: Classes, group: Classes, folds: Sequence[Fold], gen
     new, n = label.clone(), int(label.max()) + 1
     for fold in folds:
         rows = torch.from_numpy(fold.test)
-        own, within = label[rows], group[rows]
-        least = None
+        own, least = label[rows], None
         for _ in range(_TRIES):
-            one = shuffled(own, within, generator)
-            off = int((torch.bincount(one, minlength=n) - torch.bincount(own, minlength=n)).abs().sum())
+            drawn = shuffled(own, group[rows], generator)
+            off = int((drawn.bincount(minlength=n) - own.bincount(minlength=n)).abs().sum())
             if least is None or off < least:
-                least, new[rows] = off, one
+                least, new[rows] = off, drawn
             if not off:
                 break
     return new
-
-
-def control_types(token: Classes, prompt: Classes, group: Classes) -> tuple[Classes, str] | None:
-    """The unit that a control task labels at random: the token that is read, or the group if few tokens recur.
-
-    None if neither recurs in several prompts: then nothing can be memorised.
-
-    >>> control_types(torch.tensor([5] * 20), torch.arange(20), torch.arange(20) % 10)[1]
-    'group'
-    """
-    for types, name in ((token, "token"), (group, "group")):
-        number = group_numbers(len(types), types)
-        pairs = torch.stack([number, group_numbers(len(prompt), prompt)], 1).unique(dim=0)
-        recurs = torch.bincount(pairs[:, 0], minlength=int(number.max()) + 1) > 1
-        if int(number.max()) + 1 >= _FEWEST_TYPES and float(recurs[number].double().mean()) >= 0.5:
-            return number, name
-    return None
-
-
-def control_labels(types: Classes, shares: Sequence[float], generator: torch.Generator) -> Classes:
-    """A random class for every type, with about the class shares of the real labels.
-
-    >>> control_labels(torch.tensor([0, 1, 0, 2, 3]), [0.5, 0.5], torch.Generator().manual_seed(1)).tolist()
-    [0, 1, 0, 1, 0]
-
-    Reference: Hewitt and Liang (2019), "Designing and Interpreting Probes with Control Tasks", section 2.
-    """
-    n = int(types.max()) + 1
-    ends = (torch.tensor(shares, dtype=torch.float64).cumsum(0) * n).round().long()
-    of_type = torch.bucketize(torch.arange(n), ends[:-1], right=True)
-    return of_type[torch.randperm(n, generator=generator)][types]

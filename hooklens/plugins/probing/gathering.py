@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import path_of, whole
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.fingerprint import identity
 from hooklens.core.hooks import edited_elsewhere
 from hooklens.core.names import Where, axes, parse, resolve
@@ -19,8 +22,9 @@ from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.config import TokenEmbed
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.probing.store import Files, Memory, unnamed
-from hooklens.plugins.probing.task import ProbeTask, components
+from hooklens.plugins.probing.scoring import as_rows
+from hooklens.plugins.probing.store import Files, Memory, temporary_folder
+from hooklens.plugins.probing.task import ProbeTask, components, positions_of
 from hooklens.results.result import Result
 from hooklens.results.table import Table
 
@@ -55,16 +59,16 @@ class Activations(Result):
 
     def at(self, point: str | int) -> Float[Tensor, "example d"]:
         """The rows of one point, by full name, or by layer if exactly one point has this layer."""
-        found = [i for i, name in enumerate(self.points) if point in (name, getattr(parse(name), "layer", None))]
-        if len(found) != 1:
-            raise InputError(f"{point!r} names {len(found)} of the points {', '.join(self.points)}; give a full name")
-        return self.x[found[0]]
+        matches = [i for i, name in enumerate(self.points) if point in (name, getattr(parse(name), "layer", None))]
+        if len(matches) != 1:
+            raise InputError(f"{point!r} names {len(matches)} of the points {', '.join(self.points)}; give a full name")
+        return self.x[matches[0]]
 
     def table(self, n: int | None = None) -> Table:
         """One row per point: the mean norm of its vectors, and their mean distance from the mean."""
         rows = []
         for name, x in zip(self.points[:n], self.x, strict=False):
-            rows.append((name, x.shape[1], float(x.norm(dim=1).mean()), float((x - x.mean(0)).norm(dim=1).mean())))
+            rows.append((name, x.shape[1], x.norm(dim=1).mean(), (x - x.mean(0)).norm(dim=1).mean()))
         return Table(("point", "width", "mean norm", "mean distance from mean"), rows)
 
     def figure(self) -> Any:
@@ -84,6 +88,7 @@ def gather(
     pos: int | Sequence[int] | None = -1,
     folder: str | Path | None = None,
     memory: int = 2**30,
+    average: bool = False,
 ) -> Activations:
     """Collect the activations of a site at one position of each prompt, or at the positions of a task.
 
@@ -97,10 +102,11 @@ def gather(
     Prompts run in batches of similar length, only as far as the last point needs, and only the chosen positions are
     kept. With `folder`, activations go to memory-mapped files in it, and an interrupted run can be continued (not while
     hooks are active, because the files would outlive them). Without `folder`, they stay in memory up to `memory` bytes
-    and go to unnamed temporary files beyond that.
+    and go to unnamed temporary files beyond that. `average` gives the mean over all positions up to the chosen one.
     """
     if not isinstance(model.cfg.embed, TokenEmbed):
         raise InputError("gather needs token prompts, but this model reads vectors; use run_with_cache")
+    folder = None if folder is None else path_of(folder, "folder")
     if folder is not None and _hooked(model):
         raise InputError(
             f"folder={str(folder)!r} stores activations of the unedited model, but hooks are active on it now (steer, "
@@ -108,36 +114,62 @@ def gather(
         )
     rows, prompt, at, group = _examples(model, prompts, pos)
     points = resolve(site, model.hook_names())
+    width = _width(model, points, min(rows, key=len))
     batches = _batches([len(row) for row in rows], _tokens_at_once(model, points))
-    holds = [torch.isin(prompt, torch.tensor(batch)).nonzero().flatten() for batch in batches]
-    width = _width(model, points, rows[batches[-1][-1]])
+    examples = [torch.isin(prompt, torch.tensor(batch)).nonzero().flatten() for batch in batches]
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     shapes: dict[str, tuple[int, ...]] = {"x": (len(points), len(prompt), width)}
     shapes |= dict.fromkeys(("embed", "context"), (len(prompt), model.cfg.d_model))
-    size = sum(map(math.prod, shapes.values())) * dtype.itemsize
     with ExitStack() as stack:
         store: Memory | Files
-        if folder is not None:
-            key = _key(model, (rows, prompt, at, points, batches))
-            store = Files(Path(folder), shapes, dtype, key, [index.tolist() for index in holds])
-        elif size > memory:
-            store, temporary = unnamed(shapes, dtype, [index.tolist() for index in holds])
-            stack.enter_context(temporary)
-        else:
+        if folder is None and sum(map(math.prod, shapes.values())) * dtype.itemsize <= whole("memory", memory):
             store = Memory(shapes, dtype)
-        _fill(model, store, points=points, rows=rows, prompt=prompt, at=at, batches=batches, holds=holds)
-        kept = store.finish()
-    token = torch.tensor([int(rows[i][p]) for i, p in zip(prompt.tolist(), at.tolist(), strict=True)])
+        else:
+            parts = (model.cfg.to_json(), dict(model.state_dict()), (rows, prompt, at, points, batches, average))
+            key = "unnamed" if folder is None else identity(parts, "the gathered activations")
+            folder = stack.enter_context(temporary_folder()) if folder is None else folder
+            store = Files(folder, shapes, dtype, key, [index.tolist() for index in examples])
+        with torch.no_grad(), packed_linears(rows=1024), progress("gathering", len(batches), unit="batches") as advance:
+            advance(store.done)
+            for batch, index in list(zip(batches, examples, strict=True))[store.done :]:
+                place = {number: i for i, number in enumerate(batch)}
+                row = torch.tensor([place[number] for number in prompt[index].tolist()])
+                store.write(index, _values(model, [rows[i] for i in batch], points, (row, at[index]), average=average))
+                advance()
+        arrays = store.finish()
     return Activations(
-        x=kept["x"],
+        x=arrays["x"],
         points=points,
-        token=token,
+        token=torch.stack([rows[i][p] for i, p in zip(prompt.tolist(), at.tolist(), strict=True)]),
         prompt=prompt,
         pos=at,
         group=group,
-        embed=kept["embed"],
-        context=kept["context"],
+        embed=arrays["embed"],
+        context=arrays["context"],
     )
+
+
+def task_rows(
+    model: "HookedTransformer", tasks: Sequence[ProbeTask], site: Where
+) -> tuple[str, torch.dtype, list[np.ndarray]]:
+    """The full name of one point, the dtype of its activations, and the rows of each task, which has two classes.
+
+    >>> from hooklens.testing import tiny_model
+    >>> from hooklens.plugins.probing.labels import odd_first
+    >>> point, dtype, rows = task_rows(model := tiny_model(), [odd_first(model)], ("resid_post", 0))
+    >>> point, rows[0].shape
+    ('blocks.0.hook_resid_post', (40, 8))
+    """
+    if not isinstance(tasks, Sequence) or not tasks or not all(isinstance(task, ProbeTask) for task in tasks):
+        raise WrongType(f"tasks is a list of at least one ProbeTask, see read_task; got {tasks!r:.60}")
+    for task in tasks:
+        if len(task.classes) != 2 or len(task.label.unique()) != 2:
+            raise InputError(f"a direction needs examples of two classes, {task.name!r} has {task.classes}; choose two")
+    gathered = [gather(model, task, site=site) for task in tasks]
+    points = gathered[0].points
+    if len(points) != 1:
+        raise InputError(f"directions are compared at a single point, got {', '.join(points)}; give ('name', layer)")
+    return points[0], gathered[0].x.dtype, [as_rows(acts.x[0]) for acts in gathered]
 
 
 def _examples(
@@ -147,19 +179,10 @@ def _examples(
     if isinstance(prompts, ProbeTask):
         return prompts.tokens, prompts.prompt, prompts.pos, prompts.group
     rows = [row.cpu() for row in rows_of(model, prompts, "prompts")]
-    if pos is None:
-        pairs = [(i, p) for i, row in enumerate(rows) for p in range(len(row))]
-    else:
-        places = [pos] * len(rows) if isinstance(pos, int) else list(pos)
-        if len(places) != len(rows):
-            raise InputError(f"pos needs one position per prompt, got {len(places)} for {len(rows)} prompts")
-        pairs = [(i, int(p)) for i, p in enumerate(places)]
-    for i, p in pairs:
-        if not -len(rows[i]) <= p < len(rows[i]):
-            raise InputError(f"position {p} is out of range for prompt {i}, which has {len(rows[i])} tokens")
-    same = components([[tuple(rows[i].tolist())] for i, _ in pairs])
-    prompt = torch.tensor([i for i, _ in pairs])
-    return rows, prompt, torch.tensor([p % len(rows[i]) for i, p in pairs]), same
+    places = [range(len(row)) for row in rows] if pos is None else [[place] for place in positions_of(rows, pos)]
+    prompt = torch.tensor([i for i, chosen in enumerate(places) for _ in chosen])
+    same = components([[tuple(rows[i].tolist())] for i in prompt.tolist()])
+    return rows, prompt, torch.tensor([place for chosen in places for place in chosen]), same
 
 
 def _tokens_at_once(model: "HookedTransformer", points: list[str]) -> int:
@@ -186,19 +209,16 @@ def _batches(lengths: list[int], tokens: int) -> list[list[int]]:
 
 def _stop(point: str) -> int | None:
     """The layer at which a forward pass can stop after the point has fired; None for the end."""
-    found = parse(point)
-    if found is not None and found.layer is not None:
-        return found.layer + 1
+    site = parse(point)
+    if site is not None and site.layer is not None:
+        return site.layer + 1
     return 0 if point in ("hook_embed", "hook_pos_embed") else None
 
 
 def _run(model: "HookedTransformer", rows: list[Tensor], points: list[str]) -> Any:
     """The values of the points and of the embedding for a batch, padded on the right."""
-    longest, n = max(map(len, rows)), len(rows)
-    tokens = torch.zeros((n, longest), dtype=torch.long)
-    real = torch.zeros((n, longest), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], real[i, : len(row)] = row, True
+    lengths, tokens = torch.tensor([len(row) for row in rows]), pad_sequence(rows, batch_first=True)
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]
     stops = [_stop(point) for point in points]
     last = None if None in stops else max(stop for stop in stops if stop is not None)
     mask = None if bool(real.all()) else real.to(model.device)
@@ -224,36 +244,22 @@ def _width(model: "HookedTransformer", points: list[str], row: Tensor) -> int:
     return next(iter(widths.values()))
 
 
-def _fill(
-    model: "HookedTransformer",
-    store: Memory | Files,
-    points: list[str],
-    rows: list[Tensor],
-    prompt: Tensor,
-    at: Tensor,
-    batches: list[list[int]],
-    holds: list[Tensor],
-) -> None:
-    with torch.no_grad(), packed_linears(rows=1024), progress("gathering", len(batches), unit="batches") as advance:
-        advance(store.done)
-        for batch, index in list(zip(batches, holds, strict=True))[store.done :]:
-            cache = _run(model, [rows[i] for i in batch], points)
-            place = torch.empty(len(rows), dtype=torch.long)
-            place[batch] = torch.arange(len(batch))
-            row, pos = place[prompt[index]], at[index]
-            embed = cache["hook_embed"].float() if model.dtype != torch.float64 else cache["hook_embed"]
-            count = torch.arange(1, embed.shape[1] + 1, device=embed.device)[:, None]
-            values = {"embed": embed[row, pos], "context": (embed.cumsum(1) / count)[row, pos]}
-            values["x"] = torch.stack([cache[point][row, pos].flatten(1).to(embed.dtype) for point in points])
-            store.write(index, {name: value.cpu() for name, value in values.items()})
-            advance()
+def _values(
+    model: "HookedTransformer", rows: list[Tensor], points: list[str], at: tuple[Tensor, Tensor], *, average: bool
+) -> dict[str, Tensor]:
+    """The vectors that a store keeps of one batch, at these rows and positions."""
+    cache = _run(model, rows, points)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    embed, acts = cache["hook_embed"].to(dtype), (cache[point].flatten(2) for point in points)
+    x = torch.stack([_running_mean(act.to(dtype))[at] if average else act[at].to(dtype) for act in acts])
+    return {"embed": embed[at].cpu(), "context": _running_mean(embed)[at].cpu(), "x": x.cpu()}
+
+
+def _running_mean(x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:
+    return x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
 
 
 def _hooked(model: "HookedTransformer") -> bool:
     """Whether any hook is active that could edit activations."""
     torch_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return torch_hooks or edited_elsewhere(model.hook_points().values())
-
-
-def _key(model: "HookedTransformer", parts: tuple) -> str:
-    return identity((model.cfg.to_json(), dict(model.state_dict()), parts), "the gathered activations")

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
 from hooklens.plugins.probing.folds import shuffled, split
+from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
-from hooklens.plugins.probing.probes import MassMean, ProbeKind
-from hooklens.plugins.probing.scoring import fit
+from hooklens.plugins.probing.probes import MassMean, ProbeKind, kind_name
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.plugins.probing.two_classes import task_rows
 from hooklens.results.result import Result
 from hooklens.results.statistics import null_p, q_values
 from hooklens.results.table import Table
@@ -56,25 +56,25 @@ class Geometry(Result):
     @property
     def p(self) -> Float[Tensor, "task other"]:
         """How often shuffled labels give directions as parallel, regardless of sign; NaN for a task with itself."""
-        found = null_p(self.cosine.abs(), self.null.abs())
-        return found.fill_diagonal_(float("nan"))
+        return null_p(self.cosine.abs(), self.null.abs()).fill_diagonal_(float("nan"))
 
     @property
     def q(self) -> Float[Tensor, "task other"]:
         """Benjamini-Hochberg over all pairs of tasks, each counted once."""
-        i, j = torch.triu_indices(len(self.names), len(self.names), 1)
-        found = torch.full_like(self.p, float("nan"))
-        found[i, j] = found[j, i] = q_values(self.p[i, j])
-        return found
+        above = q_values(self.p.where(self._pairs(), torch.nan))
+        return above.where(self._pairs(), above.T)
+
+    def _pairs(self) -> Bool[Tensor, "task other"]:
+        """Each pair of different tasks once."""
+        return torch.ones_like(self.cosine, dtype=torch.bool).triu(1)
 
     def table(self, n: int | None = None) -> Table:
         """One row per pair of tasks, the most parallel first."""
-        i, j = torch.triu_indices(len(self.names), len(self.names), 1)
-        p, q, bound = self.p[i, j], self.q[i, j], self.null.abs().quantile(0.95, dim=0)[i, j]
+        bound, p, q = self.null.abs().quantile(0.95, dim=0), self.p, self.q
         rows = []
-        for k in self.cosine[i, j].abs().argsort(descending=True, stable=True).tolist():
-            a, b = int(i[k]), int(j[k])
-            rows.append((self.names[a], self.names[b], *map(float, (self.cosine[a, b], bound[k], p[k], q[k]))))
+        for i, j in self._pairs().nonzero().tolist():
+            rows.append((self.names[i], self.names[j], self.cosine[i, j], bound[i, j], p[i, j], q[i, j]))
+        rows.sort(key=lambda row: -abs(float(row[2])))
         return Table(("task", "other", "cosine", "95% of shuffled", "p", "q"), rows).head(n)
 
     def figure(self) -> Any:
@@ -100,48 +100,50 @@ def measure_geometry(
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model(); tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
-    >>> found = measure_geometry(model, tasks, site=("resid_post", 0), draws=20)
-    >>> found.cosine.shape, found.null.shape                # task other; draw task other
+    >>> geometry = measure_geometry(model, tasks, site=("resid_post", 0), draws=20)
+    >>> geometry.cosine.shape, geometry.null.shape                # task other; draw task other
     (torch.Size([2, 2]), torch.Size([20, 2, 2]))
 
     Reference: Cai, Fan and Jiang (2013), "Distributions of Angles in Random Packing on Spheres", for `isotropic`.
     """
     from scipy.stats import beta
 
-    generator = seeded(seed)
+    name, generator = kind_name(kind), seeded(seed)
+    whole("draws", draws, 1)
     point, dtype, rows = task_rows(model, tasks, site)
     real, repeat, null = [], [], []
     for task, x in zip(tasks, rows, strict=True):
-        real.append(direction_of(kind, x, task.label))
+        labels = [task.label, *(shuffled(task.label, task.group, generator) for _ in range(draws))]
+        direction, *of_shuffled = (direction_of(kind, x, label) for label in labels)
+        real.append(direction)
         repeat.append(_repeat(kind, x, task, seed))
-        group = task.group
-        null.append(torch.stack([direction_of(kind, x, shuffled(task.label, group, generator)) for _ in range(draws)]))
+        null.append(torch.stack(of_shuffled))
     directions, drawn = torch.stack(real), torch.stack(null, 1)
-    bound = float(beta.ppf(0.95, 0.5, (directions.shape[1] - 1) / 2)) ** 0.5 if directions.shape[1] > 1 else 1.0
+    n = directions.shape[1]
     return Geometry(
         point=point,
-        kind=getattr(kind, "name", type(kind).__name__),
+        kind=name,
         names=[task.name for task in tasks],
         cosine=(directions @ directions.T).to(dtype),
         repeat=torch.tensor(repeat, dtype=dtype),
         null=(drawn @ drawn.mT).to(dtype),
-        isotropic=bound,
+        isotropic=float(beta.ppf(0.95, 0.5, (n - 1) / 2)) ** 0.5 if n > 1 else 1.0,
     )
 
 
 def _repeat(kind: ProbeKind, x: np.ndarray, task: ProbeTask, seed: int) -> float:
     """The cosine of the directions of two halves that contain both classes and share no group; NaN if impossible."""
     try:
-        parts = split(task.label, task.group, 2, seed)[0]
+        first_half, second_half, _ = split(task.label, task.group, 2, seed)[0]
     except InputError:
         return float("nan")
-    first, second = (direction_of(kind, x[part], task.label[torch.from_numpy(part)]) for part in parts)
+    first, second = (direction_of(kind, x[half], task.label[half]) for half in (first_half, second_half))
     return float(first @ second)
 
 
 def direction_of(kind: ProbeKind, x: np.ndarray, label: Int[Tensor, "example"]) -> Float[Tensor, "d"]:
     """The unit vector from class 0 to class 1 of a probe that is fitted on all rows."""
-    step = fit(kind, x, label.numpy(), 2).step
+    step = Trainer(kind, 2).fit(x, label.numpy()).step
     across = torch.from_numpy(step[1] - step[0])
     return across / across.norm().clamp_min(1e-300)
 

@@ -5,6 +5,7 @@ probe finds there was moved there by the model. Words are English.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
@@ -64,13 +65,14 @@ def next_vowel(reader: Reader, *, seed: int = 0) -> ProbeTask:
     followed equally often by either kind, so the last token carries no information.
     """
     ids, label = vowel_tokens(reader, _VOWEL_WORDS, seed=seed)
-    text = _tokenizer(reader).to_str_tokens(ids)
-    words = [[word for word, one in zip(text, label.tolist(), strict=True) if one == kind] for kind in (0, 1)]
-    for some in words:
-        random.Random(seed).shuffle(some)
-    consonant, vowel = (zip(some[::2], some[1::2], strict=True) for some in words)
+    words = _tokenizer(reader).to_str_tokens(ids)
+    pairs = []
+    for kind in (0, 1):
+        of_kind = [word for word, starts_so in zip(words, label.tolist(), strict=True) if starts_so == kind]
+        random.Random(seed).shuffle(of_kind)
+        pairs.append(zip(of_kind[::2], of_kind[1::2], strict=True))
     rows = []
-    for (c1, c2), (v1, v2) in zip(consonant, vowel, strict=True):
+    for (c1, c2), (v1, v2) in zip(*pairs, strict=True):
         # each word is followed once by a vowel word and once by a consonant word, and follows each equally often
         for a, b in ((v1, v2), (v2, v1), (c1, c2), (c2, c1), (v1, c1), (c1, v1), (v2, c2), (c2, v2)):
             rows.append(_Row(a + b + a + b + a, int(b in (v1, v2)), (a, b)))
@@ -117,8 +119,14 @@ def part_of_speech(reader: Reader, *, seed: int = 0) -> ProbeTask:
     The words can be both. Each occurs in every frame, so the word alone carries no information. A noun frame has the
     same words as its verb frame, so the mean embedding carries none either. Folds keep words apart.
     """
-    words = _single_tokens(reader, NOUN_OR_VERB)
-    _enough(reader, len(words), 8, NOUN_OR_VERB)
+    tokenizer = _tokenizer(reader)
+    words = [word for word in NOUN_OR_VERB if tokenizer.find_token(f" {word}") is not None]
+    if len(words) < 8:
+        raise InputError(
+            f"this task needs 8 words that are one token with a leading space, and this tokenizer has {len(words)} "
+            f"(' {NOUN_OR_VERB[0]}' becomes {tokenizer.to_str_tokens(f' {NOUN_OR_VERB[0]}')}); use your own prompts "
+            "with read_task"
+        )
     frames = [(frame, label) for pair in FRAMES for label, frame in enumerate(pair)]
     rows = [_Row(f"{frame} {word}", label, (word,)) for word, (frame, label) in product(words, frames)]
     random.Random(seed).shuffle(rows)
@@ -149,11 +157,7 @@ def odd_first(model: "HookedTransformer", n: int = 40, *, seed: int = 0) -> Prob
 
 #: The tasks by name.
 TASKS: dict[str, Any] = {
-    "next_vowel": next_vowel,
-    "sum_over_50": sum_over_50,
-    "subject_number": subject_number,
-    "part_of_speech": part_of_speech,
-    "sentiment": sentiment,
+    task.__name__: task for task in (next_vowel, sum_over_50, subject_number, part_of_speech, sentiment)
 }
 
 
@@ -171,13 +175,7 @@ def vowel_tokens(
     tokenizer = _tokenizer(reader)
     kinds: tuple[list[int], list[int]] = ([], [])
     for i, text in enumerate(tokenizer.to_str_tokens(torch.arange(tokenizer.vocab_size))):
-        if (
-            text[:1] == " "
-            and text[1:].isascii()
-            and text[1:].isalpha()
-            and text[1:].islower()
-            and len(text) > shortest
-        ):
+        if re.fullmatch(" [a-z]+", text) and len(text) > shortest:
             kinds[text[1] in "aeiou"].append(i)
     half = n // 2
     if min(map(len, kinds)) < half or half < 1:
@@ -214,18 +212,3 @@ def _tokenizer(reader: Any) -> "Tokenizer":
     if tokenizer is None:
         raise InputError("the named labels need words, and this model has no tokenizer; use read_task with token ids")
     return tokenizer
-
-
-def _single_tokens(reader: Reader, words: Sequence[str]) -> list[str]:
-    """The words that are a single token with a leading space."""
-    tokenizer = _tokenizer(reader)
-    return [word for word in words if tokenizer.find_token(f" {word}") is not None]
-
-
-def _enough(reader: Reader, have: int, need: int, words: Sequence[str]) -> None:
-    if have < need:
-        shown = _tokenizer(reader).to_str_tokens(f" {words[0]}")
-        raise InputError(
-            f"this task needs {need} sets of words that are one token with a leading space, and this tokenizer has "
-            f"{have} (' {words[0]}' becomes {shown}); use your own prompts with read_task"
-        )

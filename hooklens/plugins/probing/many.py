@@ -36,7 +36,7 @@ def principal(x: np.ndarray, asked: np.ndarray) -> tuple[Rows, Float[Tensor, "te
     """
     spread = x.std(0)
     spread[spread <= 10 * np.finfo(np.float64).eps * np.abs(x).max(0, initial=0.0)] = 1.0  # as StandardScaler does
-    rows, other = (torch.from_numpy((one - x.mean(0)) / spread) for one in (x, asked))
+    rows, other = (torch.from_numpy((part - x.mean(0)) / spread) for part in (x, asked))
     wide = rows.shape[0] < rows.shape[1]
     size, basis = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     kept = size > _TINY * size[-1:].clamp_min(_TINY)
@@ -44,24 +44,6 @@ def principal(x: np.ndarray, asked: np.ndarray) -> tuple[Rows, Float[Tensor, "te
     if wide:
         return basis * size.sqrt(), other @ (rows.T @ (basis / size.sqrt())), size
     return rows @ basis, other @ basis, size
-
-
-def ridge_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int, alpha: float) -> Logits:
-    """Predictions of penalised least squares on +-1 targets, with one factorisation shared by all labellings."""
-    rows, other, size = principal(x, asked)
-    target = 2 * _one_column(labels, n_classes) - 1  # draw train column
-    read = (other / (size + alpha)) @ rows.T  # test train
-    middle = target.mean(1, keepdim=True)
-    return _a_column_each(torch.einsum("mn,dnk->dmk", read, target - middle) + middle)
-
-
-def mean_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
-    """Predictions of the nearest class mean, for all labellings in one product."""
-    middle = x.mean(0)
-    rows, other = torch.from_numpy(x - middle), torch.from_numpy(asked - middle)
-    of_class = one_hot(labels, n_classes).to(rows).transpose(1, 2)
-    means = of_class @ rows / of_class.sum(2, keepdim=True).clamp_min(1)  # draw class d
-    return torch.einsum("mi,dki->dmk", other, means) - means.square().sum(2)[:, None] / 2
 
 
 def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int, c: float) -> Logits:
@@ -75,10 +57,10 @@ def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes:
     (2015), "Adaptive restart for accelerated gradient schemes".
     """
     rows, other, size = principal(x, asked)
-    target = _one_column(labels, n_classes).permute(1, 0, 2)  # train draw column
+    target = one_column(labels, n_classes).permute(1, 0, 2)  # train draw column
     n, bound = len(rows), 0.25 if n_classes == 2 else 0.5
     # the intercept, a column of ones orthogonal to the others, is not penalised
-    rows, other = (torch.cat([one, one.new_ones(len(one), 1)], 1) for one in (rows, other))
+    rows, other = (torch.cat([part, part.new_ones(len(part), 1)], 1) for part in (rows, other))
     penalty = torch.cat([size.new_full((len(size),), 1 / c), size.new_zeros(1)])[:, None]
     curvature = penalty + bound * torch.cat([size, size.new_tensor([float(n)])])[:, None]
     weight = ahead = rows.new_zeros(rows.shape[1], target[0].numel())
@@ -97,13 +79,14 @@ def logistic_logits(x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes:
         following = torch.where(uphill, 1.0, (1 + (1 + 4 * momentum.square()).sqrt()) / 2)
         ahead = new + torch.where(uphill, 0.0, (momentum - 1) / following) * moved
         weight, momentum = new, following
-    return _a_column_each((other @ ahead).view(len(other), *target.shape[1:]).transpose(0, 1))
+    return column_per_class((other @ ahead).view(len(other), *target.shape[1:]).transpose(0, 1))
 
 
-def _one_column(labels: Labels, n_classes: int) -> Float[Tensor, "draw train column"]:
+def one_column(labels: Labels, n_classes: int) -> Float[Tensor, "draw train column"]:
     """Indicator of the class: one column for two classes, as in scikit-learn, else one column per class."""
     return labels[..., None].double() if n_classes == 2 else one_hot(labels, n_classes).double()
 
 
-def _a_column_each(margin: Float[Tensor, "draw test column"]) -> Logits:
+def column_per_class(margin: Float[Tensor, "draw test column"]) -> Logits:
+    """Logits from indicator columns: half the margin for and against, if there is a single column."""
     return torch.cat([-margin, margin], 2) / 2 if margin.shape[2] == 1 else margin

@@ -1,7 +1,8 @@
 """Does a probe trained on one data set work on another? A matrix of accuracies, out of fold on the diagonal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,15 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
-from hooklens.plugins.probing.folds import make_folds, shuffled, shuffled_in_folds
+from hooklens.plugins.probing.folds import Fold, make_folds, shuffled, shuffled_in_folds
+from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
-from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights
-from hooklens.plugins.probing.scoring import fit, predicted, said
+from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights, kind_name
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.plugins.probing.two_classes import task_rows
 from hooklens.results.result import Result
 from hooklens.results.statistics import auc, mean_interval, null_p, q_values
 from hooklens.results.table import Table
@@ -60,7 +61,7 @@ class Transfer(Result):
     @property
     def p(self) -> Float[Tensor, "trained tested"]:
         """How often the probe has an AUC as large on shuffled labels of the tested task; NaN without an AUC."""
-        return null_p(self.auc, self.null[1]).where(~self.auc.isnan(), torch.nan)
+        return null_p(self.auc, self.null[1])
 
     @property
     def q(self) -> Float[Tensor, "trained tested"]:
@@ -69,21 +70,20 @@ class Transfer(Result):
 
     def table(self, n: int | None = None) -> Table:
         """One row per pair of tasks."""
-        ends = ("accuracy", "95% low", "95% high", "most common")
-        columns = ("trained on", "tested on", *ends, "AUC", "95% of shuffled training", "p", "q", "examples")
-        each = [self.accuracy, self.low, self.high, self.majority.expand_as(self.auc), self.auc]
-        each += [self.null[0].quantile(0.95, dim=0), self.p, self.q]
-        rows = []
-        for i, trained in enumerate(self.names):
-            for j, tested in enumerate(self.names):
-                rows.append((trained, tested, *(float(one[i, j]) for one in each), int(self.n[i, j])))
-        return Table(columns, rows).head(n)
+        return self._rows(product(range(len(self.names)), repeat=2)).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` pairs of different tasks with the largest AUC; `q` counts all pairs."""
-        whole = self.table()
-        apart = [row for row in whole.rows if row[0] != row[1] and row[6] == row[6]]
-        return Table(whole.columns, sorted(apart, key=lambda row: -row[6])[:k])
+        others = ~self.auc.isnan() & ~torch.eye(len(self.names), dtype=torch.bool, device=self.auc.device)
+        return self._rows(sorted(others.nonzero().tolist(), key=lambda pair: -float(self.auc[tuple(pair)]))[:k])
+
+    def _rows(self, pairs: Iterable[Sequence[int]]) -> Table:
+        ends = ("accuracy", "95% low", "95% high", "most common")
+        columns = ("trained on", "tested on", *ends, "AUC", "95% of shuffled training", "p", "q", "examples")
+        cells = [self.accuracy, self.low, self.high, self.majority.expand_as(self.auc), self.auc]
+        cells += [self.null[0].quantile(0.95, dim=0), self.p, self.q, self.n]
+        rows = [(self.names[i], self.names[j], *(cell[i, j] for cell in cells)) for i, j in pairs]
+        return Table(columns, rows)
 
     def figure(self) -> Any:
         """The AUC of every pair; the hover box shows the accuracy and q."""
@@ -111,35 +111,39 @@ def transfer_probe(
     """Does the probe of one task work on the others, at one point of the model? Each task has two classes.
 
     >>> from hooklens.testing import tiny_model
-    >>> found = demo(tiny_model())
-    >>> found.accuracy.shape, found.null.shape              # trained tested; null draw trained tested
+    >>> transfer = demo(tiny_model())
+    >>> transfer.accuracy.shape, transfer.null.shape              # trained tested; null draw trained tested
     (torch.Size([2, 2]), torch.Size([2, 19, 2, 2]))
 
     Reference: Marks and Tegmark (2023), "The Geometry of Truth", generalisation between data sets.
     """
+    name, size, generator = kind_name(kind), (len(tasks), len(tasks)), seeded(seed)
+    trainer = Trainer(kind, 2)
+    whole("draws", draws, 1)
     point, dtype, rows = task_rows(model, tasks, site)
-    size, generator = (len(tasks), len(tasks)), seeded(seed)
     cells = {name: torch.full(size, float("nan"), dtype=dtype) for name in ("accuracy", "low", "high", "auc")}
     null, n = torch.full((2, draws, *size), float("nan"), dtype=dtype), torch.zeros(size, dtype=torch.long)
     with progress("tasks", len(tasks), unit="tasks") as advance:
         for i, trained in enumerate(tasks):
-            unreal = [shuffled(trained.label, trained.group, generator) for _ in range(draws)]
-            probes = [fit(kind, rows[i], label.numpy(), 2) for label in (trained.label, *unreal)]
+            shuffles = [shuffled(trained.label, trained.group, generator) for _ in range(draws)]
+            probes = [trainer.fit(rows[i], label.numpy()) for label in (trained.label, *shuffles)]
             for j, tested in enumerate(tasks):
                 kept = torch.arange(len(tested)) if i == j else _apart(trained, tested)
                 n[i, j], x, label, group = len(kept), rows[j][kept.numpy()], tested.label[kept], tested.group[kept]
                 if not len(kept):
                     continue
                 if i == j:
-                    scored = _out_of_fold(x, label, group=group, kind=kind, folds=folds, draws=draws, seed=seed)
+                    parts = make_folds(label, group, folds=folds, seed=seed)
+                    score, nulls = _out_of_fold(x, label, group, parts, trainer=trainer, draws=draws, seed=seed)
                 else:
-                    scored = _of_others(x, label, group, probes, generator)
-                cells["accuracy"][i, j] = (right := ((scored[0] > 0) == (label == 1)).double()).mean()
-                cells["low"][i, j], cells["high"][i, j] = mean_interval(right, group=group)
-                cells["auc"][i, j], null[:, :, i, j] = auc(scored[0], label == 1), scored[1].to(dtype)
+                    score, nulls = _of_others(x, label, group, probes, generator)
+                right = ((score > 0) == (label == 1)).double()
+                ends = mean_interval(right, group=group)
+                for cell, value in zip(cells.values(), (right.mean(), *ends, auc(score, label == 1)), strict=True):
+                    cell[i, j] = value
+                null[:, :, i, j] = nulls
             advance()
-    majority = torch.stack([torch.bincount(task.label, minlength=2).max() / len(task) for task in tasks]).to(dtype)
-    name = getattr(kind, "name", type(kind).__name__)
+    majority = torch.stack([task.label.bincount(minlength=2).max() / len(task) for task in tasks]).to(dtype)
     return Transfer(point, name, [task.name for task in tasks], **cells, null=null, n=n, majority=majority)
 
 
@@ -147,21 +151,20 @@ def _of_others(
     x: np.ndarray, label: Tensor, group: Tensor, probes: list[Weights], generator: torch.Generator
 ) -> Scored:
     """Predictions for another task's examples, with two nulls: probes of shuffled labels, and shuffled test labels."""
-    score, *unreal = (_margin(torch.from_numpy(said(x, one))) for one in probes)
-    again = [auc(score, shuffled(label, group, generator) == 1) for _ in unreal]
-    of_probes = [auc(one, label == 1) for one in unreal]
-    return score, torch.tensor([[float(one) for one in each] for each in (of_probes, again)])
+    score, *of_shuffled = (_margin(torch.from_numpy(probe.logits(x))) for probe in probes)
+    of_labels = [auc(score, shuffled(label, group, generator) == 1) for _ in of_shuffled]
+    return score, torch.stack([auc(torch.stack(of_shuffled), label == 1), torch.stack(of_labels)])
 
 
 def _out_of_fold(
-    x: np.ndarray, label: Tensor, group: Tensor, kind: ProbeKind, folds: int, draws: int, seed: int
+    x: np.ndarray, label: Tensor, group: Tensor, parts: list[Fold], *, trainer: Trainer, draws: int, seed: int
 ) -> Scored:
     """Predictions for examples of the probe's own task, and for shuffled labels in the same folds."""
-    parts, generator = make_folds(label, group, folds=folds, seed=seed), seeded(seed)
+    generator = seeded(seed)
     labels = torch.stack([label, *(shuffled_in_folds(label, group, parts, generator) for _ in range(draws))])
-    margin = _margin(predicted(x, labels, 2, parts, kind))
-    found = [float(auc(one, of == 1)) for one, of in zip(margin[1:], labels[1:], strict=True)]
-    return margin[0], torch.tensor([found, found])
+    margin = _margin(trainer.out_of_fold(x, labels, parts))
+    null = torch.stack([auc(row, shuffle == 1) for row, shuffle in zip(margin[1:], labels[1:], strict=True)])
+    return margin[0], null.expand(2, -1)
 
 
 def _margin(logits: Float[Tensor, "*cell n_class"]) -> Float[Tensor, "*cell"]:
@@ -170,14 +173,9 @@ def _margin(logits: Float[Tensor, "*cell n_class"]) -> Float[Tensor, "*cell"]:
 
 def _apart(trained: ProbeTask, tested: ProbeTask) -> Int[Tensor, "kept"]:
     """The examples of one task that share no prompt and no entity with the other."""
-    names = {name for names in trained.entities for name in names}
-    texts = {tuple(row.tolist()) for row in trained.tokens}
-    rows = [tuple(tested.tokens[i].tolist()) for i in tested.prompt.tolist()]
-    kept = [
-        i
-        for i, (row, own) in enumerate(zip(rows, tested.entities, strict=True))
-        if row not in texts and not names & set(own)
-    ]
+    entities = {name for names in trained.entities for name in names}
+    rows, shared = tested.token_rows(), set(trained.token_rows())
+    kept = [i for i, row in enumerate(rows) if row not in shared and not entities & set(tested.entities[i])]
     return torch.tensor(kept, dtype=torch.long)
 
 

@@ -7,20 +7,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import parse
-from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import read_pairs
-from hooklens.model.linear import packed_linears
+from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.probing.balancing import balanced
-from hooklens.plugins.probing.edited_runs import EditedRuns, refitted
+from hooklens.plugins.probing.edited_runs import run_edited
+from hooklens.plugins.probing.folds import split
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
-from hooklens.plugins.probing.probes import MassMean, Probe
+from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
+from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.plugins.probing.task import ProbeTask, read_task
 from hooklens.results.result import Result
-from hooklens.results.statistics import mean_interval, null_p, q_values, quantiles
+from hooklens.results.statistics import mean_interval, middle, null_p, q_values
 from hooklens.results.table import Table
 
 if TYPE_CHECKING:
@@ -94,39 +95,37 @@ class CausalCheck(Result):
 
     @property
     def used(self) -> bool:
-        """Do both edits reduce the margin, with intervals above 0 and more than 95 % of random directions do?"""
+        """Do both edits reduce the margin, with intervals above 0, and by more than 95 % of random directions?"""
         return bool(((self.interval()[0] > 0) & (self.p <= 0.05)).all())
 
     def table(self, n: int | None = None) -> Table:
         """One row per edit of the probe's direction, followed by the random directions."""
-        (low, high), p, q = self.interval(), self.p, self.q
+        effect, (low, high), p, q = self.effect, self.interval(), self.p, self.q
         rows: list[tuple] = []
         for i, edit in enumerate(EDITS):
-            rows.append((f"{edit} the probe's direction", *map(float, (self.effect[i], low[i], high[i], p[i], q[i]))))
-            for j, null in enumerate(NULLS):
-                ci = quantiles(self.random[i, j], (0.025, 0.975))
-                numbers = self.random[i, j].mean(), ci[0], ci[1]
-                rows.append((f"  random, {null}", *map(float, numbers), None, None))
+            rows.append((f"{edit} the probe's direction", effect[i], low[i], high[i], p[i], q[i]))
+            for null, draws in zip(NULLS, self.random[i], strict=True):
+                rows.append((f"  random, {null}", draws.mean(), *middle(draws), None, None))
         return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` prompts from which ablation takes most; to quote these is to choose by what was measured."""
+        """The `k` prompts with the largest decrease under ablation; the choice uses the measured effects."""
         order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
-        rows = [(i, self.classes[int(self.label[i])], *map(float, (self.told[i], *self.fall[:, i]))) for i in order]
-        return Table(("prompt", "class", "told", *EDITS), rows)
+        rows = [(i, self.classes[int(self.label[i])], self.told[i], *self.fall[:, i]) for i in order]
+        return Table(("prompt", "class", "margin", *EDITS), rows)
 
     def figure(self) -> Any:
         """The decrease for the probe's direction with its interval, and the middle 95 % of random directions."""
         from hooklens.viz.figures import bars
 
-        rows = self.table().rows
-        names = [f"{EDITS[i // 3]}: {('probe', *NULLS)[i % 3]}" for i in range(len(rows))]
-        value, low, high = (torch.tensor([float(row[k]) for row in rows]) for k in (1, 2, 3))
-        told, right = float(self.told.mean()), self.accuracy
-        title = f"Probe at {self.point}, accuracy {right:.0%}: {'used' if self.used else 'no sure use'} by the metric"
+        names = [f"{edit}: {direction}" for edit in EDITS for direction in ("probe", *NULLS)]
+        value, low, high = torch.tensor([row[1:4] for row in self.table().rows]).T
+        title = f"Probe at {self.point}, accuracy {self.accuracy:.0%}: "
+        title += f"{'used' if self.used else 'no evidence of use'} by the metric"
         before, after = self.refit_accuracy.tolist()
         title += f"; a new probe has {before:.0%} before ablation, {after:.0%} after"
-        return bars(value, low, high, names, title, y_title="fall of the metric", marks={"all of it": told})
+        marks = {"the whole margin": float(self.told.mean())}
+        return bars(value, low, high, names, title, y_title="fall of the metric", marks=marks)
 
 
 def check_probe_use(
@@ -152,60 +151,61 @@ def check_probe_use(
     Reference: Elazar et al. (2021), "Amnesic Probing", for ablation with random directions as a control; Marks and
     Tegmark (2023), "The Geometry of Truth", for steering by the difference of class means.
     """
-    layer, point = _check(model, probe, task)
-    acts = gather(model, task, site=point)
-    x, label = acts.x[0], task.label
-    where = probe.direction.to(x)
+    point = _checked_point(probe, task)
+    whole("draws", draws, 1)
+    prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
+    groups = read_pairs(model, prompts, prompts, ())
+    check_metric(metric, groups)
+    x, label = gather(model, task, site=point).x[0], task.label
     sign = 2 * label.to(x) - 1
     shift = torch.stack([probe.middle - probe.coordinate(x).to(x), -sign * strength * probe.gap])  # edit prompt
-    null = random_directions(x, label, draws, seed)  # null draw d
+    where, null = probe.direction.to(x), random_directions(x, label, draws, seed)  # null draw d
     directions = torch.cat([where[None], null.flatten(0, 1)])
-    clean, edited = torch.zeros_like(x[:, 0]), x.new_zeros(len(EDITS), len(directions), len(x))
-    with torch.no_grad(), packed_linears(rows=1024), progress("directions", len(x), unit="prompts") as advance:
-        prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
-        for pairs in read_pairs(model, prompts, prompts, ()):
-            rows = torch.tensor(pairs.index)
-            runs = EditedRuns(model=model, pairs=pairs, metric=metric, point=point, layer=layer, pos=task.pos[rows])
-            clean[rows] = runs.reader.base.to(clean)
-            edited[:, :, rows] = runs.edited(shift[:, rows], directions).to(edited)
-            advance(len(rows))
-    weight = sign * len(x) / (2 * torch.bincount(label, minlength=2).to(x)[label])
-    fall = weight * (clean - edited)
-    random = fall[:, 1:].view(len(EDITS), len(NULLS), draws, len(x))
-    right = (probe.predict(x) == label).to(x)
-    told = sign * (clean - _between(clean, label))
-    refit = refitted(torch.stack([x, x + shift[0][:, None] * where]), label, task.group, seed)
+    clean, edited = run_edited(model, groups, metric, point=point, pos=task.pos, shift=shift, directions=directions)
+    fall = sign * len(x) / (2 * label.bincount().to(x)[label]) * (clean - edited)
+    middle = (clean[label == 0].mean() + clean[label == 1].mean()) / 2
     return CausalCheck(
         point=point,
         classes=task.classes,
         label=label,
         group=task.group,
-        read=right,
-        refit=refit,
-        told=told,
+        read=(probe.predict(x) == label).to(x),
+        refit=_refitted(torch.stack([x, x + shift[0][:, None] * where]), task, seed),
+        told=sign * (clean - middle),
         fall=fall[:, 0],
-        random_fall=random,
+        random_fall=fall[:, 1:].view(len(EDITS), len(NULLS), draws, len(x)),
         strength=float(strength),
         gap=probe.gap,
     )
 
 
-def _check(model: "HookedTransformer", probe: Probe, task: ProbeTask) -> tuple[int, str]:
+def _checked_point(probe: Probe, task: ProbeTask) -> str:
+    """The full name of the probe's point, if its activations in the prompts of the task can be edited."""
     site = None if probe.point is None else parse(probe.point)
-    if site is None or site.layer is None:
+    if probe.point is None or site is None or site.layer is None:
         raise InputError(
             f"only activations inside a layer can be edited, but this probe's point is {probe.point!r}; "
             "give Probe(..., point='blocks.3.hook_resid_post')"
         )
     if len(task.classes) != 2 or len(task.label.unique()) != 2:
-        raise InputError(f"a direction needs two classes, got {len(task.classes)}; choose two")
+        n = len(task.label.unique())
+        raise InputError(f"a direction needs two classes, got {len(task.classes)}, {n} with examples; choose two")
     if len(task.prompt.unique()) < len(task):
         raise InputError(
             f"each prompt is edited at one position, got {len(task)} examples of {len(task.tokens)} prompts; "
             "use one example per prompt"
         )
-    assert probe.point is not None
-    return site.layer, probe.point
+    return probe.point
+
+
+def _refitted(x: Float[Tensor, "state prompt d"], task: ProbeTask, seed: int) -> Float[Tensor, "state prompt"]:
+    """Out-of-fold correctness of new probes, in the same folds for each state of the activations; NaN without folds."""
+    try:
+        parts = split(task.label, task.group, 5, seed)
+    except InputError:
+        return torch.full_like(x[..., 0], float("nan"))
+    trainer = Trainer(Logistic(), 2)
+    return torch.cat([trainer.correct(as_rows(rows), task.label[None], parts) for rows in x]).to(x)
 
 
 def random_directions(
@@ -218,16 +218,11 @@ def random_directions(
     """
     generator = seeded(seed)
     isotropic = torch.randn(draws, x.shape[1], generator=generator, dtype=torch.float64)
-    means = torch.stack([x[label == one].double().mean(0) for one in range(2)])
+    means = torch.stack([x[label == i].double().mean(0) for i in range(2)])
     within = (x.double() - means[label]).cpu()
     varied = torch.randn(draws, len(x), generator=generator, dtype=torch.float64) @ within
     both = torch.stack([isotropic, varied])
     return (both / both.norm(dim=-1, keepdim=True).clamp_min(1e-300)).to(x)
-
-
-def _between(values: Float[Tensor, "prompt"], label: Int[Tensor, "prompt"]) -> Float[Tensor, ""]:
-    """The midpoint of the two class means."""
-    return (values[label == 0].mean() + values[label == 1].mean()) / 2
 
 
 def demo(model: "HookedTransformer") -> CausalCheck:

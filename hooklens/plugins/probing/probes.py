@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
-from hooklens.core.errors import Absent, KeepsPropertyErrors
+from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.terminal import visible
-from hooklens.plugins.probing.many import Labels, Logits, logistic_logits, mean_logits, ridge_logits
+from hooklens.plugins.probing.many import Labels, Logits, column_per_class, logistic_logits, one_column, principal
 
 
 class Weights(NamedTuple):
@@ -23,11 +25,14 @@ class Weights(NamedTuple):
     bias: np.ndarray
     step: np.ndarray
 
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """The logits [row class] of rows [row d]."""
+        return x @ self.weight.T + self.bias
+
 
 class Probe(KeepsPropertyErrors, nn.Module):
     """A fitted probe: the logits of its classes are linear in the activation at `point`, in the activation's units.
 
-    >>> import torch
     >>> probe = Probe(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.zeros(2), torch.tensor([[0.0, 0.0], [6.0, 8.0]]))
     >>> probe.direction.tolist(), probe.gap                # unit vector from class 0 to class 1, distance of the means
     ([0.60..., 0.80...], 10.0)
@@ -36,11 +41,8 @@ class Probe(KeepsPropertyErrors, nn.Module):
 
     `means` are the class means of the training examples. The softmax of the logits gives probabilities.
 
-    Reading and writing need different vectors. `weight` reads: it weighs features against each other, and the
-    difference of its rows is orthogonal to the decision boundary. `step` writes: it is the displacement that raises a
-    class's logit most per unit length, with length measured in the standardised or whitened features of the fit.
-    Without scaling (`MassMean`) the two are the same. With standardised features, a feature with large variance has a
-    small weight even if the class changes it strongly.
+    `weight` reads and `step` writes (see `Weights`). Without scaling (`MassMean`) the two are the same. With
+    standardised features, a feature with large variance has a small weight even if the class changes it strongly.
 
     Reference: Haufe et al. (2014), "On the interpretation of weight vectors of linear models in multivariate
     neuroimaging", on filters and patterns.
@@ -57,17 +59,23 @@ class Probe(KeepsPropertyErrors, nn.Module):
         point: str | None = None,
     ):
         super().__init__()
+        step = weight if step is None else step
+        shapes = [list(x.shape) for x in (weight, means, step)]
+        if weight.ndim != 2 or shapes[1:] != shapes[:1] * 2 or bias.shape != weight.shape[:1]:
+            raise InputError(
+                f"weight, means and step are [n_class d] and bias is [n_class], got {shapes} and {list(bias.shape)}"
+            )
         self.weight, self.bias = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
         self.means: Tensor
         self.step: Tensor
         self.register_buffer("means", means.clone())
-        self.register_buffer("step", (weight if step is None else step).clone())
+        self.register_buffer("step", step.clone())
         self.classes = [str(i) for i in range(len(bias))] if classes is None else list(classes)
         self.point = point
 
     def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch n_class"]:
         """The logits of the classes."""
-        return x.to(self.weight) @ self.weight.T + self.bias
+        return self._read(x) @ self.weight.T + self.bias
 
     def predict(self, x: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The class of each activation."""
@@ -76,27 +84,40 @@ class Probe(KeepsPropertyErrors, nn.Module):
     @property
     def direction(self) -> Float[Tensor, "d"]:
         """The unit vector along which an activation moves from class 0 to class 1; defined for two classes only."""
-        self._need_two()
-        across = self.step[1] - self.step[0]
-        return across / across.norm()
+        return self._across(self.step)
 
     @property
     def normal(self) -> Float[Tensor, "d"]:
         """The unit vector orthogonal to the boundary between the two classes: what the probe reads."""
-        self._need_two()
-        across = (self.weight[1] - self.weight[0]).detach()
+        return self._across(self.weight.detach())
+
+    def _across(self, rows: Float[Tensor, "n_class d"]) -> Float[Tensor, "d"]:
+        if len(self.bias) != 2:
+            raise Absent(
+                f"a direction needs two classes; this probe has {len(self.bias)} ({self.classes}); fit a probe on two "
+                "of them"
+            )
+        across = rows[1] - rows[0]
         return across / across.norm()
 
     def coordinate(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """The probe's reading in units of the activation: a step of length 1 along `direction` adds 1.
 
-        >>> import torch
-        >>> both = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+            >>> both = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
         >>> Probe(both, torch.zeros(2), both).coordinate(torch.tensor([[3.0, 4.0], [4.0, -3.0]])).tolist()
         [5.0, 0.0]
         """
         normal = self.normal
-        return x.to(normal) @ normal / (normal @ self.direction)
+        return self._read(x) @ normal / (normal @ self.direction)
+
+    def _read(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """The activations in the probe's dtype; another width raises."""
+        if x.shape[-1:] != self.weight.shape[1:]:
+            raise InputError(
+                f"this probe reads vectors of size {self.weight.shape[1]} at {self.point}, got {list(x.shape)}; give "
+                "activations of the point that it was trained on"
+            )
+        return x.to(self.weight)
 
     @property
     def gap(self) -> float:
@@ -108,13 +129,6 @@ class Probe(KeepsPropertyErrors, nn.Module):
     def middle(self) -> float:
         """The coordinate midway between the two class means."""
         return float(self.coordinate(self.means).mean())
-
-    def _need_two(self) -> None:
-        if len(self.bias) != 2:
-            raise Absent(
-                f"a direction needs two classes; this probe has {len(self.bias)} ({self.classes}); fit a probe on two "
-                "of them"
-            )
 
     def extra_repr(self) -> str:
         return f"{visible(' | '.join(self.classes))} at {self.point}, d={self.weight.shape[1]}"
@@ -129,6 +143,17 @@ class ProbeKind(Protocol):
     """
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights: ...
+
+
+def kind_name(kind: ProbeKind) -> str:
+    """The name of a kind of probe; anything else raises.
+
+    >>> kind_name(Ridge())
+    'ridge'
+    """
+    if isinstance(kind, type) or not isinstance(kind, ProbeKind):
+        raise WrongType(f"kind is a kind of probe such as Logistic(), Ridge() or MassMean(), got {kind!r:.80}")
+    return getattr(kind, "name", type(kind).__name__)
 
 
 @dataclass(frozen=True)
@@ -161,7 +186,11 @@ class Ridge:
     name = "ridge"
 
     def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
-        return ridge_logits(x, labels, asked, n_classes, self.alpha)
+        rows, other, size = principal(x, asked)
+        target = 2 * one_column(labels, n_classes) - 1  # draw train column
+        read = (other / (size + self.alpha)) @ rows.T  # test train: one factorisation for all labellings
+        middle = target.mean(1, keepdim=True)
+        return column_per_class(torch.einsum("mn,dnk->dmk", read, target - middle) + middle)
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         from sklearn.linear_model import RidgeClassifier
@@ -182,7 +211,10 @@ class MassMean:
     name = "mass-mean"
 
     def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
-        return mean_logits(x, labels, asked, n_classes)
+        rows, other = (torch.from_numpy(part - x.mean(0)) for part in (x, asked))
+        of_class = one_hot(labels, n_classes).to(rows).transpose(1, 2)
+        means = of_class @ rows / of_class.sum(2, keepdim=True).clamp_min(1)  # draw class d
+        return torch.einsum("mi,dki->dmk", other, means) - means.square().sum(2)[:, None] / 2
 
     def fit(self, x: np.ndarray, y: np.ndarray, n_classes: int) -> Weights:
         middle = x.mean(0)
@@ -205,9 +237,9 @@ class WhitenedMassMean:
 
         middle = x.mean(0)
         equal = np.full(n_classes, 1 / n_classes)
-        made = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=equal).fit(x - middle, y)
+        fitted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=equal).fit(x - middle, y)
         # the steepest step after whitening: covariance times weights, which are covariance^-1 times means
-        return _moved(*_per_class(made), middle, step=made.means_)
+        return _moved(*_per_class(fitted), middle, step=fitted.means_)
 
 
 #: The kinds of probe by name.
@@ -220,7 +252,7 @@ def class_means(x: np.ndarray, y: np.ndarray, n_classes: int) -> np.ndarray:
     >>> class_means(np.array([[1.0], [3.0], [5.0]]), np.array([0, 0, 1]), 2).tolist()
     [[2.0], [5.0]]
     """
-    return np.stack([x[y == one].mean(0) for one in range(n_classes)])
+    return np.stack([x[y == i].mean(0) for i in range(n_classes)])
 
 
 def _standardised(estimator: Any, x: np.ndarray, y: np.ndarray) -> Weights:

@@ -3,8 +3,8 @@
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class Files:
         path = self.folder / _MANIFEST
         manifest = read_envelope(path, _SCHEMA).content
         with reading(path, _SCHEMA.what):
-            key, sums = manifest["key"], [str(one) for one in manifest["sums"]]
+            key, sums = manifest["key"], [str(number) for number in manifest["sums"]]
         if key != self.key:
             raise FileRefused(
                 f"{self.folder} contains other activations (of other weights, prompts, sites or positions); "
@@ -113,7 +113,7 @@ class Files:
 
     def _make(self, path: Path, shape: tuple[int, ...]) -> np.memmap:
         try:
-            made = np.lib.format.open_memmap(path, mode="w+", dtype=self.dtype, shape=shape)
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=self.dtype, shape=shape)
             with open(path, "r+b") as file:  # writing to a mapped hole on a full disk would kill the process
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
@@ -123,27 +123,29 @@ class Files:
             raise Unavailable(f"{path} cannot be made ({error}); it takes {need / 2**20:,.0f} MiB") from error
         if not (self.folder / _MANIFEST).exists():
             self._write_manifest()
-        return made
+        return array
 
     def _check(self) -> None:
-        for rows, found in zip(self.batches, self.sums, strict=False):
-            if self._sum(rows) != found:
+        for rows, stored in zip(self.batches, self.sums, strict=False):
+            if self._sum(rows) != stored:
                 raise FileRefused(f"{self.folder} is damaged: its content does not match its checksums; delete it")
 
     def _sum(self, rows: list[int]) -> str:
-        return digest(piece for name in sorted(self.maps) for piece in self._pieces(self.maps[name], rows))
+        """The digest of a batch: of each file, the header and these rows."""
+        pieces: list[bytes | memoryview] = []
+        for name in sorted(self.maps):
+            with open(str(self.maps[name].filename), "rb") as file:
+                pieces.append(file.read(self.maps[name].offset))
+            pieces.append(np.ascontiguousarray(self.maps[name][..., rows, :]).data)
+        return digest(pieces)
 
-    def _pieces(self, array: np.memmap, rows: list[int]) -> Iterator[bytes | memoryview]:
-        """What identifies a batch in one file: the file's header, and the rows."""
-        with open(str(array.filename), "rb") as file:
-            yield file.read(array.offset)
-        yield np.ascontiguousarray(array[..., rows, :]).data
 
-
-def unnamed(shapes: Shapes, dtype: torch.dtype, batches: list[list[int]]) -> tuple[Files, Any]:
-    """Files in a folder that is removed once they are mapped: their disk space is freed together with the arrays."""
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder that is removed once its files are mapped: their disk space is freed together with the arrays."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="hooklens-activations-", ignore_cleanup_errors=True)
     except OSError as error:
         raise InputError(f"no folder for activations could be made ({error}); give folder=") from error
-    return Files(Path(folder.name), shapes, dtype, "unnamed", batches), folder
+    with folder as path:
+        yield Path(path)

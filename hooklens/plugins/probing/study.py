@@ -12,10 +12,11 @@ from hooklens.plugins.probing.balancing import Ends, balanced, ends, resampled
 from hooklens.plugins.probing.confidence import Calibration
 from hooklens.plugins.probing.probes import Probe
 from hooklens.results.result import Result
-from hooklens.results.statistics import null_p, q_values
+from hooklens.results.statistics import middle, null_p, q_values
 from hooklens.results.table import Table
 
-Row = tuple[str, float, float | None, float | None, float | None, float | None]
+Estimate = tuple[Float[Tensor, "*cell"], Float[Tensor, "draw *cell"]]  # a value and its bootstrap draws
+NAN = float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +75,13 @@ class ProbeStudy(Result):
     @property
     def p(self) -> float:
         """How often shuffled labels reach this balanced accuracy; NaN without draws."""
-        return float(null_p(balanced(self.nested, self.label), self.null)) if len(self.null) else float("nan")
+        return float(null_p(balanced(self.nested, self.label), self.null)) if len(self.null) else NAN
 
     @property
     def point_p(self) -> Float[Tensor, "point"]:
         """The same at each point, from the draws that were fitted at every point."""
         value = balanced(self.correct, self.label)
-        return null_p(value, self.point_null) if len(self.point_null) else torch.full_like(value, float("nan"))
+        return null_p(value, self.point_null) if len(self.point_null) else torch.full_like(value, NAN)
 
     @property
     def point_q(self) -> Float[Tensor, "point"]:
@@ -115,64 +116,55 @@ class ProbeStudy(Result):
     def interval(self, right: Float[Tensor, "*point example"] | None = None) -> Ends:
         """The 95 % interval of a balanced accuracy over data sets of this size, with the probes refitted on each.
 
-        Groups are resampled, and the variance is corrected for refitting: see `balanced.ends`.
+        Groups are resampled, and the variance is corrected for refitting: see `balancing.ends`.
         """
         low, high = self._ends(resampled(self.nested if right is None else right, self.label, self.group))
         return low.clamp_min(0.0), high
 
-    def _ends(self, drawn: Float[Tensor, "draw *cell"]) -> Ends:
-        return ends(drawn, int(self.fold.max()) + 1)
-
-    def _around(self, drawn: Float[Tensor, "draw"], value: float) -> tuple[float, float, float]:
-        low, high = self._ends(drawn)
-        return value, float(low), float(high)
-
     def table(self, n: int | None = None) -> Table:
         """The balanced accuracy, its baselines and controls, and the difference to them."""
-        null = self.null if len(self.null) else torch.full_like(self.nested[:1], float("nan"))
-        by = self.control_by or self.no_control
-        control, same = self._where_chosen(self.control), self._where_chosen(self.same_split)
+        null = self.null if len(self.null) else torch.full_like(self.nested[:1], NAN)
+        random = f"control task (random label a {self.control_by or self.no_control})"
         rows = [
-            self._row(f"{self.kind} probe, point chosen inside", self.nested, self.p),
+            self._row(f"{self.kind} probe, point chosen inside", self.nested, p=self.p),
             self._row("embedding of the token alone", self.embed),
             self._row("mean embedding of the prompt so far", self.context),
-            ("shuffled labels (mean and 95 % of draws)", *_middle(null), None, None),
+            ("shuffled labels (mean and 95 % of draws)", null.mean(), *middle(null), None, None),
             self._row("most common class", self.majority),
-            (f"control task (random label a {by})", *self._of_labellings(control, self.control_label), None),
-            ("real labels in the control's folds", *self._of_labellings(same, self.label), None),
+            self._row(random, self._where_chosen(self.control), label=self.control_label),
+            self._row("real labels in the control's folds", self._where_chosen(self.same_split)),
             ("selectivity: these minus the control task", *self.selectivity_interval(), None, None),
             ("minus the better embedding", *self.over_embeddings(), None, None),
         ]
         return Table(("what", "balanced accuracy", "95% low", "95% high", "accuracy", "p"), rows).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` points of the largest balanced accuracy. To pick one of these is to look at the test examples."""
+        """The `k` points with the largest balanced accuracy; choosing one of them uses the test examples."""
         values, (low, high) = balanced(self.correct, self.label), self.interval(self.correct)
         columns = (values, low, high, self.correct.mean(1), self.point_p, self.point_q)
         order = values.argsort(descending=True, stable=True)[:k].tolist()
-        rows = [(self.points[i], *(float(one[i]) for one in columns)) for i in order]
+        rows = [(self.points[i], *(column[i] for column in columns)) for i in order]
         return Table(("point", "balanced accuracy", "95% low", "95% high", "accuracy", "p", "q"), rows)
 
     def figure(self) -> Any:
         """Balanced accuracy by point with the control task, intervals over groups, and a line for shuffled labels."""
         from hooklens.viz.curves import lines
 
-        shown = {"probe": balanced(self.correct, self.label)}
-        bands = {"probe": self.interval(self.correct)}
+        shown, bands = {"probe": balanced(self.correct, self.label)}, {"probe": self.interval(self.correct)}
         if self.control_by is not None:
             for name, right, label in (
                 ("probe, in the control's folds", self.same_split, self.label),
                 (f"control task ({self.control_by})", self.control, self.control_label[:, None]),
             ):
-                shown[name] = balanced(right, label).mean(0)
-                bands[name] = self._ends(_over_labellings(resampled(right, label, self.group)))
+                shown[name], drawn = self._estimate(right, label)
+                bands[name] = self._ends(drawn)
         marks = {"mean embedding of the prompt": self.context, "token's embedding": self.embed}
         heights = {name: float(balanced(right, self.label)) for name, right in marks.items()}
         heights |= {"shuffled labels": float(self.null.mean())} if len(self.null) else {}
         layers = [getattr(parse(name), "layer", None) for name in self.points]
         by_layer = len(layers) > 1 and None not in layers and len(set(layers)) == len(layers)
         inside = f"{self.balanced_accuracy:.2f} at the layer chosen inside"
-        drawn = lines(
+        figure = lines(
             shown,
             torch.tensor(layers) if by_layer else None,
             bands,
@@ -181,48 +173,46 @@ class ProbeStudy(Result):
             y_title="balanced accuracy out of fold",
             marks=heights,
         )
-        return drawn if len(self.points) > 1 else drawn.update_traces(mode="markers", selector={"mode": "lines"})
-
-    def _row(self, name: str, right: Float[Tensor, "example"], p: float | None = None) -> Row:
-        low, high = self.interval(right)
-        return name, float(balanced(right, self.label)), float(low), float(high), float(right.mean()), p
+        return figure if len(self.points) > 1 else figure.update_traces(mode="markers", selector={"mode": "lines"})
 
     def over_embeddings(self) -> tuple[float, float, float]:
         """The probe's balanced accuracy minus that of the better embedding baseline, with its 95 % interval."""
-        better = max((self.embed, self.context), key=lambda one: float(balanced(one, self.label)))
-        difference = self.nested - better
-        drawn = resampled(difference, self.label, self.group, least=-1.0)
-        return self._around(drawn, float(balanced(difference, self.label)))
-
-    def _where_chosen(self, right: Float[Tensor, "labelling point example"]) -> Float[Tensor, "labelling example"]:
-        return right[:, self.chosen[self.fold], torch.arange(len(self.fold))]
-
-    def _of_labellings(self, right: Float[Tensor, "labelling example"], label: Tensor) -> tuple[float, ...]:
-        """Balanced accuracy with its interval, and accuracy; NaN where there is no labelling."""
-        if not len(right):
-            return (float("nan"),) * 4
-        drawn = _over_labellings(resampled(right, label, self.group))
-        return *self._around(drawn, float(balanced(right, label).mean())), float(right.mean())
+        better = max((self.embed, self.context), key=lambda right: float(balanced(right, self.label)))
+        return self._with_ends(*self._estimate((self.nested - better)[None], self.label, least=-1.0))
 
     def selectivity_interval(self) -> tuple[float, float, float]:
         """`selectivity` with its 95 % interval: groups and labellings are resampled, together for both tasks."""
         if not len(self.control):
-            return (float("nan"),) * 3
-        pairs = [(self.same_split, self.label), (self.control, self.control_label)]
-        rows = [(self._where_chosen(right), label) for right, label in pairs]
-        real, random = (resampled(right, label, self.group) for right, label in rows)
-        value = balanced(*rows[0]).mean() - balanced(*rows[1]).mean()
-        return self._around(_over_labellings(real - random), float(value))
+            return NAN, NAN, NAN
+        value, drawn = self._estimate(self._where_chosen(self.same_split), self.label)
+        random, random_drawn = self._estimate(self._where_chosen(self.control), self.control_label)
+        return self._with_ends(value - random, drawn - random_drawn)
 
+    def _row(self, name: str, right: Tensor, *, label: Tensor | None = None, p: float | None = None) -> tuple:
+        """Balanced accuracy with its interval, accuracy and p; NaN where there is no labelling."""
+        right = torch.atleast_2d(right)
+        if not len(right):
+            return name, NAN, NAN, NAN, NAN, p
+        value, low, high = self._with_ends(*self._estimate(right, self.label if label is None else label))
+        return name, value, max(low, 0.0), high, right.mean(), p
 
-def _middle(drawn: Float[Tensor, "draw"]) -> tuple[float, float, float]:
-    """The mean of the draws, and the ends of their middle 95 %."""
-    low, high = drawn.nanquantile(drawn.new_tensor([0.025, 0.975]))
-    return float(drawn.mean()), float(low), float(high)
+    def _estimate(
+        self, right: Float[Tensor, "labelling *cell example"], label: Int[Tensor, "*labelled example"], least: float = 0
+    ) -> Estimate:
+        """The balanced accuracy, mean over labellings, and its draws.
 
+        Each draw is a mean over resampled labellings: the choice of random labels is a source of variance too.
+        """
+        drawn, n = resampled(right, label, self.group, least=least), len(right)
+        again = torch.randint(n, (len(drawn), n), generator=torch.Generator().manual_seed(1))
+        return balanced(right, label).mean(0), drawn[torch.arange(len(drawn))[:, None], again].mean(1)
 
-def _over_labellings(drawn: Float[Tensor, "draw labelling *cell"]) -> Float[Tensor, "draw *cell"]:
-    """Each draw's mean over resampled labellings: the choice of random labels is a source of variance too."""
-    n = drawn.shape[1]
-    again = torch.randint(n, (len(drawn), n), generator=torch.Generator().manual_seed(1))
-    return drawn[torch.arange(len(drawn))[:, None], again].mean(1)
+    def _ends(self, drawn: Float[Tensor, "draw *cell"]) -> Ends:
+        return ends(drawn, int(self.fold.max()) + 1)
+
+    def _with_ends(self, value: Float[Tensor, ""], drawn: Float[Tensor, "draw"]) -> tuple[float, float, float]:
+        low, high = self._ends(drawn)
+        return float(value), float(low), float(high)
+
+    def _where_chosen(self, right: Float[Tensor, "labelling point example"]) -> Float[Tensor, "labelling example"]:
+        return right[:, self.chosen[self.fold], torch.arange(len(self.fold))]

@@ -1,18 +1,18 @@
 """The data of a probe: prompts, the positions that are read, a label for each, and groups of related examples."""
 
-from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
-from hooklens.model.ids import show
+from hooklens.model.ids import show_text
 from hooklens.results.result import Result
 from hooklens.results.statistics import halves
 from hooklens.results.table import Table
@@ -48,25 +48,32 @@ class ProbeTask(Result):
     @property
     def group(self) -> Int[Tensor, "example"]:
         """The group of each example: examples linked by a prompt or an entity."""
-        rows = [tuple(row.tolist()) for row in self.tokens]
-        return components([[rows[i], *names] for i, names in zip(self.prompt.tolist(), self.entities, strict=True)])
+        return components([[row, *names] for row, names in zip(self.token_rows(), self.entities, strict=True)])
 
     def text_numbers(self) -> Int[Tensor, "example"]:
         """The prompt number of each example; prompts with the same tokens have the same number."""
-        rows = [tuple(row.tolist()) for row in self.tokens]
-        return components([[rows[i]] for i in self.prompt.tolist()])
+        return components([[row] for row in self.token_rows()])
 
-    def take(self, index: Int[Tensor, "chosen"]) -> "ProbeTask":
-        """Select some of the examples, with their prompts."""
-        kept, prompt = self.prompt[index].unique(return_inverse=True)
+    def token_rows(self) -> list[tuple[int, ...]]:
+        """The token ids of each example's prompt."""
+        rows = [tuple(row.tolist()) for row in self.tokens]
+        return [rows[i] for i in self.prompt.tolist()]
+
+    def take(self, index: Any) -> "ProbeTask":
+        """Select some of the examples, with their prompts; `index` has numbers or one boolean per example."""
+        try:
+            chosen = torch.arange(len(self))[index].reshape(-1)
+        except (IndexError, TypeError) as error:
+            raise OutOfRange(f"examples are numbered from 0 to {len(self) - 1}, got {index!r:.60}") from error
+        kept, prompt = self.prompt[chosen].unique(return_inverse=True)
         return ProbeTask(
             name=self.name,
             tokens=[self.tokens[i] for i in kept.tolist()],
             prompt=prompt,
-            pos=self.pos[index],
-            label=self.label[index],
+            pos=self.pos[chosen],
+            label=self.label[chosen],
             classes=self.classes,
-            entities=[self.entities[i] for i in index.tolist()],
+            entities=[self.entities[i] for i in chosen.tolist()],
             texts=[self.texts[i] for i in kept.tolist()],
         )
 
@@ -77,29 +84,26 @@ class ProbeTask(Result):
 
     def table(self, n: int | None = 8) -> Table:
         """One row per example."""
-        count = len(self) if n is None else min(whole("n", n), len(self))
-        group = self.group.tolist()
-        rows = [
-            (self.texts[int(self.prompt[i])], int(self.pos[i]), self.classes[int(self.label[i])], group[i])
-            for i in range(count)
-        ]
-        return Table(("prompt", "position", "label", "group"), rows)
+        texts = [self.texts[i] for i in self.prompt.tolist()]
+        names = [self.classes[i] for i in self.label.tolist()]
+        rows = list(zip(texts, self.pos.tolist(), names, self.group.tolist(), strict=True))
+        return Table(("prompt", "position", "label", "group"), rows).head(n)
 
     def figure(self) -> Any:
         """The number of examples of each class, and of groups that folds keep together."""
         from hooklens.viz.figures import bars
 
-        kept = [self.label == one for one in range(len(self.classes))]
-        groups = [len(self.group[one].unique()) for one in kept]
+        group, n_classes = self.group, len(self.classes)
+        groups = [len(group[self.label == i].unique()) for i in range(n_classes)]
         names = [f"{name}: {n} groups" for name, n in zip(self.classes, groups, strict=True)]
-        counts = torch.tensor([float(one.sum()) for one in kept])
+        counts = self.label.bincount(minlength=n_classes).double()
         return bars(counts, labels=names, title=f"{self.name}: {len(self)} examples", y_title="examples")
 
 
 def read_task(
     model: "HookedTransformer",
-    prompts: Prompts,
-    labels: Sequence[Label],
+    prompts: Prompts | PromptPairs,
+    labels: Sequence[Label] | None = None,
     *,
     group: Sequence[Hashable] | None = None,
     pos: int | Sequence[int] = -1,
@@ -111,27 +115,42 @@ def read_task(
     >>> task = read_task(tiny_model(), [[1, 2], [3, 4], [1, 5]], ["odd", "even", "odd"], group=["a", "b", "a"])
     >>> task.classes, task.label.tolist(), task.pos.tolist(), task.group.tolist()
     (['even', 'odd'], [1, 0, 1], [1, 1, 1], [0, 1, 0])
+
+    `PromptPairs` have no `labels`: the classes are "corrupted" and "clean", and the two prompts of a pair, or all of a
+    group of pairs, form a group.
     """
-    rows = [row.cpu() for row in rows_of(model, prompts, "prompts")]
-    n = len(rows)
-    places = [pos] * n if isinstance(pos, int) else list(pos)
-    for what, given in (("labels", labels), ("group", group or rows), ("pos", places)):
-        if len(given) != n:
-            raise InputError(f"{what} has one entry per prompt, got {len(given)} for {n} prompts")
-    label, classes = _classes(labels)
-    at = [_place(place, len(row), i) for i, (place, row) in enumerate(zip(places, rows, strict=True))]
-    entities = [[] if group is None else [str(one)] for one in (group or rows)]
-    texts = ["".join(show(model, row)) if model.tokenizer else " ".join(show(model, row)) for row in rows]
+    if isinstance(prompts, PromptPairs):
+        rows, label, group = _both_sides(model, prompts, labels, group)
+        classes = ["corrupted", "clean"]
+    else:
+        rows = rows_of(model, prompts, "prompts")
+        label, classes = _classes(_one_per_prompt("labels", labels, len(rows)))
+        group = None if group is None else _one_per_prompt("group", group, len(rows))
     return ProbeTask(
         name=name,
-        tokens=rows,
-        prompt=torch.arange(n),
-        pos=torch.tensor(at),
-        label=label,
+        tokens=[row.cpu() for row in rows],
+        prompt=torch.arange(len(rows)),
+        pos=torch.tensor(positions_of(rows, pos)),
+        label=torch.tensor(label),
         classes=classes,
-        entities=entities,
-        texts=texts,
+        entities=[[] for _ in rows] if group is None else [[str(key)] for key in group],
+        texts=[show_text(model, row) for row in rows],
     )
+
+
+def positions_of(rows: Sequence[Tensor], pos: int | Sequence[int]) -> list[int]:
+    """The position read in each prompt, counted from its start; `pos` is one for all or one per prompt.
+
+    >>> positions_of([torch.zeros(3), torch.zeros(2)], -1)
+    [2, 1]
+    """
+    places = [pos] * len(rows) if isinstance(pos, int) else _one_per_prompt("pos", pos, len(rows))
+    for i, (place, row) in enumerate(zip(places, rows, strict=True)):
+        if type(place) is not int:  # True is no position
+            raise WrongType(f"pos is a whole number, or one per prompt; got {place!r:.60}")
+        if not -len(row) <= place < len(row):
+            raise InputError(f"position {place} is out of range for prompt {i}, which has {len(row)} tokens")
+    return [place % len(row) for place, row in zip(places, rows, strict=True)]
 
 
 def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:
@@ -154,8 +173,34 @@ def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:
     return torch.tensor([number.setdefault(root(("example", i)), len(number)) for i in range(len(keys))])
 
 
-def _classes(labels: Sequence[Label]) -> tuple[Int[Tensor, "example"], list[str]]:
-    kinds = sorted(set(labels), key=lambda one: (isinstance(one, str), one))  # type: ignore[arg-type]
+def _both_sides(
+    model: "HookedTransformer", pairs: PromptPairs, labels: Any, group: Any
+) -> tuple[list[Tensor], list[int], list]:
+    """The clean and the corrupted prompts of pairs, their labels 1 and 0, and their groups."""
+    if labels is not None or pairs.corrupted is None:
+        raise ArgumentError("PromptPairs need {corrupted} prompts and no {labels}: the classes are clean and corrupted")
+    n, of_pair = len(pairs), pairs.group if group is None else group
+    of_pair = _one_per_prompt("group", list(range(n)) if of_pair is None else of_pair, n)
+    rows = [*rows_of(model, pairs.clean, "clean"), *rows_of(model, pairs.corrupted, "corrupted")]
+    return rows, [1] * n + [0] * n, of_pair * 2
+
+
+def _one_per_prompt(name: str, values: Any, n: int) -> list:
+    """The values as a list of plain numbers or texts, one per prompt."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(listed, Sequence) or isinstance(listed, str):
+        raise WrongType(f"{name} is a sequence with one entry per prompt, got {values!r:.60}")
+    if len(listed) != n:
+        raise InputError(f"{name} has one entry per prompt, got {len(listed)} for {n} prompts")
+    return [value.item() if hasattr(value, "item") else value for value in listed]
+
+
+def _classes(labels: list[Label]) -> tuple[list[int], list[str]]:
+    """The class number of each label, and the names of the classes in order."""
+    for label in labels:
+        if not isinstance(label, str | Real) or label != label:
+            raise WrongType(f"labels are texts, numbers or booleans, got {label!r:.60}")
+    kinds = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
     if len(kinds) < 2:
         raise InputError(f"a probe needs at least two classes, got {len(labels)} labels that are all {kinds[:1]}")
     if len(kinds) > _MOST_CLASSES:
@@ -163,21 +208,5 @@ def _classes(labels: Sequence[Label]) -> tuple[Int[Tensor, "example"], list[str]
             f"labels are classes, at most {_MOST_CLASSES} of them; got {len(kinds)} different values in {len(labels)} "
             "labels; bin the values first"
         )
-    rank: dict[Any, int] = {kind: i for i, kind in enumerate(kinds)}
-    return torch.tensor([rank[one] for one in labels]), [str(kind) for kind in kinds]
-
-
-def _place(pos: int, length: int, index: int) -> int:
-    if not -length <= pos < length:
-        raise InputError(f"position {pos} is out of range for prompt {index}, which has {length} tokens")
-    return pos % length
-
-
-def most_common(label: Int[Tensor, "example"]) -> int:
-    """The most common class; the first one if several tie.
-
-    >>> most_common(torch.tensor([1, 2, 2]))
-    2
-    """
-    counts = Counter(label.tolist())
-    return min(counts, key=lambda one: (-counts[one], one))
+    rank = {kind: i for i, kind in enumerate(kinds)}
+    return [rank[label] for label in labels], [str(kind) for kind in kinds]

@@ -22,15 +22,15 @@ def second_moment(model: "HookedTransformer", groups: list[Pairs], names: list[s
     u M u is the share of an activation's squared length along u: what ablating u removes, with every position weighted
     equally, whatever the length of its vector.
     """
-    total, seen = torch.zeros((), dtype=torch.float64), 0
+    total, n = torch.zeros((), dtype=torch.float64), 0
     for group in groups:
         for rows in group.clean.split(8):
             _, cache = model.run_with_cache(rows, names=names, stop_at_layer=model.cfg.n_layers)
             for name in names:
                 x = cache[name].detach().double().cpu().flatten(0, -2)
                 x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-300)
-                total, seen = total + x.T @ x, seen + len(x)
-    return total / seen
+                total, n = total + x.T @ x, n + len(x)
+    return total / n
 
 
 def share_of(moment: Float[Tensor, "width width"], directions: Float[Tensor, "*draw width"]) -> Float[Tensor, "*draw"]:
@@ -52,8 +52,8 @@ def random_ablations(
     exists.
 
     >>> moment = torch.diag(torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64))
-    >>> found = random_ablations(moment, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), 5, 0)
-    >>> share_of(moment, found[2]).round(decimals=6).tolist()
+    >>> drawn = random_ablations(moment, torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), 5, 0)
+    >>> share_of(moment, drawn[2]).round(decimals=6).tolist()
     [0.45, 0.45, 0.45, 0.45, 0.45]
     """
     values, basis = torch.linalg.eigh(moment)

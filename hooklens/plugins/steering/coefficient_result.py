@@ -1,17 +1,15 @@
 """The result of a coefficient sweep: effect and fluency at every coefficient, with random directions as a control."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.errors import OutOfRange
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import mean_interval, null_p, q_values, quantiles
-
-if TYPE_CHECKING:
-    pass
+from hooklens.results.statistics import mean_interval, middle, null_p, q_values
 
 Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
 
@@ -20,11 +18,10 @@ Ends = tuple[Float[Tensor, "coefficient"], Float[Tensor, "coefficient"]]
 class CoefficientSweep(Result):
     """Effect and fluency at every coefficient, for the direction and for random directions of the same length.
 
-    `metric` is read on the prompts; `base_per_prompt` without steering. `continuation_loss` is what the unsteered model
-    pays for the text that the steered one writes, in nats a token, `neutral_loss` what the steered one pays for neutral
-    text: either rises where steering breaks the model. `repeats` is the share of two-token sequences in a continuation
-    that occurred in it before: text in a loop is cheap under any model, so that the first loss alone would call it
-    fluent.
+    `metric` is measured on the prompts, and `base_per_prompt` without steering. `continuation_loss` is the loss of the
+    unsteered model on the text that the steered model writes, in nats per token, and `neutral_loss` is the loss of the
+    steered model on neutral text: both rise if steering breaks the model. `repeats` is the share of two-token sequences
+    in a continuation that occurred in it before: a text in a loop has a low loss under any model.
     """
 
     terms = {
@@ -55,7 +52,7 @@ class CoefficientSweep(Result):
 
     @property
     def effect(self) -> Float[Tensor, "coefficient"]:
-        """How far steering moves the metric, mean over prompts."""
+        """The change of the metric under steering, mean over prompts."""
         return (self.metric - self.base_per_prompt).mean(1)
 
     @property
@@ -69,7 +66,7 @@ class CoefficientSweep(Result):
 
     def random_band(self, level: float = 0.95) -> Ends:
         """The interval of the effects of random directions."""
-        return _band(self.random_effect, level)
+        return middle(self.random_effect, level)
 
     @property
     def p(self) -> Float[Tensor, "coefficient"]:
@@ -110,20 +107,20 @@ class CoefficientSweep(Result):
             "repeats": self.repeats.mean(1),
             f"after {self.prompts[0][-24:]!r}": [text[0][:48] for text in self.texts],
         }
-        listed = (one.tolist() if isinstance(one, Tensor) else one for one in columns.values())
-        return Table(tuple(columns), list(zip(*listed, strict=True))).head(n)
+        return Table(tuple(columns), list(zip(*columns.values(), strict=True))).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` coefficients of the largest effect, whatever its sign."""
-        rows = self.table().rows
-        order = self.effect.abs().argsort(descending=True, stable=True)[:k].tolist()
-        return Table(self.table().columns, [rows[i] for i in order])
+        """The `k` coefficients with the largest effect, regardless of its sign."""
+        table, order = self.table(), self.effect.abs().argsort(descending=True, stable=True)
+        return Table(table.columns, [table.rows[i] for i in order[:k].tolist()])
 
     def samples(self, prompt: int = 0) -> Table:
         """The model's continuation of one prompt at every coefficient."""
-        rows = [(0.0, self.base_texts[prompt], float(self.base_continuation_loss[prompt].exp()))]
-        for value, text, nat in zip(self.coefficients, self.texts, self.continuation_loss, strict=True):
-            rows.append((float(value), text[prompt], float(nat[prompt].exp())))
+        if prompt not in range(-len(self.prompts), len(self.prompts)):
+            raise OutOfRange(f"prompt is from 0 to {len(self.prompts) - 1}, got {prompt!r:.40}")
+        rows: list[tuple] = [(0.0, self.base_texts[prompt], self.base_continuation_loss[prompt].exp())]
+        for value, text, loss in zip(self.coefficients, self.texts, self.continuation_loss, strict=True):
+            rows.append((value, text[prompt], loss[prompt].exp()))
         return Table(("coefficient", "continuation", "perplexity"), rows)
 
     def figure(self) -> Any:
@@ -142,13 +139,8 @@ class CoefficientSweep(Result):
             "its text, random directions": self.random_continuation_loss.mean((0, 2)).exp(),
             "unsteered": self.base_continuation_loss.mean().exp().expand(len(x)),
         }
-        ends = _band(random, 0.95)
-        shaded = {"neutral text, random directions": (ends[0].exp(), ends[1].exp())}
+        low, high = middle(random)
+        shaded = {"neutral text, random directions": (low.exp(), high.exp())}
         below = lines(costs, x, shaded, "Cost in fluency", x_title="coefficient", y_title="perplexity")
         below.update_yaxes(type="log", dtick="D2")
         return panels([above, below])
-
-
-def _band(values: Float[Tensor, "draw coefficient"], level: float) -> Ends:
-    low, high = quantiles(values, ((1 - level) / 2, (1 + level) / 2))
-    return low, high

@@ -8,22 +8,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
-from hooklens.data.prompts import Prompts, read_pairs, rows_of
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.data.prompts import Prompts, read_pairs
 from hooklens.generation.sampling import Generation
-from hooklens.model.ids import show
+from hooklens.model.ids import show, show_text
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
-from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.positions import Positions
-from hooklens.plugins.steering.steering_edit import Adding, Direction, of_point, point_shape, steer
-from hooklens.plugins.steering.variants import Row, Variants, check_texts, first_layer, unit_controls
+from hooklens.plugins.steering.steering_edit import Direction, finite_numbers, steer
+from hooklens.plugins.steering.variants import Row, Variants, continuation_loss, repeated, texts_of, unit_controls
 from hooklens.results.result import Result
-from hooklens.sweeps.many_edits import Hooks
+from hooklens.results.statistics import group_numbers
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -49,10 +50,10 @@ class SweepSettings:
 
 def sweep_coefficients(
     model: "HookedTransformer",
-    prompts: Prompts,
+    prompts: Prompts | PromptPairs,
     direction: Direction,
     coefficients: Sequence[float | int],
-    metric: Any,
+    metric: Any = None,
     *,
     site: Where,
     neutral: Prompts | None = None,
@@ -63,7 +64,8 @@ def sweep_coefficients(
     Every number is reported with that of random directions of the same length. The metric is measured on the steered
     prompts; then each prompt is continued with steering. `direction` is as in `steer`: one vector, or one per layer,
     and at heads one per head; one coefficient scales all of them. `neutral` is text whose likelihood should not change,
-    steered at every position; None uses the unsteered model's own continuations.
+    steered at every position; None uses the unsteered model's own continuations. Of `PromptPairs` the clean prompts are
+    used, with their metric and groups.
 
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
@@ -77,35 +79,34 @@ def sweep_coefficients(
     Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
     Activation Addition", section 5 (effect over multipliers, and the effect on other abilities).
     """
-    made = settings or SweepSettings()
-    plan = _planned(model, direction, coefficients, site, made)
-    groups, rows = read_pairs(model, prompts, prompts, ()), rows_of(model, prompts, "prompts")
-    check_metric(metric, groups)
-    if made.group is not None and len(made.group) != len(rows):
-        raise InputError(f"settings.group has one label per prompt, got {len(made.group)} for {len(rows)} prompts")
+    settings = settings or SweepSettings()
+    plan = _planned(model, direction, coefficients, site, settings)
+    pairs = as_pairs(model, prompts, metric=metric, group=settings.group)
+    rows, groups = pairs.clean, read_pairs(model, pairs.clean, pairs.clean, ())
+    check_metric(pairs.metric, groups)
     with torch.no_grad(), packed_linears(rows=1024):
-        texts, losses, repeats = _written(model, plan, rows, made)
+        texts, losses, repeats = _written(model, plan, rows, settings)
         read, starts = texts.tokens[: len(rows)], [len(row) for row in rows]
         if neutral is not None:
-            read = check_texts(rows_of(model, neutral, "neutral"), "neutral")
+            read = texts_of(model, neutral)
             starts = [1] * len(read)
         with progress("coefficients", plan.edits.n * (len(rows) + len(read)), unit="prompt") as advance:
-            measured = plan.edits.metric(model, groups, metric, advance)
-            paid = plan.everywhere.loss(model, read, starts, advance)
-    said = texts.texts or [" ".join(show(model, ids)) for ids in texts.new_tokens]
-    spoken = [said[i : i + len(rows)] for i in range(0, len(said), len(rows))]
+            values = plan.edits.metric(model, groups, pairs.metric, advance)
+            neutral_losses = plan.everywhere.loss(model, read, starts, advance)
+    new_texts = texts.texts or [" ".join(show(model, ids)) for ids in texts.new_tokens]
+    by_edit = [new_texts[i : i + len(rows)] for i in range(0, len(new_texts), len(rows))]
     return CoefficientSweep(
-        plan.coefficients.to(measured),
-        *plan.split(measured),
+        plan.coefficients.to(values),
+        *plan.split(values),
         *plan.split(losses),
-        *plan.split(paid),
+        *plan.split(neutral_losses),
         *plan.split(repeats)[:2],
-        prompts=["".join(show(model, row)) if model.tokenizer else " ".join(show(model, row)) for row in rows],
-        texts=[spoken[int(i)] for i in plan.of[0]],
-        base_texts=spoken[0],
-        group=torch.arange(len(rows)) if made.group is None else made.group,
-        site=", ".join(plan.names),
-        positions=str(made.positions),
+        prompts=[show_text(model, row) for row in rows],
+        texts=[by_edit[i] for i in plan.of[0].tolist()],
+        base_texts=by_edit[0],
+        group=group_numbers(len(rows), pairs.group),
+        site=", ".join(point.name for point in model.resolve(site)),
+        positions=str(settings.positions),
         neutral="the unsteered model's continuations" if neutral is None else "given",
     )
 
@@ -116,7 +117,6 @@ class _Plan:
     coefficient; coefficient 0 is edit 0."""
 
     coefficients: Float[Tensor, "coefficient"]
-    names: list[str]
     of: Int[Tensor, "kind coefficient"]
     edits: Variants
     everywhere: Variants
@@ -128,41 +128,35 @@ class _Plan:
 
 
 def _planned(
-    model: "HookedTransformer", direction: Tensor, coefficients: Sequence[float | int], site: Where, made: SweepSettings
+    model: "HookedTransformer",
+    direction: Tensor,
+    coefficients: Sequence[float | int],
+    site: Where,
+    settings: SweepSettings,
 ) -> _Plan:
-    if made.positions == "generated":
+    if settings.positions == "generated":
         raise InputError("the metric is read on prompts, where positions='generated' adds nothing; use slice(-1, None)")
-    steer(model, direction, 1.0, site=site, positions=made.positions)  # raises if it cannot be added there
-    amounts = torch.as_tensor(list(coefficients), dtype=torch.float64)
-    if not len(amounts) or not bool(amounts.isfinite().all()):
-        raise InputError("a sweep needs at least one coefficient, and all must be finite")
+    steer(model, direction, site=site, positions=settings.positions)  # raises if it cannot be added there
+    amounts = finite_numbers("coefficients are a row of at least one number", coefficients, dims=(1,)).double().cpu()
     wide = direction.detach().double().cpu()
-    controls = unit_controls(made.controls, wide, made.seed) * wide.norm(dim=-1, keepdim=True)
-    names = [point.name for point in model.resolve(site)]
-    every = torch.cat([wide[None], controls])
-    used = (amounts != 0).nonzero().flatten()
-    of = torch.zeros(len(every), len(amounts), dtype=torch.long)
-    of[:, used] = torch.arange(1, 1 + len(every) * len(used)).view(len(every), -1)
-    vectors = torch.einsum("c,k...->kc...", amounts[used], every).flatten(0, 1)
-    vectors = torch.cat([torch.zeros_like(every[:1]), vectors])
-    shapes = {name: point_shape(model, name, "steer") for name in names}
-    at = {name: torch.stack([of_point(one, name, shape) for one in vectors]) for name, shape in shapes.items()}
-
-    def edits(positions: Positions) -> Variants:
-        def hooks(index: Int[Tensor, "row"]) -> Hooks:
-            return [(name, Adding(at[name][index], torch.ones(()), positions)) for name in names]
-
-        return Variants(len(vectors), hooks, first_layer(names))
-
-    return _Plan(amounts, names, of, edits(made.positions), edits("all"))
+    controls = unit_controls(settings.controls, wide, settings.seed) * wide.norm(dim=-1, keepdim=True)
+    directions, used = torch.cat([wide[None], controls]), (amounts != 0).nonzero().flatten()
+    of = torch.zeros(len(directions), len(amounts), dtype=torch.long)
+    of[:, used] = torch.arange(1, 1 + len(directions) * len(used)).view(len(directions), -1)
+    vectors = torch.einsum("c,k...->kc...", amounts[used], directions).flatten(0, 1)
+    vectors = torch.cat([torch.zeros_like(wide)[None], vectors])
+    at_positions, everywhere = (
+        Variants.of(model, site, vectors, torch.ones(()), positions) for positions in (settings.positions, "all")
+    )
+    return _Plan(amounts, of, at_positions, everywhere)
 
 
 def _written(
-    model: "HookedTransformer", plan: _Plan, rows: list[Row], made: SweepSettings
+    model: "HookedTransformer", plan: _Plan, rows: list[Row], settings: SweepSettings
 ) -> tuple[Generation, Float[Tensor, "edit prompt"], Float[Tensor, "edit prompt"]]:
     """The continuations of every prompt under the first edits, the unsteered model's loss on them, and repeats."""
-    n = 1 + int(plan.of[: 1 + made.written].amax())
-    options = {"max_new_tokens": made.new_tokens, "temperature": made.temperature, "seed": made.seed}
+    n = 1 + int(plan.of[: 1 + whole("written", settings.written)].amax())
+    options = {"max_new_tokens": settings.new_tokens, "temperature": settings.temperature, "seed": settings.seed}
     texts = plan.edits.generate(model, rows, torch.arange(n), options)
     losses = continuation_loss(model, texts).view(n, len(rows))
     return texts, losses, torch.tensor([repeated(ids) for ids in texts.new_tokens]).to(losses).view(n, len(rows))

@@ -11,15 +11,15 @@ from hooklens.core.errors import InputError
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
-from hooklens.data.prompts import Prompts, read_pairs, rows_of
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.data.prompts import Prompts, read_pairs
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
-from hooklens.plugins.steering.steering_edit import Removing, ablate_direction, stream_sites
-from hooklens.plugins.steering.variants import Variants, check_texts, first_layer, unit_controls
+from hooklens.plugins.steering.steering_edit import ablate_direction, stream_sites
+from hooklens.plugins.steering.variants import Variants, texts_of, unit_controls
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers, mean_interval, null_p, quantiles
-from hooklens.sweeps.many_edits import Hooks
+from hooklens.results.statistics import group_numbers, mean_interval, middle, null_p
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -49,7 +49,7 @@ class DirectionAblation(Result):
 
     @property
     def effect(self) -> float:
-        """How far the metric moves when the direction is taken out, mean over prompts."""
+        """The change of the metric when the direction is ablated, mean over prompts."""
         return float((self.metric - self.base_per_prompt).mean())
 
     @property
@@ -64,8 +64,7 @@ class DirectionAblation(Result):
 
     def random_band(self, level: float = 0.95) -> tuple[Float[Tensor, "null"], Float[Tensor, "null"]]:
         """The interval of the effects of random directions, for each null."""
-        low, high = _ends(self.random_effect, level)
-        return low, high
+        return middle(self.random_effect.T, level)
 
     @property
     def against(self) -> list[str]:
@@ -75,12 +74,11 @@ class DirectionAblation(Result):
         large p alone means "undecided".
         """
         low, high = self.interval()
-        most = torch.quantile(self.random_effect.abs(), 0.95, dim=1).tolist()
-        found = []
-        for end in most:
-            beyond, inside = low > end or high < -end, -end <= low and high <= end
-            found.append("beyond" if beyond else "inside" if inside else "undecided")
-        return found
+        relations = []
+        for end in self.random_effect.abs().quantile(0.95, dim=1).tolist():
+            inside = "inside" if -end <= low and high <= end else "undecided"
+            relations.append("beyond" if low > end or high < -end else inside)
+        return relations
 
     @property
     def null_p(self) -> Float[Tensor, "null"]:
@@ -95,61 +93,42 @@ class DirectionAblation(Result):
 
     def table(self, n: int | None = None) -> Table:
         """The direction and the random ones: effect with interval, p, position of the interval, share, perplexity."""
-        mean, (least, most), paid = (
-            self.random_effect.mean(1),
-            self.random_band(),
-            self.random_neutral_loss.mean((1, 2)),
-        )
+        loss, base_loss = self.neutral_loss.mean(), self.base_neutral_loss.mean()
         rows: list[tuple] = [
-            ("nothing", 0.0, None, None, None, "", None, float(self.base_neutral_loss.mean().exp())),
-            (
-                "this direction",
-                self.effect,
-                *self.interval(),
-                self.p,
-                "",
-                self.share,
-                float(self.neutral_loss.mean().exp()),
-            ),
+            ("nothing", 0.0, None, None, None, "", None, base_loss.exp()),
+            ("this direction", self.effect, *self.interval(), self.p, "", self.share, loss.exp()),
         ]
-        shares, p = self.random_share.mean(1), self.null_p
-        for i, (null, said) in enumerate(zip(self.nulls, self.against, strict=True)):
-            numbers = (float(one[i]) for one in (mean, least, most, p))
-            rows.append((f"random, {null}", *numbers, said, float(shares[i]), float(paid[i].exp())))
-        columns = ("taken out", "effect", "low", "high", "p", "interval against these", "share", "perplexity")
-        return Table(columns, rows).head(n)
+        columns: list[Any] = [self.random_effect.mean(1), *self.random_band(), self.null_p, self.against]
+        columns += [self.random_share.mean(1), self.random_neutral_loss.mean((1, 2)).exp()]
+        for null, *cells in zip(self.nulls, *columns, strict=True):
+            rows.append((f"random, {null}", *cells))
+        names = ("ablated", "effect", "low", "high", "p", "interval against these", "share", "perplexity")
+        return Table(names, rows).head(n)
 
     def figure(self) -> Any:
         """The effect on the metric and the increase of the loss, with the ranges of random directions."""
         from hooklens.viz.figures import bars
         from hooklens.viz.small_multiples import panels
 
-        rise = self.neutral_loss - self.base_neutral_loss
+        change, rise = self.metric - self.base_per_prompt, self.neutral_loss - self.base_neutral_loss
         random_rise = (self.random_neutral_loss - self.base_neutral_loss).mean(2)
-        moved = self.metric - self.base_per_prompt
-        own = (
-            (moved, self.random_effect, mean_interval(moved, group=self.group), "metric"),
+        labels = ["this direction", *(f"random, {null}" for null in self.nulls)]
+        figures = []
+        for values, random, own, name in (
+            (change, self.random_effect, mean_interval(change, group=self.group), "metric"),
             (rise, random_rise, mean_interval(rise), "loss of neutral text"),
-        )
-        drawn = []
-        for values, random, ends, name in own:
-            both = zip(ends, _ends(random, 0.95), strict=True)
-            low, high = (torch.cat([end[None], others]) for end, others in both)
-            labels = ["this direction", *(f"random, {null}" for null in self.nulls)]
+        ):
+            low, high = (torch.cat([end[None], ends]) for end, ends in zip(own, middle(random.T), strict=True))
             bar = torch.cat([values.mean()[None], random.mean(1)])
-            drawn.append(bars(bar, low, high, labels, f"Change of the {name}", y_title="change"))
-        return panels(drawn)
-
-
-def _ends(values: Float[Tensor, "null draw"], level: float) -> Float[Tensor, "two null"]:
-    return quantiles(values.T, ((1 - level) / 2, (1 + level) / 2))
+            figures.append(bars(bar, low, high, labels, f"Change of the {name}", y_title="change"))
+        return panels(figures)
 
 
 def measure_direction_ablation(
     model: "HookedTransformer",
-    prompts: Prompts,
+    prompts: Prompts | PromptPairs,
     direction: Float[Tensor, "width"],
-    metric: Any,
+    metric: Any = None,
     *,
     sites: Where | None = None,
     neutral: Prompts | None = None,
@@ -159,46 +138,51 @@ def measure_direction_ablation(
     """What does the model lose when it cannot use a direction, and would it lose as much without any other direction?
 
     The direction is ablated everywhere in the stream, or at chosen sites. `neutral` is text whose loss should not
-    change; None uses the prompts themselves. `group` has one label per prompt: the interval resamples groups.
+    change; None uses the prompts themselves. `group` has one label per prompt: the interval resamples groups. Of
+    `PromptPairs` the clean prompts are used, with their metric and groups.
     `controls` is the number of random directions of each kind (the same in every call), or the directions themselves.
 
     >>> from hooklens.testing import tiny_model
     >>> model = tiny_model()
     >>> logit = lambda logits: logits[:, -1, 5]
-    >>> seen = measure_direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], logit, controls=9)
-    >>> seen.random_effect.shape, len(seen.sites)                              # null draw
+    >>> ablation = measure_direction_ablation(model, [[1, 2], [3, 4]], model.W_U[:, 5], logit, controls=9)
+    >>> ablation.random_effect.shape, len(ablation.sites)                              # null draw
     (torch.Size([3, 9]), 6)
 
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", sections 2.4 and 3.
     """
-    if direction.ndim != 1:
-        raise InputError(f"direction_ablation needs a single direction [width], got {list(direction.shape)}")
     where = stream_sites(model) if sites is None else sites
     ablate_direction(model, direction, sites=where)  # raises if it cannot be ablated there
+    if direction.ndim != 1:
+        raise InputError(f"direction_ablation needs a single direction [width], got {list(direction.shape)}")
     names = [point.name for point in model.resolve(where)]
-    groups, rows = read_pairs(model, prompts, prompts, ()), rows_of(model, prompts, "prompts")
-    check_metric(metric, groups)
-    number = group_numbers(len(rows), group)
+    pairs = as_pairs(model, prompts, metric=metric, group=group)
+    groups = read_pairs(model, pairs.clean, pairs.clean, ())
+    check_metric(pairs.metric, groups)
     with torch.no_grad():
         moment = second_moment(model, groups, names)
     wide = direction.detach().double().cpu()
     random, nulls = _controls(controls, moment, wide)
-    vectors = torch.cat([wide[None], random.flatten(0, 1)])
-
-    def hooks(index: Int[Tensor, "row"]) -> Hooks:
-        return [(name, Removing(vectors[index], "all")) for name in names]
-
-    texts = check_texts(rows if neutral is None else rows_of(model, neutral, "neutral"), "neutral")
-    edited, plain = Variants(len(vectors), hooks, first_layer(names)), Variants(1, lambda index: [], 0)
-    starts = [1] * len(texts)
-    work = (len(vectors) + 1) * (len(rows) + len(texts))
+    vectors = torch.cat([torch.zeros_like(wide)[None], wide[None], random.flatten(0, 1)])  # the first removes nothing
+    edits = Variants.of(model, names, vectors, None, "all")
+    texts = texts_of(model, pairs.clean if neutral is None else neutral)
+    work = edits.n * (len(pairs) + len(texts))
     with torch.no_grad(), packed_linears(rows=1024), progress("ablations", work, unit="prompt") as advance:
-        base, seen = (one.metric(model, groups, metric, advance) for one in (plain, edited))
-        paid, lost = (one.loss(model, texts, starts, advance) for one in (plain, edited))
-    others = [one[1:].view(*random.shape[:2], -1) for one in (seen, lost)]
-    shares = float(share_of(moment, wide)), share_of(moment, random).to(seen)
-    measured = seen[0], base[0], others[0], lost[0], paid[0], others[1]
-    return DirectionAblation(*measured, *shares, nulls, number, names)
+        values = edits.metric(model, groups, pairs.metric, advance)
+        losses = edits.loss(model, texts, [1] * len(texts), advance)
+    return DirectionAblation(
+        metric=values[1],
+        base_per_prompt=values[0],
+        random_metric=values[2:].view(*random.shape[:2], -1),
+        neutral_loss=losses[1],
+        base_neutral_loss=losses[0],
+        random_neutral_loss=losses[2:].view(*random.shape[:2], -1),
+        share=float(share_of(moment, wide)),
+        random_share=share_of(moment, random).to(values),
+        nulls=nulls,
+        group=group_numbers(len(pairs), pairs.group),
+        sites=names,
+    )
 
 
 def _controls(

@@ -50,38 +50,32 @@ class Separation(NamedTuple):
     score: Float[Tensor, "layer prompt"]
 
 
-def made_splits(n_positive: int, n_negative: int, group: Int[Tensor, "pair"] | None, seed: int) -> Split:
+def make_splits(n_positive: int, n_negative: int, group: Int[Tensor, "pair"] | None, seed: int) -> Split:
     """Folds over groups of pairs, or over single prompts if the two kinds differ in number.
 
-    >>> split = made_splits(3, 3, None, 0)
+    >>> split = make_splits(3, 3, None, 0)
     >>> split.paired, len(split.folds), bool(sum(fold.long() for fold in split.folds).eq(1).all())
     (True, 3, True)
     """
-    paired = n_positive == n_negative
+    generator, paired = seeded(seed), n_positive == n_negative
     if group is not None and not paired:
         raise InputError(
             f"group has one label per pair, but {n_positive} positive and {n_negative} negative prompts make no pairs"
         )
-    generator = seeded(seed)
     if paired:
         number = group_numbers(n_positive, group).repeat(2)
-        groups = int(number.max()) + 1
-        order = torch.randperm(groups, generator=generator)
-        n_folds = min(_FOLDS, groups)
-        fold_of = torch.empty(groups, dtype=torch.long)
-        fold_of[order] = torch.arange(groups) % n_folds
-        member = fold_of[number]
+        n_groups = int(number.max()) + 1
+        n_folds = min(_FOLDS, n_groups)
+        fold = (torch.randperm(n_groups, generator=generator).argsort() % n_folds)[number]
     else:
-        number = torch.arange(n_positive + n_negative)
-        n_folds = min(_FOLDS, n_positive, n_negative)
-        kinds = [torch.randperm(n, generator=generator) % max(n_folds, 1) for n in (n_positive, n_negative)]
-        member = torch.cat(kinds)
+        number, n_folds = torch.arange(n_positive + n_negative), min(_FOLDS, n_positive, n_negative)
+        fold = torch.cat([torch.randperm(n, generator=generator) % n_folds for n in (n_positive, n_negative)])
     if n_folds < 2:
         raise InputError(
             f"a held-out test needs at least two independent prompts of each kind, got {n_positive} positive and "
             f"{n_negative} negative in {int(number.max()) + 1} groups"
         )
-    return Split(n_positive, n_negative, number, [member == i for i in range(n_folds)], paired)
+    return Split(n_positive, n_negative, number, [fold == i for i in range(n_folds)], paired)
 
 
 def cross_fit(acts: Acts, split: Split, draws: int, seed: int, *, keep: int) -> Separation:
@@ -100,8 +94,8 @@ def cross_fit(acts: Acts, split: Split, draws: int, seed: int, *, keep: int) -> 
     positive = split.labels() > 0
     gap = score[:, positive].mean(1) - score[:, ~positive].mean(1)
     drawn = torch.einsum("kn,lnd->kld", _weights(signs[:keep], torch.ones(len(positive), dtype=torch.bool)), wide)
-    found = _separation(score[:, None], label)[:, 0], gap, null.T, drawn, score
-    return Separation(*(one.to(acts) for one in found))
+    parts = _separation(score[:, None], label)[:, 0], gap, null.T, drawn, score
+    return Separation(*(part.to(acts) for part in parts))
 
 
 def _separation(score: Float[Tensor, "layer draw prompt"], signs: Signs) -> Float[Tensor, "layer draw"]:

@@ -1,10 +1,11 @@
 """The positions of a forward pass that an edit changes, counted in real tokens, in a prompt and during generation."""
 
 from collections.abc import Sequence
-from typing import cast
+from numbers import Integral
+from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType, did_you_mean
@@ -29,10 +30,11 @@ def checked(positions: Positions) -> Positions:
         if positions.step not in (None, 1) or any(end is not None and not isinstance(end, int) for end in ends):
             raise InputError(f"a slice of positions needs integer ends and no step, got {positions}")
         return positions
-    many = [positions] if isinstance(positions, int) else positions
-    if not isinstance(many, Sequence | Tensor) or any(isinstance(i, bool) for i in many):
+    listed: Any = positions.tolist() if isinstance(positions, Tensor) else positions
+    listed = [listed] if isinstance(listed, Integral) else listed
+    if not isinstance(listed, Sequence) or any(isinstance(i, bool) or not isinstance(i, Integral) for i in listed):
         raise WrongType(f"positions must be {', '.join(map(repr, NAMES))}, numbers or a slice, got {positions!r:.60}")
-    return [int(i) for i in many]
+    return [int(i) for i in listed]
 
 
 def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "batch_or_one new_pos"] | bool:
@@ -50,29 +52,23 @@ def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "b
     """
     if isinstance(positions, str):
         return positions == "all" or (positions == "prompt") == (hook.step == 0)
-    place, length, real = _places(hook, n_new)
     prompt = hook.step == 0
+    if hook.seen is None:
+        place, length = torch.arange(hook.offset, hook.offset + n_new)[None], torch.tensor(hook.offset + n_new)
+        real = torch.ones_like(place, dtype=torch.bool)
+    else:  # count real tokens, without padding
+        count = hook.seen.long().cumsum(1)
+        place, length, real = count[:, -n_new:] - 1, count[:, -1:], hook.seen[:, -n_new:]
     if isinstance(positions, slice):
         start, stop = positions.start, positions.stop
-        found = torch.ones_like(place, dtype=torch.bool)
+        selected = torch.ones_like(place, dtype=torch.bool)
         if start is not None and (start >= 0 or prompt):
-            found &= place >= (start if start >= 0 else length + start)
+            selected &= place >= (start if start >= 0 else length + start)
         if stop is not None:
-            found &= place < (stop if stop >= 0 else length + stop) if stop >= 0 or prompt else False
+            selected &= place < (stop if stop >= 0 else length + stop) if stop >= 0 or prompt else False
     else:
-        found = torch.zeros_like(place, dtype=torch.bool)
+        selected = torch.zeros_like(place, dtype=torch.bool)
         for i in cast(Sequence[int], positions):
             if i >= 0 or prompt:
-                found |= place == (i if i >= 0 else length + i)
-    return found & real
-
-
-def _places(
-    hook: HookCall, n_new: int
-) -> tuple[Int[Tensor, "batch_or_one new_pos"], Int[Tensor, "batch_or_one 1"], Bool[Tensor, "batch_or_one new_pos"]]:
-    """Each new position's number among its row's real tokens, their count, and which positions are real."""
-    if hook.seen is None:
-        place = torch.arange(hook.offset, hook.offset + n_new)[None]
-        return place, torch.tensor([[hook.offset + n_new]]), torch.ones_like(place, dtype=torch.bool)
-    count = hook.seen.long().cumsum(1)
-    return count[:, -n_new:] - 1, count[:, -1:], hook.seen[:, -n_new:]
+                selected |= place == (i if i >= 0 else length + i)
+    return selected & real

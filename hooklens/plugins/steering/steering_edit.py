@@ -1,11 +1,12 @@
 """Add a direction to activations or ablate it, in a forward pass and in every step of a generation."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
@@ -68,39 +69,13 @@ def steer(
     Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
     Activation Addition", section 3.
     """
+    amount = finite_numbers("coefficient is a number, or one per batch row", coefficient, dims=(0, 1))
     positions = checked(positions)
-    points = _points(model, site, direction, "steer")
-    amount = torch.as_tensor(coefficient)
-    if amount.ndim > 1:
-        raise InputError(f"coefficient must be a number, or one per batch row, got a tensor {list(amount.shape)}")
-    if not bool(amount.isfinite().all()) or not bool(direction.isfinite().all()):
-        raise InputError("coefficient and direction must be finite; some of the given numbers are not")
-    what = f"{points[0]}{' and others' * (len(points) > 1)}, positions {positions!r}"
+    vectors = at_points(model, site, _checked_direction(direction)[None], "steer")
+    what = f"{next(iter(vectors))}{' and others' * (len(vectors) > 1)}, positions {positions!r}"
     if amount.ndim == 0 and float(amount) == 0:
         return StreamEdit(model, [], f"nothing: coefficient 0 at {what}")
-    hooks: list[tuple[Where, HookFn]] = []
-    for name in points:
-        vector = of_point(direction, name, point_shape(model, name, "steer"))
-        hooks.append((name, Adding(vector[None], amount, positions)))
-    return StreamEdit(model, hooks, f"adds at {what}")
-
-
-@dataclass(frozen=True, eq=False)
-class Adding:
-    """A hook that adds amount * vector at the positions: one vector to all rows of the batch, or to each its own."""
-
-    vector: Float[Tensor, "row *point"]
-    amount: Tensor
-    positions: Positions
-
-    def __call__(self, act: Tensor, hook: HookCall) -> Tensor | None:
-        where = touched(self.positions, hook, act.shape[1])
-        if where is False:
-            return None
-        scale = self.amount.to(act)
-        scale = scale.view(-1, *[1] * (self.vector.ndim - 1)) if scale.ndim else scale
-        moved = act + _by_row(scale * self.vector.to(act), act)
-        return moved if where is True else torch.where(_mask(where, act), moved, act)
+    return StreamEdit(model, hooks_of(vectors, amount, positions), f"adds at {what}")
 
 
 def project_out(
@@ -136,52 +111,77 @@ def ablate_direction(
 
     Reference: Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", section 2.4.
     """
-    positions = checked(positions)
-    points = _points(model, stream_sites(model) if sites is None else sites, direction, "ablate")
-    hooks: list[tuple[Where, HookFn]] = []
-    for name in points:
-        vector = of_point(direction, name, point_shape(model, name, "ablate"))
-        if not bool(vector.isfinite().all()) or not bool(vector.any()):
-            raise InputError("a direction to ablate is finite and not 0; the one given points nowhere")
-        hooks.append((name, Removing(vector[None], positions)))
-    return StreamEdit(model, hooks, f"ablates a direction at {len(points)} points, positions {positions!r}")
+    positions, where = checked(positions), stream_sites(model) if sites is None else sites
+    vectors = at_points(model, where, _checked_direction(direction)[None], "ablate")
+    if not all(bool(vector.any()) for vector in vectors.values()):
+        raise InputError("a direction to ablate must be finite and not 0; the given one is 0")
+    what = f"ablates a direction at {len(vectors)} points, positions {positions!r}"
+    return StreamEdit(model, hooks_of(vectors, None, positions), what)
 
 
 @dataclass(frozen=True, eq=False)
-class Removing:
-    """A hook that projects a vector out at the positions: one out of all rows of the batch, or out of each its own."""
+class DirectionHook:
+    """A hook that adds amount * vector at the positions, or projects the vector out if the amount is None.
+
+    The vector and the amount are the same for all rows of the batch, or one for each.
+    """
 
     vector: Float[Tensor, "row *point"]
+    amount: Tensor | None
     positions: Positions
 
     def __call__(self, act: Tensor, hook: HookCall) -> Tensor | None:
         where = touched(self.positions, hook, act.shape[1])
         if where is False:
             return None
-        left = project_out(act, _by_row(self.vector, act))
-        return left if where is True else torch.where(_mask(where, act), left, act)
+        vector = self.vector
+        if self.amount is not None:
+            vector = self.amount.to(act).view(-1, *[1] * (vector.ndim - 1)) * vector.to(act)
+        if len(vector) not in (1, len(act)):
+            raise InputError(f"the edit has {len(vector)} rows, but the batch has {len(act)}")
+        edited = project_out(act, vector[:, None]) if self.amount is None else act + vector[:, None]
+        if where is True:
+            return edited
+        return torch.where(where.to(act.device).view(*where.shape, *[1] * (act.ndim - 2)), edited, act)
+
+
+def hooks_of(vectors: Mapping[str, Tensor], amount: Tensor | None, positions: Positions) -> list[tuple[Where, HookFn]]:
+    """The hooks that add these vectors, or project them out, at their points."""
+    return [(name, DirectionHook(vector, amount, positions)) for name, vector in vectors.items()]
 
 
 def stream_sites(model: "HookedTransformer") -> list[str]:
-    """Every point at which the residual stream itself stands."""
+    """The names of all points of the residual stream."""
     model.blocks[0].need_sum("ablating a direction everywhere", "the direction would come back; name sites=...")
-    found = [(name, parse(name)) for name in model.hook_names()]
-    return [name for name, site in found if site is not None and site.name in _STREAM]
+    sites = [(name, parse(name)) for name in model.hook_names()]
+    return [name for name, site in sites if site is not None and site.name in _STREAM]
 
 
-def _points(model: "HookedTransformer", where: Where, direction: Direction, verb: str) -> list[str]:
-    """The full names of the points, with the direction's shape checked against each point."""
-    if not isinstance(direction, Tensor) or not direction.is_floating_point():
-        raise WrongType(f"a direction must be a float tensor such as [width], got {type(direction).__name__}")
-    names = [point.name for point in model.resolve(where)]
-    for name in names:
-        here = point_shape(model, name, verb)
-        if tuple(direction.shape) not in (here, (model.cfg.n_layers, *here)):
+def at_points(
+    model: "HookedTransformer", where: Where, directions: Float[Tensor, "row *direction"], verb: str
+) -> dict[str, Float[Tensor, "row *point"]]:
+    """The directions at each point, by its full name: the same at all, or those of the point's layer.
+
+    >>> from hooklens.testing import tiny_model
+    >>> at = at_points(tiny_model(), "resid_post", torch.tensor([[[1.0] * 8, [2.0] * 8]]), "steer")
+    >>> {name: float(vector.mean()) for name, vector in at.items()}
+    {'blocks.0.hook_resid_post': 1.0, 'blocks.1.hook_resid_post': 2.0}
+    """
+    vectors = {}
+    for point in model.resolve(where):
+        shape, given = point_shape(model, point.name, verb), tuple(directions.shape[1:])
+        if given not in (shape, (model.cfg.n_layers, *shape)):
             raise InputError(
-                f"{name} has the shape {list(here)} at each position, so the direction must have this shape, or "
-                f"{[model.cfg.n_layers, *here]} with one per layer; got {list(direction.shape)}"
+                f"{point.name} has the shape {list(shape)} at each position, so the direction must have this shape, or "
+                f"{[model.cfg.n_layers, *shape]} with one per layer; got {list(given)}"
             )
-    return names
+        layer = getattr(parse(point.name), "layer", None)
+        if given != shape and layer is None:
+            raise InputError(f"{point.name} belongs to no layer, but there is one direction per layer; give one vector")
+        vectors[point.name] = directions if given == shape else directions[:, layer]
+    if not vectors:
+        raise InputError(f"{where!r:.60} selects no point to {verb} at; give a site such as ('resid_post', 0)")
+    return vectors
 
 
 def point_shape(model: "HookedTransformer", name: str, verb: str) -> tuple[int, ...]:
@@ -191,35 +191,38 @@ def point_shape(model: "HookedTransformer", name: str, verb: str) -> tuple[int, 
     >>> [point_shape(tiny_model(), f"blocks.0.{point}", "steer") for point in ("hook_resid_post", "attn.hook_z")]
     [(8,), (2, 4)]
     """
-    cfg, found = model.cfg, parse(name)
-    inside = AXES.get(found.name if found else "", ())
+    cfg, point = model.cfg, parse(name)
+    axes = AXES.get(point.name if point else "", ())
     sizes = {"d_model": cfg.d_model, "d_mlp": cfg.d_mlp, "d_vocab": cfg.d_vocab_out, "d_head": cfg.d_head}
     sizes |= {"head": cfg.n_heads, "kv_head": cfg.n_key_value_heads}
-    in_module = found is not None and found.name not in _OF_HEADS and "attn" in (found.part or "")
-    if inside[:2] != ("batch", "pos") or not set(inside[2:]) <= set(sizes) or in_module:
+    in_module = point is not None and point.name not in _OF_HEADS and "attn" in (point.part or "")
+    if axes[:2] != ("batch", "pos") or not set(axes[2:]) <= set(sizes) or in_module:
         raise InputError(
             f"{verb} needs a point with one vector per position, such as resid_post, attn_out, mlp_out or post, "
-            f"or one per head: q, k, v, z; {name} has {' '.join(inside) or 'something else'}"
+            f"or one per head: q, k, v, z; {name} has {' '.join(axes) or 'something else'}"
         )
-    return tuple(sizes[axis] for axis in inside[2:])
+    return tuple(sizes[axis] for axis in axes[2:])
 
 
-def of_point(direction: Direction, name: str, shape: tuple[int, ...]) -> Float[Tensor, "*here"]:
-    """The direction at one point: itself, or that of the point's layer if there is one per layer."""
-    if direction.ndim == len(shape):
-        return direction
-    found = parse(name)
-    if found is None or found.layer is None:
-        raise InputError(f"{name} belongs to no layer, but the direction has one vector per layer; give one vector")
-    return direction[found.layer]
+def _checked_direction(direction: Any) -> Direction:
+    if not isinstance(direction, Tensor) or not direction.is_floating_point():
+        raise WrongType(f"a direction must be a float tensor such as [width], got {direction!r:.60}")
+    if not bool(direction.isfinite().all()):
+        raise InputError("a direction must be finite; some of its numbers are not")
+    return direction
 
 
-def _by_row(vector: Float[Tensor, "row *point"], act: Float[Tensor, "batch pos *point"]) -> Tensor:
-    """Reshape the vector to broadcast with the activation."""
-    if len(vector) not in (1, len(act)):
-        raise InputError(f"the edit has {len(vector)} rows, but the batch has {len(act)}")
-    return vector[:, None]
+def finite_numbers(what: str, values: Any, *, dims: Sequence[int]) -> Tensor:
+    """The numbers as a tensor with one of these numbers of axes; `what` begins the error.
 
-
-def _mask(where: Bool[Tensor, "batch_or_one pos"], act: Float[Tensor, "batch pos *point"]) -> Tensor:
-    return where.to(act.device).view(*where.shape, *[1] * (act.ndim - 2))
+    >>> finite_numbers("coefficient is a number", float("inf"), dims=[0])
+    Traceback (most recent call last):
+    hooklens.core.errors.InputError: coefficient is a number, all finite; got inf
+    """
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(f"{what}, got {values!r:.60}") from error
+    if numbers.ndim not in dims or numbers.is_complex() or not numbers.numel() or not bool(numbers.isfinite().all()):
+        raise InputError(f"{what}, all finite; got {values!r:.60}")
+    return numbers

@@ -1,4 +1,4 @@
-"""Many edits of the same prompts at once: rows of one batch, started at the first layer that is edited."""
+"""Many edits of the same prompts at once, and what the model says with them: metrics, losses, continuations."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,14 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
-from hooklens.core.names import parse
+from hooklens.core.names import Where, parse
 from hooklens.core.progress_bar import Advance
-from hooklens.data.prompts import Pairs
+from hooklens.data.prompts import Pairs, Prompts, rows_of
 from hooklens.generation.sampling import Generation
 from hooklens.plugins.patching.grid import in_order
-from hooklens.sweeps.many_edits import Edits
+from hooklens.plugins.steering.positions import Positions
+from hooklens.plugins.steering.steering_edit import at_points, hooks_of
+from hooklens.sweeps.many_edits import Edits, Hooks
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -26,22 +28,47 @@ _LOGITS_AT_ONCE = 2**25
 class Variants(Edits):
     """Edits of a model, and what it says with them: the metric of prompts, the loss of texts, continuations."""
 
+    @classmethod
+    def of(
+        cls,
+        model: "HookedTransformer",
+        site: Where,
+        directions: Float[Tensor, "variant *direction"],
+        amount: Tensor | None,
+        positions: Positions,
+    ) -> "Variants":
+        """One edit per direction, which is added at the site, or projected out if the amount is None."""
+        vectors = at_points(model, site, directions, "ablate" if amount is None else "steer")
+        layers = [point.layer for point in map(parse, vectors) if point is not None and point.layer is not None]
+        if len(layers) < len(vectors):
+            raise InputError(
+                f"a sweep edits points inside blocks, and {next(iter(vectors))} is not one; use resid_pre of layer 0"
+            )
+
+        def hooks(index: Int[Tensor, "row"]) -> Hooks:
+            return hooks_of({name: vector[index] for name, vector in vectors.items()}, amount, positions)
+
+        return cls(len(directions), hooks, min(layers))
+
     def metric(
         self, model: "HookedTransformer", groups: list[Pairs], metric: Any, advance: Advance
     ) -> Float[Tensor, "variant prompt"]:
         """The metric of every prompt under every edit."""
-        return in_order(groups, [self.values(model, one.clean, one.of(metric), advance).T for one in groups]).T
+        values = [self.values(model, group.clean, group.of(metric), advance).T for group in groups]
+        return in_order(groups, values).T
 
     def loss(
         self, model: "HookedTransformer", rows: Sequence[Row], starts: Sequence[int], advance: Advance
     ) -> Float[Tensor, "variant text"]:
-        """Nats a token of each text under every edit, from position `start` on."""
+        """Nats per token of each text under every edit, from position `start` on."""
         if model.cfg.d_vocab_out < model.cfg.d_vocab:
             raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
         losses = []
         for row, start in zip(rows, starts, strict=True):
-            finals = (some[:, 0] for some in self.streams(model, row[None], advance))
-            losses.append(torch.cat([self._losses(model, some, row, start) for some in finals]))
+            at_once = max(1, _LOGITS_AT_ONCE // (len(row[start:]) * model.cfg.d_vocab_out))
+            streams = (x for some in self.streams(model, row[None], advance) for x in some[:, 0].split(at_once))
+            of_text = [nats(model.read_out(x[:, start - 1 : -1]), row[start:].expand(len(x), -1)) for x in streams]
+            losses.append(torch.cat(of_text).mean(1))
         return torch.stack(losses, 1)
 
     def generate(
@@ -51,14 +78,6 @@ class Variants(Edits):
         with model.hooks(self.hooks(index.repeat_interleave(len(prompts)))):
             return model.generate([row for _ in index for row in prompts], **options)
 
-    def _losses(
-        self, model: "HookedTransformer", finals: Float[Tensor, "row pos d_model"], row: Row, start: int
-    ) -> Float[Tensor, "row"]:
-        targets, found = row[start:], []
-        for some in finals[:, start - 1 : -1].split(max(1, _LOGITS_AT_ONCE // (len(targets) * model.cfg.d_vocab_out))):
-            found.append(nats(model.read_out(some), targets.expand(len(some), -1)).mean(1))
-        return torch.cat(found)
-
 
 def nats(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos"]:
     """Minus the log-probability of each target, in float32 or wider."""
@@ -66,41 +85,66 @@ def nats(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos
     return torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-def first_layer(names: Sequence[str]) -> int:
-    """The first layer that these points lie in."""
-    layers = [site.layer for site in map(parse, names) if site is not None and site.layer is not None]
-    if len(layers) < len(names):
-        raise InputError(f"a sweep edits points inside blocks, which {names[0]} is not; use resid_pre of layer 0")
-    return min(layers)
+def continuation_loss(model: "HookedTransformer", written: Generation) -> Float[Tensor, "text"]:
+    """The model's loss on each continuation, in nats per new token, with the hooks that are active now.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model = tiny_model()
+    >>> continuation_loss(model, model.generate([[1, 2], [3]], 4)).shape
+    torch.Size([2])
+    """
+    tokens, real = written.padded()
+    before, new = (
+        torch.tensor([len(row) for row in rows], device=tokens.device) for rows in (written.prompts, written.new_tokens)
+    )
+    step = torch.arange(int(new.max()), device=tokens.device)
+    at = (before[:, None] + step).clamp_max(tokens.shape[1] - 1)
+    losses = []
+    for rows in torch.arange(len(tokens)).split(max(1, _LOGITS_AT_ONCE // (len(step) * model.cfg.d_vocab_out))):
+        read = model(tokens[rows], attention_mask=real[rows], stop_at_layer=model.cfg.n_layers)
+        stream = read.as_subclass(torch.Tensor)  # by column: padding of short rows is read too, and not counted below
+        number = torch.arange(len(rows))[:, None]
+        of_token = nats(model.read_out(stream[number, at[rows] - 1]), tokens[rows].gather(1, at[rows]))
+        losses.append((of_token * (step < new[rows, None])).sum(1) / new[rows])
+    return torch.cat(losses)
 
 
-def check_texts(rows: Sequence[Row], name: str) -> list[Row]:
-    """Texts long enough to have a loss."""
+def repeated(ids: Int[Tensor, "pos"]) -> float:
+    """The share of two-token sequences that occurred earlier in the same text.
+
+    >>> repeated(torch.tensor([1, 2, 1, 2, 1])), repeated(torch.tensor([1, 2, 3]))
+    (0.5, 0.0)
+
+    Reference: Li et al. (2016), "A Diversity-Promoting Objective Function", distinct-2 (this is 1 minus it).
+    """
+    pairs = list(zip(ids.tolist(), ids.tolist()[1:], strict=False))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def texts_of(model: "HookedTransformer", neutral: Prompts) -> list[Row]:
+    """The token ids of texts that are long enough to have a loss."""
+    rows = rows_of(model, neutral, "neutral")
     short = [i for i, row in enumerate(rows) if len(row) < 2]
     if short:
-        raise InputError(f"{name} needs texts of at least two tokens to have a loss, and number {short[0]} has one")
-    return list(rows)
+        raise InputError(f"neutral needs texts of at least two tokens to have a loss, and number {short[0]} has one")
+    return rows
 
 
 def unit_controls(
     controls: int | Float[Tensor, "draw *given"], direction: Float[Tensor, "*point"], seed: int
 ) -> Float[Tensor, "_draw *point"]:
-    """Control directions of length 1 (at each layer and head, where there are several): so many at random, or given.
+    """Control directions of length 1 at each layer and head: as many random ones as `controls` says, or the given ones.
 
     >>> unit_controls(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0).tolist()
     [[0.6, 0.8]]
     """
-    here = list(direction.shape)
+    shape = list(direction.shape)
     if not isinstance(controls, Tensor):
-        if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
-            raise InputError(
-                f"controls is a number of random directions, at least 1, or the directions; got {controls!r:.80}"
-            )
-        generator = seeded(seed)
-        controls = torch.randn(controls, *here, generator=generator, dtype=torch.float64)
-    if list(controls.shape[1:]) != here or not len(controls):
+        n = whole("controls", controls, 1)
+        controls = torch.randn(n, *shape, generator=seeded(seed), dtype=torch.float64)
+    if list(controls.shape[1:]) != shape or not len(controls):
         raise InputError(
-            f"control directions are [draw {' '.join(map(str, here))}], at least one, got {list(controls.shape)}"
+            f"control directions are [draw {' '.join(map(str, shape))}], at least one, got {list(controls.shape)}"
         )
     wide = controls.detach().double().cpu()
     size = wide.norm(dim=-1, keepdim=True)

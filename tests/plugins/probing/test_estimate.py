@@ -5,14 +5,15 @@ import torch
 from hooklens.plugins.probing import probe_training as train
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import Ridge
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.testing import tiny_model
 
 
 def test_no_estimate_was_given_before_the_first_point_was_done(monkeypatch):
     """The time came with the first point's end, which of many texts is minutes away."""
-    said, fitted, whole = [], [], train.cross_validate
+    said, fitted, whole = [], [], Trainer.cross_validate
     monkeypatch.setattr(train, "say_estimate", lambda what, seconds: said.append((what, seconds, len(fitted))))
-    monkeypatch.setattr(train, "cross_validate", lambda *a, **k: (fitted.append(1), whole(*a, **k))[1])
+    monkeypatch.setattr(Trainer, "cross_validate", lambda *a, **k: (fitted.append(1), whole(*a, **k))[1])
     train.train_probe(model := tiny_model(), odd_first(model), kind=Ridge(), null_draws=19)
     assert [(what, done) for what, _, done in said] == [("probes at 2 points", 0)] and len(fitted) == 2
 

@@ -7,7 +7,7 @@ from model.zoo import zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
-from hooklens.plugins.probing.edited_runs import EditedRuns
+from hooklens.plugins.probing.edited_runs import run_edited
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probe_use import CausalCheck, check_probe_use, random_directions
@@ -218,7 +218,14 @@ def test_long_rotary_turns_the_reused_beginning_of_a_prompt_as_its_whole_row():
     model = zoo_model("phi3", dtype=torch.float64)  # the original context ends after 3 of the 5 tokens
     tokens = torch.tensor([[1, 5, 2, 7, 3], [4, 4, 9, 0, 10]])
     metric = hl.logit_diff(model, answer=3, wrong_answer=4)
-    pairs, pos = Pairs((0, 1), tokens, tokens), torch.tensor([3, 3])
-    runs = EditedRuns(model, pairs, metric, "blocks.0.hook_resid_post", 0, pos)
-    ours = runs.edited(torch.ones(1, 2, dtype=torch.float64), torch.zeros(1, 8, dtype=torch.float64))
-    assert torch.allclose(ours[0, 0], metric(model(tokens)), atol=1e-10)
+    clean, edited = run_edited(
+        model,
+        [Pairs((0, 1), tokens, tokens)],
+        metric,
+        point="blocks.0.hook_resid_post",
+        pos=torch.tensor([3, 3]),
+        shift=torch.ones(1, 2, dtype=torch.float64),
+        directions=torch.zeros(1, 8, dtype=torch.float64),
+    )
+    assert torch.allclose(edited[0, 0], metric(model(tokens)), atol=1e-10)
+    assert torch.allclose(edited[0, 0], clean, atol=1e-10)

@@ -11,7 +11,7 @@ from hooklens.plugins.probing.directions import TokenProjection, fisher, project
 from hooklens.plugins.probing.geometry import Geometry, measure_geometry
 from hooklens.plugins.probing.probe_transfer import Transfer, transfer_probe
 from hooklens.plugins.probing.probes import MassMean, Probe
-from hooklens.plugins.probing.scoring import as_rows, fit
+from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.plugins.probing.task import read_task
 from hooklens.results.statistics import auc
 from hooklens.testing import tiny_model
@@ -158,7 +158,7 @@ def test_what_is_shared_with_the_training_task_is_left_out():
     assert found.n[0, 1] == 0 and math.isnan(float(found.accuracy[0, 1]))  # the same prompts under another question
     assert 0 < int(found.n[0, 2]) <= 160 and found.n.diagonal().tolist() == [160] * 3
     x = model.run_with_cache(torch.stack(odd.tokens), "blocks.0.hook_resid_pre")[1]["resid_pre", 0][:, -1]
-    weight, bias, _ = fit(MassMean(), as_rows(x), odd.label.numpy(), 2)
+    weight, bias, _ = Trainer(MassMean(), 2).fit(as_rows(x), odd.label.numpy())
     rows = torch.stack(again.tokens)
     new = [i for i, row in enumerate(rows.tolist()) if row not in torch.stack(odd.tokens).tolist()]
     y = model.run_with_cache(rows[new], "blocks.0.hook_resid_pre")[1]["resid_pre", 0][:, -1]

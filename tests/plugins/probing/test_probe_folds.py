@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.probing.folds import control_labels, control_types, make_folds, shuffled, split
+from hooklens.plugins.probing.control import control_labels, control_types
+from hooklens.plugins.probing.folds import make_folds, shuffled, split
 from hooklens.plugins.probing.probes import Logistic
-from hooklens.plugins.probing.scoring import correct
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import components, read_task
 from hooklens.testing import tiny_model
 
@@ -75,7 +76,7 @@ def test_where_only_the_entity_tells_grouped_folds_are_at_chance_and_naive_ones_
     for seed in range(5):
         x, label, group = entities(seed=seed)
         for folds, into in ((make_folds(label, group), grouped), (make_folds(label, torch.arange(len(label))), naive)):
-            into.append(float(correct(x.numpy(), label, 2, folds, Logistic(c=1.0)).mean()))
+            into.append(float(Trainer(Logistic(c=1.0), 2).correct(x.numpy(), label[None], folds)[0].mean()))
     assert min(naive) > 0.99
     assert abs(sum(grouped) / 5 - 0.5) < 0.12  # 150 entities: a standard error of 0.04
 
@@ -120,5 +121,5 @@ def test_what_a_control_task_labels():
     prompt, many = torch.arange(40), torch.arange(40) % 10
     assert control_types(many, prompt, prompt)[1] == "token"
     assert control_types(torch.zeros_like(prompt), prompt, many)[1] == "group"  # one token is no set of types
-    assert control_types(prompt, prompt, prompt) is None  # nothing comes back
-    assert control_types(many, many, many) is None  # a type comes back in its own prompt only
+    assert control_types(prompt, prompt, prompt)[0] is None  # nothing comes back
+    assert control_types(many, many, many)[0] is None  # a type comes back in its own prompt only

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hooklens.plugins.probing.balancing import balanced, ends, resampled
-from hooklens.plugins.probing.folds import Fold, make_folds, split
+from hooklens.plugins.probing.folds import make_folds, split
 from hooklens.plugins.probing.gathering import Activations
 from hooklens.plugins.probing.probe_training import _study
 from hooklens.plugins.probing.probes import MassMean, Ridge
-from hooklens.plugins.probing.scoring import correct
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
 from hooklens.testing import tiny_model
@@ -40,8 +40,7 @@ def accuracy_interval(n: int, gap: float, kind, seed: int) -> tuple[float, float
     label = torch.randperm(n, generator=generator) % 2
     x = torch.randn(n, 20, generator=generator, dtype=torch.float64)
     x[:, 0] += gap * label
-    folds = [Fold(train, test, ()) for train, test in split(label, torch.arange(n), 5, seed)]
-    right = correct(x.numpy(), label, 2, folds, kind)
+    right = Trainer(kind, 2).correct(x.numpy(), label[None], split(label, torch.arange(n), 5, seed))[0]
     low, high = ends(resampled(right, label, torch.arange(n)), folds=5)
     return float(balanced(right, label)), float(low), float(high)
 

@@ -15,7 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.probing.confidence import Calibration, temperature
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean, Probe, Ridge, WhitenedMassMean
-from hooklens.plugins.probing.scoring import correct, cross_validate, fit, majority, said
+from hooklens.plugins.probing.scoring import Trainer, majority
 
 PEERS = {
     "logistic": (  # at the default tolerance of 1e-4 one example of the third fold lies on the other side
@@ -57,7 +57,8 @@ def test_scores_are_those_of_scikit_learn(name, k):
         peer = lambda: LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[1 / 3] * 3)  # noqa: E731
     x, label = classes(k)
     folds = make_folds(label, torch.arange(120))
-    scored, right = cross_validate(x, label[None], k, folds, kind), correct(x.numpy(), label, k, folds, kind)
+    trainer, rows = Trainer(kind, k), x.numpy()
+    scored, right = trainer.cross_validate(rows, label[None], folds), trainer.correct(rows, label[None], folds)[0]
     for fold in folds:
         fitted = peer().fit(x.numpy()[fold.train], label.numpy()[fold.train])
         expected = fitted.predict(x.numpy()[fold.test])
@@ -82,7 +83,7 @@ def test_many_labellings_at_once_are_read_as_one_at_a_time(kind, n, d, k):
     labels[0] = torch.from_numpy(x[:n, 0].argsort().argsort()) * k // n
     many = kind.said_of_many(x[:n], labels, x[n:], k).softmax(2)
     for found, label in zip(many, labels, strict=True):
-        one = torch.from_numpy(said(x[n:], kind.fit(x[:n], label.numpy(), k))).softmax(1)
+        one = torch.from_numpy(kind.fit(x[:n], label.numpy(), k).logits(x[n:])).softmax(1)
         torch.testing.assert_close(found, one, atol=1e-4, rtol=0)
 
 
@@ -90,7 +91,7 @@ def test_logits_of_logistic_regression_are_scikit_learns():
     for k in (2, 3):
         x, label = classes(k)
         peer = PEERS["logistic"][1]().fit(x.numpy(), label.numpy())
-        logits = torch.from_numpy(said(x.numpy(), fit(Logistic(c=0.3), x.numpy(), label.numpy(), k)))
+        logits = torch.from_numpy(Trainer(Logistic(c=0.3), k).fit(x.numpy(), label.numpy()).logits(x.numpy()))
         torch.testing.assert_close(logits.softmax(1).numpy(), peer.predict_proba(x.numpy()), atol=1e-8, rtol=0)
 
 
@@ -102,9 +103,10 @@ def test_two_gaussians_are_told_apart_as_well_as_can_be(name, distance):
     x, label, where = gaussians(distance)
     folds = make_folds(label, torch.arange(len(label)))
     best = 0.5 * (1 + math.erf(distance / 2 / math.sqrt(2)))
-    assert float(correct(x.numpy(), label, 2, folds, kind).mean()) == pytest.approx(best, abs=3 * 0.008)
+    right = Trainer(kind, 2).correct(x.numpy(), label[None], folds)
+    assert float(right.mean()) == pytest.approx(best, abs=3 * 0.008)
     if distance:
-        fitted = fit(kind, x.numpy(), label.numpy(), 2)
+        fitted = Trainer(kind, 2).fit(x.numpy(), label.numpy())
         for part, least in ((fitted.weight, 0.99), (fitted.step, 0.98)):  # features of the noise's own variance
             across = part[1] - part[0]
             assert across @ where.numpy() / np.linalg.norm(across) > least
@@ -112,7 +114,7 @@ def test_two_gaussians_are_told_apart_as_well_as_can_be(name, distance):
 
 def test_the_mass_mean_direction_is_the_difference_of_the_means():
     x, label = classes(2)
-    weight, bias, step = map(torch.from_numpy, fit(MassMean(), x.numpy(), label.numpy(), 2))
+    weight, bias, step = map(torch.from_numpy, Trainer(MassMean(), 2).fit(x.numpy(), label.numpy()))
     means = torch.stack([x[label == one].mean(0) for one in range(2)])
     probe = Probe(weight, bias, means, step=step)
     torch.testing.assert_close(probe.normal, probe.direction, atol=1e-12, rtol=0)
@@ -134,7 +136,8 @@ def test_ignoring_how_features_vary_costs_the_mass_mean_and_not_the_whitened_one
     x = noise + label[:, None] * torch.tensor([1.0, -0.5]).double()
     folds = make_folds(label, torch.arange(2000))
     plain, whitened = (
-        float(correct(x.numpy(), label, 2, folds, kind).mean()) for kind in (MassMean(), WhitenedMassMean())
+        float(Trainer(kind, 2).correct(x.numpy(), label[None], folds)[0].mean())
+        for kind in (MassMean(), WhitenedMassMean())
     )
     assert plain < 0.85 and whitened > 0.95
 
@@ -145,13 +148,13 @@ def test_a_step_is_steepest_as_the_fit_measures_length(name):
     kind = PEERS[name][0]
     x, label = classes(2)
     x = x * torch.logspace(-2, 2, 9, dtype=torch.float64)
-    weight, bias, step = map(torch.from_numpy, fit(kind, x.numpy(), label.numpy(), 2))
+    weight, bias, step = map(torch.from_numpy, Trainer(kind, 2).fit(x.numpy(), label.numpy()))
     means = torch.stack([x[label == one].mean(0) for one in range(2)])
     probe = Probe(weight, bias, means, step=step)
     moved = means[0] + probe.gap * probe.direction
     torch.testing.assert_close(probe.coordinate(moved), probe.coordinate(means[1]), atol=1e-9, rtol=1e-9)
     if name in ("logistic", "ridge"):
-        scaled = fit(kind, (x / x.std(0, correction=0)).numpy(), label.numpy(), 2)
+        scaled = Trainer(kind, 2).fit((x / x.std(0, correction=0)).numpy(), label.numpy())
         found = scaled.step[1] - scaled.step[0]
         np.testing.assert_allclose(found, scaled.weight[1] - scaled.weight[0], rtol=1e-6)
         np.testing.assert_allclose((step[1] - step[0]) / x.std(0, correction=0), found, rtol=1e-6)
@@ -163,9 +166,9 @@ def test_a_class_that_the_rows_lack_is_never_said():
     x, label = classes(3)
     for kind in PROBES.values():
         rows = (label != 1).numpy()
-        logits = said(x.numpy(), fit(kind, x.numpy()[rows], label.numpy()[rows], 3))
+        logits = Trainer(kind, 3).fit(x.numpy()[rows], label.numpy()[rows]).logits(x.numpy())
         assert set(logits.argmax(1).tolist()) == {0, 2}
-        one = said(x.numpy(), fit(kind, x.numpy()[:1], label.numpy()[:1], 3))
+        one = Trainer(kind, 3).fit(x.numpy()[:1], label.numpy()[:1]).logits(x.numpy())
         assert set(one.argmax(1).tolist()) == {0}
 
 
@@ -173,7 +176,7 @@ def test_features_that_never_change_do_no_harm():
     x, label = classes(2)
     x = torch.cat([x, torch.full((120, 2), 1e6, dtype=torch.float64)], 1)
     for kind in PROBES.values():
-        assert all(np.isfinite(part).all() for part in fit(kind, x.numpy(), label.numpy(), 2))
+        assert all(np.isfinite(part).all() for part in Trainer(kind, 2).fit(x.numpy(), label.numpy()))
 
 
 def test_the_majority_is_that_of_the_rows_that_are_fitted_on():
@@ -214,7 +217,6 @@ def test_brier_and_bins_by_hand():
     assert made.brier == pytest.approx(((0.49 + 0.64 + 0.01) + (0.01 + 0.01 + 0.04)) / 2)
     assert made.ece == pytest.approx((0.7 + 0.2) / 2) and made.count[[7, 8]].tolist() == [1, 1]
     assert len(made.table()) == 2 and len(made.table(1)) == 1 and made.figure().data
-    assert [row[2] for row in made.top(2).rows] == [1, 1] and made.top(1).rows[0][0] == pytest.approx(0.7)
 
 
 def test_the_temperature_undoes_a_factor():

@@ -14,11 +14,10 @@ from hooklens.data.jsonl import read_texts_file
 from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gathering import Activations, gather
-from hooklens.plugins.probing.null import Null
 from hooklens.plugins.probing.probe_training import _study, probe_texts, train_probe
 from hooklens.plugins.probing.probe_use import check_probe_use
-from hooklens.plugins.probing.probes import PROBES, Logistic, MassMean
-from hooklens.plugins.probing.scoring import correct
+from hooklens.plugins.probing.probes import PROBES, MassMean, Ridge
+from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import read_task
 from hooklens.pretrained.tokenizer import tiny_tokenizer
@@ -109,11 +108,11 @@ def test_the_best_of_many_layers_is_not_what_is_reported():
 
 
 def test_the_layer_is_chosen_without_the_test_examples():
-    acts, task = noise()
+    acts, task = noise(points=10)
     folds = make_folds(task.label, acts.group)
     before = _study(acts, task, MassMean(), folds, 1, 0)
     x = acts.x.clone()
-    x[:, folds[2].test] += 100 * torch.randn(30, len(folds[2].test), 5, dtype=torch.float64)
+    x[:, folds[2].test] += 100 * torch.randn(10, len(folds[2].test), 5, dtype=torch.float64)
     moved = Activations(x, acts.points, acts.token, acts.prompt, acts.pos, acts.group, acts.embed, acts.context)
     after = _study(moved, task, MassMean(), folds, 1, 0)
     assert after.chosen[2] == before.chosen[2]
@@ -150,7 +149,7 @@ def test_the_control_task_can_be_memorised_and_selectivity_is_what_is_left():
     tokens = torch.randint(12, (240, 3), generator=torch.Generator().manual_seed(0))
     label = [int(row[-1]) % 2 for row in tokens]
     task = read_task(model, tokens, label)
-    _, study = train_probe(model, task, kind=Logistic(c=1.0), null_draws=1)
+    _, study = train_probe(model, task, kind=Ridge(alpha=0.1), null_draws=1)
     assert study.control_by == "token"
     assert float(study.control.mean()) > 0.95 and study.selectivity < 0.06
     assert study.accuracy > 0.95
@@ -164,7 +163,7 @@ def study_of(x, token, label, kind=None, **options):
     names = [f"blocks.{i}.hook_resid_post" for i in range(len(x))]
     acts = Activations(x, names, token, ids, torch.zeros_like(ids), ids, x[0], x[0])
     folds = make_folds(task.label, acts.group, folds=options.pop("folds", 5))
-    return _study(acts, task, kind or Logistic(c=1.0), folds, options.pop("null_draws", 0), 0)
+    return _study(acts, task, kind or Ridge(alpha=1.0), folds, options.pop("null_draws", 0), 0)
 
 
 def test_a_page_says_what_the_controls_take_away():
@@ -216,12 +215,12 @@ def test_selectivity_compares_the_same_rows():
     token, label = torch.arange(120) % 12, torch.randint(2, (120,), generator=generator)
     x = torch.randn(1, 120, 6, generator=generator, dtype=torch.float64)
     made = ControlTasks.of(label, token, torch.arange(120), torch.arange(120), folds=4, seed=0)
-    kind = Logistic(c=1.0)
-    random, real = made.scores(x[0].numpy(), kind)
+    kind = Ridge(alpha=1.0)
+    random, real = made.scores(x[0].numpy(), Trainer(kind, 2))
     for i in range(5):
         assert len(made.folds[i]) == 4
-        assert torch.equal(random[i], correct(x[0].numpy(), made.label[i], 2, made.folds[i], kind))
-        assert torch.equal(real[i], correct(x[0].numpy(), label, 2, made.folds[i], kind))
+        assert torch.equal(random[i], Trainer(kind, 2).correct(x[0].numpy(), made.label[i][None], made.folds[i])[0])
+        assert torch.equal(real[i], Trainer(kind, 2).correct(x[0].numpy(), label[None], made.folds[i])[0])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -278,7 +277,7 @@ def test_points_have_q_values_over_all_of_them():
 
 def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_are_taken():
     """With 20 draws a layer the least p was 1/21, and q of one layer alone 30 / 21: nothing said so."""
-    acts, task = noise(points=30)
+    acts, task = noise(n=24, points=30)
     acts.x[7, :, 0] += 5.0 * task.label
     study = _study(acts, task, MassMean(), make_folds(task.label, acts.group), None, 0)
     assert study.point_null.shape == (600, 30) and study.null.shape == (99,)
@@ -289,8 +288,8 @@ def test_one_layer_of_thirty_can_reach_a_q_of_a_twentieth_with_the_draws_that_ar
 def test_few_groups_cannot_be_shuffled_in_many_ways_and_the_least_p_says_so():
     """One of each class in four folds: 16 shuffles, of which two are the real labels but for the classes' names."""
     label, group = torch.arange(8) % 2, torch.arange(8)
-    null = Null.of(label, group, make_folds(label, group, folds=4), 400, 1, MassMean(), 0)
-    assert null.least_p(label) == pytest.approx(2 / 16, abs=0.05)
+    study = study_of(torch.randn(1, 8, 3).double(), group, label, MassMean(), null_draws=400, folds=4)
+    assert study.least_p == pytest.approx(2 / 16, abs=0.05)
 
 
 def test_without_types_that_come_back_there_is_no_control_task():
@@ -304,7 +303,7 @@ def test_several_classes():
     model = tiny_model(d_vocab=VOCAB, d_model=32)
     tokens = torch.randint(VOCAB, (300, 2), generator=torch.Generator().manual_seed(0))
     task = read_task(model, tokens, ["abc"[int(row[-1]) % 3] for row in tokens])
-    _, study = train_probe(model, task, kind=Logistic(c=1.0), site=("resid_post", 0), null_draws=1)
+    _, study = train_probe(model, task, kind=Ridge(alpha=1.0), site=("resid_post", 0), null_draws=1)
     assert study.classes == ["a", "b", "c"] and study.prob.shape == (300, 3)
     assert study.probe(study.weight).shape == (3, 3)
     assert study.accuracy > 0.6 and study.calibration.figure().data

@@ -7,9 +7,8 @@ from model.zoo import zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.steering.coefficients import SweepSettings, sweep_coefficients
-from hooklens.plugins.steering.fluency import continuation_loss, repeated
 from hooklens.plugins.steering.steering_edit import steer
-from hooklens.plugins.steering.variants import unit_controls
+from hooklens.plugins.steering.variants import continuation_loss, repeated, unit_controls
 from hooklens.testing import tiny_model
 
 PROMPTS = [[1, 5, 2], [4, 9, 10], [3, 3, 7, 8], [6]]
@@ -34,8 +33,14 @@ def nats(model, row, start):
     return float(-model([row]).detach()[0].log_softmax(-1)[range(start - 1, len(row) - 1), row[start:]].mean())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "neox", "post"])
-@pytest.mark.parametrize("positions", ["all", slice(-1, None)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        *((name, "all") for name in ("gpt2", "gemma2", "neox", "post")),
+        *((n, slice(-1, None)) for n in ("gpt2", "llama")),
+    ],
+    ids=str,
+)
 def test_every_number_is_that_of_a_plain_steered_run(name, positions):
     from dataclasses import replace
 
@@ -143,13 +148,13 @@ def test_the_table_has_a_row_a_coefficient_and_shows_text():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"coefficients": []}, "at least one coefficient, and all must be finite"),
-        ({"coefficients": [float("nan")]}, "at least one coefficient, and all must be finite"),
+        ({"coefficients": []}, "a row of at least one number, all finite"),
+        ({"coefficients": [float("nan")]}, "a row of at least one number, all finite"),
         ({"site": "embed"}, "points inside blocks"),
         ({"settings": SweepSettings(positions="generated")}, "read on prompts"),
         ({"settings": SweepSettings(controls=0)}, "at least 1"),
         ({"settings": SweepSettings(controls=torch.ones(2, 3))}, "are \\[draw 8\\]"),
-        ({"settings": SweepSettings(group=torch.arange(2))}, "one label per prompt"),
+        ({"settings": SweepSettings(group=torch.arange(2))}, "one value a pair"),
         ({"neutral": [[1]]}, "at least two tokens"),
     ],
 )
