@@ -10,8 +10,9 @@ from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.induction import find_induction_heads
-from hooklens.plugins.heads.knockout import knockout_after, scores_and_values
+from hooklens.plugins.heads.knockout import KEPT, knockout_after
 from hooklens.plugins.heads.taxonomy import LABELS, classify_heads, placebo_keep
+from hooklens.plugins.heads.which import captured
 from hooklens.studies import taxonomy_claims, taxonomy_report
 from hooklens.testing import induction_model, tiny_model
 
@@ -105,7 +106,7 @@ def test_weakened_keys_are_those_of_a_hooked_pattern(score):
     model = tiny_model(dtype=torch.float64, score_fn=score)
     tokens = repeated_tokens(model, 4, length=9)
     mask = key_masks(tokens.tokens)["induction"]
-    untouched = scores_and_values(model, tokens.tokens)
+    untouched = captured(model, tokens.tokens, KEPT)[1]
     _, cache = model.run_with_cache(tokens.tokens, "pattern")
     keeps = [placebo_keep(cache["pattern", layer].detach(), mask, normalised=score == "softmax") for layer in range(2)]
     found = knockout_after(model, untouched, tokens.tokens, tokens.metric(), "placebo", keeps, [(0, 1), (1, 0)])
