@@ -76,16 +76,9 @@ class Composition(Result):
         largest = self._above_null().nan_to_num(-torch.inf).amax(0)
         names = head_names(largest.shape[0], largest.shape[1])
         grid = largest.flatten(2).flatten(0, 1)
-        has_pairs = bool(grid.isfinite().any())
-        return heatmap(
-            grid.masked_fill(grid.isinf(), torch.nan if has_pairs else 0.0),
-            x=names,
-            y=names,
-            title=f"Composition above its null, {self.null} (largest of Q, K, V)",
-            x_title="reader",
-            y_title="writer",
-            colourbar="z",
-        )
+        grid = grid.masked_fill(grid.isinf(), torch.nan if bool(grid.isfinite().any()) else 0.0)
+        title = f"Composition above its null, {self.null} (largest of Q, K, V)"
+        return heatmap(grid, x=names, y=names, title=title, x_title="reader", y_title="writer", colourbar="z")
 
 
 def score_composition(model: HookedTransformer, *, draws: int = _DRAWS, seed: int = 0) -> Composition:

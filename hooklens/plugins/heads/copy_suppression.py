@@ -63,13 +63,8 @@ class CopySuppression(Result):
     def table(self, n: int | None = 12) -> Table:
         """One row per head: its effect on the attended token and on another, their difference, and calibration."""
         low, high = mean_interval(self.control - self.direct)
-        columns: dict[str, Any] = {
-            "token looked at": self.direct.mean(0),
-            "another token": self.control.mean(0),
-            "anti low": low,
-            "anti high": high,
-            "q": self.q,
-        }
+        columns: dict[str, Any] = {"token looked at": self.direct.mean(0), "another token": self.control.mean(0)}
+        columns |= {"anti low": low, "anti high": high, "q": self.q}
         measured = {} if self.calibration is None else {row[0]: row[1:5] for row in self.calibration.table(None).rows}
         cells = [measured.get(name, (None,) * 4) for name in head_names(*self.anti.shape)]
         columns |= zip(("ECE change", "low", "high", "p"), zip(*cells, strict=True), strict=True)

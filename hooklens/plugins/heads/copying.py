@@ -63,14 +63,8 @@ class Copying(Result):
     def table(self, n: int | None = 12) -> Table:
         """One row per head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
         copies, suppresses = q_values(torch.stack([self.copies, self.suppresses]))
-        columns = {
-            "eigenvalues": self.positive,
-            "own in top 5": self.top_share(),
-            "in bottom 5": self.bottom_share(),
-            "z": self.z,
-            "q copies": copies,
-            "q suppresses": suppresses,
-        }
+        columns = {"eigenvalues": self.positive, "own in top 5": self.top_share(), "in bottom 5": self.bottom_share()}
+        columns |= {"z": self.z, "q copies": copies, "q suppresses": suppresses}
         return head_table(self.z.abs(), columns, n)
 
     def figure(self) -> Any:
@@ -108,15 +102,8 @@ def score_copying(model: HookedTransformer, *, n_tokens: int = 256, draws: int =
             layers.append(_of_layer(read, written, draws, seeded(seed, layer, stride=1_000_003)))
     own, rank, null = (torch.stack([found[name] for found in layers], 1) for name in ("own", "rank", "null"))
     positive, z = (torch.stack([found[name] for found in layers]) for name in ("positive", "z"))
-    return Copying(
-        tokens=tokens,
-        own=own,
-        rank=rank,
-        positive=positive,
-        z=z,
-        copies=above(z, null),
-        suppresses=above(-z, -null),
-    )
+    copies, suppresses = above(z, null), above(-z, -null)
+    return Copying(tokens=tokens, own=own, rank=rank, positive=positive, z=z, copies=copies, suppresses=suppresses)
 
 
 def _streams(

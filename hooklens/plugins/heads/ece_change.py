@@ -60,14 +60,8 @@ class CalibrationChange(Result):
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: the change, its interval, the controls, and the loss."""
-        columns = {
-            "ECE change": self.change,
-            "low": self.low,
-            "high": self.high,
-            "p": self.p,
-            "controls (size)": self.control.abs().nanmean(1),
-            "loss change": self.loss_change.mean(0),
-        }
+        columns = {"ECE change": self.change, "low": self.low, "high": self.high, "p": self.p}
+        columns |= {"controls (size)": self.control.abs().nanmean(1), "loss change": self.loss_change.mean(0)}
         return head_table(self.change.abs(), columns, n, names=self.heads)
 
     def figure(self) -> Any:

@@ -81,17 +81,10 @@ class HeadScores(Result):
         """Layer by head, four maps side by side: where each head attends."""
         from hooklens.viz.figures import heatmap
 
-        heads = self.entropy.shape[2]
         shown = torch.cat([self.mean(kind) for kind in KINDS], 1)
-        return heatmap(
-            shown,
-            x=[f"{kind} H{head}" for kind in KINDS for head in range(heads)],
-            y=layer_names(len(shown)),
-            title="Share of attention by kind of key",
-            y_title="layer",
-            diverging=False,
-            colourbar="attention",
-        )
+        x = [f"{kind} H{head}" for kind in KINDS for head in range(self.entropy.shape[2])]
+        title, y = "Share of attention by kind of key", layer_names(len(shown))
+        return heatmap(shown, x=x, y=y, title=title, y_title="layer", diverging=False, colourbar="attention")
 
 
 def score_heads(

@@ -68,15 +68,9 @@ class InductionHeads(Result):
     def table(self, n: int | None = 12) -> Table:
         """One row per head: both scores, the loss increase after and before a repeat, and the q-value."""
         low, high = self.interval()
-        columns = {
-            "score": self.score.mean(0),
-            "at fixed offset": self.offset_score.mean(0),
-            "loss rise": self.rise.mean(0),
-            "95% low": low,
-            "95% high": high,
-            "before repeats": self.rise_before.mean(0),
-            "q": self.q,
-        }
+        columns = {"score": self.score.mean(0), "at fixed offset": self.offset_score.mean(0)}
+        columns |= {"loss rise": self.rise.mean(0), "95% low": low, "95% high": high}
+        columns |= {"before repeats": self.rise_before.mean(0), "q": self.q}
         return head_table(columns["score"], columns, n)
 
     def figure(self) -> Any:
@@ -98,12 +92,7 @@ class InductionHeads(Result):
 
 
 def find_induction_heads(
-    model: HookedTransformer,
-    *,
-    n: int = 8,
-    length: int = 25,
-    heads: Heads | None = None,
-    seed: int = 0,
+    model: HookedTransformer, *, n: int = 8, length: int = 25, heads: Heads | None = None, seed: int = 0
 ) -> InductionHeads:
     """Which heads are induction heads: which attend to the token that came next, and which does the loss depend on?
 

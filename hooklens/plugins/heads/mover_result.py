@@ -138,16 +138,10 @@ class NameMovers(Result):
         """One row per head: labelled and ranked by one half of the pairs, measured on the other."""
         named, reported = (of_pairs(self, half) for half in self.halves())
         low, high = reported.share_interval()
-        columns = {
-            "called": [words for layer in named.verdict() for words in layer],
-            "direct effect": reported.share,
-            "low": low,
-            "high": high,
-            "attends to IO": reported.attention.mean(0),
-            "margin": reported.margin.mean(0),
-            "copies": reported.copying,
-            "suppresses": reported.suppressing,
-        }
+        columns: dict[str, Any] = {"called": [words for layer in named.verdict() for words in layer]}
+        columns |= {"direct effect": reported.share, "low": low, "high": high}
+        columns |= {"attends to IO": reported.attention.mean(0), "margin": reported.margin.mean(0)}
+        columns |= {"copies": reported.copying, "suppresses": reported.suppressing}
         return head_table(named.share.abs(), columns, n)
 
     def figure(self) -> Any:

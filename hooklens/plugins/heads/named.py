@@ -84,14 +84,8 @@ class NameEvidence(Result):
         """One row per head, ranked and labelled (q) by one half of the pairs; margin and direct effect on the other."""
         low, high = self.reported.share_interval()
         mover, negative = self.q
-        columns = {
-            "margin": self.reported.margin.mean(0),
-            "direct effect": self.reported.share,
-            "low": low,
-            "high": high,
-            "q name mover": mover,
-            "q negative": negative,
-        }
+        columns = {"margin": self.reported.margin.mean(0), "direct effect": self.reported.share}
+        columns |= {"low": low, "high": high, "q name mover": mover, "q negative": negative}
         return head_table(self.named.share.abs(), columns, n)
 
 

@@ -85,13 +85,9 @@ class PositionScores(Result):
 
         layer, head = self.order()[0]
         shown = self.scores[layer, head].masked_fill(~_causal(self.scores), torch.nan)
-        return heatmap(
-            shown - shown.nanmean(-1, keepdim=True),
-            title=f"{head_name(layer, head)}: {self.how}, row mean taken away",
-            x_title="key position",
-            y_title="query position",
-            colourbar="score",
-        )
+        shown = shown - shown.nanmean(-1, keepdim=True)
+        title = f"{head_name(layer, head)}: {self.how}, row mean taken away"
+        return heatmap(shown, title=title, x_title="key position", y_title="query position", colourbar="score")
 
 
 def _causal(scores: Tensor) -> Bool[Tensor, "query_pos key_pos"]:
@@ -140,10 +136,10 @@ def score_positions(model: HookedTransformer, *, n_pos: int = 32, n: int = 8, se
     with torch.no_grad():
         means = None if table else _queries_and_keys(model, n, seed)
         for layer in tracked(layers, "heads by position", "layers"):
-            of_positions = (
-                _from_table(model, layer, n_pos) if means is None else _from_rotary(model, layer, n_pos, *means[layer])
-            )
-            q, score = of_positions
+            if means is None:
+                q, score = _from_table(model, layer, n_pos)
+            else:
+                q, score = _from_rotary(model, layer, n_pos, *means[layer])
             scores.append(score(q)[0])
             p.append(_p(scores[-1], q, score, seeded(seed, layer, stride=1_000_003)))
     how = "W_pos W_Q W_K^T W_pos^T" if table else "rotary kernel of mean query and key"
@@ -172,10 +168,7 @@ def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], draw: torch
 def _from_table(model: HookedTransformer, layer: int, n_pos: int) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
     """The queries of positions, and the function that scores such queries against the keys of positions."""
     if model.cfg.qk_norm is not None:
-        raise InputError(
-            f"W_Q W_K^T of layer {layer} cannot be used: its queries are normalised; score_heads measures the "
-            "attention itself"
-        )
+        raise InputError("W_Q W_K^T cannot be used where queries are normalised; score_heads measures the attention")
     w, block, heads = widened(model.W_pos[:n_pos]), model.blocks[layer], heads_of(model, layer)
     reads = block.reads_through("attn")
     q, k = (torch.einsum("pm,hmd->phd", w, reads.folded(matrix)) for matrix in (heads.Q, heads.K))

@@ -41,9 +41,7 @@ class Redundancy(Result):
 
     ranked_by = "how far the pair is from adding up"
 
-    terms = {
-        "CKA shuffled": "the control: the CKA of the same outputs with tokens shuffled",
-    }
+    terms = {"CKA shuffled": "the control: the CKA of the same outputs with tokens shuffled"}
 
     heads: list[str]
     joint: Float[Tensor, "sequence chosen chosen"]
@@ -69,18 +67,11 @@ class Redundancy(Result):
         first, second = torch.triu_indices(len(self.heads), len(self.heads), 1)
         interaction, single = self.interaction[:, first, second], self.single.mean(0)
         low, high = mean_interval(interaction)
-        columns = {
-            "first alone": single[first],
-            "second alone": single[second],
-            "both": self.joint[:, first, second].mean(0),
-            "interaction": interaction.mean(0),
-            "95% low": low,
-            "95% high": high,
-            "q": q_values(sign_flip_p(interaction)),
-            "cosine": self.cosine[first, second],
-            "CKA": self.cka[first, second],
-            "CKA shuffled": self.cka_shuffled[first, second],
-        }
+        columns = {"first alone": single[first], "second alone": single[second]}
+        columns |= {"both": self.joint[:, first, second].mean(0), "interaction": interaction.mean(0)}
+        columns |= {"95% low": low, "95% high": high, "q": q_values(sign_flip_p(interaction))}
+        alike = {"cosine": self.cosine, "CKA": self.cka, "CKA shuffled": self.cka_shuffled}
+        columns |= {name: square[first, second] for name, square in alike.items()}
         pairs = [f"{self.heads[i]} {self.heads[j]}" for i, j in zip(first.tolist(), second.tolist(), strict=True)]
         return head_table(interaction.mean(0).abs(), columns, n, names=pairs, title="heads")
 
@@ -88,13 +79,8 @@ class Redundancy(Result):
         """Pair by pair: blue if losing both costs more than the sum, orange if less."""
         from hooklens.viz.figures import heatmap
 
-        return heatmap(
-            self.interaction.mean(0),
-            x=self.heads,
-            y=self.heads,
-            title="Joint minus single ablation: blue are redundant, orange share a path",
-            colourbar="nats per token",
-        )
+        title = "Joint minus single ablation: blue are redundant, orange share a path"
+        return heatmap(self.interaction.mean(0), x=self.heads, y=self.heads, title=title, colourbar="nats per token")
 
 
 def measure_redundancy(

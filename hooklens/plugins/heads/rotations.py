@@ -58,12 +58,7 @@ def mass(pattern: Float[Tensor, "*lead sequence head query_pos key_pos"], mask: 
 
 
 def rotated_masses(
-    model: HookedTransformer,
-    cache: ActivationCache,
-    masks: Mapping[str, Mask],
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
+    model: HookedTransformer, cache: ActivationCache, masks: Mapping[str, Mask], *, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Float[Tensor, "draw layer head"]]:
     """Each head's mean `mass` over sequences with rotated queries; the cache contains q and k."""
     whole("draws", draws, 2)

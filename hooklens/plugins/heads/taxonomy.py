@@ -166,9 +166,8 @@ def _with_placebo(
 ) -> Taxonomy:
     """The placebo's effect, and the attention that both interventions took, where the effect differs from 0."""
     masks, asked = key_masks(reported.tokens), found.candidates | found.opposite
-    patterns = [
-        block.attn.score.pattern(untouched["attn_scores", layer], None) for layer, block in enumerate(model.blocks)
-    ]
+    scores = [untouched["attn_scores", layer] for layer in range(model.cfg.n_layers)]
+    patterns = [block.attn.score.pattern(score, None) for block, score in zip(model.blocks, scores, strict=True)]
     normalised = model.blocks[0].attn.score.row_sums_to_one
     others = {
         kind: [placebo_keep(pattern, mask, normalised=normalised) for pattern in patterns]
@@ -186,17 +185,14 @@ def _blocked(
     """The attention that keys finally lose with these shares, mean over the queries with a key of the label."""
     labels = []
     for kind, _ in LABELS.values():
-        queries = masks[kind].any(-1)[:, None]
-        lost = [_lost(pattern.abs(), keep, normalised) for pattern, keep in zip(patterns, keeps[kind], strict=True)]
-        labels.append(torch.stack([(layer * queries).sum((0, 2)) / queries.sum() for layer in lost]))
+        queries, lost = masks[kind].any(-1)[:, None], []
+        for pattern, keep in zip(patterns, keeps[kind], strict=True):
+            size, kept = pattern.abs(), pattern.abs() * keep
+            if normalised:
+                kept *= size.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
+            lost.append(((size - kept).clamp_min(0).sum(-1) * queries).sum((0, 2)) / queries.sum())
+        labels.append(torch.stack(lost))
     return torch.stack(labels)
-
-
-def _lost(size: Tensor, keep: Tensor, normalised: bool) -> Float[Tensor, "sequence head query_pos"]:
-    kept = size * keep
-    if normalised:
-        kept = kept * (size.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny))
-    return (size - kept).clamp_min(0).sum(-1)
 
 
 def _positions(model: HookedTransformer, seed: int) -> PositionScores | None:

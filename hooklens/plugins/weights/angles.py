@@ -25,9 +25,7 @@ class PrincipalAngles(Result):
 
     ranked_by = "smallness of the angle"
 
-    terms = {
-        "random": "the same cosine between random subspaces of these dimensions",
-    }
+    terms = {"random": "the same cosine between random subspaces of these dimensions"}
 
     writer: str
     reader: str
@@ -57,13 +55,8 @@ class PrincipalAngles(Result):
 
         ends = quantiles(self.null, (0.025, 0.975))
         values = {f"{self.writer} to {self.reader}": self.cosine, "random subspaces": self.null.mean(0)}
-        return lines(
-            values,
-            bands={"random subspaces": (ends[0], ends[1])},
-            title="Principal angles",
-            x_title="principal angle, smallest first",
-            y_title="cosine",
-        )
+        bands, x_title = {"random subspaces": (ends[0], ends[1])}, "principal angle, smallest first"
+        return lines(values, bands=bands, title="Principal angles", x_title=x_title, y_title="cosine")
 
 
 def measure_angles(

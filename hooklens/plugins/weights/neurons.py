@@ -75,11 +75,13 @@ class NeuronTokens(Result):
         from hooklens.viz.curves import scatter
 
         read = self.reads if self.gate is None else self.gate
+        names = [f"N{int(n)} writes {listed(self.writes.words(i)[:4])}" for i, n in enumerate(self.neurons)]
+        title = f"Neurons of layer {self.layer}: which token lists are more peaked than random?"
         figure = scatter(
             read.kurtosis,
             self.writes.kurtosis,
-            [f"N{int(n)} writes {listed(self.writes.words(i)[:4])}" for i, n in enumerate(self.neurons)],
-            f"Neurons of layer {self.layer}: which token lists are more peaked than random?",
+            names,
+            title,
             x_title=f"excess kurtosis of what it {read.name}",
             y_title="of what it writes",
             colour=self.in_out,

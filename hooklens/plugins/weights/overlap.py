@@ -69,11 +69,8 @@ class Overlap(Result):
         """One row per pair."""
         columns = ("writer", "reader", "composition", "random", "times random", "z", "p", "q", "shared subspace")
         numbers = (self.composition, self.null_mean, self._excess(), self.z, self.p, self.q, self.shared)
-        rows = [
-            (self.writers[i], self.readers[j], *(float(values[i, j]) for values in numbers))
-            for i, j in self.order()[:n]
-        ]
-        return Table(columns, rows)
+        named = [(self.writers[i], self.readers[j], i, j) for i, j in self.order()[:n]]
+        return Table(columns, [(w, r, *(float(values[i, j]) for values in numbers)) for w, r, i, j in named])
 
     def _excess(self) -> Pairs:
         return self.composition / self.null_mean
@@ -94,11 +91,11 @@ class Overlap(Result):
                     grid[y, x], hover[y][x] = best, f"{self.writers[i[writer]]} to {self.readers[j[reader]]}"
         return heatmap(
             grid,
-            y=list(rows),
             x=list(columns),
-            y_title="writer in layer",
-            x_title="reader in layer",
+            y=list(rows),
             title="Which layer writes where another reads? Strongest pair, times random bases of the same spectrum",
+            x_title="reader in layer",
+            y_title="writer in layer",
             hover=hover,
             diverging=False,
             colourbar="times random",

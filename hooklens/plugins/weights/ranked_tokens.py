@@ -72,14 +72,10 @@ class TokenLists(Result):
         """Kurtosis of every vector's scores against its largest cosine with a token; lines: 95 % of random vectors."""
         from hooklens.viz.curves import scatter
 
-        figure = scatter(
-            self.cosine,
-            self.kurtosis,
-            [f"{i}: {listed(self.words(i)[:4])}" for i in range(len(self.kurtosis))],
-            f"{self.name}: which vectors stand out from random ones?",
-            x_title="largest |cosine| with a token",
-            y_title="excess kurtosis over tokens",
-        )
+        names = [f"{i}: {listed(self.words(i)[:4])}" for i in range(len(self.kurtosis))]
+        title, x_title = f"{self.name}: which vectors stand out from random ones?", "largest |cosine| with a token"
+        y_title = "excess kurtosis over tokens"
+        figure = scatter(self.cosine, self.kurtosis, names, title, x_title=x_title, y_title=y_title)
         return mark_null(figure, self.cosine_null, self.kurtosis_null)
 
 

@@ -140,14 +140,12 @@ class Spectra(Result):
         from hooklens.viz.figures import heatmap
 
         shares = [spectrum.effective / spectrum.initial_effective.mean() for spectrum in (self.QK, self.OV)]
-        return heatmap(
-            torch.cat(shares, 1),
-            x=[f"{name} H{i}" for name in ("QK", "OV") for i in range(shares[0].shape[1])],
-            y=layer_names(len(shares[0])),
-            title="Effective rank of every head, as a share of that at initialisation",
-            colourbar="share",
-            zmid=1.0,
+        heads = [f"{name} H{i}" for name in ("QK", "OV") for i in range(shares[0].shape[1])]
+        title, layers = (
+            "Effective rank of every head, as a share of that at initialisation",
+            layer_names(len(shares[0])),
         )
+        return heatmap(torch.cat(shares, 1), x=heads, y=layers, title=title, colourbar="share", zmid=1.0)
 
     def _head_row(self, name: str, layer: int, head: int) -> tuple:
         heads: Spectrum = getattr(self, name)
