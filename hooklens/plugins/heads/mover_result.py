@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.component import head_name, head_names
 from hooklens.plugins.heads.head_table import Head, PerHead, head_table, ranked
 from hooklens.results.result import Result, Table
@@ -31,6 +32,9 @@ class Criteria(Result):
     least_copying: float = 0.5
     least_direct: float = 0.01
     level: float = 0.95
+
+    def __post_init__(self) -> None:
+        whole("top_k", self.top_k, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,10 +102,10 @@ def name_evidence(
         pairs = ioi(model, n, seed=seed)
         if int(pairs["end"][0]) >= model.cfg.n_ctx:
             raise InputError(f"the prompts do not fit n_ctx {model.cfg.n_ctx}")
-        found = find_name_movers(model, pairs)
+        movers = find_name_movers(model, pairs)
     except InputError as error:
         return None, f"no name movers: {error}"
-    evidence = evidence_of(found, seed)
+    evidence = evidence_of(movers, seed)
     return evidence, evidence.note(alpha)
 
 

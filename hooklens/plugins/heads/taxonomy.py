@@ -103,7 +103,7 @@ def check_sizes(n: int, alpha: float = 0.05) -> None:
 
 def check_pairs_asked(ioi: int) -> None:
     """Raise if this number of prompt pairs cannot be made; 0 means none."""
-    if ioi:
+    if whole("ioi", ioi):
         check_n_pairs(ioi, "ioi")
 
 

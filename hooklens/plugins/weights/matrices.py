@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
 from hooklens.model.config import TokenEmbed
 from hooklens.model.embed import TokenEmbedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.sweeps.naive import not_finite
 
 Rows = Float[Tensor, "row d_model"]
 
@@ -45,7 +47,7 @@ def heads_of(model: HookedTransformer, layer: int) -> Heads:
     """
     attn = model.blocks[layer].attn
     q, k, v = (_per_head(matrix_of(linear, model.cfg.d_model), attn.d_head) for linear in (attn.q, attn.k, attn.v))
-    k, v = (one.repeat_interleave(attn.n_heads // attn.n_kv_heads, 0) for one in (k, v))
+    k, v = (matrix.repeat_interleave(attn.n_heads // attn.n_kv_heads, 0) for matrix in (k, v))
     return Heads(q, k, v, wide(attn.output_matrix()))
 
 
@@ -57,7 +59,7 @@ def folded_heads(model: HookedTransformer, layer: int) -> Heads:
     """
     need_sum(model)
     block, raw = model.blocks[layer], heads_of(model, layer)
-    Q, K, V = (block.reads_through("attn").folded(one) for one in (raw.Q, raw.K, raw.V))
+    Q, K, V = (block.reads_through("attn").folded(matrix) for matrix in (raw.Q, raw.K, raw.V))
     Q, K = Passage(block.attn.q_norm).unscaled(Q), Passage(block.attn.k_norm).unscaled(K)
     return Heads(Q, K, V, block.writes_through("attn").unscaled(raw.O))
 
@@ -124,8 +126,10 @@ def check_layer(model: HookedTransformer, layer: int, head: int = 0) -> None:
 
 
 def wide(weight: Tensor) -> Tensor:
-    """Detached, in float32 or the weight's own dtype, whichever is wider."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    """Detached, in float32 or the weight's own dtype, whichever is wider; refused if a number is not finite."""
+    if (seen := not_finite(weight)) is not None:  # decompositions would fail, or end the process
+        raise InputError(f"a weight of this model is {seen}; use a checkpoint from before training diverged")
+    return widened(weight.detach())
 
 
 def _per_head(matrix: Float[Tensor, "width d_model"], d_head: int) -> Float[Tensor, "any_head d_model d_head"]:
