@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.metrics import MinusLoss
 from hooklens.model.config import TokenEmbed
@@ -75,7 +75,7 @@ def repeated_tokens(
     if not isinstance(model.cfg.embed, TokenEmbed):
         raise InputError("repeated tokens need a model that reads tokens, and this model reads vectors; give prompts")
     usable, first = _usable(model)
-    length = min(length, model.cfg.n_ctx)
+    n, length = whole("n", n), min(whole("length", length), model.cfg.n_ctx)
     longest = min((length - 1) // 2, len(usable) - (first is None))
     longest = longest if period is None else period
     if n < 1 or longest < 1 or 2 * longest + 1 > length or longest > len(usable) - (first is None):

@@ -168,7 +168,7 @@ def sign_flip_p(
 ) -> PValues:
     """Two-sided p-value of "the mean is 0", from random sign flips of each group's values.
 
-    Exact for at most 12 groups (all sign patterns are used), so its smallest value is 2 / 2^n.
+    Exact for at most 12 groups (all sign patterns are used), so its smallest value is 2 / 2^n. NaN if any value is NaN.
 
     >>> sign_flip_p(torch.tensor([1.0, 1.0, 1.0, 1.0])).item()
     0.125
@@ -189,7 +189,8 @@ def sign_flip_p(
     for cells in sums.split(max(1, _CELLS * 4096 // len(signs)), dim=1):
         seen, slack = cells.sum(0).abs(), 1e-9 * cells.abs().sum(0)
         hits.append(((signs.to(cells) @ cells).abs() >= seen - slack).sum(0))
-    return ((torch.cat(hits) + extra).double() / (len(signs) + extra)).view(values.shape[1:])
+    p = (torch.cat(hits) + extra).double() / (len(signs) + extra)
+    return p.masked_fill(sums.isnan().any(0), torch.nan).view(values.shape[1:])
 
 
 def quantiles(values: Float[Tensor, "draw *cell"], shares: Sequence[float]) -> Float[Tensor, "share *cell"]:

@@ -1,25 +1,22 @@
 """Q-, K- and V-composition of weights: which heads read what other heads write, and which pairs stand out."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.component import head_name, head_names
-from hooklens.core.errors import InputError
-from hooklens.core.precision import widened
-from hooklens.model.linear import is_plain
-from hooklens.model.norms import Passage
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import in_order, known
 from hooklens.plugins.heads.rotations import above
 from hooklens.plugins.heads.stand_out import LEAST_PARTNERS, standing_out
+from hooklens.plugins.weights.matrices import folded_heads, need_sum
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Pairs = Float[Tensor, "layer head reader_layer reader_head"]
 _DRAWS = 50  # orientations of each pair, which has a product of its own for each; all pairs are pooled
@@ -52,20 +49,22 @@ class Composition(Result):
         """Benjamini-Hochberg over all pairs and all three modes."""
         return dict(zip(self.p, q_values(torch.stack(list(self.p.values()))), strict=True))
 
+    def _above_null(self) -> Float[Tensor, "mode layer head reader_layer reader_head"]:
+        by_mode = self.specific if self.null == "specific" else self.z
+        return torch.stack([by_mode[mode] for mode in MODES])
+
     def order(self) -> list[tuple[str, int, int, int, int]]:
         """(mode, layer, head, reader's layer, reader's head), the pair farthest above its null first."""
-        by_null = self.specific if self.null == "specific" else self.z
-        stack = torch.stack([by_null[mode] for mode in MODES])
-        flat = stack.flatten()
-        by = flat.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[: int((~flat.isnan()).sum())]
-        index = torch.stack(torch.unravel_index(by, stack.shape), 1).tolist()
-        return [(MODES[m], *rest) for m, *rest in index]
+        above_null = self._above_null()
+        by = torch.tensor(in_order(above_null)[: int((~above_null.isnan()).sum())], dtype=torch.long)
+        index = torch.stack(torch.unravel_index(by, above_null.shape), 1).tolist()
+        return [(MODES[mode], *pair) for mode, *pair in index]
 
     def table(self, n: int | None = 12) -> Table:
         """One row a pair and mode; with one layer there is none."""
-        q, shown = self.q, (self.scores, self.specific, self.z)
+        measures = (self.scores, self.specific, self.z, self.q)
         rows = [
-            (head_name(a, b), head_name(c, d), mode, *(_number(x[mode][a, b, c, d]) for x in (*shown, q)))
+            (head_name(a, b), head_name(c, d), mode, *(known(float(x[mode][a, b, c, d])) for x in measures))
             for mode, a, b, c, d in self.order()[:n]
         ]
         return Table(("writer", "reader", "mode", "score", "stands out", "z", f"q ({self.null})"), rows)
@@ -74,26 +73,16 @@ class Composition(Result):
         """Writers down, readers across: how far each pair lies above its null in its largest mode."""
         from hooklens.viz.figures import heatmap
 
-        by_null = self.specific if self.null == "specific" else self.z
-        z = torch.stack([by_null[mode] for mode in MODES]).nan_to_num(-torch.inf).amax(0)
-        names = head_names(z.shape[0], z.shape[1])
-        shown = z.flatten(2).flatten(0, 1)
-        shown = (
-            torch.where(shown.isinf(), torch.nan, shown) if bool(shown.isfinite().any()) else torch.zeros_like(shown)
-        )
-        return heatmap(
-            shown,
-            x=names,
-            y=names,
-            title=f"Composition above its null, {self.null} (largest of Q, K, V)",
-            x_title="reader",
-            y_title="writer",
-            colourbar="z",
-        )
+        largest = self._above_null().nan_to_num(-torch.inf).amax(0)
+        names = head_names(largest.shape[0], largest.shape[1])
+        grid = largest.flatten(2).flatten(0, 1)
+        grid = grid.masked_fill(grid.isinf(), torch.nan if bool(grid.isfinite().any()) else 0.0)
+        title = f"Composition above its null, {self.null} (largest of Q, K, V)"
+        return heatmap(grid, x=names, y=names, title=title, x_title="reader", y_title="writer", colourbar="z")
 
 
-def score_composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: int = 0) -> Composition:
-    """Which later heads' queries, keys and values are set up to read what which earlier heads write?
+def score_composition(model: HookedTransformer, *, draws: int = _DRAWS, seed: int = 0) -> Composition:
+    """Which later heads read, with their queries, keys or values, what earlier heads write?
 
     Every matrix is kept as two thin factors. Norms, including those of queries and keys, are linearised: their weight
     (and LayerNorm's centring) is folded into the reader, and their scale is left out. Rotary rotations, position
@@ -111,73 +100,56 @@ def score_composition(model: "HookedTransformer", *, draws: int = _DRAWS, seed: 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Q-, K-, and V-composition";
     Efron (2004), "Large-Scale Simultaneous Hypothesis Testing: The Choice of a Null Hypothesis" (empirical null).
     """
-    _refuse(model)
-    enough = model.cfg.n_heads >= LEAST_PARTNERS and model.cfg.n_layers > 1
+    need_sum(model)
+    whole("draws", draws, 1)
+    specific_null = model.cfg.n_heads >= LEAST_PARTNERS and model.cfg.n_layers > 1
     with torch.no_grad():
         writers, readers = _factors(model)
-        found = {mode: _mode(writers, readers[mode]) for mode in MODES}
-        scores, z = ({mode: one[i] for mode, one in found.items()} for i in range(2))
+        scores, z = _by_mode(_scores(writers, readers[mode]) for mode in MODES)
         specific = {mode: torch.full_like(z[mode], torch.nan) for mode in MODES}
-        if enough:
-            stands = {mode: standing_out(scores[mode], ~z[mode].isnan()) for mode in MODES}
-            specific, p = ({mode: one[i] for mode, one in stands.items()} for i in range(2))
+        if specific_null:
+            specific, p = _by_mode(standing_out(scores[mode], ~z[mode].isnan()) for mode in MODES)
         else:
             generator = seeded(seed)
             null = torch.cat([_random_z(writers, readers[mode], draws, generator) for mode in MODES])
-            p = {mode: torch.where(one.isnan(), torch.nan, above(one.double(), null)) for mode, one in z.items()}
+            p = {mode: above(z[mode].double(), null).masked_fill(z[mode].isnan(), torch.nan) for mode in MODES}
     return Composition(
         scores=scores,
         specific=specific,
         z=z,
         p=p,
-        null="specific" if enough else "orientation",
+        null="specific" if specific_null else "orientation",
         chance=model.cfg.d_model**-0.5,
     )
 
 
-def _number(value: Tensor) -> float | None:
-    return None if bool(value.isnan()) else float(value)
-
-
-def _refuse(model: "HookedTransformer") -> None:
-    model.blocks[0].need_sum("composition of weights")
-    for layer, block in enumerate(model.blocks):
-        wrapped = [name for name in "qkvo" if not is_plain(getattr(block.attn, name))]
-        if wrapped:
-            raise InputError(
-                f"composition reads weights, but blocks.{layer}.attn.{wrapped[0]} is not a plain linear layer; merge "
-                "the adapter into it first"
-            )
+def _by_mode(pairs: Iterable[tuple[Pairs, Pairs]]) -> list[dict[str, Pairs]]:
+    return [dict(zip(MODES, parts, strict=True)) for parts in zip(*pairs, strict=True)]
 
 
 def _factors(
-    model: "HookedTransformer",
+    model: HookedTransformer,
 ) -> tuple[Float[Tensor, "layer head d_head d_model"], dict[str, Float[Tensor, "layer head d_model d_head"]]]:
     """The factors that each head writes, and that its q, k and v read, each times the triangle of its other factor.
 
     |A B C D| = |R (B C) S| where A = Q R and D^T = Q' S^T: rotations change no norm, and the inner product is small.
     """
-    written: list[Tensor] = []
+    writers: list[Tensor] = []
     readers: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
-    for block in model.blocks:
-        attn, repeat = block.attn, model.cfg.n_heads // model.cfg.n_key_value_heads
-        reads = block.reads_through("attn")
-        q = Passage(attn.q_norm).unscaled(reads.folded(widened(attn.W_Q)))
-        k, v = (reads.folded(widened(w)).repeat_interleave(repeat, 0) for w in (attn.W_K, attn.W_V))
-        k = Passage(attn.k_norm).unscaled(k)
-        o = block.writes_through("attn").unscaled(widened(attn.W_O))
-        written.append(_triangle(v) @ o)
-        readers["Q"].append(q @ _triangle(k).mT)
-        readers["K"].append(k @ _triangle(q).mT)
-        readers["V"].append(v @ _triangle(o.mT).mT)
-    return torch.stack(written), {mode: torch.stack(parts) for mode, parts in readers.items()}
+    for layer in range(model.cfg.n_layers):
+        heads = folded_heads(model, layer)
+        writers.append(_triangle(heads.V) @ heads.O)
+        readers["Q"].append(heads.Q @ _triangle(heads.K).mT)
+        readers["K"].append(heads.K @ _triangle(heads.Q).mT)
+        readers["V"].append(heads.V @ _triangle(heads.O.mT).mT)
+    return torch.stack(writers), {mode: torch.stack(parts) for mode, parts in readers.items()}
 
 
 def _triangle(x: Float[Tensor, "head long d_head"]) -> Float[Tensor, "head small d_head"]:
     return torch.linalg.qr(x, mode="r").R
 
 
-def _mode(
+def _scores(
     writers: Float[Tensor, "layer head d_head d_model"], readers: Float[Tensor, "layer head d_model d_head"]
 ) -> tuple[Pairs, Pairs]:
     """Scores of one mode and their deviation from chance."""
@@ -191,31 +163,28 @@ def _mode(
     is_pair = later[:, None, :, None].expand_as(norms).to(norms.device) & (norms > 0)
     scores = torch.where(is_pair, scores / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
     mean, deviation = _moments(_spectra(writers).flatten(0, 1), _spectra(readers).flatten(0, 1), d_model)
-    safe = torch.where(is_pair.flatten(2).flatten(0, 1) & (deviation > 0), deviation, torch.nan)
-    z = (scores.double().square().flatten(2).flatten(0, 1) - mean) / safe
-    return scores, z.view(scores.shape).to(scores)
+    z = (scores.double().square().flatten(2).flatten(0, 1) - mean) / deviation
+    return scores, z.view(scores.shape).masked_fill(~is_pair, torch.nan).to(scores)
 
 
 def _spectra(x: Float[Tensor, "layer head a b"]) -> Float[Tensor, "layer head d_head"]:
-    """Squared singular values."""
-    return torch.linalg.svdvals(x.double()).square()
-
-
-def _normal(squares: Float[Tensor, "pair d_head"]) -> Float[Tensor, "pair d_head"]:
+    """Squared singular values as shares of their sum."""
+    squares = torch.linalg.svdvals(x.double()).square()
     return squares / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
 
 
 def _moments(
     left: Float[Tensor, "writer d_head"], right: Float[Tensor, "reader d_head"], d_model: int
 ) -> tuple[float, Float[Tensor, "writer reader"]]:
-    """Mean and deviation of the squared score over all orientations, given the squared singular values.
+    """Mean and deviation of the squared score over all orientations, given spectra of sum 1; NaN if it never varies.
 
     tr(X Q Y Q^T) with tr X = tr Y = 1 has mean 1/D and, as traceless symmetric matrices are one irreducible
     representation of the rotations, of dimension (D - 1)(D + 2)/2, variance 2 |X_0|^2 |Y_0|^2 / ((D - 1)(D + 2)).
     """
-    spread = [_normal(x).square().sum(-1) - 1 / d_model for x in (left, right)]
+    spread = [x.square().sum(-1) - 1 / d_model for x in (left, right)]
     size = max(1, (d_model - 1) * (d_model + 2))
-    return 1 / d_model, (2 * spread[0].clamp_min(0)[:, None] * spread[1].clamp_min(0) / size).sqrt()
+    deviation = (2 * spread[0].clamp_min(0)[:, None] * spread[1].clamp_min(0) / size).sqrt()
+    return 1 / d_model, torch.where(deviation > 0, deviation, torch.nan)
 
 
 def _random_z(
@@ -226,14 +195,14 @@ def _random_z(
 ) -> Float[Tensor, "drawn"]:
     """The z of every pair with its own spectra in random orientation, for `draws` models."""
     left, right, d_model = _spectra(writers), _spectra(readers), writers.shape[-1]
-    found = [left.new_zeros(0)]
+    drawn = [left.new_zeros(0)]
     for layer in range(len(left) - 1):
-        one, others = left[layer], right[layer + 1 :].flatten(0, 1)
-        mean, deviation = _moments(one, others, d_model)
-        drawn = torch.stack(_random(one, others, d_model, draws, generator))
-        z = (drawn - mean) / torch.where(deviation > 0, deviation, torch.nan)
-        found.append(z[z.isfinite()])
-    return torch.cat(found)
+        later = right[layer + 1 :].flatten(0, 1)
+        mean, deviation = _moments(left[layer], later, d_model)
+        squares = _random(left[layer], later, d_model, draws, generator)
+        drawn.append(((squares - mean) / deviation).flatten())
+    z = torch.cat(drawn)
+    return z[z.isfinite()]
 
 
 def _random(
@@ -242,13 +211,13 @@ def _random(
     d_model: int,
     draws: int,
     generator: torch.Generator,
-) -> list[Float[Tensor, "writer reader"]]:
+) -> Float[Tensor, "draw writer reader"]:
     """Squared scores of the same spectra in random orientation: s^T (G o G) t for G between two random frames.
 
     Every writer and reader gets its own random frame. With a shared frame, the pairs of a draw would vary together, and
     many pairs would be no better a null than one.
     """
-    out, s, t = [], _normal(left), _normal(right)
+    squares = []
     for _ in range(draws):
         frames = [
             torch.linalg.qr(torch.randn(len(x), d_model, x.shape[1], generator=generator, dtype=torch.float64)).Q.to(x)
@@ -256,10 +225,10 @@ def _random(
         ]
         G = torch.einsum("wmi,rmj->wrij", *frames).square()
         width = G.shape[2]  # d_model where a head is wider than the stream
-        out.append(torch.einsum("wi,wrij,rj->wr", s[:, :width], G, t[:, :width]))
-    return out
+        squares.append(torch.einsum("wi,wrij,rj->wr", left[:, :width], G, right[:, :width]))
+    return torch.stack(squares)
 
 
-def demo(model: "HookedTransformer") -> Composition:
+def demo(model: HookedTransformer) -> Composition:
     """Every pair of heads; with one layer there are none, and the table is empty."""
     return score_composition(model, draws=20)

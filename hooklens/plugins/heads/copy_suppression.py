@@ -1,31 +1,27 @@
 """Copy suppression: which heads lower the logit of the token they attend to, and how this affects calibration."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
-from hooklens.core.component import head_name, layer_names
+from hooklens.core.cache import ActivationCache
+from hooklens.core.component import head_names
 from hooklens.core.precision import widened
 from hooklens.data.prompts import Prompts
-from hooklens.model.linear import is_plain, packed_linears, without_bias
+from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Passage
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_change, calibration_text
-from hooklens.plugins.heads.head_scores import one_length
-from hooklens.plugins.heads.mediation import mean_z
-from hooklens.plugins.heads.which import Heads, refuse_dropout
+from hooklens.plugins.heads.head_table import Head, PerHead, PerSequence, head_map, head_table, ranked
+from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.nodes import read_heads
 
-if TYPE_CHECKING:
-    from hooklens.core.cache import ActivationCache
-    from hooklens.model.transformer import HookedTransformer
-
-PerSequence = Float[Tensor, "sequence layer head"]
 _ASKED = 3  # heads whose calibration change is measured: each needs one run per control
 
 
@@ -51,44 +47,36 @@ class CopySuppression(Result):
     data: str
 
     @property
-    def anti(self) -> Float[Tensor, "layer head"]:
+    def anti(self) -> PerHead:
         """How much more a head lowers the token it attends to than another token: above 0 is suppression."""
         return (self.control - self.direct).mean(0)
 
     @property
-    def q(self) -> Float[Tensor, "layer head"]:
+    def q(self) -> PerHead:
         """Benjamini-Hochberg over heads for "no difference from the control", from sign flips of whole sequences."""
         return q_values(sign_flip_p(self.control - self.direct))
 
-    def order(self) -> list[tuple[int, int]]:
+    def order(self) -> list[Head]:
         """Every (layer, head), the strongest suppression first."""
-        return [
-            divmod(i, self.anti.shape[1]) for i in self.anti.flatten().argsort(descending=True, stable=True).tolist()
-        ]
+        return ranked(self.anti)
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: its effect on the attended token and on another, their difference, and calibration."""
-        (low, high), q = mean_interval(self.control - self.direct), self.q
+        low, high = mean_interval(self.control - self.direct)
+        columns: dict[str, Any] = {"token looked at": self.direct.mean(0), "another token": self.control.mean(0)}
+        columns |= {"anti low": low, "anti high": high, "q": self.q}
         measured = {} if self.calibration is None else {row[0]: row[1:5] for row in self.calibration.table(None).rows}
-        each = (self.direct.mean(0), self.control.mean(0), low, high, q)
-        rows = [
-            (head_name(i, j), *(float(one[i, j]) for one in each), *measured.get(head_name(i, j), (None,) * 4))
-            for i, j in self.order()[:n]
-        ]
-        columns = ("token looked at", "another token", "anti low", "anti high", "q", "ECE change", "low", "high", "p")
-        return Table(("head", *columns), rows)
+        cells = [measured.get(name, (None,) * 4) for name in head_names(*self.anti.shape)]
+        columns |= zip(("ECE change", "low", "high", "p"), zip(*cells, strict=True), strict=True)
+        return head_table(self.anti, columns, n)
 
     def figure(self) -> Any:
         """Layer by head: orange lowers the attended token, blue raises it."""
-        from hooklens.viz.figures import heatmap
-
-        rows = layer_names(len(self.anti))
-        title = "Direct effect on the logit of the token looked at"
-        return heatmap(-self.anti, y=rows, title=title, x_title="head", y_title="layer", colourbar="logit")
+        return head_map(-self.anti, "Direct effect on the logit of the token looked at", "logit")
 
 
 def score_copy_suppression(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts | None = None,
     *,
     heads: Heads | None = None,
@@ -112,32 +100,37 @@ def score_copy_suppression(
     Reference: McDougall et al. (2023), "Copy Suppression", sections 2 and 3; Guo et al. (2017), "On Calibration of
     Modern Neural Networks", equation 3 (expected calibration error).
     """
+    check_model(model, "score_copy_suppression")
     model.blocks[0].need_sum("a head's direct path to the logits")
-    refuse_dropout(model)
-    tokens, data = calibration_text(model, n, seed) if prompts is None else (one_length(model, prompts), "prompts")
+    if prompts is None:
+        tokens, data = calibration_text(model, n, seed)
+    else:
+        tokens, data = one_length(model, prompts, least=2), "prompts"
     direct, control = anti_copy(model, tokens, seed=seed)
-    chosen = _most_negative(direct - control) if heads is None else read_heads(model, heads)
-    text = tokens if calibrate_on is None else one_length(model, calibrate_on)
-    data_of_text = data if calibrate_on is None else "prompts"
-    return CopySuppression(direct, control, calibration_change(model, text, chosen, data_of_text, seed=seed), data)
+    chosen = ranked((control - direct).mean(0))[:_ASKED] if heads is None else read_heads(model, heads)
+    text, data_of_text = tokens, data
+    if calibrate_on is not None:
+        text, data_of_text = one_length(model, calibrate_on, least=2), "prompts"
+    change = calibration_change(model, text, chosen, data_of_text, seed=seed)
+    return CopySuppression(direct=direct, control=control, calibration=change, data=data)
 
 
 def anti_copy(
-    model: "HookedTransformer", tokens: Int[Tensor, "sequence pos"], *, seed: int = 0
+    model: HookedTransformer, tokens: Int[Tensor, "sequence pos"], *, seed: int = 0
 ) -> tuple[PerSequence, PerSequence]:
     """What each head adds to the logit of the token that it looks at, and of another one (sequence layer head)."""
-    names = ["z", "pattern", *(name for block in model.blocks for name in block.writes_through("attn").scales)]
-    with torch.no_grad(), packed_linears(rows=1024):
-        stream, cache = model.run_with_cache(tokens, names, stop_at_layer=model.cfg.n_layers)
-        mean, other = (
-            mean_z(model, cache),
-            _another(tokens, min(model.cfg.d_vocab, model.cfg.d_vocab_out), seed),
-        )
-        each = [
-            _direct(model, cache, mean=mean, stream=widened(stream), tokens=tokens, other=other, layer=i)
-            for i in range(model.cfg.n_layers)
+    scales = [name for block in model.blocks for name in block.writes_through("attn").scales]
+    stream, cache = captured(model, tokens, ["z", "pattern", *scales])
+    other = _another(tokens, min(model.cfg.d_vocab, model.cfg.d_vocab_out), seed)
+    with torch.no_grad():
+        W_U = widened(matrix_of(model.unembed.linear, model.cfg.d_model))
+        columns = [W_U[ids] - W_U.mean(0) for ids in (tokens, other)]
+        effects = [
+            _direct(model, cache, stream=widened(stream), columns=columns, layer=layer)
+            for layer in range(model.cfg.n_layers)
         ]
-    return torch.stack([one[0] for one in each], 1), torch.stack([one[1] for one in each], 1)
+    direct, control = (torch.stack(parts, 1) for parts in zip(*effects, strict=True))
+    return direct, control
 
 
 def _another(tokens: Int[Tensor, "sequence pos"], d_vocab: int, seed: int) -> Int[Tensor, "sequence pos"]:
@@ -151,33 +144,27 @@ def _another(tokens: Int[Tensor, "sequence pos"], d_vocab: int, seed: int) -> In
 
 
 def _direct(
-    model, cache: "ActivationCache", mean: dict[int, Tensor], stream: Tensor, tokens: Tensor, other: Tensor, layer: int
-) -> tuple[Float[Tensor, "sequence head"], Float[Tensor, "sequence head"]]:
+    model: HookedTransformer,
+    cache: ActivationCache,
+    stream: Float[Tensor, "sequence pos d_model"],
+    columns: list[Float[Tensor, "sequence pos d_model"]],
+    layer: int,
+) -> list[Float[Tensor, "sequence head"]]:
     """Each head's contribution to the logit of its strongest key's token (except the first), and of another token."""
     block, z = model.blocks[layer], cache["z", layer]
-    moved = widened(block.attn.results(z)) - widened(block.attn.results(mean[layer].to(z)))
+    moved = widened(block.attn.results(z)) - widened(block.attn.results(z.mean((0, 1), keepdim=True)))
     moved = block.writes_through("attn").frozen(moved, lambda name: cache[name][:, :, None])
     weight, key = widened(cache["pattern", layer])[..., 1:].max(-1)  # position 0 is where heads rest
-    weight, key = weight.transpose(1, 2), (key + 1).transpose(1, 2)
-    weight = weight * (torch.arange(tokens.shape[1], device=tokens.device) > 0)[:, None]
+    weight, key = weight.transpose(1, 2).clone(), (key + 1).transpose(1, 2)
+    weight[:, 0] = 0.0
     with_head, without = stream[:, :, None], stream[:, :, None] - moved
     final = Passage(model.ln_final)  # in wide numbers; the bias cancels
     change = final.scaled_as(with_head, with_head) - final.scaled_as(without, without)
-    linear = model.unembed.linear
-    W = widened(linear.weight if is_plain(linear) else without_bias(linear, torch.eye(change.shape[-1]).to(z)).T)
-    out, rows = [], torch.arange(len(tokens), device=tokens.device)[:, None, None]
-    for ids in (tokens, other):
-        column = W[ids[rows, key]] - W.mean(0)
-        effect = (change * column).sum(-1) * weight
-        out.append(effect.sum(1) / weight.sum(1).clamp_min(torch.finfo(effect.dtype).tiny))
-    return out[0], out[1]
+    sequence = torch.arange(len(z), device=z.device)[:, None, None]
+    effects = ((change * column[sequence, key]).sum(-1) * weight for column in columns)
+    return [effect.sum(1) / weight.sum(1).clamp_min(torch.finfo(effect.dtype).tiny) for effect in effects]
 
 
-def _most_negative(difference: PerSequence) -> list[tuple[int, int]]:
-    order = difference.mean(0).flatten().argsort(stable=True)[:_ASKED].tolist()
-    return [divmod(i, difference.shape[2]) for i in order]
-
-
-def demo(model: "HookedTransformer") -> CopySuppression:
+def demo(model: HookedTransformer) -> CopySuppression:
     """Four short sequences."""
     return score_copy_suppression(model, n=4)

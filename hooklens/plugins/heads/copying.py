@@ -1,26 +1,26 @@
 """Does a head write the token it attends to, or its opposite? The OV circuit from tokens to logits."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
-from hooklens.core.component import head_name, layer_names
+from hooklens.core.arguments import seeded, whole
+from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
-from hooklens.model.linear import is_plain, packed_linears, without_bias
+from hooklens.model.linear import matrix_of, packed_linears
 from hooklens.model.norms import Passage
-from hooklens.plugins.heads.rotations import DRAWS, PerHead, above, query_rotations
-from hooklens.plugins.heads.which import refuse_dropout
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import Head, PerHead, head_map, head_table, ranked
+from hooklens.plugins.heads.rotations import DRAWS, above, query_rotations
+from hooklens.plugins.heads.which import check_model
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.sweeps.naive import not_finite
 
 Columns = Float[Tensor, "head d_head token"]
 _ROWS = 16  # tokens per sequence
@@ -56,29 +56,23 @@ class Copying(Result):
         """The share of tokens that are among the `k` tokens their own OV lowers most."""
         return (self.rank >= len(self.tokens) - k).to(self.own).mean(0)
 
-    def order(self) -> list[tuple[int, int]]:
+    def order(self) -> list[Head]:
         """Every (layer, head), the one farthest from chance first."""
-        by = self.z.flatten().nan_to_num(0).abs().argsort(descending=True, stable=True).tolist()
-        return [divmod(i, self.z.shape[1]) for i in by]
+        return ranked(self.z.abs())
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: eigenvalue score, shares of tokens at the top and bottom, deviation and q-values."""
-        q = q_values(torch.stack([self.copies, self.suppresses]))
-        each = (self.positive, self.top_share(), self.bottom_share(), self.z, *q)
-        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
-        return Table(("head", "eigenvalues", "own in top 5", "in bottom 5", "z", "q copies", "q suppresses"), rows)
+        copies, suppresses = q_values(torch.stack([self.copies, self.suppresses]))
+        columns = {"eigenvalues": self.positive, "own in top 5": self.top_share(), "in bottom 5": self.bottom_share()}
+        columns |= {"z": self.z, "q copies": copies, "q suppresses": suppresses}
+        return head_table(self.z.abs(), columns, n)
 
     def figure(self) -> Any:
         """How far each head's copying is from chance, in standard deviations of rotated heads."""
-        from hooklens.viz.figures import heatmap
-
-        rows = layer_names(len(self.z))
-        return heatmap(
-            self.z, y=rows, title="OV copying against rotated heads", x_title="head", y_title="layer", colourbar="z"
-        )
+        return head_map(self.z, "OV copying against rotated heads", "z")
 
 
-def score_copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
+def score_copying(model: HookedTransformer, *, n_tokens: int = 256, draws: int = DRAWS, seed: int = 0) -> Copying:
     """Which heads would write the token they attend to, wherever they attend? Uses weights only, no attention.
 
     A sample of tokens is passed through each head's values and output, the final norm's weight and W_U. For layer 0 the
@@ -92,32 +86,28 @@ def score_copying(model: "HookedTransformer", *, n_tokens: int = 256, draws: int
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", "Detecting copying behavior".
     """
+    check_model(model, "score_copying")
     model.blocks[0].need_sum("a head's direct path to the logits")
-    refuse_dropout(model)
+    draws, n_tokens = whole("draws", draws, 1), whole("n_tokens", n_tokens, 1)
     tokens, streams = _streams(model, n_tokens, seed)
-    found: dict[str, list[Tensor]] = {name: [] for name in ("own", "rank", "positive", "z", "null")}
+    layers: list[dict[str, Tensor]] = []
     with torch.no_grad(), packed_linears(rows=1024):
+        columns = logit_columns(model, tokens)
         for layer in tracked(range(model.cfg.n_layers), "what heads copy", "layers"):
-            generator = seeded(seed, layer, stride=1_000_003)
-            read = _read(model, layer, streams[min(layer, 1)])
-            columns = written_logits(model, layer, tokens)
-            for name, value in _of_layer(widened(read), widened(columns), draws, generator).items():
-                found[name].append(value)
-    stacked = {name: torch.stack(parts, 1 if name in ("own", "rank", "null") else 0) for name, parts in found.items()}
-    z, null = stacked["z"], stacked["null"]
-    return Copying(
-        tokens,
-        stacked["own"],
-        stacked["rank"],
-        stacked["positive"],
-        z,
-        copies=above(z, null),
-        suppresses=above(-z, -null),
-    )
+            block = model.blocks[layer]
+            read = widened(values_of(model, layer, streams[min(layer, 1)])).transpose(0, 1)
+            written = widened(block.writes_through("attn").unscaled(block.attn.output_matrix()) @ columns)
+            if (seen := not_finite(read, written)) is not None:  # LAPACK would end the process
+                raise InputError(f"the OV circuits of layer {layer} are {seen}, so that they have no eigenvalues")
+            layers.append(_of_layer(read, written, draws, seeded(seed, layer, stride=1_000_003)))
+    own, rank, null = (torch.stack([found[name] for found in layers], 1) for name in ("own", "rank", "null"))
+    positive, z = (torch.stack([found[name] for found in layers]) for name in ("positive", "z"))
+    copies, suppresses = above(z, null), above(-z, -null)
+    return Copying(tokens=tokens, own=own, rank=rank, positive=positive, z=z, copies=copies, suppresses=suppresses)
 
 
 def _streams(
-    model: "HookedTransformer", n_tokens: int, seed: int
+    model: HookedTransformer, n_tokens: int, seed: int
 ) -> tuple[Int[Tensor, "token"], list[Float[Tensor, "token d_model"]]]:
     """Sampled tokens; their embeddings, and their mean output of block 0 over the places where they were drawn."""
     per_row = repeated_tokens(model, 1, length=2 * _ROWS + 1, seed=seed).first_query - 1
@@ -131,31 +121,20 @@ def _streams(
     return tokens, [act.new_zeros(len(tokens), act.shape[1]).index_add_(0, which, act) / count for act in acts]
 
 
-def _read(model, layer: int, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "head token d_head"]:
-    """Each head's values for the tokens, without biases; heads of a group share values."""
+def values_of(
+    model: HookedTransformer, layer: int, x: Float[Tensor, "token d_model"]
+) -> Float[Tensor, "token head d_head"]:
+    """Each head's values for these streams, without biases; heads of a group share values."""
     block, attn = model.blocks[layer], model.blocks[layer].attn
     normed = block.before_attn(x)[:, None]
     v = attn.heads(attn.v, normed, None) - attn.heads(attn.v, torch.zeros_like(normed), None)
-    return v[:, 0].repeat_interleave(attn.n_heads // attn.n_kv_heads, 1).transpose(0, 1)
+    return v[:, 0].repeat_interleave(attn.n_heads // attn.n_kv_heads, 1)
 
 
-def written_logits(model: "HookedTransformer", layer: int, tokens: Int[Tensor, "token"]) -> Columns:
-    """W_O, the final norm's weight and W_U of these tokens: what each number of a head's z adds to their logits."""
-    attn, block = model.blocks[layer].attn, model.blocks[layer]
-    unit = torch.eye(attn.d_head, dtype=model.dtype, device=model.device)
-    rows = attn.results(unit[:, None, None].expand(-1, 1, attn.n_heads, -1).contiguous())[:, 0]
-    return to_logits(model, block.writes_through("attn").unscaled(rows), tokens).transpose(0, 1)
-
-
-def to_logits(
-    model: "HookedTransformer", x: Float[Tensor, "*lead d_model"], tokens: Int[Tensor, "token"]
-) -> Float[Tensor, "*lead token"]:
-    """The logits of these tokens, uncapped, from what is added to the stream; the final norm's scale left out."""
-    x = Passage(model.ln_final).unscaled(x)
-    linear = model.unembed.linear
-    if is_plain(linear):
-        return x @ linear.weight[tokens].T
-    return without_bias(linear, x)[..., tokens]
+def logit_columns(model: HookedTransformer, tokens: Int[Tensor, "token"]) -> Float[Tensor, "d_model token"]:
+    """The final norm's weight and W_U of these tokens: how what is added to the stream changes their logits."""
+    W_U = matrix_of(model.unembed.linear, model.cfg.d_model)
+    return Passage(model.ln_final).folded(W_U[tokens].mT)
 
 
 def _of_layer(
@@ -181,6 +160,6 @@ def _of_layer(
     }
 
 
-def demo(model: "HookedTransformer") -> Copying:
+def demo(model: HookedTransformer) -> Copying:
     """32 tokens through every head."""
     return score_copying(model, n_tokens=32, draws=50)

@@ -1,31 +1,29 @@
 """The change of a model's calibration when a head is ablated, compared with equally large changes to other heads."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
 from hooklens.core.errors import HooklensError
 from hooklens.core.precision import widened
-from hooklens.core.progress_bar import progress
+from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.mediation import mean_z
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import Head, head_table
+from hooklens.plugins.heads.which import captured
 from hooklens.plugins.lens.calibration import Calibration, binned_error, measure_calibration
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, null_p, q_values, quantiles
 
-if TYPE_CHECKING:
-    from hooklens.core.cache import ActivationCache
-    from hooklens.model.transformer import HookedTransformer
-
 _CONTROLS = 19  # the smallest p is then 0.05
 _LENGTH = 32  # tokens of an excerpt
-Head = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class CalibrationChange(Result):
 
     `low` and `high` come from a bootstrap over texts. `control` contains the changes when another head is moved towards
     its mean instead, far enough to change the output by the same norm: the heads nearest in depth, the same layer
-    first; NaN if there are fewer. `loss_change` is reported too, because a worse model is also worse calibrated.
+    first. `loss_change` is reported too, because a worse model is also worse calibrated.
     """
 
     ranked_by = "change of the calibration error"
@@ -51,11 +49,9 @@ class CalibrationChange(Result):
     @property
     def p(self) -> Float[Tensor, "chosen"]:
         """How often a control changes the error as much, in either direction; at least 1 / (controls + 1)."""
-        each = [
-            null_p(x.abs(), c[~c.isnan()].abs()) if bool((~c.isnan()).any()) else x.new_tensor(torch.nan).double()
-            for x, c in zip(self.change, self.control, strict=True)
-        ]
-        return torch.stack(each) if each else self.change.double()
+        if not self.control.shape[1]:
+            return torch.full_like(self.change, torch.nan, dtype=torch.float64)
+        return null_p(self.change.abs(), self.control.abs().T)
 
     @property
     def q(self) -> Float[Tensor, "chosen"]:
@@ -64,9 +60,9 @@ class CalibrationChange(Result):
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: the change, its interval, the controls, and the loss."""
-        shown = (self.change, self.low, self.high, self.p, self.control.abs().nanmean(1), self.loss_change.mean(0))
-        rows = [(self.heads[i], *(_number(one[i]) for one in shown)) for i in _largest(self.change)[:n]]
-        return Table(("head", "ECE change", "low", "high", "p", "controls (size)", "loss change"), rows)
+        columns = {"ECE change": self.change, "low": self.low, "high": self.high, "p": self.p}
+        columns |= {"controls (size)": self.control.abs().nanmean(1), "loss change": self.loss_change.mean(0)}
+        return head_table(self.change.abs(), columns, n, names=self.heads)
 
     def figure(self) -> Any:
         """The change for every head, with its interval."""
@@ -76,15 +72,7 @@ class CalibrationChange(Result):
         return bars(self.change, self.low, self.high, self.heads, title, y_title="change of the ECE")
 
 
-def _largest(x: Float[Tensor, "chosen"]) -> list[int]:
-    return x.abs().argsort(descending=True, stable=True).tolist()
-
-
-def _number(value: Tensor) -> float | None:
-    return None if bool(value.isnan()) else float(value)
-
-
-def calibration_text(model: "HookedTransformer", n: int, seed: int = 0) -> tuple[Int[Tensor, "sequence pos"], str]:
+def calibration_text(model: HookedTransformer, n: int, seed: int = 0) -> tuple[Int[Tensor, "sequence pos"], str]:
     """Text for measuring calibration, and its name: excerpts if there is a tokenizer, else repeated random tokens."""
     try:
         excerpts = None if model.tokenizer is None else _excerpts(model, n, seed)
@@ -95,7 +83,7 @@ def calibration_text(model: "HookedTransformer", n: int, seed: int = 0) -> tuple
     return repeated_tokens(model, n, seed=seed).tokens, "random tokens that repeat"
 
 
-def _excerpts(model: "HookedTransformer", n: int, seed: int) -> Int[Tensor, "sequence pos"] | None:
+def _excerpts(model: HookedTransformer, n: int, seed: int) -> Int[Tensor, "sequence pos"] | None:
     """Pieces of the text asset from random places; None if this tokenizer cannot read it."""
     from hooklens.pretrained.assets import text
 
@@ -110,7 +98,7 @@ def _excerpts(model: "HookedTransformer", n: int, seed: int) -> Int[Tensor, "seq
 
 
 def calibration_change(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Int[Tensor, "sequence pos"],
     heads: list[Head],
     data: str,
@@ -126,66 +114,65 @@ def calibration_change(
     >>> found.change[0].item(), bool(found.change[1] != 0), found.control.shape      # chosen control
     (0.0, True, torch.Size([2, 2]))
     """
-    bins, n_heads = measure_calibration(model, tokens), model.cfg.n_heads
-    every = [divmod(i, n_heads) for i in range(model.cfg.n_layers * n_heads)]
-    near = {head: _nearest(head, [one for one in every if one not in heads], controls) for head in heads}
+    every = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    others = [head for head in every if head not in heads]
+    measured = measure_calibration(model, tokens)
     with torch.no_grad(), packed_linears(rows=1024):
-        _, cache = model.run_with_cache(tokens, ["z", "resid_pre"], stop_at_layer=model.cfg.n_layers)
-        mean = mean_z(model, cache)
-        size = torch.stack([_size(model, cache, mean, layer) for layer in range(model.cfg.n_layers)])
-        base = _moved(
-            model, tokens, cache=cache, mean=mean, head=every[-1], by=0.0, base=bins
-        )  # by the same arithmetic, to the last bit
-        runs: list[list[Calibration]] = []
-        with progress("calibration", sum(1 + len(near[head]) for head in heads), unit="runs") as advance:
-            for head in heads:
-                row = []
-                for one in (head, *near[head]):
-                    by = float(size[head] / size[one]) if one != head and size[one] > 0 else 1.0
-                    row.append(_moved(model, tokens, cache=cache, mean=mean, head=one, by=by, base=base))
-                    advance()
-                runs.append(row)
-    change, low, high = _changes(base, [row[0] for row in runs], seed)
-    control = change.new_full((len(heads), max([len(one) for one in near.values()], default=0)), torch.nan)
-    for i, row in enumerate(runs):
-        for j, other in enumerate(row[1:]):
-            control[i, j] = other.expected_error - base.expected_error
-    loss = torch.stack([row[0].loss.mean(1) - base.loss.mean(1) for row in runs], 1)
+        _, cache = captured(model, tokens, ["z", "resid_pre"])
+        size = torch.stack([_size(model, cache["z", layer], layer) for layer in range(model.cfg.n_layers)])
+        jobs: list[tuple[Head, float]] = []
+        for head in heads:
+            near = sorted(others, key=lambda other: (abs(other[0] - head[0]), other))
+            for other in (head, *near[:controls]):
+                jobs.append((other, float(size[head] / size[other]) if size[other] > 0 else 1.0))
+        # nothing is moved, by the arithmetic of the other runs: an idle head then changes nothing to the last bit
+        base = _moved(model, tokens, cache, head=every[-1], by=0.0, base=measured)
+        runs = [
+            _moved(model, tokens, cache, head=head, by=by, base=base)
+            for head, by in tracked(jobs, "calibration", "runs")
+        ]
+    n_runs = 1 + min(controls, len(others))  # of each head: its own, then the controls
+    ablated = runs[::n_runs]
+    change, low, high = _changes(base, ablated, seed)
+    error = change.new_tensor([run.expected_error for run in runs]).view(len(heads), n_runs)
     return CalibrationChange(
-        heads=[head_name(a, b) for a, b in heads],
+        heads=[head_name(*head) for head in heads],
         ece=base.expected_error,
         change=change,
         low=low,
         high=high,
-        control=control,
-        loss_change=loss,
+        control=error[:, 1:] - base.expected_error,
+        loss_change=torch.stack([run.loss.mean(1) - base.loss.mean(1) for run in ablated], 1),
         data=data,
     )
 
 
-def _nearest(head: Head, others: list[Head], n: int) -> list[Head]:
-    return sorted(others, key=lambda one: (abs(one[0] - head[0]), one))[:n]
-
-
-def _size(model, cache: "ActivationCache", mean: dict[int, Tensor], layer: int) -> Float[Tensor, "head"]:
+def _size(model: HookedTransformer, z: Float[Tensor, "sequence pos head d_head"], layer: int) -> Float[Tensor, "head"]:
     """How much of each head's output in a layer is lost when it is replaced by its mean."""
-    attn, z = model.blocks[layer].attn, cache["z", layer]
-    return widened(attn.results(z) - attn.results(mean[layer].to(z))).square().sum((0, 1, 3)).sqrt()
+    attn = model.blocks[layer].attn
+    lost = attn.results(z) - attn.results(z.mean((0, 1), keepdim=True))
+    return widened(lost).square().sum((0, 1, 3)).sqrt()
 
 
 def _moved(
-    model, tokens: Tensor, cache: "ActivationCache", mean: dict[int, Tensor], head: Head, by: float, base: Calibration
+    model: HookedTransformer,
+    tokens: Int[Tensor, "sequence pos"],
+    cache: ActivationCache,
+    head: Head,
+    by: float,
+    base: Calibration,
 ) -> Calibration:
     """The predictions when a head's z is moved part of the way to its mean, in the bins of the untouched run."""
     layer, number = head
+    mean = cache["z", layer][:, :, number].mean((0, 1))
 
     def move(z: Tensor, hook: Any) -> Tensor:
-        z[:, :, number] += by * (mean[layer].to(z)[:, :, number] - z[:, :, number])
+        z[:, :, number] += by * (mean - z[:, :, number])
         return z
 
-    stream, parts = cache["resid_pre", layer], []
     with model.hooks(fwd_hooks=[(("z", layer), move)]):
-        out = model(stream, start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
+        out = model(cache["resid_pre", layer], start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
+    parts = []
     for some, targets in zip(out[:, :-1].split(4), tokens[:, 1:].split(4), strict=True):  # few logits at a time
         log_probs = widened(model.read_out(some)).log_softmax(-1)
         best, token = log_probs.max(-1)
@@ -196,7 +183,7 @@ def _moved(
 
 def _changes(base: Calibration, edited: list[Calibration], seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """The change of the error and the ends of its interval; texts are resampled, the same for all runs."""
-    gaps = torch.stack([_gaps(one) for one in (base, *edited)])  # [run text bin]
+    gaps = torch.stack([_gaps(run) for run in (base, *edited)])  # [run text bin]
     n = gaps.shape[1]
     drawn = torch.randint(n, (DRAWS, n), generator=seeded(seed))
     times = torch.stack([torch.ones(n, dtype=torch.long), *(row.bincount(minlength=n) for row in drawn)]).to(gaps)
@@ -206,7 +193,7 @@ def _changes(base: Calibration, edited: list[Calibration], seed: int) -> tuple[T
     return change[:, 0], low, high
 
 
-def _gaps(found: Calibration) -> Float[Tensor, "sequence bin"]:
+def _gaps(run: Calibration) -> Float[Tensor, "sequence bin"]:
     """Confidence minus correctness, summed over each text's predictions per bin."""
-    gap = found.confidence - found.correct.to(found.confidence)
-    return gap.new_zeros(len(gap), len(found.edges) - 1).scatter_add_(1, found.bin, gap)
+    gap = run.confidence - run.correct.to(run.confidence)
+    return gap.new_zeros(len(gap), len(run.edges) - 1).scatter_add_(1, run.bin, gap)

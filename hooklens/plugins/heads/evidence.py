@@ -7,10 +7,11 @@ from torch import Tensor
 
 from hooklens.core.component import Component, head_name, layer_names
 from hooklens.plugins.heads.head_scores import LABELS
+from hooklens.plugins.heads.head_table import Head, known
 from hooklens.plugins.heads.named import NAME_LABELS
 from hooklens.results.result import Table
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it draws its tables with this module
     from hooklens.plugins.heads.head_labels import Taxonomy
 
 _EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo", "placebo took")
@@ -22,44 +23,43 @@ def label_rows(found: "Taxonomy", n: int | None) -> Table:
 
     `share of loss` is the effect as a share of the loss on the repeated tokens.
     """
-    called, make = found.called(), {**_on_repeats(found), **_on_names(found)}
+    called, evidence = found.called(), _on_repeats(found) | _on_names(found)
     first, suppressed = found.scores.mean("first"), _suppressed(found)
-    share = None if found.positions is None else found.positions.share
-    extra = (("by position",) if share is not None else ()) + (_SUPPRESSION if suppressed else ())
     rows: list[tuple] = []
     for at in found.order()[:n]:
-        near = list(LABELS)[_nearest(found, at)]
-        against = bool(found.opposite[list(LABELS).index(near)][at])
+        nearest = _nearest(found, at)
         for label in called.get(at, ["unlabelled"]):
-            kind = label if label in make else near
-            position = (float(share[at]) if kind == "previous token" else None,) if share is not None else ()
-            negative = (
-                suppressed.get(at, (None, None))
-                if kind in ("copy suppression", "negative name mover")
-                else (None, None)
-            )
-            nearest = [f"{near}{': opposite effect' if against else '?'}"] * (label not in make)
-            doubts = nearest + _doubts(found, kind, at)
-            said = f"{label} ({'; '.join(doubts)})" if doubts else label
-            row = (head_name(*at), said, *(_number(x[at]) for x in make[kind]), float(first[at]))
-            rows.append((*row, *position, *(negative if suppressed else ())))
-    return Table(("head", "label", "score", "q", *_EFFECT, "rests", *extra), rows).head(n)
+            kind = label if label in evidence else list(LABELS)[nearest]
+            doubts = _doubts(found, kind, at)
+            if label not in evidence:
+                doubts.insert(0, f"{kind}{': opposite effect' if bool(found.opposite[nearest][at]) else '?'}")
+            words = f"{label} ({'; '.join(doubts)})" if doubts else label
+            row = [head_name(*at), words, *(known(float(x[at])) for x in evidence[kind]), float(first[at])]
+            if found.positions is not None:
+                row.append(float(found.positions.share[at]) if kind == "previous token" else None)
+            if suppressed:
+                suppresses = kind in ("copy suppression", "negative name mover")
+                row += suppressed.get(at, (None, None)) if suppresses else (None, None)
+            rows.append(tuple(row))
+    by_position = ("by position",) if found.positions is not None else ()
+    columns = ("head", "label", "score", "q", *_EFFECT, "rests", *by_position, *(_SUPPRESSION if suppressed else ()))
+    return Table(columns, rows).head(n)
 
 
-def _doubts(found: "Taxonomy", kind: str, at: tuple[int, int]) -> list[str]:
+def _doubts(found: "Taxonomy", kind: str, at: Head) -> list[str]:
     """Qualifications of a head's evidence for a label: a negligible effect, or a control that could not match it."""
     if kind not in LABELS:
         return []
-    told = {"detectable, negligible": found.negligible, "no matched control": found.unmatched}
-    return [words for words, where in told.items() if bool(where[list(LABELS).index(kind)][at])]
+    doubts = {"detectable, negligible": found.negligible, "no matched control": found.unmatched}
+    return [words for words, where in doubts.items() if bool(where[list(LABELS).index(kind)][at])]
 
 
 def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
     """Score, q, effect, its interval, its q, its share of the loss, placebo and its attention, label by label."""
-    (low, high), score_q, effect_q = found.interval(), found.score_q, found.effect_q
-    effect, rest = found.effect.mean(0), (found.share, found.placebo.mean(0), found.matched)
+    parts = (found.score_q, found.effect.mean(0), *found.interval(), found.effect_q, found.share)
+    parts += (found.placebo.mean(0), found.matched)
     return {
-        label: [found.scores.mean(kind), score_q[i], effect[i], low[i], high[i], effect_q[i], *(x[i] for x in rest)]
+        label: [found.scores.mean(kind), *(part[i] for part in parts)]
         for i, (label, (kind, _)) in enumerate(LABELS.items())
     }
 
@@ -76,24 +76,19 @@ def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
     }
 
 
-def _suppressed(found: "Taxonomy") -> dict[tuple[int, int], tuple[float, float | None]]:
+def _suppressed(found: "Taxonomy") -> dict[Head, tuple[float, float]]:
     """How much a head lowers the logit of the token it attends to, and the calibration change without it."""
     if found.suppression is None or found.suppression.calibration is None:
         return {}
     change, anti = found.suppression.calibration, found.suppression.anti
-    at = [Component.parse(name).place for name in change.heads]
-    return {one: (float(anti[one]), float(change.change[i])) for i, one in enumerate(at)}
+    heads = [Component.parse(name).place for name in change.heads]
+    return {head: (float(anti[head]), float(change.change[i])) for i, head in enumerate(heads)}
 
 
-def _nearest(found: "Taxonomy", at: tuple[int, int]) -> int:
+def _nearest(found: "Taxonomy", at: Head) -> int:
     """The label with the opposite effect if there is one, else that with the smallest p."""
-    against = found.opposite[:, at[0], at[1]]
-    by = found.score_p[:, at[0], at[1]]
-    return int((torch.where(against.to(by.device), by - 2, by)).argmin())
-
-
-def _number(value: Tensor) -> float | None:
-    return None if bool(value.isnan()) else float(value)
+    p = found.score_p[:, at[0], at[1]]
+    return int(torch.where(found.opposite[:, at[0], at[1]].to(p.device), p - 2, p).argmin())
 
 
 def attention_map(found: "Taxonomy") -> Any:

@@ -1,7 +1,8 @@
 """The labels that the evidence supports for each head, and the table that shows the evidence."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,13 +12,11 @@ from hooklens.plugins.heads.copy_suppression import CopySuppression
 from hooklens.plugins.heads.copying import Copying
 from hooklens.plugins.heads.evidence import attention_map, label_rows
 from hooklens.plugins.heads.head_scores import LABELS, HeadScores
+from hooklens.plugins.heads.head_table import Head, ranked
 from hooklens.plugins.heads.named import NAME_LABELS, NameEvidence
 from hooklens.plugins.heads.previous_token import PositionScores
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-
-if TYPE_CHECKING:
-    pass
 
 UNLABELLED = "unlabelled"
 #: As a share of the loss: a smaller effect is detectable but negligible.
@@ -25,6 +24,7 @@ LEAST_SHARE = 0.01
 #: As a share of the blocked attention: a placebo that takes less is not a matched control.
 LEAST_MATCH = 0.5
 PerLabel = Float[Tensor, "label layer head"]
+Where = Bool[Tensor, "label layer head"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Taxonomy(Result):
 
     scores: HeadScores
     ov: Copying
-    score_p: Float[Tensor, "label layer head"]
+    score_p: PerLabel
     effect: Float[Tensor, "sequence label layer head"]
     placebo: Float[Tensor, "sequence label layer head"]
     loss: Float[Tensor, "sequence"]
@@ -80,77 +80,71 @@ class Taxonomy(Result):
     blocked: Float[Tensor, "keys label layer head"] | None = None
 
     @property
-    def score_q(self) -> Float[Tensor, "label layer head"]:
+    def score_q(self) -> PerLabel:
         """Benjamini-Hochberg over all heads and labels."""
         return q_values(self.score_p)
 
     @property
-    def effect_q(self) -> Float[Tensor, "label layer head"]:
+    def effect_q(self) -> PerLabel:
         """Benjamini-Hochberg over the measured effects: those whose score passed, on other sequences."""
-        p = sign_flip_p(self.effect.nan_to_num())
-        return q_values(torch.where(self.effect[0].isnan(), torch.nan, p))
+        return q_values(sign_flip_p(self.effect))
 
     def interval(self) -> tuple[PerLabel, PerLabel]:
         """Both ends of the mean effect, by a bootstrap over sequences, at 1 - `alpha`."""
-        return self._interval(self.effect)
+        return mean_interval(self.effect, level=1 - self.alpha)
 
-    def _interval(self, values: Float[Tensor, "sequence label layer head"]) -> tuple[PerLabel, PerLabel]:
-        low, high = mean_interval(values.nan_to_num(), level=1 - self.alpha)
-        missing = values[0].isnan()
-        return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
+    def _predicted(self, values: Float[Tensor, "sequence label layer head"]) -> tuple[PerLabel, PerLabel]:
+        """The interval of the mean in the direction in which each label predicts that the loss changes."""
+        signs = torch.tensor([sign for _, sign in LABELS.values()]).to(values)[:, None, None]
+        return mean_interval(signs * values, level=1 - self.alpha)
 
-    @property
-    def candidates(self) -> Bool[Tensor, "label layer head"]:
+    @cached_property
+    def candidates(self) -> Where:
         """Where the score passes, and the effect's interval and q-value exclude 0 in the direction of the label."""
-        low, _ = self._interval(signs(self.effect) * self.effect)
-        return (self.score_q <= self.alpha) & (low > 0) & (self.effect_q <= self.alpha)
+        return (self.score_q <= self.alpha) & (self._predicted(self.effect)[0] > 0) & (self.effect_q <= self.alpha)
 
-    @property
-    def opposite(self) -> Bool[Tensor, "label layer head"]:
+    @cached_property
+    def opposite(self) -> Where:
         """Where the score passes, and the effect's interval and q-value exclude 0 in the opposite direction."""
-        _, high = self._interval(signs(self.effect) * self.effect)
-        return (self.score_q <= self.alpha) & (high < 0) & (self.effect_q <= self.alpha)
+        return (self.score_q <= self.alpha) & (self._predicted(self.effect)[1] < 0) & (self.effect_q <= self.alpha)
+
+    @cached_property
+    def passes(self) -> Where:
+        """Where a candidate's effect also exceeds its placebo, with an interval of the difference that excludes 0."""
+        return self.candidates & (self._predicted(self.effect - self.placebo)[0] > 0)
 
     @property
-    def share(self) -> Float[Tensor, "label layer head"]:
+    def share(self) -> PerLabel:
         """The size of the effect as a share of the loss on the repeated tokens in the untouched run."""
         return self.effect.mean(0) / self.loss.mean()
 
     @property
-    def negligible(self) -> Bool[Tensor, "label layer head"]:
+    def negligible(self) -> Where:
         """Where the label is earned by a significant effect of less than 1 % of the loss."""
         return self.passes & (self.share.abs() < LEAST_SHARE)
 
     @property
-    def matched(self) -> Float[Tensor, "label layer head"]:
+    def matched(self) -> PerLabel:
         """The attention that the placebo took, as a share of the blocked attention; NaN if not measured."""
         if self.blocked is None:
             return torch.full_like(self.score_p, torch.nan)
         return self.blocked[1] / self.blocked[0]
 
     @property
-    def unmatched(self) -> Bool[Tensor, "label layer head"]:
+    def unmatched(self) -> Where:
         """Where the placebo took less than half: no control could have shown an effect of that size."""
         return self.matched < LEAST_MATCH
 
-    @property
-    def passes(self) -> Bool[Tensor, "label layer head"]:
-        """Where a candidate's effect also exceeds its placebo, with an interval of the difference that excludes 0."""
-        above_placebo, _ = self._interval(signs(self.effect) * (self.effect - self.placebo))
-        return self.candidates & (above_placebo > 0)
-
-    def called(self) -> dict[tuple[int, int], list[str]]:
+    def called(self) -> dict[Head, list[str]]:
         """The labels of each labelled head: the one with the largest effect on repeated tokens, then name labels."""
-        mean = torch.where(self.passes, self.effect.mean(0).abs(), -1.0)
-        best, which = mean.max(0)
-        kinds, found = list(LABELS), {}
-        for layer, head in (best >= 0).nonzero().tolist():
-            found[layer, head] = [kinds[int(which[layer, head])]]
+        best, label = torch.where(self.passes, self.effect.mean(0).abs(), -1.0).max(0)
+        kinds = list(LABELS)
+        called = {(layer, head): [kinds[int(label[layer, head])]] for layer, head in (best >= 0).nonzero().tolist()}
         named = {} if self.names is None else self.names.labelled(self.alpha)
-        for label, heads in named.items():
-            for at in heads:
-                found.setdefault(at, []).append(label)
-        return found
+        for name, heads in named.items():
+            for head in heads:
+                called.setdefault(head, []).append(name)
+        return called
 
     def labels(self) -> list[list[str]]:
         """The label of each head of each layer."""
@@ -161,34 +155,31 @@ class Taxonomy(Result):
 
     def counts(self) -> Table:
         """The number of heads with each label, with the score but no effect, and with the opposite effect."""
-        flat = [label for labels in self.called().values() for label in labels]
-        scored = self.score_q <= self.alpha
-        unmatched = self.passes & self.unmatched.to(scored.device)
-        parts = (scored, scored & ~self.passes & ~self.opposite, self.opposite, self.negligible, unmatched)
-        sums = [one.flatten(1).sum(1).tolist() for one in parts]
-        rows: list[tuple] = [(kind, flat.count(kind), *one) for kind, *one in zip(LABELS, *sums, strict=True)]
-        none = (None,) * len(parts)
-        rows += [(label, flat.count(label), *none) for label in NAME_LABELS if self.names is not None]
-        rows.append((UNLABELLED, self.score_p[0].numel() - len(self.called()), *none))
-        columns = (
-            "score passes",
-            "of these without effect",
-            "opposite effect",
-            "detectable, negligible",
-            "no matched control",
-        )
-        return Table(("label", "heads", *columns), rows)
+        scored, passes, opposite = self.score_q <= self.alpha, self.passes, self.opposite
+        counted = {
+            "score passes": scored,
+            "of these without effect": scored & ~passes & ~opposite,
+            "opposite effect": opposite,
+            "detectable, negligible": self.negligible,
+            "no matched control": passes & self.unmatched.to(scored.device),
+        }
+        called = self.called()
+        labels = [label for labels in called.values() for label in labels]
+        sums = zip(*(where.sum((1, 2)).tolist() for where in counted.values()), strict=True)
+        rows: list[tuple] = [(kind, labels.count(kind), *row) for kind, row in zip(LABELS, sums, strict=True)]
+        none = (None,) * len(counted)
+        rows += [(label, labels.count(label), *none) for label in NAME_LABELS if self.names is not None]
+        rows.append((UNLABELLED, self.score_p[0].numel() - len(called), *none))
+        return Table(("label", "heads", *counted), rows)
 
-    def order(self) -> list[tuple[int, int]]:
+    def order(self) -> list[Head]:
         """Every (layer, head): labelled heads first, by effect size, then measured ones, then the rest."""
-        strong = torch.where(self.passes, self.effect.mean(0).abs(), 0.0).amax(0)
-        measured = self.effect.mean(0).abs().nan_to_num(0).amax(0)
-        labelled = torch.zeros_like(strong)
-        for at in self.called():
-            labelled[at] = 1.0
-        key = labelled * 1e6 + strong * 1e3 + measured.clamp_max(1e3)
-        by = key.flatten().argsort(descending=True, stable=True).tolist()
-        return [divmod(i, strong.shape[1]) for i in by]
+        size = self.effect.mean(0).abs().nan_to_num(0)
+        labelled = torch.zeros_like(size[0])
+        for head in self.called():
+            labelled[head] = 1.0
+        earned = torch.where(self.passes, size, 0.0).amax(0)
+        return ranked(labelled * 1e6 + earned * 1e3 + size.amax(0).clamp_max(1e3))
 
     def table(self, n: int | None = 20) -> Table:
         """One row per head and label, with the label's evidence; a head without a label shows the nearest, with "?"."""
@@ -197,8 +188,3 @@ class Taxonomy(Result):
     def figure(self) -> Any:
         """Layer by label and head: which heads attend to a label's keys. Blue earned the label, orange did not."""
         return attention_map(self)
-
-
-def signs(like: Tensor) -> Float[Tensor, "label one one"]:
-    """The direction in which each label predicts that the loss changes."""
-    return torch.tensor([sign for _, sign in LABELS.values()]).to(like)[:, None, None]

@@ -1,24 +1,22 @@
 """Attention scores of each head: previous token, duplicate token, induction, first position, and entropy."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.component import head_name, layer_names
-from hooklens.core.errors import InputError
-from hooklens.data.prompts import Prompts, rows_of
+from hooklens.core.component import layer_names
+from hooklens.core.errors import did_you_mean
+from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
-from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead, mass, pooled_p, rotated_masses
-from hooklens.plugins.heads.which import refuse_dropout
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import Head, PerHead, PerSequence, head_table, ranked
+from hooklens.plugins.heads.rotations import DRAWS, Mask, mass, pooled_p, rotated_masses
+from hooklens.plugins.heads.which import captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 KINDS = ("previous", "duplicate", "induction", "first")
 #: The labels that repeated tokens can give, the keys whose attention is scored and blocked, and the sign of the loss
@@ -41,69 +39,56 @@ class HeadScores(Result):
     (`pooled_p`).
     """
 
-    scores: dict[str, Float[Tensor, "sequence layer head"]]
-    entropy: Float[Tensor, "sequence layer head"]
+    scores: dict[str, PerSequence]
+    entropy: PerSequence
     uniform: dict[str, float]
     uniform_entropy: float
     p: dict[str, PerHead]
 
     def mean(self, kind: str) -> PerHead:
         """A score, averaged over the sequences that have such keys."""
+        if kind not in self.scores:
+            raise did_you_mean("kind of key", str(kind), self.scores)
         return self.scores[kind].nanmean(0)
 
     @property
     def q(self) -> dict[str, PerHead]:
         """Benjamini-Hochberg over all heads and kinds together."""
-        kinds = list(self.p)
-        together = q_values(torch.stack([self.p[kind] for kind in kinds]))
-        return dict(zip(kinds, together, strict=True))
+        together = q_values(torch.stack(list(self.p.values())))
+        return dict(zip(self.p, together, strict=True))
 
-    def order(self, kind: str = "induction") -> list[tuple[int, int]]:
+    def order(self, kind: str = "induction") -> list[Head]:
         """Every (layer, head), the highest score of that kind first."""
-        shown = self.mean(kind)
-        by = shown.flatten().nan_to_num(-1).argsort(descending=True, stable=True).tolist()
-        return [divmod(i, shown.shape[1]) for i in by]
+        return ranked(self.mean(kind))
 
     def top(self, k: int = 10, kind: str = "induction") -> Table:
         """The `k` heads with the highest score of one kind, with interval over sequences, p and q."""
-        value, q = self.mean(kind), self.q[kind]
-        low, high = mean_interval(self.scores[kind].nan_to_num())
-        each = (value, low, high, self.p[kind], q)
-        rows = [
-            (head_name(layer, head), *(float(one[layer, head]) for one in each)) for layer, head in self.order(kind)[:k]
-        ]
-        return Table(("head", kind, "95% low", "95% high", "p", "q"), rows)
+        mean, scores = self.mean(kind), self.scores[kind]
+        with_keys = ~scores.isnan().flatten(1).all(1)
+        low, high = mean_interval(scores[with_keys] if bool(with_keys.any()) else scores)
+        columns = {kind: mean, "95% low": low, "95% high": high, "p": self.p[kind], "q": self.q[kind]}
+        return head_table(mean, columns, k)
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head, by largest score except that of the first position; uniform attention last."""
-        content = torch.stack([self.mean(kind).nan_to_num(-1) for kind in KINDS[:3]]).amax(0)
-        by = content.flatten().argsort(descending=True, stable=True).tolist()
-        each = (*(self.mean(kind) for kind in KINDS), self.entropy.mean(0))
-        heads = [divmod(i, content.shape[1]) for i in by]
-        rows = [(head_name(layer, head), *(float(one[layer, head]) for one in each)) for layer, head in heads]
-        rows = rows if n is None else rows[: max(0, n - 1)]
+        columns = {kind: self.mean(kind) for kind in KINDS}
+        largest = torch.stack([columns[kind].nan_to_num(-1) for kind in KINDS[:3]]).amax(0)
+        heads = head_table(largest, columns | {"entropy": self.entropy.mean(0)}, None if n is None else max(0, n - 1))
         even = ("even attention", *(self.uniform[kind] for kind in KINDS), self.uniform_entropy)
-        return Table(("head", *KINDS, "entropy"), [*rows, even]).head(n)
+        return Table(heads.columns, [*heads.rows, even]).head(n)
 
     def figure(self) -> Any:
         """Layer by head, four maps side by side: where each head attends."""
         from hooklens.viz.figures import heatmap
 
-        heads = self.entropy.shape[2]
         shown = torch.cat([self.mean(kind) for kind in KINDS], 1)
-        return heatmap(
-            shown,
-            x=[f"{kind} H{head}" for kind in KINDS for head in range(heads)],
-            y=layer_names(len(shown)),
-            title="Share of attention by kind of key",
-            y_title="layer",
-            diverging=False,
-            colourbar="attention",
-        )
+        x = [f"{kind} H{head}" for kind in KINDS for head in range(self.entropy.shape[2])]
+        title, y = "Share of attention by kind of key", layer_names(len(shown))
+        return heatmap(shown, x=x, y=y, title=title, y_title="layer", diverging=False, colourbar="attention")
 
 
 def score_heads(
-    model: "HookedTransformer", prompts: Prompts | None = None, *, n: int = 8, draws: int = DRAWS, seed: int = 0
+    model: HookedTransformer, prompts: Prompts | None = None, *, n: int = 8, draws: int = DRAWS, seed: int = 0
 ) -> HeadScores:
     """Where does each head attend, on random tokens that repeat or on your own prompts of one length?
 
@@ -118,19 +103,23 @@ def score_heads(
 
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads", section on head-level scores.
     """
-    refuse_dropout(model)
-    tokens = repeated_tokens(model, n, seed=seed).tokens if prompts is None else one_length(model, prompts)
-    masks = key_masks(tokens)
-    with torch.no_grad(), packed_linears(rows=1024):
-        _, cache = model.run_with_cache(tokens, ["q", "k", "pattern"], stop_at_layer=model.cfg.n_layers)
-        patterns = [cache["pattern", layer] for layer in range(model.cfg.n_layers)]
-        scores = {kind: torch.stack([mass(one, mask) for one in patterns], 1) for kind, mask in masks.items()}
-        entropy = torch.stack([_entropy(one) for one in patterns], 1)
+    check_model(model, "score_heads")
+    tokens = repeated_tokens(model, n, seed=seed).tokens if prompts is None else one_length(model, prompts, least=2)
+    masks, layers = key_masks(tokens), range(model.cfg.n_layers)
+    _, cache = captured(model, tokens, ["q", "k", "pattern"])
+    with torch.no_grad():
+        patterns = [cache["pattern", layer] for layer in layers]
+        scores = {kind: torch.stack([mass(pattern, mask) for pattern in patterns], 1) for kind, mask in masks.items()}
         null = rotated_masses(model, cache, masks, draws=draws, seed=seed)
-        even = [_even(model, layer, tokens) for layer in range(model.cfg.n_layers)]
-        p = {kind: pooled_p(scores[kind].nanmean(0), null[kind]) for kind in masks}
-    uniform = {kind: sum(float(mass(one, mask).nanmean()) for one in even) / len(even) for kind, mask in masks.items()}
-    return HeadScores(scores, entropy, uniform, sum(float(_entropy(one).mean()) for one in even) / len(even), p)
+    even = [_even(model, layer, tokens) for layer in layers]
+    uniform = {kind: torch.stack([mass(pattern, mask).nanmean() for pattern in even]) for kind, mask in masks.items()}
+    return HeadScores(
+        scores=scores,
+        entropy=torch.stack([_entropy(pattern) for pattern in patterns], 1),
+        uniform={kind: float(values.double().mean()) for kind, values in uniform.items()},
+        uniform_entropy=float(torch.stack([_entropy(pattern).mean() for pattern in even]).double().mean()),
+        p={kind: pooled_p(scores[kind].nanmean(0), null[kind]) for kind in masks},
+    )
 
 
 def key_masks(tokens: Int[Tensor, "sequence pos"]) -> dict[str, Mask]:
@@ -154,18 +143,6 @@ def key_masks(tokens: Int[Tensor, "sequence pos"]) -> dict[str, Mask]:
     }
 
 
-def one_length(model: "HookedTransformer", prompts: Prompts) -> Int[Tensor, "sequence pos"]:
-    """The prompts' token ids; all prompts must have the same number of tokens."""
-    rows = rows_of(model, prompts, "prompts")
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) > 1 or lengths[0] < 2:
-        raise InputError(
-            f"scores need prompts of one length of at least two tokens, got lengths {lengths}; "
-            "score each length separately"
-        )
-    return torch.stack(rows)
-
-
 def _entropy(pattern: Float[Tensor, "sequence head query_pos key_pos"]) -> Float[Tensor, "sequence head"]:
     """Mean over queries except the first, which has one key; rows that need not sum to 1 are normalised."""
     share = pattern[:, :, 1:].abs()
@@ -173,12 +150,12 @@ def _entropy(pattern: Float[Tensor, "sequence head query_pos key_pos"]) -> Float
     return torch.special.entr(share).sum(-1).mean(-1)
 
 
-def _even(model: "HookedTransformer", layer: int, tokens: Tensor) -> Float[Tensor, "sequence one query_pos key_pos"]:
+def _even(model: HookedTransformer, layer: int, tokens: Tensor) -> Float[Tensor, "sequence one query_pos key_pos"]:
     pos = torch.arange(tokens.shape[1], device=tokens.device)
     allowed = model.cfg.mask_at(layer).allows(pos[:, None], pos).to(model.dtype)
     return (allowed / allowed.sum(-1, keepdim=True)).expand(len(tokens), 1, -1, -1)
 
 
-def demo(model: "HookedTransformer") -> HeadScores:
+def demo(model: HookedTransformer) -> HeadScores:
     """Four short sequences of random tokens that repeat; works on any model that reads tokens."""
     return score_heads(model, n=4, draws=50)

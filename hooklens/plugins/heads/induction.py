@@ -1,31 +1,28 @@
 """Which heads continue repeated text? The attention score, and the increase of the loss under ablation."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.component import head_name, head_names
 from hooklens.core.errors import InputError
-from hooklens.data.repeated import Repeated, repeated_tokens
-from hooklens.metrics import MinusLoss
+from hooklens.data.repeated import repeated_tokens
+from hooklens.metrics import loss as loss_of
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_scores import key_masks
+from hooklens.plugins.heads.head_table import Head, PerHead, PerSequence, head_table, ranked
 from hooklens.plugins.heads.rotations import mass
-from hooklens.plugins.heads.which import Heads, refuse_dropout
+from hooklens.plugins.heads.which import Heads, captured, check_model
+from hooklens.plugins.patching.ablation import ablate
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import read_heads
-from hooklens.sweeps.planning import Patch, plan
-from hooklens.sweeps.site_patches import SitePatches
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
-PerSequence = Float[Tensor, "sequence layer head"]
+from hooklens.sweeps.replacement import Mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,38 +53,25 @@ class InductionHeads(Result):
     chance: float
 
     @property
-    def q(self) -> Float[Tensor, "layer head"]:
+    def q(self) -> PerHead:
         """Benjamini-Hochberg over the ablated heads, from sign flips of whole sequences."""
-        missing = self.rise[0].isnan()
-        return q_values(sign_flip_p(self.rise.nan_to_num()).masked_fill(missing, torch.nan))
+        return q_values(sign_flip_p(self.rise))
 
-    def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+    def interval(self, level: float = 0.95) -> tuple[PerHead, PerHead]:
         """The interval of the mean `rise`, from a bootstrap over sequences."""
-        low, high = mean_interval(self.rise.nan_to_num(), level=level)
-        missing = self.rise[0].isnan()
-        return low.masked_fill(missing, torch.nan), high.masked_fill(missing, torch.nan)
+        return mean_interval(self.rise, level=level)
 
-    def order(self) -> list[tuple[int, int]]:
+    def order(self) -> list[Head]:
         """Every (layer, head), the highest score first."""
-        by = self.score.mean(0).flatten().argsort(descending=True, stable=True).tolist()
-        return [divmod(i, self.score.shape[2]) for i in by]
+        return ranked(self.score.mean(0))
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: both scores, the loss increase after and before a repeat, and the q-value."""
-        (low, high), q = self.interval(), self.q
-        each = (
-            self.score.mean(0),
-            self.offset_score.mean(0),
-            self.rise.mean(0),
-            low,
-            high,
-            self.rise_before.mean(0),
-            q,
-        )
-        rows = [(head_name(i, j), *(_known(one[i, j]) for one in each)) for i, j in self.order()[:n]]
-        return Table(
-            ("head", "score", "at fixed offset", "loss rise", "95% low", "95% high", "before repeats", "q"), rows
-        )
+        low, high = self.interval()
+        columns = {"score": self.score.mean(0), "at fixed offset": self.offset_score.mean(0)}
+        columns |= {"loss rise": self.rise.mean(0), "95% low": low, "95% high": high}
+        columns |= {"before repeats": self.rise_before.mean(0), "q": self.q}
+        return head_table(columns["score"], columns, n)
 
     def figure(self) -> Any:
         """Every head by score and loss increase: heads that attend but have no effect lie at the lower right."""
@@ -107,17 +91,8 @@ class InductionHeads(Result):
         )
 
 
-def _known(value: Tensor) -> float | None:
-    return None if bool(value.isnan()) else float(value)
-
-
 def find_induction_heads(
-    model: "HookedTransformer",
-    *,
-    n: int = 8,
-    length: int = 25,
-    heads: Heads | None = None,
-    seed: int = 0,
+    model: HookedTransformer, *, n: int = 8, length: int = 25, heads: Heads | None = None, seed: int = 0
 ) -> InductionHeads:
     """Which heads are induction heads: which attend to the token that came next, and which does the loss depend on?
 
@@ -132,29 +107,22 @@ def find_induction_heads(
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads", arguments 3 and 4; `offset_score` as in
     TransformerLens's main demo ("induction stripe").
     """
-    if n < 2:
+    check_model(model, "find_induction_heads")
+    if whole("n", n) < 2:
         raise InputError(f"an interval needs at least two sequences, got n={n}")
-    refuse_dropout(model)
     both = repeated_tokens(model, 2 * n, length=length, seed=seed)
-    sequences, others = both.part(0, n), both.part(n, 2 * n)
-    cfg = model.cfg
-    chosen = read_heads(model, heads)
+    sequences, others, chosen = both.part(0, n), both.part(n, 2 * n), read_heads(model, heads)
+    before = sequences.first_part  # up to here nothing is repeated
     with torch.no_grad(), packed_linears(rows=1024):
         mask = key_masks(sequences.tokens)["induction"]
-        _, cache = model.run_with_cache(sequences.tokens, "pattern", stop_at_layer=cfg.n_layers)
-        score = torch.stack([mass(cache["pattern", layer], mask) for layer in range(cfg.n_layers)], 1)
+        _, cache = captured(model, sequences.tokens, "pattern")
+        score = torch.stack([mass(cache["pattern", layer], mask) for layer in range(model.cfg.n_layers)], 1)
         offset_score = _at_fixed_offset(model, n, length, seed)
-        mean = _mean_z(model, others)
-        rise, loss = _ablate(model, sequences.tokens, sequences.metric(), chosen, mean)
-        before = sequences.tokens[:, : sequences.first_part]
-        rise_before, loss_before = (
-            _ablate(model, before, _loss(before), chosen, mean)
-            if before.shape[1] > 1
-            else (
-                torch.zeros_like(rise),
-                torch.zeros_like(loss),
-            )
-        )
+        rise, loss = _ablated(model, sequences.tokens, sequences.metric(), chosen, others.tokens)
+        rise_before, loss_before = torch.zeros_like(rise), torch.zeros_like(loss)
+        if before > 1:
+            first = sequences.tokens[:, :before]
+            rise_before, loss_before = _ablated(model, first, loss_of(model, first), chosen, others.tokens[:, :before])
     chance = float((mask.sum(-1) / torch.arange(1, mask.shape[1] + 1).to(mask.device))[mask.any(-1)].mean())
     return InductionHeads(
         score=score,
@@ -167,37 +135,26 @@ def find_induction_heads(
     )
 
 
-def _at_fixed_offset(model: "HookedTransformer", n: int, length: int, seed: int) -> PerSequence:
+def _at_fixed_offset(model: HookedTransformer, n: int, length: int, seed: int) -> PerSequence:
     """The mean of the diagonal of each pattern that lies period - 1 below the main one, on tokens repeated once."""
     period = int(repeated_tokens(model, 1, length=length).period.max())  # the longest that this model allows
     tokens = repeated_tokens(model, n, length=2 * period + 1, period=period, seed=seed + 1).tokens[:, 1:]
-    _, cache = model.run_with_cache(tokens, "pattern", stop_at_layer=model.cfg.n_layers)
+    _, cache = captured(model, tokens, "pattern")
     diagonals = [cache["pattern", i].diagonal(1 - period, -2, -1).mean(-1) for i in range(model.cfg.n_layers)]
     return torch.stack(diagonals, 1)
 
 
-def _loss(tokens: Tensor) -> MinusLoss:
-    return MinusLoss(torch.full((len(tokens),), -1), tokens)
-
-
-def _mean_z(model: "HookedTransformer", others: Repeated) -> dict[str, Float[Tensor, "one pos head d_head"]]:
-    _, cache = model.run_with_cache(others.tokens, "z", stop_at_layer=model.cfg.n_layers)
-    return {name: act.mean(0, keepdim=True) for name, act in cache.items()}
-
-
-def _ablate(
-    model: "HookedTransformer", tokens: Tensor, metric: MinusLoss, heads: list[tuple[int, int]], mean: dict[str, Tensor]
+def _ablated(
+    model: HookedTransformer, tokens: Tensor, metric: Any, heads: list[Head], others: Tensor
 ) -> tuple[PerSequence, Float[Tensor, "sequence"]]:
     """The increase of the loss without each head, NaN for the others; and the loss of the untouched run."""
-    values = {name: act[:, : tokens.shape[1]] for name, act in mean.items()}
-    made = plan(model, tokens, "z", values, patches=[Patch(layer, None, head) for layer, head in heads])
-    found = execute(SitePatches(made), metric)
-    rise = torch.full((len(tokens), model.cfg.n_layers, model.cfg.n_heads), torch.nan).to(found.values)
-    layers, which = (list(part) for part in zip(*heads, strict=True))
-    rise[:, layers, which] = (found.base - found.values).T
-    return rise, -found.base
+    sweep = ablate(model, tokens, metric, value=Mean(others), patches=[head_name(*head) for head in heads])
+    layers, which = zip(*heads, strict=True)
+    rise = sweep.per_prompt.new_full((len(tokens), model.cfg.n_layers, model.cfg.n_heads), torch.nan)
+    rise[:, layers, which] = -sweep.effect_per_prompt
+    return rise, -sweep.base_per_prompt
 
 
-def demo(model: "HookedTransformer") -> InductionHeads:
+def demo(model: HookedTransformer) -> InductionHeads:
     """Four short sequences; works on any model that reads tokens."""
     return find_induction_heads(model, n=4, length=13)

@@ -1,34 +1,34 @@
 """Mediation of a head's effect: directly to the logits, through later MLPs, or through later heads."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
+from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Pairs
 from hooklens.data.repeated import repeated_tokens
-from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.which import Heads, refuse_dropout
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import Head, head_table, in_order
+from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.naive import not_finite
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import points_of
 from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
-
-if TYPE_CHECKING:
-    from hooklens.core.cache import ActivationCache
-    from hooklens.model.transformer import HookedTransformer
 
 ROADS = ("total", "direct", "through MLPs", "through heads", "interaction")
 
@@ -72,22 +72,20 @@ class Mediation(Result):
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: total and paths, and interval and q-value of the total; `roads` has those of each path."""
-        mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
-        rows = [(self.heads[i], *mean[:, i].tolist(), *(float(x[0, i]) for x in (low, high, q))) for i in self._order()]
-        return Table(("head", *ROADS, "total low", "total high", "q"), rows).head(n)
+        low, high = self.interval()
+        columns = dict(zip(ROADS, self.parts().mean(1), strict=True))
+        columns |= {"total low": low[0], "total high": high[0], "q": self.q[0]}
+        return head_table(columns["total"].abs(), columns, n, names=self.heads)
 
     def roads(self, n: int | None = None) -> Table:
         """One row per head and path: the mean decrease, its interval over sequences, and the q-value of "none"."""
         mean, (low, high), q = self.parts().mean(1), self.interval(), self.q
         rows = [
             (self.heads[i], road, *(float(x[at, i]) for x in (mean, low, high, q)))
-            for i in self._order()
+            for i in in_order(mean[0].abs())
             for at, road in enumerate(ROADS)
         ]
         return Table(("head", "road", "fall", "95% low", "95% high", "q"), rows).head(n)
-
-    def _order(self) -> list[int]:
-        return self.total.mean(0).abs().argsort(descending=True, stable=True).tolist()
 
     def figure(self) -> Any:
         """Heads down, paths across."""
@@ -98,7 +96,7 @@ class Mediation(Result):
 
 
 def measure_mediation(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
     heads: Heads,
@@ -119,23 +117,19 @@ def measure_mediation(
 
     Reference: Pearl (2001), "Direct and Indirect Effects"; Vig et al. (2020), "Causal Mediation Analysis".
     """
+    check_model(model, "measure_mediation")
     model.blocks[0].need_sum("a head's direct path to the logits")
-    refuse_dropout(model)
-    tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
-    names = ["z", "attn_out", "mlp_out"]
+    tokens, chosen = one_length(model, tokens), read_heads(model, heads)
     with torch.no_grad(), packed_linears(rows=1024):
-        stream, cache = model.run_with_cache(tokens, _there(model, names), stop_at_layer=model.cfg.n_layers)
-        base = Reader(model, metric, stream).base
-        written = written_z(model, tokens, cache, value)
+        stream, cache = captured(model, tokens, _there(model, ["z", "attn_out", "mlp_out"]))
+        base, written = base_of(model, metric, stream), written_z(model, tokens, cache, value)
         runs = [
             partial(_hooks, cache=cache, written=written, at=at, frozen=_there(model, frozen))
             for at in chosen
             for frozen in ((), ("attn_out", "mlp_out"), ("attn_out",), ("mlp_out",))
         ]
-        edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in chosen))
-        with progress("following roads", len(runs) * len(tokens), unit="prompts") as advance:
-            values = edits.values(model, tokens, metric, advance)
-    total, direct, mlps, later = (base - values).view(len(chosen), 4, -1).permute(1, 2, 0)
+        falls = base - values_without(model, tokens, metric, runs, heads=chosen, what="following roads")
+    total, direct, mlps, later = falls.view(len(chosen), 4, -1).permute(1, 2, 0)
     return Mediation(
         heads=[head_name(layer, head) for layer, head in chosen],
         total=total,
@@ -146,13 +140,30 @@ def measure_mediation(
     )
 
 
-def mean_z(model: "HookedTransformer", cache: "ActivationCache") -> dict[int, Float[Tensor, "one one head d_head"]]:
-    """The mean z over all positions of the prompts, by layer."""
-    return {layer: cache["z", layer].mean((0, 1), keepdim=True) for layer in range(model.cfg.n_layers)}
+def base_of(model: HookedTransformer, metric: Any, stream: Tensor) -> Float[Tensor, "sequence"]:
+    """The metric of the unedited run, from the stream that leaves its last block."""
+    base = Reader(model, metric, stream).base
+    if (seen := not_finite(base)) is not None:
+        raise InputError(f"the metric is {seen} on the unedited prompts, so that it has no differences to measure")
+    return base
+
+
+def values_without(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "sequence pos"],
+    metric: Any,
+    runs: Sequence[Callable[[Index], Hooks]],
+    heads: Sequence[Head],
+    what: str,
+) -> Float[Tensor, "run sequence"]:
+    """The metric in every run; no run edits anything below the lowest of these heads."""
+    edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in heads))
+    with progress(what, len(runs) * len(tokens), unit="prompts") as advance:
+        return edits.values(model, tokens, metric, advance)
 
 
 def written_z(
-    model: "HookedTransformer", tokens: Tensor, cache: "ActivationCache", value: Value
+    model: HookedTransformer, tokens: Tensor, cache: ActivationCache, value: Value
 ) -> dict[str, Float[Tensor, "sequence pos head d_head"]]:
     """What is written at every z in place of what the prompts hold there."""
     pairs = Pairs(tuple(range(len(tokens))), tokens, tokens)
@@ -163,14 +174,12 @@ def written_z(
     return activations_of(target.read(written) if are_tokens(written) else written, own)
 
 
-def _there(model: "HookedTransformer", names: Sequence[str]) -> list[str]:
+def _there(model: HookedTransformer, names: Sequence[str]) -> list[str]:
     points = model.hook_points()
     return [name for name in names if name != "mlp_out" or "blocks.0.hook_mlp_out" in points]
 
 
-def _hooks(
-    rows: Index, cache: "ActivationCache", written: dict[str, Tensor], at: tuple[int, int], frozen: Sequence[str]
-) -> Hooks:
+def _hooks(rows: Index, cache: ActivationCache, written: dict[str, Tensor], at: Head, frozen: Sequence[str]) -> Hooks:
     """In these rows the head is replaced, and later parts named in `frozen` keep their value of the untouched run."""
 
     def hold(act: Tensor, hook: Any) -> Tensor:
@@ -185,7 +194,7 @@ def _hooks(
     return hooks
 
 
-def without(rows: Index, written: dict[str, Tensor], at: tuple[int, int]) -> tuple[Where, HookFn]:
+def without(rows: Index, written: dict[str, Tensor], at: Head) -> tuple[Where, HookFn]:
     """A hook that replaces a head's z, in these rows."""
     layer, head = at
 
@@ -196,7 +205,7 @@ def without(rows: Index, written: dict[str, Tensor], at: tuple[int, int]) -> tup
     return ("z", layer), edit
 
 
-def demo(model: "HookedTransformer") -> Mediation:
+def demo(model: HookedTransformer) -> Mediation:
     """Two heads on short sequences that repeat; works on any model whose blocks are not post-norm."""
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)

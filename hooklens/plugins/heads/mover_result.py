@@ -1,17 +1,18 @@
 """The measurements of every head that may move a name, and the resulting verdict."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.component import head_name, head_names
+from hooklens.plugins.heads.head_table import Head, PerHead, head_table, ranked
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, ratio_interval
 
-PerHead = Float[Tensor, "layer head"]
 Ends = tuple[PerHead, PerHead]
 _NAMED = 10  # heads whose name is written into the figure
 
@@ -31,6 +32,9 @@ class Criteria(Result):
     least_copying: float = 0.5
     least_direct: float = 0.01
     level: float = 0.95
+
+    def __post_init__(self) -> None:
+        whole("top_k", self.top_k, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +97,10 @@ class NameMovers(Result):
     @property
     def passes(self) -> Bool[Tensor, "test layer head"]:
         """Which heads attend, copy, and act directly, in this order."""
-        asked = self.criteria
-        attends = self.margin_interval()[0] > asked.least_margin
-        acts = self.share_interval()[0] > asked.least_direct
-        return torch.stack([attends, self.copying >= asked.least_copying, acts & self.defined])
+        criteria = self.criteria
+        attends = self.margin_interval()[0] > criteria.least_margin
+        acts = self.share_interval()[0] > criteria.least_direct
+        return torch.stack([attends, self.copying >= criteria.least_copying, acts & self.defined])
 
     def verdict(self) -> list[list[str]]:
         """The verdict on each head: "name mover" if all three hold, else a description of its direct effect.
@@ -104,21 +108,18 @@ class NameMovers(Result):
         Numbers from the same pairs are biased upwards for these heads: report those of other pairs, as `table` does.
         """
         low, high = self.share_interval()
-        least, all_three = self.criteria.least_direct, self.passes.all(0)
+        least, defined = self.criteria.least_direct, self.defined
         otherwise = "little direct effect" if len(self.group.unique()) > 1 else "no interval"
-        return [
-            [
-                "name mover"
-                if all_three[layer, head]
-                else "restores the logit difference"
-                if self.defined and low[layer, head] > least
-                else "lowers the logit difference"
-                if self.defined and high[layer, head] < -least
-                else otherwise
-                for head in range(low.shape[1])
-            ]
-            for layer in range(low.shape[0])
-        ]
+        verdict = [[otherwise] * self.share.shape[1] for _ in range(self.share.shape[0])]
+        # in this order, as a name mover also restores the difference
+        for words, holds in (
+            ("lowers the logit difference", (high < -least) & defined),
+            ("restores the logit difference", (low > least) & defined),
+            ("name mover", self.passes.all(0)),
+        ):
+            for layer, head in holds.nonzero().tolist():
+                verdict[layer][head] = words
+        return verdict
 
     def halves(self, *, seed: int = 0) -> tuple[Int[Tensor, "chosen"], Int[Tensor, "reported"]]:
         """The pairs that label heads, and the others, that report numbers; if there is one group, all pairs twice."""
@@ -128,27 +129,24 @@ class NameMovers(Result):
         return halves(n, group=self.group, seed=seed)
 
     @property
-    def name_movers(self) -> list[tuple[int, int]]:
+    def name_movers(self) -> list[Head]:
         """(layer, head) of every head that passes all three, the largest direct effect first."""
-        found = [tuple(index) for index in self.passes.all(0).nonzero().tolist()]
-        return sorted(found, key=lambda index: -float(self.share[index]))
+        passes = self.passes.all(0)
+        return [head for head in ranked(self.share) if passes[head]]
 
-    def order(self) -> list[tuple[int, int]]:
+    def order(self) -> list[Head]:
         """Every (layer, head), the largest direct effect first, regardless of sign."""
-        by = self.share.flatten().abs().argsort(descending=True, stable=True).tolist()
-        return [divmod(i, self.share.shape[1]) for i in by]
+        return ranked(self.share.abs())
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: labelled and ranked by one half of the pairs, measured on the other."""
-        columns = ("head", "called", "direct effect", "low", "high", "attends to IO", "margin", "copies", "suppresses")
-        named, found = (of_pairs(self, one) for one in self.halves())
-        (low, high), verdict = found.share_interval(), named.verdict()
-        each = (found.share, low, high, found.attention.mean(0), found.margin.mean(0), found.copying, found.suppressing)
-        rows = [
-            (head_name(layer, head), verdict[layer][head], *(float(value[layer, head]) for value in each))
-            for layer, head in named.order()[:n]
-        ]
-        return Table(columns, rows)
+        named, reported = (of_pairs(self, half) for half in self.halves())
+        low, high = reported.share_interval()
+        columns: dict[str, Any] = {"called": [words for layer in named.verdict() for words in layer]}
+        columns |= {"direct effect": reported.share, "low": low, "high": high}
+        columns |= {"attends to IO": reported.attention.mean(0), "margin": reported.margin.mean(0)}
+        columns |= {"copies": reported.copying, "suppresses": reported.suppressing}
+        return head_table(named.share.abs(), columns, n)
 
     def figure(self) -> Any:
         """Every head by its attention to the indirect object and its direct effect, coloured by copying."""
@@ -180,9 +178,8 @@ def of_pairs(movers: NameMovers, index: Int[Tensor, "some"]) -> NameMovers:
     """The same measurements for some of the pairs and their names."""
     per_pair = ("attention", "margin", "direct", "placebo", "gap", "group")
     index = index.to(movers.gap.device)
-    assert set(per_pair) < {field.name for field in fields(movers)}
     names, name = movers.name[index].unique(return_inverse=True)
-    some = {each: getattr(movers, each)[index] for each in per_pair}
+    some = {field: getattr(movers, field)[index] for field in per_pair}
     return replace(movers, **some, name=name, rank=movers.rank[names], written=movers.written[names][..., names])
 
 
@@ -192,4 +189,4 @@ def by_group(values: Float[Tensor, "pair *cell"], group: Int[Tensor, "pair"]) ->
     >>> by_group(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])).tolist()
     [2.0, 5.0]
     """
-    return torch.stack([values[group == one].mean(0) for one in group.unique()])
+    return torch.stack([values[group == number].mean(0) for number in group.unique()])

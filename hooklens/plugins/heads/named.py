@@ -3,27 +3,24 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
-from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.data.indirect_object import ioi
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import Head, PerHead, head_table
 from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
 from hooklens.plugins.heads.name_movers import find_name_movers
-from hooklens.plugins.heads.rotations import PerHead, above
+from hooklens.plugins.heads.rotations import above
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values, sign_flip_p
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
-#: The labels that these prompts can give, and the sign of copying and direct effect that each implies.
-NAME_LABELS = {"name mover": 1.0, "negative name mover": -1.0}
+#: The labels that these prompts can give; the second one reverses copying and direct effect.
+NAME_LABELS = ("name mover", "negative name mover")
 _FLIPS = 2**16  # two-sided, with 270 heads: the smallest q-value of a single head is below 0.05
 _PERMUTED = 1000  # pooled over heads
 
@@ -58,40 +55,42 @@ class NameEvidence(Result):
     def note(self, alpha: float) -> str:
         """On which pairs heads were labelled and measured, and whether these are enough for a label."""
         n_named, n_reported = len(self.chosen_on), len(self.reported_on)
-        told = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others, from other groups"
+        note = f"Name movers: labelled by {n_named} pairs, measured on {n_reported} others, from other groups"
         if bool(torch.isin(self.reported_on, self.chosen_on).any()):
-            told = f"Name movers: labelled and measured on the same {n_named} pairs, as all of them are of one group"
+            note = f"Name movers: labelled and measured on the same {n_named} pairs, as all of them are of one group"
         groups, needed = len(self.named.group.unique()), math.ceil(math.log2(self.p.numel() / alpha))
         if groups < needed:
-            told += (
+            note += (
                 f". With so few (groups to label by: {groups}) one head alone cannot reach q {alpha:g} over "
                 f"{self.p[0].numel()} heads and both labels; {8 * needed} pairs are enough"
             )
-        return f"{told}."
+        return f"{note}."
 
     @property
     def q(self) -> Float[Tensor, "label layer head"]:
         """Benjamini-Hochberg over heads and both labels."""
         return q_values(self.p)
 
-    def labelled(self, alpha: float) -> dict[str, list[tuple[int, int]]]:
+    def labelled(self, alpha: float) -> dict[str, list[Head]]:
         """Heads by label, whose three tests all pass at that false discovery rate, where the model does the task."""
         low, high = self.named.share_interval()
-        sides = {"name mover": low > 0, "negative name mover": high < 0}
-        good = [(q <= alpha) & sides[name] & self.named.defined for name, q in zip(NAME_LABELS, self.q, strict=True)]
-        return {name: [(int(a), int(b)) for a, b in one.nonzero()] for name, one in zip(NAME_LABELS, good, strict=True)}
+        passes = (self.q <= alpha) & torch.stack([low > 0, high < 0]) & self.named.defined
+        return {
+            label: [(layer, head) for layer, head in heads.nonzero().tolist()]
+            for label, heads in zip(NAME_LABELS, passes, strict=True)
+        }
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head, ranked and labelled (q) by one half of the pairs; margin and direct effect on the other."""
-        (low, high), q = self.reported.share_interval(), self.q
-        each = (self.reported.margin.mean(0), self.reported.share, low, high, *q)
-        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.named.order()[:n]]
-        columns = ("margin", "direct effect", "low", "high", "q name mover", "q negative")
-        return Table(("head", *columns), rows)
+        low, high = self.reported.share_interval()
+        mover, negative = self.q
+        columns = {"margin": self.reported.margin.mean(0), "direct effect": self.reported.share}
+        columns |= {"low": low, "high": high, "q name mover": mover, "q negative": negative}
+        return head_table(self.named.share.abs(), columns, n)
 
 
 def name_evidence(
-    model: "HookedTransformer", n: int = 128, *, alpha: float = 0.05, seed: int = 0
+    model: HookedTransformer, n: int = 128, *, alpha: float = 0.05, seed: int = 0
 ) -> tuple[NameEvidence | None, str]:
     """Evidence from `n` prompt pairs, with `NameEvidence.note`; or None and the reason why there is none.
 
@@ -103,10 +102,10 @@ def name_evidence(
         pairs = ioi(model, n, seed=seed)
         if int(pairs["end"][0]) >= model.cfg.n_ctx:
             raise InputError(f"the prompts do not fit n_ctx {model.cfg.n_ctx}")
-        found = find_name_movers(model, pairs)
+        movers = find_name_movers(model, pairs)
     except InputError as error:
         return None, f"no name movers: {error}"
-    evidence = evidence_of(found, seed)
+    evidence = evidence_of(movers, seed)
     return evidence, evidence.note(alpha)
 
 
@@ -121,8 +120,8 @@ def evidence_of(found: NameMovers, seed: int = 0) -> NameEvidence:
 
 
 def _one_sided(values: Float[Tensor, "pair layer head"], group: Tensor) -> PerHead:
-    two = sign_flip_p(values, group=group, draws=_FLIPS)
-    return torch.where(values.mean(0) > 0, two / 2, 1 - two / 2)
+    two_sided = sign_flip_p(values, group=group, draws=_FLIPS)
+    return torch.where(values.mean(0) > 0, two_sided / 2, 1 - two_sided / 2)
 
 
 def copying_p(written: Float[Tensor, "name layer head other"], seed: int = 0) -> tuple[PerHead, PerHead]:

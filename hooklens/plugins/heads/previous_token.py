@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
@@ -16,15 +16,13 @@ from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Learned, Sinusoidal
 from hooklens.model.embed import rotary_tables, rotate
-from hooklens.model.linear import is_plain, packed_linears
-from hooklens.plugins.heads.which import refuse_dropout
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import Head, PerHead, head_table, ranked
+from hooklens.plugins.heads.which import captured, check_model
+from hooklens.plugins.weights.matrices import heads_of
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
-PerHead = Float[Tensor, "layer head"]
 Vectors = Float[Tensor, "draw pos head d_head"]
 _DRAWS = 999  # the smallest p is 0.001: the rows of a head are not independent, so each head needs its own null
 _AT_ONCE = 2**22  # scores of rotated heads kept at a time
@@ -69,36 +67,30 @@ class PositionScores(Result):
         """The score of the previous position minus the best of the others, mean over rows, in softmax nats."""
         return _margin(self.scores)
 
-    def order(self) -> list[tuple[int, int]]:
+    def _ranking(self) -> PerHead:
+        return self.share.double() * 1e6 + self.margin.double().clamp(-1e5, 1e5)
+
+    def order(self) -> list[Head]:
         """Every (layer, head), the largest share first, then the largest margin."""
-        key = self.share.double() * 1e6 + self.margin.double().clamp(-1e5, 1e5)
-        return [divmod(i, self.share.shape[1]) for i in key.flatten().argsort(descending=True, stable=True).tolist()]
+        return ranked(self._ranking())
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: the share of rows, the margin, and the comparison with rotated queries."""
-        each = (self.share, self.margin, self.p, self.q)
-        rows = [(head_name(i, j), *(float(one[i, j]) for one in each)) for i, j in self.order()[:n]]
-        return Table(("head", f"rows with maximum at p - 1 (chance {self.chance:.3f})", "margin", "p", "q"), rows)
+        share = f"rows with maximum at p - 1 (chance {self.chance:.3f})"
+        return head_table(self._ranking(), {share: self.share, "margin": self.margin, "p": self.p, "q": self.q}, n)
 
     def figure(self) -> Any:
         """The score by position of the head that positions drive most, causal part only."""
         from hooklens.viz.figures import heatmap
 
         layer, head = self.order()[0]
-        n = self.scores.shape[-1]
-        later = ~torch.ones(n, n, dtype=torch.bool, device=self.scores.device).tril()
-        shown = self.scores[layer, head].masked_fill(later, torch.nan)
-        middle = shown.nanmean(-1, keepdim=True)
-        return heatmap(
-            shown - middle,
-            title=f"{head_name(layer, head)}: {self.how}, row mean taken away",
-            x_title="key position",
-            y_title="query position",
-            colourbar="score",
-        )
+        shown = self.scores[layer, head].masked_fill(~_causal(self.scores), torch.nan)
+        shown = shown - shown.nanmean(-1, keepdim=True)
+        title = f"{head_name(layer, head)}: {self.how}, row mean taken away"
+        return heatmap(shown, title=title, x_title="key position", y_title="query position", colourbar="score")
 
 
-def _causal(scores: Tensor) -> Tensor:
+def _causal(scores: Tensor) -> Bool[Tensor, "query_pos key_pos"]:
     n = scores.shape[-1]
     return torch.ones(n, n, dtype=torch.bool, device=scores.device).tril()
 
@@ -116,7 +108,7 @@ def _margin(scores: Float[Tensor, "*lead query_pos key_pos"]) -> Float[Tensor, "
     return (scores.diagonal(offset=-1, dim1=-2, dim2=-1) - rest).mean(-1)
 
 
-def score_positions(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, seed: int = 0) -> PositionScores:
+def score_positions(model: HookedTransformer, *, n_pos: int = 32, n: int = 8, seed: int = 0) -> PositionScores:
     """Where would each head attend if tokens differed only by their positions?
 
     Learned or sinusoidal positions: the matrix W_pos W_Q W_K^T W_pos^T over the score scale, with position vectors read
@@ -132,18 +124,22 @@ def score_positions(model: "HookedTransformer", *, n_pos: int = 32, n: int = 8, 
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits" (positional QK circuit).
     """
-    n_pos = min(n_pos, model.cfg.n_ctx)
+    check_model(model, "score_positions")
+    n_pos = min(whole("n_pos", n_pos), model.cfg.n_ctx)
     if n_pos < 2:
         raise InputError(f"a previous token needs at least two positions, got n_pos {n_pos} (n_ctx {model.cfg.n_ctx})")
-    refuse_dropout(model)
     table = isinstance(model.cfg.positional_embedding_type, Learned | Sinusoidal)
-    if not table and any(model.cfg.rotary_at(layer) is None for layer in range(model.cfg.n_layers)):
-        raise InputError("position_scores needs a position signal in every layer; this model has layers without one")
+    layers = range(model.cfg.n_layers)
+    if not table and any(model.cfg.rotary_at(layer) is None for layer in layers):
+        raise InputError("score_positions needs a position signal in every layer; this model has layers without one")
+    scores, p = [], []
     with torch.no_grad():
-        cache = None if table else _queries_and_keys(model, n, seed)
-        scores, p = [], []
-        for layer in tracked(range(model.cfg.n_layers), "heads by position", "layers"):
-            q, score = _from_table(model, layer, n_pos) if cache is None else _from_rotary(model, layer, n_pos, cache)
+        means = None if table else _queries_and_keys(model, n, seed)
+        for layer in tracked(layers, "heads by position", "layers"):
+            if means is None:
+                q, score = _from_table(model, layer, n_pos)
+            else:
+                q, score = _from_rotary(model, layer, n_pos, *means[layer])
             scores.append(score(q)[0])
             p.append(_p(scores[-1], q, score, seeded(seed, layer, stride=1_000_003)))
     how = "W_pos W_Q W_K^T W_pos^T" if table else "rotary kernel of mean query and key"
@@ -169,48 +165,46 @@ def _p(seen: Tensor, q: Vectors, score: Callable[[Vectors], Tensor], draw: torch
     return reached.double() / (_DRAWS + 1)
 
 
-def _from_table(model: "HookedTransformer", layer: int, n_pos: int) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
+def _from_table(model: HookedTransformer, layer: int, n_pos: int) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
     """The queries of positions, and the function that scores such queries against the keys of positions."""
-    block = model.blocks[layer]
-    if model.cfg.qk_norm is not None or not (is_plain(block.attn.q) and is_plain(block.attn.k)):
-        raise InputError(
-            f"W_Q W_K^T of layer {layer} cannot be used: its queries are normalised, or its linear layers are wrapped; "
-            "head_scores measures the attention itself"
-        )
-    attn, w = block.attn, widened(model.W_pos[:n_pos])
+    if model.cfg.qk_norm is not None:
+        raise InputError("W_Q W_K^T cannot be used where queries are normalised; score_heads measures the attention")
+    w, block, heads = widened(model.W_pos[:n_pos]), model.blocks[layer], heads_of(model, layer)
     reads = block.reads_through("attn")
-    q, k = (torch.einsum("pm,hmd->phd", w, reads.folded(widened(x))) for x in (attn.W_Q, attn.W_K))
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    return q[None], lambda x: torch.einsum("tphd,khd->thpk", x, k) / attn.scale
+    q, k = (torch.einsum("pm,hmd->phd", w, reads.folded(matrix)) for matrix in (heads.Q, heads.K))
+    return q[None], lambda x: torch.einsum("tphd,khd->thpk", x, k) / block.attn.scale
 
 
-def _queries_and_keys(model: "HookedTransformer", n: int, seed: int) -> dict[int, list[Float[Tensor, "head d_head"]]]:
+def _queries_and_keys(model: HookedTransformer, n: int, seed: int) -> list[list[Float[Tensor, "head d_head"]]]:
     """Each layer's mean query and key over tokens and positions except the first, before the rotary rotation."""
-    tokens, found = repeated_tokens(model, n, seed=seed).tokens, {}
-    with packed_linears(rows=1024):
-        _, cache = model.run_with_cache(tokens, ["q", "k"], stop_at_layer=model.cfg.n_layers)
+    _, cache = captured(model, repeated_tokens(model, n, seed=seed).tokens, ["q", "k"])
+    means = []
     for layer, block in enumerate(model.blocks):
-        acts, norms = [cache[name, layer] for name in "qk"], (block.attn.q_norm, block.attn.k_norm)
+        acts, norms = (cache["q", layer], cache["k", layer]), (block.attn.q_norm, block.attn.k_norm)
         acts = [act if norm is None else norm(act) for norm, act in zip(norms, acts, strict=True)]
-        found[layer] = [widened(act)[:, 1:].mean((0, 1)) for act in acts]
-    return found
+        means.append([widened(act)[:, 1:].mean((0, 1)) for act in acts])
+    return means
 
 
 def _from_rotary(
-    model: "HookedTransformer", layer: int, n_pos: int, means: dict[int, list[Tensor]]
+    model: HookedTransformer,
+    layer: int,
+    n_pos: int,
+    q: Float[Tensor, "head d_head"],
+    k: Float[Tensor, "kv_head d_head"],
 ) -> tuple[Vectors, Callable[[Vectors], Tensor]]:
-    attn, made = model.blocks[layer].attn, model.cfg.rotary_at(layer)
-    assert made is not None  # checked by the caller
-    q, k = (mean[None, None] for mean in means[layer])
-    tables = rotary_tables(made, attn.d_head, torch.arange(n_pos, device=q.device), q.dtype)
+    """The same for the mean query and key of a layer, turned by the angles of the positions."""
+    attn, rotary = model.blocks[layer].attn, model.cfg.rotary_at(layer)
+    assert rotary is not None  # checked by the caller
+    tables = rotary_tables(rotary, attn.d_head, torch.arange(n_pos, device=q.device), q.dtype)
 
     def turned(x: Float[Tensor, "draw one head d_head"]) -> Vectors:
-        return rotate(x.expand(-1, n_pos, -1, -1), *tables, made.interleaved)
+        return rotate(x.expand(-1, n_pos, -1, -1), *tables, rotary.interleaved)
 
-    k = turned(k)[0].repeat_interleave(q.shape[2] // k.shape[2], 1)
-    return q, lambda x: torch.einsum("tphd,khd->thpk", turned(x), k) / attn.scale
+    keys = turned(k[None, None])[0].repeat_interleave(len(q) // len(k), 1)
+    return q[None, None], lambda x: torch.einsum("tphd,khd->thpk", turned(x), keys) / attn.scale
 
 
-def demo(model: "HookedTransformer") -> PositionScores:
+def demo(model: HookedTransformer) -> PositionScores:
     """Eight positions; works on any model whose every layer has a position signal."""
     return score_positions(model, n_pos=8, n=4)

@@ -2,34 +2,31 @@
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
+from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
-from hooklens.core.progress_bar import progress
 from hooklens.data.repeated import repeated_tokens
-from hooklens.model.ids import as_ids
 from hooklens.model.linear import packed_linears
-from hooklens.plugins.heads.mediation import without, written_z
-from hooklens.plugins.heads.which import Heads, refuse_dropout
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import Head, head_table
+from hooklens.plugins.heads.mediation import base_of, values_without, without, written_z
+from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
+from hooklens.plugins.weights.needs import Needs
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit
-from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.many_edits import Hooks, Index
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.replacement import Mean, Value
 
-if TYPE_CHECKING:
-    from hooklens.core.cache import ActivationCache
-    from hooklens.model.transformer import HookedTransformer
-
 Square = Float[Tensor, "chosen chosen"]
+_SHUFFLES = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +41,7 @@ class Redundancy(Result):
 
     ranked_by = "how far the pair is from adding up"
 
-    terms = {
-        "CKA shuffled": "the control: the CKA of the same outputs with tokens shuffled",
-    }
+    terms = {"CKA shuffled": "the control: the CKA of the same outputs with tokens shuffled"}
 
     heads: list[str]
     joint: Float[Tensor, "sequence chosen chosen"]
@@ -63,44 +58,33 @@ class Redundancy(Result):
     @property
     def interaction(self) -> Float[Tensor, "sequence chosen chosen"]:
         """Joint minus single decreases; 0 on the diagonal."""
-        found = self.joint - self.single[:, :, None] - self.single[:, None, :]
-        own = torch.eye(len(self.heads), dtype=torch.bool, device=found.device)
-        return found.masked_fill(own, 0.0)
-
-    def _rows(self) -> list[tuple]:
-        pairs = list(combinations(range(len(self.heads)), 2))
-        if not pairs:
-            return []
-        each = torch.stack([self.interaction[:, i, j] for i, j in pairs], 1)
-        (low, high), q, single = mean_interval(each), q_values(sign_flip_p(each)), self.single.mean(0)
-        rows = []
-        for row, (i, j) in enumerate(pairs):
-            falls = (float(single[i]), float(single[j]), float(self.joint[:, i, j].mean()), float(each[:, row].mean()))
-            alike = (float(self.cosine[i, j]), float(self.cka[i, j]), float(self.cka_shuffled[i, j]))
-            ends = (float(low[row]), float(high[row]), float(q[row]))
-            rows.append((f"{self.heads[i]} {self.heads[j]}", *falls, *ends, *alike))
-        return sorted(rows, key=lambda row: -abs(row[4]))
+        interaction = self.joint - self.single[:, :, None] - self.single[:, None, :]
+        own = torch.eye(len(self.heads), dtype=torch.bool, device=interaction.device)
+        return interaction.masked_fill(own, 0.0)
 
     def table(self, n: int | None = 12) -> Table:
         """One row per pair, the largest interaction first."""
-        falls = ("first alone", "second alone", "both", "interaction", "95% low", "95% high", "q")
-        return Table(("heads", *falls, "cosine", "CKA", "CKA shuffled"), self._rows()[:n])
+        first, second = torch.triu_indices(len(self.heads), len(self.heads), 1)
+        interaction, single = self.interaction[:, first, second], self.single.mean(0)
+        low, high = mean_interval(interaction)
+        columns = {"first alone": single[first], "second alone": single[second]}
+        columns |= {"both": self.joint[:, first, second].mean(0), "interaction": interaction.mean(0)}
+        columns |= {"95% low": low, "95% high": high, "q": q_values(sign_flip_p(interaction))}
+        alike = {"cosine": self.cosine, "CKA": self.cka, "CKA shuffled": self.cka_shuffled}
+        columns |= {name: square[first, second] for name, square in alike.items()}
+        pairs = [f"{self.heads[i]} {self.heads[j]}" for i, j in zip(first.tolist(), second.tolist(), strict=True)]
+        return head_table(interaction.mean(0).abs(), columns, n, names=pairs, title="heads")
 
     def figure(self) -> Any:
         """Pair by pair: blue if losing both costs more than the sum, orange if less."""
         from hooklens.viz.figures import heatmap
 
-        return heatmap(
-            self.interaction.mean(0),
-            x=self.heads,
-            y=self.heads,
-            title="Joint minus single ablation: blue are redundant, orange share a path",
-            colourbar="nats per token",
-        )
+        title = "Joint minus single ablation: blue are redundant, orange share a path"
+        return heatmap(self.interaction.mean(0), x=self.heads, y=self.heads, title=title, colourbar="nats per token")
 
 
 def measure_redundancy(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tokens: Int[Tensor, "sequence pos"],
     metric: Any,
     heads: Heads,
@@ -123,62 +107,43 @@ def measure_redundancy(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3.4 (backup heads); Kornblith et al. (2019),
     "Similarity of Neural Network Representations Revisited", equation 3 (linear CKA).
     """
-    refuse_dropout(model)
-    tokens, chosen = as_ids(tokens, device=model.device), read_heads(model, heads)
+    check_model(model, "measure_redundancy")
+    chosen = read_heads(model, heads)
     if len(chosen) < 2:
         raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")
-    return _redundancy(model, tokens, metric=metric, chosen=chosen, value=value, seed=seed)
-
-
-def _redundancy(
-    model: "HookedTransformer",
-    tokens: Tensor,
-    metric: Any,
-    chosen: list[tuple[int, int]],
-    value: Value,
-    seed: int,
-) -> Redundancy:
+    tokens = one_length(model, tokens)
+    n = len(chosen)
+    first, second = torch.triu_indices(n, n)
+    pairs = [{chosen[i], chosen[j]} for i, j in zip(first.tolist(), second.tolist(), strict=True)]
     with torch.no_grad(), packed_linears(rows=1024):
-        stream, cache = model.run_with_cache(tokens, "z", stop_at_layer=model.cfg.n_layers)
-        base = Reader(model, metric, stream).base
-        new = written_z(model, tokens, cache, value)
-        n = len(chosen)
-        first, second = torch.triu_indices(n, n)
-        runs = [
-            partial(_without, new=new, heads={chosen[i], chosen[j]})
-            for i, j in zip(first.tolist(), second.tolist(), strict=True)
-        ]
-        edits = Edits(len(runs), lambda index: by_edit(index, runs), min(layer for layer, _ in chosen))
-        with progress("ablating pairs", len(runs) * len(tokens), unit="prompts") as advance:
-            fall = base - edits.values(model, tokens, metric, advance)
+        stream, cache = captured(model, tokens, "z")
+        base, new = base_of(model, metric, stream), written_z(model, tokens, cache, value)
+        runs = [partial(_without, new=new, heads=pair) for pair in pairs]
+        fall = base - values_without(model, tokens, metric, runs, heads=chosen, what="ablating pairs")
         joint = fall.new_zeros(len(tokens), n, n)
         joint[:, first, second] = joint[:, second, first] = fall.T
         written = _outputs(model, cache, chosen)
-    cka, shuffled = _cka(written), _cka(written, _shuffles(written, seed))
     return Redundancy(
-        heads=[head_name(a, b) for a, b in chosen],
+        heads=[head_name(layer, head) for layer, head in chosen],
         joint=joint,
         cosine=_cosine(written),
-        cka=cka,
-        cka_shuffled=shuffled,
+        cka=_cka(written),
+        cka_shuffled=_cka(written, _shuffles(written, seed)),
         base_per_sequence=base,
     )
 
 
-def _without(rows: Index, new: dict[str, Tensor], heads: set[tuple[int, int]]) -> Hooks:
-    """A hook a head."""
+def _without(rows: Index, new: dict[str, Tensor], heads: set[Head]) -> Hooks:
+    """One hook per head."""
     return [without(rows, new, head) for head in sorted(heads)]
 
 
 def _outputs(
-    model: "HookedTransformer", cache: "ActivationCache", heads: list[tuple[int, int]]
+    model: HookedTransformer, cache: ActivationCache, heads: list[Head]
 ) -> Float[Tensor, "chosen token d_model"]:
     """Each head's output at every position except the first."""
-    rows = []
-    for layer, head in heads:
-        z = cache["z", layer][:, 1:]
-        rows.append(model.blocks[layer].attn.results(z)[:, :, head].flatten(0, 1))
-    return torch.stack(rows)
+    layers = {layer: model.blocks[layer].attn.results(cache["z", layer][:, 1:]) for layer in {at[0] for at in heads}}
+    return torch.stack([layers[layer][:, :, head].flatten(0, 1) for layer, head in heads])
 
 
 def _cosine(x: Float[Tensor, "chosen token d_model"]) -> Square:
@@ -189,7 +154,7 @@ def _cosine(x: Float[Tensor, "chosen token d_model"]) -> Square:
 
 def _shuffles(x: Tensor, seed: int) -> Int[Tensor, "draw token"]:
     generator = seeded(seed)
-    return torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in range(20)]).to(x.device)
+    return torch.stack([torch.randperm(x.shape[1], generator=generator) for _ in range(_SHUFFLES)]).to(x.device)
 
 
 def _cka(x: Float[Tensor, "chosen token d_model"], orders: Int[Tensor, "draw token"] | None = None) -> Square:
@@ -198,14 +163,14 @@ def _cka(x: Float[Tensor, "chosen token d_model"], orders: Int[Tensor, "draw tok
     gram = torch.einsum("itd,iud->itu", centred, centred)  # the same numbers from token by token products
     norm = gram.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
     seconds = [gram] if orders is None else [gram[:, order][:, :, order] for order in orders]
-    each = [torch.einsum("itu,jtu->ij", gram, second) / norm / norm[:, None] for second in seconds]
-    return torch.stack(each).mean(0)
+    return torch.stack([torch.einsum("itu,jtu->ij", gram, second) / norm / norm[:, None] for second in seconds]).mean(0)
 
 
-def demo(model: "HookedTransformer") -> Redundancy:
+def demo(model: HookedTransformer) -> Redundancy | Needs:
     """The first head of the first layer and some of the last, on short sequences that repeat."""
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
     heads = dict.fromkeys([(0, 0), *((model.cfg.n_layers - 1, head) for head in range(min(3, model.cfg.n_heads)))])
-    # a model of one head has no pair to show, which a user is told and a demo is not
-    return _redundancy(model, text.tokens, metric=text.metric(), chosen=list(heads), value=Mean(others.tokens), seed=0)
+    if len(heads) < 2:
+        return Needs("two heads")
+    return measure_redundancy(model, text.tokens, text.metric(), list(heads), value=Mean(others.tokens))

@@ -6,24 +6,21 @@ distribution, so p-values are exact there.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
+from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import tracked
 from hooklens.model.kv_cache import Context
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_table import PerHead
 from hooklens.results.statistics import PValues
 
-if TYPE_CHECKING:
-    from hooklens.core.cache import ActivationCache
-    from hooklens.model.transformer import HookedTransformer
-
 Mask = Bool[Tensor, "sequence query_pos key_pos"]
-PerHead = Float[Tensor, "layer head"]
 DRAWS = 100  # with the draws of all heads pooled, the smallest p-value is below 0.05 / (4 kinds x heads)
 _AT_ONCE = 2**22  # numbers in the largest tensor of a chunk of draws
 
@@ -61,36 +58,34 @@ def mass(pattern: Float[Tensor, "*lead sequence head query_pos key_pos"], mask: 
 
 
 def rotated_masses(
-    model: "HookedTransformer",
-    cache: "ActivationCache",
-    masks: Mapping[str, Mask],
-    *,
-    draws: int = DRAWS,
-    seed: int = 0,
+    model: HookedTransformer, cache: ActivationCache, masks: Mapping[str, Mask], *, draws: int = DRAWS, seed: int = 0
 ) -> dict[str, Float[Tensor, "draw layer head"]]:
     """Each head's mean `mass` over sequences with rotated queries; the cache contains q and k."""
-    found: dict[str, list[Tensor]] = {name: [] for name in masks}
-    for layer in tracked(range(model.cfg.n_layers), "rotating queries", "layers"):
-        generator = seeded(seed, layer, stride=1_000_003)
-        here = _of_layer(model, cache, masks=masks, layer=layer, draws=draws, generator=generator)
-        for name, scores in here.items():
-            found[name].append(scores)
-    return {name: torch.stack(scores, 1) for name, scores in found.items()}
+    whole("draws", draws, 2)
+    layers, cfg = [], model.cfg
+    for layer in tracked(range(cfg.n_layers), "rotating queries", "layers"):
+        turns = query_rotations(draws, cfg.n_heads, cfg.d_head, seeded(seed, layer, stride=1_000_003))
+        layers.append(_of_layer(model, cache, masks, layer=layer, turns=turns))
+    return {name: torch.stack([scores[name] for scores in layers], 1) for name in masks}
 
 
 def _of_layer(
-    model, cache: "ActivationCache", masks: Mapping[str, Mask], layer: int, draws: int, generator: torch.Generator
+    model: HookedTransformer,
+    cache: ActivationCache,
+    masks: Mapping[str, Mask],
+    layer: int,
+    turns: Float[Tensor, "draw head d d"],
 ) -> dict[str, Float[Tensor, "draw head"]]:
     attn, q, k = model.blocks[layer].attn, cache["q", layer], cache["k", layer]
     n, pos, heads, d = q.shape
     at_once = max(1, _AT_ONCE // (n * pos * heads * max(pos, d)))
     ctx = Context(torch.arange(pos, device=q.device))
     found: dict[str, list[Tensor]] = {name: [] for name in masks}
-    for turns in query_rotations(draws, heads, d, generator).to(q).split(at_once):
-        turned = torch.einsum("sphd,thde->tsphe", q, turns).flatten(0, 1)
-        keys = k.expand(len(turns), *k.shape).flatten(0, 1)
+    for some in turns.to(q).split(at_once):
+        turned = torch.einsum("sphd,thde->tsphe", q, some).flatten(0, 1)
+        keys = k.expand(len(some), *k.shape).flatten(0, 1)
         scores = attn.scores(*attn.place(turned, keys, ctx), ctx.view(attn.mask))
-        pattern = attn.score.pattern(scores, None).unflatten(0, (len(turns), n))
+        pattern = attn.score.pattern(scores, None).unflatten(0, (len(some), n))
         for name, mask in masks.items():
             found[name].append(mass(pattern, mask).nanmean(1))
     return {name: torch.cat(parts) for name, parts in found.items()}

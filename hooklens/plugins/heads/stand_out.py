@@ -40,8 +40,8 @@ def standing_out(scores: Pairs, is_pair: Bool[Tensor, "layer head reader_layer r
     left = left / partners.prod(0).clamp_min(0.1).sqrt()  # a fit to few partners leaves smaller residuals
     z, df, every = torch.full_like(left, torch.nan), torch.ones_like(left), _robust(left[usable])
     free = 1 - (usable.any(0).sum() + usable.any(1).sum() - 1) / usable.sum()  # degrees of freedom left per cell
-    for one in distance[usable].unique():
-        at = usable & (distance == one)
+    for layers_apart in distance[usable].unique():
+        at = usable & (distance == layers_apart)
         alone = int(at.sum()) >= _LEAST_CELLS
         middle, spread = _robust(left[at]) if alone else every
         z[at] = (left[at] - middle) / spread

@@ -1,31 +1,32 @@
 """A taxonomy of heads: one label per head, with its score, its causal effect and its caveats."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.arguments import whole
+from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import ArgumentError, InputError
 from hooklens.data.indirect_object import check_n_pairs
 from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
 from hooklens.plugins.heads.copying import Copying, score_copying
 from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
 from hooklens.plugins.heads.head_labels import UNLABELLED, Taxonomy
 from hooklens.plugins.heads.head_scores import LABELS, HeadScores, key_masks, score_heads
-from hooklens.plugins.heads.knockout import Keeps, all_but, knockout_after, scores_and_values
+from hooklens.plugins.heads.head_table import PerHead
+from hooklens.plugins.heads.knockout import KEPT, Keeps, all_but, knockout_after
 from hooklens.plugins.heads.named import name_evidence
 from hooklens.plugins.heads.previous_token import PositionScores, score_positions
-from hooklens.plugins.heads.rotations import DRAWS, Mask, PerHead
+from hooklens.plugins.heads.rotations import DRAWS, Mask
+from hooklens.plugins.heads.which import captured, check_model
 from hooklens.results.statistics import q_values
 from hooklens.sweeps.settings import engine
-
-if TYPE_CHECKING:
-    from hooklens.core.cache import ActivationCache
-    from hooklens.model.transformer import HookedTransformer
 
 __all__ = ["LABELS", "UNLABELLED", "Taxonomy", "classify_heads", "demo", "placebo_keep"]
 _N_POS = 16
@@ -35,7 +36,7 @@ _SUPPRESSORS = ("copy suppression", "negative name mover")
 
 
 def classify_heads(
-    model: "HookedTransformer", *, n: int = 12, alpha: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
+    model: HookedTransformer, *, n: int = 12, alpha: float = 0.05, draws: int = DRAWS, ioi: int = 128, seed: int = 0
 ) -> Taxonomy:
     """Which heads are previous-token, duplicate-token, induction or copy-suppression heads, with evidence?
 
@@ -56,6 +57,7 @@ def classify_heads(
     Reference: Olsson et al. (2022), "In-context Learning and Induction Heads"; McDougall et al. (2023), "Copy
     Suppression"; Geva et al. (2023), "Dissecting Recall of Factual Associations" (attention knockout).
     """
+    check_model(model, "classify_heads")
     check_sizes(n, alpha)
     check_pairs_asked(ioi)
     both = repeated_tokens(model, 2 * n, seed=seed)
@@ -64,12 +66,11 @@ def classify_heads(
         scores = score_heads(model, chosen.tokens, draws=draws, seed=seed)
         ov = score_copying(model, draws=draws, seed=seed)
         score_p = torch.stack([_score_p(label, scores, ov) for label in LABELS])
+        names, note = None, "name movers were not asked for"
+        if ioi:
+            names, note = name_evidence(model, ioi, alpha=alpha, seed=seed)
+        untouched = captured(model, reported.tokens, KEPT)[1]
         masks = key_masks(reported.tokens)
-        loss = -reported.metric()(model(reported.tokens))
-        names, note = (
-            name_evidence(model, ioi, alpha=alpha, seed=seed) if ioi else (None, "name movers were not asked for")
-        )
-        untouched = scores_and_values(model, reported.tokens)
         blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
         effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= alpha)
         found = Taxonomy(
@@ -78,28 +79,21 @@ def classify_heads(
             score_p=score_p,
             effect=effect,
             placebo=torch.full_like(effect, torch.nan),
-            loss=loss,
+            loss=-reported.metric()(model(reported.tokens)),
             names=names,
             note=note,
             alpha=alpha,
+            positions=_positions(model, seed),
         )
-        patterns = _patterns(model, untouched)
-        whole = model.blocks[0].attn.score.row_sums_to_one
-        others = {kind: [placebo_keep(one, mask, normalised=whole) for one in patterns] for kind, mask in masks.items()}
-        asked = found.candidates | found.opposite
-        with engine(verify=0):  # the same sweep with other keys was checked above
-            placebo = _effects(model, reported, untouched, others, asked)
-        blocked = torch.stack([_blocked(patterns, masks, keeps, whole) for keeps in (blocking, others)])
-        found = replace(found, blocked=blocked.where(asked.to(blocked.device), torch.nan))
-        found = replace(found, placebo=placebo)
-        return replace(found, positions=_positions(model, seed), suppression=_suppression(model, found, reported, seed))
+        found = _with_placebo(model, found, reported, untouched, blocking)
+        return replace(found, suppression=_suppression(model, found, reported, seed))
 
 
 def check_sizes(n: int, alpha: float = 0.05) -> None:
     """Are these enough sequences for a p-value at this level?"""
-    if not 0 < alpha < 1:
-        raise ArgumentError("{alpha} lies between 0 and 1, got {0}", alpha)
-    if n < _LEAST_SEQUENCES:
+    if not isinstance(alpha, Real) or not 0 < alpha < 1:
+        raise ArgumentError("{alpha} lies between 0 and 1, got {0}", f"{alpha!r:.80}")
+    if whole("n", n) < _LEAST_SEQUENCES:
         raise ArgumentError(
             "{n} is the number of random sequences, at least {0}: p-values come from flipping their signs; got {1}",
             _LEAST_SEQUENCES,
@@ -109,7 +103,7 @@ def check_sizes(n: int, alpha: float = 0.05) -> None:
 
 def check_pairs_asked(ioi: int) -> None:
     """Raise if this number of prompt pairs cannot be made; 0 means none."""
-    if ioi:
+    if whole("ioi", ioi):
         check_n_pairs(ioi, "ioi")
 
 
@@ -134,69 +128,81 @@ def placebo_keep(
     return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left / 2 if normalised else left)
 
 
-def _patterns(
-    model: "HookedTransformer", untouched: "ActivationCache"
-) -> list[Float[Tensor, "sequence head query_pos key_pos"]]:
-    scores = [untouched["attn_scores", layer] for layer in range(model.cfg.n_layers)]
-    return [block.attn.score.pattern(one, None) for block, one in zip(model.blocks, scores, strict=True)]
-
-
-def _blocked(
-    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps], normalised: bool
-) -> Float[Tensor, "label layer head"]:
-    """The attention that keys finally lose with these shares, mean over the queries with a key of the label."""
-    found = []
-    for kind, _ in LABELS.values():
-        queries = masks[kind].any(-1)[:, None]
-        lost = [_lost(one.abs(), keep, normalised) for one, keep in zip(patterns, keeps[kind], strict=True)]
-        found.append(torch.stack([(one * queries).sum((0, 2)) / queries.sum() for one in lost]))
-    return torch.stack(found)
-
-
-def _lost(size: Tensor, keep: Tensor, normalised: bool) -> Float[Tensor, "sequence head query_pos"]:
-    kept = size * keep
-    if normalised:
-        kept = kept * (size.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny))
-    return (size - kept).clamp_min(0).sum(-1)
-
-
 def _score_p(label: str, scores: HeadScores, ov: Copying) -> PerHead:
     p = scores.p[LABELS[label][0]]
     return torch.maximum(p, ov.suppresses.to(p)) if label == "copy suppression" else p
 
 
 def _effects(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     sequences: Repeated,
-    untouched: "ActivationCache",
+    untouched: ActivationCache,
     keeps: dict[str, Keeps],
     asked: Bool[Tensor, "label layer head"],
 ) -> Float[Tensor, "sequence label layer head"]:
     """The knockout effect of every requested head and label, NaN elsewhere; labels of one kind share a sweep."""
-    metric, kinds = sequences.metric(), [kind for kind, _ in LABELS.values()]
+    tokens, metric, kinds = sequences.tokens, sequences.metric(), [kind for kind, _ in LABELS.values()]
     wide = torch.promote_types(model.dtype, torch.float32)  # dtype of the decreases: half precision would round them
     effect = torch.full((len(sequences), *asked.shape), torch.nan, dtype=wide, device=model.device)
     for kind in dict.fromkeys(kinds):
-        rows = [i for i, one in enumerate(kinds) if one == kind]
-        heads = [(int(a), int(b)) for a, b in asked[rows].any(0).nonzero()]
+        rows = [i for i, other in enumerate(kinds) if other == kind]
+        heads = [(layer, head) for layer, head in asked[rows].any(0).nonzero().tolist()]
         if heads:
-            found = knockout_after(
-                model, untouched, tokens=sequences.tokens, metric=metric, kind=kind, keeps=keeps[kind], chosen=heads
+            sweep = knockout_after(
+                model, untouched, tokens=tokens, metric=metric, kind=kind, keeps=keeps[kind], chosen=heads
             )
-            layers, which = (list(part) for part in zip(*heads, strict=True))
+            layers, which = zip(*heads, strict=True)
             for row in rows:
-                effect[:, row, layers, which] = found.fall.to(effect)
+                effect[:, row, layers, which] = sweep.fall.to(effect)
     return torch.where(asked.to(effect.device), effect, torch.nan)
 
 
-def _positions(model: "HookedTransformer", seed: int) -> PositionScores | None:
+def _with_placebo(
+    model: HookedTransformer,
+    found: Taxonomy,
+    reported: Repeated,
+    untouched: ActivationCache,
+    blocking: dict[str, Keeps],
+) -> Taxonomy:
+    """The placebo's effect, and the attention that both interventions took, where the effect differs from 0."""
+    masks, asked = key_masks(reported.tokens), found.candidates | found.opposite
+    scores = [untouched["attn_scores", layer] for layer in range(model.cfg.n_layers)]
+    patterns = [block.attn.score.pattern(score, None) for block, score in zip(model.blocks, scores, strict=True)]
+    normalised = model.blocks[0].attn.score.row_sums_to_one
+    others = {
+        kind: [placebo_keep(pattern, mask, normalised=normalised) for pattern in patterns]
+        for kind, mask in masks.items()
+    }
+    with engine(verify=0):  # the same sweep with other keys was checked above
+        placebo = _effects(model, reported, untouched, others, asked)
+    blocked = torch.stack([_blocked(patterns, masks, keeps, normalised) for keeps in (blocking, others)])
+    return replace(found, placebo=placebo, blocked=blocked.where(asked.to(blocked.device), torch.nan))
+
+
+def _blocked(
+    patterns: list[Tensor], masks: dict[str, Mask], keeps: dict[str, Keeps], normalised: bool
+) -> Float[Tensor, "label layer head"]:
+    """The attention that keys finally lose with these shares, mean over the queries with a key of the label."""
+    labels = []
+    for kind, _ in LABELS.values():
+        queries, lost = masks[kind].any(-1)[:, None], []
+        for pattern, keep in zip(patterns, keeps[kind], strict=True):
+            size, kept = pattern.abs(), pattern.abs() * keep
+            if normalised:
+                kept *= size.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
+            lost.append(((size - kept).clamp_min(0).sum(-1) * queries).sum((0, 2)) / queries.sum())
+        labels.append(torch.stack(lost))
+    return torch.stack(labels)
+
+
+def _positions(model: HookedTransformer, seed: int) -> PositionScores | None:
     try:
         return score_positions(model, n_pos=_N_POS, seed=seed)
     except InputError:  # positions cannot be separated in this model
         return None
 
 
-def _suppression(model: "HookedTransformer", found: Taxonomy, reported: Repeated, seed: int) -> CopySuppression | None:
+def _suppression(model: HookedTransformer, found: Taxonomy, reported: Repeated, seed: int) -> CopySuppression | None:
     """The effect of the suppressing heads on the token they attend to, on these sequences, and on calibration."""
     heads = sorted(at for at, labels in found.called().items() if set(labels) & set(_SUPPRESSORS))
     if not heads:
@@ -207,6 +213,6 @@ def _suppression(model: "HookedTransformer", found: Taxonomy, reported: Repeated
     return CopySuppression(direct, control, change, "random tokens that repeat")
 
 
-def demo(model: "HookedTransformer") -> Taxonomy:
+def demo(model: HookedTransformer) -> Taxonomy:
     """The taxonomy on a few short sequences; works on any model that reads tokens."""
     return classify_heads(model, n=6, draws=50, ioi=0)

@@ -1,7 +1,7 @@
 """Writers and readers of the residual stream: the directions that each uses, and how strongly."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,11 +10,9 @@ from torch import Tensor
 from hooklens.core.component import Component, head_name
 from hooklens.model.config import LayerNormPart
 from hooklens.model.factored import FactoredMatrix
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.weights.matrices import folded_heads, folded_neurons, heads_of, need_sum
 from hooklens.plugins.weights.spectrum import numerical_rank
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 class Part(NamedTuple):
@@ -32,7 +30,7 @@ class Part(NamedTuple):
         return self.singular.square() / self.singular.square().sum()
 
 
-def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
+def writers(model: HookedTransformer, mlps: bool) -> Iterator[Part]:
     """Every head's W_V W_O and every MLP's W_out, layer by layer."""
     need_sum(model)
     for layer in range(model.cfg.n_layers):
@@ -46,21 +44,20 @@ def writers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
             yield _part(Component("mlp", layer).name, layer, True, Vh, S)
 
 
-def readers(model: "HookedTransformer", mlps: bool) -> Iterator[Part]:
+def readers(model: HookedTransformer, mlps: bool) -> Iterator[Part]:
     """What every head's q, k and v and every MLP read with, layer by layer, the norm's weight folded in."""
     need_sum(model)
-    cfg = model.cfg
-    group = cfg.n_heads // cfg.n_key_value_heads
-    for layer in range(cfg.n_layers):
-        raw, reads = heads_of(model, layer), model.blocks[layer].reads_through("attn")
-        for which, stacked in (("q", raw.Q), ("k", raw.K[::group]), ("v", raw.V[::group])):
-            U, S, _ = torch.linalg.svd(reads.folded(stacked), full_matrices=False)
-            for i in range(len(stacked)):
-                name = Component(which, layer, i, keyed=which != "q" and group > 1).name
-                yield _part(name, layer, False, U[i].mT, S[i])
-        if mlps and not cfg.attn_only:
-            found = folded_neurons(model, layer)
-            both = found.reads if found.gate is None else torch.cat([found.reads, found.gate], dim=1)
+    group = model.cfg.n_heads // model.cfg.n_key_value_heads
+    for layer, block in enumerate(model.blocks):
+        heads = heads_of(model, layer)
+        for which, matrices in (("q", heads.Q), ("k", heads.K[::group]), ("v", heads.V[::group])):
+            U, S, _ = torch.linalg.svd(block.reads_through("attn").folded(matrices), full_matrices=False)
+            for head in range(len(matrices)):
+                name = Component(which, layer, head, keyed=which != "q" and group > 1).name
+                yield _part(name, layer, False, U[head].mT, S[head])
+        if mlps and not model.cfg.attn_only:
+            neurons = folded_neurons(model, layer)
+            both = neurons.reads if neurons.gate is None else torch.cat([neurons.reads, neurons.gate], dim=1)
             U, S, _ = torch.linalg.svd(both, full_matrices=False)
             yield _part(Component("mlp", layer).name, layer, True, U.mT, S)
 
@@ -73,16 +70,16 @@ def _part(
     return Part(name, layer, mlp, basis[:kept].cpu(), singular[:kept].cpu())
 
 
-def _centred(model: "HookedTransformer", rows: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
+def _centred(model: HookedTransformer, rows: Float[Tensor, "*lead d_model"]) -> Float[Tensor, "*lead d_model"]:
     """Subtract the mean if the readers are behind a LayerNorm, which ignores it."""
     return rows - rows.mean(-1, keepdim=True) if _centres(model) else rows
 
 
-def _centres(model: "HookedTransformer") -> bool:
+def _centres(model: HookedTransformer) -> bool:
     return isinstance(model.cfg.normalization_type, LayerNormPart)
 
 
-def stream_width(model: "HookedTransformer") -> int:
+def stream_width(model: HookedTransformer) -> int:
     """The number of dimensions of the stream that readers can see."""
     return model.cfg.d_model - _centres(model)
 

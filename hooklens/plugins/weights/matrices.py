@@ -1,20 +1,21 @@
 """A model's matrices as they act on the stream: wrapped layers are multiplied out, norms are folded into the reader."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError
+from hooklens.core.precision import widened
 from hooklens.model.config import TokenEmbed
 from hooklens.model.embed import TokenEmbedding, VectorEmbedding
 from hooklens.model.factored import FactoredMatrix
 from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Passage
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer, need_hooked
+from hooklens.sweeps.naive import not_finite
 
 Rows = Float[Tensor, "row d_model"]
 
@@ -36,7 +37,7 @@ class Heads(NamedTuple):
         return FactoredMatrix(self.V, self.O)
 
 
-def heads_of(model: "HookedTransformer", layer: int) -> Heads:
+def heads_of(model: HookedTransformer, layer: int) -> Heads:
     """W_Q, W_K, W_V and W_O of a layer as stored, one of each per head.
 
     >>> from hooklens.testing import tiny_model
@@ -46,11 +47,11 @@ def heads_of(model: "HookedTransformer", layer: int) -> Heads:
     """
     attn = model.blocks[layer].attn
     q, k, v = (_per_head(matrix_of(linear, model.cfg.d_model), attn.d_head) for linear in (attn.q, attn.k, attn.v))
-    k, v = (one.repeat_interleave(attn.n_heads // attn.n_kv_heads, 0) for one in (k, v))
+    k, v = (matrix.repeat_interleave(attn.n_heads // attn.n_kv_heads, 0) for matrix in (k, v))
     return Heads(q, k, v, wide(attn.output_matrix()))
 
 
-def folded_heads(model: "HookedTransformer", layer: int) -> Heads:
+def folded_heads(model: HookedTransformer, layer: int) -> Heads:
     """The same for the raw stream: the norm's weight (and a LayerNorm's centring) moved into what reads it.
 
     The scales of norms are left out: x @ QK @ y is a score, and x @ OV an output, up to a positive factor per position.
@@ -58,7 +59,7 @@ def folded_heads(model: "HookedTransformer", layer: int) -> Heads:
     """
     need_sum(model)
     block, raw = model.blocks[layer], heads_of(model, layer)
-    Q, K, V = (block.reads_through("attn").folded(one) for one in (raw.Q, raw.K, raw.V))
+    Q, K, V = (block.reads_through("attn").folded(matrix) for matrix in (raw.Q, raw.K, raw.V))
     Q, K = Passage(block.attn.q_norm).unscaled(Q), Passage(block.attn.k_norm).unscaled(K)
     return Heads(Q, K, V, block.writes_through("attn").unscaled(raw.O))
 
@@ -71,60 +72,64 @@ class Neurons(NamedTuple):
     writes: Float[Tensor, "d_mlp d_model"]
 
 
-def folded_neurons(model: "HookedTransformer", layer: int) -> Neurons:
+def folded_neurons(model: HookedTransformer, layer: int) -> Neurons:
     """W_in, W_gate and W_out of a layer, with the norm's weight moved into the first two."""
     need_sum(model)
     block = model.blocks[layer]
     if block.mlp is None:
         raise InputError("a model without MLPs (attn_only) has no neurons; read its heads")
+
+    def folded(linear: nn.Module) -> Float[Tensor, "d_model d_mlp"]:
+        return block.reads_through("mlp").folded(wide(matrix_of(linear, model.cfg.d_model)).mT)
+
     gate = getattr(block.mlp, "gate", None)
-    reads = [
-        None if linear is None else block.reads_through("mlp").folded(wide(matrix_of(linear, model.cfg.d_model)).mT)
-        for linear in (block.mlp.in_, gate)
-    ]
-    assert reads[0] is not None
-    return Neurons(reads[0], reads[1], block.writes_through("mlp").unscaled(wide(block.mlp.output_matrix())))
+    writes = block.writes_through("mlp").unscaled(wide(block.mlp.output_matrix()))
+    return Neurons(folded(block.mlp.in_), None if gate is None else folded(gate), writes)
 
 
-def embedding_rows(model: "HookedTransformer", passage: Passage) -> Float[Tensor, "d_vocab d_model"]:
+def embedding_rows(model: HookedTransformer, passage: Passage) -> Float[Tensor, "d_vocab d_model"]:
     """Each token's embedding, centred and scaled as the norm does; the norm's weight is in what reads it."""
     if not isinstance(model.cfg.embed, TokenEmbed):
         raise InputError("tokens were asked for, and this model reads vectors; its spectra need no tokens")
     return passage.normalised(_embedded(model))
 
 
-def embedding_matrix(model: "HookedTransformer") -> Float[Tensor, "rows columns"]:
+def embedding_matrix(model: HookedTransformer) -> Float[Tensor, "rows columns"]:
     """W_E as stored, also if the embedding is wrapped."""
     plain = type(model.embed) in (TokenEmbedding, VectorEmbedding)
     return wide(model.W_E) if plain else _embedded(model) / model.cfg.embed.scale
 
 
-def _embedded(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
+def _embedded(model: HookedTransformer) -> Float[Tensor, "d_vocab d_model"]:
     with torch.no_grad():
         return wide(model.embed(torch.arange(model.cfg.d_vocab, device=model.device)[None])[0])
 
 
-def unembedding_rows(model: "HookedTransformer") -> Float[Tensor, "d_vocab d_model"]:
+def unembedding_rows(model: HookedTransformer) -> Float[Tensor, "d_vocab d_model"]:
     """Each token's column of W_U with the final norm's weight and centring folded in, without its scale."""
     rows = wide(matrix_of(model.unembed.linear, model.cfg.d_model))
     return Passage(model.ln_final).folded(rows.mT).mT
 
 
-def need_sum(model: "HookedTransformer") -> None:
+def need_sum(model: HookedTransformer) -> None:
     """Refuse a model in which no norm can be moved into what reads the stream."""
-    model.blocks[0].need_sum("reading weights against the stream", "spectrum(model) works there")
+    need_hooked(model, "reading weights")
+    model.blocks[0].need_sum("reading weights against the stream", "measure_spectrum(model) works there")
 
 
-def check_layer(model: "HookedTransformer", layer: int, head: int | None = None) -> None:
+def check_layer(model: HookedTransformer, layer: int, head: int = 0) -> None:
     """Refuse a layer or head that the model does not have."""
+    need_hooked(model, "reading weights")
     for name, value, n in (("layer", layer, model.cfg.n_layers), ("head", head, model.cfg.n_heads)):
-        if value is not None and not 0 <= value < n:
+        if whole(name, value) >= n:
             raise InputError(f"there is no {name} {value}; this model has {name}s 0 to {n - 1}")
 
 
 def wide(weight: Tensor) -> Tensor:
-    """Detached, in float32 or the weight's own dtype, whichever is wider."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    """Detached, in float32 or the weight's own dtype, whichever is wider; refused if a number is not finite."""
+    if (seen := not_finite(weight)) is not None:  # decompositions would fail, or end the process
+        raise InputError(f"a weight of this model is {seen}; use a checkpoint from before training diverged")
+    return widened(weight.detach())
 
 
 def _per_head(matrix: Float[Tensor, "width d_model"], d_head: int) -> Float[Tensor, "any_head d_model d_head"]:

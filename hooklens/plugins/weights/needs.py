@@ -1,15 +1,13 @@
 """A demo's result on a model that its method does not support."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hooklens.model.config import TokenEmbed
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +23,7 @@ class Needs(Result):
         return bars(torch.zeros(1), labels=[self.what], title=f"Needs {self.what}")
 
 
-def lacking(model: "HookedTransformer", *, mlp: bool = False, tokens: bool = True) -> Needs | None:
+def lacking(model: HookedTransformer, *, mlp: bool = False, tokens: bool = True) -> Needs | None:
     """What the model lacks for a method that reads weights in the stream; None if nothing.
 
     >>> from hooklens.testing import tiny_model

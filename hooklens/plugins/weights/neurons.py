@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,15 +12,14 @@ from torch.nn.functional import cosine_similarity
 from hooklens.core.component import neuron_name
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import progress
+from hooklens.model.ids import as_ids
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.weights.matrices import check_layer, folded_neurons
 from hooklens.plugins.weights.needs import Needs, lacking
-from hooklens.plugins.weights.ranked_tokens import Side, TokenLists, list_tokens, listed
+from hooklens.plugins.weights.ranked_tokens import Side, TokenLists, list_tokens, listed, mark_null
 from hooklens.plugins.weights.singular_directions import reading_side, writing_side
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 1000  # random vectors: each is multiplied with the whole vocabulary
 
@@ -46,12 +45,12 @@ class NeuronTokens(Result):
     @property
     def lists(self) -> list[TokenLists]:
         """The available lists: reads, gate, writes."""
-        return [one for one in (self.reads, self.gate, self.writes) if one is not None]
+        return [tokens for tokens in (self.reads, self.gate, self.writes) if tokens is not None]
 
     @property
     def q(self) -> Float[Tensor, "side neuron"]:
         """False discovery rates of "more peaked than a random vector", over all lists of all neurons here."""
-        return q_values(torch.stack([one.p for one in self.lists]))
+        return q_values(torch.stack([tokens.p for tokens in self.lists]))
 
     def order(self) -> list[int]:
         """Indices of the neurons, the most peaked write list first."""
@@ -59,40 +58,40 @@ class NeuronTokens(Result):
 
     def table(self, n: int | None = 10) -> Table:
         """One row per neuron: its top read and write tokens, and how peaked the lists are compared with chance."""
-        names = [one.name for one in self.lists]
-        columns = (
-            "neuron",
-            *names,
-            "writes least",
-            *(f"kurtosis {name}" for name in names),
-            "q writes",
-            "in-out cosine",
-        )
-        q, rows = self.q[-1], []
+        lists, q = self.lists, self.q[-1]
+        names = [tokens.name for tokens in lists]
+        peaked = [f"kurtosis {name}" for name in names]
+        rows = []
         for i in self.order()[:n]:
-            words = [listed(one.words(i)) for one in self.lists] + [listed(self.writes.words(i, high=False))]
-            peaked = [float(one.kurtosis[i]) for one in self.lists]
-            rows.append(
-                (neuron_name(self.layer, int(self.neurons[i])), *words, *peaked, float(q[i]), float(self.in_out[i]))
-            )
-        return Table(columns, rows)
+            words = [listed(tokens.words(i)) for tokens in lists]
+            least = listed(self.writes.words(i, high=False))
+            kurtosis = [float(tokens.kurtosis[i]) for tokens in lists]
+            name = neuron_name(self.layer, int(self.neurons[i]))
+            rows.append((name, *words, least, *kurtosis, float(q[i]), float(self.in_out[i])))
+        return Table(("neuron", *names, "writes least", *peaked, "q writes", "in-out cosine"), rows)
 
     def figure(self) -> Any:
         """Every neuron by how peaked its read and write lists are; dashed: the 95th percentile of random vectors."""
         from hooklens.viz.curves import scatter
 
-        by = self.reads if self.gate is None else self.gate
+        read = self.reads if self.gate is None else self.gate
         names = [f"N{int(n)} writes {listed(self.writes.words(i)[:4])}" for i, n in enumerate(self.neurons)]
-        axes: dict[str, Any] = {"x_title": f"excess kurtosis of what it {by.name}", "y_title": "of what it writes"}
         title = f"Neurons of layer {self.layer}: which token lists are more peaked than random?"
-        colour: dict[str, Any] = {"colour": self.in_out, "colourbar": "in-out cosine"}
-        figure = scatter(by.kurtosis, self.writes.kurtosis, names, title, **axes, **colour)
-        ends = [float(torch.quantile(one.kurtosis_null, 0.95)) for one in (by, self.writes)]
-        return figure.add_vline(x=ends[0], line_dash="dash").add_hline(y=ends[1], line_dash="dash")
+        figure = scatter(
+            read.kurtosis,
+            self.writes.kurtosis,
+            names,
+            title,
+            x_title=f"excess kurtosis of what it {read.name}",
+            y_title="of what it writes",
+            colour=self.in_out,
+            colourbar="in-out cosine",
+        )
+        return mark_null(figure, read.kurtosis_null, self.writes.kurtosis_null)
 
 
 def read_neurons(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     layer: int,
     neurons: Sequence[int] | None = None,
     *,
@@ -115,32 +114,39 @@ def read_neurons(
     Vocabulary Space", section 3; Gurnee et al. (2024), "Universal Neurons in GPT2 Language Models", section 5.
     """
     check_layer(model, layer)
-    found, block = folded_neurons(model, layer), model.blocks[layer]
-    chosen = torch.arange(model.cfg.d_mlp) if neurons is None else torch.as_tensor(list(neurons))
-    if not len(chosen) or not 0 <= int(chosen.min()) <= int(chosen.max()) < model.cfg.d_mlp:
-        raise InputError(f"neurons must be indices from 0 to {model.cfg.d_mlp - 1}, got {neurons!r:.60}")
-    at = chosen.to(found.reads.device)
+    block, matrices = model.blocks[layer], folded_neurons(model, layer)
+    chosen = _chosen(model, neurons)
+    at = chosen.to(matrices.reads.device)
     reading = reading_side(model, block.reads_through("mlp"), seed=seed, draws=draws)
-    jobs: list[tuple[Side, Tensor]] = [(reading, found.reads.mT[at])]
-    if found.gate is not None:
-        jobs.append((reading._replace(name="gate"), found.gate.mT[at]))
-    jobs.append((writing_side(model, block.writes_through("mlp"), seed=seed, draws=draws), found.writes[at]))
+    jobs: list[tuple[Side, Tensor]] = [(reading, matrices.reads.mT[at])]
+    if matrices.gate is not None:
+        jobs.append((reading._replace(name="gate"), matrices.gate.mT[at]))
+    jobs.append((writing_side(model, block.writes_through("mlp"), seed=seed, draws=draws), matrices.writes[at]))
     with progress(f"neurons of layer {layer}", len(jobs) * len(at), unit="list") as advance:
-        lists = [list_tokens(model, side, vectors, top=top, advance=advance) for side, vectors in jobs]
-    gate = lists[1] if found.gate is not None else None
-    in_out = cosine_similarity(jobs[-2][1], jobs[-1][1], dim=1).cpu()
+        reads, *gate, writes = [list_tokens(model, side, rows, top=top, advance=advance) for side, rows in jobs]
     return NeuronTokens(
         layer=layer,
         neurons=chosen,
-        reads=lists[0],
-        gate=gate,
-        writes=lists[-1],
-        in_out=in_out,
+        reads=reads,
+        gate=gate[0] if gate else None,
+        writes=writes,
+        in_out=cosine_similarity(jobs[-2][1], jobs[-1][1], dim=1).cpu(),
         chance=model.cfg.d_model**-0.5,
     )
 
 
-def demo(model: "HookedTransformer") -> NeuronTokens | Needs:
+def _chosen(model: HookedTransformer, neurons: Sequence[int] | None) -> Int[Tensor, "neuron"]:
+    d_mlp = model.cfg.d_mlp
+    if neurons is None:
+        return torch.arange(d_mlp)
+    what = f"neurons must be a list of indices from 0 to {d_mlp - 1}"
+    chosen = as_ids(list(neurons) if isinstance(neurons, range) else neurons, what).cpu()
+    if chosen.ndim != 1 or not len(chosen) or not 0 <= int(chosen.min()) <= int(chosen.max()) < d_mlp:
+        raise InputError(f"{what}, got {neurons!r:.60}")
+    return chosen
+
+
+def demo(model: HookedTransformer) -> NeuronTokens | Needs:
     """The first layer's first 16 neurons; a model without MLPs has none."""
     lacks = lacking(model, mlp=True)
     return lacks or read_neurons(model, 0, range(min(16, model.cfg.d_mlp)), top=min(5, model.cfg.d_vocab))

@@ -1,25 +1,22 @@
 """Composition of weights: every writer against every later reader, compared with random bases of the same spectrum."""
 
-import re
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import seeded, whole
+from hooklens.core.component import Component, layer_name
 from hooklens.core.progress_bar import progress
+from hooklens.model.block import Block
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.weights.components import Part, random_block, readers, stream_width, writers
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
-
-if TYPE_CHECKING:
-    from hooklens.model.block import Block
-    from hooklens.model.transformer import HookedTransformer
 
 Pairs = Float[Tensor, "writer reader"]
 
@@ -64,48 +61,48 @@ class Overlap(Result):
 
     def order(self) -> list[tuple[int, int]]:
         """Every pair, the largest ratio to its null first."""
-        excess = torch.nan_to_num(self.composition / self.null_mean, nan=-1.0).flatten()
-        by = excess.argsort(descending=True, stable=True)[: int((~self.composition.isnan()).sum())]
-        return [divmod(i, len(self.readers)) for i in by.tolist()]
+        excess = self._excess().flatten()
+        order = excess.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[: int((~excess.isnan()).sum())]
+        return [divmod(i, len(self.readers)) for i in order.tolist()]
 
     def table(self, n: int | None = 12) -> Table:
         """One row per pair."""
         columns = ("writer", "reader", "composition", "random", "times random", "z", "p", "q", "shared subspace")
-        q, z, rows = self.q, self.z, []
-        for i, j in self.order()[:n]:
-            seen, chance = float(self.composition[i, j]), float(self.null_mean[i, j])
-            rest = (float(one[i, j]) for one in (z, self.p, q, self.shared))
-            rows.append((self.writers[i], self.readers[j], seen, chance, seen / chance, *rest))
-        return Table(columns, rows)
+        numbers = (self.composition, self.null_mean, self._excess(), self.z, self.p, self.q, self.shared)
+        named = [(self.writers[i], self.readers[j], i, j) for i, j in self.order()[:n]]
+        return Table(columns, [(w, r, *(float(values[i, j]) for values in numbers)) for w, r, i, j in named])
+
+    def _excess(self) -> Pairs:
+        return self.composition / self.null_mean
 
     def figure(self) -> Any:
         """For every pair of layers: the largest composition as a multiple of that of random bases."""
         from hooklens.viz.figures import heatmap
 
-        excess = torch.nan_to_num(self.composition / self.null_mean, nan=-1.0)
+        excess = self._excess().nan_to_num(nan=-torch.inf)
         rows, columns = (_by_layer(names) for names in (self.writers, self.readers))
-        best = [[excess[i][:, j].flatten().max(0) for j in columns.values()] for i in rows.values()]
-        grid = torch.tensor([[float(one.values) for one in line] for line in best])
-        grid = torch.where(grid < 0, torch.nan, grid)
-        shown = [
-            [self._named(i, j, int(one.indices)) for one, j in zip(line, columns.values(), strict=True)]
-            for line, i in zip(best, rows.values(), strict=True)
-        ]
-        title = "Which layer writes where another reads? Strongest pair, times random bases of the same spectrum"
-        axes: dict[str, Any] = {
-            "y": list(rows),
-            "x": list(columns),
-            "y_title": "writer in layer",
-            "x_title": "reader in layer",
-        }
-        return heatmap(grid, **axes, title=title, hover=shown, diverging=False, colourbar="times random")
+        grid = torch.full((len(rows), len(columns)), torch.nan)
+        hover = [[""] * len(columns) for _ in rows]
+        for y, i in enumerate(rows.values()):
+            for x, j in enumerate(columns.values()):
+                best, at = excess[i][:, j].flatten().max(0)
+                if bool(best.isfinite()):
+                    writer, reader = divmod(int(at), len(j))
+                    grid[y, x], hover[y][x] = best, f"{self.writers[i[writer]]} to {self.readers[j[reader]]}"
+        return heatmap(
+            grid,
+            x=list(columns),
+            y=list(rows),
+            title="Which layer writes where another reads? Strongest pair, times random bases of the same spectrum",
+            x_title="reader in layer",
+            y_title="writer in layer",
+            hover=hover,
+            diverging=False,
+            colourbar="times random",
+        )
 
-    def _named(self, rows: list[int], columns: list[int], place: int) -> str:
-        i, j = divmod(place, len(columns))
-        return f"{self.writers[rows[i]]} to {self.readers[columns[j]]}"
 
-
-def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int = _DRAWS, seed: int = 0) -> Overlap:
+def measure_overlap(model: HookedTransformer, *, mlps: bool = True, draws: int = _DRAWS, seed: int = 0) -> Overlap:
     """Which components write into directions that later ones read, more than their spectra alone would have it?
 
     Writers are heads (W_V W_O) and MLPs (W_out). Readers are heads' q, k and v and MLPs (W_in next to W_gate), with the
@@ -121,32 +118,42 @@ def measure_overlap(model: "HookedTransformer", *, mlps: bool = True, draws: int
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", composition scores.
     """
-    if draws < 2:
-        raise InputError(f"draws is the number of random pairs of bases; a deviation needs at least 2, got {draws}")
+    whole("draws", draws, 2)  # a deviation needs two
     sources, targets = list(writers(model, mlps)), list(readers(model, mlps))
-    seen, shared = (torch.full((len(sources), len(targets)), torch.nan, dtype=sources[0].basis.dtype) for _ in "ab")
-    with progress("overlap", 2 * len(targets), unit="reader") as advance:
-        for mlp in (False, True):
-            rows = [i for i, one in enumerate(sources) if one.mlp == mlp and len(one.basis)]
-            chosen = [sources[i] for i in rows]
-            if not chosen:
-                continue
-            basis, weight = _padded([one.basis for one in chosen]), _padded([one.weight for one in chosen])
-            ranks = torch.tensor([len(one.basis) for one in chosen])
+    shape, dtype = (len(sources), len(targets)), sources[0].basis.dtype
+    composition, shared = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+    kinds = _kinds(sources)
+    with progress("overlap", len(kinds) * len(targets), unit="reader") as advance:
+        for rows in kinds:
+            basis, weight = (_padded([getattr(sources[i], name) for i in rows]) for name in ("basis", "weight"))
+            ranks = torch.tensor([len(sources[i].basis) for i in rows])
             for j, reader in enumerate(targets):
-                n = sum(_reaches(model.blocks[0], one, reader) for one in chosen)  # they are sorted by layer
+                n = sum(_reaches(model.blocks[0], sources[i], reader) for i in rows)  # they are sorted by layer
                 if n:
                     square = (basis[:n] @ reader.basis.mT).square()
-                    seen[rows[:n], j] = torch.einsum("nk,nkl,l->n", weight[:n], square, reader.weight).sqrt()
+                    composition[rows[:n], j] = torch.einsum("nk,nkl,l->n", weight[:n], square, reader.weight).sqrt()
                     shared[rows[:n], j] = square.sum((1, 2)) / ranks[:n].clamp_max(len(reader.basis))
                 advance()
-    names = [one.name for one in sources], [one.name for one in targets]
+    mean, sd, p = _null(model, sources, targets, composition, draws=draws, generator=seeded(seed))
     return Overlap(
-        *names, seen, shared, *_null(model, sources, targets=targets, seen=seen, draws=draws, seed=seed), draws
+        writers=[part.name for part in sources],
+        readers=[part.name for part in targets],
+        composition=composition,
+        shared=shared,
+        null_mean=mean,
+        null_sd=sd,
+        p=p,
+        draws=draws,
     )
 
 
-def _reaches(block: "Block", writer: Part, reader: Part) -> bool:
+def _kinds(parts: list[Part]) -> list[list[int]]:
+    """The indices of heads and of MLPs; parts that are 0 are left out."""
+    kinds = [[i for i, part in enumerate(parts) if part.mlp == mlp and len(part.basis)] for mlp in (False, True)]
+    return [kind for kind in kinds if kind]
+
+
+def _reaches(block: Block, writer: Part, reader: Part) -> bool:
     """Does the writer come before the reader, and is neither of them 0?"""
     before = writer.layer < reader.layer
     after = block.mlp_reads_attn if reader.mlp else block.attn_reads_mlp
@@ -155,25 +162,23 @@ def _reaches(block: "Block", writer: Part, reader: Part) -> bool:
 
 
 def _null(
-    model: "HookedTransformer", sources: list[Part], targets: list[Part], seen: Pairs, draws: int, seed: int
+    model: HookedTransformer,
+    sources: list[Part],
+    targets: list[Part],
+    seen: Pairs,
+    *,
+    draws: int,
+    generator: torch.Generator,
 ) -> tuple[Pairs, Pairs, Pairs]:
     """Mean and deviation of the composition under random bases, and how often it is reached.
 
     Only the relative position of the two bases matters, so one block of a random orthogonal matrix serves every pair of
     the same kinds in a draw.
     """
-    mean, sd = torch.full_like(seen, torch.nan), torch.full_like(seen, torch.nan)
-    p = torch.full_like(seen, torch.nan, dtype=torch.float64)
-    generator = seeded(seed)
-    for kind in product((False, True), (False, True)):
-        rows, columns = (
-            [i for i, one in enumerate(parts) if one.mlp == mlp and len(one.basis)]
-            for parts, mlp in zip((sources, targets), kind, strict=True)
-        )
-        if not rows or not columns:
-            continue
+    mean, sd, p = torch.full_like(seen, torch.nan), torch.full_like(seen, torch.nan), seen.double() * torch.nan
+    for rows, columns in product(_kinds(sources), _kinds(targets)):
         at = torch.tensor(rows)[:, None], torch.tensor(columns)
-        w, r = (_padded([parts[i].weight for i in at]) for parts, at in ((sources, rows), (targets, columns)))
+        w, r = _padded([sources[i].weight for i in rows]), _padded([targets[j].weight for j in columns])
         total, squares, reached = (torch.zeros(len(rows), len(columns), dtype=torch.float64) for _ in range(3))
         for _ in range(draws):
             block = random_block(w.shape[1], r.shape[1], stream_width(model), generator, w)
@@ -181,7 +186,7 @@ def _null(
             total, squares, reached = total + drawn, squares + drawn.square(), reached + (drawn >= seen[at])
         mean[at] = (total / draws).to(seen)
         sd[at] = ((squares - total.square() / draws) / (draws - 1)).clamp_min(0).sqrt().to(seen)
-        p[at] = ((reached + 1) / (draws + 1)).to(p)
+        p[at] = (reached + 1) / (draws + 1)
     unseen = seen.isnan()
     return mean.masked_fill(unseen, torch.nan), sd.masked_fill(unseen, torch.nan), p.masked_fill(unseen, torch.nan)
 
@@ -192,12 +197,12 @@ def _padded(parts: list[Tensor]) -> Float[Tensor, "part rank *d_model"]:
 
 def _by_layer(names: list[str]) -> dict[str, list[int]]:
     """Indices of the names of each layer."""
-    found: dict[str, list[int]] = {}
+    layers: dict[str, list[int]] = {}
     for i, name in enumerate(names):
-        found.setdefault(re.split("[HKM]", name)[0], []).append(i)
-    return found
+        layers.setdefault(layer_name(Component.parse(name).layer), []).append(i)
+    return layers
 
 
-def demo(model: "HookedTransformer") -> Overlap | Needs:
+def demo(model: HookedTransformer) -> Overlap | Needs:
     """Every pair of the model, with 40 draws; one layer without an MLP has no pairs."""
     return lacking(model, tokens=False) or measure_overlap(model, draws=40)

@@ -2,21 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded
+from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import Advance
 from hooklens.model.ids import show
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p, q_values
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _AT_ONCE = 2**23  # scores held at a time: vectors times tokens
 
@@ -52,7 +50,7 @@ class TokenLists(Result):
     @property
     def p(self) -> Float[Tensor, "vector"]:
         """How often a random vector's scores are as peaked."""
-        return null_p(self.kurtosis, self.kurtosis_null[:, None].expand(-1, len(self.kurtosis)))
+        return null_p(self.kurtosis, self.kurtosis_null[:, None])
 
     @property
     def q(self) -> Float[Tensor, "vector"]:
@@ -74,16 +72,21 @@ class TokenLists(Result):
         """Kurtosis of every vector's scores against its largest cosine with a token; lines: 95 % of random vectors."""
         from hooklens.viz.curves import scatter
 
-        title = f"{self.name}: which vectors stand out from random ones?"
         names = [f"{i}: {listed(self.words(i)[:4])}" for i in range(len(self.kurtosis))]
-        axes: dict[str, Any] = {"x_title": "largest |cosine| with a token", "y_title": "excess kurtosis over tokens"}
-        figure = scatter(self.cosine, self.kurtosis, names, title, **axes)
-        ends = [float(torch.quantile(null, 0.95)) for null in (self.cosine_null, self.kurtosis_null)]
-        return figure.add_vline(x=ends[0], line_dash="dash").add_hline(y=ends[1], line_dash="dash")
+        title, x_title = f"{self.name}: which vectors stand out from random ones?", "largest |cosine| with a token"
+        y_title = "excess kurtosis over tokens"
+        figure = scatter(self.cosine, self.kurtosis, names, title, x_title=x_title, y_title=y_title)
+        return mark_null(figure, self.cosine_null, self.kurtosis_null)
+
+
+def mark_null(figure: Any, x_null: Float[Tensor, "draw"], y_null: Float[Tensor, "draw"]) -> Any:
+    """Add dashed lines at the 95th percentile of random vectors."""
+    x, y = (float(torch.quantile(null, 0.95)) for null in (x_null, y_null))
+    return figure.add_vline(x=x, line_dash="dash").add_hline(y=y, line_dash="dash")
 
 
 def list_tokens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     side: Side,
     vectors: Float[Tensor, "vector d_model"],
     *,
@@ -98,7 +101,7 @@ def list_tokens(
     >>> found.words(0), round(found.cosine.item(), 2), round(found.kurtosis.item(), 2)
     (['2', '7'], 0.98, 2.68)
     """
-    if not 1 <= top <= len(side.rows):
+    if whole("top", top, 1) > len(side.rows):
         raise InputError(f"top must be a number of tokens from 1 to {len(side.rows)}, got {top}")
     at_once, norms = max(1, _AT_ONCE // len(side.rows)), side.rows.norm(dim=1)
     parts = []
@@ -108,22 +111,21 @@ def list_tokens(
         parts.append((high.indices, high.values, low.indices, low.values, *_shape(scores, chunk, norms)))
         if advance is not None:
             advance(len(chunk))
-    high, high_score, low, low_score, peaked, close = (torch.cat(one).cpu() for one in zip(*parts, strict=True))
+    high, high_score, low, low_score, kurtosis, cosine = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     null = [_shape(chunk @ side.rows.T, chunk, norms) for chunk in side.random.split(at_once)]
-    peaked_null, close_null = (torch.cat(one).cpu() for one in zip(*null, strict=True))
+    kurtosis_null, cosine_null = (torch.cat(part).cpu() for part in zip(*null, strict=True))
     ids = torch.cat([high.flatten(), low.flatten()]).unique()
-    text = {str(i): token for i, token in zip(ids.tolist(), show(model, ids), strict=True)}
     return TokenLists(
         name=side.name,
         high=high,
         high_score=high_score,
         low=low,
         low_score=low_score,
-        kurtosis=peaked,
-        kurtosis_null=peaked_null,
-        cosine=close,
-        cosine_null=close_null,
-        text=text,
+        kurtosis=kurtosis,
+        kurtosis_null=kurtosis_null,
+        cosine=cosine,
+        cosine_null=cosine_null,
+        text=dict(zip(map(str, ids.tolist()), show(model, ids), strict=True)),
     )
 
 
@@ -145,8 +147,7 @@ def random_vectors(n: int, like: Float[Tensor, "*any d_model"], seed: int = 0) -
     >>> random_vectors(2, torch.zeros(3, 4)).shape
     torch.Size([2, 4])
     """
-    drawn = torch.randn(n, like.shape[-1], generator=seeded(seed), dtype=torch.float64)
-    return drawn.to(like)
+    return torch.randn(whole("draws", n, 1), like.shape[-1], generator=seeded(seed), dtype=torch.float64).to(like)
 
 
 def listed(words: Sequence[str]) -> str:

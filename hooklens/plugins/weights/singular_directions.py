@@ -1,15 +1,17 @@
 """Singular directions of a head or an MLP as tokens: what each direction reads from the stream and writes to it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import whole
 from hooklens.core.component import head_name, layer_name
 from hooklens.core.errors import InputError
 from hooklens.model.norms import Passage
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.weights.matrices import (
     check_layer,
     embedding_rows,
@@ -22,9 +24,7 @@ from hooklens.plugins.weights.ranked_tokens import Side, TokenLists, list_tokens
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import q_values
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
+Reading = tuple[Side, Float[Tensor, "d_model rank"]]  # the tokens that the singular vectors of a side are read as
 _DRAWS = 200  # random vectors: each is multiplied with the whole vocabulary
 
 
@@ -48,16 +48,16 @@ class SingularDirections(Result):
     @property
     def q(self) -> Float[Tensor, "side direction"]:
         """False discovery rates of "more peaked than a random vector", over all lists of all directions here."""
-        return q_values(torch.stack([one.p for one in self.lists]))
+        return q_values(torch.stack([tokens.p for tokens in self.lists]))
 
     def table(self, n: int | None = 10) -> Table:
         """Two rows per direction, one per sign: the tokens that belong together."""
-        sides = [one.name for one in self.lists]
-        columns = ("direction", "singular value", "share", *(side for side in sides), *(f"q {side}" for side in sides))
+        sides = [tokens.name for tokens in self.lists]
+        columns = ("direction", "singular value", "share", *sides, *(f"q {side}" for side in sides))
         rows: list[tuple] = []
         for i, q in enumerate(self.q.T.tolist()):
             for high in (True, False):
-                words = [listed(one.words(i, high=high)) for one in self.lists]
+                words = [listed(tokens.words(i, high=high)) for tokens in self.lists]
                 rows.append((f"{i}{'+' if high else '-'}", float(self.singular[i]), float(self.share[i]), *words, *q))
         return Table(columns, rows).head(n)
 
@@ -69,14 +69,19 @@ class SingularDirections(Result):
         """How peaked each direction's token scores are, with the 95th percentile of random vectors."""
         from hooklens.viz.curves import lines
 
-        values = {one.name: one.kurtosis for one in self.lists}
-        marks = {f"random, {one.name}": float(torch.quantile(one.kurtosis_null, 0.95)) for one in self.lists}
-        axes: dict[str, Any] = {"x_title": "direction, largest first", "y_title": "excess kurtosis over tokens"}
-        return lines(values, title=f"{self.matrix}: do its directions single out tokens?", marks=marks, **axes)
+        return lines(
+            {tokens.name: tokens.kurtosis for tokens in self.lists},
+            title=f"{self.matrix}: do its directions single out tokens?",
+            x_title="direction, largest first",
+            y_title="excess kurtosis over tokens",
+            marks={
+                f"random, {tokens.name}": float(torch.quantile(tokens.kurtosis_null, 0.95)) for tokens in self.lists
+            },
+        )
 
 
 def ov_directions(
-    model: "HookedTransformer", layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which tokens does a head read from the positions it attends to, and which does it then write?
 
@@ -95,15 +100,13 @@ def ov_directions(
     check_layer(model, layer, head)
     block = model.blocks[layer]
     U, S, V = folded_heads(model, layer).OV[head].svd()
-    sides = [
-        reading_side(model, block.reads_through("attn"), seed=seed),
-        writing_side(model, block.writes_through("attn"), seed=seed),
-    ]
-    return _directions(model, f"{head_name(layer, head)} OV", S=S, vectors=(U, V), sides=sides, size=(k, top))
+    reads = reading_side(model, block.reads_through("attn"), seed=seed)
+    writes = writing_side(model, block.writes_through("attn"), seed=seed)
+    return _directions(model, f"{head_name(layer, head)} OV", S, left=(reads, U), right=(writes, V), size=(k, top))
 
 
 def qk_directions(
-    model: "HookedTransformer", layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which tokens attend to which? `queries` are the left side of W_Q W_K^T, `keys` the right side.
 
@@ -120,12 +123,12 @@ def qk_directions(
     check_layer(model, layer, head)
     U, S, V = folded_heads(model, layer).QK[head].svd()
     side = reading_side(model, model.blocks[layer].reads_through("attn"), seed=seed)
-    sides = [side._replace(name="queries"), side._replace(name="keys")]
-    return _directions(model, f"{head_name(layer, head)} QK", S=S, vectors=(U, V), sides=sides, size=(k, top))
+    left, right = (side._replace(name="queries"), U), (side._replace(name="keys"), V)
+    return _directions(model, f"{head_name(layer, head)} QK", S, left=left, right=right, size=(k, top))
 
 
 def mlp_read_directions(
-    model: "HookedTransformer", layer: int, *, gate: bool = False, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: int, *, gate: bool = False, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which directions of the stream does an MLP read most strongly? Left singular vectors of W_in, or of W_gate.
 
@@ -137,19 +140,18 @@ def mlp_read_directions(
     True
     """
     check_layer(model, layer)
-    found = folded_neurons(model, layer)
-    matrix = found.gate if gate else found.reads
+    neurons = folded_neurons(model, layer)
+    matrix = neurons.gate if gate else neurons.reads
     if matrix is None:
         raise InputError("this MLP has no W_gate; it has W_in and W_out")
     U, S, _ = torch.linalg.svd(matrix, full_matrices=False)
-    sides = [reading_side(model, model.blocks[layer].reads_through("mlp"), seed=seed)]
-    return _directions(
-        model, f"{layer_name(layer)} {'W_gate' if gate else 'W_in'}", S=S, vectors=(U, None), sides=sides, size=(k, top)
-    )
+    reads = reading_side(model, model.blocks[layer].reads_through("mlp"), seed=seed)
+    name = f"{layer_name(layer)} {'W_gate' if gate else 'W_in'}"
+    return _directions(model, name, S, left=(reads, U), right=None, size=(k, top))
 
 
 def mlp_write_directions(
-    model: "HookedTransformer", layer: int, *, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: int, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which directions of the stream can an MLP write most strongly? Right singular vectors of W_out.
 
@@ -159,46 +161,50 @@ def mlp_write_directions(
     """
     check_layer(model, layer)
     _, S, Vh = torch.linalg.svd(folded_neurons(model, layer).writes, full_matrices=False)
-    sides = [writing_side(model, model.blocks[layer].writes_through("mlp"), seed=seed)]
-    return _directions(model, f"{layer_name(layer)} W_out", S=S, vectors=(None, Vh.mT), sides=sides, size=(k, top))
+    writes = writing_side(model, model.blocks[layer].writes_through("mlp"), seed=seed)
+    return _directions(model, f"{layer_name(layer)} W_out", S, left=None, right=(writes, Vh.mT), size=(k, top))
 
 
-def reading_side(model: "HookedTransformer", reads: Passage, *, seed: int = 0, draws: int = _DRAWS) -> Side:
+def reading_side(model: HookedTransformer, reads: Passage, *, seed: int = 0, draws: int = _DRAWS) -> Side:
     """Tokens as a reader behind this norm meets them; random readers pass the norm's weight as trained ones do."""
     rows = embedding_rows(model, reads)
     return Side("reads", rows, reads.folded(random_vectors(draws, rows, seed).mT).mT)
 
 
-def writing_side(model: "HookedTransformer", writes: Passage, *, seed: int = 0, draws: int = _DRAWS) -> Side:
+def writing_side(model: HookedTransformer, writes: Passage, *, seed: int = 0, draws: int = _DRAWS) -> Side:
     """Tokens as the final norm and W_U score what is written; random writers pass the norm after the branch."""
     rows = unembedding_rows(model)
     return Side("writes", rows, writes.unscaled(random_vectors(draws, rows, seed)))
 
 
 def _directions(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     name: str,
     S: Float[Tensor, "rank"],
-    vectors: tuple[Float[Tensor, "d_model rank"] | None, Float[Tensor, "d_model rank"] | None],
-    sides: list[Side],
+    *,
+    left: Reading | None,
+    right: Reading | None,
     size: tuple[int, int],
 ) -> SingularDirections:
-    k, top = size
-    if not 1 <= k <= len(S):
+    k, top = whole("k", size[0], 1), size[1]
+    if k > len(S):
         raise InputError(f"{name} has {len(S)} singular directions, fewer than k={k}")
-    first = next(one for one in vectors if one is not None)
+    sides = [side for side in (left, right) if side is not None]
     # choose the sign for which the largest entry is positive: the decomposition leaves it open
-    largest = first[:, :k].gather(0, first[:, :k].abs().argmax(0)[None])[0]
-    kept = [None if one is None else (one[:, :k] * largest.sign()).mT.contiguous() for one in vectors]
-    pairs = zip(sides, [one for one in kept if one is not None], strict=True)
-    lists = [list_tokens(model, side, one, top=top) for side, one in pairs]
+    first = sides[0][1][:, :k]
+    sign = first.gather(0, first.abs().argmax(0)[None])[0].sign()
+    kept = [(vectors[:, :k] * sign).mT.contiguous() for _, vectors in sides]
     share = S.square() / S.square().sum()
-    left, right = (None if one is None else one.cpu() for one in kept)
     return SingularDirections(
-        matrix=name, singular=S[:k].cpu(), share=share[:k].cpu(), left=left, right=right, lists=lists
+        matrix=name,
+        singular=S[:k].cpu(),
+        share=share[:k].cpu(),
+        left=None if left is None else kept[0].cpu(),
+        right=None if right is None else kept[-1].cpu(),
+        lists=[list_tokens(model, side, rows, top=top) for (side, _), rows in zip(sides, kept, strict=True)],
     )
 
 
-def demo(model: "HookedTransformer") -> SingularDirections | Needs:
+def demo(model: HookedTransformer) -> SingularDirections | Needs:
     """The first head's OV, if weights can be read in the stream."""
     return lacking(model) or ov_directions(model, 0, 0, k=min(4, model.cfg.d_head), top=min(5, model.cfg.d_vocab))

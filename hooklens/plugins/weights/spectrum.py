@@ -1,7 +1,8 @@
 """Spectra of weights: how many directions the embeddings and each head's QK and OV use, compared with a fresh model."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,11 +10,9 @@ from torch import Tensor
 
 from hooklens.core.component import head_name, layer_names
 from hooklens.model.linear import matrix_of
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.plugins.weights.matrices import embedding_matrix, heads_of, wide
 from hooklens.results.result import Result, Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Values = Float[Tensor, "*lead value"]
 
@@ -92,8 +91,9 @@ class Spectrum(Result):
 
     def table(self, n: int | None = 20) -> Table:
         """One row per singular value, averaged over layers and heads if there are several."""
-        kept = (one.flatten(0, -2).mean(0) if one.ndim > 1 else one for one in (self.singular, self.initial))
-        return Table(("number", "singular value", "at initialisation"), _numbered(*kept)).head(n)
+        here, initial = (values.reshape(-1, values.shape[-1]).mean(0) for values in (self.singular, self.initial))
+        rows = [(i, *pair) for i, pair in enumerate(zip(here.tolist(), initial.tolist(), strict=True))]
+        return Table(("number", "singular value", "at initialisation"), rows).head(n)
 
     def figure(self) -> Any:
         """Singular values in decreasing order, each as a share of the sum; averaged if there are several matrices."""
@@ -120,36 +120,36 @@ class Spectra(Result):
 
     def order(self) -> list[tuple[str, int, int]]:
         """Every (matrix, layer, head), the lowest effective rank relative to initialisation first."""
-        found = []
-        for name, one in (("QK", self.QK), ("OV", self.OV)):
-            ratio = one.effective / one.initial_effective
-            found += [(float(ratio[at]), name, *at) for at in _cells(ratio)]
-        return [(name, layer, head) for _, name, layer, head in sorted(found)]
+        ratios = {name: getattr(self, name).effective / getattr(self, name).initial_effective for name in ("QK", "OV")}
+        n_layers, n_heads = ratios["QK"].shape
+        places = product(ratios, range(n_layers), range(n_heads))
+        return sorted(places, key=lambda place: (float(ratios[place[0]][place[1:]]), *place))
 
     def top(self, k: int = 10) -> Table:
         """The `k` heads with the lowest effective rank relative to a fresh model."""
-        return Table(_COLUMNS, [self._head_row(*one) for one in self.order()[:k]])
+        return Table(_COLUMNS, [self._head_row(*place) for place in self.order()[:k]])
 
     def table(self, n: int | None = 12) -> Table:
         """The embeddings, the means over heads, then the heads with the lowest effective rank."""
-        whole = [_row(name, one) for name, one in self.embeddings.items()]
-        whole += [_row(f"{name}, mean of heads", one) for name, one in (("QK", self.QK), ("OV", self.OV))]
-        return Table(_COLUMNS, [*whole, *(self._head_row(*one) for one in self.order())]).head(n)
+        whole = self.embeddings | {"QK, mean of heads": self.QK, "OV, mean of heads": self.OV}
+        rows = [_row(name, spectrum) for name, spectrum in whole.items()]
+        return Table(_COLUMNS, [*rows, *(self._head_row(*place) for place in self.order())]).head(n)
 
     def figure(self) -> Any:
         """The effective rank of each head's QK (left) and OV (right), as a share of a fresh model's mean."""
         from hooklens.viz.figures import heatmap
 
-        both = [one.effective / one.initial_effective.mean() for one in (self.QK, self.OV)]
-        heads = [f"{name} H{i}" for name in ("QK", "OV") for i in range(both[0].shape[1])]
-        layers = layer_names(len(both[0]))
-        title = "Effective rank of every head, as a share of that at initialisation"
-        return heatmap(torch.cat(both, 1), x=heads, y=layers, title=title, colourbar="share", zmid=1.0)
+        shares = [spectrum.effective / spectrum.initial_effective.mean() for spectrum in (self.QK, self.OV)]
+        heads = [f"{name} H{i}" for name in ("QK", "OV") for i in range(shares[0].shape[1])]
+        title, layers = (
+            "Effective rank of every head, as a share of that at initialisation",
+            layer_names(len(shares[0])),
+        )
+        return heatmap(torch.cat(shares, 1), x=heads, y=layers, title=title, colourbar="share", zmid=1.0)
 
     def _head_row(self, name: str, layer: int, head: int) -> tuple:
-        one: Spectrum = getattr(self, name)
-        s = Spectrum(one.singular[layer, head], one.initial.flatten(0, -2), one.shape, one.eps)
-        return _row(f"{head_name(layer, head)} {name}", s)
+        heads: Spectrum = getattr(self, name)
+        return _row(f"{head_name(layer, head)} {name}", replace(heads, singular=heads.singular[layer, head]))
 
 
 _COLUMNS = (
@@ -158,7 +158,7 @@ _COLUMNS = (
 )
 
 
-def measure_spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
+def measure_spectrum(model: HookedTransformer, *, seed: int = 0) -> Spectra:
     """How many directions do the embeddings and each head's QK and OV use, compared with a freshly initialised model?
 
     QK and OV stay factored: no d_model x d_model matrix is formed. Weights are used as stored; for what a head reads
@@ -178,29 +178,27 @@ def measure_spectrum(model: "HookedTransformer", *, seed: int = 0) -> Spectra:
     Reference: Roy and Vetterli (2007), "The effective rank"; Elhage et al. (2021), "A Mathematical Framework for
     Transformer Circuits", QK and OV circuits.
     """
-    fresh = type(model)(model.cfg, seed=seed, dtype=model.dtype)
-    here, initial = _all(model), _all(fresh)
+    need_hooked(model, "measure_spectrum")
+    here, initial = _all(model), _all(type(model)(model.cfg, seed=seed, dtype=model.dtype))
     eps = torch.finfo(torch.promote_types(model.dtype, torch.float32)).eps  # half types are widened exactly: see `wide`
-    made = {name: Spectrum(s, initial[name][0], shape, eps) for name, (s, shape) in here.items()}
-    return Spectra({name: one for name, one in made.items() if name not in ("QK", "OV")}, made["QK"], made["OV"])
+    spectra = {name: Spectrum(values, initial[name][0], shape, eps) for name, (values, shape) in here.items()}
+    return Spectra(QK=spectra.pop("QK"), OV=spectra.pop("OV"), embeddings=spectra)
 
 
-def _all(model: "HookedTransformer") -> dict[str, tuple[Values, tuple[int, int]]]:
+def _all(model: HookedTransformer) -> dict[str, tuple[Values, tuple[int, int]]]:
     """Singular values and shape of each matrix, on the CPU."""
-    cfg, found = model.cfg, {}
-    unembed = wide(matrix_of(model.unembed.linear, cfg.d_model))
-    embeddings = {"W_E": embedding_matrix(model)}
+    cfg = model.cfg
+    matrices = {"W_E": embedding_matrix(model)}
     if not cfg.tie_word_embeddings:
-        embeddings["W_U"] = unembed.mT
+        matrices["W_U"] = wide(matrix_of(model.unembed.linear, cfg.d_model)).mT
     if model.pos_embed is not None:
-        embeddings["W_pos"] = wide(model.W_pos)
-    for name, matrix in embeddings.items():
-        found[name] = _singular(matrix), (matrix.shape[0], matrix.shape[1])
+        matrices["W_pos"] = wide(model.W_pos)
+    found = {name: (_singular(matrix), (matrix.shape[0], matrix.shape[1])) for name, matrix in matrices.items()}
     if cfg.tie_word_embeddings:
         found["W_U"] = found["W_E"][0], (cfg.d_model, cfg.d_vocab_out)
-    each = [heads_of(model, layer) for layer in range(cfg.n_layers)]
+    layers = [heads_of(model, layer) for layer in range(cfg.n_layers)]
     for name in ("QK", "OV"):
-        values = torch.stack([getattr(heads, name).svd()[1] for heads in each]).cpu()
+        values = torch.stack([getattr(heads, name).svd()[1] for heads in layers]).cpu()
         found[name] = values, (cfg.d_model, cfg.d_model)
     return found
 
@@ -211,22 +209,14 @@ def _singular(matrix: Float[Tensor, "rows columns"]) -> Values:
     return torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R).cpu()
 
 
-def _cells(grid: Float[Tensor, "layer head"]) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(grid.shape[0]) for j in range(grid.shape[1])]
+def _row(name: str, spectrum: Spectrum) -> tuple:
+    ranks = [round(float(rank.double().mean())) for rank in (spectrum.rank, spectrum.initial_rank)]
+    measures = (spectrum.effective, spectrum.initial_effective, spectrum.participation, spectrum.initial_participation)
+    largest = (spectrum.singular[..., 0] / spectrum.singular.sum(-1)).mean()
+    rows, columns = spectrum.shape
+    return (name, f"{rows} x {columns}", *ranks, *(float(values.mean()) for values in measures), float(largest))
 
 
-def _numbered(*columns: Values) -> list[tuple]:
-    return [(i, *values) for i, values in enumerate(zip(*(one.tolist() for one in columns), strict=True))]
-
-
-def _row(name: str, one: Spectrum) -> tuple:
-    ranks = [round(float(rank.double().mean())) for rank in (one.rank, one.initial_rank)]
-    pairs = (one.effective, one.initial_effective), (one.participation, one.initial_participation)
-    largest = (one.singular[..., 0] / one.singular.sum(-1)).mean()
-    numbers = [float(value.mean()) for pair in pairs for value in pair]
-    return (name, f"{one.shape[0]} x {one.shape[1]}", *ranks, *numbers, float(largest))
-
-
-def demo(model: "HookedTransformer") -> Spectra:
+def demo(model: HookedTransformer) -> Spectra:
     """Every spectrum of the model, and that of a fresh one."""
     return measure_spectrum(model)

@@ -17,7 +17,7 @@ def test_the_induction_head_reads_its_keys_from_the_previous_token_head():
     model = induction_model()
     with torch.no_grad():
         model.blocks[1].attn.W_K[1, 11] = 0.0  # the row that keeps position 0 out, which is the largest by far
-    found = score_composition(model, draws=100)
+    found = score_composition(model, draws=50)
     # |A B| / (|A| |B|) for A and B both the identity between the same 11 dimensions
     assert float(found.scores["K"][0, 0, 1, 1]) == pytest.approx(11**-0.5, abs=1e-6)
     assert found.z["K"][0, 0, 1, 1] > 10 and found.q["K"][0, 0, 1, 1] < 0.05
@@ -51,16 +51,17 @@ def test_the_factored_score_is_that_of_the_formed_matrices(changes):
 
 def test_the_moments_of_random_orientation_are_those_of_many_draws():
     left, right = torch.rand(2, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64).square()
+    left, right = (spectra / spectra.sum(1, keepdim=True) for spectra in (left, right))
     mean, deviation = _moments(left, right, 12)
-    drawn = torch.stack(_random(left, right, 12, 4000, torch.Generator().manual_seed(0)))
+    drawn = _random(left, right, 12, 2500, torch.Generator().manual_seed(0))
     torch.testing.assert_close(drawn.mean(0), torch.full((2, 3), mean, dtype=torch.float64), atol=0, rtol=0.02)
     torch.testing.assert_close(drawn.std(0), deviation, atol=0, rtol=0.05)
 
 
 def test_random_weights_compose_by_chance():
     p = []
-    for seed in range(20):
-        found = score_composition(tiny_model(seed=seed, n_heads=4, d_model=32, attn_only=True), seed=seed)
+    for seed in range(12):
+        found = score_composition(tiny_model(seed=seed, n_heads=4, d_model=32, attn_only=True), draws=30, seed=seed)
         p += [found.p[mode][0, :, 1].flatten() for mode in MODES]
     p = torch.cat(p)
     for level in (0.05, 0.1, 0.5):
@@ -86,7 +87,7 @@ def test_random_models_of_few_heads_seldom_have_a_pair_that_stands_out():
 
 def test_random_models_of_fewer_heads_seldom_have_one_above_random_orientations():
     """With one random frame for all pairs of a draw, three in ten of such models had a q of 0.05 or less."""
-    called, p = models_called(24, n_layers=3, n_heads=4, d_head=8, d_model=32)
+    called, p = models_called(16, n_layers=3, n_heads=4, d_head=8, d_model=32)
     assert called <= 0.15 and float((p <= 0.05).float().mean()) < 0.065
 
 
@@ -106,13 +107,14 @@ def test_the_tail_of_student_s_t_is_that_of_the_tables(df, t, p):
     assert float(_t_tail(torch.tensor(t), torch.tensor(float(df)))) == pytest.approx(p, rel=0.04)
 
 
-def test_what_it_cannot_read_is_refused():
+def test_wrapped_layers_are_multiplied_out_and_post_norm_blocks_are_refused():
+    """Adapters had to be merged into the weights first."""
+    plain, wrapped = tiny_model(), tiny_model()
+    wrapped.blocks[1].attn.k = nn.Sequential(wrapped.blocks[1].attn.k)
+    expected, found = (score_composition(model, draws=2).scores["K"] for model in (plain, wrapped))
+    torch.testing.assert_close(found, expected)
     with pytest.raises(InputError, match="post-norm"):
         score_composition(tiny_model(block="post"))
-    model = tiny_model()
-    model.blocks[1].attn.k = nn.Sequential(model.blocks[1].attn.k)
-    with pytest.raises(InputError, match=r"blocks.1.attn.k is not a plain linear"):
-        score_composition(model)
     assert len(score_composition(tiny_model(n_layers=1)).table()) == 0
 
 

@@ -65,7 +65,7 @@ def test_the_eigenvalues_are_those_of_the_token_by_token_circuit(changes):
 
 def test_p_values_of_freshly_initialised_heads_are_uniform():
     p = []
-    for seed in range(50):
+    for seed in range(25):
         model = tiny_model(seed=seed, n_heads=4, d_model=32, d_vocab=50, tie_word_embeddings=bool(seed % 2))
         found = score_copying(model, n_tokens=64, seed=seed)
         p.append(torch.stack([found.copies, found.suppresses]).flatten())
@@ -148,7 +148,7 @@ def test_the_calibration_change_is_that_of_a_hooked_run_on_the_untouched_runs_bi
 def test_the_calibration_change_has_a_control_and_most_heads_of_random_models_do_not_beat_it():
     """It had none: any ablation moves the error. The controls write as large a change as the ablated head loses."""
     p = []
-    for seed in range(12):
+    for seed in range(6):
         model = tiny_model(seed=seed, n_heads=4, d_model=32, d_vocab=50)
         tokens = repeated_tokens(model, 12, seed=seed).tokens
         found = calibration_change(model, tokens, [(0, 1), (1, 2)], "repeats", seed=seed)

@@ -7,7 +7,7 @@ from hooklens.core.errors import HooklensError
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Softmax
 from hooklens.plugins.heads.head_scores import key_masks
-from hooklens.plugins.heads.knockout import knock_out_keys, without_keys
+from hooklens.plugins.heads.knockout import KEPT, all_but, knock_out_keys, weakened
 from hooklens.testing import induction_model, tiny_model
 
 FAMILIES = {
@@ -49,10 +49,11 @@ def test_a_query_that_would_see_nothing_is_left_as_it_was():
     model, tokens = tiny_model(), torch.tensor([[1, 2, 3, 4]])
     everything = torch.ones(1, 4, 4, dtype=torch.bool)
     with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, "z")
-        write = without_keys(model, tokens, everything)
-        for name, z in cache.items():
-            assert torch.equal(write(z, name), z)
+        _, cache = model.run_with_cache(tokens, ["z", *KEPT])
+        write = weakened(model, cache, all_but(everything, model))
+        for layer in range(2):
+            z = cache["z", layer]
+            assert torch.equal(write(z, f"blocks.{layer}.attn.hook_z"), z)
 
 
 def test_the_hand_set_heads_matter_and_the_idle_ones_do_not():

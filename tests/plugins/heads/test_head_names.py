@@ -1,5 +1,6 @@
 """Name movers for the taxonomy: what each p-value answers to, and what chance gives."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -75,7 +76,7 @@ def reader():
 
 def test_freshly_initialised_models_copy_names_by_chance(reader):
     p = []
-    for seed in range(12):
+    for seed in range(6):
         model = tiny_model(seed=seed, d_vocab=440, n_heads=4, d_model=32, n_ctx=80)
         model.tokenizer = reader
         found, note = name_evidence(model, 64, seed=seed)
@@ -94,10 +95,15 @@ def test_what_is_written_of_names_is_the_full_ov_circuit():
     torch.testing.assert_close(found.written[:, 1, 1], -0.25 * torch.eye(names))
 
 
+@functools.cache
+def of_one_layer():
+    """A taxonomy of four heads, in which the evidence of names is put."""
+    return classify_heads(tiny_model(n_layers=1, n_heads=4, d_head=2), n=6, draws=50, ioi=0)
+
+
 def test_name_movers_have_rows_of_their_own():
     """A row showed the label of names beside the numbers of the nearest label of repeats."""
-    model = tiny_model(n_layers=1, n_heads=4, d_head=2)
-    found = replace(classify_heads(model, n=6, draws=50, ioi=0), names=evidence_of(made_up()))
+    found = replace(of_one_layer(), names=evidence_of(made_up()))
     assert found.labels()[0][:2] == ["name mover", "negative name mover"]
     rows = {row[0]: dict(zip(found.table().columns, row, strict=True)) for row in found.table().rows}
     movers = found.names.reported
@@ -123,8 +129,7 @@ def test_heads_were_labelled_and_measured_on_the_same_pairs():
     found = evidence_of(replace(movers, direct=lucky))
     row = dict(zip(found.table().columns, next(r for r in found.table().rows if r[0] == "L0H0"), strict=True))
     assert row["direct effect"] == pytest.approx(float(movers.direct[reported, 0, 0].mean()), abs=1e-6)
-    model = tiny_model(n_layers=1, n_heads=4, d_head=2)
-    whole = replace(classify_heads(model, n=6, draws=50, ioi=0), names=found, note=found.note(0.05))
+    whole = replace(of_one_layer(), names=found, note=found.note(0.05))
     rows = {r[0]: dict(zip(whole.table().columns, r, strict=True)) for r in whole.table().rows}
     assert rows["L0H0"]["label"] == "name mover" and rows["L0H0"]["effect"] == row["direct effect"] < 0.5
     assert "measured on 48 others" in str(taxonomy_report(whole).to_html())

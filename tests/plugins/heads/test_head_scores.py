@@ -12,7 +12,7 @@ from hooklens.results.statistics import q_values
 from hooklens.testing import induction_model, tiny_model
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=12))
 def test_the_masks_are_what_a_loop_would_mark(tokens):
     found = {kind: mask[0] for kind, mask in key_masks(torch.tensor([tokens])).items()}
@@ -66,15 +66,16 @@ def test_a_rotated_score_is_that_of_a_model_with_rotated_weights(positions):
         torch.testing.assert_close(found[kind][1, 1], expected, atol=1e-10, rtol=0)
 
 
-def test_p_values_of_freshly_initialised_heads_are_uniform():
-    """Four kinds, 8 heads, 45 models of three families: 1,440 tests of a null that is true."""
+@pytest.mark.parametrize("n_models", [12, pytest.param(45, marks=pytest.mark.slow)])
+def test_p_values_of_freshly_initialised_heads_are_uniform(n_models):
+    """Four kinds, 8 heads, models of three families: 32 tests a model of a null that is true."""
     families = (
         {},
         {"attn_only": True},
         {"positional_embedding_type": "rotary", "n_key_value_heads": 2, "tie_word_embeddings": True},
     )
     found, any_called = [], 0
-    for seed in range(45):
+    for seed in range(n_models):
         model = tiny_model(seed=seed, n_heads=4, d_model=32, d_vocab=64, **families[seed % 3])
         scores = score_heads(model, seed=seed)
         each = torch.stack([scores.p[kind] for kind in KINDS])
@@ -83,7 +84,7 @@ def test_p_values_of_freshly_initialised_heads_are_uniform():
     p = torch.cat(found)
     for level in (0.05, 0.1, 0.5):
         assert abs(float((p <= level).float().mean()) - level) < 4 * (level * (1 - level) / len(p)) ** 0.5 + 0.01
-    assert any_called <= 7  # at a false discovery rate of 0.05 about 2 models of 45 call any head
+    assert any_called <= 0.16 * n_models  # at a false discovery rate of 0.05 about 2 models of 45 call any head
 
 
 def test_pooled_p_orders_heads_and_never_is_0():

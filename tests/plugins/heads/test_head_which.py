@@ -78,7 +78,9 @@ def test_dropout_that_is_on_is_refused_by_every_method_that_runs_the_model():
 def test_models_in_bfloat16_are_answered_and_keep_the_contract(plugin):
     """Six of these died on quantile, eigvals, qr or mixed dtypes."""
     rotary = {"n_heads": 4, "n_key_value_heads": 2, "positional_embedding_type": "rotary", "normalization_type": "RMS"}
-    models = {"bfloat16": tiny_model(dtype=torch.bfloat16), "rotary": tiny_model(dtype=torch.bfloat16, **rotary)}
+    models = {"rotary": tiny_model(dtype=torch.bfloat16, **rotary)}
+    if plugin in ("score_positions", "score_composition"):  # learned positions and LayerNorm take another way there
+        models["bfloat16"] = tiny_model(dtype=torch.bfloat16)
     check_plugin(plugin, models=models)
 
 
