@@ -15,9 +15,9 @@ import hooklens as hl
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl, logit_diff, loss
 from hooklens.plugins import available, find
-from hooklens.plugins.circuits.circuit_metrics import measured
 from hooklens.plugins.circuits.completeness import completeness_of
 from hooklens.plugins.circuits.edge_attribution import eap
+from hooklens.plugins.circuits.faithfulness import measured
 from hooklens.plugins.circuits.minimality import minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench, run_edges

@@ -1,5 +1,7 @@
 """A circuit's edges in another model's graph, once it is said which node stands for which; many such maps at once."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -33,7 +35,7 @@ class Carrier:
         #: The nodes that edges leave or enter, but embedding and logits.
         ends = torch.cat((self.sender, self.reader)).unique()
         self.nodes = ends[(ends > 0) & (ends < self.source.n_sources)].tolist()
-        self.heads = [node for node in self.nodes if is_head(self.source, node)]
+        self.heads = [node for node in self.nodes if self.source.is_head(node)]
         room = target.n_layers * target.n_heads
         if len(self.heads) > room:
             raise InputError(
@@ -81,38 +83,24 @@ class Carrier:
         return out
 
 
-def is_head(graph: CircuitGraph, node: int) -> bool:
-    """Is a node other than the embedding a head, not an MLP?"""
-    return (node - 1) % (graph.n_heads + graph.mlp) < graph.n_heads
-
-
 def head_nodes(graph: CircuitGraph) -> Int[Tensor, "head"]:
     """The nodes that are heads, layer by layer."""
-    return torch.tensor([node for node in range(1, graph.n_sources) if is_head(graph, node)])
+    return torch.tensor([node for node in range(graph.n_sources) if graph.is_head(node)])
 
 
 def _parts(circuit: Circuit) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Edge, sender, kind of receiver and reading node of every part of the circuit."""
-    graph, kept = circuit.graph, circuit.kept.cpu()
-    group, rows = graph.group, []
-    senders = set(graph.ends[0][kept].tolist())
-    for slot in graph.slots:
-        queries = graph.block(kept, slot)[: graph.n_heads].any(-1) if slot.kind == "attn" else None
-        for row, source in graph.block(kept, slot).nonzero().tolist():
-            edge = slot.start + row * slot.columns + source
-            if queries is None:
-                node = graph.n_sources if slot.kind == "logits" else graph.mlp_at(slot.layer)
-                rows.append((edge, source, _KINDS.index(slot.kind), node))
-                continue
-            first = graph.heads_at(slot.layer).start
-            if row < graph.n_heads:
-                rows.append((edge, source, 0, first + row))
-                continue
-            kind, shared = divmod(row - graph.n_heads, graph.n_kv_heads)
-            heads = range(shared * group, (shared + 1) * group)
-            # nobody in the circuit reads it: it is carried with the first head of its group
-            read_by = [h for h in heads if bool(queries[h]) or first + h in senders] or [shared * group]
-            rows += [(edge, source, 1 + kind, first + h) for h in read_by]
+    graph, edges = circuit.graph, circuit.kept.cpu().nonzero().flatten()
+    sources, receivers = (ends[edges].tolist() for ends in graph.ends)
+    reading = [graph.receivers[number] for number in receivers]
+    used = {*sources, *(receiver.nodes[0] for receiver in reading if receiver.kind == "q")}
+    rows = []
+    for edge, source, receiver in zip(edges.tolist(), sources, reading, strict=True):
+        nodes: Sequence[int] = receiver.nodes
+        if receiver.kind in ("k", "v"):
+            # if no head of the circuit uses it, it is carried with the first head of its group
+            nodes = [node for node in nodes if node in used] or nodes[:1]
+        rows += [(edge, source, _KINDS.index(receiver.kind), node) for node in nodes or [graph.n_sources]]
     edge, sender, kind, reader = torch.tensor(rows, dtype=torch.long).view(-1, 4).unbind(1)
     return edge, sender, kind, reader
 
@@ -121,15 +109,10 @@ def _starts(graph: CircuitGraph) -> tuple[Int[Tensor, "kind node"], Int[Tensor, 
     """Where the edges into each node begin, by kind of receiver, and how many sources the node can read."""
     start = torch.zeros(len(_KINDS), graph.n_sources + 1, dtype=torch.long)
     columns = torch.zeros(graph.n_sources + 1, dtype=torch.long)
-    for slot in graph.slots:
-        if slot.kind != "attn":
-            node = graph.n_sources if slot.kind == "logits" else graph.mlp_at(slot.layer)
-            start[_KINDS.index(slot.kind), node], columns[node] = slot.start, slot.columns
-            continue
-        heads, shared = graph.heads_at(slot.layer), torch.arange(graph.n_heads) // graph.group
-        columns[heads] = slot.columns
-        for kind, row in enumerate((torch.arange(graph.n_heads), shared, shared + graph.n_kv_heads)):
-            start[kind, heads] = slot.start + (row + (graph.n_heads if kind else 0)) * slot.columns
+    for receiver in graph.receivers:
+        nodes = list(receiver.nodes) or [graph.n_sources]
+        start[_KINDS.index(receiver.kind), nodes] = receiver.start
+        columns[nodes] = receiver.columns
     return start, columns
 
 

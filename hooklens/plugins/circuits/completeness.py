@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, tied_p
+from hooklens.plugins.circuits.faithfulness import Faithfulness, tied_p
+from hooklens.plugins.circuits.random_draws import Subsets, subsets
 from hooklens.plugins.circuits.run import Bench, chunks
-from hooklens.plugins.circuits.subset_search import Subsets, subsets
 from hooklens.results.result import Result, Table
 
 _OWN, _OTHERS = 40, 10  # sets K of the circuit, and of each random one

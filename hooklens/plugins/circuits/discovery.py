@@ -1,8 +1,7 @@
 """Automated circuit discovery: walk from the logits down and cut every edge, or node, that the metric does not miss."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,14 +13,11 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.replacement import Value
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _MOST = 64  # cuts that are tried at once
 
@@ -63,7 +59,7 @@ class Discovery(Result):
 
 
 def acdc(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -88,13 +84,15 @@ def acdc(
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
     """
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
-    units = torch.arange(bench.graph.n_edges)
-    stages = [list(stage) for stage in _by_receiver(bench.graph)]
-    return _discover(bench, _Units(units, stages, [bench.graph.name(e) for e in units.tolist()], "ACDC"), threshold)
+    graph = bench.graph
+    edges, receivers = range(graph.n_edges), graph.receivers[::-1]
+    stages = [list(edges[to.start : to.start + to.columns])[::-1] for to in receivers]
+    units = _Units(torch.tensor(edges), stages, [graph.name(edge) for edge in edges], "ACDC")
+    return _discover(bench, units, threshold)
 
 
 def acdc_nodes(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -113,8 +111,8 @@ def acdc_nodes(
     """
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
-    order = [list(range(graph.n_sources))[::-1]]
-    return _discover(bench, _Units(graph.ends[0], order, graph.source_names, "ACDC over nodes"), threshold)
+    stages = [list(range(graph.n_sources))[::-1]]
+    return _discover(bench, _Units(graph.ends[0], stages, graph.source_names, "ACDC over nodes"), threshold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,48 +125,39 @@ class _Units:
     method: str
 
 
-def _by_receiver(graph: CircuitGraph) -> Iterator[range]:
-    """The edges into each receiver, the last source first; receivers from the logits down."""
-    for slot in graph.slots[::-1]:
-        for row in range(slot.rows)[::-1]:
-            start = slot.start + row * slot.columns
-            yield range(start + slot.columns - 1, start - 1, -1)
-
-
 class _Walk:
-    """The edges that are left, the metric with them, and what each trial found."""
+    """The edges that are left, the metric with them, and the outcome of each trial."""
 
-    def __init__(self, bench: Bench, units: _Units, threshold: float):
-        self.bench, self.units, self.threshold = bench, units, threshold
+    def __init__(self, bench: Bench, units: _Units):
+        self.bench, self.units = bench, units
         self.kept = torch.ones(bench.graph.n_edges, dtype=torch.bool)
-        first = bench.run(self.kept)
-        self.whole, self.empty = float(first.per_pair.mean()), float(first.empty_per_pair.mean())
-        self.value, self.n_runs, self.width = self.whole, 1, 8
-        self.drop = torch.full((len(units.names),), torch.nan, dtype=first.per_pair.dtype)
+        means = bench.means(self.kept)
+        self.base = self.value = float(means)
+        self.n_runs, self.width = 1, 8
+        self.drop = torch.full((len(units.names),), torch.nan, dtype=means.dtype)
         self.removed = torch.zeros(len(units.names), dtype=torch.bool)
 
-    def idle(self, stage: list[int]) -> bool:
-        """Does nothing of this stage lead to the logits any more?"""
-        graph = self.bench.graph
-        mine = torch.isin(self.units.of_edge, torch.tensor(stage)) & self.kept
-        return not bool((graph.on_a_path(self.kept[None], rooted=False)[0] & mine).any())
-
-    def cut(self, stage: list[int]) -> None:
+    def cut_if_idle(self, stage: list[int]) -> bool:
+        """Cut a stage of which no edge leads to the logits any more."""
+        of_stage = torch.isin(self.units.of_edge, torch.tensor(stage))
+        if bool((self.bench.graph.on_a_path(self.kept[None], rooted=False)[0] & of_stage).any()):
+            return False
         self.removed[stage] = True
-        self.kept = self.kept & ~torch.isin(self.units.of_edge, torch.tensor(stage))
+        self.kept = self.kept & ~of_stage
+        return True
 
-    def try_all(self, stage: list[int]) -> None:
-        """Cut the units of a stage one after another, where the metric bears it."""
+    def try_all(self, stage: list[int], threshold: float) -> None:
+        """Cut the units of a stage one after another, where the metric falls by less than the threshold."""
         while stage:
             batch = stage[: self.width]
             masks, kept = [], self.kept
             for unit in batch:
                 kept = kept & (self.units.of_edge != unit)
                 masks.append(kept)
-            means = self.bench.run(torch.stack(masks)).per_pair.mean(1).cpu()
+            means = self.bench.means(torch.stack(masks))
             falls = torch.cat((means.new_tensor([self.value]), means))[:-1] - means
             self.n_runs += len(batch)
-            refused = (falls >= self.threshold).nonzero().flatten().tolist()
+            refused = (falls >= threshold).nonzero().flatten().tolist()
             n_cut = refused[0] if refused else len(batch)
             self.drop[batch[: n_cut + 1]] = falls[: n_cut + 1]
             if n_cut:
@@ -181,46 +170,40 @@ class _Walk:
 def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
     if not threshold > 0:
         raise InputError(f"threshold is how far the metric may fall at one cut, a number above 0; got {threshold!r}")
-    walk = _Walk(bench, units, threshold)
-    total = len(units.names)
-    bar = progress(units.method, total, unit="units")
+    walk = _Walk(bench, units)
+    bar = progress(units.method, len(units.names), unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
         for stage in units.stages:
-            if walk.idle(stage):
-                walk.cut(stage)
-            else:
-                walk.try_all(stage)
+            if not walk.cut_if_idle(stage):
+                walk.try_all(stage, threshold)
             advance(len(stage))
-    order = torch.tensor([unit for stage in units.stages for unit in stage])
-    graph, name = bench.graph, f"{units.method}, threshold {threshold:g}"
-    # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
-    tidy = graph.on_a_path(walk.kept[None], rooted=bench.replacement.from_runs)[0]
-    scores = torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0)
-    dropped, of_model = int(walk.kept.sum() - tidy.sum()), bench.model.cfg.model_name
+    order = [unit for stage in units.stages for unit in stage]
+    tidy = bench.tidy(walk.kept)
     circuit = Circuit(
-        graph=graph,
+        graph=bench.graph,
         kept=tidy,
-        scores=scores,
-        method=name,
+        # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
+        scores=torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0),
+        method=f"{units.method}, threshold {threshold:g}",
         replacement=bench.replacement,
-        model_name=of_model,
-        dropped=dropped,
-        found_on=bench.pairs.digests(bench.model),
+        model_name=bench.model.cfg.model_name,
+        dropped=int(walk.kept.sum() - tidy.sum()),
+        found_on=bench.digests(),
     )
     return Discovery(
         circuit=circuit,
-        units=[units.names[i] for i in order.tolist()],
+        units=[units.names[unit] for unit in order],
         drop=walk.drop[order],
         removed=walk.removed[order],
         threshold=float(threshold),
-        base=walk.whole,
+        base=walk.base,
         metric_of_circuit=walk.value,
-        empty=walk.empty,
+        empty=float(bench.empty_per_pair.mean()),
         n_runs=walk.n_runs,
     )
 
 
-def demo(model: "HookedTransformer") -> Discovery:
+def demo(model: HookedTransformer) -> Discovery:
     """Whole nodes of a short prompt pair, at a threshold of a tenth of the difference; any model."""
     pairs = demo_pairs(model)
     metric = pairs.metric_of(model)

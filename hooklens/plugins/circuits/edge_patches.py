@@ -61,7 +61,7 @@ class EdgePatches(Patches):
         at_once = max(1, current().memory // position // self.tokens.shape[1])
         streams: list[list[Tensor]] = [[] for _ in numbers]
         for rows in (slice(i, min(i + at_once, n_pairs)) for i in range(0, n_pairs, at_once)):
-            ablated = runner.cut(rows)
+            ablated = runner.ablated(rows)
             for found, number in zip(streams, numbers, strict=True):
                 hooks = _Exchanging(runner, self.asked[number], ablated).hooks()
                 n = self.model.cfg.n_layers

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
@@ -114,50 +113,28 @@ class EdgeScores(Result):
         return Table(("edge", self.method, "standard error"), rows)
 
     def figure(self) -> Any:
-        """How much leaves each node: its score, layer by layer."""
-        from hooklens.viz.figures import heatmap
-
-        graph = self.graph
-        wide = graph.n_heads + graph.mlp
-        nodes = self.node_scores[1:].view(graph.n_layers, wide)
-        columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
-        rows = layer_names(graph.n_layers)
+        """The score of each node, layer by layer: the sum over the edges that leave it."""
         title = f"{self.method}: score of each node ({self.replacement} ablation), the sum over its edges"
-        return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="score")
+        return self.graph.heatmap(self.node_scores, title, "score")
 
 
 def _grown(graph: CircuitGraph, scores: Float[Tensor, "edge"]) -> list[int]:
     """Every edge in the order in which a circuit grows: a queue, by score, of the edges into what is already in."""
-    size, sources, of_source = scores.abs().tolist(), graph.ends[0].tolist(), _receivers_of(graph)
-    starts = [slot.start + row * slot.columns for slot in graph.slots for row in range(slot.rows)]
-    starts.append(graph.n_edges)
+    size, sources, receivers = scores.abs().tolist(), graph.ends[0].tolist(), graph.receivers
     queue: list[tuple[float, int]] = []
-    opened: set[int] = set()
+    order: list[int] = []
+    entered: set[int] = set()
 
-    def into(receiver: int) -> None:
-        if receiver not in opened:
-            opened.add(receiver)
-            for edge in range(starts[receiver], starts[receiver + 1]):
+    def enter(number: int) -> None:
+        if number not in entered:
+            entered.add(number)
+            start = receivers[number].start
+            for edge in range(start, start + receivers[number].columns):
                 heapq.heappush(queue, (-size[edge], edge))
 
-    into(graph.n_receivers - 1)
-    order = []
+    enter(len(receivers) - 1)
     while queue:
         order.append(heapq.heappop(queue)[1])
-        for receiver in of_source[sources[order[-1]]]:
-            into(receiver)
+        for number in graph.receivers_of[sources[order[-1]]]:
+            enter(number)
     return order
-
-
-def _receivers_of(graph: CircuitGraph) -> list[list[int]]:
-    """The receivers of each node: a head's q, and the k and v that it uses."""
-    found: list[list[int]] = [[]]
-    row = 0
-    for _ in range(graph.n_layers):
-        h, g = graph.n_heads, graph.n_kv_heads
-        found += [[row + i, row + h + i // graph.group, row + h + g + i // graph.group] for i in range(h)]
-        row += h + 2 * g
-        if graph.mlp:
-            found.append([row])
-            row += 1
-    return found

@@ -1,7 +1,7 @@
 """Is a circuit faithful, complete and minimal? All three on held-out prompts, beside random circuits of its make."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -10,20 +10,17 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.completeness import Completeness, completeness_of
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.minimality import Minimality, minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
-from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +57,7 @@ class CircuitEvaluation(Result):
 
 
 def evaluate_circuit(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     circuit: Circuit,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -88,22 +85,21 @@ def evaluate_circuit(
     "Hypothesis Testing the Circuit Hypothesis in LLMs" (random circuits).
     """
     check_draws(draws)
-    circuit.check(model)
     if not circuit.n_edges:
         raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")
-    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), circuit.replacement, keep=True)
+    bench = circuit.bench(model, clean, corrupted, metric, group=group)
     with torch.no_grad(), packed_linears(rows=512):
         faithful = measured(bench, circuit, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
         draw = seeded(seed)
-        unit = faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()
-        unit = unit.abs() if faithful.defined else torch.full_like(unit, torch.nan)
+        unit = faithful.gap.mean().abs()
+        unit = unit if faithful.defined else torch.full_like(unit, torch.nan)
         complete = completeness_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
         minimal = minimality_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
     return CircuitEvaluation(faithful, complete, minimal)
 
 
-def demo(model: "HookedTransformer") -> CircuitEvaluation:
+def demo(model: HookedTransformer) -> CircuitEvaluation:
     """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
     pairs = demo_pairs(model, 4)
     return evaluate_circuit(model, demo_circuit(model, pairs[:2]), pairs[2:])

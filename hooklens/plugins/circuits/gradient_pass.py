@@ -2,22 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooklens.core.errors import InputError
-from hooklens.metrics import ReadingMetric
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot
 from hooklens.plugins.circuits.node_runs import head_outputs, mlp_output
 from hooklens.sweeps.measure import Reader
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Stream = Float[Tensor, "pair pos d_model"]
 
@@ -33,7 +30,7 @@ class Trace:
 
 
 def trace(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     graph: CircuitGraph,
     x: Stream,
     *,
@@ -84,7 +81,7 @@ def _attention(block: Any, slot: Slot, x: Stream, ctx: Context, made: Trace, nod
 
 
 def edge_gradients(
-    model: "HookedTransformer", made: Trace, values: Float[Tensor, "pair"], *, after: int = -1
+    model: HookedTransformer, made: Trace, values: Float[Tensor, "pair"], *, after: int = -1
 ) -> Iterator[tuple[Slot, Float[Tensor, "pair receiver pos d_model"]]]:
     """The gradient of the summed values by each receiver's own input, slot by slot; those that read a node `after`."""
     kept = {slot: group for slot, group in made.leaves.items() if slot.columns > after}
@@ -162,15 +159,10 @@ def differentiable_values(reader: Reader, stream: Stream) -> Float[Tensor, "pair
     return value.reshape(-1)
 
 
-def pairs_at_once(model: "HookedTransformer", graph: CircuitGraph, n_pos: int, memory: int) -> int:
+def pairs_at_once(model: HookedTransformer, graph: CircuitGraph, n_pos: int, memory: int) -> int:
     """How many pairs fit: every node's output twice, a layer's gradients, and what autograd keeps."""
     cfg = model.cfg
     receivers = graph.n_heads + 2 * graph.n_kv_heads
     kept = cfg.n_layers * (8 * cfg.d_model + 5 * cfg.d_mlp)
     a_position = ((2 * graph.n_sources + 4 * receivers) * cfg.d_model + kept) * model.dtype.itemsize
     return max(1, memory // (a_position * n_pos))
-
-
-def reads_of(metric: Any) -> bool:
-    """May the metric be asked about some of the pairs only?"""
-    return isinstance(metric, ReadingMetric)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.plugins.circuits.carry import Carrier, Maps, is_head
+from hooklens.plugins.circuits.carry import Carrier, Maps
 from hooklens.plugins.circuits.roles import Roles
 from hooklens.plugins.heads.taxonomy import UNLABELLED
 from hooklens.results.result import Result, Table
@@ -125,8 +125,8 @@ def _costs(carrier: Carrier, source: Roles, target: Roles) -> Costs:
     apart = (source.effect[nodes].double()[:, None] - target.effect.double()).abs()
     looks = torch.cdist(source.attention[nodes].double(), target.attention.double(), p=1)
     deep = (_depth(source)[nodes, None] - _depth(target)).abs()
-    heads = torch.tensor([is_head(source.graph, node) for node in nodes])
-    theirs = torch.tensor([False, *(is_head(target.graph, node) for node in range(1, n))])
+    heads = torch.tensor([source.graph.is_head(node) for node in nodes])
+    theirs = torch.tensor([target.graph.is_head(node) for node in range(n)])
     # convex: sums of mere distances are often equal for two pairings, of which only one keeps the order of effects
     cost = apart + apart.square() + torch.where(heads[:, None], _TIE * (looks + deep), deep)
     cost[:, 0] = torch.inf
@@ -160,7 +160,7 @@ def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
 
     found = carrier.fixed()
     for kind in (True, False):
-        rows = [i for i, node in enumerate(carrier.nodes) if is_head(carrier.source, node) == kind]
+        rows = [i for i, node in enumerate(carrier.nodes) if carrier.source.is_head(node) == kind]
         open_to = _peers(carrier, kind)
         if not rows:
             continue
@@ -174,7 +174,7 @@ def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
 
 def _peers(carrier: Carrier, heads: bool) -> list[int]:
     graph = carrier.target
-    return [node for node in range(1, graph.n_sources) if is_head(graph, node) == heads]
+    return [node for node in range(1, graph.n_sources) if graph.is_head(node) == heads]
 
 
 def _total(carrier: Carrier, costs: Costs, maps: Maps) -> Float[Tensor, "map"]:
@@ -192,7 +192,7 @@ def _improved(
     while best < before - _SLACK:
         before = best
         for node in order:
-            options = _moves(found, node, _peers(carrier, is_head(carrier.source, node)))
+            options = _moves(found, node, _peers(carrier, carrier.source.is_head(node)))
             values = total(options)
             least = int(values.argmin()) if len(values) else 0
             if len(values) and float(values[least]) < best - _SLACK:

@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, slack
+from hooklens.plugins.circuits.faithfulness import Faithfulness, slack
+from hooklens.plugins.circuits.random_draws import subsets
 from hooklens.plugins.circuits.run import Bench, chunks
-from hooklens.plugins.circuits.subset_search import subsets
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, mean_interval, q_values
 

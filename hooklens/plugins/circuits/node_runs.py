@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,14 +13,13 @@ from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.replacement import Replacement, Target, Written, activations_of, are_tokens, targets_of
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
 Keyed = Float[Tensor, "pair pos kv_head d_head"]
+Wanted = Bool[Tensor, "source"] | None
 
 
 @dataclass(eq=False)
@@ -35,15 +35,19 @@ class Run:
     past: list[tuple[Keyed, Keyed]]
     tokens: Int[Tensor, "pair pos"] | None = None
 
-    def part(self, rows: slice) -> "Run":
-        """The same of some pairs; one row serves all."""
-        if self.nodes.shape[1] == 1:
-            return self
-        return Run(self.nodes[:, rows], [stream[rows] for stream in self.streams], [])
+    def part(self, rows: slice, wanted: Wanted = None) -> "Run":
+        """The run of some pairs and of the wanted nodes (None: all); one row serves all pairs."""
+        rows = slice(None) if self.nodes.shape[1] == 1 else rows
+        nodes = self.nodes[:, rows] if wanted is None else self.nodes[:, rows][wanted]
+        return Run(nodes, [stream[rows] for stream in self.streams], [])
 
 
-def refuse(model: "HookedTransformer") -> None:
-    """Edges are worked out between the model's parts; whoever else acts on these would be passed over."""
+#: The ablated run of some pairs of a group, with the outputs of some nodes (None: all).
+AblatedOf = Callable[[slice, Wanted], Run]
+
+
+def refuse(model: HookedTransformer) -> None:
+    """Raise where hooks or dropout act on the model: edges are computed between its parts, which would pass them by."""
     why = why_plain(model)
     if why is not None:
         raise InputError(
@@ -52,21 +56,15 @@ def refuse(model: "HookedTransformer") -> None:
         )
 
 
-def embedded(model: "HookedTransformer", tokens: Int[Tensor, "pair pos"]) -> Float[Tensor, "pair pos d_model"]:
-    """What the embedding node writes: tokens and positions."""
-    with torch.no_grad():
-        return model.embed_input(tokens, Context(torch.arange(tokens.shape[1], device=tokens.device)))
-
-
 def observe(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     graph: CircuitGraph,
     tokens: Int[Tensor, "pair pos"],
-    wanted: Bool[Tensor, "source"] | None = None,
+    wanted: Wanted = None,
 ) -> Run:
-    """A plain run of the model, seen from the graph. `wanted` nodes' outputs are kept (None: all)."""
+    """A plain run of the model, seen from the graph. The outputs of `wanted` nodes are kept (None: all)."""
     ctx = Context(torch.arange(tokens.shape[1], device=tokens.device))
-    x = model.embed_input(tokens, ctx)
+    x = model(tokens, stop_at_layer=0)  # checks the token ids, which may come from a replacement
     wanted = torch.ones(graph.n_sources, dtype=torch.bool) if wanted is None else wanted
     nodes, streams, past = [x[None]] if wanted[0] else [], [], []
     for layer, block in enumerate(model.blocks):
@@ -132,31 +130,29 @@ def node_points(graph: CircuitGraph) -> list[str]:
 
 
 def ablated_runs(
-    model: "HookedTransformer",
-    graph: CircuitGraph,
-    groups: Sequence[Pairs],
-    replacement: Replacement,
-    wanted: Bool[Tensor, "source"] | None = None,
-) -> Iterator[tuple[Pairs, Callable[[slice], Run]]]:
-    """For each group of pairs, the run whose values ablated edges carry: of any rows; one row where all share it."""
-    wanted = torch.ones(graph.n_sources, dtype=torch.bool) if wanted is None else wanted
+    model: HookedTransformer, graph: CircuitGraph, groups: Sequence[Pairs], replacement: Replacement
+) -> Iterator[tuple[Pairs, AblatedOf]]:
+    """For each group of pairs, the run whose values ablated edges carry: a function of rows and of wanted nodes.
+
+    The run has one row where all pairs share it.
+    """
 
     def read(tokens: Tensor) -> dict[str, Tensor]:
         return _by_point(graph, observe(model, graph, tokens).nodes)
 
     targets = targets_of(model, groups, node_points(graph), read=read)
     for group, target, written in zip(groups, targets, replacement.once(targets), strict=True):
-        if not are_tokens(written):
-            yield group, _run_of(model, graph, target, written=written, wanted=wanted).part
-            continue
-
-        def of_rows(rows: slice, ids: Tensor = written) -> Run:
-            return observe(model, graph, ids[rows], wanted)
-
-        yield group, of_rows
+        if are_tokens(written):
+            yield group, partial(_observed_part, model, graph, written)
+        else:
+            yield group, _run_of(model, graph, target, written).part
 
 
-def _run_of(model: "HookedTransformer", graph: CircuitGraph, target: Target, written: Written, wanted: Tensor) -> Run:
+def _observed_part(model: Any, graph: CircuitGraph, ids: Tensor, rows: slice, wanted: Wanted = None) -> Run:
+    return observe(model, graph, ids[rows], wanted)
+
+
+def _run_of(model: HookedTransformer, graph: CircuitGraph, target: Target, written: Written) -> Run:
     """The run in which every node writes what is given: streams are the sums of these, and of what no node writes."""
     own = target.read(target.tokens if callable(written) else target.tokens[:1])
     if isinstance(written, Mapping) and not _same_for_all(written, own):
@@ -174,7 +170,7 @@ def _run_of(model: "HookedTransformer", graph: CircuitGraph, target: Target, wri
             beside = heads
         else:
             stream = stream + heads
-    return Run(nodes[wanted], [*streams, stream], [])
+    return Run(nodes, [*streams, stream], [])
 
 
 def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
@@ -184,8 +180,8 @@ def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> b
 
 
 def _by_point(graph: CircuitGraph, nodes: Float[Tensor, "source pair pos d_model"]) -> dict[str, Tensor]:
-    found = [nodes[0]]
+    acts = [nodes[0]]
     for layer in range(graph.n_layers):
-        found.append(nodes[graph.heads_at(layer)].movedim(0, 2))
-        found += [nodes[graph.mlp_at(layer)]] if graph.mlp else []
-    return dict(zip(node_points(graph), found, strict=True))
+        acts.append(nodes[graph.heads_at(layer)].movedim(0, 2))
+        acts += [nodes[graph.mlp_at(layer)]] if graph.mlp else []
+    return dict(zip(node_points(graph), acts, strict=True))

@@ -1,7 +1,7 @@
 """What is each node of a model for? A head's label and where it looks, and what a task loses without the node."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +11,7 @@ from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.head_scores import KINDS
@@ -20,9 +21,6 @@ from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, plan, points_of
 from hooklens.sweeps.replacement import Value, targets_of
 from hooklens.sweeps.site_patches import SitePatches
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +61,7 @@ class Roles(Result):
 
 
 def roles_of(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     evidence: Taxonomy,
     *,

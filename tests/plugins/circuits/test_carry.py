@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooklens.plugins.circuits.carry import Carrier, head_nodes, is_head, random_maps, shuffled
+from hooklens.plugins.circuits.carry import Carrier, head_nodes, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.matching import match, measure_matching
@@ -30,7 +30,7 @@ def random_circuit(graph: CircuitGraph, seed: int, share: float = 0.15) -> Circu
 
 
 def roles(graph: CircuitGraph, effect, labels=None) -> Roles:
-    names = ["embedding", *("unlabelled" if is_head(graph, n) else "MLP" for n in range(1, graph.n_sources))]
+    names = ["embedding", *("unlabelled" if graph.is_head(n) else "MLP" for n in range(1, graph.n_sources))]
     for name, label in (labels or {}).items():
         names[graph.source_names.index(name)] = label
     if isinstance(effect, dict):
@@ -136,7 +136,7 @@ def test_random_maps_keep_the_number_of_edges(seed, shape, other):
         assert torch.equal(carrier.masks(maps).sum(1), carrier.count(maps))
         for one in maps:
             there = one[carrier.heads].tolist()
-            assert len(set(there)) == len(there) and all(is_head(target, t) for t in there)
+            assert len(set(there)) == len(there) and all(target.is_head(t) for t in there)
             others = [node for node in range(source.n_sources + 1) if node not in carrier.heads]
             assert torch.equal(one[others], found[others])
         assert torch.equal(maps, draw(carrier, found, 20, seed=seed))

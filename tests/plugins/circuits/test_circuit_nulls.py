@@ -9,12 +9,11 @@ from test_circuit_run import CLEAN, CORRUPTED, diff
 
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.plugins.circuits.circuit import circuit_of
-from hooklens.plugins.circuits.circuit_metrics import measured
 from hooklens.plugins.circuits.completeness import completeness_of
-from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
+from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of, trace_faithfulness
 from hooklens.plugins.circuits.edge_attribution import demo_circuit, eap
 from hooklens.plugins.circuits.evaluation import evaluate_circuit
-from hooklens.plugins.circuits.faithfulness import measure_faithfulness, trace_faithfulness
+from hooklens.plugins.circuits.faithfulness import measure_faithfulness, measured
 from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench
