@@ -121,7 +121,7 @@ def test_keys_of_heads_that_come_to_share_become_one():
 
 
 @given(st.integers(0, 1000), st.sampled_from(SHAPES), st.sampled_from(SHAPES))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_random_maps_keep_the_number_of_edges(seed, shape, other):
     source, target = CircuitGraph(*shape), CircuitGraph(*other)
     given = random_circuit(source, seed, share=0.05)
@@ -232,7 +232,7 @@ def test_the_assignment_is_the_best_there_is(seed):
 
 
 @given(st.integers(0, 10_000), st.sampled_from([(3, 4, 4, True), (2, 6, 6, False)]))
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_how_heads_are_numbered_does_not_matter(seed, shape):
     graph = CircuitGraph(*shape)
     given = random_circuit(graph, seed, share=0.08)
