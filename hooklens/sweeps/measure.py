@@ -160,8 +160,9 @@ class Reader:
             if self.read is not None:
                 return self.metric.on_read(self._gathered(logits))
             if self.by_pair:
-                return torch.stack([self.metric(logits[i : i + 1]).squeeze() for i in range(self.n_pairs)])
-            return self.metric(logits).view(self.n_pairs)
+                each = [self._numbers(self.metric(logits[i : i + 1])) for i in range(self.n_pairs)]
+                return torch.stack([value.squeeze() for value in each])
+            return self._numbers(self.metric(logits)).view(self.n_pairs)
         every = torch.arange(self.n_pairs, device=stream.device)
         return self.metric.on_read(self.logits(stream[every[:, None], self.read], every))
 

@@ -101,8 +101,8 @@ class CircuitTransfer(Result):
         known = bool(low.isfinite().all() and value.isfinite().all())
         title = f"Does the circuit transfer? ({self.replacement} ablation, {len(self.mapped.per_pair)} held-out pairs)"
         marks = {"the model": 1.0, "no edge": 0.0}
-        ends, names = (low, high) if known else (None, None), [*shown, *self.n_different]
-        return bars(value.nan_to_num(), *ends, names, title, y_title="faithfulness", marks=marks)
+        names, ends = [*shown, *self.n_different], (low, high) if known else (None, None)
+        return bars(value.nan_to_num(), ends[0], ends[1], names, title, y_title="faithfulness", marks=marks)
 
 
 def transfer_circuit(

@@ -22,10 +22,9 @@ from hooklens.plugins.circuits.gradient_pass import (
     edge_gradients,
     edge_scores,
     pairs_at_once,
-    trace,
 )
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.node_runs import AblatedOf, Run, ablated_runs, refuse
+from hooklens.plugins.circuits.node_runs import AblatedOf, Run, ablated_runs, refuse, walk
 from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Value, as_replacement
@@ -62,11 +61,11 @@ def eap(
 
 def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
     with torch.no_grad():
-        nodes = [model(clean, stop_at_layer=0)[None]]
-    made = trace(model, graph, nodes[0][0], nodes=nodes)
-    reader = Reader(model, metric, made.final.detach())
-    gradients = edge_gradients(model, made, differentiable_values(reader, made.final))
-    return edge_scores(graph, gradients, torch.cat(nodes) - ablated.nodes), reader.base
+        embedded = model(clean, stop_at_layer=0)
+    run = walk(model, graph, embedded.requires_grad_())
+    reader = Reader(model, metric, run.streams[-1].detach())
+    gradients = edge_gradients(model, graph, run, differentiable_values(reader, run.streams[-1]))
+    return edge_scores(graph, gradients, run.nodes - ablated.nodes), reader.base
 
 
 def scored(

@@ -15,9 +15,9 @@ from hooklens.data.prompts import Prompts
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.edge_attribution import Scored, scored
 from hooklens.plugins.circuits.edge_scores import EdgeScores
-from hooklens.plugins.circuits.gradient_pass import differentiable_values, edge_gradients, edge_scores, trace
+from hooklens.plugins.circuits.gradient_pass import differentiable_values, edge_gradients, edge_scores
 from hooklens.plugins.circuits.graph import CircuitGraph
-from hooklens.plugins.circuits.node_runs import Run, observe
+from hooklens.plugins.circuits.node_runs import Run, observe, walk
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Value
 
@@ -159,6 +159,7 @@ class _Integral:
         reader = Reader(model, metric, live.streams[-1])
         moved, own = live.nodes - ablated.nodes, self.over == "own source"
         total = moved.new_zeros(len(clean), graph.n_edges)
+        none = torch.zeros(graph.n_sources, dtype=torch.bool)
         groups = _groups(graph)[: 1 if self.over == "inputs" else None]
         for kind, layer, sources in groups:
             away = moved[sources].sum(0)
@@ -167,8 +168,9 @@ class _Integral:
                 begin, shift = live.nodes[0], {(kind, layer): (share - 1) * away}
                 if kind == "embed":
                     begin, shift = begin + (share - 1) * away, {}
-                made = trace(model, graph, begin, shift=shift)
-                gradients = edge_gradients(model, made, differentiable_values(reader, made.final), after=after)
+                run = walk(model, graph, begin.detach().requires_grad_(), none, shift=shift)
+                values = differentiable_values(reader, run.streams[-1])
+                gradients = edge_gradients(model, graph, run, values, after=after)
                 total += edge_scores(graph, gradients, moved[scored_sources], scored_sources)
                 step(1 / (len(self.shares) * len(groups)))
         return total / (len(self.shares) * (1 if own else len(groups))), reader.base

@@ -46,26 +46,22 @@ class Matching(Result):
     @property
     def same_label(self) -> int:
         """How many heads were matched to one of their own label, where they have one."""
-        return sum(
-            a == b and a not in ("MLP", UNLABELLED) for a, b in zip(self.source_label, self.target_label, strict=True)
-        )
+        labels = zip(self.source_label, self.target_label, strict=True)
+        return sum(label == other and _is_label(label) for label, other in labels)
 
     @property
     def labelled(self) -> int:
-        """How many of the circuit's heads have a label at all: the others are matched by effect alone."""
-        return sum(label not in ("MLP", UNLABELLED) for label in self.source_label)
+        """How many of the circuit's heads have a label: the others are matched by effect alone."""
+        return sum(map(_is_label, self.source_label))
 
     def table(self, n: int | None = 20) -> Table:
         """One row a node of the circuit, the largest effect in the source first."""
-        order = self.source_effect.abs().argsort(descending=True, stable=True).tolist()[:n]
-        effects = (self.source_effect, self.target_effect, self.distance)
-        rows = []
-        for i in order:
-            here, there, apart = (float(x[i]) for x in effects)
-            rows.append(
-                (self.source[i], self.source_label[i], here, self.target[i] or "none", self.target_label[i])
-                + ((there, apart) if self.target[i] else (None, None))
-            )
+        effects = torch.stack((self.source_effect, self.target_effect, self.distance), 1).tolist()
+        rows: list[tuple] = []
+        for i in self.source_effect.abs().argsort(descending=True, stable=True).tolist()[:n]:
+            (here, there, distance), target = effects[i], self.target[i]
+            known = (there, distance) if target else (None, None)
+            rows.append((self.source[i], self.source_label[i], here, target or "none", self.target_label[i], *known))
         return Table(("source", "label", "effect", "target", "its label", "its effect", "distance"), rows)
 
     def figure(self) -> Any:
@@ -77,6 +73,10 @@ class Matching(Result):
         title = f"{len(known)} nodes matched, {len(self.lost)} of {self.n_edges} edges lost"
         here, there = self.source_effect[known], self.target_effect[known]
         return scatter(here, there, names, title, x_title="effect in the source", y_title="effect in the target")
+
+
+def _is_label(label: str) -> bool:
+    return label not in ("MLP", UNLABELLED)
 
 
 def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]:
@@ -96,7 +96,7 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
     deep = torch.cat((deep, torch.zeros(len(deep), 1, dtype=deep.dtype)), 1)
     starts = [_assigned(carrier, costs + weight * deep) for weight in _STARTS]
     total = partial(_total, carrier, costs)
-    ends = [_improved(carrier, total, found, source) for found in starts]
+    ends = [_improved(carrier, total, start, source) for start in starts]
     return ends[int(total(torch.stack(ends)).argmin())]
 
 
@@ -150,8 +150,8 @@ def _differ(label: str, other: str) -> float:
 def _depth(roles: Roles) -> Float[Tensor, "source"]:
     """From 0 in the first layer to 1 in the last."""
     graph = roles.graph
-    wide, deepest = graph.n_heads + graph.mlp, max(graph.n_layers - 1, 1)
-    return torch.tensor([0.0, *((node // wide) / deepest for node in range(graph.n_sources - 1))], dtype=torch.float64)
+    layers = [0, *(graph.place(node)[0] for node in range(1, graph.n_sources))]
+    return torch.tensor(layers, dtype=torch.float64) / max(graph.n_layers - 1, 1)
 
 
 def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:

@@ -1,7 +1,7 @@
 """What every node writes in a run, and the runs that ablated edges carry."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,28 +18,32 @@ from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.sweeps.naive import why_plain
 from hooklens.sweeps.replacement import Replacement, Target, Written, activations_of, are_tokens, targets_of
 
+Stream = Float[Tensor, "pair pos d_model"]
 Keyed = Float[Tensor, "pair pos kv_head d_head"]
 Wanted = Bool[Tensor, "source"] | None
 
 
 @dataclass(eq=False)
 class Run:
-    """One run seen from the graph: what the wanted nodes wrote, and the stream that each group of receivers read.
+    """One run seen from the graph: what the wanted nodes wrote, and the stream that each slot's receivers read.
 
     `tokens` and `past`, keys (turned by position) and values, are those of a run of the model: positions before its
-    first difference can be reused.
+    first difference can be reused. Where gradients are taken, `leaves` hold what those of each slot begin from, and
+    `normed` the normalised stream of each layer's heads.
     """
 
     nodes: Float[Tensor, "source pair pos d_model"]
-    streams: list[Float[Tensor, "pair pos d_model"]]
-    past: list[tuple[Keyed, Keyed]]
+    streams: list[Stream]
+    past: list[tuple[Keyed, Keyed]] = field(default_factory=list)
     tokens: Int[Tensor, "pair pos"] | None = None
+    normed: list[Stream] = field(default_factory=list)
+    leaves: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     def part(self, rows: slice, wanted: Wanted = None) -> "Run":
         """The run of some pairs and of the wanted nodes (None: all); one row serves all pairs."""
         rows = slice(None) if self.nodes.shape[1] == 1 else rows
         nodes = self.nodes[:, rows] if wanted is None else self.nodes[:, rows][wanted]
-        return Run(nodes, [stream[rows] for stream in self.streams], [])
+        return Run(nodes, [stream[rows] for stream in self.streams])
 
 
 #: The ablated run of some pairs of a group, with the outputs of some nodes (None: all).
@@ -57,39 +61,60 @@ def refuse(model: HookedTransformer) -> None:
 
 
 def observe(
-    model: HookedTransformer,
-    graph: CircuitGraph,
-    tokens: Int[Tensor, "pair pos"],
-    wanted: Wanted = None,
+    model: HookedTransformer, graph: CircuitGraph, tokens: Int[Tensor, "pair pos"], wanted: Wanted = None
 ) -> Run:
     """A plain run of the model, seen from the graph. The outputs of `wanted` nodes are kept (None: all)."""
-    ctx = Context(torch.arange(tokens.shape[1], device=tokens.device))
-    x = model(tokens, stop_at_layer=0)  # checks the token ids, which may come from a replacement
+    embedded = model(tokens, stop_at_layer=0)  # checks the token ids, which may come from a replacement
+    return replace(walk(model, graph, embedded, wanted), tokens=tokens)
+
+
+def walk(
+    model: HookedTransformer,
+    graph: CircuitGraph,
+    x: Stream,
+    wanted: Wanted = None,
+    *,
+    shift: Mapping[tuple[str, int], Stream] | None = None,
+) -> Run:
+    """Run from the embedding `x` on, with gradients if it requires them.
+
+    `shift` adds something to what a layer's "attn" or "mlp" writes and makes that sum a constant: no gradient goes back
+    through it.
+    """
+    ctx = Context(torch.arange(x.shape[1], device=x.device))
     wanted = torch.ones(graph.n_sources, dtype=torch.bool) if wanted is None else wanted
-    nodes, streams, past = [x[None]] if wanted[0] else [], [], []
+    shift, nodes = shift or {}, [x.detach()[None]] if wanted[0] else []
+    run = Run(x.new_zeros(0, *x.shape), [])
     for layer, block in enumerate(model.blocks):
-        attn = block.attn
-        streams.append(x)
-        normed = block.before_attn(x)
+        attn, entered, normed = block.attn, x, block.before_attn(x)
         q, k, v = (attn.heads(linear, normed, None) for linear in (attn.q, attn.k, attn.v))
+        run.streams.append(x)
+        if x.requires_grad:
+            run.normed.append(normed)
+            run.leaves.append((q, k, v))
         q, k = attn.place(q, k, ctx)
         z = ctx.attend(attn, q, k, v)
-        past.append((k, v))
+        run.past.append((k, v))
         heads = wanted[graph.heads_at(layer)].nonzero().flatten()
         if len(heads):
-            nodes.append(head_outputs(block, z, heads))
-        mid = x + block.attn_adds(attn.o(z.flatten(2)))
+            nodes.append(head_outputs(block, z.detach(), heads).detach())
+        x = x + _shifted(block.attn_adds(attn.o(z.flatten(2))), shift.get(("attn", layer)))
         if block.mlp is None:
-            x = mid
             continue
-        read = x if graph.parallel else mid
-        streams.append(read)
-        wrote = mlp_output(block, read)
+        read = entered if graph.parallel else x
+        read = read.view_as(read)  # a node of its own: its gradient is that of the MLP's path alone
+        run.streams.append(read)
+        run.leaves += [(read,)] if x.requires_grad else []
+        wrote = _shifted(mlp_output(block, read), shift.get(("mlp", layer)))
         if wanted[graph.mlp_at(layer)]:
-            nodes.append(wrote[None])
-        x = mid + wrote
-    written = torch.cat(nodes) if nodes else x.new_zeros(0, *x.shape)
-    return Run(written, [*streams, x], past, tokens)
+            nodes.append(wrote.detach()[None])
+        x = x + wrote
+    leaves = [*run.leaves, (x,)] if x.requires_grad else []
+    return replace(run, nodes=torch.cat(nodes) if nodes else run.nodes, streams=[*run.streams, x], leaves=leaves)
+
+
+def _shifted(wrote: Stream, by: Stream | None) -> Stream:
+    return wrote if by is None else wrote.detach() + by
 
 
 def head_outputs(
@@ -170,7 +195,7 @@ def _run_of(model: HookedTransformer, graph: CircuitGraph, target: Target, writt
             beside = heads
         else:
             stream = stream + heads
-    return Run(nodes, [*streams, stream], [])
+    return Run(nodes, [*streams, stream])
 
 
 def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
