@@ -1,5 +1,6 @@
 """Automated circuit discovery: walk from the logits down and cut every edge, or node, that the metric does not miss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +86,9 @@ def acdc(
     """
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
-    edges, receivers = range(graph.n_edges), graph.receivers[::-1]
-    stages = [list(edges[to.start : to.start + to.columns])[::-1] for to in receivers]
-    units = _Units(torch.tensor(edges), stages, [graph.name(edge) for edge in edges], "ACDC")
-    return _discover(bench, units, threshold)
+    names = [graph.name(edge) for edge in range(graph.n_edges)]
+    stages = [range(to.start, to.start + to.columns)[::-1] for to in graph.receivers[::-1]]
+    return _discover(_Walk(bench, torch.arange(graph.n_edges), names), stages, "ACDC", threshold)
 
 
 def acdc_nodes(
@@ -111,35 +111,25 @@ def acdc_nodes(
     """
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
-    stages = [list(range(graph.n_sources))[::-1]]
-    return _discover(bench, _Units(graph.ends[0], stages, graph.source_names, "ACDC over nodes"), threshold)
-
-
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """What is cut in one step: the unit of each edge, and the units in order, in stages that are idle together."""
-
-    of_edge: Int[Tensor, "edge"]
-    stages: list[list[int]]
-    names: list[str]
-    method: str
+    stages = [range(graph.n_sources)[::-1]]
+    return _discover(_Walk(bench, graph.ends[0], graph.source_names), stages, "ACDC over nodes", threshold)
 
 
 class _Walk:
-    """The edges that are left, the metric with them, and the outcome of each trial."""
+    """The edges that are left, the metric with them, and each trial's outcome. `of_edge`: the unit of each edge."""
 
-    def __init__(self, bench: Bench, units: _Units):
-        self.bench, self.units = bench, units
+    def __init__(self, bench: Bench, of_edge: Int[Tensor, "edge"], names: list[str]):
+        self.bench, self.of_edge, self.names = bench, of_edge, names
         self.kept = torch.ones(bench.graph.n_edges, dtype=torch.bool)
         means = bench.means(self.kept)
         self.base = self.value = float(means)
         self.n_runs, self.width = 1, 8
-        self.drop = torch.full((len(units.names),), torch.nan, dtype=means.dtype)
-        self.removed = torch.zeros(len(units.names), dtype=torch.bool)
+        self.drop = torch.full((len(names),), torch.nan, dtype=means.dtype)
+        self.removed = torch.zeros(len(names), dtype=torch.bool)
 
     def cut_if_idle(self, stage: list[int]) -> bool:
         """Cut a stage of which no edge leads to the logits any more."""
-        of_stage = torch.isin(self.units.of_edge, torch.tensor(stage))
+        of_stage = torch.isin(self.of_edge, torch.tensor(stage))
         if bool((self.bench.graph.on_a_path(self.kept[None], rooted=False)[0] & of_stage).any()):
             return False
         self.removed[stage] = True
@@ -152,7 +142,7 @@ class _Walk:
             batch = stage[: self.width]
             masks, kept = [], self.kept
             for unit in batch:
-                kept = kept & (self.units.of_edge != unit)
+                kept = kept & (self.of_edge != unit)
                 masks.append(kept)
             means = self.bench.means(torch.stack(masks))
             falls = torch.cat((means.new_tensor([self.value]), means))[:-1] - means
@@ -167,24 +157,24 @@ class _Walk:
             stage = stage[n_cut + bool(refused) :]
 
 
-def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
+def _discover(walk: _Walk, stages: Sequence[Sequence[int]], method: str, threshold: float) -> Discovery:
+    """Try the units of each stage in order; the units of a stage are idle together."""
     if not threshold > 0:
         raise InputError(f"threshold is how far the metric may fall at one cut, a number above 0; got {threshold!r}")
-    walk = _Walk(bench, units)
-    bar = progress(units.method, len(units.names), unit="units")
+    bench, bar = walk.bench, progress(method, len(walk.names), unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
-        for stage in units.stages:
+        for stage in map(list, stages):
             if not walk.cut_if_idle(stage):
                 walk.try_all(stage, threshold)
             advance(len(stage))
-    order = [unit for stage in units.stages for unit in stage]
+    order = [unit for stage in stages for unit in stage]
     tidy = bench.tidy(walk.kept)
     circuit = Circuit(
         graph=bench.graph,
         kept=tidy,
         # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
-        scores=torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0),
-        method=f"{units.method}, threshold {threshold:g}",
+        scores=torch.where(tidy, walk.drop.nan_to_num(0.0)[walk.of_edge], 0.0),
+        method=f"{method}, threshold {threshold:g}",
         replacement=bench.replacement,
         model_name=bench.model.cfg.model_name,
         dropped=int(walk.kept.sum() - tidy.sum()),
@@ -192,7 +182,7 @@ def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
     )
     return Discovery(
         circuit=circuit,
-        units=[units.names[unit] for unit in order],
+        units=[walk.names[unit] for unit in order],
         drop=walk.drop[order],
         removed=walk.removed[order],
         threshold=float(threshold),

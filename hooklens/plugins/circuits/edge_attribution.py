@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooklens.core.errors import InputError
 from hooklens.core.gradients import need_gradients
@@ -14,17 +14,12 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts
 from hooklens.metrics import ReadingMetric
+from hooklens.model.linear import is_plain
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.edge_scores import EdgeScores
-from hooklens.plugins.circuits.gradient_pass import (
-    differentiable_values,
-    edge_gradients,
-    edge_scores,
-    pairs_at_once,
-)
-from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.node_runs import AblatedOf, Run, ablated_runs, refuse, walk
+from hooklens.plugins.circuits.graph import CircuitGraph, Slot, circuit_graph
+from hooklens.plugins.circuits.node_runs import AblatedOf, Run, Stream, ablated_runs, refuse, walk
 from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Value, as_replacement
@@ -64,8 +59,7 @@ def _clean_gradient(model, graph: CircuitGraph, metric: Any, clean: Tensor, abla
         embedded = model(clean, stop_at_layer=0)
     run = walk(model, graph, embedded.requires_grad_())
     reader = Reader(model, metric, run.streams[-1].detach())
-    gradients = edge_gradients(model, graph, run, differentiable_values(reader, run.streams[-1]))
-    return edge_scores(graph, gradients, run.nodes - ablated.nodes), reader.base
+    return edge_scores(reader, graph, run, run.nodes - ablated.nodes), reader.base
 
 
 def scored(
@@ -115,11 +109,91 @@ def _batches(
     """Metric, clean tokens and ablated run of as many pairs as fit the memory at once."""
     for group, ablated_of in runs:
         n, n_pos = group.clean.shape
-        at_once = pairs_at_once(model, graph, n_pos, current().memory) if isinstance(metric, ReadingMetric) else n
+        at_once = _pairs_at_once(model, graph, n_pos, current().memory) if isinstance(metric, ReadingMetric) else n
         for rows in chunks(n, at_once):
             with torch.no_grad():
                 ablated = ablated_of(rows, None)
             yield of_pairs(group.of(metric), rows, n), group.clean[rows], ablated
+
+
+# -- gradients by what every receiver reads
+
+
+def edge_scores(
+    reader: Reader,
+    graph: CircuitGraph,
+    run: Run,
+    moved: Float[Tensor, "source pair pos d_model"],
+    sources: slice = slice(None),
+) -> Float[Tensor, "pair edge"]:
+    """Gradient times what an edge carries beyond the ablated run, summed over positions; 0 for other sources' edges.
+
+    `moved` holds the nodes that `sources` names.
+    """
+    first = sources.start or 0
+    by_pair = moved.transpose(0, 1).flatten(2)  # pair source (pos d_model)
+    scores = by_pair.new_zeros(len(by_pair), graph.n_edges)
+    for slot, grad in _edge_gradients(reader, graph, run, after=-1 if sources.start is None else first):
+        seen = min(slot.columns, first + len(moved)) - first
+        block = graph.block(scores, slot)
+        block[:, :, first : first + seen] = grad.flatten(2) @ by_pair[:, :seen].mT
+    return scores
+
+
+def _edge_gradients(
+    reader: Reader, graph: CircuitGraph, run: Run, *, after: int
+) -> Iterator[tuple[Slot, Float[Tensor, "pair receiver pos d_model"]]]:
+    """The gradient of the metric by each receiver's own input, slot by slot; those that read a node `after`."""
+    values = reader.in_graph(run.streams[-1])
+    if not values.requires_grad:
+        raise InputError(
+            "attribution differentiates the metric, and this one returned a value without a gradient; return a tensor "
+            "computed from the logits (no .item(), no argmax), or use exact edge patching"
+        )
+    slots = [i for i, slot in enumerate(graph.slots) if slot.columns > after]
+    leaves = [leaf for i in slots for leaf in run.leaves[i]]
+    grads = iter(torch.autograd.grad(values.sum(), leaves, allow_unused=True, materialize_grads=True))
+    for i in slots:
+        slot, own = graph.slots[i], [next(grads) for _ in run.leaves[i]]
+        if slot.kind != "attn":
+            yield slot, own[0][:, None]
+            continue
+        block, normed = reader.model.blocks[slot.layer], run.normed[slot.layer].detach()
+        linears = (block.attn.q, block.attn.k, block.attn.v)
+        back = [_through(linear, normed, grad) for linear, grad in zip(linears, own, strict=True)]
+        yield slot, _through_norm(block, run.streams[i].detach(), torch.cat(back, 1))
+
+
+def _through(
+    linear: nn.Module, normed: Stream, grad: Float[Tensor, "pair pos head d_head"]
+) -> Float[Tensor, "pair head pos d_model"]:
+    """Each head's gradient by the normalised stream, back through its part of a projection."""
+    n, d = grad.shape[2:]
+    if is_plain(linear):
+        return torch.einsum("bphd,hdm->bhpm", grad, linear.weight.detach().unflatten(0, (n, d)))
+    with torch.enable_grad():
+        x = normed.clone().requires_grad_()
+        out = linear(x).unflatten(-1, (n, d))
+        each = [torch.autograd.grad(out[:, :, h], x, grad[:, :, h], retain_graph=True)[0] for h in range(n)]
+    return torch.stack(each, 1)
+
+
+def _through_norm(block: Any, x: Stream, grad: Tensor) -> Float[Tensor, "pair receiver pos d_model"]:
+    """Every receiver has the norm on its own path: the same stream, a gradient of its own."""
+    if block.reads_through("attn").norm is None:
+        return grad
+    with torch.enable_grad():
+        copies = x[:, None].expand_as(grad).detach().requires_grad_()
+        return torch.autograd.grad(block.quiet_norm(copies), copies, grad)[0]
+
+
+def _pairs_at_once(model: HookedTransformer, graph: CircuitGraph, n_pos: int, memory: int) -> int:
+    """How many pairs fit: every node's output twice, a layer's gradients, and what autograd keeps."""
+    cfg = model.cfg
+    receivers = graph.n_heads + 2 * graph.n_kv_heads
+    kept = cfg.n_layers * (8 * cfg.d_model + 5 * cfg.d_mlp)
+    a_position = ((2 * graph.n_sources + 4 * receivers) * cfg.d_model + kept) * model.dtype.itemsize
+    return max(1, memory // (a_position * n_pos))
 
 
 def demo(model: HookedTransformer) -> EdgeScores:

@@ -13,9 +13,8 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.circuits.edge_attribution import Scored, scored
+from hooklens.plugins.circuits.edge_attribution import Scored, edge_scores, scored
 from hooklens.plugins.circuits.edge_scores import EdgeScores
-from hooklens.plugins.circuits.gradient_pass import differentiable_values, edge_gradients, edge_scores
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.node_runs import Run, observe, walk
 from hooklens.sweeps.measure import Reader
@@ -163,15 +162,13 @@ class _Integral:
         groups = _groups(graph)[: 1 if self.over == "inputs" else None]
         for kind, layer, sources in groups:
             away = moved[sources].sum(0)
-            after, scored_sources = (sources.start, sources) if own else (-1, slice(None))
+            scored_sources = sources if own else slice(None)
             for share in self.shares:
                 begin, shift = live.nodes[0], {(kind, layer): (share - 1) * away}
                 if kind == "embed":
                     begin, shift = begin + (share - 1) * away, {}
                 run = walk(model, graph, begin.detach().requires_grad_(), none, shift=shift)
-                values = differentiable_values(reader, run.streams[-1])
-                gradients = edge_gradients(model, graph, run, values, after=after)
-                total += edge_scores(graph, gradients, moved[scored_sources], scored_sources)
+                total += edge_scores(reader, graph, run, moved[scored_sources], scored_sources)
                 step(1 / (len(self.shares) * len(groups)))
         return total / (len(self.shares) * (1 if own else len(groups))), reader.base
 
