@@ -1,4 +1,4 @@
-"""A circuit's edges in another model's graph, once it is said which node stands for which; many such maps at once."""
+"""A circuit's edges in another model's graph, given a map of its nodes; many maps at once, and random maps."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 
-#: For each node of the source, and last for the logits, the node of the target that stands for it; -1: none.
+#: For each node of the source, and last for the logits, its counterpart in the target; -1: none.
 Maps = Int[Tensor, "map node"]
 _KINDS = ("q", "k", "v", "mlp", "logits")
 _SWEEPS = 20  # moves of every head, on average
 
 
 class Carrier:
-    """The edges of one circuit on their way to one target graph.
+    """Carries the edges of one circuit to one target graph.
 
     A key or value that several heads of the circuit share is carried head by head: in the target these may have
     keys of their own, or share with others. `weight` is each part's share of the circuit's scores.
@@ -45,15 +45,15 @@ class Carrier:
 
     def fixed(self) -> Int[Tensor, "node"]:
         """Embedding to embedding, logits to logits, nothing else yet."""
-        found = torch.full((self.source.n_sources + 1,), -1)
-        found[0], found[-1] = 0, self.target.n_sources
-        return found
+        nodes = torch.full((self.source.n_sources + 1,), -1)
+        nodes[0], nodes[-1] = 0, self.target.n_sources
+        return nodes
 
     def edges(self, maps: Maps) -> Int[Tensor, "map part"]:
         """The target's edge for every part; -1 where an end has no counterpart, or its sender writes too late."""
         sender, reader = maps[:, self.sender], maps[:, self.reader]
-        there = (sender >= 0) & (reader >= 0) & (sender < self.columns[reader])
-        return torch.where(there, self.start[self.kind, reader] + sender, -1)
+        exists = (sender >= 0) & (reader >= 0) & (sender < self.columns[reader])
+        return torch.where(exists, self.start[self.kind, reader] + sender, -1)
 
     def masks(self, maps: Maps) -> Bool[Tensor, "map edge"]:
         """The carried circuits."""
@@ -72,13 +72,12 @@ class Carrier:
         """The share of the circuit, by its scores, that cannot be carried."""
         return (self.edges(maps) < 0).double() @ self.weight
 
-    def scores(self, circuit: Circuit, found: Int[Tensor, "node"]) -> Float[Tensor, "edge"]:
+    def scores(self, circuit: Circuit, nodes: Int[Tensor, "node"]) -> Float[Tensor, "edge"]:
         """Every carried edge with the score that it has in the source; the largest where several become one."""
-        carried, scores = self.edges(found[None])[0], circuit.scores.cpu()
-        there = (carried >= 0).nonzero().flatten()
-        by_size = there[scores[self.edge[there]].abs().argsort(stable=True)].tolist()
+        carried, scores = self.edges(nodes[None])[0], circuit.scores.cpu()
+        parts = (carried >= 0).nonzero().flatten()
         out = torch.zeros(self.target.n_edges, dtype=scores.dtype)
-        for i in by_size:
+        for i in parts[scores[self.edge[parts]].abs().argsort(stable=True)].tolist():
             out[carried[i]] = scores[self.edge[i]]
         return out
 
@@ -119,37 +118,37 @@ def _starts(graph: CircuitGraph) -> tuple[Int[Tensor, "kind node"], Int[Tensor, 
 # -- random counterparts
 
 
-def shuffled(carrier: Carrier, found: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
-    """`n` maps onto random heads of the same layers: groups that share keys change places whole, heads within them."""
+def shuffled(carrier: Carrier, nodes: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
+    """`n` maps onto random heads of the same layers: whole groups that share keys are shuffled, and heads in each."""
     graph, draw = carrier.target, seeded(seed)
     shape = n, graph.n_layers, graph.n_kv_heads
     groups = torch.rand(shape, generator=draw).argsort(-1) + graph.n_kv_heads * torch.arange(graph.n_layers)[:, None]
     heads = torch.rand(*shape, graph.group, generator=draw).argsort(-1) + graph.group * groups[..., None]
-    return _placed(carrier, found, heads.flatten(1)[:, _places(carrier, found)])
+    return _placed(carrier, nodes, heads.flatten(1)[:, _places(carrier, nodes)])
 
 
-def random_maps(carrier: Carrier, found: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
+def random_maps(carrier: Carrier, nodes: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
     """`n` maps onto random heads anywhere, with as many edges that can exist in the target; MLPs stay.
 
-    A chain for each: two heads (or groups that share keys) change places where that leaves the number of edges as it
-    is, twenty times a head on average. Every map that such moves reach is drawn alike.
+    Each map is the end of a chain: two heads (or groups that share keys) are exchanged if the number of edges stays the
+    same, twenty times a head on average. Every map that such moves reach is equally likely.
     """
     graph, draw = carrier.target, seeded(seed, 1)
-    wanted = carrier.count(found[None])
-    places = _places(carrier, shuffled(carrier, found, n, seed=seed))
+    wanted = carrier.count(nodes[None])
+    places = _places(carrier, shuffled(carrier, nodes, n, seed=seed))
     row, n_heads = torch.arange(n), graph.n_layers * graph.n_heads
     for step in range(_SWEEPS * len(carrier.heads)):
         here = places[row, torch.randint(places.shape[1], (n,), generator=draw)]
         there = torch.randint(n_heads, (n,), generator=draw)
         size = graph.group if step % 2 else 1
         moved = _exchanged(places, here // size, there // size, size)
-        fits = carrier.count(_placed(carrier, found, moved)) == wanted
+        fits = carrier.count(_placed(carrier, nodes, moved)) == wanted
         places = torch.where(fits[:, None], moved, places)
-    return _placed(carrier, found, places)
+    return _placed(carrier, nodes, places)
 
 
 def _exchanged(places: Int[Tensor, "map head"], here: Tensor, there: Tensor, size: int) -> Int[Tensor, "map head"]:
-    """Whoever stands in one block of `size` heads changes places with whoever stands in the other."""
+    """Exchange two blocks of `size` heads: `here` and `there` are the numbers of the blocks in each map."""
     block, within = places // size, places % size
     to = torch.where(block == here[:, None], there[:, None], torch.where(block == there[:, None], here[:, None], block))
     return to * size + within
@@ -162,7 +161,7 @@ def _places(carrier: Carrier, maps: Int[Tensor, "*map node"]) -> Int[Tensor, "*m
     return number[maps[..., carrier.heads]]
 
 
-def _placed(carrier: Carrier, found: Int[Tensor, "node"], places: Int[Tensor, "map head"]) -> Maps:
-    maps = found.repeat(len(places), 1)
+def _placed(carrier: Carrier, nodes: Int[Tensor, "node"], places: Int[Tensor, "map head"]) -> Maps:
+    maps = nodes.repeat(len(places), 1)
     maps[:, carrier.heads] = head_nodes(carrier.target)[places]
     return maps

@@ -1,4 +1,4 @@
-"""A circuit: the edges that are kept, what the others carry, how it was found; it runs, draws and saves itself."""
+"""A circuit: the kept edges, what the others carry, and how it was found; it runs, draws and saves itself."""
 
 import os
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ _DRAWN = 400  # edges; the picture of more is a smear
 
 @dataclass(frozen=True, eq=False)
 class Circuit(Result):
-    """A set of edges of a model's graph, what all others carry, and the scores by which it was cut.
+    """A set of edges of a model's graph, the values that all other edges carry, and the scores of its edges.
 
     `dropped` counts edges that were chosen but lay on no path. `found_on` holds a digest of each prompt pair that chose
     it.
@@ -174,32 +174,32 @@ class Circuit(Result):
 
     @classmethod
     def load_json(cls, path: str | os.PathLike, *, value: Value | None = None) -> "Circuit":
-        """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape.
+        """Read a file of `save_json`. A foreign or damaged file is refused; `run` refuses a model of another shape.
 
-        The file only names what cut edges carry: give `value` where that is no word, such as "mean of reference".
+        The file has the name of the replacement only: give `value` if that is not a word, as "mean of reference".
         """
-        held = read_envelope(path, _SCHEMA).content
+        content = read_envelope(path, _SCHEMA).content
         with reading(path, _SCHEMA.what):
-            graph = CircuitGraph(*(held["graph"][part.name] for part in fields(CircuitGraph)))
-            numbers = graph.numbers(list(held["edges"]))
+            graph = CircuitGraph(*(content["graph"][part.name] for part in fields(CircuitGraph)))
+            numbers = graph.numbers(list(content["edges"]))
             if len(set(numbers)) != len(numbers):
-                raise ValueError("an edge is there twice")
+                raise ValueError("an edge occurs twice")
             scores = torch.zeros(graph.n_edges, dtype=torch.float64)
-            scores[numbers] = torch.tensor([float(score) for score in held["edges"].values()], dtype=torch.float64)
+            scores[numbers] = torch.tensor([float(score) for score in content["edges"].values()], dtype=torch.float64)
             if not scores.isfinite().all():
                 raise ValueError("a score is not finite")
-            written = str(held["ablation"])
+            written = str(content["ablation"])
             if value is None and written not in WORDS:
-                raise ValueError(f"its cut edges carry {written!r:.40}, of which it holds the name only: give value=")
+                raise ValueError(f"its cut edges carry {written!r:.40}, and it has only that name: give value=")
             return cls(
                 graph=graph,
                 kept=graph.mask(numbers),
                 scores=scores,
-                method=str(held["method"]),
+                method=str(content["method"]),
                 replacement=as_replacement(written if value is None else value),
-                model_name=str(held["model"]),
-                dropped=int(held["dropped"]),
-                found_on=[str(mark) for mark in held["found_on"]],
+                model_name=str(content["model"]),
+                dropped=int(content["dropped"]),
+                found_on=[str(mark) for mark in content["found_on"]],
             )
 
 
@@ -222,7 +222,7 @@ def circuit_of(
 
 
 def whole_circuit(model: HookedTransformer, *, value: Value = "corrupted") -> Circuit:
-    """Every edge of the model: where pruning begins."""
+    """The circuit of every edge of the model, from which pruning starts."""
     graph = circuit_graph(model)
     return circuit_of(model, range(graph.n_edges), value=value, method="all edges")
 

@@ -1,4 +1,4 @@
-"""Does a circuit found in one model exist in another? Carried over by its nodes' roles, beside random counterparts."""
+"""Does a circuit found in one model exist in another? Nodes are matched by role and compared with random matchings."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.carry import Carrier, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
-from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, beside, check_draws, measured
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, measured, measured_with
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.matching import Matching, match, measure_matching
@@ -27,15 +27,15 @@ from hooklens.sweeps.replacement import Replacement, is_run
 
 @dataclass(frozen=True, eq=False)
 class CircuitTransfer(Result):
-    """A circuit at home, and what became of it in another model, all on pairs that chose neither roles nor matching.
+    """A circuit in its own model and in another one, on pairs that were not used for roles and matching.
 
-    `mapped` is the circuit carried over by role; its random ones are carried to random heads, with as many edges, and
-    those of `in_layers` to random heads of the layers that the match chose: what roles add beyond depth. `own` is a
-    circuit of as many edges found in the target itself, `by_index` the same edges by name where both models have one
-    shape (else None). `home` stands beside random circuits of the source.
+    `home` is the circuit in the source, with random circuits of the source. `mapped` is the circuit carried over by
+    role, with circuits of as many edges on random heads; `in_layers` is the same with random heads of the matched
+    layers, which shows what roles add beyond depth. `own` is a circuit of as many edges found in the target itself,
+    and `by_index` has the same edges by name if both models have one shape (else None).
 
-    Shares of the target are NaN where ablating all of it does not move the metric: it does not do the task at all.
-    `n_different` says how many of the random circuits are different ones. Where they are few, no p-value can be small.
+    Shares of the target are NaN if ablating all of it does not move the metric: the target does not do the task.
+    `n_different` is the number of different random circuits. If it is small, no p-value can be small.
     """
 
     terms = {
@@ -55,7 +55,7 @@ class CircuitTransfer(Result):
 
     @property
     def replacement(self) -> Replacement:
-        """What edges outside a circuit, and nodes whose effect is measured, carried in either model."""
+        """What ablated edges and nodes carried in both models."""
         return self.mapped.replacement
 
     @property
@@ -118,16 +118,15 @@ def transfer_circuit(
 ) -> CircuitTransfer:
     """Does a circuit of `model` exist in `target`: another checkpoint, another seed, another architecture?
 
-    Every node gets a role: a head its taxonomy label, and each node what the task loses without it, under the
-    circuit's own ablation. Nodes of the circuit are matched to nodes of the target by role (`match`), its edges are
-    carried over, and those that the target cannot have are lost. What arrives runs in the target beside `draws`
-    circuits on random heads with as many edges, and beside one that the target itself shows (EAP-IG at midpoints, grown
-    from the logits).
+    The role of a node is what the task loses without it, under the circuit's own ablation, and for a head its label in
+    the taxonomy. Nodes of the circuit are matched to nodes of the target by role (`match`) and its edges are carried
+    over, except those that cannot exist in the target. The carried circuit is compared with `draws` circuits of as many
+    edges on random heads, and with a circuit found in the target itself (EAP-IG at midpoints, grown from the logits).
 
     Roles are measured on one half of the pairs, faithfulness on the other: `halves(len(task), group=task.group,
     seed=seed)`, so that a circuit found on the first of these is tested on pairs it has not seen. The tasks hold the
-    same texts in the same order, each in its model's tokens. `taxonomies` are those of both models, worked out if not
-    given.
+    same texts in the same order, in the tokens of their models. `taxonomies` are those of both models, computed by
+    default.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -144,9 +143,9 @@ def transfer_circuit(
     labels = (classify_heads(model, seed=seed), classify_heads(target, seed=seed)) if taxonomies is None else taxonomies
     evidence = comparable(*labels)
     nodes = torch.isin(torch.arange(circuit.graph.n_sources), torch.tensor(carrier.nodes))
-    ours = roles_of(model, task[chosen], evidence[0], value=circuit.replacement, nodes=nodes)
-    others = roles_of(target, target_task[chosen], evidence[1], value=circuit.replacement)
-    places = match(carrier, ours, others)
+    source_roles = roles_of(model, task[chosen], evidence[0], value=circuit.replacement, nodes=nodes)
+    target_roles = roles_of(target, target_task[chosen], evidence[1], value=circuit.replacement)
+    places = match(carrier, source_roles, target_roles)
     nulls = {
         "random heads": carrier.masks(random_maps(carrier, places, draws, seed=seed)),
         "random in same layers": carrier.masks(shuffled(carrier, places, draws, seed=seed)),
@@ -157,14 +156,15 @@ def transfer_circuit(
         circuits.append(circuit)
     home = measured(circuit.bench(model, task[tested]), circuit, draws, seed)
     bench = Bench(target, target_task[tested], circuit.replacement, keep=True)
-    results = beside(bench, circuits, nulls["random heads"]) + beside(bench, [carried], nulls["random in same layers"])
-    # the texts are those of `home`, whatever their tokens are in the target
+    results = measured_with(bench, circuits, nulls["random heads"])
+    results += measured_with(bench, [carried], nulls["random in same layers"])
+    # groups and seen prompts are those of `home`: the target has the same texts in other tokens
     results = [replace(found, group=home.group, n_seen=home.n_seen) for found in results]
     mapped, own, *by_index, in_layers = results
     return CircuitTransfer(
         source=model.cfg.model_name,
         target=target.cfg.model_name,
-        matching=measure_matching(carrier, places, ours, others),
+        matching=measure_matching(carrier, places, source_roles, target_roles),
         home=home,
         mapped=mapped,
         in_layers=in_layers,
@@ -176,22 +176,23 @@ def transfer_circuit(
 
 
 def _checked(model, circuit: Circuit, task: PromptPairs, target, target_task: PromptPairs) -> Carrier:
-    """The circuit's edges, ready to be carried over, where the question can be asked at all."""
+    """The carrier of the circuit's edges; raises if circuit, tasks and target do not fit each other."""
     circuit.check(model)
     carrier = Carrier(circuit, circuit_graph(target))
     if not carrier.heads:
         raise InputError(
-            f"the circuit has {circuit.n_edges} edges and no head in them, and only heads have labels to be matched "
-            "by; take a circuit with more edges"
+            f"the circuit has {circuit.n_edges} edges and no head in them, and matching needs the labels "
+            "of heads; take a circuit with more edges"
         )
     if len(task) != len(target_task):
         raise InputError(
-            f"both tasks hold the same texts in the same order, got {len(task)} pairs for {model.cfg.model_name!r} and "
-            f"{len(target_task)} for {target.cfg.model_name!r}; leave out of both what one tokenizer cannot align"
+            f"both tasks must have the same texts in the same order, got {len(task)} pairs for "
+            f"{model.cfg.model_name!r} and {len(target_task)} for {target.cfg.model_name!r}; leave out of both the "
+            "pairs that one tokenizer cannot align"
         )
-    mine, theirs = (group_numbers(len(one), one.group) for one in (task, target_task))
-    if target_task.group is not None and not torch.equal(mine, theirs):
-        raise InputError("the two tasks hold the same texts, but group their pairs differently; give both one group=")
+    source_group, target_group = (group_numbers(len(pairs), pairs.group) for pairs in (task, target_task))
+    if target_task.group is not None and not torch.equal(source_group, target_group):
+        raise InputError("the two tasks group their pairs differently; give both the same group=")
     return carrier
 
 
@@ -209,7 +210,7 @@ def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: P
 
 
 def _own(target, task: PromptPairs, carried: Circuit) -> Circuit:
-    """A circuit of as many edges that the target itself shows."""
+    """A circuit of as many edges that is found in the target itself."""
     if is_run(carried.replacement, "corrupted"):
         return eap_ig_midpoint(target, task).greedy_edges(max(1, carried.n_edges))
     return eap_ig_own_source(target, task, value=carried.replacement).greedy_edges(max(1, carried.n_edges))

@@ -1,4 +1,4 @@
-"""The faithfulness of circuits of growing size that one set of scores lets in, beside random ones at every size."""
+"""The faithfulness of circuits of growing size, cut from one set of scores, with random circuits of every size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve(Result):
-    """Faithfulness of circuits of growing size, cut from one set of scores, beside random ones at every size."""
+    """Faithfulness of circuits of growing size, and of random circuits of every size."""
 
     sizes: Int[Tensor, "size"]
     values: Float[Tensor, "size"]
@@ -44,7 +44,7 @@ class FaithfulnessCurve(Result):
 
     @property
     def distance(self) -> float:
-        """The area between the curve and 1, on the same scale: 0 for circuits that all do what the model does."""
+        """The area between the curve and 1, on the same scale: 0 if all circuits are faithful."""
         return float(self._area((1 - self.values).abs()[None], start=1.0)[0])
 
     @property
@@ -54,10 +54,10 @@ class FaithfulnessCurve(Result):
 
     @property
     def p(self) -> float:
-        """How often random circuits come at least as close to 1 over all sizes, the scores' own counted in.
+        """How often random circuits are at least as close to 1 over all sizes, with the scores' own circuits counted.
 
-        The found circuits hold one another, so that one that is close by chance has close neighbours; random circuits
-        of different sizes are drawn apart. Hence the closest of every size make one curve, the second closest the next.
+        The circuits of the curve contain each other, so one that is close to 1 by chance has close neighbours; random
+        circuits of different sizes are independent. So the closest of every size form one curve, and so on.
         """
         nearest_first = (1 - self.random).abs().sort(0).values
         return float(tied_p(-self._area((1 - self.values).abs()[None], 1.0)[0], -self._area(nearest_first, 1.0)))
@@ -108,7 +108,7 @@ def trace_faithfulness(
     group: Int[Tensor, "pair"] | None = None,
     draws: int = LEAST_DRAWS,
 ) -> FaithfulnessCurve:
-    """How does faithfulness grow with the number of edges that the scores let in, and what would chance give?
+    """The faithfulness of circuits of growing size, cut from one set of scores, compared with random circuits.
 
     Circuits of at most these `sizes` are grown from the logits (`scores.greedy_edges`). Without `sizes`: from 0.2 % to
     half of the edges.
@@ -122,8 +122,8 @@ def trace_faithfulness(
         raise InputError(
             f"no circuit of at most {max(wanted)} edges reaches from the embedding to the logits; take larger sizes"
         )
-    found = [circuits[n] for n in sorted(circuits)]
-    return curve_of(found[0].bench(model, clean, corrupted, metric, group=group), scores, found, draws)
+    by_size = [circuits[n] for n in sorted(circuits)]
+    return curve_of(by_size[0].bench(model, clean, corrupted, metric, group=group), scores, by_size, draws)
 
 
 def curve_of(bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], draws: int) -> FaithfulnessCurve:

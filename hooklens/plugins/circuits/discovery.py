@@ -1,4 +1,4 @@
-"""Automated circuit discovery: walk from the logits down and cut every edge, or node, that the metric does not miss."""
+"""Automated circuit discovery: walk from the logits down and cut every edge, or node, that the metric does not need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ _MOST = 64  # cuts that are tried at once
 
 @dataclass(frozen=True, eq=False)
 class Discovery(Result):
-    """The circuit that was left, and what each cut, made or refused, did to the metric.
+    """The circuit that is left, and the effect of each cut, made or refused, on the metric.
 
-    `drop` is how far the metric fell when the unit was cut from what was left at that time; NaN for a unit that was not
-    tried, because by then nothing that it could change led to the logits.
+    `drop` is how far the metric fell when the unit was cut from the edges left at that time. It is NaN for a unit that
+    was not tried because none of its edges led to the logits any longer.
     """
 
-    ranked_by = "what losing the unit would cost"
+    ranked_by = "the metric's fall without the unit"
 
     circuit: Circuit
     units: list[str]
@@ -45,17 +45,17 @@ class Discovery(Result):
 
     @property
     def kept(self) -> list[str]:
-        """The units that stayed, in the order in which they were tried."""
+        """The units that were kept, in the order in which they were tried."""
         return [unit for unit, gone in zip(self.units, self.removed.tolist(), strict=True) if not gone]
 
     def table(self, n: int | None = 20) -> Table:
-        """The kept units by what their loss would have cost."""
+        """The kept units, ranked by how far the metric falls without them."""
         kept = (~self.removed).nonzero().flatten()
         order = kept[self.drop[kept].argsort(descending=True, stable=True)].tolist()[:n]
         return Table(("kept", "the metric's fall if cut"), [(self.units[i], float(self.drop[i])) for i in order])
 
     def figure(self) -> Any:
-        """The circuit that was left."""
+        """The circuit that is left."""
         return self.circuit.figure()
 
 
@@ -79,8 +79,8 @@ def acdc(
     >>> found.kept                               # one of the two heads: either is enough
     ['MLP0->logits', 'L0H0->MLP0']
 
-    Many cuts are tried in one batch, each as if those before it had been made; what follows the first refused one is
-    tried again. So the outcome is that of one trial after the other.
+    Many cuts are tried in one batch, each as if those before it had been made, and the cuts after the first refused one
+    are tried again. So the result is that of one trial after the other.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
     """
@@ -100,7 +100,7 @@ def acdc_nodes(
     threshold: float,
     value: Value = "corrupted",
 ) -> Discovery:
-    """Which whole nodes can be cut one after another, the last first? A cut node hands everyone its ablated output.
+    """Which whole nodes can be cut one after another, the last first? Every reader then gets its ablated output.
 
     >>> from hooklens.testing import or_gate
     >>> logit = lambda logits: logits[:, -1, 1]
@@ -128,7 +128,7 @@ class _Walk:
         self.removed = torch.zeros(len(names), dtype=torch.bool)
 
     def cut_if_idle(self, stage: list[int]) -> bool:
-        """Cut a stage of which no edge leads to the logits any more."""
+        """Cut a stage none of whose edges leads to the logits any longer, and say so."""
         of_stage = torch.isin(self.of_edge, torch.tensor(stage))
         if bool((self.bench.graph.on_a_path(self.kept[None], rooted=False)[0] & of_stage).any()):
             return False
@@ -172,7 +172,7 @@ def _discover(walk: _Walk, stages: Sequence[Sequence[int]], method: str, thresho
     circuit = Circuit(
         graph=bench.graph,
         kept=tidy,
-        # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
+        # the score of an edge is the fall of the metric without its unit; a node's edges share one score
         scores=torch.where(tidy, walk.drop.nan_to_num(0.0)[walk.of_edge], 0.0),
         method=f"{method}, threshold {threshold:g}",
         replacement=bench.replacement,

@@ -58,7 +58,7 @@ class EdgeScores(Result):
     def greedy_edges(self, n: int) -> Circuit:
         """At most `n` edges, grown from the logits: always the largest score among edges into nodes that are in.
 
-        So no edge leads nowhere; those that no path from the embedding reaches are dropped at the end.
+        So every edge leads to the logits; edges that no path from the embedding reaches are dropped at the end.
 
         Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 (greedy search; there n edges are taken
         before dead ends are dropped).
@@ -77,7 +77,7 @@ class EdgeScores(Result):
         return self._circuit(self.graph.of_nodes(nodes)[0], f"top {n} nodes")
 
     def _largest(self, order: list[int], n: int, how: str) -> Circuit:
-        """As many edges from the front of an order as leave at most n on paths: more of them never leave fewer."""
+        """As many of the first edges as leave at most n on paths: more of them never leave fewer."""
         if not 1 <= n <= self.graph.n_edges:
             raise InputError(f"this model has {self.graph.n_edges} edges, so n lies between 1 and that; got {n}")
         fits, too_many = n, self.graph.n_edges + 1
@@ -119,7 +119,7 @@ class EdgeScores(Result):
 
 
 def _grown(graph: CircuitGraph, scores: Float[Tensor, "edge"]) -> list[int]:
-    """Every edge in the order in which a circuit grows: a queue, by score, of the edges into what is already in."""
+    """Every edge in the order in which a circuit grows: a queue, by score, of the edges into nodes that are in."""
     size, sources, receivers = scores.abs().tolist(), graph.ends[0].tolist(), graph.receivers
     queue: list[tuple[float, int]] = []
     order: list[int] = []

@@ -1,4 +1,4 @@
-"""Is a circuit faithful, complete and minimal? All three on held-out prompts, beside random circuits of its make."""
+"""Is a circuit faithful, complete and minimal? All three on held-out prompts, compared with random circuits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class CircuitEvaluation(Result):
     minimality: Minimality
 
     def table(self, n: int | None = None) -> Table:
-        """The three in rows, each beside random circuits."""
+        """All three in rows, each compared with random circuits."""
         faithful, complete, minimal = self.faithfulness, self.completeness, self.minimality
         idle, q = minimal.idle, minimal.q
         rows = [
@@ -67,13 +67,13 @@ def evaluate_circuit(
     draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitEvaluation:
-    """Does the circuit do what the model does, does it hold all of it, and does it need every edge?
+    """Is the circuit faithful to the model, is it complete, and is every edge needed?
 
-    Give prompts that the circuit was not found on. `draws` random circuits of the same size, layer profile and
-    connectivity stand beside each of the three. About (2 + 2 * 10 + 8 * 6) * `draws` runs of circuits.
+    Give prompts that the circuit was not found on. All three are compared with `draws` random circuits of the same
+    size, layer profile and connectivity. This takes about (2 + 2 * 10 + 8 * 6) * `draws` runs of circuits.
 
-    Completeness and minimality are searches over sets K of the circuit's edges, so that their values are what was
-    found, not bounds. Beside Wang's completeness stands that of Marks: what all edges outside the circuit keep.
+    Completeness and minimality are searches over sets K of the circuit's edges, so their values are not bounds. The
+    result has completeness by Wang et al. and by Marks et al. (the share that all edges outside the circuit keep).
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model(n_layers=1))

@@ -1,4 +1,4 @@
-"""How faithful is a circuit: the metric of its edges alone, beside the model, no edge at all, and random circuits."""
+"""Faithfulness of a circuit: the metric of its edges alone, compared with the model, no edge, and random circuits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ LEAST_DRAWS = 100  # random circuits: each runs on every pair; with fewer no p l
 
 @dataclass(frozen=True, eq=False)
 class Faithfulness(Result):
-    """The metric of a circuit, of the model, of no edge at all, and of random circuits of the same make, pair by pair.
+    """The metric of a circuit, of the model, of no edge at all, and of random circuits, pair by pair.
 
-    `n_seen` of the pairs are ones that the circuit was found on: only 0 makes this an evaluation on held-out prompts.
-    `overlap` is the share of the circuit's edges that a random one has too, on average: what the control cannot see.
+    `n_seen` is the number of pairs that the circuit was found on: held-out prompts have 0. `overlap` is the share of
+    the circuit's edges that a random circuit has too, on average: the control says nothing about these.
     """
 
     baselines = ("value",)
@@ -77,7 +77,7 @@ class Faithfulness(Result):
 
     @property
     def p(self) -> float:
-        """How often a random circuit is at least as close to 1, the circuit itself counted in."""
+        """How often a random circuit is at least as close to 1, with the circuit itself counted."""
         own = self.share(self.per_pair[None])[0]
         return float(tied_p(-(1 - own).abs(), -(1 - self.random).abs()))
 
@@ -100,7 +100,7 @@ class Faithfulness(Result):
         return shares if self.defined else torch.full_like(shares, torch.nan)
 
     def table(self, n: int | None = None) -> Table:
-        """What it comes to, in rows."""
+        """Faithfulness with its interval, that of random circuits, and the metrics behind it."""
         (low, high), (least, middle, most) = self.interval(), self.random_range
         rows = [
             ("faithfulness", self.value),
@@ -125,8 +125,8 @@ class Faithfulness(Result):
         from hooklens.viz.curves import beside
 
         title = f"Faithfulness of {self.circuit.n_edges} edges beside random circuits ({self.replacement} ablation)"
-        marks, found = {"the model": 1.0, "no edge": 0.0}, {"the circuit": (self.value, *self.interval())}
-        return beside(found, self.random, title, x_title="faithfulness", drawn="random circuits", marks=marks)
+        marks, own = {"the model": 1.0, "no edge": 0.0}, {"the circuit": (self.value, *self.interval())}
+        return beside(own, self.random, title, x_title="faithfulness", drawn="random circuits", marks=marks)
 
 
 def measure_faithfulness(
@@ -140,7 +140,7 @@ def measure_faithfulness(
     draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> Faithfulness:
-    """How much of what the model does is left when only the circuit's edges are live, and how much would be by chance?
+    """How much of the model's metric is left when only the circuit's edges are live, compared with random circuits?
 
     Give prompts that the circuit was not found on. `group` says which pairs share names or a sentence: intervals
     resample whole groups. Random circuits have as many edges between the same layers and kinds, on whole paths.
@@ -158,7 +158,7 @@ def measure_faithfulness(
 
 
 def check_draws(draws: int) -> None:
-    """Beside how many random circuits may a circuit be judged?"""
+    """Raise if there are too few random circuits to compare with."""
     if draws < LEAST_DRAWS:
         raise ArgumentError(
             "{draws} must be at least {0} random circuits to compare with, got {1}: their spread and p-values down to "
@@ -170,10 +170,10 @@ def check_draws(draws: int) -> None:
 
 def measured(bench: Bench, circuit: Circuit, draws: int, seed: int) -> Faithfulness:
     """The faithfulness of one circuit, on a bench that may be used for more."""
-    return beside(bench, [circuit], random_circuits(bench.graph, circuit.kept, draws, seed=seed))[0]
+    return measured_with(bench, [circuit], random_circuits(bench.graph, circuit.kept, draws, seed=seed))[0]
 
 
-def beside(bench: Bench, circuits: Sequence[Circuit], null: Bool[Tensor, "draw edge"]) -> list[Faithfulness]:
+def measured_with(bench: Bench, circuits: Sequence[Circuit], null: Bool[Tensor, "draw edge"]) -> list[Faithfulness]:
     """The faithfulness of circuits, each compared with the same random ones."""
     kept = torch.stack([circuit.kept.cpu() for circuit in circuits])
     runs, marks = bench.run(torch.cat((kept, null))), bench.digests()
@@ -198,7 +198,7 @@ def tied_p(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> 
     >>> tied_p(torch.tensor(1.0), torch.tensor([1.0 - 1e-7, 0.5])).item()
     0.666...
 
-    Random circuits may well be the circuit itself, whose value then depends on the order of a sum.
+    A random circuit may be the circuit itself, whose value then depends on the order of a sum.
     """
     return null_p(value.to(null) - slack(null), null)
 

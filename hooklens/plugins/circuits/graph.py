@@ -1,4 +1,4 @@
-"""The graph of a model: what writes into the residual stream, and what reads each of these on its own."""
+"""The graph of a model: the nodes that write into the residual stream, and the receivers that read each of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class CircuitGraph(Result):
         if not all(type(size) is int and 1 <= size <= _MOST_OF_A_KIND for size in sizes) or self.n_heads % sizes[2]:
             raise InputError(
                 f"a graph of {sizes[0]!r:.20} layers, {sizes[1]!r:.20} heads and {sizes[2]!r:.20} key/value heads was "
-                f"asked for; each is a whole number up to {_MOST_OF_A_KIND:,}, and the second a multiple of the third"
+                f"asked for; each is a whole number up to {_MOST_OF_A_KIND:,}, the second a multiple of the third"
             )
         if self.n_edges > _MOST_EDGES:  # every circuit of the graph has a score an edge
             raise InputError(f"a graph of {self.n_edges:,} edges was asked for; at most {_MOST_EDGES:,} can be held")
@@ -190,7 +190,7 @@ class CircuitGraph(Result):
         return sources, torch.arange(len(columns)).repeat_interleave(torch.tensor(columns))
 
     def name(self, edge: int) -> str:
-        """What an edge is called.
+        """The name of an edge.
 
         >>> CircuitGraph(2, 4, 2).name(0)
         'embed->L0H0.q'
@@ -313,16 +313,16 @@ class CircuitGraph(Result):
 
 
 def circuit_graph(model: HookedTransformer) -> CircuitGraph:
-    """Every node and edge of a model: who writes into the residual stream, and who could read it.
+    """Every node and edge of a model: what writes into the residual stream, and what reads it.
 
     >>> from hooklens.testing import tiny_model
     >>> graph = circuit_graph(tiny_model(n_layers=1, n_heads=4))
     >>> graph.n_edges, graph.name(22)
     (23, 'MLP0->logits')
 
-    In parallel blocks a layer's MLP does not read its heads. Where a norm stands behind attention (sandwich blocks), a
-    head's output is its share of `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of
-    W_O in equal parts); that one scale is shared by the layer's heads and is no edge.
+    In parallel blocks a layer's MLP does not read its heads. With a norm behind attention (sandwich blocks), the output
+    of a head is its share of `attn_out`: its result, scaled by the norm of the whole sum (biases of W_O in equal
+    parts). The heads of a layer share that scale, which is not an edge.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 2 and appendix.
     """

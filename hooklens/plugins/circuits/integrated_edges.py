@@ -31,10 +31,9 @@ def eap_ig(
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over inputs between the corrupted and the clean prompt's embedding.
 
-    Where the metric is flat at the clean run (a saturated softmax, an OR), plain gradients see nothing; on the way
-    there they do. Gradients are taken at 0/steps, 1/steps, ..., (steps - 1)/steps of the way, as the authors' code
-    does. The path begins in the corrupted run, so that only the corrupted run is ablated with; for other ablations use
-    `eap_ig_activations`. `eap_ig_midpoint` needs fewer steps for the same integral.
+    Where the metric is flat at the clean run (a saturated softmax, an OR), plain gradients are 0; on the way to it they
+    are not. Gradients are taken at 0/steps, 1/steps, ..., (steps - 1)/steps of the way, as in the authors' code. The
+    path begins in the corrupted run, which is the only ablation; for others use `eap_ig_activations`.
 
     >>> from hooklens.testing import tiny_model
     >>> scores = eap_ig(tiny_model(), [[1, 2, 3]], [[1, 4, 3]], lambda logits: logits[:, -1, 5], steps=2)
@@ -78,10 +77,9 @@ def eap_ig_activations(
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over runs in which one group of nodes is between ablated and clean.
 
-    A group is the embedding, a layer's heads, or its MLP. In each run one of them writes 1/steps, 2/steps, ..., all of
-    the way from its ablated to its clean output, as a constant; everything before it is clean, everything after it
-    follows. Every edge of the model is scored in every run, and the mean is over all groups and steps: an edge counts
-    in the runs of other groups too, and gets nothing in those that hold its own receiver constant.
+    A group is the embedding, a layer's heads, or its MLP. In each run one group writes 1/steps, 2/steps, ..., all of
+    the way from its ablated to its clean output, as a constant; everything before it is clean. Every edge of the model
+    is scored in every run, and the mean is over all groups and steps.
 
     >>> from hooklens.testing import or_gate
     >>> metric = lambda logits: logits[:, -1, 1]
@@ -89,7 +87,7 @@ def eap_ig_activations(
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]     # heads: open at 2 of 5 steps, 1 of 3 groups
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.1333), ('L0H1->MLP0', 0.1333)]
 
-    That works whatever ablated edges carry. `eap_ig_own_source` scores an edge in the runs of its own source alone.
+    This works for every ablation. `eap_ig_own_source` scores an edge in the runs of its own source only.
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """
@@ -110,16 +108,16 @@ def eap_ig_own_source(
     """Edge attribution with each edge's gradient averaged between its own source's ablated and clean outputs.
 
     The edges that leave a layer's heads (or its MLP, or the embedding) get gradients from runs in which all of these
-    write a mixture of their ablated and clean output; everything after them follows. So the edges that leave the last
-    such group add up to what ablating them does.
+    write a mixture of their ablated and clean output. So the scores of edges that leave the last such group add up to
+    the effect of ablating them.
 
     >>> from hooklens.testing import or_gate
     >>> scores = eap_ig_own_source(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], value="zero")
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.5), ('L0H1->MLP0', 0.5)]
 
-    A variant of `eap_ig_activations`, not a published method; it too takes `steps` runs for each group of nodes, at the
-    middle of each step.
+    A variant of `eap_ig_activations`, not a published method, with `steps` runs for each group of nodes, at the middle
+    of each step.
     """
     shares = _shares(steps, 0.5)
     pairs, name = as_pairs(model, clean, corrupted, metric), f"EAP-IG over each edge's own source, {steps} steps"

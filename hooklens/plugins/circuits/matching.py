@@ -1,4 +1,4 @@
-"""Which node of one model plays the part of a node in another? A one-to-one matching by label and causal effect."""
+"""A one-to-one matching of the nodes of two models, by label and causal effect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from hooklens.plugins.circuits.roles import Roles
 from hooklens.plugins.heads.taxonomy import UNLABELLED
 from hooklens.results.result import Result, Table
 
-_TIE = 0.01  # effects first: where a head looks and how deep it lies decide between heads of almost equal effect
+_TIE = 0.01  # effects first: attention and depth decide between heads of almost equal effect
 _STARTS = (0.0, 0.3, 1.0, 3.0)  # weights of depth; with 0 an assignment that no edge constrains is the best one
 _SLACK = 1e-9
 Costs = Float[Tensor, "chosen target_or_none"]
@@ -22,10 +22,10 @@ Costs = Float[Tensor, "chosen target_or_none"]
 
 @dataclass(frozen=True, eq=False)
 class Matching(Result):
-    """Which node of the target stands for each node of the circuit, with the evidence on both sides.
+    """The counterpart in the target of each node of the circuit, with the label and the effect of both.
 
     `distance` is between effects, in shares of the metric. A node without a counterpart has target "" and NaN. `lost`
-    are the circuit's edges that the target has no counterpart for, whole or for one of the heads that read them.
+    are the circuit's edges without a counterpart in the target, for all or for one of the heads that read them.
     """
 
     ranked_by = "how much the task needs the node in the source"
@@ -83,11 +83,10 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
     """The target's node for every node of the circuit: equal labels first, then near effects and edges that can exist.
 
     As many heads as possible get one of their own label; a head with two labels half matches one with either, and one
-    without a label half matches any. Then the differences between effects, and what is lost with edges that the target
-    cannot have (each by its share of the circuit's scores), are made small together: optimal assignments by labels,
-    effects and more and more of relative depth, from each of which nodes move and change places as long as that helps,
-    and the best end of them. Where effects are almost equal, attention and relative depth decide. MLPs go to MLPs by
-    effect and relative depth.
+    without a label half matches any. Then the differences between effects, and the edges that the target cannot have
+    (each by its share of the circuit's scores), are minimised together: from optimal assignments by labels, effects and
+    a growing weight of relative depth, nodes are moved and exchanged as long as that helps, and the best result is
+    taken. Between almost equal effects, attention and relative depth decide. MLPs are matched to MLPs.
 
     Reference: Kuhn (1955), "The Hungarian Method for the Assignment Problem".
     """
@@ -101,17 +100,17 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
 
 
 def measure_matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles, target: Roles) -> Matching:
-    """The map as a result."""
+    """The map with its labels and effects, as a result."""
     nodes = carrier.nodes
     to = found[nodes].tolist()
-    names, theirs = source.graph.source_names, target.graph.source_names
+    names, target_names = source.graph.source_names, target.graph.source_names
     gone = carrier.edge[carrier.edges(found[None])[0] < 0].unique().tolist()
     effect = torch.stack([target.effect[t] if t >= 0 else target.effect.new_tensor(torch.nan) for t in to])
     return Matching(
         source=[names[i] for i in nodes],
         source_label=[source.labels[i] for i in nodes],
         source_effect=source.effect[nodes],
-        target=[theirs[t] if t >= 0 else "" for t in to],
+        target=[target_names[t] if t >= 0 else "" for t in to],
         target_label=[target.labels[t] if t >= 0 else "" for t in to],
         target_effect=effect.to(source.effect),
         lost=[source.graph.name(edge) for edge in gone],
@@ -120,31 +119,31 @@ def measure_matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles
 
 
 def _costs(carrier: Carrier, source: Roles, target: Roles) -> Costs:
-    """What it costs to let one node stand for another: infinite between kinds; the last column is nobody."""
+    """The cost of matching each node to each node of the target, infinite between kinds; last column: to none."""
     nodes, n = carrier.nodes, target.graph.n_sources
     apart = (source.effect[nodes].double()[:, None] - target.effect.double()).abs()
     looks = torch.cdist(source.attention[nodes].double(), target.attention.double(), p=1)
     deep = (_depth(source)[nodes, None] - _depth(target)).abs()
     heads = torch.tensor([source.graph.is_head(node) for node in nodes])
-    theirs = torch.tensor([target.graph.is_head(node) for node in range(n)])
+    target_heads = torch.tensor([target.graph.is_head(node) for node in range(n)])
     # convex: sums of mere distances are often equal for two pairings, of which only one keeps the order of effects
     cost = apart + apart.square() + torch.where(heads[:, None], _TIE * (looks + deep), deep)
     cost[:, 0] = torch.inf
-    cost.masked_fill_(heads[:, None] != theirs, torch.inf)
+    cost.masked_fill_(heads[:, None] != target_heads, torch.inf)
     labels = torch.tensor([[_differ(source.labels[i], target.labels[j]) for j in range(n)] for i in nodes])
     # no sum of distances, and no loss of edges, outweighs half a label
     least = 2 * (1 + cost.masked_fill(cost.isinf(), 0).amax(1).sum())
-    cost = cost + least * torch.where(heads[:, None] & theirs, labels, 0.0)
-    nobody = source.effect[nodes].double().abs() + 1
-    return torch.cat((cost, nobody[:, None]), 1)
+    cost = cost + least * torch.where(heads[:, None] & target_heads, labels, 0.0)
+    unmatched = source.effect[nodes].double().abs() + 1
+    return torch.cat((cost, unmatched[:, None]), 1)
 
 
 def _differ(label: str, other: str) -> float:
     """0 for the same labels, 1 for none in common; half where some are, or where one head has none."""
-    one, two = set(label.split(", ")), set(other.split(", "))
-    if one != two and {UNLABELLED} in (one, two):
+    labels, others = set(label.split(", ")), set(other.split(", "))
+    if labels != others and {UNLABELLED} in (labels, others):
         return 0.5
-    return 1 - len(one & two) / len(one | two)
+    return 1 - len(labels & others) / len(labels | others)
 
 
 def _depth(roles: Roles) -> Float[Tensor, "source"]:
@@ -178,15 +177,15 @@ def _peers(carrier: Carrier, heads: bool) -> list[int]:
 
 
 def _total(carrier: Carrier, costs: Costs, maps: Maps) -> Float[Tensor, "map"]:
-    """What maps cost, lost edges included."""
+    """The cost of maps, lost edges included."""
     return costs[torch.arange(len(carrier.nodes)), maps[:, carrier.nodes]].sum(1) + carrier.lost(maps)
 
 
 def _improved(
     carrier: Carrier, total: Callable[[Maps], Tensor], found: Int[Tensor, "node"], source: Roles
 ) -> Int[Tensor, "node"]:
-    """Move nodes, or let two change places, as long as that is cheaper."""
-    # the largest effect first: the order in which models number their heads must not matter
+    """Move a node, or exchange two, as long as that is cheaper."""
+    # the largest effect first: the numbering of heads must not matter
     order = sorted(carrier.nodes, key=lambda node: -abs(float(source.effect[node])))
     best, before = float(total(found[None])), float("inf")
     while best < before - _SLACK:
@@ -201,7 +200,7 @@ def _improved(
 
 
 def _moves(found: Int[Tensor, "node"], node: int, to: list[int]) -> Maps:
-    """The node put in each of these places; who stands there goes to its own."""
+    """The node put in each of these places, exchanged with the node that is there."""
     there = torch.tensor(to, dtype=torch.long)[:, None]
     maps = torch.where(found == there, found[node], found)
     maps[:, node] = there[:, 0]

@@ -1,4 +1,4 @@
-"""What every node writes in a run, and the runs that ablated edges carry."""
+"""Runs seen from the graph: what every node writes, in a run of the model and in the run that ablated edges carry."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,7 +120,7 @@ def _shifted(wrote: Stream, by: Stream | None) -> Stream:
 def head_outputs(
     block: Any, z: Float[Tensor, "pair pos head d_head"], heads: Int[Tensor, "chosen"]
 ) -> Float[Tensor, "chosen pair pos d_model"]:
-    """What each chosen head adds to the stream; b_O is nobody's, but a norm behind attention mixes it in."""
+    """What each chosen head adds to the stream, without b_O, which only a norm behind attention mixes in."""
     attn, passage = block.attn, block.writes_through("attn")
     if passage.open:
         if is_plain(attn.o):
@@ -128,8 +128,8 @@ def head_outputs(
             return torch.einsum("bphd,hdm->hbpm", *((z[:, :, heads], attn.W_O[heads]) if some else (z, attn.W_O)))
         return attn.results(z)[:, :, heads].permute(2, 0, 1, 3)
     raw = attn.o(z.flatten(2))
-    each = attn.results(z)
-    share = each + ((raw - each.sum(2)) / attn.n_heads)[:, :, None]
+    results = attn.results(z)
+    share = results + ((raw - results.sum(2)) / attn.n_heads)[:, :, None]
     return passage.scaled_as(share, raw[:, :, None])[:, :, heads].permute(2, 0, 1, 3).to(raw)
 
 
@@ -139,7 +139,7 @@ def mlp_output(block: Any, read: Float[Tensor, "pair pos d_model"]) -> Float[Ten
 
 
 def attn_constant(block: Any) -> Float[Tensor, "1 1 d_model"]:
-    """What attention adds that no head wrote: b_O, or the bias of a norm behind it."""
+    """What attention adds beside the outputs of its heads: b_O, or the bias of a norm behind it."""
     attn, passage = block.attn, block.writes_through("attn")
     written = attn.o(next(attn.o.parameters()).new_zeros(1, 1, attn.n_heads * attn.d_head))
     return written if passage.open else passage.bias(written).expand_as(written)
@@ -148,7 +148,7 @@ def attn_constant(block: Any) -> Float[Tensor, "1 1 d_model"]:
 def node_points(graph: CircuitGraph) -> list[str]:
     """The hook points that hold what nodes write: the embedding, every layer's heads, every MLP.
 
-    In sandwich blocks a head writes its share of what the norm makes of all heads, not the result itself.
+    In sandwich blocks a head writes its share of the normalised sum of all heads, not the result itself.
     """
     parts = ["attn.hook_result", *(["hook_mlp_out"] if graph.mlp else [])]
     return ["blocks.0.hook_resid_pre", *(f"blocks.{i}.{part}" for i in range(graph.n_layers) for part in parts)]
@@ -178,7 +178,7 @@ def _observed_part(model: Any, graph: CircuitGraph, ids: Tensor, rows: slice, wa
 
 
 def _run_of(model: HookedTransformer, graph: CircuitGraph, target: Target, written: Written) -> Run:
-    """The run in which every node writes what is given: streams are the sums of these, and of what no node writes."""
+    """The run in which every node writes the given values; streams are their sums, and constants of no node."""
     own = target.read(target.tokens if callable(written) else target.tokens[:1])
     if isinstance(written, Mapping) and not _same_for_all(written, own):
         own = {name: act.expand(len(target.tokens), *act.shape[1:]) for name, act in own.items()}
@@ -199,7 +199,7 @@ def _run_of(model: HookedTransformer, graph: CircuitGraph, target: Target, writt
 
 
 def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    """Has what is written one row, which serves every pair?"""
+    """Do the written values have one row for every pair?"""
     shapes = [(torch.as_tensor(value).shape, own[name].ndim) for name, value in written.items() if name in own]
     return all(len(shape) < n or shape[0] == 1 for shape, n in shapes)
 

@@ -1,4 +1,4 @@
-"""Pruning by exact effects: measure what each edge or node of a circuit is worth in it, and cut what is worth least."""
+"""Pruning by exact effects: measure the worth of each edge or node in a circuit, and cut those of the least."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ Units = Int[Tensor, "edge"]  # the number of the unit (an edge or a node) that e
 
 @dataclass(frozen=True, eq=False)
 class Pruning(Result):
-    """The circuit that is left, its edges' scores their exact effects when last measured, and the metric by the way."""
+    """The circuit that is left, with the last measured effects as scores, and the metric after every round."""
 
     circuit: Circuit
     sizes: Int[Tensor, "round"]
@@ -55,10 +55,10 @@ def prune_edges(
     size: int,
     share: float = 0.1,
 ) -> Pruning:
-    """Greedy: cut the edges that are worth least in what is left, a `share` of them at a time, until `size` are left.
+    """Greedy: cut the edges of the least worth, a `share` of them at a time, until `size` are left.
 
-    What an edge is worth is |m(C) - m(C without it)|, exact, mean over pairs, measured again after every round. Edges
-    that lead nowhere any more go with it. `whole_circuit(model)` begins with every edge.
+    The worth of an edge is |m(C) - m(C without it)|, exact, mean over pairs, measured again after every round. Edges
+    that are no longer on a path are cut too. Start from every edge with `whole_circuit(model)`.
 
     >>> from hooklens.testing import or_gate
     >>> gate, logit = or_gate(), lambda logits: logits[:, -1, 1]
@@ -80,7 +80,7 @@ def prune_nodes(
     size: int,
     share: float = 0.1,
 ) -> Pruning:
-    """Greedy, whole nodes at a time: what a node is worth is what all edges that leave it are worth together.
+    """Greedy, whole nodes at a time: the worth of a node is that of all edges that leave it, together.
 
     `size` counts nodes that edges leave, the embedding included.
     """
@@ -97,7 +97,7 @@ def prune_edges_below(
     *,
     threshold: float,
 ) -> Pruning:
-    """Threshold: cut at once every edge that alone is worth less than this. Redundant edges go together, unseen."""
+    """Threshold: cut at once every edge that alone is worth less. Edges that can replace each other are all cut."""
     bench = circuit.bench(model, clean, corrupted, metric)
     return _below(bench, circuit, torch.arange(bench.graph.n_edges), threshold, name="threshold pruning")
 
@@ -111,7 +111,7 @@ def prune_nodes_below(
     *,
     threshold: float,
 ) -> Pruning:
-    """Threshold: cut at once every node that alone is worth less than this."""
+    """Threshold: cut at once every node that alone is worth less."""
     bench = circuit.bench(model, clean, corrupted, metric)
     return _below(bench, circuit, bench.graph.ends[0], threshold, name="threshold pruning of nodes")
 
@@ -150,7 +150,7 @@ def _below(bench: Bench, circuit: Circuit, of_edge: Units, threshold: float, *, 
 
 
 def _worth(bench: Bench, kept: Tensor, of_edge: Units) -> tuple[Tensor, Float[Tensor, "unit"], float]:
-    """The units that are there, what the metric loses without each (0 for the others), and the metric with all."""
+    """The kept units, what the metric loses without each (0 for the others), and the metric with all of them."""
     units = of_edge[kept].unique()
     means = bench.means(torch.cat((kept[None], *(kept & (of_edge != unit)[None] for unit in units))))
     worth = means.new_zeros(int(of_edge.max()) + 1).index_copy_(0, units, means[0] - means[1:])

@@ -50,17 +50,17 @@ class _Chain:
     def __init__(self, graph: CircuitGraph, edges: list[tuple[int, int]]):
         self.graph, self.given = graph, edges
         self.readers = [receiver.nodes for receiver in graph.receivers]
-        #: Sources that may stand for each other: the heads of one layer.
+        #: Sources that can be exchanged: the heads of one layer.
         self.peers: list[range] = [range(1)]
         for source in range(1, graph.n_sources):
             heads = graph.heads_at(graph.place(source)[0])
             self.peers.append(range(heads.start, heads.stop) if graph.is_head(source) else range(source, source + 1))
-        #: Receivers that may stand for each other: those of one kind that read the same sources.
+        #: Receivers that can be exchanged: those of one kind that read the same sources.
         alike: dict[tuple[str, int], list[int]] = {}
         for number, receiver in enumerate(graph.receivers):
             alike.setdefault((receiver.kind, receiver.columns), []).append(number)
         self.fellows = [alike[receiver.kind, receiver.columns] for receiver in graph.receivers]
-        #: Every draw has the properties that the given circuit has.
+        #: Properties of the given circuit that every draw keeps.
         self._set(edges)
         self.fed = all(self.feeds(source) for source, _ in edges)
         self.read = all(self.is_read(receiver) for _, receiver in edges)
@@ -142,10 +142,10 @@ class _Chain:
 def subsets(
     graph: CircuitGraph, kept: Bool[Tensor, "edge"], n: int, draw: torch.Generator
 ) -> tuple[Subsets, list[str]]:
-    """`n` sets of kept edges, and what each holds: nothing; then in turn a node's, another's, some edges, some nodes'.
+    """`n` sets of kept edges and descriptions: nothing; then in turn a node's, another's, some edges, some nodes'.
 
-    A node's edges are those that it writes; the embedding is left in place. Each random set has a share of its own,
-    drawn between none and all. The single nodes are all different ones, as far as there are enough.
+    The edges of a node are those that leave it; the embedding is not taken. Each random set has a random
+    share between none and all. The single nodes are different, as far as there are enough.
 
     >>> graph = CircuitGraph(1, 2, 2)
     >>> kept = graph.mask(["L0H0->MLP0", "L0H1->MLP0", "MLP0->logits"])

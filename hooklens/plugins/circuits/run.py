@@ -65,7 +65,7 @@ def run_edges(
     value: Value = "corrupted",
     resume: str | Path | Resume | None = None,
 ) -> EdgeRuns:
-    """What does the model say when only these edges carry what it computes, and the others carry an ablated run?
+    """The metric when only these edges carry the live values of the model, and all others those of an ablated run.
 
     Every receiver reads the sum of what its sources wrote, live where the edge is kept, from the ablated run where not,
     through its own norm; a node's live output follows from what it read. All edges kept is the model on the clean
@@ -80,10 +80,9 @@ def run_edges(
 
     `value` is what ablated edges carry, as in `hl.patch`: "corrupted" (the run on the corrupted prompt), "zero" (nodes
     write nothing, biases of W_O stay), "mean" (every node's mean over the clean prompts), or any other `Replacement`,
-    such as Mean(reference=prompts). A plain function as metric sees all pairs at once, so that they are run together,
-    whatever memory that takes. `resume` names a file in which finished circuits are
-    kept, as in `hl.patch`. A few circuits are run again by hooks on the model's own forward pass, and the largest
-    difference is in the result.
+    such as Mean(reference=prompts). A plain function as metric needs all pairs at once, so they are run together,
+    whatever memory that takes. `resume` names a file that keeps finished circuits, as in `hl.patch`. A few circuits are
+    run again by hooks on the model's own forward pass; the largest difference is in the result.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
@@ -93,7 +92,7 @@ def run_edges(
 
 
 class Bench:
-    """A model, prompt pairs and a metric, ready to be asked about one set of circuits after another.
+    """A model, prompt pairs and a metric, on which one set of circuits after another is run.
 
     With `keep` the ablated runs stay in memory between questions, where they fit. `resume`: a file for one question.
     """
@@ -137,7 +136,7 @@ class Bench:
         return float(self.base_per_pair.mean())
 
     def digests(self) -> list[str]:
-        """A digest of every clean prompt, by which prompts are recognised."""
+        """A digest of every clean prompt, to recognise it in another evaluation."""
         return self.pairs.digests(self.model)
 
     def tidy(self, kept: Kept) -> Kept:
@@ -193,7 +192,7 @@ class Bench:
             yield Reader(self.model, of_pairs(group.of(self.metric), rows, n), stream).base
 
     def _runners(self, played: Kept) -> Iterator[EdgeRunner]:
-        """Batches of pairs with their ablated run; only nodes in play are held, or all where runners are kept."""
+        """Batches of pairs with their ablated run, which has the nodes in play only, or all if runners are kept."""
         if self.kept_runners:
             yield from self.kept_runners
             return
@@ -233,13 +232,13 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
 
 
 def aligned_pairs(model: HookedTransformer, pairs: PromptPairs, replacement: Replacement) -> list[Pairs]:
-    """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
+    """The prompt pairs grouped by length. A clean prompt must be as long as its corrupted one."""
     if pairs.corrupted is None and is_run(replacement, "corrupted"):
         raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
     groups = read_pairs(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted, ())
     for group in groups:
         if not group.aligned:
-            read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises: says where the two part
+            read_pairs(model, group.clean, group.corrupted, ("pos",))  # raises, with the first difference
     if len(groups) > 1 and not isinstance(pairs.metric, ReadingMetric):
         raise InputError(
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
@@ -249,7 +248,7 @@ def aligned_pairs(model: HookedTransformer, pairs: PromptPairs, replacement: Rep
 
 
 def _times(advance: Advance, n: int) -> Advance:
-    """The bar moved n times as far: by runs of the pairs of a circuit."""
+    """Moves the bar n times as far: it counts runs of single pairs."""
     return lambda amount=1: advance(amount * n)
 
 

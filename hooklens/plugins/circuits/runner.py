@@ -1,4 +1,4 @@
-"""One batch of exact edge patching: prompt pairs of one length, with the ablated run that their cut edges carry."""
+"""One batch of exact edge patching: prompt pairs of one length, with the ablated run that cut edges carry."""
 
 from typing import Any
 
@@ -68,8 +68,7 @@ class EdgeRunner:
         return self.ablated_of(slice(start + some.start, start + some.stop), None).nodes
 
     def streams(self, masks: Kept) -> Float[Tensor, "mask pair some d_model"]:
-        """What leaves the last block with each circuit, where the metric reads, or from `start` on; all nodes of the
-        masks are held."""
+        """The stream behind the last block in each circuit, where the metric reads it, or from `start` on."""
         batch = _Batch(self, masks)
         for slot, base in zip(self.graph.slots[:-1], self.bases[:-1], strict=True):
             if slot.kind == "mlp":
@@ -166,12 +165,12 @@ class _AfterPrefix(Context):
 def _projected(
     attn: Any, linear: nn.Module, x: Float[Tensor, "mask row pair pos d_model"], heads: Int[Tensor, "row"]
 ) -> Float[Tensor, "mask pair pos head d_head"]:
-    """Each receiver's own input through its own part of the projection; heads that are not run stay 0."""
+    """Each receiver's own input through its own part of the projection; 0 for heads that are not run."""
     n, d = (attn.n_heads if linear is attn.q else attn.n_kv_heads), attn.d_head
     if is_plain(linear):
         out = torch.einsum("mrbpk,rdk->mbprd", x, linear.weight.unflatten(0, (n, d))[heads])
         out = out if linear.bias is None else out + linear.bias.view(n, d)[heads]
     else:
-        each = [linear(x[:, i]).unflatten(-1, (n, d))[..., h, :] for i, h in enumerate(heads.tolist())]
-        out = torch.stack(each, dim=3)
+        parts = [linear(x[:, i]).unflatten(-1, (n, d))[..., h, :] for i, h in enumerate(heads.tolist())]
+        out = torch.stack(parts, dim=3)
     return out if len(heads) == n else out.new_zeros(*out.shape[:3], n, d).index_copy_(3, heads.to(x.device), out)
