@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.faithfulness import Faithfulness, tied_p
 from hooklens.plugins.circuits.random_draws import Subsets, subsets
 from hooklens.plugins.circuits.run import Bench, chunks
@@ -77,19 +76,12 @@ class Completeness(Result):
         return scatter(sizes, gaps, names, title, x_title="edges in K", y_title="|m(C - K) - m(M - K)|, share")
 
 
-def completeness_of(
-    bench: Bench,
-    circuit: Circuit,
-    null: Subsets,
-    faithful: Faithfulness,
-    unit: Float[Tensor, ""],
-    draw: torch.Generator,
-) -> Completeness:
+def completeness_of(bench: Bench, faithful: Faithfulness, null: Subsets, draw: torch.Generator) -> Completeness:
     """The gaps between circuit and model over random K and a greedy one, and those of random circuits over random K.
 
     The complement's share is the completeness of Marks et al. (2024), "Sparse Feature Circuits", section 4, over edges.
     """
-    kept = circuit.kept.cpu()
+    kept, unit = faithful.circuit.kept.cpu(), faithful.unit
     sets, kinds = subsets(bench.graph, kept, _OWN, draw)
     gaps = _gaps(bench, kept, sets) / unit
     greedy, edges = _greedy(bench, kept, draw)

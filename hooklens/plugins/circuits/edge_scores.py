@@ -39,7 +39,8 @@ class EdgeScores(Result):
     @property
     def node_scores(self) -> Float[Tensor, "source"]:
         """The score of each whole node: the sum over the edges that leave it, as gradients are linear."""
-        return self.graph.per_source(self.scores)
+        sources = self.graph.ends[0].to(self.scores.device)
+        return self.scores.new_zeros(self.graph.n_sources).index_add_(0, sources, self.scores)
 
     def order(self) -> list[int]:
         """Every edge, the largest score first, whatever its sign."""

@@ -92,10 +92,8 @@ def evaluate_circuit(
         faithful = measured(bench, circuit, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
         draw = seeded(seed)
-        unit = faithful.gap.mean().abs()
-        unit = unit if faithful.defined else torch.full_like(unit, torch.nan)
-        complete = completeness_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
-        minimal = minimality_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
+        complete = completeness_of(bench, faithful, null, draw)
+        minimal = minimality_of(bench, faithful, null, draw)
     return CircuitEvaluation(faithful, complete, minimal)
 
 

@@ -61,6 +61,12 @@ class Faithfulness(Result):
         return not bool(low[0] <= 0 <= high[0])
 
     @property
+    def unit(self) -> Float[Tensor, ""]:
+        """What ablating every edge takes from the metric on average, without its sign; NaN where not `defined`."""
+        size = self.gap.mean().abs()
+        return size if self.defined else torch.full_like(size, torch.nan)
+
+    @property
     def value(self) -> float:
         """(m(C) - m(empty)) / (m(M) - m(empty)): 0 as ablated, 1 as the model; NaN where that is not defined."""
         return float(self.share(self.per_pair[None])[0])

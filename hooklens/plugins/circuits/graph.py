@@ -291,10 +291,6 @@ class CircuitGraph(Result):
         kept[torch.tensor(numbers, dtype=torch.long)] = True
         return kept
 
-    def per_source(self, values: Float[Tensor, "edge"]) -> Float[Tensor, "source"]:
-        """The sum over the edges that leave each node."""
-        return values.new_zeros(self.n_sources).index_add_(0, self.ends[0].to(values.device), values)
-
     def table(self, n: int | None = None) -> Table:
         """The number of edges into each kind of receiver."""
         counts = dict.fromkeys(_KINDS.values(), 0)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +93,10 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
     deep = (_depth(source)[carrier.nodes, None] - _depth(target)).abs()
     deep = torch.cat((deep, torch.zeros(len(deep), 1, dtype=deep.dtype)), 1)
     starts = [_assigned(carrier, costs + weight * deep) for weight in _STARTS]
-    total = partial(_total, carrier, costs)
+
+    def total(maps: Maps) -> Float[Tensor, "map"]:
+        return costs[torch.arange(len(carrier.nodes)), maps[:, carrier.nodes]].sum(1) + carrier.lost(maps)
+
     ends = [_improved(carrier, total, start, source) for start in starts]
     return ends[int(total(torch.stack(ends)).argmin())]
 
@@ -174,11 +176,6 @@ def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
 def _peers(carrier: Carrier, heads: bool) -> list[int]:
     graph = carrier.target
     return [node for node in range(1, graph.n_sources) if graph.is_head(node) == heads]
-
-
-def _total(carrier: Carrier, costs: Costs, maps: Maps) -> Float[Tensor, "map"]:
-    """The cost of maps, lost edges included."""
-    return costs[torch.arange(len(carrier.nodes)), maps[:, carrier.nodes]].sum(1) + carrier.lost(maps)
 
 
 def _improved(

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.faithfulness import Faithfulness, slack
-from hooklens.plugins.circuits.random_draws import subsets
+from hooklens.plugins.circuits.random_draws import Subsets, subsets
 from hooklens.plugins.circuits.run import Bench, chunks
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, mean_interval, q_values
@@ -95,16 +94,9 @@ class Minimality(Result):
         return bars(self.effect[order], low, high, names, title, y_title="share of the difference")
 
 
-def minimality_of(
-    bench: Bench,
-    circuit: Circuit,
-    null: Bool[Tensor, "draw edge"],
-    faithful: Faithfulness,
-    unit: Float[Tensor, ""],
-    draw: torch.Generator,
-) -> Minimality:
+def minimality_of(bench: Bench, faithful: Faithfulness, null: Subsets, draw: torch.Generator) -> Minimality:
     """The worth of every edge of the circuit, and of some random edges of each random circuit."""
-    kept = circuit.kept.cpu()
+    kept, unit = faithful.circuit.kept.cpu(), faithful.unit
     edges = kept.nonzero().flatten()
     sets, names = subsets(bench.graph, kept, _SETS, draw)
     parts = [edges[some] for some in chunks(len(edges), max(1, _MASKS // (_SETS * len(kept))))]

@@ -163,17 +163,23 @@ def ablated_runs(
     """
 
     def read(tokens: Tensor) -> dict[str, Tensor]:
-        return _by_point(graph, observe(model, graph, tokens).nodes)
+        nodes = observe(model, graph, tokens).nodes
+        acts = [nodes[0]]
+        for layer in range(graph.n_layers):
+            acts.append(nodes[graph.heads_at(layer)].movedim(0, 2))
+            acts += [nodes[graph.mlp_at(layer)]] if graph.mlp else []
+        return dict(zip(points, acts, strict=True))
 
-    targets = targets_of(model, groups, node_points(graph), read=read)
+    points = node_points(graph)
+    targets = targets_of(model, groups, points, read=read)
     for group, target, written in zip(groups, targets, replacement.once(targets), strict=True):
         if are_tokens(written):
-            yield group, partial(_observed_part, model, graph, written)
+            yield group, partial(_some_observed, model, graph, written)
         else:
             yield group, _run_of(model, graph, target, written).part
 
 
-def _observed_part(model: Any, graph: CircuitGraph, ids: Tensor, rows: slice, wanted: Wanted = None) -> Run:
+def _some_observed(model: HookedTransformer, graph: CircuitGraph, ids: Tensor, rows: slice, wanted: Wanted) -> Run:
     return observe(model, graph, ids[rows], wanted)
 
 
@@ -202,11 +208,3 @@ def _same_for_all(written: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> b
     """Do the written values have one row for every pair?"""
     shapes = [(torch.as_tensor(value).shape, own[name].ndim) for name, value in written.items() if name in own]
     return all(len(shape) < n or shape[0] == 1 for shape, n in shapes)
-
-
-def _by_point(graph: CircuitGraph, nodes: Float[Tensor, "source pair pos d_model"]) -> dict[str, Tensor]:
-    acts = [nodes[0]]
-    for layer in range(graph.n_layers):
-        acts.append(nodes[graph.heads_at(layer)].movedim(0, 2))
-        acts += [nodes[graph.mlp_at(layer)]] if graph.mlp else []
-    return dict(zip(node_points(graph), acts, strict=True))

@@ -108,9 +108,8 @@ def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(no
     for i, one in enumerate(circuits):
         draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, 19, seed=100 + i)
         null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
-        unit = (faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
-        complete.append(completeness_of(bench, one, null, faithful, unit, draw).p)
-        found = minimality_of(bench, one, null, faithful, unit, draw)
+        complete.append(completeness_of(bench, faithful, null, draw).p)
+        found = minimality_of(bench, faithful, null, draw)
         minimal += found.p.tolist()
         least.append(float(found.q.min()))
     few, half = shares(complete, 0.1, 0.5)

@@ -157,19 +157,19 @@ def test_heads_that_moved_within_their_layer_are_found(changes, seed):
     ("sizes", "ablation"), [({"n_heads": 6}, "mean"), ({"n_heads": 6, "n_key_value_heads": 3}, "corrupted")]
 )
 def test_an_induction_circuit_is_found_in_a_larger_model(sizes, ablation):
-    small, big = induction_model(), larger({"L0H0": "L1H3", "L1H1": "L3H5"}, n_layers=4, **sizes)
+    small, big = induction_model(), larger({"L0H0": "L1H3", "L1H1": "L2H5"}, n_layers=3, **sizes)
     task, there = repeats(small), repeats(big)
     circuit = circuit_of(small, INDUCTION, value=ablation)
     labels = hand_set_labels(), classify_heads(big, draws=500)  # few heads in it have any pattern to make a null of
     found = transfer_circuit(small, circuit, task, big, there, taxonomies=labels)
-    places = {"L0H0": "L1H3", "L1H1": "L3H5"}
+    places = {"L0H0": "L1H3", "L1H1": "L2H5"}
     assert dict(zip(found.matching.source, found.matching.target, strict=True)) == places
     assert found.matching.target_label == found.matching.source_label == ["previous token", "induction"]
     assert (found.matching.same_label, found.matching.labelled) == (2, 2) and found.matching.lost == []
     assert found.home.value == pytest.approx(1, abs=1e-5) and found.mapped.value == pytest.approx(1, abs=1e-5)
     assert found.p < 0.05 and found.in_layers.p < 0.15 and float(found.mapped.random.median()) == pytest.approx(0)
     assert found.by_index is None and min(found.n_different.values()) > 20
-    edge = "L1H3->L3G2.k" if "n_key_value_heads" in sizes else "L1H3->L3H5.k"
+    edge = "L1H3->L2G2.k" if "n_key_value_heads" in sizes else "L1H3->L2H5.k"
     assert edge in found.mapped.circuit.edges
 
 
