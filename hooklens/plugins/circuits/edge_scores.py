@@ -1,6 +1,7 @@
 """Scores of edges, and the circuits that are cut from them."""
 
 import heapq
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,14 +82,9 @@ class EdgeScores(Result):
         """As many of the first edges as leave at most n on paths: more of them never leave fewer."""
         if not 1 <= n <= self.graph.n_edges:
             raise InputError(f"this model has {self.graph.n_edges} edges, so n lies between 1 and that; got {n}")
-        fits, too_many = n, self.graph.n_edges + 1
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if int(self._tidy(self.graph.mask(order[:middle])).sum()) <= n:
-                fits = middle
-            else:
-                too_many = middle
-        return self._circuit(self.graph.mask(order[:fits]), how)
+        counts = range(n, self.graph.n_edges + 1)
+        fits = bisect_right(counts, n, key=lambda count: int(self._tidy(self.graph.mask(order[:count])).sum()))
+        return self._circuit(self.graph.mask(order[: counts[fits - 1]]), how)
 
     def _tidy(self, kept: Tensor) -> Tensor:
         return self.graph.on_a_path(kept[None].cpu(), rooted=self.replacement.from_runs)[0]
