@@ -34,7 +34,7 @@ def circuit(
     """
     from hooklens.cli import estimates
     from hooklens.plugins.circuits import circuit_graph
-    from hooklens.plugins.circuits.circuit_metrics import check_draws
+    from hooklens.plugins.circuits.faithfulness import check_draws
     from hooklens.studies import study_circuit
     from hooklens.studies.circuit_study import check_edges
 

@@ -10,11 +10,10 @@ from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import check_prompts_differ, read_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.evaluation import CircuitEvaluation, evaluate_circuit
-from hooklens.plugins.circuits.faithfulness import measure_faithfulness
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, measure_faithfulness
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint
 from hooklens.plugins.circuits.run import Bench

@@ -1,14 +1,14 @@
 """Circuits: which edges between heads, MLPs, embedding and logits carry a behaviour, and how well they do so alone."""
 
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness
 from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer, transfer_circuit
 from hooklens.plugins.circuits.completeness import Completeness
+from hooklens.plugins.circuits.curve import FaithfulnessCurve, trace_faithfulness
 from hooklens.plugins.circuits.discovery import Discovery, acdc, acdc_nodes
 from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.evaluation import CircuitEvaluation, evaluate_circuit
-from hooklens.plugins.circuits.faithfulness import FaithfulnessCurve, measure_faithfulness, trace_faithfulness
+from hooklens.plugins.circuits.faithfulness import Faithfulness, measure_faithfulness
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig, eap_ig_activations, eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.matching import Matching

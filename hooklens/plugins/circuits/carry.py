@@ -1,4 +1,6 @@
-"""A circuit's edges in another model's graph, once it is said which node stands for which; many such maps at once."""
+"""A circuit's edges in another model's graph, given a map of its nodes; many maps at once, and random maps."""
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,14 +11,14 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 
-#: For each node of the source, and last for the logits, the node of the target that stands for it; -1: none.
+#: For each node of the source, and last for the logits, its counterpart in the target; -1: none.
 Maps = Int[Tensor, "map node"]
 _KINDS = ("q", "k", "v", "mlp", "logits")
 _SWEEPS = 20  # moves of every head, on average
 
 
 class Carrier:
-    """The edges of one circuit on their way to one target graph.
+    """Carries the edges of one circuit to one target graph.
 
     A key or value that several heads of the circuit share is carried head by head: in the target these may have
     keys of their own, or share with others. `weight` is each part's share of the circuit's scores.
@@ -33,7 +35,7 @@ class Carrier:
         #: The nodes that edges leave or enter, but embedding and logits.
         ends = torch.cat((self.sender, self.reader)).unique()
         self.nodes = ends[(ends > 0) & (ends < self.source.n_sources)].tolist()
-        self.heads = [node for node in self.nodes if is_head(self.source, node)]
+        self.heads = [node for node in self.nodes if self.source.is_head(node)]
         room = target.n_layers * target.n_heads
         if len(self.heads) > room:
             raise InputError(
@@ -43,15 +45,15 @@ class Carrier:
 
     def fixed(self) -> Int[Tensor, "node"]:
         """Embedding to embedding, logits to logits, nothing else yet."""
-        found = torch.full((self.source.n_sources + 1,), -1)
-        found[0], found[-1] = 0, self.target.n_sources
-        return found
+        nodes = torch.full((self.source.n_sources + 1,), -1)
+        nodes[0], nodes[-1] = 0, self.target.n_sources
+        return nodes
 
     def edges(self, maps: Maps) -> Int[Tensor, "map part"]:
         """The target's edge for every part; -1 where an end has no counterpart, or its sender writes too late."""
         sender, reader = maps[:, self.sender], maps[:, self.reader]
-        there = (sender >= 0) & (reader >= 0) & (sender < self.columns[reader])
-        return torch.where(there, self.start[self.kind, reader] + sender, -1)
+        exists = (sender >= 0) & (reader >= 0) & (sender < self.columns[reader])
+        return torch.where(exists, self.start[self.kind, reader] + sender, -1)
 
     def masks(self, maps: Maps) -> Bool[Tensor, "map edge"]:
         """The carried circuits."""
@@ -70,49 +72,34 @@ class Carrier:
         """The share of the circuit, by its scores, that cannot be carried."""
         return (self.edges(maps) < 0).double() @ self.weight
 
-    def scores(self, circuit: Circuit, found: Int[Tensor, "node"]) -> Float[Tensor, "edge"]:
+    def scores(self, circuit: Circuit, nodes: Int[Tensor, "node"]) -> Float[Tensor, "edge"]:
         """Every carried edge with the score that it has in the source; the largest where several become one."""
-        carried, scores = self.edges(found[None])[0], circuit.scores.cpu()
-        there = (carried >= 0).nonzero().flatten()
-        by_size = there[scores[self.edge[there]].abs().argsort(stable=True)].tolist()
+        carried, scores = self.edges(nodes[None])[0], circuit.scores.cpu()
+        parts = (carried >= 0).nonzero().flatten()
         out = torch.zeros(self.target.n_edges, dtype=scores.dtype)
-        for i in by_size:
+        for i in parts[scores[self.edge[parts]].abs().argsort(stable=True)].tolist():
             out[carried[i]] = scores[self.edge[i]]
         return out
 
 
-def is_head(graph: CircuitGraph, node: int) -> bool:
-    """Is a node other than the embedding a head, not an MLP?"""
-    return (node - 1) % (graph.n_heads + graph.mlp) < graph.n_heads
-
-
 def head_nodes(graph: CircuitGraph) -> Int[Tensor, "head"]:
     """The nodes that are heads, layer by layer."""
-    return torch.tensor([node for node in range(1, graph.n_sources) if is_head(graph, node)])
+    return torch.tensor([node for node in range(graph.n_sources) if graph.is_head(node)])
 
 
 def _parts(circuit: Circuit) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Edge, sender, kind of receiver and reading node of every part of the circuit."""
-    graph, kept = circuit.graph, circuit.kept.cpu()
-    group, rows = graph.group, []
-    senders = set(graph.ends[0][kept].tolist())
-    for slot in graph.slots:
-        queries = graph.block(kept, slot)[: graph.n_heads].any(-1) if slot.kind == "attn" else None
-        for row, source in graph.block(kept, slot).nonzero().tolist():
-            edge = slot.start + row * slot.columns + source
-            if queries is None:
-                node = graph.n_sources if slot.kind == "logits" else graph.mlp_at(slot.layer)
-                rows.append((edge, source, _KINDS.index(slot.kind), node))
-                continue
-            first = graph.heads_at(slot.layer).start
-            if row < graph.n_heads:
-                rows.append((edge, source, 0, first + row))
-                continue
-            kind, shared = divmod(row - graph.n_heads, graph.n_kv_heads)
-            heads = range(shared * group, (shared + 1) * group)
-            # nobody in the circuit reads it: it is carried with the first head of its group
-            read_by = [h for h in heads if bool(queries[h]) or first + h in senders] or [shared * group]
-            rows += [(edge, source, 1 + kind, first + h) for h in read_by]
+    graph, edges = circuit.graph, circuit.kept.cpu().nonzero().flatten()
+    sources, receivers = (ends[edges].tolist() for ends in graph.ends)
+    reading = [graph.receivers[number] for number in receivers]
+    used = {*sources, *(receiver.nodes[0] for receiver in reading if receiver.kind == "q")}
+    rows = []
+    for edge, source, receiver in zip(edges.tolist(), sources, reading, strict=True):
+        nodes: Sequence[int] = receiver.nodes
+        if receiver.kind in ("k", "v"):
+            # if no head of the circuit uses it, it is carried with the first head of its group
+            nodes = [node for node in nodes if node in used] or nodes[:1]
+        rows += [(edge, source, _KINDS.index(receiver.kind), node) for node in nodes or [graph.n_sources]]
     edge, sender, kind, reader = torch.tensor(rows, dtype=torch.long).view(-1, 4).unbind(1)
     return edge, sender, kind, reader
 
@@ -121,52 +108,47 @@ def _starts(graph: CircuitGraph) -> tuple[Int[Tensor, "kind node"], Int[Tensor, 
     """Where the edges into each node begin, by kind of receiver, and how many sources the node can read."""
     start = torch.zeros(len(_KINDS), graph.n_sources + 1, dtype=torch.long)
     columns = torch.zeros(graph.n_sources + 1, dtype=torch.long)
-    for slot in graph.slots:
-        if slot.kind != "attn":
-            node = graph.n_sources if slot.kind == "logits" else graph.mlp_at(slot.layer)
-            start[_KINDS.index(slot.kind), node], columns[node] = slot.start, slot.columns
-            continue
-        heads, shared = graph.heads_at(slot.layer), torch.arange(graph.n_heads) // graph.group
-        columns[heads] = slot.columns
-        for kind, row in enumerate((torch.arange(graph.n_heads), shared, shared + graph.n_kv_heads)):
-            start[kind, heads] = slot.start + (row + (graph.n_heads if kind else 0)) * slot.columns
+    for receiver in graph.receivers:
+        nodes = list(receiver.nodes) or [graph.n_sources]
+        start[_KINDS.index(receiver.kind), nodes] = receiver.start
+        columns[nodes] = receiver.columns
     return start, columns
 
 
 # -- random counterparts
 
 
-def shuffled(carrier: Carrier, found: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
-    """`n` maps onto random heads of the same layers: groups that share keys change places whole, heads within them."""
+def shuffled(carrier: Carrier, nodes: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
+    """`n` maps onto random heads of the same layers: whole groups that share keys are shuffled, and heads in each."""
     graph, draw = carrier.target, seeded(seed)
     shape = n, graph.n_layers, graph.n_kv_heads
     groups = torch.rand(shape, generator=draw).argsort(-1) + graph.n_kv_heads * torch.arange(graph.n_layers)[:, None]
     heads = torch.rand(*shape, graph.group, generator=draw).argsort(-1) + graph.group * groups[..., None]
-    return _placed(carrier, found, heads.flatten(1)[:, _places(carrier, found)])
+    return _placed(carrier, nodes, heads.flatten(1)[:, _places(carrier, nodes)])
 
 
-def random_maps(carrier: Carrier, found: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
+def random_maps(carrier: Carrier, nodes: Int[Tensor, "node"], n: int, *, seed: int = 0) -> Maps:
     """`n` maps onto random heads anywhere, with as many edges that can exist in the target; MLPs stay.
 
-    A chain for each: two heads (or groups that share keys) change places where that leaves the number of edges as it
-    is, twenty times a head on average. Every map that such moves reach is drawn alike.
+    Each map is the end of a chain: two heads (or groups that share keys) are exchanged if the number of edges stays the
+    same, twenty times a head on average. Every map that such moves reach is equally likely.
     """
     graph, draw = carrier.target, seeded(seed, 1)
-    wanted = carrier.count(found[None])
-    places = _places(carrier, shuffled(carrier, found, n, seed=seed))
+    wanted = carrier.count(nodes[None])
+    places = _places(carrier, shuffled(carrier, nodes, n, seed=seed))
     row, n_heads = torch.arange(n), graph.n_layers * graph.n_heads
     for step in range(_SWEEPS * len(carrier.heads)):
         here = places[row, torch.randint(places.shape[1], (n,), generator=draw)]
         there = torch.randint(n_heads, (n,), generator=draw)
         size = graph.group if step % 2 else 1
         moved = _exchanged(places, here // size, there // size, size)
-        fits = carrier.count(_placed(carrier, found, moved)) == wanted
+        fits = carrier.count(_placed(carrier, nodes, moved)) == wanted
         places = torch.where(fits[:, None], moved, places)
-    return _placed(carrier, found, places)
+    return _placed(carrier, nodes, places)
 
 
 def _exchanged(places: Int[Tensor, "map head"], here: Tensor, there: Tensor, size: int) -> Int[Tensor, "map head"]:
-    """Whoever stands in one block of `size` heads changes places with whoever stands in the other."""
+    """Exchange two blocks of `size` heads: `here` and `there` are the numbers of the blocks in each map."""
     block, within = places // size, places % size
     to = torch.where(block == here[:, None], there[:, None], torch.where(block == there[:, None], here[:, None], block))
     return to * size + within
@@ -179,7 +161,7 @@ def _places(carrier: Carrier, maps: Int[Tensor, "*map node"]) -> Int[Tensor, "*m
     return number[maps[..., carrier.heads]]
 
 
-def _placed(carrier: Carrier, found: Int[Tensor, "node"], places: Int[Tensor, "map head"]) -> Maps:
-    maps = found.repeat(len(places), 1)
+def _placed(carrier: Carrier, nodes: Int[Tensor, "node"], places: Int[Tensor, "map head"]) -> Maps:
+    maps = nodes.repeat(len(places), 1)
     maps[:, carrier.heads] = head_nodes(carrier.target)[places]
     return maps

@@ -1,28 +1,26 @@
-"""A circuit: the edges that are kept, what the others carry, how it was found; it runs, draws and saves itself."""
+"""A circuit: the kept edges, what the others carry, and how it was found; it runs, draws and saves itself."""
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.component import Component, head_name, layer_name
+from hooklens.core.component import Component, layer_name
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import InputError
 from hooklens.core.files import reading
-from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
-from hooklens.plugins.circuits.run import EdgeRuns, run_edges
+from hooklens.plugins.circuits.run import Bench, EdgeRuns, run_edges
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.replacement import WORDS, Replacement, Value, as_replacement
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _SCHEMA = Schema("hooklens.circuit", 1, "a circuit", "Circuit.save_json", as_json=True)
 _DRAWN = 400  # edges; the picture of more is a smear
@@ -30,7 +28,7 @@ _DRAWN = 400  # edges; the picture of more is a smear
 
 @dataclass(frozen=True, eq=False)
 class Circuit(Result):
-    """A set of edges of a model's graph, what all others carry, and the scores by which it was cut.
+    """A set of edges of a model's graph, the values that all other edges carry, and the scores of its edges.
 
     `dropped` counts edges that were chosen but lay on no path. `found_on` holds a digest of each prompt pair that chose
     it.
@@ -44,8 +42,8 @@ class Circuit(Result):
     method: str
     replacement: Replacement
     model_name: str
-    dropped: int
-    found_on: list[str]
+    dropped: int = 0
+    found_on: list[str] = field(default_factory=list)
 
     @property
     def n_edges(self) -> int:
@@ -62,12 +60,10 @@ class Circuit(Result):
         return self._nodes(self.kept.nonzero().flatten().tolist())
 
     def _nodes(self, edges: list[int]) -> list[str]:
-        sources, receivers = (set(ends[edges].tolist()) for ends in self.graph.ends)
-        writing = {name: i for i, name in enumerate(self.graph.source_names)}
-        named = {self.graph.source_names[i] for i in sources}
-        reading = [self.graph.receiver_names[i].partition(".")[0] for i in sorted(receivers)]
-        keyed = dict.fromkeys(name for name in reading if name not in writing and name != "logits")
-        return [*keyed, *sorted(named.union(reading) & writing.keys(), key=writing.__getitem__)]
+        sources, receivers = (ends[edges].unique().tolist() for ends in self.graph.ends)
+        names = {self.graph.source_names[i] for i in sources}
+        names |= {self.graph.receiver_names[i].partition(".")[0] for i in receivers}
+        return [name for name in (*self.graph.key_heads, *self.graph.source_names) if name in names]
 
     @property
     def senders(self) -> list[str]:
@@ -83,7 +79,7 @@ class Circuit(Result):
 
     def run(
         self,
-        model: "HookedTransformer",
+        model: HookedTransformer,
         clean: Prompts | PromptPairs,
         corrupted: Prompts | None = None,
         metric: Any = None,
@@ -92,13 +88,26 @@ class Circuit(Result):
         self.check(model)
         return run_edges(model, self.kept, clean, corrupted, metric, value=self.replacement)
 
-    def check(self, model: "HookedTransformer") -> None:
+    def bench(
+        self,
+        model: HookedTransformer,
+        clean: Prompts | PromptPairs,
+        corrupted: Prompts | None = None,
+        metric: Any = None,
+        *,
+        group: Int[Tensor, "pair"] | None = None,
+    ) -> Bench:
+        """The prompts ready for many runs of this circuit, of its parts and of circuits like it."""
+        self.check(model)
+        return Bench(model, as_pairs(model, clean, corrupted, metric, group), self.replacement, keep=True)
+
+    def check(self, model: HookedTransformer) -> None:
         """Does the model have this circuit's nodes?"""
-        theirs = circuit_graph(model)
-        if theirs.shape != self.graph.shape:
+        graph = circuit_graph(model)
+        if graph.shape != self.graph.shape:
             raise InputError(
                 f"this circuit was found on {self.model_name!r} with {_words(self.graph)}; the model "
-                f"{model.cfg.model_name!r} has {_words(theirs)}, so its edges are others; load a model of that shape"
+                f"{model.cfg.model_name!r} has {_words(graph)}, so its edges are others; load a model of that shape"
             )
 
     def without(self, edges: Iterable[str] | Iterable[int]) -> "Circuit":
@@ -132,84 +141,70 @@ class Circuit(Result):
     def _rows(self, drawn: list[int]) -> dict[str, list[str]]:
         """The nodes of these edges, layer by layer from the embedding up; key/value heads stand under their heads."""
         named, graph = set(self._nodes(drawn)), self.graph
-        rows = {"embed": ["embed"]}
+        rows, keyed, n = {"embed": ["embed"]}, list(graph.key_heads), graph.n_kv_heads
         for layer in range(graph.n_layers):
-            keyed = [head_name(layer, i, keyed=True) for i in range(graph.n_kv_heads)]
             name, mlp = layer_name(layer), Component("mlp", layer).name
-            rows[f"{name} keys, values"] = keyed if graph.group > 1 else []
-            rows[f"{name} heads"] = [head_name(layer, h) for h in range(graph.n_heads)]
+            rows[f"{name} keys, values"] = keyed[n * layer : n * (layer + 1)]
+            rows[f"{name} heads"] = graph.source_names[graph.heads_at(layer)]
             rows[mlp] = [mlp]
         chosen = {label: [name for name in names if name in named] for label, names in rows.items()}
         return {label: names for label, names in chosen.items() if names} | {"logits": ["logits"]}
 
     def _ties(self, drawn: list[int]) -> list[tuple[str, str]]:
         """Key/value heads and the heads that read them."""
-        named, graph = set(self._nodes(drawn)), self.graph
-        if graph.group == 1:
-            return []
-        heads = [(layer, head) for layer in range(graph.n_layers) for head in range(graph.n_heads)]
-        pairs = [(head_name(i, h // graph.group, keyed=True), head_name(i, h)) for i, h in heads]
+        named, names = set(self._nodes(drawn)), self.graph.source_names
+        pairs = [(key, names[head]) for key, heads in self.graph.key_heads.items() for head in heads]
         return [pair for pair in pairs if named.issuperset(pair)]
 
     # -- files
 
     def save_json(self, path: str | os.PathLike) -> Path:
         """Write the circuit as JSON that other programs can read: edges by name with their scores."""
-        graph = self.graph
-        shape = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "n_kv_heads": graph.n_kv_heads}
-        shape |= {"mlp": graph.mlp, "parallel": graph.parallel, "shared_scale": graph.shared_scale}
-        chosen = self.kept.nonzero().flatten().tolist()
-        held = {
+        content = {
             "model": self.model_name,
-            "graph": shape,
+            "graph": asdict(self.graph),
             "method": self.method,
             "ablation": str(self.replacement),
             "dropped": self.dropped,
             "found_on": self.found_on,
-            "edges": {graph.name(e): float(self.scores[e]) for e in chosen},
+            "edges": {self.graph.name(e): float(self.scores[e]) for e in self.kept.nonzero().flatten().tolist()},
         }
-        write_envelope(path, _SCHEMA, held)
+        write_envelope(path, _SCHEMA, content)
         return Path(path)
 
     @classmethod
     def load_json(cls, path: str | os.PathLike, *, value: Value | None = None) -> "Circuit":
-        """Read what `save_json` wrote. A foreign or damaged file is refused; `run` refuses a model of another shape.
+        """Read a file of `save_json`. A foreign or damaged file is refused; `run` refuses a model of another shape.
 
-        The file only names what cut edges carry: give `value` where that is no word, such as "mean of reference".
+        The file has the name of the replacement only: give `value` if that is not a word, as "mean of reference".
         """
-        held = read_envelope(path, _SCHEMA).content
+        content = read_envelope(path, _SCHEMA).content
         with reading(path, _SCHEMA.what):
-            shape = held["graph"]
-            layers, heads, keyed = (shape[name] for name in ("n_layers", "n_heads", "n_kv_heads"))
-            mlp, parallel, shared = (bool(shape[name]) for name in ("mlp", "parallel", "shared_scale"))
-            graph = CircuitGraph(
-                n_layers=layers, n_heads=heads, n_kv_heads=keyed, mlp=mlp, parallel=parallel, shared_scale=shared
-            )
-            numbers = graph.numbers(list(held["edges"]))
+            graph = CircuitGraph(*(content["graph"][part.name] for part in fields(CircuitGraph)))
+            numbers = graph.numbers(list(content["edges"]))
             if len(set(numbers)) != len(numbers):
-                raise ValueError("an edge is there twice")
+                raise ValueError("an edge occurs twice")
             scores = torch.zeros(graph.n_edges, dtype=torch.float64)
-            scores[numbers] = torch.tensor([float(score) for score in held["edges"].values()], dtype=torch.float64)
+            scores[numbers] = torch.tensor([float(score) for score in content["edges"].values()], dtype=torch.float64)
             if not scores.isfinite().all():
                 raise ValueError("a score is not finite")
-            seen = [str(mark) for mark in held["found_on"]]
-            method, written, name = (str(held[key]) for key in ("method", "ablation", "model"))
+            written = str(content["ablation"])
             if value is None and written not in WORDS:
-                raise ValueError(f"its cut edges carry {written!r:.40}, of which it holds the name only: give value=")
+                raise ValueError(f"its cut edges carry {written!r:.40}, and it has only that name: give value=")
             return cls(
                 graph=graph,
                 kept=graph.mask(numbers),
                 scores=scores,
-                method=method,
+                method=str(content["method"]),
                 replacement=as_replacement(written if value is None else value),
-                model_name=name,
-                dropped=int(held["dropped"]),
-                found_on=seen,
+                model_name=str(content["model"]),
+                dropped=int(content["dropped"]),
+                found_on=[str(mark) for mark in content["found_on"]],
             )
 
 
 def circuit_of(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     edges: Iterable[str] | Iterable[int],
     *,
     value: Value = "corrupted",
@@ -223,21 +218,11 @@ def circuit_of(
     """
     graph = circuit_graph(model)
     kept = graph.mask(edges)
-    ones = kept.to(model.dtype)
-    return Circuit(
-        graph=graph,
-        kept=kept,
-        scores=ones,
-        method=method,
-        replacement=as_replacement(value),
-        model_name=model.cfg.model_name,
-        dropped=0,
-        found_on=[],
-    )
+    return Circuit(graph, kept, kept.to(model.dtype), method, as_replacement(value), model_name=model.cfg.model_name)
 
 
-def whole_circuit(model: "HookedTransformer", *, value: Value = "corrupted") -> Circuit:
-    """Every edge of the model: where pruning begins."""
+def whole_circuit(model: HookedTransformer, *, value: Value = "corrupted") -> Circuit:
+    """The circuit of every edge of the model, from which pruning starts."""
     graph = circuit_graph(model)
     return circuit_of(model, range(graph.n_edges), value=value, method="all edges")
 

@@ -1,19 +1,19 @@
-"""Does a circuit found in one model exist in another? Carried over by its nodes' roles, beside random counterparts."""
+"""Does a circuit found in one model exist in another? Nodes are matched by role and compared with random matchings."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.carry import Carrier, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws, measured
-from hooklens.plugins.circuits.edge_attribution import eap
+from hooklens.plugins.circuits.edge_attribution import demo_circuit
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, measured, measured_with
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.matching import Matching, match, measure_matching
@@ -21,26 +21,21 @@ from hooklens.plugins.circuits.roles import comparable, roles_of
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.taxonomy import Taxonomy, classify_heads
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import group_numbers, halves, quantiles
+from hooklens.results.statistics import group_numbers, halves
 from hooklens.sweeps.replacement import Replacement, is_run
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
-_NULLS = ("random heads", "random in same layers")
 
 
 @dataclass(frozen=True, eq=False)
 class CircuitTransfer(Result):
-    """A circuit at home, and what became of it in another model, all on pairs that chose neither roles nor matching.
+    """A circuit in its own model and in another one, on pairs that were not used for roles and matching.
 
-    `mapped` is the circuit carried over by role; its random ones are carried to random heads, with as many edges, and
-    those of `in_layers` to random heads of the layers that the match chose: what roles add beyond depth. `own` is a
-    circuit of as many edges found in the target itself, `by_index` the same edges by name where both models have one
-    shape (else None). `home` stands beside random circuits of the source.
+    `home` is the circuit in the source, with random circuits of the source. `mapped` is the circuit carried over by
+    role, with circuits of as many edges on random heads; `in_layers` is the same with random heads of the matched
+    layers, which shows what roles add beyond depth. `own` is a circuit of as many edges found in the target itself,
+    and `by_index` has the same edges by name if both models have one shape (else None).
 
-    Shares of the target are NaN where ablating all of it does not move the metric: it does not do the task at all.
-    `n_different` says how many of the random circuits are different ones. Where they are few, no p-value can be small.
+    Shares of the target are NaN if ablating all of it does not move the metric: the target does not do the task.
+    `n_different` is the number of different random circuits. If it is small, no p-value can be small.
     """
 
     terms = {
@@ -60,7 +55,7 @@ class CircuitTransfer(Result):
 
     @property
     def replacement(self) -> Replacement:
-        """What edges outside a circuit, and nodes whose effect is measured, carried in either model."""
+        """What ablated edges and nodes carried in both models."""
         return self.mapped.replacement
 
     @property
@@ -71,20 +66,27 @@ class CircuitTransfer(Result):
     def table(self, n: int | None = None) -> Table:
         """Faithfulness with its 95 % interval; for random circuits the median and the middle 90 %."""
         lost = f", {len(self.matching.lost)} of {self.matching.n_edges} edges lost"
-        shown = [
-            (f"in {self.source}", self.home, self.home.p),
-            (f"in {self.target}, by role{lost}", self.mapped, None),
-            (f"in {self.target}, same edges by name", self.by_index, None),
-            (f"{self.target}'s own ({self.own.circuit.method})", self.own, None),
-        ]
-        rows: list[tuple] = [
-            (what, one.circuit.n_edges, one.value, *one.interval(), p) for what, one, p in shown if one is not None
-        ]
-        for what, one in zip(self.n_different, (self.mapped, self.in_layers), strict=True):
-            low, middle, high = _quantiles(one.random)
-            name = f"{what} ({len(one.random)} draws, {self.n_different[what]} different)"
-            rows.append((name, one.circuit.n_edges, middle, low, high, one.p))
+        circuits = {
+            f"in {self.source}": self.home,
+            f"in {self.target}, by role{lost}": self.mapped,
+            f"in {self.target}, same edges by name": self.by_index,
+            f"{self.target}'s own ({self.own.circuit.method})": self.own,
+        }
+        rows: list[tuple] = []
+        for name, found in circuits.items():
+            if found is not None:
+                p = found.p if found is self.home else None
+                rows.append((name, found.circuit.n_edges, found.value, *found.interval(), p))
+        for name, found in self._random.items():
+            low, middle, high = found.random_range
+            name = f"{name} ({len(found.random)} draws, {self.n_different[name]} different)"
+            rows.append((name, found.circuit.n_edges, middle, low, high, found.p))
         return Table(("circuit", "edges", "faithfulness", "low", "high", "p against random"), rows).head(n)
+
+    @property
+    def _random(self) -> dict[str, Faithfulness]:
+        """The results that hold the random circuits of each kind."""
+        return dict(zip(self.n_different, (self.mapped, self.in_layers), strict=True))
 
     def figure(self) -> Any:
         """Faithfulness of each circuit beside random ones, whose whiskers span the middle 90 %."""
@@ -93,24 +95,21 @@ class CircuitTransfer(Result):
         shown = {self.source: self.home, f"{self.target}, own": self.own, f"{self.target}, by role": self.mapped}
         if self.by_index is not None:
             shown[f"{self.target}, by name"] = self.by_index
-        rows = [(one.value, *one.interval()) for one in shown.values()]
-        for one in (self.mapped, self.in_layers):
-            low, middle, high = _quantiles(one.random)
-            rows.append((middle, low, high))
-        names = [*shown, *self.n_different]
-        value, low, high = torch.tensor(rows, dtype=self.mapped.per_pair.dtype).nan_to_num().T
-        known = all(x == x for row in rows for x in row)
+        rows = [(*found.interval(), found.value) for found in shown.values()]
+        rows += [(low, high, middle) for low, middle, high in (found.random_range for found in self._random.values())]
+        low, high, value = torch.tensor(rows, dtype=self.mapped.per_pair.dtype).T
+        known = bool(low.isfinite().all() and value.isfinite().all())
         title = f"Does the circuit transfer? ({self.replacement} ablation, {len(self.mapped.per_pair)} held-out pairs)"
         marks = {"the model": 1.0, "no edge": 0.0}
-        ends = (low, high) if known else (None, None)
-        return bars(value, ends[0], ends[1], names, title, y_title="faithfulness", marks=marks)
+        names, ends = [*shown, *self.n_different], (low, high) if known else (None, None)
+        return bars(value.nan_to_num(), ends[0], ends[1], names, title, y_title="faithfulness", marks=marks)
 
 
 def transfer_circuit(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     circuit: Circuit,
     task: PromptPairs,
-    target: "HookedTransformer",
+    target: HookedTransformer,
     target_task: PromptPairs,
     *,
     taxonomies: tuple[Taxonomy, Taxonomy] | None = None,
@@ -119,16 +118,15 @@ def transfer_circuit(
 ) -> CircuitTransfer:
     """Does a circuit of `model` exist in `target`: another checkpoint, another seed, another architecture?
 
-    Every node gets a role: a head its taxonomy label, and each node what the task loses without it, under the
-    circuit's own ablation. Nodes of the circuit are matched to nodes of the target by role (`match`), its edges are
-    carried over, and those that the target cannot have are lost. What arrives runs in the target beside `draws`
-    circuits on random heads with as many edges, and beside one that the target itself shows (EAP-IG at midpoints, grown
-    from the logits).
+    The role of a node is what the task loses without it, under the circuit's own ablation, and for a head its label in
+    the taxonomy. Nodes of the circuit are matched to nodes of the target by role (`match`) and its edges are carried
+    over, except those that cannot exist in the target. The carried circuit is compared with `draws` circuits of as many
+    edges on random heads, and with a circuit found in the target itself (EAP-IG at midpoints, grown from the logits).
 
     Roles are measured on one half of the pairs, faithfulness on the other: `halves(len(task), group=task.group,
     seed=seed)`, so that a circuit found on the first of these is tested on pairs it has not seen. The tasks hold the
-    same texts in the same order, each in its model's tokens. `taxonomies` are those of both models, worked out if not
-    given.
+    same texts in the same order, in the tokens of their models. `taxonomies` are those of both models, computed by
+    default.
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model())
@@ -142,118 +140,85 @@ def transfer_circuit(
     task, target_task = as_pairs(model, task), as_pairs(target, target_task)
     carrier = _checked(model, circuit, task, target, target_task)
     chosen, tested = halves(len(task), group=task.group, seed=seed)
-    mine, theirs = task[chosen], target_task[chosen]
-    found = (classify_heads(model, seed=seed), classify_heads(target, seed=seed)) if taxonomies is None else taxonomies
-    evidence = comparable(*found)
+    labels = (classify_heads(model, seed=seed), classify_heads(target, seed=seed)) if taxonomies is None else taxonomies
+    evidence = comparable(*labels)
     nodes = torch.isin(torch.arange(circuit.graph.n_sources), torch.tensor(carrier.nodes))
-    ours = roles_of(model, mine, evidence[0], value=circuit.replacement, nodes=nodes)
-    others = roles_of(target, theirs, evidence[1], value=circuit.replacement)
-    places = match(carrier, ours, others)
-    carried = _carried(circuit, carrier, places, target, theirs)
-    home = _at_home(model, circuit, task[tested], draws, seed)
-    nulls = [carrier.masks(draw(carrier, places, draws, seed=seed)) for draw in (random_maps, shuffled)]
-    same_shape = circuit.graph.shape == carrier.target.shape
-    circuits = [carried, _own(target, theirs, carried), *([circuit] if same_shape else [])]
-    by_role, own, *by_index = _beside(target, target_task[tested], circuits, nulls[0], home)
-    (in_layers,) = _beside(target, target_task[tested], [carried], nulls[1], home)
+    source_roles = roles_of(model, task[chosen], evidence[0], value=circuit.replacement, nodes=nodes)
+    target_roles = roles_of(target, target_task[chosen], evidence[1], value=circuit.replacement)
+    places = match(carrier, source_roles, target_roles)
+    nulls = {
+        "random heads": carrier.masks(random_maps(carrier, places, draws, seed=seed)),
+        "random in same layers": carrier.masks(shuffled(carrier, places, draws, seed=seed)),
+    }
+    carried = _carried(circuit, carrier, places, target, target_task[chosen])
+    circuits = [carried, _own(target, target_task[chosen], carried)]
+    if circuit.graph.shape == carrier.target.shape:
+        circuits.append(circuit)
+    home = measured(circuit.bench(model, task[tested]), circuit, draws, seed)
+    bench = Bench(target, target_task[tested], circuit.replacement, keep=True)
+    results = measured_with(bench, circuits, nulls["random heads"])
+    results += measured_with(bench, [carried], nulls["random in same layers"])
+    # groups and seen prompts are those of `home`: the target has the same texts in other tokens
+    results = [replace(found, group=home.group, n_seen=home.n_seen) for found in results]
+    mapped, own, *by_index, in_layers = results
     return CircuitTransfer(
         source=model.cfg.model_name,
         target=target.cfg.model_name,
-        matching=measure_matching(carrier, places, ours, others),
+        matching=measure_matching(carrier, places, source_roles, target_roles),
         home=home,
-        mapped=by_role,
+        mapped=mapped,
         in_layers=in_layers,
         own=own,
         by_index=by_index[0] if by_index else None,
         n_matched_on=len(chosen),
-        n_different={
-            name: len({mask.numpy().tobytes() for mask in null}) for name, null in zip(_NULLS, nulls, strict=True)
-        },
+        n_different={name: len(null.unique(dim=0)) for name, null in nulls.items()},
     )
 
 
 def _checked(model, circuit: Circuit, task: PromptPairs, target, target_task: PromptPairs) -> Carrier:
-    """The circuit's edges, ready to be carried over, where the question can be asked at all."""
+    """The carrier of the circuit's edges; raises if circuit, tasks and target do not fit each other."""
     circuit.check(model)
     carrier = Carrier(circuit, circuit_graph(target))
     if not carrier.heads:
         raise InputError(
-            f"the circuit has {circuit.n_edges} edges and no head in them, and only heads have labels to be matched "
-            "by; take a circuit with more edges"
+            f"the circuit has {circuit.n_edges} edges and no head in them, and matching needs the labels "
+            "of heads; take a circuit with more edges"
         )
     if len(task) != len(target_task):
         raise InputError(
-            f"both tasks hold the same texts in the same order, got {len(task)} pairs for {model.cfg.model_name!r} and "
-            f"{len(target_task)} for {target.cfg.model_name!r}; leave out of both what one tokenizer cannot align"
+            f"both tasks must have the same texts in the same order, got {len(task)} pairs for "
+            f"{model.cfg.model_name!r} and {len(target_task)} for {target.cfg.model_name!r}; leave out of both the "
+            "pairs that one tokenizer cannot align"
         )
-    mine, theirs = (group_numbers(len(one), one.group) for one in (task, target_task))
-    if target_task.group is not None and not torch.equal(mine, theirs):
-        raise InputError("the two tasks hold the same texts, but group their pairs differently; give both one group=")
+    source_group, target_group = (group_numbers(len(pairs), pairs.group) for pairs in (task, target_task))
+    if target_task.group is not None and not torch.equal(source_group, target_group):
+        raise InputError("the two tasks group their pairs differently; give both the same group=")
     return carrier
 
 
 def _carried(circuit: Circuit, carrier: Carrier, places: Tensor, target, task: PromptPairs) -> Circuit:
     """The circuit in the target's graph."""
-    kept = carrier.masks(places[None])[0]
-    method = f"{circuit.method}; carried over from {circuit.model_name} by role"
-    scores, name = carrier.scores(circuit, places), target.cfg.model_name
     return Circuit(
         graph=carrier.target,
-        kept=kept,
-        scores=scores,
-        method=method,
+        kept=carrier.masks(places[None])[0],
+        scores=carrier.scores(circuit, places),
+        method=f"{circuit.method}; carried over from {circuit.model_name} by role",
         replacement=circuit.replacement,
-        model_name=name,
-        dropped=0,
+        model_name=target.cfg.model_name,
         found_on=task.digests(target),
     )
 
 
 def _own(target, task: PromptPairs, carried: Circuit) -> Circuit:
-    """A circuit of as many edges that the target itself shows."""
+    """A circuit of as many edges that is found in the target itself."""
     if is_run(carried.replacement, "corrupted"):
         return eap_ig_midpoint(target, task).greedy_edges(max(1, carried.n_edges))
     return eap_ig_own_source(target, task, value=carried.replacement).greedy_edges(max(1, carried.n_edges))
 
 
-def _at_home(model, circuit: Circuit, task: PromptPairs, draws: int, seed: int) -> Faithfulness:
-    return measured(Bench(model, task, circuit.replacement, keep=True), circuit, draws, seed)
-
-
-def _beside(
-    target, task: PromptPairs, circuits: list[Circuit], null: Bool[Tensor, "draw edge"], home: Faithfulness
-) -> list[Faithfulness]:
-    """Circuits of the target, each beside the same random ones. The texts are those of `home`, seen or not."""
-    bench = Bench(target, task, home.replacement, keep=True)
-    own = torch.stack([circuit.kept.cpu() for circuit in circuits])
-    runs = bench.run(torch.cat((own, null)))
-    random, found = runs.per_pair[len(own) :], []
-    for circuit, values in zip(circuits, runs.per_pair, strict=False):
-        overlap = float((null & circuit.kept.cpu()).sum() / (len(null) * max(circuit.n_edges, 1)))
-        beside = Faithfulness(
-            circuit=circuit,
-            per_pair=values,
-            base_per_pair=runs.base_per_pair,
-            empty_per_pair=runs.empty_per_pair,
-            random_per_pair=random,
-            overlap=overlap,
-            group=home.group,
-            n_seen=home.n_seen,
-        )
-        found.append(beside)
-    return found
-
-
-def _quantiles(values: Tensor) -> list[float]:
-    return quantiles(values.double(), (0.05, 0.5, 0.95)).tolist()
-
-
-def demo(model: "HookedTransformer") -> CircuitTransfer:
+def demo(model: HookedTransformer) -> CircuitTransfer:
     """A few edges of a model, carried over to the same model; any model that reads tokens."""
     task = demo_pairs(model, 4)
-    scores = eap(model, task.split()[0])
-    sizes = [2**i for i in range(2, 30) if 2**i < scores.graph.n_edges]
-    circuits = (scores.greedy_edges(size) for size in (*sizes, scores.graph.n_edges))
-    circuit = next(one for one in circuits if any("H" in name for name in one.nodes))
+    circuit = demo_circuit(model, task.split()[0], through="H")
     labels = classify_heads(model, n=6, draws=50, ioi=0)
     return transfer_circuit(model, circuit, task, model, task, taxonomies=(labels, labels))

@@ -1,4 +1,4 @@
-"""Completeness: does the circuit part from the model when the same edges are taken from both?"""
+"""Completeness: do circuit and model still agree when the same edges are removed from both?"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, tied_p
+from hooklens.plugins.circuits.faithfulness import Faithfulness, tied_p
+from hooklens.plugins.circuits.random_draws import Subsets, subsets
 from hooklens.plugins.circuits.run import Bench, chunks
-from hooklens.plugins.circuits.subset_search import Subsets, subsets
 from hooklens.results.result import Result, Table
 
 _OWN, _OTHERS = 40, 10  # sets K of the circuit, and of each random one
@@ -22,13 +21,12 @@ _MASKS = 20_000_000  # numbers of masks at once
 class Completeness(Result):
     """|m(C without K) - m(M without K)| for sets K of the circuit's edges, as shares of m(M) - m(empty).
 
-    `random` holds the gaps of sets drawn at random (`subsets`: edges, single nodes, several nodes), `kinds` what each
-    set holds. `greedy` grows one K edge by edge where the two part most, so it is a search for the worst case and its
-    value is no estimate of a typical one. `null` is the largest gap of each random circuit over as many K as the first
-    `n_compared` of `random`.
+    `random` has the gaps of sets drawn at random (`subsets`: edges, single nodes, several nodes), and `kinds` describes
+    each set. `greedy` grows one K by the edge with the largest gap: a search for the worst case, not an estimate of a
+    typical one. `null` is the largest gap of each random circuit over as many K as the first `n_compared` of `random`.
 
-    `complement` is what all edges outside the circuit keep of the metric, in the same shares: 0 for a complete circuit.
-    `complement_low` and `complement_high` are its 95 % interval, `complement_null` the same of each random circuit.
+    `complement` is the share of the metric that all edges outside the circuit keep: 0 for a complete circuit.
+    `complement_low` and `complement_high` are its 95 % interval, and `complement_null` has that of random circuits.
     """
 
     random: Float[Tensor, "set"]
@@ -51,24 +49,24 @@ class Completeness(Result):
 
     @property
     def p(self) -> float:
-        """How often a random circuit parts from the model by no more, both over equally many random K."""
+        """How often the gap of a random circuit is as small, both over equally many random K."""
         return float(tied_p(-self.random[: self.n_compared].max(), -self.null))
 
     @property
     def complement_p(self) -> float:
-        """How often a random circuit leaves as little to the edges outside it, whatever the sign."""
+        """How often the complement of a random circuit keeps as little, whatever the sign."""
         own = torch.tensor(abs(self.complement), dtype=self.complement_null.dtype)
         return float(tied_p(-own, -self.complement_null.abs()))
 
     def table(self, n: int | None = None) -> Table:
-        """Every K: how many edges it takes away, and how far circuit and model then part."""
+        """One row a set K: its number of edges, and the gap between circuit and model without it."""
         measured = zip(self.kinds, self.sizes, self.random, strict=True)
         rows = [(kind, int(size), float(gap)) for kind, size, gap in measured]
         rows += [("greedy", i + 1, float(gap)) for i, gap in enumerate(self.greedy)]
         return Table(("K", "edges in K", "parts by (share)"), sorted(rows, key=lambda row: -row[2])).head(n)
 
     def figure(self) -> Any:
-        """How far circuit and model part, by the size of K."""
+        """The gap between circuit and model, by the size of K."""
         from hooklens.viz.curves import scatter
 
         sizes = torch.cat((self.sizes, torch.arange(1, len(self.greedy) + 1)))
@@ -78,27 +76,20 @@ class Completeness(Result):
         return scatter(sizes, gaps, names, title, x_title="edges in K", y_title="|m(C - K) - m(M - K)|, share")
 
 
-def completeness_of(
-    bench: Bench,
-    circuit: Circuit,
-    null: Subsets,
-    faithful: Faithfulness,
-    unit: Float[Tensor, ""],
-    draw: torch.Generator,
-) -> Completeness:
-    """How far circuit and model part over random K and a greedy one, and how far random circuits do over random K.
+def completeness_of(bench: Bench, faithful: Faithfulness, null: Subsets, draw: torch.Generator) -> Completeness:
+    """The gaps between circuit and model over random K and a greedy one, and those of random circuits over random K.
 
     The complement's share is the completeness of Marks et al. (2024), "Sparse Feature Circuits", section 4, over edges.
     """
-    kept = circuit.kept.cpu()
+    kept, unit = faithful.circuit.kept.cpu(), faithful.unit
     sets, kinds = subsets(bench.graph, kept, _OWN, draw)
     gaps = _gaps(bench, kept, sets) / unit
     greedy, edges = _greedy(bench, kept, draw)
-    each = []
+    worst = []
     for some in chunks(len(null), max(1, _MASKS // (2 * _OTHERS * len(kept)))):
-        one = null[some].repeat_interleave(_OTHERS, 0)
         without = torch.cat([subsets(bench.graph, mask, _OTHERS, draw)[0] for mask in null[some]])
-        each.append(_gaps(bench, one, without).view(-1, _OTHERS).amax(1))
+        random_gaps = _gaps(bench, null[some].repeat_interleave(_OTHERS, 0), without)
+        worst.append(random_gaps.view(-1, _OTHERS).amax(1))
     others = bench.run(torch.cat((~kept[None], ~null))).per_pair
     shares, (low, high) = faithful.share(others), faithful.interval_of(others[0])
     return Completeness(
@@ -107,7 +98,7 @@ def completeness_of(
         kinds=kinds,
         greedy=greedy / unit,
         greedy_edges=[bench.graph.name(e) for e in edges],
-        null=torch.cat(each) / unit,
+        null=torch.cat(worst) / unit,
         n_compared=_OTHERS,
         complement=float(shares[0]),
         complement_low=low,
@@ -124,8 +115,8 @@ def _gaps(bench: Bench, kept: Bool[Tensor, "*set edge"], sets: Subsets) -> Float
 
 
 def _greedy(bench: Bench, kept: Bool[Tensor, "edge"], draw: torch.Generator) -> tuple[Float[Tensor, "step"], list[int]]:
-    """Grow K by the edge, of some drawn at random, with which circuit and model part most."""
-    taken, found = torch.zeros_like(kept), []
+    """Grow K by the edge, of some drawn at random, that makes the gap largest."""
+    taken, largest = torch.zeros_like(kept), []
     edges: list[int] = []
     for _ in range(min(_STEPS, int(kept.sum()))):
         left = (kept & ~taken).nonzero().flatten()
@@ -135,5 +126,5 @@ def _greedy(bench: Bench, kept: Bool[Tensor, "edge"], draw: torch.Generator) -> 
         gaps = _gaps(bench, kept, sets)
         best = int(gaps.argmax())
         taken, edges = sets[best], [*edges, int(tried[best])]
-        found.append(gaps[best])
-    return torch.stack(found), edges
+        largest.append(gaps[best])
+    return torch.stack(largest), edges

@@ -1,4 +1,4 @@
-"""The faithfulness of circuits of growing size that one set of scores lets in, beside random ones at every size."""
+"""The faithfulness of circuits of growing size, cut from one set of scores, with random circuits of every size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.errors import InputError
+from hooklens.data.prompt_pairs import PromptPairs
+from hooklens.data.prompts import Prompts
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import measured, tied_p
 from hooklens.plugins.circuits.edge_scores import EdgeScores
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, check_draws, measured, tied_p
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import quantiles
 
+_SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve(Result):
-    """Faithfulness of circuits of growing size, cut from one set of scores, beside random ones at every size."""
+    """Faithfulness of circuits of growing size, and of random circuits of every size."""
 
     sizes: Int[Tensor, "size"]
     values: Float[Tensor, "size"]
@@ -38,7 +44,7 @@ class FaithfulnessCurve(Result):
 
     @property
     def distance(self) -> float:
-        """The area between the curve and 1, on the same scale: 0 for circuits that all do what the model does."""
+        """The area between the curve and 1, on the same scale: 0 if all circuits are faithful."""
         return float(self._area((1 - self.values).abs()[None], start=1.0)[0])
 
     @property
@@ -48,10 +54,10 @@ class FaithfulnessCurve(Result):
 
     @property
     def p(self) -> float:
-        """How often random circuits come at least as close to 1 over all sizes, the scores' own counted in.
+        """How often random circuits are at least as close to 1 over all sizes, with the scores' own circuits counted.
 
-        The found circuits hold one another, so that one that is close by chance has close neighbours; random circuits
-        of different sizes are drawn apart. Hence the closest of every size make one curve, the second closest the next.
+        The circuits of the curve contain each other, so one that is close to 1 by chance has close neighbours; random
+        circuits of different sizes are independent. So the closest of every size form one curve, and so on.
         """
         nearest_first = (1 - self.random).abs().sort(0).values
         return float(tied_p(-self._area((1 - self.values).abs()[None], 1.0)[0], -self._area(nearest_first, 1.0)))
@@ -91,20 +97,49 @@ class FaithfulnessCurve(Result):
         return drawn.update_xaxes(type="log")
 
 
+def trace_faithfulness(
+    model: HookedTransformer,
+    scores: EdgeScores,
+    clean: Prompts | PromptPairs,
+    corrupted: Prompts | None = None,
+    metric: Any = None,
+    *,
+    sizes: Sequence[int] | None = None,
+    group: Int[Tensor, "pair"] | None = None,
+    draws: int = LEAST_DRAWS,
+) -> FaithfulnessCurve:
+    """The faithfulness of circuits of growing size, cut from one set of scores, compared with random circuits.
+
+    Circuits of at most these `sizes` are grown from the logits (`scores.greedy_edges`). Without `sizes`: from 0.2 % to
+    half of the edges.
+
+    Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 4; Mueller et al. (2025), "MIB", section 3.
+    """
+    check_draws(draws)
+    wanted = [max(1, round(share * scores.graph.n_edges)) for share in _SHARES] if sizes is None else list(sizes)
+    circuits = {circuit.n_edges: circuit for circuit in map(scores.greedy_edges, sorted(wanted)) if circuit.n_edges}
+    if not circuits:
+        raise InputError(
+            f"no circuit of at most {max(wanted)} edges reaches from the embedding to the logits; take larger sizes"
+        )
+    by_size = [circuits[n] for n in sorted(circuits)]
+    return curve_of(by_size[0].bench(model, clean, corrupted, metric, group=group), scores, by_size, draws)
+
+
 def curve_of(bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], draws: int) -> FaithfulnessCurve:
     """The curve of circuits that were cut from scores, the smallest first."""
-    found = [measured(bench, circuit, draws, seed=i) for i, circuit in enumerate(circuits)]
-    ends = torch.tensor([one.interval() for one in found])
-    values = torch.stack([one.share(one.per_pair[None])[0] for one in found]).cpu()
+    results = [measured(bench, circuit, draws, seed=i) for i, circuit in enumerate(circuits)]
+    ends = torch.tensor([result.interval() for result in results])
+    values = torch.stack([result.share(result.per_pair[None])[0] for result in results]).cpu()
     return FaithfulnessCurve(
         sizes=torch.tensor([circuit.n_edges for circuit in circuits]),
         values=values,
         low=ends[:, 0].to(values),
         high=ends[:, 1].to(values),
-        random=torch.stack([one.random for one in found], 1).cpu(),
+        random=torch.stack([result.random for result in results], 1).cpu(),
         n_edges=scores.graph.n_edges,
         method=scores.method,
         replacement=str(scores.replacement),
         n_pairs=bench.n_pairs,
-        n_seen=found[0].n_seen,
+        n_seen=results[0].n_seen,
     )

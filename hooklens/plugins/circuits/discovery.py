@@ -1,8 +1,8 @@
-"""Automated circuit discovery: walk from the logits down and cut every edge, or node, that the metric does not miss."""
+"""Automated circuit discovery: walk from the logits down and cut every edge, or node, that the metric does not need."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,27 +14,24 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.replacement import Value
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _MOST = 64  # cuts that are tried at once
 
 
 @dataclass(frozen=True, eq=False)
 class Discovery(Result):
-    """The circuit that was left, and what each cut, made or refused, did to the metric.
+    """The circuit that is left, and the effect of each cut, made or refused, on the metric.
 
-    `drop` is how far the metric fell when the unit was cut from what was left at that time; NaN for a unit that was not
-    tried, because by then nothing that it could change led to the logits.
+    `drop` is how far the metric fell when the unit was cut from the edges left at that time. It is NaN for a unit that
+    was not tried because none of its edges led to the logits any longer.
     """
 
-    ranked_by = "what losing the unit would cost"
+    ranked_by = "the metric's fall without the unit"
 
     circuit: Circuit
     units: list[str]
@@ -48,22 +45,22 @@ class Discovery(Result):
 
     @property
     def kept(self) -> list[str]:
-        """The units that stayed, in the order in which they were tried."""
+        """The units that were kept, in the order in which they were tried."""
         return [unit for unit, gone in zip(self.units, self.removed.tolist(), strict=True) if not gone]
 
     def table(self, n: int | None = 20) -> Table:
-        """The kept units by what their loss would have cost."""
+        """The kept units, ranked by how far the metric falls without them."""
         kept = (~self.removed).nonzero().flatten()
         order = kept[self.drop[kept].argsort(descending=True, stable=True)].tolist()[:n]
         return Table(("kept", "the metric's fall if cut"), [(self.units[i], float(self.drop[i])) for i in order])
 
     def figure(self) -> Any:
-        """The circuit that was left."""
+        """The circuit that is left."""
         return self.circuit.figure()
 
 
 def acdc(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -82,19 +79,20 @@ def acdc(
     >>> found.kept                               # one of the two heads: either is enough
     ['MLP0->logits', 'L0H0->MLP0']
 
-    Many cuts are tried in one batch, each as if those before it had been made; what follows the first refused one is
-    tried again. So the outcome is that of one trial after the other.
+    Many cuts are tried in one batch, each as if those before it had been made, and the cuts after the first refused one
+    are tried again. So the result is that of one trial after the other.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
     """
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
-    units = torch.arange(bench.graph.n_edges)
-    stages = [list(stage) for stage in _by_receiver(bench.graph)]
-    return _discover(bench, _Units(units, stages, [bench.graph.name(e) for e in units.tolist()], "ACDC"), threshold)
+    graph = bench.graph
+    names = [graph.name(edge) for edge in range(graph.n_edges)]
+    stages = [range(to.start, to.start + to.columns)[::-1] for to in graph.receivers[::-1]]
+    return _discover(_Walk(bench, torch.arange(graph.n_edges), names), stages, "ACDC", threshold)
 
 
 def acdc_nodes(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -102,7 +100,7 @@ def acdc_nodes(
     threshold: float,
     value: Value = "corrupted",
 ) -> Discovery:
-    """Which whole nodes can be cut one after another, the last first? A cut node hands everyone its ablated output.
+    """Which whole nodes can be cut one after another, the last first? Every reader then gets its ablated output.
 
     >>> from hooklens.testing import or_gate
     >>> logit = lambda logits: logits[:, -1, 1]
@@ -113,62 +111,43 @@ def acdc_nodes(
     """
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
-    order = [list(range(graph.n_sources))[::-1]]
-    return _discover(bench, _Units(graph.ends[0], order, graph.source_names, "ACDC over nodes"), threshold)
-
-
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """What is cut in one step: the unit of each edge, and the units in order, in stages that are idle together."""
-
-    of_edge: Int[Tensor, "edge"]
-    stages: list[list[int]]
-    names: list[str]
-    method: str
-
-
-def _by_receiver(graph: CircuitGraph) -> Iterator[range]:
-    """The edges into each receiver, the last source first; receivers from the logits down."""
-    for slot in graph.slots[::-1]:
-        for row in range(slot.rows)[::-1]:
-            start = slot.start + row * slot.columns
-            yield range(start + slot.columns - 1, start - 1, -1)
+    stages = [range(graph.n_sources)[::-1]]
+    return _discover(_Walk(bench, graph.ends[0], graph.source_names), stages, "ACDC over nodes", threshold)
 
 
 class _Walk:
-    """The edges that are left, the metric with them, and what each trial found."""
+    """The edges that are left, the metric with them, and each trial's outcome. `of_edge`: the unit of each edge."""
 
-    def __init__(self, bench: Bench, units: _Units, threshold: float):
-        self.bench, self.units, self.threshold = bench, units, threshold
+    def __init__(self, bench: Bench, of_edge: Int[Tensor, "edge"], names: list[str]):
+        self.bench, self.of_edge, self.names = bench, of_edge, names
         self.kept = torch.ones(bench.graph.n_edges, dtype=torch.bool)
-        first = bench.run(self.kept)
-        self.whole, self.empty = float(first.per_pair.mean()), float(first.empty_per_pair.mean())
-        self.value, self.n_runs, self.width = self.whole, 1, 8
-        self.drop = torch.full((len(units.names),), torch.nan, dtype=first.per_pair.dtype)
-        self.removed = torch.zeros(len(units.names), dtype=torch.bool)
+        means = bench.means(self.kept)
+        self.base = self.value = float(means)
+        self.n_runs, self.width = 1, 8
+        self.drop = torch.full((len(names),), torch.nan, dtype=means.dtype)
+        self.removed = torch.zeros(len(names), dtype=torch.bool)
 
-    def idle(self, stage: list[int]) -> bool:
-        """Does nothing of this stage lead to the logits any more?"""
-        graph = self.bench.graph
-        mine = torch.isin(self.units.of_edge, torch.tensor(stage)) & self.kept
-        return not bool((graph.on_a_path(self.kept[None], rooted=False)[0] & mine).any())
-
-    def cut(self, stage: list[int]) -> None:
+    def cut_if_idle(self, stage: list[int]) -> bool:
+        """Cut a stage none of whose edges leads to the logits any longer, and say so."""
+        of_stage = torch.isin(self.of_edge, torch.tensor(stage))
+        if bool((self.bench.graph.on_a_path(self.kept[None], rooted=False)[0] & of_stage).any()):
+            return False
         self.removed[stage] = True
-        self.kept = self.kept & ~torch.isin(self.units.of_edge, torch.tensor(stage))
+        self.kept = self.kept & ~of_stage
+        return True
 
-    def try_all(self, stage: list[int]) -> None:
-        """Cut the units of a stage one after another, where the metric bears it."""
+    def try_all(self, stage: list[int], threshold: float) -> None:
+        """Cut the units of a stage one after another, where the metric falls by less than the threshold."""
         while stage:
             batch = stage[: self.width]
             masks, kept = [], self.kept
             for unit in batch:
-                kept = kept & (self.units.of_edge != unit)
+                kept = kept & (self.of_edge != unit)
                 masks.append(kept)
-            means = self.bench.run(torch.stack(masks)).per_pair.mean(1).cpu()
+            means = self.bench.means(torch.stack(masks))
             falls = torch.cat((means.new_tensor([self.value]), means))[:-1] - means
             self.n_runs += len(batch)
-            refused = (falls >= self.threshold).nonzero().flatten().tolist()
+            refused = (falls >= threshold).nonzero().flatten().tolist()
             n_cut = refused[0] if refused else len(batch)
             self.drop[batch[: n_cut + 1]] = falls[: n_cut + 1]
             if n_cut:
@@ -178,49 +157,43 @@ class _Walk:
             stage = stage[n_cut + bool(refused) :]
 
 
-def _discover(bench: Bench, units: _Units, threshold: float) -> Discovery:
+def _discover(walk: _Walk, stages: Sequence[Sequence[int]], method: str, threshold: float) -> Discovery:
+    """Try the units of each stage in order; the units of a stage are idle together."""
     if not threshold > 0:
         raise InputError(f"threshold is how far the metric may fall at one cut, a number above 0; got {threshold!r}")
-    walk = _Walk(bench, units, threshold)
-    total = len(units.names)
-    bar = progress(units.method, total, unit="units")
+    bench, bar = walk.bench, progress(method, len(walk.names), unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
-        for stage in units.stages:
-            if walk.idle(stage):
-                walk.cut(stage)
-            else:
-                walk.try_all(stage)
+        for stage in map(list, stages):
+            if not walk.cut_if_idle(stage):
+                walk.try_all(stage, threshold)
             advance(len(stage))
-    order = torch.tensor([unit for stage in units.stages for unit in stage])
-    graph, name = bench.graph, f"{units.method}, threshold {threshold:g}"
-    # an edge stays for what its cut would have cost; a node's cost stands at each of its edges
-    tidy = graph.on_a_path(walk.kept[None], rooted=bench.replacement.from_runs)[0]
-    scores = torch.where(tidy, walk.drop.nan_to_num(0.0)[units.of_edge], 0.0)
-    dropped, of_model = int(walk.kept.sum() - tidy.sum()), bench.model.cfg.model_name
+    order = [unit for stage in stages for unit in stage]
+    tidy = bench.tidy(walk.kept)
     circuit = Circuit(
-        graph=graph,
+        graph=bench.graph,
         kept=tidy,
-        scores=scores,
-        method=name,
+        # the score of an edge is the fall of the metric without its unit; a node's edges share one score
+        scores=torch.where(tidy, walk.drop.nan_to_num(0.0)[walk.of_edge], 0.0),
+        method=f"{method}, threshold {threshold:g}",
         replacement=bench.replacement,
-        model_name=of_model,
-        dropped=dropped,
-        found_on=bench.pairs.digests(bench.model),
+        model_name=bench.model.cfg.model_name,
+        dropped=int(walk.kept.sum() - tidy.sum()),
+        found_on=bench.digests(),
     )
     return Discovery(
         circuit=circuit,
-        units=[units.names[i] for i in order.tolist()],
+        units=[walk.names[unit] for unit in order],
         drop=walk.drop[order],
         removed=walk.removed[order],
         threshold=float(threshold),
-        base=walk.whole,
+        base=walk.base,
         metric_of_circuit=walk.value,
-        empty=walk.empty,
+        empty=float(bench.empty_per_pair.mean()),
         n_runs=walk.n_runs,
     )
 
 
-def demo(model: "HookedTransformer") -> Discovery:
+def demo(model: HookedTransformer) -> Discovery:
     """Whole nodes of a short prompt pair, at a threshold of a tenth of the difference; any model."""
     pairs = demo_pairs(model)
     metric = pairs.metric_of(model)

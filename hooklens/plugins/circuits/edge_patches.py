@@ -20,8 +20,10 @@ _POSITIONS = 512  # of one batch of rows: products are efficient from there on, 
 
 
 class EdgePatches(Patches):
-    """One patch a circuit: all edges that are not kept carry the ablated run. `asked`: the circuits with the edges that
-    can change nothing, which `masks` leaves out."""
+    """One patch a circuit: all edges that are not kept carry the ablated run.
+
+    `asked` are the circuits as given; `masks` leave out the edges that cannot change anything.
+    """
 
     title, unit, together = "circuits", "circuits", True
 
@@ -54,19 +56,19 @@ class EdgePatches(Patches):
         return list(self.runner.streams(self.masks[numbers]).flatten(0, 1))
 
     def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "mask pair"]:
-        """The clean run, in which whatever reads a cut edge has its live value taken off and the ablated one added."""
+        """The clean run with hooks that exchange the live value of every cut edge for the ablated one at its reader."""
         runner, n_pairs = self.runner, len(self.tokens)
-        # every node's output is held: ablated, and by how much that differs from the live one
+        # two tensors with every node's output: the ablated one, and its difference from the live one
         position = 3 * runner.graph.n_sources * self.model.cfg.d_model * self.stream.element_size()
         at_once = max(1, current().memory // position // self.tokens.shape[1])
         streams: list[list[Tensor]] = [[] for _ in numbers]
         for rows in (slice(i, min(i + at_once, n_pairs)) for i in range(0, n_pairs, at_once)):
-            ablated = runner.cut(rows)
-            for found, number in zip(streams, numbers, strict=True):
+            ablated = runner.ablated(rows)
+            for parts, number in zip(streams, numbers, strict=True):
                 hooks = _Exchanging(runner, self.asked[number], ablated).hooks()
                 n = self.model.cfg.n_layers
-                found.append(self.model.run_with_hooks(self.tokens[rows], fwd_hooks=hooks, stop_at_layer=n))
-        return torch.stack([reader.on_stream(torch.cat(found)) for found in streams])
+                parts.append(self.model.run_with_hooks(self.tokens[rows], fwd_hooks=hooks, stop_at_layer=n))
+        return torch.stack([reader.on_stream(torch.cat(parts)) for parts in streams])
 
     def fault(self, said: str, values: Float[Tensor, "mask pair"]) -> str:
         return f"the metric of the ablated run or of a circuit is not finite ({said}), though the model's own is"
@@ -81,10 +83,10 @@ class _Exchanging:
         self.moves: Float[Tensor, "source pair pos d_model"] | None = None
 
     def hooks(self) -> list[tuple[Where, HookFn]]:
-        found: list[tuple[Where, HookFn]] = [(("resid_pre", 0), self._writing(0))]
+        hooks: list[tuple[Where, HookFn]] = [(("resid_pre", 0), self._writing(0))]
         for slot in self.graph.slots:
-            found += self._slot(slot)
-        return found
+            hooks += self._slot(slot)
+        return hooks
 
     def _slot(self, slot: Slot) -> list[tuple[Where, HookFn]]:
         block, layer, n, g = self.graph.block(self.cut, slot), slot.layer, self.graph.n_heads, self.graph.n_kv_heads

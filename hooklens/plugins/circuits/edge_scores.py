@@ -1,6 +1,7 @@
 """Scores of edges, and the circuits that are cut from them."""
 
 import heapq
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
@@ -40,7 +40,8 @@ class EdgeScores(Result):
     @property
     def node_scores(self) -> Float[Tensor, "source"]:
         """The score of each whole node: the sum over the edges that leave it, as gradients are linear."""
-        return self.graph.per_source(self.scores)
+        sources = self.graph.ends[0].to(self.scores.device)
+        return self.scores.new_zeros(self.graph.n_sources).index_add_(0, sources, self.scores)
 
     def order(self) -> list[int]:
         """Every edge, the largest score first, whatever its sign."""
@@ -59,7 +60,7 @@ class EdgeScores(Result):
     def greedy_edges(self, n: int) -> Circuit:
         """At most `n` edges, grown from the logits: always the largest score among edges into nodes that are in.
 
-        So no edge leads nowhere; those that no path from the embedding reaches are dropped at the end.
+        So every edge leads to the logits; edges that no path from the embedding reaches are dropped at the end.
 
         Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 (greedy search; there n edges are taken
         before dead ends are dropped).
@@ -78,17 +79,12 @@ class EdgeScores(Result):
         return self._circuit(self.graph.of_nodes(nodes)[0], f"top {n} nodes")
 
     def _largest(self, order: list[int], n: int, how: str) -> Circuit:
-        """As many edges from the front of an order as leave at most n on paths: more of them never leave fewer."""
+        """As many of the first edges as leave at most n on paths: more of them never leave fewer."""
         if not 1 <= n <= self.graph.n_edges:
             raise InputError(f"this model has {self.graph.n_edges} edges, so n lies between 1 and that; got {n}")
-        fits, too_many = n, self.graph.n_edges + 1
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if int(self._tidy(self.graph.mask(order[:middle])).sum()) <= n:
-                fits = middle
-            else:
-                too_many = middle
-        return self._circuit(self.graph.mask(order[:fits]), how)
+        counts = range(n, self.graph.n_edges + 1)
+        fits = bisect_right(counts, n, key=lambda count: int(self._tidy(self.graph.mask(order[:count])).sum()))
+        return self._circuit(self.graph.mask(order[: counts[fits - 1]]), how)
 
     def _tidy(self, kept: Tensor) -> Tensor:
         return self.graph.on_a_path(kept[None].cpu(), rooted=self.replacement.from_runs)[0]
@@ -114,50 +110,28 @@ class EdgeScores(Result):
         return Table(("edge", self.method, "standard error"), rows)
 
     def figure(self) -> Any:
-        """How much leaves each node: its score, layer by layer."""
-        from hooklens.viz.figures import heatmap
-
-        graph = self.graph
-        wide = graph.n_heads + graph.mlp
-        nodes = self.node_scores[1:].view(graph.n_layers, wide)
-        columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
-        rows = layer_names(graph.n_layers)
+        """The score of each node, layer by layer: the sum over the edges that leave it."""
         title = f"{self.method}: score of each node ({self.replacement} ablation), the sum over its edges"
-        return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="score")
+        return self.graph.heatmap(self.node_scores, title, "score")
 
 
 def _grown(graph: CircuitGraph, scores: Float[Tensor, "edge"]) -> list[int]:
-    """Every edge in the order in which a circuit grows: a queue, by score, of the edges into what is already in."""
-    size, sources, of_source = scores.abs().tolist(), graph.ends[0].tolist(), _receivers_of(graph)
-    starts = [slot.start + row * slot.columns for slot in graph.slots for row in range(slot.rows)]
-    starts.append(graph.n_edges)
+    """Every edge in the order in which a circuit grows: a queue, by score, of the edges into nodes that are in."""
+    size, sources, receivers = scores.abs().tolist(), graph.ends[0].tolist(), graph.receivers
     queue: list[tuple[float, int]] = []
-    opened: set[int] = set()
+    order: list[int] = []
+    entered: set[int] = set()
 
-    def into(receiver: int) -> None:
-        if receiver not in opened:
-            opened.add(receiver)
-            for edge in range(starts[receiver], starts[receiver + 1]):
+    def enter(number: int) -> None:
+        if number not in entered:
+            entered.add(number)
+            start = receivers[number].start
+            for edge in range(start, start + receivers[number].columns):
                 heapq.heappush(queue, (-size[edge], edge))
 
-    into(graph.n_receivers - 1)
-    order = []
+    enter(len(receivers) - 1)
     while queue:
         order.append(heapq.heappop(queue)[1])
-        for receiver in of_source[sources[order[-1]]]:
-            into(receiver)
+        for number in graph.receivers_of[sources[order[-1]]]:
+            enter(number)
     return order
-
-
-def _receivers_of(graph: CircuitGraph) -> list[list[int]]:
-    """The receivers of each node: a head's q, and the k and v that it uses."""
-    found: list[list[int]] = [[]]
-    row = 0
-    for _ in range(graph.n_layers):
-        h, g = graph.n_heads, graph.n_kv_heads
-        found += [[row + i, row + h + i // graph.group, row + h + g + i // graph.group] for i in range(h)]
-        row += h + 2 * g
-        if graph.mlp:
-            found.append([row])
-            row += 1
-    return found

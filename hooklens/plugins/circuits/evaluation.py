@@ -1,7 +1,7 @@
-"""Is a circuit faithful, complete and minimal? All three on held-out prompts, beside random circuits of its make."""
+"""Is a circuit faithful, complete and minimal? All three on held-out prompts, compared with random circuits."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -10,20 +10,17 @@ from torch import Tensor
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.completeness import Completeness, completeness_of
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, measured
 from hooklens.plugins.circuits.minimality import Minimality, minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
-from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +32,7 @@ class CircuitEvaluation(Result):
     minimality: Minimality
 
     def table(self, n: int | None = None) -> Table:
-        """The three in rows, each beside random circuits."""
+        """All three in rows, each compared with random circuits."""
         faithful, complete, minimal = self.faithfulness, self.completeness, self.minimality
         idle, q = minimal.idle, minimal.q
         rows = [
@@ -60,7 +57,7 @@ class CircuitEvaluation(Result):
 
 
 def evaluate_circuit(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     circuit: Circuit,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -70,13 +67,13 @@ def evaluate_circuit(
     draws: int = LEAST_DRAWS,
     seed: int = 0,
 ) -> CircuitEvaluation:
-    """Does the circuit do what the model does, does it hold all of it, and does it need every edge?
+    """Is the circuit faithful to the model, is it complete, and is every edge needed?
 
-    Give prompts that the circuit was not found on. `draws` random circuits of the same size, layer profile and
-    connectivity stand beside each of the three. About (2 + 2 * 10 + 8 * 6) * `draws` runs of circuits.
+    Give prompts that the circuit was not found on. All three are compared with `draws` random circuits of the same
+    size, layer profile and connectivity. This takes about (2 + 2 * 10 + 8 * 6) * `draws` runs of circuits.
 
-    Completeness and minimality are searches over sets K of the circuit's edges, so that their values are what was
-    found, not bounds. Beside Wang's completeness stands that of Marks: what all edges outside the circuit keep.
+    Completeness and minimality are searches over sets K of the circuit's edges, so their values are not bounds. The
+    result has completeness by Wang et al. and by Marks et al. (the share that all edges outside the circuit keep).
 
     >>> from hooklens.testing import tiny_model
     >>> found = demo(tiny_model(n_layers=1))
@@ -88,22 +85,19 @@ def evaluate_circuit(
     "Hypothesis Testing the Circuit Hypothesis in LLMs" (random circuits).
     """
     check_draws(draws)
-    circuit.check(model)
     if not circuit.n_edges:
         raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")
-    bench = Bench(model, as_pairs(model, clean, corrupted, metric, group), circuit.replacement, keep=True)
+    bench = circuit.bench(model, clean, corrupted, metric, group=group)
     with torch.no_grad(), packed_linears(rows=512):
         faithful = measured(bench, circuit, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
         draw = seeded(seed)
-        unit = faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()
-        unit = unit.abs() if faithful.defined else torch.full_like(unit, torch.nan)
-        complete = completeness_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
-        minimal = minimality_of(bench, circuit, null=null, faithful=faithful, unit=unit, draw=draw)
+        complete = completeness_of(bench, faithful, null, draw)
+        minimal = minimality_of(bench, faithful, null, draw)
     return CircuitEvaluation(faithful, complete, minimal)
 
 
-def demo(model: "HookedTransformer") -> CircuitEvaluation:
+def demo(model: HookedTransformer) -> CircuitEvaluation:
     """A few edges found on two short prompt pairs, evaluated on two others; numbers without a tokenizer."""
     pairs = demo_pairs(model, 4)
     return evaluate_circuit(model, demo_circuit(model, pairs[:2]), pairs[2:])

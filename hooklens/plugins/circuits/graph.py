@@ -1,23 +1,22 @@
-"""The graph of a model: what writes into the residual stream, and what reads each of these on its own."""
+"""The graph of a model: the nodes that write into the residual stream, and the receivers that read each of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.component import Component, head_name
+from hooklens.core.component import Component, head_name, layer_names
 from hooklens.core.errors import InputError, did_you_mean
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result, Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _MOST_OF_A_KIND = 10_000
 _MOST_EDGES = 1 << 25
+_KINDS = {"q": "q", "k": "k and v", "v": "k and v", "mlp": "MLP", "logits": "logits"}
 Mask = Bool[Tensor, "mask edge"]
 
 
@@ -29,6 +28,19 @@ class Slot(NamedTuple):
     start: int
     rows: int
     columns: int
+
+
+class Receiver(NamedTuple):
+    """One reader of the stream. Its edges are numbered from `start` on, one for each of the first `columns` sources.
+
+    `nodes` read through it: one head or MLP, all heads that share a key or value, or none (the logits).
+    """
+
+    name: str
+    kind: str  # "q", "k", "v", "mlp" or "logits"
+    start: int
+    columns: int
+    nodes: range
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +64,14 @@ class CircuitGraph(Result):
         if not all(type(size) is int and 1 <= size <= _MOST_OF_A_KIND for size in sizes) or self.n_heads % sizes[2]:
             raise InputError(
                 f"a graph of {sizes[0]!r:.20} layers, {sizes[1]!r:.20} heads and {sizes[2]!r:.20} key/value heads was "
-                f"asked for; each is a whole number up to {_MOST_OF_A_KIND:,}, and the second a multiple of the third"
+                f"asked for; each is a whole number up to {_MOST_OF_A_KIND:,}, the second a multiple of the third"
             )
         if self.n_edges > _MOST_EDGES:  # every circuit of the graph has a score an edge
             raise InputError(f"a graph of {self.n_edges:,} edges was asked for; at most {_MOST_EDGES:,} can be held")
 
     @property
     def shape(self) -> tuple[int, int, int, bool, bool]:
-        """What two models must share for their edges to be the same ones."""
+        """What two models must share for their edges to be the same."""
         return self.n_layers, self.n_heads, self.n_kv_heads, self.mlp, self.parallel
 
     @property
@@ -68,7 +80,7 @@ class CircuitGraph(Result):
         return self.n_heads // self.n_kv_heads
 
     def sources_before(self, layer: int) -> int:
-        """How many nodes write before that layer's attention reads."""
+        """The number of nodes that write before that layer's attention reads."""
         return 1 + (self.n_heads + self.mlp) * layer
 
     def heads_at(self, layer: int) -> slice:
@@ -80,6 +92,13 @@ class CircuitGraph(Result):
         """The source that is that layer's MLP."""
         return self.sources_before(layer) + self.n_heads
 
+    def place(self, source: int) -> tuple[int, int]:
+        """The layer of a node other than the embedding, and its number there: heads first, then the MLP."""
+        return divmod(source - 1, self.n_heads + self.mlp)
+
+    def is_head(self, source: int) -> bool:
+        return source > 0 and self.place(source)[1] < self.n_heads
+
     @property
     def n_sources(self) -> int:
         return self.sources_before(self.n_layers)
@@ -87,63 +106,91 @@ class CircuitGraph(Result):
     @cached_property
     def slots(self) -> list[Slot]:
         """Where each group of receivers has its edges."""
-        found, start = [], 0
+        slots, start = [], 0
         for layer in range(self.n_layers):
             rows, columns = self.n_heads + 2 * self.n_kv_heads, self.sources_before(layer)
-            found.append(Slot("attn", layer, start, rows, columns))
+            slots.append(Slot("attn", layer, start, rows, columns))
             start += rows * columns
             if self.mlp:
-                seen = columns + (0 if self.parallel else self.n_heads)
-                found.append(Slot("mlp", layer, start, 1, seen))
-                start += seen
-        return [*found, Slot("logits", self.n_layers, start, 1, self.n_sources)]
+                columns += 0 if self.parallel else self.n_heads
+                slots.append(Slot("mlp", layer, start, 1, columns))
+                start += columns
+        return [*slots, Slot("logits", self.n_layers, start, 1, self.n_sources)]
+
+    @cached_property
+    def receivers(self) -> list[Receiver]:
+        """Every reader in the order of the forward pass; in a layer queries, keys, values, then the MLP."""
+        receivers = []
+        for slot in self.slots:
+            if slot.kind == "logits":
+                rows = [("logits", "logits", range(0))]
+            elif slot.kind == "mlp":
+                at = self.mlp_at(slot.layer)
+                rows = [(Component("mlp", slot.layer).name, "mlp", range(at, at + 1))]
+            else:
+                rows = self._attention_rows(slot.layer)
+            for row, (name, kind, nodes) in enumerate(rows):
+                start = slot.start + row * slot.columns
+                receivers.append(Receiver(name, kind, start, slot.columns, nodes))
+        return receivers
+
+    def _attention_rows(self, layer: int) -> list[tuple[str, str, range]]:
+        """Name, kind and nodes of each receiver of a layer's heads."""
+        first, rows = self.heads_at(layer).start, []
+        for kind, size in (("q", 1), ("k", self.group), ("v", self.group)):
+            for number in range(self.n_heads // size):
+                name = Component(kind, layer, number, keyed=size > 1).name
+                start = first + number * size
+                rows.append((name, kind, range(start, start + size)))
+        return rows
+
+    @cached_property
+    def receivers_of(self) -> list[list[int]]:
+        """The numbers of the receivers of each node: q, k and v of a head, or an MLP's own."""
+        numbers: list[list[int]] = [[] for _ in range(self.n_sources)]
+        for number, receiver in enumerate(self.receivers):
+            for node in receiver.nodes:
+                numbers[node].append(number)
+        return numbers
 
     @property
     def n_edges(self) -> int:
         return self.slots[-1].start + self.slots[-1].columns
 
-    @property
-    def n_receivers(self) -> int:
-        return sum(slot.rows for slot in self.slots)
-
     def block(self, edges: Tensor, slot: Slot) -> Tensor:
         """The part of an edge tensor `[... edge]` that belongs to a slot, as `[... receiver source]`."""
         return edges[..., slot.start : slot.start + slot.rows * slot.columns].unflatten(-1, (slot.rows, slot.columns))
+
+    @cached_property
+    def key_heads(self) -> dict[str, range]:
+        """The key/value heads that several heads share, each with these heads."""
+        if self.group == 1:
+            return {}
+        return {name.partition(".")[0]: nodes for name, kind, *_, nodes in self.receivers if kind == "k"}
 
     # -- names
 
     @cached_property
     def source_names(self) -> list[str]:
-        found = ["embed"]
+        names = ["embed"]
         for layer in range(self.n_layers):
-            found += [head_name(layer, head) for head in range(self.n_heads)]
-            found += [Component("mlp", layer).name] if self.mlp else []
-        return found
+            names += [head_name(layer, head) for head in range(self.n_heads)]
+            names += [Component("mlp", layer).name] if self.mlp else []
+        return names
 
     @cached_property
     def receiver_names(self) -> list[str]:
-        found: list[str] = []
-        for slot in self.slots:
-            if slot.kind != "attn":
-                found.append("logits" if slot.kind == "logits" else Component("mlp", slot.layer).name)
-                continue
-            for part, n in (("q", self.n_heads), ("k", self.n_kv_heads), ("v", self.n_kv_heads)):
-                shared = part != "q" and self.group > 1
-                found += [Component(part, slot.layer, head, keyed=shared).name for head in range(n)]
-        return found
+        return [receiver.name for receiver in self.receivers]
 
     @cached_property
     def ends(self) -> tuple[Int[Tensor, "edge"], Int[Tensor, "edge"]]:
         """The source and the receiver of every edge."""
-        sources, receivers, row = [], [], 0
-        for slot in self.slots:
-            sources.append(torch.arange(slot.columns).repeat(slot.rows))
-            receivers.append((row + torch.arange(slot.rows)).repeat_interleave(slot.columns))
-            row += slot.rows
-        return torch.cat(sources), torch.cat(receivers)
+        columns = [receiver.columns for receiver in self.receivers]
+        sources = torch.cat([torch.arange(n) for n in columns])
+        return sources, torch.arange(len(columns)).repeat_interleave(torch.tensor(columns))
 
     def name(self, edge: int) -> str:
-        """What an edge is called.
+        """The name of an edge.
 
         >>> CircuitGraph(2, 4, 2).name(0)
         'embed->L0H0.q'
@@ -159,25 +206,20 @@ class CircuitGraph(Result):
         ['L0H1->L1H0.q', 'MLP1->logits']
         """
         sources = {name: i for i, name in enumerate(self.source_names)}
-        starts, row = {}, 0
-        for slot in self.slots:
-            for r in range(slot.rows):
-                starts[self.receiver_names[row]] = (slot.start + r * slot.columns, slot.columns)
-                row += 1
-        found = []
+        receivers = {receiver.name: receiver for receiver in self.receivers}
+        numbers = []
         for name in [names] if isinstance(names, str) else names:
-            source, arrow, receiver = name.partition("->")
+            source, arrow, to = name.partition("->")
             if not arrow:
                 raise InputError(f"an edge is written source->receiver, such as {self.name(0)!r}; got {name!r}")
             if source not in sources:
                 raise did_you_mean("source", source, sources)
-            if receiver not in starts:
-                raise did_you_mean("receiver", receiver, starts)
-            start, columns = starts[receiver]
-            if sources[source] >= columns:
-                raise InputError(f"{receiver} reads before {source} writes, so there is no edge {name!r}")
-            found.append(start + sources[source])
-        return found
+            if to not in receivers:
+                raise did_you_mean("receiver", to, receivers)
+            if sources[source] >= receivers[to].columns:
+                raise InputError(f"{to} reads before {source} writes, so there is no edge {name!r}")
+            numbers.append(receivers[to].start + sources[source])
+        return numbers
 
     # -- paths
 
@@ -193,7 +235,8 @@ class CircuitGraph(Result):
             if slot.kind == "mlp":
                 live[:, self.mlp_at(slot.layer)] = reached[:, 0]
                 continue
-            heads = self._of_heads(reached).any(1)
+            q, k, v = reached.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+            heads = q | (k | v).repeat_interleave(self.group, 1)
             live[:, self.heads_at(slot.layer)] = heads.any(-1, keepdim=True) if self.shared_scale else heads
         return live
 
@@ -212,18 +255,21 @@ class CircuitGraph(Result):
         """The kept edges that lie on a path from the embedding to the logits (not `rooted`: on one to the logits)."""
         useful = self.useful(kept)
         live = self.live(kept) if rooted else torch.ones_like(useful)
+        return kept & self._between(live, useful)
+
+    def of_nodes(self, nodes: Bool[Tensor, "mask source"]) -> Mask:
+        """Edge masks that keep whole nodes: every edge that leaves a kept node and ends in one (or in the logits)."""
+        return self._between(nodes, nodes)
+
+    def _between(self, sources: Bool[Tensor, "mask source"], readers: Bool[Tensor, "mask source"]) -> Mask:
+        """Every edge that leaves one of `sources` and ends in one of `readers` or in the logits."""
         parts = []
         for slot in self.slots:
-            good = live[:, None, : slot.columns]
+            edges = sources[:, None, : slot.columns].expand(-1, slot.rows, -1)
             if slot.kind != "logits":
-                good = good & self._reads(slot, useful)[..., None]
-            parts.append((self.block(kept, slot) & good).flatten(1))
+                edges = edges & self._reads(slot, readers)[..., None]
+            parts.append(edges.flatten(1))
         return torch.cat(parts, 1)
-
-    def _of_heads(self, rows: Bool[Tensor, "mask receiver"]) -> Bool[Tensor, "mask 3 head"]:
-        """Each head's q, k and v among the receivers of its layer."""
-        q, k, v = rows.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
-        return torch.stack([q, *(x.repeat_interleave(self.group, 1) for x in (k, v))], 1)
 
     def _reads(self, slot: Slot, nodes: Bool[Tensor, "mask source"]) -> Tensor:
         """Which of a slot's receivers belong to one of these nodes."""
@@ -245,44 +291,34 @@ class CircuitGraph(Result):
         kept[torch.tensor(numbers, dtype=torch.long)] = True
         return kept
 
-    def of_nodes(self, nodes: Bool[Tensor, "mask source"]) -> Mask:
-        """Edge masks that keep whole nodes: every edge that leaves a kept node and ends in one (or in the logits)."""
-        parts = []
-        for slot in self.slots:
-            good = nodes[:, None, : slot.columns]
-            if slot.kind != "logits":
-                good = good & self._reads(slot, nodes)[..., None]
-            parts.append(good.expand(-1, slot.rows, -1).flatten(1))
-        return torch.cat(parts, 1)
-
-    def per_source(self, values: Float[Tensor, "edge"]) -> Float[Tensor, "source"]:
-        """The sum over the edges that leave each node."""
-        return values.new_zeros(self.n_sources).index_add_(0, self.ends[0].to(values.device), values)
-
     def table(self, n: int | None = None) -> Table:
-        """How many edges end in each kind of receiver."""
-        counts = {"q": 0, "k and v": 0, "MLP": 0, "logits": 0}
-        for slot in self.slots:
-            if slot.kind == "attn":
-                counts["q"] += self.n_heads * slot.columns
-                counts["k and v"] += 2 * self.n_kv_heads * slot.columns
-            else:
-                counts["MLP" if slot.kind == "mlp" else "logits"] += slot.columns
+        """The number of edges into each kind of receiver."""
+        counts = dict.fromkeys(_KINDS.values(), 0)
+        for receiver in self.receivers:
+            counts[_KINDS[receiver.kind]] += receiver.columns
         rows = [(kind, count) for kind, count in counts.items() if count]
         return Table(("edges into", "count"), [*rows, ("all", self.n_edges)]).head(n)
 
+    def heatmap(self, values: Float[Tensor, "source"], title: str, colourbar: str) -> Any:
+        """The figure of a value for every node but the embedding, layer by layer."""
+        from hooklens.viz.figures import heatmap
 
-def circuit_graph(model: "HookedTransformer") -> CircuitGraph:
-    """Every node and edge of a model: who writes into the residual stream, and who could read it.
+        columns = [*(f"H{head}" for head in range(self.n_heads)), *(["MLP"] if self.mlp else [])]
+        nodes, rows = values[1:].view(self.n_layers, len(columns)), layer_names(self.n_layers)
+        return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar=colourbar)
+
+
+def circuit_graph(model: HookedTransformer) -> CircuitGraph:
+    """Every node and edge of a model: what writes into the residual stream, and what reads it.
 
     >>> from hooklens.testing import tiny_model
     >>> graph = circuit_graph(tiny_model(n_layers=1, n_heads=4))
     >>> graph.n_edges, graph.name(22)
     (23, 'MLP0->logits')
 
-    In parallel blocks a layer's MLP does not read its heads. Where a norm stands behind attention (sandwich blocks), a
-    head's output is its share of `attn_out`: what it wrote, brought to scale by the norm of the whole sum (biases of
-    W_O in equal parts); that one scale is shared by the layer's heads and is no edge.
+    In parallel blocks a layer's MLP does not read its heads. With a norm behind attention (sandwich blocks), the output
+    of a head is its share of `attn_out`: its result, scaled by the norm of the whole sum (biases of W_O in equal
+    parts). The heads of a layer share that scale, which is not an edge.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 2 and appendix.
     """

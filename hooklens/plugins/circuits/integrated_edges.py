@@ -1,7 +1,7 @@
 """Edge attribution with integrated gradients: gradients along a path from the ablated run to the clean one."""
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,20 +12,17 @@ from hooklens.core.progress_bar import step
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
-from hooklens.plugins.circuits.edge_attribution import Scored, scored
+from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.circuits.edge_attribution import Scored, edge_scores, scored
 from hooklens.plugins.circuits.edge_scores import EdgeScores
-from hooklens.plugins.circuits.gradient_pass import differentiable_values, edge_gradients, edge_scores, trace
 from hooklens.plugins.circuits.graph import CircuitGraph
-from hooklens.plugins.circuits.node_runs import Run, observe
+from hooklens.plugins.circuits.node_runs import Run, observe, walk
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Value
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
 
 def eap_ig(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -34,10 +31,9 @@ def eap_ig(
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over inputs between the corrupted and the clean prompt's embedding.
 
-    Where the metric is flat at the clean run (a saturated softmax, an OR), plain gradients see nothing; on the way
-    there they do. Gradients are taken at 0/steps, 1/steps, ..., (steps - 1)/steps of the way, as the authors' code
-    does. The path begins in the corrupted run, so that only the corrupted run is ablated with; for other ablations use
-    `eap_ig_activations`. `eap_ig_midpoint` needs fewer steps for the same integral.
+    Where the metric is flat at the clean run (a saturated softmax, an OR), plain gradients are 0; on the way to it they
+    are not. Gradients are taken at 0/steps, 1/steps, ..., (steps - 1)/steps of the way, as in the authors' code. The
+    path begins in the corrupted run, which is the only ablation; for others use `eap_ig_activations`.
 
     >>> from hooklens.testing import tiny_model
     >>> scores = eap_ig(tiny_model(), [[1, 2, 3]], [[1, 4, 3]], lambda logits: logits[:, -1, 5], steps=2)
@@ -46,13 +42,11 @@ def eap_ig(
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 and its code (EAP-IG over inputs).
     """
-    whole("steps", steps, 1)
-    pairs = as_pairs(model, clean, corrupted, metric)
-    return _of_inputs(model, pairs, name="EAP-IG", shares=[k / steps for k in range(steps)])
+    return _over_inputs(model, as_pairs(model, clean, corrupted, metric), "EAP-IG", _shares(steps, 0.0))
 
 
 def eap_ig_midpoint(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -69,37 +63,11 @@ def eap_ig_midpoint(
     A variant of `eap_ig`, not a published method: the path is cut into `steps` equal parts and the gradient is taken in
     the middle of each.
     """
-    whole("steps", steps, 1)
-    pairs = as_pairs(model, clean, corrupted, metric)
-    return _of_inputs(model, pairs, name="EAP-IG at midpoints", shares=_middles(steps))
-
-
-def _of_inputs(model, pairs: PromptPairs, name: str, shares: list[float]) -> EdgeScores:
-    if pairs.corrupted is None:
-        raise InputError(
-            "integrated gradients over inputs need the corrupted prompts at which they begin; "
-            "eap_ig_activations(..., value='zero') does without"
-        )
-    name = f"{name}, {len(shares)} steps"
-    return scored(model, pairs, value="corrupted", name=name, one_batch=partial(_over_inputs, shares))
-
-
-def _over_inputs(shares: list[float], model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
-    with torch.no_grad():
-        live = observe(model, graph, clean)
-    reader = Reader(model, metric, live.streams[-1])
-    moved, begin = live.nodes - ablated.nodes, ablated.nodes[0]
-    total = moved.new_zeros(len(clean), graph.n_edges)
-    for share in shares:
-        made = trace(model, graph, begin + share * moved[0])
-        gradients = edge_gradients(model, made, differentiable_values(reader, made.final))
-        total += edge_scores(graph, gradients, moved) / len(shares)
-        step(1 / len(shares))
-    return total, reader.base
+    return _over_inputs(model, as_pairs(model, clean, corrupted, metric), "EAP-IG at midpoints", _shares(steps, 0.5))
 
 
 def eap_ig_activations(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -109,10 +77,9 @@ def eap_ig_activations(
 ) -> EdgeScores:
     """Edge attribution with the gradient averaged over runs in which one group of nodes is between ablated and clean.
 
-    A group is the embedding, a layer's heads, or its MLP. In each run one of them writes 1/steps, 2/steps, ..., all of
-    the way from its ablated to its clean output, as a constant; everything before it is clean, everything after it
-    follows. Every edge of the model is scored in every run, and the mean is over all groups and steps: an edge counts
-    in the runs of other groups too, and gets nothing in those that hold its own receiver constant.
+    A group is the embedding, a layer's heads, or its MLP. In each run one group writes 1/steps, 2/steps, ..., all of
+    the way from its ablated to its clean output, as a constant; everything before it is clean. Every edge of the model
+    is scored in every run, and the mean is over all groups and steps.
 
     >>> from hooklens.testing import or_gate
     >>> metric = lambda logits: logits[:, -1, 1]
@@ -120,23 +87,17 @@ def eap_ig_activations(
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]     # heads: open at 2 of 5 steps, 1 of 3 groups
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.1333), ('L0H1->MLP0', 0.1333)]
 
-    That works whatever ablated edges carry. `eap_ig_own_source` scores an edge in the runs of its own source alone.
+    This works for every ablation. `eap_ig_own_source` scores an edge in the runs of its own source only.
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """
-    whole("steps", steps, 1)
-    name, shares = f"EAP-IG over activations, {steps} steps", [(k + 1) / steps for k in range(steps)]
-    return scored(
-        model,
-        as_pairs(model, clean, corrupted, metric),
-        value=value,
-        name=name,
-        one_batch=partial(_over_activations, shares, False),
-    )
+    shares = _shares(steps, 1.0)
+    pairs, name = as_pairs(model, clean, corrupted, metric), f"EAP-IG over activations, {steps} steps"
+    return scored(model, pairs, value, name, _Integral(shares, over="activations"))
 
 
 def eap_ig_own_source(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
     metric: Any = None,
@@ -147,65 +108,80 @@ def eap_ig_own_source(
     """Edge attribution with each edge's gradient averaged between its own source's ablated and clean outputs.
 
     The edges that leave a layer's heads (or its MLP, or the embedding) get gradients from runs in which all of these
-    write a mixture of their ablated and clean output; everything after them follows. So the edges that leave the last
-    such group add up to what ablating them does.
+    write a mixture of their ablated and clean output. So the scores of edges that leave the last such group add up to
+    the effect of ablating them.
 
     >>> from hooklens.testing import or_gate
     >>> scores = eap_ig_own_source(or_gate(), [[0]], None, lambda logits: logits[:, -1, 1], value="zero")
     >>> [(row[0], round(row[1], 4)) for row in scores.table(3).rows]
     [('MLP0->logits', 1.0), ('L0H0->MLP0', 0.5), ('L0H1->MLP0', 0.5)]
 
-    A variant of `eap_ig_activations`, not a published method; it too takes `steps` runs for each group of nodes, at the
-    middle of each step.
+    A variant of `eap_ig_activations`, not a published method, with `steps` runs for each group of nodes, at the middle
+    of each step.
     """
+    shares = _shares(steps, 0.5)
+    pairs, name = as_pairs(model, clean, corrupted, metric), f"EAP-IG over each edge's own source, {steps} steps"
+    return scored(model, pairs, value, name, _Integral(shares, over="own source"))
+
+
+def _over_inputs(model, pairs: PromptPairs, name: str, shares: list[float]) -> EdgeScores:
+    if pairs.corrupted is None:
+        raise InputError(
+            "integrated gradients over inputs need the corrupted prompts at which they begin; "
+            "eap_ig_activations(..., value='zero') does without"
+        )
+    return scored(model, pairs, "corrupted", f"{name}, {len(shares)} steps", _Integral(shares, over="inputs"))
+
+
+def _shares(steps: int, offset: float) -> list[float]:
+    """Where on the way from the ablated to the clean output gradients are taken: `offset` of a step from its start."""
     whole("steps", steps, 1)
-    name = f"EAP-IG over each edge's own source, {steps} steps"
-    return scored(
-        model,
-        as_pairs(model, clean, corrupted, metric),
-        value=value,
-        name=name,
-        one_batch=partial(_over_activations, _middles(steps), True),
-    )
+    return [(k + offset) / steps for k in range(steps)]
 
 
-def _over_activations(
-    shares: list[float], own: bool, model, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run
-) -> Scored:
-    with torch.no_grad():
-        live = observe(model, graph, clean)
-    reader = Reader(model, metric, live.streams[-1])
-    moved, groups = live.nodes - ablated.nodes, _groups(graph)
-    total = moved.new_zeros(len(clean), graph.n_edges)
-    for kind, layer, sources in groups:
-        away = moved[sources].sum(0)
-        for share in shares:
-            back = (share - 1) * away
-            at_embedding = kind == "embed"
-            begin = live.nodes[0] + back if at_embedding else live.nodes[0]
-            made = trace(model, graph, begin, shift={} if at_embedding else {(kind, layer): back})
-            after, scored_sources = (sources.start, sources) if own else (-1, slice(None))
-            gradients = edge_gradients(model, made, differentiable_values(reader, made.final), after=after)
-            total += edge_scores(graph, gradients, moved[scored_sources], scored_sources)
-            step(1 / (len(shares) * len(groups)))
-    return total / len(shares) / (1 if own else len(groups)), reader.base
+@dataclass(frozen=True)
+class _Integral:
+    """Scores of a batch with gradients averaged over runs in which one group of nodes writes a mixture of its outputs.
+
+    Over "inputs" that is the embedding, over "activations" each group in turn. Over "own source" each group in turn
+    too, but an edge is scored in the runs of its own source only.
+    """
+
+    shares: list[float]
+    over: str
+
+    def __call__(self, model: Any, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
+        with torch.no_grad():
+            live = observe(model, graph, clean)
+        reader = Reader(model, metric, live.streams[-1])
+        moved, own = live.nodes - ablated.nodes, self.over == "own source"
+        total = moved.new_zeros(len(clean), graph.n_edges)
+        none = torch.zeros(graph.n_sources, dtype=torch.bool)
+        groups = _groups(graph)[: 1 if self.over == "inputs" else None]
+        for kind, layer, sources in groups:
+            away = moved[sources].sum(0)
+            scored_sources = sources if own else slice(None)
+            for share in self.shares:
+                begin, shift = live.nodes[0], {(kind, layer): (share - 1) * away}
+                if kind == "embed":
+                    begin, shift = begin + (share - 1) * away, {}
+                run = walk(model, graph, begin.detach().requires_grad_(), none, shift=shift)
+                total += edge_scores(reader, graph, run, moved[scored_sources], scored_sources)
+                step(1 / (len(self.shares) * len(groups)))
+        return total / (len(self.shares) * (1 if own else len(groups))), reader.base
 
 
 def _groups(graph: CircuitGraph) -> list[tuple[str, int, slice]]:
     """Nodes that write together: the embedding, each layer's heads, each MLP."""
-    found = [("embed", 0, slice(0, 1))]
+    groups = [("embed", 0, slice(0, 1))]
     for layer in range(graph.n_layers):
-        found.append(("attn", layer, graph.heads_at(layer)))
+        groups.append(("attn", layer, graph.heads_at(layer)))
         if graph.mlp:
             at = graph.mlp_at(layer)
-            found.append(("mlp", layer, slice(at, at + 1)))
-    return found
+            groups.append(("mlp", layer, slice(at, at + 1)))
+    return groups
 
 
-def _middles(steps: int) -> list[float]:
-    return [(k + 0.5) / steps for k in range(steps)]
-
-
-def demo(model: "HookedTransformer") -> EdgeScores:
+def demo(model: HookedTransformer) -> EdgeScores:
     """Every edge's score on two short prompt pairs; token numbers where the model has no tokenizer."""
     return eap_ig(model, demo_pairs(model, 2), steps=4)

@@ -1,20 +1,19 @@
-"""Which node of one model plays the part of a node in another? A one-to-one matching by label and causal effect."""
+"""A one-to-one matching of the nodes of two models, by label and causal effect."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.plugins.circuits.carry import Carrier, Maps, is_head
+from hooklens.plugins.circuits.carry import Carrier, Maps
 from hooklens.plugins.circuits.roles import Roles
 from hooklens.plugins.heads.taxonomy import UNLABELLED
 from hooklens.results.result import Result, Table
 
-_TIE = 0.01  # effects first: where a head looks and how deep it lies decide between heads of almost equal effect
+_TIE = 0.01  # effects first: attention and depth decide between heads of almost equal effect
 _STARTS = (0.0, 0.3, 1.0, 3.0)  # weights of depth; with 0 an assignment that no edge constrains is the best one
 _SLACK = 1e-9
 Costs = Float[Tensor, "chosen target_or_none"]
@@ -22,10 +21,10 @@ Costs = Float[Tensor, "chosen target_or_none"]
 
 @dataclass(frozen=True, eq=False)
 class Matching(Result):
-    """Which node of the target stands for each node of the circuit, with the evidence on both sides.
+    """The counterpart in the target of each node of the circuit, with the label and the effect of both.
 
     `distance` is between effects, in shares of the metric. A node without a counterpart has target "" and NaN. `lost`
-    are the circuit's edges that the target has no counterpart for, whole or for one of the heads that read them.
+    are the circuit's edges without a counterpart in the target, for all or for one of the heads that read them.
     """
 
     ranked_by = "how much the task needs the node in the source"
@@ -46,26 +45,22 @@ class Matching(Result):
     @property
     def same_label(self) -> int:
         """How many heads were matched to one of their own label, where they have one."""
-        return sum(
-            a == b and a not in ("MLP", UNLABELLED) for a, b in zip(self.source_label, self.target_label, strict=True)
-        )
+        labels = zip(self.source_label, self.target_label, strict=True)
+        return sum(label == other and _is_label(label) for label, other in labels)
 
     @property
     def labelled(self) -> int:
-        """How many of the circuit's heads have a label at all: the others are matched by effect alone."""
-        return sum(label not in ("MLP", UNLABELLED) for label in self.source_label)
+        """How many of the circuit's heads have a label: the others are matched by effect alone."""
+        return sum(map(_is_label, self.source_label))
 
     def table(self, n: int | None = 20) -> Table:
         """One row a node of the circuit, the largest effect in the source first."""
-        order = self.source_effect.abs().argsort(descending=True, stable=True).tolist()[:n]
-        effects = (self.source_effect, self.target_effect, self.distance)
-        rows = []
-        for i in order:
-            here, there, apart = (float(x[i]) for x in effects)
-            rows.append(
-                (self.source[i], self.source_label[i], here, self.target[i] or "none", self.target_label[i])
-                + ((there, apart) if self.target[i] else (None, None))
-            )
+        effects = torch.stack((self.source_effect, self.target_effect, self.distance), 1).tolist()
+        rows: list[tuple] = []
+        for i in self.source_effect.abs().argsort(descending=True, stable=True).tolist()[:n]:
+            (here, there, distance), target = effects[i], self.target[i]
+            known = (there, distance) if target else (None, None)
+            rows.append((self.source[i], self.source_label[i], here, target or "none", self.target_label[i], *known))
         return Table(("source", "label", "effect", "target", "its label", "its effect", "distance"), rows)
 
     def figure(self) -> Any:
@@ -79,15 +74,18 @@ class Matching(Result):
         return scatter(here, there, names, title, x_title="effect in the source", y_title="effect in the target")
 
 
+def _is_label(label: str) -> bool:
+    return label not in ("MLP", UNLABELLED)
+
+
 def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]:
     """The target's node for every node of the circuit: equal labels first, then near effects and edges that can exist.
 
     As many heads as possible get one of their own label; a head with two labels half matches one with either, and one
-    without a label half matches any. Then the differences between effects, and what is lost with edges that the target
-    cannot have (each by its share of the circuit's scores), are made small together: optimal assignments by labels,
-    effects and more and more of relative depth, from each of which nodes move and change places as long as that helps,
-    and the best end of them. Where effects are almost equal, attention and relative depth decide. MLPs go to MLPs by
-    effect and relative depth.
+    without a label half matches any. Then the differences between effects, and the edges that the target cannot have
+    (each by its share of the circuit's scores), are minimised together: from optimal assignments by labels, effects and
+    a growing weight of relative depth, nodes are moved and exchanged as long as that helps, and the best result is
+    taken. Between almost equal effects, attention and relative depth decide. MLPs are matched to MLPs.
 
     Reference: Kuhn (1955), "The Hungarian Method for the Assignment Problem".
     """
@@ -95,23 +93,26 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
     deep = (_depth(source)[carrier.nodes, None] - _depth(target)).abs()
     deep = torch.cat((deep, torch.zeros(len(deep), 1, dtype=deep.dtype)), 1)
     starts = [_assigned(carrier, costs + weight * deep) for weight in _STARTS]
-    total = partial(_total, carrier, costs)
-    ends = [_improved(carrier, total, found, source) for found in starts]
+
+    def total(maps: Maps) -> Float[Tensor, "map"]:
+        return costs[torch.arange(len(carrier.nodes)), maps[:, carrier.nodes]].sum(1) + carrier.lost(maps)
+
+    ends = [_improved(carrier, total, start, source) for start in starts]
     return ends[int(total(torch.stack(ends)).argmin())]
 
 
 def measure_matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles, target: Roles) -> Matching:
-    """The map as a result."""
+    """The map with its labels and effects, as a result."""
     nodes = carrier.nodes
     to = found[nodes].tolist()
-    names, theirs = source.graph.source_names, target.graph.source_names
+    names, target_names = source.graph.source_names, target.graph.source_names
     gone = carrier.edge[carrier.edges(found[None])[0] < 0].unique().tolist()
     effect = torch.stack([target.effect[t] if t >= 0 else target.effect.new_tensor(torch.nan) for t in to])
     return Matching(
         source=[names[i] for i in nodes],
         source_label=[source.labels[i] for i in nodes],
         source_effect=source.effect[nodes],
-        target=[theirs[t] if t >= 0 else "" for t in to],
+        target=[target_names[t] if t >= 0 else "" for t in to],
         target_label=[target.labels[t] if t >= 0 else "" for t in to],
         target_effect=effect.to(source.effect),
         lost=[source.graph.name(edge) for edge in gone],
@@ -120,38 +121,38 @@ def measure_matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles
 
 
 def _costs(carrier: Carrier, source: Roles, target: Roles) -> Costs:
-    """What it costs to let one node stand for another: infinite between kinds; the last column is nobody."""
+    """The cost of matching each node to each node of the target, infinite between kinds; last column: to none."""
     nodes, n = carrier.nodes, target.graph.n_sources
     apart = (source.effect[nodes].double()[:, None] - target.effect.double()).abs()
     looks = torch.cdist(source.attention[nodes].double(), target.attention.double(), p=1)
     deep = (_depth(source)[nodes, None] - _depth(target)).abs()
-    heads = torch.tensor([is_head(source.graph, node) for node in nodes])
-    theirs = torch.tensor([False, *(is_head(target.graph, node) for node in range(1, n))])
+    heads = torch.tensor([source.graph.is_head(node) for node in nodes])
+    target_heads = torch.tensor([target.graph.is_head(node) for node in range(n)])
     # convex: sums of mere distances are often equal for two pairings, of which only one keeps the order of effects
     cost = apart + apart.square() + torch.where(heads[:, None], _TIE * (looks + deep), deep)
     cost[:, 0] = torch.inf
-    cost.masked_fill_(heads[:, None] != theirs, torch.inf)
+    cost.masked_fill_(heads[:, None] != target_heads, torch.inf)
     labels = torch.tensor([[_differ(source.labels[i], target.labels[j]) for j in range(n)] for i in nodes])
     # no sum of distances, and no loss of edges, outweighs half a label
     least = 2 * (1 + cost.masked_fill(cost.isinf(), 0).amax(1).sum())
-    cost = cost + least * torch.where(heads[:, None] & theirs, labels, 0.0)
-    nobody = source.effect[nodes].double().abs() + 1
-    return torch.cat((cost, nobody[:, None]), 1)
+    cost = cost + least * torch.where(heads[:, None] & target_heads, labels, 0.0)
+    unmatched = source.effect[nodes].double().abs() + 1
+    return torch.cat((cost, unmatched[:, None]), 1)
 
 
 def _differ(label: str, other: str) -> float:
     """0 for the same labels, 1 for none in common; half where some are, or where one head has none."""
-    one, two = set(label.split(", ")), set(other.split(", "))
-    if one != two and {UNLABELLED} in (one, two):
+    labels, others = set(label.split(", ")), set(other.split(", "))
+    if labels != others and {UNLABELLED} in (labels, others):
         return 0.5
-    return 1 - len(one & two) / len(one | two)
+    return 1 - len(labels & others) / len(labels | others)
 
 
 def _depth(roles: Roles) -> Float[Tensor, "source"]:
     """From 0 in the first layer to 1 in the last."""
     graph = roles.graph
-    wide, deepest = graph.n_heads + graph.mlp, max(graph.n_layers - 1, 1)
-    return torch.tensor([0.0, *((node // wide) / deepest for node in range(graph.n_sources - 1))], dtype=torch.float64)
+    layers = [0, *(graph.place(node)[0] for node in range(1, graph.n_sources))]
+    return torch.tensor(layers, dtype=torch.float64) / max(graph.n_layers - 1, 1)
 
 
 def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
@@ -160,7 +161,7 @@ def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
 
     found = carrier.fixed()
     for kind in (True, False):
-        rows = [i for i, node in enumerate(carrier.nodes) if is_head(carrier.source, node) == kind]
+        rows = [i for i, node in enumerate(carrier.nodes) if carrier.source.is_head(node) == kind]
         open_to = _peers(carrier, kind)
         if not rows:
             continue
@@ -174,25 +175,20 @@ def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
 
 def _peers(carrier: Carrier, heads: bool) -> list[int]:
     graph = carrier.target
-    return [node for node in range(1, graph.n_sources) if is_head(graph, node) == heads]
-
-
-def _total(carrier: Carrier, costs: Costs, maps: Maps) -> Float[Tensor, "map"]:
-    """What maps cost, lost edges included."""
-    return costs[torch.arange(len(carrier.nodes)), maps[:, carrier.nodes]].sum(1) + carrier.lost(maps)
+    return [node for node in range(1, graph.n_sources) if graph.is_head(node) == heads]
 
 
 def _improved(
     carrier: Carrier, total: Callable[[Maps], Tensor], found: Int[Tensor, "node"], source: Roles
 ) -> Int[Tensor, "node"]:
-    """Move nodes, or let two change places, as long as that is cheaper."""
-    # the largest effect first: the order in which models number their heads must not matter
+    """Move a node, or exchange two, as long as that is cheaper."""
+    # the largest effect first: the numbering of heads must not matter
     order = sorted(carrier.nodes, key=lambda node: -abs(float(source.effect[node])))
     best, before = float(total(found[None])), float("inf")
     while best < before - _SLACK:
         before = best
         for node in order:
-            options = _moves(found, node, _peers(carrier, is_head(carrier.source, node)))
+            options = _moves(found, node, _peers(carrier, carrier.source.is_head(node)))
             values = total(options)
             least = int(values.argmin()) if len(values) else 0
             if len(values) and float(values[least]) < best - _SLACK:
@@ -201,7 +197,7 @@ def _improved(
 
 
 def _moves(found: Int[Tensor, "node"], node: int, to: list[int]) -> Maps:
-    """The node put in each of these places; who stands there goes to its own."""
+    """The node put in each of these places, exchanged with the node that is there."""
     there = torch.tensor(to, dtype=torch.long)[:, None]
     maps = torch.where(found == there, found[node], found)
     maps[:, node] = there[:, 0]

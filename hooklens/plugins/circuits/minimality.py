@@ -1,4 +1,4 @@
-"""Minimality: is each edge of the circuit worth something in some part of it, and more than in a random circuit?"""
+"""Minimality: is each edge of the circuit needed in some part of it, and more than edges of random circuits?"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_metrics import Faithfulness, slack
+from hooklens.plugins.circuits.faithfulness import Faithfulness, slack
+from hooklens.plugins.circuits.random_draws import Subsets, subsets
 from hooklens.plugins.circuits.run import Bench, chunks
-from hooklens.plugins.circuits.subset_search import subsets
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, mean_interval, q_values
 
@@ -24,13 +23,13 @@ Worth = Float[Tensor, "circuit cut set pair"]
 class Minimality(Result):
     """What each edge e is worth: m(C without K) - m(C without K and e), as a share of m(M) - m(empty).
 
-    `effect` takes, of several sets K of the circuit's other edges, the one without which the edge is worth most, so
-    that an edge whose work others can take over is not called idle. For every pair K is chosen on the half of the
-    groups that the pair is not in: the choice lends the effect no luck. (One group: on the same pairs.) `given` says
-    which K is best over all pairs, and `alone` is the worth with K empty, where others may stand in.
+    `effect` is the worth for the one of several sets K of the circuit's other edges for which it is largest, so that an
+    edge that others can replace is not called idle. For every pair, K is chosen on the half of the groups without the
+    pair, so that the choice does not bias the effect. (One group: on the same pairs.) `given` is the best K over all
+    pairs, and `alone` is the worth with K empty.
 
-    `null` is the same, whatever its sign, of random edges of each random circuit, searched as widely; `q` are
-    Benjamini-Hochberg values over the circuit's edges of being worth more than those.
+    `null` is the same, as an absolute value, of random edges of each random circuit, searched in the same way; `q` are
+    Benjamini-Hochberg values, over the circuit's edges, of being worth more than those.
     """
 
     ranked_by = "what the edge is worth"
@@ -48,14 +47,14 @@ class Minimality(Result):
     def p(self) -> Float[Tensor, "edge"]:
         """How often a random edge is worth as much, over the random circuits and this one, each of equal weight.
 
-        If this circuit were one more random one, the rank of a random edge of it among all of them would be any. Edges
-        of one circuit are no independent draws, so that many of them make no p smaller than the circuits allow. Of a
-        random circuit only some edges were tried; an edge counts itself as one of as many, for the best of all edges
-        of a circuit beats the best of a few by being one of more.
+        If this circuit were a random one, all ranks of a random edge of it would be equally likely. Edges of a circuit
+        are not independent, so many of them do not make p smaller than the number of circuits allows. Only some edges
+        of a random circuit were tried. An edge counts itself as one of as many, because the best of all edges of a
+        circuit exceeds the best of a few by chance.
         """
         size = self.effect.abs()
         least = size - slack(self.null)
-        reached = torch.stack([(self.null >= one).double().mean(1).sum() for one in least])
+        reached = torch.stack([(self.null >= value).double().mean(1).sum() for value in least])
         own = (size >= least[:, None]).double().mean(1).clamp_min(1 / self.null.shape[1])
         return torch.where(size.isnan(), torch.nan, (reached + own) / (len(self.null) + 1))
 
@@ -71,7 +70,7 @@ class Minimality(Result):
 
     @property
     def idle(self) -> list[str] | None:
-        """Edges whose interval includes 0: the circuit may do without them. None where there are no intervals."""
+        """Edges whose interval includes 0: the circuit may not need them. None if there are no intervals."""
         if not bool((self.low.isfinite() & self.high.isfinite()).all()):
             return None
         return [name for name, a, b in zip(self.edges, self.low, self.high, strict=True) if a <= 0 <= b]
@@ -84,7 +83,7 @@ class Minimality(Result):
         return Table(("edge", "worth (share)", "95% low", "95% high", "q", "with all others", "most without"), rows)
 
     def figure(self) -> Any:
-        """The edges that are worth most, with their intervals."""
+        """The 40 edges with the largest effects, with their intervals."""
         from hooklens.viz.figures import bars
 
         order = self.effect.abs().argsort(descending=True, stable=True)[:40].tolist()
@@ -95,16 +94,9 @@ class Minimality(Result):
         return bars(self.effect[order], low, high, names, title, y_title="share of the difference")
 
 
-def minimality_of(
-    bench: Bench,
-    circuit: Circuit,
-    null: Bool[Tensor, "draw edge"],
-    faithful: Faithfulness,
-    unit: Float[Tensor, ""],
-    draw: torch.Generator,
-) -> Minimality:
-    """What every edge of the circuit is worth in it, and some random edges of each random circuit in theirs."""
-    kept = circuit.kept.cpu()
+def minimality_of(bench: Bench, faithful: Faithfulness, null: Subsets, draw: torch.Generator) -> Minimality:
+    """The worth of every edge of the circuit, and of some random edges of each random circuit."""
+    kept, unit = faithful.circuit.kept.cpu(), faithful.unit
     edges = kept.nonzero().flatten()
     sets, names = subsets(bench.graph, kept, _SETS, draw)
     parts = [edges[some] for some in chunks(len(edges), max(1, _MASKS // (_SETS * len(kept))))]
@@ -150,11 +142,11 @@ def _most(
     """Each edge's worth, pair by pair, without the set that the other half of the pairs chose; the best set of all."""
     every = torch.arange(worth.shape[2])
     parts = halves(len(every), group=group) if int(group.max()) > 0 else (every, every)
-    found = torch.empty_like(worth[:, 0])
+    chosen = torch.empty_like(worth[:, 0])
     for asked, other in (parts, parts[::-1]):
         best = _largest(worth[:, :, other])
-        found[:, asked] = worth[torch.arange(len(worth)), best][:, asked]
-    return found, _largest(worth)
+        chosen[:, asked] = worth[torch.arange(len(worth)), best][:, asked]
+    return chosen, _largest(worth)
 
 
 def _largest(worth: Float[Tensor, "edge set pair"]) -> Int[Tensor, "edge"]:
@@ -166,13 +158,13 @@ def _largest(worth: Float[Tensor, "edge set pair"]) -> Int[Tensor, "edge"]:
 def _by_chance(
     bench: Bench, null: Bool[Tensor, "draw edge"], group: Int[Tensor, "pair"], draw: torch.Generator
 ) -> Float[Tensor, "draw cut"]:
-    """What different random edges of random circuits are worth in these, searched as the circuit's own are."""
+    """The worth of different random edges of random circuits, searched as that of the circuit's own edges."""
     n = min(_CUT, int(null[0].sum()))
-    found = []
+    effects = []
     for some in chunks(len(null), max(1, _MASKS // (_SETS * (1 + n) * null.shape[1]))):
         masks = null[some]
         cut = [mask.nonzero().flatten()[torch.randperm(int(mask.sum()), generator=draw)[:n]] for mask in masks]
         sets = torch.stack([subsets(bench.graph, mask, _SETS, draw)[0] for mask in masks])
         worth = _worth(bench, masks, sets, torch.stack(cut))
-        found.append(_most(worth.flatten(0, 1), group)[0].mean(1).view(-1, n))
-    return torch.cat(found)
+        effects.append(_most(worth.flatten(0, 1), group)[0].mean(1).view(-1, n))
+    return torch.cat(effects)

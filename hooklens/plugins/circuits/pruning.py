@@ -1,7 +1,7 @@
-"""Pruning by exact effects: measure what each edge or node of a circuit is worth in it, and cut what is worth least."""
+"""Pruning by exact effects: measure the worth of each edge or node in a circuit, and cut those of the least."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,20 +10,20 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_pairs
-from hooklens.data.prompt_pairs import PromptPairs, as_pairs
+from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit, whole_circuit
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+Units = Int[Tensor, "edge"]  # the number of the unit (an edge or a node) that each edge belongs to
 
 
 @dataclass(frozen=True, eq=False)
 class Pruning(Result):
-    """The circuit that is left, its edges' scores their exact effects when last measured, and the metric by the way."""
+    """The circuit that is left, with the last measured effects as scores, and the metric after every round."""
 
     circuit: Circuit
     sizes: Int[Tensor, "round"]
@@ -46,7 +46,7 @@ class Pruning(Result):
 
 
 def prune_edges(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     circuit: Circuit,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -55,10 +55,10 @@ def prune_edges(
     size: int,
     share: float = 0.1,
 ) -> Pruning:
-    """Greedy: cut the edges that are worth least in what is left, a `share` of them at a time, until `size` are left.
+    """Greedy: cut the edges of the least worth, a `share` of them at a time, until `size` are left.
 
-    What an edge is worth is |m(C) - m(C without it)|, exact, mean over pairs, measured again after every round. Edges
-    that lead nowhere any more go with it. `whole_circuit(model)` begins with every edge.
+    The worth of an edge is |m(C) - m(C without it)|, exact, mean over pairs, measured again after every round. Edges
+    that are no longer on a path are cut too. Start from every edge with `whole_circuit(model)`.
 
     >>> from hooklens.testing import or_gate
     >>> gate, logit = or_gate(), lambda logits: logits[:, -1, 1]
@@ -66,14 +66,12 @@ def prune_edges(
     >>> prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01).circuit.edges
     ['L0H1->MLP0', 'MLP0->logits']
     """
-    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
-    return _greedily(
-        bench, circuit, of_edge=torch.arange(bench.graph.n_edges), size=size, share=share, name="greedy pruning"
-    )
+    bench = circuit.bench(model, clean, corrupted, metric)
+    return _greedily(bench, circuit, torch.arange(bench.graph.n_edges), size, share=share, name="greedy pruning")
 
 
 def prune_nodes(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     circuit: Circuit,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -82,18 +80,16 @@ def prune_nodes(
     size: int,
     share: float = 0.1,
 ) -> Pruning:
-    """Greedy, whole nodes at a time: what a node is worth is what all edges that leave it are worth together.
+    """Greedy, whole nodes at a time: the worth of a node is that of all edges that leave it, together.
 
     `size` counts nodes that edges leave, the embedding included.
     """
-    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
-    return _greedily(
-        bench, circuit, of_edge=bench.graph.ends[0], size=size, share=share, name="greedy pruning of nodes"
-    )
+    bench = circuit.bench(model, clean, corrupted, metric)
+    return _greedily(bench, circuit, bench.graph.ends[0], size, share=share, name="greedy pruning of nodes")
 
 
 def prune_edges_below(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     circuit: Circuit,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -101,13 +97,13 @@ def prune_edges_below(
     *,
     threshold: float,
 ) -> Pruning:
-    """Threshold: cut at once every edge that alone is worth less than this. Redundant edges go together, unseen."""
-    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
-    return _below(bench, circuit, torch.arange(bench.graph.n_edges), threshold, "threshold pruning")
+    """Threshold: cut at once every edge that alone is worth less. Edges that can replace each other are all cut."""
+    bench = circuit.bench(model, clean, corrupted, metric)
+    return _below(bench, circuit, torch.arange(bench.graph.n_edges), threshold, name="threshold pruning")
 
 
 def prune_nodes_below(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     circuit: Circuit,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -115,88 +111,65 @@ def prune_nodes_below(
     *,
     threshold: float,
 ) -> Pruning:
-    """Threshold: cut at once every node that alone is worth less than this."""
-    bench = _bench(model, circuit, as_pairs(model, clean, corrupted, metric))
-    return _below(bench, circuit, bench.graph.ends[0], threshold, "threshold pruning of nodes")
+    """Threshold: cut at once every node that alone is worth less."""
+    bench = circuit.bench(model, clean, corrupted, metric)
+    return _below(bench, circuit, bench.graph.ends[0], threshold, name="threshold pruning of nodes")
 
 
-def _bench(model, circuit: Circuit, pairs: PromptPairs) -> Bench:
-    circuit.check(model)
-    return Bench(model, pairs, circuit.replacement, keep=True)
-
-
-def _worth(bench: Bench, kept: Tensor, of_edge: Tensor) -> tuple[Tensor, Float[Tensor, "unit"], float]:
-    """The units that are there, what the metric loses without each, and the metric with all of them."""
-    units = of_edge[kept].unique()
-    masks = torch.cat((kept[None], *(kept & (of_edge != unit)[None] for unit in units)))
-    means = bench.run(masks).per_pair.mean(1).cpu()
-    return units, means[0] - means[1:], float(means[0])
-
-
-def _greedily(bench: Bench, circuit: Circuit, of_edge: Tensor, size: int, share: float, name: str) -> Pruning:
+def _greedily(bench: Bench, circuit: Circuit, of_edge: Units, size: int, *, share: float, name: str) -> Pruning:
+    """Cut the units of least worth, measure again, and go on until `size` are left."""
     if not (isinstance(size, int) and size >= 1 and 0 < share < 1):
         raise InputError(
             f"size is a whole number of at least 1 and share lies between 0 and 1, got {size!r}, {share!r}"
         )
-    kept, history = circuit.kept.cpu(), []
-    n = len(of_edge[kept].unique())
-    bar = progress(name, max(n - size, 1), unit="units")
+    kept, rounds = circuit.kept.cpu(), []
+    bar = progress(name, max(len(of_edge[kept].unique()) - size, 1), unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
         while True:
             units, worth, value = _worth(bench, kept, of_edge)
-            history.append((int(kept.sum()), value))
+            rounds.append((kept, value))
             if len(units) <= size:
                 break
             cut = min(max(1, int(share * len(units))), len(units) - size)
-            least = units[worth.abs().argsort(stable=True)[:cut]]
-            kept = _tidy(bench, kept & ~torch.isin(of_edge, least))
+            least = units[worth[units].abs().argsort(stable=True)[:cut]]
+            kept = bench.tidy(kept & ~torch.isin(of_edge, least))
             advance(len(units) - len(of_edge[kept].unique()))
-    return _result(
-        bench, circuit, kept=kept, measured=(units, worth), of_edge=of_edge, history=history, name=f"{name} to {size}"
-    )
+    return _result(bench, circuit, rounds, worth[of_edge], f"{name} to {size}")
 
 
-def _below(bench: Bench, circuit: Circuit, of_edge: Tensor, threshold: float, name: str) -> Pruning:
+def _below(bench: Bench, circuit: Circuit, of_edge: Units, threshold: float, *, name: str) -> Pruning:
+    """Cut all units of less worth than the threshold, measured once."""
     if not threshold >= 0:
         raise InputError(f"threshold is a change of the metric, at least 0; got {threshold!r}")
+    start = circuit.kept.cpu()
     with torch.no_grad(), packed_linears(rows=512):
-        units, worth, value = _worth(bench, circuit.kept.cpu(), of_edge)
-        kept = _tidy(bench, circuit.kept.cpu() & ~torch.isin(of_edge, units[worth.abs() < threshold]))
-        history = [(circuit.n_edges, value), (int(kept.sum()), float(bench.run(kept).per_pair.mean()))]
-    return _result(
-        bench,
+        _, worth, value = _worth(bench, start, of_edge)
+        kept = bench.tidy(start & (worth.abs() >= threshold)[of_edge])
+        rounds = [(start, value), (kept, float(bench.means(kept)))]
+    return _result(bench, circuit, rounds, worth[of_edge], f"{name} at {threshold:g}")
+
+
+def _worth(bench: Bench, kept: Tensor, of_edge: Units) -> tuple[Tensor, Float[Tensor, "unit"], float]:
+    """The kept units, what the metric loses without each (0 for the others), and the metric with all of them."""
+    units = of_edge[kept].unique()
+    means = bench.means(torch.cat((kept[None], *(kept & (of_edge != unit)[None] for unit in units))))
+    worth = means.new_zeros(int(of_edge.max()) + 1).index_copy_(0, units, means[0] - means[1:])
+    return units, worth, float(means[0])
+
+
+def _result(bench: Bench, circuit: Circuit, rounds: list, worth: Float[Tensor, "edge"], name: str) -> Pruning:
+    kept, metric = rounds[-1][0], torch.tensor([value for _, value in rounds], dtype=worth.dtype)
+    left = replace(
         circuit,
         kept=kept,
-        measured=(units, worth),
-        of_edge=of_edge,
-        history=history,
-        name=f"{name} at {threshold:g}",
+        scores=torch.where(kept, worth, 0.0),
+        method=f"{circuit.method}, {name}",
+        found_on=list(dict.fromkeys([*circuit.found_on, *bench.digests()])),
     )
+    sizes = torch.tensor([int(kept.sum()) for kept, _ in rounds])
+    return Pruning(circuit=left, sizes=sizes, metric=metric, base=bench.base, empty=float(bench.empty_per_pair.mean()))
 
 
-def _tidy(bench: Bench, kept: Tensor) -> Tensor:
-    return bench.graph.on_a_path(kept[None], rooted=bench.replacement.from_runs)[0]
-
-
-def _result(
-    bench: Bench, circuit: Circuit, kept: Tensor, measured: tuple, of_edge: Tensor, history: list, name: str
-) -> Pruning:
-    units, worth = measured
-    by_unit = worth.new_zeros(int(of_edge.max()) + 1).index_copy_(0, units, worth)
-    scores = torch.where(kept, by_unit[of_edge], 0.0)
-    seen = list(dict.fromkeys([*circuit.found_on, *bench.pairs.digests(bench.model)]))
-    left = replace(circuit, kept=kept, scores=scores, method=f"{circuit.method}, {name}", found_on=seen)
-    ends = bench.run(kept)
-    sizes, values = zip(*history, strict=True)
-    return Pruning(
-        left,
-        torch.tensor(sizes),
-        torch.tensor(values, dtype=ends.per_pair.dtype),
-        float(ends.base_per_pair.mean()),
-        float(ends.empty_per_pair.mean()),
-    )
-
-
-def demo(model: "HookedTransformer") -> Pruning:
+def demo(model: HookedTransformer) -> Pruning:
     """From every edge of the model down to a handful, on one short prompt pair; numbers without a tokenizer."""
     return prune_edges(model, whole_circuit(model), demo_pairs(model), size=5, share=0.3)

@@ -1,8 +1,7 @@
-"""Random circuits that look like a given one: as many edges, between the same layers, on whole paths."""
+"""Random circuits of the size and layers of a given one, on whole paths; and sets of its edges to take away."""
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool
@@ -13,6 +12,7 @@ from hooklens.core.errors import InputError
 from hooklens.plugins.circuits.graph import CircuitGraph
 
 _SWEEPS = 10  # moves of every edge, on average
+Subsets = Bool[Tensor, "set edge"]
 
 
 def random_circuits(
@@ -34,68 +34,47 @@ def random_circuits(
     if n < 1:
         raise InputError(f"at least one random circuit is drawn, got n={n}")
     sources, receivers = (ends[kept.cpu()].tolist() for ends in graph.ends)
-    edges = list(zip(sources, receivers, strict=True))
+    edges: list[tuple[int, int]] = list(zip(sources, receivers, strict=True))
     if not edges:
         raise InputError("the circuit has no edges, so there is nothing to match; take more edges or a lower threshold")
-    layout = _Layout(graph)
+    chain = _Chain(graph, edges)
     draws = torch.zeros(n, graph.n_edges, dtype=torch.bool)
     for i in range(n):
-        draw = _Draw(layout, edges, random.Random(1_000_003 * seed_number(seed) + i))
-        draw.rename()
-        draw.move(_SWEEPS * len(edges))
-        draws[i, draw.numbers()] = True
+        draws[i, chain.drawn(random.Random(1_000_003 * seed_number(seed) + i))] = True
     return draws
 
 
-class _Layout:
-    """Layers, kinds and numbers of the graph's ends, as plain lists."""
+class _Chain:
+    """A set of edges (source, receiver) on its way from the given circuit to a random one."""
 
-    def __init__(self, graph: CircuitGraph):
-        self.graph = graph
-        wide = graph.n_heads + graph.mlp
-        layers = range(graph.n_layers)
-        #: Sources and receivers that may stand for each other, by the one they stand for.
-        self.peers: list[Sequence[int]] = [[0]]
-        for layer in layers:
-            start = graph.sources_before(layer)
-            self.peers += [range(start, start + graph.n_heads)] * graph.n_heads
-            self.peers += [[start + graph.n_heads]] * graph.mlp
-        self.fellows: list[Sequence[int]] = []
-        self.start: list[int] = []
-        #: The nodes that read through a receiver: one, or the heads that share a key or value.
-        self.readers: list[list[int]] = []
-        for slot in graph.slots:
-            row = len(self.fellows)
-            self.start += [slot.start + r * slot.columns for r in range(slot.rows)]
-            if slot.kind != "attn":
-                self.fellows.append([row])
-                self.readers.append([graph.mlp_at(slot.layer)] if slot.kind == "mlp" else [])
-                continue
-            first = 1 + wide * slot.layer
-            for size in (graph.n_heads, graph.n_kv_heads, graph.n_kv_heads):
-                self.fellows += [range(row, row + size)] * size
-                shared = graph.n_heads // size
-                self.readers += [[first + i * shared + j for j in range(shared)] for i in range(size)]
-                row += size
-
-
-class _Draw:
-    """A set of edges (source, receiver) on its way to a random one."""
-
-    def __init__(self, layout: _Layout, edges: list[tuple[int, int]], draw: random.Random):
-        self.layout, self.draw = layout, draw
-        self.edges = list(edges)
-        self._count()
-        #: What the given circuit has, every draw has.
+    def __init__(self, graph: CircuitGraph, edges: list[tuple[int, int]]):
+        self.graph, self.given = graph, edges
+        self.readers = [receiver.nodes for receiver in graph.receivers]
+        #: Sources that can be exchanged: the heads of one layer.
+        self.peers: list[range] = [range(1)]
+        for source in range(1, graph.n_sources):
+            heads = graph.heads_at(graph.place(source)[0])
+            self.peers.append(range(heads.start, heads.stop) if graph.is_head(source) else range(source, source + 1))
+        #: Receivers that can be exchanged: those of one kind that read the same sources.
+        alike: dict[tuple[str, int], list[int]] = {}
+        for number, receiver in enumerate(graph.receivers):
+            alike.setdefault((receiver.kind, receiver.columns), []).append(number)
+        self.fellows = [alike[receiver.kind, receiver.columns] for receiver in graph.receivers]
+        #: Properties of the given circuit that every draw keeps.
+        self._set(edges)
         self.fed = all(self.feeds(source) for source, _ in edges)
         self.read = all(self.is_read(receiver) for _, receiver in edges)
 
-    def _count(self) -> None:
-        self.known = set(self.edges)
-        self.leaving = Counter(source for source, _ in self.edges)
-        self.entering: Counter[int] = Counter()
-        for _, receiver in self.edges:
-            self.entering.update(self.layout.readers[receiver])
+    def drawn(self, draw: random.Random) -> list[int]:
+        """The edges of one random circuit."""
+        self._set(self._renamed(draw))
+        self._move(draw, _SWEEPS * len(self.edges))
+        return [self.graph.receivers[receiver].start + source for source, receiver in self.edges]
+
+    def _set(self, edges: list[tuple[int, int]]) -> None:
+        self.edges, self.known = edges, set(edges)
+        self.leaving = Counter(source for source, _ in edges)
+        self.entering = Counter(node for _, receiver in edges for node in self.readers[receiver])
 
     def feeds(self, source: int) -> bool:
         """Does anything enter the node, so that it can pass something on?"""
@@ -103,33 +82,30 @@ class _Draw:
 
     def is_read(self, receiver: int) -> bool:
         """Does any node that reads through the receiver pass something on?"""
-        readers = self.layout.readers[receiver]
+        readers = self.readers[receiver]
         return not readers or any(self.leaving[node] > 0 for node in readers)
 
-    def rename(self) -> None:
-        """Shuffle the heads of every layer: whole groups that share keys and values, and heads within each."""
-        graph, nodes, receivers = self.layout.graph, {}, {}
-        row = 0
+    def _renamed(self, draw: random.Random) -> list[tuple[int, int]]:
+        """The given edges with the heads of every layer shuffled: whole groups that share keys, and heads in each."""
+        graph, nodes = self.graph, {}
         for layer in range(graph.n_layers):
-            groups = self.draw.sample(range(graph.n_kv_heads), graph.n_kv_heads)
-            for g, to in enumerate(groups):
-                for kind in (0, 1):
-                    at = row + graph.n_heads + kind * graph.n_kv_heads
-                    receivers[at + g] = at + to
-                for i, j in enumerate(self.draw.sample(range(graph.group), graph.group)):
-                    head, other = g * graph.group + i, to * graph.group + j
-                    nodes[graph.heads_at(layer).start + head] = graph.heads_at(layer).start + other
-                    receivers[row + head] = row + other
-            row += graph.n_heads + 2 * graph.n_kv_heads + graph.mlp
-        self.edges = [(nodes.get(a, a), receivers.get(b, b)) for a, b in self.edges]
-        self._count()
+            first = graph.heads_at(layer).start
+            for g, other in enumerate(draw.sample(range(graph.n_kv_heads), graph.n_kv_heads)):
+                for i, j in enumerate(draw.sample(range(graph.group), graph.group)):
+                    nodes[first + g * graph.group + i] = first + other * graph.group + j
+        receivers = {
+            old: new
+            for node, other in nodes.items()
+            for old, new in zip(graph.receivers_of[node], graph.receivers_of[other], strict=True)
+        }
+        return [(nodes.get(a, a), receivers.get(b, b)) for a, b in self.given]
 
-    def move(self, n: int) -> None:
+    def _move(self, draw: random.Random, n: int) -> None:
         """Try to put a random edge between other ends of the same layers and kinds, `n` times."""
         for _ in range(n):
-            i = self.draw.randrange(len(self.edges))
+            i = draw.randrange(len(self.edges))
             old = self.edges[i]
-            new = self.draw.choice(self.layout.peers[old[0]]), self.draw.choice(self.layout.fellows[old[1]])
+            new = draw.choice(self.peers[old[0]]), draw.choice(self.fellows[old[1]])
             if new in self.known:
                 continue
             self._replace(i, new)
@@ -142,29 +118,57 @@ class _Draw:
         self.known.add(new)
         for (source, receiver), amount in ((old, -1), (new, 1)):
             self.leaving[source] += amount
-            for node in self.layout.readers[receiver]:
+            for node in self.readers[receiver]:
                 self.entering[node] += amount
 
     def _holds(self, old: tuple[int, int], new: tuple[int, int]) -> bool:
         """Is every node still fed if it is read, and read if it is fed? Only the edges' own nodes can have changed."""
-        touched = {old[0], new[0], *self.layout.readers[old[1]], *self.layout.readers[new[1]]}
+        touched = {old[0], new[0], *self.readers[old[1]], *self.readers[new[1]]}
         if self.fed and any(self.leaving[node] > 0 and not self.feeds(node) for node in touched):
             return False
         return not self.read or all(self._all_read(node) for node in touched)
 
     def _all_read(self, node: int) -> bool:
-        """Is what enters a node read by someone? A shared key or value may be read by any head of its group."""
+        """Is everything that enters the node read? A shared key or value may be read by any head of its group."""
         if self.entering[node] <= 0 or self.leaving[node] > 0:
             return True
-        graph = self.layout.graph
-        wide = graph.n_heads + graph.mlp
-        layer, head = divmod(node - 1, wide)
-        if node == 0 or head >= graph.n_heads:
-            return node == 0
-        row = layer * (graph.n_heads + 2 * graph.n_kv_heads + graph.mlp)
-        own = {row + head}
-        shared = {row + graph.n_heads + kind * graph.n_kv_heads + head // graph.group for kind in (0, 1)}
-        return all(self.is_read(b) for _, b in self.edges if b in own | shared)
+        receivers = self.graph.receivers_of[node]
+        return all(self.is_read(receiver) for _, receiver in self.edges if receiver in receivers)
 
-    def numbers(self) -> list[int]:
-        return [self.layout.start[receiver] + source for source, receiver in self.edges]
+
+# -- sets of edges that are taken away
+
+
+def subsets(
+    graph: CircuitGraph, kept: Bool[Tensor, "edge"], n: int, draw: torch.Generator
+) -> tuple[Subsets, list[str]]:
+    """`n` sets of kept edges and descriptions: nothing; then in turn a node's, another's, some edges, some nodes'.
+
+    The edges of a node are those that leave it; the embedding is not taken. Each random set has a random
+    share between none and all. The single nodes are different, as far as there are enough.
+
+    >>> graph = CircuitGraph(1, 2, 2)
+    >>> kept = graph.mask(["L0H0->MLP0", "L0H1->MLP0", "MLP0->logits"])
+    >>> sets, names = subsets(graph, kept, 8, torch.Generator().manual_seed(0))
+    >>> sorted({*names[1:3], *names[5:7]}), names[0], names[3]
+    (["L0H0's edges", "L0H1's edges", "MLP0's edges"], 'nothing', '2 edges at random')
+    """
+    sources = graph.ends[0]
+    writers = sources[kept].unique()
+    writers = writers[writers > 0]  # without the embedding
+    order = writers[torch.randperm(len(writers), generator=draw)].tolist()
+    sets, names, singles = torch.zeros(n, len(kept), dtype=torch.bool), ["nothing"], 0
+    for i in range(1, n):
+        share, kind = float(torch.rand(1, generator=draw)), ("nodes", "node", "node", "edges")[i % 4]
+        if kind == "node" and order:
+            node, singles = order[singles % len(order)], singles + 1
+            sets[i] = kept & (sources == node)
+            names.append(f"{graph.source_names[node]}'s edges")
+        elif kind == "nodes":
+            taken = writers[torch.rand(len(writers), generator=draw) < share]
+            sets[i] = kept & torch.isin(sources, taken)
+            names.append(f"{len(taken)} nodes at random")
+        else:
+            sets[i] = kept & (torch.rand(len(kept), generator=draw) < share)
+            names.append(f"{int(sets[i].sum())} edges at random")
+    return sets, names

@@ -1,16 +1,16 @@
-"""What is each node of a model for? A head's label and where it looks, and what a task loses without the node."""
+"""The role of each node of a model: a head's label and where it attends, and what a task loses without the node."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.component import layer_names
 from hooklens.core.errors import InputError
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.run import Bench
 from hooklens.plugins.heads.head_scores import KINDS
@@ -21,13 +21,10 @@ from hooklens.sweeps.planning import Patch, plan, points_of
 from hooklens.sweeps.replacement import Value, targets_of
 from hooklens.sweeps.site_patches import SitePatches
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
 
 @dataclass(frozen=True, eq=False)
 class Roles(Result):
-    """The role of every node: `labels` of heads, where they look, and the `effect` of each node on one task.
+    """The role of every node: `labels` of heads, where they attend, and the `effect` of each node on one task.
 
     `effect` is what the metric loses when the node alone carries the ablated run, as a share of what it loses when all
     do; NaN where it was not measured. `attention` is the share of attention above an even spread that a head pays to
@@ -52,25 +49,19 @@ class Roles(Result):
 
     def figure(self) -> Any:
         """The effect of every node, layer by layer."""
-        from hooklens.viz.figures import heatmap
-
-        graph = self.graph
-        columns = [*(f"H{h}" for h in range(graph.n_heads)), *(["MLP"] if graph.mlp else [])]
-        nodes = self.effect[1:].view(graph.n_layers, len(columns))
-        rows = layer_names(graph.n_layers)
         title = f"What the task loses without each node ({self.replacement} ablation)"
-        return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar="share of the metric")
+        return self.graph.heatmap(self.effect, title, "share of the metric")
 
 
 def roles_of(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     pairs: PromptPairs,
     evidence: Taxonomy,
     *,
     value: Value = "corrupted",
     nodes: Bool[Tensor, "source"] | None = None,
 ) -> Roles:
-    """What is each node for, by its label in a taxonomy and by what the task loses without it?
+    """The role of each node: its label in a taxonomy and what the task loses without it.
 
     >>> from hooklens.plugins.heads.taxonomy import classify_heads
     >>> from hooklens.testing import induction_model
@@ -87,18 +78,18 @@ def roles_of(
     if (len(labels), len(labels[0])) != (graph.n_layers, graph.n_heads):
         raise InputError(
             f"the taxonomy has {len(labels)} layers of {len(labels[0])} heads, and {model.cfg.model_name!r} has "
-            f"{graph.n_layers} of {graph.n_heads}; give taxonomy(model) of this very model"
+            f"{graph.n_layers} of {graph.n_heads}; give classify_heads(model) of this very model"
         )
     wanted = torch.ones(graph.n_sources, dtype=torch.bool) if nodes is None else nodes.clone()
     wanted[0] = False
-    named, attention = ["embedding"], torch.zeros(graph.n_sources, len(KINDS), dtype=model.dtype)
+    by_node, attention = ["embedding"], torch.zeros(graph.n_sources, len(KINDS), dtype=model.dtype)
     for layer, row in enumerate(labels):
-        named += [*row, *(["MLP"] if graph.mlp else [])]
+        by_node += [*row, *(["MLP"] if graph.mlp else [])]
         above = [evidence.scores.mean(kind)[layer] - evidence.scores.uniform[kind] for kind in KINDS]
         attention[graph.heads_at(layer)] = torch.stack(above, 1).nan_to_num().to(attention)
     return Roles(
         graph=graph,
-        labels=named,
+        labels=by_node,
         attention=attention,
         effect=_effects(bench, wanted),
         replacement=str(bench.replacement),
@@ -107,24 +98,24 @@ def roles_of(
 
 
 def comparable(source: Taxonomy, target: Taxonomy) -> tuple[Taxonomy, Taxonomy]:
-    """Both without name movers where one of the two models could not be asked for them."""
+    """Both taxonomies, without name movers where one of the two models has no labels of them."""
     if source.names is None or target.names is None:
         return replace(source, names=None), replace(target, names=None)
     return source, target
 
 
 def _effects(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "source"]:
-    nothing = torch.zeros(bench.graph.n_edges, dtype=torch.bool)
-    gap = (bench.base_per_pair - bench.run(nothing).empty_per_pair).cpu()
+    bench.run(torch.zeros(bench.graph.n_edges, dtype=torch.bool))
+    gap = (bench.base_per_pair - bench.empty_per_pair).cpu()
     # the mean of sizes, with the sign of the mean: no division by almost nothing where the model does not do the task
     unit = gap.abs().mean() * (-1.0 if float(gap.mean()) < 0 else 1.0)
     # the heads of a sandwich block share a norm, which in the graph is no part of a node; and what is written at z is
     # what is written at a node only if W_O commutes with it
-    in_graph = bench.graph.shared_scale or not bench.replacement.linear
-    falls = (_by_edges if in_graph else _by_patches)(bench, wanted)
-    found = torch.full((bench.graph.n_sources,), torch.nan, dtype=falls.dtype)
-    found[wanted] = falls.cpu() / unit if float(unit) else torch.zeros_like(falls, device="cpu")
-    return found
+    by_edges = bench.graph.shared_scale or not bench.replacement.linear
+    falls = (_by_edges if by_edges else _by_patches)(bench, wanted).cpu()
+    effects = torch.full((bench.graph.n_sources,), torch.nan, dtype=falls.dtype)
+    effects[wanted] = falls / unit if float(unit) else torch.zeros_like(falls)
+    return effects
 
 
 def _by_edges(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wanted"]:
@@ -135,19 +126,20 @@ def _by_edges(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wa
 
 
 def _by_patches(bench: Bench, wanted: Bool[Tensor, "source"]) -> Float[Tensor, "wanted"]:
-    """The same by overwriting what the node gives out, which the sweep engine does without running the whole graph."""
-    graph = bench.graph
-    nodes = [divmod(node - 1, graph.n_heads + graph.mlp) for node in wanted.nonzero().flatten().tolist()]
-    fall = torch.zeros(len(nodes), dtype=bench.model.dtype, device=bench.model.device)
+    """The same by overwriting the node's output, which the sweep engine does without running the whole graph."""
+    graph, model = bench.graph, bench.model
+    nodes = wanted.nonzero().flatten().tolist()
+    fall = torch.zeros(len(nodes), dtype=model.dtype, device=model.device)
     for site in ("z", "mlp_out"):
-        rows = [i for i, (_, at) in enumerate(nodes) if (at < graph.n_heads) == (site == "z")]
-        patches = [Patch(nodes[i][0], None, nodes[i][1] if site == "z" else None) for i in rows]
+        rows = [i for i, node in enumerate(nodes) if graph.is_head(node) == (site == "z")]
+        places = [graph.place(nodes[i]) for i in rows]
+        patches = [Patch(layer, None, head if site == "z" else None) for layer, head in places]
         if not rows:
             continue
         with torch.no_grad(), packed_linears(rows=1024):
-            targets = targets_of(bench.model, bench.groups, points_of(bench.model, site))
+            targets = targets_of(model, bench.groups, points_of(model, site))
             for group, written in zip(bench.groups, bench.replacement.once(targets), strict=True):
-                made = plan(bench.model, group.clean, site, written, patches=patches)
-                outcome = execute(SitePatches(made), group.of(bench.metric))
+                planned = plan(model, group.clean, site, written, patches=patches)
+                outcome = execute(SitePatches(planned), group.of(bench.metric))
                 fall[rows] += (outcome.base - outcome.values).sum(1).to(fall) / bench.n_pairs
     return fall

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +17,7 @@ from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, read_aligned
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import kernel_of
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.node_runs import ablated_runs, refuse
@@ -28,9 +28,6 @@ from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Replacement, Value, as_replacement, is_run
 from hooklens.sweeps.resume import Part, Progressed, Resume, hint, key_of, products_of, sketch_of
 from hooklens.sweeps.settings import current, engine
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 OneOrMore = Bool[Tensor, "*mask edge"] | Float[Tensor, "*mask edge"]
 
@@ -59,7 +56,7 @@ class EdgeRuns(Result):
 
 
 def run_edges(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     kept: OneOrMore,
     clean: Prompts | PromptPairs,
     corrupted: Prompts | None = None,
@@ -68,7 +65,7 @@ def run_edges(
     value: Value = "corrupted",
     resume: str | Path | Resume | None = None,
 ) -> EdgeRuns:
-    """What does the model say when only these edges carry what it computes, and the others carry an ablated run?
+    """The metric when only these edges carry the live values of the model, and all others those of an ablated run.
 
     Every receiver reads the sum of what its sources wrote, live where the edge is kept, from the ablated run where not,
     through its own norm; a node's live output follows from what it read. All edges kept is the model on the clean
@@ -83,10 +80,9 @@ def run_edges(
 
     `value` is what ablated edges carry, as in `hl.patch`: "corrupted" (the run on the corrupted prompt), "zero" (nodes
     write nothing, biases of W_O stay), "mean" (every node's mean over the clean prompts), or any other `Replacement`,
-    such as Mean(reference=prompts). A plain function as metric sees all pairs at once, so that they are run together,
-    whatever memory that takes. `resume` names a file in which finished circuits are
-    kept, as in `hl.patch`. A few circuits are run again by hooks on the model's own forward pass, and the largest
-    difference is in the result.
+    such as Mean(reference=prompts). A plain function as metric needs all pairs at once, so they are run together,
+    whatever memory that takes. `resume` names a file that keeps finished circuits, as in `hl.patch`. A few circuits are
+    run again by hooks on the model's own forward pass; the largest difference is in the result.
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
@@ -96,14 +92,16 @@ def run_edges(
 
 
 class Bench:
-    """A model, prompt pairs and a metric, ready to be asked about one set of circuits after another.
+    """A model, prompt pairs and a metric, on which one set of circuits after another is run.
 
     With `keep` the ablated runs stay in memory between questions, where they fit. `resume`: a file for one question.
     """
 
+    empty_per_pair: Float[Tensor, "pair"]  # the metric with every edge ablated, known from the first question on
+
     def __init__(
         self,
-        model: "HookedTransformer",
+        model: HookedTransformer,
         pairs: PromptPairs,
         value: Value,
         *,
@@ -125,25 +123,38 @@ class Bench:
         self.keep = keep and numbers * model.dtype.itemsize <= current().memory
         self.kept_runners: list[EdgeRunner] = []
         with torch.no_grad():
-            whole = [self._of_model(group) for group in self.groups]
-        self.base_per_pair = torch.cat(whole)[self.order]
-        if not bool(self.base_per_pair.isfinite().all()):
+            base = torch.cat([part for group in self.groups for part in self._of_model(group)])
+        self.base_per_pair = base[self.order]
+        if not bool(base.isfinite().all()):
             raise InputError(
                 "the metric of the model on the clean prompts is not finite; hooklens check shows where it begins"
             )
 
+    @property
+    def base(self) -> float:
+        """The metric of the model, mean over pairs."""
+        return float(self.base_per_pair.mean())
+
+    def digests(self) -> list[str]:
+        """A digest of every clean prompt, to recognise it in another evaluation."""
+        return self.pairs.digests(self.model)
+
+    def tidy(self, kept: Kept) -> Kept:
+        """The kept edges of one circuit that can change anything under this ablation."""
+        return self.graph.on_a_path(kept[None], rooted=self.replacement.from_runs)[0]
+
     def run(self, kept: OneOrMore) -> EdgeRuns:
         """The metric of every circuit on every pair."""
         masks = checked_masks(self.graph, kept)
+        played = in_play(self.graph, masks, rooted=self.replacement.from_runs)
+        values = self.base_per_pair.new_empty(len(masks), self.n_pairs)
+        at_once = self._positions(int(sources_of(self.graph, played).sum()))
         total = len(masks) * self.n_pairs
         bar = progress("circuits", total, unit="runs", show=False if total < 100 else None)
         checks = engine(verify=0) if self.checked else nullcontext()  # one question of a bench is run both ways
         with products_of(self.file), bar as advance, checks:
-            played = in_play(self.graph, masks, rooted=self.replacement.from_runs)
-            values = self.base_per_pair.new_empty(len(masks), self.n_pairs)
             file = None if self.file is None else self._progressed(masks, values)
-            at_once = self._positions(int(sources_of(self.graph, played).sum()))
-            parts, first = [], 0
+            outcomes, first = [], 0
             for runner in self._runners(played):
                 pairs = slice(first, first + runner.n_pairs)
                 part = None if file is None else Part(file, pairs)
@@ -152,59 +163,51 @@ class Bench:
                 values[new, pairs] = runner.reader.base
                 circuits = EdgePatches(runner, played, masks, at_once)
                 move = _times(advance, runner.n_pairs)
-                parts.append(run(circuits, runner.reader, values[:, pairs], kept=part, advance=move))
+                outcomes.append(run(circuits, runner.reader, values[:, pairs], kept=part, advance=move))
                 first = pairs.stop
-        self.checked = True
+        self.checked, self.empty_per_pair = True, torch.cat([outcome.base for outcome in outcomes])[self.order]
         return EdgeRuns(
             per_pair=values[:, self.order],
             base_per_pair=self.base_per_pair,
-            empty_per_pair=torch.cat([part.base for part in parts])[self.order],
+            empty_per_pair=self.empty_per_pair,
             replacement=str(self.replacement),
-            largest_error=float(torch.tensor([part.largest_error for part in parts]).max()),
-            n_verified=sum(part.n_verified for part in parts),
+            largest_error=float(torch.tensor([outcome.largest_error for outcome in outcomes]).max()),
+            n_verified=sum(outcome.n_verified for outcome in outcomes),
         )
+
+    def means(self, kept: OneOrMore) -> Float[Tensor, "mask"]:
+        """The metric of every circuit, mean over pairs, on the CPU."""
+        return self.run(kept).per_pair.mean(1).cpu()
 
     def _progressed(self, masks: Kept, values: Float[Tensor, "mask pair"]) -> Progressed:
         assert self.file is not None
         key = identity((self.key, masks), "the circuits")
         return Progressed(self.file.path, key, sketch_of(self.base_per_pair, ()), values, kernel_of(self.model))
 
-    def _of_model(self, group: Pairs) -> Float[Tensor, "pair"]:
-        n, metric = len(group.index), group.of(self.metric)
-        at_once = self._pairs_at_once(group.clean.shape[1], self.graph.n_layers, n)
-        streams = (
-            (rows, self.model(group.clean[rows], stop_at_layer=self.graph.n_layers)) for rows in chunks(n, at_once)
-        )
-        return torch.cat([Reader(self.model, of_pairs(metric, rows, n), stream).base for rows, stream in streams])
+    def _of_model(self, group: Pairs) -> Iterator[Float[Tensor, "pair"]]:
+        """The metric of the model, for some of the group's pairs at a time."""
+        n, n_pos = group.clean.shape
+        for rows in chunks(n, self._pairs_at_once(n_pos, self.graph.n_layers, n)):
+            stream = self.model(group.clean[rows], stop_at_layer=self.graph.n_layers)
+            yield Reader(self.model, of_pairs(group.of(self.metric), rows, n), stream).base
 
     def _runners(self, played: Kept) -> Iterator[EdgeRunner]:
-        """Batches of pairs with their ablated run; only nodes in play are held, or all where runners are kept."""
+        """Batches of pairs with their ablated run, which has the nodes in play only, or all if runners are kept."""
         if self.kept_runners:
             yield from self.kept_runners
             return
-        held = torch.ones(self.graph.n_sources, dtype=torch.bool) if self.keep else sources_of(self.graph, played)
-        for group, ablated_of in ablated_runs(self.model, self.graph, self.groups, self.replacement, held):
+        held = None if self.keep else sources_of(self.graph, played)
+        n_held = self.graph.n_sources if held is None else int(held.sum())
+        for group, ablated_of in ablated_runs(self.model, self.graph, self.groups, self.replacement):
             n, n_pos = group.clean.shape
-            metric = group.of(self.metric)
-            for rows in chunks(n, self._pairs_at_once(n_pos, int(held.sum()), n)):
+            for rows in chunks(n, self._pairs_at_once(n_pos, n_held, n)):
+                metric = of_pairs(group.of(self.metric), rows, n)
                 runner = EdgeRunner(
-                    self.model,
-                    self.graph,
-                    group.clean[rows],
-                    of_pairs(metric, rows, n),
-                    cut=partial(self._cut, group, rows),
-                    ablated=ablated_of(rows),
-                    held=held,
+                    self.model, self.graph, group, rows, metric=metric, ablated_of=ablated_of, held=held
                 )
                 if self.keep:
                     self.kept_runners.append(runner)
                 yield runner
-
-    def _cut(self, group: Pairs, rows: slice, some: slice) -> Float[Tensor, "source _pair pos d_model"]:
-        """What every node of the ablated run writes, on some of these pairs of a group."""
-        runs = ablated_runs(self.model, self.graph, self.groups, self.replacement)
-        ablated_of = next(of_rows for one, of_rows in runs if one is group)
-        return ablated_of(slice(rows.start + some.start, rows.start + some.stop)).nodes
 
     def _pairs_at_once(self, n_pos: int, n_sources: int, n: int) -> int:
         return max(1, self._positions(n_sources) // n_pos) if isinstance(self.metric, ReadingMetric) else n
@@ -228,8 +231,8 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
     return masks
 
 
-def aligned_pairs(model: "HookedTransformer", pairs: PromptPairs, replacement: Replacement) -> list[Pairs]:
-    """The prompt pairs by length; each clean prompt is as long as its corrupted one."""
+def aligned_pairs(model: HookedTransformer, pairs: PromptPairs, replacement: Replacement) -> list[Pairs]:
+    """The prompt pairs grouped by length. A clean prompt must be as long as its corrupted one."""
     if pairs.corrupted is None and is_run(replacement, "corrupted"):
         raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
     groups = read_aligned(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted)
@@ -242,7 +245,7 @@ def aligned_pairs(model: "HookedTransformer", pairs: PromptPairs, replacement: R
 
 
 def _times(advance: Advance, n: int) -> Advance:
-    """The bar moved n times as far: by runs of the pairs of a circuit."""
+    """Moves the bar n times as far: it counts runs of single pairs."""
     return lambda amount=1: advance(amount * n)
 
 

@@ -1,20 +1,18 @@
-"""One batch of exact edge patching: prompt pairs of one length, with the ablated run that their cut edges carry."""
+"""One batch of exact edge patching: prompt pairs of one length, with the ablated run that cut edges carry."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hooklens.data.prompts import Pairs
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot
-from hooklens.plugins.circuits.node_runs import Run, embedded, head_outputs, mlp_output
+from hooklens.plugins.circuits.node_runs import AblatedOf, Wanted, head_outputs, mlp_output
 from hooklens.sweeps.measure import Reader
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Kept = Bool[Tensor, "mask edge"] | Float[Tensor, "mask edge"]
 Moved = Float[Tensor, "mask source pair pos d_model"]
@@ -37,33 +35,40 @@ def sources_of(graph: CircuitGraph, masks: Kept) -> Bool[Tensor, "source"]:
 
 
 class EdgeRunner:
-    """The streams of any circuits on some pairs. `held` says which nodes' outputs the ablated run has."""
+    """The streams of any circuits on some pairs of a group; the ablated run has the nodes `held` (None: all)."""
 
     def __init__(
         self,
-        model: "HookedTransformer",
+        model: HookedTransformer,
         graph: CircuitGraph,
-        clean: Int[Tensor, "pair pos"],
-        metric: Any,
+        group: Pairs,
+        rows: slice,
         *,
-        cut: Callable[[slice], Moved],
-        ablated: Run,
-        held: Bool[Tensor, "source"],
+        metric: Any,
+        ablated_of: AblatedOf,
+        held: Wanted,
     ):
-        self.model, self.graph, self.clean, self.cut, self.n_pairs = model, graph, clean, cut, len(clean)
+        self.model, self.graph, self.rows, self.ablated_of = model, graph, rows, ablated_of
+        self.clean = clean = group.clean[rows]
+        self.n_pairs, ablated = len(clean), ablated_of(rows, held)
         first = first_difference(clean, ablated.tokens) if model.cfg.causal else 0
         streams = [stream.expand(self.n_pairs, -1, -1) for stream in ablated.streams]
         self.reader = Reader(model, metric, streams[-1])
         self.start = first if self.reader.read is None else min(first, int(self.reader.read.min()))
         self.bases = [stream[:, self.start :] for stream in streams]
-        self.held = held.nonzero().flatten()
+        self.held = torch.arange(graph.n_sources) if held is None else held.nonzero().flatten()
         self.written = ablated.nodes[:, :, self.start :]
         self.ctx = _AfterPrefix(clean.shape[1], self.start, ablated.past, clean.device)
-        self.embedded = embedded(model, clean)[:, self.start :]
+        with torch.no_grad():
+            self.embedded = model(clean, stop_at_layer=0)[:, self.start :]
+
+    def ablated(self, some: slice) -> Float[Tensor, "source _pair pos d_model"]:
+        """What every node writes in the ablated run of some of these pairs."""
+        start = self.rows.start
+        return self.ablated_of(slice(start + some.start, start + some.stop), None).nodes
 
     def streams(self, masks: Kept) -> Float[Tensor, "mask pair some d_model"]:
-        """What leaves the last block with each circuit, where the metric reads, or from `start` on; all nodes of the
-        masks are held."""
+        """The stream behind the last block in each circuit, where the metric reads it, or from `start` on."""
         batch = _Batch(self, masks)
         for slot, base in zip(self.graph.slots[:-1], self.bases[:-1], strict=True):
             if slot.kind == "mlp":
@@ -160,12 +165,12 @@ class _AfterPrefix(Context):
 def _projected(
     attn: Any, linear: nn.Module, x: Float[Tensor, "mask row pair pos d_model"], heads: Int[Tensor, "row"]
 ) -> Float[Tensor, "mask pair pos head d_head"]:
-    """Each receiver's own input through its own part of the projection; heads that are not run stay 0."""
+    """Each receiver's own input through its own part of the projection; 0 for heads that are not run."""
     n, d = (attn.n_heads if linear is attn.q else attn.n_kv_heads), attn.d_head
     if is_plain(linear):
         out = torch.einsum("mrbpk,rdk->mbprd", x, linear.weight.unflatten(0, (n, d))[heads])
         out = out if linear.bias is None else out + linear.bias.view(n, d)[heads]
     else:
-        each = [linear(x[:, i]).unflatten(-1, (n, d))[..., h, :] for i, h in enumerate(heads.tolist())]
-        out = torch.stack(each, dim=3)
+        parts = [linear(x[:, i]).unflatten(-1, (n, d))[..., h, :] for i, h in enumerate(heads.tolist())]
+        out = torch.stack(parts, dim=3)
     return out if len(heads) == n else out.new_zeros(*out.shape[:3], n, d).index_copy_(3, heads.to(x.device), out)

@@ -39,7 +39,7 @@ def test_every_edge_has_a_name_of_its_own(layers, groups, each, mlp, parallel):
     assert len(set(names)) == graph.n_edges
     assert graph.numbers(names) == list(range(graph.n_edges))
     sources, receivers = graph.ends
-    assert len(graph.receiver_names) == graph.n_receivers == int(receivers.max()) + 1
+    assert len(graph.receiver_names) == len(graph.receivers) == int(receivers.max()) + 1
     assert len(graph.source_names) == graph.n_sources == int(sources.max()) + 1
 
 

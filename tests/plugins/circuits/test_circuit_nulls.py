@@ -9,12 +9,11 @@ from test_circuit_run import CLEAN, CORRUPTED, diff
 
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.plugins.circuits.circuit import circuit_of
-from hooklens.plugins.circuits.circuit_metrics import measured
 from hooklens.plugins.circuits.completeness import completeness_of
-from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
+from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of, trace_faithfulness
 from hooklens.plugins.circuits.edge_attribution import demo_circuit, eap
 from hooklens.plugins.circuits.evaluation import evaluate_circuit
-from hooklens.plugins.circuits.faithfulness import measure_faithfulness, trace_faithfulness
+from hooklens.plugins.circuits.faithfulness import measure_faithfulness, measured
 from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench
@@ -109,9 +108,8 @@ def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(no
     for i, one in enumerate(circuits):
         draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, 19, seed=100 + i)
         null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
-        unit = (faithful.base_per_pair.mean() - faithful.empty_per_pair.mean()).abs()
-        complete.append(completeness_of(bench, one, null, faithful, unit, draw).p)
-        found = minimality_of(bench, one, null, faithful, unit, draw)
+        complete.append(completeness_of(bench, faithful, null, draw).p)
+        found = minimality_of(bench, faithful, null, draw)
         minimal += found.p.tolist()
         least.append(float(found.q.min()))
     few, half = shares(complete, 0.1, 0.5)

@@ -1,5 +1,7 @@
 """Exact edge patching: against a slow hooked run, in every family, and as auto-circuit computes it."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from families import FAMILIES, tiny, tiny_tokens
@@ -13,8 +15,10 @@ import hooklens as hl
 from hooklens.data.indirect_object import ioi
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.circuits.circuit import circuit_of, whole_circuit
+from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench, run_edges
+from hooklens.sweeps.replacement import OtherRun, Replacement, Resample
 from hooklens.testing import and_gate, or_gate, tiny_model
 
 CLEAN = torch.tensor([[1, 5, 2, 7, 3, 0], [4, 4, 9, 10, 8, 6]])
@@ -39,12 +43,13 @@ def changed(tokens: torch.Tensor, places) -> torch.Tensor:
     return out
 
 
-def agree(model, clean, corrupted, ablation: str) -> None:
-    masks = some_masks(circuit_graph(model))
+def agree(model, clean, corrupted, ablation: str, *, n_masks: int = 3, plain: bool = True) -> None:
+    """Circuits by a built-in metric and (`plain`) by a plain function are those of one hooked pass each."""
+    masks = some_masks(circuit_graph(model), n_masks)
     with torch.no_grad():
         slow = torch.stack([diff(slow_logits(model, kept, clean, corrupted, ablation)) for kept in masks])
         whole, other = diff(model(clean)), diff(model(corrupted))
-    for metric in (diff, hl.logit_diff(model, answer=3, wrong_answer=4)):
+    for metric in (hl.logit_diff(model, answer=3, wrong_answer=4), *([diff] if plain else [])):
         found = run_edges(model, masks, clean, corrupted, metric, value=ablation)
         torch.testing.assert_close(found.per_pair, slow, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(found.per_pair[-1], whole, atol=1e-9, rtol=0)
@@ -57,7 +62,8 @@ def agree(model, clean, corrupted, ablation: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_runs_exactly(name):
     clean = tiny_tokens(2, 9)
-    agree(tiny(name, torch.float64), clean, changed(clean, [(0, 4, 5), (1, 5, 9), (1, 6, 9)]), "corrupted")
+    corrupted = changed(clean, [(0, 4, 5), (1, 5, 9), (1, 6, 9)])
+    agree(tiny(name, torch.float64), clean, corrupted, "corrupted", n_masks=1, plain=False)
 
 
 @pytest.mark.parametrize("ablation", ["corrupted", "zero", "mean"])
@@ -215,6 +221,48 @@ def test_what_cannot_be_run_says_so():
         run_edges(model, kept, CLEAN, CORRUPTED, diff)
     with pytest.raises(ValueError, match="post-norm"):
         run_edges(tiny_model(block="post"), kept, CLEAN, CORRUPTED, diff)
+
+
+@pytest.mark.parametrize("value", [hl.Mean(reference=[[1, 2, 99]]), OtherRun([[1, 2, 99], [3, -1, 5]])])
+def test_a_token_id_that_the_model_lacks_in_a_replacement_raises_as_it_does_in_prompts(value):
+    model, (clean, corrupted) = tiny_model(), ([[1, 2, 3], [4, 5, 6]], [[1, 7, 3], [4, 8, 6]])
+    whole = whole_circuit(model).kept
+    for ask in (
+        lambda: run_edges(model, whole, [[1, 2, 99]], [[1, 2, 3]], diff),
+        lambda: run_edges(model, whole, clean, corrupted, diff, value=value),
+        lambda: eap(model, clean, corrupted, diff, value=value),
+    ):
+        with pytest.raises(hl.HooklensError, match=r"token ids lie between 0 and 10 here, got .*99"):
+            ask()
+    with pytest.raises(hl.HooklensError, match="33 tokens do not fit this model's n_ctx of 32"):
+        run_edges(model, whole, clean, corrupted, diff, value=hl.Mean(reference=[[1] * 33]))
+
+
+def test_several_draws_of_resampling_are_refused_with_what_works():
+    model, clean = tiny_model(), [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    with pytest.raises(ValueError, match=r"draws 2; give one draw, such as Resample\(draws=1\)"):
+        run_edges(model, whole_circuit(model).kept, clean, None, diff, value="resample")
+    once = run_edges(model, whole_circuit(model).kept, clean, None, diff, value=Resample(draws=1))
+    torch.testing.assert_close(once.per_pair[0], diff(model(clean)).detach(), atol=1e-5, rtol=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Counted(Replacement):
+    """Half of every node's own output, and a list of how often it was asked for."""
+
+    asked: list
+
+    def write(self, target):
+        self.asked.append(len(target.tokens))
+        return lambda act, point: act / 2
+
+
+def test_the_values_of_cut_edges_are_computed_once_also_for_the_check():
+    model, asked = tiny_model(dtype=torch.float64), []
+    metric = hl.logit_diff(model, answer=3, wrong_answer=4)
+    with hl.engine(memory=20_000):  # one pair in a batch
+        found = run_edges(model, some_masks(circuit_graph(model)), CLEAN, None, metric, value=Counted(asked))
+    assert found.n_verified > 2 and asked == [2]
 
 
 @pytest.mark.slow

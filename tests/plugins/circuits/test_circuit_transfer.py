@@ -32,6 +32,11 @@ def quick(model):
     return classify_heads(model, n=6, draws=50, ioi=0)
 
 
+@cache
+def hand_set_labels():
+    return classify_heads(induction_model())
+
+
 def own_task(model, n: int = 8) -> PromptPairs:
     pairs = demo_pairs(model, n)
     return PromptPairs(pairs.clean, pairs.corrupted, lambda logits: logits[:, -1, 3] - logits[:, -1, 4])
@@ -84,8 +89,18 @@ def larger(places: dict[str, str], **sizes):
     return big
 
 
-@pytest.mark.parametrize("ablation", ["corrupted", "zero", "mean"])
-@pytest.mark.parametrize("changes", [{}, {"attn_only": True}, GROUPED, {"block": "parallel"}, {"block": "sandwich"}])
+@pytest.mark.parametrize(
+    ("changes", "ablation"),
+    [
+        ({}, "corrupted"),
+        ({"attn_only": True}, "mean"),
+        (GROUPED, "zero"),
+        (GROUPED, "mean"),
+        ({"block": "parallel"}, "zero"),
+        ({"block": "sandwich"}, "corrupted"),
+        ({"block": "sandwich"}, "zero"),
+    ],
+)
 def test_what_a_node_is_worth_is_the_same_by_edges_and_by_patches(changes, ablation):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
     task = own_task(model, 4)
@@ -102,8 +117,9 @@ def test_what_a_node_is_worth_is_the_same_by_edges_and_by_patches(changes, ablat
         torch.testing.assert_close(_by_patches(bench, every), slow, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("ablation", ["corrupted", "zero", "mean"])
-@pytest.mark.parametrize("changes", [{}, GROUPED, {"block": "sandwich"}])
+@pytest.mark.parametrize(
+    ("changes", "ablation"), [({}, "mean"), (GROUPED, "corrupted"), ({"block": "sandwich"}, "zero")]
+)
 def test_in_the_same_model_the_circuit_is_itself(changes, ablation):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
     task = own_task(model)
@@ -119,8 +135,7 @@ def test_in_the_same_model_the_circuit_is_itself(changes, ablation):
     assert found.home.n_seen == found.mapped.n_seen == 0 and (found.n_matched_on, len(found.mapped.per_pair)) == (4, 4)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("changes", [{"n_layers": 3}, GROUPED])
+@pytest.mark.parametrize(("changes", "seed"), [({"n_layers": 3}, 0), (GROUPED, 1)])
 def test_heads_that_moved_within_their_layer_are_found(changes, seed):
     model = tiny_model(n_heads=4, dtype=torch.float64, **changes)
     twin, names = moved(model, seed)
@@ -138,22 +153,23 @@ def test_heads_that_moved_within_their_layer_are_found(changes, seed):
     assert found.home.n_seen == found.mapped.n_seen == 4  # the circuit was found on the very pairs
 
 
-@pytest.mark.parametrize("ablation", ["corrupted", "mean"])
-@pytest.mark.parametrize("sizes", [{"n_heads": 6}, {"n_heads": 6, "n_key_value_heads": 3}])
+@pytest.mark.parametrize(
+    ("sizes", "ablation"), [({"n_heads": 6}, "mean"), ({"n_heads": 6, "n_key_value_heads": 3}, "corrupted")]
+)
 def test_an_induction_circuit_is_found_in_a_larger_model(sizes, ablation):
-    small, big = induction_model(), larger({"L0H0": "L1H3", "L1H1": "L3H5"}, n_layers=4, **sizes)
+    small, big = induction_model(), larger({"L0H0": "L1H3", "L1H1": "L2H5"}, n_layers=3, **sizes)
     task, there = repeats(small), repeats(big)
     circuit = circuit_of(small, INDUCTION, value=ablation)
-    labels = classify_heads(small), classify_heads(big, draws=500)  # few heads in it have any pattern to make a null of
+    labels = hand_set_labels(), classify_heads(big, draws=500)  # few heads in it have any pattern to make a null of
     found = transfer_circuit(small, circuit, task, big, there, taxonomies=labels)
-    places = {"L0H0": "L1H3", "L1H1": "L3H5"}
+    places = {"L0H0": "L1H3", "L1H1": "L2H5"}
     assert dict(zip(found.matching.source, found.matching.target, strict=True)) == places
     assert found.matching.target_label == found.matching.source_label == ["previous token", "induction"]
     assert (found.matching.same_label, found.matching.labelled) == (2, 2) and found.matching.lost == []
     assert found.home.value == pytest.approx(1, abs=1e-5) and found.mapped.value == pytest.approx(1, abs=1e-5)
     assert found.p < 0.05 and found.in_layers.p < 0.15 and float(found.mapped.random.median()) == pytest.approx(0)
     assert found.by_index is None and min(found.n_different.values()) > 20
-    edge = "L1H3->L3G2.k" if "n_key_value_heads" in sizes else "L1H3->L3H5.k"
+    edge = "L1H3->L2G2.k" if "n_key_value_heads" in sizes else "L1H3->L2H5.k"
     assert edge in found.mapped.circuit.edges
 
 
@@ -167,12 +183,12 @@ def test_a_shallower_model_loses_the_edge_that_it_cannot_have():
     assert "1 of 7 edges lost" in str(found.table())
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_random_model_has_no_induction_circuit(seed):
     """Undefined or not small: `p` is no finding either way."""
     small, target = induction_model(), tiny_model(n_layers=3, n_heads=4, attn_only=True, seed=seed)
     circuit = circuit_of(small, INDUCTION)
-    labels = classify_heads(small), quick(target)
+    labels = hand_set_labels(), quick(target)
     found = transfer_circuit(small, circuit, repeats(small, 32), target, repeats(target, 32), taxonomies=labels)
     assert not found.p <= 0.05 and len(found.mapped.random) == 100
     assert found.matching.same_label == 0 and found.matching.labelled == 2

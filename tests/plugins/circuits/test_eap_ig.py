@@ -144,22 +144,23 @@ def test_on_a_linear_model_it_is_edge_attribution(method):
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        *((eap_ig_midpoint, name) for name in ("gpt2", "llama", "neox", "attn_only", "gemma3", "parallel_attn_only")),
+        *((eap_ig_midpoint, name) for name in ("gpt2", "neox", "gemma3", "parallel_attn_only")),
         *((eap_ig_own_source, name) for name in ("neox", "attn_only")),
     ],
 )
 def test_what_leaves_the_embedding_adds_up_to_the_whole_difference(name, method):
     model, corrupted = zoo_model(name, dtype=torch.float64), changed(TOKENS, [(0, 2, 6), (1, 3, 3)])
     off = []
-    for steps in (40, 80):
+    for steps in (30, 60):
         found = method(model, TOKENS, corrupted, diff, steps=steps)
         off.append(abs(float(found.node_scores[0]) - (found.base - found.empty)))
     assert off[1] < 1e-3 * abs(found.base - found.empty)
     assert off[1] < 0.3 * off[0] or off[1] < 1e-9  # the midpoint rule: a quarter of the error at twice the steps
 
 
-@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma3", "attn_only"])
-@pytest.mark.parametrize("ablation", ["corrupted", "zero"])
+@pytest.mark.parametrize(
+    ("name", "ablation"), [("gpt2", "corrupted"), ("neox", "zero"), ("gemma3", "zero"), ("attn_only", "corrupted")]
+)
 def test_over_own_sources_the_last_group_adds_up_to_its_own_effect(name, ablation):
     """The last nodes before the logits: ablating their direct edges is all that ablating them does."""
     model, corrupted = zoo_model(name, dtype=torch.float64), changed(TOKENS, [(0, 2, 6), (1, 3, 3)])
@@ -168,7 +169,7 @@ def test_over_own_sources_the_last_group_adds_up_to_its_own_effect(name, ablatio
     cut = ~graph.mask([f"{graph.source_names[i]}->logits" for i in last])
     runs = run_edges(model, cut, TOKENS, corrupted, diff, value=ablation)
     effect = float((runs.base_per_pair - runs.per_pair[0]).mean())
-    found = eap_ig_own_source(model, TOKENS, corrupted, diff, value=ablation, steps=60)
+    found = eap_ig_own_source(model, TOKENS, corrupted, diff, value=ablation, steps=30)
     assert float(found.node_scores[last].sum()) == pytest.approx(effect, abs=1e-4 * max(1, abs(effect)))
 
 

@@ -14,14 +14,14 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.metrics import kl
 from hooklens.plugins.circuits.circuit import Circuit, circuit_of, whole_circuit
+from hooklens.plugins.circuits.curve import trace_faithfulness
 from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.evaluation import evaluate_circuit
-from hooklens.plugins.circuits.faithfulness import measure_faithfulness, trace_faithfulness
+from hooklens.plugins.circuits.faithfulness import measure_faithfulness
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.minimality import _worth
-from hooklens.plugins.circuits.random_draws import random_circuits
+from hooklens.plugins.circuits.random_draws import random_circuits, subsets
 from hooklens.plugins.circuits.run import Bench, run_edges
-from hooklens.plugins.circuits.subset_search import subsets
 from hooklens.plugins.patching.path import path_patch
 from hooklens.sweeps.nodes import read_receivers, read_senders
 from hooklens.testing import and_gate, or_gate, tiny_model
