@@ -11,7 +11,7 @@ from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite
-from hooklens.sweeps.nodes import Receiver, Sender
+from hooklens.sweeps.nodes import Sender
 from hooklens.sweeps.path_rows import is_late, stage_of, walk_paths
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, PathPlan, point_of, sent, writing
 from hooklens.sweeps.protocol import Item, Sweep
@@ -118,8 +118,9 @@ def _adding(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
     every = torch.arange(n_pair * n_pos, device=plan.tokens.device)
     change = sent(plan, sender, every // n_pos, every % n_pos).view(n_pair, n_pos, -1)
     hooks: list[tuple[Where, HookFn]] = []
+    receivers = {(receiver.kind, receiver.layer): receiver for receiver in plan.receivers}
     for kind, layer in plan.reading:
-        if plan.order.reads_at(Receiver(kind, layer)) < plan.order.feeds_from(sender):
+        if plan.order.reads_at(receivers[kind, layer]) < plan.order.feeds_from(sender):
             continue
         heads = plan.heads_at(kind, layer) or None  # which read copies of the stream of their own
         point = point_of(plan.model, kind, layer) if heads is None else (f"{kind}_input", layer)

@@ -17,7 +17,7 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Learned, Sinusoidal
 from hooklens.model.embed import rotary_tables, rotate
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_table import Head, PerHead, head_table, ranked
+from hooklens.plugins.heads.head_order import Head, PerHead, head_table, ranked
 from hooklens.plugins.heads.which import captured, check_model
 from hooklens.plugins.weights.matrices import heads_of
 from hooklens.results.result import Result, Table
