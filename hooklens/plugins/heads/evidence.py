@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hooklens.core.component import Component, head_name, layer_names
-from hooklens.plugins.heads.head_scores import LABELS
 from hooklens.plugins.heads.head_order import Head, known
+from hooklens.plugins.heads.head_scores import LABELS
 from hooklens.plugins.heads.named import NAME_LABELS
 from hooklens.results.result import Table
 
