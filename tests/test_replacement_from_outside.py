@@ -154,7 +154,7 @@ def test_a_circuit_runs_with_it_and_its_file_names_it(tmp_path):
     assert circuit.run(gate, [[0]], None, logit).per_pair.item() == 1.0
     assert "(by hand, median over ablation)" in circuit.figure().layout.title.text
     circuit.save_json(tmp_path / "circuit.json")
-    with pytest.raises(FileRefused, match=r"'median over', of which it holds the name only: give value="):
+    with pytest.raises(FileRefused, match=r"'median over', and it has only that name: give value="):
         Circuit.load_json(tmp_path / "circuit.json")
     read = Circuit.load_json(tmp_path / "circuit.json", value=value)
     assert read.run(gate, [[0]], None, logit).per_pair.item() == 1.0

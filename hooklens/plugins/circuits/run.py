@@ -139,7 +139,7 @@ class Bench:
         """A digest of every clean prompt, to recognise it in another evaluation."""
         return self.pairs.digests(self.model)
 
-    def tidy(self, kept: Kept) -> Kept:
+    def tidy(self, kept: Bool[Tensor, "edge"]) -> Bool[Tensor, "edge"]:
         """The kept edges of one circuit that can change anything under this ablation."""
         return self.graph.on_a_path(kept[None], rooted=self.replacement.from_runs)[0]
 

@@ -14,6 +14,7 @@ from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.edge_scores import _grown
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import run_edges
+from hooklens.plugins.patching import attribution_patch
 from hooklens.testing import and_gate, or_gate, tiny_model
 
 
@@ -198,9 +199,14 @@ def test_greedy_takes_the_largest_edge_into_what_is_in():
     assert not left
 
 
-def test_a_metric_without_a_gradient_is_refused():
+@pytest.mark.parametrize(
+    "metric", [lambda logits: logits[:, -1].argmax(-1).double(), lambda logits: diff(logits).mean().item()]
+)
+def test_a_metric_without_a_gradient_is_refused_also_one_that_returns_a_number(metric):
     with pytest.raises(ValueError, match="without a gradient"):
-        eap(tiny_model(), CLEAN, CORRUPTED, lambda logits: logits[:, -1].argmax(-1).double())
+        eap(tiny_model(), CLEAN, CORRUPTED, metric)
+    with pytest.raises(ValueError, match="no gradient"):
+        attribution_patch(tiny_model(), CLEAN, CORRUPTED, metric)
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
