@@ -229,5 +229,7 @@ def whole_circuit(model: HookedTransformer, *, value: Value = "corrupted") -> Ci
 
 def _words(graph: CircuitGraph) -> str:
     keyed = "" if graph.group == 1 else f" ({graph.n_kv_heads} for keys and values)"
-    mlp = (", parallel MLPs" if graph.parallel else ", MLPs") if graph.mlp else ", no MLPs"
-    return f"{graph.n_layers} layers of {graph.n_heads} heads{keyed}{mlp}"
+    mlp = "no MLPs"
+    if graph.mlp:
+        mlp = "parallel MLPs" if graph.parallel else "MLPs"
+    return f"{graph.n_layers} layers of {graph.n_heads} heads{keyed}, {mlp}"

@@ -73,14 +73,14 @@ class CircuitTransfer(Result):
             f"{self.target}'s own ({self.own.circuit.method})": self.own,
         }
         rows: list[tuple] = []
-        for name, found in circuits.items():
-            if found is not None:
-                p = found.p if found is self.home else None
-                rows.append((name, found.circuit.n_edges, found.value, *found.interval(), p))
-        for name, found in self._random.items():
-            low, middle, high = found.random_range
-            name = f"{name} ({len(found.random)} draws, {self.n_different[name]} different)"
-            rows.append((name, found.circuit.n_edges, middle, low, high, found.p))
+        for name, result in circuits.items():
+            if result is not None:
+                p = result.p if result is self.home else None
+                rows.append((name, result.circuit.n_edges, result.value, *result.interval(), p))
+        for name, result in self._random.items():
+            low, middle, high = result.random_range
+            name = f"{name} ({len(result.random)} draws, {self.n_different[name]} different)"
+            rows.append((name, result.circuit.n_edges, middle, low, high, result.p))
         return Table(("circuit", "edges", "faithfulness", "low", "high", "p against random"), rows).head(n)
 
     @property
@@ -95,8 +95,8 @@ class CircuitTransfer(Result):
         shown = {self.source: self.home, f"{self.target}, own": self.own, f"{self.target}, by role": self.mapped}
         if self.by_index is not None:
             shown[f"{self.target}, by name"] = self.by_index
-        rows = [(*found.interval(), found.value) for found in shown.values()]
-        rows += [(low, high, middle) for low, middle, high in (found.random_range for found in self._random.values())]
+        rows = [(*result.interval(), result.value) for result in shown.values()]
+        rows += [(low, high, middle) for low, middle, high in (result.random_range for result in self._random.values())]
         low, high, value = torch.tensor(rows, dtype=self.mapped.per_pair.dtype).T
         known = bool(low.isfinite().all() and value.isfinite().all())
         title = f"Does the circuit transfer? ({self.replacement} ablation, {len(self.mapped.per_pair)} held-out pairs)"
@@ -159,7 +159,7 @@ def transfer_circuit(
     results = measured_with(bench, circuits, nulls["random heads"])
     results += measured_with(bench, [carried], nulls["random in same layers"])
     # groups and seen prompts are those of `home`: the target has the same texts in other tokens
-    results = [replace(found, group=home.group, n_seen=home.n_seen) for found in results]
+    results = [replace(result, group=home.group, n_seen=home.n_seen) for result in results]
     mapped, own, *by_index, in_layers = results
     return CircuitTransfer(
         source=model.cfg.model_name,

@@ -174,8 +174,8 @@ def _through(
     with torch.enable_grad():
         x = normed.clone().requires_grad_()
         out = linear(x).unflatten(-1, (n, d))
-        each = [torch.autograd.grad(out[:, :, h], x, grad[:, :, h], retain_graph=True)[0] for h in range(n)]
-    return torch.stack(each, 1)
+        gradients = [torch.autograd.grad(out[:, :, h], x, grad[:, :, h], retain_graph=True)[0] for h in range(n)]
+    return torch.stack(gradients, 1)
 
 
 def _through_norm(block: Any, x: Stream, grad: Tensor) -> Float[Tensor, "pair receiver pos d_model"]:

@@ -101,20 +101,22 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
     return ends[int(total(torch.stack(ends)).argmin())]
 
 
-def measure_matching(carrier: Carrier, found: Int[Tensor, "node"], source: Roles, target: Roles) -> Matching:
+def measure_matching(carrier: Carrier, matched: Int[Tensor, "node"], source: Roles, target: Roles) -> Matching:
     """The map with its labels and effects, as a result."""
     nodes = carrier.nodes
-    to = found[nodes].tolist()
+    to = matched[nodes].tolist()
     names, target_names = source.graph.source_names, target.graph.source_names
-    gone = carrier.edge[carrier.edges(found[None])[0] < 0].unique().tolist()
-    effect = torch.stack([target.effect[t] if t >= 0 else target.effect.new_tensor(torch.nan) for t in to])
+    gone = carrier.edge[carrier.edges(matched[None])[0] < 0].unique().tolist()
+    # one more entry for -1: a node that is matched to none
+    effects = torch.cat([target.effect, target.effect.new_tensor([torch.nan])])
+    target_names, target_labels = [*target_names, ""], [*target.labels, ""]
     return Matching(
         source=[names[i] for i in nodes],
         source_label=[source.labels[i] for i in nodes],
         source_effect=source.effect[nodes],
-        target=[target_names[t] if t >= 0 else "" for t in to],
-        target_label=[target.labels[t] if t >= 0 else "" for t in to],
-        target_effect=effect.to(source.effect),
+        target=[target_names[t] for t in to],
+        target_label=[target_labels[t] for t in to],
+        target_effect=effects[to].to(source.effect),
         lost=[source.graph.name(edge) for edge in gone],
         n_edges=len(carrier.edge.unique()),
     )
@@ -159,7 +161,7 @@ def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
     """The cheapest one-to-one assignment, heads and MLPs each on their own."""
     from scipy.optimize import linear_sum_assignment
 
-    found = carrier.fixed()
+    matched = carrier.fixed()
     for kind in (True, False):
         rows = [i for i, node in enumerate(carrier.nodes) if carrier.source.is_head(node) == kind]
         open_to = _peers(carrier, kind)
@@ -169,8 +171,8 @@ def _assigned(carrier: Carrier, costs: Costs) -> Int[Tensor, "node"]:
         table = torch.cat((costs[rows][:, open_to], costs[rows, -1:].expand(-1, spare)), 1)
         chosen, where = linear_sum_assignment(table.numpy())
         for i, j in zip(chosen.tolist(), where.tolist(), strict=True):
-            found[carrier.nodes[rows[i]]] = open_to[j] if j < len(open_to) else -1
-    return found
+            matched[carrier.nodes[rows[i]]] = open_to[j] if j < len(open_to) else -1
+    return matched
 
 
 def _peers(carrier: Carrier, heads: bool) -> list[int]:
@@ -179,26 +181,26 @@ def _peers(carrier: Carrier, heads: bool) -> list[int]:
 
 
 def _improved(
-    carrier: Carrier, total: Callable[[Maps], Tensor], found: Int[Tensor, "node"], source: Roles
+    carrier: Carrier, total: Callable[[Maps], Tensor], matched: Int[Tensor, "node"], source: Roles
 ) -> Int[Tensor, "node"]:
     """Move a node, or exchange two, as long as that is cheaper."""
     # the largest effect first: the numbering of heads must not matter
     order = sorted(carrier.nodes, key=lambda node: -abs(float(source.effect[node])))
-    best, before = float(total(found[None])), float("inf")
+    best, before = float(total(matched[None])), float("inf")
     while best < before - _SLACK:
         before = best
         for node in order:
-            options = _moves(found, node, _peers(carrier, carrier.source.is_head(node)))
+            options = _moves(matched, node, _peers(carrier, carrier.source.is_head(node)))
             values = total(options)
             least = int(values.argmin()) if len(values) else 0
             if len(values) and float(values[least]) < best - _SLACK:
-                found, best = options[least], float(values[least])
-    return found
+                matched, best = options[least], float(values[least])
+    return matched
 
 
-def _moves(found: Int[Tensor, "node"], node: int, to: list[int]) -> Maps:
+def _moves(matched: Int[Tensor, "node"], node: int, to: list[int]) -> Maps:
     """The node put in each of these places, exchanged with the node that is there."""
     there = torch.tensor(to, dtype=torch.long)[:, None]
-    maps = torch.where(found == there, found[node], found)
+    maps = torch.where(matched == there, matched[node], matched)
     maps[:, node] = there[:, 0]
     return maps

@@ -189,7 +189,8 @@ def _run_of(model: HookedTransformer, graph: CircuitGraph, target: Target, writt
     if isinstance(written, Mapping) and not _same_for_all(written, own):
         own = {name: act.expand(len(target.tokens), *act.shape[1:]) for name, act in own.items()}
     given = activations_of(written, own).values()
-    nodes = torch.cat([act.movedim(2, 0) if act.ndim == 4 else act[None] for act in given])
+    by_node = [act.movedim(2, 0) if act.ndim == 4 else act[None] for act in given]  # head pos d or pos d
+    nodes = torch.cat(by_node)
     stream, streams, beside = nodes[0], [], torch.zeros_like(nodes[0])
     for slot in graph.slots[:-1]:
         streams.append(stream)
