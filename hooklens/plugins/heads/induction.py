@@ -14,8 +14,8 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.metrics import loss as loss_of
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_ranking import Head, PerHead, PerSequence, head_table, ranked
 from hooklens.plugins.heads.head_scores import key_masks
-from hooklens.plugins.heads.head_table import Head, PerHead, PerSequence, head_table, ranked
 from hooklens.plugins.heads.rotations import mass
 from hooklens.plugins.heads.which import Heads, captured, check_model
 from hooklens.plugins.patching.ablation import ablate

@@ -14,8 +14,8 @@ from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.head_scores import key_masks
-from hooklens.plugins.heads.head_table import Head, head_table
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table

@@ -19,7 +19,7 @@ from hooklens.data.prompts import Pairs
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_table import Head, head_table, in_order
+from hooklens.plugins.heads.head_ranking import Head, head_table, in_order
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p

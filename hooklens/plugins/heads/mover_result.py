@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.core.component import head_name, head_names
-from hooklens.plugins.heads.head_table import Head, PerHead, head_table, ranked
+from hooklens.plugins.heads.head_ranking import Head, PerHead, head_table, ranked
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, ratio_interval
 

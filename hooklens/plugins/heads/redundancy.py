@@ -15,7 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_table import Head, head_table
+from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.mediation import base_of, values_without, without, written_z
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.plugins.weights.needs import Needs

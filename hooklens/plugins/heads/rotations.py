@@ -17,7 +17,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import tracked
 from hooklens.model.kv_cache import Context
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_table import PerHead
+from hooklens.plugins.heads.head_ranking import PerHead
 from hooklens.results.statistics import PValues
 
 Mask = Bool[Tensor, "sequence query_pos key_pos"]

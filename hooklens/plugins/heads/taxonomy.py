@@ -18,8 +18,8 @@ from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
 from hooklens.plugins.heads.copying import Copying, score_copying
 from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
 from hooklens.plugins.heads.head_labels import UNLABELLED, Taxonomy
+from hooklens.plugins.heads.head_ranking import PerHead
 from hooklens.plugins.heads.head_scores import LABELS, HeadScores, key_masks, score_heads
-from hooklens.plugins.heads.head_table import PerHead
 from hooklens.plugins.heads.knockout import KEPT, Keeps, all_but, knockout_after
 from hooklens.plugins.heads.named import name_evidence
 from hooklens.plugins.heads.previous_token import PositionScores, score_positions
