@@ -77,16 +77,9 @@ class NeuronTokens(Result):
         read = self.reads if self.gate is None else self.gate
         names = [f"N{int(n)} writes {listed(self.writes.words(i)[:4])}" for i, n in enumerate(self.neurons)]
         title = f"Neurons of layer {self.layer}: which token lists are more peaked than random?"
-        figure = scatter(
-            read.kurtosis,
-            self.writes.kurtosis,
-            names,
-            title,
-            x_title=f"excess kurtosis of what it {read.name}",
-            y_title="of what it writes",
-            colour=self.in_out,
-            colourbar="in-out cosine",
-        )
+        x, y, x_title = read.kurtosis, self.writes.kurtosis, f"excess kurtosis of what it {read.name}"
+        colour, colourbar, y_title = self.in_out, "in-out cosine", "of what it writes"
+        figure = scatter(x, y, names, title, x_title=x_title, y_title=y_title, colour=colour, colourbar=colourbar)
         return mark_null(figure, read.kurtosis_null, self.writes.kurtosis_null)
 
 
