@@ -15,7 +15,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
-from hooklens.data.prompts import Pairs
+from hooklens.data.prompts import Pairs, Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
@@ -97,7 +97,7 @@ class Mediation(Result):
 
 def measure_mediation(
     model: HookedTransformer,
-    tokens: Int[Tensor, "sequence pos"],
+    tokens: Prompts,
     metric: Any,
     heads: Heads,
     *,

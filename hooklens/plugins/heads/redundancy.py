@@ -12,6 +12,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
+from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
@@ -85,7 +86,7 @@ class Redundancy(Result):
 
 def measure_redundancy(
     model: HookedTransformer,
-    tokens: Int[Tensor, "sequence pos"],
+    tokens: Prompts,
     metric: Any,
     heads: Heads,
     *,

@@ -86,7 +86,7 @@ class NeuronTokens(Result):
 def read_neurons(
     model: HookedTransformer,
     layer: int,
-    neurons: Sequence[int] | None = None,
+    neurons: Sequence[int] | Tensor | None = None,
     *,
     top: int = 8,
     draws: int = _DRAWS,
@@ -128,7 +128,7 @@ def read_neurons(
     )
 
 
-def _chosen(model: HookedTransformer, neurons: Sequence[int] | None) -> Int[Tensor, "neuron"]:
+def _chosen(model: HookedTransformer, neurons: Sequence[int] | Tensor | None) -> Int[Tensor, "neuron"]:
     d_mlp = model.cfg.d_mlp
     if neurons is None:
         return torch.arange(d_mlp)
