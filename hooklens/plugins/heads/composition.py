@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.component import head_name, head_names
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import in_order, known
+from hooklens.plugins.heads.head_ranking import in_order, known
 from hooklens.plugins.heads.rotations import above
 from hooklens.plugins.heads.stand_out import LEAST_PARTNERS, standing_out
 from hooklens.plugins.weights.matrices import folded_heads, need_sum

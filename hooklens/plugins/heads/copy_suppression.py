@@ -16,7 +16,7 @@ from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.ece_change import CalibrationChange, calibration_change, calibration_text
-from hooklens.plugins.heads.head_order import Head, PerHead, PerSequence, head_map, head_table, ranked
+from hooklens.plugins.heads.head_ranking import Head, PerHead, PerSequence, head_map, head_table, ranked
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p

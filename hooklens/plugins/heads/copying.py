@@ -15,7 +15,7 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import matrix_of, packed_linears
 from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, PerHead, head_map, head_table, ranked
+from hooklens.plugins.heads.head_ranking import Head, PerHead, head_map, head_table, ranked
 from hooklens.plugins.heads.rotations import DRAWS, above, query_rotations
 from hooklens.plugins.heads.which import check_model
 from hooklens.results.result import Result, Table

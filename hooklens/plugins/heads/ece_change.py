@@ -16,7 +16,7 @@ from hooklens.core.progress_bar import tracked
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, head_table
+from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.which import captured
 from hooklens.plugins.lens.calibration import Calibration, binned_error, measure_calibration
 from hooklens.results.result import Result, Table

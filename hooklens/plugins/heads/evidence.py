@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hooklens.core.component import Component, head_name, layer_names
-from hooklens.plugins.heads.head_order import Head, known
+from hooklens.plugins.heads.head_ranking import Head, known
 from hooklens.plugins.heads.head_scores import LABELS
 from hooklens.plugins.heads.named import NAME_LABELS
 from hooklens.results.result import Table
@@ -56,8 +56,8 @@ def _doubts(found: "Taxonomy", kind: str, at: Head) -> list[str]:
 
 def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
     """Score, q, effect, its interval, its q, its share of the loss, placebo and its attention, label by label."""
-    parts = (found.score_q, found.effect.mean(0), *found.interval(), found.effect_q, found.share)
-    parts += (found.placebo.mean(0), found.matched)
+    parts = [found.score_q, found.effect.mean(0), *found.interval(), found.effect_q, found.share]
+    parts += [found.placebo.mean(0), found.matched]
     return {
         label: [found.scores.mean(kind), *(part[i] for part in parts)]
         for i, (label, (kind, _)) in enumerate(LABELS.items())

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.plugins.heads.copy_suppression import CopySuppression
 from hooklens.plugins.heads.copying import Copying
 from hooklens.plugins.heads.evidence import attention_map, label_rows
-from hooklens.plugins.heads.head_order import Head, ranked
+from hooklens.plugins.heads.head_ranking import Head, ranked
 from hooklens.plugins.heads.head_scores import LABELS, HeadScores
 from hooklens.plugins.heads.named import NAME_LABELS, NameEvidence
 from hooklens.plugins.heads.previous_token import PositionScores

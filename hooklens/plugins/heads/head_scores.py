@@ -12,7 +12,7 @@ from hooklens.core.errors import did_you_mean
 from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, PerHead, PerSequence, head_table, ranked
+from hooklens.plugins.heads.head_ranking import Head, PerHead, PerSequence, head_table, ranked
 from hooklens.plugins.heads.rotations import DRAWS, Mask, mass, pooled_p, rotated_masses
 from hooklens.plugins.heads.which import captured, check_model, one_length
 from hooklens.results.result import Result, Table

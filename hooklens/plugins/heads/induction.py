@@ -14,7 +14,7 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.metrics import loss as loss_of
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, PerHead, PerSequence, head_table, ranked
+from hooklens.plugins.heads.head_ranking import Head, PerHead, PerSequence, head_table, ranked
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import mass
 from hooklens.plugins.heads.which import Heads, captured, check_model
@@ -22,7 +22,6 @@ from hooklens.plugins.patching.ablation import ablate
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.nodes import read_heads
-from hooklens.sweeps.replacement import Mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +117,12 @@ def find_induction_heads(
         _, cache = captured(model, sequences.tokens, "pattern")
         score = torch.stack([mass(cache["pattern", layer], mask) for layer in range(model.cfg.n_layers)], 1)
         offset_score = _at_fixed_offset(model, n, length, seed)
-        rise, loss = _ablated(model, sequences.tokens, sequences.metric(), chosen, others.tokens)
+        mean = {name: z.mean(0, keepdim=True) for name, z in captured(model, others.tokens, "z")[1].items()}
+        rise, loss = _ablated(model, sequences.tokens, sequences.metric(), chosen, mean)
         rise_before, loss_before = torch.zeros_like(rise), torch.zeros_like(loss)
         if before > 1:
             first = sequences.tokens[:, :before]
-            rise_before, loss_before = _ablated(model, first, loss_of(model, first), chosen, others.tokens[:, :before])
+            rise_before, loss_before = _ablated(model, first, loss_of(model, first), chosen, mean)
     chance = float((mask.sum(-1) / torch.arange(1, mask.shape[1] + 1).to(mask.device))[mask.any(-1)].mean())
     return InductionHeads(
         score=score,
@@ -145,10 +145,11 @@ def _at_fixed_offset(model: HookedTransformer, n: int, length: int, seed: int) -
 
 
 def _ablated(
-    model: HookedTransformer, tokens: Tensor, metric: Any, heads: list[Head], others: Tensor
+    model: HookedTransformer, tokens: Tensor, metric: Any, heads: list[Head], mean: dict[str, Tensor]
 ) -> tuple[PerSequence, Float[Tensor, "sequence"]]:
     """The increase of the loss without each head, NaN for the others; and the loss of the untouched run."""
-    sweep = ablate(model, tokens, metric, value=Mean(others), patches=[head_name(*head) for head in heads])
+    value = {name: z[:, : tokens.shape[1]] for name, z in mean.items()}
+    sweep = ablate(model, tokens, metric, value=value, patches=[head_name(*head) for head in heads])
     layers, which = zip(*heads, strict=True)
     rise = sweep.per_prompt.new_full((len(tokens), model.cfg.n_layers, model.cfg.n_heads), torch.nan)
     rise[:, layers, which] = -sweep.effect_per_prompt

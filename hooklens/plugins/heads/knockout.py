@@ -11,10 +11,11 @@ from torch import Tensor
 from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, head_table
+from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
@@ -77,7 +78,7 @@ class Knockout(Result):
 
 def knock_out_keys(
     model: HookedTransformer,
-    tokens: Int[Tensor, "sequence pos"],
+    tokens: Prompts,
     metric: Any,
     *,
     kind: str = "induction",

@@ -15,11 +15,11 @@ from hooklens.core.errors import InputError
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
-from hooklens.data.prompts import Pairs
+from hooklens.data.prompts import Pairs, Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, head_table, in_order
+from hooklens.plugins.heads.head_ranking import Head, head_table, in_order
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
@@ -97,7 +97,7 @@ class Mediation(Result):
 
 def measure_mediation(
     model: HookedTransformer,
-    tokens: Int[Tensor, "sequence pos"],
+    tokens: Prompts,
     metric: Any,
     heads: Heads,
     *,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.core.component import head_name, head_names
-from hooklens.plugins.heads.head_order import Head, PerHead, head_table, ranked
+from hooklens.plugins.heads.head_ranking import Head, PerHead, head_table, ranked
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves, ratio_interval
 
@@ -152,20 +152,20 @@ class NameMovers(Result):
         """Every head by its attention to the indirect object and its direct effect, coloured by copying."""
         from hooklens.viz.curves import scatter
 
-        heads = head_names(self.share.shape[0], self.share.shape[1])
+        attention, share = self.attention.mean(0), self.share
         drawn = scatter(
-            self.attention.mean(0).flatten(),
-            self.share.flatten(),
-            heads,
+            attention.flatten(),
+            share.flatten(),
+            head_names(*share.shape),
             "Heads: attention to the indirect object, and effect on the logits",
             x_title="attention of the last position to the indirect object",
             y_title="direct effect (share of the difference)",
             colour=self.copying.flatten(),
             colourbar="copies names",
         )
-        for layer, head in self.order()[:_NAMED]:
-            at = {"x": float(self.attention[:, layer, head].mean()), "y": float(self.share[layer, head])}
-            drawn.add_annotation(**at, text=head_name(layer, head), showarrow=False, yshift=12, font_size=11)
+        for at in self.order()[:_NAMED]:
+            x, y = float(attention[at]), float(share[at])
+            drawn.add_annotation(x=x, y=y, text=head_name(*at), showarrow=False, yshift=12, font_size=11)
         return drawn
 
     def _interval(self, values: Float[Tensor, "pair layer head"], below: Float[Tensor, "pair"]) -> Ends:

@@ -15,7 +15,7 @@ from hooklens.model.linear import packed_linears, without_bias
 from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.copying import values_of
-from hooklens.plugins.heads.head_order import PerSequence as PerPair
+from hooklens.plugins.heads.head_ranking import PerSequence as PerPair
 from hooklens.plugins.heads.mover_result import Criteria, NameMovers, by_group
 from hooklens.plugins.heads.which import check_model
 from hooklens.results.statistics import group_numbers

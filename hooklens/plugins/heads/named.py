@@ -12,7 +12,7 @@ from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
 from hooklens.data.indirect_object import ioi
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, PerHead, head_table
+from hooklens.plugins.heads.head_ranking import Head, PerHead, head_table
 from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
 from hooklens.plugins.heads.name_movers import find_name_movers
 from hooklens.plugins.heads.rotations import above

@@ -17,7 +17,7 @@ from hooklens.data.repeated import repeated_tokens
 from hooklens.model.config import Learned, Sinusoidal
 from hooklens.model.embed import rotary_tables, rotate
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, PerHead, head_table, ranked
+from hooklens.plugins.heads.head_ranking import Head, PerHead, head_table, ranked
 from hooklens.plugins.heads.which import captured, check_model
 from hooklens.plugins.weights.matrices import heads_of
 from hooklens.results.result import Result, Table
@@ -180,9 +180,11 @@ def _queries_and_keys(model: HookedTransformer, n: int, seed: int) -> list[list[
     _, cache = captured(model, repeated_tokens(model, n, seed=seed).tokens, ["q", "k"])
     means = []
     for layer, block in enumerate(model.blocks):
-        acts, norms = (cache["q", layer], cache["k", layer]), (block.attn.q_norm, block.attn.k_norm)
-        acts = [act if norm is None else norm(act) for norm, act in zip(norms, acts, strict=True)]
-        means.append([widened(act)[:, 1:].mean((0, 1)) for act in acts])
+        of_layer = []
+        for name, norm in (("q", block.attn.q_norm), ("k", block.attn.k_norm)):
+            act = cache[name, layer] if norm is None else norm(cache[name, layer])
+            of_layer.append(widened(act)[:, 1:].mean((0, 1)))
+        means.append(of_layer)
     return means
 
 

@@ -12,10 +12,11 @@ from hooklens.core.arguments import seeded
 from hooklens.core.cache import ActivationCache
 from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
+from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import Head, head_table
+from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.mediation import base_of, values_without, without, written_z
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.plugins.weights.needs import Needs
@@ -85,7 +86,7 @@ class Redundancy(Result):
 
 def measure_redundancy(
     model: HookedTransformer,
-    tokens: Int[Tensor, "sequence pos"],
+    tokens: Prompts,
     metric: Any,
     heads: Heads,
     *,

@@ -17,7 +17,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import tracked
 from hooklens.model.kv_cache import Context
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.heads.head_order import PerHead
+from hooklens.plugins.heads.head_ranking import PerHead
 from hooklens.results.statistics import PValues
 
 Mask = Bool[Tensor, "sequence query_pos key_pos"]
@@ -105,7 +105,8 @@ def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PValues:
     """
     if len(null) < 2:
         raise InputError(f"a null needs at least two draws, got {len(null)}")
-    root, roots = signed_root(value).double(), signed_root(null).double()
+    # signed square roots keep the order of shares, and their spread depends less on their size
+    root, roots = ((x.sign() * x.abs().sqrt()).double() for x in (value, null))
     middle, spread = roots.mean(0), roots.std(0)
     moves = spread > 1e-6 * (1e-6 + roots.abs().amax(0))  # smaller is rounding: a head without queries, or one token
     safe = torch.where(moves & ~root.isnan(), spread, torch.nan)
@@ -121,8 +122,3 @@ def above(value: Float[Tensor, "*cell"], null: Float[Tensor, "*drawn"]) -> PValu
     pool = null[~null.isnan()].sort().values
     reached = len(pool) - torch.searchsorted(pool, value.nan_to_num(-torch.inf).contiguous())
     return torch.where(value.isnan(), 1.0, (reached + 1).double() / (len(pool) + 1))
-
-
-def signed_root(x: Tensor) -> Tensor:
-    """sign(x) sqrt|x|: preserves the order of shares, and makes their spread depend less on their size."""
-    return x.sign() * x.abs().sqrt()

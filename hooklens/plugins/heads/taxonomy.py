@@ -15,11 +15,10 @@ from hooklens.data.repeated import Repeated, repeated_tokens
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.copy_suppression import CopySuppression, anti_copy
-from hooklens.plugins.heads.copying import Copying, score_copying
+from hooklens.plugins.heads.copying import score_copying
 from hooklens.plugins.heads.ece_change import calibration_change, calibration_text
 from hooklens.plugins.heads.head_labels import UNLABELLED, Taxonomy
-from hooklens.plugins.heads.head_order import PerHead
-from hooklens.plugins.heads.head_scores import LABELS, HeadScores, key_masks, score_heads
+from hooklens.plugins.heads.head_scores import LABELS, key_masks, score_heads
 from hooklens.plugins.heads.knockout import KEPT, Keeps, all_but, knockout_after
 from hooklens.plugins.heads.named import name_evidence
 from hooklens.plugins.heads.previous_token import PositionScores, score_positions
@@ -65,7 +64,9 @@ def classify_heads(
     with torch.no_grad(), packed_linears(rows=1024):
         scores = score_heads(model, chosen.tokens, draws=draws, seed=seed)
         ov = score_copying(model, draws=draws, seed=seed)
-        score_p = torch.stack([_score_p(label, scores, ov) for label in LABELS])
+        p = {label: scores.p[kind] for label, (kind, _) in LABELS.items()}
+        p["copy suppression"] = torch.maximum(p["copy suppression"], ov.suppresses)
+        score_p = torch.stack(list(p.values()))
         names, note = None, "name movers were not asked for"
         if ioi:
             names, note = name_evidence(model, ioi, alpha=alpha, seed=seed)
@@ -126,11 +127,6 @@ def placebo_keep(
     own, others = ((size * part).sum(-1, keepdim=True) for part in (marked, ~marked))
     left = (others - own).clamp_min(0) / others.clamp_min(torch.finfo(size.dtype).tiny)
     return torch.where(marked | ~marked.any(-1, keepdim=True), 1.0, left / 2 if normalised else left)
-
-
-def _score_p(label: str, scores: HeadScores, ov: Copying) -> PerHead:
-    p = scores.p[LABELS[label][0]]
-    return torch.maximum(p, ov.suppresses.to(p)) if label == "copy suppression" else p
 
 
 def _effects(

@@ -17,8 +17,6 @@ from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.sweeps.naive import not_finite
 
-Rows = Float[Tensor, "row d_model"]
-
 
 class Heads(NamedTuple):
     """The read and write matrices of a layer's heads; keys and values of a group are repeated for its heads."""

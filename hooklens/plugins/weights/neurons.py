@@ -77,23 +77,16 @@ class NeuronTokens(Result):
         read = self.reads if self.gate is None else self.gate
         names = [f"N{int(n)} writes {listed(self.writes.words(i)[:4])}" for i, n in enumerate(self.neurons)]
         title = f"Neurons of layer {self.layer}: which token lists are more peaked than random?"
-        figure = scatter(
-            read.kurtosis,
-            self.writes.kurtosis,
-            names,
-            title,
-            x_title=f"excess kurtosis of what it {read.name}",
-            y_title="of what it writes",
-            colour=self.in_out,
-            colourbar="in-out cosine",
-        )
+        x, y, x_title = read.kurtosis, self.writes.kurtosis, f"excess kurtosis of what it {read.name}"
+        colour, colourbar, y_title = self.in_out, "in-out cosine", "of what it writes"
+        figure = scatter(x, y, names, title, x_title=x_title, y_title=y_title, colour=colour, colourbar=colourbar)
         return mark_null(figure, read.kurtosis_null, self.writes.kurtosis_null)
 
 
 def read_neurons(
     model: HookedTransformer,
     layer: int,
-    neurons: Sequence[int] | None = None,
+    neurons: Sequence[int] | Tensor | None = None,
     *,
     top: int = 8,
     draws: int = _DRAWS,
@@ -135,7 +128,7 @@ def read_neurons(
     )
 
 
-def _chosen(model: HookedTransformer, neurons: Sequence[int] | None) -> Int[Tensor, "neuron"]:
+def _chosen(model: HookedTransformer, neurons: Sequence[int] | Tensor | None) -> Int[Tensor, "neuron"]:
     d_mlp = model.cfg.d_mlp
     if neurons is None:
         return torch.arange(d_mlp)

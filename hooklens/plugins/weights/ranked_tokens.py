@@ -50,7 +50,7 @@ class TokenLists(Result):
     @property
     def p(self) -> Float[Tensor, "vector"]:
         """How often a random vector's scores are as peaked."""
-        return null_p(self.kurtosis, self.kurtosis_null[:, None])
+        return null_p(self.kurtosis, self.kurtosis_null[:, None].expand(-1, len(self.kurtosis)))
 
     @property
     def q(self) -> Float[Tensor, "vector"]:

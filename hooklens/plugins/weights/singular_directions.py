@@ -69,15 +69,10 @@ class SingularDirections(Result):
         """How peaked each direction's token scores are, with the 95th percentile of random vectors."""
         from hooklens.viz.curves import lines
 
-        return lines(
-            {tokens.name: tokens.kurtosis for tokens in self.lists},
-            title=f"{self.matrix}: do its directions single out tokens?",
-            x_title="direction, largest first",
-            y_title="excess kurtosis over tokens",
-            marks={
-                f"random, {tokens.name}": float(torch.quantile(tokens.kurtosis_null, 0.95)) for tokens in self.lists
-            },
-        )
+        values = {tokens.name: tokens.kurtosis for tokens in self.lists}
+        marks = {f"random, {tokens.name}": float(tokens.kurtosis_null.quantile(0.95)) for tokens in self.lists}
+        title, x_title = f"{self.matrix}: do its directions single out tokens?", "direction, largest first"
+        return lines(values, title=title, x_title=x_title, y_title="excess kurtosis over tokens", marks=marks)
 
 
 def ov_directions(
