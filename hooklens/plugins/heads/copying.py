@@ -100,8 +100,8 @@ def score_copying(model: HookedTransformer, *, n_tokens: int = 256, draws: int =
             if (seen := not_finite(read, written)) is not None:  # LAPACK would end the process
                 raise InputError(f"the OV circuits of layer {layer} are {seen}, so that they have no eigenvalues")
             layers.append(_of_layer(read, written, draws, seeded(seed, layer, stride=1_000_003)))
-    own, rank, null = (torch.stack([found[name] for found in layers], 1) for name in ("own", "rank", "null"))
-    positive, z = (torch.stack([found[name] for found in layers]) for name in ("positive", "z"))
+    own, rank, null = (torch.stack([result[name] for result in layers], 1) for name in ("own", "rank", "null"))
+    positive, z = (torch.stack([result[name] for result in layers]) for name in ("positive", "z"))
     copies, suppresses = above(z, null), above(-z, -null)
     return Copying(tokens=tokens, own=own, rank=rank, positive=positive, z=z, copies=copies, suppresses=suppresses)
 

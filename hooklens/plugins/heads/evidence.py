@@ -18,57 +18,57 @@ _EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo", "
 _SUPPRESSION = ("anti-copy", "ECE change")
 
 
-def label_rows(found: "Taxonomy", n: int | None) -> Table:
+def label_rows(taxonomy: "Taxonomy", n: int | None) -> Table:
     """One row per head and label. `effect` is in nats per token; for name labels, the share of the logit difference.
 
     `share of loss` is the effect as a share of the loss on the repeated tokens.
     """
-    called, evidence = found.called(), _on_repeats(found) | _on_names(found)
-    first, suppressed = found.scores.mean("first"), _suppressed(found)
+    called, evidence = taxonomy.called(), _on_repeats(taxonomy) | _on_names(taxonomy)
+    first, suppressed = taxonomy.scores.mean("first"), _suppressed(taxonomy)
     rows: list[tuple] = []
-    for at in found.order()[:n]:
-        nearest = _nearest(found, at)
+    for at in taxonomy.order()[:n]:
+        nearest = _nearest(taxonomy, at)
         for label in called.get(at, ["unlabelled"]):
             kind = label if label in evidence else list(LABELS)[nearest]
-            doubts = _doubts(found, kind, at)
+            doubts = _doubts(taxonomy, kind, at)
             if label not in evidence:
-                doubts.insert(0, f"{kind}{': opposite effect' if bool(found.opposite[nearest][at]) else '?'}")
+                doubts.insert(0, f"{kind}{': opposite effect' if bool(taxonomy.opposite[nearest][at]) else '?'}")
             words = f"{label} ({'; '.join(doubts)})" if doubts else label
             row = [head_name(*at), words, *(known(float(x[at])) for x in evidence[kind]), float(first[at])]
-            if found.positions is not None:
-                row.append(float(found.positions.share[at]) if kind == "previous token" else None)
+            if taxonomy.positions is not None:
+                row.append(float(taxonomy.positions.share[at]) if kind == "previous token" else None)
             if suppressed:
                 suppresses = kind in ("copy suppression", "negative name mover")
                 row += suppressed.get(at, (None, None)) if suppresses else (None, None)
             rows.append(tuple(row))
-    by_position = ("by position",) if found.positions is not None else ()
+    by_position = ("by position",) if taxonomy.positions is not None else ()
     columns = ("head", "label", "score", "q", *_EFFECT, "rests", *by_position, *(_SUPPRESSION if suppressed else ()))
     return Table(columns, rows).head(n)
 
 
-def _doubts(found: "Taxonomy", kind: str, at: Head) -> list[str]:
+def _doubts(taxonomy: "Taxonomy", kind: str, at: Head) -> list[str]:
     """Qualifications of a head's evidence for a label: a negligible effect, or a control that could not match it."""
     if kind not in LABELS:
         return []
-    doubts = {"detectable, negligible": found.negligible, "no matched control": found.unmatched}
+    doubts = {"detectable, negligible": taxonomy.negligible, "no matched control": taxonomy.unmatched}
     return [words for words, where in doubts.items() if bool(where[list(LABELS).index(kind)][at])]
 
 
-def _on_repeats(found: "Taxonomy") -> dict[str, list[Tensor]]:
+def _on_repeats(taxonomy: "Taxonomy") -> dict[str, list[Tensor]]:
     """Score, q, effect, its interval, its q, its share of the loss, placebo and its attention, label by label."""
-    parts = [found.score_q, found.effect.mean(0), *found.interval(), found.effect_q, found.share]
-    parts += [found.placebo.mean(0), found.matched]
+    parts = [taxonomy.score_q, taxonomy.effect.mean(0), *taxonomy.interval(), taxonomy.effect_q, taxonomy.share]
+    parts += [taxonomy.placebo.mean(0), taxonomy.matched]
     return {
-        label: [found.scores.mean(kind), *(part[i] for part in parts)]
+        label: [taxonomy.scores.mean(kind), *(part[i] for part in parts)]
         for i, (label, (kind, _)) in enumerate(LABELS.items())
     }
 
 
-def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
+def _on_names(taxonomy: "Taxonomy") -> dict[str, list[Tensor]]:
     """The same on indirect-object prompts: q of the labelling pairs, margin and direct effect of the others."""
-    if found.names is None:
+    if taxonomy.names is None:
         return {}
-    movers, q = found.names.reported, found.names.q
+    movers, q = taxonomy.names.reported, taxonomy.names.q
     ends, none = movers.share_interval(), torch.full_like(movers.share, torch.nan)
     return {
         label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none, none, none]
@@ -76,29 +76,29 @@ def _on_names(found: "Taxonomy") -> dict[str, list[Tensor]]:
     }
 
 
-def _suppressed(found: "Taxonomy") -> dict[Head, tuple[float, float]]:
+def _suppressed(taxonomy: "Taxonomy") -> dict[Head, tuple[float, float]]:
     """How much a head lowers the logit of the token it attends to, and the calibration change without it."""
-    if found.suppression is None or found.suppression.calibration is None:
+    if taxonomy.suppression is None or taxonomy.suppression.calibration is None:
         return {}
-    change, anti = found.suppression.calibration, found.suppression.anti
+    change, anti = taxonomy.suppression.calibration, taxonomy.suppression.anti
     heads = [Component.parse(name).place for name in change.heads]
     return {head: (float(anti[head]), float(change.change[i])) for i, head in enumerate(heads)}
 
 
-def _nearest(found: "Taxonomy", at: Head) -> int:
+def _nearest(taxonomy: "Taxonomy", at: Head) -> int:
     """The label with the opposite effect if there is one, else that with the smallest p."""
-    p = found.score_p[:, at[0], at[1]]
-    return int(torch.where(found.opposite[:, at[0], at[1]].to(p.device), p - 2, p).argmin())
+    p = taxonomy.score_p[:, at[0], at[1]]
+    return int(torch.where(taxonomy.opposite[:, at[0], at[1]].to(p.device), p - 2, p).argmin())
 
 
-def attention_map(found: "Taxonomy") -> Any:
+def attention_map(taxonomy: "Taxonomy") -> Any:
     """Layer by label and head: attention above chance, negative if the label was not earned."""
     from hooklens.viz.figures import heatmap
 
-    attention = torch.stack([found.scores.mean(kind) for kind, _ in LABELS.values()])
-    shown = torch.where(found.passes, attention, -attention)
-    shown = shown.masked_fill(found.score_q > found.alpha, torch.nan)
-    mean, n_heads = found.effect.mean(0), shown.shape[2]
+    attention = torch.stack([taxonomy.scores.mean(kind) for kind, _ in LABELS.values()])
+    shown = torch.where(taxonomy.passes, attention, -attention)
+    shown = shown.masked_fill(taxonomy.score_q > taxonomy.alpha, torch.nan)
+    mean, n_heads = taxonomy.effect.mean(0), shown.shape[2]
     hover = [
         [f"loss rise {float(x):.3f}" if x == x else "chance" for x in row.tolist()]
         for row in mean.transpose(0, 1).flatten(1)

@@ -37,7 +37,7 @@ class NameEvidence(Result):
     the last two are reversed: it lowers the name that it attends to, and the logit difference.
     """
 
-    found: NameMovers
+    movers: NameMovers
     p: Float[Tensor, "label layer head"]
     chosen_on: Int[Tensor, "chosen"]
     reported_on: Int[Tensor, "reported"]
@@ -45,12 +45,12 @@ class NameEvidence(Result):
     @cached_property
     def named(self) -> NameMovers:
         """The measurements that label the heads."""
-        return of_pairs(self.found, self.chosen_on)
+        return of_pairs(self.movers, self.chosen_on)
 
     @cached_property
     def reported(self) -> NameMovers:
         """The measurements that are reported."""
-        return of_pairs(self.found, self.reported_on)
+        return of_pairs(self.movers, self.reported_on)
 
     def note(self, alpha: float) -> str:
         """On which pairs heads were labelled and measured, and whether these are enough for a label."""
@@ -109,14 +109,14 @@ def name_evidence(
     return evidence, evidence.note(alpha)
 
 
-def evidence_of(found: NameMovers, seed: int = 0) -> NameEvidence:
+def evidence_of(movers: NameMovers, seed: int = 0) -> NameEvidence:
     """The p-values of one half of these measurements."""
-    chosen_on, reported_on = found.halves(seed=seed)
-    named = of_pairs(found, chosen_on)
+    chosen_on, reported_on = movers.halves(seed=seed)
+    named = of_pairs(movers, chosen_on)
     margin, up, down = (_one_sided(x, named.group) for x in (named.margin, named.direct, -named.direct))
     copies, suppresses = copying_p(named.written, seed)
     both = torch.stack([up.maximum(copies.to(up)), down.maximum(suppresses.to(up))])
-    return NameEvidence(found, both.maximum(margin.to(both)), chosen_on, reported_on)
+    return NameEvidence(movers, both.maximum(margin.to(both)), chosen_on, reported_on)
 
 
 def _one_sided(values: Float[Tensor, "pair layer head"], group: Tensor) -> PerHead:

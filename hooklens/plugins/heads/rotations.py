@@ -80,15 +80,15 @@ def _of_layer(
     n, pos, heads, d = q.shape
     at_once = max(1, _AT_ONCE // (n * pos * heads * max(pos, d)))
     ctx = Context(torch.arange(pos, device=q.device))
-    found: dict[str, list[Tensor]] = {name: [] for name in masks}
+    masses: dict[str, list[Tensor]] = {name: [] for name in masks}
     for some in turns.to(q).split(at_once):
         turned = torch.einsum("sphd,thde->tsphe", q, some).flatten(0, 1)
         keys = k.expand(len(some), *k.shape).flatten(0, 1)
         scores = attn.scores(*attn.place(turned, keys, ctx), ctx.view(attn.mask))
         pattern = attn.score.pattern(scores, None).unflatten(0, (len(some), n))
         for name, mask in masks.items():
-            found[name].append(mass(pattern, mask).nanmean(1))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+            masses[name].append(mass(pattern, mask).nanmean(1))
+    return {name: torch.cat(parts) for name, parts in masses.items()}
 
 
 def pooled_p(value: PerHead, null: Float[Tensor, "draw layer head"]) -> PValues:

@@ -74,7 +74,7 @@ def classify_heads(
         masks = key_masks(reported.tokens)
         blocking = {kind: all_but(mask, model) for kind, mask in masks.items()}
         effect = _effects(model, reported, untouched, blocking, q_values(score_p) <= alpha)
-        found = Taxonomy(
+        taxonomy = Taxonomy(
             scores=scores,
             ov=ov,
             score_p=score_p,
@@ -86,8 +86,8 @@ def classify_heads(
             alpha=alpha,
             positions=_positions(model, seed),
         )
-        found = _with_placebo(model, found, reported, untouched, blocking)
-        return replace(found, suppression=_suppression(model, found, reported, seed))
+        taxonomy = _with_placebo(model, taxonomy, reported, untouched, blocking)
+        return replace(taxonomy, suppression=_suppression(model, taxonomy, reported, seed))
 
 
 def check_sizes(n: int, alpha: float = 0.05) -> None:
@@ -155,13 +155,13 @@ def _effects(
 
 def _with_placebo(
     model: HookedTransformer,
-    found: Taxonomy,
+    taxonomy: Taxonomy,
     reported: Repeated,
     untouched: ActivationCache,
     blocking: dict[str, Keeps],
 ) -> Taxonomy:
     """The placebo's effect, and the attention that both interventions took, where the effect differs from 0."""
-    masks, asked = key_masks(reported.tokens), found.candidates | found.opposite
+    masks, asked = key_masks(reported.tokens), taxonomy.candidates | taxonomy.opposite
     scores = [untouched["attn_scores", layer] for layer in range(model.cfg.n_layers)]
     patterns = [block.attn.score.pattern(score, None) for block, score in zip(model.blocks, scores, strict=True)]
     normalised = model.blocks[0].attn.score.row_sums_to_one
@@ -172,7 +172,7 @@ def _with_placebo(
     with engine(verify=0):  # the same sweep with other keys was checked above
         placebo = _effects(model, reported, untouched, others, asked)
     blocked = torch.stack([_blocked(patterns, masks, keeps, normalised) for keeps in (blocking, others)])
-    return replace(found, placebo=placebo, blocked=blocked.where(asked.to(blocked.device), torch.nan))
+    return replace(taxonomy, placebo=placebo, blocked=blocked.where(asked.to(blocked.device), torch.nan))
 
 
 def _blocked(
@@ -198,9 +198,9 @@ def _positions(model: HookedTransformer, seed: int) -> PositionScores | None:
         return None
 
 
-def _suppression(model: HookedTransformer, found: Taxonomy, reported: Repeated, seed: int) -> CopySuppression | None:
+def _suppression(model: HookedTransformer, taxonomy: Taxonomy, reported: Repeated, seed: int) -> CopySuppression | None:
     """The effect of the suppressing heads on the token they attend to, on these sequences, and on calibration."""
-    heads = sorted(at for at, labels in found.called().items() if set(labels) & set(_SUPPRESSORS))
+    heads = sorted(at for at, labels in taxonomy.called().items() if set(labels) & set(_SUPPRESSORS))
     if not heads:
         return None
     direct, control = anti_copy(model, reported.tokens, seed=seed)

@@ -193,14 +193,16 @@ def _all(model: HookedTransformer) -> dict[str, tuple[Values, tuple[int, int]]]:
         matrices["W_U"] = wide(matrix_of(model.unembed.linear, cfg.d_model)).mT
     if model.pos_embed is not None:
         matrices["W_pos"] = wide(model.W_pos)
-    found = {name: (_singular(matrix), (matrix.shape[0], matrix.shape[1])) for name, matrix in matrices.items()}
+    decompositions = {
+        name: (_singular(matrix), (matrix.shape[0], matrix.shape[1])) for name, matrix in matrices.items()
+    }
     if cfg.tie_word_embeddings:
-        found["W_U"] = found["W_E"][0], (cfg.d_model, cfg.d_vocab_out)
+        decompositions["W_U"] = decompositions["W_E"][0], (cfg.d_model, cfg.d_vocab_out)
     layers = [heads_of(model, layer) for layer in range(cfg.n_layers)]
     for name in ("QK", "OV"):
         values = torch.stack([getattr(heads, name).svd()[1] for heads in layers]).cpu()
-        found[name] = values, (cfg.d_model, cfg.d_model)
-    return found
+        decompositions[name] = values, (cfg.d_model, cfg.d_model)
+    return decompositions
 
 
 def _singular(matrix: Float[Tensor, "rows columns"]) -> Values:
