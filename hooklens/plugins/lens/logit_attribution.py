@@ -200,5 +200,5 @@ def demo(model: HookedTransformer) -> LogitAttribution | NoAttribution:
     """Two short prompts; token numbers where the model has no tokenizer."""
     why = model.blocks[0].not_a_sum
     if why is not None:
-        return NoAttribution(f"{why}, so that it is no sum of what was added")
+        return NoAttribution(f"{why}, so that the stream is not the sum of what its components write")
     return direct_logit_attribution(model, demo_pairs(model, 2))
