@@ -19,10 +19,11 @@ from hooklens.data.prompt_pairs import PromptPairs, numbered
 from hooklens.data.prompts import first_difference
 from hooklens.model.transformer import HookedTransformer
 
+Kinds = tuple[type, ...]
 _LARGEST = 1 << 30  # bytes
 _REPORTED = 10  # number of bad lines that a message explains; the others are listed by number
 _FIELDS = ("clean", "corrupted", "answer", "wrong_answer")
-_OPTIONAL = {"group": (str, int)}
+_OPTIONAL: dict[str, Kinds] = {"group": (str, int)}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -48,7 +49,7 @@ def read_pairs_file(path: str | Path) -> PromptPairs:
     >>> read_pairs_file(path).answer
     [' d']
     """
-    lines = read_rows(path, dict.fromkeys(_FIELDS, str), _OPTIONAL)
+    lines = read_rows(path, dict.fromkeys(_FIELDS, (str,)), _OPTIONAL)
     rows = list(lines.values())
     clean, corrupted, answer, wrong = ([row[name] for row in rows] for name in _FIELDS)
     return PromptPairs(
@@ -84,13 +85,13 @@ def write_pairs_file(pairs: PromptPairs, path: str | Path) -> None:
 
 def read_texts_file(path: str | Path) -> LabelledTexts:
     """Read labelled texts: lines with text, label and, if texts share something, group."""
-    lines = read_rows(path, {"text": str, "label": (str, int, float, bool)}, _OPTIONAL)
+    lines = read_rows(path, {"text": (str,), "label": tuple(_WORDS)}, _OPTIONAL)
     rows = list(lines.values())
     return LabelledTexts([row["text"] for row in rows], [row["label"] for row in rows], groups(rows), list(lines))
 
 
 def read_rows(
-    path: str | Path, fields: Mapping[str, Any], optional: Mapping[str, Any] | None = None
+    path: str | Path, fields: Mapping[str, Kinds], optional: Mapping[str, Kinds] | None = None
 ) -> dict[int, dict[str, Any]]:
     """Read the object of each line, by line number, and check its fields. All bad lines are reported at once."""
     text = read_text(path, "a JSONL file", encoding="utf-8-sig", largest=_LARGEST)
@@ -106,7 +107,7 @@ def read_rows(
         wanted = ", ".join(f'"{name}"' for name in fields)
         raise _bad_lines(f"{path} has {len(bad)} bad of {len(rows)} lines; each is a JSON object with {wanted}", bad)
     if not rows:
-        raise InputError(f"{path} holds no line; each is a JSON object with {', '.join(fields)}")
+        raise InputError(f"{path} has no lines; each line is a JSON object with {', '.join(fields)}")
     return rows
 
 
@@ -124,11 +125,8 @@ def check_pairs(model: HookedTransformer, pairs: PromptPairs, source: str, *, co
 def check_pair(model: HookedTransformer, pair: PromptPairs) -> None:
     """Raise unless the model can use this pair, which was given by arguments."""
     (row,) = _texts_of(pair)
-    found = list(_problems(model, row))
-    if len(found) > 1:
-        raise Refused([("", error) for error in found])
-    for error in found:
-        raise error
+    if errors := [("", error) for error in _problems(model, row)]:
+        raise Refused(errors)
 
 
 def check_texts(model: HookedTransformer, texts: LabelledTexts, source: str) -> None:
@@ -217,7 +215,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
-def _row(line: str, fields: Mapping[str, Any], optional: Mapping[str, Any]) -> tuple[dict, str | None]:
+def _row(line: str, fields: Mapping[str, Kinds], optional: Mapping[str, Kinds]) -> tuple[dict, str | None]:
     try:
         row = json.loads(line, parse_constant=_no_number, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -232,12 +230,11 @@ def _row(line: str, fields: Mapping[str, Any], optional: Mapping[str, Any]) -> t
     return row, "; ".join(filter(None, problems)) or None
 
 
-def _wrong(name: str, value: Any, kinds: Any) -> str | None:
+def _wrong(name: str, value: Any, kinds: Kinds) -> str | None:
     """The problem with the value of a field, if there is one."""
-    allowed = kinds if isinstance(kinds, tuple) else (kinds,)
-    # not isinstance: True is a number only where booleans are allowed
-    if type(value) not in allowed or (isinstance(value, float) and not math.isfinite(value)):
-        return f"{name} must be {' or '.join(_WORDS[kind] for kind in allowed)}, got {value!r:.60}"
+    # not isinstance, for which True is a whole number
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        return f"{name} must be {' or '.join(_WORDS[kind] for kind in kinds)}, got {value!r:.60}"
     if not isinstance(value, str):
         return None
     if not value:
@@ -245,7 +242,7 @@ def _wrong(name: str, value: Any, kinds: Any) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        return f"{name} holds half of a surrogate pair, which is no character: {value!r:.60}"
+        return f"{name} contains half of a surrogate pair, which is not a character: {value!r:.60}"
     return None
 
 
@@ -264,4 +261,4 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no JSON number")
+    raise ValueError(f"{word} is not a JSON number")

@@ -17,6 +17,9 @@ from hooklens.core.arguments import path_of
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import make_folder, write_atomically
 from hooklens.pretrained.byte_letters import byte_values, in_byte_alphabet, in_letters
+from hooklens.pretrained.chat import render
+from hooklens.pretrained.gguf_tokenizer import rebuild
+from hooklens.pretrained.tokenizer_files import read_folder, read_transformers
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,22 +50,16 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Read a Hugging Face folder: tokenizer.json and the settings files next to it."""
-        from hooklens.pretrained.tokenizer_files import read_folder
-
         return cls(**read_folder(path_of(folder, "folder")))
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any]) -> "Tokenizer":
         """Rebuild the tokenizer from the `tokenizer.ggml.*` metadata of a GGUF file."""
-        from hooklens.pretrained.gguf_tokenizer import rebuild
-
         return cls(**rebuild(metadata))
 
     @classmethod
     def from_transformers(cls, tokenizer: Any) -> "Tokenizer":
         """Copy an in-memory transformers tokenizer."""
-        from hooklens.pretrained.tokenizer_files import read_transformers
-
         return cls(**read_transformers(tokenizer))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
@@ -239,8 +236,6 @@ class Tokenizer:
 
         `variables` are further inputs of the model's template: `{"enable_thinking": False}`, `{"tools": [...]}`.
         """
-        from hooklens.pretrained.chat import render
-
         if self.chat_template is None:
             raise InputError("this tokenizer has no chat template; instruct models have one; others take plain text")
         return render(

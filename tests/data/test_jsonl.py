@@ -74,8 +74,8 @@ def test_a_line_that_holds_an_odd_separator_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": "a", "label": NaN}', "NaN is no JSON number"),
-        ('{"text": "a", "label": -Infinity}', "-Infinity is no JSON number"),
+        ('{"text": "a", "label": NaN}', "NaN is not a JSON number"),
+        ('{"text": "a", "label": -Infinity}', "-Infinity is not a JSON number"),
         ('{"text": "a", "label": 1e999}', "label must be .*, got inf"),
         ('{"text": "a", "label": 1, "text": "b"}', "'text' given twice"),
         ('{"text": "a", "label": ' + "9" * 5000 + "}", "not JSON"),
@@ -136,7 +136,7 @@ def test_any_set_of_bad_lines_is_reported_whole(tmp_path_factory, lines):
 
 
 def test_files_that_hold_nothing_or_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="holds no line"):
+    with pytest.raises(InputError, match="has no lines"):
         read_texts_file(write(tmp_path, "", "  "))
     with pytest.raises(InputError, match=r"absent.jsonl', but there is no such file"):
         read_texts_file(tmp_path / "absent.jsonl")

@@ -146,7 +146,10 @@ def train_tuned_lens(
     Reference: Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", section 2.
     """
     need_gradients("train_tuned_lens")
-    _check(steps, lr, batch)
+    whole("steps", steps, 1)
+    whole("batch", batch, 1)
+    if not lr > 0:
+        raise InputError(f"lr must be a learning rate above 0, got {lr!r}; 1e-3 from zero maps, 1e-4 from fitted ones")
     if start is not None:
         start.check_fits(model)
     kept, measured = _split(_windows(model, tokens))
@@ -194,13 +197,6 @@ def tuned_lens(
     lens.check_fits(model)
     ids, right = one_length(model, tokens), answers_of(tokens, answer)[0]
     return read_lens(model, ids, answer=right, k=k, translate=lens, lens="tuned lens")
-
-
-def _check(steps: int, lr: float, batch: int) -> None:
-    for name, value in (("steps", steps), ("batch", batch)):
-        whole(name, value, 1)
-    if not lr > 0:
-        raise InputError(f"lr must be a learning rate above 0, got {lr!r}; 1e-3 from zero maps, 1e-4 from fitted ones")
 
 
 def _split(windows: Int[Tensor, "window pos"]) -> tuple[Int[Tensor, "kept pos"], Int[Tensor, "measured pos"]]:

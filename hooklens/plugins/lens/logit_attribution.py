@@ -15,7 +15,7 @@ from hooklens.metrics import Answers
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.direct import direct_effects
-from hooklens.plugins.lens.reading import OverPrompts, ask
+from hooklens.plugins.lens.reading import OverPrompts, answered_prompts
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups
 
@@ -168,24 +168,24 @@ def direct_logit_attribution(
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; Wang et al. (2022), section 3.
     """
     model.blocks[0].need_sum("direct logit attribution")
-    asked = ask(model, tokens, answer, wrong_answer, group)
+    prompts = answered_prompts(model, tokens, answer, wrong_answer, group)
     parts = []
-    for some in asked.by_length():
-        wrong = None if asked.wrong is None else asked.wrong[some]
-        parts += direct_effects(model, torch.stack([asked.rows[i] for i in some]), asked.right[some], wrong, pos)
-    numbers = [i for some in asked.by_length() for i in some]
+    for some in prompts.by_length():
+        wrong = None if prompts.wrong is None else prompts.wrong[some]
+        parts += direct_effects(model, torch.stack([prompts.rows[i] for i in some]), prompts.right[some], wrong, pos)
+    numbers = [i for some in prompts.by_length() for i in some]
     sources = dict(zip(numbers, (one for part in parts for one in part.sources), strict=True))
-    tensors: Any = asked.in_order([part.tensors for part in parts])
+    tensors: Any = prompts.in_order([part.tensors for part in parts])
     return LogitAttribution(
         **tensors,
         labels=parts[0].labels,
         sources=[sources[i] for i in range(len(numbers))],
-        str_tokens=[show(model, row) for row in asked.rows],
-        answer=show(model, asked.right),
-        wrong_answer=None if asked.wrong is None else show(model, asked.wrong),
+        str_tokens=[show(model, row) for row in prompts.rows],
+        answer=show(model, prompts.right),
+        wrong_answer=None if prompts.wrong is None else show(model, prompts.wrong),
         capped=model.cfg.output_logits_soft_cap is not None,
         error=max(part.error for part in parts),
-        group=asked.group,
+        group=prompts.group,
     )
 
 
@@ -200,5 +200,5 @@ def demo(model: HookedTransformer) -> LogitAttribution | NoAttribution:
     """Two short prompts; token numbers where the model has no tokenizer."""
     why = model.blocks[0].not_a_sum
     if why is not None:
-        return NoAttribution(f"{why}, so that it is no sum of what was added")
+        return NoAttribution(f"{why}, so that the stream is not the sum of what its components write")
     return direct_logit_attribution(model, demo_pairs(model, 2))

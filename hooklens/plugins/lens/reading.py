@@ -61,7 +61,7 @@ def one_length(model: HookedTransformer, prompts: Prompts | PromptPairs) -> Int[
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredPrompts:
     """Prompts of any lengths, with the answer to each, the wrong answers if any, and the groups of related prompts."""
 
     rows: list[Int[Tensor, "_"]]
@@ -82,13 +82,13 @@ class Asked:
         return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def ask(
+def answered_prompts(
     model: HookedTransformer,
     tokens: Prompts | PromptPairs,
     answer: Answers | None,
     wrong_answer: Answers | None,
     group: Groups,
-) -> Asked:
+) -> AnsweredPrompts:
     """Read prompts and answers. PromptPairs stand for their clean prompts, their answers and their groups."""
     right, wrong = answers_of(tokens, answer, wrong_answer)
     if right is None:
@@ -100,11 +100,11 @@ def ask(
         check_answers_differ(model, right_ids, wrong_ids)
     if group is None and isinstance(tokens, PromptPairs):
         group = tokens.group
-    return Asked(rows, right_ids, wrong_ids, group)
+    return AnsweredPrompts(rows, right_ids, wrong_ids, group)
 
 
 def clean_of(tokens: Prompts | PromptPairs) -> Prompts:
-    """The prompts to read: of PromptPairs the clean ones."""
+    """The prompts, which are the clean ones of PromptPairs."""
     return tokens.clean if isinstance(tokens, PromptPairs) else tokens
 
 

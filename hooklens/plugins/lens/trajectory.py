@@ -137,25 +137,25 @@ def trace_predictions(
     reading.check_quiet(model)
     if lens is not None:
         lens.check_fits(model)
-    asked = reading.ask(model, tokens, answer, wrong_answer, group)
-    answers = torch.stack([asked.right] if asked.wrong is None else [asked.right, asked.wrong], 1)
+    prompts = reading.answered_prompts(model, tokens, answer, wrong_answer, group)
+    answers = torch.stack([prompts.right] if prompts.wrong is None else [prompts.right, prompts.wrong], 1)
     parts = []
-    with reading.packing(sum(map(len, asked.rows))):
-        for some in asked.by_length():
-            ids, wanted = torch.stack([asked.rows[i] for i in some]), answers[some]
+    with reading.packing(sum(map(len, prompts.rows))):
+        for some in prompts.by_length():
+            ids, wanted = torch.stack([prompts.rows[i] for i in some]), answers[some]
             for part in reading.prompts_at_once(model, ids):
                 parts.append(_followed(model, part, wanted[: len(part)], pos, lens))
                 wanted = wanted[len(part) :]
-    values = asked.in_order(parts)
+    values = prompts.in_order(parts)
     log_probs = values.pop("log_probs")
     return Trajectory(
         **values,
         log_prob=log_probs[..., 0],
-        wrong_log_prob=None if asked.wrong is None else log_probs[..., 1],
+        wrong_log_prob=None if prompts.wrong is None else log_probs[..., 1],
         layers=reading.stream_labels(model),
-        answer=show(model, asked.right),
+        answer=show(model, prompts.right),
         lens="logit lens" if lens is None else "tuned lens",
-        group=asked.group,
+        group=prompts.group,
     )
 
 

@@ -354,7 +354,7 @@ REFUSED = {
     "a reference of another length": ({"value": Resample([[1, 2]])}, InputError, "another prompt of 4 tokens"),
     "a run of another length": ({"value": OtherRun([[1, 2]] * 4)}, InputError, "position by position"),
     "too few runs": ({"value": OtherRun(PROMPTS[:2])}, InputError, "got 2 for 4"),
-    "labels for other prompts": ({"group": [0, 1]}, InputError, "one value a pair, got 2 for 4"),
+    "labels for other prompts": ({"group": [0, 1]}, InputError, "one value per pair, got 2 for 4"),
     "a site without heads": ({"site": "mlp_out", "by": "layer x head"}, InputError, "layer x pos"),
 }
 
