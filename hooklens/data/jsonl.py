@@ -118,7 +118,7 @@ def check_pairs(model: HookedTransformer, pairs: PromptPairs, source: str, *, co
     """
     lines = pairs.columns.get("line", range(1, len(pairs) + 1))
     problems = ("; ".join(map(str, _problems(model, row))) for row in _texts_of(pairs, corrupted=corrupted))
-    bad = {line: found for line, found in zip(lines, problems, strict=True) if found}
+    bad = {line: problem for line, problem in zip(lines, problems, strict=True) if problem}
     _check_lines(bad, len(pairs), source)
 
 
@@ -212,7 +212,8 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    shown = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return ", ".join(shown)
 
 
 def _row(line: str, fields: Mapping[str, Kinds], optional: Mapping[str, Kinds]) -> tuple[dict, str | None]:

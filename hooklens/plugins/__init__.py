@@ -36,12 +36,12 @@ class PluginInfo:
 
     def demo(self) -> Callable[[Any], Any]:
         """The plugin's `demo(model) -> Result`."""
-        found = getattr(self.load(), "demo", None)
-        if not callable(found):
+        demo = getattr(self.load(), "demo", None)
+        if not callable(demo):
             raise InputError(
                 f"the plugin {self.name!r} has no demo(model) in {self.module}; add one that returns a Result"
             )
-        return found
+        return demo
 
 
 def available() -> list[PluginInfo]:
@@ -60,16 +60,16 @@ def find(name: str) -> PluginInfo:
     'hooklens.plugins.patching.activation'
     """
     entries = _entries()
-    found = [_info(entry) for entry in entries if entry.name == name]
-    if not found:
+    declared = [_info(entry) for entry in entries if entry.name == name]
+    if not declared:
         unknown = did_you_mean("plugin", name, sorted({entry.name for entry in entries}))
         raise NameNotFound(f"{unknown}; `hooklens plugins` lists all")
-    if len(found) > 1:
+    if len(declared) > 1:
         raise InputError(
-            f"the plugin {name!r} is declared by {len(found)} packages ({', '.join(info.package for info in found)}); "
+            f"the plugin {name!r} is declared by {len(declared)} packages ({', '.join(info.package for info in declared)}); "
             "uninstall all but one"
         )
-    return found[0]
+    return declared[0]
 
 
 def _entries() -> list[EntryPoint]:

@@ -157,13 +157,13 @@ def _output_is_embedding(file: GGUFFile) -> bool:
         return output is None
     if (output.shape, output.kind) != (embedding.shape, embedding.kind):
         return False
-    with open(file.path, "rb") as one, open(file.path, "rb") as other:
-        one.seek(output.offset)
-        other.seek(embedding.offset)
+    with open(file.path, "rb") as first, open(file.path, "rb") as second:
+        first.seek(output.offset)
+        second.seek(embedding.offset)
         left = output.nbytes
         while left > 0:
             n = min(left, 1 << 20)
-            if one.read(n) != other.read(n):
+            if first.read(n) != second.read(n):
                 return False
             left -= n
     return True

@@ -34,7 +34,7 @@ def _is_count(value: Any) -> bool:
 
 def _is_dtype(value: Any) -> bool:
     if isinstance(value, dict):  # one per part of a composite model
-        return all(one is None or _is_dtype(one) for one in value.values())
+        return all(dtype is None or _is_dtype(dtype) for dtype in value.values())
     named = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     return value == "auto" or isinstance(named, torch.dtype)
 
@@ -178,8 +178,8 @@ class HFConfig:
                 return config.Llama3Scaling(factor, low, high, self._original(settings))
             return self._long(settings, dim) if kind == "longrope" else None
         except KeyError as error:
-            found = sorted(settings)
-            raise self._refused(f"the rope type {kind!r} needs {error}; its settings are {found}") from None
+            given = sorted(settings)
+            raise self._refused(f"the rope type {kind!r} needs {error}; its settings are {given}") from None
 
     def _original(self, settings: dict[str, Any]) -> int:
         fallback = settings.get("original_max_position_embeddings") or self.get("max_position_embeddings")
@@ -204,7 +204,8 @@ class HFConfig:
             return config.SlidingWindow(window)
         if unknown := ", ".join(sorted(set(layer_types) - set(_WINDOWED))):
             raise self._refused(f"layers of the kind {unknown} are not supported; supported: {', '.join(_WINDOWED)}")
-        return tuple(config.SlidingWindow(window) if _WINDOWED[kind] else config.Causal() for kind in layer_types)
+        masks = {True: config.SlidingWindow(window), False: config.Causal()}
+        return tuple(masks[_WINDOWED[kind]] for kind in layer_types)
 
     def layer_types(self, default: list[str]) -> list[str]:
         """The kind of attention of each layer."""

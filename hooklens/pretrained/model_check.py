@@ -97,7 +97,8 @@ def _apart(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
 
 def _not_finite(model: HookedTransformer) -> int:
     forbids = model.unembed.linear.bias  # -inf here means that the model never predicts this token
-    return sum(int((~p.isfinite() & ~(p.isneginf() if p is forbids else False)).sum()) for p in model.parameters())
+    bad = sum(int((~parameter.isfinite()).sum()) for parameter in model.parameters())
+    return bad if forbids is None else bad - int(forbids.isneginf().sum())
 
 
 def _identities(model: HookedTransformer, x: Inputs) -> list[Row]:

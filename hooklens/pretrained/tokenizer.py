@@ -110,7 +110,7 @@ class Tokenizer:
         if not texts:
             raise InputError("to_tokens got an empty list; give at least one text")
         numbers = [""] if isinstance(text, str) else [f" (number {index})" for index in range(len(texts))]
-        rows = [self._row(one, prepend_bos, number) for one, number in zip(texts, numbers, strict=True)]
+        rows = [self._row(part, prepend_bos, number) for part, number in zip(texts, numbers, strict=True)]
         longest = max(map(len, rows))
         tokens = torch.full((len(rows), longest), self._padding, dtype=torch.long)
         mask = torch.zeros((len(rows), longest), dtype=torch.bool)
@@ -159,8 +159,10 @@ class Tokenizer:
         if len(ids) and not isinstance(ids[0], int):
             return [self.to_string(row) for row in ids]
         self._check(ids)
-        runs = itertools.groupby(ids, key=self._knows)
-        return "".join(self._decode(list(run)) if known else "".join(map(self._spelling, run)) for known, run in runs)
+        texts = []
+        for known, run in itertools.groupby(ids, key=self._knows):
+            texts.append(self._decode(list(run)) if known else "".join(map(self._spelling, run)))
+        return "".join(texts)
 
     def _decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False)
@@ -324,7 +326,7 @@ def _listed(tokens: Any) -> Any:
     """Convert ids of any integer type, single or in nested lists, to Python integers."""
     ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     if isinstance(ids, list | tuple):
-        return [_listed(one) for one in ids]
+        return [_listed(row) for row in ids]
     try:
         return operator.index(ids)
     except TypeError as error:

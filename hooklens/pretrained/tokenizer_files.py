@@ -82,7 +82,8 @@ def _id(backend: Any, settings: dict[str, Any], numbers: dict[str, Any], name: s
 
 def _ids(given: Any) -> list[int]:
     """Token ids in a settings file: a number, a list or null; some files use -1 for none."""
-    ids = given if isinstance(given, list) else [] if given is None else [given]
+    ids = given if isinstance(given, list) else [given]
+    ids = [] if given is None else ids
     if not all(type(i) is int and -1 <= i < 2**32 for i in ids):
         raise TypeError(f"a token id is a whole number of at least 0, got {given!r:.80}")
     return [i for i in ids if i >= 0]

@@ -65,7 +65,7 @@ class DirectEffects:
             some = torch.arange(0, n, -(-n // _TOKENS_COMPARED), device=x.device)
             if is_plain(linear):
                 return (read @ linear.weight[some].T).to(self.wide).std(-1, correction=0)
-            return torch.stack([without_bias(linear, one)[..., some].std(-1, correction=0) for one in read])
+            return torch.stack([without_bias(linear, row)[..., some].std(-1, correction=0) for row in read])
 
     def branch(self, module: Any, passage: Passage, x: Float[Tensor, "prompt d_in"]) -> tuple[Tensor, Tensor]:
         """What each number that enters a branch's last linear layer adds, and what the branch's constants add.
@@ -127,7 +127,11 @@ def _run(model: HookedTransformer, tokens: Tensor, pos: int) -> tuple[Activation
 
     def keep(act: Tensor, hook: Any) -> None:
         site = hook.name.rpartition("hook_")[2]
-        kept[hook.name] = act.clone() if site == "v" else (act[:, :, pos] if site == "pattern" else act[:, pos]).clone()
+        if site == "pattern":
+            act = act[:, :, pos]
+        elif site != "v":
+            act = act[:, pos]
+        kept[hook.name] = act.clone()
 
     wanted = {"embed", "pos_embed", "attn_out", "mlp_out", "z", "v", "pattern", "post"}
     names = [name for name in model.hook_names() if name.rpartition("hook_")[2] in wanted]
@@ -140,7 +144,7 @@ def _run(model: HookedTransformer, tokens: Tensor, pos: int) -> tuple[Activation
 
 def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Per layer: contributions of heads, their spread, contributions of biases, and of each head's source positions."""
-    found: tuple[list[Tensor], ...] = ([], [], [], [])
+    columns: tuple[list[Tensor], ...] = ([], [], [], [])
     for layer, block in enumerate(model.blocks):
         name, attn = f"blocks.{layer}", block.attn
         z, v, pattern = (at.cache[f"{name}.attn.hook_{site}"] for site in ("z", "v", "pattern"))
@@ -151,9 +155,9 @@ def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], li
         with torch.no_grad():
             result = passage.frozen(attn.results(z[:, None])[:, 0].transpose(0, 1), at.cache.__getitem__)
         by_source = torch.einsum("nhk,nkhd,nhd->nhk", pattern.to(read), values, read)
-        for part, value in zip(found, ((z * read).sum(-1), at.spread(result).T, constant, by_source), strict=True):
+        for part, value in zip(columns, ((z * read).sum(-1), at.spread(result).T, constant, by_source), strict=True):
             part.append(value)
-    return found  # type: ignore[return-value]
+    return columns  # type: ignore[return-value]
 
 
 def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"], Float[Tensor, "prompt layer"]]:

@@ -101,7 +101,7 @@ class LogitLens(Result):
             hover=[[self._cell(layer, prompt, pos) for pos in range(self.tokens.shape[1])] for layer in layers],
             diverging=False,
             colourbar="probability",
-            cells=[[self.words[int(one)] for one in self.top_tokens[layer, prompt, :, 0]] for layer in layers]
+            cells=[[self.words[int(token)] for token in self.top_tokens[layer, prompt, :, 0]] for layer in layers]
             if self.tokens.shape[1] <= _WRITTEN
             else None,
         )

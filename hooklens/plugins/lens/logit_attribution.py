@@ -174,7 +174,7 @@ def direct_logit_attribution(
         wrong = None if prompts.wrong is None else prompts.wrong[some]
         parts += direct_effects(model, torch.stack([prompts.rows[i] for i in some]), prompts.right[some], wrong, pos)
     numbers = [i for some in prompts.by_length() for i in some]
-    sources = dict(zip(numbers, (one for part in parts for one in part.sources), strict=True))
+    sources = dict(zip(numbers, (names for part in parts for names in part.sources), strict=True))
     tensors: Any = prompts.in_order([part.tensors for part in parts])
     return LogitAttribution(
         **tensors,

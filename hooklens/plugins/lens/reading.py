@@ -246,7 +246,7 @@ def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, tr
     for start in range(0, n_layers - 1, layers):
         x = streams[start : min(start + layers, n_layers - 1)]
         if translate is not None:
-            x = torch.stack([translate(start + i, one) for i, one in enumerate(x)])
+            x = torch.stack([translate(start + i, stream) for i, stream in enumerate(x)])
         readings += [_described(logits, target, asked, k) for logits in model.read_out(x)]
     readings.append(_described(final, target, asked, k))
     reading = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))

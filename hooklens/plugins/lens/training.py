@@ -245,7 +245,7 @@ def constant_kl(
     mean = (total / count).clamp_min(1e-30).log().to(held_out.device)
     values = []
     for window in held_out:
-        rows = torch.cat([kl_divergence(one, mean.to(one)) for one in _final_rows(model, window[None])])
+        rows = torch.cat([kl_divergence(row, mean.to(row)) for row in _final_rows(model, window[None])])
         values.append(rows.mean())
     return torch.stack(values)
 

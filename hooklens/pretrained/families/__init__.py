@@ -34,9 +34,9 @@ def find_family(config: dict[str, Any], where: str) -> "Family":
             _check_architecture(family, architectures, where)
             return family
     known = ", ".join(kind for family in families().values() for kind in family.model_types)
-    seen = (
-        f"the model_type {kind!r}" if kind else f"architectures {architectures}" if architectures else "no model_type"
-    )
+    seen = f"architectures {architectures}" if architectures else "no model_type"
+    if kind:
+        seen = f"the model_type {kind!r}"
     raise InputError(f"{where} has {seen}, which belongs to no supported family; supported model types: {known}")
 
 
