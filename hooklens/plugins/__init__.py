@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from hooklens.core.errors import InputError, NameNotFound, Unavailable, did_you_mean
+from hooklens.results.result_file import GROUP
 
 __all__ = ["PluginInfo", "available", "find"]
 
@@ -36,21 +37,22 @@ class PluginInfo:
 
     def demo(self) -> Callable[[Any], Any]:
         """The plugin's `demo(model) -> Result`."""
-        found = getattr(self.load(), "demo", None)
-        if not callable(found):
+        demo = getattr(self.load(), "demo", None)
+        if not callable(demo):
             raise InputError(
                 f"the plugin {self.name!r} has no demo(model) in {self.module}; add one that returns a Result"
             )
-        return found
+        return demo
 
 
 def available() -> list[PluginInfo]:
-    """Every registered plugin, by name; one that does not import is listed with its error and stops nobody.
+    """Every registered plugin, by name; one that does not import is listed with its error.
 
     >>> "patch" in [info.name for info in available() if info.package == "hooklens"]
     True
     """
-    return sorted(map(_info, _entries()), key=lambda info: (info.name, info.package))
+    entries = importlib.metadata.entry_points(group=GROUP)
+    return sorted(map(_info, entries), key=lambda info: (info.name, info.package))
 
 
 def find(name: str) -> PluginInfo:
@@ -59,25 +61,17 @@ def find(name: str) -> PluginInfo:
     >>> find("patch").module
     'hooklens.plugins.patching.activation'
     """
-    entries = _entries()
-    found = [_info(entry) for entry in entries if entry.name == name]
-    if not found:
+    entries = importlib.metadata.entry_points(group=GROUP)
+    plugins = [_info(entry) for entry in entries if entry.name == name]
+    if not plugins:
         unknown = did_you_mean("plugin", name, sorted({entry.name for entry in entries}))
         raise NameNotFound(f"{unknown}; `hooklens plugins` lists all")
-    if len(found) > 1:
+    if len(plugins) > 1:
+        packages = ", ".join(plugin.package for plugin in plugins)
         raise InputError(
-            f"the plugin {name!r} is declared by {len(found)} packages ({', '.join(info.package for info in found)}); "
-            "uninstall all but one"
+            f"the plugin {name!r} is declared by {len(plugins)} packages ({packages}); uninstall all but one"
         )
-    return found[0]
-
-
-def _entries() -> list[EntryPoint]:
-    from hooklens.results.result_file import (
-        GROUP,  # it writes and reads files, which a list of names should not wait for
-    )
-
-    return list(importlib.metadata.entry_points(group=GROUP))
+    return plugins[0]
 
 
 def _info(entry: EntryPoint) -> PluginInfo:
