@@ -1,4 +1,4 @@
-"""The methods, and the registry in which ours and other people's are found: the entry-point group hooklens.plugins."""
+"""The methods, and the registry of all plugins, ours and those of other packages: entry points "hooklens.plugins"."""
 
 import importlib
 import importlib.metadata
@@ -17,7 +17,7 @@ __all__ = ["PluginInfo", "available", "find"]
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """One registered plugin: what it is called, where it lives, and why it cannot be used, if it cannot."""
+    """One registered plugin: its name, its module and package, and the reason if it cannot be used."""
 
     name: str
     module: str
@@ -26,10 +26,10 @@ class PluginInfo:
     error: str | None = None
 
     def load(self) -> ModuleType:
-        """The plugin's module; one that does not import raises with what its import raised."""
+        """Import the plugin's module; raises Unavailable with the cause if that fails."""
         try:
             return importlib.import_module(self.module)
-        except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+        except (Exception, SystemExit) as error:  # another package's module may raise anything
             raise Unavailable(
                 f"the plugin {self.name!r} was asked for, but importing {self.module!r} raised "
                 f"{type(error).__name__}: {error}; repair or uninstall the package {self.package!r}"
@@ -56,7 +56,7 @@ def available() -> list[PluginInfo]:
 
 
 def find(name: str) -> PluginInfo:
-    """The plugin of that name; an unknown one raises with the nearest, a name that two packages use with both.
+    """The plugin with this name; the error for an unknown name lists the closest ones.
 
     >>> find("patch").module
     'hooklens.plugins.patching.activation'
