@@ -1,4 +1,4 @@
-"""hooklens: every activation of a transformer by name, and the experiments that stand on it.
+"""hooklens: every activation of a transformer by name, and the experiments that use them.
 
 >>> import hooklens as hl
 >>> hl.site("z", 5)
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """A public name comes when it is asked for: torch takes seconds, and `hooklens --help` needs none."""
+        """Import public names on first use: torch takes seconds to import, and `hooklens --help` does not need it."""
         from importlib import import_module
 
         public = import_module("hooklens.public") if name == "__all__" or not name.startswith("_") else None

@@ -1,4 +1,4 @@
-"""Every public name: `hooklens` takes them from here when the first one is asked for."""
+"""All public names; `hooklens` imports them from here on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from hooklens.plugins.probing import train_probe
     from hooklens.plugins.steering import steer
 
-#: Families of methods, and the methods that most people begin with: they come when they are asked for, since each
-#: brings its whole family.
+#: Families of methods, and the methods that most people begin with. They are imported on first use, as each imports
+#: its whole family.
 _PLUGINS = ("circuits", "heads", "lens", "patching", "probing", "steering", "weights")
 _FAMILIES = {name: f"hooklens.plugins.{name}" for name in _PLUGINS} | {"studies": "hooklens.studies"}
 _VERBS = {

@@ -217,7 +217,7 @@ def _refuse(where: str, problems: Problems) -> None:
 
 
 def methods(module: ModuleType) -> dict[str, Callable]:
-    """The plugin's own public functions that take what they study first or return a Result: what the rules are for.
+    """The plugin's own public functions that the rules apply to: they study something, or return a Result.
 
     >>> from hooklens.plugins.patching import activation
     >>> list(methods(activation))
@@ -240,7 +240,7 @@ def _returns_result(fn: Callable, module: ModuleType) -> bool:
 
 
 def _signature_problems(module: ModuleType) -> Problems:
-    """What is studied first, few parameters, no **kwargs, and words for whoever lists plugins."""
+    """The first argument, the number and kind of the parameters, the docstrings, and the names of arguments."""
     if not callable(getattr(module, "demo", None)):
         yield "signature", "there is no demo(model)"
     if not methods(module):
@@ -300,7 +300,7 @@ def _explained(fn: Callable, draws: int) -> bool:
 
 
 def _run(module: ModuleType, model: HookedTransformer, where: str) -> Result:
-    """One demo, with everything that it must leave alone compared before and after."""
+    """Run the demo, and compare everything that it must not change before and after."""
     before = _state(model)
     try:
         result = module.demo(model)
@@ -365,7 +365,7 @@ def _tidy(model: HookedTransformer, before: dict[str, Any]) -> None:
 
 @contextmanager
 def _other_modes(model: HookedTransformer) -> Iterator[None]:
-    """Gradients off and every module's training flag flipped: what a plugin finds must not depend on either."""
+    """Gradients off and every module's training flag flipped: a plugin's result must not depend on either."""
     modules = list(model.modules())
     flags = [m.training for m in modules]
     for m, flag in zip(modules, flags, strict=True):
@@ -414,7 +414,7 @@ def _tabulated(result: Result) -> str | None:
 
 
 def _misnamed(result: Result) -> Iterator[str]:
-    """What a result calls otherwise than docs/naming.md, "Results"."""
+    """Names of a result that differ from those of docs/naming.md, "Results"."""
     cls = type(result)
     read = {f.name for f in fields(result)} | {n for n in dir(cls) if _is_property(inspect.getattr_static(cls, n))}
     methods = {name: method for name, method in vars(cls).items() if inspect.isfunction(method)}

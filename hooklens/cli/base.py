@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -75,14 +75,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     A parameter of the command's own takes the place of the field with its name, for another default or help text.
     """
-    own = get_type_hints(function, include_extras=True)
-    del own["return"]
-    groups: dict[str, Any] = {name: kind for name, kind in own.items() if is_dataclass(kind)}
-    defaults = {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+    own = inspect.signature(function).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in own.items() if is_dataclass(p.annotation)}
     options: dict[str, inspect.Parameter] = {}
-    for name, kind in own.items():
+    for name, parameter in own.items():
         if name not in groups:
-            options[name] = inspect.Parameter(name, _NAMED, default=defaults[name], annotation=kind)
+            options[name] = parameter.replace(kind=_NAMED)
             continue
         for field in fields(groups[name]):
             if field.name not in own:
@@ -132,15 +130,15 @@ def _in_options(ctx: Any, error: HooklensError) -> str:
     if not isinstance(error, ArgumentError | Refused):
         return str(error)
     command = ctx.command.get_command(ctx, ctx.invoked_subcommand or "")
-    options = {one.name: max(one.opts, key=len) for one in command.params}  # --model, not -m
+    options = {option.name: max(option.opts, key=len) for option in command.params}  # --model, not -m
     names = {name: option if option.startswith("-") else option.upper() for name, option in options.items()}
     return error.told({"site": names.get("sites", "site"), **names})
 
 
 def _code(error: HooklensError) -> int:
-    errors = [one for _, one in error.errors] if isinstance(error, Refused) else [error]
+    causes = [cause for _, cause in error.errors] if isinstance(error, Refused) else [error]
     for kind, code in ((Unavailable, MISSING), (CheckFailed, FAILED)):
-        if all(isinstance(one, kind) for one in errors):
+        if all(isinstance(cause, kind) for cause in causes):
             return code
     return BAD_INPUT
 

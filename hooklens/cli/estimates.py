@@ -102,7 +102,7 @@ def how_long(model: "HookedTransformer", tokens: int | float) -> list[str]:
     return announced(tokens * seconds_a_token(model))
 
 
-def announced(seconds: float) -> list[str]:
+def announced(seconds: int | float) -> list[str]:
     """A line that announces this many seconds; none if it is under a minute.
 
     >>> [announced(seconds)[0][:33] for seconds in (150, 3 * 3600)]

@@ -12,6 +12,8 @@ from hooklens.core.errors import InputError
 
 if TYPE_CHECKING:
     from hooklens.data.prompt_pairs import PromptPairs
+    from hooklens.results.table import Table
+    from hooklens.studies import LensStudy
 
 
 @command
@@ -31,49 +33,52 @@ def lens(
     """
     given = PairOptions(answer=answer, wrong_answer=wrong_answer, pairs=pairs)
 
-    def prompts() -> "PromptPairs | None":
+    def read_pairs() -> "PromptPairs | None":
         if (prompt is None) == (pairs is None):
             raise InputError("give either PROMPT or --pairs file.jsonl")
         return None if pairs is None else given.read()
 
-    read = settings.judge({"pairs": prompts, **given.checks()})["pairs"]
+    read = settings.judge({"pairs": read_pairs, **given.checks()})["pairs"]
     model = settings.load_reader()
     from hooklens.cli import estimates
     from hooklens.data.jsonl import check_pairs
-    from hooklens.results.table import Table
     from hooklens.studies import study_lens
 
     if read is None:
-        text, told = str(prompt), ""
-        say(*estimates.how_long(model, estimates.of_lens(model, len(model.to_tokens(text)[0]))))
-        names, group = ["the prompt"], None
+        prompts, group, names, more = str(prompt), None, ["the prompt"], {}
+        tokens = len(model.to_tokens(prompts)[0])
     else:
         check_pairs(model, read, str(pairs), corrupted=False)
-        say(*estimates.how_long(model, estimates.of_lens(model, tokens_of(model, read))))
-        told = f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"
-        text, answer, wrong_answer, group = read.clean, read.answer, read.wrong_answer, read.group
-        names = [f"line {line}" for line in read["line"]]
+        prompts, group, names = read.clean, read.group, [f"line {line}" for line in read["line"]]
+        answer, wrong_answer, tokens = read.answer, read.wrong_answer, tokens_of(model, read)
+        more = {"read": f"the clean prompts of all {len(read)} lines; a lens does not read the corrupted ones"}
+    say(*estimates.how_long(model, estimates.of_lens(model, tokens)))
     study = study_lens(
-        model, text, answer=answer, wrong_answer=wrong_answer, group=group, names=names, seed=settings.seed
+        model, prompts, answer=answer, wrong_answer=wrong_answer, group=group, names=names, seed=settings.seed
     )
     report = study.report()
-    if read is None:
-        opening, layers, terms = (
-            "The stream's prediction after each layer.",
-            study.lenses[0].table(),
-            study.lenses[0].terms,
-        )
-    else:
-        report.text(f"Read from {pairs}: {told}.")
-        opening = "Layer by layer: medians of ranks, means of the other columns, over prompts."
-        path, terms = study.trajectory.table(), study.trajectory.terms
-        layers = Table(path.columns, [row for row in path.rows if not str(row[0]).endswith("_mid")])
-    controls = "; ".join(f"{name}: {terms[name]}" for name in layers.columns if name.startswith("control"))
+    if more:
+        report.text(f"Read from {pairs}: {more['read']}.")
     show(
         study.table(),
         settings.as_json,
         caption="Direct contribution of each component to the answer's logit, the largest first; compare it with the "
         "spread over tokens.",
-        before={"layers": (f"{opening} {controls}.", layers)},
-        more={**({"read": told} if told else {}), **settings.write(report, study)},
+        before={"layers": _layers(study, of_one=read is None)},
+        more={**more, **settings.write(report, study)},
     )
+
+
+def _layers(study: "LensStudy", *, of_one: bool) -> tuple[str, "Table"]:
+    """The predictions layer by layer, below a line that says what they are and what the columns of controls are."""
+    from hooklens.results.table import Table
+
+    if of_one:
+        caption, terms = "The stream's prediction after each layer.", study.lenses[0].terms
+        table = study.lenses[0].table()
+    else:
+        caption = "Layer by layer: medians of ranks, means of the other columns, over prompts."
+        path, terms = study.trajectory.table(), study.trajectory.terms
+        table = Table(path.columns, [row for row in path.rows if not str(row[0]).endswith("_mid")])
+    controls = "; ".join(f"{name}: {terms[name]}" for name in table.columns if name.startswith("control"))
+    return f"{caption} {controls}.", table

@@ -1,4 +1,4 @@
-"""The methods, and the registry in which ours and other people's are found: the entry-point group hooklens.plugins."""
+"""The methods, and the registry of all plugins, ours and those of other packages: entry points "hooklens.plugins"."""
 
 import importlib
 import importlib.metadata
@@ -10,13 +10,14 @@ from types import ModuleType
 from typing import Any
 
 from hooklens.core.errors import InputError, NameNotFound, Unavailable, did_you_mean
+from hooklens.results.result_file import GROUP
 
 __all__ = ["PluginInfo", "available", "find"]
 
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """One registered plugin: what it is called, where it lives, and why it cannot be used, if it cannot."""
+    """One registered plugin: its name, its module and package, and the reason if it cannot be used."""
 
     name: str
     module: str
@@ -25,10 +26,10 @@ class PluginInfo:
     error: str | None = None
 
     def load(self) -> ModuleType:
-        """The plugin's module; one that does not import raises with what its import raised."""
+        """Import the plugin's module; raises Unavailable with the cause if that fails."""
         try:
             return importlib.import_module(self.module)
-        except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+        except (Exception, SystemExit) as error:  # another package's module may raise anything
             raise Unavailable(
                 f"the plugin {self.name!r} was asked for, but importing {self.module!r} raised "
                 f"{type(error).__name__}: {error}; repair or uninstall the package {self.package!r}"
@@ -45,39 +46,32 @@ class PluginInfo:
 
 
 def available() -> list[PluginInfo]:
-    """Every registered plugin, by name; one that does not import is listed with its error and stops nobody.
+    """Every registered plugin, by name; one that does not import is listed with its error.
 
     >>> "patch" in [info.name for info in available() if info.package == "hooklens"]
     True
     """
-    return sorted(map(_info, _entries()), key=lambda info: (info.name, info.package))
+    entries = importlib.metadata.entry_points(group=GROUP)
+    return sorted(map(_info, entries), key=lambda info: (info.name, info.package))
 
 
 def find(name: str) -> PluginInfo:
-    """The plugin of that name; an unknown one raises with the nearest, a name that two packages use with both.
+    """The plugin with this name; the error for an unknown name lists the closest ones.
 
     >>> find("patch").module
     'hooklens.plugins.patching.activation'
     """
-    entries = _entries()
-    declared = [_info(entry) for entry in entries if entry.name == name]
-    if not declared:
+    entries = importlib.metadata.entry_points(group=GROUP)
+    plugins = [_info(entry) for entry in entries if entry.name == name]
+    if not plugins:
         unknown = did_you_mean("plugin", name, sorted({entry.name for entry in entries}))
         raise NameNotFound(f"{unknown}; `hooklens plugins` lists all")
-    if len(declared) > 1:
+    if len(plugins) > 1:
+        packages = ", ".join(plugin.package for plugin in plugins)
         raise InputError(
-            f"the plugin {name!r} is declared by {len(declared)} packages ({', '.join(info.package for info in declared)}); "
-            "uninstall all but one"
+            f"the plugin {name!r} is declared by {len(plugins)} packages ({packages}); uninstall all but one"
         )
-    return declared[0]
-
-
-def _entries() -> list[EntryPoint]:
-    from hooklens.results.result_file import (
-        GROUP,  # it writes and reads files, which a list of names should not wait for
-    )
-
-    return list(importlib.metadata.entry_points(group=GROUP))
+    return plugins[0]
 
 
 def _info(entry: EntryPoint) -> PluginInfo:

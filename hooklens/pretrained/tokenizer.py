@@ -160,8 +160,9 @@ class Tokenizer:
             return [self.to_string(row) for row in ids]
         self._check(ids)
         texts = []
-        for known, run in itertools.groupby(ids, key=self._knows):
-            texts.append(self._decode(list(run)) if known else "".join(map(self._spelling, run)))
+        for known, group in itertools.groupby(ids, key=self._knows):
+            run = list(group)
+            texts.append(self._decode(run) if known else "".join(map(self._spelling, run)))
         return "".join(texts)
 
     def _decode(self, ids: list[int]) -> str:

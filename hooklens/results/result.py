@@ -46,14 +46,14 @@ class Result(Kept):
     site    'z'
 
     Fields are tensors, numbers, strings, booleans, None, nested results, or lists, tuples and dicts of these.
-    A subclass overrides `table` and `figure` where they mean something; then it prints as its first rows. Its
-    `terms` say what the columns of its table are where their names do not: a control always.
+    A subclass overrides `table` and `figure` where they mean something; it is then printed as its first rows. Its
+    `terms` explain the columns of its table whose names do not explain themselves, and every control.
     """
 
     terms: ClassVar[Mapping[str, str]] = {}
-    #: What the rows of its table are ordered by, the largest first, if they are: `top(k)` is `table(k)` then.
+    #: The quantity by which the rows of the table are ranked, the largest first: `top(k)` is then `table(k)`.
     ranked_by: ClassVar[str] = ""
-    #: Fields and properties that are needed to read the table, which the headline begins with.
+    #: Fields and properties that are needed to read the table; the headline begins with them.
     baselines: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -90,11 +90,11 @@ class Result(Kept):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def table(self, n: int | None = None) -> Table:
-        """What does the result say, in rows? At most `n` of them; by default one row per field."""
+        """The result as a table of at most `n` rows; by default one row per field."""
         return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in fields(self)]).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` rows that matter most: the first of a table that is ranked. Only results that rank answer."""
+        """The `k` rows that matter most: the first rows of a ranked table. Other tables raise an error."""
         if not self.ranked_by:
             raise WrongType(f"a {type(self).__name__} has no top(k): nothing in it is ranked; use table()")
         return self.table(whole("k", k))

@@ -34,8 +34,8 @@ def colour_bar(title: str) -> dict:
 
 
 def span(array: np.ndarray, diverging: bool, middle: float) -> tuple[float, float]:
-    seen = array[np.isfinite(array)]
-    ends = (float(seen.min()), float(seen.max())) if seen.size else (middle, middle)
+    finite = array[np.isfinite(array)]
+    ends = (float(finite.min()), float(finite.max())) if finite.size else (middle, middle)
     return limits(*ends, diverging=diverging, middle=middle)
 
 
@@ -52,8 +52,8 @@ def number(value: object) -> str:
 def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:
     """Named horizontal lines; the name of a line close to another is placed elsewhere along it."""
     heights = [float(value) for value in (marks or {}).values()]
-    seen = np.concatenate([heights, *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
-    near = _NEAR * np.ptp(seen[np.isfinite(seen)]) if np.isfinite(seen).any() else 0.0
+    drawn = np.concatenate([heights, *(np.asarray(trace.y, float) for trace in figure.data if trace.y is not None)])
+    near = _NEAR * np.ptp(drawn[np.isfinite(drawn)]) if np.isfinite(drawn).any() else 0.0
     for i, (name, value) in enumerate(zip(marks or {}, heights, strict=True)):
         figure.add_hline(
             y=value,

@@ -82,14 +82,10 @@ def _colours(array: np.ndarray) -> dict:
 
 
 def _map(pattern: np.ndarray, tokens: list[str], name: str) -> go.Heatmap:
-    queries = tokens[len(tokens) - len(pattern) :]
-    boxes = [
-        [f"{name}<br>from {query} ({i})<br>to {key} ({j})<br><b>{format_number(float(a))}</b>" for j, (key, a) in row]
-        for i, (query, row) in enumerate(
-            ((query, enumerate(zip(tokens, line, strict=True))) for query, line in zip(queries, pattern, strict=True)),
-            start=len(tokens) - len(pattern),
-        )
-    ]
+    boxes = []
+    for i, line in enumerate(pattern, len(tokens) - len(pattern)):  # the queries are the last tokens
+        query, cells = f"{name}<br>from {tokens[i]} ({i})", enumerate(zip(tokens, map(float, line), strict=True))
+        boxes.append([f"{query}<br>to {key} ({j})<br><b>{format_number(a)}</b>" for j, (key, a) in cells])
     return go.Heatmap(z=pattern, coloraxis="coloraxis", text=boxes, hoverinfo="text")
 
 
