@@ -223,19 +223,21 @@ def methods(module: ModuleType) -> dict[str, Callable]:
     >>> list(methods(activation))
     ['patch']
     """
-    found = {}
+    functions = {}
     for name, fn in vars(module).items():
         own = inspect.isfunction(fn) and (fn.__module__ + ".").startswith(module.__name__ + ".")
         if own and name != "demo" and not name.startswith("_"):
             first = next(iter(inspect.signature(fn).parameters), "")
             if first in _STUDIED or _returns_result(fn, module):
-                found[name] = fn
-    return found
+                functions[name] = fn
+    return functions
 
 
 def _returns_result(fn: Callable, module: ModuleType) -> bool:
     returned = inspect.signature(fn).return_annotation
-    kinds = [vars(module).get(one, one) if isinstance(one, str) else one for one in (returned, *get_args(returned))]
+    kinds = [
+        vars(module).get(kind, kind) if isinstance(kind, str) else kind for kind in (returned, *get_args(returned))
+    ]
     return any(isinstance(kind, type) and issubclass(kind, Result) for kind in kinds)
 
 
@@ -443,8 +445,8 @@ def _misnamed(result: Result) -> Iterator[str]:
         yield f"the table has a control that its `terms` do not explain: {', '.join(unexplained)}"
 
 
-def _is_property(found: Any) -> bool:
-    return isinstance(found, property | cached_property)
+def _is_property(attribute: Any) -> bool:
+    return isinstance(attribute, property | cached_property)
 
 
 def _drawn(result: Result) -> str | None:

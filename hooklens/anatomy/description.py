@@ -341,7 +341,10 @@ def formula(products: Sequence[str], sizes: dict[str, int]) -> str:
 
 
 def _value(product: str, sizes: dict[str, int]) -> int:
-    return math.prod(int(s) if s.isdigit() else sizes[s] for s in product.split()) if product else 0
+    if not product:
+        return 0
+    factors = [int(factor) if factor.isdigit() else sizes[factor] for factor in product.split()]
+    return math.prod(factors)
 
 
 def _crossover(cfg: HookedTransformerConfig, *, mlp: bool = False) -> float:
@@ -354,7 +357,9 @@ def _crossover(cfg: HookedTransformerConfig, *, mlp: bool = False) -> float:
     """
     heads, groups = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
     projections = cfg.d_model * (heads + groups) / heads
-    matrices = 0 if cfg.attn_only or not mlp else 3 if cfg.gated_mlp else 2
+    matrices = 0
+    if mlp and not cfg.attn_only:
+        matrices = 3 if cfg.gated_mlp else 2
     return projections + matrices * cfg.d_model * (cfg.d_mlp or 0) / (2 * heads * cfg.d_head)
 
 

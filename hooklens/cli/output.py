@@ -39,10 +39,10 @@ def show(
     if as_json:
         tables = {"rows": table} | {name: other for name, (_, other) in before.items()}
         values = {name: str(value) if isinstance(value, Path) else value for name, value in more.items()}
-        typer.echo(json_line(plain({name: _objects(one) for name, one in tables.items()} | values)))
+        typer.echo(json_line(plain({name: _objects(rows) for name, rows in tables.items()} | values)))
         return
-    for line, one in (*before.values(), (caption, table)):
-        _print(line, one, sentences)
+    for line, rows in (*before.values(), (caption, table)):
+        _print(line, rows, sentences)
     known = {name: meaning for name, meaning in (terms or {}).items() if name in table.columns}
     for name, value in (known | _short(more)).items():
         typer.echo(f"{name}: {printable(value)}")

@@ -312,6 +312,6 @@ def auc(values: Float[Tensor, "*cell row"], positive: Bool[Tensor, "row"]) -> Fl
     Reference: Mann and Whitney (1947); Hanley and McNeil (1982), "The meaning and use of the area under a receiver
     operating characteristic", for the equality with that area.
     """
-    one, ordered = values[..., positive].contiguous(), values[..., ~positive].sort(-1).values
-    below, up_to = (torch.searchsorted(ordered, one, right=right) for right in (False, True))
+    positives, ordered = values[..., positive].contiguous(), values[..., ~positive].sort(-1).values
+    below, up_to = (torch.searchsorted(ordered, positives, right=right) for right in (False, True))
     return ((below + up_to).to(values.dtype) / 2).mean(-1) / ordered.shape[-1]

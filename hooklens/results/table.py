@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Table:
         |:---|
         | a\\|b &lt;i&gt; |
         """
-        rule = "|".join("---:" if number else ":---" for number in self.is_numeric())
+        rules = {True: "---:", False: ":---"}
+        rule = "|".join(rules[number] for number in self.is_numeric())
         header = " | ".join(_markdown(visible(column)) for column in self.columns)
         body = [" | ".join(map(_markdown, row)) for row in self.texts()]
         return "\n".join([f"| {header} |", f"|{rule}|", *(f"| {row} |" for row in body)])
@@ -112,18 +114,18 @@ class Table:
         ('effect [95%]', ['0.412 [0.361, 0.451]'], True)
         """
         numeric, texts = self.is_numeric(), self.texts()
-        found: list[tuple[str, list[str], bool]] = []
+        columns: list[tuple[str, list[str], bool]] = []
         i = 0
         while i < len(self.columns):
             name, ends = self.columns[i], [column.rpartition(" ")[2] for column in self.columns[i + 1 : i + 3]]
             if numeric[i] and ends == ["low", "high"]:
                 inside = "95%" if "95%" in self.columns[i + 1] else "low, high"
-                found.append((f"{visible(name)} [{inside}]", _intervals([row[i : i + 3] for row in self.rows]), True))
+                columns.append((f"{visible(name)} [{inside}]", _intervals([row[i : i + 3] for row in self.rows]), True))
                 i += 3
             else:
-                found.append((visible(name), [row[i] for row in texts], numeric[i]))
+                columns.append((visible(name), [row[i] for row in texts], numeric[i]))
                 i += 1
-        return found
+        return columns
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         """Render with rich: numbers are never cut; number columns that do not fit are named below; text is wrapped."""
@@ -230,18 +232,19 @@ def _scalar(cell: Any) -> Any:
 
 def _width(text: str) -> int:
     """The width of a text in terminal columns: wide (East Asian) characters count two, combining marks none."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text if not unicodedata.combining(c))
+    return wide + sum(not unicodedata.combining(c) for c in text)
 
 
 def _aligned(line: list[str], widths: list[int], numeric: list[bool]) -> str:
     gaps = [" " * (width - _width(text)) for text, width in zip(line, widths, strict=True)]
     cells = zip(line, gaps, numeric, strict=True)
-    return "  ".join(gap + text if number else text + gap for text, gap, number in cells).rstrip()
+    padded = [gap + text if number else text + gap for text, gap, number in cells]
+    return "  ".join(padded).rstrip()
 
 
 def _markdown(text: str) -> str:
-    escaped = html.escape(text, quote=False)
-    return "".join("\\" + c if c in "\\|`*_[]~$" else c for c in escaped)
+    return re.sub(r"[\\|`*_\[\]~$]", r"\\\g<0>", html.escape(text, quote=False))
 
 
 def _html_row(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:

@@ -34,14 +34,14 @@ def zero_heads(
     claims = []
     for head in range(n):
         other = fall[(head + 1) % n]
-        one = claim(
+        head_claim = claim(
             model,
             f"{head_name(layer, head)} matters",
             observation=Measured.of("length of z", size[:, head]),
             intervention=Measured.of("fall of the metric with the head at zero", fall[head], metric=metric),
             control=Measured.of("the same for the next head", other, metric=metric) if n > 1 else None,
         )
-        claims.append(one)
+        claims.append(head_claim)
     return family(model, claims)
 
 

@@ -133,14 +133,14 @@ def causal_claims(
             Measured.edge_of(f"random directions, {null}", draws, check.group, metric=metric)
             for null, draws in zip(NULLS, check.random_fall[i], strict=True)
         ]
-        one = claim(
+        probe_claim = claim(
             model,
             f"what the probe reads at {check.point} is used ({edit})",
             observation=Measured.of("the probe is correct", check.read, check.group),
             intervention=Measured.of(f"fall of the metric, {edit}", check.fall[i], check.group, metric=metric),
             control=max(edges, key=lambda edge: abs(edge.mean)),
         )
-        claims.append(one)
+        claims.append(probe_claim)
     return family(model, claims, registered=registered)
 
 
@@ -155,12 +155,12 @@ def steering_claims(
     base, group, claims = sweep.base_per_prompt, sweep.group, []
     for i in sweep.coefficients.nonzero().flatten().tolist():
         moved, random = sweep.metric[i] - base, sweep.random_metric[:, i] - base
-        one = claim(
+        coefficient_claim = claim(
             model,
             f"{float(sweep.coefficients[i]):g} times the direction at {sweep.site} moves the metric",
             observation=Measured.of("metric, not steered", base, group, metric=metric),
             intervention=Measured.of("change of the metric", moved, group, metric=metric),
             control=Measured.edge_of("random directions of its length", random, group, metric=metric),
         )
-        claims.append(one)
+        claims.append(coefficient_claim)
     return family(model, claims, registered=registered)

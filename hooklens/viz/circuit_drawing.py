@@ -1,5 +1,6 @@
 """A layered graph: boxes in rows from bottom to top, and arrows whose width is a score and whose colour is its sign."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -83,7 +84,7 @@ def _ends(places: Mapping[str, tuple[float, float]], start: str, end: str) -> tu
 def _curve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """A cubic curve with vertical ends; one across many rows bends outwards, past the boxes between."""
     rise = b[1] - a[1]
-    bow = 0.0 if rise < 1.5 else (0.55 + 0.05 * min(rise, 12)) * (1 if a[0] + b[0] >= 0 else -1)
+    bow = 0.0 if rise < 1.5 else math.copysign(0.55 + 0.05 * min(rise, 12), a[0] + b[0])
     c, d = a + np.array([bow, 0.45 * rise]), b + np.array([bow, -0.45 * rise])
     t = _POINTS
     return (1 - t) ** 3 * a + 3 * t * (1 - t) ** 2 * c + 3 * t**2 * (1 - t) * d + t**3 * b

@@ -79,7 +79,7 @@ def scatter(
 
 
 def beside(
-    found: Mapping[str, tuple[float, float, float]],
+    values: Mapping[str, tuple[float, float, float]],
     null: Num[Tensor, " draw"],
     title: str = "",
     *,
@@ -105,7 +105,7 @@ def beside(
     look = {"marker": {"color": NEUTRAL, "opacity": 0.55}, "name": f"{label(drawn)} ({len(draws)}{missing})"}
     bars = go.Bar(x=middles, y=counts, width=wide, hovertext=boxes, hoverinfo="text", **look)
     figure, tall = new_figure([bars], title, x_title, "draws"), max(1, int(counts.max()))
-    for index, (name, (value, low, high)) in enumerate(found.items()):
+    for index, (name, (value, low, high)) in enumerate(values.items()):
         known = np.isfinite([low, high]).all()
         ends = {"array": [high - value], "arrayminus": [value - low], "thickness": 2, "width": 6} if known else {}
         shown = f"{label(name)} {number(value)}" + (f" [{number(low)}, {number(high)}]" if known else "")

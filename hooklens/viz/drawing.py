@@ -41,8 +41,9 @@ def span(array: np.ndarray, diverging: bool, middle: float) -> tuple[float, floa
 
 def box(*lines: tuple[str, object]) -> str:
     """A hover box with one "name value" per line. Text values must be escaped already."""
-    shown = ((label(name), value if isinstance(value, str) else number(value)) for name, value in lines)
-    return "<br>".join(f"{name} <b>{value}</b>" if name else str(value) for name, value in shown)
+    shown = [(label(name), value if isinstance(value, str) else number(value)) for name, value in lines]
+    texts = [f"{name} <b>{value}</b>" if name else value for name, value in shown]
+    return "<br>".join(texts)
 
 
 def number(value: object) -> str:

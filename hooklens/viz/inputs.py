@@ -65,7 +65,7 @@ def same_length(what: str, **counted: Sized) -> None:
     ...
     hooklens.core.errors.InputError: bars needs as many values as low, got 2 values, 1 low; give one entry for each
     """
-    counts = {name: len(each) for name, each in counted.items()}
+    counts = {name: len(series) for name, series in counted.items()}
     if len(set(counts.values())) > 1:
         seen = ", ".join(f"{count} {name}" for name, count in counts.items())
         raise InputError(f"{what} needs as many {' as '.join(counts)}, got {seen}; give one entry for each")

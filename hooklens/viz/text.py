@@ -62,7 +62,8 @@ def label(text: object, longest: int = 60) -> str:
     text = str(text)
     inner = text.strip(" ")
     before = len(text) - len(text.lstrip(" "))
-    shown = "".join(_SIGNS[c] if c in _SIGNS and c != " " else visible(c) for c in inner)
+    signs = [_SIGNS[c] if c in _SIGNS and c != " " else visible(c) for c in inner]
+    shown = "".join(signs)
     shown = "·" * before + shown + "·" * (len(text) - before - len(inner))
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     return html.escape(shown, quote=False)

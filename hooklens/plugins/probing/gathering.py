@@ -251,8 +251,8 @@ def _values(
     cache = _run(model, rows, points)
     dtype = torch.promote_types(model.dtype, torch.float32)
     embed, acts = cache["hook_embed"].to(dtype), (cache[point].flatten(2) for point in points)
-    x = torch.stack([_running_mean(act.to(dtype))[at] if average else act[at].to(dtype) for act in acts])
-    return {"embed": embed[at].cpu(), "context": _running_mean(embed)[at].cpu(), "x": x.cpu()}
+    x = [_running_mean(act.to(dtype))[at] if average else act[at].to(dtype) for act in acts]
+    return {"embed": embed[at].cpu(), "context": _running_mean(embed)[at].cpu(), "x": torch.stack(x).cpu()}
 
 
 def _running_mean(x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d"]:

@@ -64,8 +64,10 @@ def touched(positions: Positions, hook: HookCall, n_new: int) -> Bool[Tensor, "b
         selected = torch.ones_like(place, dtype=torch.bool)
         if start is not None and (start >= 0 or prompt):
             selected &= place >= (start if start >= 0 else length + start)
-        if stop is not None:
-            selected &= place < (stop if stop >= 0 else length + stop) if stop >= 0 or prompt else False
+        if stop is not None and (stop >= 0 or prompt):
+            selected &= place < (stop if stop >= 0 else length + stop)
+        elif stop is not None:
+            selected &= False
     else:
         selected = torch.zeros_like(place, dtype=torch.bool)
         for i in cast(Sequence[int], positions):

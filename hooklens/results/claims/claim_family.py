@@ -29,7 +29,8 @@ class ClaimFamily(Result):
     @property
     def q(self) -> Float[Tensor, "claim"]:
         """Benjamini-Hochberg q-values over all claims with an intervention; NaN for the others."""
-        return torch.tensor([torch.nan if claim.q is None else claim.q for claim in self.claims], dtype=torch.float64)
+        values = [torch.nan if claim.q is None else claim.q for claim in self.claims]
+        return torch.tensor(values, dtype=torch.float64)
 
     def table(self, n: int | None = None) -> Table:
         """One row per claim, as in a report."""
