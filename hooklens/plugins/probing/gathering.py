@@ -24,7 +24,7 @@ from hooklens.model.config import TokenEmbed
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.probing.scoring import as_rows
 from hooklens.plugins.probing.store import Files, Memory, temporary_folder
-from hooklens.plugins.probing.task import ProbeTask, components, positions_of
+from hooklens.plugins.probing.task import PerPrompt, ProbeTask, components, positions_of
 from hooklens.results.result import Result
 from hooklens.results.table import Table
 
@@ -85,7 +85,7 @@ def gather(
     prompts: ProbeTask | Prompts,
     *,
     site: Where = "resid_post",
-    pos: int | Sequence[int] | None = -1,
+    pos: int | PerPrompt | None = -1,
     folder: str | Path | None = None,
     memory: int = 2**30,
     average: bool = False,
@@ -173,7 +173,7 @@ def task_rows(
 
 
 def _examples(
-    model: "HookedTransformer", prompts: ProbeTask | Prompts, pos: int | Sequence[int] | None
+    model: "HookedTransformer", prompts: ProbeTask | Prompts, pos: int | PerPrompt | None
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Token rows, and the prompt, position and group of every example."""
     if isinstance(prompts, ProbeTask):

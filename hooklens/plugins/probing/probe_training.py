@@ -1,7 +1,6 @@
 """Linear probes at every layer; the layer is chosen in inner folds, and the accuracy is reported with its controls."""
 
 import time
-from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind, class_means, kind_name
 from hooklens.plugins.probing.scoring import Scored, Trainer, as_rows, majority
 from hooklens.plugins.probing.study import ProbeStudy
-from hooklens.plugins.probing.task import Label, ProbeTask, read_task
+from hooklens.plugins.probing.task import PerPrompt, ProbeTask, read_task
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -78,10 +77,10 @@ def train_probe(
 def probe_texts(
     model: "HookedTransformer",
     texts: Prompts | PromptPairs,
-    labels: Sequence[Label] | None = None,
+    labels: PerPrompt | None = None,
     *,
-    group: Sequence[Hashable] | None = None,
-    pos: int | Sequence[int] = -1,
+    group: PerPrompt | None = None,
+    pos: int | PerPrompt = -1,
     site: Where = "resid_post",
     kind: ProbeKind = _LOGISTIC,
     seed: int = 0,
