@@ -139,6 +139,13 @@ def read_task(
     )
 
 
+def checked_task(task: Any) -> ProbeTask:
+    """The task; anything else raises."""
+    if not isinstance(task, ProbeTask):
+        raise WrongType(f"task is a ProbeTask, such as read_task(model, prompts, labels) gives; got {task!r:.60}")
+    return task
+
+
 def positions_of(rows: Sequence[Tensor], pos: int | PerPrompt) -> list[int]:
     """The position read in each prompt, counted from its start; `pos` is one for all or one per prompt.
 
