@@ -1,7 +1,8 @@
-"""Checks of arguments that many methods share: whole numbers, seeds, paths."""
+"""Checks of arguments that many methods share: numbers, seeds, paths."""
 
+import math
 import os
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ def whole(name: str, value: Any, least: int = 0) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ArgumentError("{" + name + "} is a whole number of at least {0}, got {1}", least, f"{value!r:.80}")
     return int(value)
+
+
+def real(name: str, value: Any, least: float = -math.inf) -> float:
+    """Return a finite number of at least `least`.
+
+    >>> real("alpha", 2)
+    2.0
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number < least:
+        bound = "" if least == -math.inf else f" of at least {least:g}"
+        raise ArgumentError("{" + name + "} is a finite number{0}, got {1}", bound, f"{value!r:.80}")
+    return number
 
 
 def layer_number(name: str, value: Any) -> int | None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.model.ids import as_ids, show
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.labels import odd_first
@@ -117,12 +117,7 @@ def project_tokens(
         _, cache = model.run_with_cache(ids[:, None].to(model.device), "hook_embed", stop_at_layer=0)
     embed = cache["hook_embed"][:, 0].cpu()
     embed = embed if embed.dtype == torch.float64 else embed.float()
-    where = probe.direction.to(embed)
-    if len(where) != embed.shape[1]:
-        raise InputError(
-            f"this probe reads vectors of size {len(where)} at {probe.point}, token embeddings have {embed.shape[1]}; "
-            "use a probe of the residual stream"
-        )
+    where = _axis(probe, embed)
     across, name = _across(embed, where, second)
     random = random_directions(embed, classes, whole("draws", draws, 1), seed)
     along = embed @ where
@@ -152,9 +147,21 @@ def fisher(values: Float[Tensor, "direction row"], label: Int[Tensor, "row"]) ->
     return (mean_1 - mean_0) ** 2 / (var_0 + var_1)
 
 
+def _axis(probe: Probe, embed: Float[Tensor, "token d"]) -> Float[Tensor, "d"]:
+    """The direction of a probe, if it is one of vectors such as the embeddings."""
+    if not isinstance(probe, Probe):
+        raise WrongType(f"a probe is a Probe, such as train_probe gives first; got {probe!r:.60}")
+    if probe.weight.shape[1] != embed.shape[1]:
+        raise InputError(
+            f"this probe reads vectors of size {probe.weight.shape[1]} at {probe.point}, token embeddings have "
+            f"{embed.shape[1]}; use a probe of the residual stream"
+        )
+    return probe.direction.to(embed)
+
+
 def _across(embed: Tensor, where: Tensor, second: Probe | None) -> tuple[Tensor, str]:
     if second is not None:
-        return embed @ second.direction.to(embed), f"along the direction of {' | '.join(second.classes)}"
+        return embed @ _axis(second, embed), f"along the direction of {' | '.join(second.classes)}"
     rest = embed - embed.mean(0)
     rest = rest - (rest @ where)[:, None] * where
     axis = torch.linalg.eigh(rest.T @ rest).eigenvectors[:, -1]

@@ -24,7 +24,7 @@ from hooklens.model.config import TokenEmbed
 from hooklens.model.linear import packed_linears
 from hooklens.plugins.probing.scoring import as_rows
 from hooklens.plugins.probing.store import Files, Memory, temporary_folder
-from hooklens.plugins.probing.task import ProbeTask, components, positions_of
+from hooklens.plugins.probing.task import PerPrompt, ProbeTask, checked_task, components, positions_of
 from hooklens.results.result import Result
 from hooklens.results.table import Table
 
@@ -85,7 +85,7 @@ def gather(
     prompts: ProbeTask | Prompts,
     *,
     site: Where = "resid_post",
-    pos: int | Sequence[int] | None = -1,
+    pos: int | PerPrompt | None = -1,
     folder: str | Path | None = None,
     memory: int = 2**30,
     average: bool = False,
@@ -160,9 +160,9 @@ def task_rows(
     >>> point, rows[0].shape
     ('blocks.0.hook_resid_post', (40, 8))
     """
-    if not isinstance(tasks, Sequence) or not tasks or not all(isinstance(task, ProbeTask) for task in tasks):
-        raise WrongType(f"tasks is a list of at least one ProbeTask, see read_task; got {tasks!r:.60}")
-    for task in tasks:
+    if not isinstance(tasks, Sequence) or not tasks:
+        raise WrongType(f"tasks is a list of at least one ProbeTask, got {tasks!r:.60}")
+    for task in map(checked_task, tasks):
         if len(task.classes) != 2 or len(task.label.unique()) != 2:
             raise InputError(f"a direction needs examples of two classes, {task.name!r} has {task.classes}; choose two")
     gathered = [gather(model, task, site=site) for task in tasks]
@@ -173,7 +173,7 @@ def task_rows(
 
 
 def _examples(
-    model: "HookedTransformer", prompts: ProbeTask | Prompts, pos: int | Sequence[int] | None
+    model: "HookedTransformer", prompts: ProbeTask | Prompts, pos: int | PerPrompt | None
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Token rows, and the prompt, position and group of every example."""
     if isinstance(prompts, ProbeTask):
@@ -229,6 +229,8 @@ def _run(model: "HookedTransformer", rows: list[Tensor], points: list[str]) -> A
 
 def _width(model: "HookedTransformer", points: list[str], row: Tensor) -> int:
     """The vector size of a point at one position, from a run on one prompt; all points must have the same size."""
+    if not points:
+        raise InputError("the site selects no point to gather; give one such as 'resid_post'")
     for point in points:
         names = axes(point)
         if not any(name in names for name in (*_POSITIONS, "key_pos")) or {"query_pos", "key_pos"} <= set(names):

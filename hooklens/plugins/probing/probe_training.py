@@ -1,7 +1,6 @@
 """Linear probes at every layer; the layer is chosen in inner folds, and the accuracy is reported with its controls."""
 
 import time
-from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import WrongType
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress, say_estimate
 from hooklens.data.prompt_pairs import PromptPairs
@@ -25,7 +23,7 @@ from hooklens.plugins.probing.many import FitsMany
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind, class_means, kind_name
 from hooklens.plugins.probing.scoring import Scored, Trainer, as_rows, majority
 from hooklens.plugins.probing.study import ProbeStudy
-from hooklens.plugins.probing.task import Label, ProbeTask, read_task
+from hooklens.plugins.probing.task import PerPrompt, ProbeTask, checked_task, read_task
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
@@ -65,11 +63,9 @@ def train_probe(
     Reference: Alain and Bengio (2016), "Understanding intermediate layers using linear classifier probes"; Hewitt and
     Liang (2019), "Designing and Interpreting Probes with Control Tasks".
     """
-    if not isinstance(task, ProbeTask):
-        raise WrongType(f"task is a ProbeTask, such as read_task(model, prompts, labels) gives; got {task!r:.60}")
     kind_name(kind)  # raises if it is none
     whole("null_draws", null_draws or 0)
-    parts = make_folds(task.label, task.group, folds=folds, seed=seed)
+    parts = make_folds(checked_task(task).label, task.group, folds=folds, seed=seed)
     acts = gather(model, task, site=site, folder=folder)
     study = _study(acts, task, kind, parts, null_draws=null_draws, seed=seed)
     return study.probe, study
@@ -78,10 +74,10 @@ def train_probe(
 def probe_texts(
     model: "HookedTransformer",
     texts: Prompts | PromptPairs,
-    labels: Sequence[Label] | None = None,
+    labels: PerPrompt | None = None,
     *,
-    group: Sequence[Hashable] | None = None,
-    pos: int | Sequence[int] = -1,
+    group: PerPrompt | None = None,
+    pos: int | PerPrompt = -1,
     site: Where = "resid_post",
     kind: ProbeKind = _LOGISTIC,
     seed: int = 0,

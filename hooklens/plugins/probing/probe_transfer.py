@@ -117,10 +117,10 @@ def transfer_probe(
 
     Reference: Marks and Tegmark (2023), "The Geometry of Truth", generalisation between data sets.
     """
-    name, size, generator = kind_name(kind), (len(tasks), len(tasks)), seeded(seed)
-    trainer = Trainer(kind, 2)
+    name, trainer, generator = kind_name(kind), Trainer(kind, 2), seeded(seed)
     whole("draws", draws, 1)
     point, dtype, rows = task_rows(model, tasks, site)
+    size = (len(tasks), len(tasks))
     cells = {name: torch.full(size, float("nan"), dtype=dtype) for name in ("accuracy", "low", "high", "auc")}
     null, n = torch.full((2, draws, *size), float("nan"), dtype=dtype), torch.zeros(size, dtype=torch.long)
     with progress("tasks", len(tasks), unit="tasks") as advance:

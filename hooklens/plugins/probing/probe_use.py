@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded, whole
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import real, seeded, whole
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import parse
 from hooklens.data.prompts import read_pairs
 from hooklens.plugins.patching.activation import check_metric
@@ -19,7 +19,7 @@ from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
 from hooklens.plugins.probing.scoring import Trainer, as_rows
-from hooklens.plugins.probing.task import ProbeTask, read_task
+from hooklens.plugins.probing.task import ProbeTask, checked_task, read_task
 from hooklens.results.result import Result
 from hooklens.results.statistics import mean_interval, middle, null_p, q_values
 from hooklens.results.table import Table
@@ -151,8 +151,9 @@ def check_probe_use(
     Reference: Elazar et al. (2021), "Amnesic Probing", for ablation with random directions as a control; Marks and
     Tegmark (2023), "The Geometry of Truth", for steering by the difference of class means.
     """
-    point = _checked_point(probe, task)
+    point = _checked_point(probe, checked_task(task))
     whole("draws", draws, 1)
+    strength = real("strength", strength)
     prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
     groups = read_pairs(model, prompts, prompts, ())
     check_metric(metric, groups)
@@ -174,13 +175,15 @@ def check_probe_use(
         told=sign * (clean - middle),
         fall=fall[:, 0],
         random_fall=fall[:, 1:].view(len(EDITS), len(NULLS), draws, len(x)),
-        strength=float(strength),
+        strength=strength,
         gap=probe.gap,
     )
 
 
 def _checked_point(probe: Probe, task: ProbeTask) -> str:
     """The full name of the probe's point, if its activations in the prompts of the task can be edited."""
+    if not isinstance(probe, Probe):
+        raise WrongType(f"probe is a Probe, such as train_probe gives first; got {probe!r:.60}")
     site = None if probe.point is None else parse(probe.point)
     if probe.point is None or site is None or site.layer is None:
         raise InputError(

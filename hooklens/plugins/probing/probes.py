@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from hooklens.core.arguments import real
 from hooklens.core.errors import Absent, InputError, KeepsPropertyErrors, WrongType
 from hooklens.core.terminal import visible
 from hooklens.plugins.probing.many import Labels, Logits, column_per_class, logistic_logits, one_column, principal
@@ -98,6 +99,10 @@ class Probe(KeepsPropertyErrors, nn.Module):
                 "of them"
             )
         across = rows[1] - rows[0]
+        if not bool(across.any()):
+            raise Absent(
+                "the two classes of this probe do not differ, so it has no direction; fit it on other examples"
+            )
         return across / across.norm()
 
     def coordinate(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
@@ -169,6 +174,9 @@ class Logistic:
     c: float = 0.01
     name = "logistic"
 
+    def __post_init__(self) -> None:
+        real("c", self.c, least=1e-12)
+
     def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
         return logistic_logits(x, labels, asked, n_classes, self.c)
 
@@ -184,6 +192,9 @@ class Ridge:
 
     alpha: float = 100.0
     name = "ridge"
+
+    def __post_init__(self) -> None:
+        real("alpha", self.alpha, least=0.0)
 
     def said_of_many(self, x: np.ndarray, labels: Labels, asked: np.ndarray, n_classes: int) -> Logits:
         rows, other, size = principal(x, asked)

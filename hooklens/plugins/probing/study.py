@@ -197,7 +197,10 @@ class ProbeStudy(Result):
         return name, value, max(low, 0.0), high, right.mean(), p
 
     def _estimate(
-        self, right: Float[Tensor, "labelling *cell example"], label: Int[Tensor, "*labelled example"], least: float = 0
+        self,
+        right: Float[Tensor, "labelling *cell example"],
+        label: Int[Tensor, "*labelled example"],
+        least: float = 0.0,
     ) -> Estimate:
         """The balanced accuracy, mean over labellings, and its draws.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer
 
 _MOST_CLASSES = 20
-Label = str | int | float | bool
+PerPrompt = Sequence[Any] | Tensor | np.ndarray  # one value per prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +104,10 @@ class ProbeTask(Result):
 def read_task(
     model: "HookedTransformer",
     prompts: Prompts | PromptPairs,
-    labels: Sequence[Label] | None = None,
+    labels: PerPrompt | None = None,
     *,
-    group: Sequence[Hashable] | None = None,
-    pos: int | Sequence[int] = -1,
+    group: PerPrompt | None = None,
+    pos: int | PerPrompt = -1,
     name: str = "given labels",
 ) -> ProbeTask:
     """Make a task from your own prompts: one label per prompt, read at one position (negative: from its end).
@@ -138,7 +139,14 @@ def read_task(
     )
 
 
-def positions_of(rows: Sequence[Tensor], pos: int | Sequence[int]) -> list[int]:
+def checked_task(task: Any) -> ProbeTask:
+    """The task; anything else raises."""
+    if not isinstance(task, ProbeTask):
+        raise WrongType(f"task is a ProbeTask, such as read_task(model, prompts, labels) gives; got {task!r:.60}")
+    return task
+
+
+def positions_of(rows: Sequence[Tensor], pos: int | PerPrompt) -> list[int]:
     """The position read in each prompt, counted from its start; `pos` is one for all or one per prompt.
 
     >>> positions_of([torch.zeros(3), torch.zeros(2)], -1)
@@ -195,7 +203,7 @@ def _one_per_prompt(name: str, values: Any, n: int) -> list:
     return [value.item() if hasattr(value, "item") else value for value in listed]
 
 
-def _classes(labels: list[Label]) -> tuple[list[int], list[str]]:
+def _classes(labels: list) -> tuple[list[int], list[str]]:
     """The class number of each label, and the names of the classes in order."""
     for label in labels:
         if not isinstance(label, str | Real) or label != label:

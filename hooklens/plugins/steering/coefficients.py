@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_texts
@@ -79,7 +79,9 @@ def sweep_coefficients(
     Reference: Turner et al. (2023), "Activation Addition"; Rimsky et al. (2023), "Steering Llama 2 via Contrastive
     Activation Addition", section 5 (effect over multipliers, and the effect on other abilities).
     """
-    settings = settings or SweepSettings()
+    settings = SweepSettings() if settings is None else settings
+    if not isinstance(settings, SweepSettings):
+        raise WrongType(f"settings is a SweepSettings(...), got {settings!r:.60}")
     plan = _planned(model, direction, coefficients, site, settings)
     pairs = as_pairs(model, prompts, metric=metric, group=settings.group)
     rows, groups = pairs.clean, read_pairs(model, pairs.clean, pairs.clean, ())

@@ -1,8 +1,10 @@
 """Contrast directions: the difference of two kinds of prompts at each layer, tested on held-out prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -106,7 +108,7 @@ def find_direction(
     *,
     site: str = "resid_post",
     pos: int | None = -1,
-    group: Int[Tensor, "pair"] | None = None,
+    group: Int[Tensor, "pair"] | Sequence[Any] | None = None,
     draws: int = _DRAWS,
     seed: int = 0,
 ) -> ContrastDirections:
@@ -134,6 +136,8 @@ def find_direction(
         group = positive.group if group is None else group
     if negative is None:
         raise ArgumentError("{negative} prompts are missing; give prompts of both kinds, or PromptPairs with both")
+    if group is not None and not isinstance(group, Tensor):
+        group = torch.from_numpy(np.unique(list(group), return_inverse=True)[1])
     whole("draws", draws, 1)
     if site not in _SITES:
         raise InputError(f"a direction needs one vector per position at every layer: {', '.join(_SITES)}; got {site!r}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.core.hooks import HookCall
 
-Positions = str | int | slice | Sequence[int]
+Positions = str | int | slice | Sequence[int] | Tensor
 NAMES = ("all", "prompt", "generated")
 
 

@@ -7,8 +7,10 @@ import torch
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.plugins.probing import (
+    Logistic,
     MassMean,
     Probe,
+    Ridge,
     check_probe_use,
     gather,
     measure_geometry,
@@ -93,6 +95,12 @@ def test_a_study_that_cannot_be_made_is_refused_with_a_reason(change, said):
         train_probe(model, **({"task": odd_first(model), "kind": MassMean()} | change))
 
 
+def test_penalties_that_cannot_be_were_errors_of_scikit_learn():
+    for kind, value in ((Logistic, 0.0), (Logistic, float("nan")), (Ridge, -1.0), (Ridge, "strong")):
+        with pytest.raises(REFUSED, match=r"is a finite number of at least|'alpha'"):
+            kind(value)
+
+
 def test_a_negative_seed_was_an_error_of_scikit_learn():
     model = tiny_model()
     _, study = train_probe(model, odd_first(model), kind=MassMean(), null_draws=1, seed=-1)
@@ -120,7 +128,17 @@ def test_a_probe_of_another_width_or_a_metric_that_is_none_was_a_raw_error():
         check_probe_use(model, narrow, odd_first(model), hl.logit_diff(model, answer=1, wrong_answer=0))
     with pytest.raises(REFUSED, match=r"a metric is a function of logits"):
         check_probe_use(model, narrow, odd_first(model), None)
-    with pytest.raises(REFUSED, match=r"bias is"):
+    with pytest.raises(REFUSED, match=r"strength is a finite number|'strength'"):
+        check_probe_use(model, narrow, odd_first(model), lambda logits: logits[:, -1, 1], strength="strong")
+    with pytest.raises(REFUSED, match=r"probe is a Probe|'probe'"):
+        check_probe_use(model, None, odd_first(model), lambda logits: logits[:, -1, 1])
+    with pytest.raises(REFUSED, match=r"vectors of size 4"):
+        project_tokens(model, Probe(torch.eye(2, 8), torch.zeros(2), torch.eye(2, 8)), [1, 2], [0, 1], second=narrow)
+    with pytest.raises(InputError, match=r"no direction"):
+        Probe(torch.ones(2, 4), torch.zeros(2), torch.ones(2, 4)).direction  # noqa: B018
+    with pytest.raises(InputError, match=r"selects no point"):
+        gather(model, ROWS, site=[])
+    with pytest.raises(REFUSED, match=r"bias is|'bias'"):
         Probe(torch.eye(2, 4), torch.zeros(3), torch.eye(2, 4))
 
 
@@ -128,7 +146,7 @@ def test_a_single_task_is_no_list_of_tasks():
     model = tiny_model()
     for compare in (measure_geometry, transfer_probe):
         for tasks in (odd_first(model), []):
-            with pytest.raises(REFUSED, match=r"a list of at least one ProbeTask|'tasks'"):
+            with pytest.raises(REFUSED, match=r"a list of at least one ProbeTask|task is a ProbeTask|'tasks'"):
                 compare(model, tasks, site=POINT)
 
 

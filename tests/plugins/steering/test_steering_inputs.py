@@ -97,8 +97,15 @@ def test_sweeps_of_no_numbers_are_refused_with_a_reason():
         sweep_coefficients(
             model, CLEAN, torch.ones(8), [1.0], metric, site=SITE, settings=SweepSettings(controls=2, written=-1)
         )
+    with pytest.raises(REFUSED, match=r"settings is a SweepSettings|'settings'"):
+        sweep_coefficients(model, CLEAN, torch.ones(8), [1.0], metric, site=SITE, settings={"controls": 2})
     with pytest.raises(REFUSED, match=r"float tensor|'direction'"):
         measure_direction_ablation(model, CLEAN, [1.0] * 8, metric)
+
+
+def test_groups_may_be_words():
+    words, numbers = (find_direction(tiny_model(), CLEAN, CORRUPTED, group=g, draws=5) for g in (list("aabbcc"), GROUP))
+    assert torch.equal(words.null, numbers.null)
 
 
 def test_layers_and_prompts_that_do_not_exist_are_refused_with_those_that_do():
