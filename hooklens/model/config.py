@@ -463,20 +463,17 @@ class VectorEmbed(EmbedPart):
 
 
 @dataclass(frozen=True)
-class InitPart(Part):
-    """The standard deviations of the initial weights; biases start at 0, norm weights at 1."""
+class NormalInit(Part):
+    """N(0, std^2), std 0.8 / sqrt d_model if not given; `residual_scale` divides W_O and W_out by sqrt(2 n_layers).
+
+    Biases start at 0, norm weights at 1.
+    """
 
     slot = "init"
+    name = "normal"
     std: float | None = None
     unembed_std: float | None = None
     residual_scale: bool = False
-
-
-@dataclass(frozen=True)
-class NormalInit(InitPart):
-    """N(0, std^2), std 0.8 / sqrt d_model if not given; `residual_scale` divides W_O and W_out by sqrt(2 n_layers)."""
-
-    name = "normal"
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ def test_patching_a_transformers_model_at_every_layer_gives_the_clean_run(gpt2):
 
 def test_slicing_by_position_is_refused_where_the_axes_are_not_known(gpt2):
     _, cache = wrap(gpt2).run_with_cache(TOKENS, names="transformer.h.0.hook_out")
-    with pytest.raises(InputError, match="axes of .* are unknown"):
+    with pytest.raises(InputError, match=r"axes of .* are unknown"):
         cache.slice(pos=0)
 
 
