@@ -508,6 +508,8 @@ _MAY_LACK = ("normalization_type", "qk_norm", "positional_embedding_type")
 class HookedTransformerConfig:
     """Sizes and parts of a HookedTransformer. Names follow TransformerLens 3; parts can be given by name.
 
+    Its `attn_scale` and `attn_scores_soft_cap` are fields of a part: `score_fn=Softmax(scale=1.0, soft_cap=50.0)`.
+
     >>> cfg = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, n_heads=4, d_vocab=50)
     >>> cfg.d_head, cfg.d_mlp, cfg.mask
     (4, 64, Causal())
