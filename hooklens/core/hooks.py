@@ -4,7 +4,7 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -366,6 +366,8 @@ class HookedPart(nn.Module):
 
 class HookedModule(HookedPart):
     """An nn.Module whose HookPoints are addressed by name."""
+
+    _points: Mapping[str, HookPoint]
 
     def name_points(self) -> None:
         """Give every HookPoint its full name; call once at the end of `__init__`."""

@@ -164,7 +164,8 @@ def _rowwise(name: str, args: tuple, kwargs: dict) -> bool:
 def _kept(out: Any, args: tuple) -> Any:
     """The result with the mask of the operands, if they agree on it and it fits."""
     if isinstance(out, tuple):
-        return type(out)(_kept(one, args) for one in out)  # type: ignore[call-arg]  # values and indices
+        results: Any = type(out)  # for values and indices
+        return results(_kept(one, args) for one in out)
     masks = [arg.attention_mask for arg in args if isinstance(arg, PaddedTensor)]
     if not isinstance(out, Tensor) or not masks or out.shape[: masks[0].ndim] != masks[0].shape:
         return out

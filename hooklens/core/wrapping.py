@@ -54,7 +54,7 @@ class WrappedModule(HookedModule):
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module, self.training = module, module.training
-        self._points: dict[str, ModulePoint] = {}  # type: ignore[assignment]  # narrower than any HookPoint
+        self._points: dict[str, ModulePoint] = {}
         clock = _Clock(module)
         for path, part in module.named_modules():
             # Containers such as ModuleList have no forward and are never called.
@@ -176,7 +176,8 @@ class _Listener(ABC):
         """The module is called with these arguments, or has returned `given`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "holders": set(), "live": None}  # type: ignore[dict-item]  # a copy has no holders
+        state: Any = super().__getstate__()
+        return {**state, "holders": set(), "live": None}  # a copy has no holders
 
 
 class ModulePoint(_Listener, HookPoint):

@@ -214,7 +214,7 @@ def generate(
             model, rows, sampling=sampling, generator=generator, scopes=scopes, reached=reached, n_steps=max_new_tokens
         )
     except KeyboardInterrupt as interrupt:
-        interrupt.generation = _gathered(rows, named, reached)  # type: ignore[attr-defined]
+        vars(interrupt)["generation"] = _gathered(rows, named, reached)
         interrupt.add_note(f"the {len(rows[0].ids)} tokens generated so far are this exception's .generation")
         raise
     for row in rows:

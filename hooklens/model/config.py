@@ -463,20 +463,17 @@ class VectorEmbed(EmbedPart):
 
 
 @dataclass(frozen=True)
-class InitPart(Part):
-    """The standard deviations of the initial weights; biases start at 0, norm weights at 1."""
+class NormalInit(Part):
+    """N(0, std^2), std 0.8 / sqrt d_model if not given; `residual_scale` divides W_O and W_out by sqrt(2 n_layers).
+
+    Biases start at 0, norm weights at 1.
+    """
 
     slot = "init"
+    name = "normal"
     std: float | None = None
     unembed_std: float | None = None
     residual_scale: bool = False
-
-
-@dataclass(frozen=True)
-class NormalInit(InitPart):
-    """N(0, std^2), std 0.8 / sqrt d_model if not given; `residual_scale` divides W_O and W_out by sqrt(2 n_layers)."""
-
-    name = "normal"
 
 
 @dataclass(frozen=True)
@@ -510,6 +507,8 @@ _MAY_LACK = ("normalization_type", "qk_norm", "positional_embedding_type")
 @dataclass(frozen=True)
 class HookedTransformerConfig:
     """Sizes and parts of a HookedTransformer. Names follow TransformerLens 3; parts can be given by name.
+
+    Its `attn_scale` and `attn_scores_soft_cap` are fields of a part: `score_fn=Softmax(scale=1.0, soft_cap=50.0)`.
 
     >>> cfg = HookedTransformerConfig(n_layers=2, d_model=16, n_ctx=32, n_heads=4, d_vocab=50)
     >>> cfg.d_head, cfg.d_mlp, cfg.mask

@@ -78,7 +78,7 @@ class FactoredMatrix:
 
     def __matmul__(self, other: "Tensor | FactoredMatrix") -> "FactoredMatrix | Tensor":
         if isinstance(other, FactoredMatrix):
-            return (self @ other.A) @ other.B  # type: ignore[return-value]
+            return FactoredMatrix(self.A, self.B @ other.A @ other.B)
         if other.ndim == 1:
             return (self.A @ (self.B @ other)[..., None])[..., 0]
         return FactoredMatrix(self.A, self.B @ other)
@@ -86,7 +86,7 @@ class FactoredMatrix:
     def __rmatmul__(self, other: Tensor) -> "FactoredMatrix | Tensor":
         if other.ndim == 1:
             return ((other @ self.A)[..., None, :] @ self.B)[..., 0, :]
-        return (self.T @ other.mT).T  # type: ignore[union-attr]
+        return FactoredMatrix(other @ self.A, self.B)
 
     def __mul__(self, scalar: int | float | Tensor) -> "FactoredMatrix":
         if isinstance(scalar, Tensor) and scalar.numel() != 1:

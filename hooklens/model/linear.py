@@ -186,7 +186,7 @@ def kernel_of(model: nn.Module) -> str:
 
 def packing_works() -> bool:
     """Whether the operators exist, are enabled, and compute correctly. They are private to torch, hence this check."""
-    return os.environ.get(ENV, "1") != "0" and _measured()[0]
+    return packing_gain() > 0
 
 
 def packing_wanted(rows: int) -> bool:
@@ -197,16 +197,18 @@ def packing_wanted(rows: int) -> bool:
 
 def packing_pays(rows: int = 240) -> bool:
     """Whether packed products with this many rows are faster than torch's own on this machine; measured once."""
-    return os.environ.get(ENV, "1") != "0" and packing_gain(rows) > 1.1
+    return packing_gain(rows) > 1.1
 
 
 def packing_gain(rows: int = 240) -> float:
-    """How many times faster a packed product is than torch's own on this machine; 0 if packing does not work.
+    """How many times faster a packed product is than torch's own on this machine; 0 if packing fails or is disabled.
 
     Takes about 30 ms for 240 rows. A few rows take 0.3 s: their time is spent reading the weight, so the weight must be
     larger than any cache.
     """
-    return (_measured() if rows > 16 else _measured(1, 16384))[1]
+    if os.environ.get(ENV, "1") == "0":
+        return 0.0
+    return _measured() if rows > 16 else _measured(1, 16384)
 
 
 def vector_pays(weight: Float[Tensor, "d_out d_in"]) -> bool:
@@ -225,19 +227,19 @@ def vector_pays(weight: Float[Tensor, "d_out d_in"]) -> bool:
 
 
 @cache
-def _measured(rows: int = 240, d_out: int = 768) -> tuple[bool, float]:
+def _measured(rows: int = 240, d_out: int = 768) -> float:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False, 0.0
+        return 0.0
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(size, 768, generator=generator) for size in (rows, d_out))
     try:
         with torch.no_grad():
             ours, theirs = partial(packed_product, x, pack(weight, rows), None), partial(F.linear, x, weight)
             if not torch.allclose(ours(), theirs(), atol=1e-3, rtol=1e-4):
-                return False, 0.0
-            return True, _seconds(theirs) / _seconds(ours)
+                return 0.0
+            return _seconds(theirs) / _seconds(ours)
     except (RuntimeError, AttributeError, TypeError):
-        return False, 0.0  # the signature differs between versions of torch: fall back to torch's own path
+        return 0.0  # the signature differs between versions of torch: fall back to torch's own path
 
 
 def _seconds(work: Callable[[], Tensor], tries: int = 9) -> float:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hooklens.core.errors import InputError, OutOfRange
 
+_is_alias_of = vars(torch._C)["_is_alias_of"]  # missing in torch's type stubs
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")}
 
 
@@ -138,7 +139,7 @@ def _guarded(out: Any, copies: Sequence[Tensor]) -> Any:
         return out
     if type(out) in (tuple, list):
         return type(out)(_guarded(one, copies) for one in out)
-    if isinstance(out, Tensor) and any(torch._C._is_alias_of(out, copy) for copy in copies):  # type: ignore[attr-defined]
+    if isinstance(out, Tensor) and any(_is_alias_of(out, copy) for copy in copies):
         return out.as_subclass(ReadOnlyView)
     return out
 

@@ -10,7 +10,7 @@ from hooklens.generation.continuation import Continuation
 from hooklens.generation.decoder import Decoder
 from hooklens.model import linear
 from hooklens.model.kv_cache import KVCache
-from hooklens.model.linear import _measured, packed_linears
+from hooklens.model.linear import packed_linears, packing_works
 from hooklens.testing import tiny_model
 
 
@@ -18,7 +18,7 @@ from hooklens.testing import tiny_model
 def weights(request, monkeypatch):
     """Both kinds of product are tested on every machine, whichever is the faster one there."""
     packed = request.param == "packed"
-    if packed and not _measured()[0]:
+    if packed and not packing_works():
         pytest.skip("this torch or CPU has no packed linear")
     monkeypatch.setattr(linear, "packing_pays", lambda rows: packed)
     return request.param
@@ -166,7 +166,7 @@ def test_packing_switched_off_around_a_generation_is_off_in_it(packs):
     with packed_linears(enabled=False):
         zoo_model("llama").generate([1, 2, 3], 26, stop=())
     assert not packs
-    if _measured()[0]:
+    if packing_works():
         with packed_linears(enabled=True):
             zoo_model("llama").generate([1, 2, 3], 26, stop=())
         assert packs
