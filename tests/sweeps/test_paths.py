@@ -82,9 +82,11 @@ def _mlps(model):
 @pytest.mark.parametrize("semantics", HELD)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_model(name, semantics):
+    """Every other set of receivers, so that kinds and semantics together meet all; the slow tests take every set."""
     model = zoo_model(name, dtype=torch.float64)
     read = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4)
-    for i, receivers in enumerate(receiver_sets(model, semantics)):
+    first = (STREAMED.index(name) + list(HELD).index(semantics)) % 2
+    for i, receivers in enumerate(receiver_sets(model, semantics)[first::2]):
         agree(model, CLEAN, CORRUPTED, own if i % 2 else read, semantics, receivers)
 
 

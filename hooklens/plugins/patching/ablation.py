@@ -109,9 +109,8 @@ class AblationSweep(OnGrid, Result):
         """The components of largest effect; every one for `n=None`."""
         parts = [self.values, self.effect]
         parts += (*self.interval(), self.p, self.q) if int(self.group.max()) else ()
-        rows = [(self.name_of(index), *(float(part[index]) for part in parts)) for index in self.order()[:n]]
         columns = (self.site, "metric", f"effect ({self.replacement})", "95% low", "95% high", "p", "q")
-        return Table(columns[: 1 + len(parts)], rows)
+        return Table(columns[: 1 + len(parts)], self.rows(parts, n))
 
     def figure(self) -> Any:
         """A heat map over two axes, bars with their interval over one."""
