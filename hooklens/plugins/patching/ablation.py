@@ -143,7 +143,7 @@ def ablate(
     `PromptPairs` stand for their clean prompts, metric and groups.
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
     attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for,
-    such as ["L5H1", "L2H0"].
+    such as ["L5H1", "L2H0@-1"].
 
     `value` is what is written, a `Replacement` or its word. "resample": the activation of other prompts of the set,
     four draws averaged (`Resample` says how many, of which prompts, and the seed). "mean of others": the mean over all

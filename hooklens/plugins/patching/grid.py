@@ -88,10 +88,11 @@ def labels_of(model: HookedTransformer, site: str, by: Sequence[str], group: Pai
     """The names of the cells along each axis: L0, L1, ...; positions by the tokens of the first pair."""
     sizes, labels = sizes_of(model, site, group.clean.shape[1]), {}
     for axis in by:
-        labels[axis] = [f"{_PREFIX.get(axis)}{i}" for i in range(sizes[axis])]
         if axis == "pos":
             pairs = zip(show(model, group.clean[0]), show(model, group.corrupted[0]), strict=True)
             labels[axis] = [a if a == b else f"{a} |{b}" for a, b in pairs]
+        else:
+            labels[axis] = [f"{_PREFIX[axis]}{i}" for i in range(sizes[axis])]
     return labels
 
 
