@@ -164,6 +164,9 @@ def read_heads(model: HookedTransformer, heads: Any) -> list[tuple[int, int]]:
     nodes = _read(model, "heads" if heads is None else heads, "head", {"heads": _heads(model)})
     if len(set(nodes)) < len(nodes):
         raise InputError(f"heads= holds one twice: {', '.join(head.name for head in nodes)}")
+    for node in nodes:
+        if node.pos is not None:
+            raise InputError(f"{node.name} was asked for as a head; heads are taken at all positions, so leave out @")
     return [node.place for node in nodes]
 
 

@@ -91,7 +91,7 @@ def _differs(patches: Patches, number: int, seen: str, file: Any) -> CheckFailed
             "metric, value or model under the same key); delete it or give resume= another path"
         )
     causes = ["the metric gives other numbers when it is called again"]
-    causes += [f"{part} does not say what is computed" for part in patches.outside()]
+    causes += [f"{part} does not match the forward pass" for part in patches.outside()]
     return CheckFailed(
         f"the metric of {name} {seen}: {', or '.join(causes)}, or the engine is wrong here; in Python, "
         "hl.engine(plain=True) runs every patch plainly, and hl.engine(verify=0) does not check"

@@ -305,7 +305,7 @@ def test_what_no_pair_differs_in_is_no_question_and_a_pair_that_does_not_differ_
     with pytest.raises(InputError, match="the same tokens"):
         hl.patch(model, CLEAN, CLEAN, own)
     half = torch.cat((CLEAN[:1], CORRUPTED[1:2]))
-    for site in POINTS:
+    for site in POINTS if name == "gpt2" else ("resid_pre", "z", "k", "post"):
         if has(model, site):
             sweep = hl.patch(model, CLEAN[:2], half, own, site=site)
             assert torch.equal(sweep.clean_per_pair[0], sweep.corrupted_per_pair[0])
@@ -371,11 +371,14 @@ def test_bfloat16_runs():
     sweep.interval(), sweep.table()
 
 
-@pytest.mark.parametrize("wrapped", ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.in_", "mlp.out", "unembed"])
+WRAPPED = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.in_", "mlp.out", "unembed"]
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
 def test_wrapped_linear_layers(wrapped):
     model = wrap_layers(zoo_model("gpt2", dtype=torch.float64, **SMALL), wrapped)
     metric = hl.logit_diff(model, answer=[3, 1, 2], wrong_answer=4)
-    for site in POINTS:
+    for site in list(POINTS)[WRAPPED.index(wrapped) % 2 :: 2]:
         agree(model, CLEAN, CORRUPTED, metric, site, BYS[site][0], tolerance=1e-9)
 
 

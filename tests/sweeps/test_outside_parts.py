@@ -329,7 +329,7 @@ def test_an_enter_that_returns_no_stream_ended_in_a_raw_error(wrong_site):
 @pytest.mark.parametrize("wrong_site", [lambda entry: entry.stream], indirect=True)
 def test_a_wrong_enter_was_blamed_on_the_metric_or_the_engine(wrong_site):
     model = outside(block="pre")
-    with pytest.raises(CheckFailed, match=r"or the site 'a site' \(its `enter`\) does not say what is computed"):
+    with pytest.raises(CheckFailed, match=r"or the site 'a site' \(its `enter`\) does not match the forward pass"):
         hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site=wrong_site)
 
 

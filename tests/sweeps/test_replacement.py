@@ -164,7 +164,7 @@ def test_methods_that_write_one_value_take_one_draw(model, metric):
 
 
 def test_a_drawn_value_is_refused_with_the_words_that_would_work(model, metric):
-    with pytest.raises(InputError, match=r"draws 4; .*\('clean', 'corrupted', 'zero', 'mean', .*\), or average"):
+    with pytest.raises(InputError, match=r"draws 2; .*\('clean', 'corrupted', 'zero', 'mean', .*\), or average"):
         hl.patch(model, CLEAN, CORRUPTED, metric, site="z", value="resample")
 
 

@@ -109,9 +109,8 @@ class AblationSweep(OnGrid, Result):
         """The components of largest effect; every one for `n=None`."""
         parts = [self.values, self.effect]
         parts += (*self.interval(), self.p, self.q) if int(self.group.max()) else ()
-        rows = [(self.name_of(index), *(float(part[index]) for part in parts)) for index in self.order()[:n]]
         columns = (self.site, "metric", f"effect ({self.replacement})", "95% low", "95% high", "p", "q")
-        return Table(columns[: 1 + len(parts)], rows)
+        return Table(columns[: 1 + len(parts)], self.rows(parts, n))
 
     def figure(self) -> Any:
         """A heat map over two axes, bars with their interval over one."""
@@ -144,7 +143,7 @@ def ablate(
     `PromptPairs` stand for their clean prompts, metric and groups.
     `site` and `by` are those of `hl.patch`: heads z "layer x head", neurons post "layer x neuron", whole layers
     attn_out or mlp_out "layer", positions "layer x pos". `patches` takes the grid's place where a few are asked for,
-    such as ["L5H1", "L2H0"].
+    such as ["L5H1", "L2H0@-1"].
 
     `value` is what is written, a `Replacement` or its word. "resample": the activation of other prompts of the set,
     four draws averaged (`Resample` says how many, of which prompts, and the seed). "mean of others": the mean over all

@@ -13,6 +13,7 @@ from hooklens.data.prompts import Prompts
 from hooklens.metrics import log_prob
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.ablation import AblationSweep, ablate
+from hooklens.plugins.patching.grid import draw_agreement
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import rank_correlation
@@ -58,29 +59,19 @@ class AblationComparison(Result):
 
     def table(self, n: int | None = 20) -> Table:
         """A row a component, the largest zero effect first; each effect with its interval where there is one."""
-        ends = {kind: (sweep.effect, *sweep.interval()) for kind, sweep in self.sweeps.items()}
-        columns = [self.zero.site, *(f"{kind}{part}" for kind in ends for part in ("", " low", " high"))]
-        rows = [
-            (self.zero.name_of(index), *(float(part[index]) for parts in ends.values() for part in parts))
-            for index in self.order()[:n]
-        ]
-        return Table(columns, rows)
+        columns = [self.zero.site, *(f"{kind}{part}" for kind in self.sweeps for part in ("", " low", " high"))]
+        parts = [part for sweep in self.sweeps.values() for part in (sweep.effect, *sweep.interval())]
+        return Table(columns, self.zero.rows(parts, n))
 
     def figure(self) -> Any:
         """Every component by its zero and its resample effect; on the diagonal the two agree."""
-        from hooklens.viz.curves import scatter
-
-        zero, resample = self.zero.effect.flatten(), self.resample.effect.flatten()
-        drawn = scatter(
-            zero,
-            resample,
+        drawn = draw_agreement(
+            self.zero.effect.flatten(),
+            self.resample.effect.flatten(),
             self.zero.names,
             f"{self.zero.site}: the same components, zeroed and resampled",
-            x_title="change of the metric, zero ablation",
-            y_title="change of the metric, resampled",
+            ("change of the metric, zero ablation", "change of the metric, resampled"),
         )
-        ends = {"x0": float(zero.min()), "x1": float(zero.max())}
-        drawn.add_shape(type="line", **ends, y0=ends["x0"], y1=ends["x1"], line={"dash": "dot", "width": 1})
         for index in self.order()[:_NAMED]:
             at = {"x": float(self.zero.effect[index]), "y": float(self.resample.effect[index])}
             drawn.add_annotation(**at, text=self.zero.name_of(index), showarrow=False, yshift=12, font_size=11)

@@ -77,8 +77,7 @@ class PatchSweep(OnGrid, TwoRuns, Result):
         """The patches that moved the metric most, with what they restored; every one for `n=None`."""
         parts = [self.values, self.recovered]
         parts += self.interval() if len(self.per_pair) > 1 else ()
-        rows = [(self.name_of(index), *(float(part[index]) for part in parts)) for index in self.order()[:n]]
-        return Table((self.site, "metric", "recovered", "95% low", "95% high")[: 1 + len(parts)], rows)
+        return Table((self.site, "metric", "recovered", "95% low", "95% high")[: 1 + len(parts)], self.rows(parts, n))
 
     def figure(self, rows: int | None = STRONGEST) -> Any:
         """A heat map over two axes, bars with their interval over one; of three the strongest `rows`, None for all."""

@@ -18,7 +18,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.backward import backward_rows, gradients_of, need_backward
-from hooklens.plugins.patching.grid import OnGrid, in_order, labels_of
+from hooklens.plugins.patching.grid import OnGrid, draw_agreement, in_order, labels_of
 from hooklens.plugins.patching.two_runs import TwoRuns, joined
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, correlation, group_numbers, mean_interval, rank_correlation
@@ -92,10 +92,7 @@ class AttributionPatching(OnGrid, TwoRuns, Result):
         exact = dict(zip(map(tuple, self.checked.tolist()), self.exact.tolist(), strict=True))
         many = int(self.group.max()) > 0
         parts = (self.effect, *self.interval()) if many else (self.effect,)
-        rows = [
-            (self.name_of(index), *(float(part[index]) for part in parts), exact.get(index))
-            for index in self.order()[:n]
-        ]
+        rows = [(*row, exact.get(i)) for row, i in zip(self.rows(parts, n), self.order()[:n], strict=True)]
         return Table((self.site, "estimate", *(("95% low", "95% high") if many else ()), "exact"), rows)
 
     def figure(self) -> Any:
@@ -107,13 +104,9 @@ class AttributionPatching(OnGrid, TwoRuns, Result):
 
     def check_figure(self) -> Any:
         """The checked cells by their exact effect and its estimate; on the diagonal the two agree."""
-        from hooklens.viz.curves import scatter
-
         names = [self.name_of(index) for index in self.checked.tolist()]
         title = f"{self.site}: attribution against patching"
-        drawn = scatter(self.exact, self.estimated, names, title, x_title="exact effect", y_title="estimate")
-        low, high = (float(end) for end in self.exact.aminmax())
-        return drawn.add_shape(type="line", x0=low, x1=high, y0=low, y1=high, line={"dash": "dot", "width": 1})
+        return draw_agreement(self.exact, self.estimated, names, title, ("exact effect", "estimate"))
 
 
 def attribution_patch(

@@ -45,6 +45,10 @@ class OnGrid:
         """The name of every cell, in the order of the flattened grid."""
         return cell_names(self.by, self.labels, self.effect.shape)
 
+    def rows(self, parts: Sequence[Float[Tensor, "*grid"]], n: int | None) -> list[tuple]:
+        """The first `n` rows of a table: the name of a cell and its value in each part."""
+        return [(self.name_of(index), *(float(part[index]) for part in parts)) for index in self.order()[:n]]
+
     def draw(
         self, values: Float[Tensor, "*grid"], title: str, name: str, ends: Any = None, rows: int | None = STRONGEST
     ) -> Any:
@@ -84,10 +88,11 @@ def labels_of(model: HookedTransformer, site: str, by: Sequence[str], group: Pai
     """The names of the cells along each axis: L0, L1, ...; positions by the tokens of the first pair."""
     sizes, labels = sizes_of(model, site, group.clean.shape[1]), {}
     for axis in by:
-        labels[axis] = [f"{_PREFIX.get(axis)}{i}" for i in range(sizes[axis])]
         if axis == "pos":
             pairs = zip(show(model, group.clean[0]), show(model, group.corrupted[0]), strict=True)
             labels[axis] = [a if a == b else f"{a} |{b}" for a, b in pairs]
+        else:
+            labels[axis] = [f"{_PREFIX[axis]}{i}" for i in range(sizes[axis])]
     return labels
 
 
@@ -147,6 +152,17 @@ def largest_first(values: Float[Tensor, "*grid"]) -> list[tuple[int, ...]]:
     """
     flat = values.flatten().abs().nan_to_num(-1).argsort(descending=True, stable=True)
     return [tuple(int(i) for i in torch.unravel_index(index, values.shape)) for index in flat]
+
+
+def draw_agreement(
+    x: Float[Tensor, "cell"], y: Float[Tensor, "cell"], names: Sequence[str], title: str, axes: tuple[str, str]
+) -> Any:
+    """Cells by two values each; on the dotted diagonal the two agree."""
+    from hooklens.viz.curves import scatter
+
+    drawn = scatter(x, y, names, title, x_title=axes[0], y_title=axes[1])
+    low, high = (float(end) for end in x.aminmax())
+    return drawn.add_shape(type="line", x0=low, x1=high, y0=low, y1=high, line={"dash": "dot", "width": 1})
 
 
 def in_order(groups: Sequence[Pairs], parts: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
