@@ -56,7 +56,8 @@ def vague(tree: ast.AST) -> Iterator[Fault]:
     [
         (crowded, "f(1, 2, 3, 4, 5)\nf(1, 2, 3, 4, 5, *rest)\nf(1, 2, 3, 4, 5, six=6)", [2]),
         (nested, "a = b if c else d\na = b if c else (d if e else f)", [2]),
-        (nested, "a = [b if c else d for c in e]\nf(b if c else d for c in e)\nf(g=[b if c else d for c in e])", [2, 3]),
+        (nested, "a = [b if c else d for c in e]\nf(b if c else d for c in e)", [2]),
+        (nested, "f(g=[b if c else d for c in e])", [1]),
         (vague, "for one in rows:\n    found = one.name\ndef f(row, made): pass", [1, 2, 3]),
     ],
 )

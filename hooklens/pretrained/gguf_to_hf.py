@@ -128,7 +128,12 @@ def hf_tensors(file: GGUFFile, dtype: torch.dtype = torch.float32) -> Iterator[t
     regrouped matrices of GPT-2 and GPT-NeoX). Raises before the first tensor if any tensor has an unknown name or type.
     """
     names, config, undo = hf_names(file), hf_config(file), find_architecture(file).undo
-    return ((names[name], undo(name, weight, config).to(dtype)) for name, weight in file.read(names))
+
+    def converted(name: str, weight: Tensor) -> Tensor:
+        with reading(file.path, f"the tensor {name!r}"):  # its shape may not be what the metadata say
+            return undo(name, weight, config).to(dtype)
+
+    return ((names[name], converted(name, weight)) for name, weight in file.read(names))
 
 
 def _hf_name(family: Family, name: str) -> str | None:

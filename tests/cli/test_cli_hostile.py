@@ -112,7 +112,7 @@ def test_hostile_arguments_are_refused_in_plain_characters(hostile, tmp_path):
 
 
 def test_hostile_files_are_refused_in_plain_characters(hostile, tmp_path):
-    save_file({f"w{EVIL}": torch.ones(1)}, tmp_path / "a.safetensors", {"schema": EVIL})
+    save_file({f"w{EVIL}": torch.ones(1)}, tmp_path / "a.safetensors", {"hooklens": json.dumps({"schema": EVIL})})
     refused("check", tmp_path / "a.safetensors")
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -344,6 +344,9 @@ class UnstatedBlock(HalfSandwichBlock):
     def writes_through(self, part: str) -> Passage:
         return Passage()
 
+    def attn_adds(self, raw: Tensor) -> Tensor:
+        return self.share * self.behind(raw)
+
 
 def test_a_passage_that_is_not_stated_was_blamed_on_the_metric_or_the_engine():
     model = outside("unstated")

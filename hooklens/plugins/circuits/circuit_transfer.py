@@ -13,7 +13,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.carry import Carrier, random_maps, shuffled
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
-from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, measured, measured_with
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint, eap_ig_own_source
 from hooklens.plugins.circuits.matching import Matching, match, measure_matching
@@ -154,10 +154,10 @@ def transfer_circuit(
     circuits = [carried, _own(target, target_task[chosen], carried)]
     if circuit.graph.shape == carrier.target.shape:
         circuits.append(circuit)
-    home = measured(circuit.bench(model, task[tested]), circuit, draws, seed)
+    home = Faithfulness.of(circuit.bench(model, task[tested]), circuit, draws, seed)
     bench = Bench(target, target_task[tested], circuit.replacement, keep=True)
-    results = measured_with(bench, circuits, nulls["random heads"])
-    results += measured_with(bench, [carried], nulls["random in same layers"])
+    results = Faithfulness.of_several(bench, circuits, nulls["random heads"])
+    results += Faithfulness.of_several(bench, [carried], nulls["random in same layers"])
     # groups and seen prompts are those of `home`: the target has the same texts in other tokens
     results = [replace(result, group=home.group, n_seen=home.n_seen) for result in results]
     mapped, own, *by_index, in_layers = results

@@ -17,7 +17,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.completeness import Completeness, completeness_of
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
-from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, measured
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.minimality import Minimality, minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.results.result import Result, Table
@@ -89,7 +89,7 @@ def evaluate_circuit(
         raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")
     bench = circuit.bench(model, clean, corrupted, metric, group=group)
     with torch.no_grad(), packed_linears(rows=512):
-        faithful = measured(bench, circuit, draws, seed)
+        faithful = Faithfulness.of(bench, circuit, draws, seed)
         null = random_circuits(bench.graph, circuit.kept, draws, seed=seed)
         draw = seeded(seed)
         complete = completeness_of(bench, faithful, null, draw)

@@ -105,6 +105,32 @@ class Faithfulness(Result):
         shares = (values.mean(1) - empty) / (whole - empty)
         return shares if self.defined else torch.full_like(shares, torch.nan)
 
+    @classmethod
+    def of(cls, bench: Bench, circuit: Circuit, draws: int, seed: int) -> "Faithfulness":
+        """The faithfulness of one circuit, on a bench that may be used for more."""
+        return cls.of_several(bench, [circuit], random_circuits(bench.graph, circuit.kept, draws, seed=seed))[0]
+
+    @classmethod
+    def of_several(
+        cls, bench: Bench, circuits: Sequence[Circuit], null: Bool[Tensor, "draw edge"]
+    ) -> list["Faithfulness"]:
+        """The faithfulness of circuits, each compared with the same random ones."""
+        kept = torch.stack([circuit.kept.cpu() for circuit in circuits])
+        runs, marks = bench.run(torch.cat((kept, null))), bench.digests()
+        return [
+            cls(
+                circuit=circuit,
+                per_pair=values,
+                base_per_pair=runs.base_per_pair,
+                empty_per_pair=runs.empty_per_pair,
+                random_per_pair=runs.per_pair[len(circuits) :],
+                overlap=float((null & own).sum() / (len(null) * max(circuit.n_edges, 1))),
+                group=group_numbers(bench.n_pairs, bench.pairs.group),
+                n_seen=sum(mark in circuit.found_on for mark in marks),
+            )
+            for circuit, own, values in zip(circuits, kept, runs.per_pair, strict=False)
+        ]
+
     def table(self, n: int | None = None) -> Table:
         """Faithfulness with its interval, that of random circuits, and the metrics behind it."""
         (low, high), (least, middle, most) = self.interval(), self.random_range
@@ -160,7 +186,7 @@ def measure_faithfulness(
     Faithfulness", section 2 (normalised).
     """
     check_draws(draws)
-    return measured(circuit.bench(model, clean, corrupted, metric, group=group), circuit, draws, seed)
+    return Faithfulness.of(circuit.bench(model, clean, corrupted, metric, group=group), circuit, draws, seed)
 
 
 def check_draws(draws: int) -> None:
@@ -172,30 +198,6 @@ def check_draws(draws: int) -> None:
             LEAST_DRAWS,
             draws,
         )
-
-
-def measured(bench: Bench, circuit: Circuit, draws: int, seed: int) -> Faithfulness:
-    """The faithfulness of one circuit, on a bench that may be used for more."""
-    return measured_with(bench, [circuit], random_circuits(bench.graph, circuit.kept, draws, seed=seed))[0]
-
-
-def measured_with(bench: Bench, circuits: Sequence[Circuit], null: Bool[Tensor, "draw edge"]) -> list[Faithfulness]:
-    """The faithfulness of circuits, each compared with the same random ones."""
-    kept = torch.stack([circuit.kept.cpu() for circuit in circuits])
-    runs, marks = bench.run(torch.cat((kept, null))), bench.digests()
-    return [
-        Faithfulness(
-            circuit=circuit,
-            per_pair=values,
-            base_per_pair=runs.base_per_pair,
-            empty_per_pair=runs.empty_per_pair,
-            random_per_pair=runs.per_pair[len(circuits) :],
-            overlap=float((null & own).sum() / (len(null) * max(circuit.n_edges, 1))),
-            group=group_numbers(bench.n_pairs, bench.pairs.group),
-            n_seen=sum(mark in circuit.found_on for mark in marks),
-        )
-        for circuit, own, values in zip(circuits, kept, runs.per_pair, strict=False)
-    ]
 
 
 def tied_p(value: Float[Tensor, "*cell"], null: Float[Tensor, "draw *cell"]) -> Float[Tensor, "*cell"]:

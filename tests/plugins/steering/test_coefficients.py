@@ -154,7 +154,7 @@ def test_the_table_has_a_row_a_coefficient_and_shows_text():
         ({"settings": SweepSettings(positions="generated")}, "read on prompts"),
         ({"settings": SweepSettings(controls=0)}, "at least 1"),
         ({"settings": SweepSettings(controls=torch.ones(2, 3))}, "are \\[draw 8\\]"),
-        ({"settings": SweepSettings(group=torch.arange(2))}, "one value a pair"),
+        ({"settings": SweepSettings(group=torch.arange(2))}, "one value per pair"),
         ({"neutral": [[1]]}, "at least two tokens"),
     ],
 )

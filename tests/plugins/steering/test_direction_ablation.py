@@ -137,5 +137,5 @@ def test_intervals_resample_groups_and_are_held_against_random_directions():
     for said, end in zip(grouped.against, most.tolist(), strict=True):
         expected = "beyond" if low > end or high < -end else "inside" if -end <= low and high <= end else "undecided"
         assert said == expected
-    with pytest.raises(InputError, match="one value a pair"):
+    with pytest.raises(InputError, match="one value per pair"):
         measure_direction_ablation(model, prompts, v, metric, group=torch.arange(3))
