@@ -17,7 +17,7 @@ from hooklens.metrics import kl, logit_diff, loss
 from hooklens.plugins import available, find
 from hooklens.plugins.circuits.completeness import completeness_of
 from hooklens.plugins.circuits.edge_attribution import eap
-from hooklens.plugins.circuits.faithfulness import measured
+from hooklens.plugins.circuits.faithfulness import Faithfulness
 from hooklens.plugins.circuits.minimality import minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench, run_edges
@@ -217,7 +217,7 @@ def test_completeness_and_minimality_of_a_circuit_run_elsewhere(device):
     with torch.no_grad():
         pairs = PromptPairs(TOKENS, CORRUPTED, metric, group=[0, 0])  # of one group, the shares are defined
         bench = Bench(model, pairs, circuit.replacement, keep=True)
-        faithful, draw = measured(bench, circuit, 3, 0), torch.Generator().manual_seed(0)
+        faithful, draw = Faithfulness.of(bench, circuit, 3, 0), torch.Generator().manual_seed(0)
         null = random_circuits(bench.graph, circuit.kept, 3, seed=0)
         results = [of(bench, faithful, null, draw) for of in (completeness_of, minimality_of)]
     for result in (faithful, circuit, *results):

@@ -14,7 +14,7 @@ from hooklens.data.prompts import Prompts
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.edge_scores import EdgeScores
-from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, check_draws, measured, tied_p
+from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, tied_p
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import quantiles
@@ -128,7 +128,7 @@ def trace_faithfulness(
 
 def curve_of(bench: Bench, scores: EdgeScores, circuits: Sequence[Circuit], draws: int) -> FaithfulnessCurve:
     """The curve of circuits that were cut from scores, the smallest first."""
-    results = [measured(bench, circuit, draws, seed=i) for i, circuit in enumerate(circuits)]
+    results = [Faithfulness.of(bench, circuit, draws, seed=i) for i, circuit in enumerate(circuits)]
     ends = torch.tensor([result.interval() for result in results])
     values = torch.stack([result.share(result.per_pair[None])[0] for result in results]).cpu()
     return FaithfulnessCurve(

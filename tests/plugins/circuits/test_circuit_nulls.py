@@ -13,7 +13,7 @@ from hooklens.plugins.circuits.completeness import completeness_of
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of, trace_faithfulness
 from hooklens.plugins.circuits.edge_attribution import demo_circuit, eap
 from hooklens.plugins.circuits.evaluation import evaluate_circuit
-from hooklens.plugins.circuits.faithfulness import measure_faithfulness, measured
+from hooklens.plugins.circuits.faithfulness import Faithfulness, measure_faithfulness
 from hooklens.plugins.circuits.minimality import Minimality, _most, minimality_of
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench
@@ -96,7 +96,7 @@ def nothing_special():
 @pytest.mark.slow
 def test_a_random_circuit_is_as_faithful_as_others_in_uniform_shares(nothing_special):
     bench, _, circuits = nothing_special
-    p = [measured(bench, one, 19, seed=100 + i).p for i, one in enumerate(circuits)]
+    p = [Faithfulness.of(bench, one, 19, seed=100 + i).p for i, one in enumerate(circuits)]
     few, half = shares(p, 0.1, 0.5)
     assert few < 0.22 and 0.33 < half < 0.67  # 0.1 and 0.5, give or take three standard errors
 
@@ -106,7 +106,7 @@ def test_completeness_and_minimality_of_random_circuits_have_uniform_p_values(no
     bench, _, circuits = nothing_special
     complete, minimal, least = [], [], []
     for i, one in enumerate(circuits):
-        draw, faithful = torch.Generator().manual_seed(i), measured(bench, one, 19, seed=100 + i)
+        draw, faithful = torch.Generator().manual_seed(i), Faithfulness.of(bench, one, 19, seed=100 + i)
         null = random_circuits(one.graph, one.kept, 19, seed=100 + i)
         complete.append(completeness_of(bench, faithful, null, draw).p)
         found = minimality_of(bench, faithful, null, draw)
