@@ -64,17 +64,19 @@ class ActivationCache(Mapping[str, Tensor]):
     def __getitem__(self, key: Where) -> Tensor:
         if isinstance(key, str) and key in self._entries:
             return self._entries[key]
-        found = self._find(key)
-        if len(found) > 1:
-            raise NameNotFound(f"{key!r} matches {len(found)} activations ({', '.join(found[:4])}, ...); name one")
-        return self._entries[found[0]]
+        matching = self._find(key)
+        if len(matching) > 1:
+            raise NameNotFound(
+                f"{key!r} matches {len(matching)} activations ({', '.join(matching[:4])}, ...); name one"
+            )
+        return self._entries[matching[0]]
 
     def _find(self, key: Where) -> list[str]:
         """The full names that match `key`; negative layers count from the model's last one."""
         names = list(self._entries)
         if self.model is None:
             return resolve(key, names)
-        asked = key if isinstance(key, str) else key[0] if isinstance(key, tuple) else getattr(key, "name", "")
+        asked = key[0] if isinstance(key, tuple) else getattr(key, "name", key)
         ending = "_grad" if str(asked).endswith("_grad") else ""
         wanted = resolve(key, [name + ending for name in self.model.hook_names()])
         kept = [name for name in wanted if name in self._entries]
@@ -139,15 +141,15 @@ class ActivationCache(Mapping[str, Tensor]):
         return kept.map(lambda name, act: _sliced(name, act, batch, pos))
 
     def _of_padded(self, mask: Tensor, batch: Index | None, pos: Index | None) -> "ActivationCache":
-        one = isinstance(batch, int) or (isinstance(batch, Tensor) and batch.ndim == 0)
+        is_single = isinstance(batch, int) or (isinstance(batch, Tensor) and batch.ndim == 0)
         kept = self
         if batch is not None:  # rows first: positions need to exist in these only
-            some = torch.as_tensor(batch).reshape(1) if one else batch
+            some = torch.as_tensor(batch).reshape(1) if is_single else batch
             mask = mask[_as_index("batch", some, len(mask), "this cache")]
             kept = kept.map(lambda name, act: _sliced(name, act, some, None))
         if pos is not None:
             kept = kept.map(lambda name, act: _sliced(name, act, None, pos, mask))
-        if one:
+        if is_single:
             kept, mask = kept.map(lambda _, act: act[0]), mask[0]
         return ActivationCache(dict(kept._entries), self.model, None if pos is not None else mask)
 
@@ -158,11 +160,11 @@ class ActivationCache(Mapping[str, Tensor]):
 
     def stack(self, where: Where) -> Float[Tensor, "layer ..."]:
         """One site of every layer, stacked: `cache.stack("resid_post")` has the axes layer batch pos d_model."""
-        found = self._find(where)
-        kinds = {(p.name, p.part) for p in map(parse, found) if p is not None}
+        matching = self._find(where)
+        kinds = {(p.name, p.part) for p in map(parse, matching) if p is not None}
         if len(kinds) > 1:
             raise InputError(f"{where!r} matches several sites, {sorted(map(str, kinds))}; stack one of them")
-        return torch.stack([self._entries[name] for name in found])
+        return torch.stack([self._entries[name] for name in matching])
 
     def _n_layers(self) -> int:
         cfg: Any = getattr(self.model, "cfg", None)
@@ -413,7 +415,8 @@ def converted(act: Tensor, device, dtype: torch.dtype | None) -> Tensor:
     >>> converted(torch.ones(2, 1).expand(2, 500), None, torch.float64).untyped_storage().nbytes()
     16
     """
-    once = act[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in act.stride())]
+    repeated_once = [slice(0, 1) if stride == 0 else slice(None) for stride in act.stride()]
+    once = act[tuple(repeated_once)]
     return once.to(device=device, dtype=dtype if act.is_floating_point() else None).expand(act.shape)
 
 
@@ -422,8 +425,8 @@ def _identity(act: Tensor) -> tuple:
 
 
 def _layer_of(name: str) -> int | None:
-    found = parse(name.removesuffix("_grad"))
-    return None if found is None else found.layer
+    site = parse(name.removesuffix("_grad"))
+    return None if site is None else site.layer
 
 
 def _as_index(what: str, index: Index, size: int, of: str) -> Any:

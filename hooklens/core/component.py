@@ -70,8 +70,11 @@ class Component:
         elif self.kind in ("q", "k", "v"):
             name = f"L{self.layer}{'G' if self.keyed else 'H'}{self.head}.{self.kind}"
         else:
-            name = f"L{self.layer}" + ("" if self.head is None else f"{'G' if self.keyed else 'H'}{self.head}")
-            name += "" if self.neuron is None else f"N{self.neuron}"
+            name = f"L{self.layer}"
+            if self.head is not None:
+                name += f"{'G' if self.keyed else 'H'}{self.head}"
+            if self.neuron is not None:
+                name += f"N{self.neuron}"
         at = self.at or (f"@{self.pos}" if isinstance(self.pos, int) else "")
         return name + at + ("" if self.turned is None else f" turned {self.turned}")
 

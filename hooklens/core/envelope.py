@@ -43,9 +43,9 @@ class Schema:
     writer: str
     as_json: bool = False
 
-    def check(self, path: str | os.PathLike, found: Mapping[str, Any]) -> None:
+    def check(self, path: str | os.PathLike, header: Mapping[str, Any]) -> None:
         """Raise unless the file has this schema and version."""
-        name, version = found.get("schema"), str(found.get("version"))
+        name, version = header.get("schema"), str(header.get("version"))
         if name != self.name:
             seen = f"it is another file: its schema is {name!r:.60} and not {self.name!r}"
             raise self.refused(path, seen, f"write one with {self.writer}")
@@ -105,9 +105,10 @@ def write_envelope(
     ({'n': 1}, {'x': tensor([1., 1.])})
     """
     dense = {
-        name: one.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, one in (tensors or {}).items()
+        name: tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        for name, tensor in (tensors or {}).items()
     }
-    described = {name: (_kind(name, one), one.shape) for name, one in dense.items()}
+    described = {name: (_kind(name, tensor), tensor.shape) for name, tensor in dense.items()}
     data = "" if schema.as_json else digest(_bytes(dense[name]) for name in sorted(dense))
     head = rendered(schema, content, described, data)
     with write_atomically(path) as aside:
@@ -135,9 +136,9 @@ def read_envelope(path: str | os.PathLike, schema: Schema) -> Envelope:
             file = read_header(path, schema.what)
             head, described = file.metadata.get(_KEY, "{}"), file.entries
             canonical = len(file.metadata) == 1 and file.is_canonical()
-        found = json_object(head)
-        schema.check(path, found)
-        content, data = found["content"], found.get("data", "")
+        header = json_object(head)
+        schema.check(path, header)
+        content, data = header["content"], header.get("data", "")
         if not canonical or head != rendered(schema, content, described, data):
             raise schema.damaged(path)
     return Envelope(schema, path, content, data, file)
@@ -152,11 +153,11 @@ def schema_name(path: str | os.PathLike) -> Any:
 
 def rendered(schema: Schema, content: Any, described: Described, data: str) -> str:
     """The JSON of a file: all of it, or the metadata beside the tensors, whose bytes have the digest `data`."""
-    found = {"schema": schema.name, "version": schema.version}
-    found["digest"] = digest_of(schema, content, described, data)
+    header = {"schema": schema.name, "version": schema.version}
+    header["digest"] = digest_of(schema, content, described, data)
     if schema.as_json:
-        return json.dumps(found | {"content": content}, indent=1, allow_nan=False) + "\n"
-    return _compact(found | {"content": content, "data": data})
+        return json.dumps(header | {"content": content}, indent=1, allow_nan=False) + "\n"
+    return _compact(header | {"content": content, "data": data})
 
 
 def digest_of(schema: Schema, content: Any, described: Described | None = None, data: str = "") -> str:

@@ -18,7 +18,8 @@ class HooklensError(Exception):
     """
 
     def __init__(self, *args: object):
-        super().__init__(*(printable(one) if isinstance(one, str) else one for one in args))
+        shown = [printable(arg) if isinstance(arg, str) else arg for arg in args]
+        super().__init__(*shown)
 
 
 class InputError(HooklensError, ValueError):
@@ -91,16 +92,16 @@ def judge(checks: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
     >>> judge({"edges": lambda: int("3")})
     {'edges': 3}
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     errors: list[tuple[str, HooklensError]] = []
     for name, check in checks.items():
         try:
-            found[name] = check()
+            values[name] = check()
         except HooklensError as error:
             errors.append((name, error))
     if errors:
         raise Refused(errors) from errors[0][1]
-    return found
+    return values
 
 
 class _Names(dict[str, str]):
@@ -142,10 +143,10 @@ def closest(name: object, known: Iterable[str], *, many: int = 3, cutoff: float 
     ['mean']
     """
     by_lower: dict[str, list[str]] = {}
-    for one in known:
-        by_lower.setdefault(one.lower(), []).append(one)
+    for candidate in known:
+        by_lower.setdefault(candidate.lower(), []).append(candidate)
     near = difflib.get_close_matches(str(name).lower(), by_lower, n=many, cutoff=cutoff)
-    return [one for lower in near for one in by_lower[lower]][:many]
+    return [candidate for lower in near for candidate in by_lower[lower]][:many]
 
 
 def did_you_mean(what: str, name: object, known: Iterable[str], *, many: int = 3) -> NameNotFound:

@@ -260,8 +260,8 @@ def _flush(path: Path) -> None:
 def _reason(error: Exception, temporary: Path) -> str | None:
     """The reason why the write failed; None if the error is not about this file."""
     code, name = getattr(error, "errno", None), getattr(error, "filename", None)
-    if code is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
-        code = int(found.group(1))  # safetensors reports the system's error inside its own
+    if code is None and (reported := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(reported.group(1))  # safetensors reports the system's error inside its own
     if name is not None and Path(os.fsdecode(name)) != temporary:
         return None
     return _WORDS.get(code) or (None if name is None else str(getattr(error, "strerror", error)))

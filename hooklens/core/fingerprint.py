@@ -247,7 +247,8 @@ def _reduced(value: Any, where: str) -> Any:
         raise _refused(where, f"a {_kind_of(value)}") from error
     if isinstance(reduced, str):
         return (getattr(value, "__module__", ""), reduced)
-    return tuple(list(part) if isinstance(part, Iterator) else part for part in reduced)
+    parts = [list(part) if isinstance(part, Iterator) else part for part in reduced]
+    return tuple(parts)
 
 
 # -- code
@@ -349,10 +350,10 @@ def _imported(name: str) -> Any:
 
 def _named(value: Any) -> bool:
     """Whether its module has this object under its name, so that the name identifies it."""
-    found: Any = sys.modules.get(value.__module__)
+    held: Any = sys.modules.get(value.__module__)
     for name in value.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is value
+        held = getattr(held, name, None)
+    return held is value
 
 
 @functools.cache

@@ -44,10 +44,10 @@ class HookCall(NamedTuple):
 
     def layer(self) -> int:
         """The layer of the point; raises if it belongs to none."""
-        found = parse(self.name)
-        if found is None or found.layer is None:
+        site = parse(self.name)
+        if site is None or site.layer is None:
             raise InputError(f"the hook point {self.name!r} belongs to no layer")
-        return found.layer
+        return site.layer
 
 
 def this_moment(name: str) -> HookCall:

@@ -89,11 +89,11 @@ def parse(name: str) -> Site | None:
     >>> parse("z") is None
     True
     """
-    found = _POINT.match(name)
-    if found is None:
+    match = _POINT.match(name)
+    if match is None:
         return None
-    layer = found["layer"]
-    return Site(found["name"], None if layer is None else int(layer), found["part"])
+    layer = match["layer"]
+    return Site(match["name"], None if layer is None else int(layer), match["part"])
 
 
 def axes(name: str) -> tuple[str, ...]:
@@ -107,14 +107,14 @@ def axes(name: str) -> tuple[str, ...]:
     asked = parse(name) or site(name)
     if asked.name not in AXES:
         raise did_you_mean("site", asked.name, AXES)
-    found = AXES[asked.name]
+    axes_of_site = AXES[asked.name]
     in_head = (asked.part or "").split(".")[-1]
     if asked.name in ("in", "out") and in_head not in ("", "unembed"):
         raise NameNotFound(f"the axes of {name!r} are unknown: it is a point of a wrapped module")
     if in_head in ("q_norm", "k_norm"):
         head = "head" if in_head == "q_norm" else "kv_head"
         return ("batch", "pos", head, "one" if asked.name == "scale" else "d_head")
-    return found
+    return axes_of_site
 
 
 def resolve(where: Where, names: Sequence[str]) -> list[str]:
@@ -124,8 +124,8 @@ def resolve(where: Where, names: Sequence[str]) -> list[str]:
     ['blocks.1.attn.hook_z']
     """
     chosen: set[str] = set()
-    for one in flatten(where):
-        chosen.update(_resolve_one(one, names))
+    for selector in flatten(where):
+        chosen.update(_resolve_one(selector, names))
     return [name for name in names if name in chosen]
 
 
@@ -143,8 +143,8 @@ def flatten(where: Where) -> Iterable:
     ):
         yield where
     elif isinstance(where, list | tuple | set | frozenset):
-        for one in where:
-            yield from flatten(one)
+        for selector in where:
+            yield from flatten(selector)
     else:
         yield where
 
@@ -153,10 +153,10 @@ def _resolve_one(where, names: Sequence[str]) -> list[str]:
     if isinstance(where, str) and where in names:
         return [where]
     if callable(where) and not isinstance(where, Site):
-        found = [name for name in names if where(name)]
-        if not found:
+        chosen = [name for name in names if where(name)]
+        if not chosen:
             raise InputError(f"the predicate {where!r} is true for none of the {len(names)} hook points")
-        return found
+        return chosen
     if isinstance(where, str) and (parse(where) is not None or "." in where):
         raise did_you_mean("hook point", where, names)
     if isinstance(where, str | tuple):
@@ -172,9 +172,9 @@ def _resolve_site(asked: Site, names: Sequence[str]) -> list[str]:
     n_layers = 1 + max(layers, default=-1)
     if asked.layer is not None and asked.layer < 0 and asked.layer >= -n_layers:
         asked = replace(asked, layer=asked.layer % n_layers)
-    found = [name for name, p in points.items() if p is not None and asked.matches(p)]
-    if found:
-        return found
+    matching = [name for name, p in points.items() if p is not None and asked.matches(p)]
+    if matching:
+        return matching
     kinds = dict.fromkeys(p.name for p in points.values() if p is not None)
     if asked.name not in kinds:
         raise did_you_mean("site", asked.name, kinds)

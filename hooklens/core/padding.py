@@ -131,7 +131,9 @@ class PaddedTensor(Tensor):
             out = func(*args, **kwargs)
             if name in _BY_ROW and args and "out" not in kwargs:
                 return _with_rows(out, _moved_masks(func, name, args, kwargs))
-            return _kept(out, args[:1] if name == "to" else args) if _rowwise(name, args, kwargs) else out
+            if not _rowwise(name, args, kwargs):
+                return out
+            return _kept(out, args[:1] if name == "to" else args)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Tensor:
         return padded(copy.deepcopy(self.as_subclass(Tensor), memo), self.attention_mask)
@@ -156,7 +158,8 @@ def _rowwise(name: str, args: tuple, kwargs: dict) -> bool:
         return False
     if name in _ELEMENTWISE:
         return True
-    dim = kwargs.get("dim", next((arg for arg in args[2 if name == "topk" else 1 :] if type(arg) is int), None))
+    others = args[2:] if name == "topk" else args[1:]
+    dim = kwargs.get("dim", next((arg for arg in others if type(arg) is int), None))
     dim = -1 if dim is None and name in ("argsort", "sort", "topk") else dim
     return dim in (-1, args[0].ndim - 1)
 
@@ -165,11 +168,11 @@ def _kept(out: Any, args: tuple) -> Any:
     """The result with the mask of the operands, if they agree on it and it fits."""
     if isinstance(out, tuple):
         results: Any = type(out)  # for values and indices
-        return results(_kept(one, args) for one in out)
+        return results(_kept(part, args) for part in out)
     masks = [arg.attention_mask for arg in args if isinstance(arg, PaddedTensor)]
     if not isinstance(out, Tensor) or not masks or out.shape[: masks[0].ndim] != masks[0].shape:
         return out
-    return padded(out, masks[0]) if all(torch.equal(masks[0], one) for one in masks[1:]) else out
+    return padded(out, masks[0]) if all(torch.equal(masks[0], mask) for mask in masks[1:]) else out
 
 
 def _moved_masks(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
@@ -186,7 +189,7 @@ def _moved_masks(func: Any, name: str, args: tuple, kwargs: dict) -> Any:
     wide = [mask.reshape(*mask.shape, *[1] * rest) for mask in masks]
     out = func(wide if isinstance(args[0], list | tuple) else wide[0], *args[1:], **kwargs)
     many = [out] if isinstance(out, Tensor) else out
-    moved = [one.reshape(one.shape[: one.ndim - rest]) for one in many]
+    moved = [mask.reshape(mask.shape[: mask.ndim - rest]) for mask in many]
     return moved[0] if isinstance(out, Tensor) else moved
 
 
@@ -196,7 +199,8 @@ def _dims(name: str, args: tuple, kwargs: dict, ndim: int) -> set[int]:
     asked = asked or list(args[_BY_ROW[name] :] if name == "flip" else args[_BY_ROW[name] :][:1])
     if not asked and name not in ("repeat_interleave", "roll"):
         asked = [0]
-    flat = [dim for one in asked for dim in (one if isinstance(one, list | tuple) else (one,))]
+    listed = [dims if isinstance(dims, list | tuple) else (dims,) for dims in asked]
+    flat = [dim for dims in listed for dim in dims]
     return {dim % ndim for dim in flat if dim is not None}
 
 
@@ -205,7 +209,7 @@ def _with_rows(out: Any, masks: Any) -> Any:
         return out
     if isinstance(out, Tensor):
         return padded(out, masks)
-    return type(out)(padded(one, mask) for one, mask in zip(out, masks, strict=True))
+    return type(out)(padded(part, mask) for part, mask in zip(out, masks, strict=True))
 
 
 def _selects_columns(x: PaddedTensor, name: str, args: tuple, kwargs: dict) -> bool:

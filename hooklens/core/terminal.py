@@ -14,7 +14,8 @@ def visible(text: str) -> str:
     >>> visible("a\\tb\\x1b[31m")
     'a\\\\tb\\\\x1b[31m'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    shown = [c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text]
+    return "".join(shown)
 
 
 def printable(text: object) -> str:
@@ -23,7 +24,8 @@ def printable(text: object) -> str:
     >>> printable("one\\ntwo \\x9b31m")
     'one\\ntwo \\\\x9b31m'
     """
-    return "".join(c if c in "\n\t" else visible(c) for c in str(text))
+    shown = [c if c in "\n\t" else visible(c) for c in str(text)]
+    return "".join(shown)
 
 
 def json_line(value: Any) -> str:
@@ -33,4 +35,6 @@ def json_line(value: Any) -> str:
     {"name": "é\\u009b\\u202e\\u007f"}
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] if c != "\x7f" else "\\u007f" for c in text)
+    text = text.replace("\x7f", "\\u007f")  # which json.dumps leaves as it is
+    shown = [c if c.isprintable() else json.dumps(c)[1:-1] for c in text]
+    return "".join(shown)

@@ -69,12 +69,12 @@ class WrappedModule(HookedModule):
 
     def resolve(self, where: Where) -> list[HookPoint]:
         """The points selected by a name, `name#1`, site, list or predicate; unknown ones raise with the closest."""
-        found: dict[HookPoint, None] = {}
-        for one in flatten(where):
-            numbered = _NUMBERED.match(one) if isinstance(one, str) else None
-            points = super().resolve(one) if numbered is None else [self._of_call(numbered)]
-            found.update(dict.fromkeys(points))
-        return list(found)
+        chosen: dict[HookPoint, None] = {}
+        for selector in flatten(where):
+            numbered = _NUMBERED.match(selector) if isinstance(selector, str) else None
+            points = super().resolve(selector) if numbered is None else [self._of_call(numbered)]
+            chosen.update(dict.fromkeys(points))
+        return list(chosen)
 
     def _standing(self, points: dict[str, HookPoint]) -> list[HookPoint]:
         return list(points.values())  # they are not part of the module; a point whose module is not called raises
@@ -223,10 +223,10 @@ class ModulePoint(_Listener, HookPoint):
         """The hooks of this call, including those of every call."""
         fired = _Call.innermost()
         call = 0 if fired is None else fired.get(self, 0)
-        one = self.calls.get(call)
+        numbered = self.calls.get(call)
         if fired is not None:
-            fired.update({self: call + 1} if one is None else {self: call + 1, one: 1})
-        hooks = self.active() + ([] if one is None else one.active())
+            fired.update({self: call + 1} if numbered is None else {self: call + 1, numbered: 1})
+        hooks = self.active() + ([] if numbered is None else numbered.active())
         if not hooks:
             return act
         hooks.sort(key=lambda hook: hook.order)
@@ -292,9 +292,13 @@ def _through(value: Any, fire: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return fire(value)
     is_data = dataclasses.is_dataclass(value) and not isinstance(value, Mapping | tuple)
-    items = vars(value) if is_data else value if isinstance(value, Mapping) else None
-    if items is None:
-        items = dict(enumerate(value)) if isinstance(value, tuple | list) else {}
+    items: Mapping[Any, Any] = {}
+    if is_data:
+        items = vars(value)
+    elif isinstance(value, Mapping):
+        items = value
+    elif isinstance(value, tuple | list):
+        items = dict(enumerate(value))
     key = next((key for key, item in items.items() if isinstance(item, Tensor)), None)
     if key is None or (used := fire(items[key])) is items[key]:
         return value

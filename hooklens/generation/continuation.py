@@ -33,7 +33,7 @@ class Stops:
             ids = {*getattr(tokenizer, "stop_ids", ()), getattr(tokenizer, "eos_id", None)} - {None}
             return cls(frozenset(ids))
         given = list(stop) if isinstance(stop, Collection) and not isinstance(stop, str) else [stop]
-        wrong = [one for one in given if isinstance(one, bool) or not isinstance(one, int | str)]
+        wrong = [item for item in given if isinstance(item, bool) or not isinstance(item, int | str)]
         if wrong:
             raise WrongType(f"stop takes token ids and strings, got {wrong[0]!r}; give one or a list of these")
         if "" in given:

@@ -58,8 +58,8 @@ class Decoder:
         if not alike or type(model) is not HookedTransformer:
             return None
         inner = [module for part in (*model.blocks, model.ln_final, model.unembed) if part for module in part.modules()]
-        made = all(type(module) in _KNOWN for module in inner) and not _hooked(map(vars, inner))
-        return cls(model, rows, steps=steps) if made else None
+        is_known = all(type(module) in _KNOWN for module in inner) and not _hooked(map(vars, inner))
+        return cls(model, rows, steps=steps) if is_known else None
 
     def __init__(self, model: "HookedTransformer", rows: int, *, steps: int = PACKING_PAYS_FROM):
         self.model = model
@@ -168,7 +168,8 @@ class _Packed(_Rows):
         self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0], rows)
         self.bias: Float[Tensor, " d_out"] | None = None
         if any(bias is not None for bias in biases):
-            self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in self.layers])
+            biases = [w.new_zeros(len(w)) if b is None else b for w, b in self.layers]
+            self.bias = torch.cat(biases)
 
     def fill(self, x: Stream) -> None:
         self.buffer.copy_(self(x))

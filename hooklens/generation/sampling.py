@@ -334,13 +334,13 @@ def prompt_rows(model: "HookedTransformer", prompt: Prompt) -> list[Row]:
         raise InputError("the prompt is empty; give some text, or at least one token id")
     if isinstance(given[0], Integral) or (isinstance(given[0], Tensor) and given[0].ndim == 0):
         given = [given]
-    return [_row(model, one) for one in given]
+    return [_row(model, prompt) for prompt in given]
 
 
-def _row(model: "HookedTransformer", one: Any) -> Row:
-    if isinstance(one, str):
-        return model.to_tokens(one)[0]
-    ids = as_ids(one, "each prompt is a text or a row of integers", model.device)
+def _row(model: "HookedTransformer", prompt: Any) -> Row:
+    if isinstance(prompt, str):
+        return model.to_tokens(prompt)[0]
+    ids = as_ids(prompt, "each prompt is a text or a row of integers", model.device)
     ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
     if ids.ndim != 1 or len(ids) == 0:
         raise InputError(f"each prompt is one row of at least one token id, got shape {list(ids.shape)}")

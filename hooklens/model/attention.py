@@ -88,8 +88,8 @@ class Attention(HookedPart):
             weight = linear.weight.view(n, self.d_head, -1)
             out = torch.einsum("bphm,hdm->bphd", own, weight)
             return out if linear.bias is None else out + linear.bias.view(n, self.d_head)
-        each = [linear(own[:, :, h]).unflatten(-1, (n, self.d_head))[:, :, h] for h in range(n)]
-        return torch.stack(each, dim=2)
+        by_head = [linear(own[:, :, h]).unflatten(-1, (n, self.d_head))[:, :, h] for h in range(n)]
+        return torch.stack(by_head, dim=2)
 
     def place(self, q: Queries, k: Keys, ctx: Context) -> tuple[Queries, Keys]:
         """q/k norm, then rotary."""
@@ -172,8 +172,8 @@ class Attention(HookedPart):
             return torch.einsum("bqhd,hdm->bqhm", z, self.W_O)
         bias = self.output_bias(z)
         eye = torch.eye(self.n_heads, dtype=z.dtype, device=z.device)
-        each = [self.o((z * eye[h, :, None]).flatten(2)) - bias for h in range(self.n_heads)]
-        return torch.stack(each, dim=2)
+        by_head = [self.o((z * eye[h, :, None]).flatten(2)) - bias for h in range(self.n_heads)]
+        return torch.stack(by_head, dim=2)
 
     def output_matrix(self) -> Float[Tensor, "head d_head d_model"]:
         """W_O, even if `o` is wrapped."""

@@ -67,12 +67,13 @@ class Part:
     def from_json(cls, values: dict[str, Any]):
         """The part with these fields; an unknown field raises an error."""
         check_fields(cls, values, f"field of {cls.__name__}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**hashable)
 
 
-def same_class(one: type, other: type) -> bool:
+def same_class(first: type, second: type) -> bool:
     """Whether two classes are one, possibly defined twice, as by a notebook's cell that is run again."""
-    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+    return (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
 
 
 def check_fields(holder: type, values: dict[str, Any], what: str) -> None:
@@ -114,7 +115,9 @@ def _needed(name: str, kind: Any, value: Any) -> str | None:
         good, bound = good and value > 0, " above 0"
     elif name in _NOT_NEGATIVE:
         good, bound = good and value >= 0, " of at least 0"
-    return None if good else _KINDS[int if whole else float] + bound
+    if good:
+        return None
+    return (_KINDS[int] if whole else _KINDS[float]) + bound
 
 
 def part(slot: str, value: Any) -> Any:
@@ -561,7 +564,7 @@ class HookedTransformerConfig:
         if isinstance(value, list | tuple):
             if name not in _MAY_VARY or len(value) != self.n_layers:
                 raise InputError(f"{name} takes one part (mask, rotary: or a tuple of {self.n_layers}); got {value!r}")
-            parts = tuple(part(slot, one) for one in value)
+            parts = tuple(part(slot, choice) for choice in value)
             return parts[0] if len(set(parts)) == 1 else parts
         if value is None and name not in _MAY_LACK:
             raise InputError(f"{name} must be a part, such as {', '.join(_PARTS[slot])}; got None")
@@ -619,4 +622,4 @@ def _plain(value: Any) -> Any:
         return value.to_json()
     if isinstance(value, Biases):
         return asdict(value)
-    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

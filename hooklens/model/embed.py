@@ -37,8 +37,8 @@ class VectorEmbedding(Linear):
     """Vectors `batch pos d_in` mapped linearly into the stream."""
 
     def __init__(self, cfg: HookedTransformerConfig):
-        made: VectorEmbed = cfg.embed
-        super().__init__(made.d_in, cfg.d_model, bias=made.bias)
+        part: VectorEmbed = cfg.embed
+        super().__init__(part.d_in, cfg.d_model, bias=part.bias)
 
 
 class Unembedding(HookedPart):
@@ -94,7 +94,7 @@ class SinusoidalPositions(nn.Module):
 
 
 def rotary_tables(
-    made: Rotary,
+    part: Rotary,
     d_head: int,
     positions: Int[Tensor, "*batch pos"],
     dtype: torch.dtype,
@@ -108,20 +108,20 @@ def rotary_tables(
     >>> cos[0].tolist(), sin[1].tolist()
     ([1.0, 1.0, 1.0, 1.0], [-0.841..., -0.0099..., 0.841..., 0.0099...])
     """
-    dim = made.dim or d_head
+    dim = part.dim or d_head
     if dim > d_head or dim % 2:
         raise InputError(f"rotary rotates an even number of at most d_head {d_head} dimensions, got {dim}")
     wide = torch.promote_types(dtype, torch.float32)
-    freq = 1.0 / made.base ** (torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim)
+    freq = 1.0 / part.base ** (torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim)
     magnitude = 1.0
-    if isinstance(made.scaling, DividedScaling):
+    if isinstance(part.scaling, DividedScaling):
         lengths = positions.amax(-1) + 1 if lengths is None else lengths
-        freq, magnitude = made.scaling.scale(freq, lengths).unsqueeze(-2), made.scaling.magnitude
-    elif made.scaling is not None:
-        freq = made.scaling.scale(freq)
+        freq, magnitude = part.scaling.scale(freq, lengths).unsqueeze(-2), part.scaling.magnitude
+    elif part.scaling is not None:
+        freq = part.scaling.scale(freq)
     angle = positions[..., None].to(wide) * freq
     cos, sin = (angle.cos() * magnitude).to(dtype), (angle.sin() * magnitude).to(dtype)
-    if made.interleaved:
+    if part.interleaved:
         return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 

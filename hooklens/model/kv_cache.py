@@ -141,11 +141,11 @@ class Context:
             return x
         return x[torch.arange(x.shape[0], device=x.device), self.chosen][:, None]
 
-    def tables(self, made: Rotary, d_head: int, dtype: torch.dtype) -> tuple[Angles, Angles]:
+    def tables(self, part: Rotary, d_head: int, dtype: torch.dtype) -> tuple[Angles, Angles]:
         """Cosines and sines at the positions of this pass, computed once for all layers."""
-        key = (made, d_head, dtype)
+        key = (part, d_head, dtype)
         if key not in self._tables:
-            cos, sin = rotary_tables(made, d_head, self.positions, dtype, self.lengths)
+            cos, sin = rotary_tables(part, d_head, self.positions, dtype, self.lengths)
             self._tables[key] = (cos, sin) if cos.ndim == 3 else (cos[None], sin[None])
         return self._tables[key]
 

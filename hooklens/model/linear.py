@@ -142,8 +142,8 @@ def matrix_of(linear: nn.Module, d_in: int) -> Float[Tensor, "d_out d_in"]:
     like = next(p for p in linear.parameters() if p.is_floating_point())
     matrix = without_bias(linear, torch.eye(d_in, dtype=like.dtype, device=like.device)[None])[0].mT
     probe = torch.linspace(-1, 1, 3 * d_in, dtype=like.dtype, device=like.device).view(1, 3, d_in)
-    found, expected = without_bias(linear, probe), F.linear(probe, matrix)
-    if not bool((found - expected).abs().max() <= torch.finfo(like.dtype).eps ** 0.5 * found.abs().max()):
+    computed, expected = without_bias(linear, probe), F.linear(probe, matrix)
+    if not bool((computed - expected).abs().max() <= torch.finfo(like.dtype).eps ** 0.5 * computed.abs().max()):
         raise InputError(
             f"this method needs the matrix of a {type(linear).__name__}, which is not a linear map in its current "
             "state: call model.eval(), remove torch hooks that edit it, or merge the adapter into the weight"

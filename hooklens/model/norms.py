@@ -83,10 +83,10 @@ class LayerNorm(Norm):
     [[-1.0, -1.0, 1.0, 1.0]]
     """
 
-    def __init__(self, width: int, made: LayerNormPart):
-        super().__init__(width, made.eps)
-        self.weight = nn.Parameter(torch.ones(width)) if made.affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if made.affine and made.bias else None
+    def __init__(self, width: int, part: LayerNormPart):
+        super().__init__(width, part.eps)
+        self.weight = nn.Parameter(torch.ones(width)) if part.affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if part.affine and part.bias else None
 
     def centred(self, x: Vector) -> Vector:
         return x - x.mean(-1, keepdim=True)
@@ -102,10 +102,10 @@ class RMSNorm(Norm):
     [[1.0, 1.0]]
     """
 
-    def __init__(self, width: int, made: RMSNormPart):
-        super().__init__(width, made.eps)
-        self.offset, self.unit_weight = made.weight_offset, 1.0 - made.weight_offset
-        self.weight = nn.Parameter(torch.full((width,), self.unit_weight)) if made.affine else None
+    def __init__(self, width: int, part: RMSNormPart):
+        super().__init__(width, part.eps)
+        self.offset, self.unit_weight = part.weight_offset, 1.0 - part.weight_offset
+        self.weight = nn.Parameter(torch.full((width,), self.unit_weight)) if part.affine else None
 
     def gain(self) -> Float[Tensor, "width"] | None:
         if self.weight is None or not self.offset:
@@ -201,16 +201,16 @@ class Passage(NamedTuple):
         return x if self.factor == 1.0 else x * self.factor
 
 
-def make_norm(width: int, made: NormPart | None) -> Norm | None:
+def make_norm(width: int, part: NormPart | None) -> Norm | None:
     """Build the norm that a part describes; None for None.
 
     >>> make_norm(8, None) is None
     True
     """
-    if made is None:
+    if part is None:
         return None
-    if isinstance(made, LayerNormPart):
-        return LayerNorm(width, made)
-    if isinstance(made, RMSNormPart):
-        return RMSNorm(width, made)
-    raise InputError(f"no module is known for the norm {made!r}; there are LayerNormPart and RMSNormPart")
+    if isinstance(part, LayerNormPart):
+        return LayerNorm(width, part)
+    if isinstance(part, RMSNormPart):
+        return RMSNorm(width, part)
+    raise InputError(f"no module is known for the norm {part!r}; there are LayerNormPart and RMSNormPart")

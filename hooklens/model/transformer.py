@@ -186,8 +186,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
             value = layer_number(name, value)
             if value is not None and not -n <= value <= n:
                 raise InputError(f"{name}={value} is out of range: this model has layers 0 to {n - 1} (or -{n} to -1)")
-        start = 0 if start_at is None else start_at + n if start_at < 0 else start_at
-        stop = n if stop_at is None else stop_at + n if stop_at < 0 else stop_at
+        start, stop = (0 if start_at is None else start_at), (n if stop_at is None else stop_at)
+        start, stop = start + n * (start < 0), stop + n * (stop < 0)
         if stop < start:
             raise InputError(f"stop_at_layer={stop_at} lies before start_at_layer={start_at}")
         return start, stop
@@ -246,7 +246,8 @@ class HookedTransformer(KeepsPropertyErrors, HookedModule):
     def _by_length(self) -> set[DividedScaling]:
         """The rotary scalings whose frequencies depend on the number of tokens in a row."""
         rotary = [self.cfg.rotary_at(layer) for layer in range(self.cfg.n_layers)]
-        return {one.scaling for one in rotary if one is not None and isinstance(one.scaling, DividedScaling)}
+        scalings = {part.scaling for part in rotary if part is not None}
+        return {scaling for scaling in scalings if isinstance(scaling, DividedScaling)}
 
     def _measured(self, ctx: Context) -> Context:
         """The context with its rows' lengths; rebuilds the cache if these change its rotary frequencies."""

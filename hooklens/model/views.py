@@ -138,7 +138,7 @@ def _guarded(out: Any, copies: Sequence[Tensor]) -> Any:
     if torch.compiler.is_compiling():  # the compiler cannot trace this
         return out
     if type(out) in (tuple, list):
-        return type(out)(_guarded(one, copies) for one in out)
+        return type(out)(_guarded(part, copies) for part in out)
     if isinstance(out, Tensor) and any(_is_alias_of(out, copy) for copy in copies):
         return out.as_subclass(ReadOnlyView)
     return out

@@ -127,21 +127,21 @@ def _run_bins(
     # All bins are made before finished ones are left out, so that the rest runs in the same batches as ever.
     bins = [[item] for item in items] if plain else make_bins(patches, items, rows)
     finished = kept.finished()
-    bins = [one for one in bins if not finished.issuperset(item.patch for item in one)]
-    n_todo = len({item.patch for one in bins for item in one})
+    bins = [some for some in bins if not finished.issuperset(item.patch for item in some)]
+    n_todo = len({item.patch for some in bins for item in some})
     if advance is None:
         bar: Any = progress(patches.title, n_todo, unit=patches.unit)
     else:  # a bar that is there already moves on by those that need no run
         advance(len(patches) - n_todo)
         bar = nullcontext(advance)
     with bar as move:
-        for one in bins:
-            numbers = {item.patch for item in one}
-            with within(move, len(numbers), patches.rows_of_layers(one)):
+        for some in bins:
+            numbers = {item.patch for item in some}
+            with within(move, len(numbers), patches.rows_of_layers(some)):
                 if plain:
-                    values[one[0].patch] = patches.plain([one[0].patch], reader)[0]
+                    values[some[0].patch] = patches.plain([some[0].patch], reader)[0]
                 else:
-                    _run_bin(patches, reader, one, values, rows)
+                    _run_bin(patches, reader, some, values, rows)
             kept.save(numbers)
 
 
@@ -163,7 +163,7 @@ def make_bins(patches: Patches, items: Iterable[Item], rows: int) -> list[list[I
             filled = 0
         bins[-1] += by_patch[number]
         filled += weights[number]
-    return [one for one in bins if one]
+    return [some for some in bins if some]
 
 
 def _run_bin(patches: Patches, reader: Reader, items: list[Item], values: Tensor, rows: int) -> None:

@@ -48,8 +48,8 @@ class Edits:
     ) -> Float[Tensor, "edit prompt"]:
         """The metric of every prompt under every edit."""
         whole = why_plain(model) is not None
-        streams = (one for some in self.streams(model, tokens, advance) for one in some)
-        return torch.stack([Reader(model, metric, one, whole=whole).base for one in streams])
+        streams = (stream for some in self.streams(model, tokens, advance) for stream in some)
+        return torch.stack([Reader(model, metric, stream, whole=whole).base for stream in streams])
 
 
 def by_edit(index: Index, edits: Sequence[Callable[[Index], Hooks]]) -> Hooks:

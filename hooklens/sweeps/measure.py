@@ -140,7 +140,7 @@ class Reader:
         if value is None or (value.ndim == 0 and self.n_pairs > 1):
             self.by_pair = True
             values = [self._numbers(self.metric(logits[i : i + 1])) for i in range(self.n_pairs)]
-            value = torch.stack([one.squeeze() for one in values])
+            value = torch.stack([number.squeeze() for number in values])
         return value
 
     def on_logits(self, logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:

@@ -109,7 +109,9 @@ def read_components(model: HookedTransformer, asked: Any, what: str = "component
         if named.kind == "head" and named.keyed:  # keys and values are shared, the head is not
             raise no_component(asked, what)
         return [_check(model, named, what)]
-    parts = (asked.name, asked.layer) if isinstance(asked, Site) else tuple(asked) if _is_tuple(asked) else ()
+    parts: tuple = tuple(asked) if _is_tuple(asked) else ()
+    if isinstance(asked, Site):
+        parts = (asked.name, asked.layer)
     if len(parts) == 2 and _is_number(parts[0]):
         parts = ("head", *parts)
     kind = _KINDS.get(parts[0]) if parts and isinstance(parts[0], str) else None
@@ -140,7 +142,8 @@ def read_senders(model: HookedTransformer, asked: Any) -> tuple[Component, ...]:
     >>> [sender.name for sender in read_senders(tiny_model(), ["heads", "MLP1", "embed"])]
     ['L0H0', 'L0H1', 'L1H0', 'L1H1', 'MLP1', 'embed']
     """
-    asked = ["heads", *(() if model.cfg.attn_only else ["mlps"])] if asked is None else asked
+    if asked is None:
+        asked = ["heads"] if model.cfg.attn_only else ["heads", "mlps"]
     return tuple(dict.fromkeys(_read(model, asked, "sender", {"heads": _heads(model), "mlps": _mlps(model)})))
 
 
@@ -173,13 +176,13 @@ def read_heads(model: HookedTransformer, heads: Any) -> list[tuple[int, int]]:
 def _read(model: HookedTransformer, asked: Any, what: str, sets: dict[str, list[Component]]) -> list[Component]:
     """The components that a user asks for as `what`; the words in `sets` stand for several."""
     nodes: list[Component] = []
-    for one in listed(asked, f"{what}s"):
-        if isinstance(one, At) and what != "head":
-            nodes += _placed(_read(model, one.node, what, sets), one)
-        elif isinstance(one, str) and one in sets:
-            nodes += sets[one]
+    for item in listed(asked, f"{what}s"):
+        if isinstance(item, At) and what != "head":
+            nodes += _placed(_read(model, item.node, what, sets), item)
+        elif isinstance(item, str) and item in sets:
+            nodes += sets[item]
         else:
-            nodes += of_kinds(read_components(model, one, what), what)
+            nodes += of_kinds(read_components(model, item, what), what)
     if not nodes:
         raise InputError(f"{what}s= names none; give at least one: {_TAKES[what][1]}")
     return nodes
@@ -220,8 +223,10 @@ def listed(asked: Any, what: str) -> Iterable[Any]:
     raise WrongType(f"{what} are a list of names or tuples, got {asked!r:.80}")
 
 
-def _plain(one: tuple) -> bool:
-    return len(one) > 1 and all(map(_is_number, one[1:])) and (_is_number(one[0]) or one[0] in _KINDS)
+def _plain(selector: tuple) -> bool:
+    return (
+        len(selector) > 1 and all(map(_is_number, selector[1:])) and (_is_number(selector[0]) or selector[0] in _KINDS)
+    )
 
 
 def _is_tuple(asked: Any) -> bool:

@@ -311,10 +311,10 @@ def _asked_anew(plan: PathPlan, reads: Live, layer: int, index: Index) -> Flat:
     q, _ = attn.place(q, q[:, :, : attn.n_kv_heads], ctx)
     keys, values = plan.base.past.of_layer(layer)
     z, every = torch.empty_like(q), torch.arange(plan.tokens.shape[1], device=pos.device)
-    for one in pair.unique().tolist():
-        here = pair == one
+    for number in pair.unique().tolist():
+        here = pair == number
         view = View(attn.mask.allows(pos[here, None], every)[None, None])
-        z[:, here] = attn.mix(q[:, here], keys[one : one + 1], values[one : one + 1], view)
+        z[:, here] = attn.mix(q[:, here], keys[number : number + 1], values[number : number + 1], view)
     old = plan.base.z[layer][pair, pos]
     new = old.clone()
     where = reads.where("q", layer, index)

@@ -92,8 +92,8 @@ class PathPlan:
             return None
         heads: list[int | None] = [*self.heads_at(kind, layer)] or [None]
         where = torch.zeros(*self.tokens.shape, len(heads), dtype=torch.bool, device=self.tokens.device)
-        for one in some:
-            where[:, :, heads.index(one.head)] |= self.here(one)
+        for node in some:
+            where[:, :, heads.index(node.head)] |= self.here(node)
         return where
 
     def here(self, node: Sender | Receiver) -> Bool[Tensor, "pair pos"]:
@@ -121,7 +121,7 @@ class PathPlan:
 
     @cached_property
     def _first_read(self) -> Int[Tensor, "pair"]:
-        read = torch.stack([self.here(one) for one in self.receivers]).any(0)
+        read = torch.stack([self.here(receiver) for receiver in self.receivers]).any(0)
         return read.long().argmax(1)
 
 

@@ -83,7 +83,8 @@ class Plan:
         """The index, behind the pair axis, of what the patch overwrites in its point's activation."""
         chosen = {self.pos_name: patch.pos, "d_mlp": patch.neuron}
         chosen |= dict.fromkeys(_HEAD_AXES, patch.head)
-        return tuple(slice(None) if chosen.get(name) is None else chosen[name] for name in self.axes[1:])
+        index = [slice(None) if chosen.get(name) is None else chosen[name] for name in self.axes[1:]]
+        return tuple(index)
 
 
 @dataclass(eq=False)
@@ -133,7 +134,9 @@ def _read(asked: str | tuple | Site) -> Site:
         raise WrongType(
             f"one site is swept at a time, such as 'z' or hl.site('z', 5); sweep each of {asked!r:.60} alone"
         )
-    named = asked if isinstance(asked, Site) else site(*asked) if isinstance(asked, tuple) else site(asked)
+    named = asked
+    if not isinstance(asked, Site):
+        named = site(*asked) if isinstance(asked, tuple) else site(asked)
     name = _ALIASES.get(named.name, named.name)
     if name not in SITES:
         raise did_you_mean("site to sweep", name, SITES)

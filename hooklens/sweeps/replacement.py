@@ -284,7 +284,7 @@ class Resample(Replacement):
         whole("draws", self.draws, 1)
         pool, generator = targets[0].rows(self.reference), seeded(self.seed)
         donors = [donors_of(target.tokens, pool, self.draws, generator) for target in targets]
-        return [[each[draw % len(each)] for each in donors] for draw in range(max(map(len, donors)))]
+        return [[donor[draw % len(donor)] for donor in donors] for draw in range(max(map(len, donors)))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -150,7 +150,7 @@ def key_of(model: HookedTransformer, asked: tuple[Any, Mapping[str, Any]], metri
 def _hash_or_name(part: Any, name: str) -> Any:
     """A hash of a value to write, or what it is called where it cannot be hashed."""
     if isinstance(part, tuple):
-        return tuple(_hash_or_name(one, name) for one in part)
+        return tuple(_hash_or_name(item, name) for item in part)
     try:
         return identity(part, name)
     except InputError:

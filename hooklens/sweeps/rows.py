@@ -81,11 +81,11 @@ class PackedContext(Context):
     def select(self, x: Shaped[Tensor, "one row ..."]) -> Shaped[Tensor, "one query ..."]:
         return x if self.index is None else x[:, self.index]
 
-    def tables(self, made, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        key = (made, d_head, dtype)
+    def tables(self, part, d_head: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        key = (part, d_head, dtype)
         if key not in self._tables:
             every = torch.arange(self.n_pos, device=self.positions.device)
-            cos, sin = rotary_tables(made, d_head, every, dtype)
+            cos, sin = rotary_tables(part, d_head, every, dtype)
             self._tables[key] = (cos[None, self.positions], sin[None, self.positions])
         return self._tables[key]
 

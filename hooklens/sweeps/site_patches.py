@@ -142,7 +142,7 @@ def _propagate(plan: Plan, reader: Reader, items: Sequence[Item]) -> list[Tensor
     groups: list[Group] = []
     out: dict[int, Tensor] = {}
     for layer in range(min(layer for layer, _ in joining), last + 1):
-        new = [entering(plan, layer, start, one) for (at, (start, *_)), one in joining.items() if at == layer]
+        new = [entering(plan, layer, start, patches) for (at, (start, *_)), patches in joining.items() if at == layer]
         if before:
             groups = merge(groups + new)
         if groups:

@@ -86,7 +86,9 @@ class InformationFlow(Result):
 
         NaN where the receiver as a whole moves nothing beyond chance.
         """
-        known = torch.tensor([excludes_zero(one, self.group) for one in self.total.T], device=self.total.device)
+        known = torch.tensor(
+            [excludes_zero(per_pair, self.group) for per_pair in self.total.T], device=self.total.device
+        )
         return torch.where(known, self.effect / self.total.mean(0), float("nan"))
 
     def interval(self, level: float = 0.95) -> Ends:

@@ -104,11 +104,11 @@ def read_patches(model: HookedTransformer, asked: Any) -> list[Patch]:
     True
     """
     patches = []
-    for one in [asked] if isinstance(asked, Patch) else listed(asked, "patches"):
-        if isinstance(one, Patch):
-            patches.append(one)
+    for item in [asked] if isinstance(asked, Patch) else listed(asked, "patches"):
+        if isinstance(item, Patch):
+            patches.append(item)
             continue
-        for node in of_kinds(read_components(model, one, "patch"), "patch"):
+        for node in of_kinds(read_components(model, item, "patch"), "patch"):
             if isinstance(node.pos, tuple):
                 raise InputError(f"a patch has one position for all prompts, got {node.pos}; ablate them one by one")
             patches.append(Patch(node.layer, node.pos, node.head, node.neuron))
@@ -121,7 +121,11 @@ def patch_name(patch: Patch) -> str:
     >>> patch_name(Patch(5, head=1)), patch_name(Patch(2, pos=3))
     ('L5H1', 'L2@3')
     """
-    kind = "neuron" if patch.neuron is not None else "layer" if patch.head is None else "head"
+    kind = "layer"
+    if patch.neuron is not None:
+        kind = "neuron"
+    elif patch.head is not None:
+        kind = "head"
     return Component(kind, patch.layer, patch.head, patch.neuron, pos=patch.pos).name
 
 
@@ -131,7 +135,8 @@ def cell_name(by: Sequence[str], labels: Mapping[str, Sequence[str]], index: Seq
     if "patch" in parts:
         return labels["patch"][index[0]] if "patch" in labels else f"patch {index[0]}"
     named = {axis: labels.get(axis) for axis in _PREFIX if axis in parts}
-    name = "".join(f"{_PREFIX[axis]}{parts[axis]}" if of is None else of[parts[axis]] for axis, of in named.items())
+    words = [f"{_PREFIX[axis]}{parts[axis]}" if of is None else of[parts[axis]] for axis, of in named.items()]
+    name = "".join(words)
     return name + (f" {labels['pos'][parts['pos']]!r} ({parts['pos']})" if "pos" in parts else "")
 
 

@@ -98,14 +98,14 @@ class _Between:
         """How far the metric moves when all that the receivers read is the clean run's."""
         swept, asked, rest = self._some(index)
         n, metric = self.model.cfg.n_layers, base.per_pair.new_zeros(len(swept))
-        for one in read_pairs(self.model, swept.clean, swept.corrupted, ()):
-            own = of_pairs(self._at(receivers, asked), one.index, len(swept))
-            points = [(r, point_of(self.model, r.kind, r.layer)) for r in on_tokens(own, *one.clean.shape)]
+        for group in read_pairs(self.model, swept.clean, swept.corrupted, ()):
+            own = of_pairs(self._at(receivers, asked), group.index, len(swept))
+            points = [(r, point_of(self.model, r.kind, r.layer)) for r in on_tokens(own, *group.clean.shape)]
             with torch.no_grad():
-                _, cache = self.model.run_with_cache(one.clean, [at for _, at in points], stop_at_layer=n)
+                _, cache = self.model.run_with_cache(group.clean, [at for _, at in points], stop_at_layer=n)
                 hooks = [(at, _clean_into(cache[at], r)) for r, at in points]
-                stream = self.model.run_with_hooks(one.corrupted, fwd_hooks=hooks, stop_at_layer=n)
-                metric[list(one.index)] = Reader(self.model, one.of(swept.metric), stream).base
+                stream = self.model.run_with_hooks(group.corrupted, fwd_hooks=hooks, stop_at_layer=n)
+                metric[list(group.index)] = Reader(self.model, group.of(swept.metric), stream).base
         return metric[rest] - base.corrupted_per_pair
 
     def _at(self, nodes: Sequence[Component], asked: list[int]) -> tuple[Component, ...]:
@@ -123,7 +123,7 @@ def _named(model: HookedTransformer, receivers: Any) -> dict[str, tuple[Receiver
     """Receivers that are patched together, by what they are called."""
     if isinstance(receivers, Mapping):
         return {str(name): read_receivers(model, some) for name, some in receivers.items()}
-    return {one.name: (one,) for one in read_receivers(model, receivers)}
+    return {receiver.name: (receiver,) for receiver in read_receivers(model, receivers)}
 
 
 def _clean_into(value: Tensor, receiver: Receiver) -> HookFn:

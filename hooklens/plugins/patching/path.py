@@ -235,7 +235,9 @@ def path_patch(
             f"a path carries the value of the pair's other run, value='clean' or 'corrupted'; got {replacement.label!r}"
         )
     from_run, into = ("clean", "corrupted") if is_run(replacement, "clean") else ("corrupted", "clean")
-    semantics = EDGES if held is None else FIXED if held.mlps == "recomputed" else FIXED_FROZEN
+    semantics = EDGES
+    if held is not None:
+        semantics = FIXED if held.mlps == "recomputed" else FIXED_FROZEN
     starts, ends = read_senders(model, senders), read_receivers(model, receivers if held is None else held.receivers)
     pairs = as_pairs(model, clean, corrupted, metric)
     groups = read_aligned(model, pairs.clean, pairs.corrupted)
@@ -257,13 +259,14 @@ def path_patch(
             parts.append(with_other(model, outcome, group, from_run))
     outcome, order = joined(groups, parts), Order(model)
     last = max(order.reads_at(receiver) for receiver in ends)
+    places = [(sender.layer, -1 if sender.head is None else sender.head) for sender in starts]
     return PathSweep(
         per_pair=outcome.values.T,
         senders=[sender.name for sender in starts],
         receivers=[receiver.name for receiver in ends],
         semantics=semantics,
         into=into,
-        place=torch.tensor([[s.layer, -1 if s.head is None else s.head] for s in starts]),
+        place=torch.tensor(places),
         reaches=torch.tensor([order.feeds_from(sender) <= last for sender in starts]),
         shape=(model.cfg.n_layers, model.cfg.n_heads),
         group=group_numbers(len(pairs), pairs.group),

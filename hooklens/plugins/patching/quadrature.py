@@ -62,7 +62,7 @@ def _simpson(at: Tensor, slopes: Slopes, panels: Int[Tensor, "prompt panel 3"]) 
     left, middle, right = panels.unbind(-1)
     width = (at[right, prompt] - at[left, prompt]).to(slopes)[..., None]
     prompt = prompt.to(slopes.device)
-    left, middle, right = (each.to(slopes.device) for each in (left, middle, right))
+    left, middle, right = (ends.to(slopes.device) for ends in (left, middle, right))
     return width / 6 * (slopes[left, prompt] + 4 * slopes[middle, prompt] + slopes[right, prompt])
 
 

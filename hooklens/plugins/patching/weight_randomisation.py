@@ -48,7 +48,7 @@ class WeightRandomisation(Result):
 
         start = torch.ones(1, dtype=self.signed.dtype)
         both = {"signed": self.signed, "absolute": self.absolute}
-        curves = {name: torch.cat([start, each.nanmean(1).cpu()]) for name, each in both.items()}
+        curves = {name: torch.cat([start, correlation.nanmean(1).cpu()]) for name, correlation in both.items()}
         title = f"Rank correlation with the original, scrambling down to {self.scrambled[-1]}"
         return lines(curves, None, None, title, x_title="stage (0: the model itself)", y_title="rank correlation")
 
