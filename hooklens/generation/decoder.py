@@ -168,8 +168,8 @@ class _Packed(_Rows):
         self.weight = pack(torch.cat(weights) if len(weights) > 1 else weights[0], rows)
         self.bias: Float[Tensor, " d_out"] | None = None
         if any(bias is not None for bias in biases):
-            biases = [w.new_zeros(len(w)) if b is None else b for w, b in self.layers]
-            self.bias = torch.cat(biases)
+            rows_of_bias = [w.new_zeros(len(w)) if b is None else b for w, b in self.layers]
+            self.bias = torch.cat(rows_of_bias)
 
     def fill(self, x: Stream) -> None:
         self.buffer.copy_(self(x))

@@ -134,13 +134,12 @@ def _read(asked: str | tuple | Site) -> Site:
         raise WrongType(
             f"one site is swept at a time, such as 'z' or hl.site('z', 5); sweep each of {asked!r:.60} alone"
         )
-    named = asked
     if not isinstance(asked, Site):
-        named = site(*asked) if isinstance(asked, tuple) else site(asked)
-    name = _ALIASES.get(named.name, named.name)
+        asked = site(*asked) if isinstance(asked, tuple) else site(asked)
+    name = _ALIASES.get(asked.name, asked.name)
     if name not in SITES:
         raise did_you_mean("site to sweep", name, SITES)
-    return replace(named, name=name)
+    return replace(asked, name=name)
 
 
 def has_site(model: HookedTransformer, site: str) -> str:
