@@ -1,6 +1,7 @@
 """Code that can be read: calls by name, conditions on lines of their own, names that say what a thing is."""
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,13 @@ VAGUE = {"found", "one", "each", "made"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 Fault = tuple[int, str]
+
+
+@functools.cache
+def syntax_trees() -> dict[str, ast.AST]:
+    """Every module of the library, parsed."""
+    paths = sorted(ROOT.rglob("*.py"))
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def crowded(tree: ast.AST) -> Iterator[Fault]:
@@ -67,8 +75,5 @@ def test_the_checks_see_what_they_look_for(check, source, faults):
 
 @pytest.mark.parametrize("check", [crowded, nested, vague])
 def test_the_library_is_written_plainly(check: Callable[[ast.AST], Iterator[Fault]]):
-    faults = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        if here := list(check(ast.parse(path.read_text(encoding="utf-8")))):
-            faults[str(path.relative_to(ROOT))] = here
-    assert faults == {}
+    faults = {name: list(check(tree)) for name, tree in syntax_trees().items()}
+    assert {name: places for name, places in faults.items() if places} == {}
