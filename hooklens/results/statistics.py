@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
-from hooklens.core.errors import InputError
+from hooklens.core.errors import ArgumentError, InputError
 from hooklens.core.precision import widened
 
 Ends = tuple[Float[Tensor, "*cell"], Float[Tensor, "*cell"]]
@@ -60,6 +60,7 @@ def ratio_interval(
     Reference: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", section 13.3; Hesterberg (2015), "What
     Teachers Should Know About the Bootstrap", section 4 (expanded percentiles).
     """
+    _check_level(level)
     number, numerator, denominator = group_numbers(len(denominator), group), widened(numerator), widened(denominator)
     if int(number.max()) < 1:
         return _no_interval(numerator)
@@ -86,6 +87,7 @@ def studentised_interval(
     Reference: Efron and Tibshirani (1993), "An Introduction to the Bootstrap", section 12.5; Cameron, Gelbach and
     Miller (2008), "Bootstrap-Based Improvements for Inference with Clustered Errors", for groups.
     """
+    _check_level(level)
     number, wide = group_numbers(len(values), group), widened(values).double()
     n = int(number.max()) + 1
     if n < 3:
@@ -141,6 +143,13 @@ def few_groups(n: int, before: str = "") -> str:
     if n < 2:
         return f"{before}one group has no interval"
     return f"{before}few groups: 95 % intervals of {n} cover about {_COVERAGE[n]} %"
+
+
+def _check_level(level: float) -> None:
+    if not isinstance(level, int | float) or not 0 < level < 1:
+        raise ArgumentError(
+            "{level} is the share of cases that an interval covers, between 0 and 1 (0.95: 95 %), got {0}", level
+        )
 
 
 def _tail(number: Int[Tensor, "pair"], level: float) -> float:

@@ -7,6 +7,7 @@ import torch
 from close import close
 from hypothesis import given
 from hypothesis import strategies as st
+from refused import refused
 
 from hooklens.core.errors import InputError
 from hooklens.results.statistics import (
@@ -56,6 +57,13 @@ def test_an_interval_of_very_few_groups_is_their_range(n):
     values = torch.arange(float(n))
     low, high = mean_interval(values)
     assert (float(low), float(high)) == (0.0, n - 1.0)
+
+
+@pytest.mark.parametrize("level", [95, 0, 1.0, -0.5, "0.95"])
+@pytest.mark.parametrize("interval", [mean_interval, studentised_interval])
+def test_a_level_in_percent_ended_in_an_error_of_the_standard_library(interval, level):
+    with refused(InputError, r"level is the share of cases .* between 0 and 1"):
+        interval(torch.arange(5.0), level=level)
 
 
 def test_one_group_has_no_interval():
