@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 from hooklens.core.arguments import whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.model.ids import as_ids, show
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probe_use import NULLS, random_directions
@@ -19,9 +20,6 @@ from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.results.result import Result
 from hooklens.results.statistics import auc, null_p
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 500  # random directions: each is compared with every row of the embedding
 _COLOURS = ("#d55e00", "#0072b2")
@@ -87,7 +85,7 @@ class TokenProjection(Result):
 
 
 def project_tokens(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     probe: Probe,
     tokens: Sequence[int] | Int[Tensor, "token"],
     label: Sequence[int] | Int[Tensor, "token"],
@@ -169,7 +167,7 @@ def _across(embed: Tensor, where: Tensor, second: Probe | None) -> tuple[Tensor,
     return embed @ axis, "largest remaining variance"
 
 
-def demo(model: "HookedTransformer") -> TokenProjection:
+def demo(model: HookedTransformer) -> TokenProjection:
     """Odd and even token numbers along a direction at the first layer; works on any model, without a tokenizer."""
     task = odd_first(model)
     x = gather(model, task, site="blocks.0.hook_resid_post").x[0]

@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,16 +13,14 @@ from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Pairs
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.sweeps.measure import Reader
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _ROWS = 2048  # maximum number of positions per forward pass
 
 
 def run_edited(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     groups: list[Pairs],
     metric: Any,
     *,
@@ -46,7 +44,7 @@ def run_edited(
 
 
 def _of_one_length(
-    model: "HookedTransformer", pairs: Pairs, metric: Any, *, point: str, pos: Tensor, shift: Tensor, directions: Tensor
+    model: HookedTransformer, pairs: Pairs, metric: Any, *, point: str, pos: Tensor, shift: Tensor, directions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Runs start at the edited layer and at the first edited position, with the earlier keys and values cached."""
     layer, n, n_layers = getattr(parse(point), "layer", 0), len(pairs.clean), model.cfg.n_layers

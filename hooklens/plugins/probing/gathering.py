@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,12 @@ from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.config import TokenEmbed
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.scoring import as_rows
 from hooklens.plugins.probing.store import Files, Memory, temporary_folder
 from hooklens.plugins.probing.task import PerPrompt, ProbeTask, checked_task, components, positions_of
 from hooklens.results.result import Result
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _AT_ONCE = 2**28  # maximum bytes of activations per batch before positions are selected
 _MOST_TOKENS = 8192
@@ -81,7 +79,7 @@ class Activations(Result):
 
 
 def gather(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: ProbeTask | Prompts,
     *,
     site: Where = "resid_post",
@@ -150,7 +148,7 @@ def gather(
 
 
 def task_rows(
-    model: "HookedTransformer", tasks: Sequence[ProbeTask], site: Where
+    model: HookedTransformer, tasks: Sequence[ProbeTask], site: Where
 ) -> tuple[str, torch.dtype, list[np.ndarray]]:
     """The full name of one point, the dtype of its activations, and the rows of each task, which has two classes.
 
@@ -173,7 +171,7 @@ def task_rows(
 
 
 def _examples(
-    model: "HookedTransformer", prompts: ProbeTask | Prompts, pos: int | PerPrompt | None
+    model: HookedTransformer, prompts: ProbeTask | Prompts, pos: int | PerPrompt | None
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Token rows, and the prompt, position and group of every example."""
     if isinstance(prompts, ProbeTask):
@@ -185,7 +183,7 @@ def _examples(
     return rows, prompt, torch.tensor([place for chosen in places for place in chosen]), same
 
 
-def _tokens_at_once(model: "HookedTransformer", points: list[str]) -> int:
+def _tokens_at_once(model: HookedTransformer, points: list[str]) -> int:
     cfg = model.cfg
     widest = max(cfg.d_model, cfg.d_mlp or 0, cfg.n_heads * cfg.d_head)
     widest = max(widest, cfg.d_vocab_out if any(_stop(point) is None for point in points) else 0)
@@ -215,7 +213,7 @@ def _stop(point: str) -> int | None:
     return 0 if point in ("hook_embed", "hook_pos_embed") else None
 
 
-def _run(model: "HookedTransformer", rows: list[Tensor], points: list[str]) -> Any:
+def _run(model: HookedTransformer, rows: list[Tensor], points: list[str]) -> Any:
     """The values of the points and of the embedding for a batch, padded on the right."""
     lengths, tokens = torch.tensor([len(row) for row in rows]), pad_sequence(rows, batch_first=True)
     real = torch.arange(tokens.shape[1]) < lengths[:, None]
@@ -227,7 +225,7 @@ def _run(model: "HookedTransformer", rows: list[Tensor], points: list[str]) -> A
     return cache
 
 
-def _width(model: "HookedTransformer", points: list[str], row: Tensor) -> int:
+def _width(model: HookedTransformer, points: list[str], row: Tensor) -> int:
     """The vector size of a point at one position, from a run on one prompt; all points must have the same size."""
     if not points:
         raise InputError("the site selects no point to gather; give one such as 'resid_post'")
@@ -247,7 +245,7 @@ def _width(model: "HookedTransformer", points: list[str], row: Tensor) -> int:
 
 
 def _values(
-    model: "HookedTransformer", rows: list[Tensor], points: list[str], at: tuple[Tensor, Tensor], *, average: bool
+    model: HookedTransformer, rows: list[Tensor], points: list[str], at: tuple[Tensor, Tensor], *, average: bool
 ) -> dict[str, Tensor]:
     """The vectors that a store keeps of one batch, at these rows and positions."""
     cache = _run(model, rows, points)
@@ -261,7 +259,7 @@ def _running_mean(x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos d
     return x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
 
 
-def _hooked(model: "HookedTransformer") -> bool:
+def _hooked(model: HookedTransformer) -> bool:
     """Whether any hook is active that could edit activations."""
     torch_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return torch_hooks or edited_elsewhere(model.hook_points().values())

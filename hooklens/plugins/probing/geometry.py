@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.folds import shuffled, split
 from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
@@ -21,9 +22,6 @@ from hooklens.plugins.probing.task import ProbeTask
 from hooklens.results.result import Result
 from hooklens.results.statistics import null_p, q_values
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 200  # shuffled labellings: a direction is fitted to each, at every task
 _MASS_MEAN = MassMean()
@@ -88,7 +86,7 @@ class Geometry(Result):
 
 
 def measure_geometry(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tasks: Sequence[ProbeTask],
     *,
     site: Where,
@@ -148,7 +146,7 @@ def direction_of(kind: ProbeKind, x: np.ndarray, label: Int[Tensor, "example"]) 
     return across / across.norm().clamp_min(1e-300)
 
 
-def demo(model: "HookedTransformer") -> Geometry:
+def demo(model: HookedTransformer) -> Geometry:
     """Odd first tokens in two draws of random prompts, at the first layer; works on any model, without a tokenizer."""
     tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
     return measure_geometry(model, tasks, site="blocks.0.hook_resid_post", draws=50)

@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.core.errors import InputError
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.task import ProbeTask, read_task
+from hooklens.pretrained.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-    from hooklens.pretrained.tokenizer import Tokenizer
-
-Reader = Union["HookedTransformer", "Tokenizer"]
+Reader = HookedTransformer | Tokenizer
 
 _NOUNS = (
     "cat dog bird boy girl friend teacher student doctor farmer king queen brother sister author actor artist "
@@ -148,7 +146,7 @@ def sentiment(reader: Reader, *, seed: int = 0) -> ProbeTask:
     return _task(reader, "sentiment", ["negative", "positive"], rows)
 
 
-def odd_first(model: "HookedTransformer", n: int = 40, *, seed: int = 0) -> ProbeTask:
+def odd_first(model: HookedTransformer, n: int = 40, *, seed: int = 0) -> ProbeTask:
     """Is the first token's number odd? Random prompts of at most three tokens, read at the last; no tokenizer."""
     width, d_vocab = min(3, model.cfg.n_ctx), model.cfg.d_vocab
     tokens = torch.randint(d_vocab, (n, width), generator=seeded(seed))
@@ -207,7 +205,7 @@ def _task(reader: Reader, name: str, classes: list[str], rows: Sequence[_Row]) -
     )
 
 
-def _tokenizer(reader: Any) -> "Tokenizer":
+def _tokenizer(reader: Any) -> Tokenizer:
     tokenizer = getattr(reader, "tokenizer", reader)
     if tokenizer is None:
         raise InputError("the named labels need words, and this model has no tokenizer; use read_task with token ids")

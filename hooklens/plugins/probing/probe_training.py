@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress, say_estimate
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import Fold, make_folds, shuffled_in_folds
@@ -25,16 +25,13 @@ from hooklens.plugins.probing.scoring import Scored, Trainer, as_rows, majority
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import PerPrompt, ProbeTask, checked_task, read_task
 
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
-
 _LOGISTIC = Logistic()
 _NULL_DRAWS = 99  # shuffled labellings: a probe is trained on each, at every point
 _PER_POINT = 20  # with 20 draws a point, one point alone can reach q <= 0.05 over all points
 
 
 def train_probe(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     task: ProbeTask,
     *,
     site: Where = "resid_post",
@@ -72,7 +69,7 @@ def train_probe(
 
 
 def probe_texts(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     texts: Prompts | PromptPairs,
     labels: PerPrompt | None = None,
     *,
@@ -211,6 +208,6 @@ def _final(rows: np.ndarray, label: Tensor, trainer: Trainer, scored: Scored) ->
     return {"weight": weight * factor, "bias": bias * factor, "step": step, "means": means}
 
 
-def demo(model: "HookedTransformer") -> ProbeStudy:
+def demo(model: HookedTransformer) -> ProbeStudy:
     """Is the first token's number odd? Random tokens, read at the last; works on any model, without a tokenizer."""
     return train_probe(model, odd_first(model), kind=MassMean(), null_draws=19)[1]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.folds import Fold, make_folds, shuffled, shuffled_in_folds
 from hooklens.plugins.probing.gathering import task_rows
 from hooklens.plugins.probing.labels import odd_first
@@ -22,9 +23,6 @@ from hooklens.plugins.probing.task import ProbeTask
 from hooklens.results.result import Result
 from hooklens.results.statistics import auc, mean_interval, null_p, q_values
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 99  # shuffled labellings: a probe is trained on each, for every task
 _MASS_MEAN = MassMean()
@@ -99,7 +97,7 @@ class Transfer(Result):
 
 
 def transfer_probe(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     tasks: Sequence[ProbeTask],
     *,
     site: Where,
@@ -179,7 +177,7 @@ def _apart(trained: ProbeTask, tested: ProbeTask) -> Int[Tensor, "kept"]:
     return torch.tensor(kept, dtype=torch.long)
 
 
-def demo(model: "HookedTransformer") -> Transfer:
+def demo(model: HookedTransformer) -> Transfer:
     """Odd first tokens in two draws of random prompts, at the first layer; works on any model, without a tokenizer."""
     tasks = [odd_first(model, seed=seed) for seed in (0, 1)]
     return transfer_probe(model, tasks, site="blocks.0.hook_resid_post", draws=19)

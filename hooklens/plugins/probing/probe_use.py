@@ -1,7 +1,7 @@
 """Does the model use what a probe reads? Edit the probe's direction, and compare with random directions."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from hooklens.core.arguments import real, seeded, whole
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.names import parse
 from hooklens.data.prompts import read_pairs
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.edited_runs import run_edited
@@ -23,9 +24,6 @@ from hooklens.plugins.probing.task import ProbeTask, checked_task, read_task
 from hooklens.results.result import Result
 from hooklens.results.statistics import mean_interval, middle, null_p, q_values
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered
 EDITS = ("ablate", "steer")
@@ -129,7 +127,7 @@ class CausalCheck(Result):
 
 
 def check_probe_use(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     probe: Probe,
     task: ProbeTask,
     metric: Any,
@@ -228,7 +226,7 @@ def random_directions(
     return (both / both.norm(dim=-1, keepdim=True).clamp_min(1e-300)).to(x)
 
 
-def demo(model: "HookedTransformer") -> CausalCheck:
+def demo(model: HookedTransformer) -> CausalCheck:
     """Is the last token's number odd, and does the logit of token 1 depend on this direction? Works on any model."""
     d_vocab, generator = model.cfg.d_vocab, torch.Generator().manual_seed(0)
     tokens = torch.randint(d_vocab, (40, min(3, model.cfg.n_ctx)), generator=generator)

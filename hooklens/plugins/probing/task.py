@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongTyp
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.ids import show_text
+from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result
 from hooklens.results.statistics import halves
 from hooklens.results.table import Table
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _MOST_CLASSES = 20
 PerPrompt = Sequence[Any] | Tensor | np.ndarray  # one value per prompt
@@ -102,7 +100,7 @@ class ProbeTask(Result):
 
 
 def read_task(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts | PromptPairs,
     labels: PerPrompt | None = None,
     *,
@@ -182,7 +180,7 @@ def components(keys: Sequence[Iterable[Hashable]]) -> Int[Tensor, "example"]:
 
 
 def _both_sides(
-    model: "HookedTransformer", pairs: PromptPairs, labels: Any, group: Any
+    model: HookedTransformer, pairs: PromptPairs, labels: Any, group: Any
 ) -> tuple[list[Tensor], list[int], list]:
     """The clean and the corrupted prompts of pairs, their labels 1 and 0, and their groups."""
     if labels is not None or pairs.corrupted is None:

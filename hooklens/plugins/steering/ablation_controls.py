@@ -1,22 +1,18 @@
 """Control directions for an ablation: isotropic, distributed like the activations, or with an equal share of them."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
 from hooklens.data.prompts import Pairs
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
+from hooklens.model.transformer import HookedTransformer
 
 NULLS = ("isotropic", "as activations lie", "as large a share")
 _STEEPEST, _HALVINGS = 1e18, 120  # enough to separate eigenvalues that differ only by rounding
 
 
-def second_moment(model: "HookedTransformer", groups: list[Pairs], names: list[str]) -> Float[Tensor, "width width"]:
+def second_moment(model: HookedTransformer, groups: list[Pairs], names: list[str]) -> Float[Tensor, "width width"]:
     """The mean of x x^T / |x|^2 over points, prompts and positions.
 
     u M u is the share of an activation's squared length along u: what ablating u removes, with every position weighted

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from hooklens.data.prompts import Prompts, read_pairs
 from hooklens.generation.sampling import Generation
 from hooklens.model.ids import show, show_text
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.positions import Positions
@@ -25,9 +26,6 @@ from hooklens.plugins.steering.steering_edit import Direction, finite_numbers, s
 from hooklens.plugins.steering.variants import Row, Variants, continuation_loss, repeated, texts_of, unit_controls
 from hooklens.results.result import Result
 from hooklens.results.statistics import group_numbers
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +47,7 @@ class SweepSettings:
 
 
 def sweep_coefficients(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts | PromptPairs,
     direction: Direction,
     coefficients: Sequence[float | int],
@@ -130,7 +128,7 @@ class _Plan:
 
 
 def _planned(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     direction: Tensor,
     coefficients: Sequence[float | int],
     site: Where,
@@ -154,7 +152,7 @@ def _planned(
 
 
 def _written(
-    model: "HookedTransformer", plan: _Plan, rows: list[Row], settings: SweepSettings
+    model: HookedTransformer, plan: _Plan, rows: list[Row], settings: SweepSettings
 ) -> tuple[Generation, Float[Tensor, "edit prompt"], Float[Tensor, "edit prompt"]]:
     """The continuations of every prompt under the first edits, the unsteered model's loss on them, and repeats."""
     n = 1 + int(plan.of[: 1 + whole("written", settings.written)].amax())
@@ -177,7 +175,7 @@ class NoSweep(Result):
         return bars(torch.zeros(1), labels=[self.needs], title=f"Needs {self.needs}")
 
 
-def demo(model: "HookedTransformer") -> CoefficientSweep | NoSweep:
+def demo(model: HookedTransformer) -> CoefficientSweep | NoSweep:
     """A random direction after the first block, at three coefficients, and its effect on the logit of token 1."""
     if not model.cfg.causal or model.cfg.d_vocab_out != model.cfg.d_vocab:
         return NoSweep("a model that can continue text")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +15,11 @@ from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongTyp
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.steering.held_out_steering import cross_fit, make_splits
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import middle, null_p, q_values
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 _DRAWS = 200  # shuffled labellings: a direction is fitted to each on every split
 _SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in", "pre", "pre_linear", "post")
@@ -102,7 +100,7 @@ class ContrastDirections(Result):
 
 
 def find_direction(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     positive: Prompts | PromptPairs,
     negative: Prompts | None = None,
     *,
@@ -160,7 +158,7 @@ def find_direction(
     )
 
 
-def demo(model: "HookedTransformer") -> ContrastDirections:
+def demo(model: HookedTransformer) -> ContrastDirections:
     """The same prompts with the right answer and with a wrong answer at their end."""
     pairs = demo_pairs(model, 12, min(4, model.cfg.n_ctx - 1))
     start, ends = pairs.clean, (pairs.answer, pairs.wrong_answer)

@@ -1,7 +1,7 @@
 """Does the model need a direction? The metric and the loss after ablating it, compared with random directions."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,15 +14,13 @@ from hooklens.data.demo_prompts import demo_texts
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, read_pairs
 from hooklens.model.linear import packed_linears
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.steering.ablation_controls import NULLS, random_ablations, second_moment, share_of
 from hooklens.plugins.steering.steering_edit import ablate_direction, stream_sites
 from hooklens.plugins.steering.variants import Variants, texts_of, unit_controls
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import group_numbers, mean_interval, middle, null_p
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +123,7 @@ class DirectionAblation(Result):
 
 
 def measure_direction_ablation(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     prompts: Prompts | PromptPairs,
     direction: Float[Tensor, "width"],
     metric: Any = None,
@@ -195,7 +193,7 @@ def _controls(
     return random_ablations(moment, direction, controls, 0), list(NULLS)
 
 
-def demo(model: "HookedTransformer") -> DirectionAblation:
+def demo(model: HookedTransformer) -> DirectionAblation:
     """Ablate the direction that raises one token's logit, everywhere; measure the effect on that logit."""
     prompts = demo_texts(model, 4, 4)
     token = 1 % model.cfg.d_vocab_out

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,10 +12,8 @@ from torch import Tensor
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.hooks import HookCall, HookFn
 from hooklens.core.names import AXES, Where, parse
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.steering.positions import Positions, checked, touched
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Direction = Float[Tensor, "*point"]
 _STREAM = ("resid_pre", "resid_mid", "resid_post")
@@ -25,7 +23,7 @@ _OF_HEADS = ("q", "k", "v", "z", "result")
 class StreamEdit(AbstractContextManager["StreamEdit"]):
     """Hooks that edit activations: a reusable `with` block, or `.hooks` for `run_with_hooks`."""
 
-    def __init__(self, model: "HookedTransformer", hooks: list[tuple[Where, HookFn]], what: str):
+    def __init__(self, model: HookedTransformer, hooks: list[tuple[Where, HookFn]], what: str):
         self.model, self.hooks, self.what = model, hooks, what
         self._open: list[Any] = []
 
@@ -46,7 +44,7 @@ class StreamEdit(AbstractContextManager["StreamEdit"]):
 
 
 def steer(
-    model: "HookedTransformer",
+    model: HookedTransformer,
     direction: Direction,
     coefficient: float | int | Tensor = 1.0,
     *,
@@ -94,7 +92,7 @@ def project_out(
 
 
 def ablate_direction(
-    model: "HookedTransformer", direction: Direction, *, sites: Where | None = None, positions: Positions = "all"
+    model: HookedTransformer, direction: Direction, *, sites: Where | None = None, positions: Positions = "all"
 ) -> StreamEdit:
     """Remove a direction from the residual stream at every point, so that no component can read it.
 
@@ -150,7 +148,7 @@ def hooks_of(vectors: Mapping[str, Tensor], amount: Tensor | None, positions: Po
     return [(name, DirectionHook(vector, amount, positions)) for name, vector in vectors.items()]
 
 
-def stream_sites(model: "HookedTransformer") -> list[str]:
+def stream_sites(model: HookedTransformer) -> list[str]:
     """The names of all points of the residual stream."""
     model.blocks[0].need_sum("ablating a direction everywhere", "the direction would come back; name sites=...")
     sites = [(name, parse(name)) for name in model.hook_names()]
@@ -158,7 +156,7 @@ def stream_sites(model: "HookedTransformer") -> list[str]:
 
 
 def at_points(
-    model: "HookedTransformer", where: Where, directions: Float[Tensor, "row *direction"], verb: str
+    model: HookedTransformer, where: Where, directions: Float[Tensor, "row *direction"], verb: str
 ) -> dict[str, Float[Tensor, "row *point"]]:
     """The directions at each point, by its full name: the same at all, or those of the point's layer.
 
@@ -184,7 +182,7 @@ def at_points(
     return vectors
 
 
-def point_shape(model: "HookedTransformer", name: str, verb: str) -> tuple[int, ...]:
+def point_shape(model: HookedTransformer, name: str, verb: str) -> tuple[int, ...]:
     """The shape at each position of a point: a vector, or one per head.
 
     >>> from hooklens.testing import tiny_model

@@ -1,7 +1,7 @@
 """Many edits of the same prompts at once, and what the model says with them: metrics, losses, continuations."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +13,11 @@ from hooklens.core.names import Where, parse
 from hooklens.core.progress_bar import Advance
 from hooklens.data.prompts import Pairs, Prompts, rows_of
 from hooklens.generation.sampling import Generation
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import in_order
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steering_edit import at_points, hooks_of
 from hooklens.sweeps.many_edits import Edits, Hooks
-
-if TYPE_CHECKING:
-    from hooklens.model.transformer import HookedTransformer
 
 Row = Int[Tensor, "_pos"]  # texts of one call differ in length
 _LOGITS_AT_ONCE = 2**25
@@ -31,7 +29,7 @@ class Variants(Edits):
     @classmethod
     def of(
         cls,
-        model: "HookedTransformer",
+        model: HookedTransformer,
         site: Where,
         directions: Float[Tensor, "variant *direction"],
         amount: Tensor | None,
@@ -51,14 +49,14 @@ class Variants(Edits):
         return cls(len(directions), hooks, min(layers))
 
     def metric(
-        self, model: "HookedTransformer", groups: list[Pairs], metric: Any, advance: Advance
+        self, model: HookedTransformer, groups: list[Pairs], metric: Any, advance: Advance
     ) -> Float[Tensor, "variant prompt"]:
         """The metric of every prompt under every edit."""
         values = [self.values(model, group.clean, group.of(metric), advance).T for group in groups]
         return in_order(groups, values).T
 
     def loss(
-        self, model: "HookedTransformer", rows: Sequence[Row], starts: Sequence[int], advance: Advance
+        self, model: HookedTransformer, rows: Sequence[Row], starts: Sequence[int], advance: Advance
     ) -> Float[Tensor, "variant text"]:
         """Nats per token of each text under every edit, from position `start` on."""
         if model.cfg.d_vocab_out < model.cfg.d_vocab:
@@ -72,7 +70,7 @@ class Variants(Edits):
         return torch.stack(losses, 1)
 
     def generate(
-        self, model: "HookedTransformer", prompts: Sequence[Row], index: Int[Tensor, "variant"], options: dict[str, Any]
+        self, model: HookedTransformer, prompts: Sequence[Row], index: Int[Tensor, "variant"], options: dict[str, Any]
     ) -> Generation:
         """Every prompt continued under each of these edits: rows by variant, then prompt."""
         with model.hooks(self.hooks(index.repeat_interleave(len(prompts)))):
@@ -85,7 +83,7 @@ def nats(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos
     return torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
-def continuation_loss(model: "HookedTransformer", written: Generation) -> Float[Tensor, "text"]:
+def continuation_loss(model: HookedTransformer, written: Generation) -> Float[Tensor, "text"]:
     """The model's loss on each continuation, in nats per new token, with the hooks that are active now.
 
     >>> from hooklens.testing import tiny_model
@@ -121,7 +119,7 @@ def repeated(ids: Int[Tensor, "pos"]) -> float:
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def texts_of(model: "HookedTransformer", neutral: Prompts) -> list[Row]:
+def texts_of(model: HookedTransformer, neutral: Prompts) -> list[Row]:
     """The token ids of texts that are long enough to have a loss."""
     rows = rows_of(model, neutral, "neutral")
     short = [i for i, row in enumerate(rows) if len(row) < 2]
