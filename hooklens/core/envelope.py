@@ -61,7 +61,7 @@ class Schema:
 
     def refused(self, path: str | os.PathLike, seen: str, mend: str) -> FileRefused:
         """The error for a file that is refused."""
-        return FileRefused(f"{self.what} was to be read from {os.fspath(path)!r}, but {seen}; {mend}")
+        return FileRefused(f"cannot read {self.what} from {os.fspath(path)!r}: {seen}; {mend}")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def write_envelope(
             if "header too large" not in str(error):
                 raise
             raise InputError(
-                f"{schema.what} was to be saved, but its names, lists, dicts and strings take over {LARGEST_HEADER:,} "
+                f"cannot save {schema.what}: its names, lists, dicts and strings take over {LARGEST_HEADER:,} "
                 "bytes as JSON; keep long lists of numbers in tensors"
             ) from error
 

@@ -36,12 +36,12 @@ def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
     ...     text = Path("no_such_file.json").read_text()
     Traceback (most recent call last):
     ...
-    hooklens.core.errors.InputError: a circuit was to be read from 'no_such_file.json', but there is no such file; ...
+    hooklens.core.errors.InputError: cannot read a circuit from 'no_such_file.json': there is no such file; ...
 
     The body only reads and parses, because every exception in it is attributed to the file. Errors of hooklens pass
     through, except for a name that does not exist.
     """
-    asked = f"{what} was to be read from {str(path_of(path))!r}, but"
+    asked = f"cannot read {what} from {str(path_of(path))!r}:"
     try:
         yield
     except NameNotFound as error:
@@ -64,7 +64,7 @@ def read_text(path: str | os.PathLike, what: str, *, encoding: str = "utf-8", la
     with reading(path, what), open(path, "rb") as file:
         raw = file.read(largest + 1)
         if len(raw) > largest:
-            raise FileRefused(f"{what} was to be read from {os.fspath(path)!r}, but it has over {largest:,} bytes")
+            raise FileRefused(f"cannot read {what} from {os.fspath(path)!r}: it has over {largest:,} bytes")
         return raw.decode(encoding)
 
 
@@ -124,7 +124,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[Path]:
         mode = _create(temporary)
         yield temporary
         if not temporary.is_file():
-            raise InputError(f"{str(path)!r} was to be written through {temporary.name}, but nothing is there")
+            raise InputError(f"cannot write {str(path)!r}: nothing was written to {temporary.name}")
         os.chmod(temporary, mode)  # some writers leave a private file behind, whatever the umask says
         _flush(temporary)
         os.replace(temporary, target)

@@ -119,7 +119,7 @@ def read_header(path: str | os.PathLike, what: str = "a safetensors file") -> Sa
         except SafetensorError as error:
             fault = next((fault for text, fault in _FAULTS.items() if text in str(error)), "it is damaged")
             raise FileRefused(
-                f"{what} was to be read from {str(path)!r}, but {fault} ({path.stat().st_size:,} bytes; {error}); "
+                f"cannot read {what} from {str(path)!r}: {fault} ({path.stat().st_size:,} bytes; {error}); "
                 "download, copy or save it again"
             ) from error
         slices = {name: handle.get_slice(name) for name in handle.offset_keys()}

@@ -115,7 +115,7 @@ def add_site(site: SweptSite) -> SweptSite:
     taken = SITES.get(site.name)
     if (known is not None and site.axes not in ((), known)) or (taken is not None and taken.point != site.point):
         there = taken.point if taken is not None else " ".join(known or ())
-        raise InputError(f"the site {site.name!r} at {site.point} was to be added; it is known already, as {there}")
+        raise InputError(f"cannot add the site {site.name!r} at {site.point}: it is known already, as {there}")
     if known is None:
         AXES[point.name] = site.axes
     SITES[site.name] = site

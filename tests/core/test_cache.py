@@ -501,10 +501,10 @@ def test_a_damaged_or_foreign_file_is_refused(run, tmp_path):
     whole = path.read_bytes()
     for cut in (0, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        with pytest.raises(FileRefused, match=r"an activation cache was to be read from"):
+        with pytest.raises(FileRefused, match=r"cannot read an activation cache from"):
             ActivationCache.load(path)
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(FileRefused, match=r"an activation cache was to be read from .* it is another file"):
+    with pytest.raises(FileRefused, match=r"cannot read an activation cache from .* it is another file"):
         ActivationCache.load(path)
     for entries in ("{", ["a"], {"hook_embed": "b"}, {"hook_embed": ["a"]}):
         write_envelope(path, cache_module._SCHEMA, entries, {"a": torch.ones(1)})

@@ -285,7 +285,7 @@ def test_a_site_from_outside_is_ablated_estimated_and_named_in_errors():
 
 
 def test_a_site_that_is_known_otherwise_or_has_unknown_axes_is_refused():
-    with pytest.raises(InputError, match=r"'z' at attn.hook_q was to be added; it is known already, as attn.hook_z"):
+    with pytest.raises(InputError, match=r"'z' at attn.hook_q: it is known already, as attn.hook_z"):
         add_site(SweptSite("z", "attn.hook_q"))
     with pytest.raises(InputError, match="the axes of the point hook_gate_out are unknown"):
         add_site(SweptSite("gate", "hook_gate_out"))
