@@ -108,6 +108,9 @@ def read_components(model: HookedTransformer, asked: Any, what: str = "component
         named = _parsed(model, asked, what)
         if named.kind == "head" and named.keyed:  # keys and values are shared, the head is not
             raise no_component(asked, what)
+        if named.kind in ("k", "v") and not named.keyed and (named.head or 0) < model.cfg.n_heads:
+            group = model.cfg.n_heads // model.cfg.n_key_value_heads
+            named = replace(named, head=(named.head or 0) // group)  # the keys that this head reads
         return [_check(model, named, what)]
     parts: tuple = tuple(asked) if _is_tuple(asked) else ()
     if isinstance(asked, Site):
@@ -128,6 +131,8 @@ def _parsed(model: HookedTransformer, name: str, what: str) -> Component:
     try:
         return Component.parse(name, what)
     except InputError as error:
+        if "; closest: " in str(error):
+            raise
         names = dict.fromkeys(node.name for node in (*_heads(model), *_mlps(model), *_receivers(model)))
         closest = str(did_you_mean(what, name, names)).rpartition("; ")[2]
         raise InputError(f"{error}; {closest}") from error

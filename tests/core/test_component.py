@@ -71,6 +71,7 @@ def test_a_model_is_asked_by_names_tuples_and_sites():
     model = tiny_model(n_heads=4, n_key_value_heads=2)
     for asked in ("L1G0.k", "L1H0.k", ("k", 1, 0), ["k", -1, 0], Component("k", -1, 0)):
         assert [one.name for one in read_components(model, asked)] == ["L1G0.k"]
+    assert [node.name for name in ("L1H1.k", "L1H2.k") for node in read_components(model, name)] == ["L1G0.k", "L1G1.k"]
     assert len(read_components(model, hl.site("k", 0))) == 2 and len(read_components(model, ("z", 0))) == 4
     assert read_components(model, ("post", 0, 3)) == read_components(model, "L0N3")
 
@@ -88,7 +89,7 @@ def test_a_model_is_asked_by_names_tuples_and_sites():
         ("L2H0", "layer 2 was asked for as a component; there are layers 0 to 1"),
         ("L-3H0", "layer -3 was asked for"),
         ("L0H4", "head 4 of layer 0 was asked for as a component; there are heads 0 to 3"),
-        ("L0H2.v", "head 2 of layer 0 was asked for as a component; there are key/value heads 0 to 1"),
+        ("L0H4.v", "head 4 of layer 0 was asked for as a component; there are key/value heads 0 to 1"),
         ("L0N99", "neuron 99 of layer 0 was asked for as a component; there are neurons 0 to "),
     ],
 )
