@@ -1,7 +1,6 @@
 """A circuit: the kept edges, what the others carry, and how it was found; it runs, draws and saves itself."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from hooklens.core.component import Component, layer_name
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import reading
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
+from hooklens.plugins.circuits.graph import CircuitGraph, Edges, circuit_graph
 from hooklens.plugins.circuits.run import Bench, EdgeRuns, run_edges
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.replacement import WORDS, Replacement, Value, as_replacement
@@ -110,7 +109,7 @@ class Circuit(Result):
                 f"{model.cfg.model_name!r} has {_words(graph)}, so its edges are others; load a model of that shape"
             )
 
-    def without(self, edges: Iterable[str] | Iterable[int]) -> "Circuit":
+    def without(self, edges: Edges) -> "Circuit":
         """The circuit with these edges cut."""
         kept = self.kept & ~self.graph.mask(edges).to(self.kept.device)
         return replace(self, kept=kept, scores=torch.where(kept, self.scores, 0.0))
@@ -205,12 +204,14 @@ class Circuit(Result):
 
 def circuit_of(
     model: HookedTransformer,
-    edges: Iterable[str] | Iterable[int],
+    edges: Edges,
     *,
     value: Value = "corrupted",
     method: str = "by hand",
 ) -> Circuit:
-    """The circuit of these edges, by name.
+    """The circuit of exactly these edges, by name, by number or as a mask with True or False for every edge.
+
+    Edges that are not on a path from the embedding to the logits are kept too.
 
     >>> from hooklens.testing import tiny_model
     >>> circuit_of(tiny_model(), ["embed->L0H1.v", "L0H1->logits"]).nodes
@@ -225,6 +226,20 @@ def whole_circuit(model: HookedTransformer, *, value: Value = "corrupted") -> Ci
     """The circuit of every edge of the model, from which pruning starts."""
     graph = circuit_graph(model)
     return circuit_of(model, range(graph.n_edges), value=value, method="all edges")
+
+
+def need_circuit(circuit: Any, asker: str) -> None:
+    """Raise for anything except a Circuit.
+
+    >>> need_circuit(["L0H0->logits"], "pruning")
+    Traceback (most recent call last):
+    hooklens.core.errors.WrongType: pruning needs a Circuit, got list; circuit_of(model, edges) makes one from ...
+    """
+    if not isinstance(circuit, Circuit):
+        raise WrongType(
+            f"{asker} needs a Circuit, got {type(circuit).__name__}; circuit_of(model, edges) makes one from names, "
+            "numbers or a mask of edges, and scores.top_edges(n) from scores"
+        )
 
 
 def _words(graph: CircuitGraph) -> str:

@@ -11,7 +11,7 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.carry import Carrier, random_maps, shuffled
-from hooklens.plugins.circuits.circuit import Circuit
+from hooklens.plugins.circuits.circuit import Circuit, need_circuit
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
 from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws
 from hooklens.plugins.circuits.graph import circuit_graph
@@ -136,6 +136,7 @@ def transfer_circuit(
     Reference: Wang et al. (2022), "Interpretability in the Wild" (roles of heads); Tigges et al. (2024), "LLM Circuit
     Analyses Are Consistent Across Training and Scale"; Merullo et al. (2023), "Circuit Component Reuse Across Tasks".
     """
+    need_circuit(circuit, "transfer_circuit")
     check_draws(draws)
     task, target_task = as_pairs(model, task), as_pairs(target, target_task)
     carrier = _checked(model, circuit, task, target, target_task)

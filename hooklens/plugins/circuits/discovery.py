@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import real
+from hooklens.core.errors import ArgumentError
 from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
@@ -84,6 +85,7 @@ def acdc(
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1.
     """
+    threshold = _checked_fall(threshold)
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
     names = [graph.name(edge) for edge in range(graph.n_edges)]
@@ -109,10 +111,21 @@ def acdc_nodes(
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", algorithm 1, on nodes.
     """
+    threshold = _checked_fall(threshold)
     bench = Bench(model, as_pairs(model, clean, corrupted, metric), value, keep=True)
     graph = bench.graph
     stages = [range(graph.n_sources)[::-1]]
     return _discover(_Walk(bench, graph.ends[0], graph.source_names), stages, "ACDC over nodes", threshold)
+
+
+def _checked_fall(threshold: Any) -> float:
+    """The fall of the metric from which on a cut is refused."""
+    number = real("threshold", threshold)
+    if number <= 0:
+        raise ArgumentError(
+            "{threshold} is how far the metric may fall at one cut, a number above 0; got {0}", threshold
+        )
+    return number
 
 
 class _Walk:
@@ -159,8 +172,6 @@ class _Walk:
 
 def _discover(walk: _Walk, stages: Sequence[Sequence[int]], method: str, threshold: float) -> Discovery:
     """Try the units of each stage in order; the units of a stage are idle together."""
-    if not threshold > 0:
-        raise InputError(f"threshold is how far the metric may fall at one cut, a number above 0; got {threshold!r}")
     bench, bar = walk.bench, progress(method, len(walk.names), unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
         for stage in map(list, stages):

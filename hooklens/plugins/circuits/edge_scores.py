@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import real, whole
+from hooklens.core.errors import ArgumentError, WrongType
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.results.result import Result, Table
@@ -51,10 +52,12 @@ class EdgeScores(Result):
 
     def top_edges(self, n: int) -> Circuit:
         """The edges of the largest scores, as many as leave at most `n` on paths from the embedding to the logits."""
+        n = _at_most(n, self.graph.n_edges, "edges")
         return self._largest(self.order(), n, f"at most {n} of the top edges")
 
     def above(self, threshold: float) -> Circuit:
         """Every edge whose score, whatever its sign, reaches the threshold, and that lies on a path of such edges."""
+        threshold = real("threshold", threshold)
         return self._circuit(self.scores.abs() >= threshold, f"edges of at least {threshold:g}")
 
     def greedy_edges(self, n: int) -> Circuit:
@@ -65,14 +68,14 @@ class EdgeScores(Result):
         Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 (greedy search; there n edges are taken
         before dead ends are dropped).
         """
+        n = _at_most(n, self.graph.n_edges, "edges")
         return self._largest(_grown(self.graph, self.scores), n, f"at most {n} edges grown from the logits")
 
     def top_nodes(self, n: int) -> Circuit:
         """The `n` nodes of the largest scores with every edge between them, from the embedding and to the logits."""
         scores = self.node_scores.abs()
         scores[0] = -1
-        if not 1 <= n < len(scores):
-            raise InputError(f"this model has {len(scores) - 1} nodes beside the embedding, got n={n}")
+        n = _at_most(n, len(scores) - 1, "nodes beside the embedding")
         nodes = torch.zeros(1, len(scores), dtype=torch.bool)
         nodes[0, scores.argsort(descending=True, stable=True)[:n].cpu()] = True
         nodes[0, 0] = True
@@ -80,8 +83,6 @@ class EdgeScores(Result):
 
     def _largest(self, order: list[int], n: int, how: str) -> Circuit:
         """As many of the first edges as leave at most n on paths: more of them never leave fewer."""
-        if not 1 <= n <= self.graph.n_edges:
-            raise InputError(f"this model has {self.graph.n_edges} edges, so n lies between 1 and that; got {n}")
         counts = range(n, self.graph.n_edges + 1)
         fits = bisect_right(counts, n, key=lambda count: int(self._tidy(self.graph.mask(order[:count])).sum()))
         return self._circuit(self.graph.mask(order[: counts[fits - 1]]), how)
@@ -113,6 +114,23 @@ class EdgeScores(Result):
         """The score of each node, layer by layer: the sum over the edges that leave it."""
         title = f"{self.method}: score of each node ({self.replacement} ablation), the sum over its edges"
         return self.graph.heatmap(self.node_scores, title, "score")
+
+
+def need_scores(scores: Any, asker: str) -> None:
+    """Raise for anything except EdgeScores."""
+    if not isinstance(scores, EdgeScores):
+        raise WrongType(
+            f"{asker} needs the EdgeScores of a model, got {type(scores).__name__}; eap(...) or eap_ig(...) makes "
+            "them, and measure_faithfulness measures a single circuit"
+        )
+
+
+def _at_most(n: Any, total: int, what: str) -> int:
+    """The number n of edges or nodes to choose, from 1 to all of them."""
+    n = whole("n", n, 1)
+    if n > total:
+        raise ArgumentError("{n} is at most {0}: this model has {0} {1}; got {2}", total, what, n)
+    return n
 
 
 def _grown(graph: CircuitGraph, scores: Float[Tensor, "edge"]) -> list[int]:

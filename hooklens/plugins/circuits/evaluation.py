@@ -14,7 +14,7 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.circuits.circuit import Circuit
+from hooklens.plugins.circuits.circuit import Circuit, need_circuit
 from hooklens.plugins.circuits.completeness import Completeness, completeness_of
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
 from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws
@@ -84,6 +84,7 @@ def evaluate_circuit(
     Marks et al. (2024), "Sparse Feature Circuits", section 4 (completeness by the complement); Shi et al. (2024),
     "Hypothesis Testing the Circuit Hypothesis in LLMs" (random circuits).
     """
+    need_circuit(circuit, "evaluate_circuit")
     check_draws(draws)
     if not circuit.n_edges:
         raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")

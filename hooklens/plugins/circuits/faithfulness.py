@@ -13,7 +13,7 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.circuits.circuit import Circuit
+from hooklens.plugins.circuits.circuit import Circuit, need_circuit
 from hooklens.plugins.circuits.edge_attribution import demo_circuit
 from hooklens.plugins.circuits.random_draws import random_circuits
 from hooklens.plugins.circuits.run import Bench
@@ -185,6 +185,7 @@ def measure_faithfulness(
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 4; Hanna et al. (2024), "Have Faith in
     Faithfulness", section 2 (normalised).
     """
+    need_circuit(circuit, "measure_faithfulness")
     check_draws(draws)
     return Faithfulness.of(circuit.bench(model, clean, corrupted, metric, group=group), circuit, draws, seed)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +11,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooklens.core.component import Component, head_name, layer_names
-from hooklens.core.errors import InputError, did_you_mean
-from hooklens.model.transformer import HookedTransformer
+from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.results.result import Result, Table
 
 _MOST_OF_A_KIND = 10_000
 _MOST_EDGES = 1 << 25
 _KINDS = {"q": "q", "k": "k and v", "v": "k and v", "mlp": "MLP", "logits": "logits"}
 Mask = Bool[Tensor, "mask edge"]
+Edges = str | Iterable[str] | Iterable[int] | Bool[Tensor, "edge"] | Int[Tensor, "chosen"]
 
 
 class Slot(NamedTuple):
@@ -281,15 +283,45 @@ class CircuitGraph(Result):
 
     # -- masks
 
-    def mask(self, edges: Iterable[str] | Iterable[int]) -> Bool[Tensor, "edge"]:
-        """A mask that keeps these edges, by name or number."""
-        chosen: list[Any] = list(edges)
+    def mask(self, edges: Edges) -> Bool[Tensor, "edge"]:
+        """A mask that keeps these edges: by name, by number, or by True and False for every edge.
+
+        >>> graph = CircuitGraph(1, 1, 1)
+        >>> kept = graph.mask(["MLP0->logits"])
+        >>> torch.equal(graph.mask(kept), kept), torch.equal(graph.mask([graph.n_edges - 1]), kept)
+        (True, True)
+        """
+        chosen = self._listed(edges)
+        if chosen and all(isinstance(edge, bool) for edge in chosen):
+            if len(chosen) != self.n_edges:
+                raise InputError(
+                    f"a mask has True or False for each of this graph's {self.n_edges} edges, got {len(chosen)} values"
+                )
+            return torch.tensor(chosen)
+        wrong = [e for e in chosen if isinstance(e, bool) or not isinstance(e, str | Integral)]
+        if wrong:
+            raise WrongType(f"{self._what_edges_are()}; got {wrong[0]!r:.80}")
         numbers = self.numbers(e for e in chosen if isinstance(e, str)) + [e for e in chosen if not isinstance(e, str)]
         if numbers and not 0 <= min(numbers) <= max(numbers) < self.n_edges:
             raise InputError(f"this graph has the edges 0 to {self.n_edges - 1}, got {min(numbers)} to {max(numbers)}")
         kept = torch.zeros(self.n_edges, dtype=torch.bool)
         kept[torch.tensor(numbers, dtype=torch.long)] = True
         return kept
+
+    def _listed(self, edges: Any) -> list[Any]:
+        """The given edges as a list of Python values."""
+        if isinstance(edges, str):
+            return [edges]
+        try:
+            return [_plain(edge) for edge in _plain(edges)]
+        except TypeError as error:
+            raise WrongType(f"{self._what_edges_are()}; got {edges!r:.80}") from error
+
+    def _what_edges_are(self) -> str:
+        return (
+            f"edges are a list of names such as {self.name(0)!r}, a list of numbers from 0 to {self.n_edges - 1}, or a "
+            "mask with True or False for every edge, such as circuit.kept"
+        )
 
     def table(self, n: int | None = None) -> Table:
         """The number of edges into each kind of receiver."""
@@ -308,6 +340,11 @@ class CircuitGraph(Result):
         return heatmap(nodes, x=columns, y=rows, title=title, y_title="layer", colourbar=colourbar)
 
 
+def _plain(value: Any) -> Any:
+    """A tensor or NumPy value as Python numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def circuit_graph(model: HookedTransformer) -> CircuitGraph:
     """Every node and edge of a model: what writes into the residual stream, and what reads it.
 
@@ -322,6 +359,7 @@ def circuit_graph(model: HookedTransformer) -> CircuitGraph:
 
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 2 and appendix.
     """
+    need_hooked(model, "a graph of edges")
     cfg, block = model.cfg, model.blocks[0]
     block.need_sum("a graph of edges")
     block.need_steps("a graph of edges")

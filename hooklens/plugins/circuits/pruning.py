@@ -7,14 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.arguments import real, whole
+from hooklens.core.errors import ArgumentError
 from hooklens.core.progress_bar import progress
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.circuits.circuit import Circuit, whole_circuit
+from hooklens.plugins.circuits.circuit import Circuit, need_circuit, whole_circuit
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
 
@@ -66,6 +67,8 @@ def prune_edges(
     >>> prune_edges(gate, start, [[0]], None, logit, size=2, share=0.01).circuit.edges
     ['L0H1->MLP0', 'MLP0->logits']
     """
+    need_circuit(circuit, "prune_edges")
+    size, share = _checked_pace(size, share)
     bench = circuit.bench(model, clean, corrupted, metric)
     return _greedily(bench, circuit, torch.arange(bench.graph.n_edges), size, share=share, name="greedy pruning")
 
@@ -84,6 +87,8 @@ def prune_nodes(
 
     `size` counts nodes that edges leave, the embedding included.
     """
+    need_circuit(circuit, "prune_nodes")
+    size, share = _checked_pace(size, share)
     bench = circuit.bench(model, clean, corrupted, metric)
     return _greedily(bench, circuit, bench.graph.ends[0], size, share=share, name="greedy pruning of nodes")
 
@@ -98,6 +103,8 @@ def prune_edges_below(
     threshold: float,
 ) -> Pruning:
     """Threshold: cut at once every edge that alone is worth less. Edges that can replace each other are all cut."""
+    need_circuit(circuit, "prune_edges_below")
+    threshold = real("threshold", threshold, 0)
     bench = circuit.bench(model, clean, corrupted, metric)
     return _below(bench, circuit, torch.arange(bench.graph.n_edges), threshold, name="threshold pruning")
 
@@ -112,16 +119,22 @@ def prune_nodes_below(
     threshold: float,
 ) -> Pruning:
     """Threshold: cut at once every node that alone is worth less."""
+    need_circuit(circuit, "prune_nodes_below")
+    threshold = real("threshold", threshold, 0)
     bench = circuit.bench(model, clean, corrupted, metric)
     return _below(bench, circuit, bench.graph.ends[0], threshold, name="threshold pruning of nodes")
 
 
+def _checked_pace(size: Any, share: Any) -> tuple[int, float]:
+    """The size at which greedy pruning stops, and the share that is cut in a round."""
+    size, number = whole("size", size, 1), real("share", share)
+    if not 0 < number < 1:
+        raise ArgumentError("{share} is the part cut in a round, between 0 and 1, for example 0.1; got {0}", share)
+    return size, number
+
+
 def _greedily(bench: Bench, circuit: Circuit, of_edge: Units, size: int, *, share: float, name: str) -> Pruning:
     """Cut the units of least worth, measure again, and go on until `size` are left."""
-    if not (isinstance(size, int) and size >= 1 and 0 < share < 1):
-        raise InputError(
-            f"size is a whole number of at least 1 and share lies between 0 and 1, got {size!r}, {share!r}"
-        )
     kept, rounds = circuit.kept.cpu(), []
     bar = progress(name, max(len(of_edge[kept].unique()) - size, 1), unit="units")
     with torch.no_grad(), packed_linears(rows=512), bar as advance:
@@ -139,8 +152,6 @@ def _greedily(bench: Bench, circuit: Circuit, of_edge: Units, size: int, *, shar
 
 def _below(bench: Bench, circuit: Circuit, of_edge: Units, threshold: float, *, name: str) -> Pruning:
     """Cut all units of less worth than the threshold, measured once."""
-    if not threshold >= 0:
-        raise InputError(f"threshold is a change of the metric, at least 0; got {threshold!r}")
     start = circuit.kept.cpu()
     with torch.no_grad(), packed_linears(rows=512):
         _, worth, value = _worth(bench, start, of_edge)

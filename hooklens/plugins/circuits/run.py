@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.fingerprint import identity
 from hooklens.core.progress_bar import Advance, progress
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
@@ -69,7 +69,7 @@ def run_edges(
 
     Every receiver reads the sum of what its sources wrote, live where the edge is kept, from the ablated run where not,
     through its own norm; a node's live output follows from what it read. All edges kept is the model on the clean
-    prompt, none is the ablated run. Numbers between 0 and 1 mix the two.
+    prompt, none is the ablated run. A mask of numbers between 0 and 1 instead of True and False mixes the two.
 
     >>> from hooklens.testing import or_gate
     >>> model = or_gate(); graph = circuit_graph(model)
@@ -87,6 +87,7 @@ def run_edges(
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
+    kept = checked_shares(circuit_graph(model), kept)  # before the model runs
     with hint(resume, "run_edges"):
         return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=resume).run(kept)
 
@@ -144,7 +145,7 @@ class Bench:
         return self.graph.on_a_path(kept[None], rooted=self.replacement.from_runs)[0]
 
     def run(self, kept: OneOrMore) -> EdgeRuns:
-        """The metric of every circuit on every pair."""
+        """The metric of every circuit on every pair. Numbers outside 0 to 1 extrapolate, as a derivative needs."""
         masks = checked_masks(self.graph, kept)
         played = in_play(self.graph, masks, rooted=self.replacement.from_runs)
         values = self.base_per_pair.new_empty(len(masks), self.n_pairs)
@@ -220,15 +221,36 @@ class Bench:
 
 
 def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
-    """Masks of this graph, one row each."""
-    masks = torch.as_tensor(kept, device="cpu")
-    masks = masks[None] if masks.ndim == 1 else masks
-    if masks.ndim != 2 or masks.shape[1] != graph.n_edges or not len(masks):
-        raise InputError(
-            f"a mask of edges is [mask edge] with {graph.n_edges} edges for this model, got {list(masks.shape)}; "
-            "circuit_graph(model).mask([...]) makes one"
-        )
+    """Masks of this graph, one row each: True and False, or finite numbers."""
+    try:
+        masks = torch.as_tensor(kept, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongType(_not_a_mask(graph, f"{kept!r:.80}")) from error
+    if masks.is_complex():
+        raise WrongType(_not_a_mask(graph, str(masks.dtype)))
+    rows = masks[None] if masks.ndim == 1 else masks
+    if rows.ndim != 2 or rows.shape[1] != graph.n_edges or not len(rows):
+        raise InputError(_not_a_mask(graph, str(list(masks.shape))))
+    if not bool(rows.isfinite().all()):
+        raise InputError(_not_a_mask(graph, "NaN or an infinite number"))
+    return rows
+
+
+def checked_shares(graph: CircuitGraph, kept: OneOrMore) -> Kept:
+    """Masks of this graph whose numbers lie between 0 and 1."""
+    masks = checked_masks(graph, kept)
+    outside = masks[(masks < 0) | (masks > 1)]
+    if len(outside):
+        raise InputError(_not_a_mask(graph, f"{outside[0].item():g}"))
     return masks
+
+
+def _not_a_mask(graph: CircuitGraph, got: str) -> str:
+    return (
+        f"a mask of edges is a tensor [mask edge] with {graph.n_edges} edges for this model, of True and False or of "
+        f"numbers between 0 and 1, got {got}; circuit_of(model, [...]).kept and circuit_graph(model).mask([...]) are "
+        "masks"
+    )
 
 
 def aligned_pairs(model: HookedTransformer, pairs: PromptPairs, replacement: Replacement) -> list[Pairs]:

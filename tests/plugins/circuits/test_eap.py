@@ -13,7 +13,7 @@ import hooklens as hl
 from hooklens.plugins.circuits.edge_attribution import eap
 from hooklens.plugins.circuits.edge_scores import _grown
 from hooklens.plugins.circuits.graph import circuit_graph
-from hooklens.plugins.circuits.run import run_edges
+from hooklens.plugins.circuits.run import Bench, run_edges
 from hooklens.plugins.patching import attribution_patch
 from hooklens.testing import and_gate, or_gate, tiny_model
 
@@ -22,7 +22,8 @@ def derivatives(model, clean, corrupted, ablation: str, step: float = 1e-4) -> t
     """How the metric moves as each edge goes from its live value towards the ablated one, by exact runs."""
     n = circuit_graph(model).n_edges
     whole, eye = torch.ones(n, n, dtype=torch.float64), step * torch.eye(n, dtype=torch.float64)
-    values = run_edges(model, torch.cat([whole + eye, whole - eye]), clean, corrupted, diff, value=ablation)
+    bench = Bench(model, hl.PromptPairs(clean, corrupted, diff), ablation)
+    values = bench.run(torch.cat([whole + eye, whole - eye]))  # run_edges takes no number above 1
     more, less = values.per_pair.mean(1).chunk(2)
     return (more - less) / (2 * step)
 
