@@ -50,6 +50,8 @@ class Component:
             raise did_you_mean("kind of component", self.kind, _NUMBERED)
         if not _is_whole(self.layer):
             raise WrongType(f"the layer of a component is a whole number, got {self.layer!r:.80}")
+        if self.kind in ("embed", "final") and self.layer != -1:
+            raise InputError(f"a component of kind {self.kind!r} has no layer, got layer={self.layer}")
         numbers: dict[str, Any] = {"head": self.head, "neuron": self.neuron}
         for what, number in numbers.items():
             asked = f"a component of kind {self.kind!r}"
@@ -91,6 +93,8 @@ class Component:
     @classmethod
     def parse(cls, name: str, what: str = "component") -> "Component":
         """The component with this name. `what` is its role in error messages; `read_components` checks the model."""
+        if isinstance(name, Component):
+            raise InputError(f"no {what} is called {name!r:.60}: this is a Component already, {name}; use it as it is")
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
         of, part = (match["of"], match["part"]) if match else (None, None)
         if match is None or (of, part) == ("G", "q") or (part is not None and of not in ("H", "G")):

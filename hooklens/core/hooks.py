@@ -415,6 +415,9 @@ class HookedModule(HookedPart):
     def _attach(
         self, scope: HookScope, hooks: Iterable[tuple[Where, HookFn]], lifetime: Lifetime, *, backward: bool
     ) -> None:
+        if not isinstance(hooks, Iterable):
+            given = "bwd_hooks" if backward else "fwd_hooks"
+            raise WrongType(f"{given} is a list of (where, function), such as [(('z', 5), fn)]; got {hooks!r:.80}")
         for pair in hooks:
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
                 raise WrongType(f"a hook must be given as (where, function), for example (('z', 5), fn); got {pair!r}")

@@ -53,7 +53,7 @@ class Site:
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f" at {self.layer}"
-        return f"{self.part + '.' if self.part else ''}{self.name}{where}"
+        return f"{f'{self.part}.' if self.part else ''}{self.name}{where}"
 
 
 #: The values that select points: a full name, a short name (every layer), a tuple ("z", 5), a Site, a predicate on full
@@ -78,6 +78,8 @@ def site(name: str, layer: SupportsIndex | None = None, part: str | None = None)
         return parsed
     if layer is not None and (isinstance(layer, bool) or not hasattr(layer, "__index__")):
         raise WrongType(f"site({name!r}) needs an integer layer, got {layer!r}")
+    if part is not None and not isinstance(part, str):
+        raise WrongType(f"the part of site({name!r}, {layer}) must be a string such as 'ln1', got {part!r:.60}")
     return Site(_ALIASES.get(name, name), None if layer is None else int(layer), part)
 
 
@@ -125,7 +127,14 @@ def resolve(where: Where, names: Sequence[str]) -> list[str]:
     """
     chosen: set[str] = set()
     for selector in flatten(where):
-        chosen.update(_resolve_one(selector, names))
+        try:
+            chosen.update(_resolve_one(selector, names))
+        except NameNotFound as error:
+            if not isinstance(where, tuple) or selector in (where, where[0]):
+                raise
+            raise NameNotFound(
+                f"{error}. {where!r:.80} is read as a list of names, because the layer in ('z', 5) must be a number"
+            ) from None
     return [name for name in names if name in chosen]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class PromptPairs(Result):
             )
         if (self.answer is None) != (self.wrong_answer is None):
             raise ArgumentError("{answer} and {wrong_answer} are given together, and one of them is missing")
+        if self.metric is not None and not callable(self.metric):
+            raise ArgumentError(
+                "{metric} is a function of logits such as hl.logit_diff(...), got {0!r:.60}", self.metric
+            )
         n = len(clean)
         if not isinstance(self.columns, Mapping):
             raise WrongType(f"columns is a dict of names and lists with one value per pair, got {self.columns!r:.80}")
@@ -91,6 +96,8 @@ class PromptPairs(Result):
 
     def split(self, *, seed: int = 0) -> tuple["PromptPairs", "PromptPairs"]:
         """Split into two halves that share no group: one for selection, one for the reported numbers."""
+        if not len(self):
+            raise InputError("there are no pairs to split into halves")
         first, second = halves(len(self), group=self.group, seed=seed)
         return self[first], self[second]
 
@@ -163,9 +170,29 @@ def _numbers(group: Any) -> Int[Tensor, "pair"] | None:
     """The groups as numbers; integers keep their values."""
     if group is None:
         return None
-    if hasattr(group, "dtype") or all(type(label) is int for label in group):
-        return torch.as_tensor(group).cpu()
-    return numbered(group)
+    labels = [_plain(label) for label in (group.tolist() if hasattr(group, "tolist") else group)]
+    for label in labels:
+        if not _is_label(label):
+            raise WrongType(f"group holds one label per pair, a text or a whole number; got {label!r:.60}")
+    if all(type(label) is int for label in labels):
+        return torch.tensor(labels, dtype=torch.long)
+    return numbered(labels)
+
+
+def _is_label(label: Any) -> bool:
+    """Whether this can label a group: None and NaN are missing labels, and other fractions do not name anything."""
+    if label is None or (isinstance(label, Real) and not isinstance(label, Integral)):
+        return False
+    try:
+        hash(label)
+    except TypeError:
+        return False
+    return not isinstance(label, Tensor)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of torch or NumPy as Python's; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _check_length(name: str, column: Any, n: int) -> None:
@@ -186,6 +213,9 @@ def _listed(prompts: Any) -> Any:
         rows = list(prompts)
     except TypeError as error:
         raise WrongType(f"prompts are texts or rows of token ids, got {prompts!r:.80}") from error
+    for row in rows:
+        if not isinstance(row, str | Sequence | Integral) and not hasattr(row, "ndim"):
+            raise WrongType(f"prompts are texts or rows of token ids, got {row!r:.80}")
     single = bool(rows) and (rows[0].ndim == 0 if hasattr(rows[0], "ndim") else isinstance(rows[0], int))
     return [rows] if single else rows
 
@@ -199,6 +229,11 @@ def _one_a_pair(name: str, answer: Answers | None, n: int) -> Any:
         raise ArgumentError(
             "{" + name + "} is one for all pairs or one per pair, got {0} for {1} pairs", len(listed), n
         )
+    for value in map(_plain, listed):
+        if not isinstance(value, str | Integral) or isinstance(value, bool):
+            raise ArgumentError(
+                "{" + name + "} is a text or a token id, one for all pairs or one per pair; got {0!r:.60}", value
+            )
     return listed * n if len(listed) == 1 else listed
 
 
@@ -224,5 +259,5 @@ def _some(column: Any, rows: list[int]) -> Any:
 
 def _shown(value: Any) -> Any:
     """Format a prompt, an answer or a group as a cell of a table."""
-    plain = value.tolist() if isinstance(value, Tensor) else value
+    plain = value.tolist() if hasattr(value, "tolist") else value
     return plain if isinstance(plain, str | int) else str(list(plain))

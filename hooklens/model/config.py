@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType, did_you_mean
+from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
 
 Frequencies = Float[Tensor, "pair"]
 RowFrequencies = Float[Tensor, "*batch pair"]
@@ -66,6 +66,7 @@ class Part:
     @classmethod
     def from_json(cls, values: dict[str, Any]):
         """The part with these fields; an unknown field raises an error."""
+        _check_dict(cls.__name__, values)
         check_fields(cls, values, f"field of {cls.__name__}")
         hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**hashable)
@@ -74,6 +75,11 @@ class Part:
 def same_class(first: type, second: type) -> bool:
     """Whether two classes are one, possibly defined twice, as by a notebook's cell that is run again."""
     return (first.__module__, first.__qualname__) == (second.__module__, second.__qualname__)
+
+
+def _check_dict(what: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise WrongType(f"{what} is read from a dict of its fields, such as to_json returns; got {values!r:.80}")
 
 
 def check_fields(holder: type, values: dict[str, Any], what: str) -> None:
@@ -243,6 +249,20 @@ class DividedScaling(ScalingPart):
     long: tuple[float, ...] = ()
     original_n_ctx: int = 4096
     magnitude: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("short", "long"):
+            divisors = getattr(self, name)
+            if not isinstance(divisors, tuple | list) or not divisors:
+                raise InputError(
+                    f"DividedScaling: {name} is a tuple with one divisor per rotary frequency, got {divisors!r:.80}"
+                )
+        if len(self.short) != len(self.long):
+            raise InputError(
+                f"DividedScaling: short and long need one divisor per rotary frequency each, got {len(self.short)} and "
+                f"{len(self.long)}"
+            )
 
     def is_long(self, lengths: Lengths) -> Bool[Tensor, "..."]:
         """Which rows with these lengths are longer than the original context."""
@@ -504,6 +524,12 @@ _SLOTS = {
     "init": "init",
 }
 _MAY_VARY = ("positional_embedding_type", "mask")
+# TransformerLens's fields that are fields of a part here, and how they are given.
+_MOVED = {
+    "attn_scale": "score_fn=Softmax(scale=...)",
+    "attn_scores_soft_cap": "score_fn=Softmax(soft_cap=...)",
+    "final_norm": "block=PreNorm(final_norm=...)",
+}
 _MAY_LACK = ("normalization_type", "qk_norm", "positional_embedding_type")
 
 
@@ -547,17 +573,29 @@ class HookedTransformerConfig:
     def __post_init__(self) -> None:
         settle = object.__setattr__
         check_values(self, "the configuration")
+        if not isinstance(self.biases, Biases):
+            raise WrongType(
+                f"biases says which maps have one, and is given as Biases(qkv=False, o=False, mlp=False); "
+                f"got {self.biases!r:.80}"
+            )
         check_values(self.biases, "biases")
         if self.d_head == -1:
             if self.d_model % self.n_heads:
                 raise InputError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}; give d_head")
             settle(self, "d_head", self.d_model // self.n_heads)
         settle(self, "n_key_value_heads", self.n_heads if self.n_key_value_heads is None else self.n_key_value_heads)
-        settle(self, "d_mlp", 0 if self.attn_only else self.d_mlp or 4 * self.d_model)
+        settle(self, "d_mlp", self._settled_d_mlp())
         settle(self, "d_vocab_out", self.d_vocab if self.d_vocab_out == -1 else self.d_vocab_out)
         for name, slot in _SLOTS.items():
             settle(self, name, self._settled(name, slot))
         self._check()
+
+    def _settled_d_mlp(self) -> Any:
+        if not self.attn_only:
+            return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+        if self.d_mlp not in (None, 0):
+            raise InputError(f"attn_only=True is a model without MLPs, got d_mlp={self.d_mlp!r:.80}; leave d_mlp out")
+        return 0
 
     def _settled(self, name: str, slot: str) -> Any:
         value = getattr(self, name)
@@ -579,6 +617,15 @@ class HookedTransformerConfig:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_key_value_heads {self.n_key_value_heads}")
         if self.tie_word_embeddings and self.d_vocab_out != self.d_vocab:
             raise InputError(f"tied embeddings need d_vocab_out {self.d_vocab_out} equal to d_vocab {self.d_vocab}")
+        positions = self.positional_embedding_type
+        for position in positions if isinstance(positions, tuple) else (positions,):
+            scaling = position.scaling if isinstance(position, Rotary) else None
+            n = (getattr(position, "dim", None) or self.d_head) // 2
+            if isinstance(scaling, DividedScaling) and len(scaling.short) != n:
+                raise InputError(
+                    f"DividedScaling needs {n} divisors, one per pair of rotated dimensions of a head, got "
+                    f"{len(scaling.short)}"
+                )
 
     def mask_at(self, layer: int) -> MaskPart:
         """The mask of one layer."""
@@ -608,13 +655,29 @@ class HookedTransformerConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "HookedTransformerConfig":
         """Rebuild a configuration from `to_json`; an unknown field raises an error."""
-        check_fields(cls, values, "configuration field")
-        biases = Biases(**values["biases"]) if "biases" in values else Biases()
-        return cls(**values | {"biases": biases, "folded": tuple(values.get("folded", ()))})
+        _check_dict("a configuration", values)
+        _check_names(values)
+        biases, folded = values.get("biases", {}), values.get("folded", ())
+        _check_dict("biases", biases)
+        check_fields(Biases, biases, "field of biases")
+        if not isinstance(folded, list | tuple) or not all(isinstance(name, str) for name in folded):
+            raise WrongType(f"folded is a list of names, got {folded!r:.80}")
+        return cls(**values | {"biases": Biases(**biases), "folded": tuple(folded)})
 
     def replace(self, **changes: Any) -> "HookedTransformerConfig":
-        """A copy with some fields changed."""
+        """A copy with some fields changed. If `attn_only` changes, d_mlp is its default again unless it is given."""
+        _check_names(changes)
+        if changes.get("attn_only", self.attn_only) != self.attn_only:
+            changes = {"d_mlp": None} | changes
         return replace(self, **changes)
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    """Raise for a name that is not a field of the configuration."""
+    for name in values:
+        if name in _MOVED:
+            raise NameNotFound(f"{name} is a field of a part here, not of the configuration; give {_MOVED[name]}")
+    check_fields(HookedTransformerConfig, values, "configuration field")
 
 
 def _plain(value: Any) -> Any:

@@ -158,3 +158,11 @@ def test_a_name_in_another_case_is_the_closest_one():
         tiny_model().run_with_cache([[1, 2]], names="RESID_POST")
     with pytest.raises(AttributeError, match=r"closest: hl\.logit_lens"):
         hl.LOGIT_LENS  # noqa: B018
+
+
+def test_the_embedding_has_no_layer_and_a_component_is_no_name():
+    with refused(InputError, "this is a Component already, L1H0"):
+        Component.parse(Component("head", 1, 0))
+    for kind in ("embed", "final"):
+        with pytest.raises(InputError, match="has no layer, got layer=3"):
+            Component(kind, 3)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refused import refused
 from torch import nn
 
 import hooklens.core.hooks as hooks_module
-from hooklens.core.errors import HookError, InputError, NameNotFound
+from hooklens.core.errors import HookError, InputError, NameNotFound, WrongType
 from hooklens.core.hooks import HookCall, HookedModule, HookPoint
 from hooklens.core.names import site
 from hooklens.testing import tiny_model
@@ -472,3 +473,10 @@ def test_gradients_in_inference_mode_are_refused_by_that_name(model):
         model.run_with_cache(TOKENS, grads=True)
     with torch.inference_mode(), torch.enable_grad(), pytest.raises(InputError, match="inference_mode"):
         model.run_with_cache(TOKENS, grads=True)
+
+
+@pytest.mark.parametrize("name", ["fwd_hooks", "bwd_hooks"])
+@pytest.mark.parametrize("hooks", [5, None])
+def test_hooks_that_are_no_list_are_refused(name, hooks):
+    with refused(WrongType, f"{name} is a list of \\(where, function\\)"):
+        tiny_model().run_with_hooks([[1, 2]], **{name: hooks})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refused import refused
 
 from hooklens.core.errors import InputError, NameNotFound, WrongType
 from hooklens.core.names import AXES, Site, axes, parse, resolve, site
@@ -82,3 +83,10 @@ def test_axes_of_norms_inside_attention_have_a_head_axis():
     assert axes("blocks.0.attn.q_norm.hook_scale") == ("batch", "pos", "head", "one")
     assert axes("blocks.0.attn.k_norm.hook_normalized") == ("batch", "pos", "kv_head", "d_head")
     assert axes("blocks.0.ln1.hook_normalized") == ("batch", "pos", "d_model")
+
+
+def test_a_layer_or_part_of_a_wrong_type_is_named():
+    with refused(WrongType, "the part of site\\('z', 0\\) must be a string such as 'ln1', got 1"):
+        resolve(("z", 0, 1), NAMES)
+    with pytest.raises(NameNotFound, match=r"no site named 'a'.*the layer in \('z', 5\) must be a number"):
+        resolve(("z", "a"), NAMES)

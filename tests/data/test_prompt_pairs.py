@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from refused import refused
 
 import hooklens as hl
-from hooklens.core.errors import InputError, NameNotFound, OutOfRange, WrongType
+from hooklens.core.errors import HooklensError, InputError, NameNotFound, OutOfRange, WrongType
 from hooklens.data.jsonl import read_pairs_file, write_pairs_file
 from hooklens.data.prompt_pairs import as_pairs
 from hooklens.metrics import AtPosition
@@ -181,3 +181,30 @@ def test_what_cannot_be_used_is_said(ask, error, said):
 def test_what_means_a_new_axis_to_torch_gave_all_pairs(index):
     with pytest.raises(OutOfRange, match="pairs are indexed by a slice"):
         PAIRS[index]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"answer": 1.5, "wrong_answer": 2}, "answer is a text or a token id"),
+        ({"answer": 1, "wrong_answer": [2, None]}, "wrong_answer is a text or a token id"),
+        ({"group": torch.tensor([0.5, 1.0])}, "group holds one label per pair"),
+        ({"group": torch.zeros(2, 2, dtype=torch.long)}, "group holds one label per pair"),
+        ({"group": [[1], [2]]}, "group holds one label per pair"),
+        ({"group": [None, 1]}, "group holds one label per pair"),
+        ({"group": [float("nan"), 1]}, "group holds one label per pair"),
+        ({"metric": 5}, "metric is a function of logits"),
+        ({"clean": [None, "a"]}, "prompts are texts or rows of token ids, got None"),
+    ],
+)
+def test_pairs_of_wrong_values_are_refused_when_they_are_made(given, says):
+    with refused(HooklensError, says):
+        hl.PromptPairs(**{"clean": ["a", "b"], "corrupted": ["c", "d"]} | given)
+
+
+def test_no_pairs_have_no_halves_and_tensor_rows_have_a_table():
+    with pytest.raises(InputError, match="no pairs to split"):
+        PAIRS[:0].split()
+    rows = list(CLEAN)
+    pairs = hl.PromptPairs(rows, [row.numpy() for row in rows], answer=torch.tensor(3), wrong_answer=4)
+    assert pairs.table().rows[0][:2] == ("[1, 2, 3]", "[1, 2, 3]")

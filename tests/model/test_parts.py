@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from refused import refused
 from torch.nn import functional as F
 from zoo import TOKENS, ZOO, LowRank, Peft, wrap_layers, zoo_model
 
-from hooklens.core.errors import InputError, NameNotFound, WrongType
+from hooklens.core.errors import HooklensError, InputError, NameNotFound, WrongType
 from hooklens.core.hooks import Handle
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.block import Block
@@ -384,3 +385,56 @@ def test_the_gate_may_have_or_lack_a_bias_of_its_own(biases, there):
     assert (mlp.in_.bias is not None, mlp.gate.bias is not None) == there and (mlp.out.bias is not None) == there[0]
     assert HookedTransformerConfig.from_json(model.cfg.to_json()) == model.cfg
     assert model.generate([1, 2], 3).new_tokens[0].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"d_mlp": 0}, "d_mlp is 0; a whole number above 0"),
+        ({"attn_only": True, "d_mlp": 9}, "leave d_mlp out"),
+        ({"biases": False}, "Biases\\(qkv=False"),
+        ({"positional_embedding_type": Rotary(scaling=DividedScaling((1.0,), (1.0,)))}, "needs 2 divisors"),
+    ],
+)
+def test_a_size_that_would_be_ignored_is_refused(changes, says):
+    with refused(HooklensError, says):
+        tiny_model(**changes)
+
+
+@pytest.mark.parametrize("divisors", [{}, {"short": (1.0,)}, {"short": (1.0,), "long": (1.0, 2.0)}, {"short": 5.0}])
+def test_divided_scaling_without_its_divisors_is_refused(divisors):
+    with refused(InputError, "per rotary frequency"):
+        DividedScaling(**divisors)
+
+
+def test_a_model_without_mlps_is_saved_and_changed_with_d_mlp_0():
+    cfg = tiny_model(attn_only=True, d_mlp=0).cfg
+    assert HookedTransformerConfig.from_json(cfg.to_json()) == cfg
+    assert cfg.replace(attn_only=False).d_mlp == 32 and cfg.replace(attn_only=False).replace(attn_only=True) == cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"biases": 5}, "biases is read from a dict"),
+        ({"biases": None}, "biases is read from a dict"),
+        ({"biases": {"qkw": True}}, "closest: qkv"),
+        ({"folded": 5}, "folded is a list of names, got 5"),
+        ({"attn_scale": 1.0}, "score_fn=Softmax"),
+    ],
+)
+def test_a_wrong_field_in_json_is_named(changes, says):
+    with refused(HooklensError, says):
+        HookedTransformerConfig.from_json(tiny_model().cfg.to_json() | changes)
+
+
+@pytest.mark.parametrize("values", ["", None, "config.json"])
+def test_json_that_is_no_configuration_is_refused(values):
+    with refused(WrongType, "a configuration is read from a dict"):
+        HookedTransformerConfig.from_json(values)
+
+
+@pytest.mark.parametrize("name", ["attn_scale", "attn_scores_soft_cap", "final_norm"])
+def test_replace_says_where_a_transformer_lens_name_went(name):
+    with pytest.raises(NameNotFound, match="is a field of a part here"):
+        tiny_model().cfg.replace(**{name: 1.0})

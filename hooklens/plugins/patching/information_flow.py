@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hooklens.core.component import Component
+from hooklens.core.errors import InputError, WrongType
 from hooklens.core.files import make_folder
 from hooklens.core.hooks import HookFn
 from hooklens.data.demo_prompts import demo_pairs
@@ -53,6 +54,8 @@ def trace_information(
 
     Reference: Wang et al. (2022), "Interpretability in the Wild", section 3; the halves and controls are ours.
     """
+    if choice is not None and not isinstance(choice, Choice):
+        raise WrongType(f"choice is a Choice, such as Choice(per_receiver=4, draws=99); got {choice!r:.60}")
     options, sending = choice or Choice(), read_senders(model, senders)
     pairs = as_pairs(model, clean, corrupted, metric, options.group)
     number, every = group_numbers(len(pairs), pairs.group), torch.arange(len(pairs))
@@ -122,6 +125,8 @@ class _Between:
 def _named(model: HookedTransformer, receivers: Any) -> dict[str, tuple[Receiver, ...]]:
     """Receivers that are patched together, by what they are called."""
     if isinstance(receivers, Mapping):
+        if not receivers:
+            raise InputError('receivers= is an empty dict; name at least one group: {"queries": [("q", 9)]}')
         return {str(name): read_receivers(model, some) for name, some in receivers.items()}
     return {receiver.name: (receiver,) for receiver in read_receivers(model, receivers)}
 

@@ -140,7 +140,8 @@ def read_task(
 def checked_task(task: Any) -> ProbeTask:
     """The task; anything else raises."""
     if not isinstance(task, ProbeTask):
-        raise WrongType(f"task is a ProbeTask, such as read_task(model, prompts, labels) gives; got {task!r:.60}")
+        call = "read_task(model, pairs)" if isinstance(task, PromptPairs) else "read_task(model, prompts, labels)"
+        raise WrongType(f"task is a ProbeTask, such as {call} returns; got {type(task).__name__}")
     return task
 
 

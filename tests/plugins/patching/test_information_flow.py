@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refused import refused
 
 import hooklens as hl
-from hooklens.core.errors import InputError
+from hooklens.core.errors import HooklensError, InputError
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.information_flow import trace_information
 from hooklens.plugins.patching.path import path_patch
@@ -244,3 +245,15 @@ def test_an_interrupted_study_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     assert saves == ["paths-0", "paths-1", "paths-2", "paths-3"]  # what was finished was not run again
     assert torch.equal(resumed.moved, whole.moved) and torch.equal(resumed.turned, whole.turned)
     assert resumed.paths == whole.paths and torch.equal(resumed.gap, whole.gap)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [({"receivers": {}}, "receivers= is an empty dict"), ({"choice": 5}, "choice is a Choice")]
+)
+def test_arguments_that_name_nothing_are_refused(given, says):
+    with refused(HooklensError, says):
+        trace_information(tiny_model(), [[1, 2]], [[3, 2]], answer_metric, **{"receivers": "final"} | given)
+
+
+def answer_metric(logits):
+    return logits[:, -1, 1]

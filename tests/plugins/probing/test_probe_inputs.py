@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from refused import refused
 
 import hooklens as hl
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, WrongType
 from hooklens.plugins.probing import (
     Logistic,
     MassMean,
@@ -165,3 +166,8 @@ def test_an_average_is_the_mean_over_positions():
     acts = gather(model, rows, site="mlp_out", average=True)
     for i in range(2):
         torch.testing.assert_close(acts.x[:, i], every.x[:, every.prompt == i].mean(1), atol=1e-12, rtol=1e-12)
+
+
+def test_pairs_instead_of_a_task_are_answered_with_the_call_that_makes_a_task():
+    with refused(WrongType, r"read_task\(model, pairs\) returns; got PromptPairs$"):
+        train_probe(tiny_model(), hl.PromptPairs([[1, 2]], [[1, 3]]))
