@@ -138,7 +138,7 @@ def test_any_set_of_bad_lines_is_reported_whole(tmp_path_factory, lines):
 def test_files_that_hold_nothing_or_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="has no lines"):
         read_texts_file(write(tmp_path, "", "  "))
-    with pytest.raises(InputError, match=r"absent.jsonl', but there is no such file"):
+    with pytest.raises(InputError, match=r"absent.jsonl': there is no such file"):
         read_texts_file(tmp_path / "absent.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileRefused, match="is not UTF-8 text"):

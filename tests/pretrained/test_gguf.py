@@ -85,7 +85,7 @@ def test_other_formats_and_missing_files(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     with pytest.raises(FileRefused, match=r"begins with .*, but a GGUF file begins with b'GGUF'"):
         read_gguf(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"none.gguf', but there is no such file"):
+    with pytest.raises(InputError, match=r"none.gguf': there is no such file"):
         read_gguf(tmp_path / "none.gguf")
 
 

@@ -337,7 +337,7 @@ def test_pickles_are_never_opened(folder, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_config_that_is_no_json_object_is_refused(folder, content):
     (folder / "config.json").write_text(content)
-    with pytest.raises(FileRefused, match=r"config.json', but it (is not JSON|.*should hold)"):
+    with pytest.raises(FileRefused, match=r"config.json': it (is not JSON|.*should hold)"):
         load(folder)
 
 
