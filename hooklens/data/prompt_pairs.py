@@ -53,8 +53,9 @@ class PromptPairs(Result):
         if (self.answer is None) != (self.wrong_answer is None):
             raise ArgumentError("{answer} and {wrong_answer} are given together, and one of them is missing")
         if self.metric is not None and not callable(self.metric):
-            raise ArgumentError(
-                "{metric} is a function of logits such as hl.logit_diff(...), got {0!r:.60}", self.metric
+            raise WrongType(
+                "a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got "
+                f"{self.metric!r:.60}"
             )
         n = len(clean)
         if not isinstance(self.columns, Mapping):

@@ -104,7 +104,7 @@ def prune_edges_below(
 ) -> Pruning:
     """Threshold: cut at once every edge that alone is worth less. Edges that can replace each other are all cut."""
     need_circuit(circuit, "prune_edges_below")
-    threshold = real("threshold", threshold, 0)
+    threshold = real("threshold", threshold, 0.0)
     bench = circuit.bench(model, clean, corrupted, metric)
     return _below(bench, circuit, torch.arange(bench.graph.n_edges), threshold, name="threshold pruning")
 
@@ -120,7 +120,7 @@ def prune_nodes_below(
 ) -> Pruning:
     """Threshold: cut at once every node that alone is worth less."""
     need_circuit(circuit, "prune_nodes_below")
-    threshold = real("threshold", threshold, 0)
+    threshold = real("threshold", threshold, 0.0)
     bench = circuit.bench(model, clean, corrupted, metric)
     return _below(bench, circuit, bench.graph.ends[0], threshold, name="threshold pruning of nodes")
 

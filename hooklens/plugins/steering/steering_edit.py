@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.errors import InputError, WrongType
-from hooklens.core.hooks import HookCall, HookFn
+from hooklens.core.hooks import HookCall, HookedModule, HookFn
 from hooklens.core.names import AXES, Where, parse
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.steering.positions import Positions, checked, touched
@@ -23,7 +23,7 @@ _OF_HEADS = ("q", "k", "v", "z", "result")
 class StreamEdit(AbstractContextManager["StreamEdit"]):
     """Hooks that edit activations: a reusable `with` block, or `.hooks` for `run_with_hooks`."""
 
-    def __init__(self, model: HookedTransformer, hooks: list[tuple[Where, HookFn]], what: str):
+    def __init__(self, model: HookedModule, hooks: list[tuple[Where, HookFn]], what: str):
         self.model, self.hooks, self.what = model, hooks, what
         self._open: list[Any] = []
 
