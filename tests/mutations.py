@@ -136,7 +136,7 @@ def _changed(value: Any, draw: random.Random) -> Any:
     if isinstance(value, str) and value[:1] in ("{", "[") and draw.random() < 0.9:
         try:
             return json.dumps(_changed(json.loads(value), draw)).replace('"@deep"', _DEEP)
-        except ValueError:
+        except (ValueError, RecursionError):
             return draw.choice(_ODD)
     if not isinstance(value, dict | list) or not value or draw.random() < 0.15:
         return draw.choice(_ODD)
