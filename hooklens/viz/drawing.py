@@ -1,6 +1,7 @@
 """Building blocks of all figures."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -46,8 +47,8 @@ def box(*lines: tuple[str, object]) -> str:
     return "<br>".join(texts)
 
 
-def number(value: object) -> str:
-    return format_number(float(value)).removesuffix(".0000")  # type: ignore[arg-type]
+def number(value: Any) -> str:
+    return format_number(float(value)).removesuffix(".0000")
 
 
 def mark(figure: go.Figure, marks: Mapping[str, float] | None) -> go.Figure:

@@ -144,7 +144,7 @@ def _run(model: HookedTransformer, tokens: Tensor, pos: int) -> tuple[Activation
 
 def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Per layer: contributions of heads, their spread, contributions of biases, and of each head's source positions."""
-    columns: tuple[list[Tensor], ...] = ([], [], [], [])
+    columns: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
     for layer, block in enumerate(model.blocks):
         name, attn = f"blocks.{layer}", block.attn
         z, v, pattern = (at.cache[f"{name}.attn.hook_{site}"] for site in ("z", "v", "pattern"))
@@ -157,7 +157,7 @@ def _attention(model, at: DirectEffects) -> tuple[list[Tensor], list[Tensor], li
         by_source = torch.einsum("nhk,nkhd,nhd->nhk", pattern.to(read), values, read)
         for part, value in zip(columns, ((z * read).sum(-1), at.spread(result).T, constant, by_source), strict=True):
             part.append(value)
-    return columns  # type: ignore[return-value]
+    return columns
 
 
 def _mlps(model, at: DirectEffects) -> tuple[Float[Tensor, "prompt layer neuron"], Float[Tensor, "prompt layer"]]:
