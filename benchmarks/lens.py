@@ -27,10 +27,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--gpt2-only", action="store_true")
+    options.add_argument("--smollm2-only", action="store_true")
     options.add_argument("--random", action="store_true", help="random weights of SmolLM2's shape: nothing to download")
     chosen = options.parse_args()
     torch.set_num_threads(2)
-    models = {"GPT-2-small shape": peers.ours()}
+    models = {} if chosen.smollm2_only else {"GPT-2-small shape": peers.ours()}
     if not chosen.gpt2_only:
         smollm2 = peers.smollm2_shape() if chosen.random else hl.load("smollm2-135m-instruct")
         models[smollm2.cfg.model_name] = smollm2
@@ -41,7 +42,7 @@ def main() -> None:
             runs: dict[str, Callable[[], Any]] = {
                 NEEDED: partial(needed, model, tokens),
                 LENS: partial(logit_lens, model, tokens),
-                ATTRIBUTION: partial(direct_logit_attribution, model, tokens, 1, 2),
+                ATTRIBUTION: partial(direct_logit_attribution, model, tokens, answer=1, wrong_answer=2),
                 "forward": partial(forward, model, tokens),
             }
             for run in runs.values():

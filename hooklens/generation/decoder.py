@@ -70,8 +70,9 @@ class Decoder:
         self.weights = [(at, name, w, w.data_ptr(), w._version) for at, name in held if (w := at[name]) is not None]
         product = self._product(rows, steps)
         self.layers = [_Layer(block, product) for block in model.blocks]
-        self.vector = product is _Vector
-        self.norm, self.unembed = _short(model.ln_final, self.vector), product([model.unembed.linear])
+        self.unembed = product([model.unembed.linear])
+        self.vector = isinstance(self.unembed, _Vector)
+        self.norm = _short(model.ln_final, self.vector)
         self.rows = 0
 
     def _product(self, rows: int, steps: int) -> Callable[[Sequence[nn.Linear]], "_Rows"]:
@@ -81,7 +82,12 @@ class Decoder:
             return _Rows
         if steps >= PACKING_PAYS_FROM and weight.dtype == torch.float32 and packing_wanted(rows):
             return partial(_Packed, rows=rows)
-        return _Vector if rows == 1 and weight.dtype.itemsize >= 4 and vector_pays(weight) else _Rows
+        if rows > 1 or weight.dtype.itemsize < 4:
+            return _Rows
+        alike: dict[torch.Size, list[Float[Tensor, "d_out d_in"]]] = {}
+        for parameter in self.model.parameters():
+            alike.setdefault(parameter.shape, []).append(parameter)
+        return partial(_Vector, alike=alike)
 
     def serves(self) -> bool:
         """Whether every weight is unchanged and no hook is active."""
@@ -117,6 +123,7 @@ class _Rows:
     def __init__(self, layers: Sequence[nn.Linear]):
         self.sizes = [layer.out_features for layer in layers]
         self.layers = [(x.weight.detach(), None if x.bias is None else x.bias.detach()) for x in layers]
+        self.products = [_of_rows] * len(layers)
 
     def fit(self, rows: int) -> list[Float[Tensor, "..."]]:
         """Allocate the buffer for the outputs of this number of rows; return each layer's share of it."""
@@ -126,37 +133,45 @@ class _Rows:
 
     def fill(self, x: Stream) -> None:
         """Write the output of each layer into its share of the buffer."""
-        for (weight, bias), share in zip(self.layers, self.shares, strict=True):
-            self.product(x, weight, bias, share)
+        for (weight, bias), product, share in zip(self.layers, self.products, self.shares, strict=True):
+            product(x, weight, bias, share)
 
     def __call__(self, x: Stream) -> Float[Tensor, "*batch d_out"]:
         """The output of the only layer."""
-        return self.product(x, *self.layers[0])
+        return self.products[0](x, *self.layers[0])
 
     def onto(self, stream: Stream, x: Float[Tensor, "*batch d_in"]) -> Stream:
         """The stream plus the output of the only layer, which is rounded first in half precision, as in the model."""
         weight, bias = self.layers[0]
         joins = bias is None and weight.dtype.itemsize >= 4
-        return self.product(x, weight, stream) if joins else stream + self(x)
-
-    @staticmethod
-    def product(x: Tensor, weight: Tensor, plus: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """x times the weight, plus a bias or a stream."""
-        if plus is None:
-            return torch.mm(x, weight.t(), out=out)
-        return torch.addmm(plus, x, weight.t(), out=out)
+        return self.products[0](x, weight, stream) if joins else stream + self(x)
 
 
 class _Vector(_Rows):
-    """The same for one row without its axis: BLAS has a faster product for a vector."""
+    """The same for one row without its axis, which saves calls; BLAS multiplies vectors or rows, as is faster here."""
+
+    def __init__(self, layers: Sequence[nn.Linear], *, alike: dict[torch.Size, list[Float[Tensor, "d_out d_in"]]]):
+        super().__init__(layers)
+        self.products = [_of_vector if vector_pays(alike[weight.shape]) else _of_row for weight, _ in self.layers]
 
     def fit(self, rows: int) -> list[Float[Tensor, "..."]]:
         self.shares = [share[0] for share in super().fit(rows)]
         return self.shares
 
-    @staticmethod
-    def product(x: Tensor, weight: Tensor, plus: Tensor | None, out: Tensor | None = None) -> Tensor:
-        return torch.mv(weight, x, out=out) if plus is None else torch.addmv(plus, weight, x, out=out)
+
+def _of_rows(x: Tensor, weight: Tensor, plus: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x times the weight, plus a bias or a stream."""
+    if plus is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(plus, x, weight.t(), out=out)
+
+
+def _of_vector(x: Tensor, weight: Tensor, plus: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return torch.mv(weight, x, out=out) if plus is None else torch.addmv(plus, weight, x, out=out)
+
+
+def _of_row(x: Tensor, weight: Tensor, plus: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return _of_rows(x[None], weight, plus, None if out is None else out[None])[0]
 
 
 class _Packed(_Rows):
@@ -223,11 +238,12 @@ class _Layer:
     def __init__(self, block: Block, product: Callable[[Sequence[nn.Linear]], _Rows]):
         self.attn: Attention = block.attn
         self.mlp = mlp = block.mlp
-        self.parallel, vector = not block.mlp_reads_attn, product is _Vector
+        self.parallel = not block.mlp_reads_attn
+        self.qkv, self.o = product([self.attn.q, self.attn.k, self.attn.v]), product([self.attn.o])
+        vector = isinstance(self.qkv, _Vector)
         self.norms = [_short(norm, vector) for norm in (block.ln1, block.ln1_post)]
         self.fused = self.attn.score.fusable and self.attn.score.soft_cap is None
         self.rotary = self.attn.rotary if self.attn.q_norm is None else None  # norms come between: see Attention.place
-        self.qkv, self.o = product([self.attn.q, self.attn.k, self.attn.v]), product([self.attn.o])
         if mlp is not None:
             self.norms += [_short(norm, vector) for norm in (block.ln2, block.ln2_post)]
             self.act = activation(mlp.act)

@@ -7,7 +7,7 @@ block.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,7 +34,7 @@ ENV = "HOOKLENS_PACKED_LINEARS"
 # A weight packed for one row gets the layout of a kernel that is a fifth slower than the one for 16 rows.
 _FEWEST_ROWS = 16
 # The size of a weight from which the two plain products of one row are timed, and the speed of a vector over a row.
-_WORTH_MEASURING = 2**20
+_WORTH_MEASURING = 2**19
 _vector_gains: dict[tuple[torch.Size, torch.dtype], float] = {}
 
 
@@ -211,19 +211,22 @@ def packing_gain(rows: int = 240) -> float:
     return _measured() if rows > 16 else _measured(1, 16384)
 
 
-def vector_pays(weight: Float[Tensor, "d_out d_in"]) -> bool:
-    """Whether a weight times a vector is at least about as fast as times one row here; measured once for each shape.
+def vector_pays(weights: Sequence[Float[Tensor, "d_out d_in"]]) -> bool:
+    """Whether weights of one shape times a vector take no longer than times one row here; measured once per shape.
 
-    Both read the weight once; BLAS has a routine for each, and the faster one differs between machines.
+    Both read a weight once; BLAS has a routine for each, and the faster one differs between machines and shapes. Up to
+    eight weights take turns, as in a generation, which finds none of them in the core's cache.
     """
-    if weight.numel() < _WORTH_MEASURING:
+    first = weights[0]
+    if first.numel() < _WORTH_MEASURING:
         return True
-    key, weight = (weight.shape, weight.dtype), weight.detach()
+    key = (first.shape, first.dtype)
     if key not in _vector_gains:
-        x = weight.new_ones(1, weight.shape[1])
-        row, vector = _seconds(lambda: torch.mm(x, weight.t()), 3), _seconds(lambda: torch.mv(weight, x[0]), 3)
+        some, x = [weight.detach() for weight in weights[:8]], first.new_ones(1, first.shape[1]).detach()
+        row = _seconds(lambda: [torch.mm(x, weight.t()) for weight in some], 5)
+        vector = _seconds(lambda: [torch.mv(weight, x[0]) for weight in some], 5)
         _vector_gains[key] = row / vector
-    return _vector_gains[key] > 0.8
+    return _vector_gains[key] > 0.95
 
 
 @cache
@@ -242,7 +245,7 @@ def _measured(rows: int = 240, d_out: int = 768) -> float:
         return 0.0  # the signature differs between versions of torch: fall back to torch's own path
 
 
-def _seconds(work: Callable[[], Tensor], tries: int = 9) -> float:
+def _seconds(work: Callable[[], object], tries: int = 9) -> float:
     times = []
     for _ in range(tries):
         start = time.perf_counter()

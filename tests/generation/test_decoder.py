@@ -153,13 +153,16 @@ def test_a_layer_of_a_step_takes_few_calls(weights):
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_where_blas_is_slower_with_vectors_a_row_is_multiplied_as_a_row(gain, weights, monkeypatch):
-    monkeypatch.setattr(decoder, "vector_pays", lambda weight: gain > 1)
+    monkeypatch.setattr(decoder, "vector_pays", lambda weights: gain > 1)
     model, past = zoo_model("llama"), KVCache()
     with torch.no_grad():
         step = Decoder.of(model, rows=1)
         model(torch.tensor([[1, 2]]), kv_cache=past)
         close(step(torch.tensor([[3]]), past), model(torch.tensor([[1, 2, 3]]))[:, -1])
-    assert step.vector == (gain > 1 and weights == "plain")
+    assert step.vector == (weights == "plain")
+    if step.vector:
+        product = decoder._of_vector if gain > 1 else decoder._of_row
+        assert {*step.unembed.products, *step.layers[0].qkv.products} == {product}
 
 
 def test_packing_switched_off_around_a_generation_is_off_in_it(packs):

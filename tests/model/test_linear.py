@@ -181,12 +181,14 @@ def test_the_product_of_one_row_is_chosen_by_its_time_and_measured_once(monkeypa
     timed = []
 
     def seconds(work, tries):
-        timed.append(work().ndim)
-        return {2: 1.0, 1: 2.0}[work().ndim]  # of a row, and of a vector
+        products = work()
+        timed.append((len(products), products[0].ndim))
+        return {2: 1.0, 1: 2.0}[products[0].ndim]  # of a row, and of a vector
 
     monkeypatch.setattr(linear, "_seconds", seconds)
     monkeypatch.setattr(linear, "_vector_gains", {})
     monkeypatch.setattr(linear, "_WORTH_MEASURING", 12)
-    assert linear.vector_pays(torch.ones(2, 3)) and not timed  # too small to matter
-    assert not linear.vector_pays(torch.ones(4, 3)) and not linear.vector_pays(torch.ones(4, 3))
-    assert timed == [2, 1]
+    assert linear.vector_pays([torch.ones(2, 3)]) and not timed  # too small to matter
+    large = [torch.ones(4, 3)] * 9
+    assert not linear.vector_pays(large) and not linear.vector_pays(large)
+    assert timed == [(8, 2), (8, 1)]

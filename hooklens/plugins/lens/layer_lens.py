@@ -17,7 +17,6 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens import reading
 from hooklens.results.result import Result, Table
 
-_CONTROLS = 4  # number of other positions in which each answer is ranked
 _WRITTEN = 40  # maximum number of columns for which a figure's cells show words
 _LARGEST = 2**30  # maximum size of full logits
 
@@ -27,9 +26,10 @@ class LogitLens(Result):
     """The predictions of each layer's stream at every position; the last row is the model itself.
 
     Ranks count from 0; tokens that tie share the middle place. `control_ranks` are the ranks of the same answers in
-    the streams of other positions at the same layer, NaN where such a position has that answer itself (unless one
-    answer was given for all): a rank says something about this position only where it lies well below those. `kl`
-    is KL(model || lens) in nats. `words` is the text of every token id that occurs.
+    the streams of other positions at the same layer (the number of tokens with a larger logit there), NaN where such a
+    position has that answer itself (unless one answer was given for all): a rank says something about this position
+    only where it lies well below those. `kl` is KL(model || lens) in nats. `words` is the text of every token id that
+    occurs.
     """
 
     terms = {
@@ -55,7 +55,7 @@ class LogitLens(Result):
         """The median rank of each answer in the streams of other positions; NaN if there is none."""
         if not len(self.control_ranks):
             return torch.full_like(self.kl, float("nan"))
-        return self.control_ranks.nanmedian(0).values
+        return self.control_ranks.nanquantile(0.5, dim=0)
 
     @property
     def settled(self) -> Int[Tensor, "batch pos"]:
@@ -124,6 +124,7 @@ def logit_lens(
     answer: Answers | None = None,
     k: int = 5,
     incl_mid: bool = False,
+    controls: int = 2,
 ) -> LogitLens:
     """Unembed the residual stream before every block: what would the model say if it stopped here?
 
@@ -135,7 +136,8 @@ def logit_lens(
     (torch.Size([3, 1, 5]), [5, 5, 0])
 
     The last row is the model itself. `answer` is the token whose rank is reported: one for all positions, one for each
-    `[batch pos]`, or (None) the model's own prediction. As a control, each answer is also ranked at other positions.
+    `[batch pos]`, or (None) the model's own prediction. As a control, each answer is also ranked at `controls` other
+    positions; every further one costs a pass over the logits.
     `PromptPairs` stand for their clean prompts and, if they have them, their answers.
     `incl_mid` also reads the stream between attention and MLP. Early streams need not use the basis that the
     unembedding reads: a high KL there does not prove that the information is absent.
@@ -143,7 +145,9 @@ def logit_lens(
     Reference: nostalgebraist (2020), "interpreting GPT: the logit lens".
     """
     ids = reading.one_length(model, tokens)
-    return read_lens(model, ids, answer=reading.answers_of(tokens, answer)[0], k=k, incl_mid=incl_mid)
+    return read_lens(
+        model, ids, answer=reading.answers_of(tokens, answer)[0], k=k, incl_mid=incl_mid, controls=controls
+    )
 
 
 def read_lens(
@@ -153,6 +157,7 @@ def read_lens(
     answer: Answers | None = None,
     k: int = 5,
     incl_mid: bool = False,
+    controls: int = 2,
     translate: reading.Translate | None = None,
     lens: str = "logit lens",
 ) -> LogitLens:
@@ -163,7 +168,7 @@ def read_lens(
     wanted = None if answer is None else _each_position(model, answer, ids)
     one_for_all = wanted is not None and bool((wanted == wanted[0, 0]).all())
     answers: list[Tensor] = []
-    controls: list[Tensor] = []
+    elsewhere: list[Tensor] = []
     readings: list[reading.Reading] = []
     with reading.packing(ids.numel()):
         for some in reading.read_at_once(model, ids):
@@ -171,17 +176,25 @@ def read_lens(
             done = sum(len(answer) for answer in answers)
             final = reading.final_logits(model, streams[-1])
             mine = final.argmax(-1) if wanted is None else wanted[done : done + len(some)].flatten()
-            shifts = _shifts(len(mine))
-            asked = torch.stack([mine, *(mine.roll(shift) for shift in shifts)], 1)
-            block = reading.read_streams(model, streams, asked, k=k, translate=translate, final=final)
+            shifts = _shifts(len(mine), controls)
+            others = [mine.roll(shift) for shift in shifts]
+            block = reading.read_streams(
+                model,
+                streams,
+                mine[:, None],
+                others=torch.stack(others, 1) if others else None,
+                k=k,
+                translate=translate,
+                final=final,
+            )
             answers.append(mine.view(some.shape))
-            controls.append(_elsewhere(block, mine, shifts, one_for_all=one_for_all))
+            elsewhere.append(_elsewhere(block, mine, shifts, controls, one_for_all=one_for_all))
             readings.append(block)
     return _assembled(
         model,
         ids,
         answer=torch.cat(answers),
-        controls=torch.cat(controls, 2),
+        controls=torch.cat(elsewhere, 2),
         readings=readings,
         incl_mid=incl_mid,
         lens=lens,
@@ -220,22 +233,22 @@ def _each_position(model: HookedTransformer, answer: Answers, ids: Tensor) -> In
     return reading.one_a_prompt(model, answer, len(ids), "answer").to(ids.device)[:, None].expand(ids.shape)
 
 
-def _shifts(n: int) -> list[int]:
-    """Up to `_CONTROLS` distinct cyclic shifts of n rows, none of them 0."""
-    many = min(_CONTROLS, n - 1)
+def _shifts(n: int, controls: int) -> list[int]:
+    """Up to this many distinct cyclic shifts of n rows, none of them 0."""
+    many = min(controls, n - 1)
     return [1 + i * (n - 1) // many for i in range(many)]
 
 
 def _elsewhere(
-    block: reading.Reading, answer: Int[Tensor, "row"], shifts: list[int], *, one_for_all: bool
+    block: reading.Reading, answer: Int[Tensor, "row"], shifts: list[int], controls: int, *, one_for_all: bool
 ) -> Float[Tensor, "draw layer row"]:
     """The rank of each row's answer in the rows at these distances; NaN where that row has the same answer.
 
     With `one_for_all` the answer was given for all rows, so rows with the same answer are controls too.
     """
-    ranks = torch.full((_CONTROLS, *block.kl.shape), float("nan"), dtype=block.kl.dtype, device=answer.device)
+    ranks = torch.full((controls, *block.kl.shape), float("nan"), dtype=block.kl.dtype, device=answer.device)
     for draw, shift in enumerate(shifts):
-        there = block.rank[..., 1 + draw].roll(-shift, 1).to(ranks)
+        there = block.larger[..., draw].roll(-shift, 1).to(ranks)
         ranks[draw] = there if one_for_all else there.where(answer.roll(-shift) != answer, float("nan"))
     return ranks
 

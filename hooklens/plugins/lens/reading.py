@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,14 +31,20 @@ _FINAL_AT_ONCE = 32 * 2**20  # size of the model's own logits kept while its str
 _WORTH_PACKING = 256  # minimum number of rows
 _DESCRIBED_AT_ONCE = 2**19  # logits per pass through the cores' caches: 6 MiB with two scratch arrays
 _SET = 32  # tokens per set; a first pass looks only at the largest logit of each set
+# up to this number of threads, one thread of numpy counts faster: its comparisons write bytes, torch's write floats
+_NUMPY_COUNTS_UP_TO = 4
 
 
 class Reading(NamedTuple):
-    """The predictions of each row of the streams, layer by layer. Ranks count from 0; ties get the middle rank."""
+    """The predictions of each row of the streams, layer by layer. Ranks count from 0; ties get the middle rank.
+
+    `larger` is the number of tokens with a larger logit than each of the `others`: the rank if there are no ties.
+    """
 
     top: Int[Tensor, "layer row k"]
     top_log_probs: Float[Tensor, "layer row k"]
     rank: Int[Tensor, "layer row asked"]
+    larger: Int[Tensor, "layer row other"]
     log_prob: Float[Tensor, "layer row asked"]
     entropy: Float[Tensor, "layer row"]
     kl: Float[Tensor, "layer row"]
@@ -176,16 +183,12 @@ def read_at_once(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> 
 
 
 def final_logits(model: HookedTransformer, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    """The model's own logits for these rows, computed with the same products as in `read_streams`."""
-    with torch.no_grad():
-        blocks = [model.read_out(rows[None])[0] for rows in stream.split(_rows_at_once(model, len(stream)))]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
-def _rows_at_once(model: HookedTransformer, n_rows: int) -> int:
-    """The number of rows per block, of equal size, with at most `_LOGITS_AT_ONCE` logits per layer."""
+    """The model's own logits for these rows, in blocks of equal size with at most `_LOGITS_AT_ONCE` logits."""
     width = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out)
-    return -(-n_rows // -(-n_rows // width))
+    many = -(-len(stream) // -(-len(stream) // width))
+    with torch.no_grad():
+        blocks = [model.read_out(rows[None])[0] for rows in stream.split(many)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def check_quiet(model: HookedTransformer) -> None:
@@ -205,18 +208,22 @@ def read_streams(
     streams: Float[Tensor, "layer row d_model"],
     asked: Int[Tensor, "row asked"],
     *,
+    others: Int[Tensor, "row other"] | None = None,
     k: int = 5,
     translate: Translate | None = None,
     final: Float[Tensor, "row d_vocab"] | None = None,
 ) -> Reading:
     """Unembed every layer's streams; the last layer's are the model's own and are never translated.
 
-    At most `_LOGITS_AT_ONCE` logits exist at a time, plus those of the last layer for the same rows. `final` passes the
-    last layer's logits if the caller has them (from `final_logits`), which saves a product.
+    At most `_LOGITS_AT_ONCE` logits exist at a time, of all layers for a few rows, so that a row's final distribution
+    serves all its layers. `final` passes the last layer's logits if the caller has them (from `final_logits`).
     """
     check_quiet(model)
     n_layers, n_rows = streams.shape[:2]
-    many = _rows_at_once(model, n_rows)
+    if others is None:
+        others = asked.new_empty(n_rows, 0)
+    own = n_layers if final is None else n_layers - 1  # the number of layers that are unembedded here
+    many = max(1, min(n_rows, _LOGITS_AT_ONCE // (max(1, own) * model.cfg.d_vocab_out)))
     blocks = []
     with (
         torch.no_grad(),
@@ -225,8 +232,11 @@ def read_streams(
     ):
         for start in range(0, n_rows, many):
             rows = slice(start, start + many)
-            own = final_logits(model, streams[-1, rows]) if final is None else final[rows]
-            blocks.append(_read_block(model, streams[:, rows], final=own, asked=asked[rows], k=k, translate=translate))
+            x = streams[:own, rows]
+            if translate is not None:
+                x = torch.stack([translate(i, x[i]) if i < n_layers - 1 else x[i] for i in range(own)])
+            last = None if final is None else final[rows]
+            blocks.append(_read_block(model, x, last, asked[rows], others=others[rows], k=k))
             advance(n_layers * len(asked[rows]))
     reading = Reading(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
     if not bool(reading.entropy.isfinite().all()):
@@ -237,43 +247,64 @@ def read_streams(
     return reading
 
 
-def _read_block(model, streams: Tensor, final: Tensor, asked: Tensor, k: int, translate: Translate | None) -> Reading:
-    """Read a number of rows for which the final distributions fit in memory while all layers are compared with them."""
-    n_layers, n_rows = streams.shape[:2]
-    target = widened(final).softmax(-1)
+def _read_block(
+    model: HookedTransformer, x: Tensor, final: Tensor | None, asked: Tensor, *, others: Tensor, k: int
+) -> Reading:
+    """Read a few rows of all layers. The last layer of `x` is the model's own, unless `final` has its logits."""
     readings = []
-    layers = max(1, _LOGITS_AT_ONCE // (n_rows * model.cfg.d_vocab_out))  # short prompts: several layers in one product
-    for start in range(0, n_layers - 1, layers):
-        x = streams[start : min(start + layers, n_layers - 1)]
-        if translate is not None:
-            x = torch.stack([translate(start + i, stream) for i, stream in enumerate(x)])
-        readings += [_described(logits, target, asked, k) for logits in model.read_out(x)]
-    readings.append(_described(final, target, asked, k))
-    reading = Reading(*(torch.stack(parts) for parts in zip(*readings, strict=True)))
+    target = None if final is None else widened(final).softmax(-1)
+    if final is not None and target is not None:
+        readings.append(_described(final[None], target, asked, others=others, k=k))
+    at_once = max(1, _LOGITS_AT_ONCE // (x.shape[1] * model.cfg.d_vocab_out))
+    for layers in reversed(x.split(at_once)) if len(x) else ():
+        logits = model.read_out(layers)
+        if target is None:
+            target = widened(logits[-1]).softmax(-1)
+        readings.append(_described(logits, target, asked, others=others, k=k))
+    reading = Reading(*(torch.cat(parts[::-1]) for parts in zip(*readings, strict=True)))
     kl = (reading.kl - reading.entropy[-1]).clamp_min_(0)
     kl[-1] = 0  # the model against itself: exactly 0, without rounding
     return reading._replace(kl=kl)
 
 
 def _described(
-    logits: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], asked: Tensor, k: int
+    logits: Float[Tensor, "layer row d_vocab"],
+    target: Float[Tensor, "row d_vocab"],
+    asked: Tensor,
+    *,
+    others: Tensor,
+    k: int,
 ) -> Reading:
-    """Read one layer's rows; `kl` contains the cross-entropy, still without the target's entropy subtracted."""
-    k = min(k, logits.shape[-1])
-    own = logits.gather(-1, asked).to(target.dtype)
-    sums = _sums(logits, target, own)
-    ids = top_tokens(logits, sums.largest, k)
-    best = logits.gather(-1, ids).to(target.dtype)
+    """Read some layers' logits; `kl` contains the cross-entropy, still without the target's entropy subtracted."""
+    n_layers, n_rows, d_vocab = logits.shape
+    flat, n_asked = logits.flatten(0, 1), asked.shape[1]
+    bounds = flat.gather(-1, torch.cat([asked, others], 1).repeat(n_layers, 1)).to(target.dtype)
+    sums = _sums(flat, bounds, n_asked)
+    ids = top_tokens(flat, sums.largest, min(k, d_vocab))
+    best = flat.gather(-1, ids).to(target.dtype)
     log_total = best[:, :1] - sums.top_prob.log()[:, None]
-    return Reading(
+    reading = Reading(
         top=ids,
         top_log_probs=best - log_total,
-        # #larger - #smaller; with #larger + #smaller + #equal = d_vocab this is the middle rank of ties
-        rank=(sums.signs.T.long() + logits.shape[-1] - 1) // 2,
-        log_prob=own - log_total,
+        # the middle rank of ties: between #larger and #larger + #equal - 1
+        rank=(sums.larger[:, :n_asked] + sums.at_least - 1) // 2,
+        larger=sums.larger[:, n_asked:],
+        log_prob=bounds[:, :n_asked] - log_total,
         entropy=log_total[:, 0] - sums.mean,
-        kl=log_total[:, 0] - sums.target_mean,
+        kl=log_total[:, 0] - _target_means(logits, target).flatten(),
     )
+    return Reading(*(value.unflatten(0, (n_layers, n_rows)) for value in reading))
+
+
+def _target_means(
+    logits: Float[Tensor, "layer row d_vocab"], target: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, "layer row"]:
+    """The mean logit of every layer, as the model weighs tokens: one product per row, whose layers share the target."""
+    z = logits.to(target.dtype)
+    means = torch.stack([z[:, row] @ weights for row, weights in enumerate(target)], 1)
+    for layer, row in (~means.isfinite()).nonzero().tolist():
+        means[layer, row] = expected(target[row], z[layer, row])
+    return means
 
 
 class _Sums(NamedTuple):
@@ -282,43 +313,57 @@ class _Sums(NamedTuple):
     largest: Float[Tensor, "row n_sets"]
     top_prob: Float[Tensor, "row"]
     mean: Float[Tensor, "row"]  # of z, as the lens weighs tokens
-    target_mean: Float[Tensor, "row"]  # of z, as the model weighs them
-    signs: Float[Tensor, "asked row"]  # of z minus the logit of each token that was asked for
+    larger: Int[Tensor, "row bound"]  # number of logits above each bound
+    at_least: Int[Tensor, "row asked"]  # and of those not below it
 
 
-def _sums(
-    logits: Float[Tensor, "row d_vocab"], target: Float[Tensor, "row d_vocab"], own: Float[Tensor, "row asked"]
-) -> _Sums:
+def _sums(logits: Float[Tensor, "row d_vocab"], bounds: Float[Tensor, "row bound"], n_asked: int) -> _Sums:
     """Process a few rows at a time, so that each pass finds its logits in the core's cache, with one shared scratch."""
     n_rows, d_vocab = logits.shape
     few = max(1, min(n_rows, _DESCRIBED_AT_ONCE // d_vocab))
     sums = _Sums(
-        largest=own.new_empty(n_rows, d_vocab // _SET),
-        top_prob=own.new_empty(n_rows),
-        mean=own.new_empty(n_rows),
-        target_mean=own.new_empty(n_rows),
-        signs=own.new_empty(own.shape[::-1]),
+        largest=bounds.new_empty(n_rows, d_vocab // _SET),
+        top_prob=bounds.new_empty(n_rows),
+        mean=bounds.new_empty(n_rows),
+        larger=torch.empty_like(bounds, dtype=torch.long),
+        at_least=bounds.new_empty(n_rows, n_asked, dtype=torch.long),
     )
-    scratch = own.new_empty(few, d_vocab)
-    # forbidden tokens, -inf, tie with each other, and their difference is NaN
-    forbids = bool(own.isneginf().any())
-    bounds = own.clamp_min(torch.finfo(own.dtype).min) if forbids else own
+    scratch = bounds.new_empty(few, d_vocab)
+    count = _counted_by_numpy if _numpy_counts(logits) else _counted
     for start in range(0, n_rows, few):
         rows = slice(start, start + few)
-        z = logits[rows].to(own.dtype)
+        z = logits[rows].to(bounds.dtype)
         work = scratch[: len(z)]
         _set_maxima(z, sums.largest[rows])
         torch.amax(torch.softmax(z, -1, out=work), -1, out=sums.top_prob[rows])
         torch.sum(work.mul_(z), -1, out=sums.mean[rows])
-        torch.sum(torch.mul(target[rows], z, out=work), -1, out=sums.target_mean[rows])
-        ranked = z.clamp_min(torch.finfo(z.dtype).min) if forbids else z
-        for column, signs in zip(bounds[rows].T, sums.signs, strict=True):
-            torch.sum(torch.sub(ranked, column[:, None], out=work).sign_(), -1, out=signs[rows])
-    for some in (~(sums.mean + sums.target_mean).isfinite()).nonzero()[:, 0].split(few):
-        z = logits[some].to(own.dtype)
+        count(z, bounds[rows], larger=sums.larger[rows], at_least=sums.at_least[rows])
+    for some in (~sums.mean.isfinite()).nonzero()[:, 0].split(few):
+        z = logits[some].to(bounds.dtype)
         sums.mean[some] = expected(z.softmax(-1), z)
-        sums.target_mean[some] = expected(target[some], z)
     return sums
+
+
+def _numpy_counts(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and torch.get_num_threads() <= _NUMPY_COUNTS_UP_TO
+
+
+def _counted_by_numpy(z: Tensor, bounds: Tensor, *, larger: Tensor, at_least: Tensor) -> None:
+    """Count the logits above each bound, and those not below the first ones, row by row: a row stays in the cache."""
+    above = np.empty(z.shape[-1], dtype=bool)
+    for row, (logits, limits) in enumerate(zip(z.numpy(), bounds.numpy(), strict=True)):
+        larger[row] = torch.tensor([np.count_nonzero(np.greater(logits, limit, out=above)) for limit in limits])
+        asked = limits[: at_least.shape[1]]
+        at_least[row] = torch.tensor([np.count_nonzero(np.greater_equal(logits, limit, out=above)) for limit in asked])
+
+
+def _counted(z: Tensor, bounds: Tensor, *, larger: Tensor, at_least: Tensor) -> None:
+    """The same for many threads or another device."""
+    above = torch.empty_like(z)
+    for column, limit in enumerate(bounds.T):
+        larger[:, column] = torch.gt(z, limit[:, None], out=above).sum(-1)
+    for column, limit in enumerate(bounds.T[: at_least.shape[1]]):
+        at_least[:, column] = torch.ge(z, limit[:, None], out=above).sum(-1)
 
 
 def _set_maxima(z: Float[Tensor, "row d_vocab"], out: Float[Tensor, "row n_sets"]) -> None:
