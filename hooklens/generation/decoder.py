@@ -5,6 +5,7 @@ time or more. Here hook points are skipped, and layers that read the same input 
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,7 +68,9 @@ class Decoder:
         modules = [module for module in model.modules() if not isinstance(module, HookPoint)]
         self.parts = [vars(module) for module in modules]
         held = [(m._parameters, name) for m in modules for name in m._parameters]
-        self.weights = [(at, name, w, w.data_ptr(), w._version) for at, name in held if (w := at[name]) is not None]
+        self.held = [(at, name) for at, name in held if at[name] is not None]
+        self.weights = [at[name] for at, name in self.held]
+        self.state = _state(self.weights)
         product = self._product(rows, steps)
         self.layers = [_Layer(block, product) for block in model.blocks]
         self.unembed = product([model.unembed.linear])
@@ -93,7 +96,8 @@ class Decoder:
         """Whether every weight is unchanged and no hook is active."""
         if edited_elsewhere(self.points) or _hooked(self.parts):
             return False
-        return all(at[name] is w and w._version == v and w.data_ptr() == to for at, name, w, to, v in self.weights)
+        same = all(map(operator.is_, self.weights, [at[name] for at, name in self.held]))
+        return same and self.state == _state(self.weights)
 
     def __call__(self, tokens: Int[Tensor, "batch 1"], past: KVCache) -> Float[Tensor, "batch d_vocab"]:
         """Append the new token of each row to the cache and return the logits after it."""
@@ -310,6 +314,11 @@ class _Layer:
             scale=1 / attn.scale,
             enable_gqa=attn.n_heads != attn.n_kv_heads,
         )
+
+
+def _state(weights: list[Tensor]) -> list[tuple[int, int]]:
+    """What changes if a weight is edited or given other data."""
+    return [(weight._version, weight.data_ptr()) for weight in weights]
 
 
 def _hooked(parts: Iterable[dict[str, Any]]) -> bool:

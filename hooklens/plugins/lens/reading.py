@@ -25,7 +25,7 @@ from hooklens.sweeps.naive import drops_out
 #: Maps a layer's row and its streams to the streams that the final norm reads instead.
 Translate = Callable[[int, Float[Tensor, "row d_model"]], Float[Tensor, "row d_model"]]
 
-_LOGITS_AT_ONCE = 7 * 2**20  # size of one product: 28 MiB; from 32 MiB on, fresh pages are mapped for each
+_LOGITS_AT_ONCE = 2**25  # size of one product: 128 MiB; a weight is read once for each, which smaller ones do not repay
 _STREAMS_AT_ONCE = 64 * 2**20  # size of the streams kept while they are read
 _FINAL_AT_ONCE = 32 * 2**20  # size of the model's own logits kept while its streams are read: 128 MiB
 _WORTH_PACKING = 256  # minimum number of rows
@@ -282,7 +282,7 @@ def _described(
     sums = _sums(flat, bounds, n_asked)
     ids = top_tokens(flat, sums.largest, min(k, d_vocab))
     best = flat.gather(-1, ids).to(target.dtype)
-    log_total = best[:, :1] - sums.top_prob.log()[:, None]
+    log_total = best[:, :1] + sums.total.log()[:, None]
     reading = Reading(
         top=ids,
         top_log_probs=best - log_total,
@@ -311,7 +311,7 @@ class _Sums(NamedTuple):
     """The results of the passes over the vocabulary; `largest` belongs to the sets of `_set_maxima`."""
 
     largest: Float[Tensor, "row n_sets"]
-    top_prob: Float[Tensor, "row"]
+    total: Float[Tensor, "row"]  # of exp(z - largest z)
     mean: Float[Tensor, "row"]  # of z, as the lens weighs tokens
     larger: Int[Tensor, "row bound"]  # number of logits above each bound
     at_least: Int[Tensor, "row asked"]  # and of those not below it
@@ -323,7 +323,7 @@ def _sums(logits: Float[Tensor, "row d_vocab"], bounds: Float[Tensor, "row bound
     few = max(1, min(n_rows, _DESCRIBED_AT_ONCE // d_vocab))
     sums = _Sums(
         largest=bounds.new_empty(n_rows, d_vocab // _SET),
-        top_prob=bounds.new_empty(n_rows),
+        total=bounds.new_empty(n_rows),
         mean=bounds.new_empty(n_rows),
         larger=torch.empty_like(bounds, dtype=torch.long),
         at_least=bounds.new_empty(n_rows, n_asked, dtype=torch.long),
@@ -335,8 +335,9 @@ def _sums(logits: Float[Tensor, "row d_vocab"], bounds: Float[Tensor, "row bound
         z = logits[rows].to(bounds.dtype)
         work = scratch[: len(z)]
         _set_maxima(z, sums.largest[rows])
-        torch.amax(torch.softmax(z, -1, out=work), -1, out=sums.top_prob[rows])
-        torch.sum(work.mul_(z), -1, out=sums.mean[rows])
+        torch.sub(z, z.amax(-1, keepdim=True), out=work).exp_()
+        torch.sum(work, -1, out=sums.total[rows])
+        torch.sum(work.mul_(z), -1, out=sums.mean[rows]).div_(sums.total[rows])
         count(z, bounds[rows], larger=sums.larger[rows], at_least=sums.at_least[rows])
     for some in (~sums.mean.isfinite()).nonzero()[:, 0].split(few):
         z = logits[some].to(bounds.dtype)
@@ -351,10 +352,11 @@ def _numpy_counts(logits: Tensor) -> bool:
 def _counted_by_numpy(z: Tensor, bounds: Tensor, *, larger: Tensor, at_least: Tensor) -> None:
     """Count the logits above each bound, and those not below the first ones, row by row: a row stays in the cache."""
     above = np.empty(z.shape[-1], dtype=bool)
+    counts = (larger.numpy(), np.greater), (at_least.numpy(), np.greater_equal)
     for row, (logits, limits) in enumerate(zip(z.numpy(), bounds.numpy(), strict=True)):
-        larger[row] = torch.tensor([np.count_nonzero(np.greater(logits, limit, out=above)) for limit in limits])
-        asked = limits[: at_least.shape[1]]
-        at_least[row] = torch.tensor([np.count_nonzero(np.greater_equal(logits, limit, out=above)) for limit in asked])
+        for count, compare in counts:
+            for column in range(count.shape[1]):
+                count[row, column] = np.count_nonzero(compare(logits, limits[column], out=above))
 
 
 def _counted(z: Tensor, bounds: Tensor, *, larger: Tensor, at_least: Tensor) -> None:
