@@ -107,8 +107,7 @@ def test_a_column_stood_on_the_page_without_a_word_about_it(name):
 
 def test_every_kind_of_evidence_about_heads_is_explained():
     """Those too that the model of the test above does not show."""
-    from hooklens.plugins.heads.evidence import _EFFECT, _SUPPRESSION
-    from hooklens.plugins.heads.head_labels import Taxonomy
+    from hooklens.plugins.heads.head_labels import _EFFECT, _SUPPRESSION, Taxonomy
     from hooklens.studies import heads_page as report
 
     assert {*_EFFECT, *_SUPPRESSION, "score", "q", "rests", "by position"} <= Taxonomy.terms.keys()
