@@ -31,9 +31,7 @@ def pair(corrupted=CORRUPTED, **options):
 
 
 def caption(study, site):
-    from hooklens.studies.pages import patched
-
-    return patched(study, study.sweeps[site])
+    return study.patched(study.sweeps[site])
 
 
 def test_the_caption_of_layer_by_head_stayed_on_other_grids_of_z():
