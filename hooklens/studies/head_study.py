@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.component import Component, head_name, head_names, layer_names
+from hooklens.core.component import Component, head_name, head_names
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
 from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_ranking import head_map
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.claims import HeldOutEffects, held_out_top
@@ -85,18 +86,8 @@ class HeadStudy(Result):
 
     def figure(self) -> Any:
         """Layer by head: the decrease of the metric, mean over pairs."""
-        from hooklens import viz
-
-        mean = self.fall.mean(0)
-        return viz.heatmap(
-            mean,
-            x=[f"H{head}" for head in range(mean.shape[1])],
-            y=layer_names(mean.shape[0]),
-            title="What falls when a head's value is that of the corrupted prompt",
-            x_title="head",
-            y_title="layer",
-            colourbar="fall of the logit difference",
-        )
+        title = "What falls when a head's value is that of the corrupted prompt"
+        return head_map(self.fall.mean(0), title, "fall of the logit difference")
 
     def report(self) -> Any:
         """The study as a page."""

@@ -1,7 +1,7 @@
 """The data of a probe: prompts, the positions that are read, a label for each, and groups of related examples."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -65,13 +65,12 @@ class ProbeTask(Result):
         except (IndexError, TypeError) as error:
             raise OutOfRange(f"examples are numbered from 0 to {len(self) - 1}, got {index!r:.60}") from error
         kept, prompt = self.prompt[chosen].unique(return_inverse=True)
-        return ProbeTask(
-            name=self.name,
+        return replace(
+            self,
             tokens=[self.tokens[i] for i in kept.tolist()],
             prompt=prompt,
             pos=self.pos[chosen],
             label=self.label[chosen],
-            classes=self.classes,
             entities=[self.entities[i] for i in chosen.tolist()],
             texts=[self.texts[i] for i in kept.tolist()],
         )
@@ -142,6 +141,15 @@ def checked_task(task: Any) -> ProbeTask:
     if not isinstance(task, ProbeTask):
         call = "read_task(model, pairs)" if isinstance(task, PromptPairs) else "read_task(model, prompts, labels)"
         raise WrongType(f"task is a ProbeTask, such as {call} returns; got {type(task).__name__}")
+    return task
+
+
+def two_classes(task: Any) -> ProbeTask:
+    """The task, if it has examples of exactly two classes: only these have a direction between them."""
+    n = len(checked_task(task).label.unique())
+    if len(task.classes) != 2 or n != 2:
+        classes = f"{len(task.classes)} ({', '.join(task.classes)}), {n} with examples"
+        raise InputError(f"a direction needs two classes, got {classes} in {task.name!r}; choose two")
     return task
 
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.heads.composition import MODES, _moments, _random, score_composition
-from hooklens.plugins.heads.stand_out import _t_tail, standing_out
+from hooklens.plugins.heads.composition import MODES, _moments, _random, _t_tail, score_composition, standing_out
 from hooklens.testing import induction_model, tiny_model
 
 
