@@ -19,9 +19,8 @@ from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, kind_name
 from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p, q_values
-from hooklens.results.table import Table
 
 _DRAWS = 200  # shuffled labellings: a direction is fitted to each, at every task
 _MASS_MEAN = MassMean()

@@ -25,9 +25,8 @@ from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
 from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.plugins.probing.task import ProbeTask, read_task, two_classes
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, middle, null_p, q_values
-from hooklens.results.table import Table
 from hooklens.sweeps.measure import Reader
 
 _DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered

@@ -15,9 +15,8 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.ids import show_text
 from hooklens.model.transformer import HookedTransformer
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves
-from hooklens.results.table import Table
 
 _MOST_CLASSES = 20
 PerPrompt = Sequence[Any] | Tensor | np.ndarray  # one value per prompt
