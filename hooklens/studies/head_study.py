@@ -1,5 +1,6 @@
 """Heads on your own prompt pairs: the loss without each, its contribution to the answer, and where it attends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class HeadStudy(Result):
         columns = ["head", "fall", "95% low", "95% high"]
         if self.held_out is not None:
             columns += ["q", "where chosen"]
-            rows = self.held_out.rows()
+            rows: Sequence[Sequence[Any]] = self.held_out.rows()
         else:
             fall, (low, high) = self.fall.mean(0), mean_interval(self.fall, group=self.group)
             rows = head_table(fall.abs(), dict(zip(columns[1:], (fall, low, high), strict=True)), None).rows

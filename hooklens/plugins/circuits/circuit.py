@@ -59,22 +59,24 @@ class Circuit(Result):
         return self._nodes(self.kept.nonzero().flatten().tolist())
 
     def _nodes(self, edges: list[int]) -> list[str]:
-        sources, receivers = (ends[edges].unique().tolist() for ends in self.graph.ends)
-        names = {self.graph.source_names[i] for i in sources}
-        names |= {self.graph.receiver_names[i].partition(".")[0] for i in receivers}
+        senders, receivers = self._ends(edges)
+        names = {*senders, *(receiver.partition(".")[0] for receiver in receivers)}
         return [name for name in (*self.graph.key_heads, *self.graph.source_names) if name in names]
 
     @property
     def senders(self) -> list[str]:
         """The nodes that a kept edge leaves, as path patching names senders."""
-        sources = self.graph.ends[0][self.kept.cpu()].unique().tolist()
-        return [self.graph.source_names[i] for i in sources]
+        return self._ends(self.kept.cpu())[0]
 
     @property
     def receivers(self) -> list[str]:
         """What kept edges end in, as path patching names receivers."""
-        receivers = self.graph.ends[1][self.kept.cpu()].unique().tolist()
-        return [self.graph.receiver_names[i] for i in receivers]
+        return self._ends(self.kept.cpu())[1]
+
+    def _ends(self, edges: list[int] | Tensor) -> tuple[list[str], list[str]]:
+        """The senders and the receivers of these edges, each once."""
+        sources, receivers = (ends[edges].unique().tolist() for ends in self.graph.ends)
+        return [self.graph.source_names[i] for i in sources], [self.graph.receiver_names[i] for i in receivers]
 
     def run(
         self,
