@@ -194,11 +194,7 @@ def sweep_pair(
 
 
 def check_pair(
-    model: HookedTransformer,
-    pairs: PromptPairs,
-    *,
-    sites: Sequence[str],
-    by: str | None,
+    model: HookedTransformer, pairs: PromptPairs, *, sites: Sequence[str], by: str | None
 ) -> tuple[int, list[tuple[str, ...]]]:
     """Return the clean prompt's length and every site's grid; raise for unusable arguments before anything runs."""
     axes = list(grids(sites, by).values())

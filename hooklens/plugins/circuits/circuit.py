@@ -59,24 +59,22 @@ class Circuit(Result):
         return self._nodes(self.kept.nonzero().flatten().tolist())
 
     def _nodes(self, edges: list[int]) -> list[str]:
-        senders, receivers = self._ends(edges)
-        names = {*senders, *(receiver.partition(".")[0] for receiver in receivers)}
+        sources, receivers = (ends[edges].unique().tolist() for ends in self.graph.ends)
+        names = {self.graph.source_names[i] for i in sources}
+        names |= {self.graph.receiver_names[i].partition(".")[0] for i in receivers}
         return [name for name in (*self.graph.key_heads, *self.graph.source_names) if name in names]
 
     @property
     def senders(self) -> list[str]:
         """The nodes that a kept edge leaves, as path patching names senders."""
-        return self._ends(self.kept.cpu())[0]
+        sources = self.graph.ends[0][self.kept.cpu()].unique().tolist()
+        return [self.graph.source_names[i] for i in sources]
 
     @property
     def receivers(self) -> list[str]:
         """What kept edges end in, as path patching names receivers."""
-        return self._ends(self.kept.cpu())[1]
-
-    def _ends(self, edges: list[int] | Tensor) -> tuple[list[str], list[str]]:
-        """The senders and the receivers of these edges, each once."""
-        sources, receivers = (ends[edges].unique().tolist() for ends in self.graph.ends)
-        return [self.graph.source_names[i] for i in sources], [self.graph.receiver_names[i] for i in receivers]
+        receivers = self.graph.ends[1][self.kept.cpu()].unique().tolist()
+        return [self.graph.receiver_names[i] for i in receivers]
 
     def run(
         self,
@@ -205,11 +203,7 @@ class Circuit(Result):
 
 
 def circuit_of(
-    model: HookedTransformer,
-    edges: Edges,
-    *,
-    value: Value = "corrupted",
-    method: str = "by hand",
+    model: HookedTransformer, edges: Edges, *, value: Value = "corrupted", method: str = "by hand"
 ) -> Circuit:
     """The circuit of exactly these edges, by name, by number or as a mask with True or False for every edge.
 

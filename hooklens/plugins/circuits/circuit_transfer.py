@@ -38,9 +38,7 @@ class CircuitTransfer(Result):
     `n_different` is the number of different random circuits. If it is small, no p-value can be small.
     """
 
-    terms = {
-        "p against random": "how often random circuits of as many edges are as faithful",
-    }
+    terms = {"p against random": "how often random circuits of as many edges are as faithful"}
 
     source: str
     target: str

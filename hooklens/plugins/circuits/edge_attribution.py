@@ -76,10 +76,7 @@ def scored(
         for metric, clean, ablated in _batches(model, graph, pairs.metric, runs):
             with torch.no_grad():
                 empty = Reader(model, metric, ablated.streams[-1].expand(len(clean), -1, -1)).base
-            with (
-                torch.enable_grad(),
-                within(advance, len(clean), 1),
-            ):  # a method of several steps moves the bar
+            with torch.enable_grad(), within(advance, len(clean), 1):  # a method of several steps moves the bar
                 scores, base = one_batch(model, graph, metric, clean, ablated)
             parts.append((base, empty, scores.detach().sum(0), scores.detach().square().sum(0)))
     base, empty = (torch.cat([part[i] for part in parts]) for i in (0, 1))

@@ -18,10 +18,9 @@ from hooklens.data.prompts import Pairs, Prompts, read_aligned
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import kernel_of
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.node_runs import ablated_runs, refuse
-from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
+from hooklens.plugins.circuits.runner import EdgePatches, EdgeRunner, Kept, in_play, sources_of
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execution import run

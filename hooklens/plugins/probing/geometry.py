@@ -38,9 +38,7 @@ class Geometry(Result):
 
     ranked_by = "cosine"
 
-    terms = {
-        "95% of shuffled": "the cosine below which 95 % of directions fitted on shuffled labels lie",
-    }
+    terms = {"95% of shuffled": "the cosine below which 95 % of directions fitted on shuffled labels lie"}
 
     point: str
     kind: str
