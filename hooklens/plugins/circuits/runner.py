@@ -1,4 +1,4 @@
-"""One batch of exact edge patching, pairs of one length: as the engine runs it, and by hooks on the model's own pass."""
+"""One batch of exact edge patching, pairs of one length: as the engine runs it, and by hooks on the model."""
 
 from collections.abc import Sequence
 from typing import Any
