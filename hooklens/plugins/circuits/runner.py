@@ -228,7 +228,7 @@ class EdgePatches(Patches):
         for rows in (slice(i, min(i + at_once, n_pairs)) for i in range(0, n_pairs, at_once)):
             ablated = runner.ablated(rows)
             for parts, number in zip(streams, numbers, strict=True):
-                hooks = _Exchanging(runner, self.asked[number], ablated).hooks()
+                hooks = _exchanging(runner, self.asked[number], ablated, rows.stop - rows.start)
                 n = self.model.cfg.n_layers
                 parts.append(self.model.run_with_hooks(self.tokens[rows], fwd_hooks=hooks, stop_at_layer=n))
         return torch.stack([reader.on_stream(torch.cat(parts)) for parts in streams])
@@ -237,56 +237,37 @@ class EdgePatches(Patches):
         return f"the metric of the ablated run or of a circuit is not finite ({said}), though the model's own is"
 
 
-class _Exchanging:
+def _exchanging(
+    runner: EdgeRunner, kept: Tensor, ablated: Float[Tensor, "source _pair pos d_model"], n_pairs: int
+) -> list[tuple[Where, HookFn]]:
     """Hooks on a clean run that exchange what cut edges carry. `moves`: each node, ablated minus live."""
+    graph, cut = runner.graph, 1 - kept.to(ablated)
+    moves = ablated.new_empty(len(ablated), n_pairs, *ablated.shape[2:])
 
-    def __init__(self, runner: EdgeRunner, kept: Tensor, ablated: Float[Tensor, "source pair pos d_model"]):
-        self.graph, self.blocks, self.ablated = runner.graph, runner.model.blocks, ablated
-        self.cut = 1 - kept.to(ablated)
-        self.moves: Float[Tensor, "source pair pos d_model"] | None = None
-
-    def hooks(self) -> list[tuple[Where, HookFn]]:
-        hooks: list[tuple[Where, HookFn]] = [(("resid_pre", 0), self._writing(0))]
-        for slot in self.graph.slots:
-            hooks += self._slot(slot)
-        return hooks
-
-    def _slot(self, slot: Slot) -> list[tuple[Where, HookFn]]:
-        block, layer, n, g = self.graph.block(self.cut, slot), slot.layer, self.graph.n_heads, self.graph.n_kv_heads
-        if slot.kind == "logits":
-            return [(("resid_post", layer - 1), self._reading(block[0]))]
-        if slot.kind == "mlp":
-            return [
-                (("mlp_in", layer), self._reading(block[0])),
-                (("mlp_out", layer), self._writing(self.graph.mlp_at(layer))),
-            ]
-        parts = zip("qkv", block.split([n, g, g]), strict=True)
-        reads = [((f"{name}_input", layer), self._reading(part)) for name, part in parts]
-        return [*reads, (("z", layer), self._heads(layer))]
-
-    def _reading(self, cut: Float[Tensor, "*row source"]) -> HookFn:
+    def reading(of_receivers: Float[Tensor, "*row source"]) -> HookFn:
         def exchange(act: Tensor, hook: Any) -> Tensor:
-            assert self.moves is not None
-            moved = self.moves[: cut.shape[-1]]
-            change = (cut @ moved.flatten(1)).view(-1, *moved.shape[1:])  # receiver pair pos d_model
+            moved = moves[: of_receivers.shape[-1]]
+            change = (of_receivers @ moved.flatten(1)).view(-1, *moved.shape[1:])  # receiver pair pos d_model
             return act + change.permute(1, 2, 0, 3).reshape(act.shape)
 
         return exchange
 
-    def _writing(self, source: int) -> HookFn:
+    def writing(at: int | slice, block: Any = None) -> HookFn:
         def record(act: Tensor, hook: Any) -> None:
-            if self.moves is None:
-                self.moves = act.new_empty(len(self.ablated), *act.shape)
-            self.moves[source] = self.ablated[source] - act
+            live = act if block is None else head_outputs(block, act, torch.arange(graph.n_heads))
+            moves[at] = ablated[at] - live
 
         return record
 
-    def _heads(self, layer: int) -> HookFn:
-        at = self.graph.heads_at(layer)
-
-        def record(z: Tensor, hook: Any) -> None:
-            assert self.moves is not None
-            live = head_outputs(self.blocks[layer], z, torch.arange(self.graph.n_heads))
-            self.moves[at] = self.ablated[at] - live
-
-        return record
+    hooks: list[tuple[Where, HookFn]] = [(("resid_pre", 0), writing(0))]
+    for slot in graph.slots:
+        edges, layer = graph.block(cut, slot), slot.layer
+        if slot.kind == "logits":
+            hooks.append((("resid_post", layer - 1), reading(edges[0])))
+        elif slot.kind == "mlp":
+            hooks += [(("mlp_in", layer), reading(edges[0])), (("mlp_out", layer), writing(graph.mlp_at(layer)))]
+        else:
+            parts = zip("qkv", edges.split([graph.n_heads, graph.n_kv_heads, graph.n_kv_heads]), strict=True)
+            hooks += [((f"{name}_input", layer), reading(part)) for name, part in parts]
+            hooks.append((("z", layer), writing(graph.heads_at(layer), runner.model.blocks[layer])))
+    return hooks
