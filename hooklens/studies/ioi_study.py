@@ -157,6 +157,7 @@ class IOIStudy(Result):
 
     def report(self) -> Any:
         """The study as a page: `study.report().save("ioi.html", data=study)`."""
+        from hooklens import viz
         from hooklens.viz.report import Report
 
         shown, movers, named = self.shown, self.reported, self.named.name_movers
@@ -181,8 +182,11 @@ class IOIStudy(Result):
         _heads(report, self)
         _claims(report, self)
         report.heading(f"Attention and MLPs by layer, over {len(self.pairs)} pairs")
-        for sweep in self.layers.values():
-            report.figure(_bars(self, sweep), f"{shown.patched(sweep)} {_WHISKERS}")
+        for site, sweep in self.layers.items():
+            low, high = self.interval(sweep.per_pair - sweep.corrupted_per_pair[:, None])
+            title, layers = f"{site}: recovered by each layer", sweep.labels["layer"]
+            drawn = viz.bars(sweep.recovered, low, high, layers, title, x_title="layer", y_title="recovered")
+            report.figure(drawn, f"{shown.patched(sweep)} {_WHISKERS}")
         _how(report, self)
         return say_exactness(report, [*shown.sweeps.values(), *self.layers.values()])
 
@@ -326,14 +330,6 @@ def _terms(study: IOIStudy) -> dict[str, str]:
         "most likely tokens",
         "suppresses": f"share of names that its OV puts among the {k} least likely tokens",
     }
-
-
-def _bars(study: IOIStudy, sweep: PatchSweep) -> Any:
-    from hooklens import viz
-
-    low, high = study.interval(sweep.per_pair - sweep.corrupted_per_pair[:, None])
-    title = f"{sweep.site}: recovered by each layer"
-    return viz.bars(sweep.recovered, low, high, sweep.labels["layer"], title, x_title="layer", y_title="recovered")
 
 
 def _how(report: "Report", study: IOIStudy) -> None:
