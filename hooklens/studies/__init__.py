@@ -1,12 +1,13 @@
 """Studies: several methods combined on your own prompts, with claims and a report. The command line calls them."""
 
 from hooklens.studies.chosen_heads import choose_heads
-from hooklens.studies.circuit_study import CircuitStudy, study_circuit, transfer_report
+from hooklens.studies.circuit_study import CircuitStudy, study_circuit
 from hooklens.studies.claims import zero_heads
 from hooklens.studies.head_study import HeadStudy, study_heads
 from hooklens.studies.heads_page import taxonomy_report
 from hooklens.studies.ioi_study import IOIStudy, study_ioi
 from hooklens.studies.lens_study import LensStudy, study_lens
+from hooklens.studies.pages import transfer_report
 from hooklens.studies.pair_study import PairStudy, study_pair
 from hooklens.studies.probe_page import probe_report
 from hooklens.studies.result_claims import causal_claims, mover_claims, steering_claims, taxonomy_claims

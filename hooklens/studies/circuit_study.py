@@ -10,7 +10,6 @@ from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import check_prompts_differ, read_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer
 from hooklens.plugins.circuits.curve import FaithfulnessCurve, curve_of
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.evaluation import CircuitEvaluation, evaluate_circuit
@@ -21,7 +20,7 @@ from hooklens.plugins.circuits.run import Bench
 from hooklens.results.claims import Claim, Measured, Registration, claim, family
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, group_numbers
-from hooklens.studies.result_claims import add_claims
+from hooklens.studies.pages import add_claims
 
 _SHOWN = 20  # number of rows in a table of edges
 _RANDOM = (
@@ -186,20 +185,6 @@ def study_circuit(
         evaluation=evaluation,
         curve=curve,
     )
-
-
-def transfer_report(transfer: CircuitTransfer) -> Any:
-    """The page of a circuit that was transferred to another model."""
-    from hooklens.viz.report import Report
-
-    report = Report(f"A circuit of {transfer.source} in {transfer.target}")
-    report.text(
-        "Nodes were matched by label and by their effect on one half of the prompts; faithfulness is measured on "
-        "the other. Matching roles do not imply matching mechanisms."
-    )
-    report.figure(transfer.figure()).table(transfer.table())
-    report.heading("Matched nodes").figure(transfer.matching.figure()).table(transfer.matching.table())
-    return report.heading("The circuit in the target").figure(transfer.mapped.circuit.figure())
 
 
 def check_edges(edges: int, graph: CircuitGraph | None = None) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_labels import LEAST_MATCH, LEAST_SHARE, Taxonomy
 from hooklens.results.claims import Registration
-from hooklens.studies.result_claims import add_claims, taxonomy_claims
+from hooklens.studies.pages import add_claims
+from hooklens.studies.result_claims import taxonomy_claims
 
 _SHOWN = 20  # number of rows in a table; more are in a folded section
 _LABELS = {

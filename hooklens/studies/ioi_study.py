@@ -19,7 +19,8 @@ from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.results.claims import ClaimFamily
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
-from hooklens.studies.pair_study import PairStudy, by_layer, grids, head_patterns, say_exactness, sweep_pair
+from hooklens.studies.pages import say_exactness
+from hooklens.studies.pair_study import PairStudy, by_layer, grids, head_patterns, sweep_pair
 from hooklens.studies.result_claims import LEAST_GROUPS, mover_claims
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, plan

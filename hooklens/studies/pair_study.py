@@ -20,6 +20,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.plugins.patching.grid import STRONGEST
 from hooklens.results.result import Result, Table
+from hooklens.studies.pages import say_exactness
 from hooklens.sweeps.planning import grid_axes, has_site, site_kind
 from hooklens.sweeps.sites import SITES
 
@@ -34,7 +35,6 @@ _PATCHES = {
     "recovered": "its share of the difference to restore, 0 as in the corrupted run, 1 as in the clean run",
 }
 _NAMES = "L5 is layer 5, L5H1 its head 1; followed by the token and, in brackets, its position"
-_PRODUCTS = {"linear": "torch's own products", "packed": "weights packed for this CPU"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,24 +250,6 @@ def _guesses(model: HookedTransformer, ids: Tensor) -> list[tuple[str, float]]:
     probs = model(ids[None], logits_at=-1)[0, 0].float().softmax(-1)
     best = probs.topk(min(_GUESSES, len(probs)))
     return list(zip(show(model, best.indices), best.values.tolist(), strict=True))
-
-
-def say_exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
-    """How many patches were run again, how far they differed, and what the sweeps cost."""
-    errors = torch.tensor([sweep.largest_error for sweep in sweeps])
-    known = errors[errors.isfinite()]
-    largest = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
-    checked = sum(sweep.n_verified for sweep in sweeps)
-    work = ", ".join(f"{sweep.site} by {' x '.join(sweep.by)} {sweep.computed:.0%}" for sweep in sweeps)
-    kernels = " and ".join(_PRODUCTS[name] for name in sorted({sweep.kernel for sweep in sweeps}) if name in _PRODUCTS)
-    products = (
-        f" Linear layers were multiplied with {kernels}. The other kernel gives other last digits, and each process "
-        "measures which is faster; in Python, hl.engine(kernel=...) fixes the choice."
-    )
-    return report.text(
-        f"Every patch is exact. {checked} were run again as plain hooked forward passes{largest}. The work done, as a "
-        f"share of that plain loop: {work}.{products if kernels else ''}"
-    )
 
 
 def demo(model: HookedTransformer) -> PairStudy:

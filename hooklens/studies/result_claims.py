@@ -1,7 +1,7 @@
 """The claims that results of other methods support: name movers, the taxonomy of heads, probes and steering."""
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,10 +15,7 @@ from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
 from hooklens.plugins.probing.probe_use import EDITS, NULLS, CausalCheck
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.results import statistics
-from hooklens.results.claims import Claim, ClaimFamily, Measured, Registration, claim, family, plans_met
-
-if TYPE_CHECKING:
-    from hooklens.viz.report import Report
+from hooklens.results.claims import Claim, ClaimFamily, Measured, Registration, claim, family
 
 LEAST_GROUPS = 2 * statistics.LEAST_GROUPS  # with fewer, no name mover could be called causal on the reported half
 _METRIC = "logit_diff"  # the metric of NameMovers.direct
@@ -143,17 +140,3 @@ def steering_claims(
         )
         claims.append(coefficient_claim)
     return family(model, claims, registered=registered)
-
-
-def add_claims(
-    report: "Report",
-    claims_for: Callable[[Sequence[Registration]], ClaimFamily | None],
-    registered: Sequence[Registration],
-) -> None:
-    """Add claims, each with the plan that was registered for it, and a sentence for each plan without a claim."""
-    met, unmet = plans_met(claims_for(()), registered)
-    claims = claims_for(met)
-    if claims is not None:
-        report.heading("Claims").claims(claims)
-    for sentence in unmet:
-        report.text(sentence)

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
-from hooklens.plugins.circuits.edge_scores import EdgeScores
+from hooklens.plugins.circuits.edge_scores import EdgeScores, need_scores
 from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, check_draws, tied_p
 from hooklens.plugins.circuits.run import Bench
 from hooklens.results.result import Result, Table
@@ -115,11 +115,7 @@ def trace_faithfulness(
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 4; Mueller et al. (2025), "MIB", section 3.
     """
-    if not isinstance(scores, EdgeScores):
-        raise WrongType(
-            f"trace_faithfulness needs the EdgeScores of a model, got {type(scores).__name__}; eap(...) or eap_ig(...) "
-            "makes them, and measure_faithfulness measures a single circuit"
-        )
+    need_scores(scores, "trace_faithfulness")
     check_draws(draws)
     wanted = [max(1, round(share * scores.graph.n_edges)) for share in _SHARES] if sizes is None else list(sizes)
     circuits = {circuit.n_edges: circuit for circuit in map(scores.greedy_edges, sorted(wanted)) if circuit.n_edges}

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import real, whole
-from hooklens.core.errors import ArgumentError
+from hooklens.core.errors import ArgumentError, WrongType
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.results.result import Result, Table
@@ -114,6 +114,15 @@ class EdgeScores(Result):
         """The score of each node, layer by layer: the sum over the edges that leave it."""
         title = f"{self.method}: score of each node ({self.replacement} ablation), the sum over its edges"
         return self.graph.heatmap(self.node_scores, title, "score")
+
+
+def need_scores(scores: Any, asker: str) -> None:
+    """Raise for anything except EdgeScores."""
+    if not isinstance(scores, EdgeScores):
+        raise WrongType(
+            f"{asker} needs the EdgeScores of a model, got {type(scores).__name__}; eap(...) or eap_ig(...) makes "
+            "them, and measure_faithfulness measures a single circuit"
+        )
 
 
 def _at_most(n: Any, total: int, what: str) -> int:

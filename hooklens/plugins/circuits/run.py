@@ -87,7 +87,7 @@ def run_edges(
     Reference: Conmy et al. (2023), "Towards Automated Circuit Discovery", section 3; Goldowsky-Dill et al. (2023),
     "Localizing Model Behavior with Path Patching", section 2.
     """
-    kept = checked_masks(circuit_graph(model), kept, shares=True)  # before the model runs
+    kept = checked_shares(circuit_graph(model), kept)  # before the model runs
     with hint(resume, "run_edges"):
         return Bench(model, as_pairs(model, clean, corrupted, metric), value, resume=resume).run(kept)
 
@@ -217,8 +217,8 @@ class Bench:
         return current().memory // a_position
 
 
-def checked_masks(graph: CircuitGraph, kept: OneOrMore, *, shares: bool = False) -> Kept:
-    """Masks of this graph, one row each: True and False, or finite numbers; as `shares` they lie between 0 and 1."""
+def checked_masks(graph: CircuitGraph, kept: OneOrMore) -> Kept:
+    """Masks of this graph, one row each: True and False, or finite numbers."""
     try:
         masks = torch.as_tensor(kept, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -230,10 +230,16 @@ def checked_masks(graph: CircuitGraph, kept: OneOrMore, *, shares: bool = False)
         raise InputError(_not_a_mask(graph, str(list(masks.shape))))
     if not bool(rows.isfinite().all()):
         raise InputError(_not_a_mask(graph, "NaN or an infinite number"))
-    outside = rows[(rows < 0) | (rows > 1)] if shares else rows[:0]
-    if outside.numel():
-        raise InputError(_not_a_mask(graph, f"{outside[0].item():g}"))
     return rows
+
+
+def checked_shares(graph: CircuitGraph, kept: OneOrMore) -> Kept:
+    """Masks of this graph whose numbers lie between 0 and 1."""
+    masks = checked_masks(graph, kept)
+    outside = masks[(masks < 0) | (masks > 1)]
+    if len(outside):
+        raise InputError(_not_a_mask(graph, f"{outside[0].item():g}"))
+    return masks
 
 
 def _not_a_mask(graph: CircuitGraph, got: str) -> str:

@@ -96,7 +96,12 @@ class Mediation(Result):
 
 
 def measure_mediation(
-    model: HookedTransformer, tokens: Prompts, metric: Any, heads: Heads, *, value: Value = "mean over positions"
+    model: HookedTransformer,
+    tokens: Prompts,
+    metric: Any,
+    heads: Heads,
+    *,
+    value: Value = "mean over positions",
 ) -> Mediation:
     """How much of a head's effect on the metric is direct, through later MLPs, or through later heads?
 

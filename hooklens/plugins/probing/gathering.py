@@ -25,7 +25,7 @@ from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.scoring import as_rows
 from hooklens.plugins.probing.store import Files, Memory, temporary_folder
-from hooklens.plugins.probing.task import PerPrompt, ProbeTask, components, positions_of, two_classes
+from hooklens.plugins.probing.task import PerPrompt, ProbeTask, checked_task, components, positions_of
 from hooklens.results.result import Result, Table
 
 _AT_ONCE = 2**28  # maximum bytes of activations per batch before positions are selected
@@ -159,7 +159,10 @@ def task_rows(
     """
     if not isinstance(tasks, Sequence) or not tasks:
         raise WrongType(f"tasks is a list of at least one ProbeTask, got {tasks!r:.60}")
-    gathered = [gather(model, task, site=site) for task in list(map(two_classes, tasks))]
+    for task in map(checked_task, tasks):
+        if len(task.classes) != 2 or len(task.label.unique()) != 2:
+            raise InputError(f"a direction needs examples of two classes, {task.name!r} has {task.classes}; choose two")
+    gathered = [gather(model, task, site=site) for task in tasks]
     points = gathered[0].points
     if len(points) != 1:
         raise InputError(f"directions are compared at a single point, got {', '.join(points)}; give ('name', layer)")

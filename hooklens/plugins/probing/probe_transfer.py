@@ -40,7 +40,9 @@ class Transfer(Result):
     labels that were used for training and testing in the same folds.
     """
 
-    terms = {"95% of shuffled training": "the AUC below which 95 % of probes trained on shuffled labels lie"}
+    terms = {
+        "95% of shuffled training": "the AUC below which 95 % of probes trained on shuffled labels lie",
+    }
 
     point: str
     kind: str

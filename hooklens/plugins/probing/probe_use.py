@@ -1,8 +1,6 @@
 """Does the model use what a probe reads? Edit the probe's direction, and compare with random directions."""
 
-import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,26 +9,23 @@ from torch import Tensor
 
 from hooklens.core.arguments import real, seeded, whole
 from hooklens.core.errors import InputError, WrongType
-from hooklens.core.names import axes, parse
-from hooklens.core.progress_bar import progress
-from hooklens.data.prompts import Pairs, read_pairs
-from hooklens.model.kv_cache import KVCache
-from hooklens.model.linear import packed_linears
+from hooklens.core.names import parse
+from hooklens.data.prompts import read_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.probing.balancing import balanced
+from hooklens.plugins.probing.edited_runs import run_edited
 from hooklens.plugins.probing.folds import split
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
 from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
 from hooklens.plugins.probing.scoring import Trainer, as_rows
-from hooklens.plugins.probing.task import ProbeTask, read_task, two_classes
-from hooklens.results.result import Result, Table
+from hooklens.plugins.probing.task import ProbeTask, checked_task, read_task
+from hooklens.results.result import Result
 from hooklens.results.statistics import mean_interval, middle, null_p, q_values
-from hooklens.sweeps.measure import Reader
+from hooklens.results.table import Table
 
 _DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered
-_ROWS = 2048  # maximum number of positions per forward pass
 EDITS = ("ablate", "steer")
 NULLS = ("isotropic", "as the data vary")
 
@@ -154,7 +149,7 @@ def check_probe_use(
     Reference: Elazar et al. (2021), "Amnesic Probing", for ablation with random directions as a control; Marks and
     Tegmark (2023), "The Geometry of Truth", for steering by the difference of class means.
     """
-    point = _checked_point(probe, two_classes(task))
+    point = _checked_point(probe, checked_task(task))
     whole("draws", draws, 1)
     strength = real("strength", strength)
     prompts = [task.tokens[i] for i in task.prompt.tolist()]  # in the order of the examples
@@ -183,62 +178,6 @@ def check_probe_use(
     )
 
 
-def run_edited(
-    model: HookedTransformer,
-    groups: list[Pairs],
-    metric: Any,
-    *,
-    point: str,
-    pos: Int[Tensor, "prompt"],
-    shift: Float[Tensor, "edit prompt"],
-    directions: Float[Tensor, "direction d"],
-) -> tuple[Float[Tensor, "prompt"], Float[Tensor, "edit direction prompt"]]:
-    """The metric of every prompt, plain and with its activation moved by its shift along each direction."""
-    n = shift.shape[1]
-    plain, edited = shift.new_zeros(n), shift.new_zeros(len(shift), len(directions), n)
-    with torch.no_grad(), packed_linears(rows=1024), progress("directions", n, unit="prompts") as advance:
-        for pairs in groups:
-            rows = torch.tensor(pairs.index)
-            values = _of_one_length(
-                model, pairs, metric, point=point, pos=pos[rows], shift=shift[:, rows], directions=directions
-            )
-            plain[rows], edited[:, :, rows] = (value.to(shift) for value in values)
-            advance(len(rows))
-    return plain, edited
-
-
-def _of_one_length(
-    model: HookedTransformer, pairs: Pairs, metric: Any, *, point: str, pos: Tensor, shift: Tensor, directions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Runs start at the edited layer and at the first edited position, with the earlier keys and values cached."""
-    layer, n, n_layers = getattr(parse(point), "layer", 0), len(pairs.clean), model.cfg.n_layers
-    before = f"blocks.{layer}.hook_resid_pre"
-    start = int(pos.min()) if model.cfg.causal and "key_pos" not in axes(point) else 0  # rot_k shows cached keys again
-    keys = KVCache()
-    last, cache = model.run_with_cache(pairs.clean, names=[before], stop_at_layer=n_layers, kv_cache=keys)
-    past, stream = keys.before(start), cache[before][:, start:]
-    reader, place = Reader(model, pairs.of(metric), last), pos.to(stream.device) - start
-    moves = torch.cartesian_prod(torch.arange(len(shift)), torch.arange(len(directions)))
-    values = []
-    for part in moves.split(max(1, _ROWS // stream[..., 0].numel())):
-        change = shift[part[:, 0], :, None] * directions[part[:, 1], None]  # move prompt d
-        rows, rows_past = torch.arange(n, device=stream.device).repeat(len(part)), None
-        if start:
-            rows_past = copy.copy(past)
-            rows_past.keep_rows(rows)
-        with model.hooks(fwd_hooks=[(point, partial(_add, change.flatten(0, 1).to(stream), place[rows]))]):
-            edited = model(stream[rows], start_at_layer=layer, stop_at_layer=n_layers, kv_cache=rows_past)
-        for prompts in edited.unflatten(0, (-1, n)):
-            values.append(reader.on_stream(torch.cat([last[:, :start], prompts], 1)))
-    return reader.base, torch.stack(values).view(len(shift), len(directions), n)
-
-
-def _add(change: Float[Tensor, "row d"], pos: Int[Tensor, "row"], act: Tensor, hook: Any) -> Tensor:
-    at = (torch.arange(len(act), device=act.device), pos)
-    act[at] += change.view(act[at].shape)
-    return act
-
-
 def _checked_point(probe: Probe, task: ProbeTask) -> str:
     """The full name of the probe's point, if its activations in the prompts of the task can be edited."""
     if not isinstance(probe, Probe):
@@ -249,6 +188,9 @@ def _checked_point(probe: Probe, task: ProbeTask) -> str:
             f"only activations inside a layer can be edited, but this probe's point is {probe.point!r}; "
             "give Probe(..., point='blocks.3.hook_resid_post')"
         )
+    if len(task.classes) != 2 or len(task.label.unique()) != 2:
+        n = len(task.label.unique())
+        raise InputError(f"a direction needs two classes, got {len(task.classes)}, {n} with examples; choose two")
     if len(task.prompt.unique()) < len(task):
         raise InputError(
             f"each prompt is edited at one position, got {len(task)} examples of {len(task.tokens)} prompts; "

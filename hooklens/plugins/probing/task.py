@@ -143,15 +143,6 @@ def checked_task(task: Any) -> ProbeTask:
     return task
 
 
-def two_classes(task: Any) -> ProbeTask:
-    """The task, if it has examples of exactly two classes: only these have a direction between them."""
-    n = len(checked_task(task).label.unique())
-    if len(task.classes) != 2 or n != 2:
-        classes = f"{len(task.classes)} ({', '.join(task.classes)}), {n} with examples"
-        raise InputError(f"a direction needs two classes, got {classes} in {task.name!r}; choose two")
-    return task
-
-
 def positions_of(rows: Sequence[Tensor], pos: int | PerPrompt) -> list[int]:
     """The position read in each prompt, counted from its start; `pos` is one for all or one per prompt.
 

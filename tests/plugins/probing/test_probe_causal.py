@@ -7,9 +7,10 @@ from model.zoo import zoo_model
 import hooklens as hl
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
+from hooklens.plugins.probing.edited_runs import run_edited
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.probing.probe_training import train_probe
-from hooklens.plugins.probing.probe_use import CausalCheck, check_probe_use, random_directions, run_edited
+from hooklens.plugins.probing.probe_use import CausalCheck, check_probe_use, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.task import read_task
 from hooklens.testing import tiny_model
