@@ -1,7 +1,7 @@
 """The command line, one file per group of commands: each adds its own to `app`, in the order of the help text."""
 
 # isort: off
-from hooklens.cli import demo_command, patch_command, models_command, plugins_command, lens_command  # noqa: F401
+from hooklens.cli import patch_command, models_command, plugins_command, lens_command  # noqa: F401
 from hooklens.cli import heads_command, circuit_command, probe_command, register_command  # noqa: F401
 from hooklens.cli.base import BAD_INPUT, FAILED, INTERRUPTED, MISSING, OK, app, main
 

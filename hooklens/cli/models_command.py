@@ -22,11 +22,7 @@ def models(as_json: AsJson = False) -> None:
 
 
 @command
-def check(
-    model: Annotated[str, typer.Argument(help=SOURCE)] = DEFAULT,
-    *,
-    settings: ModelOptions,
-) -> None:
+def check(model: Annotated[str, typer.Argument(help=SOURCE)] = DEFAULT, *, settings: ModelOptions) -> None:
     """Load a model and check the guarantees of every hooklens model; the exit code is 1 if a check fails.
 
     Example: `hooklens check smollm2-135m-instruct --dtype float64`

@@ -27,6 +27,7 @@ WRONG_ANSWER = typer.Option(help="Another next token to compare it with.")
 PAIRS_FILE = typer.Option("--pairs", help="A JSONL file of prompt pairs instead; see docs.")
 Out = Annotated[Path, typer.Option(help="The report; its numbers go beside it as .json.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_OF_A_PAIR = {name: f"--{name.replace('_', '-')}" for name in ("clean", "corrupted", "answer", "wrong_answer")}
 Checks = Mapping[str, Callable[[], Any]]
 
 
@@ -104,13 +105,7 @@ class PairOptions:
 
     def given(self) -> list[str]:
         """The options of a single pair that were given."""
-        options = {
-            "--clean": self.clean,
-            "--corrupted": self.corrupted,
-            "--answer": self.answer,
-            "--wrong-answer": self.wrong_answer,
-        }
-        return [name for name, value in options.items() if value is not None]
+        return [option for name, option in _OF_A_PAIR.items() if getattr(self, name) is not None]
 
     def checks(self) -> dict[str, Callable[[], Any]]:
         """Checks before a model reads them: the two prompts, and the two answers, must differ."""
@@ -138,9 +133,11 @@ class PairOptions:
                     f"--pairs {self.pairs} has prompts and answers, so {' and '.join(given)} cannot be given too"
                 )
             return read_pairs_file(self.pairs)
-        names = ("--clean", "--corrupted", "--answer", "--wrong-answer")
-        if missing := [name for name in names if name not in given]:
-            raise InputError(f"give --pairs file.jsonl, or a pair by {', '.join(names)}; missing: {', '.join(missing)}")
+        options = _OF_A_PAIR.values()
+        if missing := [option for option in options if option not in given]:
+            raise InputError(
+                f"give --pairs file.jsonl, or a pair by {', '.join(options)}; missing: {', '.join(missing)}"
+            )
         return PromptPairs(self.clean, self.corrupted, answer=self.answer, wrong_answer=self.wrong_answer)
 
     def check(self, model: "HookedTransformer", pairs: "PromptPairs") -> None:

@@ -14,9 +14,8 @@ from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongTyp
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
 from hooklens.metrics import Answers, ReadingMetric, logit_diff
 from hooklens.model.transformer import HookedTransformer
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves
-from hooklens.results.table import Table
 
 
 @dataclass(frozen=True, eq=False)

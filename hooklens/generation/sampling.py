@@ -25,8 +25,7 @@ from hooklens.model.config import TokenEmbed
 from hooklens.model.ids import as_ids
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.linear import packed_linears
-from hooklens.results.result import Result
-from hooklens.results.table import Table
+from hooklens.results.result import Result, Table
 
 if TYPE_CHECKING:
     from hooklens.model.transformer import HookedTransformer

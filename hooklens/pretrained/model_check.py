@@ -13,8 +13,7 @@ from hooklens.model.attention import differentiable_attention
 from hooklens.model.config import TokenEmbed
 from hooklens.model.kv_cache import KVCache
 from hooklens.model.transformer import HookedTransformer
-from hooklens.results.result import Result
-from hooklens.results.table import Table
+from hooklens.results.result import Result, Table
 
 Inputs = Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_in"]
 Row = tuple[str, float, float, bool]

@@ -118,7 +118,13 @@ class CircuitStudy(Result):
             "Edges by integrated gradients between corrupted and clean prompts; all other edges carry the corrupted "
             "run. A faithful circuit is one way to answer these prompts, not the only one."
         )
-        report.figure(self.figure(), f"Blue edges raise the logit difference, orange ones lower it. {self._names()}")
+        shared = "; L5G1 is a key/value head (G) of layer 5, whose keys and values the heads tied to it share"
+        report.figure(
+            self.figure(),
+            "Blue edges raise the logit difference, orange ones lower it. L5H1 is head 1 of layer 5, MLP5 that layer's "
+            "MLP, and L3H2->L5H1.q an edge from one head into the queries (.k keys, .v values) of "
+            f"another{shared * (self.circuit.graph.group > 1)}.",
+        )
         report.table(self.circuit.top(_SHOWN), "The edges with the largest scores.", _EDGE)
         report.heading("Against random circuits").figure(self.faithfulness.figure(), _RANDOM)
         report.table(self.table(), "", _MEASURED)
@@ -132,14 +138,6 @@ class CircuitStudy(Result):
             report.heading("Minimality").figure(minimal.figure())
             report.table(minimal.table(_SHOWN), "", _WORTH)
         return report
-
-    def _names(self) -> str:
-        """The names of nodes and edges."""
-        shared = "; L5G1 is a key/value head (G) of layer 5, whose keys and values the heads tied to it share"
-        return (
-            "L5H1 is head 1 of layer 5, MLP5 that layer's MLP, and L3H2->L5H1.q an edge from one head into the queries "
-            f"(.k keys, .v values) of another{shared * (self.circuit.graph.group > 1)}."
-        )
 
 
 def study_circuit(

@@ -1,19 +1,21 @@
 """Heads on your own prompt pairs: the loss without each, its contribution to the answer, and where it attends."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.component import Component, head_name, head_names, layer_names
+from hooklens.core.component import Component, head_names
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import rows_of
 from hooklens.metrics import answer_ids
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.heads.head_ranking import head_map, head_table
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.plugins.patching.activation import PatchSweep, patch
 from hooklens.results.claims import HeldOutEffects, held_out_top
@@ -67,12 +69,10 @@ class HeadStudy(Result):
         columns = ["head", "fall", "95% low", "95% high"]
         if self.held_out is not None:
             columns += ["q", "where chosen"]
-            rows = self.held_out.rows()
+            rows: Sequence[Sequence[Any]] = self.held_out.rows()
         else:
-            numbers = (self.fall.mean(0), *mean_interval(self.fall, group=self.group))
-            order = numbers[0].flatten().abs().argsort(descending=True, stable=True).tolist()
-            best = [divmod(i, numbers[0].shape[1]) for i in order]
-            rows = [(head_name(*at), *(float(part[at]) for part in numbers)) for at in best]
+            fall, (low, high) = self.fall.mean(0), mean_interval(self.fall, group=self.group)
+            rows = head_table(fall.abs(), dict(zip(columns[1:], (fall, low, high), strict=True)), None).rows
         columns += ["direct", "looks at answer", "looks at wrong answer"]
         columns += [] if self.labels is None else ["on repeated tokens"]
         return Table(columns, [(*row, *self._evidence(row[0])) for row in rows]).head(n)
@@ -85,18 +85,8 @@ class HeadStudy(Result):
 
     def figure(self) -> Any:
         """Layer by head: the decrease of the metric, mean over pairs."""
-        from hooklens import viz
-
-        mean = self.fall.mean(0)
-        return viz.heatmap(
-            mean,
-            x=[f"H{head}" for head in range(mean.shape[1])],
-            y=layer_names(mean.shape[0]),
-            title="What falls when a head's value is that of the corrupted prompt",
-            x_title="head",
-            y_title="layer",
-            colourbar="fall of the logit difference",
-        )
+        title = "What falls when a head's value is that of the corrupted prompt"
+        return head_map(self.fall.mean(0), title, "fall of the logit difference")
 
     def report(self) -> Any:
         """The study as a page."""
@@ -154,21 +144,20 @@ def study_heads(
         direct = torch.full_like(to_answer, torch.nan)
     else:
         direct = direct_logit_attribution(model, rows, answer=right, wrong_answer=wrong).heads
-    study = HeadStudy(
+    held_out = None
+    if int(group.max()):
+        fall, names = sweep.clean_per_pair[:, None, None] - sweep.per_pair, head_names(*sweep.values.shape)
+        held_out = held_out_top(model, fall.cpu(), names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
+    return HeadStudy(
         model=model.cfg.model_name,
         sweep=sweep,
         direct=direct,
         to_answer=to_answer,
         to_wrong=to_wrong,
         group=group,
-        held_out=None,
+        held_out=held_out,
         labels=labels,
     )
-    if not int(group.max()):
-        return study
-    names = head_names(*sweep.values.shape)
-    held_out = held_out_top(model, study.fall.cpu(), names, k=min(_CHOSEN, len(names)), group=group, seed=seed)
-    return replace(study, held_out=held_out)
 
 
 def _attention(

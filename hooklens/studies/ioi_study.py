@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.results.claims import ClaimFamily
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
-from hooklens.studies import pages
+from hooklens.studies.pages import say_exactness
 from hooklens.studies.pair_study import PairStudy, by_layer, grids, head_patterns, sweep_pair
 from hooklens.studies.result_claims import LEAST_GROUPS, mover_claims
 from hooklens.sweeps.execution import execute
@@ -27,11 +27,15 @@ from hooklens.sweeps.planning import Patch, plan
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
 
+if TYPE_CHECKING:
+    from hooklens.viz.report import Report
+
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
 ANSWER, WRONG_ANSWER = " Mary", " John"
 _CANDIDATES = 10  # heads taken from each of two rankings: patches of the shown pair, and direct effects over the pairs
 _DRAWN = 6
+_WHISKERS = "Whiskers: 95 % intervals over groups of four pairs that share names and sentence."
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +123,20 @@ class IOIStudy(Result):
         return labels
 
     def finding(self) -> str:
-        """The main result in one or two sentences, with which the page begins."""
-        return pages.finding(self)
+        """The heads that move the name, and what each restores; or why there is no result. The page begins with it."""
+        movers = self.reported
+        if not movers.defined:
+            return (
+                "On these pairs the model does not distinguish the indirect object from the subject: the interval of "
+                "the clean-corrupted difference includes 0, so there is nothing to restore."
+            )
+        heads = ", ".join(f"{head_name(a, b)} ({_whole(movers.share[a, b])})" for a, b in self.named.name_movers)
+        others = [row for row in self.table(None).rows if row[1] == "restores the logit difference"][:3]
+        also = ", ".join(f"{row[0]} ({_whole(row[2])})" for row in others)
+        named = f"Name movers, and the share each restores: {heads}." if heads else "No head passes all three tests."
+        if not others:
+            return f"{named} No other head restores the logit difference."
+        return f"{named} Other heads restore the logit difference without moving a name; the strongest are {also}."
 
     def table(self, n: int | None = 14) -> Table:
         """One row per head: labelled and ranked by one half of the pairs, name movers first; measured on the other."""
@@ -142,7 +158,38 @@ class IOIStudy(Result):
 
     def report(self) -> Any:
         """The study as a page: `study.report().save("ioi.html", data=study)`."""
-        return pages.ioi_report(self)
+        from hooklens import viz
+        from hooklens.viz.report import Report
+
+        shown, movers, named = self.shown, self.reported, self.named.name_movers
+        report = Report(f"Who gets the drink? Indirect objects in {shown.model}")
+        report.text(self.finding())
+        report.numbers(
+            {
+                "prompt pairs": len(self.pairs),
+                "indirect object above subject": f"{self.correct:.0%}",
+                "clean logit difference": float(self.clean_per_pair.mean()),
+                "corrupted": float(self.corrupted.mean()),
+                "name movers": len(named),
+                "their direct effect": _whole(sum(float(movers.share[i]) for i in named)),
+            }
+        )
+        report.heading("The shown pair, and the model's predictions")
+        shown.show_prompts(report)
+        report.heading("Where the answer is, layer by layer")
+        shown.show_sweep(report, shown.sweeps["resid_pre"])
+        report.heading("Which heads carry it")
+        shown.show_sweep(report, shown.sweeps["z"])
+        _heads(report, self)
+        _claims(report, self)
+        report.heading(f"Attention and MLPs by layer, over {len(self.pairs)} pairs")
+        for site, sweep in self.layers.items():
+            low, high = self.interval(sweep.per_pair - sweep.corrupted_per_pair[:, None])
+            title, layers = f"{site}: recovered by each layer", sweep.labels["layer"]
+            drawn = viz.bars(sweep.recovered, low, high, layers, title, x_title="layer", y_title="recovered")
+            report.figure(drawn, f"{shown.patched(sweep)} {_WHISKERS}")
+        _how(report, self)
+        return say_exactness(report, [*shown.sweeps.values(), *self.layers.values()])
 
 
 def study_ioi(model: HookedTransformer, n: int = 64, *, seed: int = 0) -> IOIStudy:
@@ -191,3 +238,115 @@ def demo(model: HookedTransformer) -> NameMovers | IOIStudy:
     from hooklens.plugins.heads.name_movers import demo as numbers
 
     return numbers(model) if model.tokenizer is None else study_ioi(model, 4)
+
+
+# -- parts of the page
+
+
+def _heads(report: "Report", study: IOIStudy) -> None:
+    """The figure of all heads, the table of the strongest, and the patterns of the first."""
+    from hooklens import viz
+
+    criteria = study.movers.criteria
+    report.heading(f"Head by head, over {len(study.reported_on)} pairs")
+    report.figure(
+        study.figure(),
+        "Every head of the model; the strongest are named. Name movers are at the upper right, in dark.",
+    )
+    report.table(_short(study.table()), f"{_chosen(study)} Unrounded numbers are in the JSON file.", _terms(study))
+    report.text(
+        "A head is labelled a name mover only if all three criteria hold. It attends: the last position's attention to "
+        "the indirect object exceeds that to any other position except the first by more than "
+        f"{criteria.least_margin:g} (lower end of the interval). It copies: for at least "
+        f"{criteria.least_copying:.0%} of the names, its OV puts the name itself among the {criteria.top_k} most "
+        "likely tokens. It acts directly: the lower end of its direct effect exceeds "
+        f"{criteria.least_direct:.0%}. Other heads are described by their patch: they "
+        "restore the logit difference, or lower it."
+    )
+    drawn, called = study.heads[: len(study.patterns)], study.called()
+    names = [f"{head_name(a, b)}, {called[i]}" for i, (a, b) in enumerate(drawn)]
+    report.heading("What the strongest heads attend to").figure(
+        viz.attention_heads(study.patterns, study.shown.clean, names),
+        "On the clean prompt shown above; the bottom row is the last position, where the answer is predicted.",
+    )
+
+
+def _claims(report: "Report", study: IOIStudy) -> None:
+    report.heading("Claims")
+    n = len(study.movers.group.unique())
+    if study.claims is not None:
+        report.text("Heads were labelled on one half of the pairs; the numbers come from the other half.")
+        report.claims(study.claims)
+    elif n < LEAST_GROUPS:
+        report.text(
+            f"None: there are {n} groups of pairs (four share names and sentence). One half labels heads and the other "
+            f"half tests them, which needs at least {LEAST_GROUPS} groups, {4 * LEAST_GROUPS} pairs."
+        )
+    else:
+        report.text("None: on the half of the pairs that labels heads, no head passed all three tests.")
+
+
+def _short(table: Table) -> Table:
+    """Each interval next to its number: "41% [37, 44]"."""
+    columns = ("head", "called", "patched", "direct", "attends to IO", "margin", "copies", "suppresses")
+    rows = []
+    for head, called, *numbers in table.rows:
+        patched, direct = _percent(*numbers[:3]), _percent(*numbers[3:6])
+        attention, margin, copies, suppresses = numbers[6:]
+        evidence = (f"{attention:.2f}", f"{margin:+.2f}", f"{copies:.0%}", f"{suppresses:.0%}")
+        rows.append((head, called, patched, direct, *evidence))
+    return Table(columns, rows)
+
+
+def _whole(share: Any) -> str:
+    """A share as a whole percentage, never "-0%"."""
+    shown = f"{float(share):.0%}"
+    return "0%" if shown == "-0%" else shown
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{_whole(value)} [{_whole(low)[:-1]}, {_whole(high)[:-1]}]"
+
+
+def _chosen(study: IOIStudy) -> str:
+    if not study.held_out:
+        return "All pairs form one group, so heads are chosen and measured on the same pairs, without intervals."
+    return (
+        f"Heads are chosen and labelled by {len(study.chosen_on)} of the pairs; every number comes from the other "
+        f"{len(study.reported_on)}, which share no group with them."
+    )
+
+
+def _terms(study: IOIStudy) -> dict[str, str]:
+    k = study.movers.criteria.top_k
+    return {
+        "head": "L5H1 is head 1 of layer 5",
+        "called": "name mover if all three tests hold, else the effect of its patch",
+        "patched": "share of the clean-corrupted difference that the head's clean output restores with all later "
+        "layers recomputed, with its 95 % interval",
+        "direct": "the same if only the final norm and the unembedding see it",
+        "attends to IO": "the last position's attention to the indirect object",
+        "margin": "excess over the attention to any other position except the first",
+        "copies": f"share of names that the head's OV (what it writes for a token it attends to) puts among the {k} "
+        "most likely tokens",
+        "suppresses": f"share of names that its OV puts among the {k} least likely tokens",
+    }
+
+
+def _how(report: "Report", study: IOIStudy) -> None:
+    pairs, movers = study.pairs, study.reported
+    orders = {order: pairs["order"].count(order) for order in dict.fromkeys(pairs["order"])}
+    balance = " and ".join(f"{count} {order}" for order, count in orders.items())
+    report.heading("How this was measured").text(
+        f"{len(pairs)} pairs: {balance}; {len(set(pairs.answer))} names, each as often indirect object as subject, in "
+        f"each order; {len(set(pairs['template']))} sentences; all prompts are {int(pairs['end'][0]) + 1} tokens long. "
+        "Two names in one sentence give four pairs, which are not independent: every interval over pairs resamples "
+        f"such groups ({len(pairs.group.unique())} of them) and recomputes numerator and denominator. Copying is "
+        "measured on each name as it leaves block 0, put through the head's own values (shared by its group of heads "
+        "where keys and values are grouped) and output, the final norm's weight and W_U; a norm's scale changes no "
+        f"rank. On average a head copies {float(movers.copying.mean()):.1%} of the names. Intervals are not corrected "
+        f"for the number of heads ({movers.share.numel()}), and direct effects of different heads need not add up to "
+        "100 %: the final norm is recomputed for each."
+    )
+    with report.fold("The first pairs"):
+        report.table(pairs.table(8))

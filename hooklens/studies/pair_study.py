@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,13 +18,23 @@ from hooklens.model.ids import show
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import PatchSweep, patch
+from hooklens.plugins.patching.grid import STRONGEST
 from hooklens.results.result import Result, Table
-from hooklens.studies import pages
+from hooklens.studies.pages import say_exactness
 from hooklens.sweeps.planning import grid_axes, has_site, site_kind
 from hooklens.sweeps.sites import SITES
 
+if TYPE_CHECKING:
+    from hooklens.viz.report import Report
+
 _STRONGEST = 6
 _GUESSES = 5
+_UNITS = {"head": "one head at a time", "neuron": "one neuron at a time"}
+_PATCHES = {
+    "metric": "the logit difference after this patch",
+    "recovered": "its share of the difference to restore, 0 as in the corrupted run, 1 as in the clean run",
+}
+_NAMES = "L5 is layer 5, L5H1 its head 1; followed by the token and, in brackets, its position"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +75,75 @@ class PairStudy(Result):
         return self.any_sweep.figure()
 
     def report(self) -> Any:
-        """The study as a page: `study.report().save("study.html", data=study)`."""
-        return pages.pair_report(self)
+        """The study as a page: predictions, a figure per site, layers, heads; `report().save(path, data=study)`."""
+        from hooklens import viz
+        from hooklens.viz.report import Report
+
+        report = Report(f"Activation patching in {self.model}")
+        self.show_prompts(report)
+        for site, sweep in self.sweeps.items():
+            report.heading(f"Patching {site}")
+            self.show_sweep(report, sweep)
+            terms = {site: f"the patch. {_NAMES}", **_PATCHES}
+            report.table(sweep.top(8), f"The patches of {site} that moved the logit difference most.", terms)
+        report.heading("Layer by layer")
+        for sweep in self.layers.values():
+            report.figure(sweep.figure(), f"{self.patched(sweep)} One pair has no interval.")
+        if self.heads:
+            report.heading("What the strongest heads attend to").figure(
+                viz.attention_heads(self.patterns, self.clean, self.heads),
+                "On the clean prompt. A head that restores the logit difference need not be a name mover: this label "
+                "needs many pairs, as in `hooklens demo`.",
+            )
+        return say_exactness(report, [*self.sweeps.values(), *self.layers.values()])
+
+    def show_prompts(self, report: "Report") -> None:
+        """The two prompts with the model's guesses, the answers, and the difference between the runs."""
+        report.prompts(
+            self.clean,
+            self.corrupted,
+            clean_top=self.clean_top,
+            corrupted_top=self.corrupted_top,
+            caption="Coloured: where the prompts differ. Below each prompt: the model's most likely next tokens.",
+        )
+        sweep = self.any_sweep
+        report.numbers(
+            {
+                "answer": repr(self.answer),
+                "wrong answer": repr(self.wrong_answer),
+                "logit difference, clean": sweep.clean,
+                "logit difference, corrupted": sweep.corrupted,
+                "difference to restore": sweep.clean - sweep.corrupted,
+            }
+        )
+
+    def show_sweep(self, report: "Report", sweep: PatchSweep) -> None:
+        """A sweep's figure; if it leaves out rows, all rows are in a folded section."""
+        report.figure(sweep.figure(), self.patched(sweep))
+        rows = sweep.values[..., 0].numel()
+        if sweep.values.ndim == 3 and rows > STRONGEST:
+            with report.fold(f"All {rows} rows"):
+                report.figure(sweep.figure(rows=None))
+
+    def patched(self, sweep: PatchSweep) -> str:
+        """What a sweep of this pair wrote where, and how to read its numbers."""
+        unit = next((words for axis, words in _UNITS.items() if axis in sweep.by), "one layer at a time")
+        first, last = self.shared
+        if "pos" in sweep.by:
+            where = "one token position at a time"
+        elif len(self.clean) == len(self.corrupted):
+            where = "at all positions"
+        else:
+            where = (
+                f"only at the first {first} and the last {last} tokens, which both prompts share, because the prompts "
+                f"have {len(self.clean)} and {len(self.corrupted)} tokens; the tokens between keep their own value"
+            )
+        read = "Both runs have the same logit difference, so its change is shown."
+        read = "0: as in the corrupted run, 1: as in the clean run." if sweep.defined else read
+        return (
+            f"Patched: {SITES[sweep.site].words or sweep.site}, {unit}, {where}. Written: its value in the clean run, "
+            f"into the corrupted run, every later layer recomputed. {read}"
+        )
 
 
 def study_pair(
@@ -117,11 +194,7 @@ def sweep_pair(
 
 
 def check_pair(
-    model: HookedTransformer,
-    pairs: PromptPairs,
-    *,
-    sites: Sequence[str],
-    by: str | None,
+    model: HookedTransformer, pairs: PromptPairs, *, sites: Sequence[str], by: str | None
 ) -> tuple[int, list[tuple[str, ...]]]:
     """Return the clean prompt's length and every site's grid; raise for unusable arguments before anything runs."""
     axes = list(grids(sites, by).values())

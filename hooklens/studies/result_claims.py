@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hooklens.core.component import head_name
@@ -12,7 +11,7 @@ from hooklens.data.repeated import MinusRepeatLoss
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_labels import Taxonomy
 from hooklens.plugins.heads.head_scores import LABELS
-from hooklens.plugins.heads.mover_result import Criteria, NameMovers, of_pairs
+from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
 from hooklens.plugins.probing.probe_use import EDITS, NULLS, CausalCheck
 from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.results import statistics
@@ -55,29 +54,6 @@ def _mover_claim(model: HookedTransformer, movers: NameMovers, head: tuple[int, 
         intervention=Measured.of("share restored directly", share, group, metric=_METRIC),
         control=Measured.of(other_pair, placebo, group, metric=_METRIC),
         side="above",
-    )
-
-
-def demo_movers(n: int = 8, heads: int = 2) -> NameMovers:
-    """Synthetic measurements in which L0H0 is a name mover, for tests and examples.
-
-    >>> demo_movers().name_movers
-    [(0, 0)]
-    """
-    noise = torch.randn(n, 1, heads, generator=torch.Generator().manual_seed(0)) * 0.02
-    is_mover = torch.tensor([1.0] + [0.0] * (heads - 1))
-    return NameMovers(
-        attention=0.6 * is_mover + noise.abs(),
-        margin=0.5 * is_mover + noise,
-        rank=(90 * (1 - is_mover)).long().expand(3, 1, heads).clone(),
-        written=torch.eye(3)[:, None, None] * is_mover[:, None],
-        direct=0.3 * is_mover + noise,
-        placebo=noise.flip(0),
-        gap=torch.ones(n),
-        name=torch.arange(n) % 3,
-        group=torch.arange(n),
-        d_vocab=100,
-        criteria=Criteria(),
     )
 
 

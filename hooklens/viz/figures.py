@@ -88,14 +88,15 @@ def bars(
     >>> [trace.type for trace in figure.data]
     ['bar', 'scatter']
 
-    `marks` are named horizontal lines, such as the clean and the corrupted baseline.
+    An interval whose ends are NaN is not drawn. `marks` are named horizontal lines, such as the clean and the corrupted
+    baseline.
     """
     array = as_array(values, "bar", "bars")
     names = as_labels(labels, len(array), "bar", "bars", _LONGEST)
     boxes = [box((x_title, name), (y_title, value)) for name, value in zip(names, array, strict=True)]
     colours = [NEGATIVE if value < 0 else POSITIVE for value in array]
     traces: list = [go.Bar(y=array, marker={"color": colours}, hovertext=boxes, hoverinfo="text")]
-    if low is not None and high is not None:
+    if low is not None and high is not None and bool(low.isfinite().any()):
         _, *ends = as_series("bars", "bar", values=values, low=low, high=high)
         boxes = [f"{text}<br>[{number(a)}, {number(b)}]" for text, a, b in zip(boxes, *ends, strict=True)]
         traces = [traces[0].update(hovertext=boxes), _whiskers(*ends)]

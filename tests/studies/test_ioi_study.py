@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from planted_movers import demo_movers
 
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.plugins.heads.mover_result import NameMovers
@@ -10,7 +11,6 @@ from hooklens.results.statistics import halves
 from hooklens.studies.ioi_study import IOIStudy
 from hooklens.studies.pair_study import by_layer
 from hooklens.studies.pair_study import demo as pair_demo
-from hooklens.studies.result_claims import demo_movers
 from hooklens.sweeps.settings import engine
 from hooklens.testing import tiny_model
 

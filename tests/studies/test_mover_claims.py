@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planted_movers import demo_movers
 
 from hooklens.core.errors import InputError
 from hooklens.plugins.heads.mover_result import of_pairs
 from hooklens.plugins.heads.name_movers import _of_other_names, demo
-from hooklens.studies.result_claims import demo_movers, mover_claims
+from hooklens.studies.result_claims import mover_claims
 from hooklens.testing import tiny_model
 
 
 def test_a_planted_mover_is_claimed_on_pairs_that_did_not_name_it():
     movers = demo_movers(16)
+    assert movers.name_movers == [(0, 0)]
     claims = mover_claims(tiny_model(), movers)
     (found,) = claims.claims
     assert found.statement.startswith("L0H0 moves") and found.causal and found.status == "exploratory"

@@ -93,6 +93,13 @@ def test_values_and_labels_that_do_not_fit_are_refused(draw, says):
         draw()
 
 
+def test_an_interval_that_is_not_known_has_no_whiskers():
+    unknown = torch.tensor([torch.nan, torch.nan])
+    assert len(viz.bars(torch.ones(2), unknown, unknown).data) == 1
+    half_known = torch.tensor([torch.nan, 2.0])
+    assert len(viz.bars(torch.ones(2), half_known - 1, half_known).data) == 2
+
+
 def test_whiskers_end_where_the_interval_ends_even_beside_the_value():
     whiskers = viz.bars(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([4.0])).data[1]
     assert whiskers.y[0] - whiskers.error_y.array[0] == 2 and whiskers.y[0] + whiskers.error_y.array[0] == 4

@@ -31,9 +31,7 @@ def pair(corrupted=CORRUPTED, **options):
 
 
 def caption(study, site):
-    from hooklens.studies.pages import patched
-
-    return patched(study, study.sweeps[site])
+    return study.patched(study.sweeps[site])
 
 
 def test_the_caption_of_layer_by_head_stayed_on_other_grids_of_z():
@@ -107,8 +105,7 @@ def test_a_column_stood_on_the_page_without_a_word_about_it(name):
 
 def test_every_kind_of_evidence_about_heads_is_explained():
     """Those too that the model of the test above does not show."""
-    from hooklens.plugins.heads.evidence import _EFFECT, _SUPPRESSION
-    from hooklens.plugins.heads.head_labels import Taxonomy
+    from hooklens.plugins.heads.head_labels import _EFFECT, _SUPPRESSION, Taxonomy
     from hooklens.studies import heads_page as report
 
     assert {*_EFFECT, *_SUPPRESSION, "score", "q", "rests", "by position"} <= Taxonomy.terms.keys()

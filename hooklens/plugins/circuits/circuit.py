@@ -127,19 +127,22 @@ class Circuit(Result):
         """The circuit, embedding below and logits on top: blue edges raise the metric, orange ones lower it."""
         from hooklens.viz.circuit_drawing import layered_graph
 
-        drawn = self.order()[:_DRAWN]
+        drawn, names = self.order()[:_DRAWN], self.graph.source_names
         sources, receivers = (ends[drawn].tolist() for ends in self.graph.ends)
         arrows = [
-            (self.graph.source_names[a], self.graph.receiver_names[b], float(self.scores[e]))
+            (names[a], self.graph.receiver_names[b], float(self.scores[e]))
             for a, b, e in zip(sources, receivers, drawn, strict=True)
         ]
         more = f", the {_DRAWN} largest" if self.n_edges > _DRAWN else ""
         title = f"{self.n_edges} of {self.graph.n_edges} edges{more} ({self.method}, {self.replacement} ablation)"
-        return layered_graph(self._rows(drawn), arrows, title, ties=self._ties(drawn))
+        named = set(self._nodes(drawn))
+        # key/value heads, each with the heads that read it
+        ties = [(key, names[head]) for key, heads in self.graph.key_heads.items() for head in heads]
+        return layered_graph(self._rows(named), arrows, title, ties=[tie for tie in ties if named.issuperset(tie)])
 
-    def _rows(self, drawn: list[int]) -> dict[str, list[str]]:
-        """The nodes of these edges, layer by layer from the embedding up; key/value heads stand under their heads."""
-        named, graph = set(self._nodes(drawn)), self.graph
+    def _rows(self, named: set[str]) -> dict[str, list[str]]:
+        """The named nodes, layer by layer from the embedding up; key/value heads stand under their heads."""
+        graph = self.graph
         rows, keyed, n = {"embed": ["embed"]}, list(graph.key_heads), graph.n_kv_heads
         for layer in range(graph.n_layers):
             name, mlp = layer_name(layer), Component("mlp", layer).name
@@ -148,12 +151,6 @@ class Circuit(Result):
             rows[mlp] = [mlp]
         chosen = {label: [name for name in names if name in named] for label, names in rows.items()}
         return {label: names for label, names in chosen.items() if names} | {"logits": ["logits"]}
-
-    def _ties(self, drawn: list[int]) -> list[tuple[str, str]]:
-        """Key/value heads and the heads that read them."""
-        named, names = set(self._nodes(drawn)), self.graph.source_names
-        pairs = [(key, names[head]) for key, heads in self.graph.key_heads.items() for head in heads]
-        return [pair for pair in pairs if named.issuperset(pair)]
 
     # -- files
 
@@ -203,11 +200,7 @@ class Circuit(Result):
 
 
 def circuit_of(
-    model: HookedTransformer,
-    edges: Edges,
-    *,
-    value: Value = "corrupted",
-    method: str = "by hand",
+    model: HookedTransformer, edges: Edges, *, value: Value = "corrupted", method: str = "by hand"
 ) -> Circuit:
     """The circuit of exactly these edges, by name, by number or as a mask with True or False for every edge.
 

@@ -38,9 +38,7 @@ class CircuitTransfer(Result):
     `n_different` is the number of different random circuits. If it is small, no p-value can be small.
     """
 
-    terms = {
-        "p against random": "how often random circuits of as many edges are as faithful",
-    }
+    terms = {"p against random": "how often random circuits of as many edges are as faithful"}
 
     source: str
     target: str
@@ -98,11 +96,10 @@ class CircuitTransfer(Result):
         rows = [(*result.interval(), result.value) for result in shown.values()]
         rows += [(low, high, middle) for low, middle, high in (result.random_range for result in self._random.values())]
         low, high, value = torch.tensor(rows, dtype=self.mapped.per_pair.dtype).T
-        known = bool(low.isfinite().all() and value.isfinite().all())
         title = f"Does the circuit transfer? ({self.replacement} ablation, {len(self.mapped.per_pair)} held-out pairs)"
         marks = {"the model": 1.0, "no edge": 0.0}
-        names, ends = [*shown, *self.n_different], (low, high) if known else (None, None)
-        return bars(value.nan_to_num(), ends[0], ends[1], names, title, y_title="faithfulness", marks=marks)
+        names = [*shown, *self.n_different]
+        return bars(value.nan_to_num(), low, high, names, title, y_title="faithfulness", marks=marks)
 
 
 def transfer_circuit(

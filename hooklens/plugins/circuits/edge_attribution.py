@@ -13,14 +13,13 @@ from hooklens.core.progress_bar import progress, within
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts
-from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import is_plain
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
 from hooklens.plugins.circuits.edge_scores import EdgeScores
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot, circuit_graph
 from hooklens.plugins.circuits.node_runs import AblatedOf, Run, Stream, ablated_runs, refuse, walk
-from hooklens.plugins.circuits.run import aligned_pairs, chunks, of_pairs
+from hooklens.plugins.circuits.run import aligned_pairs, batches
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Value, as_replacement
 from hooklens.sweeps.settings import current
@@ -77,10 +76,7 @@ def scored(
         for metric, clean, ablated in _batches(model, graph, pairs.metric, runs):
             with torch.no_grad():
                 empty = Reader(model, metric, ablated.streams[-1].expand(len(clean), -1, -1)).base
-            with (
-                torch.enable_grad(),
-                within(advance, len(clean), 1),
-            ):  # a method of several steps moves the bar
+            with torch.enable_grad(), within(advance, len(clean), 1):  # a method of several steps moves the bar
                 scores, base = one_batch(model, graph, metric, clean, ablated)
             parts.append((base, empty, scores.detach().sum(0), scores.detach().square().sum(0)))
     base, empty = (torch.cat([part[i] for part in parts]) for i in (0, 1))
@@ -108,12 +104,11 @@ def _batches(
 ) -> Iterator[tuple[Any, Tensor, Run]]:
     """Metric, clean tokens and ablated run of as many pairs as fit the memory at once."""
     for group, ablated_of in runs:
-        n, n_pos = group.clean.shape
-        at_once = _pairs_at_once(model, graph, n_pos, current().memory) if isinstance(metric, ReadingMetric) else n
-        for rows in chunks(n, at_once):
+        at_once = _pairs_at_once(model, graph, group.clean.shape[1], current().memory)
+        for rows, of_rows in batches(group, metric, at_once):
             with torch.no_grad():
                 ablated = ablated_of(rows, None)
-            yield of_pairs(group.of(metric), rows, n), group.clean[rows], ablated
+            yield of_rows, group.clean[rows], ablated
 
 
 # -- gradients by what every receiver reads

@@ -8,7 +8,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooklens.core.arguments import seeded
-from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
@@ -86,8 +85,6 @@ def evaluate_circuit(
     """
     need_circuit(circuit, "evaluate_circuit")
     check_draws(draws)
-    if not circuit.n_edges:
-        raise InputError("the circuit has no edges, so there is nothing to evaluate; take more edges")
     bench = circuit.bench(model, clean, corrupted, metric, group=group)
     with torch.no_grad(), packed_linears(rows=512):
         faithful = Faithfulness.of(bench, circuit, draws, seed)

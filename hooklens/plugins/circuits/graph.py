@@ -124,24 +124,22 @@ class CircuitGraph(Result):
         """Every reader in the order of the forward pass; in a layer queries, keys, values, then the MLP."""
         receivers = []
         for slot in self.slots:
-            if slot.kind == "logits":
-                rows = [("logits", "logits", range(0))]
-            elif slot.kind == "mlp":
-                at = self.mlp_at(slot.layer)
-                rows = [(Component("mlp", slot.layer).name, "mlp", range(at, at + 1))]
-            else:
-                rows = self._attention_rows(slot.layer)
-            for row, (name, kind, nodes) in enumerate(rows):
+            for row, (name, kind, nodes) in enumerate(self._rows(slot)):
                 start = slot.start + row * slot.columns
                 receivers.append(Receiver(name, kind, start, slot.columns, nodes))
         return receivers
 
-    def _attention_rows(self, layer: int) -> list[tuple[str, str, range]]:
-        """Name, kind and nodes of each receiver of a layer's heads."""
-        first, rows = self.heads_at(layer).start, []
+    def _rows(self, slot: Slot) -> list[tuple[str, str, range]]:
+        """Name, kind and nodes of each receiver of a slot."""
+        if slot.kind == "logits":
+            return [("logits", "logits", range(0))]
+        if slot.kind == "mlp":
+            at = self.mlp_at(slot.layer)
+            return [(Component("mlp", slot.layer).name, "mlp", range(at, at + 1))]
+        first, rows = self.heads_at(slot.layer).start, []
         for kind, size in (("q", 1), ("k", self.group), ("v", self.group)):
             for number in range(self.n_heads // size):
-                name = Component(kind, layer, number, keyed=size > 1).name
+                name = Component(kind, slot.layer, number, keyed=size > 1).name
                 start = first + number * size
                 rows.append((name, kind, range(start, start + size)))
         return rows

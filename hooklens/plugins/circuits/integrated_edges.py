@@ -1,6 +1,6 @@
 """Edge attribution with integrated gradients: gradients along a path from the ablated run to the clean one."""
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,14 @@ from hooklens.plugins.circuits.graph import CircuitGraph
 from hooklens.plugins.circuits.node_runs import Run, observe, walk
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.replacement import Value
+
+#: Of each method: where in a step its gradient is taken, as a share of the step, and what is mixed (`_integral`).
+_METHODS = {
+    "EAP-IG": (0.0, "inputs"),
+    "EAP-IG at midpoints": (0.5, "inputs"),
+    "EAP-IG over activations": (1.0, "activations"),
+    "EAP-IG over each edge's own source": (0.5, "own source"),
+}
 
 
 def eap_ig(
@@ -42,7 +50,7 @@ def eap_ig(
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", equation 4 and its code (EAP-IG over inputs).
     """
-    return _over_inputs(model, as_pairs(model, clean, corrupted, metric), "EAP-IG", _shares(steps, 0.0))
+    return _integrated(model, as_pairs(model, clean, corrupted, metric), "corrupted", "EAP-IG", steps)
 
 
 def eap_ig_midpoint(
@@ -63,7 +71,7 @@ def eap_ig_midpoint(
     A variant of `eap_ig`, not a published method: the path is cut into `steps` equal parts and the gradient is taken in
     the middle of each.
     """
-    return _over_inputs(model, as_pairs(model, clean, corrupted, metric), "EAP-IG at midpoints", _shares(steps, 0.5))
+    return _integrated(model, as_pairs(model, clean, corrupted, metric), "corrupted", "EAP-IG at midpoints", steps)
 
 
 def eap_ig_activations(
@@ -91,9 +99,7 @@ def eap_ig_activations(
 
     Reference: Hanna et al. (2024), "Have Faith in Faithfulness", section 3 and its code (EAP-IG over activations).
     """
-    shares = _shares(steps, 1.0)
-    pairs, name = as_pairs(model, clean, corrupted, metric), f"EAP-IG over activations, {steps} steps"
-    return scored(model, pairs, value, name, _Integral(shares, over="activations"))
+    return _integrated(model, as_pairs(model, clean, corrupted, metric), value, "EAP-IG over activations", steps)
 
 
 def eap_ig_own_source(
@@ -119,56 +125,49 @@ def eap_ig_own_source(
     A variant of `eap_ig_activations`, not a published method, with `steps` runs for each group of nodes, at the middle
     of each step.
     """
-    shares = _shares(steps, 0.5)
-    pairs, name = as_pairs(model, clean, corrupted, metric), f"EAP-IG over each edge's own source, {steps} steps"
-    return scored(model, pairs, value, name, _Integral(shares, over="own source"))
+    pairs = as_pairs(model, clean, corrupted, metric)
+    return _integrated(model, pairs, value, "EAP-IG over each edge's own source", steps)
 
 
-def _over_inputs(model, pairs: PromptPairs, name: str, shares: list[float]) -> EdgeScores:
-    if pairs.corrupted is None:
+def _integrated(model, pairs: PromptPairs, value: Value, name: str, steps: int) -> EdgeScores:
+    """The scores by one of `_METHODS`, with gradients at `steps` points between ablated and clean output."""
+    whole("steps", steps, 1)
+    offset, over = _METHODS[name]
+    if over == "inputs" and pairs.corrupted is None:
         raise InputError(
             "integrated gradients over inputs need the corrupted prompts at which they begin; "
             "eap_ig_activations(..., value='zero') does without"
         )
-    return scored(model, pairs, "corrupted", f"{name}, {len(shares)} steps", _Integral(shares, over="inputs"))
+    shares = [(k + offset) / steps for k in range(steps)]
+    return scored(model, pairs, value, f"{name}, {steps} steps", partial(_integral, shares=shares, over=over))
 
 
-def _shares(steps: int, offset: float) -> list[float]:
-    """Where on the way from the ablated to the clean output gradients are taken: `offset` of a step from its start."""
-    whole("steps", steps, 1)
-    return [(k + offset) / steps for k in range(steps)]
-
-
-@dataclass(frozen=True)
-class _Integral:
+def _integral(
+    model: Any, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run, *, shares: list[float], over: str
+) -> Scored:
     """Scores of a batch with gradients averaged over runs in which one group of nodes writes a mixture of its outputs.
 
     Over "inputs" that is the embedding, over "activations" each group in turn. Over "own source" each group in turn
     too, but an edge is scored in the runs of its own source only.
     """
-
-    shares: list[float]
-    over: str
-
-    def __call__(self, model: Any, graph: CircuitGraph, metric: Any, clean: Tensor, ablated: Run) -> Scored:
-        with torch.no_grad():
-            live = observe(model, graph, clean)
-        reader = Reader(model, metric, live.streams[-1])
-        moved, own = live.nodes - ablated.nodes, self.over == "own source"
-        total = moved.new_zeros(len(clean), graph.n_edges)
-        none = torch.zeros(graph.n_sources, dtype=torch.bool)
-        groups = _groups(graph)[: 1 if self.over == "inputs" else None]
-        for kind, layer, sources in groups:
-            away = moved[sources].sum(0)
-            scored_sources = sources if own else slice(None)
-            for share in self.shares:
-                begin, shift = live.nodes[0], {(kind, layer): (share - 1) * away}
-                if kind == "embed":
-                    begin, shift = begin + (share - 1) * away, {}
-                run = walk(model, graph, begin.detach().requires_grad_(), none, shift=shift)
-                total += edge_scores(reader, graph, run, moved[scored_sources], scored_sources)
-                step(1 / (len(self.shares) * len(groups)))
-        return total / (len(self.shares) * (1 if own else len(groups))), reader.base
+    with torch.no_grad():
+        live = observe(model, graph, clean)
+    reader = Reader(model, metric, live.streams[-1])
+    moved, own = live.nodes - ablated.nodes, over == "own source"
+    total = moved.new_zeros(len(clean), graph.n_edges)
+    none = torch.zeros(graph.n_sources, dtype=torch.bool)
+    groups = _groups(graph)[: 1 if over == "inputs" else None]
+    for kind, layer, sources in groups:
+        away = moved[sources].sum(0)
+        scored_sources = sources if own else slice(None)
+        for share in shares:
+            begin, shift = live.nodes[0], {(kind, layer): (share - 1) * away}
+            if kind == "embed":
+                begin, shift = begin + (share - 1) * away, {}
+            run = walk(model, graph, begin.detach().requires_grad_(), none, shift=shift)
+            total += edge_scores(reader, graph, run, moved[scored_sources], scored_sources)
+            step(1 / (len(shares) * len(groups)))
+    return total / (len(shares) * (1 if own else len(groups))), reader.base
 
 
 def _groups(graph: CircuitGraph) -> list[tuple[str, int, slice]]:

@@ -89,10 +89,10 @@ def match(carrier: Carrier, source: Roles, target: Roles) -> Int[Tensor, "node"]
 
     Reference: Kuhn (1955), "The Hungarian Method for the Assignment Problem".
     """
-    costs = _costs(carrier, source, target)
     deep = (_depth(source)[carrier.nodes, None] - _depth(target)).abs()
-    deep = torch.cat((deep, torch.zeros(len(deep), 1, dtype=deep.dtype)), 1)
-    starts = [_assigned(carrier, costs + weight * deep) for weight in _STARTS]
+    costs = _costs(carrier, source, target, deep)
+    to_none = deep.new_zeros(len(deep), 1)
+    starts = [_assigned(carrier, costs + weight * torch.cat((deep, to_none), 1)) for weight in _STARTS]
 
     def total(maps: Maps) -> Float[Tensor, "map"]:
         return costs[torch.arange(len(carrier.nodes)), maps[:, carrier.nodes]].sum(1) + carrier.lost(maps)
@@ -122,12 +122,11 @@ def measure_matching(carrier: Carrier, matched: Int[Tensor, "node"], source: Rol
     )
 
 
-def _costs(carrier: Carrier, source: Roles, target: Roles) -> Costs:
+def _costs(carrier: Carrier, source: Roles, target: Roles, deep: Float[Tensor, "chosen target"]) -> Costs:
     """The cost of matching each node to each node of the target, infinite between kinds; last column: to none."""
     nodes, n = carrier.nodes, target.graph.n_sources
     apart = (source.effect[nodes].double()[:, None] - target.effect.double()).abs()
     looks = torch.cdist(source.attention[nodes].double(), target.attention.double(), p=1)
-    deep = (_depth(source)[nodes, None] - _depth(target)).abs()
     heads = torch.tensor([source.graph.is_head(node) for node in nodes])
     target_heads = torch.tensor([target.graph.is_head(node) for node in range(n)])
     # convex: sums of mere distances are often equal for two pairings, of which only one keeps the order of effects

@@ -87,11 +87,10 @@ class Minimality(Result):
         from hooklens.viz.figures import bars
 
         order = self.effect.abs().argsort(descending=True, stable=True)[:40].tolist()
-        known = bool(self.low.isfinite().all())
-        low, high = (self.low[order], self.high[order]) if known else (None, None)
         title = f"Minimality: what each edge is worth ({self.replacement} ablation)"
+        values, low, high = (part[order] for part in (self.effect, self.low, self.high))
         names = [self.edges[i] for i in order]
-        return bars(self.effect[order], low, high, names, title, y_title="share of the difference")
+        return bars(values, low, high, names, title, y_title="share of the difference")
 
 
 def minimality_of(bench: Bench, faithful: Faithfulness, null: Subsets, draw: torch.Generator) -> Minimality:

@@ -18,10 +18,10 @@ from hooklens.data.prompts import Pairs, Prompts, read_aligned
 from hooklens.metrics import ReadingMetric
 from hooklens.model.linear import kernel_of
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.node_runs import ablated_runs, refuse
-from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
+from hooklens.plugins.circuits.runner import EdgePatches, EdgeRunner, Kept, in_play, sources_of
+from hooklens.plugins.patching.activation import check_metric
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execution import run
 from hooklens.sweeps.measure import Reader
@@ -187,10 +187,9 @@ class Bench:
 
     def _of_model(self, group: Pairs) -> Iterator[Float[Tensor, "pair"]]:
         """The metric of the model, for some of the group's pairs at a time."""
-        n, n_pos = group.clean.shape
-        for rows in chunks(n, self._pairs_at_once(n_pos, self.graph.n_layers, n)):
+        for rows, metric in batches(group, self.metric, self._pairs_at_once(group, self.graph.n_layers)):
             stream = self.model(group.clean[rows], stop_at_layer=self.graph.n_layers)
-            yield Reader(self.model, of_pairs(group.of(self.metric), rows, n), stream).base
+            yield Reader(self.model, metric, stream).base
 
     def _runners(self, played: Kept) -> Iterator[EdgeRunner]:
         """Batches of pairs with their ablated run, which has the nodes in play only, or all if runners are kept."""
@@ -200,9 +199,7 @@ class Bench:
         held = None if self.keep else sources_of(self.graph, played)
         n_held = self.graph.n_sources if held is None else int(held.sum())
         for group, ablated_of in ablated_runs(self.model, self.graph, self.groups, self.replacement):
-            n, n_pos = group.clean.shape
-            for rows in chunks(n, self._pairs_at_once(n_pos, n_held, n)):
-                metric = of_pairs(group.of(self.metric), rows, n)
+            for rows, metric in batches(group, self.metric, self._pairs_at_once(group, n_held)):
                 runner = EdgeRunner(
                     self.model, self.graph, group, rows, metric=metric, ablated_of=ablated_of, held=held
                 )
@@ -210,8 +207,8 @@ class Bench:
                     self.kept_runners.append(runner)
                 yield runner
 
-    def _pairs_at_once(self, n_pos: int, n_sources: int, n: int) -> int:
-        return max(1, self._positions(n_sources) // n_pos) if isinstance(self.metric, ReadingMetric) else n
+    def _pairs_at_once(self, group: Pairs, n_sources: int) -> int:
+        return max(1, self._positions(n_sources) // group.clean.shape[1])
 
     def _positions(self, n_sources: int) -> int:
         """How many fit the memory allowed: outputs of nodes, ablated and live, and what a layer's heads read."""
@@ -258,11 +255,7 @@ def aligned_pairs(model: HookedTransformer, pairs: PromptPairs, replacement: Rep
     if pairs.corrupted is None and is_run(replacement, "corrupted"):
         raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
     groups = read_aligned(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted)
-    if len(groups) > 1 and not isinstance(pairs.metric, ReadingMetric):
-        raise InputError(
-            f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
-            "tensor; use a built-in metric, or prompts of one length"
-        )
+    check_metric(pairs.metric, groups)
     return groups
 
 
@@ -276,8 +269,9 @@ def chunks(n: int, at_once: int) -> Iterator[slice]:
     return (slice(i, min(i + at_once, n)) for i in range(0, n, at_once))
 
 
-def of_pairs(metric: Any, rows: slice, n: int) -> Any:
-    """The metric of some of n pairs."""
-    if rows == slice(0, n) or len(metric.reads.pos) == 1:
-        return metric
-    return metric.pairs(torch.arange(rows.start, rows.stop))
+def batches(group: Pairs, metric: Any, at_once: int) -> Iterator[tuple[slice, Any]]:
+    """Rows of a group, at most so many at once, each with their metric; a plain function needs all rows together."""
+    n, of_group = len(group.clean), group.of(metric)
+    for rows in chunks(n, at_once if isinstance(metric, ReadingMetric) else n):
+        whole = rows == slice(0, n) or len(of_group.reads.pos) == 1
+        yield rows, of_group if whole else of_group.pairs(torch.arange(rows.start, rows.stop))

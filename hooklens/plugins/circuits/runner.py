@@ -1,11 +1,14 @@
-"""One batch of exact edge patching: prompt pairs of one length, with the ablated run that cut edges carry."""
+"""One batch of exact edge patching, pairs of one length: as the engine runs it, and by hooks on the model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from hooklens.core.hooks import HookFn
+from hooklens.core.names import Where
 from hooklens.data.prompts import Pairs
 from hooklens.model.kv_cache import Context
 from hooklens.model.linear import is_plain
@@ -13,9 +16,12 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.graph import CircuitGraph, Slot
 from hooklens.plugins.circuits.node_runs import AblatedOf, Wanted, head_outputs, mlp_output
 from hooklens.sweeps.measure import Reader
+from hooklens.sweeps.protocol import Item, Patches
+from hooklens.sweeps.settings import current
 
 Kept = Bool[Tensor, "mask edge"] | Float[Tensor, "mask edge"]
 Moved = Float[Tensor, "mask source pair pos d_model"]
+_POSITIONS = 512  # of one batch of rows: products are efficient from there on, and fewer circuits share more idle nodes
 
 
 def in_play(graph: CircuitGraph, masks: Kept, *, rooted: bool) -> Kept:
@@ -174,3 +180,94 @@ def _projected(
         parts = [linear(x[:, i]).unflatten(-1, (n, d))[..., h, :] for i, h in enumerate(heads.tolist())]
         out = torch.stack(parts, dim=3)
     return out if len(heads) == n else out.new_zeros(*out.shape[:3], n, d).index_copy_(3, heads.to(x.device), out)
+
+
+class EdgePatches(Patches):
+    """One patch a circuit: all edges that are not kept carry the ablated run.
+
+    `asked` are the circuits as given; `masks` leave out the edges that cannot change anything.
+    """
+
+    title, unit, together = "circuits", "circuits", True
+
+    def __init__(self, runner: EdgeRunner, masks: Kept, asked: Kept, positions: int):
+        self.runner, self.model, self.tokens = runner, runner.model, runner.clean
+        self.masks, self.asked, self.positions = masks, asked, positions
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def stream(self) -> Float[Tensor, "pair pos d_model"]:
+        return self.runner.reader.stream
+
+    def name_of(self, number: int) -> str:
+        return f"circuit {number}"
+
+    def layer_of(self, number: int) -> int:
+        return 0
+
+    def live(self, reader: Reader) -> list[Item]:
+        lives = self.masks.ne(0).any(1).nonzero().flatten().tolist()
+        return [Item(number, pair, self.runner.start) for number in lives for pair in range(len(self.tokens))]
+
+    def rows_at_once(self, memory: int) -> int:
+        return max(1, min(_POSITIONS, self.positions))
+
+    def walk(self, reader: Reader, items: Sequence[Item]) -> list[Tensor]:
+        numbers = [item.patch for item in items[:: len(self.tokens)]]  # items are all pairs of one patch after another
+        return list(self.runner.streams(self.masks[numbers]).flatten(0, 1))
+
+    def plain(self, numbers: Sequence[int], reader: Reader) -> Float[Tensor, "mask pair"]:
+        """The clean run with hooks that exchange the live value of every cut edge for the ablated one at its reader."""
+        runner, n_pairs = self.runner, len(self.tokens)
+        # two tensors with every node's output: the ablated one, and its difference from the live one
+        position = 3 * runner.graph.n_sources * self.model.cfg.d_model * self.stream.element_size()
+        at_once = max(1, current().memory // position // self.tokens.shape[1])
+        streams: list[list[Tensor]] = [[] for _ in numbers]
+        for rows in (slice(i, min(i + at_once, n_pairs)) for i in range(0, n_pairs, at_once)):
+            ablated = runner.ablated(rows)
+            for parts, number in zip(streams, numbers, strict=True):
+                hooks = _exchanging(runner, self.asked[number], ablated, rows.stop - rows.start)
+                n = self.model.cfg.n_layers
+                parts.append(self.model.run_with_hooks(self.tokens[rows], fwd_hooks=hooks, stop_at_layer=n))
+        return torch.stack([reader.on_stream(torch.cat(parts)) for parts in streams])
+
+    def fault(self, said: str, values: Float[Tensor, "mask pair"]) -> str:
+        return f"the metric of the ablated run or of a circuit is not finite ({said}), though the model's own is"
+
+
+def _exchanging(
+    runner: EdgeRunner, kept: Tensor, ablated: Float[Tensor, "source _pair pos d_model"], n_pairs: int
+) -> list[tuple[Where, HookFn]]:
+    """Hooks on a clean run that exchange what cut edges carry. `moves`: each node, ablated minus live."""
+    graph, cut = runner.graph, 1 - kept.to(ablated)
+    moves = ablated.new_empty(len(ablated), n_pairs, *ablated.shape[2:])
+
+    def reading(of_receivers: Float[Tensor, "*row source"]) -> HookFn:
+        def exchange(act: Tensor, hook: Any) -> Tensor:
+            moved = moves[: of_receivers.shape[-1]]
+            change = (of_receivers @ moved.flatten(1)).view(-1, *moved.shape[1:])  # receiver pair pos d_model
+            return act + change.permute(1, 2, 0, 3).reshape(act.shape)
+
+        return exchange
+
+    def writing(at: int | slice, block: Any = None) -> HookFn:
+        def record(act: Tensor, hook: Any) -> None:
+            live = act if block is None else head_outputs(block, act, torch.arange(graph.n_heads))
+            moves[at] = ablated[at] - live
+
+        return record
+
+    hooks: list[tuple[Where, HookFn]] = [(("resid_pre", 0), writing(0))]
+    for slot in graph.slots:
+        edges, layer = graph.block(cut, slot), slot.layer
+        if slot.kind == "logits":
+            hooks.append((("resid_post", layer - 1), reading(edges[0])))
+        elif slot.kind == "mlp":
+            hooks += [(("mlp_in", layer), reading(edges[0])), (("mlp_out", layer), writing(graph.mlp_at(layer)))]
+        else:
+            parts = zip("qkv", edges.split([graph.n_heads, graph.n_kv_heads, graph.n_kv_heads]), strict=True)
+            hooks += [((f"{name}_input", layer), reading(part)) for name, part in parts]
+            hooks.append((("z", layer), writing(graph.heads_at(layer), runner.model.blocks[layer])))
+    return hooks

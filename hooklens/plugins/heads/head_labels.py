@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooklens.core.component import Component, head_name, layer_names
 from hooklens.plugins.heads.copy_suppression import CopySuppression
 from hooklens.plugins.heads.copying import Copying
-from hooklens.plugins.heads.evidence import attention_map, label_rows
-from hooklens.plugins.heads.head_ranking import Head, ranked
+from hooklens.plugins.heads.head_ranking import Head, known, ranked
 from hooklens.plugins.heads.head_scores import LABELS, HeadScores
 from hooklens.plugins.heads.named import NAME_LABELS, NameEvidence
 from hooklens.plugins.heads.previous_token import PositionScores
@@ -25,6 +25,8 @@ LEAST_SHARE = 0.01
 LEAST_MATCH = 0.5
 PerLabel = Float[Tensor, "label layer head"]
 Where = Bool[Tensor, "label layer head"]
+_EFFECT = ("effect", "low", "high", "q of effect", "share of loss", "placebo", "placebo took")
+_SUPPRESSION = ("anti-copy", "ECE change")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,9 +184,98 @@ class Taxonomy(Result):
         return ranked(labelled * 1e6 + earned * 1e3 + size.amax(0).clamp_max(1e3))
 
     def table(self, n: int | None = 20) -> Table:
-        """One row per head and label, with the label's evidence; a head without a label shows the nearest, with "?"."""
-        return label_rows(self, n)
+        """One row per head and label, with the label's evidence; a head without a label shows the nearest, with "?".
+
+        `effect` is in nats per token; for name labels, the share of the logit difference. `share of loss` is the effect
+        as a share of the loss on the repeated tokens.
+        """
+        called, evidence = self.called(), _on_repeats(self) | _on_names(self)
+        first, suppressed = self.scores.mean("first"), _suppressed(self)
+        rows: list[tuple] = []
+        for at in self.order()[:n]:
+            nearest = _nearest(self, at)
+            for label in called.get(at, ["unlabelled"]):
+                kind = label if label in evidence else list(LABELS)[nearest]
+                doubts = _doubts(self, kind, at)
+                if label not in evidence:
+                    doubts.insert(0, f"{kind}{': opposite effect' if bool(self.opposite[nearest][at]) else '?'}")
+                words = f"{label} ({'; '.join(doubts)})" if doubts else label
+                row = [head_name(*at), words, *(known(float(x[at])) for x in evidence[kind]), float(first[at])]
+                if self.positions is not None:
+                    row.append(float(self.positions.share[at]) if kind == "previous token" else None)
+                if suppressed:
+                    suppresses = kind in ("copy suppression", "negative name mover")
+                    row += suppressed.get(at, (None, None)) if suppresses else (None, None)
+                rows.append(tuple(row))
+        columns = ["head", "label", "score", "q", *_EFFECT, "rests"]
+        columns += ["by position"] if self.positions is not None else []
+        columns += _SUPPRESSION if suppressed else []
+        return Table(columns, rows).head(n)
 
     def figure(self) -> Any:
         """Layer by label and head: which heads attend to a label's keys. Blue earned the label, orange did not."""
-        return attention_map(self)
+        from hooklens.viz.figures import heatmap
+
+        attention = torch.stack([self.scores.mean(kind) for kind, _ in LABELS.values()])
+        shown = torch.where(self.passes, attention, -attention)
+        shown = shown.masked_fill(self.score_q > self.alpha, torch.nan)
+        mean, n_heads = self.effect.mean(0), shown.shape[2]
+        rises = mean.transpose(0, 1).flatten(1).tolist()
+        hover = [[f"loss rise {rise:.3f}" if rise == rise else "chance" for rise in row] for row in rises]
+        drawn = heatmap(
+            (shown if bool(shown.isfinite().any()) else torch.zeros_like(shown)).transpose(0, 1).flatten(1),
+            x=[f"{label} H{head}" for label in LABELS for head in range(n_heads)],
+            y=layer_names(shown.shape[1]),
+            title="Attention above chance: blue earned the label, orange did not",
+            y_title="layer",
+            hover=hover,
+            colourbar="attention",
+        )
+        reach = float(drawn.data[0].zmax)
+        ticks = {"tickvals": [-reach, 0, reach], "ticktext": [f"{reach:.2f}", "0", f"{reach:.2f}"]}
+        return drawn.update_traces(colorbar=ticks)
+
+
+def _doubts(taxonomy: Taxonomy, kind: str, at: Head) -> list[str]:
+    """Qualifications of a head's evidence for a label: a negligible effect, or a control that could not match it."""
+    if kind not in LABELS:
+        return []
+    doubts = {"detectable, negligible": taxonomy.negligible, "no matched control": taxonomy.unmatched}
+    return [words for words, where in doubts.items() if bool(where[list(LABELS).index(kind)][at])]
+
+
+def _on_repeats(taxonomy: Taxonomy) -> dict[str, list[Tensor]]:
+    """Score, q, effect, its interval, its q, its share of the loss, placebo and its attention, label by label."""
+    parts = [taxonomy.score_q, taxonomy.effect.mean(0), *taxonomy.interval(), taxonomy.effect_q, taxonomy.share]
+    parts += [taxonomy.placebo.mean(0), taxonomy.matched]
+    return {
+        label: [taxonomy.scores.mean(kind), *(part[i] for part in parts)]
+        for i, (label, (kind, _)) in enumerate(LABELS.items())
+    }
+
+
+def _on_names(taxonomy: Taxonomy) -> dict[str, list[Tensor]]:
+    """The same on indirect-object prompts: q of the labelling pairs, margin and direct effect of the others."""
+    if taxonomy.names is None:
+        return {}
+    movers, q = taxonomy.names.reported, taxonomy.names.q
+    ends, none = movers.share_interval(), torch.full_like(movers.share, torch.nan)
+    return {
+        label: [movers.margin.mean(0), q[i], movers.share, *ends, q[i], none, none, none]
+        for i, label in enumerate(NAME_LABELS)
+    }
+
+
+def _suppressed(taxonomy: Taxonomy) -> dict[Head, tuple[float, float]]:
+    """How much a head lowers the logit of the token it attends to, and the calibration change without it."""
+    if taxonomy.suppression is None or taxonomy.suppression.calibration is None:
+        return {}
+    change, anti = taxonomy.suppression.calibration, taxonomy.suppression.anti
+    heads = [Component.parse(name).place for name in change.heads]
+    return {head: (float(anti[head]), float(change.change[i])) for i, head in enumerate(heads)}
+
+
+def _nearest(taxonomy: Taxonomy, at: Head) -> int:
+    """The label with the opposite effect if there is one, else that with the smallest p."""
+    p = taxonomy.score_p[:, at[0], at[1]]
+    return int(torch.where(taxonomy.opposite[:, at[0], at[1]].to(p.device), p - 2, p).argmin())

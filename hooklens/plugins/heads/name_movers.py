@@ -117,8 +117,7 @@ def _of_other_names(answer: Int[Tensor, "pair"], wrong_answer: Int[Tensor, "pair
     names = torch.stack((answer.cpu(), wrong_answer.cpu()), 1)
     share = (names[:, None, :, None] == names[None, :, None, :]).flatten(2).any(-1)
     score = torch.rand(share.shape, generator=torch.Generator().manual_seed(0)).masked_fill(share, -1.0)
-    own = score.argmax(1).where(~share.all(1), torch.arange(len(names)))
-    return own
+    return score.argmax(1).where(~share.all(1), torch.arange(len(names)))
 
 
 def _written(

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.core.arguments import whole
-from hooklens.results.result import Result
-from hooklens.results.table import Table
+from hooklens.results.result import Result, Table
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,8 @@ from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probe_use import NULLS, random_directions
 from hooklens.plugins.probing.probes import MassMean, Probe
 from hooklens.plugins.probing.scoring import Trainer, as_rows
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import auc, null_p
-from hooklens.results.table import Table
 
 _DRAWS = 500  # random directions: each is compared with every row of the embedding
 _COLOURS = ("#d55e00", "#0072b2")

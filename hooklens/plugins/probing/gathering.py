@@ -26,8 +26,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.scoring import as_rows
 from hooklens.plugins.probing.store import Files, Memory, temporary_folder
 from hooklens.plugins.probing.task import PerPrompt, ProbeTask, checked_task, components, positions_of
-from hooklens.results.result import Result
-from hooklens.results.table import Table
+from hooklens.results.result import Result, Table
 
 _AT_ONCE = 2**28  # maximum bytes of activations per batch before positions are selected
 _MOST_TOKENS = 8192

@@ -19,9 +19,8 @@ from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, kind_name
 from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p, q_values
-from hooklens.results.table import Table
 
 _DRAWS = 200  # shuffled labellings: a direction is fitted to each, at every task
 _MASS_MEAN = MassMean()
@@ -39,9 +38,7 @@ class Geometry(Result):
 
     ranked_by = "cosine"
 
-    terms = {
-        "95% of shuffled": "the cosine below which 95 % of directions fitted on shuffled labels lie",
-    }
+    terms = {"95% of shuffled": "the cosine below which 95 % of directions fitted on shuffled labels lie"}
 
     point: str
     kind: str

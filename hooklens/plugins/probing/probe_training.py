@@ -19,8 +19,7 @@ from hooklens.plugins.probing.control import ControlTasks
 from hooklens.plugins.probing.folds import Fold, make_folds, shuffled_in_folds
 from hooklens.plugins.probing.gathering import Activations, gather
 from hooklens.plugins.probing.labels import odd_first
-from hooklens.plugins.probing.many import FitsMany
-from hooklens.plugins.probing.probes import Logistic, MassMean, Probe, ProbeKind, class_means, kind_name
+from hooklens.plugins.probing.probes import FitsMany, Logistic, MassMean, Probe, ProbeKind, class_means, kind_name
 from hooklens.plugins.probing.scoring import Scored, Trainer, as_rows, majority
 from hooklens.plugins.probing.study import ProbeStudy
 from hooklens.plugins.probing.task import PerPrompt, ProbeTask, checked_task, read_task

@@ -20,9 +20,8 @@ from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights, kind_name
 from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import auc, mean_interval, null_p, q_values
-from hooklens.results.table import Table
 
 _DRAWS = 99  # shuffled labellings: a probe is trained on each, for every task
 _MASS_MEAN = MassMean()

@@ -11,8 +11,7 @@ from torch import Tensor
 from hooklens.plugins.probing.balancing import balanced
 from hooklens.plugins.probing.confidence import temperature
 from hooklens.plugins.probing.folds import Fold, Index
-from hooklens.plugins.probing.many import FitsMany
-from hooklens.plugins.probing.probes import ProbeKind, Weights
+from hooklens.plugins.probing.probes import FitsMany, ProbeKind, Weights
 
 _NEVER = -1e9  # the logit of a class without training rows
 Labellings = Int[Tensor, "labelling example"]

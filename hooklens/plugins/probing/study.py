@@ -11,9 +11,8 @@ from hooklens.core.names import parse
 from hooklens.plugins.probing.balancing import Ends, balanced, ends, resampled
 from hooklens.plugins.probing.confidence import Calibration
 from hooklens.plugins.probing.probes import Probe
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import middle, null_p, q_values
-from hooklens.results.table import Table
 
 Estimate = tuple[Float[Tensor, "*cell"], Float[Tensor, "draw *cell"]]  # a value and its bootstrap draws
 NAN = float("nan")

@@ -1,7 +1,7 @@
 """The data of a probe: prompts, the positions that are read, a label for each, and groups of related examples."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -15,9 +15,8 @@ from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.ids import show_text
 from hooklens.model.transformer import HookedTransformer
-from hooklens.results.result import Result
+from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves
-from hooklens.results.table import Table
 
 _MOST_CLASSES = 20
 PerPrompt = Sequence[Any] | Tensor | np.ndarray  # one value per prompt
@@ -65,13 +64,12 @@ class ProbeTask(Result):
         except (IndexError, TypeError) as error:
             raise OutOfRange(f"examples are numbered from 0 to {len(self) - 1}, got {index!r:.60}") from error
         kept, prompt = self.prompt[chosen].unique(return_inverse=True)
-        return ProbeTask(
-            name=self.name,
+        return replace(
+            self,
             tokens=[self.tokens[i] for i in kept.tolist()],
             prompt=prompt,
             pos=self.pos[chosen],
             label=self.label[chosen],
-            classes=self.classes,
             entities=[self.entities[i] for i in chosen.tolist()],
             texts=[self.texts[i] for i in kept.tolist()],
         )

@@ -8,10 +8,9 @@ from test_circuit_run import CLEAN, CORRUPTED, diff, some_masks
 
 import hooklens as hl
 from hooklens.core.errors import CheckFailed, FileRefused
-from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import circuit_graph
 from hooklens.plugins.circuits.run import Bench, run_edges
-from hooklens.plugins.circuits.runner import EdgeRunner
+from hooklens.plugins.circuits.runner import EdgePatches, EdgeRunner
 from hooklens.sweeps import execution as engine
 from hooklens.testing import tiny_model
 

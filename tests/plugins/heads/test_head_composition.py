@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from hooklens.core.errors import InputError
-from hooklens.plugins.heads.composition import MODES, _moments, _random, score_composition
-from hooklens.plugins.heads.stand_out import _t_tail, standing_out
+from hooklens.plugins.heads.composition import MODES, _moments, _random, _t_tail, score_composition, standing_out
 from hooklens.testing import induction_model, tiny_model
 
 
@@ -50,10 +49,12 @@ def test_the_factored_score_is_that_of_the_formed_matrices(changes):
 
 
 def test_the_moments_of_random_orientation_are_those_of_many_draws():
-    left, right = torch.rand(2, 4, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64).square()
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.rand(n, 4, dtype=torch.float64, generator=generator) for n in (2, 3))
+    right = right.square()
     left, right = (spectra / spectra.sum(1, keepdim=True) for spectra in (left, right))
     mean, deviation = _moments(left, right, 12)
-    drawn = _random(left, right, 12, 2500, torch.Generator().manual_seed(0))
+    drawn = _random(left, right, 12, 2500, generator)
     torch.testing.assert_close(drawn.mean(0), torch.full((2, 3), mean, dtype=torch.float64), atol=0, rtol=0.02)
     torch.testing.assert_close(drawn.std(0), deviation, atol=0, rtol=0.05)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planted_movers import demo_movers
 from plugins.heads.test_name_movers import known_model, known_pairs
 
 from hooklens.core.errors import InputError
@@ -15,7 +16,6 @@ from hooklens.plugins.heads.named import copying_p, evidence_of, name_evidence
 from hooklens.plugins.heads.taxonomy import classify_heads
 from hooklens.pretrained.tokenizer import tiny_tokenizer
 from hooklens.studies import taxonomy_report
-from hooklens.studies.result_claims import demo_movers
 from hooklens.testing import tiny_model
 
 
