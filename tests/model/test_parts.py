@@ -450,15 +450,18 @@ def test_json_that_is_no_configuration_is_refused(values):
 )
 def test_an_unknown_field_was_a_bare_type_error_of_the_constructor(name, says):
     sizes = {"n_layers": 1, "d_model": 4, "n_ctx": 4, "n_heads": 1, "d_vocab": 5}
-    for call in (lambda: HookedTransformerConfig(**sizes, **{name: 1.0}), lambda: tiny_model().cfg.replace(**{name: 1})):
+    for call in (
+        lambda: HookedTransformerConfig(**sizes, **{name: 1.0}),
+        lambda: tiny_model().cfg.replace(**{name: 1}),
+    ):
         with pytest.raises(NameNotFound, match=says):
             call()
 
 
 def test_an_unknown_field_of_a_part_was_a_bare_type_error():
-    for part in (Softmax, Rotary, Biases):
-        with pytest.raises(NameNotFound, match=f"no field of {part.__name__} named 'soft_cab'"):
-            part(soft_cab=1.0)
+    for kind in (Softmax, Rotary, Biases):
+        with pytest.raises(NameNotFound, match=f"no field of {kind.__name__} named 'soft_cab'"):
+            kind(soft_cab=1.0)
     assert list(inspect.signature(Softmax).parameters) == ["scale", "soft_cap"]
 
 
