@@ -214,4 +214,4 @@ def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
 
 def demo(model: HookedTransformer) -> CircuitStudy:
     """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
-    return study_circuit(model, demo_pairs(model, 4), edges=12)
+    return study_circuit(model, demo_pairs(model, 4), edges=min(12, circuit_graph(model).n_edges))
