@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import several
+from hooklens.core.errors import ArgumentError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.transformer import HookedTransformer
@@ -156,6 +158,9 @@ def study_lens(
     """
     rows = rows_of(model, prompts, "prompts")
     number = group_numbers(len(rows), group)
+    names = [f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else several("names", names)
+    if len(names) != len(rows):
+        raise ArgumentError("{names} are one per prompt, {0} in all; got {1}", len(rows), len(names))
     if answer is None:
         with torch.no_grad():
             answer = [int(model(row[None], logits_at=-1)[0, 0].argmax()) for row in rows]
@@ -167,7 +172,7 @@ def study_lens(
         held_out = held_out_top(model, parts.components.cpu(), parts.labels, k=k, group=number, seed=seed)
     return LensStudy(
         model=model.cfg.model_name,
-        names=[f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else list(names),
+        names=names,
         lenses=[logit_lens(model, row[None]) for row in rows[:shown]],
         trajectory=path,
         attribution=parts,
