@@ -190,5 +190,5 @@ def test_a_number_or_nothing_where_a_list_is_taken_was_a_bare_error_or_ignored()
             with refused(InputError, f"{name} takes a list of at least one value, got"):
                 call(value)
     for name, value in (("sizes", [1.5]), ("lengths", 0), ("names", ["a", "b"]), ("sites", 5)):
-        with refused(HooklensError, "whole number|one per prompt|no site"):
+        with refused(HooklensError, "whole number|one per prompt|a site's name must be"):
             takes[name](value)
