@@ -225,9 +225,7 @@ def describe(
     built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
     need_hooked(built, "describe")
     cfg = built.cfg
-    length = min(cfg.n_ctx, 128) if n is None else n
-    if length < 1:
-        raise InputError(f"n is a number of tokens, at least 1, got {n}")
+    length = min(cfg.n_ctx, 128) if n is None else whole("n", n, 1)
     groups, d_mlp = cfg.n_key_value_heads or cfg.n_heads, cfg.d_mlp or 0
     sizes = {"L": cfg.n_layers, "n": length, "d": cfg.d_model, "h": cfg.n_heads, "g": groups, "e": cfg.d_head}
     sizes |= {"m": d_mlp, "V": cfg.d_vocab_out}

@@ -15,9 +15,10 @@ from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, logit_lens
-from hooklens.plugins.lens.logit_attribution import LogitAttribution, NoAttribution, direct_logit_attribution
+from hooklens.plugins.lens.logit_attribution import LogitAttribution, direct_logit_attribution
 from hooklens.plugins.lens.reading import Answers
 from hooklens.plugins.lens.trajectory import Trajectory, trace_predictions
+from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, Groups, few_groups, group_numbers
@@ -181,10 +182,7 @@ def study_lens(
     )
 
 
-def demo(model: HookedTransformer) -> LensStudy | NoAttribution:
+def demo(model: HookedTransformer) -> LensStudy | Needs:
     """Four short prompts; token numbers where the model has no tokenizer."""
-    why = model.blocks[0].not_a_sum
-    if why is not None:
-        return NoAttribution(f"{why}, so that it is no sum of what was added")
-    pairs = demo_pairs(model, 4)
-    return study_lens(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)
+    lacks, pairs = lacking(model, tokens=False), demo_pairs(model, 4)
+    return lacks or study_lens(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)
