@@ -1,6 +1,6 @@
 """How often intervals cover what they are of, and how often p-values of nothing are small: simulated, with raw counts.
 
-`python benchmarks/coverage.py` takes some minutes on one core and writes results/<date>_coverage.json and .md.
+`python -m benchmarks.coverage` takes some minutes on one core and writes results/<date>_coverage.json and .md.
 """
 
 import math
@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rounds import write
 from torch import Tensor
 
+from benchmarks.rounds import write
 from hooklens.plugins.probing.folds import make_folds
 from hooklens.plugins.probing.gathering import Activations
 from hooklens.plugins.probing.probe_training import _study

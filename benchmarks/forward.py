@@ -25,7 +25,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     model = peers.ours()
     peer = peers.hugging_face(model)
-    rows, raw = [], {"packing gain": packing_gain()}
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, Any] = {"packing gain": packing_gain()}
     context = contextvars.copy_context()  # one in which a packed scope stays open, so that packing is not timed
     packed = hl.packed_linears(rows=1024)  # kept: a scope that nobody holds ends
     context.run(packed.__enter__)

@@ -5,6 +5,7 @@ Both hold the same weights and take turns in one process. Run: python -m benchma
 
 import argparse
 import statistics
+from typing import Any
 
 import torch
 import transformers
@@ -75,6 +76,7 @@ def record(who: str, seconds: dict[str, list[float]], same: bool, n: int, *, dry
 def peer_of(model: HookedTransformer) -> torch.nn.Module:
     """The same weights in transformers' Llama."""
     cfg = model.cfg
+    settings: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = transformers.LlamaConfig(
         vocab_size=cfg.d_vocab,
         hidden_size=cfg.d_model,
@@ -86,7 +88,7 @@ def peer_of(model: HookedTransformer) -> torch.nn.Module:
         rms_norm_eps=cfg.normalization_type.eps,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.positional_embedding_type.base},
         tie_word_embeddings=cfg.tie_word_embeddings,
-        attn_implementation="sdpa",
+        **settings,
     )
     peer = transformers.LlamaForCausalLM(config).eval()
     missing, unexpected = peer.load_state_dict(
@@ -106,7 +108,7 @@ def ours(model: HookedTransformer, tokens: torch.Tensor, n: int) -> list[int]:
     return model.generate(tokens, n, stop=()).new_tokens[0].tolist()
 
 
-def theirs(peer: torch.nn.Module, tokens: torch.Tensor, n: int) -> list[int]:
+def theirs(peer: Any, tokens: torch.Tensor, n: int) -> list[int]:
     mask = torch.ones_like(tokens)
     with torch.inference_mode():
         # min_new_tokens would switch on a logits processor that costs time; no stop token is the fair equal.

@@ -48,7 +48,7 @@ def main() -> None:
     for name, receivers in cases.items():
         asked = partial(path_patch, model, clean, corrupted, metric, receivers=receivers)
         ours = partial(asked, senders=senders)
-        runs: dict[str, Callable[[], Any]] = {"hooklens": lambda ours=ours: ours().values}
+        runs: dict[str, Callable[[], Any]] = {"hooklens": partial(lambda sweep: sweep().values, ours)}
         runs["hooklens, unpacked"] = partial(unpacked, ours)
         runs["hooklens's own loop"] = partial(plain, partial(asked, senders=few))
         if peer is not None and isinstance(receivers, Fixed):

@@ -7,7 +7,7 @@ import torch
 from hooklens.model.config import Biases, HookedTransformerConfig, Rotary
 from hooklens.model.transformer import HookedTransformer
 
-SIZES = {"n_layers": 12, "d_model": 768, "n_ctx": 1024, "n_heads": 12, "d_vocab": 50257}
+SIZES: dict[str, Any] = {"n_layers": 12, "d_model": 768, "n_ctx": 1024, "n_heads": 12, "d_vocab": 50257}
 
 
 def ours(seed: int = 0) -> HookedTransformer:
@@ -44,11 +44,17 @@ def smollm2_shape(seed: int = 0) -> HookedTransformer:
     return HookedTransformer(cfg, seed=seed).eval()
 
 
+def final_norm(model: HookedTransformer) -> Any:
+    """The norm before the unembedding, which these models have."""
+    return model.ln_final
+
+
 def hugging_face(model: HookedTransformer) -> torch.nn.Module:
     """transformers' GPT-2 with these weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    peer = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa", tie_word_embeddings=True)).eval()
+    settings: dict[str, Any] = {"attn_implementation": "sdpa", "tie_word_embeddings": True}
+    peer, final = GPT2LMHeadModel(GPT2Config(**settings)).eval(), final_norm(model)
     state: dict[str, Any] = {"wte.weight": model.W_E, "wpe.weight": model.W_pos}
     for i, block in enumerate(model.blocks):
         attn, mlp, h = block.attn, block.mlp, f"h.{i}."
@@ -58,7 +64,7 @@ def hugging_face(model: HookedTransformer) -> torch.nn.Module:
         state[h + "attn.c_attn.bias"] = torch.cat([x.bias for x in (attn.q, attn.k, attn.v)])
         for name, linear in (("attn.c_proj", attn.o), ("mlp.c_fc", mlp.in_), ("mlp.c_proj", mlp.out)):
             state |= {f"{h}{name}.weight": linear.weight.T, f"{h}{name}.bias": linear.bias}
-    state |= {"ln_f.weight": model.ln_final.weight, "ln_f.bias": model.ln_final.bias}
+    state |= {"ln_f.weight": final.weight, "ln_f.bias": final.bias}
     peer.transformer.load_state_dict({k: v.detach().clone() for k, v in state.items()}, strict=False)
     return peer
 
@@ -83,9 +89,10 @@ def transformer_lens(model: HookedTransformer, device: str = "cpu") -> Any:
             device=device,
         )
     )
-    state = {"embed.W_E": model.W_E, "pos_embed.W_pos": model.W_pos, "unembed.W_U": model.W_U}
+    state: dict[str, Any] = {"embed.W_E": model.W_E, "pos_embed.W_pos": model.W_pos, "unembed.W_U": model.W_U}
     state["unembed.b_U"] = torch.zeros(cfg.d_vocab)
-    state |= {"ln_final.w": model.ln_final.weight, "ln_final.b": model.ln_final.bias}
+    final = final_norm(model)
+    state |= {"ln_final.w": final.weight, "ln_final.b": final.bias}
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}."
         state |= {

@@ -69,7 +69,7 @@ def main() -> None:
         print(f"{title} = {{")
         for name in ("learned", "rotary", "attn_only"):
             model = build(name)
-            found = {}
+            found: dict = {}
             if title == "ABLATIONS":
                 with torch.no_grad():
                     found = {(name, kind): ablations(model, kind) for kind in ("zero", "mean")}

@@ -14,7 +14,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 # auto-circuit imports a class by the name that it had in earlier releases
 moved = types.ModuleType("transformer_lens.past_key_value_caching")
-moved.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
+vars(moved)["HookedTransformerKeyValueCache"] = TransformerLensKeyValueCache
 transformer_lens.HookedTransformerKeyValueCache = TransformerLensKeyValueCache
 sys.modules[moved.__name__] = moved
 
@@ -62,7 +62,7 @@ def patchable_of(name: str):
 def record_acdc(name: str, threshold: str) -> list[int]:
     """The edges that its ACDC keeps, tried in the order in which hooklens tries them; the metric is the divergence."""
     patchable, readers, dests, sizes = patchable_of(name)
-    numbers = {}
+    numbers: dict = {}
     for i, one in enumerate(readers):
         places = torch.arange(sizes[i]).view_as(dests[one].patch_mask) + sum(sizes[:i])
         numbers |= {edge: int(places[edge.patch_idx]) for edge in patchable.edges if edge.dest.module_name == one}

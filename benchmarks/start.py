@@ -1,6 +1,7 @@
 """How long until something can be done? Import over torch's, SmolLM2 from its GGUF file to first logits, the demo.
 
 Each figure is a process of its own, taking turns. Run: python -m benchmarks.start
+With `--old ../hooklens-before`, only imports, in seconds of the processor: this checkout and the other one take turns.
 """
 
 import argparse
@@ -10,14 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-from benchmarks.rounds import write
+from benchmarks.rounds import ratios, write
+
+HERE = Path(__file__).parent.parent
 
 IMPORTS = {
     "import torch": "import torch",
     "import torch, hooklens": "import torch, hooklens.public",
 }
+FIRST_USES = ("import hooklens", "import hooklens; hooklens.patch", "import hooklens.plugins")
 LOAD = """
 import json, resource, time, torch
 torch.set_num_threads(2)
@@ -49,7 +54,11 @@ FLOAT32_BYTES = 134_515_008 * 4
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--old", type=Path, help="a checkout to compare imports with; nothing else is timed")
     chosen = options.parse_args()
+    if chosen.old is not None:
+        print("\n".join(map(str, against(chosen.old, chosen.rounds))))
+        return
     raw: dict[str, list[Any]] = {}
     for _ in range(chosen.rounds):
         for name, code in IMPORTS.items():
@@ -62,6 +71,20 @@ def main() -> None:
     write("start", "Import and load", table(raw), raw)
 
 
+def against(old: Path, rounds: int) -> list[dict[str, Any]]:
+    """CPU seconds of the first uses in both checkouts: medians, and the ratio new / old round by round."""
+    rows = []
+    for code in FIRST_USES:
+        timed = f"import time; t = time.process_time(); {code}; print(time.process_time() - t)"
+        seconds: dict[str, list[float]] = {"old": [], "new": []}
+        for turn in range(rounds):
+            for name, checkout in (("old", old), ("new", HERE))[:: 1 if turn % 2 == 0 else -1]:
+                seconds[name].append(float(run(timed, checkout)))
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        rows.append({"code": code, **medians, "new / old": ratios(seconds, "new", "old")["median"]})
+    return rows
+
+
 def demo() -> float:
     """Seconds of the whole command, from its start to its report."""
     with tempfile.TemporaryDirectory() as folder:
@@ -71,10 +94,10 @@ def demo() -> float:
         return time.perf_counter() - start
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[
-        -1
-    ]
+def run(code: str, checkout: Path | None = None) -> str:
+    """The last line that a new process prints."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
 
 
 def table(raw: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -40,7 +40,8 @@ def main() -> None:
     }
     peer = None if chosen.ours_only else peers.transformer_lens(model)
     nn = None if chosen.ours_only else nnsight_model(model)
-    rows, raw = [], {}
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, Any] = {}
     for name, (site, by, corrupted) in cases.items():
         runs: dict[str, Callable[[], Any]] = {
             "hooklens": partial(hl.patch, model, clean, corrupted, metric, site=site, by=by)
@@ -78,11 +79,11 @@ def share_of_peak(model, clean, corrupted, metric, rounds: int) -> dict[str, flo
         counted.append(2 * x.numel() // x.shape[-1] * self.weight.numel())
         return plain(self, x)
 
-    Linear.forward = counting  # a torch hook on the layers would switch the engine off
+    Linear.forward = counting  # type: ignore[method-assign]  # a torch hook would switch the engine off
     try:
         hl.patch(model, clean, corrupted, metric)
     finally:
-        Linear.forward = plain
+        Linear.forward = plain  # type: ignore[method-assign]
     layer, x = model.blocks[0].mlp.in_, torch.randn(2400, 768)
     with hl.packed_linears(rows=1024):
         layer(x)

@@ -21,6 +21,7 @@ from torch import Tensor
 from hooklens.core import hooks
 from hooklens.core.envelope import digest
 from hooklens.core.errors import WrongType
+from hooklens.core.fingerprint import raw_bytes
 from hooklens.model.config import Biases, HookedTransformerConfig, Softmax
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins import find
@@ -175,8 +176,8 @@ def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransfo
     >>> check_plugin("patch")
 
     `plugin` is a registered name or the module itself. Its `demo(model)` runs on `models` (by what to call them in a
-    message; by default tiny ones: two layers, one layer, float64, bfloat16, attention only, grouped keys). Clauses:
-    signature, conventions (docs/naming.md), docstring, runs, weights, gradients, hooks, grad mode, generators,
+    message; by default tiny ones: two layers, one layer of one head, float64, bfloat16, attention only, grouped keys).
+    Clauses: signature, conventions (docs/naming.md), docstring, runs, weights, gradients, hooks, grad mode, generators,
     training mode, same twice, frozen, dtype, table, figure, JSON, saved.
     """
     module = find(plugin).load() if isinstance(plugin, str) else plugin
@@ -200,7 +201,7 @@ def check_plugin(plugin: str | ModuleType, *, models: Mapping[str, HookedTransfo
 def _models() -> dict[str, HookedTransformer]:
     return {
         "two layers": tiny_model(),
-        "one layer": tiny_model(n_layers=1),
+        "one layer of one head, 5 tokens": tiny_model(n_layers=1, n_heads=1, d_model=2, d_vocab=5, n_ctx=4),
         "float64 weights": tiny_model(dtype=torch.float64),
         "bfloat16 weights": tiny_model(dtype=torch.bfloat16),
         "attention only": tiny_model(attn_only=True),
@@ -352,8 +353,7 @@ def _torch_hooks(module: torch.nn.Module) -> int:
 
 
 def _digest(tensor: Tensor) -> tuple:
-    dense = tensor.detach().cpu().contiguous().reshape(-1)
-    return tensor.dtype, tuple(tensor.shape), digest([dense.view(torch.uint8).numpy().data])
+    return tensor.dtype, tuple(tensor.shape), digest([raw_bytes(tensor)])
 
 
 def _tidy(model: HookedTransformer, before: dict[str, Any]) -> None:

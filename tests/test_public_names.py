@@ -139,6 +139,7 @@ FRESH = """
 import json, sys
 import hooklens as hl
 hl.__version__
+import hooklens.plugins
 seen = {"torch at first": "torch" in sys.modules}
 hl.load
 seen["torch at the first name"] = "torch" in sys.modules

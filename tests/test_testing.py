@@ -208,7 +208,7 @@ BROKEN = {
     "no docstring": ("docstring", "sums has no docstring", {'    """The logits, summed."""\n': ""}),
     "no module docstring": ("docstring", "the module has no", {'"""A plugin that keeps the contract."""': ""}),
     "raises": ("runs", "demo raised ZeroDivisionError", {RUN: "    1 / 0"}),
-    "needs two layers": ("runs", "one layer", {RUN: "    model.blocks[1]\n" + RUN}),
+    "needs two layers": ("runs", "one layer of one head", {RUN: "    model.blocks[1]\n" + RUN}),
     "needs gradients": (
         "runs",
         "gradients off",

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooklens.anatomy.diagram import draw
+from hooklens.core.arguments import several, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import LAZY, axes, parse
 from hooklens.model.config import HookedTransformerConfig, VectorEmbed
@@ -26,6 +27,7 @@ from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.results.result import Result
 from hooklens.results.table import Table, visible
 
+Lengths = int | Sequence[int] | None
 _WIDTH = 80  # columns of a terminal
 _DENOMINATOR = 99  # a coefficient with more digits is written as a decimal number
 # Floating-point operations of each matrix product, a multiplication and an addition counted as two, over all layers.
@@ -199,7 +201,10 @@ class Description(Result):
 
 
 def describe(
-    model: HookedTransformer | HookedTransformerConfig, *, n: int | None = None, lengths: Sequence[int] = ()
+    model: HookedTransformer | HookedTransformerConfig,
+    *,
+    n: int | None = None,
+    lengths: int | Sequence[int] | None = None,
 ) -> Description:
     """What are the components of this model, and what does each cost on a sequence of `n` tokens?
 
@@ -220,9 +225,7 @@ def describe(
     built = HookedTransformer(model, device="meta") if isinstance(model, HookedTransformerConfig) else model
     need_hooked(built, "describe")
     cfg = built.cfg
-    length = min(cfg.n_ctx, 128) if n is None else n
-    if length < 1:
-        raise InputError(f"n is a number of tokens, at least 1, got {n}")
+    length = min(cfg.n_ctx, 128) if n is None else whole("n", n, 1)
     groups, d_mlp = cfg.n_key_value_heads or cfg.n_heads, cfg.d_mlp or 0
     sizes = {"L": cfg.n_layers, "n": length, "d": cfg.d_model, "h": cfg.n_heads, "g": groups, "e": cfg.d_head}
     sizes |= {"m": d_mlp, "V": cfg.d_vocab_out}
@@ -236,7 +239,9 @@ def describe(
         stages=_stages(built, sizes),
         crossover=_crossover(cfg),
         crossover_layer=_crossover(cfg, mlp=True),
-        timing=_timed(built, lengths) if lengths else None,
+        timing=None
+        if lengths is None
+        else _timed(built, [whole("lengths", n, 1) for n in several("lengths", lengths)]),
     )
 
 
@@ -372,14 +377,15 @@ def _stages(model: HookedTransformer, sizes: dict[str, int]) -> list[Stage]:
     return stages
 
 
-def _timed(model: HookedTransformer, lengths: Sequence[int]) -> Timing:
+def _timed(model: HookedTransformer, asked: Lengths) -> Timing | None:
+    if asked is None:
+        return None
+    lengths = [whole("lengths", n, 1) for n in several("lengths", asked)]
     if model.device.type == "meta":
         raise InputError("lengths= times attention, which needs weights; pass a model instead of its configuration")
-    if min(lengths) < 1:
-        raise InputError(f"lengths are numbers of tokens, at least 1, got {min(lengths)}")
     cfg = model.cfg
     measured = torch.tensor([_attention_seconds(model, n) for n in lengths], dtype=torch.float64)
-    at = torch.tensor(list(lengths))
+    at = torch.tensor(lengths)
     per_token = 4 * cfg.d_model * cfg.d_head * (cfg.n_heads + (cfg.n_key_value_heads or cfg.n_heads))
     work = torch.stack((at * per_token, 4 * at**2 * cfg.n_heads * cfg.d_head), dim=1).double()
     # One rate per part: the one at which formula and measurement agree over all lengths, as ratios.

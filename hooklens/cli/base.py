@@ -7,6 +7,7 @@ outside is missing (network, disk, a device, a package); 130 interrupted.
 import contextlib
 import functools
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from typer.core import TyperGroup
 from hooklens.core.errors import ArgumentError, CheckFailed, HooklensError, Refused, Unavailable
 from hooklens.core.terminal import printable
 
+# "Input should be a valid integer, unable to parse string as an integer": typer quotes its validator.
+_TYPERS_WORDS = re.compile(r"Input should be (.*?)(?:, unable to parse .*)?$")
 OK, FAILED, BAD_INPUT, MISSING, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -61,7 +64,7 @@ def _usage_shown() -> Iterator[None]:
         yield
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "message"):
-            error.message = printable(error.message)
+            error.message = printable(_TYPERS_WORDS.sub(r"it must be \1", error.message))
         raise
 
 

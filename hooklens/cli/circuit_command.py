@@ -36,15 +36,17 @@ def circuit(
     from hooklens.plugins.circuits import circuit_graph
     from hooklens.plugins.circuits.faithfulness import check_draws
     from hooklens.studies import study_circuit
-    from hooklens.studies.circuit_study import check_edges
+    from hooklens.studies.circuit_study import check_edges, statement_of
 
     sizes = {"edges": lambda: check_edges(edges), "draws": lambda: check_draws(draws)}
     known = settings.judge({"registered": plans.read, "pairs": pair.read, **pair.checks(), **sizes})
     pairs, model = known["pairs"], settings.load_reader()
     judge({"pairs": lambda: pair.check(model, pairs), "edges": lambda: check_edges(edges, circuit_graph(model))})
+    plans.check(known["registered"], lambda: [statement_of(n) for n in range(1, edges + 1)])
     say(*estimates.how_long(model, estimates.of_circuit(model, tokens_of(model, pairs), draws, full=full)))
     study = study_circuit(model, pairs, edges=edges, full=full, draws=draws, seed=settings.seed)
     written = settings.write(study.report(registered=known["registered"]), study)
     written["circuit"] = study.circuit.save_json(out.with_suffix(".circuit.json")).absolute()
     caption = "The share of the logit difference that the circuit alone keeps, and random circuits with as many edges."
-    show(study.table(), settings.as_json, caption=caption, more=written)
+    more = written | plans.unmet(study.claims(), known["registered"])
+    show(study.table(), settings.as_json, caption=caption, more=more)

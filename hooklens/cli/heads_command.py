@@ -36,6 +36,7 @@ def heads(
     from hooklens.plugins.heads.taxonomy import check_pairs_asked, check_sizes
     from hooklens.studies import study_heads
     from hooklens.studies.heads_page import taxonomy_report
+    from hooklens.studies.result_claims import head_statements, taxonomy_claims
 
     own = pair.pairs is not None or bool(pair.given())
     sizes = {"n": lambda: check_sizes(n), "ioi": lambda: check_pairs_asked(ioi)}
@@ -45,16 +46,18 @@ def heads(
     model = settings.load_reader() if own else settings.load()
     if own:
         pair.check(model, pairs)
+    plans.check(registered, lambda: head_statements(model))
     tokens = estimates.of_heads(model, n, 0 if model.tokenizer is None else ioi)
     say(*estimates.how_long(model, tokens + (estimates.of_head_study(model, tokens_of(model, pairs)) if own else 0.0)))
     taxonomy = classify_heads(model, n=n, ioi=ioi, seed=seed)
+    unmet = plans.unmet(taxonomy_claims(taxonomy, model), registered)
     if not own:
         written = settings.write(taxonomy_report(taxonomy, model, registered=registered), taxonomy)
         caption = "Heads on random sequences that repeat: attention, the loss increase without it, and the control."
-        show(taxonomy.table(20), settings.as_json, caption=caption, more={"names": taxonomy.note, **written})
+        show(taxonomy.table(20), settings.as_json, caption=caption, more={"names": taxonomy.note, **written, **unmet})
         return
     study = study_heads(model, pairs, labels=taxonomy.labels(), seed=seed)
     report = taxonomy_report(taxonomy, model, study.report(), registered=registered)
     written = settings.write(report, {"taxonomy": taxonomy, "pairs": study})
     caption = "The decrease of the logit difference without what each head carries, the largest first."
-    show(study.table(20), settings.as_json, caption=caption, more=written)
+    show(study.table(20), settings.as_json, caption=caption, more=written | unmet)

@@ -3,9 +3,8 @@
 A group is a dataclass: a command that takes one as a parameter has an option for each of its fields (`base.command`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +15,11 @@ from hooklens.core.errors import ArgumentError, InputError, judge
 if TYPE_CHECKING:
     from hooklens.data.prompt_pairs import PromptPairs
     from hooklens.model.transformer import HookedTransformer
-    from hooklens.results.claims import Registration
+    from hooklens.results.claims import ClaimFamily, Registration
 
 DEFAULT = "smollm2-135m-instruct"
 SOURCE = "An asset, a GGUF file, a folder, a checkpoint or a hub id."
+DTYPE = "The dtype of the weights: float32, float64, bfloat16 or float16; by default float32."
 CLEAN = typer.Option(help="The prompt that the model answers correctly.")
 CORRUPTED = typer.Option(help="The same prompt with one thing changed.")
 ANSWER = typer.Option(help="The prompt's next token, often with a leading space.")
@@ -31,22 +31,13 @@ _OF_A_PAIR = {name: f"--{name.replace('_', '-')}" for name in ("clean", "corrupt
 Checks = Mapping[str, Callable[[], Any]]
 
 
-class Dtype(StrEnum):
-    """The dtype of the weights."""
-
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 @dataclass(frozen=True)
 class ModelOptions:
     """The model, the seed of all random choices, and the format of the output."""
 
     model: Annotated[str | None, typer.Option("--model", "-m", help=SOURCE)] = DEFAULT
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default cpu.")] = None
-    dtype: Annotated[Dtype | None, typer.Option(help="The dtype of the weights; by default float32.")] = None
+    dtype: Annotated[str | None, typer.Option(help=DTYPE)] = None
     seed: Annotated[
         int, typer.Option(help="Seed of all random choices, for exact repetition.", min=0, max=2**32 - 1)
     ] = 0
@@ -54,17 +45,17 @@ class ModelOptions:
 
     def judge(self, checks: Checks) -> dict[str, Any]:
         """Run these checks and those of the model's options; nothing is loaded or computed before they pass."""
-        from hooklens.pretrained.loading import as_device, check_source
+        from hooklens.pretrained.loading import as_device, as_dtype, check_source
 
         source = {"model": lambda: self.model is None or check_source(self.model)}
-        return judge({**checks, **source, "device": lambda: as_device(self.device)})
+        own = {"device": lambda: as_device(self.device), "dtype": lambda: as_dtype(self.dtype)}
+        return judge({**checks, **source, **own})
 
     def load(self) -> "HookedTransformer":
         """Load the model."""
         from hooklens.pretrained.loading import load
 
-        source, dtype = str(self.model), None if self.dtype is None else self.dtype.value
-        return judge({"model": lambda: load(source, device=self.device, dtype=dtype)})["model"]
+        return judge({"model": lambda: load(str(self.model), device=self.device, dtype=self.dtype)})["model"]
 
     def load_reader(self) -> "HookedTransformer":
         """Load a model with a tokenizer."""
@@ -166,6 +157,19 @@ class PlanOptions:
         from hooklens.results.claims import read_plans
 
         return read_plans(self.registered or [], self.digest or [])
+
+    def check(self, plans: "Sequence[Registration]", statements: Callable[[], list[str]]) -> None:
+        """Raise for a plan that no claim of the command can state."""
+        from hooklens.results.claims import check_plans
+
+        judge({"registered": lambda: check_plans(plans, statements() if plans else ())})
+
+    def unmet(self, claims: "ClaimFamily | None", plans: "Sequence[Registration]") -> dict[str, str]:
+        """A line for the terminal about plans that no claim of this run states."""
+        from hooklens.results.claims import plans_met
+
+        sentences = plans_met(claims, plans)[1]
+        return {"plans": " ".join(sentences)} if sentences else {}
 
 
 def tokens_of(model: "HookedTransformer", pairs: "PromptPairs") -> int:

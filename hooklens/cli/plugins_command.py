@@ -73,5 +73,5 @@ def _tiny(settings: ReportOptions) -> "HookedTransformer":
     from hooklens.pretrained.loading import as_device, as_dtype
     from hooklens.testing import tiny_model
 
-    dtype = as_dtype(settings.dtype and settings.dtype.value)
+    dtype = as_dtype(settings.dtype)
     return tiny_model(seed=settings.seed).to(device=as_device(settings.device) or "cpu", dtype=dtype)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,20 @@ def real(name: str, value: Any, least: float = -math.inf) -> float:
         bound = "" if least == -math.inf else f" of at least {least:g}"
         raise ArgumentError("{" + name + "} is a finite number{0}, got {1}", bound, f"{value!r:.80}")
     return number
+
+
+def several(name: str, values: Any) -> list[Any]:
+    """Return the values of an argument that takes several: one alone is a list of one, and none are refused.
+
+    >>> several("sizes", 5), several("sizes", range(2))
+    ([5], [0, 1])
+    """
+    if isinstance(values, str | Real):
+        return [values]
+    listed = list(values) if isinstance(values, Iterable) and not isinstance(values, Mapping) else []
+    if not listed:
+        raise ArgumentError("{" + name + "} takes a list of at least one value, got {0}", f"{values!r:.80}")
+    return listed
 
 
 def layer_number(name: str, value: Any) -> int | None:

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from hooklens.core.errors import FileRefused, InputError
 from hooklens.core.files import json_object, read_text, reading, write_atomically
+from hooklens.core.fingerprint import raw_bytes
 from hooklens.core.safetensors_file import (
     DTYPES,
     LARGEST_HEADER,
@@ -86,7 +86,7 @@ class Envelope:
         total = hashlib.sha256()
         for name in sorted(self.file.entries):
             tensor = self.file.tensor(name, DTYPES)
-            total.update(_bytes(tensor))
+            total.update(raw_bytes(tensor))
             yield name, tensor
         if total.hexdigest() != self.data:
             raise self.schema.damaged(self.path)
@@ -109,7 +109,7 @@ def write_envelope(
         for name, tensor in (tensors or {}).items()
     }
     described = {name: (_kind(name, tensor), tensor.shape) for name, tensor in dense.items()}
-    data = "" if schema.as_json else digest(_bytes(dense[name]) for name in sorted(dense))
+    data = "" if schema.as_json else digest(raw_bytes(dense[name]) for name in sorted(dense))
     head = rendered(schema, content, described, data)
     with write_atomically(path) as aside:
         if schema.as_json:
@@ -192,7 +192,3 @@ def _kind(name: str, tensor: Tensor) -> str:
     if tensor.dtype not in _KINDS:
         raise InputError(f"{name} is {tensor.dtype}, which a file cannot hold; convert it first")
     return _KINDS[tensor.dtype]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -131,13 +131,22 @@ def _refused(where: str, what: str) -> InputError:
 # -- data
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a dense tensor, in the order of its values.
+
+    A tensor of one value is contiguous with any stride, such as that of the column it is a view of, and `view` refuses
+    all strides but 1.
+    """
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
 def _tensor(value: Tensor, where: str) -> Iterator[Part]:
     if value.layout != torch.strided or value.is_meta or value.is_quantized:
         raise _refused(where, f"a {value.layout} tensor on {value.device}")
     yield "dtype", value.dtype
     yield "shape", tuple(value.shape)
-    dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    yield "data", dense.flatten().view(torch.uint8).numpy().data
+    yield "data", raw_bytes(value)
     if vars(value):
         yield "attributes", vars(value)
 

@@ -32,7 +32,7 @@ def demo_pairs(model: HookedTransformer, n: int = 1, n_pos: int = 6) -> PromptPa
     n_pos, d_vocab, row = min(n_pos, model.cfg.n_ctx), model.cfg.d_vocab, torch.arange(n, device=model.device)[:, None]
     clean = (torch.arange(n_pos, device=model.device) + 3 * row + 1) % d_vocab
     corrupted = clean.clone()
-    corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + 2) % d_vocab
+    corrupted[:, n_pos // 2] = (clean[:, n_pos // 2] + min(2, d_vocab - 1)) % d_vocab
     with torch.no_grad():
         gap = model(clean, logits_at=-1)[:, 0].mean(0) - model(corrupted, logits_at=-1)[:, 0].mean(0)
     order = gap[: min(d_vocab, model.cfg.d_vocab_out)].argsort(descending=True, stable=True)

@@ -33,8 +33,24 @@ _LARGEST_REAL = 1e12  # far above any model's values, and its square is finite i
 _NUMBERS = (int, float, int | None, float | None, tuple[float, ...])
 
 
+class _NamedFields:
+    """Base of the dataclasses here: a keyword that is not a field raises with the closest, or where the field is."""
+
+    moved: ClassVar[dict[str, str]] = {}
+
+    def __new__(cls, *args: Any, **values: Any):
+        holder: Any = cls
+        known = [f.name for f in fields(holder)]
+        for name in values:
+            if name not in known and name in cls.moved:
+                raise NameNotFound(f"{name} is a field of a part here, not of {cls.__name__}; give {cls.moved[name]}")
+            if name not in known:
+                raise did_you_mean(f"field of {cls.__name__}", name, known)
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class Part:
+class Part(_NamedFields):
     """A choice of component. JSON stores its registered name, so that a checkpoint can rebuild the model."""
 
     slot: ClassVar[str]
@@ -67,7 +83,6 @@ class Part:
     def from_json(cls, values: dict[str, Any]):
         """The part with these fields; an unknown field raises an error."""
         _check_dict(cls.__name__, values)
-        check_fields(cls, values, f"field of {cls.__name__}")
         hashable = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**hashable)
 
@@ -80,14 +95,6 @@ def same_class(first: type, second: type) -> bool:
 def _check_dict(what: str, values: Any) -> None:
     if not isinstance(values, dict):
         raise WrongType(f"{what} is read from a dict of its fields, such as to_json returns; got {values!r:.80}")
-
-
-def check_fields(holder: type, values: dict[str, Any], what: str) -> None:
-    """Raise for a name that is not a field of the dataclass."""
-    known = [f.name for f in fields(holder)]
-    for name in values:
-        if name not in known:
-            raise did_you_mean(what, name, known)
 
 
 def check_values(holder: Any, where: str) -> None:
@@ -500,7 +507,7 @@ class NormalInit(Part):
 
 
 @dataclass(frozen=True)
-class Biases:
+class Biases(_NamedFields):
     """Which linear maps have a bias. `gate` is that of gated MLPs (None: as `mlp` says)."""
 
     qkv: bool = True
@@ -524,17 +531,27 @@ _SLOTS = {
     "init": "init",
 }
 _MAY_VARY = ("positional_embedding_type", "mask")
-# TransformerLens's fields that are fields of a part here, and how they are given.
+# Fields that TransformerLens or Hugging Face has in the configuration and that are fields of a part here.
 _MOVED = {
     "attn_scale": "score_fn=Softmax(scale=...)",
     "attn_scores_soft_cap": "score_fn=Softmax(soft_cap=...)",
+    "attn_softcap": "score_fn=Softmax(soft_cap=...)",
     "final_norm": "block=PreNorm(final_norm=...)",
+    "parallel_attn_mlp": 'block="parallel"',
+    "eps": "normalization_type=LayerNormPart(eps=...) or RMSNormPart(eps=...)",
+    "use_qk_norm": "qk_norm=RMSNormPart() or LayerNormPart()",
+    "rotary_base": "positional_embedding_type=Rotary(base=...)",
+    "rotary_dim": "positional_embedding_type=Rotary(dim=...)",
+    "rotary_adjacent_pairs": "positional_embedding_type=Rotary(interleaved=...)",
+    "window_size": "mask=SlidingWindow(window=...)",
+    "attention_dir": 'mask="causal" or mask="none"',
+    "initializer_range": "init=NormalInit(std=...)",
 }
 _MAY_LACK = ("normalization_type", "qk_norm", "positional_embedding_type")
 
 
 @dataclass(frozen=True)
-class HookedTransformerConfig:
+class HookedTransformerConfig(_NamedFields):
     """Sizes and parts of a HookedTransformer. Names follow TransformerLens 3; parts can be given by name.
 
     Its `attn_scale` and `attn_scores_soft_cap` are fields of a part: `score_fn=Softmax(scale=1.0, soft_cap=50.0)`.
@@ -544,6 +561,7 @@ class HookedTransformerConfig:
     (4, 64, Causal())
     """
 
+    moved: ClassVar[dict[str, str]] = _MOVED
     n_layers: int
     d_model: int
     n_ctx: int
@@ -656,28 +674,17 @@ class HookedTransformerConfig:
     def from_json(cls, values: dict[str, Any]) -> "HookedTransformerConfig":
         """Rebuild a configuration from `to_json`; an unknown field raises an error."""
         _check_dict("a configuration", values)
-        _check_names(values)
         biases, folded = values.get("biases", {}), values.get("folded", ())
         _check_dict("biases", biases)
-        check_fields(Biases, biases, "field of biases")
         if not isinstance(folded, list | tuple) or not all(isinstance(name, str) for name in folded):
             raise WrongType(f"folded is a list of names, got {folded!r:.80}")
         return cls(**values | {"biases": Biases(**biases), "folded": tuple(folded)})
 
     def replace(self, **changes: Any) -> "HookedTransformerConfig":
         """A copy with some fields changed. If `attn_only` changes, d_mlp is its default again unless it is given."""
-        _check_names(changes)
         if changes.get("attn_only", self.attn_only) != self.attn_only:
             changes = {"d_mlp": None} | changes
         return replace(self, **changes)
-
-
-def _check_names(values: dict[str, Any]) -> None:
-    """Raise for a name that is not a field of the configuration."""
-    for name in values:
-        if name in _MOVED:
-            raise NameNotFound(f"{name} is a field of a part here, not of the configuration; give {_MOVED[name]}")
-    check_fields(HookedTransformerConfig, values, "configuration field")
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from hooklens.core.errors import InputError, NameNotFound, Unavailable, did_you_mean
-from hooklens.results.result_file import GROUP
+from hooklens.results import GROUP
 
 __all__ = ["PluginInfo", "available", "find"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType, closest, did_you_mean
+from hooklens.core.errors import ArgumentError, FileRefused, InputError, Unavailable, WrongType, closest, did_you_mean
 from hooklens.core.files import reading
 from hooklens.core.safetensors_file import is_safetensors
 from hooklens.model.transformer import HookedTransformer
@@ -87,13 +87,10 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     torch.bfloat16
     """
     known = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-    if isinstance(dtype, str):
-        if dtype not in known:
-            raise did_you_mean("dtype", dtype, known)
-        return known[dtype]
-    if dtype is not None and dtype not in known.values():
-        raise InputError(f"a model's dtype must be floating-point, got {dtype!r}; choose from {', '.join(known)}")
-    return dtype
+    chosen = known.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in known.values():
+        raise ArgumentError("{dtype} is one of {0}; got {1}", ", ".join(known), f"{dtype!r:.80}")
+    return chosen
 
 
 def as_device(device: str | torch.device | None) -> str | torch.device | None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from hooklens.core.envelope import Schema, read_envelope, write_envelope
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
 from hooklens.core.files import reading
+from hooklens.results import GROUP
 
-GROUP = "hooklens.plugins"
 _SCHEMA = Schema("hooklens.result", 1, "a result", "Result.save")
 
 

@@ -17,7 +17,7 @@ from hooklens.plugins.circuits.faithfulness import LEAST_DRAWS, Faithfulness, ch
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.integrated_edges import eap_ig_midpoint
 from hooklens.plugins.circuits.run import Bench
-from hooklens.results.claims import Claim, Measured, Registration, claim, family
+from hooklens.results.claims import Claim, ClaimFamily, Measured, Registration, claim, family
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, group_numbers
 from hooklens.studies.pages import add_claims
@@ -101,13 +101,17 @@ class CircuitStudy(Result):
         kept, random = tested.per_pair - empty, tested.random_per_pair - empty
         return claim(
             self.model,
-            statement or f"{self.circuit.n_edges} edges carry the answer",
+            statement or statement_of(self.circuit.n_edges),
             observation=Measured.of("metric of the whole model", whole, group, metric=metric),
             intervention=Measured.of("the circuit's share of it, all else ablated", kept, group, metric=metric),
             control=Measured.edge_of("what random circuits keep", random, group, metric=metric),
             registered=registered,
             side="below" if bool((whole - empty).mean() < 0) else "above",
         )
+
+    def claims(self, registered: Sequence[Registration] = ()) -> ClaimFamily:
+        """The claim as a family of one, with the registration that states it."""
+        return family(self.model, [self.claim()], registered=registered)
 
     def report(self, *, registered: Sequence[Registration] = ()) -> Any:
         """The study as a page; registrations made before the run are compared with its claims."""
@@ -128,7 +132,7 @@ class CircuitStudy(Result):
         report.table(self.circuit.top(_SHOWN), "The edges with the largest scores.", _EDGE)
         report.heading("Against random circuits").figure(self.faithfulness.figure(), _RANDOM)
         report.table(self.table(), "", _MEASURED)
-        add_claims(report, lambda plans: family(self.model, [self.claim()], registered=plans), registered)
+        add_claims(report, self.claims, registered)
         if self.curve is not None:
             report.heading("By size").figure(self.curve.figure()).table(self.curve.table(), "", _CURVE)
         if self.evaluation is not None:
@@ -187,6 +191,11 @@ def study_circuit(
     )
 
 
+def statement_of(n_edges: int) -> str:
+    """What the claim of a circuit says."""
+    return f"{n_edges} edges carry the answer"
+
+
 def check_edges(edges: int, graph: CircuitGraph | None = None) -> None:
     """Raise if a circuit of this size cannot be searched for; without the graph, check only that it is a size."""
     if edges < 1 or (graph is not None and edges > graph.n_edges):
@@ -203,4 +212,4 @@ def _grown(scores: EdgeScores, edges: int) -> list[Circuit]:
 
 def demo(model: HookedTransformer) -> CircuitStudy:
     """Four short prompt pairs, a circuit of at most twelve edges; token numbers where the model has no tokenizer."""
-    return study_circuit(model, demo_pairs(model, 4), edges=12)
+    return study_circuit(model, demo_pairs(model, 4), edges=min(12, circuit_graph(model).n_edges))

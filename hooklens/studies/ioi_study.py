@@ -16,6 +16,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.mover_result import NameMovers, by_group, of_pairs
 from hooklens.plugins.heads.name_movers import find_name_movers
 from hooklens.plugins.patching.activation import PatchSweep
+from hooklens.plugins.weights.needs import Needs
 from hooklens.results.claims import ClaimFamily
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import ratio_interval
@@ -233,7 +234,7 @@ def _candidates(shown: PairStudy, named: NameMovers) -> list[tuple[int, int]]:
     return list(dict.fromkeys([*named.name_movers, *named.order()[:_CANDIDATES], *patched]))
 
 
-def demo(model: HookedTransformer) -> NameMovers | IOIStudy:
+def demo(model: HookedTransformer) -> NameMovers | IOIStudy | Needs:
     """The study on four pairs if the tokenizer knows the names; else name movers among token numbers."""
     from hooklens.plugins.heads.name_movers import demo as numbers
 

@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooklens.core.arguments import several
+from hooklens.core.errors import ArgumentError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.layer_lens import LogitLens, logit_lens
-from hooklens.plugins.lens.logit_attribution import LogitAttribution, NoAttribution, direct_logit_attribution
+from hooklens.plugins.lens.logit_attribution import LogitAttribution, direct_logit_attribution
 from hooklens.plugins.lens.reading import Answers
 from hooklens.plugins.lens.trajectory import Trajectory, trace_predictions
+from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.claims import HeldOutEffects, held_out_top
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import INTERVAL_TERMS, Groups, few_groups, group_numbers
@@ -156,6 +159,9 @@ def study_lens(
     """
     rows = rows_of(model, prompts, "prompts")
     number = group_numbers(len(rows), group)
+    names = [f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else several("names", names)
+    if len(names) != len(rows):
+        raise ArgumentError("{names} are one per prompt, {0} in all; got {1}", len(rows), len(names))
     if answer is None:
         with torch.no_grad():
             answer = [int(model(row[None], logits_at=-1)[0, 0].argmax()) for row in rows]
@@ -167,7 +173,7 @@ def study_lens(
         held_out = held_out_top(model, parts.components.cpu(), parts.labels, k=k, group=number, seed=seed)
     return LensStudy(
         model=model.cfg.model_name,
-        names=[f"prompt {i}" for i in range(1, len(rows) + 1)] if names is None else list(names),
+        names=names,
         lenses=[logit_lens(model, row[None]) for row in rows[:shown]],
         trajectory=path,
         attribution=parts,
@@ -176,10 +182,7 @@ def study_lens(
     )
 
 
-def demo(model: HookedTransformer) -> LensStudy | NoAttribution:
+def demo(model: HookedTransformer) -> LensStudy | Needs:
     """Four short prompts; token numbers where the model has no tokenizer."""
-    why = model.blocks[0].not_a_sum
-    if why is not None:
-        return NoAttribution(f"{why}, so that it is no sum of what was added")
-    pairs = demo_pairs(model, 4)
-    return study_lens(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)
+    lacks, pairs = lacking(model, tokens=False), demo_pairs(model, 4)
+    return lacks or study_lens(model, pairs.clean, answer=pairs.answer, wrong_answer=pairs.wrong_answer, shown=1)

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooklens.core.arguments import several
 from hooklens.core.component import head_name
-from hooklens.core.errors import ArgumentError, InputError, judge
+from hooklens.core.errors import InputError, judge
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import check_prompts_differ, common_ends, read_pairs, rows_of
@@ -197,7 +198,8 @@ def check_pair(
     model: HookedTransformer, pairs: PromptPairs, *, sites: Sequence[str], by: str | None
 ) -> tuple[int, list[tuple[str, ...]]]:
     """Return the clean prompt's length and every site's grid; raise for unusable arguments before anything runs."""
-    axes = list(grids(sites, by).values())
+    swept = grids(sites, by)
+    axes = list(swept.values())
 
     def prompts() -> int:
         groups = read_pairs(model, pairs.clean, pairs.corrupted, [name for names in axes for name in names])
@@ -205,7 +207,7 @@ def check_pair(
         return groups[0].clean.shape[1]
 
     answers = {"answer": lambda: pairs.metric_of(model)}
-    there = {"sites": lambda: [has_site(model, site_kind(site)) for site in sites]}
+    there = {"sites": lambda: [has_site(model, site) for site in swept]}
     return judge({**answers, **there, "clean": prompts})["clean"], axes
 
 
@@ -215,16 +217,15 @@ def grids(sites: Sequence[str], by: str | None) -> dict[str, tuple[str, ...]]:
     >>> grids(["resid_pre", "z"], "layer x head x pos")
     {'resid_pre': ('layer', 'pos'), 'z': ('layer', 'head', 'pos')}
     """
-    if not sites:
-        raise ArgumentError("{sites} is empty; give at least one of {0}", ", ".join(SITES))
+    kinds = [site_kind(site) for site in several("sites", sites)]
     axes, refused = {}, []
-    for site in map(site_kind, sites):
+    for site in kinds:
         try:
             axes[site] = grid_axes(site, by)
         except InputError as error:
             refused.append(error)
             axes[site] = grid_axes(site, None)
-    if len(refused) == len(sites):
+    if len(refused) == len(kinds):
         raise refused[0]
     return axes
 

@@ -1,6 +1,7 @@
 """The claims that results of other methods support: name movers, the taxonomy of heads, probes and steering."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from torch import Tensor
@@ -87,12 +88,22 @@ def _taxonomy_claim(model: Any, taxonomy: Taxonomy, label: int, layer: int, head
         control = measured(f"{change} of the loss, as much attention taken from others", taxonomy.placebo)
     return claim(
         model,
-        f"{head_name(layer, head)} is {'an' if name[0] in 'aeiou' else 'a'} {name} head",
+        _head_statement(name, layer, head),
         observation=Measured.of(f"attention to {kind} keys", seen[seen.isfinite()]),
         intervention=measured(blocked, taxonomy.effect),
         control=control,
         side="above",
     )
+
+
+def _head_statement(label: str, layer: int, head: int) -> str:
+    return f"{head_name(layer, head)} is {'an' if label[0] in 'aeiou' else 'a'} {label} head"
+
+
+def head_statements(model: HookedTransformer) -> list[str]:
+    """Every statement that `taxonomy_claims` can make about this model."""
+    places = product(LABELS, range(model.cfg.n_layers), range(model.cfg.n_heads))
+    return [_head_statement(*place) for place in places]
 
 
 def causal_claims(

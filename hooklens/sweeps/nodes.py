@@ -23,6 +23,7 @@ _TAKES = {
         'receivers read from the residual stream: "L9H6.q" (or .k, .v), "MLP9", "final"',
     ),
     "head": (("head",), 'heads are written (9, 6) or "L9H6"'),
+    "layer of neurons": (("mlp",), 'MLPs are written 9 or "MLP9"'),
     "patch": (("head", "neuron", "layer"), 'patches are written "L9H6", "L2N17", "L5" or, at one position, "L9H6@-1"'),
 }
 
@@ -172,9 +173,6 @@ def read_heads(model: HookedTransformer, heads: Any) -> list[tuple[int, int]]:
     nodes = _read(model, "heads" if heads is None else heads, "head", {"heads": _heads(model)})
     if len(set(nodes)) < len(nodes):
         raise InputError(f"heads= holds one twice: {', '.join(head.name for head in nodes)}")
-    for node in nodes:
-        if node.pos is not None:
-            raise InputError(f"{node.name} was asked for as a head; heads are taken at all positions, so leave out @")
     return [node.place for node in nodes]
 
 
@@ -201,6 +199,8 @@ def of_kinds(nodes: Sequence[Component], what: str) -> list[Component]:
     for node in nodes:
         if node.kind not in kinds:
             raise InputError(f"{node.name} was asked for as a {what}; {written}")
+        if node.pos is not None and what in ("head", "layer of neurons"):
+            raise InputError(f"{node.name} was asked for as a {what}, taken at all positions here; leave out @")
     return list(nodes)
 
 
@@ -239,7 +239,7 @@ def _is_tuple(asked: Any) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    return hasattr(x, "__index__")
+    return hasattr(x, "__index__") and not isinstance(x, bool)
 
 
 def _n_heads(model: HookedTransformer, kind: str) -> int:

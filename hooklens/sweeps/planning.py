@@ -130,7 +130,7 @@ def site_and_layer(model: HookedTransformer, asked: str | tuple | Site) -> tuple
 
 
 def _read(asked: str | tuple | Site) -> Site:
-    if isinstance(asked, list | set):
+    if isinstance(asked, list | set) or asked == ():
         raise WrongType(
             f"one site is swept at a time, such as 'z' or hl.site('z', 5); sweep each of {asked!r:.60} alone"
         )

@@ -37,7 +37,7 @@ def layered_graph(
     places = _places(rows)
     largest = max((abs(value) for *_, value in edges), default=0.0) or 1.0
     groups: dict[tuple[bool, int], list[np.ndarray]] = {}
-    middles, boxes = [], []
+    middles, boxes = [np.array(list(places.values())).reshape(-1, 2)], [label(name) for name in places]
     for start, end, value in sorted(edges, key=lambda edge: abs(edge[2])):
         curve = _curve(*_ends(places, start, end))
         width = min(int(len(_WIDTHS) * (abs(value) / largest) ** 0.5), len(_WIDTHS) - 1)
@@ -49,14 +49,12 @@ def layered_graph(
     for (below, width), curves in sorted(groups.items(), reverse=True, key=lambda item: item[0][1]):
         traces.append(_lines(curves, below, width, first=below not in named))
         named.add(below)
-    if middles:
-        at = np.concatenate(middles)
-        marker = {"size": 10, "opacity": 0.0}
-        traces.append(
-            go.Scatter(
-                x=at[:, 0], y=at[:, 1], mode="markers", marker=marker, text=boxes, hoverinfo="text", showlegend=False
-            )
+    at, marker = np.concatenate(middles), {"size": 10, "opacity": 0.0}
+    traces.append(
+        go.Scatter(
+            x=at[:, 0], y=at[:, 1], mode="markers", marker=marker, text=boxes, hoverinfo="text", showlegend=False
         )
+    )
     figure = new_figure(traces[::-1], title, "", "", height=int(min(max(46 * len(rows) + 150, 330), 2400)))
     return _with_boxes(figure, rows, places)
 

@@ -7,6 +7,7 @@ import pytest
 from test_cli import CLEAN, CORRUPTED, invoke, model_path  # noqa: F401  a fixture
 
 from hooklens import cli
+from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.circuits.circuit import Circuit
 
 ONE = ["--clean", CLEAN, "--corrupted", CORRUPTED, "--answer", " Mary", "--wrong-answer", " John"]
@@ -71,13 +72,15 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     again = invoke("register", plan, "--hypothesis", "another", *asked)
     assert again.exit_code == cli.BAD_INPUT and "exists" in again.stderr
     assert json.loads(plan.read_text())["digest"] == digest
-    assert invoke("register", other, "--hypothesis", "<b>edges</b> carry the answer", *asked).exit_code == 0
+    absent = "8 edges carry the answer" if statement[0] != "8" else "7 edges carry the answer"
+    assert invoke("register", other, "--hypothesis", absent, *asked).exit_code == 0
     done = invoke(*run, "--registered", plan, "--registered", other, "--digest", digest)
     assert done.exit_code == 0, done.output
     page = out.read_text()
     assert re.search(f"registered [^ ]*Z as {digest[:8]}", page) and "(exploratory" not in page
     assert "Plan self-dated 20" in page  # the other one: no published digest witnesses its time
-    assert "no result supports it, as no claim says &#x27;&lt;b&gt;edges" in page
+    assert "no result supports it, as no claim says &#x27;" in page
+    assert re.search(f"plans: Plan self-dated 20.*no claim says '{absent}'", done.stdout)
     out.unlink()
     for wrong, told in (
         ("", "64 hexadecimal digits"),
@@ -90,6 +93,34 @@ def test_a_plan_is_registered_held_against_what_is_found_and_never_dropped(model
     done = invoke(*run, "--registered", plan)
     assert done.exit_code == cli.MISSING or done.exit_code == cli.BAD_INPUT
     assert "it was damaged or edited" in done.stderr and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "hypothesis", "near"),
+    [
+        ("circuit", "9 edges carry the anser", "closest: 9 edges carry the answer"),
+        ("circuit", "10 edges carry the answer", "no claim of this run named '10 edges"),
+        ("heads", "L0H0 is a induction head", "closest: L0H0 is an induction head"),
+    ],
+)
+def test_a_plan_that_no_claim_can_state_was_told_in_the_page_after_the_run(
+    command,
+    hypothesis,
+    near,
+    model_path,  # noqa: F811
+    pairs_file,
+    tmp_path,
+    monkeypatch,
+):
+    plan = tmp_path / "plan.json"
+    assert invoke("register", plan, "--hypothesis", hypothesis, "--control", "c", "--n", 2).exit_code == 0
+    runs = []
+    monkeypatch.setattr(HookedTransformer, "_run", lambda self, *args, **kwargs: runs.append(args))
+    out = ["--model", model_path, "--out", tmp_path / "page.html"]
+    size = ["--pairs", pairs_file, "--edges", 9] if command == "circuit" else []
+    done = invoke(command, *size, *out, "--registered", plan)
+    assert done.exit_code == cli.BAD_INPUT and "--registered: no claim of this run" in done.stderr and not runs
+    assert near in done.stderr and not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("command", ["lens", "heads", "circuit"])

@@ -11,14 +11,17 @@ from jaxtyping import TypeCheckError
 from refused import refused
 
 import hooklens as hl
+from hooklens.anatomy.description import describe
 from hooklens.core.arguments import seed_number, seeded, whole
-from hooklens.core.errors import HooklensError
+from hooklens.core.errors import HooklensError, InputError
+from hooklens.data.demo_prompts import demo_pairs
 from hooklens.metrics import logit_diff
 from hooklens.plugins import available
 from hooklens.pretrained.checkpoint import load_checkpoint, save
 from hooklens.results.result import Result
 from hooklens.results.result_file import known_classes
 from hooklens.results.statistics import mean_interval
+from hooklens.studies import study_lens, study_pair
 from hooklens.testing import tiny_model
 
 MODEL = tiny_model()
@@ -166,3 +169,26 @@ def test_whole_takes_numpy_numbers_and_none_of_the_rest():
     for wrong in (True, 1.0, "1", None, -1, torch.tensor(1)):
         with pytest.raises((HooklensError, TypeCheckError), match="k is a whole number of at least 0"):
             whole("k", wrong)
+
+
+def test_a_number_or_nothing_where_a_list_is_taken_was_a_bare_error_or_ignored():
+    model = tiny_model()
+    pairs = demo_pairs(model, 2)
+    scores = hl.circuits.eap(model, pairs)
+    takes = {
+        "sizes": lambda value: hl.circuits.trace_faithfulness(model, scores, pairs, sizes=value),
+        "lengths": lambda value: describe(model, lengths=value),
+        "names": lambda value: study_lens(model, [[1, 2, 3]], names=value),
+        "sites": lambda value: study_pair(model, pairs[:1], sites=value),
+    }
+    alone = {"sizes": 40, "lengths": 3, "names": "a prompt", "sites": "resid_pre"}
+    results = {name: call(alone[name]) for name, call in takes.items()}
+    assert results["sizes"].sizes[-1] <= 40 and results["lengths"].timing.lengths.tolist() == [3]
+    assert results["names"].names == ["a prompt"] and list(results["sites"].sweeps) == ["resid_pre"]
+    for name, call in takes.items():
+        for value in ([], (), {}):
+            with refused(InputError, f"{name} takes a list of at least one value, got"):
+                call(value)
+    for name, value in (("sizes", [1.5]), ("lengths", 0), ("names", ["a", "b"]), ("sites", 5)):
+        with refused(HooklensError, "whole number|one per prompt|a site's name must be"):
+            takes[name](value)

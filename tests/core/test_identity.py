@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hooklens.core.cache import ActivationCache
 from hooklens.core.errors import InputError
 from hooklens.core.fingerprint import identity
 from hooklens.pretrained.tokenizer import tiny_tokenizer
@@ -132,6 +133,17 @@ def test_values_made_twice_have_one_identity():
         return [ring, Data({"x": ring}), model, logging.getLogger("a"), lambda x: model(x) + made.__code__.co_argcount]
 
     assert identity(made()) == identity(made())
+
+
+def test_one_number_out_of_a_column_had_no_identity_and_could_not_be_saved(tmp_path):
+    """It is contiguous with the column's stride, which torch's view as bytes refuses."""
+    one = torch.arange(6.0).view(2, 3)[:1, 1].as_strided((1,), (3,))
+    assert one.is_contiguous() and one.stride() == (3,)
+    assert identity(one) == identity(one.clone(memory_format=torch.contiguous_format))
+    ActivationCache({"blocks.0.hook_resid_pre": one.view(1, 1, 1).as_strided((1, 1, 1), (3, 3, 3))}).save(
+        tmp_path / "c"
+    )
+    assert ActivationCache.load(tmp_path / "c")["resid_pre", 0].item() == 1.0
 
 
 def test_hooks_and_caches_of_a_model_are_passing():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from model.zoo import ZOO, zoo_model
+from packing import needs_packing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooklens.generation import decoder
@@ -14,12 +15,10 @@ from hooklens.model.linear import packed_linears, packing_works
 from hooklens.testing import tiny_model
 
 
-@pytest.fixture(params=["packed", "plain"], autouse=True)
+@pytest.fixture(params=[pytest.param("packed", marks=needs_packing), "plain"], autouse=True)
 def weights(request, monkeypatch):
     """Both kinds of product are tested on every machine, whichever is the faster one there."""
     packed = request.param == "packed"
-    if packed and not packing_works():
-        pytest.skip("this torch or CPU has no packed linear")
     monkeypatch.setattr(linear, "packing_pays", lambda rows: packed)
     return request.param
 

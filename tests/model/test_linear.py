@@ -3,6 +3,7 @@
 import pytest
 import torch
 from close import close
+from packing import needs_packing
 from torch.nn import functional as F
 from zoo import TOKENS, LowRank, wrap_layers, zoo_model
 
@@ -24,8 +25,6 @@ from hooklens.plugins.lens.affine_lens import train_tuned_lens
 from hooklens.plugins.lens.logit_attribution import direct_logit_attribution
 from hooklens.testing import tiny_model
 
-works = pytest.mark.skipif(not packing_works(), reason="this torch or CPU has no packed linear")
-
 
 @pytest.fixture
 def layer():
@@ -42,7 +41,7 @@ def plain(layer, x):
     return F.linear(x, layer.weight, layer.bias)
 
 
-@works
+@needs_packing
 @pytest.mark.parametrize("rows", [1, 7, 256])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_agree(rows, bias):
@@ -54,7 +53,7 @@ def test_products_agree(rows, bias):
         assert close(layer(x.T.contiguous().T), plain(layer, x), ulps=1000)
 
 
-@works
+@needs_packing
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "post"])
 def test_a_whole_model_agrees(kind):
     model = zoo_model(kind)
@@ -66,7 +65,7 @@ def test_a_whole_model_agrees(kind):
         assert close(cache["result", 0], model.run_with_cache(TOKENS, names="result")[1]["result", 0], ulps=1000)
 
 
-@works
+@needs_packing
 def test_a_pack_is_never_stale(layer, x):
     with torch.no_grad(), packed_linears(enabled=True):
         layer(x)
@@ -83,7 +82,7 @@ def test_a_pack_is_never_stale(layer, x):
             assert close(layer(x), plain(layer, x), ulps=1000)
 
 
-@works
+@needs_packing
 def test_a_weight_that_takes_a_freed_ones_address_is_packed_anew(layer, x):
     with torch.no_grad(), packed_linears(enabled=True):
         for scale in range(1, 30):
@@ -93,7 +92,7 @@ def test_a_weight_that_takes_a_freed_ones_address_is_packed_anew(layer, x):
             del weight, got
 
 
-@works
+@needs_packing
 def test_torchs_own_path_runs_where_packing_cannot(layer, x):
     with packed_linears(enabled=True) as scope:
         out = layer(x)
@@ -110,7 +109,7 @@ def test_torchs_own_path_runs_where_packing_cannot(layer, x):
         assert close(layer(x), plain(layer, x), ulps=1000)
 
 
-@works
+@needs_packing
 def test_packs_live_in_the_outermost_scope_and_end_with_it(layer, x):
     with torch.no_grad():
         with packed_linears(enabled=True) as outer:

@@ -1,8 +1,10 @@
 """The parts against formulas: norms, positions, masks, scores, MLPs, both attention paths, configurations."""
 
 import copy
+import inspect
 import json
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +15,7 @@ from zoo import TOKENS, ZOO, LowRank, Peft, wrap_layers, zoo_model
 
 from hooklens.core.errors import HooklensError, InputError, NameNotFound, WrongType
 from hooklens.core.hooks import Handle
+from hooklens.model import config
 from hooklens.model.attention import differentiable_attention
 from hooklens.model.block import Block
 from hooklens.model.config import (
@@ -372,7 +375,7 @@ def test_names_stand_for_parts_and_an_unknown_field_is_refused():
     assert part("position", "none") == NoPositions() and part("mask", None) is None
     assert tiny_model(mask=["causal", "causal"]).cfg.mask == Causal()
     values = tiny_model(biases=Biases(qkv=False)).cfg.to_json()
-    with pytest.raises(NameNotFound, match="no configuration field named 'n_layer'; closest: n_layers"):
+    with pytest.raises(NameNotFound, match="no field of HookedTransformerConfig named 'n_layer'; closest: n_layers"):
         HookedTransformerConfig.from_json(values | {"n_layer": 1})
 
 
@@ -434,7 +437,37 @@ def test_json_that_is_no_configuration_is_refused(values):
         HookedTransformerConfig.from_json(values)
 
 
-@pytest.mark.parametrize("name", ["attn_scale", "attn_scores_soft_cap", "final_norm"])
-def test_replace_says_where_a_transformer_lens_name_went(name):
-    with pytest.raises(NameNotFound, match="is a field of a part here"):
-        tiny_model().cfg.replace(**{name: 1.0})
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("attn_scale", r"is a field of a part here.*Softmax\(scale"),
+        ("attn_scores_soft_cap", r"Softmax\(soft_cap"),
+        ("attn_softcap", r"Softmax\(soft_cap"),
+        ("final_norm", r"PreNorm\(final_norm"),
+        ("rotary_dim", r"Rotary\(dim"),
+        ("n_layer", "no field of HookedTransformerConfig named 'n_layer'; closest: n_layers"),
+    ],
+)
+def test_an_unknown_field_was_a_bare_type_error_of_the_constructor(name, says):
+    sizes = {"n_layers": 1, "d_model": 4, "n_ctx": 4, "n_heads": 1, "d_vocab": 5}
+    for call in (
+        lambda: HookedTransformerConfig(**sizes, **{name: 1.0}),
+        lambda: tiny_model().cfg.replace(**{name: 1}),
+    ):
+        with pytest.raises(NameNotFound, match=says):
+            call()
+
+
+def test_an_unknown_field_of_a_part_was_a_bare_type_error():
+    for kind in (Softmax, Rotary, Biases):
+        with pytest.raises(NameNotFound, match=f"no field of {kind.__name__} named 'soft_cab'"):
+            kind(soft_cab=1.0)
+    assert list(inspect.signature(Softmax).parameters) == ["scale", "soft_cap"]
+
+
+def test_every_field_that_moved_names_one_that_exists():
+    known = inspect.signature(HookedTransformerConfig).parameters
+    for name, given in HookedTransformerConfig.moved.items():
+        assert name not in known and given.partition("=")[0] in known
+        for part_name, field in re.findall(r"(\w+)\((\w+)=", given):
+            assert field in inspect.signature(getattr(config, part_name)).parameters

@@ -362,7 +362,7 @@ def test_what_is_no_model_is_described(tmp_path, folder):
         load("shakespeare")
     with pytest.raises(NameNotFound, match="closest: smollm2-135m-instruct"):
         load("smollm2-135m")
-    with pytest.raises(NameNotFound, match="no dtype named 'float31'; closest: float32"):
+    with pytest.raises(InputError, match="dtype is one of float32, float64, bfloat16, float16; got 'float31'"):
         load(folder, dtype="float31")
 
 

@@ -525,7 +525,7 @@ def test_a_head_asked_for_as_a_receiver_was_said_not_to_exist():
 
 
 def test_the_position_of_a_head_was_dropped_where_heads_have_none():
-    with pytest.raises(InputError, match="L1H0@-1 was asked for as a head; heads are taken at all positions"):
+    with pytest.raises(InputError, match="L1H0@-1 was asked for as a head, taken at all positions here"):
         read_heads(tiny_model(), ["L1H0@-1"])
 
 

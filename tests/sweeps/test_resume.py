@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from model.zoo import wrap_layers, zoo_model
+from packing import needs_packing
 from torch import Tensor, nn
 
 import hooklens as hl
@@ -358,7 +359,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, monkeypatch, site, m
     assert resumed.kernel == whole.kernel == kernel
 
 
-@pytest.mark.skipif(not packing_works(), reason="packed products do not run here")
+@needs_packing
 def test_a_file_remembers_its_kernel(tmp_path, monkeypatch):
     """Whatever the timing at the start of the next process says."""
     from hooklens.model import linear

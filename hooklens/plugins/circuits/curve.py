@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.arguments import several
 from hooklens.core.errors import InputError
 from hooklens.data.prompt_pairs import PromptPairs
 from hooklens.data.prompts import Prompts
@@ -104,7 +105,7 @@ def trace_faithfulness(
     corrupted: Prompts | None = None,
     metric: Any = None,
     *,
-    sizes: Sequence[int] | None = None,
+    sizes: int | Sequence[int] | None = None,
     group: Int[Tensor, "pair"] | None = None,
     draws: int = LEAST_DRAWS,
 ) -> FaithfulnessCurve:
@@ -117,7 +118,9 @@ def trace_faithfulness(
     """
     need_scores(scores, "trace_faithfulness")
     check_draws(draws)
-    wanted = [max(1, round(share * scores.graph.n_edges)) for share in _SHARES] if sizes is None else list(sizes)
+    if sizes is None:
+        sizes = [max(1, round(share * scores.graph.n_edges)) for share in _SHARES]
+    wanted = several("sizes", sizes)
     circuits = {circuit.n_edges: circuit for circuit in map(scores.greedy_edges, sorted(wanted)) if circuit.n_edges}
     if not circuits:
         raise InputError(

@@ -206,8 +206,8 @@ def without(rows: Index, written: dict[str, Tensor], at: Head) -> tuple[Where, H
 
 
 def demo(model: HookedTransformer) -> Mediation:
-    """Two heads on short sequences that repeat; works on any model whose blocks are not post-norm."""
+    """The first and last head on short sequences that repeat; works on any model whose blocks are not post-norm."""
     both = repeated_tokens(model, 8, length=13)
     text, others = both.part(0, 4), both.part(4, 8)
-    heads = [(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)]
-    return measure_mediation(model, text.tokens, text.metric(), heads, value=Mean(others.tokens))
+    heads = dict.fromkeys([(0, 0), (model.cfg.n_layers - 1, model.cfg.n_heads - 1)])
+    return measure_mediation(model, text.tokens, text.metric(), list(heads), value=Mean(others.tokens))

@@ -18,6 +18,7 @@ from hooklens.plugins.heads.copying import values_of
 from hooklens.plugins.heads.head_ranking import PerSequence as PerPair
 from hooklens.plugins.heads.mover_result import Criteria, NameMovers, by_group
 from hooklens.plugins.heads.which import check_model
+from hooklens.plugins.weights.needs import Needs
 from hooklens.results.statistics import group_numbers
 from hooklens.sweeps.measure import Reader
 
@@ -159,14 +160,16 @@ def _unembedded(model: HookedTransformer, x: Float[Tensor, "name head d_model"])
     return logits if bias is None else logits.masked_fill(bias.isneginf(), -torch.inf)
 
 
-def demo(model: HookedTransformer) -> NameMovers:
-    """Eight pairs of token numbers in the form "so A and B, B gave to"; works on any model, without a tokenizer."""
-    wide = max(model.cfg.d_vocab - 4, 1)
+def demo(model: HookedTransformer) -> NameMovers | Needs:
+    """Eight pairs of token numbers in the form "so A and B, B gave to"; needs no tokenizer."""
+    wide = min(model.cfg.d_vocab, model.cfg.d_vocab_out) - 4
+    if wide < 2 or model.cfg.n_ctx < 7:
+        return Needs("6 tokens, two of them names, and 7 positions")
     couples = [(4 + 2 * i % wide, 4 + (2 * i + 1) % wide) for i in range(2)]
     roles = [(a, b, order) for x, y in couples for a, b in ((x, y), (y, x)) for order in ("ABBA", "BABA")]
     firsts = [(a, b) if order == "ABBA" else (b, a) for a, b, order in roles]
     rows = [[[0, p, 1, q, 2, s, 3] for s in (b, a)] for (p, q), (a, b, _) in zip(firsts, roles, strict=True)]
-    tokens = torch.tensor(rows, device=model.device).clamp_max(model.cfg.d_vocab - 1)[..., : model.cfg.n_ctx]
+    tokens = torch.tensor(rows, device=model.device)
     first = torch.tensor([order == "ABBA" for *_, order in roles])
     clean, corrupted = tokens.unbind(1)
     pairs = PromptPairs(

@@ -16,6 +16,7 @@ from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.lens.direct import direct_effects
 from hooklens.plugins.lens.reading import OverPrompts, answered_prompts
+from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import Groups
 
@@ -189,16 +190,6 @@ def direct_logit_attribution(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class NoAttribution(Result):
-    """The reason why a model's logits are not a sum over its components."""
-
-    reason: str
-
-
-def demo(model: HookedTransformer) -> LogitAttribution | NoAttribution:
+def demo(model: HookedTransformer) -> LogitAttribution | Needs:
     """Two short prompts; token numbers where the model has no tokenizer."""
-    why = model.blocks[0].not_a_sum
-    if why is not None:
-        return NoAttribution(f"{why}, so that the stream is not the sum of what its components write")
-    return direct_logit_attribution(model, demo_pairs(model, 2))
+    return lacking(model, tokens=False) or direct_logit_attribution(model, demo_pairs(model, 2))

@@ -24,7 +24,7 @@ from hooklens.plugins.steering.coefficient_result import CoefficientSweep
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steering_edit import Direction, finite_numbers, steer
 from hooklens.plugins.steering.variants import Row, Variants, continuation_loss, repeated, texts_of, unit_controls
-from hooklens.results.result import Result
+from hooklens.plugins.weights.needs import Needs
 from hooklens.results.statistics import group_numbers
 
 
@@ -68,7 +68,7 @@ def sweep_coefficients(
     >>> from hooklens.testing import tiny_model
     >>> from hooklens.metrics import logit_diff
     >>> model = tiny_model(); metric = logit_diff(model, answer=3, wrong_answer=4)
-    >>> few = SweepSettings(controls=4, written=1, new_tokens=3)
+    >>> few = SweepSettings(controls=4, written=1, new_tokens=new_tokens)
     >>> sweep = sweep_coefficients(model, [[1, 2], [5, 6]], model.W_U[:, 3] - model.W_U[:, 4], [0, 4], metric,
     ...                           site=("resid_post", 1), settings=few)
     >>> sweep.effect[0].item(), sweep.effect[1].item() > 0, sweep.random_effect.shape     # draw coefficient
@@ -162,30 +162,18 @@ def _written(
     return texts, losses, torch.tensor([repeated(ids) for ids in texts.new_tokens]).to(losses).view(n, len(rows))
 
 
-@dataclass(frozen=True, eq=False)
-class NoSweep(Result):
-    """The demo's result for a model that cannot generate."""
-
-    needs: str
-
-    def figure(self) -> Any:
-        """An empty figure that says what the model needs."""
-        from hooklens.viz.figures import bars
-
-        return bars(torch.zeros(1), labels=[self.needs], title=f"Needs {self.needs}")
-
-
-def demo(model: HookedTransformer) -> CoefficientSweep | NoSweep:
+def demo(model: HookedTransformer) -> CoefficientSweep | Needs:
     """A random direction after the first block, at three coefficients, and its effect on the logit of token 1."""
     if not model.cfg.causal or model.cfg.d_vocab_out != model.cfg.d_vocab:
-        return NoSweep("a model that can continue text")
-    prompts = demo_texts(model, 4, min(4, model.cfg.n_ctx - 3))
+        return Needs("a model that can continue text")
+    new_tokens = min(3, model.cfg.n_ctx - 1)
+    prompts = demo_texts(model, 4, min(4, model.cfg.n_ctx - new_tokens))
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(model.cfg.d_model, generator=generator, dtype=torch.float64)
 
     def first_logit(logits: Float[Tensor, "pair pos d_vocab"]) -> Float[Tensor, "pair"]:
         return logits[:, -1, 1 % model.cfg.d_vocab_out]
 
-    few = SweepSettings(controls=4, written=1, new_tokens=3)
+    few = SweepSettings(controls=4, written=1, new_tokens=new_tokens)
     coefficients, site = (-1.0, 0.0, 1.0), ("resid_post", 0)
     return sweep_coefficients(model, prompts, direction, coefficients, first_logit, site=site, settings=few)

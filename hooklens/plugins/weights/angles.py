@@ -1,6 +1,6 @@
 """Principal angles between what one component writes and what another reads, compared with random subspaces."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooklens.core.arguments import seeded, whole
+from hooklens.core.component import Component
 from hooklens.core.errors import InputError, did_you_mean
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.weights.components import Part, random_block, readers, stream_width, writers
+from hooklens.plugins.weights.matrices import Asked, need_sum
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import null_p, q_values, quantiles
+from hooklens.sweeps.nodes import read_receivers, read_senders
 
 _DRAWS = 200  # random subspaces: each takes a QR decomposition
 
@@ -60,7 +63,7 @@ class PrincipalAngles(Result):
 
 
 def measure_angles(
-    model: HookedTransformer, writer: str, reader: str, *, draws: int = _DRAWS, seed: int = 0
+    model: HookedTransformer, writer: Asked, reader: Asked, *, draws: int = _DRAWS, seed: int = 0
 ) -> PrincipalAngles:
     """How close are the subspace that `writer` ("L0H1", "MLP2") writes and the one that `reader` ("L3H0.q") reads?
 
@@ -71,19 +74,25 @@ def measure_angles(
     Reference: Bjorck and Golub (1973), "Numerical Methods for Computing Angles Between Linear Subspaces".
     """
     whole("draws", draws, 1)
-    a, b = _basis(writer, "writer", writers(model, True)), _basis(reader, "reader", readers(model, True))
+    need_sum(model)
+    writer, a = _basis(writer, "writer", read_senders(model, writer), writers(model, True))
+    reader, b = _basis(reader, "reader", read_receivers(model, reader), readers(model, True))
     generator, width = seeded(seed), stream_width(model)
     null = [torch.linalg.svdvals(random_block(len(a), len(b), width, generator, a)) for _ in range(draws)]
     return PrincipalAngles(writer, reader, torch.linalg.svdvals(a @ b.mT).clamp_max(1), torch.stack(null))
 
 
-def _basis(name: str, what: str, parts: Iterable[Part]) -> Float[Tensor, "rank d_model"]:
+def _basis(
+    asked: Any, what: str, nodes: Sequence[Component], parts: Iterable[Part]
+) -> tuple[str, Float[Tensor, "rank d_model"]]:
+    """The name and the subspace of the one component asked for."""
     bases = {part.name: part.basis for part in parts}
+    name = nodes[0].name if len(nodes) == 1 else str(asked)
     if name not in bases:
-        raise did_you_mean(what, str(name), bases)
+        raise did_you_mean(what, name, bases)
     if not len(bases[name]):
         raise InputError(f"{name} is 0 everywhere, so it has no subspace")
-    return bases[name]
+    return name, bases[name]
 
 
 def demo(model: HookedTransformer) -> PrincipalAngles | Needs:

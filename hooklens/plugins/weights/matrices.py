@@ -1,12 +1,13 @@
 """A model's matrices as they act on the stream: wrapped layers are multiplied out, norms are folded into the reader."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooklens.core.arguments import whole
+from hooklens.core.component import Component
 from hooklens.core.errors import InputError
 from hooklens.core.precision import widened
 from hooklens.model.config import TokenEmbed
@@ -16,6 +17,9 @@ from hooklens.model.linear import matrix_of
 from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer, need_hooked
 from hooklens.sweeps.naive import not_finite
+from hooklens.sweeps.nodes import of_kinds, read_components, read_heads
+
+Asked = int | str | tuple | Component  # a layer's number, or a component as `read_components` reads it
 
 
 class Heads(NamedTuple):
@@ -115,12 +119,27 @@ def need_sum(model: HookedTransformer) -> None:
     model.blocks[0].need_sum("reading weights against the stream", "measure_spectrum(model) works there")
 
 
-def check_layer(model: HookedTransformer, layer: int, head: int = 0) -> None:
-    """Refuse a layer or head that the model does not have."""
+def read_head(model: HookedTransformer, layer: Asked, head: int | None = None) -> tuple[int, int]:
+    """(layer, head) of one head, given by two numbers or by its name alone.
+
+    >>> from hooklens.testing import tiny_model
+    >>> read_head(tiny_model(), "L1H0"), read_head(tiny_model(), -1, 0)
+    ((1, 0), (1, 0))
+    """
     need_hooked(model, "reading weights")
-    for name, value, n in (("layer", layer, model.cfg.n_layers), ("head", head, model.cfg.n_heads)):
-        if whole(name, value) >= n:
-            raise InputError(f"there is no {name} {value}; this model has {name}s 0 to {n - 1}")
+    asked = layer if head is None else (layer, head)
+    place, *others = read_heads(model, [asked])
+    if others:
+        raise InputError(f"the weights of one head are read, and {asked!r:.80} names {1 + len(others)}")
+    return place
+
+
+def read_mlp(model: HookedTransformer, layer: Asked) -> int:
+    """The layer of one MLP, given by its number or name."""
+    need_hooked(model, "reading weights")
+    asked = ("mlp", layer) if isinstance(layer, Integral) and not isinstance(layer, bool) else layer
+    (mlp,) = of_kinds(read_components(model, asked, "layer of neurons"), "layer of neurons")
+    return mlp.layer
 
 
 def wide(weight: Tensor) -> Tensor:

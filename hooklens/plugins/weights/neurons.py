@@ -14,7 +14,7 @@ from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import progress
 from hooklens.model.ids import as_ids
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.weights.matrices import check_layer, folded_neurons
+from hooklens.plugins.weights.matrices import Asked, folded_neurons, read_mlp
 from hooklens.plugins.weights.needs import Needs, lacking
 from hooklens.plugins.weights.ranked_tokens import Side, TokenLists, list_tokens, listed, mark_null
 from hooklens.plugins.weights.singular_directions import reading_side, writing_side
@@ -85,7 +85,7 @@ class NeuronTokens(Result):
 
 def read_neurons(
     model: HookedTransformer,
-    layer: int,
+    layer: Asked,
     neurons: Sequence[int] | Tensor | None = None,
     *,
     top: int = 8,
@@ -106,7 +106,7 @@ def read_neurons(
     Reference: Geva et al. (2022), "Transformer Feed-Forward Layers Build Predictions by Promoting Concepts in the
     Vocabulary Space", section 3; Gurnee et al. (2024), "Universal Neurons in GPT2 Language Models", section 5.
     """
-    check_layer(model, layer)
+    layer = read_mlp(model, layer)
     block, matrices = model.blocks[layer], folded_neurons(model, layer)
     chosen = _chosen(model, neurons)
     at = chosen.to(matrices.reads.device)

@@ -13,10 +13,12 @@ from hooklens.core.errors import InputError
 from hooklens.model.norms import Passage
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.weights.matrices import (
-    check_layer,
+    Asked,
     embedding_rows,
     folded_heads,
     folded_neurons,
+    read_head,
+    read_mlp,
     unembedding_rows,
 )
 from hooklens.plugins.weights.needs import Needs, lacking
@@ -76,9 +78,11 @@ class SingularDirections(Result):
 
 
 def ov_directions(
-    model: HookedTransformer, layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: Asked, head: int | None = None, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which tokens does a head read from the positions it attends to, and which does it then write?
+
+    The head is `layer` and `head`, or its name alone: `ov_directions(model, "L1H0")`.
 
     W_V W_O, with the weight of the norm before it folded in, is a sum of terms: read u, write v, with the singular
     value as strength. Reading is computed for a stream that contains only one token's embedding, writing as the logits
@@ -92,7 +96,7 @@ def ov_directions(
     Reference: Millidge and Black (2022), "The Singular Value Decompositions of Transformer Weight Matrices are Highly
     Interpretable"; Elhage et al. (2021), OV circuits.
     """
-    check_layer(model, layer, head)
+    layer, head = read_head(model, layer, head)
     block = model.blocks[layer]
     U, S, V = folded_heads(model, layer).OV[head].svd()
     reads = reading_side(model, block.reads_through("attn"), seed=seed)
@@ -101,7 +105,7 @@ def ov_directions(
 
 
 def qk_directions(
-    model: HookedTransformer, layer: int, head: int, *, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: Asked, head: int | None = None, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which tokens attend to which? `queries` are the left side of W_Q W_K^T, `keys` the right side.
 
@@ -115,7 +119,7 @@ def qk_directions(
 
     Reference: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", QK circuits.
     """
-    check_layer(model, layer, head)
+    layer, head = read_head(model, layer, head)
     U, S, V = folded_heads(model, layer).QK[head].svd()
     side = reading_side(model, model.blocks[layer].reads_through("attn"), seed=seed)
     left, right = (side._replace(name="queries"), U), (side._replace(name="keys"), V)
@@ -123,7 +127,7 @@ def qk_directions(
 
 
 def mlp_read_directions(
-    model: HookedTransformer, layer: int, *, gate: bool = False, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: Asked, *, gate: bool = False, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which directions of the stream does an MLP read most strongly? Left singular vectors of W_in, or of W_gate.
 
@@ -134,7 +138,7 @@ def mlp_read_directions(
     >>> mlp_read_directions(tiny_model(), 0, k=2, top=3).right is None
     True
     """
-    check_layer(model, layer)
+    layer = read_mlp(model, layer)
     neurons = folded_neurons(model, layer)
     matrix = neurons.gate if gate else neurons.reads
     if matrix is None:
@@ -146,7 +150,7 @@ def mlp_read_directions(
 
 
 def mlp_write_directions(
-    model: HookedTransformer, layer: int, *, k: int = 10, top: int = 8, seed: int = 0
+    model: HookedTransformer, layer: Asked, *, k: int = 10, top: int = 8, seed: int = 0
 ) -> SingularDirections:
     """Which directions of the stream can an MLP write most strongly? Right singular vectors of W_out.
 
@@ -154,7 +158,7 @@ def mlp_write_directions(
     >>> mlp_write_directions(tiny_model(), 0, k=2, top=3).left is None
     True
     """
-    check_layer(model, layer)
+    layer = read_mlp(model, layer)
     _, S, Vh = torch.linalg.svd(folded_neurons(model, layer).writes, full_matrices=False)
     writes = writing_side(model, model.blocks[layer].writes_through("mlp"), seed=seed)
     return _directions(model, f"{layer_name(layer)} W_out", S, left=None, right=(writes, Vh.mT), size=(k, top))

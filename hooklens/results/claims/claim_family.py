@@ -1,6 +1,6 @@
 """Claims that were tested together: each verdict corrects for the number of claims."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.errors import InputError
+from hooklens.core.errors import InputError, did_you_mean
 from hooklens.results.claims.registration import Registration
 from hooklens.results.claims.single_claim import Claim
 from hooklens.results.result import Result, Table
@@ -106,3 +106,10 @@ def plans_met(claims: ClaimFamily | None, registered: Sequence[Registration]) ->
     met = [plan for plan in registered if plan.hypothesis in statements]
     rest = [plan for plan in registered if plan.hypothesis not in statements]
     return met, [f"Plan {plan.dated}: no result supports it, as no claim says {plan.hypothesis!r}." for plan in rest]
+
+
+def check_plans(registered: Sequence[Registration], statements: Collection[str]) -> None:
+    """Raise for a plan whose hypothesis is none of the statements that a run can make, before the run."""
+    for plan in registered:
+        if plan.hypothesis not in statements:
+            raise did_you_mean("claim of this run", plan.hypothesis, statements)

@@ -65,8 +65,7 @@ BAD = {
     "read_neurons draws": (lambda value: weights.read_neurons(MODEL, 0, [1], draws=value), "draws is a whole number"),
     "read_neurons top": (lambda value: weights.read_neurons(MODEL, 0, [1], top=value), "top is a whole number"),
     "ov_directions k": (lambda value: weights.ov_directions(MODEL, 0, 0, k=value), "k is a whole number"),
-    "ov_directions head": (lambda value: weights.ov_directions(MODEL, 0, value), "head is a whole number"),
-    "mlp_read_directions": (lambda value: weights.mlp_read_directions(MODEL, value), "layer is a whole number"),
+    "ov_directions head": (lambda value: weights.ov_directions(MODEL, 0, value), "no head is called|needs the number"),
     "criteria": (lambda value: heads.Criteria(top_k=value), "top_k is a whole number"),
 }
 

@@ -127,7 +127,7 @@ def test_wrapped_layers_are_attributed_with_what_wraps_them():
 def test_post_norm_and_edits_that_no_part_shows_are_refused():
     with pytest.raises(InputError, match="post-norm"):
         direct_logit_attribution(zoo_model("post"), TOKENS, answer=ANSWER)
-    assert "post-norm" in module.demo(zoo_model("post")).reason
+    assert "post-norm" in module.demo(zoo_model("post")).what
     model = tiny_model()
     with model.hooks(fwd_hooks=[("attn_out", lambda x, hook: 2 * x)]), pytest.raises(InputError, match="do not sum"):
         direct_logit_attribution(model, TOKENS, answer=ANSWER)

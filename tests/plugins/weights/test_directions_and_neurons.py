@@ -3,9 +3,12 @@
 import pytest
 import torch
 from model.zoo import TOKENS, zoo_model
+from refused import refused
 
-from hooklens.core.errors import InputError
+from hooklens.core.component import Component
+from hooklens.core.errors import HooklensError, InputError
 from hooklens.model.config import Biases
+from hooklens.plugins.weights.angles import measure_angles
 from hooklens.plugins.weights.matrices import embedding_rows, folded_heads, folded_neurons, unembedding_rows
 from hooklens.plugins.weights.neurons import read_neurons
 from hooklens.plugins.weights.ranked_tokens import Side, list_tokens, random_vectors
@@ -15,7 +18,7 @@ from hooklens.plugins.weights.singular_directions import (
     ov_directions,
     qk_directions,
 )
-from hooklens.testing import tiny_model
+from hooklens.testing import same, tiny_model
 
 
 def unbiased(name, **changes):
@@ -123,9 +126,9 @@ def test_a_vector_without_tokens_has_flat_lists():
 
 def test_what_cannot_be_listed_is_refused_with_a_reason():
     model = tiny_model()
-    with pytest.raises(InputError, match="there is no layer 2"):
+    with pytest.raises(InputError, match="layer 2 was asked for as a head; there are layers 0 to 1"):
         ov_directions(model, 2, 0)
-    with pytest.raises(InputError, match="there is no head 5"):
+    with pytest.raises(InputError, match="head 5 of layer 0 was asked for"):
         qk_directions(model, 0, 5)
     with pytest.raises(InputError, match="k=99"):
         ov_directions(model, 0, 0, k=99)
@@ -147,3 +150,34 @@ def test_false_discovery_rates_count_the_lists_of_both_sides():
     assert [row[-2:] for row in found.table(None).rows[::2]] == [tuple(pair) for pair in expected.T.tolist()]
     apart = torch.stack([one.q for one in found.lists])
     assert not torch.equal(apart, expected)  # what list by list would have said
+
+
+def test_a_head_by_name_was_a_missing_argument_and_a_negative_layer_was_refused():
+    model = tiny_model()
+    few = {"k": 2, "top": 2}
+    for read in (ov_directions, qk_directions):
+        by_numbers = read(model, 1, 0, **few)
+        for asked in (("L1H0",), ("L-1H0",), (-1, 0), (Component("head", 1, 0),), ((1, 0),)):
+            assert same(read(model, *asked, **few), by_numbers)
+        for asked in (("L0H0", 0), (0,), ("MLP0",), ("L0H0@1",), ("heads",), (1.0, 0), (True, 0), (0, -1), (2, 0)):
+            with refused(InputError, "head"):
+                read(model, *asked, **few)
+    for read in (mlp_read_directions, mlp_write_directions):
+        by_number = read(model, 1, **few)
+        assert same(read(model, "MLP1", **few), by_number) and same(read(model, -1, **few), by_number)
+        for asked in ("L0H0", "L1", 2, -3, None, 1.0, True, "MLP0@1"):
+            with refused(InputError, "layer"):
+                read(model, asked, **few)
+    assert read_neurons(model, "MLP1", [3], top=2).layer == read_neurons(model, -1, [3], top=2).layer == 1
+
+
+def test_a_component_that_exists_was_no_writer():
+    model = tiny_model()
+    by_name = measure_angles(model, "L0H1", "L1H0.q", draws=3)
+    pairs = ((0, 1), ("q", 1, 0)), ("L-2H1", "L-1H0.q"), (Component("head", 0, 1), Component("q", 1, 0))
+    for writer, reader in pairs:
+        assert same(measure_angles(model, writer, reader, draws=3), by_name)
+    refused_pairs = ("embed", "MLP1"), ("heads", "MLP1"), ("L0H0@1", "MLP1"), ("MLP0", "final"), ("MLP0", "L1H0")
+    for writer, reader in refused_pairs:
+        with refused(HooklensError, "writer|reader|receiver"):
+            measure_angles(model, writer, reader)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from model.zoo import ZOO, zoo_model
 
-from hooklens.core.errors import InputError, NameNotFound
+from hooklens.core.errors import InputError
 from hooklens.plugins.weights.angles import measure_angles
 from hooklens.plugins.weights.components import random_block
 from hooklens.plugins.weights.matrices import folded_heads, folded_neurons
@@ -140,9 +140,9 @@ def test_every_family_is_read_or_refused_with_a_reason():
             assert measure_overlap(zoo_model(name), draws=2).composition.shape[0] > 0
     with pytest.raises(InputError, match="at least 2"):
         measure_overlap(tiny_model(), draws=1)
-    with pytest.raises(NameNotFound, match="L0H0"):
+    with pytest.raises(InputError, match="there are heads 0 to 1"):
         measure_angles(tiny_model(), "L0H9", "L1H0.q")
-    with pytest.raises(NameNotFound, match=r"L1H0\.q"):
+    with pytest.raises(InputError, match=r"L1H0\.q"):
         measure_angles(tiny_model(), "L0H0", "L1H0q")
     with pytest.raises(InputError, match="is 0 everywhere"):
         measure_angles(induction_model(), "L0H1", "L1H1.k")
