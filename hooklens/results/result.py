@@ -5,7 +5,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
@@ -78,7 +78,7 @@ class Result(Kept):
     def headline(self) -> str:
         """One line of context for the table: the baselines, then the other numbers and words."""
         line = ""
-        for name in (*self.baselines, *(field.name for field in fields(self) if field.repr)):
+        for name in (*self.baselines, *(field.name for field in _in_order(self) if field.repr)):
             value = getattr(self, name)
             if isinstance(value, bool | str | Real) and value != "":
                 longer = f"{line}{', ' if line else ''}{name} {summary(value)}"
@@ -86,12 +86,12 @@ class Result(Kept):
         return line
 
     def _in_one_line(self) -> str:
-        shown = (f"{field.name}={summary(getattr(self, field.name))}" for field in fields(self) if field.repr)
+        shown = (f"{field.name}={summary(getattr(self, field.name))}" for field in _in_order(self) if field.repr)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def table(self, n: int | None = None) -> Table:
         """The result as a table of at most `n` rows; by default one row per field."""
-        return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in fields(self)]).head(n)
+        return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in _in_order(self)]).head(n)
 
     def top(self, k: int = 10) -> Table:
         """The `k` rows that matter most: the first rows of a ranked table. Other tables raise an error."""
@@ -147,6 +147,11 @@ class Result(Kept):
                 f"use {type(result).__name__}.load or Result.load"
             )
         return result
+
+
+def _in_order(result: Result) -> list[Field]:
+    """The fields as the constructor takes them: those taken by keyword, such as those of `RunAccount`, last."""
+    return sorted(fields(result), key=lambda field: bool(field.kw_only))
 
 
 def _counting(method: Callable[..., Any]) -> Callable[..., Any]:

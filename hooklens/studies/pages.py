@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from hooklens.core.component import head_name
 from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer
 from hooklens.plugins.patching.activation import PatchSweep
 from hooklens.plugins.patching.grid import STRONGEST
+from hooklens.results.account import RunAccount
 from hooklens.results.claims import ClaimFamily, Registration, plans_met
 from hooklens.results.result import Table
 from hooklens.studies.result_claims import LEAST_GROUPS
@@ -298,21 +297,7 @@ def _how(report: "Report", study: "IOIStudy") -> None:
         report.table(pairs.table(8))
 
 
-_PRODUCTS = {"linear": "torch's own products", "packed": "weights packed for this CPU"}
-
-
 def _exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
-    errors = torch.tensor([sweep.largest_error for sweep in sweeps])
-    known = errors[errors.isfinite()]
-    largest = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
-    checked = sum(sweep.n_verified for sweep in sweeps)
     work = ", ".join(f"{sweep.site} by {' x '.join(sweep.by)} {sweep.computed:.0%}" for sweep in sweeps)
-    kernels = " and ".join(_PRODUCTS[name] for name in sorted({sweep.kernel for sweep in sweeps}) if name in _PRODUCTS)
-    products = (
-        f" Linear layers were multiplied with {kernels}. The other kernel gives other last digits, and each process "
-        "measures which is faster; in Python, hl.engine(kernel=...) fixes the choice."
-    )
-    return report.text(
-        f"Every patch is exact. {checked} were run again as plain hooked forward passes{largest}. The work done, as a "
-        f"share of that plain loop: {work}.{products if kernels else ''}"
-    )
+    checked = RunAccount.joined(sweeps).exactness
+    return report.text(f"Every patch is exact. {checked} The work done, as a share of the plain loop: {work}.")

@@ -19,6 +19,7 @@ from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
@@ -34,7 +35,7 @@ KEPT = ["attn_scores", "v"]
 
 
 @dataclass(frozen=True, eq=False)
-class Knockout(Result):
+class Knockout(RunAccount, Result):
     """The decrease of the metric when each head cannot attend to the marked keys (above 0: this attention helps).
 
     `fall` is the metric of the untouched run minus that of the edited run, sequence by sequence.
@@ -46,7 +47,6 @@ class Knockout(Result):
     kind: str
     fall: Float[Tensor, "sequence chosen"]
     base_per_sequence: Float[Tensor, "sequence"]
-    largest_error: float
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "chosen"], Float[Tensor, "chosen"]]:
         """The interval of the mean decrease, from a bootstrap over sequences."""
@@ -147,7 +147,7 @@ def knockout_after(
         kind=kind,
         fall=(outcome.base - outcome.values).T,
         base_per_sequence=outcome.base,
-        largest_error=outcome.largest_error,
+        **outcome.account,
     )
 
 

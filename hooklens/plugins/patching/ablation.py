@@ -17,7 +17,8 @@ from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.grid import OnGrid, labels_of, patch_name, read_patches
-from hooklens.plugins.patching.two_runs import joined, max_error
+from hooklens.plugins.patching.two_runs import joined
+from hooklens.results.account import RunAccount
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
@@ -32,7 +33,7 @@ _MOST_FLIPS = 40_000
 
 
 @dataclass(frozen=True, eq=False)
-class AblationSweep(OnGrid, Result):
+class AblationSweep(RunAccount, OnGrid, Result):
     """The metric after every ablation of a grid, prompt by prompt, beside the metric of the unedited model.
 
     `replacement` is what was written. `by_draw` is the mean effect of each draw of other prompts (one row where nothing
@@ -50,11 +51,6 @@ class AblationSweep(OnGrid, Result):
     by: tuple[str, ...]
     replacement: str
     labels: dict[str, list[str]]
-    computed: float
-    largest_error: float
-    n_verified: int
-    how: str
-    kernel: str = ""
 
     @property
     def base(self) -> float:
@@ -176,11 +172,6 @@ def ablate(
         axes, labels = ("patch",), {"patch": [patch_name(patch) for patch in asked]}
     base, values = draws[0].base, torch.stack([draw.values.T for draw in draws])
     shape = [len(labels[axis]) for axis in axes]
-    account = draws[0].account | {
-        "computed": sum(draw.computed for draw in draws) / len(draws),
-        "largest_error": max_error(draws),
-        "n_verified": sum(draw.n_verified for draw in draws),
-    }
     return AblationSweep(
         per_prompt=values.mean(0).view(-1, *shape),
         base_per_prompt=base,
@@ -190,7 +181,7 @@ def ablate(
         by=axes,
         replacement=str(replacement),
         labels=labels,
-        **account,
+        **RunAccount.joined(draws).account,
     )
 
 

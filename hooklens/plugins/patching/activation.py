@@ -18,6 +18,7 @@ from hooklens.metrics import ReadingMetric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import STRONGEST, OnGrid, labels_of
 from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends
 from hooklens.sweeps.execution import execute
@@ -28,7 +29,7 @@ from hooklens.sweeps.site_patches import SitePatches
 
 
 @dataclass(frozen=True, eq=False)
-class PatchSweep(OnGrid, TwoRuns, Result):
+class PatchSweep(RunAccount, OnGrid, TwoRuns, Result):
     """The metric after every patch of a grid, beside the metric of the two runs that are needed to read it."""
 
     ranked_by = "change of the metric"
@@ -41,11 +42,6 @@ class PatchSweep(OnGrid, TwoRuns, Result):
     into: str
     replacement: str
     labels: dict[str, list[str]]
-    computed: float
-    largest_error: float
-    n_verified: int
-    how: str
-    kernel: str = ""
 
     @property
     def values(self) -> Float[Tensor, "*grid"]:

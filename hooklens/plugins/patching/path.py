@@ -16,6 +16,7 @@ from hooklens.data.prompts import Prompts, check_prompts_differ, read_aligned
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
 from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends, Groups, group_numbers, halves, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
@@ -50,7 +51,7 @@ class Fixed:
 
 
 @dataclass(frozen=True, eq=False)
-class PathSweep(TwoRuns, Result):
+class PathSweep(RunAccount, TwoRuns, Result):
     """The metric after each sender was patched into the receivers, beside that of the clean and the corrupted run.
 
     `semantics` says what the receivers read: see `path_patch` and `Fixed`. `place` is each sender's layer and head (-1:
@@ -71,11 +72,6 @@ class PathSweep(TwoRuns, Result):
     reaches: Bool[Tensor, "sender"]
     shape: tuple[int, int]  # layers, heads
     group: Int[Tensor, "pair"]
-    computed: float
-    largest_error: float
-    n_verified: int
-    how: str
-    kernel: str = ""
 
     @property
     def values(self) -> Float[Tensor, "sender"]:

@@ -13,6 +13,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import in_order
+from hooklens.results.account import RunAccount
 from hooklens.results.statistics import DRAWS, Ends, Groups, mean_interval, ratio_interval
 from hooklens.sweeps.execution import Outcome
 from hooklens.sweeps.naive import first_nonfinite, not_finite
@@ -101,22 +102,14 @@ def with_other(model: HookedTransformer, outcome: Outcome, group: Pairs, name: s
 
 def joined(groups: Sequence[Pairs], parts: Sequence[Outcome]) -> Outcome:
     """The sweeps of the pairs of each length as one, the pairs in the order in which they were given."""
-    sizes = [len(group.index) for group in groups]
     others = [part.other for part in parts if part.other is not None]
     return replace(
         parts[0],
         values=in_order(groups, [part.values.T for part in parts]).T,
         base=in_order(groups, [part.base for part in parts]),
-        computed=sum(part.computed * n for part, n in zip(parts, sizes, strict=True)) / sum(sizes),
-        largest_error=max_error(parts),
-        n_verified=sum(part.n_verified for part in parts),
         other=in_order(groups, others) if others else None,
+        **RunAccount.joined(parts, [len(group.index) for group in groups]).account,
     )
-
-
-def max_error(parts: Sequence[Outcome]) -> float:
-    """The largest error of several sweeps; NaN if one of them is."""
-    return float(torch.tensor([part.largest_error for part in parts]).max())
 
 
 def ends_of(outcome: Outcome, into: str) -> dict[str, Any]:

@@ -279,8 +279,9 @@ def made(effects) -> AblationSweep:
     """A sweep by layer with these effects."""
     n, cells = effects.shape
     labels = {"layer": [f"L{i}" for i in range(cells)]}
-    rest = (torch.arange(n), "mlp_out", ("layer",), "zero", labels, 1.0, 0.0, 1, "engine")
-    return AblationSweep(effects, torch.zeros(n), effects.mean(0)[None], *rest)
+    rest = (torch.arange(n), "mlp_out", ("layer",), "zero", labels)
+    account = {"computed": 1.0, "largest_error": 0.0, "n_verified": 1, "how": "engine"}
+    return AblationSweep(effects, torch.zeros(n), effects.mean(0)[None], *rest, **account)
 
 
 # -- side by side
