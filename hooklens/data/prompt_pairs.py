@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType, did_you_mean
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
-from hooklens.metrics import Answers, ReadingMetric, logit_diff
+from hooklens.metrics import Answers, ReadingMetric, logit_diff, need_metric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result
 from hooklens.results.statistics import halves
@@ -52,11 +52,8 @@ class PromptPairs(Result):
             )
         if (self.answer is None) != (self.wrong_answer is None):
             raise ArgumentError("{answer} and {wrong_answer} are given together, and one of them is missing")
-        if self.metric is not None and not callable(self.metric):
-            raise WrongType(
-                "a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got "
-                f"{self.metric!r:.60}"
-            )
+        if self.metric is not None:
+            need_metric(self.metric)
         n = len(clean)
         if not isinstance(self.columns, Mapping):
             raise WrongType(f"columns is a dict of names and lists with one value per pair, got {self.columns!r:.80}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
-from hooklens.metrics import ReadingMetric, Reads
+from hooklens.metrics import ReadingMetric, Reads, need_metric
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import is_plain
 from hooklens.model.transformer import HookedTransformer
@@ -35,9 +35,7 @@ class Reader:
         *,
         whole: bool | None = None,
     ):
-        if not callable(metric):
-            raise WrongType(f"a metric is a function of logits [pair pos d_vocab], got {metric!r}")
-        self.model, self.metric, self.stream = model, metric, stream
+        self.model, self.metric, self.stream = model, need_metric(metric), stream
         self.n_pairs, self.n_pos = stream.shape[:2]
         self.every = torch.arange(self.n_pairs, device=stream.device)
         self.dtype = torch.promote_types(stream.dtype, torch.float32)  # of values: means over pairs are taken of them

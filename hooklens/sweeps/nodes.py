@@ -23,7 +23,6 @@ _TAKES = {
         'receivers read from the residual stream: "L9H6.q" (or .k, .v), "MLP9", "final"',
     ),
     "head": (("head",), 'heads are written (9, 6) or "L9H6"'),
-    "patch": (("head", "neuron", "layer"), 'patches are written "L9H6", "L2N17", "L5" or, at one position, "L9H6@-1"'),
 }
 
 Sender = Component  # at the beginning of a path: it writes to the stream

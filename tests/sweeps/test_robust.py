@@ -232,7 +232,7 @@ def test_the_check_shows_an_engine_that_is_wrong(model, monkeypatch):
 
     right = module.entering
     monkeypatch.setattr(module, "entering", lambda *args: _moved(right(*args)))
-    with pytest.raises(CheckFailed, match=r"z at layer \d, head \d differs by .* from a plain hooked run"):
+    with pytest.raises(CheckFailed, match=r"z at L\dH\d differs by .* from a plain hooked run"):
         hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="z")
     with hl.engine(verify=0):
         assert hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="z").n_verified == 0

@@ -13,6 +13,7 @@ from hooklens.core.component import head_name
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
+from hooklens.metrics import need_metric
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table
@@ -100,6 +101,7 @@ def knock_out_keys(
     Reference: Geva et al. (2023), "Dissecting Recall of Factual Associations", section 4 (attention knockout).
     """
     check_model(model, "knock_out_keys")
+    need_metric(metric)
     tokens, chosen = one_length(model, tokens), read_heads(model, heads)
     keeps = all_but(_mask(tokens, kind, mask), model)
     untouched = captured(model, tokens, KEPT)[1]

@@ -16,14 +16,14 @@ from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.grid import OnGrid, labels_of, patch_name, read_patches
+from hooklens.plugins.patching.grid import OnGrid, labels_of, read_patches
 from hooklens.plugins.patching.two_runs import joined
 from hooklens.results.account import RunAccount
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
-from hooklens.sweeps.planning import Patch, grid_axes, has_site, plan, points_of, site_kind
+from hooklens.sweeps.planning import Patch, component_of, grid_axes, has_site, plan, points_of, site_kind
 from hooklens.sweeps.replacement import Resample, Value, as_replacement, targets_of
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
@@ -154,7 +154,7 @@ def ablate(
     "Causal scrubbing" (resampling).
     """
     site, replacement = has_site(model, site_kind(site)), as_replacement(value)
-    axes, asked = grid_axes(site, by), None if patches is None else read_patches(model, patches)
+    axes, asked = grid_axes(site, by), None if patches is None else read_patches(model, site, patches)
     pairs = as_pairs(model, prompts, metric=metric, group=group)
     groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, asked))
     check_metric(pairs.metric, groups)
@@ -169,7 +169,7 @@ def ablate(
     if asked is None:
         labels = labels_of(model, site, axes, groups[0])
     else:
-        axes, labels = ("patch",), {"patch": [patch_name(patch) for patch in asked]}
+        axes, labels = ("patch",), {"patch": [component_of(model, site, patch).name for patch in asked]}
     base, values = draws[0].base, torch.stack([draw.values.T for draw in draws])
     shape = [len(labels[axis]) for axis in axes]
     return AblationSweep(

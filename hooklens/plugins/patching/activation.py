@@ -8,13 +8,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.component import layer_name
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
-from hooklens.metrics import ReadingMetric
+from hooklens.metrics import ReadingMetric, need_metric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import STRONGEST, OnGrid, labels_of
 from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, share_ends, share_of, with_other
@@ -142,7 +141,7 @@ def patch(
             parts.append(with_other(model, outcome, group, from_run))
     outcome, labels = joined(groups, parts), labels_of(model, site, axes, groups[0])
     if layer is not None:
-        labels["layer"] = [layer_name(layer)]
+        labels["layer"] = [labels["layer"][layer]]
     return PatchSweep(
         per_pair=outcome.values.T.reshape(len(pairs), *(len(labels[axis]) for axis in axes)),
         site=site,
@@ -156,10 +155,8 @@ def patch(
 
 
 def check_metric(metric: Any, groups: list[Pairs]) -> None:
-    if not callable(metric) or isinstance(metric, type):
-        raise WrongType(
-            f"a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got {metric!r}"
-        )
+    """Raise unless this is a metric of all pairs of these groups."""
+    need_metric(metric)
     if len(groups) == 1:
         return
     if not isinstance(metric, ReadingMetric):
