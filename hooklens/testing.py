@@ -426,9 +426,12 @@ def _misnamed(result: Result) -> Iterator[str]:
     if "p" in read and "q" not in read and not isinstance(getattr(result, "p", None), float | None):
         yield "p holds several tests and there is no q; make it a property: q_values(self.p)"
     if "top" in methods:
-        code = inspect.unwrap(methods["top"]).__code__
-        if code.co_names == ("table",) and {None, methods["top"].__doc__}.issuperset(code.co_consts):
-            yield "top(k) only repeats table(k); say ranked_by = '...' and leave it out"
+        yield (
+            "it defines top(k), which every result inherits; say ranked_by = '...', with a `ranking` where the table "
+            "has another order, and call what ranks something else top_heads(k), top_tokens(k), ..."
+        )
+    elif cls.ranked_by:
+        yield from _misranked(result)
     for name in sorted(read):
         other = _BASELINES.get(name.partition("_per_")[0])
         if other is not None and isinstance(getattr(result, name), float | Tensor):
@@ -443,6 +446,20 @@ def _misnamed(result: Result) -> Iterator[str]:
     columns = [column for column in result.table().columns if any(word in column for word in _CONTROLS)]
     if unexplained := [column for column in columns if column not in result.terms]:
         yield f"the table has a control that its `terms` do not explain: {', '.join(unexplained)}"
+
+
+def _misranked(result: Result) -> Iterator[str]:
+    """Whether `top(k)` is `k` rows of the table, in the order that the class declares."""
+    rows, ranking = [str(row) for row in result.table(None).rows], result.ranking
+    if ranking is not None and ranking.shape != (len(rows),):
+        yield f"ranking has the shape {list(ranking.shape)}, and table(None) {len(rows)} rows; it is a number for each"
+        return
+    order: list[int] = list(range(len(rows)))
+    if ranking is not None:
+        order = [i for i in ranking.argsort(descending=True, stable=True).tolist() if not ranking[i].isnan()]
+    for k in (1, 2, len(rows)):
+        if [str(row) for row in result.top(k).rows] != [rows[i] for i in order[:k]]:
+            yield f"top({k}) is not the first rows of table(None) by its ranking, or in the table's own order"
 
 
 def _is_property(attribute: Any) -> bool:

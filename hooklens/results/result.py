@@ -51,8 +51,10 @@ class Result(Kept):
     """
 
     terms: ClassVar[Mapping[str, str]] = {}
-    #: The quantity by which the rows of the table are ranked, the largest first: `top(k)` is then `table(k)`.
+    #: The quantity by which `top(k)` ranks the rows of the table, the largest first. The table has that order itself,
+    #: or the class has a `ranking`: a property with a number for every row of `table(None)`, NaN for rows without rank.
     ranked_by: ClassVar[str] = ""
+    ranking: ClassVar[Any] = None
     #: Fields and properties that are needed to read the table; the headline begins with them.
     baselines: ClassVar[tuple[str, ...]] = ()
 
@@ -94,10 +96,16 @@ class Result(Kept):
         return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in _in_order(self)]).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` rows that matter most: the first rows of a ranked table. Other tables raise an error."""
+        """The `k` rows of the table that matter most, by what `ranked_by` says. Other tables raise an error."""
         if not self.ranked_by:
-            raise WrongType(f"a {type(self).__name__} has no top(k): nothing in it is ranked; use table()")
-        return self.table(whole("k", k))
+            kind, others = type(self).__name__, [name for name in dir(type(self)) if name.startswith("top_")]
+            use = " or ".join(f"{name}()" for name in ("table", *others))
+            raise WrongType(f"a {kind} has no top(k): nothing in its table is ranked; use {use}")
+        k, ranking = whole("k", k), self.ranking
+        if ranking is None:
+            return self.table(k)
+        table, order = self.table(None), ranking.argsort(descending=True, stable=True).tolist()
+        return Table(table.columns, [table.rows[i] for i in order if not ranking[i].isnan()]).head(k)
 
     def figure(self) -> Any:  # a plotly Figure, which only viz may import
         """The result as a Plotly figure. Defined only for results that have one."""

@@ -106,7 +106,7 @@ class CausalCheck(Result):
                 rows.append((f"  random, {null}", draws.mean(), *middle(draws), None, None))
         return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
+    def top_prompts(self, k: int = 10) -> Table:
         """The `k` prompts with the largest decrease under ablation; the choice uses the measured effects."""
         order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
         rows = [(i, self.classes[int(self.label[i])], self.told[i], *self.fall[:, i]) for i in order]

@@ -39,6 +39,7 @@ class HeldOutEffects(Result):
     if all were chosen. p and q values refer to the reported half, q over all reported components and kinds.
     """
 
+    ranked_by = "effect where chosen"
     terms = INTERVAL_TERMS | {
         "q": "the false discovery rate over the rows of this table (Benjamini-Hochberg)",
         "where chosen": "the effect on the prompts that chose the component; biased upwards for this reason",
@@ -173,10 +174,6 @@ class HeldOutEffects(Result):
             for j, kind in enumerate(self.kinds)
         ]
         return Table(columns, rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The first `k` chosen components."""
-        return self.table(k * len(self.kinds))
 
     def figure(self) -> Any:
         """The effects on the half that did not choose, with intervals."""
