@@ -38,6 +38,12 @@ def need_metric(metric: Any) -> Any:
     return metric
 
 
+def need_pairs(made_for: int, n: int) -> None:
+    """Raise unless a metric made for so many pairs can score `n`."""
+    if made_for not in (1, n):
+        raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
+
+
 class Reads(NamedTuple):
     """The inputs of a metric: positions `[pair read]` (negative: from the end), tokens `[pair token]` or None for all.
 

@@ -269,7 +269,7 @@ BROKEN = {
     ),
     "a table in two orders": (
         "conventions",
-        r"top\(1\) is not the first rows of table\(None\)",
+        r"top\(1\) is not the first row of table\(None\)",
         having("ranked_by = 'sum'", "def table(self, n=None):", "    return Table(('sum',), [(2,), (1,)][-(n or 2):])")
         | {"def sums(": "from hooklens import Table\n\ndef sums("},
     ),

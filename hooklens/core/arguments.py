@@ -89,14 +89,7 @@ def path_of(value: Any, name: str = "path") -> Path:
 
 
 def check_call(name: str, function: Any, *arguments: str) -> None:
-    """Raise unless a function can be called with these arguments, in this order.
-
-    >>> check_call("metric", lambda logits, k: logits[k], "logits")
-    Traceback (most recent call last):
-    ...
-    hooklens.core.errors.ArgumentError: metric is called as f(logits), and <lambda>(logits, k) was given: missing a \
-required argument: 'k'; give a function of (logits), such as one that functools.partial makes
-    """
+    """Raise unless a function can be called with arguments of these names, in this order."""
     bound = inspect.isroutine(function) or isinstance(function, partial)
     try:  # of an object's method: inspect takes the first argument of one that is static for self
         signature = inspect.signature(function if bound else function.__call__)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType, did_you_mean
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
-from hooklens.metrics import Answers, ReadingMetric, logit_diff, need_metric
+from hooklens.metrics import Answers, ReadingMetric, logit_diff, need_metric, need_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result
 from hooklens.results.statistics import halves
@@ -85,11 +85,7 @@ class PromptPairs(Result):
         metric = self.metric
         if not isinstance(metric, ReadingMetric) or len(metric.reads.pos) == 1:
             return metric
-        if len(metric.reads.pos) != len(self):
-            raise InputError(
-                f"the metric was made for {len(metric.reads.pos)} pairs, and there are {len(self)}; give as many "
-                "answers as prompts, or one for all"
-            )
+        need_pairs(len(metric.reads.pos), len(self))
         return metric.pairs(torch.tensor(rows, dtype=torch.long))
 
     def split(self, *, seed: int = 0) -> tuple["PromptPairs", "PromptPairs"]:

@@ -26,13 +26,7 @@ class RunAccount:
 
     @classmethod
     def joined(cls, parts: "Sequence[RunAccount]", sizes: Sequence[int] | None = None) -> "RunAccount":
-        """The account of several runs; `computed` is their mean, weighted by `sizes`.
-
-        >>> runs = [RunAccount(computed=c, largest_error=e, n_verified=n, how="engine") for c, e, n in
-        ...         ((0.5, 1e-7, 2), (0.25, float("nan"), 0))]
-        >>> RunAccount.joined(runs)
-        RunAccount(computed=0.375, largest_error=1e-07, n_verified=2, how='engine', kernel='')
-        """
+        """The account of several runs; `computed` is their mean, weighted by `sizes`."""
         sizes = [1] * len(parts) if sizes is None else sizes
         errors = [part.largest_error for part in parts if part.n_verified] or [part.largest_error for part in parts]
         return RunAccount(

@@ -22,6 +22,7 @@ from hooklens.plugins.circuits.edge_patches import EdgePatches
 from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.node_runs import ablated_runs, refuse
 from hooklens.plugins.circuits.runner import EdgeRunner, Kept, in_play, sources_of
+from hooklens.plugins.patching.activation import check_metric
 from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execution import run
@@ -256,11 +257,7 @@ def aligned_pairs(model: HookedTransformer, pairs: PromptPairs, replacement: Rep
     if pairs.corrupted is None and is_run(replacement, "corrupted"):
         raise InputError("value='corrupted' needs corrupted prompts; value='zero', for example, does without")
     groups = read_aligned(model, pairs.clean, pairs.clean if pairs.corrupted is None else pairs.corrupted)
-    if len(groups) > 1 and not isinstance(pairs.metric, ReadingMetric):
-        raise InputError(
-            f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
-            "tensor; use a built-in metric, or prompts of one length"
-        )
+    check_metric(pairs.metric, groups)
     return groups
 
 

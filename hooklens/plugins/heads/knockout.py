@@ -22,7 +22,7 @@ from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.results.statistics import Tested, mean_interval, sign_flip_p
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import Patch, plan
@@ -36,7 +36,7 @@ KEPT = ["attn_scores", "v"]
 
 
 @dataclass(frozen=True, eq=False)
-class Knockout(RunAccount, Result):
+class Knockout(RunAccount, Tested, Result):
     """The decrease of the metric when each head cannot attend to the marked keys (above 0: this attention helps).
 
     `fall` is the metric of the untouched run minus that of the edited run, sequence by sequence.
@@ -57,11 +57,6 @@ class Knockout(RunAccount, Result):
     def p(self) -> Float[Tensor, "chosen"]:
         """Two-sided p-value of "no decrease", from sign flips of whole sequences."""
         return sign_flip_p(self.fall)
-
-    @property
-    def q(self) -> Float[Tensor, "chosen"]:
-        """Benjamini-Hochberg over the heads."""
-        return q_values(self.p)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head, the largest mean change first."""

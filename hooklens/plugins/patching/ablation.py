@@ -21,7 +21,7 @@ from hooklens.plugins.patching.two_runs import joined
 from hooklens.results.account import RunAccount
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
+from hooklens.results.statistics import DRAWS, Tested, group_numbers, mean_interval, sign_flip_p
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import Patch, component_of, grid_axes, has_site, plan, points_of, site_kind
 from hooklens.sweeps.replacement import Resample, Value, as_replacement, targets_of
@@ -33,7 +33,7 @@ _MOST_FLIPS = 40_000
 
 
 @dataclass(frozen=True, eq=False)
-class AblationSweep(RunAccount, OnGrid, Result):
+class AblationSweep(RunAccount, OnGrid, Tested, Result):
     """The metric after every ablation of a grid, prompt by prompt, beside the metric of the unedited model.
 
     `replacement` is what was written. `by_draw` is the mean effect of each draw of other prompts (one row where nothing
@@ -80,11 +80,6 @@ class AblationSweep(RunAccount, OnGrid, Result):
     def p(self) -> Grid:
         """Two-sided p-value of "no effect", from flipping signs of groups; exactly 1 where nothing moved."""
         return sign_flip_p(self.effect_per_prompt, group=self.group, draws=self._flips)
-
-    @cached_property
-    def q(self) -> Grid:
-        """Benjamini-Hochberg q-values over the grid: the false discovery rate at which a cell would be called."""
-        return q_values(self.p)
 
     @property
     def least_q(self) -> float:

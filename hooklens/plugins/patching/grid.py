@@ -32,8 +32,9 @@ class OnGrid:
     effect: Any  # a tensor [*grid]
 
     def order(self) -> list[tuple[int, ...]]:
-        """Every grid index, the largest effect first, whatever its sign."""
-        return largest_first(self.effect)
+        """Every grid index, the largest effect first, whatever its sign; NaN last."""
+        flat = self.effect.flatten().abs().nan_to_num(-1).argsort(descending=True, stable=True)
+        return [tuple(int(i) for i in torch.unravel_index(index, self.effect.shape)) for index in flat]
 
     def name_of(self, index: Sequence[int]) -> str:
         """The name of a grid index: L5H1, L3 ' Mary' (4), L2N17."""
@@ -137,16 +138,6 @@ def _patch_of(model: HookedTransformer, site: str, node: Component) -> Patch:
     if node.kind == "head" and head is not None:  # at k and v: the key/value head that it reads
         head = head * sizes_of(model, site, 0)["head"] // model.cfg.n_heads
     return Patch(node.layer, node.pos, head, node.neuron)
-
-
-def largest_first(values: Float[Tensor, "*grid"]) -> list[tuple[int, ...]]:
-    """Every grid index, the largest value first, whatever its sign; NaN last.
-
-    >>> largest_first(torch.tensor([[1.0, -3.0]]))
-    [(0, 1), (0, 0)]
-    """
-    flat = values.flatten().abs().nan_to_num(-1).argsort(descending=True, stable=True)
-    return [tuple(int(i) for i in torch.unravel_index(index, values.shape)) for index in flat]
 
 
 def draw_agreement(

@@ -48,6 +48,39 @@ class TwoRuns:
         return excludes_zero(self.gap, getattr(self, "group", None))
 
 
+class Swept(TwoRuns):
+    """What sweeps between two runs share, of which `into` says which was patched."""
+
+    into: str
+    per_pair: Float[Tensor, "pair *cell"]
+
+    @property
+    def values(self) -> Float[Tensor, "*cell"]:
+        """The metric after each patch, mean over pairs."""
+        return self.per_pair.mean(0)
+
+    @property
+    def moved(self) -> Float[Tensor, "pair *cell"]:
+        """How far each patch moved the metric of each pair, from the run that was patched."""
+        return self._from(self.corrupted_per_pair if self.into == "corrupted" else self.clean_per_pair)
+
+    @property
+    def effect(self) -> Float[Tensor, "*cell"]:
+        """How far each patch moved the metric, mean over pairs."""
+        return self.moved.mean(0)
+
+    @property
+    def recovered(self) -> Float[Tensor, "*cell"]:
+        """(value - corrupted) / (clean - corrupted), each a mean over pairs: 0 as corrupted, 1 as clean.
+
+        NaN everywhere where clean and corrupted do not differ, or differ by no more than chance over pairs.
+        """
+        return share_of(self._from(self.corrupted_per_pair).mean(0), self.gap, getattr(self, "group", None))
+
+    def _from(self, run: Float[Tensor, "pair"]) -> Float[Tensor, "pair *cell"]:
+        return self.per_pair - run.view(-1, *[1] * (self.per_pair.ndim - 1))
+
+
 def excludes_zero(gap: Float[Tensor, "pair"], group: Groups) -> bool:
     """Does the interval of the mean over groups exclude 0? With one group: is the mean another number?
 

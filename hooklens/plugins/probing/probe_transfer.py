@@ -21,7 +21,7 @@ from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights, kind_n
 from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
 from hooklens.results.result import Result
-from hooklens.results.statistics import auc, mean_interval, null_p, q_values
+from hooklens.results.statistics import Tested, auc, mean_interval, null_p
 from hooklens.results.table import Table
 
 _DRAWS = 99  # shuffled labellings: a probe is trained on each, for every task
@@ -30,7 +30,7 @@ Scored = tuple[Float[Tensor, "example"], Float[Tensor, "null draw"]]  # the scor
 
 
 @dataclass(frozen=True, eq=False)
-class Transfer(Result):
+class Transfer(Tested, Result):
     """Accuracy and AUC of the probe of each task (row) on the examples of each task (column).
 
     Examples that share a prompt or an entity with the training task are left out (`n` remain; NaN if none does). The
@@ -61,11 +61,6 @@ class Transfer(Result):
     def p(self) -> Float[Tensor, "trained tested"]:
         """How often the probe has an AUC as large on shuffled labels of the tested task; NaN without an AUC."""
         return null_p(self.auc, self.null[1])
-
-    @property
-    def q(self) -> Float[Tensor, "trained tested"]:
-        """`p` of the whole matrix, as false discovery rates."""
-        return q_values(self.p)
 
     def table(self, n: int | None = None) -> Table:
         """One row per pair of tasks."""

@@ -18,11 +18,11 @@ from hooklens.results.result import Result, Table
 from hooklens.results.statistics import (
     INTERVAL_TERMS,
     Groups,
+    Tested,
     few_groups,
     group_numbers,
     halves,
     mean_interval,
-    q_values,
     sign_flip_p,
 )
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOutEffects(Result):
+class HeldOutEffects(Tested, Result):
     """Effects of chosen components on prompts that were not used to choose them, one row per kind of effect.
 
     `chosen_per_prompt` is the effect (of the first kind) on the half that chose the components: as the largest of many,
@@ -116,11 +116,6 @@ class HeldOutEffects(Result):
     def p(self) -> Float[Tensor, "kind component"]:
         """Two-sided p-value of "no effect" on the other half, from sign flips of groups."""
         return sign_flip_p(self.per_prompt.movedim(1, 0), group=self.group[self.reported_on])
-
-    @property
-    def q(self) -> Float[Tensor, "kind component"]:
-        """Benjamini-Hochberg q-values over the reported effects."""
-        return q_values(self.p)
 
     @property
     def shrinkage(self) -> float:
