@@ -65,7 +65,7 @@ print(reading.table())
 found = direct_logit_attribution(model, prompt, answer=answer, wrong_answer=wrong_answer)
 print(f"logit difference {float(found.logit):.3f}, sum of all components {float(found.total):.3f}")
 print(found.table(8), "\n")
-print(found.top(6))
+print(found.top_heads(6))
 
 # %% [markdown]
 # And from which position did the first of these heads move it?

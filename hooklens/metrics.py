@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from hooklens.core.arguments import check_call
 from hooklens.core.errors import ArgumentError, InputError, WrongType
 from hooklens.core.padding import PaddedTensor, columns, first_real
 from hooklens.core.precision import widened
@@ -25,6 +26,22 @@ Read = Float[Tensor, "row read token"]
 Values = Float[Tensor, "row"]
 Positions = int | Sequence[int] | Integer[Tensor, "*pair"]
 Answers = str | int | Sequence[str] | Sequence[int] | Tensor
+
+
+def need_metric(metric: Any) -> Any:
+    """Return a metric: a function that can be called with logits alone. Anything else raises."""
+    if not callable(metric) or isinstance(metric, type):
+        raise WrongType(
+            f"a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got {metric!r:.60}"
+        )
+    check_call("metric", metric, "logits")
+    return metric
+
+
+def need_pairs(made_for: int, n: int) -> None:
+    """Raise unless a metric made for so many pairs can score `n`."""
+    if made_for not in (1, n):
+        raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
 
 
 class Reads(NamedTuple):

@@ -426,9 +426,9 @@ def _misnamed(result: Result) -> Iterator[str]:
     if "p" in read and "q" not in read and not isinstance(getattr(result, "p", None), float | None):
         yield "p holds several tests and there is no q; make it a property: q_values(self.p)"
     if "top" in methods:
-        code = inspect.unwrap(methods["top"]).__code__
-        if code.co_names == ("table",) and {None, methods["top"].__doc__}.issuperset(code.co_consts):
-            yield "top(k) only repeats table(k); say ranked_by = '...' and leave it out"
+        yield "it defines top(k), which every result inherits; say ranked_by = '...', and what `ranking` is if need be"
+    elif cls.ranked_by:
+        yield from _misranked(result)
     for name in sorted(read):
         other = _BASELINES.get(name.partition("_per_")[0])
         if other is not None and isinstance(getattr(result, name), float | Tensor):
@@ -443,6 +443,15 @@ def _misnamed(result: Result) -> Iterator[str]:
     columns = [column for column in result.table().columns if any(word in column for word in _CONTROLS)]
     if unexplained := [column for column in columns if column not in result.terms]:
         yield f"the table has a control that its `terms` do not explain: {', '.join(unexplained)}"
+
+
+def _misranked(result: Result) -> Iterator[str]:
+    """Whether `top(k)` can be `k` rows of the table, in the order that the class declares."""
+    rows, ranking = [str(row) for row in result.table(None).rows], result.ranking
+    if ranking is not None and ranking.shape != (len(rows),):
+        yield f"ranking has the shape {list(ranking.shape)}, and table(None) {len(rows)} rows; it is a number for each"
+    elif ranking is None and [str(row) for row in result.top(1).rows] != rows[:1]:
+        yield "top(1) is not the first row of table(None), which ranked_by says is in order"
 
 
 def _is_property(attribute: Any) -> bool:

@@ -1,6 +1,7 @@
 """A metric of somebody else's, in one file, that says what it reads: a sweep computes only that, and its numbers."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from close import close
 from model.zoo import TOKENS, zoo_model
 
 import hooklens as hl
+from hooklens.core.errors import ArgumentError
 from hooklens.metrics import AtPosition
 
 CORRUPTED = TOKENS.roll(1, 1)
@@ -86,3 +88,44 @@ def test_tokens_that_are_none_ended_in_a_raw_error(tokens, monkeypatch):
 def test_a_class_in_place_of_a_metric_ended_in_a_raw_error():
     with pytest.raises(hl.HooklensError, match="a metric is a function of logits"):
         hl.patch(zoo_model("gpt2"), TOKENS, CORRUPTED, Contrast)
+
+
+def scored(logits, answer):
+    return logits[:, -1, answer]
+
+
+METHODS = {
+    "patch": lambda model, metric: hl.patch(model, TOKENS, CORRUPTED, metric),
+    "path_patch": lambda model, metric: hl.path_patch(model, TOKENS, CORRUPTED, metric),
+    "pairs": lambda model, metric: hl.patch(model, hl.PromptPairs(TOKENS, CORRUPTED, METRIC), None, metric),
+    "run_edges": lambda model, metric: hl.circuits.eap(model, TOKENS, CORRUPTED, metric),
+    "knock_out_keys": lambda model, metric: hl.heads.knock_out_keys(model, TOKENS, metric),
+    "mediation": lambda model, metric: hl.heads.measure_mediation(model, TOKENS, metric, ["L0H0"]),
+    "redundancy": lambda model, metric: hl.heads.measure_redundancy(model, TOKENS, metric, ["L0H0", "L0H1"]),
+    "gradients": lambda model, metric: hl.patching.integrated_gradients(model, TOKENS, metric, baseline="mean"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_metric_with_another_argument_ended_in_a_raw_error_after_the_model_had_run(method, monkeypatch):
+    model = zoo_model("gpt2")
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    says = r"metric is called as f\(logits\), and scored\(logits, answer\) was given: missing.*'answer'.*partial"
+    with pytest.raises(ArgumentError, match=says):
+        METHODS[method](model, scored)
+
+
+def test_a_function_with_a_default_or_one_that_takes_anything_is_a_metric():
+    expected = hl.patch(zoo_model("gpt2"), TOKENS, CORRUPTED, partial(scored, answer=3)).values
+    for metric in (lambda logits, k=3: scored(logits, k), lambda *args: scored(*args, 3)):
+        torch.testing.assert_close(hl.patch(zoo_model("gpt2"), TOKENS, CORRUPTED, metric).values, expected)
+
+
+@pytest.mark.parametrize("ask", [hl.patch, hl.ablate])
+def test_a_function_to_write_that_takes_one_argument_ended_in_a_raw_error(ask, monkeypatch):
+    model = zoo_model("gpt2")
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    given = (TOKENS, CORRUPTED, METRIC) if ask is hl.patch else (TOKENS, METRIC)
+    says = r"value is called as f\(activation, point\), and <lambda>\(act\) was given: too many positional arguments"
+    with pytest.raises(ArgumentError, match=says):
+        ask(model, *given, value=lambda act: act * 0)

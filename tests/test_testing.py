@@ -257,10 +257,21 @@ BROKEN = {
     "q is a method": ("conventions", "q is a method", having("def q(self, mode): return 1.0")),
     "p without q": ("conventions", "no q", having("p = property(lambda self: self.sums.double())")),
     "narrow p": ("dtype", "p and q are float64", having("p = property(lambda self: self.sums.float())")),
-    "top repeats the table": (
+    "its own top": (
         "conventions",
-        "only repeats table",
+        "defines top.k., which every result inherits; say ranked_by",
         having("def top(self, k=10):", "    return self.table(k)"),
+    ),
+    "a ranking of other rows": (
+        "conventions",
+        r"ranking has the shape \[7\], and table\(None\) 1 rows",
+        having("ranked_by = 'sum'", "ranking = property(lambda self: self.sums.new_ones(7))"),
+    ),
+    "a table in two orders": (
+        "conventions",
+        r"top\(1\) is not the first row of table\(None\)",
+        having("ranked_by = 'sum'", "def table(self, n=None):", "    return Table(('sum',), [(2,), (1,)][-(n or 2):])")
+        | {"def sums(": "from hooklens import Table\n\ndef sums("},
     ),
     "another level of an interval": (
         "conventions",

@@ -1,8 +1,10 @@
 """Checks of arguments that many methods share: numbers, seeds, paths."""
 
+import inspect
 import math
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,24 @@ def path_of(value: Any, name: str = "path") -> Path:
     if value == "":
         raise InputError(f"{name} is empty, so it names no file; give a path, '.' for the current folder")
     return Path(value)
+
+
+def check_call(name: str, function: Any, *arguments: str) -> None:
+    """Raise unless a function can be called with arguments of these names, in this order."""
+    bound = inspect.isroutine(function) or isinstance(function, partial)
+    try:  # of an object's method: inspect takes the first argument of one that is static for self
+        signature = inspect.signature(function if bound else function.__call__)
+    except (TypeError, ValueError):  # some built-in functions do not say what they take
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        called, shown = ", ".join(arguments), getattr(function, "__name__", type(function).__name__)
+        raise ArgumentError(
+            "{" + name + "} is called as f({0}), and {1}{2} was given: {3}; give a function of ({0}), such as one that "
+            "functools.partial makes",
+            *(called, shown, signature, error),
+        ) from error
 
 
 def check_target(device: Any, dtype: Any) -> None:

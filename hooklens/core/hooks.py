@@ -348,9 +348,8 @@ class moment(Scope):
 
 def edited_elsewhere(points: Iterable[HookPoint]) -> bool:
     """Whether any of these points has a listener in this thread or task. Shortcuts that skip points fall back if so."""
-    if not _open_scopes:
-        return any([point.handles for point in points]) and any(point.listening() for point in points)
-    return any(point.listening() for point in points)
+    heard = points if _open_scopes else [point for point in points if point.handles]
+    return any(point.listening() for point in heard)
 
 
 class HookedPart(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooklens.core.errors import ArgumentError, InputError, OutOfRange, WrongType, did_you_mean
 from hooklens.data.prompts import Prompts, read_pairs, rows_of
-from hooklens.metrics import Answers, ReadingMetric, logit_diff
+from hooklens.metrics import Answers, ReadingMetric, logit_diff, need_metric, need_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import halves
@@ -51,11 +51,8 @@ class PromptPairs(Result):
             )
         if (self.answer is None) != (self.wrong_answer is None):
             raise ArgumentError("{answer} and {wrong_answer} are given together, and one of them is missing")
-        if self.metric is not None and not callable(self.metric):
-            raise WrongType(
-                "a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got "
-                f"{self.metric!r:.60}"
-            )
+        if self.metric is not None:
+            need_metric(self.metric)
         n = len(clean)
         if not isinstance(self.columns, Mapping):
             raise WrongType(f"columns is a dict of names and lists with one value per pair, got {self.columns!r:.80}")
@@ -87,11 +84,7 @@ class PromptPairs(Result):
         metric = self.metric
         if not isinstance(metric, ReadingMetric) or len(metric.reads.pos) == 1:
             return metric
-        if len(metric.reads.pos) != len(self):
-            raise InputError(
-                f"the metric was made for {len(metric.reads.pos)} pairs, and there are {len(self)}; give as many "
-                "answers as prompts, or one for all"
-            )
+        need_pairs(len(metric.reads.pos), len(self))
         return metric.pairs(torch.tensor(rows, dtype=torch.long))
 
     def split(self, *, seed: int = 0) -> tuple["PromptPairs", "PromptPairs"]:

@@ -69,7 +69,7 @@ class Decoder:
         self.parts = [vars(module) for module in modules]
         held = [(m._parameters, name) for m in modules for name in m._parameters]
         self.held = [(at, name) for at, name in held if at[name] is not None]
-        self.weights = [at[name] for at, name in self.held]
+        self.weights = [weight for at, name in self.held if (weight := at[name]) is not None]
         self.state = _state(self.weights)
         product = self._product(rows, steps)
         self.layers = [_Layer(block, product) for block in model.blocks]

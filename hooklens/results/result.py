@@ -5,7 +5,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
@@ -51,8 +51,10 @@ class Result(Kept):
     """
 
     terms: ClassVar[Mapping[str, str]] = {}
-    #: The quantity by which the rows of the table are ranked, the largest first: `top(k)` is then `table(k)`.
+    #: The quantity by which `top(k)` ranks the rows of the table, the largest first. The table has that order itself,
+    #: or the class has a `ranking`: a property with a number for every row of `table(None)`, NaN for rows without rank.
     ranked_by: ClassVar[str] = ""
+    ranking: ClassVar[Any] = None
     #: Fields and properties that are needed to read the table; the headline begins with them.
     baselines: ClassVar[tuple[str, ...]] = ()
 
@@ -78,7 +80,7 @@ class Result(Kept):
     def headline(self) -> str:
         """One line of context for the table: the baselines, then the other numbers and words."""
         line = ""
-        for name in (*self.baselines, *(field.name for field in fields(self) if field.repr)):
+        for name in (*self.baselines, *(field.name for field in _in_order(self) if field.repr)):
             value = getattr(self, name)
             if isinstance(value, bool | str | Real) and value != "":
                 longer = f"{line}{', ' if line else ''}{name} {summary(value)}"
@@ -86,18 +88,24 @@ class Result(Kept):
         return line
 
     def _in_one_line(self) -> str:
-        shown = (f"{field.name}={summary(getattr(self, field.name))}" for field in fields(self) if field.repr)
+        shown = (f"{field.name}={summary(getattr(self, field.name))}" for field in _in_order(self) if field.repr)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def table(self, n: int | None = None) -> Table:
         """The result as a table of at most `n` rows; by default one row per field."""
-        return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in fields(self)]).head(n)
+        return Table(("field", "value"), [(f.name, summary(getattr(self, f.name))) for f in _in_order(self)]).head(n)
 
     def top(self, k: int = 10) -> Table:
-        """The `k` rows that matter most: the first rows of a ranked table. Other tables raise an error."""
+        """The `k` rows of the table that matter most, by what `ranked_by` says. Other tables raise an error."""
         if not self.ranked_by:
-            raise WrongType(f"a {type(self).__name__} has no top(k): nothing in it is ranked; use table()")
-        return self.table(whole("k", k))
+            kind, others = type(self).__name__, [name for name in dir(type(self)) if name.startswith("top_")]
+            use = " or ".join(f"{name}()" for name in ("table", *others))
+            raise WrongType(f"a {kind} has no top(k): nothing in its table is ranked; use {use}")
+        k, ranking = whole("k", k), self.ranking
+        if ranking is None:
+            return self.table(k)
+        table, order = self.table(None), ranking.argsort(descending=True, stable=True).tolist()
+        return Table(table.columns, [table.rows[i] for i in order if not ranking[i].isnan()]).head(k)
 
     def figure(self) -> Any:  # a plotly Figure, which only viz may import
         """The result as a Plotly figure. Defined only for results that have one."""
@@ -147,6 +155,11 @@ class Result(Kept):
                 f"use {type(result).__name__}.load or Result.load"
             )
         return result
+
+
+def _in_order(result: Result) -> list[Field]:
+    """The fields as the constructor takes them: those taken by keyword, such as those of `RunAccount`, last."""
+    return sorted(fields(result), key=lambda field: bool(field.kw_only))
 
 
 def _counting(method: Callable[..., Any]) -> Callable[..., Any]:

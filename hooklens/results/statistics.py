@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -249,6 +250,17 @@ def q_values(p: Float[Tensor, "*cell"]) -> PValues:
     q = torch.full_like(flat, float("nan"))
     q[order] = scaled.flip(0).cummin(0).values.flip(0).clamp_max(1.0) if n else scaled
     return q.view_as(p)
+
+
+class Tested:
+    """A mixin for results with a `p` of several tests."""
+
+    p: Any
+
+    @property
+    def q(self) -> PValues:
+        """`p` as false discovery rates over all tests of this result; `q_values` corrects over several results."""
+        return q_values(self.p)
 
 
 def halves(n: int, *, group: Groups = None, seed: int = 0) -> tuple[Int[Tensor, "chosen"], Int[Tensor, "reported"]]:

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from hooklens.plugins.circuits.circuit_transfer import CircuitTransfer
 from hooklens.plugins.patching.activation import PatchSweep
+from hooklens.results.account import RunAccount
 from hooklens.results.claims import ClaimFamily, Registration, plans_met
 
 if TYPE_CHECKING:
@@ -41,22 +40,8 @@ def transfer_report(transfer: CircuitTransfer) -> "Report":
     return report.heading("The circuit in the target").figure(transfer.mapped.circuit.figure())
 
 
-_PRODUCTS = {"linear": "torch's own products", "packed": "weights packed for this CPU"}
-
-
 def say_exactness(report: "Report", sweeps: list[PatchSweep]) -> "Report":
     """How many patches were run again, how far they differed, and what the sweeps cost."""
-    errors = torch.tensor([sweep.largest_error for sweep in sweeps])
-    known = errors[errors.isfinite()]
-    largest = f"; the largest difference was {float(known.max()):.1e}" if len(known) else ""
-    checked = sum(sweep.n_verified for sweep in sweeps)
     work = ", ".join(f"{sweep.site} by {' x '.join(sweep.by)} {sweep.computed:.0%}" for sweep in sweeps)
-    kernels = " and ".join(_PRODUCTS[name] for name in sorted({sweep.kernel for sweep in sweeps}) if name in _PRODUCTS)
-    products = (
-        f" Linear layers were multiplied with {kernels}. The other kernel gives other last digits, and each process "
-        "measures which is faster; in Python, hl.engine(kernel=...) fixes the choice."
-    )
-    return report.text(
-        f"Every patch is exact. {checked} were run again as plain hooked forward passes{largest}. The work done, as a "
-        f"share of that plain loop: {work}.{products if kernels else ''}"
-    )
+    checked = RunAccount.joined(sweeps).exactness
+    return report.text(f"Every patch is exact. {checked} The work done, as a share of the plain loop: {work}.")

@@ -35,7 +35,7 @@ _PATCHES = {
     "metric": "the logit difference after this patch",
     "recovered": "its share of the difference to restore, 0 as in the corrupted run, 1 as in the clean run",
 }
-_NAMES = "L5 is layer 5, L5H1 its head 1; followed by the token and, in brackets, its position"
+_NAMES = "L5 is layer 5, L5H1 its head 1, L5G1.k shared keys, MLP5 its MLP; then the token and its position in brackets"
 
 
 @dataclass(frozen=True, eq=False)

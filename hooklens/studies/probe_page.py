@@ -40,7 +40,7 @@ def probe_report(study: ProbeStudy, title: str = "") -> Any:
     caption = f"Out of fold, with the layer chosen in inner folds of other groups; {groups} groups."
     report.table(study.table(), caption, _WHAT | _ACCURACY)
     terms = {"point": "the point that the probe reads"} | _ACCURACY
-    report.heading("By layer").table(study.top(10), _by_layer(study), terms)
+    report.heading("By layer").table(study.top_points(10), _by_layer(study), terms)
     return report.heading("Calibration").figure(
         study.calibration.figure(),
         "Observed frequency of a class against the probability predicted by the probe, out of fold; on the diagonal "

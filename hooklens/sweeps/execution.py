@@ -14,6 +14,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.core.progress_bar import Advance, progress, within
 from hooklens.model.linear import kernel_of
+from hooklens.results.account import RunAccount
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out, not_finite, why_plain
 from hooklens.sweeps.protocol import Item, Patches, Sweep
@@ -23,23 +24,12 @@ from hooklens.sweeps.verification import verify
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class Outcome(RunAccount):
     """The metric of every patch and pair, and how it was computed."""
 
     values: Float[Tensor, "patch pair"]
     base: Float[Tensor, "pair"]
-    computed: float  # share of the plain loop's token-layers that were computed
-    largest_error: float  # between patches run both ways; NaN if none was
-    n_verified: int
-    how: str
-    kernel: str  # "linear" or "packed": what linear layers multiplied with
     other: Float[Tensor, "pair"] | None = None  # the metric of the run that gave the values, where one was asked for
-
-    @property
-    def account(self) -> dict[str, Any]:
-        """How the values were computed, as fields of a result."""
-        names = ("computed", "largest_error", "n_verified", "how", "kernel")
-        return {name: getattr(self, name) for name in names}
 
 
 def execute(

@@ -10,7 +10,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError, WrongType
 from hooklens.core.hooks import HookFn
 from hooklens.core.names import Where
-from hooklens.metrics import ReadingMetric, Reads
+from hooklens.metrics import ReadingMetric, Reads, need_metric, need_pairs
 from hooklens.model.ids import as_ids
 from hooklens.model.linear import is_plain
 from hooklens.model.transformer import HookedTransformer
@@ -35,9 +35,7 @@ class Reader:
         *,
         whole: bool | None = None,
     ):
-        if not callable(metric):
-            raise WrongType(f"a metric is a function of logits [pair pos d_vocab], got {metric!r}")
-        self.model, self.metric, self.stream = model, metric, stream
+        self.model, self.metric, self.stream = model, need_metric(metric), stream
         self.n_pairs, self.n_pos = stream.shape[:2]
         self.every = torch.arange(self.n_pairs, device=stream.device)
         self.dtype = torch.promote_types(stream.dtype, torch.float32)  # of values: means over pairs are taken of them
@@ -53,7 +51,7 @@ class Reader:
 
     def _bind_reads(self, device: torch.device) -> None:
         if isinstance(self.metric, ReadingMetric):
-            self._check_pairs(len(self.metric.reads.pos))
+            need_pairs(len(self.metric.reads.pos), self.n_pairs)
             self.metric = self.metric.pairs(self.every.cpu()) if self.n_pairs > 1 else self.metric
         reads = self.metric.reads
         self._check_reads(reads)
@@ -64,7 +62,7 @@ class Reader:
                 f"the metric reads positions {int(reads.pos.min())} to {int(reads.pos.max())}, and the prompts have 0 "
                 f"to {self.n_pos - 1} (or -{self.n_pos} to -1); make it with one of these as pos=, a loss from these"
             )
-        self._check_pairs(len(pos))
+        need_pairs(len(pos), self.n_pairs)
         self.read = pos.expand(self.n_pairs, -1)
         if reads.tokens is not None:
             tokens = as_ids(reads.tokens, "reads.tokens of a metric is integers [pair token]", device)
@@ -78,12 +76,6 @@ class Reader:
         n = self.model.cfg.d_vocab_out
         if reads.tokens is not None and not 0 <= int(reads.tokens.min()) <= int(reads.tokens.max()) < n:
             raise InputError(f"the metric reads tokens {reads.tokens.flatten().tolist()!r:.60}; there are 0 to {n - 1}")
-
-    def _check_pairs(self, n: int) -> None:
-        if n not in (1, self.n_pairs):
-            raise InputError(
-                f"the metric was made for {n} pairs, the prompts are {self.n_pairs}; give one answer a pair"
-            )
 
     # -- streams to logits
 

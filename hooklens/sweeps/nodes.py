@@ -24,7 +24,6 @@ _TAKES = {
     ),
     "head": (("head",), 'heads are written (9, 6) or "L9H6"'),
     "layer of neurons": (("mlp",), 'MLPs are written 9 or "MLP9"'),
-    "patch": (("head", "neuron", "layer"), 'patches are written "L9H6", "L2N17", "L5" or, at one position, "L9H6@-1"'),
 }
 
 Sender = Component  # at the beginning of a path: it writes to the stream

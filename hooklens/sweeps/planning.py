@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooklens.core.component import Component
 from hooklens.core.errors import ArgumentError, InputError, WrongType, did_you_mean
 from hooklens.core.names import Site, axes, site
 from hooklens.model.kv_cache import KVCache
@@ -174,7 +175,7 @@ def grid_axes(site: str, by: str | Sequence[str] | None) -> tuple[str, ...]:
         raise WrongType(f"by is the grid as a text or a sequence of axes, for example 'layer x pos'; got {by!r:.80}")
     names = tuple(part.strip() for part in asked)
     names = tuple({"position": "pos", "kv_head": "head", "d_mlp": "neuron"}.get(name, name) for name in names)
-    has = _axes_of(site)
+    has = parts_of(site)
     wrong = [name for name in names if name not in has]
     if wrong or names[:1] != ("layer",) or len(set(names)) != len(names):
         others = sorted(has - {"layer"})
@@ -213,7 +214,7 @@ def grid(
 
 def checked_patches(model: HookedTransformer, site: str, patches: Sequence[Patch], n_pos: int) -> list[Patch]:
     """The patches, positions counted from the start; what does not exist raises with what does."""
-    sizes, has = sizes_of(model, site, n_pos), _axes_of(site)
+    sizes, has = sizes_of(model, site, n_pos), parts_of(site)
     if not patches:
         raise InputError("patches= is empty; give at least one Patch, or leave it out to sweep the whole grid")
     for patch in patches:
@@ -222,16 +223,33 @@ def checked_patches(model: HookedTransformer, site: str, patches: Sequence[Patch
             if value is not None and name not in has:
                 raise InputError(f"{name} {value} of {site} asked for; {site} has {', '.join(sorted(has))}")
             if (value is None and name == "layer") or (value is not None and not least <= value < size):
-                many = f"positions 0 to {size - 1} (or -{size} to -1)" if name == "pos" else f"{name}s 0 to {size - 1}"
+                kind = "key/value head" if name == "head" and size < model.cfg.n_heads else name
+                many = f"positions 0 to {size - 1} (or -{size} to -1)" if name == "pos" else f"{kind}s 0 to {size - 1}"
                 raise InputError(f"{name} {value} of {site} asked for; there are {many}")
     return [patch if patch.pos is None else patch._replace(pos=patch.pos % n_pos) for patch in patches]
 
 
-def _axes_of(site: str) -> set[str]:
+def parts_of(site: str) -> set[str]:
     """What a patch of this site can be narrowed to."""
     names = axes(SITES[site].at(0))
     has = {"layer", "pos"} | ({"head"} if any(axis in names for axis in _HEAD_AXES) else set())
     return has | ({"neuron"} if "d_mlp" in names else set())
+
+
+def component_of(model: HookedTransformer, site: str, patch: Patch) -> Component:
+    """The component that a patch of this site overwrites, whose name stands in tables and figures.
+
+    >>> from hooklens.testing import tiny_model
+    >>> model, patch = tiny_model(n_heads=4, n_key_value_heads=2), Patch(0, head=1)
+    >>> [component_of(model, site, patch).name for site in ("z", "q", "k")], component_of(model, "z", Patch(1, -1)).name
+    (['L0H1', 'L0H1.q', 'L0G1.k'], 'L1@-1')
+    """
+    if patch.neuron is not None:
+        return Component("neuron", patch.layer, neuron=patch.neuron, pos=patch.pos)
+    if patch.head is None:
+        return Component("mlp" if site == "mlp_out" else "layer", patch.layer, pos=patch.pos)
+    shared = sizes_of(model, site, 0)["head"] < model.cfg.n_heads
+    return Component(site if site in ("q", "k", "v") else "head", patch.layer, patch.head, pos=patch.pos, keyed=shared)
 
 
 @torch.no_grad()

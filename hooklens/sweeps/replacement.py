@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooklens.core.arguments import seeded, whole
+from hooklens.core.arguments import check_call, seeded, whole
 from hooklens.core.errors import InputError, NameNotFound, WrongType, did_you_mean
 from hooklens.core.names import axes
 from hooklens.core.precision import widened
@@ -292,6 +292,10 @@ class Given(Replacement):
     """A tensor, activations by point (a cache), or a function of (activation, point)."""
 
     value: Any
+
+    def __post_init__(self) -> None:
+        if callable(self.value):
+            check_call("value", self.value, "activation", "point")
 
     @property
     def label(self) -> str:

@@ -16,7 +16,7 @@ from hooklens.core.hooks import HookFn
 from hooklens.model.kv_cache import Context, KVCache
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import first_nonfinite
-from hooklens.sweeps.planning import Patch, Plan
+from hooklens.sweeps.planning import Patch, Plan, component_of
 from hooklens.sweeps.protocol import Item, Sweep
 from hooklens.sweeps.rows import Group, PackedContext, merge, pack, through
 from hooklens.sweeps.sites import OURS, Entry
@@ -37,9 +37,7 @@ class SitePatches(Sweep):
         return self.plan.base.streams[-1]
 
     def name_of(self, number: int) -> str:
-        cell = self.plan.patches[number]._asdict()
-        at = ", ".join(f"{axis} {index}" for axis, index in cell.items() if index is not None)
-        return f"the patch of {self.plan.site} at {at}"
+        return f"the patch of {self.plan.site} at {component_of(self.model, self.plan.site, self.plan.patches[number])}"
 
     def layer_of(self, number: int) -> int:
         return self.plan.patches[number].layer

@@ -50,7 +50,7 @@ def verify(
         same = float((patches.plain(some, reader) - again).abs().max()) <= _ROUNDINGS * unit
         moved = _moved_by_rounding(patches, some, reader, again) if same else 0.0
         allowed = _ROUNDINGS * max(unit, moved)
-        if error > allowed:
+        if not error <= allowed:  # NaN is beyond it
             number = some[int(errors.argmax())]
             seen = f"differs by {error:.3g} from a plain hooked run, and rounding explains at most {allowed:.1g}"
             raise _differs(patches, number, seen, file if number in resumed else None)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from refused import refused
 
 import hooklens as hl
 from hooklens.anatomy.description import describe
-from hooklens.core.arguments import seed_number, seeded, whole
+from hooklens.core.arguments import check_call, seed_number, seeded, whole
 from hooklens.core.errors import HooklensError, InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.metrics import logit_diff
@@ -160,6 +161,15 @@ def test_the_number_of_rows_is_checked_by_every_result():
         if cls.__module__.startswith("hooklens.") and cls is not Result:
             ranked = [name for name in ("table", "top") if name in vars(cls)]
             assert all(hasattr(vars(cls)[name], "__wrapped__") for name in ranked), cls
+
+
+class Static:
+    __call__ = staticmethod(lambda logits: logits)
+
+
+@pytest.mark.parametrize("function", [Static(), torch.sum, torch.nn.Identity(), partial(max, 1), lambda a, *b: a])
+def test_whatever_can_be_called_so_passes_even_where_inspect_sees_too_few_arguments(function):
+    check_call("metric", function, "logits")
 
 
 def test_whole_takes_numpy_numbers_and_none_of_the_rest():

@@ -104,7 +104,7 @@ def test_a_few_components_are_ablated_by_their_names():
     with hl.engine(verify=0):
         by_name = hl.ablate(*given, patches=["L1H0", (0, 1), Patch(1, head=1)], value="zero")
         grid = hl.ablate(*given, value="zero")
-        with pytest.raises(InputError, match=r"L1H0\.q was asked for as a patch; patches are written"):
+        with pytest.raises(InputError, match=r"L1H0\.q was asked for as a patch of z, which has .*heads such"):
             hl.ablate(*given, patches=["L1H0.q"])
     assert by_name.labels["patch"] == ["L1H0", "L0H1", "L1H1"]
     expected = [grid.per_prompt[:, layer, head].tolist() for layer, head in ((1, 0), (0, 1), (1, 1))]

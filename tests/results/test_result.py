@@ -20,8 +20,11 @@ from torch import Tensor
 
 from hooklens.core.envelope import write_envelope
 from hooklens.core.errors import FileRefused, InputError, Unavailable, WrongType
-from hooklens.results.result import Result, plain, summary
-from hooklens.results.result_file import _SCHEMA, GROUP
+from hooklens.plugins import available
+from hooklens.plugins.heads import score_heads
+from hooklens.results.result import Result, Table, plain, summary
+from hooklens.results.result_file import _SCHEMA, GROUP, known_classes
+from hooklens.testing import tiny_model
 
 PLUGIN = """
 from dataclasses import dataclass, field
@@ -324,6 +327,37 @@ def test_summaries(value, text):
 def test_what_a_result_does_not_have_it_says(ask):
     with pytest.raises(WrongType, match="a Homeless has no"):
         ask(Homeless(torch.ones(1), 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Layers(Result):
+    ranked_by = "fall"
+    fall: Tensor
+    ranking = property(lambda self: self.fall)
+
+    def table(self, n=None):
+        return Table(("layer", "fall"), list(enumerate(self.fall.tolist()))).head(n)
+
+
+def test_top_ranks_the_rows_of_a_table_that_has_another_order_and_leaves_out_those_without_rank():
+    found = Layers(torch.tensor([0.5, float("nan"), -1.0, 2.0]))
+    assert [row[0] for row in found.top(2).rows] == [3, 0] and len(found.top()) == 3 and len(found.top(0)) == 0
+    assert [row[0] for row in found.table(2).rows] == [0, 1] and found.top(1).columns == found.table().columns
+
+
+def test_every_result_inherits_top_and_says_by_what_it_ranks():
+    for plugin in available():
+        plugin.load()
+    ours = [
+        cls for cls in known_classes().values() if issubclass(cls, Result) and cls.__module__.startswith("hooklens.")
+    ]
+    assert [cls for cls in ours if "top" in vars(cls) and cls is not Result] == []
+    assert [cls for cls in ours if cls.ranking is not None and not cls.ranked_by] == []
+
+
+def test_a_result_without_a_ranked_table_names_what_it_ranks_instead():
+    with pytest.raises(WrongType, match=r"a HeadScores has no top\(k\).*use table\(\) or top_heads\(\)"):
+        score_heads(tiny_model(), n=2, draws=2).top(3)
 
 
 def test_results_are_frozen_and_hashable():

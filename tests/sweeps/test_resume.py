@@ -287,7 +287,7 @@ def test_what_a_wrong_key_brings_back_is_checked_and_raises(run, tmp_path, plain
     named = hl.Resume(tmp_path / "sweep", key="margin")
     with hl.engine(plain=plain):
         run(own, resume=named)
-        with pytest.raises(CheckFailed, match=r"z at layer \d, head \d, kept in .*sweep.* another sweep"):
+        with pytest.raises(CheckFailed, match=r"z at L\dH\d, kept in .*sweep.* another sweep"):
             run(lambda logits: 10 * own(logits), resume=named)
 
 

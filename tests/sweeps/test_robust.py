@@ -227,12 +227,19 @@ def test_a_metric_that_drifts_from_call_to_call_passed_for_one_that_rounding_mov
         hl.patch(model, CLEAN, CORRUPTED, metric, site="z")
 
 
+def test_a_plain_run_that_gave_nan_passed_as_a_check_without_error(model, monkeypatch):
+    nothing = lambda self, numbers, reader: torch.full((len(numbers), reader.n_pairs), torch.nan)  # noqa: E731
+    monkeypatch.setattr(SitePatches, "plain", nothing)
+    with pytest.raises(CheckFailed, match=r"differs by nan from a plain hooked run"):
+        hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="z")
+
+
 def test_the_check_shows_an_engine_that_is_wrong(model, monkeypatch):
     from hooklens.sweeps import site_patches as module
 
     right = module.entering
     monkeypatch.setattr(module, "entering", lambda *args: _moved(right(*args)))
-    with pytest.raises(CheckFailed, match=r"z at layer \d, head \d differs by .* from a plain hooked run"):
+    with pytest.raises(CheckFailed, match=r"z at L\dH\d differs by .* from a plain hooked run"):
         hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="z")
     with hl.engine(verify=0):
         assert hl.patch(model, CLEAN, CORRUPTED, metric_of(model), site="z").n_verified == 0

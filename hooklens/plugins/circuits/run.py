@@ -22,6 +22,7 @@ from hooklens.plugins.circuits.graph import CircuitGraph, circuit_graph
 from hooklens.plugins.circuits.node_runs import ablated_runs, refuse
 from hooklens.plugins.circuits.runner import EdgePatches, EdgeRunner, Kept, in_play, sources_of
 from hooklens.plugins.patching.activation import check_metric
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.sweeps.execution import run
 from hooklens.sweeps.measure import Reader
@@ -33,15 +34,13 @@ OneOrMore = Bool[Tensor, "*mask edge"] | Float[Tensor, "*mask edge"]
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeRuns(Result):
+class EdgeRuns(RunAccount, Result):
     """The metric of every circuit on every pair, beside that of the model and of the run with every edge ablated."""
 
     per_pair: Float[Tensor, "mask pair"]
     base_per_pair: Float[Tensor, "pair"]
     empty_per_pair: Float[Tensor, "pair"]
     replacement: str
-    largest_error: float  # between circuits run both ways; NaN if none was
-    n_verified: int
 
     @property
     def faithfulness(self) -> Float[Tensor, "mask"]:
@@ -172,8 +171,7 @@ class Bench:
             base_per_pair=self.base_per_pair,
             empty_per_pair=self.empty_per_pair,
             replacement=str(self.replacement),
-            largest_error=float(torch.tensor([outcome.largest_error for outcome in outcomes]).max()),
-            n_verified=sum(outcome.n_verified for outcome in outcomes),
+            **RunAccount.joined(outcomes, [len(outcome.base) for outcome in outcomes]).account,
         )
 
     def means(self, kept: OneOrMore) -> Float[Tensor, "mask"]:

@@ -20,14 +20,14 @@ from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.which import captured
 from hooklens.plugins.lens.calibration import Calibration, binned_error, measure_calibration
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import DRAWS, null_p, q_values, quantiles
+from hooklens.results.statistics import DRAWS, Tested, null_p, quantiles
 
 _CONTROLS = 19  # the smallest p is then 0.05
 _LENGTH = 32  # tokens of an excerpt
 
 
 @dataclass(frozen=True, eq=False)
-class CalibrationChange(Result):
+class CalibrationChange(Tested, Result):
     """The change of the expected calibration error when each head is mean-ablated: above 0, the head calibrates.
 
     `low` and `high` come from a bootstrap over texts. `control` contains the changes when another head is moved towards
@@ -52,11 +52,6 @@ class CalibrationChange(Result):
         if not self.control.shape[1]:
             return torch.full_like(self.change, torch.nan, dtype=torch.float64)
         return null_p(self.change.abs(), self.control.abs().T)
-
-    @property
-    def q(self) -> Float[Tensor, "chosen"]:
-        """Benjamini-Hochberg over the heads."""
-        return q_values(self.p)
 
     def table(self, n: int | None = 12) -> Table:
         """One row per head: the change, its interval, the controls, and the loss."""

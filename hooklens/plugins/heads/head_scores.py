@@ -61,7 +61,7 @@ class HeadScores(Result):
         """Every (layer, head), the highest score of that kind first."""
         return ranked(self.mean(kind))
 
-    def top(self, k: int = 10, kind: str = "induction") -> Table:
+    def top_heads(self, k: int = 10, kind: str = "induction") -> Table:
         """The `k` heads with the highest score of one kind, with interval over sequences, p and q."""
         mean, scores = self.mean(kind), self.scores[kind]
         with_keys = ~scores.isnan().flatten(1).all(1)
@@ -96,7 +96,7 @@ def score_heads(
     >>> found = score_heads(induction_model())
     >>> found.mean("previous")[0, 0].item(), found.mean("induction")[1, 1].item()
     (1.0, 1.0)
-    >>> found.top(1).rows[0][0], bool(found.q["induction"][1, 1] < 0.05)
+    >>> found.top_heads(1).rows[0][0], bool(found.q["induction"][1, 1] < 0.05)
     ('L1H1', True)
 
     The null uses `draws` rotations per head. With `prompts`, `n` is not used.

@@ -13,14 +13,16 @@ from hooklens.core.component import head_name
 from hooklens.core.errors import InputError, WrongType, did_you_mean
 from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
+from hooklens.metrics import need_metric
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table
 from hooklens.plugins.heads.head_scores import key_masks
 from hooklens.plugins.heads.rotations import Mask
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
+from hooklens.results.statistics import Tested, mean_interval, sign_flip_p
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import Patch, plan
@@ -34,7 +36,7 @@ KEPT = ["attn_scores", "v"]
 
 
 @dataclass(frozen=True, eq=False)
-class Knockout(Result):
+class Knockout(RunAccount, Tested, Result):
     """The decrease of the metric when each head cannot attend to the marked keys (above 0: this attention helps).
 
     `fall` is the metric of the untouched run minus that of the edited run, sequence by sequence.
@@ -46,7 +48,6 @@ class Knockout(Result):
     kind: str
     fall: Float[Tensor, "sequence chosen"]
     base_per_sequence: Float[Tensor, "sequence"]
-    largest_error: float
 
     def interval(self, level: float = 0.95) -> tuple[Float[Tensor, "chosen"], Float[Tensor, "chosen"]]:
         """The interval of the mean decrease, from a bootstrap over sequences."""
@@ -56,11 +57,6 @@ class Knockout(Result):
     def p(self) -> Float[Tensor, "chosen"]:
         """Two-sided p-value of "no decrease", from sign flips of whole sequences."""
         return sign_flip_p(self.fall)
-
-    @property
-    def q(self) -> Float[Tensor, "chosen"]:
-        """Benjamini-Hochberg over the heads."""
-        return q_values(self.p)
 
     def table(self, n: int | None = 12) -> Table:
         """One row a head, the largest mean change first."""
@@ -100,6 +96,7 @@ def knock_out_keys(
     Reference: Geva et al. (2023), "Dissecting Recall of Factual Associations", section 4 (attention knockout).
     """
     check_model(model, "knock_out_keys")
+    need_metric(metric)
     tokens, chosen = one_length(model, tokens), read_heads(model, heads)
     keeps = all_but(_mask(tokens, kind, mask), model)
     untouched = captured(model, tokens, KEPT)[1]
@@ -147,7 +144,7 @@ def knockout_after(
         kind=kind,
         fall=(outcome.base - outcome.values).T,
         base_per_sequence=outcome.base,
-        largest_error=outcome.largest_error,
+        **outcome.account,
     )
 
 

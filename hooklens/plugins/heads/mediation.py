@@ -17,6 +17,7 @@ from hooklens.core.names import Where
 from hooklens.core.progress_bar import progress
 from hooklens.data.prompts import Pairs, Prompts
 from hooklens.data.repeated import repeated_tokens
+from hooklens.metrics import need_metric
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table, in_order
@@ -118,6 +119,7 @@ def measure_mediation(
     Reference: Pearl (2001), "Direct and Indirect Effects"; Vig et al. (2020), "Causal Mediation Analysis".
     """
     check_model(model, "measure_mediation")
+    need_metric(metric)
     model.blocks[0].need_sum("a head's direct path to the logits")
     tokens, chosen = one_length(model, tokens), read_heads(model, heads)
     with torch.no_grad(), packed_linears(rows=1024):

@@ -17,7 +17,7 @@ from hooklens.plugins.heads.mover_result import NameMovers, of_pairs
 from hooklens.plugins.heads.name_movers import find_name_movers
 from hooklens.plugins.heads.rotations import above
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import q_values, sign_flip_p
+from hooklens.results.statistics import Tested, sign_flip_p
 
 #: The labels that these prompts can give; the second one reverses copying and direct effect.
 NAME_LABELS = ("name mover", "negative name mover")
@@ -26,7 +26,7 @@ _PERMUTED = 1000  # pooled over heads
 
 
 @dataclass(frozen=True, eq=False)
-class NameEvidence(Result):
+class NameEvidence(Tested, Result):
     """Evidence from indirect-object prompts: does a head attend to the name, copy it and write it? `p` is the largest.
 
     Heads are labelled by the pairs `chosen_on` (`p` is theirs), and the numbers come from `reported_on`: the other half
@@ -65,11 +65,6 @@ class NameEvidence(Result):
                 f"{self.p[0].numel()} heads and both labels; {8 * needed} pairs are enough"
             )
         return f"{note}."
-
-    @property
-    def q(self) -> Float[Tensor, "label layer head"]:
-        """Benjamini-Hochberg over heads and both labels."""
-        return q_values(self.p)
 
     def labelled(self, alpha: float) -> dict[str, list[Head]]:
         """Heads by label, whose three tests all pass at that false discovery rate, where the model does the task."""

@@ -21,7 +21,7 @@ from hooklens.plugins.heads.head_ranking import Head, PerHead, head_table, ranke
 from hooklens.plugins.heads.which import captured, check_model
 from hooklens.plugins.weights.matrices import heads_of
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import q_values
+from hooklens.results.statistics import Tested
 
 Vectors = Float[Tensor, "draw pos head d_head"]
 _DRAWS = 999  # the smallest p is 0.001: the rows of a head are not independent, so each head needs its own null
@@ -29,7 +29,7 @@ _AT_ONCE = 2**22  # scores of rotated heads kept at a time
 
 
 @dataclass(frozen=True, eq=False)
-class PositionScores(Result):
+class PositionScores(Tested, Result):
     """The score from each query position to each key position due to positions alone, and the place of its maximum.
 
     `scores` is `[layer head query key]`, up to `n_pos` positions. `share` is the share of rows p >= 1 whose maximum
@@ -45,11 +45,6 @@ class PositionScores(Result):
     scores: Float[Tensor, "layer head query_pos key_pos"]
     p: PerHead
     how: str
-
-    @property
-    def q(self) -> PerHead:
-        """Benjamini-Hochberg over heads."""
-        return q_values(self.p)
 
     @property
     def share(self) -> PerHead:

@@ -14,6 +14,7 @@ from hooklens.core.component import head_name
 from hooklens.core.errors import InputError
 from hooklens.data.prompts import Prompts
 from hooklens.data.repeated import repeated_tokens
+from hooklens.metrics import need_metric
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.heads.head_ranking import Head, head_table
@@ -109,6 +110,7 @@ def measure_redundancy(
     "Similarity of Neural Network Representations Revisited", equation 3 (linear CKA).
     """
     check_model(model, "measure_redundancy")
+    need_metric(metric)
     chosen = read_heads(model, heads)
     if len(chosen) < 2:
         raise InputError(f"heads are compared in pairs, so give at least two; got {heads!r:.80}")

@@ -37,6 +37,8 @@ class TunedLensTraining(Result):
     step.
     """
 
+    ranked_by = "fall"
+
     before: Float[Tensor, "window layer"]
     after: Float[Tensor, "window layer"]
     constant: Float[Tensor, "window"]
@@ -52,23 +54,18 @@ class TunedLensTraining(Result):
         """The decrease of each layer's held-out KL, mean over windows."""
         return (self.before - self.after).mean(0)
 
+    ranking = fall
+
     def fall_interval(self, level: float = 0.95) -> tuple[Float[Tensor, "layer"], Float[Tensor, "layer"]]:
         """The interval of `fall`, from a bootstrap over held-out windows; NaN for one window."""
         return mean_interval(self.before - self.after, level=level)
 
     def table(self, n: int | None = None) -> Table:
         """One row per layer: held-out KL of both lenses, and the decrease with its interval."""
-        return self._rows(list(range(len(self.layers)))[:n])
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` layers with the largest decrease."""
-        return self._rows(self.fall.argsort(descending=True, stable=True)[:k].tolist())
-
-    def _rows(self, chosen: list[int]) -> Table:
         low, high = self.fall_interval()
         values = (self.before.mean(0), self.after.mean(0), self.fall, low, high)
-        rows = [(self.layers[i], *(float(value[i]) for value in values)) for i in chosen]
-        return Table(("stream", "logit lens", "tuned lens", "fall", "95% low", "95% high"), rows)
+        rows = [(layer, *(float(value[i]) for value in values)) for i, layer in enumerate(self.layers)]
+        return Table(("stream", "logit lens", "tuned lens", "fall", "95% low", "95% high"), rows).head(n)
 
     def figure(self) -> Any:
         """Held-out KL by layer, before and after training, and that of one fixed distribution."""

@@ -103,7 +103,7 @@ class Calibration(Result):
         ]
         return Table(("quantity", "value", "read against"), rows)
 
-    def top(self, k: int = 10) -> Table:
+    def top_tokens(self, k: int = 10) -> Table:
         """The `k` tokens with the largest surprisal."""
         rows = []
         for i in self.loss.flatten().argsort(descending=True, stable=True)[:k].tolist():

@@ -75,7 +75,7 @@ class LogitLens(Result):
             rows.append((name, says, float(self.top_log_probs[at][0].exp()), *(value[at].item() for value in numbers)))
         return Table(columns, rows).head(n)
 
-    def top(self, k: int = 5) -> Table:
+    def top_words(self, k: int = 5) -> Table:
         """The `k` most likely tokens of every row, at the last position of the first prompt."""
         kept = self.top_tokens.shape[-1]
         if k > kept:

@@ -38,6 +38,8 @@ class LogitAttribution(OverPrompts, Result):
     specific to this answer.
     """
 
+    ranked_by = "attribution"
+
     components: Float[Tensor, "prompt component"]
     spread: Float[Tensor, "prompt component"]
     labels: list[str]
@@ -76,7 +78,7 @@ class LogitAttribution(OverPrompts, Result):
         """The components with the largest attribution, mean over prompts, each with its spread over tokens."""
         return self._ranked(self.components, self.spread, self.labels).head(n)
 
-    def top(self, k: int = 10) -> Table:
+    def top_heads(self, k: int = 10) -> Table:
         """The `k` heads of the largest attribution."""
         names = head_names(self.heads.shape[1], self.heads.shape[2])
         return self._ranked(self.heads.flatten(1), self.head_spread.flatten(1), names).head(k)

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooklens.core.component import layer_name
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs
@@ -33,12 +32,14 @@ class Trajectory(reading.OverPrompts, Result):
     streams to it.
     """
 
+    ranked_by = "rise"
     terms = {
         "stream": "5_pre is the residual stream before layer 5, 5_mid the stream between its attention and MLP, "
         "final_post the model itself",
         "rank": "the answer's rank among all tokens, 0 the most likely",
         "control rank": "the same answer's rank in the streams of other positions of its prompt: a rank that is not "
         "well below it says nothing about this position",
+        "rise": "by how much the block before this stream raised the answer's log-probability",
         "probability": "the answer's",
         "entropy": "entropy of the stream's prediction, in nats",
         "KL": "KL(model || stream) between their predictions, in nats",
@@ -67,24 +68,24 @@ class Trajectory(reading.OverPrompts, Result):
         """The lens's logit of the answer minus that of the wrong answer, if there is one."""
         return None if self.wrong_log_prob is None else self.log_prob - self.wrong_log_prob
 
+    @property
+    def ranking(self) -> Float[Tensor, "layer"]:
+        """The rise of the answer's log-probability over the block before each stream, mean over prompts."""
+        return self.log_prob.diff(dim=1, prepend=torch.full_like(self.log_prob[:, :1], torch.nan)).mean(0)
+
     def table(self, n: int | None = None) -> Table:
         """One row per layer: medians of ranks, means of the other values, over prompts."""
-        columns = ["stream", "rank", "control rank", "probability", "entropy", "KL", "norm", "cosine", "control cosine"]
+        columns = ["stream", "rank", "control rank", "rise", "probability", "entropy", "KL", "norm"]
+        columns += ["cosine", "control cosine"]
         means = [
             x.mean(0) for x in (self.log_prob.exp(), self.entropy, self.kl, self.norm, self.cosine, self.control_cosine)
         ]
         if self.logit_diff is not None:
             columns.append("logit difference")
             means.append(self.logit_diff.mean(0))
-        medians = [self.rank.to(self.kl).median(0).values, self.control_rank.nanmedian(0).values]
+        medians = [self.rank.to(self.kl).median(0).values, self.control_rank.nanmedian(0).values, self.ranking]
         rows = [(name, *(float(x[i]) for x in (*medians, *means))) for i, name in enumerate(self.layers)]
         return Table(columns, rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` blocks with the largest increase of the answer's log-probability, mean over prompts."""
-        rise = self.log_prob.diff(dim=1).mean(0)
-        chosen = rise.argsort(descending=True, stable=True)[:k].tolist()
-        return Table(("block", "rise of log prob"), [(layer_name(i), float(rise[i])) for i in chosen])
 
     def figure(self) -> Any:
         """Log10 of one plus the answer's rank, with the control."""

@@ -16,13 +16,14 @@ from hooklens.metrics import log_prob
 from hooklens.model.linear import packed_linears
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.grid import OnGrid, labels_of, patch_name, read_patches
-from hooklens.plugins.patching.two_runs import joined, max_error
+from hooklens.plugins.patching.grid import OnGrid, labels_of, read_patches
+from hooklens.plugins.patching.two_runs import joined
+from hooklens.results.account import RunAccount
 from hooklens.results.claims import HeldOutEffects
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import DRAWS, group_numbers, mean_interval, q_values, sign_flip_p
+from hooklens.results.statistics import DRAWS, Tested, group_numbers, mean_interval, sign_flip_p
 from hooklens.sweeps.execution import execute
-from hooklens.sweeps.planning import Patch, grid_axes, has_site, plan, points_of, site_kind
+from hooklens.sweeps.planning import Patch, component_of, grid_axes, has_site, plan, points_of, site_kind
 from hooklens.sweeps.replacement import Resample, Value, as_replacement, targets_of
 from hooklens.sweeps.settings import engine
 from hooklens.sweeps.site_patches import SitePatches
@@ -32,7 +33,7 @@ _MOST_FLIPS = 40_000
 
 
 @dataclass(frozen=True, eq=False)
-class AblationSweep(OnGrid, Result):
+class AblationSweep(RunAccount, OnGrid, Tested, Result):
     """The metric after every ablation of a grid, prompt by prompt, beside the metric of the unedited model.
 
     `replacement` is what was written. `by_draw` is the mean effect of each draw of other prompts (one row where nothing
@@ -50,11 +51,6 @@ class AblationSweep(OnGrid, Result):
     by: tuple[str, ...]
     replacement: str
     labels: dict[str, list[str]]
-    computed: float
-    largest_error: float
-    n_verified: int
-    how: str
-    kernel: str = ""
 
     @property
     def base(self) -> float:
@@ -84,11 +80,6 @@ class AblationSweep(OnGrid, Result):
     def p(self) -> Grid:
         """Two-sided p-value of "no effect", from flipping signs of groups; exactly 1 where nothing moved."""
         return sign_flip_p(self.effect_per_prompt, group=self.group, draws=self._flips)
-
-    @cached_property
-    def q(self) -> Grid:
-        """Benjamini-Hochberg q-values over the grid: the false discovery rate at which a cell would be called."""
-        return q_values(self.p)
 
     @property
     def least_q(self) -> float:
@@ -158,7 +149,7 @@ def ablate(
     "Causal scrubbing" (resampling).
     """
     site, replacement = has_site(model, site_kind(site)), as_replacement(value)
-    axes, asked = grid_axes(site, by), None if patches is None else read_patches(model, patches)
+    axes, asked = grid_axes(site, by), None if patches is None else read_patches(model, site, patches)
     pairs = as_pairs(model, prompts, metric=metric, group=group)
     groups = read_pairs(model, pairs.clean, pairs.clean, _needs(axes, asked))
     check_metric(pairs.metric, groups)
@@ -173,14 +164,9 @@ def ablate(
     if asked is None:
         labels = labels_of(model, site, axes, groups[0])
     else:
-        axes, labels = ("patch",), {"patch": [patch_name(patch) for patch in asked]}
+        axes, labels = ("patch",), {"patch": [component_of(model, site, patch).name for patch in asked]}
     base, values = draws[0].base, torch.stack([draw.values.T for draw in draws])
     shape = [len(labels[axis]) for axis in axes]
-    account = draws[0].account | {
-        "computed": sum(draw.computed for draw in draws) / len(draws),
-        "largest_error": max_error(draws),
-        "n_verified": sum(draw.n_verified for draw in draws),
-    }
     return AblationSweep(
         per_prompt=values.mean(0).view(-1, *shape),
         base_per_prompt=base,
@@ -190,7 +176,7 @@ def ablate(
         by=axes,
         replacement=str(replacement),
         labels=labels,
-        **account,
+        **RunAccount.joined(draws).account,
     )
 
 

@@ -48,10 +48,6 @@ class AblationComparison(Result):
         """Spearman's rank correlation of zero and resample effects over components; NaN for a single one."""
         return float(rank_correlation(self.zero.effect.flatten(), self.resample.effect.flatten()))
 
-    def order(self) -> list[tuple[int, ...]]:
-        """Every grid index, the largest zero effect first, whatever its sign."""
-        return self.zero.order()
-
     def held_out_top(self, k: int = 10, *, seed: int = 0) -> HeldOutEffects:
         """The `k` components of largest zero effect on half of the prompts; all three effects on the other half."""
         effects = {kind: sweep.effect_per_prompt for kind, sweep in self.sweeps.items()}
@@ -72,7 +68,7 @@ class AblationComparison(Result):
             f"{self.zero.site}: the same components, zeroed and resampled",
             ("change of the metric, zero ablation", "change of the metric, resampled"),
         )
-        for index in self.order()[:_NAMED]:
+        for index in self.zero.order()[:_NAMED]:
             at = {"x": float(self.zero.effect[index]), "y": float(self.resample.effect[index])}
             drawn.add_annotation(**at, text=self.zero.name_of(index), showarrow=False, yshift=12, font_size=11)
         return drawn

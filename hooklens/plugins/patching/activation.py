@@ -8,16 +8,16 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from hooklens.core.component import layer_name
-from hooklens.core.errors import InputError, WrongType
+from hooklens.core.errors import InputError
 from hooklens.core.names import Site
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pairs
-from hooklens.metrics import ReadingMetric
+from hooklens.metrics import ReadingMetric, need_metric, need_pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import STRONGEST, OnGrid, labels_of
-from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.plugins.patching.two_runs import Swept, ends_of, joined, resume_of, share_ends, with_other
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends
 from hooklens.sweeps.execution import execute
@@ -28,7 +28,7 @@ from hooklens.sweeps.site_patches import SitePatches
 
 
 @dataclass(frozen=True, eq=False)
-class PatchSweep(OnGrid, TwoRuns, Result):
+class PatchSweep(RunAccount, OnGrid, Swept, Result):
     """The metric after every patch of a grid, beside the metric of the two runs that are needed to read it."""
 
     ranked_by = "change of the metric"
@@ -41,37 +41,11 @@ class PatchSweep(OnGrid, TwoRuns, Result):
     into: str
     replacement: str
     labels: dict[str, list[str]]
-    computed: float
-    largest_error: float
-    n_verified: int
-    how: str
-    kernel: str = ""
-
-    @property
-    def values(self) -> Float[Tensor, "*grid"]:
-        """The metric after each patch, mean over pairs."""
-        return self.per_pair.mean(0)
-
-    @property
-    def recovered(self) -> Float[Tensor, "*grid"]:
-        """(value - corrupted) / (clean - corrupted), each a mean over pairs: 0 as corrupted, 1 as clean.
-
-        NaN everywhere where clean and corrupted do not differ, or differ by no more than chance over pairs.
-        """
-        return share_of(self._moved.mean(0), self.gap, None)
 
     def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> Ends:
         """Both ends of `recovered`, by a bootstrap over pairs that recomputes both means; NaN for one pair."""
-        return share_ends(self._moved, self.gap, group=None, level=level, draws=draws, seed=seed)
-
-    @property
-    def _moved(self) -> Float[Tensor, "pair *grid"]:
-        return self.per_pair - self.corrupted_per_pair.view(-1, *[1] * len(self.by))
-
-    @property
-    def effect(self) -> Float[Tensor, "*grid"]:
-        """How far each patch moved the metric from the run it went into."""
-        return self.values - (self.corrupted if self.into == "corrupted" else self.clean)
+        moved = self._from(self.corrupted_per_pair)
+        return share_ends(moved, self.gap, group=None, level=level, draws=draws, seed=seed)
 
     def table(self, n: int | None = 20) -> Table:
         """The patches that moved the metric most, with what they restored; every one for `n=None`."""
@@ -146,7 +120,7 @@ def patch(
             parts.append(with_other(model, outcome, group, from_run))
     outcome, labels = joined(groups, parts), labels_of(model, site, axes, groups[0])
     if layer is not None:
-        labels["layer"] = [layer_name(layer)]
+        labels["layer"] = [labels["layer"][layer]]
     return PatchSweep(
         per_pair=outcome.values.T.reshape(len(pairs), *(len(labels[axis]) for axis in axes)),
         site=site,
@@ -160,10 +134,8 @@ def patch(
 
 
 def check_metric(metric: Any, groups: list[Pairs]) -> None:
-    if not callable(metric) or isinstance(metric, type):
-        raise WrongType(
-            f"a metric is a function of logits [pair pos d_vocab] such as hl.logit_diff(...), got {metric!r}"
-        )
+    """Raise unless this is a metric of all pairs of these groups."""
+    need_metric(metric)
     if len(groups) == 1:
         return
     if not isinstance(metric, ReadingMetric):
@@ -171,9 +143,7 @@ def check_metric(metric: Any, groups: list[Pairs]) -> None:
             f"prompts of {len(groups)} different lengths were given, and a plain function needs all pairs in one "
             "tensor; use a built-in metric, or prompts of one length"
         )
-    made_for, n = len(metric.reads.pos), sum(len(group.index) for group in groups)
-    if made_for not in (1, n):
-        raise InputError(f"the metric was made for {made_for} pairs, the prompts are {n}; give one answer a pair")
+    need_pairs(len(metric.reads.pos), sum(len(group.index) for group in groups))
 
 
 def demo(model: HookedTransformer) -> PatchSweep:

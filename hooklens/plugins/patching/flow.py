@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hooklens.core.arguments import whole
 from hooklens.plugins.patching.two_runs import excludes_zero, share_ends, share_of
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import Ends, Groups, q_values
+from hooklens.results.statistics import Ends, Groups, Tested
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Choice(Result):
 
 
 @dataclass(frozen=True, eq=False)
-class InformationFlow(Result):
+class InformationFlow(RunAccount, Tested, Result):
     """Paths chosen on one half of the pairs and measured on the other, beside two kinds of control senders.
 
     `moved` is what each path moves the metric by. `turned`: what it moves when the same sender writes as much in random
@@ -62,7 +63,6 @@ class InformationFlow(Result):
     gap: Float[Tensor, "pair"]
     group: Int[Tensor, "pair"]
     halved: bool  # False: one group of pairs, so that paths were chosen and reported on the same
-    largest_error: float
     choice: Choice
 
     @property
@@ -137,11 +137,6 @@ class InformationFlow(Result):
     def p(self) -> Float[Tensor, "path"]:
         """The larger of `p_turned` and `p_others`; the first alone where there is no other sender."""
         return torch.fmax(self.p_turned, self.p_others)
-
-    @property
-    def q(self) -> Float[Tensor, "path"]:
-        """`p` as false discovery rates over the paths reported."""
-        return q_values(self.p)
 
     @property
     def least_q(self) -> float:

@@ -1,6 +1,6 @@
 """What results of a grid of patches share: labels, names of cells, order and figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -14,15 +14,14 @@ from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
-from hooklens.sweeps.nodes import listed, of_kinds, read_components
-from hooklens.sweeps.planning import Patch, sizes_of
+from hooklens.sweeps.nodes import listed, read_components
+from hooklens.sweeps.planning import Patch, component_of, parts_of, sizes_of
 
 Labels = dict[str, list[str]]
 
 _ROW = 15  # pixels
 _AXIS = {"pos": "token (clean | corrupted where they differ)"}
 STRONGEST = 24  # rows of a grid of three axes: all 270 heads of a small model would be hairlines
-_PREFIX = {"layer": "L", "head": "H", "neuron": "N"}
 
 
 class OnGrid:
@@ -33,17 +32,20 @@ class OnGrid:
     effect: Any  # a tensor [*grid]
 
     def order(self) -> list[tuple[int, ...]]:
-        """Every grid index, the largest effect first, whatever its sign."""
-        return largest_first(self.effect)
+        """Every grid index, the largest effect first, whatever its sign; NaN last."""
+        flat = self.effect.flatten().abs().nan_to_num(-1).argsort(descending=True, stable=True)
+        return [tuple(int(i) for i in torch.unravel_index(index, self.effect.shape)) for index in flat]
 
     def name_of(self, index: Sequence[int]) -> str:
         """The name of a grid index: L5H1, L3 ' Mary' (4), L2N17."""
-        return cell_name(self.by, self.labels, index)
+        parts = dict(zip(self.by, index, strict=True))
+        name = "".join(self.labels[axis][i] for axis, i in parts.items() if axis != "pos")
+        return name + (f" {self.labels['pos'][parts['pos']]!r} ({parts['pos']})" if "pos" in parts else "")
 
     @property
     def names(self) -> list[str]:
         """The name of every cell, in the order of the flattened grid."""
-        return cell_names(self.by, self.labels, self.effect.shape)
+        return [self.name_of(index) for index in product(*map(range, self.effect.shape))]
 
     def rows(self, parts: Sequence[Float[Tensor, "*grid"]], n: int | None) -> list[tuple]:
         """The first `n` rows of a table: the name of a cell and its value in each part."""
@@ -92,15 +94,22 @@ def labels_of(model: HookedTransformer, site: str, by: Sequence[str], group: Pai
             pairs = zip(show(model, group.clean[0]), show(model, group.corrupted[0]), strict=True)
             labels[axis] = [a if a == b else f"{a} |{b}" for a, b in pairs]
         else:
-            labels[axis] = [f"{_PREFIX[axis]}{i}" for i in range(sizes[axis])]
+            cells = [Patch(**{"layer": 0, axis: i}) for i in range(sizes[axis])]
+            names = [component_of(model, site, cell).name for cell in cells]
+            labels[axis] = names if axis == "layer" else [name.removeprefix("L0") for name in names]
     return labels
 
 
-def read_patches(model: HookedTransformer, asked: Any) -> list[Patch]:
+def read_patches(model: HookedTransformer, site: str, asked: Any) -> list[Patch]:
     """Patches from what a user writes: Patch(5, head=1), "L5H1", (5, 1), ("z", 5) for every head, "L2N17", "L5@-1".
 
+    At k and v a head stands for the key/value head that it reads.
+
     >>> from hooklens.testing import tiny_model
-    >>> read_patches(tiny_model(), ["L1H0", "L0@-1"]) == [Patch(1, head=0), Patch(0, pos=-1)]
+    >>> model = tiny_model(n_heads=4, n_key_value_heads=2)
+    >>> read_patches(model, "z", ["L1H0", "L0@-1"]) == [Patch(1, head=0), Patch(0, pos=-1)]
+    True
+    >>> read_patches(model, "k", ["L1G1.k"]) == read_patches(model, "k", ["L1H3.k"]) == [Patch(1, head=1)]
     True
     """
     patches = []
@@ -108,55 +117,27 @@ def read_patches(model: HookedTransformer, asked: Any) -> list[Patch]:
         if isinstance(item, Patch):
             patches.append(item)
             continue
-        for node in of_kinds(read_components(model, item, "patch"), "patch"):
-            if isinstance(node.pos, tuple):
-                raise InputError(f"a patch has one position for all prompts, got {node.pos}; ablate them one by one")
-            patches.append(Patch(node.layer, node.pos, node.head, node.neuron))
+        nodes = read_components(model, item, f"patch of {site}")
+        patches += dict.fromkeys(_patch_of(model, site, node) for node in nodes)  # heads that share keys are one patch
     return patches
 
 
-def patch_name(patch: Patch) -> str:
-    """The name of a single patch.
-
-    >>> patch_name(Patch(5, head=1)), patch_name(Patch(2, pos=3))
-    ('L5H1', 'L2@3')
-    """
-    kind = "layer"
-    if patch.neuron is not None:
-        kind = "neuron"
-    elif patch.head is not None:
-        kind = "head"
-    return Component(kind, patch.layer, patch.head, patch.neuron, pos=patch.pos).name
-
-
-def cell_name(by: Sequence[str], labels: Mapping[str, Sequence[str]], index: Sequence[int]) -> str:
-    """The name of a grid index: L5H1, L3 ' Mary' (4), L2N17."""
-    parts = dict(zip(by, index, strict=True))
-    if "patch" in parts:
-        return labels["patch"][index[0]] if "patch" in labels else f"patch {index[0]}"
-    named = {axis: labels.get(axis) for axis in _PREFIX if axis in parts}
-    words = [f"{_PREFIX[axis]}{parts[axis]}" if of is None else of[parts[axis]] for axis, of in named.items()]
-    name = "".join(words)
-    return name + (f" {labels['pos'][parts['pos']]!r} ({parts['pos']})" if "pos" in parts else "")
-
-
-def cell_names(by: Sequence[str], labels: Labels, shape: Sequence[int]) -> list[str]:
-    """The name of every cell, in the order of the flattened grid.
-
-    >>> cell_names(("layer", "head"), {}, (1, 2))
-    ['L0H0', 'L0H1']
-    """
-    return [cell_name(by, labels, index) for index in product(*map(range, shape))]
-
-
-def largest_first(values: Float[Tensor, "*grid"]) -> list[tuple[int, ...]]:
-    """Every grid index, the largest value first, whatever its sign; NaN last.
-
-    >>> largest_first(torch.tensor([[1.0, -3.0]]))
-    [(0, 1), (0, 0)]
-    """
-    flat = values.flatten().abs().nan_to_num(-1).argsort(descending=True, stable=True)
-    return [tuple(int(i) for i in torch.unravel_index(index, values.shape)) for index in flat]
+def _patch_of(model: HookedTransformer, site: str, node: Component) -> Patch:
+    """The patch that overwrites this component at this site."""
+    cells = {"layers": Patch(0)} | {f"{part}s": Patch(0, **{part: 0}) for part in parts_of(site) & {"head", "neuron"}}
+    there = {words: component_of(model, site, cell) for words, cell in cells.items()}
+    kinds = {"layer", *(example.kind for example in there.values())} | ({"head"} if "heads" in there else set())
+    if node.kind not in kinds:
+        has = ", ".join(f'{words} such as "{example}"' for words, example in there.items())
+        raise InputError(
+            f'{node} was asked for as a patch of {site}, which has {has}; "L0@-1" is one position of a layer'
+        )
+    if isinstance(node.pos, tuple):
+        raise InputError(f"a patch has one position for all prompts, got {node.pos}; ablate them one by one")
+    head = node.head
+    if node.kind == "head" and head is not None:  # at k and v: the key/value head that it reads
+        head = head * sizes_of(model, site, 0)["head"] // model.cfg.n_heads
+    return Patch(node.layer, node.pos, head, node.neuron)
 
 
 def draw_agreement(

@@ -21,6 +21,7 @@ from hooklens.metrics import ReadingMetric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.flow import Choice, InformationFlow
 from hooklens.plugins.patching.path import PathSweep, path_patch
+from hooklens.results.account import RunAccount
 from hooklens.results.statistics import group_numbers, halves
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.nodes import Order, Receiver, Sender, of_pairs, on_tokens, read_receivers, read_senders
@@ -67,7 +68,10 @@ def trace_information(
         _paths_to(between, swept, name, receivers=reading, senders=sending, options=options)
         for name, reading in _named(model, receivers).items()
     ]
-    by_path = ("chosen_by", "moved", "turned", "total")
+    sweeps = [sweep for part in parts for sweep in part["sweeps"]]
+    by_path: dict[str, Any] = {
+        name: torch.cat([part[name] for part in parts], -1) for name in ("chosen_by", "moved", "turned", "total")
+    }
     return InformationFlow(
         paths=[path for part in parts for path in part["paths"]],
         receivers=[name for part in parts for name in part["receivers"]],
@@ -76,9 +80,9 @@ def trace_information(
         gap=parts[0]["gap"],
         group=number[second],
         halved=halved,
-        largest_error=max(part["largest_error"] for part in parts),
         choice=replace(options, group=None),  # which pairs belong together stands in `group`
-        **{name: torch.cat([part[name] for part in parts], -1) for name in by_path},
+        **by_path,
+        **RunAccount.joined(sweeps, [sweep.per_pair.numel() for sweep in sweeps]).account,
     )
 
 
@@ -175,7 +179,7 @@ def _paths_to(
         "others": [torch.cat((effect[:i], effect[i + 1 :])) for i in best],
         "total": whole[:, None].expand(-1, len(best)),
         "gap": report.gap,
-        "largest_error": chose.largest_error,
+        "sweeps": [chose, report],
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooklens.core.errors import InputError
 from hooklens.data.demo_prompts import demo_pairs
 from hooklens.data.prompts import Prompts, rows_of
-from hooklens.metrics import ReadingMetric
+from hooklens.metrics import ReadingMetric, need_metric
 from hooklens.model.config import TokenEmbed
 from hooklens.model.ids import show
 from hooklens.model.transformer import HookedTransformer
@@ -49,6 +49,7 @@ class EmbeddingPath:
     @classmethod
     def of(cls, model: HookedTransformer, prompts: Prompts, metric: Any, baseline: Any) -> "EmbeddingPath":
         need_backward(model, "an attribution to tokens")
+        need_metric(metric)
         if not isinstance(model.cfg.embed, TokenEmbed):
             raise InputError("token attributions need a model that reads tokens; this one reads vectors")
         tokens = _of_one_length(rows_of(model, prompts, "prompts"))

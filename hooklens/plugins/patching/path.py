@@ -15,7 +15,8 @@ from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, check_prompts_differ, read_aligned
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.plugins.patching.two_runs import Swept, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.results.account import RunAccount
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends, Groups, group_numbers, halves, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
@@ -50,7 +51,7 @@ class Fixed:
 
 
 @dataclass(frozen=True, eq=False)
-class PathSweep(TwoRuns, Result):
+class PathSweep(RunAccount, Swept, Result):
     """The metric after each sender was patched into the receivers, beside that of the clean and the corrupted run.
 
     `semantics` says what the receivers read: see `path_patch` and `Fixed`. `place` is each sender's layer and head (-1:
@@ -71,27 +72,6 @@ class PathSweep(TwoRuns, Result):
     reaches: Bool[Tensor, "sender"]
     shape: tuple[int, int]  # layers, heads
     group: Int[Tensor, "pair"]
-    computed: float
-    largest_error: float
-    n_verified: int
-    how: str
-    kernel: str = ""
-
-    @property
-    def values(self) -> Float[Tensor, "sender"]:
-        """The metric after each patch, mean over pairs."""
-        return self.per_pair.mean(0)
-
-    @property
-    def moved(self) -> Float[Tensor, "pair sender"]:
-        """How far each patch moved the metric of each pair, from the run that was patched."""
-        base = self.corrupted_per_pair if self.into == "corrupted" else self.clean_per_pair
-        return self.per_pair - base[:, None]
-
-    @property
-    def effect(self) -> Float[Tensor, "sender"]:
-        """How far each patch moved the metric, mean over pairs."""
-        return self.moved.mean(0)
 
     @property
     def share(self) -> Float[Tensor, "sender"]:
@@ -100,16 +80,6 @@ class PathSweep(TwoRuns, Result):
         Clean into corrupted this is what is recovered. NaN where the two runs do not differ by more than chance.
         """
         return share_of(self.effect, self._gap, self.group)
-
-    @property
-    def recovered(self) -> Float[Tensor, "sender"]:
-        """(value - corrupted) / (clean - corrupted), as `hl.patch` has it: 0 as corrupted, 1 as clean."""
-        return self.share if self.into == "corrupted" else 1 - self.share
-
-    @property
-    def many(self) -> bool:
-        """Are there at least two independent groups, so that an interval means something?"""
-        return len(self.group.unique()) > 1
 
     def interval(self, level: float = 0.95, *, draws: int = DRAWS, seed: int = 0) -> Ends:
         """Both ends of `share`, by a bootstrap over groups that recomputes both means; NaN for one group."""
@@ -131,7 +101,7 @@ class PathSweep(TwoRuns, Result):
 
     def table(self, n: int | None = 20) -> Table:
         """The senders whose path moved the metric most, with their share of the difference; every one for `n=None`."""
-        parts = [self.values, self.share, *(self.interval() if self.many else ())]
+        parts = [self.values, self.share, *(self.interval() if len(self.group.unique()) > 1 else ())]
         rows = [(self.senders[i], *(float(part[i]) for part in parts)) for i in self.order()[:n]]
         return Table((f"sender to {self._to}", "metric", "share", "95% low", "95% high")[: 1 + len(parts)], rows)
 

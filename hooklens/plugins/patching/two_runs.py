@@ -13,6 +13,7 @@ from hooklens.core.errors import InputError
 from hooklens.data.prompts import Pairs
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import in_order
+from hooklens.results.account import RunAccount
 from hooklens.results.statistics import DRAWS, Ends, Groups, mean_interval, ratio_interval
 from hooklens.sweeps.execution import Outcome
 from hooklens.sweeps.naive import first_nonfinite, not_finite
@@ -45,6 +46,39 @@ class TwoRuns:
     def defined(self) -> bool:
         """Does the interval of clean minus corrupted exclude 0? With one group of pairs: do they differ?"""
         return excludes_zero(self.gap, getattr(self, "group", None))
+
+
+class Swept(TwoRuns):
+    """What sweeps between two runs share, of which `into` says which was patched."""
+
+    into: str
+    per_pair: Float[Tensor, "pair *cell"]
+
+    @property
+    def values(self) -> Float[Tensor, "*cell"]:
+        """The metric after each patch, mean over pairs."""
+        return self.per_pair.mean(0)
+
+    @property
+    def moved(self) -> Float[Tensor, "pair *cell"]:
+        """How far each patch moved the metric of each pair, from the run that was patched."""
+        return self._from(self.corrupted_per_pair if self.into == "corrupted" else self.clean_per_pair)
+
+    @property
+    def effect(self) -> Float[Tensor, "*cell"]:
+        """How far each patch moved the metric, mean over pairs."""
+        return self.moved.mean(0)
+
+    @property
+    def recovered(self) -> Float[Tensor, "*cell"]:
+        """(value - corrupted) / (clean - corrupted), each a mean over pairs: 0 as corrupted, 1 as clean.
+
+        NaN everywhere where clean and corrupted do not differ, or differ by no more than chance over pairs.
+        """
+        return share_of(self._from(self.corrupted_per_pair).mean(0), self.gap, getattr(self, "group", None))
+
+    def _from(self, run: Float[Tensor, "pair"]) -> Float[Tensor, "pair *cell"]:
+        return self.per_pair - run.view(-1, *[1] * (self.per_pair.ndim - 1))
 
 
 def excludes_zero(gap: Float[Tensor, "pair"], group: Groups) -> bool:
@@ -101,22 +135,14 @@ def with_other(model: HookedTransformer, outcome: Outcome, group: Pairs, name: s
 
 def joined(groups: Sequence[Pairs], parts: Sequence[Outcome]) -> Outcome:
     """The sweeps of the pairs of each length as one, the pairs in the order in which they were given."""
-    sizes = [len(group.index) for group in groups]
     others = [part.other for part in parts if part.other is not None]
     return replace(
         parts[0],
         values=in_order(groups, [part.values.T for part in parts]).T,
         base=in_order(groups, [part.base for part in parts]),
-        computed=sum(part.computed * n for part, n in zip(parts, sizes, strict=True)) / sum(sizes),
-        largest_error=max_error(parts),
-        n_verified=sum(part.n_verified for part in parts),
         other=in_order(groups, others) if others else None,
+        **RunAccount.joined(parts, [len(group.index) for group in groups]).account,
     )
-
-
-def max_error(parts: Sequence[Outcome]) -> float:
-    """The largest error of several sweeps; NaN if one of them is."""
-    return float(torch.tensor([part.largest_error for part in parts]).max())
 
 
 def ends_of(outcome: Outcome, into: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class TokenProjection(Result):
             rows.append((f"random, {name}, 95 % below", folded, ratio.quantile(0.95), None))
         return Table(("direction", "AUC", "Fisher ratio", "p"), rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
+    def top_tokens(self, k: int = 10) -> Table:
         """The `k` tokens with the largest and the `k` with the smallest coordinate along the direction."""
         order = self.along.argsort(descending=True, stable=True).tolist()
         chosen = [*order[:k], *order[-k:]] if len(order) > 2 * k else order

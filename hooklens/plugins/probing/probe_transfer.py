@@ -1,6 +1,6 @@
 """Does a probe trained on one data set work on another? A matrix of accuracies, out of fold on the diagonal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,8 +20,9 @@ from hooklens.plugins.probing.labels import odd_first
 from hooklens.plugins.probing.probes import MassMean, ProbeKind, Weights, kind_name
 from hooklens.plugins.probing.scoring import Trainer
 from hooklens.plugins.probing.task import ProbeTask
-from hooklens.results.result import Result, Table
-from hooklens.results.statistics import auc, mean_interval, null_p, q_values
+from hooklens.results.result import Result
+from hooklens.results.statistics import Tested, auc, mean_interval, null_p
+from hooklens.results.table import Table
 
 _DRAWS = 99  # shuffled labellings: a probe is trained on each, for every task
 _MASS_MEAN = MassMean()
@@ -29,7 +30,7 @@ Scored = tuple[Float[Tensor, "example"], Float[Tensor, "null draw"]]  # the scor
 
 
 @dataclass(frozen=True, eq=False)
-class Transfer(Result):
+class Transfer(Tested, Result):
     """Accuracy and AUC of the probe of each task (row) on the examples of each task (column).
 
     Examples that share a prompt or an entity with the training task are left out (`n` remain; NaN if none does). The
@@ -40,6 +41,7 @@ class Transfer(Result):
     labels that were used for training and testing in the same folds.
     """
 
+    ranked_by = "AUC on another task"
     terms = {
         "95% of shuffled training": "the AUC below which 95 % of probes trained on shuffled labels lie",
     }
@@ -60,27 +62,20 @@ class Transfer(Result):
         """How often the probe has an AUC as large on shuffled labels of the tested task; NaN without an AUC."""
         return null_p(self.auc, self.null[1])
 
-    @property
-    def q(self) -> Float[Tensor, "trained tested"]:
-        """`p` of the whole matrix, as false discovery rates."""
-        return q_values(self.p)
-
     def table(self, n: int | None = None) -> Table:
         """One row per pair of tasks."""
-        return self._rows(product(range(len(self.names)), repeat=2)).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The `k` pairs of different tasks with the largest AUC; `q` counts all pairs."""
-        others = ~self.auc.isnan() & ~torch.eye(len(self.names), dtype=torch.bool, device=self.auc.device)
-        return self._rows(sorted(others.nonzero().tolist(), key=lambda pair: -float(self.auc[tuple(pair)]))[:k])
-
-    def _rows(self, pairs: Iterable[Sequence[int]]) -> Table:
         ends = ("accuracy", "95% low", "95% high", "most common")
         columns = ("trained on", "tested on", *ends, "AUC", "95% of shuffled training", "p", "q", "examples")
         cells = [self.accuracy, self.low, self.high, self.majority.expand_as(self.auc), self.auc]
         cells += [self.null[0].quantile(0.95, dim=0), self.p, self.q, self.n]
+        pairs = product(range(len(self.names)), repeat=2)
         rows = [(self.names[i], self.names[j], *(cell[i, j] for cell in cells)) for i, j in pairs]
-        return Table(columns, rows)
+        return Table(columns, rows).head(n)
+
+    @property
+    def ranking(self) -> Float[Tensor, "pair"]:
+        """The AUC of every pair of different tasks; a task and itself have no rank."""
+        return self.auc.clone().fill_diagonal_(torch.nan).flatten()
 
     def figure(self) -> Any:
         """The AUC of every pair; the hover box shows the accuracy and q."""

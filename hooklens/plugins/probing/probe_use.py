@@ -22,7 +22,7 @@ from hooklens.plugins.probing.probes import Logistic, MassMean, Probe
 from hooklens.plugins.probing.scoring import Trainer, as_rows
 from hooklens.plugins.probing.task import ProbeTask, checked_task, read_task
 from hooklens.results.result import Result
-from hooklens.results.statistics import mean_interval, middle, null_p, q_values
+from hooklens.results.statistics import Tested, mean_interval, middle, null_p
 from hooklens.results.table import Table
 
 _DRAWS = 50  # random directions: every prompt is run with each of them ablated and steered
@@ -31,7 +31,7 @@ NULLS = ("isotropic", "as the data vary")
 
 
 @dataclass(frozen=True, eq=False)
-class CausalCheck(Result):
+class CausalCheck(Tested, Result):
     """The loss of class separation in the metric when the probe's direction is edited.
 
     `told` is each prompt's margin: how far its metric lies from the midpoint of the two class means, towards its own
@@ -87,11 +87,6 @@ class CausalCheck(Result):
         return null_p(self.effect[:, None].expand(null.shape[1:]), null).amax(1)
 
     @property
-    def q(self) -> Float[Tensor, "edit"]:
-        """`p` of the edits as false discovery rates; to correct over layers too, use `q_values` on all their `p`."""
-        return q_values(self.p)
-
-    @property
     def used(self) -> bool:
         """Do both edits reduce the margin, with intervals above 0, and by more than 95 % of random directions?"""
         return bool(((self.interval()[0] > 0) & (self.p <= 0.05)).all())
@@ -106,7 +101,7 @@ class CausalCheck(Result):
                 rows.append((f"  random, {null}", draws.mean(), *middle(draws), None, None))
         return Table(("edit", "fall of the metric", "95% low", "95% high", "p", "q"), rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
+    def top_prompts(self, k: int = 10) -> Table:
         """The `k` prompts with the largest decrease under ablation; the choice uses the measured effects."""
         order = self.fall[0].argsort(descending=True, stable=True)[:k].tolist()
         rows = [(i, self.classes[int(self.label[i])], self.told[i], *self.fall[:, i]) for i in order]

@@ -137,7 +137,7 @@ class ProbeStudy(Result):
         ]
         return Table(("what", "balanced accuracy", "95% low", "95% high", "accuracy", "p"), rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
+    def top_points(self, k: int = 10) -> Table:
         """The `k` points with the largest balanced accuracy; choosing one of them uses the test examples."""
         values, (low, high) = balanced(self.correct, self.label), self.interval(self.correct)
         columns = (values, low, high, self.correct.mean(1), self.point_p, self.point_q)

@@ -24,6 +24,7 @@ class CoefficientSweep(Result):
     in a continuation that occurred in it before: a text in a loop has a low loss under any model.
     """
 
+    ranked_by = "size of the effect"
     terms = {
         "random low": "the lower end of the effects of random directions of the same length",
         "random high": "the upper end",
@@ -109,10 +110,10 @@ class CoefficientSweep(Result):
         }
         return Table(tuple(columns), list(zip(*columns.values(), strict=True))).head(n)
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` coefficients with the largest effect, regardless of its sign."""
-        table, order = self.table(), self.effect.abs().argsort(descending=True, stable=True)
-        return Table(table.columns, [table.rows[i] for i in order[:k].tolist()])
+    @property
+    def ranking(self) -> Float[Tensor, "coefficient"]:
+        """The size of each effect."""
+        return self.effect.abs()
 
     def samples(self, prompt: int = 0) -> Table:
         """The model's continuation of one prompt at every coefficient."""

@@ -19,7 +19,7 @@ from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.probing.gathering import gather
 from hooklens.plugins.steering.held_out_steering import cross_fit, make_splits
 from hooklens.results.result import Result, Table
-from hooklens.results.statistics import middle, null_p, q_values
+from hooklens.results.statistics import Tested, middle, null_p
 
 _DRAWS = 200  # shuffled labellings: a direction is fitted to each on every split
 _SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_in", "pre", "pre_linear", "post")
@@ -27,7 +27,7 @@ _KEPT = 32  # shuffled directions kept for use as controls
 
 
 @dataclass(frozen=True, eq=False)
-class ContrastDirections(Result):
+class ContrastDirections(Tested, Result):
     """The difference of the two means at every layer, and how well it separates held-out prompts.
 
     `separation` is the probability that a held-out positive prompt lies further along the direction than a held-out
@@ -65,11 +65,6 @@ class ContrastDirections(Result):
     def p(self) -> Float[Tensor, "layer"]:
         """How often shuffled labels separate as well, at each layer."""
         return null_p(self.separation, self.null)
-
-    @property
-    def q(self) -> Float[Tensor, "layer"]:
-        """`p` of the layers, as false discovery rates."""
-        return q_values(self.p)
 
     @property
     def best(self) -> int:

@@ -40,6 +40,8 @@ class SingularDirections(Result):
     bottom tokens to the bottom tokens.
     """
 
+    ranked_by = "singular value"
+
     matrix: str
     singular: Float[Tensor, "direction"]
     share: Float[Tensor, "direction"]
@@ -62,10 +64,6 @@ class SingularDirections(Result):
                 words = [listed(tokens.words(i, high=high)) for tokens in self.lists]
                 rows.append((f"{i}{'+' if high else '-'}", float(self.singular[i]), float(self.share[i]), *words, *q))
         return Table(columns, rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """Both signs of the `k` largest directions."""
-        return self.table(2 * k)
 
     def figure(self) -> Any:
         """How peaked each direction's token scores are, with the 95th percentile of random vectors."""

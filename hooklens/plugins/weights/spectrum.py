@@ -108,6 +108,7 @@ class Spectrum(Result):
 class Spectra(Result):
     """Spectra of the embeddings by name, and of every head's QK and OV as `layer head value`; weights as stored."""
 
+    ranked_by = "effective rank of a head against a fresh model, the lowest first"
     terms = {
         "rank at init": "the same for a random matrix of this shape, as before training",
         "effective at init": "the same for a random matrix of this shape, as before training",
@@ -125,9 +126,11 @@ class Spectra(Result):
         places = product(ratios, range(n_layers), range(n_heads))
         return sorted(places, key=lambda place: (float(ratios[place[0]][place[1:]]), *place))
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` heads with the lowest effective rank relative to a fresh model."""
-        return Table(_COLUMNS, [self._head_row(*place) for place in self.order()[:k]])
+    @property
+    def ranking(self) -> Float[Tensor, "row"]:
+        """The heads in the order of the table; embeddings and means have no rank."""
+        whole = torch.full((len(self.embeddings) + 2,), torch.nan)
+        return torch.cat((whole, -torch.arange(float(len(self.order())))))
 
     def table(self, n: int | None = 12) -> Table:
         """The embeddings, the means over heads, then the heads with the lowest effective rank."""

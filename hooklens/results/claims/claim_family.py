@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class ClaimFamily(Result):
     """Claims tested together, each with its false discovery rate; made by `family`."""
 
+    ranked_by = "verdict, then the smallest q"
     terms = {"control": "the same measurement without the claim's cause; each claim names its own"}
 
     claims: list[Claim]
@@ -42,11 +43,10 @@ class ClaimFamily(Result):
             rows.append((claim.statement, claim.status, claim.verdict, *numbers, control, claim.q))
         return Table(("claim", "status", "verdict", "effect", "low", "high", "control", "q"), rows).head(n)
 
-    def top(self, k: int = 10) -> Table:
-        """The `k` claims with the smallest q; causal claims first."""
-        q, table = self.q.nan_to_num(2.0).tolist(), self.table()
-        order = sorted(range(len(q)), key=lambda i: (not self.claims[i].causal, q[i]))
-        return Table(table.columns, [table.rows[i] for i in order[:k]])
+    @property
+    def ranking(self) -> Float[Tensor, "claim"]:
+        """Causal claims first, and of both kinds the smallest q."""
+        return 4.0 * torch.tensor([claim.causal for claim in self.claims]) - self.q.nan_to_num(2.0)
 
     def figure(self) -> Any:
         """Every effect with its interval."""

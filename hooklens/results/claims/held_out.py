@@ -18,11 +18,11 @@ from hooklens.results.result import Result, Table
 from hooklens.results.statistics import (
     INTERVAL_TERMS,
     Groups,
+    Tested,
     few_groups,
     group_numbers,
     halves,
     mean_interval,
-    q_values,
     sign_flip_p,
 )
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOutEffects(Result):
+class HeldOutEffects(Tested, Result):
     """Effects of chosen components on prompts that were not used to choose them, one row per kind of effect.
 
     `chosen_per_prompt` is the effect (of the first kind) on the half that chose the components: as the largest of many,
@@ -39,6 +39,7 @@ class HeldOutEffects(Result):
     if all were chosen. p and q values refer to the reported half, q over all reported components and kinds.
     """
 
+    ranked_by = "effect where chosen"
     terms = INTERVAL_TERMS | {
         "q": "the false discovery rate over the rows of this table (Benjamini-Hochberg)",
         "where chosen": "the effect on the prompts that chose the component; biased upwards for this reason",
@@ -117,11 +118,6 @@ class HeldOutEffects(Result):
         return sign_flip_p(self.per_prompt.movedim(1, 0), group=self.group[self.reported_on])
 
     @property
-    def q(self) -> Float[Tensor, "kind component"]:
-        """Benjamini-Hochberg q-values over the reported effects."""
-        return q_values(self.p)
-
-    @property
     def shrinkage(self) -> float:
         """The reported effects as a share of those on the choosing half: below 1 if the choice was partly luck."""
         return float(self.mean[0].abs().sum() / self.chosen_by.abs().sum())
@@ -173,10 +169,6 @@ class HeldOutEffects(Result):
             for j, kind in enumerate(self.kinds)
         ]
         return Table(columns, rows).head(n)
-
-    def top(self, k: int = 10) -> Table:
-        """The first `k` chosen components."""
-        return self.table(k * len(self.kinds))
 
     def figure(self) -> Any:
         """The effects on the half that did not choose, with intervals."""

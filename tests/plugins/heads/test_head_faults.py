@@ -106,7 +106,7 @@ def test_tokens_masks_and_kinds_in_other_forms():
     with refused(HooklensError, "no kind of key named '3'"):
         heads.knock_out_keys(MODEL, *BOTH, kind=3)
     with pytest.raises(HooklensError, match="closest: previous"):
-        heads.score_heads(MODEL, n=2, draws=5).top(3, "prev")
+        heads.score_heads(MODEL, n=2, draws=5).top_heads(3, "prev")
     with refused(HooklensError, "no writer named"):
         weights.measure_angles(MODEL, None, "L1H0.q")
 
@@ -140,7 +140,7 @@ def test_neurons_are_a_list_of_numbers():
 def test_a_prompt_without_such_keys_counted_as_a_score_of_0_in_the_interval():
     repeating, others = [[1, 2, 3, 2, 3], [4, 5, 6, 4, 6], [7, 8, 8, 7, 9]], [[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]]
     alone, mixed = (heads.score_heads(MODEL, prompts, draws=5) for prompts in (repeating, repeating + others))
-    intervals = [[row[:4] for row in found.top(4, "duplicate").rows] for found in (alone, mixed)]
+    intervals = [[row[:4] for row in found.top_heads(4, "duplicate").rows] for found in (alone, mixed)]
     for (name, *expected), (same, *values) in zip(*intervals, strict=True):
         assert name == same and values == pytest.approx(expected, abs=1e-6)
 

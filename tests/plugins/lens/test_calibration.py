@@ -146,9 +146,11 @@ def test_tables_figures_files(tmp_path):
     found = measure_calibration(tiny_model(), TOKENS)
     assert sum(row[1] for row in found.table().rows) == 8
     assert len(found.summary()) == 5 and "by chance" in str(found.summary())
-    losses = [row[3] for row in found.top(4).rows]
+    losses = [row[3] for row in found.top_tokens(4).rows]
     assert losses == sorted(losses, reverse=True) and losses[0] == float(found.loss.max())
-    assert found.top(1).rows[0][0] == repr(found.str_tokens[found.top(1).rows[0][1]][found.top(1).rows[0][2]])
+    assert found.top_tokens(1).rows[0][0] == repr(
+        found.str_tokens[found.top_tokens(1).rows[0][1]][found.top_tokens(1).rows[0][2]]
+    )
     found.figure().to_json()
     assert 'title="1' in found.token_figure(1)
     found.save(tmp_path / "found.safetensors")

@@ -77,7 +77,7 @@ def test_the_induction_head_moved_the_answer_from_behind_its_last_occurrence():
     found = direct_logit_attribution(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
     assert found.heads[0].tolist() == [[0, 0], [0, 10]]
     assert found.sources[0][1, 1].tolist() == [0, 10, 0, 0, 0]
-    assert found.top(1).rows[0][:2] == ("L1H1", 10.0)
+    assert found.top_heads(1).rows[0][:2] == ("L1H1", 10.0)
     assert float(found.total) == float(found.logit) == 10
 
 
@@ -163,4 +163,4 @@ def test_smollm2s_indirect_object_is_written_by_late_heads():
     found = direct_logit_attribution(model, text, answer=" Mary", wrong_answer=" John")
     assert found.error < 1e-3
     torch.testing.assert_close(found.total, found.logit, atol=1e-3, rtol=0)
-    assert found.top(1).rows[0][0] == "L23H3" and found.sources[0][23, 3].argmax() == 9  # the second John
+    assert found.top_heads(1).rows[0][0] == "L23H3" and found.sources[0][23, 3].argmax() == 9  # the second John

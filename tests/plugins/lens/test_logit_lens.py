@@ -111,7 +111,7 @@ def test_induction_appears_after_the_last_block():
     lens = logit_lens(induction_model(), [[3, 1, 4, 9, 3]], answer=1)
     assert lens.rank[:, 0, -1].tolist() == [5, 5, 0]  # every token ties before: the middle of eleven
     assert lens.settled[0, -1] == 2
-    assert lens.top(1).rows[-1] == ("final_post", "'1'")
+    assert lens.top_words(1).rows[-1] == ("final_post", "'1'")
     assert lens.table(1).rows[0][0] == "0_pre"
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_refused():
     with pytest.raises(InputError, match="one per prompt, got 3 for 2"):
         logit_lens(model, TOKENS, answer=[1, 2, 3])
     with pytest.raises(InputError, match="run it again with k=9"):
-        logit_lens(model, TOKENS).top(9)
+        logit_lens(model, TOKENS).top_words(9)
     with (
         model.hooks(fwd_hooks=[("unembed.hook_in", lambda x, hook: None)]),
         pytest.raises(InputError, match="are active"),

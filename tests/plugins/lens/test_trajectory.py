@@ -47,7 +47,9 @@ def test_controls_norms_and_cosines_by_hand():
 def test_the_induced_answer_comes_up_after_the_last_block():
     path = trace_predictions(induction_model(), [[3, 1, 4, 9, 3]], answer=1, wrong_answer=4)
     assert path.rank.tolist() == [[5, 5, 0]] and path.logit_diff.tolist() == [[0, 0, 10]]
-    assert path.top(1).rows[0][0] == "L1"
+    assert path.top(1).rows == path.table().rows[-1:] and path.table().rows[-1][0] == "final_post"
+    assert path.top(1).rows[0][3] == pytest.approx(float(path.log_prob.diff().max()))
+    assert len(path.top(5)) == 2  # nothing rises before the first stream
 
 
 def test_prompts_of_different_length_are_prompts_one_by_one(monkeypatch):

@@ -209,6 +209,59 @@ def test_a_negative_position_of_a_patch_was_refused_and_one_name_was_read_letter
         ablate(model, PROMPTS, metric, value="zero", patches="L1H0@-5")
 
 
+GROUPED = tiny_model(n_heads=4, n_key_value_heads=2, normalization_type="RMS")
+
+
+@pytest.mark.parametrize("site", ["k", "v"])
+def test_the_row_of_a_key_head_that_heads_share_was_named_as_if_it_were_a_head(site):
+    metric = metric_of(GROUPED)
+    sweep = ablate(GROUPED, PROMPTS, metric, site=site, value="zero")
+    assert sweep.names == [f"L{layer}G{head}.{site}" for layer in range(2) for head in range(2)]
+    assert sweep.table(1).rows[0][0] in sweep.names and f"G1.{site}" in sweep.figure().to_json()
+    one = sweep.top(1).rows[0][0]  # a row's name asks for that row
+    assert ablate(GROUPED, PROMPTS, metric, site=site, value="zero", patches=[one]).names == [one]
+    patched = hl.patch(GROUPED, PROMPTS, PROMPTS.flip(0), metric, site=site, by="layer x head x pos")
+    assert patched.name_of((1, 1, 0)).startswith(f"L1G1.{site} ")
+
+
+def test_a_key_head_was_refused_as_a_patch_and_a_head_is_now_the_key_head_that_it_reads():
+    metric = metric_of(GROUPED)
+    grid = ablate(GROUPED, PROMPTS, metric, site="k", value="zero")
+    asked = ["L1G1.k", "L0H1.k", "L0H1", (1, 3), ("z", 0), "L0G1.k@-1", Patch(1, head=0)]
+    found = ablate(GROUPED, PROMPTS, metric, site="k", value="zero", patches=asked)
+    assert found.names == ["L1G1.k", *["L0G0.k"] * 2, "L1G1.k", "L0G0.k", "L0G1.k", "L0G1.k@-1", "L1G0.k"]
+    torch.testing.assert_close(found.per_prompt[:, 1], grid.per_prompt[:, 0, 0])
+    assert not torch.equal(grid.per_prompt[:, 0, 0], grid.per_prompt[:, 0, 1])
+    queries = ablate(GROUPED, PROMPTS, metric, site="q", value="zero", patches=["L0H3"])
+    assert queries.names == ["L0H3.q"]
+
+
+@pytest.mark.parametrize(
+    ("site", "asked", "says"),
+    [
+        ("z", "MLP0", 'MLP0 was asked for as a patch of z, which has layers such as "L0", heads such as "L0H0"'),
+        ("k", "L0H1.v", 'L0H1.v|L0G0.v was asked for as a patch of k, which has .*heads such as "L0G0.k"'),
+        ("resid_pre", "L0H1", 'L0H1 was asked for as a patch of resid_pre, which has layers such as "L0"'),
+        ("post", "embed", 'embed was asked for as a patch of post, which has .*neurons such as "L0N0"'),
+        ("mlp_out", "L0N3", 'L0N3 was asked for as a patch of mlp_out, which has layers such as "MLP0"'),
+        ("z", "l0h0", "no patch of z is called 'l0h0'; closest: L0H0"),
+        ("v", Patch(0, head=2), "head 2 of v asked for; there are key/value heads 0 to 1"),
+    ],
+)
+def test_what_is_no_component_of_the_site_is_refused_with_what_is(site, asked, says):
+    with pytest.raises(InputError, match=says):
+        ablate(GROUPED, PROMPTS, metric_of(GROUPED), site=site, value="zero", patches=[asked])
+
+
+def test_an_mlp_is_ablated_by_its_name_and_has_it_in_the_table():
+    model, metric = tiny_model(), metric_of(tiny_model())
+    whole = ablate(model, PROMPTS, metric, site="mlp_out", by="layer", value="zero")
+    assert whole.names == ["MLP0", "MLP1"]
+    one = ablate(model, PROMPTS, metric, site="mlp_out", value="zero", patches=["MLP1"])
+    assert one.names == ["MLP1"]
+    torch.testing.assert_close(one.per_prompt[:, 0], whole.per_prompt[:, 1])
+
+
 def test_names():
     model = tiny_model()
     some = ablate(model, PROMPTS, metric_of(model), value="zero", **UNITS["some"])
@@ -279,8 +332,9 @@ def made(effects) -> AblationSweep:
     """A sweep by layer with these effects."""
     n, cells = effects.shape
     labels = {"layer": [f"L{i}" for i in range(cells)]}
-    rest = (torch.arange(n), "mlp_out", ("layer",), "zero", labels, 1.0, 0.0, 1, "engine")
-    return AblationSweep(effects, torch.zeros(n), effects.mean(0)[None], *rest)
+    rest = (torch.arange(n), "mlp_out", ("layer",), "zero", labels)
+    account = {"computed": 1.0, "largest_error": 0.0, "n_verified": 1, "how": "engine"}
+    return AblationSweep(effects, torch.zeros(n), effects.mean(0)[None], *rest, **account)
 
 
 # -- side by side

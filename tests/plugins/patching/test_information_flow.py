@@ -140,8 +140,11 @@ def planted(n_paths, *, real, seed=0, spread=1.0, n_pairs=8, n_others=120, recei
         torch.full((n_pairs,), 10.0) + torch.randn(n_pairs, generator=generator),
         torch.arange(n_pairs),
         True,
-        0.0,
         options,
+        computed=1.0,
+        largest_error=0.0,
+        n_verified=0,
+        how="engine",
     )
 
 

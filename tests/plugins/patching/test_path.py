@@ -29,10 +29,10 @@ def made(moved, gap=2.0, group=None, into="corrupted", reaches=None):
         torch.ones(count, dtype=torch.bool) if reaches is None else reaches,
         (2, count),
         torch.arange(n) if group is None else group,
-        1.0,
-        0.0,
-        0,
-        "engine",
+        computed=1.0,
+        largest_error=0.0,
+        n_verified=0,
+        how="engine",
     )
 
 

@@ -193,7 +193,7 @@ def test_a_check_is_a_result(tmp_path):
     back = CausalCheck.load(tmp_path / "check.safetensors")
     assert str(back.table()) == str(check.table()) and len(check.table()) == 6 and len(check.table(2)) == 2
     assert check.table().columns[-2:] == ("p", "q") and bool((check.q >= check.p).all())
-    fall = [row[3] for row in check.top(3).rows]
+    fall = [row[3] for row in check.top_prompts(3).rows]
     assert fall == sorted(check.fall[0].tolist(), reverse=True)[:3]
     assert "used" in check.figure().layout.title.text
 

@@ -73,7 +73,7 @@ def test_a_projection_is_a_result(tmp_path):
     found = project_tokens(model, of(both[0]), tokens, tokens % 2, draws=50)
     found.save(tmp_path / "found.safetensors")
     assert str(TokenProjection.load(tmp_path / "found.safetensors").table()) == str(found.table())
-    assert len(found.top(3)) == 6 and len(found.table(1)) == 1
+    assert len(found.top_tokens(3)) == 6 and len(found.table(1)) == 1
     drawn = found.figure()
     assert [trace.name for trace in drawn.data] == ["0", "1"] and sum(len(trace.x) for trace in drawn.data) == VOCAB
     with pytest.raises(InputError, match="0 or 1"):

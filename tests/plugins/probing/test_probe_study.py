@@ -268,7 +268,7 @@ def test_points_have_q_values_over_all_of_them():
     x[3, :, 0] += 5.0 * label
     study = study_of(x, torch.arange(60), label, MassMean(), null_draws=39)
     assert study.point_null.shape == (39, 6) and study.null.shape == (39,)
-    assert study.top(6).columns[-2:] == ("p", "q") and study.top(1).rows[0][0] == study.points[3]
+    assert study.top_points(6).columns[-2:] == ("p", "q") and study.top_points(1).rows[0][0] == study.points[3]
     assert study.point_p[3] == pytest.approx(1 / 40) and study.point_q[3] == pytest.approx(6 / 40)
     assert bool((study.point_q >= study.point_p).all())
     assert study.least_p == pytest.approx(1 / 40) and study.least_q == pytest.approx(6 / 40)
@@ -332,7 +332,7 @@ def test_a_study_is_a_result(tmp_path):
     study.save(tmp_path / "study.safetensors")
     back = ProbeStudy.load(tmp_path / "study.safetensors")
     assert str(back.table()) == str(study.table()) and torch.equal(back.probe.weight, study.probe.weight)
-    assert len(study.top(1)) == 1 and study.top(1).rows[0][0] == study.point
+    assert len(study.top_points(1)) == 1 and study.top_points(1).rows[0][0] == study.point
     assert len(study.figure().data) == 6 and len(repr(study)) < 1200
     assert study.probe.point == study.point and "z" in study.point
 
