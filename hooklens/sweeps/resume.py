@@ -38,10 +38,11 @@ class Resume:
     key: str | None = None
 
     @classmethod
-    def of(cls, asked: "str | Path | Resume") -> "Resume":
-        """A path alone asks for the hashes."""
-        resume = asked if isinstance(asked, Resume) else cls(asked)
-        path_of(resume.path, "resume")
+    def of(cls, asked: "str | Path | Resume | None") -> "Resume | None":
+        """The file that `resume=` asks for; a path alone asks for the hashes."""
+        resume = cls(asked) if isinstance(asked, str | Path) else asked
+        if resume is not None:
+            path_of(getattr(resume, "path", resume), "resume")
         return resume
 
     def products(self) -> AbstractContextManager[Any]:
@@ -183,10 +184,12 @@ def products_of(file: Resume | None) -> Iterator[None]:
 
 
 @contextmanager
-def hint(asked: object, call: str) -> Iterator[None]:
-    """Tell somebody who interrupts a sweep how not to lose it."""
+def resuming(asked: str | Path | Resume | None, call: str) -> Iterator[Resume | None]:
+    """The same with the file that a method was asked for, and a note on an interrupt where it was asked for none."""
+    file = Resume.of(asked)
     try:
-        yield
+        with products_of(file):
+            yield file
     except KeyboardInterrupt as interrupt:
         if asked is None:
             interrupt.add_note(f"{call}(..., resume=path) keeps what is finished in a file, and goes on from there")

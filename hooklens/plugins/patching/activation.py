@@ -17,13 +17,13 @@ from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pai
 from hooklens.metrics import ReadingMetric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import STRONGEST, OnGrid, labels_of
-from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.plugins.patching.two_runs import TwoRuns, check_resume, ends_of, joined, share_ends, share_of, with_other
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends
 from hooklens.sweeps.execution import execute
 from hooklens.sweeps.planning import grid_axes, plan, points_of, site_and_layer
 from hooklens.sweeps.replacement import Value, as_replacement, is_run, targets_of
-from hooklens.sweeps.resume import Resume, hint, products_of
+from hooklens.sweeps.resume import Resume, resuming
 from hooklens.sweeps.site_patches import SitePatches
 
 
@@ -133,8 +133,9 @@ def patch(
     check_metric(pairs.metric, groups)
     if is_run(replacement, from_run):
         check_prompts_differ(groups)
-    file, parts = resume_of(resume, groups), []
-    with products_of(file), hint(resume, "hl.patch"):
+    check_resume(resume, groups)
+    parts = []
+    with resuming(resume, "hl.patch") as file:
         written = replacement.once(targets_of(model, groups, points_of(model, site), into=into))
         for group, to in zip(groups, written, strict=True):
             planned = plan(model, getattr(group, into), site, to, by=axes, layer=layer)

@@ -15,7 +15,7 @@ from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, check_prompts_differ, read_aligned
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, resume_of, share_ends, share_of, with_other
+from hooklens.plugins.patching.two_runs import TwoRuns, check_resume, ends_of, joined, share_ends, share_of, with_other
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends, Groups, group_numbers, halves, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
@@ -23,7 +23,7 @@ from hooklens.sweeps.nodes import Order, of_pairs, read_receivers, read_senders
 from hooklens.sweeps.path_patches import PathPatches
 from hooklens.sweeps.paths import EDGES, FIXED, FIXED_FROZEN, plan_paths
 from hooklens.sweeps.replacement import Value, as_replacement, is_run
-from hooklens.sweeps.resume import Resume, hint, products_of
+from hooklens.sweeps.resume import Resume, resuming
 
 _BARS = 40  # of senders, in a figure
 
@@ -243,8 +243,9 @@ def path_patch(
     groups = read_aligned(model, pairs.clean, pairs.corrupted)
     check_prompts_differ(groups)
     check_metric(pairs.metric, groups)
-    file, parts = resume_of(resume, groups), []
-    with products_of(file), hint(resume, "path_patch"):
+    check_resume(resume, groups)
+    parts = []
+    with resuming(resume, "path_patch") as file:
         for group in groups:
             planned = plan_paths(
                 model,

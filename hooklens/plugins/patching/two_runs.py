@@ -79,11 +79,10 @@ def share_ends(
     return ratio_interval(moved, gap, group=group, level=level, draws=draws, seed=seed)
 
 
-def resume_of(asked: str | Path | Resume | None, groups: Sequence[Pairs]) -> Resume | None:
-    """The file of a sweep, if one was asked for: it keeps pairs of one length."""
+def check_resume(asked: str | Path | Resume | None, groups: Sequence[Pairs]) -> None:
+    """Raise if a sweep of pairs of several lengths is to keep a file."""
     if asked is not None and len(groups) > 1:
         raise InputError("resume= needs prompts of one length; patch each length on its own")
-    return None if asked is None else Resume.of(asked)
 
 
 def with_other(model: HookedTransformer, outcome: Outcome, group: Pairs, name: str) -> Outcome:

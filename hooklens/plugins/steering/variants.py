@@ -10,16 +10,18 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where, parse
-from hooklens.core.progress_bar import Advance
 from hooklens.data.prompts import Pairs, Prompts, rows_of
+from hooklens.data.repeated import MinusRepeatLoss
 from hooklens.generation.sampling import Generation
 from hooklens.model.transformer import HookedTransformer
-from hooklens.plugins.patching.grid import in_order
+from hooklens.plugins.patching.two_runs import joined
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steering_edit import at_points, hooks_of
-from hooklens.sweeps.many_edits import Edits, Hooks
+from hooklens.sweeps.many_edits import Edits, Hooks, run_edits
+from hooklens.sweeps.resume import Resume
 
 Row = Int[Tensor, "_pos"]  # texts of one call differ in length
+Asked = tuple[Edits, Int[Tensor, "prompt _pos"], Any]
 _LOGITS_AT_ONCE = 2**25
 
 
@@ -34,8 +36,13 @@ class Variants(Edits):
         directions: Float[Tensor, "variant *direction"],
         amount: Tensor | None,
         positions: Positions,
+        *,
+        asked: Any,
     ) -> "Variants":
-        """One edit per direction, which is added at the site, or projected out if the amount is None."""
+        """One edit per direction, which is added at the site, or projected out if the amount is None.
+
+        `asked` are the arguments from which the directions were made.
+        """
         vectors = at_points(model, site, directions, "ablate" if amount is None else "steer")
         layers = [point.layer for point in map(parse, vectors) if point is not None and point.layer is not None]
         if len(layers) < len(vectors):
@@ -46,28 +53,19 @@ class Variants(Edits):
         def hooks(index: Int[Tensor, "row"]) -> Hooks:
             return hooks_of({name: vector[index] for name, vector in vectors.items()}, amount, positions)
 
-        return cls(len(directions), hooks, min(layers))
+        identity = (asked, list(vectors), amount, positions)
+        return cls(len(directions), hooks, min(layers), (identity, {}), [directions])
 
-    def metric(
-        self, model: HookedTransformer, groups: list[Pairs], metric: Any, advance: Advance
-    ) -> Float[Tensor, "variant prompt"]:
-        """The metric of every prompt under every edit."""
-        values = [self.values(model, group.clean, group.of(metric), advance).T for group in groups]
-        return in_order(groups, values).T
+    def of_prompts(self, groups: Sequence[Pairs], metric: Any) -> list[Asked]:
+        """The metric of every prompt under every edit, to be run."""
+        return [(self, group.clean, group.of(metric)) for group in groups]
 
-    def loss(
-        self, model: HookedTransformer, rows: Sequence[Row], starts: Sequence[int], advance: Advance
-    ) -> Float[Tensor, "variant text"]:
-        """Nats per token of each text under every edit, from position `start` on."""
+    def of_texts(self, model: HookedTransformer, rows: Sequence[Row], starts: Sequence[int]) -> list[Asked]:
+        """Minus the loss of each text under every edit, in nats per token from position `start` on, to be run."""
         if model.cfg.d_vocab_out < model.cfg.d_vocab:
             raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
-        losses = []
-        for row, start in zip(rows, starts, strict=True):
-            at_once = max(1, _LOGITS_AT_ONCE // (len(row[start:]) * model.cfg.d_vocab_out))
-            streams = (x for some in self.streams(model, row[None], advance) for x in some[:, 0].split(at_once))
-            of_text = [nats(model.read_out(x[:, start - 1 : -1]), row[start:].expand(len(x), -1)) for x in streams]
-            losses.append(torch.cat(of_text).mean(1))
-        return torch.stack(losses, 1)
+        texts = [(row[None], start - 1) for row, start in zip(rows, starts, strict=True)]
+        return [(self, text, MinusRepeatLoss(torch.tensor([-1]), text, first)) for text, first in texts]
 
     def generate(
         self, model: HookedTransformer, prompts: Sequence[Row], index: Int[Tensor, "variant"], options: dict[str, Any]
@@ -75,6 +73,14 @@ class Variants(Edits):
         """Every prompt continued under each of these edits: rows by variant, then prompt."""
         with model.hooks(self.hooks(index.repeat_interleave(len(prompts)))):
             return model.generate([row for _ in index for row in prompts], **options)
+
+
+def values_and_losses(
+    model: HookedTransformer, groups: Sequence[Pairs], asked: Sequence[Asked], title: str, file: Resume | None
+) -> tuple[Float[Tensor, "variant prompt"], Float[Tensor, "variant text"]]:
+    """The metric of the prompts in these groups, which come first, and the loss of the texts after them."""
+    outcomes, n = run_edits(model, asked, title=title, resume=file), len(groups)
+    return joined(groups, outcomes[:n]).values, -torch.cat([outcome.values for outcome in outcomes[n:]], 1)
 
 
 def nats(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos"]:
