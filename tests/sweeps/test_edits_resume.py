@@ -11,10 +11,14 @@ from torch import Tensor
 import hooklens as hl
 from hooklens.core.errors import CheckFailed, FileRefused, InputError
 from hooklens.plugins.heads import measure_mediation, measure_redundancy
+from hooklens.plugins.probing.probe_use import check_probe_use
+from hooklens.plugins.probing.probes import Probe
+from hooklens.plugins.probing.task import read_task
 from hooklens.plugins.steering import SweepSettings, measure_direction_ablation, sweep_coefficients
 from hooklens.testing import tiny_model
 
-TOKENS, LENGTHS = [[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3], [4, 5], [6, 7, 8]]
+TOKENS, LENGTHS = [[i, 2, 3, 10 - i] for i in range(6)], [[1, 2, 3], [4, 5], [6, 7, 8]]
+OTHER_TOKENS = [*TOKENS[:5], [5, 2, 3, 4]]
 V = torch.randn(8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 FEW = SweepSettings(controls=3, written=1, new_tokens=2)
 NEUTRAL = [[1, 2, 3], [4, 5]]
@@ -43,11 +47,24 @@ def swept(model, tokens=LENGTHS, metric=None, coefficients=(0.0, 1.0, 4.0), resu
     return sweep_coefficients(model, tokens, V, coefficients, metric, site=("resid_post", 0), settings=settings, **more)
 
 
-METHODS = {"mediation": mediated, "redundancy": paired, "direction ablation": ablated, "coefficients": swept}
+def probed(model, tokens=TOKENS, metric=third, bias=0.0, **more):
+    task, weight = read_task(model, tokens, [0, 1, 0, 1, 0, 1], pos=[1, 2, 1, 2, 2, 1]), torch.stack([-V, V]).float()
+    probe = Probe(weight, torch.tensor([0.0, bias]), weight, point="blocks.0.hook_resid_post")
+    return check_probe_use(model, probe, task, metric, draws=4, **more)
+
+
+METHODS = {
+    "mediation": mediated,
+    "redundancy": paired,
+    "direction ablation": ablated,
+    "coefficients": swept,
+    "probe": probed,
+}
 #: What makes it another question: prompts, the metric, and the edits.
 OTHERS = {
-    "mediation": ({"tokens": [[1, 2, 3, 4], [5, 6, 7, 9]]}, {"heads": ("L0H0", "L1H0")}, {"value": "zero"}),
-    "redundancy": ({"tokens": [[1, 2, 3, 4], [5, 6, 7, 9]]}, {"heads": ("L0H0", "L0H1", "L1H0")}, {"value": "zero"}),
+    "mediation": ({"tokens": OTHER_TOKENS}, {"heads": ("L0H0", "L1H0")}, {"value": "zero"}),
+    "probe": ({"tokens": OTHER_TOKENS}, {"bias": 1e-6}, {"strength": 1.5}, {"seed": 1}),
+    "redundancy": ({"tokens": OTHER_TOKENS}, {"heads": ("L0H0", "L0H1", "L1H0")}, {"value": "zero"}),
     "direction ablation": (
         *({"tokens": [[1, 2, 3], [4, 5], [6, 7, 9]]}, {"direction": V + 1e-9}, {"sites": ("resid_post", 0)}),
         {"neutral": NEUTRAL},
