@@ -17,7 +17,7 @@ from hooklens.model.linear import kernel_of
 from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.naive import drops_out, not_finite, why_plain
 from hooklens.sweeps.protocol import Item, Patches, Sweep
-from hooklens.sweeps.resume import UNKEPT, Kept, Part, Progressed, Resume, key_of, products_of, sketch_of
+from hooklens.sweeps.resume import Part, Progressed, Resume, key_of, products_of, sketch_of
 from hooklens.sweeps.settings import current
 from hooklens.sweeps.verification import verify
 
@@ -57,7 +57,7 @@ def execute(
     with products_of(file):
         reason = why_plain(patches.model, steps=patches.steps)
         (reader,), values, kept = begun([patches], [metric], file, whole=reason is not None)
-        outcome = run(patches, reader, values, kept=kept or UNKEPT, reason=reason)
+        outcome = run(patches, reader, values, kept=Part(kept), reason=reason)
         if other is None:
             return outcome
         return replace(outcome, other=Reader(patches.model, metric, other, whole=reader.whole).base)
@@ -95,7 +95,7 @@ def run_parts(
     outcomes, first = [], 0
     for patches, reader in parts:
         pairs = slice(first, first + reader.n_pairs)
-        part = UNKEPT if kept is None else Part(kept, pairs)
+        part = Part(kept, pairs)
         finished = part.finished()
         values[[number for number in range(len(patches)) if number not in finished], pairs] = reader.base
         outcomes.append(run(patches, reader, values[:, pairs], kept=part, reason=reason, advance=advance))
@@ -108,7 +108,7 @@ def run(
     reader: Reader,
     values: Float[Tensor, "patch pair"],
     *,
-    kept: Kept = UNKEPT,
+    kept: Part,
     reason: str | None = None,
     advance: Advance | None = None,
 ) -> Outcome:
@@ -150,7 +150,7 @@ def _run_bins(
     *,
     items: list[Item],
     values: Tensor,
-    kept: Kept,
+    kept: Part,
     plain: bool,
     advance: Advance | None,
 ) -> None:

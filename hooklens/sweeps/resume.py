@@ -63,26 +63,8 @@ class Resume:
         return pinned(kernel)
 
 
-class Kept:
-    """The finished patches of a sweep; this base class keeps none, for a sweep without a file."""
-
-    path: Path | None = None
-
-    def finished(self) -> set[int]:
-        """The patches that are done."""
-        return set()
-
-    def save(self, finished: Iterable[int]) -> None:
-        """A bin is complete."""
-
-
-UNKEPT = Kept()
-
-
-class Progressed(Kept):
+class Progressed:
     """The values computed so far, and the file that keeps them."""
-
-    path: Path
 
     def __init__(self, path: str | Path, key: str, sketch: Float[Tensor, "number"], values: Tensor, kernel: str):
         self.path, self.key, self.sketch, self.values, self.kernel = Path(path), key, sketch, values, kernel
@@ -108,28 +90,31 @@ class Progressed(Kept):
         self.done = done
         self.values[done] = values[done].to(self.values)
 
-    def finished(self, pairs: slice = slice(None)) -> set[int]:
+    def finished(self, pairs: slice) -> set[int]:
         """The patches that are done for these pairs."""
         return set(self.done[:, pairs].all(1).nonzero().flatten().tolist())
 
-    def save(self, finished: Iterable[int], pairs: slice = slice(None)) -> None:
+    def save(self, finished: Iterable[int], pairs: slice) -> None:
         """Write all values computed so far, aside and renamed: a bin is complete."""
         self.done[list(finished), pairs] = True
         tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}
         write_envelope(self.path, _SCHEMA, {"key": self.key, "kernel": self.kernel}, tensors)
 
 
-class Part(Kept):
-    """What a file keeps of some pairs."""
+class Part:
+    """What a file keeps of some pairs; nothing where there is no file."""
 
-    def __init__(self, whole: Progressed, pairs: slice):
-        self.whole, self.pairs, self.path = whole, pairs, whole.path
+    def __init__(self, whole: Progressed | None = None, pairs: slice = slice(None)):
+        self.whole, self.pairs, self.path = whole, pairs, None if whole is None else whole.path
 
     def finished(self) -> set[int]:
-        return self.whole.finished(self.pairs)
+        """The patches that are done."""
+        return set() if self.whole is None else self.whole.finished(self.pairs)
 
     def save(self, finished: Iterable[int]) -> None:
-        self.whole.save(finished, self.pairs)
+        """A bin is complete."""
+        if self.whole is not None:
+            self.whole.save(finished, self.pairs)
 
 
 def key_of(model: HookedTransformer, asked: tuple[Any, Mapping[str, Any]], metric: Any, resume: Resume) -> str:

@@ -10,19 +10,21 @@ from torch import Tensor
 from hooklens.core.arguments import seeded, whole
 from hooklens.core.errors import InputError
 from hooklens.core.names import Where, parse
-from hooklens.data.prompts import Pairs, Prompts, rows_of
-from hooklens.data.repeated import MinusRepeatLoss
+from hooklens.data.prompts import Pairs, Prompts, read_pairs, rows_of
 from hooklens.generation.sampling import Generation
+from hooklens.metrics import MinusLoss
 from hooklens.model.transformer import HookedTransformer
+from hooklens.plugins.patching.grid import in_order
 from hooklens.plugins.patching.two_runs import joined
 from hooklens.plugins.steering.positions import Positions
 from hooklens.plugins.steering.steering_edit import at_points, hooks_of
 from hooklens.sweeps.many_edits import Edits, Hooks, run_edits
+from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.resume import Resume
 
 Row = Int[Tensor, "_pos"]  # texts of one call differ in length
 Asked = tuple[Edits, Int[Tensor, "prompt _pos"], Any]
-_LOGITS_AT_ONCE = 2**25
+_POSITIONS = 2048  # of one batch
 
 
 class Variants(Edits):
@@ -65,7 +67,7 @@ class Variants(Edits):
         if model.cfg.d_vocab_out < model.cfg.d_vocab:
             raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
         texts = [(row[None], start - 1) for row, start in zip(rows, starts, strict=True)]
-        return [(self, text, MinusRepeatLoss(torch.tensor([-1]), text, first)) for text, first in texts]
+        return [(self, text, MinusLoss(torch.tensor(-1), text, first)) for text, first in texts]
 
     def generate(
         self, model: HookedTransformer, prompts: Sequence[Row], index: Int[Tensor, "variant"], options: dict[str, Any]
@@ -83,12 +85,6 @@ def values_and_losses(
     return joined(groups, outcomes[:n]).values, -torch.cat([outcome.values for outcome in outcomes[n:]], 1)
 
 
-def nats(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos"]:
-    """Minus the log-probability of each target, in float32 or wider."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
-
 def continuation_loss(model: HookedTransformer, written: Generation) -> Float[Tensor, "text"]:
     """The model's loss on each continuation, in nats per new token, with the hooks that are active now.
 
@@ -97,20 +93,12 @@ def continuation_loss(model: HookedTransformer, written: Generation) -> Float[Te
     >>> continuation_loss(model, model.generate([[1, 2], [3]], 4)).shape
     torch.Size([2])
     """
-    tokens, real = written.padded()
-    before, new = (
-        torch.tensor([len(row) for row in rows], device=tokens.device) for rows in (written.prompts, written.new_tokens)
-    )
-    step = torch.arange(int(new.max()), device=tokens.device)
-    at = (before[:, None] + step).clamp_max(tokens.shape[1] - 1)
-    losses = []
-    for rows in torch.arange(len(tokens)).split(max(1, _LOGITS_AT_ONCE // (len(step) * model.cfg.d_vocab_out))):
-        read = model(tokens[rows], attention_mask=real[rows], stop_at_layer=model.cfg.n_layers)
-        stream = read.as_subclass(torch.Tensor)  # by column: padding of short rows is read too, and not counted below
-        number = torch.arange(len(rows))[:, None]
-        of_token = nats(model.read_out(stream[number, at[rows] - 1]), tokens[rows].gather(1, at[rows]))
-        losses.append((of_token * (step < new[rows, None])).sum(1) / new[rows])
-    return torch.cat(losses)
+    groups, losses = read_pairs(model, written.tokens, written.prompts, ()), []
+    for group in groups:
+        for rows in group.clean.split(max(1, _POSITIONS // group.clean.shape[1])):
+            stream = model(rows, stop_at_layer=model.cfg.n_layers)
+            losses.append(-Reader(model, MinusLoss(torch.tensor(-1), rows, group.corrupted.shape[1] - 1), stream).base)
+    return in_order(groups, losses)
 
 
 def repeated(ids: Int[Tensor, "pos"]) -> float:
