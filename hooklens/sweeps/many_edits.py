@@ -128,8 +128,3 @@ def run_edits(
         parts = zip(sweeps, readers, strict=True)
         with progress(title, values.numel(), unit="prompts") as advance:
             return run_parts(parts, values, kept=kept, reason=reason, advance=advance)
-
-
-def by_edit(index: Index, edits: Sequence[Callable[[Index], Hooks]]) -> Hooks:
-    """The hooks of a batch in which every edit has hooks of its own, for its rows."""
-    return [hook for number in index.unique().tolist() for hook in edits[number]((index == number).nonzero().flatten())]

@@ -105,11 +105,13 @@ def _patching(plan: PathPlan, sender: Sender) -> list[tuple[Where, HookFn]]:
     """One sender's patch as hooks on the run that is patched."""
     if plan.semantics == EDGES:
         return _adding(plan, sender)
+    points = {place: point_of(plan.model, *place) for place in plan.reading}
+    seen = _seen(plan, sender, [*points.values()])
     hooks: list[tuple[Where, HookFn]] = []
-    for (kind, layer), value in _recorded(plan, sender).items():
+    for (kind, layer), point in points.items():
         heads = plan.heads_at(kind, layer) or None
-        value = value if heads is None else value[:, :, heads]
-        hooks.append((point_of(plan.model, kind, layer), writing(value, plan.where(kind, layer), heads)))
+        value = seen[point] if heads is None else seen[point][:, :, heads]
+        hooks.append((point, writing(value, plan.where(kind, layer), heads)))
     return hooks
 
 
@@ -140,13 +142,6 @@ def _adding_to(change: Tensor, where: Tensor | None, heads: list[int] | None) ->
         return act
 
     return add
-
-
-def _recorded(plan: PathPlan, sender: Sender) -> dict[tuple[str, int], Tensor]:
-    """What the receivers read when the sender takes its new value and the other heads keep theirs."""
-    points = {place: point_of(plan.model, *place) for place in plan.reading}
-    seen = _seen(plan, sender, [*points.values()])
-    return {place: seen[point] for place, point in points.items()}
 
 
 def _seen(plan: PathPlan, sender: Sender, points: Sequence[tuple[str, int]]) -> ActivationCache:

@@ -90,11 +90,11 @@ class Progressed:
         self.done = done
         self.values[done] = values[done].to(self.values)
 
-    def finished(self, pairs: slice) -> set[int]:
+    def finished(self, pairs: slice = slice(None)) -> set[int]:
         """The patches that are done for these pairs."""
         return set(self.done[:, pairs].all(1).nonzero().flatten().tolist())
 
-    def save(self, finished: Iterable[int], pairs: slice) -> None:
+    def save(self, finished: Iterable[int], pairs: slice = slice(None)) -> None:
         """Write all values computed so far, aside and renamed: a bin is complete."""
         self.done[list(finished), pairs] = True
         tensors = {"values": self.values, "done": self.done, "sketch": self.sketch}

@@ -21,7 +21,7 @@ from hooklens.plugins.heads.head_ranking import Head, head_table, in_order
 from hooklens.plugins.heads.which import Heads, captured, check_model, one_length
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import mean_interval, q_values, sign_flip_p
-from hooklens.sweeps.many_edits import Edits, Hooks, Index, by_edit, run_edits
+from hooklens.sweeps.many_edits import Edits, Hooks, Index, run_edits
 from hooklens.sweeps.nodes import read_heads
 from hooklens.sweeps.planning import points_of
 from hooklens.sweeps.replacement import Mean, Value, activations_of, are_tokens, as_replacement, targets_of
@@ -144,9 +144,12 @@ def ablations(
     what: str, runs: Sequence[Callable[[Index], Hooks]], heads: Sequence[Head], value: Value, written: dict[str, Tensor]
 ) -> Edits:
     """Runs in which some of these heads' z are exchanged for what is written."""
+
+    def hooks(index: Index) -> Hooks:
+        return [hook for number in index.unique().tolist() for hook in runs[number]((index == number).nonzero()[:, 0])]
+
     asked = (what, heads), {"the value to write": as_replacement(value)}
-    first = min(layer for layer, _ in heads)
-    return Edits(len(runs), partial(by_edit, edits=runs), first, asked=asked, sketch=list(written.values()))
+    return Edits(len(runs), hooks, min(layer for layer, _ in heads), asked=asked, sketch=list(written.values()))
 
 
 def written_z(

@@ -100,8 +100,8 @@ def sweep_coefficients(
         if neutral is not None:
             read = texts_of(model, neutral)
             starts = [1] * len(read)
-        asked = plan.edits.of_prompts(groups, pairs.metric) + plan.everywhere.of_texts(model, read, starts)
-        values, neutral_losses = values_and_losses(model, groups, asked, "coefficients", file)
+        on_prompts, on_texts = (plan.edits, groups, pairs.metric), (plan.everywhere, read, starts)
+        values, neutral_losses = values_and_losses(model, on_prompts, on_texts, title="coefficients", file=file)
     new_texts = texts.texts or [" ".join(show(model, ids)) for ids in texts.new_tokens]
     by_edit = [new_texts[i : i + len(rows)] for i in range(0, len(new_texts), len(rows))]
     return CoefficientSweep(

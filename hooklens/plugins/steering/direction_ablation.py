@@ -165,8 +165,8 @@ def measure_direction_ablation(
         random, nulls = _controls(controls, moment, wide)
         vectors = torch.cat([torch.zeros_like(wide)[None], wide[None], random.flatten(0, 1)])  # 0 removes nothing
         edits = Variants.of(model, names, vectors, None, "all", asked=(direction, controls))
-        asked = edits.of_prompts(groups, pairs.metric) + edits.of_texts(model, texts, [1] * len(texts))
-        values, losses = values_and_losses(model, groups, asked, "ablations", file)
+        on_prompts, on_texts = (edits, groups, pairs.metric), (edits, texts, [1] * len(texts))
+        values, losses = values_and_losses(model, on_prompts, on_texts, title="ablations", file=file)
     return DirectionAblation(
         metric=values[1],
         base_per_prompt=values[0],

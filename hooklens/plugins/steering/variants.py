@@ -23,7 +23,6 @@ from hooklens.sweeps.measure import Reader
 from hooklens.sweeps.resume import Resume
 
 Row = Int[Tensor, "_pos"]  # texts of one call differ in length
-Asked = tuple[Edits, Int[Tensor, "prompt _pos"], Any]
 _POSITIONS = 2048  # of one batch
 
 
@@ -58,17 +57,6 @@ class Variants(Edits):
         identity = (asked, list(vectors), amount, positions)
         return cls(len(directions), hooks, min(layers), (identity, {}), [directions])
 
-    def of_prompts(self, groups: Sequence[Pairs], metric: Any) -> list[Asked]:
-        """The metric of every prompt under every edit, to be run."""
-        return [(self, group.clean, group.of(metric)) for group in groups]
-
-    def of_texts(self, model: HookedTransformer, rows: Sequence[Row], starts: Sequence[int]) -> list[Asked]:
-        """Minus the loss of each text under every edit, in nats per token from position `start` on, to be run."""
-        if model.cfg.d_vocab_out < model.cfg.d_vocab:
-            raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
-        texts = [(row[None], start - 1) for row, start in zip(rows, starts, strict=True)]
-        return [(self, text, MinusLoss(torch.tensor(-1), text, first)) for text, first in texts]
-
     def generate(
         self, model: HookedTransformer, prompts: Sequence[Row], index: Int[Tensor, "variant"], options: dict[str, Any]
     ) -> Generation:
@@ -78,9 +66,20 @@ class Variants(Edits):
 
 
 def values_and_losses(
-    model: HookedTransformer, groups: Sequence[Pairs], asked: Sequence[Asked], title: str, file: Resume | None
+    model: HookedTransformer,
+    prompts: tuple[Variants, Sequence[Pairs], Any],
+    texts: tuple[Variants, Sequence[Row], Sequence[int]],
+    *,
+    title: str,
+    file: Resume | None,
 ) -> tuple[Float[Tensor, "variant prompt"], Float[Tensor, "variant text"]]:
-    """The metric of the prompts in these groups, which come first, and the loss of the texts after them."""
+    """The metric of prompts under edits, and the loss of texts under as many: nats per token from their `start` on."""
+    if model.cfg.d_vocab_out < model.cfg.d_vocab:
+        raise InputError("the loss of a text needs a logit for every token, and this model has fewer")
+    (edits, groups, metric), (on_texts, rows, starts) = prompts, texts
+    asked: list[tuple[Edits, Tensor, Any]] = [(edits, group.clean, group.of(metric)) for group in groups]
+    for row, start in zip(rows, starts, strict=True):
+        asked.append((on_texts, row[None], MinusLoss(torch.tensor(-1), row[None], start - 1)))
     outcomes, n = run_edits(model, asked, title=title, resume=file), len(groups)
     return joined(groups, outcomes[:n]).values, -torch.cat([outcome.values for outcome in outcomes[n:]], 1)
 
