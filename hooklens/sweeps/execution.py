@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,14 +45,13 @@ def execute(
     patches: Sweep,
     metric: Any,
     *,
-    resume: str | Path | Resume | None = None,
+    file: Resume | None = None,
     other: Float[Tensor, "pair pos d_model"] | None = None,
 ) -> Outcome:
     """The metric of every patch, equal to that of one hooked forward pass per patch.
 
     `other` is the stream that leaves the last block of another run, whose metric is wanted beside the base run's.
     """
-    file = Resume.of(resume)
     with products_of(file):
         reason = why_plain(patches.model, steps=patches.steps)
         (reader,), values, kept = begun([patches], [metric], file, whole=reason is not None)
@@ -96,8 +94,7 @@ def run_parts(
     for patches, reader in parts:
         pairs = slice(first, first + reader.n_pairs)
         part = Part(kept, pairs)
-        finished = part.finished()
-        values[[number for number in range(len(patches)) if number not in finished], pairs] = reader.base
+        values[[*{*range(len(patches))} - part.finished()], pairs] = reader.base
         outcomes.append(run(patches, reader, values[:, pairs], kept=part, reason=reason, advance=advance))
         first = pairs.stop
     return outcomes

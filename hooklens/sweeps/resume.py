@@ -169,9 +169,11 @@ def products_of(file: Resume | None) -> Iterator[None]:
 
 
 @contextmanager
-def resuming(asked: str | Path | Resume | None, call: str) -> Iterator[Resume | None]:
+def resuming(asked: str | Path | Resume | None, call: str, n_lengths: int = 1) -> Iterator[Resume | None]:
     """The same with the file that a method was asked for, and a note on an interrupt where it was asked for none."""
     file = Resume.of(asked)
+    if file is not None and n_lengths > 1:
+        raise InputError("resume= needs prompts of one length; patch each length on its own")
     try:
         with products_of(file):
             yield file

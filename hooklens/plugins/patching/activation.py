@@ -17,7 +17,7 @@ from hooklens.data.prompts import Pairs, Prompts, check_prompts_differ, read_pai
 from hooklens.metrics import ReadingMetric
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.grid import STRONGEST, OnGrid, labels_of
-from hooklens.plugins.patching.two_runs import TwoRuns, check_resume, ends_of, joined, share_ends, share_of, with_other
+from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, share_ends, share_of, with_other
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends
 from hooklens.sweeps.execution import execute
@@ -133,9 +133,8 @@ def patch(
     check_metric(pairs.metric, groups)
     if is_run(replacement, from_run):
         check_prompts_differ(groups)
-    check_resume(resume, groups)
     parts = []
-    with resuming(resume, "hl.patch") as file:
+    with resuming(resume, "hl.patch", n_lengths=len(groups)) as file:
         written = replacement.once(targets_of(model, groups, points_of(model, site), into=into))
         for group, to in zip(groups, written, strict=True):
             planned = plan(model, getattr(group, into), site, to, by=axes, layer=layer)
@@ -143,7 +142,7 @@ def patch(
             other = getattr(group, from_run)
             known = planned.donor is not None and to is other
             stream = planned.donor if known else model(other, stop_at_layer=model.cfg.n_layers)
-            outcome = execute(SitePatches(planned), group.of(pairs.metric), resume=file, other=stream)
+            outcome = execute(SitePatches(planned), group.of(pairs.metric), file=file, other=stream)
             parts.append(with_other(model, outcome, group, from_run))
     outcome, labels = joined(groups, parts), labels_of(model, site, axes, groups[0])
     if layer is not None:

@@ -15,7 +15,7 @@ from hooklens.data.prompt_pairs import PromptPairs, as_pairs
 from hooklens.data.prompts import Prompts, check_prompts_differ, read_aligned
 from hooklens.model.transformer import HookedTransformer
 from hooklens.plugins.patching.activation import check_metric
-from hooklens.plugins.patching.two_runs import TwoRuns, check_resume, ends_of, joined, share_ends, share_of, with_other
+from hooklens.plugins.patching.two_runs import TwoRuns, ends_of, joined, share_ends, share_of, with_other
 from hooklens.results.result import Result, Table
 from hooklens.results.statistics import DRAWS, Ends, Groups, group_numbers, halves, q_values, sign_flip_p
 from hooklens.sweeps.execution import execute
@@ -243,9 +243,8 @@ def path_patch(
     groups = read_aligned(model, pairs.clean, pairs.corrupted)
     check_prompts_differ(groups)
     check_metric(pairs.metric, groups)
-    check_resume(resume, groups)
     parts = []
-    with resuming(resume, "path_patch") as file:
+    with resuming(resume, "path_patch", n_lengths=len(groups)) as file:
         for group in groups:
             planned = plan_paths(
                 model,
@@ -256,7 +255,7 @@ def path_patch(
                 semantics=semantics,
             )
             other = planned.new.streams[model.cfg.n_layers]
-            outcome = execute(PathPatches(planned), group.of(pairs.metric), resume=file, other=other)
+            outcome = execute(PathPatches(planned), group.of(pairs.metric), file=file, other=other)
             parts.append(with_other(model, outcome, group, from_run))
     outcome, order = joined(groups, parts), Order(model)
     last = max(order.reads_at(receiver) for receiver in ends)
