@@ -79,7 +79,7 @@ def values_and_losses(
     (edits, groups, metric), (on_texts, rows, starts) = prompts, texts
     asked: list[tuple[Edits, Tensor, Any]] = [(edits, group.clean, group.of(metric)) for group in groups]
     for row, start in zip(rows, starts, strict=True):
-        asked.append((on_texts, row[None], MinusLoss(torch.tensor(-1), row[None], start - 1)))
+        asked.append((on_texts, row[None], MinusLoss(torch.tensor([-1]), row[None], start - 1)))
     outcomes, n = run_edits(model, asked, title=title, resume=file), len(groups)
     return joined(groups, outcomes[:n]).values, -torch.cat([outcome.values for outcome in outcomes[n:]], 1)
 
@@ -96,7 +96,8 @@ def continuation_loss(model: HookedTransformer, written: Generation) -> Float[Te
     for group in groups:
         for rows in group.clean.split(max(1, _POSITIONS // group.clean.shape[1])):
             stream = model(rows, stop_at_layer=model.cfg.n_layers)
-            losses.append(-Reader(model, MinusLoss(torch.tensor(-1), rows, group.corrupted.shape[1] - 1), stream).base)
+            metric = MinusLoss(torch.full((len(rows),), -1), rows, group.corrupted.shape[1] - 1)
+            losses.append(-Reader(model, metric, stream).base)
     return in_order(groups, losses)
 
 
