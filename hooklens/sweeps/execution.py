@@ -71,8 +71,7 @@ def begun(
         parts = {name: part for _, parts in asked for name, part in parts.items()}
         metric = metrics[0] if len(metrics) == 1 else tuple(metrics)
         key = key_of(model, ([grid for grid, _ in asked], parts), metric, file)
-    pairs = zip(sweeps, metrics, strict=True)
-    readers = [Reader(model, metric, sweep.stream, whole=whole) for sweep, metric in pairs]
+    readers = [Reader(model, metric, sweep.stream, whole=whole) for sweep, metric in zip(sweeps, metrics, strict=True)]
     base = torch.cat([reader.base for reader in readers])
     values = base.repeat(len(sweeps[0]), 1)
     if file is None:

@@ -125,6 +125,5 @@ def run_edits(
         if (seen := not_finite(*(reader.base for reader in readers))) is not None:
             raise InputError(f"the metric is {seen} on the unedited prompts, so that edits have no effect to measure")
         reason = reason if drops_out(model) else None  # edits are hooks, beside which those of others may stand
-        parts = zip(sweeps, readers, strict=True)
         with progress(title, values.numel(), unit="prompts") as advance:
-            return run_parts(parts, values, kept=kept, reason=reason, advance=advance)
+            return run_parts(zip(sweeps, readers, strict=True), values, kept=kept, reason=reason, advance=advance)
